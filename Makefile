@@ -1,0 +1,33 @@
+# Needs git, make and a Python from 3.10 to 3.12; everything else is set up in .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+READY := .venv/.ready
+BIN := .venv/bin
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make demo   real tweets to a served INT8 classifier, with a report (minutes)"
+	@echo "make test   all tests that need no GPU"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove .venv and demo/"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt setup.sh
+	@bash setup.sh .venv
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/deploykit demo --out demo
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv demo

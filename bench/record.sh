@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Measures the demo's model (run `make demo` first): PyTorch, each engine in fp32 and INT8, and the served model.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bin=.venv/bin
+out=bench/results/$(date +%F)-sentiment
+ready=$(mktemp -u)
+"$bin/deploykit" serve --repository model_repository --http-port 0 --grpc-port 0 --metrics-port 0 --ready-file "$ready" &
+server=$!
+trap 'kill -INT $server; wait $server' EXIT
+until [ -e "$ready" ]; do kill -0 $server; sleep 0.2; done
+url=$("$bin/python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["http"])' "$ready")
+"$bin/deploykit" bench demo/runs/sentiment demo/exports/sentiment sentiment --url "$url" \
+  --data demo/runs/sentiment/splits/test.jsonl --engine openvino --engine onnxruntime --precision fp32 --precision int8 \
+  --rate 100 --rounds 3 --seconds 3 --out "$out.json" --report "$out.html" --force
+"$bin/python" bench/table.py

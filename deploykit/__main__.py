@@ -1,0 +1,3 @@
+from deploykit.cli import main
+
+main(prog_name="deploykit")

@@ -1,0 +1,337 @@
+"""What a stage writes: a directory with a manifest that names, sizes and hashes every file.
+
+A directory is written under a temporary name beside its destination and renamed when it is whole,
+so whoever looks at any moment finds the old one, the new one, or none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from deploykit import __version__
+from deploykit.errors import ArtifactError, CorruptArtifactError
+from deploykit.tasks import Task, task_from_json, task_to_json
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+
+_REFUSALS: Mapping[int | None, tuple[str, str]] = {
+    errno.ENOSPC: ("no space left on its disk", "free some space, or write to another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or write to another disk"),
+    errno.EROFS: ("its file system is read-only", "write to another folder"),
+    errno.EACCES: ("permission denied", "write to a folder you own"),
+    errno.EPERM: ("permission denied", "write to a folder you own"),
+    errno.EEXIST: ("a file stands where a folder should be", "check the path"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "check the path"),
+}
+
+Kind = Literal["checkpoint", "export", "model"]
+
+_MADE_BY: Mapping[str, str] = {
+    "checkpoint": "deploykit finetune",
+    "export": "deploykit export",
+    "model": "deploykit package",
+}
+_VERSIONED = ("torch", "transformers", "tokenizers", "onnx", "onnxruntime", "openvino", "numpy")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file of an artifact."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of manifest.json.
+
+    ``inputs`` is the digest of everything that determined the artifact (options, data, parent): two
+    runs with equal inputs need not both be done. ``parent`` is the digest of the artifact it was
+    made from. ``metrics`` holds what was measured while making it.
+    """
+
+    kind: Kind
+    task: Task
+    files: Mapping[str, FileRecord]
+    inputs: str
+    parent: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def digest(self) -> str:
+        """Identity of the contents: task and files, not when or with what they were made."""
+        files = {name: record.sha256 for name, record in self.files.items()}
+        return digest_of(self.kind, task_to_json(self.task), files)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "kind": self.kind,
+            "digest": self.digest,
+            "inputs": self.inputs,
+            "parent": self.parent,
+            "task": task_to_json(self.task),
+            "options": dict(self.options),
+            "metrics": dict(self.metrics),
+            "versions": dict(self.versions),
+            "created": self.created,
+            "files": {n: {"bytes": r.bytes, "sha256": r.sha256} for n, r in sorted(self.files.items())},
+        }
+
+
+def digest_of(*parts: object) -> str:
+    """SHA-256 of the parts' canonical JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_path(path: Path) -> str:
+    """SHA-256 over the names and contents of a file, or of every file of a directory."""
+    if path.is_file():
+        return hash_file(path)
+    return digest_of({str(p.relative_to(path)): hash_file(p) for p in _files_of(path)})
+
+
+def load_manifest(path: Path, kind: Kind | None = None, *, verify: bool = True) -> Manifest:
+    """Read an artifact's manifest and check its files against it.
+
+    Raises:
+        ArtifactError: not an artifact, another kind than ``kind``, or a newer format.
+        CorruptArtifactError: a file is missing or differs from its recorded size or hash.
+    """
+    if not path.is_dir():
+        what = "is a file, not the directory of an artifact" if path.exists() else "no such directory"
+        raise ArtifactError(f"{path}: {what}", "check the path")
+    try:
+        record = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        made_by = _MADE_BY[kind] if kind else "a deploykit stage"
+        raise ArtifactError(f"{path}: has no {MANIFEST}", f"pass a directory that {made_by} wrote") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise CorruptArtifactError(f"{path / MANIFEST}: is not JSON ({error})", _again(kind)) from error
+    try:
+        if record["format"] != FORMAT:
+            raise ArtifactError(
+                f"{path}: written in format {record['format']}, this deploykit reads {FORMAT}",
+                "use the deploykit that wrote it, or make it again",
+            )
+        manifest = Manifest(
+            kind=record["kind"],
+            task=task_from_json(record["task"]),
+            files={n: FileRecord(r["bytes"], r["sha256"]) for n, r in record["files"].items()},
+            inputs=record["inputs"],
+            parent=record["parent"],
+            options=record["options"],
+            metrics=record["metrics"],
+            versions=record["versions"],
+            created=record["created"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptArtifactError(f"{path / MANIFEST}: lacks {error}", _again(kind)) from error
+    if manifest.digest != record.get("digest"):
+        raise CorruptArtifactError(f"{path / MANIFEST}: its digest does not match its contents", _again(kind))
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(
+            f"{path}: is {_article(manifest.kind)}, but {_article(kind)} is wanted",
+            f"pass what {_MADE_BY[kind]} wrote; this came from {_MADE_BY[manifest.kind]}",
+        )
+    if verify:
+        verify_files(path, manifest)
+    return manifest
+
+
+def verify_files(path: Path, manifest: Manifest) -> None:
+    """Hash every file of an artifact. Raises CorruptArtifactError naming the first that differs."""
+    for name, record in manifest.files.items():
+        file = path / name
+        if not file.resolve().is_relative_to(path.resolve()):
+            raise CorruptArtifactError(f"{path / MANIFEST}: names a file outside its folder: {name}")
+        if not file.is_file():
+            raise CorruptArtifactError(f"{file}: is missing", _again(manifest.kind))
+        if file.stat().st_size != record.bytes:
+            raise CorruptArtifactError(
+                f"{file}: has {file.stat().st_size} bytes, its manifest says {record.bytes}", _again(manifest.kind)
+            )
+        if hash_file(file) != record.sha256:
+            raise CorruptArtifactError(f"{file}: its SHA-256 differs from the manifest's", _again(manifest.kind))
+
+
+def write_manifest(
+    directory: Path,
+    kind: Kind,
+    task: Task,
+    *,
+    inputs: str,
+    parent: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Hash all files of ``directory`` and write its manifest."""
+    manifest = Manifest(
+        kind=kind,
+        task=task,
+        files={str(p.relative_to(directory)): FileRecord(p.stat().st_size, hash_file(p)) for p in _files_of(directory)},
+        inputs=inputs,
+        parent=parent,
+        options=options or {},
+        metrics=metrics or {},
+        versions=installed_versions(),
+        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    )
+    (directory / MANIFEST).write_text(
+        json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    return manifest
+
+
+def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | None:
+    """Look at a stage's destination before the work starts.
+
+    Returns the manifest when the same inputs already made what stands at ``out``; None when there
+    is work to do. Raises ArtifactError when something else stands there and ``force`` is not set.
+    """
+    if force or not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        manifest = load_manifest(out)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{out}: exists and cannot be reused: {error.message}", "choose another --out, or pass --force"
+        ) from error
+    if manifest.kind == kind and manifest.inputs == inputs:
+        return manifest
+    raise ArtifactError(
+        f"{out}: exists, made from other inputs or options", "choose another --out, or pass --force to replace it"
+    )
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Yield an empty directory that takes the place of ``out`` if the block succeeds.
+
+    On any error it is removed and ``out`` stays as it was.
+    """
+    out = Path(os.path.abspath(out))
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    try:
+        temporary.chmod(0o755)
+        with explained(out):
+            yield temporary
+            for path in _files_of(temporary):
+                _sync(path)
+            replace_directory(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to ``out`` if the block succeeds."""
+    out = Path(os.path.abspath(out))
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    with explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, out)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusals to write into errors that name the path."""
+    try:
+        yield
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if os.strerror(errno.ENOSPC) in str(error):  # libraries wrap it in exceptions of their own
+            number = errno.ENOSPC
+        if number not in _REFUSALS:
+            raise
+        what, remedy = _REFUSALS[number]
+        named = error.filename if isinstance(error, OSError) else None
+        raise ArtifactError(f"{named or path}: cannot be written: {what}", remedy) from error
+
+
+def replace_directory(new: Path, out: Path) -> None:
+    """Put ``new`` at ``out`` in one step; what stood there is removed afterwards."""
+    if not out.exists():
+        os.rename(new, out)
+        return
+    if not _exchange(new, out):
+        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+        os.rename(out, old)
+        os.rename(new, out)
+        new = old
+    shutil.rmtree(new)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that determine what a stage writes."""
+    versions = {"deploykit": __version__}
+    for package in _VERSIONED:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two paths atomically (Linux renameat2 with RENAME_EXCHANGE); False where it cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    return bool(renameat2(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0)
+
+
+def _files_of(directory: Path) -> Iterable[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def _again(kind: str | None) -> str:
+    return f"copy it again, or run {_MADE_BY[kind]} again" if kind else "copy it again, or make it again"

@@ -1,0 +1,1 @@
+"""Load, measured: throughput, latency, memory and accuracy of one model or of several side by side."""

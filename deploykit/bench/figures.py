@@ -1,0 +1,323 @@
+"""The report's figures: a bench result as JSON in, SVG text out.
+
+Text stays text (the browser picks fonts that have the glyphs), and ink takes the page's colour, so
+that figures follow it into dark mode.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from deploykit.bench.machine import BENCH_EXTRA
+from deploykit.errors import MissingDependencyError
+
+Record = Mapping[str, Any]
+
+MAX_MATRICES = 12
+_INK, _FAINT = "#010203", "#010204"  # stand-ins, replaced by the page's colours
+_COLOURS = (
+    "#2f6fed",
+    "#e8710a",
+    "#12a150",
+    "#c026d3",
+    "#d93025",
+    "#00a3a3",
+    "#8a6d00",
+    "#7c5cff",
+    "#5f6b7a",
+    "#e0407b",
+)
+_MARKERS = "osv^Dph<>X"
+_RC = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _FAINT,
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 72,
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    "text.parse_math": False,  # a label may hold a dollar sign
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def require_matplotlib() -> None:
+    """Raises MissingDependencyError."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingDependencyError("matplotlib is not installed, which draws the report", BENCH_EXTRA) from None
+
+
+def latency_distribution(result: Record, scenario: str) -> str | None:
+    """The share of requests answered within a time, for each candidate at one scenario."""
+    curves = []
+    for i, candidate in enumerate(result["candidates"]):
+        for found in candidate["scenarios"]:
+            if found["scenario"]["name"] == scenario and found["histogram"]:
+                curves.append((i, candidate["name"], found["histogram"]))
+    if not curves:
+        return None
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for i, name, histogram in curves:
+            share = np.concatenate(([0.0], np.cumsum(histogram["counts"]))) / sum(histogram["counts"])
+            axes.plot(histogram["edges_ms"], 100 * share, color=_colour(i), linewidth=2, label=shown(name))
+        axes.set_xscale("log")
+        _plain_log(axes.xaxis)
+        axes.set(xlabel="latency, ms (log scale)", ylabel="requests answered within, %", ylim=(0, 101))
+        _legend(figure)
+
+    return _svg("latency", draw)
+
+
+def throughput_latency(result: Record) -> str | None:
+    """p99 against throughput: closed loops joined by a line, arrivals at random as hollow diamonds."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for i, candidate in enumerate(result["candidates"]):
+            closed: list[Record] = []
+            random: list[Record] = []
+            for s in candidate["scenarios"]:
+                if s["latency_ms"]["p99"]:
+                    (closed if s["scenario"]["kind"] == "closed_loop" else random).append(s)
+            for points, style in ((closed, f"-{_marker(i)}"), (random, "D")):
+                if not points:
+                    continue
+                x = [s["throughput_per_s"]["median"] for s in points]
+                y = [s["latency_ms"]["p99"]["median"] for s in points]
+                hollow = {"markerfacecolor": "none", "markersize": 9} if points is random else {}
+                label = None if points is random and closed else shown(candidate["name"])
+                axes.plot(x, y, style, color=_colour(i), linewidth=1.5, label=label, clip_on=False, **hollow)
+            for s in closed:
+                at = (s["throughput_per_s"]["median"], s["latency_ms"]["p99"]["median"])
+                text = str(s["scenario"]["concurrency"])
+                axes.annotate(text, at, (0, 6), textcoords="offset points", ha="center", color=_colour(i), fontsize=9)
+        axes.set_yscale("log")
+        _plain_log(axes.yaxis)
+        axes.set_xlim(left=0)
+        axes.set(xlabel="successful requests per second", ylabel="p99 latency, ms (log scale)")
+        axes.margins(y=0.12)
+        _legend(figure)
+
+    if not any(s["latency_ms"]["p99"] for c in result["candidates"] for s in c["scenarios"]):
+        return None
+    return _svg("throughput", draw)
+
+
+def accuracy_speed(result: Record) -> str | None:
+    """Macro-F1 against throughput in each candidate's headline scenario."""
+    points = [
+        (i, c["name"], headline(c)["throughput_per_s"]["median"], c["metrics"]["macro_f1"])
+        for i, c in enumerate(result["candidates"])
+        if c["metrics"]
+    ]
+    if not points:
+        return None
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for i, _, x, y in points:
+            axes.plot([x], [y], _marker(i), color=_colour(i), markersize=10)
+        values = [y for *_, y in points]
+        # Never zoom in on less than two points of F1: noise would look like a difference.
+        middle, half = (min(values) + max(values)) / 2, max(0.01, 0.75 * (max(values) - min(values)))
+        axes.set_ylim(middle - half, middle + half)
+        axes.set_xlim(0, 1.15 * max(x for _, _, x, _ in points) or 1)
+        axes.set(xlabel="successful requests per second", ylabel="macro-F1")
+        figure.canvas.draw()
+        _label_apart(axes, points)
+
+    return _svg("accuracy", draw)
+
+
+def confusion(candidate: Record) -> str | None:
+    """Truth in rows, answers in columns: counts, coloured by their share of the row. A multi-label
+    result has one small matrix a label, for the first 12."""
+    if not candidate["metrics"]:
+        return None
+    matrix = candidate["metrics"]["confusion_matrix"]
+    if isinstance(matrix, Mapping):
+        matrices = list(matrix.items())[:MAX_MATRICES]
+        columns = min(4, len(matrices))
+        rows = -(-len(matrices) // columns)
+
+        def draw_small(figure: Any) -> None:
+            all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+            for axes, (label, counts) in zip(all_axes, matrices):
+                _matrix(axes, counts, ("no", "yes"))
+                axes.set_title(shown(label, 20), fontsize=10)
+            for axes in all_axes[len(matrices) :]:
+                axes.set_axis_off()
+            figure.supxlabel("answer", fontsize=11)
+            figure.supylabel("truth", fontsize=11)
+
+        return _svg("confusion", draw_small, (1.9 * columns + 0.6, 1.9 * rows + 0.6))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        _matrix(axes, matrix, [shown(label, 18) for label in candidate["labels"]])
+        axes.set(xlabel="answer", ylabel="truth")
+
+    side = min(12.0, 2.4 + 0.75 * len(matrix))
+    return _svg("confusion", draw, (side + 1.0, side))
+
+
+def memory_size(result: Record) -> str | None:
+    """Peak memory and graph size as bars, in MB."""
+    bars = [(c["name"], c["peak_memory_mb"], c["size_mb"]) for c in result["candidates"]]
+    if not any(memory or size for _, memory, size in bars):
+        return None
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, values, title in (
+            (left, [memory for _, memory, _ in bars], "peak memory, MB"),
+            (right, [size for *_, size in bars], "size of the graph, MB"),
+        ):
+            axes.barh(range(len(bars)), [v or 0 for v in values], 0.6, color=[_colour(i) for i in range(len(bars))])
+            for i, value in enumerate(values):
+                text = f"{value:,.0f}" if value else "not known"
+                axes.annotate(text, (value or 0, i), (4, 0), textcoords="offset points", va="center", fontsize=10)
+            axes.set_title(title, fontsize=11)
+            axes.set_xlim(0, 1.25 * max((v for v in values if v), default=1))
+            axes.grid(False, axis="y")
+            axes.xaxis.set_major_locator(_locator(4))
+        left.set_yticks(range(len(bars)), [shown(name) for name, _, _ in bars])
+        left.invert_yaxis()
+
+    return _svg("memory", draw, (9.0, 1.3 + 0.42 * len(bars)))
+
+
+def headline(candidate: Record) -> Record:
+    """The scenario that a candidate's summary figures come from."""
+    found: Record = next(s for s in candidate["scenarios"] if s["scenario"]["name"] == candidate["headline"])
+    return found
+
+
+def shown(text: str, most: int = 36) -> str:
+    """A name fit for a figure: one line, not too long, without characters that XML cannot hold."""
+    text = text.encode("utf-8", "replace").decode()
+    text = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cn", "Co") else c for c in text).split())
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    text = text or "?"
+    return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides names with an underscore first
+
+
+def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.0, 4.6)) -> str:
+    """``name`` keeps the ids of figures apart that share a page."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    with mpl.rc_context({**_RC, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs missing from the font that only measures here
+        figure = Figure(figsize=size)
+        FigureCanvasSVG(figure)
+        draw(figure)
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
+    svg = re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{name}-", svg)
+    # As wide as the page allows, but no wider than drawn: text of one size on the whole page.
+    fluid = f'<svg style="max-width: {size[0] * 120:.0f}px"'
+    return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2).replace("<svg", fluid, 1)
+
+
+def _matrix(axes: Any, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
+    values = np.asarray(counts, float)
+    share = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
+    axes.pcolormesh(share, cmap=_blues(), vmin=0, vmax=1, edgecolors="none")
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    ticks = np.arange(len(labels)) + 0.5
+    tilted = len(labels) > 4 or max(map(len, labels)) > 9
+    axes.set_xticks(ticks, labels, rotation=40 if tilted else 0, ha="right" if tilted else "center")
+    axes.set_yticks(ticks, labels)
+    axes.tick_params(length=0)
+    if len(labels) > 20:
+        return  # the numbers would not be legible; the colours are
+    for row, column in np.ndindex(values.shape):
+        text = f"{int(values[row, column]):,}"
+        if len(labels) <= 6:
+            text += f"\n{100 * share[row, column]:.0f}%"
+        colour = "#ffffff" if share[row, column] > 0.4 else "#102040"
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9, color=colour)
+
+
+def _blues() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("blues", ["#e8effd", "#2f6fed", "#123a8c"])
+
+
+def _label_apart(axes: Any, points: Sequence[tuple[int, str, float, float]]) -> None:
+    """Name the points, pushing names apart that would overlap; those near the right edge go left."""
+    right_edge = axes.get_xlim()[1]
+    taken: list[float] = []
+    for i, name, x, y in sorted(points, key=lambda p: p[3]):
+        pixel = float(axes.transData.transform((x, y))[1])
+        height = max(pixel, taken[-1] + 15) if taken else pixel
+        taken.append(height)
+        leftward = x > 0.6 * right_edge
+        axes.annotate(
+            shown(name),
+            (x, y),
+            (-10 if leftward else 10, height - pixel),
+            textcoords="offset points",
+            ha="right" if leftward else "left",
+            va="center",
+            color=_colour(i),
+            fontsize=10,
+        )
+
+
+def _plain_log(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _locator(count: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(count)
+
+
+def _legend(figure: Any) -> None:
+    figure.legend(loc="outside upper left", ncols=2, fontsize=10, labelcolor=_INK)
+
+
+def _colour(i: int) -> str:
+    return _COLOURS[i % len(_COLOURS)]
+
+
+def _marker(i: int) -> str:
+    return _MARKERS[i % len(_MARKERS)]

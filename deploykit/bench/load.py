@@ -1,0 +1,262 @@
+"""Load: who asks when, and how long each waited for the answer."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.bench.machine import PeakMemory, server_processes
+from deploykit.errors import UsageError
+from deploykit.predictor import Predictor
+
+TIMEOUT_S = 10.0
+FEW_SAMPLES = 100
+"""With fewer latencies than this, the 99th percentile is little more than the largest of them."""
+
+_MAX_BATCH = 64
+_FAILURE_PAUSE_S = 0.05  # a target that fails at once would otherwise be asked thousands of times
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """``concurrency`` callers, each asking again as soon as it is answered."""
+
+    concurrency: int
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise UsageError(f"a concurrency of {self.concurrency}", "make it 1 or more")
+
+    @property
+    def name(self) -> str:
+        return f"{self.concurrency} caller{'s' if self.concurrency > 1 else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "closed_loop", "name": self.name, "concurrency": self.concurrency}
+
+
+@dataclass(frozen=True)
+class Poisson:
+    """Independent users: requests arrive at random, ``rate_per_s`` on average, whether or not earlier
+    ones are answered.
+
+    A latency counts from the scheduled arrival, so a target that stalls is charged for everyone who
+    would have waited meanwhile ("coordinated omission": Tene, How NOT to Measure Latency, 2013).
+    """
+
+    rate_per_s: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.rate_per_s < float("inf"):
+            raise UsageError(f"a rate of {self.rate_per_s} per second", "make it a number above 0")
+
+    @property
+    def name(self) -> str:
+        return f"Poisson {self.rate_per_s:g}/s"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "poisson", "name": self.name, "rate_per_s": self.rate_per_s}
+
+    def arrivals(self, seconds: float, seed: int) -> NDArray[np.float64]:
+        """Arrival times within [0, ``seconds``), ascending, in seconds; the same for the same seed."""
+        random = np.random.default_rng(seed)
+        # Of a Poisson process: the count is Poisson, the times are uniform given the count.
+        count = max(1, random.poisson(self.rate_per_s * seconds))
+        return np.sort(random.uniform(0.0, seconds, count))
+
+
+Scenario = ClosedLoop | Poisson
+
+
+@dataclass(frozen=True)
+class Server:
+    """The model ``model`` on the Triton server at ``url`` (HTTP), asked one text a request."""
+
+    url: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a load generator saw. ``latencies_ms`` and ``rows`` are parallel, of the successful requests;
+    ``labels`` holds the label last answered for a row of the texts."""
+
+    duration_s: float
+    cpu_s: float
+    latencies_ms: NDArray[np.float64]
+    labels: Mapping[int, str] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
+    send_lag_ms: NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One scenario, once, against one target.
+
+    ``duration_s`` runs from the first request to the last answer. ``throughput_per_s`` counts
+    successful requests alone; ``latency_ms`` has p50, p90, p99, mean and max of theirs (empty if none
+    succeeded). ``peak_memory_mb`` (1e6 bytes) is the highest resident set seen: of this process for
+    a target inside it, of tritonserver and its stubs together for a local server, None for a remote one.
+    ``generator_cpu_ms`` is the CPU time of this process per request: for a server, what measuring took
+    from it. ``send_lag_ms`` (99th percentile, open loop against a server) is how late requests left.
+    """
+
+    scenario: Scenario
+    duration_s: float
+    requests: int
+    errors: int
+    error_examples: Mapping[str, int]
+    latencies_ms: NDArray[np.float64]
+    peak_memory_mb: float | None
+    labels: Mapping[int, str]
+    generator_cpu_ms: float
+    send_lag_ms: float | None = None
+
+    @property
+    def throughput_per_s(self) -> float:
+        return (self.requests - self.errors) / self.duration_s
+
+    @property
+    def latency_ms(self) -> dict[str, float]:
+        return latency_summary(self.latencies_ms)
+
+    @property
+    def few_samples(self) -> bool:
+        return len(self.latencies_ms) < FEW_SAMPLES
+
+
+def latency_summary(latencies_ms: NDArray[np.float64]) -> dict[str, float]:
+    """p50, p90, p99 (linear interpolation), mean and max, in milliseconds; empty for no latencies."""
+    if not len(latencies_ms):
+        return {}
+    p50, p90, p99 = np.percentile(latencies_ms, (50, 90, 99))
+    return {
+        "p50": float(p50),
+        "p90": float(p90),
+        "p99": float(p99),
+        "mean": float(latencies_ms.mean()),
+        "max": float(latencies_ms.max()),
+    }
+
+
+def measure(
+    target: Predictor | Server,
+    texts: Sequence[str],
+    scenario: Scenario,
+    *,
+    seconds: float,
+    warmup_s: float = 1.0,
+    seed: int = 0,
+    timeout_s: float = TIMEOUT_S,
+) -> Measurement:
+    """Put ``target`` under load for ``seconds``, after ``warmup_s`` of the same load that is not counted.
+
+    Texts are asked in an order shuffled by ``seed``, over and over. A failure is counted, never
+    raised; a request without an answer after ``timeout_s`` is one.
+    """
+    if not texts:
+        raise UsageError("there are no texts to ask", "give a file with at least one row")
+    if warmup_s > 0:
+        _ask(target, texts, scenario, warmup_s, seed + 1, timeout_s)
+    processes = server_processes(target.url) if isinstance(target, Server) else None
+    with PeakMemory(processes) as memory:
+        answers = _ask(target, texts, scenario, seconds, seed, timeout_s)
+    errors = sum(answers.errors.values())
+    requests = len(answers.latencies_ms) + errors
+    lag = answers.send_lag_ms if isinstance(scenario, Poisson) else None
+    return Measurement(
+        scenario=scenario,
+        duration_s=answers.duration_s,
+        requests=requests,
+        errors=errors,
+        error_examples=answers.errors,
+        latencies_ms=answers.latencies_ms,
+        peak_memory_mb=memory.peak_mb,
+        labels=answers.labels,
+        generator_cpu_ms=1e3 * answers.cpu_s / max(1, requests),
+        send_lag_ms=float(np.percentile(lag, 99)) if lag is not None and len(lag) else None,
+    )
+
+
+def _ask(
+    target: Predictor | Server, texts: Sequence[str], scenario: Scenario, seconds: float, seed: int, timeout_s: float
+) -> Answers:
+    rows = itertools.cycle(np.random.default_rng(seed).permutation(len(texts)).tolist())
+    load = scenario.concurrency if isinstance(scenario, ClosedLoop) else scenario.arrivals(seconds, seed)
+    if isinstance(target, Server):
+        from deploykit.bench.http import ask_server
+
+        return ask_server(target.url, target.model, texts, rows, load, seconds=seconds, timeout_s=timeout_s)
+    if isinstance(load, int):
+        return _closed_loop(target, texts, rows, load, seconds)
+    return _open_loop(target, texts, rows, load, seconds + timeout_s)
+
+
+class _Asked:
+    """Latencies, labels and errors of a predictor in this process."""
+
+    def __init__(self, predictor: Predictor, texts: Sequence[str]) -> None:
+        self._predictor = predictor
+        self._texts = texts
+        self._latencies: list[NDArray[np.float64]] = []
+        self._labels: dict[int, str] = {}
+        self.errors: Counter[str] = Counter()
+        self._cpu_start = time.process_time()
+        self._start = time.perf_counter()
+
+    def now(self) -> float:
+        return time.perf_counter() - self._start
+
+    def ask(self, rows: Sequence[int], due: NDArray[np.float64]) -> None:
+        """Answer ``rows`` in one call; ``due`` is when each was asked, in seconds from the start."""
+        try:
+            scores = self._predictor.scores([self._texts[row] for row in rows])
+            answered = self.now()
+            self._labels.update(zip(rows, self._predictor.task.decide(scores)))
+            self._latencies.append((answered - due) * 1e3)
+        except Exception as error:  # what a target under load raises is a result
+            self.errors[first_line(error)] += len(rows)
+            time.sleep(_FAILURE_PAUSE_S)
+
+    def answers(self) -> Answers:
+        latencies = np.concatenate(self._latencies) if self._latencies else np.empty(0)
+        return Answers(self.now(), time.process_time() - self._cpu_start, latencies, self._labels, self.errors)
+
+
+def _closed_loop(
+    predictor: Predictor, texts: Sequence[str], rows: Iterator[int], concurrency: int, seconds: float
+) -> Answers:
+    """The callers' single texts are merged: each waits as long as their common call takes."""
+    asked = _Asked(predictor, texts)
+    while (now := asked.now()) < seconds:
+        asked.ask(list(itertools.islice(rows, concurrency)), np.full(concurrency, now))
+    return asked.answers()
+
+
+def _open_loop(
+    predictor: Predictor, texts: Sequence[str], rows: Iterator[int], arrivals: NDArray[np.float64], give_up_s: float
+) -> Answers:
+    """One worker that takes all who have arrived, up to 64, and answers them in one call."""
+    asked = _Asked(predictor, texts)
+    first = 0
+    while first < len(arrivals) and (now := asked.now()) < give_up_s:
+        if arrivals[first] > now:
+            time.sleep(arrivals[first] - now)
+        arrived = int(np.searchsorted(arrivals, asked.now(), side="right"))
+        last = min(max(arrived, first + 1), first + _MAX_BATCH)
+        asked.ask(list(itertools.islice(rows, last - first)), arrivals[first:last])
+        first = last
+    if first < len(arrivals):
+        asked.errors["not answered in time: more requests arrive than can be answered"] += len(arrivals) - first
+    return asked.answers()
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

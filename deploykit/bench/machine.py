@@ -1,0 +1,155 @@
+"""What a measurement ran on, what else ran there, and how much memory it took."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from deploykit.artifacts import installed_versions
+from deploykit.errors import MissingDependencyError
+from deploykit.runtime.engines import available_cpus
+
+BENCH_EXTRA = "pip install 'deploykit[bench]'"
+_FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm", "sve")
+_SAMPLE_S = 0.05
+_WATCH_S = 0.3
+
+
+def require_psutil() -> Any:
+    """The psutil module. Raises MissingDependencyError."""
+    try:
+        import psutil
+    except ImportError:
+        raise MissingDependencyError("psutil is not installed, which measures memory and load", BENCH_EXTRA) from None
+    return psutil
+
+
+@dataclass(frozen=True)
+class OtherLoad:
+    """What other programs did just before a round: percent of all CPUs together, and the load
+    average over one minute (which still holds this program's own earlier work)."""
+
+    cpu_percent: float
+    load_average: float
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def other_load() -> OtherLoad:
+    """Watch the CPUs for 0.3 s in which this process does nothing but what its engines' threads do."""
+    own = time.process_time()
+    percent = float(require_psutil().cpu_percent(interval=_WATCH_S))
+    own_percent = 100 * (time.process_time() - own) / _WATCH_S / (os.cpu_count() or 1)
+    return OtherLoad(round(max(0.0, percent - own_percent), 1), os.getloadavg()[0])
+
+
+def describe_machine() -> dict[str, Any]:
+    """CPU, memory (1e9 bytes), operating system, Python and package versions."""
+    cpu = _cpuinfo()
+    flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
+    return {
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpus_usable": available_cpus(),
+        "cpus": os.cpu_count(),
+        "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "memory_gb": round(require_psutil().virtual_memory().total / 1e9, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "packages": installed_versions(),
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first CPU of /proc/cpuinfo (Linux; elsewhere empty)."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def server_processes(url: str) -> list[Any]:
+    """The processes (psutil) of the server that listens at ``url`` on this machine: it and its
+    descendants. Empty for a server elsewhere, or one whose owner does not let us look."""
+    from deploykit.triton.client import parse_url
+
+    psutil = require_psutil()
+    host, _, port = parse_url(url)[0].partition("/")[0].rpartition(":")
+    if not _is_local(host.strip("[]")):
+        return []
+    try:
+        listening = {
+            c.pid
+            for c in psutil.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN and c.laddr.port == int(port) and c.pid
+        }
+        owners = [psutil.Process(pid) for pid in listening]
+        return list({p.pid: p for owner in owners for p in (owner, *owner.children(recursive=True))}.values())
+    except psutil.Error:
+        return []
+
+
+def _is_local(host: str) -> bool:
+    try:
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    own = {a.address for interface in require_psutil().net_if_addrs().values() for a in interface}
+    return bool(addresses & own) or all(str(a).startswith("127.") for a in addresses)
+
+
+class PeakMemory:
+    """The highest sum of the processes' resident sets while the block runs, sampled every 50 ms.
+
+    ``processes`` None means this process; an empty list leaves ``peak_mb`` None. Pages that the
+    processes share (Triton's shared memory) count in each.
+    """
+
+    def __init__(self, processes: Sequence[Any] | None) -> None:
+        self._processes = [require_psutil().Process()] if processes is None else list(processes)
+        self._peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    @property
+    def peak_mb(self) -> float | None:
+        """In 1e6 bytes."""
+        return self._peak / 1e6 if self._peak else None
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self._peak = max(self._peak, sum(_resident_bytes(p) for p in self._processes))
+            if self._stop.wait(_SAMPLE_S):
+                return
+
+
+def _resident_bytes(process: Any) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except require_psutil().Error:  # it ended
+        return 0
+
+
+def settle() -> None:
+    """Let what was just loaded or measured come to rest."""
+    time.sleep(0.1)

@@ -1,0 +1,247 @@
+"""A bench result as one HTML page that needs neither network nor scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from deploykit.artifacts import new_file
+from deploykit.bench import figures
+from deploykit.errors import ArtifactError
+
+Record = Mapping[str, Any]
+
+_NOTHING = "–"
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b2430; --soft: #5b6675; --faint: #dfe4ea; --page: #f6f8fa; --card: #fff;
+  --warn: #fff4dd; --warn-ink: #6b4a00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa6b5; --faint: #39424e; --page: #12161c;
+  --card: #1b2129; --warn: #3a2e10; --warn-ink: #f3d89a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+h1 { margin: 0; font-size: 1.7rem; }
+h2 { margin: 0 0 .25rem; font-size: 1.15rem; }
+p { margin: 0 0 .75rem; color: var(--soft); max-width: 75ch; }
+section { background: var(--card); border: 1px solid var(--faint); border-radius: 12px; padding: 1.25rem; margin-top: 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { min-width: 9rem; }
+.words th { width: 11rem; vertical-align: top; font-weight: 500; color: var(--soft); }
+thead th { color: var(--soft); font-weight: 600; }
+small { display: block; color: var(--soft); font-size: .8em; }
+figure { margin: 0; }
+svg { display: block; width: 100%; height: auto; margin: 0 auto; }
+svg text { font-family: system-ui, sans-serif !important; }
+.warning { background: var(--warn); color: var(--warn-ink); border-color: transparent; }
+.warning ul { margin: 0; padding-left: 1.2rem; }
+code { overflow-wrap: anywhere; }
+"""
+
+
+def write_report(result: Record, out: Path) -> None:
+    """Draw ``result`` (of ``BenchResult.to_json``, or read back from its file) into the HTML file ``out``.
+
+    A key ``command`` in it is shown as the way to repeat the measurement. The same result gives the
+    same bytes. Raises MissingDependencyError without matplotlib, ArtifactError for another JSON.
+    """
+    figures.require_matplotlib()
+    try:
+        page = _page(result)
+    except (KeyError, TypeError, StopIteration) as error:
+        raise ArtifactError(
+            f"this is not a bench result: it lacks {error}", "pass what deploykit bench wrote"
+        ) from error
+    with new_file(out) as file:
+        file.write_bytes(page.encode("utf-8", "replace"))  # a label may hold half a surrogate pair
+
+
+def _page(result: Record) -> str:
+    candidates = result["candidates"]
+    scenario = result["headline"]["name"]
+    first = candidates[0]
+    parts = [
+        _warnings(result["warnings"]),
+        _section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(candidates)),
+        _figure(
+            "Latency",
+            f"How many requests were answered within which time, at {scenario}.",
+            figures.latency_distribution(result, scenario),
+        ),
+        _figure(
+            "Throughput against latency",
+            "Numbers count callers that each wait for their answer; hollow diamonds are requests that arrive at random. "
+            "Right and low is better.",
+            figures.throughput_latency(result),
+        ),
+        _figure("Accuracy against speed", "Right and high is better.", figures.accuracy_speed(result)),
+        _figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
+        _figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
+        _section(
+            "All measurements", "Medians over the rounds, with the least and the most below.", _details(candidates)
+        ),
+        _section("Machine", "", _words(_machine(result))),
+        _section("How to repeat it", "", _words(_settings(result))),
+    ]
+    names = ", ".join(c["name"] for c in candidates)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Bench: {escape(names)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<header><h1>Bench</h1><p>{escape(names)}. Measured {escape(result['started'])}.</p></header>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(title: str, note: str, body: str) -> str:
+    note = f"<p>{escape(note)}</p>" if note else ""
+    return f'<section><h2>{escape(title)}</h2>{note}<div class="wide">{body}</div></section>'
+
+
+def _figure(title: str, note: str, svg: str | None) -> str:
+    if svg is None:
+        return ""
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(f"{title}. {note}")}"', 1)
+    return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p><figure>{svg}</figure></section>"
+
+
+def _warnings(warnings: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
+    return f'<section class="warning"><h2>Read with care</h2><ul>{items}</ul></section>' if items else ""
+
+
+def _summary(candidates: Sequence[Record]) -> str:
+    head = (
+        "model",
+        "requests/s",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "errors",
+        "accuracy",
+        "macro-F1",
+        "memory MB",
+        "size MB",
+    )
+    rows = []
+    for candidate in candidates:
+        best = figures.headline(candidate)
+        metrics = candidate["metrics"] or {}
+        facts = [candidate["engine"], candidate["precision"], candidate["headline"]]
+        rows.append(
+            [
+                f"{escape(candidate['name'])}<small>{escape(' · '.join(f for f in facts if f))}</small>",
+                _number(best["throughput_per_s"]["median"]),
+                *(_median(best["latency_ms"][key]) for key in ("p50", "p90", "p99")),
+                f"{best['errors']:,}",
+                *(_fraction(metrics.get(key)) for key in ("accuracy", "macro_f1")),
+                _number(candidate["peak_memory_mb"]),
+                _number(candidate["size_mb"]),
+            ]
+        )
+    return _table(head, rows)
+
+
+def _details(candidates: Sequence[Record]) -> str:
+    head = ("model and load", "requests/s", "p50 ms", "p90 ms", "p99 ms", "slowest ms", "requests", "errors")
+    rows = []
+    for candidate in candidates:
+        for s in candidate["scenarios"]:
+            examples = "; ".join(f"{count:,} × {message}" for message, count in s["error_examples"].items())
+            few = " (few samples)" if s["few_samples"] else ""
+            rows.append(
+                [
+                    f"{escape(candidate['name'])}<small>{escape(s['scenario']['name'] + few)}</small>"
+                    + (f"<small>{escape(examples)}</small>" if examples else ""),
+                    _spread(s["throughput_per_s"]),
+                    *(_spread(s["latency_ms"][key]) for key in ("p50", "p90", "p99", "max")),
+                    f"{s['requests']:,}",
+                    f"{s['errors']:,}",
+                ]
+            )
+    return _table(head, rows)
+
+
+def _machine(result: Record) -> list[tuple[str, str]]:
+    machine = result["machine"]
+    busiest = max((load["cpu_percent"] for load in result["other_load"]), default=0.0)
+    return [
+        ("CPU", f"{machine['cpu']}, {machine['cpus_usable']} of {machine['cpus']} usable"),
+        ("CPU features", ", ".join(machine["cpu_flags"]) or _NOTHING),
+        ("Memory", f"{machine['memory_gb']} GB"),
+        ("System", f"{machine['system']}, Python {machine['python']}"),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
+        ("Other programs", f"at most {busiest:.0f}% of the CPUs just before a round"),
+    ]
+
+
+def _settings(result: Record) -> list[tuple[str, str]]:
+    texts, settings = result["texts"], result["settings"]
+    repeat = [("Command", str(result["command"]))] if result.get("command") else []
+    return [
+        *repeat,
+        ("Texts", f"{texts['rows']:,} rows of {texts['mean_chars']:g} characters on average, in shuffled order"),
+        (
+            "Load",
+            f"{settings['rounds']} rounds of {settings['seconds']:g} s for each model and scenario, taking turns; "
+            f"{settings['warmup_s']:g} s of warm-up before each; seed {settings['seed']}",
+        ),
+        ("Latency", "of a request that arrives at random: from its scheduled arrival, queueing included"),
+        ("Inside one process", "the callers' texts are merged into one call, and each waits for all of it"),
+        (
+            "On a server",
+            "one text a request over HTTP keep-alive; the generator shares the machine with a local server",
+        ),
+    ]
+
+
+def _matrix_note(candidate: Record) -> str:
+    note = f"Of {candidate['name']}: rows are the truth, columns the answer; percent and colour are shares of the row."
+    matrix = (candidate["metrics"] or {}).get("confusion_matrix")
+    if isinstance(matrix, Mapping) and len(matrix) > figures.MAX_MATRICES:
+        note += f" The first {figures.MAX_MATRICES} of {len(matrix)} labels."
+    return note
+
+
+def _memory_note(candidates: Sequence[Record]) -> str:
+    note = "Resident memory of the process that holds the model, Python and libraries included."
+    if any(candidate["served"] for candidate in candidates):
+        note += " A server's is the sum of its processes."
+    return note
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """``rows`` hold HTML."""
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _words(pairs: Sequence[tuple[str, str]]) -> str:
+    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in pairs)
+    return f'<table class="words"><tbody>{rows}</tbody></table>'
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return _NOTHING
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def _fraction(value: float | None) -> str:
+    return _NOTHING if value is None else f"{value:.4f}"
+
+
+def _median(spread: Mapping[str, float] | None) -> str:
+    return _number(spread["median"] if spread else None)
+
+
+def _spread(spread: Mapping[str, float] | None) -> str:
+    if not spread:
+        return _NOTHING
+    return f"{_number(spread['median'])}<small>{_number(spread['min'])} to {_number(spread['max'])}</small>"

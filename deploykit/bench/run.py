@@ -1,0 +1,342 @@
+"""Measure candidates side by side: speed under several loads, memory, and accuracy."""
+
+from __future__ import annotations
+
+import datetime
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.bench.load import FEW_SAMPLES, ClosedLoop, Measurement, Scenario, Server, measure
+from deploykit.bench.machine import OtherLoad, describe_machine, other_load, require_psutil, settle
+from deploykit.errors import DataError, UsageError
+from deploykit.metrics import classification_metrics
+from deploykit.predictor import Predictor
+
+SCHEMA = 1
+DEFAULT_SCENARIOS: tuple[Scenario, ...] = (ClosedLoop(1), ClosedLoop(8), ClosedLoop(64))
+_CHUNK = 256
+_HISTOGRAM_BINS = 100
+_BUSY_PERCENT = 10.0
+_ERROR_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is measured, under a name that the report shows. ``size_mb`` (1e6 bytes) is the graph file's;
+    ``peak_memory_mb``, when given, was measured beforehand, in a process of the candidate's own."""
+
+    name: str
+    target: Predictor | Server
+    size_mb: float | None = None
+    precision: str | None = None
+    engine: str | None = None
+    peak_memory_mb: float | None = None
+
+
+@dataclass(frozen=True)
+class ScenarioResult:
+    """The rounds of one scenario against one candidate."""
+
+    scenario: Scenario
+    rounds: tuple[Measurement, ...]
+
+    @property
+    def throughput_per_s(self) -> float:
+        return statistics.median(m.throughput_per_s for m in self.rounds)
+
+    @property
+    def errors(self) -> int:
+        return sum(m.errors for m in self.rounds)
+
+    def to_json(self) -> dict[str, Any]:
+        errors: Counter[str] = Counter()
+        for measurement in self.rounds:
+            errors.update(measurement.error_examples)
+        summaries = [m.latency_ms for m in self.rounds if m.latency_ms]
+        return {
+            "scenario": self.scenario.to_json(),
+            "throughput_per_s": _spread([m.throughput_per_s for m in self.rounds]),
+            "latency_ms": {
+                key: _spread([s[key] for s in summaries]) if summaries else None
+                for key in ("p50", "p90", "p99", "mean", "max")
+            },
+            "few_samples": any(m.few_samples for m in self.rounds),
+            "histogram": _histogram(np.concatenate([m.latencies_ms for m in self.rounds])),
+            "requests": sum(m.requests for m in self.rounds),
+            "errors": self.errors,
+            "error_examples": dict(errors.most_common(_ERROR_EXAMPLES)),
+            "duration_s": _spread([m.duration_s for m in self.rounds]),
+            "achieved_rate_per_s": _spread([m.requests / m.duration_s for m in self.rounds]),
+            "peak_memory_mb": max((m.peak_memory_mb for m in self.rounds if m.peak_memory_mb), default=None),
+            "generator_cpu_ms": _spread([m.generator_cpu_ms for m in self.rounds]),
+            "send_lag_ms": max((m.send_lag_ms for m in self.rounds if m.send_lag_ms is not None), default=None),
+        }
+
+
+@dataclass(frozen=True)
+class CandidateResult:
+    """``metrics`` over all rows, None without labels. ``disagreements`` counts texts that were answered
+    differently under load than when ``metrics`` was measured (None without labels): 0 unless something is wrong."""
+
+    candidate: Candidate
+    scenarios: tuple[ScenarioResult, ...]
+    labels: tuple[str, ...] | None
+    metrics: Mapping[str, Any] | None
+    disagreements: int | None
+
+    @property
+    def headline(self) -> ScenarioResult:
+        """The closed loop with the highest throughput; without closed loops, the scenario with the highest."""
+        closed = [s for s in self.scenarios if isinstance(s.scenario, ClosedLoop)]
+        return max(closed or self.scenarios, key=lambda s: s.throughput_per_s)
+
+    @property
+    def peak_memory_mb(self) -> float | None:
+        if self.candidate.peak_memory_mb is not None:
+            return self.candidate.peak_memory_mb
+        seen = [m.peak_memory_mb for s in self.scenarios for m in s.rounds if m.peak_memory_mb is not None]
+        return max(seen, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.candidate.name,
+            "engine": self.candidate.engine,
+            "precision": self.candidate.precision,
+            "size_mb": self.candidate.size_mb,
+            "served": isinstance(self.candidate.target, Server),
+            "peak_memory_mb": self.peak_memory_mb,
+            "labels": list(self.labels) if self.labels is not None else None,
+            "metrics": dict(self.metrics) if self.metrics is not None else None,
+            "disagreements": self.disagreements,
+            "headline": self.headline.scenario.name,
+            "scenarios": [s.to_json() for s in self.scenarios],
+        }
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Everything measured. ``to_json`` is what the report is drawn from."""
+
+    candidates: tuple[CandidateResult, ...]
+    machine: Mapping[str, Any]
+    other_load: tuple[OtherLoad, ...]
+    warnings: tuple[str, ...]
+    rows: int
+    mean_chars: float
+    rounds: int
+    seconds: float
+    warmup_s: float
+    seed: int
+    started: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, without NaN; memory and sizes in 1e6 bytes, times in the unit that the key ends in.
+
+        The top level has the figures of the first candidate's headline scenario (its closed loop with
+        the highest throughput), medians over the rounds: throughput_per_s, latency_ms (p50, p90, p99),
+        requests and errors (sums), peak_memory_mb, and metrics (null without labels). Then candidates
+        (each with all its scenarios; median, min and max over the rounds), machine, other_load (before
+        each round), warnings, texts, settings, started, schema.
+        """
+        first = self.candidates[0]
+        record = first.to_json()
+        headline = first.headline.to_json()
+        return {
+            "schema": SCHEMA,
+            "started": self.started,
+            "headline": headline["scenario"],
+            "throughput_per_s": headline["throughput_per_s"]["median"],
+            "latency_ms": {
+                key: headline["latency_ms"][key] and headline["latency_ms"][key]["median"]
+                for key in ("p50", "p90", "p99")
+            },
+            "requests": headline["requests"],
+            "errors": headline["errors"],
+            "peak_memory_mb": record["peak_memory_mb"],
+            "metrics": record["metrics"],
+            "candidates": [candidate.to_json() for candidate in self.candidates],
+            "texts": {"rows": self.rows, "mean_chars": self.mean_chars},
+            "settings": {
+                "rounds": self.rounds,
+                "seconds": self.seconds,
+                "warmup_s": self.warmup_s,
+                "seed": self.seed,
+            },
+            "machine": dict(self.machine),
+            "other_load": [load.to_json() for load in self.other_load],
+            "warnings": list(self.warnings),
+        }
+
+
+def run_bench(
+    candidates: Sequence[Candidate],
+    texts: Sequence[str],
+    labels: Sequence[str] | None = None,
+    scenarios: Sequence[Scenario] = DEFAULT_SCENARIOS,
+    *,
+    rounds: int = 3,
+    seconds: float = 5.0,
+    warmup_s: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda message: None,
+) -> BenchResult:
+    """Measure every candidate under every scenario, ``rounds`` times ``seconds`` each.
+
+    Within a round the candidates take turns scenario by scenario, so that a drift of the machine hits
+    all alike. With ``labels`` (one a text), each also answers every text once and is graded.
+    """
+    if not candidates or not scenarios:
+        raise UsageError("there is nothing to measure", "give at least one model and one scenario")
+    if rounds < 1 or seconds <= 0:
+        raise UsageError(f"{rounds} rounds of {seconds:g} s measure nothing", "give 1 or more, and a time above 0")
+    if not texts:
+        raise DataError("there are no texts to ask", "give a file with at least one row")
+    if labels is not None and len(labels) != len(texts):
+        raise UsageError(f"{len(texts)} texts, but {len(labels)} labels", "give one label for each text")
+    require_psutil()
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    grades = [_grade(candidate, texts, labels, progress) if labels is not None else None for candidate in candidates]
+    measured: dict[tuple[int, int], list[Measurement]] = {}
+    loads = []
+    for number in range(rounds):
+        settle()
+        loads.append(other_load())
+        for s, scenario in enumerate(scenarios):
+            for c, candidate in enumerate(candidates):
+                measurement = measure(
+                    candidate.target, texts, scenario, seconds=seconds, warmup_s=warmup_s, seed=seed + number
+                )
+                measured.setdefault((c, s), []).append(measurement)
+                progress(f"round {number + 1} of {rounds}: {candidate.name}, {_told(measurement)}")
+    results = tuple(
+        _result(candidate, [ScenarioResult(x, tuple(measured[c, s])) for s, x in enumerate(scenarios)], grades[c])
+        for c, candidate in enumerate(candidates)
+    )
+    if sum(not isinstance(candidate.target, Server) for candidate in candidates) > 1:
+        results = tuple(_without_shared_memory(result) for result in results)
+    warnings = tuple(_warnings(results, loads))
+    for warning in warnings:
+        progress(f"warning: {warning}")
+    return BenchResult(
+        candidates=results,
+        machine=describe_machine(),
+        other_load=tuple(loads),
+        warnings=warnings,
+        rows=len(texts),
+        mean_chars=round(statistics.mean(map(len, texts)), 1),
+        rounds=rounds,
+        seconds=seconds,
+        warmup_s=warmup_s,
+        seed=seed,
+        started=started,
+    )
+
+
+@dataclass(frozen=True)
+class _Grade:
+    """``answers`` to every text, asked calmly."""
+
+    labels: tuple[str, ...]
+    answers: tuple[str, ...]
+    metrics: Mapping[str, Any]
+
+
+def _grade(
+    candidate: Candidate, texts: Sequence[str], labels: Sequence[str], progress: Callable[[str], None]
+) -> _Grade:
+    progress(f"grading {candidate.name} on {len(texts):,} rows")
+    if not isinstance(candidate.target, Server):
+        return _grade_predictor(candidate.target, texts, labels)
+    from deploykit.triton.client import ServedClassifier
+
+    served = ServedClassifier(candidate.target.model, candidate.target.url)
+    try:
+        return _grade_predictor(served, texts, labels)
+    finally:
+        served.close()
+
+
+def _grade_predictor(predictor: Predictor, texts: Sequence[str], labels: Sequence[str]) -> _Grade:
+    task = predictor.task
+    try:
+        truth = task.targets(labels)
+    except KeyError as error:
+        raise DataError(
+            f"the data have the label {error}, which the model does not",
+            f"correct the data; the model has: {', '.join(task.labels)}",
+        ) from None
+    scores: NDArray[np.float32] = np.concatenate(
+        [predictor.scores(texts[start : start + _CHUNK]) for start in range(0, len(texts), _CHUNK)]
+    )
+    return _Grade(task.labels, tuple(task.decide(scores)), classification_metrics(task, truth, scores))
+
+
+def _result(candidate: Candidate, scenarios: Sequence[ScenarioResult], grade: _Grade | None) -> CandidateResult:
+    if grade is None:
+        return CandidateResult(candidate, tuple(scenarios), None, None, None)
+    differing = {
+        row
+        for s in scenarios
+        for measurement in s.rounds
+        for row, label in measurement.labels.items()
+        if label != grade.answers[row]
+    }
+    return CandidateResult(candidate, tuple(scenarios), grade.labels, grade.metrics, len(differing))
+
+
+def _without_shared_memory(result: CandidateResult) -> CandidateResult:
+    """Drop what was seen of this process's memory while it held several candidates."""
+    if isinstance(result.candidate.target, Server):
+        return result
+    scenarios = tuple(
+        replace(s, rounds=tuple(replace(m, peak_memory_mb=None) for m in s.rounds)) for s in result.scenarios
+    )
+    return replace(result, scenarios=scenarios)
+
+
+def _warnings(results: Sequence[CandidateResult], loads: Sequence[OtherLoad]) -> Iterator[str]:
+    busiest = max(load.cpu_percent for load in loads)
+    if busiest > _BUSY_PERCENT:
+        yield f"other programs used up to {busiest:.0f}% of the CPUs just before a round: the figures may be too low"
+    for result in results:
+        errors = sum(s.errors for s in result.scenarios)
+        if errors:
+            yield f"{result.candidate.name}: {errors:,} requests failed"
+        if result.disagreements:
+            yield f"{result.candidate.name}: {result.disagreements:,} texts were answered differently under load"
+    few = {s.scenario.name: None for r in results for s in r.scenarios if any(m.few_samples for m in s.rounds)}
+    if few:
+        yield (
+            f"some rounds have fewer than {FEW_SAMPLES} answers ({', '.join(few)}): "
+            "their p99 is hardly more than the slowest answer; measure for more seconds"
+        )
+
+
+def _told(m: Measurement) -> str:
+    latency = m.latency_ms
+    told = f"{m.scenario.name}: {m.throughput_per_s:.1f}/s"
+    if latency:
+        told += f", p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms"
+    return told + (f", {m.errors} errors" if m.errors else "")
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def _histogram(latencies_ms: NDArray[np.float64]) -> dict[str, list[float]] | None:
+    """Counts in 100 bins of equal width on a logarithmic scale: edges_ms has one entry more than counts."""
+    if not len(latencies_ms):
+        return None
+    least = max(float(latencies_ms.min()), 1e-3)
+    most = max(float(latencies_ms.max()), least * 1.01)
+    edges = np.geomspace(least, most, _HISTOGRAM_BINS + 1)
+    # Rounding must not push the extremes out of their bins.
+    counts, _ = np.histogram(np.clip(latencies_ms, edges[0], edges[-1]), edges)
+    return {"edges_ms": edges.tolist(), "counts": counts.tolist()}

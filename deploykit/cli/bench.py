@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit.cli.common import ENCODING, FORCE, SERVER_URL, THREADS, Result, deploykit_command, say
+
+
+@deploykit_command(help="Measure TARGETS (checkpoints, exports, or served models' names) side by side on real texts.")
+@click.argument("targets", nargs=-1, required=True)
+@click.option("--data", required=True, help="Texts to ask with; if they have labels, accuracy is measured too.")
+@click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
+@click.option("--label-column", help="(default: the training column, or detected)")
+@click.option(
+    "--engine", "engines", multiple=True, default=("auto",), help="Of exports; repeat to compare. [default: auto]"
+)
+@click.option("--precision", "precisions", multiple=True, default=("auto",), help="Of exports; repeat. [default: auto]")
+@click.option("--concurrency", "concurrencies", multiple=True, type=click.IntRange(1, 1024), default=(1, 8, 32),
+              help="Callers that each wait for their answer; repeat. [default: 1 8 32]")  # fmt: skip
+@click.option("--rate", "rates", multiple=True, type=click.FloatRange(0, min_open=True),
+              help="Texts per second of an open loop with Poisson arrivals; repeat.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Of each measurement.")
+@click.option("--max-rows", type=click.IntRange(1), default=2000, show_default=True, help="Texts to use.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the whole result here, as JSON.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write a self-contained HTML page here.")
+@ENCODING
+@FORCE
+@SERVER_URL
+@THREADS
+def command(
+    *,
+    targets: tuple[str, ...],
+    data: str,
+    text_column: tuple[str, ...],
+    label_column: str | None,
+    engines: tuple[str, ...],
+    precisions: tuple[str, ...],
+    concurrencies: tuple[int, ...],
+    rates: tuple[float, ...],
+    max_rows: int,
+    out: Path | None,
+    report: Path | None,
+    encoding: str | None,
+    force: bool,
+    **settings: Any,
+) -> Result:
+    import json
+
+    from deploykit.artifacts import new_file
+    from deploykit.bench.load import ClosedLoop, Poisson
+    from deploykit.bench.report import write_report
+    from deploykit.bench.rows import read_rows
+    from deploykit.bench.targets import bench_targets
+    from deploykit.errors import ArtifactError
+
+    for path in (out, report):
+        if path is not None and path.exists() and not force:
+            raise ArtifactError(f"{path}: exists", "choose another name, or pass --force to replace it")
+    texts, labels = read_rows(
+        data,
+        targets[0],
+        url=settings["url"],
+        text_columns=text_column,
+        label_column=label_column,
+        encoding=encoding,
+        most=max_rows,
+        seed=settings["seed"],
+    )
+    result = bench_targets(
+        targets,
+        texts,
+        labels,
+        engines=engines,
+        precisions=precisions,
+        scenarios=[*map(ClosedLoop, concurrencies), *map(Poisson, rates)],
+        progress=say,
+        **settings,
+    ).to_json()
+    if out is not None:
+        with new_file(out) as file:
+            file.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    if report is not None:
+        write_report(result, report)
+    lines = [f"{'':<40}{'texts/s':>10}{'p50 ms':>10}{'p99 ms':>10}{'errors':>8}"]
+    for candidate in result["candidates"]:
+        for s in candidate["scenarios"]:
+            latency = s["latency_ms"]
+            cells = (f"{latency[key]['median']:.2f}" if latency[key] else "-" for key in ("p50", "p99"))
+            name = f"{candidate['name']}, {s['scenario']['name']}"
+            lines.append(
+                f"{name:<40}{s['throughput_per_s']['median']:>10.0f}"
+                + "".join(f"{c:>10}" for c in cells)
+                + f"{s['errors']:>8}"
+            )
+    lines += [f"{path}: written" for path in (out, report) if path is not None]
+    return result, "\n".join(lines)

@@ -1,0 +1,113 @@
+"""What all commands share: --json, --debug, errors as messages, progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn
+
+import click
+
+from deploykit.errors import DeploykitError
+
+Result = tuple[Mapping[str, Any], str]
+"""What a command returns: the object that --json prints, and the text printed otherwise."""
+
+
+def say(message: str) -> None:
+    """Progress, for a person: on stderr, so that stdout holds the result alone."""
+    click.echo(message, err=True)
+
+
+def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], click.Command]:
+    """Declare a command: adds --json and --debug, prints its result, turns errors into messages."""
+
+    def declare(function: Callable[..., Result]) -> click.Command:
+        @functools.wraps(function)
+        def run(*, as_json: bool, debug: bool, **options: Any) -> None:
+            try:
+                # Libraries print where they like; stdout is for the result.
+                with contextlib.redirect_stdout(sys.stderr):
+                    result, text = function(**options)
+            except DeploykitError as error:
+                if debug:
+                    raise
+                _fail(error.message, error.remedy, error.exit_code, as_json=as_json)
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except KeyboardInterrupt:
+                _fail("interrupted", None, 130, as_json=as_json)
+            except Exception as error:
+                if debug:
+                    raise
+                what = str(error).strip() or type(error).__name__
+                _fail(f"{type(error).__name__}: {what}", "run it again with --debug for details", 1, as_json=as_json)
+            click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+
+        run = click.option("--debug", is_flag=True, help="Show a traceback on errors.")(run)
+        run = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")(run)
+        command: click.Command = click.command(**attributes)(run)
+        return command
+
+    return declare
+
+
+def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) -> NoReturn:
+    click.secho(f"error: {message}", err=True, fg="red")
+    if remedy:
+        click.echo(f"remedy: {remedy}", err=True)
+    if as_json:
+        click.echo(json.dumps({"error": {"message": message, "remedy": remedy}}, ensure_ascii=False))
+    sys.exit(exit_code)
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def metrics_text(metrics: Mapping[str, Any]) -> str:
+    """Classification metrics as a small table."""
+    width = max(9, *(len(label) for label in metrics["per_class"])) + 2
+    lines = [f"{'label':<{width}}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}"]
+    for label, m in metrics["per_class"].items():
+        lines.append(f"{label:<{width}}{m['precision']:>10.4f}{m['recall']:>8.4f}{m['f1']:>8.4f}{m['support']:>8,}")
+    lines.append(
+        f"{'macro':<{width}}{metrics['macro_precision']:>10.4f}{metrics['macro_recall']:>8.4f}{metrics['macro_f1']:>8.4f}"
+    )
+    lines.append(
+        f"accuracy {metrics['accuracy']:.4f}, expected calibration error {metrics['expected_calibration_error']:.4f}"
+    )
+    return "\n".join(lines)
+
+
+SERVER_URL = click.option(
+    "--url", default="http://127.0.0.1:8000", show_default=True, help="HTTP address of the server, for a served model."
+)
+ENGINE = click.option("--engine", default="auto", show_default=True, help="auto, openvino or onnxruntime.")
+PRECISION = click.option(
+    "--precision", default="auto", show_default=True, help="auto (INT8 if there is one), fp32, int8."
+)
+THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
+ENCODING = click.option("--encoding", help="Of text files (default: UTF-8, or what a byte order mark says).")
+FORCE = click.option("--force", is_flag=True, help="Replace what stands at the destination.")
+
+
+@contextlib.contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr; yields what to call with (done, in all)."""
+    from tqdm import tqdm
+
+    with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:
+
+        def update(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        yield update

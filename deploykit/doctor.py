@@ -1,0 +1,133 @@
+"""What this machine has, and what each command still needs here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploykit.errors import MissingDependencyError
+from deploykit.runtime.engines import ENGINES, available_cpus
+from deploykit.triton.preflight import find_triton
+
+_PACKAGES = (
+    "numpy", "tokenizers", "tritonclient", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch",
+    "transformers", "datasets", "accelerate", "peft", "onnx", "pyarrow", "tensorboard", "nvidia-pytriton", "matplotlib",
+)  # fmt: skip
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+_TRAINING = ("torch", "transformers", "accelerate", "tokenizers", "onnx", "tensorboard", "tomli_w")
+# command -> (modules it needs, the extra that brings them)
+_NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "finetune": (_TRAINING, "finetune"),
+    "export": ((*_TRAINING, "onnxruntime"), "finetune,cpu"),
+    "package": (("tritonclient", "google.protobuf"), ""),
+    "predict": (("tritonclient",), ""),
+    "evaluate": (("tritonclient",), ""),
+    "bench": (("matplotlib", "psutil"), "bench"),
+    "inspect": ((), ""),
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Whether a command can run here; ``missing`` and ``remedy`` are empty when it can."""
+
+    ready: bool
+    missing: str = ""
+    remedy: str = ""
+
+
+def examine() -> dict[str, Any]:
+    """Everything found, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, commands."""
+    return {
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1_000_000,
+        "gpu": _gpu(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "engines": {name: info.installed for name, info in ENGINES.items()},
+        "commands": {name: need.__dict__ for name, need in _commands().items()},
+    }
+
+
+def _commands() -> dict[str, Need]:
+    needs = {}
+    for command, (modules, extra) in _NEEDS.items():
+        missing = [name for name in modules if not _importable(name)]
+        remedy = f"pip install 'deploykit[{extra}]'" if extra else "pip install deploykit"
+        needs[command] = Need(not missing, ", ".join(missing), remedy if missing else "")
+    if not any(info.installed for info in ENGINES.values()):
+        for command in ("predict", "evaluate", "bench"):
+            if needs[command].ready:
+                needs[command] = Need(
+                    False, "an engine (served models work without)", "pip install 'deploykit[cpu,openvino]'"
+                )
+    try:
+        find_triton()
+        needs["serve"] = Need(True)
+    except MissingDependencyError as error:
+        needs["serve"] = Need(False, error.message, error.remedy or "")
+    gpu = _gpu()
+    if not gpu["devices"]:
+        needs["GPU engines"] = Need(
+            False, "an NVIDIA GPU and its driver", "use the CPU engines, or a machine with a GPU"
+        )
+    return needs
+
+
+def _cpu() -> dict[str, Any]:
+    model, flags = platform.processor() or platform.machine(), set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            elif key.strip() in ("flags", "Features"):
+                flags = set(value.split())
+    except OSError:
+        pass  # not Linux: the model is all there is to say
+    return {"model": model, "cores": available_cpus(), "features": [flag for flag in _CPU_FLAGS if flag in flags]}
+
+
+def _gpu() -> dict[str, Any]:
+    """NVIDIA devices as nvidia-smi lists them, and the CUDA toolkit's compiler."""
+    devices: list[dict[str, str]] = []
+    if shutil.which("nvidia-smi"):
+        query = "name,driver_version,memory.total,compute_cap"
+        answer = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        if answer.returncode == 0:
+            keys = ("name", "driver", "memory", "compute_capability")
+            devices = [dict(zip(keys, (v.strip() for v in line.split(",")))) for line in answer.stdout.splitlines()]
+    nvcc = None
+    if shutil.which("nvcc"):
+        answer = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, timeout=30, check=False)
+        nvcc = next(
+            (line.split("release ")[1].split(",")[0] for line in answer.stdout.splitlines() if "release " in line), None
+        )
+    return {"devices": devices, "cuda_compiler": nvcc}
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,75 @@
+"""Every error deploykit raises on purpose.
+
+    DeploykitError                exit code 1
+    ├── UsageError                an option or a combination of options is wrong; exit code 2
+    ├── DataError                 a data file, row or field
+    ├── ArtifactError             a directory a stage wrote or should read
+    │   └── CorruptArtifactError  a file differs from its recorded SHA-256
+    ├── MissingDependencyError    a Python or system package is not installed
+    ├── EngineError               an inference engine cannot load or run a graph
+    ├── ExportError               parity, quantization or accuracy did not hold
+    └── ServerError               Triton did not start, or was lost
+        └── RequestError          the server answered a request with an error
+
+A message says what is wrong and where; the remedy says what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class DeploykitError(Exception):
+    """Base of all expected errors: shown as message and remedy, without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n  remedy: {self.remedy}" if self.remedy else self.message
+
+
+class UsageError(DeploykitError):
+    exit_code = 2
+
+
+class DataError(DeploykitError):
+    pass
+
+
+class ArtifactError(DeploykitError):
+    pass
+
+
+class CorruptArtifactError(ArtifactError):
+    pass
+
+
+class MissingDependencyError(DeploykitError):
+    pass
+
+
+class EngineError(DeploykitError):
+    pass
+
+
+class ExportError(DeploykitError):
+    pass
+
+
+class ServerError(DeploykitError):
+    pass
+
+
+class RequestError(ServerError):
+    """The server answered a request with an error.
+
+    ``status`` is the HTTP status the answer came with (400 bad request, 404 no such model,
+    503 queue full, 500 failure inside the model).
+    """
+
+    def __init__(self, message: str, status: int, remedy: str | None = None) -> None:
+        super().__init__(message, remedy)
+        self.status = status

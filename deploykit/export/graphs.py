@@ -1,0 +1,83 @@
+"""PyTorch to ONNX, one function a task."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import torch
+
+from deploykit.errors import ExportError
+
+OPSET = 17
+"""The newest operator set that every target here reads: TensorRT 8.5 and ONNX Runtime 1.12 and later."""
+
+
+def export_classifier(model: Any, path: Path) -> None:
+    """Write the fp32 graph of a sequence classification model.
+
+    Inputs input_ids and attention_mask, int64 [batch, tokens]; output logits, float32 [batch,
+    labels]; both axes dynamic. Attention must be eager: only then are all operators standard ones.
+    Raises ExportError naming what PyTorch's exporter could not translate.
+    """
+    example = torch.ones(2, 16, dtype=torch.long)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        traced = Path(folder) / "traced.onnx"
+        try:
+            with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter("ignore")  # the tracer warns of each Python branch; parity is measured below
+                torch.onnx.export(
+                    _LogitsOnly(model).eval(),
+                    (example, example),
+                    str(traced),
+                    dynamo=False,  # the graph that ONNX Runtime's attention fusion recognises
+                    opset_version=OPSET,
+                    input_names=["input_ids", "attention_mask"],
+                    output_names=["logits"],
+                    dynamic_axes={
+                        "input_ids": {0: "batch", 1: "tokens"},
+                        "attention_mask": {0: "batch", 1: "tokens"},
+                        "logits": {0: "batch"},
+                    },
+                )
+        except Exception as error:  # the exporter raises many types, all meaning the same here
+            raise ExportError(
+                f"PyTorch cannot export {type(model).__name__} to ONNX: {str(error).strip().splitlines()[0]}",
+                "this architecture is not supported yet; see the README's support table",
+            ) from error
+        _fold_constants(traced, path)
+
+
+class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+
+def _fold_constants(source: Path, target: Path) -> None:
+    """Fold constants and drop what they leave, keeping to standard operators: transposed weights
+    become plain ones, which quantization needs to find."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(target)
+    options.log_severity_level = 3
+    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    model = onnx.load(target)
+    standard = [entry for entry in model.opset_import if entry.domain == ""]
+    del model.opset_import[:]  # ONNX Runtime lists its own domains, which other engines refuse
+    model.opset_import.extend(standard)
+    foreign = {node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")}
+    if foreign:
+        raise ExportError(f"the graph holds operators that are not standard ONNX: {', '.join(sorted(foreign))}")
+    onnx.checker.check_model(model)
+    onnx.save(model, target)

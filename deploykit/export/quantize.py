@@ -1,0 +1,200 @@
+"""Explicit INT8: Q/DQ graphs for each target, written from one calibration.
+
+Only the linear layers (MatMul and Gemm with a constant weight) are quantized: activations per tensor
+and statically, so that a row's answer does not depend on its batch; weights per output channel,
+symmetric. Embedding tables become INT8 with one scale a row.
+
+Source: ONNX operator specification, QuantizeLinear/DequantizeLinear (opset 13 and later).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+Scheme = Literal["s8s8", "u8s8"]
+"""Activation and weight types. ``s8s8`` (symmetric) serves OpenVINO and TensorRT; ``u8s8`` is the
+one ONNX Runtime has fast CPU kernels for."""
+
+_MIN_EMBEDDING_ROWS = 1024  # below it a table is too small for its size to matter
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """One MatMul or Gemm whose second input is constant; ``transposed`` weights are [out, in]."""
+
+    node: str
+    activation: str
+    weight: str
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class QuantizedCount:
+    """What was really written into a graph."""
+
+    linear_layers: int
+    quantize_nodes: int
+    dequantize_nodes: int
+    embeddings: int
+
+
+def linear_layers(model: onnx.ModelProto) -> list[LinearLayer]:
+    """List the quantizable layers of ``model`` in graph order."""
+    constants = {i.name: len(i.dims) for i in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
+            continue
+        activation, weight = node.input[0], node.input[1]
+        if constants.get(weight) != 2 or activation in constants:
+            continue
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if attributes.get("transA", 0) or attributes.get("alpha", 1) != 1 or attributes.get("beta", 1) != 1:
+            continue
+        found.append(LinearLayer(node.output[0], activation, weight, bool(attributes.get("transB", 0))))
+    return found
+
+
+def quantize(
+    model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], scheme: Scheme
+) -> tuple[onnx.ModelProto, QuantizedCount]:
+    """Write Q/DQ around every linear layer whose activation has a range.
+
+    Args:
+        model: fp32 graph.
+        ranges: activation tensor name -> (low, high) in real units.
+        scheme: types of activations and weights.
+    """
+    quantized = onnx.ModelProto()
+    quantized.CopyFrom(model)
+    graph = quantized.graph
+    layers = {layer.node: layer for layer in linear_layers(quantized) if layer.activation in ranges}
+    weights = {i.name: i for i in graph.initializer}
+
+    dequantized: dict[str, str] = {}
+    done_weights: dict[tuple[str, bool], str] = {}
+    nodes: list[onnx.NodeProto] = []
+    quantize_nodes = dequantize_nodes = 0
+    for node in graph.node:
+        layer = layers.get(node.output[0])
+        if layer is not None:
+            if layer.activation not in dequantized:
+                low, high = ranges[layer.activation]
+                nodes += _activation_qdq(graph, layer.activation, low, high, scheme)
+                dequantized[layer.activation] = f"{layer.activation}/dq"
+                quantize_nodes += 1
+                dequantize_nodes += 1
+            key = (layer.weight, layer.transposed)
+            if key not in done_weights:
+                weight = numpy_helper.to_array(weights[layer.weight])
+                nodes.append(_weight_dq(graph, layer.weight, weight.T if layer.transposed else weight))
+                done_weights[key] = nodes[-1].output[0]
+                dequantize_nodes += 1
+            nodes += _matmul(node, dequantized[layer.activation], done_weights[key])
+            continue
+        nodes.append(node)
+    nodes, embeddings = _quantize_embeddings(graph, nodes, weights)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    _drop_unused_initializers(graph)
+    onnx.checker.check_model(quantized)
+    return quantized, QuantizedCount(len(layers), quantize_nodes, dequantize_nodes, embeddings)
+
+
+def activation_parameters(low: float, high: float, scheme: Scheme) -> tuple[np.float32, np.int8 | np.uint8]:
+    """Scale and zero point of an activation range (zero is always representable)."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    if scheme == "s8s8":
+        return np.float32(max(-low, high, 1e-8) / 127.0), np.int8(0)
+    scale = np.float32(max(high - low, 1e-8) / 255.0)
+    return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))
+
+
+def quantize_weight(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric INT8 with one scale for each index of ``axis`` of a 2-D weight."""
+    amax = np.abs(weight).max(axis=1 - axis, keepdims=True)
+    scale = np.maximum(amax, 1e-12).astype(np.float32) / np.float32(127.0)
+    return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale.reshape(-1)
+
+
+def _activation_qdq(graph: onnx.GraphProto, name: str, low: float, high: float, scheme: Scheme) -> list[onnx.NodeProto]:
+    scale, zero_point = activation_parameters(low, high, scheme)
+    graph.initializer.append(numpy_helper.from_array(np.asarray(scale), f"{name}/scale"))
+    graph.initializer.append(numpy_helper.from_array(np.asarray(zero_point), f"{name}/zero_point"))
+    parameters = [f"{name}/scale", f"{name}/zero_point"]
+    return [
+        helper.make_node("QuantizeLinear", [name, *parameters], [f"{name}/q"], f"{name}/QuantizeLinear"),
+        helper.make_node("DequantizeLinear", [f"{name}/q", *parameters], [f"{name}/dq"], f"{name}/DequantizeLinear"),
+    ]
+
+
+def _weight_dq(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32]) -> onnx.NodeProto:
+    """Store a weight [in, out] in INT8; its output channels are axis 1."""
+    values, scale = quantize_weight(weight, axis=1)
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), f"{name}/q"))
+    graph.initializer.append(numpy_helper.from_array(scale, f"{name}/scale"))
+    graph.initializer.append(numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{name}/zero_point"))
+    inputs = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
+    return helper.make_node("DequantizeLinear", inputs, [f"{name}/dq"], f"{name}/DequantizeLinear", axis=1)
+
+
+def _matmul(node: onnx.NodeProto, activation: str, weight: str) -> list[onnx.NodeProto]:
+    """MatMul for any linear layer: ONNX Runtime has no INT8 kernel for a Gemm with fp32 output."""
+    if node.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
+        return [helper.make_node("MatMul", [activation, weight], [node.output[0]], node.name)]
+    product = f"{node.output[0]}/product"
+    return [
+        helper.make_node("MatMul", [activation, weight], [product], node.name),
+        helper.make_node("Add", [product, node.input[2]], [node.output[0]], f"{node.name}/bias"),
+    ]
+
+
+def _quantize_embeddings(
+    graph: onnx.GraphProto, nodes: list[onnx.NodeProto], weights: Mapping[str, onnx.TensorProto]
+) -> tuple[list[onnx.NodeProto], int]:
+    """Gather INT8 rows and their scales instead of fp32 rows.
+
+    Written as Gather, Cast, Mul and not as a DequantizeLinear of the table, which engines fold back
+    into a whole fp32 table when they load the graph.
+    """
+    result: list[onnx.NodeProto] = []
+    tables: set[str] = set()
+    for node in nodes:
+        table = weights.get(node.input[0]) if node.op_type == "Gather" else None
+        axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+        if (
+            table is None
+            or axis != 0
+            or len(table.dims) != 2
+            or table.dims[0] < _MIN_EMBEDDING_ROWS
+            or table.data_type != TensorProto.FLOAT
+        ):
+            result.append(node)
+            continue
+        name, out = table.name, node.output[0]
+        if name not in tables:
+            values, scale = quantize_weight(numpy_helper.to_array(table), axis=0)
+            graph.initializer.append(numpy_helper.from_array(values, f"{name}/q"))
+            graph.initializer.append(numpy_helper.from_array(scale.reshape(-1, 1), f"{name}/scale"))
+            tables.add(name)
+        result += [
+            helper.make_node("Gather", [f"{name}/q", node.input[1]], [f"{out}/rows"], f"{out}/rows"),
+            helper.make_node("Gather", [f"{name}/scale", node.input[1]], [f"{out}/row_scales"], f"{out}/row_scales"),
+            helper.make_node("Cast", [f"{out}/rows"], [f"{out}/cast"], f"{out}/cast", to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{out}/cast", f"{out}/row_scales"], [out], f"{out}/scaled"),
+        ]
+    return result, len(tables)
+
+
+def _drop_unused_initializers(graph: onnx.GraphProto) -> None:
+    used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
+    kept = [i for i in graph.initializer if i.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

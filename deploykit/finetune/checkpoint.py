@@ -1,0 +1,209 @@
+"""Hugging Face checkpoints: found, checked, loaded safely, and run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from deploykit.artifacts import MANIFEST, load_manifest
+from deploykit.errors import ArtifactError, MissingDependencyError
+from deploykit.runtime.batching import batches
+from deploykit.runtime.text import normalize
+from deploykit.tasks import Classification
+
+_ADAPTER = "adapter_config.json"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+                    "tokenizer.model", "spm.model", "source.spm")  # fmt: skip
+_DEFAULT_MAX_LENGTH = 512
+
+
+def quiet() -> None:
+    """Keep transformers to errors: what matters of its messages, deploykit says itself."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def check_source(model: str) -> None:
+    """Refuse what cannot be a checkpoint, before minutes are spent on data.
+
+    Raises ArtifactError for a missing folder, a folder without config or weights, or one with only
+    pickled weights. A name that is no folder is taken as a hub id and checked when it is loaded.
+    """
+    path = Path(model)
+    if not path.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1 or len(path.parts) > 2:
+            raise ArtifactError(f"{model}: no such model folder", "check the path, or give a hub id such as org/name")
+        return
+    if path.is_dir() and (path / MANIFEST).exists():
+        load_manifest(path, "checkpoint")
+    if not (path / "config.json").is_file() and not (path / _ADAPTER).is_file():
+        raise ArtifactError(f"{model}: has no config.json", "pass the folder of a Hugging Face checkpoint")
+    if not any(path.glob("*.safetensors")):
+        pickled = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.pt")]
+        if pickled:
+            raise ArtifactError(
+                f"{model}: its weights are pickled ({', '.join(pickled)}), which can run code when loaded",
+                "convert them: AutoModel.from_pretrained(...).save_pretrained(...) on a machine that trusts them",
+            )
+        raise ArtifactError(f"{model}: has no weights (*.safetensors)", "copy the checkpoint again")
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ArtifactError(f"{model}: has no tokenizer", "copy tokenizer.json beside config.json")
+
+
+def load_tokenizer(model: str) -> Any:
+    """The checkpoint's fast tokenizer. Raises ArtifactError when it has none."""
+    check_source(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its dozen loaders raise
+        raise _not_loadable(model, error) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ArtifactError(
+            f"{model}: its tokenizer has no fast version, which serving needs", "convert it to a tokenizer.json"
+        )
+    return tokenizer
+
+
+def load_model(model: str, **config: Any) -> Any:
+    """A sequence classification model in fp32, in eval mode; ``config`` overrides its configuration.
+
+    A LoRA adapter saved by ``finetune`` is merged into the weights it was trained on.
+    """
+    check_source(model)
+    adapter = Path(model) / _ADAPTER
+    try:
+        if adapter.is_file():
+            return _load_merged(Path(model), json.loads(adapter.read_text()))
+        # Eager attention exports to plain operators; the fused one does not.
+        loaded = AutoModelForSequenceClassification.from_pretrained(
+            model,
+            config=AutoConfig.from_pretrained(model, trust_remote_code=False, **config),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=bool(config),
+        )
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise _not_loadable(model, error) from error
+    return loaded.eval()
+
+
+def max_tokens(tokenizer: Any, config: Any) -> int:
+    """The longest input, in tokens, that both the tokenizer and the position embeddings allow."""
+    limits = [_DEFAULT_MAX_LENGTH]
+    if tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
+        limits.append(tokenizer.model_max_length)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa and its descendants count positions from pad_token_id + 1.
+        offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+        limits.append(positions - offset)
+    return int(min(limits))
+
+
+def task_of(path: Path, tokenizer: Any, config: Any) -> Classification:
+    """The task in a checkpoint's manifest, or, for one trained elsewhere, what its config says."""
+    if (path / MANIFEST).exists():
+        return load_manifest(path, "checkpoint", verify=False).task
+    labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return Classification(
+        labels=labels,
+        max_length=max_tokens(tokenizer, config),
+        pad_token_id=pad_token_id(tokenizer),
+        multi_label=config.problem_type == "multi_label_classification",
+    )
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+class TorchClassifier:
+    """A checkpoint run by PyTorch: the reference every export is compared with."""
+
+    def __init__(self, model: Any, tokenizer: Any, task: Classification) -> None:
+        self.task = task
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(cls, path: Path) -> TorchClassifier:
+        quiet()
+        tokenizer, model = load_tokenizer(str(path)), load_model(str(path))
+        return cls(model, tokenizer, task_of(path, tokenizer, model.config))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids as training and serving see them."""
+        encoded = self.tokenizer([normalize(text) for text in texts], truncation=True, max_length=self.task.max_length)
+        return [list(ids) for ids in encoded["input_ids"]]
+
+    def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Raw outputs, float32 [rows, labels], of one padded batch (int64 [rows, tokens])."""
+        with torch.inference_mode():
+            output = self.model(input_ids=torch.from_numpy(input_ids), attention_mask=torch.from_numpy(attention_mask))
+        return np.asarray(output.logits.numpy(), np.float32)
+
+    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Probabilities, float32 [texts, labels]."""
+        logits = np.empty((len(texts), len(self.task.labels)), np.float32)
+        for batch in batches(self.encode(texts), self.task.pad_token_id, max_length=self.task.max_length):
+            logits[batch.rows] = self.logits(batch.input_ids, batch.attention_mask)
+        return self.task.scores(logits)
+
+    def close(self) -> None:
+        """Nothing to release: the model goes with the object."""
+
+
+def _load_merged(path: Path, adapter: dict[str, Any]) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingDependencyError(f"{path}: is a LoRA adapter and peft is missing", "pip install peft") from error
+    base = str(adapter.get("base_model_name_or_path"))
+    try:
+        check_source(base)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{path}: its base model is not usable: {error.message}", "put the base model back, or train again"
+        ) from error
+    task = load_manifest(path, "checkpoint", verify=False).task
+    model = load_model(base, **label_config(task))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of every merge that it rounds; parity is measured at export
+        return PeftModel.from_pretrained(model, str(path)).merge_and_unload().eval()
+
+
+def label_config(task: Classification) -> dict[str, Any]:
+    """The Hugging Face configuration of the head that ``task`` needs."""
+    return {
+        "num_labels": len(task.labels),
+        "id2label": dict(enumerate(task.labels)),
+        "label2id": {label: i for i, label in enumerate(task.labels)},
+        "problem_type": "multi_label_classification" if task.multi_label else "single_label_classification",
+    }
+
+
+def _not_loadable(model: str, error: Exception) -> ArtifactError:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not Path(model).exists():
+        return ArtifactError(
+            f"{model}: is no folder here and could not be fetched from the hub: {first_line}",
+            "check the name and the network, or give the folder of a checkpoint",
+        )
+    return ArtifactError(f"{model}: cannot be loaded: {first_line}", "check that the checkpoint is whole")

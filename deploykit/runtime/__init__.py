@@ -1,0 +1,1 @@
+"""Text in, answer out: everything a serving machine runs. Imports neither torch nor transformers."""

@@ -1,0 +1,71 @@
+"""ONNX Runtime on CPU. INT8 graphs must be U8/S8: its CPU kernels are slow on S8 activations.
+
+Source: ONNX Runtime documentation, "Quantize ONNX models" and "Thread management".
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from deploykit.errors import EngineError
+
+_INT8_OPS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "DynamicQuantizeMatMul")
+
+
+class OnnxRuntimeEngine:
+    def __init__(self, graph: Path, threads: int) -> None:
+        self._graph = graph
+        self._threads = threads
+        self._session = self._open(self._options())
+
+    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
+        outputs: list[NDArray[Any]] = self._session.run(None, dict(inputs))
+        return outputs
+
+    def int8_kernels(self) -> int:
+        import onnx  # only the proof needs it; a serving machine does not have it
+
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._options()
+            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+            options.log_severity_level = 3  # it warns that the file suits this machine only: that is its purpose
+            self._open(options)
+            optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+        return sum(node.op_type in _INT8_OPS for node in optimized.graph.node)
+
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Waiting threads must leave the CPU to the server and the tokenizer, which share it.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Without VNNI, U8S8 kernels saturate at 16 bits and lose accuracy silently; this makes them exact.
+        if not _has_vnni():
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        return options
+
+    def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
+        try:
+            # That fusion would turn quantized 2-D MatMuls into fp32 Gemms before they become INT8 kernels.
+            return ort.InferenceSession(
+                str(self._graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
+            )
+        except Exception as error:  # the library's exceptions share no base
+            raise EngineError(
+                f"{self._graph}: ONNX Runtime cannot load it: {error}", "export the model again"
+            ) from error
+
+
+def _has_vnni() -> bool:
+    try:
+        return "vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False

@@ -1,0 +1,159 @@
+"""What must hold before Triton is launched: each failing check names the remedy.
+
+Without them a missing library makes the server hang, and numpy 2 makes it read wrong memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import importlib.util
+import os
+import re
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploykit.errors import MissingDependencyError, ServerError, UsageError
+
+SERVE_EXTRA = "pip install 'deploykit[serve]'"
+CONTAINER = "serve the repository with NVIDIA's Triton container, 26.06 or newer"
+
+
+@dataclass(frozen=True)
+class EmbeddedTriton:
+    """The parts of the Triton in the nvidia-pytriton wheel. ``library_path`` is for LD_LIBRARY_PATH."""
+
+    binary: Path
+    python_backend: Path
+    stub: Path
+    caches: Path
+    library_path: str
+
+
+def find_triton() -> EmbeddedTriton:
+    """Locate the embedded Triton and check that it can run here.
+
+    Raises MissingDependencyError naming what is missing and the command that installs it.
+    """
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise MissingDependencyError(
+            "the embedded Triton server (nvidia-pytriton) is not installed", f"{SERVE_EXTRA}, or {CONTAINER}"
+        )
+    if importlib.util.find_spec("psutil") is None:
+        raise MissingDependencyError("psutil is not installed, which watches the server", SERVE_EXTRA)
+    numpy = importlib.metadata.version("numpy")
+    if int(numpy.split(".")[0]) >= 2:
+        raise MissingDependencyError(
+            f"the embedded Triton reads text inputs wrongly with numpy {numpy}",
+            f"pip install 'numpy<2', or {CONTAINER}",
+        )
+    package = Path(spec.origin).parent
+    triton = package / "tritonserver"
+    stubs = triton / "python_backend_stubs"
+    stub = stubs / python / "triton_python_backend_stub"
+    if not stub.is_file():
+        present = ", ".join(sorted((p.name for p in stubs.glob("3.*")), key=lambda v: int(v[2:]))) or "none"
+        raise MissingDependencyError(
+            f"the embedded Triton has no stub for Python {python} (it has: {present})",
+            f"use Python 3.10 to 3.12, or {CONTAINER}",
+        )
+    folders = [str(package.parent / "nvidia_pytriton.libs"), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    missing = missing_libraries(stub, folders)
+    libpython = f"libpython{python}.so.1.0"
+    own = sysconfig.get_config_var("LIBDIR")
+    if libpython in missing and own and (Path(own) / libpython).is_file():
+        folders.append(own)
+        missing = missing_libraries(stub, folders)
+    missing |= missing_libraries(triton / "bin" / "tritonserver", folders)
+    if libpython in missing:
+        raise MissingDependencyError(
+            f"{libpython} is not installed, which the server's Python processes need",
+            f"apt-get install libpython{python}",
+        )
+    if missing:
+        raise MissingDependencyError(
+            f"the embedded Triton needs shared libraries that are not installed: {', '.join(sorted(missing))}",
+            f"install the system packages that hold them, or {CONTAINER}",
+        )
+    return EmbeddedTriton(
+        triton / "bin" / "tritonserver", triton / "backends" / "python", stub, triton / "caches", ":".join(folders)
+    )
+
+
+def missing_libraries(binary: Path, folders: Sequence[str]) -> set[str]:
+    """Shared libraries that the dynamic linker does not find for ``binary``, given LD_LIBRARY_PATH ``folders``."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(folders), "LC_ALL": "C"}
+    try:
+        answer = subprocess.run(
+            ["ldd", str(binary)], env=environment, capture_output=True, text=True, timeout=30, check=False
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return set()  # no ldd here: the deadline of the start will tell
+    return set(re.findall(r"^\s*(\S+) => not found", answer.stdout, re.MULTILINE))
+
+
+def resolve(host: str) -> str:
+    """The IPv4 address of ``host``: Triton takes no names. Raises UsageError when it has none."""
+    try:
+        return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):
+        raise UsageError(
+            f"{host!r} is not an IPv4 address or host name", "choose another --host, such as 127.0.0.1"
+        ) from None
+
+
+def take_ports(address: str, wanted: Sequence[tuple[str, int]]) -> list[int]:
+    """Port numbers for the protocols named; 0 becomes a free one.
+
+    Raises ServerError naming a port that is taken, and the process that has it if that may be seen.
+    """
+    sockets = []
+    try:
+        for protocol, port in wanted:
+            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            sockets.append(listener)  # all stay open until the end, so that two zeros give two ports
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((address, port))
+                listener.listen(1)
+            except (OSError, OverflowError) as error:
+                raise _cannot_listen(protocol, address, port, error) from None
+        return [listener.getsockname()[1] for listener in sockets]
+    finally:
+        for listener in sockets:
+            listener.close()
+
+
+def _cannot_listen(protocol: str, address: str, port: int, error: Exception) -> ServerError:
+    where = f"{protocol} port {port} on {address}"
+    option = f"--{protocol}-port"
+    if isinstance(error, OverflowError):
+        return ServerError(f"{where}: no such port", f"choose another with {option}, 0 to 65535; 0 takes a free one")
+    if isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL:
+        return ServerError(f"{address}: not an address of this machine", "choose another --host, such as 127.0.0.1")
+    if isinstance(error, PermissionError):
+        return ServerError(f"{where}: permission denied", f"choose another with {option}, 1024 or more")
+    owner = _listening_process(port)
+    return ServerError(
+        f"{where} is in use{f' by {owner}' if owner else ''}",
+        f"stop that process, or choose another with {option} (0 takes a free one)",
+    )
+
+
+def _listening_process(port: int) -> str:
+    import psutil
+
+    try:
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
+    except psutil.Error:
+        pass
+    return ""

@@ -1,0 +1,430 @@
+"""The embedded Triton server: launched, watched, healed and stopped.
+
+Triton itself does not restart a model's process that died, and goes on reporting the model as
+ready: the supervision here does what it leaves out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING
+
+import deploykit
+from deploykit.errors import ServerError
+from deploykit.runtime.engines import choose_engine
+from deploykit.triton.preflight import EmbeddedTriton, find_triton, resolve, take_ports
+from deploykit.triton.repository import BACKEND, RepositoryModel, list_models, verify_version
+
+if TYPE_CHECKING:
+    import psutil
+
+log = logging.getLogger(__name__)
+
+_ADMIN_HEADER = "deploykit-admin"
+# Whoever may call these can replace models, map memory of this machine or write files on it.
+_RESTRICTED = "model-repository,shared-memory,trace,logging"
+# Becomes the program in its arguments, which the kernel then ends (SIGTERM) should we be killed.
+# A program of its own, because code between fork and exec can deadlock where there are threads.
+_EXEC_BOUND = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+_RETRY_LOAD_S = 5.0
+
+
+@dataclass(frozen=True)
+class Urls:
+    """Where a running server answers."""
+
+    http: str
+    grpc: str
+    metrics: str
+
+
+class TritonServer:
+    """Every packaged model of ``repository`` on one Triton server, from ``start`` to ``stop``.
+
+    Use as a context manager. A port of 0 takes a free one. ``ready_timeout`` and ``drain`` are
+    seconds: until all models answer, and for requests in flight when stopping. Start it in a thread
+    that outlives the server: the kernel ends the server with the thread that started it.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        host: str = "127.0.0.1",
+        http_port: int = 8000,
+        grpc_port: int = 8001,
+        metrics_port: int = 8002,
+        log_file: Path | None = None,
+        verbose: bool = False,
+        ready_timeout: float = 60.0,
+        drain: float = 30.0,
+    ) -> None:
+        self.models: tuple[str, ...] = ()
+        self.notes: list[str] = []
+        self.urls = Urls("", "", "")
+        self._repository = repository
+        self._host = host
+        self._address = ""
+        self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
+        self._log_file = log_file
+        self._verbose = verbose
+        self._ready_timeout = ready_timeout
+        self._drain = drain
+        self._admin_key = secrets.token_hex(16)
+        self._shm_prefix = f"deploykit_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stubs: list[tuple[psutil.Process, str]] = []
+        self._retry_at: dict[str, float] = {}
+        self._folder: Path | None = None
+        self._output: IO[bytes] | None = None
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        return self._running().pid
+
+    def start(self) -> None:
+        """Check everything, launch, and return when every model answers.
+
+        Raises MissingDependencyError, ArtifactError or ServerError.
+        """
+        triton = find_triton()
+        self.models = tuple(self._servable())
+        address = resolve(self._host)
+        ports = take_ports(address, list(self._ports.items()))
+        self._ports = dict(zip(self._ports, ports))
+        self._address = address
+        self.urls = Urls(
+            f"http://{address}:{ports[0]}", f"{address}:{ports[1]}", f"http://{address}:{ports[2]}/metrics"
+        )
+        try:
+            self._launch(triton)
+            self._wait_until_ready()
+            self._stubs = self._find_stubs()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Let requests in flight finish, then end the server, its stubs, and what they left behind.
+
+        End ``supervise`` first: to it a model that is unloaded looks lost.
+        """
+        process = self._process
+        if process is not None:
+            stubs = [stub for stub, _ in self._stubs] + _children(process.pid)
+            if process.poll() is None:
+                # Asked to end, Triton first waits for idle connections, for all of its exit timeout.
+                # An unloaded model's stub ends with its last request: then we need not wait for them.
+                for model in self.models if self._stubs else ():
+                    with contextlib.suppress(ServerError, OSError, http.client.HTTPException):
+                        self._control(model, "unload", timeout=5.0)
+                process.terminate()
+                _wait_for_end(process, stubs, self._drain)
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            self._process = None
+            for stub in stubs:
+                _kill(stub)
+        self._stubs = []
+        if self._output is not None:
+            self._output.close()
+            self._output = None
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+            region.unlink(missing_ok=True)
+
+    def supervise(self, stop: threading.Event, interval: float = 0.5) -> None:
+        """Heal models until ``stop`` is set. Raises ServerError when the server itself is lost."""
+        while not stop.wait(interval):
+            self.heal()
+
+    def heal(self) -> list[str]:
+        """Load models again whose process died; returns their names.
+
+        Raises ServerError when the server itself is lost.
+        """
+        self._running()
+        lost = sorted({model for stub, model in self._stubs if not _alive(stub)} | self._retry_at.keys())
+        healed = []
+        for model in lost:
+            if time.monotonic() < self._retry_at.get(model, 0.0):
+                continue
+            log.warning("model %s: its process died; loading it again", model)
+            self._stubs = [(stub, name) for stub, name in self._stubs if name != model]
+            try:
+                self._control(model, "unload")
+                self._control(model, "load")
+            except (ServerError, OSError, http.client.HTTPException) as error:
+                self._running()
+                log.error("model %s: could not be loaded again: %s", model, error)
+                self._retry_at[model] = time.monotonic() + _RETRY_LOAD_S
+                continue
+            self._retry_at.pop(model, None)
+            self._stubs += [(stub, name) for stub, name in self._find_stubs() if name == model]
+            log.warning("model %s: answers again", model)
+            healed.append(model)
+        return healed
+
+    def memory_mb(self) -> float:
+        """Memory of the server and its stubs, each page counted once (PSS), in MiB."""
+        import psutil
+
+        total = 0
+        for process in [psutil.Process(self.pid), *(stub for stub, _ in self._stubs)]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total / 2**20
+
+    def _servable(self) -> list[str]:
+        """Names of the models to load; every one's files verified."""
+        names = []
+        for model in list_models(self._repository):
+            if model.problem is not None:
+                raise model.problem
+            if not model.versions:
+                self.notes.append(f"model {model.name}: skipped, it has no version yet; run deploykit package")
+                continue
+            self._check(model)
+            names.append(model.name)
+        if not names:
+            skipped = "".join(f"\n  {note}" for note in self.notes)
+            raise ServerError(f"{self._repository}: no model to serve{skipped}", "run deploykit package first")
+        return names
+
+    def _check(self, model: RepositoryModel) -> None:
+        manifest = verify_version(model)
+        if manifest.options.get("name", model.name) != model.name:
+            log.info("model %s was packaged as %s", model.name, manifest.options["name"])
+        choose_engine(str(manifest.options.get("engine", "auto")))
+
+    def _launch(self, triton: EmbeddedTriton) -> None:
+        # The stub's Python has no locale: paths given to it must be ASCII, whatever the repository's is.
+        temporary = tempfile.gettempdir()
+        self._folder = Path(
+            tempfile.mkdtemp(prefix="deploykit-triton-", dir=temporary if temporary.isascii() else "/tmp")
+        )
+        (self._folder / "repository").symlink_to(self._repository.resolve())
+        backends = self._folder / "backends"
+        _assemble_backends(backends, triton)
+        try:
+            self._output = open(self._log_file or self._folder / "triton.log", "w+b")  # noqa: SIM115 (open while it runs)
+        except OSError as error:
+            raise ServerError(
+                f"{self._log_file}: cannot be written: {error.strerror}", "choose another --log-file"
+            ) from error
+        options = {
+            "model-repository": self._folder / "repository",
+            "backend-directory": backends,
+            "cache-directory": triton.caches,
+            "model-control-mode": "explicit",
+            "http-restricted-api": f"{_RESTRICTED}:{_ADMIN_HEADER}={self._admin_key}",
+            "grpc-restricted-protocol": f"{_RESTRICTED}:{_ADMIN_HEADER}={self._admin_key}",
+            "exit-timeout-secs": max(1, round(self._drain)),
+            "log-verbose": int(self._verbose),
+            **{f"{protocol}-port": port for protocol, port in self._ports.items()},
+            **{f"{protocol}-address": self._address for protocol in self._ports},
+        }
+        command = [str(triton.binary), "--disable-auto-complete-config"]
+        command += [f"--{name}={value}" for name, value in options.items()]
+        command += [f"--load-model={model}" for model in self.models]
+        command += [f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}"]
+        command += [f"--backend-config=python,stub-timeout-seconds={max(1, round(self._ready_timeout))}"]
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
+        environment["LD_LIBRARY_PATH"] = triton.library_path
+        # The stub takes its prefix, and so its packages, from the first python3 on PATH.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-IS", "-c", _EXEC_BOUND, *command],
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=self._folder,
+            start_new_session=True,  # Ctrl-C is for us: we stop the server when its requests are done
+        )
+
+    def _wait_until_ready(self) -> None:
+        process = self._running()
+        deadline = time.monotonic() + self._ready_timeout
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise self._start_failure(f"Triton ended with exit code {process.returncode}")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self._call("GET", "/v2/health/ready", timeout=1.0)[0] == 200:
+                    return
+            time.sleep(0.05)
+        raise self._start_failure(f"Triton was not ready within {self._ready_timeout:g} s")
+
+    def _start_failure(self, what: str) -> ServerError:
+        """The error that the log explains best: a model's own message, or else Triton's error lines."""
+        lines = self._log_lines()
+        for model, message in _load_failures(lines):
+            message, _, remedy = message.partition("\n  remedy: ")
+            return ServerError(f"model {model} cannot be loaded: {message}", remedy or None)
+        # Those about the GPU come on every machine without one.
+        errors = [line for line in lines if re.match(r"E\d|error:", line) and "Cuda" not in line][-10:]
+        shown = "".join(f"\n  {line}" for line in errors)
+        remedy = "raise --ready-timeout, or start with --verbose --log-file triton.log and read that file"
+        return ServerError(f"{what}{shown}", remedy)
+
+    def _log_lines(self) -> list[str]:
+        assert self._output is not None
+        self._output.seek(0)
+        log = self._output.read().decode(errors="replace")
+        return log.replace(f"{self._folder}/repository/", f"{self._repository}/").splitlines()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        """The server's process. Raises ServerError unless it runs."""
+        if self._process is None:
+            raise ServerError("the server is not running", "start it first")
+        code = self._process.poll()
+        if code is not None and self._stubs:
+            # A stub holds the server's sockets too: while it lives, clients wait instead of seeing the end.
+            for stub, _ in self._stubs:
+                _kill(stub)
+            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            raise ServerError(
+                f"Triton was lost ({how})",
+                "start it again; if it was SIGKILL, the kernel may have run out of memory: see dmesg",
+            )
+        return self._process
+
+    def _find_stubs(self) -> list[tuple[psutil.Process, str]]:
+        """The server's living stub processes, each with the model it runs."""
+        import psutil
+
+        found = []
+        for stub in _children(self._running().pid):
+            with contextlib.suppress(psutil.Error):
+                command = stub.cmdline()
+                # triton_python_backend_stub REPOSITORY/MODEL/VERSION/model.py ...
+                if len(command) > 1 and command[0].endswith("triton_python_backend_stub") and _alive(stub):
+                    found.append((stub, Path(command[1]).parent.parent.name))
+        return found
+
+    def _control(self, model: str, action: str, *, timeout: float | None = None) -> None:
+        """Have Triton load a model, or begin to unload it."""
+        status, answer = self._call(
+            "POST",
+            f"/v2/repository/models/{model}/{action}",
+            timeout=timeout or self._ready_timeout,
+            headers={_ADMIN_HEADER: self._admin_key},
+        )
+        if status != 200:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                answer = json.loads(answer)["error"]
+            raise ServerError(f"Triton refused to {action} {model}: {answer}")
+
+    def _call(
+        self, method: str, path: str, *, timeout: float, headers: dict[str, str] | None = None
+    ) -> tuple[int, str]:
+        host = "127.0.0.1" if self._address == "0.0.0.0" else self._address
+        connection = http.client.HTTPConnection(host, self._ports["http"], timeout=timeout)
+        try:
+            connection.request(method, path, headers=headers or {})
+            response = connection.getresponse()
+            return response.status, response.read().decode(errors="replace")
+        finally:
+            connection.close()
+
+
+def _assemble_backends(folder: Path, triton: EmbeddedTriton) -> None:
+    """A backend directory with Triton's Python backend and ours.
+
+    Copies, because Triton refuses a backend's library that is a link to outside its directory.
+    """
+    python, own = folder / "python", folder / BACKEND
+    shutil.copytree(triton.python_backend, python, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(triton.stub, python)
+    (python / triton.stub.name).chmod(0o755)
+    own.mkdir()
+    package = Path(deploykit.__file__).parent
+    shutil.copy(package / "triton" / "backend" / "model.py", own)
+    # The stub searches its backend's folder for modules, and ignores PYTHONPATH: this link makes it
+    # run the deploykit that launched it, installed or not.
+    (own / "deploykit").symlink_to(package)
+
+
+def _load_failures(lines: list[str]) -> list[tuple[str, str]]:
+    """(model, message) of every model that the log says failed to load."""
+    failures = []
+    for line in lines:
+        match = re.search(r"\"failed to load '([^']+)' version \d+: (?:[A-Z][a-z ]+: )?(.*)\"$", line)
+        if match:
+            message = match[2].removeprefix("TritonModelException: ").replace("\\n", "\n").replace('\\"', '"')
+            message = message.partition("\n\nAt:\n")[0]  # the Python frames below are for developers
+            failures.append((match[1], re.sub(r"\n\s*\n+", "\n", message).strip()))
+    return failures
+
+
+def _wait_for_end(process: subprocess.Popen[bytes], stubs: list[psutil.Process], drain: float) -> None:
+    """Wait until the server has ended, ``drain`` seconds are over, or it has nothing left to wait for.
+
+    Triton itself would wait for idle connections too, and for every stub that died while it had a
+    request, even when it was replaced.
+    """
+    deadline = time.monotonic() + drain + 5.0
+    last_alive = time.monotonic()
+    while process.poll() is None and time.monotonic() < min(deadline, last_alive + 2.0):
+        if any(_alive(stub) for stub in stubs):
+            last_alive = time.monotonic()
+        time.sleep(0.05)
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    import psutil
+
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.Error:
+        return []
+
+
+def _alive(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _kill(process: psutil.Process) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        process.kill()
+        process.wait(5.0)

@@ -1,0 +1,90 @@
+"""Real weights and real text, fetched once into the user's cache, and one short run over them."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from click.testing import CliRunner
+
+from deploykit.cli import main
+from deploykit.demo import MINILM, TWEETS, fetch
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deploykit"
+
+
+class Typed(NamedTuple):
+    """What a command typed at a shell gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def deploykit() -> Callable[..., Typed]:
+    """Type a command: ``deploykit("evaluate", path, "--data", file)``. No traceback may ever show."""
+
+    def run(*words: object) -> Typed:
+        result = CliRunner().invoke(main, [str(w) for w in words])
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert "Traceback" not in result.stderr
+        return Typed(result.exit_code, result.stdout, result.stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The pretrained all-MiniLM-L6-v2."""
+    fetch(MINILM, CACHE / "minilm")
+    return CACHE / "minilm"
+
+
+@pytest.fixture(scope="session")
+def tweets() -> Path:
+    """38,158 labelled tweets, in latin-1."""
+    fetch(TWEETS, CACHE / "tweets")
+    return CACHE / "tweets" / Path(TWEETS.inside).name
+
+
+@pytest.fixture(scope="session")
+def small_csv(tweets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """900 of the tweets as UTF-8, columns text and label."""
+    path = tmp_path_factory.mktemp("data") / "small.csv"
+    with tweets.open(encoding="latin-1", newline="") as source, path.open("w", encoding="utf-8", newline="") as out:
+        rows = list(csv.DictReader(source))[::42][:900]
+        writer = csv.writer(out)
+        writer.writerow(["text", "label"])
+        writer.writerows((row["text"], row["sentiment"]) for row in rows)
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(
+    deploykit: Callable[..., Typed], minilm: Path, small_csv: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """MiniLM after a few steps on the small file."""
+    out = tmp_path_factory.mktemp("runs") / "a"
+    done = deploykit(
+        "finetune", "--model", minilm, "--train", small_csv, "--out", out,
+        "--max-steps", 24, "--batch-size", 16, "--max-length", 48, "--learning-rate", 1e-4,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    return out
+
+
+@pytest.fixture(scope="session")
+def exported(deploykit: Callable[..., Typed], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The short run as ONNX and INT8."""
+    out = tmp_path_factory.mktemp("exports") / "a"
+    # 90 test rows: one answer that tips over is a point, and this fixture is not about accuracy.
+    done = deploykit("export", checkpoint, "--out", out, "--int8", "--max-drop", 10, "--calibration-rows", 64)
+    assert done.code == 0, done.err
+    return out

@@ -1,0 +1,180 @@
+"""What can go wrong, typed: a clear error with the remedy, the right exit code, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Deploykit = Callable[..., tuple[int, str, str]]
+GOOD = "text,label\n" + "".join(
+    f"some {word} words {i},{label}\n" for i in range(12) for word, label in (("fine", "good"), ("poor", "bad"))
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "code", "named"),
+    [
+        (b"", (), 1, ["t.csv", "empty"]),
+        (b"text,label\n", (), 1, ["t.csv", "rows"]),
+        (b"body,kind\na,b\n", ("--text-column", "text"), 1, ["text", "body"]),
+        (b"a,b,c\n1,2,3\n", (), 1, ["--text-column"]),
+        (b"text,label\nhello,x\nworld,x\nagain,x\n", (), 1, ["'x'", "two labels"]),
+        (b"text,label\n\xff\xfe\xfa,x\n", (), 1, ["t.csv", "--encoding"]),
+        (b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", (), 1, ["t.csv", "PNG"]),
+        (b"text,label\na,b,c,d\n", (), 1, ["t.csv", "2"]),
+        (b"text,label\n,x\n,y\n", (), 1, ["usable"]),
+        (GOOD.encode(), ("--encoding", "klingon"), 2, ["klingon"]),
+        (GOOD.encode(), ("--epochs", "-1"), 2, ["--epochs"]),
+        (GOOD.encode(), ("--max-length", "100000"), 2, ["--max-length", "512"]),
+        (GOOD.encode(), ("--optimizer", "magic"), 2, ["--optimizer"]),
+        (GOOD.encode(), ("--test", "nowhere.csv"), 1, ["nowhere.csv"]),
+        (GOOD.encode(), ("--mixed-precision", "fp16"), 2, ["GPU"]),
+    ],
+)
+def test_bad_training_data_and_options(
+    deploykit: Deploykit,
+    minilm: Path,
+    tmp_path: Path,
+    content: bytes,
+    words: tuple[str, ...],
+    code: int,
+    named: list[str],
+) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    got, out, err = deploykit(
+        "finetune", "--model", minilm, "--train", tmp_path / "t.csv", "--out", tmp_path / "out", *words, "--json"
+    )
+    assert got == code, err
+    for part in named:
+        assert part in err
+    if code == 1:
+        assert json.loads(out)["error"]["remedy"]
+    assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_a_label_never_seen_in_training(deploykit: Deploykit, minilm: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+    (tmp_path / "x.csv").write_text("text,label\nhello,good\nnew,superb\n")
+    code, _, err = deploykit("finetune", "--model", minilm, "--train", tmp_path / "t.csv", "--test", tmp_path / "x.csv",
+                             "--out", tmp_path / "o")  # fmt: skip
+    assert code == 1
+    assert "superb" in err
+    assert "x.csv:3" in err
+
+
+@pytest.mark.parametrize("what", ["missing", "no config", "no tokenizer", "pickled", "export", "a file"])
+def test_models_that_are_none(deploykit: Deploykit, minilm: Path, tiny_export: Path, tmp_path: Path, what: str) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+    model = tmp_path / "model"
+    expected = {
+        "missing": "no such model folder", "no config": "config.json", "no tokenizer": "no tokenizer", "pickled": "pickled",
+        "export": "an export, but a checkpoint is wanted", "a file": "config.json",
+    }[what]  # fmt: skip
+    if what == "a file":
+        model.write_text("x")
+    elif what == "export":
+        model = tiny_export
+    elif what != "missing":
+        shutil.copytree(minilm, model)
+        if what == "no config":
+            (model / "config.json").unlink()
+        elif what == "no tokenizer":
+            for name in ("tokenizer.json", "vocab.txt"):
+                (model / name).unlink()
+        else:
+            (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    code, _, err = deploykit("finetune", "--model", model, "--train", tmp_path / "t.csv", "--out", tmp_path / "o")
+    assert code == 1
+    assert expected in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_model_that_is_neither_here_nor_on_the_hub(deploykit: Deploykit, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(GOOD)
+    code, _, err = deploykit(
+        "finetune", "--model", "nobody/nothing", "--train", tmp_path / "t.csv", "--out", tmp_path / "o"
+    )
+    assert code == 1
+    assert "nobody/nothing" in err
+
+
+def test_an_export_where_a_checkpoint_is_wanted(deploykit: Deploykit, tiny_export: Path, tmp_path: Path) -> None:
+    code, _, err = deploykit("export", tiny_export, "--out", tmp_path / "o")
+    assert code == 1
+    assert "is an export, but a checkpoint is wanted" in err
+
+
+def test_a_checkpoint_where_an_export_is_wanted(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
+    code, _, err = deploykit("package", checkpoint, "--name", "x", "--repository", tmp_path / "r")
+    assert code == 1
+    assert "is a checkpoint, but an export is wanted" in err
+    assert not (tmp_path / "r" / "x" / "1").exists()
+
+
+def test_what_stands_there_is_kept_without_force(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "notes.txt").write_text("mine")
+    code, _, err = deploykit("export", checkpoint, "--out", tmp_path / "o")
+    assert code == 1
+    assert "--force" in err
+    assert (tmp_path / "o" / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_in_the_middle_of_an_export(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        code, _, err = deploykit("export", checkpoint, "--out", disk / "e")
+        assert code == 1
+        assert str(disk) in err
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (("predict", "--model", "nobody", "hello"), 1, "deploykit serve"),
+        (("predict", "--model", "nobody"), 2, "--input"),
+        (("predict", "--model", "nobody", "--input", "x.csv"), 2, "--output"),
+        (("predict", "--model", "no/where", "hello"), 1, "no/where"),
+        (("evaluate", "nobody", "--data", "x.csv"), 1, "127.0.0.1:9"),
+        (("evaluate", "nobody", "--data", "x.csv", "--url", "ftp://x"), 2, "ftp://x"),
+        (("serve", "--repository", "nowhere"), 1, "nowhere"),
+        (("inspect", "nowhere"), 1, "nowhere"),
+        (("bench", "nowhere/at/all", "--data", "x.csv"), 1, "nowhere"),
+        (("export", "runs", "--out", "x", "--method", "guess"), 2, "guess"),
+        (("dance",), 2, "dance"),
+    ],
+)
+def test_names_that_lead_nowhere(
+    deploykit: Deploykit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if words[0] != "serve" and "--url" not in words and words[0] in ("predict", "evaluate"):
+        words = (*words, "--url", "http://127.0.0.1:9")
+    got, _, err = deploykit(*words)
+    assert got == code, err
+    assert named in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_texts_that_no_one_expects(deploykit: Deploykit, exported: Path, engine: str) -> None:
+    texts = ["😀" * 50, "我爱你", "مرحبا بالعالم", "a\x00b", "x" * 100_000, "\u202eright to left", "\ufffd"]
+    code, out, err = deploykit("predict", "--model", exported, "--engine", engine, "--json", *texts, "  ")
+    assert code == 0, err
+    results = json.loads(out)["results"]
+    assert [set(r) >= {"label", "score"} for r in results] == [True] * len(texts) + [False]
+    assert results[-1]["error"] == "the text is empty"
+    for result in results[:-1]:
+        assert sum(result["scores"].values()) == pytest.approx(1, abs=1e-5)

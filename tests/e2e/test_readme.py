@@ -1,0 +1,69 @@
+"""The README's commands, run as they are written, in the order they are written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_every_block_of_the_readme_works(minilm: Path, tweets: Path, tmp_path: Path) -> None:
+    for port in (8000, 8001, 8002):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                pytest.skip(f"port {port}, which the README uses, is taken on this machine")
+    (tmp_path / "minilm").symlink_to(minilm)
+    (tmp_path / "tweets.csv").symlink_to(tweets)
+    script = ["set -euo pipefail"]
+    for language, block in BLOCK.findall(README.read_text(encoding="utf-8")):
+        script.append(block if language == "bash" else f"python - <<'PYTHON'\n{block}PYTHON")
+    script.append("kill -INT %1; wait %1")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        ["bash", "-m", "-c", "\n".join(script)], cwd=tmp_path, env=environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"the README's commands did not end:\n{output[-3000:]}")
+    finally:
+        subprocess.run(
+            ["pkill", "-f", f"{sys.executable.replace('python', '.*')}.*serve --repository model_repository"],
+            check=False,
+        )
+    assert process.returncode == 0, output[-3000:]
+    assert "Traceback" not in output
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 38_158
+    assert json.loads((tmp_path / "bench.json").read_text())["errors"] == 0
+    assert _sections(tmp_path / "bench.html") >= 4
+    assert not list(tmp_path.rglob("*.partial")), "nothing half-written is left"
+
+
+def _sections(page: Path) -> int:
+    """How many plots the page holds; none of its resources may come from a network."""
+    plots = 0
+
+    class Page(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            nonlocal plots
+            plots += tag == "svg"
+            for name, value in attributes:
+                assert name not in ("src", "href", "xlink:href") or str(value).startswith("#"), value
+
+    Page().feed(page.read_text(encoding="utf-8"))
+    return plots

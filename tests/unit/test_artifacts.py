@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploykit import artifacts
+from deploykit.errors import ArtifactError, CorruptArtifactError
+from deploykit.tasks import Classification
+
+TASK = Classification(labels=("no", "yes"), max_length=16, pad_token_id=0)
+
+
+def write(out: Path, content: bytes = b"weights", inputs: str = "i") -> artifacts.Manifest:
+    with artifacts.new_directory(out) as directory:
+        (directory / "sub").mkdir()
+        (directory / "sub" / "model.onnx").write_bytes(content)
+        return artifacts.write_manifest(directory, "export", TASK, inputs=inputs, metrics={"rows": 3})
+
+
+def test_a_manifest_reads_back_equal(tmp_path: Path) -> None:
+    written = write(tmp_path / "a")
+    assert artifacts.load_manifest(tmp_path / "a", "export") == written
+
+
+def test_the_digest_is_of_contents_not_of_time(tmp_path: Path) -> None:
+    assert write(tmp_path / "a").digest == write(tmp_path / "b").digest
+    assert write(tmp_path / "c", b"other").digest != write(tmp_path / "a2").digest
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, damage: str) -> None:
+    write(tmp_path / "a")
+    file = tmp_path / "a" / "sub" / "model.onnx"
+    if damage == "flip":
+        file.write_bytes(b"weighTs")
+    elif damage == "truncate":
+        file.write_bytes(b"w")
+    else:
+        file.unlink()
+    with pytest.raises(CorruptArtifactError, match=r"sub/model\.onnx"):
+        artifacts.load_manifest(tmp_path / "a")
+
+
+def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    path = tmp_path / "a" / "manifest.json"
+    record = json.loads(path.read_text())
+    record["task"]["labels"] = ["yes", "no"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(CorruptArtifactError, match="digest"):
+        artifacts.load_manifest(tmp_path / "a")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1}', '{"format": 1, "task": 3}'])
+def test_a_broken_manifest_is_an_artifact_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError):
+        artifacts.load_manifest(tmp_path)
+
+
+def test_a_manifest_may_not_name_files_outside(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    (tmp_path / "secret").write_text("x")
+    manifest = artifacts.load_manifest(tmp_path / "a")
+    outside = artifacts.Manifest(
+        kind="export",
+        task=TASK,
+        inputs="i",
+        files={"../secret": artifacts.FileRecord(1, artifacts.hash_file(tmp_path / "secret"))},
+    )
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(outside.to_json()))
+    with pytest.raises(CorruptArtifactError, match="outside"):
+        artifacts.load_manifest(tmp_path / "a")
+    assert manifest.files
+
+
+def test_the_wrong_kind_says_what_is_wanted(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    with pytest.raises(ArtifactError, match="is an export, but a checkpoint is wanted"):
+        artifacts.load_manifest(tmp_path / "a", "checkpoint")
+
+
+def test_a_failed_block_leaves_the_old_directory(tmp_path: Path) -> None:
+    write(tmp_path / "a", b"old")
+
+    def fail_half_way() -> None:
+        with artifacts.new_directory(tmp_path / "a") as directory:
+            (directory / "half").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert (tmp_path / "a" / "sub" / "model.onnx").read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
+    write(tmp_path / "a", b"old")
+    write(tmp_path / "a", b"new")
+    assert (tmp_path / "a" / "sub" / "model.onnx").read_bytes() == b"new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_equal_inputs_are_reused_and_others_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a", inputs="i")
+    assert artifacts.existing(tmp_path / "a", "export", "i", force=False) is not None
+    assert artifacts.existing(tmp_path / "a", "export", "i", force=True) is None
+    with pytest.raises(ArtifactError, match="--force"):
+        artifacts.existing(tmp_path / "a", "export", "other", force=False)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="--force"):
+        artifacts.existing(tmp_path / "theirs", "export", "i", force=False)
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    write(tmp_path / "a", b"0")
+    writer = (
+        "import itertools, sys; sys.path.insert(0, sys.argv[2])\n"
+        "from pathlib import Path\n"
+        "from test_artifacts import write\n"
+        "print('go', flush=True)\n"
+        "for i in itertools.count(1): write(Path(sys.argv[1]), str(i).encode() * 1000)\n"
+    )
+    for delay in (0.01, 0.03, 0.06, 0.1):
+        process = subprocess.Popen(
+            [sys.executable, "-c", writer, str(tmp_path / "a"), str(Path(__file__).parent)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        assert artifacts.load_manifest(tmp_path / "a").kind == "export"
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    try:
+        with pytest.raises(ArtifactError, match="no space left"):
+            write(disk / "a", b"x" * 1_000_000)
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_read_only_disk_is_named(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(disk)], capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        with pytest.raises(ArtifactError, match=r"disk.*read-only"):
+            write(disk / "a")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_file_where_a_folder_should_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArtifactError, match="file"):
+        write(tmp_path / "file" / "a")

@@ -1,0 +1,170 @@
+"""The HTTP load generator, against a small server that misbehaves on request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from deploykit.bench.http import encode_requests, label_of
+from deploykit.bench.load import ClosedLoop, Measurement, Poisson, Server, measure
+
+TEXTS = ["good", "bad", "表情 😀", 'quote " and \\ and \ud800']
+
+
+class FakeTriton:
+    """Answers with the text itself as the label. Request number n gets behaviour n % len(behaviours)."""
+
+    def __init__(self, *behaviours: str) -> None:
+        self.behaviours = behaviours
+        self.asked: list[str] = []
+        self.sent_ok = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while await self._answer(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        assert head.startswith("POST /v2/models/m/infer HTTP/1.1\r\n")
+        length = next(int(line[15:]) for line in head.split("\r\n") if line.startswith("Content-Length:"))
+        request = json.loads(await reader.readexactly(length))
+        assert [o["name"] for o in request["outputs"]] == ["LABEL", "SCORES"]
+        text = request["inputs"][0]["data"][0]
+        behaviour = self.behaviours[len(self.asked) % len(self.behaviours)]
+        self.asked.append(text)
+        if behaviour == "close":
+            return False
+        if behaviour == "hang":
+            await asyncio.sleep(30)
+        outputs = [{"name": "LABEL", "datatype": "BYTES", "shape": [1, 1], "data": [text]}]
+        body = json.dumps({"outputs": outputs if behaviour != "no label" else []}).encode()
+        status = "200 OK"
+        if behaviour == "503":
+            status, body = "503 Service Unavailable", b'{"error":"queue is full"}'
+        last = behaviour == "ok, then close"
+        answer = f"HTTP/1.1 {status}\r\n{'Connection: close' if last else 'A: b'}\r\n".encode()
+        answer += f"content-length: {len(body)}\r\n\r\n".encode()
+        if behaviour == "chunks":
+            writer.write(answer + body[:5])
+            await writer.drain()
+            await asyncio.sleep(0.002)
+            writer.write(body[5:])
+        else:
+            writer.write(answer + body)
+        await writer.drain()
+        self.sent_ok += status.startswith("200") and behaviour != "no label"
+        return not last
+
+
+@contextmanager
+def running(fake: FakeTriton) -> Iterator[Server]:
+    loop = asyncio.new_event_loop()
+    server = loop.run_until_complete(asyncio.start_server(fake.serve, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def stop() -> None:
+        server.close()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    try:
+        yield Server(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "m")
+    finally:
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def ask(fake: FakeTriton, scenario: ClosedLoop | Poisson, timeout_s: float = 5.0, seconds: float = 0.4) -> Measurement:
+    with running(fake) as server:
+        m = measure(server, TEXTS, scenario, seconds=seconds, warmup_s=0, timeout_s=timeout_s)
+    assert m.requests == len(m.latencies_ms) + m.errors
+    assert m.errors == sum(m.error_examples.values())
+    return m
+
+
+@pytest.mark.parametrize("scenario", [ClosedLoop(1), ClosedLoop(5), Poisson(200.0)])
+@pytest.mark.parametrize("behaviour", ["ok", "chunks", "ok, then close"])
+def test_every_request_is_answered(scenario: ClosedLoop | Poisson, behaviour: str) -> None:
+    fake = FakeTriton(behaviour)
+    m = ask(fake, scenario)
+    assert m.error_examples == {}
+    assert m.requests == fake.sent_ok > 4
+    assert m.labels == {0: "good", 1: "bad", 2: "表情 😀", 3: 'quote " and \\ and \ufffd'}
+    assert (m.latencies_ms > 0).all()
+    assert m.peak_memory_mb is not None
+
+
+def test_every_scheduled_request_is_sent() -> None:
+    fake = FakeTriton("ok")
+    m = ask(fake, Poisson(300.0))
+    assert len(fake.asked) == m.requests == len(Poisson(300.0).arrivals(0.4, 0))
+    assert m.send_lag_ms is not None
+
+
+def test_refusals_and_lost_connections_are_errors_with_their_message() -> None:
+    fake = FakeTriton("ok", "503", "chunks", "close", "no label")
+    m = ask(fake, ClosedLoop(3))
+    assert set(m.error_examples) == {
+        "503 queue is full",
+        "the server closed the connection without an answer",
+        "the answer has no LABEL",
+    }
+    assert m.requests - m.errors == fake.sent_ok
+    assert m.requests == len(fake.asked)
+
+
+@pytest.mark.parametrize("scenario", [ClosedLoop(3), Poisson(50.0)])
+def test_a_server_that_does_not_answer_is_given_up(scenario: ClosedLoop | Poisson) -> None:
+    m = ask(FakeTriton("hang"), scenario, timeout_s=0.3)
+    assert m.requests == m.errors > 0
+    assert set(m.error_examples) == {"no answer within 0.3 s"}
+
+
+def test_stalls_are_charged_from_the_scheduled_arrival() -> None:
+    class Stalling(FakeTriton):
+        async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+            if len(self.asked) == 10:
+                self.asked.append("")
+                threading.Event().wait(0.4)  # the whole server, all connections
+            return await super()._answer(reader, writer)
+
+    m = ask(Stalling("ok"), Poisson(200.0), seconds=0.8)
+    assert (m.latencies_ms > 100).sum() > 20
+
+
+def test_no_server_is_an_error_a_request_not_an_exception() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    m = measure(Server(url, "m"), TEXTS, ClosedLoop(2), seconds=0.3, warmup_s=0)
+    assert 0 < m.requests == m.errors < 50
+    assert m.peak_memory_mb is None
+
+
+def test_requests_keep_the_servers_path_and_hold_whole_bytes() -> None:
+    (request,) = encode_requests("host:80/prefix", "m", ["é"])
+    head, _, body = request.partition(b"\r\n\r\n")
+    assert head.startswith(b"POST /prefix/v2/models/m/infer HTTP/1.1\r\nHost: host:80\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"outputs":[{"name":"LABEL","data":[]}]}', b"\xff"])
+def test_an_answer_without_a_label_is_told(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"LABEL|JSON|decode|Expecting"):
+        label_of(body)

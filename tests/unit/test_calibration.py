@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from deploykit.export.calibration import BINS, METHODS, Histogram, calibrate, clipped_range
+from deploykit.export.quantize import activation_parameters, linear_layers, quantize, quantize_weight
+
+
+def histogram_of(values: np.ndarray) -> Histogram:
+    low, high = float(values.min()), float(values.max())
+    return Histogram(low, high, np.histogram(values, bins=BINS, range=(low, high))[0])
+
+
+@pytest.fixture
+def long_tailed() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return np.concatenate([rng.normal(0, 1, 200_000), rng.normal(0, 1, 20) * 30])
+
+
+def test_minmax_keeps_the_exact_extremes(long_tailed: np.ndarray) -> None:
+    assert clipped_range(histogram_of(long_tailed), "minmax") == (long_tailed.min(), long_tailed.max())
+
+
+def test_percentile_agrees_with_numpy(long_tailed: np.ndarray) -> None:
+    low, high = clipped_range(histogram_of(long_tailed), "percentile")
+    width = np.abs(long_tailed).max() / BINS
+    assert high == pytest.approx(np.percentile(np.abs(long_tailed), 99.99), abs=2 * width)
+    assert low == -high
+
+
+def test_mse_finds_the_threshold_that_a_search_over_the_values_finds(long_tailed: np.ndarray) -> None:
+    def error(threshold: float) -> float:
+        scale = threshold / 127
+        return float(((long_tailed - np.clip(np.rint(long_tailed / scale), -127, 127) * scale) ** 2).sum())
+
+    candidates = np.linspace(1, np.abs(long_tailed).max(), 400)
+    best = min(map(error, candidates))
+    assert error(clipped_range(histogram_of(long_tailed), "mse")[1]) <= 1.05 * best
+
+
+def test_entropy_clips_a_long_tail_and_keeps_a_uniform_range(long_tailed: np.ndarray) -> None:
+    _, high = clipped_range(histogram_of(long_tailed), "entropy")
+    assert 3 < high < 0.5 * np.abs(long_tailed).max()
+    uniform = np.random.default_rng(1).uniform(-1, 1, 500_000)
+    assert clipped_range(histogram_of(uniform), "entropy")[1] > 0.9
+
+
+def test_the_methods_differ_from_one_another(long_tailed: np.ndarray) -> None:
+    histogram = histogram_of(long_tailed)
+    assert len({round(clipped_range(histogram, m)[1], 3) for m in METHODS}) == len(METHODS)
+
+
+def tiny_graph(path: Path, *, gemm: bool = False) -> np.ndarray:
+    """input_ids -> embedding -> linear -> logits of the first token."""
+    rng = np.random.default_rng(0)
+    table = rng.normal(0, 1, (2000, 8)).astype(np.float32)
+    weight = rng.normal(0, 1, (8, 5)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Gather", ["table", "input_ids"], ["embedded"]),
+            helper.make_node("MatMul", ["embedded", "weight"], ["tokens"], "linear"),
+            helper.make_node("Gather", ["tokens", "zero"], ["first"], axis=1),
+            helper.make_node("Gemm", ["first", "head", "bias"], ["logits"], "head", transB=1)
+            if gemm
+            else helper.make_node("MatMul", ["first", "head"], ["logits"], "head"),
+        ],
+        "tiny",
+        [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["b", "s"]),
+            helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["b", "s"]),
+        ],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["b", 2])],
+        [
+            numpy_helper.from_array(table, "table"),
+            numpy_helper.from_array(weight, "weight"),
+            numpy_helper.from_array(np.array(0), "zero"),
+            numpy_helper.from_array(rng.normal(0, 1, (2, 5) if gemm else (5, 2)).astype(np.float32), "head"),
+            numpy_helper.from_array(np.array([1, -1], np.float32), "bias"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path)
+    return table
+
+
+def test_calibration_sees_every_token_and_no_padding(tmp_path: Path) -> None:
+    table = tiny_graph(tmp_path / "m.onnx")
+    rows = [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
+    calibration = calibrate(tmp_path / "m.onnx", rows, "digest", lambda done, of: None)
+    assert list(calibration.histograms) == ["embedded"], "layers after pooling stay fp32"
+    histogram = calibration.histograms["embedded"]
+    seen = table[np.concatenate(rows)]
+    assert (histogram.low, histogram.high) == (seen.min(), seen.max())
+    assert histogram.counts.sum() == seen.size
+
+
+@pytest.mark.parametrize("scheme", ["s8s8", "u8s8"])
+def test_a_quantized_graph_computes_what_numpy_says(tmp_path: Path, scheme: str) -> None:
+    table = tiny_graph(tmp_path / "m.onnx")
+    model = onnx.load(tmp_path / "m.onnx")
+    quantized, count = quantize(model, {"embedded": (-2.0, 3.0)}, scheme)  # type: ignore[arg-type]
+    assert (count.linear_layers, count.quantize_nodes, count.dequantize_nodes, count.embeddings) == (1, 1, 2, 1)
+    ids = np.array([[3, 1, 4], [15, 9, 2]])
+    session = ort.InferenceSession(quantized.SerializeToString(), providers=["CPUExecutionProvider"])
+    actual = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+
+    constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
+    rows, row_scales = quantize_weight(table, axis=0)
+    embedded = rows.astype(np.float32) * row_scales[:, None]
+    scale, zero_point = activation_parameters(-2.0, 3.0, scheme)  # type: ignore[arg-type]
+    low, high = (-128, 127) if scheme == "s8s8" else (0, 255)
+    steps = np.clip(np.rint(embedded[ids] / scale) + int(zero_point), low, high) - int(zero_point)
+    weight, scales = quantize_weight(constants["weight"], axis=1)
+    expected = ((steps * scale) @ (weight * scales))[:, 0] @ constants["head"]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gemm_is_quantized_with_its_bias(tmp_path: Path) -> None:
+    tiny_graph(tmp_path / "m.onnx", gemm=True)
+    model = onnx.load(tmp_path / "m.onnx")
+    assert [layer.transposed for layer in linear_layers(model)] == [False, True]
+    quantized, count = quantize(model, {"embedded": (-5.0, 5.0), "first": (-20.0, 20.0)}, "u8s8")
+    assert count.linear_layers == 2
+    ids = np.array([[3, 1, 4]])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    expected, actual = (
+        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        for m in (model, quantized)
+    )
+    np.testing.assert_allclose(actual, expected, atol=0.3)
+
+
+def test_symmetric_parameters_have_a_zero_zero_point() -> None:
+    assert activation_parameters(-1.0, 3.0, "s8s8")[1] == 0
+    scale, zero_point = activation_parameters(-1.0, 3.0, "u8s8")
+    assert scale == pytest.approx(4 / 255)
+    assert zero_point == 64

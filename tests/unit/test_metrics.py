@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from deploykit.metrics import classification_metrics
+from deploykit.tasks import Classification
+
+
+def random_case(labels: int, *, multi_label: bool, seed: int) -> tuple[Classification, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    task = Classification(tuple(f"l{i}" for i in range(labels)), 16, 0, multi_label=multi_label)
+    scores = rng.random((97, labels)).astype(np.float32)
+    if multi_label:
+        return task, rng.random((97, labels)) < 0.3, scores
+    truth = np.zeros((97, labels), bool)
+    truth[np.arange(97), rng.integers(0, labels - 1, 97)] = True  # the last label never occurs
+    return task, truth, scores / scores.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_single_label_metrics_agree_with_scikit_learn(seed: int) -> None:
+    task, truth, scores = random_case(4, multi_label=False, seed=seed)
+    ours = classification_metrics(task, truth, scores)
+    y, a = truth.argmax(axis=1), scores.argmax(axis=1)
+    assert ours["accuracy"] == pytest.approx(sk.accuracy_score(y, a))
+    assert ours["macro_f1"] == pytest.approx(sk.f1_score(y, a, average="macro", zero_division=0))
+    assert ours["macro_precision"] == pytest.approx(sk.precision_score(y, a, average="macro", zero_division=0))
+    assert ours["macro_recall"] == pytest.approx(sk.recall_score(y, a, average="macro", zero_division=0))
+    assert ours["confusion_matrix"] == sk.confusion_matrix(y, a, labels=range(4)).tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_multi_label_metrics_agree_with_scikit_learn(seed: int) -> None:
+    task, truth, scores = random_case(3, multi_label=True, seed=seed)
+    ours = classification_metrics(task, truth, scores)
+    answers = scores >= 0.5
+    assert ours["accuracy"] == pytest.approx(sk.accuracy_score(truth, answers))
+    assert ours["macro_f1"] == pytest.approx(sk.f1_score(truth, answers, average="macro", zero_division=0))
+    assert ours["micro_f1"] == pytest.approx(sk.f1_score(truth, answers, average="micro", zero_division=0))
+    expected = sk.multilabel_confusion_matrix(truth, answers)
+    assert [ours["confusion_matrix"][label] for label in task.labels] == expected.tolist()
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
+    task = Classification(("a", "b"), 16, 0)
+    scores = np.tile(np.array([[0.9, 0.1]], np.float32), (10, 1))
+    truth = np.zeros((10, 2), bool)
+    truth[:6, 0] = truth[6:, 1] = True
+    assert classification_metrics(task, truth, scores)["expected_calibration_error"] == pytest.approx(0.3, abs=1e-6)
