@@ -69,9 +69,62 @@ class Classification:
         return truth
 
 
-Task = Classification
+@dataclass(frozen=True)
+class Generation:
+    """How a translation is searched for: the fields of a Hugging Face generation config that we decode by.
 
-TASKS: Mapping[str, type[Task]] = {Classification.name: Classification}
+    ``max_length`` and ``min_length`` count target tokens as Hugging Face does: with the start token.
+    ``bad_words`` are token sequences that may not be completed; ``suppressed`` single tokens that may
+    never come. ``early_stopping`` is True, False or "never" (Hugging Face documentation,
+    "GenerationConfig").
+    """
+
+    beam_size: int = 1
+    max_length: int = 512
+    min_length: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    suppressed: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Text of one language in, text of another out.
+
+    ``source`` and ``target`` are the language codes that the checkpoint knows (or plain names for a
+    checkpoint of one pair). ``max_source_length`` counts tokens, special ones included.
+    ``eos_token_ids`` end a translation; ``languages`` are the codes that a many-language checkpoint
+    can be asked for, empty for a checkpoint of one pair.
+    """
+
+    name: ClassVar[str] = "translation"
+
+    source: str
+    target: str
+    family: str
+    vocabulary: int
+    max_source_length: int
+    max_target_length: int
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    decoder_start_token_id: int
+    generation: Generation = Generation()
+    source_column: str = "source"
+    target_column: str = "target"
+    languages: tuple[str, ...] = ()
+
+
+Task = Classification | Translation
+
+TASKS: Mapping[str, type[Classification] | type[Translation]] = {
+    Classification.name: Classification,
+    Translation.name: Translation,
+}
 
 
 def task_to_json(task: Task) -> dict[str, Any]:
@@ -80,11 +133,18 @@ def task_to_json(task: Task) -> dict[str, Any]:
 
 def task_from_json(record: Mapping[str, Any]) -> Task:
     """Rebuild a task from a manifest. Raises ArtifactError for a task this version does not know."""
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k != "name"}
+    fields: dict[str, Any] = {k: _tuples(v) for k, v in record.items() if k != "name"}
     try:
+        if "generation" in fields:
+            fields["generation"] = Generation(**{k: _tuples(v) for k, v in fields["generation"].items()})
         return TASKS[record["name"]](**fields)
     except (KeyError, TypeError) as error:
         raise ArtifactError(
             f"the manifest describes a task this version of deploykit cannot read: {error}",
             "upgrade deploykit, or make the artifact again",
         ) from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that the dataclasses hold."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
