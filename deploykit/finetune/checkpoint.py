@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,27 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, MissingDependencyError
 from deploykit.runtime.batching import batches
 from deploykit.runtime.text import normalize
-from deploykit.tasks import Classification
+from deploykit.tasks import Classification, Task, Translation
 
 _ADAPTER = "adapter_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
                     "tokenizer.model", "spm.model", "source.spm")  # fmt: skip
+# Families whose tokenizer is several files: each of these sets is a whole one.
+_TOKENIZER_SETS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "marian": (("source.spm", "target.spm", "vocab.json"),),
+    "m2m_100": (("tokenizer.json",), ("sentencepiece.bpe.model", "vocab.json"), ("sentencepiece.bpe.model",)),
+}
+TRANSLATION_FAMILIES = ("marian", "m2m_100", "t5")
+_MODELS: Mapping[str, Any] = {
+    Classification.name: AutoModelForSequenceClassification,
+    Translation.name: AutoModelForSeq2SeqLM,
+}
 _DEFAULT_MAX_LENGTH = 512
 
 
@@ -36,11 +46,12 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def check_source(model: str) -> None:
+def check_source(model: str, task: str | None = None) -> None:
     """Refuse what cannot be a checkpoint, before minutes are spent on data.
 
-    Raises ArtifactError for a missing folder, a folder without config or weights, or one with only
-    pickled weights. A name that is no folder is taken as a hub id and checked when it is loaded.
+    Raises ArtifactError for a missing folder, a folder without config, weights or tokenizer, one with
+    only pickled weights, or, when ``task`` is named, one made for another. A name that is no folder is
+    taken as a hub id and checked when it is loaded.
     """
     path = Path(model)
     if not path.exists():
@@ -48,7 +59,9 @@ def check_source(model: str) -> None:
             raise ArtifactError(f"{model}: no such model folder", "check the path, or give a hub id such as org/name")
         return
     if path.is_dir() and (path / MANIFEST).exists():
-        load_manifest(path, "checkpoint")
+        made_for = load_manifest(path, "checkpoint").task.name
+        if task is not None and made_for != task:
+            raise ArtifactError(f"{model}: is a checkpoint for {made_for}, not {task}", f"give --task {made_for}")
     if not (path / "config.json").is_file() and not (path / _ADAPTER).is_file():
         raise ArtifactError(f"{model}: has no config.json", "pass the folder of a Hugging Face checkpoint")
     if not any(path.glob("*.safetensors")):
@@ -59,48 +72,80 @@ def check_source(model: str) -> None:
                 "convert them: AutoModel.from_pretrained(...).save_pretrained(...) on a machine that trusts them",
             )
         raise ArtifactError(f"{model}: has no weights (*.safetensors)", "copy the checkpoint again")
-    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        raise ArtifactError(f"{model}: has no tokenizer", "copy tokenizer.json beside config.json")
+    family = _family(path)
+    if family and task is not None:
+        _check_family(model, family, task)
+    sets = _TOKENIZER_SETS.get(family, tuple((name,) for name in _TOKENIZER_FILES))
+    if not any(all((path / name).is_file() for name in names) for names in sets):
+        missing = [name for name in sets[0] if not (path / name).is_file()] if family in _TOKENIZER_SETS else []
+        raise ArtifactError(
+            f"{model}: has no {', '.join(missing) or 'tokenizer'}",
+            f"copy {', '.join(missing) or 'tokenizer.json'} beside config.json",
+        )
 
 
-def load_tokenizer(model: str) -> Any:
-    """The checkpoint's fast tokenizer. Raises ArtifactError when it has none."""
+def _family(path: Path) -> str:
+    """The model type that a folder's config.json names; empty when there is none."""
+    try:
+        return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path / 'config.json'}: names no model type", "copy the checkpoint again") from error
+
+
+def _check_family(model: str, family: str, task: str) -> None:
+    if task == Translation.name and family not in TRANSLATION_FAMILIES:
+        raise ArtifactError(
+            f"{model}: is of type {family}, which does not translate",
+            f"give a checkpoint of type {', '.join(TRANSLATION_FAMILIES)}",
+        )
+    if task == Classification.name and family in TRANSLATION_FAMILIES:
+        raise ArtifactError(f"{model}: is of type {family}, made for translation", f"give --task {Translation.name}")
+
+
+def load_tokenizer(model: str, *, fast: bool = True) -> Any:
+    """The checkpoint's tokenizer. Raises ArtifactError when there is none, or with ``fast`` no tokenizer.json."""
     check_source(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Marian's recommends a package that it then makes no use of
+            tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its dozen loaders raise
-        raise _not_loadable(model, error) from error
-    if not getattr(tokenizer, "is_fast", False):
+        raise not_loadable(model, error) from error
+    if fast and not getattr(tokenizer, "is_fast", False):
         raise ArtifactError(
             f"{model}: its tokenizer has no fast version, which serving needs", "convert it to a tokenizer.json"
         )
     return tokenizer
 
 
-def load_model(model: str, **config: Any) -> Any:
-    """A sequence classification model in fp32, in eval mode; ``config`` overrides its configuration.
+def load_model(model: str, task: str = Classification.name, **config: Any) -> Any:
+    """The model of a checkpoint in fp32, in eval mode; ``config`` overrides its configuration.
 
     A LoRA adapter saved by ``finetune`` is merged into the weights it was trained on.
     """
-    check_source(model)
+    check_source(model, task)
     adapter = Path(model) / _ADAPTER
     try:
         if adapter.is_file():
             return _load_merged(Path(model), json.loads(adapter.read_text()))
+        settings = AutoConfig.from_pretrained(model, trust_remote_code=False, **config)
+        _check_family(model, settings.model_type, task)
         # Eager attention exports to plain operators; the fused one does not.
-        loaded = AutoModelForSequenceClassification.from_pretrained(
+        loaded = _MODELS[task].from_pretrained(
             model,
-            config=AutoConfig.from_pretrained(model, trust_remote_code=False, **config),
+            config=settings,
             dtype=torch.float32,
             attn_implementation="eager",
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=bool(config),
+            ignore_mismatched_sizes="num_labels" in config,
         )
     except ArtifactError:
         raise
     except Exception as error:
-        raise _not_loadable(model, error) from error
+        raise not_loadable(model, error) from error
     return loaded.eval()
 
 
@@ -120,7 +165,9 @@ def max_tokens(tokenizer: Any, config: Any) -> int:
 def task_of(path: Path, tokenizer: Any, config: Any) -> Classification:
     """The task in a checkpoint's manifest, or, for one trained elsewhere, what its config says."""
     if (path / MANIFEST).exists():
-        return load_manifest(path, "checkpoint", verify=False).task
+        task: Task = load_manifest(path, "checkpoint", verify=False).task
+        assert isinstance(task, Classification), "load_model refuses others"
+        return task
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return Classification(
         labels=labels,
@@ -182,8 +229,8 @@ def _load_merged(path: Path, adapter: dict[str, Any]) -> Any:
         raise ArtifactError(
             f"{path}: its base model is not usable: {error.message}", "put the base model back, or train again"
         ) from error
-    task = load_manifest(path, "checkpoint", verify=False).task
-    model = load_model(base, **label_config(task))
+    task: Task = load_manifest(path, "checkpoint", verify=False).task
+    model = load_model(base, task.name, **(label_config(task) if isinstance(task, Classification) else {}))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of every merge that it rounds; parity is measured at export
         return PeftModel.from_pretrained(model, str(path)).merge_and_unload().eval()
@@ -199,7 +246,8 @@ def label_config(task: Classification) -> dict[str, Any]:
     }
 
 
-def _not_loadable(model: str, error: Exception) -> ArtifactError:
+def not_loadable(model: str, error: Exception) -> ArtifactError:
+    """What transformers raised over ``model``, as an error that says what to do."""
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if not Path(model).exists():
         return ArtifactError(
