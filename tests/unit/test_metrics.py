@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
+import sacrebleu
 from sklearn import metrics as sk
 
-from deploykit.metrics import classification_metrics
+from deploykit.errors import MissingDependencyError
+from deploykit.metrics import classification_metrics, placeholders, translation_metrics
 from deploykit.tasks import Classification
 
 
@@ -49,3 +53,40 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     truth = np.zeros((10, 2), bool)
     truth[:6, 0] = truth[6:, 1] = True
     assert classification_metrics(task, truth, scores)["expected_calibration_error"] == pytest.approx(0.3, abs=1e-6)
+
+
+def test_bleu_and_chrf_are_sacrebleus_with_its_signature() -> None:
+    hypotheses, references = ["le chat est là", "ouvrez le fichier %s"], ["le chat est ici", "ouvrez le fichier %s"]
+    ours = translation_metrics(hypotheses, references, ["the cat is here", "open the file %s"])
+    assert ours["bleu"] == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score, abs=1e-4)
+    assert ours["chrf"] == pytest.approx(sacrebleu.corpus_chrf(hypotheses, [references]).score, abs=1e-4)
+    assert ours["signatures"]["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert ours["signatures"]["chrf"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("%s of %(name)s, %1$d at %.2f%%", ["%s", "%(name)s", "%1$d", "%.2f", "%%"]),
+        ("{} {0} {user.name} {n:.2f} ${x} {{ v }}", ["{}", "{0}", "{user.name}", "{n:.2f}", "${x}", "{{ v }}"]),
+        ('<b>x</b> <a href="u">y</a><br/>', ["<b>", "</b>", "<a>", "</a>", "<br/>"]),
+        ("Tom &amp; Jerry &#39;", ["&amp;", "&#39;"]),
+        ("100% sure, 50 % done, a < b > c, if (x) { return; } AT&T;s", []),
+    ],
+)
+def test_placeholders_are_told_from_text(text: str, found: list[str]) -> None:
+    assert sorted(placeholders(text).elements()) == sorted(found)
+
+
+def test_lost_and_altered_placeholders_are_counted_and_shown() -> None:
+    sources = ["%s files in {name}", "<b>Save</b>", "plain"]
+    translated = ["fichiers %d dans {name}", "<b>Enregistrer</b>", "simple"]
+    found = translation_metrics(translated, translated, sources)["placeholders"]
+    assert (found["checked"], found["kept"]) == (4, 3)
+    assert found["examples"] == [{"source": sources[0], "translation": translated[0], "lost": ["%s"]}]
+
+
+def test_without_sacrebleu_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
+    with pytest.raises(MissingDependencyError, match="finetune"):
+        translation_metrics(["a"], ["a"], ["a"])
