@@ -23,7 +23,7 @@ class OnnxRuntimeEngine:
     def __init__(self, graph: Path, threads: int) -> None:
         self._graph = graph
         self._threads = threads
-        self._session = self._open(self._options())
+        self._session = self._open(session_options(threads))
 
     def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
         outputs: list[NDArray[Any]] = self._session.run(None, dict(inputs))
@@ -33,24 +33,12 @@ class OnnxRuntimeEngine:
         import onnx  # only the proof needs it; a serving machine does not have it
 
         with tempfile.TemporaryDirectory() as folder:
-            options = self._options()
+            options = session_options(self._threads)
             options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
             options.log_severity_level = 3  # it warns that the file suits this machine only: that is its purpose
             self._open(options)
             optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
         return sum(node.op_type in _INT8_OPS for node in optimized.graph.node)
-
-    def _options(self) -> ort.SessionOptions:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Waiting threads must leave the CPU to the server and the tokenizer, which share it.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Without VNNI, U8S8 kernels saturate at 16 bits and lose accuracy silently; this makes them exact.
-        if not _has_vnni():
-            options.add_session_config_entry("session.x64quantprecision", "1")
-        return options
 
     def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
         try:
@@ -62,6 +50,21 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"{self._graph}: ONNX Runtime cannot load it: {error}", "export the model again"
             ) from error
+
+
+def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
+    """Options of every session here. ``spin``: threads wait awake for each other within a run, and sleep after it."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Waiting threads must leave the CPU to the server and the tokenizer, which share it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Without VNNI, U8S8 kernels saturate at 16 bits and lose accuracy silently; this makes them exact.
+    if not _has_vnni():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
 
 
 def _has_vnni() -> bool:

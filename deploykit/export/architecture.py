@@ -1,0 +1,145 @@
+"""An encoder-decoder transformer as plain arrays: what a family's file reads from a checkpoint, and
+what the graph builder writes to ONNX."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x @ weight + bias; ``weight`` is float32 [in, out], ``bias`` [out] or None."""
+
+    weight: Array
+    bias: Array | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer norm; without ``beta`` a root-mean-square norm, which subtracts no mean."""
+
+    gamma: Array
+    beta: Array | None
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Attention:
+    query: Linear
+    key: Linear
+    value: Linear
+    out: Linear
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) with a ``gate``."""
+
+    up: Linear
+    down: Linear
+    activation: str
+    gate: Linear | None = None
+
+
+@dataclass(frozen=True)
+class EncoderLayer:
+    attention: Attention
+    attention_norm: Norm
+    feed_forward: FeedForward
+    feed_forward_norm: Norm
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    attention: Attention
+    attention_norm: Norm
+    cross: Attention
+    cross_norm: Norm
+    feed_forward: FeedForward
+    feed_forward_norm: Norm
+
+
+@dataclass(frozen=True)
+class RelativeBias:
+    """Attention biases that depend on the distance between positions alone (T5).
+
+    ``by_distance`` is float32 [heads, distances]; column ``i`` is for key position minus query
+    position ``i - zero``.
+    """
+
+    by_distance: Array
+    zero: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that determines the function of an encoder-decoder transformer.
+
+    ``pre_norm``: norms stand before each block (and once at the end), otherwise after it.
+    Embeddings and ``projection`` are [vocabulary, hidden]; where a family shares them they are equal,
+    and are stored once. ``positions`` are [length, hidden], row 0 for the first token, None where the
+    family has none. Logits are (decoder output x ``output_scale``) @ projection.T + ``output_bias``.
+    """
+
+    heads: int
+    encoder_heads: int
+    head_size: int
+    pre_norm: bool
+    attention_scale: float
+    encoder_embedding: Array
+    decoder_embedding: Array
+    projection: Array
+    embedding_scale: float
+    encoder_layers: tuple[EncoderLayer, ...]
+    decoder_layers: tuple[DecoderLayer, ...]
+    encoder_positions: Array | None = None
+    decoder_positions: Array | None = None
+    encoder_embedding_norm: Norm | None = None
+    decoder_embedding_norm: Norm | None = None
+    encoder_norm: Norm | None = None
+    decoder_norm: Norm | None = None
+    encoder_bias: RelativeBias | None = None
+    decoder_bias: RelativeBias | None = None
+    output_bias: Array | None = None
+    output_scale: float = 1.0
+
+    @property
+    def hidden(self) -> int:
+        return self.projection.shape[1]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.projection.shape[0]
+
+
+class Weights:
+    """A state dict as float32 arrays by name, and the layers that its names describe."""
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        self._arrays = arrays
+
+    def __getitem__(self, name: str) -> Array:
+        return self._arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._arrays
+
+    def linear(self, name: str) -> Linear:
+        """PyTorch stores [out, in]."""
+        bias = f"{name}.bias"
+        return Linear(np.ascontiguousarray(self[f"{name}.weight"].T), self[bias] if bias in self else None)
+
+    def norm(self, name: str, epsilon: float) -> Norm:
+        beta = f"{name}.bias"
+        return Norm(self[f"{name}.weight"], self[beta] if beta in self else None, epsilon)
+
+    def attention(self, name: str, parts: Sequence[str]) -> Attention:
+        """``parts`` name the query, key, value and output layers."""
+        query, key, value, out = (self.linear(f"{name}.{part}") for part in parts)
+        return Attention(query, key, value, out)

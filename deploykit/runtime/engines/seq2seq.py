@@ -1,0 +1,232 @@
+"""Encoder and decoder of a translation model on ONNX Runtime, with the decoder's rows and their caches.
+
+The decoder's state is a list of rows ("slots"), each a hypothesis at a position of its own. Keys and
+values live in preallocated buffers that the graph appends to in place; a row that leaves gives its
+place to the last one, so the rows in use are always the first ones and no step computes anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from deploykit.errors import EngineError
+from deploykit.runtime.engines.onnxruntime import session_options
+
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
+
+_TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have
+_LEAST_ROWS = 4
+
+Floats = NDArray[np.float32]
+
+
+class _Cache:
+    """Keys and values of all layers: float32 [2 x layers, rows, heads, positions, head size].
+
+    ``view`` is laid over storage that grows and is never given back while the model lives.
+    """
+
+    def __init__(self, layers: int, heads: int, head_size: int, block: int) -> None:
+        self._layers, self._heads, self._head_size, self._block = layers, heads, head_size, block
+        self._storage = np.empty(0, np.float32)
+        self.view: Floats = np.empty((2 * layers, 0, heads, 0, head_size), np.float32)
+
+    @property
+    def positions(self) -> int:
+        return self.view.shape[3]
+
+    def padded(self, positions: int) -> int:
+        """The length that caches of ``positions`` are given: growing means copying, so it doubles."""
+        return self._block * _power_of_two(-(-positions // self._block))
+
+    def fit(self, capacity: int, positions: int, kept: int) -> bool:
+        """Make room for ``capacity`` rows of ``positions``; the first ``kept`` rows stay. True if it moved."""
+        positions = self.padded(positions)
+        if kept:
+            positions = max(positions, self.positions)
+        if self.view.shape[1] == capacity and self.positions == positions:
+            return False
+        shape = (2 * self._layers, capacity, self._heads, positions, self._head_size)
+        size = int(np.prod(shape))
+        old = self.view
+        storage = self._storage
+        if kept or storage.size < size:
+            storage = np.empty(size, np.float32)
+        self.view = storage[:size].reshape(shape)
+        if kept:
+            self.view[:, :kept, :, : old.shape[3]] = old[:, :kept]
+        self._storage = storage
+        return True
+
+
+class Seq2SeqModel:
+    """One caller at a time. ``threads`` CPU threads run the graphs."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        self._encoder = _open(folder / ENCODER, threads)
+        self._decoder = _open(folder / DECODER, threads)
+        outputs = {o.name: o.shape for o in self._decoder.get_outputs()}
+        self._layers = sum(name.startswith("present.") for name in outputs) // 2
+        _, self._heads, _, self._head_size = outputs["present.0.key"]
+        self.vocabulary = int(outputs["logits"][1])
+        self._self = _Cache(self._layers, self._heads, self._head_size, _TARGET_BLOCK)
+        self._cross = _Cache(self._layers, self._heads, self._head_size, _SOURCE_BLOCK)
+        self._binding = self._decoder.io_binding()
+        self._bound = (0, 0, 0)
+        self.rows = 0
+        self.reserve(_LEAST_ROWS, 1)
+
+    def encode(self, token_ids: Sequence[Sequence[int]]) -> Floats:
+        """Cross-attention keys and values, float32 [2 x layers, texts, heads, longest, head size]."""
+        longest = max(map(len, token_ids))
+        ids = np.zeros((len(token_ids), longest), np.int64)
+        for row, tokens in enumerate(token_ids):
+            ids[row, : len(tokens)] = tokens
+        lengths = np.fromiter(map(len, token_ids), np.int32, len(token_ids))
+        cross: Floats = self._encoder.run(["cross"], {"input_ids": ids, "lengths": lengths})[0]
+        return cross
+
+    def reserve(self, rows: int, source: int) -> None:
+        """Make room for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is left."""
+        if self.rows == 0:
+            self._capacity = 0
+        grown = rows > self._capacity
+        if grown:
+            self._capacity = _capacity(rows)
+        source = max(source, int(self._source_last[: self.rows].max()) + 1 if self.rows else 1)
+        target = int(self._past[: self.rows].max()) + 1 if self.rows else 1
+        moved = self._self.fit(self._capacity, target, self.rows) | self._cross.fit(self._capacity, source, self.rows)
+        if grown and (self.rows or self._capacity > len(getattr(self, "_past", ()))):
+            self._grow_rows()
+        if moved or grown:
+            self._bound = (0, 0, 0)
+
+    def admit(self, cross: Floats, text: int, length: int, copies: int = 1) -> NDArray[np.int64]:
+        """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
+        first, last = self.rows, self.rows + copies
+        self.reserve(last, length)
+        self._cross.view[:, first:last, :, :length] = cross[:, text, None, :, :length]
+        width = self._heads * self._head_size
+        self._last[:, first:last, 0] = cross[:, text, :, length - 1].reshape(-1, 1, width)
+        self._source_last[first:last] = length - 1
+        self._past[first:last] = 0
+        self.rows = last
+        return np.arange(first, last)
+
+    def step(self, tokens: NDArray[np.int64]) -> Floats:
+        """Feed each row its next token; returns logits, float32 [rows, vocabulary].
+
+        The array is the model's own: the next step overwrites it, and the caller may change it.
+        """
+        rows = self.rows
+        longest = int(self._past[:rows].max()) + 1
+        if longest > self._self.positions:
+            self._self.fit(self._capacity, longest, rows)
+            self._bound = (0, 0, 0)
+        self._tokens[:rows, 0] = tokens
+        self._total[...] = longest
+        if self._bound != (rows, self._self.positions, self._cross.positions):
+            self._bind()
+        self._decoder.run_with_iobinding(self._binding)
+        self._past[:rows] += 1
+        return self._logits[:rows]
+
+    def copy(self, source: int, target: int, begin: int) -> None:
+        """Make row ``target`` continue what row ``source``, of the same text, holds; they share the first ``begin`` positions."""
+        end, view = int(self._past[source]), self._self.view
+        view[:, target, :, begin:end] = view[:, source, :, begin:end]
+        self._past[target] = end
+
+    def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
+        left = self.rows - len(gone)
+        order = np.arange(left)
+        leaving = np.zeros(self.rows, bool)
+        leaving[gone] = True
+        holes = np.flatnonzero(leaving[:left])
+        movers = left + np.flatnonzero(~leaving[left:])
+        order[holes] = movers
+        if len(movers):
+            target, source = int(self._past[movers].max()), int(self._source_last[movers].max()) + 1
+            for to, row in zip(holes, movers):
+                self._self.view[:, to, :, :target] = self._self.view[:, row, :, :target]
+                self._cross.view[:, to, :, :source] = self._cross.view[:, row, :, :source]
+            self._last[:, holes] = self._last[:, movers]
+            self._past[holes] = self._past[movers]
+            self._source_last[holes] = self._source_last[movers]
+        self.rows = left
+        return order
+
+    def cache_bytes(self, rows: int, target: int, source: int) -> int:
+        """Memory of the caches of ``rows`` rows with that many target and source tokens."""
+        positions = self._self.padded(target) + self._cross.padded(source)
+        return _capacity(rows) * positions * 2 * self._layers * self._heads * self._head_size * 4
+
+    def _grow_rows(self) -> None:
+        n, width = self._capacity, self._heads * self._head_size
+        old = (self._past, self._source_last, self._last) if self.rows else None
+        self._tokens = np.zeros((n, 1), np.int64)
+        self._past, self._source_last = np.zeros(n, np.int32), np.zeros(n, np.int32)
+        self._last = np.zeros((2 * self._layers, n, 1, width), np.float32)
+        self._logits = np.empty((n, self.vocabulary), np.float32)
+        self._total = np.zeros((), np.int32)
+        self._source_total = np.zeros((), np.int32)
+        if old is not None:
+            rows = self.rows
+            self._past[:rows], self._source_last[:rows], self._last[:, :rows] = (
+                old[0][:rows],
+                old[1][:rows],
+                old[2][:, :rows],
+            )
+
+    def _bind(self) -> None:
+        """Lay the graph's inputs and outputs over the buffers: once for as long as the shapes stay."""
+        binding, rows = self._binding, self.rows
+        binding.clear_binding_inputs()
+        binding.clear_binding_outputs()
+        self._source_total[...] = self._cross.positions
+        for name, array in (
+            ("input_ids", self._tokens[:rows]),
+            ("past_lengths", self._past[:rows]),
+            ("total", self._total),
+            ("source_last", self._source_last[:rows]),
+            ("source_total", self._source_total),
+        ):
+            _bind(binding.bind_input, name, array)
+        for layer in range(self._layers):
+            for j, part in enumerate(("key", "value")):
+                own, cross = self._self.view[2 * layer + j, :rows], self._cross.view[2 * layer + j, :rows]
+                _bind(binding.bind_input, f"past.{layer}.{part}", own)
+                _bind(binding.bind_output, f"present.{layer}.{part}", own)
+                _bind(binding.bind_input, f"cross.{layer}.{part}", cross)
+                _bind(binding.bind_output, f"cross_present.{layer}.{part}", cross)
+                _bind(binding.bind_input, f"cross.{layer}.last_{part}", self._last[2 * layer + j, :rows])
+        _bind(binding.bind_output, "logits", self._logits[:rows])
+        self._bound = (rows, self._self.positions, self._cross.positions)
+
+
+def _capacity(rows: int) -> int:
+    """Rows to have buffers for when ``rows`` are wanted."""
+    return max(_LEAST_ROWS, _power_of_two(rows))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _open(path: Path, threads: int) -> ort.InferenceSession:
+    try:
+        # Within a step the threads hand over a hundred times: asleep, they would lose more than they compute.
+        return ort.InferenceSession(str(path), session_options(threads, spin=True), providers=["CPUExecutionProvider"])
+    except Exception as error:  # the library's exceptions share no base
+        raise EngineError(f"{path}: ONNX Runtime cannot load it: {error}", "export the model again") from error

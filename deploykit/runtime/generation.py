@@ -1,0 +1,74 @@
+"""What a request may change about how a translation is searched for, and whether that makes sense."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from deploykit.errors import UsageError
+from deploykit.runtime.decoding import MAX_ROWS
+from deploykit.tasks import Generation, Translation
+
+PARAMETERS = (
+    "beam_size",
+    "max_new_tokens",
+    "min_new_tokens",
+    "length_penalty",
+    "early_stopping",
+    "no_repeat_ngram_size",
+    "repetition_penalty",
+)
+"""Request parameters and command line options; the rest of a ``Generation`` is the checkpoint's own."""
+
+
+def override(task: Translation, given: Mapping[str, Any], *, max_beams: int = MAX_ROWS) -> Generation:
+    """The task's generation with ``given`` parameters in place of its own.
+
+    Raises UsageError naming the first parameter that is unknown or out of range.
+    """
+    changes: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in PARAMETERS:
+            raise UsageError(f"unknown parameter {name}", f"known ones: {', '.join(PARAMETERS)}")
+        if name == "beam_size":
+            changes["beam_size"] = _whole(name, value, 1, min(max_beams, task.vocabulary // 4))
+        elif name == "max_new_tokens":
+            changes["max_length"] = 1 + _whole(name, value, 1, task.max_target_length - 1)
+        elif name == "min_new_tokens":
+            changes["min_length"] = 1 + _whole(name, value, 0, task.max_target_length - 1)
+        elif name == "no_repeat_ngram_size":
+            changes[name] = _whole(name, value, 0, task.max_target_length)
+        elif name == "length_penalty":
+            changes[name] = _number(name, value, -10.0, 10.0)
+        elif name == "repetition_penalty":
+            changes[name] = _number(name, value, 0.01, 100.0)
+        elif value in (True, False, "never", "true", "false"):
+            changes[name] = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+        else:
+            raise UsageError(f"{name} is {value!r}", 'give true, false or "never"')
+    generation = dataclasses.replace(task.generation, **changes)
+    if generation.min_length > generation.max_length:
+        raise UsageError(
+            f"at least {generation.min_length - 1} new tokens are wanted, and at most {generation.max_length - 1}",
+            "lower min_new_tokens, or raise max_new_tokens",
+        )
+    return generation
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}", f"give a whole number from {low} to {high}")
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or not low <= value <= high
+    ):
+        raise UsageError(f"{name} is {value!r}", f"give a number from {low:g} to {high:g}")
+    return float(value)
