@@ -1,0 +1,368 @@
+"""Tokenizing for translation without transformers: the ids and texts of Hugging Face's tokenizers.
+
+Two mechanisms serve the families. MarianMT and M2M100 cut with SentencePiece and look the pieces up in
+a vocabulary of their own; NLLB and T5 are a tokenizer.json. What else a family does (language codes,
+task prefixes, special tokens) is data, which ``export.translation_tokenizer`` reads off the
+checkpoint's tokenizer and writes as a ``TokenizerRecord``.
+
+Source: transformers 5, tokenization_python.py, tokenization_marian.py, tokenization_m2m_100.py,
+tokenization_nllb.py, tokenization_t5.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+
+from deploykit.errors import ArtifactError, UsageError
+
+RECORD = "translation_tokenizer.json"
+TOKENIZER = "tokenizer.json"
+SOURCE_SPM = "source.spm"
+TARGET_SPM = "target.spm"
+VOCABULARY = "vocab.json"
+TOKENS = "tokens.json"
+
+_REMEDY = "export the checkpoint again"
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_SHOWN_LANGUAGES = 12
+# Hugging Face's clean_up_tokenization, in its order.
+_CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
+             (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
+
+
+class TranslationTokenizer(Protocol):
+    """``languages`` are the codes that ``encode`` and ``language_token`` take, empty for one pair."""
+
+    @property
+    def languages(self) -> tuple[str, ...]: ...
+
+    def encode(self, texts: Sequence[str], target: str | None = None) -> list[list[int]]:
+        """Source token ids with special tokens and language codes, never truncated.
+
+        ``target`` asks for another target language than the one loaded with. A lone surrogate, which
+        is no text, becomes U+FFFD. Raises UsageError for a language that the checkpoint lacks.
+        """
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of target token ids, without special tokens."""
+
+    def language_token(self, code: str | None = None) -> int | None:
+        """The id that a translation into ``code`` (default: the target loaded with) must begin with
+        after the start token; None for families that name the target in the source."""
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token found in the raw text before anything is cut.
+
+    ``lstrip`` and ``rstrip`` take the white space on that side; ``single_word`` tokens are left alone
+    inside words.
+    """
+
+    content: str
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+@dataclass(frozen=True)
+class TokenizerRecord:
+    """What a checkpoint's tokenizer does besides cutting text into pieces.
+
+    ``languages`` are the codes with a token of their own, put ``before`` or ``after`` (of </s>) the
+    source. ``prefixes`` are the texts put before the source, by source and target language, source ""
+    standing for any; ``prefix`` is for pairs without one, None where there must be one.
+    ``eos_token_id`` ends every source. The rest is for SentencePiece alone: ``separate_models``
+    puts texts together by another model than cuts them, ``special_gap`` follows a special token in
+    decoded text, ``codes_in_text`` reads a leading >>code<<.
+    """
+
+    backend: str
+    eos_token_id: int
+    languages: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    language_place: str | None = None
+    prefixes: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
+    prefix: str | None = ""
+    clean_up_spaces: bool = False
+    split_special_tokens: bool = False
+    separate_models: bool = False
+    unk_token: str = "<unk>"
+    added_tokens: tuple[AddedToken, ...] = ()
+    special_tokens: tuple[str, ...] = ()
+    special_token_ids: tuple[int, ...] = ()
+    special_gap: str = ""
+    codes_in_text: bool = False
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / RECORD, dataclasses.asdict(self))
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def load_translation_tokenizer(folder: Path, source: str, target: str) -> TranslationTokenizer:
+    """The tokenizer that ``save_translation_tokenizer`` wrote to ``folder``, for one language pair.
+
+    Raises ArtifactError for a file that is missing or broken, UsageError for a language that a
+    many-language checkpoint lacks.
+    """
+    record = _read_record(folder / RECORD)
+    pieces = _TokenizerJson(folder, record) if record.backend == "tokenizers" else _SentencePiece(folder, record)
+    return _PairTokenizer(record, pieces, source, target)
+
+
+class _Pieces(Protocol):
+    """Ids of texts and texts of ids, no special tokens added."""
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def texts(self, ids: Sequence[Sequence[int]]) -> list[str]: ...
+
+
+class _PairTokenizer:
+    """Languages, prefixes and special tokens around a family's pieces."""
+
+    def __init__(self, record: TokenizerRecord, pieces: _Pieces, source: str, target: str) -> None:
+        self._record = record
+        self._pieces = pieces
+        self._target = target
+        self._prefixes = record.prefixes.get(source, record.prefixes.get("", {}))
+        if record.languages and source not in record.languages:
+            raise self._unknown("source", source)
+        if not self._knows(target) and (record.languages or record.prefix is None):
+            raise self._unknown("target", target)
+        code = [record.languages[source]] if record.languages else []
+        self._before = code if record.language_place == "before" else []
+        self._after = [record.eos_token_id, *(code if record.language_place == "after" else [])]
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self._record.languages or self._prefixes)
+
+    def encode(self, texts: Sequence[str], target: str | None = None) -> list[list[int]]:
+        prefix = self._prefix(target)
+        rows = self._pieces.ids([prefix + (t if t.isascii() else _SURROGATE.sub("\ufffd", t)) for t in texts])
+        return [[*self._before, *ids, *self._after] for ids in rows]
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        texts = self._pieces.texts(ids)
+        return [_clean_up(text) for text in texts] if self._record.clean_up_spaces else texts
+
+    def language_token(self, code: str | None = None) -> int | None:
+        return self._record.languages.get(self._checked(code))
+
+    def _prefix(self, target: str | None) -> str:
+        return self._prefixes.get(self._checked(target), self._record.prefix or "")
+
+    def _checked(self, target: str | None) -> str:
+        if target is None or target == self._target:
+            return self._target
+        if not self._knows(target):
+            raise self._unknown("target", target)
+        return target
+
+    def _knows(self, code: str) -> bool:
+        return code in (self._record.languages or self._prefixes)
+
+    def _unknown(self, side: str, code: str) -> UsageError:
+        known = sorted(self.languages)
+        if not known:
+            return UsageError(f"unknown {side} language {code!r}", f"this checkpoint knows {self._target!r} alone")
+        more = f" and {len(known) - _SHOWN_LANGUAGES} more" if len(known) > _SHOWN_LANGUAGES else ""
+        return UsageError(
+            f"unknown {side} language {code!r}",
+            f"this checkpoint knows {', '.join(known[:_SHOWN_LANGUAGES])}{more}",
+        )
+
+
+class _TokenizerJson:
+    """A tokenizer.json, through the `tokenizers` library."""
+
+    def __init__(self, folder: Path, record: TokenizerRecord) -> None:
+        path = _existing(folder / TOKENIZER)
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ArtifactError(f"{path}: is not a tokenizer: {error}", _REMEDY) from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = record.split_special_tokens
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        return list(self._tokenizer.decode_batch([list(row) for row in ids], skip_special_tokens=True))
+
+
+class _SentencePiece:
+    """SentencePiece with a vocabulary of its own, as transformers' PreTrainedTokenizer runs it.
+
+    One difference is deliberate. Where added tokens overlap in a text, Hugging Face's trie can cut
+    beside a token (it reads on from a stale state); here the leftmost and longest is taken. For that
+    to differ, one added token must be part of another.
+    """
+
+    def __init__(self, folder: Path, record: TokenizerRecord) -> None:
+        self._encoder = _load_spm(folder / SOURCE_SPM)
+        self._decoder = _load_spm(folder / TARGET_SPM) if record.separate_models else self._encoder
+        self._vocabulary = _read_vocabulary(folder / VOCABULARY)
+        self._tokens = _read_tokens(folder / TOKENS)
+        if record.unk_token not in self._vocabulary:
+            raise ArtifactError(f"{folder / VOCABULARY}: has no {record.unk_token}", _REMEDY)
+        self._unk_token = record.unk_token
+        self._unk_id = self._vocabulary[record.unk_token]
+        self._added = {token.content: token for token in record.added_tokens}
+        self._added_pattern = _any_of(self._added) if not record.split_special_tokens else None
+        self._special_tokens = frozenset(record.special_tokens)
+        self._special_ids = frozenset(record.special_token_ids)
+        self._special_gap = record.special_gap
+        self._codes_in_text = record.codes_in_text
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        to_cut: list[str] = []
+        rows = [list(self._parts(text, to_cut)) for text in texts]
+        # One thread: starting others costs more than a batch takes.
+        cut = iter(self._encoder.encode(to_cut, out_type=str, num_threads=1))
+        return [list(self._row(parts, cut)) for parts in rows]
+
+    def _parts(self, text: str, to_cut: list[str]) -> Iterator[int | None]:
+        """The ids of tokens written out in ``text``; None for what lies between, which goes to ``to_cut``."""
+        for part in self._split(text):
+            if part in self._added and self._added_pattern:
+                yield self._vocabulary.get(part, self._unk_id)
+                continue
+            if self._codes_in_text and part.startswith(">>") and (end := part.find("<<")) != -1:
+                yield self._vocabulary.get(part[: end + 2], self._unk_id)
+                part = part[end + 2 :]
+            to_cut.append(part)
+            yield None
+
+    def _row(self, parts: Sequence[int | None], cut: Iterator[list[str]]) -> Iterator[int]:
+        for part in parts:
+            if part is not None:
+                yield part
+                continue
+            for piece in next(cut):
+                yield self._vocabulary.get(piece, self._unk_id)
+
+    def _split(self, text: str) -> list[str]:
+        """``text`` at its added tokens, each of which takes what its flags say from its neighbours."""
+        if self._added_pattern is None or not self._added_pattern.search(text):
+            return [text]
+        parts = [part for part in self._added_pattern.split(text) if part]
+        for i, part in enumerate(parts):
+            token = self._added.get(part)
+            if token is None:
+                continue
+            left, right = parts[i - 1] if i else "", parts[i + 1] if i + 1 < len(parts) else ""
+            if token.rstrip and right:
+                parts[i + 1] = right.lstrip()
+            if token.lstrip and left:
+                parts[i - 1] = left.rstrip()
+            if token.single_word and left and left[-1] != " ":
+                parts[i - 1] += part
+                parts[i] = ""
+            elif token.single_word and right and right[0] != " ":
+                parts[i + 1] = part + parts[i + 1]
+                parts[i] = ""
+        return [part for part in parts if part]
+
+    def texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        if not len(ids):
+            return []
+        runs: list[list[str]] = []
+        specials = [self._runs(row, runs) for row in ids]
+        decoded = iter(self._decoder.decode(runs, num_threads=1))
+        return [self._text(row, decoded) for row in specials]
+
+    def _runs(self, ids: Sequence[int], runs: list[list[str]]) -> list[str]:
+        """Add to ``runs`` the pieces of ``ids`` between special tokens; those tokens are the answer."""
+        special: list[str] = []
+        run: list[str] = []
+        for i in ids:
+            if i in self._special_ids:
+                continue
+            token = self._tokens[i] if 0 <= i < len(self._tokens) else self._unk_token
+            if token in self._special_tokens:
+                special.append(token)
+                runs.append(run)
+                run = []
+            else:
+                run.append(token)
+        runs.append(run)
+        return special
+
+    def _text(self, special: Sequence[str], decoded: Iterator[str]) -> str:
+        text = "".join(next(decoded) + token + self._special_gap for token in special) + next(decoded)
+        # Pieces that the decoding model lacks keep their sign for a space; Marian's tokenizer, alone, replaces it.
+        return (text.replace("▁", " ") if self._codes_in_text else text).strip()
+
+
+def _any_of(tokens: Mapping[str, AddedToken]) -> re.Pattern[str] | None:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if tokens else None
+
+
+def _clean_up(text: str) -> str:
+    for spaced, joined in _CLEAN_UP:
+        text = text.replace(spaced, joined)
+    return text
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file", _REMEDY)
+    return path
+
+
+def _load_spm(path: Path) -> SentencePieceProcessor:
+    processor = SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(_existing(path).read_bytes())
+        return processor
+    except (RuntimeError, OSError) as error:
+        raise ArtifactError(f"{path}: is not a SentencePiece model: {error}", _REMEDY) from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_existing(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path}: is not JSON: {error}", _REMEDY) from error
+
+
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    value = _read_json(path)
+    if not isinstance(value, dict) or not all(isinstance(i, int) for i in value.values()):
+        raise ArtifactError(f"{path}: is not a vocabulary (pieces with their ids)", _REMEDY)
+    return value
+
+
+def _read_tokens(path: Path) -> list[str]:
+    value = _read_json(path)
+    if not isinstance(value, list) or not all(isinstance(token, str) for token in value):
+        raise ArtifactError(f"{path}: is not a list of tokens", _REMEDY)
+    return value
+
+
+def _read_record(path: Path) -> TokenizerRecord:
+    value = _read_json(path)
+    try:
+        value["added_tokens"] = tuple(AddedToken(**token) for token in value["added_tokens"])
+        record = TokenizerRecord(**value)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: is not a tokenizer's record: {error}", _REMEDY) from error
+    if record.backend not in ("sentencepiece", "tokenizers"):
+        raise ArtifactError(f"{path}: unknown backend {record.backend!r}", "upgrade deploykit")
+    return record
