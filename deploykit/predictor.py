@@ -1,13 +1,15 @@
 """What can answer: a checkpoint, an export, a packaged model, or a model on a running server.
 
-``evaluate``, ``predict`` and ``bench`` all take one of these, and treat them alike.
+``evaluate``, ``predict``, ``translate`` and ``bench`` all take one of these, and treat them alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +18,56 @@ from deploykit.artifacts import Manifest, load_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
 from deploykit.runtime.classifier import Classifier, load_classifier
-from deploykit.runtime.engines import ENGINES, Precision, choose_engine, load_engine
-from deploykit.tasks import Task
+from deploykit.runtime.engines import (
+    ENGINES,
+    TRANSLATION_ENGINE,
+    TRANSLATION_FILES,
+    Precision,
+    available_cpus,
+    choose_engine,
+    load_engine,
+)
+from deploykit.runtime.translated import Translated
+from deploykit.tasks import Classification, Generation, Translation
+
+if TYPE_CHECKING:
+    from deploykit.runtime.translator import Translator
 
 
-class Predictor(Protocol):
+class TextClassifier(Protocol):
     """Texts in, probabilities out."""
 
-    task: Task
+    task: Classification
 
     def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Probabilities, float32 [texts, labels]."""
 
     def close(self) -> None:
         """Release connections."""
+
+
+class TextTranslator(Protocol):
+    """Texts in, texts out."""
+
+    task: Translation
+
+    def translate(self, texts: Sequence[str], generation: Generation | None = None) -> list[Translated]:
+        """One for each text, in their order; ``generation`` in place of the task's own."""
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+Predictor = TextClassifier | TextTranslator
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What of an export is run: an engine, a precision, and the files of its graphs."""
+
+    engine: str
+    precision: Precision
+    files: tuple[str, ...]
 
 
 def open_predictor(
@@ -47,15 +85,33 @@ def open_predictor(
             raise ArtifactError(
                 f"{target}: no such directory", "check the path; a served model is named without slashes"
             )
-        from deploykit.triton.client import ServedClassifier
+        from deploykit.triton.client import open_served
 
-        return ServedClassifier(target, url)
+        return open_served(target, url)
     if path.is_dir() and not (path / "manifest.json").exists() and (path / "config.json").exists():
         return _open_checkpoint(path)
     manifest = load_manifest(path)
     if manifest.kind == "checkpoint":
         return _open_checkpoint(path)
     return open_graph(path, manifest, engine=engine, precision=precision, threads=threads)
+
+
+def open_classifier(target: str, **where: Any) -> TextClassifier:
+    """``open_predictor``, for a command that classifies. Raises UsageError when ``target`` translates."""
+    predictor = open_predictor(target, **where)
+    if not isinstance(predictor.task, Classification):
+        predictor.close()
+        raise UsageError(f"{target} translates, it does not classify", "use deploykit translate")
+    return predictor
+
+
+def open_translator(target: str, **where: Any) -> TextTranslator:
+    """``open_predictor``, for a command that translates. Raises UsageError when ``target`` classifies."""
+    predictor = open_predictor(target, **where)
+    if isinstance(predictor.task, Classification):
+        predictor.close()
+        raise UsageError(f"{target} classifies, it does not translate", "use deploykit predict")
+    return predictor
 
 
 def open_graph(
@@ -66,33 +122,44 @@ def open_graph(
     precision: str = "auto",
     threads: int | None = None,
     token_budget: int = DEFAULT_TOKEN_BUDGET,
-) -> Classifier:
-    """Open an export or a packaged model version in this process."""
-    name, _, graph = find_graph(path, manifest, engine=engine, precision=precision)
-    loaded = load_engine(name, path / graph, threads)
-    return load_classifier(path, manifest.task, loaded, token_budget=token_budget)
+) -> Classifier | Translator:
+    """Open an export or a packaged model version in this process. ``token_budget`` is for classifiers."""
+    graphs = find_graphs(path, manifest, engine=engine, precision=precision)
+    task = manifest.task
+    if isinstance(task, Translation):
+        from deploykit.runtime.translator import load_translator
+
+        return load_translator(path, task, graphs.precision, threads or available_cpus())
+    loaded = load_engine(graphs.engine, path / graphs.files[0], threads)
+    return load_classifier(path, task, loaded, token_budget=token_budget)
 
 
-def find_graph(path: Path, manifest: Manifest, *, engine: str, precision: str) -> tuple[str, Precision, str]:
-    """Choose engine, precision and graph file from what a directory holds.
+def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str) -> Graphs:
+    """Choose engine, precision and graph files from what a directory holds.
 
-    A packaged model names its engine and holds one graph. Otherwise ``auto`` means the best
-    installed engine, and INT8 where there is a graph for it.
+    A packaged model names its engine and holds one precision. Otherwise ``auto`` means the best
+    installed engine, and INT8 where there are graphs for it.
     """
     if engine == "auto" and "engine" in manifest.options:
         engine = str(manifest.options["engine"])
-    name = choose_engine(engine)
-    graphs = ENGINES[name].graphs
+    if isinstance(manifest.task, Translation):
+        name = choose_engine(TRANSLATION_ENGINE if engine == "auto" else engine)
+        if name != TRANSLATION_ENGINE:
+            raise UsageError(f"the engine {name} does not run translation", f"give --engine {TRANSLATION_ENGINE}")
+        files: Mapping[Precision, tuple[str, ...]] = TRANSLATION_FILES
+    else:
+        name = choose_engine(engine)
+        files = {precision: (graph,) for precision, graph in ENGINES[name].graphs.items()}
     wanted: tuple[Precision, ...]
     if precision == "auto":
         wanted = ("int8", "fp32")
-    elif precision in graphs:
+    elif precision in files:
         wanted = ("int8",) if precision == "int8" else ("fp32",)
     else:
-        raise UsageError(f"unknown precision {precision!r}", f"choose one of: auto, {', '.join(graphs)}")
+        raise UsageError(f"unknown precision {precision!r}", f"choose one of: auto, {', '.join(files)}")
     for candidate in wanted:
-        if graphs[candidate] in manifest.files:
-            return name, candidate, graphs[candidate]
+        if set(files[candidate]) <= set(manifest.files):
+            return Graphs(name, candidate, files[candidate])
     raise ArtifactError(
         f"{path}: has no {precision} graph for the engine {name}",
         "export with --int8" if precision == "int8" else "choose another --engine or --precision",
@@ -100,6 +167,11 @@ def find_graph(path: Path, manifest: Manifest, *, engine: str, precision: str) -
 
 
 def _open_checkpoint(path: Path) -> Predictor:
+    config = path / "config.json"  # a LoRA adapter, which has none, is always a classifier's
+    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("is_encoder_decoder"):
+        from deploykit.finetune.translator import TorchTranslator
+
+        return TorchTranslator.load(path)
     from deploykit.finetune.checkpoint import TorchClassifier
 
     return TorchClassifier.load(path)

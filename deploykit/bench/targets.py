@@ -14,7 +14,7 @@ from deploykit.artifacts import load_manifest
 from deploykit.bench.load import Scenario, Server
 from deploykit.bench.machine import PeakMemory, require_psutil
 from deploykit.bench.run import DEFAULT_SCENARIOS, BenchResult, Candidate, run_bench
-from deploykit.predictor import Predictor, find_graph, open_predictor
+from deploykit.predictor import Predictor, find_graphs, open_predictor
 from deploykit.runtime.engines import ENGINES
 
 _MEMORY_TEXTS = 256
@@ -91,11 +91,12 @@ def _plans(target: str, engines: Sequence[str], precisions: Sequence[str]) -> It
         return
     seen = set()
     for engine, precision in itertools.product(engines, precisions):
-        name, found, graph = find_graph(path, manifest, engine=engine, precision=precision)
-        if (name, found) not in seen:
-            seen.add((name, found))
-            size = manifest.files[graph].bytes / 1e6
-            yield _Plan(f"{path.name} {name} {found}", target, False, name, found, size)
+        graphs = find_graphs(path, manifest, engine=engine, precision=precision)
+        if graphs not in seen:
+            seen.add(graphs)
+            size = sum(manifest.files[file].bytes for file in graphs.files) / 1e6
+            name = f"{path.name} {graphs.engine} {graphs.precision}"
+            yield _Plan(name, target, False, graphs.engine, graphs.precision, size)
 
 
 def _open(plan: _Plan, url: str, threads: int | None, memory: float | None) -> Candidate:

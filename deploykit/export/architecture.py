@@ -127,17 +127,15 @@ class Weights:
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._arrays
+    def get(self, name: str) -> Array | None:
+        return self._arrays.get(name)
 
     def linear(self, name: str) -> Linear:
         """PyTorch stores [out, in]."""
-        bias = f"{name}.bias"
-        return Linear(np.ascontiguousarray(self[f"{name}.weight"].T), self[bias] if bias in self else None)
+        return Linear(np.ascontiguousarray(self[f"{name}.weight"].T), self.get(f"{name}.bias"))
 
     def norm(self, name: str, epsilon: float) -> Norm:
-        beta = f"{name}.bias"
-        return Norm(self[f"{name}.weight"], self[beta] if beta in self else None, epsilon)
+        return Norm(self[f"{name}.weight"], self.get(f"{name}.bias"), epsilon)
 
     def attention(self, name: str, parts: Sequence[str]) -> Attention:
         """``parts`` name the query, key, value and output layers."""

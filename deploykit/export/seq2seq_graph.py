@@ -35,11 +35,9 @@ from deploykit.export.architecture import (
     RelativeBias,
 )
 from deploykit.export.quantize import activation_parameters, quantize_weight
+from deploykit.runtime.engines import TRANSLATION_FILES, Precision
 
 OPSET = 17
-SHARED = "shared.bin"
-"""The file of the embedding, beside both graphs."""
-
 _CONTRIB = "com.microsoft"
 _SHARED_ALIGNMENT = 4096  # ONNX Runtime maps external data by pages
 _ACTIVATIONS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
@@ -135,7 +133,7 @@ def build_decoder(architecture: Architecture, ranges: Ranges | None = None) -> G
     width = a.heads * a.head_size
 
     def cache(name: str, length: str) -> tuple[str, str]:
-        dims = ["rows", a.heads, length, a.head_size]
+        dims: list[int | str] = ["rows", a.heads, length, a.head_size]
         key, value = (g.input(f"{name}.{part}", TensorProto.FLOAT, dims) for part in ("key", "value"))
         return key, value
 
@@ -181,14 +179,15 @@ def build_decoder(architecture: Architecture, ranges: Ranges | None = None) -> G
     return g.finish()
 
 
-def save_graphs(folder: Path, graphs: Mapping[str, Graph]) -> None:
-    """Write graphs by file name; arrays that several of them or several layers use go once into ``SHARED``.
+def save_graphs(folder: Path, encoder: Graph, decoder: Graph, precision: Precision) -> None:
+    """Write both graphs, and the embeddings, once, to the file beside them.
 
     Raises ExportError when a file would pass protobuf's limit of 2 GB.
     """
+    *names, shared_name = TRANSLATION_FILES[precision]
     offsets: dict[str, tuple[int, int]] = {}
-    with (folder / SHARED).open("wb") as shared:
-        for graph in graphs.values():
+    with (folder / shared_name).open("wb") as shared:
+        for graph in (encoder, decoder):
             for tensor in graph.model.graph.initializer:
                 if not tensor.name.startswith("shared/"):
                     continue
@@ -196,8 +195,8 @@ def save_graphs(folder: Path, graphs: Mapping[str, Graph]) -> None:
                     shared.write(b"\0" * (-shared.tell() % _SHARED_ALIGNMENT))
                     offsets[tensor.name] = (shared.tell(), len(tensor.raw_data))
                     shared.write(tensor.raw_data)
-                _make_external(tensor, *offsets[tensor.name])
-    for name, graph in graphs.items():
+                _make_external(tensor, shared_name, *offsets[tensor.name])
+    for name, graph in zip(names, (encoder, decoder)):
         if graph.model.ByteSize() >= 2**31:
             raise ExportError(
                 f"{name} would have {graph.model.ByteSize():,} bytes, more than ONNX allows", "use --int8"
@@ -205,10 +204,10 @@ def save_graphs(folder: Path, graphs: Mapping[str, Graph]) -> None:
         onnx.save(graph.model, folder / name)
 
 
-def _make_external(tensor: onnx.TensorProto, offset: int, length: int) -> None:
+def _make_external(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", SHARED), ("offset", str(offset)), ("length", str(length))):
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
 
 
@@ -355,12 +354,9 @@ class _Writer:
                 _, x = self._add_and_norm(x, block(x), norm)
             return x if last is None else self.norm(x, last)
         normalized = self.norm(x, blocks[0][1])
-        following = [norm for _, norm in blocks[1:]] + [last]
-        for (block, _), norm in zip(blocks, following):
-            out = block(normalized)
-            if norm is None:
-                return self.op("Add", x, out)
-            x, normalized = self._add_and_norm(x, out, norm)
+        assert last is not None, "every pre-norm family has one"
+        for (block, _), norm in zip(blocks, [*(norm for _, norm in blocks[1:]), last]):
+            x, normalized = self._add_and_norm(x, block(normalized), norm)
         return normalized
 
     def _add_and_norm(self, x: str, y: str, norm: Norm) -> tuple[str, str]:

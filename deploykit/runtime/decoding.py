@@ -201,7 +201,8 @@ class Decoder:
         if len(rows) < len(logits):
             values, columns = top_k(logits[rows], k)
         else:
-            values, columns = (array[rows] for array in top_k(logits, k))  # one copy less of the logits
+            values, columns = top_k(logits, k)  # a copy of the logits less
+            values, columns = values[rows], columns[rows]
         values = values - sums[rows, None]
         first = 0
         for sentence in sentences:

@@ -182,6 +182,11 @@ class ServedClassifier:
             ) from error
 
 
+def open_served(name: str, url: str = DEFAULT_URL) -> ServedClassifier:
+    """The model ``name`` on the server at ``url``, by what its config says it does."""
+    return ServedClassifier(name, url)
+
+
 def parse_url(url: str) -> tuple[str, bool]:
     """(``host:port`` and any path, whether it is https) of a server's HTTP address.
 

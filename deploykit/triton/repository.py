@@ -19,7 +19,7 @@ from tritonclient.grpc import model_config_pb2
 
 from deploykit.artifacts import Manifest, digest_of, load_manifest, new_directory, new_file, write_manifest
 from deploykit.errors import ArtifactError, UsageError
-from deploykit.predictor import find_graph
+from deploykit.predictor import find_graphs
 from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
 from deploykit.tasks import Task, task_from_json, task_to_json
 
@@ -92,7 +92,7 @@ def package(
     """
     check_name(name)
     export = load_manifest(export_dir, "export")
-    engine, precision, graph = find_graph(export_dir, export, engine=engine, precision=precision)
+    graphs = find_graphs(export_dir, export, engine=engine, precision=precision)
     model = repository / name
     config = model / CONFIG
     keep = config.exists() and not overwrite_config
@@ -104,14 +104,14 @@ def package(
         with new_file(config) as new_config:
             new_config.write_text(text, encoding="utf-8")
 
-    options = {"engine": engine, "precision": precision, "name": name}
+    options = {"engine": graphs.engine, "precision": graphs.precision, "name": name}
     inputs = digest_of(export.digest, options)
     newest = max(versions_of(model), default=0)
     if newest and (manifest := _made_from(model / str(newest), inputs)):
         return Packaged(model / str(newest), name, newest, manifest, reused=True, config_kept=keep)
     out = model / str(newest + 1)
     with new_directory(out) as folder:
-        for file in ("tokenizer.json", graph):
+        for file in ("tokenizer.json", *graphs.files):
             shutil.copyfile(export_dir / file, folder / file)
         manifest = write_manifest(
             folder,

@@ -68,6 +68,15 @@ ENGINES: Mapping[str, EngineInfo] = {
 }
 
 
+TRANSLATION_ENGINE = "onnxruntime"
+"""The one that decodes: its attention kernels append to their caches in place."""
+TRANSLATION_FILES: Mapping[Precision, tuple[str, str, str]] = {
+    "fp32": ("encoder.onnx", "decoder.onnx", "shared.bin"),
+    "int8": ("encoder.u8s8.onnx", "decoder.u8s8.onnx", "shared.u8s8.bin"),
+}
+"""The encoder's graph, the decoder's, and the weights that both use."""
+
+
 def choose_engine(name: str = "auto") -> str:
     """Resolve ``auto`` to the best installed engine.
 

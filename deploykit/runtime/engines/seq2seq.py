@@ -16,9 +16,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
+from deploykit.runtime.engines import TRANSLATION_FILES, Precision
 from deploykit.runtime.engines.onnxruntime import session_options
-
-ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have
 _LEAST_ROWS = 4
@@ -66,11 +65,15 @@ class _Cache:
 
 
 class Seq2SeqModel:
-    """One caller at a time. ``threads`` CPU threads run the graphs."""
+    """The graphs of one precision in ``folder``, on ``threads`` CPU threads. One caller at a time.
 
-    def __init__(self, folder: Path, threads: int) -> None:
-        self._encoder = _open(folder / ENCODER, threads)
-        self._decoder = _open(folder / DECODER, threads)
+    Raises EngineError naming the file that ONNX Runtime refuses.
+    """
+
+    def __init__(self, folder: Path, precision: Precision, threads: int) -> None:
+        encoder, decoder, _ = TRANSLATION_FILES[precision]
+        self._encoder = _open(folder / encoder, threads)
+        self._decoder = _open(folder / decoder, threads)
         outputs = {o.name: o.shape for o in self._decoder.get_outputs()}
         self._layers = sum(name.startswith("present.") for name in outputs) // 2
         _, self._heads, _, self._head_size = outputs["present.0.key"]
@@ -79,7 +82,12 @@ class Seq2SeqModel:
         self._cross = _Cache(self._layers, self._heads, self._head_size, _SOURCE_BLOCK)
         self._binding = self._decoder.io_binding()
         self._bound = (0, 0, 0)
+        self._total = np.zeros((), np.int32)
+        self._source_total = np.zeros((), np.int32)
         self.rows = 0
+        self._capacity = 0
+        self._past = self._source_last = np.zeros(0, np.int32)
+        self._last: Floats = np.zeros((2 * self._layers, 0, 1, self._heads * self._head_size), np.float32)
         self.reserve(_LEAST_ROWS, 1)
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> Floats:
@@ -102,7 +110,7 @@ class Seq2SeqModel:
         source = max(source, int(self._source_last[: self.rows].max()) + 1 if self.rows else 1)
         target = int(self._past[: self.rows].max()) + 1 if self.rows else 1
         moved = self._self.fit(self._capacity, target, self.rows) | self._cross.fit(self._capacity, source, self.rows)
-        if grown and (self.rows or self._capacity > len(getattr(self, "_past", ()))):
+        if grown and (self.rows or self._capacity > len(self._past)):
             self._grow_rows()
         if moved or grown:
             self._bound = (0, 0, 0)
@@ -166,24 +174,20 @@ class Seq2SeqModel:
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
         """Memory of the caches of ``rows`` rows with that many target and source tokens."""
         positions = self._self.padded(target) + self._cross.padded(source)
-        return _capacity(rows) * positions * 2 * self._layers * self._heads * self._head_size * 4
+        return int(_capacity(rows) * positions * 2 * self._layers * self._heads * self._head_size * 4)
 
     def _grow_rows(self) -> None:
-        n, width = self._capacity, self._heads * self._head_size
-        old = (self._past, self._source_last, self._last) if self.rows else None
+        n, width, rows = self._capacity, self._heads * self._head_size, self.rows
+        past, source_last, last = self._past, self._source_last, self._last
         self._tokens = np.zeros((n, 1), np.int64)
         self._past, self._source_last = np.zeros(n, np.int32), np.zeros(n, np.int32)
         self._last = np.zeros((2 * self._layers, n, 1, width), np.float32)
         self._logits = np.empty((n, self.vocabulary), np.float32)
-        self._total = np.zeros((), np.int32)
-        self._source_total = np.zeros((), np.int32)
-        if old is not None:
-            rows = self.rows
-            self._past[:rows], self._source_last[:rows], self._last[:, :rows] = (
-                old[0][:rows],
-                old[1][:rows],
-                old[2][:, :rows],
-            )
+        self._past[:rows], self._source_last[:rows], self._last[:, :rows] = (
+            past[:rows],
+            source_last[:rows],
+            last[:, :rows],
+        )
 
     def _bind(self) -> None:
         """Lay the graph's inputs and outputs over the buffers: once for as long as the shapes stay."""

@@ -1,0 +1,155 @@
+"""A translator: texts in, texts out, in the process that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from deploykit.errors import DataError
+from deploykit.runtime.decoding import MAX_CACHE_BYTES, MAX_ROWS, Decoder, Sentence
+from deploykit.runtime.engines import Precision
+from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.sentences import fit, split_sentences
+from deploykit.runtime.text import normalize
+from deploykit.runtime.translated import EMPTY, Translated, finish_of
+from deploykit.runtime.translation_tokenizer import TranslationTokenizer, load_translation_tokenizer
+from deploykit.tasks import Generation, Translation
+
+LongInput = Literal["split", "refuse"]
+"""What becomes of a text that is longer than the model takes."""
+
+_CHARS_PER_TOKEN = 24  # no text of more characters a token than this is worth tokenizing to find it too long
+
+
+@dataclass
+class Job:
+    """A text on its way: its sentences, and the white space that stood after each."""
+
+    sentences: list[Sentence]
+    separators: list[str]
+
+    @property
+    def done(self) -> bool:
+        return all(sentence.result is not None for sentence in self.sentences)
+
+    def cancel(self) -> None:
+        """Stop decoding it at the next step."""
+        for sentence in self.sentences:
+            sentence.cancelled = True
+
+
+class Translator:
+    """Tokenizer and decoder of one exported model. One caller at a time."""
+
+    def __init__(self, task: Translation, tokenizer: TranslationTokenizer, decoder: Decoder) -> None:
+        self.task = task
+        self.decoder = decoder
+        self._tokenizer = tokenizer
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
+    ) -> list[Translated]:
+        """Translations in the order of ``texts``; an empty text stays empty.
+
+        Raises DataError for a text that is too long, when ``long_input`` is "refuse". Without
+        ``scored`` greedy search leaves scores at 0, and is faster.
+        """
+        jobs = self.begin(texts, generation, long_input=long_input, scored=scored)
+        # Long sentences first: short ones fill the room that is left at the end.
+        waiting = [sentence for job in jobs for sentence in job.sentences]
+        self.decoder.run(sorted(waiting, key=lambda s: -len(s.token_ids)))
+        return [self.result(job) for job in jobs]
+
+    def begin(
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
+        by_sentence: bool = False,
+    ) -> list[Job]:
+        """Tokenize ``texts``; the sentences of the jobs are for ``decoder.add``. ``by_sentence`` splits short texts too."""
+        generation = generation or self.task.generation
+        texts = [normalize(text) for text in texts]
+        pieces = [split_sentences(text) if by_sentence else [(text, "")] for text in texts]
+        encoded = iter(self._tokenizer.encode([piece for text in pieces for piece, _ in text]))
+        jobs = []
+        for number, text in enumerate(pieces):
+            job = Job([], [])
+            for piece, separator in text:
+                ids = next(encoded)
+                if not piece.strip():
+                    continue
+                if len(ids) <= self.task.max_source_length:
+                    parts = [(ids, separator)]
+                elif long_input == "refuse":
+                    raise DataError(
+                        f"text {number}: has {len(ids)} tokens, the model takes {self.task.max_source_length}",
+                        "shorten it, or let it be split at sentence ends",
+                    )
+                else:
+                    parts = self._split(piece, separator)
+                job.sentences += [Sentence(ids, generation, scored) for ids, _ in parts]
+                job.separators += [after for _, after in parts]
+            jobs.append(job)
+        return jobs
+
+    def sentence_text(self, sentence: Sentence) -> str:
+        """The text of a sentence that is done."""
+        assert sentence.result is not None
+        return self._tokenizer.decode([sentence.result.tokens.tolist()])[0]
+
+    def result(self, job: Job) -> Translated:
+        """Put a job that is done together. Its score is the mean of its sentences', by target tokens."""
+        if not job.sentences:
+            return EMPTY
+        tokens, scores, length = 0, 0.0, False
+        texts = []
+        for sentence in job.sentences:
+            assert sentence.result is not None
+            ids = sentence.result.tokens.tolist()
+            tokens += len(ids)
+            scores += sentence.result.score * len(ids)
+            length |= finish_of(ids, sentence.generation, self.task.eos_token_ids) == "length"
+            texts.append(self.sentence_text(sentence))
+        joined = "".join(text + after for text, after in zip(texts, job.separators))
+        source_tokens = sum(len(sentence.token_ids) for sentence in job.sentences)
+        return Translated(joined, scores / tokens, source_tokens, tokens, "length" if length else "eos")
+
+    def close(self) -> None:
+        """Nothing to release: the graphs go with the object."""
+
+    def _split(self, text: str, separator: str) -> list[tuple[list[int], str]]:
+        def tokens(piece: str) -> int:
+            if len(piece) > _CHARS_PER_TOKEN * self.task.max_source_length:
+                return len(piece)
+            return len(self._tokenizer.encode([piece])[0])
+
+        parts = fit(text, tokens, self.task.max_source_length)
+        separators = [after for _, after in parts[:-1]] + [separator]
+        return list(zip(self._tokenizer.encode([piece for piece, _ in parts]), separators))
+
+
+def load_translator(
+    folder: Path,
+    task: Translation,
+    precision: Precision,
+    threads: int,
+    *,
+    max_rows: int = MAX_ROWS,
+    max_cache_bytes: int = MAX_CACHE_BYTES,
+) -> Translator:
+    """Assemble a translator from an export's or a packaged version's folder."""
+    tokenizer = load_translation_tokenizer(folder, task.source, task.target)
+    decoder = Decoder(
+        Seq2SeqModel(folder, precision, threads), task, max_rows=max_rows, max_cache_bytes=max_cache_bytes
+    )
+    return Translator(task, tokenizer, decoder)
