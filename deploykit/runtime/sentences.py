@@ -158,13 +158,16 @@ def _farthest(text: str, start: int, reach: int, fits: Callable[[str], bool]) ->
     ``reach`` is a guess of how many characters that are; only about as many are ever looked at, so that
     cutting all of a text takes time linear in its length.
     """
-    good, step = start, reach
-    while fits(text[start : min(good + step, len(text))]):
-        good = min(good + step, len(text))
-        if good == len(text):
-            return good
-        step *= 2
-    bad = min(good + step, len(text))
+    step = max(reach // 32, 1)
+    good, bad = start, min(start + reach, len(text))
+    if fits(text[start:bad]):
+        good = bad
+        while good < len(text) and fits(text[start : (bad := min(good + step, len(text)))]):
+            good, step = bad, 2 * step
+    else:
+        while bad - step > start and not fits(text[start : bad - step]):
+            bad, step = bad - step, 2 * step
+        good = max(bad - step, start)
     while bad - good > 1:
         middle = (good + bad) // 2
         if fits(text[start:middle]):

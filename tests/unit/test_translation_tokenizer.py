@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploykit.errors import ArtifactError, ExportError, UsageError
+from deploykit.runtime.sentences import fit
 from deploykit.runtime.translation_tokenizer import TranslationTokenizer, load_translation_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
@@ -511,6 +512,21 @@ def test_a_batch_of_64_takes_well_under_a_millisecond_a_sentence(kind: str, case
     took = min(timed(lambda: saved.decode(saved.encode(texts))) for _ in range(10))
     assert len(ids) == 64
     assert took < 64 * 0.5e-3
+
+
+@pytest.mark.parametrize("kind", ["marian", "m2m100", "nllb", "t5"])
+@pytest.mark.parametrize("unit", ["a", "我", "word ", "A sentence. ", "\U0001f389"])
+def test_a_line_of_fifty_thousand_characters_is_cut_to_fit_in_under_a_second(
+    kind: str, unit: str, cases: dict[str, Case]
+) -> None:
+    saved = cases[kind].saved
+    text = (unit * 50_000)[:50_000]
+    start = time.process_time()
+    pieces = fit(text, lambda piece: len(saved.encode([piece])[0]), 512)
+    took = time.process_time() - start
+    assert "".join(piece + space for piece, space in pieces) == text
+    assert all(len(ids) <= 512 for ids in saved.encode([piece for piece, _ in pieces]))
+    assert took < 1
 
 
 def timed(call: Callable[[], Any]) -> float:
