@@ -233,10 +233,10 @@ def test_empty_lines_are_empty_texts_and_missing_cells_are_problems(tmp_path):
 
 
 @in_tmp
-@given(st.lists(hostile.map(lambda text: text.replace("\n", "").replace("\ud800", "")), max_size=20), st.booleans())
+@given(st.lists(hostile.map(lambda text: text.replace("\n", "")), max_size=20), st.booleans())
 @example(["a\rb", "\x85", "\u2028", "\x1c"], True)
 def test_line_count_in_is_line_count_out(tmp_path, lines, ends):
-    data = "\n".join(lines) + ("\n" if ends else "")
+    data = ("\n".join(lines) + ("\n" if ends else "")).encode(errors="ignore").decode().lstrip("\ufeff")
     expected = data.count("\n") + bool(data and not data.endswith("\n"))
     (tmp_path / "a.txt").write_bytes(data.encode())
     try:
