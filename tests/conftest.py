@@ -1,9 +1,14 @@
-"""Fixtures shared by all tests: above all an export that needs no training."""
+"""Fixtures shared by all tests: above all exports that need no training."""
 
 from __future__ import annotations
 
+import io
+import json
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +27,18 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_tiny_export() -> Callable[..., Path]:
     """``write_tiny_export``, for tests that want other labels or weights."""
     return write_tiny_export
+
+
+@pytest.fixture(scope="session")
+def tiny_translation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of a small random Marian model, to be read only."""
+    return write_tiny_translation(tmp_path_factory.mktemp("tiny") / "translation")
+
+
+@pytest.fixture(scope="session")
+def make_tiny_translation() -> Callable[..., Path]:
+    """``write_tiny_translation``, for tests that want another family or precision."""
+    return write_tiny_translation
 
 
 def write_tiny_export(
@@ -94,3 +111,158 @@ def _write_graph(path: Path, vocabulary: int, labels: int, seed: int) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
+
+
+SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Save the file before you close the window.",
+    "Le vif renard brun saute par-dessus le chien paresseux.",
+    "Enregistrez le fichier avant de fermer la fenêtre !",
+    "Do you want to open 3 folders, {name}? Yes, 100%.",
+    "Voulez-vous ouvrir 3 dossiers, {name} ? Oui, à 100 %.",
+)
+"""What the tiny translation models' tokenizers are trained on."""
+
+
+def write_tiny_translation(
+    folder: Path, family: str = "marian", precision: str = "fp32", *, max_length: int = 128, seed: int = 0
+) -> Path:
+    """Write a whole export of a random translation model: ``family`` is marian, m2m_100 or t5.
+
+    Its translations are gibberish, some ended by the end token and some by the length limit.
+    """
+    import torch
+
+    from deploykit.artifacts import write_manifest
+    from deploykit.export.families import read_architecture
+    from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+    from deploykit.export.translation_tokenizer import save_translation_tokenizer
+    from deploykit.runtime.engines import Precision
+    from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
+    from deploykit.tasks import Generation, Translation
+
+    folder.mkdir(parents=True)
+    checkpoint = folder / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text(f'{{"model_type": "{family}"}}')
+    tokenizer = {"marian": _marian_tokenizer, "m2m_100": _m2m100_tokenizer, "t5": _t5_tokenizer}[family](checkpoint)
+    prefix = "translate English to French: " if family == "t5" else None
+    save_translation_tokenizer(checkpoint, tokenizer, folder, prefix=prefix)
+    shutil.rmtree(checkpoint)
+
+    torch.manual_seed(seed)
+    model = _random_model(family, tokenizer, max_length).eval()
+    architecture = read_architecture(model)
+    kind: Precision = "int8" if precision == "int8" else "fp32"
+    ranges = None
+    if kind == "int8":
+        graphs = build_encoder(architecture), build_decoder(architecture)
+        ranges = {name: (-8.0, 8.0) for graph in graphs for name in graph.activations}
+    save_graphs(folder, build_encoder(architecture, ranges), build_decoder(architecture, ranges), kind)
+
+    config = model.config
+    task = Translation(
+        "en",
+        "fr",
+        family,
+        vocabulary=config.vocab_size,
+        max_source_length=max_length,
+        max_target_length=max_length,
+        pad_token_id=config.pad_token_id,
+        eos_token_ids=(config.eos_token_id,),
+        decoder_start_token_id=config.decoder_start_token_id,
+        generation=Generation(
+            max_length=max_length,
+            no_repeat_ngram_size=2,  # random weights would say one word for ever
+            bad_words=((config.pad_token_id,),),
+            forced_bos_token_id=load_translation_tokenizer(folder, "en", "fr").language_token(),
+        ),
+    )
+    write_manifest(folder, "export", task, inputs=f"tiny {family} {precision} {max_length} {seed}")
+    return folder
+
+
+def _random_model(family: str, tokenizer: Any, max_length: int) -> Any:
+    """Two layers each, with weights large enough that what it says depends on what it reads."""
+    from transformers import (
+        M2M100Config,
+        M2M100ForConditionalGeneration,
+        MarianConfig,
+        MarianMTModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    size = 1 + max(len(tokenizer) - 1, *getattr(tokenizer, "lang_token_to_id", {"": 0}).values())
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if family == "t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=size, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, initializer_factor=3.0,
+                decoder_start_token_id=tokenizer.pad_token_id, **ids,
+            )
+        )  # fmt: skip
+    shape = {
+        "vocab_size": size, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "init_std": 0.3,
+        "max_position_embeddings": max_length, **ids,
+    }  # fmt: skip
+    if family == "m2m_100":
+        return M2M100ForConditionalGeneration(M2M100Config(decoder_start_token_id=tokenizer.eos_token_id, **shape))
+    start = {"decoder_vocab_size": size, "decoder_start_token_id": tokenizer.pad_token_id}
+    return MarianMTModel(MarianConfig(activation_function="swish", scale_embedding=True, **shape, **start))
+
+
+def _train_sentencepiece() -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 4), model_writer=model, vocab_size=200, hard_vocab_limit=False,
+        minloglevel=2, num_threads=1,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def _pieces(model: bytes) -> list[tuple[str, float]]:
+    """Pieces that are no control symbols, with their scores."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return [(processor.id_to_piece(i), processor.get_score(i)) for i in range(3, processor.get_piece_size())]
+
+
+def _write_vocabulary(path: Path, *tokens: str) -> str:
+    path.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    return str(path)
+
+
+def _marian_tokenizer(folder: Path) -> Any:
+    from transformers import MarianTokenizer
+
+    model = _train_sentencepiece()
+    for name in ("source.spm", "target.spm"):
+        (folder / name).write_bytes(model)
+    vocabulary = _write_vocabulary(folder / "vocab.json", "</s>", "<unk>", *(p for p, _ in _pieces(model)), "<pad>")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")
+        return MarianTokenizer(str(folder / "source.spm"), str(folder / "target.spm"), vocabulary)
+
+
+def _m2m100_tokenizer(folder: Path) -> Any:
+    from transformers import M2M100Tokenizer
+
+    model = _train_sentencepiece()
+    (folder / "sentencepiece.bpe.model").write_bytes(model)
+    pieces = [piece for piece, _ in _pieces(model)]
+    vocabulary = _write_vocabulary(folder / "vocab.json", "<s>", "<pad>", "</s>", "<unk>", *pieces)
+    return M2M100Tokenizer(vocabulary, str(folder / "sentencepiece.bpe.model"), src_lang="en", tgt_lang="fr")
+
+
+def _t5_tokenizer(folder: Path) -> Any:
+    from transformers import T5Tokenizer
+
+    pieces = _pieces(_train_sentencepiece())
+    T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces]).save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+    return T5Tokenizer.from_pretrained(folder)
