@@ -112,23 +112,18 @@ def translation_metrics(hypotheses: Sequence[str], references: Sequence[str], so
     in the sources; kept: those of them found in the translations as often; examples: some rows that
     lost one). Raises MissingDependencyError without sacrebleu.
     """
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-        from sacrebleu.metrics.chrf import CHRF
-    except ImportError as error:
-        raise MissingDependencyError(
-            "BLEU and chrF need sacrebleu, which is not installed", "pip install 'deploykit[finetune]'"
-        ) from error
-    bleu, chrf = BLEU(force=True), CHRF()  # force: no warning of text that looks tokenized
-    scores = {
-        "bleu": round(bleu.corpus_score(hypotheses, [references]).score, 4),
-        "chrf": round(chrf.corpus_score(hypotheses, [references]).score, 4),
-    }
+    metrics = _sacrebleu()
+    scores = {name: _corpus_score(metric, hypotheses, references) for name, metric in metrics.items()}
     return {
         **scores,
-        "signatures": {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())},
+        "signatures": {name: str(metric.get_signature()) for name, metric in metrics.items()},
         "placeholders": _placeholders(hypotheses, sources),
     }
+
+
+def bleu_and_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """The two scores alone, from 0 to 100."""
+    return {name: _corpus_score(metric, hypotheses, references) for name, metric in _sacrebleu().items()}
 
 
 def placeholders(text: str) -> Counter[str]:
@@ -137,6 +132,21 @@ def placeholders(text: str) -> Counter[str]:
     Tags count by their names: attributes may hold text to translate.
     """
     return Counter(_tag(found[0]) for found in _PLACEHOLDER.finditer(text))
+
+
+def _sacrebleu() -> dict[str, Any]:
+    try:
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError as error:
+        raise MissingDependencyError(
+            "BLEU and chrF need sacrebleu, which is not installed", "pip install 'deploykit[finetune]'"
+        ) from error
+    return {"bleu": BLEU(force=True), "chrf": CHRF()}  # force: no warning of text that looks tokenized
+
+
+def _corpus_score(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> float:
+    return round(float(metric.corpus_score(list(hypotheses), [list(references)]).score), 4)
 
 
 def _placeholders(hypotheses: Sequence[str], sources: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,11 @@ import click
 
 from deploykit.cli.common import ENCODING, FORCE, Result, deploykit_command, metrics_text, say
 from deploykit.errors import UsageError
-from deploykit.finetune.options import FinetuneOptions, read_toml
+from deploykit.finetune.options import OPTIONS, make_options, read_toml
+from deploykit.finetune.presets import PRESETS
+from deploykit.tasks import Classification
 
-_DEFAULT = FinetuneOptions(model="", train="")
+_SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"]
 
 
 def _load_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -22,44 +24,64 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
 
 def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """An option whose default is the dataclass's own, shown in --help."""
-    default = getattr(_DEFAULT, name.lstrip("-").split("/")[0].replace("-", "_"))
-    return click.option(name, default=default, show_default=default is not None, **attributes)
+    """An option that is None where it is not given; --help shows the defaults of the dataclasses that have it."""
+    field = name.lstrip("-").replace("-", "_")
+    owners = {task: kind for task, kind in OPTIONS.items() if field in kind.__dataclass_fields__}
+    defaults = {task: getattr(kind, field) for task, kind in owners.items()}
+    shown = {task: str(d) for task, d in defaults.items() if d not in (None, (), "", " ") and d is not False}
+    words = [f"[{', '.join(owners)}]"] if len(owners) == 1 else []
+    words.append(attributes.pop("help", ""))
+    if len(set(shown.values())) > 1:
+        shown = {task: f"{default} ({task})" for task, default in shown.items()}
+    if shown:
+        words.append(f" [default: {', '.join(dict.fromkeys(shown.values()))}]")
+    return click.option(name, default=None, help=" ".join(word for word in words if word), **attributes)
 
 
-@deploykit_command(help="Fine-tune a Hugging Face checkpoint on labelled text.")
+@deploykit_command(help="Fine-tune a Hugging Face checkpoint on labelled text or on translations.")
 @click.option("--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_load_config,
               help="TOML file of these options; the command line wins.")  # fmt: skip
-@click.option("--task", type=click.Choice(["classification"]), default="classification", show_default=True)
-@click.option("--model", required=True, help="Folder of a checkpoint, or a hub id.")
-@click.option("--train", required=True, help="Labelled rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id.")
-@click.option("--validation", help="Rows to choose the best step by (default: split off --train).")
-@click.option("--test", help="Rows to measure the result on (default: split off --train).")
+@click.option("--task", type=click.Choice(list(OPTIONS)), default=Classification.name, show_default=True)
+@_option("--model", help="Folder of a checkpoint, or a hub id.")
+@_option("--from-config", type=click.Choice(list(PRESETS)), help="Train a new model of this size instead.")
+@click.option("--train", required=True, help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
+              "TMX, .po, .mo, two text files as a.en,a.fr.")  # fmt: skip
+@_option("--validation", help="Rows to choose the best step by (default: split off --train).")
+@_option("--test", help="Rows to measure the result on (default: split off --train).")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the checkpoint to.")
-@click.option("--text-column", multiple=True, help="Repeat for several; joined in this order (default: detected).")
-@click.option("--label-column", help="(default: detected)")
+@_option("--text-column", multiple=True, help="Repeat for several; joined in this order (default: detected).")
+@_option("--label-column", help="(default: detected)")
 @_option("--text-separator", help="Between several text columns.")
-@click.option("--multi-label", is_flag=True, help="Any number of labels a row, separated by |.")
+@_option("--multi-label", is_flag=True, help="Any number of labels a row, separated by |.")
+@_option("--source", help="Language translated from, as the checkpoint names it: en, eng_Latn.")
+@_option("--target", help="Language translated into.")
+@_option("--source-column", help="(default: detected)")
+@_option("--target-column", help="(default: detected)")
+@_option("--vocabulary", type=int, help="Most pieces of each side with --from-config (default: the preset's).")
 @ENCODING
 @_option("--validation-fraction", type=float, help="Of the rows, when there is no --validation.")
 @_option("--test-fraction", type=float, help="Of the rows, when there is no --test.")
-@_option("--max-rows", type=int, help="Use this many training rows, stratified; 0: all.")
-@_option("--max-length", type=int, help="In tokens; longer texts are cut.")
+@_option("--held-out-rows", type=int, help="Split off no more than this for validation, and for test.")
+@_option("--max-rows", type=int, help="Use this many training rows; 0: all.")
+@_option("--max-length", type=int, help="In tokens; longer texts are cut, longer pairs left out.")
 @_option("--epochs", type=float)
 @_option("--max-steps", type=int, help="Optimizer steps; overrides --epochs; 0: off.")
 @_option("--batch-size", type=int)
+@_option("--batch-tokens", type=int, help="Most padded tokens of a batch, on its longer side.")
 @_option("--accumulation", type=int, help="Batches per optimizer step.")
 @_option("--learning-rate", type=float)
 @_option("--optimizer", type=click.Choice(["adamw", "sgd"]))
-@_option("--schedule", type=click.Choice(["linear", "cosine", "constant", "constant_with_warmup", "polynomial"]))
+@_option("--schedule", type=click.Choice(_SCHEDULES))
 @_option("--warmup", type=float, help="Share of the steps.")
 @_option("--weight-decay", type=float)
 @_option("--max-grad-norm", type=float, help="Clip gradients; 0: off.")
-@_option("--dropout", type=float, help="Of the encoder and the head (default: the checkpoint's own).")
+@_option("--dropout", type=float, help="(default: the checkpoint's own; 0.1 with --from-config)")
 @_option("--label-smoothing", type=float)
 @_option("--class-weights", type=click.Choice(["none", "balanced"]))
 @_option("--early-stopping", type=int, help="Evaluations without improvement to stop after; 0: off.")
-@_option("--eval-steps", type=int, help="Evaluate and save every so many steps; 0: at least each epoch.")
+@_option("--eval-steps", type=int, help="Evaluate and save every so many steps; 0: by epoch.")
+@_option("--eval-rows", type=int, help="Most validation rows that an evaluation translates.")
+@_option("--beam", type=int, help="Beam size to translate with (default: the checkpoint's own).")
 @_option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]))
 @_option("--lora-rank", type=int, help="Train a LoRA adapter of this rank, merged at export; 0: all weights.")
 @_option("--lora-alpha", type=int)
@@ -67,34 +89,66 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @click.option("--restart", is_flag=True, help="Begin anew instead of continuing a killed run.")
 @FORCE
 def command(*, out: Path, force: bool, restart: bool, **values: Any) -> Result:
-    from deploykit.finetune.checkpoint import check_source
+    from deploykit.finetune.rows import absolute
 
+    given = {name: value for name, value in values.items() if value not in (None, ())}
     for name in ("model", "train", "validation", "test"):
         # A saved TOML must work from any folder.
-        if values[name] and Path(values[name]).exists():
-            values[name] = str(Path(values[name]).resolve())
-    options = FinetuneOptions(**{**values, "text_column": tuple(values["text_column"])})
+        if given.get(name):
+            given[name] = absolute(given[name])
+    if "text_column" in given:
+        given["text_column"] = tuple(given["text_column"])
+    options = make_options(given)
     options.check()
     if options.mixed_precision == "fp16":
         import torch
 
         if not torch.cuda.is_available():
             raise UsageError("--mixed-precision fp16 needs a GPU", "use bf16, or leave it out")
-    check_source(options.model)
+    if options.model is not None:
+        from deploykit.finetune.checkpoint import check_source
 
-    from deploykit.finetune.classification import finetune
+        check_source(options.model, options.task)
+
+    from deploykit.finetune.run import finetune
 
     done = finetune(options, out, force=force, restart=restart, say=say)
     metrics = done.manifest.metrics
     held_out = "test" if "test" in metrics else "validation"
-    text = (
-        f"{out}: {'reused, made before from the same inputs' if done.reused else 'written'}\n"
-        f"on {metrics['rows'][held_out]:,} {held_out} rows:\n{metrics_text(metrics[held_out])}"
+    task = done.manifest.task
+    own, text = (
+        ({"labels": list(task.labels)}, metrics_text(metrics[held_out]))
+        if isinstance(task, Classification)
+        else (_translation_result(metrics, held_out), _translation_text(metrics, held_out))
     )
     record = {
         "out": str(out),
         "reused": done.reused,
         "digest": done.manifest.digest,
-        "labels": list(done.manifest.task.labels),
+        **own,
+        "rows": metrics["rows"],
+        "cleaning": metrics["cleaning"],
+        "metrics": metrics[held_out],
     }
-    return {**record, "rows": metrics["rows"], "cleaning": metrics["cleaning"], "metrics": metrics[held_out]}, text
+    head = f"{out}: {'reused, made before from the same inputs' if done.reused else 'written'}"
+    return record, f"{head}\non {metrics['rows'][held_out]:,} {held_out} rows:\n{text}"
+
+
+def _translation_result(metrics: Mapping[str, Any], held_out: str) -> dict[str, Any]:
+    """What --json has for a translation beside what every task has."""
+    return {"before": metrics.get("before", {}).get(held_out), "samples": metrics["samples"]}
+
+
+def _translation_text(metrics: Mapping[str, Any], held_out: str) -> str:
+    """Scores before and after side by side, and some translations."""
+    after, before = metrics[held_out], metrics.get("before", {}).get(held_out)
+    columns = [("before", before), ("after", after)] if before else [("", after)]
+    kept = [f"{m['placeholders']['kept']:,} of {m['placeholders']['checked']:,}" for _, m in columns]
+    lines = [f"{'':<18}" + "".join(f"{name:>16}" for name, _ in columns)] if before else []
+    lines += [f"{name:<18}" + "".join(f"{m[name.lower()]:>16.2f}" for _, m in columns) for name in ("BLEU", "chrF")]
+    lines.append(f"{'placeholders kept':<18}" + "".join(f"{text:>16}" for text in kept))
+    for sample in metrics["samples"]:
+        lines.append("")
+        lines += [f"{name + ':':<13}{sample[name]}" for name in ("source", "reference", "before", "translation")
+                  if name in sample]  # fmt: skip
+    return "\n".join(lines)

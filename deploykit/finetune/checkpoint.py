@@ -74,7 +74,7 @@ def check_source(model: str, task: str | None = None) -> None:
         raise ArtifactError(f"{model}: has no weights (*.safetensors)", "copy the checkpoint again")
     family = _family(path)
     if family and task is not None:
-        _check_family(model, family, task)
+        check_family(model, family, task)
     sets = _TOKENIZER_SETS.get(family, tuple((name,) for name in _TOKENIZER_FILES))
     if not any(all((path / name).is_file() for name in names) for names in sets):
         missing = [name for name in sets[0] if not (path / name).is_file()] if family in _TOKENIZER_SETS else []
@@ -94,7 +94,8 @@ def _family(path: Path) -> str:
         raise ArtifactError(f"{path / 'config.json'}: names no model type", "copy the checkpoint again") from error
 
 
-def _check_family(model: str, family: str, task: str) -> None:
+def check_family(model: str, family: str, task: str) -> None:
+    """Raise ArtifactError when a checkpoint of type ``family`` is not for ``task``."""
     if task == Translation.name and family not in TRANSLATION_FAMILIES:
         raise ArtifactError(
             f"{model}: is of type {family}, which does not translate",
@@ -131,7 +132,7 @@ def load_model(model: str, task: str = Classification.name, **config: Any) -> An
         if adapter.is_file():
             return _load_merged(Path(model), json.loads(adapter.read_text()))
         settings = AutoConfig.from_pretrained(model, trust_remote_code=False, **config)
-        _check_family(model, settings.model_type, task)
+        check_family(model, settings.model_type, task)
         # Eager attention exports to plain operators; the fused one does not.
         loaded = _MODELS[task].from_pretrained(
             model,

@@ -1,73 +1,54 @@
-"""Hugging Face's Trainer, set up for one classification run that can be killed and taken up again."""
+"""What every run of Hugging Face's Trainer shares: its arguments, and that it can be killed and taken up again."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn import functional
-from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from deploykit.finetune.options import FinetuneOptions
-from deploykit.metrics import classification_metrics
-from deploykit.tasks import Classification
+from deploykit.tasks import Task
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 500
+_MOST_EVALUATIONS = 30
 
 
-class EncodedTexts(Dataset):  # type: ignore[misc]
-    """Token ids and targets of a split; padded to the longest of each batch by ``collate``."""
+@dataclass(frozen=True)
+class Trained:
+    """What training gives. ``metrics`` has a key for each held-out split, and what else the task measured."""
 
-    def __init__(self, token_ids: Sequence[list[int]], targets: NDArray[np.bool_], task: Classification) -> None:
-        self.token_ids = token_ids
-        self.targets = targets
-        self._task = task
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"input_ids": self.token_ids[row], "target": self.targets[row]}
-
-    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        length = max(len(row["input_ids"]) for row in rows)
-        input_ids = torch.full((len(rows), length), self._task.pad_token_id)
-        attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids = torch.tensor(row["input_ids"])
-            input_ids[i, : len(ids)] = ids
-            attention_mask[i, : len(ids)] = 1
-        targets = torch.from_numpy(np.stack([row["target"] for row in rows]))
-        labels = targets.float() if self._task.multi_label else targets.long().argmax(dim=1)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    task: Task
+    model: Any
+    tokenizer: Any
+    metrics: dict[str, Any]
 
 
-def train(
-    model: Any, train_set: EncodedTexts, validation_set: EncodedTexts, options: FinetuneOptions, work: Path, logs: Path
-) -> Any:
-    """Train ``model`` and return it as it was at its best evaluation.
+def arguments(
+    options: FinetuneOptions, batches: int, work: Path, kind: type = TrainingArguments, **own: Any
+) -> TrainingArguments:
+    """``options`` in Trainer's words; ``batches`` is how many an epoch has, ``own`` what a task adds.
 
-    Checkpoints go to ``work``; a run that finds one there continues from it.
+    The best evaluation is the one with the highest metric "selection". Checkpoints go to ``work``.
     """
-    steps_per_epoch = math.ceil(math.ceil(len(train_set) / options.batch_size) / options.accumulation)
+    steps_per_epoch = math.ceil(batches / options.accumulation)
     total = options.max_steps or math.ceil(steps_per_epoch * options.epochs)
-    every = options.eval_steps or max(1, min(steps_per_epoch, math.ceil(total / 3), _MOST_STEPS_BETWEEN_CHECKPOINTS))
-    task = train_set._task
-    arguments = TrainingArguments(
+    every = options.eval_steps or max(
+        math.ceil(total / _MOST_EVALUATIONS),
+        min(steps_per_epoch, math.ceil(total / 3), _MOST_STEPS_BETWEEN_CHECKPOINTS),
+    )
+    return kind(
         output_dir=str(work),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
-        per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=64,
         gradient_accumulation_steps=options.accumulation,
         learning_rate=options.learning_rate,
@@ -89,65 +70,45 @@ def train(
         load_best_model_at_end=True,
         metric_for_best_model="selection",
         greater_is_better=True,
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        **own,
     )
-    callbacks: list[Any] = [TensorBoardCallback(SummaryWriter(log_dir=str(logs)))]
+
+
+def callbacks(options: FinetuneOptions, logs: Path) -> list[Any]:
+    """TensorBoard's logs, and early stopping where it is asked for."""
+    found: list[Any] = [TensorBoardCallback(SummaryWriter(log_dir=str(logs)))]
     if options.early_stopping:
-        callbacks.append(EarlyStoppingCallback(options.early_stopping))
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=train_set,
-        eval_dataset=validation_set,
-        data_collator=train_set.collate,
-        compute_loss_func=_loss(task, train_set.targets, options),
-        compute_metrics=lambda prediction: _evaluate(task, prediction.predictions, prediction.label_ids),
-        callbacks=callbacks,
+        found.append(EarlyStoppingCallback(options.early_stopping))
+    return found
+
+
+def run(trainer: Any) -> Any:
+    """Train, from the last checkpoint where there is one, and return the model as it was at its best evaluation.
+
+    It comes back in fp32, on the CPU, in eval mode.
+    """
+    work = trainer.args.output_dir
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if Path(work).exists() else None)
+    # Mixed precision leaves its casts around the model's forward pass.
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return model.to("cpu").float().eval()
+
+
+def with_adapter(model: Any, options: FinetuneOptions, task_type: str) -> Any:
+    """``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022)."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    adapter = LoraConfig(
+        task_type=TaskType[task_type],
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=0.05,
+        target_modules="all-linear",
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(work)) if work.exists() else None)
-    return trainer.model
-
-
-def _loss(task: Classification, targets: NDArray[np.bool_], options: FinetuneOptions) -> Callable[..., torch.Tensor]:
-    weights = None
-    if options.class_weights == "balanced":
-        counts = targets.sum(axis=0)
-        weights = torch.tensor(len(targets) / (len(counts) * np.maximum(counts, 1)), dtype=torch.float32)
-
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        logits = outputs["logits"].float()
-        # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
-        items = num_items_in_batch if num_items_in_batch is not None else labels.numel()
-        if task.multi_label:
-            return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / items
-        return (
-            functional.cross_entropy(
-                logits,
-                labels,
-                weight=None if weights is None else weights.to(logits.device),
-                label_smoothing=options.label_smoothing,
-                reduction="sum",
-            )
-            / items
-        )
-
-    return loss
-
-
-def _evaluate(task: Classification, logits: NDArray[np.float32], labels: NDArray[Any]) -> dict[str, float]:
-    scores = task.scores(logits)
-    truth = labels > 0.5 if task.multi_label else np.eye(len(task.labels), dtype=bool)[labels]
-    metrics = classification_metrics(task, truth, scores)
-    likelihood = np.where(truth, scores, 1 - scores if task.multi_label else 1.0)
-    log_loss = float(-np.log(np.maximum(likelihood, 1e-7)).sum(axis=1).mean())
-    return {
-        "accuracy": metrics["accuracy"],
-        "macro_f1": metrics["macro_f1"],
-        "log_loss": log_loss,
-        # Small validation sets tie often; among equals, Trainer would keep the first and least trained.
-        "selection": round(metrics["macro_f1"], 4) - 1e-5 * log_loss,
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft and transformers about each other's next release
+        return get_peft_model(model, adapter)

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.finetune.checkpoint import load_model, load_tokenizer, quiet
+from deploykit.finetune.padding import padded
 from deploykit.runtime.languages import source_prefix
 from deploykit.runtime.text import normalize
 from deploykit.runtime.translated import EMPTY, Translated, finish_of
@@ -49,20 +50,15 @@ class TorchTranslator:
             task = translation_task(model.config, model.generation_config, tokenizer, str(path), source, target)
         return cls(model, tokenizer, task)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Source token ids as training and serving see them, cut to ``task.max_source_length``."""
         prefix = source_prefix(self.task)
-        encoded = self.tokenizer(
-            [prefix + normalize(text) for text in texts], truncation=True, max_length=self.task.max_source_length
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
+        return self._encode(cut, self.task.max_source_length, [prefix + normalize(text) for text in texts])
 
-    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_targets(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Target token ids as the decoder should give them: no start token, the end token included."""
-        encoded = self.tokenizer(
-            text_target=[normalize(text) for text in texts], truncation=True, max_length=self.task.max_target_length - 1
-        )
-        return [list(ids) for ids in encoded["input_ids"]]
+        most = self.task.max_target_length - 1  # which counts the start token
+        return self._encode(cut, most, text_target=[normalize(text) for text in texts])
 
     def decode(self, target_ids: Sequence[Sequence[int]]) -> list[str]:
         return [self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in target_ids]
@@ -72,9 +68,9 @@ class TorchTranslator:
         targets: list[list[int]] = [[] for _ in token_ids]
         with torch.inference_mode(), self._generating(generation):
             for rows in _batches([len(ids) * generation.beam_size for ids in token_ids], _TOKENS_PER_BATCH):
-                input_ids = _padded([token_ids[row] for row in rows], self.task.pad_token_id).to(self.model.device)
-                mask = _mask([token_ids[row] for row in rows]).to(self.model.device)
-                generated = self.model.generate(input_ids=input_ids, attention_mask=mask)
+                input_ids, mask = padded([token_ids[row] for row in rows], self.task.pad_token_id)
+                device = self.model.device
+                generated = self.model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device))
                 for row, ids in zip(rows, generated[:, 1:].tolist()):
                     targets[row] = self._until_end(ids)
         return targets
@@ -91,16 +87,14 @@ class TorchTranslator:
             for rows in _batches([len(ids) for ids in target_ids], _LOGITS_PER_BATCH // self.task.vocabulary):
                 targets = [target_ids[row] for row in rows]
                 started = [[self.task.decoder_start_token_id, *ids[:-1]] for ids in targets]
-                sources = [token_ids[row] for row in rows]
-                logits = self.model(
-                    input_ids=_padded(sources, self.task.pad_token_id).to(self.model.device),
-                    attention_mask=_mask(sources).to(self.model.device),
-                    decoder_input_ids=_padded(started, self.task.pad_token_id).to(self.model.device),
-                ).logits.cpu()
+                input_ids, mask = padded([token_ids[row] for row in rows], self.task.pad_token_id)
+                decoder_input_ids, _ = padded(started, self.task.pad_token_id)
+                inputs = {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_input_ids}
+                logits = self.model(**{k: v.to(self.model.device) for k, v in inputs.items()}).logits.cpu()
                 if self.model.generation_config.renormalize_logits:
                     never = [*generation.suppressed, *(w[0] for w in generation.bad_words if len(w) == 1)]
                     logits[..., never] = -torch.inf
-                chosen = logits.log_softmax(-1).gather(-1, _padded(targets, 0)[..., None])[..., 0]
+                chosen = logits.log_softmax(-1).gather(-1, padded(targets, 0)[0][..., None])[..., 0]
                 for row, ids, values in zip(rows, targets, chosen.tolist()):
                     counted = [v for i, v in enumerate(values[: len(ids)]) if not _forced(i, len(ids), ids, generation)]
                     scores[row] = sum(counted) / max(1, len(ids)) ** generation.length_penalty
@@ -131,6 +125,10 @@ class TorchTranslator:
             yield
         finally:
             self.model.generation_config = own
+
+    def _encode(self, cut: bool, most: int, texts: list[str] | None = None, **targets: list[str]) -> list[list[int]]:
+        encoded = self.tokenizer(texts, **targets, truncation=cut, max_length=most if cut else None)
+        return [list(ids) for ids in encoded["input_ids"]]
 
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(ids) if token in self.task.eos_token_ids), len(ids))
@@ -281,13 +279,3 @@ def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-def _padded(token_ids: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
-    length = max(len(ids) for ids in token_ids)
-    return torch.tensor([[*ids, *[pad] * (length - len(ids))] for ids in token_ids])
-
-
-def _mask(token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    length = max(len(ids) for ids in token_ids)
-    return torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in token_ids])

@@ -1,0 +1,42 @@
+"""Translation models to train from nothing: Marian's architecture in three sizes, each with the choices it trains well by.
+
+The architecture is opus-mt's (Tiedemann and Thottingal, EAMT 2020): norms after each block, swish,
+fixed sinusoidal positions, one embedding for source, target and output projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a MarianMT; ``training`` are the defaults of options that differ from those of fine-tuning."""
+
+    d_model: int
+    encoder_layers: int
+    decoder_layers: int
+    heads: int
+    ffn: int
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+_FROM_NOTHING: Mapping[str, Any] = {
+    "schedule": "inverse_sqrt",
+    "warmup": 0.1,
+    "weight_decay": 0.0,
+    "dropout": 0.1,
+    "label_smoothing": 0.1,
+    "learning_rate": 1e-3,
+}
+
+PRESETS: Mapping[str, Preset] = {
+    "marian-tiny": Preset(64, 2, 2, 4, 128, {**_FROM_NOTHING, "vocabulary": 1000, "learning_rate": 3e-3}),
+    "marian-small": Preset(256, 3, 3, 4, 1024, {**_FROM_NOTHING, "vocabulary": 8000, "epochs": 20.0}),
+    # The shape of Helsinki-NLP/opus-mt-en-fr and most of its siblings.
+    "marian-base": Preset(
+        512, 6, 6, 8, 2048, {**_FROM_NOTHING, "vocabulary": 32000, "epochs": 20.0, "learning_rate": 3e-4, "beam": 4}
+    ),
+}

@@ -1,0 +1,140 @@
+"""Fine-tune: rows in, checkpoint out, by the same steps for every task."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from transformers import set_seed
+
+from deploykit import artifacts
+from deploykit.errors import ArtifactError
+from deploykit.finetune import model_card
+from deploykit.finetune.checkpoint import quiet
+from deploykit.finetune.classification import ClassificationStage
+from deploykit.finetune.options import ClassificationOptions, FinetuneOptions, TranslationOptions, write_toml
+from deploykit.finetune.rows import Columns, Raw, Row, Rows, RowSource, Say, named_paths, read_rows, write_splits
+from deploykit.finetune.trainer import Trained
+from deploykit.finetune.translation import TranslationStage
+
+
+class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
+    """A task's own part: how its rows are read, and what is trained on them."""
+
+    def train(self, rows: Rows[Row, Columns], work: Path, say: Say) -> Trained:
+        """Train and measure; checkpoints and whatever else a killed run needs again go to ``work``."""
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a run left at ``out``; ``reused`` when equal inputs had made it before."""
+
+    out: Path
+    manifest: artifacts.Manifest
+    reused: bool
+
+
+def finetune(
+    options: ClassificationOptions | TranslationOptions,
+    out: Path,
+    *,
+    force: bool = False,
+    restart: bool = False,
+    say: Say,
+) -> Finetuned:
+    """Read, clean, split, train, measure, and write the checkpoint to ``out``.
+
+    A run that was killed is continued when it is started again with the same options, unless
+    ``restart`` is set.
+    """
+    options.check()
+    quiet()
+    if isinstance(options, TranslationOptions):
+        return _run(TranslationStage(options), options, out, force=force, restart=restart, say=say)
+    return _run(ClassificationStage(options), options, out, force=force, restart=restart, say=say)
+
+
+def _run(
+    stage: Stage[Raw, Row, Columns],
+    options: ClassificationOptions | TranslationOptions,
+    out: Path,
+    *,
+    force: bool,
+    restart: bool,
+    say: Say,
+) -> Finetuned:
+    inputs = _digest(options)
+    if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
+        return Finetuned(out, manifest, reused=True)
+    rows = read_rows(stage, options, say)
+    with _work_directory(out, inputs, restart=restart, say=say) as work:
+        set_seed(options.seed)
+        trained = stage.train(rows, work, say)
+        counts = {name: len(examples) for name, examples in rows.splits.items()}
+        cleaning = {name: report.to_json() for name, report in rows.cleaning.items()}
+        with artifacts.new_directory(out) as directory:
+            trained.model.save_pretrained(directory)
+            # Peft writes a card of its own, with the base model's local path as an id of the hub.
+            (directory / "README.md").unlink(missing_ok=True)
+            trained.tokenizer.save_pretrained(directory)
+            write_toml(options, directory / "finetune.toml")
+            shutil.copytree(work / "tensorboard", directory / "tensorboard")
+            write_splits(directory / "splits", rows.splits)
+            (directory / "metrics.json").write_text(
+                json.dumps(trained.metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            (directory / "README.md").write_text(
+                model_card.render(trained.task, options, counts, cleaning, trained.metrics), encoding="utf-8"
+            )
+            manifest = artifacts.write_manifest(
+                directory,
+                "checkpoint",
+                trained.task,
+                inputs=inputs,
+                options={k: v for k, v in dataclasses.asdict(options).items() if v is not None},
+                metrics={"rows": counts, "cleaning": cleaning, "leaks_dropped": rows.leaks, **trained.metrics},
+            )
+        shutil.rmtree(work)
+    return Finetuned(out, manifest, reused=False)
+
+
+def _digest(options: FinetuneOptions) -> str:
+    """Everything that determines the run: options, and the contents of the files they name."""
+    values = dataclasses.asdict(options)
+    for name in ("model", "train", "validation", "test"):
+        if values[name] and (paths := named_paths(values[name])):
+            values[name] = [artifacts.digest_path(path) for path in paths]
+    return artifacts.digest_of("finetune", values)
+
+
+@contextmanager
+def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Iterator[Path]:
+    """Where a run keeps its training checkpoints until it is done: beside ``out``, one for each set of inputs."""
+    work = out.absolute().with_name(f".{out.name}.{inputs[:12]}.training")
+    with artifacts.explained(work):
+        if restart:
+            shutil.rmtree(work, ignore_errors=True)
+        continued = (work / "trainer").exists() and any((work / "trainer").glob("checkpoint-*"))
+        work.mkdir(parents=True, exist_ok=True)
+        lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ArtifactError(
+            f"{out}: another deploykit is training it now", "wait for it, or choose another --out"
+        ) from None
+    try:
+        if continued:
+            say(f"continuing the unfinished run in {work} (--restart begins anew)")
+        with artifacts.explained(work):
+            yield work
+    finally:
+        os.close(lock)
