@@ -69,33 +69,43 @@ class Calibration:
         (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def calibrate(
-    graph: Path, token_ids: Sequence[Sequence[int]], rows_digest: str, progress: Callable[[int, int], None]
-) -> Calibration:
-    """Run tokenized rows through the fp32 ``graph`` and collect its quantizable activations.
+Observe = Callable[[str, NDArray[np.float32]], None]
+"""Called with the name of an activation and its values; padding positions are not among them."""
+
+
+def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Calibration:
+    """Build the histograms of all activations that ``run`` shows: it is called twice and must show the same."""
+    extremes: dict[str, tuple[float, float]] = {}
+
+    def widen(name: str, values: NDArray[np.float32]) -> None:
+        low, high = extremes.get(name, (np.inf, -np.inf))
+        extremes[name] = (min(low, float(values.min())), max(high, float(values.max())))
+
+    run(widen)
+    counts = {name: np.zeros(BINS, np.int64) for name in extremes}
+
+    def count(name: str, values: NDArray[np.float32]) -> None:
+        counts[name] += np.histogram(values, bins=BINS, range=_nonempty(*extremes[name]))[0]
+
+    run(count)
+    histograms = {name: Histogram(*_nonempty(*extremes[name]), counts[name]) for name in extremes}
+    return Calibration(histograms, rows, rows_digest)
+
+
+def calibrate(graph: Path, token_ids: Sequence[Sequence[int]], rows_digest: str) -> Calibration:
+    """Run tokenized rows, unpadded, through the fp32 ``graph`` of a classifier and collect its quantizable activations.
 
     Only activations with a row for each token count: what comes after pooling is a single row a
     text, costs nothing in fp32, and decides the answer.
-
-    Args:
-        token_ids: token ids of each row, unpadded.
-        progress: called with (batches done, batches in all).
     """
     session, names = _session_with_activations(graph)
-    groups = list(_equal_length_batches(token_ids))
-    extremes: dict[str, tuple[float, float]] = {}
-    for done, batch in enumerate(groups):
-        for name, values in _activations(session, names, batch):
-            low, high = extremes.get(name, (np.inf, -np.inf))
-            extremes[name] = (min(low, float(values.min())), max(high, float(values.max())))
-        progress(done + 1, 2 * len(groups))
-    counts = {name: np.zeros(BINS, np.int64) for name in extremes}
-    for done, batch in enumerate(groups):
-        for name, values in _activations(session, list(extremes), batch):
-            counts[name] += np.histogram(values, bins=BINS, range=_nonempty(*extremes[name]))[0]
-        progress(len(groups) + done + 1, 2 * len(groups))
-    histograms = {name: Histogram(*_nonempty(*extremes[name]), counts[name]) for name in extremes}
-    return Calibration(histograms, len(token_ids), rows_digest)
+
+    def run(observe: Observe) -> None:
+        for batch in equal_length_batches(token_ids):
+            for name, values in _activations(session, names, batch):
+                observe(name, values)
+
+    return collect(run, len(token_ids), rows_digest)
 
 
 def clipped_range(histogram: Histogram, method: Method) -> tuple[float, float]:
@@ -184,7 +194,8 @@ def _session_with_activations(graph: Path) -> tuple[ort.InferenceSession, list[s
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]), names
 
 
-def _equal_length_batches(token_ids: Sequence[Sequence[int]]) -> Iterator[NDArray[np.int64]]:
+def equal_length_batches(token_ids: Sequence[Sequence[int]]) -> Iterator[NDArray[np.int64]]:
+    """int64 [rows, length] without padding, bounded in tokens."""
     by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
     for ids in token_ids:
         by_length[len(ids)].append(ids)

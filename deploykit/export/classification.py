@@ -1,9 +1,9 @@
-"""Export a text classifier: checkpoint in; ONNX, optionally INT8, checked and measured, out."""
+"""What the export of a text classifier is made of: its graphs, their quantization, their accuracy."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,44 +13,19 @@ import onnx
 
 from deploykit import artifacts
 from deploykit.data.classification import Example
-from deploykit.errors import DataError, ExportError, UsageError
+from deploykit.errors import ExportError
 from deploykit.evaluate import labelled_rows
-from deploykit.export.calibration import METHODS, Calibration, Method, calibrate
+from deploykit.export.calibration import calibrate
 from deploykit.export.graphs import export_classifier
 from deploykit.export.parity import check_parity
 from deploykit.export.quantize import Scheme, quantize
-from deploykit.finetune.checkpoint import TorchClassifier, check_source
-from deploykit.finetune.classification import read_split
+from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
+from deploykit.finetune.checkpoint import TorchClassifier
 from deploykit.metrics import classification_metrics
 from deploykit.runtime.classifier import load_classifier
 from deploykit.runtime.engines import ENGINES, Precision, load_engine
 
-Say = Callable[[str], None]
-
 _SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """``calibration`` is the name of one of the run's splits or a data file; ``data`` a file of
-    labelled rows to measure on (default: the run's test rows). ``max_drop`` is in points of
-    macro-F1 (of 100)."""
-
-    int8: bool = False
-    calibration: str = "train"
-    calibration_rows: int = 512
-    method: Method = "minmax"
-    max_drop: float = 0.5
-    data: str | None = None
-    encoding: str | None = None
-
-    def check(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"unknown --method {self.method!r}", f"choose one of: {', '.join(METHODS)}")
-        if self.calibration_rows < 1:
-            raise UsageError(f"--calibration-rows is {self.calibration_rows}", "give 1 or more")
-        if not 0 <= self.max_drop <= 100:
-            raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
 
 
 @dataclass(frozen=True)
@@ -68,68 +43,40 @@ class Accuracy:
     int8_kernels: int
 
 
-@dataclass(frozen=True)
-class Exported:
-    out: Path
-    manifest: artifacts.Manifest
-    reused: bool
-
-
-def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool = False, say: Say) -> Exported:
-    """Write fp32 ONNX and, with ``int8``, a Q/DQ graph for each target, each measured on the same rows.
-
-    Raises ExportError, leaving nothing at ``out``, when the graph differs from PyTorch, when an
-    engine runs no INT8 kernel, or when INT8 costs more than ``max_drop`` points of macro-F1.
-    """
-    options.check()
-    check_source(str(checkpoint))
-    inputs = _digest(checkpoint, options)
-    if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
-        return Exported(out, manifest, reused=True)
+def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -> Written:
+    """Write the graphs of a classifier and what serving them needs to ``directory``."""
     reference = TorchClassifier.load(checkpoint)
-    task = reference.task
     rows = _rows(checkpoint, reference, options.data, "test", options)
+    rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} rows")
-    with artifacts.new_directory(out) as directory:
-        say("exporting to ONNX")
-        export_classifier(reference.model, directory / "model.onnx")
-        reference.tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
-        parity = check_parity(
-            reference, load_engine("onnxruntime", directory / "model.onnx"), [row.text for row in rows]
-        )
-        say(
-            f"parity with PyTorch: logits differ by at most {parity.max_difference:.1e} (mean {parity.mean_difference:.1e}), "
-            f"{parity.argmax_agreement:.0%} equal answers over {parity.rows} texts of {parity.shortest} to {parity.longest} "
-            f"tokens, batches of {', '.join(map(str, parity.batch_sizes))}"
-        )
-        metrics: dict[str, Any] = {"parity": parity.to_json(), "rows": len(rows)}
-        if options.int8:
-            metrics["quantization"] = _quantize(checkpoint, directory, reference, options, say)
-        say("measuring accuracy")
-        table, metrics["test"] = _measure(directory, reference, rows, say)
-        metrics["accuracy_table"] = [dataclasses.asdict(line) for line in table]
-        for line in render(table):
-            say(line)
-        _guard(table, options.max_drop)
-        manifest = artifacts.write_manifest(
-            directory,
-            "export",
-            task,
-            inputs=inputs,
-            parent=_parent(checkpoint),
-            options=dataclasses.asdict(options),
-            metrics=metrics,
-        )
-    return Exported(out, manifest, reused=False)
+    say("exporting to ONNX")
+    export_classifier(reference.model, directory / "model.onnx")
+    reference.tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    parity = check_parity(reference, load_engine("onnxruntime", directory / "model.onnx"), [row.text for row in rows])
+    say(
+        f"parity with PyTorch: logits differ by at most {parity.max_difference:.1e} (mean {parity.mean_difference:.1e}), "
+        f"{parity.argmax_agreement:.0%} equal answers over {parity.rows} texts of {parity.shortest} to {parity.longest} "
+        f"tokens, batches of {', '.join(map(str, parity.batch_sizes))}"
+    )
+    metrics: dict[str, Any] = {"parity": parity.to_json(), "rows": len(rows)}
+    if options.int8:
+        metrics["quantization"] = _quantize(checkpoint, directory, reference, options, say)
+    say("measuring accuracy")
+    table, metrics["test"] = _measure(directory, reference, rows, say)
+    metrics["accuracy_table"] = [dataclasses.asdict(line) for line in table]
+    for line in render(metrics["accuracy_table"]):
+        say(line)
+    _guard(table, options.max_drop)
+    return Written(reference.task, metrics)
 
 
-def render(table: Sequence[Accuracy]) -> list[str]:
-    """The accuracy table as lines of text."""
+def render(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The accuracy table of an export's metrics as lines of text."""
     lines = [f"{'precision':<10}{'engine':<14}{'accuracy':>9}{'macro-F1':>10}{'agreement':>11}{'INT8 kernels':>14}"]
     for line in table:
         lines.append(
-            f"{line.precision:<10}{line.engine:<14}{line.accuracy:>9.4f}{line.macro_f1:>10.4f}"
-            f"{line.agreement:>11.4f}{line.int8_kernels:>14}"
+            f"{line['precision']:<10}{line['engine']:<14}{line['accuracy']:>9.4f}{line['macro_f1']:>10.4f}"
+            f"{line['agreement']:>11.4f}{line['int8_kernels']:>14}"
         )
     return lines
 
@@ -138,13 +85,9 @@ def _quantize(
     checkpoint: Path, directory: Path, reference: TorchClassifier, options: ExportOptions, say: Say
 ) -> dict[str, Any]:
     examples = _rows(checkpoint, reference, options.calibration, options.calibration, options)
-    texts = [e.text for e in examples]
-    # Evenly spaced rows: files are often sorted, and the first rows would then be of one kind.
-    picked = [texts[i] for i in np.linspace(0, len(texts) - 1, min(options.calibration_rows, len(texts))).astype(int)]
+    picked = [example.text for example in evenly(examples, options.calibration_rows)]
     say(f"calibrating on {len(picked):,} rows ({options.method})")
-    calibration: Calibration = calibrate(
-        directory / "model.onnx", reference.encode(picked), artifacts.digest_of(picked), progress=lambda done, of: None
-    )
+    calibration = calibrate(directory / "model.onnx", reference.encode(picked), artifacts.digest_of(picked))
     calibration.save(directory, options.method)
     model = onnx.load(directory / "model.onnx")
     count = None
@@ -203,7 +146,7 @@ def _guard(table: Sequence[Accuracy], max_drop: float) -> None:
         if line.precision == "int8" and drop > max_drop:
             raise ExportError(
                 f"INT8 on {line.engine} loses {drop:.2f} points of macro-F1, more than --max-drop {max_drop}:\n"
-                + "\n".join("  " + text for text in render(table)),
+                + "\n".join("  " + text for text in render([dataclasses.asdict(each) for each in table])),
                 "try another --method, more --calibration-rows, or export without --int8; nothing was written",
             )
 
@@ -211,32 +154,9 @@ def _guard(table: Sequence[Accuracy], max_drop: float) -> None:
 def _rows(
     checkpoint: Path, reference: TorchClassifier, source: str | None, split: str, options: ExportOptions
 ) -> list[Example]:
-    """Cleaned labelled rows from a file, or from the run's own splits."""
-    if source is None or (not Path(source).exists() and source in ("train", "validation", "test")):
-        name = source or split
-        if (checkpoint / "splits" / f"{name}.jsonl").is_file():
-            return read_split(checkpoint, name)
-        if name == "test" and (checkpoint / "splits" / "validation.jsonl").is_file():
-            return read_split(checkpoint, "validation")
-        option = "--data" if split == "test" else "--calibration"
-        raise DataError(
-            f"{checkpoint}: holds no {name} rows (it was not trained by deploykit)",
-            f"give a file of rows with {option}",
-        )
-    return labelled_rows(source, reference.task, encoding=options.encoding, split=split).examples
+    """Labelled rows from a file, or from the run's own splits."""
 
+    def read_file(path: str, part: str) -> list[Example]:
+        return labelled_rows(path, reference.task, encoding=options.encoding, split=part).examples
 
-def _digest(checkpoint: Path, options: ExportOptions) -> str:
-    values = dataclasses.asdict(options)
-    for name in ("calibration", "data"):
-        path = Path(values[name] or "")
-        if values[name] and path.exists():
-            values[name] = artifacts.digest_path(path)
-    engines = [name for name, info in ENGINES.items() if info.installed]
-    return artifacts.digest_of("export", _parent(checkpoint), values, engines)
-
-
-def _parent(checkpoint: Path) -> str:
-    if (checkpoint / artifacts.MANIFEST).exists():
-        return artifacts.load_manifest(checkpoint, "checkpoint", verify=False).digest
-    return artifacts.digest_path(checkpoint)
+    return pick_rows(checkpoint, source, split, Example, read_file)

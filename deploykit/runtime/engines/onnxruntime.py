@@ -22,34 +22,35 @@ _INT8_OPS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", 
 class OnnxRuntimeEngine:
     def __init__(self, graph: Path, threads: int) -> None:
         self._graph = graph
-        self._threads = threads
-        self._session = self._open(session_options(threads))
+        # That fusion would turn quantized 2-D MatMuls into fp32 Gemms before they become INT8 kernels.
+        self._session = open_session(graph, session_options(threads), disabled_optimizers=["MatMulAddFusion"])
 
     def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
         outputs: list[NDArray[Any]] = self._session.run(None, dict(inputs))
         return outputs
 
     def int8_kernels(self) -> int:
-        import onnx  # only the proof needs it; a serving machine does not have it
+        return int8_kernels(self._graph, disabled_optimizers=["MatMulAddFusion"])
 
-        with tempfile.TemporaryDirectory() as folder:
-            options = session_options(self._threads)
-            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-            options.log_severity_level = 3  # it warns that the file suits this machine only: that is its purpose
-            self._open(options)
-            optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
-        return sum(node.op_type in _INT8_OPS for node in optimized.graph.node)
 
-    def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
-        try:
-            # That fusion would turn quantized 2-D MatMuls into fp32 Gemms before they become INT8 kernels.
-            return ort.InferenceSession(
-                str(self._graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=["MatMulAddFusion"]
-            )
-        except Exception as error:  # the library's exceptions share no base
-            raise EngineError(
-                f"{self._graph}: ONNX Runtime cannot load it: {error}", "export the model again"
-            ) from error
+def open_session(graph: Path, options: ort.SessionOptions, **settings: Any) -> ort.InferenceSession:
+    """Load ``graph`` on the CPU. Raises EngineError naming the file."""
+    try:
+        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], **settings)
+    except Exception as error:  # the library's exceptions share no base
+        raise EngineError(f"{graph}: ONNX Runtime cannot load it: {error}", "export the model again") from error
+
+
+def int8_kernels(graph: Path, **settings: Any) -> int:
+    """How many INT8 matrix kernels ONNX Runtime makes of ``graph``: counted in what it optimized."""
+    import onnx  # only the proof needs it; a serving machine does not have it
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(threads=1)
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        open_session(graph, options, **settings)
+        optimized = onnx.load(options.optimized_model_filepath, load_external_data=False)
+    return sum(node.op_type in _INT8_OPS for node in optimized.graph.node)
 
 
 def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:

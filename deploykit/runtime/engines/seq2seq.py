@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploykit.errors import EngineError
 from deploykit.runtime.engines import TRANSLATION_FILES, Precision
-from deploykit.runtime.engines.onnxruntime import session_options
+from deploykit.runtime.engines.onnxruntime import open_session, session_options
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have
 _LEAST_ROWS = 4
@@ -70,10 +68,14 @@ class Seq2SeqModel:
     Raises EngineError naming the file that ONNX Runtime refuses.
     """
 
-    def __init__(self, folder: Path, precision: Precision, threads: int) -> None:
-        encoder, decoder, _ = TRANSLATION_FILES[precision]
-        self._encoder = _open(folder / encoder, threads)
-        self._decoder = _open(folder / decoder, threads)
+    def __init__(
+        self, folder: Path, precision: Precision, threads: int, *, files: tuple[str, ...] | None = None
+    ) -> None:
+        encoder, decoder = (files or TRANSLATION_FILES[precision])[:2]
+        # Within a step the threads hand over a hundred times: asleep, they would lose more than they compute.
+        self._encoder, self._decoder = (
+            open_session(folder / file, session_options(threads, spin=True)) for file in (encoder, decoder)
+        )
         outputs = {o.name: o.shape for o in self._decoder.get_outputs()}
         self._layers = sum(name.startswith("present.") for name in outputs) // 2
         _, self._heads, _, self._head_size = outputs["present.0.key"]
@@ -226,11 +228,3 @@ def _power_of_two(n: int) -> int:
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
     bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def _open(path: Path, threads: int) -> ort.InferenceSession:
-    try:
-        # Within a step the threads hand over a hundred times: asleep, they would lose more than they compute.
-        return ort.InferenceSession(str(path), session_options(threads, spin=True), providers=["CPUExecutionProvider"])
-    except Exception as error:  # the library's exceptions share no base
-        raise EngineError(f"{path}: ONNX Runtime cannot load it: {error}", "export the model again") from error

@@ -1,0 +1,145 @@
+"""Export: checkpoint in; ONNX, optionally INT8, checked and measured, out. The same steps for every task."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from deploykit import artifacts
+from deploykit.errors import DataError, UsageError
+from deploykit.export.calibration import METHODS, Method
+from deploykit.finetune.checkpoint import check_source
+from deploykit.finetune.rows import read_split
+from deploykit.runtime.engines import ENGINES
+from deploykit.tasks import Task
+
+Say = Callable[[str], None]
+Row = TypeVar("Row")
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """``calibration`` is the name of one of the run's splits or a data file; ``data`` a file of rows to
+    measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
+    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``source`` and ``target``
+    are the languages of a translation checkpoint that was trained elsewhere."""
+
+    int8: bool = False
+    calibration: str = "train"
+    calibration_rows: int = 512
+    method: Method = "minmax"
+    max_drop: float = 0.5
+    data: str | None = None
+    measure_rows: int = 0
+    encoding: str | None = None
+    source: str | None = None
+    target: str | None = None
+
+    def check(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"unknown --method {self.method!r}", f"choose one of: {', '.join(METHODS)}")
+        if self.calibration_rows < 1:
+            raise UsageError(f"--calibration-rows is {self.calibration_rows}", "give 1 or more")
+        if self.measure_rows < 0:
+            raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
+        if not 0 <= self.max_drop <= 100:
+            raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
+
+
+@dataclass(frozen=True)
+class Exported:
+    out: Path
+    manifest: artifacts.Manifest
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a task's own part of the export found: ``metrics`` has parity, rows, accuracy_table and, for
+    INT8, quantization."""
+
+    task: Task
+    metrics: dict[str, Any]
+
+
+def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool = False, say: Say) -> Exported:
+    """Write fp32 ONNX and, with ``int8``, quantized graphs for each target, each measured on the same rows.
+
+    Raises ExportError, leaving nothing at ``out``, when a graph differs from PyTorch, when an
+    engine runs no INT8 kernel, or when INT8 costs more than ``max_drop`` points.
+    """
+    options.check()
+    check_source(str(checkpoint))
+    inputs = _digest(checkpoint, options)
+    if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
+        return Exported(out, manifest, reused=True)
+    if _translates(checkpoint):
+        from deploykit.export.translation import write
+    else:
+        from deploykit.export.classification import write
+    with artifacts.new_directory(out) as directory:
+        written = write(checkpoint, directory, options, say)
+        manifest = artifacts.write_manifest(
+            directory,
+            "export",
+            written.task,
+            inputs=inputs,
+            parent=_parent(checkpoint),
+            options=dataclasses.asdict(options),
+            metrics=written.metrics,
+        )
+    return Exported(out, manifest, reused=False)
+
+
+def pick_rows(
+    checkpoint: Path,
+    source: str | None,
+    split: str,
+    kind: type[Row],
+    read_file: Callable[[str, str], list[Row]],
+) -> list[Row]:
+    """Rows of a file (``read_file(path, split)``), or of the run's own splits where ``source`` names one or nothing."""
+    if source is not None and (Path(source).exists() or source not in SPLITS):
+        return read_file(source, split)
+    name = source or split
+    for kept in (name, "validation") if name == "test" else (name,):
+        if (checkpoint / "splits" / f"{kept}.jsonl").is_file():
+            return read_split(checkpoint, kept, kind)
+    option = "--data" if split == "test" else "--calibration"
+    raise DataError(
+        f"{checkpoint}: holds no {name} rows (it was not trained by deploykit)", f"give a file of rows with {option}"
+    )
+
+
+def evenly(rows: Sequence[Row], count: int) -> list[Row]:
+    """``count`` of the rows, evenly spaced: files are often sorted, and the first rows would then be of one kind."""
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+
+def _translates(checkpoint: Path) -> bool:
+    config = checkpoint / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("is_encoder_decoder"))
+
+
+def _digest(checkpoint: Path, options: ExportOptions) -> str:
+    values = dataclasses.asdict(options)
+    for name in ("calibration", "data"):
+        path = Path(values[name] or "")
+        if values[name] and path.exists():
+            values[name] = artifacts.digest_path(path)
+    engines = [name for name, info in ENGINES.items() if info.installed]
+    return artifacts.digest_of("export", _parent(checkpoint), values, engines)
+
+
+def _parent(checkpoint: Path) -> str:
+    if (checkpoint / artifacts.MANIFEST).exists():
+        return artifacts.load_manifest(checkpoint, "checkpoint", verify=False).digest
+    return artifacts.digest_path(checkpoint)
