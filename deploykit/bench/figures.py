@@ -136,16 +136,15 @@ def accuracy_speed(result: Record) -> str | None:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        for i, _, x, y in points:
-            axes.plot([x], [y], _marker(i), color=_colour(i), markersize=10)
+        for i, name, x, y in points:
+            axes.plot([x], [y], _marker(i), color=_colour(i), markersize=10, label=shown(name))
         values = [y for *_, y in points]
         # Never zoom in on less than two points of F1: noise would look like a difference.
         middle, half = (min(values) + max(values)) / 2, max(0.01, 0.75 * (max(values) - min(values)))
         axes.set_ylim(middle - half, middle + half)
         axes.set_xlim(0, 1.15 * max(x for _, _, x, _ in points) or 1)
         axes.set(xlabel="successful requests per second", ylabel="macro-F1")
-        figure.canvas.draw()
-        _label_apart(axes, points)
+        _legend(figure)
 
     return _svg("accuracy", draw)
 
@@ -273,27 +272,6 @@ def _blues() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("blues", ["#e8effd", "#2f6fed", "#123a8c"])
-
-
-def _label_apart(axes: Any, points: Sequence[tuple[int, str, float, float]]) -> None:
-    """Name the points, pushing names apart that would overlap; those near the right edge go left."""
-    right_edge = axes.get_xlim()[1]
-    taken: list[float] = []
-    for i, name, x, y in sorted(points, key=lambda p: p[3]):
-        pixel = float(axes.transData.transform((x, y))[1])
-        height = max(pixel, taken[-1] + 15) if taken else pixel
-        taken.append(height)
-        leftward = x > 0.6 * right_edge
-        axes.annotate(
-            shown(name),
-            (x, y),
-            (-10 if leftward else 10, height - pixel),
-            textcoords="offset points",
-            ha="right" if leftward else "left",
-            va="center",
-            color=_colour(i),
-            fontsize=10,
-        )
 
 
 def _plain_log(axis: Any) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,18 @@ import click
 from deploykit.cli.common import ENCODING, FORCE, SERVER_URL, THREADS, Result, deploykit_command, say
 
 
-@deploykit_command(help="Measure TARGETS (checkpoints, exports, or served models' names) side by side on real texts.")
+class _WithItsWords(click.Command):
+    """Remembers what was typed: the report tells how to repeat the measurement."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[__name__] = shlex.join(["deploykit", "bench", *args])
+        return super().parse_args(ctx, args)
+
+
+@deploykit_command(
+    cls=_WithItsWords,
+    help="Measure TARGETS (checkpoints, exports, or served models' names) side by side on real texts.",
+)
 @click.argument("targets", nargs=-1, required=True)
 @click.option("--data", required=True, help="Texts to ask with; if they have labels, accuracy is measured too.")
 @click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
@@ -80,6 +92,7 @@ def command(
         progress=say,
         **settings,
     ).to_json()
+    result["command"] = click.get_current_context().meta[__name__]
     if out is not None:
         with new_file(out) as file:
             file.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from deploykit.bench.load import ClosedLoop, Poisson
 from deploykit.bench.run import BenchResult, Candidate, run_bench
 from deploykit.bench.targets import bench_targets
+from deploykit.cli import main
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks import Classification
 
@@ -131,3 +134,12 @@ def test_an_export_is_measured_with_each_engine_and_precision(tiny_export: Path)
     assert all(c["peak_memory_mb"] > 10 and c["size_mb"] > 0 for c in result["candidates"])
     assert result["errors"] == 0
     assert told
+
+
+def test_the_result_says_how_to_repeat_it(tiny_export: Path, tmp_path: Path) -> None:
+    (tmp_path / "my rows.jsonl").write_text('{"text": "w1 w2"}\n')
+    words = ["bench", str(tiny_export), "--data", str(tmp_path / "my rows.jsonl"), "--concurrency", "1", "--rounds", "1",
+             "--seconds", "0.05", "--json"]  # fmt: skip
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout)["command"] == shlex.join(["deploykit", *words])
