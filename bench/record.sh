@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Measures the demo's model (run `make demo` first): PyTorch, each engine in fp32 and INT8, and the served model.
+# Measures the demo's model (run `make demo` first): PyTorch, each engine in fp32 and INT8, and the model served
+# as model_repository/sentiment/config.pbtxt, the one checked in, says.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=.venv/bin
 out=bench/results/$(date +%F)-sentiment
 ready=$(mktemp -u)
+"$bin/deploykit" package demo/exports/sentiment --name sentiment --repository model_repository
 "$bin/deploykit" serve --repository model_repository --http-port 0 --grpc-port 0 --metrics-port 0 --ready-file "$ready" &
 server=$!
 trap 'kill -INT $server; wait $server' EXIT
