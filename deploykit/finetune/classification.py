@@ -106,7 +106,8 @@ class ClassificationStage:
             if examples
         }
         say(f"training on {len(encoded['train']):,} rows, validating on {len(encoded['validation']):,}")
-        model = _train(model, encoded["train"], encoded["validation"], self._options, work)
+        model = _train(model, encoded["train"], encoded["validation"], self._options, work, say)
+        say("measuring on the held-out rows")
         classifier = TorchClassifier(model, self._tokenizer, task)
         metrics = {
             name: _metrics(classifier, rows.splits[name]) for name in ("validation", "test") if rows.splits[name]
@@ -167,7 +168,12 @@ def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str,
 
 
 def _train(
-    model: Any, train_set: EncodedTexts, validation_set: EncodedTexts, options: ClassificationOptions, work: Path
+    model: Any,
+    train_set: EncodedTexts,
+    validation_set: EncodedTexts,
+    options: ClassificationOptions,
+    work: Path,
+    say: Say,
 ) -> Any:
     """``model`` as it was at its best evaluation: highest macro-F1, among equals the lowest loss."""
     task = train_set._task
@@ -186,7 +192,7 @@ def _train(
             data_collator=train_set.collate,
             compute_loss_func=_loss(task, train_set.targets, options),
             compute_metrics=lambda prediction: _evaluate(task, prediction.predictions, prediction.label_ids),
-            callbacks=trainer.callbacks(options, work / "tensorboard"),
+            callbacks=trainer.callbacks(options, work / "tensorboard", say),
         )
     )
 

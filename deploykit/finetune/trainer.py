@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from deploykit.finetune.options import FinetuneOptions
+from deploykit.finetune.progress import Progress
+from deploykit.finetune.rows import Say
 from deploykit.tasks import Task
 
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
@@ -78,9 +80,9 @@ def arguments(
     )
 
 
-def callbacks(options: FinetuneOptions, logs: Path) -> list[Any]:
-    """TensorBoard's logs, and early stopping where it is asked for."""
-    found: list[Any] = [TensorBoardCallback(SummaryWriter(log_dir=str(logs)))]
+def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
+    """TensorBoard's logs, progress, and early stopping where it is asked for."""
+    found: list[Any] = [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
     if options.early_stopping:
         found.append(EarlyStoppingCallback(options.early_stopping))
     return found
@@ -92,6 +94,7 @@ def run(trainer: Any) -> Any:
     It comes back in fp32, on the CPU, in eval mode.
     """
     work = trainer.args.output_dir
+    trainer.remove_callback(PrinterCallback)  # it prints its dictionaries as they are
     trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if Path(work).exists() else None)
     # Mixed precision leaves its casts around the model's forward pass.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)

@@ -126,7 +126,7 @@ class TranslationStage:
             raise DataError(f"{options.train}: every row is longer than --max-length", "raise --max-length")
         validation = rows.splits["validation"][: options.eval_rows]
         say(f"training on {len(train_set):,} rows, validating on {len(validation):,}")
-        model = _train(translator, train_set, validation, options, work)
+        model = _train(translator, train_set, validation, options, work, say)
         after = {name: _translations(translator, rows.splits[name]) for name in ("validation", "test")}
         metrics: dict[str, Any] = {
             name: _metrics(translations, rows.splits[name]) for name, translations in after.items() if translations
@@ -315,6 +315,7 @@ def _train(
     validation: Sequence[Pair],
     options: TranslationOptions,
     work: Path,
+    say: Say,
 ) -> Any:
     """The model as it was at its best evaluation: highest chrF of greedy search, among equals the lowest loss."""
     model, task = translator.model, translator.task
@@ -344,7 +345,7 @@ def _train(
                 data_collator=train_set.collate,
                 compute_loss_func=_loss(options.label_smoothing),
                 compute_metrics=_evaluation(translator, [pair.target for pair in validation]),
-                callbacks=trainer.callbacks(options, work / "tensorboard"),
+                callbacks=trainer.callbacks(options, work / "tensorboard", say),
             )
         )
     finally:
