@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import ENCODING, FORCE, Result, deploykit_command, metrics_text, say
+from deploykit.cli.common import ENCODING, FORCE, Result, deploykit_command, metrics_text, say, translation_metrics_text
 from deploykit.errors import UsageError
 from deploykit.finetune.options import OPTIONS, make_options, read_toml
 from deploykit.finetune.presets import PRESETS
@@ -82,7 +82,9 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--eval-steps", type=int, help="Evaluate and save every so many steps; 0: by epoch.")
 @_option("--eval-rows", type=int, help="Most validation rows that an evaluation translates.")
 @_option("--beam", type=int, help="Beam size to translate with (default: the checkpoint's own).")
-@_option("--mixed-precision", type=click.Choice(["no", "bf16", "fp16"]))
+@_option(
+    "--mixed-precision", type=click.Choice(["no", "bf16", "fp16", "auto"]), help="auto: bf16 where the machine has it."
+)
 @_option("--lora-rank", type=int, help="Train a LoRA adapter of this rank, merged at export; 0: all weights.")
 @_option("--lora-alpha", type=int)
 @_option("--seed", type=int)
@@ -142,11 +144,8 @@ def _translation_result(metrics: Mapping[str, Any], held_out: str) -> dict[str, 
 def _translation_text(metrics: Mapping[str, Any], held_out: str) -> str:
     """Scores before and after side by side, and some translations."""
     after, before = metrics[held_out], metrics.get("before", {}).get(held_out)
-    columns = [("before", before), ("after", after)] if before else [("", after)]
-    kept = [f"{m['placeholders']['kept']:,} of {m['placeholders']['checked']:,}" for _, m in columns]
-    lines = [f"{'':<18}" + "".join(f"{name:>16}" for name, _ in columns)] if before else []
-    lines += [f"{name:<18}" + "".join(f"{m[name.lower()]:>16.2f}" for _, m in columns) for name in ("BLEU", "chrF")]
-    lines.append(f"{'placeholders kept':<18}" + "".join(f"{text:>16}" for text in kept))
+    columns = {"before": before, "after": after} if before else {"": after}
+    lines = [translation_metrics_text(columns)]
     for sample in metrics["samples"]:
         lines.append("")
         lines += [f"{name + ':':<13}{sample[name]}" for name in ("source", "reference", "before", "translation")

@@ -210,7 +210,7 @@ def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> A
         decoder_start_token_id=pad,
         forced_eos_token_id=eos,
     )
-    model = MarianMTModel(config)
+    model = MarianMTModel._from_config(config, attn_implementation="eager")
     model.generation_config = GenerationConfig(
         max_length=min(2 * options.max_length, _POSITIONS),
         num_beams=options.beam or 1,

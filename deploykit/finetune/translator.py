@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -15,9 +16,12 @@ from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.finetune.checkpoint import load_model, load_tokenizer, quiet
 from deploykit.finetune.padding import padded
+from deploykit.runtime.decoding import Sentence
 from deploykit.runtime.languages import source_prefix
+from deploykit.runtime.search import Finished
 from deploykit.runtime.text import normalize
-from deploykit.runtime.translated import EMPTY, Translated, finish_of
+from deploykit.runtime.translated import LongInput, Translated
+from deploykit.runtime.translator import Translator
 from deploykit.tasks import Generation, Translation
 
 _NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
@@ -52,13 +56,13 @@ class TorchTranslator:
 
     def encode(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Source token ids as training and serving see them, cut to ``task.max_source_length``."""
-        prefix = source_prefix(self.task)
-        return self._encode(cut, self.task.max_source_length, [prefix + normalize(text) for text in texts])
+        prefix, most = source_prefix(self.task), self.task.max_source_length
+        return self._encode("text", [prefix + normalize(text) for text in texts], most if cut else None)
 
     def encode_targets(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Target token ids as the decoder should give them: no start token, the end token included."""
         most = self.task.max_target_length - 1  # which counts the start token
-        return self._encode(cut, most, text_target=[normalize(text) for text in texts])
+        return self._encode("text_target", [normalize(text) for text in texts], most if cut else None)
 
     def decode(self, target_ids: Sequence[Sequence[int]]) -> list[str]:
         return [self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in target_ids]
@@ -100,18 +104,19 @@ class TorchTranslator:
                     scores[row] = sum(counted) / max(1, len(ids)) ** generation.length_penalty
         return scores
 
-    def translate(self, texts: Sequence[str], generation: Generation | None = None) -> list[Translated]:
-        """Translations in the order of ``texts``; an empty text stays empty. Long texts are cut as in ``encode``."""
-        generation = generation or self.task.generation
-        rows = [row for row, text in enumerate(texts) if normalize(text)]
-        token_ids = self.encode([texts[row] for row in rows])
+    def translate(
+        self, texts: Sequence[str], generation: Generation | None = None, *, long_input: LongInput = "split"
+    ) -> list[Translated]:
+        """As ``Translator.translate``: texts are split and put together alike, whatever generates."""
+        return Translator(self.task, _Tokenizer(self), self).translate(texts, generation, long_input=long_input)
+
+    def run(self, sentences: Sequence[Sentence]) -> None:
+        """Give each of ``sentences``, which share a generation, its result."""
+        generation = sentences[0].generation if sentences else self.task.generation
+        token_ids = [sentence.token_ids for sentence in sentences]
         target_ids = self.generate_ids(token_ids, generation)
-        scores = self.scores(token_ids, target_ids, generation)
-        translated = [EMPTY] * len(texts)
-        for row, source, target, text, score in zip(rows, token_ids, target_ids, self.decode(target_ids), scores):
-            finish = finish_of(target, generation, self.task.eos_token_ids)
-            translated[row] = Translated(text, score, len(source), len(target), finish)
-        return translated
+        for sentence, ids, score in zip(sentences, target_ids, self.scores(token_ids, target_ids, generation)):
+            sentence.result = Finished(np.array(ids, np.int64), score)
 
     def close(self) -> None:
         """Nothing to release: the model goes with the object."""
@@ -126,13 +131,28 @@ class TorchTranslator:
         finally:
             self.model.generation_config = own
 
-    def _encode(self, cut: bool, most: int, texts: list[str] | None = None, **targets: list[str]) -> list[list[int]]:
-        encoded = self.tokenizer(texts, **targets, truncation=cut, max_length=most if cut else None)
+    def _encode(self, side: str, texts: list[str], most: int | None) -> list[list[int]]:
+        if not texts:
+            return []  # which the tokenizer does not take
+        encoded = self.tokenizer(**{side: texts}, truncation=most is not None, max_length=most)
         return [list(ids) for ids in encoded["input_ids"]]
 
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(ids) if token in self.task.eos_token_ids), len(ids))
         return ids[:end]
+
+
+class _Tokenizer:
+    """The checkpoint's own tokenizer, as ``Translator`` wants one."""
+
+    def __init__(self, translator: TorchTranslator) -> None:
+        self._translator = translator
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._translator.encode(texts, cut=False)
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        return self._translator.decode(ids)
 
 
 def languages(tokenizer: Any, family: str) -> dict[str, int | None]:

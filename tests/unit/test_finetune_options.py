@@ -1,0 +1,95 @@
+"""Options of a run: what goes together, what belongs to which task, and what a file of them gives back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploykit.errors import UsageError
+from deploykit.finetune.options import ClassificationOptions, TranslationOptions, make_options, read_toml, write_toml
+from deploykit.finetune.presets import PRESETS
+
+PAIR = {"task": "translation", "train": "pairs.tsv", "source": "en", "target": "fr"}
+
+
+def test_the_task_decides_which_options_there_are() -> None:
+    assert isinstance(make_options({"model": "m", "train": "t.csv"}), ClassificationOptions)
+    assert isinstance(make_options({**PAIR, "model": "m"}), TranslationOptions)
+
+
+@pytest.mark.parametrize(
+    ("given", "owner"),
+    [
+        ({"model": "m", "train": "t.csv", "batch_tokens": 100}, "translation"),
+        ({"model": "m", "train": "t.csv", "source": "en"}, "translation"),
+        ({**PAIR, "model": "m", "class_weights": "balanced"}, "classification"),
+        ({**PAIR, "model": "m", "text_column": ("text",)}, "classification"),
+    ],
+)
+def test_an_option_of_the_other_task_is_refused(given: dict[str, Any], owner: str) -> None:
+    with pytest.raises(UsageError, match=f"is for --task {owner}"):
+        make_options(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({}, "neither --model nor --from-config"),
+        ({"model": "m", "from_config": "marian-tiny"}, "--model and --from-config are both"),
+        ({"from_config": "marian-huge"}, "marian-tiny"),
+        ({"model": "m", "target": "en"}, "--source and --target are both en"),
+        ({"model": "m", "source": ""}, "--source is missing"),
+        ({"model": "m", "beam": 0}, "--beam is 0"),
+        ({"model": "m", "beam": 10_000}, "--beam is 10000"),
+        ({"model": "m", "vocabulary": 100}, "--vocabulary is for --from-config"),
+        ({"from_config": "marian-tiny", "lora_rank": 4}, "--lora-rank is for --model"),
+        ({"from_config": "marian-tiny", "batch_tokens": 100}, "--batch-tokens"),
+        ({"model": "m", "label_smoothing": 1.5}, "--label-smoothing is 1.5"),
+        ({"model": "m", "validation_fraction": 0}, "--validation"),
+        ({"model": "m", "train": ""}, "--train is missing"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError) as error:
+        make_options({**PAIR, **given}).check()
+    assert named in str(error.value)
+    assert error.value.remedy
+
+
+def test_a_preset_sets_defaults_and_what_is_given_wins() -> None:
+    options = make_options({**PAIR, "from_config": "marian-tiny", "learning_rate": 0.5})
+    assert isinstance(options, TranslationOptions)
+    assert options.vocabulary == PRESETS["marian-tiny"].training["vocabulary"]
+    assert options.dropout == 0.1
+    assert options.learning_rate == 0.5
+    options.check()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_is_made_of_options_that_hold_together(name: str) -> None:
+    preset = PRESETS[name]
+    make_options({**PAIR, "from_config": name}).check()
+    assert preset.d_model % preset.heads == 0
+
+
+def test_the_largest_preset_is_opus_mt() -> None:
+    base = PRESETS["marian-base"]
+    assert (base.d_model, base.encoder_layers, base.decoder_layers, base.heads, base.ffn) == (512, 6, 6, 8, 2048)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"model": "m", "train": "t.csv", "text_column": ("a", "b"), "dropout": 0.2, "multi_label": True},
+        {**PAIR, "from_config": "marian-small", "validation": "v.tsv", "beam": 4},
+    ],
+)
+def test_a_toml_file_gives_the_same_options_back(given: dict[str, Any], tmp_path: Path) -> None:
+    options = make_options(given)
+    write_toml(options, tmp_path / "finetune.toml")
+    read = read_toml(tmp_path / "finetune.toml")
+    if "text_column" in read:
+        read["text_column"] = tuple(read["text_column"])
+    assert make_options(read) == options
