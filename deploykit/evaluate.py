@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from deploykit.data.classification import Columns, Example, check_labels, load_examples
+from deploykit.data.translation import Pair, PairColumns, load_pairs, one_line
 from deploykit.errors import DataError
-from deploykit.metrics import classification_metrics
-from deploykit.predictor import Predictor
+from deploykit.metrics import classification_metrics, translation_metrics
+from deploykit.predictor import TextClassifier, TextTranslator
 from deploykit.runtime.text import normalize
-from deploykit.tasks import Task
+from deploykit.tasks import Classification, Generation, Translation
 
 _CHUNK = 1024
+_TRANSLATED_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class LabelledRows:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``metrics`` as ``classification_metrics`` gives them, over ``rows`` rows."""
+    """``metrics`` as ``classification_metrics`` or ``translation_metrics`` gives them, over ``rows`` rows."""
 
     metrics: dict[str, Any]
     rows: int
@@ -37,7 +39,7 @@ class Evaluation:
 
 def labelled_rows(
     source: str,
-    task: Task,
+    task: Classification,
     *,
     text_columns: Sequence[str] = (),
     label_column: str | None = None,
@@ -74,7 +76,7 @@ def labelled_rows(
 
 
 def evaluate(
-    predictor: Predictor, rows: LabelledRows, *, progress: Callable[[int, int], None] = lambda done, of: None
+    predictor: TextClassifier, rows: LabelledRows, *, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> Evaluation:
     """Answer every row and compare. ``progress`` is called with (rows done, rows in all)."""
     examples = rows.examples
@@ -85,3 +87,59 @@ def evaluate(
     truth = predictor.task.targets([e.label for e in examples])
     metrics = classification_metrics(predictor.task, truth, np.concatenate(scores))
     return Evaluation(metrics, len(examples), rows.skipped)
+
+
+@dataclass(frozen=True)
+class TranslatedRows:
+    """Pairs to measure on: as they are, duplicates included. ``skipped`` rows lacked a side."""
+
+    pairs: list[Pair]
+    skipped: int
+
+
+def translated_rows(
+    source: str,
+    task: Translation,
+    *,
+    source_column: str | None = None,
+    target_column: str | None = None,
+    encoding: str | None = None,
+    split: str = "test",
+) -> TranslatedRows:
+    """Read pairs in the task's languages. Raises DataError when no row has both sides."""
+    raw, _ = load_pairs(
+        source,
+        source=task.source,
+        target=task.target,
+        source_column=source_column,
+        target_column=target_column,
+        prefer=PairColumns(task.source_column, task.target_column),
+        encoding=encoding,
+        split=split,
+    )
+    pairs = [
+        Pair(text, reference, row.origin)
+        for row in raw
+        if not row.unusable and (text := one_line(row.source or "")) and (reference := one_line(row.target or ""))
+    ]
+    if not pairs:
+        raise DataError(f"{source}: no row has both a text and its translation", "give a file of translated rows")
+    return TranslatedRows(pairs, len(raw) - len(pairs))
+
+
+def evaluate_translator(
+    translator: TextTranslator,
+    rows: TranslatedRows,
+    generation: Generation | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Evaluation:
+    """Translate every row and compare. ``progress`` is called with (rows done, rows in all)."""
+    pairs = rows.pairs
+    hypotheses: list[str] = []
+    for start in range(0, len(pairs), _TRANSLATED_AT_A_TIME):
+        part = [pair.source for pair in pairs[start : start + _TRANSLATED_AT_A_TIME]]
+        hypotheses += [translated.text for translated in translator.translate(part, generation)]
+        progress(len(hypotheses), len(pairs))
+    metrics = translation_metrics(hypotheses, [pair.target for pair in pairs], [pair.source for pair in pairs])
+    return Evaluation(metrics, len(pairs), rows.skipped)

@@ -1,43 +1,31 @@
-"""Answers for many rows: streamed, in order, and taken up again where a killed run stopped."""
+"""Labels for many rows, from any classifier."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deploykit import artifacts
+from deploykit.answers import Answered, Line, answer_file
 from deploykit.data.classification import TextRow, read_texts
-from deploykit.errors import ArtifactError, DataError, UsageError
-from deploykit.predictor import Predictor
+from deploykit.errors import DataError, UsageError
+from deploykit.predictor import TextClassifier
 from deploykit.runtime.text import MAX_TEXT_CHARS
 
-_CHUNK = 256
+JSON_LINES = (".jsonl", ".ndjson")
+"""How a file of JSON lines is named."""
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """``rows`` answered and failed together; ``resumed`` of them stood there from an earlier run."""
-
-    rows: int
-    errors: int
-    resumed: int
-
-
-def answers(predictor: Predictor, rows: Sequence[TextRow]) -> list[dict[str, Any]]:
+def answers(predictor: TextClassifier, rows: Sequence[TextRow]) -> list[dict[str, Any]]:
     """A record for each row: origin, text, label, score and scores; or origin and error.
 
     ``score`` is the answer's probability (multi-label: the highest of any label).
     """
-    problems = [row.problem or _too_long(row.text) for row in rows]
+    problems = [row.problem or too_long(row.text) for row in rows]
     good = [row.text for row, problem in zip(rows, problems) if problem is None and row.text is not None]
     scores = predictor.scores(good) if good else np.empty((0, len(predictor.task.labels)), np.float32)
     answered = iter(zip(predictor.task.decide(scores) if good else [], scores))
@@ -60,7 +48,7 @@ def answers(predictor: Predictor, rows: Sequence[TextRow]) -> list[dict[str, Any
 
 
 def predict_file(
-    predictor: Predictor,
+    predictor: TextClassifier,
     source: str,
     out: Path,
     *,
@@ -69,60 +57,45 @@ def predict_file(
     encoding: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], None],
-) -> Predicted:
-    """Write an answer for each row of ``source`` to ``out``, one JSON object a line, in order.
+) -> Answered:
+    """Write an answer for each row of ``source`` to ``out``, one JSON object a line; see ``answer_file``.
 
-    Until it is whole the file has a temporary name beside ``out``; a run with the same source,
-    columns and model (``identity``) continues it.
+    ``identity`` stands for the model: with it, the source and the columns, an unfinished file is continued.
     """
-    if out.suffix.lower() not in (".jsonl", ".ndjson"):
+    if out.suffix.lower() not in JSON_LINES:
         raise UsageError(f"--output {out}: answers are written as JSON lines", "give it a name that ends in .jsonl")
-    if out.exists() and not force:
-        raise ArtifactError(f"{out}: exists", "choose another --output, or pass --force to replace it")
     columns = _columns(source, text_columns, predictor.task.text_columns)
+    separator = predictor.task.text_separator
 
     def rows() -> Iterator[TextRow]:
-        return read_texts(source, columns, predictor.task.text_separator, encoding=encoding)
+        return read_texts(source, columns, separator, encoding=encoding)
 
-    digest = artifacts.digest_path(Path(source)) if Path(source).exists() else source
-    key = artifacts.digest_of(digest, columns, predictor.task.text_separator, encoding, identity)[:16]
-    partial = out.with_name(f".{out.name}.{key}.partial")
-    total = sum(1 for _ in rows())
-    errors = 0
-    with artifacts.explained(out), _appending(partial) as (file, resumed):
-        errors = resumed.errors
-        done = resumed.rows
-        progress(done, total)
-        for chunk in _chunks(itertools.islice(rows(), done, None)):
-            records = answers(predictor, chunk)
-            file.writelines(json.dumps(r, ensure_ascii=False).encode() + b"\n" for r in records)
-            file.flush()
-            errors += sum("error" in r for r in records)
-            done += len(records)
-            progress(done, total)
-        os.fsync(file.fileno())
-        os.replace(partial, out)
-    return Predicted(done, errors, resumed.rows)
+    def answer(part: Sequence[TextRow]) -> list[Line]:
+        return [json_line(record) for record in answers(predictor, part)]
+
+    key = artifacts.digest_of(source_digest(source), columns, separator, encoding, identity)
+    return answer_file(rows, answer, out, key=key, failed=is_error, force=force, progress=progress)
 
 
-@contextlib.contextmanager
-def _appending(partial: Path) -> Iterator[tuple[Any, Predicted]]:
-    """Open an unfinished file after its last whole line; yields it and what it holds."""
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(f"{partial}: another deploykit is writing it now", "wait for it") from None
-        file.seek(0)
-        rows = errors = end = 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            rows, errors, end = rows + 1, errors + (b'"error"' in line and "error" in json.loads(line)), end + len(line)
-        file.truncate(end)
-        file.seek(end)
-        yield file, Predicted(rows, errors, rows)
+def json_line(record: dict[str, Any]) -> Line:
+    return Line(json.dumps(record, ensure_ascii=False), "error" in record)
+
+
+def is_error(line: bytes) -> bool:
+    """Whether a line that ``json_line`` made holds an error."""
+    return b'"error"' in line and "error" in json.loads(line)
+
+
+def source_digest(source: str) -> str:
+    """What identifies the rows of a file, or of a dataset on the hub by its name."""
+    return artifacts.digest_path(Path(source)) if Path(source).exists() else source
+
+
+def too_long(text: str | None) -> str | None:
+    """Why a text is refused for its length, or None."""
+    if text is not None and len(text) > MAX_TEXT_CHARS:
+        return f"the text has {len(text):,} characters, more than {MAX_TEXT_CHARS:,}"
+    return None
 
 
 def _columns(source: str, given: Sequence[str], trained: Sequence[str]) -> tuple[str, ...]:
@@ -134,15 +107,3 @@ def _columns(source: str, given: Sequence[str], trained: Sequence[str]) -> tuple
     except DataError:
         return ()
     return tuple(trained)
-
-
-def _chunks(rows: Iterable[TextRow]) -> Iterator[list[TextRow]]:
-    iterator = iter(rows)
-    while chunk := list(itertools.islice(iterator, _CHUNK)):
-        yield chunk
-
-
-def _too_long(text: str | None) -> str | None:
-    if text is not None and len(text) > MAX_TEXT_CHARS:
-        return f"the text has {len(text):,} characters, more than {MAX_TEXT_CHARS:,}"
-    return None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import TypeIs
 
 from deploykit.artifacts import Manifest, load_manifest
 from deploykit.errors import ArtifactError, UsageError
@@ -27,7 +28,7 @@ from deploykit.runtime.engines import (
     choose_engine,
     load_engine,
 )
-from deploykit.runtime.translated import Translated
+from deploykit.runtime.translated import LongInput, Translated
 from deploykit.tasks import Classification, Generation, Translation
 
 if TYPE_CHECKING:
@@ -51,8 +52,13 @@ class TextTranslator(Protocol):
 
     task: Translation
 
-    def translate(self, texts: Sequence[str], generation: Generation | None = None) -> list[Translated]:
-        """One for each text, in their order; ``generation`` in place of the task's own."""
+    def translate(
+        self, texts: Sequence[str], generation: Generation | None = None, *, long_input: LongInput = "split"
+    ) -> list[Translated]:
+        """One for each text, in their order; ``generation`` in place of the task's own.
+
+        Raises DataError or RequestError for a text that is too long, when ``long_input`` is "refuse".
+        """
 
     def close(self) -> None:
         """Release connections."""
@@ -99,7 +105,7 @@ def open_predictor(
 def open_classifier(target: str, **where: Any) -> TextClassifier:
     """``open_predictor``, for a command that classifies. Raises UsageError when ``target`` translates."""
     predictor = open_predictor(target, **where)
-    if not isinstance(predictor.task, Classification):
+    if is_translator(predictor):
         predictor.close()
         raise UsageError(f"{target} translates, it does not classify", "use deploykit translate")
     return predictor
@@ -108,10 +114,14 @@ def open_classifier(target: str, **where: Any) -> TextClassifier:
 def open_translator(target: str, **where: Any) -> TextTranslator:
     """``open_predictor``, for a command that translates. Raises UsageError when ``target`` classifies."""
     predictor = open_predictor(target, **where)
-    if isinstance(predictor.task, Classification):
+    if not is_translator(predictor):
         predictor.close()
         raise UsageError(f"{target} classifies, it does not translate", "use deploykit predict")
     return predictor
+
+
+def is_translator(predictor: Predictor) -> TypeIs[TextTranslator]:
+    return isinstance(predictor.task, Translation)
 
 
 def open_graph(

@@ -17,6 +17,7 @@ _COMMANDS: Mapping[str, str] = {
     "package": "Write an export as a Triton model.",
     "serve": "Serve a model repository with Triton.",
     "predict": "Classify texts with any model, served or not.",
+    "translate": "Translate texts with any translation model, served or not.",
     "bench": "Measure speed and memory under load.",
     "inspect": "Show what an artifact is, and verify it.",
     "doctor": "Show what this machine has and lacks.",

@@ -73,7 +73,9 @@ def human_bytes(count: float) -> str:
 
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """Classification metrics as a small table."""
+    """Metrics of either task as a small table."""
+    if "bleu" in metrics:
+        return translation_metrics_text({"": metrics})
     width = max(9, *(len(label) for label in metrics["per_class"])) + 2
     lines = [f"{'label':<{width}}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}"]
     for label, m in metrics["per_class"].items():
@@ -87,6 +89,16 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def translation_metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """Metrics of translations side by side, under their names."""
+    kept = [f"{m['placeholders']['kept']:,} of {m['placeholders']['checked']:,}" for m in columns.values()]
+    lines = [f"{'':<18}" + "".join(f"{name:>16}" for name in columns)] if any(columns) else []
+    for name in ("BLEU", "chrF"):
+        lines.append(f"{name:<18}" + "".join(f"{m[name.lower()]:>16.2f}" for m in columns.values()))
+    lines.append(f"{'placeholders kept':<18}" + "".join(f"{text:>16}" for text in kept))
+    return "\n".join(lines)
+
+
 SERVER_URL = click.option(
     "--url", default="http://127.0.0.1:8000", show_default=True, help="HTTP address of the server, for a served model."
 )
@@ -97,6 +109,30 @@ PRECISION = click.option(
 THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
 ENCODING = click.option("--encoding", help="Of text files (default: UTF-8, or what a byte order mark says).")
 FORCE = click.option("--force", is_flag=True, help="Replace what stands at the destination.")
+
+
+_SEARCH: Mapping[str, Mapping[str, Any]] = {
+    "beam_size": {"type": int, "help": "Hypotheses kept side by side; 1 is greedy search."},
+    "max_new_tokens": {"type": int, "help": "Longest translation, in tokens."},
+    "min_new_tokens": {"type": int, "help": "Shortest translation, in tokens."},
+    "length_penalty": {"type": float, "help": "Exponent of the length that scores are divided by."},
+    "early_stopping": {"type": click.Choice(["true", "false", "never"]), "help": "When a beam is full."},
+    "no_repeat_ngram_size": {"type": int, "help": "No n-gram of this size comes twice; 0: off."},
+    "repetition_penalty": {"type": float, "help": "Divides the scores of tokens that came before; 1: off."},
+}
+
+
+def generation_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Options of how to search for a translation (default: the model's own); those given come as ``generation``."""
+
+    @functools.wraps(function)
+    def run(**options: Any) -> Result:
+        values = {name: options.pop(name) for name in _SEARCH}
+        return function(generation={name: value for name, value in values.items() if value is not None}, **options)
+
+    for name, attributes in reversed(list(_SEARCH.items())):
+        run = click.option(f"--{name.replace('_', '-')}", name, **attributes)(run)
+    return run
 
 
 @contextlib.contextmanager

@@ -17,19 +17,24 @@ from deploykit.cli.common import ENCODING, FORCE, Result, deploykit_command, hum
 @click.option(
     "--method", type=click.Choice(["minmax", "entropy", "percentile", "mse"]), default="minmax", show_default=True
 )
-@click.option("--max-drop", type=float, default=0.5, show_default=True, help="Points of macro-F1 that INT8 may lose.")
-@click.option("--data", help="Labelled rows to measure on (default: the run's test rows).")
+@click.option("--max-drop", type=float, default=0.5, show_default=True,
+              help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose.")  # fmt: skip
+@click.option("--data", help="Rows to measure on (default: the run's test rows).")
+@click.option("--measure-rows", type=int, default=0, help="Most of them to use [default: all; 500 to translate].")
+@click.option("--source", help="Language of a translation checkpoint that was trained elsewhere.")
+@click.option("--target", help="Language it translates into.")
 @ENCODING
 @FORCE
 def command(*, checkpoint: Path, out: Path, force: bool, **values: Any) -> Result:
     from deploykit.finetune.checkpoint import quiet
 
     quiet()
-    from deploykit.export.classification import Accuracy, ExportOptions, export, render
+    from deploykit.export.run import ExportOptions, export
+    from deploykit.export.tables import render
 
     done = export(checkpoint, out, ExportOptions(**values), force=force, say=say)
     metrics = done.manifest.metrics
-    sizes = {n: r.bytes for n, r in done.manifest.files.items() if n.endswith(".onnx")}
+    sizes = {n: r.bytes for n, r in done.manifest.files.items() if n.endswith((".onnx", ".bin"))}
     record = {
         "out": str(out),
         "reused": done.reused,
@@ -40,11 +45,10 @@ def command(*, checkpoint: Path, out: Path, force: bool, **values: Any) -> Resul
         "rows": metrics["rows"],
         "size_bytes": sizes,
     }
-    table = render([Accuracy(**line) for line in metrics["accuracy_table"]])
     text = [
         f"{out}: {'reused, made before from the same inputs' if done.reused else 'written'}",
         f"on {metrics['rows']:,} rows:",
-        *table,
+        *render(metrics["accuracy_table"]),
         *(f"{name}: {human_bytes(size)}" for name, size in sizes.items()),
     ]
     return record, "\n".join(text)

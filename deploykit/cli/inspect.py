@@ -6,6 +6,8 @@ import click
 
 from deploykit.artifacts import load_manifest
 from deploykit.cli.common import Result, deploykit_command, human_bytes
+from deploykit.export.tables import render
+from deploykit.tasks import Classification, Task
 
 
 @deploykit_command(help="Show what an artifact is, what made it, and verify each of its files.")
@@ -19,7 +21,7 @@ def command(*, path: Path) -> Result:
         f"parent   {manifest.parent or '-'}",
         f"inputs   {manifest.inputs}",
         f"made     {manifest.created} with " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
-        f"labels   {', '.join(task.labels)}{' (multi-label)' if task.multi_label else ''}; at most {task.max_length} tokens",
+        _task_line(task),
         "files",
         *(
             f"  {record.sha256[:16]}  {human_bytes(record.bytes):>9}  {name}"
@@ -28,12 +30,21 @@ def command(*, path: Path) -> Result:
         "options",
         *(f"  {key} = {value}" for key, value in manifest.options.items()),
     ]
-    for line in manifest.metrics.get("accuracy_table", []):
-        lines.append(
-            f"{line['precision']} {line['engine']}: accuracy {line['accuracy']:.4f}, macro-F1 {line['macro_f1']:.4f}"
-        )
+    if table := manifest.metrics.get("accuracy_table"):
+        lines += render(table)
     for split in ("validation", "test"):
-        if "macro_f1" in manifest.metrics.get(split, {}):
-            metrics = manifest.metrics[split]
-            lines.append(f"{split}: accuracy {metrics['accuracy']:.4f}, macro-F1 {metrics['macro_f1']:.4f}")
+        scores = {name: manifest.metrics.get(split, {}).get(name) for name in ("accuracy", "macro_f1", "bleu", "chrf")}
+        if any(value is not None for value in scores.values()):
+            lines.append(f"{split}: " + ", ".join(f"{n} {v:.4f}" for n, v in scores.items() if v is not None))
     return {**manifest.to_json(), "path": str(path), "verified": True}, "\n".join(lines)
+
+
+def _task_line(task: Task) -> str:
+    if isinstance(task, Classification):
+        multi = " (multi-label)" if task.multi_label else ""
+        return f"labels   {', '.join(task.labels)}{multi}; at most {task.max_length} tokens"
+    search = "greedy search" if task.generation.beam_size == 1 else f"{task.generation.beam_size} beams"
+    return (
+        f"language {task.source} to {task.target} ({task.family}), {task.vocabulary:,} pieces; at most "
+        f"{task.max_source_length} tokens in and {task.generation.max_length} out, {search}"
+    )

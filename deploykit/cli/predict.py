@@ -49,10 +49,10 @@ def command(
 
     from deploykit.data.classification import TextRow
     from deploykit.predict import answers, predict_file
-    from deploykit.predictor import open_predictor
+    from deploykit.predictor import open_classifier
     from deploykit.runtime.text import normalize
 
-    predictor = open_predictor(model, **where)
+    predictor = open_classifier(model, **where)
     try:
         if source is None or output is None:
             rows = [

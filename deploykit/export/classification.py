@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from deploykit.export.graphs import export_classifier
 from deploykit.export.parity import check_parity
 from deploykit.export.quantize import Scheme, quantize
 from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
+from deploykit.export.tables import render
 from deploykit.finetune.checkpoint import TorchClassifier
 from deploykit.metrics import classification_metrics
 from deploykit.runtime.classifier import load_classifier
@@ -68,17 +69,6 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
         say(line)
     _guard(table, options.max_drop)
     return Written(reference.task, metrics)
-
-
-def render(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The accuracy table of an export's metrics as lines of text."""
-    lines = [f"{'precision':<10}{'engine':<14}{'accuracy':>9}{'macro-F1':>10}{'agreement':>11}{'INT8 kernels':>14}"]
-    for line in table:
-        lines.append(
-            f"{line['precision']:<10}{line['engine']:<14}{line['accuracy']:>9.4f}{line['macro_f1']:>10.4f}"
-            f"{line['agreement']:>11.4f}{line['int8_kernels']:>14}"
-        )
-    return lines
 
 
 def _quantize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from deploykit.export.families import read_architecture
 from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
 from deploykit.export.seq2seq_graph import Graph, build_decoder, build_encoder, save_graphs, with_activations
 from deploykit.export.seq2seq_parity import check_parity
+from deploykit.export.tables import render
 from deploykit.export.translation_tokenizer import save_translation_tokenizer
 from deploykit.finetune.translator import TorchTranslator
 from deploykit.metrics import translation_metrics
@@ -78,17 +79,6 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
         say(line)
     _guard(table, options.max_drop)
     return Written(reference.task, metrics)
-
-
-def render(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The quality table of an export's metrics as lines of text."""
-    lines = [f"{'precision':<10}{'engine':<14}{'BLEU':>8}{'chrF':>8}{'agreement':>11}{'INT8 kernels':>14}"]
-    for line in table:
-        lines.append(
-            f"{line['precision']:<10}{line['engine']:<14}{line['bleu']:>8.2f}{line['chrf']:>8.2f}"
-            f"{line['agreement']:>11.4f}{line['int8_kernels']:>14}"
-        )
-    return lines
 
 
 def _check(directory: Path, reference: TorchTranslator, rows: Sequence[Pair], say: Say) -> dict[str, Any]:

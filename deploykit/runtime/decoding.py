@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,7 +83,7 @@ class Decoder:
     def add(self, sentence: Sentence) -> None:
         self.waiting.append(sentence)
 
-    def run(self, sentences: Iterable[Sentence]) -> None:
+    def run(self, sentences: Sequence[Sentence]) -> None:
         """Decode ``sentences`` to their ends."""
         self.waiting.extend(sentences)
         while self.waiting or self.running:

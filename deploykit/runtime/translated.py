@@ -9,6 +9,8 @@ from typing import Literal
 from deploykit.tasks import Generation
 
 Finish = Literal["eos", "length"]
+LongInput = Literal["split", "refuse"]
+"""What becomes of a text that is longer than the model takes: split at sentence ends, or refused."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Protocol
+
+from typing_extensions import TypeVar
 
 from deploykit.errors import DataError
 from deploykit.runtime.decoding import MAX_CACHE_BYTES, MAX_ROWS, Decoder, Sentence
@@ -13,12 +15,9 @@ from deploykit.runtime.engines import Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.sentences import fit, split_sentences
 from deploykit.runtime.text import normalize
-from deploykit.runtime.translated import EMPTY, Translated, finish_of
-from deploykit.runtime.translation_tokenizer import TranslationTokenizer, load_translation_tokenizer
+from deploykit.runtime.translated import EMPTY, LongInput, Translated, finish_of
+from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
 from deploykit.tasks import Generation, Translation
-
-LongInput = Literal["split", "refuse"]
-"""What becomes of a text that is longer than the model takes."""
 
 _CHARS_PER_TOKEN = 24  # no text of more characters a token than this is worth tokenizing to find it too long
 
@@ -40,10 +39,27 @@ class Job:
             sentence.cancelled = True
 
 
-class Translator:
-    """Tokenizer and decoder of one exported model. One caller at a time."""
+class Tokenizer(Protocol):
+    """What a translator needs of one."""
 
-    def __init__(self, task: Translation, tokenizer: TranslationTokenizer, decoder: Decoder) -> None:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]: ...
+
+
+class Runner(Protocol):
+    """What gives sentences their results."""
+
+    def run(self, sentences: Sequence[Sentence]) -> None: ...
+
+
+RunnerT = TypeVar("RunnerT", bound=Runner, default=Decoder)
+
+
+class Translator(Generic[RunnerT]):
+    """Tokenizer and decoder of one model. One caller at a time."""
+
+    def __init__(self, task: Translation, tokenizer: Tokenizer, decoder: RunnerT) -> None:
         self.task = task
         self.decoder = decoder
         self._tokenizer = tokenizer

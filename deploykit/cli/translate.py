@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit.cli.common import (
+    ENCODING,
+    ENGINE,
+    FORCE,
+    PRECISION,
+    SERVER_URL,
+    THREADS,
+    Result,
+    deploykit_command,
+    generation_options,
+    progress_bar,
+)
+from deploykit.errors import DataError, UsageError
+
+
+@deploykit_command(help="Translate TEXTS, or the lines of a file, with any translation model.")
+@click.argument("texts", nargs=-1)
+@click.option("--model", required=True, help="A served model's name, or the folder of a checkpoint, export or model.")
+@click.option("--input", "source", help="Texts to translate: .txt (a text a line), csv, tsv, jsonl, parquet, po, tmx.")
+@click.option("--output", type=click.Path(path_type=Path), help=".txt (a line for each of --input) or .jsonl.")
+@click.option("--source-column", help="Of --input (default: the training column, or detected).")
+@click.option("--long-input", type=click.Choice(["split", "refuse"]), default="split", show_default=True,
+              help="A text longer than the model takes: split it at sentence ends, or refuse it.")  # fmt: skip
+@generation_options
+@ENCODING
+@FORCE
+@SERVER_URL
+@ENGINE
+@PRECISION
+@THREADS
+def command(
+    *,
+    texts: tuple[str, ...],
+    model: str,
+    source: str | None,
+    output: Path | None,
+    source_column: str | None,
+    long_input: str,
+    generation: dict[str, Any],
+    encoding: str | None,
+    force: bool,
+    **where: Any,
+) -> Result:
+    if bool(texts) == bool(source):
+        raise UsageError("give texts, or --input with --output", 'deploykit translate --model NAME "some text"')
+    if bool(source) != bool(output):
+        raise UsageError("--input and --output go together", "name both")
+
+    from deploykit.data.classification import TextRow
+    from deploykit.predictor import open_translator
+    from deploykit.runtime.generation import override
+    from deploykit.translate import How, translate_file, translations
+
+    translator = open_translator(model, **where)
+    try:
+        how = How(override(translator.task, generation), "refuse" if long_input == "refuse" else "split")
+        if source is None or output is None:
+            rows = [TextRow(f"text {i}", text, None) for i, text in enumerate(texts, start=1)]
+            records = translations(translator, rows, how)
+            lines = [r["translation"] if "translation" in r else f"{r['origin']}: {r['error']}" for r in records]
+            if all("error" in r for r in records):
+                raise DataError("\n".join(lines), "give another text, or another --long-input")
+            return {"results": records}, "\n".join(lines)
+        with progress_bar("texts") as progress:
+            done = translate_file(
+                translator,
+                source,
+                output,
+                how,
+                identity=f"{model} {where}",
+                column=source_column,
+                encoding=encoding,
+                force=force,
+                progress=progress,
+            )
+    finally:
+        translator.close()
+    text = f"{output}: {done.rows:,} rows"
+    if done.resumed:
+        text += f", {done.resumed:,} of them from the run before"
+    if done.errors:
+        text += f"; {done.errors:,} could not be translated"
+    return {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}, text
