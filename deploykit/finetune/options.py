@@ -114,7 +114,8 @@ class ClassificationOptions(FinetuneOptions):
 
 @dataclass(frozen=True)
 class TranslationOptions(FinetuneOptions):
-    """``batch_tokens`` bounds a batch's padded tokens, on its longer side; ``beam`` None is the checkpoint's own."""
+    """``batch_tokens`` bounds a batch's padded tokens, on its longer side, unless one row has more; ``beam`` None is
+    the checkpoint's own."""
 
     task: str = Translation.name
     source: str = ""
@@ -162,11 +163,6 @@ class TranslationOptions(FinetuneOptions):
             raise UsageError("--vocabulary is for --from-config", "leave it out: a checkpoint has its own")
         if self.from_config is not None and self.lora_rank:
             raise UsageError("--lora-rank is for --model", "leave it out: with --from-config all weights are new")
-        if self.batch_tokens < self.max_length:
-            raise UsageError(
-                f"--batch-tokens is {self.batch_tokens}, less than one row of --max-length {self.max_length}",
-                f"give --batch-tokens {self.max_length} or more",
-            )
 
 
 OPTIONS: Mapping[str, type[ClassificationOptions] | type[TranslationOptions]] = {

@@ -45,7 +45,7 @@ def test_an_option_of_the_other_task_is_refused(given: dict[str, Any], owner: st
         ({"model": "m", "beam": 10_000}, "--beam is 10000"),
         ({"model": "m", "vocabulary": 100}, "--vocabulary is for --from-config"),
         ({"from_config": "marian-tiny", "lora_rank": 4}, "--lora-rank is for --model"),
-        ({"from_config": "marian-tiny", "batch_tokens": 100}, "--batch-tokens"),
+        ({"from_config": "marian-tiny", "batch_tokens": 1}, "--batch-tokens"),
         ({"model": "m", "label_smoothing": 1.5}, "--label-smoothing is 1.5"),
         ({"model": "m", "validation_fraction": 0}, "--validation"),
         ({"model": "m", "train": ""}, "--train is missing"),

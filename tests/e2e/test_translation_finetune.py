@@ -1,0 +1,241 @@
+"""Translation models trained from nothing and from a checkpoint, as a user types it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploykit.artifacts import load_manifest
+from deploykit.finetune.translator import TorchTranslator
+from deploykit.tasks import Translation
+
+Deploykit = Callable[..., tuple[int, str, str]]
+LANGUAGES = ("--task", "translation", "--source", "en", "--target", "fr")
+QUICK = ("--max-steps", 8, "--eval-steps", 4, "--max-length", 32, "--batch-tokens", 512, "--eval-rows", 8)
+
+THINGS = {"file": "fichier", "folder": "dossier", "user": "client", "network": "réseau", "page": "feuillet"}
+DEEDS = {"Open": "Ouvrir", "Close": "Fermer", "Delete": "Supprimer", "Find": "Trouver", "Share": "Partager"}
+WHICH = {"this": "ce", "every other": "chaque autre", "the first": "le premier", "the %s": "le %s"}
+WHERE = {"here": "ici", "in {place}": "dans {place}", "<b>now</b>": "<b>tout de suite</b>"}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 pairs of made-up software strings."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
+    rows = itertools.product(DEEDS.items(), WHICH.items(), THINGS.items(), WHERE.items())
+    lines = ["\t".join(" ".join(word[side] for word in row) for side in (0, 1)) for row in rows]
+    path.write_text("\n".join(["en\tfr", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def new_model(deploykit: Deploykit, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """marian-tiny after enough steps to have learned what stands where."""
+    out = tmp_path_factory.mktemp("runs") / "new"
+    code, _, err = deploykit("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", pairs, "--out", out,
+                             "--max-steps", 150, "--eval-steps", 75, "--max-length", 32, "--batch-tokens", 512)  # fmt: skip
+    assert code == 0, err
+    return out
+
+
+def test_a_new_model_holds_all_that_is_promised(new_model: Path) -> None:
+    names = {p.name for p in new_model.iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json", "source.spm", "target.spm", "vocab.json",
+            "metrics.json", "README.md", "finetune.toml"} <= names  # fmt: skip
+    assert list((new_model / "tensorboard").iterdir())
+    config = json.loads((new_model / "config.json").read_text())
+    assert (config["model_type"], config["activation_function"], config["scale_embedding"]) == ("marian", "swish", True)
+    assert config["decoder_start_token_id"] == config["pad_token_id"] == config["vocab_size"] - 1
+    task = load_manifest(new_model, "checkpoint").task
+    assert isinstance(task, Translation)
+    assert (task.source, task.target, task.family, task.max_source_length) == ("en", "fr", "marian", 32)
+    assert task.generation.bad_words == ((task.pad_token_id,),)
+    assert (task.source_column, task.target_column) == ("en", "fr")
+
+
+def test_its_metrics_say_how_they_were_computed(new_model: Path) -> None:
+    metrics = json.loads((new_model / "metrics.json").read_text())
+    assert "before" not in metrics, "there was nothing to measure"
+    for name in ("validation", "test"):
+        assert metrics[name]["signatures"]["bleu"].startswith("nrefs:1|case:mixed")
+        assert metrics[name]["placeholders"]["checked"] > 0
+    assert metrics["test"]["chrf"] > 40, "it learned something"
+    assert set(metrics["samples"][0]) == {"source", "reference", "translation"}
+    card = (new_model / "README.md").read_text()
+    assert "pipeline_tag: translation" in card
+    assert f"{metrics['test']['bleu']:.1f}" in card
+
+
+def test_no_text_of_either_side_is_in_two_splits(new_model: Path) -> None:
+    splits = [(new_model / "splits" / f"{n}.jsonl").read_text().splitlines() for n in ("train", "validation", "test")]
+    for side in ("source", "target"):
+        texts = [{json.loads(line)[side] for line in lines} for lines in splits]
+        assert not texts[0] & texts[1]
+        assert not texts[0] & texts[2]
+        assert not texts[1] & texts[2]
+
+
+def test_pytorch_translates_the_test_rows_to_the_scores_in_the_metrics(new_model: Path) -> None:
+    from deploykit.metrics import translation_metrics
+
+    rows = [json.loads(line) for line in (new_model / "splits" / "test.jsonl").read_text().splitlines()]
+    answers = TorchTranslator.load(new_model).translate([row["source"] for row in rows])
+    measured = translation_metrics([a.text for a in answers], [r["target"] for r in rows], [r["source"] for r in rows])
+    assert measured == json.loads((new_model / "metrics.json").read_text())["test"]
+
+
+def test_a_saved_toml_repeats_the_run(deploykit: Deploykit, new_model: Path) -> None:
+    code, out, err = deploykit("finetune", "--config", new_model / "finetune.toml", "--out", new_model, "--json")
+    assert code == 0, err
+    assert json.loads(out)["reused"], "the same options are the same inputs"
+
+
+def test_fine_tuning_shows_before_and_after(deploykit: Deploykit, new_model: Path, pairs: Path, tmp_path: Path) -> None:
+    words = (
+        "finetune",
+        *LANGUAGES,
+        "--model",
+        new_model,
+        "--train",
+        pairs,
+        "--out",
+        tmp_path / "r",
+        *QUICK,
+        "--beam",
+        3,
+    )
+    code, out, err = deploykit(*words, "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert record["before"]["chrf"] > 40
+    assert record["metrics"]["chrf"] > 40
+    assert {"source", "reference", "before", "translation"} == set(record["samples"][0])
+    assert load_manifest(tmp_path / "r").task.generation.beam_size == 3
+    assert json.loads((tmp_path / "r" / "generation_config.json").read_text())["num_beams"] == 3
+    code, out, _ = deploykit(*words)
+    assert code == 0
+    assert "before" in out
+    assert "after" in out
+
+
+def test_finetune_takes_the_options_of_trainer(
+    deploykit: Deploykit, pairs: Path, new_model: Path, tmp_path: Path
+) -> None:
+    lines = pairs.read_text().splitlines()
+    (tmp_path / "held.tsv").write_text("\n".join(["en\tfr", *lines[1:40]]) + "\n")
+    code, out, err = deploykit(
+        "finetune", *LANGUAGES, "--model", new_model, "--train", pairs, "--validation", tmp_path / "held.tsv",
+        "--out", tmp_path / "r", *QUICK, "--max-rows", 100, "--accumulation", 2, "--schedule", "inverse_sqrt",
+        "--optimizer", "sgd", "--dropout", 0.2, "--label-smoothing", 0.2, "--early-stopping", 1, "--lora-rank", 2,
+        "--mixed-precision", "bf16", "--test-fraction", 0, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "training rows dropped" in err
+    assert json.loads(out)["rows"] == {"train": 100, "validation": 39, "test": 0}
+    assert (tmp_path / "r" / "adapter_model.safetensors").is_file()
+    assert TorchTranslator.load(tmp_path / "r").translate(["Open this file here"])[0].text
+
+
+def test_a_corpus_of_two_text_files(deploykit: Deploykit, pairs: Path, tmp_path: Path) -> None:
+    lines = [line.split("\t") for line in pairs.read_text().splitlines()[1:]]
+    for side, language in enumerate(("en", "fr")):
+        (tmp_path / f"corpus.{language}").write_text("\n".join(line[side] for line in lines) + "\n")
+    words = ("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", tmp_path / "corpus", *QUICK)
+    code, out, err = deploykit(*words, "--out", tmp_path / "r", "--json")
+    assert code == 0, err
+    assert json.loads(out)["rows"]["train"] > 200
+    (tmp_path / "corpus.fr").write_text("\n".join([line[1] for line in lines][:-1]) + "\n")
+    code, _, err = deploykit(*words, "--out", tmp_path / "r")
+    assert code == 1
+    assert "corpus" in err
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_to_the_same_end(pairs: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "deploykit", "finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", str(pairs),
+             "--max-steps", "12", "--eval-steps", "3", "--max-length", "32", "--batch-tokens", "512", "--json"]  # fmt: skip
+    whole = subprocess.run([*words, "--out", str(tmp_path / "whole")], capture_output=True, text=True, check=True)
+    process = subprocess.Popen(
+        [*words, "--out", str(tmp_path / "killed")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob(".killed.*.training/trainer/checkpoint-6/trainer_state.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed").exists(), "nothing that looks finished"
+    again = subprocess.run([*words, "--out", str(tmp_path / "killed")], capture_output=True, text=True, check=True)
+    assert "continuing the unfinished run" in again.stderr
+    assert json.loads(again.stdout)["metrics"] == json.loads(whole.stdout)["metrics"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert weights[0] == weights[1], "bit for bit"
+    assert not list(tmp_path.glob(".killed*")), "the work directory is gone"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        ((), 2, ["--model", "--from-config", "marian-small"]),
+        (("--from-config", "marian-tiny", "--model", "x"), 2, ["--model and --from-config"]),
+        (("--from-config", "marian-huge"), 2, ["marian-huge"]),
+        (("--from-config", "marian-tiny", "--target", "en"), 2, ["--source and --target are both en"]),
+        (("--from-config", "marian-tiny", "--beam", 0), 2, ["--beam is 0"]),
+        (("--from-config", "marian-tiny", "--beam", 10_000), 2, ["--beam is 10000"]),
+        (
+            ("--from-config", "marian-tiny", "--class-weights", "balanced"),
+            2,
+            ["--class-weights", "--task classification"],
+        ),
+        (("--from-config", "marian-tiny", "--max-length", 4096), 2, ["--max-length", "512"]),
+        (("--from-config", "marian-tiny", "--source-column", "german"), 1, ["german", "en"]),
+        (("--model", "NEW", "--max-length", 4096), 2, ["--max-length", "32"]),
+        (("--model", "NEW", "--vocabulary", 500), 2, ["--vocabulary"]),
+        (("--model", "NO-SPM"), 1, ["source.spm"]),
+        (("--model", "MINILM"), 1, ["bert", "marian"]),
+        (("--model", "NEW", "--task", "classification"), 2, ["--source", "--task translation"]),
+    ],
+)
+def test_what_can_be_typed_wrong(
+    deploykit: Deploykit,
+    pairs: Path,
+    new_model: Path,
+    minilm: Path,
+    tmp_path: Path,
+    words: tuple[object, ...],
+    code: int,
+    named: list[str],
+) -> None:
+    models: dict[object, Path] = {"NEW": new_model, "MINILM": minilm, "NO-SPM": tmp_path / "no-spm"}
+    if "NO-SPM" in words:
+        shutil.copytree(new_model, tmp_path / "no-spm")
+        for name in ("source.spm", "manifest.json"):
+            (tmp_path / "no-spm" / name).unlink()
+    before = {p.name for p in tmp_path.iterdir()}
+    typed = [models.get(word, word) for word in words]
+    got, _, err = deploykit("finetune", *LANGUAGES, "--train", pairs, "--out", tmp_path / "o", *typed)
+    assert got == code, err
+    for part in named:
+        assert part in err
+    assert {p.name for p in tmp_path.iterdir()} == before
+
+
+def test_a_translation_checkpoint_is_not_a_classifier(deploykit: Deploykit, new_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(
+        "text,label\n" + "".join(f"some {w} {i},{w}\n" for i in range(9) for w in ("a", "b"))
+    )
+    code, _, err = deploykit("finetune", "--model", new_model, "--train", tmp_path / "t.csv", "--out", tmp_path / "o")
+    assert code == 1
+    assert "is a checkpoint for translation, not classification" in err
+    assert "--task translation" in err
