@@ -1,4 +1,4 @@
-"""A classifier on a running server: the same interface as one in this process."""
+"""A classifier or a translator on a running server: the same interface as one in this process."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -18,14 +18,21 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from deploykit.errors import DeploykitError, RequestError, ServerError, UsageError
-from deploykit.tasks import Task
+from deploykit.runtime.translated import EMPTY, Finish, LongInput, Translated
+from deploykit.tasks import Classification, Generation, Task, Translation
 from deploykit.triton.repository import check_name, task_of_parameters
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _MAX_REQUEST_BYTES = 8 << 20  # well below Triton's limit of 64 MiB for a request's body
+_MAX_TRANSLATION_BYTES = 32 << 10  # and an answer to as much comes within a minute
+_FIRST_ROW = "row 0 of TEXT: "  # begins the refusal of a request without a good row
+_OF_CHECKPOINT = ("bad_words", "suppressed", "forced_bos_token_id", "forced_eos_token_id")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # What Triton says while a model whose process died is being loaded again.
 _RELOADING = re.compile(r"is not healthy|is not found|no available versions|is not ready|unloaded|UNAVAILABLE")
+
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,16 @@ class RowResult:
     error: str
 
 
-class ServedClassifier:
-    """The model ``name`` on the Triton server at ``url``; satisfies ``Predictor``.
+@dataclass(frozen=True)
+class TranslatedRow:
+    """The translation of one text. ``error`` is empty, or says why ``translated`` is ``EMPTY``."""
+
+    translated: Translated
+    error: str
+
+
+class _Served:
+    """The model ``name`` on the Triton server at ``url``: what clients of every task do alike.
 
     ``timeout`` seconds bound one answer. A full queue, or a model that is being loaded again, is
     tried again for ``patience`` seconds. Not for use from several threads at once.
@@ -55,32 +70,46 @@ class ServedClassifier:
         self._patience = patience
         self._connections = threading.local()  # a tritonclient belongs to the thread that made it
         config = self._ask(lambda client: client.get_model_config(name), patience=0.0)
-        self.task: Task = self._read_task(config)
+        self._task: Task = self._read_task(config)
         self.max_batch_size = max(1, int(config.get("max_batch_size", 1)))
         self._pool = ThreadPoolExecutor(in_flight, "deploykit-client")
-
-    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Probabilities, float32 [texts, labels]. Raises RequestError if any text has none."""
-        rows = self.predict_rows(texts)
-        for number, row in enumerate(rows):
-            if row.error:
-                raise RequestError(f"text {number}: {row.error}", 400, "remove that text, or correct it")
-        return np.array([row.scores for row in rows], np.float32).reshape(len(rows), len(self.task.labels))
-
-    def predict_rows(self, texts: Sequence[str]) -> list[RowResult]:
-        """One result for each text, in their order; a text that the model refuses fails alone."""
-        raw = [_SURROGATE.sub("\ufffd", text).encode() for text in texts]
-        answers = self._pool.map(self._infer, self._chunks(raw))
-        return [row for rows in answers for row in rows]
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def _chunks(self, raw: Sequence[bytes]) -> Iterator[list[bytes]]:
+    def _rows(
+        self,
+        texts: Sequence[str],
+        infer: Callable[[list[bytes]], list[Row]],
+        failed: Callable[[str], Row],
+        *,
+        most_bytes: int = _MAX_REQUEST_BYTES,
+    ) -> list[Row]:
+        """What ``infer`` says of each text, in their order; ``failed(error)`` for one that the model refuses.
+
+        Several requests of many texts, of ``most_bytes`` or of one text each, are under way at once.
+        """
+
+        def ask(chunk: list[bytes]) -> list[Row]:
+            try:
+                return infer(chunk)
+            except RequestError as error:
+                if error.status != 400 or not error.message.startswith(_FIRST_ROW):
+                    raise
+                if len(chunk) == 1:
+                    return [failed(error.message.removeprefix(_FIRST_ROW))]
+                # Every row is bad, and the refusal names the first only.
+                return [row for one in chunk for row in ask([one])]
+
+        raw = [_SURROGATE.sub("\ufffd", text).encode() for text in texts]
+        answers = self._pool.map(ask, self._chunks(raw, most_bytes))
+        return [row for rows in answers for row in rows]
+
+    def _chunks(self, raw: Sequence[bytes], most_bytes: int) -> Iterator[list[bytes]]:
         chunk: list[bytes] = []
         size = 0
         for text in raw:
-            if chunk and (len(chunk) == self.max_batch_size or size + len(text) > _MAX_REQUEST_BYTES):
+            if chunk and (len(chunk) == self.max_batch_size or size + len(text) > most_bytes):
                 yield chunk
                 chunk, size = [], 0
             chunk.append(text)
@@ -88,27 +117,18 @@ class ServedClassifier:
         if chunk:
             yield chunk
 
-    def _infer(self, chunk: list[bytes]) -> list[RowResult]:
+    def _infer(
+        self, chunk: list[bytes], names: Sequence[str], parameters: Mapping[str, Any] | None = None
+    ) -> list[NDArray[Any]]:
+        """The outputs ``names`` for a chunk of texts, a row each."""
         text = triton.InferInput("TEXT", [len(chunk), 1], "BYTES")
         text.set_data_from_numpy(np.array(chunk, np.object_).reshape(-1, 1))
-        outputs = [triton.InferRequestedOutput(name) for name in ("LABEL", "SCORES", "ERROR")]
-        try:
-            answer = self._ask(
-                lambda client: client.infer(self._name, [text], outputs=outputs), patience=self._patience
-            )
-        except RequestError as error:
-            if error.status != 400:
-                raise
-            if len(chunk) == 1:
-                nothing = np.zeros(len(self.task.labels), np.float32)
-                return [RowResult("", nothing, error.message.removeprefix("row 0 of TEXT: "))]
-            # Every row is bad, and the refusal names the first only.
-            return [row for one in chunk for row in self._infer([one])]
-        labels, scores, errors = (answer.as_numpy(name) for name in ("LABEL", "SCORES", "ERROR"))
-        return [
-            RowResult(label.decode(), row, error.decode())
-            for label, row, error in zip(labels.reshape(-1), scores, errors.reshape(-1))
-        ]
+        outputs = [triton.InferRequestedOutput(name) for name in names]
+        answer = self._ask(
+            lambda client: client.infer(self._name, [text], outputs=outputs, parameters=parameters or None),
+            patience=self._patience,
+        )
+        return [answer.as_numpy(name) for name in names]
 
     def _ask(self, request: Any, *, patience: float) -> Any:
         """Send ``request(client)`` until it is answered, refused for good, or ``patience`` seconds are over."""
@@ -173,18 +193,133 @@ class ServedClassifier:
     def _read_task(self, config: Any) -> Task:
         try:
             parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
-            return task_of_parameters(parameters["labels"], parameters["task"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            task = task_of_parameters(parameters)
+        except (KeyError, TypeError, AttributeError, ValueError, DeploykitError) as error:
             raise RequestError(
                 f"model {self._name} at {self._url}: was not packaged by deploykit: its config has no task",
                 400,
                 "name a model that deploykit package wrote",
             ) from error
+        if "streams" in parameters:
+            raise UsageError(
+                f"model {self._name} sends sentences one by one, to a gRPC stream", f"name {parameters['streams']}"
+            )
+        return task
 
 
-def open_served(name: str, url: str = DEFAULT_URL) -> ServedClassifier:
+class ServedClassifier(_Served):
+    """The classifier ``name`` on the Triton server at ``url``; satisfies ``TextClassifier``.
+
+    Options as for every served model: see ``_Served``.
+    """
+
+    def __init__(self, name: str, url: str = DEFAULT_URL, **options: Any) -> None:
+        super().__init__(name, url, **options)
+        if not isinstance(self._task, Classification):
+            raise UsageError(f"{name} translates, it does not classify", "use deploykit translate")
+        self.task: Classification = self._task
+
+    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Probabilities, float32 [texts, labels]. Raises RequestError if any text has none."""
+        rows = self.predict_rows(texts)
+        _require_all([row.error for row in rows])
+        return np.array([row.scores for row in rows], np.float32).reshape(len(rows), len(self.task.labels))
+
+    def predict_rows(self, texts: Sequence[str]) -> list[RowResult]:
+        """One result for each text, in their order; a text that the model refuses fails alone."""
+        nothing = np.zeros(len(self.task.labels), np.float32)
+
+        def infer(chunk: list[bytes]) -> list[RowResult]:
+            labels, scores, errors = self._infer(chunk, ("LABEL", "SCORES", "ERROR"))
+            return [
+                RowResult(label.decode(), row, error.decode())
+                for label, row, error in zip(labels.reshape(-1), scores, errors.reshape(-1))
+            ]
+
+        return self._rows(texts, infer, lambda error: RowResult("", nothing, error))
+
+
+class ServedTranslator(_Served):
+    """The translator ``name`` on the Triton server at ``url``; satisfies ``TextTranslator``.
+
+    Options as for every served model (see ``_Served``); one answer may take longer.
+    """
+
+    def __init__(self, name: str, url: str = DEFAULT_URL, *, timeout: float = 600.0, **options: Any) -> None:
+        super().__init__(name, url, timeout=timeout, **options)
+        if not isinstance(self._task, Translation):
+            raise UsageError(f"{name} classifies, it does not translate", "use deploykit predict")
+        self.task: Translation = self._task
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
+    ) -> list[Translated]:
+        """One for each text, in their order. Raises RequestError if any text has none.
+
+        Without ``scored`` scores are 0, and greedy search is faster.
+        """
+        rows = self.translate_rows(texts, generation, long_input=long_input, scored=scored)
+        _require_all([row.error for row in rows])
+        return [row.translated for row in rows]
+
+    def translate_rows(
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
+    ) -> list[TranslatedRow]:
+        """As ``translate``, but a text that the model refuses fails alone."""
+        parameters = {"long_input": long_input, **request_parameters(self.task, generation or self.task.generation)}
+        names = ["TRANSLATION", "SOURCE_TOKENS", "TARGET_TOKENS", "FINISH", "ERROR", *(["SCORE"] if scored else [])]
+
+        def infer(chunk: list[bytes]) -> list[TranslatedRow]:
+            columns = [column.reshape(-1).tolist() for column in self._infer(chunk, names, parameters)]
+            scores = columns[5] if scored else [0.0] * len(chunk)
+            return [
+                TranslatedRow(
+                    Translated(text.decode(), score, source, target, cast(Finish, finish.decode()))
+                    if not error
+                    else EMPTY,
+                    error.decode(),
+                )
+                for text, source, target, finish, error, score in zip(*columns[:5], scores)
+            ]
+
+        return self._rows(texts, infer, lambda error: TranslatedRow(EMPTY, error), most_bytes=_MAX_TRANSLATION_BYTES)
+
+
+def open_served(name: str, url: str = DEFAULT_URL) -> ServedClassifier | ServedTranslator:
     """The model ``name`` on the server at ``url``, by what its config says it does."""
-    return ServedClassifier(name, url)
+    served = _Served(name, url)
+    served.close()
+    return ServedClassifier(name, url) if isinstance(served._task, Classification) else ServedTranslator(name, url)
+
+
+def request_parameters(task: Translation, generation: Generation) -> dict[str, Any]:
+    """The request parameters that make a served model of ``task`` search as ``generation`` says.
+
+    Numbers that are not whole are sent as text: Triton has no such parameters. Raises UsageError for
+    what a request cannot change.
+    """
+    parameters: dict[str, Any] = {}
+    for field in fields(Generation):
+        value = getattr(generation, field.name)
+        if value == getattr(task.generation, field.name):
+            continue
+        if field.name in _OF_CHECKPOINT:
+            raise UsageError(f"{field.name} of a served model cannot be changed", "leave it as it is")
+        if field.name in ("max_length", "min_length"):  # these count the start token
+            parameters[f"{field.name[:3]}_new_tokens"] = max(value - 1, 0)
+        else:
+            parameters[field.name] = repr(value) if isinstance(value, float) else value
+    return parameters
 
 
 def parse_url(url: str) -> tuple[str, bool]:
@@ -203,6 +338,12 @@ def parse_url(url: str) -> tuple[str, bool]:
         port = {"http": 80, "https": 443}[parts.scheme] if "://" in url else 8000
     name = f"[{host}]" if ":" in host else host
     return f"{name}:{port}{parts.path.rstrip('/')}", parts.scheme == "https"
+
+
+def _require_all(errors: Sequence[str]) -> None:
+    for number, error in enumerate(errors):
+        if error:
+            raise RequestError(f"text {number}: {error}", 400, "remove that text, or correct it")
 
 
 def _status(error: InferenceServerException) -> int:

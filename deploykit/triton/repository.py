@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from string import Template
-from typing import Any
+from typing import Any, get_args
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
@@ -21,35 +21,57 @@ from deploykit.artifacts import Manifest, digest_of, load_manifest, new_director
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.predictor import find_graphs
 from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
-from deploykit.tasks import Task, task_from_json, task_to_json
+from deploykit.runtime.translated import LongInput
+from deploykit.tasks import Classification, Task, Translation, task_from_json, task_to_json
+from deploykit.triton import config_templates
 
 BACKEND = "deploykit"
 CONFIG = "config.pbtxt"
 OVERWRITE = "package it under another name, or pass --overwrite-config"
+STREAM_SUFFIX = "_stream"
+"""Of the name of the model that sends the sentences of a document as each is translated."""
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+_INSTANCES: Mapping[str, int] = {Classification.name: 2, Translation.name: 1}
+# Settings that only one task has.
+_OWN_SETTINGS: Mapping[str, tuple[str, ...]] = {
+    Classification.name: ("token_budget", "max_queue_delay_us", "queue_timeout_us"),
+    Translation.name: ("max_rows", "max_cache_mb", "long_input", "in_flight"),
+}
 
 
 @dataclass(frozen=True)
 class ServingSettings:
     """How Triton runs a model: the choices that config.pbtxt records.
 
+    ``instances`` None is what the task does best with: two for classification, one for translation.
     ``threads`` are CPU threads per instance, 0 for twice the CPUs shared among the instances.
-    ``token_budget`` bounds rows x padded length of one run of the engine. Times are in microseconds.
+    ``max_queue_size`` counts requests of a classifier and sentences of a translator.
+
+    Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine.
+    Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
+    ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer
+    than the model takes; without ``in_flight`` a text waits until all that run before it are done.
     """
 
     max_batch_size: int = 64
-    instances: int = 2
+    instances: int | None = None
     threads: int = 0
     token_budget: int = DEFAULT_TOKEN_BUDGET
     max_queue_delay_us: int = 0
     max_queue_size: int = 1024
     queue_timeout_us: int = 10_000_000
+    max_rows: int = 64
+    max_cache_mb: int = 512
+    long_input: LongInput = "split"
+    in_flight: bool = True
 
     def __post_init__(self) -> None:
+        if self.long_input not in get_args(LongInput):
+            raise UsageError(f"long_input is {self.long_input!r}", f"choose one of: {', '.join(get_args(LongInput))}")
         for setting in fields(self):
-            least = 0 if setting.name in ("threads", "max_queue_delay_us", "queue_timeout_us") else 1
             value = getattr(self, setting.name)
-            if value < least:
+            least = 0 if setting.name in ("threads", "max_queue_delay_us", "queue_timeout_us", "in_flight") else 1
+            if isinstance(value, int) and value < least:
                 raise UsageError(f"{setting.name} is {value}", f"make it {least} or more")
 
 
@@ -84,45 +106,29 @@ def package(
     precision: str = "auto",
     settings: ServingSettings = ServingSettings(),
     overwrite_config: bool = False,
+    stream: bool = True,
 ) -> Packaged:
     """Add an export to a model repository as the next version of ``name``.
 
-    Raises UsageError for a bad name, ArtifactError when the export lacks the graph or an existing
-    config.pbtxt does not fit the model.
+    A translation model gets a second one beside it, NAME_stream, unless ``stream`` is off: it sends
+    the sentences of a document as each is translated. Raises UsageError for a bad name or setting,
+    ArtifactError when the export lacks the graph or an existing config.pbtxt does not fit the model.
     """
     check_name(name)
     export = load_manifest(export_dir, "export")
+    _check_settings(export.task, settings)
     graphs = find_graphs(export_dir, export, engine=engine, precision=precision)
-    model = repository / name
-    config = model / CONFIG
-    keep = config.exists() and not overwrite_config
-    if keep:
-        check_config(config, export.task)
-    else:
-        text = config_text(export.task, settings)
-        validate_config(text)
-        with new_file(config) as new_config:
-            new_config.write_text(text, encoding="utf-8")
-
     options = {"engine": graphs.engine, "precision": graphs.precision, "name": name}
-    inputs = digest_of(export.digest, options)
-    newest = max(versions_of(model), default=0)
-    if newest and (manifest := _made_from(model / str(newest), inputs)):
-        return Packaged(model / str(newest), name, newest, manifest, reused=True, config_kept=keep)
-    out = model / str(newest + 1)
-    with new_directory(out) as folder:
-        for file in ("tokenizer.json", *graphs.files):
-            shutil.copyfile(export_dir / file, folder / file)
-        manifest = write_manifest(
-            folder,
-            "model",
-            export.task,
-            inputs=inputs,
-            parent=export.digest,
-            options=options,
-            metrics=export.metrics,
-        )
-    return Packaged(out, name, newest + 1, manifest, reused=False, config_kept=keep)
+    files = (*graphs.files, *_tokenizer_files(export))
+    streamer = f"{name}{STREAM_SUFFIX}" if stream and isinstance(export.task, Translation) else None
+
+    kept = _place_config(repository / name, export.task, settings, overwrite=overwrite_config)
+    if streamer is not None:
+        _place_config(repository / streamer, export.task, settings, streams=name, overwrite=overwrite_config)
+    path, manifest, reused = _add_version(repository / name, export, export_dir, files, options)
+    if streamer is not None:
+        _add_version(repository / streamer, export, export_dir, (), {"name": streamer, "streams": name})
+    return Packaged(path, name, int(path.name), manifest, reused=reused, config_kept=kept)
 
 
 def list_models(repository: Path) -> list[RepositoryModel]:
@@ -143,7 +149,7 @@ def list_models(repository: Path) -> list[RepositoryModel]:
 def verify_version(model: RepositoryModel) -> Manifest:
     """Check the newest version's files against their hashes, and config.pbtxt against its task."""
     manifest = load_manifest(model.path / str(model.versions[-1]), "model")
-    check_config(model.path / CONFIG, manifest.task)
+    check_config(model.path / CONFIG, manifest.task, manifest.options.get("streams"))
     return manifest
 
 
@@ -162,16 +168,21 @@ def check_name(name: str) -> None:
         )
 
 
-def config_text(task: Task, settings: ServingSettings) -> str:
-    """The contents of config.pbtxt for a model of ``task``."""
+def config_text(task: Task, settings: ServingSettings, streams: str | None = None) -> str:
+    """The contents of config.pbtxt for a model of ``task``, or for the one that streams what the model
+    ``streams`` translates."""
     record = task_to_json(task)
-    labels = record.pop("labels")
-    return _CONFIG.substitute(
-        {setting.name: getattr(settings, setting.name) for setting in fields(settings)},
-        num_labels=len(labels),
-        labels=_quoted(labels),
-        task=_quoted(record),
-    )
+    values = {setting.name: getattr(settings, setting.name) for setting in fields(settings)}
+    values["instances"] = settings.instances or _INSTANCES[task.name]
+    values["in_flight"] = int(settings.in_flight)
+    if isinstance(task, Classification):
+        labels = record.pop("labels")
+        return config_templates.CLASSIFICATION.substitute(
+            values, num_labels=len(labels), labels=_quoted(labels), task=_quoted(record)
+        )
+    if streams is not None:
+        return config_templates.STREAM.substitute(streams=streams, task=_quoted(record))
+    return config_templates.TRANSLATION.substitute(values, task=_quoted(record))
 
 
 def validate_config(text: str, source: str = CONFIG) -> Any:
@@ -201,39 +212,100 @@ def read_config(path: Path) -> Any:
     return config
 
 
-def check_config(path: Path, task: Task) -> None:
+def check_config(path: Path, task: Task, streams: str | None = None) -> None:
     """Raise ArtifactError naming the first field of config.pbtxt that does not fit ``task``."""
     config = read_config(path)
-    labels = _json_parameter(config, "labels")
-    if labels != list(task.labels):
-        raise ArtifactError(
-            f"{path}: parameter labels is {_shown(labels)}, the model's labels are {_shown(list(task.labels))}",
-            OVERWRITE,
-        )
-    wanted = text_format.Parse(config_text(task, ServingSettings()), model_config_pb2.ModelConfig())
+    wanted = text_format.Parse(config_text(task, ServingSettings(), streams), model_config_pb2.ModelConfig())
+    for key, of_model in (("labels", "the model's labels are"), ("streams", "it must stream")):
+        value, expected = _json_parameter(config, key), _json_parameter(wanted, key)
+        if value != expected:
+            raise ArtifactError(f"{path}: parameter {key} is {_shown(value)}, {of_model} {_shown(expected)}", OVERWRITE)
     if config.name not in ("", path.parent.name):
         raise ArtifactError(f"{path}: name is {config.name!r}, its folder {path.parent.name!r}", "remove the name line")
-    if config.max_batch_size < 1:
-        raise ArtifactError(f"{path}: max_batch_size is {config.max_batch_size}", "make it 1 or more")
+    if min(config.max_batch_size, 1) != min(wanted.max_batch_size, 1):
+        remedy = "make it 1 or more" if wanted.max_batch_size else "make it 0"
+        raise ArtifactError(f"{path}: max_batch_size is {config.max_batch_size}", remedy)
+    if config.model_transaction_policy.decoupled != wanted.model_transaction_policy.decoupled:
+        raise ArtifactError(f"{path}: model_transaction_policy is not that of the model", OVERWRITE)
     for kind, present, needed in (("input", config.input, wanted.input), ("output", config.output, wanted.output)):
         _check_tensors(path, kind, _tensors(present), _tensors(needed))
-    record = _json_parameter(config, "task")
+    record, expected = _json_parameter(config, "task"), _json_parameter(wanted, "task")
     if not isinstance(record, dict):
         raise ArtifactError(f"{path}: parameter task is {_shown(record)}, not the model's task", OVERWRITE)
-    expected = json.loads(json.dumps(task_to_json(task)))
     for key, value in expected.items():
-        if key != "labels" and record.get(key) != value:
+        if record.get(key) != value:
             raise ArtifactError(
                 f"{path}: parameter task has {key} {_shown(record.get(key))}, the model {_shown(value)}", OVERWRITE
             )
 
 
-def task_of_parameters(labels: str, task: str) -> Task:
-    """The task that a config's parameters ``labels`` and ``task`` (JSON texts) describe.
+def task_of_parameters(parameters: Mapping[str, str]) -> Task:
+    """The task that a config's parameters ``task`` and, of a classifier, ``labels`` (JSON texts) describe.
 
-    Raises ArtifactError or ValueError when they do not describe one.
+    Raises KeyError, ValueError or ArtifactError when they do not describe one.
     """
-    return task_from_json({**json.loads(task), "labels": json.loads(labels)})
+    labels = {"labels": json.loads(parameters["labels"])} if "labels" in parameters else {}
+    return task_from_json({**json.loads(parameters["task"]), **labels})
+
+
+def _check_settings(task: Task, settings: ServingSettings) -> None:
+    for other, names in _OWN_SETTINGS.items():
+        for setting in fields(settings):
+            changed = getattr(settings, setting.name) != setting.default
+            if other != task.name and setting.name in names and changed:
+                raise UsageError(f"{setting.name} is a setting of {other}, the model does {task.name}", "leave it out")
+
+
+def _tokenizer_files(export: Manifest) -> Iterator[str]:
+    if isinstance(export.task, Classification):
+        yield "tokenizer.json"
+        return
+    from deploykit.runtime import translation_tokenizer as names
+
+    all_files = (names.RECORD, names.TOKENIZER, names.SOURCE_SPM, names.TARGET_SPM, names.VOCABULARY, names.TOKENS)
+    yield from (file for file in all_files if file in export.files)
+
+
+def _place_config(
+    model: Path, task: Task, settings: ServingSettings, *, streams: str | None = None, overwrite: bool
+) -> bool:
+    """Write config.pbtxt, or check the one that stands there; True if it stays as it was."""
+    path = model / CONFIG
+    if path.exists() and not overwrite:
+        check_config(path, task, streams)
+        return True
+    text = config_text(task, settings, streams)
+    validate_config(text)
+    with new_file(path) as new_config:
+        new_config.write_text(text, encoding="utf-8")
+    return False
+
+
+def _add_version(
+    model: Path, export: Manifest, source: Path, files: tuple[str, ...], options: Mapping[str, str]
+) -> tuple[Path, Manifest, bool]:
+    """Copy ``files`` from ``source`` to the next version folder, unless the newest one was made of the same.
+
+    Returns the folder, its manifest, and whether it stood there before.
+    """
+    inputs = digest_of(export.digest, options)
+    newest = max(versions_of(model), default=0)
+    if newest and (manifest := _made_from(model / str(newest), inputs)):
+        return model / str(newest), manifest, True
+    out = model / str(newest + 1)
+    with new_directory(out) as folder:
+        for file in files:
+            shutil.copyfile(source / file, folder / file)
+        manifest = write_manifest(
+            folder,
+            "model",
+            export.task,
+            inputs=inputs,
+            parent=export.digest,
+            options=options,
+            metrics=export.metrics,
+        )
+    return out, manifest, False
 
 
 def _made_from(version: Path, inputs: str) -> Manifest | None:
@@ -275,49 +347,3 @@ def _shown(value: Any) -> str:
 def _quoted(value: Any) -> str:
     """JSON as the inside of a single-quoted protobuf text string."""
     return json.dumps(value, ensure_ascii=False).replace("\\", "\\\\").replace("'", "\\'")
-
-
-_CONFIG = Template("""\
-# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
-backend: "deploykit"
-# Most rows in one request, and in one dynamic batch.
-max_batch_size: $max_batch_size
-
-# A text. The backend tokenizes the whole batch: Triton would not merge token tensors of unequal length.
-input { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }
-
-output { name: "LABEL" data_type: TYPE_STRING dims: [ 1 ] }
-# Probabilities, in the order of the parameter labels below.
-output { name: "SCORES" data_type: TYPE_FP32 dims: [ $num_labels ] }
-# Empty, or why this row alone has no answer (its LABEL is empty, its SCORES 0: JSON knows no NaN).
-output { name: "ERROR" data_type: TYPE_STRING dims: [ 1 ] }
-# Best first; as many as the request parameter top_k asks for. Computed only when requested.
-output { name: "TOP_LABELS" data_type: TYPE_STRING dims: [ -1 ] }
-output { name: "TOP_SCORES" data_type: TYPE_FP32 dims: [ -1 ] }
-
-dynamic_batching {
-  # Requests that wait while a batch runs form the next one; a delay would only cost a lone client that time.
-  max_queue_delay_microseconds: $max_queue_delay_us
-  default_queue_policy {
-    # Under overload answer 503 at once, rather than everyone late: clients can back off.
-    max_queue_size: $max_queue_size
-    # Whoever waited this long has given up; 0 waits for ever.
-    default_timeout_microseconds: $queue_timeout_us
-    timeout_action: REJECT
-  }
-}
-
-# Each instance is a process with its own copy of the weights. At least two: with one, a queue policy
-# makes Triton 2.51 miss wake-ups, and some answers then wait for its 500 ms timer (measured).
-instance_group [ { kind: KIND_CPU count: $instances } ]
-# The newest version folder alone is loaded.
-version_policy { latest { num_versions: 1 } }
-
-# CPU threads per instance; 0: twice the CPUs, shared among the instances.
-parameters { key: "threads" value { string_value: "$threads" } }
-# Rows x padded length of one run of the engine: more is no faster on a CPU, and takes more memory.
-parameters { key: "token_budget" value { string_value: "$token_budget" } }
-# What clients read to make sense of the scores.
-parameters { key: "labels" value { string_value: '$labels' } }
-parameters { key: "task" value { string_value: '$task' } }
-""")

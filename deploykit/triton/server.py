@@ -28,6 +28,7 @@ from typing import IO, TYPE_CHECKING
 import deploykit
 from deploykit.errors import ServerError
 from deploykit.runtime.engines import choose_engine
+from deploykit.tasks import Translation
 from deploykit.triton.preflight import EmbeddedTriton, find_triton, resolve, take_ports
 from deploykit.triton.repository import BACKEND, RepositoryModel, list_models, verify_version
 
@@ -83,6 +84,8 @@ class TritonServer:
         self.models: tuple[str, ...] = ()
         self.notes: list[str] = []
         self.urls = Urls("", "", "")
+        # Models whose process may owe answers that Triton does not know to be lost when it dies.
+        self._answering_later: set[str] = set()
         self._repository = repository
         self._host = host
         self._address = ""
@@ -93,6 +96,8 @@ class TritonServer:
         self._drain = drain
         self._admin_key = secrets.token_hex(16)
         self._shm_prefix = f"deploykit_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._command: list[str] = []
+        self._environment: dict[str, str] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._stubs: list[tuple[psutil.Process, str]] = []
         self._retry_at: dict[str, float] = {}
@@ -127,9 +132,8 @@ class TritonServer:
             f"http://{address}:{ports[0]}", f"{address}:{ports[1]}", f"http://{address}:{ports[2]}/metrics"
         )
         try:
-            self._launch(triton)
-            self._wait_until_ready()
-            self._stubs = self._find_stubs()
+            self._prepare(triton)
+            self._launch()
         except BaseException:
             self.stop()
             raise
@@ -174,10 +178,16 @@ class TritonServer:
     def heal(self) -> list[str]:
         """Load models again whose process died; returns their names.
 
-        Raises ServerError when the server itself is lost.
+        Where requests of theirs may be waiting for ever, Triton itself is started again: that alone
+        tells their clients. Raises ServerError when the server itself is lost.
         """
         self._running()
         lost = sorted({model for stub, model in self._stubs if not _alive(stub)} | self._retry_at.keys())
+        if owing := self._answering_later.intersection(lost):
+            log.warning("model %s: its process died and owed answers; starting Triton again", min(owing))
+            self._launch_again()
+            log.warning("all models answer again")
+            return lost
         healed = []
         for model in lost:
             if time.monotonic() < self._retry_at.get(model, 0.0):
@@ -229,8 +239,11 @@ class TritonServer:
         if manifest.options.get("name", model.name) != model.name:
             log.info("model %s was packaged as %s", model.name, manifest.options["name"])
         choose_engine(str(manifest.options.get("engine", "auto")))
+        if isinstance(manifest.task, Translation):
+            self._answering_later.add(model.name)
 
-    def _launch(self, triton: EmbeddedTriton) -> None:
+    def _prepare(self, triton: EmbeddedTriton) -> None:
+        """Make the folder that Triton runs in, and its command."""
         # The stub's Python has no locale: paths given to it must be ASCII, whatever the repository's is.
         temporary = tempfile.gettempdir()
         self._folder = Path(
@@ -262,19 +275,37 @@ class TritonServer:
         command += [f"--load-model={model}" for model in self.models]
         command += [f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}"]
         command += [f"--backend-config=python,stub-timeout-seconds={max(1, round(self._ready_timeout))}"]
+        self._command = [sys.executable, "-IS", "-c", _EXEC_BOUND, *command]
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
         environment["LD_LIBRARY_PATH"] = triton.library_path
         # The stub takes its prefix, and so its packages, from the first python3 on PATH.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        self._environment = environment
+
+    def _launch(self) -> None:
+        """Start Triton, and return when every model answers."""
         self._process = subprocess.Popen(
-            [sys.executable, "-IS", "-c", _EXEC_BOUND, *command],
+            self._command,
             stdin=subprocess.DEVNULL,
             stdout=self._output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=self._environment,
             cwd=self._folder,
             start_new_session=True,  # Ctrl-C is for us: we stop the server when its requests are done
         )
+        self._wait_until_ready()
+        self._stubs = self._find_stubs()
+
+    def _launch_again(self) -> None:
+        """End Triton, which breaks the connections of all who wait for an answer, and start another."""
+        process = self._running()
+        process.kill()
+        process.wait()
+        for stub, _ in self._stubs:
+            _kill(stub)
+        self._stubs = []
+        self._retry_at.clear()
+        self._launch()
 
     def _wait_until_ready(self) -> None:
         process = self._running()

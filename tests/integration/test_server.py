@@ -640,6 +640,6 @@ def test_the_config_checked_in_is_what_package_writes_for_the_demo() -> None:
 
     path = Path(__file__).parents[2] / "model_repository" / "sentiment" / "config.pbtxt"
     parameters = read_config(path).parameters
-    task = task_of_parameters(parameters["labels"].string_value, parameters["task"].string_value)
+    task = task_of_parameters({key: parameters[key].string_value for key in ("labels", "task")})
     assert task.labels == ("negative", "neutral", "positive")
     check_config(path, task)

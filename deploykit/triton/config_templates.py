@@ -1,0 +1,123 @@
+"""config.pbtxt of each kind of model, as ``deploykit package`` writes it: the comments are for whoever edits it."""
+
+from __future__ import annotations
+
+from string import Template
+
+CLASSIFICATION = Template("""\
+# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
+backend: "deploykit"
+# Most rows in one request, and in one dynamic batch.
+max_batch_size: $max_batch_size
+
+# A text. The backend tokenizes the whole batch: Triton would not merge token tensors of unequal length.
+input { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }
+
+output { name: "LABEL" data_type: TYPE_STRING dims: [ 1 ] }
+# Probabilities, in the order of the parameter labels below.
+output { name: "SCORES" data_type: TYPE_FP32 dims: [ $num_labels ] }
+# Empty, or why this row alone has no answer (its LABEL is empty, its SCORES 0: JSON knows no NaN).
+output { name: "ERROR" data_type: TYPE_STRING dims: [ 1 ] }
+# Best first; as many as the request parameter top_k asks for. Computed only when requested.
+output { name: "TOP_LABELS" data_type: TYPE_STRING dims: [ -1 ] }
+output { name: "TOP_SCORES" data_type: TYPE_FP32 dims: [ -1 ] }
+
+dynamic_batching {
+  # Requests that wait while a batch runs form the next one; a delay would only cost a lone client that time.
+  max_queue_delay_microseconds: $max_queue_delay_us
+  default_queue_policy {
+    # Under overload answer 503 at once, rather than everyone late: clients can back off.
+    max_queue_size: $max_queue_size
+    # Whoever waited this long has given up; 0 waits for ever.
+    default_timeout_microseconds: $queue_timeout_us
+    timeout_action: REJECT
+  }
+}
+
+# Each instance is a process with its own copy of the weights. At least two: with one, a queue policy
+# makes Triton 2.51 miss wake-ups, and some answers then wait for its 500 ms timer (measured).
+instance_group [ { kind: KIND_CPU count: $instances } ]
+# The newest version folder alone is loaded.
+version_policy { latest { num_versions: 1 } }
+
+# CPU threads per instance; 0: twice the CPUs, shared among the instances.
+parameters { key: "threads" value { string_value: "$threads" } }
+# Rows x padded length of one run of the engine: more is no faster on a CPU, and takes more memory.
+parameters { key: "token_budget" value { string_value: "$token_budget" } }
+# What clients read to make sense of the scores.
+parameters { key: "labels" value { string_value: '$labels' } }
+parameters { key: "task" value { string_value: '$task' } }
+""")
+
+TRANSLATION = Template("""\
+# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
+backend: "deploykit"
+# Most texts in one request.
+max_batch_size: $max_batch_size
+
+input { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }
+
+output { name: "TRANSLATION" data_type: TYPE_STRING dims: [ 1 ] }
+# Sum of the tokens' log-probabilities / TARGET_TOKENS ^ length_penalty. Costs time: computed only when requested.
+output { name: "SCORE" data_type: TYPE_FP32 dims: [ 1 ] }
+output { name: "SOURCE_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
+output { name: "TARGET_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
+# "eos", or "length" where the length limit ended it.
+output { name: "FINISH" data_type: TYPE_STRING dims: [ 1 ] }
+# Empty, or why this row alone has no answer (its other outputs are empty or 0).
+output { name: "ERROR" data_type: TYPE_STRING dims: [ 1 ] }
+
+# No dynamic_batching, and no queue policy: a request is handed over as it comes, and its texts join the
+# batch that is being decoded at the next step. What waits is bounded by max_queue below.
+
+# Each instance is a process with its own copy of the weights and its own running batch: one is best.
+instance_group [ { kind: KIND_CPU count: $instances } ]
+# The newest version folder alone is loaded.
+version_policy { latest { num_versions: 1 } }
+
+# CPU threads per instance; 0: twice the CPUs, shared among the instances.
+parameters { key: "threads" value { string_value: "$threads" } }
+# Texts x beams of one step, and the memory of their keys and values in MiB: what does not fit waits.
+parameters { key: "max_rows" value { string_value: "$max_rows" } }
+parameters { key: "max_cache_mb" value { string_value: "$max_cache_mb" } }
+# Under overload answer 503 at once, rather than everyone late: the most sentences that may wait.
+parameters { key: "max_queue" value { string_value: "$max_queue_size" } }
+# 1: texts join the running batch; 0: they wait until all of it is done (to measure the difference).
+parameters { key: "in_flight" value { string_value: "$in_flight" } }
+# A text longer than the model takes: "split" at sentence ends and joined again, or "refuse".
+parameters { key: "long_input" value { string_value: "$long_input" } }
+# What clients read.
+parameters { key: "task" value { string_value: '$task' } }
+""")
+
+STREAM = Template("""\
+# Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
+# Splits a document into sentences, has the model below translate them, and sends each as it is done.
+backend: "deploykit"
+# One document a request, many answers: ModelStreamInfer of gRPC, or /generate_stream of HTTP.
+max_batch_size: 0
+model_transaction_policy { decoupled: true }
+
+input { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }
+
+# One sentence, with the white space after it: all of a document's, joined, are its translation.
+output { name: "TRANSLATION" data_type: TYPE_STRING dims: [ 1 ] }
+# Of the sentence, from 0; and whether it is the last one.
+output { name: "INDEX" data_type: TYPE_INT32 dims: [ 1 ] }
+output { name: "FINAL" data_type: TYPE_BOOL dims: [ 1 ] }
+# Of the sentence, as the model below gives them.
+output { name: "SCORE" data_type: TYPE_FP32 dims: [ 1 ] }
+output { name: "SOURCE_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
+output { name: "TARGET_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
+output { name: "FINISH" data_type: TYPE_STRING dims: [ 1 ] }
+
+# It has no weights, and waits for the other model nearly all the time.
+instance_group [ { kind: KIND_CPU count: 1 } ]
+# The newest version folder alone is loaded.
+version_policy { latest { num_versions: 1 } }
+
+# The model that translates.
+parameters { key: "streams" value { string_value: "$streams" } }
+# What clients read.
+parameters { key: "task" value { string_value: '$task' } }
+""")
