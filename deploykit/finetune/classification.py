@@ -27,7 +27,6 @@ from deploykit.data.classification import (
 from deploykit.data.clean import CleaningReport, clean
 from deploykit.data.split import drop_leaks, split
 from deploykit.errors import UsageError
-from deploykit.finetune import rows as run_rows
 from deploykit.finetune import trainer
 from deploykit.finetune.checkpoint import (
     TorchClassifier,
@@ -155,11 +154,6 @@ class EncodedTexts(Dataset):  # type: ignore[misc]
         targets = torch.from_numpy(np.stack([row["target"] for row in rows]))
         labels = targets.float() if self._task.multi_label else targets.long().argmax(dim=1)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def read_split(checkpoint: Path, name: str) -> list[Example]:
-    """The rows of one of the run's own splits. Raises DataError when the run kept no such rows."""
-    return run_rows.read_split(checkpoint, name, Example)
 
 
 def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str, ...]:

@@ -35,7 +35,6 @@ from deploykit.data.translation import (
     split_pairs,
 )
 from deploykit.errors import DataError, UsageError
-from deploykit.finetune import rows as run_rows
 from deploykit.finetune import trainer
 from deploykit.finetune.checkpoint import check_family, load_model, load_tokenizer, not_loadable
 from deploykit.finetune.options import TranslationOptions
@@ -127,6 +126,7 @@ class TranslationStage:
         validation = rows.splits["validation"][: options.eval_rows]
         say(f"training on {len(train_set):,} rows, validating on {len(validation):,}")
         model = _train(translator, train_set, validation, options, work, say)
+        say("translating the held-out rows")
         after = {name: _translations(translator, rows.splits[name]) for name in ("validation", "test")}
         metrics: dict[str, Any] = {
             name: _metrics(translations, rows.splits[name]) for name, translations in after.items() if translations
@@ -302,11 +302,6 @@ class TranslationTrainer(Seq2SeqTrainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> Any:
         loader = DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
-
-
-def read_split(checkpoint: Path, name: str) -> list[Pair]:
-    """The rows of one of the run's own splits. Raises DataError when the run kept no such rows."""
-    return run_rows.read_split(checkpoint, name, Pair)
 
 
 def _train(
