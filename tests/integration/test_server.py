@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from served import body, family, gone, outputs, post, start, wait_until
 
 from deploykit.artifacts import digest_path, load_manifest, write_manifest
 from deploykit.errors import (
@@ -84,51 +85,6 @@ def expected(tiny_export: Path) -> np.ndarray[Any, Any]:
     """Scores of TEXTS from the same model in this process."""
     classifier = open_graph(tiny_export, load_manifest(tiny_export), engine="onnxruntime", precision="fp32")
     return classifier.scores(TEXTS)
-
-
-def start(repository: Path, **options: Any) -> TritonServer:
-    return TritonServer(repository, **{"http_port": 0, "grpc_port": 0, "metrics_port": 0, **options})
-
-
-def body(texts: list[str], **extra: Any) -> dict[str, Any]:
-    return {"inputs": [{"name": "TEXT", "datatype": "BYTES", "shape": [len(texts), 1], "data": texts}], **extra}
-
-
-def post(server: TritonServer, content: Any, model: str = "tiny") -> tuple[int, Any]:
-    """Status and JSON answer to a plain HTTP request."""
-    connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=60)
-    data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    try:
-        connection.request("POST", f"/v2/models/{model}/infer", data)
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
-    finally:
-        connection.close()
-
-
-def outputs(answer: Any) -> dict[str, Any]:
-    return {output["name"]: output["data"] for output in answer["outputs"]}
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
-
-
-def family(server: TritonServer) -> list[psutil.Process]:
-    process = psutil.Process(server.pid)
-    return [process, *process.children(recursive=True)]
-
-
-def gone(process: psutil.Process) -> bool:
-    try:
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 # What clients meet

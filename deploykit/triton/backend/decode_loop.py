@@ -126,6 +126,7 @@ class DecodeLoop:
             else:
                 self._tokens += len(self.translator.decoder.running) + len(done)
                 self._finish(done)
+        self._tell()
 
     def _receive(self) -> bool:
         """Take in what was submitted, waiting for it if there is nothing to do; False when that is over."""
