@@ -68,7 +68,7 @@ def check_parity(reference: TorchTranslator, model: Seq2SeqModel, token_ids: Seq
 
 
 def _encoder_difference(reference: TorchTranslator, model: Seq2SeqModel, ids: Sequence[int]) -> float:
-    ours = model.encode([ids])[:, 0]
+    ours = model.encode([ids])[0].transpose(1, 2, 0, 3)  # as PyTorch has them: layers, heads, tokens
     start = torch.tensor([[reference.task.decoder_start_token_id]])
     with torch.inference_mode():
         output = reference.model(input_ids=torch.tensor([list(ids)]), decoder_input_ids=start, use_cache=True)

@@ -74,7 +74,11 @@ class Seq2SeqModel:
         encoder, decoder = (files or TRANSLATION_FILES[precision])[:2]
         # Within a step the threads hand over a hundred times: asleep, they would lose more than they compute.
         self._encoder, self._decoder = (
-            open_session(folder / file, session_options(threads, spin=True)) for file in (encoder, decoder)
+            # That fusion would put together what is faster apart.
+            open_session(
+                folder / file, session_options(threads, spin=True), disabled_optimizers=["SkipLayerNormFusion"]
+            )
+            for file in (encoder, decoder)
         )
         outputs = {o.name: o.shape for o in self._decoder.get_outputs()}
         self._layers = sum(name.startswith("present.") for name in outputs) // 2
@@ -93,14 +97,14 @@ class Seq2SeqModel:
         self.reserve(_LEAST_ROWS, 1)
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> Floats:
-        """Cross-attention keys and values, float32 [2 x layers, texts, heads, longest, head size]."""
+        """Cross-attention keys and values, float32 [texts, longest, 2 x layers, heads, head size]."""
         longest = max(map(len, token_ids))
         ids = np.zeros((len(token_ids), longest), np.int64)
         for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)] = tokens
         lengths = np.fromiter(map(len, token_ids), np.int32, len(token_ids))
         cross: Floats = self._encoder.run(["cross"], {"input_ids": ids, "lengths": lengths})[0]
-        return cross
+        return cross.reshape(*ids.shape, 2 * self._layers, self._heads, self._head_size)
 
     def reserve(self, rows: int, source: int) -> None:
         """Make room for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is left."""
@@ -121,9 +125,9 @@ class Seq2SeqModel:
         """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
         first, last = self.rows, self.rows + copies
         self.reserve(last, length)
-        self._cross.view[:, first:last, :, :length] = cross[:, text, None, :, :length]
+        self._cross.view[:, first:last, :, :length] = cross[text, :length].transpose(1, 2, 0, 3)[:, None]
         width = self._heads * self._head_size
-        self._last[:, first:last, 0] = cross[:, text, :, length - 1].reshape(-1, 1, width)
+        self._last[:, first:last, 0] = cross[text, length - 1].reshape(-1, 1, width)
         self._source_last[first:last] = length - 1
         self._past[first:last] = 0
         self.rows = last
