@@ -86,6 +86,7 @@ class TritonServer:
         self.urls = Urls("", "", "")
         # Models whose process may owe answers that Triton does not know to be lost when it dies.
         self._answering_later: set[str] = set()
+        self._streaming: set[str] = set()  # models that ask another for every sentence
         self._repository = repository
         self._host = host
         self._address = ""
@@ -149,11 +150,12 @@ class TritonServer:
             if process.poll() is None:
                 # Asked to end, Triton first waits for idle connections, for all of its exit timeout.
                 # An unloaded model's stub ends with its last request: then we need not wait for them.
-                for model in self.models if self._stubs else ():
-                    with contextlib.suppress(ServerError, OSError, http.client.HTTPException):
-                        self._control(model, "unload", timeout=5.0)
+                deadline = time.monotonic() + self._drain
+                if self._stubs:
+                    self._unload(self._streaming, deadline)  # they ask the others until they are done
+                    self._unload(set(self.models) - self._streaming)
                 process.terminate()
-                _wait_for_end(process, stubs, self._drain)
+                _wait_for_end(process, stubs, deadline)
             if process.poll() is None:
                 process.kill()
                 process.wait()
@@ -218,6 +220,14 @@ class TritonServer:
                 total += process.memory_full_info().pss
         return total / 2**20
 
+    def _unload(self, models: set[str], until: float = 0.0) -> None:
+        """Begin to unload ``models``, and wait for their last requests until that time."""
+        for model in models:
+            with contextlib.suppress(ServerError, OSError, http.client.HTTPException):
+                self._control(model, "unload", timeout=5.0)
+        while time.monotonic() < until and any(_alive(stub) for stub, model in self._stubs if model in models):
+            time.sleep(0.05)
+
     def _servable(self) -> list[str]:
         """Names of the models to load; every one's files verified."""
         names = []
@@ -241,6 +251,8 @@ class TritonServer:
         choose_engine(str(manifest.options.get("engine", "auto")))
         if isinstance(manifest.task, Translation):
             self._answering_later.add(model.name)
+        if "streams" in manifest.options:
+            self._streaming.add(model.name)
 
     def _prepare(self, triton: EmbeddedTriton) -> None:
         """Make the folder that Triton runs in, and its command."""
@@ -421,15 +433,14 @@ def _load_failures(lines: list[str]) -> list[tuple[str, str]]:
     return failures
 
 
-def _wait_for_end(process: subprocess.Popen[bytes], stubs: list[psutil.Process], drain: float) -> None:
-    """Wait until the server has ended, ``drain`` seconds are over, or it has nothing left to wait for.
+def _wait_for_end(process: subprocess.Popen[bytes], stubs: list[psutil.Process], deadline: float) -> None:
+    """Wait until the server has ended, ``deadline`` is over, or it has nothing left to wait for.
 
     Triton itself would wait for idle connections too, and for every stub that died while it had a
     request, even when it was replaced.
     """
-    deadline = time.monotonic() + drain + 5.0
     last_alive = time.monotonic()
-    while process.poll() is None and time.monotonic() < min(deadline, last_alive + 2.0):
+    while process.poll() is None and time.monotonic() < min(deadline + 5.0, last_alive + 2.0):
         if any(_alive(stub) for stub in stubs):
             last_alive = time.monotonic()
         time.sleep(0.05)

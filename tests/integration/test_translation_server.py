@@ -411,6 +411,21 @@ def test_a_document_is_streamed_over_http(server: TritonServer, local: Translato
     assert [event["FINAL"] for event in events].index(True) == len(events) - 1
 
 
+def test_a_stream_that_nobody_reads_asks_for_no_more_sentences(server: TritonServer) -> None:
+    import tritonclient.grpc as triton
+
+    before = metric(server, "generated_tokens")
+    first = threading.Event()
+    with triton.InferenceServerClient(server.urls.grpc) as client:
+        client.start_stream(lambda result, error: first.set())
+        few = {"min_new_tokens": 20, "max_new_tokens": 20}
+        client.async_stream_infer("fr_stream", [grpc_text(["The fox. " * 2_000], (1,))], parameters=few)
+        assert first.wait(30)
+        client.stop_stream(cancel_requests=True)
+    assert wait_until(lambda: not busy(server), 10)
+    assert metric(server, "generated_tokens") - before < 2_000 * 20 / 2
+
+
 @pytest.mark.parametrize("text", ["", " \n\t ", "\x00"])
 def test_an_empty_document_has_one_empty_piece(server: TritonServer, text: str) -> None:
     [answer] = stream(server, text)
@@ -476,6 +491,15 @@ def test_stop_finishes_what_is_being_translated(own_repository: Path) -> None:
         assert wait_until(lambda: busy(server), 10)
         server.stop()
         assert answer.result()[0] == 200
+
+
+def test_stop_finishes_a_stream(own_repository: Path, local: Translator) -> None:
+    with start(own_repository) as server, ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(stream, server, DOCUMENT * 4)
+        assert wait_until(lambda: busy(server), 10)
+        server.stop()
+        text = b"".join(answer["TRANSLATION"] for answer in answers.result()).decode()
+    assert text == by_sentence(local, DOCUMENT * 4, {})[0]
 
 
 def test_a_request_that_the_engine_fails_on_is_told_and_the_next_is_answered(
