@@ -81,17 +81,19 @@ class RelativeBias:
 class Architecture:
     """All that determines the function of an encoder-decoder transformer.
 
+    ``heads`` of ``head_size`` are the decoder's, which multiplies its attention scores by ``scale``.
     ``pre_norm``: norms stand before each block (and once at the end), otherwise after it.
     Embeddings and ``projection`` are [vocabulary, hidden]; where a family shares them they are equal,
     and are stored once. ``positions`` are [length, hidden], row 0 for the first token, None where the
     family has none. Logits are (decoder output x ``output_scale``) @ projection.T + ``output_bias``.
     """
 
-    heads: int
     encoder_heads: int
+    heads: int
     head_size: int
+    encoder_scale: float
+    scale: float
     pre_norm: bool
-    attention_scale: float
     encoder_embedding: Array
     decoder_embedding: Array
     projection: Array

@@ -86,7 +86,7 @@ def build_encoder(architecture: Architecture, ranges: Ranges | None = None) -> G
         def block(x: str) -> str:
             packed = g.linear(x, _side_by_side(part.query, part.key, part.value), f"{name}.qkv")
             attended = g.attention(
-                packed, "", "", None, last, total, heads=a.encoder_heads, scale=a.attention_scale, bias=bias, causal=0
+                packed, "", "", None, last, total, heads=a.encoder_heads, scale=a.encoder_scale, bias=bias, causal=0
             )
             return g.linear(attended, part.out, f"{name}.out")
 
@@ -140,7 +140,7 @@ def build_decoder(architecture: Architecture, ranges: Ranges | None = None) -> G
             packed = g.linear(x, _side_by_side(part.query, part.key, part.value), f"decoder.{i}.self.qkv")
             attended = g.attention(
                 packed, "", "", cache(f"past.{i}", "target"), past, total,
-                heads=a.heads, scale=a.attention_scale, bias=bias, present=f"present.{i}",
+                heads=a.heads, scale=a.scale, bias=bias, present=f"present.{i}",
             )  # fmt: skip
             return g.linear(attended, part.out, f"decoder.{i}.self.out")
 
@@ -153,7 +153,7 @@ def build_decoder(architecture: Architecture, ranges: Ranges | None = None) -> G
             value = g.input(f"cross.{i}.last_value", TensorProto.FLOAT, ["rows", 1, width])
             attended = g.attention(
                 query, key, value, cache(f"cross.{i}", "source"), source_last, source_total,
-                heads=a.heads, scale=a.attention_scale, present=f"cross_present.{i}",
+                heads=a.heads, scale=a.scale, present=f"cross_present.{i}",
             )  # fmt: skip
             return g.linear(attended, part.out, f"decoder.{i}.cross.out")
 
@@ -264,10 +264,10 @@ class _Writer:
     def linear(self, x: str, layer: Linear, name: str, *, output: str = "") -> str:
         self.activations[name] = x
         if self.ranges is None or name not in self.ranges:
-            weight = self.constant(layer.weight)
+            inputs = [x, self.constant(layer.weight)]
             if layer.bias is None:
-                return self.op("MatMul", x, weight, output=output)
-            return self.op("Add", self.op("MatMul", x, weight), self.constant(layer.bias), output=output)
+                return self.op("MatMul", *inputs, output=output)
+            return self.op("Add", self.op("MatMul", *inputs), self.constant(layer.bias), output=output)
         values, scale, zero, _ = self._quantize(x, name)
         weight, scales = quantize_weight(layer.weight, axis=1)
         inputs = [values, self.constant(weight), scale, self.constant(scales), zero, ""]

@@ -44,11 +44,13 @@ class Sentence:
 
 @dataclass
 class Seconds:
-    """Where the time of a decoder's steps went."""
+    """Where a translator's time went. Its decoder counts ``encoder``, ``decoder`` and ``search``."""
 
+    tokenizing: float = 0.0
     encoder: float = 0.0
     decoder: float = 0.0
     search: float = 0.0
+    detokenizing: float = 0.0
 
 
 class Decoder:

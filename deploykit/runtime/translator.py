@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Generic, Protocol
 from typing_extensions import TypeVar
 
 from deploykit.errors import DataError
-from deploykit.runtime.decoding import MAX_CACHE_BYTES, MAX_ROWS, Decoder, Sentence
+from deploykit.runtime.decoding import MAX_CACHE_BYTES, MAX_ROWS, Decoder, Seconds, Sentence
 from deploykit.runtime.engines import Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.sentences import fit, split_sentences
@@ -49,6 +50,8 @@ class Tokenizer(Protocol):
 
 class Runner(Protocol):
     """What gives sentences their results."""
+
+    seconds: Seconds
 
     def run(self, sentences: Sequence[Sentence]) -> None: ...
 
@@ -94,6 +97,7 @@ class Translator(Generic[RunnerT]):
     ) -> list[Job]:
         """Tokenize ``texts``; the sentences of the jobs are for ``decoder.add``. ``by_sentence`` splits short texts too."""
         generation = generation or self.task.generation
+        started = time.perf_counter()
         texts = [normalize(text) for text in texts]
         pieces = [split_sentences(text) if by_sentence else [(text, "")] for text in texts]
         encoded = iter(self._tokenizer.encode([piece for text in pieces for piece, _ in text]))
@@ -116,12 +120,16 @@ class Translator(Generic[RunnerT]):
                 job.sentences += [Sentence(ids, generation, scored) for ids, _ in parts]
                 job.separators += [after for _, after in parts]
             jobs.append(job)
+        self.decoder.seconds.tokenizing += time.perf_counter() - started
         return jobs
 
     def sentence_text(self, sentence: Sentence) -> str:
         """The text of a sentence that is done."""
         assert sentence.result is not None
-        return self._tokenizer.decode([sentence.result.tokens.tolist()])[0]
+        started = time.perf_counter()
+        text = self._tokenizer.decode([sentence.result.tokens.tolist()])[0]
+        self.decoder.seconds.detokenizing += time.perf_counter() - started
+        return text
 
     def result(self, job: Job) -> Translated:
         """Put a job that is done together. Its score is the mean of its sentences', by target tokens."""

@@ -26,10 +26,11 @@ def sizes(config: Any) -> dict[str, Any]:
     """The fields of an Architecture that these families' configs name alike."""
     head_size = config.d_model // config.decoder_attention_heads
     return {
-        "heads": config.decoder_attention_heads,
         "encoder_heads": config.encoder_attention_heads,
+        "heads": config.decoder_attention_heads,
         "head_size": head_size,
-        "attention_scale": head_size**-0.5,
+        "encoder_scale": (config.d_model // config.encoder_attention_heads) ** -0.5,
+        "scale": head_size**-0.5,
         "embedding_scale": math.sqrt(config.d_model) if config.scale_embedding else 1.0,
     }
 

@@ -1,0 +1,297 @@
+"""The graphs and the decode loop against Hugging Face's `generate`, on small models of random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from transformers import (
+    GenerationConfig,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from deploykit.errors import ExportError, UsageError
+from deploykit.export.families import read_architecture
+from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+from deploykit.runtime.decoding import Decoder, Sentence
+from deploykit.runtime.engines.onnxruntime import int8_kernels
+from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.generation import override
+from deploykit.runtime.search import log_sum_exp, top_k
+from deploykit.tasks import Generation, Translation
+
+V, LONGEST = 120, 24
+SHAPE = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+         "encoder_ffn_dim": 64, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "init_std": 0.3}  # fmt: skip
+
+
+def marian(**changes: Any) -> Any:
+    ids = {"pad_token_id": V - 1, "eos_token_id": 0, "decoder_start_token_id": V - 1}
+    shape = {**SHAPE, "activation_function": "swish", "scale_embedding": True, **changes}
+    model = MarianMTModel(MarianConfig(vocab_size=V, decoder_vocab_size=V, **ids, **shape))
+    model.final_logits_bias = torch.nn.Buffer(torch.randn(1, V))
+    return model
+
+
+def m2m100() -> Any:
+    return M2M100ForConditionalGeneration(M2M100Config(vocab_size=V, decoder_start_token_id=2, **SHAPE))
+
+
+def t5(**changes: Any) -> Any:
+    shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=V, decoder_start_token_id=0, **{**shape, **changes}))
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "marian": marian,
+    "marian, two vocabularies": functools.partial(marian, share_encoder_decoder_embeddings=False),
+    "marian, uneven": functools.partial(marian, encoder_layers=3, decoder_layers=1, encoder_attention_heads=2),
+    "m2m_100": m2m100,
+    "t5": t5,
+    "t5 1.1": functools.partial(t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+}
+SEARCHES = {
+    "greedy": {},
+    "beams": {"num_beams": 4},
+    "early stopping": {"num_beams": 3, "length_penalty": 0.6, "early_stopping": True},
+    "long and never": {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never", "no_repeat_ngram_size": 2},
+    "negative penalty": {"num_beams": 4, "length_penalty": -1.0, "early_stopping": "never"},
+    "no repeats": {"no_repeat_ngram_size": 3, "min_length": 5, "suppress_tokens": [7, 8]},
+    "no token twice": {"no_repeat_ngram_size": 1},
+    "repetition": {"repetition_penalty": 1.3},
+    "words": {"num_beams": 2, "repetition_penalty": 1.3, "forced_bos_token_id": 9, "bad_words_ids": [[5], [11, 12]]},
+    "forced, greedy": {"forced_bos_token_id": 9, "forced_eos_token_id": "eos"},
+    "forced, beams": {"num_beams": 5, "forced_eos_token_id": "eos", "min_length": 10},
+}
+
+
+@dataclasses.dataclass
+class Case:
+    model: Any
+    folder: Path
+    engine: Seq2SeqModel
+    task: Translation
+    sources: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    @functools.cache
+    def make(family: str) -> Case:
+        torch.manual_seed(0)
+        model = FAMILIES[family]().eval()
+        folder = tmp_path_factory.mktemp("graphs")
+        architecture = read_architecture(model)
+        save_graphs(folder, build_encoder(architecture), build_decoder(architecture), "fp32")
+        calibrated = {
+            name: (-8.0, 8.0)
+            for g in (build_encoder(architecture), build_decoder(architecture))
+            for name in g.activations
+        }
+        save_graphs(folder, build_encoder(architecture, calibrated), build_decoder(architecture, calibrated), "int8")
+        config = model.config
+        start = config.decoder_start_token_id
+        task = Translation("en", "fr", family, V, 64, 64, config.pad_token_id, (config.eos_token_id,), start)
+        random = np.random.default_rng(1)
+        sources = [[*random.integers(3, V - 2, n).tolist(), config.eos_token_id] for n in random.integers(1, 30, 24)]
+        return Case(model, folder, Seq2SeqModel(folder, "fp32", 1), task, sources)
+
+    return make
+
+
+def decode(case: Case, generation: Generation, *, engine: Seq2SeqModel | None = None, **limits: Any) -> list[Sentence]:
+    sentences = [Sentence(source, generation) for source in case.sources]
+    Decoder(engine or case.engine, case.task, **limits).run(sentences)
+    return sentences
+
+
+def results(sentences: list[Sentence]) -> list[tuple[list[int], float]]:
+    return [(s.result.tokens.tolist(), s.result.score) for s in sentences if s.result is not None]
+
+
+def generation_of(options: dict[str, Any]) -> Generation:
+    return Generation(
+        beam_size=options.get("num_beams", 1),
+        max_length=LONGEST,
+        bad_words=tuple(map(tuple, options.get("bad_words_ids", ()))),
+        suppressed=tuple(options.get("suppress_tokens", ())),
+        **{k: v for k, v in options.items() if k not in ("num_beams", "bad_words_ids", "suppress_tokens")},
+    )
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokens_are_those_of_generate(case: Callable[[str], Case], family: str, search: str) -> None:
+    c = case(family)
+    eos, pad = c.task.eos_token_ids[0], c.task.pad_token_id
+    options = {k: eos if v == "eos" else v for k, v in SEARCHES[search].items()}
+    config = GenerationConfig(max_length=LONGEST, eos_token_id=eos, pad_token_id=pad,
+                              decoder_start_token_id=c.task.decoder_start_token_id, **options)  # fmt: skip
+    c.model.generation_config = config
+    expected, scores = [], []
+    with torch.inference_mode():
+        longest = max(map(len, c.sources))
+        inputs = torch.tensor([source + [pad] * (longest - len(source)) for source in c.sources])
+        mask = torch.tensor([[1] * len(source) + [0] * (longest - len(source)) for source in c.sources])
+        out = c.model.generate(inputs, attention_mask=mask, return_dict_in_generate=True, output_scores=True)
+    for i, row in enumerate(out.sequences.tolist()):
+        ids = row[1:]
+        expected.append(ids[: ids.index(eos) + 1] if eos in ids else ids)
+        scores.append(float(out.sequences_scores[i]) if "num_beams" in options else None)
+    actual = results(decode(c, generation_of(options)))
+    assert [ids for ids, _ in actual] == expected
+    for (_, score), theirs in zip(actual, scores):
+        assert theirs is None or score == pytest.approx(theirs, abs=3e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sentence_does_not_depend_on_its_batch(
+    case: Callable[[str], Case], family: str, beams: int, precision: Any
+) -> None:
+    c = case(family)
+    engine = Seq2SeqModel(c.folder, precision, 1)
+    generation = Generation(beam_size=beams, max_length=LONGEST)
+    together = results(decode(c, generation, engine=engine, max_rows=64))
+    few = results(decode(c, generation, engine=engine, max_rows=max(beams, 5)))
+    assert few == together, "tokens and scores, to the bit"
+    alone = results(decode(c, generation, engine=engine, max_rows=beams))
+    assert [ids for ids, _ in alone] == [ids for ids, _ in together]
+    assert [score for _, score in alone] == pytest.approx([score for _, score in together], abs=1e-4, rel=1e-5)
+
+
+def test_mixed_searches_share_a_batch(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    kinds = [generation_of(SEARCHES[name]) for name in ("greedy", "beams", "repetition", "no repeats")]
+    mixed = [Sentence(source, kinds[i % len(kinds)]) for i, source in enumerate(c.sources)]
+    Decoder(c.engine, c.task, max_rows=16).run(mixed)
+    for i, sentence in enumerate(mixed):
+        single = Sentence(sentence.token_ids, kinds[i % len(kinds)])
+        Decoder(c.engine, c.task).run([single])
+        assert sentence.result is not None
+        assert single.result is not None
+        assert sentence.result.tokens.tolist() == single.result.tokens.tolist()
+
+
+def test_sentences_join_while_others_run_and_leave_when_they_are_done(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    expected = results(decode(c, Generation(max_length=LONGEST)))
+    decoder = Decoder(c.engine, c.task, max_rows=8)
+    sentences = [Sentence(source, Generation(max_length=LONGEST)) for source in c.sources]
+    waiting, most = list(sentences), 0
+    while waiting or decoder.running or decoder.waiting:
+        for _ in range(2):
+            if waiting:
+                decoder.add(waiting.pop(0))
+        decoder.step()
+        most = max(most, len(decoder.running))
+    assert results(sentences) == expected
+    assert 1 < most <= 8
+
+
+def test_a_cancelled_sentence_leaves_without_a_result(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    decoder = Decoder(c.engine, c.task)
+    first, second, third = (Sentence(source, Generation(beam_size=2, max_length=LONGEST)) for source in c.sources[:3])
+    for sentence in (first, second):
+        decoder.add(sentence)
+    decoder.step()
+    first.cancelled = third.cancelled = True
+    decoder.add(third)
+    while decoder.running or decoder.waiting:
+        decoder.step()
+    assert first.result is None
+    assert third.result is None
+    assert second.result is not None
+
+
+def test_what_outgrows_the_memory_is_begun_again_later(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    generation = Generation(max_length=60, min_length=60)
+    expected = results(decode(c, generation))
+    tight = c.engine.cache_bytes(4, 64, 32)
+    assert results(decode(c, generation, max_rows=32, max_cache_bytes=tight)) == expected
+
+
+def test_int8_runs_int8_kernels_and_stores_the_embedding_once(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    assert int8_kernels(c.folder / "decoder.u8s8.onnx") == 2 * 6 + 1, "six layers each, and the projection"
+    assert int8_kernels(c.folder / "encoder.u8s8.onnx") == 2 * 4 + 1, "four each, and all keys and values at once"
+    assert (c.folder / "shared.u8s8.bin").stat().st_size == V * 32
+    assert (c.folder / "shared.bin").stat().st_size == V * 32 * 4
+
+
+def test_the_shape_of_opus_mt_gives_the_tokens_of_generate(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    big = {"d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 8, "decoder_attention_heads": 8,
+           "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, "max_position_embeddings": 512, "init_std": 0.06}  # fmt: skip
+    size = 59514
+    config = MarianConfig(vocab_size=size, decoder_vocab_size=size, activation_function="swish", scale_embedding=True,
+                          pad_token_id=size - 1, eos_token_id=0, decoder_start_token_id=size - 1, **big)  # fmt: skip
+    model = MarianMTModel(config).eval()
+    architecture = read_architecture(model)
+    save_graphs(tmp_path, build_encoder(architecture), build_decoder(architecture), "fp32")
+    task = Translation("en", "fr", "marian", size, 512, 512, size - 1, (0,), size - 1)
+    random = np.random.default_rng(0)
+    sources = [[*random.integers(1, size - 1, n).tolist(), 0] for n in (3, 12, 25)]
+    for beams in (1, 4):
+        model.generation_config = GenerationConfig(num_beams=beams, max_length=12, eos_token_id=0, pad_token_id=size - 1,
+                                                   decoder_start_token_id=size - 1, bad_words_ids=[[size - 1]])  # fmt: skip
+        with torch.inference_mode():
+            expected = [model.generate(torch.tensor([source]))[0].tolist()[1:] for source in sources]
+        generation = Generation(beam_size=beams, max_length=12, bad_words=((size - 1,),))
+        sentences = [Sentence(source, generation) for source in sources]
+        Decoder(Seq2SeqModel(tmp_path, "fp32", 2), task).run(sentences)
+        assert [ids for ids, _ in results(sentences)] == expected
+
+
+def test_an_unknown_family_is_refused_by_name() -> None:
+    class Unknown:
+        class config:
+            model_type = "prophetnet"
+
+    with pytest.raises(ExportError, match="prophetnet"):
+        read_architecture(Unknown)
+
+
+@settings(max_examples=200, deadline=None)
+@given(arrays(np.float32, st.tuples(st.integers(1, 4), st.sampled_from([7, 300, 2100])),
+              elements=st.floats(-50, 50, width=32)), st.integers(1, 7))  # fmt: skip
+def test_top_k_finds_what_a_sort_finds(scores: np.ndarray, k: int) -> None:
+    values, columns = top_k(scores, k)
+    assert (values == -np.sort(-scores, axis=1)[:, :k]).all()
+    assert (np.take_along_axis(scores, columns, axis=1) == values).all()
+    assert all(len(set(row)) == k for row in columns.tolist())
+
+
+def test_log_probabilities_are_those_of_pytorch() -> None:
+    scores = np.random.default_rng(0).normal(0, 30, (5, 4000)).astype(np.float32)
+    expected = torch.from_numpy(scores).double().logsumexp(-1).numpy()
+    assert log_sum_exp(scores) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"beam_size": 0}, {"beam_size": 10_000}, {"beam_size": True}, {"beam_size": 2.5}, {"max_new_tokens": 0},
+     {"max_new_tokens": 64}, {"length_penalty": float("nan")}, {"length_penalty": "x"}, {"early_stopping": "maybe"},
+     {"repetition_penalty": 0}, {"no_repeat_ngram_size": -1}, {"temperature": 1.0},
+     {"min_new_tokens": 20, "max_new_tokens": 10}],
+)  # fmt: skip
+def test_parameters_that_make_no_sense_are_refused_by_name(case: Callable[[str], Case], given: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=next(iter(given))):
+        override(case("marian").task, given)
