@@ -4,10 +4,11 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo demo-translation test lint clean
 
 help:
 	@echo "make demo   real tweets to a served INT8 classifier, with a report (minutes)"
+	@echo "make demo-translation   software strings to a served INT8 translator (a quarter of an hour)"
 	@echo "make test   all tests that need no GPU"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove .venv and demo/"
@@ -20,6 +21,9 @@ $(READY): pyproject.toml constraints.txt setup.sh
 
 demo: $(READY)
 	@$(BIN)/deploykit demo --out demo
+
+demo-translation: $(READY)
+	@$(BIN)/deploykit demo --recipe translation --out demo
 
 test: $(READY)
 	@$(BIN)/python -m pytest

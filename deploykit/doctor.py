@@ -30,6 +30,7 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "export": ((*_TRAINING, "onnxruntime"), "finetune,cpu"),
     "package": (("tritonclient", "google.protobuf"), ""),
     "predict": (("tritonclient",), ""),
+    "translate": (("tritonclient", "sentencepiece"), ""),
     "evaluate": (("tritonclient",), ""),
     "bench": (("matplotlib", "psutil"), "bench"),
     "inspect": ((), ""),
@@ -66,7 +67,7 @@ def _commands() -> dict[str, Need]:
         remedy = f"pip install 'deploykit[{extra}]'" if extra else "pip install deploykit"
         needs[command] = Need(not missing, ", ".join(missing), remedy if missing else "")
     if not any(info.installed for info in ENGINES.values()):
-        for command in ("predict", "evaluate", "bench"):
+        for command in ("predict", "translate", "evaluate", "bench"):
             if needs[command].ready:
                 needs[command] = Need(
                     False, "an engine (served models work without)", "pip install 'deploykit[cpu,openvino]'"

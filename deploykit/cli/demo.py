@@ -6,28 +6,30 @@ import click
 
 from deploykit.cli.common import Result, deploykit_command, say
 
+_COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("BLEU", 2), "chrf": ("chrF", 2),
+            "p50_ms": ("p50 ms", 2), "p99_ms": ("p99 ms", 2), "sentences_per_s": ("sentences/s", 0),
+            "size_mb": ("size MB", 1), "memory_mb": ("memory MB", 0)}  # fmt: skip
 
-@deploykit_command(help="Run the whole road on real data: tweets to a served, measured INT8 classifier.")
+
+@deploykit_command(help="Run the whole road on real data: to a served, measured INT8 classifier, or translator.")
+@click.option("--recipe", type=click.Choice(["sentiment", "translation"]), default="sentiment", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 @click.option("--repository", type=click.Path(path_type=Path), help="(default: OUT/model_repository)")
-@click.option("--max-rows", type=click.IntRange(300), default=10_000, show_default=True, help="Tweets to use.")
-def command(*, out: Path, repository: Path | None, max_rows: int) -> Result:
-    from deploykit.demo import check_dependencies, run_demo
+@click.option("--max-rows", type=click.IntRange(0), help="Rows to train on. [default: 10000 tweets; all translations]")
+def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None) -> Result:
+    from deploykit.demo import check_dependencies, run_demo, sentiment, translation
 
     check_dependencies()
-    result = run_demo(out, repository or out / "model_repository", max_rows=max_rows, say=say)
-    heads = ("accuracy", "macro-F1", "p50 ms", "p99 ms", "sentences/s", "size MB", "memory MB")
-    lines = [f"{'':<28}" + "".join(f"{head:>13}" for head in heads)]
+    chosen = (
+        sentiment(out, max_rows=10_000 if max_rows is None else max_rows, say=say)
+        if recipe == "sentiment"
+        else translation(out, max_rows=max_rows or 0, say=say)
+    )
+    result = run_demo(chosen, out, repository or out / "model_repository", say=say)
+    columns = {key: shown for key, shown in _COLUMNS.items() if key in result["table"][0]}
+    lines = [f"{'':<28}" + "".join(f"{head:>13}" for head, _ in columns.values())]
     for line in result["table"]:
-        cells = (
-            f"{line['accuracy']:.4f}",
-            f"{line['macro_f1']:.4f}",
-            f"{line['p50_ms']:.2f}",
-            f"{line['p99_ms']:.2f}",
-            f"{line['sentences_per_s']:.0f}",
-            "-" if line["size_mb"] is None else f"{line['size_mb']:.1f}",
-            "-" if line["memory_mb"] is None else f"{line['memory_mb']:.0f}",
-        )
+        cells = ("-" if line[key] is None else f"{line[key]:.{digits}f}" for key, (_, digits) in columns.items())
         lines.append(f"{line['name']:<28}" + "".join(f"{cell:>13}" for cell in cells))
     lines.append("p50 and p99: one sentence at a time; sentences/s: the best of the concurrencies tried")
     return result, "\n".join([*lines, f"\n{result['seconds']:.0f} s in all; open {result['report']}"])
