@@ -53,11 +53,17 @@ class TextTranslator(Protocol):
     task: Translation
 
     def translate(
-        self, texts: Sequence[str], generation: Generation | None = None, *, long_input: LongInput = "split"
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
     ) -> list[Translated]:
         """One for each text, in their order; ``generation`` in place of the task's own.
 
-        Raises DataError or RequestError for a text that is too long, when ``long_input`` is "refuse".
+        Without ``scored`` scores may be 0, and come at no cost. Raises DataError or RequestError for a
+        text that is too long, when ``long_input`` is "refuse".
         """
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.finetune.checkpoint import load_model, load_tokenizer, quiet
 from deploykit.finetune.padding import padded
-from deploykit.runtime.decoding import Sentence
+from deploykit.runtime.decoding import Seconds, Sentence
 from deploykit.runtime.languages import source_prefix
 from deploykit.runtime.search import Finished
 from deploykit.runtime.text import normalize
@@ -40,6 +40,7 @@ class TorchTranslator:
         self.task = task
         self.model = model
         self.tokenizer = tokenizer
+        self.seconds = Seconds()
         set_languages(tokenizer, task)
 
     @classmethod
@@ -105,17 +106,25 @@ class TorchTranslator:
         return scores
 
     def translate(
-        self, texts: Sequence[str], generation: Generation | None = None, *, long_input: LongInput = "split"
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
     ) -> list[Translated]:
         """As ``Translator.translate``: texts are split and put together alike, whatever generates."""
-        return Translator(self.task, _Tokenizer(self), self).translate(texts, generation, long_input=long_input)
+        translator = Translator(self.task, _Tokenizer(self), self)
+        return translator.translate(texts, generation, long_input=long_input, scored=scored)
 
     def run(self, sentences: Sequence[Sentence]) -> None:
-        """Give each of ``sentences``, which share a generation, its result."""
+        """Give each of ``sentences``, which share a generation and whether they are scored, its result."""
         generation = sentences[0].generation if sentences else self.task.generation
         token_ids = [sentence.token_ids for sentence in sentences]
         target_ids = self.generate_ids(token_ids, generation)
-        for sentence, ids, score in zip(sentences, target_ids, self.scores(token_ids, target_ids, generation)):
+        scored = bool(sentences) and sentences[0].scored
+        scores = self.scores(token_ids, target_ids, generation) if scored else [0.0] * len(sentences)
+        for sentence, ids, score in zip(sentences, target_ids, scores):
             sentence.result = Finished(np.array(ids, np.int64), score)
 
     def close(self) -> None:
