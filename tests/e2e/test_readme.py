@@ -19,17 +19,18 @@ BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.slow
-def test_every_block_of_the_readme_works(minilm: Path, tweets: Path, tmp_path: Path) -> None:
-    for port in (8000, 8001, 8002):
+def test_every_block_of_the_readme_works(minilm: Path, tweets: Path, pairs: Path, tmp_path: Path) -> None:
+    for port in (8000, 8001, 8002, 8010, 8011, 8012):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 pytest.skip(f"port {port}, which the README uses, is taken on this machine")
     (tmp_path / "minilm").symlink_to(minilm)
     (tmp_path / "tweets.csv").symlink_to(tweets)
+    (tmp_path / "pairs.tsv").symlink_to(pairs)
     script = ["set -euo pipefail"]
     for language, block in BLOCK.findall(README.read_text(encoding="utf-8")):
         script.append(block if language == "bash" else f"python - <<'PYTHON'\n{block}PYTHON")
-    script.append("kill -INT %1; wait %1")
+    script.append("kill -INT %1 %2; wait %1 %2")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         ["bash", "-m", "-c", "\n".join(script)], cwd=tmp_path, env=environment, start_new_session=True,
@@ -43,13 +44,15 @@ def test_every_block_of_the_readme_works(minilm: Path, tweets: Path, tmp_path: P
         pytest.fail(f"the README's commands did not end:\n{output[-3000:]}")
     finally:
         subprocess.run(
-            ["pkill", "-f", f"{sys.executable.replace('python', '.*')}.*serve --repository model_repository"],
+            ["pkill", "-f", f"{sys.executable.replace('python', '.*')}.*serve --repository (model_repository|translators)"],
             check=False,
         )
     assert process.returncode == 0, output[-3000:]
     assert "Traceback" not in output
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 38_158
     assert json.loads((tmp_path / "bench.json").read_text())["errors"] == 0
+    assert (tmp_path / "out.txt").read_text().count("\n") == 3
+    assert (tmp_path / "out.txt").read_text().split("\n")[1] == "", "an empty line stays empty"
     assert _sections(tmp_path / "bench.html") >= 4
     assert not list(tmp_path.rglob("*.partial")), "nothing half-written is left"
 
