@@ -28,14 +28,16 @@ class How:
     long_input: LongInput = "split"
 
 
-def translations(translator: TextTranslator, rows: Sequence[TextRow], how: How) -> list[dict[str, Any]]:
+def translations(
+    translator: TextTranslator, rows: Sequence[TextRow], how: How, *, scored: bool = True
+) -> list[dict[str, Any]]:
     """A record for each row: origin, text, translation, score, source_tokens, target_tokens and finish; or origin and error.
 
-    An empty text has an empty translation.
+    An empty text has an empty translation. Without ``scored`` greedy search is faster and scores may be 0.
     """
     problems = [row.problem or too_long(row.text) for row in rows]
     good = [row.text or "" for row, problem in zip(rows, problems) if problem is None]
-    answered = iter(_translate(translator, good, how))
+    answered = iter(_translate(translator, good, how, scored=scored))
     records: list[dict[str, Any]] = []
     for row, problem in zip(rows, problems):
         answer = problem if problem is not None else next(answered)
@@ -75,7 +77,7 @@ def translate_file(
         return read_sources(source, column=column, source=task.source, prefer=task.source_column, encoding=encoding)
 
     def answer(part: Sequence[TextRow]) -> list[Line]:
-        records = translations(translator, part, how)
+        records = translations(translator, part, how, scored=as_json)
         if as_json:
             return [json_line(record) for record in records]
         return [Line(one_line(record.get("translation", "")), "error" in record) for record in records]
@@ -85,13 +87,13 @@ def translate_file(
     return answer_file(rows, answer, out, key=key, failed=failed, force=force, progress=progress, chunk=_CHUNK)
 
 
-def _translate(translator: TextTranslator, texts: Sequence[str], how: How) -> list[Translated | str]:
+def _translate(translator: TextTranslator, texts: Sequence[str], how: How, *, scored: bool) -> list[Translated | str]:
     """Translations, or why there is none: a text that is refused fails alone."""
     try:
-        return list(translator.translate(texts, how.generation, long_input=how.long_input))
+        return list(translator.translate(texts, how.generation, long_input=how.long_input, scored=scored))
     except (DataError, RequestError) as error:
         if isinstance(error, RequestError) and error.status != 400:
             raise
         if len(texts) == 1:
             return [error.message]
-        return [answer for text in texts for answer in _translate(translator, [text], how)]
+        return [answer for text in texts for answer in _translate(translator, [text], how, scored=scored)]
