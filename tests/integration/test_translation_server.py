@@ -8,6 +8,8 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
@@ -346,6 +348,11 @@ def test_a_served_model_is_opened_by_its_task(server: TritonServer) -> None:
     with pytest.raises(UsageError, match="fr_stream sends sentences") as caught:
         open_served("fr_stream", server.urls.http)
     assert caught.value.remedy == "name fr"
+
+
+def test_a_client_needs_no_engine() -> None:
+    code = "import sys, deploykit.triton.client; print({'onnxruntime', 'openvino', 'torch'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 # Streams

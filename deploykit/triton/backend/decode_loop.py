@@ -117,9 +117,9 @@ class DecodeLoop:
 
     def _run(self) -> None:
         while self._receive():
-            self._ask()
-            self._feed()
             try:
+                self._ask()
+                self._feed()
                 done = self.translator.decoder.step()
             except Exception as error:
                 self._recover(error)
@@ -197,7 +197,13 @@ class DecodeLoop:
             request.client.answer([self.translator.result(job) for job in request.jobs])
         except Exception as error:
             self._log_error(error)
+            self._fail(request, error)
+
+    def _fail(self, request: _Request, error: Exception | None) -> None:
+        try:
             request.client.fail(error)
+        except Exception as failure:  # nobody is left to tell, and the others must not suffer
+            self._log_error(failure)
 
     def _drop(self, request: _Request, error: Exception | None) -> None:
         """Answer with an error a request that is not done."""
@@ -208,7 +214,7 @@ class DecodeLoop:
             self._queue.remove(request)
         for sentence in request.sentences:
             self._request_of.pop(id(sentence), None)
-        request.client.fail(error)
+        self._fail(request, error)
 
     def _recover(self, error: Exception) -> None:
         """Answer with ``error`` the requests that the decoder had a part of, and begin with a new one."""

@@ -1,9 +1,11 @@
 """Translation in the backend: requests join the running batch, and each is answered when its texts are done.
 
-``execute`` returns before its requests are answered, which Triton allows a model that is not decoupled
-since 24.05: the response sender of a request may be used later, from any thread, once.
+``execute`` returns before its requests are answered. Triton's documentation tells of that for decoupled
+models alone, which plain HTTP cannot ask; but the sender of any request may be used later, once and from
+any thread (tried: 24.10). What it owes when this process dies, Triton does not notice: see
+``TritonServer.heal``.
 
-Source: Triton Python backend README, "Inference Response Sender".
+Source: Triton Python backend README, "Decoupled mode".
 """
 
 from __future__ import annotations
