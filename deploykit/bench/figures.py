@@ -125,9 +125,10 @@ def throughput_latency(result: Record) -> str | None:
 
 
 def accuracy_speed(result: Record) -> str | None:
-    """Macro-F1 against throughput in each candidate's headline scenario."""
+    """Macro-F1, of translators chrF, against throughput in each candidate's headline scenario."""
+    translators = translates(result)
     points = [
-        (i, c["name"], headline(c)["throughput_per_s"]["median"], c["metrics"]["macro_f1"])
+        (i, c["name"], headline(c)["throughput_per_s"]["median"], c["metrics"]["chrf" if translators else "macro_f1"])
         for i, c in enumerate(result["candidates"])
         if c["metrics"]
     ]
@@ -139,11 +140,12 @@ def accuracy_speed(result: Record) -> str | None:
         for i, name, x, y in points:
             axes.plot([x], [y], _marker(i), color=_colour(i), markersize=10, label=shown(name))
         values = [y for *_, y in points]
-        # Never zoom in on less than two points of F1: noise would look like a difference.
-        middle, half = (min(values) + max(values)) / 2, max(0.01, 0.75 * (max(values) - min(values)))
+        # Never zoom in on less than two points: noise would look like a difference.
+        point = 1.0 if translators else 0.01
+        middle, half = (min(values) + max(values)) / 2, max(point, 0.75 * (max(values) - min(values)))
         axes.set_ylim(middle - half, middle + half)
         axes.set_xlim(0, 1.15 * max(x for _, _, x, _ in points) or 1)
-        axes.set(xlabel="successful requests per second", ylabel="macro-F1")
+        axes.set(xlabel="successful requests per second", ylabel="chrF" if translators else "macro-F1")
         _legend(figure)
 
     return _svg("accuracy", draw)
@@ -152,9 +154,9 @@ def accuracy_speed(result: Record) -> str | None:
 def confusion(candidate: Record) -> str | None:
     """Truth in rows, answers in columns: counts, coloured by their share of the row. A multi-label
     result has one small matrix a label, for the first 12."""
-    if not candidate["metrics"]:
+    matrix = (candidate["metrics"] or {}).get("confusion_matrix")
+    if matrix is None:
         return None
-    matrix = candidate["metrics"]["confusion_matrix"]
     if isinstance(matrix, Mapping):
         matrices = list(matrix.items())[:MAX_MATRICES]
         columns = min(4, len(matrices))
@@ -181,6 +183,33 @@ def confusion(candidate: Record) -> str | None:
     return _svg("confusion", draw, (side + 1.0, side))
 
 
+def stages(result: Record) -> str | None:
+    """Where the time of each translator in this process went, in its headline scenario: shares, in percent."""
+    counted = [(c["name"], headline(c)["seconds"]) for c in result["candidates"] if headline(c)["seconds"]]
+    if not counted:
+        return None
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        left = np.zeros(len(counted))
+        for i, stage in enumerate(counted[0][1]):
+            share = np.array([100 * seconds[stage] / sum(seconds.values()) for _, seconds in counted])
+            axes.barh(range(len(counted)), share, 0.6, left, color=_colour(i), label=stage)
+            for row, (begin, width) in enumerate(zip(left, share)):
+                if width >= 5:  # a number in a narrower bar would run into its neighbours
+                    axes.text(
+                        begin + width / 2, row, f"{width:.0f}", ha="center", va="center", fontsize=9, color="#ffffff"
+                    )
+            left += share
+        axes.set_yticks(range(len(counted)), [shown(name) for name, _ in counted])
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set(xlabel="share of the time, %", xlim=(0, 100))
+        _legend(figure)
+
+    return _svg("stages", draw, (8.0, 1.6 + 0.42 * len(counted)))
+
+
 def memory_size(result: Record) -> str | None:
     """Peak memory and graph size as bars, in MB."""
     bars = [(c["name"], c["peak_memory_mb"], c["size_mb"]) for c in result["candidates"]]
@@ -205,6 +234,11 @@ def memory_size(result: Record) -> str | None:
         left.invert_yaxis()
 
     return _svg("memory", draw, (9.0, 1.3 + 0.42 * len(bars)))
+
+
+def translates(result: Record) -> bool:
+    """Whether the candidates, all of one task, are translators."""
+    return bool(result["candidates"][0]["task"] == "translation")
 
 
 def headline(candidate: Record) -> Record:

@@ -1,7 +1,7 @@
 """A light load generator: single-text requests over HTTP/1.1 keep-alive to Triton's KServe v2 API.
 
 It shares its machine with the server it measures, so it does no work that can be done before or
-after the clock runs: requests are encoded beforehand, labels are read afterwards, and between the
+after the clock runs: requests are encoded beforehand, answers are read afterwards, and between the
 two there is one asyncio protocol.
 
 Source: KServe Open Inference Protocol v2, REST; Triton's extension for BYTES tensors.
@@ -15,14 +15,16 @@ import re
 import selectors
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.bench.load import Answers, first_line
-from deploykit.triton.client import parse_url
+from deploykit.bench.load import Answer, Answers, Server, first_line
+from deploykit.tasks import Generation, Translation
+from deploykit.triton.client import parse_url, request_parameters
 
 MAX_CONNECTIONS = 256
 _CONNECT_PAUSE_S = 0.05  # a closed loop at a dead server would otherwise knock without end
@@ -33,18 +35,23 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 def ask_server(
-    url: str,
-    model: str,
+    server: Server,
     texts: Sequence[str],
     rows: Iterator[int],
     load: int | NDArray[np.float64],
     *,
+    generation: Generation | None = None,
     seconds: float,
     timeout_s: float,
 ) -> Answers:
     """Ask for ``rows`` of ``texts``: ``load`` callers at once, or at given arrival times in seconds."""
-    address, tls = parse_url(url)
-    requests = encode_requests(address, model, texts)
+    address, tls = parse_url(server.url)
+    outputs: tuple[str, ...] = ("LABEL", "SCORES")
+    parameters: dict[str, Any] = {}
+    if isinstance(server.task, Translation):
+        outputs = ("TRANSLATION", "TARGET_TOKENS")
+        parameters = request_parameters(server.task, generation or server.task.generation)
+    requests = encode_requests(address, server.model, texts, outputs, parameters)
     generator = _Generator(address.partition("/")[0], tls, requests, rows, timeout_s)
     if isinstance(load, int):
         loop: asyncio.AbstractEventLoop = asyncio.new_event_loop()
@@ -61,8 +68,10 @@ def ask_server(
     return generator.answers()
 
 
-def encode_requests(address: str, model: str, texts: Sequence[str]) -> list[bytes]:
-    """One whole HTTP request for each text, asking for LABEL and SCORES.
+def encode_requests(
+    address: str, model: str, texts: Sequence[str], outputs: Sequence[str], parameters: Mapping[str, Any]
+) -> list[bytes]:
+    """One whole HTTP request for each text, asking for ``outputs``.
 
     JSON both ways, as most clients write it: for one short text, Triton's binary extension saves less
     CPU time of client and server than two rounds differ from each other.
@@ -73,18 +82,22 @@ def encode_requests(address: str, model: str, texts: Sequence[str]) -> list[byte
     requests = []
     for text in texts:
         tensor = {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [_SURROGATE.sub("\ufffd", text)]}
-        wanted = [{"name": "LABEL"}, {"name": "SCORES"}]
-        body = json.dumps({"inputs": [tensor], "outputs": wanted}, ensure_ascii=False).encode()
+        request: dict[str, Any] = {"inputs": [tensor], "outputs": [{"name": name} for name in outputs]}
+        if parameters:
+            request["parameters"] = dict(parameters)
+        body = json.dumps(request, ensure_ascii=False).encode()
         requests.append(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     return requests
 
 
-def label_of(body: bytes) -> str:
-    """The LABEL of an answer. Raises ValueError if there is none."""
+def answer_of(body: bytes) -> Answer:
+    """What a body says of its one text. Raises ValueError if that is neither a label nor a translation."""
     try:
-        return str(next(o["data"][0] for o in json.loads(body)["outputs"] if o["name"] == "LABEL"))
-    except (LookupError, TypeError, StopIteration) as error:
-        raise ValueError("the answer has no LABEL") from error
+        outputs = {output["name"]: output["data"][0] for output in json.loads(body)["outputs"]}
+        text = outputs["TRANSLATION"] if "TRANSLATION" in outputs else outputs["LABEL"]
+        return Answer(str(text), int(outputs.get("TARGET_TOKENS", 0)))
+    except (LookupError, TypeError) as error:
+        raise ValueError("the answer has neither LABEL nor TRANSLATION") from error
 
 
 class _Connection(asyncio.Protocol):
@@ -173,17 +186,23 @@ class _Generator:
 
     def answers(self) -> Answers:
         """Read the answers, now that nobody waits for them."""
-        labels: dict[int, str] = {}
+        texts: dict[int, str] = {}
+        tokens = 0
         good = np.ones(len(self._bodies), bool)
         for i, (row, body) in enumerate(self._bodies):
             try:
-                labels[row] = label_of(body)
+                answer = answer_of(body)
             except ValueError as error:
                 good[i] = False
                 self._errors[first_line(error)] += 1
+            else:
+                texts[row] = answer.text
+                tokens += answer.tokens
         latencies = np.array(self._latencies)[good] * 1e3
         lags = np.array(self._lags) * 1e3
-        return Answers(self._duration_s, self._cpu_s, latencies, labels, self._errors, lags if len(lags) else None)
+        return Answers(
+            self._duration_s, self._cpu_s, latencies, texts, tokens, self._errors, lags if len(lags) else None
+        )
 
     async def _open_connections(self, count: int) -> None:
         await asyncio.gather(*(self._connect() for _ in range(count)))

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from deploykit.bench.machine import PeakMemory, server_processes
 from deploykit.errors import UsageError
-from deploykit.predictor import Predictor
+from deploykit.predictor import Predictor, is_translator
+from deploykit.tasks import Generation, Task
 
 TIMEOUT_S = 10.0
 FEW_SAMPLES = 100
@@ -81,17 +82,34 @@ class Server:
 
     url: str
     model: str
+    task: Task
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one text: its label and no tokens, or its translation and how many tokens that has."""
+
+    text: str
+    tokens: int = 0
+
+
+def answer_texts(predictor: Predictor, texts: Sequence[str], generation: Generation | None = None) -> list[Answer]:
+    """Answers in one call, in the order of ``texts``. ``generation`` is for a translator, whose scores are not asked for."""
+    if is_translator(predictor):
+        return [Answer(t.text, t.target_tokens) for t in predictor.translate(texts, generation, scored=False)]
+    return [Answer(label) for label in predictor.task.decide(predictor.scores(texts))]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What a load generator saw. ``latencies_ms`` and ``rows`` are parallel, of the successful requests;
-    ``labels`` holds the label last answered for a row of the texts."""
+    """What a load generator saw. ``latencies_ms`` and ``tokens`` (the sum) are of the successful requests;
+    ``texts`` holds what was last answered to a row of the texts."""
 
     duration_s: float
     cpu_s: float
     latencies_ms: NDArray[np.float64]
-    labels: Mapping[int, str] = field(default_factory=dict)
+    texts: Mapping[int, str] = field(default_factory=dict)
+    tokens: int = 0
     errors: Mapping[str, int] = field(default_factory=dict)
     send_lag_ms: NDArray[np.float64] | None = None
 
@@ -106,6 +124,8 @@ class Measurement:
     a target inside it, of tritonserver and its stubs together for a local server, None for a remote one.
     ``generator_cpu_ms`` is the CPU time of this process per request: for a server, what measuring took
     from it. ``send_lag_ms`` (99th percentile, open loop against a server) is how late requests left.
+    ``answers`` holds what was last answered to a row of the texts. Of a translator: ``tokens`` counts
+    those generated; ``seconds`` says where the time of one in this process went, if it counts that.
     """
 
     scenario: Scenario
@@ -115,13 +135,19 @@ class Measurement:
     error_examples: Mapping[str, int]
     latencies_ms: NDArray[np.float64]
     peak_memory_mb: float | None
-    labels: Mapping[int, str]
+    answers: Mapping[int, str]
     generator_cpu_ms: float
     send_lag_ms: float | None = None
+    tokens: int = 0
+    seconds: Mapping[str, float] | None = None
 
     @property
     def throughput_per_s(self) -> float:
         return (self.requests - self.errors) / self.duration_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.duration_s
 
     @property
     def latency_ms(self) -> dict[str, float]:
@@ -152,6 +178,7 @@ def measure(
     scenario: Scenario,
     *,
     seconds: float,
+    generation: Generation | None = None,
     warmup_s: float = 1.0,
     seed: int = 0,
     timeout_s: float = TIMEOUT_S,
@@ -159,15 +186,17 @@ def measure(
     """Put ``target`` under load for ``seconds``, after ``warmup_s`` of the same load that is not counted.
 
     Texts are asked in an order shuffled by ``seed``, over and over. A failure is counted, never
-    raised; a request without an answer after ``timeout_s`` is one.
+    raised; a request without an answer after ``timeout_s`` is one. ``generation`` takes the place of a
+    translator's own.
     """
     if not texts:
         raise UsageError("there are no texts to ask", "give a file with at least one row")
     if warmup_s > 0:
-        _ask(target, texts, scenario, warmup_s, seed + 1, timeout_s)
+        _ask(target, texts, scenario, generation, warmup_s, seed + 1, timeout_s)
     processes = server_processes(target.url) if isinstance(target, Server) else None
+    before = _stages(target)
     with PeakMemory(processes) as memory:
-        answers = _ask(target, texts, scenario, seconds, seed, timeout_s)
+        answers = _ask(target, texts, scenario, generation, seconds, seed, timeout_s)
     errors = sum(answers.errors.values())
     requests = len(answers.latencies_ms) + errors
     lag = answers.send_lag_ms if isinstance(scenario, Poisson) else None
@@ -179,34 +208,54 @@ def measure(
         error_examples=answers.errors,
         latencies_ms=answers.latencies_ms,
         peak_memory_mb=memory.peak_mb,
-        labels=answers.labels,
+        answers=answers.texts,
         generator_cpu_ms=1e3 * answers.cpu_s / max(1, requests),
         send_lag_ms=float(np.percentile(lag, 99)) if lag is not None and len(lag) else None,
+        tokens=answers.tokens,
+        seconds={stage: after - before[stage] for stage, after in _stages(target).items()} or None,
     )
 
 
+def _stages(target: Predictor | Server) -> dict[str, float]:
+    """Seconds by stage that a translator in this process has counted so far; empty for another target."""
+    if isinstance(target, Server) or not is_translator(target):
+        return {}
+    from deploykit.runtime.translator import Translator
+
+    return asdict(target.decoder.seconds) if isinstance(target, Translator) else {}
+
+
 def _ask(
-    target: Predictor | Server, texts: Sequence[str], scenario: Scenario, seconds: float, seed: int, timeout_s: float
+    target: Predictor | Server,
+    texts: Sequence[str],
+    scenario: Scenario,
+    generation: Generation | None,
+    seconds: float,
+    seed: int,
+    timeout_s: float,
 ) -> Answers:
     rows = itertools.cycle(np.random.default_rng(seed).permutation(len(texts)).tolist())
     load = scenario.concurrency if isinstance(scenario, ClosedLoop) else scenario.arrivals(seconds, seed)
     if isinstance(target, Server):
         from deploykit.bench.http import ask_server
 
-        return ask_server(target.url, target.model, texts, rows, load, seconds=seconds, timeout_s=timeout_s)
+        return ask_server(target, texts, rows, load, generation=generation, seconds=seconds, timeout_s=timeout_s)
+    asked = _Asked(target, texts, generation)
     if isinstance(load, int):
-        return _closed_loop(target, texts, rows, load, seconds)
-    return _open_loop(target, texts, rows, load, seconds + timeout_s)
+        return _closed_loop(asked, rows, load, seconds)
+    return _open_loop(asked, rows, load, seconds + timeout_s)
 
 
 class _Asked:
-    """Latencies, labels and errors of a predictor in this process."""
+    """Latencies, answers and errors of a predictor in this process."""
 
-    def __init__(self, predictor: Predictor, texts: Sequence[str]) -> None:
+    def __init__(self, predictor: Predictor, texts: Sequence[str], generation: Generation | None) -> None:
         self._predictor = predictor
         self._texts = texts
+        self._generation = generation
         self._latencies: list[NDArray[np.float64]] = []
-        self._labels: dict[int, str] = {}
+        self._answered: dict[int, str] = {}
+        self._tokens = 0
         self.errors: Counter[str] = Counter()
         self._cpu_start = time.process_time()
         self._start = time.perf_counter()
@@ -217,34 +266,30 @@ class _Asked:
     def ask(self, rows: Sequence[int], due: NDArray[np.float64]) -> None:
         """Answer ``rows`` in one call; ``due`` is when each was asked, in seconds from the start."""
         try:
-            scores = self._predictor.scores([self._texts[row] for row in rows])
-            answered = self.now()
-            self._labels.update(zip(rows, self._predictor.task.decide(scores)))
-            self._latencies.append((answered - due) * 1e3)
+            answers = answer_texts(self._predictor, [self._texts[row] for row in rows], self._generation)
+            self._latencies.append((self.now() - due) * 1e3)
+            for row, answer in zip(rows, answers):
+                self._answered[row] = answer.text
+                self._tokens += answer.tokens
         except Exception as error:  # what a target under load raises is a result
             self.errors[first_line(error)] += len(rows)
             time.sleep(_FAILURE_PAUSE_S)
 
     def answers(self) -> Answers:
         latencies = np.concatenate(self._latencies) if self._latencies else np.empty(0)
-        return Answers(self.now(), time.process_time() - self._cpu_start, latencies, self._labels, self.errors)
+        cpu_s = time.process_time() - self._cpu_start
+        return Answers(self.now(), cpu_s, latencies, self._answered, self._tokens, self.errors)
 
 
-def _closed_loop(
-    predictor: Predictor, texts: Sequence[str], rows: Iterator[int], concurrency: int, seconds: float
-) -> Answers:
+def _closed_loop(asked: _Asked, rows: Iterator[int], concurrency: int, seconds: float) -> Answers:
     """The callers' single texts are merged: each waits as long as their common call takes."""
-    asked = _Asked(predictor, texts)
     while (now := asked.now()) < seconds:
         asked.ask(list(itertools.islice(rows, concurrency)), np.full(concurrency, now))
     return asked.answers()
 
 
-def _open_loop(
-    predictor: Predictor, texts: Sequence[str], rows: Iterator[int], arrivals: NDArray[np.float64], give_up_s: float
-) -> Answers:
+def _open_loop(asked: _Asked, rows: Iterator[int], arrivals: NDArray[np.float64], give_up_s: float) -> Answers:
     """One worker that takes all who have arrived, up to 64, and answers them in one call."""
-    asked = _Asked(predictor, texts)
     first = 0
     while first < len(arrivals) and (now := asked.now()) < give_up_s:
         if arrivals[first] > now:

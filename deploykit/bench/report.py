@@ -14,6 +14,7 @@ from deploykit.errors import ArtifactError
 Record = Mapping[str, Any]
 
 _NOTHING = "–"
+_CLASSIFICATION_METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2430; --soft: #5b6675; --faint: #dfe4ea; --page: #f6f8fa; --card: #fff;
   --warn: #fff4dd; --warn-ink: #6b4a00; }
@@ -66,7 +67,7 @@ def _page(result: Record) -> str:
     first = candidates[0]
     parts = [
         _warnings(result["warnings"]),
-        _section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(candidates)),
+        _section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(result)),
         _figure(
             "Latency",
             f"How many requests were answered within which time, at {scenario}.",
@@ -79,11 +80,12 @@ def _page(result: Record) -> str:
             figures.throughput_latency(result),
         ),
         _figure("Accuracy against speed", "Right and high is better.", figures.accuracy_speed(result)),
+        _figure(
+            "Where the time goes", "Of each model in this process, in its best closed loop.", figures.stages(result)
+        ),
         _figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
         _figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
-        _section(
-            "All measurements", "Medians over the rounds, with the least and the most below.", _details(candidates)
-        ),
+        _section("All measurements", "Medians over the rounds, with the least and the most below.", _details(result)),
         _section("Machine", "", _words(_machine(result))),
         _section("How to repeat it", "", _words(_settings(result))),
     ]
@@ -115,31 +117,33 @@ def _warnings(warnings: Sequence[str]) -> str:
     return f'<section class="warning"><h2>Read with care</h2><ul>{items}</ul></section>' if items else ""
 
 
-def _summary(candidates: Sequence[Record]) -> str:
+def _summary(result: Record) -> str:
+    metrics_shown = {"bleu": "BLEU", "chrf": "chrF"} if figures.translates(result) else _CLASSIFICATION_METRICS
     head = (
         "model",
-        "requests/s",
+        *_rates(result),
         "p50 ms",
         "p90 ms",
         "p99 ms",
         "errors",
-        "accuracy",
-        "macro-F1",
+        *metrics_shown.values(),
+        "first answer s",
         "memory MB",
         "size MB",
     )
     rows = []
-    for candidate in candidates:
+    for candidate in result["candidates"]:
         best = figures.headline(candidate)
         metrics = candidate["metrics"] or {}
         facts = [candidate["engine"], candidate["precision"], candidate["headline"]]
         rows.append(
             [
                 f"{escape(candidate['name'])}<small>{escape(' · '.join(f for f in facts if f))}</small>",
-                _number(best["throughput_per_s"]["median"]),
+                *(_median(best[key]) for key in _rates(result).values()),
                 *(_median(best["latency_ms"][key]) for key in ("p50", "p90", "p99")),
                 f"{best['errors']:,}",
-                *(_fraction(metrics.get(key)) for key in ("accuracy", "macro_f1")),
+                *(_fraction(metrics.get(key)) for key in metrics_shown),
+                _number(candidate["first_answer_s"]),
                 _number(candidate["peak_memory_mb"]),
                 _number(candidate["size_mb"]),
             ]
@@ -147,10 +151,10 @@ def _summary(candidates: Sequence[Record]) -> str:
     return _table(head, rows)
 
 
-def _details(candidates: Sequence[Record]) -> str:
-    head = ("model and load", "requests/s", "p50 ms", "p90 ms", "p99 ms", "slowest ms", "requests", "errors")
+def _details(result: Record) -> str:
+    head = ("model and load", *_rates(result), "p50 ms", "p90 ms", "p99 ms", "slowest ms", "requests", "errors")
     rows = []
-    for candidate in candidates:
+    for candidate in result["candidates"]:
         for s in candidate["scenarios"]:
             examples = "; ".join(f"{count:,} × {message}" for message, count in s["error_examples"].items())
             few = " (few samples)" if s["few_samples"] else ""
@@ -158,13 +162,19 @@ def _details(candidates: Sequence[Record]) -> str:
                 [
                     f"{escape(candidate['name'])}<small>{escape(s['scenario']['name'] + few)}</small>"
                     + (f"<small>{escape(examples)}</small>" if examples else ""),
-                    _spread(s["throughput_per_s"]),
+                    *(_spread(s[key]) for key in _rates(result).values()),
                     *(_spread(s["latency_ms"][key]) for key in ("p50", "p90", "p99", "max")),
                     f"{s['requests']:,}",
                     f"{s['errors']:,}",
                 ]
             )
     return _table(head, rows)
+
+
+def _rates(result: Record) -> dict[str, str]:
+    """Titles of the columns of throughput, and their keys."""
+    tokens = {"target tokens/s": "tokens_per_s"} if figures.translates(result) else {}
+    return {"requests/s": "throughput_per_s", **tokens}
 
 
 def _machine(result: Record) -> list[tuple[str, str]]:
@@ -234,7 +244,8 @@ def _number(value: float | None) -> str:
 
 
 def _fraction(value: float | None) -> str:
-    return _NOTHING if value is None else f"{value:.4f}"
+    """An accuracy: of 1, or of 100."""
+    return _NOTHING if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
 def _median(spread: Mapping[str, float] | None) -> str:

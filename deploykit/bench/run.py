@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.bench.load import FEW_SAMPLES, ClosedLoop, Measurement, Scenario, Server, measure
+from deploykit.bench.load import FEW_SAMPLES, ClosedLoop, Measurement, Scenario, Server, answer_texts, measure
 from deploykit.bench.machine import OtherLoad, describe_machine, other_load, require_psutil, settle
 from deploykit.errors import DataError, UsageError
-from deploykit.metrics import classification_metrics
-from deploykit.predictor import Predictor
+from deploykit.metrics import classification_metrics, translation_metrics
+from deploykit.predictor import Predictor, TextClassifier, is_translator
+from deploykit.tasks import Generation
 
 SCHEMA = 1
 DEFAULT_SCENARIOS: tuple[Scenario, ...] = (ClosedLoop(1), ClosedLoop(8), ClosedLoop(64))
@@ -28,8 +29,9 @@ _ERROR_EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is measured, under a name that the report shows. ``size_mb`` (1e6 bytes) is the graph file's;
-    ``peak_memory_mb``, when given, was measured beforehand, in a process of the candidate's own."""
+    """What is measured, under a name that the report shows. ``size_mb`` (1e6 bytes) is the graph files';
+    ``generation`` takes the place of a translator's own. ``peak_memory_mb`` and ``first_answer_s`` (from
+    the start of Python to the first answer) were measured beforehand, in a process of the candidate's own."""
 
     name: str
     target: Predictor | Server
@@ -37,6 +39,8 @@ class Candidate:
     precision: str | None = None
     engine: str | None = None
     peak_memory_mb: float | None = None
+    first_answer_s: float | None = None
+    generation: Generation | None = None
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,15 @@ class ScenarioResult:
         for measurement in self.rounds:
             errors.update(measurement.error_examples)
         summaries = [m.latency_ms for m in self.rounds if m.latency_ms]
+        stages: Counter[str] = Counter()
+        for measurement in self.rounds:
+            stages.update(measurement.seconds or {})
         return {
             "scenario": self.scenario.to_json(),
             "throughput_per_s": _spread([m.throughput_per_s for m in self.rounds]),
+            "tokens_per_s": _spread([m.tokens_per_s for m in self.rounds])
+            if any(m.tokens for m in self.rounds)
+            else None,
             "latency_ms": {
                 key: _spread([s[key] for s in summaries]) if summaries else None
                 for key in ("p50", "p90", "p99", "mean", "max")
@@ -76,13 +86,15 @@ class ScenarioResult:
             "peak_memory_mb": max((m.peak_memory_mb for m in self.rounds if m.peak_memory_mb), default=None),
             "generator_cpu_ms": _spread([m.generator_cpu_ms for m in self.rounds]),
             "send_lag_ms": max((m.send_lag_ms for m in self.rounds if m.send_lag_ms is not None), default=None),
+            "seconds": dict(stages) or None,
         }
 
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """``metrics`` over all rows, None without labels. ``disagreements`` counts texts that were answered
-    differently under load than when ``metrics`` was measured (None without labels): 0 unless something is wrong."""
+    """``metrics`` over all rows, None without truth. ``disagreements`` counts texts that were answered
+    differently under load than when ``metrics`` was measured (None without truth): 0 unless something is
+    wrong. ``labels`` are a graded classifier's."""
 
     candidate: Candidate
     scenarios: tuple[ScenarioResult, ...]
@@ -106,11 +118,13 @@ class CandidateResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.candidate.name,
+            "task": self.candidate.target.task.name,
             "engine": self.candidate.engine,
             "precision": self.candidate.precision,
             "size_mb": self.candidate.size_mb,
             "served": isinstance(self.candidate.target, Server),
             "peak_memory_mb": self.peak_memory_mb,
+            "first_answer_s": self.candidate.first_answer_s,
             "labels": list(self.labels) if self.labels is not None else None,
             "metrics": dict(self.metrics) if self.metrics is not None else None,
             "disagreements": self.disagreements,
@@ -139,10 +153,13 @@ class BenchResult:
         """Plain JSON, without NaN; memory and sizes in 1e6 bytes, times in the unit that the key ends in.
 
         The top level has the figures of the first candidate's headline scenario (its closed loop with
-        the highest throughput), medians over the rounds: throughput_per_s, latency_ms (p50, p90, p99),
-        requests and errors (sums), peak_memory_mb, and metrics (null without labels). Then candidates
-        (each with all its scenarios; median, min and max over the rounds), machine, other_load (before
-        each round), warnings, texts, settings, started, schema.
+        the highest throughput), medians over the rounds: throughput_per_s, tokens_per_s (of target
+        tokens; null of a classifier), latency_ms (p50, p90, p99), requests and errors (sums),
+        peak_memory_mb, and metrics (null without labels or references). Then candidates (each with all
+        its scenarios; median, min and max over the rounds), machine, other_load (before each round),
+        warnings, texts, settings, started, schema. A scenario's seconds (null unless a translator in
+        this process counts them) are sums over the rounds: tokenizing, encoder, decoder, search,
+        detokenizing.
         """
         first = self.candidates[0]
         record = first.to_json()
@@ -152,6 +169,7 @@ class BenchResult:
             "started": self.started,
             "headline": headline["scenario"],
             "throughput_per_s": headline["throughput_per_s"]["median"],
+            "tokens_per_s": headline["tokens_per_s"] and headline["tokens_per_s"]["median"],
             "latency_ms": {
                 key: headline["latency_ms"][key] and headline["latency_ms"][key]["median"]
                 for key in ("p50", "p90", "p99")
@@ -177,7 +195,7 @@ class BenchResult:
 def run_bench(
     candidates: Sequence[Candidate],
     texts: Sequence[str],
-    labels: Sequence[str] | None = None,
+    truth: Sequence[str] | None = None,
     scenarios: Sequence[Scenario] = DEFAULT_SCENARIOS,
     *,
     rounds: int = 3,
@@ -189,7 +207,8 @@ def run_bench(
     """Measure every candidate under every scenario, ``rounds`` times ``seconds`` each.
 
     Within a round the candidates take turns scenario by scenario, so that a drift of the machine hits
-    all alike. With ``labels`` (one a text), each also answers every text once and is graded.
+    all alike. With ``truth`` (a text's labels, or its translation), each also answers every text once
+    and is graded.
     """
     if not candidates or not scenarios:
         raise UsageError("there is nothing to measure", "give at least one model and one scenario")
@@ -197,11 +216,13 @@ def run_bench(
         raise UsageError(f"{rounds} rounds of {seconds:g} s measure nothing", "give 1 or more, and a time above 0")
     if not texts:
         raise DataError("there are no texts to ask", "give a file with at least one row")
-    if labels is not None and len(labels) != len(texts):
-        raise UsageError(f"{len(texts)} texts, but {len(labels)} labels", "give one label for each text")
+    if truth is not None and len(truth) != len(texts):
+        raise UsageError(f"{len(texts)} texts, but {len(truth)} right answers", "give one for each text")
+    if len({candidate.target.task.name for candidate in candidates}) > 1:
+        raise UsageError("some models classify and some translate", "measure them apart")
     require_psutil()
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    grades = [_grade(candidate, texts, labels, progress) if labels is not None else None for candidate in candidates]
+    grades = [_grade(candidate, texts, truth, progress) if truth is not None else None for candidate in candidates]
     measured: dict[tuple[int, int], list[Measurement]] = {}
     loads = []
     for number in range(rounds):
@@ -210,7 +231,13 @@ def run_bench(
         for s, scenario in enumerate(scenarios):
             for c, candidate in enumerate(candidates):
                 measurement = measure(
-                    candidate.target, texts, scenario, seconds=seconds, warmup_s=warmup_s, seed=seed + number
+                    candidate.target,
+                    texts,
+                    scenario,
+                    seconds=seconds,
+                    generation=candidate.generation,
+                    warmup_s=warmup_s,
+                    seed=seed + number,
                 )
                 measured.setdefault((c, s), []).append(measurement)
                 progress(f"round {number + 1} of {rounds}: {candidate.name}, {_told(measurement)}")
@@ -240,29 +267,36 @@ def run_bench(
 
 @dataclass(frozen=True)
 class _Grade:
-    """``answers`` to every text, asked calmly."""
+    """``answers`` to every text, asked calmly. ``labels`` are the classifier's."""
 
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None
     answers: tuple[str, ...]
     metrics: Mapping[str, Any]
 
 
-def _grade(
-    candidate: Candidate, texts: Sequence[str], labels: Sequence[str], progress: Callable[[str], None]
-) -> _Grade:
+def _grade(candidate: Candidate, texts: Sequence[str], truth: Sequence[str], progress: Callable[[str], None]) -> _Grade:
     progress(f"grading {candidate.name} on {len(texts):,} rows")
     if not isinstance(candidate.target, Server):
-        return _grade_predictor(candidate.target, texts, labels)
-    from deploykit.triton.client import ServedClassifier
+        return _grade_predictor(candidate.target, texts, truth, candidate.generation)
+    from deploykit.triton.client import open_served
 
-    served = ServedClassifier(candidate.target.model, candidate.target.url)
+    served = open_served(candidate.target.model, candidate.target.url)
     try:
-        return _grade_predictor(served, texts, labels)
+        return _grade_predictor(served, texts, truth, candidate.generation)
     finally:
         served.close()
 
 
-def _grade_predictor(predictor: Predictor, texts: Sequence[str], labels: Sequence[str]) -> _Grade:
+def _grade_predictor(
+    predictor: Predictor, texts: Sequence[str], truth: Sequence[str], generation: Generation | None
+) -> _Grade:
+    if not is_translator(predictor):
+        return _grade_classifier(predictor, texts, truth)
+    answers = [a.text for chunk in _chunks(texts) for a in answer_texts(predictor, chunk, generation)]
+    return _Grade(None, tuple(answers), translation_metrics(answers, truth, texts))
+
+
+def _grade_classifier(predictor: TextClassifier, texts: Sequence[str], labels: Sequence[str]) -> _Grade:
     task = predictor.task
     try:
         truth = task.targets(labels)
@@ -271,10 +305,13 @@ def _grade_predictor(predictor: Predictor, texts: Sequence[str], labels: Sequenc
             f"the data have the label {error}, which the model does not",
             f"correct the data; the model has: {', '.join(task.labels)}",
         ) from None
-    scores: NDArray[np.float32] = np.concatenate(
-        [predictor.scores(texts[start : start + _CHUNK]) for start in range(0, len(texts), _CHUNK)]
-    )
+    scores: NDArray[np.float32] = np.concatenate([predictor.scores(chunk) for chunk in _chunks(texts)])
     return _Grade(task.labels, tuple(task.decide(scores)), classification_metrics(task, truth, scores))
+
+
+def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(texts), _CHUNK):
+        yield texts[start : start + _CHUNK]
 
 
 def _result(candidate: Candidate, scenarios: Sequence[ScenarioResult], grade: _Grade | None) -> CandidateResult:
@@ -284,8 +321,8 @@ def _result(candidate: Candidate, scenarios: Sequence[ScenarioResult], grade: _G
         row
         for s in scenarios
         for measurement in s.rounds
-        for row, label in measurement.labels.items()
-        if label != grade.answers[row]
+        for row, answer in measurement.answers.items()
+        if answer != grade.answers[row]
     }
     return CandidateResult(candidate, tuple(scenarios), grade.labels, grade.metrics, len(differing))
 
@@ -321,6 +358,7 @@ def _warnings(results: Sequence[CandidateResult], loads: Sequence[OtherLoad]) ->
 def _told(m: Measurement) -> str:
     latency = m.latency_ms
     told = f"{m.scenario.name}: {m.throughput_per_s:.1f}/s"
+    told += f", {m.tokens_per_s:.0f} tokens/s" if m.tokens else ""
     if latency:
         told += f", p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms"
     return told + (f", {m.errors} errors" if m.errors else "")

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import itertools
-import json
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deploykit.artifacts import load_manifest
+from deploykit.bench.alone import Alone, answer_alone, measure_alone
 from deploykit.bench.load import Scenario, Server
-from deploykit.bench.machine import PeakMemory, require_psutil
+from deploykit.bench.machine import require_psutil
 from deploykit.bench.run import DEFAULT_SCENARIOS, BenchResult, Candidate, run_bench
+from deploykit.errors import UsageError
 from deploykit.predictor import Predictor, find_graphs, open_predictor
 from deploykit.runtime.engines import ENGINES
-
-_MEMORY_TEXTS = 256
+from deploykit.runtime.generation import override
+from deploykit.tasks import Generation, Task, Translation
 
 
 def bench_targets(
     targets: Sequence[str],
     texts: Sequence[str],
-    labels: Sequence[str] | None = None,
+    truth: Sequence[str] | None = None,
     *,
     url: str,
+    generation: Mapping[str, Any] = {},
     engines: Sequence[str] = ("auto",),
     precisions: Sequence[str] = ("auto",),
     threads: int | None = None,
@@ -38,7 +39,8 @@ def bench_targets(
 ) -> BenchResult:
     """Open each target and measure them all: directories of any kind, or names of models at ``url``.
 
-    An export is measured once for each combination of ``engines`` and ``precisions``.
+    An export is measured once for each combination of ``engines`` and ``precisions``. ``generation``
+    are parameters of a translator's search, as ``override`` takes them.
     """
     require_psutil()
     plans = [plan for target in targets for plan in _plans(target, engines, precisions)]
@@ -48,12 +50,12 @@ def bench_targets(
         for plan in plans:
             progress(f"opening {plan.name}")
             # Side by side in one process, the memory of each could not be told from the others'.
-            memory = _memory_alone(plan, threads, texts) if not plan.served and len(local) > 1 else None
-            candidates.append(_open(plan, url, threads, memory))
+            alone = _alone(plan, threads, texts, generation) if not plan.served and len(local) > 1 else None
+            candidates.append(_open(plan, url, threads, generation, alone))
         return run_bench(
             candidates,
             texts,
-            labels,
+            truth,
             scenarios,
             rounds=rounds,
             seconds=seconds,
@@ -99,11 +101,23 @@ def _plans(target: str, engines: Sequence[str], precisions: Sequence[str]) -> It
             yield _Plan(name, target, False, graphs.engine, graphs.precision, size)
 
 
-def _open(plan: _Plan, url: str, threads: int | None, memory: float | None) -> Candidate:
+def _open(plan: _Plan, url: str, threads: int | None, generation: Mapping[str, Any], alone: Alone | None) -> Candidate:
     if plan.served:
-        return Candidate(plan.name, Server(url, plan.target))
+        served = open_predictor(plan.target, url=url)
+        served.close()
+        target = Server(url, plan.target, served.task)
+        return Candidate(plan.name, target, generation=_generation(served.task, generation, plan.name))
     predictor = _predictor(plan.target, plan.engine, plan.precision, threads)
-    return Candidate(plan.name, predictor, plan.size_mb, plan.precision, plan.engine, memory)
+    return Candidate(
+        plan.name,
+        predictor,
+        plan.size_mb,
+        plan.precision,
+        plan.engine,
+        alone.peak_memory_mb if alone else None,
+        alone.first_answer_s if alone else None,
+        _generation(predictor.task, generation, plan.name),
+    )
 
 
 def _predictor(target: str, engine: str, precision: str, threads: int | None) -> Predictor:
@@ -112,30 +126,30 @@ def _predictor(target: str, engine: str, precision: str, threads: int | None) ->
     return open_predictor(target, url="", engine=engine, precision=precision, threads=threads)
 
 
-def _memory_alone(plan: _Plan, threads: int | None, texts: Sequence[str]) -> float | None:
-    """Peak memory, in 1e6 bytes, of a fresh process that opens the candidate and answers 256 texts."""
+def _generation(task: Task, given: Mapping[str, Any], name: str) -> Generation | None:
+    if isinstance(task, Translation):
+        return override(task, given)
+    if given:
+        raise UsageError(f"{name} classifies: {next(iter(given))} is for a translator", "leave it out")
+    return None
+
+
+def _alone(plan: _Plan, threads: int | None, texts: Sequence[str], generation: Mapping[str, Any]) -> Alone | None:
     job = {
         "target": plan.target,
         "engine": plan.engine,
         "precision": plan.precision,
         "threads": threads,
-        "texts": list(texts[:_MEMORY_TEXTS]),
+        "generation": dict(generation),
     }
-    child = subprocess.run(
-        [sys.executable, "-c", "from deploykit.bench.targets import _memory_job; _memory_job()"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return float(child.stdout.split()[-1]) if child.returncode == 0 else None
+    return measure_alone(["-c", "from deploykit.bench.targets import _alone_job; _alone_job()"], job, texts)
 
 
-def _memory_job() -> None:
-    """The other side of ``_memory_alone``."""
-    job = json.load(sys.stdin)
-    with PeakMemory(None) as memory:
+def _alone_job() -> None:
+    """The other side of ``_alone``."""
+
+    def open_job(job: Mapping[str, Any]) -> tuple[Predictor, Generation | None]:
         predictor = _predictor(job["target"], job["engine"], job["precision"], job["threads"])
-        for start in range(0, len(job["texts"]), 64):
-            predictor.scores(job["texts"][start : start + 64])
-    print(memory.peak_mb)
+        return predictor, _generation(predictor.task, job["generation"], job["target"])
+
+    answer_alone(open_job)

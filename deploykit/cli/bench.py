@@ -1,12 +1,23 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from deploykit.cli.common import ENCODING, FORCE, SERVER_URL, THREADS, Result, deploykit_command, say
+from deploykit.cli.common import (
+    ENCODING,
+    FORCE,
+    SERVER_URL,
+    THREADS,
+    Result,
+    deploykit_command,
+    generation_options,
+    refuse_options,
+    say,
+)
 
 
 class _WithItsWords(click.Command):
@@ -22,9 +33,11 @@ class _WithItsWords(click.Command):
     help="Measure TARGETS (checkpoints, exports, or served models' names) side by side on real texts.",
 )
 @click.argument("targets", nargs=-1, required=True)
-@click.option("--data", required=True, help="Texts to ask with; if they have labels, accuracy is measured too.")
+@click.option("--data", required=True, help="Texts to ask with; with labels or translations, accuracy is measured too.")
 @click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
 @click.option("--label-column", help="(default: the training column, or detected)")
+@click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")
+@click.option("--target-column", help="Of their translations (default: the training column, or detected).")
 @click.option(
     "--engine", "engines", multiple=True, default=("auto",), help="Of exports; repeat to compare. [default: auto]"
 )
@@ -39,6 +52,7 @@ class _WithItsWords(click.Command):
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Write the whole result here, as JSON.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write a self-contained HTML page here.")
+@generation_options
 @ENCODING
 @FORCE
 @SERVER_URL
@@ -49,6 +63,8 @@ def command(
     data: str,
     text_column: tuple[str, ...],
     label_column: str | None,
+    source_column: str | None,
+    target_column: str | None,
     engines: tuple[str, ...],
     precisions: tuple[str, ...],
     concurrencies: tuple[int, ...],
@@ -56,6 +72,7 @@ def command(
     max_rows: int,
     out: Path | None,
     report: Path | None,
+    generation: dict[str, Any],
     encoding: str | None,
     force: bool,
     **settings: Any,
@@ -65,19 +82,26 @@ def command(
     from deploykit.artifacts import new_file
     from deploykit.bench.load import ClosedLoop, Poisson
     from deploykit.bench.report import write_report
-    from deploykit.bench.rows import read_rows
+    from deploykit.bench.rows import read_rows, task_of
     from deploykit.bench.targets import bench_targets
     from deploykit.errors import ArtifactError
+    from deploykit.tasks import Translation
 
     for path in (out, report):
         if path is not None and path.exists() and not force:
             raise ArtifactError(f"{path}: exists", "choose another name, or pass --force to replace it")
-    texts, labels = read_rows(
+    task = task_of(targets[0], url=settings["url"])
+    if isinstance(task, Translation):
+        refuse_options("translates", {"--text-column": text_column, "--label-column": label_column})
+    else:
+        refuse_options("classifies", {"--source-column": source_column, "--target-column": target_column}, generation)
+    texts, truth = read_rows(
         data,
-        targets[0],
-        url=settings["url"],
+        task,
         text_columns=text_column,
         label_column=label_column,
+        source_column=source_column,
+        target_column=target_column,
         encoding=encoding,
         most=max_rows,
         seed=settings["seed"],
@@ -85,7 +109,8 @@ def command(
     result = bench_targets(
         targets,
         texts,
-        labels,
+        truth,
+        generation=generation,
         engines=engines,
         precisions=precisions,
         scenarios=[*map(ClosedLoop, concurrencies), *map(Poisson, rates)],
@@ -98,16 +123,23 @@ def command(
             file.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
     if report is not None:
         write_report(result, report)
-    lines = [f"{'':<40}{'texts/s':>10}{'p50 ms':>10}{'p99 ms':>10}{'errors':>8}"]
-    for candidate in result["candidates"]:
-        for s in candidate["scenarios"]:
-            latency = s["latency_ms"]
-            cells = (f"{latency[key]['median']:.2f}" if latency[key] else "-" for key in ("p50", "p99"))
-            name = f"{candidate['name']}, {s['scenario']['name']}"
-            lines.append(
-                f"{name:<40}{s['throughput_per_s']['median']:>10.0f}"
-                + "".join(f"{c:>10}" for c in cells)
-                + f"{s['errors']:>8}"
-            )
-    lines += [f"{path}: written" for path in (out, report) if path is not None]
+    lines = [*_table(result["candidates"]), *(f"{path}: written" for path in (out, report) if path is not None)]
     return result, "\n".join(lines)
+
+
+def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    translators = any(candidate["task"] == "translation" for candidate in candidates)
+    head = ("texts/s", *(["tokens/s"] if translators else []), "p50 ms", "p99 ms")
+    yield f"{'':<40}" + "".join(f"{title:>10}" for title in head) + f"{'errors':>8}"
+    for candidate in candidates:
+        for s in candidate["scenarios"]:
+            rates = [s["throughput_per_s"], *([s["tokens_per_s"]] if translators else [])]
+            cells = [f"{rate['median']:.0f}" if rate else "-" for rate in rates]
+            cells += [
+                f"{s['latency_ms'][key]['median']:.2f}" if s["latency_ms"][key] else "-" for key in ("p50", "p99")
+            ]
+            name = f"{candidate['name']}, {s['scenario']['name']}"
+            yield f"{name:<40}" + "".join(f"{cell:>10}" for cell in cells) + f"{s['errors']:>8}"
+    for candidate in candidates:
+        if translators and candidate["metrics"]:
+            yield "{}: BLEU {bleu:.2f}, chrF {chrf:.2f}".format(candidate["name"], **candidate["metrics"])

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
-from deploykit.errors import DeploykitError
+from deploykit.errors import DeploykitError, UsageError
 
 Result = tuple[Mapping[str, Any], str]
 """What a command returns: the object that --json prints, and the text printed otherwise."""
@@ -133,6 +133,14 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
     for name, attributes in reversed(list(_SEARCH.items())):
         run = click.option(f"--{name.replace('_', '-')}", name, **attributes)(run)
     return run
+
+
+def refuse_options(what: str, options: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> None:
+    """Raise UsageError if an option is given that does nothing for a model that ``what`` ("translates")."""
+    given = {f"--{name.replace('_', '-')}": value for name, value in generation.items()}
+    for name, value in {**options, **given}.items():
+        if value not in (None, ()):
+            raise UsageError(f"{name} is not for a model that {what}", "leave it out")
 
 
 @contextlib.contextmanager

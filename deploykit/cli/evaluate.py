@@ -15,8 +15,8 @@ from deploykit.cli.common import (
     generation_options,
     metrics_text,
     progress_bar,
+    refuse_options,
 )
-from deploykit.errors import UsageError
 
 
 @deploykit_command(
@@ -57,13 +57,13 @@ def command(
     try:
         with progress_bar("rows") as progress:
             if is_translator(predictor):
-                _refuse({"--text-column": text_column, "--label-column": label_column}, "translates")
+                refuse_options("translates", {"--text-column": text_column, "--label-column": label_column})
                 pairs = translated_rows(data, predictor.task, source_column=source_column, target_column=target_column,
                                         encoding=encoding, split=split)  # fmt: skip
                 done = evaluate_translator(predictor, pairs, override(predictor.task, generation), progress=progress)
             else:
-                given = {f"--{name.replace('_', '-')}": value for name, value in generation.items()}
-                _refuse({"--source-column": source_column, "--target-column": target_column, **given}, "classifies")
+                columns = {"--source-column": source_column, "--target-column": target_column}
+                refuse_options("classifies", columns, generation)
                 rows = labelled_rows(data, predictor.task, text_columns=text_column, label_column=label_column,
                                      encoding=encoding, split=split)  # fmt: skip
                 done = evaluate(predictor, rows, progress=progress)
@@ -72,10 +72,3 @@ def command(
     skipped = f" ({done.skipped:,} skipped: incomplete)" if done.skipped else ""
     text = f"{target} on {done.rows:,} rows of {data}{skipped}\n{metrics_text(done.metrics)}"
     return {"target": target, "rows": done.rows, "skipped": done.skipped, "metrics": done.metrics}, text
-
-
-def _refuse(options: dict[str, Any], what: str) -> None:
-    """An option of the other task would do nothing."""
-    for name, value in options.items():
-        if value not in (None, ()):
-            raise UsageError(f"{name} is not for a model that {what}", "leave it out")

@@ -8,20 +8,31 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
-from deploykit.bench.http import encode_requests, label_of
-from deploykit.bench.load import ClosedLoop, Measurement, Poisson, Server, measure
+from deploykit.bench.http import answer_of, encode_requests
+from deploykit.bench.load import Answer, ClosedLoop, Measurement, Poisson, Server, measure
+from deploykit.runtime.generation import override
+from deploykit.tasks import Classification, Generation, Task, Translation
 
+CLASSIFICATION = Classification(("a", "b"), max_length=8, pad_token_id=0)
+TRANSLATION = Translation("en", "fr", "marian", vocabulary=100, max_source_length=64, max_target_length=64, pad_token_id=99,
+                          eos_token_ids=(0,), decoder_start_token_id=99)  # fmt: skip
 TEXTS = ["good", "bad", "表情 😀", 'quote " and \\ and \ud800']
 
 
 class FakeTriton:
-    """Answers with the text itself as the label. Request number n gets behaviour n % len(behaviours)."""
+    """Answers with the text itself as the label, or as a translation of three tokens.
 
-    def __init__(self, *behaviours: str) -> None:
+    Request number n gets behaviour n % len(behaviours).
+    """
+
+    def __init__(self, *behaviours: str, task: Task = CLASSIFICATION) -> None:
         self.behaviours = behaviours
+        self.task = task
+        self.parameters: Any = None
         self.asked: list[str] = []
         self.sent_ok = 0
 
@@ -39,7 +50,10 @@ class FakeTriton:
         assert head.startswith("POST /v2/models/m/infer HTTP/1.1\r\n")
         length = next(int(line[15:]) for line in head.split("\r\n") if line.startswith("Content-Length:"))
         request = json.loads(await reader.readexactly(length))
-        assert [o["name"] for o in request["outputs"]] == ["LABEL", "SCORES"]
+        translates = isinstance(self.task, Translation)
+        wanted = ["TRANSLATION", "TARGET_TOKENS"] if translates else ["LABEL", "SCORES"]
+        assert [o["name"] for o in request["outputs"]] == wanted
+        self.parameters = request.get("parameters")
         text = request["inputs"][0]["data"][0]
         behaviour = self.behaviours[len(self.asked) % len(self.behaviours)]
         self.asked.append(text)
@@ -47,8 +61,10 @@ class FakeTriton:
             return False
         if behaviour == "hang":
             await asyncio.sleep(30)
-        outputs = [{"name": "LABEL", "datatype": "BYTES", "shape": [1, 1], "data": [text]}]
-        body = json.dumps({"outputs": outputs if behaviour != "no label" else []}).encode()
+        outputs = [{"name": wanted[0], "datatype": "BYTES", "shape": [1, 1], "data": [text]}]
+        if translates:
+            outputs.append({"name": "TARGET_TOKENS", "datatype": "INT32", "shape": [1, 1], "data": [3]})
+        body = json.dumps({"outputs": outputs if behaviour != "no answer" else []}).encode()
         status = "200 OK"
         if behaviour == "503":
             status, body = "503 Service Unavailable", b'{"error":"queue is full"}'
@@ -63,7 +79,7 @@ class FakeTriton:
         else:
             writer.write(answer + body)
         await writer.drain()
-        self.sent_ok += status.startswith("200") and behaviour != "no label"
+        self.sent_ok += status.startswith("200") and behaviour != "no answer"
         return not last
 
 
@@ -82,7 +98,7 @@ def running(fake: FakeTriton) -> Iterator[Server]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     try:
-        yield Server(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "m")
+        yield Server(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "m", fake.task)
     finally:
         asyncio.run_coroutine_threadsafe(stop(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
@@ -90,9 +106,15 @@ def running(fake: FakeTriton) -> Iterator[Server]:
         loop.close()
 
 
-def ask(fake: FakeTriton, scenario: ClosedLoop | Poisson, timeout_s: float = 5.0, seconds: float = 0.4) -> Measurement:
+def ask(
+    fake: FakeTriton,
+    scenario: ClosedLoop | Poisson,
+    timeout_s: float = 5.0,
+    seconds: float = 0.4,
+    generation: Generation | None = None,
+) -> Measurement:
     with running(fake) as server:
-        m = measure(server, TEXTS, scenario, seconds=seconds, warmup_s=0, timeout_s=timeout_s)
+        m = measure(server, TEXTS, scenario, seconds=seconds, generation=generation, warmup_s=0, timeout_s=timeout_s)
     assert m.requests == len(m.latencies_ms) + m.errors
     assert m.errors == sum(m.error_examples.values())
     return m
@@ -105,9 +127,25 @@ def test_every_request_is_answered(scenario: ClosedLoop | Poisson, behaviour: st
     m = ask(fake, scenario)
     assert m.error_examples == {}
     assert m.requests == fake.sent_ok > 4
-    assert m.labels == {0: "good", 1: "bad", 2: "表情 😀", 3: 'quote " and \\ and \ufffd'}
+    assert m.answers == {0: "good", 1: "bad", 2: "表情 😀", 3: 'quote " and \\ and \ufffd'}
     assert (m.latencies_ms > 0).all()
     assert m.peak_memory_mb is not None
+
+
+def test_a_translator_is_asked_for_translations_and_their_tokens() -> None:
+    fake = FakeTriton("ok", "503", "no answer", task=TRANSLATION)
+    m = ask(fake, ClosedLoop(2), generation=override(TRANSLATION, {"beam_size": 4, "length_penalty": 0.5}))
+    assert fake.parameters == {"beam_size": 4, "length_penalty": "0.5"}
+    assert set(m.error_examples) == {"503 queue is full", "the answer has neither LABEL nor TRANSLATION"}
+    assert set(m.answers.values()) <= {"good", "bad", "表情 😀", 'quote " and \\ and \ufffd'}
+    assert m.tokens == 3 * len(m.latencies_ms) > 0
+    assert m.tokens_per_s == pytest.approx(3 * m.throughput_per_s)
+
+
+def test_a_translators_own_search_needs_no_parameters() -> None:
+    fake = FakeTriton("ok", task=TRANSLATION)
+    ask(fake, ClosedLoop(1), seconds=0.1)
+    assert fake.parameters is None
 
 
 def test_every_scheduled_request_is_sent() -> None:
@@ -118,12 +156,12 @@ def test_every_scheduled_request_is_sent() -> None:
 
 
 def test_refusals_and_lost_connections_are_errors_with_their_message() -> None:
-    fake = FakeTriton("ok", "503", "chunks", "close", "no label")
+    fake = FakeTriton("ok", "503", "chunks", "close", "no answer")
     m = ask(fake, ClosedLoop(3))
     assert set(m.error_examples) == {
         "503 queue is full",
         "the server closed the connection without an answer",
-        "the answer has no LABEL",
+        "the answer has neither LABEL nor TRANSLATION",
     }
     assert m.requests - m.errors == fake.sent_ok
     assert m.requests == len(fake.asked)
@@ -152,13 +190,13 @@ def test_no_server_is_an_error_a_request_not_an_exception() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    m = measure(Server(url, "m"), TEXTS, ClosedLoop(2), seconds=0.3, warmup_s=0)
+    m = measure(Server(url, "m", CLASSIFICATION), TEXTS, ClosedLoop(2), seconds=0.3, warmup_s=0)
     assert 0 < m.requests == m.errors < 50
     assert m.peak_memory_mb is None
 
 
 def test_requests_keep_the_servers_path_and_hold_whole_bytes() -> None:
-    (request,) = encode_requests("host:80/prefix", "m", ["é"])
+    (request,) = encode_requests("host:80/prefix", "m", ["é"], ["LABEL"], {})
     head, _, body = request.partition(b"\r\n\r\n")
     assert head.startswith(b"POST /prefix/v2/models/m/infer HTTP/1.1\r\nHost: host:80\r\n")
     assert f"Content-Length: {len(body)}".encode() in head
@@ -167,4 +205,11 @@ def test_requests_keep_the_servers_path_and_hold_whole_bytes() -> None:
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"outputs":[{"name":"LABEL","data":[]}]}', b"\xff"])
 def test_an_answer_without_a_label_is_told(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"LABEL|JSON|decode|Expecting"):
-        label_of(body)
+        answer_of(body)
+
+
+def test_answers_of_both_tasks_are_read() -> None:
+    body = {"outputs": [{"name": "SCORES", "data": [0.5, 0.5]}, {"name": "LABEL", "data": ["yes"]}]}
+    assert answer_of(json.dumps(body).encode()) == Answer("yes")
+    body = {"outputs": [{"name": "TARGET_TOKENS", "data": [7]}, {"name": "TRANSLATION", "data": ["oui"]}]}
+    assert answer_of(json.dumps(body).encode()) == Answer("oui", 7)

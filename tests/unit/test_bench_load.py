@@ -47,7 +47,9 @@ def test_a_closed_loop_asks_for_all_its_callers_at_once() -> None:
     assert m.latency_ms["p50"] >= 2.0
     assert m.throughput_per_s == pytest.approx(m.requests / m.duration_s)
     assert m.throughput_per_s <= 4 / 0.002
-    assert m.labels[0] == "b"
+    assert m.answers[0] == "b"
+    assert m.tokens == 0
+    assert m.seconds is None
 
 
 def test_warm_up_is_not_counted() -> None:

@@ -53,7 +53,7 @@ def test_json_has_the_documented_keys_and_survives_a_round_trip() -> None:
     result = run(Candidate("oracle", Oracle("a"), size_mb=1.5, precision="fp32", engine="none")).to_json()
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert set(result) == {
-        "schema", "started", "headline", "throughput_per_s", "latency_ms", "requests", "errors", "peak_memory_mb",
+        "schema", "started", "headline", "throughput_per_s", "tokens_per_s", "latency_ms", "requests", "errors", "peak_memory_mb",
         "metrics", "candidates", "texts", "settings", "machine", "other_load", "warnings",
     }  # fmt: skip
     assert result["schema"] == 1
@@ -107,7 +107,7 @@ def test_a_label_that_the_model_lacks_is_a_data_error() -> None:
 
 
 def test_wrong_calls_are_refused() -> None:
-    with pytest.raises(UsageError, match="3 labels"):
+    with pytest.raises(UsageError, match="3 right answers"):
         run(Candidate("oracle", Oracle("a")), labels=LABELS[:3])
     with pytest.raises(UsageError, match="nothing to measure"):
         run()

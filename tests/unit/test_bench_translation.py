@@ -1,0 +1,183 @@
+"""Translators in the bench: tokens, references, options of the search, and where the time goes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from deploykit.bench.alone import measure_alone
+from deploykit.bench.load import ClosedLoop, measure
+from deploykit.bench.report import write_report
+from deploykit.bench.rows import read_rows
+from deploykit.bench.run import Candidate, run_bench
+from deploykit.cli import main
+from deploykit.errors import UsageError
+from deploykit.runtime.translated import LongInput, Translated
+from deploykit.tasks import Classification, Generation, Translation
+
+TASK = Translation("en", "fr", "marian", vocabulary=100, max_source_length=64, max_target_length=64, pad_token_id=99,
+                   eos_token_ids=(0,), decoder_start_token_id=99)  # fmt: skip
+TEXTS = ["one", "one two", "one two three"]
+STAGES = ["tokenizing", "encoder", "decoder", "search", "detokenizing"]
+
+
+class Shouter:
+    """Translates a text to capitals, a token a word, and remembers how it was asked."""
+
+    task = TASK
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, Generation | None, bool]] = []
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
+    ) -> list[Translated]:
+        self.asked.append((len(texts), generation, scored))
+        return [Translated(text.upper(), 0.0, len(text.split()), len(text.split()), "eos") for text in texts]
+
+    def close(self) -> None:
+        pass
+
+
+class Labeller:
+    task = Classification(("a", "b"), max_length=8, pad_token_id=0)
+
+
+def bench(*words: str) -> Any:
+    done = CliRunner().invoke(main, ["bench", *words, "--rounds", "1", "--seconds", "0.05", "--json"])
+    return done.exit_code, json.loads(done.stdout)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.tsv"
+    path.write_text(
+        "en\tfr\nSave the file.\tEnregistrez le fichier.\nOpen {name}?\tOuvrir {name} ?\n", encoding="utf-8"
+    )
+    return path
+
+
+def test_callers_share_one_call_whose_scores_are_not_asked_for() -> None:
+    translator = Shouter()
+    beams = Generation(beam_size=4)
+    m = measure(translator, TEXTS, ClosedLoop(3), seconds=0.05, generation=beams, warmup_s=0)
+    assert set(translator.asked) == {(3, beams, False)}
+    assert m.answers == {0: "ONE", 1: "ONE TWO", 2: "ONE TWO THREE"}
+    assert m.tokens == 6 * len(translator.asked)
+    assert m.tokens_per_s == pytest.approx(2 * m.throughput_per_s)
+    assert m.seconds is None  # it does not count them
+
+
+def test_translations_are_graded_against_references() -> None:
+    references = ["ONE", "ONE TWO", "something else"]
+    result = run_bench(
+        [Candidate("s", Shouter())], TEXTS, references, [ClosedLoop(2)], rounds=2, seconds=0.05, warmup_s=0
+    )
+    record = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert 0 < record["metrics"]["chrf"] < 100
+    assert record["tokens_per_s"] == record["candidates"][0]["scenarios"][0]["tokens_per_s"]["median"] > 0
+    assert record["candidates"][0]["task"] == "translation"
+    assert record["candidates"][0]["labels"] is None
+    assert record["candidates"][0]["disagreements"] == 0
+
+
+def test_a_classifier_and_a_translator_are_not_compared() -> None:
+    with pytest.raises(UsageError, match="some models classify and some translate"):
+        run_bench([Candidate("s", Shouter()), Candidate("l", Labeller())], TEXTS)  # type: ignore[arg-type]
+
+
+def test_exports_are_measured_with_references_and_options(
+    tiny_translation: Path, make_tiny_translation: Any, pairs: Path, tmp_path: Path
+) -> None:
+    other = make_tiny_translation(tmp_path / "int8", precision="int8", seed=1)
+    report = tmp_path / "bench.html"
+    code, result = bench(
+        str(tiny_translation), str(other), "--data", str(pairs), "--precision", "auto", "--concurrency", "2",
+        "--beam-size", "2", "--max-new-tokens", "5", "--report", str(report),
+    )  # fmt: skip
+    assert code == 0, result
+    assert [c["precision"] for c in result["candidates"]] == ["fp32", "int8"]
+    for candidate in result["candidates"]:
+        assert set(candidate["metrics"]) == {"bleu", "chrf", "signatures", "placeholders"}
+        assert candidate["disagreements"] == 0
+        assert candidate["peak_memory_mb"] > 10
+        assert candidate["first_answer_s"] > 0
+        assert candidate["size_mb"] > 0
+        (scenario,) = candidate["scenarios"]
+        assert scenario["errors"] == 0
+        assert list(scenario["seconds"]) == STAGES
+        assert all(seconds > 0 for seconds in scenario["seconds"].values())
+        assert sum(scenario["seconds"].values()) <= scenario["duration_s"]["median"]
+        assert 1 <= statistics.fmean([scenario["tokens_per_s"]["median"] / scenario["throughput_per_s"]["median"]]) <= 5
+    page = report.read_text(encoding="utf-8")
+    for words in ("target tokens/s", "BLEU", "chrF", "Where the time goes", "detokenizing"):
+        assert words in page
+    assert "Confusion" not in page
+    assert "macro-F1" not in page
+
+
+def test_texts_alone_are_measured_without_grades(tiny_translation: Path, tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("Save the file.\n\nOpen the window.\n", encoding="utf-8")
+    code, result = bench(str(tiny_translation), "--data", str(lines), "--concurrency", "1", "--max-new-tokens", "3")
+    assert code == 0, result
+    assert result["metrics"] is None
+    assert result["texts"]["rows"] == 2
+    assert result["tokens_per_s"] > 0
+
+
+def test_rows_of_pairs_keep_their_references_together(pairs: Path) -> None:
+    texts, references = read_rows(str(pairs), TASK, most=10, seed=1)
+    assert references is not None
+    assert set(zip(texts, references)) == {
+        ("Save the file.", "Enregistrez le fichier."), ("Open {name}?", "Ouvrir {name} ?")
+    }  # fmt: skip
+    assert len(read_rows(str(pairs), TASK, most=1, seed=1)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "what"), [("--label-column", "x", "translates"), ("--text-column", "en", "translates")]
+)
+def test_options_of_classifiers_are_refused(
+    tiny_translation: Path, pairs: Path, option: str, value: str, what: str
+) -> None:
+    code, result = bench(str(tiny_translation), "--data", str(pairs), option, value)
+    assert code == 2
+    assert result["error"]["message"] == f"{option} is not for a model that {what}"
+
+
+@pytest.mark.parametrize("option", ["--beam-size", "--max-new-tokens"])
+def test_options_of_translators_are_refused(tiny_export: Path, tmp_path: Path, option: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2"}\n')
+    code, result = bench(str(tiny_export), "--data", str(tmp_path / "rows.jsonl"), option, "3")
+    assert code == 2
+    assert result["error"]["message"] == f"{option} is not for a model that classifies"
+
+
+def test_beams_that_no_model_takes_are_refused(tiny_translation: Path, pairs: Path) -> None:
+    code, result = bench(str(tiny_translation), "--data", str(pairs), "--beam-size", "0")
+    assert code == 2
+    assert "beam_size is 0" in result["error"]["message"]
+
+
+def test_chrf_is_plotted_against_speed(tmp_path: Path) -> None:
+    result = run_bench([Candidate("s", Shouter())], TEXTS, TEXTS, [ClosedLoop(1)], rounds=1, seconds=0.05, warmup_s=0)
+    write_report(result.to_json(), tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert ">chrF</text>" in page
+    assert "Where the time goes" not in page
+
+
+def test_a_candidate_that_fails_alone_has_no_figures() -> None:
+    assert measure_alone(["-c", "raise SystemExit(3)"], {}, ["a"]) is None
