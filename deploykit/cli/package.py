@@ -18,11 +18,18 @@ _DEFAULT = ServingSettings()
 @click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True)
 @ENGINE
 @PRECISION
-@click.option("--instances", type=int, help=f"Processes of the model. [default: {_DEFAULT.instances}]")
+@click.option("--instances", type=int, help="Processes of the model. [default: 2; 1 for translation]")
 @click.option("--threads", type=int, help="CPU threads of each instance; 0: twice the CPUs, shared. [default: 0]")
 @click.option("--max-batch-size", type=int, help=f"Most rows of one batch. [default: {_DEFAULT.max_batch_size}]")
-@click.option("--max-queue-size", type=int, help=f"Requests; more are refused. [default: {_DEFAULT.max_queue_size}]")
+@click.option("--max-queue-size", type=int,
+              help=f"Requests (translation: sentences) that may wait; more are refused. [default: {_DEFAULT.max_queue_size}]")  # fmt: skip
 @click.option("--max-queue-delay-us", type=int, help="Microseconds to wait for a fuller batch. [default: 0]")
+@click.option("--max-rows", type=int, help=f"[translation] Texts x beams of one step. [default: {_DEFAULT.max_rows}]")
+@click.option("--max-cache-mb", type=int,
+              help=f"[translation] Memory of their keys and values. [default: {_DEFAULT.max_cache_mb}]")  # fmt: skip
+@click.option("--long-input", type=click.Choice(["split", "refuse"]),
+              help="[translation] Texts longer than the model takes. [default: split]")  # fmt: skip
+@click.option("--no-stream", is_flag=True, help="[translation] Do not write NAME_stream.")
 @click.option("--overwrite-config", is_flag=True, help="Write config.pbtxt anew; otherwise an existing one is kept.")
 def command(
     *,
@@ -32,6 +39,7 @@ def command(
     engine: str,
     precision: str,
     overwrite_config: bool,
+    no_stream: bool,
     **settings: Any,
 ) -> Result:
     from deploykit.triton.repository import CONFIG, package
@@ -50,6 +58,7 @@ def command(
         precision=precision,
         settings=ServingSettings(**given),
         overwrite_config=overwrite_config,
+        stream=not no_stream,
     )
     size = sum(record.bytes for record in done.manifest.files.values())
     options = done.manifest.options

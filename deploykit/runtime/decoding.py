@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.search import Beam, Finished, Floats, Ints, Rules, log_sum_exp, top_k
 from deploykit.tasks import Generation, Translation
 
-MAX_ROWS = 64
-"""Rows (sentences x beams) of one step."""
 MAX_CACHE_BYTES = 512 << 20
 _TOKENS_PER_ENCODE = 2048
 _JOIN_SHARE = 8  # a full batch takes new sentences when an eighth of its rows is free: single ones encode slowly

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from deploykit.errors import UsageError
-from deploykit.runtime.decoding import MAX_ROWS
 from deploykit.tasks import Generation, Translation
+
+MAX_ROWS = 64
+"""Rows (sentences x beams) that are decoded at once, unless a packaged model's config says otherwise."""
 
 PARAMETERS = (
     "beam_size",

@@ -11,9 +11,10 @@ from typing import Generic, Protocol
 from typing_extensions import TypeVar
 
 from deploykit.errors import DataError
-from deploykit.runtime.decoding import MAX_CACHE_BYTES, MAX_ROWS, Decoder, Seconds, Sentence
+from deploykit.runtime.decoding import MAX_CACHE_BYTES, Decoder, Seconds, Sentence
 from deploykit.runtime.engines import Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.sentences import fit, split_sentences
 from deploykit.runtime.text import normalize
 from deploykit.runtime.translated import EMPTY, LongInput, Translated, finish_of

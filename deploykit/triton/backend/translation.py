@@ -22,8 +22,8 @@ import triton_python_backend_utils as pb_utils
 from deploykit.artifacts import Manifest
 from deploykit.errors import DataError, DeploykitError, UsageError
 from deploykit.predictor import find_graphs
-from deploykit.runtime.decoding import MAX_CACHE_BYTES, MAX_ROWS
-from deploykit.runtime.generation import PARAMETERS, override
+from deploykit.runtime.decoding import MAX_CACHE_BYTES
+from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, override
 from deploykit.runtime.translated import LongInput, Translated
 from deploykit.runtime.translator import Job, Translator, load_translator
 from deploykit.tasks import Generation, Translation
