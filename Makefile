@@ -4,12 +4,13 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-translation test lint clean
+.PHONY: help setup demo demo-translation test bench lint clean
 
 help:
 	@echo "make demo   real tweets to a served INT8 classifier, with a report (minutes)"
 	@echo "make demo-translation   software strings to a served INT8 translator (a quarter of an hour)"
 	@echo "make test   all tests that need no GPU"
+	@echo "make bench  both demos' models beside their peers, on a quiet machine (an hour)"
 	@echo "make lint   ruff and mypy"
 	@echo "make clean  remove .venv and demo/"
 
@@ -27,6 +28,11 @@ demo-translation: $(READY)
 
 test: $(READY)
 	@$(BIN)/python -m pytest
+
+bench: $(READY)
+	@bash bench/record.sh
+	@$(BIN)/python bench/translation.py
+	@$(BIN)/python bench/table.py
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -1,54 +1,146 @@
-"""Write the README's table from the newest result under bench/results/."""
+"""Write the README's tables from the newest results under bench/results/."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- measured:start -->\n", "<!-- measured:end -->"
+PEER = "CTranslate2 int8"
+_TITLES = {
+    "shape-greedy": "The shape of opus-mt, random weights, 20 source and 32 target tokens, greedy",
+    "shape-beam-4": "The same with 4 beams",
+    "example-greedy": "The trained example, its {rows} test sentences, greedy",
+    "example-beam-4": "The same with 4 beams",
+}
+
+Record = Mapping[str, Any]
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: Record) -> str:
     """Markdown: a line per candidate; throughputs as ratios to ONNX Runtime fp32 in the same run, with their spread."""
-    machine, candidates = result["machine"], result["candidates"]
+    candidates = result["candidates"]
     base = next(c for c in candidates if (c["engine"], c["precision"]) == ("onnxruntime", "fp32"))
-    callers = [s["scenario"]["name"] for s in base["scenarios"] if s["scenario"]["kind"] == "closed_loop"]
+    callers = _closed_loops(base)
     lines = [
-        f"The demo's model on its {result['texts']['rows']:,} test tweets, {result['started'][:10]}, {machine['cpu']}, "
-        f"{machine['cpus_usable']} cores. Sentences/s are multiples of ONNX Runtime fp32's in the same run "
+        f"The demo's model on its {result['texts']['rows']:,} test tweets, {_when_and_where(result)}. "
+        f"Sentences/s are multiples of ONNX Runtime fp32's in the same run "
         f"(median of {result['settings']['rounds']} rounds; lowest to highest round). p50: one caller.",
         "",
-        "| | macro-F1 | p50 ms | " + " | ".join(f"{name}" for name in callers) + " | size MB | memory MB |",
-        "|---|---:|---:|" + "---:|" * len(callers) + "---:|---:|",
+        *_head("macro-F1", "p50 ms", *callers, "size MB", "memory MB"),
     ]
     for c in candidates:
         cells = [c["name"], f"{c['metrics']['macro_f1']:.4f}"]
         single = next(s for s in c["scenarios"] if s["scenario"].get("concurrency") == 1)
         cells.append(f"{single['latency_ms']['p50']['median']:.2f}")
-        for name in callers:
-            ours, theirs = (next(s for s in x["scenarios"] if s["scenario"]["name"] == name) for x in (c, base))
-            reference = theirs["throughput_per_s"]["median"]
-            middle, low, high = (ours["throughput_per_s"][key] / reference for key in ("median", "min", "max"))
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        cells += ["-" if c[key] is None else f"{c[key]:.0f}" for key in ("size_mb", "peak_memory_mb")]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells += [_ratio(c, base, name, "throughput_per_s") for name in callers]
+        cells += [_whole(c["size_mb"]), _whole(c["peak_memory_mb"])]
+        lines.append(_row(cells))
     return "\n".join(lines) + "\n"
 
 
-def with_table(readme: str, result: dict[str, Any]) -> str:
-    """``readme`` with the table between its marks replaced."""
-    before, rest = readme.split(START)
-    return before + START + render(result) + END + rest.split(END, 1)[1]
+def render_translation(suite: Record) -> str:
+    """Markdown: a table per workload, target tokens/s as ratios to CTranslate2 int8 in the same run; then the servers."""
+    lines = [
+        f"{_when_and_where(suite)}, {suite['threads']} threads, the same weights for all. Columns are the sentences of one "
+        f"call; target tokens/s are multiples of {PEER}'s, asked in whichever way was fastest, in the same run (median "
+        "of the rounds; lowest to highest round).",
+    ]
+    for workload in suite["workloads"]:
+        title = _TITLES[workload["key"]].format(rows=f"{workload['bench']['texts']['rows']:,}")
+        lines += ["", f"**{title}**", "", *_workload(workload["bench"])]
+    if "serving" in suite:
+        lines += ["", "**Served, requests of one sentence arriving at random**", "", *_serving(suite["serving"])]
+    return "\n".join(lines) + "\n"
 
 
-def newest() -> dict[str, Any]:
-    path = max((ROOT / "bench" / "results").glob("*-sentiment.json"))
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result
+def _workload(result: Record) -> Iterator[str]:
+    candidates = result["candidates"]
+    base = next((c for c in candidates if c["name"] == PEER), candidates[0])
+    graded = base["metrics"] is not None
+    callers = _closed_loops(base)
+    titles = ["all" if name.startswith(f"{result['texts']['rows']} ") else name.split()[0] for name in callers]
+    yield from _head(*(["BLEU", "chrF"] if graded else []), *titles, "size MB", "memory MB", "first answer s")
+    for c in candidates:
+        scores = [f"{c['metrics'][name]:.2f}" for name in ("bleu", "chrf")] if graded else []
+        first = "-" if c["first_answer_s"] is None else f"{c['first_answer_s']:.1f}"
+        ratios = [_ratio(c, base, name, "tokens_per_s") for name in callers]
+        yield _row([c["name"], *scores, *ratios, _whole(c["size_mb"]), _whole(c["peak_memory_mb"]), first])
+
+
+def _serving(result: Record) -> Iterator[str]:
+    candidates = result["candidates"]
+    yield from _head(*(f"{c['name']}: {title}" for c in candidates for title in ("texts/s", "p50 ms", "p99 ms")))
+    for i, scenario in enumerate(candidates[0]["scenarios"]):
+        cells = [scenario["scenario"]["name"]]
+        for c in candidates:
+            s = c["scenarios"][i]
+            latencies = (s["latency_ms"][key] for key in ("p50", "p99"))
+            cells += [f"{s['throughput_per_s']['median']:.0f}"]
+            cells += [f"{spread['median']:.1f}" if spread else "-" for spread in latencies]
+        yield _row(cells)
+
+
+def _when_and_where(result: Record) -> str:
+    machine = result["machine"]
+    return f"{result['started'][:10]}, {machine['cpu']}, {machine['cpus_usable']} cores"
+
+
+def _closed_loops(candidate: Record) -> list[str]:
+    return [s["scenario"]["name"] for s in candidate["scenarios"] if s["scenario"]["kind"] == "closed_loop"]
+
+
+def _ratio(candidate: Record, base: Record, scenario: str, key: str) -> str:
+    ours, theirs = (
+        next(s for s in x["scenarios"] if s["scenario"]["name"] == scenario)[key] for x in (candidate, base)
+    )
+    if not ours or not theirs:
+        return "-"  # nothing was answered
+    middle, low, high = (ours[of] / theirs["median"] for of in ("median", "min", "max"))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _head(*titles: str) -> list[str]:
+    return [_row(["", *titles]), "|---|" + "---:|" * len(titles)]
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
+    "measured": ("sentiment", render),
+    "translation": ("translation", render_translation),
+}
+"""By the name of its marks in the README: what its results' files end in, and what makes it."""
+
+
+def with_tables(readme: str, results: Mapping[str, Record]) -> str:
+    """``readme`` with what stands between its marks replaced, by nothing where there is no result."""
+    for name, (_, table) in TABLES.items():
+        start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
+        before, rest = readme.split(start)
+        content = table(results[name]) if name in results else ""
+        readme = before + start + content + end + rest.split(end, 1)[1]
+    return readme
+
+
+def newest() -> dict[str, Record]:
+    """The newest result of each table that has any."""
+    found = {}
+    for name, (suffix, _) in TABLES.items():
+        paths = sorted((ROOT / "bench" / "results").glob(f"*-{suffix}.json"))
+        if paths:
+            found[name] = json.loads(paths[-1].read_text(encoding="utf-8"))
+    return found
 
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), newest()), encoding="utf-8")
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8"), newest()), encoding="utf-8")

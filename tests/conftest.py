@@ -125,11 +125,18 @@ SENTENCES = (
 
 
 def write_tiny_translation(
-    folder: Path, family: str = "marian", precision: str = "fp32", *, max_length: int = 128, seed: int = 0
+    folder: Path,
+    family: str = "marian",
+    precision: str = "fp32",
+    *,
+    max_length: int = 128,
+    seed: int = 0,
+    keep_checkpoint: Path | None = None,
 ) -> Path:
     """Write a whole export of a random translation model: ``family`` is marian, m2m_100 or t5.
 
     Its translations are gibberish, some ended by the end token and some by the length limit.
+    ``keep_checkpoint`` is where the checkpoint goes that it is an export of.
     """
     import torch
 
@@ -178,7 +185,12 @@ def write_tiny_translation(
             forced_bos_token_id=load_translation_tokenizer(folder, "en", "fr").language_token(),
         ),
     )
-    write_manifest(folder, "export", task, inputs=f"tiny {family} {precision} {max_length} {seed}")
+    inputs = f"tiny {family} {precision} {max_length} {seed}"
+    write_manifest(folder, "export", task, inputs=inputs)
+    if keep_checkpoint is not None:
+        model.save_pretrained(keep_checkpoint)
+        tokenizer.save_pretrained(keep_checkpoint)
+        write_manifest(keep_checkpoint, "checkpoint", task, inputs=inputs)
     return folder
 
 

@@ -256,6 +256,11 @@ def shown(text: str, most: int = 36) -> str:
     return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides names with an underscore first
 
 
+def apart(html: str, name: str) -> str:
+    """``html`` with ``name`` before each of its ids, so that it can share a page."""
+    return re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{name}-", html)
+
+
 def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.0, 4.6)) -> str:
     """``name`` keeps the ids of figures apart that share a page."""
     import matplotlib as mpl
@@ -272,7 +277,7 @@ def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
-    svg = re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{name}-", svg)
+    svg = apart(svg, name)
     # As wide as the page allows, but no wider than drawn: text of one size on the whole page.
     fluid = f'<svg style="max-width: {size[0] * 120:.0f}px"'
     return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2).replace("<svg", fluid, 1)

@@ -220,9 +220,12 @@ def _stages(target: Predictor | Server) -> dict[str, float]:
     """Seconds by stage that a translator in this process has counted so far; empty for another target."""
     if isinstance(target, Server) or not is_translator(target):
         return {}
+    from deploykit.runtime.decoding import Decoder
     from deploykit.runtime.translator import Translator
 
-    return asdict(target.decoder.seconds) if isinstance(target, Translator) else {}
+    if isinstance(target, Translator) and isinstance(target.decoder, Decoder):
+        return asdict(target.decoder.seconds)
+    return {}
 
 
 def _ask(

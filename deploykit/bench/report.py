@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ _STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { margin: 0; font-size: 1.7rem; }
+section + header { margin-top: 3rem; }
 h2 { margin: 0 0 .25rem; font-size: 1.15rem; }
 p { margin: 0 0 .75rem; color: var(--soft); max-width: 75ch; }
 section { background: var(--card); border: 1px solid var(--faint); border-radius: 12px; padding: 1.25rem; margin-top: 1rem; }
@@ -50,9 +51,32 @@ def write_report(result: Record, out: Path) -> None:
     A key ``command`` in it is shown as the way to repeat the measurement. The same result gives the
     same bytes. Raises MissingDependencyError without matplotlib, ArtifactError for another JSON.
     """
+    names = ", ".join(candidate["name"] for candidate in result.get("candidates", ()))
+    _write(out, f"Bench: {names}", lambda: _header("Bench", names, result) + _sections(result))
+
+
+def write_suite(title: str, results: Mapping[str, Record], out: Path) -> None:
+    """Several results under their titles on one page, as ``write_report`` draws each."""
+
+    def body() -> str:
+        parts = []
+        for number, (name, result) in enumerate(results.items()):
+            names = ", ".join(candidate["name"] for candidate in result["candidates"])
+            parts.append(_header(name, names, result) + figures.apart(_sections(result), f"part{number}"))
+        return f"<header><h1>{escape(title)}</h1></header>\n" + "\n".join(parts)
+
+    _write(out, title, body)
+
+
+def _write(out: Path, title: str, body: Callable[[], str]) -> None:
     figures.require_matplotlib()
     try:
-        page = _page(result)
+        page = (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+            f"{body()}\n</main>\n</body>\n</html>\n"
+        )
     except (KeyError, TypeError, StopIteration) as error:
         raise ArtifactError(
             f"this is not a bench result: it lacks {error}", "pass what deploykit bench wrote"
@@ -61,7 +85,12 @@ def write_report(result: Record, out: Path) -> None:
         file.write_bytes(page.encode("utf-8", "replace"))  # a label may hold half a surrogate pair
 
 
-def _page(result: Record) -> str:
+def _header(title: str, names: str, result: Record) -> str:
+    started = escape(result["started"])
+    return f"<header><h1>{escape(title)}</h1><p>{escape(names)}. Measured {started}.</p></header>\n"
+
+
+def _sections(result: Record) -> str:
     candidates = result["candidates"]
     scenario = result["headline"]["name"]
     first = candidates[0]
@@ -89,15 +118,7 @@ def _page(result: Record) -> str:
         _section("Machine", "", _words(_machine(result))),
         _section("How to repeat it", "", _words(_settings(result))),
     ]
-    names = ", ".join(c["name"] for c in candidates)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Bench: {escape(names)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f"<header><h1>Bench</h1><p>{escape(names)}. Measured {escape(result['started'])}.</p></header>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return "\n".join(part for part in parts if part)
 
 
 def _section(title: str, note: str, body: str) -> str:

@@ -1,0 +1,49 @@
+"""What of a decoder step the output projection takes, by ONNX Runtime's profiler."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import onnx
+
+from deploykit.runtime.decoding import Decoder, Sentence
+from deploykit.runtime.engines import TRANSLATION_FILES, Precision
+from deploykit.runtime.engines import seq2seq as engine
+from deploykit.runtime.engines.onnxruntime import session_options
+from deploykit.tasks import Translation
+
+
+def projection_share(
+    folder: Path, task: Translation, precision: Precision, threads: int, token_ids: Sequence[Sequence[int]]
+) -> float:
+    """The share of the kernels' time in the decoder graph, from 0 to 1, while ``token_ids`` are decoded.
+
+    The profiler slows small kernels down: shares of a step hold, its time does not.
+    """
+    with tempfile.TemporaryDirectory() as traces:
+
+        def profiled(*arguments: Any, **options: Any) -> Any:
+            settings = session_options(*arguments, **options)
+            settings.enable_profiling = True
+            settings.profile_file_prefix = str(Path(traces) / "trace")
+            return settings
+
+        with mock.patch.object(engine, "session_options", profiled):
+            model = engine.Seq2SeqModel(folder, precision, threads)
+        Decoder(model, task).run([Sentence(ids, task.generation, scored=False) for ids in token_ids])
+        model._encoder.end_profiling()
+        events = json.loads(Path(model._decoder.end_profiling()).read_text(encoding="utf-8"))
+    graph = onnx.load(folder / TRANSLATION_FILES[precision][1], load_external_data=False).graph
+    projection = next(node.name for node in graph.node if "logits" in node.output)
+    kernels = {f"{projection}_kernel_time": 0, "": 0}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            kernels[event["name"] if event["name"] in kernels else ""] += event["dur"]
+    spent = kernels[f"{projection}_kernel_time"]
+    assert spent, f"ONNX Runtime has put {projection} into another kernel"
+    return spent / sum(kernels.values())

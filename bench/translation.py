@@ -1,0 +1,346 @@
+"""Measure translation in one run: Hugging Face's generate, CTranslate2 and deploykit, on the same weights and threads.
+
+Two subjects: the shape of opus-mt with random weights, which reads 20 tokens and must say 32, and a
+trained model with the real sentences of its test split. Writes bench/results/<date>-translation.json and .html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contenders import (
+    CONTENDERS,
+    CTRANSLATE2,
+    DEPLOYKIT,
+    HUGGING_FACE,
+    Contender,
+    CTranslate2,
+    Subject,
+    convert,
+    job_of,
+    missing,
+    open_contender,
+    size_mb,
+    tokenizer_of,
+)
+from projection import projection_share
+
+from deploykit.artifacts import load_manifest, new_file
+from deploykit.bench.alone import Alone, measure_alone
+from deploykit.bench.load import ClosedLoop, answer_texts
+from deploykit.bench.machine import describe_machine
+from deploykit.bench.report import write_suite
+from deploykit.bench.rows import read_rows
+from deploykit.bench.run import Candidate, run_bench
+from deploykit.predictor import TextTranslator
+from deploykit.runtime.engines import Precision, available_cpus
+from deploykit.runtime.generation import override
+from deploykit.runtime.translator import Translator
+from deploykit.tasks import Generation, Translation
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("shape", "example", "serving")
+SOURCE_TOKENS, TARGET_TOKENS = 20, 32
+BEAMS = 4
+_SHAPE_TEXTS = 256
+_AGREEMENT_TEXTS = 64
+_LEAST_AGREEMENT = 0.8  # of float32 with fp32: below it the two do not run the same model
+_ALL = 256  # batches of more sentences are timed once to tune a peer, not three times
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the random model: opus-mt's unless it is to be quick."""
+
+    vocabulary: int = 59514
+    d_model: int = 512
+    layers: int = 6
+    heads: int = 8
+    ffn: int = 2048
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    threads: int
+    greedy: tuple[int, ...] = (1, 8, 32, 64)
+    beam: tuple[int, ...] = (1, 8, 32)
+    rounds: int = 5
+    seconds: float = 3.0
+    warmup_s: float = 0.5
+    serving_seconds: float = 10.0
+    quick: bool = False
+
+
+QUICK_SHAPE = Shape(vocabulary=400, d_model=32, layers=2, heads=4, ffn=64)
+
+
+def main() -> None:
+    options = _options()
+    if options.quick:
+        plan = Plan(
+            options.threads, (1, 2), (2,), rounds=1, seconds=0.05, warmup_s=0.0, serving_seconds=1.0, quick=True
+        )
+    else:
+        plan = Plan(options.threads, rounds=options.rounds, seconds=options.seconds)
+    suite: dict[str, Any] = {
+        "schema": 1,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "bench/translation.py", *sys.argv[1:]]),
+        "threads": plan.threads,
+        "machine": describe_machine(),
+        "skipped": {c.name: reason for c in CONTENDERS if (reason := missing(c))},
+        "workloads": [],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        if "shape" in options.parts:
+            say("writing the shape of opus-mt with random weights")
+            subject = random_subject(Path(folder) / "shape", QUICK_SHAPE if plan.quick else Shape())
+            texts = random_texts(subject.task.vocabulary, 8 if plan.quick else _SHAPE_TEXTS)
+            suite["workloads"] += measure_subject("shape", subject, texts, None, plan, suite["skipped"])
+        if not options.export.is_dir() or not options.checkpoint.is_dir():
+            suite["skipped"]["trained example"] = f"there is no {options.export} or no {options.checkpoint}"
+        elif {"example", "serving"} & set(options.parts):
+            subject = trained_subject(options.checkpoint, options.export, Path(folder) / "example")
+            data = options.data or options.checkpoint / "splits" / "test.jsonl"
+            texts, references = read_rows(str(data), subject.task, most=options.max_rows, seed=0)
+            if "example" in options.parts:
+                suite["workloads"] += measure_subject("example", subject, texts, references, plan, suite["skipped"])
+            if "serving" in options.parts:
+                from serving_translation import measure_serving
+
+                suite["serving"] = measure_serving(
+                    options.export,
+                    Path(folder) / "repository",
+                    texts,
+                    references,
+                    rates=options.rate,
+                    rounds=plan.rounds,
+                    seconds=plan.serving_seconds,
+                    say=say,
+                )
+    write(suite, options.out)
+
+
+def measure_subject(
+    key: str,
+    subject: Subject,
+    texts: Sequence[str],
+    references: Sequence[str] | None,
+    plan: Plan,
+    skipped: dict[str, str],
+) -> Iterator[dict[str, Any]]:
+    """One record for greedy search and one for beam search: what was measured, and what has to be known to judge it.
+
+    Adds to ``skipped`` whoever could not take part, with the reason.
+    """
+    opened: dict[Contender, TextTranslator] = {}
+    alone: dict[Contender, Alone | None] = {}
+    if not missing(Contender(CTRANSLATE2, "int8")):
+        try:
+            convert(_torch_model(subject), subject)
+        except ValueError as error:
+            skipped[f"{CTRANSLATE2} ({key})"] = str(error)
+    for contender in CONTENDERS:
+        if missing(contender) or (contender.engine == CTRANSLATE2 and not subject.converted.exists()):
+            continue
+        say(f"opening {contender.name} ({key})")
+        if not plan.quick or contender.engine != HUGGING_FACE:
+            program = [str(Path(__file__).with_name("contenders.py"))]
+            alone[contender] = measure_alone(program, job_of(contender, subject, plan.threads), texts)
+        opened[contender] = open_contender(contender, subject, plan.threads)
+    for beams, batches in ((1, plan.greedy), (BEAMS, plan.beam)):
+        generation = _searching(subject.task, beams)
+        agreement = _agreement(opened, texts, generation)
+        if agreement.get(f"{CTRANSLATE2} float32", 1.0) < _LEAST_AGREEMENT and beams == 1:
+            skipped[f"{CTRANSLATE2} ({key})"] = f"void: float32 agrees with deploykit fp32 on {agreement} of the texts"
+            opened = {c: translator for c, translator in opened.items() if c.engine != CTRANSLATE2}
+        counts = [*batches, *([len(texts)] if references is not None else [])]
+        tuned = {c.name: _tune(opened[c], texts, generation, counts) for c in opened if c.engine == CTRANSLATE2}
+        result = run_bench(
+            [
+                Candidate(
+                    contender.name,
+                    translator,
+                    size_mb(contender, subject),
+                    contender.precision,
+                    contender.engine,
+                    found.peak_memory_mb if (found := alone.get(contender)) else None,
+                    found.first_answer_s if found else None,
+                    generation,
+                )
+                for contender, translator in opened.items()
+            ],
+            texts,
+            references,
+            [ClosedLoop(n) for n in counts],
+            rounds=plan.rounds,
+            seconds=plan.seconds,
+            warmup_s=plan.warmup_s,
+            progress=say,
+        )
+        yield {
+            "key": f"{key}-{'greedy' if beams == 1 else f'beam-{beams}'}",
+            "subject": key,
+            "beam_size": beams,
+            "bench": result.to_json(),
+            "agreement": agreement,
+            "tuned": tuned,
+            "projection": _projection(subject, texts, generation, batches, plan.threads),
+        }
+
+
+def random_subject(folder: Path, shape: Shape) -> Subject:
+    """A MarianMT of ``shape`` with random weights as a checkpoint and an export. Its generation ends at 32 tokens."""
+    import torch
+    from transformers import MarianConfig, MarianMTModel
+
+    from deploykit.export.families import read_architecture
+    from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+
+    torch.manual_seed(0)
+    v = shape.vocabulary
+    model = MarianMTModel(
+        MarianConfig(
+            vocab_size=v, decoder_vocab_size=v, d_model=shape.d_model, encoder_layers=shape.layers,
+            decoder_layers=shape.layers, encoder_attention_heads=shape.heads, decoder_attention_heads=shape.heads,
+            encoder_ffn_dim=shape.ffn, decoder_ffn_dim=shape.ffn, max_position_embeddings=512,
+            activation_function="swish", scale_embedding=True, pad_token_id=v - 1, eos_token_id=0,
+            decoder_start_token_id=v - 1,
+        )
+    ).eval()  # fmt: skip
+    model.final_logits_bias.normal_(std=0.1)
+    model.save_pretrained(folder / "checkpoint")
+    export = folder / "export"
+    export.mkdir()
+    architecture = read_architecture(model)
+    graphs = build_encoder(architecture), build_decoder(architecture)
+    save_graphs(export, *graphs, "fp32")
+    ranges = {name: (-6.0, 6.0) for graph in graphs for name in graph.activations}
+    save_graphs(export, build_encoder(architecture, ranges), build_decoder(architecture, ranges), "int8")
+    limit = TARGET_TOKENS + 1  # with the start token
+    generation = Generation(max_length=limit, min_length=limit, bad_words=((v - 1,),))
+    task = Translation("en", "fr", "marian", v, 512, 512, v - 1, (0,), v - 1, generation)
+    return Subject(folder / "checkpoint", export, folder / "converted", task, tokenizer=False)
+
+
+def random_texts(vocabulary: int, count: int) -> list[str]:
+    """Token ids as numbers, each text of 20 with the end token."""
+    random = np.random.default_rng(0)
+    ids = random.integers(2, vocabulary - 1, (count, SOURCE_TOKENS - 1))
+    return [" ".join(map(str, [*row, 0])) for row in ids.tolist()]
+
+
+def trained_subject(checkpoint: Path, export: Path, folder: Path) -> Subject:
+    """A checkpoint and its export, which searches greedily until told otherwise."""
+    task = load_manifest(export, "export").task
+    assert isinstance(task, Translation), f"{export} does not translate"
+    task = dataclasses.replace(task, generation=_searching(task, 1))
+    return Subject(checkpoint, export, folder / "converted", task, tokenizer=True)
+
+
+def write(suite: dict[str, Any], out: Path) -> None:
+    with new_file(out) as file:
+        file.write_text(json.dumps(suite, indent=1, ensure_ascii=False), encoding="utf-8")
+    results = {w["key"]: {**w["bench"], "command": suite["command"]} for w in suite["workloads"]}
+    if "serving" in suite:
+        results["serving"] = {**suite["serving"], "command": suite["command"]}
+    if results:
+        write_suite("Translation", results, out.with_suffix(".html"))
+    say(f"{out}: written")
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo/runs/en-fr", help="of the trained example")
+    parser.add_argument(
+        "--export", type=Path, default=ROOT / "demo/exports/en-fr", help="of that checkpoint, with --int8"
+    )
+    parser.add_argument("--data", type=Path, help="pairs (default: the checkpoint's splits/test.jsonl)")
+    parser.add_argument("--max-rows", type=int, default=500, help="of them")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
+    parser.add_argument(
+        "--rate", type=float, nargs="+", help="texts/s that servers are asked (default: from a closed loop)"
+    )
+    parser.add_argument("--quick", action="store_true", help="see that it works: a tiny shape, one short round")
+    default = ROOT / "bench" / "results" / f"{datetime.date.today()}-translation.json"
+    parser.add_argument("--out", type=Path, default=default)
+    return parser.parse_args()
+
+
+def _searching(task: Translation, beams: int) -> Generation:
+    return override(task, {"beam_size": beams})
+
+
+def _torch_model(subject: Subject) -> Any:
+    from transformers import MarianMTModel
+
+    return MarianMTModel.from_pretrained(subject.checkpoint).eval()
+
+
+def _agreement(
+    opened: dict[Contender, TextTranslator], texts: Sequence[str], generation: Generation
+) -> dict[str, float]:
+    """The share of some texts that each translates exactly as deploykit does in fp32."""
+    some = texts[:_AGREEMENT_TEXTS]
+    answers = {c.name: [a.text for a in answer_texts(translator, some, generation)] for c, translator in opened.items()}
+    ours = answers[f"{DEPLOYKIT} fp32"]
+    return {name: sum(map(str.__eq__, theirs, ours)) / len(ours) for name, theirs in answers.items()}
+
+
+def _tune(
+    translator: TextTranslator, texts: Sequence[str], generation: Generation, counts: Sequence[int]
+) -> dict[str, str]:
+    """Find how CTranslate2 is best asked for each number of texts at once."""
+    assert isinstance(translator, Translator)
+    peer: Any = translator.decoder
+    assert isinstance(peer, CTranslate2)
+    random = np.random.default_rng(0)
+    found = {}
+    for n in counts:
+        say(f"tuning {peer.name} for {n} texts at once")
+        batches = []
+        for _ in range(1 if n >= _ALL else 3):
+            chosen = [texts[i] for i in random.choice(len(texts), n, replace=n > len(texts))]
+            jobs = translator.begin(chosen, generation, scored=False)
+            batches.append([sentence for job in jobs for sentence in job.sentences])
+        found[str(n)] = str(peer.tune(batches))
+    return found
+
+
+def _projection(
+    subject: Subject, texts: Sequence[str], generation: Generation, batches: Sequence[int], threads: int
+) -> dict[str, dict[str, float]]:
+    """By precision and batch: the share of the decoder's time that the output projection takes."""
+    sentences = tokenizer_of(subject).encode(texts[: max(batches)])
+    task = dataclasses.replace(subject.task, generation=generation)
+    precisions: tuple[Precision, ...] = ("fp32", "int8")
+    return {
+        precision: {
+            str(n): round(projection_share(subject.export, task, precision, threads, sentences[:n]), 4) for n in batches
+        }
+        for precision in precisions
+    }
+
+
+if __name__ == "__main__":
+    main()
