@@ -75,8 +75,8 @@ class Generation:
 
     ``max_length`` and ``min_length`` count target tokens as Hugging Face does: with the start token.
     ``bad_words`` are token sequences that may not be completed; ``suppressed`` single tokens that may
-    never come. ``early_stopping`` is True, False or "never" (Hugging Face documentation,
-    "GenerationConfig").
+    never come. ``renormalize``: probabilities add up to 1 over what is left (opus-mt has it).
+    ``early_stopping`` is True, False or "never" (Hugging Face documentation, "GenerationConfig").
     """
 
     beam_size: int = 1
@@ -90,6 +90,7 @@ class Generation:
     suppressed: tuple[int, ...] = ()
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | None = None
+    renormalize: bool = False
 
 
 @dataclass(frozen=True)

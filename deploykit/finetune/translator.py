@@ -96,7 +96,7 @@ class TorchTranslator:
                 decoder_input_ids, _ = padded(started, self.task.pad_token_id)
                 inputs = {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_input_ids}
                 logits = self.model(**{k: v.to(self.model.device) for k, v in inputs.items()}).logits.cpu()
-                if self.model.generation_config.renormalize_logits:
+                if generation.renormalize:
                     never = [*generation.suppressed, *(w[0] for w in generation.bad_words if len(w) == 1)]
                     logits[..., never] = -torch.inf
                 chosen = logits.log_softmax(-1).gather(-1, padded(targets, 0)[0][..., None])[..., 0]
@@ -134,7 +134,7 @@ class TorchTranslator:
     def _generating(self, generation: Generation) -> Iterator[None]:
         """Let the model generate by ``generation`` alone: what it leaves out, ``generate`` takes from the model."""
         own = self.model.generation_config
-        self.model.generation_config = generation_config(self.task, generation, renormalize=own.renormalize_logits)
+        self.model.generation_config = generation_config(self.task, generation)
         try:
             yield
         finally:
@@ -236,12 +236,13 @@ def translation_task(
             suppressed=tuple(generation.suppress_tokens or ()),
             forced_bos_token_id=forced_bos if forced_bos is not None else generation.forced_bos_token_id,
             forced_eos_token_id=_single(generation.forced_eos_token_id),
+            renormalize=bool(generation.renormalize_logits),
         ),
         languages=tuple(known),
     )
 
 
-def generation_config(task: Translation, generation: Generation, *, renormalize: bool | None = None) -> Any:
+def generation_config(task: Translation, generation: Generation) -> Any:
     """``generation`` as Hugging Face's own class, complete."""
     return GenerationConfig(
         num_beams=generation.beam_size,
@@ -255,7 +256,7 @@ def generation_config(task: Translation, generation: Generation, *, renormalize:
         suppress_tokens=list(generation.suppressed) or None,
         forced_bos_token_id=generation.forced_bos_token_id,
         forced_eos_token_id=generation.forced_eos_token_id,
-        renormalize_logits=renormalize,
+        renormalize_logits=generation.renormalize,
         do_sample=False,
         pad_token_id=task.pad_token_id,
         eos_token_id=list(task.eos_token_ids),

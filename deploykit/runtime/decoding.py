@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import MAX_ROWS
@@ -161,14 +162,23 @@ class Decoder:
         rows = self._model.rows
         beams = np.array([row for s in self.running if s.beam is not None for row in s.rows], np.int64)
         scored = np.array([row for s in self.running if s.beam is None and s.scored for row in s.rows], np.int64)
+        wanted = np.zeros(rows, bool)
+        wanted[beams] = wanted[scored] = True
+        before, after = (
+            wanted.copy(),
+            np.zeros(rows, bool),
+        )  # when they are summed: by the rules, or of what these leave
+        for rules, theirs in self._rule_groups():
+            after[theirs] = wanted[theirs] & rules.renormalizes
+            before[theirs] &= rules.alters or not rules.renormalizes
         sums = np.zeros(rows, np.float32)
-        some = np.sort(np.concatenate([beams, scored]))
-        sums[some] = log_sum_exp(logits[some] if len(some) < rows else logits)
+        _sum_up(logits, before, sums)
         raw = logits.copy() if len(scored) and self._altering() else logits
         offset = np.zeros(rows, np.float32)
         offset[beams] = sums[beams]
         for rules, theirs in self._rule_groups():
             rules.apply(logits, theirs, self._tokens, self._lengths, offset)
+        _sum_up(logits, after, sums)
         done: list[Sentence] = []
         if len(beams) < rows:
             done += self._choose_greedily(logits, raw, sums)
@@ -276,6 +286,14 @@ class Decoder:
     def _altering(self) -> bool:
         """Whether rules change logits that may be chosen, and not only forbid some."""
         return any(rules.alters for rules, _ in self._rule_groups())
+
+
+def _sum_up(logits: Floats, rows: NDArray[np.bool_], sums: Floats) -> None:
+    """``log_sum_exp`` of some rows, in place."""
+    if rows.all():
+        sums[:] = log_sum_exp(logits)
+    elif rows.any():
+        sums[rows] = log_sum_exp(logits[rows])
 
 
 def _of_similar_length(sentences: Sequence[Sentence]) -> Iterator[list[Sentence]]:

@@ -34,6 +34,11 @@ class Rules:
         self._words = [word for word in words if len(word) > 1]
 
     @property
+    def renormalizes(self) -> bool:
+        """Whether log-probabilities are of what the rules leave."""
+        return self._generation.renormalize
+
+    @property
     def alters(self) -> bool:
         """Whether they change scores of tokens that may still be chosen, and not only forbid some."""
         return self._generation.repetition_penalty != 1.0

@@ -70,6 +70,13 @@ SEARCHES = {
     "early stopping": {"num_beams": 3, "length_penalty": 0.6, "early_stopping": True},
     "long and never": {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never", "no_repeat_ngram_size": 2},
     "negative penalty": {"num_beams": 4, "length_penalty": -1.0, "early_stopping": "never"},
+    "renormalized": {"num_beams": 4, "renormalize_logits": True, "suppress_tokens": [44, 46, 107, 18]},
+    "renormalized words": {
+        "num_beams": 3,
+        "renormalize_logits": True,
+        "repetition_penalty": 1.2,
+        "forced_bos_token_id": 9,
+    },
     "no repeats": {"no_repeat_ngram_size": 3, "min_length": 5, "suppress_tokens": [7, 8]},
     "no token twice": {"no_repeat_ngram_size": 1},
     "repetition": {"repetition_penalty": 1.3},
@@ -129,7 +136,8 @@ def generation_of(options: dict[str, Any]) -> Generation:
         max_length=LONGEST,
         bad_words=tuple(map(tuple, options.get("bad_words_ids", ()))),
         suppressed=tuple(options.get("suppress_tokens", ())),
-        **{k: v for k, v in options.items() if k not in ("num_beams", "bad_words_ids", "suppress_tokens")},
+        renormalize=options.get("renormalize_logits", False),
+        **{k: v for k, v in options.items() if k in Generation.__dataclass_fields__},
     )
 
 
@@ -155,7 +163,7 @@ def test_the_tokens_are_those_of_generate(case: Callable[[str], Case], family: s
     actual = results(decode(c, generation_of(options)))
     assert [ids for ids, _ in actual] == expected
     for (_, score), theirs in zip(actual, scores):
-        assert theirs is None or score == pytest.approx(theirs, abs=3e-3, rel=1e-3)
+        assert theirs is None or score == pytest.approx(theirs, abs=3e-3, rel=3e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
