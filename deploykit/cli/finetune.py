@@ -57,7 +57,9 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--target", help="Language translated into.")
 @_option("--source-column", help="(default: detected)")
 @_option("--target-column", help="(default: detected)")
-@_option("--vocabulary", type=int, help="Most pieces of each side with --from-config (default: the preset's).")
+@_option(
+    "--vocabulary", type=int, help="Pieces to make with --from-config, fewer of little text (default: the preset's)."
+)
 @ENCODING
 @_option("--validation-fraction", type=float, help="Of the rows, when there is no --validation.")
 @_option("--test-fraction", type=float, help="Of the rows, when there is no --test.")

@@ -202,7 +202,7 @@ def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> A
         activation_function="swish",
         scale_embedding=True,
         dropout=options.dropout or 0.0,
-        # Embeddings, scaled, and the logits that they give have a variance of 1.
+        # The embedding's: scaled, it and the logits that it gives have a variance of 1.
         init_std=preset.d_model**-0.5,
         pad_token_id=pad,
         eos_token_id=eos,
@@ -211,6 +211,9 @@ def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> A
         forced_eos_token_id=eos,
     )
     model = MarianMTModel._from_config(config, attn_implementation="eager")
+    for name, weight in model.named_parameters():
+        if name.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
+            torch.nn.init.xavier_uniform_(weight)
     model.generation_config = GenerationConfig(
         max_length=min(2 * options.max_length, _POSITIONS),
         num_beams=options.beam or 1,

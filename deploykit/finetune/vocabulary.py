@@ -1,4 +1,9 @@
-"""A tokenizer made from training rows: SentencePiece for each side and one vocabulary for both, as opus-mt has them."""
+"""A tokenizer made from training rows: one SentencePiece model and one vocabulary for both sides, in opus-mt's files.
+
+opus-mt has a model for each side and a vocabulary that joins them. One for both is half as large for
+the same pieces (the output projection is the largest matrix of a small model), and placeholders, names
+and markup are the same pieces on both sides.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +31,20 @@ _THREADS = 4
 def train_tokenizer(
     sources: Sequence[str], targets: Sequence[str], *, languages: tuple[str, str], size: int, max_length: int
 ) -> Any:
-    """A MarianTokenizer whose two models have at most ``size`` pieces each, fewer where the text is short.
+    """A MarianTokenizer of about ``size`` pieces, fewer where there is little text.
 
-    Its ids are as Marian numbers them: </s> 0, <unk> 1, the pieces of both sides, <pad> last.
+    Its ids are as Marian numbers them: </s> 0, <unk> 1, the pieces, <pad> last.
     """
-    models = [_train([normalize(text) for text in texts], size, name) for texts, name in ((sources, "source"), (targets, "target"))]  # fmt: skip
-    ids = {EOS: 0, UNKNOWN: 1}
-    for model in models:
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        for i in range(pieces.get_piece_size()):
-            if not (pieces.is_control(i) or pieces.is_unknown(i)):
-                ids.setdefault(pieces.id_to_piece(i), len(ids))
-    ids[PAD] = len(ids)
+    model = _train([normalize(text) for text in (*sources, *targets)], size)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    usable = (i for i in range(pieces.get_piece_size()) if not (pieces.is_control(i) or pieces.is_unknown(i)))
+    tokens = [EOS, UNKNOWN, *(pieces.id_to_piece(i) for i in usable), PAD]
+    ids = {token: i for i, token in enumerate(tokens)}
     folder = tempfile.TemporaryDirectory()
     with folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it recommends a package that it then makes no use of
         files = [Path(folder.name) / name for name in ("source.spm", "target.spm", "vocab.json")]
-        for file, data in zip(files, [*models, json.dumps(ids, ensure_ascii=False).encode()]):
+        for file, data in zip(files, (model, model, json.dumps(ids, ensure_ascii=False).encode())):
             file.write_bytes(data)
         # Its files are gone when it is saved; it then writes the models that it holds.
         return MarianTokenizer(
@@ -50,7 +52,7 @@ def train_tokenizer(
         )
 
 
-def _train(texts: Sequence[str], size: int, side: str) -> bytes:
+def _train(texts: Sequence[str], size: int) -> bytes:
     characters = sum(map(len, texts))
     alphabet = len(set().union(*texts))
     pieces = max(_SMALLEST, alphabet + 8, min(size, characters // _CHARACTERS_PER_PIECE))
@@ -66,5 +68,5 @@ def _train(texts: Sequence[str], size: int, side: str) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(f"no vocabulary can be made of the {side} texts: {error}", "give more rows") from error
+        raise DataError(f"no vocabulary can be made of the training rows: {error}", "give more rows") from error
     return model.getvalue()
