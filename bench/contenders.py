@@ -1,8 +1,7 @@
 """Who translates in the bench: Hugging Face's generate, CTranslate2 and deploykit, all of the same weights.
 
 Each is a ``Translator``, so that texts are cut, tokenized and put together alike and only what decodes
-differs; Hugging Face has its own tokenizer where there is one. Run as a program, this measures one of
-them in a process of its own.
+differs; Hugging Face has its own tokenizer where there is one.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.bench.alone import answer_alone
 from deploykit.predictor import Predictor, TextTranslator
 from deploykit.runtime.decoding import Decoder, Seconds, Sentence
 from deploykit.runtime.engines import TRANSLATION_FILES
@@ -286,7 +283,7 @@ def tokenizer_of(subject: Subject) -> Tokenizer:
 
 
 def job_of(contender: Contender, subject: Subject, threads: int) -> dict[str, Any]:
-    """What ``measure_alone`` sends to this program, which searches as the subject's task says."""
+    """What ``open_job`` takes, as plain JSON."""
     return {
         "engine": contender.engine,
         "precision": contender.precision,
@@ -297,16 +294,9 @@ def job_of(contender: Contender, subject: Subject, threads: int) -> dict[str, An
     }
 
 
-def _open_job(job: Mapping[str, Any]) -> tuple[Predictor, Generation | None]:
+def open_job(job: Mapping[str, Any]) -> tuple[Predictor, Generation | None]:
+    """In another process: a contender that searches as its subject's task says."""
     task = task_from_json(job["task"])
     assert isinstance(task, Translation)
     subject = Subject(*map(Path, job["folders"]), task, job["tokenizer"])
-    contender = Contender(job["engine"], job["precision"])
-    if contender.engine == CTRANSLATE2:
-        # It imports torch where there is one, only to convert; a serving machine has none.
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    return open_contender(contender, subject, job["threads"]), None
-
-
-if __name__ == "__main__":
-    answer_alone(_open_job)
+    return open_contender(Contender(job["engine"], job["precision"]), subject, job["threads"]), None

@@ -103,7 +103,7 @@ def _ratio(candidate: Record, base: Record, scenario: str, key: str) -> str:
 
 
 def _whole(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _head(*titles: str) -> list[str]:

@@ -56,7 +56,7 @@ BEAMS = 4
 _SHAPE_TEXTS = 256
 _AGREEMENT_TEXTS = 64
 _LEAST_AGREEMENT = 0.8  # of float32 with fp32: below it the two do not run the same model
-_ALL = 256  # batches of more sentences are timed once to tune a peer, not three times
+_ALL = 256  # batches of more sentences are timed once to tune a peer, not twice
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,7 @@ def measure_subject(
             continue
         say(f"opening {contender.name} ({key})")
         if not plan.quick or contender.engine != HUGGING_FACE:
-            program = [str(Path(__file__).with_name("contenders.py"))]
-            alone[contender] = measure_alone(program, job_of(contender, subject, plan.threads), texts)
+            alone[contender] = _alone(contender, subject, texts, plan)
         opened[contender] = open_contender(contender, subject, plan.threads)
     for beams, batches in ((1, plan.greedy), (BEAMS, plan.beam)):
         generation = _searching(subject.task, beams)
@@ -297,6 +296,15 @@ def _torch_model(subject: Subject) -> Any:
     return MarianMTModel.from_pretrained(subject.checkpoint).eval()
 
 
+def _alone(contender: Contender, subject: Subject, texts: Sequence[str], plan: Plan) -> Alone | None:
+    """The run with the median time to the first answer of three, each in a process of its own."""
+    program = [str(Path(__file__).with_name("alone.py")), contender.engine]
+    job = job_of(contender, subject, plan.threads)
+    runs = [measure_alone(program, job, texts) for _ in range(1 if plan.quick else 3)]
+    whole = sorted((run for run in runs if run is not None), key=lambda run: run.first_answer_s)
+    return whole[len(whole) // 2] if whole else None
+
+
 def _agreement(
     opened: dict[Contender, TextTranslator], texts: Sequence[str], generation: Generation
 ) -> dict[str, float]:
@@ -319,7 +327,7 @@ def _tune(
     for n in counts:
         say(f"tuning {peer.name} for {n} texts at once")
         batches = []
-        for _ in range(1 if n >= _ALL else 3):
+        for _ in range(1 if n >= _ALL else 2):
             chosen = [texts[i] for i in random.choice(len(texts), n, replace=n > len(texts))]
             jobs = translator.begin(chosen, generation, scored=False)
             batches.append([sentence for job in jobs for sentence in job.sentences])

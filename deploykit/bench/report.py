@@ -144,7 +144,6 @@ def _summary(result: Record) -> str:
         "model",
         *_rates(result),
         "p50 ms",
-        "p90 ms",
         "p99 ms",
         "errors",
         *metrics_shown.values(),
@@ -161,7 +160,7 @@ def _summary(result: Record) -> str:
             [
                 f"{escape(candidate['name'])}<small>{escape(' · '.join(f for f in facts if f))}</small>",
                 *(_median(best[key]) for key in _rates(result).values()),
-                *(_median(best["latency_ms"][key]) for key in ("p50", "p90", "p99")),
+                *(_median(best["latency_ms"][key]) for key in ("p50", "p99")),
                 f"{best['errors']:,}",
                 *(_fraction(metrics.get(key)) for key in metrics_shown),
                 _number(candidate["first_answer_s"]),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ def test_exports_are_measured_with_references_and_options(
         assert list(scenario["seconds"]) == STAGES
         assert all(seconds > 0 for seconds in scenario["seconds"].values())
         assert sum(scenario["seconds"].values()) <= scenario["duration_s"]["median"]
-        assert 1 <= statistics.fmean([scenario["tokens_per_s"]["median"] / scenario["throughput_per_s"]["median"]]) <= 5
+        assert 0.99 < scenario["tokens_per_s"]["median"] / scenario["throughput_per_s"]["median"] < 5.01
     page = report.read_text(encoding="utf-8")
     for words in ("target tokens/s", "BLEU", "chrF", "Where the time goes", "detokenizing"):
         assert words in page
