@@ -4,7 +4,7 @@ The encoder gives every decoder layer's cross-attention keys and values at once.
 one token of each row, whose past lies in buffers that it appends to in place: rows may be at
 different positions, and no padding is ever computed. Both share one copy of the embedding.
 
-GroupQueryAttention is what makes that possible: each row attends to its own length alone, so its
+GroupQueryAttention is what makes that possible in the decoder: each row attends to its own length alone, so its
 result depends on nothing else in the batch, bit for bit. Cross-attention uses it too: the last source
 position is handed over as the "new" key and value, and written where it already stands.
 
@@ -71,9 +71,8 @@ def build_encoder(architecture: Architecture, ranges: Ranges | None = None) -> G
     a, g = architecture, _Writer("encoder", ranges)
     ids = g.input("input_ids", TensorProto.INT64, ["batch", "source"])
     lengths = g.input("lengths", TensorProto.INT32, ["batch"])
-    last = g.op("Sub", lengths, g.constant(np.array(1, np.int32)))
     length = g.op("Shape", ids, start=1, end=2)
-    total = g.op("Cast", g.op("Squeeze", length), to=TensorProto.INT32)
+    mask = g.padding_mask(lengths, length)
     hidden = g.embed(ids, a.encoder_embedding, a.embedding_scale)
     if a.encoder_positions is not None:
         zero = g.constant(np.array([0], np.int64))
@@ -85,9 +84,7 @@ def build_encoder(architecture: Architecture, ranges: Ranges | None = None) -> G
     def self_attention(name: str, part: Attention) -> Callable[[str], str]:
         def block(x: str) -> str:
             packed = g.linear(x, _side_by_side(part.query, part.key, part.value), f"{name}.qkv")
-            attended = g.attention(
-                packed, "", "", None, last, total, heads=a.encoder_heads, scale=a.encoder_scale, bias=bias, causal=0
-            )
+            attended = g.encoder_attention(packed, mask, bias, heads=a.encoder_heads, scale=a.encoder_scale)
             return g.linear(attended, part.out, f"{name}.out")
 
         return block
@@ -300,23 +297,31 @@ class _Writer:
             self.quantized[x] = (self.op("QuantizeLinear", x, *parameters), *parameters, float(scale))
         return self.quantized[x]
 
+    def encoder_attention(self, packed: str, mask: str, bias: str, *, heads: int, scale: float) -> str:
+        """Attention of each token to all that ``mask`` has; ``packed`` holds queries, keys and values."""
+        self.count += 1
+        parts = [f"t{self.count}.{part}" for part in ("query", "key", "value")]
+        self.nodes.append(helper.make_node("Split", [packed], parts, f"{self.name}/Split/{self.count}", axis=2))
+        inputs = [*parts, "", mask, *([bias] if bias else [])]
+        return self.op("MultiHeadAttention", *inputs, domain=_CONTRIB, num_heads=heads, scale=scale)
+
     def attention(
-        self, query: str, key: str, value: str, past: tuple[str, str] | None, lengths: str, total: str, *,
-        heads: int, scale: float, bias: str = "", present: str = "", causal: int = 1,
+        self, query: str, key: str, value: str, past: tuple[str, str], lengths: str, total: str, *,
+        heads: int, scale: float, present: str, bias: str = "",
     ) -> str:  # fmt: skip
-        """Attention of each row to its own ``lengths`` + 1 positions; packed queries, keys and values in ``query``
-        where ``key`` is empty. ``present`` names the caches it appends to."""
+        """Attention of each row's one token to its own ``lengths`` + 1 positions, the last of which is its own.
+
+        Packed queries, keys and values stand in ``query`` where ``key`` is empty. The caches ``past``
+        are appended to, as ``present``.
+        """
         self.count += 1
         output = f"t{self.count}"
-        inputs = [query, key, value, *(past or ("", "")), lengths, total, "", "", "", bias]
-        while not inputs[-1]:
-            inputs.pop()
-        present = present or f"{output}.present"
+        inputs = [query, key, value, *past, lengths, total, *(["", "", "", bias] if bias else [])]
         self.nodes.append(
             helper.make_node(
                 "GroupQueryAttention", inputs, [output, f"{present}.key", f"{present}.value"],
                 f"{self.name}/GroupQueryAttention/{self.count}", domain=_CONTRIB,
-                num_heads=heads, kv_num_heads=heads, scale=scale, causal=causal,
+                num_heads=heads, kv_num_heads=heads, scale=scale,
             )
         )  # fmt: skip
         return output
@@ -363,6 +368,13 @@ class _Writer:
         """(x + y, norm(x + y)). Two operators: ONNX Runtime's one for both is several times slower (measured in 1.31)."""
         total = self.op("Add", x, y)
         return total, self.norm(total, norm)
+
+    def padding_mask(self, lengths: str, length: str) -> str:
+        """int32 [batch, source]: 1 for tokens, 0 for padding."""
+        zero, one = (self.constant(np.array(n, np.int64)) for n in (0, 1))
+        positions = self.op("Cast", self.op("Range", zero, self.op("Squeeze", length), one), to=TensorProto.INT32)
+        ends = self.op("Unsqueeze", lengths, self.constant(np.array([1], np.int64)))
+        return self.op("Cast", self.op("Less", positions, ends), to=TensorProto.INT32)
 
     def encoder_bias(self, bias: RelativeBias, length: str) -> str:
         """float32 [1, heads, source, source]"""
