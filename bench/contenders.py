@@ -298,5 +298,6 @@ def open_job(job: Mapping[str, Any]) -> tuple[Predictor, Generation | None]:
     """In another process: a contender that searches as its subject's task says."""
     task = task_from_json(job["task"])
     assert isinstance(task, Translation)
-    subject = Subject(*map(Path, job["folders"]), task, job["tokenizer"])
+    checkpoint, export, converted = map(Path, job["folders"])
+    subject = Subject(checkpoint, export, converted, task, job["tokenizer"])
     return open_contender(Contender(job["engine"], job["precision"]), subject, job["threads"]), None

@@ -7,14 +7,16 @@ trained model with the real sentences of its test split. Writes bench/results/<d
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import json
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ def main() -> None:
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "bench/translation.py", *sys.argv[1:]]),
         "threads": plan.threads,
-        "machine": describe_machine(),
+        "machine": _machine(),
         "skipped": {c.name: reason for c in CONTENDERS if (reason := missing(c))},
         "workloads": [],
     }
@@ -163,8 +165,8 @@ def measure_subject(
     for beams, batches in ((1, plan.greedy), (BEAMS, plan.beam)):
         generation = _searching(subject.task, beams)
         agreement = _agreement(opened, texts, generation)
-        if agreement.get(f"{CTRANSLATE2} float32", 1.0) < _LEAST_AGREEMENT and beams == 1:
-            skipped[f"{CTRANSLATE2} ({key})"] = f"void: float32 agrees with deploykit fp32 on {agreement} of the texts"
+        if beams == 1 and (reason := void(agreement)):
+            skipped[f"{CTRANSLATE2} ({key})"] = reason
             opened = {c: translator for c, translator in opened.items() if c.engine != CTRANSLATE2}
         counts = [*batches, *([len(texts)] if references is not None else [])]
         tuned = {c.name: _tune(opened[c], texts, generation, counts) for c in opened if c.engine == CTRANSLATE2}
@@ -201,6 +203,14 @@ def measure_subject(
         }
 
 
+def void(agreement: Mapping[str, float]) -> str | None:
+    """Why a comparison with CTranslate2 would compare two models, if greedy search says so."""
+    share = agreement.get(f"{CTRANSLATE2} float32", 1.0)
+    if share >= _LEAST_AGREEMENT:
+        return None
+    return f"void: its float32 translates {share:.0%} of the texts as deploykit's fp32 does"
+
+
 def random_subject(folder: Path, shape: Shape) -> Subject:
     """A MarianMT of ``shape`` with random weights as a checkpoint and an export. Its generation ends at 32 tokens."""
     import torch
@@ -208,7 +218,9 @@ def random_subject(folder: Path, shape: Shape) -> Subject:
 
     from deploykit.export.families import read_architecture
     from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+    from deploykit.finetune.checkpoint import quiet
 
+    quiet()
     torch.manual_seed(0)
     v = shape.vocabulary
     model = MarianMTModel(
@@ -284,6 +296,13 @@ def _options() -> argparse.Namespace:
     default = ROOT / "bench" / "results" / f"{datetime.date.today()}-translation.json"
     parser.add_argument("--out", type=Path, default=default)
     return parser.parse_args()
+
+
+def _machine() -> dict[str, Any]:
+    machine = describe_machine()
+    with contextlib.suppress(PackageNotFoundError):
+        machine["packages"]["ctranslate2"] = version("ctranslate2")
+    return machine
 
 
 def _searching(task: Translation, beams: int) -> Generation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -114,6 +115,33 @@ def test_the_readmes_table_is_made_of_it(suite: dict[str, Any]) -> None:
     assert all("1.00 (1.00 to 1.00)" in line for line in peers)
     assert all(line.count("|") == head.count("|") for line in lines[-5:])
     assert "served" not in "\n".join(lines).lower()
+
+
+def test_a_peer_that_runs_another_model_is_void(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    void = importlib.import_module("translation").void
+    assert void({"CTranslate2 float32": 0.95, "CTranslate2 int8": 0.1}) is None
+    assert void({"Hugging Face fp32": 1.0}) is None
+    assert (
+        void({"CTranslate2 float32": 0.5}) == "void: its float32 translates 50% of the texts as deploykit's fp32 does"
+    )
+
+
+def test_ctranslate2_is_asked_in_every_way_that_makes_sense(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ctranslate2")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    contenders = importlib.import_module("contenders")
+
+    def ways(threads: int, sentences: int) -> list[tuple[int, int, str]]:
+        peer = object.__new__(contenders.CTranslate2)
+        peer._threads = threads
+        return [(way.workers, way.max_batch_size, way.batch_type) for way in peer._ways(sentences)]
+
+    assert ways(2, 1) == [(1, 0, "examples"), (2, 0, "examples")]
+    assert {size for workers, size, _ in ways(2, 8) if workers == 2} == {0, 4}
+    assert {(size, kind) for workers, size, kind in ways(2, 64) if workers == 1} == {
+        (0, "examples"), (16, "examples"), (32, "examples"), (1024, "tokens")
+    }  # fmt: skip
 
 
 def test_without_the_example_the_rest_is_measured(tmp_path: Path) -> None:
