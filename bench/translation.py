@@ -25,7 +25,6 @@ from contenders import (
     CONTENDERS,
     CTRANSLATE2,
     DEPLOYKIT,
-    HUGGING_FACE,
     Contender,
     CTranslate2,
     Subject,
@@ -159,8 +158,7 @@ def measure_subject(
         if missing(contender) or (contender.engine == CTRANSLATE2 and not subject.converted.exists()):
             continue
         say(f"opening {contender.name} ({key})")
-        if not plan.quick or contender.engine != HUGGING_FACE:
-            alone[contender] = _alone(contender, subject, texts, plan)
+        alone[contender] = _alone(contender, subject, texts, plan)
         opened[contender] = open_contender(contender, subject, plan.threads)
     for beams, batches in ((1, plan.greedy), (BEAMS, plan.beam)):
         generation = _searching(subject.task, beams)
@@ -321,6 +319,8 @@ def _alone(contender: Contender, subject: Subject, texts: Sequence[str], plan: P
     job = job_of(contender, subject, plan.threads)
     runs = [measure_alone(program, job, texts) for _ in range(1 if plan.quick else 3)]
     whole = sorted((run for run in runs if run is not None), key=lambda run: run.first_answer_s)
+    if len(whole) < len(runs):
+        say(f"warning: {contender.name} fails in a process of its own")
     return whole[len(whole) // 2] if whole else None
 
 

@@ -65,8 +65,8 @@ def test_everyone_is_measured_on_both_subjects(suite: dict[str, Any]) -> None:
         assert [c["name"] for c in candidates] == NAMES
         assert all(s["errors"] == 0 for c in candidates for s in c["scenarios"])
         assert all(c["size_mb"] > 0 for c in candidates)
-        # Whoever is not opened in a process of its own in a quick run is told apart, not invented.
-        assert [c["first_answer_s"] is None for c in candidates] == [True, False, False, False, False]
+        assert all(c["first_answer_s"] > 0 for c in candidates)
+        assert all(c["peak_memory_mb"] > 10 for c in candidates)
         assert set(workload["tuned"]) == {"CTranslate2 float32", "CTranslate2 int8"}
         shares = [share for shares in workload["projection"].values() for share in shares.values()]
         assert len(shares) >= 2
