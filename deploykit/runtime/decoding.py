@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import MAX_ROWS
-from deploykit.runtime.search import Beam, Finished, Floats, Ints, Rules, log_sum_exp, top_k
+from deploykit.runtime.search import Beam, Finished, Floats, Ints, Rules, continuations, log_sum_exp, top_k
 from deploykit.tasks import Generation, Translation
 
 MAX_CACHE_BYTES = 512 << 20
@@ -206,54 +206,59 @@ class Decoder:
 
     def _advance_beams(self, logits: Floats, rows: Ints, sums: Floats) -> list[Sentence]:
         done = []
-        sentences = [s for s in self.running if s.beam is not None]
-        most = max(s.beam.candidates for s in sentences if s.beam is not None)
-        k = min(most, logits.shape[1])
+        searches = [(sentence, sentence.beam) for sentence in self.running if sentence.beam is not None]
+        k = min(max(beam.candidates for _, beam in searches), logits.shape[1])
         if len(rows) < len(logits):
             values, columns = top_k(logits[rows], k)
         else:
             values, columns = top_k(logits, k)  # a copy of the logits less
             values, columns = values[rows], columns[rows]
-        values = values - sums[rows, None]
-        first = 0
-        for sentence in sentences:
-            beam = sentence.beam
-            assert beam is not None
-            own = slice(first, first + beam.beams)
-            first += beam.beams
-            length = int(self._lengths[sentence.rows[0]])
-            tokens = self._tokens[sentence.rows, :length]
-            if (going := beam.advance(values[own, : beam.candidates], columns[own, : beam.candidates], tokens)) is None:
-                sentence.result = beam.finished[0]
-                done.append(sentence)
-            else:
-                self._continue(sentence, *going, tokens)
+        values -= sums[rows, None]
+        firsts = np.cumsum([0, *(beam.beams for _, beam in searches)])
+        fed: list[tuple[Ints, list[int]]] = []
+        for size in {beam.beams for _, beam in searches}:
+            some = [i for i, (_, beam) in enumerate(searches) if beam.beams == size]
+            own = np.concatenate([np.arange(firsts[i], firsts[i] + size) for i in some])
+            each = continuations([searches[i][1] for i in some], values[own], columns[own])
+            for i, best in zip(some, each):
+                sentence, beam = searches[i]
+                length = int(self._lengths[sentence.rows[0]])
+                going = beam.advance(best, length, lambda n, s=sentence, m=length: self._tokens[s.rows[n], :m])  # type: ignore[misc]
+                if going is None:
+                    sentence.result = beam.finished[0]
+                    done.append(sentence)
+                else:
+                    self._rearrange(sentence, going[0], length)
+                    fed.append((sentence.rows, going[1]))
+        if fed:
+            going_on = np.concatenate([sentence_rows for sentence_rows, _ in fed])
+            self._tokens[going_on, self._lengths[going_on]] = np.concatenate([tokens for _, tokens in fed])
+            self._lengths[going_on] += 1
         return done
 
-    def _continue(self, sentence: Sentence, parents: list[int], chosen: list[int], tokens: Ints) -> None:
+    def _rearrange(self, sentence: Sentence, parents: list[int], length: int) -> None:
         """Give each new hypothesis a row: its parent's own for the first child, a dropped one's for the others.
 
         A dropped hypothesis shares its beginning with the one that takes its row, and so do their
         caches: only what comes after is copied.
         """
-        length = tokens.shape[1]
-        rows = np.empty_like(sentence.rows)
-        free = [i for i in range(len(parents)) if i not in parents]
-        taken: set[int] = set()
-        for j, parent in enumerate(parents):
-            if parent not in taken:
-                taken.add(parent)
-                rows[j] = sentence.rows[parent]
-                continue
-            dropped = free.pop()
-            rows[j] = sentence.rows[dropped]
-            same = tokens[parent] == tokens[dropped]
-            begin = length if same.all() else int(same.argmin())
-            self._model.copy(int(sentence.rows[parent]), int(rows[j]), begin)
-            self._tokens[rows[j], begin:length] = tokens[parent, begin:]
+        old = sentence.rows
+        rows = old[parents]
+        if len(set(parents)) < len(parents):
+            free = [i for i in range(len(parents)) if i not in parents]
+            taken: set[int] = set()
+            for j, parent in enumerate(parents):
+                if parent not in taken:
+                    taken.add(parent)
+                    continue
+                dropped = free.pop()
+                source, target = int(old[parent]), int(old[dropped])
+                rows[j] = target
+                same = self._tokens[source, :length] == self._tokens[target, :length]
+                begin = length if same.all() else int(same.argmin())
+                self._model.copy(source, target, begin)
+                self._tokens[target, begin:length] = self._tokens[source, begin:length]
         sentence.rows = rows
-        self._tokens[rows, length] = chosen
-        self._lengths[rows] = length + 1
 
     def _leave(self, sentences: Sequence[Sentence]) -> None:
         if not sentences:

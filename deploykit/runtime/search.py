@@ -7,7 +7,7 @@ the batch that a sentence is in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,8 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 _BLOCKS = 64
-_NEVER = np.float32(-1e9)  # Hugging Face's "cannot be chosen", which its comparisons rely on
+_IN_CACHE = 1 << 16  # logits to work on at a time
+_NEVER = -1e9  # Hugging Face's "cannot be chosen", which its comparisons rely on
 
 
 class Rules:
@@ -87,9 +88,11 @@ class Rules:
 def log_sum_exp(scores: Floats) -> Floats:
     """float32 [rows]: subtracted from a row of logits it leaves log-probabilities."""
     sums = np.empty(len(scores), np.float32)
-    for row, values in enumerate(scores):  # a row at a time fits the cache
-        high = values.max()
-        sums[row] = high + np.log(np.exp(values - high).sum(dtype=np.float64))
+    size = max(1, _IN_CACHE // scores.shape[1])
+    for first in range(0, len(scores), size):
+        part = scores[first : first + size]
+        high = part.max(axis=1)
+        sums[first : first + size] = high + np.log(np.exp(part - high[:, None]).sum(axis=1))
     return sums
 
 
@@ -123,6 +126,16 @@ class Finished:
     score: float
 
 
+@dataclass(frozen=True)
+class Continuations:
+    """The best continuations of all hypotheses of one sentence, best first: which one each continues (its
+    index), its token, and its log-probability, that of the whole."""
+
+    parents: list[int]
+    tokens: list[int]
+    scores: list[float]
+
+
 class Beam:
     """Beam search for one sentence: ``beams`` running hypotheses, and the best finished ones.
 
@@ -134,48 +147,64 @@ class Beam:
         self.candidates = max(2, 1 + len(eos_token_ids)) * self.beams
         self._g = generation
         self._eos = frozenset(eos_token_ids)
-        self.scores = np.full(self.beams, _NEVER, np.float32)
-        self.scores[0] = 0.0  # all hypotheses begin alike: only the first may be continued at first
+        # All hypotheses begin alike: only the first may be continued at first.
+        self.scores = [0.0] + [_NEVER] * (self.beams - 1)
         self.finished: list[Finished] = []
         self._improvable = True
 
-    def advance(self, values: Floats, columns: Ints, tokens: Ints) -> tuple[list[int], list[int]] | None:
+    def advance(
+        self, best: Continuations, length: int, tokens: Callable[[int], Ints]
+    ) -> tuple[list[int], list[int]] | None:
         """Choose the next running hypotheses; None when the search is over.
 
         Args:
-            values, columns: [beams, candidates] log-probabilities and tokens of the best continuations of each.
-            tokens: [beams, length], the start token first.
+            best: ``candidates`` of them.
+            length: of the running hypotheses, with the start token; ``tokens(i)`` gives number i.
 
         Returns: for each new hypothesis, best first, the index of the one it continues, and its token.
         """
-        g, length = self._g, tokens.shape[1]
-        totals = (self.scores[:, None] + values).ravel()
-        best = np.argsort(-totals, kind="stable")[: self.candidates]
-        parents, chosen = (best // values.shape[1]).tolist(), columns.ravel()[best].tolist()
-        log_probabilities = totals[best]
+        g = self._g
         at_limit = length + 1 >= g.max_length
-        ends = [at_limit or token in self._eos for token in chosen]
-        if self._improvable and not (len(self.finished) == self.beams and g.early_stopping is True):
+        ends = [at_limit or token in self._eos for token in best.tokens]
+        if any(ends[: self.beams]) and self._improvable and not (self._full and g.early_stopping is True):
             for i in range(self.beams):
                 if ends[i]:
-                    score = float(np.float32(log_probabilities[i] / np.float32(length**g.length_penalty)))
-                    self.finished.append(Finished(np.append(tokens[parents[i], 1:], chosen[i]), score))
+                    score = float(np.float32(best.scores[i] / length**g.length_penalty))
+                    self.finished.append(Finished(np.append(tokens(best.parents[i])[1:], best.tokens[i]), score))
             self.finished.sort(key=lambda f: -f.score)
             del self.finished[self.beams :]
-        going = sorted(range(len(best)), key=lambda i: (ends[i], i))[: self.beams]
-        self.scores = np.array([log_probabilities[i] + (_NEVER if ends[i] else 0) for i in going], np.float32)
+        going = [i for i, end in enumerate(ends) if not end][: self.beams]
+        going += [i for i, end in enumerate(ends) if end][: self.beams - len(going)]
+        self.scores = [best.scores[i] + (_NEVER if ends[i] else 0.0) for i in going]
         self._improvable = self._improvable and self._may_improve(length)
-        full = len(self.finished) == self.beams
-        if all(ends) or not self._improvable or (full and g.early_stopping is True):
+        if all(ends) or not self._improvable or (self._full and g.early_stopping is True):
             return None
-        return [parents[i] for i in going], [chosen[i] for i in going]
+        return [best.parents[i] for i in going], [best.tokens[i] for i in going]
+
+    @property
+    def _full(self) -> bool:
+        return len(self.finished) == self.beams
 
     def _may_improve(self, length: int) -> bool:
         g = self._g
-        if len(self.finished) < self.beams:
+        if not self._full:
             return True
         longest = g.max_length - 1 if g.early_stopping == "never" and g.length_penalty > 0 else length
-        return bool(self.scores[0] / np.float32(longest**g.length_penalty) > self.finished[-1].score)
+        return bool(np.float32(self.scores[0] / longest**g.length_penalty) > self.finished[-1].score)
+
+
+def continuations(beams: Sequence[Beam], values: Floats, columns: Ints) -> list[Continuations]:
+    """The best continuations for each of ``beams``, which are of one size.
+
+    ``values`` and ``columns`` are the log-probabilities and tokens of each hypothesis' own best, [beams x size, k].
+    """
+    n, size, k = len(beams), beams[0].beams, values.shape[1]
+    totals = (np.array([beam.scores for beam in beams], np.float32).reshape(-1, 1) + values).reshape(n, size * k)
+    best = np.argsort(-totals, axis=1, kind="stable")[:, : beams[0].candidates]
+    parents = (best // k).tolist()
+    tokens = np.take_along_axis(columns.reshape(n, size * k), best, axis=1).tolist()
+    scores = np.take_along_axis(totals, best, axis=1).tolist()
+    return [Continuations(*of) for of in zip(parents, tokens, scores)]
 
 
 def _repeats(tokens: Ints, size: int) -> list[int]:
