@@ -387,8 +387,7 @@ def _before(translator: TorchTranslator, pairs: Sequence[Pair], kept: Path, say:
 
 
 def _translations(translator: TorchTranslator, pairs: Sequence[Pair]) -> list[str]:
-    ids = translator.encode([pair.source for pair in pairs])
-    return translator.decode(translator.generate_ids(ids, translator.task.generation))
+    return [answer.text for answer in translator.translate([pair.source for pair in pairs], scored=False)]
 
 
 def _metrics(translations: Sequence[str], pairs: Sequence[Pair]) -> dict[str, Any]:
