@@ -130,6 +130,12 @@ def is_translator(predictor: Predictor) -> TypeIs[TextTranslator]:
     return isinstance(predictor.task, Translation)
 
 
+def translates(checkpoint: Path) -> bool:
+    """Whether a Hugging Face checkpoint is a translator's. A LoRA adapter, which has no config, is a classifier's."""
+    config = checkpoint / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("is_encoder_decoder"))
+
+
 def open_graph(
     path: Path,
     manifest: Manifest,
@@ -183,8 +189,7 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str) 
 
 
 def _open_checkpoint(path: Path) -> Predictor:
-    config = path / "config.json"  # a LoRA adapter, which has none, is always a classifier's
-    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("is_encoder_decoder"):
+    if translates(path):
         from deploykit.finetune.translator import TorchTranslator
 
         return TorchTranslator.load(path)

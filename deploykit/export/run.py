@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from deploykit.errors import DataError, UsageError
 from deploykit.export.calibration import METHODS, Method
 from deploykit.finetune.checkpoint import check_source
 from deploykit.finetune.rows import read_split
+from deploykit.predictor import translates
 from deploykit.runtime.engines import ENGINES
 from deploykit.tasks import Task
 
@@ -81,7 +81,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     inputs = _digest(checkpoint, options)
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
-    if _translates(checkpoint):
+    if translates(checkpoint):
         from deploykit.export.translation import write
     else:
         from deploykit.export.classification import write
@@ -122,11 +122,6 @@ def pick_rows(
 def evenly(rows: Sequence[Row], count: int) -> list[Row]:
     """``count`` of the rows, evenly spaced: files are often sorted, and the first rows would then be of one kind."""
     return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
-
-
-def _translates(checkpoint: Path) -> bool:
-    config = checkpoint / "config.json"
-    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("is_encoder_decoder"))
 
 
 def _digest(checkpoint: Path, options: ExportOptions) -> str:

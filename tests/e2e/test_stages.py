@@ -226,20 +226,20 @@ def test_predictions_stream_in_order_and_resume(
 
 def _partial_name(folder: Path, deploykit: Deploykit, words: tuple[object, ...]) -> list[Path]:
     """The temporary name that a killed run to c.jsonl would leave."""
-    from deploykit import predict
+    from deploykit import answers
 
     seen: list[Path] = []
-    original = predict._appending
+    original = answers._appending
 
-    def spy(partial: Path) -> object:
+    def spy(partial: Path, failed: object) -> object:
         seen.append(partial)
         raise KeyboardInterrupt
 
-    predict._appending = spy  # type: ignore[assignment]
+    answers._appending = spy  # type: ignore[assignment]
     try:
         assert deploykit(*words, "--output", folder / "c.jsonl")[0] == 130
     finally:
-        predict._appending = original
+        answers._appending = original
     return seen
 
 
