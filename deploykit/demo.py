@@ -73,7 +73,8 @@ def sentiment(out: Path, *, max_rows: int, say: Say) -> Recipe:
         )
     tweets = out / "tweets" / Path(TWEETS.inside).name
     words = ("--task", "classification", "--model", out / "minilm", "--train", tweets, "--encoding", "latin-1",
-             "--max-rows", max_rows, "--epochs", 1, "--learning-rate", 1e-4, "--max-length", 128)  # fmt: skip
+             "--max-rows", max_rows, "--epochs", 1, "--learning-rate", 1e-4, "--max-length", 128,
+             "--mixed-precision", "auto")  # fmt: skip
     return Recipe("sentiment", words, "predict", SENTENCES)
 
 

@@ -3,7 +3,7 @@
 A text's padded length depends on its own length alone (its bucket), never on its batch mates: fused
 kernels add up in an order that depends on the padded length, and with INT8 the last bit can tip a
 value over to the next step. With buckets the same text gives the same bits whatever shares its
-batch. Few distinct shapes also bound the memory that engines spend on kernels compiled per shape.
+batch. Few distinct lengths also bound the memory that engines spend on kernels compiled per shape.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-BATCH_SIZES = (64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2, 1)
 DEFAULT_TOKEN_BUDGET = 512
 """As fast on a CPU as larger budgets, with fewer distinct shapes and so less memory (measured from 256 to 2048)."""
 
@@ -49,15 +48,11 @@ def batches(
     for length, rows in sorted(by_bucket.items()):
         start = 0
         while start < len(rows):
-            size = _batch_size(len(rows) - start, length, token_budget)
+            size = min(len(rows) - start, max(1, token_budget // length))
             yield _pad(
                 [token_ids[r] for r in rows[start : start + size]], rows[start : start + size], length, pad_token_id
             )
             start += size
-
-
-def _batch_size(waiting: int, length: int, token_budget: int) -> int:
-    return next(size for size in BATCH_SIZES if size <= waiting and (size * length <= token_budget or size == 1))
 
 
 def _pad(token_ids: Sequence[Sequence[int]], rows: Sequence[int], length: int, pad_token_id: int) -> Batch:
