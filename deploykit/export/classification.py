@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from deploykit import artifacts
 from deploykit.data.classification import Example
@@ -18,8 +19,9 @@ from deploykit.evaluate import labelled_rows
 from deploykit.export.calibration import calibrate
 from deploykit.export.graphs import export_classifier
 from deploykit.export.parity import check_parity
-from deploykit.export.quantize import Scheme, quantize
+from deploykit.export.quantize import QuantizedCount, Scheme, quantize
 from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
+from deploykit.export.search import Search, fewest_in_fp32
 from deploykit.export.tables import render
 from deploykit.finetune.checkpoint import TorchClassifier
 from deploykit.metrics import classification_metrics
@@ -27,6 +29,7 @@ from deploykit.runtime.classifier import load_classifier
 from deploykit.runtime.engines import ENGINES, Precision, load_engine
 
 _SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
+_SENSITIVITY_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -60,85 +63,160 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
         f"tokens, batches of {', '.join(map(str, parity.batch_sizes))}"
     )
     metrics: dict[str, Any] = {"parity": parity.to_json(), "rows": len(rows)}
+    grader = _Grader(directory, reference, rows)
+    grader.grade_checkpoint()
+    for engine in _engines("fp32"):
+        grader.grade("fp32", engine)
     if options.int8:
-        metrics["quantization"] = _quantize(checkpoint, directory, reference, options, say)
-    say("measuring accuracy")
-    table, metrics["test"] = _measure(directory, reference, rows, say)
-    metrics["accuracy_table"] = [dataclasses.asdict(line) for line in table]
+        metrics["quantization"] = _quantize(checkpoint, directory, reference, options, grader, say)
+    metrics["test"] = grader.metrics
+    metrics["accuracy_table"] = [dataclasses.asdict(line) for line in grader.table]
     for line in render(metrics["accuracy_table"]):
         say(line)
-    _guard(table, options.max_drop)
     return Written(reference.task, metrics)
 
 
+class _Grader:
+    """The same rows through PyTorch and every graph: ``table`` has a line for each, ``metrics`` all of its metrics."""
+
+    def __init__(self, directory: Path, reference: TorchClassifier, rows: Sequence[Example]) -> None:
+        self._directory, self._reference, self._task = directory, reference, reference.task
+        self._texts = [row.text for row in rows]
+        self._truth = self._task.targets([row.label for row in rows])
+        self._lines: dict[str, Accuracy] = {}
+        self.metrics: dict[str, Any] = {}
+        self._answers: list[Any] = []
+
+    @property
+    def table(self) -> list[Accuracy]:
+        return list(self._lines.values())
+
+    def grade_checkpoint(self) -> None:
+        scores = self._reference.scores(self._texts)
+        self._answers = list(self._task.decide(scores))
+        self._enter("fp32", "pytorch", scores, 0)
+
+    def grade(self, precision: Precision, name: str) -> Accuracy:
+        """Raises ExportError when the engine runs none of an INT8 graph's layers in INT8."""
+        graph = self._directory / ENGINES[name].graphs[precision]
+        engine = load_engine(name, graph)
+        kernels = engine.int8_kernels() if precision == "int8" else 0
+        if precision == "int8" and kernels == 0:
+            raise ExportError(
+                f"{graph.name}: {name} runs none of its layers in INT8", "this engine version ignores Q/DQ: upgrade it"
+            )
+        return self._enter(
+            precision, name, load_classifier(self._directory, self._task, engine).scores(self._texts), kernels
+        )
+
+    def drop(self, line: Accuracy) -> float:
+        """Points of macro-F1 that it loses to the checkpoint."""
+        return 100 * (self.table[0].macro_f1 - line.macro_f1)
+
+    def _enter(self, precision: str, name: str, scores: NDArray[np.float32], kernels: int) -> Accuracy:
+        metrics = classification_metrics(self._task, self._truth, scores)
+        agreement = float(np.mean([a == b for a, b in zip(self._task.decide(scores), self._answers)]))
+        line = Accuracy(precision, name, metrics["accuracy"], metrics["macro_f1"], agreement, kernels)
+        key = f"{name}-{precision}"
+        self._lines[key], self.metrics[key] = line, metrics
+        return line
+
+
+class _Quantizer:
+    """Writes the Q/DQ graph of one scheme, with some activations left in fp32."""
+
+    def __init__(self, directory: Path, scheme: Scheme, ranges: Mapping[str, tuple[float, float]]) -> None:
+        self._model = onnx.load(directory / "model.onnx")
+        self._path = directory / f"model.{scheme}.onnx"
+        self._scheme, self._ranges = scheme, ranges
+
+    def write(self, activations: Collection[str]) -> QuantizedCount:
+        """Quantize the layers that read ``activations``."""
+        ranges = {name: self._ranges[name] for name in self._ranges if name in activations}
+        quantized, count = quantize(self._model, ranges, self._scheme)
+        onnx.save(quantized, self._path)
+        return count
+
+
 def _quantize(
-    checkpoint: Path, directory: Path, reference: TorchClassifier, options: ExportOptions, say: Say
+    checkpoint: Path, directory: Path, reference: TorchClassifier, options: ExportOptions, grader: _Grader, say: Say
 ) -> dict[str, Any]:
+    """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32."""
     examples = _rows(checkpoint, reference, options.calibration, options.calibration, options)
     picked = [example.text for example in evenly(examples, options.calibration_rows)]
     say(f"calibrating on {len(picked):,} rows ({options.method})")
     calibration = calibrate(directory / "model.onnx", reference.encode(picked), artifacts.digest_of(picked))
     calibration.save(directory, options.method)
-    model = onnx.load(directory / "model.onnx")
-    count = None
-    for scheme in _SCHEMES:
-        quantized, count = quantize(model, calibration.ranges(options.method), scheme)
-        onnx.save(quantized, directory / f"model.{scheme}.onnx")
-    if count is None or count.linear_layers == 0:
+    ranges = calibration.ranges(options.method)
+    quantizers = {scheme: _Quantizer(directory, scheme, ranges) for scheme in _SCHEMES}
+    counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
+    whole = counts[_SCHEMES[0]]
+    if whole.linear_layers == 0:
         raise ExportError(
             "no layer could be quantized: the graph has no MatMul or Gemm with a constant weight",
             "export without --int8; this architecture is not supported yet",
         )
     say(
-        f"quantized {count.linear_layers} linear layers ({count.quantize_nodes} QuantizeLinear, "
-        f"{count.dequantize_nodes} DequantizeLinear nodes) and {count.embeddings} embedding tables"
+        f"quantized {whole.linear_layers} linear layers ({whole.quantize_nodes} QuantizeLinear, "
+        f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"
     )
-    return {**dataclasses.asdict(count), "method": options.method, "calibration_rows": len(picked)}
-
-
-def _measure(
-    directory: Path, reference: TorchClassifier, rows: Sequence[Example], say: Say
-) -> tuple[list[Accuracy], dict[str, Any]]:
-    """The same rows through PyTorch and every graph; returns the table and the full metrics of the
-    last graph (the one that is packaged first)."""
-    task = reference.task
-    texts, truth = [row.text for row in rows], task.targets([row.label for row in rows])
-    expected = reference.scores(texts)
-    answers = task.decide(expected)
-    metrics = classification_metrics(task, truth, expected)
-    table = [Accuracy("fp32", "pytorch", metrics["accuracy"], metrics["macro_f1"], 1.0, 0)]
-    full = {"pytorch-fp32": metrics}
-    precisions: tuple[Precision, ...] = ("fp32", "int8")
-    for precision in precisions:
-        for name, info in ENGINES.items():
-            graph = directory / info.graphs[precision]
-            if not info.installed or not graph.exists():
-                continue
-            engine = load_engine(name, graph)
-            kernels = engine.int8_kernels() if precision == "int8" else 0
-            if precision == "int8" and kernels == 0:
-                raise ExportError(
-                    f"{graph.name}: {name} runs none of its layers in INT8",
-                    "this engine version ignores Q/DQ: upgrade it",
-                )
-            scores = load_classifier(directory, task, engine).scores(texts)
-            metrics = classification_metrics(task, truth, scores)
-            agreement = float(np.mean([a == b for a, b in zip(task.decide(scores), answers)]))
-            table.append(Accuracy(precision, name, metrics["accuracy"], metrics["macro_f1"], agreement, kernels))
-            full[f"{name}-{precision}"] = metrics
-    return table, full
-
-
-def _guard(table: Sequence[Accuracy], max_drop: float) -> None:
-    reference = table[0].macro_f1
-    for line in table:
-        drop = 100 * (reference - line.macro_f1)
-        if line.precision == "int8" and drop > max_drop:
-            raise ExportError(
-                f"INT8 on {line.engine} loses {drop:.2f} points of macro-F1, more than --max-drop {max_drop}:\n"
-                + "\n".join("  " + text for text in render([dataclasses.asdict(each) for each in table])),
-                "try another --method, more --calibration-rows, or export without --int8; nothing was written",
+    say("measuring accuracy")
+    searches = {}
+    for engine in _engines("int8"):
+        drop = grader.drop(grader.grade("int8", engine))
+        if drop > options.max_drop:
+            say(f"INT8 on {engine} loses {drop:.2f} points of macro-F1: which layers need fp32?")
+            scheme = next(s for s in _SCHEMES if ENGINES[engine].graphs["int8"] == f"model.{s}.onnx")
+            sample = evenly(picked, _SENSITIVITY_ROWS)
+            searches[engine] = _search(
+                directory, reference, quantizers[scheme], ranges, engine, sample, options, grader, say
             )
+    return {
+        **dataclasses.asdict(whole),
+        "method": options.method,
+        "calibration_rows": len(picked),
+        "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
+    }
+
+
+def _search(
+    directory: Path, reference: TorchClassifier, quantizer: _Quantizer, ranges: Collection[str], engine: str,
+    texts: Sequence[str], options: ExportOptions, grader: _Grader, say: Say,
+) -> Search:  # fmt: skip
+    """Leave as few activations in fp32 as hold the limit, those first that change scores most when they alone are INT8."""
+
+    def scores(precision: Precision) -> NDArray[np.float32]:
+        graph = directory / ENGINES[engine].graphs[precision]
+        return load_classifier(directory, reference.task, load_engine(engine, graph)).scores(texts)
+
+    expected = scores("fp32")
+    sensitivity = {}
+    for name in ranges:
+        if not quantizer.write([name]).linear_layers:
+            continue
+        sensitivity[name] = float(np.abs(scores("int8") - expected).mean())
+    order = sorted(sensitivity, key=lambda name: -sensitivity[name])
+
+    def drop(kept: Sequence[str]) -> float:
+        quantizer.write(set(ranges) - set(kept))
+        return grader.drop(grader.grade("int8", engine))
+
+    try:
+        return fewest_in_fp32(order, drop, options.max_drop, say=say)
+    except ExportError as error:
+        quantizer.write(ranges)
+        whole = grader.grade("int8", engine)
+        raise ExportError(
+            f"INT8 on {engine} loses {grader.drop(whole):.2f} points of macro-F1, more than --max-drop {options.max_drop}; "
+            f"{error.message}:\n"
+            + "\n".join("  " + text for text in render([dataclasses.asdict(each) for each in grader.table])),
+            "try another --method, more --calibration-rows, or export without --int8; nothing was written",
+        ) from error
+
+
+def _engines(precision: Precision) -> list[str]:
+    """Those installed that have a graph in ``precision``."""
+    return [name for name, info in ENGINES.items() if info.installed and precision in info.graphs]
 
 
 def _rows(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from deploykit.export.architecture import Architecture
 from deploykit.export.calibration import Calibration, Observe, collect, equal_length_batches
 from deploykit.export.families import read_architecture
 from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
+from deploykit.export.search import fewest_in_fp32
 from deploykit.export.seq2seq_graph import Graph, build_decoder, build_encoder, save_graphs, with_activations
 from deploykit.export.seq2seq_parity import check_parity
 from deploykit.export.tables import render
@@ -68,16 +69,18 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
     prefix = source_prefix(reference.task) or None
     save_translation_tokenizer(checkpoint, reference.tokenizer, directory, prefix=prefix)
     metrics: dict[str, Any] = {"rows": len(rows), "parity": _check(directory, reference, rows, say)}
+    say(f"measuring on {len(rows):,} rows")
+    grader = _Grader(directory, reference, rows)
+    grader.grade_checkpoint()
+    grader.grade("fp32")
     if options.int8:
         metrics["quantization"] = _quantize(
-            checkpoint, directory, reference, architecture, (encoder, decoder), options, say
+            checkpoint, directory, reference, architecture, (encoder, decoder), options, grader, say
         )
-    say(f"measuring on {len(rows):,} rows")
-    table, metrics["test"] = _measure(directory, reference, rows)
-    metrics["accuracy_table"] = [dataclasses.asdict(line) for line in table]
+    metrics["test"] = grader.metrics
+    metrics["accuracy_table"] = [dataclasses.asdict(line) for line in grader.table]
     for line in render(metrics["accuracy_table"]):
         say(line)
-    _guard(table, options.max_drop)
     return Written(reference.task, metrics)
 
 
@@ -108,25 +111,60 @@ def _quantize(
     architecture: Architecture,
     graphs: tuple[Graph, Graph],
     options: ExportOptions,
+    grader: _Grader,
     say: Say,
 ) -> dict[str, Any]:
+    """Write the INT8 graphs; where they lose too much, with the most sensitive layers of the model left in fp32."""
     pairs = _rows(checkpoint, reference, options.calibration, options.calibration, options)
     texts = [pair.source for pair in evenly(pairs, options.calibration_rows)]
     say(f"calibrating on {len(texts):,} rows ({options.method})")
     calibration = calibrate(directory, graphs, reference, texts)
     calibration.save(directory, options.method)
     ranges = calibration.ranges(options.method)
-    encoder, decoder = build_encoder(architecture, ranges), build_decoder(architecture, ranges)
-    save_graphs(directory, encoder, decoder, "int8")
-    layers = len(encoder.activations) + len(decoder.activations)
-    quantize_nodes = sum(node.op_type == "QuantizeLinear" for g in (encoder, decoder) for node in g.model.graph.node)
-    say(f"quantized {layers} linear layers ({quantize_nodes} QuantizeLinear nodes) and the embedding")
+    quantize_nodes = 0
+
+    def write(kept: Collection[str]) -> Quality:
+        nonlocal quantize_nodes
+        some = {name: r for name, r in ranges.items() if part_of(name) not in kept}
+        encoder, decoder = build_encoder(architecture, some), build_decoder(architecture, some)
+        save_graphs(directory, encoder, decoder, "int8")
+        quantize_nodes = sum(
+            node.op_type == "QuantizeLinear" for g in (encoder, decoder) for node in g.model.graph.node
+        )
+        return grader.grade("int8")
+
+    whole = write(())
+    say(f"quantized {len(ranges)} linear layers ({quantize_nodes} QuantizeLinear nodes) and the embedding")
+    search = None
+    if grader.drop(whole) > options.max_drop:
+        say(f"INT8 loses {grader.drop(whole):.2f} points of BLEU or chrF: which layers need fp32?")
+        parts = list(dict.fromkeys(map(part_of, ranges)))
+        agreement = {}
+        for part in parts:
+            agreement[part] = write([part]).agreement
+            say(f"with {part} in fp32 {agreement[part]:.1%} of the translations stay as they were")
+        order = sorted(parts, key=lambda part: -agreement[part])
+        try:
+            search = fewest_in_fp32(order, lambda kept: grader.drop(write(kept)), options.max_drop, say=say)
+        except ExportError as error:
+            raise ExportError(
+                f"INT8 loses {grader.drop(write(())):.2f} points of BLEU or chrF, more than --max-drop {options.max_drop}; "
+                f"{error.message}:\n"
+                + "\n".join("  " + text for text in render([dataclasses.asdict(each) for each in grader.table])),
+                "try another --method, more --calibration-rows, or export without --int8; nothing was written",
+            ) from error
     return {
-        "linear_layers": layers,
+        "linear_layers": sum(search is None or part_of(name) not in search.kept for name in ranges),
         "quantize_nodes": quantize_nodes,
         "method": options.method,
         "calibration_rows": len(texts),
+        "search": {TRANSLATION_ENGINE: dataclasses.asdict(search)} if search else {},
     }
+
+
+def part_of(layer: str) -> str:
+    """The part of the model that stays in fp32 or not as one: a block of a layer, as in ``decoder.2.cross``."""
+    return layer if layer.count(".") < 3 else layer.rsplit(".", 1)[0]
 
 
 def calibrate(
@@ -193,44 +231,49 @@ def _as_saved(graph: Graph, path: Path) -> Graph:
     return dataclasses.replace(graph, model=onnx.load(path, load_external_data=False))
 
 
-def _measure(directory: Path, reference: TorchTranslator, rows: Sequence[Pair]) -> tuple[list[Quality], dict[str, Any]]:
-    """The same rows through PyTorch and the graphs of each precision."""
-    sources, targets = [pair.source for pair in rows], [pair.target for pair in rows]
+class _Grader:
+    """The same rows through PyTorch and the graphs of each precision: ``table`` has a line for each,
+    ``metrics`` all of its metrics."""
 
-    def texts(translator: TextTranslator) -> list[str]:
-        return [translated.text for translated in translator.translate(sources)]
+    def __init__(self, directory: Path, reference: TorchTranslator, rows: Sequence[Pair]) -> None:
+        self._directory, self._reference = directory, reference
+        self._sources, self._targets = [pair.source for pair in rows], [pair.target for pair in rows]
+        self._lines: dict[str, Quality] = {}
+        self._expected: list[str] = []
+        self.metrics: dict[str, Any] = {}
 
-    expected = texts(reference)
-    full = {"pytorch-fp32": translation_metrics(expected, targets, sources)}
-    lines = [("fp32", "pytorch", expected, 0)]
-    precisions: tuple[Precision, ...] = ("fp32", "int8")
-    for precision in precisions:
+    @property
+    def table(self) -> list[Quality]:
+        return list(self._lines.values())
+
+    def grade_checkpoint(self) -> None:
+        self._expected = self._texts(self._reference)
+        self._enter("fp32", "pytorch", self._expected, 0)
+
+    def grade(self, precision: Precision) -> Quality:
+        """Raises ExportError when ONNX Runtime runs none of INT8 graphs' layers in INT8."""
         files = TRANSLATION_FILES[precision]
-        if not (directory / files[0]).exists():
-            continue
-        kernels = sum(int8_kernels(directory / file) for file in files[:2]) if precision == "int8" else 0
+        kernels = sum(int8_kernels(self._directory / file) for file in files[:2]) if precision == "int8" else 0
         if precision == "int8" and kernels == 0:
             raise ExportError("ONNX Runtime runs none of the layers in INT8", "upgrade onnxruntime")
-        ours = texts(load_translator(directory, reference.task, precision, available_cpus()))
-        full[f"{TRANSLATION_ENGINE}-{precision}"] = translation_metrics(ours, targets, sources)
-        lines.append((precision, TRANSLATION_ENGINE, ours, kernels))
-    table = []
-    for (precision_name, engine, ours, kernels), metrics in zip(lines, full.values()):
-        agreement = float(np.mean([a == b for a, b in zip(ours, expected)]))
-        table.append(Quality(precision_name, engine, metrics["bleu"], metrics["chrf"], agreement, kernels))
-    return table, full
+        translator = load_translator(self._directory, self._reference.task, precision, available_cpus())
+        return self._enter(precision, TRANSLATION_ENGINE, self._texts(translator), kernels)
 
+    def drop(self, line: Quality) -> float:
+        """Points of BLEU or of chrF, whichever is more, that it loses to the checkpoint."""
+        reference = self.table[0]
+        return max(reference.bleu - line.bleu, reference.chrf - line.chrf)
 
-def _guard(table: Sequence[Quality], max_drop: float) -> None:
-    reference = table[0]
-    for line in table:
-        drop = max(reference.bleu - line.bleu, reference.chrf - line.chrf)
-        if line.precision == "int8" and drop > max_drop:
-            raise ExportError(
-                f"INT8 loses {drop:.2f} points of BLEU or chrF, more than --max-drop {max_drop}:\n"
-                + "\n".join("  " + text for text in render([dataclasses.asdict(each) for each in table])),
-                "try another --method, more --calibration-rows, or export without --int8; nothing was written",
-            )
+    def _texts(self, translator: TextTranslator) -> list[str]:
+        return [translated.text for translated in translator.translate(self._sources)]
+
+    def _enter(self, precision: str, engine: str, texts: list[str], kernels: int) -> Quality:
+        metrics = translation_metrics(texts, self._targets, self._sources)
+        agreement = float(np.mean([a == b for a, b in zip(texts, self._expected)]))
+        line = Quality(precision, engine, metrics["bleu"], metrics["chrf"], agreement, kernels)
+        key = f"{engine}-{precision}"
+        self._lines[key], self.metrics[key] = line, metrics
+        return line
 
 
 def _rows(

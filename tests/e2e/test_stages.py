@@ -147,19 +147,50 @@ def test_int8_that_loses_too_much_leaves_no_export(deploykit: Deploykit, checkpo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_layers_that_int8_ruins_stay_in_fp32(deploykit: Deploykit, checkpoint: Path, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    from deploykit.export import classification as stage
+
+    ruined: list[str] = []
+
+    def calibrate(*args: object, **kwargs: object) -> object:
+        calibration = _calibrate(*args, **kwargs)
+        ruined.extend(name for name in calibration.histograms if "layer.4" in name or "layer.5" in name)  # type: ignore[attr-defined]
+        return _with_ranges_cut(calibration, ruined, by=5000)
+
+    monkeypatch.setattr(stage, "calibrate", calibrate)
+    code, out, err = deploykit("export", checkpoint, "--out", tmp_path / "e", "--int8", "--calibration-rows", 32,
+                               "--max-drop", 5, "--json")  # fmt: skip
+    assert code == 0, err
+    searches = json.loads(out)["quantization"]["search"]
+    assert set(searches) == {"openvino", "onnxruntime"}
+    for search in searches.values():
+        assert set(search["order"][:3]) <= set(ruined)
+        assert 0 < len(search["kept"]) <= len(ruined)
+        assert {trial["kept"]: trial["drop"] for trial in search["trials"]}[len(search["kept"])] <= 5
+    for line in json.loads(out)["accuracy"]:
+        if line["precision"] == "int8":
+            assert 18 < line["int8_kernels"] < 36
+    calibration = json.loads((tmp_path / "e" / "calibration.json").read_text())
+    assert set(ruined) <= set(calibration["ranges"])
+
+
 def _calibrate(*args: object, **kwargs: object) -> object:
     from deploykit.export.calibration import calibrate
 
     return calibrate(*args, **kwargs)  # type: ignore[arg-type]
 
 
-def _with_ranges_cut(calibration: object) -> object:
+def _with_ranges_cut(calibration: object, names: list[str] | None = None, by: float = 60) -> object:
     import dataclasses
 
     from deploykit.export.calibration import Calibration
 
     assert isinstance(calibration, Calibration)
-    cut = {n: dataclasses.replace(h, low=h.low / 60, high=h.high / 60) for n, h in calibration.histograms.items()}
+    cut = {
+        n: dataclasses.replace(h, low=h.low / by, high=h.high / by) if names is None or n in names else h
+        for n, h in calibration.histograms.items()
+    }
     return dataclasses.replace(calibration, histograms=cut)
 
 
