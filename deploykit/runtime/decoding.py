@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import MAX_ROWS
-from deploykit.runtime.search import Beam, Finished, Floats, Ints, Rules, continuations, log_sum_exp, top_k
+from deploykit.runtime.search import Beam, Finished, Floats, Ints, Rules, continuations, top_k
 from deploykit.tasks import Generation, Translation
 
 MAX_CACHE_BYTES = 512 << 20
@@ -172,13 +172,13 @@ class Decoder:
             after[theirs] = wanted[theirs] & rules.renormalizes
             before[theirs] &= rules.alters or not rules.renormalizes
         sums = np.zeros(rows, np.float32)
-        _sum_up(logits, before, sums)
+        self._sum_up(logits, before, sums)
         raw = logits.copy() if len(scored) and self._altering() else logits
         offset = np.zeros(rows, np.float32)
         offset[beams] = sums[beams]
         for rules, theirs in self._rule_groups():
             rules.apply(logits, theirs, self._tokens, self._lengths, offset)
-        _sum_up(logits, after, sums)
+        self._sum_up(logits, after, sums)
         done: list[Sentence] = []
         if len(beams) < rows:
             done += self._choose_greedily(logits, raw, sums)
@@ -288,17 +288,16 @@ class Decoder:
             self._groups = [(self._rules[g], np.concatenate(rows)) for g, rows in by_generation.items()]
         return self._groups
 
+    def _sum_up(self, logits: Floats, rows: NDArray[np.bool_], sums: Floats) -> None:
+        """Put the sums of some rows, which make log-probabilities of their logits, into ``sums``."""
+        if rows.all():
+            sums[:] = self._model.log_sum_exp(logits)
+        elif rows.any():
+            sums[rows] = self._model.log_sum_exp(logits[rows])
+
     def _altering(self) -> bool:
         """Whether rules change logits that may be chosen, and not only forbid some."""
         return any(rules.alters for rules, _ in self._rule_groups())
-
-
-def _sum_up(logits: Floats, rows: NDArray[np.bool_], sums: Floats) -> None:
-    """``log_sum_exp`` of some rows, in place."""
-    if rows.all():
-        sums[:] = log_sum_exp(logits)
-    elif rows.any():
-        sums[rows] = log_sum_exp(logits[rows])
 
 
 def _of_similar_length(sentences: Sequence[Sentence]) -> Iterator[list[Sentence]]:

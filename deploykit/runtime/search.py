@@ -19,7 +19,6 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 _BLOCKS = 64
-_IN_CACHE = 1 << 16  # logits to work on at a time
 _NEVER = -1e9  # Hugging Face's "cannot be chosen", which its comparisons rely on
 
 
@@ -83,17 +82,6 @@ class Rules:
             _force(scores, rows[lengths[rows] == g.max_length - 1], [g.forced_eos_token_id], offset)
         if len(self._never):
             scores[rows[:, None], self._never] = -np.inf
-
-
-def log_sum_exp(scores: Floats) -> Floats:
-    """float32 [rows]: subtracted from a row of logits it leaves log-probabilities."""
-    sums = np.empty(len(scores), np.float32)
-    size = max(1, _IN_CACHE // scores.shape[1])
-    for first in range(0, len(scores), size):
-        part = scores[first : first + size]
-        high = part.max(axis=1)
-        sums[first : first + size] = high + np.log(np.exp(part - high[:, None]).sum(axis=1))
-    return sums
 
 
 def top_k(scores: Floats, k: int) -> tuple[Floats, Ints]:

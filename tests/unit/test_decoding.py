@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from onnx import TensorProto, helper
 from transformers import (
     GenerationConfig,
     M2M100Config,
@@ -28,10 +29,11 @@ from deploykit.errors import ExportError, UsageError
 from deploykit.export.families import read_architecture
 from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
 from deploykit.runtime.decoding import Decoder, Sentence
+from deploykit.runtime.engines.log_sum_exp import LOG_SOFTMAX, LogSumExp
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import override
-from deploykit.runtime.search import log_sum_exp, top_k
+from deploykit.runtime.search import top_k
 from deploykit.tasks import Generation, Translation
 
 V, LONGEST = 120, 24
@@ -290,7 +292,25 @@ def test_top_k_finds_what_a_sort_finds(scores: np.ndarray, k: int) -> None:
 def test_log_probabilities_are_those_of_pytorch() -> None:
     scores = np.random.default_rng(0).normal(0, 30, (5, 4000)).astype(np.float32)
     expected = torch.from_numpy(scores).double().logsumexp(-1).numpy()
-    assert log_sum_exp(scores) == pytest.approx(expected, rel=1e-6)
+    assert LogSumExp(2)(scores) == pytest.approx(expected, rel=1e-6)
+    forbidden = scores.copy()
+    forbidden[:, ::2] = -np.inf
+    expected = torch.from_numpy(forbidden).double().logsumexp(-1).numpy()
+    assert LogSumExp(1)(forbidden) == pytest.approx(expected, rel=1e-6)
+
+
+def test_log_probabilities_do_not_depend_on_the_rows_beside_them() -> None:
+    scores = np.random.default_rng(0).normal(0, 30, (70, 59_514)).astype(np.float32)
+    sums = LogSumExp(2)
+    together = sums(scores)
+    assert [float(sums(scores[row : row + 1])[0]) for row in range(70)] == together.tolist()
+
+
+def test_the_model_of_one_node_is_what_onnx_builds() -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["r", "v"]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("LogSoftmax", ["x"], ["y"])], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="")
+    assert model.SerializeToString() == LOG_SOFTMAX
 
 
 @pytest.mark.parametrize(

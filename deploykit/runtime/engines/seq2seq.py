@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.runtime.engines import TRANSLATION_FILES, Precision
+from deploykit.runtime.engines.log_sum_exp import LogSumExp
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have
@@ -80,6 +81,7 @@ class Seq2SeqModel:
             )
             for file in (encoder, decoder)
         )
+        self.log_sum_exp = LogSumExp(threads)
         outputs = {o.name: o.shape for o in self._decoder.get_outputs()}
         self._layers = sum(name.startswith("present.") for name in outputs) // 2
         _, self._heads, _, self._head_size = outputs["present.0.key"]
