@@ -84,7 +84,7 @@ def open_contender(contender: Contender, subject: Subject, threads: int) -> Text
         peer = CTranslate2(subject.converted / contender.precision, contender.precision, task, threads)
         return Translator(task, tokenizer_of(subject), peer)
     model = Seq2SeqModel(subject.export, "int8" if contender.precision == "int8" else "fp32", threads)
-    return Translator(task, tokenizer_of(subject), Decoder(model, task))
+    return Translator(task, tokenizer_of(subject), Decoder(model, task, workers=threads))
 
 
 def size_mb(contender: Contender, subject: Subject) -> float:

@@ -175,6 +175,10 @@ def load_translator(
     """Assemble a translator from an export's or a packaged version's folder."""
     tokenizer = load_translation_tokenizer(folder, task.source, task.target)
     decoder = Decoder(
-        Seq2SeqModel(folder, precision, threads), task, max_rows=max_rows, max_cache_bytes=max_cache_bytes
+        Seq2SeqModel(folder, precision, threads),
+        task,
+        max_rows=max_rows,
+        max_cache_bytes=max_cache_bytes,
+        workers=threads,
     )
     return Translator(task, tokenizer, decoder)

@@ -185,6 +185,28 @@ def test_a_sentence_does_not_depend_on_its_batch(
     assert [score for _, score in alone] == pytest.approx([score for _, score in together], abs=1e-4, rel=1e-5)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("beams", [1, 4])
+def test_decoders_side_by_side_find_what_one_finds(case: Callable[[str], Case], beams: int, precision: Any) -> None:
+    c = dataclasses.replace(case("marian"), sources=case("marian").sources * 3)
+    engine = Seq2SeqModel(c.folder, precision, 2)
+    generation = Generation(beam_size=beams, max_length=LONGEST)
+    expected = results(decode(c, generation, engine=engine, max_rows=32))
+    assert results(decode(c, generation, engine=engine, max_rows=32, workers=2)) == expected
+    few = results(decode(c, generation, engine=engine, max_rows=2 * beams, workers=2))
+    assert [ids for ids, _ in few] == [ids for ids, _ in expected], "more sentences than rows"
+
+
+def test_an_error_in_one_of_several_decoders_is_raised(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    decoder = Decoder(c.engine, c.task, workers=2)
+    generation = Generation(max_length=LONGEST)
+    sentences = [Sentence(source, generation) for source in c.sources * 3]
+    sentences[40].token_ids = [10**6]  # beyond the embedding
+    with pytest.raises(Exception, match="indices element out of data bounds"):
+        decoder.run(sentences)
+
+
 def test_mixed_searches_share_a_batch(case: Callable[[str], Case]) -> None:
     c = case("marian")
     kinds = [generation_of(SEARCHES[name]) for name in ("greedy", "beams", "repetition", "no repeats")]

@@ -40,6 +40,9 @@ class LogSumExp:
             binding.bind_input("x", "cpu", 0, np.float32, part.shape, part.ctypes.data)
             binding.bind_output("y", "cpu", 0, np.float32, result.shape, result.ctypes.data)
             self._session.run_with_iobinding(binding)
-            each, best = np.arange(n), part.argmax(axis=1)  # the highest: no bits are lost where its probability is high
+            each, best = (
+                np.arange(n),
+                part.argmax(axis=1),
+            )  # the highest: no bits are lost where its probability is high
             sums[first : first + size] = part[each, best] - result[each, best]
         return sums

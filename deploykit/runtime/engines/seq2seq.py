@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from deploykit.runtime.engines import TRANSLATION_FILES, Precision
@@ -73,15 +74,33 @@ class Seq2SeqModel:
         self, folder: Path, precision: Precision, threads: int, *, files: tuple[str, ...] | None = None
     ) -> None:
         encoder, decoder = (files or TRANSLATION_FILES[precision])[:2]
+        self._paths = folder / encoder, folder / decoder
+        self._threads = threads
+        self._begin(self._open(threads))
+
+    def side_by_side(self, n: int) -> list[Seq2SeqModel]:
+        """``n`` models that share one more copy of the graphs and this one's threads, each with rows of its own."""
+        threads = max(1, self._threads // n)
+        sessions = self._open(threads)
+        models = []
+        for _ in range(n):
+            model = Seq2SeqModel.__new__(Seq2SeqModel)
+            model._paths, model._threads = self._paths, threads
+            model._begin(sessions)
+            models.append(model)
+        return models
+
+    def _open(self, threads: int) -> tuple[ort.InferenceSession, ...]:
         # Within a step the threads hand over a hundred times: asleep, they would lose more than they compute.
-        self._encoder, self._decoder = (
-            # That fusion would put together what is faster apart.
-            open_session(
-                folder / file, session_options(threads, spin=True), disabled_optimizers=["SkipLayerNormFusion"]
-            )
-            for file in (encoder, decoder)
+        # And that fusion would put together what is faster apart.
+        return tuple(
+            open_session(path, session_options(threads, spin=True), disabled_optimizers=["SkipLayerNormFusion"])
+            for path in self._paths
         )
-        self.log_sum_exp = LogSumExp(threads)
+
+    def _begin(self, sessions: tuple[ort.InferenceSession, ...]) -> None:
+        self._encoder, self._decoder = sessions
+        self.log_sum_exp = LogSumExp(self._threads)
         outputs = {o.name: o.shape for o in self._decoder.get_outputs()}
         self._layers = sum(name.startswith("present.") for name in outputs) // 2
         _, self._heads, _, self._head_size = outputs["present.0.key"]
