@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -101,6 +102,7 @@ def main() -> None:
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "bench/translation.py", *sys.argv[1:]]),
         "threads": plan.threads,
+        "environment": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "machine": _machine(),
         "skipped": {c.name: reason for c in CONTENDERS if (reason := missing(c))},
         "workloads": [],
