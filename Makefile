@@ -31,6 +31,7 @@ test: $(READY)
 
 bench: $(READY)
 	@bash bench/record.sh
+	@$(BIN)/python bench/exactness.py
 	@# Memory that is freed stays in the process: on virtual machines, fetching it back slows all contenders several times.
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 $(BIN)/python bench/translation.py
 	@$(BIN)/python bench/table.py

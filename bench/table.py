@@ -56,6 +56,20 @@ def render_translation(suite: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_exactness(result: Record) -> str:
+    """A sentence: how many translations are those of ``generate``."""
+    parity = result["parity"]
+    counts = ", ".join(
+        f"{'greedy' if g['beams'] == 1 else str(g['beams']) + ' beams'} {g['equal']:,}"
+        + (f" (the others ties within 1e-4: {g['ties']})" if g["ties"] else "")
+        for g in parity["generations"]
+    )
+    return (
+        f"Of {parity['rows']:,} test sentences of the example, fp32, these have the very tokens of Hugging Face's `generate`: "
+        f"{counts} ({_when_and_where(result)}).\n"
+    )
+
+
 def _workload(result: Record) -> Iterator[str]:
     candidates = result["candidates"]
     base = next((c for c in candidates if c["name"] == PEER), candidates[0])
@@ -116,6 +130,7 @@ def _row(cells: list[str]) -> str:
 
 TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "measured": ("sentiment", render),
+    "exactness": ("exactness", render_exactness),
     "translation": ("translation", render_translation),
 }
 """By the name of its marks in the README: what its results' files end in, and what makes it."""

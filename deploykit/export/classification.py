@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 
 from deploykit import artifacts
@@ -17,19 +19,27 @@ from deploykit.data.classification import Example
 from deploykit.errors import ExportError
 from deploykit.evaluate import labelled_rows
 from deploykit.export.calibration import calibrate
-from deploykit.export.graphs import export_classifier
+from deploykit.export.graphs import export_classifier, export_half_classifier
 from deploykit.export.parity import check_parity
 from deploykit.export.quantize import QuantizedCount, Scheme, quantize
 from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
 from deploykit.export.search import Search, fewest_in_fp32
 from deploykit.export.tables import render
+from deploykit.export.tensorrt import EngineOptions, build_engine, plan
 from deploykit.finetune.checkpoint import TorchClassifier
 from deploykit.metrics import classification_metrics
 from deploykit.runtime.classifier import load_classifier
-from deploykit.runtime.engines import ENGINES, Precision, load_engine
+from deploykit.runtime.engines import ENGINES, Engine, Precision, load_engine
 
 _SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
 _SENSITIVITY_ROWS = 128
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_TENSORRT_GRAPHS = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "bf16": "model.bf16.onnx",
+    "int8": "model.qdq.onnx",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,8 @@ class Accuracy:
 def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -> Written:
     """Write the graphs of a classifier and what serving them needs to ``directory``."""
     reference = TorchClassifier.load(checkpoint)
+    if options.trt is not None:
+        plan(options.trt, reference.task.max_length)
     rows = _rows(checkpoint, reference, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} rows")
@@ -69,6 +81,9 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
         grader.grade("fp32", engine)
     if options.int8:
         metrics["quantization"] = _quantize(checkpoint, directory, reference, options, grader, say)
+    if options.trt is not None:
+        kept = metrics.get("quantization", {}).get("search", {}).get("openvino", {}).get("kept", ())
+        metrics["engines"] = _build_engines(directory, reference, options, options.trt, kept, grader, say)
     metrics["test"] = grader.metrics
     metrics["accuracy_table"] = [dataclasses.asdict(line) for line in grader.table]
     for line in render(metrics["accuracy_table"]):
@@ -105,9 +120,15 @@ class _Grader:
             raise ExportError(
                 f"{graph.name}: {name} runs none of its layers in INT8", "this engine version ignores Q/DQ: upgrade it"
             )
-        return self._enter(
-            precision, name, load_classifier(self._directory, self._task, engine).scores(self._texts), kernels
-        )
+        return self._enter(precision, name, self._scores(engine), kernels)
+
+    def grade_for_tensorrt(self, precision: str) -> Accuracy:
+        """The graph that an engine is built from, as ONNX Runtime computes it on the CPU."""
+        engine = load_engine("onnxruntime", self._directory / _TENSORRT_GRAPHS[precision])
+        return self._enter(f"trt {precision}", "onnxruntime", self._scores(engine), 0)
+
+    def _scores(self, engine: Engine) -> NDArray[np.float32]:
+        return load_classifier(self._directory, self._task, engine).scores(self._texts)
 
     def drop(self, line: Accuracy) -> float:
         """Points of macro-F1 that it loses to the checkpoint."""
@@ -123,17 +144,24 @@ class _Grader:
 
 
 class _Quantizer:
-    """Writes the Q/DQ graph of one scheme, with some activations left in fp32."""
+    """Writes the Q/DQ graph of one scheme, with some activations left as they are in ``graph``."""
 
-    def __init__(self, directory: Path, scheme: Scheme, ranges: Mapping[str, tuple[float, float]]) -> None:
-        self._model = onnx.load(directory / "model.onnx")
-        self._path = directory / f"model.{scheme}.onnx"
-        self._scheme, self._ranges = scheme, ranges
+    def __init__(
+        self,
+        graph: Path,
+        path: Path,
+        scheme: Scheme,
+        ranges: Mapping[str, tuple[float, float]],
+        *,
+        embeddings: bool = True,
+    ) -> None:
+        self._model = onnx.load(graph)
+        self._path, self._scheme, self._ranges, self._embeddings = path, scheme, ranges, embeddings
 
     def write(self, activations: Collection[str]) -> QuantizedCount:
         """Quantize the layers that read ``activations``."""
         ranges = {name: self._ranges[name] for name in self._ranges if name in activations}
-        quantized, count = quantize(self._model, ranges, self._scheme)
+        quantized, count = quantize(self._model, ranges, self._scheme, embeddings=self._embeddings)
         onnx.save(quantized, self._path)
         return count
 
@@ -148,7 +176,10 @@ def _quantize(
     calibration = calibrate(directory / "model.onnx", reference.encode(picked), artifacts.digest_of(picked))
     calibration.save(directory, options.method)
     ranges = calibration.ranges(options.method)
-    quantizers = {scheme: _Quantizer(directory, scheme, ranges) for scheme in _SCHEMES}
+    quantizers = {
+        scheme: _Quantizer(directory / "model.onnx", directory / f"model.{scheme}.onnx", scheme, ranges)
+        for scheme in _SCHEMES
+    }
     counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
     whole = counts[_SCHEMES[0]]
     if whole.linear_layers == 0:
@@ -212,6 +243,37 @@ def _search(
             + "\n".join("  " + text for text in render([dataclasses.asdict(each) for each in grader.table])),
             "try another --method, more --calibration-rows, or export without --int8; nothing was written",
         ) from error
+
+
+def _build_engines(
+    directory: Path, reference: TorchClassifier, options: ExportOptions, trt: EngineOptions, kept: Collection[str],
+    grader: _Grader, say: Say,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write a graph of each precision in TensorRT's terms, grade what a CPU can compute of it, and build its engine.
+
+    INT8 is Q/DQ in the fp16 graph, but for ``kept`` activations.
+    """
+    built = []
+    for precision in trt.precisions:
+        graph = directory / _TENSORRT_GRAPHS[precision]
+        if precision in _HALF:
+            export_half_classifier(reference.model, graph, _HALF[precision])
+        elif precision == "int8":
+            half = directory / "half.onnx"
+            export_half_classifier(reference.model, half, torch.float16)
+            ranges = json.loads((directory / "calibration.json").read_text(encoding="utf-8"))["ranges"]
+            count = _Quantizer(half, graph, "s8s8", ranges, embeddings=False).write(set(ranges) - set(kept))
+            half.unlink()
+            say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
+        if precision in ("fp16", "int8"):
+            line = grader.grade_for_tensorrt(precision)
+            if grader.drop(line) > options.max_drop:
+                raise ExportError(
+                    f"{graph.name} loses {grader.drop(line):.2f} points of macro-F1, more than --max-drop {options.max_drop}",
+                    "leave this --precision out, try another --method, or raise --max-drop; nothing was written",
+                )
+        built.append(dataclasses.asdict(build_engine(graph, precision, trt, reference.task.max_length, say)))
+    return built
 
 
 def _engines(precision: Precision) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import tempfile
 import warnings
@@ -19,6 +20,10 @@ OPSET = 17
 """The newest operator set that every target here reads: TensorRT 8.5 and ONNX Runtime 1.12 and later."""
 
 
+HALF_OPSET = 19
+"""The first whose QuantizeLinear takes fp16: TensorRT 8.6 and later."""
+
+
 def export_classifier(model: Any, path: Path) -> None:
     """Write the fp32 graph of a sequence classification model.
 
@@ -26,32 +31,45 @@ def export_classifier(model: Any, path: Path) -> None:
     labels]; both axes dynamic. Attention must be eager: only then are all operators standard ones.
     Raises ExportError naming what PyTorch's exporter could not translate.
     """
-    example = torch.ones(2, 16, dtype=torch.long)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         traced = Path(folder) / "traced.onnx"
-        try:
-            with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")  # the tracer warns of each Python branch; parity is measured below
-                torch.onnx.export(
-                    _LogitsOnly(model).eval(),
-                    (example, example),
-                    str(traced),
-                    dynamo=False,  # the graph that ONNX Runtime's attention fusion recognises
-                    opset_version=OPSET,
-                    input_names=["input_ids", "attention_mask"],
-                    output_names=["logits"],
-                    dynamic_axes={
-                        "input_ids": {0: "batch", 1: "tokens"},
-                        "attention_mask": {0: "batch", 1: "tokens"},
-                        "logits": {0: "batch"},
-                    },
-                )
-        except Exception as error:  # the exporter raises many types, all meaning the same here
-            raise ExportError(
-                f"PyTorch cannot export {type(model).__name__} to ONNX: {str(error).strip().splitlines()[0]}",
-                "this architecture is not supported yet; see the README's support table",
-            ) from error
+        _trace(model, traced, OPSET)
         _fold_constants(traced, path)
+
+
+def export_half_classifier(model: Any, path: Path, kind: torch.dtype) -> None:
+    """``export_classifier`` computing in ``kind``, float16 or bfloat16, throughout; logits are float32 all the same.
+
+    For TensorRT, which takes types as the graph has them. ONNX Runtime would put casts into it, so it folds nothing here.
+    """
+    _trace(copy.deepcopy(model).to(kind), path, HALF_OPSET)
+    onnx.checker.check_model(onnx.load(path))
+
+
+def _trace(model: Any, path: Path, opset: int) -> None:
+    example = torch.ones(2, 16, dtype=torch.long)
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")  # the tracer warns of each Python branch; parity is measured below
+            torch.onnx.export(
+                _LogitsOnly(model).eval(),
+                (example, example),
+                str(path),
+                dynamo=False,  # the graph that ONNX Runtime's attention fusion recognises
+                opset_version=opset,
+                input_names=["input_ids", "attention_mask"],
+                output_names=["logits"],
+                dynamic_axes={
+                    "input_ids": {0: "batch", 1: "tokens"},
+                    "attention_mask": {0: "batch", 1: "tokens"},
+                    "logits": {0: "batch"},
+                },
+            )
+    except Exception as error:  # the exporter raises many types, all meaning the same here
+        raise ExportError(
+            f"PyTorch cannot export {type(model).__name__} to ONNX: {str(error).strip().splitlines()[0]}",
+            "this architecture is not supported yet; see the README's support table",
+        ) from error
 
 
 class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]
@@ -61,7 +79,7 @@ class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits
+        return logits.float()
 
 
 def _fold_constants(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -63,14 +63,15 @@ def linear_layers(model: onnx.ModelProto) -> list[LinearLayer]:
 
 
 def quantize(
-    model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], scheme: Scheme
+    model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], scheme: Scheme, *, embeddings: bool = True
 ) -> tuple[onnx.ModelProto, QuantizedCount]:
     """Write Q/DQ around every linear layer whose activation has a range.
 
     Args:
-        model: fp32 graph.
+        model: fp32 graph, or fp16 (opset 19 or later: scales have the type of the weights).
         ranges: activation tensor name -> (low, high) in real units.
         scheme: types of activations and weights.
+        embeddings: also store tables in INT8. TensorRT takes INT8 constants for Q/DQ alone.
     """
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
@@ -85,27 +86,31 @@ def quantize(
     for node in graph.node:
         layer = layers.get(node.output[0])
         if layer is not None:
+            kind = helper.tensor_dtype_to_np_dtype(weights[layer.weight].data_type)
             if layer.activation not in dequantized:
                 low, high = ranges[layer.activation]
-                nodes += _activation_qdq(graph, layer.activation, low, high, scheme)
+                nodes += _activation_qdq(graph, layer.activation, low, high, scheme, kind)
                 dequantized[layer.activation] = f"{layer.activation}/dq"
                 quantize_nodes += 1
                 dequantize_nodes += 1
             key = (layer.weight, layer.transposed)
             if key not in done_weights:
                 weight = numpy_helper.to_array(weights[layer.weight])
-                nodes.append(_weight_dq(graph, layer.weight, weight.T if layer.transposed else weight))
+                weight = weight.T if layer.transposed else weight
+                nodes.append(_weight_dq(graph, layer.weight, weight.astype(np.float32), kind))
                 done_weights[key] = nodes[-1].output[0]
                 dequantize_nodes += 1
             nodes += _matmul(node, dequantized[layer.activation], done_weights[key])
             continue
         nodes.append(node)
-    nodes, embeddings = _quantize_embeddings(graph, nodes, weights)
+    tables = 0
+    if embeddings:
+        nodes, tables = _quantize_embeddings(graph, nodes, weights)
     del graph.node[:]
     graph.node.extend(nodes)
     _drop_unused_initializers(graph)
     onnx.checker.check_model(quantized)
-    return quantized, QuantizedCount(len(layers), quantize_nodes, dequantize_nodes, embeddings)
+    return quantized, QuantizedCount(len(layers), quantize_nodes, dequantize_nodes, tables)
 
 
 def activation_parameters(low: float, high: float, scheme: Scheme) -> tuple[np.float32, np.int8 | np.uint8]:
@@ -124,9 +129,11 @@ def quantize_weight(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.
     return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale.reshape(-1)
 
 
-def _activation_qdq(graph: onnx.GraphProto, name: str, low: float, high: float, scheme: Scheme) -> list[onnx.NodeProto]:
+def _activation_qdq(
+    graph: onnx.GraphProto, name: str, low: float, high: float, scheme: Scheme, kind: np.dtype[Any]
+) -> list[onnx.NodeProto]:
     scale, zero_point = activation_parameters(low, high, scheme)
-    graph.initializer.append(numpy_helper.from_array(np.asarray(scale), f"{name}/scale"))
+    graph.initializer.append(numpy_helper.from_array(_as_scale(np.asarray(scale), kind), f"{name}/scale"))
     graph.initializer.append(numpy_helper.from_array(np.asarray(zero_point), f"{name}/zero_point"))
     parameters = [f"{name}/scale", f"{name}/zero_point"]
     return [
@@ -135,11 +142,16 @@ def _activation_qdq(graph: onnx.GraphProto, name: str, low: float, high: float, 
     ]
 
 
-def _weight_dq(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32]) -> onnx.NodeProto:
+def _as_scale(scale: NDArray[np.float32], kind: np.dtype[Any]) -> NDArray[Any]:
+    """Of the type that the graph computes in, and never 0 there."""
+    return np.maximum(scale, np.finfo(kind).tiny).astype(kind)
+
+
+def _weight_dq(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32], kind: np.dtype[Any]) -> onnx.NodeProto:
     """Store a weight [in, out] in INT8; its output channels are axis 1."""
     values, scale = quantize_weight(weight, axis=1)
     graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), f"{name}/q"))
-    graph.initializer.append(numpy_helper.from_array(scale, f"{name}/scale"))
+    graph.initializer.append(numpy_helper.from_array(_as_scale(scale, kind), f"{name}/scale"))
     graph.initializer.append(numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{name}/zero_point"))
     inputs = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
     return helper.make_node("DequantizeLinear", inputs, [f"{name}/dq"], f"{name}/DequantizeLinear", axis=1)

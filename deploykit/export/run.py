@@ -13,6 +13,7 @@ import numpy as np
 from deploykit import artifacts
 from deploykit.errors import DataError, UsageError
 from deploykit.export.calibration import METHODS, Method
+from deploykit.export.tensorrt import EngineOptions
 from deploykit.finetune.checkpoint import check_source
 from deploykit.finetune.rows import read_split
 from deploykit.predictor import translates
@@ -30,7 +31,7 @@ class ExportOptions:
     """``calibration`` is the name of one of the run's splits or a data file; ``data`` a file of rows to
     measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
     ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``source`` and ``target``
-    are the languages of a translation checkpoint that was trained elsewhere."""
+    are the languages of a translation checkpoint that was trained elsewhere. ``trt``: also build TensorRT engines."""
 
     int8: bool = False
     calibration: str = "train"
@@ -42,6 +43,7 @@ class ExportOptions:
     encoding: str | None = None
     source: str | None = None
     target: str | None = None
+    trt: EngineOptions | None = None
 
     def check(self) -> None:
         if self.method not in METHODS:
@@ -52,6 +54,8 @@ class ExportOptions:
             raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
+        if self.trt is not None:
+            self.trt.check()
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
     if translates(checkpoint):
+        if options.trt is not None:
+            raise UsageError("--trt builds no engines of translators yet", "export without --trt")
         from deploykit.export.translation import write
     else:
         from deploykit.export.classification import write

@@ -153,6 +153,12 @@ def test_a_full_disk_in_the_middle_of_an_export(deploykit: Deploykit, checkpoint
         (("inspect", "nowhere"), 1, "nowhere"),
         (("bench", "nowhere/at/all", "--data", "x.csv"), 1, "nowhere"),
         (("export", "runs", "--out", "x", "--method", "guess"), 2, "guess"),
+        (("export", "runs", "--out", "x", "--precision", "fp16"), 2, "add --trt"),
+        (("export", "runs", "--out", "x", "--target", "sm_86"), 2, "add --trt"),
+        (("export", "runs", "--out", "x", "--trt", "--precision", "fp8"), 2, "fp8"),
+        (("export", "runs", "--out", "x", "--trt", "--profile", "batch=4"), 2, "--profile batch=4"),
+        (("export", "runs", "--out", "x", "--trt", "--workspace", "much"), 2, "--workspace"),
+        (("export", "runs", "--out", "x", "--trt", "--target", "sm_86", "--target", "sm_89"), 2, "given twice"),
         (("dance",), 2, "dance"),
     ],
 )

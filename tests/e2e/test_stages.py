@@ -135,6 +135,29 @@ def test_an_export_says_what_was_checked(deploykit: Deploykit, checkpoint: Path,
     assert record["size_bytes"]["model.s8s8.onnx"] < record["size_bytes"]["model.onnx"] / 3
 
 
+def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
+    words = ("export", checkpoint, "--out", tmp_path / "e", "--trt", "--precision", "bf16", "--precision", "int8", "--target",
+             "sm_86", "--profile", "batch=1:4:8,length=8:16:32", "--max-drop", 10, "--calibration-rows", 32, "--measure-rows",
+             100, "--json")  # fmt: skip
+    code, out, err = deploykit(*words)
+    assert code == 0, err
+    record = json.loads(out)
+    half, whole = record["engines"]
+    assert (half["precision"], half["int8_gemms"]) == ("bf16", 0)
+    assert sum(count for kind, count in half["layers"].items() if kind.endswith("BFloat16")) > 20
+    assert whole["precision"] == "int8"
+    assert whole["int8_gemms"] >= 24, "queries, keys and values are one product"
+    assert whole["profiles"] == ["batch=1:4:8,length=8:16:32"]
+    manifest = load_manifest(tmp_path / "e")
+    assert manifest.files[whole["graph"]].sha256 == whole["graph_digest"]
+    assert {half["file"], whole["file"], whole["file"].replace(".engine", ".log")} <= set(manifest.files)
+    assert record["size_bytes"][whole["file"]] == whole["size_bytes"]
+    graded = {line["precision"]: line for line in record["accuracy"]}
+    assert graded["trt int8"]["agreement"] > 0.9, "the engine's graph, computed on the CPU"
+    code, out, _ = deploykit(*words)
+    assert (code, json.loads(out)["reused"]) == (0, True)
+
+
 def test_int8_that_loses_too_much_leaves_no_export(deploykit: Deploykit, checkpoint: Path, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     from deploykit.export import classification as stage

@@ -1,0 +1,47 @@
+"""Count how many of the example's test sentences come out token for token as Hugging Face's generate has them.
+
+Greedy and with 4 beams, in fp32; others must be ties. Writes bench/results/<date>-exactness.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+from pathlib import Path
+
+from deploykit.artifacts import new_file
+from deploykit.bench.machine import describe_machine
+from deploykit.bench.rows import read_rows
+from deploykit.export.seq2seq_parity import check_parity
+from deploykit.finetune.translator import TorchTranslator
+from deploykit.runtime.engines import available_cpus
+from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+
+ROOT = Path(__file__).parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo/runs/en-fr")
+    parser.add_argument("--export", type=Path, default=ROOT / "demo/exports/en-fr")
+    parser.add_argument("--max-rows", type=int, default=1000)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results" / f"{datetime.date.today()}-exactness.json")
+    options = parser.parse_args()
+    reference = TorchTranslator.load(options.checkpoint)
+    data = options.checkpoint / "splits" / "test.jsonl"
+    texts, _ = read_rows(str(data), reference.task, most=options.max_rows, seed=0)
+    parity = check_parity(reference, Seq2SeqModel(options.export, "fp32", available_cpus()), reference.encode(texts))
+    result = {
+        "schema": 1,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "parity": parity.to_json(),
+    }
+    with new_file(options.out) as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{options.out}: {parity.generations}")
+
+
+if __name__ == "__main__":
+    main()

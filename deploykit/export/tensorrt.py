@@ -1,0 +1,362 @@
+"""TensorRT engines from the graphs of an export, by whichever builder there is.
+
+Networks are strongly typed everywhere: fp16 and bf16 are graphs of that type, INT8 is explicit Q/DQ in an fp16
+graph. Types are therefore no option of the builder, and TensorRT 10.3 (JetPack 6) to 11, TensorRT-RTX and trtexec
+are asked alike. TensorRT-RTX builds without a GPU, but neither loads nor runs an engine without one.
+
+Source: NVIDIA TensorRT documentation, "Strongly Typed Networks", "Working with Dynamic Shapes", "trtexec".
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deploykit.artifacts import digest_path, new_file
+from deploykit.errors import ExportError, MissingDependencyError, UsageError
+
+Say = Callable[[str], None]
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+GPU = r"portable|this-gpu|sm_\d{2,3}"
+"""What names a GPU, as a regular expression."""
+BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")
+_MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_AXES = ("batch", "length")
+_LAYER = re.compile(
+    r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], (?:Constants|Outputs):"
+)
+_DATATYPE = re.compile(r"Datatype: (\w+)")
+_GEMMS = ("gemm", "runtime_fusion")  # TensorRT-RTX's names for what multiplies matrices
+
+Range = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The least, the usual and the most rows of a batch, and tokens of a row."""
+
+    batch: Range
+    length: Range
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}={':'.join(map(str, getattr(self, axis)))}" for axis in _AXES)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """As typed: ``profiles`` like ``batch=1:8:32,length=16:64:128`` (none: one over all lengths), ``workspace`` like
+    ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like ``sm_86``."""
+
+    precisions: tuple[str, ...] = ("fp16",)
+    profiles: tuple[str, ...] = ()
+    workspace: str = "1GiB"
+    target: str = "portable"
+    timing_cache: str | None = None
+    builder: str = "auto"
+
+    def check(self) -> None:
+        """Raises UsageError naming the option."""
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                raise UsageError(f"unknown --precision {precision!r}", f"choose one of: {', '.join(PRECISIONS)}")
+        if self.builder not in BUILDERS:
+            raise UsageError(f"unknown --builder {self.builder!r}", f"choose one of: {', '.join(BUILDERS)}")
+        if not re.fullmatch(GPU, self.target):
+            raise UsageError(
+                f"unknown --target {self.target!r}", "give portable, this-gpu, or a compute capability like sm_86"
+            )
+        parse_size(self.workspace)
+        for profile in self.profiles:
+            parse_profile(profile)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built engine: what made it, for what, and of what types its layers are.
+
+    ``layers`` counts them by kind and the type that they read, ``int8_gemms`` those that multiply INT8 matrices, each
+    profile's own ones; there are none where the builder tells nothing. ``graph_digest`` is the SHA-256 of the ONNX file.
+    """
+
+    file: str
+    graph: str
+    graph_digest: str
+    precision: str
+    builder: str
+    version: str
+    target: str
+    profiles: tuple[str, ...]
+    workspace_bytes: int
+    seconds: float
+    size_bytes: int
+    layers: Mapping[str, int] = field(default_factory=dict)
+    int8_gemms: int = 0
+
+
+def parse_profile(text: str, longest: int | None = None) -> Profile:
+    """Read ``batch=MIN:OPT:MAX,length=MIN:OPT:MAX``. Raises UsageError saying what is wrong with it."""
+    remedy = "give --profile like batch=1:8:32,length=16:64:128 (least:usual:most)"
+    ranges: dict[str, Range] = {}
+    for part in text.split(","):
+        axis, _, numbers = part.strip().partition("=")
+        if axis not in _AXES:
+            raise UsageError(f"--profile {text}: unknown axis {axis!r}", remedy)
+        if not re.fullmatch(r"\d{1,9}:\d{1,9}:\d{1,9}", numbers):
+            raise UsageError(f"--profile {text}: {axis} must be three numbers, not {numbers!r}", remedy)
+        least, usual, most = map(int, numbers.split(":"))
+        if not 1 <= least <= usual <= most:
+            raise UsageError(f"--profile {text}: {axis} must grow from 1 or more: {numbers}", remedy)
+        ranges[axis] = least, usual, most
+    for axis in _AXES:
+        if axis not in ranges:
+            raise UsageError(f"--profile {text}: {axis} is missing", remedy)
+    profile = Profile(ranges["batch"], ranges["length"])
+    if longest is not None and profile.length[2] > longest:
+        raise UsageError(
+            f"--profile {text}: the model takes texts of up to {longest} tokens, not {profile.length[2]}", remedy
+        )
+    return profile
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``1GiB``, ``512MiB`` and the like. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,12})\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or not int(match[1]):
+        raise UsageError(f"--workspace {text!r} is no size", "give one like 512MiB or 1GiB")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def choose_builder(name: str) -> str:
+    """Resolve ``auto``: TensorRT where there is a GPU, else TensorRT-RTX. Raises MissingDependencyError."""
+    here = {"tensorrt": _importable("tensorrt"), "trtexec": bool(shutil.which("trtexec")), "rtx": _importable("rtx")}
+    if name == "auto":
+        names = ("tensorrt", "trtexec", "rtx") if has_driver() else ("rtx",)
+        name = next((each for each in names if here[each]), "rtx")
+    if not here[name]:
+        package = {
+            "tensorrt": "install NVIDIA's TensorRT: pip install tensorrt (from NVIDIA's index)",
+            "trtexec": "put trtexec on the PATH: it comes with NVIDIA's TensorRT packages and containers",
+            "rtx": "pip install 'deploykit[rtx]'",
+        }[name]
+        raise MissingDependencyError(f"the TensorRT builder {name} is not installed", package)
+    return name
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver can be loaded."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
+    """The builder and the profiles, all checked before minutes of work go into what they cannot be built from.
+
+    Raises UsageError naming the option, MissingDependencyError.
+    """
+    options.check()
+    builder = choose_builder(options.builder)
+    if builder == "rtx":
+        if options.timing_cache:
+            raise UsageError(
+                "--timing-cache: TensorRT-RTX keeps none, it chooses kernels on the GPU", "leave --timing-cache out"
+            )
+        known = importlib.import_module(_MODULES["rtx"]).ComputeCapability.__members__
+        if options.target.replace("sm_", "SM") not in known and options.target.startswith("sm_"):
+            targets = [name.replace("SM", "sm_") for name in known if name.startswith("SM")]
+            raise UsageError(
+                f"TensorRT-RTX builds nothing for --target {options.target}", f"choose one of: {', '.join(targets)}"
+            )
+    elif options.target.startswith("sm_"):
+        raise UsageError(
+            f"{builder} builds for the GPU at hand, not for --target {options.target}",
+            "give this-gpu or portable, or --builder rtx",
+        )
+    if options.target == "this-gpu" and not has_driver():
+        raise UsageError("--target this-gpu: there is no NVIDIA driver here", "give portable, or one like sm_86")
+    default = Profile((1, 8, 32), (min(16, longest), min(64, longest), longest))
+    return builder, [parse_profile(text, longest) for text in options.profiles] or [default]
+
+
+def build_engine(graph: Path, precision: str, options: EngineOptions, longest: int, say: Say) -> Engine:
+    """Build ``graph`` (inputs of int64 [batch, length]) and write the engine, and the builder's log, beside it.
+
+    Raises ExportError naming the node that TensorRT does not take, or what else stopped it; UsageError for a profile
+    that the model of up to ``longest`` tokens does not allow.
+    """
+    builder, profiles = plan(options, longest)
+    engine = graph.with_name(f"{graph.stem}.{builder}-{options.target}.engine")
+    say(f"building {engine.name} with {builder}")
+    started = time.monotonic()
+    build = _run_trtexec if builder == "trtexec" else _build_here
+    version, log = build(builder, graph, engine, profiles, options)
+    engine.with_suffix(".log").write_text("\n".join(log) + "\n", encoding="utf-8")
+    layers, int8_gemms = count_layers(log)
+    if precision == "int8" and layers and not int8_gemms:
+        raise ExportError(f"{builder} computes none of {graph.name}'s layers in INT8", "report this graph")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(layers.items())) or "the builder does not tell"
+    say(f"{engine.name}: {engine.stat().st_size / 1e6:.1f} MB, {int8_gemms} INT8 matrix products; layers: {kinds}")
+    return Engine(
+        file=engine.name,
+        graph=graph.name,
+        graph_digest=digest_path(graph),
+        precision=precision,
+        builder=builder,
+        version=version,
+        target=options.target,
+        profiles=tuple(map(str, profiles)),
+        workspace_bytes=parse_size(options.workspace),
+        seconds=round(time.monotonic() - started, 2),
+        size_bytes=engine.stat().st_size,
+        layers=layers,
+        int8_gemms=int8_gemms,
+    )
+
+
+def count_layers(log: Sequence[str]) -> tuple[dict[str, int], int]:
+    """From a detailed log: layers by "kind type", as in ``gemm Int8``; and how many multiply INT8 matrices."""
+    counts: Counter[str] = Counter()
+    for line in log:
+        if match := _LAYER.match(line):
+            kind = _DATATYPE.search(match["inputs"])
+            counts[f"{match['kind']} {kind[1] if kind else 'none'}"] += 1
+    return dict(counts), sum(counts[f"{kind} Int8"] for kind in _GEMMS)
+
+
+def _build_here(
+    builder: str, graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions
+) -> tuple[str, list[str]]:
+    """With the Python bindings, which TensorRT and TensorRT-RTX share."""
+    trt = importlib.import_module(_MODULES[builder])
+    log = _logger(trt)
+    lines: list[str] = log.lines
+    maker = trt.Builder(log)
+    flags = trt.NetworkDefinitionCreationFlag
+    network = maker.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        raise _refused(graph, [parser.get_error(i) for i in range(parser.num_errors)])
+    config = maker.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, parse_size(options.workspace))
+    _aim(trt, builder, config, options.target)
+    for profile in profiles:
+        shapes = maker.create_optimization_profile()
+        for i in range(network.num_inputs):
+            shapes.set_shape(network.get_input(i).name, *zip(profile.batch, profile.length))
+        if config.add_optimization_profile(shapes) < 0:
+            raise ExportError(
+                f"{builder} refuses the profile {profile}: {_last_error(lines)}", "give another --profile"
+            )
+    cache = Path(options.timing_cache) if options.timing_cache else None
+    if cache is not None:
+        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
+    blob = maker.build_serialized_network(network, config)
+    if blob is None:
+        reason = _last_error(lines)
+        remedy = "see what it says; --debug shows where"
+        if re.search(r"out ?of ?memory|insufficient memory", reason, re.IGNORECASE):
+            remedy = "give a smaller --workspace, or profiles with smaller batches"
+        elif re.search(r"cuda|driver|device", reason, re.IGNORECASE):
+            remedy = "this needs a GPU and its driver: give --builder rtx and --target portable or sm_NN without one"
+        raise ExportError(f"{builder} {trt.__version__} cannot build {graph.name}: {reason}", remedy)
+    engine.write_bytes(memoryview(blob))
+    if cache is not None:
+        with new_file(cache) as temporary:
+            temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    return str(trt.__version__), lines
+
+
+def _logger(trt: Any) -> Any:
+    """Keeps every line; nothing is printed."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            prefix = "" if severity in (trt.ILogger.VERBOSE, trt.ILogger.INFO) else f"{severity.name}: "
+            self.lines += (prefix + message).splitlines()
+
+    return Log()
+
+
+def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
+    if builder == "rtx" and target != "portable":
+        name = "CURRENT" if target == "this-gpu" else target.replace("sm_", "SM")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+    elif builder == "tensorrt" and target == "portable":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
+    """What the parser did not take, by node, operator and the PyTorch module it came from."""
+    if not errors:
+        return ExportError(f"TensorRT cannot read {graph.name}", "export the model again")
+    error = errors[0]
+    node, operator = error.node_name(), error.node_operator()
+    module = ".".join(node.strip("/").split("/")[1:-1])
+    return ExportError(
+        f"TensorRT does not take the operator {operator} of {graph.name} (node {node}"
+        + (f", from the module {module}" if module else "")
+        + f"): {error.desc()}",
+        "this architecture cannot become an engine as it is; export without --trt",
+    )
+
+
+def _last_error(lines: Sequence[str]) -> str:
+    return next((line.removeprefix("ERROR: ") for line in reversed(lines) if line.startswith(("ERROR", "INTERNAL"))),
+                "it gives no reason")  # fmt: skip
+
+
+def trtexec_command(graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions) -> list[str]:
+    """The arguments of trtexec 10.3 and later that build what the bindings build."""
+    command = ["trtexec", f"--onnx={graph}", f"--saveEngine={engine}", "--stronglyTyped", "--skipInference",
+               "--verbose", "--profilingVerbosity=detailed",
+               f"--memPoolSize=workspace:{max(1, parse_size(options.workspace) >> 20)}M"]  # fmt: skip
+    for number, profile in enumerate(profiles):
+        command += [f"--profile={number}"] if len(profiles) > 1 else []
+        for i, option in enumerate(("minShapes", "optShapes", "maxShapes")):
+            shape = f"{profile.batch[i]}x{profile.length[i]}"
+            command.append(f"--{option}=input_ids:{shape},attention_mask:{shape}")
+    if options.target == "portable":
+        command.append("--hardwareCompatibilityLevel=ampere+")
+    if options.timing_cache:
+        command.append(f"--timingCacheFile={options.timing_cache}")
+    return command
+
+
+def _run_trtexec(
+    builder: str, graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions
+) -> tuple[str, list[str]]:
+    command = trtexec_command(graph, engine, profiles, options)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not engine.is_file():
+        reason = next((line for line in reversed(lines) if "[E]" in line), lines[-1] if lines else "it says nothing")
+        raise ExportError(f"trtexec cannot build {graph.name}: {reason}", f"run it yourself: {shlex.join(command)}")
+    version = next((m[1] for line in lines if (m := re.search(r"TensorRT version: (\d[\d.]*)", line))), "unknown")
+    return version, lines
+
+
+def _importable(builder: str) -> bool:
+    return importlib.util.find_spec(_MODULES[builder]) is not None

@@ -1,0 +1,296 @@
+"""TensorRT engines: real ones, built by TensorRT-RTX without a GPU, and what every builder is asked."""
+
+from __future__ import annotations
+
+import ast
+import stat
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from deploykit.errors import ExportError, MissingDependencyError, UsageError
+from deploykit.export import tensorrt
+from deploykit.export.quantize import quantize
+from deploykit.export.tensorrt import (
+    EngineOptions,
+    build_engine,
+    choose_builder,
+    count_layers,
+    parse_profile,
+    parse_size,
+    trtexec_command,
+)
+
+trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+WIDTH, LONGEST = 64, 64
+RTX = EngineOptions(builder="rtx")
+
+
+def write_graph(path: Path, *, quantized: bool = False, operator: str = "Relu", kind: type = np.float16) -> Path:
+    """A graph of a classifier's inputs: ids looked up, a linear layer, an activation, another one, and a mean."""
+    random = np.random.default_rng(0)
+    of = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    weights = {
+        "table": random.normal(size=(100, WIDTH)).astype(kind),
+        "up": (random.normal(size=(WIDTH, WIDTH)) / 8).astype(kind),
+        "down": (random.normal(size=(WIDTH, WIDTH)) / 8).astype(kind),
+    }
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["embedded"]),
+        helper.make_node("MatMul", ["embedded", "up"], ["raised"], "/model/layer.0/up/MatMul"),
+        helper.make_node(operator, ["raised"], ["active"], "/model/layer.0/act/Act"),
+        helper.make_node("MatMul", ["active", "down"], ["lowered"], "/model/layer.0/down/MatMul"),
+        helper.make_node("Cast", ["attention_mask"], ["mask"], to=of),
+        helper.make_node("Unsqueeze", ["mask", "two"], ["column"]),
+        helper.make_node("Mul", ["lowered", "column"], ["masked"]),
+        helper.make_node("ReduceMean", ["masked", "one"], ["logits"], keepdims=0),
+    ]
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "t"]) for name in ("input_ids", "attention_mask")
+    ]
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    tensors += [numpy_helper.from_array(np.array([n], np.int64), name) for name, n in (("one", 1), ("two", 2))]
+    output = helper.make_tensor_value_info("logits", of, ["b", WIDTH])
+    graph = helper.make_graph(nodes, "g", inputs, [output], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    if quantized:
+        model, _ = quantize(model, {"embedded": (-4, 4), "active": (-4, 4)}, "s8s8", embeddings=False)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("target", ["portable", "sm_86"])
+def test_a_q_dq_graph_becomes_an_engine_of_int8_layers(tmp_path: Path, target: str) -> None:
+    graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
+    options = EngineOptions(
+        builder="rtx", target=target, profiles=("batch=1:4:8,length=1:16:64", "batch=1:1:1,length=1:8:16")
+    )
+    engine = build_engine(graph, "int8", options, LONGEST, lambda line: None)
+    assert engine.int8_gemms == 2 * len(options.profiles), "two matrix products, of each profile's own"
+    assert engine.layers["gemm Int8"] + engine.layers.get("runtime_fusion Int8", 0) == engine.int8_gemms
+    assert (engine.builder, engine.target, engine.version) == ("rtx", target, trt.__version__)
+    assert engine.profiles == options.profiles
+    written = tmp_path / engine.file
+    assert written.stat().st_size == engine.size_bytes > 1000
+    assert "LayerType" in written.with_suffix(".log").read_text()
+
+
+def test_a_half_graph_becomes_an_engine_without_int8(tmp_path: Path) -> None:
+    lines: list[str] = []
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LONGEST, lines.append)
+    assert engine.int8_gemms == 0
+    assert any(kind.endswith("Half") for kind in engine.layers)
+    assert engine.profiles == ("batch=1:8:32,length=16:64:64",)
+    assert "0 INT8 matrix products" in lines[-1]
+
+
+def test_the_same_graph_gives_the_same_engine(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
+    first = (tmp_path / build_engine(graph, "int8", RTX, LONGEST, lambda line: None).file).read_bytes()
+    second = (tmp_path / build_engine(graph, "int8", RTX, LONGEST, lambda line: None).file).read_bytes()
+    assert first == second
+
+
+def test_int8_that_no_layer_computes_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"rtx computes none of model\.qdq\.onnx's layers in INT8"):
+        build_engine(write_graph(tmp_path / "model.qdq.onnx"), "int8", RTX, LONGEST, lambda line: None)
+
+
+def test_an_operator_that_tensorrt_does_not_take_is_named_with_its_module(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.fp16.onnx", operator="Det")
+    model = onnx.load(graph)
+    model.graph.node[2].op_type = "SplitToSequence"
+    onnx.save(model, graph)
+    with pytest.raises(ExportError, match=r"operator SplitToSequence of model\.fp16\.onnx .*layer\.0\.act"):
+        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_a_file_that_is_no_graph_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "model.fp16.onnx").write_bytes(b"no graph")
+    with pytest.raises(ExportError, match=r"model\.fp16\.onnx"):
+        build_engine(tmp_path / "model.fp16.onnx", "fp16", RTX, LONGEST, lambda line: None)
+
+
+def test_a_builder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    model = onnx.load(graph)
+    # An INT8 constant that is no quantized weight: parsed, and refused when building.
+    table = next(t for t in model.graph.initializer if t.name == "table")
+    table.CopyFrom(numpy_helper.from_array(np.ones((100, WIDTH), np.int8), "table"))
+    model.graph.node[0].output[0] = "rows"
+    model.graph.node.insert(1, helper.make_node("Cast", ["rows"], ["embedded"], to=TensorProto.FLOAT16))
+    onnx.save(model, graph)
+    with pytest.raises(ExportError, match=r"cannot build model\.fp16\.onnx: .*Quantized constant"):
+        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    with pytest.raises(UsageError, match="sm_87") as refused:
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="sm_87"), LONGEST, lambda line: None)
+    assert "sm_86" in str(refused.value.remedy)
+
+
+@pytest.mark.skipif(tensorrt.has_driver(), reason="there is a driver")
+def test_an_engine_for_this_gpu_needs_a_driver(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    with pytest.raises(UsageError, match="no NVIDIA driver"):
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="this-gpu"), LONGEST, lambda line: None)
+
+
+def test_a_timing_cache_is_not_for_rtx(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    with pytest.raises(UsageError, match="--timing-cache"):
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", timing_cache="t.cache"), LONGEST, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("batch=1:8:32", "length is missing"), ("length=1:2:3", "batch is missing"), ("rows=1:2:3", "unknown axis 'rows'"),
+     ("batch=1:8,length=1:2:3", "must be three numbers"), ("batch=8:4:2,length=1:2:3", "must grow"),
+     ("batch=0:1:2,length=1:2:3", "must grow"), ("batch=1:1:1,length=1:2:999", "up to 64 tokens, not 999"),
+     ("", "unknown axis ''"), ("batch=-1:2:3,length=1:2:3", "must be three numbers")],
+)  # fmt: skip
+def test_a_profile_that_makes_no_sense_is_refused(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        parse_profile(text, LONGEST)
+
+
+def test_a_profile_reads_as_it_is_written() -> None:
+    text = "batch=1:8:32,length=16:64:64"
+    assert str(parse_profile(text, LONGEST)) == text
+    assert parse_profile(" length=16:64:64, batch=1:8:32").batch == (1, 8, 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1GiB", 1 << 30), ("512MiB", 512 << 20), ("2 gb", 2 * 10**9), ("4096", 4096)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "big", "1XB", "-1GiB", "0", "1.5GiB"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--workspace"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [EngineOptions(("fp8",)), EngineOptions(target="orin"), EngineOptions(builder="nvcc"), EngineOptions(workspace="x"),
+     EngineOptions(profiles=("batch=1",))],
+)  # fmt: skip
+def test_options_that_make_no_sense_are_refused(options: EngineOptions) -> None:
+    with pytest.raises(UsageError):
+        options.check()
+
+
+def test_layers_are_counted_from_a_log() -> None:
+    line = "Name: {}, LayerType: {}, Inputs: [ {{ Name: a, Dimensions: [-1,384], Datatype: {} }}], Outputs: []"
+    log = [
+        line.format("a", "gemm", "Int8"),
+        line.format("b", "gemm", "Half"),
+        line.format("c", "kgen", "Int8"),
+        "other",
+    ]
+    assert count_layers(log) == ({"gemm Int8": 1, "gemm Half": 1, "kgen Int8": 1}, 1)
+
+
+@pytest.mark.skipif(tensorrt.has_driver(), reason="there is a driver")
+def test_without_a_gpu_auto_is_rtx() -> None:
+    assert choose_builder("auto") == "rtx"
+
+
+@pytest.mark.parametrize("builder", ["tensorrt", "trtexec", "rtx"])
+def test_a_builder_that_is_missing_is_named_with_the_remedy(builder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "_importable", lambda name: False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MissingDependencyError, match=f"builder {builder} is not installed") as missing:
+        choose_builder(builder)
+    assert missing.value.remedy
+
+
+def fake_trtexec(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = folder / "trtexec"
+    script.write_text(f"#!/bin/sh\n{body}\n")
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+
+
+def test_trtexec_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_trtexec(
+        tmp_path,
+        'for a in "$@"; do case $a in --saveEngine=*) echo engine > "${a#--saveEngine=}";; esac; done\n'
+        'echo "[I] TensorRT version: 10.3.0"\necho "$@" > asked',
+        monkeypatch,
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="builds for the GPU at hand"):
+        tensorrt.plan(EngineOptions(builder="trtexec", target="sm_86"), LONGEST)
+    options = EngineOptions(builder="trtexec", profiles=("batch=1:4:8,length=1:16:64",), timing_cache="t.cache")
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LONGEST, lambda line: None)
+    assert (engine.version, engine.layers) == ("10.3.0", {})
+    asked = (tmp_path / "asked").read_text().split()
+    assert {"--stronglyTyped", "--minShapes=input_ids:1x1,attention_mask:1x1", "--optShapes=input_ids:4x16,attention_mask:4x16",
+            "--maxShapes=input_ids:8x64,attention_mask:8x64", "--memPoolSize=workspace:1024M", "--timingCacheFile=t.cache",
+            "--hardwareCompatibilityLevel=ampere+"} <= set(asked)  # fmt: skip
+    assert not {"--fp16", "--int8", "--best"} & set(asked), "gone in TensorRT 11"
+
+
+def test_profiles_of_trtexec_are_numbered() -> None:
+    profiles = [parse_profile("batch=1:1:1,length=1:8:16"), parse_profile("batch=1:4:8,length=1:16:64")]
+    command = trtexec_command(Path("g.onnx"), Path("g.engine"), profiles, EngineOptions(target="this-gpu"))
+    assert command.index("--profile=0") < command.index("--profile=1")
+    assert sum(word.startswith("--maxShapes") for word in command) == 2
+
+
+def test_what_trtexec_says_last_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_trtexec(tmp_path, 'echo "[E] Error: out of memory"\necho "&&&& FAILED"\nexit 1', monkeypatch)
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    with pytest.raises(ExportError, match=r"trtexec cannot build model\.fp16\.onnx: \[E\] Error: out of memory"):
+        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LONGEST, lambda line: None)
+
+
+def test_trtexec_that_ends_well_without_an_engine_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_trtexec(tmp_path, "exit 0", monkeypatch)
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    with pytest.raises(ExportError, match="it says nothing"):
+        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LONGEST, lambda line: None)
+
+
+def test_every_name_of_the_bindings_that_is_used_exists() -> None:
+    """A typo in a branch that needs a GPU would only be found there."""
+    tree = ast.parse(Path(tensorrt.__file__).read_text(encoding="utf-8"))
+
+    def dotted(node: ast.AST) -> str | None:
+        if isinstance(node, ast.Name):
+            return node.id
+        parent = dotted(node.value) if isinstance(node, ast.Attribute) else None
+        return None if parent is None else f"{parent}.{node.attr}"  # type: ignore[attr-defined]
+
+    names = {name for node in ast.walk(tree) if (name := dotted(node)) and name.startswith("trt.")}
+    assert len(names) > 8
+    for name in names:
+        value = trt
+        for part in name.split(".")[1:]:
+            assert hasattr(value, part), name
+            value = getattr(value, part)
+    methods = {
+        trt.IBuilderConfig: ("set_memory_pool_limit", "add_optimization_profile", "create_timing_cache", "set_timing_cache",
+                             "get_timing_cache", "set_compute_capability", "num_compute_capabilities",
+                             "hardware_compatibility_level", "profiling_verbosity"),
+        trt.Builder: ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
+        trt.OnnxParser: ("parse_from_file", "num_errors", "get_error"),
+        trt.ParserError: ("node_name", "node_operator", "desc"),
+        trt.INetworkDefinition: ("num_inputs", "get_input"),
+        trt.IOptimizationProfile: ("set_shape",),
+        trt.ITimingCache: ("serialize",),
+    }  # fmt: skip
+    for kind, used in methods.items():
+        for name in used:
+            assert hasattr(kind, name), f"{kind.__name__}.{name}"
