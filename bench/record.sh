@@ -6,10 +6,13 @@ cd "$(dirname "$0")/.."
 bin=.venv/bin
 out=bench/results/$(date +%F)-sentiment
 ready=$(mktemp -u)
-"$bin/deploykit" package demo/exports/sentiment --name sentiment --repository model_repository
-"$bin/deploykit" serve --repository model_repository --http-port 0 --grpc-port 0 --metrics-port 0 --ready-file "$ready" &
+repository=$(mktemp -d)
+mkdir "$repository/sentiment"
+cp model_repository/sentiment/config.pbtxt "$repository/sentiment" # packaging keeps it; alone, for the server's memory
+"$bin/deploykit" package demo/exports/sentiment --name sentiment --repository "$repository"
+"$bin/deploykit" serve --repository "$repository" --http-port 0 --grpc-port 0 --metrics-port 0 --ready-file "$ready" &
 server=$!
-trap 'kill -INT $server; wait $server' EXIT
+trap 'kill -INT $server; wait $server; rm -r "$repository"' EXIT
 until [ -e "$ready" ]; do kill -0 $server; sleep 0.2; done
 url=$("$bin/python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["http"])' "$ready")
 "$bin/deploykit" bench demo/runs/sentiment demo/exports/sentiment sentiment --url "$url" \

@@ -46,7 +46,8 @@ def render_translation(suite: Record) -> str:
     lines = [
         f"{_when_and_where(suite)}, {suite['threads']} threads, the same weights for all. Columns are the sentences of one "
         f"call; target tokens/s are multiples of {PEER}'s, asked in whichever way was fastest, in the same run (median "
-        "of the rounds; lowest to highest round).",
+        "of the rounds; lowest to highest round)."
+        + (" Memory that was freed stayed in the process, and counts." if suite.get("environment") else ""),
     ]
     for workload in suite["workloads"]:
         title = _TITLES[workload["key"]].format(rows=f"{workload['bench']['texts']['rows']:,}")

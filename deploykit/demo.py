@@ -75,7 +75,7 @@ def sentiment(out: Path, *, max_rows: int, say: Say) -> Recipe:
     words = ("--task", "classification", "--model", out / "minilm", "--train", tweets, "--encoding", "latin-1",
              "--max-rows", max_rows, "--epochs", 1, "--learning-rate", 1e-4, "--max-length", 128,
              "--mixed-precision", "auto")  # fmt: skip
-    return Recipe("sentiment", words, "predict", SENTENCES)
+    return Recipe("sentiment", words, "predict", SENTENCES, ("--concurrency", 1, "--concurrency", 32))
 
 
 def translation(out: Path, *, max_rows: int, say: Say) -> Recipe:

@@ -21,7 +21,7 @@ def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | 
 
     check_dependencies()
     chosen = (
-        sentiment(out, max_rows=10_000 if max_rows is None else max_rows, say=say)
+        sentiment(out, max_rows=8_000 if max_rows is None else max_rows, say=say)
         if recipe == "sentiment"
         else translation(out, max_rows=max_rows or 0, say=say)
     )

@@ -32,7 +32,7 @@ from deploykit.runtime.classifier import load_classifier
 from deploykit.runtime.engines import ENGINES, Engine, Precision, load_engine
 
 _SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
-_SENSITIVITY_ROWS = 128
+_SENSITIVITY_ROWS = 64
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _TENSORRT_GRAPHS = {
     "fp32": "model.onnx",

@@ -215,24 +215,23 @@ class Decoder:
     def _choose(self, logits: Floats) -> list[Sentence]:
         """Append the next token of every row; returns the sentences that end with it."""
         rows = self._model.rows
+        sums, offset = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
+        if not any(s.scored or s.beam is not None for s in self.running):
+            self._apply_rules(logits, offset)
+            return self._choose_greedily(logits, logits, sums)
         beams = np.array([row for s in self.running if s.beam is not None for row in s.rows], np.int64)
         scored = np.array([row for s in self.running if s.beam is None and s.scored for row in s.rows], np.int64)
         wanted = np.zeros(rows, bool)
         wanted[beams] = wanted[scored] = True
-        before, after = (
-            wanted.copy(),
-            np.zeros(rows, bool),
-        )  # when they are summed: by the rules, or of what these leave
+        # When they are summed: before the rules, or of what these leave.
+        before, after = wanted.copy(), np.zeros(rows, bool)
         for rules, theirs in self._rule_groups():
             after[theirs] = wanted[theirs] & rules.renormalizes
             before[theirs] &= rules.alters or not rules.renormalizes
-        sums = np.zeros(rows, np.float32)
         self._sum_up(logits, before, sums)
         raw = logits.copy() if len(scored) and self._altering() else logits
-        offset = np.zeros(rows, np.float32)
         offset[beams] = sums[beams]
-        for rules, theirs in self._rule_groups():
-            rules.apply(logits, theirs, self._tokens, self._lengths, offset)
+        self._apply_rules(logits, offset)
         self._sum_up(logits, after, sums)
         done: list[Sentence] = []
         if len(beams) < rows:
@@ -240,6 +239,10 @@ class Decoder:
         if len(beams):
             done += self._advance_beams(logits, beams, sums)
         return done
+
+    def _apply_rules(self, logits: Floats, offset: Floats) -> None:
+        for rules, theirs in self._rule_groups():
+            rules.apply(logits, theirs, self._tokens, self._lengths, offset)
 
     def _choose_greedily(self, logits: Floats, raw: Floats, sums: Floats) -> list[Sentence]:
         done = []

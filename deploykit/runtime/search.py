@@ -207,6 +207,8 @@ def _repeats(tokens: Ints, size: int) -> list[int]:
 
 
 def _force(scores: Floats, rows: Ints, tokens: Sequence[int], offset: Floats) -> None:
+    if not len(rows):
+        return
     scores[rows] = -np.inf
     for token in tokens:
         scores[rows, token] = offset[rows]
