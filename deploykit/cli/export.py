@@ -42,12 +42,6 @@ def command(
     *, checkpoint: Path, out: Path, force: bool, trt: bool, precisions: tuple[str, ...], profiles: tuple[str, ...],
     workspace: str, targets: tuple[str, ...], timing_cache: str | None, builder: str, int8: bool, **values: Any,
 ) -> Result:  # fmt: skip
-    from deploykit.finetune.checkpoint import quiet
-
-    quiet()
-    from deploykit.export.run import ExportOptions, export
-    from deploykit.export.tables import render
-
     gpus = [target for target in targets if re.fullmatch(GPU, target)]
     languages = [target for target in targets if target not in gpus]
     if max(len(gpus), len(languages)) > 1:
@@ -60,6 +54,12 @@ def command(
     gpu = gpus[0] if gpus else "portable"
     engines = EngineOptions(wanted, profiles, workspace, gpu, timing_cache, builder) if trt else None
     values["target"] = languages[0] if languages else None
+    from deploykit.finetune.checkpoint import quiet
+
+    quiet()
+    from deploykit.export.run import ExportOptions, export
+    from deploykit.export.tables import render
+
     options = ExportOptions(int8=int8 or (trt and "int8" in wanted), trt=engines, **values)
     done = export(checkpoint, out, options, force=force, say=say)
     metrics = done.manifest.metrics

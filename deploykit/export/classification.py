@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from deploykit.evaluate import labelled_rows
 from deploykit.export.calibration import calibrate
 from deploykit.export.graphs import export_classifier, export_half_classifier
 from deploykit.export.parity import check_parity
-from deploykit.export.quantize import QuantizedCount, Scheme, quantize
+from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, quantize
 from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
-from deploykit.export.search import Search, fewest_in_fp32
+from deploykit.export.search import Search, fewest_in_fp32, too_lossy
 from deploykit.export.tables import render
 from deploykit.export.tensorrt import EngineOptions, build_engine, plan
 from deploykit.finetune.checkpoint import TorchClassifier
@@ -79,11 +78,11 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
     grader.grade_checkpoint()
     for engine in _engines("fp32"):
         grader.grade("fp32", engine)
+    ranges: Ranges = {}
     if options.int8:
-        metrics["quantization"] = _quantize(checkpoint, directory, reference, options, grader, say)
+        metrics["quantization"], ranges = _quantize(checkpoint, directory, reference, options, grader, say)
     if options.trt is not None:
-        kept = metrics.get("quantization", {}).get("search", {}).get("openvino", {}).get("kept", ())
-        metrics["engines"] = _build_engines(directory, reference, options, options.trt, kept, grader, say)
+        metrics["engines"] = _build_engines(directory, reference, options, options.trt, ranges, grader, say)
     metrics["test"] = grader.metrics
     metrics["accuracy_table"] = [dataclasses.asdict(line) for line in grader.table]
     for line in render(metrics["accuracy_table"]):
@@ -151,7 +150,7 @@ class _Quantizer:
         graph: Path,
         path: Path,
         scheme: Scheme,
-        ranges: Mapping[str, tuple[float, float]],
+        ranges: Ranges,
         *,
         embeddings: bool = True,
     ) -> None:
@@ -168,8 +167,11 @@ class _Quantizer:
 
 def _quantize(
     checkpoint: Path, directory: Path, reference: TorchClassifier, options: ExportOptions, grader: _Grader, say: Say
-) -> dict[str, Any]:
-    """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32."""
+) -> tuple[dict[str, Any], Ranges]:
+    """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
+
+    Returns what the manifest says of it, and the ranges of the activations that are S8 (in OpenVINO's graph).
+    """
     examples = _rows(checkpoint, reference, options.calibration, options.calibration, options)
     picked = [example.text for example in evenly(examples, options.calibration_rows)]
     say(f"calibrating on {len(picked):,} rows ({options.method})")
@@ -192,34 +194,42 @@ def _quantize(
         f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"
     )
     say("measuring accuracy")
-    searches = {}
+    searches: dict[str, Search] = {}
+    kept: dict[Scheme, Collection[str]] = {}
     for engine in _engines("int8"):
         drop = grader.drop(grader.grade("int8", engine))
         if drop > options.max_drop:
-            say(f"INT8 on {engine} loses {drop:.2f} points of macro-F1: which layers need fp32?")
+            loss = f"INT8 on {engine} loses {drop:.2f} points of macro-F1"
+            say(f"{loss}: which layers need fp32?")
             scheme = next(s for s in _SCHEMES if ENGINES[engine].graphs["int8"] == f"model.{s}.onnx")
             sample = evenly(picked, _SENSITIVITY_ROWS)
             searches[engine] = _search(
-                directory, reference, quantizers[scheme], ranges, engine, sample, options, grader, say
+                directory, reference, quantizers[scheme], ranges, engine, loss, sample, options, grader, say
             )
-    return {
+            kept[scheme] = searches[engine].kept
+    record = {
         **dataclasses.asdict(whole),
         "method": options.method,
         "calibration_rows": len(picked),
         "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
     }
+    return record, {name: limits for name, limits in ranges.items() if name not in kept.get("s8s8", ())}
 
 
 def _search(
-    directory: Path, reference: TorchClassifier, quantizer: _Quantizer, ranges: Collection[str], engine: str,
+    directory: Path, reference: TorchClassifier, quantizer: _Quantizer, ranges: Collection[str], engine: str, loss: str,
     texts: Sequence[str], options: ExportOptions, grader: _Grader, say: Say,
 ) -> Search:  # fmt: skip
-    """Leave as few activations in fp32 as hold the limit, those first that change scores most when they alone are INT8."""
+    """Leave as few activations in fp32 as hold the limit, those first that change scores most when they alone are INT8.
+
+    ``loss`` says what is lost with all of them in INT8, as ``grader`` has it.
+    """
 
     def scores(precision: Precision) -> NDArray[np.float32]:
         graph = directory / ENGINES[engine].graphs[precision]
         return load_classifier(directory, reference.task, load_engine(engine, graph)).scores(texts)
 
+    table = grader.table
     expected = scores("fp32")
     sensitivity = {}
     for name in ranges:
@@ -235,23 +245,16 @@ def _search(
     try:
         return fewest_in_fp32(order, drop, options.max_drop, say=say)
     except ExportError as error:
-        quantizer.write(ranges)
-        whole = grader.grade("int8", engine)
-        raise ExportError(
-            f"INT8 on {engine} loses {grader.drop(whole):.2f} points of macro-F1, more than --max-drop {options.max_drop}; "
-            f"{error.message}:\n"
-            + "\n".join("  " + text for text in render([dataclasses.asdict(each) for each in grader.table])),
-            "try another --method, more --calibration-rows, or export without --int8; nothing was written",
-        ) from error
+        raise too_lossy(loss, options.max_drop, table, error) from error
 
 
 def _build_engines(
-    directory: Path, reference: TorchClassifier, options: ExportOptions, trt: EngineOptions, kept: Collection[str],
+    directory: Path, reference: TorchClassifier, options: ExportOptions, trt: EngineOptions, ranges: Ranges,
     grader: _Grader, say: Say,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write a graph of each precision in TensorRT's terms, grade what a CPU can compute of it, and build its engine.
 
-    INT8 is Q/DQ in the fp16 graph, but for ``kept`` activations.
+    INT8 is Q/DQ in the fp16 graph, of the activations that have ``ranges``.
     """
     built = []
     for precision in trt.precisions:
@@ -261,8 +264,7 @@ def _build_engines(
         elif precision == "int8":
             half = directory / "half.onnx"
             export_half_classifier(reference.model, half, torch.float16)
-            ranges = json.loads((directory / "calibration.json").read_text(encoding="utf-8"))["ranges"]
-            count = _Quantizer(half, graph, "s8s8", ranges, embeddings=False).write(set(ranges) - set(kept))
+            count = _Quantizer(half, graph, "s8s8", ranges, embeddings=False).write(ranges)
             half.unlink()
             say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
         if precision in ("fp16", "int8"):

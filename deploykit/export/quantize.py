@@ -22,6 +22,9 @@ Scheme = Literal["s8s8", "u8s8"]
 """Activation and weight types. ``s8s8`` (symmetric) serves OpenVINO and TensorRT; ``u8s8`` is the
 one ONNX Runtime has fast CPU kernels for."""
 
+Ranges = Mapping[str, tuple[float, float]]
+"""What goes into linear layers, by name -> (low, high) in real units. A layer whose input has none stays as it is."""
+
 _MIN_EMBEDDING_ROWS = 1024  # below it a table is too small for its size to matter
 
 
@@ -63,13 +66,13 @@ def linear_layers(model: onnx.ModelProto) -> list[LinearLayer]:
 
 
 def quantize(
-    model: onnx.ModelProto, ranges: Mapping[str, tuple[float, float]], scheme: Scheme, *, embeddings: bool = True
+    model: onnx.ModelProto, ranges: Ranges, scheme: Scheme, *, embeddings: bool = True
 ) -> tuple[onnx.ModelProto, QuantizedCount]:
     """Write Q/DQ around every linear layer whose activation has a range.
 
     Args:
         model: fp32 graph, or fp16 (opset 19 or later: scales have the type of the weights).
-        ranges: activation tensor name -> (low, high) in real units.
+        ranges: by the name of the activation's tensor.
         scheme: types of activations and weights.
         embeddings: also store tables in INT8. TensorRT takes INT8 constants for Q/DQ alone.
     """

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from deploykit.errors import ExportError
+from deploykit.export.tables import render
 
 _MOST_KEPT = 0.5  # with fewer layers than that in INT8, it is no INT8 model
 
@@ -25,6 +27,15 @@ class Search:
     kept: tuple[str, ...]
     order: tuple[str, ...]
     trials: tuple[Trial, ...]
+
+
+def too_lossy(loss: str, limit: float, table: Sequence[Any], why: ExportError) -> ExportError:
+    """The export's refusal, with the lines of ``table`` as they were when all was INT8. ``why``: what the search raised."""
+    return ExportError(
+        f"{loss}, more than --max-drop {limit}; {why.message}:\n"
+        + "\n".join("  " + text for text in render([asdict(line) for line in table])),
+        "try another --method, more --calibration-rows, or export without --int8; nothing was written",
+    )
 
 
 def fewest_in_fp32(

@@ -34,7 +34,7 @@ from deploykit.export.architecture import (
     Norm,
     RelativeBias,
 )
-from deploykit.export.quantize import activation_parameters, quantize_weight
+from deploykit.export.quantize import Ranges, activation_parameters, quantize_weight
 from deploykit.runtime.engines import TRANSLATION_FILES, Precision
 
 OPSET = 17
@@ -50,9 +50,6 @@ _ACTIVATIONS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "gelu_fast": ("FastGelu", _CONTRIB, {}),
 }
 
-Ranges = Mapping[str, tuple[float, float]]
-"""Name of a linear layer -> (low, high) of its input. A layer without a range stays in fp32."""
-
 
 @dataclass(frozen=True)
 class Graph:
@@ -66,7 +63,7 @@ def build_encoder(architecture: Architecture, ranges: Ranges | None = None) -> G
     """input_ids int64 [batch, source], lengths int32 [batch] (tokens of each row; the rest is padding) ->
     cross float32 [batch, source, 2 x decoder layers x heads x head size], keys and values of each layer in turn.
 
-    With ``ranges`` (INT8) linear layers take U8 activations of fixed scale and S8 weights of a scale per channel.
+    With ``ranges`` (INT8; by the linear layer's name) linear layers take U8 activations of fixed scale and S8 weights of a scale per channel.
     """
     a, g = architecture, _Writer("encoder", ranges)
     ids = g.input("input_ids", TensorProto.INT64, ["batch", "source"])

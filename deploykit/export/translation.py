@@ -21,7 +21,7 @@ from deploykit.export.architecture import Architecture
 from deploykit.export.calibration import Calibration, Observe, collect, equal_length_batches
 from deploykit.export.families import read_architecture
 from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
-from deploykit.export.search import fewest_in_fp32
+from deploykit.export.search import fewest_in_fp32, too_lossy
 from deploykit.export.seq2seq_graph import Graph, build_decoder, build_encoder, save_graphs, with_activations
 from deploykit.export.seq2seq_parity import check_parity
 from deploykit.export.tables import render
@@ -137,7 +137,8 @@ def _quantize(
     say(f"quantized {len(ranges)} linear layers ({quantize_nodes} QuantizeLinear nodes) and the embedding")
     search = None
     if grader.drop(whole) > options.max_drop:
-        say(f"INT8 loses {grader.drop(whole):.2f} points of BLEU or chrF: which layers need fp32?")
+        loss, table = f"INT8 loses {grader.drop(whole):.2f} points of BLEU or chrF", grader.table
+        say(f"{loss}: which layers need fp32?")
         parts = list(dict.fromkeys(map(part_of, ranges)))
         agreement = {}
         for part in parts:
@@ -147,12 +148,7 @@ def _quantize(
         try:
             search = fewest_in_fp32(order, lambda kept: grader.drop(write(kept)), options.max_drop, say=say)
         except ExportError as error:
-            raise ExportError(
-                f"INT8 loses {grader.drop(write(())):.2f} points of BLEU or chrF, more than --max-drop {options.max_drop}; "
-                f"{error.message}:\n"
-                + "\n".join("  " + text for text in render([dataclasses.asdict(each) for each in grader.table])),
-                "try another --method, more --calibration-rows, or export without --int8; nothing was written",
-            ) from error
+            raise too_lossy(loss, options.max_drop, table, error) from error
     return {
         "linear_layers": sum(search is None or part_of(name) not in search.kept for name in ranges),
         "quantize_nodes": quantize_nodes,

@@ -92,6 +92,11 @@ class Decoder:
         self._sums = np.zeros(max_rows, np.float32)
         self._groups: list[tuple[Rules, Ints]] | None = None
 
+    @property
+    def claimed(self) -> int:
+        """Rows that the sentences running and waiting take."""
+        return sum(s.generation.beam_size for s in (*self.running, *self.waiting))
+
     def add(self, sentence: Sentence) -> None:
         self.waiting.append(sentence)
 
@@ -117,8 +122,10 @@ class Decoder:
         taking = threading.Lock()
 
         def take(decoder: Decoder) -> bool:
-            held = sum(s.generation.beam_size for s in (*decoder.running, *decoder.waiting))
-            if not left or (held and held + left[0].generation.beam_size > min(share, self.max_rows)):
+            if not left:
+                return False
+            claimed = decoder.claimed
+            if claimed and claimed + left[0].generation.beam_size > min(share, self.max_rows):
                 return False
             decoder.add(left.popleft())
             return True

@@ -7,6 +7,7 @@ place to the last one, so the rows in use are always the first ones and no step 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ class Seq2SeqModel:
         sessions = (self._encoder, self._decoder) if threads == self._threads else self._open(threads)
         models = []
         for _ in range(n):
-            model = Seq2SeqModel.__new__(Seq2SeqModel)
-            model._paths, model._threads, model.rows_of_a_worker = self._paths, threads, self.rows_of_a_worker
+            model = copy.copy(self)
+            model._threads = threads
             model._begin(sessions)
             models.append(model)
         return models

@@ -167,7 +167,7 @@ class DecodeLoop:
         decoder = self.translator.decoder
         if decoder.running and not self._in_flight:
             return
-        room = decoder.max_rows - sum(s.generation.beam_size for s in (*decoder.running, *decoder.waiting))
+        room = decoder.max_rows - decoder.claimed
         fed = 0
         while self._queue and room > 0:
             request = self._queue.popleft()
