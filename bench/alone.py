@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from types import ModuleType
 
 
 def main() -> None:
-    """``sys.argv`` names the engine; the rest of the job comes on stdin."""
-    engine = sys.argv[1]
-    if engine != "deploykit":
-        sys.modules["onnxruntime"] = ModuleType("onnxruntime")  # the code that all share imports it
-
-    from contenders import open_job
+    """``sys.argv`` names the contenders' module and packages to do without; the job comes on stdin."""
+    module, *hidden = sys.argv[1:]
+    for package in hidden:
+        sys.modules[package] = ModuleType(package)  # the code that all share may import it
+    contenders = importlib.import_module(module)
 
     from deploykit.bench.alone import answer_alone
 
-    if engine != "deploykit":
-        del sys.modules["onnxruntime"]  # whoever asks whether it is installed shall find it
-    if engine == "CTranslate2":
-        sys.modules["torch"] = None  # type: ignore[assignment]  # it would import it to convert, which is done
-    answer_alone(open_job)
+    for package in hidden:
+        # torch is imported for conversions alone, which are done; whoever asks whether another is installed shall find it.
+        if package == "torch":
+            sys.modules[package] = None  # type: ignore[assignment]
+        else:
+            del sys.modules[package]
+    answer_alone(contenders.open_job)
 
 
 if __name__ == "__main__":

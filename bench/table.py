@@ -9,6 +9,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PEER = "CTranslate2 int8"
+BASE = "ONNX Runtime fp32"
+_SUBJECTS = {
+    "tweets": "The demo's model, {rows} of its test tweets",
+    "articles": "A model of topics, {rows} BBC articles of up to 512 tokens",
+}
 _TITLES = {
     "shape-greedy": "The shape of opus-mt, random weights, 20 source and 32 target tokens, greedy",
     "shape-beam-4": "The same with 4 beams",
@@ -19,25 +24,20 @@ _TITLES = {
 Record = Mapping[str, Any]
 
 
-def render(result: Record) -> str:
-    """Markdown: a line per candidate; throughputs as ratios to ONNX Runtime fp32 in the same run, with their spread."""
-    candidates = result["candidates"]
-    base = next(c for c in candidates if (c["engine"], c["precision"]) == ("onnxruntime", "fp32"))
-    callers = _closed_loops(base)
+def render_classification(suite: Record) -> str:
+    """Markdown: a table per subject, sentences/s as ratios to ONNX Runtime fp32 in the same run; then the servers."""
     lines = [
-        f"The demo's model on its {result['texts']['rows']:,} test tweets, {_when_and_where(result)}. "
-        f"Sentences/s are multiples of ONNX Runtime fp32's in the same run "
-        f"(median of {result['settings']['rounds']} rounds; lowest to highest round). p50: one caller.",
-        "",
-        *_head("macro-F1", "p50 ms", *callers, "size MB", "memory MB"),
+        f"{_when_and_where(suite)}, {suite['threads']} threads, the same weights for all. The peers are fed batches of up to 32 "
+        f"texts as they come, padded to the longest of each. Texts/s are multiples of {BASE}'s in the same run (median of the "
+        "rounds; lowest to highest round). p50: of a lone caller.",
     ]
-    for c in candidates:
-        cells = [c["name"], f"{c['metrics']['macro_f1']:.4f}"]
-        single = next(s for s in c["scenarios"] if s["scenario"].get("concurrency") == 1)
-        cells.append(f"{single['latency_ms']['p50']['median']:.2f}")
-        cells += [_ratio(c, base, name, "throughput_per_s") for name in callers]
-        cells += [_whole(c["size_mb"]), _whole(c["peak_memory_mb"])]
-        lines.append(_row(cells))
+    by_key = {workload["key"]: workload["bench"] for workload in suite["workloads"]}
+    for key, title in _SUBJECTS.items():
+        if key in by_key:
+            rows = by_key[key]["texts"]["rows"]
+            lines += ["", f"**{title.format(rows=rows)}**", "", *_subject(by_key[key], by_key[f"{key}-offline"])]
+    if "serving" in suite:
+        lines += ["", "**The first model behind servers, one text a request**", "", *_servers(suite["serving"])]
     return "\n".join(lines) + "\n"
 
 
@@ -69,6 +69,37 @@ def render_exactness(result: Record) -> str:
         f"Of {parity['rows']:,} test sentences of the example, fp32, these have the very tokens of Hugging Face's `generate`: "
         f"{counts} ({_when_and_where(result)}).\n"
     )
+
+
+def _subject(at_once: Record, offline: Record) -> Iterator[str]:
+    base = next((c for c in at_once["candidates"] if c["name"] == BASE), at_once["candidates"][0])
+    everything = {c["name"]: c for c in offline["candidates"]}
+    (all_at_once,) = _closed_loops(offline["candidates"][0])
+    yield from _head(
+        "macro-F1", "p50 ms", *_closed_loops(base), "all in one call", "size MB", "memory MB", "first answer s"
+    )
+    for c in at_once["candidates"]:
+        ratios = [_ratio(c, base, name, "throughput_per_s") for name in _closed_loops(base)]
+        alone = next(s for s in c["scenarios"] if s["scenario"].get("concurrency") == 1)
+        whole = "-"
+        if c["name"] in everything:
+            whole = _ratio(everything[c["name"]], everything[base["name"]], all_at_once, "throughput_per_s")
+        first = "-" if c["first_answer_s"] is None else f"{c['first_answer_s']:.1f}"
+        figures = [f"{c['metrics']['macro_f1']:.4f}", f"{alone['latency_ms']['p50']['median']:.2f}"]
+        yield _row([c["name"], *figures, *ratios, whole, _whole(c["size_mb"]), _whole(c["peak_memory_mb"]), first])
+
+
+def _servers(result: Record) -> Iterator[str]:
+    scenarios = [s["scenario"]["name"] for s in result["candidates"][0]["scenarios"]]
+    yield from _head(
+        *(f"{name}: {title}" for name in scenarios for title in ("texts/s", "p50 ms", "p99 ms")), "memory MB"
+    )
+    for c in result["candidates"]:
+        cells = []
+        for s in c["scenarios"]:
+            cells.append(_spread(s["throughput_per_s"]))
+            cells += [f"{x['median']:.1f}" if (x := s["latency_ms"][key]) else "-" for key in ("p50", "p99")]
+        yield _row([c["name"], *cells, _whole(c["peak_memory_mb"])])
 
 
 def _workload(result: Record) -> Iterator[str]:
@@ -117,6 +148,10 @@ def _ratio(candidate: Record, base: Record, scenario: str, key: str) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
+def _spread(values: Record) -> str:
+    return f"{values['median']:.0f} ({values['min']:.0f} to {values['max']:.0f})"
+
+
 def _whole(value: float | None) -> str:
     return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
@@ -130,7 +165,7 @@ def _row(cells: list[str]) -> str:
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
-    "measured": ("sentiment", render),
+    "classification": ("classification", render_classification),
     "exactness": ("exactness", render_exactness),
     "translation": ("translation", render_translation),
 }

@@ -7,22 +7,19 @@ trained model with the real sentences of its test split. Writes bench/results/<d
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
-import json
 import os
-import shlex
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import (
+from projection import projection_share
+from suite import begin, measured_alone, say, write
+from translation_contenders import (
     CONTENDERS,
     CTRANSLATE2,
     DEPLOYKIT,
@@ -36,13 +33,10 @@ from contenders import (
     size_mb,
     tokenizer_of,
 )
-from projection import projection_share
 
-from deploykit.artifacts import load_manifest, new_file
-from deploykit.bench.alone import Alone, measure_alone
+from deploykit.artifacts import load_manifest
+from deploykit.bench.alone import Alone
 from deploykit.bench.load import ClosedLoop, answer_texts
-from deploykit.bench.machine import describe_machine
-from deploykit.bench.report import write_suite
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import Candidate, run_bench
 from deploykit.predictor import TextTranslator
@@ -97,16 +91,10 @@ def main() -> None:
         )
     else:
         plan = Plan(options.threads, rounds=options.rounds, seconds=options.seconds)
-    suite: dict[str, Any] = {
-        "schema": 1,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "bench/translation.py", *sys.argv[1:]]),
-        "threads": plan.threads,
-        "environment": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
-        "machine": _machine(),
-        "skipped": {c.name: reason for c in CONTENDERS if (reason := missing(c))},
-        "workloads": [],
-    }
+    suite = begin(
+        "translation.py", plan.threads, {c.name: reason for c in CONTENDERS if (reason := missing(c))}, ["ctranslate2"]
+    )
+    suite["environment"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     with tempfile.TemporaryDirectory() as folder:
         if "shape" in options.parts:
             say("writing the shape of opus-mt with random weights")
@@ -122,7 +110,7 @@ def main() -> None:
             if "example" in options.parts:
                 suite["workloads"] += measure_subject("example", subject, texts, references, plan, suite["skipped"])
             if "serving" in options.parts:
-                from serving_translation import measure_serving
+                from translation_serving import measure_serving
 
                 suite["serving"] = measure_serving(
                     options.export,
@@ -134,7 +122,7 @@ def main() -> None:
                     seconds=plan.serving_seconds,
                     say=say,
                 )
-    write(suite, options.out)
+    write(suite, "Translation", options.out)
 
 
 def measure_subject(
@@ -262,21 +250,6 @@ def trained_subject(checkpoint: Path, export: Path, folder: Path) -> Subject:
     return Subject(checkpoint, export, folder / "converted", task, tokenizer=True)
 
 
-def write(suite: dict[str, Any], out: Path) -> None:
-    with new_file(out) as file:
-        file.write_text(json.dumps(suite, indent=1, ensure_ascii=False), encoding="utf-8")
-    results = {w["key"]: {**w["bench"], "command": suite["command"]} for w in suite["workloads"]}
-    if "serving" in suite:
-        results["serving"] = {**suite["serving"], "command": suite["command"]}
-    if results:
-        write_suite("Translation", results, out.with_suffix(".html"))
-    say(f"{out}: written")
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo/runs/en-fr", help="of the trained example")
@@ -298,13 +271,6 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _machine() -> dict[str, Any]:
-    machine = describe_machine()
-    with contextlib.suppress(PackageNotFoundError):
-        machine["packages"]["ctranslate2"] = version("ctranslate2")
-    return machine
-
-
 def _searching(task: Translation, beams: int) -> Generation:
     return override(task, {"beam_size": beams})
 
@@ -316,14 +282,14 @@ def _torch_model(subject: Subject) -> Any:
 
 
 def _alone(contender: Contender, subject: Subject, texts: Sequence[str], plan: Plan) -> Alone | None:
-    """The run with the median time to the first answer of three, each in a process of its own."""
-    program = [str(Path(__file__).with_name("alone.py")), contender.engine]
+    """Each without the engines of the others."""
+    hidden = [] if contender.engine == DEPLOYKIT else ["onnxruntime"]
+    hidden += ["torch"] if contender.engine == CTRANSLATE2 else []
     job = job_of(contender, subject, plan.threads)
-    runs = [measure_alone(program, job, texts) for _ in range(1 if plan.quick else 3)]
-    whole = sorted((run for run in runs if run is not None), key=lambda run: run.first_answer_s)
-    if len(whole) < len(runs):
+    alone = measured_alone("translation_contenders", hidden, job, texts, times=1 if plan.quick else 3)
+    if alone is None:
         say(f"warning: {contender.name} fails in a process of its own")
-    return whole[len(whole) // 2] if whole else None
+    return alone
 
 
 def _agreement(

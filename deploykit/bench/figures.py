@@ -90,7 +90,7 @@ def latency_distribution(result: Record, scenario: str) -> str | None:
 
 
 def throughput_latency(result: Record) -> str | None:
-    """p99 against throughput: closed loops joined by a line, arrivals at random as hollow diamonds."""
+    """p99 against throughput: closed loops joined by a line, arrivals at random as hollow diamonds, limits as lines."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -112,6 +112,8 @@ def throughput_latency(result: Record) -> str | None:
                 at = (s["throughput_per_s"]["median"], s["latency_ms"]["p99"]["median"])
                 text = str(s["scenario"]["concurrency"])
                 axes.annotate(text, at, (0, 6), textcoords="offset points", ha="center", color=_colour(i), fontsize=9)
+        for limit in {s["scenario"].get("limit_ms") for c in result["candidates"] for s in c["scenarios"]} - {None}:
+            axes.axhline(limit, color="grey", linestyle=":", linewidth=1.2)
         axes.set_yscale("log")
         _plain_log(axes.yaxis)
         axes.set_xlim(left=0)

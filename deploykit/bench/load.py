@@ -6,12 +6,13 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.bench.capacity import highest_rate
 from deploykit.bench.machine import PeakMemory, server_processes
 from deploykit.errors import UsageError
 from deploykit.predictor import Predictor, is_translator
@@ -73,7 +74,25 @@ class Poisson:
         return np.sort(random.uniform(0.0, seconds, count))
 
 
-Scenario = ClosedLoop | Poisson
+@dataclass(frozen=True)
+class Within:
+    """Arrivals as of ``Poisson``, at the highest rate whose p99 stays within ``limit_ms``: found by a search."""
+
+    limit_ms: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.limit_ms < float("inf"):
+            raise UsageError(f"a p99 within {self.limit_ms} ms", "make it a number above 0")
+
+    @property
+    def name(self) -> str:
+        return f"p99 within {self.limit_ms:g} ms"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "p99_within", "name": self.name, "limit_ms": self.limit_ms}
+
+
+Scenario = ClosedLoop | Poisson | Within
 
 
 @dataclass(frozen=True)
@@ -187,10 +206,21 @@ def measure(
 
     Texts are asked in an order shuffled by ``seed``, over and over. A failure is counted, never
     raised; a request without an answer after ``timeout_s`` is one. ``generation`` takes the place of a
-    translator's own.
+    translator's own. A search for a rate (``Within``) takes that time for each rate that it tries.
     """
     if not texts:
         raise UsageError("there are no texts to ask", "give a file with at least one row")
+    if isinstance(scenario, Within):
+        return _within(
+            target,
+            texts,
+            scenario,
+            seconds=seconds,
+            generation=generation,
+            warmup_s=warmup_s,
+            seed=seed,
+            timeout_s=timeout_s,
+        )
     if warmup_s > 0:
         _ask(target, texts, scenario, generation, warmup_s, seed + 1, timeout_s)
     processes = server_processes(target.url) if isinstance(target, Server) else None
@@ -216,6 +246,19 @@ def measure(
     )
 
 
+def _within(target: Predictor | Server, texts: Sequence[str], scenario: Within, **how: Any) -> Measurement:
+    """At the rate found; where no rate holds the limit, of no requests at all."""
+    alone = measure(target, texts, ClosedLoop(1), **how)
+
+    def probe(rate_per_s: float) -> Measurement:
+        return measure(target, texts, Poisson(rate_per_s), **how)
+
+    found = highest_rate(probe, scenario.limit_ms, 0.5 * alone.throughput_per_s)
+    if found is None:
+        return replace(alone, scenario=scenario, requests=0, errors=0, latencies_ms=np.empty(0), answers={}, tokens=0)
+    return replace(found, scenario=scenario)
+
+
 def _stages(target: Predictor | Server) -> dict[str, float]:
     """Seconds by stage that a translator in this process has counted so far; empty for another target."""
     if isinstance(target, Server) or not is_translator(target):
@@ -231,7 +274,7 @@ def _stages(target: Predictor | Server) -> dict[str, float]:
 def _ask(
     target: Predictor | Server,
     texts: Sequence[str],
-    scenario: Scenario,
+    scenario: ClosedLoop | Poisson,
     generation: Generation | None,
     seconds: float,
     seed: int,

@@ -46,6 +46,8 @@ class _WithItsWords(click.Command):
               help="Callers that each wait for their answer; repeat. [default: 1 8 32]")  # fmt: skip
 @click.option("--rate", "rates", multiple=True, type=click.FloatRange(0, min_open=True),
               help="Texts per second of an open loop with Poisson arrivals; repeat.")  # fmt: skip
+@click.option("--p99-limit", "limits", multiple=True, type=click.FloatRange(0, min_open=True), metavar="MS",
+              help="Find the highest rate of such arrivals whose p99 stays within it; repeat.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Of each measurement.")
 @click.option("--max-rows", type=click.IntRange(1), default=2000, show_default=True, help="Texts to use.")
@@ -69,6 +71,7 @@ def command(
     precisions: tuple[str, ...],
     concurrencies: tuple[int, ...],
     rates: tuple[float, ...],
+    limits: tuple[float, ...],
     max_rows: int,
     out: Path | None,
     report: Path | None,
@@ -80,7 +83,7 @@ def command(
     import json
 
     from deploykit.artifacts import new_file
-    from deploykit.bench.load import ClosedLoop, Poisson
+    from deploykit.bench.load import ClosedLoop, Poisson, Within
     from deploykit.bench.report import write_report
     from deploykit.bench.rows import read_rows, task_of
     from deploykit.bench.targets import bench_targets
@@ -113,7 +116,7 @@ def command(
         generation=generation,
         engines=engines,
         precisions=precisions,
-        scenarios=[*map(ClosedLoop, concurrencies), *map(Poisson, rates)],
+        scenarios=[*map(ClosedLoop, concurrencies), *map(Poisson, rates), *map(Within, limits)],
         progress=say,
         **settings,
     ).to_json()

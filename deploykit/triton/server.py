@@ -263,7 +263,7 @@ class TritonServer:
         )
         (self._folder / "repository").symlink_to(self._repository.resolve())
         backends = self._folder / "backends"
-        _assemble_backends(backends, triton)
+        assemble_backends(backends, triton)
         try:
             self._output = open(self._log_file or self._folder / "triton.log", "w+b")  # noqa: SIM115 (open while it runs)
         except OSError as error:
@@ -404,7 +404,7 @@ class TritonServer:
             connection.close()
 
 
-def _assemble_backends(folder: Path, triton: EmbeddedTriton) -> None:
+def assemble_backends(folder: Path, triton: EmbeddedTriton) -> None:
     """A backend directory with Triton's Python backend and ours.
 
     Copies, because Triton refuses a backend's library that is a link to outside its directory.

@@ -1,4 +1,4 @@
-"""In-flight batching beside a batch at a time: both servers of bench/serving_translation.py, under load."""
+"""In-flight batching beside a batch at a time: both servers of bench/translation_serving.py, under load."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_both_servers_answer_the_same_under_the_same_arrivals(tiny_translation: Path, tmp_path: Path) -> None:
-    bench: dict[str, Any] = runpy.run_path(str(ROOT / "bench" / "serving_translation.py"))
+    bench: dict[str, Any] = runpy.run_path(str(ROOT / "bench" / "translation_serving.py"))
     texts = [f"Open {i} files" + ", please" * (i % 5) for i in range(12)]
     said: list[str] = []
     result = bench["measure_serving"](

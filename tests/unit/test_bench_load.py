@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deploykit.bench.load import ClosedLoop, Poisson, latency_summary, measure
+from deploykit.bench.load import ClosedLoop, Poisson, Within, latency_summary, measure
 from deploykit.errors import UsageError
 from deploykit.tasks import Classification
 
@@ -105,3 +105,16 @@ def test_percentiles_are_ordered_and_of_known_values() -> None:
 def test_loads_that_mean_nothing_are_refused(scenario: object) -> None:
     with pytest.raises(UsageError):
         scenario()  # type: ignore[operator]
+
+
+def test_the_rate_within_a_limit_is_measured_at_that_rate() -> None:
+    m = measure(SlowPredictor(0.004), TEXTS, Within(60.0), seconds=0.2, warmup_s=0)
+    assert m.scenario == Within(60.0)
+    assert m.errors == 0
+    assert m.latency_ms["p99"] <= 60.0
+    assert m.throughput_per_s > 0.5 / 0.004, "it starts from half of what a lone caller gets, and that holds"
+
+
+def test_where_no_rate_holds_the_limit_nothing_is_counted() -> None:
+    m = measure(SlowPredictor(0.03), TEXTS, Within(1.0), seconds=0.05, warmup_s=0)
+    assert (m.requests, m.errors, m.throughput_per_s, m.latency_ms) == (0, 0, 0.0, {})

@@ -130,7 +130,7 @@ def test_a_peer_that_runs_another_model_is_void(monkeypatch: pytest.MonkeyPatch)
 def test_ctranslate2_is_asked_in_every_way_that_makes_sense(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ctranslate2")
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    contenders = importlib.import_module("contenders")
+    contenders = importlib.import_module("translation_contenders")
 
     def ways(threads: int, sentences: int) -> list[tuple[int, int, str]]:
         peer = object.__new__(contenders.CTranslate2)

@@ -1,0 +1,64 @@
+"""What the suites under bench/ share."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from deploykit.artifacts import new_file
+from deploykit.bench.alone import Alone, measure_alone
+from deploykit.bench.machine import describe_machine
+from deploykit.bench.report import write_suite
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def begin(program: str, threads: int, skipped: Mapping[str, str], packages: Sequence[str]) -> dict[str, Any]:
+    """The record of a run that starts now. ``packages`` are the peers' whose versions it names."""
+    machine = describe_machine()
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            machine["packages"][package] = version(package)
+    return {
+        "schema": 1,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", f"bench/{program}", *sys.argv[1:]]),
+        "threads": threads,
+        "machine": machine,
+        "skipped": dict(skipped),
+        "workloads": [],
+    }
+
+
+def measured_alone(
+    module: str, hidden: Sequence[str], job: Mapping[str, Any], texts: Sequence[str], *, times: int
+) -> Alone | None:
+    """The run with the median time to the first answer, each in a process of its own.
+
+    ``module`` is that of the contender, whose ``open_job`` gets ``job``; ``hidden`` packages cannot be imported there.
+    """
+    program = [str(Path(__file__).with_name("alone.py")), module, *hidden]
+    runs = [measure_alone(program, job, texts) for _ in range(times)]
+    whole = sorted((run for run in runs if run is not None), key=lambda run: run.first_answer_s)
+    return whole[len(whole) // 2] if whole else None
+
+
+def write(suite: Mapping[str, Any], title: str, out: Path) -> None:
+    """``out`` and, beside it, the page that shows it."""
+    with new_file(out) as file:
+        file.write_text(json.dumps(suite, indent=1, ensure_ascii=False), encoding="utf-8")
+    results = {w["key"]: {**w["bench"], "command": suite["command"]} for w in suite["workloads"]}
+    if "serving" in suite:
+        results["serving"] = {**suite["serving"], "command": suite["command"]}
+    if results:
+        write_suite(title, results, out.with_suffix(".html"))
+    say(f"{out}: written")

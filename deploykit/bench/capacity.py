@@ -1,0 +1,58 @@
+"""How many texts a second a model takes while it still answers in time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+_STEP = 1.5
+_PRECISION = 1.05  # the rate found and the one that failed are no further apart
+_LEAST_RATE = 0.5
+
+
+class Probe(Protocol):
+    """What was measured at one rate."""
+
+    @property
+    def errors(self) -> int: ...
+
+    @property
+    def latency_ms(self) -> dict[str, float]: ...
+
+
+AnyProbe = TypeVar("AnyProbe", bound=Probe)
+
+
+def highest_rate(probe: Callable[[float], AnyProbe], limit_ms: float, start: float) -> AnyProbe | None:
+    """The probe at the highest rate, a second, whose p99 stays within ``limit_ms`` without a failed request.
+
+    Searched from ``start`` in steps of half as much again, then by bisection to 5%. None when one
+    request every two seconds is already too many.
+
+    Source: the Server scenario of MLPerf Inference (Reddi et al., 2020).
+    """
+
+    def holds(found: AnyProbe) -> bool:
+        return not found.errors and found.latency_ms["p99"] <= limit_ms
+
+    rate, failed = max(start, _LEAST_RATE), None
+    best = probe(rate)
+    while not holds(best):
+        if rate <= _LEAST_RATE:
+            return None
+        failed, rate = rate, max(rate / _STEP, _LEAST_RATE)
+        best = probe(rate)
+    while failed is None:
+        found = probe(rate * _STEP)
+        if holds(found):
+            best, rate = found, rate * _STEP
+        else:
+            failed = rate * _STEP
+    while failed / rate > _PRECISION:
+        middle = (failed * rate) ** 0.5
+        found = probe(middle)
+        if holds(found):
+            best, rate = found, middle
+        else:
+            failed = middle
+    return best
