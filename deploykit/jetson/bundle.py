@@ -48,7 +48,6 @@ from deploykit.triton.repository import CONFIG, ServingSettings, check_name, con
 Say = Callable[[str], None]
 
 PRECISIONS = ("int8", "fp16")
-SIGNATURE = ".sig"
 _ROWS = 64
 _SHORTEST = 16  # tokens that a text is padded to at least
 _TIME = 315532800  # 1980, the first that every archive format can hold
@@ -142,7 +141,10 @@ def bundle(
     say(f"writing {out}")
     with new_file(out) as file:
         _write_archive(file, f"{name}-{board}", files)
-    return Bundled(out, description, len(files), out.stat().st_size, hash_file(out), _sign(out, key) if key else None)
+        if key is not None:
+            _model_signing("sign", "key", str(file), f"--private_key={key}", f"--signature={_signature(out)}")
+    signature = _signature(out) if key is not None else None
+    return Bundled(out, description, len(files), out.stat().st_size, hash_file(out), signature)
 
 
 def unpack(archive: Path, out: Path, *, public_key: Path | None = None) -> Path:
@@ -323,14 +325,12 @@ def _digest(content: bytes | Path) -> str:
     return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else hash_file(content)
 
 
-def _sign(out: Path, key: Path) -> Path:
-    signature = out.with_name(out.name + SIGNATURE)
-    _model_signing("sign", "key", str(out), f"--private_key={key}", f"--signature={signature}")
-    return signature
+def _signature(archive: Path) -> Path:
+    return archive.with_name(f"{archive.name}.sig")
 
 
 def _verify_signature(archive: Path, public_key: Path) -> None:
-    signature = archive.with_name(archive.name + SIGNATURE)
+    signature = _signature(archive)
     if not signature.is_file():
         raise ArtifactError(f"{archive}: has no signature ({signature.name})", "get it beside the bundle")
     _model_signing("verify", "key", str(archive), f"--public_key={public_key}", f"--signature={signature}")

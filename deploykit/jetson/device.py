@@ -21,9 +21,9 @@ from deploykit.errors import ArtifactError, DeploykitError, EngineError, Missing
 from deploykit.export.tensorrt import EngineOptions, build_engine, choose_builder
 from deploykit.jetson.check import examine, free_bytes, tensorrt_version
 from deploykit.jetson.contents import EXPORT, REPOSITORY, Description, read_config, read_description, read_rows
-from deploykit.predictor import find_graphs, open_graph
-from deploykit.runtime.classifier import Classifier
-from deploykit.runtime.engines import ENGINES
+from deploykit.predictor import find_graphs
+from deploykit.runtime.classifier import Classifier, load_classifier
+from deploykit.runtime.engines import load_engine
 from deploykit.tasks import Classification
 from deploykit.triton.backends import InstalledTriton, assemble_backends, find_installed_triton
 
@@ -138,36 +138,31 @@ def build(bundle: Bundle) -> Manifest:
     with new_directory(bundle.version) as folder:
         shutil.copyfile(bundle.export / "tokenizer.json", folder / "tokenizer.json")
         shutil.copyfile(bundle.export / file, folder / file)
-        made: dict[str, Any] = {}
-        if bundle.engine == "tensorrt":
-            made = _build_engine(bundle, folder / file, precision, export)
+        engines = [_build_engine(bundle, folder / file, precision, export)] if bundle.engine == "tensorrt" else []
+        run = engines[0]["file"] if engines else file
         manifest = write_manifest(
             folder,
             "model",
             export.task,
             inputs=inputs,
             parent=export.digest,
-            options={"engine": bundle.engine, "precision": precision, "name": bundle.description.name, "graph": file},
-            metrics=made,
-        )
+            options={"engine": bundle.engine, "precision": precision, "name": bundle.description.name, "graph": file,
+                     "file": run},
+            metrics={"engines": engines},
+        )  # fmt: skip
     say(f"{bundle.version}: {bundle.engine}, {precision}")
     return manifest
 
 
 def _build_engine(bundle: Bundle, graph: Path, precision: str, export: Manifest) -> dict[str, Any]:
-    """Build the engine of ``graph`` in its place, under the name that the runtime's engine looks for."""
+    """Build the engine of ``graph`` in its place; returns its record."""
     assert isinstance(export.task, Classification)
-    names = {str(p): file for p, file in ENGINES["tensorrt"].graphs.items()} if "tensorrt" in ENGINES else {}
-    if precision not in names:
-        raise EngineError(f"this deploykit loads no TensorRT engines of {precision}", "give --engine onnxruntime")
     # The board's cap, or a quarter of what is free: the graph, its weights and the timing of kernels need the rest.
     workspace = min(bundle.description.workspace_mib, max(64, free_bytes() >> 22))
-    options = EngineOptions(
-        (precision,), (bundle.description.profile,), f"{workspace}MiB", "this-gpu", builder=_builder()
-    )
+    profile = bundle.description.profile
+    options = EngineOptions((precision,), (profile,), f"{workspace}MiB", "this-gpu", builder=_builder())
     engine = build_engine(graph, precision, options, export.task.max_length, say)
     graph.unlink()
-    graph.with_name(engine.file).rename(graph.with_name(names[precision]))
     return asdict(engine)
 
 
@@ -183,25 +178,28 @@ def _builder() -> str:
     )
 
 
-def open_model(bundle: Bundle) -> Classifier:
-    """The model that ``build`` made. Raises ArtifactError when there is none, or one of another engine."""
+def open_model(bundle: Bundle) -> tuple[Classifier, Manifest]:
+    """The model that ``build`` made. Raises ArtifactError when there is none, or one of another engine; EngineError."""
+    again = f"./run.sh build --engine {bundle.engine}"
     if not bundle.version.exists():
-        raise ArtifactError(f"{bundle.version}: is not built yet", f"./run.sh build --engine {bundle.engine}")
+        raise ArtifactError(f"{bundle.version}: is not built yet", again)
     manifest = load_manifest(bundle.version, "model")
-    if manifest.options["engine"] != bundle.engine:
-        raise ArtifactError(
-            f"{bundle.version}: is built for {manifest.options['engine']}", f"./run.sh build --engine {bundle.engine}"
-        )
+    options = manifest.options
+    if options["engine"] != bundle.engine:
+        raise ArtifactError(f"{bundle.version}: is built for {options['engine']}", again)
+    try:
+        engine = load_engine(bundle.engine, bundle.version / options["file"])
+    except EngineError as error:  # its remedy names an export, which is elsewhere
+        raise EngineError(error.message, f"rm -r {bundle.version}; {again}") from error
+    assert isinstance(manifest.task, Classification)
     budget = int(read_config(bundle.root)["parameters"]["token_budget"]["string_value"])
-    model = open_graph(bundle.version, manifest, token_budget=budget)
-    assert isinstance(model, Classifier)
-    return model
+    return load_classifier(bundle.version, manifest.task, engine, token_budget=budget), manifest
 
 
 def verify(bundle: Bundle) -> None:
     """Compare the model's scores of the recorded rows with those recorded. Raises EngineError for a wrong engine."""
-    model = open_model(bundle)
-    options = load_manifest(bundle.version, "model", verify=False).options
+    model, manifest = open_model(bundle)
+    options = manifest.options
     rows = read_rows(bundle.root)
     expected = rows.scores[options["graph"]]
     scores = model.scores(rows.texts)
@@ -212,7 +210,7 @@ def verify(bundle: Bundle) -> None:
     if not difference <= limit or same < SAME_ANSWERS:  # NaN is no small difference
         raise EngineError(
             f"{bundle.version}: answers wrongly: {told}; at most {limit:g} and at least {SAME_ANSWERS:.0%} will do",
-            f"rm -r {REPOSITORY}/{bundle.description.name}/{VERSION} and build again, or give another --precision",
+            f"rm -r {bundle.version}; build again, or with another --precision",
         )
     say(told)
 
@@ -256,12 +254,12 @@ def bench(bundle: Bundle, seconds: float, out: Path) -> None:
     from deploykit.bench.load import ClosedLoop
     from deploykit.bench.run import Candidate, run_bench
 
-    model = open_model(bundle)
-    precision = load_manifest(bundle.version, "model", verify=False).options["precision"]
-    size = sum(path.stat().st_size for path in bundle.version.iterdir() if path.suffix in (".onnx", ".plan", ".engine"))
+    model, manifest = open_model(bundle)
+    precision = manifest.options["precision"]
+    size = manifest.files[manifest.options["file"]].bytes / 1e6
     name = f"{bundle.description.name} {bundle.engine} {precision}"
     result = run_bench(
-        [Candidate(name, model, size / 1e6, precision, bundle.engine)],
+        [Candidate(name, model, size, precision, bundle.engine)],
         read_rows(bundle.root).texts,
         scenarios=[ClosedLoop(1), ClosedLoop(8), ClosedLoop(32)],
         seconds=seconds,
