@@ -343,5 +343,5 @@ def _model_signing(*words: str) -> None:
         raise MissingDependencyError("OpenSSF's model-signing is not installed", "pip install 'deploykit[sign]'")
     done = subprocess.run([command, *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        said = " ".join(done.stderr.split())[-300:] or "it says nothing"
+        said = " ".join(done.stderr.split())[:200] or "it says nothing"
         raise ArtifactError(f"{words[2]}: cannot {words[0]} it: {said}", "check the key, and the file")
