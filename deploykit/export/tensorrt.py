@@ -28,7 +28,7 @@ from deploykit.errors import ExportError, MissingDependencyError, UsageError
 
 Say = Callable[[str], None]
 
-GRAPHS: Mapping[str, str] = {
+GRAPHS = {
     "fp32": "model.onnx",
     "fp16": "model.fp16.onnx",
     "bf16": "model.bf16.onnx",

@@ -51,7 +51,7 @@ PRECISIONS = ("int8", "fp16")
 _ROWS = 64
 _SHORTEST = 16  # tokens that a text is padded to at least
 _TIME = 315532800  # 1980, the first that every archive format can hold
-# Of the two, the newest ONNX Runtime that PyPI has for that Python; it stands in for TensorRT where asked.
+# ONNX Runtime stands in for TensorRT where asked; 1.23 is its last for Python 3.10.
 _WHEELS: Mapping[str, Sequence[str]] = {
     "3.10": ("numpy==1.26.4", "onnxruntime==1.23.2", "psutil==7.2.2", "tokenizers==0.23.3"),
     "3.12": ("numpy==1.26.4", "onnxruntime==1.31.1", "psutil==7.2.2", "tokenizers==0.23.3"),
@@ -278,11 +278,7 @@ def _wheels(folder: Path, release: JetPack, say: Say) -> list[Path]:
                 f"{folder}: lacks {', '.join(missing)}, and pip cannot download them: {' '.join(lines[-1:])}",
                 f"put wheels for Python {release.python} on aarch64 there, or leave --wheels out",
             )
-    found = [(wheel, _find_wheel(folder, wheel, release)) for wheel in wanted]
-    for wheel, path in found:
-        if path is None:
-            raise DeploykitError(f"{folder}: has no {wheel} for Python {release.python} on aarch64", "see wheels.txt")
-    return [path for _, path in found if path is not None]
+    return [path for wheel in wanted if (path := _find_wheel(folder, wheel, release)) is not None]
 
 
 def _find_wheel(folder: Path, requirement: str, release: JetPack) -> Path | None:

@@ -33,6 +33,7 @@ VERSION = "1"
 # boundary INT8 takes the next step. Chosen well above what such rounding does and well below what a wrong engine does.
 MEAN_DIFFERENCE: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.01, "int8": 0.03}
 SAME_ANSWERS = 0.95
+_EXIT_S = 5  # Triton waits as long for idle connections; a classifier's requests are done by then
 _TRTEXEC = "/usr/src/tensorrt/bin"
 
 
@@ -244,7 +245,7 @@ def _exec_triton(bundle: Bundle, triton: InstalledTriton, host: str, port: int) 
     assemble_backends(backends, triton.python_backend, triton.stub, sorted(site.iterdir()) if site.is_dir() else ())
     command = [str(triton.binary), f"--model-repository={bundle.root / REPOSITORY}", f"--backend-directory={backends}",
                f"--http-address={host}", f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false",
-               "--disable-auto-complete-config"]  # fmt: skip
+               "--disable-auto-complete-config", f"--exit-timeout-secs={_EXIT_S}"]  # fmt: skip
     say(f"serving {bundle.description.name} at http://{host}:{port} by {triton.binary}; Ctrl-C ends it")
     os.execv(triton.binary, command)
 
