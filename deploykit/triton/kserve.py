@@ -272,8 +272,8 @@ class _Handler(BaseHTTPRequestHandler):
     model: InProcessModel
     handling: _Handling
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # head and body leave in two writes; the second would wait for the first's ACK
-    wbufsize = -1
+    wbufsize = -1  # head and body in one write; a large body takes a second, which must not wait for the first's ACK
+    disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         self._respond("GET")
