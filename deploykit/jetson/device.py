@@ -251,7 +251,7 @@ def _exec_triton(bundle: Bundle, triton: InstalledTriton, host: str, port: int) 
 
 
 def bench(bundle: Bundle, seconds: float, out: Path) -> None:
-    """Measure the model in this process under load; print a table and write ``out`` (JSON, as deploykit bench)."""
+    """Measure the model in this process under load: print each measurement, and write ``out`` (JSON, as deploykit bench)."""
     from deploykit.bench.load import ClosedLoop
     from deploykit.bench.run import Candidate, run_bench
 
