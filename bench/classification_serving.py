@@ -19,9 +19,10 @@ from classification_contenders import Subject
 
 from deploykit.bench.load import ClosedLoop, Scenario, Server, Within
 from deploykit.bench.run import Candidate, run_bench
+from deploykit.triton.backends import assemble_backends
 from deploykit.triton.preflight import find_triton, take_ports
 from deploykit.triton.repository import package
-from deploykit.triton.server import TritonServer, assemble_backends
+from deploykit.triton.server import TritonServer
 
 HANDLERS = Path(__file__).with_name("handlers")
 MODEL = "model"
@@ -59,7 +60,7 @@ def plain_triton(subject: Subject, folder: Path) -> Iterator[str]:
     shutil.copy(HANDLERS / "triton_model.py", version / "model.py")
     (version.parent / "config.pbtxt").write_text(_CONFIG % subject.checkpoint.resolve(), encoding="utf-8")
     backends = folder / "backends"
-    assemble_backends(backends, triton)
+    assemble_backends(backends, triton.python_backend, triton.stub)
     (port,) = take_ports("127.0.0.1", [("http", 0)])
     command = [str(triton.binary), f"--model-repository={folder / 'plain'}", f"--backend-directory={backends}",
                f"--http-port={port}", "--http-address=127.0.0.1", "--allow-grpc=false", "--allow-metrics=false"]  # fmt: skip

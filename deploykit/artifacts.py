@@ -26,6 +26,8 @@ from deploykit.errors import ArtifactError, CorruptArtifactError
 from deploykit.tasks import Task, task_from_json, task_to_json
 
 MANIFEST = "manifest.json"
+SAMPLES = "samples.jsonl"
+"""Of an export: some of the rows that it was measured on, which whatever is made of it can be compared on."""
 FORMAT = 1
 
 _REFUSALS: Mapping[int | None, tuple[str, str]] = {

@@ -29,6 +29,7 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "finetune": (_TRAINING, "finetune"),
     "export": ((*_TRAINING, "onnxruntime"), "finetune,cpu"),
     "package": (("tritonclient", "google.protobuf"), ""),
+    "bundle": (("tritonclient", "google.protobuf", "onnxruntime"), "cpu"),
     "predict": (("tritonclient",), ""),
     "translate": (("tritonclient", "sentencepiece"), ""),
     "evaluate": (("tritonclient",), ""),

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import TypeIs
 
 from deploykit.artifacts import Manifest, load_manifest
 from deploykit.errors import ArtifactError, UsageError
@@ -32,6 +31,8 @@ from deploykit.runtime.translated import LongInput, Translated
 from deploykit.tasks import Classification, Generation, Translation
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from deploykit.runtime.translator import Translator
 
 

@@ -15,6 +15,7 @@ _COMMANDS: Mapping[str, str] = {
     "evaluate": "Measure a checkpoint, an export or a served model on labelled rows.",
     "export": "Export a checkpoint to ONNX, optionally calibrated INT8.",
     "package": "Write an export as a Triton model.",
+    "bundle": "Write an export as one file for a Jetson, which builds and serves it.",
     "serve": "Serve a model repository with Triton.",
     "predict": "Classify texts with any model, served or not.",
     "translate": "Translate texts with any translation model, served or not.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, quantize
 from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
 from deploykit.export.search import Search, fewest_in_fp32, too_lossy
 from deploykit.export.tables import render
-from deploykit.export.tensorrt import EngineOptions, build_engine, plan
+from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, plan
 from deploykit.finetune.checkpoint import TorchClassifier
 from deploykit.metrics import classification_metrics
 from deploykit.runtime.classifier import load_classifier
@@ -32,13 +33,8 @@ from deploykit.runtime.engines import ENGINES, Engine, Precision, load_engine
 
 _SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
 _SENSITIVITY_ROWS = 64
+_SAMPLES = 64
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_TENSORRT_GRAPHS = {
-    "fp32": "model.onnx",
-    "fp16": "model.fp16.onnx",
-    "bf16": "model.bf16.onnx",
-    "int8": "model.qdq.onnx",
-}
 
 
 @dataclass(frozen=True)
@@ -67,6 +63,8 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
     say("exporting to ONNX")
     export_classifier(reference.model, directory / "model.onnx")
     reference.tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    samples = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
+    (directory / artifacts.SAMPLES).write_text("\n".join(samples) + "\n", encoding="utf-8")
     parity = check_parity(reference, load_engine("onnxruntime", directory / "model.onnx"), [row.text for row in rows])
     say(
         f"parity with PyTorch: logits differ by at most {parity.max_difference:.1e} (mean {parity.mean_difference:.1e}), "
@@ -123,7 +121,7 @@ class _Grader:
 
     def grade_for_tensorrt(self, precision: str) -> Accuracy:
         """The graph that an engine is built from, as ONNX Runtime computes it on the CPU."""
-        engine = load_engine("onnxruntime", self._directory / _TENSORRT_GRAPHS[precision])
+        engine = load_engine("onnxruntime", self._directory / GRAPHS[precision])
         return self._enter(f"trt {precision}", "onnxruntime", self._scores(engine), 0)
 
     def _scores(self, engine: Engine) -> NDArray[np.float32]:
@@ -258,7 +256,7 @@ def _build_engines(
     """
     built = []
     for precision in trt.precisions:
-        graph = directory / _TENSORRT_GRAPHS[precision]
+        graph = directory / GRAPHS[precision]
         if precision in _HALF:
             export_half_classifier(reference.model, graph, _HALF[precision])
         elif precision == "int8":

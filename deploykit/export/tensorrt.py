@@ -28,7 +28,14 @@ from deploykit.errors import ExportError, MissingDependencyError, UsageError
 
 Say = Callable[[str], None]
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+GRAPHS = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "bf16": "model.bf16.onnx",
+    "int8": "model.qdq.onnx",
+}
+"""The file of an export that an engine of each precision is built from."""
+PRECISIONS = tuple(GRAPHS)
 GPU = r"portable|this-gpu|sm_\d{2,3}"
 """What names a GPU, as a regular expression."""
 BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")

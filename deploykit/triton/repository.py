@@ -24,8 +24,8 @@ from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
 from deploykit.runtime.translated import LongInput
 from deploykit.tasks import Classification, Task, Translation, task_from_json, task_to_json
 from deploykit.triton import config_templates
+from deploykit.triton.backends import BACKEND
 
-BACKEND = "deploykit"
 CONFIG = "config.pbtxt"
 OVERWRITE = "package it under another name, or pass --overwrite-config"
 STREAM_SUFFIX = "_stream"

@@ -25,12 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
-import deploykit
 from deploykit.errors import ServerError
 from deploykit.runtime.engines import choose_engine
 from deploykit.tasks import Translation
+from deploykit.triton.backends import assemble_backends
 from deploykit.triton.preflight import EmbeddedTriton, find_triton, resolve, take_ports
-from deploykit.triton.repository import BACKEND, RepositoryModel, list_models, verify_version
+from deploykit.triton.repository import RepositoryModel, list_models, verify_version
 
 if TYPE_CHECKING:
     import psutil
@@ -263,7 +263,7 @@ class TritonServer:
         )
         (self._folder / "repository").symlink_to(self._repository.resolve())
         backends = self._folder / "backends"
-        assemble_backends(backends, triton)
+        assemble_backends(backends, triton.python_backend, triton.stub)
         try:
             self._output = open(self._log_file or self._folder / "triton.log", "w+b")  # noqa: SIM115 (open while it runs)
         except OSError as error:
@@ -402,23 +402,6 @@ class TritonServer:
             return response.status, response.read().decode(errors="replace")
         finally:
             connection.close()
-
-
-def assemble_backends(folder: Path, triton: EmbeddedTriton) -> None:
-    """A backend directory with Triton's Python backend and ours.
-
-    Copies, because Triton refuses a backend's library that is a link to outside its directory.
-    """
-    python, own = folder / "python", folder / BACKEND
-    shutil.copytree(triton.python_backend, python, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(triton.stub, python)
-    (python / triton.stub.name).chmod(0o755)
-    own.mkdir()
-    package = Path(deploykit.__file__).parent
-    shutil.copy(package / "triton" / "backend" / "model.py", own)
-    # The stub searches its backend's folder for modules, and ignores PYTHONPATH: this link makes it
-    # run the deploykit that launched it, installed or not.
-    (own / "deploykit").symlink_to(package)
 
 
 def _load_failures(lines: list[str]) -> list[tuple[str, str]]:

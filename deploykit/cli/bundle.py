@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit.cli.common import FORCE, Result, deploykit_command, human_bytes, say
+from deploykit.errors import UsageError
+
+
+@deploykit_command(help="Write an export as one file that a Jetson builds, verifies and serves offline; or unpack one.")
+@click.argument("export", type=click.Path(path_type=Path), required=False)
+@click.option("--target", help="Of the bundle: orin-nano, orin-nx, agx-orin or thor.")
+@click.option("--jetpack", help="The JetPack on the device, like 6.2.")
+@click.option("--out", required=True, type=click.Path(path_type=Path),
+              help="File (.tar.gz) to write; with --unpack a new folder.")  # fmt: skip
+@click.option("--name", help="Of the model, as clients will call it [default: the export's folder].")
+@click.option(
+    "--precision", default="auto", show_default=True, help="To build there: auto (INT8 if there is one), int8, fp16."
+)
+@click.option("--data", help="Texts to verify the engine with [default: those that the export keeps].")
+@click.option("--wheels", type=click.Path(path_type=Path),
+              help="Include the device's wheels, from this folder; those missing are downloaded into it.")  # fmt: skip
+@click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this private key (PEM), beside it.")
+@click.option("--unpack", type=click.Path(path_type=Path), help="Verify this bundle and unpack it.")
+@click.option("--public-key", type=click.Path(path_type=Path), help="With --unpack: verify its signature first.")
+@FORCE
+def command(
+    *, export: Path | None, out: Path, target: str | None, jetpack: str | None, unpack: Path | None,
+    public_key: Path | None, force: bool, **options: Any,
+) -> Result:  # fmt: skip
+    from deploykit.jetson import bundle
+
+    if unpack is not None:
+        if export is not None or target or jetpack or force or any(v for k, v in options.items() if k != "precision"):
+            raise UsageError("--unpack takes --out and --public-key alone", "leave the rest out")
+        folder = bundle.unpack(unpack, out, public_key=public_key)
+        return {"out": str(folder)}, f"{folder}: verified and unpacked\nnext: {folder}/run.sh check"
+    if public_key is not None:
+        raise UsageError("--public-key verifies a bundle", "give --unpack, or --sign with the private key")
+    if export is None or target is None or jetpack is None:
+        raise UsageError("an export, --target and --jetpack are needed",
+                         "deploykit bundle exports/a --target orin-nano --jetpack 6.2 --out a.tar.gz")  # fmt: skip
+    done = bundle.bundle(export, out, target, jetpack, force=force, say=say, **options)
+    d = done.description
+    text = [
+        f"{out}: written ({human_bytes(done.size_bytes)}, {done.files} files)",
+        f"for {d.target}, JetPack {d.jetpack} (TensorRT {d.tensorrt}, Python {d.python}); builds {' or '.join(d.graphs)}, "
+        f"{d.profile}, workspace {d.workspace_mib} MiB; {'with' if d.wheels else 'without'} wheels",
+        f"sha256 {done.sha256}",
+        *([f"{done.signature}: written"] if done.signature else []),
+        f"on the device: tar -xzf {out.name} && {d.name}-{d.target}/run.sh",
+    ]
+    record = {"out": str(out), "name": d.name, "target": d.target, "jetpack": d.jetpack, "tensorrt": d.tensorrt,
+              "python": d.python, "precisions": list(d.graphs), "profile": d.profile, "workspace_mib": d.workspace_mib,
+              "wheels": d.wheels, "files": done.files, "size_bytes": done.size_bytes, "sha256": done.sha256,
+              "signature": str(done.signature) if done.signature else None}  # fmt: skip
+    return record, "\n".join(text)

@@ -1,0 +1,343 @@
+"""An export as one file for a Jetson: all that the device needs to build its own engine offline, and to serve it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from google.protobuf.json_format import MessageToDict
+
+import deploykit
+from deploykit.artifacts import (
+    MANIFEST,
+    SAMPLES,
+    Manifest,
+    explained,
+    hash_file,
+    load_manifest,
+    new_directory,
+    new_file,
+)
+from deploykit.data.classification import read_texts
+from deploykit.errors import ArtifactError, CorruptArtifactError, DeploykitError, MissingDependencyError, UsageError
+from deploykit.export.tensorrt import GRAPHS, Profile
+from deploykit.jetson import contents
+from deploykit.jetson.boards import BOARDS, JetPack, find_board, find_jetpack
+from deploykit.jetson.contents import Description, RecordedRows
+from deploykit.jetson.run_script import RUN_SH
+from deploykit.predictor import find_graphs
+from deploykit.runtime.classifier import load_classifier
+from deploykit.runtime.engines import load_engine
+from deploykit.tasks import Classification
+from deploykit.triton.repository import CONFIG, ServingSettings, check_name, config_text, validate_config
+
+Say = Callable[[str], None]
+
+PRECISIONS = ("int8", "fp16")
+_ROWS = 64
+_SHORTEST = 16  # tokens that a text is padded to at least
+_TIME = 315532800  # 1980, the first that every archive format can hold
+# ONNX Runtime stands in for TensorRT where asked; 1.23 is its last for Python 3.10.
+_WHEELS: Mapping[str, Sequence[str]] = {
+    "3.10": ("numpy==1.26.4", "onnxruntime==1.23.2", "psutil==7.2.2", "tokenizers==0.23.3"),
+    "3.12": ("numpy==1.26.4", "onnxruntime==1.31.1", "psutil==7.2.2", "tokenizers==0.23.3"),
+}
+_LEAST_GLIBC = 17  # of any wheel for aarch64
+
+
+@dataclass(frozen=True)
+class Bundled:
+    """``files`` counts those in it; ``signature`` is the path of its signature, if it has one."""
+
+    out: Path
+    description: Description
+    files: int
+    size_bytes: int
+    sha256: str
+    signature: Path | None
+
+
+def bundle(
+    export_dir: Path,
+    out: Path,
+    target: str,
+    jetpack: str,
+    *,
+    name: str | None = None,
+    precision: str = "auto",
+    data: str | None = None,
+    wheels: Path | None = None,
+    key: Path | None = None,
+    force: bool = False,
+    say: Say,
+) -> Bundled:
+    """Write ``out``, a .tar.gz whose bytes depend on nothing but what it is made from.
+
+    ``precision`` is what the device builds unless it is told otherwise (auto: INT8 if the export has its graph); ``data``
+    is a file of texts to verify engines with, in place of those that the export keeps. ``wheels`` is a folder of wheels for
+    the device, which are included; those missing are downloaded into it. ``key``, a private key in PEM, signs ``out``.
+    Raises UsageError, ArtifactError, MissingDependencyError or DeploykitError, leaving nothing at ``out``.
+    """
+    board = find_board(target)
+    release = find_jetpack(jetpack, board)
+    name = name or export_dir.resolve().name
+    check_name(name)
+    if out.exists() and not force:
+        raise ArtifactError(f"{out}: exists", "choose another --out, or pass --force to replace it")
+    export = load_manifest(export_dir, "export")
+    task = export.task
+    if not isinstance(task, Classification):
+        raise UsageError(
+            f"{export_dir}: bundles of translators are not supported yet",
+            "package it instead, and serve it by ONNX Runtime",
+        )
+    graphs = _tensorrt_graphs(export_dir, export, precision)
+    description = Description(
+        name=name,
+        target=board,
+        jetpack=release.version,
+        l4t=release.l4t,
+        tensorrt=release.tensorrt,
+        python=release.python,
+        graphs=graphs,
+        profile=str(_profile(board, task.max_length)),
+        workspace_mib=BOARDS[board].workspace_mib,
+        wheels=wheels is not None,
+    )
+    on_cpu = find_graphs(export_dir, export, engine="onnxruntime", precision="auto").files[0]
+    texts = _texts(export_dir, task, data)
+    say(f"recording what {len(texts)} rows give")
+    rows = _record(export_dir, task, (*graphs.values(), on_cpu), texts)
+
+    config = config_text(task, _settings(board, task))
+    files: dict[str, bytes | Path] = {
+        "run.sh": RUN_SH.encode(),
+        contents.DESCRIPTION: description.to_json().encode(),
+        contents.ROWS: rows.to_json().encode(),
+        contents.CONFIG_JSON: _config_json(config, name).encode(),
+        f"{contents.REPOSITORY}/{name}/{CONFIG}": config.encode(),
+        "wheels.txt": _wheel_list(release).encode(),
+        **_export_files(export_dir, export, (*graphs.values(), on_cpu)),
+        **_own_source(),
+    }
+    if wheels is not None:
+        files.update({f"wheels/{path.name}": path for path in _wheels(wheels, release, say)})
+    sums = {path: _digest(content) for path, content in files.items()}
+    files[contents.SUMS] = contents.sums_of(sums).encode()
+    say(f"writing {out}")
+    with new_file(out) as file:
+        _write_archive(file, f"{name}-{board}", files)
+        if key is not None:
+            _model_signing("sign", "key", str(file), f"--private_key={key}", f"--signature={_signature(out)}")
+    signature = _signature(out) if key is not None else None
+    return Bundled(out, description, len(files), out.stat().st_size, hash_file(out), signature)
+
+
+def unpack(archive: Path, out: Path, *, public_key: Path | None = None) -> Path:
+    """Unpack a bundle into a new folder ``out``, verified; returns the folder with run.sh. Nothing of it is run.
+
+    With ``public_key``, a PEM file, its signature is verified first. Raises ArtifactError for a file that is no bundle,
+    holds links or paths that leave ``out``, or is not as it was made; UsageError when ``out`` exists.
+    """
+    if out.exists():
+        raise UsageError(f"{out}: exists", "choose another --out: a bundle is unpacked into a new folder")
+    if not archive.is_file():
+        raise ArtifactError(f"{archive}: no such file", "check the path")
+    if not hasattr(tarfile, "data_filter"):
+        raise MissingDependencyError(
+            "this Python unpacks archives without a filter", "use Python 3.10.12, 3.11.4 or newer"
+        )
+    if public_key is not None:
+        _verify_signature(archive, public_key)
+    with new_directory(out) as folder:
+        try:
+            with tarfile.open(archive, "r:gz") as tar:
+                for member in tar:
+                    if not (member.isreg() or member.isdir()):
+                        raise ArtifactError(f"{archive}: {member.name} is no plain file", "do not use this archive")
+                    tar.extract(member, folder, filter="data")
+        except tarfile.FilterError as error:
+            raise ArtifactError(f"{archive}: {error}", "do not use this archive") from error
+        except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise CorruptArtifactError(f"{archive}: is not a whole .tar.gz: {error}", "get it again") from error
+        tops = list(folder.iterdir())
+        if len(tops) != 1 or not (tops[0] / "run.sh").is_file():
+            raise ArtifactError(f"{archive}: is not a bundle", "give what deploykit bundle wrote")
+        contents.verify_sums(tops[0])
+    return out / tops[0].name
+
+
+def _tensorrt_graphs(export_dir: Path, export: Manifest, precision: str) -> dict[str, str]:
+    """Those that the export has, the one to build first."""
+    present = {p: GRAPHS[p] for p in PRECISIONS if GRAPHS[p] in export.files}
+    if precision not in ("auto", *PRECISIONS):
+        raise UsageError(f"unknown --precision {precision!r}", f"choose one of: auto, {', '.join(PRECISIONS)}")
+    if not present or precision not in ("auto", *present):
+        missing = GRAPHS["int8" if precision == "auto" else precision]
+        raise ArtifactError(
+            f"{export_dir}: has no graph for TensorRT ({missing})",
+            "export it again with --int8 --trt --precision fp16 --precision int8",
+        )
+    return dict(sorted(present.items(), key=lambda item: item[0] != precision))
+
+
+def _profile(board: str, longest: int) -> Profile:
+    most = BOARDS[board].max_batch
+    shortest = min(_SHORTEST, longest)
+    return Profile((1, max(1, most // 4), most), (shortest, min(64, longest), longest))
+
+
+def _settings(board: str, task: Classification) -> ServingSettings:
+    """No run of the engine may have more rows than its profile: short texts would fill the default budget with more."""
+    most = BOARDS[board].max_batch
+    return ServingSettings(token_budget=most * min(_SHORTEST, task.max_length))
+
+
+def _texts(export_dir: Path, task: Classification, data: str | None) -> list[str]:
+    columns: Sequence[str] | None = task.text_columns
+    if data is None:
+        if not (export_dir / SAMPLES).is_file():
+            raise ArtifactError(
+                f"{export_dir}: keeps no rows to verify an engine with",
+                "give a file of texts with --data, or export the model again",
+            )
+        data, columns = str(export_dir / SAMPLES), ("text",)
+    elif data.endswith(".txt"):
+        columns = None
+    texts = [row.text for row in read_texts(data, columns, task.text_separator) if row.text]
+    if not texts:
+        raise ArtifactError(f"{data}: has no texts", "give another file with --data")
+    return [texts[i] for i in np.linspace(0, len(texts) - 1, min(_ROWS, len(texts))).astype(int)]
+
+
+def _record(export_dir: Path, task: Classification, graphs: Sequence[str], texts: Sequence[str]) -> RecordedRows:
+    scores = {}
+    for graph in graphs:
+        engine = load_engine("onnxruntime", export_dir / graph)
+        scores[graph] = load_classifier(export_dir, task, engine).scores(texts)
+    return RecordedRows(tuple(texts), scores)
+
+
+def _config_json(config: str, name: str) -> str:
+    record = MessageToDict(validate_config(config), preserving_proto_field_name=True)
+    return json.dumps({"name": name, **record}, indent=1, ensure_ascii=False) + "\n"
+
+
+def _export_files(export_dir: Path, export: Manifest, graphs: Sequence[str]) -> dict[str, bytes | Path]:
+    """A part of the export, with a manifest of that part."""
+    names = [*graphs, *(n for n in ("tokenizer.json", "calibration.json", "calibration.npz") if n in export.files)]
+    part = dataclasses.replace(export, files={name: export.files[name] for name in names}, parent=export.digest)
+    manifest = json.dumps(part.to_json(), indent=1, ensure_ascii=False) + "\n"
+    files: dict[str, bytes | Path] = {f"{contents.EXPORT}/{name}": export_dir / name for name in names}
+    return {**files, f"{contents.EXPORT}/{MANIFEST}": manifest.encode()}
+
+
+def _own_source() -> dict[str, bytes | Path]:
+    package = Path(deploykit.__file__).parent
+    return {f"lib/deploykit/{path.relative_to(package).as_posix()}": path for path in package.rglob("*.py")}
+
+
+def _wheel_list(release: JetPack) -> str:
+    return (
+        f"# For Python {release.python} on aarch64 (JetPack {release.version}); TensorRT comes with JetPack.\n"
+        + "".join(f"{wheel}\n" for wheel in _WHEELS[release.python])
+    )
+
+
+def _wheels(folder: Path, release: JetPack, say: Say) -> list[Path]:
+    """A file of ``folder`` for each wheel of the list; those missing are downloaded. Raises DeploykitError."""
+    wanted = _WHEELS[release.python]
+    missing = [wheel for wheel in wanted if _find_wheel(folder, wheel, release) is None]
+    if missing:
+        command = [
+            sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--implementation=cp",
+            f"--python-version={release.python}", f"--dest={folder}", "--platform=manylinux2014_aarch64",
+            *(f"--platform=manylinux_2_{minor}_aarch64" for minor in range(_LEAST_GLIBC, release.glibc + 1)), *missing,
+        ]  # fmt: skip
+        say(f"downloading {', '.join(missing)} into {folder}")
+        with explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        if done.returncode:
+            raise DeploykitError(
+                f"{folder}: lacks {', '.join(missing)}, and pip cannot download them: {' '.join(lines[-1:])}",
+                f"put wheels for Python {release.python} on aarch64 there, or leave --wheels out",
+            )
+    return [path for wheel in wanted if (path := _find_wheel(folder, wheel, release)) is not None]
+
+
+def _find_wheel(folder: Path, requirement: str, release: JetPack) -> Path | None:
+    name, _, version = requirement.partition("==")
+    paths = sorted(folder.glob(f"{name}-{version}-*.whl")) if folder.is_dir() else []
+    return next((path for path in paths if fits(path.name, release)), None)
+
+
+def fits(wheel: str, release: JetPack) -> bool:
+    """Whether a wheel's file name has tags that the JetPack's Python on aarch64 takes (PEP 425, PEP 600)."""
+    pythons, abis, platforms = (tag.split(".") for tag in wheel.removesuffix(".whl").split("-")[-3:])
+    minor = int(release.python.partition(".")[2])
+    exact = f"cp3{minor}"
+    stable = [tag for tag in pythons if (match := re.fullmatch(r"cp3(\d+)", tag)) and int(match[1]) <= minor]
+    python = (
+        (exact in pythons and exact in abis)
+        or (bool(stable) and "abi3" in abis)
+        or ("py3" in pythons and "none" in abis)
+    )
+    glibc = {f"manylinux_2_{n}_aarch64" for n in range(_LEAST_GLIBC, release.glibc + 1)}
+    return python and not glibc.union({"manylinux2014_aarch64", "any"}).isdisjoint(platforms)
+
+
+def _write_archive(path: Path, top: str, files: Mapping[str, bytes | Path]) -> None:
+    """Sorted names, one time, no owner: the same files give the same bytes (with the same zlib)."""
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as compressed,
+        tarfile.open(fileobj=compressed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for name, content in sorted(files.items()):
+            member = tarfile.TarInfo(f"{top}/{name}")
+            member.mtime, member.mode = _TIME, 0o755 if name == "run.sh" else 0o644
+            member.size = len(content) if isinstance(content, bytes) else content.stat().st_size
+            with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+                tar.addfile(member, file)
+
+
+def _digest(content: bytes | Path) -> str:
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else hash_file(content)
+
+
+def _signature(archive: Path) -> Path:
+    return archive.with_name(f"{archive.name}.sig")
+
+
+def _verify_signature(archive: Path, public_key: Path) -> None:
+    signature = _signature(archive)
+    if not signature.is_file():
+        raise ArtifactError(f"{archive}: has no signature ({signature.name})", "get it beside the bundle")
+    _model_signing("verify", "key", str(archive), f"--public_key={public_key}", f"--signature={signature}")
+
+
+def _model_signing(*words: str) -> None:
+    """The command of OpenSSF's model-signing. Raises MissingDependencyError; ArtifactError with what it says."""
+    command = shutil.which("model_signing", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}")
+    if command is None:
+        raise MissingDependencyError("OpenSSF's model-signing is not installed", "pip install 'deploykit[sign]'")
+    done = subprocess.run([command, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join(done.stderr.split())[:200] or "it says nothing"
+        raise ArtifactError(f"{words[2]}: cannot {words[0]} it: {said}", "check the key, and the file")

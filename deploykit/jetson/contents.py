@@ -1,0 +1,112 @@
+"""What a bundle holds, as its maker and the device both read it.
+
+run.sh                        checks SHA256SUMS, then runs deploykit.jetson.device
+SHA256SUMS                    of every other file
+bundle.json                   what it is for: a ``Description``
+rows.json                     texts, and what the graphs make of them: ``RecordedRows``
+export/                       an export with the graphs to build from, tokenizer and calibration
+model_repository/NAME/        config.pbtxt; the device builds version 1
+config.json                   the same config, for machines without protobuf
+lib/deploykit/                this package
+wheels.txt, wheels/           what Python needs there
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.artifacts import hash_file
+from deploykit.errors import CorruptArtifactError
+
+DESCRIPTION, ROWS, CONFIG_JSON, SUMS = "bundle.json", "rows.json", "config.json", "SHA256SUMS"
+EXPORT, REPOSITORY = "export", "model_repository"
+
+
+@dataclass(frozen=True)
+class Description:
+    """``graphs`` are those that TensorRT builds from, by precision, the preferred one first; ``profile`` and
+    ``workspace_mib`` are the board's caps. ``wheels`` tells whether they are in the bundle."""
+
+    name: str
+    target: str
+    jetpack: str
+    l4t: str
+    tensorrt: str
+    python: str
+    graphs: Mapping[str, str]
+    profile: str
+    workspace_mib: int
+    wheels: bool
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+@dataclass(frozen=True)
+class RecordedRows:
+    """Real texts, and by the name of a graph the scores, float32 [texts, labels], that ONNX Runtime computed of it."""
+
+    texts: tuple[str, ...]
+    scores: Mapping[str, NDArray[np.float32]]
+
+    def to_json(self) -> str:
+        scores = {graph: rows.tolist() for graph, rows in self.scores.items()}
+        return json.dumps({"texts": self.texts, "scores": scores}, ensure_ascii=False) + "\n"
+
+
+def read_description(bundle: Path) -> Description:
+    """Raises CorruptArtifactError."""
+    try:
+        return Description(**_read(bundle / DESCRIPTION))
+    except TypeError as error:
+        raise CorruptArtifactError(f"{bundle / DESCRIPTION}: {error}", "unpack the bundle again") from error
+
+
+def read_rows(bundle: Path) -> RecordedRows:
+    """Raises CorruptArtifactError."""
+    record = _read(bundle / ROWS)
+    scores = {graph: np.asarray(rows, np.float32) for graph, rows in record["scores"].items()}
+    return RecordedRows(tuple(record["texts"]), scores)
+
+
+def read_config(bundle: Path) -> dict[str, Any]:
+    """The model's config as Triton tells it in JSON. Raises CorruptArtifactError."""
+    return _read(bundle / CONFIG_JSON)
+
+
+def sums_of(files: Mapping[str, str]) -> str:
+    """The text of SHA256SUMS for paths and their hashes, as ``sha256sum --check`` reads it."""
+    return "".join(f"{digest}  {path}\n" for path, digest in sorted(files.items()))
+
+
+def verify_sums(bundle: Path) -> None:
+    """Raises CorruptArtifactError naming the first file that differs, is missing, or is not listed."""
+    again = "get the bundle again"
+    try:
+        lines = (bundle / SUMS).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise CorruptArtifactError(f"{bundle / SUMS}: is missing or unreadable", again) from None
+    listed = {path: digest for digest, _, path in (line.partition("  ") for line in lines)}
+    present = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if not path.is_dir()} - {SUMS}
+    for path in sorted(listed.keys() | present):
+        if path not in listed:
+            raise CorruptArtifactError(f"{bundle / path}: is not in {SUMS}", again)
+        if path not in present:
+            raise CorruptArtifactError(f"{bundle / path}: is missing", again)
+        if hash_file(bundle / path) != listed[path]:
+            raise CorruptArtifactError(f"{bundle / path}: its SHA-256 differs from that in {SUMS}", again)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CorruptArtifactError(f"{path}: cannot be read ({error})", "unpack the bundle again") from error
+    return record

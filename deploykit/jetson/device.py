@@ -1,0 +1,275 @@
+"""The steps of run.sh on the device: check, build, verify, serve, bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from deploykit.artifacts import Manifest, digest_of, load_manifest, new_directory, new_file, write_manifest
+from deploykit.errors import ArtifactError, DeploykitError, EngineError, MissingDependencyError
+from deploykit.export.tensorrt import EngineOptions, build_engine, choose_builder
+from deploykit.jetson.check import examine, free_bytes, tensorrt_version
+from deploykit.jetson.contents import EXPORT, REPOSITORY, Description, read_config, read_description, read_rows
+from deploykit.predictor import find_graphs
+from deploykit.runtime.classifier import Classifier, load_classifier
+from deploykit.runtime.engines import load_engine
+from deploykit.tasks import Classification
+from deploykit.triton.backends import InstalledTriton, assemble_backends, find_installed_triton
+
+STEPS = ("check", "build", "verify", "serve", "bench")
+VERSION = "1"
+# Of probabilities, beside ONNX Runtime's of the same graph: fused and reordered sums round otherwise, and near a
+# boundary INT8 takes the next step. Chosen well above what such rounding does and well below what a wrong engine does.
+MEAN_DIFFERENCE: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.01, "int8": 0.03}
+SAME_ANSWERS = 0.95
+_EXIT_S = 5  # Triton waits as long for idle connections; a classifier's requests are done by then
+_TRTEXEC = "/usr/src/tensorrt/bin"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An unpacked bundle, and which engine it is to run; ``precision`` is that of TensorRT's graph, or auto."""
+
+    root: Path
+    description: Description
+    engine: str
+    precision: str
+
+    @property
+    def export(self) -> Path:
+        return self.root / EXPORT
+
+    @property
+    def model(self) -> Path:
+        return self.root / REPOSITORY / self.description.name
+
+    @property
+    def version(self) -> Path:
+        return self.model / VERSION
+
+    def graph(self, export: Manifest) -> tuple[str, str]:
+        """(precision, file) of the graph that the model is made of. Raises DeploykitError."""
+        if self.engine == "onnxruntime":
+            chosen = find_graphs(self.export, export, engine=self.engine, precision=self.precision)
+            return chosen.precision, chosen.files[0]
+        graphs = self.description.graphs
+        precision = next(iter(graphs)) if self.precision == "auto" else self.precision
+        if precision not in graphs:
+            raise ArtifactError(f"the bundle has no {precision} graph", f"give --precision {' or '.join(graphs)}")
+        return precision, graphs[precision]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one step, or check, build and serve, which verifies; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        "run.sh", description="Steps of this bundle, in their order. Without one: all but bench."
+    )
+    parser.add_argument("step", nargs="?", choices=STEPS)
+    parser.add_argument("--engine", choices=("tensorrt", "onnxruntime"), default="tensorrt", help="(default: tensorrt)")
+    parser.add_argument("--precision", default="auto", help="of the graph (default: INT8 if there is one)")
+    parser.add_argument("--host", default="127.0.0.1", help="to serve on (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000, help="to serve HTTP on; 0 takes a free one (default: 8000)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of bench (default: 2)")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="of bench (default: bench.json)")
+    given = parser.parse_args(arguments)
+    root = Path.cwd()
+    os.environ["PATH"] += f"{os.pathsep}{_TRTEXEC}"  # JetPack leaves it out
+    try:
+        bundle = Bundle(root, read_description(root), given.engine, given.precision)
+        for step in (given.step,) if given.step else ("check", "build", "serve"):
+            if step == "check":
+                check(bundle)
+            elif step == "build":
+                build(bundle)
+            elif step == "verify":
+                verify(bundle)
+            elif step == "serve":
+                serve(bundle, given.host, given.port)
+            else:
+                bench(bundle, given.seconds, given.out)
+    except DeploykitError as error:
+        print(f"error: {error.message}", file=sys.stderr)
+        if error.remedy:
+            print(f"remedy: {error.remedy}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def say(message: str) -> None:
+    print(message, flush=True)
+
+
+def check(bundle: Bundle, root: Path = Path("/")) -> None:
+    """Print what this machine is and needs. Raises EngineError when the model cannot be built or run here."""
+    _, file = bundle.graph(load_manifest(bundle.export, "export"))
+    findings = examine(bundle.description, bundle.engine, (bundle.export / file).stat().st_size, root)
+    for finding in findings:
+        say(str(finding))
+    problems = [finding.what for finding in findings if finding.level == "problem"]
+    if problems:
+        raise EngineError(f"not ready: {', '.join(problems)}", "see the lines marked problem above")
+
+
+def build(bundle: Bundle) -> Manifest:
+    """Make version 1 of the model for the engine, unless it was made here of the same. Raises DeploykitError."""
+    export = load_manifest(bundle.export, "export")
+    precision, file = bundle.graph(export)
+    made_by = tensorrt_version() if bundle.engine == "tensorrt" else None
+    inputs = digest_of(export.digest, bundle.engine, precision, file, bundle.description.profile, made_by)
+    if bundle.version.exists():
+        try:
+            manifest = load_manifest(bundle.version, "model")
+        except ArtifactError as error:
+            say(f"building again: {error.message}")
+        else:
+            if manifest.inputs == inputs:
+                say(f"{bundle.version}: reused, built here before")
+                return manifest
+    with new_directory(bundle.version) as folder:
+        shutil.copyfile(bundle.export / "tokenizer.json", folder / "tokenizer.json")
+        shutil.copyfile(bundle.export / file, folder / file)
+        engines = [_build_engine(bundle, folder / file, precision, export)] if bundle.engine == "tensorrt" else []
+        run = engines[0]["file"] if engines else file
+        manifest = write_manifest(
+            folder,
+            "model",
+            export.task,
+            inputs=inputs,
+            parent=export.digest,
+            options={"engine": bundle.engine, "precision": precision, "name": bundle.description.name, "graph": file,
+                     "file": run},
+            metrics={"engines": engines},
+        )  # fmt: skip
+    say(f"{bundle.version}: {bundle.engine}, {precision}")
+    return manifest
+
+
+def _build_engine(bundle: Bundle, graph: Path, precision: str, export: Manifest) -> dict[str, Any]:
+    """Build the engine of ``graph`` in its place; returns its record."""
+    assert isinstance(export.task, Classification)
+    # The board's cap, or a quarter of what is free: the graph, its weights and the timing of kernels need the rest.
+    workspace = min(bundle.description.workspace_mib, max(64, free_bytes() >> 22))
+    profile = bundle.description.profile
+    options = EngineOptions((precision,), (profile,), f"{workspace}MiB", "this-gpu", builder=_builder())
+    engine = build_engine(graph, precision, options, export.task.max_length, say)
+    graph.unlink()
+    return asdict(engine)
+
+
+def _builder() -> str:
+    """TensorRT's Python module, else trtexec. Raises MissingDependencyError."""
+    for name in ("tensorrt", "trtexec"):
+        try:
+            return choose_builder(name)
+        except MissingDependencyError:
+            continue
+    raise MissingDependencyError(
+        "neither TensorRT's Python module nor trtexec is here", "sudo apt-get install nvidia-jetpack"
+    )
+
+
+def open_model(bundle: Bundle) -> tuple[Classifier, Manifest]:
+    """The model that ``build`` made. Raises ArtifactError when there is none, or one of another engine; EngineError."""
+    again = f"./run.sh build --engine {bundle.engine}"
+    if not bundle.version.exists():
+        raise ArtifactError(f"{bundle.version}: is not built yet", again)
+    manifest = load_manifest(bundle.version, "model")
+    options = manifest.options
+    if options["engine"] != bundle.engine:
+        raise ArtifactError(f"{bundle.version}: is built for {options['engine']}", again)
+    try:
+        engine = load_engine(bundle.engine, bundle.version / options["file"])
+    except EngineError as error:  # its remedy names an export, which is elsewhere
+        raise EngineError(error.message, f"rm -r {bundle.version}; {again}") from error
+    assert isinstance(manifest.task, Classification)
+    budget = int(read_config(bundle.root)["parameters"]["token_budget"]["string_value"])
+    return load_classifier(bundle.version, manifest.task, engine, token_budget=budget), manifest
+
+
+def verify(bundle: Bundle) -> None:
+    """Compare the model's scores of the recorded rows with those recorded. Raises EngineError for a wrong engine."""
+    model, manifest = open_model(bundle)
+    options = manifest.options
+    rows = read_rows(bundle.root)
+    expected = rows.scores[options["graph"]]
+    scores = model.scores(rows.texts)
+    difference = float(np.abs(scores - expected).max(axis=1).mean())
+    same = float(np.mean([a == b for a, b in zip(model.task.decide(scores), model.task.decide(expected))]))
+    told = f"{len(rows.texts)} rows: scores differ from those recorded by {difference:.2e} in the mean, {same:.0%} equal answers"
+    limit = MEAN_DIFFERENCE[options["precision"]]
+    if not difference <= limit or same < SAME_ANSWERS:  # NaN is no small difference
+        raise EngineError(
+            f"{bundle.version}: answers wrongly: {told}; at most {limit:g} and at least {SAME_ANSWERS:.0%} will do",
+            f"rm -r {bundle.version}; build again, or with another --precision",
+        )
+    say(told)
+
+
+def serve(bundle: Bundle, host: str, port: int) -> None:
+    """Verify the model, then serve it until a signal: by Triton where it is installed, else in this process."""
+    verify(bundle)
+    triton = find_installed_triton()
+    if triton is not None:
+        _exec_triton(bundle, triton, host, port)
+    from deploykit.triton.in_process import InProcessModel
+    from deploykit.triton.kserve import KServeServer
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    model = InProcessModel(bundle.description.name, bundle.model, VERSION, read_config(bundle.root))
+    try:
+        with KServeServer(model, host, port) as server:
+            say(f"serving {model.name} at {server.url} (no Triton here: in this process); Ctrl-C ends it")
+            stop.wait()
+    finally:
+        model.close()
+
+
+def _exec_triton(bundle: Bundle, triton: InstalledTriton, host: str, port: int) -> NoReturn:
+    """Become Triton. It verifies nothing of its own: the caller did."""
+    backends = bundle.root / ".backends"
+    shutil.rmtree(backends, ignore_errors=True)
+    site = bundle.root / "site"
+    assemble_backends(backends, triton.python_backend, triton.stub, sorted(site.iterdir()) if site.is_dir() else ())
+    command = [str(triton.binary), f"--model-repository={bundle.root / REPOSITORY}", f"--backend-directory={backends}",
+               f"--http-address={host}", f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false",
+               "--disable-auto-complete-config", f"--exit-timeout-secs={_EXIT_S}"]  # fmt: skip
+    say(f"serving {bundle.description.name} at http://{host}:{port} by {triton.binary}; Ctrl-C ends it")
+    os.execv(triton.binary, command)
+
+
+def bench(bundle: Bundle, seconds: float, out: Path) -> None:
+    """Measure the model in this process under load: print each measurement, and write ``out`` (JSON, as deploykit bench)."""
+    from deploykit.bench.load import ClosedLoop
+    from deploykit.bench.run import Candidate, run_bench
+
+    model, manifest = open_model(bundle)
+    precision = manifest.options["precision"]
+    size = manifest.files[manifest.options["file"]].bytes / 1e6
+    name = f"{bundle.description.name} {bundle.engine} {precision}"
+    result = run_bench(
+        [Candidate(name, model, size, precision, bundle.engine)],
+        read_rows(bundle.root).texts,
+        scenarios=[ClosedLoop(1), ClosedLoop(8), ClosedLoop(32)],
+        seconds=seconds,
+        progress=say,
+    ).to_json()
+    with new_file(out) as file:
+        file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    say(f"{out}: written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""run.sh of a bundle: nothing of the bundle runs before every file is the one that was bundled."""
+
+RUN_SH = """\
+#!/bin/sh
+# Builds, verifies and serves the model of this bundle on the device. See: ./run.sh --help
+set -eu
+cd "$(dirname "$0")"
+
+fail() { # MESSAGE REMEDY
+  echo "error: $1" >&2
+  echo "remedy: $2" >&2
+  exit 1
+}
+
+sha256sum --check --quiet --strict SHA256SUMS ||
+  fail "this bundle is not as it was made" "get it again, and unpack it in an empty folder"
+
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
+  fail "$python is not Python 3.10 or newer" "name one: PYTHON=/path/to/python3 ./run.sh"
+
+# A wheel is a zip file of what goes on Python's path: the device needs neither pip nor a network.
+if [ -d wheels ] && [ ! -d site ]; then
+  rm -rf site.partial
+  for wheel in wheels/*.whl; do
+    "$python" -m zipfile -e "$wheel" site.partial
+  done
+  mv site.partial site
+fi
+export PYTHONPATH="$PWD/lib:$PWD/site" PYTHONDONTWRITEBYTECODE=1
+"$python" -c 'import numpy, tokenizers' ||
+  fail "numpy and tokenizers cannot be imported by $python, $("$python" --version)" \\
+    "with a network: $python -m pip install --no-deps --target site -r wheels.txt; or bundle again with --wheels"
+
+exec "$python" -m deploykit.jetson.device "$@"
+"""
