@@ -9,7 +9,6 @@ Source: NVIDIA TensorRT documentation, "Strongly Typed Networks", "Working with 
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import re
@@ -18,13 +17,15 @@ import shutil
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.artifacts import digest_path, new_file
+from deploykit.artifacts import digest_path, hash_file, new_file
 from deploykit.errors import ExportError, MissingDependencyError, UsageError
+from deploykit.runtime.cuda import Gpu, has_gpu
+from deploykit.runtime.engines.tensorrt import BINDINGS, EngineRecord, last_error, make_log
 
 Say = Callable[[str], None]
 
@@ -32,7 +33,6 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 GPU = r"portable|this-gpu|sm_\d{2,3}"
 """What names a GPU, as a regular expression."""
 BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")
-_MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _AXES = ("batch", "length")
 _LAYER = re.compile(
@@ -58,7 +58,8 @@ class Profile:
 @dataclass(frozen=True)
 class EngineOptions:
     """As typed: ``profiles`` like ``batch=1:8:32,length=16:64:128`` (none: one over all lengths), ``workspace`` like
-    ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like ``sm_86``."""
+    ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like ``sm_86``. ``command`` is the export's
+    own, but for builder and target: whoever cannot load an engine is told it."""
 
     precisions: tuple[str, ...] = ("fp16",)
     profiles: tuple[str, ...] = ()
@@ -66,6 +67,7 @@ class EngineOptions:
     target: str = "portable"
     timing_cache: str | None = None
     builder: str = "auto"
+    command: str = "deploykit export CHECKPOINT --out EXPORT --trt"
 
     def check(self) -> None:
         """Raises UsageError naming the option."""
@@ -81,29 +83,6 @@ class EngineOptions:
         parse_size(self.workspace)
         for profile in self.profiles:
             parse_profile(profile)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A built engine: what made it, for what, and of what types its layers are.
-
-    ``layers`` counts them by kind and the type that they read, ``int8_gemms`` those that multiply INT8 matrices, each
-    profile's own ones; there are none where the builder tells nothing. ``graph_digest`` is the SHA-256 of the ONNX file.
-    """
-
-    file: str
-    graph: str
-    graph_digest: str
-    precision: str
-    builder: str
-    version: str
-    target: str
-    profiles: tuple[str, ...]
-    workspace_bytes: int
-    seconds: float
-    size_bytes: int
-    layers: Mapping[str, int] = field(default_factory=dict)
-    int8_gemms: int = 0
 
 
 def parse_profile(text: str, longest: int | None = None) -> Profile:
@@ -143,7 +122,7 @@ def choose_builder(name: str) -> str:
     """Resolve ``auto``: TensorRT where there is a GPU, else TensorRT-RTX. Raises MissingDependencyError."""
     here = {"tensorrt": _importable("tensorrt"), "trtexec": bool(shutil.which("trtexec")), "rtx": _importable("rtx")}
     if name == "auto":
-        names = ("tensorrt", "trtexec", "rtx") if has_driver() else ("rtx",)
+        names = ("tensorrt", "trtexec", "rtx") if has_gpu() else ("rtx",)
         name = next((each for each in names if here[each]), "rtx")
     if not here[name]:
         package = {
@@ -153,15 +132,6 @@ def choose_builder(name: str) -> str:
         }[name]
         raise MissingDependencyError(f"the TensorRT builder {name} is not installed", package)
     return name
-
-
-def has_driver() -> bool:
-    """Whether NVIDIA's driver can be loaded."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
@@ -176,7 +146,7 @@ def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
             raise UsageError(
                 "--timing-cache: TensorRT-RTX keeps none, it chooses kernels on the GPU", "leave --timing-cache out"
             )
-        known = importlib.import_module(_MODULES["rtx"]).ComputeCapability.__members__
+        known = importlib.import_module(BINDINGS["rtx"]).ComputeCapability.__members__
         if options.target.replace("sm_", "SM") not in known and options.target.startswith("sm_"):
             targets = [name.replace("SM", "sm_") for name in known if name.startswith("SM")]
             raise UsageError(
@@ -187,20 +157,24 @@ def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
             f"{builder} builds for the GPU at hand, not for --target {options.target}",
             "give this-gpu or portable, or --builder rtx",
         )
-    if options.target == "this-gpu" and not has_driver():
+    if options.target == "this-gpu" and not has_gpu():
         raise UsageError("--target this-gpu: there is no NVIDIA driver here", "give portable, or one like sm_86")
     default = Profile((1, 8, 32), (min(16, longest), min(64, longest), longest))
     return builder, [parse_profile(text, longest) for text in options.profiles] or [default]
 
 
-def build_engine(graph: Path, precision: str, options: EngineOptions, longest: int, say: Say) -> Engine:
-    """Build ``graph`` (inputs of int64 [batch, length]) and write the engine, and the builder's log, beside it.
+def build_engine(
+    graph: Path, precision: str, options: EngineOptions, longest: int, say: Say, calibration: str | None = None
+) -> EngineRecord:
+    """Build ``graph`` (inputs of int64 [batch, length]) and write the engine, its record and the builder's log beside it.
 
+    ``calibration`` is the digest of the ranges in an INT8 graph.
     Raises ExportError naming the node that TensorRT does not take, or what else stopped it; UsageError for a profile
     that the model of up to ``longest`` tokens does not allow.
     """
     builder, profiles = plan(options, longest)
-    engine = graph.with_name(f"{graph.stem}.{builder}-{options.target}.engine")
+    target = Gpu().capability if options.target == "this-gpu" else options.target
+    engine = graph.with_name(f"{graph.stem}.{builder}-{target}.engine")
     say(f"building {engine.name} with {builder}")
     started = time.monotonic()
     build = _run_trtexec if builder == "trtexec" else _build_here
@@ -211,21 +185,26 @@ def build_engine(graph: Path, precision: str, options: EngineOptions, longest: i
         raise ExportError(f"{builder} computes none of {graph.name}'s layers in INT8", "report this graph")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(layers.items())) or "the builder does not tell"
     say(f"{engine.name}: {engine.stat().st_size / 1e6:.1f} MB, {int8_gemms} INT8 matrix products; layers: {kinds}")
-    return Engine(
+    record = EngineRecord(
         file=engine.name,
         graph=graph.name,
         graph_digest=digest_path(graph),
         precision=precision,
         builder=builder,
         version=version,
-        target=options.target,
+        target=target,
         profiles=tuple(map(str, profiles)),
         workspace_bytes=parse_size(options.workspace),
         seconds=round(time.monotonic() - started, 2),
         size_bytes=engine.stat().st_size,
+        sha256=hash_file(engine),
+        calibration=calibration,
+        command=options.command,
         layers=layers,
         int8_gemms=int8_gemms,
     )
+    record.save(engine)
+    return record
 
 
 def count_layers(log: Sequence[str]) -> tuple[dict[str, int], int]:
@@ -242,9 +221,9 @@ def _build_here(
     builder: str, graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions
 ) -> tuple[str, list[str]]:
     """With the Python bindings, which TensorRT and TensorRT-RTX share."""
-    trt = importlib.import_module(_MODULES[builder])
-    log = _logger(trt)
-    lines: list[str] = log.lines
+    trt = importlib.import_module(BINDINGS[builder])
+    lines: list[str] = []
+    log = make_log(trt, lines)
     maker = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag
     network = maker.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
@@ -260,15 +239,13 @@ def _build_here(
         for i in range(network.num_inputs):
             shapes.set_shape(network.get_input(i).name, *zip(profile.batch, profile.length))
         if config.add_optimization_profile(shapes) < 0:
-            raise ExportError(
-                f"{builder} refuses the profile {profile}: {_last_error(lines)}", "give another --profile"
-            )
+            raise ExportError(f"{builder} refuses the profile {profile}: {last_error(lines)}", "give another --profile")
     cache = Path(options.timing_cache) if options.timing_cache else None
     if cache is not None:
         config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
     blob = maker.build_serialized_network(network, config)
     if blob is None:
-        reason = _last_error(lines)
+        reason = last_error(lines)
         remedy = "see what it says; --debug shows where"
         if re.search(r"out ?of ?memory|insufficient memory", reason, re.IGNORECASE):
             remedy = "give a smaller --workspace, or profiles with smaller batches"
@@ -280,21 +257,6 @@ def _build_here(
         with new_file(cache) as temporary:
             temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
     return str(trt.__version__), lines
-
-
-def _logger(trt: Any) -> Any:
-    """Keeps every line; nothing is printed."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            prefix = "" if severity in (trt.ILogger.VERBOSE, trt.ILogger.INFO) else f"{severity.name}: "
-            self.lines += (prefix + message).splitlines()
-
-    return Log()
 
 
 def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
@@ -319,11 +281,6 @@ def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
         + f"): {error.desc()}",
         "this architecture cannot become an engine as it is; export without --trt",
     )
-
-
-def _last_error(lines: Sequence[str]) -> str:
-    return next((line.removeprefix("ERROR: ") for line in reversed(lines) if line.startswith(("ERROR", "INTERNAL"))),
-                "it gives no reason")  # fmt: skip
 
 
 def trtexec_command(graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions) -> list[str]:
@@ -359,4 +316,4 @@ def _run_trtexec(
 
 
 def _importable(builder: str) -> bool:
-    return importlib.util.find_spec(_MODULES[builder]) is not None
+    return importlib.util.find_spec(BINDINGS[builder]) is not None

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import ast
+import shlex
 import stat
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
+from fake_gpu import names_used
 from onnx import TensorProto, helper, numpy_helper
 
+from deploykit.artifacts import hash_file
+from deploykit.cli import main
 from deploykit.errors import ExportError, MissingDependencyError, UsageError
-from deploykit.export import tensorrt
+from deploykit.export import run, tensorrt
 from deploykit.export.quantize import quantize
+from deploykit.export.run import ExportOptions
 from deploykit.export.tensorrt import (
     EngineOptions,
     build_engine,
@@ -23,6 +29,7 @@ from deploykit.export.tensorrt import (
     parse_size,
     trtexec_command,
 )
+from deploykit.runtime.engines.tensorrt import read_record
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
 WIDTH, LONGEST = 64, 64
@@ -87,6 +94,35 @@ def test_a_half_graph_becomes_an_engine_without_int8(tmp_path: Path) -> None:
     assert "0 INT8 matrix products" in lines[-1]
 
 
+def test_the_record_beside_an_engine_says_what_it_is(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
+    options = EngineOptions(builder="rtx", target="sm_86", command="deploykit export a --out b --trt")
+    engine = build_engine(graph, "int8", options, LONGEST, lambda line: None, calibration="ranges")
+    assert read_record(tmp_path / engine.file) == engine
+    assert engine.graph_digest == hash_file(graph)
+    assert engine.sha256 == hash_file(tmp_path / engine.file)
+    assert engine.calibration == "ranges"
+    assert engine.rebuild() == "deploykit export a --out b --trt --builder rtx --target sm_86 --force"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ExportOptions(trt=EngineOptions()),
+     ExportOptions(int8=True, method="mse", max_drop=3.0, calibration_rows=8, data="a b.csv",
+                   trt=EngineOptions(("fp32", "int8"), ("batch=1:1:1,length=8:8:8", "batch=1:2:4,length=8:8:8"), "2GiB"))],
+)  # fmt: skip
+def test_the_command_kept_for_building_again_asks_for_the_same(
+    options: ExportOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        run, "export", lambda checkpoint, out, options, **_: asked.append((checkpoint, out, options)) or 1 / 0
+    )
+    words = shlex.split(run.command_of(Path("runs/a b"), Path("exports/a"), options))
+    assert CliRunner().invoke(main, words[1:]).exit_code == 1
+    assert asked == [(Path("runs/a b"), Path("exports/a"), options)]
+
+
 def test_the_same_graph_gives_the_same_engine(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
     first = (tmp_path / build_engine(graph, "int8", RTX, LONGEST, lambda line: None).file).read_bytes()
@@ -136,7 +172,7 @@ def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Pa
     assert "sm_86" in str(refused.value.remedy)
 
 
-@pytest.mark.skipif(tensorrt.has_driver(), reason="there is a driver")
+@pytest.mark.skipif(tensorrt.has_gpu(), reason="there is a driver")
 def test_an_engine_for_this_gpu_needs_a_driver(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="no NVIDIA driver"):
@@ -201,7 +237,7 @@ def test_layers_are_counted_from_a_log() -> None:
     assert count_layers(log) == ({"gemm Int8": 1, "gemm Half": 1, "kgen Int8": 1}, 1)
 
 
-@pytest.mark.skipif(tensorrt.has_driver(), reason="there is a driver")
+@pytest.mark.skipif(tensorrt.has_gpu(), reason="there is a driver")
 def test_without_a_gpu_auto_is_rtx() -> None:
     assert choose_builder("auto") == "rtx"
 
@@ -265,21 +301,10 @@ def test_trtexec_that_ends_well_without_an_engine_is_an_error(tmp_path: Path, mo
 
 def test_every_name_of_the_bindings_that_is_used_exists() -> None:
     """A typo in a branch that needs a GPU would only be found there."""
-    tree = ast.parse(Path(tensorrt.__file__).read_text(encoding="utf-8"))
-
-    def dotted(node: ast.AST) -> str | None:
-        if isinstance(node, ast.Name):
-            return node.id
-        parent = dotted(node.value) if isinstance(node, ast.Attribute) else None
-        return None if parent is None else f"{parent}.{node.attr}"  # type: ignore[attr-defined]
-
-    names = {name for node in ast.walk(tree) if (name := dotted(node)) and name.startswith("trt.")}
+    names = names_used(Path(tensorrt.__file__))
     assert len(names) > 8
     for name in names:
-        value = trt
-        for part in name.split(".")[1:]:
-            assert hasattr(value, part), name
-            value = getattr(value, part)
+        assert attrgetter(name)(trt) is not None, name
     methods = {
         trt.IBuilderConfig: ("set_memory_pool_limit", "add_optimization_profile", "create_timing_cache", "set_timing_cache",
                              "get_timing_cache", "set_compute_capability", "num_compute_capabilities",
