@@ -14,16 +14,18 @@ import importlib.util
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deploykit.artifacts import digest_path, hash_file, new_file
-from deploykit.errors import ExportError, MissingDependencyError, UsageError
+from deploykit.artifacts import digest_of, digest_path, hash_file, new_file
+from deploykit.errors import ArtifactError, ExportError, MissingDependencyError, UsageError
+from deploykit.export import engine_cache
 from deploykit.runtime.cuda import Gpu, has_gpu
 from deploykit.runtime.engines.tensorrt import BINDINGS, EngineRecord, last_error, make_log
 
@@ -157,6 +159,11 @@ def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
             f"{builder} builds for the GPU at hand, not for --target {options.target}",
             "give this-gpu or portable, or --builder rtx",
         )
+    if builder != "rtx" and not has_gpu():
+        raise MissingDependencyError(
+            f"--builder {builder} needs an NVIDIA GPU and its driver, and there is none here",
+            "give --builder rtx, which builds without one, or check nvidia-smi",
+        )
     if options.target == "this-gpu" and not has_gpu():
         raise UsageError("--target this-gpu: there is no NVIDIA driver here", "give portable, or one like sm_86")
     default = Profile((1, 8, 32), (min(16, longest), min(64, longest), longest))
@@ -168,14 +175,53 @@ def build_engine(
 ) -> EngineRecord:
     """Build ``graph`` (inputs of int64 [batch, length]) and write the engine, its record and the builder's log beside it.
 
-    ``calibration`` is the digest of the ranges in an INT8 graph.
+    ``calibration`` is the digest of the ranges in an INT8 graph. What was built before from the same graph, options,
+    builder and GPU is taken from the user's cache.
+
     Raises ExportError naming the node that TensorRT does not take, or what else stopped it; UsageError for a profile
     that the model of up to ``longest`` tokens does not allow.
     """
     builder, profiles = plan(options, longest)
     target = Gpu().capability if options.target == "this-gpu" else options.target
     engine = graph.with_name(f"{graph.stem}.{builder}-{target}.engine")
-    say(f"building {engine.name} with {builder}")
+    key = digest_of(digest_path(graph), precision, options.workspace, target, list(map(str, profiles)), _maker(builder))
+    kept = engine_cache.take(key, engine)
+    if kept is not None:
+        say(f"{engine.name}: built before from the same, taken from {engine_cache.folder() / key}")
+    else:
+        say(f"building {engine.name} with {builder}")
+    record = kept or _build(graph, engine, precision, builder, profiles, options, say)
+    record = replace(
+        record, file=engine.name, graph=graph.name, target=target, calibration=calibration, command=options.command
+    )
+    record.save(engine)
+    if kept is None:
+        try:
+            engine_cache.keep(key, engine)
+        except ArtifactError as error:
+            say(f"{engine.name} is not kept for other exports: {error.message}")
+    return record
+
+
+def _maker(builder: str) -> list[str]:
+    """What builds: the builder's version and, where it measures kernels, the GPU."""
+    if builder == "rtx":
+        return [builder, importlib.import_module(BINDINGS[builder]).__version__]
+    program = shutil.which("trtexec") if builder == "trtexec" else None
+    version = hash_file(Path(program)) if program else importlib.import_module(BINDINGS[builder]).__version__
+    gpu = Gpu()
+    return [builder, version, gpu.name, gpu.capability]
+
+
+def _build(
+    graph: Path,
+    engine: Path,
+    precision: str,
+    builder: str,
+    profiles: Sequence[Profile],
+    options: EngineOptions,
+    say: Say,
+) -> EngineRecord:
     started = time.monotonic()
     build = _run_trtexec if builder == "trtexec" else _build_here
     version, log = build(builder, graph, engine, profiles, options)
@@ -185,26 +231,23 @@ def build_engine(
         raise ExportError(f"{builder} computes none of {graph.name}'s layers in INT8", "report this graph")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(layers.items())) or "the builder does not tell"
     say(f"{engine.name}: {engine.stat().st_size / 1e6:.1f} MB, {int8_gemms} INT8 matrix products; layers: {kinds}")
-    record = EngineRecord(
+    return EngineRecord(
         file=engine.name,
         graph=graph.name,
         graph_digest=digest_path(graph),
         precision=precision,
         builder=builder,
         version=version,
-        target=target,
+        target=options.target,
         profiles=tuple(map(str, profiles)),
         workspace_bytes=parse_size(options.workspace),
         seconds=round(time.monotonic() - started, 2),
         size_bytes=engine.stat().st_size,
         sha256=hash_file(engine),
-        calibration=calibration,
         command=options.command,
         layers=layers,
         int8_gemms=int8_gemms,
     )
-    record.save(engine)
-    return record
 
 
 def count_layers(log: Sequence[str]) -> tuple[dict[str, int], int]:
@@ -245,13 +288,7 @@ def _build_here(
         config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
     blob = maker.build_serialized_network(network, config)
     if blob is None:
-        reason = last_error(lines)
-        remedy = "see what it says; --debug shows where"
-        if re.search(r"out ?of ?memory|insufficient memory", reason, re.IGNORECASE):
-            remedy = "give a smaller --workspace, or profiles with smaller batches"
-        elif re.search(r"cuda|driver|device", reason, re.IGNORECASE):
-            remedy = "this needs a GPU and its driver: give --builder rtx and --target portable or sm_NN without one"
-        raise ExportError(f"{builder} {trt.__version__} cannot build {graph.name}: {reason}", remedy)
+        raise _not_built(f"{builder} {trt.__version__}", graph, last_error(lines), "report this graph")
     engine.write_bytes(memoryview(blob))
     if cache is not None:
         with new_file(cache) as temporary:
@@ -268,6 +305,19 @@ def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
+def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportError:
+    """``remedy`` is for what none of the usual reasons explains."""
+    if re.search(
+        r"out ?of ?memory|(insufficient|not enough|failed to allocate) \w*\s?memory|killed", reason, re.IGNORECASE
+    ):
+        remedy = "give a smaller --workspace, a --profile of smaller batches or lengths, or free memory"
+    elif re.search(r"profile", reason, re.IGNORECASE):
+        remedy = "give a --profile that fits every input of the graph"
+    elif re.search(r"cuda|driver", reason, re.IGNORECASE):
+        remedy = "check nvidia-smi, and that the driver is as new as TensorRT wants; --builder rtx needs none"
+    return ExportError(f"{builder} cannot build {graph.name}: {reason}", remedy)
+
+
 def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
     """What the parser did not take, by node, operator and the PyTorch module it came from."""
     if not errors:
@@ -275,11 +325,14 @@ def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
     error = errors[0]
     node, operator = error.node_name(), error.node_operator()
     module = ".".join(node.strip("/").split("/")[1:-1])
+    others = {f"{e.node_operator()} ({e.node_name()})" for e in errors[1:]} - {f"{operator} ({node})"}
     return ExportError(
         f"TensorRT does not take the operator {operator} of {graph.name} (node {node}"
-        + (f", from the module {module}" if module else "")
-        + f"): {error.desc()}",
-        "this architecture cannot become an engine as it is; export without --trt",
+        + (f", from the PyTorch module {module}" if module else "")
+        + f"): {error.desc()}"
+        + (f"; nor {', '.join(sorted(others))}" if others else ""),
+        (f"have the module {module} compute it with other operators" if module else "compute it with other operators")
+        + ", or export without --trt: ONNX Runtime and OpenVINO take this graph as it is",
     )
 
 
@@ -308,9 +361,11 @@ def _run_trtexec(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
     )
     lines = done.stdout.splitlines()
-    if done.returncode or not engine.is_file():
+    if done.returncode or not engine.is_file() or not engine.stat().st_size:
         reason = next((line for line in reversed(lines) if "[E]" in line), lines[-1] if lines else "it says nothing")
-        raise ExportError(f"trtexec cannot build {graph.name}: {reason}", f"run it yourself: {shlex.join(command)}")
+        if done.returncode == -signal.SIGKILL:
+            reason = "it was killed, as Linux does where memory ends"
+        raise _not_built("trtexec", graph, reason, f"run it yourself: {shlex.join(command)}")
     version = next((m[1] for line in lines if (m := re.search(r"TensorRT version: (\d[\d.]*)", line))), "unknown")
     return version, lines
 

@@ -27,7 +27,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from deploykit.runtime import cuda
+from deploykit.export import tensorrt
+from deploykit.runtime import cuda, engines
 from deploykit.runtime.engines.tensorrt import EngineRecord
 
 real = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
@@ -210,7 +211,10 @@ def install_driver(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None) -
         return driver
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    cuda.has_gpu.cache_clear()
+    # A cache of its own for what is found: the real one stays as it is.
+    monkeypatch.setattr(cuda, "has_gpu", functools.cache(cuda.has_gpu.__wrapped__))
+    for module in (engines, tensorrt):
+        monkeypatch.setattr(module, "has_gpu", cuda.has_gpu)
 
 
 def names_used(source: Path) -> set[str]:

@@ -54,7 +54,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield fake
     gc.collect()
     assert fake.in_use == 0
-    cuda.has_gpu.cache_clear()
 
 
 def copy_export(export: Path, folder: Path) -> Path:
@@ -257,7 +256,6 @@ def test_without_a_driver_or_gpu_the_engine_is_refused_and_never_chosen(
         assert (
             find_graphs(tiny_export, load_manifest(tiny_export), engine="auto", precision="auto").engine == "openvino"
         )
-    cuda.has_gpu.cache_clear()
 
 
 def test_a_driver_without_the_functions_is_too_old(monkeypatch: Any) -> None:
@@ -266,7 +264,6 @@ def test_a_driver_without_the_functions_is_too_old(monkeypatch: Any) -> None:
     install_driver(monkeypatch, fake)
     with pytest.raises(MissingDependencyError, match="too old"):
         Gpu()
-    cuda.has_gpu.cache_clear()
 
 
 def test_a_full_gpu_says_so_and_leaves_nothing(
@@ -326,6 +323,25 @@ def test_an_engine_that_cannot_be_captured_runs_all_the_same(driver: FakeDriver,
         given = inputs(rows, 32, rows)
         np.testing.assert_array_equal(engine.run(given)[0], reference.run(given)[0])
     assert driver.counts.get("cuGraphLaunch", 0) == 0
+
+
+def test_inputs_that_disagree_on_a_profile_are_refused(
+    driver: FakeDriver, tmp_path: Path, tiny_export: Path, monkeypatch: Any
+) -> None:
+    bindings = fake_bindings(driver, "tensorrt", VERSION)
+    load = bindings.Runtime.deserialize_cuda_engine
+
+    def disagreeing(runtime: Any, plan: bytes) -> Any:
+        engine = load(runtime, plan)
+        engine.get_tensor_profile_shape = lambda name, i: [(1, 16), (2, 16), (4 if name == "input_ids" else 8, 16)]
+        return engine
+
+    bindings.Runtime.deserialize_cuda_engine = disagreeing
+    install_bindings(monkeypatch, "tensorrt", bindings)
+    file = tmp_path / "model.engine"
+    write_engine(file, tiny_export / "model.onnx", [parse_profile(PROFILES[0])], "tensorrt", VERSION, "sm_86")
+    with pytest.raises(EngineError, match="input_ids and attention_mask disagree in profile 0"):
+        load_engine("tensorrt", file)
 
 
 def test_what_tensorrt_says_of_a_failed_run_is_told(

@@ -171,6 +171,14 @@ class TensorRtEngine:
             for i in range(self._engine.num_optimization_profiles)
         ]
         self._inputs, self._outputs = inputs, [name for name in names if name not in inputs]
+        for name in inputs:
+            for profile in self._profiles:
+                shapes = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, profile.number)]
+                if shapes != [profile.least, profile.usual, profile.most]:
+                    raise EngineError(
+                        f"{graph}: {inputs[0]} and {name} disagree in profile {profile.number}",
+                        f"build it again: {self._record.rebuild()}",
+                    )
         self._contexts = [self._open(profile) for profile in self._profiles]
         self._buffers = {name: Buffer(self._gpu, size) for name, size in self._largest().items()}
         for context in self._contexts:
