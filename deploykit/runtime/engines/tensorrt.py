@@ -69,6 +69,12 @@ class EngineRecord:
         """The bindings that run it."""
         return BINDINGS[self.builder]
 
+    @property
+    def requirement(self) -> str:
+        """What to give pip for the bindings of its version."""
+        package = _PACKAGES[self.module]
+        return package if self.version == "unknown" else f"{package}=={self.version}"
+
     def rebuild(self, target: str | None = None) -> str:
         """The command that builds it again with what is installed, for ``target`` in place of its own."""
         target = target or (self.target if self.builder == "rtx" or self.target == "portable" else "this-gpu")
@@ -110,12 +116,12 @@ def check(file: Path, record: EngineRecord, gpu: Gpu) -> Any:
     except (ImportError, OSError) as error:
         raise MissingDependencyError(
             f"{file}: {name} {record.version} is not installed, which built it: {error}",
-            f"pip install {_PACKAGES[record.module]}=={record.version}",
+            f"pip install {record.requirement}",
         ) from error
     if record.version != "unknown" and _release(record.version) != _release(trt.__version__):
         raise EngineError(
             f"{file}: was built by {name} {record.version}, here is {trt.__version__}: neither runs the other's engines",
-            f"pip install {_PACKAGES[record.module]}=={record.version}, or build it again: {record.rebuild()}",
+            f"pip install {record.requirement}, or build it again: {record.rebuild()}",
         )
     here = int(gpu.capability.removeprefix("sm_"))
     fits = here >= _LEAST_PORTABLE[record.module] if record.target == "portable" else gpu.capability == record.target
