@@ -92,9 +92,11 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
         from deploykit.export.translation import write
     else:
         from deploykit.export.classification import write
-    engines = options.trt and dataclasses.replace(options.trt, command=command_of(checkpoint, out, options))
+    if options.trt is not None:
+        command = command_of(checkpoint, out, options)
+        options = dataclasses.replace(options, trt=dataclasses.replace(options.trt, command=command))
     with artifacts.new_directory(out) as directory:
-        written = write(checkpoint, directory, dataclasses.replace(options, trt=engines), say)
+        written = write(checkpoint, directory, options, say)
         manifest = artifacts.write_manifest(
             directory,
             "export",

@@ -154,6 +154,8 @@ def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Pat
     assert manifest.files[whole["graph"]].sha256 == whole["graph_digest"]
     assert {half["file"], whole["file"], whole["file"].replace(".engine", ".log")} <= set(manifest.files)
     assert record["size_bytes"][whole["file"]] == whole["size_bytes"]
+    assert whole["command"].startswith(f"deploykit export {checkpoint} --out {tmp_path / 'e'} --trt --precision bf16")
+    assert json.loads((tmp_path / "e" / whole["file"]).with_suffix(".json").read_text()) == whole
     graded = {line["precision"]: line for line in record["accuracy"]}
     assert graded["trt int8"]["agreement"] > 0.9, "the engine's graph, computed on the CPU"
     code, out, _ = deploykit(*words)

@@ -298,6 +298,10 @@ def test_a_shape_is_captured_once_and_then_launched_whole(
         engine.run(inputs(5, 32, seed))
     grown = {name: n - counts.get(name, 0) for name, n in driver.counts.items() if n != counts.get(name, 0)}
     assert grown == {"cuCtxSetCurrent": 3, "cuGraphLaunch": 3, "cuStreamSynchronize": 3}
+    captured = driver.counts["cuGraphInstantiateWithFlags"]
+    for rows in (6, 7, 8):
+        engine.run(inputs(rows, 32))
+    assert driver.counts["cuGraphInstantiateWithFlags"] == captured, "all are filled up to 8 rows"
     engine.run(inputs(8, 64))
     assert (len(driver.device), len(driver.host)) == memory, "no shape allocates any"
 
@@ -305,13 +309,13 @@ def test_a_shape_is_captured_once_and_then_launched_whole(
 def test_the_shapes_kept_are_bounded(driver: FakeDriver, tmp_path: Path, tiny_export: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "_GRAPHS", 2)
     engine = make(driver, tmp_path, tiny_export, monkeypatch, "tensorrt")
-    for rows in (4, 5, 4, 6):
-        engine.run(inputs(rows, 16))
+    for length in (16, 32, 16, 48):
+        engine.run(inputs(4, length))
     gc.collect()
     assert len(driver.ready) == 2
     captured = driver.counts["cuGraphInstantiateWithFlags"]
     engine.run(inputs(4, 16))
-    assert driver.counts["cuGraphInstantiateWithFlags"] == captured, "5 was used the longest ago"
+    assert driver.counts["cuGraphInstantiateWithFlags"] == captured, "32 tokens were used the longest ago"
 
 
 @pytest.mark.parametrize("builder", ["tensorrt", "rtx"])

@@ -34,7 +34,9 @@ BINDINGS: Mapping[str, str] = {"tensorrt": "tensorrt", "trtexec": "tensorrt", "r
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _LEAST_PORTABLE = {"tensorrt": 80, "tensorrt_rtx": 75}  # compute capability that "portable" engines begin at
-_GRAPHS = 64  # shapes with a CUDA graph and a context of their own; batches come in few (see runtime.batching)
+_GRAPHS = (
+    128  # shapes with a CUDA graph and a context of their own: 6 sizes of up to 32 rows, 16 buckets of up to 512 tokens
+)
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class TensorRtEngine:
     def _run(self, inputs: Mapping[str, NDArray[np.int64]], length: int) -> list[NDArray[Any]]:
         given = len(next(iter(inputs.values())))
         profile = min((p for p in self._profiles if p.takes(length) and given <= p.most[0]), key=_Profile.tokens)
-        rows = max(given, profile.least[0])
+        rows = profile.filled(given)
         for name in self._inputs:
             view = self._buffers[name].view((rows, length), self._types[name])
             view[:given], view[given:] = inputs[name], inputs[name][-1:]
@@ -295,6 +297,10 @@ class _Profile:
 
     def takes(self, length: int) -> bool:
         return self.least[1] <= length <= self.most[1]
+
+    def filled(self, rows: int) -> int:
+        """What ``rows`` are filled up to: a power of two where it can be, so that few shapes come, and come again."""
+        return min(max(1 << (rows - 1).bit_length(), self.least[0]), self.most[0])
 
     def tokens(self) -> int:
         return self.most[0] * self.most[1]
