@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from deploykit.artifacts import Manifest, load_manifest
 from deploykit.errors import ArtifactError, UsageError
-from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
 from deploykit.runtime.classifier import Classifier, load_classifier
 from deploykit.runtime.engines import (
     ENGINES,
@@ -24,9 +23,12 @@ from deploykit.runtime.engines import (
     TRANSLATION_FILES,
     Precision,
     available_cpus,
-    choose_engine,
+    check_engine,
+    check_name,
+    installed_engines,
     load_engine,
 )
+from deploykit.runtime.engines.tensorrt import record_path, runs_here
 from deploykit.runtime.translated import LongInput, Translated
 from deploykit.tasks import Classification, Generation, Translation
 
@@ -72,6 +74,7 @@ class TextTranslator(Protocol):
 
 
 Predictor = TextClassifier | TextTranslator
+_BEST_FIRST: tuple[Precision, ...] = ("int8", "fp16", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -138,55 +141,61 @@ def translates(checkpoint: Path) -> bool:
 
 
 def open_graph(
-    path: Path,
-    manifest: Manifest,
-    *,
-    engine: str = "auto",
-    precision: str = "auto",
-    threads: int | None = None,
-    token_budget: int = DEFAULT_TOKEN_BUDGET,
+    path: Path, manifest: Manifest, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
 ) -> Classifier | Translator:
-    """Open an export or a packaged model version in this process. ``token_budget`` is for classifiers."""
+    """Open an export or a packaged model version in this process."""
     graphs = find_graphs(path, manifest, engine=engine, precision=precision)
     task = manifest.task
     if isinstance(task, Translation):
         from deploykit.runtime.translator import load_translator
 
         return load_translator(path, task, graphs.precision, threads or available_cpus())
-    loaded = load_engine(graphs.engine, path / graphs.files[0], threads)
-    return load_classifier(path, task, loaded, token_budget=token_budget)
+    return load_classifier(path, task, load_engine(graphs.engine, path / graphs.files[0], threads))
 
 
-def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str) -> Graphs:
+def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, to_run: bool = True) -> Graphs:
     """Choose engine, precision and graph files from what a directory holds.
 
-    A packaged model names its engine and holds one precision. Otherwise ``auto`` means the best
-    installed engine, and INT8 where there are graphs for it.
+    A packaged model names its engine and holds one precision. Otherwise ``auto`` means the best engine that can run
+    here what the directory holds for it, and INT8 where there are graphs for it. An engine that is named need not be
+    able to run here unless ``to_run``.
     """
-    if engine == "auto" and "engine" in manifest.options:
-        engine = str(manifest.options["engine"])
-    if isinstance(manifest.task, Translation):
-        name = choose_engine(TRANSLATION_ENGINE if engine == "auto" else engine)
-        if name != TRANSLATION_ENGINE:
-            raise UsageError(f"the engine {name} does not run translation", f"give --engine {TRANSLATION_ENGINE}")
-        files: Mapping[Precision, tuple[str, ...]] = TRANSLATION_FILES
-    else:
-        name = choose_engine(engine)
-        files = {precision: (graph,) for precision, graph in ENGINES[name].graphs.items()}
-    wanted: tuple[Precision, ...]
-    if precision == "auto":
-        wanted = ("int8", "fp32")
-    elif precision in files:
-        wanted = ("int8",) if precision == "int8" else ("fp32",)
-    else:
-        raise UsageError(f"unknown precision {precision!r}", f"choose one of: auto, {', '.join(files)}")
-    for candidate in wanted:
-        if set(files[candidate]) <= set(manifest.files):
+    if engine == "auto":
+        engine = str(manifest.options.get("engine", "auto"))
+    wanted = [p for p in _BEST_FIRST if precision in ("auto", p)]
+    if not wanted:
+        raise UsageError(f"unknown precision {precision!r}", f"choose one of: auto, {', '.join(sorted(_BEST_FIRST))}")
+    translates = isinstance(manifest.task, Translation)
+    if translates and engine not in ("auto", TRANSLATION_ENGINE):
+        check_name(engine)
+        raise UsageError(f"the engine {engine} does not run translation", f"give --engine {TRANSLATION_ENGINE}")
+    names = [engine]
+    if engine == "auto":
+        names = [TRANSLATION_ENGINE] if translates else installed_engines()
+    for name in names:
+        if to_run:
+            check_engine(name)
+        files = _files(manifest, name)
+        for candidate in wanted:
+            if candidate not in files or not set(files[candidate]) <= set(manifest.files):
+                continue
+            if engine == "auto" and ENGINES[name].gpu and not runs_here(path / files[candidate][0]):
+                continue
             return Graphs(name, candidate, files[candidate])
-    raise ArtifactError(
-        f"{path}: has no {precision} graph for the engine {name}",
-        "export with --int8" if precision == "int8" else "choose another --engine or --precision",
-    )
+    remedy = "export with --int8" if precision == "int8" else "choose another --engine or --precision"
+    if ENGINES[names[-1]].gpu:
+        remedy = "export with --trt" + ("" if precision == "auto" else f" --precision {precision}")
+    raise ArtifactError(f"{path}: has no {precision} graph for the engine {names[-1]}", remedy)
+
+
+def _files(manifest: Manifest, engine: str) -> Mapping[Precision, tuple[str, ...]]:
+    """What ``engine`` needs for each precision; the graph, or the first of the graphs, comes first."""
+    check_name(engine)
+    if isinstance(manifest.task, Translation):
+        return TRANSLATION_FILES
+    if ENGINES[engine].graphs:
+        return {precision: (graph,) for precision, graph in ENGINES[engine].graphs.items()}
+    return {e["precision"]: (e["file"], record_path(Path(e["file"])).name) for e in manifest.metrics.get("engines", ())}
 
 
 def _open_checkpoint(path: Path) -> Predictor:

@@ -6,6 +6,7 @@ from deploykit.cli.common import Result, deploykit_command
 @deploykit_command(help="Show what this machine has, and what each command still needs here.")
 def command() -> Result:
     from deploykit.doctor import examine
+    from deploykit.runtime.engines import ENGINES
 
     found = examine()
     cpu, gpu = found["cpu"], found["gpu"]
@@ -18,8 +19,7 @@ def command() -> Result:
         f"cuda      {gpu['cuda_compiler'] or 'no compiler'}",
         "packages  " + ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version),
         "lacking   " + ", ".join(name for name, version in found["packages"].items() if version is None),
-        "engines   "
-        + ", ".join(f"{name}{'' if ready else ' (not installed)'}" for name, ready in found["engines"].items()),
+        "engines   " + ", ".join(f"{name} ({info.lacks})" if info.lacks else name for name, info in ENGINES.items()),
         "",
     ]
     for name, need in found["commands"].items():

@@ -42,7 +42,7 @@ def command(
     no_stream: bool,
     **settings: Any,
 ) -> Result:
-    from deploykit.triton.repository import CONFIG, package
+    from deploykit.triton.repository import CONFIG, container_command, package
 
     given = {key: value for key, value in settings.items() if value is not None}
     if given and (repository / name / CONFIG).exists() and not overwrite_config:
@@ -67,5 +67,14 @@ def command(
         f"({options['engine']}, {options['precision']}, {human_bytes(size)})"
         f"\n{repository / name / CONFIG}: {'kept as it was' if done.config_kept else 'written'}"
     )
-    record = {"path": str(done.path), "name": name, "version": done.version, "reused": done.reused, **options}
+    record: dict[str, Any] = {
+        "path": str(done.path),
+        "name": name,
+        "version": done.version,
+        "reused": done.reused,
+        **options,
+    }
+    if (container := container_command(done)) is not None:
+        record["container"] = container
+        text += f"\nto serve it in NVIDIA's container: {container}"
     return {**record, "config_kept": done.config_kept, "size_bytes": size, "digest": done.manifest.digest}, text

@@ -30,6 +30,7 @@ from deploykit.finetune.checkpoint import TorchClassifier
 from deploykit.metrics import classification_metrics
 from deploykit.runtime.classifier import load_classifier
 from deploykit.runtime.engines import ENGINES, Engine, Precision, load_engine
+from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
 
 _SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
 _SENSITIVITY_ROWS = 64
@@ -123,6 +124,11 @@ class _Grader:
         """The graph that an engine is built from, as ONNX Runtime computes it on the CPU."""
         engine = load_engine("onnxruntime", self._directory / GRAPHS[precision])
         return self._enter(f"trt {precision}", "onnxruntime", self._scores(engine), 0)
+
+    def grade_engine(self, record: EngineRecord) -> Accuracy:
+        """A TensorRT engine itself, on the GPU here."""
+        engine = load_engine("tensorrt", self._directory / record.file)
+        return self._enter(record.precision, "tensorrt", self._scores(engine), record.int8_gemms)
 
     def _scores(self, engine: Engine) -> NDArray[np.float32]:
         return load_classifier(self._directory, self._task, engine).scores(self._texts)
@@ -250,7 +256,8 @@ def _build_engines(
     directory: Path, reference: TorchClassifier, options: ExportOptions, trt: EngineOptions, ranges: Ranges,
     grader: _Grader, say: Say,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Write a graph of each precision in TensorRT's terms, grade what a CPU can compute of it, and build its engine.
+    """Write a graph of each precision in TensorRT's terms, grade what a CPU can compute of it, and build its engine,
+    which is graded too where it runs here.
 
     INT8 is Q/DQ in the fp16 graph, of the activations that have ``ranges``.
     """
@@ -266,14 +273,21 @@ def _build_engines(
             half.unlink()
             say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
         if precision in ("fp16", "int8"):
-            line = grader.grade_for_tensorrt(precision)
-            if grader.drop(line) > options.max_drop:
-                raise ExportError(
-                    f"{graph.name} loses {grader.drop(line):.2f} points of macro-F1, more than --max-drop {options.max_drop}",
-                    "leave this --precision out, try another --method, or raise --max-drop; nothing was written",
-                )
-        built.append(dataclasses.asdict(build_engine(graph, precision, trt, reference.task.max_length, say)))
-    return built
+            _refuse_loss(grader, grader.grade_for_tensorrt(precision), graph.name, options.max_drop)
+        calibration = artifacts.digest_of(ranges) if precision == "int8" else None
+        record = build_engine(graph, precision, trt, reference.task.max_length, say, calibration)
+        if runs_here(directory / record.file):
+            _refuse_loss(grader, grader.grade_engine(record), record.file, options.max_drop)
+        built.append(record)
+    return [dataclasses.asdict(record) for record in built]
+
+
+def _refuse_loss(grader: _Grader, line: Accuracy, name: str, max_drop: float) -> None:
+    if grader.drop(line) > max_drop:
+        raise ExportError(
+            f"{name} loses {grader.drop(line):.2f} points of macro-F1, more than --max-drop {max_drop}",
+            "leave this --precision out, try another --method, or raise --max-drop; nothing was written",
+        )
 
 
 def _engines(precision: Precision) -> list[str]:

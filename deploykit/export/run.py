@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,9 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
         from deploykit.export.translation import write
     else:
         from deploykit.export.classification import write
+    if options.trt is not None:
+        command = command_of(checkpoint, out, options)
+        options = dataclasses.replace(options, trt=dataclasses.replace(options.trt, command=command))
     with artifacts.new_directory(out) as directory:
         written = write(checkpoint, directory, options, say)
         manifest = artifacts.write_manifest(
@@ -103,6 +107,22 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
             metrics=written.metrics,
         )
     return Exported(out, manifest, reused=False)
+
+
+def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
+    """What to type for this export; builder and target of its engines are left out."""
+    words = ["deploykit", "export", str(checkpoint), "--out", str(out)]
+    settings = [(field, getattr(options, field.name)) for field in dataclasses.fields(options) if field.name != "trt"]
+    if options.trt is not None:
+        words += ["--trt", *(word for precision in options.trt.precisions for word in ("--precision", precision))]
+        words += [word for profile in options.trt.profiles for word in ("--profile", profile)]
+        kept = ("workspace", "timing_cache")
+        settings += [(f, getattr(options.trt, f.name)) for f in dataclasses.fields(options.trt) if f.name in kept]
+    for field, value in settings:
+        if value != field.default:
+            option = f"--{field.name.replace('_', '-')}"
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
 
 
 def pick_rows(

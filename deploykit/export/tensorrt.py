@@ -9,22 +9,25 @@ Source: NVIDIA TensorRT documentation, "Strongly Typed Networks", "Working with 
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deploykit.artifacts import digest_path, new_file
-from deploykit.errors import ExportError, MissingDependencyError, UsageError
+from deploykit.artifacts import digest_of, digest_path, hash_file, new_file
+from deploykit.errors import ArtifactError, ExportError, MissingDependencyError, UsageError
+from deploykit.export import engine_cache
+from deploykit.runtime.cuda import Gpu, has_gpu
+from deploykit.runtime.engines.tensorrt import BINDINGS, EngineRecord, last_error, make_log
 
 Say = Callable[[str], None]
 
@@ -39,7 +42,6 @@ PRECISIONS = tuple(GRAPHS)
 GPU = r"portable|this-gpu|sm_\d{2,3}"
 """What names a GPU, as a regular expression."""
 BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")
-_MODULES = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _AXES = ("batch", "length")
 _LAYER = re.compile(
@@ -65,7 +67,8 @@ class Profile:
 @dataclass(frozen=True)
 class EngineOptions:
     """As typed: ``profiles`` like ``batch=1:8:32,length=16:64:128`` (none: one over all lengths), ``workspace`` like
-    ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like ``sm_86``."""
+    ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like ``sm_86``. ``command`` is the export's
+    own, but for builder and target: whoever cannot load an engine is told it."""
 
     precisions: tuple[str, ...] = ("fp16",)
     profiles: tuple[str, ...] = ()
@@ -73,6 +76,7 @@ class EngineOptions:
     target: str = "portable"
     timing_cache: str | None = None
     builder: str = "auto"
+    command: str = "deploykit export CHECKPOINT --out EXPORT --trt"
 
     def check(self) -> None:
         """Raises UsageError naming the option."""
@@ -88,29 +92,6 @@ class EngineOptions:
         parse_size(self.workspace)
         for profile in self.profiles:
             parse_profile(profile)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A built engine: what made it, for what, and of what types its layers are.
-
-    ``layers`` counts them by kind and the type that they read, ``int8_gemms`` those that multiply INT8 matrices, each
-    profile's own ones; there are none where the builder tells nothing. ``graph_digest`` is the SHA-256 of the ONNX file.
-    """
-
-    file: str
-    graph: str
-    graph_digest: str
-    precision: str
-    builder: str
-    version: str
-    target: str
-    profiles: tuple[str, ...]
-    workspace_bytes: int
-    seconds: float
-    size_bytes: int
-    layers: Mapping[str, int] = field(default_factory=dict)
-    int8_gemms: int = 0
 
 
 def parse_profile(text: str, longest: int | None = None) -> Profile:
@@ -150,7 +131,7 @@ def choose_builder(name: str) -> str:
     """Resolve ``auto``: TensorRT where there is a GPU, else TensorRT-RTX. Raises MissingDependencyError."""
     here = {"tensorrt": _importable("tensorrt"), "trtexec": bool(shutil.which("trtexec")), "rtx": _importable("rtx")}
     if name == "auto":
-        names = ("tensorrt", "trtexec", "rtx") if has_driver() else ("rtx",)
+        names = ("tensorrt", "trtexec", "rtx") if has_gpu() else ("rtx",)
         name = next((each for each in names if here[each]), "rtx")
     if not here[name]:
         package = {
@@ -160,15 +141,6 @@ def choose_builder(name: str) -> str:
         }[name]
         raise MissingDependencyError(f"the TensorRT builder {name} is not installed", package)
     return name
-
-
-def has_driver() -> bool:
-    """Whether NVIDIA's driver can be loaded."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
@@ -183,7 +155,7 @@ def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
             raise UsageError(
                 "--timing-cache: TensorRT-RTX keeps none, it chooses kernels on the GPU", "leave --timing-cache out"
             )
-        known = importlib.import_module(_MODULES["rtx"]).ComputeCapability.__members__
+        known = importlib.import_module(BINDINGS["rtx"]).ComputeCapability.__members__
         if options.target.replace("sm_", "SM") not in known and options.target.startswith("sm_"):
             targets = [name.replace("SM", "sm_") for name in known if name.startswith("SM")]
             raise UsageError(
@@ -194,21 +166,69 @@ def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
             f"{builder} builds for the GPU at hand, not for --target {options.target}",
             "give this-gpu or portable, or --builder rtx",
         )
-    if options.target == "this-gpu" and not has_driver():
+    if builder != "rtx" and not has_gpu():
+        raise MissingDependencyError(
+            f"--builder {builder} needs an NVIDIA GPU and its driver, and there is none here",
+            "give --builder rtx, which builds without one, or check nvidia-smi",
+        )
+    if options.target == "this-gpu" and not has_gpu():
         raise UsageError("--target this-gpu: there is no NVIDIA driver here", "give portable, or one like sm_86")
     default = Profile((1, 8, 32), (min(16, longest), min(64, longest), longest))
     return builder, [parse_profile(text, longest) for text in options.profiles] or [default]
 
 
-def build_engine(graph: Path, precision: str, options: EngineOptions, longest: int, say: Say) -> Engine:
-    """Build ``graph`` (inputs of int64 [batch, length]) and write the engine, and the builder's log, beside it.
+def build_engine(
+    graph: Path, precision: str, options: EngineOptions, longest: int, say: Say, calibration: str | None = None
+) -> EngineRecord:
+    """Build ``graph`` (inputs of int64 [batch, length]) and write the engine, its record and the builder's log beside it.
+
+    ``calibration`` is the digest of the ranges in an INT8 graph. What was built before from the same graph, options,
+    builder and GPU is taken from the user's cache.
 
     Raises ExportError naming the node that TensorRT does not take, or what else stopped it; UsageError for a profile
     that the model of up to ``longest`` tokens does not allow.
     """
     builder, profiles = plan(options, longest)
-    engine = graph.with_name(f"{graph.stem}.{builder}-{options.target}.engine")
-    say(f"building {engine.name} with {builder}")
+    target = Gpu().capability if options.target == "this-gpu" else options.target
+    engine = graph.with_name(f"{graph.stem}.{builder}-{target}.engine")
+    key = digest_of(digest_path(graph), precision, options.workspace, target, list(map(str, profiles)), _maker(builder))
+    kept = engine_cache.take(key, engine)
+    if kept is not None:
+        say(f"{engine.name}: built before from the same, taken from {engine_cache.folder() / key}")
+    else:
+        say(f"building {engine.name} with {builder}")
+    record = kept or _build(graph, engine, precision, builder, profiles, options, say)
+    record = replace(
+        record, file=engine.name, graph=graph.name, target=target, calibration=calibration, command=options.command
+    )
+    record.save(engine)
+    if kept is None:
+        try:
+            engine_cache.keep(key, engine)
+        except ArtifactError as error:
+            say(f"{engine.name} is not kept for other exports: {error.message}")
+    return record
+
+
+def _maker(builder: str) -> list[str]:
+    """What builds: the builder's version and, where it measures kernels, the GPU."""
+    if builder == "rtx":
+        return [builder, importlib.import_module(BINDINGS[builder]).__version__]
+    program = shutil.which("trtexec") if builder == "trtexec" else None
+    version = hash_file(Path(program)) if program else importlib.import_module(BINDINGS[builder]).__version__
+    gpu = Gpu()
+    return [builder, version, gpu.name, gpu.capability]
+
+
+def _build(
+    graph: Path,
+    engine: Path,
+    precision: str,
+    builder: str,
+    profiles: Sequence[Profile],
+    options: EngineOptions,
+    say: Say,
+) -> EngineRecord:
     started = time.monotonic()
     build = _run_trtexec if builder == "trtexec" else _build_here
     version, log = build(builder, graph, engine, profiles, options)
@@ -218,7 +238,7 @@ def build_engine(graph: Path, precision: str, options: EngineOptions, longest: i
         raise ExportError(f"{builder} computes none of {graph.name}'s layers in INT8", "report this graph")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(layers.items())) or "the builder does not tell"
     say(f"{engine.name}: {engine.stat().st_size / 1e6:.1f} MB, {int8_gemms} INT8 matrix products; layers: {kinds}")
-    return Engine(
+    return EngineRecord(
         file=engine.name,
         graph=graph.name,
         graph_digest=digest_path(graph),
@@ -230,6 +250,8 @@ def build_engine(graph: Path, precision: str, options: EngineOptions, longest: i
         workspace_bytes=parse_size(options.workspace),
         seconds=round(time.monotonic() - started, 2),
         size_bytes=engine.stat().st_size,
+        sha256=hash_file(engine),
+        command=options.command,
         layers=layers,
         int8_gemms=int8_gemms,
     )
@@ -249,9 +271,9 @@ def _build_here(
     builder: str, graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions
 ) -> tuple[str, list[str]]:
     """With the Python bindings, which TensorRT and TensorRT-RTX share."""
-    trt = importlib.import_module(_MODULES[builder])
-    log = _logger(trt)
-    lines: list[str] = log.lines
+    trt = importlib.import_module(BINDINGS[builder])
+    lines: list[str] = []
+    log = make_log(trt, lines)
     maker = trt.Builder(log)
     flags = trt.NetworkDefinitionCreationFlag
     network = maker.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
@@ -267,41 +289,18 @@ def _build_here(
         for i in range(network.num_inputs):
             shapes.set_shape(network.get_input(i).name, *zip(profile.batch, profile.length))
         if config.add_optimization_profile(shapes) < 0:
-            raise ExportError(
-                f"{builder} refuses the profile {profile}: {_last_error(lines)}", "give another --profile"
-            )
+            raise ExportError(f"{builder} refuses the profile {profile}: {last_error(lines)}", "give another --profile")
     cache = Path(options.timing_cache) if options.timing_cache else None
     if cache is not None:
         config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
     blob = maker.build_serialized_network(network, config)
     if blob is None:
-        reason = _last_error(lines)
-        remedy = "see what it says; --debug shows where"
-        if re.search(r"out ?of ?memory|insufficient memory", reason, re.IGNORECASE):
-            remedy = "give a smaller --workspace, or profiles with smaller batches"
-        elif re.search(r"cuda|driver|device", reason, re.IGNORECASE):
-            remedy = "this needs a GPU and its driver: give --builder rtx and --target portable or sm_NN without one"
-        raise ExportError(f"{builder} {trt.__version__} cannot build {graph.name}: {reason}", remedy)
+        raise _not_built(f"{builder} {trt.__version__}", graph, last_error(lines), "report this graph")
     engine.write_bytes(memoryview(blob))
     if cache is not None:
         with new_file(cache) as temporary:
             temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
     return str(trt.__version__), lines
-
-
-def _logger(trt: Any) -> Any:
-    """Keeps every line; nothing is printed."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            prefix = "" if severity in (trt.ILogger.VERBOSE, trt.ILogger.INFO) else f"{severity.name}: "
-            self.lines += (prefix + message).splitlines()
-
-    return Log()
 
 
 def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
@@ -313,6 +312,19 @@ def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
+def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportError:
+    """``remedy`` is for what none of the usual reasons explains."""
+    if re.search(
+        r"out ?of ?memory|(insufficient|not enough|failed to allocate) \w*\s?memory|killed", reason, re.IGNORECASE
+    ):
+        remedy = "give a smaller --workspace, a --profile of smaller batches or lengths, or free memory"
+    elif re.search(r"profile", reason, re.IGNORECASE):
+        remedy = "give a --profile that fits every input of the graph"
+    elif re.search(r"cuda|driver", reason, re.IGNORECASE):
+        remedy = "check nvidia-smi, and that the driver is as new as TensorRT wants; --builder rtx needs none"
+    return ExportError(f"{builder} cannot build {graph.name}: {reason}", remedy)
+
+
 def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
     """What the parser did not take, by node, operator and the PyTorch module it came from."""
     if not errors:
@@ -320,17 +332,15 @@ def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
     error = errors[0]
     node, operator = error.node_name(), error.node_operator()
     module = ".".join(node.strip("/").split("/")[1:-1])
+    others = {f"{e.node_operator()} ({e.node_name()})" for e in errors[1:]} - {f"{operator} ({node})"}
     return ExportError(
         f"TensorRT does not take the operator {operator} of {graph.name} (node {node}"
-        + (f", from the module {module}" if module else "")
-        + f"): {error.desc()}",
-        "this architecture cannot become an engine as it is; export without --trt",
+        + (f", from the PyTorch module {module}" if module else "")
+        + f"): {error.desc()}"
+        + (f"; nor {', '.join(sorted(others))}" if others else ""),
+        (f"have the module {module} compute it with other operators" if module else "compute it with other operators")
+        + ", or export without --trt: ONNX Runtime and OpenVINO take this graph as it is",
     )
-
-
-def _last_error(lines: Sequence[str]) -> str:
-    return next((line.removeprefix("ERROR: ") for line in reversed(lines) if line.startswith(("ERROR", "INTERNAL"))),
-                "it gives no reason")  # fmt: skip
 
 
 def trtexec_command(graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions) -> list[str]:
@@ -358,12 +368,14 @@ def _run_trtexec(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
     )
     lines = done.stdout.splitlines()
-    if done.returncode or not engine.is_file():
+    if done.returncode or not engine.is_file() or not engine.stat().st_size:
         reason = next((line for line in reversed(lines) if "[E]" in line), lines[-1] if lines else "it says nothing")
-        raise ExportError(f"trtexec cannot build {graph.name}: {reason}", f"run it yourself: {shlex.join(command)}")
+        if done.returncode == -signal.SIGKILL:
+            reason = "it was killed, as Linux does where memory ends"
+        raise _not_built("trtexec", graph, reason, f"run it yourself: {shlex.join(command)}")
     version = next((m[1] for line in lines if (m := re.search(r"TensorRT version: (\d[\d.]*)", line))), "unknown")
     return version, lines
 
 
 def _importable(builder: str) -> bool:
-    return importlib.util.find_spec(_MODULES[builder]) is not None
+    return importlib.util.find_spec(BINDINGS[builder]) is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET, batches
+from deploykit.runtime.batching import batches
 from deploykit.runtime.engines import Engine
 from deploykit.runtime.text import normalize
 from deploykit.runtime.tokenizer import TextTokenizer
@@ -24,12 +24,12 @@ class Classifier:
         tokenizer: TextTokenizer,
         engine: Engine,
         *,
-        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        token_budget: int = 0,
     ) -> None:
         self.task = task
         self._tokenizer = tokenizer
         self._engine = engine
-        self._token_budget = token_budget
+        self._token_budget = token_budget or engine.token_budget
 
     def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Probabilities, float32 [texts, labels], in the order of ``texts`` and ``task.labels``.
@@ -49,9 +49,10 @@ class Classifier:
         """Nothing to release: the engine goes with the object."""
 
 
-def load_classifier(
-    folder: Path, task: Classification, engine: Engine, *, token_budget: int = DEFAULT_TOKEN_BUDGET
-) -> Classifier:
-    """Assemble a classifier from a folder with a tokenizer.json and an engine already loaded."""
+def load_classifier(folder: Path, task: Classification, engine: Engine, *, token_budget: int = 0) -> Classifier:
+    """Assemble a classifier from a folder with a tokenizer.json and an engine already loaded.
+
+    ``token_budget`` bounds rows x padded length of one run of the engine; 0 is what suits it.
+    """
     tokenizer = TextTokenizer(folder / "tokenizer.json", task.max_length)
     return Classifier(task, tokenizer, engine, token_budget=token_budget)

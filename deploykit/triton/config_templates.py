@@ -34,15 +34,15 @@ dynamic_batching {
   }
 }
 
-# Each instance is a process with its own copy of the weights. At least two: with one, a queue policy
+# Each instance is a process with its own copy of the weights (on each GPU, if KIND_GPU). At least two: with one, a queue policy
 # makes Triton 2.51 miss wake-ups, and some answers then wait for its 500 ms timer (measured).
-instance_group [ { kind: KIND_CPU count: $instances } ]
+instance_group [ { kind: $kind count: $instances } ]
 # The newest version folder alone is loaded.
 version_policy { latest { num_versions: 1 } }
 
 # CPU threads per instance; 0: twice the CPUs, shared among the instances.
 parameters { key: "threads" value { string_value: "$threads" } }
-# Rows x padded length of one run of the engine: more is no faster on a CPU, and takes more memory.
+# Rows x padded length of one run of the engine; 0: what suits it.
 parameters { key: "token_budget" value { string_value: "$token_budget" } }
 # What clients read to make sense of the scores.
 parameters { key: "labels" value { string_value: '$labels' } }

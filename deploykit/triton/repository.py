@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -20,7 +21,8 @@ from tritonclient.grpc import model_config_pb2
 from deploykit.artifacts import Manifest, digest_of, load_manifest, new_directory, new_file, write_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.predictor import find_graphs
-from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
+from deploykit.runtime.engines import ENGINES
+from deploykit.runtime.engines.tensorrt import read_record
 from deploykit.runtime.translated import LongInput
 from deploykit.tasks import Classification, Task, Translation, task_from_json, task_to_json
 from deploykit.triton import config_templates
@@ -28,10 +30,13 @@ from deploykit.triton.backends import BACKEND
 
 CONFIG = "config.pbtxt"
 OVERWRITE = "package it under another name, or pass --overwrite-config"
+COMPOSE = Path(__file__).parent / "container" / "compose.yaml"
+"""Serves a repository in NVIDIA's container."""
 STREAM_SUFFIX = "_stream"
 """Of the name of the model that sends the sentences of a document as each is translated."""
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _INSTANCES: Mapping[str, int] = {Classification.name: 2, Translation.name: 1}
+_MAY_BE_ZERO = ("threads", "token_budget", "max_queue_delay_us", "queue_timeout_us", "in_flight")
 # Settings that only one task has.
 _OWN_SETTINGS: Mapping[str, tuple[str, ...]] = {
     Classification.name: ("token_budget", "max_queue_delay_us", "queue_timeout_us"),
@@ -47,7 +52,7 @@ class ServingSettings:
     ``threads`` are CPU threads per instance, 0 for twice the CPUs shared among the instances.
     ``max_queue_size`` counts requests of a classifier and sentences of a translator.
 
-    Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine.
+    Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
     Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
     ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer
     than the model takes; without ``in_flight`` a text waits until all that run before it are done.
@@ -56,7 +61,7 @@ class ServingSettings:
     max_batch_size: int = 64
     instances: int | None = None
     threads: int = 0
-    token_budget: int = DEFAULT_TOKEN_BUDGET
+    token_budget: int = 0
     max_queue_delay_us: int = 0
     max_queue_size: int = 1024
     queue_timeout_us: int = 10_000_000
@@ -70,7 +75,7 @@ class ServingSettings:
             raise UsageError(f"long_input is {self.long_input!r}", f"choose one of: {', '.join(get_args(LongInput))}")
         for setting in fields(self):
             value = getattr(self, setting.name)
-            least = 0 if setting.name in ("threads", "max_queue_delay_us", "queue_timeout_us", "in_flight") else 1
+            least = 0 if setting.name in _MAY_BE_ZERO else 1
             if isinstance(value, int) and value < least:
                 raise UsageError(f"{setting.name} is {value}", f"make it {least} or more")
 
@@ -117,18 +122,28 @@ def package(
     check_name(name)
     export = load_manifest(export_dir, "export")
     _check_settings(export.task, settings)
-    graphs = find_graphs(export_dir, export, engine=engine, precision=precision)
+    graphs = find_graphs(export_dir, export, engine=engine, precision=precision, to_run=False)
     options = {"engine": graphs.engine, "precision": graphs.precision, "name": name}
     files = (*graphs.files, *_tokenizer_files(export))
     streamer = f"{name}{STREAM_SUFFIX}" if stream and isinstance(export.task, Translation) else None
 
-    kept = _place_config(repository / name, export.task, settings, overwrite=overwrite_config)
+    kept = _place_config(repository / name, export.task, settings, engine=graphs.engine, overwrite=overwrite_config)
     if streamer is not None:
         _place_config(repository / streamer, export.task, settings, streams=name, overwrite=overwrite_config)
     path, manifest, reused = _add_version(repository / name, export, export_dir, files, options)
     if streamer is not None:
         _add_version(repository / streamer, export, export_dir, (), {"name": streamer, "streams": name})
     return Packaged(path, name, int(path.name), manifest, reused=reused, config_kept=kept)
+
+
+def container_command(packaged: Packaged) -> str | None:
+    """What serves the repository of a model whose engine runs on a GPU, in NVIDIA's container; None for others."""
+    engine = next((file for file in packaged.manifest.files if file.endswith(".engine")), None)
+    if engine is None:
+        return None
+    models = packaged.path.resolve().parents[1]
+    variables = f"ENGINE={read_record(packaged.path / engine).requirement} MODELS={shlex.quote(str(models))}"
+    return f"{variables} docker compose -f {shlex.quote(str(COMPOSE))} up --build --detach"
 
 
 def list_models(repository: Path) -> list[RepositoryModel]:
@@ -149,7 +164,7 @@ def list_models(repository: Path) -> list[RepositoryModel]:
 def verify_version(model: RepositoryModel) -> Manifest:
     """Check the newest version's files against their hashes, and config.pbtxt against its task."""
     manifest = load_manifest(model.path / str(model.versions[-1]), "model")
-    check_config(model.path / CONFIG, manifest.task, manifest.options.get("streams"))
+    check_config(model.path / CONFIG, manifest.task, manifest.options.get("streams"), manifest.options.get("engine"))
     return manifest
 
 
@@ -168,13 +183,14 @@ def check_name(name: str) -> None:
         )
 
 
-def config_text(task: Task, settings: ServingSettings, streams: str | None = None) -> str:
-    """The contents of config.pbtxt for a model of ``task``, or for the one that streams what the model
-    ``streams`` translates."""
+def config_text(task: Task, settings: ServingSettings, streams: str | None = None, engine: str | None = None) -> str:
+    """The contents of config.pbtxt for a model of ``task`` on ``engine`` (None: one of the CPU's), or for the one that
+    streams what the model ``streams`` translates."""
     record = task_to_json(task)
     values = {setting.name: getattr(settings, setting.name) for setting in fields(settings)}
     values["instances"] = settings.instances or _INSTANCES[task.name]
     values["in_flight"] = int(settings.in_flight)
+    values["kind"] = _kind(engine)
     if isinstance(task, Classification):
         labels = record.pop("labels")
         return config_templates.CLASSIFICATION.substitute(
@@ -212,8 +228,8 @@ def read_config(path: Path) -> Any:
     return config
 
 
-def check_config(path: Path, task: Task, streams: str | None = None) -> None:
-    """Raise ArtifactError naming the first field of config.pbtxt that does not fit ``task``."""
+def check_config(path: Path, task: Task, streams: str | None = None, engine: str | None = None) -> None:
+    """Raise ArtifactError naming the first field of config.pbtxt that does not fit ``task`` and, if it is known, ``engine``."""
     config = read_config(path)
     wanted = text_format.Parse(config_text(task, ServingSettings(), streams), model_config_pb2.ModelConfig())
     for key, of_model in (("labels", "the model's labels are"), ("streams", "it must stream")):
@@ -225,6 +241,12 @@ def check_config(path: Path, task: Task, streams: str | None = None) -> None:
     if min(config.max_batch_size, 1) != min(wanted.max_batch_size, 1):
         remedy = "make it 1 or more" if wanted.max_batch_size else "make it 0"
         raise ArtifactError(f"{path}: max_batch_size is {config.max_batch_size}", remedy)
+    kinds = {model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind) for group in config.instance_group}
+    if engine is not None and kinds & {"KIND_CPU", "KIND_GPU"} - {_kind(engine)}:
+        raise ArtifactError(
+            f"{path}: instance_group has {', '.join(sorted(kinds))}, the engine {engine} runs on {_kind(engine)}",
+            f"change it there, or {OVERWRITE}",
+        )
     if config.model_transaction_policy.decoupled != wanted.model_transaction_policy.decoupled:
         raise ArtifactError(f"{path}: model_transaction_policy is not that of the model", OVERWRITE)
     for kind, present, needed in (("input", config.input, wanted.input), ("output", config.output, wanted.output)):
@@ -237,6 +259,10 @@ def check_config(path: Path, task: Task, streams: str | None = None) -> None:
             raise ArtifactError(
                 f"{path}: parameter task has {key} {_shown(record.get(key))}, the model {_shown(value)}", OVERWRITE
             )
+
+
+def _kind(engine: str | None) -> str:
+    return "KIND_GPU" if engine is not None and ENGINES[engine].gpu else "KIND_CPU"
 
 
 def task_of_parameters(parameters: Mapping[str, str]) -> Task:
@@ -267,14 +293,20 @@ def _tokenizer_files(export: Manifest) -> Iterator[str]:
 
 
 def _place_config(
-    model: Path, task: Task, settings: ServingSettings, *, streams: str | None = None, overwrite: bool
+    model: Path,
+    task: Task,
+    settings: ServingSettings,
+    *,
+    streams: str | None = None,
+    engine: str | None = None,
+    overwrite: bool,
 ) -> bool:
     """Write config.pbtxt, or check the one that stands there; True if it stays as it was."""
     path = model / CONFIG
     if path.exists() and not overwrite:
-        check_config(path, task, streams)
+        check_config(path, task, streams, engine)
         return True
-    text = config_text(task, settings, streams)
+    text = config_text(task, settings, streams, engine)
     validate_config(text)
     with new_file(path) as new_config:
         new_config.write_text(text, encoding="utf-8")

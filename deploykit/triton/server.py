@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING
 
 from deploykit.errors import ServerError
-from deploykit.runtime.engines import choose_engine
+from deploykit.runtime.engines import check_engine
 from deploykit.tasks import Translation
 from deploykit.triton.backends import assemble_backends
 from deploykit.triton.preflight import EmbeddedTriton, find_triton, resolve, take_ports
@@ -248,7 +248,8 @@ class TritonServer:
         manifest = verify_version(model)
         if manifest.options.get("name", model.name) != model.name:
             log.info("model %s was packaged as %s", model.name, manifest.options["name"])
-        choose_engine(str(manifest.options.get("engine", "auto")))
+        if "engine" in manifest.options:
+            check_engine(str(manifest.options["engine"]))
         if isinstance(manifest.task, Translation):
             self._answering_later.add(model.name)
         if "streams" in manifest.options:

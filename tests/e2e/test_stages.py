@@ -135,7 +135,9 @@ def test_an_export_says_what_was_checked(deploykit: Deploykit, checkpoint: Path,
     assert record["size_bytes"]["model.s8s8.onnx"] < record["size_bytes"]["model.onnx"] / 3
 
 
-def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
+def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Path, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where no engine was built before
     words = ("export", checkpoint, "--out", tmp_path / "e", "--trt", "--precision", "bf16", "--precision", "int8", "--target",
              "sm_86", "--profile", "batch=1:4:8,length=8:16:32", "--max-drop", 10, "--calibration-rows", 32, "--measure-rows",
              100, "--json")  # fmt: skip
@@ -152,6 +154,8 @@ def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Pat
     assert manifest.files[whole["graph"]].sha256 == whole["graph_digest"]
     assert {half["file"], whole["file"], whole["file"].replace(".engine", ".log")} <= set(manifest.files)
     assert record["size_bytes"][whole["file"]] == whole["size_bytes"]
+    assert whole["command"].startswith(f"deploykit export {checkpoint} --out {tmp_path / 'e'} --trt --precision bf16")
+    assert json.loads((tmp_path / "e" / whole["file"]).with_suffix(".json").read_text()) == whole
     graded = {line["precision"]: line for line in record["accuracy"]}
     assert graded["trt int8"]["agreement"] > 0.9, "the engine's graph, computed on the CPU"
     code, out, _ = deploykit(*words)

@@ -110,6 +110,15 @@ def test_a_plain_tritonclient_is_answered(server: TritonServer, expected: np.nda
     assert answer.as_numpy("TOP_LABELS").shape == (2, 3)
 
 
+def test_the_containers_health_check_asks_each_model(server: TritonServer, repository: Path) -> None:
+    from deploykit.triton.container.health import check
+
+    (problem,) = check(repository, server.urls.http)
+    assert problem.startswith("unpackaged: HTTP Error"), "and no other model"
+    (_, _, problem) = check(repository, "http://127.0.0.1:9")
+    assert "Connection refused" in problem
+
+
 def test_plain_json_is_answered(server: TritonServer, expected: np.ndarray[Any, Any]) -> None:
     status, answer = post(server, body(TEXTS[:8]))
     assert status == 200

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import ast
+import re
+import shlex
+import shutil
 import stat
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
+from fake_gpu import FakeDriver, install_driver, names_used
 from onnx import TensorProto, helper, numpy_helper
 
+from deploykit.artifacts import hash_file
+from deploykit.cli import main
 from deploykit.errors import ExportError, MissingDependencyError, UsageError
-from deploykit.export import tensorrt
+from deploykit.export import run, tensorrt
 from deploykit.export.quantize import quantize
+from deploykit.export.run import ExportOptions
 from deploykit.export.tensorrt import (
     EngineOptions,
     build_engine,
@@ -23,6 +32,7 @@ from deploykit.export.tensorrt import (
     parse_size,
     trtexec_command,
 )
+from deploykit.runtime.engines.tensorrt import read_record
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
 WIDTH, LONGEST = 64, 64
@@ -87,9 +97,99 @@ def test_a_half_graph_becomes_an_engine_without_int8(tmp_path: Path) -> None:
     assert "0 INT8 matrix products" in lines[-1]
 
 
-def test_the_same_graph_gives_the_same_engine(tmp_path: Path) -> None:
+def test_the_record_beside_an_engine_says_what_it_is(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
+    options = EngineOptions(builder="rtx", target="sm_86", command="deploykit export a --out b --trt")
+    engine = build_engine(graph, "int8", options, LONGEST, lambda line: None, calibration="ranges")
+    assert read_record(tmp_path / engine.file) == engine
+    assert engine.graph_digest == hash_file(graph)
+    assert engine.sha256 == hash_file(tmp_path / engine.file)
+    assert engine.calibration == "ranges"
+    assert engine.rebuild() == "deploykit export a --out b --trt --builder rtx --target sm_86 --force"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [ExportOptions(trt=EngineOptions()),
+     ExportOptions(int8=True, method="mse", max_drop=3.0, calibration_rows=8, data="a b.csv",
+                   trt=EngineOptions(("fp32", "int8"), ("batch=1:1:1,length=8:8:8", "batch=1:2:4,length=8:8:8"), "2GiB"))],
+)  # fmt: skip
+def test_the_command_kept_for_building_again_asks_for_the_same(
+    options: ExportOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        run, "export", lambda checkpoint, out, options, **_: asked.append((checkpoint, out, options)) or 1 / 0
+    )
+    words = shlex.split(run.command_of(Path("runs/a b"), Path("exports/a"), options))
+    assert CliRunner().invoke(main, words[1:]).exit_code == 1
+    assert asked == [(Path("runs/a b"), Path("exports/a"), options)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of engines."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "deploykit" / "engines"
+
+
+def test_an_engine_is_built_once_for_all_exports_with_the_same_graph(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = [write_graph(_folder(tmp_path / name) / "model.qdq.onnx", quantized=True) for name in ("a", "b")]
+    options = EngineOptions(builder="rtx", target="sm_86", command="first")
+    first = build_engine(graphs[0], "int8", options, LONGEST, lambda line: None)
+    monkeypatch.setattr(tensorrt, "_build_here", lambda *_: 1 / 0)
+    said: list[str] = []
+    again = build_engine(graphs[1], "int8", replace(options, command="second"), LONGEST, said.append)
+    assert "built before" in said[0]
+    assert again == replace(first, command="second")
+    for suffix in (".engine", ".log"):
+        one, other = ((graph.parent / first.file).with_suffix(suffix) for graph in graphs)
+        assert one.read_bytes() == other.read_bytes()
+    assert read_record(graphs[1].parent / again.file) == again
+
+    for other in (replace(options, workspace="2GiB"), replace(options, target="sm_89"),
+                  replace(options, profiles=("batch=1:1:1,length=8:8:8",))):  # fmt: skip
+        with pytest.raises(ZeroDivisionError):
+            build_engine(graphs[1], "int8", other, LONGEST, lambda line: None)
+    for precision, graph in (("fp16", graphs[1]), ("int8", write_graph(graphs[1], kind=np.float32))):
+        with pytest.raises(ZeroDivisionError):
+            build_engine(graph, precision, options, LONGEST, lambda line: None)
+    monkeypatch.setattr(trt, "__version__", "9.9")
+    with pytest.raises(ZeroDivisionError):
+        build_engine(graphs[0], "int8", options, LONGEST, lambda line: None)
+
+
+def test_a_damaged_engine_in_the_cache_is_built_again(tmp_path: Path, cache: Path) -> None:
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    first = build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+    (kept,) = cache.glob("*/engine")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    said: list[str] = []
+    assert build_engine(graph, "fp16", RTX, LONGEST, said.append).sha256 == first.sha256
+    assert said[0].startswith("building")
+    assert hash_file(kept) == first.sha256, "and kept"
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text("a file stands here")
+    said: list[str] = []
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LONGEST, said.append)
+    assert (tmp_path / engine.file).is_file()
+    assert "is not kept for other exports" in said[-1]
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_the_same_graph_gives_the_same_engine(tmp_path: Path, cache: Path) -> None:
     graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
     first = (tmp_path / build_engine(graph, "int8", RTX, LONGEST, lambda line: None).file).read_bytes()
+    shutil.rmtree(cache)
     second = (tmp_path / build_engine(graph, "int8", RTX, LONGEST, lambda line: None).file).read_bytes()
     assert first == second
 
@@ -107,6 +207,64 @@ def test_an_operator_that_tensorrt_does_not_take_is_named_with_its_module(tmp_pa
     with pytest.raises(ExportError, match=r"operator SplitToSequence of model\.fp16\.onnx .*layer\.0\.act"):
         build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
     assert not list(tmp_path.glob("*.engine"))
+
+
+def test_an_operator_that_nobody_knows_is_named_with_what_to_do(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    model = onnx.load(graph)
+    for node in (model.graph.node[2], model.graph.node[3]):
+        node.op_type, node.domain = f"Secret{node.op_type}", "com.acme"
+    model.opset_import.append(helper.make_opsetid("com.acme", 1))
+    onnx.save(model, graph)
+    with pytest.raises(ExportError, match=r"SecretRelu of model\.fp16\.onnx \(node /model/layer\.0/act/Act, from the PyTorch "
+                       r"module layer\.0\.act\)") as refused:  # fmt: skip
+        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+    assert "have the module layer.0.act compute it with other operators" in str(refused.value.remedy)
+    assert not list(tmp_path.glob("*.engine"))
+
+
+def test_an_input_that_no_profile_fits_is_named(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    model = onnx.load(graph)
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, graph)
+    with pytest.raises(
+        ExportError, match=r"attention_mask and profile 0\. At dimension axis 0, profile has min=1, opt=8"
+    ) as refused:
+        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+    assert "fits every input" in str(refused.value.remedy)
+
+
+def test_a_profile_that_the_builder_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt.IBuilderConfig, "add_optimization_profile", lambda *_: -1)
+    with pytest.raises(ExportError, match=r"rtx refuses the profile batch=1:8:32,length=16:64:64"):
+        build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LONGEST, lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [("Error Code 2: OutOfMemory (no further information)", "smaller --workspace"),
+     ("Autotuner: no tactics to implement operation; insufficient memory", "smaller --workspace"),
+     ("CUDA initialization failure with error: 35", "driver is as new as"), ("an internal assertion", "report this graph")],
+)  # fmt: skip
+def test_a_builder_that_gives_none_is_an_error_with_a_remedy_by_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, remedy: str
+) -> None:
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", lambda *_: None)
+    monkeypatch.setattr(tensorrt, "last_error", lambda lines: reason)
+    with pytest.raises(ExportError, match=f"cannot build model.fp16.onnx: {re.escape(reason)}") as failed:
+        build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LONGEST, lambda line: None)
+    assert remedy in str(failed.value.remedy)
+    assert not list(tmp_path.glob("*.engine"))
+
+
+@pytest.mark.parametrize("builder", ["tensorrt", "trtexec"])
+def test_a_builder_that_needs_a_gpu_says_so_before_any_work(builder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_driver(monkeypatch, None)
+    monkeypatch.setattr(tensorrt, "choose_builder", lambda name: name)
+    with pytest.raises(MissingDependencyError, match=f"--builder {builder} needs an NVIDIA GPU") as missing:
+        tensorrt.plan(EngineOptions(builder=builder), LONGEST)
+    assert "--builder rtx" in str(missing.value.remedy)
 
 
 def test_a_file_that_is_no_graph_is_an_error(tmp_path: Path) -> None:
@@ -136,7 +294,7 @@ def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Pa
     assert "sm_86" in str(refused.value.remedy)
 
 
-@pytest.mark.skipif(tensorrt.has_driver(), reason="there is a driver")
+@pytest.mark.skipif(tensorrt.has_gpu(), reason="there is a driver")
 def test_an_engine_for_this_gpu_needs_a_driver(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="no NVIDIA driver"):
@@ -201,7 +359,7 @@ def test_layers_are_counted_from_a_log() -> None:
     assert count_layers(log) == ({"gemm Int8": 1, "gemm Half": 1, "kgen Int8": 1}, 1)
 
 
-@pytest.mark.skipif(tensorrt.has_driver(), reason="there is a driver")
+@pytest.mark.skipif(tensorrt.has_gpu(), reason="there is a driver")
 def test_without_a_gpu_auto_is_rtx() -> None:
     assert choose_builder("auto") == "rtx"
 
@@ -216,6 +374,7 @@ def test_a_builder_that_is_missing_is_named_with_the_remedy(builder: str, monkey
 
 
 def fake_trtexec(folder: Path, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_driver(monkeypatch, FakeDriver())
     script = folder / "trtexec"
     script.write_text(f"#!/bin/sh\n{body}\n")
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
@@ -256,6 +415,22 @@ def test_what_trtexec_says_last_is_the_error(tmp_path: Path, monkeypatch: pytest
         build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LONGEST, lambda line: None)
 
 
+def test_trtexec_that_linux_killed_ran_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_trtexec(tmp_path, "kill -9 $$", monkeypatch)
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    with pytest.raises(ExportError, match="it was killed") as failed:
+        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LONGEST, lambda line: None)
+    assert "smaller --workspace" in str(failed.value.remedy)
+
+
+def test_an_engine_for_this_gpu_names_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = 'for a in "$@"; do case $a in --saveEngine=*) echo engine > "${a#--saveEngine=}";; esac; done'
+    fake_trtexec(tmp_path, script, monkeypatch)
+    options = EngineOptions(builder="trtexec", target="this-gpu")
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LONGEST, lambda line: None)
+    assert (engine.target, engine.file) == ("sm_86", "model.fp16.trtexec-sm_86.engine")
+
+
 def test_trtexec_that_ends_well_without_an_engine_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_trtexec(tmp_path, "exit 0", monkeypatch)
     graph = write_graph(tmp_path / "model.fp16.onnx")
@@ -265,21 +440,10 @@ def test_trtexec_that_ends_well_without_an_engine_is_an_error(tmp_path: Path, mo
 
 def test_every_name_of_the_bindings_that_is_used_exists() -> None:
     """A typo in a branch that needs a GPU would only be found there."""
-    tree = ast.parse(Path(tensorrt.__file__).read_text(encoding="utf-8"))
-
-    def dotted(node: ast.AST) -> str | None:
-        if isinstance(node, ast.Name):
-            return node.id
-        parent = dotted(node.value) if isinstance(node, ast.Attribute) else None
-        return None if parent is None else f"{parent}.{node.attr}"  # type: ignore[attr-defined]
-
-    names = {name for node in ast.walk(tree) if (name := dotted(node)) and name.startswith("trt.")}
+    names = names_used(Path(tensorrt.__file__))
     assert len(names) > 8
     for name in names:
-        value = trt
-        for part in name.split(".")[1:]:
-            assert hasattr(value, part), name
-            value = getattr(value, part)
+        assert attrgetter(name)(trt) is not None, name
     methods = {
         trt.IBuilderConfig: ("set_memory_pool_limit", "add_optimization_profile", "create_timing_cache", "set_timing_cache",
                              "get_timing_cache", "set_compute_capability", "num_compute_capabilities",

@@ -15,12 +15,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
+from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
 
 _INT8_OPS = ("MatMulIntegerToFloat", "QLinearMatMul", "MatMulInteger", "QGemm", "DynamicQuantizeMatMul")
 
 
 class OnnxRuntimeEngine:
-    def __init__(self, graph: Path, threads: int) -> None:
+    token_budget = DEFAULT_TOKEN_BUDGET
+
+    def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._graph = graph
         # That fusion would turn quantized 2-D MatMuls into fp32 Gemms before they become INT8 kernels.
         self._session = open_session(graph, session_options(threads), disabled_optimizers=["MatMulAddFusion"])

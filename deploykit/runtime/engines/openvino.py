@@ -14,12 +14,15 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
+from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
 
 _MATRIX_LAYERS = ("FullyConnected", "MatMul", "FullyConnectedQuantized")
 
 
 class OpenVinoEngine:
-    def __init__(self, graph: Path, threads: int) -> None:
+    token_budget = DEFAULT_TOKEN_BUDGET
+
+    def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         properties = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from deploykit.artifacts import Manifest
 from deploykit.predictor import find_graphs
-from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
 from deploykit.runtime.classifier import load_classifier
 from deploykit.runtime.engines import load_engine
 from deploykit.tasks import Classification
@@ -38,13 +37,14 @@ class ClassificationBackend:
         {"name": "TOP_SCORES", "data_type": "TYPE_FP32", "dims": [-1]},
     )
 
-    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest) -> None:
+    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
         task = manifest.task
         assert isinstance(task, Classification)
         graphs = find_graphs(folder, manifest, engine="auto", precision="auto")
-        engine = load_engine(graphs.engine, folder / graphs.files[0], cpu_threads(config))
-        budget = number_parameter(config, "token_budget", DEFAULT_TOKEN_BUDGET)
-        self._classifier = load_classifier(folder, task, engine, token_budget=budget)
+        engine = load_engine(graphs.engine, folder / graphs.files[0], cpu_threads(config), device)
+        self._classifier = load_classifier(
+            folder, task, engine, token_budget=number_parameter(config, "token_budget", 0)
+        )
         self._labels = np.array([label.encode() for label in task.labels], np.object_)
         # Short, middling and longest texts: engines compile kernels when they first meet a shape.
         for words in (1, task.max_length // 4, task.max_length):

@@ -46,8 +46,11 @@ class Backend(Protocol):
 
     outputs: Sequence[Mapping[str, Any]]
 
-    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest) -> None:
-        """Load what a version folder holds, and run it once. Raises DeploykitError."""
+    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
+        """Load what a version folder holds, on the GPU ``device`` if its engine wants one, and run it once.
+
+        Raises DeploykitError.
+        """
 
     def execute(self, requests: Sequence[Any]) -> Any:
         """As ``TritonPythonModel.execute`` of Triton's Python backend."""
@@ -82,7 +85,7 @@ class TritonPythonModel:
         try:
             manifest = load_manifest(folder, "model")
             backend = _backend(_STREAM if "streams" in manifest.options else manifest.task.name)
-            self._backend = backend(config, folder, manifest)
+            self._backend = backend(config, folder, manifest, int(args.get("model_instance_device_id", 0)))
         except DeploykitError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         except Exception as error:

@@ -39,7 +39,7 @@ class StreamBackend:
         {"name": "FINISH", "data_type": "TYPE_STRING", "dims": [1]},
     )
 
-    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest) -> None:
+    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
         self._model = str(manifest.options["streams"])
 
     async def execute(self, requests: Sequence[Any]) -> None:

@@ -55,7 +55,7 @@ class TranslationBackend:
         {"name": "ERROR", "data_type": "TYPE_STRING", "dims": [1]},
     )
 
-    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest) -> None:
+    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
         task = manifest.task
         assert isinstance(task, Translation)
         self._task = task

@@ -1,0 +1,221 @@
+"""NVIDIA's driver, as much of it as an engine needs: a GPU, memory on both sides, a stream, graphs.
+
+Called by ctypes in the driver's own library, which is there wherever a GPU can be used and keeps each function's form
+from release to release. Packages that wrap it (cuda-bindings, CuPy) must each match the CUDA release of the machine, on
+a Jetson that of JetPack; two dozen functions do not justify that.
+
+Source: NVIDIA "CUDA Driver API": "Initialization", "Primary Context Management", "Memory Management", "Stream
+Management", "Graph Management"; the ``_v2`` names are what cuda.h maps the plain ones to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from collections.abc import Callable
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from deploykit.errors import EngineError, MissingDependencyError
+
+LIBRARY = "libcuda.so.1"
+FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "cuInit": (c_uint,),
+    "cuGetErrorString": (c_int, POINTER(c_char_p)),
+    "cuDeviceGetCount": (POINTER(c_int),),
+    "cuDeviceGet": (POINTER(c_int), c_int),
+    "cuDeviceGetName": (c_void_p, c_int, c_int),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
+    "cuCtxSetCurrent": (c_void_p,),
+    "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
+    "cuMemFree_v2": (c_uint64,),
+    "cuMemAllocHost_v2": (POINTER(c_void_p), c_size_t),
+    "cuMemFreeHost": (c_void_p,),
+    "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
+    "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuStreamCreate": (POINTER(c_void_p), c_uint),
+    "cuStreamDestroy_v2": (c_void_p,),
+    "cuStreamSynchronize": (c_void_p,),
+    "cuStreamBeginCapture_v2": (c_void_p, c_int),
+    "cuStreamEndCapture": (c_void_p, POINTER(c_void_p)),
+    "cuGraphInstantiateWithFlags": (POINTER(c_void_p), c_void_p, c_uint64),
+    "cuGraphLaunch": (c_void_p, c_void_p),
+    "cuGraphExecDestroy": (c_void_p,),
+    "cuGraphDestroy": (c_void_p,),
+}
+"""Argument types of each function used; all return a CUresult (an int, 0 for success)."""
+_MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+_OUT_OF_MEMORY = 2
+_NON_BLOCKING = 1
+_THREAD_LOCAL = 1  # other threads may go on calling the driver while this one captures
+
+
+class Gpu:
+    """The GPU of a number, by the context that all CUDA libraries of the process share.
+
+    ``name`` as NVIDIA calls it, ``capability`` like ``sm_86``. Raises MissingDependencyError without a driver or GPU.
+    """
+
+    def __init__(self, number: int = 0) -> None:
+        self._library = _load()
+        self._check("cuInit", 0)
+        count, device = c_int(), c_int()
+        self._check("cuDeviceGetCount", byref(count))
+        if number >= count.value:
+            raise MissingDependencyError(
+                f"there is no GPU {number}: the driver sees {count.value}",
+                "check nvidia-smi and CUDA_VISIBLE_DEVICES; a container needs --gpus",
+            )
+        self._check("cuDeviceGet", byref(device), number)
+        self._device, self._context = device.value, c_void_p()
+        text = ctypes.create_string_buffer(256)
+        self._check("cuDeviceGetName", text, len(text), device)
+        self.name = text.value.decode(errors="replace")
+        self.capability = f"sm_{self._attribute(_MAJOR)}{self._attribute(_MINOR)}"
+
+    def enter(self) -> None:
+        """Make it the one that this thread's calls mean; TensorRT's calls too."""
+        if not self._context:
+            self._check("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
+        self._check("cuCtxSetCurrent", self._context)
+
+    def _attribute(self, which: int) -> int:
+        value = c_int()
+        self._check("cuDeviceGetAttribute", byref(value), which, self._device)
+        return value.value
+
+    def _check(self, name: str, *arguments: Any) -> None:
+        result = getattr(self._library, name)(*arguments)
+        if result == _OUT_OF_MEMORY:
+            raise EngineError(
+                "the GPU is out of memory",
+                "end what else uses it (nvidia-smi), serve fewer --instances, or export with a --profile of smaller batches",
+            )
+        if result:
+            text = c_char_p()
+            self._library.cuGetErrorString(result, byref(text))
+            reason = (text.value or b"unknown error").decode(errors="replace")
+            raise EngineError(f"CUDA: {name}: {reason} ({result})", "check nvidia-smi; restart the process")
+
+    def _made(self, create: str, handle: Any, *arguments: Any, destroy: str, owner: object) -> Any:
+        """The handle that ``create`` fills, given back to ``destroy`` when ``owner`` is gone."""
+        self._check(create, byref(handle), *arguments)
+        weakref.finalize(owner, self._give_back, destroy, handle.value)
+        return handle.value
+
+    def _give_back(self, destroy: str, handle: int) -> None:
+        # Whatever it answers: at the end of the process the driver may have gone first.
+        self._library.cuCtxSetCurrent(self._context)
+        getattr(self._library, destroy)(handle)
+
+
+class DeviceMemory:
+    """``size`` bytes on the GPU, at ``address``."""
+
+    def __init__(self, gpu: Gpu, size: int) -> None:
+        self.size = max(1, size)
+        self.address: int = gpu._made("cuMemAlloc_v2", c_uint64(), self.size, destroy="cuMemFree_v2", owner=self)
+
+
+class Buffer(DeviceMemory):
+    """Memory on the GPU and page-locked memory of the host beside it, between which copies need no third one."""
+
+    def __init__(self, gpu: Gpu, size: int) -> None:
+        super().__init__(gpu, size)
+        self._gpu = gpu
+        self._host: int = gpu._made("cuMemAllocHost_v2", c_void_p(), self.size, destroy="cuMemFreeHost", owner=self)
+
+    def view(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """The host's side as an array; valid while the buffer is."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        assert size <= self.size
+        memory = memoryview((ctypes.c_char * size).from_address(self._host)).cast("B")
+        array: NDArray[Any] = np.frombuffer(memory, np.dtype(dtype)).reshape(shape)
+        return array
+
+    def upload(self, size: int, stream: Stream) -> None:
+        """Copy the first ``size`` bytes to the GPU, in turn with the stream's other work."""
+        self._gpu._check("cuMemcpyHtoDAsync_v2", self.address, self._host, size, stream.handle)
+
+    def download(self, size: int, stream: Stream) -> None:
+        """Copy the first ``size`` bytes to the host; there once the stream is synchronized."""
+        self._gpu._check("cuMemcpyDtoHAsync_v2", self._host, self.address, size, stream.handle)
+
+
+class Stream:
+    """A queue of work. ``handle`` is what TensorRT takes."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self.handle: int = gpu._made(
+            "cuStreamCreate", c_void_p(), _NON_BLOCKING, destroy="cuStreamDestroy_v2", owner=self
+        )
+
+    def synchronize(self) -> None:
+        """Wait for its work. Raises EngineError if any of it failed."""
+        self._gpu._check("cuStreamSynchronize", self.handle)
+
+    def capture(self, enqueue: Callable[[], None]) -> Graph | None:
+        """The work that ``enqueue`` puts in, to be launched again and again; None if it is not of that kind.
+
+        Nothing of it is done yet.
+        """
+        self._gpu._check("cuStreamBeginCapture_v2", self.handle, _THREAD_LOCAL)
+        graph = c_void_p()
+        try:
+            enqueue()
+        except EngineError:
+            self._gpu._library.cuStreamEndCapture(self.handle, byref(graph))
+            return None
+        if self._gpu._library.cuStreamEndCapture(self.handle, byref(graph)):
+            return None
+        try:
+            return Graph(self._gpu, graph)
+        finally:
+            self._gpu._check("cuGraphDestroy", graph)
+
+
+class Graph:
+    """Captured work, made ready to launch as a whole."""
+
+    def __init__(self, gpu: Gpu, captured: c_void_p) -> None:
+        self._gpu = gpu
+        self._handle: int = gpu._made(
+            "cuGraphInstantiateWithFlags", c_void_p(), captured, 0, destroy="cuGraphExecDestroy", owner=self
+        )
+
+    def launch(self, stream: Stream) -> None:
+        self._gpu._check("cuGraphLaunch", self._handle, stream.handle)
+
+
+@functools.cache
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver is here and sees a GPU."""
+    try:
+        Gpu()
+    except (MissingDependencyError, EngineError):
+        return False
+    return True
+
+
+def _load() -> Any:
+    try:
+        library = ctypes.CDLL(LIBRARY)
+        for name, arguments in FUNCTIONS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, c_int
+    except OSError:
+        raise MissingDependencyError(
+            f"NVIDIA's driver is not installed ({LIBRARY} cannot be loaded)",
+            "install it so that nvidia-smi works (a container needs --gpus), or choose a CPU engine: --engine onnxruntime",
+        ) from None
+    except AttributeError as error:
+        raise MissingDependencyError(
+            f"NVIDIA's driver is too old: {error}", "install one of CUDA 11.4 or newer"
+        ) from None
+    return library
