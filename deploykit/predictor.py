@@ -151,7 +151,7 @@ def open_graph(
     if isinstance(task, Translation):
         from deploykit.runtime.translator import load_translator
 
-        return load_translator(path, task, graphs.precision, threads or available_cpus())
+        return load_translator(path, task, graphs.files, threads or available_cpus())
     loaded = load_engine(graphs.engine, path / graphs.files[0], threads)
     return load_classifier(path, task, loaded, token_budget=token_budget)
 

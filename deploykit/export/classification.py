@@ -60,7 +60,7 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
     """Write the graphs of a classifier and what serving them needs to ``directory``."""
     reference = TorchClassifier.load(checkpoint)
     if options.trt is not None:
-        plan(options.trt, reference.task.max_length)
+        plan(options.trt, {"length": reference.task.max_length})
     rows = _rows(checkpoint, reference, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} rows")
@@ -256,6 +256,7 @@ def _build_engines(
 
     INT8 is Q/DQ in the fp16 graph, of the activations that have ``ranges``.
     """
+    limits = {"length": reference.task.max_length}
     built = []
     for precision in trt.precisions:
         graph = directory / _TENSORRT_GRAPHS[precision]
@@ -274,7 +275,7 @@ def _build_engines(
                     f"{graph.name} loses {grader.drop(line):.2f} points of macro-F1, more than --max-drop {options.max_drop}",
                     "leave this --precision out, try another --method, or raise --max-drop; nothing was written",
                 )
-        built.append(dataclasses.asdict(build_engine(graph, precision, trt, reference.task.max_length, say)))
+        built.append(dataclasses.asdict(build_engine(graph, precision, trt, limits, say)))
     return built
 
 

@@ -29,6 +29,7 @@ from deploykit.errors import ExportError, UsageError
 from deploykit.export.families import read_architecture
 from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
 from deploykit.runtime.decoding import Decoder, Sentence
+from deploykit.runtime.engines import TRANSLATION_FILES
 from deploykit.runtime.engines.log_sum_exp import LOG_SOFTMAX, LogSumExp
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
@@ -105,19 +106,20 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         model = FAMILIES[family]().eval()
         folder = tmp_path_factory.mktemp("graphs")
         architecture = read_architecture(model)
-        save_graphs(folder, build_encoder(architecture), build_decoder(architecture), "fp32")
+        save_graphs(folder, build_encoder(architecture), build_decoder(architecture), TRANSLATION_FILES["fp32"])
         calibrated = {
             name: (-8.0, 8.0)
             for g in (build_encoder(architecture), build_decoder(architecture))
             for name in g.activations
         }
-        save_graphs(folder, build_encoder(architecture, calibrated), build_decoder(architecture, calibrated), "int8")
+        graphs = build_encoder(architecture, calibrated), build_decoder(architecture, calibrated)
+        save_graphs(folder, *graphs, TRANSLATION_FILES["int8"])
         config = model.config
         start = config.decoder_start_token_id
         task = Translation("en", "fr", family, V, 64, 64, config.pad_token_id, (config.eos_token_id,), start)
         random = np.random.default_rng(1)
         sources = [[*random.integers(3, V - 2, n).tolist(), config.eos_token_id] for n in random.integers(1, 30, 24)]
-        return Case(model, folder, Seq2SeqModel(folder, "fp32", 1), task, sources)
+        return Case(model, folder, Seq2SeqModel(folder, TRANSLATION_FILES["fp32"], 1), task, sources)
 
     return make
 
@@ -175,7 +177,7 @@ def test_a_sentence_does_not_depend_on_its_batch(
     case: Callable[[str], Case], family: str, beams: int, precision: Any
 ) -> None:
     c = case(family)
-    engine = Seq2SeqModel(c.folder, precision, 1)
+    engine = Seq2SeqModel(c.folder, TRANSLATION_FILES[precision], 1)
     generation = Generation(beam_size=beams, max_length=LONGEST)
     together = results(decode(c, generation, engine=engine, max_rows=64))
     few = results(decode(c, generation, engine=engine, max_rows=max(beams, 5)))
@@ -189,7 +191,7 @@ def test_a_sentence_does_not_depend_on_its_batch(
 @pytest.mark.parametrize("beams", [1, 4])
 def test_decoders_side_by_side_find_what_one_finds(case: Callable[[str], Case], beams: int, precision: Any) -> None:
     c = dataclasses.replace(case("marian"), sources=case("marian").sources * 3)
-    engine = Seq2SeqModel(c.folder, precision, 2)
+    engine = Seq2SeqModel(c.folder, TRANSLATION_FILES[precision], 2)
     generation = Generation(beam_size=beams, max_length=LONGEST)
     expected = results(decode(c, generation, engine=engine, max_rows=32))
     assert results(decode(c, generation, engine=engine, max_rows=32, workers=2)) == expected
@@ -277,7 +279,7 @@ def test_the_shape_of_opus_mt_gives_the_tokens_of_generate(tmp_path: Path) -> No
                           pad_token_id=size - 1, eos_token_id=0, decoder_start_token_id=size - 1, **big)  # fmt: skip
     model = MarianMTModel(config).eval()
     architecture = read_architecture(model)
-    save_graphs(tmp_path, build_encoder(architecture), build_decoder(architecture), "fp32")
+    save_graphs(tmp_path, build_encoder(architecture), build_decoder(architecture), TRANSLATION_FILES["fp32"])
     task = Translation("en", "fr", "marian", size, 512, 512, size - 1, (0,), size - 1)
     random = np.random.default_rng(0)
     sources = [[*random.integers(1, size - 1, n).tolist(), 0] for n in (3, 12, 25)]
@@ -288,7 +290,7 @@ def test_the_shape_of_opus_mt_gives_the_tokens_of_generate(tmp_path: Path) -> No
             expected = [model.generate(torch.tensor([source]))[0].tolist()[1:] for source in sources]
         generation = Generation(beam_size=beams, max_length=12, bad_words=((size - 1,),))
         sentences = [Sentence(source, generation) for source in sources]
-        Decoder(Seq2SeqModel(tmp_path, "fp32", 2), task).run(sentences)
+        Decoder(Seq2SeqModel(tmp_path, TRANSLATION_FILES["fp32"], 2), task).run(sentences)
         assert [ids for ids, _ in results(sentences)] == expected
 
 

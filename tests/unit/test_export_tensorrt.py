@@ -25,7 +25,8 @@ from deploykit.export.tensorrt import (
 )
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
-WIDTH, LONGEST = 64, 64
+WIDTH = 64
+LIMITS = {"length": 64}
 RTX = EngineOptions(builder="rtx")
 
 
@@ -49,11 +50,12 @@ def write_graph(path: Path, *, quantized: bool = False, operator: str = "Relu", 
         helper.make_node("ReduceMean", ["masked", "one"], ["logits"], keepdims=0),
     ]
     inputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "t"]) for name in ("input_ids", "attention_mask")
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "tokens"])
+        for name in ("input_ids", "attention_mask")
     ]
     tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     tensors += [numpy_helper.from_array(np.array([n], np.int64), name) for name, n in (("one", 1), ("two", 2))]
-    output = helper.make_tensor_value_info("logits", of, ["b", WIDTH])
+    output = helper.make_tensor_value_info("logits", of, ["batch", WIDTH])
     graph = helper.make_graph(nodes, "g", inputs, [output], tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     if quantized:
@@ -68,7 +70,7 @@ def test_a_q_dq_graph_becomes_an_engine_of_int8_layers(tmp_path: Path, target: s
     options = EngineOptions(
         builder="rtx", target=target, profiles=("batch=1:4:8,length=1:16:64", "batch=1:1:1,length=1:8:16")
     )
-    engine = build_engine(graph, "int8", options, LONGEST, lambda line: None)
+    engine = build_engine(graph, "int8", options, LIMITS, lambda line: None)
     assert engine.int8_gemms == 2 * len(options.profiles), "two matrix products, of each profile's own"
     assert engine.layers["gemm Int8"] + engine.layers.get("runtime_fusion Int8", 0) == engine.int8_gemms
     assert (engine.builder, engine.target, engine.version) == ("rtx", target, trt.__version__)
@@ -80,23 +82,23 @@ def test_a_q_dq_graph_becomes_an_engine_of_int8_layers(tmp_path: Path, target: s
 
 def test_a_half_graph_becomes_an_engine_without_int8(tmp_path: Path) -> None:
     lines: list[str] = []
-    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LONGEST, lines.append)
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LIMITS, lines.append)
     assert engine.int8_gemms == 0
     assert any(kind.endswith("Half") for kind in engine.layers)
-    assert engine.profiles == ("batch=1:8:32,length=16:64:64",)
+    assert engine.profiles == ("batch=1:8:32,length=1:64:64",)
     assert "0 INT8 matrix products" in lines[-1]
 
 
 def test_the_same_graph_gives_the_same_engine(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
-    first = (tmp_path / build_engine(graph, "int8", RTX, LONGEST, lambda line: None).file).read_bytes()
-    second = (tmp_path / build_engine(graph, "int8", RTX, LONGEST, lambda line: None).file).read_bytes()
+    first = (tmp_path / build_engine(graph, "int8", RTX, LIMITS, lambda line: None).file).read_bytes()
+    second = (tmp_path / build_engine(graph, "int8", RTX, LIMITS, lambda line: None).file).read_bytes()
     assert first == second
 
 
 def test_int8_that_no_layer_computes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"rtx computes none of model\.qdq\.onnx's layers in INT8"):
-        build_engine(write_graph(tmp_path / "model.qdq.onnx"), "int8", RTX, LONGEST, lambda line: None)
+        build_engine(write_graph(tmp_path / "model.qdq.onnx"), "int8", RTX, LIMITS, lambda line: None)
 
 
 def test_an_operator_that_tensorrt_does_not_take_is_named_with_its_module(tmp_path: Path) -> None:
@@ -105,14 +107,14 @@ def test_an_operator_that_tensorrt_does_not_take_is_named_with_its_module(tmp_pa
     model.graph.node[2].op_type = "SplitToSequence"
     onnx.save(model, graph)
     with pytest.raises(ExportError, match=r"operator SplitToSequence of model\.fp16\.onnx .*layer\.0\.act"):
-        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
     assert not list(tmp_path.glob("*.engine"))
 
 
 def test_a_file_that_is_no_graph_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.fp16.onnx").write_bytes(b"no graph")
     with pytest.raises(ExportError, match=r"model\.fp16\.onnx"):
-        build_engine(tmp_path / "model.fp16.onnx", "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(tmp_path / "model.fp16.onnx", "fp16", RTX, LIMITS, lambda line: None)
 
 
 def test_a_builder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
@@ -125,14 +127,14 @@ def test_a_builder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
     model.graph.node.insert(1, helper.make_node("Cast", ["rows"], ["embedded"], to=TensorProto.FLOAT16))
     onnx.save(model, graph)
     with pytest.raises(ExportError, match=r"cannot build model\.fp16\.onnx: .*Quantized constant"):
-        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
     assert not list(tmp_path.glob("*.engine"))
 
 
 def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="sm_87") as refused:
-        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="sm_87"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="sm_87"), LIMITS, lambda line: None)
     assert "sm_86" in str(refused.value.remedy)
 
 
@@ -140,31 +142,31 @@ def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Pa
 def test_an_engine_for_this_gpu_needs_a_driver(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="no NVIDIA driver"):
-        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="this-gpu"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="this-gpu"), LIMITS, lambda line: None)
 
 
 def test_a_timing_cache_is_not_for_rtx(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="--timing-cache"):
-        build_engine(graph, "fp16", EngineOptions(builder="rtx", timing_cache="t.cache"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", timing_cache="t.cache"), LIMITS, lambda line: None)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [("batch=1:8:32", "length is missing"), ("length=1:2:3", "batch is missing"), ("rows=1:2:3", "unknown axis 'rows'"),
      ("batch=1:8,length=1:2:3", "must be three numbers"), ("batch=8:4:2,length=1:2:3", "must grow"),
-     ("batch=0:1:2,length=1:2:3", "must grow"), ("batch=1:1:1,length=1:2:999", "up to 64 tokens, not 999"),
+     ("batch=0:1:2,length=1:2:3", "must grow"), ("batch=1:1:1,length=1:2:999", "a length of up to 64, not 999"),
      ("", "unknown axis ''"), ("batch=-1:2:3,length=1:2:3", "must be three numbers")],
 )  # fmt: skip
 def test_a_profile_that_makes_no_sense_is_refused(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        parse_profile(text, LONGEST)
+        parse_profile(text, LIMITS)
 
 
 def test_a_profile_reads_as_it_is_written() -> None:
     text = "batch=1:8:32,length=16:64:64"
-    assert str(parse_profile(text, LONGEST)) == text
-    assert parse_profile(" length=16:64:64, batch=1:8:32").batch == (1, 8, 32)
+    assert str(parse_profile(text, LIMITS)) == text
+    assert parse_profile(" length=16:64:64, batch=1:8:32").ranges["batch"] == (1, 8, 32)
 
 
 @pytest.mark.parametrize(
@@ -231,9 +233,9 @@ def test_trtexec_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="builds for the GPU at hand"):
-        tensorrt.plan(EngineOptions(builder="trtexec", target="sm_86"), LONGEST)
+        tensorrt.plan(EngineOptions(builder="trtexec", target="sm_86"), LIMITS)
     options = EngineOptions(builder="trtexec", profiles=("batch=1:4:8,length=1:16:64",), timing_cache="t.cache")
-    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LONGEST, lambda line: None)
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LIMITS, lambda line: None)
     assert (engine.version, engine.layers) == ("10.3.0", {})
     asked = (tmp_path / "asked").read_text().split()
     assert {"--stronglyTyped", "--minShapes=input_ids:1x1,attention_mask:1x1", "--optShapes=input_ids:4x16,attention_mask:4x16",
@@ -253,14 +255,14 @@ def test_what_trtexec_says_last_is_the_error(tmp_path: Path, monkeypatch: pytest
     fake_trtexec(tmp_path, 'echo "[E] Error: out of memory"\necho "&&&& FAILED"\nexit 1', monkeypatch)
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(ExportError, match=r"trtexec cannot build model\.fp16\.onnx: \[E\] Error: out of memory"):
-        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LIMITS, lambda line: None)
 
 
 def test_trtexec_that_ends_well_without_an_engine_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_trtexec(tmp_path, "exit 0", monkeypatch)
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(ExportError, match="it says nothing"):
-        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LIMITS, lambda line: None)
 
 
 def test_every_name_of_the_bindings_that_is_used_exists() -> None:
