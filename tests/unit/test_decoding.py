@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,7 +28,8 @@ from transformers import (
 
 from deploykit.errors import ExportError, UsageError
 from deploykit.export.families import read_architecture
-from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+from deploykit.export.quantize import Ranges
+from deploykit.export.seq2seq_graph import Standard, build_decoder, build_encoder, save_graphs
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import TRANSLATION_FILES
 from deploykit.runtime.engines.log_sum_exp import LOG_SOFTMAX, LogSumExp
@@ -268,6 +270,56 @@ def test_int8_runs_int8_kernels_and_stores_the_embedding_once(case: Callable[[st
     assert int8_kernels(c.folder / "encoder.u8s8.onnx") == 2 * 4 + 1, "four each, and all keys and values at once"
     assert (c.folder / "shared.u8s8.bin").stat().st_size == V * 32
     assert (c.folder / "shared.bin").stat().st_size == V * 32 * 4
+
+
+def standard(case: Case, folder: Path, kind: Standard, ranges: Ranges | None = None) -> Seq2SeqModel:
+    """The graphs in standard ONNX, as the engine runs them."""
+    architecture = read_architecture(case.model)
+    graphs = [build(architecture, ranges, standard=kind) for build in (build_encoder, build_decoder)]
+    for graph in graphs:
+        assert [opset.domain for opset in graph.model.opset_import] == [""]
+        onnx.checker.check_model(graph.model, full_check=True)
+    files = "encoder.onnx", "decoder.onnx", "shared.bin"
+    save_graphs(folder, *graphs, files)
+    return Seq2SeqModel(folder, files, 1)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_standard_graphs_find_the_same(case: Callable[[str], Case], family: str, beams: int, tmp_path: Path) -> None:
+    """Rows join and leave, and stand at different positions. T5's random logits are large: PyTorch's own rounding, in
+    fp32, moves them by 0.05."""
+    c = case(family)
+    generation = Generation(beam_size=beams, max_length=LONGEST)
+    expected = results(decode(c, generation, max_rows=12))
+    actual = results(decode(c, generation, engine=standard(c, tmp_path, "fp32"), max_rows=12))
+    assert sum(a == b for (a, _), (b, _) in zip(actual, expected)) >= len(expected) - 1
+    assert [score for _, score in actual] == pytest.approx(
+        [score for _, score in expected], abs=1e-2 if family.startswith("t5") else 1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "quantized"),
+    [("marian", False), ("marian", True), ("m2m_100", False), ("m2m_100", True), ("t5 1.1", False)],
+)
+def test_standard_graphs_in_half_precision_are_near(
+    case: Callable[[str], Case], family: str, quantized: bool, tmp_path: Path
+) -> None:
+    c = case(family)
+    architecture = read_architecture(c.model)
+    names = {name for build in (build_encoder, build_decoder) for name in build(architecture).activations}
+    half = standard(c, tmp_path, "fp16", dict.fromkeys(names, (-32.0, 32.0)) if quantized else None)
+    assert half.cache_bytes(4, 8, 8) == c.engine.cache_bytes(4, 8, 8) / 2
+    logits = []
+    for engine in (c.engine, half):
+        for source in c.sources[:8]:
+            engine.admit(engine.encode([source]), 0, len(source))
+        logits.append(np.stack([engine.step(np.full(8, token)) for token in (5, 6, 7)]))
+        engine.remove(np.arange(8))
+    fp32, fp16 = logits
+    assert np.abs(fp32 - fp16).mean() / fp32.std() < (0.25 if quantized else 0.01)
+    assert fp16.dtype == np.float32
 
 
 def test_the_shape_of_opus_mt_gives_the_tokens_of_generate(tmp_path: Path) -> None:

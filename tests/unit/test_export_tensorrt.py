@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import ast
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoModelForSeq2SeqLM
 
 from deploykit.errors import ExportError, MissingDependencyError, UsageError
 from deploykit.export import tensorrt
+from deploykit.export.families import read_architecture
 from deploykit.export.quantize import quantize
+from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
 from deploykit.export.tensorrt import (
     EngineOptions,
     build_engine,
@@ -27,6 +31,7 @@ from deploykit.export.tensorrt import (
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
 WIDTH = 64
 LIMITS = {"length": 64}
+TRANSLATOR = {"length": 64, "past": 32}
 RTX = EngineOptions(builder="rtx")
 
 
@@ -163,6 +168,39 @@ def test_a_profile_that_makes_no_sense_is_refused(text: str, says: str) -> None:
         parse_profile(text, LIMITS)
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("batch=1:8:32,length=1:16:64", "past is missing"), ("batch=1:8:32,length=1:16:64,past=1:2:99", "a past of up to 32")],
+)  # fmt: skip
+def test_a_profile_of_a_translator_has_a_past(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as refused:
+        parse_profile(text, TRANSLATOR)
+    assert "past=" in str(refused.value.remedy)
+    with pytest.raises(UsageError, match="unknown axis 'past'"):
+        parse_profile(f"{text},past=1:2:3", LIMITS)
+
+
+@pytest.mark.parametrize("family", ["marian", "m2m_100", "t5"])
+def test_both_graphs_of_a_translator_become_engines(
+    make_tiny_translation: Callable[..., Path], family: str, tmp_path: Path
+) -> None:
+    make_tiny_translation(tmp_path / "e", family, keep_checkpoint=tmp_path / "checkpoint")
+    architecture = read_architecture(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "checkpoint"))
+    names = [build_encoder(architecture).activations, build_decoder(architecture).activations]
+    ranges = dict.fromkeys([*names[0], *names[1]], (-8.0, 8.0))
+    options = EngineOptions(builder="rtx", profiles=("batch=1:4:8,length=1:16:64,past=1:16:32", "batch=1:1:1,length=1:8:8,past=1:8:32"))  # fmt: skip
+    for kind, some in (("bf16", None), ("fp16", ranges)):
+        graphs = [build(architecture, some, standard=kind) for build in (build_encoder, build_decoder)]
+        files = f"encoder.{kind}.onnx", f"decoder.{kind}.onnx", f"{kind}.bin"
+        save_graphs(tmp_path, *graphs, files)
+        for file, layers in zip(files, names):
+            precision = "int8" if some else kind
+            engine = build_engine(tmp_path / file, precision, options, TRANSLATOR, lambda line: None)
+            least = len(layers) - 1 if some else 0  # the builder may fuse two
+            assert least <= engine.int8_gemms / len(options.profiles) <= least + bool(some), engine.layers
+            assert engine.profiles == options.profiles
+
+
 def test_a_profile_reads_as_it_is_written() -> None:
     text = "batch=1:8:32,length=16:64:64"
     assert str(parse_profile(text, LIMITS)) == text
@@ -244,9 +282,11 @@ def test_trtexec_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     assert not {"--fp16", "--int8", "--best"} & set(asked), "gone in TensorRT 11"
 
 
-def test_profiles_of_trtexec_are_numbered() -> None:
+def test_profiles_of_trtexec_are_numbered(tmp_path: Path) -> None:
     profiles = [parse_profile("batch=1:1:1,length=1:8:16"), parse_profile("batch=1:4:8,length=1:16:64")]
-    command = trtexec_command(Path("g.onnx"), Path("g.engine"), profiles, EngineOptions(target="this-gpu"))
+    command = trtexec_command(
+        write_graph(tmp_path / "g.onnx"), Path("g.engine"), profiles, EngineOptions(target="this-gpu")
+    )
     assert command.index("--profile=0") < command.index("--profile=1")
     assert sum(word.startswith("--maxShapes") for word in command) == 2
 
