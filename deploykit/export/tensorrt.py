@@ -44,7 +44,6 @@ _GEMMS = ("gemm", "runtime_fusion")  # TensorRT-RTX's names for what multiplies 
 
 Range = tuple[int, int, int]
 
-
 Limits = Mapping[str, int]
 """The most that a model takes of each axis but the batch: ``length``, and ``past`` where it has a decoder's caches."""
 
@@ -67,8 +66,8 @@ class Profile:
 @dataclass(frozen=True)
 class EngineOptions:
     """As typed: ``profiles`` like ``batch=1:8:32,length=16:64:128``, of a translator with ``past=1:32:128`` (none: one
-    over all lengths), ``workspace`` like
-    ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like ``sm_86``."""
+    over all lengths), ``workspace`` like ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like
+    ``sm_86``."""
 
     precisions: tuple[str, ...] = ("fp16",)
     profiles: tuple[str, ...] = ()
