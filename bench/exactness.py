@@ -15,7 +15,7 @@ from deploykit.bench.machine import describe_machine
 from deploykit.bench.rows import read_rows
 from deploykit.export.seq2seq_parity import check_parity
 from deploykit.finetune.translator import TorchTranslator
-from deploykit.runtime.engines import available_cpus
+from deploykit.runtime.engines import TRANSLATION_FILES, available_cpus
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,8 @@ def main() -> None:
     reference = TorchTranslator.load(options.checkpoint)
     data = options.checkpoint / "splits" / "test.jsonl"
     texts, _ = read_rows(str(data), reference.task, most=options.max_rows, seed=0)
-    parity = check_parity(reference, Seq2SeqModel(options.export, "fp32", available_cpus()), reference.encode(texts))
+    model = Seq2SeqModel(options.export, TRANSLATION_FILES["fp32"], available_cpus())
+    parity = check_parity(reference, model, reference.encode(texts))
     result = {
         "schema": 1,
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

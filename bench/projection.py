@@ -34,7 +34,7 @@ def projection_share(
             return settings
 
         with mock.patch.object(engine, "session_options", profiled):
-            model = engine.Seq2SeqModel(folder, precision, threads)
+            model = engine.Seq2SeqModel(folder, TRANSLATION_FILES[precision], threads)
         Decoder(model, task).run([Sentence(ids, task.generation, scored=False) for ids in token_ids])
         model._encoder.end_profiling()
         events = json.loads(Path(model._decoder.end_profiling()).read_text(encoding="utf-8"))

@@ -40,7 +40,7 @@ from deploykit.bench.load import ClosedLoop, answer_texts
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import Candidate, run_bench
 from deploykit.predictor import TextTranslator
-from deploykit.runtime.engines import Precision, available_cpus
+from deploykit.runtime.engines import TRANSLATION_FILES, Precision, available_cpus
 from deploykit.runtime.generation import override
 from deploykit.runtime.translator import Translator
 from deploykit.tasks import Generation, Translation
@@ -226,9 +226,10 @@ def random_subject(folder: Path, shape: Shape) -> Subject:
     export.mkdir()
     architecture = read_architecture(model)
     graphs = build_encoder(architecture), build_decoder(architecture)
-    save_graphs(export, *graphs, "fp32")
+    save_graphs(export, *graphs, TRANSLATION_FILES["fp32"])
     ranges = {name: (-6.0, 6.0) for graph in graphs for name in graph.activations}
-    save_graphs(export, build_encoder(architecture, ranges), build_decoder(architecture, ranges), "int8")
+    graphs = build_encoder(architecture, ranges), build_decoder(architecture, ranges)
+    save_graphs(export, *graphs, TRANSLATION_FILES["int8"])
     limit = TARGET_TOKENS + 1  # with the start token
     generation = Generation(max_length=limit, min_length=limit, bad_words=((v - 1,),))
     task = Translation("en", "fr", "marian", v, 512, 512, v - 1, (0,), v - 1, generation)

@@ -83,7 +83,7 @@ def open_contender(contender: Contender, subject: Subject, threads: int) -> Text
     if contender.engine == CTRANSLATE2:
         peer = CTranslate2(subject.converted / contender.precision, contender.precision, task, threads)
         return Translator(task, tokenizer_of(subject), peer)
-    model = Seq2SeqModel(subject.export, "int8" if contender.precision == "int8" else "fp32", threads)
+    model = Seq2SeqModel(subject.export, _files(contender), threads)
     return Translator(task, tokenizer_of(subject), Decoder(model, task, workers=threads))
 
 
@@ -94,10 +94,12 @@ def size_mb(contender: Contender, subject: Subject) -> float:
     elif contender.engine == CTRANSLATE2:
         files = [subject.converted / contender.precision / "model.bin"]
     else:
-        files = [
-            subject.export / file for file in TRANSLATION_FILES["int8" if contender.precision == "int8" else "fp32"]
-        ]
+        files = [subject.export / file for file in _files(contender)]
     return sum(file.stat().st_size for file in files) / 1e6
+
+
+def _files(contender: Contender) -> tuple[str, str, str]:
+    return TRANSLATION_FILES["int8" if contender.precision == "int8" else "fp32"]
 
 
 class Numbers:

@@ -149,7 +149,7 @@ def open_graph(
     if isinstance(task, Translation):
         from deploykit.runtime.translator import load_translator
 
-        return load_translator(path, task, graphs.precision, threads or available_cpus())
+        return load_translator(path, task, graphs.files, threads or available_cpus())
     return load_classifier(path, task, load_engine(graphs.engine, path / graphs.files[0], threads))
 
 

@@ -144,7 +144,7 @@ def write_tiny_translation(
     from deploykit.export.families import read_architecture
     from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
     from deploykit.export.translation_tokenizer import save_translation_tokenizer
-    from deploykit.runtime.engines import Precision
+    from deploykit.runtime.engines import TRANSLATION_FILES, Precision
     from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
     from deploykit.tasks import Generation, Translation
 
@@ -165,7 +165,8 @@ def write_tiny_translation(
     if kind == "int8":
         graphs = build_encoder(architecture), build_decoder(architecture)
         ranges = {name: (-8.0, 8.0) for graph in graphs for name in graph.activations}
-    save_graphs(folder, build_encoder(architecture, ranges), build_decoder(architecture, ranges), kind)
+    graphs = build_encoder(architecture, ranges), build_decoder(architecture, ranges)
+    save_graphs(folder, *graphs, TRANSLATION_FILES[kind])
 
     config = model.config
     task = Translation(

@@ -28,7 +28,8 @@ from deploykit.export.tensorrt import BUILDERS, GPU, PRECISIONS, EngineOptions
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS),
               help="Of an engine; may be repeated [default: fp16; with --int8 also int8].")  # fmt: skip
 @click.option("--profile", "profiles", multiple=True, metavar="batch=MIN:OPT:MAX,length=MIN:OPT:MAX",
-              help="Shapes of an engine; may be repeated [default: one over all lengths].")  # fmt: skip
+              help="Shapes of an engine, of a translator also past=MIN:OPT:MAX, the positions of its caches; may be "
+              "repeated [default: one over all lengths].")  # fmt: skip
 @click.option("--workspace", default="1GiB", show_default=True, help="Most memory for building an engine.")
 @click.option("--timing-cache", help="File that remembers how fast kernels were, made if missing.")
 @click.option("--builder", type=click.Choice(BUILDERS), default="auto", show_default=True,

@@ -57,7 +57,7 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
     """Write the graphs of a classifier and what serving them needs to ``directory``."""
     reference = TorchClassifier.load(checkpoint)
     if options.trt is not None:
-        plan(options.trt, reference.task.max_length)
+        plan(options.trt, {"length": reference.task.max_length})
     rows = _rows(checkpoint, reference, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} rows")
@@ -261,6 +261,7 @@ def _build_engines(
 
     INT8 is Q/DQ in the fp16 graph, of the activations that have ``ranges``.
     """
+    limits = {"length": reference.task.max_length}
     built = []
     for precision in trt.precisions:
         graph = directory / GRAPHS[precision]
@@ -275,7 +276,7 @@ def _build_engines(
         if precision in ("fp16", "int8"):
             _refuse_loss(grader, grader.grade_for_tensorrt(precision), graph.name, options.max_drop)
         calibration = artifacts.digest_of(ranges) if precision == "int8" else None
-        record = build_engine(graph, precision, trt, reference.task.max_length, say, calibration)
+        record = build_engine(graph, precision, trt, limits, say, calibration)
         if runs_here(directory / record.file):
             _refuse_loss(grader, grader.grade_engine(record), record.file, options.max_drop)
         built.append(record)

@@ -87,8 +87,6 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
     if translates(checkpoint):
-        if options.trt is not None:
-            raise UsageError("--trt builds no engines of translators yet", "export without --trt")
         from deploykit.export.translation import write
     else:
         from deploykit.export.classification import write

@@ -47,8 +47,10 @@ class Parity:
         return dataclasses.asdict(self)
 
 
-def check_parity(reference: TorchTranslator, model: Seq2SeqModel, token_ids: Sequence[Sequence[int]]) -> Parity:
-    """Compare both graphs, then whole generations, greedy and with beams.
+def check_parity(
+    reference: TorchTranslator, model: Seq2SeqModel, token_ids: Sequence[Sequence[int]], *, beams: bool = True
+) -> Parity:
+    """Compare both graphs, then whole generations, greedy and (``beams``) with beams.
 
     Raises ExportError with the measured difference when they are not the same.
     """
@@ -61,8 +63,8 @@ def check_parity(reference: TorchTranslator, model: Seq2SeqModel, token_ids: Seq
             "this checkpoint does not export faithfully; nothing was written",
         )
     own = reference.task.generation
-    beams = (1, max(_BEAMS, own.beam_size))
-    generations = [dataclasses.replace(own, beam_size=size) for size in beams]
+    sizes = (1, max(_BEAMS, own.beam_size)) if beams else (1,)
+    generations = [dataclasses.replace(own, beam_size=size) for size in sizes]
     compared = tuple(_compare_generations(reference, model, token_ids, generation) for generation in generations)
     return Parity(len(token_ids), _STEPS, encoder, decoder, compared)
 

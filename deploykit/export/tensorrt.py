@@ -18,7 +18,7 @@ import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ GPU = r"portable|this-gpu|sm_\d{2,3}"
 """What names a GPU, as a regular expression."""
 BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")
 _UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_AXES = ("batch", "length")
+_AXES = {"batch": "batch", "rows": "batch", "tokens": "length", "source": "length", "target": "past"}
+"""Dimensions of graphs' inputs, and the axes of a profile that they are of."""
 _LAYER = re.compile(
     r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], (?:Constants|Outputs):"
 )
@@ -52,23 +53,30 @@ _GEMMS = ("gemm", "runtime_fusion")  # TensorRT-RTX's names for what multiplies 
 
 Range = tuple[int, int, int]
 
+Limits = Mapping[str, int]
+"""The most that a model takes of each axis but the batch: ``length``, and ``past`` where it has a decoder's caches."""
+
 
 @dataclass(frozen=True)
 class Profile:
-    """The least, the usual and the most rows of a batch, and tokens of a row."""
+    """The least, the usual and the most of each axis: rows of a ``batch``, tokens of a row (its ``length``), and
+    positions of a decoder's caches (``past``, the new token's own among them)."""
 
-    batch: Range
-    length: Range
+    ranges: Mapping[str, Range]
 
     def __str__(self) -> str:
-        return ",".join(f"{axis}={':'.join(map(str, getattr(self, axis)))}" for axis in _AXES)
+        return ",".join(f"{axis}={':'.join(map(str, range_))}" for axis, range_ in self.ranges.items())
+
+    def shapes(self, dimensions: Sequence[int | str]) -> list[tuple[int, ...]]:
+        """The least, the usual and the largest shape of an input of a graph."""
+        return [tuple(d if isinstance(d, int) else self.ranges[_AXES[d]][i] for d in dimensions) for i in range(3)]
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """As typed: ``profiles`` like ``batch=1:8:32,length=16:64:128`` (none: one over all lengths), ``workspace`` like
-    ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like ``sm_86``. ``command`` is the export's
-    own, but for builder and target: whoever cannot load an engine is told it."""
+    """As typed: ``profiles`` like ``batch=1:8:32,length=16:64:128``, of a translator with ``past=1:32:128`` (none: one
+    over all lengths), ``workspace`` like ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like
+    ``sm_86``. ``command`` is the export's own, but for builder and target: whoever cannot load an engine is told it."""
 
     precisions: tuple[str, ...] = ("fp16",)
     profiles: tuple[str, ...] = ()
@@ -94,29 +102,29 @@ class EngineOptions:
             parse_profile(profile)
 
 
-def parse_profile(text: str, longest: int | None = None) -> Profile:
-    """Read ``batch=MIN:OPT:MAX,length=MIN:OPT:MAX``. Raises UsageError saying what is wrong with it."""
-    remedy = "give --profile like batch=1:8:32,length=16:64:128 (least:usual:most)"
+def parse_profile(text: str, limits: Limits | None = None) -> Profile:
+    """Read ``batch=MIN:OPT:MAX,length=MIN:OPT:MAX``, and the same of ``past`` where ``limits`` have it (None: of no
+    model yet). Raises UsageError saying what is wrong with it."""
+    axes = {"batch": 0, **(limits or {"length": 0, "past": 0})}
+    usual = {"batch": "1:8:32", "length": "16:64:128", "past": "1:32:128"}
+    remedy = f"give --profile like {','.join(f'{axis}={usual[axis]}' for axis in axes)} (least:usual:most)"
     ranges: dict[str, Range] = {}
     for part in text.split(","):
         axis, _, numbers = part.strip().partition("=")
-        if axis not in _AXES:
+        if axis not in axes:
             raise UsageError(f"--profile {text}: unknown axis {axis!r}", remedy)
         if not re.fullmatch(r"\d{1,9}:\d{1,9}:\d{1,9}", numbers):
             raise UsageError(f"--profile {text}: {axis} must be three numbers, not {numbers!r}", remedy)
-        least, usual, most = map(int, numbers.split(":"))
-        if not 1 <= least <= usual <= most:
+        least, opt, most = map(int, numbers.split(":"))
+        if not 1 <= least <= opt <= most:
             raise UsageError(f"--profile {text}: {axis} must grow from 1 or more: {numbers}", remedy)
-        ranges[axis] = least, usual, most
-    for axis in _AXES:
-        if axis not in ranges:
+        if axes[axis] and most > axes[axis]:
+            raise UsageError(f"--profile {text}: the model takes a {axis} of up to {axes[axis]}, not {most}", remedy)
+        ranges[axis] = least, opt, most
+    for axis in axes:
+        if axis not in ranges and (axis != "past" or limits):
             raise UsageError(f"--profile {text}: {axis} is missing", remedy)
-    profile = Profile(ranges["batch"], ranges["length"])
-    if longest is not None and profile.length[2] > longest:
-        raise UsageError(
-            f"--profile {text}: the model takes texts of up to {longest} tokens, not {profile.length[2]}", remedy
-        )
-    return profile
+    return Profile({axis: ranges[axis] for axis in axes if axis in ranges})
 
 
 def parse_size(text: str) -> int:
@@ -143,7 +151,7 @@ def choose_builder(name: str) -> str:
     return name
 
 
-def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
+def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
     """The builder and the profiles, all checked before minutes of work go into what they cannot be built from.
 
     Raises UsageError naming the option, MissingDependencyError.
@@ -173,22 +181,23 @@ def plan(options: EngineOptions, longest: int) -> tuple[str, list[Profile]]:
         )
     if options.target == "this-gpu" and not has_gpu():
         raise UsageError("--target this-gpu: there is no NVIDIA driver here", "give portable, or one like sm_86")
-    default = Profile((1, 8, 32), (min(16, longest), min(64, longest), longest))
-    return builder, [parse_profile(text, longest) for text in options.profiles] or [default]
+    default = {axis: (1, min(64, most), most) for axis, most in limits.items()}
+    profiles = [parse_profile(text, limits) for text in options.profiles]
+    return builder, profiles or [Profile({"batch": (1, 8, 32), **default})]
 
 
 def build_engine(
-    graph: Path, precision: str, options: EngineOptions, longest: int, say: Say, calibration: str | None = None
+    graph: Path, precision: str, options: EngineOptions, limits: Limits, say: Say, calibration: str | None = None
 ) -> EngineRecord:
-    """Build ``graph`` (inputs of int64 [batch, length]) and write the engine, its record and the builder's log beside it.
+    """Build ``graph``, whose inputs have dimensions of ``_AXES``, and write the engine, its record and the builder's log beside it.
 
     ``calibration`` is the digest of the ranges in an INT8 graph. What was built before from the same graph, options,
     builder and GPU is taken from the user's cache.
 
     Raises ExportError naming the node that TensorRT does not take, or what else stopped it; UsageError for a profile
-    that the model of up to ``longest`` tokens does not allow.
+    that a model of these ``limits`` does not allow.
     """
-    builder, profiles = plan(options, longest)
+    builder, profiles = plan(options, limits)
     target = Gpu().capability if options.target == "this-gpu" else options.target
     engine = graph.with_name(f"{graph.stem}.{builder}-{target}.engine")
     key = digest_of(digest_path(graph), precision, options.workspace, target, list(map(str, profiles)), _maker(builder))
@@ -286,8 +295,8 @@ def _build_here(
     _aim(trt, builder, config, options.target)
     for profile in profiles:
         shapes = maker.create_optimization_profile()
-        for i in range(network.num_inputs):
-            shapes.set_shape(network.get_input(i).name, *zip(profile.batch, profile.length))
+        for name, dimensions in _inputs(graph).items():
+            shapes.set_shape(name, *profile.shapes(dimensions))
         if config.add_optimization_profile(shapes) < 0:
             raise ExportError(f"{builder} refuses the profile {profile}: {last_error(lines)}", "give another --profile")
     cache = Path(options.timing_cache) if options.timing_cache else None
@@ -301,6 +310,14 @@ def _build_here(
         with new_file(cache) as temporary:
             temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
     return str(trt.__version__), lines
+
+
+def _inputs(graph: Path) -> dict[str, list[int | str]]:
+    """Name -> dimensions, numbers or names."""
+    import onnx  # what reads the options of this module does without
+
+    model = onnx.load(graph, load_external_data=False)
+    return {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
 
 
 def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
@@ -350,9 +367,10 @@ def trtexec_command(graph: Path, engine: Path, profiles: Sequence[Profile], opti
                f"--memPoolSize=workspace:{max(1, parse_size(options.workspace) >> 20)}M"]  # fmt: skip
     for number, profile in enumerate(profiles):
         command += [f"--profile={number}"] if len(profiles) > 1 else []
+        shapes = {name: profile.shapes(dimensions) for name, dimensions in _inputs(graph).items()}
         for i, option in enumerate(("minShapes", "optShapes", "maxShapes")):
-            shape = f"{profile.batch[i]}x{profile.length[i]}"
-            command.append(f"--{option}=input_ids:{shape},attention_mask:{shape}")
+            each = [f"{name}:{'x'.join(map(str, of[i]))}" for name, of in shapes.items()]
+            command.append(f"--{option}={','.join(each)}")
     if options.target == "portable":
         command.append("--hardwareCompatibilityLevel=ampere+")
     if options.timing_cache:

@@ -198,7 +198,7 @@ def _tensorrt_graphs(export_dir: Path, export: Manifest, precision: str) -> dict
 def _profile(board: str, longest: int) -> Profile:
     most = BOARDS[board].max_batch
     shortest = min(_SHORTEST, longest)
-    return Profile((1, max(1, most // 4), most), (shortest, min(64, longest), longest))
+    return Profile({"batch": (1, max(1, most // 4), most), "length": (shortest, min(64, longest), longest)})
 
 
 def _settings(board: str, task: Classification) -> ServingSettings:

@@ -162,7 +162,7 @@ def _build_engine(bundle: Bundle, graph: Path, precision: str, export: Manifest)
     workspace = min(bundle.description.workspace_mib, max(64, free_bytes() >> 22))
     profile = bundle.description.profile
     options = EngineOptions((precision,), (profile,), f"{workspace}MiB", "this-gpu", builder=_builder())
-    engine = build_engine(graph, precision, options, export.task.max_length, say)
+    engine = build_engine(graph, precision, options, {"length": export.task.max_length}, say)
     graph.unlink()
     return asdict(engine)
 

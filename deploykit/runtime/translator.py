@@ -12,7 +12,6 @@ from typing_extensions import TypeVar
 
 from deploykit.errors import DataError
 from deploykit.runtime.decoding import MAX_CACHE_BYTES, Decoder, Seconds, Sentence
-from deploykit.runtime.engines import Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.sentences import fit, split_sentences
@@ -166,16 +165,16 @@ class Translator(Generic[RunnerT]):
 def load_translator(
     folder: Path,
     task: Translation,
-    precision: Precision,
+    files: Sequence[str],
     threads: int,
     *,
     max_rows: int = MAX_ROWS,
     max_cache_bytes: int = MAX_CACHE_BYTES,
 ) -> Translator:
-    """Assemble a translator from an export's or a packaged version's folder."""
+    """Assemble a translator from an export's or a packaged version's folder; ``files`` as ``Seq2SeqModel`` has them."""
     tokenizer = load_translation_tokenizer(folder, task.source, task.target)
     decoder = Decoder(
-        Seq2SeqModel(folder, precision, threads),
+        Seq2SeqModel(folder, files, threads),
         task,
         max_rows=max_rows,
         max_cache_bytes=max_cache_bytes,

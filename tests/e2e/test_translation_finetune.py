@@ -11,10 +11,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deploykit.artifacts import load_manifest
+from deploykit.export.quantize import quantize
 from deploykit.finetune.translator import TorchTranslator
 from deploykit.tasks import Translation
 
@@ -98,6 +100,53 @@ def test_a_saved_toml_repeats_the_run(deploykit: Deploykit, new_model: Path) -> 
     code, out, err = deploykit("finetune", "--config", new_model / "finetune.toml", "--out", new_model, "--json")
     assert code == 0, err
     assert json.loads(out)["reused"], "the same options are the same inputs"
+
+
+def test_an_export_builds_engines_of_both_graphs(deploykit: Deploykit, new_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+    profile = "batch=1:4:8,length=1:16:32,past=1:16:32"
+    words = ("export", new_model, "--trt", "--precision", "bf16", "--precision", "fp16", "--precision", "int8", "--builder",
+             "rtx", "--target", "sm_86", "--calibration-rows", 32)  # fmt: skip
+    code, out, err = deploykit(*words, "--out", tmp_path / "e", "--profile", profile, "--max-drop", 20, "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert [generation["equal"] for generation in record["parity"]["tensorrt"]["generations"]] == [record["rows"]]
+    graded = {line["precision"]: line for line in record["accuracy"]}
+    assert graded["trt fp16"]["agreement"] > 0.9
+    assert graded["trt int8"]["chrf"] > graded["fp32"]["chrf"] - 20
+    manifest = load_manifest(tmp_path / "e")
+    kinds = [(engine["precision"], engine["graph"].split(".")[0]) for engine in record["engines"]]
+    assert kinds == [(p, part) for p in ("bf16", "fp16", "int8") for part in ("encoder", "decoder")]
+    for engine in record["engines"]:
+        assert (engine["int8_gemms"] > 8) == (engine["precision"] == "int8"), engine
+        assert engine["profiles"] == [profile]
+        assert {engine["file"], engine["graph"], f"shared.trt.{engine['precision']}.bin"} <= set(manifest.files)
+    assert not (tmp_path / "e" / "decoder.trt.fp32.onnx").exists(), "it was not asked for"
+
+    code, _, err = deploykit(*words, "--out", tmp_path / "f", "--profile", "batch=1:4:8,length=1:16:32")
+    assert (code, "past is missing" in err) == (2, True)
+
+
+def test_int8_for_tensorrt_is_held_to_the_limit(
+    deploykit: Deploykit, new_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it alone loses too much, its own search finds the layers that must stay in fp16."""
+    pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+    from deploykit.export import seq2seq_standard as writer
+
+    def ruined(model: Any, ranges: Any, *args: Any, **options: Any) -> Any:
+        """With a range so wide for the projection that all it reads is rounded to 0."""
+        last = next((n.input[0] for n in model.graph.node if n.op_type == "Gemm"), "")
+        wide = {name: (-1e5, 1e5) if name == last else limits for name, limits in ranges.items()}
+        return quantize(model, wide, *args, **options)
+
+    monkeypatch.setattr(writer, "quantize", ruined)
+    code, out, err = deploykit("export", new_model, "--out", tmp_path / "e", "--trt", "--precision", "int8", "--builder",
+                               "rtx", "--calibration-rows", 32, "--measure-rows", 12, "--max-drop", 20, "--json")  # fmt: skip
+    assert code == 0, err
+    search = json.loads(out)["quantization"]["search"]
+    assert set(search) == {"tensorrt"}
+    assert search["tensorrt"]["kept"] == ["decoder.projection"]
 
 
 def test_fine_tuning_shows_before_and_after(deploykit: Deploykit, new_model: Path, pairs: Path, tmp_path: Path) -> None:

@@ -414,7 +414,7 @@ def write_engine(
     engine: Path, graph: Path, profiles: Sequence[Any], builder: str, version: str, target: str
 ) -> EngineRecord:
     """An engine for the fake, with its record, of an ONNX graph and ``Profile``s."""
-    ranges = [[profile.batch, profile.length] for profile in profiles]
+    ranges = [[profile.ranges["batch"], profile.ranges["length"]] for profile in profiles]
     engine.write_bytes(json.dumps(ranges).encode() + b"\0" + graph.read_bytes())
     record = EngineRecord(
         file=engine.name, graph=graph.name, graph_digest="", precision="fp32", builder=builder, version=version,

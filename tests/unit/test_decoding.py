@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,8 +28,10 @@ from transformers import (
 
 from deploykit.errors import ExportError, UsageError
 from deploykit.export.families import read_architecture
-from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+from deploykit.export.quantize import Ranges
+from deploykit.export.seq2seq_graph import Standard, build_decoder, build_encoder, save_graphs
 from deploykit.runtime.decoding import Decoder, Sentence
+from deploykit.runtime.engines import TRANSLATION_FILES
 from deploykit.runtime.engines.log_sum_exp import LOG_SOFTMAX, LogSumExp
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
@@ -105,19 +108,20 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         model = FAMILIES[family]().eval()
         folder = tmp_path_factory.mktemp("graphs")
         architecture = read_architecture(model)
-        save_graphs(folder, build_encoder(architecture), build_decoder(architecture), "fp32")
+        save_graphs(folder, build_encoder(architecture), build_decoder(architecture), TRANSLATION_FILES["fp32"])
         calibrated = {
             name: (-8.0, 8.0)
             for g in (build_encoder(architecture), build_decoder(architecture))
             for name in g.activations
         }
-        save_graphs(folder, build_encoder(architecture, calibrated), build_decoder(architecture, calibrated), "int8")
+        graphs = build_encoder(architecture, calibrated), build_decoder(architecture, calibrated)
+        save_graphs(folder, *graphs, TRANSLATION_FILES["int8"])
         config = model.config
         start = config.decoder_start_token_id
         task = Translation("en", "fr", family, V, 64, 64, config.pad_token_id, (config.eos_token_id,), start)
         random = np.random.default_rng(1)
         sources = [[*random.integers(3, V - 2, n).tolist(), config.eos_token_id] for n in random.integers(1, 30, 24)]
-        return Case(model, folder, Seq2SeqModel(folder, "fp32", 1), task, sources)
+        return Case(model, folder, Seq2SeqModel(folder, TRANSLATION_FILES["fp32"], 1), task, sources)
 
     return make
 
@@ -175,7 +179,7 @@ def test_a_sentence_does_not_depend_on_its_batch(
     case: Callable[[str], Case], family: str, beams: int, precision: Any
 ) -> None:
     c = case(family)
-    engine = Seq2SeqModel(c.folder, precision, 1)
+    engine = Seq2SeqModel(c.folder, TRANSLATION_FILES[precision], 1)
     generation = Generation(beam_size=beams, max_length=LONGEST)
     together = results(decode(c, generation, engine=engine, max_rows=64))
     few = results(decode(c, generation, engine=engine, max_rows=max(beams, 5)))
@@ -189,7 +193,7 @@ def test_a_sentence_does_not_depend_on_its_batch(
 @pytest.mark.parametrize("beams", [1, 4])
 def test_decoders_side_by_side_find_what_one_finds(case: Callable[[str], Case], beams: int, precision: Any) -> None:
     c = dataclasses.replace(case("marian"), sources=case("marian").sources * 3)
-    engine = Seq2SeqModel(c.folder, precision, 2)
+    engine = Seq2SeqModel(c.folder, TRANSLATION_FILES[precision], 2)
     generation = Generation(beam_size=beams, max_length=LONGEST)
     expected = results(decode(c, generation, engine=engine, max_rows=32))
     assert results(decode(c, generation, engine=engine, max_rows=32, workers=2)) == expected
@@ -268,6 +272,56 @@ def test_int8_runs_int8_kernels_and_stores_the_embedding_once(case: Callable[[st
     assert (c.folder / "shared.bin").stat().st_size == V * 32 * 4
 
 
+def standard(case: Case, folder: Path, kind: Standard, ranges: Ranges | None = None) -> Seq2SeqModel:
+    """The graphs in standard ONNX, as the engine runs them."""
+    architecture = read_architecture(case.model)
+    graphs = [build(architecture, ranges, standard=kind) for build in (build_encoder, build_decoder)]
+    for graph in graphs:
+        assert [opset.domain for opset in graph.model.opset_import] == [""]
+        onnx.checker.check_model(graph.model, full_check=True)
+    files = "encoder.onnx", "decoder.onnx", "shared.bin"
+    save_graphs(folder, *graphs, files)
+    return Seq2SeqModel(folder, files, 1)
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_standard_graphs_find_the_same(case: Callable[[str], Case], family: str, beams: int, tmp_path: Path) -> None:
+    """Rows join and leave, and stand at different positions. T5's random logits are large: PyTorch's own rounding, in
+    fp32, moves them by 0.05."""
+    c = case(family)
+    generation = Generation(beam_size=beams, max_length=LONGEST)
+    expected = results(decode(c, generation, max_rows=12))
+    actual = results(decode(c, generation, engine=standard(c, tmp_path, "fp32"), max_rows=12))
+    assert sum(a == b for (a, _), (b, _) in zip(actual, expected)) >= len(expected) - 1
+    assert [score for _, score in actual] == pytest.approx(
+        [score for _, score in expected], abs=1e-2 if family.startswith("t5") else 1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "quantized"),
+    [("marian", False), ("marian", True), ("m2m_100", False), ("m2m_100", True), ("t5 1.1", False)],
+)
+def test_standard_graphs_in_half_precision_are_near(
+    case: Callable[[str], Case], family: str, quantized: bool, tmp_path: Path
+) -> None:
+    c = case(family)
+    architecture = read_architecture(c.model)
+    names = {name for build in (build_encoder, build_decoder) for name in build(architecture).activations}
+    half = standard(c, tmp_path, "fp16", dict.fromkeys(names, (-32.0, 32.0)) if quantized else None)
+    assert half.cache_bytes(4, 8, 8) == c.engine.cache_bytes(4, 8, 8) / 2
+    logits = []
+    for engine in (c.engine, half):
+        for source in c.sources[:8]:
+            engine.admit(engine.encode([source]), 0, len(source))
+        logits.append(np.stack([engine.step(np.full(8, token)) for token in (5, 6, 7)]))
+        engine.remove(np.arange(8))
+    fp32, fp16 = logits
+    assert np.abs(fp32 - fp16).mean() / fp32.std() < (0.25 if quantized else 0.01)
+    assert fp16.dtype == np.float32
+
+
 def test_the_shape_of_opus_mt_gives_the_tokens_of_generate(tmp_path: Path) -> None:
     torch.manual_seed(0)
     big = {"d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "encoder_attention_heads": 8, "decoder_attention_heads": 8,
@@ -277,7 +331,7 @@ def test_the_shape_of_opus_mt_gives_the_tokens_of_generate(tmp_path: Path) -> No
                           pad_token_id=size - 1, eos_token_id=0, decoder_start_token_id=size - 1, **big)  # fmt: skip
     model = MarianMTModel(config).eval()
     architecture = read_architecture(model)
-    save_graphs(tmp_path, build_encoder(architecture), build_decoder(architecture), "fp32")
+    save_graphs(tmp_path, build_encoder(architecture), build_decoder(architecture), TRANSLATION_FILES["fp32"])
     task = Translation("en", "fr", "marian", size, 512, 512, size - 1, (0,), size - 1)
     random = np.random.default_rng(0)
     sources = [[*random.integers(1, size - 1, n).tolist(), 0] for n in (3, 12, 25)]
@@ -288,7 +342,7 @@ def test_the_shape_of_opus_mt_gives_the_tokens_of_generate(tmp_path: Path) -> No
             expected = [model.generate(torch.tensor([source]))[0].tolist()[1:] for source in sources]
         generation = Generation(beam_size=beams, max_length=12, bad_words=((size - 1,),))
         sentences = [Sentence(source, generation) for source in sources]
-        Decoder(Seq2SeqModel(tmp_path, "fp32", 2), task).run(sentences)
+        Decoder(Seq2SeqModel(tmp_path, TRANSLATION_FILES["fp32"], 2), task).run(sentences)
         assert [ids for ids, _ in results(sentences)] == expected
 
 

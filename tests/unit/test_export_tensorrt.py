@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import stat
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -16,13 +17,16 @@ import pytest
 from click.testing import CliRunner
 from fake_gpu import FakeDriver, install_driver, names_used
 from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoModelForSeq2SeqLM
 
 from deploykit.artifacts import hash_file
 from deploykit.cli import main
 from deploykit.errors import ExportError, MissingDependencyError, UsageError
 from deploykit.export import run, tensorrt
+from deploykit.export.families import read_architecture
 from deploykit.export.quantize import quantize
 from deploykit.export.run import ExportOptions
+from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
 from deploykit.export.tensorrt import (
     EngineOptions,
     build_engine,
@@ -35,7 +39,9 @@ from deploykit.export.tensorrt import (
 from deploykit.runtime.engines.tensorrt import read_record
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
-WIDTH, LONGEST = 64, 64
+WIDTH = 64
+LIMITS = {"length": 64}
+TRANSLATOR = {"length": 64, "past": 32}
 RTX = EngineOptions(builder="rtx")
 
 
@@ -59,11 +65,12 @@ def write_graph(path: Path, *, quantized: bool = False, operator: str = "Relu", 
         helper.make_node("ReduceMean", ["masked", "one"], ["logits"], keepdims=0),
     ]
     inputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT64, ["b", "t"]) for name in ("input_ids", "attention_mask")
+        helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "tokens"])
+        for name in ("input_ids", "attention_mask")
     ]
     tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
     tensors += [numpy_helper.from_array(np.array([n], np.int64), name) for name, n in (("one", 1), ("two", 2))]
-    output = helper.make_tensor_value_info("logits", of, ["b", WIDTH])
+    output = helper.make_tensor_value_info("logits", of, ["batch", WIDTH])
     graph = helper.make_graph(nodes, "g", inputs, [output], tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     if quantized:
@@ -78,7 +85,7 @@ def test_a_q_dq_graph_becomes_an_engine_of_int8_layers(tmp_path: Path, target: s
     options = EngineOptions(
         builder="rtx", target=target, profiles=("batch=1:4:8,length=1:16:64", "batch=1:1:1,length=1:8:16")
     )
-    engine = build_engine(graph, "int8", options, LONGEST, lambda line: None)
+    engine = build_engine(graph, "int8", options, LIMITS, lambda line: None)
     assert engine.int8_gemms == 2 * len(options.profiles), "two matrix products, of each profile's own"
     assert engine.layers["gemm Int8"] + engine.layers.get("runtime_fusion Int8", 0) == engine.int8_gemms
     assert (engine.builder, engine.target, engine.version) == ("rtx", target, trt.__version__)
@@ -90,17 +97,17 @@ def test_a_q_dq_graph_becomes_an_engine_of_int8_layers(tmp_path: Path, target: s
 
 def test_a_half_graph_becomes_an_engine_without_int8(tmp_path: Path) -> None:
     lines: list[str] = []
-    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LONGEST, lines.append)
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LIMITS, lines.append)
     assert engine.int8_gemms == 0
     assert any(kind.endswith("Half") for kind in engine.layers)
-    assert engine.profiles == ("batch=1:8:32,length=16:64:64",)
+    assert engine.profiles == ("batch=1:8:32,length=1:64:64",)
     assert "0 INT8 matrix products" in lines[-1]
 
 
 def test_the_record_beside_an_engine_says_what_it_is(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
     options = EngineOptions(builder="rtx", target="sm_86", command="deploykit export a --out b --trt")
-    engine = build_engine(graph, "int8", options, LONGEST, lambda line: None, calibration="ranges")
+    engine = build_engine(graph, "int8", options, LIMITS, lambda line: None, calibration="ranges")
     assert read_record(tmp_path / engine.file) == engine
     assert engine.graph_digest == hash_file(graph)
     assert engine.sha256 == hash_file(tmp_path / engine.file)
@@ -138,10 +145,10 @@ def test_an_engine_is_built_once_for_all_exports_with_the_same_graph(
 ) -> None:
     graphs = [write_graph(_folder(tmp_path / name) / "model.qdq.onnx", quantized=True) for name in ("a", "b")]
     options = EngineOptions(builder="rtx", target="sm_86", command="first")
-    first = build_engine(graphs[0], "int8", options, LONGEST, lambda line: None)
+    first = build_engine(graphs[0], "int8", options, LIMITS, lambda line: None)
     monkeypatch.setattr(tensorrt, "_build_here", lambda *_: 1 / 0)
     said: list[str] = []
-    again = build_engine(graphs[1], "int8", replace(options, command="second"), LONGEST, said.append)
+    again = build_engine(graphs[1], "int8", replace(options, command="second"), LIMITS, said.append)
     assert "built before" in said[0]
     assert again == replace(first, command="second")
     for suffix in (".engine", ".log"):
@@ -152,22 +159,22 @@ def test_an_engine_is_built_once_for_all_exports_with_the_same_graph(
     for other in (replace(options, workspace="2GiB"), replace(options, target="sm_89"),
                   replace(options, profiles=("batch=1:1:1,length=8:8:8",))):  # fmt: skip
         with pytest.raises(ZeroDivisionError):
-            build_engine(graphs[1], "int8", other, LONGEST, lambda line: None)
+            build_engine(graphs[1], "int8", other, LIMITS, lambda line: None)
     for precision, graph in (("fp16", graphs[1]), ("int8", write_graph(graphs[1], kind=np.float32))):
         with pytest.raises(ZeroDivisionError):
-            build_engine(graph, precision, options, LONGEST, lambda line: None)
+            build_engine(graph, precision, options, LIMITS, lambda line: None)
     monkeypatch.setattr(trt, "__version__", "9.9")
     with pytest.raises(ZeroDivisionError):
-        build_engine(graphs[0], "int8", options, LONGEST, lambda line: None)
+        build_engine(graphs[0], "int8", options, LIMITS, lambda line: None)
 
 
 def test_a_damaged_engine_in_the_cache_is_built_again(tmp_path: Path, cache: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
-    first = build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+    first = build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
     (kept,) = cache.glob("*/engine")
     kept.write_bytes(kept.read_bytes()[:-1])
     said: list[str] = []
-    assert build_engine(graph, "fp16", RTX, LONGEST, said.append).sha256 == first.sha256
+    assert build_engine(graph, "fp16", RTX, LIMITS, said.append).sha256 == first.sha256
     assert said[0].startswith("building")
     assert hash_file(kept) == first.sha256, "and kept"
 
@@ -176,7 +183,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, cache: Pat
     cache.parent.mkdir(parents=True)
     cache.write_text("a file stands here")
     said: list[str] = []
-    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LONGEST, said.append)
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LIMITS, said.append)
     assert (tmp_path / engine.file).is_file()
     assert "is not kept for other exports" in said[-1]
 
@@ -188,15 +195,15 @@ def _folder(path: Path) -> Path:
 
 def test_the_same_graph_gives_the_same_engine(tmp_path: Path, cache: Path) -> None:
     graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
-    first = (tmp_path / build_engine(graph, "int8", RTX, LONGEST, lambda line: None).file).read_bytes()
+    first = (tmp_path / build_engine(graph, "int8", RTX, LIMITS, lambda line: None).file).read_bytes()
     shutil.rmtree(cache)
-    second = (tmp_path / build_engine(graph, "int8", RTX, LONGEST, lambda line: None).file).read_bytes()
+    second = (tmp_path / build_engine(graph, "int8", RTX, LIMITS, lambda line: None).file).read_bytes()
     assert first == second
 
 
 def test_int8_that_no_layer_computes_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"rtx computes none of model\.qdq\.onnx's layers in INT8"):
-        build_engine(write_graph(tmp_path / "model.qdq.onnx"), "int8", RTX, LONGEST, lambda line: None)
+        build_engine(write_graph(tmp_path / "model.qdq.onnx"), "int8", RTX, LIMITS, lambda line: None)
 
 
 def test_an_operator_that_tensorrt_does_not_take_is_named_with_its_module(tmp_path: Path) -> None:
@@ -205,7 +212,7 @@ def test_an_operator_that_tensorrt_does_not_take_is_named_with_its_module(tmp_pa
     model.graph.node[2].op_type = "SplitToSequence"
     onnx.save(model, graph)
     with pytest.raises(ExportError, match=r"operator SplitToSequence of model\.fp16\.onnx .*layer\.0\.act"):
-        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
     assert not list(tmp_path.glob("*.engine"))
 
 
@@ -218,7 +225,7 @@ def test_an_operator_that_nobody_knows_is_named_with_what_to_do(tmp_path: Path) 
     onnx.save(model, graph)
     with pytest.raises(ExportError, match=r"SecretRelu of model\.fp16\.onnx \(node /model/layer\.0/act/Act, from the PyTorch "
                        r"module layer\.0\.act\)") as refused:  # fmt: skip
-        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
     assert "have the module layer.0.act compute it with other operators" in str(refused.value.remedy)
     assert not list(tmp_path.glob("*.engine"))
 
@@ -231,14 +238,14 @@ def test_an_input_that_no_profile_fits_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ExportError, match=r"attention_mask and profile 0\. At dimension axis 0, profile has min=1, opt=8"
     ) as refused:
-        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
     assert "fits every input" in str(refused.value.remedy)
 
 
 def test_a_profile_that_the_builder_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt.IBuilderConfig, "add_optimization_profile", lambda *_: -1)
     with pytest.raises(ExportError, match=r"rtx refuses the profile batch=1:8:32,length=16:64:64"):
-        build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LIMITS, lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +260,7 @@ def test_a_builder_that_gives_none_is_an_error_with_a_remedy_by_its_reason(
     monkeypatch.setattr(trt.Builder, "build_serialized_network", lambda *_: None)
     monkeypatch.setattr(tensorrt, "last_error", lambda lines: reason)
     with pytest.raises(ExportError, match=f"cannot build model.fp16.onnx: {re.escape(reason)}") as failed:
-        build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LIMITS, lambda line: None)
     assert remedy in str(failed.value.remedy)
     assert not list(tmp_path.glob("*.engine"))
 
@@ -263,14 +270,14 @@ def test_a_builder_that_needs_a_gpu_says_so_before_any_work(builder: str, monkey
     install_driver(monkeypatch, None)
     monkeypatch.setattr(tensorrt, "choose_builder", lambda name: name)
     with pytest.raises(MissingDependencyError, match=f"--builder {builder} needs an NVIDIA GPU") as missing:
-        tensorrt.plan(EngineOptions(builder=builder), LONGEST)
+        tensorrt.plan(EngineOptions(builder=builder), LIMITS)
     assert "--builder rtx" in str(missing.value.remedy)
 
 
 def test_a_file_that_is_no_graph_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.fp16.onnx").write_bytes(b"no graph")
     with pytest.raises(ExportError, match=r"model\.fp16\.onnx"):
-        build_engine(tmp_path / "model.fp16.onnx", "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(tmp_path / "model.fp16.onnx", "fp16", RTX, LIMITS, lambda line: None)
 
 
 def test_a_builder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
@@ -283,14 +290,14 @@ def test_a_builder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
     model.graph.node.insert(1, helper.make_node("Cast", ["rows"], ["embedded"], to=TensorProto.FLOAT16))
     onnx.save(model, graph)
     with pytest.raises(ExportError, match=r"cannot build model\.fp16\.onnx: .*Quantized constant"):
-        build_engine(graph, "fp16", RTX, LONGEST, lambda line: None)
+        build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
     assert not list(tmp_path.glob("*.engine"))
 
 
 def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="sm_87") as refused:
-        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="sm_87"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="sm_87"), LIMITS, lambda line: None)
     assert "sm_86" in str(refused.value.remedy)
 
 
@@ -298,31 +305,64 @@ def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Pa
 def test_an_engine_for_this_gpu_needs_a_driver(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="no NVIDIA driver"):
-        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="this-gpu"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="this-gpu"), LIMITS, lambda line: None)
 
 
 def test_a_timing_cache_is_not_for_rtx(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="--timing-cache"):
-        build_engine(graph, "fp16", EngineOptions(builder="rtx", timing_cache="t.cache"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", timing_cache="t.cache"), LIMITS, lambda line: None)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [("batch=1:8:32", "length is missing"), ("length=1:2:3", "batch is missing"), ("rows=1:2:3", "unknown axis 'rows'"),
      ("batch=1:8,length=1:2:3", "must be three numbers"), ("batch=8:4:2,length=1:2:3", "must grow"),
-     ("batch=0:1:2,length=1:2:3", "must grow"), ("batch=1:1:1,length=1:2:999", "up to 64 tokens, not 999"),
+     ("batch=0:1:2,length=1:2:3", "must grow"), ("batch=1:1:1,length=1:2:999", "a length of up to 64, not 999"),
      ("", "unknown axis ''"), ("batch=-1:2:3,length=1:2:3", "must be three numbers")],
 )  # fmt: skip
 def test_a_profile_that_makes_no_sense_is_refused(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        parse_profile(text, LONGEST)
+        parse_profile(text, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("batch=1:8:32,length=1:16:64", "past is missing"), ("batch=1:8:32,length=1:16:64,past=1:2:99", "a past of up to 32")],
+)  # fmt: skip
+def test_a_profile_of_a_translator_has_a_past(text: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says) as refused:
+        parse_profile(text, TRANSLATOR)
+    assert "past=" in str(refused.value.remedy)
+    with pytest.raises(UsageError, match="unknown axis 'past'"):
+        parse_profile(f"{text},past=1:2:3", LIMITS)
+
+
+@pytest.mark.parametrize("family", ["marian", "m2m_100", "t5"])
+def test_both_graphs_of_a_translator_become_engines(
+    make_tiny_translation: Callable[..., Path], family: str, tmp_path: Path
+) -> None:
+    make_tiny_translation(tmp_path / "e", family, keep_checkpoint=tmp_path / "checkpoint")
+    architecture = read_architecture(AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "checkpoint"))
+    names = [build_encoder(architecture).activations, build_decoder(architecture).activations]
+    ranges = dict.fromkeys([*names[0], *names[1]], (-8.0, 8.0))
+    options = EngineOptions(builder="rtx", profiles=("batch=1:4:8,length=1:16:64,past=1:16:32", "batch=1:1:1,length=1:8:8,past=1:8:32"))  # fmt: skip
+    for kind, some in (("bf16", None), ("fp16", ranges)):
+        graphs = [build(architecture, some, standard=kind) for build in (build_encoder, build_decoder)]
+        files = f"encoder.{kind}.onnx", f"decoder.{kind}.onnx", f"{kind}.bin"
+        save_graphs(tmp_path, *graphs, files)
+        for file, layers in zip(files, names):
+            precision = "int8" if some else kind
+            engine = build_engine(tmp_path / file, precision, options, TRANSLATOR, lambda line: None)
+            least = len(layers) - 1 if some else 0  # the builder may fuse two
+            assert least <= engine.int8_gemms / len(options.profiles) <= least + bool(some), engine.layers
+            assert engine.profiles == options.profiles
 
 
 def test_a_profile_reads_as_it_is_written() -> None:
     text = "batch=1:8:32,length=16:64:64"
-    assert str(parse_profile(text, LONGEST)) == text
-    assert parse_profile(" length=16:64:64, batch=1:8:32").batch == (1, 8, 32)
+    assert str(parse_profile(text, LIMITS)) == text
+    assert parse_profile(" length=16:64:64, batch=1:8:32").ranges["batch"] == (1, 8, 32)
 
 
 @pytest.mark.parametrize(
@@ -390,9 +430,9 @@ def test_trtexec_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="builds for the GPU at hand"):
-        tensorrt.plan(EngineOptions(builder="trtexec", target="sm_86"), LONGEST)
+        tensorrt.plan(EngineOptions(builder="trtexec", target="sm_86"), LIMITS)
     options = EngineOptions(builder="trtexec", profiles=("batch=1:4:8,length=1:16:64",), timing_cache="t.cache")
-    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LONGEST, lambda line: None)
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LIMITS, lambda line: None)
     assert (engine.version, engine.layers) == ("10.3.0", {})
     asked = (tmp_path / "asked").read_text().split()
     assert {"--stronglyTyped", "--minShapes=input_ids:1x1,attention_mask:1x1", "--optShapes=input_ids:4x16,attention_mask:4x16",
@@ -401,9 +441,11 @@ def test_trtexec_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     assert not {"--fp16", "--int8", "--best"} & set(asked), "gone in TensorRT 11"
 
 
-def test_profiles_of_trtexec_are_numbered() -> None:
+def test_profiles_of_trtexec_are_numbered(tmp_path: Path) -> None:
     profiles = [parse_profile("batch=1:1:1,length=1:8:16"), parse_profile("batch=1:4:8,length=1:16:64")]
-    command = trtexec_command(Path("g.onnx"), Path("g.engine"), profiles, EngineOptions(target="this-gpu"))
+    command = trtexec_command(
+        write_graph(tmp_path / "g.onnx"), Path("g.engine"), profiles, EngineOptions(target="this-gpu")
+    )
     assert command.index("--profile=0") < command.index("--profile=1")
     assert sum(word.startswith("--maxShapes") for word in command) == 2
 
@@ -412,14 +454,14 @@ def test_what_trtexec_says_last_is_the_error(tmp_path: Path, monkeypatch: pytest
     fake_trtexec(tmp_path, 'echo "[E] Error: out of memory"\necho "&&&& FAILED"\nexit 1', monkeypatch)
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(ExportError, match=r"trtexec cannot build model\.fp16\.onnx: \[E\] Error: out of memory"):
-        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LIMITS, lambda line: None)
 
 
 def test_trtexec_that_linux_killed_ran_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_trtexec(tmp_path, "kill -9 $$", monkeypatch)
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(ExportError, match="it was killed") as failed:
-        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LIMITS, lambda line: None)
     assert "smaller --workspace" in str(failed.value.remedy)
 
 
@@ -427,7 +469,7 @@ def test_an_engine_for_this_gpu_names_the_gpu(tmp_path: Path, monkeypatch: pytes
     script = 'for a in "$@"; do case $a in --saveEngine=*) echo engine > "${a#--saveEngine=}";; esac; done'
     fake_trtexec(tmp_path, script, monkeypatch)
     options = EngineOptions(builder="trtexec", target="this-gpu")
-    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LONGEST, lambda line: None)
+    engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LIMITS, lambda line: None)
     assert (engine.target, engine.file) == ("sm_86", "model.fp16.trtexec-sm_86.engine")
 
 
@@ -435,7 +477,7 @@ def test_trtexec_that_ends_well_without_an_engine_is_an_error(tmp_path: Path, mo
     fake_trtexec(tmp_path, "exit 0", monkeypatch)
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(ExportError, match="it says nothing"):
-        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LONGEST, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LIMITS, lambda line: None)
 
 
 def test_every_name_of_the_bindings_that_is_used_exists() -> None:

@@ -109,13 +109,13 @@ def test_no_run_has_more_rows_than_the_boards_profile(
     export = with_tensorrt_graphs(make_tiny_export(tmp_path / "tiny", max_length=longest))
     bundle(export, tmp_path / "a.tgz", board, "7.2", say=silent)
     folder = unpack(tmp_path / "a.tgz", tmp_path / "out")
-    profile = parse_profile(read_description(folder).profile, longest)
+    profile = parse_profile(read_description(folder).profile, {"length": longest})
     budget = int(read_config(folder)["parameters"]["token_budget"]["string_value"])
     lengths = [n for n in (1, 8, 17, 64, 200, 512) if n <= longest for _ in range(100)]
     for batch in batches([[1] * n for n in lengths], 0, max_length=longest, token_budget=budget):
         rows, length = batch.input_ids.shape
-        assert profile.batch[0] <= rows <= profile.batch[2]
-        assert profile.length[0] <= length <= profile.length[2]
+        assert profile.ranges["batch"][0] <= rows <= profile.ranges["batch"][2]
+        assert profile.ranges["length"][0] <= length <= profile.ranges["length"][2]
 
 
 @pytest.mark.parametrize(

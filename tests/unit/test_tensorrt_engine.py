@@ -77,7 +77,7 @@ def engine_file(request: pytest.FixtureRequest, tmp_path: Path, tiny_export: Pat
         if not cuda.has_gpu():
             pytest.skip("needs an NVIDIA GPU")
         options = EngineOptions(("fp32",), PROFILES, target="this-gpu")
-        return add_engine(folder, build_engine(graph, "fp32", options, 64, lambda line: None))
+        return add_engine(folder, build_engine(graph, "fp32", options, {"length": 64}, lambda line: None))
     fake = request.getfixturevalue("driver")
     install_bindings(monkeypatch, BINDINGS[request.param], fake_bindings(fake, BINDINGS[request.param], VERSION))
     profiles = [parse_profile(text) for text in PROFILES]

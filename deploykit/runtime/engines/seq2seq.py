@@ -16,7 +16,6 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploykit.runtime.engines import TRANSLATION_FILES, Precision
 from deploykit.runtime.engines.log_sum_exp import LogSumExp
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
 
@@ -32,15 +31,16 @@ Floats = NDArray[np.float32]
 
 
 class _Cache:
-    """Keys and values of all layers: float32 [2 x layers, rows, heads, positions, head size].
+    """Keys and values of all layers, of type ``kind``: [2 x layers, rows, heads, positions, head size].
 
-    ``view`` is laid over storage that grows and is never given back while the model lives.
+    ``view`` is laid over storage that grows and is never given back while the model lives. It holds finite values
+    everywhere: graphs of standard ONNX multiply what is masked by 0.
     """
 
-    def __init__(self, layers: int, heads: int, head_size: int, block: int) -> None:
+    def __init__(self, layers: int, heads: int, head_size: int, block: int, kind: type[np.floating[Any]]) -> None:
         self._layers, self._heads, self._head_size, self._block = layers, heads, head_size, block
-        self._storage = np.empty(0, np.float32)
-        self.view: Floats = np.empty((2 * layers, 0, heads, 0, head_size), np.float32)
+        self._storage = np.zeros(0, kind)
+        self.view: NDArray[Any] = np.zeros((2 * layers, 0, heads, 0, head_size), kind)
 
     @property
     def positions(self) -> int:
@@ -62,7 +62,7 @@ class _Cache:
         old = self.view
         storage = self._storage
         if kept or storage.size < size:
-            storage = np.empty(size, np.float32)
+            storage = np.zeros(size, storage.dtype)
         self.view = storage[:size].reshape(shape)
         if kept:
             self.view[:, :kept, :, : old.shape[3]] = old[:, :kept]
@@ -73,15 +73,13 @@ class _Cache:
 class Seq2SeqModel:
     """The graphs of one precision in ``folder``, on ``threads`` CPU threads. One caller at a time.
 
-    Raises EngineError naming the file that ONNX Runtime refuses.
+    ``files`` are the encoder's, the decoder's, and that of the weights of both. Graphs of standard ONNX run as well,
+    more slowly. Raises EngineError naming the file that ONNX Runtime refuses.
     """
 
-    def __init__(
-        self, folder: Path, precision: Precision, threads: int, *, files: tuple[str, ...] | None = None
-    ) -> None:
-        names = TRANSLATION_FILES[precision]
-        self._paths = tuple(folder / file for file in files or names[:2])
-        small = sum((folder / file).stat().st_size for file in names[1:] if (folder / file).exists()) < _SMALL
+    def __init__(self, folder: Path, files: Sequence[str], threads: int) -> None:
+        self._paths = tuple(folder / file for file in files[:2])
+        small = sum((folder / file).stat().st_size for file in files[1:] if (folder / file).exists()) < _SMALL
         self.rows_of_a_worker = _ROWS_OF_A_SMALL_WORKER if small else _ROWS_OF_A_WORKER
         self._threads = 1 if small else threads
         self._begin(self._open(self._threads))
@@ -108,13 +106,15 @@ class Seq2SeqModel:
 
     def _begin(self, sessions: tuple[ort.InferenceSession, ...]) -> None:
         self._encoder, self._decoder = sessions
+        self._inputs = {i.name: i.type for i in self._decoder.get_inputs()}
         self.log_sum_exp = LogSumExp(self._threads)
         outputs = {o.name: o.shape for o in self._decoder.get_outputs()}
         self._layers = sum(name.startswith("present.") for name in outputs) // 2
         _, self._heads, _, self._head_size = outputs["present.0.key"]
         self.vocabulary = int(outputs["logits"][1])
-        self._self = _Cache(self._layers, self._heads, self._head_size, _TARGET_BLOCK)
-        self._cross = _Cache(self._layers, self._heads, self._head_size, _SOURCE_BLOCK)
+        kind = np.float16 if self._inputs["past.0.key"] == "tensor(float16)" else np.float32
+        self._self = _Cache(self._layers, self._heads, self._head_size, _TARGET_BLOCK, kind)
+        self._cross = _Cache(self._layers, self._heads, self._head_size, _SOURCE_BLOCK, kind)
         self._binding = self._decoder.io_binding()
         self._bound = (0, 0, 0)
         self._total = np.zeros((), np.int32)
@@ -209,7 +209,8 @@ class Seq2SeqModel:
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
         """Memory of the caches of ``rows`` rows with that many target and source tokens."""
         positions = self._self.padded(target) + self._cross.padded(source)
-        return int(_capacity(rows) * positions * 2 * self._layers * self._heads * self._head_size * 4)
+        values = _capacity(rows) * positions * 2 * self._layers * self._heads * self._head_size
+        return int(values * self._self.view.itemsize)
 
     def _grow_rows(self) -> None:
         n, width, rows = self._capacity, self._heads * self._head_size, self.rows
@@ -230,22 +231,25 @@ class Seq2SeqModel:
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
         self._source_total[...] = self._cross.positions
-        for name, array in (
-            ("input_ids", self._tokens[:rows]),
-            ("past_lengths", self._past[:rows]),
-            ("total", self._total),
-            ("source_last", self._source_last[:rows]),
-            ("source_total", self._source_total),
-        ):
-            _bind(binding.bind_input, name, array)
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": self._tokens[:rows],
+            "past_lengths": self._past[:rows],
+            "total": self._total,
+            "source_last": self._source_last[:rows],
+            "source_total": self._source_total,
+        }
         for layer in range(self._layers):
             for j, part in enumerate(("key", "value")):
                 own, cross = self._self.view[2 * layer + j, :rows], self._cross.view[2 * layer + j, :rows]
-                _bind(binding.bind_input, f"past.{layer}.{part}", own)
+                inputs[f"past.{layer}.{part}"] = own
+                # In standard ONNX too: Where, which writes it there, has read the past by then.
                 _bind(binding.bind_output, f"present.{layer}.{part}", own)
-                _bind(binding.bind_input, f"cross.{layer}.{part}", cross)
-                _bind(binding.bind_output, f"cross_present.{layer}.{part}", cross)
-                _bind(binding.bind_input, f"cross.{layer}.last_{part}", self._last[2 * layer + j, :rows])
+                inputs[f"cross.{layer}.{part}"] = cross
+                if (last := f"cross.{layer}.last_{part}") in self._inputs:
+                    inputs[last] = self._last[2 * layer + j, :rows]
+                    _bind(binding.bind_output, f"cross_present.{layer}.{part}", cross)
+        for name in self._inputs:
+            _bind(binding.bind_input, name, inputs[name])
         _bind(binding.bind_output, "logits", self._logits[:rows])
         self._bound = (rows, self._self.positions, self._cross.positions)
 

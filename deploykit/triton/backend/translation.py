@@ -64,12 +64,12 @@ class TranslationBackend:
         if not self._max_rows:
             raise DeploykitError("config.pbtxt: parameter max_rows is '0'", "make it 1 or more")
         self._long_input = _long_input(text_parameter(config, _LONG_INPUT, "split"), "config.pbtxt: parameter ")
-        precision = find_graphs(folder, manifest, engine="auto", precision="auto").precision
+        files = find_graphs(folder, manifest, engine="auto", precision="auto").files
         load = partial(
             load_translator,
             folder,
             task,
-            precision,
+            files,
             cpu_threads(config),
             max_rows=self._max_rows,
             max_cache_bytes=max_cache_mb << 20,
