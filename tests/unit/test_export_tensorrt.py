@@ -230,21 +230,9 @@ def test_an_operator_that_nobody_knows_is_named_with_what_to_do(tmp_path: Path) 
     assert not list(tmp_path.glob("*.engine"))
 
 
-def test_an_input_that_no_profile_fits_is_named(tmp_path: Path) -> None:
-    graph = write_graph(tmp_path / "model.fp16.onnx")
-    model = onnx.load(graph)
-    model.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 1
-    onnx.save(model, graph)
-    with pytest.raises(
-        ExportError, match=r"attention_mask and profile 0\. At dimension axis 0, profile has min=1, opt=8"
-    ) as refused:
-        build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
-    assert "fits every input" in str(refused.value.remedy)
-
-
 def test_a_profile_that_the_builder_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt.IBuilderConfig, "add_optimization_profile", lambda *_: -1)
-    with pytest.raises(ExportError, match=r"rtx refuses the profile batch=1:8:32,length=16:64:64"):
+    with pytest.raises(ExportError, match=r"rtx refuses the profile batch=1:8:32,length=1:64:64"):
         build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LIMITS, lambda line: None)
 
 
