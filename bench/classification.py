@@ -50,6 +50,7 @@ def main() -> None:
                 suite["workloads"] += measure_subject(
                     part, Subject(checkpoint, export, Path(made)), options, suite["skipped"]
                 )
+        write(suite, "Classification", options.out)  # what follows takes long, and may fail
     if "serving" in options.parts:
         checkpoint, export = options.tweets
         with tempfile.TemporaryDirectory() as made:

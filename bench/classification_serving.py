@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -35,7 +36,9 @@ input { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }
 output { name: "LABEL" data_type: TYPE_STRING dims: [ 1 ] }
 output { name: "SCORES" data_type: TYPE_FP32 dims: [ -1 ] }
 dynamic_batching { }
-parameters { key: "checkpoint" value { string_value: "%s" } }
+parameters { key: "export" value { string_value: "%s" } }
+parameters { key: "labels" value { string_value: '%s' } }
+parameters { key: "max_length" value { string_value: "%d" } }
 """
 
 
@@ -58,7 +61,9 @@ def plain_triton(subject: Subject, folder: Path) -> Iterator[str]:
     version = folder / "plain" / MODEL / "1"
     version.mkdir(parents=True)
     shutil.copy(HANDLERS / "triton_model.py", version / "model.py")
-    (version.parent / "config.pbtxt").write_text(_CONFIG % subject.checkpoint.resolve(), encoding="utf-8")
+    task = subject.task
+    values = (subject.export.resolve(), json.dumps(task.labels), task.max_length)
+    (version.parent / "config.pbtxt").write_text(_CONFIG % values, encoding="utf-8")
     backends = folder / "backends"
     assemble_backends(backends, triton.python_backend, triton.stub)
     (port,) = take_ports("127.0.0.1", [("http", 0)])

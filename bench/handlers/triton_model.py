@@ -1,21 +1,29 @@
-"""A classifier as a model of Triton's Python backend, as people write it: transformers inside ``execute``.
+"""A classifier as a model of Triton's Python backend, as people write it: tokenizers and ONNX Runtime inside ``execute``.
 
-The requests of a dynamic batch become one padded batch; its config.pbtxt is in classification_serving.py.
+The requests of a dynamic batch become one padded batch; its config.pbtxt is in classification_serving.py. (transformers
+instead would need the very libpython of the interpreter: the stub takes the system's, whose ssl module may not load.)
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
-import torch
+import onnxruntime
 import triton_python_backend_utils as pb_utils
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from tokenizers import Tokenizer
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        checkpoint = json.loads(args["model_config"])["parameters"]["checkpoint"]["string_value"]
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+        parameters = json.loads(args["model_config"])["parameters"]
+        export = Path(parameters["export"]["string_value"])
+        self.labels = np.array(
+            [label.encode() for label in json.loads(parameters["labels"]["string_value"])], dtype=object
+        )
+        self.tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
+        self.tokenizer.enable_truncation(int(parameters["max_length"]["string_value"]))
+        self.tokenizer.enable_padding()
+        self.session = onnxruntime.InferenceSession(str(export / "model.onnx"), providers=["CPUExecutionProvider"])
 
     def execute(self, requests):
         texts, counts = [], []
@@ -23,10 +31,15 @@ class TritonPythonModel:
             rows = pb_utils.get_input_tensor_by_name(request, "TEXT").as_numpy().ravel()
             texts += [row.decode() for row in rows]
             counts.append(len(rows))
-        batch = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        with torch.inference_mode():
-            scores = self.model(**batch).logits.softmax(-1).numpy()
-        labels = np.array([self.model.config.id2label[i].encode() for i in scores.argmax(-1)], dtype=object)
+        encodings = self.tokenizer.encode_batch(texts)
+        inputs = {
+            "input_ids": np.array([encoding.ids for encoding in encodings], np.int64),
+            "attention_mask": np.array([encoding.attention_mask for encoding in encodings], np.int64),
+        }
+        logits = self.session.run(None, inputs)[0]
+        scores = np.exp(logits - logits.max(-1, keepdims=True))
+        scores /= scores.sum(-1, keepdims=True)
+        labels = self.labels[scores.argmax(-1)]
         responses, start = [], 0
         for count in counts:
             rows = slice(start, start + count)
