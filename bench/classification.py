@@ -82,8 +82,7 @@ def measure_subject(
         candidates.append(_candidate(contender, subject, texts, options))
     settings = {"rounds": options.rounds, "seconds": options.seconds, "warmup_s": 0.5, "progress": say}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        config = ROOT / "model_repository" / "sentiment" / "config.pbtxt" if key == "tweets" else None
-        url = running.enter_context(deploykit_server(subject, Path(folder), config))
+        url = running.enter_context(deploykit_server(subject, Path(folder)))
         served = Candidate("deploykit, served", Server(url, MODEL, subject.task))
         callers: list[Scenario] = [ClosedLoop(1), ClosedLoop(32)]
         yield {"key": key, "bench": run_bench([*candidates, served], texts, truth, callers, **settings).to_json()}

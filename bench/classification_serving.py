@@ -43,12 +43,9 @@ parameters { key: "max_length" value { string_value: "%d" } }
 
 
 @contextlib.contextmanager
-def deploykit_server(subject: Subject, folder: Path, config: Path | None = None) -> Iterator[str]:
-    """The URL of ``subject`` packaged and served, as the config.pbtxt ``config`` says if there is one."""
+def deploykit_server(subject: Subject, folder: Path) -> Iterator[str]:
+    """The URL of ``subject`` packaged and served."""
     repository = folder / "deploykit"
-    (repository / MODEL).mkdir(parents=True)
-    if config is not None:
-        shutil.copy(config, repository / MODEL)
     package(subject.export, MODEL, repository)
     with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
         yield server.urls.http
