@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from deploykit import artifacts
 from deploykit.data.classification import Example
+from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
 from deploykit.evaluate import labelled_rows
 from deploykit.export.calibration import calibrate
 from deploykit.export.graphs import export_classifier, export_half_classifier
 from deploykit.export.parity import check_parity
 from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, quantize
-from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
+from deploykit.export.run import ExportOptions, Say, Written, pick_rows
 from deploykit.export.search import Search, fewest_in_fp32, too_lossy
 from deploykit.export.tables import render
 from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, plan

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
 from deploykit.finetune.checkpoint import TorchClassifier
 from deploykit.runtime.batching import batches
@@ -75,5 +76,4 @@ def check_parity(reference: TorchClassifier, engine: Engine, texts: Sequence[str
 
 def _spread(reference: TorchClassifier, texts: Sequence[str]) -> list[list[int]]:
     sample = sorted(reference.encode(list(texts[: 8 * _ROWS])), key=len)
-    picked = [sample[i] for i in np.linspace(0, len(sample) - 1, min(_ROWS, len(sample))).astype(int)]
-    return picked + reference.encode(["a", " ".join(texts[:64])])
+    return evenly(sample, _ROWS) + reference.encode(["a", " ".join(texts[:64])])

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-import numpy as np
 
 from deploykit import artifacts
 from deploykit.errors import DataError, UsageError
@@ -141,11 +139,6 @@ def pick_rows(
     raise DataError(
         f"{checkpoint}: holds no {name} rows (it was not trained by deploykit)", f"give a file of rows with {option}"
     )
-
-
-def evenly(rows: Sequence[Row], count: int) -> list[Row]:
-    """``count`` of the rows, evenly spaced: files are often sorted, and the first rows would then be of one kind."""
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
 def _digest(checkpoint: Path, options: ExportOptions) -> str:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from google.protobuf.json_format import MessageToDict
 
 import deploykit
@@ -33,6 +32,7 @@ from deploykit.artifacts import (
     new_file,
 )
 from deploykit.data.classification import read_texts
+from deploykit.data.sample import evenly
 from deploykit.errors import ArtifactError, CorruptArtifactError, DeploykitError, MissingDependencyError, UsageError
 from deploykit.export.tensorrt import GRAPHS, Profile
 from deploykit.jetson import contents
@@ -221,7 +221,7 @@ def _texts(export_dir: Path, task: Classification, data: str | None) -> list[str
     texts = [row.text for row in read_texts(data, columns, task.text_separator) if row.text]
     if not texts:
         raise ArtifactError(f"{data}: has no texts", "give another file with --data")
-    return [texts[i] for i in np.linspace(0, len(texts) - 1, min(_ROWS, len(texts))).astype(int)]
+    return evenly(texts, _ROWS)
 
 
 def _record(export_dir: Path, task: Classification, graphs: Sequence[str], texts: Sequence[str]) -> RecordedRows:
