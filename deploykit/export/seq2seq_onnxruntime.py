@@ -82,7 +82,7 @@ class OnnxRuntimeWriter(Writer):
 
     def padding_mask(self, lengths: str, length: str) -> str:
         """int32 [batch, source]: 1 for tokens, 0 for padding."""
-        positions = self.op("Cast", self.positions(self.op("Squeeze", length)), to=TensorProto.INT32)
+        positions = self.positions_below(length)
         ends = self.op("Unsqueeze", lengths, self.integers(1))
         return self.op("Cast", self.op("Less", positions, ends), to=TensorProto.INT32)
 

@@ -38,7 +38,7 @@ class StandardWriter(Writer):
 
     def padding_mask(self, lengths: str, length: str) -> str:
         """bool [batch, 1, 1, source]: tokens."""
-        return self.op("Less", self._positions(length), self.op("Unsqueeze", lengths, self.integers(1, 2, 3)))
+        return self.op("Less", self.positions_below(length), self.op("Unsqueeze", lengths, self.integers(1, 2, 3)))
 
     def encoder_attention(self, packed: str, mask: str, bias: str) -> str:
         a = self.architecture
@@ -54,7 +54,7 @@ class StandardWriter(Writer):
 
     def self_attention(self, packed: str, layer: int, past: str, total: str, bias: str) -> str:
         query, *new = (self._one_token(part) for part in self.split(packed, num_outputs=3))
-        positions = self._positions(self._length("past.0.key"))
+        positions = self.positions_below(self._length("past.0.key"))
         here = self.op("Equal", positions, self.op("Unsqueeze", past, self.integers(1, 2)))
         here = self.op("Unsqueeze", here, self.integers(3))  # [rows, 1, target, 1]
         present = f"present.{layer}.key", f"present.{layer}.value"
@@ -65,7 +65,7 @@ class StandardWriter(Writer):
 
     def cross_attention(self, query: str, layer: int, source_last: str) -> str:
         caches = self.caches(f"cross.{layer}", "source")
-        positions = self._positions(self._length("cross.0.key"))
+        positions = self.positions_below(self._length("cross.0.key"))
         return self._to_last(self._one_token(query), *caches, source_last, positions, "")
 
     def activation(self, name: str, x: str) -> str:
@@ -111,7 +111,3 @@ class StandardWriter(Writer):
 
     def _length(self, cache: str) -> str:
         return self.op("Shape", cache, start=2, end=3)
-
-    def _positions(self, length: str) -> str:
-        """int32 [length]; ``length`` is int64 [1]."""
-        return self.op("Cast", self.positions(self.op("Squeeze", length)), to=TensorProto.INT32)

@@ -216,6 +216,10 @@ class Writer(ABC):
         zero, one = (self.constant(np.array(n, np.int64)) for n in (0, 1))
         return self.op("Range", zero, count, one)
 
+    def positions_below(self, length: str) -> str:
+        """int32 [length], as lengths and pasts are; ``length`` is int64 [1]."""
+        return self.op("Cast", self.positions(self.op("Squeeze", length)), to=TensorProto.INT32)
+
     def encoder_bias(self, bias: RelativeBias, length: str) -> str:
         """[1, heads, source, source]; ``length`` is int64 [1]."""
         positions = self.positions(self.op("Squeeze", length))
