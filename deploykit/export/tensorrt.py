@@ -53,6 +53,9 @@ _GEMMS = ("gemm", "runtime_fusion")  # TensorRT-RTX's names for what multiplies 
 
 Range = tuple[int, int, int]
 
+Inputs = Mapping[str, Sequence[int | str]]
+"""A graph's inputs by name: their dimensions, numbers or names."""
+CLASSIFIER_INPUTS: Inputs = dict.fromkeys(("input_ids", "attention_mask"), ("batch", "tokens"))
 Limits = Mapping[str, int]
 """The most that a model takes of each axis but the batch: ``length``, and ``past`` where it has a decoder's caches."""
 
@@ -187,12 +190,20 @@ def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
 
 
 def build_engine(
-    graph: Path, precision: str, options: EngineOptions, limits: Limits, say: Say, calibration: str | None = None
+    graph: Path,
+    precision: str,
+    options: EngineOptions,
+    limits: Limits,
+    say: Say,
+    calibration: str | None = None,
+    *,
+    inputs: Inputs = CLASSIFIER_INPUTS,
+    weights: Path | None = None,
 ) -> EngineRecord:
     """Build ``graph``, whose inputs have dimensions of ``_AXES``, and write the engine, its record and the builder's log beside it.
 
-    ``calibration`` is the digest of the ranges in an INT8 graph. What was built before from the same graph, options,
-    builder and GPU is taken from the user's cache.
+    ``calibration`` is the digest of the ranges in an INT8 graph, ``weights`` the file of those that it does not hold
+    itself. What was built before from the same graph, options, builder and GPU is taken from the user's cache.
 
     Raises ExportError naming the node that TensorRT does not take, or what else stopped it; UsageError for a profile
     that a model of these ``limits`` does not allow.
@@ -200,13 +211,15 @@ def build_engine(
     builder, profiles = plan(options, limits)
     target = Gpu().capability if options.target == "this-gpu" else options.target
     engine = graph.with_name(f"{graph.stem}.{builder}-{target}.engine")
-    key = digest_of(digest_path(graph), precision, options.workspace, target, list(map(str, profiles)), _maker(builder))
+    graph_digest = digest_path(graph)
+    made_of = [graph_digest, *([] if weights is None else [digest_path(weights)])]
+    key = digest_of(*made_of, precision, options.workspace, target, list(map(str, profiles)), _maker(builder))
     kept = engine_cache.take(key, engine)
     if kept is not None:
         say(f"{engine.name}: built before from the same, taken from {engine_cache.folder() / key}")
     else:
         say(f"building {engine.name} with {builder}")
-    record = kept or _build(graph, engine, precision, builder, profiles, options, say)
+    record = kept or _build(graph, graph_digest, inputs, engine, precision, builder, profiles, options, say)
     record = replace(
         record, file=engine.name, graph=graph.name, target=target, calibration=calibration, command=options.command
     )
@@ -231,6 +244,8 @@ def _maker(builder: str) -> list[str]:
 
 def _build(
     graph: Path,
+    graph_digest: str,
+    inputs: Inputs,
     engine: Path,
     precision: str,
     builder: str,
@@ -240,7 +255,7 @@ def _build(
 ) -> EngineRecord:
     started = time.monotonic()
     build = _run_trtexec if builder == "trtexec" else _build_here
-    version, log = build(builder, graph, engine, profiles, options)
+    version, log = build(builder, graph, inputs, engine, profiles, options)
     engine.with_suffix(".log").write_text("\n".join(log) + "\n", encoding="utf-8")
     layers, int8_gemms = count_layers(log)
     if precision == "int8" and layers and not int8_gemms:
@@ -250,7 +265,7 @@ def _build(
     return EngineRecord(
         file=engine.name,
         graph=graph.name,
-        graph_digest=digest_path(graph),
+        graph_digest=graph_digest,
         precision=precision,
         builder=builder,
         version=version,
@@ -277,7 +292,7 @@ def count_layers(log: Sequence[str]) -> tuple[dict[str, int], int]:
 
 
 def _build_here(
-    builder: str, graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions
+    builder: str, graph: Path, inputs: Inputs, engine: Path, profiles: Sequence[Profile], options: EngineOptions
 ) -> tuple[str, list[str]]:
     """With the Python bindings, which TensorRT and TensorRT-RTX share."""
     trt = importlib.import_module(BINDINGS[builder])
@@ -295,7 +310,7 @@ def _build_here(
     _aim(trt, builder, config, options.target)
     for profile in profiles:
         shapes = maker.create_optimization_profile()
-        for name, dimensions in _inputs(graph).items():
+        for name, dimensions in inputs.items():
             shapes.set_shape(name, *profile.shapes(dimensions))
         if config.add_optimization_profile(shapes) < 0:
             raise ExportError(f"{builder} refuses the profile {profile}: {last_error(lines)}", "give another --profile")
@@ -312,9 +327,9 @@ def _build_here(
     return str(trt.__version__), lines
 
 
-def _inputs(graph: Path) -> dict[str, list[int | str]]:
-    """Name -> dimensions, numbers or names."""
-    import onnx  # what reads the options of this module does without
+def read_inputs(graph: Path) -> Inputs:
+    """Those of an ONNX file."""
+    import onnx  # a device that builds a classifier's engine does without
 
     model = onnx.load(graph, load_external_data=False)
     return {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
@@ -360,14 +375,16 @@ def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
     )
 
 
-def trtexec_command(graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions) -> list[str]:
+def trtexec_command(
+    graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions, inputs: Inputs = CLASSIFIER_INPUTS
+) -> list[str]:
     """The arguments of trtexec 10.3 and later that build what the bindings build."""
     command = ["trtexec", f"--onnx={graph}", f"--saveEngine={engine}", "--stronglyTyped", "--skipInference",
                "--verbose", "--profilingVerbosity=detailed",
                f"--memPoolSize=workspace:{max(1, parse_size(options.workspace) >> 20)}M"]  # fmt: skip
     for number, profile in enumerate(profiles):
         command += [f"--profile={number}"] if len(profiles) > 1 else []
-        shapes = {name: profile.shapes(dimensions) for name, dimensions in _inputs(graph).items()}
+        shapes = {name: profile.shapes(dimensions) for name, dimensions in inputs.items()}
         for i, option in enumerate(("minShapes", "optShapes", "maxShapes")):
             each = [f"{name}:{'x'.join(map(str, of[i]))}" for name, of in shapes.items()]
             command.append(f"--{option}={','.join(each)}")
@@ -379,9 +396,9 @@ def trtexec_command(graph: Path, engine: Path, profiles: Sequence[Profile], opti
 
 
 def _run_trtexec(
-    builder: str, graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions
+    builder: str, graph: Path, inputs: Inputs, engine: Path, profiles: Sequence[Profile], options: EngineOptions
 ) -> tuple[str, list[str]]:
-    command = trtexec_command(graph, engine, profiles, options)
+    command = trtexec_command(graph, engine, profiles, options, inputs)
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
     )

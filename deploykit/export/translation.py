@@ -16,18 +16,19 @@ from deploykit.artifacts import digest_of
 from deploykit.data.clean_pairs import clean_pairs
 from deploykit.data.pairs import Pair
 from deploykit.data.read_pairs import load_pairs
+from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
 from deploykit.export.architecture import Architecture
 from deploykit.export.calibration import Calibration, Observe, collect, equal_length_batches
 from deploykit.export.families import read_architecture
 from deploykit.export.quantize import Ranges
-from deploykit.export.run import ExportOptions, Say, Written, evenly, pick_rows
+from deploykit.export.run import ExportOptions, Say, Written, pick_rows
 from deploykit.export.search import Search, fewest_in_fp32, too_lossy
 from deploykit.export.seq2seq_graph import Standard, build_decoder, build_encoder, save_graphs, with_activations
 from deploykit.export.seq2seq_parity import Parity, check_parity
 from deploykit.export.seq2seq_writer import Graph
 from deploykit.export.tables import render
-from deploykit.export.tensorrt import EngineOptions, build_engine, plan
+from deploykit.export.tensorrt import EngineOptions, build_engine, plan, read_inputs
 from deploykit.export.translation_tokenizer import save_translation_tokenizer
 from deploykit.finetune.translator import TorchTranslator
 from deploykit.metrics import translation_metrics
@@ -367,8 +368,11 @@ def _build_engines(
                 f"the fp16 graphs lose {drop:.2f} points of BLEU or chrF, more than --max-drop {options.max_drop}",
                 "give --precision bf16, whose range is wider, or raise --max-drop; nothing was written",
             )
-        for file in tensorrt_files(precision)[:2]:
-            engine = build_engine(directory / file, precision, trt, _limits(reference.task), say)
+        *graphs, weights = (directory / file for file in tensorrt_files(precision))
+        for graph in graphs:
+            engine = build_engine(
+                graph, precision, trt, _limits(reference.task), say, inputs=read_inputs(graph), weights=weights
+            )
             metrics["engines"].append(dataclasses.asdict(engine))
 
 

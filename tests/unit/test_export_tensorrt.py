@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import stat
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
@@ -34,6 +35,7 @@ from deploykit.export.tensorrt import (
     count_layers,
     parse_profile,
     parse_size,
+    read_inputs,
     trtexec_command,
 )
 from deploykit.runtime.engines.tensorrt import read_record
@@ -168,6 +170,23 @@ def test_an_engine_is_built_once_for_all_exports_with_the_same_graph(
         build_engine(graphs[0], "int8", options, LIMITS, lambda line: None)
 
 
+def test_other_weights_beside_the_same_graph_are_another_engine(tmp_path: Path, cache: Path) -> None:
+    graph, weights, said = write_graph(tmp_path / "model.fp16.onnx"), tmp_path / "shared.bin", []
+    for content in (b"a", b"b", b"a"):
+        weights.write_bytes(content)
+        build_engine(graph, "fp16", RTX, LIMITS, said.append, weights=weights)
+    assert [line.startswith("building") for line in said if "building" in line or "built before" in line] == [
+        True, True, False,
+    ]  # fmt: skip
+
+
+def test_a_classifiers_engine_is_built_without_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Jetson has none."""
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert build_engine(graph, "fp16", RTX, LIMITS, lambda line: None).size_bytes > 1000
+
+
 def test_a_damaged_engine_in_the_cache_is_built_again(tmp_path: Path, cache: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     first = build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
@@ -228,6 +247,18 @@ def test_an_operator_that_nobody_knows_is_named_with_what_to_do(tmp_path: Path) 
         build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
     assert "have the module layer.0.act compute it with other operators" in str(refused.value.remedy)
     assert not list(tmp_path.glob("*.engine"))
+
+
+def test_an_input_that_no_profile_fits_is_named(tmp_path: Path) -> None:
+    graph = write_graph(tmp_path / "model.fp16.onnx")
+    model = onnx.load(graph)
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, graph)
+    with pytest.raises(
+        ExportError, match=r"attention_mask and profile 0\. At dimension axis 0, profile has min=1, opt=8"
+    ) as refused:
+        build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
+    assert "fits every input" in str(refused.value.remedy)
 
 
 def test_a_profile_that_the_builder_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,7 +372,10 @@ def test_both_graphs_of_a_translator_become_engines(
         save_graphs(tmp_path, *graphs, files)
         for file, layers in zip(files, names):
             precision = "int8" if some else kind
-            engine = build_engine(tmp_path / file, precision, options, TRANSLATOR, lambda line: None)
+            graph, weights = tmp_path / file, tmp_path / files[2]
+            engine = build_engine(
+                graph, precision, options, TRANSLATOR, lambda line: None, inputs=read_inputs(graph), weights=weights
+            )
             least = len(layers) - 1 if some else 0  # the builder may fuse two
             assert least <= engine.int8_gemms / len(options.profiles) <= least + bool(some), engine.layers
             assert engine.profiles == options.profiles
