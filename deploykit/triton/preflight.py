@@ -34,6 +34,15 @@ class EmbeddedTriton:
     caches: Path
     library_path: str
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of its process: this one's, but for what would lead Triton's Python astray."""
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
+        environment["LD_LIBRARY_PATH"] = self.library_path
+        # The stub takes its prefix, and so its packages, from the first python3 on PATH.
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        return environment
+
 
 def find_triton() -> EmbeddedTriton:
     """Locate the embedded Triton and check that it can run here.

@@ -289,11 +289,7 @@ class TritonServer:
         command += [f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}"]
         command += [f"--backend-config=python,stub-timeout-seconds={max(1, round(self._ready_timeout))}"]
         self._command = [sys.executable, "-IS", "-c", _EXEC_BOUND, *command]
-        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
-        environment["LD_LIBRARY_PATH"] = triton.library_path
-        # The stub takes its prefix, and so its packages, from the first python3 on PATH.
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
-        self._environment = environment
+        self._environment = triton.environment
 
     def _launch(self) -> None:
         """Start Triton, and return when every model answers."""
