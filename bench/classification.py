@@ -8,7 +8,6 @@ bench/results/<date>-classification.json and .html.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from classification_contenders import (
+    CALIBRATION_ROWS,
     CONTENDERS,
     Contender,
     Subject,
@@ -26,7 +26,7 @@ from classification_contenders import (
     size_mb,
 )
 from classification_serving import MODEL, deploykit_server, measure_serving
-from suite import begin, measured_alone, say, write
+from suite import begin, candidate, measured_alone, say, write
 
 from deploykit.bench.load import ClosedLoop, Scenario, Server
 from deploykit.bench.rows import read_rows
@@ -50,7 +50,7 @@ def main() -> None:
                 suite["workloads"] += measure_subject(
                     part, Subject(checkpoint, export, Path(made)), options, suite["skipped"]
                 )
-        write(suite, "Classification", options.out)  # what follows takes long, and may fail
+            write(suite, "Classification", options.out)  # what follows takes long, and may fail
     if "serving" in options.parts:
         checkpoint, export = options.tweets
         with tempfile.TemporaryDirectory() as made:
@@ -68,10 +68,11 @@ def measure_subject(
     Adds to ``skipped`` whoever could not take part, with the reason.
     """
     texts, truth = _rows(subject, options.max_rows)
-    calibration, _ = read_rows(str(subject.checkpoint / "splits" / "train.jsonl"), subject.task, most=300, seed=0)
+    train = str(subject.checkpoint / "splits" / "train.jsonl")
+    calibration, _ = read_rows(train, subject.task, most=CALIBRATION_ROWS, seed=0)
     candidates = []
     for contender in CONTENDERS:
-        if contender.name not in options.contenders or missing(contender):
+        if contender.name not in options.contenders or contender.name in skipped:
             continue
         say(f"opening {contender.name} ({key})")
         try:
@@ -81,8 +82,7 @@ def measure_subject(
             continue
         candidates.append(_candidate(contender, subject, texts, options))
     settings = {"rounds": options.rounds, "seconds": options.seconds, "warmup_s": 0.5, "progress": say}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
-        url = running.enter_context(deploykit_server(subject, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder, deploykit_server(subject, Path(folder)) as url:
         served = Candidate("deploykit, served", Server(url, MODEL, subject.task))
         callers: list[Scenario] = [ClosedLoop(1), ClosedLoop(32)]
         yield {"key": key, "bench": run_bench([*candidates, served], texts, truth, callers, **settings).to_json()}
@@ -93,18 +93,8 @@ def measure_subject(
 def _candidate(contender: Contender, subject: Subject, texts: Sequence[str], options: argparse.Namespace) -> Candidate:
     hidden = ["torch"] if contender.engine == "CTranslate2" else []
     job = job_of(contender, subject, options.threads)
-    alone = measured_alone("classification_contenders", hidden, job, texts, times=1 if options.quick else 3)
-    if alone is None:
-        say(f"warning: {contender.name} fails in a process of its own")
-    return Candidate(
-        contender.name,
-        open_contender(contender, subject, options.threads),
-        size_mb(contender, subject),
-        contender.precision,
-        contender.engine,
-        alone.peak_memory_mb if alone else None,
-        alone.first_answer_s if alone else None,
-    )
+    alone = measured_alone(contender, "classification_contenders", hidden, job, texts, times=1 if options.quick else 3)
+    return candidate(contender, open_contender(contender, subject, options.threads), size_mb(contender, subject), alone)
 
 
 def _rows(subject: Subject, most: int) -> tuple[list[str], list[str] | None]:

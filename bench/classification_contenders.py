@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,11 @@ from deploykit.artifacts import load_manifest
 from deploykit.predictor import Predictor, TextClassifier, open_classifier
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.text import normalize
+from deploykit.runtime.tokenizer import TextTokenizer
 from deploykit.tasks import Classification, Generation
 
 BATCH = 32
-_CALIBRATION_ROWS = 300  # NNCF's default subset
+CALIBRATION_ROWS = 300  # NNCF's default subset
 
 Forward = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
 """Token ids and attention mask, int64 [rows, tokens], to logits, float32 [rows, labels]."""
@@ -120,7 +120,7 @@ def size_mb(contender: Contender, subject: Subject) -> float:
     made = _made(contender, subject)
     if contender.own:
         graphs = ENGINES[contender.engine.split()[1]].graphs
-        files = [subject.export / graphs["int8" if contender.precision == "int8" else "fp32"]]
+        files = [subject.export / graphs[contender.precision]]
     elif made.exists():
         files = [p for p in ([made] if made.is_file() else made.rglob("*")) if p.suffix in (".onnx", ".bin")]
     elif contender.package == "torch":
@@ -239,13 +239,9 @@ def _quantize_by_nncf(subject: Subject, texts: Sequence[str], out: Path) -> None
     import nncf
     import openvino as ov
 
-    tokenizer = Tokenizer.from_file(str(subject.export / "tokenizer.json"))
-    tokenizer.enable_truncation(subject.task.max_length)
-    rows = [tokenizer.encode(normalize(text)) for text in texts[:_CALIBRATION_ROWS]]
-    inputs = [
-        {"input_ids": np.array([row.ids], np.int64), "attention_mask": np.array([row.attention_mask], np.int64)}
-        for row in rows
-    ]
+    tokenizer = TextTokenizer(subject.export / "tokenizer.json", subject.task.max_length)
+    rows = [np.array([ids], np.int64) for ids in tokenizer.encode([normalize(text) for text in texts])]
+    inputs = [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in rows]
     model = ov.Core().read_model(subject.export / "model.onnx")
     quantized = nncf.quantize(model, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER)
     out.mkdir()
@@ -266,11 +262,10 @@ def _convert_to_ctranslate2(subject: Subject, out: Path) -> None:
     spec.config.unk_token = tokens[0]
     spec.validate()
     spec.optimize(quantization="int8")
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        spec.save(folder)
-        head = model.classifier
-        np.savez(Path(folder) / "head.npz", weight=head.weight.detach().numpy(), bias=head.bias.detach().numpy())
-        shutil.copytree(folder, out)
+    out.mkdir()
+    spec.save(str(out))
+    head = model.classifier
+    np.savez(out / "head.npz", weight=head.weight.detach().numpy(), bias=head.bias.detach().numpy())
 
 
 def job_of(contender: Contender, subject: Subject, threads: int) -> dict[str, Any]:

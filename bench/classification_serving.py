@@ -66,8 +66,7 @@ def plain_triton(subject: Subject, folder: Path) -> Iterator[str]:
     (port,) = take_ports("127.0.0.1", [("http", 0)])
     command = [str(triton.binary), f"--model-repository={folder / 'plain'}", f"--backend-directory={backends}",
                f"--http-port={port}", "--http-address=127.0.0.1", "--allow-grpc=false", "--allow-metrics=false"]  # fmt: skip
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with _running(command, port, folder / "plain.log", {"LD_LIBRARY_PATH": triton.library_path, "PATH": path}) as url:
+    with _running(command, port, folder / "plain.log", triton.environment) as url:
         yield url
 
 
@@ -77,7 +76,8 @@ def fastapi_handler(subject: Subject, folder: Path) -> Iterator[str]:
     (port,) = take_ports("127.0.0.1", [("http", 0)])
     command = [sys.executable, "-m", "uvicorn", "fastapi_app:app", "--app-dir", str(HANDLERS), "--port", str(port),
                "--log-level", "warning"]  # fmt: skip
-    with _running(command, port, folder / "fastapi.log", {"CHECKPOINT": str(subject.checkpoint.resolve())}) as url:
+    environment = {**os.environ, "CHECKPOINT": str(subject.checkpoint.resolve())}
+    with _running(command, port, folder / "fastapi.log", environment) as url:
         yield url
 
 
@@ -106,9 +106,7 @@ def measure_serving(
 @contextlib.contextmanager
 def _running(command: Sequence[str], port: int, log: Path, environment: Mapping[str, str]) -> Iterator[str]:
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **environment}, cwd=log.parent
-        )
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent)
     try:
         deadline = time.monotonic() + _READY_S
         while not _answers(port):

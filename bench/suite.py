@@ -10,12 +10,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from deploykit.artifacts import new_file
 from deploykit.bench.alone import Alone, measure_alone
 from deploykit.bench.machine import describe_machine
 from deploykit.bench.report import write_suite
+from deploykit.bench.run import Candidate
+from deploykit.predictor import Predictor
+from deploykit.tasks import Generation
 
 
 def say(message: str) -> None:
@@ -39,17 +42,55 @@ def begin(program: str, threads: int, skipped: Mapping[str, str], packages: Sequ
     }
 
 
+class Contender(Protocol):
+    """Who takes part, as the suites' own modules have them."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def engine(self) -> str: ...
+
+    @property
+    def precision(self) -> str: ...
+
+
 def measured_alone(
-    module: str, hidden: Sequence[str], job: Mapping[str, Any], texts: Sequence[str], *, times: int
+    contender: Contender,
+    module: str,
+    hidden: Sequence[str],
+    job: Mapping[str, Any],
+    texts: Sequence[str],
+    *,
+    times: int,
 ) -> Alone | None:
-    """The run with the median time to the first answer, each in a process of its own.
+    """The run with the median time to the first answer, each in a process of its own; None, and said, if none ends well.
 
     ``module`` is that of the contender, whose ``open_job`` gets ``job``; ``hidden`` packages cannot be imported there.
     """
     program = [str(Path(__file__).with_name("alone.py")), module, *hidden]
     runs = [measure_alone(program, job, texts) for _ in range(times)]
     whole = sorted((run for run in runs if run is not None), key=lambda run: run.first_answer_s)
-    return whole[len(whole) // 2] if whole else None
+    if not whole:
+        say(f"warning: {contender.name} fails in a process of its own")
+        return None
+    return whole[len(whole) // 2]
+
+
+def candidate(
+    contender: Contender, target: Predictor, size_mb: float, alone: Alone | None, generation: Generation | None = None
+) -> Candidate:
+    """``target`` to be measured beside others, with what was measured of it alone."""
+    return Candidate(
+        contender.name,
+        target,
+        size_mb,
+        contender.precision,
+        contender.engine,
+        alone.peak_memory_mb if alone else None,
+        alone.first_answer_s if alone else None,
+        generation,
+    )
 
 
 def write(suite: Mapping[str, Any], title: str, out: Path) -> None:

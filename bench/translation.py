@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from projection import projection_share
-from suite import begin, measured_alone, say, write
+from suite import begin, candidate, measured_alone, say, write
 from translation_contenders import (
     CONTENDERS,
     CTRANSLATE2,
@@ -38,7 +38,7 @@ from deploykit.artifacts import load_manifest
 from deploykit.bench.alone import Alone
 from deploykit.bench.load import ClosedLoop, answer_texts
 from deploykit.bench.rows import read_rows
-from deploykit.bench.run import Candidate, run_bench
+from deploykit.bench.run import run_bench
 from deploykit.predictor import TextTranslator
 from deploykit.runtime.engines import TRANSLATION_FILES, Precision, available_cpus
 from deploykit.runtime.generation import override
@@ -160,16 +160,7 @@ def measure_subject(
         tuned = {c.name: _tune(opened[c], texts, generation, counts) for c in opened if c.engine == CTRANSLATE2}
         result = run_bench(
             [
-                Candidate(
-                    contender.name,
-                    translator,
-                    size_mb(contender, subject),
-                    contender.precision,
-                    contender.engine,
-                    found.peak_memory_mb if (found := alone.get(contender)) else None,
-                    found.first_answer_s if found else None,
-                    generation,
-                )
+                candidate(contender, translator, size_mb(contender, subject), alone[contender], generation)
                 for contender, translator in opened.items()
             ],
             texts,
@@ -287,10 +278,7 @@ def _alone(contender: Contender, subject: Subject, texts: Sequence[str], plan: P
     hidden = [] if contender.engine == DEPLOYKIT else ["onnxruntime"]
     hidden += ["torch"] if contender.engine == CTRANSLATE2 else []
     job = job_of(contender, subject, plan.threads)
-    alone = measured_alone("translation_contenders", hidden, job, texts, times=1 if plan.quick else 3)
-    if alone is None:
-        say(f"warning: {contender.name} fails in a process of its own")
-    return alone
+    return measured_alone(contender, "translation_contenders", hidden, job, texts, times=1 if plan.quick else 3)
 
 
 def _agreement(
