@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import random
 import re
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import numpy as np
 import tritonclient.http as triton
 from numpy.typing import NDArray
-from tritonclient.utils import InferenceServerException
 
 from deploykit.errors import DeploykitError, RequestError, ServerError, UsageError
 from deploykit.runtime.translated import EMPTY, Finish, LongInput, Translated
@@ -52,6 +53,34 @@ class TranslatedRow:
     error: str
 
 
+class _Connection:
+    """One keep-alive connection, for any thread: tritonclient's belongs to the one that made it, to be closed as well."""
+
+    def __init__(self, address: str, tls: bool, timeout: float) -> None:
+        host, _, path = address.partition("/")
+        self._path = f"/{path}" if path else ""
+        kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
+        self._connection = kind(host, timeout=min(10.0, timeout))
+        self._connection.connect()
+        self._connection.sock.settimeout(timeout)
+
+    def send(self, method: str, path: str, body: bytes, json_size: int | None) -> tuple[int, int | None, bytes]:
+        """See ``_Served._send``."""
+        headers = {} if json_size is None else {"Inference-Header-Content-Length": str(json_size)}
+        self._connection.request(method, f"{self._path}{path}", body, headers)
+        response = self._connection.getresponse()
+        size = response.headers.get("Inference-Header-Content-Length")
+        return response.status, None if size is None else int(size), response.read()
+
+    @property
+    def kept(self) -> bool:
+        """Whether the server left it open."""
+        return self._connection.sock is not None
+
+    def close(self) -> None:
+        self._connection.close()
+
+
 class _Served:
     """The model ``name`` on the Triton server at ``url``: what clients of every task do alike.
 
@@ -68,14 +97,20 @@ class _Served:
         self._url = url
         self._timeout = timeout
         self._patience = patience
-        self._connections = threading.local()  # a tritonclient belongs to the thread that made it
-        config = self._ask(lambda client: client.get_model_config(name), patience=0.0)
-        self._task: Task = self._read_task(config)
-        self.max_batch_size = max(1, int(config.get("max_batch_size", 1)))
+        self._idle: deque[_Connection] = deque()
         self._pool = ThreadPoolExecutor(in_flight, "deploykit-client")
+        try:
+            config = self._ask("GET", "config", patience=0.0)
+            self._task: Task = self._read_task(config)
+        except BaseException:
+            self.close()
+            raise
+        self.max_batch_size = max(1, int(config.get("max_batch_size", 1)))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+        while self._idle:
+            self._idle.pop().close()
 
     def _rows(
         self,
@@ -124,54 +159,67 @@ class _Served:
         text = triton.InferInput("TEXT", [len(chunk), 1], "BYTES")
         text.set_data_from_numpy(np.array(chunk, np.object_).reshape(-1, 1))
         outputs = [triton.InferRequestedOutput(name) for name in names]
-        answer = self._ask(
-            lambda client: client.infer(self._name, [text], outputs=outputs, parameters=parameters or None),
-            patience=self._patience,
+        body, json_size = triton.InferenceServerClient.generate_request_body(
+            [text], outputs=outputs, parameters=parameters or None
         )
+        answer = self._ask("POST", "infer", body, json_size, patience=self._patience)
         return [answer.as_numpy(name) for name in names]
 
-    def _ask(self, request: Any, *, patience: float) -> Any:
-        """Send ``request(client)`` until it is answered, refused for good, or ``patience`` seconds are over."""
+    def _ask(self, method: str, what: str, body: bytes = b"", json_size: int | None = None, *, patience: float) -> Any:
+        """What the server says of ``what`` of this model: an InferResult, or without ``json_size`` JSON.
+
+        Asked until it is answered, refused for good, or ``patience`` seconds are over.
+        """
+        path = f"/v2/models/{quote(self._name)}/{what}"
         deadline = time.monotonic() + patience
         pause = 0.05
         while True:
             try:
-                return request(self._client())
-            except InferenceServerException as error:
-                status, message = _status(error), _plain(error.message() or "")
-                busy = status == 503 or (status in (400, 404, 500) and _RELOADING.search(message) is not None)
-                if not busy or time.monotonic() > deadline:
-                    raise self._refusal(status, message) from None
+                status, header_size, answer = self._send(method, path, body, json_size)
+                if status == 200:
+                    if json_size is None:
+                        return json.loads(answer)
+                    return triton.InferenceServerClient.parse_response_body(answer, header_length=header_size)
             except TimeoutError:
-                self._connections.__dict__.clear()
                 raise ServerError(
                     f"no answer from {self._url} within {self._timeout:g} s", "see the server's log, or try later"
                 ) from None
-            except (OSError, EOFError) as error:
-                self._connections.__dict__.clear()
+            except OSError as error:
                 raise ServerError(
                     f"no server answers at {self._url} ({_reason(error)})",
                     "start one with: deploykit serve; or pass its address with --url",
                 ) from None
-            except DeploykitError:
-                raise
-            except Exception as error:  # the HTTP library's exceptions, and JSON's, share no base
-                self._connections.__dict__.clear()
-                raise ServerError(
-                    f"{self._url} answers, but not as a Triton server does ({_reason(error)})",
-                    "pass the server's HTTP address (not its gRPC or metrics port) with --url",
-                ) from None
+            except Exception as error:  # HTTP's exceptions, JSON's and those of tritonclient share no base
+                raise self._not_triton(_reason(error)) from None
+            message = _message(answer)
+            busy = status == 503 or (status in (400, 404, 500) and _RELOADING.search(message) is not None)
+            if not busy or time.monotonic() > deadline:
+                raise self._refusal(status, message)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, 1.0)
 
-    def _client(self) -> Any:
-        client = getattr(self._connections, "client", None)
-        if client is None:
-            client = triton.InferenceServerClient(
-                self._address, ssl=self._ssl, connection_timeout=min(10.0, self._timeout), network_timeout=self._timeout
-            )
-            self._connections.client = client
-        return client
+    def _send(self, method: str, path: str, body: bytes, json_size: int | None) -> tuple[int, int | None, bytes]:
+        """The answer's status, the size of its JSON if more follows, and its body."""
+        try:
+            connection, used = self._idle.pop(), True
+        except IndexError:
+            connection, used = _Connection(self._address, self._ssl, self._timeout), False
+        try:
+            answer = connection.send(method, path, body, json_size)
+        except BaseException as error:
+            connection.close()
+            if used and isinstance(error, ConnectionError):  # the server may close what was idle
+                return self._send(method, path, body, json_size)
+            raise
+        if connection.kept:
+            self._idle.append(connection)
+        return answer
+
+    def _not_triton(self, reason: str) -> ServerError:
+        return ServerError(
+            f"{self._url} answers, but not as a Triton server does ({reason})",
+            "pass the server's HTTP address (not its gRPC or metrics port) with --url",
+        )
 
     def _refusal(self, status: int, message: str) -> ServerError:
         where = f"model {self._name} at {self._url}"
@@ -181,11 +229,8 @@ class _Served:
             return RequestError(
                 f"{where}: no such model on that server", 404, "deploykit serve prints the names of its models"
             )
-        if status == 0 or status in (401, 403, 405, 502, 504):
-            return ServerError(
-                f"{self._url} answers, but not as a Triton server does (HTTP status {status})",
-                "pass the server's HTTP address (not its gRPC or metrics port) with --url",
-            )
+        if status in (401, 403, 405, 502, 504):
+            return self._not_triton(f"HTTP status {status}")
         if status == 400:
             return RequestError(message, 400, "correct the request")
         return RequestError(f"{where}: {message}", status, "see the server's log")
@@ -216,6 +261,7 @@ class ServedClassifier(_Served):
     def __init__(self, name: str, url: str = DEFAULT_URL, **options: Any) -> None:
         super().__init__(name, url, **options)
         if not isinstance(self._task, Classification):
+            self.close()
             raise UsageError(f"{name} translates, it does not classify", "use deploykit translate")
         self.task: Classification = self._task
 
@@ -248,6 +294,7 @@ class ServedTranslator(_Served):
     def __init__(self, name: str, url: str = DEFAULT_URL, *, timeout: float = 600.0, **options: Any) -> None:
         super().__init__(name, url, timeout=timeout, **options)
         if not isinstance(self._task, Translation):
+            self.close()
             raise UsageError(f"{name} classifies, it does not translate", "use deploykit predict")
         self.task: Translation = self._task
 
@@ -346,13 +393,12 @@ def _require_all(errors: Sequence[str]) -> None:
             raise RequestError(f"text {number}: {error}", 400, "remove that text, or correct it")
 
 
-def _status(error: InferenceServerException) -> int:
-    text = str(error.status() or "")
-    return int(text) if text.isdigit() else 0
-
-
-def _plain(message: str) -> str:
-    """Triton's message without the request id that nobody set."""
+def _message(answer: bytes) -> str:
+    """Triton's message without the request id that nobody set; of a proxy, what it says."""
+    try:
+        message = str(json.loads(answer)["error"])
+    except (ValueError, LookupError, TypeError):
+        message = answer[:200].decode(errors="replace")
     return message.removeprefix("[request id: <id_unknown>] ").strip()
 
 

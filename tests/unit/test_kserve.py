@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,14 @@ def test_our_client_gets_the_answers_of_this_process_bit_for_bit(server: KServeS
     np.testing.assert_array_equal(client.scores(TEXTS), expected)
     assert [row.label for row in client.predict_rows(TEXTS)] == client.task.decide(expected)
     client.close()
+
+
+def test_a_connection_that_the_server_closed_is_renewed(model: InProcessModel) -> None:
+    with KServeServer(model, "127.0.0.1", 0) as server, closing(ServedClassifier("tiny", server.url)) as client:
+        (connection,) = client._idle
+        connection._connection.sock.shutdown(socket.SHUT_RDWR)
+        assert len(client.scores(["w1"])) == 1
+        assert connection not in client._idle
 
 
 def test_tritons_own_client_is_answered_in_json_and_in_binary(server: KServeServer) -> None:
@@ -193,8 +203,8 @@ def test_requests_that_wait_share_a_batch_and_a_full_queue_says_503(tiny_export:
         return execute(requests)
 
     model._model.execute = slowly
-    with KServeServer(model, "127.0.0.1", 0) as server, ThreadPoolExecutor() as pool:
-        client = lambda: ServedClassifier("tiny", server.url, patience=0)  # noqa: E731
+    with KServeServer(model, "127.0.0.1", 0) as server, ThreadPoolExecutor() as pool, ExitStack() as clients:
+        client = lambda: clients.enter_context(closing(ServedClassifier("tiny", server.url, patience=0)))  # noqa: E731
         first = pool.submit(client().scores, ["w1"])
         assert entered.wait(30)
         waiting = [pool.submit(client().scores, [f"w{i}"]) for i in (2, 3)]
