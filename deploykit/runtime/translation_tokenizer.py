@@ -229,15 +229,13 @@ class _SentencePiece:
         self._special_gap = record.special_gap
         self._codes_in_text = record.codes_in_text
 
-    def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        to_cut: list[str] = []
-        rows = [list(self._parts(text, to_cut)) for text in texts]
-        # One thread: starting others costs more than a batch takes.
-        cut = iter(self._encoder.encode(to_cut, out_type=str, num_threads=1))
-        return [list(self._row(parts, cut)) for parts in rows]
+    # SentencePiece is called for one text at a time: for a list of them it starts threads, which costs more than a
+    # small batch takes.
 
-    def _parts(self, text: str, to_cut: list[str]) -> Iterator[int | None]:
-        """The ids of tokens written out in ``text``; None for what lies between, which goes to ``to_cut``."""
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(self._ids(text)) for text in texts]
+
+    def _ids(self, text: str) -> Iterator[int]:
         for part in self._split(text):
             if part in self._added and self._added_pattern:
                 yield self._vocabulary.get(part, self._unk_id)
@@ -245,15 +243,7 @@ class _SentencePiece:
             if self._codes_in_text and part.startswith(">>") and (end := part.find("<<")) != -1:
                 yield self._vocabulary.get(part[: end + 2], self._unk_id)
                 part = part[end + 2 :]
-            to_cut.append(part)
-            yield None
-
-    def _row(self, parts: Sequence[int | None], cut: Iterator[list[str]]) -> Iterator[int]:
-        for part in parts:
-            if part is not None:
-                yield part
-                continue
-            for piece in next(cut):
+            for piece in self._encoder.encode(part, out_type=str):
                 yield self._vocabulary.get(piece, self._unk_id)
 
     def _split(self, text: str) -> list[str]:
@@ -279,32 +269,22 @@ class _SentencePiece:
         return [part for part in parts if part]
 
     def texts(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        if not len(ids):
-            return []
-        runs: list[list[str]] = []
-        specials = [self._runs(row, runs) for row in ids]
-        decoded = iter(self._decoder.decode(runs, num_threads=1))
-        return [self._text(row, decoded) for row in specials]
+        return [self._text(row) for row in ids]
 
-    def _runs(self, ids: Sequence[int], runs: list[list[str]]) -> list[str]:
-        """Add to ``runs`` the pieces of ``ids`` between special tokens; those tokens are the answer."""
-        special: list[str] = []
+    def _text(self, ids: Sequence[int]) -> str:
+        """The pieces between special tokens are put together apart."""
+        text = ""
         run: list[str] = []
         for i in ids:
             if i in self._special_ids:
                 continue
             token = self._tokens[i] if 0 <= i < len(self._tokens) else self._unk_token
             if token in self._special_tokens:
-                special.append(token)
-                runs.append(run)
+                text += self._decoder.decode(run) + token + self._special_gap
                 run = []
             else:
                 run.append(token)
-        runs.append(run)
-        return special
-
-    def _text(self, special: Sequence[str], decoded: Iterator[str]) -> str:
-        text = "".join(next(decoded) + token + self._special_gap for token in special) + next(decoded)
+        text += self._decoder.decode(run)
         # Pieces that the decoding model lacks keep their sign for a space; Marian's tokenizer, alone, replaces it.
         return (text.replace("▁", " ") if self._codes_in_text else text).strip()
 
