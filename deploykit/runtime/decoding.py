@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import MAX_ROWS
-from deploykit.runtime.search import Beam, Finished, Floats, Ints, Rules, continuations, top_k
+from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Floats, Ints, Rules, candidates
 from deploykit.tasks import Generation, Translation
 
 MAX_CACHE_BYTES = 512 << 20
@@ -59,6 +59,26 @@ class Seconds:
             setattr(self, field_.name, getattr(self, field_.name) + share * getattr(other, field_.name))
 
 
+@dataclass
+class _Plan:
+    """The running sentences by how they are searched for; it holds until one joins or leaves.
+
+    ``rules`` with the rows they are for. ``beams``: sentences of one beam size, and their rows, [sentences, beams], of
+    which ``Sentence.rows`` are views. By row: ``limits`` of the length; whether its log-probabilities are ``wanted``, and
+    ``renormalized``; whether it is part of a beam. ``best``: how many tokens of a row in a beam to look at.
+    """
+
+    rules: list[tuple[Rules, Ints]]
+    greedy: list[Sentence]
+    greedy_rows: Ints
+    beams: list[tuple[list[Sentence], Ints]]
+    limits: Ints
+    wanted: NDArray[np.bool_]
+    renormalized: NDArray[np.bool_]
+    in_beam: NDArray[np.bool_]
+    best: int
+
+
 class Decoder:
     """The sentences ``waiting`` and ``running``, and the model that they run on. One caller at a time.
 
@@ -86,11 +106,13 @@ class Decoder:
         self._workers = workers
         self._side_by_side: dict[int, list[Decoder]] = {}  # by how many
         self._rules: dict[Generation, Rules] = {}
+        self._ends = np.zeros(model.vocabulary, bool)
+        self._ends[list(task.eos_token_ids)] = True
         # By row: the start token and what was generated since; how many that is; their log-probability.
         self._tokens = np.zeros((max_rows, task.max_target_length + 1), np.int64)
         self._lengths = np.zeros(max_rows, np.int64)
         self._sums = np.zeros(max_rows, np.float32)
-        self._groups: list[tuple[Rules, Ints]] | None = None
+        self._plan: _Plan | None = None
 
     @property
     def claimed(self) -> int:
@@ -204,8 +226,9 @@ class Decoder:
         self._tokens[sentence.rows, 0] = self._task.decoder_start_token_id
         self._lengths[sentence.rows] = 1
         self._sums[sentence.rows] = 0.0
+        self._sums[sentence.rows[1:]] = NEVER  # all hypotheses begin alike: one is continued at first
         self.running.append(sentence)
-        self._groups = None
+        self._plan = None
 
     def _make_room(self) -> None:
         """Send the youngest sentences back while the caches that this step needs are too large."""
@@ -221,109 +244,156 @@ class Decoder:
 
     def _choose(self, logits: Floats) -> list[Sentence]:
         """Append the next token of every row; returns the sentences that end with it."""
-        rows = self._model.rows
-        sums, offset = np.zeros(rows, np.float32), np.zeros(rows, np.float32)
-        if not any(s.scored or s.beam is not None for s in self.running):
-            self._apply_rules(logits, offset)
-            return self._choose_greedily(logits, logits, sums)
-        beams = np.array([row for s in self.running if s.beam is not None for row in s.rows], np.int64)
-        scored = np.array([row for s in self.running if s.beam is None and s.scored for row in s.rows], np.int64)
-        wanted = np.zeros(rows, bool)
-        wanted[beams] = wanted[scored] = True
-        # When they are summed: before the rules, or of what these leave.
-        before, after = wanted.copy(), np.zeros(rows, bool)
-        for rules, theirs in self._rule_groups():
-            after[theirs] = wanted[theirs] & rules.renormalizes
-            before[theirs] &= rules.alters or not rules.renormalizes
-        self._sum_up(logits, before, sums)
-        raw = logits.copy() if len(scored) and self._altering() else logits
-        offset[beams] = sums[beams]
-        self._apply_rules(logits, offset)
-        self._sum_up(logits, after, sums)
+        if self._plan is None:
+            self._plan = self._make_plan()
+        plan, lengths = self._plan, self._lengths[: len(logits)]
+        sums = np.zeros(len(logits), np.float32)
+        if not plan.wanted.any():
+            self._apply_rules(plan, logits, sums)
+            return self._choose_greedily(plan, logits.argmax(axis=1), None)
+        # Rows whose log-probabilities are those from before the rules, or that rules change by them.
+        apart = np.zeros(len(logits), bool)
+        for rules, theirs in plan.rules:
+            if rules.alters or not rules.renormalizes:
+                apart[theirs] = rules.alters | rules.forbid(lengths[theirs])
+        apart &= plan.wanted
+        raw = logits
+        if apart.any():
+            sums[apart] = self._model.best.log_sums(logits if apart.all() else logits[apart])
+            if plan.greedy and any(rules.alters for rules, _ in plan.rules):
+                raw = logits.copy()
+        self._apply_rules(plan, logits, np.where(plan.in_beam, sums, np.float32(0)))
+        before = np.flatnonzero(apart & ~plan.renormalized)
         done: list[Sentence] = []
-        if len(beams) < rows:
-            done += self._choose_greedily(logits, raw, sums)
-        if len(beams):
-            done += self._advance_beams(logits, beams, sums)
+        if plan.greedy:
+            chosen = logits.argmax(axis=1)
+            gained = self._model.best.of(logits, chosen)
+            gained[before] = raw[before, chosen[before]] - sums[before]
+            done += self._choose_greedily(plan, chosen, gained)
+        if plan.beams:
+            values, columns = self._model.best(logits, plan.best)
+            values[before] = logits[before[:, None], columns[before]] - sums[before, None]
+            done += self._advance_beams(plan, values, columns)
         return done
 
-    def _apply_rules(self, logits: Floats, offset: Floats) -> None:
-        for rules, theirs in self._rule_groups():
+    def _make_plan(self) -> _Plan:
+        rows = self._model.rows
+        rules: dict[Generation, list[Ints]] = {}
+        greedy: list[Sentence] = []
+        sizes: dict[int, list[Sentence]] = {}
+        wanted, renormalized, in_beam = np.zeros((3, rows), bool)
+        plan = _Plan(
+            [], greedy, np.empty(0, np.int64), [], np.zeros(rows, np.int64), wanted, renormalized, in_beam, best=0
+        )
+        for sentence in self.running:
+            g = sentence.generation
+            rules.setdefault(g, []).append(sentence.rows)
+            plan.limits[sentence.rows] = g.max_length
+            plan.renormalized[sentence.rows] = g.renormalize
+            plan.wanted[sentence.rows] = sentence.scored or sentence.beam is not None
+            plan.in_beam[sentence.rows] = sentence.beam is not None
+            (greedy if sentence.beam is None else sizes.setdefault(g.beam_size, [])).append(sentence)
+        for g, theirs in rules.items():
+            if g not in self._rules:
+                self._rules[g] = Rules(g, self._task.eos_token_ids)
+            plan.rules.append((self._rules[g], np.concatenate(theirs)))
+        if greedy:
+            plan.greedy_rows = np.concatenate([sentence.rows for sentence in greedy])
+        for size, sentences in sizes.items():
+            together = np.stack([sentence.rows for sentence in sentences])
+            for sentence, its in zip(sentences, together):
+                sentence.rows = its
+            plan.beams.append((sentences, together))
+            plan.best = max(plan.best, min(candidates(size, self._task.eos_token_ids), self._model.vocabulary))
+        return plan
+
+    def _apply_rules(self, plan: _Plan, logits: Floats, offset: Floats) -> None:
+        for rules, theirs in plan.rules:
             rules.apply(logits, theirs, self._tokens, self._lengths, offset)
 
-    def _choose_greedily(self, logits: Floats, raw: Floats, sums: Floats) -> list[Sentence]:
+    def _choose_greedily(self, plan: _Plan, chosen: Ints, gained: Floats | None) -> list[Sentence]:
+        """``chosen`` tokens by row, and their log-probabilities, which count where a score is wanted."""
+        rows = plan.greedy_rows
+        lengths, tokens = self._lengths[rows], chosen[rows]
+        if gained is not None:
+            for rules, theirs in plan.rules:
+                gained[theirs[rules.forces(self._lengths[theirs])]] = 0.0
+            self._sums[rows] += np.where(plan.wanted[rows], gained[rows], np.float32(0))
+        self._tokens[rows, lengths] = tokens
+        self._lengths[rows] = lengths + 1
         done = []
-        chosen = logits.argmax(axis=1)
-        for sentence in self.running:
-            if sentence.beam is not None:
-                continue
-            row, g = int(sentence.rows[0]), sentence.generation
-            token, length = int(chosen[row]), int(self._lengths[row])
-            self._tokens[row, length] = token
-            self._lengths[row] = length + 1
-            if sentence.scored and not self._rules[g].forces(length):
-                self._sums[row] += raw[row, token] - sums[row]
-            if token in self._task.eos_token_ids or length + 1 >= g.max_length:
-                score = float(self._sums[row]) / length**g.length_penalty
-                sentence.result = Finished(self._tokens[row, 1 : length + 1].copy(), score)
-                done.append(sentence)
+        for i in np.flatnonzero(self._ends[tokens] | (lengths + 1 >= plan.limits[rows])):
+            sentence, row, length = plan.greedy[i], int(rows[i]), int(lengths[i])
+            score = float(self._sums[row]) / length**sentence.generation.length_penalty
+            sentence.result = Finished(self._tokens[row, 1 : length + 1].copy(), score)
+            done.append(sentence)
         return done
 
-    def _advance_beams(self, logits: Floats, rows: Ints, sums: Floats) -> list[Sentence]:
+    def _advance_beams(self, plan: _Plan, values: Floats, columns: Ints) -> list[Sentence]:
+        """``values`` and ``columns``: log-probabilities and ids of the best tokens of each row, best first."""
         done = []
-        searches = [(sentence, sentence.beam) for sentence in self.running if sentence.beam is not None]
-        k = min(max(beam.candidates for _, beam in searches), logits.shape[1])
-        if len(rows) < len(logits):
-            values, columns = top_k(logits[rows], k)
-        else:
-            values, columns = top_k(logits, k)  # a copy of the logits less
-            values, columns = values[rows], columns[rows]
-        values -= sums[rows, None]
-        firsts = np.cumsum([0, *(beam.beams for _, beam in searches)])
-        fed: list[tuple[Ints, list[int]]] = []
-        for size in {beam.beams for _, beam in searches}:
-            some = [i for i, (_, beam) in enumerate(searches) if beam.beams == size]
-            own = np.concatenate([np.arange(firsts[i], firsts[i] + size) for i in some])
-            each = continuations([searches[i][1] for i in some], values[own], columns[own])
-            for i, best in zip(some, each):
-                sentence, beam = searches[i]
-                length = int(self._lengths[sentence.rows[0]])
-                going = beam.advance(best, length, lambda n, s=sentence, m=length: self._tokens[s.rows[n], :m])  # type: ignore[misc]
-                if going is None:
+        for sentences, rows in plan.beams:
+            n, size = rows.shape
+            totals = (self._sums[rows][:, :, None] + values[rows]).reshape(n, -1)
+            count = candidates(size, self._task.eos_token_ids)
+            best = np.argsort(-totals, axis=1, kind="stable")[:, :count]
+            parents, scores = best // values.shape[1], np.take_along_axis(totals, best, axis=1)
+            tokens = np.take_along_axis(columns[rows].reshape(n, -1), best, axis=1)
+            lengths = self._lengths[rows[:, 0]]
+            ending = self._ends[tokens].any(axis=1) | (lengths + 1 >= plan.limits[rows[:, 0]])
+            going = np.ones(n, bool)
+            for i, sentence in enumerate(sentences):
+                beam = sentence.beam
+                assert beam is not None
+                if not ending[i] and not beam.finished:
+                    continue  # the first of the best go on
+                length = int(lengths[i])
+                hypotheses = self._tokens[rows[i], :length]
+                found = Continuations(parents[i].tolist(), tokens[i].tolist(), scores[i].tolist())
+                following = beam.advance(found, length, hypotheses)
+                if following is None:
                     sentence.result = beam.finished[0]
                     done.append(sentence)
+                    going[i] = False
                 else:
-                    self._rearrange(sentence, going[0], length)
-                    fed.append((sentence.rows, going[1]))
-        if fed:
-            going_on = np.concatenate([sentence_rows for sentence_rows, _ in fed])
-            self._tokens[going_on, self._lengths[going_on]] = np.concatenate([tokens for _, tokens in fed])
-            self._lengths[going_on] += 1
+                    parents[i, :size], tokens[i, :size] = following.parents, following.tokens
+                    scores[i, :size] = following.scores
+            if going.any():
+                lengths = lengths[going]
+                rows[going] = now = self._rearrange(rows[going], parents[going, :size], lengths)
+                self._tokens[now, lengths[:, None]] = tokens[going, :size]
+                self._lengths[now] = lengths[:, None] + 1
+                self._sums[now] = scores[going, :size]
         return done
 
-    def _rearrange(self, sentence: Sentence, parents: list[int], length: int) -> None:
-        """Give each new hypothesis a row: its parent's own for the first child, a dropped one's for the others.
+    def _rearrange(self, rows: Ints, parents: Ints, lengths: Ints) -> Ints:
+        """Give each new hypothesis, [sentences, beams], a row: its parent's own for the first child, a dropped one's for
+        the others.
 
         A dropped hypothesis shares its beginning with the one that takes its row, and so do their
         caches: only what comes after is copied.
         """
-        old = sentence.rows
-        rows = old[parents]
-        if len(set(parents)) < len(parents):
-            free = [i for i in range(len(parents)) if i not in parents]
+        now = np.take_along_axis(rows, parents, axis=1)
+        forked = (np.sort(parents, axis=1) != np.arange(rows.shape[1])).any(axis=1)
+        if not forked.any():
+            return now
+        sources, targets = [], []
+        for i in np.flatnonzero(forked):
+            each = parents[i].tolist()
+            dropped = [j for j in range(len(each)) if j not in each]
             taken: set[int] = set()
-            for j, parent in enumerate(parents):
-                if parent not in taken:
-                    taken.add(parent)
-                    continue
-                dropped = free.pop()
-                source, target = int(old[parent]), int(old[dropped])
-                rows[j] = target
-                same = self._tokens[source, :length] == self._tokens[target, :length]
-                begin = length if same.all() else int(same.argmin())
-                self._model.copy(source, target, begin)
-                self._tokens[target, begin:length] = self._tokens[source, begin:length]
-        sentence.rows = rows
+            for j, parent in enumerate(each):
+                if parent in taken:
+                    now[i, j] = rows[i, dropped.pop()]
+                    sources.append(rows[i, parent])
+                    targets.append(now[i, j])
+                taken.add(parent)
+        source, target, longest = np.array(sources), np.array(targets), int(lengths[forked].max())
+        same = self._tokens[source, :longest] == self._tokens[target, :longest]
+        begin = int(np.where(same.all(axis=1), longest, same.argmin(axis=1)).min())
+        self._model.copy(source, target, begin)
+        self._tokens[target, begin:longest] = self._tokens[source, begin:longest]
+        return now
 
     def _leave(self, sentences: Sequence[Sentence]) -> None:
         if not sentences:
@@ -340,29 +410,7 @@ class Decoder:
         self.running = [s for s in self.running if id(s) not in leaving]
         for sentence in self.running:
             sentence.rows = number[sentence.rows]
-        self._groups = None
-
-    def _rule_groups(self) -> list[tuple[Rules, Ints]]:
-        """The rows that each set of rules holds for."""
-        if self._groups is None:
-            by_generation: dict[Generation, list[Ints]] = {}
-            for sentence in self.running:
-                by_generation.setdefault(sentence.generation, []).append(sentence.rows)
-                if sentence.generation not in self._rules:
-                    self._rules[sentence.generation] = Rules(sentence.generation, self._task.eos_token_ids)
-            self._groups = [(self._rules[g], np.concatenate(rows)) for g, rows in by_generation.items()]
-        return self._groups
-
-    def _sum_up(self, logits: Floats, rows: NDArray[np.bool_], sums: Floats) -> None:
-        """Put the sums of some rows, which make log-probabilities of their logits, into ``sums``."""
-        if rows.all():
-            sums[:] = self._model.log_sum_exp(logits)
-        elif rows.any():
-            sums[rows] = self._model.log_sum_exp(logits[rows])
-
-    def _altering(self) -> bool:
-        """Whether rules change logits that may be chosen, and not only forbid some."""
-        return any(rules.alters for rules, _ in self._rule_groups())
+        self._plan = None
 
 
 def _of_similar_length(sentences: Sequence[Sentence]) -> Iterator[list[Sentence]]:

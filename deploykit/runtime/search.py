@@ -7,7 +7,7 @@ the batch that a sentence is in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,8 @@ from deploykit.tasks import Generation
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-_BLOCKS = 64
-_NEVER = -1e9  # Hugging Face's "cannot be chosen", which its comparisons rely on
+NEVER = -1e9
+"""Hugging Face's "cannot be chosen", which its comparisons rely on."""
 
 
 class Rules:
@@ -43,12 +43,22 @@ class Rules:
         """Whether they change scores of tokens that may still be chosen, and not only forbid some."""
         return self._generation.repetition_penalty != 1.0
 
-    def forces(self, length: int) -> bool:
-        """Whether the token after ``length`` others is given."""
+    def forces(self, lengths: Ints) -> NDArray[np.bool_]:
+        """Of rows of so many tokens, whether the next one is given."""
         g = self._generation
-        return (g.forced_bos_token_id is not None and length == 1) or (
-            g.forced_eos_token_id is not None and length == g.max_length - 1
-        )
+        given = np.zeros(len(lengths), bool)
+        if g.forced_bos_token_id is not None:
+            given |= lengths == 1
+        if g.forced_eos_token_id is not None:
+            given |= lengths == g.max_length - 1
+        return given
+
+    def forbid(self, lengths: Ints) -> NDArray[np.bool_]:
+        """Of rows of so many tokens, whether any token may not be the next."""
+        g = self._generation
+        if g.no_repeat_ngram_size or self._words or len(self._never):
+            return np.ones(len(lengths), bool)
+        return self.forces(lengths) | (lengths < g.min_length)
 
     def apply(self, scores: Floats, rows: Ints, tokens: Ints, lengths: Ints, offset: Floats) -> None:
         """Change ``scores`` [all rows, vocabulary] of ``rows`` in place.
@@ -84,26 +94,14 @@ class Rules:
             scores[rows[:, None], self._never] = -np.inf
 
 
-def top_k(scores: Floats, k: int) -> tuple[Floats, Ints]:
-    """The ``k`` highest of each row, descending, and their columns: [rows, k] each.
+@dataclass(frozen=True)
+class Continuations:
+    """Hypotheses of a sentence, best first: which one each continues (its index), its token, and its log-probability,
+    that of the whole."""
 
-    Exact: the highest columns of a row lie in the blocks with the highest maxima.
-    """
-    rows, width = scores.shape[0], scores.shape[1] // _BLOCKS
-    if width < 4 * k:
-        columns = np.argpartition(-scores, k - 1, axis=1)[:, :k] if k < scores.shape[1] else _all_columns(scores)
-    else:
-        # Block b of a row is its columns b, b + width, ...: maxima of whole vectors.
-        maxima = scores[:, : width * _BLOCKS].reshape(rows, _BLOCKS, width).max(axis=1)
-        blocks = np.argpartition(-maxima, k - 1, axis=1)[:, :k]
-        inside = (blocks[:, :, None] + width * np.arange(_BLOCKS)).reshape(rows, -1)
-        tail = np.broadcast_to(np.arange(width * _BLOCKS, scores.shape[1]), (rows, scores.shape[1] % _BLOCKS))
-        columns = np.concatenate([inside, tail], axis=1)
-        best = np.argpartition(-np.take_along_axis(scores, columns, axis=1), k - 1, axis=1)[:, :k]
-        columns = np.take_along_axis(columns, best, axis=1)
-    values = np.take_along_axis(scores, columns, axis=1)
-    order = np.lexsort((columns, -values), axis=1)
-    return np.take_along_axis(values, order, axis=1), np.take_along_axis(columns, order, axis=1)
+    parents: list[int]
+    tokens: list[int]
+    scores: list[float]
 
 
 @dataclass
@@ -114,42 +112,27 @@ class Finished:
     score: float
 
 
-@dataclass(frozen=True)
-class Continuations:
-    """The best continuations of all hypotheses of one sentence, best first: which one each continues (its
-    index), its token, and its log-probability, that of the whole."""
-
-    parents: list[int]
-    tokens: list[int]
-    scores: list[float]
-
-
 class Beam:
-    """Beam search for one sentence: ``beams`` running hypotheses, and the best finished ones.
+    """Beam search for one sentence: how many hypotheses run, and the best finished ones.
 
-    Tokens of the running hypotheses are kept by the caller; ``scores`` are theirs, best first.
+    The running ones, their tokens and their scores, best first, are kept by the caller.
     """
 
     def __init__(self, generation: Generation, eos_token_ids: Sequence[int]) -> None:
         self.beams = generation.beam_size
-        self.candidates = max(2, 1 + len(eos_token_ids)) * self.beams
+        self.finished: list[Finished] = []
         self._g = generation
         self._eos = frozenset(eos_token_ids)
-        # All hypotheses begin alike: only the first may be continued at first.
-        self.scores = [0.0] + [_NEVER] * (self.beams - 1)
-        self.finished: list[Finished] = []
         self._improvable = True
 
-    def advance(
-        self, best: Continuations, length: int, tokens: Callable[[int], Ints]
-    ) -> tuple[list[int], list[int]] | None:
-        """Choose the next running hypotheses; None when the search is over.
+    def advance(self, best: Continuations, length: int, tokens: Ints) -> Continuations | None:
+        """Choose the next running hypotheses, best first; None when the search is over.
 
         Args:
-            best: ``candidates`` of them.
-            length: of the running hypotheses, with the start token; ``tokens(i)`` gives number i.
+            best: of all hypotheses together, best first, ``candidates`` of them.
+            length: of the running hypotheses, whose ``tokens`` are [beams, length], the start token first.
 
-        Returns: for each new hypothesis, best first, the index of the one it continues, and its token.
+        While none of ``best`` ends and nothing is finished, the answer is the first of ``best``.
         """
         g = self._g
         at_limit = length + 1 >= g.max_length
@@ -158,41 +141,32 @@ class Beam:
             for i in range(self.beams):
                 if ends[i]:
                     score = float(np.float32(best.scores[i] / length**g.length_penalty))
-                    self.finished.append(Finished(np.append(tokens(best.parents[i])[1:], best.tokens[i]), score))
+                    self.finished.append(Finished(np.append(tokens[best.parents[i], 1:], best.tokens[i]), score))
             self.finished.sort(key=lambda f: -f.score)
             del self.finished[self.beams :]
         going = [i for i, end in enumerate(ends) if not end][: self.beams]
         going += [i for i, end in enumerate(ends) if end][: self.beams - len(going)]
-        self.scores = [best.scores[i] + (_NEVER if ends[i] else 0.0) for i in going]
-        self._improvable = self._improvable and self._may_improve(length)
+        scores = [best.scores[i] + (NEVER if ends[i] else 0.0) for i in going]
+        self._improvable = self._improvable and self._may_improve(scores[0], length)
         if all(ends) or not self._improvable or (self._full and g.early_stopping is True):
             return None
-        return [best.parents[i] for i in going], [best.tokens[i] for i in going]
+        return Continuations([best.parents[i] for i in going], [best.tokens[i] for i in going], scores)
 
     @property
     def _full(self) -> bool:
         return len(self.finished) == self.beams
 
-    def _may_improve(self, length: int) -> bool:
+    def _may_improve(self, best_score: float, length: int) -> bool:
         g = self._g
         if not self._full:
             return True
         longest = g.max_length - 1 if g.early_stopping == "never" and g.length_penalty > 0 else length
-        return bool(np.float32(self.scores[0] / longest**g.length_penalty) > self.finished[-1].score)
+        return bool(np.float32(best_score / longest**g.length_penalty) > self.finished[-1].score)
 
 
-def continuations(beams: Sequence[Beam], values: Floats, columns: Ints) -> list[Continuations]:
-    """The best continuations for each of ``beams``, which are of one size.
-
-    ``values`` and ``columns`` are the log-probabilities and tokens of each hypothesis' own best, [beams x size, k].
-    """
-    n, size, k = len(beams), beams[0].beams, values.shape[1]
-    totals = (np.array([beam.scores for beam in beams], np.float32).reshape(-1, 1) + values).reshape(n, size * k)
-    best = np.argsort(-totals, axis=1, kind="stable")[:, : beams[0].candidates]
-    parents = (best // k).tolist()
-    tokens = np.take_along_axis(columns.reshape(n, size * k), best, axis=1).tolist()
-    scores = np.take_along_axis(totals, best, axis=1).tolist()
-    return [Continuations(*of) for of in zip(parents, tokens, scores)]
+def candidates(beams: int, eos_token_ids: Sequence[int]) -> int:
+    """How many continuations of a sentence to look at: ``beams`` of them go on, even if some end."""
+    return max(2, 1 + len(eos_token_ids)) * beams
 
 
 def _repeats(tokens: Ints, size: int) -> list[int]:
@@ -212,7 +186,3 @@ def _force(scores: Floats, rows: Ints, tokens: Sequence[int], offset: Floats) ->
     scores[rows] = -np.inf
     for token in tokens:
         scores[rows, token] = offset[rows]
-
-
-def _all_columns(scores: Floats) -> Ints:
-    return np.broadcast_to(np.arange(scores.shape[1]), scores.shape)

@@ -273,7 +273,7 @@ class _SentencePiece:
 
     def _text(self, ids: Sequence[int]) -> str:
         """The pieces between special tokens are put together apart."""
-        text = ""
+        text: str = ""
         run: list[str] = []
         for i in ids:
             if i in self._special_ids:
@@ -286,7 +286,9 @@ class _SentencePiece:
                 run.append(token)
         text += self._decoder.decode(run)
         # Pieces that the decoding model lacks keep their sign for a space; Marian's tokenizer, alone, replaces it.
-        return (text.replace("▁", " ") if self._codes_in_text else text).strip()
+        if self._codes_in_text:
+            text = text.replace("▁", " ")
+        return text.strip()
 
 
 def _any_of(tokens: Mapping[str, AddedToken]) -> re.Pattern[str] | None:

@@ -32,11 +32,10 @@ from deploykit.export.quantize import Ranges
 from deploykit.export.seq2seq_graph import Standard, build_decoder, build_encoder, save_graphs
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import TRANSLATION_FILES
-from deploykit.runtime.engines.log_sum_exp import LOG_SOFTMAX, LogSumExp
+from deploykit.runtime.engines.best_tokens import LOG_SOFTMAX, TOP_K, BestTokens
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import override
-from deploykit.runtime.search import top_k
 from deploykit.tasks import Generation, Translation
 
 V, LONGEST = 120, 24
@@ -358,35 +357,45 @@ def test_an_unknown_family_is_refused_by_name() -> None:
 @settings(max_examples=200, deadline=None)
 @given(arrays(np.float32, st.tuples(st.integers(1, 4), st.sampled_from([7, 300, 2100])),
               elements=st.floats(-50, 50, width=32)), st.integers(1, 7))  # fmt: skip
-def test_top_k_finds_what_a_sort_finds(scores: np.ndarray, k: int) -> None:
-    values, columns = top_k(scores, k)
-    assert (values == -np.sort(-scores, axis=1)[:, :k]).all()
-    assert (np.take_along_axis(scores, columns, axis=1) == values).all()
+def test_the_best_tokens_are_what_a_sort_finds(scores: np.ndarray, k: int) -> None:
+    values, columns = BestTokens(1)(scores, k)
+    exact = torch.from_numpy(scores).double().log_softmax(-1).numpy()
+    assert values == pytest.approx(-np.sort(-exact, axis=1)[:, :k], rel=1e-5, abs=1e-5)
+    assert values == pytest.approx(np.take_along_axis(exact, columns, axis=1), rel=1e-5, abs=1e-5)
     assert all(len(set(row)) == k for row in columns.tolist())
 
 
 def test_log_probabilities_are_those_of_pytorch() -> None:
     scores = np.random.default_rng(0).normal(0, 30, (5, 4000)).astype(np.float32)
     expected = torch.from_numpy(scores).double().logsumexp(-1).numpy()
-    assert LogSumExp(2)(scores) == pytest.approx(expected, rel=1e-6)
+    assert BestTokens(2).log_sums(scores) == pytest.approx(expected, rel=1e-6)
     forbidden = scores.copy()
     forbidden[:, ::2] = -np.inf
     expected = torch.from_numpy(forbidden).double().logsumexp(-1).numpy()
-    assert LogSumExp(1)(forbidden) == pytest.approx(expected, rel=1e-6)
+    assert BestTokens(1).log_sums(forbidden) == pytest.approx(expected, rel=1e-6)
 
 
 def test_log_probabilities_do_not_depend_on_the_rows_beside_them() -> None:
     scores = np.random.default_rng(0).normal(0, 30, (70, 59_514)).astype(np.float32)
-    sums = LogSumExp(2)
-    together = sums(scores)
-    assert [float(sums(scores[row : row + 1])[0]) for row in range(70)] == together.tolist()
+    best = BestTokens(2)
+    values, columns = best(scores, 8)
+    for row in range(70):
+        alone = best(scores[row : row + 1], 8)
+        assert alone[0].tolist() == values[row : row + 1].tolist()
+        assert alone[1].tolist() == columns[row : row + 1].tolist()
+    assert best.of(scores, columns[:, 3]).tolist() == values[:, 3].tolist()
 
 
-def test_the_model_of_one_node_is_what_onnx_builds() -> None:
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["r", "v"]) for name in "xy")
+def test_the_models_of_one_node_are_what_onnx_builds() -> None:
+    value = helper.make_tensor_value_info
+    x, y = (value(name, TensorProto.FLOAT, ["r", "v"]) for name in "xy")
     graph = helper.make_graph([helper.make_node("LogSoftmax", ["x"], ["y"])], "g", [x], [y])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="")
-    assert model.SerializeToString() == LOG_SOFTMAX
+    inputs = [value("x", TensorProto.FLOAT, ["r", "w"]), value("k", TensorProto.INT64, [1])]
+    outputs = [value("v", TensorProto.FLOAT, ["r", "n"]), value("i", TensorProto.INT64, ["r", "n"])]
+    top_k = helper.make_graph([helper.make_node("TopK", ["x", "k"], ["v", "i"])], "g", inputs, outputs)
+    for made, kept in ((graph, LOG_SOFTMAX), (top_k, TOP_K)):
+        model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="")
+        assert model.SerializeToString() == kept
 
 
 @pytest.mark.parametrize(

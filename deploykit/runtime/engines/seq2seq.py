@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploykit.runtime.engines.log_sum_exp import LogSumExp
+from deploykit.runtime.engines.best_tokens import BestTokens
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have
@@ -107,7 +107,7 @@ class Seq2SeqModel:
     def _begin(self, sessions: tuple[ort.InferenceSession, ...]) -> None:
         self._encoder, self._decoder = sessions
         self._inputs = {i.name: i.type for i in self._decoder.get_inputs()}
-        self.log_sum_exp = LogSumExp(self._threads)
+        self.best = BestTokens(self._threads)
         outputs = {o.name: o.shape for o in self._decoder.get_outputs()}
         self._layers = sum(name.startswith("present.") for name in outputs) // 2
         _, self._heads, _, self._head_size = outputs["present.0.key"]
@@ -180,11 +180,14 @@ class Seq2SeqModel:
         self._past[:rows] += 1
         return self._logits[:rows]
 
-    def copy(self, source: int, target: int, begin: int) -> None:
-        """Make row ``target`` continue what row ``source``, of the same text, holds; they share the first ``begin`` positions."""
-        end, view = int(self._past[source]), self._self.view
-        view[:, target, :, begin:end] = view[:, source, :, begin:end]
-        self._past[target] = end
+    def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64], begin: int) -> None:
+        """Make each of the rows ``targets`` continue what the one of ``sources``, of the same text, holds.
+
+        They share the first ``begin`` positions; none of ``targets`` is in ``sources``.
+        """
+        end, view = int(self._past[sources].max()), self._self.view
+        view[:, targets, :, begin:end] = view[:, sources, :, begin:end]
+        self._past[targets] = self._past[sources]
 
     def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
         """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
