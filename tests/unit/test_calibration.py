@@ -8,7 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from deploykit.export.calibration import BINS, METHODS, Histogram, calibrate, clipped_range
+from deploykit.export.calibration import BINS, METHODS, Histogram, clipped_range
+from deploykit.export.classification_calibration import calibrate_tokens
 from deploykit.export.quantize import activation_parameters, linear_layers, quantize, quantize_weight
 
 
@@ -92,7 +93,7 @@ def tiny_graph(path: Path, *, gemm: bool = False) -> np.ndarray:
 def test_calibration_sees_every_token_and_no_padding(tmp_path: Path) -> None:
     table = tiny_graph(tmp_path / "m.onnx")
     rows = [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
-    calibration = calibrate(tmp_path / "m.onnx", rows, "digest")
+    calibration = calibrate_tokens(tmp_path / "m.onnx", rows, "digest")
     assert list(calibration.histograms) == ["embedded"], "layers after pooling stay fp32"
     histogram = calibration.histograms["embedded"]
     seen = table[np.concatenate(rows)]
