@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploykit import artifacts
-from deploykit.errors import ArtifactError, UsageError
 from deploykit.export.calibration import METHODS, Calibration
-from deploykit.export.run import CalibrationOptions, ExportOptions, Say, identity, parent_digest, task_module
+from deploykit.export.run import CalibrationOptions, Say, identity, parent_digest, task_module
 from deploykit.finetune.checkpoint import check_source
 
 
@@ -63,39 +61,6 @@ def calibrate(source: Path, out: Path, options: CalibrationOptions, *, force: bo
             metrics={**calibration.to_json(), "ranges": ranges},
         )
     return Calibrated(out, manifest, reused=False)
-
-
-def calibration_for(
-    checkpoint: Path, options: ExportOptions, activations: Collection[str], collect: Callable[[], Calibration], say: Say
-) -> Calibration:
-    """The calibration that ``options`` name, or else what ``collect`` collects of the rows they name.
-
-    Raises ArtifactError for a saved one of another checkpoint than this, or with a tensor that is none of
-    the graph's ``activations``.
-    """
-    folder = Path(options.calibration)
-    if not (folder / artifacts.MANIFEST).is_file():
-        say(f"calibrating on up to {options.calibration_rows:,} rows")
-        calibration = collect()
-        say(f"it took {calibration.seconds:.1f} s and at most {calibration.peak_memory_mb:,.0f} MB")
-        return calibration
-    if options.calibration_rows != ExportOptions.calibration_rows:
-        raise UsageError("--calibration-rows is for rows, and --calibration is a saved calibration", "leave it out")
-    manifest = artifacts.load_manifest(folder, "calibration")
-    again = f"deploykit calibrate {checkpoint} --out ..., or give --calibration rows"
-    if manifest.parent != (own := parent_digest(checkpoint)):
-        raise ArtifactError(
-            f"{folder}: was collected from the graph of another checkpoint ({manifest.parent}) than {checkpoint} ({own})",
-            again,
-        )
-    calibration = Calibration.load(folder, manifest.metrics)
-    if foreign := sorted(set(calibration.histograms) - set(activations)):
-        raise ArtifactError(
-            f"{folder}: has the tensor {foreign[0]}, which goes into no linear layer of the graph of {checkpoint}",
-            again,
-        )
-    say(f"using the calibration {folder}, of {calibration.rows:,} rows")
-    return calibration
 
 
 def _export_at(path: Path) -> artifacts.Manifest | None:

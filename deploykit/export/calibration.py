@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +17,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.bench.machine import PeakMemory
+from deploykit.errors import ArtifactError, ExportError
 
 Method = Literal["minmax", "entropy", "percentile", "mse"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -86,13 +88,41 @@ class Calibration:
         }
         (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
 
-    @classmethod
-    def load(cls, folder: Path, record: Mapping[str, Any]) -> Calibration:
-        """Read back what ``save`` wrote; ``record`` is of ``to_json``, and may hold more."""
-        with np.load(folder / _HISTOGRAMS) as arrays:
-            names, low, high, counts = (arrays[key] for key in ("names", "low", "high", "counts"))
-        histograms = {str(name): Histogram(float(low[i]), float(high[i]), counts[i]) for i, name in enumerate(names)}
-        return cls(histograms, *(record[key] for key in ("rows", "rows_digest", "seconds", "peak_memory_mb")))
+    def told(self, method: Method) -> str:
+        """For people."""
+        return (
+            f"ranges of {len(self.histograms)} tensors by {method}, from {self.rows:,} rows, collected in "
+            f"{self.seconds:.1f} s and at most {self.peak_memory_mb:,.0f} MB"
+        )
+
+    def check(self, activations: Collection[str]) -> None:
+        """Raise ArtifactError for a tensor that is none of a graph's ``activations``."""
+        if foreign := sorted(set(self.histograms) - set(activations)):
+            raise ArtifactError(
+                f"the calibration has the tensor {foreign[0]}, which goes into no linear layer of this checkpoint's graph",
+                "collect it again with deploykit calibrate",
+            )
+
+
+def is_saved(calibration: str) -> bool:
+    """Whether ``calibration`` is an artifact, and not the name of rows."""
+    return (Path(calibration) / MANIFEST).is_file()
+
+
+def load_calibration(folder: Path, parent: str) -> Calibration:
+    """What ``deploykit calibrate`` wrote. Raises ArtifactError for one of another checkpoint than ``parent``, its digest."""
+    manifest = load_manifest(folder, "calibration")
+    if manifest.parent != parent:
+        raise ArtifactError(
+            f"{folder}: was collected from the graph of another checkpoint: of {manifest.parent}, and this is {parent}",
+            "collect one of this checkpoint with deploykit calibrate, or name rows with --calibration",
+        )
+    with np.load(folder / _HISTOGRAMS) as arrays:
+        names, low, high, counts = (arrays[key] for key in ("names", "low", "high", "counts"))
+    histograms = {str(name): Histogram(float(low[i]), float(high[i]), counts[i]) for i, name in enumerate(names)}
+    return Calibration(
+        histograms, *(manifest.metrics[key] for key in ("rows", "rows_digest", "seconds", "peak_memory_mb"))
+    )
 
 
 Observe = Callable[[str, NDArray[np.float32]], None]
@@ -100,7 +130,10 @@ Observe = Callable[[str, NDArray[np.float32]], None]
 
 
 def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Calibration:
-    """Build the histograms of all activations that ``run`` shows: it is called twice and must show the same."""
+    """Build the histograms of all activations that ``run`` shows: it is called twice and must show the same.
+
+    Raises ExportError when there are none.
+    """
     extremes: dict[str, tuple[float, float]] = {}
 
     def widen(name: str, values: NDArray[np.float32]) -> None:
@@ -113,6 +146,11 @@ def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Cali
     started = time.monotonic()
     with PeakMemory(None) as memory:
         run(widen)
+        if not extremes:
+            raise ExportError(
+                "no layer can be quantized: the graph has no MatMul or Gemm with a constant weight before pooling",
+                "export without --int8; this architecture is not supported yet",
+            )
         counts = {name: np.zeros(BINS, np.int64) for name in extremes}
         run(count)
     histograms = {name: Histogram(*_nonempty(*extremes[name]), counts[name]) for name in extremes}

@@ -18,7 +18,6 @@ from deploykit.data.classification import Example
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
 from deploykit.evaluate import labelled_rows
-from deploykit.export.calibrate import calibration_for
 from deploykit.export.calibration import Calibration
 from deploykit.export.classification_calibration import activations_of, calibrate
 from deploykit.export.grading import Grader, Line
@@ -43,8 +42,10 @@ _SAMPLES = 64
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def write(checkpoint: Path, directory: Path, options: ExportOptions, trace: Trace, say: Say) -> Written:
-    """Write the graphs of a classifier and what serving them needs to ``directory``."""
+def write(
+    checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
+) -> Written:
+    """Write the graphs of a classifier and what serving them needs to ``directory``; without ``saved``, calibrate."""
     reference = TorchClassifier.load(checkpoint)
     task = reference.task
     if options.trt is not None:
@@ -69,7 +70,11 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, trace: Trac
         grader.grade("fp32", engine)
     ranges: Ranges = {}
     if options.int8:
-        metrics["quantization"], ranges = _quantize(checkpoint, directory, task, options, grader, trace, say)
+        calibration = saved
+        if calibration is None:
+            say(f"calibrating on {options.calibration}")
+            calibration = calibrate(directory, task, calibration_texts(checkpoint, task, options))
+        metrics["quantization"], ranges = _quantize(calibration, directory, options, grader, trace, say)
     if options.trt is not None:
         metrics["engines"] = _build_engines(directory, reference, options, options.trt, ranges, grader, say)
     metrics["test"] = grader.metrics
@@ -171,30 +176,21 @@ class _Quantizer:
 
 
 def _quantize(
-    checkpoint: Path, directory: Path, task: Classification, options: ExportOptions, grader: _Grader, trace: Trace,
-    say: Say,
-) -> tuple[dict[str, Any], Ranges]:  # fmt: skip
+    calibration: Calibration, directory: Path, options: ExportOptions, grader: _Grader, trace: Trace, say: Say
+) -> tuple[dict[str, Any], Ranges]:
     """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
 
     Returns what the manifest says of it, and the ranges of the activations that are S8 (in OpenVINO's graph).
     """
-    graph = directory / _GRAPH
-
-    def collect() -> Calibration:
-        return calibrate(directory, task, calibration_texts(checkpoint, task, options))
-
-    calibration = calibration_for(checkpoint, options, activations_of(directory), collect, say)
+    calibration.check(activations_of(directory))
+    say(calibration.told(options.method))
     calibration.save(directory)
     calibration.save_ranges(directory, options.method)
+    graph = directory / _GRAPH
     ranges = calibration.ranges(options.method)
     quantizers = {scheme: _Quantizer(graph, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
     counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
     whole = counts[_SCHEMES[0]]
-    if whole.linear_layers == 0:
-        raise ExportError(
-            "no layer could be quantized: the graph has no MatMul or Gemm with a constant weight",
-            "export without --int8; this architecture is not supported yet",
-        )
     say(
         f"quantized {whole.linear_layers} linear layers ({whole.quantize_nodes} QuantizeLinear, "
         f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from deploykit import artifacts
 from deploykit.errors import DataError, MissingDependencyError, UsageError
-from deploykit.export.calibration import METHODS, Method
+from deploykit.export.calibration import METHODS, Method, is_saved, load_calibration
 from deploykit.export.grading import POINTS
 from deploykit.export.search import Trace
 from deploykit.export.tables import SEARCH_PAGE, render_searches
@@ -64,6 +64,8 @@ class ExportOptions(CalibrationOptions):
             raise UsageError(f"unknown --method {self.method!r}", f"choose one of: {', '.join(METHODS)}")
         if self.measure_rows < 0:
             raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
+        if is_saved(self.calibration) and self.calibration_rows != CalibrationOptions.calibration_rows:
+            raise UsageError("--calibration-rows is for rows, and --calibration has collected its own", "leave it out")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
         if self.trt is not None:
@@ -100,6 +102,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     inputs = artifacts.digest_of("export", parent, identity(options), engines)
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
+    saved = load_calibration(Path(options.calibration), parent) if is_saved(options.calibration) else None
     trace = Trace(
         out.with_name(f"{out.name}.search.json"), artifacts.digest_of(inputs, artifacts.installed_versions()), say
     )
@@ -107,7 +110,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
         command = command_of(checkpoint, out, options)
         options = dataclasses.replace(options, trt=dataclasses.replace(options.trt, command=command))
     with artifacts.new_directory(out) as directory:
-        written: Written = task_module(checkpoint).write(checkpoint, directory, options, trace, say)
+        written: Written = task_module(checkpoint).write(checkpoint, directory, options, saved, trace, say)
         _draw_search(directory, written.metrics, options.max_drop, say)
         manifest = artifacts.write_manifest(
             directory,

@@ -18,7 +18,6 @@ from deploykit.data.read_pairs import load_pairs
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
 from deploykit.export.architecture import Architecture
-from deploykit.export.calibrate import calibration_for
 from deploykit.export.calibration import Calibration
 from deploykit.export.families import read_architecture
 from deploykit.export.forced_decoding import Forced, greedy_translations, log_probabilities
@@ -50,8 +49,10 @@ _TENSORRT_TYPES: dict[str, Standard] = {"fp32": "fp32", "fp16": "fp16", "bf16": 
 """Precision of an engine -> what its layers compute in that are not INT8."""
 
 
-def write(checkpoint: Path, directory: Path, options: ExportOptions, trace: Trace, say: Say) -> Written:
-    """Write the graphs of a translator and what serving them needs to ``directory``."""
+def write(
+    checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
+) -> Written:
+    """Write the graphs of a translator and what serving them needs to ``directory``; without ``saved``, calibrate."""
     reference = TorchTranslator.load(checkpoint, source=options.source, target=options.target)
     task = reference.task
     if options.trt is not None:
@@ -69,9 +70,11 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, trace: Trac
     grader.grade("fp32")
     ranges: Ranges = {}
     if options.int8:
-        metrics["quantization"], ranges = _quantize(
-            checkpoint, directory, task, architecture, options, grader, trace, say
-        )
+        calibration = saved
+        if calibration is None:
+            say(f"calibrating on {options.calibration}")
+            calibration = calibrate(directory, task, calibration_texts(checkpoint, task, options))
+        metrics["quantization"], ranges = _quantize(calibration, directory, architecture, options, grader, trace, say)
     if options.trt is not None:
         _build_engines(
             directory, reference, architecture, parity_rows, ranges, options, options.trt, grader, metrics, trace, say
@@ -129,9 +132,8 @@ def _told(parity: Parity) -> str:
 
 
 def _quantize(
-    checkpoint: Path,
+    calibration: Calibration,
     directory: Path,
-    task: Translation,
     architecture: Architecture,
     options: ExportOptions,
     grader: _Grader,
@@ -142,11 +144,8 @@ def _quantize(
 
     Returns what the manifest says of it, and the ranges of the layers that are INT8.
     """
-
-    def collect() -> Calibration:
-        return calibrate(directory, task, calibration_texts(checkpoint, task, options))
-
-    calibration = calibration_for(checkpoint, options, activations_of(directory), collect, say)
+    calibration.check(activations_of(directory))
+    say(calibration.told(options.method))
     calibration.save(directory)
     calibration.save_ranges(directory, options.method)
     ranges = calibration.ranges(options.method)
