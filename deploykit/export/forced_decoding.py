@@ -33,7 +33,7 @@ def greedy_translations(translator: Translator, texts: Sequence[str]) -> list[Fo
     return [Forced(s.token_ids, s.result.tokens[:_STEPS].tolist()) for s in sentences if s.result is not None]
 
 
-def log_probabilities(model: Seq2SeqModel, task: Translation, pairs: Sequence[Forced]) -> NDArray[np.float64]:
+def log_probabilities(model: Seq2SeqModel, task: Translation, pairs: Sequence[Forced]) -> NDArray[np.float32]:
     """What ``model`` gives each token of the translations, [tokens of all], given those before it. Infinities are finite."""
     cross = model.encode([pair.source for pair in pairs])
     for text, pair in enumerate(pairs):
@@ -44,12 +44,9 @@ def log_probabilities(model: Seq2SeqModel, task: Translation, pairs: Sequence[Fo
     for row, pair in enumerate(pairs):
         tokens[row, 1 : 1 + len(pair.target)] = pair.target
     lengths = np.array([len(pair.target) for pair in pairs])
-    found = np.zeros((len(pairs), steps))
+    found = np.zeros((len(pairs), steps), np.float32)
     for step in range(steps):
-        logits = model.step(tokens[:, step]).astype(np.float64)
-        logits -= logits.max(axis=-1, keepdims=True)
-        chosen = np.take_along_axis(logits, tokens[:, step + 1, None], axis=-1)[:, 0]
-        found[:, step] = chosen - np.log(np.exp(logits).sum(axis=-1))
+        found[:, step] = model.best.of(model.step(tokens[:, step]), tokens[:, step + 1])
     model.remove(np.arange(len(pairs)))
     kept = found[np.arange(steps) < lengths[:, None]]
     return np.nan_to_num(kept, nan=-1e4, neginf=-1e4)

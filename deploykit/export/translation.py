@@ -188,7 +188,7 @@ def _hold_limit(
         save(_without(ranges, kept))
         return grade()
 
-    def sample(part: str | None) -> NDArray[np.float64]:
+    def sample(part: str | None) -> NDArray[np.float32]:
         if part is None:
             return grader.sample(TRANSLATION_FILES["fp32"])
         save(_without(ranges, set(parts) - {part}))
@@ -239,7 +239,7 @@ class _Grader(Grader[list[str]]):
         translator = self._load(tensorrt_files(precision))
         return self.enter(f"trt {precision}", TRANSLATION_ENGINE, self._texts(translator))
 
-    def sample(self, files: Sequence[str]) -> NDArray[np.float64]:
+    def sample(self, files: Sequence[str]) -> NDArray[np.float32]:
         """Log-probabilities that the graphs in ``files`` give, token by token, to what fp32 says of some of the rows."""
         if not self._sample:
             self._sample = greedy_translations(self._load(TRANSLATION_FILES["fp32"]), evenly(self._sources, SAMPLE))
