@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,8 +37,9 @@ def test_a_model_has_a_line_for_each_form_and_method(
     assert table[-1].startswith("| int8, onnxruntime | mse |")
 
 
-def test_lines_for_tensorrt_have_what_the_engines_logs_tell() -> None:
-    methods = runpy.run_path(str(ROOT / "bench" / "methods.py"))
+def test_lines_for_tensorrt_have_what_the_engines_logs_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    lines_of = importlib.import_module("methods").lines_of
     exported = {
         "accuracy": [
             {"precision": "trt int8", "engine": "onnxruntime", "macro_f1": 0.5},
@@ -47,8 +51,5 @@ def test_lines_for_tensorrt_have_what_the_engines_logs_tell() -> None:
             {"precision": "int8", "int8_gemms": 4},
         ],
     }
-    found = [
-        (x["precision"], x["method"], x["target"], x["int8_gemms"])
-        for x in methods["lines_of"](exported, "mse", "sm_86")
-    ]
+    found = [(x["precision"], x["method"], x["target"], x["int8_gemms"]) for x in lines_of(exported, "mse", "sm_86")]
     assert found == [("trt int8", "mse", "sm_86", 24), ("trt fp16", None, "sm_86", 0)]
