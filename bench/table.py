@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from deploykit.metrics import TITLES
+
 ROOT = Path(__file__).parents[1]
 PEER = "CTranslate2 int8"
 BASE = "ONNX Runtime fp32"
@@ -69,6 +71,30 @@ def render_exactness(result: Record) -> str:
         f"Of {parity['rows']:,} test sentences of the example, fp32, these have the very tokens of Hugging Face's `generate`: "
         f"{counts} ({_when_and_where(result)}).\n"
     )
+
+
+def render_methods(result: Record) -> str:
+    """Markdown: a table per model, a line per precision, calibration method and what computed it."""
+    lines = [
+        f"{_when_and_where(result)}. INT8 is that of every linear layer that can be, whatever it loses. Graphs for TensorRT are "
+        "computed by ONNX Runtime; TensorRT-RTX's build logs say how many of its matrix products are INT8."
+    ]
+    for workload in result["workloads"]:
+        found, first = workload["calibration"], workload["lines"][0]
+        metrics = [name for name in TITLES if name in first and name != "accuracy"]
+        lines += [
+            "",
+            f"**{workload['key']}**, {workload['rows']:,} test rows; calibrated on {found['rows']:,} rows in "
+            f"{found['seconds']:.0f} s, at most {found['peak_memory_mb']:,.0f} MB",
+            "",
+            *_head("method", *(TITLES[name] for name in metrics), "INT8 layers", "INT8 products of the engine"),
+        ]
+        for line in workload["lines"]:
+            name = f"{line['precision']}, {line['target'] or line['engine']}"
+            scores = [f"{line[metric]:.{2 if line[metric] > 1 else 4}f}" for metric in metrics]
+            cells = [str(line["int8_kernels"] or "-"), "-" if line["int8_gemms"] is None else str(line["int8_gemms"])]
+            lines.append(_row([name, line["method"] or "-", *scores, *cells]))
+    return "\n".join(lines) + "\n"
 
 
 def _subject(at_once: Record, offline: Record) -> Iterator[str]:
@@ -167,6 +193,7 @@ def _row(cells: list[str]) -> str:
 TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "classification": ("classification", render_classification),
     "exactness": ("exactness", render_exactness),
+    "methods": ("methods", render_methods),
     "translation": ("translation", render_translation),
 }
 """By the name of its marks in the README: what its results' files end in, and what makes it."""

@@ -40,10 +40,11 @@ _REFUSALS: Mapping[int | None, tuple[str, str]] = {
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "check the path"),
 }
 
-Kind = Literal["checkpoint", "export", "model"]
+Kind = Literal["checkpoint", "calibration", "export", "model"]
 
 _MADE_BY: Mapping[str, str] = {
     "checkpoint": "deploykit finetune",
+    "calibration": "deploykit calibrate",
     "export": "deploykit export",
     "model": "deploykit package",
 }

@@ -27,6 +27,7 @@ _TRAINING = ("torch", "transformers", "accelerate", "tokenizers", "onnx", "tenso
 # command -> (modules it needs, the extra that brings them)
 _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "finetune": (_TRAINING, "finetune"),
+    "calibrate": ((*_TRAINING, "onnxruntime"), "finetune,cpu"),
     "export": ((*_TRAINING, "onnxruntime"), "finetune,cpu"),
     "package": (("tritonclient", "google.protobuf"), ""),
     "bundle": (("tritonclient", "google.protobuf", "onnxruntime"), "cpu"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,15 @@ from numpy.typing import NDArray
 
 from deploykit.errors import MissingDependencyError
 from deploykit.tasks import Classification
+
+TITLES: Mapping[str, str] = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "agreement": "agreement",
+}
+"""Of figures in tables, for people."""
 
 _CALIBRATION_BINS = 15
 _PLACEHOLDER = re.compile(

@@ -17,6 +17,7 @@ import numpy as np
 
 from deploykit.bench.machine import BENCH_EXTRA
 from deploykit.errors import MissingDependencyError
+from deploykit.metrics import TITLES
 
 Record = Mapping[str, Any]
 
@@ -236,6 +237,26 @@ def memory_size(result: Record) -> str | None:
         left.invert_yaxis()
 
     return _svg("memory", draw, (9.0, 1.3 + 0.42 * len(bars)))
+
+
+def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]]) -> str:
+    """Each metric of ``limits`` (the checkpoint's, and the least allowed) against the parts of the model left in fp32."""
+
+    def draw(figure: Any) -> None:
+        all_axes = figure.subplots(1, len(limits), squeeze=False)[0]
+        for axes, (metric, (reference, least)) in zip(all_axes, limits.items()):
+            named = axes is all_axes[0]  # the legend is of all
+            axes.axhline(reference, color="grey", linewidth=1.2, label="checkpoint" if named else None)
+            axes.axhline(least, color="grey", linestyle=":", linewidth=1.2, label="least allowed" if named else None)
+            for i, (engine, found) in enumerate(searches.items()):
+                trials = sorted(found["trials"], key=lambda trial: trial["kept"])
+                points = [trial["kept"] for trial in trials], [trial["metrics"][metric] for trial in trials]
+                axes.plot(*points, f"-{_marker(i)}", color=_colour(i), label=shown(engine) if named else None)
+            axes.xaxis.set_major_locator(_locator(8))
+            axes.set(xlabel="parts left in fp32", ylabel=TITLES[metric])
+        _legend(figure)
+
+    return _svg("search", draw)
 
 
 def translates(result: Record) -> bool:

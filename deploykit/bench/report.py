@@ -10,6 +10,7 @@ from typing import Any
 from deploykit.artifacts import new_file
 from deploykit.bench import figures
 from deploykit.errors import ArtifactError
+from deploykit.metrics import TITLES
 
 Record = Mapping[str, Any]
 
@@ -64,6 +65,38 @@ def write_suite(title: str, results: Mapping[str, Record], out: Path) -> None:
             names = ", ".join(candidate["name"] for candidate in result["candidates"])
             parts.append(_header(name, names, result) + figures.apart(_sections(result), f"part{number}"))
         return f"<header><h1>{escape(title)}</h1></header>\n" + "\n".join(parts)
+
+    _write(out, title, body)
+
+
+def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]], out: Path) -> None:
+    """Draw how an export found the layers that need fp32 into the HTML file ``out``.
+
+    ``searches`` are by engine, as the export's manifest has them; ``limits`` are, of each metric, the checkpoint's
+    and the least allowed. Raises MissingDependencyError without matplotlib.
+    """
+    title = "Which layers stay in fp32"
+
+    def body() -> str:
+        note = "All parts but the most sensitive are INT8. The export takes the fewest that hold the limit."
+        parts = [
+            f"<header><h1>{escape(title)}</h1></header>",
+            _figure("Task metric", note, figures.search(searches, limits)),
+        ]
+        for engine, found in searches.items():
+            trials = [
+                [str(t["kept"]), _number(t["drop"]), *(_fraction(t["metrics"][name]) for name in limits)]
+                for t in found["trials"]
+            ]
+            head = ("parts in fp32", "points lost", *(TITLES[name] for name in limits))
+            parts.append(_section(f"Trials, {engine}", "In the order they were made.", _table(head, trials)))
+            rows = [
+                [escape(part), f"{change:.2g}", "fp32" if part in found["kept"] else "INT8"]
+                for part, change in zip(found["order"], found["sensitivity"])
+            ]
+            note = "How much the outputs for some rows change, on average, when this part alone is INT8."
+            parts.append(_section(f"Sensitivity, {engine}", note, _table(("part", "change", "became"), rows)))
+        return "\n".join(parts)
 
     _write(out, title, body)
 

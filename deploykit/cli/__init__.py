@@ -13,6 +13,7 @@ from deploykit import __version__
 _COMMANDS: Mapping[str, str] = {
     "finetune": "Fine-tune a Hugging Face checkpoint on labelled text.",
     "evaluate": "Measure a checkpoint, an export or a served model on labelled rows.",
+    "calibrate": "Find the activation ranges that INT8 needs, from real rows.",
     "export": "Export a checkpoint to ONNX, optionally calibrated INT8.",
     "package": "Write an export as a Triton model.",
     "bundle": "Write an export as one file for a Jetson, which builds and serves it.",

@@ -108,6 +108,9 @@ PRECISION = click.option(
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
 ENCODING = click.option("--encoding", help="Of text files (default: UTF-8, or what a byte order mark says).")
+CALIBRATION_ROWS = click.option(
+    "--calibration-rows", type=int, default=512, show_default=True, help="Most of them to use."
+)
 FORCE = click.option("--force", is_flag=True, help="Replace what stands at the destination.")
 
 

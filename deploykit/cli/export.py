@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import ENCODING, FORCE, Result, deploykit_command, human_bytes, say
+from deploykit.cli.common import CALIBRATION_ROWS, ENCODING, FORCE, Result, deploykit_command, human_bytes, say
 from deploykit.errors import UsageError
 from deploykit.export.tensorrt import BUILDERS, GPU, PRECISIONS, EngineOptions
 
@@ -15,8 +15,9 @@ from deploykit.export.tensorrt import BUILDERS, GPU, PRECISIONS, EngineOptions
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the export to.")
 @click.option("--int8", is_flag=True, help="Also write INT8 graphs, calibrated and checked.")
-@click.option("--calibration", default="train", show_default=True, help="A split of the run, or a file of rows.")
-@click.option("--calibration-rows", type=int, default=512, show_default=True)
+@click.option("--calibration", default="train", show_default=True,
+              help="A split of the run, a file of rows, or what deploykit calibrate wrote.")  # fmt: skip
+@CALIBRATION_ROWS
 @click.option(
     "--method", type=click.Choice(["minmax", "entropy", "percentile", "mse"]), default="minmax", show_default=True
 )

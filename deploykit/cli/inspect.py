@@ -6,7 +6,7 @@ import click
 
 from deploykit.artifacts import load_manifest
 from deploykit.cli.common import Result, deploykit_command, human_bytes
-from deploykit.export.tables import render
+from deploykit.export.tables import render, render_calibration, render_searches
 from deploykit.tasks import Classification, Task
 
 
@@ -30,8 +30,11 @@ def command(*, path: Path) -> Result:
         "options",
         *(f"  {key} = {value}" for key, value in manifest.options.items()),
     ]
+    if manifest.kind == "calibration":
+        lines += render_calibration(manifest.metrics)
     if table := manifest.metrics.get("accuracy_table"):
         lines += render(table)
+    lines += render_searches(manifest.metrics.get("quantization", {}).get("search", {}))
     for split in ("validation", "test"):
         scores = {name: manifest.metrics.get(split, {}).get(name) for name in ("accuracy", "macro_f1", "bleu", "chrf")}
         if any(value is not None for value in scores.values()):

@@ -7,26 +7,28 @@ between them. Rows of equal length run together, so no padding position is ever 
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploykit.export.quantize import linear_layers
+from deploykit.artifacts import MANIFEST, load_manifest
+from deploykit.bench.machine import PeakMemory
+from deploykit.errors import ArtifactError, ExportError
 
 Method = Literal["minmax", "entropy", "percentile", "mse"]
-METHODS: tuple[str, ...] = get_args(Method)
+METHODS: tuple[Method, ...] = get_args(Method)
 
 BINS = 2048
 _TOKENS_PER_BATCH = 1024  # bounds the activations held at once
 _LEVELS = 128  # of an INT8 magnitude
 _PERCENTILE = 99.99
+_HISTOGRAMS = "calibration.npz"
 
 
 @dataclass(frozen=True)
@@ -40,26 +42,44 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What real rows did to each activation; ``rows_digest`` identifies the rows."""
+    """What real rows did to each activation; ``rows_digest`` identifies the rows.
+
+    Collecting it took ``seconds``, in which the process held up to ``peak_memory_mb`` (1e6 bytes), all that it
+    had loaded before included.
+    """
 
     histograms: Mapping[str, Histogram]
     rows: int
     rows_digest: str
+    seconds: float
+    peak_memory_mb: float
 
     def ranges(self, method: Method) -> dict[str, tuple[float, float]]:
         """Tensor name -> (low, high) to represent, by ``method``."""
         return {name: clipped_range(histogram, method) for name, histogram in self.histograms.items()}
 
-    def save(self, folder: Path, method: Method) -> None:
-        """Write calibration.json (the ranges chosen) and calibration.npz (the histograms behind them)."""
+    def to_json(self) -> dict[str, Any]:
+        """All but the histograms."""
+        return {
+            "rows": self.rows,
+            "rows_digest": self.rows_digest,
+            "seconds": self.seconds,
+            "peak_memory_mb": self.peak_memory_mb,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write the histograms to calibration.npz."""
         names = list(self.histograms)
         np.savez_compressed(
-            folder / "calibration.npz",
+            folder / _HISTOGRAMS,
             names=np.array(names),
             low=np.array([self.histograms[n].low for n in names]),
             high=np.array([self.histograms[n].high for n in names]),
             counts=np.stack([self.histograms[n].counts for n in names]),
         )
+
+    def save_ranges(self, folder: Path, method: Method) -> None:
+        """Write the ranges chosen by ``method`` to calibration.json."""
         record = {
             "method": method,
             "rows": self.rows,
@@ -68,44 +88,74 @@ class Calibration:
         }
         (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
 
+    def told(self, method: Method) -> str:
+        """For people."""
+        return (
+            f"ranges of {len(self.histograms)} tensors by {method}, from {self.rows:,} rows, collected in "
+            f"{self.seconds:.1f} s and at most {self.peak_memory_mb:,.0f} MB"
+        )
+
+    def check(self, activations: Collection[str]) -> None:
+        """Raise ArtifactError for a tensor that is none of a graph's ``activations``."""
+        if foreign := sorted(set(self.histograms) - set(activations)):
+            raise ArtifactError(
+                f"the calibration has the tensor {foreign[0]}, which goes into no linear layer of this checkpoint's graph",
+                "collect it again with deploykit calibrate",
+            )
+
+
+def is_saved(calibration: str) -> bool:
+    """Whether ``calibration`` is an artifact, and not the name of rows."""
+    return (Path(calibration) / MANIFEST).is_file()
+
+
+def load_calibration(folder: Path, parent: str) -> Calibration:
+    """What ``deploykit calibrate`` wrote. Raises ArtifactError for one of another checkpoint than ``parent``, its digest."""
+    manifest = load_manifest(folder, "calibration")
+    if manifest.parent != parent:
+        raise ArtifactError(
+            f"{folder}: was collected from the graph of another checkpoint: of {manifest.parent}, and this is {parent}",
+            "collect one of this checkpoint with deploykit calibrate, or name rows with --calibration",
+        )
+    with np.load(folder / _HISTOGRAMS) as arrays:
+        names, low, high, counts = (arrays[key] for key in ("names", "low", "high", "counts"))
+    histograms = {str(name): Histogram(float(low[i]), float(high[i]), counts[i]) for i, name in enumerate(names)}
+    return Calibration(
+        histograms, *(manifest.metrics[key] for key in ("rows", "rows_digest", "seconds", "peak_memory_mb"))
+    )
+
 
 Observe = Callable[[str, NDArray[np.float32]], None]
 """Called with the name of an activation and its values; padding positions are not among them."""
 
 
 def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Calibration:
-    """Build the histograms of all activations that ``run`` shows: it is called twice and must show the same."""
+    """Build the histograms of all activations that ``run`` shows: it is called twice and must show the same.
+
+    Raises ExportError when there are none.
+    """
     extremes: dict[str, tuple[float, float]] = {}
 
     def widen(name: str, values: NDArray[np.float32]) -> None:
         low, high = extremes.get(name, (np.inf, -np.inf))
         extremes[name] = (min(low, float(values.min())), max(high, float(values.max())))
 
-    run(widen)
-    counts = {name: np.zeros(BINS, np.int64) for name in extremes}
-
     def count(name: str, values: NDArray[np.float32]) -> None:
         counts[name] += np.histogram(values, bins=BINS, range=_nonempty(*extremes[name]))[0]
 
-    run(count)
+    started = time.monotonic()
+    with PeakMemory(None) as memory:
+        run(widen)
+        if not extremes:
+            raise ExportError(
+                "no layer can be quantized: the graph has no MatMul or Gemm with a constant weight before pooling",
+                "export without --int8; this architecture is not supported yet",
+            )
+        counts = {name: np.zeros(BINS, np.int64) for name in extremes}
+        run(count)
     histograms = {name: Histogram(*_nonempty(*extremes[name]), counts[name]) for name in extremes}
-    return Calibration(histograms, rows, rows_digest)
-
-
-def calibrate(graph: Path, token_ids: Sequence[Sequence[int]], rows_digest: str) -> Calibration:
-    """Run tokenized rows, unpadded, through the fp32 ``graph`` of a classifier and collect its quantizable activations.
-
-    Only activations with a row for each token count: what comes after pooling is a single row a
-    text, costs nothing in fp32, and decides the answer.
-    """
-    session, names = _session_with_activations(graph)
-
-    def run(observe: Observe) -> None:
-        for batch in equal_length_batches(token_ids):
-            for name, values in _activations(session, names, batch):
-                observe(name, values)
-
-    return collect(run, len(token_ids), rows_digest)
+    seconds = round(time.monotonic() - started, 2)
+    return Calibration(histograms, rows, rows_digest, seconds, round(memory.peak_mb or 0.0, 1))
 
 
 def clipped_range(histogram: Histogram, method: Method) -> tuple[float, float]:
@@ -184,16 +234,6 @@ def _nonempty(low: float, high: float) -> tuple[float, float]:
     return (low, high) if high > low else (low - 1e-6, low + 1e-6)
 
 
-def _session_with_activations(graph: Path) -> tuple[ort.InferenceSession, list[str]]:
-    model = onnx.load(graph)
-    names = sorted({layer.activation for layer in linear_layers(model)})
-    for name in names:
-        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]), names
-
-
 def equal_length_batches(token_ids: Sequence[Sequence[int]]) -> Iterator[NDArray[np.int64]]:
     """int64 [rows, length] without padding, bounded in tokens."""
     by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
@@ -203,13 +243,3 @@ def equal_length_batches(token_ids: Sequence[Sequence[int]]) -> Iterator[NDArray
         size = max(1, _TOKENS_PER_BATCH // length)
         for start in range(0, len(rows), size):
             yield np.array(rows[start : start + size], np.int64)
-
-
-def _activations(
-    session: ort.InferenceSession, names: Sequence[str], input_ids: NDArray[np.int64]
-) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    inputs = {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)}
-    tokens = input_ids.size
-    for name, values in zip(names, session.run(list(names), inputs)):
-        if values.size // values.shape[-1] == tokens and (values.ndim > 2 or input_ids.shape[1] > 1):
-            yield name, values

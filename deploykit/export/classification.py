@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,98 +18,111 @@ from deploykit.data.classification import Example
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
 from deploykit.evaluate import labelled_rows
-from deploykit.export.calibration import calibrate
+from deploykit.export.calibration import Calibration
+from deploykit.export.classification_calibration import activations_of, calibrate
+from deploykit.export.grading import Grader, Line
 from deploykit.export.graphs import export_classifier, export_half_classifier
 from deploykit.export.parity import check_parity
 from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, quantize
-from deploykit.export.run import ExportOptions, Say, Written, pick_rows
-from deploykit.export.search import Search, fewest_in_fp32, too_lossy
+from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, pick_rows
+from deploykit.export.search import SAMPLE, Search, Trace, hold_limit
 from deploykit.export.tables import render
 from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, plan
 from deploykit.finetune.checkpoint import TorchClassifier
 from deploykit.metrics import classification_metrics
+from deploykit.predictor import TextClassifier
 from deploykit.runtime.classifier import load_classifier
 from deploykit.runtime.engines import ENGINES, Engine, Precision, load_engine
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
+from deploykit.tasks import Classification
 
 _SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
-_SENSITIVITY_ROWS = 64
+_GRAPH = "model.onnx"
 _SAMPLES = 64
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """One line of the accuracy table: the same rows through one graph and engine.
-
-    ``agreement`` is the share of rows answered as the checkpoint answers them.
-    """
-
-    precision: str
-    engine: str
-    accuracy: float
-    macro_f1: float
-    agreement: float
-    int8_kernels: int
-
-
-def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -> Written:
-    """Write the graphs of a classifier and what serving them needs to ``directory``."""
+def write(
+    checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
+) -> Written:
+    """Write the graphs of a classifier and what serving them needs to ``directory``; without ``saved``, calibrate."""
     reference = TorchClassifier.load(checkpoint)
+    task = reference.task
     if options.trt is not None:
-        plan(options.trt, {"length": reference.task.max_length})
-    rows = _rows(checkpoint, reference, options.data, "test", options)
+        plan(options.trt, {"length": task.max_length})
+    rows = _rows(checkpoint, task, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} rows")
     say("exporting to ONNX")
-    export_classifier(reference.model, directory / "model.onnx")
-    reference.tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    _write_fp32(reference, directory)
     samples = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
     (directory / artifacts.SAMPLES).write_text("\n".join(samples) + "\n", encoding="utf-8")
-    parity = check_parity(reference, load_engine("onnxruntime", directory / "model.onnx"), [row.text for row in rows])
+    parity = check_parity(reference, load_engine("onnxruntime", directory / _GRAPH), [row.text for row in rows])
     say(
         f"parity with PyTorch: logits differ by at most {parity.max_difference:.1e} (mean {parity.mean_difference:.1e}), "
         f"{parity.argmax_agreement:.0%} equal answers over {parity.rows} texts of {parity.shortest} to {parity.longest} "
         f"tokens, batches of {', '.join(map(str, parity.batch_sizes))}"
     )
     metrics: dict[str, Any] = {"parity": parity.to_json(), "rows": len(rows)}
-    grader = _Grader(directory, reference, rows)
-    grader.grade_checkpoint()
+    grader = _Grader(directory, task, rows)
+    grader.grade_checkpoint(reference)
     for engine in _engines("fp32"):
         grader.grade("fp32", engine)
     ranges: Ranges = {}
     if options.int8:
-        metrics["quantization"], ranges = _quantize(checkpoint, directory, reference, options, grader, say)
+        calibration = saved
+        if calibration is None:
+            say(f"calibrating on {options.calibration}")
+            calibration = calibrate(directory, task, calibration_texts(checkpoint, task, options))
+        metrics["quantization"], ranges = _quantize(calibration, directory, options, grader, trace, say)
     if options.trt is not None:
         metrics["engines"] = _build_engines(directory, reference, options, options.trt, ranges, grader, say)
     metrics["test"] = grader.metrics
-    metrics["accuracy_table"] = [dataclasses.asdict(line) for line in grader.table]
+    metrics["accuracy_table"] = [line.to_json() for line in grader.table]
     for line in render(metrics["accuracy_table"]):
         say(line)
-    return Written(reference.task, metrics)
+    return Written(task, metrics)
 
 
-class _Grader:
-    """The same rows through PyTorch and every graph: ``table`` has a line for each, ``metrics`` all of its metrics."""
+def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> Classification:
+    """Write what ``calibrate`` reads of a checkpoint."""
+    reference = TorchClassifier.load(checkpoint)
+    _write_fp32(reference, directory)
+    return reference.task
 
-    def __init__(self, directory: Path, reference: TorchClassifier, rows: Sequence[Example]) -> None:
-        self._directory, self._reference, self._task = directory, reference, reference.task
+
+def _write_fp32(reference: TorchClassifier, directory: Path) -> None:
+    export_classifier(reference.model, directory / _GRAPH)
+    reference.tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def calibration_texts(source: Path, task: Classification, options: CalibrationOptions) -> list[str]:
+    """Rows of a file, or of the splits of the checkpoint ``source``."""
+    rows = _rows(source, task, options.calibration, options.calibration, options)
+    return [row.text for row in evenly(rows, options.calibration_rows)]
+
+
+class _Grader(Grader[NDArray[np.float32]]):
+    """Scores, float32 [rows, labels]."""
+
+    figures = ("accuracy", "macro_f1")
+
+    def __init__(self, directory: Path, task: Classification, rows: Sequence[Example]) -> None:
+        super().__init__()
+        self._directory, self._task = directory, task
         self._texts = [row.text for row in rows]
-        self._truth = self._task.targets([row.label for row in rows])
-        self._lines: dict[str, Accuracy] = {}
-        self.metrics: dict[str, Any] = {}
-        self._answers: list[Any] = []
+        self._truth = task.targets([row.label for row in rows])
 
-    @property
-    def table(self) -> list[Accuracy]:
-        return list(self._lines.values())
+    def measure(self, raw: NDArray[np.float32]) -> dict[str, Any]:
+        return classification_metrics(self._task, self._truth, raw)
 
-    def grade_checkpoint(self) -> None:
-        scores = self._reference.scores(self._texts)
-        self._answers = list(self._task.decide(scores))
-        self._enter("fp32", "pytorch", scores, 0)
+    def answers(self, raw: NDArray[np.float32]) -> list[str]:
+        return self._task.decide(raw)
 
-    def grade(self, precision: Precision, name: str) -> Accuracy:
+    def grade_checkpoint(self, reference: TextClassifier) -> None:
+        self.enter("fp32", "pytorch", reference.scores(self._texts))
+
+    def grade(self, precision: Precision, name: str) -> Line:
         """Raises ExportError when the engine runs none of an INT8 graph's layers in INT8."""
         graph = self._directory / ENGINES[name].graphs[precision]
         engine = load_engine(name, graph)
@@ -119,32 +131,25 @@ class _Grader:
             raise ExportError(
                 f"{graph.name}: {name} runs none of its layers in INT8", "this engine version ignores Q/DQ: upgrade it"
             )
-        return self._enter(precision, name, self._scores(engine), kernels)
+        return self.enter(precision, name, self._scores(engine), kernels)
 
-    def grade_for_tensorrt(self, precision: str) -> Accuracy:
+    def grade_for_tensorrt(self, precision: str) -> Line:
         """The graph that an engine is built from, as ONNX Runtime computes it on the CPU."""
         engine = load_engine("onnxruntime", self._directory / GRAPHS[precision])
-        return self._enter(f"trt {precision}", "onnxruntime", self._scores(engine), 0)
+        return self.enter(f"trt {precision}", "onnxruntime", self._scores(engine))
 
-    def grade_engine(self, record: EngineRecord) -> Accuracy:
+    def grade_engine(self, record: EngineRecord) -> Line:
         """A TensorRT engine itself, on the GPU here."""
         engine = load_engine("tensorrt", self._directory / record.file)
-        return self._enter(record.precision, "tensorrt", self._scores(engine), record.int8_gemms)
+        return self.enter(record.precision, "tensorrt", self._scores(engine), record.int8_gemms)
 
-    def _scores(self, engine: Engine) -> NDArray[np.float32]:
-        return load_classifier(self._directory, self._task, engine).scores(self._texts)
+    def sample(self, precision: Precision, name: str) -> NDArray[np.float32]:
+        """Scores of some of the rows, float32 [rows, labels]."""
+        engine = load_engine(name, self._directory / ENGINES[name].graphs[precision])
+        return self._scores(engine, evenly(self._texts, SAMPLE))
 
-    def drop(self, line: Accuracy) -> float:
-        """Points of macro-F1 that it loses to the checkpoint."""
-        return 100 * (self.table[0].macro_f1 - line.macro_f1)
-
-    def _enter(self, precision: str, name: str, scores: NDArray[np.float32], kernels: int) -> Accuracy:
-        metrics = classification_metrics(self._task, self._truth, scores)
-        agreement = float(np.mean([a == b for a, b in zip(self._task.decide(scores), self._answers)]))
-        line = Accuracy(precision, name, metrics["accuracy"], metrics["macro_f1"], agreement, kernels)
-        key = f"{name}-{precision}"
-        self._lines[key], self.metrics[key] = line, metrics
-        return line
+    def _scores(self, engine: Engine, texts: Sequence[str] | None = None) -> NDArray[np.float32]:
+        return load_classifier(self._directory, self._task, engine).scores(self._texts if texts is None else texts)
 
 
 class _Quantizer:
@@ -171,29 +176,21 @@ class _Quantizer:
 
 
 def _quantize(
-    checkpoint: Path, directory: Path, reference: TorchClassifier, options: ExportOptions, grader: _Grader, say: Say
+    calibration: Calibration, directory: Path, options: ExportOptions, grader: _Grader, trace: Trace, say: Say
 ) -> tuple[dict[str, Any], Ranges]:
     """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
 
     Returns what the manifest says of it, and the ranges of the activations that are S8 (in OpenVINO's graph).
     """
-    examples = _rows(checkpoint, reference, options.calibration, options.calibration, options)
-    picked = [example.text for example in evenly(examples, options.calibration_rows)]
-    say(f"calibrating on {len(picked):,} rows ({options.method})")
-    calibration = calibrate(directory / "model.onnx", reference.encode(picked), artifacts.digest_of(picked))
-    calibration.save(directory, options.method)
+    calibration.check(activations_of(directory))
+    say(calibration.told(options.method))
+    calibration.save(directory)
+    calibration.save_ranges(directory, options.method)
+    graph = directory / _GRAPH
     ranges = calibration.ranges(options.method)
-    quantizers = {
-        scheme: _Quantizer(directory / "model.onnx", directory / f"model.{scheme}.onnx", scheme, ranges)
-        for scheme in _SCHEMES
-    }
+    quantizers = {scheme: _Quantizer(graph, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
     counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
     whole = counts[_SCHEMES[0]]
-    if whole.linear_layers == 0:
-        raise ExportError(
-            "no layer could be quantized: the graph has no MatMul or Gemm with a constant weight",
-            "export without --int8; this architecture is not supported yet",
-        )
     say(
         f"quantized {whole.linear_layers} linear layers ({whole.quantize_nodes} QuantizeLinear, "
         f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"
@@ -202,55 +199,35 @@ def _quantize(
     searches: dict[str, Search] = {}
     kept: dict[Scheme, Collection[str]] = {}
     for engine in _engines("int8"):
-        drop = grader.drop(grader.grade("int8", engine))
-        if drop > options.max_drop:
-            loss = f"INT8 on {engine} loses {drop:.2f} points of macro-F1"
-            say(f"{loss}: which layers need fp32?")
-            scheme = next(s for s in _SCHEMES if ENGINES[engine].graphs["int8"] == f"model.{s}.onnx")
-            sample = evenly(picked, _SENSITIVITY_ROWS)
-            searches[engine] = _search(
-                directory, reference, quantizers[scheme], ranges, engine, loss, sample, options, grader, say
-            )
-            kept[scheme] = searches[engine].kept
+        scheme = next(s for s in _SCHEMES if ENGINES[engine].graphs["int8"] == f"model.{s}.onnx")
+        search = _hold_limit(engine, quantizers[scheme], ranges, options, grader, trace, say)
+        if search is not None:
+            searches[engine], kept[scheme] = search, search.kept
     record = {
         **dataclasses.asdict(whole),
         "method": options.method,
-        "calibration_rows": len(picked),
+        "calibration": calibration.to_json(),
         "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
     }
     return record, {name: limits for name, limits in ranges.items() if name not in kept.get("s8s8", ())}
 
 
-def _search(
-    directory: Path, reference: TorchClassifier, quantizer: _Quantizer, ranges: Collection[str], engine: str, loss: str,
-    texts: Sequence[str], options: ExportOptions, grader: _Grader, say: Say,
-) -> Search:  # fmt: skip
-    """Leave as few activations in fp32 as hold the limit, those first that change scores most when they alone are INT8.
+def _hold_limit(
+    engine: str, quantizer: _Quantizer, ranges: Ranges, options: ExportOptions, grader: _Grader, trace: Trace, say: Say
+) -> Search | None:
+    """Of the activations that have ``ranges``, leave as few as hold the limit in fp32."""
 
-    ``loss`` says what is lost with all of them in INT8, as ``grader`` has it.
-    """
-
-    def scores(precision: Precision) -> NDArray[np.float32]:
-        graph = directory / ENGINES[engine].graphs[precision]
-        return load_classifier(directory, reference.task, load_engine(engine, graph)).scores(texts)
-
-    table = grader.table
-    expected = scores("fp32")
-    sensitivity = {}
-    for name in ranges:
-        if not quantizer.write([name]).linear_layers:
-            continue
-        sensitivity[name] = float(np.abs(scores("int8") - expected).mean())
-    order = sorted(sensitivity, key=lambda name: -sensitivity[name])
-
-    def drop(kept: Sequence[str]) -> float:
+    def write(kept: Collection[str]) -> Line:
         quantizer.write(set(ranges) - set(kept))
-        return grader.drop(grader.grade("int8", engine))
+        return grader.grade("int8", engine)
 
-    try:
-        return fewest_in_fp32(order, drop, options.max_drop, say=say)
-    except ExportError as error:
-        raise too_lossy(loss, options.max_drop, table, error) from error
+    def sample(part: str | None) -> NDArray[np.float32]:
+        if part is None:
+            return grader.sample("fp32", engine)
+        quantizer.write([part])
+        return grader.sample("int8", engine)
+
+    return hold_limit(f"INT8 on {engine}", list(ranges), write, sample, grader, options.max_drop, trace, say)
 
 
 def _build_engines(
@@ -274,22 +251,15 @@ def _build_engines(
             count = _Quantizer(half, graph, "s8s8", ranges, embeddings=False).write(ranges)
             half.unlink()
             say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
+        remedy = "leave this --precision out, try another --method"
         if precision in ("fp16", "int8"):
-            _refuse_loss(grader, grader.grade_for_tensorrt(precision), graph.name, options.max_drop)
+            grader.refuse_loss(grader.grade_for_tensorrt(precision), graph.name, options.max_drop, remedy)
         calibration = artifacts.digest_of(ranges) if precision == "int8" else None
         record = build_engine(graph, precision, trt, limits, say, calibration)
         if runs_here(directory / record.file):
-            _refuse_loss(grader, grader.grade_engine(record), record.file, options.max_drop)
+            grader.refuse_loss(grader.grade_engine(record), record.file, options.max_drop, remedy)
         built.append(record)
     return [dataclasses.asdict(record) for record in built]
-
-
-def _refuse_loss(grader: _Grader, line: Accuracy, name: str, max_drop: float) -> None:
-    if grader.drop(line) > max_drop:
-        raise ExportError(
-            f"{name} loses {grader.drop(line):.2f} points of macro-F1, more than --max-drop {max_drop}",
-            "leave this --precision out, try another --method, or raise --max-drop; nothing was written",
-        )
 
 
 def _engines(precision: Precision) -> list[str]:
@@ -298,11 +268,11 @@ def _engines(precision: Precision) -> list[str]:
 
 
 def _rows(
-    checkpoint: Path, reference: TorchClassifier, source: str | None, split: str, options: ExportOptions
+    folder: Path, task: Classification, source: str | None, split: str, options: CalibrationOptions
 ) -> list[Example]:
-    """Labelled rows from a file, or from the run's own splits."""
+    """Labelled rows from a file, or from the splits of the run in ``folder``."""
 
     def read_file(path: str, part: str) -> list[Example]:
-        return labelled_rows(path, reference.task, encoding=options.encoding, split=part).examples
+        return labelled_rows(path, task, encoding=options.encoding, split=part).examples
 
-    return pick_rows(checkpoint, source, split, Example, read_file)
+    return pick_rows(folder, source, split, Example, read_file)

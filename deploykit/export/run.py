@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,14 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deploykit import artifacts
-from deploykit.errors import DataError, UsageError
-from deploykit.export.calibration import METHODS, Method
+from deploykit.errors import DataError, MissingDependencyError, UsageError
+from deploykit.export.calibration import METHODS, Method, is_saved, load_calibration
+from deploykit.export.grading import POINTS
+from deploykit.export.search import Trace
+from deploykit.export.tables import SEARCH_PAGE, render_searches
 from deploykit.export.tensorrt import EngineOptions
 from deploykit.finetune.checkpoint import check_source
 from deploykit.finetune.rows import read_split
 from deploykit.predictor import translates
 from deploykit.runtime.engines import ENGINES
-from deploykit.tasks import Task
+from deploykit.tasks import Classification, Task, Translation
 
 Say = Callable[[str], None]
 Row = TypeVar("Row")
@@ -26,31 +30,42 @@ SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class ExportOptions:
-    """``calibration`` is the name of one of the run's splits or a data file; ``data`` a file of rows to
-    measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
-    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``source`` and ``target``
-    are the languages of a translation checkpoint that was trained elsewhere. ``trt``: also build TensorRT engines."""
+class CalibrationOptions:
+    """``calibration`` is the name of one of the run's splits or a data file, of which ``calibration_rows`` are used.
+    ``source`` and ``target`` are the languages of a translation checkpoint that was trained elsewhere."""
 
-    int8: bool = False
     calibration: str = "train"
     calibration_rows: int = 512
+    encoding: str | None = None
+    source: str | None = None
+    target: str | None = None
+
+    def check(self) -> None:
+        if self.calibration_rows < 1:
+            raise UsageError(f"--calibration-rows is {self.calibration_rows}", "give 1 or more")
+
+
+@dataclass(frozen=True)
+class ExportOptions(CalibrationOptions):
+    """``calibration`` may also be what ``deploykit calibrate`` wrote. ``data`` is a file of rows to
+    measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
+    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``trt``: also build TensorRT engines."""
+
+    int8: bool = False
     method: Method = "minmax"
     max_drop: float = 0.5
     data: str | None = None
     measure_rows: int = 0
-    encoding: str | None = None
-    source: str | None = None
-    target: str | None = None
     trt: EngineOptions | None = None
 
     def check(self) -> None:
+        super().check()
         if self.method not in METHODS:
             raise UsageError(f"unknown --method {self.method!r}", f"choose one of: {', '.join(METHODS)}")
-        if self.calibration_rows < 1:
-            raise UsageError(f"--calibration-rows is {self.calibration_rows}", "give 1 or more")
         if self.measure_rows < 0:
             raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
+        if is_saved(self.calibration) and self.calibration_rows != CalibrationOptions.calibration_rows:
+            raise UsageError("--calibration-rows is for rows, and --calibration has collected its own", "leave it out")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
         if self.trt is not None:
@@ -77,32 +92,63 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     """Write fp32 ONNX and, with ``int8``, quantized graphs for each target, each measured on the same rows.
 
     Raises ExportError, leaving nothing at ``out``, when a graph differs from PyTorch, when an
-    engine runs no INT8 kernel, or when INT8 costs more than ``max_drop`` points.
+    engine runs no INT8 kernel, or when INT8 costs more than ``max_drop`` points. A search for layers in fp32 that is
+    killed is taken up again from OUT.search.json by the next export of the same inputs.
     """
     options.check()
     check_source(str(checkpoint))
-    inputs = _digest(checkpoint, options)
+    parent = parent_digest(checkpoint)
+    engines = [name for name, info in ENGINES.items() if info.installed]
+    inputs = artifacts.digest_of("export", parent, identity(options), engines)
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
-    if translates(checkpoint):
-        from deploykit.export.translation import write
-    else:
-        from deploykit.export.classification import write
+    saved = load_calibration(Path(options.calibration), parent) if is_saved(options.calibration) else None
+    trace = Trace(
+        out.with_name(f"{out.name}.search.json"), artifacts.digest_of(inputs, artifacts.installed_versions()), say
+    )
     if options.trt is not None:
         command = command_of(checkpoint, out, options)
         options = dataclasses.replace(options, trt=dataclasses.replace(options.trt, command=command))
     with artifacts.new_directory(out) as directory:
-        written = write(checkpoint, directory, options, say)
+        written: Written = task_module(checkpoint).write(checkpoint, directory, options, saved, trace, say)
+        _draw_search(directory, written.metrics, options.max_drop, say)
         manifest = artifacts.write_manifest(
             directory,
             "export",
             written.task,
             inputs=inputs,
-            parent=_parent(checkpoint),
+            parent=parent,
             options=dataclasses.asdict(options),
             metrics=written.metrics,
         )
+    trace.remove()
     return Exported(out, manifest, reused=False)
+
+
+def task_module(checkpoint: Path, exported: artifacts.Manifest | None = None) -> Any:
+    """The module of this package that knows the task of a checkpoint, or of one that was ``exported``."""
+    translator = isinstance(exported.task, Translation) if exported is not None else translates(checkpoint)
+    task = Translation if translator else Classification
+    return importlib.import_module(f"deploykit.export.{task.name}")
+
+
+def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say: Say) -> None:
+    """Show what a search for layers in fp32 has measured, if there was one, as a page of the export."""
+    searches = metrics.get("quantization", {}).get("search")
+    if not searches:
+        return
+    from deploykit.bench.report import write_search
+
+    for line in render_searches(searches):
+        say(line)
+    reference = metrics["accuracy_table"][0]
+    limits = {
+        name: (reference[name], reference[name] - max_drop / POINTS[name]) for name in POINTS if name in reference
+    }
+    try:
+        write_search(searches, limits, directory / SEARCH_PAGE)
+    except MissingDependencyError as error:
+        say(f"the search is not drawn: {error.message}: {error.remedy}")
 
 
 def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
@@ -137,21 +183,23 @@ def pick_rows(
             return read_split(checkpoint, kept, kind)
     option = "--data" if split == "test" else "--calibration"
     raise DataError(
-        f"{checkpoint}: holds no {name} rows (it was not trained by deploykit)", f"give a file of rows with {option}"
+        f"{checkpoint}: holds no {name} rows (only what deploykit finetune wrote does)",
+        f"give a file of rows with {option}",
     )
 
 
-def _digest(checkpoint: Path, options: ExportOptions) -> str:
+def identity(options: CalibrationOptions) -> dict[str, Any]:
+    """The options, with the digests of files in place of their names."""
     values = dataclasses.asdict(options)
     for name in ("calibration", "data"):
-        path = Path(values[name] or "")
-        if values[name] and path.exists():
+        path = Path(values.get(name) or "")
+        if values.get(name) and path.exists():
             values[name] = artifacts.digest_path(path)
-    engines = [name for name, info in ENGINES.items() if info.installed]
-    return artifacts.digest_of("export", _parent(checkpoint), values, engines)
+    return values
 
 
-def _parent(checkpoint: Path) -> str:
+def parent_digest(checkpoint: Path) -> str:
+    """The digest of a checkpoint, also of one that deploykit did not write."""
     if (checkpoint / artifacts.MANIFEST).exists():
         return artifacts.load_manifest(checkpoint, "checkpoint", verify=False).digest
     return artifacts.digest_path(checkpoint)

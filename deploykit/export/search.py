@@ -2,75 +2,162 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.artifacts import new_file
 from deploykit.errors import ExportError
+from deploykit.export.grading import Grader, Line
 from deploykit.export.tables import render
 
+T = TypeVar("T")
+
+SAMPLE = 64
+"""Rows that the sensitivity of a part is measured on."""
 _MOST_KEPT = 0.5  # with fewer layers than that in INT8, it is no INT8 model
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One assignment that was measured: how many parts stayed in fp32, and the points that it lost."""
+    """One assignment that was measured: how many parts stayed in fp32, the points that it lost, and its metrics."""
 
     kept: int
     drop: float
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class Search:
-    """``kept`` parts stay in fp32, of ``order`` (most sensitive first); ``trials`` in the order they were made."""
+    """``kept`` parts stay in fp32, the first of ``order``. ``sensitivity`` has, in that order, how much the model's
+    outputs change when a part alone is INT8. ``trials`` are in the order they were made."""
 
     kept: tuple[str, ...]
     order: tuple[str, ...]
+    sensitivity: tuple[float, ...]
     trials: tuple[Trial, ...]
 
 
-def too_lossy(loss: str, limit: float, table: Sequence[Any], why: ExportError) -> ExportError:
-    """The export's refusal, with the lines of ``table`` as they were when all was INT8. ``why``: what the search raised."""
-    return ExportError(
-        f"{loss}, more than --max-drop {limit}; {why.message}:\n"
-        + "\n".join("  " + text for text in render([asdict(line) for line in table])),
-        "try another --method, more --calibration-rows, or export without --int8; nothing was written",
-    )
+class Trace:
+    """What an export has measured, in a file beside it, so that one that was killed goes on where it was.
+
+    ``key`` identifies all that the measurements depend on: a file with another one is begun anew.
+    """
+
+    def __init__(self, path: Path, key: str, say: Callable[[str], None]) -> None:
+        self._path, self._key = path, key
+        self._measured: dict[str, Any] = {}
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if record.get("key") == key:
+            self._measured = record["measured"]
+            say(f"{path}: {len(self._measured)} measurements of an export that did not finish are used")
+
+    def measured(self, name: str, measure: Callable[[], T]) -> T:
+        """What the file has under ``name``, or else what ``measure`` returns (plain JSON), which it then has."""
+        if name not in self._measured:
+            self._measured[name] = measure()
+            with new_file(self._path) as file:
+                file.write_text(json.dumps({"key": self._key, "measured": self._measured}, indent=1), encoding="utf-8")
+        found: T = self._measured[name]
+        return found
+
+    def remove(self) -> None:
+        """It is of no more use."""
+        self._path.unlink(missing_ok=True)
 
 
-def fewest_in_fp32(
-    order: Sequence[str], drop: Callable[[Sequence[str]], float], limit: float, *, say: Callable[[str], None]
-) -> Search:
-    """The shortest beginning of ``order`` that, left in fp32, keeps ``drop`` within ``limit``; by doubling, then bisection.
+def hold_limit(
+    name: str,
+    parts: Sequence[str],
+    write: Callable[[Sequence[str]], Line],
+    sample: Callable[[str | None], NDArray[Any]],
+    grader: Grader[Any],
+    limit: float,
+    trace: Trace,
+    say: Callable[[str], None],
+) -> Search | None:
+    """Quantize all ``parts`` of a model, or, where that loses more than ``limit`` points, all but a few.
 
     Args:
-        order: parts of the model, the most sensitive first.
-        drop: writes the graph with some parts in fp32, and measures the points that it loses.
+        name: what is quantized, for messages and the trace.
+        write: writes the graph with some parts left as they are, and grades it.
+        sample: outputs for some rows when this part alone is INT8, or none is. It may overwrite the graph.
 
-    The last graph written is that of the result. Raises ExportError when even half of the parts in
-    fp32 do not hold the limit; the graph of that attempt is then the last.
+    The last graph written is that of the result. Raises ExportError with the measured table when even half of the
+    parts in fp32 do not hold the limit.
     """
-    trials: dict[int, float] = {}
+    whole = write(())
+    if (drop := grader.drop(whole)) <= limit:
+        return None
+    table = grader.table
+    loss = f"{name} loses {drop:.2f} points of {grader.judged}"
+    say(f"{loss}: which of its {len(parts)} parts need fp32?")
+    expected = sample(None)
+
+    def change(part: str) -> float:
+        return float(np.abs(sample(part) - expected).mean())
+
+    sensitivity = {}
+    for i, part in enumerate(parts, 1):
+        sensitivity[part] = trace.measured(f"{name}: {part} alone", partial(change, part))
+        say(f"{i} of {len(parts)}: {part} alone in INT8 changes the outputs by {sensitivity[part]:.2g}")
+    order = sorted(parts, key=lambda part: -sensitivity[part])
+    trials = [Trial(0, drop, whole.judged)]
+    written: list[Sequence[str]] = []
+
+    def measure(kept: Sequence[str]) -> dict[str, Any]:
+        written.append(kept)
+        line = write(kept)
+        return {"drop": grader.drop(line), "metrics": line.judged}
+
+    def trial(kept: Sequence[str]) -> float:
+        trials.append(Trial(len(kept), **trace.measured(f"{name}: {len(kept)} kept", partial(measure, kept))))
+        say(f"with {len(kept)} of {len(order)} parts in fp32 it loses {trials[-1].drop:.2f} points")
+        return trials[-1].drop
+
+    try:
+        kept = fewest(order, trial, limit)
+    except ExportError as error:
+        trace.remove()
+        raise ExportError(
+            f"{loss}, more than --max-drop {limit}; {error.message}:\n"
+            + "\n".join("  " + text for text in render([line.to_json() for line in table])),
+            "try another --method, more --calibration-rows, or export without --int8; nothing was written",
+        ) from error
+    if not written or written[-1] != kept:
+        write(kept)
+    return Search(tuple(kept), tuple(order), tuple(sensitivity[part] for part in order), tuple(trials))
+
+
+def fewest(order: Sequence[str], drop: Callable[[Sequence[str]], float], limit: float) -> Sequence[str]:
+    """The shortest beginning of ``order`` that, left in fp32, keeps ``drop`` within ``limit``; by doubling, then bisection.
+
+    Raises ExportError when even half of ``order`` does not.
+    """
+    drops: dict[int, float] = {}
 
     def holds(count: int) -> bool:
-        if count not in trials:
-            trials[count] = drop(order[:count])
-            say(f"with {count} of {len(order)} parts in fp32 it loses {trials[count]:.2f} points")
-        return trials[count] <= limit
+        if count not in drops:
+            drops[count] = drop(order[:count])
+        return drops[count] <= limit
 
     most = int(len(order) * _MOST_KEPT)
     too_few, enough = 0, 1
     while not holds(min(enough, most)):
         if enough >= most:
-            raise ExportError(
-                f"INT8 loses {trials[most]:.2f} points, more than {limit}, even with {most} of {len(order)} parts in fp32",
-                "try another --method or more --calibration-rows",
-            )
+            raise ExportError(f"even with {most} of {len(order)} parts in fp32 it loses {drops[most]:.2f}")
         too_few, enough = enough, 2 * enough
     enough = min(enough, most)
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
         too_few, enough = (too_few, middle) if holds(middle) else (middle, enough)
-    if list(trials)[-1] != enough:
-        drop(order[:enough])
-    return Search(tuple(order[:enough]), tuple(order), tuple(Trial(*trial) for trial in trials.items()))
+    return order[:enough]

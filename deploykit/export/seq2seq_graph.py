@@ -9,6 +9,7 @@ There are two forms: for ONNX Runtime (``seq2seq_onnxruntime``), and in standard
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from deploykit.export.architecture import Architecture, Attention, Linear
 from deploykit.export.quantize import Ranges
 from deploykit.export.seq2seq_onnxruntime import OnnxRuntimeWriter
 from deploykit.export.seq2seq_standard import StandardWriter
-from deploykit.export.seq2seq_writer import Graph, Writer
+from deploykit.export.seq2seq_writer import ACTIVATIONS, Graph, Writer
 
 _SHARED_ALIGNMENT = 4096  # ONNX Runtime maps external data by pages
 
@@ -164,6 +165,15 @@ def save_graphs(folder: Path, encoder: Graph, decoder: Graph, files: tuple[str, 
                 f"{name} would have {graph.model.ByteSize():,} bytes, more than ONNX allows", "use --int8"
             )
         onnx.save(graph.model, folder / name)
+
+
+def read_graph(path: Path) -> Graph:
+    """A graph that ``save_graphs`` wrote, its shared weights left in their file. Raises ExportError for another's."""
+    model = onnx.load(path, load_external_data=False)
+    for entry in model.metadata_props:
+        if entry.key == ACTIVATIONS:
+            return Graph(model, json.loads(entry.value))
+    raise ExportError(f"{path}: does not name its linear layers: another deploykit wrote it", "export the model again")
 
 
 def _make_external(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:

@@ -7,6 +7,7 @@ written for it.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from onnx import TensorProto, helper, numpy_helper
 from deploykit.errors import ExportError
 from deploykit.export.architecture import Architecture, Array, FeedForward, Linear, Norm, RelativeBias
 from deploykit.export.quantize import Ranges
+
+ACTIVATIONS = "deploykit.activations"
+"""The key of a graph's metadata that holds ``Graph.activations``, as JSON."""
 
 # Hugging Face's name of an activation -> the writers'
 _ACTIVATIONS: Mapping[str, str] = {
@@ -96,7 +100,9 @@ class Writer(ABC):
     def model(self, opsets: Mapping[str, int], ir_version: int) -> onnx.ModelProto:
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self.initializers.values()))
         imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
-        return helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
+        model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
+        helper.set_model_props(model, {ACTIVATIONS: json.dumps(self.activations)})
+        return model
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
         self.inputs.append(helper.make_tensor_value_info(name, kind, shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -95,3 +96,31 @@ def exported(deploykit: Callable[..., Typed], checkpoint: Path, tmp_path_factory
     done = deploykit("export", checkpoint, "--out", out, "--int8", "--max-drop", 10, "--calibration-rows", 64)
     assert done.code == 0, done.err
     return out
+
+
+@pytest.fixture(scope="session")
+def with_ranges() -> Callable[..., None]:
+    """Change what a saved calibration found: ``with_ranges(folder, "layer.4", 0.01)`` scales what was seen in all
+    tensors with that in their names."""
+
+    def change(folder: Path, part: str, scale: float) -> None:
+        from deploykit.artifacts import load_manifest, write_manifest
+        from deploykit.export.calibration import load_calibration
+
+        manifest = load_manifest(folder, "calibration")
+        found = load_calibration(folder, manifest.parent or "")
+        changed = {
+            name: dataclasses.replace(h, low=h.low * scale, high=h.high * scale) if part in name else h
+            for name, h in found.histograms.items()
+        }
+        dataclasses.replace(found, histograms=changed).save(folder)
+        write_manifest(
+            folder,
+            "calibration",
+            manifest.task,
+            inputs=manifest.inputs,
+            parent=manifest.parent,
+            metrics=manifest.metrics,
+        )
+
+    return change

@@ -152,6 +152,8 @@ def test_a_full_disk_in_the_middle_of_an_export(deploykit: Deploykit, checkpoint
         (("serve", "--repository", "nowhere"), 1, "nowhere"),
         (("inspect", "nowhere"), 1, "nowhere"),
         (("bench", "nowhere/at/all", "--data", "x.csv"), 1, "nowhere"),
+        (("calibrate", "no/such/run", "--out", "x"), 1, "no such model folder"),
+        (("calibrate", "runs", "--out", "x", "--calibration-rows", "0"), 2, "--calibration-rows is 0"),
         (("export", "runs", "--out", "x", "--method", "guess"), 2, "guess"),
         (("export", "runs", "--out", "x", "--precision", "fp16"), 2, "add --trt"),
         (("export", "runs", "--out", "x", "--target", "sm_86"), 2, "add --trt"),

@@ -162,63 +162,97 @@ def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Pat
     assert (code, json.loads(out)["reused"]) == (0, True)
 
 
-def test_int8_that_loses_too_much_leaves_no_export(deploykit: Deploykit, checkpoint: Path, tmp_path: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    from deploykit.export import classification as stage
+@pytest.fixture(scope="module")
+def calibration(
+    deploykit: Deploykit, exported: Path, small_csv: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Of the short run, collected from its export."""
+    out = tmp_path_factory.mktemp("calibrations") / "a"
+    words = ("calibrate", exported, "--calibration", small_csv, "--calibration-rows", 48, "--out", out)
+    code, text, err = deploykit(*words)
+    assert code == 0, err
+    assert "48 rows, 24 tensors" in text
+    assert "minmax     entropy  percentile         mse" in text
+    code, text, err = deploykit(*words, "--json")
+    assert code == 0, err
+    record = json.loads(text)
+    assert record["reused"]
+    assert (record["rows"], record["seconds"] > 0, record["peak_memory_mb"] > 50) == (48, True, True)
+    assert {method for ranges in record["ranges"].values() for method in ranges} == {
+        "minmax", "entropy", "percentile", "mse",
+    }  # fmt: skip
+    return out
 
-    monkeypatch.setattr(stage, "calibrate", lambda *a, **k: _with_ranges_cut(_calibrate(*a, **k)))
-    code, _, err = deploykit("export", checkpoint, "--out", tmp_path / "e", "--int8", "--calibration-rows", 16)
+
+def test_a_calibration_is_an_artifact_of_the_checkpoint(
+    deploykit: Deploykit, checkpoint: Path, exported: Path, calibration: Path, small_csv: Path, tmp_path: Path
+) -> None:
+    code, out, _ = deploykit("inspect", calibration)
+    assert code == 0
+    assert "calibration for classification, verified" in out
+    assert "48 rows, 24 tensors" in out
+    assert load_manifest(calibration).parent == load_manifest(checkpoint).digest
+    code, _, err = deploykit(
+        "calibrate", checkpoint, "--calibration", small_csv, "--calibration-rows", 48, "--out", tmp_path / "c"
+    )
+    assert code == 0, err
+    assert load_manifest(tmp_path / "c").digest == load_manifest(calibration).digest, "the export's graph is its own"
+
+    code, _, err = deploykit("calibrate", exported, "--out", tmp_path / "d")
+    assert (code, "--calibration" in err) == (1, True), "an export has no rows"
+    cut = shutil.copytree(calibration, tmp_path / "cut")
+    with (cut / "calibration.npz").open("r+b") as file:
+        file.truncate(100)
+    code, _, err = deploykit("export", checkpoint, "--int8", "--calibration", cut, "--out", tmp_path / "e")
+    assert (code, "calibration.npz" in err) == (1, True)
+    code, _, err = deploykit(
+        "export", checkpoint, "--int8", "--calibration", calibration, "--calibration-rows", 9, "--out", tmp_path / "e"
+    )
+    assert (code, "--calibration-rows" in err) == (2, True)
+    code, _, err = deploykit("export", checkpoint, "--int8", "--calibration", exported, "--out", tmp_path / "e")
+    assert (code, "is an export, but a calibration is wanted" in err) == (1, True)
+
+
+def test_int8_that_loses_too_much_leaves_no_export(
+    deploykit: Deploykit, checkpoint: Path, calibration: Path, with_ranges: Callable[..., None], tmp_path: Path
+) -> None:
+    ruined = shutil.copytree(calibration, tmp_path / "c")
+    with_ranges(ruined, "", 1 / 60)
+    code, _, err = deploykit("export", checkpoint, "--out", tmp_path / "e", "--int8", "--calibration", ruined)
     assert code == 1
     assert "points of macro-F1, more than --max-drop 0.5" in err
     assert "pytorch" in err, "the measured table"
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [ruined]
 
 
-def test_layers_that_int8_ruins_stay_in_fp32(deploykit: Deploykit, checkpoint: Path, tmp_path: Path,
-                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    from deploykit.export import classification as stage
-
-    ruined: list[str] = []
-
-    def calibrate(*args: object, **kwargs: object) -> object:
-        calibration = _calibrate(*args, **kwargs)
-        ruined.extend(name for name in calibration.histograms if "layer.4" in name or "layer.5" in name)  # type: ignore[attr-defined]
-        return _with_ranges_cut(calibration, ruined, by=5000)
-
-    monkeypatch.setattr(stage, "calibrate", calibrate)
-    code, out, err = deploykit("export", checkpoint, "--out", tmp_path / "e", "--int8", "--calibration-rows", 32,
+def test_layers_that_int8_ruins_stay_in_fp32(
+    deploykit: Deploykit, checkpoint: Path, calibration: Path, with_ranges: Callable[..., None], tmp_path: Path
+) -> None:
+    ruined = shutil.copytree(calibration, tmp_path / "c")
+    for layer in ("layer.4", "layer.5"):
+        with_ranges(ruined, layer, 1 / 5000)
+    code, out, err = deploykit("export", checkpoint, "--out", tmp_path / "e", "--int8", "--calibration", ruined,
                                "--max-drop", 5, "--json")  # fmt: skip
     assert code == 0, err
-    searches = json.loads(out)["quantization"]["search"]
-    assert set(searches) == {"openvino", "onnxruntime"}
-    for search in searches.values():
-        assert set(search["order"][:3]) <= set(ruined)
-        assert 0 < len(search["kept"]) <= len(ruined)
-        assert {trial["kept"]: trial["drop"] for trial in search["trials"]}[len(search["kept"])] <= 5
+    quantization = json.loads(out)["quantization"]
+    assert quantization["calibration"]["rows"] == 48
+    assert set(quantization["search"]) == {"openvino", "onnxruntime"}
+    for search in quantization["search"].values():
+        assert all("layer.4" in name or "layer.5" in name for name in search["order"][:3])
+        assert search["sensitivity"] == sorted(search["sensitivity"], reverse=True)
+        assert 0 < len(search["kept"]) <= 8
+        assert search["kept"] == search["order"][: len(search["kept"])]
+        trials = {trial["kept"]: trial for trial in search["trials"]}
+        assert trials[0]["drop"] > 5 >= trials[len(search["kept"])]["drop"]
     for line in json.loads(out)["accuracy"]:
         if line["precision"] == "int8":
             assert 18 < line["int8_kernels"] < 36
-    calibration = json.loads((tmp_path / "e" / "calibration.json").read_text())
-    assert set(ruined) <= set(calibration["ranges"])
-
-
-def _calibrate(*args: object, **kwargs: object) -> object:
-    from deploykit.export.calibration import calibrate
-
-    return calibrate(*args, **kwargs)  # type: ignore[arg-type]
-
-
-def _with_ranges_cut(calibration: object, names: list[str] | None = None, by: float = 60) -> object:
-    import dataclasses
-
-    from deploykit.export.calibration import Calibration
-
-    assert isinstance(calibration, Calibration)
-    cut = {
-        n: dataclasses.replace(h, low=h.low / by, high=h.high / by) if names is None or n in names else h
-        for n, h in calibration.histograms.items()
-    }
-    return dataclasses.replace(calibration, histograms=cut)
+    assert (tmp_path / "e" / "search.html").read_text().count("<svg") == 1
+    code, out, _ = deploykit("inspect", tmp_path / "e")
+    assert code == 0
+    assert "parts stay in fp32" in out
+    assert "search.html" in out
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "e"}, "the trace is gone"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -119,6 +119,7 @@ def test_an_export_builds_engines_of_both_graphs(deploykit: Deploykit, new_model
     assert kinds == [(p, part) for p in ("bf16", "fp16", "int8") for part in ("encoder", "decoder")]
     for engine in record["engines"]:
         assert (engine["int8_gemms"] > 8) == (engine["precision"] == "int8"), engine
+        assert (engine["calibration"] is not None) == (engine["precision"] == "int8")
         assert engine["profiles"] == [profile]
         assert {engine["file"], engine["graph"], f"shared.trt.{engine['precision']}.bin"} <= set(manifest.files)
     assert not (tmp_path / "e" / "decoder.trt.fp32.onnx").exists(), "it was not asked for"
@@ -147,6 +148,51 @@ def test_int8_for_tensorrt_is_held_to_the_limit(
     search = json.loads(out)["quantization"]["search"]
     assert set(search) == {"tensorrt"}
     assert search["tensorrt"]["kept"] == ["decoder.projection"]
+
+
+def test_a_killed_search_goes_on_from_its_calibration_and_trace(
+    deploykit: Deploykit, new_model: Path, with_ranges: Callable[..., None], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from deploykit.export import search
+
+    code, out, err = deploykit("calibrate", new_model, "--calibration-rows", 32, "--out", tmp_path / "c", "--json")
+    assert code == 0, err
+    assert {"decoder.projection", "cross", "encoder.0.self.qkv"} <= set(json.loads(out)["ranges"])
+    with_ranges(tmp_path / "c", "decoder.projection", 1e5)  # all that it reads is rounded to 0
+
+    original, made = search.Trace.measured, []
+
+    def killed(trace: search.Trace, name: str, measure: Callable[[], Any]) -> Any:
+        made.append(name)
+        if len(made) > 3:
+            raise KeyboardInterrupt
+        return original(trace, name, measure)
+
+    monkeypatch.setattr(search.Trace, "measured", killed)
+    words = ("export", new_model, "--int8", "--calibration", tmp_path / "c", "--out", tmp_path / "e", "--measure-rows", 12,
+             "--max-drop", 20)  # fmt: skip
+    assert deploykit(*words)[0] == 130
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "e.search.json"}
+    monkeypatch.setattr(search.Trace, "measured", original)
+    code, out, err = deploykit(*words, "--json")
+    assert code == 0, err
+    assert "e.search.json: 3 measurements of an export that did not finish are used" in err
+    found = json.loads(out)["quantization"]["search"]["onnxruntime"]
+    assert found["kept"] == found["order"][:1] == ["decoder.projection"]
+    assert found["sensitivity"][0] > 10 * found["sensitivity"][1], "each part was measured alone"
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "e"}
+    assert "chrF" in (tmp_path / "e" / "search.html").read_text()
+    again = json.loads((tmp_path / "e" / "calibration.json").read_text())
+    assert again["rows"] == 32
+
+    code, _, err = deploykit("calibrate", tmp_path / "e", "--calibration", new_model / "splits" / "train.jsonl",
+                             "--calibration-rows", 32, "--out", tmp_path / "d")  # fmt: skip
+    assert code == 0, err
+    collected = [load_manifest(tmp_path / name, "calibration") for name in "cd"]
+    assert collected[0].parent == collected[1].parent
+    assert collected[0].metrics["rows_digest"] == collected[1].metrics["rows_digest"]
+    assert collected[0].metrics["ranges"] == collected[1].metrics["ranges"], "the export's graphs are the checkpoint's"
 
 
 def test_fine_tuning_shows_before_and_after(deploykit: Deploykit, new_model: Path, pairs: Path, tmp_path: Path) -> None:

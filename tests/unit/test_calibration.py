@@ -8,8 +8,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from deploykit.export.calibration import BINS, METHODS, Histogram, calibrate, clipped_range
+from deploykit.artifacts import write_manifest
+from deploykit.errors import ArtifactError, ExportError
+from deploykit.export.calibration import BINS, METHODS, Calibration, Histogram, clipped_range, load_calibration
+from deploykit.export.classification_calibration import calibrate_tokens
 from deploykit.export.quantize import activation_parameters, linear_layers, quantize, quantize_weight
+from deploykit.tasks import Classification
 
 
 def histogram_of(values: np.ndarray) -> Histogram:
@@ -92,12 +96,46 @@ def tiny_graph(path: Path, *, gemm: bool = False) -> np.ndarray:
 def test_calibration_sees_every_token_and_no_padding(tmp_path: Path) -> None:
     table = tiny_graph(tmp_path / "m.onnx")
     rows = [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
-    calibration = calibrate(tmp_path / "m.onnx", rows, "digest")
+    calibration = calibrate_tokens(tmp_path / "m.onnx", rows, "digest")
     assert list(calibration.histograms) == ["embedded"], "layers after pooling stay fp32"
     histogram = calibration.histograms["embedded"]
     seen = table[np.concatenate(rows)]
     assert (histogram.low, histogram.high) == (seen.min(), seen.max())
     assert histogram.counts.sum() == seen.size
+
+
+def save(calibration: Calibration, folder: Path, parent: str) -> Path:
+    folder.mkdir()
+    calibration.save(folder)
+    task = Classification(("a", "b"), max_length=8, pad_token_id=0)
+    write_manifest(folder, "calibration", task, inputs="x", parent=parent, metrics=calibration.to_json())
+    return folder
+
+
+def test_a_saved_calibration_gives_the_same_ranges(tmp_path: Path) -> None:
+    tiny_graph(tmp_path / "m.onnx")
+    calibration = calibrate_tokens(tmp_path / "m.onnx", [[1, 2, 3], [4]], "digest")
+    loaded = load_calibration(save(calibration, tmp_path / "c", "mine"), "mine")
+    assert loaded.to_json() == calibration.to_json()
+    assert loaded.to_json()["rows_digest"] == "digest"
+    for method in METHODS:
+        assert loaded.ranges(method) == calibration.ranges(method)
+    loaded.check(["embedded", "other"])
+    with pytest.raises(ArtifactError, match="has the tensor embedded, which goes into no linear layer"):
+        loaded.check(["other"])
+
+
+def test_a_calibration_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    tiny_graph(tmp_path / "m.onnx")
+    saved = save(calibrate_tokens(tmp_path / "m.onnx", [[1]], "digest"), tmp_path / "c", "theirs")
+    with pytest.raises(ArtifactError, match=r"another checkpoint: of theirs, and this is mine") as refused:
+        load_calibration(saved, "mine")
+    assert "deploykit calibrate" in (refused.value.remedy or "")
+
+
+def test_a_graph_without_a_layer_for_int8_is_an_error(tiny_export: Path) -> None:
+    with pytest.raises(ExportError, match="no layer can be quantized"):
+        calibrate_tokens(tiny_export / "model.onnx", [[1, 2, 3]], "digest")
 
 
 @pytest.mark.parametrize("scheme", ["s8s8", "u8s8"])

@@ -1,41 +1,145 @@
-"""Which parts stay in fp32: the fewest that hold the limit, most sensitive first."""
+"""Which parts stay in fp32: the fewest that hold the limit, most sensitive first; killed searches go on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from deploykit.bench.report import write_search
 from deploykit.errors import ExportError
-from deploykit.export.search import fewest_in_fp32
+from deploykit.export.grading import Grader, Line
+from deploykit.export.search import Search, Trace, fewest, hold_limit
 
 PARTS = [f"part{i}" for i in range(24)]
 
 
 @pytest.mark.parametrize("needed", [1, 2, 3, 5, 8, 11, 12])
 def test_the_fewest_parts_that_hold_the_limit_are_found(needed: int) -> None:
-    written: list[list[str]] = []
+    tried: list[int] = []
 
     def drop(kept: Sequence[str]) -> float:
-        written.append(list(kept))
+        tried.append(len(kept))
         return 0.0 if len(kept) >= needed else 9.0
 
-    found = fewest_in_fp32(PARTS, drop, 0.5, say=lambda line: None)
-    assert list(found.kept) == PARTS[:needed]
-    assert written[-1] == PARTS[:needed], "what was written last is the result"
-    assert len(found.trials) <= 8
-    assert {trial.kept: trial.drop for trial in found.trials}[needed] == 0.0
+    assert list(fewest(PARTS, drop, 0.5)) == PARTS[:needed]
+    assert len(tried) == len(set(tried)) <= 8
 
 
 def test_a_limit_that_half_of_the_model_in_fp32_does_not_hold_is_an_error() -> None:
-    with pytest.raises(ExportError, match=r"loses 2\.00 points, more than 0\.5, even with 12 of 24 parts"):
-        fewest_in_fp32(PARTS, lambda kept: 2.0, 0.5, say=lambda line: None)
+    with pytest.raises(ExportError, match=r"even with 12 of 24 parts in fp32 it loses 2\.00"):
+        fewest(PARTS, lambda kept: 2.0, 0.5)
 
 
-def test_what_was_measured_is_told() -> None:
-    lines: list[str] = []
-    fewest_in_fp32(PARTS, lambda kept: 0.7 - 0.1 * len(kept), 0.5, say=lines.append)
-    assert lines == [
-        "with 1 of 24 parts in fp32 it loses 0.60 points",
-        "with 2 of 24 parts in fp32 it loses 0.50 points",
-    ]
+class Answers(Grader[float]):
+    """What a form of the model gives is its macro-F1."""
+
+    figures = ("macro_f1",)
+
+    def measure(self, raw: float) -> dict[str, Any]:
+        return {"macro_f1": raw, "rows": 8}
+
+    def answers(self, raw: float) -> list[str]:
+        return ["same", f"{raw:.2f}"]
+
+
+class Model:
+    """Loses a point for each of its ``bad`` parts in INT8, whose outputs then change by their place in the list."""
+
+    def __init__(self, bad: Sequence[str], trace: Trace, *, dies_at: int = 1000) -> None:
+        self.bad, self.trace, self.dies_at = list(bad), trace, dies_at
+        self.grader = Answers()
+        self.grader.enter("fp32", "pytorch", 0.9)
+        self.said: list[str] = []
+        self.written: list[tuple[str, ...]] = []
+        self.sampled: list[str | None] = []
+
+    def write(self, kept: Sequence[str]) -> Line:
+        self.written.append(tuple(kept))
+        return self.grader.enter("int8", "engine", 0.9 - 0.01 * sum(part not in kept for part in self.bad), 4)
+
+    def sample(self, part: str | None) -> NDArray[np.float32]:
+        if len(self.sampled) + len(self.written) >= self.dies_at:
+            raise KeyboardInterrupt
+        self.sampled.append(part)
+        return np.full(3, 0.0 if part not in self.bad else 1.0 + self.bad.index(part), np.float32)
+
+    def search(self, limit: float = 0.5) -> Search | None:
+        return hold_limit("INT8", PARTS, self.write, self.sample, self.grader, limit, self.trace, self.said.append)
+
+
+def trace_at(path: Path, key: str = "k") -> Trace:
+    return Trace(path, key, say=lambda line: None)
+
+
+def test_the_parts_that_change_the_outputs_most_alone_stay_in_fp32(tmp_path: Path) -> None:
+    model = Model(["part7", "part3", "part19"], trace_at(tmp_path / "t.json"))
+    found = model.search(limit=1.5)
+    assert found is not None
+    assert found.order[:4] == ("part19", "part3", "part7", "part0"), "equal ones as the model has them"
+    assert found.sensitivity[:4] == (3.0, 2.0, 1.0, 0.0)
+    assert found.kept == model.written[-1] == ("part19", "part3"), "what was written last is the result"
+    assert model.grader.table[-1].figures["macro_f1"] == pytest.approx(0.89), "and it is what the table has"
+    assert [(t.kept, round(t.drop, 6)) for t in found.trials] == [(0, 3.0), (1, 2.0), (2, 1.0)]
+    assert "24 of 24: part23 alone in INT8 changes the outputs by 0" in model.said
+
+
+def test_a_model_that_holds_the_limit_is_not_searched(tmp_path: Path) -> None:
+    model = Model(["part7"], trace_at(tmp_path / "t.json"))
+    assert model.search(limit=1.5) is None
+    assert (model.written, model.sampled) == ([()], [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refusal_shows_the_table_and_leaves_no_trace(tmp_path: Path) -> None:
+    model = Model(PARTS, trace_at(tmp_path / "t.json"))
+    with pytest.raises(ExportError, match=r"loses 24\.00 points of macro-F1, more than --max-drop 0\.5") as refused:
+        model.search()
+    assert "int8      engine             0.6600" in refused.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dies_at", [2, 10, 26])
+def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, dies_at: int) -> None:
+    bad = ["part7", "part3", "part19"]
+    path = tmp_path / "t.json"
+    killed = Model(bad, trace_at(path), dies_at=dies_at)
+    if dies_at < 26:
+        with pytest.raises(KeyboardInterrupt):
+            killed.search(limit=1.5)
+    else:
+        killed.search(limit=1.5)
+    again = Model(bad, trace_at(path))
+    found = again.search(limit=1.5)
+    assert found == Model(bad, trace_at(tmp_path / "other.json")).search(limit=1.5)
+    assert len([part for part in again.sampled if part]) == 24 - len([part for part in killed.sampled if part])
+    assert again.written[-1] == ("part19", "part3"), "also where all trials were known"
+
+
+def test_a_trace_of_other_inputs_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    assert trace_at(path, "a").measured("x", lambda: 1) == 1
+    assert trace_at(path, "a").measured("x", lambda: 2) == 1
+    assert trace_at(path, "b").measured("x", lambda: 3) == 3
+    assert json.loads(path.read_text()) == {"key": "b", "measured": {"x": 3}}
+    path.write_text("{")
+    assert trace_at(path, "b").measured("x", lambda: 4) == 4
+
+
+def test_the_search_is_drawn_with_its_limits(tmp_path: Path) -> None:
+    trial = {"drop": 3.0, "metrics": {"bleu": 30.5, "chrf": 50.0}}
+    found = {"kept": ["a<b"], "order": ["a<b", "c"], "sensitivity": [0.5, 0.125],
+             "trials": [{"kept": 0, **trial}, {"kept": 1, **trial, "drop": 0.25}]}  # fmt: skip
+    limits = {"bleu": (33.5, 33.0), "chrf": (50.5, 50.0)}
+    write_search({"onnxruntime": found, "tensorrt": found}, limits, tmp_path / "search.html")
+    page = (tmp_path / "search.html").read_text()
+    assert page.count("<svg") == 1
+    for text in ("parts left in fp32", "BLEU", "chrF", "least allowed", "a&lt;b", "0.12", "Trials, tensorrt", "0.25"):
+        assert text in page
+    assert "a<b" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")

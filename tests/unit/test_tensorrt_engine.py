@@ -152,10 +152,10 @@ def test_an_engine_that_runs_here_is_graded_as_it_answers(engine_file: Path) -> 
 
     reference = open_classifier(str(engine_file.parent), url="", engine="onnxruntime", precision="fp32")
     rows = [Example(text, label, "") for text, label in zip(TEXTS, reference.task.decide(reference.scores(TEXTS)))]
-    grader = _Grader(engine_file.parent, reference, rows)  # type: ignore[arg-type]
-    grader.grade_checkpoint()
+    grader = _Grader(engine_file.parent, reference.task, rows)
+    grader.grade_checkpoint(reference)
     line = grader.grade_engine(read_record(engine_file))
-    assert (line.precision, line.engine, line.accuracy, line.agreement) == ("fp32", "tensorrt", 1.0, 1.0)
+    assert (line.precision, line.engine, line.figures["accuracy"], line.agreement) == ("fp32", "tensorrt", 1.0, 1.0)
 
 
 def test_auto_takes_an_engine_that_runs_here_and_no_other(engine_file: Path) -> None:

@@ -1,0 +1,72 @@
+"""Calibrate: a checkpoint or an export in; what real rows did to each activation of its fp32 graph, out.
+
+One calibration serves every method, engine and export of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from deploykit import artifacts
+from deploykit.export.calibration import METHODS, Calibration
+from deploykit.export.run import CalibrationOptions, Say, identity, parent_digest, task_module
+from deploykit.finetune.checkpoint import check_source
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    out: Path
+    manifest: artifacts.Manifest
+    reused: bool
+
+
+def calibrate(source: Path, out: Path, options: CalibrationOptions, *, force: bool = False, say: Say) -> Calibrated:
+    """Run rows through the fp32 graph of ``source`` and write the histograms of its activations to ``out``.
+
+    The manifest's parent is the checkpoint whose graph it is. Its metrics have rows, rows_digest, seconds,
+    peak_memory_mb and ranges: of each tensor, what each method keeps (low, high).
+    """
+    options.check()
+    exported = _export_at(source)
+    if exported is None:
+        check_source(str(source))
+    parent = parent_digest(source) if exported is None else exported.parent
+    inputs = artifacts.digest_of("calibration", parent, identity(options))
+    if (manifest := artifacts.existing(out, "calibration", inputs, force=force)) is not None:
+        return Calibrated(out, manifest, reused=True)
+    module = task_module(source, exported)
+    with artifacts.new_directory(out) as directory:
+        with tempfile.TemporaryDirectory(dir=directory) as temporary:
+            if exported is None:
+                say("writing the fp32 graph")
+                folder, task = Path(temporary), module.write_fp32(source, Path(temporary), options)
+            else:
+                folder, task = source, exported.task
+            texts = module.calibration_texts(source, task, options)
+            say(f"calibrating on {len(texts):,} rows")
+            calibration: Calibration = module.calibrate(folder, task, texts)
+        calibration.save(directory)
+        by_method = {method: calibration.ranges(method) for method in METHODS}
+        ranges = {name: {m: by_method[m][name] for m in METHODS} for name in calibration.histograms}
+        manifest = artifacts.write_manifest(
+            directory,
+            "calibration",
+            task,
+            inputs=inputs,
+            parent=parent,
+            options=asdict(options),
+            metrics={**calibration.to_json(), "ranges": ranges},
+        )
+    return Calibrated(out, manifest, reused=False)
+
+
+def _export_at(path: Path) -> artifacts.Manifest | None:
+    """The manifest of an export, verified; None for anything else."""
+    try:
+        kind = json.loads((path / artifacts.MANIFEST).read_text(encoding="utf-8")).get("kind")
+    except (OSError, ValueError, AttributeError):
+        return None  # whoever reads it next says what is wrong
+    return artifacts.load_manifest(path, "export") if kind == "export" else None

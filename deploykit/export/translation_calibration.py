@@ -1,0 +1,90 @@
+"""Calibration of a translator: what goes into its linear layers while it translates real rows in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from deploykit.artifacts import digest_of
+from deploykit.export.calibration import Calibration, Observe, collect, equal_length_batches
+from deploykit.export.seq2seq_graph import read_graph, with_activations
+from deploykit.runtime.decoding import Decoder
+from deploykit.runtime.engines import TRANSLATION_FILES, available_cpus
+from deploykit.runtime.engines.onnxruntime import session_options
+from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
+from deploykit.runtime.translator import Translator
+from deploykit.tasks import Translation
+
+
+def activations_of(folder: Path) -> set[str]:
+    """Names of the linear layers of both fp32 graphs."""
+    return {name for file in TRANSLATION_FILES["fp32"][:2] for name in read_graph(folder / file).activations}
+
+
+def calibrate(folder: Path, task: Translation, texts: Sequence[str]) -> Calibration:
+    """Translate ``texts`` greedily with the fp32 graphs in ``folder``, and collect what goes into every linear layer."""
+    model = _Observed(folder, TRANSLATION_FILES["fp32"], available_cpus())
+    tokenizer = load_translation_tokenizer(folder, task.source, task.target)
+    translator = Translator(task, tokenizer, Decoder(model, task))
+    generation = dataclasses.replace(task.generation, beam_size=1)
+
+    def run(observe: Observe) -> None:
+        model.observe = observe
+        translator.translate(texts, generation, scored=False)
+
+    return collect(run, len(texts), digest_of(list(texts)))
+
+
+class _Observed(Seq2SeqModel):
+    """The graphs with every linear layer's input as an output, shown to ``observe`` under the layer's name."""
+
+    observe: Observe
+
+    def encode(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Observes batches of equal length, so no padding."""
+        tensors = _unique(self._encoder_activations)
+        for batch in equal_length_batches(token_ids):
+            lengths = np.full(len(batch), batch.shape[1], np.int32)
+            values = self._encoder.run(tensors, {"input_ids": batch, "lengths": lengths})
+            self._show(self._encoder_activations, dict(zip(tensors, values)))
+        return super().encode(token_ids)
+
+    def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        logits = super().step(tokens)
+        tensors = _unique(self._decoder_activations)
+        outputs = self._binding.get_outputs()[-len(tensors) :]
+        self._show(self._decoder_activations, {t: value.numpy() for t, value in zip(tensors, outputs)})
+        return logits
+
+    def _show(self, activations: Mapping[str, str], values: Mapping[str, NDArray[np.float32]]) -> None:
+        for name, tensor in activations.items():
+            self.observe(name, values[tensor])
+
+    def _open(self, threads: int) -> tuple[ort.InferenceSession, ...]:
+        graphs = [read_graph(path) for path in self._paths]
+        self._encoder_activations, self._decoder_activations = (graph.activations for graph in graphs)
+        options = session_options(threads, spin=True)
+        folder = str(self._paths[0].parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        return tuple(
+            ort.InferenceSession(
+                with_activations(graph).model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+            for graph in graphs
+        )
+
+    def _bind(self) -> None:
+        super()._bind()
+        for tensor in _unique(self._decoder_activations):
+            self._binding.bind_output(tensor)
+
+
+def _unique(activations: Mapping[str, str]) -> list[str]:
+    """Tensors, each once: several layers may read the same."""
+    return list(dict.fromkeys(activations.values()))
