@@ -197,6 +197,7 @@ def random_subject(folder: Path, shape: Shape) -> Subject:
 
     from deploykit.export.families import read_architecture
     from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+    from deploykit.export.translation_calibration import activations_of
     from deploykit.finetune.checkpoint import quiet
 
     quiet()
@@ -218,7 +219,7 @@ def random_subject(folder: Path, shape: Shape) -> Subject:
     architecture = read_architecture(model)
     graphs = build_encoder(architecture), build_decoder(architecture)
     save_graphs(export, *graphs, TRANSLATION_FILES["fp32"])
-    ranges = {name: (-6.0, 6.0) for graph in graphs for name in graph.activations}
+    ranges = dict.fromkeys(activations_of(export), (-6.0, 6.0))
     graphs = build_encoder(architecture, ranges), build_decoder(architecture, ranges)
     save_graphs(export, *graphs, TRANSLATION_FILES["int8"])
     limit = TARGET_TOKENS + 1  # with the start token

@@ -45,7 +45,8 @@ def build_encoder(
     what ``standard`` says. Without ``standard`` the graph is ONNX Runtime's.
 
     With ``ranges`` (by the linear layer's name) these linear layers are INT8: weights symmetric, with a scale a channel,
-    activations with a fixed scale, symmetric in standard ONNX.
+    activations with a fixed scale, symmetric in standard ONNX. ONNX Runtime's caches are INT8 where ``cache_names`` have
+    ranges, and so is cross; their scales are in the graph's metadata.
     """
     a, g = architecture, _writer("encoder", architecture, ranges, standard)
     ids = g.input("input_ids", TensorProto.INT64, ["batch", "source"])
@@ -74,8 +75,7 @@ def build_encoder(
     hidden = g.residual(hidden, blocks, a.encoder_norm, pre_norm=a.pre_norm)
 
     parts = [part for layer in a.decoder_layers for part in (layer.cross.key, layer.cross.value)]
-    g.linear(hidden, _side_by_side(*parts), "cross", output="cross")
-    g.output("cross", ["batch", "source", len(parts) * a.heads * a.head_size])
+    g.give_cross(hidden, _side_by_side(*parts))
     return g.finish()
 
 

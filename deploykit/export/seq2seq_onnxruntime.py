@@ -9,6 +9,7 @@ Source: ONNX Runtime, ContribOperators.md.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from onnx import TensorProto, helper
 from deploykit.export.architecture import Array, Linear
 from deploykit.export.quantize import activation_parameters, quantize_weight
 from deploykit.export.seq2seq_writer import Graph, Writer
+from deploykit.runtime.engines.seq2seq import CROSS_SCALES, cache_names
 
 OPSET = 17
 _CONTRIB = "com.microsoft"
@@ -32,7 +34,8 @@ _ACTIVATIONS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
 
 @dataclass
 class OnnxRuntimeWriter(Writer):
-    """With ``ranges`` linear layers take U8 activations of fixed scale and S8 weights of a scale per channel."""
+    """With ``ranges`` linear layers take U8 activations of fixed scale and S8 weights of a scale per channel, and caches
+    are S8 of a fixed scale each: they are most of what a step of many rows reads."""
 
     quantized: dict[str, tuple[str, str, str, float]] = field(default_factory=dict)
 
@@ -80,6 +83,29 @@ class OnnxRuntimeWriter(Writer):
             self.quantized[x] = (self.op("QuantizeLinear", x, *parameters), *parameters, float(scale))
         return self.quantized[x]
 
+    @property
+    def cache_kind(self) -> int:
+        """All of them or none: they share memory, whatever layer they are of."""
+        quantized = self.ranges is not None and cache_names(1)[0] in self.ranges
+        return TensorProto.INT8 if quantized else self.kind
+
+    def give_cross(self, hidden: str, layer: Linear) -> None:
+        if self.cache_kind != TensorProto.INT8:
+            super().give_cross(hidden, layer)
+            return
+        layers = len(self.architecture.decoder_layers)
+        scales = [self._cache_scale(name) for name in cache_names(layers) if "cross" in name]
+        by_column = np.repeat(np.array(scales, np.float32), layer.weight.shape[1] // len(scales))
+        zeros = self.constant(np.zeros(len(by_column), np.int8))
+        cross = self.linear(hidden, layer, "cross")
+        self.op("QuantizeLinear", cross, self.constant(by_column), zeros, axis=2, output="cross")
+        self.output("cross", ["batch", "source", len(by_column)], TensorProto.INT8)
+        self.metadata[CROSS_SCALES] = json.dumps(scales)
+
+    def _cache_scale(self, name: str) -> float:
+        assert self.ranges is not None
+        return float(activation_parameters(*self.ranges[name], "s8s8")[0])
+
     def padding_mask(self, lengths: str, length: str) -> str:
         """int32 [batch, source]: 1 for tokens, 0 for padding."""
         positions = self.positions_below(length)
@@ -98,25 +124,30 @@ class OnnxRuntimeWriter(Writer):
     def self_attention(self, packed: str, layer: int, past: str, total: str, bias: str) -> str:
         caches = self.caches(f"past.{layer}", "target")
         inputs = [packed, "", "", *caches, past, total, *(["", "", "", bias] if bias else [])]
-        return self._attention(inputs, f"present.{layer}", "target")
+        return self._attention(inputs, f"present.{layer}", "target", f"caches.{layer}.self")
 
     def cross_attention(self, query: str, layer: int, source_last: str) -> str:
         width = self.architecture.heads * self.architecture.head_size
         last = [self.input(f"cross.{layer}.last_{part}", self.kind, ["rows", 1, width]) for part in ("key", "value")]
         caches = self.caches(f"cross.{layer}", "source")
         inputs = [query, *last, *caches, source_last, "source_total"]
-        return self._attention(inputs, f"cross_present.{layer}", "source")
+        return self._attention(inputs, f"cross_present.{layer}", "source", f"caches.{layer}.cross")
 
-    def _attention(self, inputs: list[str], present: str, positions: str) -> str:
+    def _attention(self, inputs: list[str], present: str, positions: str, caches: str) -> str:
         self.count += 1
         a, names = self.architecture, (f"{present}.key", f"{present}.value")
         for name in names:
-            self.output(name, self.cache_shape(positions))
+            self.output(name, self.cache_shape(positions), self.cache_kind)
+        quantization: dict[str, Any] = {}
+        if self.cache_kind == TensorProto.INT8:
+            scales = [np.array([self._cache_scale(f"{caches}_{part}")], np.float32) for part in ("key", "value")]
+            inputs = [*inputs, *[""] * (12 - len(inputs)), *map(self.constant, scales)]
+            quantization = {"k_quant_type": "PER_TENSOR", "v_quant_type": "PER_TENSOR", "kv_cache_bit_width": 8}
         self.nodes.append(
             helper.make_node(
                 "GroupQueryAttention", inputs, [f"t{self.count}", *names],
                 f"{self.name}/GroupQueryAttention/{self.count}", domain=_CONTRIB,
-                num_heads=a.heads, kv_num_heads=a.heads, scale=a.scale,
+                num_heads=a.heads, kv_num_heads=a.heads, scale=a.scale, **quantization,
             )
         )  # fmt: skip
         return f"t{self.count}"

@@ -63,6 +63,7 @@ class Writer(ABC):
     outputs: list[onnx.ValueInfoProto] = field(default_factory=list)
     activations: dict[str, str] = field(default_factory=dict)
     written: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
     count: int = 0
 
     @abstractmethod
@@ -101,7 +102,7 @@ class Writer(ABC):
         graph = helper.make_graph(self.nodes, self.name, self.inputs, self.outputs, list(self.initializers.values()))
         imports = [helper.make_opsetid(domain, version) for domain, version in opsets.items()]
         model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
-        helper.set_model_props(model, {ACTIVATIONS: json.dumps(self.activations)})
+        helper.set_model_props(model, {ACTIVATIONS: json.dumps(self.activations), **self.metadata})
         return model
 
     def input(self, name: str, kind: int, shape: Sequence[int | str]) -> str:
@@ -114,7 +115,11 @@ class Writer(ABC):
     def caches(self, name: str, positions: str) -> tuple[str, str]:
         """Inputs ``name``.key and .value: [rows, heads, ``positions``, head size]."""
         shape = self.cache_shape(positions)
-        return self.input(f"{name}.key", self.kind, shape), self.input(f"{name}.value", self.kind, shape)
+        return self.input(f"{name}.key", self.cache_kind, shape), self.input(f"{name}.value", self.cache_kind, shape)
+
+    @property
+    def cache_kind(self) -> int:
+        return self.kind
 
     def cache_shape(self, positions: str) -> list[int | str]:
         return ["rows", self.architecture.heads, positions, self.architecture.head_size]
@@ -168,6 +173,11 @@ class Writer(ABC):
         if layer.bias is None:
             return self.op("MatMul", *inputs, output=output)
         return self.op("Add", self.op("MatMul", *inputs), self.constant(layer.bias), output=output)
+
+    def give_cross(self, hidden: str, layer: Linear) -> None:
+        """The encoder's output: keys and values of all the decoder's layers."""
+        self.linear(hidden, layer, "cross", output="cross")
+        self.output("cross", ["batch", "source", layer.weight.shape[1]])
 
     def project(self, x: str, table: Array, bias: Array | None, name: str, *, output: str) -> None:
         """x @ table.T + bias, from the rows of the embedding as they are stored."""

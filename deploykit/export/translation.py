@@ -45,6 +45,7 @@ from deploykit.tasks import Translation
 
 _PARITY_ROWS = 128
 _MEASURED_ROWS = 500  # PyTorch, which is measured too, takes minutes for more
+_CACHES = "caches"
 _TENSORRT_TYPES: dict[str, Standard] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16"}
 """Precision of an engine -> what its layers compute in that are not INT8."""
 
@@ -163,9 +164,12 @@ def _quantize(
         "INT8", save, lambda: grader.grade("int8"), TRANSLATION_FILES["int8"], ranges, options, grader, trace, say
     )
     written = _without(ranges, search.kept if search else ())
-    say(f"quantized {len(written)} linear layers ({quantize_nodes} QuantizeLinear nodes) and the embedding")
+    layers = _without(written, {_CACHES})
+    more = "the embedding and the caches" if len(layers) < len(written) else "the embedding"
+    say(f"quantized {len(layers)} linear layers ({quantize_nodes} QuantizeLinear nodes), {more}")
     record = {
-        "linear_layers": len(written),
+        "linear_layers": len(layers),
+        "caches": len(written) - len(layers),
         "quantize_nodes": quantize_nodes,
         "method": options.method,
         "calibration": calibration.to_json(),
@@ -202,7 +206,10 @@ def _without(ranges: Ranges, kept: Collection[str]) -> Ranges:
 
 
 def part_of(layer: str) -> str:
-    """The part of the model that stays in fp32 or not as one: a block of a layer, as in ``decoder.2.cross``."""
+    """The part of the model that stays in fp32 or not as one: a block of a layer, as in ``decoder.2.cross``, or all
+    caches."""
+    if layer.startswith(f"{_CACHES}."):
+        return _CACHES
     return layer if layer.count(".") < 3 else layer.rsplit(".", 1)[0]
 
 
@@ -285,6 +292,7 @@ def _build_engines(
         for file in tensorrt_files("fp32"):
             (directory / file).unlink()
     metrics["engines"] = []
+    ranges = _without(ranges, {_CACHES})  # TensorRT's caches are of the type that its layers compute in
     for precision in trt.precisions:
         calibration = None
         if precision == "int8":

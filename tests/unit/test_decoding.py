@@ -34,7 +34,7 @@ from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import TRANSLATION_FILES
 from deploykit.runtime.engines.best_tokens import LOG_SOFTMAX, TOP_K, BestTokens
 from deploykit.runtime.engines.onnxruntime import int8_kernels
-from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.engines.seq2seq import Seq2SeqModel, cache_names
 from deploykit.runtime.generation import override
 from deploykit.tasks import Generation, Translation
 
@@ -111,7 +111,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         calibrated = {
             name: (-8.0, 8.0)
             for g in (build_encoder(architecture), build_decoder(architecture))
-            for name in g.activations
+            for name in [*g.activations, *cache_names(len(architecture.decoder_layers))]
         }
         graphs = build_encoder(architecture, calibrated), build_decoder(architecture, calibrated)
         save_graphs(folder, *graphs, TRANSLATION_FILES["int8"])

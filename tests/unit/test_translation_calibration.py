@@ -9,9 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from transformers import MarianConfig, MarianMTModel
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ExportError
+from deploykit.export import translation_calibration
 from deploykit.export.families import read_architecture
 from deploykit.export.forced_decoding import greedy_translations, log_probabilities
 from deploykit.export.seq2seq_graph import build_decoder, build_encoder, read_graph, save_graphs
@@ -68,6 +70,45 @@ def test_layers_that_read_the_same_tensor_see_the_same(
         assert (up.low, up.high) == (gate.low, gate.high)
         np.testing.assert_array_equal(up.counts, gate.counts)
         assert (up.counts.sum(), down.counts.sum()) == (tokens, 2 * tokens), "64 values, where 32 go in"
+
+
+def test_caches_that_are_large_are_int8(
+    make_tiny_translation: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_translation(tmp_path / "marian", "marian", max_length=32)
+    task = task_of(folder)
+    assert not any(name.startswith("caches.") for name in activations_of(folder)), "these are small"
+    monkeypatch.setattr(translation_calibration, "_LARGE_CACHES", 0)
+    torch.manual_seed(0)
+    size = task.vocabulary
+    config = MarianConfig(
+        vocab_size=size, decoder_vocab_size=size, pad_token_id=size - 1, eos_token_id=0, decoder_start_token_id=size - 1,
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, init_std=0.3,
+    )  # fmt: skip
+    architecture = read_architecture(MarianMTModel(config).eval())
+    save_graphs(folder, build_encoder(architecture), build_decoder(architecture), TRANSLATION_FILES["fp32"])
+    calibration = calibrate(folder, task, TEXTS)
+    assert set(calibration.histograms) == activations_of(folder)
+    values = {name: histogram.counts.sum() for name, histogram in calibration.histograms.items()}
+    for part in ("key", "value"):
+        assert values[f"caches.1.self_{part}"] == values["decoder.1.self.qkv"], "32 of each token, as go in"
+        assert values[f"caches.1.cross_{part}"] == values["cross"]
+
+    pairs = greedy_translations(load_translator(folder, task, TRANSLATION_FILES["fp32"], 1), TEXTS)
+    only_caches = {n: r for n, r in calibration.ranges("minmax").items() if n.startswith("caches.")}
+    found = [log_probabilities(Seq2SeqModel(folder, TRANSLATION_FILES["fp32"], 1), task, pairs)]
+    for ranges in ({}, only_caches):
+        save_graphs(
+            folder, build_encoder(architecture, ranges), build_decoder(architecture, ranges), TRANSLATION_FILES["int8"]
+        )
+        found.append(log_probabilities(Seq2SeqModel(folder, TRANSLATION_FILES["int8"], 1), task, pairs))
+    fp32, small, also_caches = found
+    assert np.abs(small - fp32).max() > 0, "an INT8 embedding"
+    assert 0 < np.abs(also_caches - small).mean() < 0.1 * np.abs(fp32).mean()
+    model = Seq2SeqModel(folder, TRANSLATION_FILES["int8"], 1)
+    assert model.encode([[5, 6, 0]]).dtype == np.int8
+    assert model.cache_bytes(4, 8, 8) == Seq2SeqModel(folder, TRANSLATION_FILES["fp32"], 1).cache_bytes(4, 8, 8) / 4
 
 
 def test_a_graph_of_another_writer_is_refused(tiny_translation: Path, tmp_path: Path) -> None:

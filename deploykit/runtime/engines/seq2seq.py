@@ -8,6 +8,7 @@ place to the last one, so the rows in use are always the first ones and no step 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,26 @@ from deploykit.runtime.engines.onnxruntime import open_session, session_options
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have
 _LEAST_ROWS = 4
+_KINDS: dict[str, type[np.number[Any]]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+}
 
 # Measured, with 2 threads and models from 1 to 52 MB: bytes that a step reads, below which one thread is as fast as
 # two; and rows from which steps side by side, a thread each, beat threads within a step.
 _SMALL = 5 << 20
 _ROWS_OF_A_WORKER, _ROWS_OF_A_SMALL_WORKER = 16, 4
 
+CROSS_SCALES = "deploykit.cross_scales"
+"""The key of an encoder's metadata that holds the scales of its output where that is INT8: JSON, [2 x layers]."""
+
 Floats = NDArray[np.float32]
+
+
+def cache_names(layers: int) -> list[str]:
+    """What caches are called where ranges are by name: layer by layer, key before value."""
+    return [f"caches.{i}.{of}_{part}" for i in range(layers) for of in ("self", "cross") for part in ("key", "value")]
 
 
 class _Cache:
@@ -37,7 +51,7 @@ class _Cache:
     everywhere: graphs of standard ONNX multiply what is masked by 0.
     """
 
-    def __init__(self, layers: int, heads: int, head_size: int, block: int, kind: type[np.floating[Any]]) -> None:
+    def __init__(self, layers: int, heads: int, head_size: int, block: int, kind: type[np.number[Any]]) -> None:
         self._layers, self._heads, self._head_size, self._block = layers, heads, head_size, block
         self._storage = np.zeros(0, kind)
         self.view: NDArray[Any] = np.zeros((2 * layers, 0, heads, 0, head_size), kind)
@@ -112,7 +126,9 @@ class Seq2SeqModel:
         self._layers = sum(name.startswith("present.") for name in outputs) // 2
         _, self._heads, _, self._head_size = outputs["present.0.key"]
         self.vocabulary = int(outputs["logits"][1])
-        kind = np.float16 if self._inputs["past.0.key"] == "tensor(float16)" else np.float32
+        kind = _KINDS[self._inputs["past.0.key"]]
+        metadata = self._encoder.get_modelmeta().custom_metadata_map
+        self._cross_scales = np.array(json.loads(metadata.get(CROSS_SCALES, "1.0")), np.float32).reshape(-1, 1)
         self._self = _Cache(self._layers, self._heads, self._head_size, _TARGET_BLOCK, kind)
         self._cross = _Cache(self._layers, self._heads, self._head_size, _SOURCE_BLOCK, kind)
         self._binding = self._decoder.io_binding()
@@ -125,14 +141,14 @@ class Seq2SeqModel:
         self._last: Floats = np.zeros((2 * self._layers, 0, 1, self._heads * self._head_size), np.float32)
         self.reserve(_LEAST_ROWS, 1)
 
-    def encode(self, token_ids: Sequence[Sequence[int]]) -> Floats:
-        """Cross-attention keys and values, float32 [texts, longest, 2 x layers, heads, head size]."""
+    def encode(self, token_ids: Sequence[Sequence[int]]) -> NDArray[Any]:
+        """Cross-attention keys and values, of the caches' type: [texts, longest, 2 x layers, heads, head size]."""
         longest = max(map(len, token_ids))
         ids = np.zeros((len(token_ids), longest), np.int64)
         for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)] = tokens
         lengths = np.fromiter(map(len, token_ids), np.int32, len(token_ids))
-        cross: Floats = self._encoder.run(["cross"], {"input_ids": ids, "lengths": lengths})[0]
+        cross: NDArray[Any] = self._encoder.run(["cross"], {"input_ids": ids, "lengths": lengths})[0]
         return cross.reshape(*ids.shape, 2 * self._layers, self._heads, self._head_size)
 
     def reserve(self, rows: int, source: int) -> None:
@@ -150,13 +166,13 @@ class Seq2SeqModel:
         if moved or grown:
             self._bound = (0, 0, 0)
 
-    def admit(self, cross: Floats, text: int, length: int, copies: int = 1) -> NDArray[np.int64]:
+    def admit(self, cross: NDArray[Any], text: int, length: int, copies: int = 1) -> NDArray[np.int64]:
         """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
         first, last = self.rows, self.rows + copies
         self.reserve(last, length)
         self._cross.view[:, first:last, :, :length] = cross[text, :length].transpose(1, 2, 0, 3)[:, None]
-        width = self._heads * self._head_size
-        self._last[:, first:last, 0] = cross[text, length - 1].reshape(-1, 1, width)
+        end = cross[text, length - 1].reshape(2 * self._layers, -1) * self._cross_scales
+        self._last[:, first:last, 0] = end[:, None]
         self._source_last[first:last] = length - 1
         self._past[first:last] = 0
         self.rows = last
