@@ -22,6 +22,7 @@ from deploykit.metrics import TITLES
 Record = Mapping[str, Any]
 
 MAX_MATRICES = 12
+NOTHING = "–"
 _INK, _FAINT = "#010203", "#010204"  # stand-ins, replaced by the page's colours
 _COLOURS = (
     "#2f6fed",
@@ -277,6 +278,18 @@ def shown(text: str, most: int = 36) -> str:
     text = text if len(text) <= most else text[: most - 1] + "…"
     text = text or "?"
     return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides names with an underscore first
+
+
+def number(value: float | None) -> str:
+    """To about three digits."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def fraction(value: float | None) -> str:
+    """An accuracy: of 1, or of 100."""
+    return NOTHING if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
 def apart(html: str, name: str) -> str:

@@ -9,12 +9,12 @@ from typing import Any
 
 from deploykit.artifacts import new_file
 from deploykit.bench import figures
+from deploykit.bench.figures import NOTHING, fraction, number
 from deploykit.errors import ArtifactError
 from deploykit.metrics import TITLES
 
 Record = Mapping[str, Any]
 
-_NOTHING = "–"
 _CLASSIFICATION_METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2430; --soft: #5b6675; --faint: #dfe4ea; --page: #f6f8fa; --card: #fff;
@@ -195,10 +195,10 @@ def _summary(result: Record) -> str:
                 *(_median(best[key]) for key in _rates(result).values()),
                 *(_median(best["latency_ms"][key]) for key in ("p50", "p99")),
                 f"{best['errors']:,}",
-                *(_fraction(metrics.get(key)) for key in metrics_shown),
-                _number(candidate["first_answer_s"]),
-                _number(candidate["peak_memory_mb"]),
-                _number(candidate["size_mb"]),
+                *(fraction(metrics.get(key)) for key in metrics_shown),
+                number(candidate["first_answer_s"]),
+                number(candidate["peak_memory_mb"]),
+                number(candidate["size_mb"]),
             ]
         )
     return _table(head, rows)
@@ -235,7 +235,7 @@ def _machine(result: Record) -> list[tuple[str, str]]:
     busiest = max((load["cpu_percent"] for load in result["other_load"]), default=0.0)
     return [
         ("CPU", f"{machine['cpu']}, {machine['cpus_usable']} of {machine['cpus']} usable"),
-        ("CPU features", ", ".join(machine["cpu_flags"]) or _NOTHING),
+        ("CPU features", ", ".join(machine["cpu_flags"]) or NOTHING),
         ("Memory", f"{machine['memory_gb']} GB"),
         ("System", f"{machine['system']}, Python {machine['python']}"),
         ("Packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
@@ -290,22 +290,11 @@ def _words(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<table class="words"><tbody>{rows}</tbody></table>'
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return _NOTHING
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def _fraction(value: float | None) -> str:
-    """An accuracy: of 1, or of 100."""
-    return _NOTHING if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
-
-
 def _median(spread: Mapping[str, float] | None) -> str:
-    return _number(spread["median"] if spread else None)
+    return number(spread["median"] if spread else None)
 
 
 def _spread(spread: Mapping[str, float] | None) -> str:
     if not spread:
-        return _NOTHING
-    return f"{_number(spread['median'])}<small>{_number(spread['min'])} to {_number(spread['max'])}</small>"
+        return NOTHING
+    return f"{number(spread['median'])}<small>{number(spread['min'])} to {number(spread['max'])}</small>"
