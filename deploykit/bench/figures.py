@@ -11,6 +11,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,94 @@ def require_matplotlib() -> None:
         raise MissingDependencyError("matplotlib is not installed, which draws the report", BENCH_EXTRA) from None
 
 
+def throughput_bars(result: Record) -> str | None:
+    """A panel for each closed loop and each searched rate: a bar for each candidate, with the least and the most of its
+    rounds. None with one candidate, which has no peer."""
+    candidates = result["candidates"]
+    panels = [s["scenario"] for s in candidates[0]["scenarios"] if s["scenario"]["kind"] != "poisson"]
+    if len(candidates) < 2 or not panels:
+        return None
+    key, unit = ("tokens_per_s", "target tokens/s") if translates(result) else ("throughput_per_s", "texts/s")
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+
+    def draw(figure: Any) -> None:
+        every = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for axes, scenario in zip(every, panels):
+            spreads = [s[key] for c in candidates for s in c["scenarios"] if s["scenario"]["name"] == scenario["name"]]
+            for i, spread in enumerate(spreads):
+                if not spread:
+                    continue
+                middle = spread["median"]
+                reach = [[middle - spread["min"]], [spread["max"] - middle]]
+                axes.barh(i, middle, 0.6, color=_colour(i))
+                axes.errorbar(middle, i, xerr=reach, color=_INK, linewidth=1.2, capsize=3)
+                at, text = (spread["max"], i), number(middle)
+                axes.annotate(text, at, (5, 0), textcoords="offset points", va="center", fontsize=9)
+            axes.set_title(scenario["name"], fontsize=11)
+            axes.set_xlim(0, 1.3 * max((s["max"] for s in spreads if s), default=0) or 1)
+            axes.grid(False, axis="y")
+            axes.xaxis.set_major_locator(_locator(3))
+        for axes in every[len(panels) :]:
+            axes.set_axis_off()
+        every[0].set_yticks(range(len(candidates)), [shown(c["name"], 30) for c in candidates])
+        every[0].invert_yaxis()
+        figure.supxlabel(unit, fontsize=11)
+
+    return _svg("bars", draw, (2.6 + 2.5 * columns, rows * (0.9 + 0.34 * len(candidates)) + 0.3))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How ``name`` answered as one thing grew: at each value of it, a record's scenario."""
+
+    name: str
+    points: Sequence[tuple[float, Record]]
+
+
+def scaling_with_callers(result: Record) -> str | None:
+    """Over the closed loops, whose callers in one process are a batch. None of fewer than three."""
+    lines = [
+        Scaling(
+            c["name"], [(s["scenario"]["concurrency"], s) for s in c["scenarios"] if "concurrency" in s["scenario"]]
+        )
+        for c in result["candidates"]
+    ]
+    return scaling("callers", lines) if all(len(line.points) > 2 for line in lines) else None
+
+
+def scaling(axis: str, lines: Sequence[Scaling]) -> str:
+    """Throughput and p50 against ``axis`` ("threads"): medians, with the least and the most of the rounds."""
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for axes, title, of in (
+            (left, "texts/s", lambda s: s["throughput_per_s"]),
+            (right, "p50 latency, ms (log scale)", lambda s: s["latency_ms"]["p50"]),
+        ):
+            for i, line in enumerate(lines):
+                points = sorted((x, of(s)) for x, s in line.points if of(s))
+                middle = [spread["median"] for _, spread in points]
+                reach = [
+                    [spread["median"] - spread["min"] for _, spread in points],
+                    [spread["max"] - spread["median"] for _, spread in points],
+                ]
+                style = {"color": _colour(i), "marker": _marker(i), "linewidth": 1.8, "capsize": 3}
+                label = shown(line.name) if axes is left else None
+                axes.errorbar([x for x, _ in points], middle, yerr=reach, label=label, **style)
+            axes.set_xscale("log", base=2)
+            values = sorted({x for line in lines for x, _ in line.points})
+            axes.set_xticks(values, [f"{x:g}" for x in values])
+            axes.minorticks_off()
+            axes.set(xlabel=f"{axis} (log scale)", ylabel=title)
+        left.set_ylim(bottom=0)
+        right.set_yscale("log")
+        _plain_log(right.yaxis)
+        _legend(figure)
+
+    return _svg(f"scaling-{axis}", draw, (9.0, 4.2))
+
+
 def latency_distribution(result: Record, scenario: str) -> str | None:
     """The share of requests answered within a time, for each candidate at one scenario."""
     curves = []
@@ -115,7 +204,12 @@ def throughput_latency(result: Record) -> str | None:
                 text = str(s["scenario"]["concurrency"])
                 axes.annotate(text, at, (0, 6), textcoords="offset points", ha="center", color=_colour(i), fontsize=9)
         for limit in {s["scenario"].get("limit_ms") for c in result["candidates"] for s in c["scenarios"]} - {None}:
-            axes.axhline(limit, color="grey", linestyle=":", linewidth=1.2)
+            axes.axhline(limit, color="grey", linestyle=":", linewidth=1.4)
+            at = (1, limit)
+            axes.annotate(
+                f"p99 limit {limit:g} ms", at, (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", fontsize=9,
+            )  # fmt: skip
         axes.set_yscale("log")
         _plain_log(axes.yaxis)
         axes.set_xlim(left=0)
