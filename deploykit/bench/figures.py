@@ -25,7 +25,7 @@ Record = Mapping[str, Any]
 MAX_MATRICES = 12
 NOTHING = "–"
 _INK, _FAINT = "#010203", "#010204"  # stand-ins, replaced by the page's colours
-_COLOURS = (
+COLOURS = (
     "#2f6fed",
     "#e8710a",
     "#12a150",
@@ -74,10 +74,14 @@ def throughput_bars(result: Record) -> str | None:
     rounds. None with one candidate, which has no peer."""
     candidates = result["candidates"]
     panels = [s["scenario"] for s in candidates[0]["scenarios"] if s["scenario"]["kind"] != "poisson"]
-    if len(candidates) < 2 or not panels:
-        return None
     key, unit = ("tokens_per_s", "target tokens/s") if translates(result) else ("throughput_per_s", "texts/s")
-    columns = min(3, len(panels))
+    if (
+        len(candidates) < 2
+        or not any(s[key] and s[key]["max"] for c in candidates for s in c["scenarios"])
+        or not panels
+    ):
+        return None
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
 
     def draw(figure: Any) -> None:
@@ -94,8 +98,9 @@ def throughput_bars(result: Record) -> str | None:
                 at, text = (spread["max"], i), number(middle)
                 axes.annotate(text, at, (5, 0), textcoords="offset points", va="center", fontsize=9)
             axes.set_title(scenario["name"], fontsize=11)
-            axes.set_xlim(0, 1.3 * max((s["max"] for s in spreads if s), default=0) or 1)
+            axes.set_xlim(0, 1.3 * max((s["max"] for s in spreads if s), default=0) or 1)  # room for the numbers
             axes.grid(False, axis="y")
+            axes.tick_params(axis="y", length=0)
             axes.xaxis.set_major_locator(_locator(3))
         for axes in every[len(panels) :]:
             axes.set_axis_off()
@@ -130,12 +135,13 @@ def scaling(axis: str, lines: Sequence[Scaling]) -> str:
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
-        for axes, title, of in (
+        plotted: list[tuple[Any, str, Callable[[Record], Record | None]]] = [
             (left, "texts/s", lambda s: s["throughput_per_s"]),
             (right, "p50 latency, ms (log scale)", lambda s: s["latency_ms"]["p50"]),
-        ):
+        ]
+        for axes, title, of in plotted:
             for i, line in enumerate(lines):
-                points = sorted((x, of(s)) for x, s in line.points if of(s))
+                points = [(x, spread) for x, s in line.points if (spread := of(s))]
                 middle = [spread["median"] for _, spread in points]
                 reach = [
                     [spread["median"] - spread["min"] for _, spread in points],
@@ -151,6 +157,7 @@ def scaling(axis: str, lines: Sequence[Scaling]) -> str:
             axes.set(xlabel=f"{axis} (log scale)", ylabel=title)
         left.set_ylim(bottom=0)
         right.set_yscale("log")
+        figure.get_layout_engine().set(wspace=0.06)  # else a title runs into the other plot
         _plain_log(right.yaxis)
         _legend(figure)
 
@@ -181,7 +188,7 @@ def latency_distribution(result: Record, scenario: str) -> str | None:
 
 
 def throughput_latency(result: Record) -> str | None:
-    """p99 against throughput: closed loops joined by a line, arrivals at random as hollow diamonds, limits as lines."""
+    """p99 against throughput: closed loops joined by a line, arrivals at random hollow, limits of p99 dotted."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -191,7 +198,7 @@ def throughput_latency(result: Record) -> str | None:
             for s in candidate["scenarios"]:
                 if s["latency_ms"]["p99"]:
                     (closed if s["scenario"]["kind"] == "closed_loop" else random).append(s)
-            for points, style in ((closed, f"-{_marker(i)}"), (random, "D")):
+            for points, style in ((closed, f"-{_marker(i)}"), (random, "D:")):
                 if not points:
                     continue
                 x = [s["throughput_per_s"]["median"] for s in points]
@@ -327,6 +334,7 @@ def memory_size(result: Record) -> str | None:
             axes.set_title(title, fontsize=11)
             axes.set_xlim(0, 1.25 * max((v for v in values if v), default=1))
             axes.grid(False, axis="y")
+            axes.tick_params(axis="y", length=0)
             axes.xaxis.set_major_locator(_locator(4))
         left.set_yticks(range(len(bars)), [shown(name) for name, _, _ in bars])
         left.invert_yaxis()
@@ -463,7 +471,7 @@ def _legend(figure: Any) -> None:
 
 
 def _colour(i: int) -> str:
-    return _COLOURS[i % len(_COLOURS)]
+    return COLOURS[i % len(COLOURS)]
 
 
 def _marker(i: int) -> str:

@@ -23,15 +23,15 @@ def read_record(path: Path) -> Record:
         raise ArtifactError(f"{path}: {error.strerror}", _REMEDY) from None
     except ValueError as error:  # neither UTF-8 nor JSON
         raise ArtifactError(f"{path}: is not JSON: {error}", _REMEDY) from None
-    try:
-        _touch(record)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: is no record of a bench, or damaged: {error}", _REMEDY) from None
-    if record["schema"] != SCHEMA:
+    if isinstance(record, dict) and record.get("schema") not in (None, SCHEMA):
         raise ArtifactError(
             f"{path}: was written in schema {record['schema']!r}, and this is deploykit with schema {SCHEMA}",
             "measure again, or use the deploykit that wrote it",
         )
+    try:
+        _touch(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path}: is no record of a bench, or damaged: {error}", _REMEDY) from None
     return record
 
 

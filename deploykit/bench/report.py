@@ -21,7 +21,7 @@ _STYLE = """
   --card: #1b2129; --warn: #3a2e10; --warn-ink: #f3d89a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+main { max-width: 1180px; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { margin: 0; font-size: 1.7rem; }
 h2.part { margin: 3rem 0 1rem; font-size: 1.5rem; }
 nav, a { color: var(--soft); }
@@ -223,6 +223,8 @@ def _warnings(warnings: Iterable[str]) -> str:
 
 def _summary(result: Record) -> str:
     metrics_shown = {"bleu": "BLEU", "chrf": "chrF"} if figures.translates(result) else _CLASSIFICATION_METRICS
+    if not any(candidate["metrics"] for candidate in result["candidates"]):
+        metrics_shown = {}
     head = (
         "model",
         *_rates(result),

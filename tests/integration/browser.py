@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 NAMES = ("chromium-headless-shell", "chromium", "chrome-headless-shell", "google-chrome", "chromium-browser")
-REMEDY = "there is no Chromium to open pages in: apt-get install chromium-headless-shell (Ubuntu: chromium-browser)"
+REMEDY = "there is no Chromium to open pages in: apt-get install chromium-headless-shell (on Ubuntu: chromium-browser)"
 _TIMEOUT_S = 60.0
 
 

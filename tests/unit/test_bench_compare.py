@@ -177,7 +177,7 @@ def test_nothing_in_common_is_an_error(measured: Record, tmp_path: Path) -> None
         (b"[1, 2]", "no record of a bench"),
         (b'{"schema": 1, "machine": {}, "workloads": []}', "no record of a bench"),
         (b'{"schema": 1, "machine": {}, "workloads": [3]}', "no record of a bench"),
-        (b'{"schema": 7, "started": "", "machine": {"packages": {}}, "candidates": []}', "schema 7"),
+        (b'{"schema": 7, "candidates": []}', "schema 7"),
         (b'{"schema": 1, "machine": {}, "candidates": [{}], "settings": {"rounds": 3}}', "no record of a bench"),
     ],
 )
