@@ -107,6 +107,7 @@ def throughput_bars(result: Record) -> str | None:
         every[0].set_yticks(range(len(candidates)), [shown(c["name"], 30) for c in candidates])
         every[0].invert_yaxis()
         figure.supxlabel(unit, fontsize=11)
+        figure.get_layout_engine().set(hspace=0.1)
 
     return _svg("bars", draw, (2.6 + 2.5 * columns, rows * (0.9 + 0.34 * len(candidates)) + 0.3))
 
@@ -157,7 +158,7 @@ def scaling(axis: str, lines: Sequence[Scaling]) -> str:
             axes.set(xlabel=f"{axis} (log scale)", ylabel=title)
         left.set_ylim(bottom=0)
         right.set_yscale("log")
-        figure.get_layout_engine().set(wspace=0.06)  # else a title runs into the other plot
+        figure.get_layout_engine().set(wspace=0.06)
         _plain_log(right.yaxis)
         _legend(figure)
 
@@ -192,6 +193,7 @@ def throughput_latency(result: Record) -> str | None:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
+        numbers: list[tuple[str, tuple[float, float], str]] = []
         for i, candidate in enumerate(result["candidates"]):
             closed: list[Record] = []
             random: list[Record] = []
@@ -208,8 +210,7 @@ def throughput_latency(result: Record) -> str | None:
                 axes.plot(x, y, style, color=_colour(i), linewidth=1.5, label=label, clip_on=False, **hollow)
             for s in closed:
                 at = (s["throughput_per_s"]["median"], s["latency_ms"]["p99"]["median"])
-                text = str(s["scenario"]["concurrency"])
-                axes.annotate(text, at, (0, 6), textcoords="offset points", ha="center", color=_colour(i), fontsize=9)
+                numbers.append((str(s["scenario"]["concurrency"]), at, _colour(i)))
         for limit in {s["scenario"].get("limit_ms") for c in result["candidates"] for s in c["scenarios"]} - {None}:
             axes.axhline(limit, color="grey", linestyle=":", linewidth=1.4)
             at = (1, limit)
@@ -222,6 +223,7 @@ def throughput_latency(result: Record) -> str | None:
         axes.set_xlim(left=0)
         axes.set(xlabel="successful requests per second", ylabel="p99 latency, ms (log scale)")
         axes.margins(y=0.12)
+        _write_beside(axes, numbers)
         _legend(figure)
 
     if not any(s["latency_ms"]["p99"] for c in result["candidates"] for s in c["scenarios"]):
@@ -464,6 +466,19 @@ def _locator(count: int) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(count)
+
+
+def _write_beside(axes: Any, texts: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Each above its point or, where that would run into another, below it, or nowhere: text, point and colour."""
+    taken: list[Any] = []
+    for text, at, colour in texts:
+        x, y = axes.transData.transform(at)
+        for offset in (9, -11):
+            if all(abs(x - a) > 16 or abs(y + offset - b) > 11 for a, b in taken):
+                taken.append((x, y + offset))
+                place = {"textcoords": "offset points", "ha": "center", "va": "center", "color": colour}
+                axes.annotate(text, at, (0, offset), fontsize=9, **place)
+                break
 
 
 def _legend(figure: Any) -> None:
