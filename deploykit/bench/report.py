@@ -103,16 +103,12 @@ def _bench(record: Record) -> str:
 
 
 def _suite(suite: Record) -> str:
-    """A part for each workload, one for all of a sweep, and one for the servers."""
+    """A part for each workload, and one for the servers."""
     results = results_of(suite)
-    sweeps: dict[str, dict[float, Record]] = {}
+    parts = {key: _sections(result) + _how(suite, result) for key, result in results.items()}
     for workload in suite["workloads"]:
         if "axis" in workload:
-            sweeps.setdefault(workload["axis"], {})[workload["value"]] = results.pop(workload["key"])
-    parts = {key: _sections(result) + _how(suite, result) for key, result in results.items()}
-    parts |= {
-        f"scaling with {axis}": _scaling(axis, sweep) + _how(suite, *sweep.values()) for axis, sweep in sweeps.items()
-    }
+            parts[workload["key"]] = _scaling(workload) + parts[workload["key"]]
     body = []
     for i, (name, part) in enumerate(parts.items()):
         body += [f'<h2 class="part" id="part{i}">{escape(name)}</h2>', figures.apart(part, f"part{i}")]
@@ -184,24 +180,18 @@ def _sections(result: Record) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _scaling(axis: str, sweep: Mapping[float, Record]) -> str:
-    """Of one bench at each value of ``axis``."""
+def _scaling(workload: Record) -> str:
+    """Of one whose candidates are one model, at the ``values`` (by their names) of ``axis``."""
     lines: dict[str, list[tuple[float, Record]]] = {}
-    for value, result in sweep.items():
-        for candidate in result["candidates"]:
-            for s in candidate["scenarios"]:
-                lines.setdefault(f"{candidate['name']}, {s['scenario']['name']}", []).append((value, s))
-    drawn = figures.scaling(axis, [figures.Scaling(name, points) for name, points in lines.items()])
-    parts = [
-        _warnings(dict.fromkeys(warning for result in sweep.values() for warning in result["warnings"])),
-        _figure("Throughput and latency", "Medians over the rounds; lines reach from the least to the most.", drawn),
-        *(_section(f"{value:g} {axis}", "", _details(result)) for value, result in sweep.items()),
-    ]
-    return "\n".join(part for part in parts if part)
+    for candidate in workload["bench"]["candidates"]:
+        for s in candidate["scenarios"]:
+            lines.setdefault(s["scenario"]["name"], []).append((workload["values"][candidate["name"]], s))
+    drawn = figures.scaling(workload["axis"], [figures.Scaling(name, points) for name, points in lines.items()])
+    return _figure(f"Scaling with {workload['axis']}", "Medians; lines reach from the least to the most.", drawn)
 
 
-def _how(record: Record, *results: Record) -> str:
-    return _section("How to repeat it", "", _words(_settings(record, results[0])))
+def _how(record: Record, result: Record) -> str:
+    return _section("How to repeat it", "", _words(_settings(record, result)))
 
 
 def _section(title: str, note: str, body: str) -> str:

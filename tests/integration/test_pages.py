@@ -125,14 +125,15 @@ def test_a_recorded_suite_is_drawn_again(browser: Browser, tmp_path: Path) -> No
     assert targets == [True] * len(results)
 
 
-def test_a_sweep_is_one_plot(browser: Browser, report: Path, tmp_path: Path) -> None:
+def test_a_sweep_has_a_plot_of_its_own(browser: Browser, report: Path, tmp_path: Path) -> None:
     record: dict[str, Any] = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
-    workloads = [{"key": f"threads-{n}", "axis": "threads", "value": n, "bench": record} for n in (1, 2, 4)]
+    names = [candidate["name"] for candidate in record["candidates"]]
+    workload = {"key": "threads", "axis": "threads", "values": dict(zip(names, (1, 2))), "bench": record}
     suite = {**{key: record[key] for key in ("schema", "started", "machine")}, "skipped": {"GPU": "there is none"}}
-    write_report({**suite, "workloads": workloads}, tmp_path / "sweep.html")
-    (figure,) = look(browser, tmp_path / "sweep.html")
-    lines = len(record["candidates"]) * len(record["candidates"][0]["scenarios"])
-    assert figure.marks >= 2 * 3 * lines
+    write_report({**suite, "workloads": [workload]}, tmp_path / "sweep.html")
+    figure = look(browser, tmp_path / "sweep.html")[0]
+    assert figure.title == "Scaling with threads"
+    assert figure.marks >= 2 * len(record["candidates"][0]["scenarios"])
     assert "there is none" in browser.evaluate("document.body.innerText")
 
 
