@@ -6,7 +6,8 @@ are disjoint by chance once in 10 times, those of 5 rounds once in 126 (2 / C(2n
 runs, and hits all rounds of one alike, is not in that spread: measure again what matters. With fewer than 3
 rounds in either record, the verdict is "not known".
 
-Memory and accuracy have one value a record: they differ when more than 5%, and more than 0.5 points, apart.
+Of the search for the highest rate within a p99 limit, throughput alone is compared. Memory and accuracy have one value
+a record: they differ when more than 5%, and more than 0.5 points, apart.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Spread:
     max: float
 
     def to_text(self, unit: str) -> str:
+        """``unit`` is "" of an accuracy, whose small differences count."""
         shown = number if unit else fraction
         return shown(self.median) + (f" ({shown(self.min)} to {shown(self.max)})" if self.max > self.min else "")
 
@@ -113,9 +115,9 @@ def compare(old: Record, new: Record) -> Comparison:
 
 
 def _changes(old: Mapping[str, Record], new: Mapping[str, Record]) -> Iterator[Change]:
-    for part in old:
-        theirs = {c["name"]: c for c in new[part]["candidates"]} if part in new else {}
-        rounds = min(result["settings"]["rounds"] for result in (old[part], new.get(part, old[part])))
+    for part in [part for part in old if part in new]:
+        theirs = {candidate["name"]: candidate for candidate in new[part]["candidates"]}
+        rounds = min(results[part]["settings"]["rounds"] for results in (old, new))
         for before in old[part]["candidates"]:
             if (after := theirs.get(before["name"])) is not None:
                 yield from _of_scenarios(part, before, after, rounds)

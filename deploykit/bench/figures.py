@@ -37,7 +37,7 @@ COLOURS = (
     "#5f6b7a",
     "#e0407b",
 )
-_MARKERS = "osv^Dph<>X"
+_MARKERS = "osv^Dph<>X*"  # one more than colours: no two of many candidates share both
 _RC = {
     "axes.axisbelow": True,
     "axes.edgecolor": _FAINT,
@@ -71,15 +71,12 @@ def require_matplotlib() -> None:
 
 def throughput_bars(result: Record) -> str | None:
     """A panel for each closed loop and each searched rate: a bar for each candidate, with the least and the most of its
-    rounds. None with one candidate, which has no peer."""
+    rounds. None with one candidate, which has no peer, or without answers."""
     candidates = result["candidates"]
     panels = [s["scenario"] for s in candidates[0]["scenarios"] if s["scenario"]["kind"] != "poisson"]
     key, unit = ("tokens_per_s", "target tokens/s") if translates(result) else ("throughput_per_s", "texts/s")
-    if (
-        len(candidates) < 2
-        or not any(s[key] and s[key]["max"] for c in candidates for s in c["scenarios"])
-        or not panels
-    ):
+    answered = any(s[key] and s[key]["max"] for candidate in candidates for s in candidate["scenarios"])
+    if len(candidates) < 2 or not panels or not answered:
         return None
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)

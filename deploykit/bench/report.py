@@ -98,7 +98,7 @@ def _write(out: Path, page: str) -> None:
 
 def _bench(record: Record) -> str:
     title = f"Bench: {_names(record)}"
-    parts = [_header(record, f"{_names(record)}."), _sections(record), _how(record, record), _machine(record)]
+    parts = [_header(record, _names(record)), _sections(record), _how(record, record), _machine(record)]
     return _page(title, parts)
 
 
@@ -113,7 +113,7 @@ def _suite(suite: Record) -> str:
     for i, (name, part) in enumerate(parts.items()):
         body += [f'<h2 class="part" id="part{i}">{escape(name)}</h2>', figures.apart(part, f"part{i}")]
     links = " · ".join(f'<a href="#part{i}">{escape(name)}</a>' for i, name in enumerate(parts))
-    header = _header(suite, f"{', '.join(parts)}.")
+    header = _header(suite, ", ".join(parts))
     return _page(f"Bench: {', '.join(parts)}", [header, f"<nav>{links}</nav>", _skipped(suite), *body, _machine(suite)])
 
 
@@ -129,7 +129,7 @@ def _page(title: str, parts: Iterable[str]) -> str:
 
 def _header(record: Record, what: str) -> str:
     started = escape(record["started"])
-    return f"<header><h1>Bench</h1><p>{escape(what)} Measured {started}.</p></header>"
+    return f"<header><h1>Bench</h1><p>{escape(what)}. Measured {started}.</p></header>"
 
 
 def _names(result: Record) -> str:
