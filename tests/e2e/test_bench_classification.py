@@ -1,4 +1,4 @@
-"""bench/classification.py from end to end: some peers beside deploykit, on a real MiniLM, in one short round."""
+"""bench/classification.py from end to end: a peer beside deploykit, on a real MiniLM, in one short round."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NAMES = [
-    "PyTorch fp32",
-    "ONNX Runtime dynamic int8",
-    "deploykit openvino int8",
-]
+NAMES = ["PyTorch fp32", "deploykit openvino int8"]
 
 
 @pytest.fixture(scope="module")

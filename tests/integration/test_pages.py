@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -113,9 +112,11 @@ def test_the_limit_is_marked(browser: Browser, report: Path) -> None:
 
 def test_a_recorded_suite_is_drawn_again(browser: Browser, tmp_path: Path) -> None:
     recorded = sorted((ROOT / "bench" / "results").glob("*-translation.json"))[-1]
-    copy = Path(shutil.copy(recorded, tmp_path))
+    suite = json.loads(recorded.read_text(encoding="utf-8"))
+    del suite["workloads"][1:-1]  # in time
+    copy = tmp_path / recorded.name
+    copy.write_text(json.dumps(suite), encoding="utf-8")
     subprocess.run([sys.executable, str(ROOT / "bench" / "page.py"), str(copy)], check=True)
-    suite = json.loads(copy.read_text(encoding="utf-8"))
     figures = look(browser, copy.with_suffix(".html"))
     bars = [figure.bars for figure in figures if figure.title == "Throughput"]
     results = [*(workload["bench"] for workload in suite["workloads"]), suite["serving"]]
