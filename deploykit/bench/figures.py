@@ -36,8 +36,10 @@ COLOURS = (
     "#7c5cff",
     "#5f6b7a",
     "#e0407b",
+    "#a3a800",
+    "#b4714f",
 )
-_MARKERS = "osv^Dph<>X*"  # one more than colours: no two of many candidates share both
+_MARKERS = "osv^Dph<>X*"  # their number has no factor with that of the colours: no two candidates share both
 _RC = {
     "axes.axisbelow": True,
     "axes.edgecolor": _FAINT,
