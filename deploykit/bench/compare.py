@@ -19,6 +19,7 @@ from typing import Any
 from deploykit.bench.figures import fraction, number
 from deploykit.bench.record import Record, results_of
 from deploykit.errors import ArtifactError
+from deploykit.metrics import TITLES
 
 LEAST_CHANGE = 0.05
 """Of medians, and of memory."""
@@ -159,8 +160,7 @@ def _of_the_whole(part: str, before: Record, after: Record) -> Iterator[Change]:
         name = "chrf" if before["task"] == "translation" else "macro_f1"
         points = before["metrics"][name], after["metrics"][name]
         bound = LEAST_POINTS if name == "chrf" else LEAST_POINTS / 100
-        title = "chrF" if name == "chrf" else "macro-F1"
-        yield _single(part, before["name"], (title, ""), points, bound, ("lower", "higher"))
+        yield _single(part, before["name"], (TITLES[name], ""), points, bound, ("lower", "higher"))
 
 
 def _single(
