@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -324,6 +325,8 @@ class TritonServer:
                 raise self._start_failure(f"Triton ended with exit code {process.returncode}")
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self._call("GET", "/v2/health/ready", timeout=1.0)[0] == 200:
+                    for port in self._ports.values():  # that of metrics is opened last, after it says so
+                        socket.create_connection((self._own_address, port), timeout=1.0).close()
                     return
             time.sleep(0.05)
         raise self._start_failure(f"Triton was not ready within {self._ready_timeout:g} s")
@@ -388,11 +391,14 @@ class TritonServer:
                 answer = json.loads(answer)["error"]
             raise ServerError(f"Triton refused to {action} {model}: {answer}")
 
+    @property
+    def _own_address(self) -> str:
+        return "127.0.0.1" if self._address == "0.0.0.0" else self._address
+
     def _call(
         self, method: str, path: str, *, timeout: float, headers: dict[str, str] | None = None
     ) -> tuple[int, str]:
-        host = "127.0.0.1" if self._address == "0.0.0.0" else self._address
-        connection = http.client.HTTPConnection(host, self._ports["http"], timeout=timeout)
+        connection = http.client.HTTPConnection(self._own_address, self._ports["http"], timeout=timeout)
         try:
             connection.request(method, path, headers=headers or {})
             response = connection.getresponse()
