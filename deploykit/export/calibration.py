@@ -98,14 +98,16 @@ def calibrate(graph: Path, token_ids: Sequence[Sequence[int]], rows_digest: str)
     Only activations with a row for each token count: what comes after pooling is a single row a
     text, costs nothing in fp32, and decides the answer.
     """
+    return collect(lambda observe: show_activations(graph, token_ids, observe), len(token_ids), rows_digest)
+
+
+def show_activations(graph: Path, token_ids: Sequence[Sequence[int]], observe: Observe) -> None:
+    """Run tokenized rows, unpadded, through the fp32 ``graph`` of a classifier and show ``observe`` what goes into its
+    linear layers, where that has a row for each token."""
     session, names = _session_with_activations(graph)
-
-    def run(observe: Observe) -> None:
-        for batch in equal_length_batches(token_ids):
-            for name, values in _activations(session, names, batch):
-                observe(name, values)
-
-    return collect(run, len(token_ids), rows_digest)
+    for batch in equal_length_batches(token_ids):
+        for name, values in _activations(session, names, batch):
+            observe(name, values)
 
 
 def clipped_range(histogram: Histogram, method: Method) -> tuple[float, float]:

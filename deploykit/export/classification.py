@@ -25,6 +25,7 @@ from deploykit.export.parity import check_parity
 from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, quantize
 from deploykit.export.run import ExportOptions, Say, Written, pick_rows
 from deploykit.export.search import Search, fewest_in_fp32, too_lossy
+from deploykit.export.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
 from deploykit.export.tables import render
 from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, plan
 from deploykit.finetune.checkpoint import TorchClassifier
@@ -79,10 +80,11 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
     for engine in _engines("fp32"):
         grader.grade("fp32", engine)
     ranges: Ranges = {}
+    smoothing: Scales = {}
     if options.int8:
-        metrics["quantization"], ranges = _quantize(checkpoint, directory, reference, options, grader, say)
+        metrics["quantization"], ranges, smoothing = _quantize(checkpoint, directory, reference, options, grader, say)
     if options.trt is not None:
-        metrics["engines"] = _build_engines(directory, reference, options, options.trt, ranges, grader, say)
+        metrics["engines"] = _build_engines(directory, reference, options, options.trt, ranges, smoothing, grader, say)
     metrics["test"] = grader.metrics
     metrics["accuracy_table"] = [dataclasses.asdict(line) for line in grader.table]
     for line in render(metrics["accuracy_table"]):
@@ -148,18 +150,18 @@ class _Grader:
 
 
 class _Quantizer:
-    """Writes the Q/DQ graph of one scheme, with some activations left as they are in ``graph``."""
+    """Writes the Q/DQ graph of one scheme, with some activations left as they are in ``model``."""
 
     def __init__(
         self,
-        graph: Path,
+        model: onnx.ModelProto,
         path: Path,
         scheme: Scheme,
         ranges: Ranges,
         *,
         embeddings: bool = True,
     ) -> None:
-        self._model = onnx.load(graph)
+        self._model = model
         self._path, self._scheme, self._ranges, self._embeddings = path, scheme, ranges, embeddings
 
     def write(self, activations: Collection[str]) -> QuantizedCount:
@@ -172,21 +174,29 @@ class _Quantizer:
 
 def _quantize(
     checkpoint: Path, directory: Path, reference: TorchClassifier, options: ExportOptions, grader: _Grader, say: Say
-) -> tuple[dict[str, Any], Ranges]:
+) -> tuple[dict[str, Any], Ranges, Scales]:
     """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
 
-    Returns what the manifest says of it, and the ranges of the activations that are S8 (in OpenVINO's graph).
+    Returns what the manifest says of it, the ranges of the activations that are S8 (in OpenVINO's graph), and the scales
+    of those that were smoothed.
     """
     examples = _rows(checkpoint, reference, options.calibration, options.calibration, options)
     picked = [example.text for example in evenly(examples, options.calibration_rows)]
+    token_ids = reference.encode(picked)
+    graph = directory / "model.onnx"
+    smoothing: Scales = {}
+    smoothed: SmoothedCount | None = None
+    if options.smooth_quant is not None:
+        smoothing = smoothing_scales(graph, token_ids, options.smooth_quant)
+        graph, smoothed = _smooth(graph, smoothing, say)
+    model = onnx.load(graph)
     say(f"calibrating on {len(picked):,} rows ({options.method})")
-    calibration = calibrate(directory / "model.onnx", reference.encode(picked), artifacts.digest_of(picked))
+    calibration = calibrate(graph, token_ids, artifacts.digest_of(picked))
     calibration.save(directory, options.method)
+    if smoothed is not None:
+        graph.unlink()
     ranges = calibration.ranges(options.method)
-    quantizers = {
-        scheme: _Quantizer(directory / "model.onnx", directory / f"model.{scheme}.onnx", scheme, ranges)
-        for scheme in _SCHEMES
-    }
+    quantizers = {scheme: _Quantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
     counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
     whole = counts[_SCHEMES[0]]
     if whole.linear_layers == 0:
@@ -216,9 +226,21 @@ def _quantize(
         **dataclasses.asdict(whole),
         "method": options.method,
         "calibration_rows": len(picked),
+        "smooth_quant": {"alpha": options.smooth_quant, **dataclasses.asdict(smoothed)} if smoothed else None,
         "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
     }
-    return record, {name: limits for name, limits in ranges.items() if name not in kept.get("s8s8", ())}
+    return record, {name: limits for name, limits in ranges.items() if name not in kept.get("s8s8", ())}, smoothing
+
+
+def _smooth(graph: Path, scales: Scales, say: Say) -> tuple[Path, SmoothedCount]:
+    """Write ``graph`` with smoothed activations beside it, for its calibration. Raises ExportError where it has none."""
+    if not scales:
+        raise ExportError("--smooth-quant: no layer norm of this model feeds a linear layer", "leave it out")
+    model, count = smooth(onnx.load(graph), scales)
+    say(f"SmoothQuant: {count.folded} activations by the norm before them, {count.multiplied} by a Mul of their own")
+    path = graph.with_name("smoothed.onnx")
+    onnx.save(model, path)
+    return path, count
 
 
 def _search(
@@ -255,12 +277,12 @@ def _search(
 
 def _build_engines(
     directory: Path, reference: TorchClassifier, options: ExportOptions, trt: EngineOptions, ranges: Ranges,
-    grader: _Grader, say: Say,
+    smoothing: Scales, grader: _Grader, say: Say,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write a graph of each precision in TensorRT's terms, grade what a CPU can compute of it, and build its engine,
     which is graded too where it runs here.
 
-    INT8 is Q/DQ in the fp16 graph, of the activations that have ``ranges``.
+    INT8 is Q/DQ in the fp16 graph, smoothed as the ranges were calibrated, of the activations that have ``ranges``.
     """
     limits = {"length": reference.task.max_length}
     built = []
@@ -271,7 +293,8 @@ def _build_engines(
         elif precision == "int8":
             half = directory / "half.onnx"
             export_half_classifier(reference.model, half, torch.float16)
-            count = _Quantizer(half, graph, "s8s8", ranges, embeddings=False).write(ranges)
+            model, _ = smooth(onnx.load(half), smoothing)
+            count = _Quantizer(model, graph, "s8s8", ranges, embeddings=False).write(ranges)
             half.unlink()
             say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
         if precision in ("fp16", "int8"):

@@ -111,7 +111,7 @@ def quantize(
         nodes, tables = _quantize_embeddings(graph, nodes, weights)
     del graph.node[:]
     graph.node.extend(nodes)
-    _drop_unused_initializers(graph)
+    drop_unused_initializers(graph)
     onnx.checker.check_model(quantized)
     return quantized, QuantizedCount(len(layers), quantize_nodes, dequantize_nodes, tables)
 
@@ -208,7 +208,8 @@ def _quantize_embeddings(
     return result, len(tables)
 
 
-def _drop_unused_initializers(graph: onnx.GraphProto) -> None:
+def drop_unused_initializers(graph: onnx.GraphProto) -> None:
+    """Leave out the constants that no node reads any more."""
     used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
     kept = [i for i in graph.initializer if i.name in used]
     del graph.initializer[:]

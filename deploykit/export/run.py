@@ -30,7 +30,8 @@ class ExportOptions:
     """``calibration`` is the name of one of the run's splits or a data file; ``data`` a file of rows to
     measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
     ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``source`` and ``target``
-    are the languages of a translation checkpoint that was trained elsewhere. ``trt``: also build TensorRT engines."""
+    are the languages of a translation checkpoint that was trained elsewhere. ``smooth_quant`` is SmoothQuant's alpha (None:
+    without). ``trt``: also build TensorRT engines."""
 
     int8: bool = False
     calibration: str = "train"
@@ -42,6 +43,7 @@ class ExportOptions:
     encoding: str | None = None
     source: str | None = None
     target: str | None = None
+    smooth_quant: float | None = None
     trt: EngineOptions | None = None
 
     def check(self) -> None:
@@ -53,6 +55,11 @@ class ExportOptions:
             raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
+        if self.smooth_quant is not None:
+            if not self.int8:
+                raise UsageError("--smooth-quant changes INT8 graphs alone", "add --int8")
+            if not 0 <= self.smooth_quant <= 1:
+                raise UsageError(f"--smooth-quant is {self.smooth_quant}", "give an alpha from 0 to 1")
         if self.trt is not None:
             self.trt.check()
 
@@ -85,6 +92,8 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
     if translates(checkpoint):
+        if options.smooth_quant is not None:
+            raise UsageError("--smooth-quant is for classifiers, and this checkpoint translates", "leave it out")
         from deploykit.export.translation import write
     else:
         from deploykit.export.classification import write
