@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from deploykit import artifacts
 from deploykit.data.classification import Example
 from deploykit.data.sample import evenly
-from deploykit.errors import ExportError
+from deploykit.errors import ExportError, UsageError
 from deploykit.evaluate import labelled_rows
 from deploykit.export.calibration import calibrate
 from deploykit.export.graphs import export_classifier, export_half_classifier
@@ -28,7 +28,9 @@ from deploykit.export.search import Search, fewest_in_fp32, too_lossy
 from deploykit.export.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
 from deploykit.export.tables import render
 from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, plan
+from deploykit.export.trained_ranges import trained_ranges
 from deploykit.finetune.checkpoint import TorchClassifier
+from deploykit.finetune.qat import TrainedScales
 from deploykit.metrics import classification_metrics
 from deploykit.runtime.classifier import load_classifier
 from deploykit.runtime.engines import ENGINES, Engine, Precision, load_engine
@@ -58,6 +60,12 @@ class Accuracy:
 def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -> Written:
     """Write the graphs of a classifier and what serving them needs to ``directory``."""
     reference = TorchClassifier.load(checkpoint)
+    trained = TrainedScales.load(checkpoint)
+    if trained is not None and (options.smooth_quant is not None or options.method != ExportOptions.method):
+        raise UsageError(
+            f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method and --smooth-quant do nothing",
+            "leave them out",
+        )
     if options.trt is not None:
         plan(options.trt, {"length": reference.task.max_length})
     rows = _rows(checkpoint, reference, options.data, "test", options)
@@ -82,7 +90,9 @@ def write(checkpoint: Path, directory: Path, options: ExportOptions, say: Say) -
     ranges: Ranges = {}
     smoothing: Scales = {}
     if options.int8:
-        metrics["quantization"], ranges, smoothing = _quantize(checkpoint, directory, reference, options, grader, say)
+        metrics["quantization"], ranges, smoothing = _quantize(
+            checkpoint, directory, reference, trained, options, grader, say
+        )
     if options.trt is not None:
         metrics["engines"] = _build_engines(directory, reference, options, options.trt, ranges, smoothing, grader, say)
     metrics["test"] = grader.metrics
@@ -173,8 +183,9 @@ class _Quantizer:
 
 
 def _quantize(
-    checkpoint: Path, directory: Path, reference: TorchClassifier, options: ExportOptions, grader: _Grader, say: Say
-) -> tuple[dict[str, Any], Ranges, Scales]:
+    checkpoint: Path, directory: Path, reference: TorchClassifier, trained: TrainedScales | None,
+    options: ExportOptions, grader: _Grader, say: Say,
+) -> tuple[dict[str, Any], Ranges, Scales]:  # fmt: skip
     """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
 
     Returns what the manifest says of it, the ranges of the activations that are S8 (in OpenVINO's graph), and the scales
@@ -196,6 +207,9 @@ def _quantize(
     if smoothed is not None:
         graph.unlink()
     ranges = calibration.ranges(options.method)
+    if trained is not None:
+        ranges = trained_ranges(trained, reference.model, model, ranges)
+        say(f"{len(ranges)} activations have the ranges that the checkpoint was trained with")
     quantizers = {scheme: _Quantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
     counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
     whole = counts[_SCHEMES[0]]
@@ -224,7 +238,7 @@ def _quantize(
             kept[scheme] = searches[engine].kept
     record = {
         **dataclasses.asdict(whole),
-        "method": options.method,
+        "method": "trained" if trained else options.method,
         "calibration_rows": len(picked),
         "smooth_quant": {"alpha": options.smooth_quant, **dataclasses.asdict(smoothed)} if smoothed else None,
         "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
