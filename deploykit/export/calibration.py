@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploykit.export.quantize import linear_layers
+from deploykit.export.quantize import Ranges, linear_layers
 
 Method = Literal["minmax", "entropy", "percentile", "mse"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -50,8 +50,8 @@ class Calibration:
         """Tensor name -> (low, high) to represent, by ``method``."""
         return {name: clipped_range(histogram, method) for name, histogram in self.histograms.items()}
 
-    def save(self, folder: Path, method: Method) -> None:
-        """Write calibration.json (the ranges chosen) and calibration.npz (the histograms behind them)."""
+    def save(self, folder: Path, method: str, ranges: Ranges) -> None:
+        """Write calibration.json (the ``ranges`` chosen by ``method``) and calibration.npz (the histograms)."""
         names = list(self.histograms)
         np.savez_compressed(
             folder / "calibration.npz",
@@ -64,7 +64,7 @@ class Calibration:
             "method": method,
             "rows": self.rows,
             "rows_digest": self.rows_digest,
-            "ranges": {name: list(pair) for name, pair in self.ranges(method).items()},
+            "ranges": {name: list(pair) for name, pair in ranges.items()},
         }
         (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,13 +204,13 @@ def _quantize(
     model = onnx.load(graph)
     say(f"calibrating on {len(picked):,} rows ({options.method})")
     calibration = calibrate(graph, token_ids, artifacts.digest_of(picked))
-    calibration.save(directory, options.method)
     if smoothed is not None:
         graph.unlink()
-    ranges = calibration.ranges(options.method)
+    method, ranges = str(options.method), calibration.ranges(options.method)
     if trained is not None:
-        ranges = trained_ranges(trained, reference.model, model, ranges)
+        method, ranges = "trained", trained_ranges(trained, reference.model, model, ranges)
         say(f"{len(ranges)} activations have the ranges that the checkpoint was trained with")
+    calibration.save(directory, method, ranges)
     quantizers = {scheme: _Quantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
     counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
     whole = counts[_SCHEMES[0]]
@@ -223,6 +224,8 @@ def _quantize(
         f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"
     )
     say("measuring accuracy")
+    train = f"deploykit finetune --model {shlex.quote(str(checkpoint))} --qat"
+    remedy = f"--smooth-quant, more --calibration-rows, train the model for INT8 ({train} --out RUN)"
     searches: dict[str, Search] = {}
     kept: dict[Scheme, Collection[str]] = {}
     for engine in _engines("int8"):
@@ -233,12 +236,12 @@ def _quantize(
             scheme = next(s for s in _SCHEMES if ENGINES[engine].graphs["int8"] == f"model.{s}.onnx")
             sample = evenly(picked, _SENSITIVITY_ROWS)
             searches[engine] = _search(
-                directory, reference, quantizers[scheme], ranges, engine, loss, sample, options, grader, say
+                directory, reference, quantizers[scheme], ranges, engine, loss, sample, options, grader, remedy, say
             )
             kept[scheme] = searches[engine].kept
     record = {
         **dataclasses.asdict(whole),
-        "method": "trained" if trained else options.method,
+        "method": method,
         "calibration_rows": len(picked),
         "smooth_quant": {"alpha": options.smooth_quant, **dataclasses.asdict(smoothed)} if smoothed else None,
         "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
@@ -259,7 +262,7 @@ def _smooth(graph: Path, scales: Scales, say: Say) -> tuple[Path, SmoothedCount]
 
 def _search(
     directory: Path, reference: TorchClassifier, quantizer: _Quantizer, ranges: Collection[str], engine: str, loss: str,
-    texts: Sequence[str], options: ExportOptions, grader: _Grader, say: Say,
+    texts: Sequence[str], options: ExportOptions, grader: _Grader, remedy: str, say: Say,
 ) -> Search:  # fmt: skip
     """Leave as few activations in fp32 as hold the limit, those first that change scores most when they alone are INT8.
 
@@ -286,7 +289,7 @@ def _search(
     try:
         return fewest_in_fp32(order, drop, options.max_drop, say=say)
     except ExportError as error:
-        raise too_lossy(loss, options.max_drop, table, error) from error
+        raise too_lossy(loss, options.max_drop, table, error, remedy) from error
 
 
 def _build_engines(

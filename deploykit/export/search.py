@@ -29,12 +29,15 @@ class Search:
     trials: tuple[Trial, ...]
 
 
-def too_lossy(loss: str, limit: float, table: Sequence[Any], why: ExportError) -> ExportError:
-    """The export's refusal, with the lines of ``table`` as they were when all was INT8. ``why``: what the search raised."""
+def too_lossy(
+    loss: str, limit: float, table: Sequence[Any], why: ExportError, remedy: str = "more --calibration-rows"
+) -> ExportError:
+    """The export's refusal, with the lines of ``table`` as they were when all was INT8. ``why``: what the search raised;
+    ``remedy``: what else may help with this model."""
     return ExportError(
         f"{loss}, more than --max-drop {limit}; {why.message}:\n"
         + "\n".join("  " + text for text in render([asdict(line) for line in table])),
-        "try another --method, more --calibration-rows, or export without --int8; nothing was written",
+        f"try another --method, {remedy}, or export without --int8; nothing was written",
     )
 
 

@@ -142,8 +142,8 @@ def _quantize(
     texts = [pair.source for pair in evenly(pairs, options.calibration_rows)]
     say(f"calibrating on {len(texts):,} rows ({options.method})")
     calibration = calibrate(directory, graphs, reference, texts)
-    calibration.save(directory, options.method)
     ranges = calibration.ranges(options.method)
+    calibration.save(directory, options.method, ranges)
     quantize_nodes = 0
 
     def write(kept: Collection[str]) -> Quality:
