@@ -116,8 +116,13 @@ def smoothed(activation: str) -> str:
 
 
 def _readers_of_norms(model: onnx.ModelProto) -> dict[str, list[LinearLayer]]:
-    """The linear layers that read each layer norm's output."""
-    norms = {node.output[0] for node in model.graph.node if node.op_type == "LayerNormalization"}
+    """The linear layers that read each layer norm's output, of norms over the last axis."""
+    vectors = {i.name for i in model.graph.initializer if len(i.dims) == 1}
+    norms = {
+        node.output[0]
+        for node in model.graph.node
+        if node.op_type == "LayerNormalization" and vectors.issuperset(node.input[1:])
+    }
     readers: dict[str, list[LinearLayer]] = defaultdict(list)
     for layer in linear_layers(model):
         if layer.activation in norms:

@@ -168,11 +168,11 @@ def _layers_by_input(model: torch.nn.Module, token_ids: Sequence[int]) -> list[l
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     with _watched(model, names, lambda name, x: inputs.setdefault(name, []).append(x)):
         _run(model, tokens)
-    groups: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensors in inputs.items():
         if all(x.ndim > 2 and x.numel() // x.shape[-1] == tokens.numel() for x in tensors):
             # All of them are held here, so no two share an address by chance.
-            groups.setdefault(tuple(x.data_ptr() for x in tensors), []).append(name)
+            groups.setdefault(tuple((x.data_ptr(), x.shape) for x in tensors), []).append(name)
     return list(groups.values())
 
 
