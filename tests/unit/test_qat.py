@@ -115,8 +115,8 @@ def test_an_export_computes_what_was_trained(model: Any, tmp_path: Path, scheme:
     # The same steps, but products are summed in another order: a value at the edge between two steps may take the
     # other one, in few texts and with little effect.
     difference = np.abs(actual - expected).max(axis=1)
-    assert np.median(difference) < 1e-4
-    assert difference.max() < 0.2 * np.abs(expected - unrounded).max()
+    assert np.quantile(difference, 0.9) < 1e-5
+    assert difference.max() < 0.5 * np.abs(expected - unrounded).max()
 
 
 def _activations(graph: onnx.ModelProto) -> set[str]:
