@@ -89,6 +89,15 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def qat_text(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The four forms of a classifier trained for INT8: before and after, as it is and with its linear layers rounded."""
+    lines = [f"{'training for INT8':<20}{'accuracy':>10}{'macro-F1':>10}"]
+    for when, forms in metrics.items():
+        for form, m in forms.items():
+            lines.append(f"{f'{when}, {form}':<20}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}")
+    return "\n".join(lines)
+
+
 def translation_metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Metrics of translations side by side, under their names."""
     kept = [f"{m['placeholders']['kept']:,} of {m['placeholders']['checked']:,}" for m in columns.values()]

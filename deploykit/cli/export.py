@@ -23,6 +23,9 @@ from deploykit.export.tensorrt import BUILDERS, GPU, PRECISIONS, EngineOptions
 )
 @click.option("--max-drop", type=float, default=0.5, show_default=True,
               help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose.")  # fmt: skip
+@click.option("--smooth-quant", type=float, is_flag=False, flag_value=0.5, metavar="[ALPHA]",
+              help="Move outliers of a classifier's activations into the weights before INT8; ALPHA from 0 to 1, 0.5 if "
+              "left out.")  # fmt: skip
 @click.option("--data", help="Rows to measure on (default: the run's test rows).")
 @click.option("--measure-rows", type=int, default=0, help="Most of them to use [default: all; 500 to translate].")
 @click.option("--trt", is_flag=True, help="Also build TensorRT engines.")

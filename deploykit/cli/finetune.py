@@ -6,9 +6,18 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import ENCODING, FORCE, Result, deploykit_command, metrics_text, say, translation_metrics_text
+from deploykit.cli.common import (
+    ENCODING,
+    FORCE,
+    Result,
+    deploykit_command,
+    metrics_text,
+    qat_text,
+    say,
+    translation_metrics_text,
+)
 from deploykit.errors import UsageError
-from deploykit.finetune.options import OPTIONS, make_options, read_toml
+from deploykit.finetune.options import OPTIONS, make_options, read_toml, with_rows_of_run
 from deploykit.finetune.presets import PRESETS
 from deploykit.tasks import Classification
 
@@ -44,8 +53,8 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @click.option("--task", type=click.Choice(list(OPTIONS)), default=Classification.name, show_default=True)
 @_option("--model", help="Folder of a checkpoint, or a hub id.")
 @_option("--from-config", type=click.Choice(list(PRESETS)), help="Train a new model of this size instead.")
-@click.option("--train", required=True, help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
-              "TMX, .po, .mo, two text files as a.en,a.fr.")  # fmt: skip
+@_option("--train", help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also TMX, .po, .mo, two "
+         "text files as a.en,a.fr. With --qat, by default the rows of the run that --model is.")  # fmt: skip
 @_option("--validation", help="Rows to choose the best step by (default: split off --train).")
 @_option("--test", help="Rows to measure the result on (default: split off --train).")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the checkpoint to.")
@@ -89,6 +98,10 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 )
 @_option("--lora-rank", type=int, help="Train a LoRA adapter of this rank, merged at export; 0: all weights.")
 @_option("--lora-alpha", type=int)
+@_option("--qat", is_flag=True, help="Go on training a fine-tuned --model with its linear layers rounded to INT8: for "
+         "`export --int8` where that loses too much without.")  # fmt: skip
+@_option("--qat-method", type=click.Choice(["minmax", "entropy", "percentile", "mse"]),
+         help="How the ranges are calibrated that --qat begins with.")  # fmt: skip
 @_option("--seed", type=int)
 @click.option("--restart", is_flag=True, help="Begin anew instead of continuing a killed run.")
 @FORCE
@@ -102,7 +115,7 @@ def command(*, out: Path, force: bool, restart: bool, **values: Any) -> Result:
             given[name] = absolute(given[name])
     if "text_column" in given:
         given["text_column"] = tuple(given["text_column"])
-    options = make_options(given)
+    options = make_options(with_rows_of_run(given))
     options.check()
     if options.mixed_precision == "fp16":
         import torch
@@ -125,6 +138,9 @@ def command(*, out: Path, force: bool, restart: bool, **values: Any) -> Result:
         if isinstance(task, Classification)
         else (_translation_result(metrics, held_out), _translation_text(metrics, held_out))
     )
+    if "qat" in metrics:
+        own["qat"] = metrics["qat"]
+        text += "\n\n" + qat_text(metrics["qat"])
     record = {
         "out": str(out),
         "reused": done.reused,

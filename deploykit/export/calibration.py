@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.bench.machine import PeakMemory
 from deploykit.errors import ArtifactError, ExportError
+from deploykit.export.quantize import Ranges
 
 Method = Literal["minmax", "entropy", "percentile", "mse"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -78,13 +79,13 @@ class Calibration:
             counts=np.stack([self.histograms[n].counts for n in names]),
         )
 
-    def save_ranges(self, folder: Path, method: Method) -> None:
-        """Write the ranges chosen by ``method`` to calibration.json."""
+    def save_ranges(self, folder: Path, method: str, ranges: Ranges) -> None:
+        """Write the ``ranges`` chosen by ``method`` to calibration.json."""
         record = {
             "method": method,
             "rows": self.rows,
             "rows_digest": self.rows_digest,
-            "ranges": {name: list(pair) for name, pair in self.ranges(method).items()},
+            "ranges": {name: list(pair) for name, pair in ranges.items()},
         }
         (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,22 @@ from numpy.typing import NDArray
 from deploykit import artifacts
 from deploykit.data.classification import Example
 from deploykit.data.sample import evenly
-from deploykit.errors import ExportError
+from deploykit.errors import ExportError, UsageError
 from deploykit.evaluate import labelled_rows
 from deploykit.export.calibration import Calibration
-from deploykit.export.classification_calibration import activations_of, calibrate
+from deploykit.export.classification_calibration import activations_of, calibrate, tokenized
 from deploykit.export.grading import Grader, Line
 from deploykit.export.graphs import export_classifier, export_half_classifier
 from deploykit.export.parity import check_parity
 from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, quantize
 from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, pick_rows
 from deploykit.export.search import SAMPLE, Search, Trace, hold_limit
+from deploykit.export.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
 from deploykit.export.tables import render
 from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, plan
+from deploykit.export.trained_ranges import trained_ranges
 from deploykit.finetune.checkpoint import TorchClassifier
+from deploykit.finetune.qat import TrainedScales
 from deploykit.metrics import classification_metrics
 from deploykit.predictor import TextClassifier
 from deploykit.runtime.classifier import load_classifier
@@ -48,6 +53,15 @@ def write(
     """Write the graphs of a classifier and what serving them needs to ``directory``; without ``saved``, calibrate."""
     reference = TorchClassifier.load(checkpoint)
     task = reference.task
+    trained = TrainedScales.load(checkpoint)
+    if trained is not None and (
+        saved is not None or options.smooth_quant is not None or options.method != ExportOptions.method
+    ):
+        raise UsageError(
+            f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method, --smooth-quant and a saved "
+            "--calibration do nothing",
+            "leave them out",
+        )
     if options.trt is not None:
         plan(options.trt, {"length": task.max_length})
     rows = _rows(checkpoint, task, options.data, "test", options)
@@ -69,14 +83,16 @@ def write(
     for engine in _engines("fp32"):
         grader.grade("fp32", engine)
     ranges: Ranges = {}
+    smoothing: Scales = {}
     if options.int8:
-        calibration = saved
-        if calibration is None:
-            say(f"calibrating on {options.calibration}")
-            calibration = calibrate(directory, task, calibration_texts(checkpoint, task, options))
-        metrics["quantization"], ranges = _quantize(calibration, directory, options, grader, trace, say)
+        calibrated = _calibrate(checkpoint, directory, task, saved, options, say)
+        smoothing = calibrated.smoothing
+        remedy = _remedy(checkpoint, trained)
+        metrics["quantization"], ranges = _quantize(
+            calibrated, trained, directory, reference, options, grader, remedy, trace, say
+        )
     if options.trt is not None:
-        metrics["engines"] = _build_engines(directory, reference, options, options.trt, ranges, grader, say)
+        metrics["engines"] = _build_engines(directory, reference, options, options.trt, ranges, smoothing, grader, say)
     metrics["test"] = grader.metrics
     metrics["accuracy_table"] = [line.to_json() for line in grader.table]
     for line in render(metrics["accuracy_table"]):
@@ -153,18 +169,18 @@ class _Grader(Grader[NDArray[np.float32]]):
 
 
 class _Quantizer:
-    """Writes the Q/DQ graph of one scheme, with some activations left as they are in ``graph``."""
+    """Writes the Q/DQ graph of one scheme, with some activations left as they are in ``model``."""
 
     def __init__(
         self,
-        graph: Path,
+        model: onnx.ModelProto,
         path: Path,
         scheme: Scheme,
         ranges: Ranges,
         *,
         embeddings: bool = True,
     ) -> None:
-        self._model = onnx.load(graph)
+        self._model = model
         self._path, self._scheme, self._ranges, self._embeddings = path, scheme, ranges, embeddings
 
     def write(self, activations: Collection[str]) -> QuantizedCount:
@@ -175,20 +191,66 @@ class _Quantizer:
         return count
 
 
+@dataclass(frozen=True)
+class _Calibrated:
+    """What rows put into the linear layers of the fp32 ``model``, whose activations were divided by ``smoothing``."""
+
+    model: onnx.ModelProto
+    calibration: Calibration
+    smoothing: Scales = field(default_factory=dict)
+    smoothed: SmoothedCount | None = None
+
+
+def _calibrate(
+    checkpoint: Path, directory: Path, task: Classification, saved: Calibration | None, options: ExportOptions, say: Say
+) -> _Calibrated:
+    """Collect what was not ``saved``. Raises ExportError where SmoothQuant finds nothing to smooth."""
+    graph = directory / _GRAPH
+    if saved is not None:
+        saved.check(activations_of(directory))
+        return _Calibrated(onnx.load(graph), saved)
+    texts = calibration_texts(checkpoint, task, options)
+    say(f"calibrating on {options.calibration}")
+    if options.smooth_quant is None:
+        return _Calibrated(onnx.load(graph), calibrate(directory, task, texts))
+    scales = smoothing_scales(graph, tokenized(directory, task, texts), options.smooth_quant)
+    if not scales:
+        raise ExportError("--smooth-quant: no layer norm of this model feeds a linear layer", "leave it out")
+    model, count = smooth(onnx.load(graph), scales)
+    say(f"SmoothQuant: {count.folded} activations by the norm before them, {count.multiplied} by a Mul of their own")
+    smoothed = directory / "smoothed.onnx"
+    onnx.save(model, smoothed)
+    calibration = calibrate(directory, task, texts, smoothed.name)
+    smoothed.unlink()
+    return _Calibrated(model, calibration, scales, count)
+
+
+def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
+    """What else to try where INT8 loses too much."""
+    train = f"deploykit finetune --model {shlex.quote(str(checkpoint))} --qat --out RUN"
+    if trained is not None:
+        return f"training it for INT8 longer ({train})"
+    return f"another --method, --smooth-quant, more --calibration-rows, training it for INT8 ({train})"
+
+
 def _quantize(
-    calibration: Calibration, directory: Path, options: ExportOptions, grader: _Grader, trace: Trace, say: Say
-) -> tuple[dict[str, Any], Ranges]:
+    calibrated: _Calibrated, trained: TrainedScales | None, directory: Path, reference: TorchClassifier,
+    options: ExportOptions, grader: _Grader, remedy: str, trace: Trace, say: Say,
+) -> tuple[dict[str, Any], Ranges]:  # fmt: skip
     """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
 
     Returns what the manifest says of it, and the ranges of the activations that are S8 (in OpenVINO's graph).
     """
-    calibration.check(activations_of(directory))
-    say(calibration.told(options.method))
+    model, calibration = calibrated.model, calibrated.calibration
+    method, ranges = str(options.method), calibration.ranges(options.method)
+    if trained is None:
+        say(calibration.told(options.method))
+    else:
+        method, ranges = "trained", trained_ranges(trained, reference.model, model, ranges)
+        say(f"{len(ranges)} activations have the ranges that the checkpoint was trained with")
     calibration.save(directory)
-    calibration.save_ranges(directory, options.method)
-    graph = directory / _GRAPH
-    ranges = calibration.ranges(options.method)
-    quantizers = {scheme: _Quantizer(graph, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
+    calibration.save_ranges(directory, method, ranges)
+    quantizers = {scheme: _Quantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
     counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
     whole = counts[_SCHEMES[0]]
     say(
@@ -200,21 +262,24 @@ def _quantize(
     kept: dict[Scheme, Collection[str]] = {}
     for engine in _engines("int8"):
         scheme = next(s for s in _SCHEMES if ENGINES[engine].graphs["int8"] == f"model.{s}.onnx")
-        search = _hold_limit(engine, quantizers[scheme], ranges, options, grader, trace, say)
+        search = _hold_limit(engine, quantizers[scheme], ranges, options, grader, remedy, trace, say)
         if search is not None:
             searches[engine], kept[scheme] = search, search.kept
+    smoothed = calibrated.smoothed
     record = {
         **dataclasses.asdict(whole),
-        "method": options.method,
+        "method": method,
         "calibration": calibration.to_json(),
+        "smooth_quant": {"alpha": options.smooth_quant, **dataclasses.asdict(smoothed)} if smoothed else None,
         "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
     }
     return record, {name: limits for name, limits in ranges.items() if name not in kept.get("s8s8", ())}
 
 
 def _hold_limit(
-    engine: str, quantizer: _Quantizer, ranges: Ranges, options: ExportOptions, grader: _Grader, trace: Trace, say: Say
-) -> Search | None:
+    engine: str, quantizer: _Quantizer, ranges: Ranges, options: ExportOptions, grader: _Grader, remedy: str,
+    trace: Trace, say: Say,
+) -> Search | None:  # fmt: skip
     """Of the activations that have ``ranges``, leave as few as hold the limit in fp32."""
 
     def write(kept: Collection[str]) -> Line:
@@ -227,17 +292,17 @@ def _hold_limit(
         quantizer.write([part])
         return grader.sample("int8", engine)
 
-    return hold_limit(f"INT8 on {engine}", list(ranges), write, sample, grader, options.max_drop, trace, say)
+    return hold_limit(f"INT8 on {engine}", list(ranges), write, sample, grader, options.max_drop, trace, say, remedy)
 
 
 def _build_engines(
     directory: Path, reference: TorchClassifier, options: ExportOptions, trt: EngineOptions, ranges: Ranges,
-    grader: _Grader, say: Say,
+    smoothing: Scales, grader: _Grader, say: Say,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Write a graph of each precision in TensorRT's terms, grade what a CPU can compute of it, and build its engine,
     which is graded too where it runs here.
 
-    INT8 is Q/DQ in the fp16 graph, of the activations that have ``ranges``.
+    INT8 is Q/DQ in the fp16 graph, smoothed as the ranges were calibrated, of the activations that have ``ranges``.
     """
     limits = {"length": reference.task.max_length}
     built = []
@@ -248,7 +313,8 @@ def _build_engines(
         elif precision == "int8":
             half = directory / "half.onnx"
             export_half_classifier(reference.model, half, torch.float16)
-            count = _Quantizer(half, graph, "s8s8", ranges, embeddings=False).write(ranges)
+            model, _ = smooth(onnx.load(half), smoothing)
+            count = _Quantizer(model, graph, "s8s8", ranges, embeddings=False).write(ranges)
             half.unlink()
             say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
         remedy = "leave this --precision out, try another --method"

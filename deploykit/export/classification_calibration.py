@@ -26,10 +26,14 @@ def activations_of(folder: Path) -> set[str]:
     return {layer.activation for layer in linear_layers(onnx.load(folder / _GRAPH))}
 
 
-def calibrate(folder: Path, task: Classification, texts: Sequence[str]) -> Calibration:
-    """Run ``texts`` through the fp32 graph in ``folder``."""
-    token_ids = TextTokenizer(folder / "tokenizer.json", task.max_length).encode([normalize(text) for text in texts])
-    return calibrate_tokens(folder / _GRAPH, token_ids, digest_of(list(texts)))
+def calibrate(folder: Path, task: Classification, texts: Sequence[str], graph: str = _GRAPH) -> Calibration:
+    """Run ``texts`` through an fp32 ``graph`` in ``folder``."""
+    return calibrate_tokens(folder / graph, tokenized(folder, task, texts), digest_of(list(texts)))
+
+
+def tokenized(folder: Path, task: Classification, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of ``texts`` as the export in ``folder`` is served them."""
+    return TextTokenizer(folder / "tokenizer.json", task.max_length).encode([normalize(text) for text in texts])
 
 
 def calibrate_tokens(graph: Path, token_ids: Sequence[Sequence[int]], rows_digest: str) -> Calibration:
@@ -38,14 +42,16 @@ def calibrate_tokens(graph: Path, token_ids: Sequence[Sequence[int]], rows_diges
     Only activations with a row for each token count: what comes after pooling is a single row a
     text, costs nothing in fp32, and decides the answer.
     """
+    return collect(lambda observe: show_activations(graph, token_ids, observe), len(token_ids), rows_digest)
+
+
+def show_activations(graph: Path, token_ids: Sequence[Sequence[int]], observe: Observe) -> None:
+    """Run tokenized rows, unpadded, through the fp32 ``graph`` and show ``observe`` what goes into its linear layers,
+    where that has a row for each token."""
     session, names = _session_with_activations(graph)
-
-    def run(observe: Observe) -> None:
-        for batch in equal_length_batches(token_ids):
-            for name, values in _activations(session, names, batch):
-                observe(name, values)
-
-    return collect(run, len(token_ids), rows_digest)
+    for batch in equal_length_batches(token_ids):
+        for name, values in _activations(session, names, batch):
+            observe(name, values)
 
 
 def _session_with_activations(graph: Path) -> tuple[ort.InferenceSession, list[str]]:

@@ -25,7 +25,7 @@ one ONNX Runtime has fast CPU kernels for."""
 Ranges = Mapping[str, tuple[float, float]]
 """What goes into linear layers, by name -> (low, high) in real units. A layer whose input has none stays as it is."""
 
-_MIN_EMBEDDING_ROWS = 1024  # below it a table is too small for its size to matter
+MIN_EMBEDDING_ROWS = 1024  # below it a table is too small for its size to matter
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def quantize(
         nodes, tables = _quantize_embeddings(graph, nodes, weights)
     del graph.node[:]
     graph.node.extend(nodes)
-    _drop_unused_initializers(graph)
+    drop_unused_initializers(graph)
     onnx.checker.check_model(quantized)
     return quantized, QuantizedCount(len(layers), quantize_nodes, dequantize_nodes, tables)
 
@@ -121,6 +121,8 @@ def activation_parameters(low: float, high: float, scheme: Scheme) -> tuple[np.f
     low, high = min(low, 0.0), max(high, 0.0)
     if scheme == "s8s8":
         return np.float32(max(-low, high, 1e-8) / 127.0), np.int8(0)
+    if low == -high:  # the steps of S8: ranges that were trained for one serve both
+        return np.float32(max(high, 1e-8) / 127.0), np.uint8(128)
     scale = np.float32(max(high - low, 1e-8) / 255.0)
     return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))
 
@@ -188,7 +190,7 @@ def _quantize_embeddings(
             table is None
             or axis != 0
             or len(table.dims) != 2
-            or table.dims[0] < _MIN_EMBEDDING_ROWS
+            or table.dims[0] < MIN_EMBEDDING_ROWS
             or table.data_type != TensorProto.FLOAT
         ):
             result.append(node)
@@ -208,7 +210,8 @@ def _quantize_embeddings(
     return result, len(tables)
 
 
-def _drop_unused_initializers(graph: onnx.GraphProto) -> None:
+def drop_unused_initializers(graph: onnx.GraphProto) -> None:
+    """Leave out the constants that no node reads any more."""
     used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
     kept = [i for i in graph.initializer if i.name in used]
     del graph.initializer[:]

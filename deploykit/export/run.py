@@ -49,13 +49,15 @@ class CalibrationOptions:
 class ExportOptions(CalibrationOptions):
     """``calibration`` may also be what ``deploykit calibrate`` wrote. ``data`` is a file of rows to
     measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
-    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``trt``: also build TensorRT engines."""
+    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``smooth_quant`` is SmoothQuant's alpha (None:
+    without). ``trt``: also build TensorRT engines."""
 
     int8: bool = False
     method: Method = "minmax"
     max_drop: float = 0.5
     data: str | None = None
     measure_rows: int = 0
+    smooth_quant: float | None = None
     trt: EngineOptions | None = None
 
     def check(self) -> None:
@@ -68,6 +70,16 @@ class ExportOptions(CalibrationOptions):
             raise UsageError("--calibration-rows is for rows, and --calibration has collected its own", "leave it out")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
+        if self.smooth_quant is not None:
+            if not self.int8:
+                raise UsageError("--smooth-quant changes INT8 graphs alone", "add --int8")
+            if not 0 <= self.smooth_quant <= 1:
+                raise UsageError(f"--smooth-quant is {self.smooth_quant}", "give an alpha from 0 to 1")
+            if is_saved(self.calibration):
+                raise UsageError(
+                    f"--smooth-quant changes what is calibrated, and {self.calibration} was collected without it",
+                    "give a split of the run or a file of rows as --calibration, or leave one out",
+                )
         if self.trt is not None:
             self.trt.check()
 
@@ -102,6 +114,8 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     inputs = artifacts.digest_of("export", parent, identity(options), engines)
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
+    if options.smooth_quant is not None and translates(checkpoint):
+        raise UsageError("--smooth-quant is for classifiers, and this checkpoint translates", "leave it out")
     saved = load_calibration(Path(options.calibration), parent) if is_saved(options.calibration) else None
     trace = Trace(
         out.with_name(f"{out.name}.search.json"), artifacts.digest_of(inputs, artifacts.installed_versions()), say

@@ -148,8 +148,8 @@ def _quantize(
     calibration.check(activations_of(directory))
     say(calibration.told(options.method))
     calibration.save(directory)
-    calibration.save_ranges(directory, options.method)
     ranges = calibration.ranges(options.method)
+    calibration.save_ranges(directory, options.method, ranges)
     quantize_nodes = 0
 
     def save(some: Ranges) -> None:

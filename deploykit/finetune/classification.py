@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,8 +26,9 @@ from deploykit.data.classification import (
     validate,
 )
 from deploykit.data.clean import CleaningReport, clean
+from deploykit.data.sample import evenly
 from deploykit.data.split import drop_leaks, split
-from deploykit.errors import UsageError
+from deploykit.errors import DataError, UsageError
 from deploykit.finetune import trainer
 from deploykit.finetune.checkpoint import (
     TorchClassifier,
@@ -35,6 +37,7 @@ from deploykit.finetune.checkpoint import (
     load_tokenizer,
     max_tokens,
     pad_token_id,
+    task_of,
 )
 from deploykit.finetune.options import ClassificationOptions
 from deploykit.finetune.padding import padded
@@ -43,6 +46,8 @@ from deploykit.finetune.trainer import Trained
 from deploykit.metrics import classification_metrics
 from deploykit.tasks import Classification
 
+_CALIBRATION_ROWS = 512
+
 
 class ClassificationStage:
     """One run, from the checks that need no rows to the measured model."""
@@ -50,12 +55,20 @@ class ClassificationStage:
     def __init__(self, options: ClassificationOptions) -> None:
         self._options = options
         self._tokenizer = load_tokenizer(options.origin)
-        limit = max_tokens(self._tokenizer, AutoConfig.from_pretrained(options.origin, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(options.origin, trust_remote_code=False)
+        limit = max_tokens(self._tokenizer, config)
         if options.max_length > limit:
             raise UsageError(
                 f"--max-length is {options.max_length}, but {options.origin} takes at most {limit} tokens",
                 f"give --max-length {limit} or less",
             )
+        if options.qat:
+            self._trained_for = task_of(Path(options.origin), self._tokenizer, config)
+            if self._trained_for.multi_label != options.multi_label:
+                raise UsageError(
+                    f"{options.origin} gives {'any number of labels' if self._trained_for.multi_label else 'one label'} a text",
+                    f"{'add' if self._trained_for.multi_label else 'leave out'} --multi-label",
+                )
 
     def load(self, source: str, split: str, columns: Columns | None) -> tuple[list[RawExample], Columns]:
         options = self._options
@@ -75,6 +88,14 @@ class ClassificationStage:
     def check(self, splits: Mapping[str, Sequence[Example]]) -> None:
         multi_label = self._options.multi_label
         validate(splits["train"], self._options.train, multi_label=multi_label)
+        if self._options.qat:
+            known = self._trained_for.labels
+            if unknown := set(label_names(splits["train"], multi_label=multi_label)) - set(known):
+                raise DataError(
+                    f"{self._options.train}: labels that {self._options.origin} does not give: "
+                    f"{', '.join(map(repr, sort_labels(unknown)))}; it gives {', '.join(map(repr, known))}",
+                    "--qat goes on training a classifier of these labels: fine-tune it without --qat first",
+                )
         labels = label_names(splits["train"], multi_label=multi_label)
         for name in ("validation", "test"):
             check_labels(splits[name], labels, str(getattr(self._options, name)), multi_label=multi_label)
@@ -105,16 +126,46 @@ class ClassificationStage:
             if examples
         }
         say(f"training on {len(encoded['train']):,} rows, validating on {len(encoded['validation']):,}")
+        if self._options.qat:
+            return self._train_rounded(classifier, rows, encoded, work, say)
         model = _train(model, encoded["train"], encoded["validation"], self._options, work, say)
         say("measuring on the held-out rows")
+        return Trained(task, model, self._tokenizer, self._measure(TorchClassifier(model, self._tokenizer, task), rows))
+
+    def _train_rounded(
+        self,
+        classifier: TorchClassifier,
+        rows: Rows[Example, Columns],
+        encoded: Mapping[str, EncodedTexts],
+        work: Path,
+        say: Say,
+    ) -> Trained:
+        """Train with linear layers rounded to INT8. ``metrics["qat"]`` has before and after, each fp32 and rounded."""
+        from deploykit.finetune.qat import FakeQuantization
+
+        options, task = self._options, classifier.task
+        held_out = "test" if rows.splits["test"] else "validation"
+        before = {"fp32": _metrics(classifier, rows.splits[held_out])}
+        token_ids = evenly(encoded["train"].token_ids, _CALIBRATION_ROWS)
+        say(f"calibrating on {len(token_ids):,} rows ({options.qat_method})")
+        rounded = FakeQuantization(classifier.model, token_ids, options.qat_method)
+        before["int8"] = _metrics(classifier, rows.splits[held_out])
+        model = _train(classifier.model, encoded["train"], encoded["validation"], options, work, say)
+        say("measuring on the held-out rows")
         classifier = TorchClassifier(model, self._tokenizer, task)
-        metrics = {
-            name: _metrics(classifier, rows.splits[name]) for name in ("validation", "test") if rows.splits[name]
-        }
-        return Trained(task, model, self._tokenizer, metrics)
+        int8 = _metrics(classifier, rows.splits[held_out])
+        scales = rounded.remove()
+        metrics = self._measure(classifier, rows)
+        metrics["qat"] = {"before": before, "after": {"fp32": metrics[held_out], "int8": int8}}
+        return Trained(task, model, self._tokenizer, metrics, scales)
+
+    def _measure(self, classifier: TorchClassifier, rows: Rows[Example, Columns]) -> dict[str, Any]:
+        return {name: _metrics(classifier, rows.splits[name]) for name in ("validation", "test") if rows.splits[name]}
 
     def _task(self, rows: Rows[Example, Columns]) -> Classification:
         options = self._options
+        if options.qat:
+            return dataclasses.replace(self._trained_for, max_length=options.max_length)
         return Classification(
             labels=label_names(rows.splits["train"], multi_label=options.multi_label),
             max_length=options.max_length,

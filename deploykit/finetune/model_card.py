@@ -32,6 +32,7 @@ def render(
         "",
         *results,
         "",
+        *(_qat_results(metrics["qat"]) if "qat" in metrics else []),
         "## Data",
         "",
         "| rows | " + " | ".join(cleaning) + " |",
@@ -82,6 +83,22 @@ def _classification_results(result: Mapping[str, Any], rows: int) -> list[str]:
         f"| macro | {result['macro_precision']:.3f} | {result['macro_recall']:.3f} | {result['macro_f1']:.3f} | {rows:,} |",
         "",
         f"Accuracy {result['accuracy']:.3f}; expected calibration error {result['expected_calibration_error']:.3f}.",
+    ]
+
+
+def _qat_results(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    return [
+        "Trained with the inputs and weights of its linear layers rounded to INT8; `qat.json` has the ranges, which",
+        "`deploykit export --int8` takes. On the same rows:",
+        "",
+        "| | accuracy | macro F1 |",
+        "|---|---:|---:|",
+        *(
+            f"| {when} this training, {form} | {m['accuracy']:.3f} | {m['macro_f1']:.3f} |"
+            for when, forms in metrics.items()
+            for form, m in forms.items()
+        ),
+        "",
     ]
 
 

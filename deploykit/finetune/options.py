@@ -8,11 +8,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploykit.artifacts import load_manifest
 from deploykit.errors import UsageError
 from deploykit.finetune.presets import PRESETS
 from deploykit.tasks import Classification, Translation
+
+if TYPE_CHECKING:
+    from deploykit.export.calibration import Method
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -93,12 +97,17 @@ class FinetuneOptions:
 
 @dataclass(frozen=True)
 class ClassificationOptions(FinetuneOptions):
+    """``qat``: go on training a classifier with its linear layers rounded to INT8, in ranges that start as calibrated
+    by ``qat_method``."""
+
     text_column: tuple[str, ...] = ()
     label_column: str | None = None
     text_separator: str = " "
     multi_label: bool = False
     batch_size: int = 32
     class_weights: str = "none"
+    qat: bool = False
+    qat_method: Method = "minmax"
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {**FinetuneOptions.ranges, "batch_size": (1, 100_000)}
 
@@ -110,6 +119,10 @@ class ClassificationOptions(FinetuneOptions):
             raise UsageError(
                 "--label-smoothing and --class-weights are for one label a text", "leave them out with --multi-label"
             )
+        if self.qat and self.lora_rank:
+            raise UsageError("--qat trains the weights that are rounded, and --lora-rank others", "leave one out")
+        if not self.qat and self.qat_method != type(self).qat_method:
+            raise UsageError("--qat-method is for --qat", "add --qat, or leave it out")
 
 
 @dataclass(frozen=True)
@@ -183,6 +196,30 @@ def make_options(given: Mapping[str, Any]) -> ClassificationOptions | Translatio
             raise UsageError(f"{flag(name)} is for --task {owner}", "leave it out")
     preset = PRESETS.get(given.get("from_config") or "")
     return kind(**{**(preset.training if preset else {}), **given})
+
+
+def with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """``given``, where it names no rows and quantization-aware training goes on from a run of deploykit's, with the rows
+    of that run as it split them: none that it was trained on is held out."""
+    run = Path(given.get("model", ""))
+    splits = {name: run / "splits" / f"{name}.jsonl" for name in ("train", "validation", "test")}
+    if not given.get("qat") or {*splits} & {*given} or not splits["train"].is_file():
+        return dict(given)
+    task = load_manifest(run, "checkpoint", verify=False).task
+    if not isinstance(task, Classification):
+        raise UsageError(
+            f"--qat is for --task {Classification.name}, and {run} was made for {task.name}", "leave it out"
+        )
+    rows = {name: str(path) for name, path in splits.items() if path.is_file()}
+    own = {
+        "text_column": ("text",),
+        "label_column": "label",
+        "encoding": "utf-8",
+        "multi_label": task.multi_label,
+        "max_length": task.max_length,
+        "test_fraction": 0.0,  # none of the rows that the run was trained on
+    }
+    return {**own, **given, **rows}
 
 
 def flag(name: str) -> str:

@@ -85,6 +85,8 @@ def _run(
             # Peft writes a card of its own, with the base model's local path as an id of the hub.
             (directory / "README.md").unlink(missing_ok=True)
             trained.tokenizer.save_pretrained(directory)
+            if trained.scales is not None:
+                trained.scales.save(directory)
             write_toml(options, directory / "finetune.toml")
             shutil.copytree(work / "tensorboard", directory / "tensorboard")
             write_splits(directory / "splits", rows.splits)

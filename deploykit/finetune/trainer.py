@@ -7,7 +7,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -20,6 +20,9 @@ from deploykit.finetune.progress import Progress
 from deploykit.finetune.rows import Say
 from deploykit.tasks import Task
 
+if TYPE_CHECKING:
+    from deploykit.finetune.qat import TrainedScales
+
 _OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 _MOST_EVALUATIONS = 30
@@ -27,12 +30,14 @@ _MOST_EVALUATIONS = 30
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gives. ``metrics`` has a key for each held-out split, and what else the task measured."""
+    """What training gives. ``metrics`` has a key for each held-out split, and what else the task measured; ``scales``
+    are those of quantization-aware training."""
 
     task: Task
     model: Any
     tokenizer: Any
     metrics: dict[str, Any]
+    scales: TrainedScales | None = None
 
 
 def arguments(

@@ -222,6 +222,7 @@ def test_int8_that_loses_too_much_leaves_no_export(
     assert code == 1
     assert "points of macro-F1, more than --max-drop 0.5" in err
     assert "pytorch" in err, "the measured table"
+    assert f"deploykit finetune --model {checkpoint} --qat" in err
     assert list(tmp_path.iterdir()) == [ruined]
 
 
