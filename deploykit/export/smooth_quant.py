@@ -10,7 +10,7 @@ Source: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantiza
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,10 +70,17 @@ def smooth(model: onnx.ModelProto, scales: Scales) -> tuple[onnx.ModelProto, Smo
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     graph = changed.graph
-    readers = _readers_of_norms(changed)
     weights = {i.name: i for i in graph.initializer}
-    by_output = {layer.node: layer for name in scales for layer in readers[name]}
-    folded = {name for name in scales if _linear_layers_alone_read(graph, name, readers[name])}
+    by_output = {layer.node: layer for layer in linear_layers(changed) if layer.activation in scales}
+    kinds = {
+        layer.activation: helper.tensor_dtype_to_np_dtype(weights[layer.weight].data_type)
+        for layer in by_output.values()
+    }
+    # Parameters that norms have in common stand behind an Identity in graphs that were not folded.
+    constant = {
+        n.output[0] for n in graph.node if n.op_type == "LayerNormalization" and {*n.input[1:]} <= weights.keys()
+    }
+    folded = {name for name in kinds if name in constant and _linear_layers_alone_read(graph, name, by_output)}
     nodes: list[onnx.NodeProto] = []
 
     def scaled(original: str, name: str, factor: NDArray[np.float32]) -> str:
@@ -88,7 +95,7 @@ def smooth(model: onnx.ModelProto, scales: Scales) -> tuple[onnx.ModelProto, Smo
             factor = scales[layer.activation] if layer.transposed else scales[layer.activation][:, None]
             node.input[1] = scaled(layer.weight, f"{layer.node}/smoothed_weight", factor)
         for i, name in enumerate(node.input):
-            if name in folded or (name in scales and layer is not None and i == 0):
+            if name in folded or (layer is not None and i == 0):
                 node.input[i] = smoothed(name)
         nodes.append(node)
         name = node.output[0]
@@ -96,16 +103,15 @@ def smooth(model: onnx.ModelProto, scales: Scales) -> tuple[onnx.ModelProto, Smo
             for i in range(1, len(node.input)):
                 node.input[i] = scaled(node.input[i], f"{smoothed(name)}/{i}", 1 / scales[name])
             node.output[0] = smoothed(name)
-        elif name in scales:
-            kind = numpy_helper.to_array(weights[node.input[1]]).dtype
-            divisor = numpy_helper.from_array((1 / scales[name]).astype(kind), f"{smoothed(name)}/1")
+        elif name in kinds:
+            divisor = numpy_helper.from_array((1 / scales[name]).astype(kinds[name]), f"{smoothed(name)}/1")
             graph.initializer.append(divisor)
             nodes.append(helper.make_node("Mul", [name, divisor.name], [smoothed(name)], smoothed(name)))
     del graph.node[:]
     graph.node.extend(nodes)
     drop_unused_initializers(graph)
     onnx.checker.check_model(changed)
-    return changed, SmoothedCount(len(folded), len(scales) - len(folded))
+    return changed, SmoothedCount(len(folded), len(kinds) - len(folded))
 
 
 def smoothed(activation: str) -> str:
@@ -128,11 +134,10 @@ def _readers_of_norms(model: onnx.ModelProto) -> dict[str, list[LinearLayer]]:
     return readers
 
 
-def _linear_layers_alone_read(graph: onnx.GraphProto, activation: str, layers: Sequence[LinearLayer]) -> bool:
-    """Whether all that reads the values of ``activation`` are ``layers``; Shape reads no values."""
-    own = {layer.node for layer in layers}
+def _linear_layers_alone_read(graph: onnx.GraphProto, activation: str, layers: Collection[str]) -> bool:
+    """Whether all that reads the values of ``activation`` are ``layers``, named by their outputs; Shape reads no values."""
     reads = [node for node in graph.node if activation in node.input and node.op_type != "Shape"]
-    return all(node.output[0] in own for node in reads) and activation not in {o.name for o in graph.output}
+    return all(node.output[0] in layers for node in reads) and activation not in {o.name for o in graph.output}
 
 
 def _weight_maxima(layers: Sequence[LinearLayer], weights: Mapping[str, onnx.TensorProto]) -> NDArray[np.float32]:

@@ -151,3 +151,14 @@ def test_smoothed_activations_have_names_of_their_own(case: Case) -> None:
     read = {layer.activation for layer in linear_layers(model)}
     assert {smoothed(name) for name in scales} <= read
     assert not set(scales) & read
+
+
+def test_a_norm_whose_parameters_are_no_constants_gets_a_mul(case: Case) -> None:
+    """As in fp16 graphs, whose equal parameters are stored once."""
+    model, scales = case.model, case.scales()
+    norm = next(node for node in model.graph.node if node.output[0] in scales)
+    model.graph.node.insert(0, onnx.helper.make_node("Identity", [norm.input[1]], ["shared"]))
+    norm.input[1] = "shared"
+    changed, count = smooth(model, scales)
+    assert (count.folded, count.multiplied) == ((3, 1) if case.norms_first else (0, 4))
+    assert np.abs(run(changed, case.token_ids) - case.logits).max() < 1e-5 * np.abs(case.logits).max()
