@@ -27,6 +27,7 @@ demo-translation: $(READY)
 	@$(BIN)/deploykit demo --recipe translation --out demo
 
 test: $(READY)
+	@bash setup.sh --browser
 	@$(BIN)/python -m pytest
 
 bench: $(READY)

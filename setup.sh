@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes the virtual environment $1 with deploykit and all its extras. Run by `make`.
+# Makes the virtual environment $1 with deploykit and all its extras, or with --browser installs what the tests open
+# pages in. Run by `make`.
 # A missing system package is installed when root, and otherwise named with the command that does it.
 set -euo pipefail
-venv=${1:?usage: setup.sh VENV}
+venv=${1:?usage: setup.sh VENV | --browser}
 
 system_package() { # NAME WHY
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
@@ -13,6 +14,12 @@ system_package() { # NAME WHY
   echo "remedy: sudo apt-get install $1" >&2
   exit 1
 }
+
+if [ "$venv" = --browser ]; then
+  [ -n "$(type -P chromium-headless-shell chromium chrome-headless-shell google-chrome chromium-browser)" ] ||
+    (system_package chromium-headless-shell "a test opens the reports in it") || echo "going on without: that test is skipped" >&2
+  exit
+fi
 
 # The embedded Triton's stub needs numpy 1, and so a Python below 3.13.
 python=

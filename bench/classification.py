@@ -50,14 +50,14 @@ def main() -> None:
                 suite["workloads"] += measure_subject(
                     part, Subject(checkpoint, export, Path(made)), options, suite["skipped"]
                 )
-            write(suite, "Classification", options.out)  # what follows takes long, and may fail
+            write(suite, options.out)  # what follows takes long, and may fail
     if "serving" in options.parts:
         checkpoint, export = options.tweets
         with tempfile.TemporaryDirectory() as made:
             subject = Subject(checkpoint, export, Path(made))
             texts, _ = _rows(subject, options.max_rows)
             suite["serving"] = measure_serving(subject, texts, rounds=options.rounds, seconds=options.seconds, say=say)
-    write(suite, "Classification", options.out)
+    write(suite, options.out)
 
 
 def measure_subject(

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from deploykit.artifacts import new_file
 from deploykit.bench.alone import Alone, measure_alone
 from deploykit.bench.machine import describe_machine
-from deploykit.bench.report import write_suite
+from deploykit.bench.report import write_report
 from deploykit.bench.run import Candidate
 from deploykit.predictor import Predictor
 from deploykit.tasks import Generation
@@ -93,13 +93,9 @@ def candidate(
     )
 
 
-def write(suite: Mapping[str, Any], title: str, out: Path) -> None:
+def write(suite: Mapping[str, Any], out: Path) -> None:
     """``out`` and, beside it, the page that shows it."""
     with new_file(out) as file:
         file.write_text(json.dumps(suite, indent=1, ensure_ascii=False), encoding="utf-8")
-    results = {w["key"]: {**w["bench"], "command": suite["command"]} for w in suite["workloads"]}
-    if "serving" in suite:
-        results["serving"] = {**suite["serving"], "command": suite["command"]}
-    if results:
-        write_suite(title, results, out.with_suffix(".html"))
+    write_report(suite, out.with_suffix(".html"))
     say(f"{out}: written")

@@ -122,7 +122,7 @@ def main() -> None:
                     seconds=plan.serving_seconds,
                     say=say,
                 )
-    write(suite, "Translation", options.out)
+    write(suite, options.out)
 
 
 def measure_subject(

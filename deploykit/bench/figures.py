@@ -11,6 +11,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,9 @@ from deploykit.metrics import TITLES
 Record = Mapping[str, Any]
 
 MAX_MATRICES = 12
+NOTHING = "–"
 _INK, _FAINT = "#010203", "#010204"  # stand-ins, replaced by the page's colours
-_COLOURS = (
+COLOURS = (
     "#2f6fed",
     "#e8710a",
     "#12a150",
@@ -34,8 +36,10 @@ _COLOURS = (
     "#7c5cff",
     "#5f6b7a",
     "#e0407b",
+    "#a3a800",
+    "#b4714f",
 )
-_MARKERS = "osv^Dph<>X"
+_MARKERS = "osv^Dph<>X*"  # their number has no factor with that of the colours: no two candidates share both
 _RC = {
     "axes.axisbelow": True,
     "axes.edgecolor": _FAINT,
@@ -67,6 +71,99 @@ def require_matplotlib() -> None:
         raise MissingDependencyError("matplotlib is not installed, which draws the report", BENCH_EXTRA) from None
 
 
+def throughput_bars(result: Record) -> str | None:
+    """A panel for each closed loop and each searched rate: a bar for each candidate, with the least and the most of its
+    rounds. None with one candidate, which has no peer, or without answers."""
+    candidates = result["candidates"]
+    panels = [s["scenario"] for s in candidates[0]["scenarios"] if s["scenario"]["kind"] != "poisson"]
+    key, unit = ("tokens_per_s", "target tokens/s") if translates(result) else ("throughput_per_s", "texts/s")
+    answered = any(s[key] and s[key]["max"] for candidate in candidates for s in candidate["scenarios"])
+    if len(candidates) < 2 or not panels or not answered:
+        return None
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = -(-len(panels) // columns)
+
+    def draw(figure: Any) -> None:
+        every = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for axes, scenario in zip(every, panels):
+            spreads = [s[key] for c in candidates for s in c["scenarios"] if s["scenario"]["name"] == scenario["name"]]
+            for i, spread in enumerate(spreads):
+                if not spread:
+                    continue
+                middle = spread["median"]
+                reach = [[middle - spread["min"]], [spread["max"] - middle]]
+                axes.barh(i, middle, 0.6, color=_colour(i))
+                axes.errorbar(middle, i, xerr=reach, color=_INK, linewidth=1.2, capsize=3)
+                at, text = (spread["max"], i), number(middle)
+                axes.annotate(text, at, (5, 0), textcoords="offset points", va="center", fontsize=9)
+            axes.set_title(scenario["name"], fontsize=11)
+            axes.set_xlim(0, 1.3 * max((s["max"] for s in spreads if s), default=0) or 1)  # room for the numbers
+            axes.grid(False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.xaxis.set_major_locator(_locator(3))
+        for axes in every[len(panels) :]:
+            axes.set_axis_off()
+        every[0].set_yticks(range(len(candidates)), [shown(c["name"], 30) for c in candidates])
+        every[0].invert_yaxis()
+        figure.supxlabel(unit, fontsize=11)
+        figure.get_layout_engine().set(hspace=0.1)
+
+    return _svg("bars", draw, (2.6 + 2.5 * columns, rows * (0.9 + 0.34 * len(candidates)) + 0.3))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How ``name`` answered as one thing grew: at each value of it, a record's scenario."""
+
+    name: str
+    points: Sequence[tuple[float, Record]]
+
+
+def scaling_with_callers(result: Record) -> str | None:
+    """Over the closed loops, whose callers in one process are a batch. None of fewer than three."""
+    lines = [
+        Scaling(
+            c["name"], [(s["scenario"]["concurrency"], s) for s in c["scenarios"] if "concurrency" in s["scenario"]]
+        )
+        for c in result["candidates"]
+    ]
+    return scaling("callers", lines) if all(len(line.points) > 2 for line in lines) else None
+
+
+def scaling(axis: str, lines: Sequence[Scaling]) -> str:
+    """Throughput and p50 against ``axis`` ("threads"): medians, with the least and the most of the rounds."""
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        plotted: list[tuple[Any, str, Callable[[Record], Record | None]]] = [
+            (left, "texts/s", lambda s: s["throughput_per_s"]),
+            (right, "p50 latency, ms (log scale)", lambda s: s["latency_ms"]["p50"]),
+        ]
+        for axes, title, of in plotted:
+            for i, line in enumerate(lines):
+                points = [(x, spread) for x, s in line.points if (spread := of(s))]
+                middle = [spread["median"] for _, spread in points]
+                reach = [
+                    [spread["median"] - spread["min"] for _, spread in points],
+                    [spread["max"] - spread["median"] for _, spread in points],
+                ]
+                style = {"color": _colour(i), "marker": _marker(i), "linewidth": 1.8, "capsize": 3}
+                label = shown(line.name) if axes is left else None
+                axes.errorbar([x for x, _ in points], middle, yerr=reach, label=label, **style)
+            axes.set_xscale("log", base=2)
+            values = sorted({x for line in lines for x, _ in line.points})
+            axes.set_xticks(values, [f"{x:g}" for x in values])
+            axes.minorticks_off()
+            axes.set(xlabel=f"{axis} (log scale)", ylabel=title)
+        left.set_ylim(bottom=0)
+        right.set_yscale("log")
+        figure.get_layout_engine().set(wspace=0.06)
+        _plain_log(right.yaxis)
+        _legend(figure)
+
+    return _svg(f"scaling-{axis}", draw, (9.0, 4.2))
+
+
 def latency_distribution(result: Record, scenario: str) -> str | None:
     """The share of requests answered within a time, for each candidate at one scenario."""
     curves = []
@@ -91,17 +188,18 @@ def latency_distribution(result: Record, scenario: str) -> str | None:
 
 
 def throughput_latency(result: Record) -> str | None:
-    """p99 against throughput: closed loops joined by a line, arrivals at random as hollow diamonds, limits as lines."""
+    """p99 against throughput: closed loops joined by a line, arrivals at random hollow, limits of p99 dotted."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
+        numbers: list[tuple[str, tuple[float, float], str]] = []
         for i, candidate in enumerate(result["candidates"]):
             closed: list[Record] = []
             random: list[Record] = []
             for s in candidate["scenarios"]:
                 if s["latency_ms"]["p99"]:
                     (closed if s["scenario"]["kind"] == "closed_loop" else random).append(s)
-            for points, style in ((closed, f"-{_marker(i)}"), (random, "D")):
+            for points, style in ((closed, f"-{_marker(i)}"), (random, "D:")):
                 if not points:
                     continue
                 x = [s["throughput_per_s"]["median"] for s in points]
@@ -111,15 +209,20 @@ def throughput_latency(result: Record) -> str | None:
                 axes.plot(x, y, style, color=_colour(i), linewidth=1.5, label=label, clip_on=False, **hollow)
             for s in closed:
                 at = (s["throughput_per_s"]["median"], s["latency_ms"]["p99"]["median"])
-                text = str(s["scenario"]["concurrency"])
-                axes.annotate(text, at, (0, 6), textcoords="offset points", ha="center", color=_colour(i), fontsize=9)
+                numbers.append((str(s["scenario"]["concurrency"]), at, _colour(i)))
         for limit in {s["scenario"].get("limit_ms") for c in result["candidates"] for s in c["scenarios"]} - {None}:
-            axes.axhline(limit, color="grey", linestyle=":", linewidth=1.2)
+            axes.axhline(limit, color="grey", linestyle=":", linewidth=1.4)
+            at = (1, limit)
+            axes.annotate(
+                f"p99 limit {limit:g} ms", at, (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", fontsize=9,
+            )  # fmt: skip
         axes.set_yscale("log")
         _plain_log(axes.yaxis)
         axes.set_xlim(left=0)
         axes.set(xlabel="successful requests per second", ylabel="p99 latency, ms (log scale)")
         axes.margins(y=0.12)
+        _write_beside(axes, numbers)
         _legend(figure)
 
     if not any(s["latency_ms"]["p99"] for c in result["candidates"] for s in c["scenarios"]):
@@ -232,6 +335,7 @@ def memory_size(result: Record) -> str | None:
             axes.set_title(title, fontsize=11)
             axes.set_xlim(0, 1.25 * max((v for v in values if v), default=1))
             axes.grid(False, axis="y")
+            axes.tick_params(axis="y", length=0)
             axes.xaxis.set_major_locator(_locator(4))
         left.set_yticks(range(len(bars)), [shown(name) for name, _, _ in bars])
         left.invert_yaxis()
@@ -277,6 +381,18 @@ def shown(text: str, most: int = 36) -> str:
     text = text if len(text) <= most else text[: most - 1] + "…"
     text = text or "?"
     return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides names with an underscore first
+
+
+def number(value: float | None) -> str:
+    """To about three digits."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def fraction(value: float | None) -> str:
+    """An accuracy: of 1, or of 100."""
+    return NOTHING if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
 def apart(html: str, name: str) -> str:
@@ -351,12 +467,25 @@ def _locator(count: int) -> Any:
     return MaxNLocator(count)
 
 
+def _write_beside(axes: Any, texts: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Each above its point or, where that would run into another, below it, or nowhere: text, point and colour."""
+    taken: list[Any] = []
+    for text, at, colour in texts:
+        x, y = axes.transData.transform(at)
+        for offset in (9, -11):
+            if all(abs(x - a) > 16 or abs(y + offset - b) > 11 for a, b in taken):
+                taken.append((x, y + offset))
+                place = {"textcoords": "offset points", "ha": "center", "va": "center", "color": colour}
+                axes.annotate(text, at, (0, offset), fontsize=9, **place)
+                break
+
+
 def _legend(figure: Any) -> None:
     figure.legend(loc="outside upper left", ncols=2, fontsize=10, labelcolor=_INK)
 
 
 def _colour(i: int) -> str:
-    return _COLOURS[i % len(_COLOURS)]
+    return COLOURS[i % len(COLOURS)]
 
 
 def _marker(i: int) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from deploykit.artifacts import new_file
 from deploykit.bench import figures
+from deploykit.bench.figures import NOTHING, fraction, number
+from deploykit.bench.record import Record, results_of
 from deploykit.errors import ArtifactError
 from deploykit.metrics import TITLES
 
-Record = Mapping[str, Any]
-
-_NOTHING = "–"
 _CLASSIFICATION_METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2430; --soft: #5b6675; --faint: #dfe4ea; --page: #f6f8fa; --card: #fff;
@@ -23,9 +21,10 @@ _STYLE = """
   --card: #1b2129; --warn: #3a2e10; --warn-ink: #f3d89a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+main { max-width: 1180px; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { margin: 0; font-size: 1.7rem; }
-section + header { margin-top: 3rem; }
+h2.part { margin: 3rem 0 1rem; font-size: 1.5rem; }
+nav, a { color: var(--soft); }
 h2 { margin: 0 0 .25rem; font-size: 1.15rem; }
 p { margin: 0 0 .75rem; color: var(--soft); max-width: 75ch; }
 section { background: var(--card); border: 1px solid var(--faint); border-radius: 12px; padding: 1.25rem; margin-top: 1rem; }
@@ -46,27 +45,21 @@ code { overflow-wrap: anywhere; }
 """
 
 
-def write_report(result: Record, out: Path) -> None:
-    """Draw ``result`` (of ``BenchResult.to_json``, or read back from its file) into the HTML file ``out``.
+def write_report(record: Record, out: Path) -> None:
+    """Draw ``record`` (of ``BenchResult.to_json``, or of a suite under bench/; measured now or read back) into the HTML file
+    ``out``.
 
-    A key ``command`` in it is shown as the way to repeat the measurement. The same result gives the
+    Keys ``command`` and ``threads`` in it are shown as the way to repeat the measurement. The same record gives the
     same bytes. Raises MissingDependencyError without matplotlib, ArtifactError for another JSON.
     """
-    names = ", ".join(candidate["name"] for candidate in result.get("candidates", ()))
-    _write(out, f"Bench: {names}", lambda: _header("Bench", names, result) + _sections(result))
-
-
-def write_suite(title: str, results: Mapping[str, Record], out: Path) -> None:
-    """Several results under their titles on one page, as ``write_report`` draws each."""
-
-    def body() -> str:
-        parts = []
-        for number, (name, result) in enumerate(results.items()):
-            names = ", ".join(candidate["name"] for candidate in result["candidates"])
-            parts.append(_header(name, names, result) + figures.apart(_sections(result), f"part{number}"))
-        return f"<header><h1>{escape(title)}</h1></header>\n" + "\n".join(parts)
-
-    _write(out, title, body)
+    figures.require_matplotlib()
+    try:
+        page = _suite(record) if "workloads" in record else _bench(record)
+    except (KeyError, TypeError, StopIteration) as error:
+        raise ArtifactError(
+            f"this is not a bench result: it lacks {error}", "pass what deploykit bench wrote"
+        ) from error
+    _write(out, page)
 
 
 def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]], out: Path) -> None:
@@ -75,52 +68,77 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
     ``searches`` are by engine, as the export's manifest has them; ``limits`` are, of each metric, the checkpoint's
     and the least allowed. Raises MissingDependencyError without matplotlib.
     """
-    title = "Which layers stay in fp32"
-
-    def body() -> str:
-        note = "All parts but the most sensitive are INT8. The export takes the fewest that hold the limit."
-        parts = [
-            f"<header><h1>{escape(title)}</h1></header>",
-            _figure("Task metric", note, figures.search(searches, limits)),
-        ]
-        for engine, found in searches.items():
-            trials = [
-                [str(t["kept"]), _number(t["drop"]), *(_fraction(t["metrics"][name]) for name in limits)]
-                for t in found["trials"]
-            ]
-            head = ("parts in fp32", "points lost", *(TITLES[name] for name in limits))
-            parts.append(_section(f"Trials, {engine}", "In the order they were made.", _table(head, trials)))
-            rows = [
-                [escape(part), f"{change:.2g}", "fp32" if part in found["kept"] else "INT8"]
-                for part, change in zip(found["order"], found["sensitivity"])
-            ]
-            note = "How much the outputs for some rows change, on average, when this part alone is INT8."
-            parts.append(_section(f"Sensitivity, {engine}", note, _table(("part", "change", "became"), rows)))
-        return "\n".join(parts)
-
-    _write(out, title, body)
-
-
-def _write(out: Path, title: str, body: Callable[[], str]) -> None:
     figures.require_matplotlib()
-    try:
-        page = (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-            f"{body()}\n</main>\n</body>\n</html>\n"
-        )
-    except (KeyError, TypeError, StopIteration) as error:
-        raise ArtifactError(
-            f"this is not a bench result: it lacks {error}", "pass what deploykit bench wrote"
-        ) from error
+    title = "Which layers stay in fp32"
+    note = "All parts but the most sensitive are INT8. The export takes the fewest that hold the limit."
+    parts = [
+        f"<header><h1>{escape(title)}</h1></header>",
+        _figure("Task metric", note, figures.search(searches, limits)),
+    ]
+    for engine, found in searches.items():
+        trials = [
+            [str(t["kept"]), number(t["drop"]), *(fraction(t["metrics"][name]) for name in limits)]
+            for t in found["trials"]
+        ]
+        head = ("parts in fp32", "points lost", *(TITLES[name] for name in limits))
+        parts.append(_section(f"Trials, {engine}", "In the order they were made.", _table(head, trials)))
+        rows = [
+            [escape(part), f"{change:.2g}", "fp32" if part in found["kept"] else "INT8"]
+            for part, change in zip(found["order"], found["sensitivity"])
+        ]
+        note = "How much the outputs for some rows change, on average, when this part alone is INT8."
+        parts.append(_section(f"Sensitivity, {engine}", note, _table(("part", "change", "became"), rows)))
+    _write(out, _page(title, parts))
+
+
+def _write(out: Path, page: str) -> None:
     with new_file(out) as file:
         file.write_bytes(page.encode("utf-8", "replace"))  # a label may hold half a surrogate pair
 
 
-def _header(title: str, names: str, result: Record) -> str:
-    started = escape(result["started"])
-    return f"<header><h1>{escape(title)}</h1><p>{escape(names)}. Measured {started}.</p></header>\n"
+def _bench(record: Record) -> str:
+    title = f"Bench: {_names(record)}"
+    parts = [_header(record, _names(record)), _sections(record), _how(record, record), _machine(record)]
+    return _page(title, parts)
+
+
+def _suite(suite: Record) -> str:
+    """A part for each workload, and one for the servers."""
+    results = results_of(suite)
+    parts = {key: _sections(result) + _how(suite, result) for key, result in results.items()}
+    for workload in suite["workloads"]:
+        if "axis" in workload:
+            parts[workload["key"]] = _scaling(workload) + parts[workload["key"]]
+    body = []
+    for i, (name, part) in enumerate(parts.items()):
+        body += [f'<h2 class="part" id="part{i}">{escape(name)}</h2>', figures.apart(part, f"part{i}")]
+    links = " · ".join(f'<a href="#part{i}">{escape(name)}</a>' for i, name in enumerate(parts))
+    header = _header(suite, ", ".join(parts))
+    return _page(f"Bench: {', '.join(parts)}", [header, f"<nav>{links}</nav>", _skipped(suite), *body, _machine(suite)])
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _header(record: Record, what: str) -> str:
+    started = escape(record["started"])
+    return f"<header><h1>Bench</h1><p>{escape(what)}. Measured {started}.</p></header>"
+
+
+def _names(result: Record) -> str:
+    return ", ".join(candidate["name"] for candidate in result["candidates"])
+
+
+def _skipped(suite: Record) -> str:
+    skipped = list(suite["skipped"].items())
+    return _section("Not measured", "", _words(skipped)) if skipped else ""
 
 
 def _sections(result: Record) -> str:
@@ -130,6 +148,11 @@ def _sections(result: Record) -> str:
     parts = [
         _warnings(result["warnings"]),
         _section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(result)),
+        _figure(
+            "Throughput",
+            "Medians over the rounds; lines reach from the least to the most.",
+            figures.throughput_bars(result),
+        ),
         _figure(
             "Latency",
             f"How many requests were answered within which time, at {scenario}.",
@@ -141,6 +164,11 @@ def _sections(result: Record) -> str:
             "Right and low is better.",
             figures.throughput_latency(result),
         ),
+        _figure(
+            "Scaling with callers",
+            "In one process, the texts of callers are one batch.",
+            figures.scaling_with_callers(result),
+        ),
         _figure("Accuracy against speed", "Right and high is better.", figures.accuracy_speed(result)),
         _figure(
             "Where the time goes", "Of each model in this process, in its best closed loop.", figures.stages(result)
@@ -148,10 +176,22 @@ def _sections(result: Record) -> str:
         _figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
         _figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
         _section("All measurements", "Medians over the rounds, with the least and the most below.", _details(result)),
-        _section("Machine", "", _words(_machine(result))),
-        _section("How to repeat it", "", _words(_settings(result))),
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _scaling(workload: Record) -> str:
+    """Of one whose candidates are one model, at the ``values`` (by their names) of ``axis``."""
+    lines: dict[str, list[tuple[float, Record]]] = {}
+    for candidate in workload["bench"]["candidates"]:
+        for s in candidate["scenarios"]:
+            lines.setdefault(s["scenario"]["name"], []).append((workload["values"][candidate["name"]], s))
+    drawn = figures.scaling(workload["axis"], [figures.Scaling(name, points) for name, points in lines.items()])
+    return _figure(f"Scaling with {workload['axis']}", "Medians; lines reach from the least to the most.", drawn)
+
+
+def _how(record: Record, result: Record) -> str:
+    return _section("How to repeat it", "", _words(_settings(record, result)))
 
 
 def _section(title: str, note: str, body: str) -> str:
@@ -166,13 +206,15 @@ def _figure(title: str, note: str, svg: str | None) -> str:
     return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p><figure>{svg}</figure></section>"
 
 
-def _warnings(warnings: Sequence[str]) -> str:
+def _warnings(warnings: Iterable[str]) -> str:
     items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return f'<section class="warning"><h2>Read with care</h2><ul>{items}</ul></section>' if items else ""
 
 
 def _summary(result: Record) -> str:
     metrics_shown = {"bleu": "BLEU", "chrf": "chrF"} if figures.translates(result) else _CLASSIFICATION_METRICS
+    if not any(candidate["metrics"] for candidate in result["candidates"]):
+        metrics_shown = {}
     head = (
         "model",
         *_rates(result),
@@ -195,10 +237,10 @@ def _summary(result: Record) -> str:
                 *(_median(best[key]) for key in _rates(result).values()),
                 *(_median(best["latency_ms"][key]) for key in ("p50", "p99")),
                 f"{best['errors']:,}",
-                *(_fraction(metrics.get(key)) for key in metrics_shown),
-                _number(candidate["first_answer_s"]),
-                _number(candidate["peak_memory_mb"]),
-                _number(candidate["size_mb"]),
+                *(fraction(metrics.get(key)) for key in metrics_shown),
+                number(candidate["first_answer_s"]),
+                number(candidate["peak_memory_mb"]),
+                number(candidate["size_mb"]),
             ]
         )
     return _table(head, rows)
@@ -230,24 +272,24 @@ def _rates(result: Record) -> dict[str, str]:
     return {"requests/s": "throughput_per_s", **tokens}
 
 
-def _machine(result: Record) -> list[tuple[str, str]]:
-    machine = result["machine"]
-    busiest = max((load["cpu_percent"] for load in result["other_load"]), default=0.0)
-    return [
+def _machine(record: Record) -> str:
+    machine = record["machine"]
+    words = [
         ("CPU", f"{machine['cpu']}, {machine['cpus_usable']} of {machine['cpus']} usable"),
-        ("CPU features", ", ".join(machine["cpu_flags"]) or _NOTHING),
+        ("CPU features", ", ".join(machine["cpu_flags"]) or NOTHING),
         ("Memory", f"{machine['memory_gb']} GB"),
         ("System", f"{machine['system']}, Python {machine['python']}"),
         ("Packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
-        ("Other programs", f"at most {busiest:.0f}% of the CPUs just before a round"),
     ]
+    return _section("Machine", "", _words(words))
 
 
-def _settings(result: Record) -> list[tuple[str, str]]:
+def _settings(record: Record, result: Record) -> list[tuple[str, str]]:
     texts, settings = result["texts"], result["settings"]
-    repeat = [("Command", str(result["command"]))] if result.get("command") else []
+    busiest = max((load["cpu_percent"] for load in result["other_load"]), default=0.0)
+    told = {"Command": record.get("command"), "Threads": record.get("threads")}
     return [
-        *repeat,
+        *((title, str(value)) for title, value in told.items() if value),
         ("Texts", f"{texts['rows']:,} rows of {texts['mean_chars']:g} characters on average, in shuffled order"),
         (
             "Load",
@@ -260,6 +302,7 @@ def _settings(result: Record) -> list[tuple[str, str]]:
             "On a server",
             "one text a request over HTTP keep-alive; the generator shares the machine with a local server",
         ),
+        ("Other programs", f"at most {busiest:.0f}% of the CPUs just before a round"),
     ]
 
 
@@ -290,22 +333,11 @@ def _words(pairs: Sequence[tuple[str, str]]) -> str:
     return f'<table class="words"><tbody>{rows}</tbody></table>'
 
 
-def _number(value: float | None) -> str:
-    if value is None:
-        return _NOTHING
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def _fraction(value: float | None) -> str:
-    """An accuracy: of 1, or of 100."""
-    return _NOTHING if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
-
-
 def _median(spread: Mapping[str, float] | None) -> str:
-    return _number(spread["median"] if spread else None)
+    return number(spread["median"] if spread else None)
 
 
 def _spread(spread: Mapping[str, float] | None) -> str:
     if not spread:
-        return _NOTHING
-    return f"{_number(spread['median'])}<small>{_number(spread['min'])} to {_number(spread['max'])}</small>"
+        return NOTHING
+    return f"{number(spread['median'])}<small>{number(spread['min'])} to {number(spread['max'])}</small>"

@@ -31,7 +31,8 @@ _ERROR_EXAMPLES = 5
 class Candidate:
     """What is measured, under a name that the report shows. ``size_mb`` (1e6 bytes) is the graph files';
     ``generation`` takes the place of a translator's own. ``peak_memory_mb`` and ``first_answer_s`` (from
-    the start of Python to the first answer) were measured beforehand, in a process of the candidate's own."""
+    the start of Python to the first answer) were measured beforehand, in a process of the candidate's own.
+    ``texts`` are asked in place of the bench's: not graded, for candidates that differ in them alone."""
 
     name: str
     target: Predictor | Server
@@ -41,6 +42,7 @@ class Candidate:
     peak_memory_mb: float | None = None
     first_answer_s: float | None = None
     generation: Generation | None = None
+    texts: Sequence[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,8 @@ def run_bench(
         raise DataError("there are no texts to ask", "give a file with at least one row")
     if truth is not None and len(truth) != len(texts):
         raise UsageError(f"{len(texts)} texts, but {len(truth)} right answers", "give one for each text")
+    if truth is not None and any(candidate.texts is not None for candidate in candidates):
+        raise UsageError("texts of a candidate's own have no right answers", "leave out one or the other")
     if len({candidate.target.task.name for candidate in candidates}) > 1:
         raise UsageError("some models classify and some translate", "measure them apart")
     require_psutil()
@@ -232,7 +236,7 @@ def run_bench(
             for c, candidate in enumerate(candidates):
                 measurement = measure(
                     candidate.target,
-                    texts,
+                    candidate.texts or texts,
                     scenario,
                     seconds=seconds,
                     generation=candidate.generation,

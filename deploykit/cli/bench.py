@@ -32,8 +32,10 @@ class _WithItsWords(click.Command):
     cls=_WithItsWords,
     help="Measure TARGETS (checkpoints, exports, or served models' names) side by side on real texts.",
 )
-@click.argument("targets", nargs=-1, required=True)
-@click.option("--data", required=True, help="Texts to ask with; with labels or translations, accuracy is measured too.")
+@click.argument("targets", nargs=-1)
+@click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), metavar="OLD NEW",
+              help="Instead of measuring: say what got faster or slower, beyond the noise, between two --out files.")  # fmt: skip
+@click.option("--data", help="Texts to ask with; with labels or translations, accuracy is measured too.")
 @click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
 @click.option("--label-column", help="(default: the training column, or detected)")
 @click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")
@@ -62,7 +64,8 @@ class _WithItsWords(click.Command):
 def command(
     *,
     targets: tuple[str, ...],
-    data: str,
+    compared: tuple[Path, Path] | None,
+    data: str | None,
     text_column: tuple[str, ...],
     label_column: str | None,
     source_column: str | None,
@@ -87,9 +90,17 @@ def command(
     from deploykit.bench.report import write_report
     from deploykit.bench.rows import read_rows, task_of
     from deploykit.bench.targets import bench_targets
-    from deploykit.errors import ArtifactError
+    from deploykit.errors import ArtifactError, UsageError
+    from deploykit.runtime.engines import available_cpus
     from deploykit.tasks import Translation
 
+    if compared is not None:
+        return _compare(*compared)
+    if not targets or data is None:
+        raise UsageError(
+            "there is nothing to measure without " + ("TARGETS" if not targets else "--data"),
+            "name models and texts: deploykit bench exports/a --data rows.jsonl",
+        )
     for path in (out, report):
         if path is not None and path.exists() and not force:
             raise ArtifactError(f"{path}: exists", "choose another name, or pass --force to replace it")
@@ -121,6 +132,7 @@ def command(
         **settings,
     ).to_json()
     result["command"] = click.get_current_context().meta[__name__]
+    result["threads"] = settings["threads"] or available_cpus()
     if out is not None:
         with new_file(out) as file:
             file.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -128,6 +140,27 @@ def command(
         write_report(result, report)
     lines = [*_table(result["candidates"]), *(f"{path}: written" for path in (out, report) if path is not None)]
     return result, "\n".join(lines)
+
+
+def _compare(old: Path, new: Path) -> Result:
+    from deploykit.bench.compare import compare
+    from deploykit.bench.record import read_record
+    from deploykit.errors import UsageError
+
+    context = click.get_current_context()
+    for parameter in context.command.params:
+        given = context.get_parameter_source(str(parameter.name)) is not click.core.ParameterSource.DEFAULT
+        if given and parameter.name not in ("compared", "as_json", "debug", "targets"):
+            raise UsageError(f"{parameter.opts[-1]} is not for --compare, which measures nothing", "leave it out")
+    if context.params["targets"]:
+        raise UsageError(f"--compare takes two files, and there is {context.params['targets'][0]} too", "leave it out")
+    records = [read_record(path) for path in (old, new)]
+    found = compare(*records)
+    lines = [
+        f"{whose}: {path}, measured {record['started']}"
+        for whose, path, record in zip(("old", "new"), (old, new), records)
+    ]
+    return {"old": str(old), "new": str(new), **found.to_json()}, "\n".join([*lines, "", found.to_text()])
 
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:

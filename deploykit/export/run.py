@@ -114,8 +114,6 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     inputs = artifacts.digest_of("export", parent, identity(options), engines)
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
-    if options.smooth_quant is not None and translates(checkpoint):
-        raise UsageError("--smooth-quant is for classifiers, and this checkpoint translates", "leave it out")
     saved = load_calibration(Path(options.calibration), parent) if is_saved(options.calibration) else None
     trace = Trace(
         out.with_name(f"{out.name}.search.json"), artifacts.digest_of(inputs, artifacts.installed_versions()), say

@@ -16,7 +16,7 @@ from deploykit.data.clean_pairs import clean_pairs
 from deploykit.data.pairs import Pair
 from deploykit.data.read_pairs import load_pairs
 from deploykit.data.sample import evenly
-from deploykit.errors import ExportError
+from deploykit.errors import ExportError, UsageError
 from deploykit.export.architecture import Architecture
 from deploykit.export.calibration import Calibration
 from deploykit.export.families import read_architecture
@@ -56,6 +56,8 @@ def write(
     """Write the graphs of a translator and what serving them needs to ``directory``; without ``saved``, calibrate."""
     reference = TorchTranslator.load(checkpoint, source=options.source, target=options.target)
     task = reference.task
+    if options.smooth_quant is not None:
+        raise UsageError(f"--smooth-quant is for classifiers, and {checkpoint} translates", "leave it out")
     if options.trt is not None:
         plan(options.trt, _limits(task))
     rows = _rows(checkpoint, task, options.data, "test", options)

@@ -96,7 +96,7 @@ def nasty() -> Any:
 
 def test_the_report_is_well_formed_and_needs_no_network(nasty: Any, tmp_path: Path) -> None:
     text, page = report(nasty, tmp_path)
-    assert page.tags["svg"] == 4  # no memory was measured: two candidates share this process
+    assert page.tags["svg"] == 5  # no memory was measured: two candidates share this process
     assert page.tags["script"] == page.tags["link"] == page.tags["img"] == 0
     assert page.references
     assert all(reference.startswith("#") for reference in page.references)
@@ -136,7 +136,7 @@ def test_multi_label_has_a_matrix_a_label_up_to_twelve(tmp_path: Path) -> None:
 
 def test_without_labels_there_are_no_accuracy_figures(tmp_path: Path) -> None:
     _, page = report(bench(["a", "b"], graded=False), tmp_path)
-    assert page.tags["svg"] == 2
+    assert page.tags["svg"] == 3
     assert "Confusion" not in page.text
 
 

@@ -115,6 +115,20 @@ def test_wrong_calls_are_refused() -> None:
         run_bench([Candidate("oracle", Oracle("a"))], [])
 
 
+def test_a_candidate_may_have_texts_of_its_own() -> None:
+    class Listens(Oracle):
+        def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            heard.update(texts)
+            return super().scores(texts)
+
+    heard: set[str] = set()
+    candidate = Candidate("listens", Listens("a"), texts=["maybe"])
+    run_bench([candidate], TEXTS, scenarios=[ClosedLoop(2)], rounds=1, seconds=0.05, warmup_s=0)
+    assert heard == {"maybe"}
+    with pytest.raises(UsageError, match="no right answers"):
+        run(candidate)
+
+
 def test_an_export_is_measured_with_each_engine_and_precision(tiny_export: Path) -> None:
     told: list[str] = []
     result = bench_targets(

@@ -1,0 +1,226 @@
+"""Two records of a bench: what got faster or slower, beyond the noise.
+
+A figure that was measured in rounds (throughput, p50, p99) differs when the rounds' ranges, least to most, do
+not overlap and the medians are more than 5% apart. Of two systems that are equal, the ranges of 3 rounds each
+are disjoint by chance once in 10 times, those of 5 rounds once in 126 (2 / C(2n, n)); what drifts between two
+runs, and hits all rounds of one alike, is not in that spread: measure again what matters. With fewer than 3
+rounds in either record, the verdict is "not known".
+
+Of the search for the highest rate within a p99 limit, throughput alone is compared. Memory and accuracy have one value
+a record: they differ when more than 5%, and more than 0.5 points, apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deploykit.bench.figures import fraction, number
+from deploykit.bench.record import Record, results_of
+from deploykit.errors import ArtifactError
+from deploykit.metrics import TITLES
+
+LEAST_CHANGE = 0.05
+"""Of medians, and of memory."""
+LEAST_POINTS = 0.5
+"""Of macro-F1 and chrF, in percent."""
+LEAST_ROUNDS = 3
+NO_DIFFERENCE = "no difference"
+NOT_KNOWN = "not known"
+
+_MACHINE = {
+    "cpu": "CPU",
+    "cpus_usable": "usable CPUs",
+    "cpus": "CPUs",
+    "cpu_flags": "CPU features",
+    "memory_gb": "memory, GB",
+    "system": "system",
+    "python": "Python",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over the rounds; all the same of what has none."""
+
+    median: float
+    min: float
+    max: float
+
+    def to_text(self, unit: str) -> str:
+        """``unit`` is "" of an accuracy, whose small differences count."""
+        shown = number if unit else fraction
+        return shown(self.median) + (f" ({shown(self.min)} to {shown(self.max)})" if self.max > self.min else "")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One figure of a candidate, under a scenario (None for memory and accuracy, which are of the whole run).
+
+    ``part`` is the suite's workload, "" of ``deploykit bench``. ``ratio`` is the new median to the old, None if
+    that is 0. ``verdict`` is "faster" or "slower" of throughput and latency, "less" or "more" of memory, "higher" or
+    "lower" of accuracy, or "no difference", or "not known" with fewer than 3 rounds.
+    """
+
+    part: str
+    candidate: str
+    scenario: str | None
+    figure: str
+    unit: str
+    old: Spread
+    new: Spread
+    ratio: float | None
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``differences`` between the records, which may explain ``changes`` better than the candidates do."""
+
+    differences: tuple[str, ...]
+    changes: tuple[Change, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: ``differences`` (sentences), ``changes``."""
+        return {"differences": list(self.differences), "changes": [asdict(change) for change in self.changes]}
+
+    def to_text(self) -> str:
+        """A line for each figure, under its workload and candidate; the differences first."""
+        lines = [*(f"note: {difference}" for difference in self.differences), *([""] if self.differences else [])]
+        heading = None
+        width = max(len(change.scenario or "") for change in self.changes)
+        for change in self.changes:
+            if heading != (heading := (change.part, change.candidate)):
+                lines.append(": ".join(filter(None, heading)))
+            values = f"{change.old.to_text(change.unit)} -> {change.new.to_text(change.unit)} {change.unit}".rstrip()
+            ratio = "" if change.ratio is None else f"{change.ratio:.2f}x"
+            lines.append(
+                f"  {change.scenario or '':<{width}}  {change.figure:<10} {change.verdict:<13} {ratio:>7}  {values}"
+            )
+        return "\n".join(lines)
+
+
+def compare(old: Record, new: Record) -> Comparison:
+    """``new`` against ``old``, both of ``read_record``. Raises ArtifactError if they have nothing in common."""
+    changes = tuple(_changes(results_of(old), results_of(new)))
+    if not changes:
+        old_ones, new_ones = (
+            "; ".join(", ".join(filter(None, n)) for n in _names(r) if len(n) == 2) for r in (old, new)
+        )
+        raise ArtifactError(
+            f"no candidate was measured under the same scenario in both: the old has {old_ones}, the new {new_ones}",
+            "compare two records of one bench",
+        )
+    return Comparison(tuple(_differences(old, new)), changes)
+
+
+def _changes(old: Mapping[str, Record], new: Mapping[str, Record]) -> Iterator[Change]:
+    for part in [part for part in old if part in new]:
+        theirs = {candidate["name"]: candidate for candidate in new[part]["candidates"]}
+        rounds = min(results[part]["settings"]["rounds"] for results in (old, new))
+        for before in old[part]["candidates"]:
+            if (after := theirs.get(before["name"])) is not None:
+                yield from _of_scenarios(part, before, after, rounds)
+                yield from _of_the_whole(part, before, after)
+
+
+def _of_scenarios(part: str, before: Record, after: Record, rounds: int) -> Iterator[Change]:
+    scenarios = {s["scenario"]["name"]: s for s in after["scenarios"]}
+    for s in before["scenarios"]:
+        name = s["scenario"]["name"]
+        if name not in scenarios:
+            continue
+        pairs = [
+            ("throughput", "texts/s", 1, s["throughput_per_s"], scenarios[name]["throughput_per_s"]),
+            ("tokens", "tokens/s", 1, s["tokens_per_s"], scenarios[name]["tokens_per_s"]),
+        ]
+        if s["scenario"]["kind"] != "p99_within":  # its latencies are what the limit made them
+            pairs += [(p, "ms", -1, s["latency_ms"][p], scenarios[name]["latency_ms"][p]) for p in ("p50", "p99")]
+        for figure, unit, sign, ours, theirs in pairs:
+            if ours and theirs:
+                a, b = Spread(**ours), Spread(**theirs)
+                verdict = _beyond_noise(a, b, sign) if rounds >= LEAST_ROUNDS else NOT_KNOWN
+                yield Change(part, before["name"], name, figure, unit, a, b, _ratio(a, b), verdict)
+
+
+def _beyond_noise(old: Spread, new: Spread, sign: int) -> str:
+    apart = old.max < new.min or new.max < old.min
+    if not apart or abs(new.median - old.median) <= LEAST_CHANGE * old.median:
+        return NO_DIFFERENCE
+    return "faster" if sign * (new.median - old.median) > 0 else "slower"
+
+
+def _of_the_whole(part: str, before: Record, after: Record) -> Iterator[Change]:
+    memory = before["peak_memory_mb"], after["peak_memory_mb"]
+    if all(memory):
+        bound = LEAST_CHANGE * memory[0]
+        yield _single(part, before["name"], ("memory", "MB"), memory, bound, ("less", "more"))
+    if before["metrics"] and after["metrics"]:
+        name = "chrf" if before["task"] == "translation" else "macro_f1"
+        points = before["metrics"][name], after["metrics"][name]
+        bound = LEAST_POINTS if name == "chrf" else LEAST_POINTS / 100
+        yield _single(part, before["name"], (TITLES[name], ""), points, bound, ("lower", "higher"))
+
+
+def _single(
+    part: str, name: str, figure: tuple[str, str], values: tuple[float, float], bound: float, words: tuple[str, str]
+) -> Change:
+    """Of a figure with one value a record. ``words`` are for a new value that is smaller, and greater."""
+    old, new = (Spread(value, value, value) for value in values)
+    change = new.median - old.median
+    verdict = NO_DIFFERENCE if abs(change) <= bound else words[change > 0]
+    return Change(part, name, None, *figure, old, new, _ratio(old, new), verdict)
+
+
+def _ratio(old: Spread, new: Spread) -> float | None:
+    return new.median / old.median if old.median else None
+
+
+def _differences(old: Record, new: Record) -> Iterator[str]:
+    """Whatever else than the candidates may be why figures differ."""
+    for key, title in _MACHINE.items():
+        yield from _differing(title, old["machine"][key], new["machine"][key])
+    packages = [record["machine"]["packages"] for record in (old, new)]
+    for name in dict.fromkeys([*packages[0], *packages[1]]):
+        yield from _differing(name, *(versions.get(name) for versions in packages))
+    yield from _differing("threads", old.get("threads"), new.get("threads"))
+    yield from _differing("environment", old.get("environment") or None, new.get("environment") or None)
+    theirs = results_of(new)
+    for part, before in results_of(old).items():
+        if part in theirs:
+            prefix = f"{part}: " if part else ""
+            for key in ("texts", "settings"):
+                for name, value in before[key].items():
+                    yield from _differing(f"{prefix}{name}", value, theirs[part][key].get(name))
+    for whose, record, other in (("old", old, new), ("new", new, old)):
+        known = _names(other)
+        for name in _names(record):
+            if name not in known and (len(name) == 1 or name[:-1] in known):
+                yield f"only in the {whose}: {', '.join(filter(None, name))}"
+        for part, result in results_of(record).items():
+            for warning in result["warnings"]:
+                yield f"{whose}: {f'{part}: ' if part else ''}{warning}"
+
+
+def _differing(what: str, old: Any, new: Any) -> Iterator[str]:
+    if old != new:
+        yield f"{what}: {_told(old)} -> {_told(new)}"
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "not told" if value is None else str(value)
+
+
+def _names(record: Record) -> dict[tuple[str, ...], None]:
+    """Of workloads; of candidates, after their workload's; of scenarios, after both."""
+    names: dict[tuple[str, ...], None] = {}
+    for part, result in results_of(record).items():
+        names[part,] = None
+        for candidate in result["candidates"]:
+            names[part, candidate["name"]] = None
+            for s in candidate["scenarios"]:
+                names[part, candidate["name"], s["scenario"]["name"]] = None
+    return names

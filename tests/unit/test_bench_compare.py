@@ -1,0 +1,210 @@
+"""What got faster or slower between two records, beyond the noise; typed as a user types it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from deploykit.bench.compare import compare
+from deploykit.bench.load import ClosedLoop
+from deploykit.bench.record import read_record
+from deploykit.bench.run import Candidate, run_bench
+from deploykit.cli import main
+
+Record = dict[str, Any]
+
+
+def spread(middle: float, half: float = 0.0) -> dict[str, float]:
+    return {"median": middle, "min": middle - half, "max": middle + half}
+
+
+@pytest.fixture(scope="module")
+def measured() -> Record:
+    """A real record, of three rounds; the tests write figures of their own over its scenario's."""
+    from test_bench_run import LABELS, TEXTS, Oracle
+
+    candidates = [Candidate("model", Oracle("a"), peak_memory_mb=100.0)]
+    settings: Any = {"rounds": 3, "seconds": 0.05, "warmup_s": 0}
+    record: Record = json.loads(json.dumps(run_bench(candidates, TEXTS, LABELS, [ClosedLoop(4)], **settings).to_json()))
+    record["warnings"] = []
+    return record
+
+
+def changed(record: Record, throughput: dict[str, float], p50: dict[str, float]) -> Record:
+    record = copy.deepcopy(record)
+    (scenario,) = record["candidates"][0]["scenarios"]
+    scenario["throughput_per_s"], scenario["latency_ms"]["p50"] = throughput, p50
+    return record
+
+
+def verdicts(old: Record, new: Record) -> dict[str, str]:
+    return {change.figure: change.verdict for change in compare(old, new).changes}
+
+
+def write(folder: Path, **records: Any) -> list[str]:
+    for name, record in records.items():
+        (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    return [str(folder / f"{name}.json") for name in records]
+
+
+def typed(*words: object) -> Result:
+    return CliRunner().invoke(main, ["bench", *map(str, words)])
+
+
+def test_ranges_apart_and_medians_far_enough_are_faster_and_slower(measured: Record) -> None:
+    old = changed(measured, spread(100, 5), spread(10, 1))
+    new = changed(measured, spread(150, 5), spread(20, 1))
+    found = {change.figure: change for change in compare(old, new).changes}
+    assert found["throughput"].verdict == "faster"
+    assert found["throughput"].ratio == pytest.approx(1.5)
+    assert found["p50"].verdict == "slower"
+    assert found["p50"].ratio == pytest.approx(2.0)
+    assert verdicts(new, old) | {"p99": ""} == {
+        "throughput": "slower", "p50": "faster", "p99": "", "memory": "no difference", "macro-F1": "no difference"
+    }  # fmt: skip
+
+
+def test_ranges_that_overlap_and_small_changes_are_noise(measured: Record) -> None:
+    old = changed(measured, spread(100, 30), spread(10))
+    new = changed(measured, spread(150, 30), spread(10.4))  # the one overlaps, the other moves by 4%
+    assert {figure: verdicts(old, new)[figure] for figure in ("throughput", "p50")} == {
+        "throughput": "no difference", "p50": "no difference"
+    }  # fmt: skip
+
+
+def test_two_rounds_do_not_tell_a_change_from_noise(measured: Record) -> None:
+    new = changed(measured, spread(1000), spread(1))
+    new["settings"]["rounds"] = 2
+    assert verdicts(measured, new)["throughput"] == "not known"
+
+
+def test_memory_and_accuracy_have_bounds_of_their_own(measured: Record) -> None:
+    new = copy.deepcopy(measured)
+    new["candidates"][0]["peak_memory_mb"] = 94.0
+    new["candidates"][0]["metrics"]["macro_f1"] = 0.994
+    assert verdicts(measured, new) | {"throughput": "", "p50": "", "p99": ""} == {
+        "throughput": "", "p50": "", "p99": "", "memory": "less", "macro-F1": "lower"
+    }  # fmt: skip
+    new["candidates"][0]["peak_memory_mb"] = 104.0
+    new["candidates"][0]["metrics"]["macro_f1"] = 0.996
+    assert {verdicts(measured, new)[figure] for figure in ("memory", "macro-F1")} == {"no difference"}
+
+
+def test_one_that_stopped_answering_is_slower(measured: Record) -> None:
+    new = changed(measured, spread(0), spread(1))
+    new["candidates"][0]["scenarios"][0]["latency_ms"] = dict.fromkeys(("p50", "p99"))
+    (throughput,) = (change for change in compare(measured, new).changes if change.scenario)
+    assert throughput.verdict == "slower"
+    assert throughput.ratio == 0
+    (throughput,) = (change for change in compare(new, measured).changes if change.scenario)
+    assert (throughput.verdict, throughput.ratio) == ("faster", None)
+
+
+def test_what_else_differs_is_said_first(measured: Record, tmp_path: Path) -> None:
+    new = copy.deepcopy(measured)
+    new["machine"]["cpu"] = "Another CPU"
+    new["machine"]["packages"]["numpy"] = "0.1"
+    new["texts"]["rows"] = 5
+    new["threads"] = 64
+    new["warnings"] = ["other programs used up to 90% of the CPUs"]
+    new["candidates"].append({**new["candidates"][0], "name": "newcomer"})
+    done = typed("--compare", *write(tmp_path, old=measured, new=new))
+    assert done.exit_code == 0, done.stderr
+    notes, _, figures = done.stdout.partition("\nmodel\n")
+    for note in ("-> Another CPU", "numpy: ", "rows: 4 -> 5", "threads: not told -> 64", "only in the new: newcomer",
+                 "new: other programs used up to 90%"):  # fmt: skip
+        assert note in notes
+    assert "4 callers" in figures
+    assert "note:" not in figures
+
+
+def test_json_has_every_figure_with_ratio_and_spread(measured: Record, tmp_path: Path) -> None:
+    new = changed(measured, spread(200, 1), spread(1))
+    done = typed("--compare", *write(tmp_path, old=changed(measured, spread(100, 1), spread(1)), new=new), "--json")
+    assert done.exit_code == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["differences"] == []
+    assert printed["changes"][0] == {
+        "part": "", "candidate": "model", "scenario": "4 callers", "figure": "throughput", "unit": "texts/s",
+        "old": spread(100, 1), "new": spread(200, 1), "ratio": 2.0, "verdict": "faster",
+    }  # fmt: skip
+
+
+def test_a_suites_workloads_and_servers_are_compared_each_with_its_own(measured: Record, tmp_path: Path) -> None:
+    faster = changed(measured, spread(1e9), spread(1))
+
+    def suite(tweets: Record, serving: Record) -> Record:
+        return {
+            "schema": 1, "started": "now", "threads": 2, "machine": measured["machine"],
+            "workloads": [{"key": "tweets", "bench": tweets}], "serving": serving,
+        }  # fmt: skip
+
+    old, new = write(tmp_path, old=suite(measured, measured), new=suite(measured, faster))
+    changes = compare(read_record(Path(old)), read_record(Path(new))).changes
+    assert {c.part: c.verdict for c in changes if c.figure == "throughput"} == {
+        "tweets": "no difference", "serving": "faster"
+    }  # fmt: skip
+    assert "serving: model" in typed("--compare", old, new).stdout
+
+
+def test_recorded_results_of_the_suite_are_read() -> None:
+    (path,) = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*-translation.json"))[-1:]
+    done = typed("--compare", path, path)
+    assert done.exit_code == 0, done.stderr
+    assert "faster" not in done.stdout
+    assert "deploykit int8" in done.stdout
+
+
+def test_nothing_in_common_is_an_error(measured: Record, tmp_path: Path) -> None:
+    other = copy.deepcopy(measured)
+    other["candidates"][0]["name"] = "another"
+    done = typed("--compare", *write(tmp_path, old=measured, new=other))
+    assert done.exit_code == 1
+    assert "the old has model, the new another" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "No such file"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"schema": 1', "not JSON"),
+        (b"[1, 2]", "no record of a bench"),
+        (b'{"schema": 1, "machine": {}, "workloads": []}', "no record of a bench"),
+        (b'{"schema": 1, "machine": {}, "workloads": [3]}', "no record of a bench"),
+        (b'{"schema": 7, "candidates": []}', "schema 7"),
+        (b'{"schema": 1, "machine": {}, "candidates": [{}], "settings": {"rounds": 3}}', "no record of a bench"),
+    ],
+)
+def test_a_file_that_is_no_record_is_named(measured: Record, tmp_path: Path, content: bytes | None, what: str) -> None:
+    (good,) = write(tmp_path, good=measured)
+    bad = tmp_path / "bad.json"
+    if content is not None:
+        bad.write_bytes(content)
+    for words in ((good, bad), (bad, good)):
+        done = typed("--compare", *words)
+        assert done.exit_code == 1
+        assert f"{bad}: " in done.stderr
+        assert what in done.stderr
+        assert "remedy" in done.stderr
+
+
+def test_compare_stands_alone(measured: Record, tmp_path: Path) -> None:
+    files = write(tmp_path, old=measured, new=measured)
+    for words, what in ((["--rate", 3], "--rate"), (["exports/a"], "exports/a"), (["--data", "x"], "--data")):
+        done = typed("--compare", *files, *words)
+        assert done.exit_code == 2
+        assert what in done.stderr
+    assert typed("--compare", files[0]).exit_code == 2
+
+
+def test_without_models_or_texts_there_is_nothing_to_measure() -> None:
+    for words, what in (([], "TARGETS"), (["exports/a"], "--data")):
+        done = typed(*words)
+        assert done.exit_code == 2
+        assert f"without {what}" in done.stderr

@@ -1,0 +1,60 @@
+"""bench/scaling.py: texts of a given number of tokens; and a quick run, typed, over all that needs no server."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploykit.artifacts import load_manifest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("scaling")
+
+
+@pytest.mark.parametrize("kind", ["tiny_export", "tiny_translation"])
+def test_texts_of_a_length_have_just_so_many_tokens(scaling: Any, request: pytest.FixtureRequest, kind: str) -> None:
+    export: Path = request.getfixturevalue(kind)
+    count = scaling.token_counter(export, load_manifest(export, "export").task)
+    texts = ["Save the file before you close the window.", "w1 w2 w3", "The quick brown fox"] * 40
+    for tokens in (8, 40):
+        made = scaling.texts_of(tokens, texts, count)
+        assert 1 <= len(made) <= 64
+        assert {count(text) for text in made} == {tokens}
+        assert all(text in " ".join(texts) for text in made)
+
+
+def test_a_length_that_no_words_have_has_no_texts(scaling: Any) -> None:
+    assert scaling.texts_of(3, ["a b c d"], lambda text: 2 * len(text.split())) == []
+    assert scaling.texts_of(100, ["a b c d"], lambda text: len(text.split())) == []
+
+
+def test_a_quick_run_writes_record_and_page(tiny_export: Path, tmp_path: Path) -> None:
+    rows = [{"text": " ".join(f"w{i + j}" for j in range(12)), "label": "neutral"} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [tiny_export, "--data", tmp_path / "rows.jsonl", "--axes", "batch", "length", "threads", "--batches", 1, 2, 4,
+             "--lengths", 8, 16, 512, "--thread-counts", 1, 2, "--rounds", 1, "--seconds", 0.05, "--warmup", 0,
+             "--out", tmp_path / "scaling.json"]  # fmt: skip
+    subprocess.run([sys.executable, str(ROOT / "bench" / "scaling.py"), *map(str, words)], check=True)
+    suite = json.loads((tmp_path / "scaling.json").read_text(encoding="utf-8"))
+    batch, length, threads = suite["workloads"]
+    assert [s["scenario"]["concurrency"] for s in batch["bench"]["candidates"][0]["scenarios"]] == [1, 2, 4]
+    assert length["values"] == {"8 tokens": 8, "16 tokens": 16}
+    assert suite["skipped"] == {"512 tokens": "the model takes 64"}
+    assert threads["values"] == {"1 thread": 1, "2 threads": 2}
+    for workload in suite["workloads"]:
+        for candidate in workload["bench"]["candidates"]:
+            assert all(s["errors"] == 0 and s["requests"] > 0 for s in candidate["scenarios"])
+    page = (tmp_path / "scaling.html").read_text(encoding="utf-8")
+    for plot in ("Scaling with callers", "Scaling with length", "Scaling with threads"):
+        assert plot in page
