@@ -337,8 +337,9 @@ class Decoder:
             totals = (self._sums[rows][:, :, None] + values[rows]).reshape(n, -1)
             count = candidates(size, self._task.eos_token_ids)
             best = np.argsort(-totals, axis=1, kind="stable")[:, :count]
-            parents, scores = best // values.shape[1], np.take_along_axis(totals, best, axis=1)
-            tokens = np.take_along_axis(columns[rows].reshape(n, -1), best, axis=1)
+            each = np.arange(n)[:, None]
+            parents, scores = best // values.shape[1], totals[each, best]
+            tokens = columns[rows[each, parents], best % values.shape[1]]
             lengths = self._lengths[rows[:, 0]]
             ending = self._ends[tokens].any(axis=1) | (lengths + 1 >= plan.limits[rows[:, 0]])
             going = np.ones(n, bool)
@@ -373,7 +374,7 @@ class Decoder:
         A dropped hypothesis shares its beginning with the one that takes its row, and so do their
         caches: only what comes after is copied.
         """
-        now = np.take_along_axis(rows, parents, axis=1)
+        now: Ints = rows[np.arange(len(rows))[:, None], parents]
         forked = (np.sort(parents, axis=1) != np.arange(rows.shape[1])).any(axis=1)
         if not forked.any():
             return now

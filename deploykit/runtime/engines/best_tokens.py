@@ -36,6 +36,8 @@ class BestTokens:
             ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]) for model in (LOG_SOFTMAX, TOP_K)
         )
         self._scratch = np.empty(0, np.float32)
+        self._binding = self._log_softmax.io_binding()
+        self._bound: tuple[int, tuple[int, ...], int] | None = None
 
     def __call__(self, logits: Floats, k: int) -> tuple[Floats, Ints]:
         """Log-probabilities, descending, and ids of the ``k`` best tokens of each row: [rows, k] each.
@@ -44,6 +46,8 @@ class BestTokens:
         """
         count = np.array([k], np.int64)
         parts = [self._top_k.run(None, {"x": part, "k": count}) for part in self._log_probabilities(logits)]
+        if len(parts) == 1:
+            return parts[0][0], parts[0][1]
         values, columns = zip(*parts)
         return np.concatenate(values), np.concatenate(columns)
 
@@ -67,8 +71,10 @@ class BestTokens:
         for first in range(0, rows, size):
             part = np.ascontiguousarray(logits[first : first + size])
             result = self._scratch[: part.size].reshape(part.shape)
-            binding = self._log_softmax.io_binding()
-            binding.bind_input("x", "cpu", 0, np.float32, part.shape, part.ctypes.data)
-            binding.bind_output("y", "cpu", 0, np.float32, part.shape, result.ctypes.data)
-            self._log_softmax.run_with_iobinding(binding)
+            # Logits mostly come in the same memory, and binding takes longer than a small softmax.
+            if self._bound != (bound := (part.ctypes.data, part.shape, result.ctypes.data)):
+                self._binding.bind_input("x", "cpu", 0, np.float32, part.shape, part.ctypes.data)
+                self._binding.bind_output("y", "cpu", 0, np.float32, part.shape, result.ctypes.data)
+                self._bound = bound
+            self._log_softmax.run_with_iobinding(self._binding)
             yield result
