@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from deploykit.data.sample import evenly
 from deploykit.errors import ExportError, UsageError
 from deploykit.evaluate import labelled_rows
 from deploykit.export.calibration import Calibration
-from deploykit.export.classification_calibration import calibrate, calibrate_tokens, token_ids_of
+from deploykit.export.classification_calibration import activations_of, calibrate, tokenized
 from deploykit.export.grading import Grader, Line
 from deploykit.export.graphs import export_classifier, export_half_classifier
 from deploykit.export.parity import check_parity
-from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, linear_layers, quantize
+from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, quantize
 from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, pick_rows
 from deploykit.export.search import SAMPLE, Search, Trace, hold_limit
-from deploykit.export.smooth_quant import Scales, smooth, smoothing_scales
+from deploykit.export.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
 from deploykit.export.tables import render
 from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, plan
 from deploykit.export.trained_ranges import trained_ranges
@@ -54,9 +54,12 @@ def write(
     reference = TorchClassifier.load(checkpoint)
     task = reference.task
     trained = TrainedScales.load(checkpoint)
-    if trained is not None and (options.smooth_quant is not None or options.method != ExportOptions.method):
+    if trained is not None and (
+        saved is not None or options.smooth_quant is not None or options.method != ExportOptions.method
+    ):
         raise UsageError(
-            f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method and --smooth-quant do nothing",
+            f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method, --smooth-quant and a saved "
+            "--calibration do nothing",
             "leave them out",
         )
     if options.trt is not None:
@@ -82,9 +85,12 @@ def write(
     ranges: Ranges = {}
     smoothing: Scales = {}
     if options.int8:
-        calibrated = _calibrate(checkpoint, directory, reference, trained, saved, options, say)
+        calibrated = _calibrate(checkpoint, directory, task, saved, options, say)
         smoothing = calibrated.smoothing
-        metrics["quantization"], ranges = _quantize(calibrated, directory, options, grader, trace, say)
+        remedy = _remedy(checkpoint, trained)
+        metrics["quantization"], ranges = _quantize(
+            calibrated, trained, directory, reference, options, grader, remedy, trace, say
+        )
     if options.trt is not None:
         metrics["engines"] = _build_engines(directory, reference, options, options.trt, ranges, smoothing, grader, say)
     metrics["test"] = grader.metrics
@@ -187,66 +193,63 @@ class _Quantizer:
 
 @dataclass(frozen=True)
 class _Calibrated:
-    """The fp32 graph to quantize, and the ranges of its activations: by a ``method``, or trained with the checkpoint.
-
-    ``smoothing`` has the scales by which activations of ``model`` are divided, unlike those of the graph that is exported.
-    ``remedy``: what may help where INT8 loses too much.
-    """
+    """What rows put into the linear layers of the fp32 ``model``, whose activations were divided by ``smoothing``."""
 
     model: onnx.ModelProto
     calibration: Calibration
-    method: str
-    ranges: Ranges
-    smoothing: Scales
-    smoothed: dict[str, float] | None
-    remedy: str
+    smoothing: Scales = field(default_factory=dict)
+    smoothed: SmoothedCount | None = None
 
 
 def _calibrate(
-    checkpoint: Path, directory: Path, reference: TorchClassifier, trained: TrainedScales | None,
-    saved: Calibration | None, options: ExportOptions, say: Say,
-) -> _Calibrated:  # fmt: skip
-    """Without ``saved``, run rows through the graph in ``directory``, smoothed where that is asked for."""
+    checkpoint: Path, directory: Path, task: Classification, saved: Calibration | None, options: ExportOptions, say: Say
+) -> _Calibrated:
+    """Collect what was not ``saved``. Raises ExportError where SmoothQuant finds nothing to smooth."""
     graph = directory / _GRAPH
-    model, calibration = onnx.load(graph), saved
-    smoothing: Scales = {}
-    smoothed: dict[str, float] | None = None
-    if calibration is None:
-        texts = calibration_texts(checkpoint, reference.task, options)
-        say(f"calibrating on {options.calibration}")
-        if options.smooth_quant is None:
-            calibration = calibrate(directory, reference.task, texts)
-        else:
-            token_ids = token_ids_of(directory, reference.task, texts)
-            smoothing = smoothing_scales(graph, token_ids, options.smooth_quant)
-            model, count = smooth(model, smoothing)
-            smoothed = {"alpha": options.smooth_quant, **dataclasses.asdict(count)}
-            say(f"SmoothQuant: {count.folded} activations by the norm before them, {count.multiplied} by a Mul")
-            temporary = directory / "smoothed.onnx"
-            onnx.save(model, temporary)
-            calibration = calibrate_tokens(temporary, token_ids, artifacts.digest_of(texts))
-            temporary.unlink()
-    calibration.check({layer.activation for layer in linear_layers(model)})
-    say(calibration.told(options.method))
-    method, ranges = str(options.method), calibration.ranges(options.method)
-    if trained is not None:
-        method, ranges = "trained", trained_ranges(trained, reference.model, model, ranges)
-        say(f"{len(ranges)} activations have the ranges that the checkpoint was trained with")
-    calibration.save(directory)
-    calibration.save_ranges(directory, method, ranges)
+    if saved is not None:
+        saved.check(activations_of(directory))
+        return _Calibrated(onnx.load(graph), saved)
+    texts = calibration_texts(checkpoint, task, options)
+    say(f"calibrating on {options.calibration}")
+    if options.smooth_quant is None:
+        return _Calibrated(onnx.load(graph), calibrate(directory, task, texts))
+    scales = smoothing_scales(graph, tokenized(directory, task, texts), options.smooth_quant)
+    if not scales:
+        raise ExportError("--smooth-quant: no layer norm of this model feeds a linear layer", "leave it out")
+    model, count = smooth(onnx.load(graph), scales)
+    say(f"SmoothQuant: {count.folded} activations by the norm before them, {count.multiplied} by a Mul of their own")
+    smoothed = directory / "smoothed.onnx"
+    onnx.save(model, smoothed)
+    calibration = calibrate(directory, task, texts, smoothed.name)
+    smoothed.unlink()
+    return _Calibrated(model, calibration, scales, count)
+
+
+def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
+    """What else to try where INT8 loses too much."""
     train = f"deploykit finetune --model {shlex.quote(str(checkpoint))} --qat --out RUN"
-    remedy = f"--smooth-quant, more --calibration-rows, train the model for INT8 ({train})"
-    return _Calibrated(model, calibration, method, ranges, smoothing, smoothed, remedy)
+    if trained is not None:
+        return f"training it for INT8 longer ({train})"
+    return f"another --method, --smooth-quant, more --calibration-rows, training it for INT8 ({train})"
 
 
 def _quantize(
-    calibrated: _Calibrated, directory: Path, options: ExportOptions, grader: _Grader, trace: Trace, say: Say
-) -> tuple[dict[str, Any], Ranges]:
+    calibrated: _Calibrated, trained: TrainedScales | None, directory: Path, reference: TorchClassifier,
+    options: ExportOptions, grader: _Grader, remedy: str, trace: Trace, say: Say,
+) -> tuple[dict[str, Any], Ranges]:  # fmt: skip
     """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
 
     Returns what the manifest says of it, and the ranges of the activations that are S8 (in OpenVINO's graph).
     """
-    model, ranges = calibrated.model, calibrated.ranges
+    model, calibration = calibrated.model, calibrated.calibration
+    method, ranges = str(options.method), calibration.ranges(options.method)
+    if trained is None:
+        say(calibration.told(options.method))
+    else:
+        method, ranges = "trained", trained_ranges(trained, reference.model, model, ranges)
+        say(f"{len(ranges)} activations have the ranges that the checkpoint was trained with")
+    calibration.save(directory)
+    calibration.save_ranges(directory, method, ranges)
     quantizers = {scheme: _Quantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
     counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
     whole = counts[_SCHEMES[0]]
@@ -259,25 +262,25 @@ def _quantize(
     kept: dict[Scheme, Collection[str]] = {}
     for engine in _engines("int8"):
         scheme = next(s for s in _SCHEMES if ENGINES[engine].graphs["int8"] == f"model.{s}.onnx")
-        search = _hold_limit(engine, quantizers[scheme], calibrated, options, grader, trace, say)
+        search = _hold_limit(engine, quantizers[scheme], ranges, options, grader, remedy, trace, say)
         if search is not None:
             searches[engine], kept[scheme] = search, search.kept
+    smoothed = calibrated.smoothed
     record = {
         **dataclasses.asdict(whole),
-        "method": calibrated.method,
-        "smooth_quant": calibrated.smoothed,
-        "calibration": calibrated.calibration.to_json(),
+        "method": method,
+        "calibration": calibration.to_json(),
+        "smooth_quant": {"alpha": options.smooth_quant, **dataclasses.asdict(smoothed)} if smoothed else None,
         "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
     }
     return record, {name: limits for name, limits in ranges.items() if name not in kept.get("s8s8", ())}
 
 
 def _hold_limit(
-    engine: str, quantizer: _Quantizer, calibrated: _Calibrated, options: ExportOptions, grader: _Grader, trace: Trace,
-    say: Say,
+    engine: str, quantizer: _Quantizer, ranges: Ranges, options: ExportOptions, grader: _Grader, remedy: str,
+    trace: Trace, say: Say,
 ) -> Search | None:  # fmt: skip
-    """Of the activations that have ranges, leave as few as hold the limit in fp32."""
-    ranges = calibrated.ranges
+    """Of the activations that have ``ranges``, leave as few as hold the limit in fp32."""
 
     def write(kept: Collection[str]) -> Line:
         quantizer.write(set(ranges) - set(kept))
@@ -289,8 +292,7 @@ def _hold_limit(
         quantizer.write([part])
         return grader.sample("int8", engine)
 
-    name = f"INT8 on {engine}"
-    return hold_limit(name, list(ranges), write, sample, grader, options.max_drop, trace, say, calibrated.remedy)
+    return hold_limit(f"INT8 on {engine}", list(ranges), write, sample, grader, options.max_drop, trace, say, remedy)
 
 
 def _build_engines(

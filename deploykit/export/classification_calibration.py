@@ -21,13 +21,18 @@ from deploykit.tasks import Classification
 _GRAPH = ENGINES["onnxruntime"].graphs["fp32"]
 
 
-def calibrate(folder: Path, task: Classification, texts: Sequence[str]) -> Calibration:
-    """Run ``texts`` through the fp32 graph in ``folder``."""
-    return calibrate_tokens(folder / _GRAPH, token_ids_of(folder, task, texts), digest_of(list(texts)))
+def activations_of(folder: Path) -> set[str]:
+    """The tensors that go into linear layers of the fp32 graph."""
+    return {layer.activation for layer in linear_layers(onnx.load(folder / _GRAPH))}
 
 
-def token_ids_of(folder: Path, task: Classification, texts: Sequence[str]) -> list[list[int]]:
-    """What the model in ``folder`` reads of ``texts``."""
+def calibrate(folder: Path, task: Classification, texts: Sequence[str], graph: str = _GRAPH) -> Calibration:
+    """Run ``texts`` through an fp32 ``graph`` in ``folder``."""
+    return calibrate_tokens(folder / graph, tokenized(folder, task, texts), digest_of(list(texts)))
+
+
+def tokenized(folder: Path, task: Classification, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of ``texts`` as the export in ``folder`` is served them."""
     return TextTokenizer(folder / "tokenizer.json", task.max_length).encode([normalize(text) for text in texts])
 
 
@@ -41,8 +46,8 @@ def calibrate_tokens(graph: Path, token_ids: Sequence[Sequence[int]], rows_diges
 
 
 def show_activations(graph: Path, token_ids: Sequence[Sequence[int]], observe: Observe) -> None:
-    """Run tokenized rows, unpadded, through the fp32 ``graph`` and show ``observe`` what goes into its linear layers, where
-    that has a row for each token."""
+    """Run tokenized rows, unpadded, through the fp32 ``graph`` and show ``observe`` what goes into its linear layers,
+    where that has a row for each token."""
     session, names = _session_with_activations(graph)
     for batch in equal_length_batches(token_ids):
         for name, values in _activations(session, names, batch):

@@ -76,7 +76,10 @@ class ExportOptions(CalibrationOptions):
             if not 0 <= self.smooth_quant <= 1:
                 raise UsageError(f"--smooth-quant is {self.smooth_quant}", "give an alpha from 0 to 1")
             if is_saved(self.calibration):
-                raise UsageError("--smooth-quant needs rows, and --calibration has collected its own", "name rows")
+                raise UsageError(
+                    f"--smooth-quant changes what is calibrated, and {self.calibration} was collected without it",
+                    "give a split of the run or a file of rows as --calibration, or leave one out",
+                )
         if self.trt is not None:
             self.trt.check()
 

@@ -84,7 +84,7 @@ def hold_limit(
     limit: float,
     trace: Trace,
     say: Callable[[str], None],
-    remedy: str = "more --calibration-rows",
+    remedy: str = "another --method, more --calibration-rows",
 ) -> Search | None:
     """Quantize all ``parts`` of a model, or, where that loses more than ``limit`` points, all but a few.
 
@@ -92,7 +92,7 @@ def hold_limit(
         name: what is quantized, for messages and the trace.
         write: writes the graph with some parts left as they are, and grades it.
         sample: outputs for some rows when this part alone is INT8, or none is. It may overwrite the graph.
-        remedy: what may help, beside another --method, where nothing holds the limit.
+        remedy: what to try, for the refusal.
 
     The last graph written is that of the result. Raises ExportError with the measured table when even half of the
     parts in fp32 do not hold the limit.
@@ -133,7 +133,7 @@ def hold_limit(
         raise ExportError(
             f"{loss}, more than --max-drop {limit}; {error.message}:\n"
             + "\n".join("  " + text for text in render([line.to_json() for line in table])),
-            f"try another --method, {remedy}, or export without --int8; nothing was written",
+            f"try {remedy}, or export without --int8; nothing was written",
         ) from error
     if not written or written[-1] != kept:
         write(kept)

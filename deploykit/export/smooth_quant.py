@@ -19,12 +19,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from deploykit.errors import ExportError
 from deploykit.export.classification_calibration import show_activations
 from deploykit.export.quantize import LinearLayer, drop_unused_initializers, linear_layers
-
-ALPHA = 0.5
-"""How much of the difficulty moves from activations (0: none) to weights (1: all), by default; the paper's choice for most models."""
 
 Scales = Mapping[str, NDArray[np.float32]]
 """An activation, by its tensor's name -> what each of its channels is divided by, float32 [channels]."""
@@ -41,15 +37,12 @@ class SmoothedCount:
 def smoothing_scales(graph: Path, token_ids: Sequence[Sequence[int]], alpha: float) -> dict[str, NDArray[np.float32]]:
     """The scales of each layer norm's output that goes into linear layers of a classifier's fp32 ``graph``.
 
+    ``alpha`` is how much of the difficulty moves from activations (0: none) to weights (1: all).
     Maxima of the channels are those of the tokenized rows, unpadded. Layers that read one activation (queries, keys,
     values) have their weights' maxima in common. A channel that is always 0, or has no weights, stays as it is.
-
-    Raises ExportError for a model without such a norm.
     """
     model = onnx.load(graph)
     readers = _readers_of_norms(model)
-    if not readers:
-        raise ExportError("--smooth-quant: no layer norm of this model feeds a linear layer", "leave it out")
     maxima: dict[str, NDArray[np.float32]] = {}
 
     def widen(name: str, values: NDArray[np.float32]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from deploykit.data.classification import (
 from deploykit.data.clean import CleaningReport, clean
 from deploykit.data.sample import evenly
 from deploykit.data.split import drop_leaks, split
-from deploykit.errors import DataError, MissingDependencyError, UsageError
+from deploykit.errors import DataError, UsageError
 from deploykit.finetune import trainer
 from deploykit.finetune.checkpoint import (
     TorchClassifier,
@@ -64,10 +63,6 @@ class ClassificationStage:
                 f"give --max-length {limit} or less",
             )
         if options.qat:
-            if importlib.util.find_spec("onnxruntime") is None:
-                raise MissingDependencyError(
-                    "--qat needs onnxruntime, as its export will", "pip install 'deploykit[cpu]'"
-                )
             self._trained_for = task_of(Path(options.origin), self._tokenizer, config)
             if self._trained_for.multi_label != options.multi_label:
                 raise UsageError(

@@ -55,6 +55,15 @@ def run(
 
 
 @pytest.fixture(scope="module")
+def kept(deploykit: Deploykit, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration of it."""
+    out = tmp_path_factory.mktemp("kept") / "c"
+    code, _, err = deploykit("calibrate", run, "--out", out, "--calibration-rows", 16)
+    assert code == 0, err
+    return out
+
+
+@pytest.fixture(scope="module")
 def with_outliers(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same function, computed with two values of each attention 300 times as large, as a checkpoint of nobody's run."""
     folder = tmp_path_factory.mktemp("outliers") / "model"
@@ -164,6 +173,9 @@ def test_smooth_quant_is_an_option_of_the_export(deploykit: Deploykit, run: Path
     assert not (tmp_path / "e" / "smoothed.onnx").exists()
     kernels = {x["engine"]: x["int8_kernels"] for x in json.loads(out)["accuracy"] if x["precision"] == "int8"}
     assert kernels == {"openvino": 12, "onnxruntime": 12}
+    code, _, err = deploykit("export", run, "--out", tmp_path / "e", "--smooth-quant", 0.8, *words)
+    assert code == 1, "another alpha is another export"
+    assert "made from other inputs or options" in err
     code, out, err = deploykit("export", run, "--out", tmp_path / "f", "--smooth-quant", 0.8, *words)
     assert code == 0, err
     assert json.loads(out)["quantization"]["smooth_quant"]["alpha"] == 0.8
@@ -174,6 +186,7 @@ def test_smooth_quant_is_an_option_of_the_export(deploykit: Deploykit, run: Path
     [
         (("export", "RUN", "--smooth-quant"), 2, "--int8"),
         (("export", "RUN", "--int8", "--smooth-quant", "1.5"), 2, "from 0 to 1"),
+        (("export", "RUN", "--int8", "--smooth-quant", "--calibration", "KEPT"), 2, "was collected without it"),
         (("finetune", "--model", "RUN", "--qat-method", "mse", "--train", "ROWS"), 2, "--qat-method is for --qat"),
         (("finetune", "--model", "RUN", "--qat", "--lora-rank", "4"), 2, "--lora-rank"),
         (("finetune", "--model", "RUN", "--qat", "--multi-label"), 2, "leave out --multi-label"),
@@ -186,6 +199,7 @@ def test_smooth_quant_is_an_option_of_the_export(deploykit: Deploykit, run: Path
 def test_what_makes_no_sense_is_refused(
     deploykit: Deploykit,
     run: Path,
+    kept: Path,
     rows: dict[str, Path],
     tmp_path: Path,
     words: tuple[str, ...],
@@ -193,7 +207,7 @@ def test_what_makes_no_sense_is_refused(
     named: str,
 ) -> None:
     (tmp_path / "other.jsonl").write_text(rows["test"].read_text() + '\n{"text": "w1", "label": "superb"}\n')
-    places = {"RUN": run, "ROWS": rows["train"], "OTHER": tmp_path / "other.jsonl"}
+    places = {"RUN": run, "ROWS": rows["train"], "OTHER": tmp_path / "other.jsonl", "KEPT": kept}
     got, _, err = deploykit(*(places.get(word, word) for word in words), "--out", tmp_path / "o")
     assert got == code, err
     assert named in err
@@ -201,10 +215,12 @@ def test_what_makes_no_sense_is_refused(
     assert not (tmp_path / "o").exists()
 
 
-def test_a_checkpoint_with_ranges_of_its_own_takes_no_others(deploykit: Deploykit, run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_ranges_of_its_own_takes_no_others(
+    deploykit: Deploykit, run: Path, kept: Path, tmp_path: Path
+) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "qat.json").write_text('{"scales": {"bert.pooler.dense": 0.1}, "method": "minmax", "rows": 1}')
-    for words in (("--method", "mse"), ("--smooth-quant",)):
+    for words in (("--method", "mse"), ("--smooth-quant",), ("--calibration", kept)):
         code, _, err = deploykit("export", tmp_path / "run", "--out", tmp_path / "e", "--int8", *words)
         assert code == 2
         assert "ranges of its own" in err

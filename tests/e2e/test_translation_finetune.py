@@ -326,6 +326,13 @@ def test_what_can_be_typed_wrong(
     assert {p.name for p in tmp_path.iterdir()} == before
 
 
+def test_smooth_quant_is_not_for_translators(deploykit: Deploykit, new_model: Path, tmp_path: Path) -> None:
+    code, _, err = deploykit("export", new_model, "--out", tmp_path / "e", "--int8", "--smooth-quant")
+    assert code == 2
+    assert "--smooth-quant is for classifiers" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_translation_checkpoint_is_not_a_classifier(deploykit: Deploykit, new_model: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(
         "text,label\n" + "".join(f"some {w} {i},{w}\n" for i in range(9) for w in ("a", "b"))
