@@ -117,6 +117,7 @@ PRECISION = click.option(
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
 ENCODING = click.option("--encoding", help="Of text files (default: UTF-8, or what a byte order mark says).")
+METHODS = click.Choice(["minmax", "entropy", "percentile", "mse"])  # calibration's, whose module takes long to import
 CALIBRATION_ROWS = click.option(
     "--calibration-rows", type=int, default=512, show_default=True, help="Most of them to use."
 )

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import CALIBRATION_ROWS, ENCODING, FORCE, Result, deploykit_command, human_bytes, say
+from deploykit.cli.common import (
+    CALIBRATION_ROWS,
+    ENCODING,
+    FORCE,
+    METHODS,
+    Result,
+    deploykit_command,
+    human_bytes,
+    say,
+)
 from deploykit.errors import UsageError
 from deploykit.export.tensorrt import BUILDERS, GPU, PRECISIONS, EngineOptions
 
@@ -18,9 +27,7 @@ from deploykit.export.tensorrt import BUILDERS, GPU, PRECISIONS, EngineOptions
 @click.option("--calibration", default="train", show_default=True,
               help="A split of the run, a file of rows, or what deploykit calibrate wrote.")  # fmt: skip
 @CALIBRATION_ROWS
-@click.option(
-    "--method", type=click.Choice(["minmax", "entropy", "percentile", "mse"]), default="minmax", show_default=True
-)
+@click.option("--method", type=METHODS, default="minmax", show_default=True)
 @click.option("--max-drop", type=float, default=0.5, show_default=True,
               help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose.")  # fmt: skip
 @click.option("--smooth-quant", type=float, is_flag=False, flag_value=0.5, metavar="[ALPHA]",

@@ -9,6 +9,7 @@ import click
 from deploykit.cli.common import (
     ENCODING,
     FORCE,
+    METHODS,
     Result,
     deploykit_command,
     metrics_text,
@@ -100,7 +101,7 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--lora-alpha", type=int)
 @_option("--qat", is_flag=True, help="Go on training a fine-tuned --model with its linear layers rounded to INT8: for "
          "`export --int8` where that loses too much without.")  # fmt: skip
-@_option("--qat-method", type=click.Choice(["minmax", "entropy", "percentile", "mse"]),
+@_option("--qat-method", type=METHODS,
          help="How the ranges are calibrated that --qat begins with.")  # fmt: skip
 @_option("--seed", type=int)
 @click.option("--restart", is_flag=True, help="Begin anew instead of continuing a killed run.")
