@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from deploykit.bench.load import Answer, Answers, Server, first_line
 from deploykit.tasks import Generation, Translation
-from deploykit.triton.client import parse_url, request_parameters
+from deploykit.triton.client import error_text, parse_url, request_parameters
 
 MAX_CONNECTIONS = 256
 _CONNECT_PAUSE_S = 0.05  # a closed loop at a dead server would otherwise knock without end
@@ -275,7 +275,7 @@ class _Generator:
             self._bodies.append((row, body))
             self._settle(None)
         else:
-            self._settle(_refusal(status, body))
+            self._settle(f"{status.decode(errors='replace')} {error_text(body)}".strip())
 
     def _on_lost(self, connection: _Connection) -> None:
         self._drop(connection, "the server closed the connection without an answer")
@@ -314,11 +314,3 @@ class _Generator:
             while self._waiting and self._waiting[0][1] < oldest:
                 self._waiting.popleft()
                 self._settle(message)
-
-
-def _refusal(status: bytes, body: bytes) -> str:
-    try:
-        message = str(json.loads(body)["error"])
-    except (ValueError, LookupError, TypeError):
-        message = body[:200].decode(errors="replace")
-    return f"{status.decode(errors='replace')} {message}".strip()

@@ -191,7 +191,7 @@ class _Served:
                 ) from None
             except Exception as error:  # HTTP's exceptions, JSON's and those of tritonclient share no base
                 raise self._not_triton(_reason(error)) from None
-            message = _message(answer)
+            message = error_text(answer).removeprefix("[request id: <id_unknown>] ").strip()  # an id that nobody set
             busy = status == 503 or (status in (400, 404, 500) and _RELOADING.search(message) is not None)
             if not busy or time.monotonic() > deadline:
                 raise self._refusal(status, message)
@@ -387,19 +387,18 @@ def parse_url(url: str) -> tuple[str, bool]:
     return f"{name}:{port}{parts.path.rstrip('/')}", parts.scheme == "https"
 
 
+def error_text(answer: bytes) -> str:
+    """What the body of a refusal says: Triton's message, or the beginning of what a proxy sent."""
+    try:
+        return str(json.loads(answer)["error"])
+    except (ValueError, LookupError, TypeError):
+        return answer[:200].decode(errors="replace")
+
+
 def _require_all(errors: Sequence[str]) -> None:
     for number, error in enumerate(errors):
         if error:
             raise RequestError(f"text {number}: {error}", 400, "remove that text, or correct it")
-
-
-def _message(answer: bytes) -> str:
-    """Triton's message without the request id that nobody set; of a proxy, what it says."""
-    try:
-        message = str(json.loads(answer)["error"])
-    except (ValueError, LookupError, TypeError):
-        message = answer[:200].decode(errors="replace")
-    return message.removeprefix("[request id: <id_unknown>] ").strip()
 
 
 def _reason(error: BaseException) -> str:
