@@ -77,6 +77,8 @@ def write(
         if calibration is None:
             say(f"calibrating on {options.calibration}")
             calibration = calibrate(directory, task, calibration_texts(checkpoint, task, options))
+        else:
+            calibration.check(activations_of(directory))
         metrics["quantization"], ranges = _quantize(calibration, directory, architecture, options, grader, trace, say)
     if options.trt is not None:
         _build_engines(
@@ -147,7 +149,6 @@ def _quantize(
 
     Returns what the manifest says of it, and the ranges of the layers that are INT8.
     """
-    calibration.check(activations_of(directory))
     say(calibration.told(options.method))
     calibration.save(directory)
     ranges = calibration.ranges(options.method)
