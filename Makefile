@@ -16,7 +16,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt setup.sh
+$(READY): pyproject.toml constraints.txt setup.sh setup.py deploykit/runtime/engines/native.c
 	@bash setup.sh .venv
 	@touch $@
 

@@ -63,7 +63,7 @@ def build_encoder(
 
     def self_attention(name: str, part: Attention) -> Callable[[str], str]:
         def block(x: str) -> str:
-            packed = g.linear(x, _side_by_side(part.query, part.key, part.value), f"{name}.qkv")
+            packed = g.linear(x, side_by_side(part.query, part.key, part.value), f"{name}.qkv")
             return g.linear(g.encoder_attention(packed, mask, bias), part.out, f"{name}.out")
 
         return block
@@ -75,7 +75,7 @@ def build_encoder(
     hidden = g.residual(hidden, blocks, a.encoder_norm, pre_norm=a.pre_norm)
 
     parts = [part for layer in a.decoder_layers for part in (layer.cross.key, layer.cross.value)]
-    g.give_cross(hidden, _side_by_side(*parts))
+    g.give_cross(hidden, side_by_side(*parts))
     return g.finish()
 
 
@@ -109,7 +109,7 @@ def build_decoder(
 
     def self_attention(i: int, part: Attention) -> Callable[[str], str]:
         def block(x: str) -> str:
-            packed = g.linear(x, _side_by_side(part.query, part.key, part.value), f"decoder.{i}.self.qkv")
+            packed = g.linear(x, side_by_side(part.query, part.key, part.value), f"decoder.{i}.self.qkv")
             return g.linear(g.self_attention(packed, i, past, total, bias), part.out, f"decoder.{i}.self.out")
 
         return block
@@ -183,7 +183,7 @@ def _make_external(tensor: onnx.TensorProto, location: str, offset: int, length:
         tensor.external_data.add(key=key, value=value)
 
 
-def _side_by_side(*layers: Linear) -> Linear:
+def side_by_side(*layers: Linear) -> Linear:
     """Layers of one input as a single layer."""
     weight = np.concatenate([layer.weight for layer in layers], axis=1)
     if all(layer.bias is None for layer in layers):

@@ -37,6 +37,13 @@ _ACTIVATIONS: Mapping[str, str] = {
 }
 
 
+def activation_of(name: str) -> str:
+    """The writers' name of Hugging Face's. Raises ExportError for one that is not supported."""
+    if name not in _ACTIVATIONS:
+        raise ExportError(f"the activation {name!r} is not supported", f"supported: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
 @dataclass(frozen=True)
 class Graph:
     """``activations``: name of each linear layer -> the tensor that goes into it."""
@@ -186,11 +193,7 @@ class Writer(ABC):
         self.op("Gemm", *inputs, transB=1, output=output)
 
     def feed_forward(self, name: str, part: FeedForward) -> Callable[[str], str]:
-        if part.activation not in _ACTIVATIONS:
-            raise ExportError(
-                f"the activation {part.activation!r} is not supported", f"supported: {', '.join(_ACTIVATIONS)}"
-            )
-        kind = _ACTIVATIONS[part.activation]
+        kind = activation_of(part.activation)
 
         def block(x: str) -> str:
             up = self.linear(x, part.up, f"{name}.up")

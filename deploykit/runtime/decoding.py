@@ -12,11 +12,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.runtime.choice import Choice
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Floats, Ints, Rules, candidates
@@ -63,9 +64,9 @@ class Seconds:
 class _Plan:
     """The running sentences by how they are searched for; it holds until one joins or leaves.
 
-    ``rules`` with the rows they are for. ``beams``: sentences of one beam size, and their rows, [sentences, beams], of
-    which ``Sentence.rows`` are views. By row: ``limits`` of the length; whether its log-probabilities are ``wanted``, and
-    ``renormalized``; whether it is part of a beam. ``best``: how many tokens of a row in a beam to look at.
+    ``rules`` with the rows they are for. ``choice``: what is wanted of each step but for what the rules change from step to
+    step, if ``may_force`` or ``varies``. ``beams``: sentences of one beam size, and their rows, [sentences, beams], of
+    which ``Sentence.rows`` are views. ``limits`` of the length, by row.
     """
 
     rules: list[tuple[Rules, Ints]]
@@ -73,10 +74,9 @@ class _Plan:
     greedy_rows: Ints
     beams: list[tuple[list[Sentence], Ints]]
     limits: Ints
-    wanted: NDArray[np.bool_]
-    renormalized: NDArray[np.bool_]
-    in_beam: NDArray[np.bool_]
-    best: int
+    choice: Choice
+    may_force: bool
+    varies: bool
 
 
 class Decoder:
@@ -185,9 +185,13 @@ class Decoder:
         self._make_room()
         encoded = time.perf_counter()
         rows = self._model.rows
-        logits = self._model.step(self._tokens[np.arange(rows), self._lengths[:rows] - 1])
+        plan = self._plan = self._plan or self._make_plan()
+        tokens = self._tokens[np.arange(rows), self._lengths[:rows] - 1]
+        values, ids = self._model.choose(tokens, self._choice(plan))
         stepped = time.perf_counter()
-        done = self._choose(logits)
+        done = self._choose_greedily(plan, ids[:, 0], values[:, 0]) if plan.greedy else []
+        if plan.beams:
+            done += self._advance_beams(plan, values, ids)
         self._leave(done)
         self.seconds.encoder += encoded - started
         self.seconds.decoder += stepped - encoded
@@ -242,83 +246,67 @@ class Decoder:
             self._leave([youngest])
             self.waiting.appendleft(youngest)
 
-    def _choose(self, logits: Floats) -> list[Sentence]:
-        """Append the next token of every row; returns the sentences that end with it."""
-        if self._plan is None:
-            self._plan = self._make_plan()
-        plan, lengths = self._plan, self._lengths[: len(logits)]
-        sums = np.zeros(len(logits), np.float32)
-        if not plan.wanted.any():
-            self._apply_rules(plan, logits, sums)
-            return self._choose_greedily(plan, logits.argmax(axis=1), None)
-        # Rows whose log-probabilities are those from before the rules, or that rules change by them.
-        apart = np.zeros(len(logits), bool)
-        for rules, theirs in plan.rules:
-            if rules.alters or not rules.renormalizes:
-                apart[theirs] = rules.alters | rules.forbid(lengths[theirs])
-        apart &= plan.wanted
-        raw = logits
-        if apart.any():
-            sums[apart] = self._model.best.log_sums(logits if apart.all() else logits[apart])
-            if plan.greedy and any(rules.alters for rules, _ in plan.rules):
-                raw = logits.copy()
-        self._apply_rules(plan, logits, np.where(plan.in_beam, sums, np.float32(0)))
-        before = np.flatnonzero(apart & ~plan.renormalized)
-        done: list[Sentence] = []
-        if plan.greedy:
-            chosen = logits.argmax(axis=1)
-            gained = self._model.best.of(logits, chosen)
-            gained[before] = raw[before, chosen[before]] - sums[before]
-            done += self._choose_greedily(plan, chosen, gained)
-        if plan.beams:
-            values, columns = self._model.best(logits, plan.best)
-            values[before] = logits[before[:, None], columns[before]] - sums[before, None]
-            done += self._advance_beams(plan, values, columns)
-        return done
+    def _choice(self, plan: _Plan) -> Choice:
+        """What is wanted of this step."""
+        choice = plan.choice
+        if plan.may_force:
+            for rules, theirs in plan.rules:
+                if rules.may_force:
+                    choice.forced[theirs] = rules.forced(self._lengths[theirs])
+        if plan.varies:
+            choice = replace(choice, penalties=[])
+            forbidden: list[list[int]] = [[]] * self._model.rows
+            for rules, theirs in plan.rules:
+                for row in theirs.tolist():
+                    tokens = self._tokens[row, : self._lengths[row]]
+                    forbidden[row] = rules.forbidden(tokens)
+                    if rules.penalty != 1.0:
+                        choice.penalties.append((row, np.unique(tokens), rules.penalty))
+            choice.forbidden, choice.begin = _in_turn(forbidden)
+        return choice
 
     def _make_plan(self) -> _Plan:
         rows = self._model.rows
         rules: dict[Generation, list[Ints]] = {}
-        greedy: list[Sentence] = []
         sizes: dict[int, list[Sentence]] = {}
-        wanted, renormalized, in_beam = np.zeros((3, rows), bool)
-        plan = _Plan(
-            [], greedy, np.empty(0, np.int64), [], np.zeros(rows, np.int64), wanted, renormalized, in_beam, best=0
-        )
+        scored, before, in_beam = np.zeros((3, rows), bool)
+        forced, nothing = np.full(rows, -1, np.int32), np.empty(0, np.int32)
+        choice = Choice(1, forced, nothing, nothing, scored, before, of_probabilities=in_beam)
+        plan = _Plan([], [], np.empty(0, np.int64), [], np.zeros(rows, np.int64), choice, may_force=False, varies=False)
         for sentence in self.running:
             g = sentence.generation
             rules.setdefault(g, []).append(sentence.rows)
             plan.limits[sentence.rows] = g.max_length
-            plan.renormalized[sentence.rows] = g.renormalize
-            plan.wanted[sentence.rows] = sentence.scored or sentence.beam is not None
-            plan.in_beam[sentence.rows] = sentence.beam is not None
-            (greedy if sentence.beam is None else sizes.setdefault(g.beam_size, [])).append(sentence)
-        for g, theirs in rules.items():
+            before[sentence.rows] = not g.renormalize
+            scored[sentence.rows] = sentence.scored or sentence.beam is not None
+            in_beam[sentence.rows] = sentence.beam is not None
+            (plan.greedy if sentence.beam is None else sizes.setdefault(g.beam_size, [])).append(sentence)
+        forbidden: list[list[int]] = [[]] * rows
+        for g, parts in rules.items():
             if g not in self._rules:
                 self._rules[g] = Rules(g, self._task.eos_token_ids)
-            plan.rules.append((self._rules[g], np.concatenate(theirs)))
-        if greedy:
-            plan.greedy_rows = np.concatenate([sentence.rows for sentence in greedy])
+            its, theirs = self._rules[g], np.concatenate(parts)
+            plan.rules.append((its, theirs))
+            plan.may_force |= its.may_force
+            plan.varies |= its.vary or its.penalty != 1.0
+            for row in theirs.tolist():
+                forbidden[row] = its.never
+        choice.forbidden, choice.begin = _in_turn(forbidden)
+        if plan.greedy:
+            plan.greedy_rows = np.concatenate([sentence.rows for sentence in plan.greedy])
         for size, sentences in sizes.items():
             together = np.stack([sentence.rows for sentence in sentences])
-            for sentence, its in zip(sentences, together):
-                sentence.rows = its
+            for sentence, beam_rows in zip(sentences, together):
+                sentence.rows = beam_rows
             plan.beams.append((sentences, together))
-            plan.best = max(plan.best, min(candidates(size, self._task.eos_token_ids), self._model.vocabulary))
+            choice.best = max(choice.best, min(candidates(size, self._task.eos_token_ids), self._model.vocabulary))
         return plan
 
-    def _apply_rules(self, plan: _Plan, logits: Floats, offset: Floats) -> None:
-        for rules, theirs in plan.rules:
-            rules.apply(logits, theirs, self._tokens, self._lengths, offset)
-
-    def _choose_greedily(self, plan: _Plan, chosen: Ints, gained: Floats | None) -> list[Sentence]:
+    def _choose_greedily(self, plan: _Plan, chosen: Ints, gained: Floats) -> list[Sentence]:
         """``chosen`` tokens by row, and their log-probabilities, which count where a score is wanted."""
         rows = plan.greedy_rows
         lengths, tokens = self._lengths[rows], chosen[rows]
-        if gained is not None:
-            for rules, theirs in plan.rules:
-                gained[theirs[rules.forces(self._lengths[theirs])]] = 0.0
-            self._sums[rows] += np.where(plan.wanted[rows], gained[rows], np.float32(0))
+        self._sums[rows] += np.where(plan.choice.scored[rows], gained[rows], np.float32(0))
         self._tokens[rows, lengths] = tokens
         self._lengths[rows] = lengths + 1
         done = []
@@ -412,6 +400,13 @@ class Decoder:
         for sentence in self.running:
             sentence.rows = number[sentence.rows]
         self._plan = None
+
+
+def _in_turn(tokens: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Tokens of rows one after another, and where each row's begin."""
+    begin = np.zeros(len(tokens) + 1, np.int32)
+    np.cumsum([len(row) for row in tokens], out=begin[1:])
+    return np.array([token for row in tokens for token in row], np.int32), begin
 
 
 def _of_similar_length(sentences: Sequence[Sentence]) -> Iterator[list[Sentence]]:

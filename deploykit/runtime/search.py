@@ -27,71 +27,49 @@ class Rules:
 
     def __init__(self, generation: Generation, eos_token_ids: Sequence[int]) -> None:
         self._generation = generation
-        self._eos = np.array(eos_token_ids, np.int64)
+        self._eos = list(eos_token_ids)
         words = [word for word in generation.bad_words if word not in [(eos,) for eos in eos_token_ids]]
-        never = {word[0] for word in words if len(word) == 1} | set(generation.suppressed)
-        self._never = np.array(sorted(never), np.int64)
+        self.never = sorted({word[0] for word in words if len(word) == 1} | set(generation.suppressed))
+        """What may never come."""
         self._words = [word for word in words if len(word) > 1]
 
     @property
-    def renormalizes(self) -> bool:
-        """Whether log-probabilities are of what the rules leave."""
-        return self._generation.renormalize
+    def penalty(self) -> float:
+        """What the scores of tokens that have come are divided by (multiplied, below 0)."""
+        return self._generation.repetition_penalty
 
     @property
-    def alters(self) -> bool:
-        """Whether they change scores of tokens that may still be chosen, and not only forbid some."""
-        return self._generation.repetition_penalty != 1.0
+    def may_force(self) -> bool:
+        return self._generation.forced_bos_token_id is not None or self._generation.forced_eos_token_id is not None
 
-    def forces(self, lengths: Ints) -> NDArray[np.bool_]:
-        """Of rows of so many tokens, whether the next one is given."""
+    @property
+    def vary(self) -> bool:
+        """Whether what is forbidden depends on what has come."""
+        return bool(self._generation.no_repeat_ngram_size or self._words or self._generation.min_length)
+
+    def forced(self, lengths: Ints) -> NDArray[np.int32]:
+        """For rows of so many tokens the one that must come next, or -1."""
         g = self._generation
-        given = np.zeros(len(lengths), bool)
+        given = np.full(len(lengths), -1, np.int32)
         if g.forced_bos_token_id is not None:
-            given |= lengths == 1
+            given[lengths == 1] = g.forced_bos_token_id
         if g.forced_eos_token_id is not None:
-            given |= lengths == g.max_length - 1
+            given[lengths == g.max_length - 1] = g.forced_eos_token_id
         return given
 
-    def forbid(self, lengths: Ints) -> NDArray[np.bool_]:
-        """Of rows of so many tokens, whether any token may not be the next."""
+    def forbidden(self, tokens: Ints) -> list[int]:
+        """What must not follow ``tokens``, the start token first: ascending."""
         g = self._generation
-        if g.no_repeat_ngram_size or self._words or len(self._never):
-            return np.ones(len(lengths), bool)
-        return self.forces(lengths) | (lengths < g.min_length)
-
-    def apply(self, scores: Floats, rows: Ints, tokens: Ints, lengths: Ints, offset: Floats) -> None:
-        """Change ``scores`` [all rows, vocabulary] of ``rows`` in place.
-
-        Args:
-            tokens: [all rows, positions], the start token first; ``lengths`` [all rows] of them count.
-            offset: [all rows], what must be taken from a score to make it a log-probability (0: leave
-                it a logit, as greedy search does).
-        """
-        g = self._generation
-        if g.repetition_penalty != 1.0:
-            for row in rows:
-                seen = np.unique(tokens[row, : lengths[row]])
-                values = scores[row, seen] - offset[row]
-                values = np.where(values < 0, values * g.repetition_penalty, values / g.repetition_penalty)
-                scores[row, seen] = values + offset[row]
+        ids = set(self.never)
         if g.no_repeat_ngram_size:
-            for row in rows:
-                scores[row, _repeats(tokens[row, : lengths[row]], g.no_repeat_ngram_size)] = -np.inf
+            ids.update(_repeats(tokens, g.no_repeat_ngram_size))
         for word in self._words:
-            for row in rows:
-                start = lengths[row] + 1 - len(word)
-                if start >= 0 and tuple(tokens[row, start : lengths[row]]) == word[:-1]:
-                    scores[row, word[-1]] = -np.inf
-        if g.min_length:
-            early = rows[lengths[rows] < g.min_length]
-            scores[early[:, None], self._eos] = -np.inf
-        if g.forced_bos_token_id is not None:
-            _force(scores, rows[lengths[rows] == 1], [g.forced_bos_token_id], offset)
-        if g.forced_eos_token_id is not None:
-            _force(scores, rows[lengths[rows] == g.max_length - 1], [g.forced_eos_token_id], offset)
-        if len(self._never):
-            scores[rows[:, None], self._never] = -np.inf
+            start = len(tokens) + 1 - len(word)
+            if start >= 0 and tuple(tokens[start:].tolist()) == word[:-1]:
+                ids.add(word[-1])
+        if len(tokens) < g.min_length:
+            ids.update(self._eos)
+        return sorted(ids)
 
 
 @dataclass(frozen=True)
@@ -178,11 +156,3 @@ def _repeats(tokens: Ints, size: int) -> list[int]:
     windows = np.lib.stride_tricks.sliding_window_view(tokens, size) if len(tokens) >= size else np.empty((0, size))
     same = (windows[:, :-1] == tokens[len(tokens) - size + 1 :]).all(axis=1)
     return [int(t) for t in np.unique(windows[same, -1])]
-
-
-def _force(scores: Floats, rows: Ints, tokens: Sequence[int], offset: Floats) -> None:
-    if not len(rows):
-        return
-    scores[rows] = -np.inf
-    for token in tokens:
-        scores[rows, token] = offset[rows]

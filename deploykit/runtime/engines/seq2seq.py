@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from deploykit.runtime.choice import Choice, select
 from deploykit.runtime.engines.best_tokens import BestTokens
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
 
@@ -195,6 +196,10 @@ class Seq2SeqModel:
         self._decoder.run_with_iobinding(self._binding)
         self._past[:rows] += 1
         return self._logits[:rows]
+
+    def choose(self, tokens: NDArray[np.int64], choice: Choice) -> tuple[Floats, NDArray[np.int64]]:
+        """Feed each row its next token; returns what ``select`` does of the logits."""
+        return select(self.step(tokens), choice, self.best)
 
     def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64], begin: int) -> None:
         """Make each of the rows ``targets`` continue what the one of ``sources``, of the same text, holds.

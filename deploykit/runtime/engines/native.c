@@ -1,0 +1,920 @@
+/* Encoder and decoder of a translation model in INT8, for x86-64 CPUs with AVX-512 VNNI.
+ *
+ * Linear layers multiply U8 activations of a fixed scale by S8 weights with a scale a column; all else is float32. Keys and
+ * values are kept as S8, each vector with a scale of its own. No padding is computed, and what is computed of a row does not
+ * depend on the rows beside it, nor on the number of threads: its integer sums are exact, its float32 sums are always taken
+ * in the same order.
+ *
+ * Weights lie in panels of 64 columns: [columns / 64][inputs / 4][64][4] (float32: [columns / 64][inputs][64]), columns and
+ * inputs filled up with zeros. Buffers have rows of columns filled up to 64 likewise.
+ *
+ * All threads run a whole step, and meet at a barrier where one needs what another computed.
+ *
+ * Source: Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", VPDPBUSD; Milakov and Gimelshein,
+ * "Online normalizer calculation for softmax", 2018. */
+#include <immintrin.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define PANEL 64
+#define MOST_ROWS 6 /* of a tile: its sums, a panel's columns each, are 24 of the 32 registers */
+#define CHUNKS 32   /* parts of the vocabulary that are searched apart: of fixed borders, whoever takes them */
+#define MOST_BEST 64
+#define INLINE static inline __attribute__((always_inline))
+
+/* The structures are filled in by native.py, which has the same fields in the same order. */
+typedef struct {
+    const void *weight;    /* int8 or float32 panels */
+    const float *scale;    /* [out]: activation scale x weight scale */
+    const int32_t *offset; /* [out]: zero point x the column's sum */
+    const float *bias;     /* [out] */
+    float inverse;         /* 1 / activation scale */
+    int32_t zero;          /* zero point */
+    int32_t in, out;
+    int32_t is_float;
+} Linear;
+
+typedef struct {
+    const float *gamma, *beta; /* beta NULL: a root-mean-square norm; gamma NULL: none */
+    float epsilon;
+} Norm;
+
+typedef struct {
+    Linear qkv, out, cross_query, cross_out, up, gate, down; /* the encoder has no cross; gate.weight NULL: none */
+    Norm attention_norm, cross_norm, feed_forward_norm;
+} Layer;
+
+typedef struct {
+    const int8_t *embedding;      /* panels, a column each token */
+    const float *embedding_scale; /* [vocabulary] */
+    const float *positions;       /* [length][hidden] or NULL */
+    const float *bias;            /* [heads][distances] or NULL */
+    const Layer *layer;
+    Norm embedding_norm, last_norm;
+    Linear last; /* what reads the last hidden states: cross keys and values, or the vocabulary */
+    float scale, output_scale;
+    int32_t layers, hidden, heads, head_size, pre_norm, activation, distances, zero_distance;
+} Stack;
+
+typedef struct {
+    int32_t rows;
+    const int64_t *tokens; /* [rows] */
+    const int32_t *past;   /* [rows]: tokens before this one */
+    const int32_t *slots;  /* [rows]: where a row writes */
+    int32_t *tables;       /* [rows][table]: the slot that holds each position of a row */
+    int8_t *cache;         /* [layers][key, value][slot][head][position][head size] */
+    float *cache_scale;    /* the same without the last axis */
+    const int8_t **cross;  /* [rows]: of the row's text, as encode writes it */
+    const int32_t *source; /* [rows]: its tokens */
+    int32_t table, cache_slots, cache_positions;
+} Batch;
+
+typedef struct {
+    float *logits;              /* [rows][vocabulary], if all are wanted; else NULL, and: */
+    const int32_t *forced;      /* [rows]: a token that must come, or -1 */
+    const int32_t *forbidden;   /* tokens of each row in turn, ascending */
+    const int32_t *begin;       /* [rows + 1]: where each row's forbidden ones begin */
+    const uint8_t *scored;      /* [rows]: whether log-probabilities are wanted, or logits will do */
+    const uint8_t *before;      /* [rows]: probabilities are from before any token was forbidden */
+    float *values;              /* [rows][best] */
+    int64_t *ids;               /* [rows][best] */
+    int32_t best;
+} Choice;
+
+typedef struct {
+    float highest, sum; /* of exp(logit - highest) */
+    float threshold;    /* what enters the best must exceed it */
+    int32_t found;
+    float values[MOST_BEST];
+    int32_t ids[MOST_BEST];
+} Found;
+
+typedef struct Context Context;
+typedef void (*Work)(Context *, int);
+
+struct Context {
+    const Stack *encoder, *decoder;
+    int threads, stop;
+    pthread_t *thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    atomic_int generation, sleeping, arrived, phase, working;
+    Work work;
+    /* scratch, by rows */
+    int capacity, positions, best_rows;
+    float *x, *normed, *packed, *query, *middle, *given[2], **scores;
+    uint8_t *quantized[2];
+    Found *found;
+    /* the job */
+    const Stack *stack;
+    const Batch *batch;
+    const Choice *choice;
+    const int64_t *ids;
+    const int32_t *starts; /* [texts + 1] */
+    int8_t **cross;
+    int texts, rows;
+};
+
+/* ---- threads ---- */
+
+static void barrier(Context *c) {
+    if (c->threads == 1) return;
+    int phase = atomic_load_explicit(&c->phase, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&c->arrived, 1, memory_order_acq_rel) == c->threads - 1) {
+        atomic_store_explicit(&c->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&c->phase, phase + 1, memory_order_release);
+        return;
+    }
+    for (int n = 0; atomic_load_explicit(&c->phase, memory_order_acquire) == phase; n++) {
+        if (n < 20000) _mm_pause();
+        else sched_yield();
+    }
+}
+
+typedef struct { Context *context; int number; } Thread;
+
+static void *serve(void *argument) {
+    Thread *t = argument;
+    Context *c = t->context;
+    int number = t->number, seen = 0;
+    free(t);
+    for (;;) {
+        for (int n = 0; n < 4000 && atomic_load_explicit(&c->generation, memory_order_acquire) == seen; n++) _mm_pause();
+        if (atomic_load_explicit(&c->generation, memory_order_acquire) == seen) {
+            pthread_mutex_lock(&c->mutex);
+            while (atomic_load(&c->generation) == seen) pthread_cond_wait(&c->wake, &c->mutex);
+            pthread_mutex_unlock(&c->mutex);
+        }
+        seen++;
+        if (c->stop) return NULL;
+        c->work(c, number);
+        atomic_fetch_sub_explicit(&c->working, 1, memory_order_release);
+    }
+}
+
+static void run(Context *c, Work work) {
+    if (c->threads > 1) {
+        c->work = work;
+        atomic_store(&c->working, c->threads - 1);
+        pthread_mutex_lock(&c->mutex);
+        atomic_fetch_add(&c->generation, 1);
+        pthread_cond_broadcast(&c->wake);
+        pthread_mutex_unlock(&c->mutex);
+    }
+    if (work) work(c, 0);
+    for (int n = 0; c->threads > 1 && !c->stop && atomic_load_explicit(&c->working, memory_order_acquire); n++) {
+        if (n < 20000) _mm_pause();
+        else sched_yield();
+    }
+}
+
+INLINE void share(int n, int threads, int number, int *first, int *last) {
+    *first = (int)((int64_t)n * number / threads);
+    *last = (int)((int64_t)n * (number + 1) / threads);
+}
+
+/* ---- vectors ---- */
+
+INLINE int filled(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
+INLINE int padded_head(int n) { return (n + 15) / 16 * 16; }
+INLINE __mmask16 tail(int left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+INLINE __m512 exp512(__m512 x) { /* 2^n e^r, |r| <= ln 2 / 2, a Taylor polynomial of degree 6 */
+    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 720);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+INLINE __m512 erf512(__m512 x) { /* Abramowitz and Stegun, 7.1.26: off by 1.5e-7 at most */
+    __m512 one = _mm512_set1_ps(1.0f), a = _mm512_abs_ps(x);
+    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), a, one));
+    __m512 p = _mm512_set1_ps(1.061405429f);
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
+    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
+    __m512 e = exp512(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(a, a)));
+    __m512 y = _mm512_fnmadd_ps(_mm512_mul_ps(p, t), e, one);
+    return _mm512_mask_sub_ps(y, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps(), y);
+}
+
+INLINE __m512 sigmoid512(__m512 x) {
+    __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+enum { NONE, RELU, SILU, GELU, GELU_TANH };
+
+INLINE __m512 activated(int kind, __m512 x) {
+    switch (kind) {
+    case RELU: return _mm512_max_ps(x, _mm512_setzero_ps());
+    case SILU: return _mm512_mul_ps(x, sigmoid512(x));
+    case GELU: {
+        __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
+        return _mm512_fmadd_ps(half, erf512(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f))), half);
+    }
+    case GELU_TANH: { /* 0.5 (1 + tanh y) is the sigmoid of 2 y */
+        __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+        __m512 y = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, x), _mm512_set1_ps(1.59576912f));
+        return _mm512_mul_ps(x, sigmoid512(y));
+    }
+    default: return x;
+    }
+}
+
+INLINE __m128i to_u8(__m512 x, __m512 inverse, __m512i zero) {
+    __m512i n = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)), zero);
+    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(n, _mm512_setzero_si512()));
+}
+
+/* What ``next`` reads of 16 columns. */
+INLINE void give(Context *c, int buffer, const Linear *next, int64_t at, __m512 x, __mmask16 mask) {
+    if (next->is_float) _mm512_mask_storeu_ps(c->given[buffer] + at, mask, x);
+    else
+        _mm_mask_storeu_epi8(c->quantized[buffer] + at, mask,
+                             to_u8(x, _mm512_set1_ps(next->inverse), _mm512_set1_epi32(next->zero)));
+}
+
+static void give_row(Context *c, int buffer, const Linear *next, int row, const float *x, float scale) {
+    int wide = filled(next->in);
+    for (int i = 0; i < wide; i += 16)
+        give(c, buffer, next, (int64_t)row * wide + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale)), 0xffff);
+}
+
+static void normalize(const Norm *norm, const float *x, float *y, int n) {
+    __m512 sum = _mm512_setzero_ps(), mean = sum;
+    if (norm->beta) {
+        for (int i = 0; i < n; i += 16) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(tail(n - i), x + i));
+        mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / (float)n);
+        sum = _mm512_setzero_ps();
+    }
+    for (int i = 0; i < n; i += 16) {
+        __m512 d = _mm512_maskz_sub_ps(tail(n - i), _mm512_loadu_ps(x + i), mean);
+        sum = _mm512_fmadd_ps(d, d, sum);
+    }
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(sum) / (float)n + norm->epsilon));
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 mask = tail(n - i);
+        __m512 d = _mm512_mul_ps(_mm512_maskz_sub_ps(mask, _mm512_loadu_ps(x + i), mean), scale);
+        __m512 beta = norm->beta ? _mm512_maskz_loadu_ps(mask, norm->beta + i) : _mm512_setzero_ps();
+        _mm512_storeu_ps(y + i, _mm512_fmadd_ps(d, _mm512_maskz_loadu_ps(mask, norm->gamma + i), beta));
+    }
+}
+
+/* ---- linear layers ---- */
+
+typedef union { __m512i i[MOST_ROWS][4]; __m512 f[MOST_ROWS][4]; } Sums;
+
+INLINE void multiply_int8(const int rows, const uint8_t *x, int64_t wide, const int8_t *w, int quads, Sums *sums) {
+    __m512i s[MOST_ROWS][4];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++) s[r][j] = _mm512_setzero_si512();
+    for (int k = 0; k < quads; k++, w += 4 * PANEL) {
+        __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
+        __m512i w2 = _mm512_load_si512(w + 128), w3 = _mm512_load_si512(w + 192);
+        for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, x + r * wide + 4 * k, 4);
+            __m512i v = _mm512_set1_epi32(four);
+            s[r][0] = _mm512_dpbusd_epi32(s[r][0], v, w0);
+            s[r][1] = _mm512_dpbusd_epi32(s[r][1], v, w1);
+            s[r][2] = _mm512_dpbusd_epi32(s[r][2], v, w2);
+            s[r][3] = _mm512_dpbusd_epi32(s[r][3], v, w3);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++) sums->i[r][j] = s[r][j];
+}
+
+INLINE void multiply_float(const int rows, const float *x, int64_t wide, const float *w, int inputs, Sums *sums) {
+    __m512 s[MOST_ROWS][4];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++) s[r][j] = _mm512_setzero_ps();
+    for (int k = 0; k < inputs; k++, w += PANEL)
+        for (int r = 0; r < rows; r++) {
+            __m512 v = _mm512_set1_ps(x[r * wide + k]);
+            for (int j = 0; j < 4; j++) s[r][j] = _mm512_fmadd_ps(v, _mm512_load_ps(w + 16 * j), s[r][j]);
+        }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < 4; j++) sums->f[r][j] = s[r][j];
+}
+
+/* x @ weight + bias of a panel's columns, for ``rows`` rows from ``row``, in place of the sums. */
+static void tile(Context *c, int buffer, const Linear *l, int row, int rows, int panel, Sums *sums) {
+    int64_t wide = filled(l->in);
+    int first = panel * PANEL;
+    if (l->is_float) {
+        const float *x = c->given[buffer] + row * wide, *w = (const float *)l->weight + (int64_t)first * l->in;
+        switch (rows) {
+        case 1: multiply_float(1, x, wide, w, l->in, sums); break;
+        case 2: multiply_float(2, x, wide, w, l->in, sums); break;
+        case 3: multiply_float(3, x, wide, w, l->in, sums); break;
+        case 4: multiply_float(4, x, wide, w, l->in, sums); break;
+        case 5: multiply_float(5, x, wide, w, l->in, sums); break;
+        default: multiply_float(6, x, wide, w, l->in, sums);
+        }
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < 4; j++)
+                sums->f[r][j] = _mm512_add_ps(sums->f[r][j], _mm512_loadu_ps(l->bias + first + 16 * j));
+        return;
+    }
+    int quads = (l->in + 3) / 4;
+    const uint8_t *x = c->quantized[buffer] + row * wide;
+    const int8_t *w = (const int8_t *)l->weight + (int64_t)first * quads * 4;
+    switch (rows) {
+    case 1: multiply_int8(1, x, wide, w, quads, sums); break;
+    case 2: multiply_int8(2, x, wide, w, quads, sums); break;
+    case 3: multiply_int8(3, x, wide, w, quads, sums); break;
+    case 4: multiply_int8(4, x, wide, w, quads, sums); break;
+    case 5: multiply_int8(5, x, wide, w, quads, sums); break;
+    default: multiply_int8(6, x, wide, w, quads, sums);
+    }
+    for (int j = 0; j < 4; j++) {
+        __m512i offset = _mm512_loadu_si512(l->offset + first + 16 * j);
+        __m512 scale = _mm512_loadu_ps(l->scale + first + 16 * j), bias = _mm512_loadu_ps(l->bias + first + 16 * j);
+        for (int r = 0; r < rows; r++)
+            sums->f[r][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums->i[r][j], offset)), scale, bias);
+    }
+}
+
+typedef struct {
+    int add;             /* to what is there */
+    int activation;
+    const float *factor; /* multiplied by, or NULL */
+    float *out;          /* NULL: what ``next`` reads, in buffer 1 */
+    const Linear *next;
+} Then;
+
+/* Rows from the input buffer ``buffer``; each thread has some panels. */
+static void linear(Context *c, int number, int buffer, const Linear *l, int rows, Then then) {
+    int first, last, wide = filled(l->out), groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    share(wide / PANEL, c->threads, number, &first, &last);
+    for (int panel = first; panel < last; panel++)
+        for (int g = 0; g < groups; g++) {
+            int row, end;
+            Sums sums;
+            share(rows, groups, g, &row, &end);
+            tile(c, buffer, l, row, end - row, panel, &sums);
+            for (int r = 0; row < end; r++, row++)
+                for (int j = 0; j < 4; j++) {
+                    int64_t at = (int64_t)row * wide + panel * PANEL + 16 * j;
+                    __m512 v = activated(then.activation, sums.f[r][j]);
+                    if (then.factor) v = _mm512_mul_ps(v, _mm512_loadu_ps(then.factor + at));
+                    if (then.add) v = _mm512_add_ps(v, _mm512_loadu_ps(then.out + at));
+                    if (then.out) _mm512_storeu_ps(then.out + at, v);
+                    else give(c, 1, then.next, at, v, 0xffff);
+                }
+        }
+}
+
+static void feed_forward(Context *c, int number, const Stack *s, const Layer *l, int rows) {
+    if (l->gate.weight) {
+        linear(c, number, 0, &l->gate, rows, (Then){.activation = s->activation, .out = c->middle});
+        linear(c, number, 0, &l->up, rows, (Then){.factor = c->middle, .next = &l->down});
+    } else {
+        linear(c, number, 0, &l->up, rows, (Then){.activation = s->activation, .next = &l->down});
+    }
+    barrier(c);
+    linear(c, number, 1, &l->down, rows, (Then){.add = 1, .out = c->x});
+    barrier(c);
+}
+
+/* After a block, for each row: its norm, or the next block's, and what the next layer reads. */
+static void between(Context *c, int number, const Stack *s, const Norm *after, const Norm *before_next, const Linear *next,
+                    int rows, float scale) {
+    int first, last, wide = filled(s->hidden);
+    share(rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++) {
+        float *x = c->x + (int64_t)row * wide, *given = x;
+        if (!s->pre_norm && after) normalize(after, x, x, s->hidden);
+        if (before_next && before_next->gamma) {
+            given = s->pre_norm ? c->normed + (int64_t)row * wide : x;
+            normalize(before_next, x, given, s->hidden);
+        }
+        give_row(c, 0, next, row, given, scale);
+    }
+    barrier(c);
+}
+
+static void embed(Context *c, const Stack *s, int row, int64_t token, int position) {
+    int wide = filled(s->hidden), quads = (s->hidden + 3) / 4;
+    float *x = c->x + (int64_t)row * wide, scale = s->embedding_scale[token];
+    const int8_t *column = s->embedding + (token / PANEL) * (int64_t)quads * 4 * PANEL + token % PANEL * 4;
+    const float *positions = s->positions ? s->positions + (int64_t)position * s->hidden : NULL;
+    memset(x, 0, sizeof(float) * wide);
+    for (int i = 0; i < s->hidden; i++) {
+        x[i] = (float)column[i / 4 * (int64_t)(4 * PANEL) + i % 4] * scale;
+        if (positions) x[i] += positions[i];
+    }
+    if (s->embedding_norm.gamma) normalize(&s->embedding_norm, x, x, s->hidden);
+}
+
+/* ---- attention ---- */
+
+static void softmax(float *scores, int n) {
+    __m512 highest = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) highest = _mm512_mask_max_ps(highest, tail(n - i), highest, _mm512_loadu_ps(scores + i));
+    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
+    for (int i = 0; i < n; i += 16) {
+        __m512 e = _mm512_maskz_mov_ps(tail(n - i), exp512(_mm512_sub_ps(_mm512_loadu_ps(scores + i), highest)));
+        _mm512_storeu_ps(scores + i, e);
+        sum = _mm512_add_ps(sum, e);
+    }
+    __m512 share_ = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+    for (int i = 0; i < n; i += 16) _mm512_storeu_ps(scores + i, _mm512_mul_ps(_mm512_loadu_ps(scores + i), share_));
+}
+
+INLINE __m512 widened(const int8_t *x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x))); }
+
+/* A vector as S8; returns what one step is worth. */
+static float keep(const float *x, int8_t *y, int size) {
+    int padded = padded_head(size);
+    __m512 most = _mm512_setzero_ps();
+    for (int i = 0; i < size; i += 16)
+        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(tail(size - i), x + i)));
+    float highest = _mm512_reduce_max_ps(most);
+    __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
+    for (int i = 0; i < padded; i += 16) {
+        __m512 v = _mm512_maskz_loadu_ps(i < size ? tail(size - i) : 0, x + i);
+        _mm_storeu_si128((__m128i *)(y + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v, inverse))));
+    }
+    return highest / 127.0f;
+}
+
+INLINE float dot8(const __m512 *q, const int8_t *k, int parts) {
+    __m512 sum = _mm512_mul_ps(q[0], widened(k));
+    for (int i = 1; i < parts; i++) sum = _mm512_fmadd_ps(q[i], widened(k + 16 * i), sum);
+    return _mm512_reduce_add_ps(sum);
+}
+
+#define MOST_PARTS 16 /* heads of up to 256 */
+
+/* One head of one row over keys and values in caches. ``table`` NULL: they lie one after another. Positions of a slot are
+ * ``head size`` apart, slots ``stride`` positions. */
+static void attend(Context *c, int number, const Stack *s, const float *query, const int8_t *keys, const int8_t *values,
+                   const float *key_scale, const float *value_scale, const int32_t *table, int64_t stride, int n,
+                   const float *bias, const Linear *next, int row, int head) {
+    int size = s->head_size, padded = padded_head(size), parts = padded / 16;
+    float *scores = c->scores[number];
+    __m512 q[MOST_PARTS], out[MOST_PARTS];
+    for (int i = 0; i < parts; i++) {
+        q[i] = _mm512_mul_ps(_mm512_maskz_loadu_ps(tail(size - 16 * i), query + 16 * i), _mm512_set1_ps(s->scale));
+        out[i] = _mm512_setzero_ps();
+    }
+    for (int t = 0; t < n; t++) {
+        int64_t at = (table ? table[t] * stride : 0) + t;
+        scores[t] = dot8(q, keys + at * padded, parts) * key_scale[at];
+    }
+    if (bias) { /* of distances t - (n - 1) */
+        for (int t = 0; t < n; t++) {
+            int d = t - (n - 1) + s->zero_distance;
+            scores[t] += bias[d < 0 ? 0 : d >= s->distances ? s->distances - 1 : d];
+        }
+    }
+    softmax(scores, n);
+    for (int t = 0; t < n; t++) {
+        int64_t at = (table ? table[t] * stride : 0) + t;
+        __m512 p = _mm512_set1_ps(scores[t] * value_scale[at]);
+        for (int i = 0; i < parts; i++) out[i] = _mm512_fmadd_ps(p, widened(values + at * padded + 16 * i), out[i]);
+    }
+    int64_t to = (int64_t)row * filled(next->in) + (int64_t)head * size;
+    for (int i = 0; i < parts; i++) give(c, 0, next, to + 16 * i, out[i], tail(size - 16 * i));
+}
+
+static void self_attention(Context *c, int number, const Stack *s, int layer) {
+    const Batch *b = c->batch;
+    const Linear *next = &s->layer[layer].out;
+    int first, last, width = s->heads * s->head_size, wide = filled(3 * width), padded = padded_head(s->head_size);
+    int64_t stride = (int64_t)s->heads * b->cache_positions, all = b->cache_slots * stride;
+    share(b->rows * s->heads, c->threads, number, &first, &last);
+    for (int unit = first; unit < last; unit++) {
+        int row = unit / s->heads, head = unit % s->heads, past = b->past[row];
+        const float *packed = c->packed + (int64_t)row * wide + head * s->head_size;
+        int32_t *table = b->tables + (int64_t)row * b->table;
+        int64_t keys = 2 * layer * all + (int64_t)head * b->cache_positions, values = keys + all;
+        int64_t here = b->slots[row] * stride + past;
+        b->cache_scale[keys + here] = keep(packed + width, b->cache + (keys + here) * padded, s->head_size);
+        b->cache_scale[values + here] = keep(packed + 2 * width, b->cache + (values + here) * padded, s->head_size);
+        attend(c, number, s, packed, b->cache + keys * padded, b->cache + values * padded, b->cache_scale + keys,
+               b->cache_scale + values, table, stride, past + 1, s->bias ? s->bias + (int64_t)head * s->distances : NULL, next,
+               row, head);
+    }
+    barrier(c);
+}
+
+/* Of a text: int8 [layers][key, value][head][token][head size], then float32 [layers][key, value][head][token]. */
+static void cross_attention(Context *c, int number, const Stack *s, int layer) {
+    const Batch *b = c->batch;
+    const Linear *next = &s->layer[layer].cross_out;
+    int first, last, wide = filled(s->heads * s->head_size), padded = padded_head(s->head_size);
+    share(b->rows * s->heads, c->threads, number, &first, &last);
+    for (int unit = first; unit < last; unit++) {
+        int row = unit / s->heads, head = unit % s->heads, n = b->source[row];
+        int64_t all = (int64_t)s->layers * 2 * s->heads * n, keys = ((int64_t)layer * 2 * s->heads + head) * n;
+        int64_t values = keys + (int64_t)s->heads * n;
+        const int8_t *cross = b->cross[row];
+        const float *scales = (const float *)(cross + all * padded);
+        attend(c, number, s, c->query + (int64_t)row * wide + head * s->head_size, cross + keys * padded,
+               cross + values * padded, scales + keys, scales + values, NULL, 0, n, NULL, next, row, head);
+    }
+    barrier(c);
+}
+
+/* A head of a text attends to the whole text; four tokens at a time read the same keys. */
+static void encoder_attention(Context *c, int number, const Stack *s, int layer) {
+    const Linear *next = &s->layer[layer].out;
+    int size = s->head_size, parts = padded_head(size) / 16, width = s->heads * size, units = c->texts * s->heads;
+    int64_t wide = filled(3 * width), out_wide = filled(next->in);
+    for (int unit = number; unit < units; unit += c->threads) {
+        int text = unit / s->heads, head = unit % s->heads, start = c->starts[text], n = c->starts[text + 1] - start;
+        const float *query = c->packed + start * wide + head * size, *key = query + width, *value = key + width;
+        const float *bias = s->bias ? s->bias + (int64_t)head * s->distances : NULL;
+        int room = (n + 15) / 16 * 16;
+        for (int i = 0; i < n; i += 4) {
+            int queries = n - i < 4 ? n - i : 4;
+            for (int j = 0; j < n; j++)
+                for (int a = 0; a < queries; a++) {
+                    __m512 sum = _mm512_setzero_ps();
+                    for (int p = 0; p < parts; p++) {
+                        __mmask16 mask = tail(size - 16 * p);
+                        sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, query + (i + a) * wide + 16 * p),
+                                              _mm512_maskz_loadu_ps(mask, key + j * wide + 16 * p), sum);
+                    }
+                    float score = _mm512_reduce_add_ps(sum) * s->scale;
+                    if (bias) {
+                        int d = j - (i + a) + s->zero_distance;
+                        score += bias[d < 0 ? 0 : d >= s->distances ? s->distances - 1 : d];
+                    }
+                    c->scores[number][a * room + j] = score;
+                }
+            for (int a = 0; a < queries; a++) softmax(c->scores[number] + a * room, n);
+            for (int p = 0; p < parts; p++) {
+                __m512 out[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+                __mmask16 mask = tail(size - 16 * p);
+                for (int j = 0; j < n; j++) {
+                    __m512 v = _mm512_maskz_loadu_ps(mask, value + j * wide + 16 * p);
+                    for (int a = 0; a < queries; a++)
+                        out[a] = _mm512_fmadd_ps(_mm512_set1_ps(c->scores[number][a * room + j]), v, out[a]);
+                }
+                for (int a = 0; a < queries; a++)
+                    give(c, 0, next, (start + i + a) * out_wide + head * size + 16 * p, out[a], mask);
+            }
+        }
+    }
+    barrier(c);
+}
+
+/* ---- the vocabulary ---- */
+
+static void find(Found *f, const float *logits, int first, int n, int best, int scored) {
+    if (scored) {
+        __m512 v[PANEL / 16], most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        for (int j = 0; j < PANEL / 16; j++) {
+            v[j] = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), n > 16 * j ? tail(n - 16 * j) : 0, logits + 16 * j);
+            most = _mm512_max_ps(most, v[j]);
+        }
+        float highest = _mm512_reduce_max_ps(most);
+        if (highest > f->highest) {
+            f->sum = f->highest == -INFINITY ? 0.0f : f->sum * expf(f->highest - highest);
+            f->highest = highest;
+        }
+        if (f->highest > -INFINITY) {
+            for (int j = 0; j < PANEL / 16; j++)
+                sum = _mm512_add_ps(sum, exp512(_mm512_sub_ps(v[j], _mm512_set1_ps(f->highest))));
+            f->sum += _mm512_reduce_add_ps(sum);
+        }
+    }
+    for (int j = 0; j < n && best; j += 16) {
+        __m512 v = _mm512_loadu_ps(logits + j);
+        __mmask16 over = _mm512_mask_cmp_ps_mask(tail(n - j), v, _mm512_set1_ps(f->threshold), _CMP_GT_OQ);
+        for (; over; over &= over - 1) {
+            int i = j + __builtin_ctz(over), at;
+            if (!(logits[i] > f->threshold)) continue;
+            at = f->found < best ? f->found++ : best - 1;
+            for (; at > 0 && f->values[at - 1] < logits[i]; at--) {
+                f->values[at] = f->values[at - 1];
+                f->ids[at] = f->ids[at - 1];
+            }
+            f->values[at] = logits[i];
+            f->ids[at] = first + i;
+            if (f->found == best) f->threshold = f->values[best - 1];
+        }
+    }
+}
+
+static void answer(Context *c, const Stack *s, int row, int chunks) {
+    const Choice *choice = c->choice;
+    int best = choice->best;
+    float *values = choice->values + (int64_t)row * best, highest = -INFINITY, sum = 0.0f, log_sum = 0.0f;
+    int64_t *ids = choice->ids + (int64_t)row * best;
+    int at[CHUNKS] = {0}, found = 0;
+    if (choice->forced[row] >= 0) {
+        values[0] = 0.0f;
+        ids[0] = choice->forced[row];
+        found = 1;
+    } else {
+        for (int k = 0; k < chunks; k++) {
+            float h = c->found[(int64_t)k * c->rows + row].highest;
+            if (h > highest) highest = h;
+        }
+        for (int k = 0; k < chunks && choice->scored[row]; k++) {
+            const Found *f = &c->found[(int64_t)k * c->rows + row];
+            if (f->highest > -INFINITY) sum += f->sum * expf(f->highest - highest);
+        }
+        if (choice->scored[row]) log_sum = highest + logf(sum);
+        for (; found < best; found++) { /* of equals the first chunk's, which has the lower id */
+            int from = -1;
+            for (int k = 0; k < chunks; k++) {
+                const Found *f = &c->found[(int64_t)k * c->rows + row];
+                if (at[k] < f->found &&
+                    (from < 0 || f->values[at[k]] > c->found[(int64_t)from * c->rows + row].values[at[from]]))
+                    from = k;
+            }
+            if (from < 0) break;
+            const Found *f = &c->found[(int64_t)from * c->rows + row];
+            values[found] = f->values[at[from]] - log_sum;
+            ids[found] = f->ids[at[from]++];
+        }
+    }
+    for (int64_t id = 0; found < best; id++) { /* what is forbidden fills the rest */
+        int there = 0;
+        for (int i = 0; i < found; i++) there |= ids[i] == id;
+        if (there) continue;
+        values[found] = -INFINITY;
+        ids[found++] = id;
+    }
+    (void)s;
+}
+
+static void choose(Context *c, int number, const Stack *s) {
+    const Linear *l = &s->last;
+    const Choice *choice = c->choice;
+    int rows = c->rows, panels = filled(l->out) / PANEL, chunks = panels < CHUNKS ? panels : CHUNKS;
+    int groups = (rows + MOST_ROWS - 1) / MOST_ROWS, mine, end;
+    share(chunks, c->threads, number, &mine, &end);
+    for (; mine < end; mine++) {
+        int panel, last;
+        Found *found = c->found + (int64_t)mine * rows;
+        share(panels, chunks, mine, &panel, &last);
+        for (int row = 0; row < rows && !choice->logits; row++)
+            found[row] = (Found){.highest = -INFINITY, .threshold = -INFINITY};
+        for (; panel < last; panel++) {
+            int first = panel * PANEL, n = l->out - first < PANEL ? l->out - first : PANEL;
+            for (int g = 0; g < groups; g++) {
+                int row, stop;
+                Sums sums;
+                share(rows, groups, g, &row, &stop);
+                tile(c, 0, l, row, stop - row, panel, &sums);
+                for (int r = 0; row < stop; r++, row++) {
+                    float *logits = (float *)sums.f[r];
+                    if (choice->logits) {
+                        memcpy(choice->logits + (int64_t)row * l->out + first, logits, sizeof(float) * n);
+                        continue;
+                    }
+                    if (choice->forced[row] >= 0) continue;
+                    const int32_t *forbidden = choice->forbidden + choice->begin[row];
+                    int count = choice->begin[row + 1] - choice->begin[row], low = 0, high = count, scored = choice->scored[row];
+                    while (low < high) { /* the first from here on */
+                        int middle = (low + high) / 2;
+                        if (forbidden[middle] < first) low = middle + 1;
+                        else high = middle;
+                    }
+                    if (low < count && forbidden[low] < first + n) {
+                        if (scored && choice->before[row]) {
+                            find(&found[row], logits, first, n, 0, 1);
+                            scored = 0;
+                        }
+                        for (; low < count && forbidden[low] < first + n; low++) logits[forbidden[low] - first] = -INFINITY;
+                    }
+                    find(&found[row], logits, first, n, choice->best, scored);
+                }
+            }
+        }
+    }
+    barrier(c);
+    if (choice->logits) return;
+    int row;
+    share(rows, c->threads, number, &row, &end);
+    for (; row < end; row++) answer(c, s, row, chunks);
+    barrier(c);
+}
+
+/* ---- a step, and an encoding ---- */
+
+static void step(Context *c, int number) {
+    const Stack *s = c->stack;
+    const Batch *b = c->batch;
+    const Layer *layer = s->layer;
+    int first, last, rows = c->rows;
+    share(rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++) {
+        b->tables[(int64_t)row * b->table + b->past[row]] = b->slots[row];
+        embed(c, s, row, b->tokens[row], b->past[row]);
+    }
+    between(c, number, s, NULL, s->pre_norm ? &layer->attention_norm : NULL, &layer->qkv, rows, 1.0f);
+    for (int i = 0; i < s->layers; i++, layer++) {
+        int end = i == s->layers - 1;
+        linear(c, number, 0, &layer->qkv, rows, (Then){.out = c->packed});
+        barrier(c);
+        self_attention(c, number, s, i);
+        linear(c, number, 0, &layer->out, rows, (Then){.add = 1, .out = c->x});
+        barrier(c);
+        between(c, number, s, &layer->attention_norm, s->pre_norm ? &layer->cross_norm : NULL, &layer->cross_query, rows, 1.0f);
+        linear(c, number, 0, &layer->cross_query, rows, (Then){.out = c->query});
+        barrier(c);
+        cross_attention(c, number, s, i);
+        linear(c, number, 0, &layer->cross_out, rows, (Then){.add = 1, .out = c->x});
+        barrier(c);
+        between(c, number, s, &layer->cross_norm, s->pre_norm ? &layer->feed_forward_norm : NULL, &layer->up, rows, 1.0f);
+        feed_forward(c, number, s, layer, rows);
+        between(c, number, s, &layer->feed_forward_norm,
+                end ? &s->last_norm : s->pre_norm ? &layer[1].attention_norm : NULL, end ? &s->last : &layer[1].qkv, rows,
+                end ? s->output_scale : 1.0f);
+    }
+    choose(c, number, s);
+}
+
+static void encode(Context *c, int number) {
+    const Stack *s = c->stack;
+    const Layer *layer = s->layer;
+    const Linear *l = &s->last;
+    int first, last, rows = c->rows, text = 0;
+    share(rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++) {
+        while (c->starts[text + 1] <= row) text++;
+        embed(c, s, row, c->ids[row], row - c->starts[text]);
+    }
+    between(c, number, s, NULL, s->pre_norm ? &layer->attention_norm : NULL, &layer->qkv, rows, 1.0f);
+    for (int i = 0; i < s->layers; i++, layer++) {
+        int end = i == s->layers - 1;
+        linear(c, number, 0, &layer->qkv, rows, (Then){.out = c->packed});
+        barrier(c);
+        encoder_attention(c, number, s, i);
+        linear(c, number, 0, &layer->out, rows, (Then){.add = 1, .out = c->x});
+        barrier(c);
+        between(c, number, s, &layer->attention_norm, s->pre_norm ? &layer->feed_forward_norm : NULL, &layer->up, rows, 1.0f);
+        feed_forward(c, number, s, layer, rows);
+        between(c, number, s, &layer->feed_forward_norm,
+                end ? &s->last_norm : s->pre_norm ? &layer[1].attention_norm : NULL, end ? l : &layer[1].qkv, rows, 1.0f);
+    }
+    linear(c, number, 0, l, rows, (Then){.out = c->middle});
+    barrier(c);
+    const Stack *d = c->decoder;
+    int heads = d->heads * 2 * d->layers, padded = padded_head(d->head_size);
+    int64_t wide = filled(l->out);
+    share(rows, c->threads, number, &first, &last);
+    for (int row = first, t = 0; row < last; row++) {
+        while (c->starts[t + 1] <= row) t++;
+        int n = c->starts[t + 1] - c->starts[t], at = row - c->starts[t];
+        float *scales = (float *)(c->cross[t] + (int64_t)heads * n * padded);
+        for (int h = 0; h < heads; h++) {
+            int64_t to = (int64_t)h * n + at;
+            scales[to] = keep(c->middle + row * wide + h * d->head_size, c->cross[t] + to * padded, d->head_size);
+        }
+    }
+}
+
+/* ---- what native.py calls ---- */
+
+static void *room(void *old, int64_t bytes) {
+    void *new = NULL;
+    free(old);
+    if (posix_memalign(&new, 64, bytes < 64 ? 64 : bytes)) return NULL;
+    memset(new, 0, bytes);
+    return new;
+}
+
+/* Scratch for ``rows`` rows in ``stack``, and scores of ``positions``. Returns 0 when there is no memory. */
+static int reserve(Context *c, int rows, int positions) {
+    if (rows > c->capacity) {
+        int64_t hidden = 0, packed = 0, query = 0, middle = 0, given = 0;
+        for (int i = 0; i < 2; i++) {
+            const Stack *s = i ? c->decoder : c->encoder;
+            int64_t width = (int64_t)s->heads * s->head_size, inner = filled(s->layer->up.out);
+#define MOST(a, b) if ((a) < (b)) a = (b)
+            MOST(hidden, filled(s->hidden));
+            MOST(packed, filled(3 * width));
+            MOST(query, filled(width));
+            MOST(middle, inner);
+            MOST(given, filled(s->hidden));
+            MOST(given, filled(width));
+            MOST(given, inner);
+        }
+        MOST(middle, filled(c->encoder->last.out));
+        c->capacity = 0;
+        int64_t size = sizeof(float) * rows;
+        c->x = room(c->x, size * hidden);
+        c->normed = room(c->normed, size * hidden);
+        c->packed = room(c->packed, size * packed);
+        c->query = room(c->query, size * query);
+        c->middle = room(c->middle, size * middle);
+        int there = c->x && c->normed && c->packed && c->query && c->middle;
+        for (int i = 0; i < 2; i++) {
+            c->given[i] = room(c->given[i], size * given);
+            c->quantized[i] = room(c->quantized[i], rows * given);
+            there = there && c->given[i] && c->quantized[i];
+        }
+        if (!there) return 0;
+        c->capacity = rows;
+    }
+    if (positions > c->positions) {
+        c->positions = 0;
+        for (int i = 0; i < c->threads; i++)
+            if (!(c->scores[i] = room(c->scores[i], sizeof(float) * 4 * ((positions + 15) / 16 * 16)))) return 0;
+        c->positions = positions;
+    }
+    return 1;
+}
+
+Context *deploykit_new(const Stack *encoder, const Stack *decoder, int threads) {
+    Context *c = calloc(1, sizeof(Context));
+    if (!c) return NULL;
+    c->encoder = encoder;
+    c->decoder = decoder;
+    c->threads = threads;
+    c->scores = calloc(threads, sizeof(float *));
+    c->thread = calloc(threads, sizeof(pthread_t));
+    pthread_mutex_init(&c->mutex, NULL);
+    pthread_cond_init(&c->wake, NULL);
+    for (int i = 1; i < threads; i++) {
+        Thread *t = malloc(sizeof(Thread));
+        *t = (Thread){c, i};
+        if (pthread_create(&c->thread[i], NULL, serve, t)) {
+            free(t);
+            c->threads = i;
+            break;
+        }
+    }
+    return c;
+}
+
+void deploykit_free(Context *c) {
+    c->stop = 1;
+    run(c, NULL);
+    for (int i = 1; i < c->threads; i++) pthread_join(c->thread[i], NULL);
+    for (int i = 0; i < c->threads; i++) free(c->scores[i]);
+    for (int i = 0; i < 2; i++) {
+        free(c->given[i]);
+        free(c->quantized[i]);
+    }
+    free(c->x);
+    free(c->normed);
+    free(c->packed);
+    free(c->query);
+    free(c->middle);
+    free(c->found);
+    free(c->scores);
+    free(c->thread);
+    pthread_mutex_destroy(&c->mutex);
+    pthread_cond_destroy(&c->wake);
+    free(c);
+}
+
+/* ids of ``texts`` texts one after another; ``cross``: where to write what each gives. Returns 0 when there is no memory. */
+int deploykit_encode(Context *c, const int64_t *ids, const int32_t *starts, int texts, int8_t **cross) {
+    int longest = 0;
+    for (int i = 0; i < texts; i++)
+        if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
+    if (!reserve(c, starts[texts], longest)) return 0;
+    c->stack = c->encoder;
+    c->ids = ids;
+    c->starts = starts;
+    c->texts = texts;
+    c->cross = cross;
+    c->rows = starts[texts];
+    run(c, encode);
+    return 1;
+}
+
+/* One token of each row. Returns 0 when there is no memory. */
+int deploykit_step(Context *c, const Batch *batch, const Choice *choice) {
+    int longest = batch->cache_positions;
+    for (int i = 0; i < batch->rows; i++)
+        if (batch->source[i] > longest) longest = batch->source[i];
+    if (!reserve(c, batch->rows, longest)) return 0;
+    if (batch->rows > c->best_rows && !choice->logits) {
+        c->best_rows = 0;
+        if (!(c->found = room(c->found, (int64_t)sizeof(Found) * CHUNKS * batch->rows))) return 0;
+        c->best_rows = batch->rows;
+    }
+    c->stack = c->decoder;
+    c->batch = batch;
+    c->choice = choice;
+    c->rows = batch->rows;
+    run(c, step);
+    return 1;
+}

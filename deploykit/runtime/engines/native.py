@@ -1,0 +1,419 @@
+"""deploykit's own engine for translators in INT8, on x86-64 CPUs with AVX-512 VNNI: ``native.c``.
+
+Weights are mapped from their file, so all processes that serve a model share them. A row's keys and values of a position
+lie in the slot that it wrote at that position, and a table says which slot holds each of its positions: rows that beam
+search drops, copies or moves cost their tables alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import json
+import platform
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, byref, c_float, c_int32, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.errors import CorruptArtifactError, EngineError, MissingDependencyError
+from deploykit.runtime.choice import Choice, select
+from deploykit.runtime.engines.best_tokens import BestTokens
+
+FORMAT = "deploykit-native-1"
+"""Of the file of weights: it is in its metadata, and changes with what the library reads."""
+PANEL = 64
+"""Columns of a linear layer that lie together."""
+ALIGNMENT = 64
+_TYPES = {"I8": np.int8, "I32": np.int32, "F32": np.float32}
+_ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh")
+_NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
+_TOKENS_PER_ENCODE = 256  # their weights are read once for all of them, and what they give stays in caches
+_TARGET_BLOCK = 32  # positions that caches grow by at least
+_LEAST_ROWS = 4
+_LARGEST_HEAD = 256
+_MOST_BEST = 64
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p), ("scale", c_void_p), ("offset", c_void_p), ("bias", c_void_p),
+        ("inverse", c_float), ("zero", c_int32), ("in_", c_int32), ("out", c_int32), ("is_float", c_int32),
+    )  # fmt: skip
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("gamma", c_void_p), ("beta", c_void_p), ("epsilon", c_float))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Linear) for name in ("qkv", "out", "cross_query", "cross_out", "up", "gate", "down")),
+        *((name, _Norm) for name in ("attention_norm", "cross_norm", "feed_forward_norm")),
+    )
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (
+        ("embedding", c_void_p), ("embedding_scale", c_void_p), ("positions", c_void_p), ("bias", c_void_p),
+        ("layer", POINTER(_Layer)), ("embedding_norm", _Norm), ("last_norm", _Norm), ("last", _Linear),
+        ("scale", c_float), ("output_scale", c_float), ("layers", c_int32), ("hidden", c_int32), ("heads", c_int32),
+        ("head_size", c_int32), ("pre_norm", c_int32), ("activation", c_int32), ("distances", c_int32),
+        ("zero_distance", c_int32),
+    )  # fmt: skip
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        ("rows", c_int32), ("tokens", c_void_p), ("past", c_void_p), ("slots", c_void_p), ("tables", c_void_p),
+        ("cache", c_void_p), ("cache_scale", c_void_p), ("cross", c_void_p), ("source", c_void_p),
+        ("table", c_int32), ("cache_slots", c_int32), ("cache_positions", c_int32),
+    )  # fmt: skip
+
+
+class _Choice(ctypes.Structure):
+    _fields_ = (
+        ("logits", c_void_p), ("forced", c_void_p), ("forbidden", c_void_p), ("begin", c_void_p), ("scored", c_void_p),
+        ("before", c_void_p), ("values", c_void_p), ("ids", c_void_p), ("best", c_int32),
+    )  # fmt: skip
+
+
+@cache
+def lacks() -> str | None:
+    """What the engine needs and this machine does not have, if anything."""
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        return "no x86-64 Linux"
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
+    if missing := [flag for flag in _NEEDED if flag not in flags]:
+        return f"no {missing[-1]} in this CPU"
+    if (file := _library_file()) is None:
+        return "not built"
+    try:
+        ctypes.CDLL(str(file))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _library_file() -> Path | None:
+    files = (Path(__file__).with_name(f"_native{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    if reason := lacks():
+        raise MissingDependencyError(
+            f"the engine native does not run here: {reason}", "choose --engine onnxruntime, or install deploykit again"
+        )
+    library = ctypes.CDLL(str(_library_file()))
+    library.deploykit_new.restype = c_void_p
+    library.deploykit_new.argtypes = (POINTER(_Stack), POINTER(_Stack), ctypes.c_int)
+    library.deploykit_free.argtypes = (c_void_p,)
+    library.deploykit_free.restype = None
+    library.deploykit_encode.argtypes = (c_void_p, c_void_p, c_void_p, ctypes.c_int, c_void_p)
+    library.deploykit_step.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice))
+    return library
+
+
+class _Weights:
+    """A mapped file of weights, and both stacks laid over it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._bytes = np.memmap(path, np.uint8, "r")
+            (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
+            header = json.loads(self._bytes[8 : 8 + length].tobytes())
+            metadata = header.pop("__metadata__")
+            self._begin = 8 + length
+            self._tensors: Mapping[str, Any] = header
+            if metadata["format"] != FORMAT:
+                raise EngineError(f"{path}: is of the format {metadata['format']}, not {FORMAT}", "export it again")
+            model = json.loads(metadata["model"])
+            self._kept: list[Any] = []
+            self.encoder, self.decoder = self._stack(model["encoder"]), self._stack(model["decoder"])
+            self.vocabulary: int = model["decoder"]["last"]["out"]
+        except OSError as error:
+            raise EngineError(f"{path}: {error.strerror or error}", "export it again") from error
+        except (ValueError, KeyError, TypeError, struct.error) as error:
+            raise CorruptArtifactError(
+                f"{path}: is not a file of weights: {type(error).__name__} {error}", "export it again"
+            ) from error
+
+    def _stack(self, model: Mapping[str, Any]) -> _Stack:
+        layers = (_Layer * len(model["layers"]))()
+        for layer, given in zip(layers, model["layers"]):
+            for name in (field[0] for field in _Layer._fields_):
+                if name.endswith("norm"):
+                    setattr(layer, name, self._norm(given.get(name), model["hidden"]))
+                else:
+                    setattr(layer, name, self._linear(given.get(name)))
+        self._kept.append(layers)
+        if not 0 < model["head_size"] <= _LARGEST_HEAD:
+            raise ValueError(f"heads of {model['head_size']}")
+        tokens = model["last"]["out"] if model["layers"][0].get("cross_query") else 1
+        width = model["heads"] * model["head_size"]
+        for given in model["layers"]:
+            if given["qkv"]["out"] != 3 * width or given["out"]["in"] != width:
+                raise ValueError("attention of another width")
+        return _Stack(
+            embedding=self._at(model["embedding"], np.int8, tokens * model["hidden"]),
+            embedding_scale=self._at(model["embedding_scale"], np.float32, tokens),
+            positions=self._at(model["positions"], np.float32, model["hidden"]),
+            bias=self._at(model["bias"], np.float32, model["heads"] * model["distances"]),
+            layer=layers,
+            embedding_norm=self._norm(model["embedding_norm"], model["hidden"]),
+            last_norm=self._norm(model["last_norm"], model["hidden"]),
+            last=self._linear(model["last"]),
+            activation=_ACTIVATIONS.index(model["layers"][0]["activation"]),
+            layers=len(layers),
+            **{
+                name: model[name]
+                for name in ("scale", "output_scale", "hidden", "heads", "head_size", "pre_norm", "distances",
+                             "zero_distance")
+            },
+        )  # fmt: skip
+
+    def _linear(self, given: Mapping[str, Any] | None) -> _Linear:
+        if given is None:
+            return _Linear()
+        inputs, outputs = given["in"], given["out"]
+        columns = -(-outputs // PANEL) * PANEL
+        linear = _Linear(in_=inputs, out=outputs, bias=self._at(given["bias"], np.float32, columns))
+        if "activation_scale" not in given:
+            linear.weight, linear.is_float = self._at(given["weight"], np.float32, columns * inputs), 1
+            return linear
+        linear.weight = self._at(given["weight"], np.int8, columns * (-(-inputs // 4) * 4))
+        linear.scale = self._at(given["scale"], np.float32, columns)
+        linear.offset = self._at(given["offset"], np.int32, columns)
+        linear.inverse, linear.zero = 1.0 / given["activation_scale"], given["zero"]
+        return linear
+
+    def _norm(self, given: Mapping[str, Any] | None, hidden: int) -> _Norm:
+        if given is None:
+            return _Norm()
+        gamma, beta = (self._at(given[name], np.float32, hidden) for name in ("gamma", "beta"))
+        return _Norm(gamma, beta, given["epsilon"])
+
+    def _at(self, name: str | None, kind: type[Any], least: int) -> int | None:
+        """The address of a tensor of ``least`` values or more."""
+        if name is None:
+            return None
+        tensor = self._tensors[name]
+        first, last = tensor["data_offsets"]
+        if (
+            _TYPES[tensor["dtype"]] is not kind
+            or not 0 <= first <= last <= len(self._bytes) - self._begin
+            or (self._begin + first) % ALIGNMENT
+            or last - first < least * np.dtype(kind).itemsize
+        ):
+            raise ValueError(f"the tensor {name} is cut")
+        address: int = self._bytes.ctypes.data + self._begin + first
+        return address
+
+
+class NativeModel:
+    """The model of ``files[0]`` in ``folder`` on ``threads`` CPU threads, and its running rows. One caller at a time.
+
+    Raises EngineError or CorruptArtifactError naming the file that cannot be read.
+    """
+
+    rows_of_a_worker = 16
+
+    def __init__(self, folder: Path, files: Sequence[str], threads: int) -> None:
+        self._library = _library()
+        self._weights = _Weights(folder / files[0])
+        self._begin(threads)
+
+    def side_by_side(self, n: int) -> list[NativeModel]:
+        """``n`` models that share this one's threads and weights, each with rows of its own."""
+        models = []
+        for _ in range(n):
+            model = object.__new__(NativeModel)
+            model._library, model._weights = self._library, self._weights
+            model._begin(max(1, self._threads // n))
+            models.append(model)
+        return models
+
+    def _begin(self, threads: int) -> None:
+        w = self._weights
+        self._threads = threads
+        self.vocabulary = w.vocabulary
+        self._layers, self._heads = w.decoder.layers, w.decoder.heads
+        self._head_size = -(-w.decoder.head_size // 16) * 16
+        self._context = self._library.deploykit_new(byref(w.encoder), byref(w.decoder), threads)
+        if not self._context:
+            raise EngineError("there is no memory for another model", "close other programs")
+        self.rows = 0
+        self._capacity = self._positions = 0
+        self._batch, self._choice = _Batch(), _Choice()
+        self._tokens = np.zeros(0, np.int64)
+        self._past = self._slots = self._source = np.zeros(0, np.int32)
+        self._free: list[int] = []
+        self._tables = np.zeros((0, 0), np.int32)
+        self._addresses = np.zeros(0, np.uint64)
+        self._texts: list[NDArray[np.uint8]] = []
+        self._cache = np.zeros((2 * self._layers, 0, self._heads, 0, self._head_size), np.int8)
+        self._scales = np.zeros(self._cache.shape[:-1], np.float32)
+        self._logits = np.zeros((0, self.vocabulary), np.float32)
+        self._best: BestTokens | None = None
+        self.reserve(_LEAST_ROWS, 1)
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None):
+            self._library.deploykit_free(self._context)
+            self._context = None
+
+    @property
+    def best(self) -> BestTokens:
+        """For logits that Python has changed."""
+        if self._best is None:
+            self._best = BestTokens(self._threads)
+        return self._best
+
+    def encode(self, token_ids: Sequence[Sequence[int]]) -> list[NDArray[np.uint8]]:
+        """Cross-attention keys and values of each text, in the library's own form."""
+        heads = 2 * self._layers * self._heads
+        texts = [np.empty(heads * len(ids) * (self._head_size + 4), np.uint8) for ids in token_ids]
+        first = 0
+        while first < len(texts):
+            last, tokens = first + 1, len(token_ids[first])
+            while last < len(texts) and tokens + len(token_ids[last]) <= _TOKENS_PER_ENCODE:
+                tokens += len(token_ids[last])
+                last += 1
+            part = token_ids[first:last]
+            ids = np.fromiter((i for text in part for i in text), np.int64, tokens)
+            self._check(ids)
+            starts = np.zeros(len(part) + 1, np.int32)
+            np.cumsum([len(text) for text in part], out=starts[1:])
+            addresses = np.array([text.ctypes.data for text in texts[first:last]], np.uint64)
+            self._done(
+                self._library.deploykit_encode(
+                    self._context, ids.ctypes.data, starts.ctypes.data, len(part), addresses.ctypes.data
+                )
+            )
+            first = last
+        return texts
+
+    def reserve(self, rows: int, source: int) -> None:
+        """Make room for ``rows`` rows in all. It is kept while the model lives."""
+        if rows > self._capacity:
+            self._grow(max(_LEAST_ROWS, 1 << (rows - 1).bit_length()), max(self._positions, _TARGET_BLOCK))
+
+    def admit(self, cross: Sequence[NDArray[np.uint8]], text: int, length: int, copies: int = 1) -> Ints:
+        """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
+        first, last = self.rows, self.rows + copies
+        self.reserve(last, length)
+        for row in range(first, last):
+            self._slots[row] = self._free.pop()
+            self._texts.append(cross[text])
+        self._addresses[first:last] = cross[text].ctypes.data
+        self._source[first:last] = length
+        self._past[first:last] = 0
+        self.rows = last
+        return np.arange(first, last)
+
+    def step(self, tokens: Ints) -> Floats:
+        """Feed each row its next token; returns logits, float32 [rows, vocabulary].
+
+        The array is the model's own: the next step overwrites it, and the caller may change it.
+        """
+        if len(self._logits) < self.rows:
+            self._logits = np.empty((self._capacity, self.vocabulary), np.float32)
+        self._choice = _Choice(logits=self._logits.ctypes.data)
+        self._step(tokens)
+        return self._logits[: self.rows]
+
+    def choose(self, tokens: Ints, choice: Choice) -> tuple[Floats, Ints]:
+        """Feed each row its next token; returns what ``select`` does of the logits."""
+        if choice.penalties or choice.best > _MOST_BEST:
+            return select(self.step(tokens), choice, self.best)
+        values = np.empty((self.rows, choice.best), np.float32)
+        ids = np.empty((self.rows, choice.best), np.int64)
+        self._choice = _Choice(
+            None, choice.forced.ctypes.data, choice.forbidden.ctypes.data, choice.begin.ctypes.data,
+            choice.scored.ctypes.data, choice.before.ctypes.data, values.ctypes.data, ids.ctypes.data, choice.best,
+        )  # fmt: skip
+        self._step(tokens)
+        return values, ids
+
+    def _step(self, tokens: Ints) -> None:
+        rows = self.rows
+        if int(self._past[:rows].max()) >= self._positions:
+            self._grow(self._capacity, 2 * self._positions)
+        self._tokens[:rows] = tokens
+        self._check(self._tokens[:rows])
+        self._batch.rows = rows
+        self._done(self._library.deploykit_step(self._context, byref(self._batch), byref(self._choice)))
+        self._past[:rows] += 1
+
+    def copy(self, sources: Ints, targets: Ints, begin: int) -> None:
+        """Make each of the rows ``targets`` continue what the one of ``sources``, of the same text, holds."""
+        self._tables[targets] = self._tables[sources]
+        self._past[targets] = self._past[sources]
+
+    def remove(self, gone: Ints) -> Ints:
+        """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
+        left = self.rows - len(gone)
+        order = np.arange(left)
+        leaving = np.zeros(self.rows, bool)
+        leaving[gone] = True
+        holes = np.flatnonzero(leaving[:left])
+        movers = left + np.flatnonzero(~leaving[left:])
+        order[holes] = movers
+        self._free += self._slots[gone].tolist()
+        for array in (self._tables, self._past, self._slots, self._source, self._addresses):
+            array[holes] = array[movers]
+        for hole, mover in zip(holes, movers):
+            self._texts[hole] = self._texts[mover]
+        del self._texts[left:]
+        self.rows = left
+        return order
+
+    def cache_bytes(self, rows: int, target: int, source: int) -> int:
+        """Memory of the caches of ``rows`` rows with that many target and source tokens."""
+        positions = -(-target // _TARGET_BLOCK) * _TARGET_BLOCK + source
+        return int(rows * positions * 2 * self._layers * self._heads * (self._head_size + 4))
+
+    def _grow(self, capacity: int, positions: int) -> None:
+        rows, held = self.rows, self._positions
+        old, scales, tables = self._cache, self._scales, self._tables
+        shape = (2 * self._layers, capacity, self._heads, positions, self._head_size)
+        self._cache, self._scales = np.zeros(shape, np.int8), np.zeros(shape[:-1], np.float32)
+        self._tables = np.zeros((capacity, positions), np.int32)
+        if rows:
+            self._cache[:, : self._capacity, :, :held] = old
+            self._scales[:, : self._capacity, :, :held] = scales
+        self._tables[:rows, :held] = tables[:rows]
+        for name in ("_tokens", "_past", "_slots", "_source", "_addresses"):
+            array = getattr(self, name)
+            grown = np.zeros(capacity, array.dtype)
+            grown[:rows] = array[:rows]
+            setattr(self, name, grown)
+        self._free += range(self._capacity, capacity)
+        self._capacity, self._positions = capacity, positions
+        self._batch = _Batch(
+            0, self._tokens.ctypes.data, self._past.ctypes.data, self._slots.ctypes.data, self._tables.ctypes.data,
+            self._cache.ctypes.data, self._scales.ctypes.data, self._addresses.ctypes.data, self._source.ctypes.data,
+            positions, capacity, positions,
+        )  # fmt: skip
+
+    def _check(self, ids: Ints) -> None:
+        """The library looks tokens up unchecked."""
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
+            raise EngineError(f"a token is not one of the model's {self.vocabulary}", "export the model again")
+
+    @staticmethod
+    def _done(ok: int) -> None:
+        if not ok:
+            raise EngineError("there is no memory for this batch", "lower --max-rows, or close other programs")
