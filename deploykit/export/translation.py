@@ -37,6 +37,7 @@ from deploykit.predictor import TextTranslator
 from deploykit.runtime.engines import TRANSLATION_ENGINE, TRANSLATION_FILES, Precision, available_cpus
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
 from deploykit.runtime.languages import source_prefix
 from deploykit.runtime.text import normalize
 from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
@@ -249,14 +250,20 @@ class _Grader(Grader[list[str]]):
         translator = self._load(tensorrt_files(precision))
         return self.enter(f"trt {precision}", TRANSLATION_ENGINE, self._texts(translator))
 
+    def grade_engines(self, precision: str, records: Sequence[EngineRecord]) -> Line:
+        """The TensorRT engines of encoder and decoder themselves, on the GPU here."""
+        translator = self._load([record.file for record in records], "tensorrt")
+        gemms = sum(record.int8_gemms for record in records)
+        return self.enter(precision, "tensorrt", self._texts(translator), gemms)
+
     def sample(self, files: Sequence[str]) -> NDArray[np.float32]:
         """Log-probabilities that the graphs in ``files`` give, token by token, to what fp32 says of some of the rows."""
         if not self._sample:
             self._sample = greedy_translations(self._load(TRANSLATION_FILES["fp32"]), evenly(self._sources, SAMPLE))
         return log_probabilities(Seq2SeqModel(self._directory, files, available_cpus()), self._task, self._sample)
 
-    def _load(self, files: Sequence[str]) -> Translator:
-        return load_translator(self._directory, self._task, files, available_cpus())
+    def _load(self, files: Sequence[str], engine: str = TRANSLATION_ENGINE) -> Translator:
+        return load_translator(self._directory, self._task, files, available_cpus(), engine=engine)
 
     def _texts(self, translator: TextTranslator) -> list[str]:
         return [translated.text for translated in translator.translate(self._sources)]
@@ -312,12 +319,17 @@ def _build_engines(
             remedy = "give --precision bf16, whose range is wider"
             grader.refuse_loss(grader.grade_for_tensorrt("fp16"), "the fp16 form", options.max_drop, remedy)
         *graphs, weights = (directory / file for file in tensorrt_files(precision))
-        for graph in graphs:
-            engine = build_engine(
+        engines = [
+            build_engine(
                 graph, precision, trt, _limits(reference.task), say, calibration, inputs=read_inputs(graph),
                 weights=weights,
-            )  # fmt: skip
-            metrics["engines"].append(dataclasses.asdict(engine))
+            )
+            for graph in graphs
+        ]  # fmt: skip
+        if all(runs_here(directory / engine.file) for engine in engines):
+            line, remedy = grader.grade_engines(precision, engines), "leave this --precision out"
+            grader.refuse_loss(line, f"the {precision} engines", options.max_drop, remedy)
+        metrics["engines"] += map(dataclasses.asdict, engines)
 
 
 def _rows(folder: Path, task: Translation, source: str | None, split: str, options: CalibrationOptions) -> list[Pair]:
