@@ -19,8 +19,6 @@ from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.classifier import Classifier, load_classifier
 from deploykit.runtime.engines import (
     ENGINES,
-    TRANSLATION_ENGINE,
-    TRANSLATION_FILES,
     Precision,
     available_cpus,
     check_engine,
@@ -149,7 +147,7 @@ def open_graph(
     if isinstance(task, Translation):
         from deploykit.runtime.translator import load_translator
 
-        return load_translator(path, task, graphs.files, threads or available_cpus())
+        return load_translator(path, task, graphs.files, threads or available_cpus(), engine=graphs.engine)
     return load_classifier(path, task, load_engine(graphs.engine, path / graphs.files[0], threads))
 
 
@@ -166,12 +164,16 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
     if not wanted:
         raise UsageError(f"unknown precision {precision!r}", f"choose one of: auto, {', '.join(sorted(_BEST_FIRST))}")
     translates = isinstance(manifest.task, Translation)
-    if translates and engine not in ("auto", TRANSLATION_ENGINE):
+    if engine != "auto":
         check_name(engine)
-        raise UsageError(f"the engine {engine} does not run translation", f"give --engine {TRANSLATION_ENGINE}")
-    names = [engine]
-    if engine == "auto":
-        names = [TRANSLATION_ENGINE] if translates else installed_engines()
+        names = [engine]
+    else:
+        names = _decoding(installed_only=True) if translates else installed_engines()
+    if translates and not ENGINES[names[0]].decoder:
+        decoding = " or ".join(_decoding())
+        raise UsageError(f"the engine {engine} does not run translation", f"give --engine {decoding}")
+    if not translates and not ENGINES[names[0]].location:
+        raise UsageError(f"the engine {engine} does not classify", "give --engine openvino or onnxruntime")
     for name in names:
         if to_run:
             check_engine(name)
@@ -179,7 +181,7 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
         for candidate in wanted:
             if candidate not in files or not set(files[candidate]) <= set(manifest.files):
                 continue
-            if engine == "auto" and ENGINES[name].gpu and not runs_here(path / files[candidate][0]):
+            if engine == "auto" and not all(runs_here(path / file) for file in files[candidate] if _built(file)):
                 continue
             return Graphs(name, candidate, files[candidate])
     remedy = "export with --int8" if precision == "int8" else "choose another --engine or --precision"
@@ -188,14 +190,27 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
     raise ArtifactError(f"{path}: has no {precision} graph for the engine {names[-1]}", remedy)
 
 
+def _decoding(*, installed_only: bool = False) -> list[str]:
+    """Engines that run translators, best first; the last one even if it is not installed."""
+    names = [name for name, info in ENGINES.items() if info.decoder]
+    return [name for name in names if not installed_only or ENGINES[name].installed or name == names[-1]]
+
+
 def _files(manifest: Manifest, engine: str) -> Mapping[Precision, tuple[str, ...]]:
-    """What ``engine`` needs for each precision; the graph, or the first of the graphs, comes first."""
-    check_name(engine)
+    """What ``engine`` needs for each precision; the graph, or those of the encoder and the decoder, come first."""
+    info = ENGINES[engine]
+    if info.built:
+        built: dict[Precision, list[str]] = {}
+        for record in manifest.metrics.get("engines", ()):
+            built.setdefault(record["precision"], []).append(record["file"])
+        return {p: (*files, *(record_path(Path(file)).name for file in files)) for p, files in built.items()}
     if isinstance(manifest.task, Translation):
-        return TRANSLATION_FILES
-    if ENGINES[engine].graphs:
-        return {precision: (graph,) for precision, graph in ENGINES[engine].graphs.items()}
-    return {e["precision"]: (e["file"], record_path(Path(e["file"])).name) for e in manifest.metrics.get("engines", ())}
+        return info.translators
+    return {precision: (graph,) for precision, graph in info.graphs.items()}
+
+
+def _built(file: str) -> bool:
+    return file.endswith(".engine")
 
 
 def _open_checkpoint(path: Path) -> Predictor:

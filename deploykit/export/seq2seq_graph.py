@@ -41,8 +41,8 @@ def build_encoder(
     architecture: Architecture, ranges: Ranges | None = None, *, standard: Standard | None = None
 ) -> Graph:
     """input_ids int64 [batch, source], lengths int32 [batch] (tokens of each row; the rest is padding) ->
-    cross [batch, source, 2 x decoder layers x heads x head size], keys and values of each layer in turn, float32 or
-    what ``standard`` says. Without ``standard`` the graph is ONNX Runtime's.
+    cross [batch, source, 2 x decoder layers x heads x head size], keys and values of each layer in turn, float32; in
+    ``standard`` ONNX, without which the graph is ONNX Runtime's, [batch, 2 x decoder layers, heads, source, head size].
 
     With ``ranges`` (by the linear layer's name) these linear layers are INT8: weights symmetric, with a scale a channel,
     activations with a fixed scale, symmetric in standard ONNX. ONNX Runtime's caches are INT8 where ``cache_names`` have

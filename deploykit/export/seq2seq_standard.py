@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from deploykit.export.architecture import Array
+from deploykit.export.architecture import Array, Linear
 from deploykit.export.graphs import HALF_OPSET
 from deploykit.export.quantize import quantize
 from deploykit.export.seq2seq_writer import Graph, Writer
@@ -35,6 +35,14 @@ class StandardWriter(Writer):
         """float32 whatever the graph computes in."""
         super().project(x, table, bias, name, output=f"{output}/computed")
         self.op("Cast", f"{output}/computed", to=TensorProto.FLOAT, output=output)
+
+    def give_cross(self, hidden: str, layer: Linear) -> None:
+        """As caches have it, so that a GPU moves each text's in one copy."""
+        a, width = self.architecture, layer.weight.shape[1]
+        parts = 2 * len(a.decoder_layers)
+        cross = self.op("Reshape", self.linear(hidden, layer, "cross"), self.integers(0, 0, parts, a.heads, -1))
+        self.op("Transpose", cross, perm=[0, 2, 3, 1, 4], output="cross")
+        self.output("cross", ["batch", parts, a.heads, "source", width // (parts * a.heads)])
 
     def padding_mask(self, lengths: str, length: str) -> str:
         """bool [batch, 1, 1, source]: tokens."""

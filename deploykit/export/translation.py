@@ -26,6 +26,7 @@ from deploykit.export.quantize import Ranges
 from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, pick_rows
 from deploykit.export.search import SAMPLE, Search, Trace, hold_limit
 from deploykit.export.seq2seq_graph import Standard, build_decoder, build_encoder, save_graphs
+from deploykit.export.seq2seq_native import save_native
 from deploykit.export.seq2seq_parity import Parity, check_parity
 from deploykit.export.tables import render
 from deploykit.export.tensorrt import EngineOptions, build_engine, plan, read_inputs
@@ -34,9 +35,18 @@ from deploykit.export.translation_tokenizer import save_translation_tokenizer
 from deploykit.finetune.translator import TorchTranslator
 from deploykit.metrics import translation_metrics
 from deploykit.predictor import TextTranslator
-from deploykit.runtime.engines import TRANSLATION_ENGINE, TRANSLATION_FILES, Precision, available_cpus
+from deploykit.runtime.engines import (
+    ENGINES,
+    NATIVE_FILE,
+    TRANSLATION_ENGINE,
+    TRANSLATION_FILES,
+    Precision,
+    available_cpus,
+)
+from deploykit.runtime.engines.native import int8_layers
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
 from deploykit.runtime.languages import source_prefix
 from deploykit.runtime.text import normalize
 from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
@@ -159,6 +169,7 @@ def _quantize(
         nonlocal quantize_nodes
         encoder, decoder = build_encoder(architecture, some), build_decoder(architecture, some)
         save_graphs(directory, encoder, decoder, TRANSLATION_FILES["int8"])
+        save_native(directory / NATIVE_FILE, architecture, some)
         quantize_nodes = sum(
             node.op_type == "QuantizeLinear" for g in (encoder, decoder) for node in g.model.graph.node
         )
@@ -237,17 +248,30 @@ class _Grader(Grader[list[str]]):
         self.enter("fp32", "pytorch", self._texts(reference))
 
     def grade(self, precision: Precision) -> Line:
-        """Raises ExportError when ONNX Runtime runs none of INT8 graphs' layers in INT8."""
+        """The line of the engine that loses most, of all that run here.
+
+        Raises ExportError when ONNX Runtime runs none of INT8 graphs' layers in INT8.
+        """
         files = TRANSLATION_FILES[precision]
         kernels = sum(int8_kernels(self._directory / file) for file in files[:2]) if precision == "int8" else 0
         if precision == "int8" and kernels == 0:
             raise ExportError("ONNX Runtime runs none of the layers in INT8", "upgrade onnxruntime")
-        return self.enter(precision, TRANSLATION_ENGINE, self._texts(self._load(files)), kernels)
+        lines = [self.enter(precision, TRANSLATION_ENGINE, self._texts(self._load(files)), kernels)]
+        if precision == "int8" and ENGINES["native"].installed:
+            layers = int8_layers(self._directory / NATIVE_FILE)
+            lines.append(self.enter(precision, "native", self._texts(self._load([NATIVE_FILE], "native")), layers))
+        return max(lines, key=self.drop)
 
     def grade_for_tensorrt(self, precision: str) -> Line:
         """The graphs that engines are built from, as ONNX Runtime computes them on the CPU."""
         translator = self._load(tensorrt_files(precision))
         return self.enter(f"trt {precision}", TRANSLATION_ENGINE, self._texts(translator))
+
+    def grade_engines(self, precision: str, records: Sequence[EngineRecord]) -> Line:
+        """The TensorRT engines of encoder and decoder themselves, on the GPU here."""
+        translator = self._load([record.file for record in records], "tensorrt")
+        gemms = sum(record.int8_gemms for record in records)
+        return self.enter(precision, "tensorrt", self._texts(translator), gemms)
 
     def sample(self, files: Sequence[str]) -> NDArray[np.float32]:
         """Log-probabilities that the graphs in ``files`` give, token by token, to what fp32 says of some of the rows."""
@@ -255,8 +279,8 @@ class _Grader(Grader[list[str]]):
             self._sample = greedy_translations(self._load(TRANSLATION_FILES["fp32"]), evenly(self._sources, SAMPLE))
         return log_probabilities(Seq2SeqModel(self._directory, files, available_cpus()), self._task, self._sample)
 
-    def _load(self, files: Sequence[str]) -> Translator:
-        return load_translator(self._directory, self._task, files, available_cpus())
+    def _load(self, files: Sequence[str], engine: str = TRANSLATION_ENGINE) -> Translator:
+        return load_translator(self._directory, self._task, files, available_cpus(), engine=engine)
 
     def _texts(self, translator: TextTranslator) -> list[str]:
         return [translated.text for translated in translator.translate(self._sources)]
@@ -312,12 +336,17 @@ def _build_engines(
             remedy = "give --precision bf16, whose range is wider"
             grader.refuse_loss(grader.grade_for_tensorrt("fp16"), "the fp16 form", options.max_drop, remedy)
         *graphs, weights = (directory / file for file in tensorrt_files(precision))
-        for graph in graphs:
-            engine = build_engine(
+        engines = [
+            build_engine(
                 graph, precision, trt, _limits(reference.task), say, calibration, inputs=read_inputs(graph),
                 weights=weights,
-            )  # fmt: skip
-            metrics["engines"].append(dataclasses.asdict(engine))
+            )
+            for graph in graphs
+        ]  # fmt: skip
+        if all(runs_here(directory / engine.file) for engine in engines):
+            line, remedy = grader.grade_engines(precision, engines), "leave this --precision out"
+            grader.refuse_loss(line, f"the {precision} engines", options.max_drop, remedy)
+        metrics["engines"] += map(dataclasses.asdict, engines)
 
 
 def _rows(folder: Path, task: Translation, source: str | None, split: str, options: CalibrationOptions) -> list[Pair]:

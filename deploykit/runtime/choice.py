@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.engines.best_tokens import BestTokens
+from deploykit.runtime.engines import BestTokens
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -14,7 +14,8 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Callable
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuMemFreeHost": (c_void_p,),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuMemcpy3DAsync_v2": (c_void_p, c_void_p),
+    "cuMemsetD8Async": (c_uint64, c_ubyte, c_size_t, c_void_p),
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
@@ -53,6 +56,33 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _OUT_OF_MEMORY = 2
 _NON_BLOCKING = 1
 _THREAD_LOCAL = 1  # other threads may go on calling the driver while this one captures
+_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
+
+
+class _Copy(ctypes.Structure):
+    """CUDA_MEMCPY3D of cuda.h: each side's origin, memory and pitch, then what is copied."""
+
+    _fields_ = [
+        *((f"{side}{name}", kind)
+          for side in ("src", "dst")
+          for name, kind in (
+              ("XInBytes", c_size_t), ("Y", c_size_t), ("Z", c_size_t), ("LOD", c_size_t), ("MemoryType", c_int),
+              ("Host", c_void_p), ("Device", c_uint64), ("Array", c_void_p), ("reserved", c_void_p),
+              ("Pitch", c_size_t), ("Height", c_size_t))),
+        ("WidthInBytes", c_size_t),
+        ("Height", c_size_t),
+        ("Depth", c_size_t),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place on the GPU in memory of three axes: from ``address`` on, a line begins every ``pitch`` bytes, and a plane
+    every ``height`` lines."""
+
+    address: int
+    pitch: int
+    height: int
 
 
 class Gpu:
@@ -155,6 +185,27 @@ class Stream:
         self.handle: int = gpu._made(
             "cuStreamCreate", c_void_p(), _NON_BLOCKING, destroy="cuStreamDestroy_v2", owner=self
         )
+
+    def clear(self, memory: DeviceMemory) -> None:
+        """Fill it with zeros, in turn with the stream's other work."""
+        self._gpu._check("cuMemsetD8Async", memory.address, 0, memory.size, self.handle)
+
+    def copy(self, source: Place, target: Place, width: int, height: int, depth: int) -> None:
+        """Copy ``width`` bytes of ``height`` lines of ``depth`` planes on the GPU, in turn with the stream's other work.
+
+        No byte may be of both."""
+        sides = {
+            f"{side}{name}": value
+            for side, place in (("src", source), ("dst", target))
+            for name, value in (
+                ("MemoryType", _DEVICE),
+                ("Device", place.address),
+                ("Pitch", place.pitch),
+                ("Height", place.height),
+            )
+        }
+        copy = _Copy(**sides, WidthInBytes=width, Height=height, Depth=depth)
+        self._gpu._check("cuMemcpy3DAsync_v2", byref(copy), self.handle)
 
     def synchronize(self) -> None:
         """Wait for its work. Raises EngineError if any of it failed."""

@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.runtime.choice import Choice
-from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.engines import DecodeModel
 from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Floats, Ints, Rules, candidates
 from deploykit.tasks import Generation, Translation
@@ -89,7 +90,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: Seq2SeqModel,
+        model: DecodeModel,
         task: Translation,
         *,
         max_rows: int = MAX_ROWS,
@@ -223,7 +224,7 @@ class Decoder:
             for text, sentence in enumerate(group):
                 self._admit(sentence, cross, text)
 
-    def _admit(self, sentence: Sentence, cross: Floats, text: int) -> None:
+    def _admit(self, sentence: Sentence, cross: Any, text: int) -> None:
         beams = sentence.generation.beam_size
         sentence.rows = self._model.admit(cross, text, len(sentence.token_ids), beams)
         sentence.beam = Beam(sentence.generation, self._task.eos_token_ids) if beams > 1 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing_extensions import TypeVar
 
 from deploykit.errors import DataError
 from deploykit.runtime.decoding import MAX_CACHE_BYTES, Decoder, Seconds, Sentence
-from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.engines import TRANSLATION_ENGINE, DecodeLimits, load_decode_model
 from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.sentences import fit, split_sentences
 from deploykit.runtime.text import normalize
@@ -168,16 +169,31 @@ def load_translator(
     files: Sequence[str],
     threads: int,
     *,
+    engine: str = TRANSLATION_ENGINE,
+    device: int = 0,
     max_rows: int = MAX_ROWS,
     max_cache_bytes: int = MAX_CACHE_BYTES,
 ) -> Translator:
-    """Assemble a translator from an export's or a packaged version's folder; ``files`` as ``Seq2SeqModel`` has them."""
+    """Assemble a translator from an export's or a packaged version's folder; ``files`` as its ``DecodeModel`` has them.
+
+    Where the model takes less than ``task`` and ``max_rows`` say, the translator's own ``task`` and decoder say so.
+    """
     tokenizer = load_translation_tokenizer(folder, task.source, task.target)
-    decoder = Decoder(
-        Seq2SeqModel(folder, files, threads),
-        task,
-        max_rows=max_rows,
-        max_cache_bytes=max_cache_bytes,
-        workers=threads,
-    )
+    model = load_decode_model(engine, folder, files, threads, device)
+    if model.limits is not None:
+        task, max_rows = _within(task, model.limits), min(max_rows, model.limits.rows)
+    decoder = Decoder(model, task, max_rows=max_rows, max_cache_bytes=max_cache_bytes, workers=threads)
     return Translator(task, tokenizer, decoder)
+
+
+def _within(task: Translation, limits: DecodeLimits) -> Translation:
+    target = min(task.max_target_length, limits.target)
+    longest = min(task.generation.max_length, target)
+    return dataclasses.replace(
+        task,
+        max_source_length=min(task.max_source_length, limits.source),
+        max_target_length=target,
+        generation=dataclasses.replace(
+            task.generation, max_length=longest, min_length=min(task.generation.min_length, longest)
+        ),
+    )

@@ -70,14 +70,15 @@ output { name: "ERROR" data_type: TYPE_STRING dims: [ 1 ] }
 # No dynamic_batching, and no queue policy: a request is handed over as it comes, and its texts join the
 # batch that is being decoded at the next step. What waits is bounded by max_queue below.
 
-# Each instance is a process with its own copy of the weights and its own running batch: one is best.
-instance_group [ { kind: KIND_CPU count: $instances } ]
+# Each instance is a process with its own copy of the weights and its own running batch (on each GPU, if KIND_GPU): one is best.
+instance_group [ { kind: $kind count: $instances } ]
 # The newest version folder alone is loaded.
 version_policy { latest { num_versions: 1 } }
 
 # CPU threads per instance; 0: twice the CPUs, shared among the instances.
 parameters { key: "threads" value { string_value: "$threads" } }
-# Texts x beams of one step, and the memory of their keys and values in MiB: what does not fit waits.
+# Texts x beams of one step, and the memory of their keys and values in MiB: what does not fit waits. (TensorRT's
+# profile bounds both too, and allocates that memory at the start.)
 parameters { key: "max_rows" value { string_value: "$max_rows" } }
 parameters { key: "max_cache_mb" value { string_value: "$max_cache_mb" } }
 # Under overload answer 503 at once, rather than everyone late: the most sentences that may wait.

@@ -18,16 +18,18 @@ import re
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
-from ctypes import POINTER, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 
 from deploykit.export import tensorrt
+from deploykit.export.tensorrt import CLASSIFIER_INPUTS, Inputs
 from deploykit.runtime import cuda, engines
 from deploykit.runtime.engines.tensorrt import EngineRecord
 
@@ -49,6 +51,8 @@ HEADER: dict[str, tuple[Any, ...]] = {
     "cuMemFreeHost": (c_void_p,),
     "cuMemcpyHtoDAsync_v2": (c_uint64, c_void_p, c_size_t, c_void_p),
     "cuMemcpyDtoHAsync_v2": (c_void_p, c_uint64, c_size_t, c_void_p),
+    "cuMemcpy3DAsync_v2": (c_void_p, c_void_p),
+    "cuMemsetD8Async": (c_uint64, c_ubyte, c_size_t, c_void_p),
     "cuStreamCreate": (POINTER(c_void_p), c_uint),
     "cuStreamDestroy_v2": (c_void_p,),
     "cuStreamSynchronize": (c_void_p,),
@@ -59,7 +63,11 @@ HEADER: dict[str, tuple[Any, ...]] = {
     "cuGraphExecDestroy": (c_void_p,),
     "cuGraphDestroy": (c_void_p,),
 }
-OUT_OF_MEMORY, INVALID_CONTEXT, INVALID_HANDLE, CAPTURE_INVALIDATED = 2, 201, 400, 901
+INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, CAPTURE_INVALIDATED = 1, 2, 201, 901
+
+# CUDA_MEMCPY3D, as words of 8 bytes: the source from 0 on, the target from 11 on, then what is copied.
+_MEMORY_TYPE, _HOST, _ADDRESS, _ARRAY, _PITCH, _HEIGHT = 4, 5, 6, 7, 9, 10
+_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 
 Work = Callable[[], None]
 
@@ -89,6 +97,7 @@ class FakeDriver:
     def at(self, address: int, size: int) -> np.ndarray[Any, Any]:
         """Bytes on the GPU."""
         start = max(base for base in self.device if base <= address)
+        assert address - start + size <= self.device[start].size, "behind the end of what was allocated"
         return self.device[start][address - start :][:size]
 
     def queue(self, stream: int, work: Work) -> None:
@@ -133,7 +142,7 @@ class FakeDriver:
             return OUT_OF_MEMORY
         self.free -= size
         out[0] = address = next(self._handles) << 20
-        self.device[address] = np.zeros(size, np.uint8)
+        self.device[address] = np.full(size, 255, np.uint8)  # as floats, none of it is a number
         return None
 
     def _cuMemFree(self, address: int) -> None:
@@ -162,6 +171,35 @@ class FakeDriver:
             target[:] = self.at(device, size)
 
         self.queue(stream, copy)
+
+    def _cuMemcpy3DAsync(self, parameters: int, stream: int) -> int | None:
+        words = np.frombuffer((ctypes.c_uint64 * 25).from_address(parameters), np.uint64).astype(np.int64)
+        *sides, (width, height, depth) = words[:11], words[11:22], words[22:]
+        for side in sides:
+            assert not side[[0, 1, 2, 3, _HOST, _ARRAY, 8]].any()
+            assert side[_MEMORY_TYPE] & 0xFFFFFFFF == _DEVICE
+            if side[_PITCH] < width or side[_HEIGHT] < height or not width * height * depth:
+                return INVALID_VALUE
+
+        def lines(side: Any, plane: int) -> np.ndarray[Any, Any]:
+            size = (height - 1) * side[_PITCH] + width
+            memory = self.at(int(side[_ADDRESS] + plane * side[_HEIGHT] * side[_PITCH]), int(size))
+            return np.lib.stride_tricks.as_strided(memory, (height, width), (side[_PITCH], 1))
+
+        def copy() -> None:
+            for plane in range(depth):
+                source, target = (lines(side, plane) for side in sides)
+                assert not np.shares_memory(source, target)
+                target[:] = source
+
+        self.queue(stream, copy)
+        return None
+
+    def _cuMemsetD8Async(self, address: int, value: int, size: int, stream: int) -> None:
+        def fill() -> None:
+            self.at(address, size)[:] = value
+
+        self.queue(stream, fill)
 
     def _cuStreamCreate(self, out: Any, flags: int) -> None:
         assert flags == 1, "not the default stream's friend"
@@ -245,6 +283,9 @@ def like(kind: type) -> Callable[[type], type]:
     return decorate
 
 
+# ONNX Runtime's names of types, and theirs in numpy and TensorRT.
+_NUMPY: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32, "tensor(int64)": np.int64}  # fmt: skip
+_TENSORRT = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int32)": "INT32", "tensor(int64)": "INT64"}
 _TYPES = {"str": str, "typing.SupportsInt": int, "tuple": tuple, "list": list, "bool": bool, "typing_extensions.Buffer": bytes}  # fmt: skip
 
 
@@ -288,7 +329,7 @@ def fake_bindings(driver: FakeDriver, module: str, version: str, *, capturable: 
     @like(real.IExecutionContext)
     class FakeIExecutionContext:
         def __init__(self, engine: Any) -> None:
-            self._engine, self._profile, self._shape, self._settled = engine, None, None, None
+            self._engine, self._profile, self._shapes, self._settled = engine, None, {}, None
             self._memory, self._addresses, self._captured = None, {}, False
 
         def set_device_memory(self, memory: int, size: int) -> None:
@@ -308,30 +349,42 @@ def fake_bindings(driver: FakeDriver, module: str, version: str, *, capturable: 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             assert not self._captured, "a captured context must stay as it is"
             least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
-            self._shape = shape
-            return all(low <= n <= high for low, n, high in zip(least, shape, most))
+            self._shapes = {**self._shapes, name: shape}
+            return len(shape) == len(least) and all(low <= n <= high for low, n, high in zip(least, shape, most))
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-            return tuple(self._shape[0] if n == -1 else n for n in self._engine._outputs[name])
+            axes = {}
+            for given, shape in self._shapes.items():
+                axes.update(zip(self._engine._tensors[given].shape, shape))
+            return tuple(n if isinstance(n, int) else axes[n] for n in self._engine._tensors[name].shape)
 
         def execute_async_v3(self, stream: int) -> bool:
-            engine, shape = self._engine, self._shape
+            engine, shapes, addresses = self._engine, self._shapes, dict(self._addresses)
             if self._memory is None or set(self._addresses) != set(engine._names):
                 engine._log.log(real.ILogger.ERROR, "an address is missing")
                 return False
+            assert set(shapes) == set(engine._inputs)
+            assert all(address % 256 == 0 for address in addresses.values())
             if stream in driver.capturing:
-                if rtx or not capturable or self._settled != shape:
+                if rtx or not capturable or self._settled != shapes:
                     driver.spoiled = True
                     engine._log.log(real.ILogger.ERROR, "operation not permitted when stream is capturing")
                     return False
                 self._captured = True
-            self._settled = shape
+            self._settled = shapes
 
             def compute() -> None:
-                size = int(np.prod(shape)) * 8
-                feed = {n: driver.at(self._addresses[n], size).view(np.int64).reshape(shape) for n in engine._inputs}
+                feed = {}
+                for name, shape in shapes.items():
+                    kind = _NUMPY[engine._tensors[name].type]
+                    memory = driver.at(addresses[name], int(np.prod(shape)) * np.dtype(kind).itemsize)
+                    feed[name] = memory.view(kind).reshape(shape)
                 for name, array in zip(engine._outputs, engine._session.run(None, feed)):
-                    driver.at(self._addresses[name], array.nbytes)[:] = np.frombuffer(array.tobytes(), np.uint8)
+                    target = driver.at(addresses[name], array.nbytes)
+                    assert not any(np.shares_memory(target, given) for given in feed.values()), (
+                        f"{name} is an input too"
+                    )
+                    target[:] = np.frombuffer(array.tobytes(), np.uint8)
 
             driver.queue(stream, compute)
             return True
@@ -352,10 +405,9 @@ def fake_bindings(driver: FakeDriver, module: str, version: str, *, capturable: 
             self._profiles, self._log = json.loads(head), log
             self._session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
             self._inputs = [tensor.name for tensor in self._session.get_inputs()]
-            self._outputs = {
-                t.name: tuple(n if isinstance(n, int) else -1 for n in t.shape) for t in self._session.get_outputs()
-            }
-            self._names = [*self._outputs, *self._inputs]
+            self._outputs = [tensor.name for tensor in self._session.get_outputs()]
+            self._tensors = {t.name: t for t in (*self._session.get_outputs(), *self._session.get_inputs())}
+            self._names = list(self._tensors)
 
         @property
         def num_io_tensors(self) -> int:
@@ -372,10 +424,13 @@ def fake_bindings(driver: FakeDriver, module: str, version: str, *, capturable: 
             return real.TensorIOMode.INPUT if name in self._inputs else real.TensorIOMode.OUTPUT
 
         def get_tensor_dtype(self, name: str) -> Any:
-            return real.DataType.INT64 if name in self._inputs else real.DataType.FLOAT
+            return getattr(real.DataType, _TENSORRT[self._tensors[name].type])
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            return tuple(n if isinstance(n, int) else -1 for n in self._tensors[name].shape)
 
         def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-            return [tuple(shape) for shape in zip(*self._profiles[profile])]
+            return [tuple(shape) for shape in self._profiles[profile][name]]
 
         def create_runtime_config(self) -> FakeIRuntimeConfig:
             assert rtx, "TensorRT 10.3 has none"
@@ -395,7 +450,7 @@ def fake_bindings(driver: FakeDriver, module: str, version: str, *, capturable: 
             self._log = logger
 
         def deserialize_cuda_engine(self, plan: bytes) -> Any:
-            if not plan.startswith(b"[["):
+            if not plan.startswith(b"[{"):
                 self._log.log(real.ILogger.ERROR, "Serialization assertion header.magicTag failed")
                 return None
             return FakeICudaEngine(plan, self._log)
@@ -411,13 +466,14 @@ def install_bindings(monkeypatch: pytest.MonkeyPatch, module: str, bindings: Any
 
 
 def write_engine(
-    engine: Path, graph: Path, profiles: Sequence[Any], builder: str, version: str, target: str
-) -> EngineRecord:
+    engine: Path, graph: Path, profiles: Sequence[Any], builder: str, version: str, target: str,
+    inputs: Inputs = CLASSIFIER_INPUTS, precision: str = "fp32",
+) -> EngineRecord:  # fmt: skip
     """An engine for the fake, with its record, of an ONNX graph and ``Profile``s."""
-    ranges = [[profile.ranges["batch"], profile.ranges["length"]] for profile in profiles]
-    engine.write_bytes(json.dumps(ranges).encode() + b"\0" + graph.read_bytes())
+    shapes = [{name: profile.shapes(axes) for name, axes in inputs.items()} for profile in profiles]
+    engine.write_bytes(json.dumps(shapes).encode() + b"\0" + onnx.load(graph).SerializeToString())
     record = EngineRecord(
-        file=engine.name, graph=graph.name, graph_digest="", precision="fp32", builder=builder, version=version,
+        file=engine.name, graph=graph.name, graph_digest="", precision=precision, builder=builder, version=version,
         target=target, profiles=tuple(map(str, profiles)), workspace_bytes=1, seconds=0.0,
         size_bytes=engine.stat().st_size, sha256=hashlib.sha256(engine.read_bytes()).hexdigest(),
         command="deploykit export runs/a --out exports/a --trt --precision fp32", int8_gemms=0,

@@ -30,9 +30,12 @@ from deploykit.errors import ExportError, UsageError
 from deploykit.export.families import read_architecture
 from deploykit.export.quantize import Ranges
 from deploykit.export.seq2seq_graph import Standard, build_decoder, build_encoder, save_graphs
+from deploykit.export.seq2seq_native import save_native
 from deploykit.runtime.decoding import Decoder, Sentence
-from deploykit.runtime.engines import TRANSLATION_FILES
+from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES, DecodeModel
 from deploykit.runtime.engines.best_tokens import LOG_SOFTMAX, TOP_K, BestTokens
+from deploykit.runtime.engines.native import NativeModel
+from deploykit.runtime.engines.native_library import lacks
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel, cache_names
 from deploykit.runtime.generation import override
@@ -115,6 +118,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
         }
         graphs = build_encoder(architecture, calibrated), build_decoder(architecture, calibrated)
         save_graphs(folder, *graphs, TRANSLATION_FILES["int8"])
+        save_native(folder / NATIVE_FILE, architecture, calibrated)
         config = model.config
         start = config.decoder_start_token_id
         task = Translation("en", "fr", family, V, 64, 64, config.pad_token_id, (config.eos_token_id,), start)
@@ -125,7 +129,16 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return make
 
 
-def decode(case: Case, generation: Generation, *, engine: Seq2SeqModel | None = None, **limits: Any) -> list[Sentence]:
+def open_engine(case: Case, kind: str, threads: int) -> DecodeModel:
+    """``fp32`` or ``int8`` on ONNX Runtime, or our own engine."""
+    if kind == "native":
+        if (reason := lacks()) is not None:
+            pytest.skip(f"the engine native does not run here: {reason}")
+        return NativeModel(case.folder, [NATIVE_FILE], threads)
+    return Seq2SeqModel(case.folder, TRANSLATION_FILES["int8" if kind == "int8" else "fp32"], threads)
+
+
+def decode(case: Case, generation: Generation, *, engine: DecodeModel | None = None, **limits: Any) -> list[Sentence]:
     sentences = [Sentence(source, generation) for source in case.sources]
     Decoder(engine or case.engine, case.task, **limits).run(sentences)
     return sentences
@@ -171,14 +184,14 @@ def test_the_tokens_are_those_of_generate(case: Callable[[str], Case], family: s
         assert theirs is None or score == pytest.approx(theirs, abs=3e-3, rel=3e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", ["fp32", "int8", "native"])
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sentence_does_not_depend_on_its_batch(
-    case: Callable[[str], Case], family: str, beams: int, precision: Any
+    case: Callable[[str], Case], family: str, beams: int, kind: str
 ) -> None:
     c = case(family)
-    engine = Seq2SeqModel(c.folder, TRANSLATION_FILES[precision], 1)
+    engine = open_engine(c, kind, 1)
     generation = Generation(beam_size=beams, max_length=LONGEST)
     together = results(decode(c, generation, engine=engine, max_rows=64))
     few = results(decode(c, generation, engine=engine, max_rows=max(beams, 5)))
@@ -188,11 +201,11 @@ def test_a_sentence_does_not_depend_on_its_batch(
     assert [score for _, score in alone] == pytest.approx([score for _, score in together], abs=1e-4, rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", ["fp32", "int8", "native"])
 @pytest.mark.parametrize("beams", [1, 4])
-def test_decoders_side_by_side_find_what_one_finds(case: Callable[[str], Case], beams: int, precision: Any) -> None:
+def test_decoders_side_by_side_find_what_one_finds(case: Callable[[str], Case], beams: int, kind: str) -> None:
     c = dataclasses.replace(case("marian"), sources=case("marian").sources * 3)
-    engine = Seq2SeqModel(c.folder, TRANSLATION_FILES[precision], 2)
+    engine = open_engine(c, kind, 2)
     generation = Generation(beam_size=beams, max_length=LONGEST)
     expected = results(decode(c, generation, engine=engine, max_rows=32))
     assert results(decode(c, generation, engine=engine, max_rows=32, workers=2)) == expected

@@ -112,7 +112,9 @@ def test_an_engine_answers_as_the_graph_that_it_was_built_from(engine_file: Path
         given = inputs(rows, length, rows * length)
         (got,), (expected,) = engine.run(given), reference.run(given)
         assert got.dtype == np.float32
-        np.testing.assert_allclose(got, expected, atol=0 if isinstance(engine._gpu._library, FakeDriver) else 1e-2)
+        np.testing.assert_allclose(
+            got, expected, atol=0 if isinstance(engine._loaded.gpu._library, FakeDriver) else 1e-2
+        )
 
 
 def test_answers_are_the_callers_own(engine_file: Path) -> None:
@@ -352,7 +354,8 @@ def test_what_tensorrt_says_of_a_failed_run_is_told(
     driver: FakeDriver, tmp_path: Path, tiny_export: Path, monkeypatch: Any
 ) -> None:
     engine = make(driver, tmp_path, tiny_export, monkeypatch, "rtx")
-    engine._contexts[0]._addresses.clear()
+    engine.run(inputs(1, 16))
+    engine._loaded._contexts[0, 0]._addresses.clear()
     with pytest.raises(EngineError, match=r"model\.engine: did not run 4 rows of 16 tokens: an address is missing"):
         engine.run(inputs(1, 16))
 

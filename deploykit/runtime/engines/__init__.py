@@ -9,16 +9,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError, MissingDependencyError, UsageError
 from deploykit.runtime.cuda import has_gpu
+from deploykit.runtime.engines.native_library import lacks as native_lacks
+
+if TYPE_CHECKING:
+    from deploykit.runtime.choice import Choice
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -45,25 +49,119 @@ class Engine(Protocol):
         quantization took effect."""
 
 
-@dataclass(frozen=True)
-class EngineInfo:
-    """Where an engine's class is, what it needs, and which graph of an export it runs.
+class BestTokens(Protocol):
+    """The most probable tokens. ``logits`` are float32 [rows, vocabulary]; no row depends on another."""
 
-    Any one of ``packages`` will do. ``graphs`` are empty where an export lists what was built for the engine.
+    def __call__(self, logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Log-probabilities, descending, and ids of the ``k`` best tokens of each row: [rows, k] each.
+
+        Of equals the lower id comes first.
+        """
+
+    def of(self, logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Log-probability of one token of each row: float32 [rows]."""
+
+    def log_sums(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 [rows]: subtracted from a row it leaves log-probabilities."""
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """The most that a decode model takes: rows, tokens of a source text, tokens of a translation."""
+
+    rows: int
+    source: int
+    target: int
+
+
+class DecodeModel(Protocol):
+    """Encoder and decoder of a translation model, with rows: hypotheses, each at a position of its own, and its keys and
+    values. The rows in use are the first ones. Not thread-safe: one caller at a time.
+
+    ``rows_of_a_worker``: from twice as many rows on, models side by side beat this one alone. ``limits`` None: any size.
     """
 
-    location: str
-    packages: tuple[str, ...]
-    extra: str
-    graphs: Mapping[Precision, str]
+    rows: int
+
+    def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
+        """Load the encoder and the decoder, the first two of ``files``, for so many CPU threads or for the GPU of that
+        number, whichever the engine runs on.
+
+        Raises EngineError naming the file if the engine refuses it.
+        """
+
+    @property
+    def limits(self) -> DecodeLimits | None: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def best(self) -> BestTokens: ...
+
+    @property
+    def rows_of_a_worker(self) -> int: ...
+
+    def side_by_side(self, n: int) -> Sequence[DecodeModel]:
+        """``n`` models of the same graphs, each with rows of its own and a share of the threads."""
+
+    def encode(self, token_ids: Sequence[Sequence[int]]) -> Any:
+        """Texts, encoded for ``admit``; good until the next ones are."""
+
+    def reserve(self, rows: int, source: int) -> None:
+        """Make room for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is left."""
+
+    def admit(self, cross: Any, text: int, length: int, copies: int = 1) -> NDArray[np.int64]:
+        """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
+
+    def choose(self, tokens: NDArray[np.int64], choice: Choice) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Feed each row its next token; returns what ``select`` does of the logits."""
+
+    def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Feed each row its next token; returns logits, float32 [rows, vocabulary].
+
+        The array is the model's own: the next step overwrites it, and the caller may change it.
+        """
+
+    def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64], begin: int) -> None:
+        """Make each of the rows ``targets`` continue what the one of ``sources``, of the same text, holds.
+
+        They share the first ``begin`` positions; none of ``targets`` is in ``sources``.
+        """
+
+    def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
+
+    def cache_bytes(self, rows: int, target: int, source: int) -> int:
+        """Memory that the caches of ``rows`` rows with that many target and source tokens take, beyond what the model
+        takes in any case."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """Where an engine's classes are, what it needs, and which graph of an export it runs.
+
+    ``location`` is that of its ``Engine``, which runs ``graphs``; ``decoder`` that of its ``DecodeModel``, which runs
+    ``translators``; where it has one. Any one of ``packages`` will do. What was ``built`` for the engine an export lists.
+    """
+
+    location: str = ""
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    graphs: Mapping[Precision, str] = field(default_factory=dict)
+    decoder: str = ""
+    translators: Mapping[Precision, tuple[str, ...]] = field(default_factory=dict)
+    built: bool = False
     gpu: bool = False
 
     @property
     def lacks(self) -> str | None:
         """What it needs and this machine does not have, if anything."""
-        if not any(importlib.util.find_spec(package) for package in self.packages):
+        if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
             return "not installed"
-        return "no GPU" if self.gpu and not has_gpu() else None
+        if self.gpu:
+            return None if has_gpu() else "no GPU"
+        return None if self.packages else native_lacks()
 
     @property
     def installed(self) -> bool:
@@ -71,12 +169,27 @@ class EngineInfo:
         return self.lacks is None
 
 
-# In the order in which "auto" prefers them: OpenVINO encodes faster than ONNX Runtime on every x86
-# CPU measured here.
+TRANSLATION_FILES: Mapping[Precision, tuple[str, str, str]] = {
+    "fp32": ("encoder.onnx", "decoder.onnx", "shared.bin"),
+    "int8": ("encoder.u8s8.onnx", "decoder.u8s8.onnx", "shared.u8s8.bin"),
+}
+"""ONNX Runtime's: the encoder's graph, the decoder's, and the weights that both use."""
+TRANSLATION_ENGINE = "onnxruntime"
+"""The one that translates on every machine, and gives calibration and parity what they look at."""
+NATIVE_FILE = "native.int8.safetensors"
+
+# In the order in which "auto" prefers them: OpenVINO encodes faster than ONNX Runtime on every x86 CPU measured here, and
+# our own engine translates faster than both.
 ENGINES: Mapping[str, EngineInfo] = {
     "tensorrt": EngineInfo(
-        "deploykit.runtime.engines.tensorrt:TensorRtEngine", ("tensorrt", "tensorrt_rtx"), "rtx", {}, gpu=True
+        "deploykit.runtime.engines.tensorrt_classifier:TensorRtEngine",
+        ("tensorrt", "tensorrt_rtx"),
+        "rtx",
+        decoder="deploykit.runtime.engines.tensorrt_seq2seq:TensorRtSeq2Seq",
+        built=True,
+        gpu=True,
     ),
+    "native": EngineInfo(decoder="deploykit.runtime.engines.native:NativeModel", translators={"int8": (NATIVE_FILE,)}),
     "openvino": EngineInfo(
         "deploykit.runtime.engines.openvino:OpenVinoEngine",
         ("openvino",),
@@ -88,17 +201,10 @@ ENGINES: Mapping[str, EngineInfo] = {
         ("onnxruntime",),
         "cpu",
         {"fp32": "model.onnx", "int8": "model.u8s8.onnx"},
+        "deploykit.runtime.engines.seq2seq:Seq2SeqModel",
+        TRANSLATION_FILES,
     ),
 }
-
-
-TRANSLATION_ENGINE = "onnxruntime"
-"""The one that decodes: its attention kernels append to their caches in place."""
-TRANSLATION_FILES: Mapping[Precision, tuple[str, str, str]] = {
-    "fp32": ("encoder.onnx", "decoder.onnx", "shared.bin"),
-    "int8": ("encoder.u8s8.onnx", "decoder.u8s8.onnx", "shared.u8s8.bin"),
-}
-"""The encoder's graph, the decoder's, and the weights that both use."""
 
 
 def check_engine(name: str) -> None:
@@ -109,6 +215,10 @@ def check_engine(name: str) -> None:
         raise MissingDependencyError(
             f"the engine {name} needs an NVIDIA GPU and its driver, and there is none here",
             "run it where nvidia-smi shows a GPU (a container needs --gpus), or choose a CPU engine: --engine onnxruntime",
+        )
+    if lacks and not ENGINES[name].packages:
+        raise MissingDependencyError(
+            f"the engine {name} does not run here: {lacks}", "choose another: --engine onnxruntime"
         )
     if lacks:
         raise MissingDependencyError(
@@ -123,8 +233,8 @@ def check_name(name: str) -> None:
 
 
 def installed_engines() -> list[str]:
-    """Those that can run here, best first. Raises MissingDependencyError when there is none."""
-    names = [name for name, info in ENGINES.items() if info.installed]
+    """Those that can run classifiers here, best first. Raises MissingDependencyError when there is none."""
+    names = [name for name, info in ENGINES.items() if info.location and info.installed]
     if not names:
         raise MissingDependencyError("no inference engine is installed", "pip install 'deploykit[cpu,openvino]'")
     return names
@@ -132,12 +242,25 @@ def installed_engines() -> list[str]:
 
 def load_engine(name: str, graph: Path, threads: int | None = None, device: int = 0) -> Engine:
     """Load ``graph`` with the engine of that name, on ``threads`` CPU threads (default: all of them) or GPU ``device``."""
-    if not graph.is_file():
-        raise EngineError(f"{graph}: no such graph", "export the model again, with this engine's precision")
-    check_engine(name)
-    module, class_name = ENGINES[name].location.split(":")
-    engine: type[Engine] = getattr(importlib.import_module(module), class_name)
+    engine: type[Engine] = _class(name, ENGINES[name].location, graph)
     return engine(graph, threads or available_cpus(), device)
+
+
+def load_decode_model(
+    name: str, folder: Path, files: Sequence[str], threads: int | None = None, device: int = 0
+) -> DecodeModel:
+    """Load the graphs in ``folder`` that the first of ``files`` name, encoder and decoder, as ``load_engine`` does."""
+    model: type[DecodeModel] = _class(name, ENGINES[name].decoder, *(folder / file for file in files[:2]))
+    return model(folder, files, threads or available_cpus(), device)
+
+
+def _class(name: str, location: str, *graphs: Path) -> Any:
+    for graph in graphs:
+        if not graph.is_file():
+            raise EngineError(f"{graph}: no such graph", "export the model again, with this engine's precision")
+    check_engine(name)
+    module, class_name = location.split(":")
+    return getattr(importlib.import_module(module), class_name)
 
 
 def available_cpus() -> int:

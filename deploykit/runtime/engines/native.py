@@ -8,11 +8,8 @@ search drops, copies or moves cost their tables alone.
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
 import json
-import platform
 import struct
-import sys
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, byref, c_float, c_int32, c_void_p
 from functools import cache
@@ -22,9 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.errors import CorruptArtifactError, EngineError, MissingDependencyError
+from deploykit.errors import CorruptArtifactError, EngineError
 from deploykit.runtime.choice import Choice, select
-from deploykit.runtime.engines.best_tokens import BestTokens
+from deploykit.runtime.engines import BestTokens, DecodeLimits
+from deploykit.runtime.engines.native_library import library_file
+from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
 
 FORMAT = "deploykit-native-1"
 """Of the file of weights: it is in its metadata, and changes with what the library reads."""
@@ -33,7 +32,6 @@ PANEL = 64
 ALIGNMENT = 64
 _TYPES = {"I8": np.int8, "I32": np.int32, "F32": np.float32}
 _ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh")
-_NEEDED = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")
 _TOKENS_PER_ENCODE = 256  # their weights are read once for all of them, and what they give stays in caches
 _TARGET_BLOCK = 32  # positions that caches grow by at least
 _LEAST_ROWS = 4
@@ -88,34 +86,8 @@ class _Choice(ctypes.Structure):
 
 
 @cache
-def lacks() -> str | None:
-    """What the engine needs and this machine does not have, if anything."""
-    if platform.machine() != "x86_64" or sys.platform != "linux":
-        return "no x86-64 Linux"
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
-    if missing := [flag for flag in _NEEDED if flag not in flags]:
-        return f"no {missing[-1]} in this CPU"
-    if (file := _library_file()) is None:
-        return "not built"
-    try:
-        ctypes.CDLL(str(file))
-    except OSError as error:
-        return str(error)
-    return None
-
-
-def _library_file() -> Path | None:
-    files = (Path(__file__).with_name(f"_native{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    return next((file for file in files if file.is_file()), None)
-
-
-@cache
 def _library() -> ctypes.CDLL:
-    if reason := lacks():
-        raise MissingDependencyError(
-            f"the engine native does not run here: {reason}", "choose --engine onnxruntime, or install deploykit again"
-        )
-    library = ctypes.CDLL(str(_library_file()))
+    library = ctypes.CDLL(str(library_file()))
     library.deploykit_new.restype = c_void_p
     library.deploykit_new.argtypes = (POINTER(_Stack), POINTER(_Stack), ctypes.c_int)
     library.deploykit_free.argtypes = (c_void_p,)
@@ -222,6 +194,16 @@ class _Weights:
         return address
 
 
+def int8_layers(path: Path) -> int:
+    """How many linear layers of a file of weights are INT8."""
+    weights = _Weights(path)
+    parts = [stack.layer[i] for stack in (weights.encoder, weights.decoder) for i in range(stack.layers)]
+    linear = [getattr(part, name) for part in parts for name, kind, *_ in _Layer._fields_ if kind is _Linear]
+    return sum(
+        bool(each.weight) and not each.is_float for each in (*linear, weights.encoder.last, weights.decoder.last)
+    )
+
+
 class NativeModel:
     """The model of ``files[0]`` in ``folder`` on ``threads`` CPU threads, and its running rows. One caller at a time.
 
@@ -229,8 +211,9 @@ class NativeModel:
     """
 
     rows_of_a_worker = 16
+    limits: DecodeLimits | None = None
 
-    def __init__(self, folder: Path, files: Sequence[str], threads: int) -> None:
+    def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
         self._library = _library()
         self._weights = _Weights(folder / files[0])
         self._begin(threads)
@@ -266,7 +249,6 @@ class NativeModel:
         self._cache = np.zeros((2 * self._layers, 0, self._heads, 0, self._head_size), np.int8)
         self._scales = np.zeros(self._cache.shape[:-1], np.float32)
         self._logits = np.zeros((0, self.vocabulary), np.float32)
-        self._best: BestTokens | None = None
         self.reserve(_LEAST_ROWS, 1)
 
     def __del__(self) -> None:
@@ -277,9 +259,7 @@ class NativeModel:
     @property
     def best(self) -> BestTokens:
         """For logits that Python has changed."""
-        if self._best is None:
-            self._best = BestTokens(self._threads)
-        return self._best
+        return NumpyBestTokens()
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> list[NDArray[np.uint8]]:
         """Cross-attention keys and values of each text, in the library's own form."""

@@ -92,7 +92,9 @@ class Seq2SeqModel:
     more slowly. Raises EngineError naming the file that ONNX Runtime refuses.
     """
 
-    def __init__(self, folder: Path, files: Sequence[str], threads: int) -> None:
+    limits = None
+
+    def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
         self._paths = tuple(folder / file for file in files[:2])
         small = sum((folder / file).stat().st_size for file in files[1:] if (folder / file).exists()) < _SMALL
         self.rows_of_a_worker = _ROWS_OF_A_SMALL_WORKER if small else _ROWS_OF_A_WORKER
@@ -150,6 +152,8 @@ class Seq2SeqModel:
             ids[row, : len(tokens)] = tokens
         lengths = np.fromiter(map(len, token_ids), np.int32, len(token_ids))
         cross: NDArray[Any] = self._encoder.run(["cross"], {"input_ids": ids, "lengths": lengths})[0]
+        if cross.ndim == 5:  # in standard ONNX it is laid out as caches are
+            return cross.transpose(0, 3, 1, 2, 4)
         return cross.reshape(*ids.shape, 2 * self._layers, self._heads, self._head_size)
 
     def reserve(self, rows: int, source: int) -> None:

@@ -3,9 +3,9 @@
 An engine is tied to the version that built it and to a GPU; its record, the JSON file beside it, says which, and is
 believed before the file is: nothing is deserialized that the record refuses.
 
-All memory is allocated at the start, for the largest shapes: copies and kernels always meet the same addresses. So a
-whole run of a shape, copies included, becomes a CUDA graph. TensorRT-RTX compiles kernels for shapes as they come,
-and captures graphs itself when they are ready.
+A run of one shape, copies included, becomes a CUDA graph: whoever runs an engine allocates all memory at the start, for
+the largest shapes, and copies and kernels always meet the same addresses. TensorRT-RTX compiles kernels for shapes as
+they come, and captures graphs itself when they are ready.
 
 Source: NVIDIA TensorRT documentation, "CUDA Graphs" (a context of its own for each captured graph, sharing device
 memory), "Working with Dynamic Shapes"; TensorRT-RTX documentation, "Working with RTX CUDA Graphs".
@@ -17,14 +17,14 @@ import dataclasses
 import hashlib
 import importlib
 import json
+import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, MutableSequence, Reversible
+from collections.abc import Callable, Mapping, MutableSequence, Reversible, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deploykit.errors import CorruptArtifactError, DeploykitError, EngineError, MissingDependencyError
 from deploykit.runtime.cuda import Buffer, DeviceMemory, Gpu, Graph, Stream
@@ -35,8 +35,10 @@ _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
 _LEAST_PORTABLE = {"tensorrt": 80, "tensorrt_rtx": 75}  # compute capability that "portable" engines begin at
 _GRAPHS = (
-    128  # shapes with a CUDA graph and a context of their own: 6 sizes of up to 32 rows, 16 buckets of up to 512 tokens
+    128  # jobs with a CUDA graph and a context of their own: 6 sizes of up to 32 rows, 16 buckets of up to 512 tokens
 )
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def check(file: Path, record: EngineRecord, gpu: Gpu) -> Any:
 
 
 def runs_here(file: Path, device: int = 0) -> bool:
-    """Whether ``TensorRtEngine`` would load ``file``, as far as its record says."""
+    """Whether ``LoadedEngine`` would load ``file``, as far as its record says."""
     try:
         check(file, read_record(file), Gpu(device))
     except DeploykitError:
@@ -144,19 +146,63 @@ def runs_here(file: Path, device: int = 0) -> bool:
     return True
 
 
-class TensorRtEngine:
-    """``graph`` is an engine with its record beside it; ``threads`` are of no use to a GPU."""
+@dataclass(frozen=True)
+class EngineProfile:
+    """A profile of an engine: the least, the usual and the most that it takes of each axis."""
 
-    def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
-        self._file, self._record = graph, read_record(graph)
-        self._gpu = Gpu(device)
-        trt = check(graph, self._record, self._gpu)
-        plan = graph.read_bytes()
-        if hashlib.sha256(plan).hexdigest() != self._record.sha256:
+    number: int
+    ranges: Mapping[str, tuple[int, int, int]]
+
+    def takes(self, **axes: int) -> bool:
+        return all(self.ranges[axis][0] <= n <= self.ranges[axis][2] for axis, n in axes.items())
+
+    def most(self, axis: str) -> int:
+        return self.ranges[axis][2]
+
+    def filled(self, rows: int) -> int:
+        """What ``rows`` are filled up to: a power of two where it can be, so that few shapes come, and come again."""
+        least, _, most = self.ranges["rows"]
+        return min(max(1 << (rows - 1).bit_length(), least), most)
+
+    def size(self) -> int:
+        return math.prod(most for _, _, most in self.ranges.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A run of an engine that can be repeated: under a profile, with these shapes of inputs, and tensors at these addresses.
+
+    ``uploads`` are copied to the GPU before it, ``downloads`` to the host after it, each with how many bytes. Jobs of
+    different ``lane``s, which follow on one another, keep contexts apart. ``told`` is what an error calls it.
+    """
+
+    profile: int
+    shapes: Mapping[str, Shape]
+    addresses: Mapping[str, int]
+    uploads: Sequence[tuple[Buffer, int]]
+    downloads: Sequence[tuple[Buffer, int]]
+    told: str
+    lane: int = 0
+
+
+class LoadedEngine:
+    """The engine in ``file``, with its record beside it, on a GPU: that of number ``device``, or ``beside`` another
+    engine, with which it then shares a ``stream``. One caller at a time, in a thread that has entered the ``gpu``.
+
+    ``inputs`` and ``outputs`` are names, in the engine's order. Raises EngineError, CorruptArtifactError or
+    MissingDependencyError, with the command that builds it again, when it cannot run here.
+    """
+
+    def __init__(self, file: Path, device: int = 0, *, beside: LoadedEngine | None = None) -> None:
+        self.file, self.record = file, read_record(file)
+        self.gpu = beside.gpu if beside else Gpu(device)
+        trt = check(file, self.record, self.gpu)
+        plan = file.read_bytes()
+        if hashlib.sha256(plan).hexdigest() != self.record.sha256:
             raise CorruptArtifactError(
-                f"{graph}: its SHA-256 differs from its record's", f"copy it again, or: {self._record.rebuild()}"
+                f"{file}: its SHA-256 differs from its record's", f"copy it again, or: {self.record.rebuild()}"
             )
-        self._gpu.enter()
+        self.gpu.enter()
         self._said: deque[str] = deque(maxlen=50)
         self._log = make_log(trt, self._said)
         try:
@@ -165,154 +211,135 @@ class TensorRtEngine:
         except TypeError:  # how the bindings say that TensorRT gave no object
             self._engine = None
         if self._engine is None:
-            raise self._failed("cannot be loaded", f"update the driver, or build it again: {self._record.rebuild()}")
-        self._stream = Stream(self._gpu)
-        self._new_context = _contexts(trt, self._engine, DeviceMemory(self._gpu, self._engine.device_memory_size_v2))
+            raise self._failed("cannot be loaded", f"update the driver, or build it again: {self.record.rebuild()}")
+        self.stream = beside.stream if beside else Stream(self.gpu)
+        self._new_context = _contexts(trt, self._engine, DeviceMemory(self.gpu, self._engine.device_memory_size_v2))
         self._captures = not hasattr(trt, "CudaGraphStrategy")
-        self._replays: OrderedDict[tuple[int, int, int], _Replay | None] = OrderedDict()
-
+        self._replays: OrderedDict[Job, _Replay | None] = OrderedDict()
+        self._contexts: dict[tuple[int, int], Any] = {}  # by profile and lane
+        self._prepared: dict[tuple[int, int], Job] = {}  # for which job each of them is
+        self._trt = trt
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self._types = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
-        self._profiles = [
-            _Profile(i, *(tuple(shape) for shape in self._engine.get_tensor_profile_shape(inputs[0], i)))
-            for i in range(self._engine.num_optimization_profiles)
-        ]
-        self._inputs, self._outputs = inputs, [name for name in names if name not in inputs]
-        for name in inputs:
-            for profile in self._profiles:
-                shapes = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, profile.number)]
-                if shapes != [profile.least, profile.usual, profile.most]:
-                    raise EngineError(
-                        f"{graph}: {inputs[0]} and {name} disagree in profile {profile.number}",
-                        f"build it again: {self._record.rebuild()}",
-                    )
-        self._contexts = [self._open(profile) for profile in self._profiles]
-        self._buffers = {name: Buffer(self._gpu, size) for name, size in self._largest().items()}
-        for context in self._contexts:
-            self._bind(context)
-        self.token_budget = max(rows * length for rows, length in (profile.most for profile in self._profiles))
+        self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        self.outputs = [name for name in names if name not in self.inputs]
 
-    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
-        """More rows than any profile takes are run in parts. Raises EngineError naming a shape that none takes."""
-        rows, length = next(iter(inputs.values())).shape
-        most = max((p.most[0] for p in self._profiles if p.takes(length)), default=0)
-        if not most:
-            raise EngineError(
-                f"{self._file}: no profile takes texts padded to {length} tokens (it has "
-                f"{'; '.join(self._record.profiles)})",
-                f"build it again with a longer --profile: {self._record.rebuild()}",
-            )
-        self._gpu.enter()
-        parts = [self._run({n: a[i : i + most] for n, a in inputs.items()}, length) for i in range(0, rows, most)]
-        return parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts)]
+    def shape(self, name: str) -> Shape:
+        """Of a tensor; -1 where it varies."""
+        return tuple(self._engine.get_tensor_shape(name))
 
-    def int8_kernels(self) -> int:
-        """From the builder's log: an engine does not tell."""
-        return self._record.int8_gemms
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Raises TypeError for a tensor of a type that numpy does not have."""
+        return np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
 
-    def _run(self, inputs: Mapping[str, NDArray[np.int64]], length: int) -> list[NDArray[Any]]:
-        given = len(next(iter(inputs.values())))
-        profile = min((p for p in self._profiles if p.takes(length) and given <= p.most[0]), key=_Profile.tokens)
-        rows = profile.filled(given)
-        for name in self._inputs:
-            view = self._buffers[name].view((rows, length), self._types[name])
-            view[:given], view[given:] = inputs[name], inputs[name][-1:]
-        replay = self._replay(profile, rows, length) if self._captures else None
+    def itemsize(self, name: str) -> int:
+        return int(self._engine.get_tensor_dtype(name).itemsize)
+
+    def profiles(self, dimensions: Mapping[str, Sequence[str | int]]) -> list[EngineProfile]:
+        """Its profiles, the smallest first, as ranges of axes: ``dimensions`` are the inputs', numbers or names of axes.
+
+        Raises EngineError naming two inputs that disagree.
+        """
+        profiles = []
+        for number in range(self._engine.num_optimization_profiles):
+            ranges: dict[str, tuple[int, int, int]] = {}
+            first: dict[str, str] = {}
+            for name in self.inputs:
+                shapes = [tuple(shape) for shape in self._engine.get_tensor_profile_shape(name, number)]
+                for axis, (least, usual, most) in zip(dimensions[name], zip(*shapes)):
+                    if isinstance(axis, int):
+                        continue
+                    if ranges.setdefault(axis, (least, usual, most)) != (least, usual, most):
+                        raise EngineError(
+                            f"{self.file}: {first[axis]} and {name} disagree in profile {number}",
+                            f"build it again: {self.record.rebuild()}",
+                        )
+                    first.setdefault(axis, name)
+            profiles.append(EngineProfile(number, ranges))
+        return sorted(profiles, key=EngineProfile.size)
+
+    def output_shapes(self, profile: int, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Of the outputs by name, in their order, for inputs of these ``shapes``."""
+        context = self._context(profile, 0)
+        self._prepared.pop((profile, 0), None)
+        self._set_shapes(context, shapes)
+        return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
+
+    def run(self, job: Job) -> None:
+        """Put it into the stream; the first time perhaps twice, so it must write nothing that it reads."""
+        replay = self._replay(job) if self._captures else None
         if replay is not None:
-            shapes = replay.shapes
-            replay.graph.launch(self._stream)
-        else:
-            context = self._contexts[profile.number]
-            shapes = self._shape(context, rows, length)
-            self._enqueue(context, rows, length, shapes)
-        self._stream.synchronize()
-        return [self._buffers[name].view(shape, self._types[name])[:given].copy() for name, shape in shapes.items()]
+            replay.graph.launch(self.stream)
+            return
+        context, key = self._context(job.profile, job.lane), (job.profile, job.lane)
+        if self._prepared.get(key) is not job:
+            self._prepare(context, job)
+            self._prepared[key] = job
+        self._enqueue(context, job)
 
-    def _replay(self, profile: _Profile, rows: int, length: int) -> _Replay | None:
-        """The CUDA graph of a shape; None for an engine that cannot be captured."""
-        key = (profile.number, rows, length)
-        if key not in self._replays:
-            context = self._open(profile)
-            self._bind(context)
-            shapes = self._shape(context, rows, length)
-            self._enqueue(context, rows, length, shapes)  # settles what a new shape changes: none of it may be captured
-            self._stream.synchronize()
-            graph = self._stream.capture(lambda: self._enqueue(context, rows, length, shapes))
-            self._replays[key] = None if graph is None else _Replay(context, graph, shapes)
+    def too_long(self, what: str, remedy: str) -> EngineError:
+        """What to raise for a shape that no profile takes."""
+        profiles = "; ".join(self.record.profiles)
+        return EngineError(
+            f"{self.file}: no profile takes {what} (it has {profiles})",
+            f"build it again with {remedy}: {self.record.rebuild()}",
+        )
+
+    def _replay(self, job: Job) -> _Replay | None:
+        """The CUDA graph of a job; None for an engine that cannot be captured."""
+        if job not in self._replays:
+            context = self._open(job.profile)
+            self._prepare(context, job)
+            self._enqueue(context, job)  # settles what a new shape changes: none of it may be captured
+            self.stream.synchronize()
+            graph = self.stream.capture(lambda: self._enqueue(context, job))
+            self._replays[job] = None if graph is None else _Replay(context, graph)
             if len(self._replays) > _GRAPHS:
                 self._replays.popitem(last=False)
-        self._replays.move_to_end(key)
-        return self._replays[key]
+        self._replays.move_to_end(job)
+        return self._replays[job]
 
-    def _enqueue(self, context: Any, rows: int, length: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        for name in self._inputs:
-            self._buffers[name].upload(rows * length * self._types[name].itemsize, self._stream)
-        if not context.execute_async_v3(self._stream.handle):
-            raise self._failed(f"did not run {rows} rows of {length} tokens")
-        for name, shape in shapes.items():
-            self._buffers[name].download(int(np.prod(shape)) * self._types[name].itemsize, self._stream)
+    def _enqueue(self, context: Any, job: Job) -> None:
+        for buffer, size in job.uploads:
+            buffer.upload(size, self.stream)
+        if not context.execute_async_v3(self.stream.handle):
+            raise self._failed(f"did not run {job.told}")
+        for buffer, size in job.downloads:
+            buffer.download(size, self.stream)
 
-    def _open(self, profile: _Profile) -> Any:
+    def _context(self, profile: int, lane: int) -> Any:
+        if (profile, lane) not in self._contexts:
+            self._contexts[profile, lane] = self._open(profile)
+        return self._contexts[profile, lane]
+
+    def _open(self, profile: int) -> Any:
         """A context that runs ``profile``."""
         context = self._new_context()
-        if context is None or not context.set_optimization_profile_async(profile.number, self._stream.handle):
-            raise self._failed(f"gives no context for profile {profile.number}")
-        self._stream.synchronize()
+        if context is None or not context.set_optimization_profile_async(profile, self.stream.handle):
+            raise self._failed(f"gives no context for profile {profile}")
+        self.stream.synchronize()
         return context
 
-    def _bind(self, context: Any) -> None:
-        for name, buffer in self._buffers.items():
-            if not context.set_tensor_address(name, buffer.address):
+    def _prepare(self, context: Any, job: Job) -> None:
+        self._set_shapes(context, job.shapes)
+        for name, address in job.addresses.items():
+            if not context.set_tensor_address(name, address):
                 raise self._failed(f"takes no address for {name}")
 
-    def _shape(self, context: Any, rows: int, length: int) -> dict[str, tuple[int, ...]]:
-        """Set the inputs' shape; returns the outputs' by name, in their order."""
-        for name in self._inputs:
-            if not context.set_input_shape(name, (rows, length)):
-                raise self._failed(f"does not take {rows} rows of {length} tokens as {name}")
-        return {name: tuple(context.get_tensor_shape(name)) for name in self._outputs}
-
-    def _largest(self) -> dict[str, int]:
-        """Bytes of each tensor, under whichever profile it is largest."""
-        sizes: dict[str, int] = {}
-        for profile, context in zip(self._profiles, self._contexts):
-            outputs = self._shape(context, *profile.most)
-            for name, shape in {**dict.fromkeys(self._inputs, profile.most), **outputs}.items():
-                sizes[name] = max(sizes.get(name, 0), int(np.prod(shape)) * self._types[name].itemsize)
-        return sizes
+    def _set_shapes(self, context: Any, shapes: Mapping[str, Shape]) -> None:
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise self._failed(f"does not take {list(shape)} as {name}")
 
     def _failed(self, what: str, remedy: str = "check nvidia-smi; restart the process") -> EngineError:
-        return EngineError(f"{self._file}: {what}: {last_error(self._said)}", remedy)
-
-
-@dataclass(frozen=True)
-class _Profile:
-    """The shapes, [rows, length], that a profile of the engine takes."""
-
-    number: int
-    least: tuple[int, int]
-    usual: tuple[int, int]
-    most: tuple[int, int]
-
-    def takes(self, length: int) -> bool:
-        return self.least[1] <= length <= self.most[1]
-
-    def filled(self, rows: int) -> int:
-        """What ``rows`` are filled up to: a power of two where it can be, so that few shapes come, and come again."""
-        return min(max(1 << (rows - 1).bit_length(), self.least[0]), self.most[0])
-
-    def tokens(self) -> int:
-        return self.most[0] * self.most[1]
+        return EngineError(f"{self.file}: {what}: {last_error(self._said)}", remedy)
 
 
 @dataclass(frozen=True)
 class _Replay:
-    """``graph`` holds good while ``context`` stays as it was; ``shapes`` are the outputs'."""
+    """``graph`` holds good while ``context`` stays as it was."""
 
     context: Any
     graph: Graph
-    shapes: Mapping[str, tuple[int, ...]]
 
 
 def _contexts(trt: Any, engine: Any, memory: DeviceMemory) -> Callable[[], Any]:

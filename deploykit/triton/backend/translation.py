@@ -58,20 +58,21 @@ class TranslationBackend:
     def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
         task = manifest.task
         assert isinstance(task, Translation)
-        self._task = task
-        self._max_rows = number_parameter(config, "max_rows", MAX_ROWS)
+        max_rows = number_parameter(config, "max_rows", MAX_ROWS)
         max_cache_mb = number_parameter(config, "max_cache_mb", MAX_CACHE_BYTES >> 20)
-        if not self._max_rows:
+        if not max_rows:
             raise DeploykitError("config.pbtxt: parameter max_rows is '0'", "make it 1 or more")
         self._long_input = _long_input(text_parameter(config, _LONG_INPUT, "split"), "config.pbtxt: parameter ")
-        files = find_graphs(folder, manifest, engine="auto", precision="auto").files
+        graphs = find_graphs(folder, manifest, engine="auto", precision="auto")
         load = partial(
             load_translator,
             folder,
             task,
-            files,
+            graphs.files,
             cpu_threads(config),
-            max_rows=self._max_rows,
+            engine=graphs.engine,
+            device=device,
+            max_rows=max_rows,
             max_cache_bytes=max_cache_mb << 20,
         )
         self._loop = DecodeLoop(
@@ -126,7 +127,8 @@ class TranslationBackend:
             for name in _NOT_WHOLE:
                 if isinstance(given.get(name), str):
                     given[name] = _number(given[name])
-            return override(self._task, given, max_beams=self._max_rows), long_input
+            translator = self._loop.translator
+            return override(translator.task, given, max_beams=translator.decoder.max_rows), long_input
         except UsageError as error:
             raise RefusedError(f"{error.message}: {error.remedy}") from None
 

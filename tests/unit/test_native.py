@@ -1,0 +1,184 @@
+"""The engine ``native`` beside ONNX Runtime on the same weights, and what it makes of broken files."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from test_decoding import FAMILIES, LONGEST, SEARCHES, Case, case, decode, generation_of, open_engine, results
+
+from deploykit.errors import CorruptArtifactError, EngineError
+from deploykit.export.families import read_architecture
+from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+from deploykit.export.seq2seq_native import save_native
+from deploykit.runtime.choice import Choice, select
+from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
+from deploykit.runtime.engines.native import NativeModel, int8_layers
+from deploykit.runtime.engines.native_library import lacks
+from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.tasks import Generation
+
+pytestmark = pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
+__all__ = ["case"]
+
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def logits_of(model: Any, sources: Sequence[Sequence[int]]) -> Floats:
+    """[steps, sources, vocabulary]: what each of 8 sources says of the same tokens."""
+    encoded = model.encode(sources)
+    for i, source in enumerate(sources):
+        model.admit(encoded, i, len(source))
+    found = np.stack([model.step(np.full(8, token)).copy() for token in (5, 6, 7, 8)])
+    model.remove(np.arange(8))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_ranges_only_embedding_and_caches_are_rounded(family: str, tmp_path: Path) -> None:
+    """All else is float32. T5 has the weights that it is begun with: the larger ones of other tests make so much of a
+    rounded key that nothing could be told."""
+    torch.manual_seed(0)
+    model = FAMILIES[family](**({"initializer_factor": 1.0} if family.startswith("t5") else {})).eval()
+    architecture = read_architecture(model)
+    save_graphs(tmp_path, build_encoder(architecture), build_decoder(architecture), TRANSLATION_FILES["fp32"])
+    save_native(tmp_path / NATIVE_FILE, architecture, {})
+    assert int8_layers(tmp_path / NATIVE_FILE) == 0
+    random = np.random.default_rng(1)
+    sources = [random.integers(3, 118, n).tolist() for n in (1, 3, 4, 5, 9, 17, 30, 31)]
+    expected = logits_of(Seq2SeqModel(tmp_path, TRANSLATION_FILES["fp32"], 1), sources)
+    found = logits_of(NativeModel(tmp_path, [NATIVE_FILE], 1), sources)
+    assert np.abs(found - expected).mean() / expected.std() < 0.02
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_int8_it_is_as_near_to_fp32_as_onnx_runtime_is(case: Callable[[str], Case], family: str) -> None:
+    c = case(family)
+    sources = c.sources[:8]
+    fp32 = logits_of(c.engine, sources)
+    theirs = logits_of(Seq2SeqModel(c.folder, TRANSLATION_FILES["int8"], 1), sources)
+    ours = logits_of(open_engine(c, "native", 1), sources)
+    assert np.abs(ours - fp32).mean() < 1.2 * np.abs(theirs - fp32).mean()
+    assert 0 < np.abs(ours - theirs).mean() < np.abs(theirs - fp32).mean() * 1.2
+
+
+def test_the_file_is_safetensors_with_the_embedding_once(case: Callable[[str], Case]) -> None:
+    file = case("marian").folder / NATIVE_FILE
+    assert int8_layers(file) == 2 * 4 + 1 + 2 * 6 + 1
+    apart = case("marian, two vocabularies").folder / NATIVE_FILE
+    values = []
+    for each in (file, apart):
+        with safe_open(each, "np") as tensors:
+            values.append(sum(tensors.get_tensor(name).nbytes for name in tensors.keys()))  # noqa: SIM118
+    panels, scales = 128 * 32, 128 * 4
+    assert values[1] - values[0] == panels + scales, "the vocabulary filled up to whole panels"
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_it_chooses_what_its_logits_say(case: Callable[[str], Case], search: str) -> None:
+    """Rules, probabilities and the best tokens in C against the same in numpy."""
+
+    class InNumpy(NativeModel):
+        def choose(self, tokens: Any, choice: Choice) -> Any:
+            return select(self.step(tokens), choice, self.best)
+
+    c = case("marian")
+    options = {k: c.task.eos_token_ids[0] if v == "eos" else v for k, v in SEARCHES[search].items()}
+    generation = generation_of(options)
+    expected = results(decode(c, generation, engine=InNumpy(c.folder, [NATIVE_FILE], 1), max_rows=16))
+    found = results(decode(c, generation, engine=open_engine(c, "native", 1), max_rows=16))
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+    assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4, rel=1e-4)
+
+
+def test_threads_change_no_bit(case: Callable[[str], Case]) -> None:
+    for family in ("marian", "t5 1.1"):
+        c = case(family)
+        sources = c.sources[:8]
+        expected = logits_of(open_engine(c, "native", 1), sources)
+        for threads in (2, 3):
+            assert (logits_of(open_engine(c, "native", threads), sources) == expected).all()
+        beams = Generation(beam_size=3, max_length=LONGEST)
+        found = [results(decode(c, beams, engine=open_engine(c, "native", n))) for n in (1, 3)]
+        assert found[0] == found[1]
+
+
+def test_caches_grow_while_sentences_run(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    generation = Generation(beam_size=2, max_length=60, min_length=60)
+    model = open_engine(c, "native", 1)
+    before = model.cache_bytes(48, 1, 1)
+    assert results(decode(c, generation, engine=model, max_rows=4)) == results(decode(c, generation, engine=model))
+    assert model.cache_bytes(48, 60, 1) > before
+
+
+def test_a_token_that_the_model_does_not_have_is_refused(case: Callable[[str], Case]) -> None:
+    model = open_engine(case("marian"), "native", 1)
+    for ids in ([10**6], [-1]):
+        with pytest.raises(EngineError, match="one of the model's 120"):
+            model.encode([ids])
+    model.admit(model.encode([[3, 4]]), 0, 2)
+    with pytest.raises(EngineError, match="one of the model's 120"):
+        model.step(np.array([120]))
+
+
+def rewritten(file: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """``file`` with another header."""
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    to.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    return to
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda content: b"", "is not a file of weights"),
+        (lambda content: content[:5], "is not a file of weights"),
+        (lambda content: content[:200], "is not a file of weights"),
+        (lambda content: b"\xff" * 8 + content[8:], "is not a file of weights"),
+        (lambda content: content[:-64], "is cut"),
+    ],
+)
+def test_a_broken_file_is_named(case: Callable[[str], Case], tmp_path: Path, damage: Any, says: str) -> None:
+    file = tmp_path / NATIVE_FILE
+    file.write_bytes(damage((case("marian").folder / NATIVE_FILE).read_bytes()))
+    with pytest.raises(CorruptArtifactError, match=says) as caught:
+        NativeModel(tmp_path, [NATIVE_FILE], 1)
+    assert str(file) in caught.value.message
+
+
+def test_headers_that_lie_are_refused(case: Callable[[str], Case], tmp_path: Path) -> None:
+    file = case("marian").folder / NATIVE_FILE
+
+    def another_format(header: dict[str, Any]) -> None:
+        header["__metadata__"]["format"] = "deploykit-native-99"
+
+    def more_inputs(header: dict[str, Any]) -> None:
+        model = json.loads(header["__metadata__"]["model"])
+        model["decoder"]["layers"][0]["feed_forward_norm"]["gamma"] = model["decoder"]["layers"][0]["up"]["weight"]
+        header["__metadata__"]["model"] = json.dumps(model)
+
+    def elsewhere(header: dict[str, Any]) -> None:
+        name = next(name for name in header if name != "__metadata__")
+        header[name]["data_offsets"] = [2**40, 2**40 + 64]
+
+    for change, error in (
+        (another_format, EngineError),
+        (more_inputs, CorruptArtifactError),
+        (elsewhere, CorruptArtifactError),
+    ):
+        rewritten(file, tmp_path / NATIVE_FILE, change)
+        with pytest.raises(error):
+            NativeModel(tmp_path, [NATIVE_FILE], 1)
