@@ -22,7 +22,7 @@ from suite import begin, candidate, measured_alone, say, write
 from translation_contenders import (
     CONTENDERS,
     CTRANSLATE2,
-    DEPLOYKIT,
+    OURS,
     Contender,
     CTranslate2,
     Subject,
@@ -40,7 +40,7 @@ from deploykit.bench.load import ClosedLoop, answer_texts
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import run_bench
 from deploykit.predictor import TextTranslator
-from deploykit.runtime.engines import TRANSLATION_FILES, Precision, available_cpus
+from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES, Precision, available_cpus
 from deploykit.runtime.generation import override
 from deploykit.runtime.translator import Translator
 from deploykit.tasks import Generation, Translation
@@ -197,6 +197,7 @@ def random_subject(folder: Path, shape: Shape) -> Subject:
 
     from deploykit.export.families import read_architecture
     from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+    from deploykit.export.seq2seq_native import save_native
     from deploykit.export.translation_calibration import activations_of
     from deploykit.finetune.checkpoint import quiet
 
@@ -222,6 +223,7 @@ def random_subject(folder: Path, shape: Shape) -> Subject:
     ranges = dict.fromkeys(activations_of(export), (-6.0, 6.0))
     graphs = build_encoder(architecture, ranges), build_decoder(architecture, ranges)
     save_graphs(export, *graphs, TRANSLATION_FILES["int8"])
+    save_native(export / NATIVE_FILE, architecture, ranges)
     limit = TARGET_TOKENS + 1  # with the start token
     generation = Generation(max_length=limit, min_length=limit, bad_words=((v - 1,),))
     task = Translation("en", "fr", "marian", v, 512, 512, v - 1, (0,), v - 1, generation)
@@ -276,7 +278,7 @@ def _torch_model(subject: Subject) -> Any:
 
 def _alone(contender: Contender, subject: Subject, texts: Sequence[str], plan: Plan) -> Alone | None:
     """Each without the engines of the others."""
-    hidden = [] if contender.engine == DEPLOYKIT else ["onnxruntime"]
+    hidden = [] if contender.precision.startswith("onnxruntime") else ["onnxruntime"]
     hidden += ["torch"] if contender.engine == CTRANSLATE2 else []
     job = job_of(contender, subject, plan.threads)
     return measured_alone(contender, "translation_contenders", hidden, job, texts, times=1 if plan.quick else 3)
@@ -288,7 +290,7 @@ def _agreement(
     """The share of some texts that each translates exactly as deploykit does in fp32."""
     some = texts[:_AGREEMENT_TEXTS]
     answers = {c.name: [a.text for a in answer_texts(translator, some, generation)] for c, translator in opened.items()}
-    ours = answers[f"{DEPLOYKIT} fp32"]
+    ours = answers[OURS.name]
     return {name: sum(map(str.__eq__, theirs, ours)) / len(ours) for name, theirs in answers.items()}
 
 

@@ -19,8 +19,7 @@ import numpy as np
 
 from deploykit.predictor import Predictor, TextTranslator
 from deploykit.runtime.decoding import Decoder, Seconds, Sentence
-from deploykit.runtime.engines import TRANSLATION_FILES
-from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.engines import ENGINES, Precision, load_decode_model
 from deploykit.runtime.search import Finished
 from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
 from deploykit.runtime.translator import Tokenizer, Translator
@@ -61,14 +60,20 @@ CONTENDERS = (
     Contender(HUGGING_FACE, "fp32"),
     Contender(CTRANSLATE2, "float32"),
     Contender(CTRANSLATE2, "int8"),
-    Contender(DEPLOYKIT, "fp32"),
-    Contender(DEPLOYKIT, "int8"),
+    Contender(DEPLOYKIT, "onnxruntime fp32"),
+    Contender(DEPLOYKIT, "onnxruntime int8"),
+    Contender(DEPLOYKIT, "native int8"),
 )
-_PACKAGES = {HUGGING_FACE: "transformers", CTRANSLATE2: "ctranslate2", DEPLOYKIT: "onnxruntime"}
+OURS = CONTENDERS[3]
+"""The one that the others' answers are compared with: it says what PyTorch does."""
+_PACKAGES = {HUGGING_FACE: "transformers", CTRANSLATE2: "ctranslate2"}
 
 
 def missing(contender: Contender) -> str | None:
     """Why a contender cannot run here."""
+    if contender.engine == DEPLOYKIT:
+        engine, _ = _ours(contender)
+        return None if ENGINES[engine].lacks is None else f"{engine}: {ENGINES[engine].lacks}"
     package = _PACKAGES[contender.engine]
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed: pip install 'deploykit[finetune,cpu,peers]'"
@@ -83,7 +88,7 @@ def open_contender(contender: Contender, subject: Subject, threads: int) -> Text
     if contender.engine == CTRANSLATE2:
         peer = CTranslate2(subject.converted / contender.precision, contender.precision, task, threads)
         return Translator(task, tokenizer_of(subject), peer)
-    model = Seq2SeqModel(subject.export, _files(contender), threads)
+    model = load_decode_model(_ours(contender)[0], subject.export, _files(contender), threads)
     return Translator(task, tokenizer_of(subject), Decoder(model, task, workers=threads))
 
 
@@ -98,8 +103,15 @@ def size_mb(contender: Contender, subject: Subject) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def _files(contender: Contender) -> tuple[str, str, str]:
-    return TRANSLATION_FILES["int8" if contender.precision == "int8" else "fp32"]
+def _ours(contender: Contender) -> tuple[str, Precision]:
+    """Engine and precision of a contender that is deploykit's."""
+    engine, precision = contender.precision.split()
+    return engine, "int8" if precision == "int8" else "fp32"
+
+
+def _files(contender: Contender) -> tuple[str, ...]:
+    engine, precision = _ours(contender)
+    return ENGINES[engine].translators[precision]
 
 
 class Numbers:

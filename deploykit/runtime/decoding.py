@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -66,8 +66,9 @@ class _Plan:
     """The running sentences by how they are searched for; it holds until one joins or leaves.
 
     ``rules`` with the rows they are for. ``choice``: what is wanted of each step but for what the rules change from step to
-    step, if ``may_force`` or ``varies``. ``beams``: sentences of one beam size, and their rows, [sentences, beams], of
-    which ``Sentence.rows`` are views. ``limits`` of the length, by row.
+    step: if ``may_force``, or ``varies``, or when other rows are too ``early`` to end. ``beams``: sentences of one beam size,
+    and their rows, [sentences, beams], of which ``Sentence.rows`` are views. By row: ``limits`` and the ``least`` of the
+    length.
     """
 
     rules: list[tuple[Rules, Ints]]
@@ -75,6 +76,8 @@ class _Plan:
     greedy_rows: Ints
     beams: list[tuple[list[Sentence], Ints]]
     limits: Ints
+    least: Ints
+    early: NDArray[np.bool_] | None
     choice: Choice
     may_force: bool
     varies: bool
@@ -254,8 +257,10 @@ class Decoder:
             for rules, theirs in plan.rules:
                 if rules.may_force:
                     choice.forced[theirs] = rules.forced(self._lengths[theirs])
-        if plan.varies:
-            choice = replace(choice, penalties=[])
+        early = self._lengths[: self._model.rows] < plan.least
+        if plan.varies or plan.early is None or (early != plan.early).any():
+            plan.early = early
+            choice.penalties = []
             forbidden: list[list[int]] = [[]] * self._model.rows
             for rules, theirs in plan.rules:
                 for row in theirs.tolist():
@@ -272,27 +277,26 @@ class Decoder:
         sizes: dict[int, list[Sentence]] = {}
         scored, before, in_beam = np.zeros((3, rows), bool)
         forced, nothing = np.full(rows, -1, np.int32), np.empty(0, np.int32)
-        choice = Choice(1, forced, nothing, nothing, scored, before, of_probabilities=in_beam)
-        plan = _Plan([], [], np.empty(0, np.int64), [], np.zeros(rows, np.int64), choice, may_force=False, varies=False)
+        choice = Choice(
+            1, forced, nothing, nothing, scored, before, of_probabilities=in_beam
+        )  # the first step completes it
+        limits, least = np.zeros((2, rows), np.int64)
+        plan = _Plan([], [], nothing.astype(np.int64), [], limits, least, None, choice, may_force=False, varies=False)
         for sentence in self.running:
             g = sentence.generation
             rules.setdefault(g, []).append(sentence.rows)
-            plan.limits[sentence.rows] = g.max_length
+            limits[sentence.rows], least[sentence.rows] = g.max_length, g.min_length
             before[sentence.rows] = not g.renormalize
             scored[sentence.rows] = sentence.scored or sentence.beam is not None
             in_beam[sentence.rows] = sentence.beam is not None
             (plan.greedy if sentence.beam is None else sizes.setdefault(g.beam_size, [])).append(sentence)
-        forbidden: list[list[int]] = [[]] * rows
         for g, parts in rules.items():
             if g not in self._rules:
                 self._rules[g] = Rules(g, self._task.eos_token_ids)
-            its, theirs = self._rules[g], np.concatenate(parts)
-            plan.rules.append((its, theirs))
+            its = self._rules[g]
+            plan.rules.append((its, np.concatenate(parts)))
             plan.may_force |= its.may_force
             plan.varies |= its.vary or its.penalty != 1.0
-            for row in theirs.tolist():
-                forbidden[row] = its.never
-        choice.forbidden, choice.begin = _in_turn(forbidden)
         if plan.greedy:
             plan.greedy_rows = np.concatenate([sentence.rows for sentence in plan.greedy])
         for size, sentences in sizes.items():

@@ -44,8 +44,13 @@ class Rules:
 
     @property
     def vary(self) -> bool:
-        """Whether what is forbidden depends on what has come."""
-        return bool(self._generation.no_repeat_ngram_size or self._words or self._generation.min_length)
+        """Whether what is forbidden depends on which tokens have come."""
+        return bool(self._generation.no_repeat_ngram_size or self._words)
+
+    @property
+    def min_length(self) -> int:
+        """Below it no sentence may end."""
+        return self._generation.min_length
 
     def forced(self, lengths: Ints) -> NDArray[np.int32]:
         """For rows of so many tokens the one that must come next, or -1."""
