@@ -25,6 +25,7 @@
 #define MOST_ROWS 6 /* of a tile: its sums, a panel's columns each, are 24 of the 32 registers */
 #define CHUNKS 32   /* parts of the vocabulary that are searched apart: of fixed borders, whoever takes them */
 #define MOST_BEST 64
+#define SPINS 3000 /* about 50 us: who has not come by then does not run, and may need this very CPU */
 #define INLINE static inline __attribute__((always_inline))
 
 /* The structures are filled in by native.py, which has the same fields in the same order. */
@@ -131,7 +132,7 @@ static void barrier(Context *c) {
         return;
     }
     for (int n = 0; atomic_load_explicit(&c->phase, memory_order_acquire) == phase; n++) {
-        if (n < 20000) _mm_pause();
+        if (n < SPINS) _mm_pause();
         else sched_yield();
     }
 }
@@ -168,7 +169,7 @@ static void run(Context *c, Work work) {
     }
     if (work) work(c, 0);
     for (int n = 0; c->threads > 1 && !c->stop && atomic_load_explicit(&c->working, memory_order_acquire); n++) {
-        if (n < 20000) _mm_pause();
+        if (n < SPINS) _mm_pause();
         else sched_yield();
     }
 }
@@ -455,10 +456,20 @@ static float keep(const float *x, int8_t *y, int size) {
     return highest / 127.0f;
 }
 
-INLINE float dot8(const __m512 *q, const int8_t *k, int parts) {
+/* The sums of four vectors. */
+INLINE __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m256 a8 = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m256 b8 = _mm256_add_ps(_mm512_castps512_ps256(b), _mm512_extractf32x8_ps(b, 1));
+    __m256 c8 = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    __m256 d8 = _mm256_add_ps(_mm512_castps512_ps256(d), _mm512_extractf32x8_ps(d, 1));
+    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a8, b8), _mm256_hadd_ps(c8, d8));
+    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+}
+
+INLINE __m512 products(const __m512 *q, const int8_t *k, int parts) {
     __m512 sum = _mm512_mul_ps(q[0], widened(k));
     for (int i = 1; i < parts; i++) sum = _mm512_fmadd_ps(q[i], widened(k + 16 * i), sum);
-    return _mm512_reduce_add_ps(sum);
+    return sum;
 }
 
 #define MOST_PARTS 16 /* heads of up to 256 */
@@ -475,9 +486,16 @@ static void attend(Context *c, int number, const Stack *s, const float *query, c
         q[i] = _mm512_mul_ps(_mm512_maskz_loadu_ps(tail(size - 16 * i), query + 16 * i), _mm512_set1_ps(s->scale));
         out[i] = _mm512_setzero_ps();
     }
-    for (int t = 0; t < n; t++) {
-        int64_t at = (table ? table[t] * stride : 0) + t;
-        scores[t] = dot8(q, keys + at * padded, parts) * key_scale[at];
+    for (int t = 0; t < n; t += 4) { /* the last key stands in for those after it: there is room for their scores */
+        int64_t at[4];
+        for (int j = 0; j < 4; j++) {
+            int last = t + j < n ? t + j : n - 1;
+            at[j] = (table ? table[last] * stride : 0) + last;
+        }
+        __m128 scale = _mm_setr_ps(key_scale[at[0]], key_scale[at[1]], key_scale[at[2]], key_scale[at[3]]);
+        __m128 four = sums_of(products(q, keys + at[0] * padded, parts), products(q, keys + at[1] * padded, parts),
+                              products(q, keys + at[2] * padded, parts), products(q, keys + at[3] * padded, parts));
+        _mm_storeu_ps(scores + t, _mm_mul_ps(four, scale));
     }
     if (bias) { /* of distances t - (n - 1) */
         for (int t = 0; t < n; t++) {
@@ -546,21 +564,25 @@ static void encoder_attention(Context *c, int number, const Stack *s, int layer)
         int room = (n + 15) / 16 * 16;
         for (int i = 0; i < n; i += 4) {
             int queries = n - i < 4 ? n - i : 4;
-            for (int j = 0; j < n; j++)
+            for (int j = 0; j < n; j++) {
+                __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+                float four[4];
+                for (int p = 0; p < parts; p++) {
+                    __mmask16 mask = tail(size - 16 * p);
+                    __m512 k = _mm512_maskz_loadu_ps(mask, key + j * wide + 16 * p);
+                    for (int a = 0; a < queries; a++)
+                        sum[a] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, query + (i + a) * wide + 16 * p), k, sum[a]);
+                }
+                _mm_storeu_ps(four, sums_of(sum[0], sum[1], sum[2], sum[3]));
                 for (int a = 0; a < queries; a++) {
-                    __m512 sum = _mm512_setzero_ps();
-                    for (int p = 0; p < parts; p++) {
-                        __mmask16 mask = tail(size - 16 * p);
-                        sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, query + (i + a) * wide + 16 * p),
-                                              _mm512_maskz_loadu_ps(mask, key + j * wide + 16 * p), sum);
-                    }
-                    float score = _mm512_reduce_add_ps(sum) * s->scale;
+                    float score = four[a] * s->scale;
                     if (bias) {
                         int d = j - (i + a) + s->zero_distance;
                         score += bias[d < 0 ? 0 : d >= s->distances ? s->distances - 1 : d];
                     }
                     c->scores[number][a * room + j] = score;
                 }
+            }
             for (int a = 0; a < queries; a++) softmax(c->scores[number] + a * room, n);
             for (int p = 0; p < parts; p++) {
                 __m512 out[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -663,7 +685,7 @@ static void answer(Context *c, const Stack *s, int row, int chunks) {
 static void choose(Context *c, int number, const Stack *s) {
     const Linear *l = &s->last;
     const Choice *choice = c->choice;
-    int rows = c->rows, panels = filled(l->out) / PANEL, chunks = panels < CHUNKS ? panels : CHUNKS;
+    int rows = c->rows, panels = filled(l->out) / PANEL, chunks = (panels + 7) / 8 < CHUNKS ? (panels + 7) / 8 : CHUNKS;
     int groups = (rows + MOST_ROWS - 1) / MOST_ROWS, mine, end;
     share(chunks, c->threads, number, &mine, &end);
     for (; mine < end; mine++) {
