@@ -215,8 +215,7 @@ class TensorRtSeq2Seq:
         end, own = int(self._past[sources].max()), self._memory[self._now]
         self._gpu.enter()
         for source, target in zip(sources.tolist(), targets.tolist()):
-            places = (self._self.place(own, row, begin) for row in (source, target))
-            self._copy(*places, end - begin)
+            self._copy(self._self.place(own, source, begin), self._self.place(own, target, begin), end - begin)
         self._past[targets] = self._past[sources]
 
     def remove(self, gone: Ints) -> Ints:
