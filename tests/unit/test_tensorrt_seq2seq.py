@@ -136,7 +136,7 @@ def test_whole_translations_are_those_of_the_graphs(export: Path) -> None:
         got, expected = (translator.translate(TEXTS * 2, generation) for translator in (ours, theirs))
         same = sum(a.text == b.text for a, b in zip(got, expected))
         assert same == len(TEXTS * 2) if fake else same >= 0.8 * len(TEXTS * 2)  # weights are random: ties are many
-        assert max(t.target_tokens for t in got) > max(31, least), "caches have grown"
+        assert max(t.target_tokens for t in got) > least
         assert max(t.source_tokens for t in got) > 32
         if fake:
             assert [t.score for t in got] == pytest.approx([t.score for t in expected], abs=1e-3)
@@ -161,7 +161,8 @@ def test_rows_hold_what_those_of_onnx_runtime_hold(
     longest = 0
     for turn in range(150):
         roll = random.random()
-        if len(groups) < 3 or (roll < 0.2 and len(groups) <= model.limits.rows - 3):
+        oldest = np.flatnonzero(reference._past[: len(groups)] == model.limits.target)
+        if not len(oldest) and (len(groups) < 3 or (roll < 0.2 and len(groups) <= model.limits.rows - 3)):
             lengths = random.integers(1, 8 if turn < 50 else 50, 2)
             token_ids = [random.integers(2, model.vocabulary - 1, n).tolist() for n in lengths]
             encoded = [each.encode(token_ids) for each in (model, reference)]
@@ -170,8 +171,7 @@ def test_rows_hold_what_those_of_onnx_runtime_hold(
                     each.admit(cross, text, len(token_ids[text]), copies)
                 groups = np.append(groups, [texts] * copies)
                 texts += 1
-        elif roll < 0.3 or int(reference._past[: len(groups)].max()) >= model.limits.target:
-            oldest = np.flatnonzero(reference._past[: len(groups)] >= model.limits.target - 1)
+        elif len(oldest) or roll < 0.3:
             gone = np.union1d(oldest, random.integers(0, len(groups), 2))
             orders = [each.remove(gone) for each in (model, reference)]
             np.testing.assert_array_equal(*orders)
