@@ -216,6 +216,11 @@ def test_a_step_is_one_launch_of_a_cuda_graph(
         "8 rows were computed already: one new encoding"
     )
     assert (len(driver.device), len(driver.host)) == memory, "no shape allocates any"
+    logits = []
+    for other in model.side_by_side(2):
+        other.admit(other.encode([[5] * 9]), 0, 9)
+        logits.append(other.step(np.array([7])))
+    np.testing.assert_array_equal(*logits)
 
 
 def test_what_no_profile_takes_is_refused_with_the_command(
