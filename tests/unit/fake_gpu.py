@@ -256,7 +256,7 @@ def install_driver(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None) -
 
 
 def names_used(source: Path) -> set[str]:
-    """Dotted names after ``trt.`` in a Python file."""
+    """Dotted names after ``trt.``, or ``self._trt.``, in a Python file."""
 
     def dotted(node: ast.AST) -> str | None:
         if isinstance(node, ast.Name):
@@ -264,7 +264,8 @@ def names_used(source: Path) -> set[str]:
         parent = dotted(node.value) if isinstance(node, ast.Attribute) else None
         return None if parent is None else f"{parent}.{node.attr}"  # type: ignore[attr-defined]
 
-    names = {dotted(node) or "" for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))}
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    names = {(dotted(node) or "").removeprefix("self._") for node in ast.walk(tree)}
     return {name.removeprefix("trt.") for name in names if name.startswith("trt.")}
 
 

@@ -24,6 +24,7 @@ from deploykit.runtime.choice import Choice, select
 from deploykit.runtime.engines import BestTokens, DecodeLimits
 from deploykit.runtime.engines.native_library import library_file
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
+from deploykit.runtime.engines.rows import without
 
 FORMAT = "deploykit-native-1"
 """Of the file of weights: it is in its metadata, and changes with what the library reads."""
@@ -350,20 +351,14 @@ class NativeModel:
 
     def remove(self, gone: Ints) -> Ints:
         """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
-        left = self.rows - len(gone)
-        order = np.arange(left)
-        leaving = np.zeros(self.rows, bool)
-        leaving[gone] = True
-        holes = np.flatnonzero(leaving[:left])
-        movers = left + np.flatnonzero(~leaving[left:])
-        order[holes] = movers
+        order, holes, movers = without(self.rows, gone)
         self._free += self._slots[gone].tolist()
         for array in (self._tables, self._past, self._slots, self._source, self._addresses):
             array[holes] = array[movers]
         for hole, mover in zip(holes, movers):
             self._texts[hole] = self._texts[mover]
-        del self._texts[left:]
-        self.rows = left
+        del self._texts[len(order) :]
+        self.rows = len(order)
         return order
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from deploykit.runtime.choice import Choice, select
 from deploykit.runtime.engines.best_tokens import BestTokens
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
+from deploykit.runtime.engines.rows import without
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have
 _LEAST_ROWS = 4
@@ -216,13 +217,7 @@ class Seq2SeqModel:
 
     def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
         """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
-        left = self.rows - len(gone)
-        order = np.arange(left)
-        leaving = np.zeros(self.rows, bool)
-        leaving[gone] = True
-        holes = np.flatnonzero(leaving[:left])
-        movers = left + np.flatnonzero(~leaving[left:])
-        order[holes] = movers
+        order, holes, movers = without(self.rows, gone)
         if len(movers):
             target, source = int(self._past[movers].max()), int(self._source_last[movers].max()) + 1
             for to, row in zip(holes, movers):
@@ -231,7 +226,7 @@ class Seq2SeqModel:
             self._last[:, holes] = self._last[:, movers]
             self._past[holes] = self._past[movers]
             self._source_last[holes] = self._source_last[movers]
-        self.rows = left
+        self.rows = len(order)
         return order
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:

@@ -195,7 +195,7 @@ class LoadedEngine:
 
     def __init__(self, file: Path, device: int = 0, *, beside: LoadedEngine | None = None) -> None:
         self.file, self.record = file, read_record(file)
-        self.gpu = beside.gpu if beside else Gpu(device)
+        self.gpu: Gpu = beside.gpu if beside else Gpu(device)
         trt = check(file, self.record, self.gpu)
         plan = file.read_bytes()
         if hashlib.sha256(plan).hexdigest() != self.record.sha256:
@@ -212,7 +212,7 @@ class LoadedEngine:
             self._engine = None
         if self._engine is None:
             raise self._failed("cannot be loaded", f"update the driver, or build it again: {self.record.rebuild()}")
-        self.stream = beside.stream if beside else Stream(self.gpu)
+        self.stream: Stream = beside.stream if beside else Stream(self.gpu)
         self._new_context = _contexts(trt, self._engine, DeviceMemory(self.gpu, self._engine.device_memory_size_v2))
         self._captures = not hasattr(trt, "CudaGraphStrategy")
         self._replays: OrderedDict[Job, _Replay | None] = OrderedDict()

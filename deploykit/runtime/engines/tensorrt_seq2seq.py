@@ -23,6 +23,7 @@ from deploykit.runtime.choice import Choice, select
 from deploykit.runtime.cuda import Buffer, DeviceMemory, Place
 from deploykit.runtime.engines import DecodeLimits
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
+from deploykit.runtime.engines.rows import without
 from deploykit.runtime.engines.tensorrt import EngineProfile, Job, LoadedEngine
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have, where profiles allow it
@@ -90,23 +91,22 @@ class TensorRtSeq2Seq:
         self._decoder = decoder = LoadedEngine(folder / files[1], beside=encoder)
         self._gpu, self._stream = encoder.gpu, encoder.stream
         self._parts = [name.removeprefix("past.") for name in decoder.inputs if name.startswith("past.")]
-        _, self._heads, _, head_size = decoder.shape(f"past.{self._parts[0]}")
-        self._position_bytes = head_size * decoder.itemsize(f"past.{self._parts[0]}")
+        _, self._heads, _, self._head_size = decoder.shape(f"past.{self._parts[0]}")
+        self._position_bytes = self._head_size * decoder.itemsize(f"past.{self._parts[0]}")
         self.vocabulary = decoder.shape("logits")[1]
+        self.best = NumpyBestTokens()
         if encoder.shape("cross")[1:4:2] != (len(self._parts), -1):
             raise EngineError(
                 f"{encoder.file}: its output is not laid out as caches are: an older deploykit exported it",
                 f"build it again: {encoder.record.rebuild()}",
             )
-        self.best = NumpyBestTokens()
-
         if encoder.record.profiles != decoder.record.profiles:
             raise EngineError(
                 f"{decoder.file}: has other profiles than {encoder.file.name}",
                 f"build both again: {encoder.record.rebuild()}",
             )
         caches = {
-            f"{of}.{part}": ("rows", self._heads, axis, head_size)
+            f"{of}.{part}": ("rows", self._heads, axis, self._head_size)
             for part in self._parts
             for of, axis in (("past", "target"), ("cross", "source"))
         }
@@ -120,7 +120,7 @@ class TensorRtSeq2Seq:
         self._jobs: dict[tuple[int, ...], Job] = {}
         self.rows = 0
         self._now = 0  # which of the buffers the rows' own keys and values are in
-        self._self, self._cross = self._layout("target", 1), self._layout("source", 1)
+        self._shrink()
 
     def side_by_side(self, n: int) -> list[TensorRtSeq2Seq]:
         """``n`` models with rows, and engines, of their own."""
@@ -133,7 +133,7 @@ class TensorRtSeq2Seq:
         self._gpu.enter()
         least, _, most = self._widest.ranges["source"]
         length = min(max(bucket(longest), least), most)
-        profile = next(p for p in self._encoder_profiles if p.takes(source=length) and rows <= p.most("rows"))
+        profile = _smallest(self._encoder_profiles, rows, source=length)
         filled = profile.filled(rows)
         ids = self._ids.view((filled, length), np.int64)
         lengths = self._lengths.view((filled,), np.int32)
@@ -153,18 +153,16 @@ class TensorRtSeq2Seq:
         Raises EngineError for more than the profiles take.
         """
         self._check(self._decoder, rows, source=source)
-        if self.rows == 0:
-            self._self, self._cross = self._layout("target", 1), self._layout("source", source)
-            return
         old, new = self._cross, self._layout("source", source)
         if new.positions <= old.positions:
             return
-        self._gpu.enter()
-        cross, spare = self._memory[2], self._memory[1 - self._now]
-        size = int(self._source_last[: self.rows].max() + 1) * self._position_bytes
-        for places in ((old.place(cross), new.place(spare)), (new.place(spare), new.place(cross))):
-            self._stream.copy(*places, size, self.rows * self._heads, len(self._parts))
         self._cross = new
+        if self.rows:
+            self._gpu.enter()
+            cross, spare = self._memory[2], self._memory[1 - self._now]
+            width = int(self._source_last[: self.rows].max() + 1) * self._position_bytes
+            for places in ((old.place(cross), new.place(spare)), (new.place(spare), new.place(cross))):
+                self._stream.copy(*places, width, self.rows * self._heads, len(self._parts))
 
     def admit(self, cross: Encoded, text: int, length: int, copies: int = 1) -> Ints:
         """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
@@ -193,9 +191,8 @@ class TensorRtSeq2Seq:
             self._lengthen(longest)
         self._tokens[:rows, 0] = tokens
         self._past[rows:] = 0  # of rows that are only there to fill up
-        target, source = self._self.positions, self._cross.positions
-        takes = (p for p in self._decoder_profiles if p.takes(target=target, source=source) and rows <= p.most("rows"))
-        profile = next(takes)
+        axes = {"target": self._self.positions, "source": self._cross.positions}
+        profile = _smallest(self._decoder_profiles, rows, **axes)
         self._decoder.run(self._decoder_job(profile, profile.filled(rows)))
         self._stream.synchronize()
         self._now = 1 - self._now
@@ -215,19 +212,12 @@ class TensorRtSeq2Seq:
         end, own = int(self._past[sources].max()), self._memory[self._now]
         self._gpu.enter()
         for source, target in zip(sources.tolist(), targets.tolist()):
-            places = (self._self.place(own, row, begin) for row in (source, target))
-            self._copy(*places, end - begin)
+            self._copy(self._self.place(own, source, begin), self._self.place(own, target, begin), end - begin)
         self._past[targets] = self._past[sources]
 
     def remove(self, gone: Ints) -> Ints:
         """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
-        left = self.rows - len(gone)
-        order = np.arange(left)
-        leaving = np.zeros(self.rows, bool)
-        leaving[gone] = True
-        holes = np.flatnonzero(leaving[:left])
-        movers = left + np.flatnonzero(~leaving[left:])
-        order[holes] = movers
+        order, holes, movers = without(self.rows, gone)
         own, cross = self._memory[self._now], self._memory[2]
         self._gpu.enter()
         for hole, row in zip(holes.tolist(), movers.tolist()):
@@ -236,7 +226,9 @@ class TensorRtSeq2Seq:
             self._copy(self._cross.place(cross, row), self._cross.place(cross, hole), length)
         self._past[holes] = self._past[movers]
         self._source_last[holes] = self._source_last[movers]
-        self.rows = left
+        self.rows = len(order)
+        if not self.rows:
+            self._shrink()
         return order
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
@@ -266,6 +258,10 @@ class TensorRtSeq2Seq:
         self._source_last = self._source_last_buffer.view((rows,), np.int32)
         for array in (self._tokens, self._past, self._source_last):
             array[:] = 0
+
+    def _shrink(self) -> None:
+        """Have caches take as few positions as they can: a step computes them all."""
+        self._self, self._cross = self._layout("target", 1), self._layout("source", 1)
 
     def _layout(self, axis: str, positions: int) -> _Layout:
         """Of caches that hold so many ``positions``: growing means copying, so they double."""
@@ -321,10 +317,9 @@ class TensorRtSeq2Seq:
             shapes: dict[str, tuple[int, ...]] = {name: shape for name, (_, shape, _) in small.items()}
             addresses = {name: buffer.address for name, (buffer, _, _) in small.items()}
             addresses["logits"] = self._logits.address
-            head_size = self._decoder.shape(f"past.{self._parts[0]}")[3]
             for i, part in enumerate(self._parts):
-                shapes[f"past.{part}"] = (rows, self._heads, own.positions, head_size)
-                shapes[f"cross.{part}"] = (rows, self._heads, cross.positions, head_size)
+                shapes[f"past.{part}"] = (rows, self._heads, own.positions, self._head_size)
+                shapes[f"cross.{part}"] = (rows, self._heads, cross.positions, self._head_size)
                 addresses[f"past.{part}"] = self._memory[now].address + i * own.part
                 addresses[f"present.{part}"] = self._memory[1 - now].address + i * own.part
                 addresses[f"cross.{part}"] = self._memory[2].address + i * cross.part
@@ -338,3 +333,8 @@ class TensorRtSeq2Seq:
                 lane=now,
             )
         return self._jobs[key]
+
+
+def _smallest(profiles: Sequence[EngineProfile], rows: int, **axes: int) -> EngineProfile:
+    """The first of ``profiles``, smallest first, that takes so many rows, or more, of that shape."""
+    return next(profile for profile in profiles if profile.takes(**axes) and rows <= profile.most("rows"))
