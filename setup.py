@@ -26,7 +26,7 @@ class BuildNative(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         flags = [
             "-O3",
-            "-std=c11",
+            "-std=gnu11",
             "-Wall",
             "-Wextra",
             "-Werror",

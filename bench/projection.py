@@ -1,4 +1,4 @@
-"""What of a decoder step the output projection takes, by ONNX Runtime's profiler."""
+"""What of a decoder step the output projection takes: by ONNX Runtime's profiler, or as our own engine counts it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,25 @@ from unittest import mock
 import onnx
 
 from deploykit.runtime.decoding import Decoder, Sentence
-from deploykit.runtime.engines import TRANSLATION_FILES, Precision
+from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES, Precision
 from deploykit.runtime.engines import seq2seq as engine
+from deploykit.runtime.engines.native import NativeModel
 from deploykit.runtime.engines.onnxruntime import session_options
 from deploykit.tasks import Translation
 
 
 def projection_share(
-    folder: Path, task: Translation, precision: Precision, threads: int, token_ids: Sequence[Sequence[int]]
+    folder: Path, task: Translation, name: str, precision: Precision, threads: int, token_ids: Sequence[Sequence[int]]
 ) -> float:
-    """The share of the kernels' time in the decoder graph, from 0 to 1, while ``token_ids`` are decoded.
+    """The share of the time in the decoder of the engine ``name``, from 0 to 1, while ``token_ids`` are decoded.
 
-    The profiler slows small kernels down: shares of a step hold, its time does not.
+    ONNX Runtime's profiler slows small kernels down: shares of a step hold, its time does not.
     """
+    sentences = [Sentence(ids, task.generation, scored=False) for ids in token_ids]
+    if name == "native":
+        native = NativeModel(folder, [NATIVE_FILE], threads)
+        Decoder(native, task).run(sentences)
+        return native.projection_share
     with tempfile.TemporaryDirectory() as traces:
 
         def profiled(*arguments: Any, **options: Any) -> Any:
@@ -35,7 +41,7 @@ def projection_share(
 
         with mock.patch.object(engine, "session_options", profiled):
             model = engine.Seq2SeqModel(folder, TRANSLATION_FILES[precision], threads)
-        Decoder(model, task).run([Sentence(ids, task.generation, scored=False) for ids in token_ids])
+        Decoder(model, task).run(sentences)
         model._encoder.end_profiling()
         events = json.loads(Path(model._decoder.end_profiling()).read_text(encoding="utf-8"))
     graph = onnx.load(folder / TRANSLATION_FILES[precision][1], load_external_data=False).graph

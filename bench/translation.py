@@ -22,6 +22,7 @@ from suite import begin, candidate, measured_alone, say, write
 from translation_contenders import (
     CONTENDERS,
     CTRANSLATE2,
+    DEPLOYKIT,
     OURS,
     Contender,
     CTranslate2,
@@ -30,6 +31,7 @@ from translation_contenders import (
     job_of,
     missing,
     open_contender,
+    ours,
     size_mb,
     tokenizer_of,
 )
@@ -40,7 +42,7 @@ from deploykit.bench.load import ClosedLoop, answer_texts
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import run_bench
 from deploykit.predictor import TextTranslator
-from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES, Precision, available_cpus
+from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES, available_cpus
 from deploykit.runtime.generation import override
 from deploykit.runtime.translator import Translator
 from deploykit.tasks import Generation, Translation
@@ -317,15 +319,16 @@ def _tune(
 def _projection(
     subject: Subject, texts: Sequence[str], generation: Generation, batches: Sequence[int], threads: int
 ) -> dict[str, dict[str, float]]:
-    """By precision and batch: the share of the decoder's time that the output projection takes."""
+    """By engine and batch: the share of the decoder's time that the output projection takes."""
     sentences = tokenizer_of(subject).encode(texts[: max(batches)])
     task = dataclasses.replace(subject.task, generation=generation)
-    precisions: tuple[Precision, ...] = ("fp32", "int8")
     return {
-        precision: {
-            str(n): round(projection_share(subject.export, task, precision, threads, sentences[:n]), 4) for n in batches
+        contender.precision: {
+            str(n): round(projection_share(subject.export, task, *ours(contender), threads, sentences[:n]), 4)
+            for n in batches
         }
-        for precision in precisions
+        for contender in CONTENDERS
+        if contender.engine == DEPLOYKIT and not missing(contender)
     }
 
 

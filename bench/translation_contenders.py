@@ -72,7 +72,7 @@ _PACKAGES = {HUGGING_FACE: "transformers", CTRANSLATE2: "ctranslate2"}
 def missing(contender: Contender) -> str | None:
     """Why a contender cannot run here."""
     if contender.engine == DEPLOYKIT:
-        engine, _ = _ours(contender)
+        engine, _ = ours(contender)
         return None if ENGINES[engine].lacks is None else f"{engine}: {ENGINES[engine].lacks}"
     package = _PACKAGES[contender.engine]
     if importlib.util.find_spec(package) is None:
@@ -88,7 +88,7 @@ def open_contender(contender: Contender, subject: Subject, threads: int) -> Text
     if contender.engine == CTRANSLATE2:
         peer = CTranslate2(subject.converted / contender.precision, contender.precision, task, threads)
         return Translator(task, tokenizer_of(subject), peer)
-    model = load_decode_model(_ours(contender)[0], subject.export, _files(contender), threads)
+    model = load_decode_model(ours(contender)[0], subject.export, _files(contender), threads)
     return Translator(task, tokenizer_of(subject), Decoder(model, task, workers=threads))
 
 
@@ -103,14 +103,14 @@ def size_mb(contender: Contender, subject: Subject) -> float:
     return sum(file.stat().st_size for file in files) / 1e6
 
 
-def _ours(contender: Contender) -> tuple[str, Precision]:
+def ours(contender: Contender) -> tuple[str, Precision]:
     """Engine and precision of a contender that is deploykit's."""
     engine, precision = contender.precision.split()
     return engine, "int8" if precision == "int8" else "fp32"
 
 
 def _files(contender: Contender) -> tuple[str, ...]:
-    engine, precision = _ours(contender)
+    engine, precision = ours(contender)
     return ENGINES[engine].translators[precision]
 
 

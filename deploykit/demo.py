@@ -196,7 +196,7 @@ def table(candidates: Sequence[Mapping[str, Any]], packaged: Mapping[str, Any]) 
     for candidate in candidates:
         form = candidate if not candidate["served"] else packaged
         engine, precision = form["engine"], form["precision"]
-        stage = "served" if candidate["served"] else "checkpoint" if engine == "torch" else "ONNX"
+        stage = "served" if candidate["served"] else {"torch": "checkpoint", "native": "export"}.get(engine, "ONNX")
         name = f"{stage} {precision.replace('int', 'INT')} ({engine})"
         lines.append({"name": name, **_figures(candidate), "size_mb": sizes.get((engine, precision))})
     return lines

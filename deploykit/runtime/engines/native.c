@@ -20,6 +20,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define PANEL 64
 #define MOST_ROWS 6 /* of a tile: its sums, a panel's columns each, are 24 of the 32 registers */
@@ -119,6 +120,8 @@ struct Context {
     const int32_t *starts; /* [texts + 1] */
     int8_t **cross;
     int texts, rows;
+    /* nanoseconds of all steps, and of their share in the vocabulary */
+    int64_t stepping, choosing;
 };
 
 /* ---- threads ---- */
@@ -638,7 +641,7 @@ static void find(Found *f, const float *logits, int first, int n, int best, int 
     }
 }
 
-static void answer(Context *c, const Stack *s, int row, int chunks) {
+static void answer(Context *c, int row, int chunks) {
     const Choice *choice = c->choice;
     int best = choice->best;
     float *values = choice->values + (int64_t)row * best, highest = -INFINITY, sum = 0.0f, log_sum = 0.0f;
@@ -679,7 +682,6 @@ static void answer(Context *c, const Stack *s, int row, int chunks) {
         values[found] = -INFINITY;
         ids[found++] = id;
     }
-    (void)s;
 }
 
 static void choose(Context *c, int number, const Stack *s) {
@@ -731,13 +733,20 @@ static void choose(Context *c, int number, const Stack *s) {
     if (choice->logits) return;
     int row;
     share(rows, c->threads, number, &row, &end);
-    for (; row < end; row++) answer(c, s, row, chunks);
+    for (; row < end; row++) answer(c, row, chunks);
     barrier(c);
 }
 
 /* ---- a step, and an encoding ---- */
 
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
 static void step(Context *c, int number) {
+    int64_t began = now(), chose;
     const Stack *s = c->stack;
     const Batch *b = c->batch;
     const Layer *layer = s->layer;
@@ -767,7 +776,12 @@ static void step(Context *c, int number) {
                 end ? &s->last_norm : s->pre_norm ? &layer[1].attention_norm : NULL, end ? &s->last : &layer[1].qkv, rows,
                 end ? s->output_scale : 1.0f);
     }
+    chose = now();
     choose(c, number, s);
+    if (number == 0) {
+        c->stepping += now() - began;
+        c->choosing += now() - chose;
+    }
 }
 
 static void encode(Context *c, int number) {
@@ -905,6 +919,9 @@ void deploykit_free(Context *c) {
     pthread_cond_destroy(&c->wake);
     free(c);
 }
+
+/* Of the time in steps, what the vocabulary took: from 0 to 1. */
+double deploykit_projection_share(const Context *c) { return c->stepping ? (double)c->choosing / (double)c->stepping : 0.0; }
 
 /* ids of ``texts`` texts one after another; ``cross``: where to write what each gives. Returns 0 when there is no memory. */
 int deploykit_encode(Context *c, const int64_t *ids, const int32_t *starts, int texts, int8_t **cross) {

@@ -98,6 +98,8 @@ def _library() -> ctypes.CDLL:
     library.deploykit_free.argtypes = (c_void_p,)
     library.deploykit_free.restype = None
     library.deploykit_encode.argtypes = (c_void_p, c_void_p, c_void_p, ctypes.c_int, c_void_p)
+    library.deploykit_projection_share.argtypes = (c_void_p,)
+    library.deploykit_projection_share.restype = ctypes.c_double
     library.deploykit_step.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice))
     return library
 
@@ -262,6 +264,11 @@ class NativeModel:
         if getattr(self, "_context", None):
             self._library.deploykit_free(self._context)
             self._context = None
+
+    @property
+    def projection_share(self) -> float:
+        """What of the time in steps the output projection took, and the choice of tokens in it: from 0 to 1."""
+        return float(self._library.deploykit_projection_share(self._context))
 
     @property
     def best(self) -> BestTokens:
