@@ -21,7 +21,7 @@ class Choice:
     must not, ascending, row by row; those of a row are ``begin[row]`` to ``begin[row + 1]`` (int32 [rows + 1]).
     ``scored`` bool [rows]: where it is False the best token is wanted alone. ``before`` bool [rows]: probabilities are from
     before any token was forbidden. ``penalties``: rows, tokens and what divides (or multiplies) their scores, of
-    log-probabilities where ``of_probabilities`` [rows] and of logits elsewhere.
+    log-probabilities where ``of_probabilities`` [rows] and of logits elsewhere. ``changed`` grows when arrays are replaced.
     """
 
     best: int
@@ -32,6 +32,19 @@ class Choice:
     before: NDArray[np.bool_]
     of_probabilities: NDArray[np.bool_]
     penalties: list[tuple[int, Ints, float]] = field(default_factory=list)
+    changed: int = 0
+
+
+@dataclass
+class GreedyTexts:
+    """What greedy search goes on with: by row int64 ``tokens`` [rows, longest], of which ``lengths`` count, the ``limits`` of
+    those, and float32 ``sums`` of log-probabilities; and which tokens end a text, bool [vocabulary]."""
+
+    tokens: Ints
+    lengths: Ints
+    limits: Ints
+    sums: Floats
+    ends: NDArray[np.bool_]
 
 
 def select(logits: Floats, choice: Choice, best: BestTokens) -> tuple[Floats, Ints]:

@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.choice import Choice
-from deploykit.runtime.engines import DecodeModel
+from deploykit.runtime.choice import Choice, GreedyTexts
+from deploykit.runtime.engines import DecodeModel, RunsGreedily
 from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Floats, Ints, Rules, candidates
 from deploykit.tasks import Generation, Translation
 
 MAX_CACHE_BYTES = 512 << 20
 _TOKENS_PER_ENCODE = 2048
+_STEPS_AT_ONCE = 8  # of a model that takes several by itself: who comes meanwhile waits for them
 _JOIN_SHARE = 8  # a full batch takes new sentences when an eighth of its rows is free: single ones encode slowly
 
 
@@ -68,7 +69,7 @@ class _Plan:
     ``rules`` with the rows they are for. ``choice``: what is wanted of each step but for what the rules change from step to
     step: if ``may_force``, or ``varies``, or when other rows are too ``early`` to end. ``beams``: sentences of one beam size,
     and their rows, [sentences, beams], of which ``Sentence.rows`` are views. By row: ``limits`` and the ``least`` of the
-    length.
+    length. ``texts`` where the model may take several steps by itself.
     """
 
     rules: list[tuple[Rules, Ints]]
@@ -81,6 +82,7 @@ class _Plan:
     choice: Choice
     may_force: bool
     varies: bool
+    texts: GreedyTexts | None = None
 
 
 class Decoder:
@@ -105,6 +107,7 @@ class Decoder:
         self.seconds = Seconds()
         self.max_rows = max_rows
         self._model = model
+        self._runner = model if isinstance(model, RunsGreedily) else None
         self._task = task
         self._max_cache_bytes = max_cache_bytes
         self._workers = workers
@@ -180,7 +183,7 @@ class Decoder:
             decoder.seconds = Seconds()
 
     def step(self) -> list[Sentence]:
-        """Let sentences join, feed every row one token, and return the sentences that are done with it."""
+        """Let sentences join, feed every row one token (or a few, greedily), and return the sentences that are done with it."""
         started = time.perf_counter()
         self._leave([s for s in self.running if s.cancelled])
         self._join()
@@ -190,12 +193,18 @@ class Decoder:
         encoded = time.perf_counter()
         rows = self._model.rows
         plan = self._plan = self._plan or self._make_plan()
-        tokens = self._tokens[np.arange(rows), self._lengths[:rows] - 1]
-        values, ids = self._model.choose(tokens, self._choice(plan))
-        stepped = time.perf_counter()
-        done = self._choose_greedily(plan, ids[:, 0], values[:, 0]) if plan.greedy else []
-        if plan.beams:
-            done += self._advance_beams(plan, values, ids)
+        choice = self._choice(plan)
+        if self._runner is not None and plan.texts is not None:
+            self._runner.run_greedily(plan.texts, choice, self._alike(plan))
+            stepped = time.perf_counter()
+            done = self._ended(plan)
+        else:
+            tokens = self._tokens[np.arange(rows), self._lengths[:rows] - 1]
+            values, ids = self._model.choose(tokens, choice)
+            stepped = time.perf_counter()
+            done = self._choose_greedily(plan, ids[:, 0], values[:, 0]) if plan.greedy else []
+            if plan.beams:
+                done += self._advance_beams(plan, values, ids)
         self._leave(done)
         self.seconds.encoder += encoded - started
         self.seconds.decoder += stepped - encoded
@@ -269,6 +278,7 @@ class Decoder:
                     if rules.penalty != 1.0:
                         choice.penalties.append((row, np.unique(tokens), rules.penalty))
             choice.forbidden, choice.begin = _in_turn(forbidden)
+            choice.changed += 1
         return choice
 
     def _make_plan(self) -> _Plan:
@@ -305,7 +315,19 @@ class Decoder:
                 sentence.rows = beam_rows
             plan.beams.append((sentences, together))
             choice.best = max(choice.best, min(candidates(size, self._task.eos_token_ids), self._model.vocabulary))
+        if self._runner is not None and not plan.beams and not plan.varies:
+            plan.texts = GreedyTexts(self._tokens, self._lengths, limits, self._sums, self._ends)
         return plan
+
+    def _alike(self, plan: _Plan) -> int:
+        """How many steps the rules say the same, and nobody need wait for."""
+        lengths = self._lengths[: self._model.rows]
+        most = _STEPS_AT_ONCE
+        if plan.early is not None and plan.early.any():
+            most = min(most, int((plan.least - lengths)[plan.early].min()))
+        if plan.may_force:  # the first token, and the last
+            most = 1 if (lengths == 1).any() else min(most, max(1, int((plan.limits - 1 - lengths).min())))
+        return most
 
     def _choose_greedily(self, plan: _Plan, chosen: Ints, gained: Floats) -> list[Sentence]:
         """``chosen`` tokens by row, and their log-probabilities, which count where a score is wanted."""
@@ -314,11 +336,17 @@ class Decoder:
         self._sums[rows] += np.where(plan.choice.scored[rows], gained[rows], np.float32(0))
         self._tokens[rows, lengths] = tokens
         self._lengths[rows] = lengths + 1
+        return self._ended(plan)
+
+    def _ended(self, plan: _Plan) -> list[Sentence]:
+        """Of the sentences searched greedily those that are at their ends, with their results."""
+        rows = plan.greedy_rows
+        lengths = self._lengths[rows]
         done = []
-        for i in np.flatnonzero(self._ends[tokens] | (lengths + 1 >= plan.limits[rows])):
+        for i in np.flatnonzero(self._ends[self._tokens[rows, lengths - 1]] | (lengths >= plan.limits[rows])):
             sentence, row, length = plan.greedy[i], int(rows[i]), int(lengths[i])
-            score = float(self._sums[row]) / length**sentence.generation.length_penalty
-            sentence.result = Finished(self._tokens[row, 1 : length + 1].copy(), score)
+            score = float(self._sums[row]) / (length - 1) ** sentence.generation.length_penalty
+            sentence.result = Finished(self._tokens[row, 1:length].copy(), score)
             done.append(sentence)
         return done
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from deploykit.runtime.cuda import has_gpu
 from deploykit.runtime.engines.native_library import lacks as native_lacks
 
 if TYPE_CHECKING:
-    from deploykit.runtime.choice import Choice
+    from deploykit.runtime.choice import Choice, GreedyTexts
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -135,6 +135,14 @@ class DecodeModel(Protocol):
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
         """Memory that the caches of ``rows`` rows with that many target and source tokens take, beyond what the model
         takes in any case."""
+
+
+@runtime_checkable
+class RunsGreedily(Protocol):
+    """A decode model that takes greedy steps by itself."""
+
+    def run_greedily(self, texts: GreedyTexts, choice: Choice, most: int) -> None:
+        """Append a token to each row, again and again: until one of them ends, but ``most`` times at most."""
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ typedef struct {
 
 typedef struct {
     int32_t rows;
-    const int64_t *tokens; /* [rows] */
-    const int32_t *past;   /* [rows]: tokens before this one */
+    int64_t *tokens;       /* [rows] */
+    int32_t *past;         /* [rows]: tokens before this one */
     const int32_t *slots;  /* [rows]: where a row writes */
     int32_t *tables;       /* [rows][table]: the slot that holds each position of a row */
     int8_t *cache;         /* [layers][key, value][slot][head][position][head size] */
@@ -87,6 +87,16 @@ typedef struct {
     int64_t *ids;               /* [rows][best] */
     int32_t best;
 } Choice;
+
+typedef struct {
+    int64_t *tokens;       /* [rows][stride]: the start token and what came since */
+    int64_t *lengths;      /* [rows]: how many that is */
+    const int64_t *limits; /* [rows]: of the lengths */
+    float *sums;           /* [rows]: log-probabilities */
+    const uint8_t *ends;   /* [vocabulary]: whether a token ends its sentence */
+    int64_t stride;
+    int32_t most; /* steps */
+} Greedy;
 
 typedef struct {
     float highest, sum; /* of exp(logit - highest) */
@@ -956,4 +966,21 @@ int deploykit_step(Context *c, const Batch *batch, const Choice *choice) {
     c->rows = batch->rows;
     run(c, step);
     return 1;
+}
+
+/* Greedy steps until a row ends, or the most that there may be. Returns how many, or 0 when there is no memory. */
+int deploykit_greedy(Context *c, const Batch *batch, const Choice *choice, const Greedy *greedy) {
+    int ended = 0;
+    for (int n = 1;; n++) {
+        if (!deploykit_step(c, batch, choice)) return 0;
+        for (int row = 0; row < batch->rows; row++) {
+            int64_t token = choice->ids[row], length = greedy->lengths[row]++;
+            greedy->tokens[row * greedy->stride + length] = token;
+            if (choice->scored[row]) greedy->sums[row] += choice->values[row];
+            batch->tokens[row] = token;
+            batch->past[row]++;
+            ended |= greedy->ends[token] || length + 1 >= greedy->limits[row];
+        }
+        if (ended || n == greedy->most) return n;
+    }
 }

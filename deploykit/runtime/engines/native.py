@@ -11,7 +11,7 @@ import ctypes
 import json
 import struct
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, byref, c_float, c_int32, c_void_p
+from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import CorruptArtifactError, EngineError
-from deploykit.runtime.choice import Choice, select
+from deploykit.runtime.choice import Choice, GreedyTexts, select
 from deploykit.runtime.engines import BestTokens, DecodeLimits
 from deploykit.runtime.engines.native_library import library_file
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
@@ -90,6 +90,13 @@ class _Choice(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Greedy(ctypes.Structure):
+    _fields_ = (
+        ("tokens", c_void_p), ("lengths", c_void_p), ("limits", c_void_p), ("sums", c_void_p), ("ends", c_void_p),
+        ("stride", c_int64), ("most", c_int32),
+    )  # fmt: skip
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_file()))
@@ -101,6 +108,7 @@ def _library() -> ctypes.CDLL:
     library.deploykit_projection_share.argtypes = (c_void_p,)
     library.deploykit_projection_share.restype = ctypes.c_double
     library.deploykit_step.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice))
+    library.deploykit_greedy.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice), POINTER(_Greedy))
     return library
 
 
@@ -248,7 +256,11 @@ class NativeModel:
             raise EngineError("there is no memory for another model", "close other programs")
         self.rows = 0
         self._capacity = self._positions = 0
-        self._batch, self._choice = _Batch(), _Choice()
+        self._batch, self._choice, self._greedy = _Batch(), _Choice(), _Greedy()
+        self._choice_of: Choice | None = None
+        self._changed = 0
+        self._chosen = np.empty((0, 1), np.float32), np.empty((0, 1), np.int64)
+        self._texts_of: GreedyTexts | None = None
         self._tokens = np.zeros(0, np.int64)
         self._past = self._slots = self._source = np.zeros(0, np.int32)
         self._free: list[int] = []
@@ -324,7 +336,7 @@ class NativeModel:
         """
         if len(self._logits) < self.rows:
             self._logits = np.empty((self._capacity, self.vocabulary), np.float32)
-        self._choice = _Choice(logits=self._logits.ctypes.data)
+        self._choice, self._choice_of = _Choice(logits=self._logits.ctypes.data), None
         self._step(tokens)
         return self._logits[: self.rows]
 
@@ -332,14 +344,43 @@ class NativeModel:
         """Feed each row its next token; returns what ``select`` does of the logits."""
         if choice.penalties or choice.best > _MOST_BEST:
             return select(self.step(tokens), choice, self.best)
-        values = np.empty((self.rows, choice.best), np.float32)
-        ids = np.empty((self.rows, choice.best), np.int64)
-        self._choice = _Choice(
-            None, choice.forced.ctypes.data, choice.forbidden.ctypes.data, choice.begin.ctypes.data,
-            choice.scored.ctypes.data, choice.before.ctypes.data, values.ctypes.data, ids.ctypes.data, choice.best,
-        )  # fmt: skip
+        values, ids = self._lay(choice)
         self._step(tokens)
         return values, ids
+
+    def run_greedily(self, texts: GreedyTexts, choice: Choice, most: int) -> None:
+        """Append a token to each row, again and again: until one of them ends, but ``most`` times at most."""
+        rows = self.rows
+        past = int(self._past[:rows].max())
+        if past >= self._positions:
+            self._grow(self._capacity, 2 * self._positions)
+        if self._texts_of is not texts:
+            self._texts_of = texts
+            self._greedy = _Greedy(
+                texts.tokens.ctypes.data, texts.lengths.ctypes.data, texts.limits.ctypes.data, texts.sums.ctypes.data,
+                texts.ends.ctypes.data, texts.tokens.shape[1],
+            )  # fmt: skip
+        self._lay(choice)
+        self._greedy.most = min(most, self._positions - past)
+        self._tokens[:rows] = texts.tokens[np.arange(rows), texts.lengths[:rows] - 1]
+        self._check(self._tokens[:rows])
+        self._batch.rows = rows
+        self._done(
+            self._library.deploykit_greedy(self._context, byref(self._batch), byref(self._choice), byref(self._greedy))
+        )
+
+    def _lay(self, choice: Choice) -> tuple[Floats, Ints]:
+        """Where the library is to write what it chooses. It is good until the next step."""
+        # Taking an array's address takes longer than a small layer.
+        if self._choice_of is not choice or choice.changed != self._changed:
+            values = np.empty((self.rows, choice.best), np.float32)
+            ids = np.empty((self.rows, choice.best), np.int64)
+            self._choice_of, self._changed, self._chosen = choice, choice.changed, (values, ids)
+            self._choice = _Choice(
+                None, choice.forced.ctypes.data, choice.forbidden.ctypes.data, choice.begin.ctypes.data,
+                choice.scored.ctypes.data, choice.before.ctypes.data, values.ctypes.data, ids.ctypes.data, choice.best,
+            )  # fmt: skip
+        return self._chosen
 
     def _step(self, tokens: Ints) -> None:
         rows = self.rows
