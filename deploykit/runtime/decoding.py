@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -112,6 +112,7 @@ class Decoder:
         self._max_cache_bytes = max_cache_bytes
         self._workers = workers
         self._side_by_side: dict[int, list[Decoder]] = {}  # by how many
+        self._pool: ThreadPoolExecutor | None = None
         self._rules: dict[Generation, Rules] = {}
         self._ends = np.zeros(model.vocabulary, bool)
         self._ends[list(task.eos_token_ids)] = True
@@ -171,13 +172,16 @@ class Decoder:
 
         while sum(take(decoder) for decoder in decoders):  # one each in turn: the longest ones come first
             pass
-        with ThreadPoolExecutor(n) as pool:
-            try:
-                for future in [pool.submit(work, decoder) for decoder in decoders]:
-                    future.result()
-            except BaseException:
-                del self._side_by_side[n]  # they still hold sentences
-                raise
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._workers)
+        futures = [self._pool.submit(work, decoder) for decoder in decoders]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            wait(futures)
+            del self._side_by_side[n]  # they still hold sentences
+            raise
         for decoder in decoders:
             self.seconds.add(decoder.seconds, 1 / n)
             decoder.seconds = Seconds()

@@ -36,10 +36,9 @@ _ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh")
 _TOKENS_PER_ENCODE = 256  # their weights are read once for all of them, and what they give stays in caches
 _TARGET_BLOCK = 32  # positions that caches grow by at least
 _LEAST_ROWS = 4
-# Bytes of weights below which the threads of a step would wait for each other longer than they compute; and rows from
-# which steps side by side, a thread each, beat threads within a step.
-_SMALL = 8 << 20
-_ROWS_OF_A_WORKER, _ROWS_OF_A_SMALL_WORKER = 16, 4
+_SMALL = (
+    8 << 20
+)  # bytes of weights below which the threads of a step would wait for each other longer than they compute
 _LARGEST_HEAD = 256
 _MOST_BEST = 64
 
@@ -225,13 +224,13 @@ class NativeModel:
     Raises EngineError or CorruptArtifactError naming the file that cannot be read.
     """
 
+    rows_of_a_worker = 16
     limits: DecodeLimits | None = None
 
     def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
         self._library = _library()
         self._weights = _Weights(folder / files[0])
         small = (folder / files[0]).stat().st_size < _SMALL
-        self.rows_of_a_worker = _ROWS_OF_A_SMALL_WORKER if small else _ROWS_OF_A_WORKER
         self._begin(1 if small else threads)
 
     def side_by_side(self, n: int) -> list[NativeModel]:
@@ -240,7 +239,6 @@ class NativeModel:
         for _ in range(n):
             model = object.__new__(NativeModel)
             model._library, model._weights = self._library, self._weights
-            model.rows_of_a_worker = self.rows_of_a_worker
             model._begin(max(1, self._threads // n))
             models.append(model)
         return models
