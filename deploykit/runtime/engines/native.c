@@ -700,12 +700,17 @@ static void choose(Context *c, int number, const Stack *s) {
     int rows = c->rows, panels = filled(l->out) / PANEL, chunks = (panels + 7) / 8 < CHUNKS ? (panels + 7) / 8 : CHUNKS;
     int groups = (rows + MOST_ROWS - 1) / MOST_ROWS, mine, end;
     share(chunks, c->threads, number, &mine, &end);
-    for (; mine < end; mine++) {
+    for (const int first_chunk = mine; mine < end; mine++) {
         int panel, last;
         Found *found = c->found + (int64_t)mine * rows;
         share(panels, chunks, mine, &panel, &last);
-        for (int row = 0; row < rows && !choice->logits; row++)
-            found[row] = (Found){.highest = -INFINITY, .threshold = -INFINITY};
+        for (int row = 0; row < rows && !choice->logits; row++) { /* what this thread has found before bounds what matters */
+            float threshold = mine > first_chunk ? (found - rows)[row].threshold : -INFINITY;
+            found[row].highest = -INFINITY;
+            found[row].sum = 0.0f;
+            found[row].threshold = threshold;
+            found[row].found = 0;
+        }
         for (; panel < last; panel++) {
             int first = panel * PANEL, n = l->out - first < PANEL ? l->out - first : PANEL;
             for (int g = 0; g < groups; g++) {
