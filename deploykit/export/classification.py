@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +25,11 @@ from deploykit.export.grading import Grader, Line
 from deploykit.export.graphs import export_classifier, export_half_classifier
 from deploykit.export.parity import check_parity
 from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, quantize
-from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, pick_rows
+from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
 from deploykit.export.search import SAMPLE, Search, Trace, hold_limit
 from deploykit.export.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
 from deploykit.export.tables import render
-from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, plan
+from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, limits_of, plan
 from deploykit.export.trained_ranges import trained_ranges
 from deploykit.finetune.checkpoint import TorchClassifier
 from deploykit.finetune.qat import TrainedScales
@@ -43,7 +42,6 @@ from deploykit.tasks import Classification
 
 _SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
 _GRAPH = "model.onnx"
-_SAMPLES = 64
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -63,14 +61,13 @@ def write(
             "leave them out",
         )
     if options.trt is not None:
-        plan(options.trt, {"length": task.max_length})
+        plan(options.trt, limits_of(task))
     rows = _rows(checkpoint, task, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or len(rows))
     say(f"measuring on {len(rows):,} rows")
     say("exporting to ONNX")
     _write_fp32(reference, directory)
-    samples = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
-    (directory / artifacts.SAMPLES).write_text("\n".join(samples) + "\n", encoding="utf-8")
+    keep_samples(directory, rows)
     parity = check_parity(reference, load_engine("onnxruntime", directory / _GRAPH), [row.text for row in rows])
     say(
         f"parity with PyTorch: logits differ by at most {parity.max_difference:.1e} (mean {parity.mean_difference:.1e}), "
@@ -304,7 +301,7 @@ def _build_engines(
 
     INT8 is Q/DQ in the fp16 graph, smoothed as the ranges were calibrated, of the activations that have ``ranges``.
     """
-    limits = {"length": reference.task.max_length}
+    limits = limits_of(reference.task)
     built = []
     for precision in trt.precisions:
         graph = directory / GRAPHS[precision]

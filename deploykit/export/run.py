@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploykit import artifacts
+from deploykit.data.sample import evenly
 from deploykit.errors import DataError, MissingDependencyError, UsageError
 from deploykit.export.calibration import METHODS, Method, is_saved, load_calibration
 from deploykit.export.grading import POINTS
@@ -23,10 +25,14 @@ from deploykit.predictor import translates
 from deploykit.runtime.engines import ENGINES
 from deploykit.tasks import Classification, Task, Translation
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Say = Callable[[str], None]
 Row = TypeVar("Row")
 
 SPLITS = ("train", "validation", "test")
+_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -198,6 +204,12 @@ def pick_rows(
         f"{checkpoint}: holds no {name} rows (only what deploykit finetune wrote does)",
         f"give a file of rows with {option}",
     )
+
+
+def keep_samples(directory: Path, rows: Sequence[DataclassInstance]) -> None:
+    """Write some of the rows that the export is measured on, for whatever is made of it to be compared on."""
+    samples = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
+    (directory / artifacts.SAMPLES).write_text("\n".join(samples) + "\n", encoding="utf-8")
 
 
 def identity(options: CalibrationOptions) -> dict[str, Any]:

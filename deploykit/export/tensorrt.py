@@ -28,6 +28,7 @@ from deploykit.errors import ArtifactError, ExportError, MissingDependencyError,
 from deploykit.export import engine_cache
 from deploykit.runtime.cuda import Gpu, has_gpu
 from deploykit.runtime.engines.tensorrt import BINDINGS, EngineRecord, last_error, make_log
+from deploykit.tasks import Task, Translation
 
 Say = Callable[[str], None]
 
@@ -37,8 +38,10 @@ GRAPHS = {
     "bf16": "model.bf16.onnx",
     "int8": "model.qdq.onnx",
 }
-"""The file of an export that an engine of each precision is built from."""
+"""The file of a classifier's export that an engine of each precision is built from."""
 PRECISIONS = tuple(GRAPHS)
+TRANSLATOR_GRAPHS = {p: (f"encoder.trt.{p}.onnx", f"decoder.trt.{p}.onnx", f"shared.trt.{p}.bin") for p in PRECISIONS}
+"""Of a translator's: the graphs of standard ONNX, and the weights that both use."""
 GPU = r"portable|this-gpu|sm_\d{2,3}"
 """What names a GPU, as a regular expression."""
 BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")
@@ -58,6 +61,13 @@ Inputs = Mapping[str, Sequence[int | str]]
 CLASSIFIER_INPUTS: Inputs = dict.fromkeys(("input_ids", "attention_mask"), ("batch", "tokens"))
 Limits = Mapping[str, int]
 """The most that a model takes of each axis but the batch: ``length``, and ``past`` where it has a decoder's caches."""
+
+
+def limits_of(task: Task) -> Limits:
+    """Of the models that do ``task``."""
+    if isinstance(task, Translation):
+        return {"length": task.max_source_length, "past": task.max_target_length}
+    return {"length": task.max_length}
 
 
 @dataclass(frozen=True)
@@ -329,7 +339,12 @@ def _build_here(
 
 def read_inputs(graph: Path) -> Inputs:
     """Those of an ONNX file."""
-    import onnx  # a device that builds a classifier's engine does without
+    try:
+        import onnx  # a device that builds engines does without
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{graph}: reading it needs onnx, which is not installed", "pip install 'deploykit[finetune]'"
+        ) from error
 
     model = onnx.load(graph, load_external_data=False)
     return {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}

@@ -23,13 +23,13 @@ from deploykit.export.families import read_architecture
 from deploykit.export.forced_decoding import Forced, greedy_translations, log_probabilities
 from deploykit.export.grading import Grader, Line
 from deploykit.export.quantize import Ranges
-from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, pick_rows
+from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
 from deploykit.export.search import SAMPLE, Search, Trace, hold_limit
 from deploykit.export.seq2seq_graph import Standard, build_decoder, build_encoder, save_graphs
 from deploykit.export.seq2seq_native import save_native
 from deploykit.export.seq2seq_parity import Parity, check_parity
 from deploykit.export.tables import render
-from deploykit.export.tensorrt import EngineOptions, build_engine, plan, read_inputs
+from deploykit.export.tensorrt import TRANSLATOR_GRAPHS, EngineOptions, build_engine, limits_of, plan, read_inputs
 from deploykit.export.translation_calibration import activations_of, calibrate
 from deploykit.export.translation_tokenizer import save_translation_tokenizer
 from deploykit.finetune.translator import TorchTranslator
@@ -69,9 +69,10 @@ def write(
     if options.smooth_quant is not None:
         raise UsageError(f"--smooth-quant is for classifiers, and {checkpoint} translates", "leave it out")
     if options.trt is not None:
-        plan(options.trt, _limits(task))
+        plan(options.trt, limits_of(task))
     rows = _rows(checkpoint, task, options.data, "test", options)
     rows = evenly(rows, options.measure_rows or _MEASURED_ROWS)
+    keep_samples(directory, rows)
     say("writing the graphs")
     architecture = _write_fp32(checkpoint, reference, directory)
     parity_rows = [pair.source for pair in evenly(rows, _PARITY_ROWS)]
@@ -264,7 +265,7 @@ class _Grader(Grader[list[str]]):
 
     def grade_for_tensorrt(self, precision: str) -> Line:
         """The graphs that engines are built from, as ONNX Runtime computes them on the CPU."""
-        translator = self._load(tensorrt_files(precision))
+        translator = self._load(TRANSLATOR_GRAPHS[precision])
         return self.enter(f"trt {precision}", TRANSLATION_ENGINE, self._texts(translator))
 
     def grade_engines(self, precision: str, records: Sequence[EngineRecord]) -> Line:
@@ -286,15 +287,6 @@ class _Grader(Grader[list[str]]):
         return [translated.text for translated in translator.translate(self._sources)]
 
 
-def tensorrt_files(precision: str) -> tuple[str, str, str]:
-    """The graphs of standard ONNX that engines of ``precision`` are built from, and the weights that both use."""
-    return f"encoder.trt.{precision}.onnx", f"decoder.trt.{precision}.onnx", f"shared.trt.{precision}.bin"
-
-
-def _limits(task: Translation) -> dict[str, int]:
-    return {"length": task.max_source_length, "past": task.max_target_length}
-
-
 def _build_engines(
     directory: Path, reference: TorchTranslator, architecture: Architecture, texts: Sequence[str], ranges: Ranges,
     options: ExportOptions, trt: EngineOptions, grader: _Grader, metrics: dict[str, Any], trace: Trace, say: Say,
@@ -308,15 +300,15 @@ def _build_engines(
     def write(precision: str, some: Ranges | None = None) -> None:
         kind = _TENSORRT_TYPES[precision]
         encoder, decoder = (build(architecture, some, standard=kind) for build in (build_encoder, build_decoder))
-        save_graphs(directory, encoder, decoder, tensorrt_files(precision))
+        save_graphs(directory, encoder, decoder, TRANSLATOR_GRAPHS[precision])
 
     write("fp32")
-    model = Seq2SeqModel(directory, tensorrt_files("fp32"), available_cpus())
+    model = Seq2SeqModel(directory, TRANSLATOR_GRAPHS["fp32"], available_cpus())
     parity = check_parity(reference, model, reference.encode(texts), beams=False)
     say(f"parity of the graphs for TensorRT: {_told(parity)}")
     metrics["parity"]["tensorrt"] = parity.to_json()
     if "fp32" not in trt.precisions:
-        for file in tensorrt_files("fp32"):
+        for file in TRANSLATOR_GRAPHS["fp32"]:
             (directory / file).unlink()
     metrics["engines"] = []
     ranges = _without(ranges, {_CACHES})  # TensorRT's caches are of the type that its layers compute in
@@ -325,7 +317,7 @@ def _build_engines(
         if precision == "int8":
             search = _hold_limit(
                 "INT8 for TensorRT", partial(write, "int8"), lambda: grader.grade_for_tensorrt("int8"),
-                tensorrt_files("int8"), ranges, options, grader, trace, say,
+                TRANSLATOR_GRAPHS["int8"], ranges, options, grader, trace, say,
             )  # fmt: skip
             if search:
                 metrics["quantization"]["search"]["tensorrt"] = dataclasses.asdict(search)
@@ -335,10 +327,10 @@ def _build_engines(
         if precision == "fp16":
             remedy = "give --precision bf16, whose range is wider"
             grader.refuse_loss(grader.grade_for_tensorrt("fp16"), "the fp16 form", options.max_drop, remedy)
-        *graphs, weights = (directory / file for file in tensorrt_files(precision))
+        *graphs, weights = (directory / file for file in TRANSLATOR_GRAPHS[precision])
         engines = [
             build_engine(
-                graph, precision, trt, _limits(reference.task), say, calibration, inputs=read_inputs(graph),
+                graph, precision, trt, limits_of(reference.task), say, calibration, inputs=read_inputs(graph),
                 weights=weights,
             )
             for graph in graphs

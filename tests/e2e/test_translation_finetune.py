@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from deploykit.artifacts import load_manifest
+from deploykit.artifacts import SAMPLES, load_manifest
 from deploykit.export.quantize import quantize
 from deploykit.finetune.translator import TorchTranslator
 from deploykit.tasks import Translation
@@ -123,6 +123,10 @@ def test_an_export_builds_engines_of_both_graphs(deploykit: Deploykit, new_model
         assert engine["profiles"] == [profile]
         assert {engine["file"], engine["graph"], f"shared.trt.{engine['precision']}.bin"} <= set(manifest.files)
     assert not (tmp_path / "e" / "decoder.trt.fp32.onnx").exists(), "it was not asked for"
+    kept = [json.loads(line) for line in (tmp_path / "e" / SAMPLES).read_text().splitlines()]
+    tested = [json.loads(line) for line in (new_model / "splits" / "test.jsonl").read_text().splitlines()]
+    assert len(kept) == min(64, record["rows"])
+    assert {row["source"] for row in kept} <= {row["source"] for row in tested}
 
     code, _, err = deploykit(*words, "--out", tmp_path / "f", "--profile", "batch=1:4:8,length=1:16:32")
     assert (code, "past is missing" in err) == (2, True)
