@@ -1,10 +1,10 @@
 """Our Triton backend without Triton: its ``model.py`` runs in this process, and batches as Triton's dynamic batcher does.
 
-The backend asks Triton for tensors and errors through the module ``triton_python_backend_utils``, which Triton alone
-has: here, what it uses of it. Requests that come while a batch runs form the next one. Classification only: translation
-answers through Triton's response senders.
+The backend asks Triton for tensors, errors and metrics through the module ``triton_python_backend_utils``, which Triton
+alone has: here, what it uses of it. Requests that come while a batch runs form the next one; a translator's are handed
+over as they come, and answered through their senders. What streams (NAME_stream) is for Triton.
 
-Source: Triton Python backend README, "triton_python_backend_utils".
+Source: Triton Python backend README, "triton_python_backend_utils", "Decoupled mode", "Custom Metrics".
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from deploykit.errors import DeploykitError
 log = logging.getLogger(__name__)
 
 _MODULE = "triton_python_backend_utils"
+TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
 
 
 class Tensor:
@@ -65,10 +66,11 @@ class TritonModelException(Exception):
 
 
 class InferenceRequest:
-    """Texts, object [rows, 1] of bytes; the outputs wanted; request parameters."""
+    """Texts, object [rows, 1] of bytes; the outputs wanted; request parameters. ``answer`` is what becomes of it."""
 
     def __init__(self, texts: NDArray[Any], outputs: Sequence[str], parameters: Mapping[str, Any]) -> None:
         self.texts, self._outputs, self._parameters = texts, tuple(outputs), json.dumps(parameters)
+        self.answer: Future[InferenceResponse] = Future()
 
     def requested_output_names(self) -> tuple[str, ...]:
         return self._outputs
@@ -78,6 +80,19 @@ class InferenceRequest:
 
     def is_cancelled(self) -> bool:
         return False  # a client that leaves is not noticed before its answer is written
+
+    def get_response_sender(self) -> ResponseSender:
+        return ResponseSender(self)
+
+
+class ResponseSender:
+    """Sends the one answer to a request, from any thread."""
+
+    def __init__(self, request: InferenceRequest) -> None:
+        self._request = request
+
+    def send(self, response: InferenceResponse, flags: int) -> None:
+        self._request.answer.set_result(response)
 
 
 class InferenceResponse:
@@ -93,6 +108,23 @@ class InferenceResponse:
 
 class Logger:
     log_error = staticmethod(log.error)
+
+
+class MetricFamily:
+    """Metrics, which nobody asks for without Triton."""
+
+    COUNTER, GAUGE = range(2)
+
+    def __init__(self, **described: Any) -> None:
+        """Takes name, description and kind."""
+
+    def Metric(self, labels: Mapping[str, str]) -> Metric:
+        return Metric()
+
+
+class Metric:
+    def increment(self, value: float) -> None:
+        """Counts nothing."""
 
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor:
@@ -111,9 +143,7 @@ class InProcessModel:
         self.name, self.version, self.config = name, version, config
         self.max_batch_size = int(config["max_batch_size"])
         policy = config.get("dynamic_batching", {}).get("default_queue_policy", {})
-        self._queue: queue.Queue[tuple[InferenceRequest, Future[InferenceResponse]] | None] = queue.Queue(
-            int(policy.get("max_queue_size", 0))
-        )
+        self._queue: queue.Queue[InferenceRequest | None] = queue.Queue(int(policy.get("max_queue_size", 0)))
         self._model = _backend_module().TritonPythonModel()
         arguments = {"model_config": json.dumps(config), "model_repository": str(folder), "model_version": version}
         try:
@@ -126,13 +156,12 @@ class InProcessModel:
 
     def infer(self, request: InferenceRequest) -> InferenceResponse:
         """Answers, or says in the response's error why there is none."""
-        answer: Future[InferenceResponse] = Future()
         try:
-            self._queue.put_nowait((request, answer))
+            self._queue.put_nowait(request)
         except queue.Full:
             full = TritonError("Exceeds maximum queue size", TritonError.UNAVAILABLE)
             return InferenceResponse([], full)
-        return answer.result()
+        return request.answer.result()
 
     def close(self) -> None:
         """Answer what waits, and end."""
@@ -143,19 +172,19 @@ class InProcessModel:
     def _work(self) -> None:
         item = self._queue.get()
         while item is not None:
-            batch, rows = [item], len(item[0].texts)
+            batch, rows = [item], len(item.texts)
             with contextlib.suppress(queue.Empty):
                 while rows < self.max_batch_size and (item := self._queue.get_nowait()) is not None:
                     batch.append(item)
-                    rows += len(item[0].texts)
+                    rows += len(item.texts)
             try:
-                responses = self._model.execute([request for request, _ in batch])
+                responses = self._model.execute(batch) or ()  # None: they are answered later
             except Exception as error:  # one batch failed; the next may not
                 log.exception("the model failed")
                 failed = TritonError(f"the model failed on this request: {type(error).__name__}")
                 responses = [InferenceResponse([], failed)] * len(batch)
-            for (_, answer), response in zip(batch, responses):
-                answer.set_result(response)
+            for request, response in zip(batch, responses):
+                request.answer.set_result(response)
             item = item and self._queue.get()
 
 

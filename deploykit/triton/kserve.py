@@ -30,7 +30,8 @@ _DRAIN_S = 10.0
 _BINARY_HEADER = "Inference-Header-Content-Length"
 _PATH = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?P<what>/config|/ready|/infer)?")
 _STATUS = {TritonError.INVALID_ARG: 400, TritonError.NOT_FOUND: 404, TritonError.UNAVAILABLE: 503}
-_DATATYPES = {"TYPE_STRING": "BYTES", "TYPE_FP32": "FP32"}
+_DATATYPES = {"TYPE_STRING": "BYTES", "TYPE_FP32": "FP32", "TYPE_INT32": "INT32"}
+_OF_ARRAYS = {"O": "BYTES", "f": "FP32", "i": "INT32"}  # by the kind of a numpy dtype
 
 
 @dataclass(frozen=True)
@@ -196,14 +197,12 @@ def _write_response(
     blobs = []
     for tensor in response.output_tensors():
         array = tensor.as_numpy()
-        text = array.dtype == np.object_
-        output: dict[str, Any] = {
-            "name": tensor.name(),
-            "datatype": "BYTES" if text else "FP32",
-            "shape": list(array.shape),
-        }
+        datatype = _OF_ARRAYS[array.dtype.kind]
+        text = datatype == "BYTES"
+        output: dict[str, Any] = {"name": tensor.name(), "datatype": datatype, "shape": list(array.shape)}
         if wanted[tensor.name()]:
-            blobs.append(_pack(array.reshape(-1)) if text else np.ascontiguousarray(array, "<f4").tobytes())
+            little = array.dtype.newbyteorder("<")
+            blobs.append(_pack(array.reshape(-1)) if text else np.ascontiguousarray(array, little).tobytes())
             output["parameters"] = {"binary_data_size": len(blobs[-1])}
         else:
             output["data"] = [v.decode() if text else v for v in array.reshape(-1).tolist()]

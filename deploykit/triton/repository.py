@@ -124,7 +124,7 @@ def package(
     _check_settings(export.task, settings)
     graphs = find_graphs(export_dir, export, engine=engine, precision=precision, to_run=False)
     options = {"engine": graphs.engine, "precision": graphs.precision, "name": name}
-    files = (*graphs.files, *_tokenizer_files(export))
+    files = (*graphs.files, *tokenizer_files(export))
     streamer = f"{name}{STREAM_SUFFIX}" if stream and isinstance(export.task, Translation) else None
 
     kept = _place_config(repository / name, export.task, settings, engine=graphs.engine, overwrite=overwrite_config)
@@ -282,7 +282,8 @@ def _check_settings(task: Task, settings: ServingSettings) -> None:
                 raise UsageError(f"{setting.name} is a setting of {other}, the model does {task.name}", "leave it out")
 
 
-def _tokenizer_files(export: Manifest) -> Iterator[str]:
+def tokenizer_files(export: Manifest) -> Iterator[str]:
+    """Those of an export that its tokenizer is loaded from."""
     if isinstance(export.task, Classification):
         yield "tokenizer.json"
         return
