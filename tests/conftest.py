@@ -36,6 +36,12 @@ def tiny_translation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_translation_to_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One in INT8 with what ``export --trt`` adds to it, and the rows it keeps, to be read only."""
+    return write_tiny_translation(tmp_path_factory.mktemp("tiny") / "en-fr", precision="int8", tensorrt=True)
+
+
+@pytest.fixture(scope="session")
 def make_tiny_translation() -> Callable[..., Path]:
     """``write_tiny_translation``, for tests that want another family or precision."""
     return write_tiny_translation
@@ -160,17 +166,20 @@ def write_tiny_translation(
     max_length: int = 128,
     seed: int = 0,
     keep_checkpoint: Path | None = None,
+    tensorrt: bool = False,
 ) -> Path:
     """Write a whole export of a random translation model: ``family`` is marian, m2m_100 or t5.
 
     Its translations are gibberish, some ended by the end token and some by the length limit.
-    ``keep_checkpoint`` is where the checkpoint goes that it is an export of.
+    ``keep_checkpoint`` is where the checkpoint goes that it is an export of. With ``tensorrt`` it has the graphs that
+    engines of fp16 and INT8 are built from, and keeps rows.
     """
     import torch
 
-    from deploykit.artifacts import write_manifest
+    from deploykit.artifacts import SAMPLES, write_manifest
     from deploykit.export.families import read_architecture
     from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+    from deploykit.export.tensorrt import TRANSLATOR_GRAPHS
     from deploykit.export.translation_tokenizer import save_translation_tokenizer
     from deploykit.runtime.engines import TRANSLATION_FILES, Precision
     from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
@@ -195,6 +204,12 @@ def write_tiny_translation(
         ranges = {name: (-8.0, 8.0) for graph in graphs for name in graph.activations}
     graphs = build_encoder(architecture, ranges), build_decoder(architecture, ranges)
     save_graphs(folder, *graphs, TRANSLATION_FILES[kind])
+    if tensorrt:
+        for each, some in (("fp16", None), ("int8", ranges)):
+            graphs = (build(architecture, some, standard="fp16") for build in (build_encoder, build_decoder))
+            save_graphs(folder, *graphs, TRANSLATOR_GRAPHS[each])
+        rows = ({"source": sentence, "target": "x", "origin": "x"} for sentence in SENTENCES)
+        (folder / SAMPLES).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     config = model.config
     task = Translation(

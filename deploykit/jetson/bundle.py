@@ -31,31 +31,34 @@ from deploykit.artifacts import (
     new_directory,
     new_file,
 )
-from deploykit.data.classification import read_texts
 from deploykit.data.sample import evenly
 from deploykit.errors import ArtifactError, CorruptArtifactError, DeploykitError, MissingDependencyError, UsageError
-from deploykit.export.tensorrt import GRAPHS, Profile
+from deploykit.export.tensorrt import Limits, Profile, limits_of
 from deploykit.jetson import contents
 from deploykit.jetson.boards import BOARDS, JetPack, find_board, find_jetpack
+from deploykit.jetson.by_task import BundledTask, bundled
 from deploykit.jetson.contents import Description, RecordedRows
-from deploykit.jetson.run_script import RUN_SH
+from deploykit.jetson.run_script import run_sh
 from deploykit.predictor import find_graphs
-from deploykit.runtime.classifier import load_classifier
-from deploykit.runtime.engines import load_engine
-from deploykit.tasks import Classification
-from deploykit.triton.repository import CONFIG, ServingSettings, check_name, config_text, validate_config
+from deploykit.triton.repository import (
+    CONFIG,
+    STREAM_SUFFIX,
+    ServingSettings,
+    check_name,
+    config_text,
+    tokenizer_files,
+    validate_config,
+)
 
 Say = Callable[[str], None]
 
 PRECISIONS = ("int8", "fp16")
 _ROWS = 64
-_SHORTEST = 16  # tokens that a text is padded to at least
 _TIME = 315532800  # 1980, the first that every archive format can hold
 # ONNX Runtime stands in for TensorRT where asked; 1.23 is its last for Python 3.10.
-_WHEELS: Mapping[str, Sequence[str]] = {
-    "3.10": ("numpy==1.26.4", "onnxruntime==1.23.2", "psutil==7.2.2", "tokenizers==0.23.3"),
-    "3.12": ("numpy==1.26.4", "onnxruntime==1.31.1", "psutil==7.2.2", "tokenizers==0.23.3"),
-}
+_WHEELS = ("numpy==1.26.4", "psutil==7.2.2")
+_MODULE_WHEELS = {"tokenizers": "tokenizers==0.23.3", "sentencepiece": "sentencepiece==0.2.3"}
+_ONNXRUNTIME = {"3.10": "onnxruntime==1.23.2", "3.12": "onnxruntime==1.31.1"}
 _LEAST_GLIBC = 17  # of any wheel for aarch64
 
 
@@ -99,13 +102,10 @@ def bundle(
     if out.exists() and not force:
         raise ArtifactError(f"{out}: exists", "choose another --out, or pass --force to replace it")
     export = load_manifest(export_dir, "export")
-    task = export.task
-    if not isinstance(task, Classification):
-        raise UsageError(
-            f"{export_dir}: bundles of translators are not supported yet",
-            "package it instead, and serve it by ONNX Runtime",
-        )
-    graphs = _tensorrt_graphs(export_dir, export, precision)
+    part = bundled(export.task)
+    graphs = _tensorrt_files(export_dir, export, part, precision)
+    tokenizer = tuple(tokenizer_files(export))
+    most = BOARDS[board].max_batch
     description = Description(
         name=name,
         target=board,
@@ -114,28 +114,36 @@ def bundle(
         tensorrt=release.tensorrt,
         python=release.python,
         graphs=graphs,
-        profile=str(_profile(board, task.max_length)),
+        inputs={
+            file: part.inputs(export_dir / file)
+            for files in graphs.values()
+            for file in files
+            if file.endswith(".onnx")
+        },
+        tokenizer=tokenizer,
+        profile=str(_profile(part, limits_of(export.task), most)),
         workspace_mib=BOARDS[board].workspace_mib,
         wheels=wheels is not None,
     )
-    on_cpu = find_graphs(export_dir, export, engine="onnxruntime", precision="auto").files[0]
-    texts = _texts(export_dir, task, data)
+    runs = (*graphs.values(), find_graphs(export_dir, export, engine="onnxruntime", precision="auto").files)
+    texts = _texts(export_dir, part, data)
     say(f"recording what {len(texts)} rows give")
-    rows = _record(export_dir, task, (*graphs.values(), on_cpu), texts)
+    rows = _record(export_dir, part, runs, texts)
 
-    config = config_text(task, _settings(board, task))
+    config = config_text(export.task, part.settings(most))
     files: dict[str, bytes | Path] = {
-        "run.sh": RUN_SH.encode(),
+        "run.sh": run_sh(part.modules).encode(),
         contents.DESCRIPTION: description.to_json().encode(),
         contents.ROWS: rows.to_json().encode(),
         contents.CONFIG_JSON: _config_json(config, name).encode(),
         f"{contents.REPOSITORY}/{name}/{CONFIG}": config.encode(),
-        "wheels.txt": _wheel_list(release).encode(),
-        **_export_files(export_dir, export, (*graphs.values(), on_cpu)),
+        "wheels.txt": _wheel_list(release, part).encode(),
+        **(_streamer(export, name) if part.streams else {}),
+        **_export_files(export_dir, export, [*tokenizer, *(file for run in runs for file in run)]),
         **_own_source(),
     }
     if wheels is not None:
-        files.update({f"wheels/{path.name}": path for path in _wheels(wheels, release, say)})
+        files.update({f"wheels/{path.name}": path for path in _wheels(wheels, release, part, say)})
     sums = {path: _digest(content) for path, content in files.items()}
     files[contents.SUMS] = contents.sums_of(sums).encode()
     say(f"writing {out}")
@@ -181,13 +189,15 @@ def unpack(archive: Path, out: Path, *, public_key: Path | None = None) -> Path:
     return out / tops[0].name
 
 
-def _tensorrt_graphs(export_dir: Path, export: Manifest, precision: str) -> dict[str, str]:
-    """Those that the export has, the one to build first."""
-    present = {p: GRAPHS[p] for p in PRECISIONS if GRAPHS[p] in export.files}
+def _tensorrt_files(
+    export_dir: Path, export: Manifest, part: BundledTask, precision: str
+) -> dict[str, tuple[str, ...]]:
+    """What the export has to build engines from, the precision to build first."""
+    present = {p: files for p in PRECISIONS if export.files.keys() >= set(files := part.files(p))}
     if precision not in ("auto", *PRECISIONS):
         raise UsageError(f"unknown --precision {precision!r}", f"choose one of: auto, {', '.join(PRECISIONS)}")
     if not present or precision not in ("auto", *present):
-        missing = GRAPHS["int8" if precision == "auto" else precision]
+        missing = part.files("int8" if precision == "auto" else precision)[0]
         raise ArtifactError(
             f"{export_dir}: has no graph for TensorRT ({missing})",
             "export it again with --int8 --trt --precision fp16 --precision int8",
@@ -195,41 +205,27 @@ def _tensorrt_graphs(export_dir: Path, export: Manifest, precision: str) -> dict
     return dict(sorted(present.items(), key=lambda item: item[0] != precision))
 
 
-def _profile(board: str, longest: int) -> Profile:
-    most = BOARDS[board].max_batch
-    shortest = min(_SHORTEST, longest)
-    return Profile({"batch": (1, max(1, most // 4), most), "length": (shortest, min(64, longest), longest)})
+def _profile(part: BundledTask, limits: Limits, most: int) -> Profile:
+    lengths = {axis: (min(part.shortest, end), min(64, end), end) for axis, end in limits.items()}
+    return Profile({"batch": (1, max(1, most // 4), most), **lengths})
 
 
-def _settings(board: str, task: Classification) -> ServingSettings:
-    """No run of the engine may have more rows than its profile: short texts would fill the default budget with more."""
-    most = BOARDS[board].max_batch
-    return ServingSettings(token_budget=most * min(_SHORTEST, task.max_length))
-
-
-def _texts(export_dir: Path, task: Classification, data: str | None) -> list[str]:
-    columns: Sequence[str] | None = task.text_columns
-    if data is None:
-        if not (export_dir / SAMPLES).is_file():
-            raise ArtifactError(
-                f"{export_dir}: keeps no rows to verify an engine with",
-                "give a file of texts with --data, or export the model again",
-            )
-        data, columns = str(export_dir / SAMPLES), ("text",)
-    elif data.endswith(".txt"):
-        columns = None
-    texts = [row.text for row in read_texts(data, columns, task.text_separator) if row.text]
+def _texts(export_dir: Path, part: BundledTask, data: str | None) -> list[str]:
+    source = data or str(export_dir / SAMPLES)
+    if data is None and not (export_dir / SAMPLES).is_file():
+        raise ArtifactError(
+            f"{export_dir}: keeps no rows to verify an engine with",
+            "give a file of texts with --data, or export the model again",
+        )
+    texts = [text for text in part.read(source, kept=data is None) if text]
     if not texts:
-        raise ArtifactError(f"{data}: has no texts", "give another file with --data")
+        raise ArtifactError(f"{source}: has no texts", "give another file with --data")
     return evenly(texts, _ROWS)
 
 
-def _record(export_dir: Path, task: Classification, graphs: Sequence[str], texts: Sequence[str]) -> RecordedRows:
-    scores = {}
-    for graph in graphs:
-        engine = load_engine("onnxruntime", export_dir / graph)
-        scores[graph] = load_classifier(export_dir, task, engine).scores(texts)
-    return RecordedRows(tuple(texts), scores)
+def _record(export_dir: Path, part: BundledTask, runs: Sequence[Sequence[str]], texts: Sequence[str]) -> RecordedRows:
+    answers = {files[0]: part.answers(part.load(export_dir, files, "onnxruntime", {}), texts) for files in runs}
+    return RecordedRows(tuple(texts), answers)
 
 
 def _config_json(config: str, name: str) -> str:
@@ -237,13 +233,25 @@ def _config_json(config: str, name: str) -> str:
     return json.dumps({"name": name, **record}, indent=1, ensure_ascii=False) + "\n"
 
 
-def _export_files(export_dir: Path, export: Manifest, graphs: Sequence[str]) -> dict[str, bytes | Path]:
+def _export_files(export_dir: Path, export: Manifest, needed: Sequence[str]) -> dict[str, bytes | Path]:
     """A part of the export, with a manifest of that part."""
-    names = [*graphs, *(n for n in ("tokenizer.json", "calibration.json", "calibration.npz") if n in export.files)]
+    names = [*needed, *(n for n in ("calibration.json", "calibration.npz") if n in export.files)]
     part = dataclasses.replace(export, files={name: export.files[name] for name in names}, parent=export.digest)
-    manifest = json.dumps(part.to_json(), indent=1, ensure_ascii=False) + "\n"
     files: dict[str, bytes | Path] = {f"{contents.EXPORT}/{name}": export_dir / name for name in names}
-    return {**files, f"{contents.EXPORT}/{MANIFEST}": manifest.encode()}
+    return {**files, f"{contents.EXPORT}/{MANIFEST}": _manifest_text(part)}
+
+
+def _streamer(export: Manifest, name: str) -> dict[str, bytes | Path]:
+    """NAME_stream, which Triton serves beside the model."""
+    model, options = f"{name}{STREAM_SUFFIX}", {"name": f"{name}{STREAM_SUFFIX}", "streams": name}
+    manifest = dataclasses.replace(export, kind="model", files={}, parent=export.digest, options=options, metrics={})
+    folder = f"{contents.REPOSITORY}/{model}"
+    config = config_text(export.task, ServingSettings(), streams=name)
+    return {f"{folder}/{CONFIG}": config.encode(), f"{folder}/{contents.VERSION}/{MANIFEST}": _manifest_text(manifest)}
+
+
+def _manifest_text(manifest: Manifest) -> bytes:
+    return (json.dumps(manifest.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _own_source() -> dict[str, bytes | Path]:
@@ -251,16 +259,20 @@ def _own_source() -> dict[str, bytes | Path]:
     return {f"lib/deploykit/{path.relative_to(package).as_posix()}": path for path in package.rglob("*.py")}
 
 
-def _wheel_list(release: JetPack) -> str:
+def _wheels_of(release: JetPack, part: BundledTask) -> list[str]:
+    return sorted([*_WHEELS, _ONNXRUNTIME[release.python], *(_MODULE_WHEELS[module] for module in part.modules)])
+
+
+def _wheel_list(release: JetPack, part: BundledTask) -> str:
     return (
         f"# For Python {release.python} on aarch64 (JetPack {release.version}); TensorRT comes with JetPack.\n"
-        + "".join(f"{wheel}\n" for wheel in _WHEELS[release.python])
+        + "".join(f"{wheel}\n" for wheel in _wheels_of(release, part))
     )
 
 
-def _wheels(folder: Path, release: JetPack, say: Say) -> list[Path]:
+def _wheels(folder: Path, release: JetPack, part: BundledTask, say: Say) -> list[Path]:
     """A file of ``folder`` for each wheel of the list; those missing are downloaded. Raises DeploykitError."""
-    wanted = _WHEELS[release.python]
+    wanted = _wheels_of(release, part)
     missing = [wheel for wheel in wanted if _find_wheel(folder, wheel, release) is None]
     if missing:
         command = [

@@ -5,7 +5,7 @@ SHA256SUMS                    of every other file
 bundle.json                   what it is for: a ``Description``
 rows.json                     texts, and what the graphs make of them: ``RecordedRows``
 export/                       an export with the graphs to build from, tokenizer and calibration
-model_repository/NAME/        config.pbtxt; the device builds version 1
+model_repository/NAME/        config.pbtxt; the device builds version 1 (of a translator also NAME_stream, which has no weights)
 config.json                   the same config, for machines without protobuf
 lib/deploykit/                this package
 wheels.txt, wheels/           what Python needs there
@@ -14,25 +14,24 @@ wheels.txt, wheels/           what Python needs there
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from deploykit.artifacts import hash_file
 from deploykit.errors import CorruptArtifactError
+from deploykit.export.tensorrt import Inputs
 
 DESCRIPTION, ROWS, CONFIG_JSON, SUMS = "bundle.json", "rows.json", "config.json", "SHA256SUMS"
-EXPORT, REPOSITORY = "export", "model_repository"
+EXPORT, REPOSITORY, VERSION = "export", "model_repository", "1"
 
 
 @dataclass(frozen=True)
 class Description:
-    """``graphs`` are those that TensorRT builds from, by precision, the preferred one first; ``profile`` and
-    ``workspace_mib`` are the board's caps. ``wheels`` tells whether they are in the bundle."""
+    """``graphs`` are the files that TensorRT builds from, by precision, the preferred one first: graphs, whose ``inputs``
+    are by file, and the weights of several of them. ``tokenizer`` are the other files that the model is made of.
+    ``profile`` and ``workspace_mib`` are the board's caps. ``wheels`` tells whether they are in the bundle."""
 
     name: str
     target: str
@@ -40,7 +39,9 @@ class Description:
     l4t: str
     tensorrt: str
     python: str
-    graphs: Mapping[str, str]
+    graphs: Mapping[str, Sequence[str]]
+    inputs: Mapping[str, Inputs]
+    tokenizer: Sequence[str]
     profile: str
     workspace_mib: int
     wheels: bool
@@ -51,14 +52,13 @@ class Description:
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Real texts, and by the name of a graph the scores, float32 [texts, labels], that ONNX Runtime computed of it."""
+    """Real texts, and by the name of a (first) graph what ONNX Runtime made of each with it: see ``BundledTask.answers``."""
 
     texts: tuple[str, ...]
-    scores: Mapping[str, NDArray[np.float32]]
+    answers: Mapping[str, Sequence[Any]]
 
     def to_json(self) -> str:
-        scores = {graph: rows.tolist() for graph, rows in self.scores.items()}
-        return json.dumps({"texts": self.texts, "scores": scores}, ensure_ascii=False) + "\n"
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
 def read_description(bundle: Path) -> Description:
@@ -72,8 +72,7 @@ def read_description(bundle: Path) -> Description:
 def read_rows(bundle: Path) -> RecordedRows:
     """Raises CorruptArtifactError."""
     record = _read(bundle / ROWS)
-    scores = {graph: np.asarray(rows, np.float32) for graph, rows in record["scores"].items()}
-    return RecordedRows(tuple(record["texts"]), scores)
+    return RecordedRows(tuple(record["texts"]), record["answers"])
 
 
 def read_config(bundle: Path) -> dict[str, Any]:

@@ -9,37 +9,36 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from deploykit.artifacts import Manifest, digest_of, load_manifest, new_directory, new_file, write_manifest
 from deploykit.errors import ArtifactError, DeploykitError, EngineError, MissingDependencyError
-from deploykit.export.tensorrt import EngineOptions, build_engine, choose_builder
+from deploykit.export.tensorrt import EngineOptions, build_engine, choose_builder, limits_of
+from deploykit.jetson.by_task import bundled
 from deploykit.jetson.check import examine, free_bytes, tensorrt_version
-from deploykit.jetson.contents import EXPORT, REPOSITORY, Description, read_config, read_description, read_rows
-from deploykit.predictor import find_graphs
-from deploykit.runtime.classifier import Classifier, load_classifier
-from deploykit.runtime.engines import load_engine
-from deploykit.tasks import Classification
+from deploykit.jetson.contents import (
+    EXPORT,
+    REPOSITORY,
+    VERSION,
+    Description,
+    read_config,
+    read_description,
+    read_rows,
+)
+from deploykit.predictor import Predictor, find_graphs
 from deploykit.triton.backends import InstalledTriton, assemble_backends, find_installed_triton
 
 STEPS = ("check", "build", "verify", "serve", "bench")
-VERSION = "1"
-# Of probabilities, beside ONNX Runtime's of the same graph: fused and reordered sums round otherwise, and near a
-# boundary INT8 takes the next step. Chosen well above what such rounding does and well below what a wrong engine does.
-MEAN_DIFFERENCE: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.01, "int8": 0.03}
-SAME_ANSWERS = 0.95
-_EXIT_S = 5  # Triton waits as long for idle connections; a classifier's requests are done by then
+_EXIT_S = 5  # Triton waits as long for idle connections; requests, but those of long documents, are done by then
 _TRTEXEC = "/usr/src/tensorrt/bin"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An unpacked bundle, and which engine it is to run; ``precision`` is that of TensorRT's graph, or auto."""
+    """An unpacked bundle, and which engine it is to run; ``precision`` is that of TensorRT's graphs, or auto."""
 
     root: Path
     description: Description
@@ -58,16 +57,16 @@ class Bundle:
     def version(self) -> Path:
         return self.model / VERSION
 
-    def graph(self, export: Manifest) -> tuple[str, str]:
-        """(precision, file) of the graph that the model is made of. Raises DeploykitError."""
+    def graphs(self, export: Manifest) -> tuple[str, tuple[str, ...]]:
+        """(precision, files) of the graphs that the model is made of. Raises DeploykitError."""
         if self.engine == "onnxruntime":
             chosen = find_graphs(self.export, export, engine=self.engine, precision=self.precision)
-            return chosen.precision, chosen.files[0]
+            return chosen.precision, chosen.files
         graphs = self.description.graphs
         precision = next(iter(graphs)) if self.precision == "auto" else self.precision
         if precision not in graphs:
             raise ArtifactError(f"the bundle has no {precision} graph", f"give --precision {' or '.join(graphs)}")
-        return precision, graphs[precision]
+        return precision, tuple(graphs[precision])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,8 +111,9 @@ def say(message: str) -> None:
 
 def check(bundle: Bundle, root: Path = Path("/")) -> None:
     """Print what this machine is and needs. Raises EngineError when the model cannot be built or run here."""
-    _, file = bundle.graph(load_manifest(bundle.export, "export"))
-    findings = examine(bundle.description, bundle.engine, (bundle.export / file).stat().st_size, root)
+    _, files = bundle.graphs(load_manifest(bundle.export, "export"))
+    size = sum((bundle.export / file).stat().st_size for file in files)
+    findings = examine(bundle.description, bundle.engine, size, root)
     for finding in findings:
         say(str(finding))
     problems = [finding.what for finding in findings if finding.level == "problem"]
@@ -124,9 +124,9 @@ def check(bundle: Bundle, root: Path = Path("/")) -> None:
 def build(bundle: Bundle) -> Manifest:
     """Make version 1 of the model for the engine, unless it was made here of the same. Raises DeploykitError."""
     export = load_manifest(bundle.export, "export")
-    precision, file = bundle.graph(export)
+    precision, files = bundle.graphs(export)
     made_by = tensorrt_version() if bundle.engine == "tensorrt" else None
-    inputs = digest_of(export.digest, bundle.engine, precision, file, bundle.description.profile, made_by)
+    inputs = digest_of(export.digest, bundle.engine, precision, files, bundle.description.profile, made_by)
     if bundle.version.exists():
         try:
             manifest = load_manifest(bundle.version, "model")
@@ -137,34 +137,41 @@ def build(bundle: Bundle) -> Manifest:
                 say(f"{bundle.version}: reused, built here before")
                 return manifest
     with new_directory(bundle.version) as folder:
-        shutil.copyfile(bundle.export / "tokenizer.json", folder / "tokenizer.json")
-        shutil.copyfile(bundle.export / file, folder / file)
-        engines = [_build_engine(bundle, folder / file, precision, export)] if bundle.engine == "tensorrt" else []
-        run = engines[0]["file"] if engines else file
+        for file in (*files, *bundle.description.tokenizer):
+            shutil.copyfile(bundle.export / file, folder / file)
+        engines = _build_engines(bundle, folder, files, precision, export) if bundle.engine == "tensorrt" else []
         manifest = write_manifest(
             folder,
             "model",
             export.task,
             inputs=inputs,
             parent=export.digest,
-            options={"engine": bundle.engine, "precision": precision, "name": bundle.description.name, "graph": file,
-                     "file": run},
+            options={"engine": bundle.engine, "precision": precision, "name": bundle.description.name, "graph": files[0],
+                     "files": [engine["file"] for engine in engines] or files},
             metrics={"engines": engines},
         )  # fmt: skip
     say(f"{bundle.version}: {bundle.engine}, {precision}")
     return manifest
 
 
-def _build_engine(bundle: Bundle, graph: Path, precision: str, export: Manifest) -> dict[str, Any]:
-    """Build the engine of ``graph`` in its place; returns its record."""
-    assert isinstance(export.task, Classification)
+def _build_engines(
+    bundle: Bundle, folder: Path, files: Sequence[str], precision: str, export: Manifest
+) -> list[dict[str, Any]]:
+    """Build an engine of each graph of ``files``, in their place; returns their records."""
     # The board's cap, or a quarter of what is free: the graph, its weights and the timing of kernels need the rest.
     workspace = min(bundle.description.workspace_mib, max(64, free_bytes() >> 22))
-    profile = bundle.description.profile
+    profile, inputs = bundle.description.profile, bundle.description.inputs
     options = EngineOptions((precision,), (profile,), f"{workspace}MiB", "this-gpu", builder=_builder())
-    engine = build_engine(graph, precision, options, {"length": export.task.max_length}, say)
-    graph.unlink()
-    return asdict(engine)
+    weights = next((folder / file for file in files if file not in inputs), None)
+    limits = limits_of(export.task)
+    engines = [
+        build_engine(folder / file, precision, options, limits, say, inputs=inputs[file], weights=weights)
+        for file in files
+        if file in inputs
+    ]
+    for file in files:
+        (folder / file).unlink()
+    return [asdict(engine) for engine in engines]
 
 
 def _builder() -> str:
@@ -179,7 +186,7 @@ def _builder() -> str:
     )
 
 
-def open_model(bundle: Bundle) -> tuple[Classifier, Manifest]:
+def open_model(bundle: Bundle) -> tuple[Predictor, Manifest]:
     """The model that ``build`` made. Raises ArtifactError when there is none, or one of another engine; EngineError."""
     again = f"./run.sh build --engine {bundle.engine}"
     if not bundle.version.exists():
@@ -188,29 +195,24 @@ def open_model(bundle: Bundle) -> tuple[Classifier, Manifest]:
     options = manifest.options
     if options["engine"] != bundle.engine:
         raise ArtifactError(f"{bundle.version}: is built for {options['engine']}", again)
+    parameters = {key: value["string_value"] for key, value in read_config(bundle.root)["parameters"].items()}
     try:
-        engine = load_engine(bundle.engine, bundle.version / options["file"])
+        model = bundled(manifest.task).load(bundle.version, options["files"], bundle.engine, parameters)
     except EngineError as error:  # its remedy names an export, which is elsewhere
         raise EngineError(error.message, f"rm -r {bundle.version}; {again}") from error
-    assert isinstance(manifest.task, Classification)
-    budget = int(read_config(bundle.root)["parameters"]["token_budget"]["string_value"])
-    return load_classifier(bundle.version, manifest.task, engine, token_budget=budget), manifest
+    return model, manifest
 
 
 def verify(bundle: Bundle) -> None:
-    """Compare the model's scores of the recorded rows with those recorded. Raises EngineError for a wrong engine."""
+    """Compare what the model makes of the recorded rows with what is recorded. Raises EngineError for a wrong engine."""
     model, manifest = open_model(bundle)
-    options = manifest.options
-    rows = read_rows(bundle.root)
-    expected = rows.scores[options["graph"]]
-    scores = model.scores(rows.texts)
-    difference = float(np.abs(scores - expected).max(axis=1).mean())
-    same = float(np.mean([a == b for a, b in zip(model.task.decide(scores), model.task.decide(expected))]))
-    told = f"{len(rows.texts)} rows: scores differ from those recorded by {difference:.2e} in the mean, {same:.0%} equal answers"
-    limit = MEAN_DIFFERENCE[options["precision"]]
-    if not difference <= limit or same < SAME_ANSWERS:  # NaN is no small difference
+    part, rows = bundled(manifest.task), read_rows(bundle.root)
+    recorded = rows.answers[manifest.options["graph"]]
+    verdict = part.compare(part.answers(model, rows.texts), recorded, manifest.options["precision"])
+    told = f"{len(rows.texts)} rows: {verdict.told}"
+    if not verdict.right:
         raise EngineError(
-            f"{bundle.version}: answers wrongly: {told}; at most {limit:g} and at least {SAME_ANSWERS:.0%} will do",
+            f"{bundle.version}: answers wrongly: {told}; {verdict.limits}",
             f"rm -r {bundle.version}; build again, or with another --precision",
         )
     say(told)
@@ -257,13 +259,14 @@ def bench(bundle: Bundle, seconds: float, out: Path) -> None:
 
     model, manifest = open_model(bundle)
     precision = manifest.options["precision"]
-    size = manifest.files[manifest.options["file"]].bytes / 1e6
+    size = sum(manifest.files[file].bytes for file in manifest.options["files"]) / 1e6
     name = f"{bundle.description.name} {bundle.engine} {precision}"
     result = run_bench(
         [Candidate(name, model, size, precision, bundle.engine)],
         read_rows(bundle.root).texts,
         scenarios=[ClosedLoop(1), ClosedLoop(8), ClosedLoop(32)],
         seconds=seconds,
+        warmup_s=min(1.0, seconds),
         progress=say,
     ).to_json()
     with new_file(out) as file:

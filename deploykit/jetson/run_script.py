@@ -1,6 +1,10 @@
 """run.sh of a bundle: nothing of the bundle runs before every file is the one that was bundled."""
 
-RUN_SH = """\
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_RUN_SH = """\
 #!/bin/sh
 # Builds, verifies and serves the model of this bundle on the device. See: ./run.sh --help
 set -eu
@@ -28,9 +32,14 @@ if [ -d wheels ] && [ ! -d site ]; then
   mv site.partial site
 fi
 export PYTHONPATH="$PWD/lib:$PWD/site" PYTHONDONTWRITEBYTECODE=1
-"$python" -c 'import numpy, tokenizers' ||
-  fail "numpy and tokenizers cannot be imported by $python, $("$python" --version)" \\
+"$python" -c 'import MODULES' ||
+  fail "MODULES: cannot be imported by $python, $("$python" --version)" \\
     "with a network: $python -m pip install --no-deps --target site -r wheels.txt; or bundle again with --wheels"
 
 exec "$python" -m deploykit.jetson.device "$@"
 """
+
+
+def run_sh(modules: Sequence[str]) -> str:
+    """The script of a model whose answering imports ``modules`` beside numpy and an engine."""
+    return _RUN_SH.replace("MODULES", ", ".join(("numpy", *modules)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,13 +12,18 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from deploykit.artifacts import SAMPLES, load_manifest, write_manifest
-from deploykit.triton.client import ServedClassifier
+from deploykit.predictor import open_graph
+from deploykit.runtime.generation import override
+from deploykit.runtime.translator import Translator
+from deploykit.triton.client import ServedClassifier, ServedTranslator
 
 Deploykit = Callable[..., tuple[int, str, str]]
 ENGINE = ("--engine", "onnxruntime")
@@ -53,10 +60,13 @@ def unpacked(archive: Path, folder: Path) -> Path:
 
 @pytest.fixture
 def bundle(archive: Path, tmp_path: Path) -> Path:
-    """Unpacked, with the engine of this environment alone: torch is not to be found from there."""
-    bundle = unpacked(archive, tmp_path / "device")
-    (bundle / "site").mkdir()
-    for name in ("numpy", "onnxruntime", "tokenizers"):
+    return with_modules(unpacked(archive, tmp_path / "device"), "numpy", "onnxruntime", "tokenizers")
+
+
+def with_modules(bundle: Path, *names: str) -> Path:
+    """Put these of this environment there, and nothing else: torch is not to be found from there."""
+    (bundle / "site").mkdir(exist_ok=True)
+    for name in names:
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.origin is not None
@@ -87,8 +97,9 @@ def environment(python: str | None = None) -> dict[str, str]:
     return {**kept, "PYTHON": python or base_python()}
 
 
-def serve_and_ask(bundle: Path, python: str | None = None) -> list[str]:
-    """Start what is typed last on a device, ask it two texts, end it; returns their labels."""
+@contextlib.contextmanager
+def serving(bundle: Path, python: str | None = None) -> Iterator[str]:
+    """Start what is typed last on a device, and in the end send it a signal. Gives the address that it prints."""
     process = subprocess.Popen(
         [bundle / "run.sh", *ENGINE, "--port", "0"], env=environment(python), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -98,18 +109,21 @@ def serve_and_ask(bundle: Path, python: str | None = None) -> list[str]:
     try:
         for line in process.stdout:
             lines.append(line)
-            if address := re.search(r"serving tiny at (http://127\.0\.0\.1:\d+)", line):
+            if address := re.search(r"serving \S+ at (http://127\.0\.0\.1:\d+)", line):
                 break
         else:
             pytest.fail("".join(lines))
-        client = ServedClassifier("tiny", address[1])
-        labels = [row.label for row in client.predict_rows(["w1 w2 w3", "w7"])]
-        client.close()
+        yield address[1]
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
     assert process.returncode == 0, "a signal ends it in order"
-    return labels
+
+
+def serve_and_ask(bundle: Path, python: str | None = None) -> list[str]:
+    """The labels of two texts, as a served bundle gives them."""
+    with serving(bundle, python) as address, contextlib.closing(ServedClassifier("tiny", address)) as client:
+        return [row.label for row in client.predict_rows(["w1 w2 w3", "w7"])]
 
 
 def test_from_an_empty_folder_to_a_served_model(bundle: Path, archive: Path) -> None:
@@ -133,6 +147,10 @@ def test_from_an_empty_folder_to_a_served_model(bundle: Path, archive: Path) -> 
     labels = serve_and_ask(bundle)
     assert set(labels) <= set(model.labels)  # type: ignore[union-attr]
     assert not list(bundle.rglob("*.partial"))
+    assert_no_torch(bundle)
+
+
+def assert_no_torch(bundle: Path) -> None:
     no_torch = subprocess.run(
         [base_python(), "-c", "import torch"], env={**environment(), "PYTHONPATH": f"{bundle}/lib:{bundle}/site"},
         capture_output=True, text=True, check=False,
@@ -140,14 +158,59 @@ def test_from_an_empty_folder_to_a_served_model(bundle: Path, archive: Path) -> 
     assert "No module named 'torch'" in no_torch.stderr
 
 
+def test_a_translator_from_an_empty_folder_to_a_served_and_measured_model(
+    deploykit: Deploykit, tiny_translation_to_bundle: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "fr.tar.gz"
+    words = ("--target", "orin-nx", "--jetpack", "6.2", "--name", "fr", "--out", out)
+    code, printed, err = deploykit("bundle", tiny_translation_to_bundle, *words, "--json")
+    assert code == 0, err
+    record = json.loads(printed)
+    assert (record["name"], record["precisions"]) == ("fr", ["int8", "fp16"])
+    assert record["profile"] == "batch=1:4:16,length=1:64:128,past=1:64:128"
+    bundle = with_modules(unpacked(out, tmp_path / "device"), "numpy", "onnxruntime", "tokenizers")
+    lacking = run(bundle, "check", *ENGINE)
+    assert (lacking.returncode, "numpy, tokenizers, sentencepiece: cannot be imported" in lacking.stderr) == (1, True)
+    with_modules(bundle, "sentencepiece", "psutil")
+    for step, says in (
+        ("check", "ok        ONNX Runtime"),
+        ("build", "onnxruntime, int8"),
+        ("verify", "6 rows: translations have a chrF of 100.0 beside those recorded (100% equal)"),
+    ):
+        done = run(bundle, step, *ENGINE)
+        assert done.returncode == 0, done.stderr
+        assert says in done.stdout
+    assert_no_torch(bundle)
+    texts = ["Save the file.", "", "Do you want to open 3 folders?"]
+    local = open_graph(tiny_translation_to_bundle, load_manifest(tiny_translation_to_bundle), engine="onnxruntime")
+    assert isinstance(local, Translator)
+    searches = [{}, {"beam_size": 2, "max_new_tokens": 9, "length_penalty": 0.5}]
+    with serving(bundle) as address, contextlib.closing(ServedTranslator("fr", address)) as client:
+        for search in searches:
+            generation = override(local.task, search)
+            found, expected = (one.translate(texts, generation) for one in (client, local))
+            assert [dataclasses.replace(t, score=0.0) for t in found] == [
+                dataclasses.replace(t, score=0.0) for t in expected
+            ]
+            assert [t.score for t in found] == pytest.approx([t.score for t in expected], abs=1e-5)
+        asked = {"inputs": [{"name": "TEXT", "datatype": "BYTES", "shape": [1, 1], "data": texts[:1]}],
+                 "parameters": {"beam_size": 99}}  # fmt: skip
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}/v2/models/fr/infer", json.dumps(asked).encode())
+        assert (refused.value.code, "beam_size is 99" in refused.value.read().decode()) == (400, True)
+    measured = run(bundle, "bench", *ENGINE, "--seconds", "0.05")
+    assert measured.returncode == 0, measured.stderr
+    assert "tokens/s" in measured.stdout
+    bench = json.loads((bundle / "bench.json").read_text())
+    assert (bench["errors"], bench["candidates"][0]["name"]) == (0, "fr onnxruntime int8")
+    assert bench["tokens_per_s"] > 0
+
+
 def test_bench_measures_there_if_psutil_is(bundle: Path) -> None:
     assert run(bundle, "build", *ENGINE).returncode == 0
     lacking = run(bundle, "bench", *ENGINE)
     assert (lacking.returncode, "psutil is not installed" in lacking.stderr) == (1, True)
-    spec = importlib.util.find_spec("psutil")
-    assert spec is not None
-    assert spec.origin is not None
-    (bundle / "site/psutil").symlink_to(Path(spec.origin).parent)
+    with_modules(bundle, "psutil")
     measured = run(bundle, "bench", *ENGINE, "--seconds", "0.05")
     assert measured.returncode == 0, measured.stderr
     record = json.loads((bundle / "bench.json").read_text())

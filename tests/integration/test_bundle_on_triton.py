@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from served import wait_until
 from deploykit.artifacts import SAMPLES, load_manifest, write_manifest
 from deploykit.errors import ServerError
 from deploykit.jetson.bundle import bundle, unpack
-from deploykit.triton.client import ServedClassifier
+from deploykit.triton.client import ServedClassifier, ServedTranslator, open_served
 from deploykit.triton.preflight import find_triton, take_ports
 
 
@@ -31,14 +33,10 @@ def installed(tmp_path: Path) -> Path:
     return prefix / "bin"
 
 
-def test_a_bundle_is_served_by_the_triton_that_is_there(
-    installed: Path, make_tiny_export: Callable[..., Path], tmp_path: Path
-) -> None:
-    export = make_tiny_export(tmp_path / "tiny")
-    shutil.copyfile(export / "model.onnx", export / "model.qdq.onnx")
-    (export / SAMPLES).write_text(json.dumps({"text": "w1 w2"}) + "\n")
-    write_manifest(export, "export", load_manifest(export).task, inputs="tiny")
-    bundle(export, tmp_path / "a.tgz", "agx-orin", "6.2", say=lambda line: None)
+@contextmanager
+def served(export: Path, name: str, installed: Path, tmp_path: Path) -> Iterator[str]:
+    """The address of ``export`` as ``name``: bundled, unpacked, and served by what is installed."""
+    bundle(export, tmp_path / "a.tgz", "agx-orin", "6.2", name=name, say=lambda line: None)
     device = unpack(tmp_path / "a.tgz", tmp_path / "device")
     python = Path(sys.executable)
     environment = {
@@ -54,24 +52,45 @@ def test_a_bundle_is_served_by_the_triton_that_is_there(
         subprocess.Popen(words, env=environment, stdout=log, stderr=log) as process,
     ):
         try:
-            assert wait_until(lambda: answers(port) or process.poll() is not None, 60)
+            assert wait_until(lambda: answers(name, port) or process.poll() is not None, 60)
             assert process.poll() is None, (tmp_path / "log").read_text()
-            client = ServedClassifier("tiny", f"http://127.0.0.1:{port}")
-            labels = [row.label for row in client.predict_rows(["w1", "w2 w3"])]
-            client.close()
+            yield f"http://127.0.0.1:{port}"
         finally:
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(45)
             finally:
                 process.kill()
-    assert set(labels) <= {"negative", "neutral", "positive"}
     assert "by " + str(installed / "tritonserver") in (tmp_path / "log").read_text()
 
 
-def answers(port: int) -> bool:
+def test_a_bundle_is_served_by_the_triton_that_is_there(
+    installed: Path, make_tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    export = make_tiny_export(tmp_path / "tiny")
+    shutil.copyfile(export / "model.onnx", export / "model.qdq.onnx")
+    (export / SAMPLES).write_text(json.dumps({"text": "w1 w2"}) + "\n")
+    write_manifest(export, "export", load_manifest(export).task, inputs="tiny")
+    with served(export, "tiny", installed, tmp_path) as url, closing(ServedClassifier("tiny", url)) as client:
+        labels = [row.label for row in client.predict_rows(["w1", "w2 w3"])]
+    assert set(labels) <= {"negative", "neutral", "positive"}
+
+
+def test_a_translators_bundle_streams_by_triton(
+    installed: Path, tiny_translation_to_bundle: Path, tmp_path: Path
+) -> None:
+    with served(tiny_translation_to_bundle, "fr", installed, tmp_path) as url:
+        with closing(ServedTranslator("fr", url)) as client:
+            sentences = [t.text for t in client.translate(["Save the file. ", "Close it."])]
+        request = json.dumps({"TEXT": "Save the file. Close it."}).encode()
+        with urllib.request.urlopen(f"{url}/v2/models/fr_stream/generate_stream", request) as answer:
+            events = [json.loads(line[6:]) for line in answer.read().decode().splitlines() if line.startswith("data: ")]
+    assert [event["TRANSLATION"].strip() for event in events] == [sentence.strip() for sentence in sentences]
+
+
+def answers(name: str, port: int) -> bool:
     try:
-        ServedClassifier("tiny", f"http://127.0.0.1:{port}", patience=0).close()
+        open_served(name, f"http://127.0.0.1:{port}").close()
     except ServerError:
         return False
     return True

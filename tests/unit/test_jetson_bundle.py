@@ -23,14 +23,15 @@ from deploykit.errors import (
     MissingDependencyError,
     UsageError,
 )
-from deploykit.export.tensorrt import parse_profile
+from deploykit.export.tensorrt import TRANSLATOR_GRAPHS, parse_profile, read_inputs
 from deploykit.jetson.boards import BOARDS, JETPACKS
 from deploykit.jetson.bundle import bundle, fits, unpack
 from deploykit.jetson.contents import read_config, read_description, read_rows, verify_sums
 from deploykit.predictor import open_graph
 from deploykit.runtime.batching import batches
+from deploykit.runtime.engines import TRANSLATION_FILES
 from deploykit.tasks import Translation
-from deploykit.triton.repository import check_config
+from deploykit.triton.repository import check_config, list_models, verify_version
 
 TEXTS = [f"w{i} w{i * 7 % 200} w3" for i in range(80)]
 WHEELS = (
@@ -94,7 +95,7 @@ def test_a_bundle_holds_what_the_device_needs(export: Path, archive: Path, tmp_p
     whole = load_manifest(export)
     expected = open_graph(export, whole, engine="onnxruntime").scores(rows.texts)
     for graph in ("model.qdq.onnx", "model.fp16.onnx", "model.u8s8.onnx"):
-        np.testing.assert_array_equal(rows.scores[graph], expected)
+        np.testing.assert_array_equal(rows.answers[graph], expected)
     check_config(folder / "model_repository" / "tiny" / "config.pbtxt", whole.task)
     assert read_config(folder)["max_batch_size"] == 64
     assert (folder / "lib/deploykit/jetson/device.py").is_file()
@@ -161,12 +162,58 @@ def test_exports_that_cannot_be_bundled(export: Path, tiny_export: Path, tmp_pat
     assert read_rows(unpack(tmp_path / "b.tgz", tmp_path / "b")).texts == ("w1 w2", "w3")
 
 
-def test_a_translator_is_refused_plainly(tmp_path: Path) -> None:
-    task = Translation("en", "fr", "marian", 10, 8, 8, 0, (1,), 0)
-    (tmp_path / "e").mkdir()
-    write_manifest(tmp_path / "e", "export", task, inputs="")
-    with pytest.raises(UsageError, match="bundles of translators are not supported yet"):
-        bundle(tmp_path / "e", tmp_path / "a.tgz", "thor", "7.0", say=silent)
+def test_a_translators_bundle_holds_both_graphs_its_stream_and_what_it_says(
+    tiny_translation_to_bundle: Path, tmp_path: Path
+) -> None:
+    export = tiny_translation_to_bundle
+    bundle(export, tmp_path / "a.tgz", "orin-nano", "6.2", name="fr", say=silent)
+    bundle(export, tmp_path / "b.tgz", "orin-nano", "6.2", name="fr", say=silent)
+    assert (tmp_path / "a.tgz").read_bytes() == (tmp_path / "b.tgz").read_bytes()
+    folder = unpack(tmp_path / "a.tgz", tmp_path / "out")
+    whole = load_manifest(export)
+    task = whole.task
+    assert isinstance(task, Translation)
+
+    description = read_description(folder)
+    assert list(description.graphs) == ["int8", "fp16"]
+    assert tuple(description.graphs["int8"]) == TRANSLATOR_GRAPHS["int8"]
+    runs = (TRANSLATOR_GRAPHS["int8"], TRANSLATOR_GRAPHS["fp16"], TRANSLATION_FILES["int8"])
+    part = load_manifest(folder / "export", "export")
+    assert set(part.files) == {*description.tokenizer, *(file for files in runs for file in files)}
+    assert "source.spm" in description.tokenizer
+    profile = parse_profile(description.profile, {"length": task.max_source_length, "past": task.max_target_length})
+    assert profile.ranges == {"batch": (1, 4, 16), "length": (1, 64, 128), "past": (1, 64, 128)}
+    for graph, inputs in description.inputs.items():
+        assert inputs == read_inputs(folder / "export" / graph)
+        assert all(profile.shapes(dimensions)[2] for dimensions in inputs.values()), "every axis has a range"
+    assert "sentencepiece==" in (folder / "wheels.txt").read_text()
+    assert "import numpy, tokenizers, sentencepiece" in (folder / "run.sh").read_text()
+
+    rows = read_rows(folder)
+    assert len(rows.texts) == 6
+    translator = open_graph(export, whole, engine="onnxruntime")
+    expected = [translated.text for translated in translator.translate(rows.texts)]
+    assert [answer["text"] for answer in rows.answers[TRANSLATION_FILES["int8"][0]]] == expected
+    assert set(rows.answers) == {files[0] for files in runs}
+    models = list_models(folder / "model_repository")
+    assert [model.name for model in models] == ["fr", "fr_stream"]
+    check_config(models[0].path / "config.pbtxt", task)
+    assert read_config(folder)["parameters"]["max_rows"]["string_value"] == "16", "no more than the profile"
+    assert verify_version(models[1]).options["streams"] == "fr"
+
+
+def test_rows_to_verify_a_translator_with(tiny_translation_to_bundle: Path, tmp_path: Path) -> None:
+    export = tiny_translation_to_bundle
+    (tmp_path / "rows.tsv").write_text("en\tfr\nSave the file.\tx\nClose it.\ty\n")
+    bundle(export, tmp_path / "a.tgz", "thor", "7.0", data=str(tmp_path / "rows.tsv"), precision="fp16", say=silent)
+    folder = unpack(tmp_path / "a.tgz", tmp_path / "out")
+    assert read_rows(folder).texts == ("Save the file.", "Close it.")
+    assert next(iter(read_description(folder).graphs)) == "fp16"
+
+
+def test_a_translator_without_graphs_for_tensorrt_is_refused(tiny_translation: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"has no graph for TensorRT \(encoder\.trt\.int8\.onnx\)"):
+        bundle(tiny_translation, tmp_path / "a.tgz", "thor", "7.0", say=silent)
 
 
 @pytest.mark.parametrize(
