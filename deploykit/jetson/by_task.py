@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 MEAN_DIFFERENCE: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.01, "int8": 0.03}
 """Of a classifier's probabilities: the largest difference of a row, in the mean of the rows."""
 SAME_ANSWERS = 0.95
-LEAST_CHRF: Mapping[str, float] = {"fp32": 97.0, "fp16": 95.0, "int8": 85.0}
+# Of the demo's translator, ONNX Runtime with all fusions off had a chrF of 98.3 and a difference of 0.0006 in INT8, of 100
+# and 0.00006 in fp16; with one wrong range in all of INT8 at most 84.8 and at least 0.034.
+LEAST_CHRF: Mapping[str, float] = {"fp32": 97.0, "fp16": 95.0, "int8": 90.0}
 """Of a translator's texts beside those recorded: a tie that tips over changes the words after it, not the rest."""
-SCORE_DIFFERENCE: Mapping[str, float] = {"fp32": 0.01, "fp16": 0.02, "int8": 0.1}
+SCORE_DIFFERENCE: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.01, "int8": 0.02}
 """Of a translation's mean log-probability per token, in the mean of the rows."""
 
 _CHRF_ORDER, _CHRF_BETA = 6, 2
