@@ -193,10 +193,17 @@ def test_a_translator_from_an_empty_folder_to_a_served_and_measured_model(
                 dataclasses.replace(t, score=0.0) for t in expected
             ]
             assert [t.score for t in found] == pytest.approx([t.score for t in expected], abs=1e-5)
-        asked = {"inputs": [{"name": "TEXT", "datatype": "BYTES", "shape": [1, 1], "data": texts[:1]}],
-                 "parameters": {"beam_size": 99}}  # fmt: skip
+        infer = f"{address}/v2/models/fr/infer"
+        asked = {"inputs": [{"name": "TEXT", "datatype": "BYTES", "shape": [1, 1], "data": texts[:1]}]}
+        with urllib.request.urlopen(infer, json.dumps(asked).encode()) as answer:
+            outputs = {output["name"]: output for output in json.load(answer)["outputs"]}
+        (translated,) = local.translate(texts[:1])
+        assert outputs["TRANSLATION"]["data"] == [translated.text]
+        assert (outputs["TARGET_TOKENS"]["datatype"], outputs["TARGET_TOKENS"]["data"]) == (
+            "INT32", [translated.target_tokens],
+        )  # fmt: skip
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{address}/v2/models/fr/infer", json.dumps(asked).encode())
+            urllib.request.urlopen(infer, json.dumps({**asked, "parameters": {"beam_size": 99}}).encode())
         assert (refused.value.code, "beam_size is 99" in refused.value.read().decode()) == (400, True)
     measured = run(bundle, "bench", *ENGINE, "--seconds", "0.05")
     assert measured.returncode == 0, measured.stderr
