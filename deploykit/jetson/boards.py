@@ -15,11 +15,13 @@ from deploykit.errors import UsageError
 @dataclass(frozen=True)
 class Board:
     """``model`` is a part of what its device tree calls it. The caps are chosen for the smallest memory that it is sold
-    with: ``workspace_mib`` bounds what building an engine may take, ``max_batch`` the rows of one run."""
+    with: ``workspace_mib`` bounds what building an engine may take, ``max_batch`` the rows of one run, and
+    ``max_positions`` the tokens of a translator's texts and translations: it has caches for the most of both."""
 
     model: str
     workspace_mib: int
     max_batch: int
+    max_positions: int
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,10 @@ class JetPack:
 
 
 BOARDS: Mapping[str, Board] = {
-    "orin-nano": Board("Orin Nano", 512, 16),
-    "orin-nx": Board("Orin NX", 512, 16),
-    "agx-orin": Board("AGX Orin", 2048, 32),
-    "thor": Board("Thor", 4096, 64),
+    "orin-nano": Board("Orin Nano", 512, 16, 256),
+    "orin-nx": Board("Orin NX", 512, 16, 256),
+    "agx-orin": Board("AGX Orin", 2048, 32, 512),
+    "thor": Board("Thor", 4096, 64, 1024),
 }
 JETPACKS: Mapping[str, JetPack] = {
     release.version: release

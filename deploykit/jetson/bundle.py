@@ -36,7 +36,7 @@ from deploykit.errors import ArtifactError, CorruptArtifactError, DeploykitError
 from deploykit.export.tensorrt import Limits, Profile, limits_of
 from deploykit.jetson import contents
 from deploykit.jetson.boards import BOARDS, JetPack, find_board, find_jetpack
-from deploykit.jetson.by_task import BundledTask, bundled
+from deploykit.jetson.by_task import BundledTask, bundled, fitted
 from deploykit.jetson.contents import Description, RecordedRows
 from deploykit.jetson.run_script import run_sh
 from deploykit.predictor import find_graphs
@@ -101,7 +101,8 @@ def bundle(
     check_name(name)
     if out.exists() and not force:
         raise ArtifactError(f"{out}: exists", "choose another --out, or pass --force to replace it")
-    export = load_manifest(export_dir, "export")
+    whole = load_manifest(export_dir, "export")
+    export = dataclasses.replace(whole, task=fitted(whole.task, BOARDS[board]), parent=whole.digest)
     part = bundled(export.task)
     graphs = _tensorrt_files(export_dir, export, part, precision)
     tokenizer = tuple(tokenizer_files(export))
@@ -236,7 +237,7 @@ def _config_json(config: str, name: str) -> str:
 def _export_files(export_dir: Path, export: Manifest, needed: Sequence[str]) -> dict[str, bytes | Path]:
     """A part of the export, with a manifest of that part."""
     names = [*needed, *(n for n in ("calibration.json", "calibration.npz") if n in export.files)]
-    part = dataclasses.replace(export, files={name: export.files[name] for name in names}, parent=export.digest)
+    part = dataclasses.replace(export, files={name: export.files[name] for name in names})
     files: dict[str, bytes | Path] = {f"{contents.EXPORT}/{name}": export_dir / name for name in names}
     return {**files, f"{contents.EXPORT}/{MANIFEST}": _manifest_text(part)}
 
@@ -244,7 +245,7 @@ def _export_files(export_dir: Path, export: Manifest, needed: Sequence[str]) -> 
 def _streamer(export: Manifest, name: str) -> dict[str, bytes | Path]:
     """NAME_stream, which Triton serves beside the model."""
     model, options = f"{name}{STREAM_SUFFIX}", {"name": f"{name}{STREAM_SUFFIX}", "streams": name}
-    manifest = dataclasses.replace(export, kind="model", files={}, parent=export.digest, options=options, metrics={})
+    manifest = dataclasses.replace(export, kind="model", files={}, options=options, metrics={})
     folder = f"{contents.REPOSITORY}/{model}"
     config = config_text(export.task, ServingSettings(), streams=name)
     return {f"{folder}/{CONFIG}": config.encode(), f"{folder}/{contents.VERSION}/{MANIFEST}": _manifest_text(manifest)}

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from deploykit.export.tensorrt import CLASSIFIER_INPUTS, GRAPHS, TRANSLATOR_GRAPHS, Inputs, read_inputs
+from deploykit.jetson.boards import Board
 from deploykit.predictor import Predictor, is_translator
 from deploykit.runtime.classifier import load_classifier
-from deploykit.runtime.engines import available_cpus, load_engine
+from deploykit.runtime.engines import DecodeLimits, available_cpus, load_engine
 from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.translated import Translated
 from deploykit.tasks import Classification, Task, Translation
@@ -83,6 +84,15 @@ class BundledTask(Protocol):
 def bundled(task: Task) -> BundledTask:
     """The part of a bundle that knows ``task``."""
     return BundledTranslator(task) if isinstance(task, Translation) else BundledClassifier(task)
+
+
+def fitted(task: Task, board: Board) -> Task:
+    """What a model of ``task`` does on ``board``."""
+    if isinstance(task, Classification):
+        return task
+    from deploykit.runtime.translator import within
+
+    return within(task, DecodeLimits(board.max_batch, board.max_positions, board.max_positions))
 
 
 class BundledClassifier:

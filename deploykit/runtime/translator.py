@@ -181,12 +181,13 @@ def load_translator(
     tokenizer = load_translation_tokenizer(folder, task.source, task.target)
     model = load_decode_model(engine, folder, files, threads, device)
     if model.limits is not None:
-        task, max_rows = _within(task, model.limits), min(max_rows, model.limits.rows)
+        task, max_rows = within(task, model.limits), min(max_rows, model.limits.rows)
     decoder = Decoder(model, task, max_rows=max_rows, max_cache_bytes=max_cache_bytes, workers=threads)
     return Translator(task, tokenizer, decoder)
 
 
-def _within(task: Translation, limits: DecodeLimits) -> Translation:
+def within(task: Translation, limits: DecodeLimits) -> Translation:
+    """The task of a model that takes no more than ``limits``: longer texts are split, longer translations end."""
     target = min(task.max_target_length, limits.target)
     longest = min(task.generation.max_length, target)
     return dataclasses.replace(

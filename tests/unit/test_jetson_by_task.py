@@ -9,9 +9,10 @@ from dataclasses import asdict
 import pytest
 from sacrebleu.metrics.chrf import CHRF
 
-from deploykit.jetson.by_task import bundled, chrf
+from deploykit.jetson.boards import BOARDS
+from deploykit.jetson.by_task import bundled, chrf, fitted
 from deploykit.runtime.translated import Translated
-from deploykit.tasks import Generation, Translation
+from deploykit.tasks import Classification, Generation, Translation
 
 TASK = Translation("en", "fr", "marian", 100, 32, 32, 0, (1,), 0)
 LINES = [
@@ -71,3 +72,15 @@ def test_scores_count_per_token_whatever_the_length_penalty() -> None:
     verdict = bundled(sums).compare([answer("a", -4.0)], [answer("a", -4.08)], "int8")  # of 8 tokens
     assert "differ by 1.00e-02" in verdict.told
     assert verdict.right
+
+
+def test_a_small_board_has_caches_for_fewer_tokens() -> None:
+    long = dataclasses.replace(
+        TASK, max_source_length=1024, max_target_length=200, generation=Generation(max_length=1024)
+    )
+    small = fitted(long, BOARDS["orin-nano"])
+    assert isinstance(small, Translation)
+    assert (small.max_source_length, small.max_target_length, small.generation.max_length) == (256, 200, 200)
+    assert fitted(small, BOARDS["thor"]) == small
+    classifies = Classification(("a", "b"), 512, 0)
+    assert fitted(classifies, BOARDS["orin-nano"]) == classifies, "it would answer otherwise"
