@@ -179,9 +179,10 @@ def write_tiny_translation(
     from deploykit.artifacts import SAMPLES, write_manifest
     from deploykit.export.families import read_architecture
     from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+    from deploykit.export.seq2seq_native import save_native
     from deploykit.export.tensorrt import TRANSLATOR_GRAPHS
     from deploykit.export.translation_tokenizer import save_translation_tokenizer
-    from deploykit.runtime.engines import TRANSLATION_FILES, Precision
+    from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES, Precision
     from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
     from deploykit.tasks import Generation, Translation
 
@@ -204,6 +205,8 @@ def write_tiny_translation(
         ranges = {name: (-8.0, 8.0) for graph in graphs for name in graph.activations}
     graphs = build_encoder(architecture, ranges), build_decoder(architecture, ranges)
     save_graphs(folder, *graphs, TRANSLATION_FILES[kind])
+    if ranges is not None:
+        save_native(folder / NATIVE_FILE, architecture, ranges)
     if tensorrt:
         for each, some in (("fp16", None), ("int8", ranges)):
             graphs = (build(architecture, some, standard="fp16") for build in (build_encoder, build_decoder))

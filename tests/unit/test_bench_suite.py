@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from deploykit.runtime.engines import ENGINES, NATIVE_FILE
+
 ROOT = Path(__file__).parents[2]
-NAMES = ["Hugging Face fp32", "CTranslate2 float32", "CTranslate2 int8", "deploykit fp32", "deploykit int8"]
+NAMES = ["Hugging Face fp32", "CTranslate2 float32", "CTranslate2 int8", "deploykit onnxruntime fp32",
+         "deploykit onnxruntime int8", *(["deploykit native int8"] if ENGINES["native"].installed else [])]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def _add_int8(export: Path, other: Path) -> None:
     from deploykit.artifacts import MANIFEST, load_manifest, write_manifest
 
     task = load_manifest(export).task
-    for file in other.glob("*.u8s8.*"):
+    for file in (*other.glob("*.u8s8.*"), other / NATIVE_FILE):
         file.rename(export / file.name)
     (export / MANIFEST).unlink()
     write_manifest(export, "export", task, inputs="both")
@@ -53,7 +56,7 @@ def _add_int8(export: Path, other: Path) -> None:
 
 def test_everyone_is_measured_on_both_subjects(suite: dict[str, Any]) -> None:
     pytest.importorskip("ctranslate2")
-    assert suite["skipped"] == {}
+    assert [name for name in suite["skipped"] if not name.startswith("deploykit native")] == []
     assert [w["key"] for w in suite["workloads"]] == [
         "shape-greedy",
         "shape-beam-4",
@@ -79,7 +82,7 @@ def test_the_peers_run_the_same_model(suite: dict[str, Any]) -> None:
         if workload["beam_size"] == 1:
             assert workload["agreement"]["Hugging Face fp32"] == 1.0
             assert workload["agreement"]["CTranslate2 float32"] == 1.0
-            assert workload["agreement"]["deploykit fp32"] == 1.0
+            assert workload["agreement"]["deploykit onnxruntime fp32"] == 1.0
 
 
 def test_the_random_shape_says_as_many_tokens_as_it_must(suite: dict[str, Any]) -> None:
@@ -109,7 +112,7 @@ def test_the_page_has_every_workload_and_no_id_twice(suite: dict[str, Any]) -> N
 def test_the_readmes_table_is_made_of_it(suite: dict[str, Any]) -> None:
     table = runpy.run_path(str(ROOT / "bench" / "table.py"))["render_translation"]
     lines = table(suite).splitlines()
-    assert sum(line.startswith("| deploykit int8 |") for line in lines) == 4
+    assert sum(line.startswith("| deploykit onnxruntime int8 |") for line in lines) == 4
     (head,) = {line for line in lines if "| BLEU | chrF | 2 | all |" in line}
     peers = [line for line in lines if line.startswith("| CTranslate2 int8 |")]
     assert all("1.00 (1.00 to 1.00)" in line for line in peers)
