@@ -84,6 +84,8 @@ class TensorRtSeq2Seq:
     """
 
     rows_of_a_worker = sys.maxsize  # one step of all rows keeps a GPU busier than steps side by side
+    _self: _Layout  # of the rows' own keys and values
+    _cross: _Layout  # of those of their texts
 
     def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
         self._given = folder, files, threads, device
