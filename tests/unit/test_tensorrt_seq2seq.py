@@ -21,8 +21,14 @@ from fake_gpu import FakeDriver, fake_bindings, install_bindings, install_driver
 from deploykit.artifacts import load_manifest, write_manifest
 from deploykit.cli import main
 from deploykit.errors import DeploykitError, EngineError, MissingDependencyError
-from deploykit.export.tensorrt import EngineOptions, Profile, build_engine, parse_profile, read_inputs
-from deploykit.export.translation import tensorrt_files
+from deploykit.export.tensorrt import (
+    TRANSLATOR_GRAPHS,
+    EngineOptions,
+    Profile,
+    build_engine,
+    parse_profile,
+    read_inputs,
+)
 from deploykit.predictor import find_graphs, open_translator
 from deploykit.runtime import cuda
 from deploykit.runtime.engines import load_decode_model
@@ -64,7 +70,7 @@ def graphs(make_tiny_translation: Callable[..., Path], tmp_path_factory: pytest.
     architecture = read_architecture(AutoModelForSeq2SeqLM.from_pretrained(folder / "checkpoint"))
     for kind in ("fp32", "fp16"):
         both = [build(architecture, standard=kind) for build in (build_encoder, build_decoder)]
-        save_graphs(folder / "export", *both, tensorrt_files(kind))
+        save_graphs(folder / "export", *both, TRANSLATOR_GRAPHS[kind])
     return folder / "export"
 
 
@@ -87,7 +93,7 @@ def export(request: pytest.FixtureRequest, tmp_path: Path, graphs: Path, monkeyp
         if not cuda.has_gpu():
             pytest.skip("needs an NVIDIA GPU")
         options = EngineOptions(("fp32",), (WIDE, SMALL), target="this-gpu")
-        *both, weights = (folder / file for file in tensorrt_files("fp32"))
+        *both, weights = (folder / file for file in TRANSLATOR_GRAPHS["fp32"])
         build = partial(build_engine, precision="fp32", options=options, limits=LIMITS, say=lambda line: None)
         list_engines(folder, [build(graph, inputs=read_inputs(graph), weights=weights) for graph in both])
         return folder
@@ -109,7 +115,7 @@ def paper_engines(folder: Path, builder: str, precisions: Sequence[str], profile
             read_inputs(folder / file), precision,
         )
         for precision in precisions
-        for file in tensorrt_files(precision)[:2]
+        for file in TRANSLATOR_GRAPHS[precision][:2]
     ]  # fmt: skip
 
 
@@ -123,7 +129,7 @@ def on_cpu(folder: Path, precision: str = "fp32", **options: Any) -> Translator:
     """ONNX Runtime on the graphs that the engines were built from."""
     task = load_manifest(folder, verify=False).task
     assert isinstance(task, Translation)
-    return load_translator(folder, task, tensorrt_files(precision), 1, **options)
+    return load_translator(folder, task, TRANSLATOR_GRAPHS[precision], 1, **options)
 
 
 def test_whole_translations_are_those_of_the_graphs(export: Path) -> None:
@@ -154,7 +160,7 @@ def test_rows_hold_what_those_of_onnx_runtime_hold(
     files = find_graphs(folder, load_manifest(folder), engine="tensorrt", precision=precision).files
     model = load_decode_model("tensorrt", folder, files)
     assert isinstance(model, TensorRtSeq2Seq)
-    reference = Seq2SeqModel(folder, tensorrt_files(precision), 1)
+    reference = Seq2SeqModel(folder, TRANSLATOR_GRAPHS[precision], 1)
     random = np.random.default_rng(len(profiles))
     groups = np.zeros(0, int)  # which text each row is of: rows are copied among those of one
     texts = 0
@@ -287,8 +293,8 @@ def test_engines_that_do_not_belong_together_are_refused(
     folder = with_engines(shutil.copytree(graphs, tmp_path / "e"), driver, monkeypatch)
     files = ["encoder.trt.fp32.engine", "decoder.trt.fp32.engine"]
     write_engine(
-        folder / files[1], folder / tensorrt_files("fp32")[1], [parse_profile(WIDE, LIMITS)], "tensorrt", VERSION,
-        "sm_86", read_inputs(folder / tensorrt_files("fp32")[1]),
+        folder / files[1], folder / TRANSLATOR_GRAPHS["fp32"][1], [parse_profile(WIDE, LIMITS)], "tensorrt", VERSION,
+        "sm_86", read_inputs(folder / TRANSLATOR_GRAPHS["fp32"][1]),
     )  # fmt: skip
     with pytest.raises(EngineError, match="has other profiles than encoder"):
         TensorRtSeq2Seq(folder, files, 1)
