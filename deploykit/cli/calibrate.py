@@ -20,9 +20,6 @@ from deploykit.cli.common import CALIBRATION_ROWS, ENCODING, FORCE, Result, depl
 @ENCODING
 @FORCE
 def command(*, path: Path, out: Path, force: bool, **values: Any) -> Result:
-    from deploykit.finetune.checkpoint import quiet
-
-    quiet()
     from deploykit.export.calibrate import calibrate
     from deploykit.export.run import CalibrationOptions
     from deploykit.export.tables import render_calibration

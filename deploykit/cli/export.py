@@ -66,9 +66,6 @@ def command(
     gpu = gpus[0] if gpus else "portable"
     engines = EngineOptions(wanted, profiles, workspace, gpu, timing_cache, builder) if trt else None
     values["target"] = languages[0] if languages else None
-    from deploykit.finetune.checkpoint import quiet
-
-    quiet()
     from deploykit.export.run import ExportOptions, export
     from deploykit.export.tables import render
 

@@ -124,7 +124,7 @@ def command(*, out: Path, force: bool, restart: bool, **values: Any) -> Result:
         if not torch.cuda.is_available():
             raise UsageError("--mixed-precision fp16 needs a GPU", "use bf16, or leave it out")
     if options.model is not None:
-        from deploykit.finetune.checkpoint import check_source
+        from deploykit.finetune.source import check_source
 
         check_source(options.model, options.task)
 

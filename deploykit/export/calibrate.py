@@ -13,7 +13,7 @@ from pathlib import Path
 from deploykit import artifacts
 from deploykit.export.calibration import METHODS, Calibration
 from deploykit.export.run import CalibrationOptions, Say, identity, parent_digest, task_module
-from deploykit.finetune.checkpoint import check_source
+from deploykit.finetune.source import check_source
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from deploykit.export.grading import POINTS
 from deploykit.export.search import Trace
 from deploykit.export.tables import SEARCH_PAGE, render_searches
 from deploykit.export.tensorrt import EngineOptions
-from deploykit.finetune.checkpoint import check_source
 from deploykit.finetune.rows import read_split
+from deploykit.finetune.source import check_source
 from deploykit.predictor import translates
 from deploykit.runtime.engines import ENGINES
 from deploykit.tasks import Classification, Task, Translation

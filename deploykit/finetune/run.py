@@ -11,19 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-from transformers import set_seed
+from typing import TYPE_CHECKING, Protocol
 
 from deploykit import artifacts
 from deploykit.errors import ArtifactError
 from deploykit.finetune import model_card
-from deploykit.finetune.checkpoint import quiet
-from deploykit.finetune.classification import ClassificationStage
 from deploykit.finetune.options import ClassificationOptions, FinetuneOptions, TranslationOptions, write_toml
 from deploykit.finetune.rows import Columns, Raw, Row, Rows, RowSource, Say, named_paths, read_rows, write_splits
-from deploykit.finetune.trainer import Trained
-from deploykit.finetune.translation import TranslationStage
+
+if TYPE_CHECKING:
+    from deploykit.finetune.trainer import Trained
 
 
 class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
@@ -56,24 +53,33 @@ def finetune(
     ``restart`` is set.
     """
     options.check()
+    inputs = _digest(options)
+    if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
+        return Finetuned(out, manifest, reused=True)
+    # What a stage imports takes seconds, and so comes only now that there is something to train.
+    from deploykit.finetune.checkpoint import quiet
+
     quiet()
     if isinstance(options, TranslationOptions):
-        return _run(TranslationStage(options), options, out, force=force, restart=restart, say=say)
-    return _run(ClassificationStage(options), options, out, force=force, restart=restart, say=say)
+        from deploykit.finetune.translation import TranslationStage
+
+        return _run(TranslationStage(options), options, out, inputs, restart=restart, say=say)
+    from deploykit.finetune.classification import ClassificationStage
+
+    return _run(ClassificationStage(options), options, out, inputs, restart=restart, say=say)
 
 
 def _run(
     stage: Stage[Raw, Row, Columns],
     options: ClassificationOptions | TranslationOptions,
     out: Path,
+    inputs: str,
     *,
-    force: bool,
     restart: bool,
     say: Say,
 ) -> Finetuned:
-    inputs = _digest(options)
-    if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
-        return Finetuned(out, manifest, reused=True)
+    from transformers import set_seed
+
     rows = read_rows(stage, options, say)
     with _work_directory(out, inputs, restart=restart, say=say) as work:
         set_seed(options.seed)

@@ -36,11 +36,12 @@ from deploykit.data.translation import (
 )
 from deploykit.errors import DataError, UsageError
 from deploykit.finetune import trainer
-from deploykit.finetune.checkpoint import check_family, load_model, load_tokenizer, not_loadable
+from deploykit.finetune.checkpoint import load_model, load_tokenizer, not_loadable
 from deploykit.finetune.options import TranslationOptions
 from deploykit.finetune.padding import padded
 from deploykit.finetune.presets import PRESETS, Preset
 from deploykit.finetune.rows import Rows, Say
+from deploykit.finetune.source import check_family
 from deploykit.finetune.trainer import Trained
 from deploykit.finetune.translator import TorchTranslator, generation_config, translation_task
 from deploykit.finetune.vocabulary import train_tokenizer

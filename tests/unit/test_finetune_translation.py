@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from deploykit.errors import ArtifactError, UsageError
-from deploykit.finetune.checkpoint import check_source
 from deploykit.finetune.options import TranslationOptions, make_options
 from deploykit.finetune.presets import PRESETS
+from deploykit.finetune.source import check_source
 from deploykit.finetune.translation import TokenBatches, new_marian
 from deploykit.finetune.translator import TorchTranslator
 from deploykit.finetune.vocabulary import train_tokenizer
