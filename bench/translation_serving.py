@@ -34,6 +34,7 @@ def measure_serving(
 
     Rates not given are shares of what in-flight batching answers when 32 callers ask without a pause.
     """
+    warmup_s = min(1.0, seconds)
     servers = []
     for in_flight, name in NAMES.items():
         repository = folder / name.replace(" ", "-")
@@ -44,12 +45,15 @@ def measure_serving(
         callers = ClosedLoop(_CALLERS)
         if rates is None:
             first = candidates[0]
-            most = measure(first.target, texts, callers, seconds=seconds, generation=first.generation).throughput_per_s
+            asked = measure(
+                first.target, texts, callers, seconds=seconds, generation=first.generation, warmup_s=warmup_s
+            )
+            most = asked.throughput_per_s
             rates = [round(share * most, 1) for share in _SHARES]
             say(f"{most:.0f} texts/s with {_CALLERS} callers: arrivals at {', '.join(map(str, rates))} a second")
         scenarios: list[Scenario] = [*map(Poisson, rates), callers]
         return run_bench(
-            candidates, texts, references, scenarios, rounds=rounds, seconds=seconds, progress=say
+            candidates, texts, references, scenarios, rounds=rounds, seconds=seconds, warmup_s=warmup_s, progress=say
         ).to_json()
 
 

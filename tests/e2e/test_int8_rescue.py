@@ -1,4 +1,4 @@
-"""What to do where INT8 loses too much, typed: SmoothQuant at export, and training for INT8."""
+"""What to do where INT8 loses too much, typed: layers left in fp32 and SmoothQuant at export, and training for INT8."""
 
 from __future__ import annotations
 
@@ -179,6 +179,48 @@ def test_smooth_quant_is_an_option_of_the_export(deploykit: Deploykit, run: Path
     code, out, err = deploykit("export", run, "--out", tmp_path / "f", "--smooth-quant", 0.8, *words)
     assert code == 0, err
     assert json.loads(out)["quantization"]["smooth_quant"]["alpha"] == 0.8
+
+
+def test_int8_that_loses_too_much_leaves_no_export(
+    deploykit: Deploykit, run: Path, kept: Path, with_ranges: Callable[..., None], tmp_path: Path
+) -> None:
+    ruined = shutil.copytree(kept, tmp_path / "c")
+    with_ranges(ruined, "", 1 / 60)
+    code, _, err = deploykit("export", run, "--out", tmp_path / "e", "--int8", "--calibration", ruined)
+    assert code == 1
+    assert "points of macro-F1, more than --max-drop 0.5" in err
+    assert "pytorch" in err, "the measured table"
+    assert f"deploykit finetune --model {run} --qat" in err
+    assert list(tmp_path.iterdir()) == [ruined]
+
+
+def test_layers_that_int8_ruins_stay_in_fp32(
+    deploykit: Deploykit, run: Path, kept: Path, with_ranges: Callable[..., None], tmp_path: Path
+) -> None:
+    ruined = shutil.copytree(kept, tmp_path / "c")
+    with_ranges(ruined, "layer.0", 1 / 5000)
+    code, out, err = deploykit("export", run, "--out", tmp_path / "e", "--int8", "--calibration", ruined,
+                               "--max-drop", 5, "--json")  # fmt: skip
+    assert code == 0, err
+    quantization = json.loads(out)["quantization"]
+    assert quantization["calibration"]["rows"] == 16
+    assert set(quantization["search"]) == {"openvino", "onnxruntime"}
+    for search in quantization["search"].values():
+        assert all("layer.0" in name for name in search["order"][:3])
+        assert search["sensitivity"] == sorted(search["sensitivity"], reverse=True)
+        assert 0 < len(search["kept"]) <= 4
+        assert search["kept"] == search["order"][: len(search["kept"])]
+        trials = {trial["kept"]: trial for trial in search["trials"]}
+        assert trials[0]["drop"] > 5 >= trials[len(search["kept"])]["drop"]
+    for line in json.loads(out)["accuracy"]:
+        if line["precision"] == "int8":
+            assert 6 <= line["int8_kernels"] < 12
+    assert (tmp_path / "e" / "search.html").read_text().count("<svg") == 1
+    code, out, _ = deploykit("inspect", tmp_path / "e")
+    assert code == 0
+    assert "parts stay in fp32" in out
+    assert "search.html" in out
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "e"}, "the trace is gone"
 
 
 @pytest.mark.parametrize(

@@ -260,13 +260,16 @@ def test_a_corpus_of_two_text_files(deploykit: Deploykit, pairs: Path, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_killed_run_continues_to_the_same_end(pairs: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "deploykit", "finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", str(pairs),
-             "--max-steps", "12", "--eval-steps", "3", "--max-length", "32", "--batch-tokens", "512", "--json"]  # fmt: skip
-    whole = subprocess.run([*words, "--out", str(tmp_path / "whole")], capture_output=True, text=True, check=True)
+def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Path, tmp_path: Path) -> None:
+    words = ("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", pairs, "--max-steps", 12, "--eval-steps", 3,
+             "--max-length", 32, "--batch-tokens", 512, "--json")  # fmt: skip
+    code, out, err = deploykit(*words, "--out", tmp_path / "whole")
+    assert code == 0, err
+    whole = json.loads(out)
     process = subprocess.Popen(
-        [*words, "--out", str(tmp_path / "killed")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-m", "deploykit", *map(str, words), "--out", str(tmp_path / "killed")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob(".killed.*.training/trainer/checkpoint-6/trainer_state.json")):
         assert process.poll() is None
@@ -275,9 +278,10 @@ def test_a_killed_run_continues_to_the_same_end(pairs: Path, tmp_path: Path) -> 
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed").exists(), "nothing that looks finished"
-    again = subprocess.run([*words, "--out", str(tmp_path / "killed")], capture_output=True, text=True, check=True)
-    assert "continuing the unfinished run" in again.stderr
-    assert json.loads(again.stdout)["metrics"] == json.loads(whole.stdout)["metrics"]
+    code, out, err = deploykit(*words, "--out", tmp_path / "killed")
+    assert code == 0, err
+    assert "continuing the unfinished run" in err
+    assert json.loads(out)["metrics"] == whole["metrics"]
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert weights[0] == weights[1], "bit for bit"
     assert not list(tmp_path.glob(".killed*")), "the work directory is gone"

@@ -14,7 +14,7 @@ def test_both_servers_answer_the_same_under_the_same_arrivals(tiny_translation: 
     texts = [f"Open {i} files" + ", please" * (i % 5) for i in range(12)]
     said: list[str] = []
     result = bench["measure_serving"](
-        tiny_translation, tmp_path, texts, texts, rates=None, rounds=1, seconds=0.5, say=said.append
+        tiny_translation, tmp_path, texts, texts, rates=None, rounds=1, seconds=0.3, say=said.append
     )
     assert [c["name"] for c in result["candidates"]] == ["in-flight batching", "batch at a time"]
     metrics = []
