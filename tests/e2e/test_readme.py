@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import re
@@ -27,7 +28,7 @@ def test_every_block_of_the_readme_works(minilm: Path, tweets: Path, pairs: Path
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 pytest.skip(f"port {port}, which the README uses, is taken on this machine")
     (tmp_path / "minilm").symlink_to(minilm)
-    (tmp_path / "tweets.csv").symlink_to(tweets)
+    rows = _write_some(tweets, tmp_path / "tweets.csv")
     (tmp_path / "pairs.tsv").symlink_to(pairs)
     script = ["set -euo pipefail"]
     for language, block in BLOCK.findall(README.read_text(encoding="utf-8")):
@@ -48,12 +49,20 @@ def test_every_block_of_the_readme_works(minilm: Path, tweets: Path, pairs: Path
         _end_session(process.pid)
     assert process.returncode == 0, output[-3000:]
     assert "Traceback" not in output
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 38_158
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == rows
     assert json.loads((tmp_path / "bench.json").read_text())["errors"] == 0
     assert (tmp_path / "out.txt").read_text().count("\n") == 3
     assert (tmp_path / "out.txt").read_text().split("\n")[1] == "", "an empty line stays empty"
     assert _sections(tmp_path / "bench.html") >= 4
     assert not list(tmp_path.rglob("*.partial")), "nothing half-written is left"
+
+
+def _write_some(tweets: Path, out: Path) -> int:
+    """Every eighth of the tweets, enough to train on: answers to all take minutes. Returns their number."""
+    with tweets.open(encoding="latin-1", newline="") as source, out.open("w", encoding="latin-1", newline="") as target:
+        head, *rows = csv.reader(source)
+        csv.writer(target).writerows([head, *rows[::8]])
+    return len(rows[::8])
 
 
 def _end_session(leader: int) -> None:
