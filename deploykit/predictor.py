@@ -156,9 +156,8 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
     """Choose engine, precision and graph files from what a directory holds.
 
     A packaged model names its engine and holds one precision. Otherwise ``auto`` means what ``deploykit tune`` found
-    best here or else the best engine that can run here what the directory holds for it, and INT8 where there are graphs
-    for it. An engine that is named need not be
-    able to run here unless ``to_run``.
+    best here, or else the best engine that can run here what the directory holds for it, and INT8 where there are graphs
+    for it. An engine that is named need not be able to run here unless ``to_run``.
     """
     if engine == "auto":
         engine = str(manifest.options.get("engine", "auto"))

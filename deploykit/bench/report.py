@@ -135,6 +135,7 @@ def write_tuning(record: Record, out: Path) -> None:
     note = "Up and left is better. The line joins the settings that no other beats in both."
     parts = [
         f"<header><h1>{escape(title)}</h1><p>Measured {escape(record['started'])}.</p></header>",
+        _warnings(record["warnings"]),
         _section("Result", "", _words(found)),
         _figure("Throughput against memory", note, figures.frontier(record)),
         _section("All settings tried", "In the order they were first measured.", _table(head, rows)),

@@ -11,15 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from deploykit.artifacts import digest_of, load_manifest, new_file
+from deploykit.artifacts import digest_of, installed_versions, load_manifest, new_file
 from deploykit.bench.figures import require_matplotlib
-from deploykit.bench.machine import cpu_name, describe_machine, require_psutil
+from deploykit.bench.machine import OtherLoad, cpu_name, describe_machine, other_load, require_psutil
 from deploykit.bench.report import write_tuning
+from deploykit.bench.run import BUSY_PERCENT
 from deploykit.errors import ArtifactError, DeploykitError, MissingDependencyError, ServerError, UsageError
 from deploykit.predictor import find_graphs
-from deploykit.runtime.engines import ENGINES, available_cpus
+from deploykit.runtime.engines import ENGINES, Precision, available_cpus
 from deploykit.tasks import Classification
 from deploykit.trace import Trace
 from deploykit.triton.config_edit import settings_of, with_settings
@@ -39,7 +40,6 @@ from deploykit.tuned import write_tuned
 
 SCHEMA = 1
 BACKUP = f"{CONFIG}.before-tune"
-_PRECISIONS = ("int8", "fp16", "bf16", "fp32")
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,12 @@ def tune(
     # What cannot be changed in the end should be known before ten minutes of measuring.
     with_settings(subject.config, task, replace(present.settings, instances=1, threads=1), source)
     graphs = _graphs(subject, engines, precisions, say)
-    key = digest_of(
-        subject.manifest.digest, subject.config, texts, asdict(limits.slo), seconds, cpu_name(), available_cpus()
-    )
+    here = [cpu_name(), available_cpus(), installed_versions()]
+    key = digest_of(subject.manifest.digest, subject.config, texts, asdict(limits.slo), seconds, here)
     trace = Trace(out.with_name(f"{out.name}.search.json"), key, say)
+    warnings = _warnings(other_load())
+    for warning in warnings:
+        say(f"warning: {warning}")
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix="deploykit-tune-") as folder:
 
@@ -146,16 +148,23 @@ def tune(
         "seconds": seconds,
         "texts": {"rows": len(texts), "mean_chars": round(statistics.mean(map(len, texts)), 1)},
         "machine": describe_machine(),
+        "warnings": warnings,
         "trials": [_trial_to_json(trial, subject, chosen, limits) for trial in trials],
         "present": 0,
         "chosen": trials.index(chosen),
     }
-    tuning = _put_to_use(subject, present, chosen, limits, record)
+    tuning = _put_to_use(subject, trials, chosen, limits, record)
     with new_file(out) as file:
         file.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     write_tuning(record, out.with_suffix(".html"))
     trace.remove()
     return tuning
+
+
+def _warnings(load: OtherLoad) -> list[str]:
+    if load.cpu_percent <= BUSY_PERCENT:
+        return []
+    return [f"other programs used {load.cpu_percent:.0f}% of the CPUs at the beginning: the figures may be too low"]
 
 
 def _graphs(
@@ -173,7 +182,7 @@ def _graphs(
     manifest = load_manifest(subject.export, "export")
     found = []
     for engine in engines or [name for name, info in ENGINES.items() if info.installed]:
-        for precision in precisions or _PRECISIONS:
+        for precision in precisions or get_args(Precision):
             try:
                 find_graphs(subject.export, manifest, engine=engine, precision=precision)
                 check_config(subject.config_path, subject.manifest.task, None, engine)
@@ -213,10 +222,13 @@ def _nothing_holds(trials: Sequence[Trial], limits: Limits, subject: Subject) ->
     )
 
 
-def _put_to_use(subject: Subject, present: Choice, chosen: Trial, limits: Limits, record: dict[str, Any]) -> Tuning:
-    choice, model = chosen.choice, subject.version.parent
+def _put_to_use(
+    subject: Subject, trials: Sequence[Trial], chosen: Trial, limits: Limits, record: dict[str, Any]
+) -> Tuning:
+    present, choice, model = trials[0].choice, chosen.choice, subject.version.parent
     recorded = added = backup = None
-    if subject.export is not None:
+    graphs = {(trial.choice.engine, trial.choice.precision) for trial in trials}
+    if subject.export is not None and len(graphs) > 1:  # else nothing was compared
         recorded = write_tuned(
             subject.export,
             load_manifest(subject.export, "export"),

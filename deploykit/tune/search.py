@@ -7,7 +7,7 @@ round over all of them finds nothing better. The best few are then measured agai
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,28 +113,32 @@ def search(
 ) -> list[Trial]:
     """All that was measured, in that order; the first is ``present``. The same figures give the same search."""
     tried: dict[Choice, Trial] = {}
-    longest = spent = 0.0
+    seconds: list[float] = []
 
     def run(choice: Choice, expected: float | None) -> Trial:
-        nonlocal longest, spent
         key = _resolved(choice)
         before = tried[key].rounds if key in tried else ()
         new = measure(choice, len(before), expected)
-        longest, spent = max(longest, new.seconds), spent + new.seconds
+        seconds.append(new.seconds)
         tried[key] = Trial(choice, (*before, new))
-        say(f"{spent:.0f} of {limits.budget_s:.0f} s, {len(tried)}: {choice.describe(task)}: {_told(new, limits.slo)}")
+        told = f"{choice.describe(task)}: {_told(new, limits.slo)}"
+        say(f"{sum(seconds):.0f} of {limits.budget_s:.0f} s, {len(tried)}: {told}")
         return tried[key]
 
     def time_for(rounds: int) -> bool:
-        return spent + rounds * longest <= limits.budget_s
+        """Whether the next may take as long as the longest, and those after it as long as most."""
+        return sum(seconds) + max(seconds) + (rounds - 1) * statistics.mean(seconds) <= limits.budget_s
 
     best = run(present, None)
-    improved = True
+    improved, left_out = True, False
     while improved:
         improved = False
         for axis in range(len(_axes(task, best.choice, graphs, limits.slo))):
             for choice in _axes(task, best.choice, graphs, limits.slo)[axis]:
-                if _resolved(choice) in tried or not time_for(1 + min(_FINALISTS, len(tried) + 1)):
+                if _resolved(choice) in tried:
+                    continue
+                if not time_for(1 + min(_FINALISTS, len(tried) + 1)):
+                    left_out = True
                     continue
                 trial = run(choice, best.rate_per_s or None)
                 if _rank(trial, limits) > _rank(best, limits):
@@ -147,6 +151,8 @@ def search(
             trial = tried[_resolved(choice)]
             if len(finalists) > 1 and limits.holds(trial) and time_for(1):
                 run(choice, trial.rate_per_s)
+    if left_out:
+        say(f"the time is up: {len(tried)} settings were measured, more --time measures others too")
     return list(tried.values())
 
 
@@ -177,17 +183,14 @@ def verdict(trial: Trial, chosen: Trial | None, limits: Limits) -> str:
     if behind > NOISE:
         return f"answers {behind:.0%} fewer"
     more = (trial.memory_mb or 0.0) - (chosen.memory_mb or 0.0)
-    if more > 0:
-        return f"as fast within {NOISE:.0%}, and takes {more:,.0f} MB more"
-    return f"as fast within {NOISE:.0%}: no reason to change what is served"
+    return f"as fast within {NOISE:.0%}, " + (f"and takes {more:,.0f} MB more" if more >= 1 else "and no better")
 
 
 def _axes(task: Task, best: Choice, graphs: Sequence[Graph], slo: Slo) -> list[list[Choice]]:
     """The values of each setting, the others as in ``best``."""
 
-    def those(setting: str, values: Sequence[int]) -> list[Choice]:
-        changes: Iterator[dict[str, Any]] = ({setting: value} for value in values)
-        return [replace(best, settings=replace(best.settings, **change)) for change in changes]
+    def those(setting: str, values: Sequence[Any]) -> list[Choice]:
+        return [replace(best, settings=replace(best.settings, **{setting: value})) for value in values]
 
     cpus = available_cpus()
     counts = [2**i for i in range((2 * cpus).bit_length())]

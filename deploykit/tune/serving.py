@@ -24,6 +24,8 @@ _DRAIN_S = 5.0
 _WARMUP = 0.25  # of the time that is counted
 _MOST_STRETCHED = 5.0
 _MANY = 32
+_NEAR = 2.0
+_OTHER_ARRIVALS = 1000
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ def measure_served(
 ) -> Round:
     """Serve ``choice`` from below ``folder``, and find the highest rate of requests at random that holds ``slo``.
 
-    The search begins at ``expected`` a second. Each probe takes ``seconds``, or up to five times as long where they would
-    hold fewer than 100 requests. A server that does not start is a result, not an error.
+    The search begins at ``expected`` a second, or at what a lone caller gets if that is less. Each probe takes
+    ``seconds``, or up to five times as long where they would hold fewer than 100 requests; one that takes up to
+    twice the limit is made again, for something else may have run meanwhile. A server that does not start is a result, not
+    an error.
     """
     started = time.perf_counter()
 
@@ -67,17 +71,24 @@ def measure_served(
         with _serving(subject, choice, folder) as server:
             target = Server(server.urls.http, subject.name, subject.manifest.task)
 
-            def probe(rate: float) -> Measurement:
+            def ask(rate: float, seed: int) -> Measurement:
                 long = min(max(seconds, FEW_SAMPLES / rate), _MOST_STRETCHED * seconds)
                 return measure(target, texts, Poisson(rate), seconds=long, warmup_s=_WARMUP * seconds, seed=seed)
+
+            def probe(rate: float) -> Measurement:
+                found = ask(rate, seed)
+                if found.errors or not slo.limit_ms < found.latency_ms[slo.figure] <= _NEAR * slo.limit_ms:
+                    return found
+                again = ask(rate, seed + _OTHER_ARRIVALS)
+                return min(found, again, key=lambda m: m.latency_ms[slo.figure] if not m.errors else float("inf"))
 
             # Engines compile kernels when they first meet a shape: many texts at once, before anything counts.
             measure(target, texts, ClosedLoop(_MANY), seconds=seconds, warmup_s=0, seed=seed)
             alone = measure(target, texts, ClosedLoop(1), seconds=seconds, warmup_s=0, seed=seed)
             held = None
             if not alone.errors and alone.latency_ms[slo.figure] <= slo.limit_ms:  # else no rate will hold it
-                start = expected or 0.5 * alone.throughput_per_s
-                held = highest_rate(probe, slo.limit_ms, start, slo.figure)
+                likely = min(expected or 0.5 * alone.throughput_per_s, alone.throughput_per_s)
+                held = highest_rate(probe, slo.limit_ms, likely, slo.figure)
             found = held or alone
             if not found.latency_ms:
                 return Round(None, {}, None, since(), f"answers nobody: {next(iter(found.error_examples), '')}")

@@ -79,7 +79,10 @@ def test_the_best_of_all_settings_is_found_without_trying_them_all(task: Task) -
     assert found.rate_per_s == pytest.approx(120 * 1.5 * 1.2 * 1.3)
     assert len(trials) < 30, "of 4 x 4 x 4 x 4 x 4"
     assert len(found.rounds) == 3, "the best ones are measured again"
-    assert "openvino int8, 4 instances × 1 thread, batches of 16, delay 0 ms: 280.8/s with p99 within 50 ms" in said[-1]
+    best = (
+        "openvino int8, 4 instances × 1 thread, batches of 16, delay 0 ms: 280.8/s with p99 within 50 ms (p50 9.0 ms, "
+    )
+    assert sum(best in line for line in said) == 3
     again = Machine()
     assert run(again, task, limits()) == trials
     assert again.asked == machine.asked
@@ -87,9 +90,13 @@ def test_the_best_of_all_settings_is_found_without_trying_them_all(task: Task) -
 
 def test_settings_that_are_served_alike_are_measured_once(task: Task) -> None:
     trials = run(Machine(), task, limits())
-    served = [(t.choice.settings.threads or 4 * (t.choice.settings.instances == 2), t.choice) for t in trials]
-    alike = [c for n, c in served if c == replace(PRESENT, settings=replace(PRESENT.settings, threads=4))]
-    assert not alike, "0 threads are 4 for each of two instances on four CPUs"
+    share = {1: 4, 2: 4, 4: 2, 8: 1}  # of four CPUs, where threads are 0
+    served = set()
+    for trial in trials:
+        settings = trial.choice.settings
+        threads = settings.threads or share[settings.instances or 2]
+        served.add(replace(trial.choice, settings=replace(settings, threads=threads)))
+    assert len(served) == len(trials) > 10
 
 
 def test_the_best_within_the_memory_is_chosen_and_the_others_say_why_not(task: Task) -> None:
@@ -106,15 +113,16 @@ def test_the_best_within_the_memory_is_chosen_and_the_others_say_why_not(task: T
 
 
 def test_luck_in_one_round_does_not_choose(task: Task) -> None:
-    lucky = replace(PRESENT, settings=replace(PRESENT.settings, max_queue_delay_us=500))
+    lucky = replace(BEST, settings=replace(BEST.settings, max_queue_delay_us=2000))
 
     def luck(choice: Choice, number: int) -> float:
-        return 9.0 if choice.settings.max_queue_delay_us == 500 and number == 0 else 1.0
+        return 9.0 if choice == lucky and number == 0 else 1.0
 
-    found = choose(run(Machine(luck=luck), task, limits()), limits())
+    machine = Machine(luck=luck)
+    found = choose(run(machine, task, limits()), limits())
+    assert (lucky, 0) in machine.asked
     assert found is not None
-    assert found.choice.settings.max_queue_delay_us != lucky.settings.max_queue_delay_us or len(found.rounds) > 1
-    assert found.rate_per_s < 300
+    assert found.choice == BEST
 
 
 def test_what_is_served_stays_unless_something_is_better_beyond_the_noise() -> None:
@@ -125,7 +133,7 @@ def test_what_is_served_stays_unless_something_is_better_beyond_the_noise() -> N
     present, lean, fast = trial(2, 100.0, 500.0), trial(1, 101.0, 300.0), trial(4, 104.0, 900.0)
     assert choose([present, lean, fast], limits()) is present
     assert verdict(fast, present, limits()) == "as fast within 5%, and takes 400 MB more"
-    assert verdict(lean, present, limits()) == "as fast within 5%: no reason to change what is served"
+    assert verdict(lean, present, limits()) == "as fast within 5%, and no better"
     slow = trial(2, 90.0, 500.0)
     assert choose([slow, lean, fast], limits()) is lean, (
         "of those that are as good, the one that takes the least memory"
@@ -133,11 +141,13 @@ def test_what_is_served_stays_unless_something_is_better_beyond_the_noise() -> N
     assert choose([slow, fast], limits(max_memory_mb=100.0)) is None
 
 
-@pytest.mark.parametrize(("budget_s", "rounds"), [(1.0, 1), (29.0, 1), (35.0, 3), (120.0, 12)])
+@pytest.mark.parametrize(("budget_s", "rounds"), [(1.0, 1), (29.0, 1), (45.0, 4), (120.0, 12)])
 def test_no_round_begins_that_would_not_end_in_time(task: Task, budget_s: float, rounds: int) -> None:
     machine = Machine()
-    trials = run(machine, task, limits(budget_s=budget_s))
+    said: list[str] = []
+    trials = run(machine, task, limits(budget_s=budget_s), said)
     assert len(machine.asked) == rounds
+    assert said[-1].startswith(f"the time is up: {len(trials)} settings were measured")
     assert choose(trials, limits()) is not None
 
 
@@ -175,23 +185,9 @@ def test_a_setting_that_does_not_run_or_is_too_slow_loses(task: Task) -> None:
     assert Trial(PRESENT, (*slow.rounds, Round(50.0, {"p99": 49.0}, 100.0, 1.0))).rate_per_s == 0, "it does not always"
 
 
-def test_the_page_says_what_was_chosen_and_needs_no_network(task: Task, tmp_path: Path) -> None:
+def test_the_page_says_what_was_chosen_and_needs_no_network(tuning: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    choices = [PRESENT, BEST, replace(BEST, precision="fp32")]
-    rounds = [Round(100.0, {}, 300.0, 1.0), Round(200.0, {}, 700.0, 1.0), Round(None, {}, 900.0, 1.0)]
-    record = {
-        "name": "<tweets>", "started": "2026-11-25", "command": "deploykit tune", "slo": asdict(SLO),
-        "max_memory_mb": 800.0, "seconds": 2.0, "texts": {"rows": 3, "mean_chars": 9.0}, "present": 0, "chosen": 1,
-        "machine": {"cpu": "x", "cpus": 4, "cpus_usable": 4, "cpu_flags": [], "memory_gb": 8.0, "system": "Linux",
-                    "python": "3.11", "packages": {}},
-        "trials": [
-            {"name": choice.describe(task), "engine": choice.engine, "precision": choice.precision,
-             "rate_per_s": r.rate_per_s, "memory_mb": r.memory_mb, "latency_ms": {"p50": 9.0, "p99": 40.0},
-             "holds": r.rate_per_s is not None, "verdict": f"why {i}", "rounds": [asdict(r)]}
-            for i, (choice, r) in enumerate(zip(choices, rounds))
-        ],
-    }  # fmt: skip
-    write_tuning(record, tmp_path / "page.html")
+    write_tuning(tuning, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     assert "&lt;tweets&gt;" in page
     assert "<tweets>" not in page
@@ -204,6 +200,7 @@ def test_the_page_says_what_was_chosen_and_needs_no_network(task: Task, tmp_path
         "openvino fp32, outside the limits",
     ):
         assert f">{label}</text>" in page, label
+    assert "other programs" in page
     assert "http" not in page.replace("http://www.w3.org/", "")
 
 
