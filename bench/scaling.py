@@ -1,7 +1,9 @@
-"""Measure how one export's throughput and latency grow with batch, length, threads, and instances behind a server.
+"""Measure how one export's throughput, latency and memory grow with batch, length, threads and, behind a server, with
+instances, number of models and hours of load.
 
 Each axis is one bench, whose candidates are the export at each value; they take turns, so that a drift of the machine
-hits all alike. Writes bench/results/<date>-scaling.json and .html.
+hits all alike. Of hours, the candidates are one server, time after time. Writes bench/results/<date>-scaling.json and
+.html; bench/nodes.py says from them what a node carries.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 from suite import begin, say, write
 
 from deploykit.artifacts import load_manifest
-from deploykit.bench.load import ClosedLoop, Scenario, Server
+from deploykit.bench.load import ClosedLoop, Scenario, Server, Within
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import Candidate, run_bench
 from deploykit.predictor import Predictor, open_predictor
@@ -31,7 +33,8 @@ from deploykit.triton.repository import ServingSettings, package
 from deploykit.triton.server import TritonServer
 
 ROOT = Path(__file__).parents[1]
-AXES = ("batch", "length", "threads", "instances")
+AXES = ("batch", "length", "threads", "instances", "models")
+HOURS = "hours"  # takes them, so it is only measured when named
 _TEXTS_OF_A_LENGTH = 64
 _UNLIMITED = 1 << 20
 _LONE_AND_MANY: tuple[Scenario, ...] = (ClosedLoop(1), ClosedLoop(32))
@@ -48,11 +51,14 @@ def main() -> None:
         "length": lambda: _length(options, task, texts, suite["skipped"]),
         "threads": lambda: _threads(options),
         "instances": lambda: _instances(options, task),
+        "models": lambda: _models(options, task),
+        HOURS: lambda: _hours(options, task),
     }
     for axis in options.axes:
         say(f"scaling with {axis}")
+        own = {"rounds": 1, "seconds": 3600 * options.hours / options.windows} if axis == HOURS else {}
         with sweeps[axis]() as (candidates, scenarios):
-            result = run_bench(list(candidates.values()), texts, scenarios=scenarios, **settings)
+            result = run_bench(list(candidates.values()), texts, scenarios=scenarios, **{**settings, **own})
         values = {candidate.name: value for value, candidate in candidates.items()}
         # Of batches, the closed loops are the axis: the page plots them of every bench.
         swept = {} if axis == "batch" else {"axis": axis, "values": values}
@@ -60,7 +66,7 @@ def main() -> None:
     write(suite, options.out)
 
 
-Swept = Iterator[tuple[dict[int, Candidate], Sequence[Scenario]]]
+Swept = Iterator[tuple[dict[float, Candidate], Sequence[Scenario]]]
 """Candidates by their value of the axis, and how they are asked."""
 
 
@@ -75,7 +81,7 @@ def _length(options: argparse.Namespace, task: Task, texts: Sequence[str], skipp
     """Each length is a candidate with texts of its own, on one opened model."""
     count = token_counter(options.export, task)
     with _opened(options, options.threads) as predictor:
-        candidates = {}
+        candidates: dict[float, Candidate] = {}
         for n in options.lengths:
             if n > _longest(task):
                 skipped[f"{n} tokens"] = f"the model takes {_longest(task)}"
@@ -97,13 +103,47 @@ def _threads(options: argparse.Namespace) -> Swept:
 def _instances(options: argparse.Namespace, task: Task) -> Swept:
     """Servers side by side; an idle one takes memory and no time."""
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        candidates = {}
+        candidates: dict[float, Candidate] = {}
         for n in options.instances:
-            package(options.export, "model", folder / str(n), settings=ServingSettings(instances=n))
-            server = stack.enter_context(TritonServer(folder / str(n), http_port=0, grpc_port=0, metrics_port=0))
-            candidates[n] = Candidate(f"{n} instance{'s' * (n > 1)}", Server(server.urls.http, "model", task))
+            server = stack.enter_context(_served(options, ServingSettings(instances=n)))
+            candidates[n] = Candidate(f"{n} instance{'s' * (n > 1)}", Server(server.urls.http, _model(0), task))
+        yield candidates, [*_LONE_AND_MANY, Within(options.p99_limit)]
+
+
+@contextlib.contextmanager
+def _models(options: argparse.Namespace, task: Task) -> Swept:
+    """Servers of so many models, of which one is asked."""
+    with contextlib.ExitStack() as stack:
+        candidates: dict[float, Candidate] = {}
+        for n in options.models:
+            server = stack.enter_context(_served(options, ServingSettings(), models=n))
+            candidates[n] = Candidate(f"{n} model{'s' * (n > 1)}", Server(server.urls.http, _model(0), task))
         yield candidates, _LONE_AND_MANY
+
+
+@contextlib.contextmanager
+def _hours(options: argparse.Namespace, task: Task) -> Swept:
+    """One server under load without a pause, by the time at which each window ends."""
+    with _served(options, ServingSettings()) as server:
+        target = Server(server.urls.http, _model(0), task)
+        ends = [round(i * options.hours / options.windows, 2) for i in range(1, options.windows + 1)]
+        yield {hour: Candidate(f"{hour:g} hours", target) for hour in ends}, [ClosedLoop(8)]
+
+
+@contextlib.contextmanager
+def _served(options: argparse.Namespace, settings: ServingSettings, models: int = 1) -> Iterator[TritonServer]:
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(models):
+            package(
+                options.export, _model(i), Path(folder), engine=options.engine, precision=options.precision,
+                settings=settings, stream=False,
+            )  # fmt: skip
+        with TritonServer(Path(folder), http_port=0, grpc_port=0, metrics_port=0) as server:
+            yield server
+
+
+def _model(i: int) -> str:
+    return f"model{i}"
 
 
 @contextlib.contextmanager
@@ -154,7 +194,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, default=ROOT / "demo/runs/sentiment/splits/test.jsonl", help="texts to ask"
     )
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES)
+    parser.add_argument("--axes", nargs="+", choices=(*AXES, HOURS), default=AXES)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--precision", default="auto")
     cpus = available_cpus()
@@ -163,6 +203,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[8, 16, 32, 64, 128, 256, 512], help="in tokens")
     parser.add_argument("--thread-counts", nargs="+", type=int, default=counts)
     parser.add_argument("--instances", nargs="+", type=int, default=[1, 2, 4], help="behind the embedded Triton")
+    parser.add_argument("--models", nargs="+", type=int, default=[1, 2, 4], help="of the server")
+    parser.add_argument("--p99-limit", type=float, default=50.0, metavar="MS", help="that a served rate must hold")
+    parser.add_argument("--hours", type=float, default=2.0, help="of load, if that axis is named")
+    parser.add_argument("--windows", type=int, default=12, help="that they are measured in")
     parser.add_argument("--threads", type=int, default=cpus, help="while batch or length grow")
     parser.add_argument("--max-rows", type=int, default=480)
     parser.add_argument("--rounds", type=int, default=5)

@@ -35,6 +35,7 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "translate": (("tritonclient", "sentencepiece"), ""),
     "evaluate": (("tritonclient",), ""),
     "bench": (("matplotlib", "psutil"), "bench"),
+    "tune": (("tritonclient", "google.protobuf", "matplotlib", "psutil"), "bench"),
     "inspect": ((), ""),
 }
 
@@ -69,7 +70,7 @@ def _commands() -> dict[str, Need]:
         remedy = f"pip install 'deploykit[{extra}]'" if extra else "pip install deploykit"
         needs[command] = Need(not missing, ", ".join(missing), remedy if missing else "")
     if not any(info.installed for info in ENGINES.values()):
-        for command in ("predict", "translate", "evaluate", "bench"):
+        for command in ("predict", "translate", "evaluate", "bench", "tune"):
             if needs[command].ready:
                 needs[command] = Need(
                     False, "an engine (served models work without)", "pip install 'deploykit[cpu,openvino]'"
@@ -79,6 +80,8 @@ def _commands() -> dict[str, Need]:
         needs["serve"] = Need(True)
     except MissingDependencyError as error:
         needs["serve"] = Need(False, error.message, error.remedy or "")
+        if needs["tune"].ready:  # it serves what it measures
+            needs["tune"] = needs["serve"]
     gpu = _gpu()
     if not gpu["devices"]:
         needs["GPU engines"] = Need(

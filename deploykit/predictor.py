@@ -29,6 +29,7 @@ from deploykit.runtime.engines import (
 from deploykit.runtime.engines.tensorrt import record_path, runs_here
 from deploykit.runtime.translated import LongInput, Translated
 from deploykit.tasks import Classification, Generation, Translation
+from deploykit.tuned import read_tuned
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -154,12 +155,15 @@ def open_graph(
 def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, to_run: bool = True) -> Graphs:
     """Choose engine, precision and graph files from what a directory holds.
 
-    A packaged model names its engine and holds one precision. Otherwise ``auto`` means the best engine that can run
-    here what the directory holds for it, and INT8 where there are graphs for it. An engine that is named need not be
-    able to run here unless ``to_run``.
+    A packaged model names its engine and holds one precision. Otherwise ``auto`` means what ``deploykit tune`` found
+    best here, or else the best engine that can run here what the directory holds for it, and INT8 where there are graphs
+    for it. An engine that is named need not be able to run here unless ``to_run``.
     """
     if engine == "auto":
         engine = str(manifest.options.get("engine", "auto"))
+    tuned = read_tuned(path, manifest) if engine == "auto" else None
+    if tuned is not None and precision in ("auto", tuned.precision):
+        engine, precision = tuned.engine, tuned.precision
     wanted = [p for p in _BEST_FIRST if precision in ("auto", p)]
     if not wanted:
         raise UsageError(f"unknown precision {precision!r}", f"choose one of: auto, {', '.join(sorted(_BEST_FIRST))}")

@@ -147,6 +147,26 @@ def write_tiny_checkpoint(folder: Path, family: str = "bert", *, initializer_ran
     return folder
 
 
+@pytest.fixture
+def tuning() -> dict[str, Any]:
+    """A record of ``deploykit tune``: the second of three settings was chosen, and the third holds the limit at no rate."""
+    graphs = [("onnxruntime", "int8"), ("openvino", "int8"), ("openvino", "fp32")]
+    rounds: list[list[float | None]] = [[100.0], [200.0, 220.0, 210.0], [None]]
+    return {
+        "name": "<tweets>", "started": "2026-11-25", "command": "deploykit tune", "seconds": 2.0, "max_memory_mb": 800.0,
+        "slo": {"figure": "p99", "limit_ms": 50.0}, "texts": {"rows": 3, "mean_chars": 9.0}, "present": 0, "chosen": 1,
+        "machine": {"cpu": "x", "cpus": 4, "cpus_usable": 4, "cpu_flags": [], "memory_gb": 8.0, "system": "Linux",
+                    "python": "3.11", "packages": {}},
+        "warnings": ["other programs used the CPUs"],
+        "trials": [
+            {"name": f"{engine} {precision}, 2 instances", "engine": engine, "precision": precision,
+             "rate_per_s": rates[-1], "memory_mb": 300.0 + 200 * i, "latency_ms": {"p50": 9.0, "p99": 40.0},
+             "holds": rates[0] is not None, "verdict": f"why {i}", "rounds": [{"rate_per_s": rate} for rate in rates]}
+            for i, ((engine, precision), rates) in enumerate(zip(graphs, rounds))
+        ],
+    }  # fmt: skip
+
+
 SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
     "Save the file before you close the window.",

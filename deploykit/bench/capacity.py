@@ -23,8 +23,11 @@ class Probe(Protocol):
 AnyProbe = TypeVar("AnyProbe", bound=Probe)
 
 
-def highest_rate(probe: Callable[[float], AnyProbe], limit_ms: float, start: float) -> AnyProbe | None:
-    """The probe at the highest rate, a second, whose p99 stays within ``limit_ms`` without a failed request.
+def highest_rate(
+    probe: Callable[[float], AnyProbe], limit_ms: float, start: float, figure: str = "p99"
+) -> AnyProbe | None:
+    """The probe at the highest rate, a second, whose p99 (or other ``figure``) stays within ``limit_ms`` without a
+    failed request.
 
     Searched from ``start`` in steps of half as much again, then by bisection to 5%. None when one
     request every two seconds is already too many.
@@ -33,7 +36,7 @@ def highest_rate(probe: Callable[[float], AnyProbe], limit_ms: float, start: flo
     """
 
     def holds(found: AnyProbe) -> bool:
-        return not found.errors and found.latency_ms["p99"] <= limit_ms
+        return not found.errors and found.latency_ms[figure] <= limit_ms
 
     rate, failed = max(start, _LEAST_RATE), None
     best = probe(rate)

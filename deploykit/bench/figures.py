@@ -363,6 +363,48 @@ def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, flo
     return _svg("search", draw)
 
 
+def frontier(tuning: Record) -> str:
+    """The rate that holds the limit against memory, a mark for each setting: the chosen one a star, that which is served
+    at present in a ring, those that hold the limits at no rate crosses. The line joins those that nothing beats in both."""
+    trials = [trial for trial in tuning["trials"] if trial["memory_mb"] is not None]
+    graphs = list(dict.fromkeys((trial["engine"], trial["precision"]) for trial in trials))
+    chosen, present = (tuning["trials"][tuning[key]] for key in ("chosen", "present"))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for i, graph in enumerate(graphs):
+            of_graph = [t for t in trials if (t["engine"], t["precision"]) == graph]
+            for holds, style in ((True, _marker(i)), (False, "x")):
+                points = [t for t in of_graph if t["holds"] is holds]
+                label = shown(" ".join(graph) + ("" if holds else ", outside the limits")) if points else None
+                x, y = [t["memory_mb"] for t in points], [t["rate_per_s"] or 0.0 for t in points]
+                axes.plot(x, y, style, color=_colour(i), markersize=7, label=label, clip_on=False)
+        best: list[Record] = []
+        for trial in sorted((t for t in trials if t["holds"]), key=lambda t: (t["memory_mb"], -t["rate_per_s"])):
+            if not best or trial["rate_per_s"] > best[-1]["rate_per_s"]:
+                best.append(trial)
+        line = [t["memory_mb"] for t in best], [t["rate_per_s"] for t in best]
+        axes.step(*line, where="post", color="grey", linewidth=1.2, label="frontier", zorder=1)
+        if present["memory_mb"] is not None:
+            at = [present["memory_mb"]], [present["rate_per_s"] or 0.0]
+            ring = {"color": _INK, "markersize": 15, "markerfacecolor": "none", "clip_on": False}
+            axes.plot(*at, "o", label="served at present", **ring)
+        at = [chosen["memory_mb"]], [chosen["rate_per_s"]]
+        axes.plot(*at, "*", color=_colour(len(graphs)), markersize=17, label="chosen", clip_on=False)
+        if tuning["max_memory_mb"] is not None:
+            axes.axvline(
+                tuning["max_memory_mb"], color="grey", linestyle=":", linewidth=1.4, label="most memory allowed"
+            )
+        axes.set_ylim(bottom=0)
+        slo = tuning["slo"]
+        title = f"requests per second, {slo['figure']} within {slo['limit_ms']:g} ms"
+        axes.set(xlabel="memory of the server, MB", ylabel=title)
+        axes.margins(x=0.08)
+        _legend(figure)
+
+    return _svg("frontier", draw, (8.0, 5.2))
+
+
 def translates(result: Record) -> bool:
     """Whether the candidates, all of one task, are translators."""
     return bool(result["candidates"][0]["task"] == "translation")

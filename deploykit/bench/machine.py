@@ -57,7 +57,7 @@ def describe_machine() -> dict[str, Any]:
     cpu = _cpuinfo()
     flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
     return {
-        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cpus_usable": available_cpus(),
         "cpus": os.cpu_count(),
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
@@ -66,6 +66,11 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": installed_versions(),
     }
+
+
+def cpu_name() -> str:
+    """The model of the CPU, or at least its kind."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
 def _cpuinfo() -> dict[str, str]:

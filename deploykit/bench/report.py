@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -88,6 +89,59 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
         ]
         note = "How much the outputs for some rows change, on average, when this part alone is INT8."
         parts.append(_section(f"Sensitivity, {engine}", note, _table(("part", "change", "became"), rows)))
+    _write(out, _page(title, parts))
+
+
+def write_tuning(record: Record, out: Path) -> None:
+    """Draw what ``deploykit tune`` measured into the HTML file ``out``: which settings it chose, and why not the others.
+
+    Raises MissingDependencyError without matplotlib.
+    """
+    figures.require_matplotlib()
+    chosen, present = (record["trials"][record[key]] for key in ("chosen", "present"))
+    slo, texts = record["slo"], record["texts"]
+    title = f"Tuning {record['name']}: {slo['figure']} within {slo['limit_ms']:g} ms"
+    rows = [
+        [
+            escape(trial["name"]) + ("<small>served before</small>" if trial is present else ""),
+            _spread_of([r["rate_per_s"] for r in trial["rounds"]]),
+            *(number(trial["latency_ms"][figure]) for figure in ("p50", "p99")),
+            number(trial["memory_mb"]),
+            escape(trial["verdict"]),
+        ]
+        for trial in record["trials"]
+    ]
+    head = ("settings", "requests/s", "p50 ms", "p99 ms", "memory MB", "why")
+    limit = f", at most {record['max_memory_mb']:,.0f} MB" if record["max_memory_mb"] is not None else ""
+    found = [
+        ("Chosen", f"{chosen['name']}: {number(chosen['rate_per_s'])} requests/s, {number(chosen['memory_mb'])} MB"),
+        (
+            "Served before",
+            f"{present['name']}: {number(present['rate_per_s'])} requests/s, {number(present['memory_mb'])} MB",
+        ),
+        ("Limits", f"{slo['figure']} within {slo['limit_ms']:g} ms{limit}"),
+    ]
+    repeat = [
+        ("Command", record["command"]),
+        ("Texts", f"{texts['rows']:,} rows of {texts['mean_chars']:g} characters on average, in shuffled order"),
+        (
+            "Load",
+            f"one text a request, arriving at random, for {record['seconds']:g} s or more at each rate tried; "
+            "latency counts from the scheduled arrival, and the generator shares the machine with the server",
+        ),
+        ("Rate", "the highest that holds the limit, found to within 5%; medians where it was measured again"),
+        ("Memory", "of all processes of the server after the load, each page counted once"),
+    ]
+    note = "Up and left is better. The line joins the settings that no other beats in both."
+    parts = [
+        f"<header><h1>{escape(title)}</h1><p>Measured {escape(record['started'])}.</p></header>",
+        _warnings(record["warnings"]),
+        _section("Result", "", _words(found)),
+        _figure("Throughput against memory", note, figures.frontier(record)),
+        _section("All settings tried", "In the order they were first measured.", _table(head, rows)),
+        _section("How to repeat it", "", _words(repeat)),
+        _machine(record),
+    ]
     _write(out, _page(title, parts))
 
 
@@ -335,6 +389,14 @@ def _words(pairs: Sequence[tuple[str, str]]) -> str:
 
 def _median(spread: Mapping[str, float] | None) -> str:
     return number(spread["median"] if spread else None)
+
+
+def _spread_of(values: Sequence[float | None]) -> str:
+    """Of several measurements; one that found none counts as 0."""
+    found = [value or 0.0 for value in values]
+    if len(found) == 1:
+        return number(values[0])
+    return _spread({"median": statistics.median(found), "min": min(found), "max": max(found)})
 
 
 def _spread(spread: Mapping[str, float] | None) -> str:

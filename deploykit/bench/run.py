@@ -23,7 +23,7 @@ SCHEMA = 1
 DEFAULT_SCENARIOS: tuple[Scenario, ...] = (ClosedLoop(1), ClosedLoop(8), ClosedLoop(64))
 _CHUNK = 256
 _HISTOGRAM_BINS = 100
-_BUSY_PERCENT = 10.0
+BUSY_PERCENT = 10.0
 _ERROR_EXAMPLES = 5
 
 
@@ -343,7 +343,7 @@ def _without_shared_memory(result: CandidateResult) -> CandidateResult:
 
 def _warnings(results: Sequence[CandidateResult], loads: Sequence[OtherLoad]) -> Iterator[str]:
     busiest = max(load.cpu_percent for load in loads)
-    if busiest > _BUSY_PERCENT:
+    if busiest > BUSY_PERCENT:
         yield f"other programs used up to {busiest:.0f}% of the CPUs just before a round: the figures may be too low"
     for result in results:
         errors = sum(s.errors for s in result.scenarios)

@@ -21,6 +21,7 @@ _COMMANDS: Mapping[str, str] = {
     "predict": "Classify texts with any model, served or not.",
     "translate": "Translate texts with any translation model, served or not.",
     "bench": "Measure speed and memory under load.",
+    "tune": "Find the settings that serve a packaged model best on this machine.",
     "inspect": "Show what an artifact is, and verify it.",
     "doctor": "Show what this machine has and lacks.",
     "demo": "Run the whole road on real data.",

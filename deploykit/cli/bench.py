@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from deploykit.cli.common import (
     SERVER_URL,
     THREADS,
     Result,
+    WithItsWords,
     deploykit_command,
     generation_options,
     refuse_options,
@@ -20,16 +20,8 @@ from deploykit.cli.common import (
 )
 
 
-class _WithItsWords(click.Command):
-    """Remembers what was typed: the report tells how to repeat the measurement."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[__name__] = shlex.join(["deploykit", "bench", *args])
-        return super().parse_args(ctx, args)
-
-
 @deploykit_command(
-    cls=_WithItsWords,
+    cls=WithItsWords,
     help="Measure TARGETS (checkpoints, exports, or served models' names) side by side on real texts.",
 )
 @click.argument("targets", nargs=-1)
@@ -131,7 +123,7 @@ def command(
         progress=say,
         **settings,
     ).to_json()
-    result["command"] = click.get_current_context().meta[__name__]
+    result["command"] = WithItsWords.words()
     result["threads"] = settings["threads"] or available_cpus()
     if out is not None:
         with new_file(out) as file:

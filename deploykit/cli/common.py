@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
@@ -20,6 +21,19 @@ Result = tuple[Mapping[str, Any], str]
 def say(message: str) -> None:
     """Progress, for a person: on stderr, so that stdout holds the result alone."""
     click.echo(message, err=True)
+
+
+class WithItsWords(click.Command):
+    """Remembers what was typed: a report tells how to repeat the measurement."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[__name__] = shlex.join(["deploykit", str(ctx.info_name), *args])
+        return super().parse_args(ctx, args)
+
+    @staticmethod
+    def words() -> str:
+        """The command that runs, as it was typed."""
+        return str(click.get_current_context().meta[__name__])
 
 
 def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], click.Command]:

@@ -23,6 +23,8 @@ _DEFAULT = ServingSettings()
 @click.option("--max-batch-size", type=int, help=f"Most rows of one batch. [default: {_DEFAULT.max_batch_size}]")
 @click.option("--max-queue-size", type=int,
               help=f"Requests (translation: sentences) that may wait; more are refused. [default: {_DEFAULT.max_queue_size}]")  # fmt: skip
+@click.option("--preferred-batch-size", type=int,
+              help="Of more rows that wait, so many are one batch. [default: all, up to --max-batch-size]")  # fmt: skip
 @click.option("--max-queue-delay-us", type=int, help="Microseconds to wait for a fuller batch. [default: 0]")
 @click.option("--max-rows", type=int, help=f"[translation] Texts x beams of one step. [default: {_DEFAULT.max_rows}]")
 @click.option("--max-cache-mb", type=int,

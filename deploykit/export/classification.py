@@ -26,7 +26,7 @@ from deploykit.export.graphs import export_classifier, export_half_classifier
 from deploykit.export.parity import check_parity
 from deploykit.export.quantize import QuantizedCount, Ranges, Scheme, quantize
 from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
-from deploykit.export.search import SAMPLE, Search, Trace, hold_limit
+from deploykit.export.search import SAMPLE, Search, hold_limit
 from deploykit.export.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
 from deploykit.export.tables import render
 from deploykit.export.tensorrt import GRAPHS, EngineOptions, build_engine, limits_of, plan
@@ -39,6 +39,7 @@ from deploykit.runtime.classifier import load_classifier
 from deploykit.runtime.engines import ENGINES, Engine, Precision, load_engine
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
 from deploykit.tasks import Classification
+from deploykit.trace import Trace
 
 _SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
 _GRAPH = "model.onnx"

@@ -16,7 +16,6 @@ from deploykit.data.sample import evenly
 from deploykit.errors import DataError, MissingDependencyError, UsageError
 from deploykit.export.calibration import METHODS, Method, is_saved, load_calibration
 from deploykit.export.grading import POINTS
-from deploykit.export.search import Trace
 from deploykit.export.tables import SEARCH_PAGE, render_searches
 from deploykit.export.tensorrt import EngineOptions
 from deploykit.finetune.rows import read_split
@@ -24,6 +23,7 @@ from deploykit.finetune.source import check_source
 from deploykit.predictor import translates
 from deploykit.runtime.engines import ENGINES
 from deploykit.tasks import Classification, Task, Translation
+from deploykit.trace import Trace
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

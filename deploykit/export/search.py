@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.artifacts import new_file
 from deploykit.errors import ExportError
 from deploykit.export.grading import Grader, Line
 from deploykit.export.tables import render
-
-T = TypeVar("T")
+from deploykit.trace import Trace
 
 SAMPLE = 64
 """Rows that the sensitivity of a part is measured on."""
@@ -42,37 +38,6 @@ class Search:
     order: tuple[str, ...]
     sensitivity: tuple[float, ...]
     trials: tuple[Trial, ...]
-
-
-class Trace:
-    """What an export has measured, in a file beside it, so that one that was killed goes on where it was.
-
-    ``key`` identifies all that the measurements depend on: a file with another one is begun anew.
-    """
-
-    def __init__(self, path: Path, key: str, say: Callable[[str], None]) -> None:
-        self._path, self._key = path, key
-        self._measured: dict[str, Any] = {}
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
-        if record.get("key") == key:
-            self._measured = record["measured"]
-            say(f"{path}: {len(self._measured)} measurements of an export that did not finish are used")
-
-    def measured(self, name: str, measure: Callable[[], T]) -> T:
-        """What the file has under ``name``, or else what ``measure`` returns (plain JSON), which it then has."""
-        if name not in self._measured:
-            self._measured[name] = measure()
-            with new_file(self._path) as file:
-                file.write_text(json.dumps({"key": self._key, "measured": self._measured}, indent=1), encoding="utf-8")
-        found: T = self._measured[name]
-        return found
-
-    def remove(self) -> None:
-        """It is of no more use."""
-        self._path.unlink(missing_ok=True)
 
 
 def hold_limit(

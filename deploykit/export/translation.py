@@ -24,7 +24,7 @@ from deploykit.export.forced_decoding import Forced, greedy_translations, log_pr
 from deploykit.export.grading import Grader, Line
 from deploykit.export.quantize import Ranges
 from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
-from deploykit.export.search import SAMPLE, Search, Trace, hold_limit
+from deploykit.export.search import SAMPLE, Search, hold_limit
 from deploykit.export.seq2seq_graph import Standard, build_decoder, build_encoder, save_graphs
 from deploykit.export.seq2seq_native import save_native
 from deploykit.export.seq2seq_parity import Parity, check_parity
@@ -52,6 +52,7 @@ from deploykit.runtime.text import normalize
 from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
 from deploykit.runtime.translator import Translator, load_translator
 from deploykit.tasks import Translation
+from deploykit.trace import Trace
 
 _PARITY_ROWS = 128
 _MEASURED_ROWS = 500  # PyTorch, which is measured too, takes minutes for more

@@ -23,6 +23,8 @@ output { name: "TOP_LABELS" data_type: TYPE_STRING dims: [ -1 ] }
 output { name: "TOP_SCORES" data_type: TYPE_FP32 dims: [ -1 ] }
 
 dynamic_batching {
+  # Of more rows that wait, so many are one batch, and the rest another instance's; none: all up to max_batch_size.
+  preferred_batch_size: [$preferred_batch_size]
   # Requests that wait while a batch runs form the next one; a delay would only cost a lone client that time.
   max_queue_delay_microseconds: $max_queue_delay_us
   default_queue_policy {

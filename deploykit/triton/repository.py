@@ -36,10 +36,17 @@ STREAM_SUFFIX = "_stream"
 """Of the name of the model that sends the sentences of a document as each is translated."""
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _INSTANCES: Mapping[str, int] = {Classification.name: 2, Translation.name: 1}
-_MAY_BE_ZERO = ("threads", "token_budget", "max_queue_delay_us", "queue_timeout_us", "in_flight")
+_MAY_BE_ZERO = (
+    "threads",
+    "token_budget",
+    "preferred_batch_size",
+    "max_queue_delay_us",
+    "queue_timeout_us",
+    "in_flight",
+)
 # Settings that only one task has.
 _OWN_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    Classification.name: ("token_budget", "max_queue_delay_us", "queue_timeout_us"),
+    Classification.name: ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us"),
     Translation.name: ("max_rows", "max_cache_mb", "long_input", "in_flight"),
 }
 
@@ -53,7 +60,8 @@ class ServingSettings:
     ``max_queue_size`` counts requests of a classifier and sentences of a translator.
 
     Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
-    Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
+    ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to
+    ``max_batch_size``. Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
     ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer
     than the model takes; without ``in_flight`` a text waits until all that run before it are done.
     """
@@ -65,6 +73,7 @@ class ServingSettings:
     max_queue_delay_us: int = 0
     max_queue_size: int = 1024
     queue_timeout_us: int = 10_000_000
+    preferred_batch_size: int = 0
     max_rows: int = 64
     max_cache_mb: int = 512
     long_input: LongInput = "split"
@@ -190,6 +199,7 @@ def config_text(task: Task, settings: ServingSettings, streams: str | None = Non
     values = {setting.name: getattr(settings, setting.name) for setting in fields(settings)}
     values["instances"] = settings.instances or _INSTANCES[task.name]
     values["in_flight"] = int(settings.in_flight)
+    values["preferred_batch_size"] = settings.preferred_batch_size or ""
     values["kind"] = _kind(engine)
     if isinstance(task, Classification):
         labels = record.pop("labels")

@@ -158,30 +158,30 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
     deploykit: Deploykit, new_model: Path, with_ranges: Callable[..., None], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from deploykit.export import search
+    from deploykit.trace import Trace
 
     code, out, err = deploykit("calibrate", new_model, "--calibration-rows", 32, "--out", tmp_path / "c", "--json")
     assert code == 0, err
     assert {"decoder.projection", "cross", "encoder.0.self.qkv"} <= set(json.loads(out)["ranges"])
     with_ranges(tmp_path / "c", "decoder.projection", 1e5)  # all that it reads is rounded to 0
 
-    original, made = search.Trace.measured, []
+    original, made = Trace.measured, []
 
-    def killed(trace: search.Trace, name: str, measure: Callable[[], Any]) -> Any:
+    def killed(trace: Trace, name: str, measure: Callable[[], Any]) -> Any:
         made.append(name)
         if len(made) > 3:
             raise KeyboardInterrupt
         return original(trace, name, measure)
 
-    monkeypatch.setattr(search.Trace, "measured", killed)
+    monkeypatch.setattr(Trace, "measured", killed)
     words = ("export", new_model, "--int8", "--calibration", tmp_path / "c", "--out", tmp_path / "e", "--measure-rows", 12,
              "--max-drop", 20)  # fmt: skip
     assert deploykit(*words)[0] == 130
     assert {p.name for p in tmp_path.iterdir()} == {"c", "e.search.json"}
-    monkeypatch.setattr(search.Trace, "measured", original)
+    monkeypatch.setattr(Trace, "measured", original)
     code, out, err = deploykit(*words, "--json")
     assert code == 0, err
-    assert "e.search.json: 3 measurements of an export that did not finish are used" in err
+    assert "e.search.json: 3 measurements of a run that did not finish are used" in err
     found = json.loads(out)["quantization"]["search"]["onnxruntime"]
     assert found["kept"] == found["order"][:1] == ["decoder.projection"]
     assert found["sensitivity"][0] > 10 * found["sensitivity"][1], "each part was measured alone"

@@ -14,7 +14,7 @@ from browser import REMEDY, Browser, find_browser
 
 from deploykit.bench.figures import COLOURS
 from deploykit.bench.load import ClosedLoop, Poisson, Scenario, Within
-from deploykit.bench.report import write_report
+from deploykit.bench.report import write_report, write_tuning
 from deploykit.bench.targets import bench_targets
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +136,14 @@ def test_a_sweep_has_a_plot_of_its_own(browser: Browser, report: Path, tmp_path:
     assert figure.title == "Scaling with threads"
     assert figure.marks >= 2 * len(record["candidates"][0]["scenarios"])
     assert "there is none" in browser.evaluate("document.body.innerText")
+
+
+def test_the_frontier_of_a_tuning_is_drawn(browser: Browser, tuning: dict[str, Any], tmp_path: Path) -> None:
+    write_tuning(tuning, tmp_path / "tune.html")
+    (figure,) = look(browser, tmp_path / "tune.html")
+    assert figure.title == "Throughput against memory"
+    assert figure.marks >= 3 + 4, "settings, and the legend's"
+    assert "chosen" in browser.evaluate("[...document.querySelectorAll('svg text')].map(text => text.textContent)")
 
 
 def test_what_is_no_record_is_said_without_a_page(tmp_path: Path) -> None:

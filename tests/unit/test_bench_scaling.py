@@ -58,3 +58,45 @@ def test_a_quick_run_writes_record_and_page(tiny_export: Path, tmp_path: Path) -
     page = (tmp_path / "scaling.html").read_text(encoding="utf-8")
     for plot in ("Scaling with callers", "Scaling with length", "Scaling with threads"):
         assert plot in page
+
+
+def test_the_page_of_what_a_node_carries_is_made_of_the_record(tmp_path: Path) -> None:
+    def scenario(kind: str, rate: float, **more: float) -> dict[str, Any]:
+        spread = {"median": rate, "min": 0.9 * rate, "max": 1.1 * rate}
+        latency = {"p50": {"median": 5.0}, "p99": {"median": 40.0}}
+        return {"scenario": {"kind": kind, "name": kind, **more}, "throughput_per_s": spread, "latency_ms": latency}
+
+    def candidate(name: str, rate: float) -> dict[str, Any]:
+        found = [scenario("1 caller", rate), scenario("p99_within", rate, limit_ms=50)]
+        return {"name": name, "scenarios": found, "peak_memory_mb": 300.0}
+
+    bench = {
+        "candidates": [candidate("1 instance", 60.0), candidate("2 instances", 100.0)],
+        "settings": {"rounds": 3}, "texts": {"rows": 9, "mean_chars": 80.0},
+    }  # fmt: skip
+    values = {"1 instance": 1, "2 instances": 2}
+    suite = {
+        "started": "2026-11-25T00:00:00", "command": "python bench/scaling.py e",
+        "machine": {"cpu": "AMD EPYC", "cpus_usable": 2, "memory_gb": 8.0},
+        "workloads": [{"key": key, "axis": key, "values": values, "bench": bench} for key in ("instances", "models")],
+    }  # fmt: skip
+    record = tmp_path / "x-scaling.json"
+    record.write_text(json.dumps(suite))
+    words = [record, "--out", tmp_path / "capacity.md"]
+    subprocess.run([sys.executable, str(ROOT / "bench" / "nodes.py"), *map(str, words)], check=True)
+    page = (tmp_path / "capacity.md").read_text()
+    assert (
+        "**100 requests a second** of one text, arriving at random, with p99 within 50 ms (90 to 110 in 3 rounds)"
+        in page
+    )
+    assert "served with 2 instances in 300 MB" in page
+    for row in (
+        "| 10 | 2 |",
+        "| 100 | 3 |",
+        "| 1,000 | 13 |",
+        "| 10,000 | 113 |",
+        "| 2 | 100 | 5.0 | 40.0 | 100 | 5.0 | 40.0 | 300 |",
+    ):
+        assert row in page, row
+    assert "## Models of one server, of which one is asked" in page
+    assert "hours" not in page.lower()

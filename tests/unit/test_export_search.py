@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from deploykit.bench.report import write_search
 from deploykit.errors import ExportError
 from deploykit.export.grading import Grader, Line
-from deploykit.export.search import Search, Trace, fewest, hold_limit
+from deploykit.export.search import Search, fewest, hold_limit
+from deploykit.trace import Trace
 
 PARTS = [f"part{i}" for i in range(24)]
 

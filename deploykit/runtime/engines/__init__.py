@@ -274,3 +274,9 @@ def _class(name: str, location: str, *graphs: Path) -> Any:
 def available_cpus() -> int:
     """CPUs that this process may use (its affinity, as set by taskset or a container)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_of_each(instances: int) -> int:
+    """CPU threads of each of so many processes of a model, unless somebody says otherwise: twice the CPUs among them,
+    because while one packs its answers, another may use them all."""
+    return min(available_cpus(), max(1, 2 * available_cpus() // instances))

@@ -11,7 +11,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from deploykit.errors import DeploykitError
-from deploykit.runtime.engines import available_cpus
+from deploykit.runtime.engines import threads_of_each
 from deploykit.runtime.text import MAX_TEXT_CHARS
 
 INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": [1]}
@@ -112,8 +112,6 @@ def number_parameter(config: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def cpu_threads(config: Mapping[str, Any]) -> int:
-    """The parameter ``threads``; 0 is twice the CPUs among the instances: while one packs its answers,
-    another may use them all."""
+    """The parameter ``threads``; 0 is the instance's share."""
     instances = sum(group.get("count", 1) for group in config.get("instance_group", [])) or 1
-    share = min(available_cpus(), max(1, 2 * available_cpus() // instances))
-    return number_parameter(config, "threads", 0) or share
+    return number_parameter(config, "threads", 0) or threads_of_each(instances)

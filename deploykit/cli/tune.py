@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit.cli.common import ENCODING, FORCE, Result, WithItsWords, deploykit_command, refuse_options, say
+
+
+@deploykit_command(
+    cls=WithItsWords, help="Find the settings with which the packaged model NAME answers the most within a limit."
+)
+@click.argument("name")
+@click.option(
+    "--slo", required=True, metavar="p99=50ms", help="How soon so many percent are answered: p50, p90 or p99."
+)
+@click.option("--max-memory", metavar="1GB", help="Most memory of the server, all its processes.")
+@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True)
+@click.option("--export", type=click.Path(path_type=Path),
+              help="What NAME was packaged from: engine and precision are searched too.")  # fmt: skip
+@click.option("--engine", "engines", multiple=True, help="Of the export; may be repeated. [default: all that run here]")
+@click.option("--precision", "precisions", multiple=True, help="Of the export; may be repeated. [default: all it has]")
+@click.option("--data", help="Texts to ask with. [default: the export's own test rows]")
+@click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
+@click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")
+@click.option("--max-rows", "most_rows", type=click.IntRange(1), default=2000, show_default=True, help="Texts to use.")
+@click.option("--time", "budget", default="10m", show_default=True, help="Most time to measure for.")
+@click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="At each rate tried.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json",
+              help="All measurements; a page beside it, .html, shows them. [default: tune-NAME.json]")  # fmt: skip
+@ENCODING
+@FORCE
+def command(
+    *,
+    name: str,
+    slo: str,
+    max_memory: str | None,
+    repository: Path,
+    export: Path | None,
+    engines: tuple[str, ...],
+    precisions: tuple[str, ...],
+    data: str | None,
+    text_column: tuple[str, ...],
+    source_column: str | None,
+    most_rows: int,
+    budget: str,
+    seconds: float,
+    out: Path | None,
+    encoding: str | None,
+    force: bool,
+) -> Result:
+    from deploykit.artifacts import SAMPLES
+    from deploykit.bench.rows import read_rows
+    from deploykit.errors import ArtifactError, UsageError
+    from deploykit.tasks import Classification
+    from deploykit.tune.limits import parse_memory, parse_slo, parse_time
+    from deploykit.tune.run import open_subject, tune
+    from deploykit.tune.search import Limits
+
+    memory = parse_memory(max_memory) if max_memory is not None else None
+    limits = Limits(parse_slo(slo), memory, parse_time(budget))
+    out = out or Path(f"tune-{name}.json")
+    page = out.with_suffix(".html")
+    if out.suffix != ".json":
+        raise UsageError(f"--out {out} does not end in .json", f"write it as --out {out}.json")
+    subject = open_subject(name, repository, export)
+    for path in (out, page):
+        if path.exists() and not force:
+            raise ArtifactError(f"{path}: exists", "choose another --out, or pass --force to replace it")
+    if data is None:
+        if export is None or not (export / SAMPLES).is_file():
+            raise UsageError("there are no texts to ask with", "give --data FILE, or --export with rows of its own")
+        data = str(export / SAMPLES)
+    task = subject.manifest.task
+    if isinstance(task, Classification):
+        refuse_options("classifies", {"--source-column": source_column})
+    else:
+        refuse_options("translates", {"--text-column": text_column})
+    texts, _ = read_rows(
+        data,
+        task,
+        text_columns=text_column,
+        source_column=source_column,
+        encoding=encoding,
+        most=most_rows,
+        seed=0,
+    )
+    done = tune(
+        subject,
+        texts,
+        limits,
+        engines=engines,
+        precisions=precisions,
+        seconds=seconds,
+        out=out,
+        command=WithItsWords.words(),
+        say=say,
+    )
+    chosen, present = (done.record["trials"][done.record[key]] for key in ("chosen", "present"))
+    changes = {
+        "config": str(subject.config_path) if done.backup else None,
+        "backup": str(done.backup) if done.backup else None,
+        "version": str(done.added) if done.added else None,
+        "recorded": str(done.recorded) if done.recorded else None,
+    }
+    lines = [*_table(done.record), "", *_told(changes, chosen), f"{out}, {page}: written"]
+    return {
+        **done.record,
+        "chosen": chosen,
+        "present": present,
+        **changes,
+        "out": str(out),
+        "report": str(page),
+    }, "\n".join(lines)
+
+
+def _table(record: Mapping[str, Any]) -> Iterator[str]:
+    width = max(len(trial["name"]) for trial in record["trials"]) + 2
+    yield f"{'':<{width}}{'requests/s':>11}{'p50 ms':>9}{'p99 ms':>9}{'MB':>8}  why"
+    for trial in record["trials"]:
+        latency = (trial["latency_ms"][figure] for figure in ("p50", "p99"))
+        cells = [trial["rate_per_s"], *latency, trial["memory_mb"]]
+        texts = [f"{cell:,.1f}" if cell is not None else "-" for cell in cells]
+        row = "".join(f"{text:>{size}}" for text, size in zip(texts, (11, 9, 9, 8)))
+        yield f"{trial['name']:<{width}}{row}  {trial['verdict']}"
+
+
+def _told(changes: Mapping[str, str | None], chosen: Mapping[str, Any]) -> Iterator[str]:
+    """What was changed, and how to undo it."""
+    if changes["config"]:
+        yield f"{changes['config']}: changed (undo: mv {changes['backup']} {changes['config']})"
+    if changes["version"]:
+        yield f"{changes['version']}: packaged, {chosen['engine']} {chosen['precision']} (undo: rm -r {changes['version']})"
+    if changes["recorded"]:
+        yield f"{changes['recorded']}: --engine auto is {chosen['engine']} {chosen['precision']} here (undo: rm it)"
+    if changes["config"] or changes["version"]:
+        yield "deploykit serve uses them when it is started again"
+    else:
+        yield "what is served at present is as good as anything that was found: nothing was changed"

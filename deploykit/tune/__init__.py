@@ -1,0 +1,1 @@
+"""Which settings serve a packaged model best on this machine: measured, explained, and written into its config."""

@@ -1,0 +1,279 @@
+"""Tune: the settings of a packaged model that answer the most within a limit, found by serving it, and put to use."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from deploykit.artifacts import digest_of, installed_versions, load_manifest, new_file
+from deploykit.bench.figures import require_matplotlib
+from deploykit.bench.machine import OtherLoad, cpu_name, describe_machine, other_load, require_psutil
+from deploykit.bench.report import write_tuning
+from deploykit.bench.run import BUSY_PERCENT
+from deploykit.errors import ArtifactError, DeploykitError, MissingDependencyError, ServerError, UsageError
+from deploykit.predictor import find_graphs
+from deploykit.runtime.engines import ENGINES, Precision, available_cpus
+from deploykit.tasks import Classification
+from deploykit.trace import Trace
+from deploykit.triton.config_edit import settings_of, with_settings
+from deploykit.triton.preflight import find_triton
+from deploykit.triton.repository import (
+    CONFIG,
+    STREAM_SUFFIX,
+    check_config,
+    check_name,
+    list_models,
+    package,
+    versions_of,
+)
+from deploykit.tune.search import Choice, Graph, Limits, Round, Trial, choose, search, verdict
+from deploykit.tune.serving import Subject, measure_served
+from deploykit.tuned import write_tuned
+
+SCHEMA = 1
+BACKUP = f"{CONFIG}.before-tune"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """``record`` is what the JSON file holds. ``backup`` is the config that was served before, None if it stays as it
+    was; ``added`` the version that was packaged for another engine or precision, ``recorded`` the file by which the
+    export's engine "auto" is the one chosen."""
+
+    record: Mapping[str, Any]
+    backup: Path | None
+    added: Path | None
+    recorded: Path | None
+
+
+def open_subject(name: str, repository: Path, export: Path | None) -> Subject:
+    """The model to tune, all its files verified.
+
+    Raises ArtifactError when ``repository`` has no such model, one without a version, one that streams, or one that was
+    not packaged from ``export``.
+    """
+    check_name(name)
+    models = {model.name: model for model in list_models(repository) if model.versions}
+    if name not in models:
+        names = ", ".join(models) or "none"
+        raise ArtifactError(
+            f"{repository}: has no packaged model {name!r} (it has: {names})",
+            f"run deploykit package EXPORT --name {name} --repository {repository}, or check the name",
+        )
+    model = models[name]
+    if model.problem is not None:
+        raise model.problem
+    version = model.path / str(model.versions[-1])
+    manifest = load_manifest(version, "model")
+    if "streams" in manifest.options:
+        raise UsageError(f"{name} has no weights of its own", f"tune {manifest.options['streams']}, which it asks")
+    check_config(model.path / CONFIG, manifest.task, None, str(manifest.options["engine"]))
+    if export is not None and load_manifest(export, "export").digest != manifest.parent:
+        raise ArtifactError(
+            f"{export}: is not the export that {version} was packaged from",
+            f"run deploykit package {export} --name {name} --repository {repository} first, or name the other export",
+        )
+    return Subject(name, version, manifest, (model.path / CONFIG).read_text(encoding="utf-8"), export)
+
+
+def tune(
+    subject: Subject,
+    texts: Sequence[str],
+    limits: Limits,
+    *,
+    engines: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    seconds: float,
+    out: Path,
+    command: str,
+    say: Callable[[str], None],
+) -> Tuning:
+    """Search, write ``out`` (JSON) and the page beside it, and put the best settings in use: what is served at present
+    stays unless something else is better beyond the noise.
+
+    ``engines`` and ``precisions`` that are named are searched alone; both stay as packaged without the export.
+    A search that is killed is taken up again from OUT.search.json. Raises MissingDependencyError without Triton,
+    ServerError when nothing holds the limits, and then changes nothing.
+    """
+    find_triton()
+    require_psutil()
+    require_matplotlib()
+    task = subject.manifest.task
+    source = str(subject.config_path)
+    present = Choice(
+        str(subject.manifest.options["engine"]),
+        str(subject.manifest.options["precision"]),
+        settings_of(subject.config, task, source),
+    )
+    # What cannot be changed in the end should be known before ten minutes of measuring.
+    with_settings(subject.config, task, replace(present.settings, instances=1, threads=1), source)
+    graphs = _graphs(subject, engines, precisions, say)
+    here = [cpu_name(), available_cpus(), installed_versions()]
+    key = digest_of(subject.manifest.digest, subject.config, texts, asdict(limits.slo), seconds, here)
+    trace = Trace(out.with_name(f"{out.name}.search.json"), key, say)
+    warnings = _warnings(other_load())
+    for warning in warnings:
+        say(f"warning: {warning}")
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    with tempfile.TemporaryDirectory(prefix="deploykit-tune-") as folder:
+
+        def measure(choice: Choice, number: int, expected: float | None) -> Round:
+            served = partial(measure_served, subject, choice, Path(folder), texts, limits.slo)
+            name = json.dumps([number, asdict(choice)], sort_keys=True)
+            return Round(
+                **trace.measured(name, lambda: asdict(served(expected=expected, seconds=seconds, seed=number)))
+            )
+
+        trials = search(task, present, graphs, limits, measure, say)
+    chosen = choose(trials, limits)
+    if chosen is None:
+        raise _nothing_holds(trials, limits, subject)
+    record = {
+        "schema": SCHEMA,
+        "started": started,
+        "command": command,
+        "name": subject.name,
+        "task": task.name,
+        "slo": asdict(limits.slo),
+        "max_memory_mb": limits.max_memory_mb,
+        "time_s": limits.budget_s,
+        "seconds": seconds,
+        "texts": {"rows": len(texts), "mean_chars": round(statistics.mean(map(len, texts)), 1)},
+        "machine": describe_machine(),
+        "warnings": warnings,
+        "trials": [_trial_to_json(trial, subject, chosen, limits) for trial in trials],
+        "present": 0,
+        "chosen": trials.index(chosen),
+    }
+    tuning = _put_to_use(subject, trials, chosen, limits, record)
+    with new_file(out) as file:
+        file.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_tuning(record, out.with_suffix(".html"))
+    trace.remove()
+    return tuning
+
+
+def _warnings(load: OtherLoad) -> list[str]:
+    if load.cpu_percent <= BUSY_PERCENT:
+        return []
+    return [f"other programs used {load.cpu_percent:.0f}% of the CPUs at the beginning: the figures may be too low"]
+
+
+def _graphs(
+    subject: Subject, engines: Sequence[str], precisions: Sequence[str], say: Callable[[str], None]
+) -> list[Graph]:
+    """What of the export can be served here, as its config says where it runs; the packaged one alone without it."""
+    packaged = (str(subject.manifest.options["engine"]), str(subject.manifest.options["precision"]))
+    if subject.export is None:
+        if engines or precisions:
+            raise UsageError(
+                f"the package has one graph, {' '.join(packaged)}", "pass --export to search engine and precision"
+            )
+        say(f"{' '.join(packaged)} as packaged; --export EXPORT searches engine and precision too")
+        return [packaged]
+    manifest = load_manifest(subject.export, "export")
+    found = []
+    for engine in engines or [name for name, info in ENGINES.items() if info.installed]:
+        for precision in precisions or get_args(Precision):
+            try:
+                find_graphs(subject.export, manifest, engine=engine, precision=precision)
+                check_config(subject.config_path, subject.manifest.task, None, engine)
+                found.append((engine, precision))
+            except (ArtifactError, UsageError, MissingDependencyError) as error:
+                if engines or precisions:
+                    say(f"left out: {error.message}")
+    if not found:
+        raise ArtifactError(
+            f"{subject.export}: has no graph of that engine and precision that can be served here",
+            "leave out --engine and --precision",
+        )
+    return found
+
+
+def _nothing_holds(trials: Sequence[Trial], limits: Limits, subject: Subject) -> DeploykitError:
+    """The best that was measured, and what to change."""
+    task, slo = subject.manifest.task, limits.slo
+    in_time = [trial for trial in trials if trial.rate_per_s]
+    if in_time:
+        least = min(in_time, key=lambda trial: trial.memory_mb or float("inf"))
+        return ServerError(
+            f"no settings hold {slo} in {limits.max_memory_mb:,.0f} MB; the least was {least.memory_mb:,.0f} MB, with "
+            f"{least.rate_per_s:.1f} requests a second: {least.choice.describe(task)}",
+            "allow more --max-memory, or give more --time to find others; nothing was changed",
+        )
+    answered = [trial for trial in trials if trial.latency_ms(slo.figure) is not None]
+    if not answered:
+        return ServerError(
+            f"no settings could be served: {trials[0].failure}", "correct that, and start again; nothing was changed"
+        )
+    best = min(answered, key=lambda trial: trial.latency_ms(slo.figure) or 0.0)
+    return ServerError(
+        f"no settings hold {slo}; the best was {best.latency_ms(slo.figure):.1f} ms for a lone caller: "
+        f"{best.choice.describe(task)}",
+        f"allow more (--slo {slo.figure}=...), export a smaller or an INT8 model, or give more --time; nothing was changed",
+    )
+
+
+def _put_to_use(
+    subject: Subject, trials: Sequence[Trial], chosen: Trial, limits: Limits, record: dict[str, Any]
+) -> Tuning:
+    present, choice, model = trials[0].choice, chosen.choice, subject.version.parent
+    recorded = added = backup = None
+    graphs = {(trial.choice.engine, trial.choice.precision) for trial in trials}
+    if subject.export is not None and len(graphs) > 1:  # else nothing was compared
+        recorded = write_tuned(
+            subject.export,
+            load_manifest(subject.export, "export"),
+            engine=choice.engine,
+            precision=choice.precision,
+            slo=str(limits.slo),
+            rate_per_s=chosen.rate_per_s,
+        )
+    if subject.export is not None and (choice.engine, choice.precision) != (present.engine, present.precision):
+        before = versions_of(model)
+        done = package(
+            subject.export,
+            subject.name,
+            model.parent,
+            engine=choice.engine,
+            precision=choice.precision,
+            stream=(model.parent / f"{subject.name}{STREAM_SUFFIX}").is_dir(),
+        )
+        added = done.path if done.version not in before else None
+    if choice.settings != present.settings:
+        text = with_settings(subject.config, subject.manifest.task, choice.settings, str(subject.config_path))
+        backup = model / BACKUP
+        with new_file(backup) as file:
+            shutil.copyfile(subject.config_path, file)
+        with new_file(subject.config_path) as file:
+            file.write_text(text, encoding="utf-8")
+    return Tuning(record, backup, added, recorded)
+
+
+def _trial_to_json(trial: Trial, subject: Subject, chosen: Trial, limits: Limits) -> dict[str, Any]:
+    settings = asdict(trial.choice.settings)
+    names = ["instances", "threads"]
+    if isinstance(subject.manifest.task, Classification):
+        names += ["preferred_batch_size", "max_queue_delay_us"]
+    else:
+        names += ["max_rows"]
+    return {
+        "name": trial.choice.describe(subject.manifest.task),
+        "engine": trial.choice.engine,
+        "precision": trial.choice.precision,
+        "settings": {name: settings[name] for name in names},
+        "rate_per_s": trial.rate_per_s or None,
+        "latency_ms": {figure: trial.latency_ms(figure) for figure in ("p50", "p90", "p99")},
+        "memory_mb": trial.memory_mb,
+        "holds": limits.holds(trial),
+        "verdict": verdict(trial, chosen, limits),
+        "rounds": [asdict(round) for round in trial.rounds],
+    }

@@ -1,0 +1,230 @@
+"""The settings that answer the most requests within a limit: searched one after another, then the best ones again.
+
+A coordinate search: each setting in turn takes all its values while the others keep the best ones so far, until a
+round over all of them finds nothing better. The best few are then measured again, so that luck does not choose.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deploykit.runtime.engines import available_cpus, threads_of_each
+from deploykit.tasks import Classification, Task
+from deploykit.triton.repository import ServingSettings
+from deploykit.tune.limits import Slo
+
+NOISE = 0.05
+"""Rates that differ by less are as good as equal: the search for a rate ends within 5%."""
+_FINALISTS = 3
+_FINAL_ROUNDS = 2
+_BATCHES = (0, 8, 16, 32)
+_DELAYS_US = (0, 500, 2000, 5000)
+_ROWS = (16, 32, 64, 128)
+
+Graph = tuple[str, str]
+"""Engine and precision."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is served, and how."""
+
+    engine: str
+    precision: str
+    settings: ServingSettings
+
+    def describe(self, task: Task) -> str:
+        s = self.settings
+        threads = s.threads or threads_of_each(s.instances or 1)
+        instances = f"{s.instances} instance{'s' * (s.instances != 1)} × {threads} thread{'s' * (threads != 1)}"
+        if not isinstance(task, Classification):
+            return f"{self.engine} {self.precision}, {instances}, {s.max_rows} rows a step"
+        batch = (
+            f"batches of {s.preferred_batch_size}" if s.preferred_batch_size else f"batches up to {s.max_batch_size}"
+        )
+        return f"{self.engine} {self.precision}, {instances}, {batch}, delay {s.max_queue_delay_us / 1e3:g} ms"
+
+
+@dataclass(frozen=True)
+class Round:
+    """A choice measured once. ``rate_per_s`` is the highest that holds the limit, None where none does; ``latency_ms``
+    (p50, p90, p99) are at that rate, or of a lone caller where there is none, and empty after a ``failure``.
+    ``memory_mb`` (1e6 bytes) is of all processes of the server after that load, each page counted once."""
+
+    rate_per_s: float | None
+    latency_ms: Mapping[str, float]
+    memory_mb: float | None
+    seconds: float
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A choice and how often it was measured."""
+
+    choice: Choice
+    rounds: tuple[Round, ...]
+
+    @property
+    def rate_per_s(self) -> float:
+        """The median of the rounds; 0 where one of them held the limit at no rate."""
+        rates = [r.rate_per_s or 0.0 for r in self.rounds]
+        return statistics.median(rates) if min(rates) else 0.0
+
+    @property
+    def memory_mb(self) -> float | None:
+        return max((r.memory_mb for r in self.rounds if r.memory_mb is not None), default=None)
+
+    def latency_ms(self, figure: str) -> float | None:
+        values = [r.latency_ms[figure] for r in self.rounds if figure in r.latency_ms]
+        return statistics.median(values) if values else None
+
+    @property
+    def failure(self) -> str | None:
+        return next((r.failure for r in self.rounds if r.failure is not None), None)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``max_memory_mb`` None: any. ``budget_s`` bounds the sum of the rounds' seconds: none begins that would not fit,
+    if it took as long as the longest before it. What is served at present is always measured once."""
+
+    slo: Slo
+    max_memory_mb: float | None
+    budget_s: float
+
+    def fits(self, trial: Trial) -> bool:
+        """Whether it takes no more memory than allowed, as far as is known."""
+        return self.max_memory_mb is None or trial.memory_mb is None or trial.memory_mb <= self.max_memory_mb
+
+    def holds(self, trial: Trial) -> bool:
+        return trial.rate_per_s > 0 and self.fits(trial)
+
+
+Measure = Callable[[Choice, int, float | None], Round]
+"""Measures a choice for the so-manieth time, counted from 0, beginning at a rate that is likely (None: not known)."""
+
+
+def search(
+    task: Task, present: Choice, graphs: Sequence[Graph], limits: Limits, measure: Measure, say: Callable[[str], None]
+) -> list[Trial]:
+    """All that was measured, in that order; the first is ``present``. The same figures give the same search."""
+    tried: dict[Choice, Trial] = {}
+    seconds: list[float] = []
+
+    def run(choice: Choice, expected: float | None) -> Trial:
+        key = _resolved(choice)
+        before = tried[key].rounds if key in tried else ()
+        new = measure(choice, len(before), expected)
+        seconds.append(new.seconds)
+        tried[key] = Trial(choice, (*before, new))
+        told = f"{choice.describe(task)}: {_told(new, limits.slo)}"
+        say(f"{sum(seconds):.0f} of {limits.budget_s:.0f} s, {len(tried)}: {told}")
+        return tried[key]
+
+    def time_for(rounds: int) -> bool:
+        """Whether the next may take as long as the longest, and those after it as long as most."""
+        return sum(seconds) + max(seconds) + (rounds - 1) * statistics.mean(seconds) <= limits.budget_s
+
+    best = run(present, None)
+    improved, left_out = True, False
+    while improved:
+        improved = False
+        for axis in range(len(_axes(task, best.choice, graphs, limits.slo))):
+            for choice in _axes(task, best.choice, graphs, limits.slo)[axis]:
+                if _resolved(choice) in tried:
+                    continue
+                if not time_for(1 + min(_FINALISTS, len(tried) + 1)):
+                    left_out = True
+                    continue
+                trial = run(choice, best.rate_per_s or None)
+                if _rank(trial, limits) > _rank(best, limits):
+                    best, improved = trial, True
+    finalists = [t.choice for t in sorted(tried.values(), key=lambda t: _rank(t, limits), reverse=True)[:_FINALISTS]]
+    if present not in finalists:
+        finalists[-1:] = [present]
+    for _ in range(_FINAL_ROUNDS):
+        for choice in finalists:
+            trial = tried[_resolved(choice)]
+            if len(finalists) > 1 and limits.holds(trial) and time_for(1):
+                run(choice, trial.rate_per_s)
+    if left_out:
+        say(f"the time is up: {len(tried)} settings were measured, more --time measures others too")
+    return list(tried.values())
+
+
+def choose(trials: Sequence[Trial], limits: Limits) -> Trial | None:
+    """Of those that hold the limits, and whose rates are as good as the highest: the first trial, which is what is served
+    at present, or else the one that takes the least memory. None if none holds them."""
+    holding = [trial for trial in trials if limits.holds(trial)]
+    most = max((trial.rate_per_s for trial in holding), default=0.0)
+    near = [trial for trial in holding if trial.rate_per_s >= most * (1 - NOISE)]
+    if trials[0] in near:
+        return trials[0]
+    return min(near, key=lambda trial: (trial.memory_mb or 0.0, -trial.rate_per_s), default=None)
+
+
+def verdict(trial: Trial, chosen: Trial | None, limits: Limits) -> str:
+    """Why it was chosen, or was not."""
+    if trial is chosen:
+        return "chosen"
+    if trial.failure is not None:
+        return f"does not run: {trial.failure}"
+    if not trial.rate_per_s:
+        waits = trial.latency_ms(limits.slo.figure)
+        return f"holds the limit at no rate: {limits.slo.figure} is {waits:.1f} ms" if waits else "answers nobody"
+    if not limits.fits(trial):
+        return f"takes {trial.memory_mb:,.0f} MB, more than {limits.max_memory_mb:,.0f}"
+    assert chosen is not None
+    behind = 1 - trial.rate_per_s / chosen.rate_per_s
+    if behind > NOISE:
+        return f"answers {behind:.0%} fewer"
+    more = (trial.memory_mb or 0.0) - (chosen.memory_mb or 0.0)
+    return f"as fast within {NOISE:.0%}, " + (f"and takes {more:,.0f} MB more" if more >= 1 else "and no better")
+
+
+def _axes(task: Task, best: Choice, graphs: Sequence[Graph], slo: Slo) -> list[list[Choice]]:
+    """The values of each setting, the others as in ``best``."""
+
+    def those(setting: str, values: Sequence[Any]) -> list[Choice]:
+        return [replace(best, settings=replace(best.settings, **{setting: value})) for value in values]
+
+    cpus = available_cpus()
+    counts = [2**i for i in range((2 * cpus).bit_length())]
+    axes = [
+        [replace(best, engine=engine, precision=precision) for engine, precision in graphs],
+        those("instances", counts),
+        those("threads", [0, *(n for n in counts if n <= cpus)]),
+    ]
+    if isinstance(task, Classification):
+        batches = [n for n in _BATCHES if n < best.settings.max_batch_size]
+        delays = [us for us in _DELAYS_US if us <= 100 * slo.limit_ms]  # a tenth of the limit
+        return [*axes, those("preferred_batch_size", batches), those("max_queue_delay_us", delays)]
+    return [*axes, those("max_rows", _ROWS)]
+
+
+def _resolved(choice: Choice) -> Choice:
+    """The same for choices that are served in the same way."""
+    settings = choice.settings
+    threads = settings.threads or threads_of_each(settings.instances or 1)
+    return replace(choice, settings=replace(settings, threads=threads))
+
+
+def _rank(trial: Trial, limits: Limits) -> tuple[bool, float]:
+    """Higher is better: those that hold the limits, by rate; the others, by how little memory they take."""
+    if limits.holds(trial):
+        return True, trial.rate_per_s
+    return False, -(trial.memory_mb or float("inf"))
+
+
+def _told(measured: Round, slo: Slo) -> str:
+    if measured.failure is not None:
+        return f"does not run: {measured.failure}"
+    latency = ", ".join(f"{key} {measured.latency_ms[key]:.1f} ms" for key in ("p50", "p99") if measured.latency_ms)
+    memory = f"{measured.memory_mb:,.0f} MB" if measured.memory_mb else "memory not known"
+    if measured.rate_per_s is None:
+        return f"no rate has {slo} (a lone caller's {latency}), {memory}"
+    return f"{measured.rate_per_s:.1f}/s with {slo} ({latency}), {memory}"
