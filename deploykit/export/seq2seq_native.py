@@ -19,7 +19,7 @@ from deploykit.export.architecture import Architecture, Array, FeedForward, Line
 from deploykit.export.quantize import Ranges, activation_parameters, quantize_weight
 from deploykit.export.seq2seq_graph import side_by_side
 from deploykit.export.seq2seq_writer import activation_of
-from deploykit.runtime.engines.native import ALIGNMENT, FORMAT, PANEL
+from deploykit.runtime.engines.native_weights import ALIGNMENT, FORMAT, PANEL
 
 _TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}
 
@@ -106,6 +106,8 @@ class _Writer:
         values, scales = quantize_weight(embedding, axis=0)
         return {
             "hidden": a.hidden,
+            "vocabulary": len(embedding),
+            "longest": None if positions is None else len(positions),
             "pre_norm": a.pre_norm,
             "embedding": self._keep(_panels(values.T)),
             "embedding_scale": self._keep(scales.reshape(-1) * np.float32(a.embedding_scale)),

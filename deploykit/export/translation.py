@@ -43,7 +43,7 @@ from deploykit.runtime.engines import (
     Precision,
     available_cpus,
 )
-from deploykit.runtime.engines.native import int8_layers
+from deploykit.runtime.engines.native_weights import int8_layers
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here

@@ -20,8 +20,9 @@ from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_gr
 from deploykit.export.seq2seq_native import save_native
 from deploykit.runtime.choice import Choice, select
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
-from deploykit.runtime.engines.native import NativeModel, int8_layers
+from deploykit.runtime.engines.native import NativeModel
 from deploykit.runtime.engines.native_library import lacks
+from deploykit.runtime.engines.native_weights import int8_layers
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.tasks import Generation
 

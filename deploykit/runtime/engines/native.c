@@ -29,7 +29,7 @@
 #define SPINS 3000 /* about 50 us: who has not come by then does not run, and may need this very CPU */
 #define INLINE static inline __attribute__((always_inline))
 
-/* The structures are filled in by native.py, which has the same fields in the same order. */
+/* The structures are filled in by native.py and native_weights.py, which have the same fields in the same order. */
 typedef struct {
     const void *weight;    /* int8 or float32 panels */
     const float *scale;    /* [out]: activation scale x weight scale */

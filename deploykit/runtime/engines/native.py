@@ -8,70 +8,32 @@ search drops, copies or moves cost their tables alone.
 from __future__ import annotations
 
 import ctypes
-import json
-import struct
-from collections.abc import Mapping, Sequence
-from ctypes import POINTER, byref, c_float, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.errors import CorruptArtifactError, EngineError
+from deploykit.errors import EngineError
 from deploykit.runtime.choice import Choice, GreedyTexts, select
 from deploykit.runtime.engines import BestTokens, DecodeLimits
 from deploykit.runtime.engines.native_library import library_file
+from deploykit.runtime.engines.native_weights import StackStruct, Weights
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
 from deploykit.runtime.engines.rows import without
 
-FORMAT = "deploykit-native-1"
-"""Of the file of weights: it is in its metadata, and changes with what the library reads."""
-PANEL = 64
-"""Columns of a linear layer that lie together."""
-ALIGNMENT = 64
-_TYPES = {"I8": np.int8, "I32": np.int32, "F32": np.float32}
-_ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh")
-_TOKENS_PER_ENCODE = 256  # their weights are read once for all of them, and what they give stays in caches
-_TARGET_BLOCK = 32  # positions that caches grow by at least
-_LEAST_ROWS = 4
 _SMALL = (
     8 << 20
 )  # bytes of weights below which the threads of a step would wait for each other longer than they compute
-_LARGEST_HEAD = 256
+_TOKENS_PER_ENCODE = 256  # their weights are read once for all of them, and what they give stays in caches
+_TARGET_BLOCK = 32  # the least positions that caches have
+_LEAST_ROWS = 4
 _MOST_BEST = 64
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-
-
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        ("weight", c_void_p), ("scale", c_void_p), ("offset", c_void_p), ("bias", c_void_p),
-        ("inverse", c_float), ("zero", c_int32), ("in_", c_int32), ("out", c_int32), ("is_float", c_int32),
-    )  # fmt: skip
-
-
-class _Norm(ctypes.Structure):
-    _fields_ = (("gamma", c_void_p), ("beta", c_void_p), ("epsilon", c_float))
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, _Linear) for name in ("qkv", "out", "cross_query", "cross_out", "up", "gate", "down")),
-        *((name, _Norm) for name in ("attention_norm", "cross_norm", "feed_forward_norm")),
-    )
-
-
-class _Stack(ctypes.Structure):
-    _fields_ = (
-        ("embedding", c_void_p), ("embedding_scale", c_void_p), ("positions", c_void_p), ("bias", c_void_p),
-        ("layer", POINTER(_Layer)), ("embedding_norm", _Norm), ("last_norm", _Norm), ("last", _Linear),
-        ("scale", c_float), ("output_scale", c_float), ("layers", c_int32), ("hidden", c_int32), ("heads", c_int32),
-        ("head_size", c_int32), ("pre_norm", c_int32), ("activation", c_int32), ("distances", c_int32),
-        ("zero_distance", c_int32),
-    )  # fmt: skip
 
 
 class _Batch(ctypes.Structure):
@@ -100,7 +62,7 @@ class _Greedy(ctypes.Structure):
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_file()))
     library.deploykit_new.restype = c_void_p
-    library.deploykit_new.argtypes = (POINTER(_Stack), POINTER(_Stack), ctypes.c_int)
+    library.deploykit_new.argtypes = (POINTER(StackStruct), POINTER(StackStruct), ctypes.c_int)
     library.deploykit_free.argtypes = (c_void_p,)
     library.deploykit_free.restype = None
     library.deploykit_encode.argtypes = (c_void_p, c_void_p, c_void_p, ctypes.c_int, c_void_p)
@@ -109,113 +71,6 @@ def _library() -> ctypes.CDLL:
     library.deploykit_step.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice))
     library.deploykit_greedy.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice), POINTER(_Greedy))
     return library
-
-
-class _Weights:
-    """A mapped file of weights, and both stacks laid over it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            self._bytes = np.memmap(path, np.uint8, "r")
-            (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
-            header = json.loads(self._bytes[8 : 8 + length].tobytes())
-            metadata = header.pop("__metadata__")
-            self._begin = 8 + length
-            self._tensors: Mapping[str, Any] = header
-            if metadata["format"] != FORMAT:
-                raise EngineError(f"{path}: is of the format {metadata['format']}, not {FORMAT}", "export it again")
-            model = json.loads(metadata["model"])
-            self._kept: list[Any] = []
-            self.encoder, self.decoder = self._stack(model["encoder"]), self._stack(model["decoder"])
-            self.vocabulary: int = model["decoder"]["last"]["out"]
-        except OSError as error:
-            raise EngineError(f"{path}: {error.strerror or error}", "export it again") from error
-        except (ValueError, KeyError, TypeError, struct.error) as error:
-            raise CorruptArtifactError(
-                f"{path}: is not a file of weights: {type(error).__name__} {error}", "export it again"
-            ) from error
-
-    def _stack(self, model: Mapping[str, Any]) -> _Stack:
-        layers = (_Layer * len(model["layers"]))()
-        for layer, given in zip(layers, model["layers"]):
-            for name in (field[0] for field in _Layer._fields_):
-                if name.endswith("norm"):
-                    setattr(layer, name, self._norm(given.get(name), model["hidden"]))
-                else:
-                    setattr(layer, name, self._linear(given.get(name)))
-        self._kept.append(layers)
-        if not 0 < model["head_size"] <= _LARGEST_HEAD:
-            raise ValueError(f"heads of {model['head_size']}")
-        tokens = model["last"]["out"] if model["layers"][0].get("cross_query") else 1
-        width = model["heads"] * model["head_size"]
-        for given in model["layers"]:
-            if given["qkv"]["out"] != 3 * width or given["out"]["in"] != width:
-                raise ValueError("attention of another width")
-        return _Stack(
-            embedding=self._at(model["embedding"], np.int8, tokens * model["hidden"]),
-            embedding_scale=self._at(model["embedding_scale"], np.float32, tokens),
-            positions=self._at(model["positions"], np.float32, model["hidden"]),
-            bias=self._at(model["bias"], np.float32, model["heads"] * model["distances"]),
-            layer=layers,
-            embedding_norm=self._norm(model["embedding_norm"], model["hidden"]),
-            last_norm=self._norm(model["last_norm"], model["hidden"]),
-            last=self._linear(model["last"]),
-            activation=_ACTIVATIONS.index(model["layers"][0]["activation"]),
-            layers=len(layers),
-            **{
-                name: model[name]
-                for name in ("scale", "output_scale", "hidden", "heads", "head_size", "pre_norm", "distances",
-                             "zero_distance")
-            },
-        )  # fmt: skip
-
-    def _linear(self, given: Mapping[str, Any] | None) -> _Linear:
-        if given is None:
-            return _Linear()
-        inputs, outputs = given["in"], given["out"]
-        columns = -(-outputs // PANEL) * PANEL
-        linear = _Linear(in_=inputs, out=outputs, bias=self._at(given["bias"], np.float32, columns))
-        if "activation_scale" not in given:
-            linear.weight, linear.is_float = self._at(given["weight"], np.float32, columns * inputs), 1
-            return linear
-        linear.weight = self._at(given["weight"], np.int8, columns * (-(-inputs // 4) * 4))
-        linear.scale = self._at(given["scale"], np.float32, columns)
-        linear.offset = self._at(given["offset"], np.int32, columns)
-        linear.inverse, linear.zero = 1.0 / given["activation_scale"], given["zero"]
-        return linear
-
-    def _norm(self, given: Mapping[str, Any] | None, hidden: int) -> _Norm:
-        if given is None:
-            return _Norm()
-        gamma, beta = (self._at(given[name], np.float32, hidden) for name in ("gamma", "beta"))
-        return _Norm(gamma, beta, given["epsilon"])
-
-    def _at(self, name: str | None, kind: type[Any], least: int) -> int | None:
-        """The address of a tensor of ``least`` values or more."""
-        if name is None:
-            return None
-        tensor = self._tensors[name]
-        first, last = tensor["data_offsets"]
-        if (
-            _TYPES[tensor["dtype"]] is not kind
-            or not 0 <= first <= last <= len(self._bytes) - self._begin
-            or (self._begin + first) % ALIGNMENT
-            or last - first < least * np.dtype(kind).itemsize
-        ):
-            raise ValueError(f"the tensor {name} is cut")
-        address: int = self._bytes.ctypes.data + self._begin + first
-        return address
-
-
-def int8_layers(path: Path) -> int:
-    """How many linear layers of a file of weights are INT8."""
-    weights = _Weights(path)
-    parts = [stack.layer[i] for stack in (weights.encoder, weights.decoder) for i in range(stack.layers)]
-    linear = [getattr(part, name) for part in parts for name, kind, *_ in _Layer._fields_ if kind is _Linear]
-    return sum(
-        bool(each.weight) and not each.is_float for each in (*linear, weights.encoder.last, weights.decoder.last)
-    )
 
 
 class NativeModel:
@@ -229,7 +84,7 @@ class NativeModel:
 
     def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
         self._library = _library()
-        self._weights = _Weights(folder / files[0])
+        self._weights = Weights(folder / files[0])
         small = (folder / files[0]).stat().st_size < _SMALL
         self._begin(1 if small else threads)
 
@@ -297,7 +152,7 @@ class NativeModel:
                 last += 1
             part = token_ids[first:last]
             ids = np.fromiter((i for text in part for i in text), np.int64, tokens)
-            self._check(ids)
+            self._check(ids, self._weights.source_vocabulary, max(map(len, part)), self._weights.longest[0])
             starts = np.zeros(len(part) + 1, np.int32)
             np.cumsum([len(text) for text in part], out=starts[1:])
             addresses = np.array([text.ctypes.data for text in texts[first:last]], np.uint64)
@@ -312,7 +167,7 @@ class NativeModel:
     def reserve(self, rows: int, source: int) -> None:
         """Make room for ``rows`` rows in all. It is kept while the model lives."""
         if rows > self._capacity:
-            self._grow(max(_LEAST_ROWS, 1 << (rows - 1).bit_length()), max(self._positions, _TARGET_BLOCK))
+            self._grow(_power_of_two(rows, _LEAST_ROWS), max(self._positions, _TARGET_BLOCK))
 
     def admit(self, cross: Sequence[NDArray[np.uint8]], text: int, length: int, copies: int = 1) -> Ints:
         """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
@@ -359,9 +214,9 @@ class NativeModel:
                 texts.ends.ctypes.data, texts.tokens.shape[1],
             )  # fmt: skip
         self._lay(choice)
-        self._greedy.most = min(most, self._positions - past)
+        most = self._greedy.most = min(most, self._positions - past)
         self._tokens[:rows] = texts.tokens[np.arange(rows), texts.lengths[:rows] - 1]
-        self._check(self._tokens[:rows])
+        self._check_rows(past + most)
         self._batch.rows = rows
         self._done(
             self._library.deploykit_greedy(self._context, byref(self._batch), byref(self._choice), byref(self._greedy))
@@ -382,10 +237,11 @@ class NativeModel:
 
     def _step(self, tokens: Ints) -> None:
         rows = self.rows
-        if int(self._past[:rows].max()) >= self._positions:
+        past = int(self._past[:rows].max())
+        if past >= self._positions:
             self._grow(self._capacity, 2 * self._positions)
         self._tokens[:rows] = tokens
-        self._check(self._tokens[:rows])
+        self._check_rows(past + 1)
         self._batch.rows = rows
         self._done(self._library.deploykit_step(self._context, byref(self._batch), byref(self._choice)))
         self._past[:rows] += 1
@@ -409,8 +265,8 @@ class NativeModel:
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
         """Memory of the caches of ``rows`` rows with that many target and source tokens."""
-        positions = -(-target // _TARGET_BLOCK) * _TARGET_BLOCK + source
-        return int(rows * positions * 2 * self._layers * self._heads * (self._head_size + 4))
+        positions = _power_of_two(rows, _LEAST_ROWS) * _power_of_two(target, _TARGET_BLOCK) + rows * source
+        return int(positions * 2 * self._layers * self._heads * (self._head_size + 4))
 
     def _grow(self, capacity: int, positions: int) -> None:
         rows, held = self.rows, self._positions
@@ -435,12 +291,22 @@ class NativeModel:
             positions, capacity, positions,
         )  # fmt: skip
 
-    def _check(self, ids: Ints) -> None:
-        """The library looks tokens up unchecked."""
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocabulary:
-            raise EngineError(f"a token is not one of the model's {self.vocabulary}", "export the model again")
+    def _check_rows(self, length: int) -> None:
+        self._check(self._tokens[: self.rows], self.vocabulary, length, self._weights.longest[1])
+
+    @staticmethod
+    def _check(ids: Ints, vocabulary: int, length: int, longest: int | None) -> None:
+        """The library looks tokens and positions up unchecked."""
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            raise EngineError(f"a token is not one of the model's {vocabulary}", "export the model again")
+        if longest is not None and length > longest:
+            raise EngineError(f"the model knows {longest} positions, not {length}", "give shorter texts")
 
     @staticmethod
     def _done(ok: int) -> None:
         if not ok:
             raise EngineError("there is no memory for this batch", "lower --max-rows, or close other programs")
+
+
+def _power_of_two(n: int, least: int) -> int:
+    return max(least, 1 << (n - 1).bit_length())

@@ -1,0 +1,185 @@
+"""The file of weights of the engine ``native``, laid under the structures that its library reads.
+
+Source: safetensors' format: the header's length, the header in JSON, the tensors one after another.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+from collections.abc import Mapping
+from ctypes import POINTER, c_float, c_int32, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploykit.errors import CorruptArtifactError, EngineError
+
+FORMAT = "deploykit-native-1"
+"""It is in the file's metadata, and changes with what the library reads."""
+PANEL = 64
+"""Columns of a linear layer that lie together."""
+ALIGNMENT = 64
+_TYPES = {"I8": np.int8, "I32": np.int32, "F32": np.float32}
+_ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh")
+_LARGEST_HEAD = 256
+
+
+class LinearStruct(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p), ("scale", c_void_p), ("offset", c_void_p), ("bias", c_void_p),
+        ("inverse", c_float), ("zero", c_int32), ("in_", c_int32), ("out", c_int32), ("is_float", c_int32),
+    )  # fmt: skip
+
+
+class NormStruct(ctypes.Structure):
+    _fields_ = (("gamma", c_void_p), ("beta", c_void_p), ("epsilon", c_float))
+
+
+class LayerStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, LinearStruct) for name in ("qkv", "out", "cross_query", "cross_out", "up", "gate", "down")),
+        *((name, NormStruct) for name in ("attention_norm", "cross_norm", "feed_forward_norm")),
+    )
+
+
+class StackStruct(ctypes.Structure):
+    _fields_ = (
+        ("embedding", c_void_p), ("embedding_scale", c_void_p), ("positions", c_void_p), ("bias", c_void_p),
+        ("layer", POINTER(LayerStruct)), ("embedding_norm", NormStruct), ("last_norm", NormStruct), ("last", LinearStruct),
+        ("scale", c_float), ("output_scale", c_float), ("layers", c_int32), ("hidden", c_int32), ("heads", c_int32),
+        ("head_size", c_int32), ("pre_norm", c_int32), ("activation", c_int32), ("distances", c_int32),
+        ("zero_distance", c_int32),
+    )  # fmt: skip
+
+
+class Weights:
+    """A mapped file of weights, and both stacks laid over it.
+
+    ``longest``: positions that encoder and decoder know, None for any. Raises EngineError or CorruptArtifactError naming
+    the file that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._bytes = np.memmap(path, np.uint8, "r")
+            (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
+            header = json.loads(self._bytes[8 : 8 + length].tobytes())
+            metadata = header.pop("__metadata__")
+            self._begin = 8 + length
+            self._tensors: Mapping[str, Any] = header
+            if metadata["format"] != FORMAT:
+                raise EngineError(f"{path}: is of the format {metadata['format']}, not {FORMAT}", "export it again")
+            model = json.loads(metadata["model"])
+            self._kept: list[Any] = []
+            self.encoder, self.decoder = self._stack(model["encoder"]), self._stack(model["decoder"])
+            self.source_vocabulary: int = model["encoder"]["vocabulary"]
+            self.vocabulary: int = model["decoder"]["vocabulary"]
+            self.longest = tuple(model[name]["longest"] for name in ("encoder", "decoder"))
+            width = model["decoder"]["heads"] * model["decoder"]["head_size"]
+            cross = 2 * len(model["decoder"]["layers"]) * width
+            if model["encoder"]["last"]["out"] != cross or model["decoder"]["last"]["out"] != self.vocabulary:
+                raise ValueError("encoder and decoder do not fit")
+        except OSError as error:
+            raise EngineError(f"{path}: {error.strerror or error}", "export it again") from error
+        except (ValueError, KeyError, TypeError, struct.error) as error:
+            raise CorruptArtifactError(
+                f"{path}: is not a file of weights: {type(error).__name__} {error}", "export it again"
+            ) from error
+
+    def _stack(self, model: Mapping[str, Any]) -> StackStruct:
+        layers = (LayerStruct * len(model["layers"]))()
+        for layer, given in zip(layers, model["layers"]):
+            for name in (field[0] for field in LayerStruct._fields_):
+                if name.endswith("norm"):
+                    setattr(layer, name, self._norm(given.get(name), model["hidden"]))
+                else:
+                    setattr(layer, name, self._linear(given.get(name)))
+        self._kept.append(layers)
+        if not 0 < model["head_size"] <= _LARGEST_HEAD:
+            raise ValueError(f"heads of {model['head_size']}")
+        _check_shapes(model)
+        tokens = model["vocabulary"]
+        return StackStruct(
+            embedding=self._at(model["embedding"], np.int8, tokens * model["hidden"]),
+            embedding_scale=self._at(model["embedding_scale"], np.float32, tokens),
+            positions=self._at(model["positions"], np.float32, model["hidden"] * (model["longest"] or 0)),
+            bias=self._at(model["bias"], np.float32, model["heads"] * model["distances"]),
+            layer=layers,
+            embedding_norm=self._norm(model["embedding_norm"], model["hidden"]),
+            last_norm=self._norm(model["last_norm"], model["hidden"]),
+            last=self._linear(model["last"]),
+            activation=_ACTIVATIONS.index(model["layers"][0]["activation"]),
+            layers=len(layers),
+            **{
+                name: model[name]
+                for name in ("scale", "output_scale", "hidden", "heads", "head_size", "pre_norm", "distances",
+                             "zero_distance")
+            },
+        )  # fmt: skip
+
+    def _linear(self, given: Mapping[str, Any] | None) -> LinearStruct:
+        if given is None:
+            return LinearStruct()
+        inputs, outputs = given["in"], given["out"]
+        columns = -(-outputs // PANEL) * PANEL
+        linear = LinearStruct(in_=inputs, out=outputs, bias=self._at(given["bias"], np.float32, columns))
+        if "activation_scale" not in given:
+            linear.weight, linear.is_float = self._at(given["weight"], np.float32, columns * inputs), 1
+            return linear
+        linear.weight = self._at(given["weight"], np.int8, columns * (-(-inputs // 4) * 4))
+        linear.scale = self._at(given["scale"], np.float32, columns)
+        linear.offset = self._at(given["offset"], np.int32, columns)
+        linear.inverse, linear.zero = 1.0 / given["activation_scale"], given["zero"]
+        return linear
+
+    def _norm(self, given: Mapping[str, Any] | None, hidden: int) -> NormStruct:
+        if given is None:
+            return NormStruct()
+        gamma, beta = (self._at(given[name], np.float32, hidden) for name in ("gamma", "beta"))
+        return NormStruct(gamma, beta, given["epsilon"])
+
+    def _at(self, name: str | None, kind: type[Any], least: int) -> int | None:
+        """The address of a tensor of ``least`` values or more."""
+        if name is None:
+            return None
+        tensor = self._tensors[name]
+        first, last = tensor["data_offsets"]
+        if (
+            _TYPES[tensor["dtype"]] is not kind
+            or not 0 <= first <= last <= len(self._bytes) - self._begin
+            or (self._begin + first) % ALIGNMENT
+            or last - first < least * np.dtype(kind).itemsize
+        ):
+            raise ValueError(f"the tensor {name} is cut")
+        address: int = self._bytes.ctypes.data + self._begin + first
+        return address
+
+
+def _check_shapes(model: Mapping[str, Any]) -> None:
+    """Raises ValueError where what a layer gives is not what the next one takes: the library would read on."""
+    hidden, width = model["hidden"], model["heads"] * model["head_size"]
+    for layer in model["layers"]:
+        inner = layer["up"]["out"]
+        expected = {"qkv": (hidden, 3 * width), "out": (width, hidden), "up": (hidden, inner), "gate": (hidden, inner),
+                    "down": (inner, hidden), "cross_query": (hidden, width), "cross_out": (width, hidden)}  # fmt: skip
+        for name, shape in expected.items():
+            if (given := layer.get(name)) and (given["in"], given["out"]) != shape:
+                raise ValueError(f"{name} is {given['in']} x {given['out']}")
+        if not {"qkv", "out", "up", "down"} <= set(layer):
+            raise ValueError("a layer lacks a part")
+    if model["last"]["in"] != hidden:
+        raise ValueError(f"last is {model['last']['in']} x {model['last']['out']}")
+
+
+def int8_layers(path: Path) -> int:
+    """How many linear layers of a file of weights are INT8."""
+    weights = Weights(path)
+    parts = [stack.layer[i] for stack in (weights.encoder, weights.decoder) for i in range(stack.layers)]
+    linear = [getattr(part, name) for part in parts for name, kind, *_ in LayerStruct._fields_ if kind is LinearStruct]
+    return sum(
+        bool(each.weight) and not each.is_float for each in (*linear, weights.encoder.last, weights.decoder.last)
+    )
