@@ -36,8 +36,8 @@ class Choice:
 
 
 @dataclass
-class GreedyTexts:
-    """What greedy search goes on with: by row int64 ``tokens`` [rows, longest], of which ``lengths`` count, the ``limits`` of
+class Texts:
+    """What a search goes on with: by row int64 ``tokens`` [rows, longest], of which ``lengths`` count, the ``limits`` of
     those, and float32 ``sums`` of log-probabilities; and which tokens end a text, bool [vocabulary]."""
 
     tokens: Ints

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.choice import Choice, GreedyTexts
-from deploykit.runtime.engines import DecodeModel, RunsGreedily
+from deploykit.runtime.choice import Choice, Texts
+from deploykit.runtime.engines import DecodeModel, HeldBeam, TakesSteps
 from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Floats, Ints, Rules, candidates
 from deploykit.tasks import Generation, Translation
@@ -45,6 +45,7 @@ class Sentence:
     result: Finished | None = None
     rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     beam: Beam | None = None
+    held: HeldBeam | None = None  # the beam, where the model has it
 
 
 @dataclass
@@ -82,7 +83,7 @@ class _Plan:
     choice: Choice
     may_force: bool
     varies: bool
-    texts: GreedyTexts | None = None
+    texts: Texts | None = None
 
 
 class Decoder:
@@ -107,7 +108,7 @@ class Decoder:
         self.seconds = Seconds()
         self.max_rows = max_rows
         self._model = model
-        self._runner = model if isinstance(model, RunsGreedily) else None
+        self._runner = model if isinstance(model, TakesSteps) else None
         self._task = task
         self._max_cache_bytes = max_cache_bytes
         self._workers = workers
@@ -199,9 +200,15 @@ class Decoder:
         plan = self._plan = self._plan or self._make_plan()
         choice = self._choice(plan)
         if self._runner is not None and plan.texts is not None:
-            self._runner.run_greedily(plan.texts, choice, self._alike(plan))
+            most = self._alike(plan)
+            if plan.beams:
+                ((sentences, of_sentences),) = plan.beams
+                held = [sentence.held for sentence in sentences]
+                self._runner.run_beams(plan.texts, choice, of_sentences, held, most)
+            else:
+                self._runner.run_greedily(plan.texts, choice, most)
             stepped = time.perf_counter()
-            done = self._ended(plan)
+            done = self._over(plan) if plan.beams else self._ended(plan)
         else:
             tokens = self._tokens[np.arange(rows), self._lengths[:rows] - 1]
             values, ids = self._model.choose(tokens, choice)
@@ -319,9 +326,31 @@ class Decoder:
                 sentence.rows = beam_rows
             plan.beams.append((sentences, together))
             choice.best = max(choice.best, min(candidates(size, self._task.eos_token_ids), self._model.vocabulary))
-        if self._runner is not None and not plan.beams and not plan.varies:
-            plan.texts = GreedyTexts(self._tokens, self._lengths, limits, self._sums, self._ends)
+        if self._runner is not None and self._held(plan):
+            plan.texts = Texts(self._tokens, self._lengths, limits, self._sums, self._ends)
         return plan
+
+    def _held(self, plan: _Plan) -> bool:
+        """Whether the model may take steps by itself. Beams are then in its hands, and otherwise in ours."""
+        assert self._runner is not None
+        one_kind = len(plan.beams) + bool(plan.greedy) == 1 and not plan.varies
+        sentences = [sentence for group, _ in plan.beams for sentence in group]
+        for sentence in sentences:
+            assert sentence.beam is not None
+            if one_kind and sentence.held is None:
+                sentence.held = self._runner.hold_beam(sentence.beam)
+            elif not one_kind and sentence.held is not None:
+                sentence.beam, sentence.held = sentence.held.give_back(), None
+        return one_kind and all(sentence.held is not None for sentence in sentences)
+
+    def _over(self, plan: _Plan) -> list[Sentence]:
+        """Of the sentences in the model's hands those whose search is over, with their results."""
+        done = []
+        for sentence in (sentence for group, _ in plan.beams for sentence in group):
+            if sentence.held is not None and sentence.held.done:
+                sentence.result = sentence.held.give_back().finished[0]
+                done.append(sentence)
+        return done
 
     def _alike(self, plan: _Plan) -> int:
         """How many steps the rules say the same, and nobody need wait for."""

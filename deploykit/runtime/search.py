@@ -102,11 +102,12 @@ class Beam:
     """
 
     def __init__(self, generation: Generation, eos_token_ids: Sequence[int]) -> None:
+        self.generation = generation
+        self.eos_token_ids = eos_token_ids
         self.beams = generation.beam_size
         self.finished: list[Finished] = []
-        self._g = generation
-        self._eos = frozenset(eos_token_ids)
-        self._improvable = True
+        self.improvable = True
+        """Whether a hypothesis that still runs may become better than those finished."""
 
     def advance(self, best: Continuations, length: int, tokens: Ints) -> Continuations | None:
         """Choose the next running hypotheses, best first; None when the search is over.
@@ -117,10 +118,10 @@ class Beam:
 
         While none of ``best`` ends and nothing is finished, the answer is the first of ``best``.
         """
-        g = self._g
+        g = self.generation
         at_limit = length + 1 >= g.max_length
-        ends = [at_limit or token in self._eos for token in best.tokens]
-        if any(ends[: self.beams]) and self._improvable and not (self._full and g.early_stopping is True):
+        ends = [at_limit or token in self.eos_token_ids for token in best.tokens]
+        if any(ends[: self.beams]) and self.improvable and not (self._full and g.early_stopping is True):
             for i in range(self.beams):
                 if ends[i]:
                     score = float(np.float32(best.scores[i] / length**g.length_penalty))
@@ -130,8 +131,8 @@ class Beam:
         going = [i for i, end in enumerate(ends) if not end][: self.beams]
         going += [i for i, end in enumerate(ends) if end][: self.beams - len(going)]
         scores = [best.scores[i] + (NEVER if ends[i] else 0.0) for i in going]
-        self._improvable = self._improvable and self._may_improve(scores[0], length)
-        if all(ends) or not self._improvable or (self._full and g.early_stopping is True):
+        self.improvable = self.improvable and self._may_improve(scores[0], length)
+        if all(ends) or not self.improvable or (self._full and g.early_stopping is True):
             return None
         return Continuations([best.parents[i] for i in going], [best.tokens[i] for i in going], scores)
 
@@ -140,7 +141,7 @@ class Beam:
         return len(self.finished) == self.beams
 
     def _may_improve(self, best_score: float, length: int) -> bool:
-        g = self._g
+        g = self.generation
         if not self._full:
             return True
         longest = g.max_length - 1 if g.early_stopping == "never" and g.length_penalty > 0 else length

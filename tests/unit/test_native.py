@@ -19,6 +19,7 @@ from deploykit.export.families import read_architecture
 from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
 from deploykit.export.seq2seq_native import save_native
 from deploykit.runtime.choice import Choice, select
+from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
 from deploykit.runtime.engines.native import NativeModel
 from deploykit.runtime.engines.native_library import lacks
@@ -84,9 +85,11 @@ def test_the_file_is_safetensors_with_the_embedding_once(case: Callable[[str], C
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_it_chooses_what_its_logits_say(case: Callable[[str], Case], search: str) -> None:
-    """Rules, probabilities and the best tokens in C against the same in numpy."""
+    """Rules, probabilities, the best tokens and both searches in C against the same in numpy and Python."""
 
     class InNumpy(NativeModel):
+        run_greedily = None  # so that the decode loop asks for each step
+
         def choose(self, tokens: Any, choice: Choice) -> Any:
             return select(self.step(tokens), choice, self.best)
 
@@ -97,6 +100,26 @@ def test_it_chooses_what_its_logits_say(case: Callable[[str], Case], search: str
     found = results(decode(c, generation, engine=open_engine(c, "native", 1), max_rows=16))
     assert [ids for ids, _ in found] == [ids for ids, _ in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4, rel=1e-4)
+
+
+def test_beams_change_hands_while_other_searches_come_and_go(case: Callable[[str], Case]) -> None:
+    """Alone they are the library's; beside a greedy sentence, or one whose rules look at its tokens, they are Python's."""
+    c = case("marian")
+    kinds = [generation_of(SEARCHES[name]) for name in ("early stopping", "early stopping", "greedy", "no repeats")]
+    alone = []
+    for i, source in enumerate(c.sources):
+        sentence = Sentence(source, kinds[i % 4])
+        Decoder(open_engine(c, "native", 1), c.task).run([sentence])
+        alone.append(sentence)
+    sentences = [Sentence(source, kinds[i % 4]) for i, source in enumerate(c.sources)]
+    decoder, waiting, held = Decoder(open_engine(c, "native", 1), c.task, max_rows=9), list(sentences), set()
+    while waiting or decoder.running or decoder.waiting:
+        if waiting and not decoder.waiting:
+            decoder.add(waiting.pop(0))
+        decoder.step()
+        held |= {sentence.held is not None for sentence in decoder.running if sentence.beam}
+    assert held == {True, False}
+    assert results(sentences) == results(alone)
 
 
 def test_threads_change_no_bit(case: Callable[[str], Case]) -> None:

@@ -22,7 +22,8 @@ from deploykit.runtime.cuda import has_gpu
 from deploykit.runtime.engines.native_library import lacks as native_lacks
 
 if TYPE_CHECKING:
-    from deploykit.runtime.choice import Choice, GreedyTexts
+    from deploykit.runtime.choice import Choice, Texts
+    from deploykit.runtime.search import Beam
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
@@ -138,11 +139,30 @@ class DecodeModel(Protocol):
 
 
 @runtime_checkable
-class RunsGreedily(Protocol):
-    """A decode model that takes greedy steps by itself."""
+class TakesSteps(Protocol):
+    """A decode model that goes on with a search by itself, for as long as the rules say the same."""
 
-    def run_greedily(self, texts: GreedyTexts, choice: Choice, most: int) -> None:
+    def run_greedily(self, texts: Texts, choice: Choice, most: int) -> None:
         """Append a token to each row, again and again: until one of them ends, but ``most`` times at most."""
+
+    def hold_beam(self, beam: Beam) -> HeldBeam | None:
+        """``beam``, for ``run_beams``; None if it is too wide."""
+
+    def run_beams(self, texts: Texts, choice: Choice, rows: NDArray[np.int64], beams: Sequence[Any], most: int) -> None:
+        """Go on with beam search until that of one of the ``beams`` (``HeldBeam``) is over, but ``most`` steps at most.
+
+        ``rows``: [sentences, beams], the hypotheses of each sentence, best first; it is changed.
+        """
+
+
+class HeldBeam(Protocol):
+    """A beam in the hands of a decode model."""
+
+    @property
+    def done(self) -> bool:
+        """Whether its search is over."""
+
+    def give_back(self) -> Beam: ...
 
 
 @dataclass(frozen=True)

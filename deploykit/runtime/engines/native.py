@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, byref, c_int32, c_int64, c_void_p
+from ctypes import POINTER, byref, c_double, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
-from deploykit.runtime.choice import Choice, GreedyTexts, select
+from deploykit.runtime.choice import Choice, Texts, select
 from deploykit.runtime.engines import BestTokens, DecodeLimits
 from deploykit.runtime.engines.native_library import library_file
 from deploykit.runtime.engines.native_weights import StackStruct, Weights
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
 from deploykit.runtime.engines.rows import without
+from deploykit.runtime.search import Beam, Finished, candidates
 
 _SMALL = (
     8 << 20
@@ -30,7 +31,7 @@ _SMALL = (
 _TOKENS_PER_ENCODE = 256  # their weights are read once for all of them, and what they give stays in caches
 _TARGET_BLOCK = 32  # the least positions that caches have
 _LEAST_ROWS = 4
-_MOST_BEST = 64
+_MOST_BEST, _MOST_BEAMS = 64, 32
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -58,6 +59,52 @@ class _Greedy(ctypes.Structure):
     )  # fmt: skip
 
 
+class _Beam(ctypes.Structure):
+    _fields_ = (
+        ("scores", c_void_p), ("lengths", c_void_p), ("tokens", c_void_p), ("stride", c_int64), ("length_penalty", c_double),
+        ("beams", c_int32), ("max_length", c_int32), ("early_stopping", c_int32), ("finished", c_int32),
+        ("improvable", c_int32), ("done", c_int32),
+    )  # fmt: skip
+
+
+class _Search(ctypes.Structure):
+    _fields_ = (
+        ("tokens", c_void_p), ("lengths", c_void_p), ("sums", c_void_p), ("ends", c_void_p), ("rows", c_void_p),
+        ("beams", c_void_p), ("stride", c_int64), ("sentences", c_int32), ("candidates", c_int32), ("most", c_int32),
+    )  # fmt: skip
+
+
+class _HeldBeam:
+    """A ``Beam`` as the library has it."""
+
+    def __init__(self, beam: Beam) -> None:
+        g = beam.generation
+        self._beam = beam
+        self._scores = np.zeros(g.beam_size, np.float32)
+        self._lengths = np.zeros(g.beam_size, np.int32)
+        self._tokens = np.zeros((g.beam_size, g.max_length), np.int64)
+        for i, hypothesis in enumerate(beam.finished):
+            length = len(hypothesis.tokens)
+            self._scores[i], self._lengths[i], self._tokens[i, :length] = hypothesis.score, length, hypothesis.tokens
+        early = {False: 0, True: 1, "never": 2}[g.early_stopping]
+        self.struct = _Beam(
+            self._scores.ctypes.data, self._lengths.ctypes.data, self._tokens.ctypes.data, g.max_length,
+            g.length_penalty, g.beam_size, g.max_length, early, len(beam.finished), beam.improvable,
+        )  # fmt: skip
+
+    @property
+    def done(self) -> bool:
+        return bool(self.struct.done)
+
+    def give_back(self) -> Beam:
+        self._beam.finished = [
+            Finished(self._tokens[i, : self._lengths[i]].copy(), float(self._scores[i]))
+            for i in range(self.struct.finished)
+        ]
+        self._beam.improvable = bool(self.struct.improvable)
+        return self._beam
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(library_file()))
@@ -69,6 +116,7 @@ def _library() -> ctypes.CDLL:
     library.deploykit_projection_share.argtypes = (c_void_p,)
     library.deploykit_projection_share.restype = ctypes.c_double
     library.deploykit_step.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice))
+    library.deploykit_beams.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice), POINTER(_Search))
     library.deploykit_greedy.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice), POINTER(_Greedy))
     return library
 
@@ -109,11 +157,12 @@ class NativeModel:
             raise EngineError("there is no memory for another model", "close other programs")
         self.rows = 0
         self._capacity = self._positions = 0
-        self._batch, self._choice, self._greedy = _Batch(), _Choice(), _Greedy()
+        self._batch, self._choice, self._greedy, self._search = _Batch(), _Choice(), _Greedy(), _Search()
+        self._held = np.zeros(0, np.uint64)
         self._choice_of: Choice | None = None
         self._changed = 0
         self._chosen = np.empty((0, 1), np.float32), np.empty((0, 1), np.int64)
-        self._texts_of: GreedyTexts | None = None
+        self._texts_of: Texts | None = None
         self._tokens = np.zeros(0, np.int64)
         self._past = self._slots = self._source = np.zeros(0, np.int32)
         self._free: list[int] = []
@@ -201,26 +250,54 @@ class NativeModel:
         self._step(tokens)
         return values, ids
 
-    def run_greedily(self, texts: GreedyTexts, choice: Choice, most: int) -> None:
+    def run_greedily(self, texts: Texts, choice: Choice, most: int) -> None:
         """Append a token to each row, again and again: until one of them ends, but ``most`` times at most."""
-        rows = self.rows
-        past = int(self._past[:rows].max())
-        if past >= self._positions:
-            self._grow(self._capacity, 2 * self._positions)
         if self._texts_of is not texts:
             self._texts_of = texts
             self._greedy = _Greedy(
                 texts.tokens.ctypes.data, texts.lengths.ctypes.data, texts.limits.ctypes.data, texts.sums.ctypes.data,
                 texts.ends.ctypes.data, texts.tokens.shape[1],
             )  # fmt: skip
-        self._lay(choice)
-        most = self._greedy.most = min(most, self._positions - past)
-        self._tokens[:rows] = texts.tokens[np.arange(rows), texts.lengths[:rows] - 1]
-        self._check_rows(past + most)
-        self._batch.rows = rows
+        self._greedy.most = self._ready(texts, choice, most)
         self._done(
             self._library.deploykit_greedy(self._context, byref(self._batch), byref(self._choice), byref(self._greedy))
         )
+
+    def hold_beam(self, beam: Beam) -> _HeldBeam | None:
+        """``beam``, for ``run_beams``; None if it is too wide."""
+        wide = beam.beams > _MOST_BEAMS or candidates(beam.beams, beam.eos_token_ids) > _MOST_BEST
+        return None if wide else _HeldBeam(beam)
+
+    def run_beams(self, texts: Texts, choice: Choice, rows: Ints, beams: Sequence[_HeldBeam], most: int) -> None:
+        """Go on with beam search until that of one of the ``beams`` is over, but ``most`` steps at most.
+
+        ``rows``: [sentences, beams], the hypotheses of each sentence, best first; it is changed.
+        """
+        if self._texts_of is not texts:
+            self._texts_of = texts
+            self._held = np.array([ctypes.addressof(beam.struct) for beam in beams], np.uint64)
+            self._search = _Search(
+                texts.tokens.ctypes.data, texts.lengths.ctypes.data, texts.sums.ctypes.data, texts.ends.ctypes.data,
+                rows.ctypes.data, self._held.ctypes.data, texts.tokens.shape[1], len(rows),
+                candidates(rows.shape[1], np.flatnonzero(texts.ends).tolist()),
+            )  # fmt: skip
+        self._search.most = self._ready(texts, choice, most)
+        self._done(
+            self._library.deploykit_beams(self._context, byref(self._batch), byref(self._choice), byref(self._search))
+        )
+
+    def _ready(self, texts: Texts, choice: Choice, most: int) -> int:
+        """Get the rows ready for steps; returns how many there may be."""
+        rows = self.rows
+        past = int(self._past[:rows].max())
+        if past >= self._positions:
+            self._grow(self._capacity, 2 * self._positions)
+        most = min(most, self._positions - past)
+        self._lay(choice)
+        self._tokens[:rows] = texts.tokens[np.arange(rows), texts.lengths[:rows] - 1]
+        self._check_rows(past + most)
+        self._batch.rows = rows
+        return most
 
     def _lay(self, choice: Choice) -> tuple[Floats, Ints]:
         """Where the library is to write what it chooses. It is good until the next step."""
