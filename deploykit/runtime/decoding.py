@@ -26,7 +26,7 @@ from deploykit.tasks import Generation, Translation
 
 MAX_CACHE_BYTES = 512 << 20
 _TOKENS_PER_ENCODE = 2048
-_STEPS_AT_ONCE = 8  # of a model that takes several by itself: who comes meanwhile waits for them
+_AT_ONCE_S = 0.002  # for steps that a model takes by itself: who comes meanwhile waits for them
 _JOIN_SHARE = 8  # a full batch takes new sentences when an eighth of its rows is free: single ones encode slowly
 
 
@@ -108,6 +108,7 @@ class Decoder:
         self.seconds = Seconds()
         self.max_rows = max_rows
         self._model = model
+        self._step_s = _AT_ONCE_S  # the last step's
         self._runner = model if isinstance(model, TakesSteps) else None
         self._task = task
         self._max_cache_bytes = max_cache_bytes
@@ -204,10 +205,11 @@ class Decoder:
             if plan.beams:
                 ((sentences, of_sentences),) = plan.beams
                 held = [sentence.held for sentence in sentences]
-                self._runner.run_beams(plan.texts, choice, of_sentences, held, most)
+                steps = self._runner.run_beams(plan.texts, choice, of_sentences, held, most)
             else:
-                self._runner.run_greedily(plan.texts, choice, most)
+                steps = self._runner.run_greedily(plan.texts, choice, most)
             stepped = time.perf_counter()
+            self._step_s = (stepped - encoded) / steps
             done = self._over(plan) if plan.beams else self._ended(plan)
         else:
             tokens = self._tokens[np.arange(rows), self._lengths[:rows] - 1]
@@ -355,7 +357,7 @@ class Decoder:
     def _alike(self, plan: _Plan) -> int:
         """How many steps the rules say the same, and nobody need wait for."""
         lengths = self._lengths[: self._model.rows]
-        most = _STEPS_AT_ONCE
+        most = max(1, int(_AT_ONCE_S / self._step_s))
         if plan.early is not None and plan.early.any():
             most = min(most, int((plan.least - lengths)[plan.early].min()))
         if plan.may_force:  # the first token, and the last

@@ -142,14 +142,19 @@ class DecodeModel(Protocol):
 class TakesSteps(Protocol):
     """A decode model that goes on with a search by itself, for as long as the rules say the same."""
 
-    def run_greedily(self, texts: Texts, choice: Choice, most: int) -> None:
-        """Append a token to each row, again and again: until one of them ends, but ``most`` times at most."""
+    def run_greedily(self, texts: Texts, choice: Choice, most: int) -> int:
+        """Append a token to each row, again and again: until one of them ends, but ``most`` times at most.
+
+        Returns how many times.
+        """
 
     def hold_beam(self, beam: Beam) -> HeldBeam | None:
         """``beam``, for ``run_beams``; None if it is too wide."""
 
-    def run_beams(self, texts: Texts, choice: Choice, rows: NDArray[np.int64], beams: Sequence[Any], most: int) -> None:
+    def run_beams(self, texts: Texts, choice: Choice, rows: NDArray[np.int64], beams: Sequence[Any], most: int) -> int:
         """Go on with beam search until that of one of the ``beams`` (``HeldBeam``) is over, but ``most`` steps at most.
+
+        Returns how many.
 
         ``rows``: [sentences, beams], the hypotheses of each sentence, best first; it is changed.
         """

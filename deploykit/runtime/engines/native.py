@@ -250,8 +250,11 @@ class NativeModel:
         self._step(tokens)
         return values, ids
 
-    def run_greedily(self, texts: Texts, choice: Choice, most: int) -> None:
-        """Append a token to each row, again and again: until one of them ends, but ``most`` times at most."""
+    def run_greedily(self, texts: Texts, choice: Choice, most: int) -> int:
+        """Append a token to each row, again and again: until one of them ends, but ``most`` times at most.
+
+        Returns how many times.
+        """
         if self._texts_of is not texts:
             self._texts_of = texts
             self._greedy = _Greedy(
@@ -259,7 +262,7 @@ class NativeModel:
                 texts.ends.ctypes.data, texts.tokens.shape[1],
             )  # fmt: skip
         self._greedy.most = self._ready(texts, choice, most)
-        self._done(
+        return self._done(
             self._library.deploykit_greedy(self._context, byref(self._batch), byref(self._choice), byref(self._greedy))
         )
 
@@ -268,8 +271,8 @@ class NativeModel:
         wide = beam.beams > _MOST_BEAMS or candidates(beam.beams, beam.eos_token_ids) > _MOST_BEST
         return None if wide else _HeldBeam(beam)
 
-    def run_beams(self, texts: Texts, choice: Choice, rows: Ints, beams: Sequence[_HeldBeam], most: int) -> None:
-        """Go on with beam search until that of one of the ``beams`` is over, but ``most`` steps at most.
+    def run_beams(self, texts: Texts, choice: Choice, rows: Ints, beams: Sequence[_HeldBeam], most: int) -> int:
+        """Go on with beam search until that of one of the ``beams`` is over, but ``most`` steps at most; returns how many.
 
         ``rows``: [sentences, beams], the hypotheses of each sentence, best first; it is changed.
         """
@@ -282,7 +285,7 @@ class NativeModel:
                 candidates(rows.shape[1], np.flatnonzero(texts.ends).tolist()),
             )  # fmt: skip
         self._search.most = self._ready(texts, choice, most)
-        self._done(
+        return self._done(
             self._library.deploykit_beams(self._context, byref(self._batch), byref(self._choice), byref(self._search))
         )
 
@@ -380,9 +383,10 @@ class NativeModel:
             raise EngineError(f"the model knows {longest} positions, not {length}", "give shorter texts")
 
     @staticmethod
-    def _done(ok: int) -> None:
-        if not ok:
+    def _done(steps: int) -> int:
+        if not steps:
             raise EngineError("there is no memory for this batch", "lower --max-rows, or close other programs")
+        return steps
 
 
 def _power_of_two(n: int, least: int) -> int:
