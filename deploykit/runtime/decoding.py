@@ -189,7 +189,7 @@ class Decoder:
             decoder.seconds = Seconds()
 
     def step(self) -> list[Sentence]:
-        """Let sentences join, feed every row one token (or a few, greedily), and return the sentences that are done with it."""
+        """Let sentences join, feed every row one token or several, and return the sentences that are done with it."""
         started = time.perf_counter()
         self._leave([s for s in self.running if s.cancelled])
         self._join()
@@ -253,6 +253,7 @@ class Decoder:
         beams = sentence.generation.beam_size
         sentence.rows = self._model.admit(cross, text, len(sentence.token_ids), beams)
         sentence.beam = Beam(sentence.generation, self._task.eos_token_ids) if beams > 1 else None
+        sentence.held = None
         self._tokens[sentence.rows, 0] = self._task.decoder_start_token_id
         self._lengths[sentence.rows] = 1
         self._sums[sentence.rows] = 0.0
@@ -300,9 +301,8 @@ class Decoder:
         sizes: dict[int, list[Sentence]] = {}
         scored, before, in_beam = np.zeros((3, rows), bool)
         forced, nothing = np.full(rows, -1, np.int32), np.empty(0, np.int32)
-        choice = Choice(
-            1, forced, nothing, nothing, scored, before, of_probabilities=in_beam
-        )  # the first step completes it
+        # What is forbidden comes with the first step.
+        choice = Choice(1, forced, nothing, nothing, scored, before, of_probabilities=in_beam)
         limits, least = np.zeros((2, rows), np.int64)
         plan = _Plan([], [], nothing.astype(np.int64), [], limits, least, None, choice, may_force=False, varies=False)
         for sentence in self.running:

@@ -143,6 +143,16 @@ def test_caches_grow_while_sentences_run(case: Callable[[str], Case]) -> None:
     assert model.cache_bytes(48, 60, 1) > before
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_what_outgrows_the_memory_is_begun_again_later(case: Callable[[str], Case], beams: int) -> None:
+    c = case("marian")
+    generation = Generation(beam_size=beams, max_length=60, min_length=60)
+    model = open_engine(c, "native", 1)
+    expected = results(decode(c, generation, engine=model))
+    tight = model.cache_bytes(4 * beams, 60, 30)
+    assert results(decode(c, generation, engine=model, max_rows=32, max_cache_bytes=tight)) == expected
+
+
 def test_a_token_that_the_model_does_not_have_is_refused(case: Callable[[str], Case]) -> None:
     model = open_engine(case("marian"), "native", 1)
     for ids in ([10**6], [-1]):
