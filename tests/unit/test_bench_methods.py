@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from deploykit.runtime.engines import ENGINES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -31,10 +33,12 @@ def test_a_model_has_a_line_for_each_form_and_method(
     assert (workload["key"], workload["rows"], workload["calibration"]["rows"]) == ("run", 5, 5)
     assert workload["calibration"]["peak_memory_mb"] > 50
     forms = [(line["precision"], line["engine"], line["method"]) for line in workload["lines"]]
-    assert forms == [("fp32", "pytorch", None), ("fp32", "onnxruntime", None), ("int8", "onnxruntime", "mse")]
+    engines = ["onnxruntime", *(["native"] if ENGINES["native"].installed else [])]
+    of_int8 = [("int8", engine, "mse") for engine in engines]
+    assert forms == [("fp32", "pytorch", None), ("fp32", "onnxruntime", None), *of_int8]
     table = runpy.run_path(str(ROOT / "bench" / "table.py"))["render_methods"](result).splitlines()
     assert table[4] == "| | method | BLEU | chrF | agreement | INT8 layers | INT8 products of the engine |"
-    assert table[-1].startswith("| int8, onnxruntime | mse |")
+    assert table[-1].startswith(f"| int8, {engines[-1]} | mse |")
 
 
 def test_lines_for_tensorrt_have_what_the_engines_logs_tell(monkeypatch: pytest.MonkeyPatch) -> None:
