@@ -1,7 +1,7 @@
 """The file of weights that deploykit's own engine for translators reads (``runtime/engines/native.py``).
 
-Linear layers that have ranges take U8 activations of a fixed scale and S8 weights of a scale a column, the others stay
-float32; the embeddings are S8 with a scale a token. The format is safetensors; every tensor is filled up to 64 bytes.
+Linear layers that have ranges are INT8, with a scale for each row of activations and each column of weights (the ranges
+themselves are of no use to it), the others stay float32; the embeddings are S8 with a scale a token. The format is safetensors; every tensor is filled up to 64 bytes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.export.architecture import Architecture, Array, FeedForward, Linear, Norm, RelativeBias
-from deploykit.export.quantize import Ranges, activation_parameters, quantize_weight
+from deploykit.export.quantize import Ranges, quantize_weight
 from deploykit.export.seq2seq_graph import side_by_side
 from deploykit.export.seq2seq_writer import activation_of
 from deploykit.runtime.engines.native_weights import ALIGNMENT, FORMAT, PANEL
 
+_ZERO = 128  # what the engine adds to S8 activations
 _TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}
 
 
@@ -125,10 +126,9 @@ class _Writer:
         }
 
     def feed_forward(self, name: str, part: FeedForward) -> dict[str, Any]:
-        # What gate and up read is the same: it is quantized once.
         return {
             "up": self.linear(f"{name}.up", part.up),
-            "gate": None if part.gate is None else self.linear(f"{name}.up", part.gate),
+            "gate": None if part.gate is None else self.linear(f"{name}.gate", part.gate),
             "down": self.linear(f"{name}.down", part.down),
             "activation": activation_of(part.activation),
         }
@@ -143,31 +143,28 @@ class _Writer:
         if name not in self._ranges:
             return self._float(layer.weight, layer.bias)
         values, scales = quantize_weight(layer.weight, axis=1)
-        return self._int8(name, values, scales.reshape(-1), layer.bias)
+        return self._int8(values, scales.reshape(-1), layer.bias)
 
     def projection(self, name: str, table: Array, bias: Array | None) -> dict[str, Any]:
         """The tensor of the embedding where they are equal, which has a scale a token."""
         if name not in self._ranges:
             return self._float(table.T, bias)
         values, scales = quantize_weight(table, axis=0)
-        return self._int8(name, values.T, scales.reshape(-1), bias)
+        return self._int8(values.T, scales.reshape(-1), bias)
 
     def _float(self, weight: Array, bias: Array | None) -> dict[str, Any]:
         inputs, outputs = weight.shape
         panels = _filled(weight, 1, PANEL).reshape(inputs, -1, PANEL).transpose(1, 0, 2)
         return {"weight": self._keep(panels), "bias": self._bias(bias, outputs), "in": inputs, "out": outputs}
 
-    def _int8(self, name: str, values: NDArray[np.int8], scales: Array, bias: Array | None) -> dict[str, Any]:
-        scale, zero = activation_parameters(*self._ranges[name], "u8s8")
+    def _int8(self, values: NDArray[np.int8], scales: Array, bias: Array | None) -> dict[str, Any]:
         inputs, outputs = values.shape
-        offset = values.sum(axis=0, dtype=np.int32) * np.int32(zero)
+        offset = values.sum(axis=0, dtype=np.int32) * np.int32(_ZERO)
         return {
             "weight": self._keep(_panels(values)),
-            "scale": self._keep(_filled(scales * np.float32(scale), 0, PANEL)),
+            "scale": self._keep(_filled(scales, 0, PANEL)),
             "offset": self._keep(_filled(offset, 0, PANEL)),
             "bias": self._bias(bias, outputs),
-            "activation_scale": float(scale),
-            "zero": int(zero),
             "in": inputs,
             "out": outputs,
         }

@@ -1,7 +1,7 @@
 /* Encoder and decoder of a translation model in INT8, for x86-64 CPUs with AVX-512 VNNI.
  *
- * Linear layers multiply U8 activations of a fixed scale by S8 weights with a scale a column; all else is float32. Keys and
- * values are kept as S8, each vector with a scale of its own. No padding is computed, and what is computed of a row does not
+ * Linear layers multiply S8 activations with a scale a row (as U8: 128 more) by S8 weights with a scale a column; all else is
+ * float32. Keys and values are kept as S8, each vector with a scale of its own. No padding is computed, and what is computed of a row does not
  * depend on the rows beside it, nor on the number of threads: its integer sums are exact, its float32 sums are always taken
  * in the same order.
  *
@@ -32,11 +32,9 @@
 /* The structures are filled in by native.py and native_weights.py, which have the same fields in the same order. */
 typedef struct {
     const void *weight;    /* int8 or float32 panels */
-    const float *scale;    /* [out]: activation scale x weight scale */
-    const int32_t *offset; /* [out]: zero point x the column's sum */
+    const float *scale;    /* [out]: of the weights */
+    const int32_t *offset; /* [out]: 128 x the column's sum */
     const float *bias;     /* [out] */
-    float inverse;         /* 1 / activation scale */
-    int32_t zero;          /* zero point */
     int32_t in, out;
     int32_t is_float;
 } Linear;
@@ -140,7 +138,7 @@ struct Context {
     Work work;
     /* scratch, by rows */
     int capacity, positions, best_rows;
-    float *x, *normed, *packed, *query, *middle, *given[2], **scores;
+    float *x, *normed, *packed, *query, *middle, *given[2], *step[2], **scores; /* step: what one of ``quantized`` is worth */
     uint8_t *quantized[2];
     Found *found;
     /* the job */
@@ -271,23 +269,39 @@ INLINE __m512 activated(int kind, __m512 x) {
     }
 }
 
-INLINE __m128i to_u8(__m512 x, __m512 inverse, __m512i zero) {
-    __m512i n = _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(x, inverse)), zero);
-    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(n, _mm512_setzero_si512()));
-}
+/* 16 of ``n`` values, those after them as zeros. */
+INLINE __m512 part(const float *x, int i, int n) { return _mm512_maskz_loadu_ps(i < n ? tail(n - i) : 0, x + i); }
 
-/* What ``next`` reads of 16 columns. */
-INLINE void give(Context *c, int buffer, const Linear *next, int64_t at, __m512 x, __mmask16 mask) {
-    if (next->is_float) _mm512_mask_storeu_ps(c->given[buffer] + at, mask, x);
-    else
-        _mm_mask_storeu_epi8(c->quantized[buffer] + at, mask,
-                             to_u8(x, _mm512_set1_ps(next->inverse), _mm512_set1_epi32(next->zero)));
-}
-
+/* What ``next`` reads of a row: ``x`` times ``scale``, in ``buffer``. */
 static void give_row(Context *c, int buffer, const Linear *next, int row, const float *x, float scale) {
     int wide = filled(next->in);
-    for (int i = 0; i < wide; i += 16)
-        give(c, buffer, next, (int64_t)row * wide + i, _mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(scale)), 0xffff);
+    if (next->is_float) {
+        float *y = c->given[buffer] + (int64_t)row * wide;
+        for (int i = 0; i < wide; i += 16)
+            _mm512_storeu_ps(y + i, _mm512_mul_ps(part(x, i, next->in), _mm512_set1_ps(scale)));
+        return;
+    }
+    uint8_t *y = c->quantized[buffer] + (int64_t)row * wide;
+    __m512 most = _mm512_setzero_ps();
+    for (int i = 0; i < wide; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(x, i, next->in)));
+    float highest = _mm512_reduce_max_ps(most);
+    __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
+    for (int i = 0; i < wide; i += 16) {
+        __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(part(x, i, next->in), inverse));
+        _mm_storeu_si128((__m128i *)(y + i), _mm512_cvtusepi32_epi8(_mm512_add_epi32(n, _mm512_set1_epi32(128))));
+    }
+    c->step[buffer][row] = highest / 127.0f * scale;
+}
+
+/* What the threads have put together in ``given[buffer]``, as ``next`` reads it. */
+static void give_rows(Context *c, int number, int buffer, const Linear *next, int rows) {
+    int first, last;
+    barrier(c);
+    if (next->is_float) return;
+    share(rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++)
+        give_row(c, buffer, next, row, c->given[buffer] + (int64_t)row * filled(next->in), 1.0f);
+    barrier(c);
 }
 
 static void normalize(const Norm *norm, const float *x, float *y, int n) {
@@ -381,8 +395,10 @@ static void tile(Context *c, int buffer, const Linear *l, int row, int rows, int
     for (int j = 0; j < 4; j++) {
         __m512i offset = _mm512_loadu_si512(l->offset + first + 16 * j);
         __m512 scale = _mm512_loadu_ps(l->scale + first + 16 * j), bias = _mm512_loadu_ps(l->bias + first + 16 * j);
-        for (int r = 0; r < rows; r++)
-            sums->f[r][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums->i[r][j], offset)), scale, bias);
+        for (int r = 0; r < rows; r++) {
+            __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(c->step[buffer][row + r]));
+            sums->f[r][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums->i[r][j], offset)), worth, bias);
+        }
     }
 }
 
@@ -390,8 +406,7 @@ typedef struct {
     int add;             /* to what is there */
     int activation;
     const float *factor; /* multiplied by, or NULL */
-    float *out;          /* NULL: what ``next`` reads, in buffer 1 */
-    const Linear *next;
+    float *out;
 } Then;
 
 /* Rows from the input buffer ``buffer``; each thread has some panels. */
@@ -410,8 +425,7 @@ static void linear(Context *c, int number, int buffer, const Linear *l, int rows
                     __m512 v = activated(then.activation, sums.f[r][j]);
                     if (then.factor) v = _mm512_mul_ps(v, _mm512_loadu_ps(then.factor + at));
                     if (then.add) v = _mm512_add_ps(v, _mm512_loadu_ps(then.out + at));
-                    if (then.out) _mm512_storeu_ps(then.out + at, v);
-                    else give(c, 1, then.next, at, v, 0xffff);
+                    _mm512_storeu_ps(then.out + at, v);
                 }
         }
 }
@@ -419,11 +433,11 @@ static void linear(Context *c, int number, int buffer, const Linear *l, int rows
 static void feed_forward(Context *c, int number, const Stack *s, const Layer *l, int rows) {
     if (l->gate.weight) {
         linear(c, number, 0, &l->gate, rows, (Then){.activation = s->activation, .out = c->middle});
-        linear(c, number, 0, &l->up, rows, (Then){.factor = c->middle, .next = &l->down});
+        linear(c, number, 0, &l->up, rows, (Then){.factor = c->middle, .out = c->given[1]});
     } else {
-        linear(c, number, 0, &l->up, rows, (Then){.activation = s->activation, .next = &l->down});
+        linear(c, number, 0, &l->up, rows, (Then){.activation = s->activation, .out = c->given[1]});
     }
-    barrier(c);
+    give_rows(c, number, 1, &l->down, rows);
     linear(c, number, 1, &l->down, rows, (Then){.add = 1, .out = c->x});
     barrier(c);
 }
@@ -544,7 +558,7 @@ static void attend(Context *c, int number, const Stack *s, const float *query, c
         for (int i = 0; i < parts; i++) out[i] = _mm512_fmadd_ps(p, widened(values + at * padded + 16 * i), out[i]);
     }
     int64_t to = (int64_t)row * filled(next->in) + (int64_t)head * size;
-    for (int i = 0; i < parts; i++) give(c, 0, next, to + 16 * i, out[i], tail(size - 16 * i));
+    for (int i = 0; i < parts; i++) _mm512_mask_storeu_ps(c->given[0] + to + 16 * i, tail(size - 16 * i), out[i]);
 }
 
 static void self_attention(Context *c, int number, const Stack *s, int layer) {
@@ -565,7 +579,7 @@ static void self_attention(Context *c, int number, const Stack *s, int layer) {
                b->cache_scale + values, table, stride, past + 1, s->bias ? s->bias + (int64_t)head * s->distances : NULL, next,
                row, head);
     }
-    barrier(c);
+    give_rows(c, number, 0, next, b->rows);
 }
 
 /* Of a text: int8 [layers][key, value][head][token][head size], then float32 [layers][key, value][head][token]. */
@@ -583,7 +597,7 @@ static void cross_attention(Context *c, int number, const Stack *s, int layer) {
         attend(c, number, s, c->query + (int64_t)row * wide + head * s->head_size, cross + keys * padded,
                cross + values * padded, scales + keys, scales + values, NULL, 0, n, NULL, next, row, head);
     }
-    barrier(c);
+    give_rows(c, number, 0, next, b->rows);
 }
 
 /* A head of a text attends to the whole text; four tokens at a time read the same keys. */
@@ -627,11 +641,11 @@ static void encoder_attention(Context *c, int number, const Stack *s, int layer)
                         out[a] = _mm512_fmadd_ps(_mm512_set1_ps(c->scores[number][a * room + j]), v, out[a]);
                 }
                 for (int a = 0; a < queries; a++)
-                    give(c, 0, next, (start + i + a) * out_wide + head * size + 16 * p, out[a], mask);
+                    _mm512_mask_storeu_ps(c->given[0] + (start + i + a) * out_wide + head * size + 16 * p, mask, out[a]);
             }
         }
     }
-    barrier(c);
+    give_rows(c, number, 0, next, c->rows);
 }
 
 /* ---- the vocabulary ---- */
@@ -898,7 +912,8 @@ static int reserve(Context *c, int rows, int positions) {
         for (int i = 0; i < 2; i++) {
             c->given[i] = room(c->given[i], size * given);
             c->quantized[i] = room(c->quantized[i], rows * given);
-            there = there && c->given[i] && c->quantized[i];
+            c->step[i] = room(c->step[i], size);
+            there = there && c->given[i] && c->quantized[i] && c->step[i];
         }
         if (!there) return 0;
         c->capacity = rows;
@@ -942,6 +957,7 @@ void deploykit_free(Context *c) {
     for (int i = 0; i < 2; i++) {
         free(c->given[i]);
         free(c->quantized[i]);
+        free(c->step[i]);
     }
     free(c->x);
     free(c->normed);

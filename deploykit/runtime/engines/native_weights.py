@@ -30,7 +30,7 @@ _LARGEST_HEAD = 256
 class LinearStruct(ctypes.Structure):
     _fields_ = (
         ("weight", c_void_p), ("scale", c_void_p), ("offset", c_void_p), ("bias", c_void_p),
-        ("inverse", c_float), ("zero", c_int32), ("in_", c_int32), ("out", c_int32), ("is_float", c_int32),
+        ("in_", c_int32), ("out", c_int32), ("is_float", c_int32),
     )  # fmt: skip
 
 
@@ -127,13 +127,12 @@ class Weights:
         inputs, outputs = given["in"], given["out"]
         columns = -(-outputs // PANEL) * PANEL
         linear = LinearStruct(in_=inputs, out=outputs, bias=self._at(given["bias"], np.float32, columns))
-        if "activation_scale" not in given:
+        if "scale" not in given:
             linear.weight, linear.is_float = self._at(given["weight"], np.float32, columns * inputs), 1
             return linear
         linear.weight = self._at(given["weight"], np.int8, columns * (-(-inputs // 4) * 4))
         linear.scale = self._at(given["scale"], np.float32, columns)
         linear.offset = self._at(given["offset"], np.int32, columns)
-        linear.inverse, linear.zero = 1.0 / given["activation_scale"], given["zero"]
         return linear
 
     def _norm(self, given: Mapping[str, Any] | None, hidden: int) -> NormStruct:
