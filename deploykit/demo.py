@@ -85,7 +85,7 @@ def translation(out: Path, *, max_rows: int, say: Say) -> Recipe:
     words = ("--task", "translation", "--from-config", "marian-small", "--train", pairs, "--source", "en",
              "--target", "fr", "--max-rows", max_rows)  # fmt: skip
     return Recipe(
-        "en-fr", words, "translate", SOFTWARE_STRINGS, ("--max-rows", 300, "--concurrency", 1, "--concurrency", 32)
+        "en-fr", words, "translate", SOFTWARE_STRINGS, ("--max-rows", 1000, "--concurrency", 1, "--concurrency", 32)
     )
 
 
