@@ -40,9 +40,6 @@ class BuildNative(build_ext):
         if subprocess.run(command, check=False).returncode:
             raise CompileError(f"{' '.join(command)} failed")
 
-    def get_export_symbols(self, ext: Extension) -> list[str]:
-        return []
-
 
 native = Extension(
     "deploykit.runtime.engines._native", ["deploykit/runtime/engines/native.c"], py_limited_api=True, optional=True

@@ -1,7 +1,8 @@
 """The file of weights that deploykit's own engine for translators reads (``runtime/engines/native.py``).
 
 Linear layers that have ranges are INT8, with a scale for each row of activations and each column of weights (the ranges
-themselves are of no use to it), the others stay float32; the embeddings are S8 with a scale a token. The format is safetensors; every tensor is filled up to 64 bytes.
+themselves are of no use to it), the others stay float32; the embeddings are S8 with a scale a token. The format is
+safetensors; every tensor is filled up to 64 bytes.
 """
 
 from __future__ import annotations

@@ -46,16 +46,6 @@ PROFILES = ("batch=1:2:4,length=16:32:64", "batch=1:8:16,length=16:16:32")
 TEXTS = [" ".join(f"w{i * n % 200}" for i in range(n)) for n in (1, 3, 12, 20, 33, 50, 7, 60, 61, 2, 15, 40, 5)]
 
 
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A fake GPU, of which nothing may be left in use."""
-    fake = FakeDriver()
-    install_driver(monkeypatch, fake)
-    yield fake
-    gc.collect()
-    assert fake.in_use == 0
-
-
 def copy_export(export: Path, folder: Path) -> Path:
     shutil.copytree(export, folder)
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import json
 import shutil
 import subprocess
@@ -72,16 +71,6 @@ def graphs(make_tiny_translation: Callable[..., Path], tmp_path_factory: pytest.
         both = [build(architecture, standard=kind) for build in (build_encoder, build_decoder)]
         save_graphs(folder / "export", *both, TRANSLATOR_GRAPHS[kind])
     return folder / "export"
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A fake GPU, of which nothing may be left in use."""
-    fake = FakeDriver()
-    install_driver(monkeypatch, fake)
-    yield fake
-    gc.collect()
-    assert fake.in_use == 0
 
 
 @pytest.fixture(params=["tensorrt", "rtx", pytest.param("gpu", marks=pytest.mark.gpu)])

@@ -142,7 +142,6 @@ struct Context {
     uint8_t *quantized[2];
     Found *found;
     /* the job */
-    const Stack *stack;
     const Batch *batch;
     const Choice *choice;
     const int64_t *ids;
@@ -795,39 +794,49 @@ static int64_t now(void) {
     return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
 }
 
-static void step(Context *c, int number) {
-    int64_t began = now(), chose;
-    const Stack *s = c->stack;
-    const Batch *b = c->batch;
+/* All layers, from the embedding on: ``x`` becomes what the last linear layer reads. */
+static void layers(Context *c, int number, const Stack *s) {
     const Layer *layer = s->layer;
-    int first, last, rows = c->rows;
-    share(rows, c->threads, number, &first, &last);
-    for (int row = first; row < last; row++) {
-        b->tables[(int64_t)row * b->table + b->past[row]] = b->slots[row];
-        embed(c, s, row, b->tokens[row], b->past[row]);
-    }
+    int rows = c->rows, crosses = s == c->decoder;
     between(c, number, s, NULL, s->pre_norm ? &layer->attention_norm : NULL, &layer->qkv, rows, 1.0f);
     for (int i = 0; i < s->layers; i++, layer++) {
         int end = i == s->layers - 1;
+        const Norm *next_norm = crosses ? &layer->cross_norm : &layer->feed_forward_norm;
         linear(c, number, 0, &layer->qkv, rows, (Then){.out = c->packed});
         barrier(c);
-        self_attention(c, number, s, i);
+        if (crosses) self_attention(c, number, s, i);
+        else encoder_attention(c, number, s, i);
         linear(c, number, 0, &layer->out, rows, (Then){.add = 1, .out = c->x});
         barrier(c);
-        between(c, number, s, &layer->attention_norm, s->pre_norm ? &layer->cross_norm : NULL, &layer->cross_query, rows, 1.0f);
-        linear(c, number, 0, &layer->cross_query, rows, (Then){.out = c->query});
-        barrier(c);
-        cross_attention(c, number, s, i);
-        linear(c, number, 0, &layer->cross_out, rows, (Then){.add = 1, .out = c->x});
-        barrier(c);
-        between(c, number, s, &layer->cross_norm, s->pre_norm ? &layer->feed_forward_norm : NULL, &layer->up, rows, 1.0f);
+        between(c, number, s, &layer->attention_norm, s->pre_norm ? next_norm : NULL,
+                crosses ? &layer->cross_query : &layer->up, rows, 1.0f);
+        if (crosses) {
+            linear(c, number, 0, &layer->cross_query, rows, (Then){.out = c->query});
+            barrier(c);
+            cross_attention(c, number, s, i);
+            linear(c, number, 0, &layer->cross_out, rows, (Then){.add = 1, .out = c->x});
+            barrier(c);
+            between(c, number, s, &layer->cross_norm, s->pre_norm ? &layer->feed_forward_norm : NULL, &layer->up, rows, 1.0f);
+        }
         feed_forward(c, number, s, layer, rows);
         between(c, number, s, &layer->feed_forward_norm,
                 end ? &s->last_norm : s->pre_norm ? &layer[1].attention_norm : NULL, end ? &s->last : &layer[1].qkv, rows,
                 end ? s->output_scale : 1.0f);
     }
+}
+
+static void step(Context *c, int number) {
+    int64_t began = now(), chose;
+    const Batch *b = c->batch;
+    int first, last;
+    share(c->rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++) {
+        b->tables[(int64_t)row * b->table + b->past[row]] = b->slots[row];
+        embed(c, c->decoder, row, b->tokens[row], b->past[row]);
+    }
+    layers(c, number, c->decoder);
     chose = now();
-    choose(c, number, s);
+    choose(c, number, c->decoder);
     if (number == 0) {
         c->stepping += now() - began;
         c->choosing += now() - chose;
@@ -835,28 +844,14 @@ static void step(Context *c, int number) {
 }
 
 static void encode(Context *c, int number) {
-    const Stack *s = c->stack;
-    const Layer *layer = s->layer;
-    const Linear *l = &s->last;
+    const Linear *l = &c->encoder->last;
     int first, last, rows = c->rows, text = 0;
     share(rows, c->threads, number, &first, &last);
     for (int row = first; row < last; row++) {
         while (c->starts[text + 1] <= row) text++;
-        embed(c, s, row, c->ids[row], row - c->starts[text]);
+        embed(c, c->encoder, row, c->ids[row], row - c->starts[text]);
     }
-    between(c, number, s, NULL, s->pre_norm ? &layer->attention_norm : NULL, &layer->qkv, rows, 1.0f);
-    for (int i = 0; i < s->layers; i++, layer++) {
-        int end = i == s->layers - 1;
-        linear(c, number, 0, &layer->qkv, rows, (Then){.out = c->packed});
-        barrier(c);
-        encoder_attention(c, number, s, i);
-        linear(c, number, 0, &layer->out, rows, (Then){.add = 1, .out = c->x});
-        barrier(c);
-        between(c, number, s, &layer->attention_norm, s->pre_norm ? &layer->feed_forward_norm : NULL, &layer->up, rows, 1.0f);
-        feed_forward(c, number, s, layer, rows);
-        between(c, number, s, &layer->feed_forward_norm,
-                end ? &s->last_norm : s->pre_norm ? &layer[1].attention_norm : NULL, end ? l : &layer[1].qkv, rows, 1.0f);
-    }
+    layers(c, number, c->encoder);
     linear(c, number, 0, l, rows, (Then){.out = c->middle});
     barrier(c);
     const Stack *d = c->decoder;
@@ -981,7 +976,6 @@ int deploykit_encode(Context *c, const int64_t *ids, const int32_t *starts, int 
     for (int i = 0; i < texts; i++)
         if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
     if (!reserve(c, starts[texts], longest)) return 0;
-    c->stack = c->encoder;
     c->ids = ids;
     c->starts = starts;
     c->texts = texts;
@@ -1002,7 +996,6 @@ int deploykit_step(Context *c, const Batch *batch, const Choice *choice) {
         if (!(c->found = room(c->found, (int64_t)sizeof(Found) * CHUNKS * batch->rows))) return 0;
         c->best_rows = batch->rows;
     }
-    c->stack = c->decoder;
     c->batch = batch;
     c->choice = choice;
     c->rows = batch->rows;

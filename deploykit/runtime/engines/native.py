@@ -22,7 +22,7 @@ from deploykit.runtime.engines import BestTokens, DecodeLimits
 from deploykit.runtime.engines.native_library import library_file
 from deploykit.runtime.engines.native_weights import StackStruct, Weights
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
-from deploykit.runtime.engines.rows import without
+from deploykit.runtime.engines.rows import power_of_two, without
 from deploykit.runtime.search import Beam, Finished, candidates
 
 _SMALL = (
@@ -216,7 +216,7 @@ class NativeModel:
     def reserve(self, rows: int, source: int) -> None:
         """Make room for ``rows`` rows in all. It is kept while the model lives."""
         if rows > self._capacity:
-            self._grow(_power_of_two(rows, _LEAST_ROWS), max(self._positions, _TARGET_BLOCK))
+            self._grow(power_of_two(rows, _LEAST_ROWS), max(self._positions, _TARGET_BLOCK))
 
     def admit(self, cross: Sequence[NDArray[np.uint8]], text: int, length: int, copies: int = 1) -> Ints:
         """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
@@ -261,7 +261,7 @@ class NativeModel:
                 texts.tokens.ctypes.data, texts.lengths.ctypes.data, texts.limits.ctypes.data, texts.sums.ctypes.data,
                 texts.ends.ctypes.data, texts.tokens.shape[1],
             )  # fmt: skip
-        self._greedy.most = self._ready(texts, choice, most)
+        self._greedy.most = self._go_on(texts, choice, most)
         return self._done(
             self._library.deploykit_greedy(self._context, byref(self._batch), byref(self._choice), byref(self._greedy))
         )
@@ -284,22 +284,26 @@ class NativeModel:
                 rows.ctypes.data, self._held.ctypes.data, texts.tokens.shape[1], len(rows),
                 candidates(rows.shape[1], np.flatnonzero(texts.ends).tolist()),
             )  # fmt: skip
-        self._search.most = self._ready(texts, choice, most)
+        self._search.most = self._go_on(texts, choice, most)
         return self._done(
             self._library.deploykit_beams(self._context, byref(self._batch), byref(self._choice), byref(self._search))
         )
 
-    def _ready(self, texts: Texts, choice: Choice, most: int) -> int:
-        """Get the rows ready for steps; returns how many there may be."""
+    def _go_on(self, texts: Texts, choice: Choice, most: int) -> int:
+        """Get the rows of ``texts`` ready for steps; returns how many there may be."""
+        self._lay(choice)
         rows = self.rows
+        return self._ready(texts.tokens[np.arange(rows), texts.lengths[:rows] - 1], most)
+
+    def _ready(self, tokens: Ints, most: int) -> int:
+        """Give each row its next token, and room for ``most`` steps or as many as there is; returns how many."""
+        rows = self._batch.rows = self.rows
         past = int(self._past[:rows].max())
         if past >= self._positions:
             self._grow(self._capacity, 2 * self._positions)
         most = min(most, self._positions - past)
-        self._lay(choice)
-        self._tokens[:rows] = texts.tokens[np.arange(rows), texts.lengths[:rows] - 1]
-        self._check_rows(past + most)
-        self._batch.rows = rows
+        self._tokens[:rows] = tokens
+        self._check(self._tokens[:rows], self.vocabulary, past + most, self._weights.longest[1])
         return most
 
     def _lay(self, choice: Choice) -> tuple[Floats, Ints]:
@@ -316,15 +320,9 @@ class NativeModel:
         return self._chosen
 
     def _step(self, tokens: Ints) -> None:
-        rows = self.rows
-        past = int(self._past[:rows].max())
-        if past >= self._positions:
-            self._grow(self._capacity, 2 * self._positions)
-        self._tokens[:rows] = tokens
-        self._check_rows(past + 1)
-        self._batch.rows = rows
+        self._ready(tokens, 1)
         self._done(self._library.deploykit_step(self._context, byref(self._batch), byref(self._choice)))
-        self._past[:rows] += 1
+        self._past[: self.rows] += 1
 
     def copy(self, sources: Ints, targets: Ints, begin: int) -> None:
         """Make each of the rows ``targets`` continue what the one of ``sources``, of the same text, holds."""
@@ -345,7 +343,7 @@ class NativeModel:
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
         """Memory of the caches of ``rows`` rows with that many target and source tokens."""
-        positions = _power_of_two(rows, _LEAST_ROWS) * _power_of_two(target, _TARGET_BLOCK) + rows * source
+        positions = power_of_two(rows, _LEAST_ROWS) * power_of_two(target, _TARGET_BLOCK) + rows * source
         return int(positions * 2 * self._layers * self._heads * (self._head_size + 4))
 
     def _grow(self, capacity: int, positions: int) -> None:
@@ -366,13 +364,10 @@ class NativeModel:
         self._free += range(self._capacity, capacity)
         self._capacity, self._positions = capacity, positions
         self._batch = _Batch(
-            0, self._tokens.ctypes.data, self._past.ctypes.data, self._slots.ctypes.data, self._tables.ctypes.data,
+            rows, self._tokens.ctypes.data, self._past.ctypes.data, self._slots.ctypes.data, self._tables.ctypes.data,
             self._cache.ctypes.data, self._scales.ctypes.data, self._addresses.ctypes.data, self._source.ctypes.data,
             positions, capacity, positions,
         )  # fmt: skip
-
-    def _check_rows(self, length: int) -> None:
-        self._check(self._tokens[: self.rows], self.vocabulary, length, self._weights.longest[1])
 
     @staticmethod
     def _check(ids: Ints, vocabulary: int, length: int, longest: int | None) -> None:
@@ -387,7 +382,3 @@ class NativeModel:
         if not steps:
             raise EngineError("there is no memory for this batch", "lower --max-rows, or close other programs")
         return steps
-
-
-def _power_of_two(n: int, least: int) -> int:
-    return max(least, 1 << (n - 1).bit_length())

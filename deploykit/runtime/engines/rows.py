@@ -8,6 +8,11 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 
 
+def power_of_two(n: int, least: int = 1) -> int:
+    """The least one that is ``n`` or more, and ``least`` or more: what grows is doubled, for growing means copying."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
 def without(rows: int, gone: Ints) -> tuple[Ints, Ints, Ints]:
     """How ``rows`` close up when some are ``gone``: the last ones move into their places.
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from deploykit.runtime.choice import Choice, select
 from deploykit.runtime.engines.best_tokens import BestTokens
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
-from deploykit.runtime.engines.rows import without
+from deploykit.runtime.engines.rows import power_of_two, without
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have
 _LEAST_ROWS = 4
@@ -64,7 +64,7 @@ class _Cache:
 
     def padded(self, positions: int) -> int:
         """The length that caches of ``positions`` are given: growing means copying, so it doubles."""
-        return self._block * _power_of_two(-(-positions // self._block))
+        return self._block * power_of_two(-(-positions // self._block))
 
     def fit(self, capacity: int, positions: int, kept: int) -> bool:
         """Make room for ``capacity`` rows of ``positions``; the first ``kept`` rows stay. True if it moved."""
@@ -163,7 +163,7 @@ class Seq2SeqModel:
             self._capacity = 0
         grown = rows > self._capacity
         if grown:
-            self._capacity = _capacity(rows)
+            self._capacity = power_of_two(rows, _LEAST_ROWS)
         source = max(source, int(self._source_last[: self.rows].max()) + 1 if self.rows else 1)
         target = int(self._past[: self.rows].max()) + 1 if self.rows else 1
         moved = self._self.fit(self._capacity, target, self.rows) | self._cross.fit(self._capacity, source, self.rows)
@@ -232,7 +232,7 @@ class Seq2SeqModel:
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
         """Memory of the caches of ``rows`` rows with that many target and source tokens."""
         positions = self._self.padded(target) + self._cross.padded(source)
-        values = _capacity(rows) * positions * 2 * self._layers * self._heads * self._head_size
+        values = power_of_two(rows, _LEAST_ROWS) * positions * 2 * self._layers * self._heads * self._head_size
         return int(values * self._self.view.itemsize)
 
     def _grow_rows(self) -> None:
@@ -275,15 +275,6 @@ class Seq2SeqModel:
             _bind(binding.bind_input, name, inputs[name])
         _bind(binding.bind_output, "logits", self._logits[:rows])
         self._bound = (rows, self._self.positions, self._cross.positions)
-
-
-def _capacity(rows: int) -> int:
-    """Rows to have buffers for when ``rows`` are wanted."""
-    return max(_LEAST_ROWS, _power_of_two(rows))
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:

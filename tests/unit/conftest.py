@@ -1,0 +1,19 @@
+"""Fixtures of the unit tests."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+from fake_gpu import FakeDriver, install_driver
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A fake GPU, of which nothing may be left in use."""
+    fake = FakeDriver()
+    install_driver(monkeypatch, fake)
+    yield fake
+    gc.collect()
+    assert fake.in_use == 0
