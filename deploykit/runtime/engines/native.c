@@ -1,9 +1,9 @@
 /* Encoder and decoder of a translation model in INT8, for x86-64 CPUs with AVX-512 VNNI.
  *
- * Linear layers multiply S8 activations with a scale a row (as U8: 128 more) by S8 weights with a scale a column; all else is
- * float32. Keys and values are kept as S8, each vector with a scale of its own. No padding is computed, and what is computed of a row does not
- * depend on the rows beside it, nor on the number of threads: its integer sums are exact, its float32 sums are always taken
- * in the same order.
+ * Linear layers multiply S8 activations with a scale a row (as U8: 128 more) by S8 weights with a scale a column. Keys and
+ * values are kept as S8, each vector with a scale of its own; the decoder multiplies them by queries and probabilities in 16
+ * bits. All else is float32. No padding is computed, and what is computed of a row does not depend on the rows beside it, nor
+ * on the number of threads: its integer sums are exact, its float32 sums are always taken in the same order.
  *
  * Weights lie in panels of 64 columns: [columns / 64][inputs / 4][64][4] (float32: [columns / 64][inputs][64]), columns and
  * inputs filled up with zeros. Buffers have rows of columns filled up to 64 likewise.
@@ -118,8 +118,9 @@ typedef struct {
 } Search;
 
 typedef struct {
-    float highest, sum; /* of exp(logit - highest) */
-    float threshold;    /* what enters the best must exceed it */
+    float sums[16];  /* of exp(logit - highest), by lane */
+    float highest;   /* logit so far */
+    float threshold; /* what enters the best must exceed it */
     int32_t found;
     float values[MOST_BEST];
     int32_t ids[MOST_BEST];
@@ -486,19 +487,30 @@ static void softmax(float *scores, int n) {
     for (int i = 0; i < n; i += 16) _mm512_storeu_ps(scores + i, _mm512_mul_ps(_mm512_loadu_ps(scores + i), share_));
 }
 
-INLINE __m512 widened(const int8_t *x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x))); }
+static const int32_t COUNT[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-/* A vector as S8; returns what one step is worth. */
-static float keep(const float *x, int8_t *y, int size) {
+/* Keys of a head lie as [positions / 16][head size / 4][16][4], values as [positions / 4][head size / 16][16][4]: one
+ * VPDPBUSD takes four values of 16 keys, or 16 values of four positions. Writes a vector at ``position`` as S8, a key as U8
+ * (128 more); returns what one step is worth. */
+static float keep(const float *x, int8_t *block, int size, int position, int is_value) {
     int padded = padded_head(size);
     __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < size; i += 16)
-        most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_maskz_loadu_ps(tail(size - i), x + i)));
+    for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(x, i, size)));
     float highest = _mm512_reduce_max_ps(most);
     __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
     for (int i = 0; i < padded; i += 16) {
-        __m512 v = _mm512_maskz_loadu_ps(i < size ? tail(size - i) : 0, x + i);
-        _mm_storeu_si128((__m128i *)(y + i), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(v, inverse))));
+        __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(part(x, i, size), inverse));
+        if (is_value) {
+            int8_t *to = block + (position / 4 * 4) * padded + 4 * i;
+            __m512i moved = _mm512_sllv_epi32(v, _mm512_set1_epi32(position % 4 * 8));
+            __mmask64 mask = UINT64_C(0x1111111111111111) << position % 4;
+            _mm512_storeu_si512(to, _mm512_mask_mov_epi8(_mm512_loadu_si512(to), mask, moved));
+        } else {
+            int32_t fours[4];
+            _mm_storeu_si128((__m128i *)fours, _mm512_cvtepi32_epi8(_mm512_add_epi32(v, _mm512_set1_epi32(128))));
+            for (int j = 0; j < 4; j++)
+                memcpy(block + (position / 16 * 16) * padded + 16 * i + 64 * j + position % 16 * 4, &fours[j], 4);
+        }
     }
     return highest / 127.0f;
 }
@@ -513,51 +525,119 @@ INLINE __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
 }
 
-INLINE __m512 products(const __m512 *q, const int8_t *k, int parts) {
-    __m512 sum = _mm512_mul_ps(q[0], widened(k));
-    for (int i = 1; i < parts; i++) sum = _mm512_fmadd_ps(q[i], widened(k + 16 * i), sum);
-    return sum;
-}
-
 #define MOST_PARTS 16 /* heads of up to 256 */
 
-/* One head of one row over keys and values in caches. ``table`` NULL: they lie one after another. Positions of a slot are
- * ``head size`` apart, slots ``stride`` positions. */
-static void attend(Context *c, int number, const Stack *s, const float *query, const int8_t *keys, const int8_t *values,
-                   const float *key_scale, const float *value_scale, const int32_t *table, int64_t stride, int n,
-                   const float *bias, const Linear *next, int row, int head) {
-    int size = s->head_size, padded = padded_head(size), parts = padded / 16;
-    float *scores = c->scores[number];
-    __m512 q[MOST_PARTS], out[MOST_PARTS];
-    for (int i = 0; i < parts; i++) {
-        q[i] = _mm512_mul_ps(_mm512_maskz_loadu_ps(tail(size - 16 * i), query + 16 * i), _mm512_set1_ps(s->scale));
-        out[i] = _mm512_setzero_ps();
+/* Keys or values of one head. */
+typedef struct {
+    const int8_t *bytes;
+    const float *scale;
+} Kept;
+
+/* Of the positions ``left`` of 16 those that lie in the slot of the first, which is returned. */
+INLINE int64_t slot_of(const int32_t *table, __mmask16 left, __mmask16 *its) {
+    int slot = table[__builtin_ctz(left)];
+    *its = _mm512_mask_cmpeq_epi32_mask(left, _mm512_loadu_si512(table), _mm512_set1_epi32(slot));
+    return slot;
+}
+
+/* For each run of 16 positions from ``t``, and for each slot that they lie in (without a table there is one): ``its``, which of
+ * them, and ``from``, where the first of the 16 would lie. */
+#define EACH_SLOT(t) \
+    for (__mmask16 left = tail(n - (t)), its = left; left; left &= ~its) \
+        for (int64_t from = (t) + (table ? slot_of(table + (t), left, &its) * stride : 0), once = 1; once; once = 0)
+
+/* q . k of 16 keys, which are U8 (128 more than they are); ``high`` and ``low``: bytes of the query's 16 bits. Their values
+ * come near meanwhile. */
+INLINE __m512 products(const int8_t *high, const int8_t *low, const int8_t *keys, const int8_t *values, int quads) {
+    __m512i h = _mm512_setzero_si512(), l = h;
+    for (int i = 0; i < quads; i++) {
+        int32_t h4, l4;
+        __m512i k = _mm512_loadu_si512(keys + 64 * i);
+        _mm_prefetch(values + 64 * i, _MM_HINT_T0);
+        memcpy(&h4, high + 4 * i, 4);
+        memcpy(&l4, low + 4 * i, 4);
+        h = _mm512_dpbusd_epi32(h, k, _mm512_set1_epi32(h4));
+        l = _mm512_dpbusd_epi32(l, k, _mm512_set1_epi32(l4));
     }
-    for (int t = 0; t < n; t += 4) { /* the last key stands in for those after it: there is room for their scores */
-        int64_t at[4];
-        for (int j = 0; j < 4; j++) {
-            int last = t + j < n ? t + j : n - 1;
-            at[j] = (table ? table[last] * stride : 0) + last;
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(h), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(l));
+}
+
+/* One head of one row over keys and values in caches. ``table`` NULL: they lie one after another; else slots are ``stride``
+ * positions apart. Queries and probabilities have 16 bits. */
+static void attend(Context *c, int number, const Stack *s, const float *query, Kept keys, Kept values, const int32_t *table,
+                   int64_t stride, int n, const float *bias, const Linear *next, int row, int head) {
+    int size = s->head_size, padded = padded_head(size), parts = padded / 16, room = (n + 15) / 16 * 16;
+    float *scores = c->scores[number], *worths = scores + room;
+    uint8_t *p = (uint8_t *)(worths + room); /* of 16 positions each: high bytes, low bytes */
+    int8_t high[16 * MOST_PARTS], low[16 * MOST_PARTS];
+    __m512 most = _mm512_setzero_ps(), highest = _mm512_set1_ps(-INFINITY), sum = most;
+    __m512i total = _mm512_setzero_si512();
+    for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(query, i, size)));
+    float largest = _mm512_reduce_max_ps(most);
+    __m512 inverse = _mm512_set1_ps(largest > 0 ? 32639.0f / largest : 0.0f); /* 127 x 256 + 127 */
+    for (int i = 0; i < padded; i += 16) {
+        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(part(query, i, size), inverse));
+        __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
+        _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(h));
+        _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(q));
+        total = _mm512_add_epi32(total, q);
+    }
+    __m512 offset = _mm512_set1_ps(128.0f * (float)_mm512_reduce_add_epi32(total));
+    __m512 worth = _mm512_set1_ps(largest / 32639.0f * s->scale);
+    most = _mm512_setzero_ps();
+    for (int t = 0; t < n; t += 16) {
+        __m512 score = _mm512_set1_ps(-INFINITY), value = _mm512_setzero_ps();
+        EACH_SLOT(t) {
+            __m512 product = _mm512_sub_ps(products(high, low, keys.bytes + from * padded, values.bytes + from * padded, padded / 4), offset);
+            score = _mm512_mask_mul_ps(score, its, product, _mm512_mul_ps(worth, _mm512_loadu_ps(keys.scale + from)));
+            value = _mm512_mask_loadu_ps(value, its, values.scale + from);
         }
-        __m128 scale = _mm_setr_ps(key_scale[at[0]], key_scale[at[1]], key_scale[at[2]], key_scale[at[3]]);
-        __m128 four = sums_of(products(q, keys + at[0] * padded, parts), products(q, keys + at[1] * padded, parts),
-                              products(q, keys + at[2] * padded, parts), products(q, keys + at[3] * padded, parts));
-        _mm_storeu_ps(scores + t, _mm_mul_ps(four, scale));
+        if (bias) { /* of distances t - (n - 1) */
+            __m512i d = _mm512_add_epi32(_mm512_set1_epi32(t - (n - 1) + s->zero_distance), _mm512_loadu_si512(COUNT));
+            d = _mm512_min_epi32(_mm512_max_epi32(d, _mm512_setzero_si512()), _mm512_set1_epi32(s->distances - 1));
+            score = _mm512_add_ps(score, _mm512_i32gather_ps(d, bias, 4));
+        }
+        _mm512_storeu_ps(scores + t, score);
+        _mm512_storeu_ps(worths + t, value);
+        highest = _mm512_max_ps(highest, score);
+        most = _mm512_max_ps(most, value);
     }
-    if (bias) { /* of distances t - (n - 1) */
-        for (int t = 0; t < n; t++) {
-            int d = t - (n - 1) + s->zero_distance;
-            scores[t] += bias[d < 0 ? 0 : d >= s->distances ? s->distances - 1 : d];
+    largest = _mm512_reduce_max_ps(most);
+    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
+    inverse = _mm512_set1_ps(largest > 0 ? 65535.0f / largest : 0.0f);
+    for (int t = 0; t < n; t += 16) { /* what a value counts: its probability, but for the sum of all, and its scale */
+        __m512 e = exp512(_mm512_sub_ps(_mm512_loadu_ps(scores + t), highest));
+        e = _mm512_maskz_mov_ps(tail(n - t), e);
+        sum = _mm512_add_ps(sum, e);
+        __m512i count = _mm512_cvtps_epi32(_mm512_mul_ps(e, _mm512_mul_ps(inverse, _mm512_loadu_ps(worths + t))));
+        _mm_storeu_si128((__m128i *)(p + 2 * t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(count, 8)));
+        _mm_storeu_si128((__m128i *)(p + 2 * t + 16), _mm512_cvtepi32_epi8(count));
+    }
+    worth = _mm512_set1_ps(largest / (65535.0f * _mm512_reduce_add_ps(sum)));
+    float *out = c->given[0] + (int64_t)row * filled(next->in) + (int64_t)head * size;
+    for (int first = 0; first < parts; first += 4) {
+        int some = parts - first < 4 ? parts - first : 4;
+        __m512i h[4], l[4];
+        for (int i = 0; i < 4; i++) h[i] = l[i] = _mm512_setzero_si512();
+        for (int t = 0; t < n; t += 16)
+            EACH_SLOT(t) {
+                int32_t h4[4], l4[4];
+                _mm_storeu_si128((__m128i *)h4, _mm_maskz_loadu_epi8(its, p + 2 * t));
+                _mm_storeu_si128((__m128i *)l4, _mm_maskz_loadu_epi8(its, p + 2 * t + 16));
+                const int8_t *v = values.bytes + from * padded + 64 * first;
+                for (int j = 0; j < 4 && t + 4 * j < n; j++, v += 4 * padded)
+                    for (int i = 0; i < some; i++) {
+                        __m512i bytes = _mm512_loadu_si512(v + 64 * i);
+                        h[i] = _mm512_dpbusd_epi32(h[i], _mm512_set1_epi32(h4[j]), bytes);
+                        l[i] = _mm512_dpbusd_epi32(l[i], _mm512_set1_epi32(l4[j]), bytes);
+                    }
+            }
+        for (int i = 0; i < some; i++) {
+            __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(h[i]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(l[i]));
+            int at = 16 * (first + i);
+            _mm512_mask_storeu_ps(out + at, tail(size - at), _mm512_mul_ps(v, worth));
         }
     }
-    softmax(scores, n);
-    for (int t = 0; t < n; t++) {
-        int64_t at = (table ? table[t] * stride : 0) + t;
-        __m512 p = _mm512_set1_ps(scores[t] * value_scale[at]);
-        for (int i = 0; i < parts; i++) out[i] = _mm512_fmadd_ps(p, widened(values + at * padded + 16 * i), out[i]);
-    }
-    int64_t to = (int64_t)row * filled(next->in) + (int64_t)head * size;
-    for (int i = 0; i < parts; i++) _mm512_mask_storeu_ps(c->given[0] + to + 16 * i, tail(size - 16 * i), out[i]);
 }
 
 static void self_attention(Context *c, int number, const Stack *s, int layer) {
@@ -571,30 +651,33 @@ static void self_attention(Context *c, int number, const Stack *s, int layer) {
         const float *packed = c->packed + (int64_t)row * wide + head * s->head_size;
         int32_t *table = b->tables + (int64_t)row * b->table;
         int64_t keys = 2 * layer * all + (int64_t)head * b->cache_positions, values = keys + all;
-        int64_t here = b->slots[row] * stride + past;
-        b->cache_scale[keys + here] = keep(packed + width, b->cache + (keys + here) * padded, s->head_size);
-        b->cache_scale[values + here] = keep(packed + 2 * width, b->cache + (values + here) * padded, s->head_size);
-        attend(c, number, s, packed, b->cache + keys * padded, b->cache + values * padded, b->cache_scale + keys,
-               b->cache_scale + values, table, stride, past + 1, s->bias ? s->bias + (int64_t)head * s->distances : NULL, next,
-               row, head);
+        int64_t slot = b->slots[row] * stride;
+        for (int is_value = 0; is_value < 2; is_value++) {
+            int64_t to = (is_value ? values : keys) + slot;
+            b->cache_scale[to + past] =
+                keep(packed + (1 + is_value) * width, b->cache + to * padded, s->head_size, past, is_value);
+        }
+        attend(c, number, s, packed, (Kept){b->cache + keys * padded, b->cache_scale + keys},
+               (Kept){b->cache + values * padded, b->cache_scale + values}, table, stride, past + 1,
+               s->bias ? s->bias + (int64_t)head * s->distances : NULL, next, row, head);
     }
     give_rows(c, number, 0, next, b->rows);
 }
 
-/* Of a text: int8 [layers][key, value][head][token][head size], then float32 [layers][key, value][head][token]. */
+/* Of a text: int8 [layers][key, value][head], each of its tokens filled up to 16, then their scales, float32. */
 static void cross_attention(Context *c, int number, const Stack *s, int layer) {
     const Batch *b = c->batch;
     const Linear *next = &s->layer[layer].cross_out;
     int first, last, wide = filled(s->heads * s->head_size), padded = padded_head(s->head_size);
     share(b->rows * s->heads, c->threads, number, &first, &last);
     for (int unit = first; unit < last; unit++) {
-        int row = unit / s->heads, head = unit % s->heads, n = b->source[row];
-        int64_t all = (int64_t)s->layers * 2 * s->heads * n, keys = ((int64_t)layer * 2 * s->heads + head) * n;
-        int64_t values = keys + (int64_t)s->heads * n;
+        int row = unit / s->heads, head = unit % s->heads, n = b->source[row], room = (n + 15) / 16 * 16;
+        int64_t all = (int64_t)s->layers * 2 * s->heads * room, keys = ((int64_t)layer * 2 * s->heads + head) * room;
+        int64_t values = keys + (int64_t)s->heads * room;
         const int8_t *cross = b->cross[row];
         const float *scales = (const float *)(cross + all * padded);
-        attend(c, number, s, c->query + (int64_t)row * wide + head * s->head_size, cross + keys * padded,
-               cross + values * padded, scales + keys, scales + values, NULL, 0, n, NULL, next, row, head);
+        attend(c, number, s, c->query + (int64_t)row * wide + head * s->head_size, (Kept){cross + keys * padded, scales + keys},
+               (Kept){cross + values * padded, scales + values}, NULL, 0, n, NULL, next, row, head);
     }
     give_rows(c, number, 0, next, b->rows);
 }
@@ -651,21 +734,20 @@ static void encoder_attention(Context *c, int number, const Stack *s, int layer)
 
 static void find(Found *f, const float *logits, int first, int n, int best, int scored) {
     if (scored) {
-        __m512 v[PANEL / 16], most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+        __m512 v[PANEL / 16], most = _mm512_set1_ps(-INFINITY), sum = _mm512_loadu_ps(f->sums);
         for (int j = 0; j < PANEL / 16; j++) {
             v[j] = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), n > 16 * j ? tail(n - 16 * j) : 0, logits + 16 * j);
             most = _mm512_max_ps(most, v[j]);
         }
-        float highest = _mm512_reduce_max_ps(most);
-        if (highest > f->highest) {
-            f->sum = f->highest == -INFINITY ? 0.0f : f->sum * expf(f->highest - highest);
+        if (_mm512_cmp_ps_mask(most, _mm512_set1_ps(f->highest), _CMP_GT_OQ)) {
+            float highest = _mm512_reduce_max_ps(most);
+            if (f->highest > -INFINITY) sum = _mm512_mul_ps(sum, _mm512_set1_ps(expf(f->highest - highest)));
             f->highest = highest;
         }
-        if (f->highest > -INFINITY) {
+        if (f->highest > -INFINITY)
             for (int j = 0; j < PANEL / 16; j++)
                 sum = _mm512_add_ps(sum, exp512(_mm512_sub_ps(v[j], _mm512_set1_ps(f->highest))));
-            f->sum += _mm512_reduce_add_ps(sum);
-        }
+        _mm512_storeu_ps(f->sums, sum);
     }
     for (int j = 0; j < n && best; j += 16) {
         __m512 v = _mm512_loadu_ps(logits + j);
@@ -702,7 +784,7 @@ static void answer(Context *c, int row, int chunks) {
         }
         for (int k = 0; k < chunks && choice->scored[row]; k++) {
             const Found *f = &c->found[(int64_t)k * c->rows + row];
-            if (f->highest > -INFINITY) sum += f->sum * expf(f->highest - highest);
+            if (f->highest > -INFINITY) sum += _mm512_reduce_add_ps(_mm512_loadu_ps(f->sums)) * expf(f->highest - highest);
         }
         if (choice->scored[row]) log_sum = highest + logf(sum);
         for (; found < best; found++) { /* of equals the first chunk's, which has the lower id */
@@ -741,7 +823,7 @@ static void choose(Context *c, int number, const Stack *s) {
         for (int row = 0; row < rows && !choice->logits; row++) { /* what this thread has found before bounds what matters */
             float threshold = mine > first_chunk ? (found - rows)[row].threshold : -INFINITY;
             found[row].highest = -INFINITY;
-            found[row].sum = 0.0f;
+            _mm512_storeu_ps(found[row].sums, _mm512_setzero_ps());
             found[row].threshold = threshold;
             found[row].found = 0;
         }
@@ -857,16 +939,16 @@ static void encode(Context *c, int number) {
     const Stack *d = c->decoder;
     int heads = d->heads * 2 * d->layers, padded = padded_head(d->head_size);
     int64_t wide = filled(l->out);
-    share(rows, c->threads, number, &first, &last);
-    for (int row = first, t = 0; row < last; row++) {
-        while (c->starts[t + 1] <= row) t++;
-        int n = c->starts[t + 1] - c->starts[t], at = row - c->starts[t];
-        float *scales = (float *)(c->cross[t] + (int64_t)heads * n * padded);
-        for (int h = 0; h < heads; h++) {
-            int64_t to = (int64_t)h * n + at;
-            scales[to] = keep(c->middle + row * wide + h * d->head_size, c->cross[t] + to * padded, d->head_size);
+    share(heads, c->threads, number, &first, &last); /* tokens of one head share bytes that are written together */
+    for (int h = first; h < last; h++)
+        for (int row = 0, t = 0; row < rows; row++) {
+            while (c->starts[t + 1] <= row) t++;
+            int at = row - c->starts[t], room = (c->starts[t + 1] - c->starts[t] + 15) / 16 * 16;
+            float *scales = (float *)(c->cross[t] + (int64_t)heads * room * padded);
+            int64_t to = (int64_t)h * room;
+            scales[to + at] = keep(c->middle + row * wide + h * d->head_size, c->cross[t] + to * padded, d->head_size, at,
+                                   h / d->heads % 2);
         }
-    }
 }
 
 /* ---- what native.py calls ---- */

@@ -192,7 +192,8 @@ class NativeModel:
     def encode(self, token_ids: Sequence[Sequence[int]]) -> list[NDArray[np.uint8]]:
         """Cross-attention keys and values of each text, in the library's own form."""
         heads = 2 * self._layers * self._heads
-        texts = [np.empty(heads * len(ids) * (self._head_size + 4), np.uint8) for ids in token_ids]
+        # The library takes keys 16 at a time.
+        texts = [np.empty(heads * (-(-len(ids) // 16) * 16) * (self._head_size + 4), np.uint8) for ids in token_ids]
         first = 0
         while first < len(texts):
             last, tokens = first + 1, len(token_ids[first])
