@@ -564,7 +564,7 @@ INLINE __m512 products(const int8_t *high, const int8_t *low, const int8_t *keys
 
 /* One head of one row over keys and values in caches. ``table`` NULL: they lie one after another; else slots are ``stride``
  * positions apart. Queries and probabilities have 16 bits. */
-static void attend(Context *c, int number, const Stack *s, const float *query, Kept keys, Kept values, const int32_t *table,
+static void attend(Context *c, int number, const Stack *s, const float *query, const Kept *keys, const Kept *values, const int32_t *table,
                    int64_t stride, int n, const float *bias, const Linear *next, int row, int head) {
     int size = s->head_size, padded = padded_head(size), parts = padded / 16, room = (n + 15) / 16 * 16;
     float *scores = c->scores[number], *worths = scores + room;
@@ -588,9 +588,9 @@ static void attend(Context *c, int number, const Stack *s, const float *query, K
     for (int t = 0; t < n; t += 16) {
         __m512 score = _mm512_set1_ps(-INFINITY), value = _mm512_setzero_ps();
         EACH_SLOT(t) {
-            __m512 product = _mm512_sub_ps(products(high, low, keys.bytes + from * padded, values.bytes + from * padded, padded / 4), offset);
-            score = _mm512_mask_mul_ps(score, its, product, _mm512_mul_ps(worth, _mm512_loadu_ps(keys.scale + from)));
-            value = _mm512_mask_loadu_ps(value, its, values.scale + from);
+            __m512 product = _mm512_sub_ps(products(high, low, keys->bytes + from * padded, values->bytes + from * padded, padded / 4), offset);
+            score = _mm512_mask_mul_ps(score, its, product, _mm512_mul_ps(worth, _mm512_loadu_ps(keys->scale + from)));
+            value = _mm512_mask_loadu_ps(value, its, values->scale + from);
         }
         if (bias) { /* of distances t - (n - 1) */
             __m512i d = _mm512_add_epi32(_mm512_set1_epi32(t - (n - 1) + s->zero_distance), _mm512_loadu_si512(COUNT));
@@ -624,7 +624,7 @@ static void attend(Context *c, int number, const Stack *s, const float *query, K
                 int32_t h4[4], l4[4];
                 _mm_storeu_si128((__m128i *)h4, _mm_maskz_loadu_epi8(its, p + 2 * t));
                 _mm_storeu_si128((__m128i *)l4, _mm_maskz_loadu_epi8(its, p + 2 * t + 16));
-                const int8_t *v = values.bytes + from * padded + 64 * first;
+                const int8_t *v = values->bytes + from * padded + 64 * first;
                 for (int j = 0; j < 4 && t + 4 * j < n; j++, v += 4 * padded)
                     for (int i = 0; i < some; i++) {
                         __m512i bytes = _mm512_loadu_si512(v + 64 * i);
@@ -657,8 +657,8 @@ static void self_attention(Context *c, int number, const Stack *s, int layer) {
             b->cache_scale[to + past] =
                 keep(packed + (1 + is_value) * width, b->cache + to * padded, s->head_size, past, is_value);
         }
-        attend(c, number, s, packed, (Kept){b->cache + keys * padded, b->cache_scale + keys},
-               (Kept){b->cache + values * padded, b->cache_scale + values}, table, stride, past + 1,
+        attend(c, number, s, packed, &(Kept){b->cache + keys * padded, b->cache_scale + keys},
+               &(Kept){b->cache + values * padded, b->cache_scale + values}, table, stride, past + 1,
                s->bias ? s->bias + (int64_t)head * s->distances : NULL, next, row, head);
     }
     give_rows(c, number, 0, next, b->rows);
@@ -676,8 +676,8 @@ static void cross_attention(Context *c, int number, const Stack *s, int layer) {
         int64_t values = keys + (int64_t)s->heads * room;
         const int8_t *cross = b->cross[row];
         const float *scales = (const float *)(cross + all * padded);
-        attend(c, number, s, c->query + (int64_t)row * wide + head * s->head_size, (Kept){cross + keys * padded, scales + keys},
-               (Kept){cross + values * padded, scales + values}, NULL, 0, n, NULL, next, row, head);
+        attend(c, number, s, c->query + (int64_t)row * wide + head * s->head_size, &(Kept){cross + keys * padded, scales + keys},
+               &(Kept){cross + values * padded, scales + values}, NULL, 0, n, NULL, next, row, head);
     }
     give_rows(c, number, 0, next, b->rows);
 }
