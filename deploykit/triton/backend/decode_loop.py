@@ -1,7 +1,8 @@
 """In-flight batching: a decoder in a thread of its own, which requests join and leave between any two steps.
 
 Of the sentences that wait, each request gets one in, in turn: a document does not hold up a line that
-comes after it.
+comes after it. Clients are spoken to in another thread: Triton takes its time to take an answer, which
+those who still run need not wait for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,7 +28,7 @@ class QueueFullError(Exception):
 
 
 class Client(Protocol):
-    """Who asked. All are called in the loop's thread."""
+    """Who asked. All are called in one thread, which is not the loop's."""
 
     def gone(self) -> bool:
         """Whether the answer is wanted no more."""
@@ -87,6 +89,7 @@ class DecodeLoop:
         # Shared with those who submit, under ``_changed``.
         self._changed = threading.Condition()
         self._inbox: list[_Request] = []
+        self._gone: list[_Request] = []
         self._waiting = 0
         self._closing = False
         # The loop's own.
@@ -95,6 +98,8 @@ class DecodeLoop:
         self._request_of: dict[int, _Request] = {}  # by id of a sentence that the decoder has
         self._tokens = self._cancelled = 0
         self._asked = self._reported = 0.0
+        self._asking = False  # cleared by the clients' thread
+        self._clients = ThreadPoolExecutor(1, "clients")
         self._thread = threading.Thread(target=self._run, name="decode-loop")
         self._thread.start()
 
@@ -114,6 +119,7 @@ class DecodeLoop:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+        self._clients.shutdown()
 
     def _run(self) -> None:
         while self._receive():
@@ -135,32 +141,41 @@ class DecodeLoop:
                 self._tell()
                 self._changed.wait_for(self._has_work)
             arrived, self._inbox = self._inbox, []
+            gone, self._gone = self._gone, []
         for request in arrived:
             if request.left:
                 self._requests.append(request)
                 self._queue.append(request)
             else:
-                self._answer(request)
+                self._clients.submit(self._answer, request)
+        for request in gone:
+            if request in self._requests:
+                self._cancelled += 1
+                self._drop(request, None)
         return bool(self._requests or arrived)
 
     def _has_work(self) -> bool:
         return bool(self._inbox or self._requests or self._closing)
 
     def _ask(self) -> None:
-        """Drop a request that nobody waits for; and tell the load now and then."""
+        """Have one request asked whether anybody waits for it, and tell the load, now and then."""
         now = time.monotonic()
-        if self._requests and now > self._asked + _ASK_S:
-            self._asked = now
-            request = self._requests[0]
+        if self._requests and not self._asking and now > self._asked + _ASK_S:
+            self._asked, self._asking = now, True
+            self._clients.submit(self._look_after, self._requests[0])
             self._requests.rotate(-1)
-            if request.client.gone():
-                for sentence in request.sentences:
-                    sentence.cancelled = True
-                self._cancelled += 1
-                self._drop(request, None)
         if now > self._reported + _REPORT_S:
             self._reported = now
             self._tell()
+
+    def _look_after(self, request: _Request) -> None:
+        try:
+            if request.client.gone():
+                with self._changed:
+                    self._gone.append(request)
+        except Exception as error:
+            self._log_error(error)
+        self._asking = False
 
     def _feed(self) -> None:
         """Give the decoder sentences while it has room."""
@@ -190,7 +205,7 @@ class DecodeLoop:
             request.left -= 1
             if not request.left:
                 self._requests.remove(request)
-                self._answer(request)
+                self._clients.submit(self._answer, request)
 
     def _answer(self, request: _Request) -> None:
         try:
@@ -213,8 +228,9 @@ class DecodeLoop:
         if request.waiting:
             self._queue.remove(request)
         for sentence in request.sentences:
+            sentence.cancelled = True
             self._request_of.pop(id(sentence), None)
-        self._fail(request, error)
+        self._clients.submit(self._fail, request, error)
 
     def _recover(self, error: Exception) -> None:
         """Answer with ``error`` the requests that the decoder had a part of, and begin with a new one."""
@@ -228,4 +244,5 @@ class DecodeLoop:
 
     def _tell(self) -> None:
         decoder = self.translator.decoder
-        self._report(Load(len(decoder.running), self._waiting + len(decoder.waiting), self._tokens, self._cancelled))
+        load = Load(len(decoder.running), self._waiting + len(decoder.waiting), self._tokens, self._cancelled)
+        self._clients.submit(self._report, load)
