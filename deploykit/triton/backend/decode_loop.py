@@ -152,7 +152,7 @@ class DecodeLoop:
             if request in self._requests:
                 self._cancelled += 1
                 self._drop(request, None)
-        return bool(self._requests or arrived)
+        return bool(self._requests or arrived or gone)
 
     def _has_work(self) -> bool:
         return bool(self._inbox or self._requests or self._closing)
