@@ -43,6 +43,7 @@ class Sentence:
     scored: bool = True
     cancelled: bool = False
     result: Finished | None = None
+    rules: Rules | None = None
     rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     beam: Beam | None = None
     held: HeldBeam | None = None  # the beam, where the model has it
@@ -67,23 +68,18 @@ class Seconds:
 class _Plan:
     """The running sentences by how they are searched for; it holds until one joins or leaves.
 
-    ``rules`` with the rows they are for. ``choice``: what is wanted of each step but for what the rules change from step to
-    step: if ``may_force``, or ``varies``, or when other rows are too ``early`` to end. ``beams``: sentences of one beam size,
-    and their rows, [sentences, beams], of which ``Sentence.rows`` are views. By row: ``limits`` and the ``least`` of the
-    length. ``texts`` where the model may take several steps by itself.
+    ``rules`` with the rows they are for; if what some forbid ``varies`` it does at every step. ``beams``: sentences of one
+    beam size, and their rows, [sentences, beams], of which ``Sentence.rows`` are views. ``held``: the model may take several
+    steps by itself.
     """
 
+    choice: Choice
     rules: list[tuple[Rules, Ints]]
     greedy: list[Sentence]
     greedy_rows: Ints
     beams: list[tuple[list[Sentence], Ints]]
-    limits: Ints
-    least: Ints
-    early: NDArray[np.bool_] | None
-    choice: Choice
-    may_force: bool
     varies: bool
-    texts: Texts | None = None
+    held: bool = False
 
 
 class Decoder:
@@ -118,10 +114,14 @@ class Decoder:
         self._rules: dict[Generation, Rules] = {}
         self._ends = np.zeros(model.vocabulary, bool)
         self._ends[list(task.eos_token_ids)] = True
-        # By row: the start token and what was generated since; how many that is; their log-probability.
+        # By row: the start token and what was generated since; how many that is, may be, and is when the rules say something
+        # else; their log-probability; and what is wanted of a step.
         self._tokens = np.zeros((max_rows, task.max_target_length + 1), np.int64)
-        self._lengths = np.zeros(max_rows, np.int64)
+        self._lengths, self._limits, self._turns = np.zeros((3, max_rows), np.int64)
         self._sums = np.zeros(max_rows, np.float32)
+        self._forced = np.zeros(max_rows, np.int32)
+        self._scored, self._before, self._in_beam = np.zeros((3, max_rows), bool)
+        self._texts = Texts(self._tokens, self._lengths, self._limits, self._sums, self._ends)
         self._plan: _Plan | None = None
 
     @property
@@ -197,23 +197,22 @@ class Decoder:
             return []
         self._make_room()
         encoded = time.perf_counter()
-        rows = self._model.rows
         plan = self._plan = self._plan or self._make_plan()
-        choice = self._choice(plan)
-        if self._runner is not None and plan.texts is not None:
-            most = self._alike(plan)
+        alike = self._follow(plan)
+        if self._runner is not None and plan.held:
+            most = min(alike, max(1, int(_AT_ONCE_S / self._step_s)))
             if plan.beams:
                 ((sentences, of_sentences),) = plan.beams
                 held = [sentence.held for sentence in sentences]
-                steps = self._runner.run_beams(plan.texts, choice, of_sentences, held, most)
+                steps = self._runner.run_beams(self._texts, plan.choice, of_sentences, held, most)
             else:
-                steps = self._runner.run_greedily(plan.texts, choice, most)
+                steps = self._runner.run_greedily(self._texts, plan.choice, most)
             stepped = time.perf_counter()
             self._step_s = (stepped - encoded) / steps
             done = self._over(plan) if plan.beams else self._ended(plan)
         else:
-            tokens = self._tokens[np.arange(rows), self._lengths[:rows] - 1]
-            values, ids = self._model.choose(tokens, choice)
+            rows = np.arange(self._model.rows)
+            values, ids = self._model.choose(self._tokens[rows, self._lengths[rows] - 1], plan.choice)
             stepped = time.perf_counter()
             done = self._choose_greedily(plan, ids[:, 0], values[:, 0]) if plan.greedy else []
             if plan.beams:
@@ -250,14 +249,22 @@ class Decoder:
                 self._admit(sentence, cross, text)
 
     def _admit(self, sentence: Sentence, cross: Any, text: int) -> None:
-        beams = sentence.generation.beam_size
-        sentence.rows = self._model.admit(cross, text, len(sentence.token_ids), beams)
-        sentence.beam = Beam(sentence.generation, self._task.eos_token_ids) if beams > 1 else None
+        g = sentence.generation
+        if g not in self._rules:
+            self._rules[g] = Rules(g, self._task.eos_token_ids)
+        sentence.rules = self._rules[g]
+        sentence.rows = self._model.admit(cross, text, len(sentence.token_ids), g.beam_size)
+        sentence.beam = Beam(g, self._task.eos_token_ids) if g.beam_size > 1 else None
         sentence.held = None
-        self._tokens[sentence.rows, 0] = self._task.decoder_start_token_id
-        self._lengths[sentence.rows] = 1
-        self._sums[sentence.rows] = 0.0
-        self._sums[sentence.rows[1:]] = NEVER  # all hypotheses begin alike: one is continued at first
+        first, last = int(sentence.rows[0]), self._model.rows
+        self._tokens[first:last, 0] = self._task.decoder_start_token_id
+        self._lengths[first:last] = 1
+        self._limits[first:last] = g.max_length
+        self._sums[first] = 0.0
+        self._sums[first + 1 : last] = NEVER  # all hypotheses begin alike: one is continued at first
+        self._scored[first:last] = sentence.scored or g.beam_size > 1
+        self._before[first:last] = not g.renormalize
+        self._in_beam[first:last] = g.beam_size > 1
         self.running.append(sentence)
         self._plan = None
 
@@ -273,63 +280,55 @@ class Decoder:
             self._leave([youngest])
             self.waiting.appendleft(youngest)
 
-    def _choice(self, plan: _Plan) -> Choice:
-        """What is wanted of this step."""
-        choice = plan.choice
-        if plan.may_force:
-            for rules, theirs in plan.rules:
-                if rules.may_force:
-                    choice.forced[theirs] = rules.forced(self._lengths[theirs])
-        early = self._lengths[: self._model.rows] < plan.least
-        if plan.varies or plan.early is None or (early != plan.early).any():
-            plan.early = early
-            choice.penalties = []
-            forbidden: list[list[int]] = [[]] * self._model.rows
-            for rules, theirs in plan.rules:
-                for row in theirs.tolist():
-                    tokens = self._tokens[row, : self._lengths[row]]
-                    forbidden[row] = rules.forbidden(tokens)
-                    if rules.penalty != 1.0:
-                        choice.penalties.append((row, np.unique(tokens), rules.penalty))
-            choice.forbidden, choice.begin = _in_turn(forbidden)
-            choice.changed += 1
-        return choice
+    def _follow(self, plan: _Plan) -> int:
+        """Have ``plan.choice`` say what the rules say of this step; returns for how many steps they say the same."""
+        choice, rows = plan.choice, self._model.rows
+        lengths, turns = self._lengths[:rows], self._turns[:rows]
+        if choice.changed and not plan.varies and (alike := int((turns - lengths).min())) > 0:
+            return alike
+        choice.penalties = []
+        forbidden: list[list[int]] = [[]] * rows
+        for rules, theirs in plan.rules:
+            choice.forced[theirs] = rules.forced(lengths[theirs])
+            turns[theirs] = rules.turn(lengths[theirs])
+            for row in theirs.tolist():
+                tokens = self._tokens[row, : lengths[row]]
+                forbidden[row] = rules.forbidden(tokens)
+                if rules.penalty != 1.0:
+                    choice.penalties.append((row, np.unique(tokens), rules.penalty))
+        choice.forbidden, choice.begin = _in_turn(forbidden)
+        choice.changed += 1
+        return int((turns - lengths).min())
 
     def _make_plan(self) -> _Plan:
         rows = self._model.rows
-        rules: dict[Generation, list[Ints]] = {}
+        by_rules: dict[Rules, list[Ints]] = {}
+        greedy: list[Sentence] = []
         sizes: dict[int, list[Sentence]] = {}
-        scored, before, in_beam = np.zeros((3, rows), bool)
-        forced, nothing = np.full(rows, -1, np.int32), np.empty(0, np.int32)
-        # What is forbidden comes with the first step.
-        choice = Choice(1, forced, nothing, nothing, scored, before, of_probabilities=in_beam)
-        limits, least = np.zeros((2, rows), np.int64)
-        plan = _Plan([], [], nothing.astype(np.int64), [], limits, least, None, choice, may_force=False, varies=False)
         for sentence in self.running:
-            g = sentence.generation
-            rules.setdefault(g, []).append(sentence.rows)
-            limits[sentence.rows], least[sentence.rows] = g.max_length, g.min_length
-            before[sentence.rows] = not g.renormalize
-            scored[sentence.rows] = sentence.scored or sentence.beam is not None
-            in_beam[sentence.rows] = sentence.beam is not None
-            (plan.greedy if sentence.beam is None else sizes.setdefault(g.beam_size, [])).append(sentence)
-        for g, parts in rules.items():
-            if g not in self._rules:
-                self._rules[g] = Rules(g, self._task.eos_token_ids)
-            its = self._rules[g]
-            plan.rules.append((its, np.concatenate(parts)))
-            plan.may_force |= its.may_force
-            plan.varies |= its.vary or its.penalty != 1.0
-        if plan.greedy:
-            plan.greedy_rows = np.concatenate([sentence.rows for sentence in plan.greedy])
+            assert sentence.rules is not None
+            by_rules.setdefault(sentence.rules, []).append(sentence.rows)
+            (greedy if sentence.beam is None else sizes.setdefault(sentence.generation.beam_size, [])).append(sentence)
+        nothing = np.empty(0, np.int32)  # what is forbidden comes with the first step
+        choice = Choice(
+            1, self._forced[:rows], nothing, nothing, self._scored[:rows], self._before[:rows], self._in_beam[:rows]
+        )
+        plan = _Plan(
+            choice,
+            [(rules, np.concatenate(parts)) for rules, parts in by_rules.items()],
+            greedy,
+            np.concatenate([sentence.rows for sentence in greedy]) if greedy else np.empty(0, np.int64),
+            [],
+            varies=any(rules.vary for rules in by_rules),
+        )
         for size, sentences in sizes.items():
             together = np.stack([sentence.rows for sentence in sentences])
             for sentence, beam_rows in zip(sentences, together):
                 sentence.rows = beam_rows
             plan.beams.append((sentences, together))
             choice.best = max(choice.best, min(candidates(size, self._task.eos_token_ids), self._model.vocabulary))
-        if self._runner is not None and self._held(plan):
-            plan.texts = Texts(self._tokens, self._lengths, limits, self._sums, self._ends)
+        if self._runner is not None:
+            plan.held = self._held(plan)
         return plan
 
     def _held(self, plan: _Plan) -> bool:
@@ -354,16 +353,6 @@ class Decoder:
                 done.append(sentence)
         return done
 
-    def _alike(self, plan: _Plan) -> int:
-        """How many steps the rules say the same, and nobody need wait for."""
-        lengths = self._lengths[: self._model.rows]
-        most = max(1, int(_AT_ONCE_S / self._step_s))
-        if plan.early is not None and plan.early.any():
-            most = min(most, int((plan.least - lengths)[plan.early].min()))
-        if plan.may_force:  # the first token, and the last
-            most = 1 if (lengths == 1).any() else min(most, max(1, int((plan.limits - 1 - lengths).min())))
-        return most
-
     def _choose_greedily(self, plan: _Plan, chosen: Ints, gained: Floats) -> list[Sentence]:
         """``chosen`` tokens by row, and their log-probabilities, which count where a score is wanted."""
         rows = plan.greedy_rows
@@ -378,7 +367,7 @@ class Decoder:
         rows = plan.greedy_rows
         lengths = self._lengths[rows]
         done = []
-        for i in np.flatnonzero(self._ends[self._tokens[rows, lengths - 1]] | (lengths >= plan.limits[rows])):
+        for i in np.flatnonzero(self._ends[self._tokens[rows, lengths - 1]] | (lengths >= self._limits[rows])):
             sentence, row, length = plan.greedy[i], int(rows[i]), int(lengths[i])
             score = float(self._sums[row]) / (length - 1) ** sentence.generation.length_penalty
             sentence.result = Finished(self._tokens[row, 1:length].copy(), score)
@@ -397,7 +386,7 @@ class Decoder:
             parents, scores = best // values.shape[1], totals[each, best]
             tokens = columns[rows[each, parents], best % values.shape[1]]
             lengths = self._lengths[rows[:, 0]]
-            ending = self._ends[tokens].any(axis=1) | (lengths + 1 >= plan.limits[rows[:, 0]])
+            ending = self._ends[tokens].any(axis=1) | (lengths + 1 >= self._limits[rows[:, 0]])
             going = np.ones(n, bool)
             for i, sentence in enumerate(sentences):
                 beam = sentence.beam
@@ -455,19 +444,20 @@ class Decoder:
     def _leave(self, sentences: Sequence[Sentence]) -> None:
         if not sentences:
             return
-        gone = np.concatenate([s.rows for s in sentences])
-        before = self._model.rows
-        order = self._model.remove(gone)
-        left = len(order)
-        for array in (self._tokens, self._lengths, self._sums):
-            array[:left] = array[order]
-        number = np.empty(before, np.int64)
-        number[order] = np.arange(left)
+        order = self._model.remove(np.concatenate([s.rows for s in sentences]))
+        moved = np.flatnonzero(order != np.arange(len(order)))
         leaving = set(map(id, sentences))
         self.running = [s for s in self.running if id(s) not in leaving]
+        self._plan = None
+        if not len(moved):
+            return
+        before = order[moved]
+        for array in (self._tokens, self._lengths, self._limits, self._sums, self._scored, self._before, self._in_beam):
+            array[moved] = array[before]
+        number = np.arange(self.max_rows)
+        number[before] = moved
         for sentence in self.running:
             sentence.rows = number[sentence.rows]
-        self._plan = None
 
 
 def _in_turn(tokens: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -27,11 +27,17 @@ class Rules:
 
     def __init__(self, generation: Generation, eos_token_ids: Sequence[int]) -> None:
         self._generation = generation
-        self._eos = list(eos_token_ids)
         words = [word for word in generation.bad_words if word not in [(eos,) for eos in eos_token_ids]]
         self.never = sorted({word[0] for word in words if len(word) == 1} | set(generation.suppressed))
         """What may never come."""
         self._words = [word for word in words if len(word) > 1]
+        self._early = sorted({*self.never, *eos_token_ids})
+        turns = {generation.min_length, generation.max_length + 1}
+        if generation.forced_bos_token_id is not None:
+            turns.add(2)
+        if generation.forced_eos_token_id is not None:
+            turns.add(generation.max_length - 1)
+        self._turns = np.array(sorted(turns))
 
     @property
     def penalty(self) -> float:
@@ -39,18 +45,13 @@ class Rules:
         return self._generation.repetition_penalty
 
     @property
-    def may_force(self) -> bool:
-        return self._generation.forced_bos_token_id is not None or self._generation.forced_eos_token_id is not None
-
-    @property
     def vary(self) -> bool:
-        """Whether what is forbidden depends on which tokens have come."""
-        return bool(self._generation.no_repeat_ngram_size or self._words)
+        """Whether what they say depends on which tokens have come."""
+        return bool(self._generation.no_repeat_ngram_size or self._words) or self.penalty != 1.0
 
-    @property
-    def min_length(self) -> int:
-        """Below it no sentence may end."""
-        return self._generation.min_length
+    def turn(self, lengths: Ints) -> Ints:
+        """For rows of so many tokens the length from which on the rules say something else, if they do not ``vary``."""
+        return self._turns[np.searchsorted(self._turns, lengths, side="right")]
 
     def forced(self, lengths: Ints) -> NDArray[np.int32]:
         """For rows of so many tokens the one that must come next, or -1."""
@@ -65,15 +66,16 @@ class Rules:
     def forbidden(self, tokens: Ints) -> list[int]:
         """What must not follow ``tokens``, the start token first: ascending."""
         g = self._generation
-        ids = set(self.never)
+        early = len(tokens) < g.min_length
+        if not self.vary:
+            return self._early if early else self.never
+        ids = set(self._early if early else self.never)
         if g.no_repeat_ngram_size:
             ids.update(_repeats(tokens, g.no_repeat_ngram_size))
         for word in self._words:
             start = len(tokens) + 1 - len(word)
             if start >= 0 and tuple(tokens[start:].tolist()) == word[:-1]:
                 ids.add(word[-1])
-        if len(tokens) < g.min_length:
-            ids.update(self._eos)
         return sorted(ids)
 
 

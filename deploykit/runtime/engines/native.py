@@ -163,6 +163,7 @@ class NativeModel:
         self._changed = 0
         self._chosen = np.empty((0, 1), np.float32), np.empty((0, 1), np.int64)
         self._texts_of: Texts | None = None
+        self._rows_of: Ints | None = None
         self._tokens = np.zeros(0, np.int64)
         self._past = self._slots = self._source = np.zeros(0, np.int32)
         self._free: list[int] = []
@@ -277,8 +278,8 @@ class NativeModel:
 
         ``rows``: [sentences, beams], the hypotheses of each sentence, best first; it is changed.
         """
-        if self._texts_of is not texts:
-            self._texts_of = texts
+        if self._rows_of is not rows:
+            self._rows_of = rows
             self._held = np.array([ctypes.addressof(beam.struct) for beam in beams], np.uint64)
             self._search = _Search(
                 texts.tokens.ctypes.data, texts.lengths.ctypes.data, texts.sums.ctypes.data, texts.ends.ctypes.data,
