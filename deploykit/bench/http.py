@@ -47,10 +47,11 @@ def ask_server(
     """Ask for ``rows`` of ``texts``: ``load`` callers at once, or at given arrival times in seconds."""
     address, tls = parse_url(server.url)
     outputs: tuple[str, ...] = ("LABEL", "SCORES")
-    parameters: dict[str, Any] = {}
+    parameters: list[dict[str, Any]] = [{}] * len(texts)
     if isinstance(server.task, Translation):
         outputs = ("TRANSLATION", "TARGET_TOKENS")
-        parameters = request_parameters(server.task, generation or server.task.generation)
+        generations = server.generations or [generation or server.task.generation] * len(texts)
+        parameters = [request_parameters(server.task, each) for each in generations]
     requests = encode_requests(address, server.model, texts, outputs, parameters)
     generator = _Generator(address.partition("/")[0], tls, requests, rows, timeout_s)
     if isinstance(load, int):
@@ -69,9 +70,9 @@ def ask_server(
 
 
 def encode_requests(
-    address: str, model: str, texts: Sequence[str], outputs: Sequence[str], parameters: Mapping[str, Any]
+    address: str, model: str, texts: Sequence[str], outputs: Sequence[str], parameters: Sequence[Mapping[str, Any]]
 ) -> list[bytes]:
-    """One whole HTTP request for each text, asking for ``outputs``.
+    """One whole HTTP request for each text with its ``parameters``, asking for ``outputs``.
 
     JSON both ways, as most clients write it: for one short text, Triton's binary extension saves less
     CPU time of client and server than two rounds differ from each other.
@@ -80,11 +81,11 @@ def encode_requests(
     path = f"/{path}" if path else ""
     head = f"POST {path}/v2/models/{quote(model)}/infer HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     requests = []
-    for text in texts:
+    for text, given in zip(texts, parameters):
         tensor = {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [_SURROGATE.sub("\ufffd", text)]}
         request: dict[str, Any] = {"inputs": [tensor], "outputs": [{"name": name} for name in outputs]}
-        if parameters:
-            request["parameters"] = dict(parameters)
+        if given:
+            request["parameters"] = dict(given)
         body = json.dumps(request, ensure_ascii=False).encode()
         requests.append(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     return requests

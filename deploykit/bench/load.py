@@ -97,11 +97,15 @@ Scenario = ClosedLoop | Poisson | Within
 
 @dataclass(frozen=True)
 class Server:
-    """The model ``model`` on the Triton server at ``url`` (HTTP), asked one text a request."""
+    """The model ``model`` on the Triton server at ``url`` (HTTP), asked one text a request.
+
+    ``generations``: of a translator, one for each text, where they differ.
+    """
 
     url: str
     model: str
     task: Task
+    generations: Sequence[Generation] = ()
 
 
 @dataclass(frozen=True)
