@@ -22,6 +22,10 @@ _TITLES = {
     "example-greedy": "The trained example, its {rows} test sentences, greedy",
     "example-beam-4": "The same with 4 beams",
 }
+_SERVED = {
+    "serving": "The trained example served, requests of one sentence arriving at random",
+    "serving-shape": "The shape of opus-mt served: sentences of up to 64 tokens, as long as their references are",
+}
 
 Record = Mapping[str, Any]
 
@@ -54,8 +58,9 @@ def render_translation(suite: Record) -> str:
     for workload in suite["workloads"]:
         title = _TITLES[workload["key"]].format(rows=f"{workload['bench']['texts']['rows']:,}")
         lines += ["", f"**{title}**", "", *_workload(workload["bench"])]
-    if "serving" in suite:
-        lines += ["", "**Served, requests of one sentence arriving at random**", "", *_serving(suite["serving"])]
+    for key, title in _SERVED.items():
+        if key in suite:
+            lines += ["", f"**{title}**", "", *_serving(suite[key])]
     return "\n".join(lines) + "\n"
 
 
@@ -144,7 +149,8 @@ def _workload(result: Record) -> Iterator[str]:
 
 def _serving(result: Record) -> Iterator[str]:
     candidates = result["candidates"]
-    yield from _head(*(f"{c['name']}: {title}" for c in candidates for title in ("texts/s", "p50 ms", "p99 ms")))
+    columns = [f"{c['name']}: {title}" for c in candidates for title in ("texts/s", "p50 ms", "p99 ms")]
+    yield from _head(*columns, "texts/s, ratio")
     for i, scenario in enumerate(candidates[0]["scenarios"]):
         cells = [scenario["scenario"]["name"]]
         for c in candidates:
@@ -152,7 +158,8 @@ def _serving(result: Record) -> Iterator[str]:
             latencies = (s["latency_ms"][key] for key in ("p50", "p99"))
             cells += [f"{s['throughput_per_s']['median']:.0f}"]
             cells += [f"{spread['median']:.1f}" if spread else "-" for spread in latencies]
-        yield _row(cells)
+        ours, theirs = (c["scenarios"][i]["throughput_per_s"]["median"] for c in candidates)
+        yield _row([*cells, f"{ours / theirs:.2f}" if theirs else "-"])
 
 
 def _when_and_where(result: Record) -> str:

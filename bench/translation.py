@@ -78,7 +78,8 @@ class Plan:
     rounds: int = 5
     seconds: float = 3.0
     warmup_s: float = 0.5
-    serving_seconds: float = 10.0
+    serving_rounds: int = 2
+    serving_seconds: float = 3.0
     quick: bool = False
 
 
@@ -89,7 +90,15 @@ def main() -> None:
     options = _options()
     if options.quick:
         plan = Plan(
-            options.threads, (1, 2), (2,), rounds=1, seconds=0.05, warmup_s=0.0, serving_seconds=1.0, quick=True
+            options.threads,
+            (1, 2),
+            (2,),
+            rounds=1,
+            seconds=0.05,
+            warmup_s=0.0,
+            serving_rounds=1,
+            serving_seconds=0.3,
+            quick=True,
         )
     else:
         plan = Plan(options.threads, rounds=options.rounds, seconds=options.seconds)
@@ -98,11 +107,12 @@ def main() -> None:
     )
     suite["environment"] = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
     with tempfile.TemporaryDirectory() as folder:
-        if "shape" in options.parts:
+        if {"shape", "serving"} & set(options.parts):
             say("writing the shape of opus-mt with random weights")
-            subject = random_subject(Path(folder) / "shape", QUICK_SHAPE if plan.quick else Shape())
-            texts = random_texts(subject.task.vocabulary, 8 if plan.quick else _SHAPE_TEXTS)
-            suite["workloads"] += measure_subject("shape", subject, texts, None, plan, suite["skipped"])
+            shape = random_subject(Path(folder) / "shape", QUICK_SHAPE if plan.quick else Shape())
+        if "shape" in options.parts:
+            texts = random_texts(shape.task.vocabulary, 8 if plan.quick else _SHAPE_TEXTS)
+            suite["workloads"] += measure_subject("shape", shape, texts, None, plan, suite["skipped"])
         if not options.export.is_dir() or not options.checkpoint.is_dir():
             suite["skipped"]["trained example"] = f"there is no {options.export} or no {options.checkpoint}"
         elif {"example", "serving"} & set(options.parts):
@@ -112,18 +122,7 @@ def main() -> None:
             if "example" in options.parts:
                 suite["workloads"] += measure_subject("example", subject, texts, references, plan, suite["skipped"])
             if "serving" in options.parts:
-                from translation_serving import measure_serving
-
-                suite["serving"] = measure_serving(
-                    options.export,
-                    Path(folder) / "repository",
-                    texts,
-                    references,
-                    rates=options.rate,
-                    rounds=plan.rounds,
-                    seconds=plan.serving_seconds,
-                    say=say,
-                )
+                suite |= measure_servers(shape, options.export, Path(folder), texts, references, options.rate, plan)
     write(suite, options.out)
 
 
@@ -182,6 +181,34 @@ def measure_subject(
             "tuned": tuned,
             "projection": _projection(subject, texts, generation, batches, plan.threads),
         }
+
+
+def measure_servers(
+    shape: Subject,
+    example: Path,
+    folder: Path,
+    texts: Sequence[str],
+    references: Sequence[str],
+    rates: Sequence[float] | None,
+    plan: Plan,
+) -> dict[str, dict[str, Any]]:
+    """By key: the example with and without in-flight batching, and the shape."""
+    from translation_serving import LIMITS_MS, measure_serving, mixed_lengths, served_shape
+
+    limits = dict.fromkeys(LIMITS_MS) if plan.quick else LIMITS_MS
+    served = served_shape(shape.export, shape.task, example, folder / "served")
+    some, lengths = mixed_lengths(served, texts, references)
+    return {
+        "serving": measure_serving(
+            example, folder / "repository", texts, references, rates=rates, limit_ms=limits["serving"],
+            rounds=plan.serving_rounds, seconds=plan.serving_seconds, say=say,
+        ),
+        # It answers few a second: one round, of more time.
+        "serving-shape": measure_serving(
+            served, folder / "shape-repository", some, None, rates=None, limit_ms=limits["serving-shape"],
+            rounds=1, seconds=1.6 * plan.serving_seconds, say=say, lengths=lengths,
+        ),
+    }  # fmt: skip
 
 
 def void(agreement: Mapping[str, float]) -> str | None:

@@ -1,22 +1,33 @@
-"""The same translation model on two Triton servers: one lets requests join the running batch, one does not."""
+"""The same translation model on two Triton servers: one lets requests join the running batch, one does not.
+
+Two subjects: the trained example, and the shape of opus-mt, which has the example's tokenizer and must say of each sentence
+as many tokens as its reference has.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from deploykit.bench.load import ClosedLoop, Poisson, Scenario, Server, measure
+from deploykit.artifacts import load_manifest, write_manifest
+from deploykit.bench.load import ClosedLoop, Poisson, Scenario, Server, Within, measure
 from deploykit.bench.run import Candidate, run_bench
 from deploykit.predictor import open_predictor
+from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.generation import override
+from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
 from deploykit.tasks import Translation
-from deploykit.triton.repository import ServingSettings, package
+from deploykit.triton.repository import ServingSettings, package, tokenizer_files
 from deploykit.triton.server import TritonServer
 
 NAMES = {True: "in-flight batching", False: "batch at a time"}
 _CALLERS = 32
-_SHARES = (0.25, 0.5, 0.75, 0.9)  # of what the first answers in a closed loop
+_SHARES = (0.5, 0.75)  # of what the first answers in a closed loop
+LIMITS_MS = {"serving": 50.0, "serving-shape": 500.0}  # by the subject's key in the record
+_MOST_TOKENS = 64  # of a sentence and of its reference, for the shape
 
 
 def measure_serving(
@@ -26,13 +37,17 @@ def measure_serving(
     references: Sequence[str] | None,
     *,
     rates: Sequence[float] | None,
+    limit_ms: float | None,
     rounds: int,
     seconds: float,
     say: Callable[[str], None],
+    lengths: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """A bench result of the two, greedy: Poisson arrivals at ``rates`` a second, and a closed loop.
+    """A bench result of the two, greedy: Poisson arrivals at ``rates`` a second, and, with a limit, at the highest rate
+    whose p99 is within ``limit_ms``; and a closed loop.
 
-    Rates not given are shares of what in-flight batching answers when 32 callers ask without a pause.
+    Rates not given are shares of what in-flight batching answers when 32 callers ask without a pause. ``lengths``: of each
+    text the tokens that its translation must have, with the end token.
     """
     warmup_s = min(1.0, seconds)
     servers = []
@@ -41,7 +56,7 @@ def measure_serving(
         package(export, "model", repository, settings=ServingSettings(in_flight=in_flight), stream=False)
         servers.append(TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0))
     with servers[0], servers[1]:
-        candidates = [_candidate(name, server.urls.http) for name, server in zip(NAMES.values(), servers)]
+        candidates = [_candidate(name, server.urls.http, lengths) for name, server in zip(NAMES.values(), servers)]
         callers = ClosedLoop(_CALLERS)
         if rates is None:
             first = candidates[0]
@@ -51,14 +66,44 @@ def measure_serving(
             most = asked.throughput_per_s
             rates = [round(share * most, 1) for share in _SHARES]
             say(f"{most:.0f} texts/s with {_CALLERS} callers: arrivals at {', '.join(map(str, rates))} a second")
-        scenarios: list[Scenario] = [*map(Poisson, rates), callers]
+        found: list[Scenario] = [] if limit_ms is None else [Within(limit_ms)]
+        scenarios: list[Scenario] = [*map(Poisson, rates), *found, callers]
         return run_bench(
             candidates, texts, references, scenarios, rounds=rounds, seconds=seconds, warmup_s=warmup_s, progress=say
         ).to_json()
 
 
-def _candidate(name: str, url: str) -> Candidate:
+def served_shape(shape: Path, task: Translation, example: Path, folder: Path) -> Path:
+    """An export in ``folder`` of the ``shape``'s weights for ``native``, with the tokenizer and languages of ``example``'s.
+
+    Most of what the shape says are tokens that the tokenizer does not know: they are put into text as unknown ones.
+    """
+    manifest = load_manifest(example, "export")
+    assert isinstance(manifest.task, Translation)
+    folder.mkdir()
+    for file in (shape / NATIVE_FILE, *(example / file for file in tokenizer_files(manifest))):
+        shutil.copy(file, folder)
+    longest = manifest.task.generation.max_length
+    generation = dataclasses.replace(task.generation, min_length=0, max_length=longest)
+    task = dataclasses.replace(task, source=manifest.task.source, target=manifest.task.target, generation=generation)
+    write_manifest(folder, "export", task, inputs="")
+    return folder
+
+
+def mixed_lengths(export: Path, texts: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Of ``texts`` those of at most 64 tokens whose references have no more, and how many these have."""
+    task = load_manifest(export, "export").task
+    assert isinstance(task, Translation)
+    tokenizer = load_translation_tokenizer(export, task.source, task.target)
+    sizes = zip(texts, map(len, tokenizer.encode(texts)), map(len, tokenizer.encode(references)))
+    kept = [(text, target) for text, source, target in sizes if max(source, target) <= _MOST_TOKENS]
+    return [text for text, _ in kept], [target for _, target in kept]
+
+
+def _candidate(name: str, url: str, lengths: Sequence[int]) -> Candidate:
     served = open_predictor("model", url=url)
     served.close()
     assert isinstance(served.task, Translation)
-    return Candidate(name, Server(url, "model", served.task), generation=override(served.task, {"beam_size": 1}))
+    generation = override(served.task, {"beam_size": 1})
+    forced = tuple(dataclasses.replace(generation, min_length=n + 1, max_length=n + 1) for n in lengths)
+    return Candidate(name, Server(url, "model", served.task, forced), generation=generation)

@@ -12,6 +12,7 @@ from deploykit.errors import ArtifactError
 
 Record = Mapping[str, Any]
 
+_SERVERS = ("serving", "serving-shape")
 _REMEDY = "pass what deploykit bench --out or a suite under bench/ wrote"
 
 
@@ -40,9 +41,7 @@ def results_of(record: Record) -> dict[str, Record]:
     if "candidates" in record:
         return {"": record}
     results = {workload["key"]: workload["bench"] for workload in record.get("workloads", ())}
-    if "serving" in record:
-        results["serving"] = record["serving"]
-    return results
+    return results | {key: record[key] for key in _SERVERS if key in record}
 
 
 def _touch(record: Record) -> None:

@@ -14,6 +14,7 @@ from browser import REMEDY, Browser, find_browser
 
 from deploykit.bench.figures import COLOURS
 from deploykit.bench.load import ClosedLoop, Poisson, Scenario, Within
+from deploykit.bench.record import results_of
 from deploykit.bench.report import write_report, write_tuning
 from deploykit.bench.targets import bench_targets
 
@@ -119,7 +120,7 @@ def test_a_recorded_suite_is_drawn_again(browser: Browser, tmp_path: Path) -> No
     subprocess.run([sys.executable, str(ROOT / "bench" / "page.py"), str(copy)], check=True)
     figures = look(browser, copy.with_suffix(".html"))
     bars = [figure.bars for figure in figures if figure.title == "Throughput"]
-    results = [*(workload["bench"] for workload in suite["workloads"]), suite["serving"]]
+    results = list(results_of(suite).values())
     closed = [[s for s in result["candidates"][0]["scenarios"] if "concurrency" in s["scenario"]] for result in results]
     assert bars == [len(result["candidates"]) * len(loops) for result, loops in zip(results, closed)]
     targets = browser.evaluate("[...document.querySelectorAll('nav a')].map(a => !!document.querySelector(a.hash))")
