@@ -32,22 +32,16 @@ class Rules:
         """What may never come."""
         self._words = [word for word in words if len(word) > 1]
         self._early = sorted({*self.never, *eos_token_ids})
+        self.penalty = generation.repetition_penalty
+        """What the scores of tokens that have come are divided by (multiplied, below 0)."""
+        self.vary = bool(generation.no_repeat_ngram_size or self._words) or self.penalty != 1.0
+        """Whether what they say depends on which tokens have come."""
         turns = {generation.min_length, generation.max_length + 1}
         if generation.forced_bos_token_id is not None:
             turns.add(2)
         if generation.forced_eos_token_id is not None:
             turns.add(generation.max_length - 1)
         self._turns = np.array(sorted(turns))
-
-    @property
-    def penalty(self) -> float:
-        """What the scores of tokens that have come are divided by (multiplied, below 0)."""
-        return self._generation.repetition_penalty
-
-    @property
-    def vary(self) -> bool:
-        """Whether what they say depends on which tokens have come."""
-        return bool(self._generation.no_repeat_ngram_size or self._words) or self.penalty != 1.0
 
     def turn(self, lengths: Ints) -> Ints:
         """For rows of so many tokens the length from which on the rules say something else, if they do not ``vary``."""
@@ -66,10 +60,10 @@ class Rules:
     def forbidden(self, tokens: Ints) -> list[int]:
         """What must not follow ``tokens``, the start token first: ascending."""
         g = self._generation
-        early = len(tokens) < g.min_length
+        always = self._early if len(tokens) < g.min_length else self.never
         if not self.vary:
-            return self._early if early else self.never
-        ids = set(self._early if early else self.never)
+            return always
+        ids = set(always)
         if g.no_repeat_ngram_size:
             ids.update(_repeats(tokens, g.no_repeat_ngram_size))
         for word in self._words:
