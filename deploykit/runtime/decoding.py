@@ -240,10 +240,11 @@ class Decoder:
             if crowded and (self.running or joining):
                 break
             joining.append(self.waiting.popleft())
-        if joining:
-            rows = self._model.rows + sum(s.generation.beam_size for s in joining)
-            self._model.reserve(rows, max(len(s.token_ids) for s in joining))
-        for group in _of_similar_length(joining):
+        if not joining:
+            return
+        rows = self._model.rows + sum(s.generation.beam_size for s in joining)
+        self._model.reserve(rows, max(len(s.token_ids) for s in joining))
+        for group in _of_similar_length(joining) if self._model.pads else [joining]:
             cross = self._model.encode([s.token_ids for s in group])
             for text, sentence in enumerate(group):
                 self._admit(sentence, cross, text)

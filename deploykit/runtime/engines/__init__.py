@@ -80,9 +80,11 @@ class DecodeModel(Protocol):
     values. The rows in use are the first ones. Not thread-safe: one caller at a time.
 
     ``rows_of_a_worker``: from twice as many rows on, models side by side beat this one alone. ``limits`` None: any size.
+    ``pads``: texts encoded together take as long as if each were as long as the longest.
     """
 
     rows: int
+    pads: bool
 
     def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
         """Load the encoder and the decoder, the first two of ``files``, for so many CPU threads or for the GPU of that

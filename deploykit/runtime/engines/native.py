@@ -128,6 +128,7 @@ class NativeModel:
     """
 
     rows_of_a_worker = 16
+    pads = False
     limits: DecodeLimits | None = None
 
     def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:

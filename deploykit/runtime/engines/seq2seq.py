@@ -94,6 +94,7 @@ class Seq2SeqModel:
     """
 
     limits = None
+    pads = True
 
     def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
         self._paths = tuple(folder / file for file in files[:2])

@@ -83,6 +83,7 @@ class TensorRtSeq2Seq:
     builds the engines again, when they cannot run here.
     """
 
+    pads = True
     rows_of_a_worker = sys.maxsize  # one step of all rows keeps a GPU busier than steps side by side
     _self: _Layout  # of the rows' own keys and values
     _cross: _Layout  # of those of their texts
