@@ -43,7 +43,7 @@ class Sentence:
     scored: bool = True
     cancelled: bool = False
     result: Finished | None = None
-    rules: Rules | None = None
+    rules: Rules | None = None  # of ``generation``, once it runs
     rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     beam: Beam | None = None
     held: HeldBeam | None = None  # the beam, where the model has it

@@ -197,6 +197,34 @@ def test_a_caller_that_cannot_be_answered_ends_nothing(tiny_translation: Path) -
     assert str(caller.error) == "nobody there"
 
 
+class Slow(Caller):
+    def __init__(self, told: list[Caller]) -> None:
+        super().__init__(told)
+        self.taking = threading.Event()
+
+    def answer(self, translations: Sequence[Translated]) -> None:
+        self.taking.wait(30)
+        super().answer(translations)
+
+
+def test_a_caller_slow_to_take_its_answer_holds_up_no_step(tiny_translation: Path) -> None:
+    with opened(Gated(tiny_translation)) as gated:
+        gated.open()
+        slow, translator = Slow(gated.told), gated.loop.translator
+        gated.loop.submit(slow, translator.begin(["fox"], override(translator.task, SHORT)))
+        (job,) = translator.begin(["the fox"], override(translator.task, LONG))
+        other = Caller(gated.told)
+        gated.loop.submit(other, [job])
+        deadline = time.monotonic() + 30
+        while not job.done and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert job.done
+        assert not slow.done.is_set()
+        slow.taking.set()
+        assert other.done.wait(30)
+    assert gated.told == [slow, other]
+
+
 def test_closing_answers_what_was_submitted(tiny_translation: Path) -> None:
     gated = Gated(tiny_translation)
     callers = [gated.submit(texts, SHORT) for texts in (["fox"] * 9, [""], [], ["the fox"])]

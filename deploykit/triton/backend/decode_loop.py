@@ -147,7 +147,7 @@ class DecodeLoop:
                 self._requests.append(request)
                 self._queue.append(request)
             else:
-                self._clients.submit(self._answer, request)
+                self._later(self._answer, request)
         for request in gone:
             if request in self._requests:
                 self._cancelled += 1
@@ -162,7 +162,7 @@ class DecodeLoop:
         now = time.monotonic()
         if self._requests and not self._asking and now > self._asked + _ASK_S:
             self._asked, self._asking = now, True
-            self._clients.submit(self._look_after, self._requests[0])
+            self._later(self._look_after, self._requests[0])
             self._requests.rotate(-1)
         if now > self._reported + _REPORT_S:
             self._reported = now
@@ -173,9 +173,8 @@ class DecodeLoop:
             if request.client.gone():
                 with self._changed:
                     self._gone.append(request)
-        except Exception as error:
-            self._log_error(error)
-        self._asking = False
+        finally:
+            self._asking = False
 
     def _feed(self) -> None:
         """Give the decoder sentences while it has room."""
@@ -205,20 +204,14 @@ class DecodeLoop:
             request.left -= 1
             if not request.left:
                 self._requests.remove(request)
-                self._clients.submit(self._answer, request)
+                self._later(self._answer, request)
 
     def _answer(self, request: _Request) -> None:
         try:
             request.client.answer([self.translator.result(job) for job in request.jobs])
         except Exception as error:
             self._log_error(error)
-            self._fail(request, error)
-
-    def _fail(self, request: _Request, error: Exception | None) -> None:
-        try:
             request.client.fail(error)
-        except Exception as failure:  # nobody is left to tell, and the others must not suffer
-            self._log_error(failure)
 
     def _drop(self, request: _Request, error: Exception | None) -> None:
         """Answer with an error a request that is not done."""
@@ -230,7 +223,7 @@ class DecodeLoop:
         for sentence in request.sentences:
             sentence.cancelled = True
             self._request_of.pop(id(sentence), None)
-        self._clients.submit(self._fail, request, error)
+        self._later(request.client.fail, error)
 
     def _recover(self, error: Exception) -> None:
         """Answer with ``error`` the requests that the decoder had a part of, and begin with a new one."""
@@ -245,4 +238,15 @@ class DecodeLoop:
     def _tell(self) -> None:
         decoder = self.translator.decoder
         load = Load(len(decoder.running), self._waiting + len(decoder.waiting), self._tokens, self._cancelled)
-        self._clients.submit(self._report, load)
+        self._later(self._report, load)
+
+    def _later(self, call: Callable[..., None], *arguments: object) -> None:
+        """Have the clients' thread call it. Should that fail nobody is left to tell, and the others must not suffer."""
+
+        def logged() -> None:
+            try:
+                call(*arguments)
+            except Exception as failure:
+                self._log_error(failure)
+
+        self._clients.submit(logged)
