@@ -28,7 +28,7 @@ _TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}
 
 def save_native(path: Path, architecture: Architecture, ranges: Ranges) -> None:
     """Write ``architecture`` with the layers that have ``ranges`` (by name, as ``build_encoder`` has them) in INT8."""
-    writer = _Writer(ranges)
+    writer = NativeWriter(ranges)
     a = architecture
     stacks = {
         "encoder": {
@@ -78,7 +78,7 @@ def save_native(path: Path, architecture: Architecture, ranges: Ranges) -> None:
     writer.save(path, stacks)
 
 
-class _Writer:
+class NativeWriter:
     """Tensors by name, equal ones once."""
 
     def __init__(self, ranges: Ranges) -> None:
@@ -111,11 +111,11 @@ class _Writer:
             "vocabulary": len(embedding),
             "longest": None if positions is None else len(positions),
             "pre_norm": a.pre_norm,
-            "embedding": self._keep(_panels(values.T)),
-            "embedding_scale": self._keep(scales.reshape(-1) * np.float32(a.embedding_scale)),
-            "positions": None if positions is None else self._keep(positions),
+            "embedding": self.keep(_panels(values.T)),
+            "embedding_scale": self.keep(scales.reshape(-1) * np.float32(a.embedding_scale)),
+            "positions": None if positions is None else self.keep(positions),
             "embedding_norm": self.norm(norm),
-            "bias": None if bias is None else self._keep(bias.by_distance),
+            "bias": None if bias is None else self.keep(bias.by_distance),
             "distances": 0 if bias is None else bias.by_distance.shape[1],
             "zero_distance": 0 if bias is None else bias.zero,
         }
@@ -137,8 +137,8 @@ class _Writer:
     def norm(self, norm: Norm | None) -> dict[str, Any] | None:
         if norm is None:
             return None
-        beta = None if norm.beta is None else self._keep(norm.beta)
-        return {"gamma": self._keep(norm.gamma), "beta": beta, "epsilon": norm.epsilon}
+        beta = None if norm.beta is None else self.keep(norm.beta)
+        return {"gamma": self.keep(norm.gamma), "beta": beta, "epsilon": norm.epsilon}
 
     def linear(self, name: str, layer: Linear) -> dict[str, Any]:
         if name not in self._ranges:
@@ -156,24 +156,24 @@ class _Writer:
     def _float(self, weight: Array, bias: Array | None) -> dict[str, Any]:
         inputs, outputs = weight.shape
         panels = _filled(weight, 1, PANEL).reshape(inputs, -1, PANEL).transpose(1, 0, 2)
-        return {"weight": self._keep(panels), "bias": self._bias(bias, outputs), "in": inputs, "out": outputs}
+        return {"weight": self.keep(panels), "bias": self._bias(bias, outputs), "in": inputs, "out": outputs}
 
     def _int8(self, values: NDArray[np.int8], scales: Array, bias: Array | None) -> dict[str, Any]:
         inputs, outputs = values.shape
         offset = values.sum(axis=0, dtype=np.int32) * np.int32(_ZERO)
         return {
-            "weight": self._keep(_panels(values)),
-            "scale": self._keep(_filled(scales, 0, PANEL)),
-            "offset": self._keep(_filled(offset, 0, PANEL)),
+            "weight": self.keep(_panels(values)),
+            "scale": self.keep(_filled(scales, 0, PANEL)),
+            "offset": self.keep(_filled(offset, 0, PANEL)),
             "bias": self._bias(bias, outputs),
             "in": inputs,
             "out": outputs,
         }
 
     def _bias(self, bias: Array | None, outputs: int) -> str:
-        return self._keep(_filled(np.zeros(outputs, np.float32) if bias is None else bias.reshape(-1), 0, PANEL))
+        return self.keep(_filled(np.zeros(outputs, np.float32) if bias is None else bias.reshape(-1), 0, PANEL))
 
-    def _keep(self, array: NDArray[Any]) -> str:
+    def keep(self, array: NDArray[Any]) -> str:
         flat = np.ascontiguousarray(array).reshape(-1)
         flat = _filled(flat, 0, ALIGNMENT // flat.itemsize)
         name = hashlib.sha256(flat.tobytes() + flat.dtype.name.encode()).hexdigest()[:24]

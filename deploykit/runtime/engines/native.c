@@ -62,6 +62,11 @@ typedef struct {
 } Stack;
 
 typedef struct {
+    Linear out;
+    int32_t activation; /* before it */
+} Head;
+
+typedef struct {
     int32_t rows;
     int64_t *tokens;       /* [rows] */
     int32_t *past;         /* [rows]: tokens before this one */
@@ -126,11 +131,18 @@ typedef struct {
     int32_t ids[MOST_BEST];
 } Found;
 
+typedef struct { /* what linear layers read of rows: float32, or quantized, with what one step is worth */
+    float *given;
+    uint8_t *quantized;
+    float *step;
+} Rows;
+
 typedef struct Context Context;
 typedef void (*Work)(Context *, int);
 
 struct Context {
-    const Stack *encoder, *decoder;
+    const Stack *encoder, *decoder; /* the decoder NULL: it classifies, with the encoder's last layer and */
+    const Head *head;
     int threads, stop;
     pthread_t *thread;
     pthread_mutex_t mutex;
@@ -139,6 +151,7 @@ struct Context {
     Work work;
     /* scratch, by rows */
     int capacity, positions, best_rows;
+    int64_t widest; /* row in ``given`` */
     float *x, *normed, *packed, *query, *middle, *given[2], *step[2], **scores; /* step: what one of ``quantized`` is worth */
     uint8_t *quantized[2];
     Found *found;
@@ -151,6 +164,7 @@ struct Context {
     int texts, rows;
     /* nanoseconds of all steps, and of their share in the vocabulary */
     int64_t stepping, choosing;
+    float *logits; /* [texts][labels] */
 };
 
 /* ---- threads ---- */
@@ -232,17 +246,32 @@ INLINE __m512 exp512(__m512 x) { /* 2^n e^r, |r| <= ln 2 / 2, a Taylor polynomia
     return _mm512_scalef_ps(p, n);
 }
 
-INLINE __m512 erf512(__m512 x) { /* Abramowitz and Stegun, 7.1.26: off by 1.5e-7 at most */
-    __m512 one = _mm512_set1_ps(1.0f), a = _mm512_abs_ps(x);
-    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), a, one));
-    __m512 p = _mm512_set1_ps(1.061405429f);
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-0.284496736f));
-    p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(0.254829592f));
-    __m512 e = exp512(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(a, a)));
-    __m512 y = _mm512_fnmadd_ps(_mm512_mul_ps(p, t), e, one);
-    return _mm512_mask_sub_ps(y, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps(), y);
+/* Of the normal distribution, less 1/2, for x from 0: around each multiple of 1/2 a polynomial of degree 4, through
+ * Chebyshev's nodes; off by 1e-6 at most. */
+static const float NORMAL[5][16] = {
+    {0.0f, 0.191462457f, 0.341344744f, 0.43319279f, 0.477249861f, 0.493790329f, 0.498650104f, 0.499767363f, 0.49996832f,
+     0.499996603f, 0.499999702f, 0.49999997f, 0.5f, 0.5f, 0.5f, 0.5f},
+    {0.398930222f, 0.352059752f, 0.241975576f, 0.129524708f, 0.0539937243f, 0.0175275113f, 0.00443050405f, 0.000871974393f,
+     0.000133605892f, 1.59354095e-05f, 1.47928154e-06f, 1.06859041e-07f, 6.00556893e-09f, 2.62526889e-10f, 8.9235945e-12f, 0.0f},
+    {0.0f, -0.0880126134f, -0.120982915f, -0.097138986f, -0.053992603f, -0.0219110046f, -0.0066476413f, -0.00152697531f,
+     -0.000267559342f, -3.59359838e-05f, -3.71179499e-06f, -2.95521829e-07f, -1.81668334e-08f, -8.63360883e-10f,
+     -3.1731593e-11f, 0.0f},
+    {-0.0657169595f, -0.0436516181f, -0.000311340322f, 0.0265270509f, 0.0268191658f, 0.015388051f, 0.00599527685f,
+     0.00168158649f, 0.000348901987f, 5.43625756e-05f, 6.42022997e-06f, 5.78287484e-07f, 3.98993194e-08f, 2.11539497e-09f,
+     8.63894373e-11f, 0.0f},
+    {0.0f, 0.0199321527f, 0.0200072788f, 0.00612167129f, -0.00439435756f, -0.00589381065f, -0.00333233038f, -0.00119126972f,
+     -0.000296431972f, -5.34493411e-05f, -7.13324334e-06f, -7.13719089e-07f, -5.39915064e-08f, -3.10649417e-09f,
+     -1.36867628e-10f, 0.0f},
+};
+
+INLINE __m512 normal512(__m512 x) {
+    const __m512 shift = _mm512_set1_ps(6291456.0f); /* its last bit is worth 1/2 */
+    __m512 at = _mm512_add_ps(_mm512_min_ps(x, _mm512_set1_ps(7.5f)), shift);
+    __m512 r = _mm512_sub_ps(x, _mm512_sub_ps(at, shift));
+    __m512i i = _mm512_castps_si512(at);
+    __m512 p = _mm512_permutexvar_ps(i, _mm512_loadu_ps(NORMAL[4]));
+    for (int k = 3; k >= 0; k--) p = _mm512_fmadd_ps(p, r, _mm512_permutexvar_ps(i, _mm512_loadu_ps(NORMAL[k])));
+    return p;
 }
 
 INLINE __m512 sigmoid512(__m512 x) {
@@ -250,21 +279,22 @@ INLINE __m512 sigmoid512(__m512 x) {
     return _mm512_div_ps(one, _mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), x))));
 }
 
-enum { NONE, RELU, SILU, GELU, GELU_TANH };
+enum { NONE, RELU, SILU, GELU, GELU_TANH, TANH };
 
 INLINE __m512 activated(int kind, __m512 x) {
     switch (kind) {
     case RELU: return _mm512_max_ps(x, _mm512_setzero_ps());
     case SILU: return _mm512_mul_ps(x, sigmoid512(x));
     case GELU: {
-        __m512 half = _mm512_mul_ps(x, _mm512_set1_ps(0.5f));
-        return _mm512_fmadd_ps(half, erf512(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f))), half);
+        __m512 a = _mm512_abs_ps(x);
+        return _mm512_fmadd_ps(a, normal512(a), _mm512_mul_ps(x, _mm512_set1_ps(0.5f)));
     }
     case GELU_TANH: { /* 0.5 (1 + tanh y) is the sigmoid of 2 y */
         __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
         __m512 y = _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, x), _mm512_set1_ps(1.59576912f));
         return _mm512_mul_ps(x, sigmoid512(y));
     }
+    case TANH: return _mm512_fmsub_ps(_mm512_set1_ps(2.0f), sigmoid512(_mm512_add_ps(x, x)), _mm512_set1_ps(1.0f));
     default: return x;
     }
 }
@@ -272,16 +302,18 @@ INLINE __m512 activated(int kind, __m512 x) {
 /* 16 of ``n`` values, those after them as zeros. */
 INLINE __m512 part(const float *x, int i, int n) { return _mm512_maskz_loadu_ps(i < n ? tail(n - i) : 0, x + i); }
 
-/* What ``next`` reads of a row: ``x`` times ``scale``, in ``buffer``. */
-static void give_row(Context *c, int buffer, const Linear *next, int row, const float *x, float scale) {
+INLINE Rows buffer(const Context *c, int number) { return (Rows){c->given[number], c->quantized[number], c->step[number]}; }
+
+/* What ``next`` reads of a row: ``x`` times ``scale``. */
+static void give_row(Rows to, const Linear *next, int row, const float *x, float scale) {
     int wide = filled(next->in);
     if (next->is_float) {
-        float *y = c->given[buffer] + (int64_t)row * wide;
+        float *y = to.given + (int64_t)row * wide;
         for (int i = 0; i < wide; i += 16)
             _mm512_storeu_ps(y + i, _mm512_mul_ps(part(x, i, next->in), _mm512_set1_ps(scale)));
         return;
     }
-    uint8_t *y = c->quantized[buffer] + (int64_t)row * wide;
+    uint8_t *y = to.quantized + (int64_t)row * wide;
     __m512 most = _mm512_setzero_ps();
     for (int i = 0; i < wide; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(x, i, next->in)));
     float highest = _mm512_reduce_max_ps(most);
@@ -290,17 +322,17 @@ static void give_row(Context *c, int buffer, const Linear *next, int row, const 
         __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(part(x, i, next->in), inverse));
         _mm_storeu_si128((__m128i *)(y + i), _mm512_cvtusepi32_epi8(_mm512_add_epi32(n, _mm512_set1_epi32(128))));
     }
-    c->step[buffer][row] = highest / 127.0f * scale;
+    to.step[row] = highest / 127.0f * scale;
 }
 
-/* What the threads have put together in ``given[buffer]``, as ``next`` reads it. */
-static void give_rows(Context *c, int number, int buffer, const Linear *next, int rows) {
+/* What the threads have put together in ``given`` of a buffer, as ``next`` reads it. */
+static void give_rows(Context *c, int number, int from, const Linear *next, int rows) {
     int first, last;
     barrier(c);
     if (next->is_float) return;
     share(rows, c->threads, number, &first, &last);
     for (int row = first; row < last; row++)
-        give_row(c, buffer, next, row, c->given[buffer] + (int64_t)row * filled(next->in), 1.0f);
+        give_row(buffer(c, from), next, row, c->given[from] + (int64_t)row * filled(next->in), 1.0f);
     barrier(c);
 }
 
@@ -363,11 +395,11 @@ INLINE void multiply_float(const int rows, const float *x, int64_t wide, const f
 }
 
 /* x @ weight + bias of a panel's columns, for ``rows`` rows from ``row``, in place of the sums. */
-static void tile(Context *c, int buffer, const Linear *l, int row, int rows, int panel, Sums *sums) {
+static void tile(Rows from, const Linear *l, int row, int rows, int panel, Sums *sums) {
     int64_t wide = filled(l->in);
     int first = panel * PANEL;
     if (l->is_float) {
-        const float *x = c->given[buffer] + row * wide, *w = (const float *)l->weight + (int64_t)first * l->in;
+        const float *x = from.given + row * wide, *w = (const float *)l->weight + (int64_t)first * l->in;
         switch (rows) {
         case 1: multiply_float(1, x, wide, w, l->in, sums); break;
         case 2: multiply_float(2, x, wide, w, l->in, sums); break;
@@ -382,7 +414,7 @@ static void tile(Context *c, int buffer, const Linear *l, int row, int rows, int
         return;
     }
     int quads = (l->in + 3) / 4;
-    const uint8_t *x = c->quantized[buffer] + row * wide;
+    const uint8_t *x = from.quantized + row * wide;
     const int8_t *w = (const int8_t *)l->weight + (int64_t)first * quads * 4;
     switch (rows) {
     case 1: multiply_int8(1, x, wide, w, quads, sums); break;
@@ -396,7 +428,7 @@ static void tile(Context *c, int buffer, const Linear *l, int row, int rows, int
         __m512i offset = _mm512_loadu_si512(l->offset + first + 16 * j);
         __m512 scale = _mm512_loadu_ps(l->scale + first + 16 * j), bias = _mm512_loadu_ps(l->bias + first + 16 * j);
         for (int r = 0; r < rows; r++) {
-            __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(c->step[buffer][row + r]));
+            __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(from.step[row + r]));
             sums->f[r][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums->i[r][j], offset)), worth, bias);
         }
     }
@@ -409,16 +441,15 @@ typedef struct {
     float *out;
 } Then;
 
-/* Rows from the input buffer ``buffer``; each thread has some panels. */
-static void linear(Context *c, int number, int buffer, const Linear *l, int rows, Then then) {
-    int first, last, wide = filled(l->out), groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
-    share(wide / PANEL, c->threads, number, &first, &last);
+/* ``rows`` rows, as far as the columns of panels from ``first`` to ``last``. */
+static void linear_of(Rows from, const Linear *l, int rows, int first, int last, Then then) {
+    int wide = filled(l->out), groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
     for (int panel = first; panel < last; panel++)
         for (int g = 0; g < groups; g++) {
             int row, end;
             Sums sums;
             share(rows, groups, g, &row, &end);
-            tile(c, buffer, l, row, end - row, panel, &sums);
+            tile(from, l, row, end - row, panel, &sums);
             for (int r = 0; row < end; r++, row++)
                 for (int j = 0; j < 4; j++) {
                     int64_t at = (int64_t)row * wide + panel * PANEL + 16 * j;
@@ -428,6 +459,13 @@ static void linear(Context *c, int number, int buffer, const Linear *l, int rows
                     _mm512_storeu_ps(then.out + at, v);
                 }
         }
+}
+
+/* Each thread has some panels. */
+static void linear(Context *c, int number, int from, const Linear *l, int rows, Then then) {
+    int first, last;
+    share(filled(l->out) / PANEL, c->threads, number, &first, &last);
+    linear_of(buffer(c, from), l, rows, first, last, then);
 }
 
 static void feed_forward(Context *c, int number, const Stack *s, const Layer *l, int rows) {
@@ -454,7 +492,7 @@ static void between(Context *c, int number, const Stack *s, const Norm *after, c
             given = s->pre_norm ? c->normed + (int64_t)row * wide : x;
             normalize(before_next, x, given, s->hidden);
         }
-        give_row(c, 0, next, row, given, scale);
+        give_row(buffer(c, 0), next, row, given, scale);
     }
     barrier(c);
 }
@@ -833,7 +871,7 @@ static void choose(Context *c, int number, const Stack *s) {
                 int row, stop;
                 Sums sums;
                 share(rows, groups, g, &row, &stop);
-                tile(c, 0, l, row, stop - row, panel, &sums);
+                tile(buffer(c, 0), l, row, stop - row, panel, &sums);
                 for (int r = 0; row < stop; r++, row++) {
                     float *logits = (float *)sums.f[r];
                     if (choice->logits) {
@@ -951,6 +989,295 @@ static void encode(Context *c, int number) {
         }
 }
 
+/* ---- a classification ---- */
+
+#define BLOCK 48 /* rows whose hidden states stay in the second cache while they pass a layer */
+#define MOST_VALUE 1023
+
+/* What a thread attends with, in one piece of memory. */
+typedef struct {
+    int8_t *keys; /* of a head, as a linear layer's weights, which ``layer`` is */
+    float *key_scale, *zeros;
+    int32_t *key_offset;
+    int32_t *values; /* [keys / 2][head size]: those of two keys, int16 each */
+    float *scores;   /* [MOST_ROWS][keys] */
+    int16_t *shares; /* [MOST_ROWS][keys] */
+    Linear layer;
+    Rows queries; /* MOST_ROWS */
+} Heads;
+
+INLINE int padded_values(int n) { return (n + 31) / 32 * 32; }
+
+/* Lays it out in ``memory``, unless that is NULL; returns how many bytes it takes. */
+static int64_t lay_heads(Heads *h, const Stack *s, int n, char *memory) {
+    int64_t keys = filled(n), size = s->head_size, bytes = 0;
+#define LAY(field, count) h->field = (void *)(memory + bytes), bytes += filled(sizeof(*h->field) * (int64_t)(count))
+    LAY(keys, keys * ((size + 3) / 4 * 4));
+    LAY(key_scale, keys);
+    LAY(zeros, keys);
+    LAY(key_offset, keys);
+    LAY(values, (keys / 2) * padded_values(size));
+    LAY(scores, MOST_ROWS * keys);
+    LAY(shares, MOST_ROWS * keys);
+    LAY(queries.quantized, MOST_ROWS * filled(size));
+    LAY(queries.step, MOST_ROWS);
+    return bytes;
+}
+
+static int64_t heads_room(const Stack *s, int positions) {
+    Heads h;
+    return lay_heads(&h, s, positions, NULL);
+}
+
+/* Keys with a scale each, as S8; values with one for all of the head, as S16. Returns what a step of the values is worth. */
+static float take_head(Heads *h, const Stack *s, const float *key, const float *value, int64_t wide, int n) {
+    int size = s->head_size, quads = (size + 3) / 4, padded = padded_values(size);
+    int32_t *panels = (int32_t *)h->keys, four[64] = {0};
+    __m512 most = _mm512_setzero_ps();
+    for (int j = 0; j < filled(n); j++) {
+        const float *k = key + j * wide, *v = value + j * wide;
+        if (j < n) {
+            __m512 most_key = _mm512_setzero_ps();
+            __m512i sum = _mm512_setzero_si512();
+            for (int i = 0; i < size; i += 16) {
+                most_key = _mm512_max_ps(most_key, _mm512_abs_ps(part(k, i, size)));
+                most = _mm512_max_ps(most, _mm512_abs_ps(part(v, i, size)));
+            }
+            float highest = _mm512_reduce_max_ps(most_key);
+            __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
+            for (int i = 0; i < size; i += 16) {
+                __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(part(k, i, size), inverse));
+                sum = _mm512_add_epi32(sum, x);
+                _mm_storeu_si128((__m128i *)((int8_t *)four + i), _mm512_cvtsepi32_epi8(x));
+            }
+            h->key_scale[j] = highest / 127.0f;
+            h->key_offset[j] = 128 * _mm512_reduce_add_epi32(sum);
+        } else {
+            memset(four, 0, sizeof(four));
+            h->key_scale[j] = 0.0f;
+            h->key_offset[j] = 0;
+        }
+        for (int i = 0; i < quads; i++) panels[((int64_t)(j / PANEL) * quads + i) * PANEL + j % PANEL] = four[i];
+    }
+    float highest = _mm512_reduce_max_ps(most);
+    __m512 inverse = _mm512_set1_ps(highest > 0 ? MOST_VALUE / highest : 0.0f);
+    for (int j = 0; j < n; j += 2)
+        for (int i = 0; i < padded; i += 16) {
+            __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(part(value + j * wide, i, size), inverse)), b = _mm512_setzero_si512();
+            if (j + 1 < n) b = _mm512_cvtps_epi32(_mm512_mul_ps(part(value + (j + 1) * wide, i, size), inverse));
+            a = _mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(b, 16));
+            _mm512_storeu_si512(h->values + (int64_t)(j / 2) * padded + i, a);
+        }
+    return highest / MOST_VALUE;
+}
+
+/* 2^x for x <= 0: off by 4e-6 of it. */
+INLINE __m512 power_of_two(__m512 x) {
+    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.00966637f), r, _mm512_set1_ps(0.05592198f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24022349f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69312105f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* Of scores in powers of 2, what each takes of ``whole``; returns their sum. */
+INLINE int take_shares(const float *scores, int16_t *shares, int n, float whole) {
+    __m512 highest = _mm512_set1_ps(-INFINITY);
+    __m512i sum = _mm512_setzero_si512();
+    for (int i = 0; i < n; i += 16) highest = _mm512_mask_max_ps(highest, tail(n - i), highest, _mm512_loadu_ps(scores + i));
+    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
+    for (int i = 0; i < n; i += 16) {
+        __m512 e = _mm512_maskz_mov_ps(tail(n - i), power_of_two(_mm512_sub_ps(_mm512_loadu_ps(scores + i), highest)));
+        __m512i share_ = _mm512_cvtps_epi32(_mm512_mul_ps(e, _mm512_set1_ps(whole)));
+        sum = _mm512_add_epi32(sum, share_);
+        _mm256_storeu_si256((__m256i *)(shares + i), _mm512_cvtepi32_epi16(share_));
+    }
+    return _mm512_reduce_add_epi32(sum);
+}
+
+/* ``rows`` queries, MOST_ROWS at most, of a head that was taken, ``from`` the text's one of that number on; what they find
+ * goes to ``out``. */
+static void attend_head(Heads *h, const Stack *s, const float *query, int64_t wide, int n, int from, int rows,
+                        const float *bias, float worth, float *out, int64_t out_wide) {
+    int size = s->head_size, padded = padded_values(size);
+    int64_t keys = filled(n), pairs = (n + 1) / 2;
+    float whole = fminf(32767.0f, (float)(INT32_MAX / MOST_VALUE / n)), sums[MOST_ROWS];
+    for (int r = 0; r < rows; r++) give_row(h->queries, &h->layer, r, query + r * wide, s->scale * 1.44269504f);
+    for (int panel = 0; panel < keys / PANEL; panel++) {
+        Sums tiles;
+        tile(h->queries, &h->layer, 0, rows, panel, &tiles);
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < 4; j++) _mm512_storeu_ps(h->scores + r * keys + panel * PANEL + 16 * j, tiles.f[r][j]);
+    }
+    for (int r = 0; r < rows; r++) {
+        float *scores = h->scores + r * keys;
+        for (int t = 0; bias && t < n; t++) {
+            int d = t - (from + r) + s->zero_distance;
+            scores[t] += bias[d < 0 ? 0 : d >= s->distances ? s->distances - 1 : d] * 1.44269504f;
+        }
+        sums[r] = worth / (float)take_shares(scores, h->shares + r * keys, n, whole);
+    }
+    for (int i = 0; i < padded; i += 32) {
+        __m512i sum[MOST_ROWS][2];
+        for (int r = 0; r < MOST_ROWS; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+        const int32_t *v = h->values + i;
+        for (int j = 0; j < pairs; j++, v += padded) {
+            __m512i v0 = _mm512_load_si512(v), v1 = _mm512_load_si512(v + 16);
+            for (int r = 0; r < MOST_ROWS; r++) {
+                int32_t two;
+                memcpy(&two, h->shares + r * keys + 2 * j, 4);
+                __m512i p = _mm512_set1_epi32(two);
+                sum[r][0] = _mm512_dpwssd_epi32(sum[r][0], p, v0);
+                sum[r][1] = _mm512_dpwssd_epi32(sum[r][1], p, v1);
+            }
+        }
+        for (int r = 0; r < rows; r++)
+            for (int j = 0; j < 2; j++) {
+                int at = i + 16 * j;
+                if (at < size)
+                    _mm512_mask_storeu_ps(out + r * out_wide + at, tail(size - at),
+                                          _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][j]), _mm512_set1_ps(sums[r])));
+            }
+    }
+}
+
+/* Rows ``first`` to ``last`` of all attend; what they find takes the place of their queries. */
+static void attend_rows(Context *c, int number, const Stack *s, float *packed, int first, int last) {
+    int size = s->head_size, width = s->heads * size, text = 0;
+    int64_t wide = filled(3 * width);
+    while (c->starts[text + 1] <= first) text++;
+    for (; text < c->texts && c->starts[text] < last; text++) {
+        int start = c->starts[text], n = c->starts[text + 1] - start;
+        int begin = first > start ? first : start, end = last < start + n ? last : start + n;
+        Heads h;
+        lay_heads(&h, s, n, (char *)c->scores[number]);
+        h.layer = (Linear){h.keys, h.key_scale, h.key_offset, h.zeros, size, n, 0};
+        memset(h.zeros, 0, sizeof(float) * filled(n));
+        for (int head = 0; head < s->heads; head++) {
+            float *query = packed + head * size;
+            const float *key = query + start * wide + width;
+            float worth = take_head(&h, s, key, key + width, wide, n);
+            int groups = (end - begin + MOST_ROWS - 1) / MOST_ROWS;
+            for (int g = 0; g < groups; g++) {
+                int row, stop;
+                share(end - begin, groups, g, &row, &stop);
+                float *q = query + (begin + row) * wide;
+                attend_head(&h, s, q, wide, n, begin + row - start, stop - row,
+                            s->bias ? s->bias + (int64_t)head * s->distances : NULL, worth, q, wide);
+            }
+        }
+    }
+}
+
+/* A layer's rows ``first`` to ``last`` once they have attended, as far as the next layer's input. */
+static void finish_rows(Context *c, const Stack *s, const Layer *l, const float *packed, int first, int last) {
+    int64_t hidden = filled(s->hidden), wide = filled(3 * s->heads * s->head_size), inner = filled(l->up.out);
+    Rows own = {c->given[1] + first * c->widest, c->quantized[1] + first * c->widest, c->step[1] + first};
+    Rows next = buffer(c, 0);
+    float *middle = c->middle + first * inner;
+    for (int begin = first; begin < last; begin += BLOCK) {
+        int rows = last - begin < BLOCK ? last - begin : BLOCK;
+        float *x = c->x + begin * hidden;
+        for (int r = 0; r < rows; r++) give_row(own, &l->out, r, packed + (begin + r) * wide, 1.0f);
+        linear_of(own, &l->out, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
+        for (int r = 0; r < rows; r++) {
+            normalize(&l->attention_norm, x + r * hidden, x + r * hidden, s->hidden);
+            give_row(own, &l->up, r, x + r * hidden, 1.0f);
+        }
+        linear_of(own, &l->up, rows, 0, (int)inner / PANEL, (Then){.activation = s->activation, .out = middle});
+        for (int r = 0; r < rows; r++) give_row(own, &l->down, r, middle + r * inner, 1.0f);
+        linear_of(own, &l->down, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
+        for (int r = 0; r < rows; r++) {
+            normalize(&l->feed_forward_norm, x + r * hidden, x + r * hidden, s->hidden);
+            give_row(next, &l[1].qkv, begin + r, x + r * hidden, 1.0f);
+        }
+    }
+}
+
+static void look_up(Context *c, const Stack *s, int row, int64_t token, int position) {
+    float *x = c->x + (int64_t)row * filled(s->hidden);
+    const int8_t *values = s->embedding + token * s->hidden;
+    const float *positions = s->positions + (int64_t)position * s->hidden;
+    __m512 scale = _mm512_set1_ps(s->embedding_scale[token]);
+    for (int i = 0; i < s->hidden; i += 16) {
+        __m512i v = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(tail(s->hidden - i), values + i));
+        _mm512_storeu_ps(x + i, _mm512_fmadd_ps(_mm512_cvtepi32_ps(v), scale, part(positions, i, s->hidden)));
+    }
+    normalize(&s->embedding_norm, x, x, s->hidden);
+    give_row(buffer(c, 0), &s->layer->qkv, row, x, 1.0f);
+}
+
+/* The last layer, of which the first token of each text is all that is wanted, and the classifier's own layers. Threads
+ * share the panels here. */
+static void finish_texts(Context *c, int number, const Stack *s, float *packed) {
+    const Layer *l = &s->layer[s->layers - 1];
+    int size = s->head_size, width = s->heads * size, first, last, texts = c->texts;
+    int64_t hidden = filled(s->hidden), wide = filled(3 * width), read = filled(l->qkv.in), given = filled(width);
+    share(filled(width) / PANEL, c->threads, number, &first, &last);
+    for (int text = 0; text < texts; text++) {
+        int row = c->starts[text];
+        Rows from = {c->given[0] + row * read, c->quantized[0] + row * read, c->step[0] + row};
+        linear_of(from, &l->qkv, 1, first, last, (Then){.out = c->query + text * wide});
+    }
+    barrier(c);
+    Heads h;
+    share(texts * s->heads, c->threads, number, &first, &last);
+    for (int unit = first; unit < last; unit++) {
+        int text = unit / s->heads, head = unit % s->heads, start = c->starts[text], n = c->starts[text + 1] - start;
+        lay_heads(&h, s, n, (char *)c->scores[number]);
+        h.layer = (Linear){h.keys, h.key_scale, h.key_offset, h.zeros, size, n, 0};
+        memset(h.zeros, 0, sizeof(float) * filled(n));
+        const float *key = packed + start * wide + width + head * size;
+        float worth = take_head(&h, s, key, key + width, wide, n);
+        attend_head(&h, s, c->query + text * wide + head * size, wide, n, 0, 1,
+                    s->bias ? s->bias + (int64_t)head * s->distances : NULL, worth, c->given[0] + text * given + head * size, given);
+    }
+    if (number == 0)
+        for (int text = 1; text < texts; text++)
+            memcpy(c->x + text * hidden, c->x + c->starts[text] * hidden, sizeof(float) * hidden);
+    give_rows(c, number, 0, &l->out, texts);
+    linear(c, number, 0, &l->out, texts, (Then){.add = 1, .out = c->x});
+    barrier(c);
+    between(c, number, s, &l->attention_norm, NULL, &l->up, texts, 1.0f);
+    feed_forward(c, number, s, l, texts);
+    between(c, number, s, &l->feed_forward_norm, NULL, &s->last, texts, 1.0f);
+    linear(c, number, 0, &s->last, texts, (Then){.activation = c->head->activation, .out = c->given[1]});
+    barrier(c);
+    linear(c, number, 1, &c->head->out, texts, (Then){.out = c->middle});
+    barrier(c);
+    if (number == 0)
+        for (int text = 0, labels = c->head->out.out; text < texts; text++)
+            memcpy(c->logits + (int64_t)text * labels, c->middle + (int64_t)text * filled(labels), sizeof(float) * labels);
+}
+
+/* Each thread takes some of the rows through a layer, and meets the others where they attend. */
+static void classify(Context *c, int number) {
+    const Stack *s = c->encoder;
+    int first, last, width = s->heads * s->head_size, text = 0, panels = filled(3 * width) / PANEL;
+    int64_t wide = filled(3 * width), read = filled(s->hidden);
+    share(c->rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++) {
+        while (c->starts[text + 1] <= row) text++;
+        look_up(c, s, row, c->ids[row], row - c->starts[text]);
+    }
+    for (int i = 0; i < s->layers; i++) {
+        int end = i == s->layers - 1;
+        float *packed = c->packed + (i % 2) * c->capacity * wide; /* while others still read the last layer's */
+        Rows from = {c->given[0] + first * read, c->quantized[0] + first * read, c->step[0] + first};
+        for (int row = first; row < last; row += BLOCK)
+            linear_of((Rows){from.given + (row - first) * read, from.quantized + (row - first) * read, from.step + row - first},
+                      &s->layer[i].qkv, last - row < BLOCK ? last - row : BLOCK, end ? width / PANEL : 0, panels,
+                      (Then){.out = packed + row * wide});
+        barrier(c);
+        if (end) finish_texts(c, number, s, packed);
+        else if (first < last) {
+            attend_rows(c, number, s, packed, first, last);
+            finish_rows(c, s, &s->layer[i], packed, first, last);
+        }
+    }
+}
+
 /* ---- what native.py calls ---- */
 
 static void *room(void *old, int64_t bytes) {
@@ -967,6 +1294,7 @@ static int reserve(Context *c, int rows, int positions) {
         int64_t hidden = 0, packed = 0, query = 0, middle = 0, given = 0;
         for (int i = 0; i < 2; i++) {
             const Stack *s = i ? c->decoder : c->encoder;
+            if (!s) continue;
             int64_t width = (int64_t)s->heads * s->head_size, inner = filled(s->layer->up.out);
 #define MOST(a, b) if ((a) < (b)) a = (b)
             MOST(hidden, filled(s->hidden));
@@ -978,6 +1306,12 @@ static int reserve(Context *c, int rows, int positions) {
             MOST(given, inner);
         }
         MOST(middle, filled(c->encoder->last.out));
+        if (c->head) {
+            query = packed; /* the queries of such a row */
+            packed *= 2;    /* layers take turns at two */
+            MOST(middle, filled(c->head->out.out));
+            c->widest = given;
+        }
         c->capacity = 0;
         int64_t size = sizeof(float) * rows;
         c->x = room(c->x, size * hidden);
@@ -998,7 +1332,9 @@ static int reserve(Context *c, int rows, int positions) {
     if (positions > c->positions) {
         c->positions = 0;
         for (int i = 0; i < c->threads; i++)
-            if (!(c->scores[i] = room(c->scores[i], sizeof(float) * 4 * ((positions + 15) / 16 * 16)))) return 0;
+            if (!(c->scores[i] = room(c->scores[i], c->head ? heads_room(c->encoder, positions)
+                                                            : (int64_t)sizeof(float) * 4 * ((positions + 15) / 16 * 16))))
+                return 0;
         c->positions = positions;
     }
     return 1;
@@ -1051,6 +1387,38 @@ void deploykit_free(Context *c) {
 
 /* Of the time in steps, what the vocabulary took: from 0 to 1. */
 double deploykit_projection_share(const Context *c) { return c->stepping ? (double)c->choosing / (double)c->stepping : 0.0; }
+
+#define TOKENS_PER_CLASSIFICATION 256 /* of a thread: their weights are read once for all of them */
+
+Context *deploykit_new_classifier(const Stack *encoder, const Head *head, int threads) {
+    Context *c = deploykit_new(encoder, NULL, threads);
+    if (c) c->head = head;
+    return c;
+}
+
+/* ids of ``texts`` texts one after another; ``logits``: [texts][labels]. Returns 0 when there is no memory. */
+int deploykit_classify(Context *c, const int64_t *ids, const int32_t *starts, int texts, float *logits) {
+    int most = TOKENS_PER_CLASSIFICATION * c->threads, longest = 0, rows = 0, labels = c->head->out.out;
+    int32_t relative[TOKENS_PER_CLASSIFICATION + 1];
+    for (int first = 0, last; first < texts; first = last) {
+        relative[0] = rows = 0;
+        for (last = first; last < texts && last - first < TOKENS_PER_CLASSIFICATION; last++) {
+            int n = starts[last + 1] - starts[last];
+            if (last > first && rows + n > most) break;
+            rows += n;
+            relative[last - first + 1] = rows;
+            if (n > longest) longest = n;
+        }
+        if (!reserve(c, rows, longest)) return 0;
+        c->ids = ids + starts[first];
+        c->starts = relative;
+        c->texts = last - first;
+        c->rows = rows;
+        c->logits = logits + (int64_t)first * labels;
+        run(c, classify);
+    }
+    return 1;
+}
 
 /* ids of ``texts`` texts one after another; ``cross``: where to write what each gives. Returns 0 when there is no memory. */
 int deploykit_encode(Context *c, const int64_t *ids, const int32_t *starts, int texts, int8_t **cross) {

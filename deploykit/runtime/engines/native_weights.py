@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from ctypes import POINTER, c_float, c_int32, c_void_p
 from pathlib import Path
@@ -23,7 +24,7 @@ PANEL = 64
 """Columns of a linear layer that lie together."""
 ALIGNMENT = 64
 _TYPES = {"I8": np.int8, "I32": np.int32, "F32": np.float32}
-_ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh")
+_ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh", "tanh")
 _LARGEST_HEAD = 256
 
 
@@ -55,15 +56,14 @@ class StackStruct(ctypes.Structure):
     )  # fmt: skip
 
 
-class Weights:
-    """A mapped file of weights, and both stacks laid over it.
+class HeadStruct(ctypes.Structure):
+    _fields_ = (("out", LinearStruct), ("activation", c_int32))
 
-    ``longest``: positions that encoder and decoder know, None for any. Raises EngineError or CorruptArtifactError naming
-    the file that cannot be read.
-    """
+
+class _File(ABC):
+    """A mapped file of weights. Raises EngineError or CorruptArtifactError naming the file that cannot be read."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
         try:
             self._bytes = np.memmap(path, np.uint8, "r")
             (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
@@ -73,22 +73,18 @@ class Weights:
             self._tensors: Mapping[str, Any] = header
             if metadata["format"] != FORMAT:
                 raise EngineError(f"{path}: is of the format {metadata['format']}, not {FORMAT}", "export it again")
-            model = json.loads(metadata["model"])
             self._kept: list[Any] = []
-            self.encoder, self.decoder = self._stack(model["encoder"]), self._stack(model["decoder"])
-            self.source_vocabulary: int = model["encoder"]["vocabulary"]
-            self.vocabulary: int = model["decoder"]["vocabulary"]
-            self.longest = tuple(model[name]["longest"] for name in ("encoder", "decoder"))
-            width = model["decoder"]["heads"] * model["decoder"]["head_size"]
-            cross = 2 * len(model["decoder"]["layers"]) * width
-            if model["encoder"]["last"]["out"] != cross or model["decoder"]["last"]["out"] != self.vocabulary:
-                raise ValueError("encoder and decoder do not fit")
+            self._lay(json.loads(metadata["model"]))
         except OSError as error:
             raise EngineError(f"{path}: {error.strerror or error}", "export it again") from error
         except (ValueError, KeyError, TypeError, struct.error) as error:
             raise CorruptArtifactError(
                 f"{path}: is not a file of weights: {type(error).__name__} {error}", "export it again"
             ) from error
+
+    @abstractmethod
+    def _lay(self, model: Mapping[str, Any]) -> None:
+        """Lay the structures of ``model`` over the tensors. Raises ValueError or KeyError where they do not fit."""
 
     def _stack(self, model: Mapping[str, Any]) -> StackStruct:
         layers = (LayerStruct * len(model["layers"]))()
@@ -158,6 +154,41 @@ class Weights:
         return address
 
 
+class Weights(_File):
+    """Both stacks of a translator. ``longest``: positions that encoder and decoder know, None for any."""
+
+    def _lay(self, model: Mapping[str, Any]) -> None:
+        self.encoder, self.decoder = self._stack(model["encoder"]), self._stack(model["decoder"])
+        self.source_vocabulary: int = model["encoder"]["vocabulary"]
+        self.vocabulary: int = model["decoder"]["vocabulary"]
+        self.longest = tuple(model[name]["longest"] for name in ("encoder", "decoder"))
+        width = model["decoder"]["heads"] * model["decoder"]["head_size"]
+        cross = 2 * len(model["decoder"]["layers"]) * width
+        if model["encoder"]["last"]["out"] != cross or model["decoder"]["last"]["out"] != self.vocabulary:
+            raise ValueError("encoder and decoder do not fit")
+
+
+class ClassifierWeights(_File):
+    """The encoder of a classifier, and its head. ``longest``: positions that it knows."""
+
+    def _lay(self, model: Mapping[str, Any]) -> None:
+        encoder, head = model["encoder"], model["head"]
+        self.encoder = self._stack(encoder)
+        self.head = HeadStruct(self._linear(head["out"]), _ACTIVATIONS.index(head["activation"]))
+        self.vocabulary: int = encoder["vocabulary"]
+        self.longest: int = encoder["longest"]
+        self.labels: int = head["out"]["out"]
+        if head["out"]["in"] != encoder["last"]["out"]:
+            raise ValueError("the head's layers do not fit")
+        if encoder["pre_norm"] or not (self.longest and encoder["embedding_norm"]):
+            raise ValueError("is not a classifier's encoder")
+
+    @property
+    def int8_layers(self) -> int:
+        """How many linear layers are INT8."""
+        return _int8_layers(self.encoder)
+
+
 def _check_shapes(model: Mapping[str, Any]) -> None:
     """Raises ValueError where what a layer gives is not what the next one takes: the library would read on."""
     hidden, width = model["hidden"], model["heads"] * model["head_size"]
@@ -175,10 +206,12 @@ def _check_shapes(model: Mapping[str, Any]) -> None:
 
 
 def int8_layers(path: Path) -> int:
-    """How many linear layers of a file of weights are INT8."""
+    """How many linear layers of a translator's file of weights are INT8."""
     weights = Weights(path)
-    parts = [stack.layer[i] for stack in (weights.encoder, weights.decoder) for i in range(stack.layers)]
-    linear = [getattr(part, name) for part in parts for name, kind, *_ in LayerStruct._fields_ if kind is LinearStruct]
-    return sum(
-        bool(each.weight) and not each.is_float for each in (*linear, weights.encoder.last, weights.decoder.last)
-    )
+    return _int8_layers(weights.encoder) + _int8_layers(weights.decoder)
+
+
+def _int8_layers(stack: StackStruct) -> int:
+    names = [name for name, kind, *_ in LayerStruct._fields_ if kind is LinearStruct]
+    linear = [getattr(stack.layer[i], name) for i in range(stack.layers) for name in names]
+    return sum(bool(each.weight) and not each.is_float for each in (*linear, stack.last))

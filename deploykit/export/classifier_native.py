@@ -1,0 +1,60 @@
+"""The file of weights that deploykit's own engine for classifiers reads (``runtime/engines/native_classifier.py``).
+
+It needs no calibration: INT8 layers have a scale for each row of activations, found as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from deploykit.export.encoders import EncoderClassifier
+from deploykit.export.quantize import quantize_weight
+from deploykit.export.seq2seq_graph import side_by_side
+from deploykit.export.seq2seq_native import NativeWriter
+from deploykit.export.seq2seq_writer import activation_of
+
+
+def parts(encoder: EncoderClassifier) -> list[str]:
+    """The linear layers that can be INT8, by name."""
+    return [f"{i}.{part}" for i in range(len(encoder.layers)) for part in ("qkv", "out", "up", "down")]
+
+
+def save_native_classifier(path: Path, encoder: EncoderClassifier, int8: Collection[str]) -> None:
+    """Write ``encoder`` with the ``parts`` named in ``int8`` in INT8, the others in float32. The head is float32."""
+    writer = NativeWriter(dict.fromkeys(int8, (0.0, 0.0)))
+    e = encoder
+    values, scales = quantize_weight(e.embedding, axis=0)
+    head_size = e.embedding.shape[1] // e.heads
+    stack = {
+        "hidden": e.embedding.shape[1],
+        "vocabulary": len(e.embedding),
+        "longest": len(e.positions),
+        "pre_norm": False,
+        "embedding": writer.keep(values),
+        "embedding_scale": writer.keep(scales),
+        "positions": writer.keep(e.positions),
+        "embedding_norm": writer.norm(e.embedding_norm),
+        "bias": None if e.bias is None else writer.keep(e.bias.by_distance),
+        "distances": 0 if e.bias is None else e.bias.by_distance.shape[1],
+        "zero_distance": 0 if e.bias is None else e.bias.zero,
+        "heads": e.heads,
+        "head_size": head_size,
+        "scale": head_size**-0.5,
+        "output_scale": 1.0,
+        "last_norm": None,
+        "last": writer.linear("head", e.dense),
+        "layers": [
+            {
+                "qkv": writer.linear(f"{i}.qkv", side_by_side(layer.attention.query, layer.attention.key, layer.attention.value)),
+                "out": writer.linear(f"{i}.out", layer.attention.out),
+                "up": writer.linear(f"{i}.up", layer.feed_forward.up),
+                "down": writer.linear(f"{i}.down", layer.feed_forward.down),
+                "activation": activation_of(layer.feed_forward.activation),
+                "attention_norm": writer.norm(layer.attention_norm),
+                "feed_forward_norm": writer.norm(layer.feed_forward_norm),
+            }
+            for i, layer in enumerate(e.layers)
+        ],
+    }
+    writer.save(path, {"encoder": stack, "head": {"out": writer.linear("head", e.out), "activation": e.activation}})

@@ -1,0 +1,74 @@
+"""deploykit's own engine for classifiers in INT8, on x86-64 CPUs with AVX-512 VNNI: ``native.c``."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from ctypes import POINTER, byref, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.errors import EngineError
+from deploykit.runtime.engines.native_library import library_file
+from deploykit.runtime.engines.native_weights import ClassifierWeights, HeadStruct, StackStruct
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(library_file()))
+    library.deploykit_new_classifier.restype = c_void_p
+    library.deploykit_new_classifier.argtypes = (POINTER(StackStruct), POINTER(HeadStruct), ctypes.c_int)
+    library.deploykit_free.argtypes = (c_void_p,)
+    library.deploykit_free.restype = None
+    library.deploykit_classify.argtypes = (c_void_p, c_void_p, c_void_p, ctypes.c_int, c_void_p)
+    return library
+
+
+class NativeEngine:
+    """Padding is left out, so that it costs nothing; what a text gives does not depend on what shares its batch, nor on
+    the number of threads."""
+
+    token_budget = 8192
+
+    def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
+        self._library = _library()
+        self._weights = ClassifierWeights(graph)
+        self._context = self._library.deploykit_new_classifier(
+            byref(self._weights.encoder), byref(self._weights.head), threads
+        )
+        if not self._context:
+            raise EngineError("there is no memory for another model", "close other programs")
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None):
+            self._library.deploykit_free(self._context)
+            self._context = None
+
+    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
+        mask = inputs["attention_mask"] != 0
+        ids = inputs["input_ids"][mask]
+        lengths = mask.sum(axis=1)
+        starts = np.zeros(len(mask) + 1, np.int32)
+        np.cumsum(lengths, out=starts[1:])
+        self._check(ids, lengths)
+        logits = np.empty((len(mask), self._weights.labels), np.float32)
+        if not self._library.deploykit_classify(
+            self._context, ids.ctypes.data, starts.ctypes.data, len(mask), logits.ctypes.data
+        ):
+            raise EngineError("there is no memory for this batch", "close other programs")
+        return [logits]
+
+    def int8_kernels(self) -> int:
+        return self._weights.int8_layers
+
+    def _check(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """The library looks tokens and positions up unchecked."""
+        w = self._weights
+        if lengths.min() < 1 or lengths.max() > w.longest:
+            raise EngineError(f"the model knows texts of 1 to {w.longest} tokens", "lower max_length")
+        if not 0 <= ids.min() <= ids.max() < w.vocabulary:
+            raise EngineError(f"a token is not one of the model's {w.vocabulary}", "export the model again")
