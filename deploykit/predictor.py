@@ -176,8 +176,6 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
     if translates and not ENGINES[names[0]].decoder:
         decoding = " or ".join(_decoding())
         raise UsageError(f"the engine {engine} does not run translation", f"give --engine {decoding}")
-    if not translates and not ENGINES[names[0]].location:
-        raise UsageError(f"the engine {engine} does not classify", "give --engine openvino or onnxruntime")
     for name in names:
         if to_run:
             check_engine(name)

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -21,6 +21,8 @@ from deploykit.errors import ExportError, UsageError
 from deploykit.evaluate import labelled_rows
 from deploykit.export.calibration import Calibration
 from deploykit.export.classification_calibration import activations_of, calibrate, tokenized
+from deploykit.export.classifier_native import linear_parts, save_native_classifier
+from deploykit.export.encoders import EncoderClassifier, read_encoder
 from deploykit.export.grading import Grader, Line
 from deploykit.export.graphs import export_classifier, export_half_classifier
 from deploykit.export.parity import check_parity
@@ -36,7 +38,7 @@ from deploykit.finetune.qat import TrainedScales
 from deploykit.metrics import classification_metrics
 from deploykit.predictor import TextClassifier
 from deploykit.runtime.classifier import load_classifier
-from deploykit.runtime.engines import ENGINES, Engine, Precision, load_engine
+from deploykit.runtime.engines import ENGINES, NATIVE_FILE, Engine, Precision, load_engine
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
 from deploykit.tasks import Classification
 from deploykit.trace import Trace
@@ -166,8 +168,17 @@ class _Grader(Grader[NDArray[np.float32]]):
         return load_classifier(self._directory, self._task, engine).scores(self._texts if texts is None else texts)
 
 
-class _Quantizer:
-    """Writes the Q/DQ graph of one scheme, with some activations left as they are in ``model``."""
+class _Quantizer(Protocol):
+    """``parts`` are what can be INT8."""
+
+    parts: Sequence[str]
+
+    def write(self, parts: Collection[str]) -> Any:
+        """Write the model with these in INT8, the others as they are."""
+
+
+class _GraphQuantizer:
+    """Writes the Q/DQ graph of one scheme. Its parts are activations: the layers that read one are INT8 together."""
 
     def __init__(
         self,
@@ -180,13 +191,24 @@ class _Quantizer:
     ) -> None:
         self._model = model
         self._path, self._scheme, self._ranges, self._embeddings = path, scheme, ranges, embeddings
+        self.parts = list(ranges)
 
-    def write(self, activations: Collection[str]) -> QuantizedCount:
-        """Quantize the layers that read ``activations``."""
-        ranges = {name: self._ranges[name] for name in self._ranges if name in activations}
+    def write(self, parts: Collection[str]) -> QuantizedCount:
+        ranges = {name: self._ranges[name] for name in self._ranges if name in parts}
         quantized, count = quantize(self._model, ranges, self._scheme, embeddings=self._embeddings)
         onnx.save(quantized, self._path)
         return count
+
+
+class _NativeQuantizer:
+    """Writes the weights of deploykit's own engine. Its parts are layers; it needs no ranges."""
+
+    def __init__(self, encoder: EncoderClassifier, path: Path) -> None:
+        self._encoder, self._path = encoder, path
+        self.parts = linear_parts(encoder)
+
+    def write(self, parts: Collection[str]) -> None:
+        save_native_classifier(self._path, self._encoder, parts)
 
 
 @dataclass(frozen=True)
@@ -248,21 +270,26 @@ def _quantize(
         say(f"{len(ranges)} activations have the ranges that the checkpoint was trained with")
     calibration.save(directory)
     calibration.save_ranges(directory, method, ranges)
-    quantizers = {scheme: _Quantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
-    counts = {scheme: quantizer.write(ranges) for scheme, quantizer in quantizers.items()}
-    whole = counts[_SCHEMES[0]]
+    graphs = {scheme: _GraphQuantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
+    whole = [quantizer.write(ranges) for quantizer in graphs.values()][0]
     say(
         f"quantized {whole.linear_layers} linear layers ({whole.quantize_nodes} QuantizeLinear, "
         f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"
     )
+    quantizers: dict[str, _Quantizer] = {f"model.{scheme}.onnx": quantizer for scheme, quantizer in graphs.items()}
+    if (native := _native_quantizer(reference, directory, say)) is not None:
+        native.write(native.parts)
+        quantizers[NATIVE_FILE] = native
     say("measuring accuracy")
     searches: dict[str, Search] = {}
-    kept: dict[Scheme, Collection[str]] = {}
+    kept: dict[str, Collection[str]] = {}
     for engine in _engines("int8"):
-        scheme = next(s for s in _SCHEMES if ENGINES[engine].graphs["int8"] == f"model.{s}.onnx")
-        search = _hold_limit(engine, quantizers[scheme], ranges, options, grader, remedy, trace, say)
+        file = ENGINES[engine].graphs["int8"]
+        if file not in quantizers:
+            continue
+        search = _hold_limit(engine, quantizers[file], options, grader, remedy, trace, say)
         if search is not None:
-            searches[engine], kept[scheme] = search, search.kept
+            searches[engine], kept[file] = search, search.kept
     smoothed = calibrated.smoothed
     record = {
         **dataclasses.asdict(whole),
@@ -271,26 +298,32 @@ def _quantize(
         "smooth_quant": {"alpha": options.smooth_quant, **dataclasses.asdict(smoothed)} if smoothed else None,
         "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
     }
-    return record, {name: limits for name, limits in ranges.items() if name not in kept.get("s8s8", ())}
+    return record, {name: limits for name, limits in ranges.items() if name not in kept.get("model.s8s8.onnx", ())}
+
+
+def _native_quantizer(reference: TorchClassifier, directory: Path, say: Say) -> _NativeQuantizer | None:
+    """None, and a word of it, for a model that deploykit's own engine does not run."""
+    try:
+        return _NativeQuantizer(read_encoder(reference.model), directory / NATIVE_FILE)
+    except ExportError as error:
+        say(f"nothing for the engine native: {error.message}")
+        return None
 
 
 def _hold_limit(
-    engine: str, quantizer: _Quantizer, ranges: Ranges, options: ExportOptions, grader: _Grader, remedy: str,
-    trace: Trace, say: Say,
-) -> Search | None:  # fmt: skip
-    """Of the activations that have ``ranges``, leave as few as hold the limit in fp32."""
+    engine: str, quantizer: _Quantizer, options: ExportOptions, grader: _Grader, remedy: str, trace: Trace, say: Say
+) -> Search | None:
+    """Of the quantizer's parts, leave as few as hold the limit in fp32."""
 
     def write(kept: Collection[str]) -> Line:
-        quantizer.write(set(ranges) - set(kept))
+        quantizer.write(set(quantizer.parts) - set(kept))
         return grader.grade("int8", engine)
 
     def sample(part: str | None) -> NDArray[np.float32]:
-        if part is None:
-            return grader.sample("fp32", engine)
-        quantizer.write([part])
+        quantizer.write([] if part is None else [part])
         return grader.sample("int8", engine)
 
-    return hold_limit(f"INT8 on {engine}", list(ranges), write, sample, grader, options.max_drop, trace, say, remedy)
+    return hold_limit(f"INT8 on {engine}", quantizer.parts, write, sample, grader, options.max_drop, trace, say, remedy)
 
 
 def _build_engines(
@@ -312,7 +345,7 @@ def _build_engines(
             half = directory / "half.onnx"
             export_half_classifier(reference.model, half, torch.float16)
             model, _ = smooth(onnx.load(half), smoothing)
-            count = _Quantizer(model, graph, "s8s8", ranges, embeddings=False).write(ranges)
+            count = _GraphQuantizer(model, graph, "s8s8", ranges, embeddings=False).write(ranges)
             half.unlink()
             say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
         remedy = "leave this --precision out, try another --method"

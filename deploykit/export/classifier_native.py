@@ -15,13 +15,13 @@ from deploykit.export.seq2seq_native import NativeWriter
 from deploykit.export.seq2seq_writer import activation_of
 
 
-def parts(encoder: EncoderClassifier) -> list[str]:
+def linear_parts(encoder: EncoderClassifier) -> list[str]:
     """The linear layers that can be INT8, by name."""
     return [f"{i}.{part}" for i in range(len(encoder.layers)) for part in ("qkv", "out", "up", "down")]
 
 
 def save_native_classifier(path: Path, encoder: EncoderClassifier, int8: Collection[str]) -> None:
-    """Write ``encoder`` with the ``parts`` named in ``int8`` in INT8, the others in float32. The head is float32."""
+    """Write ``encoder`` with the ``linear_parts`` named in ``int8`` in INT8, the others in float32. The head is float32."""
     writer = NativeWriter(dict.fromkeys(int8, (0.0, 0.0)))
     e = encoder
     values, scales = quantize_weight(e.embedding, axis=0)

@@ -214,7 +214,7 @@ TRANSLATION_ENGINE = "onnxruntime"
 NATIVE_FILE = "native.int8.safetensors"
 
 # In the order in which "auto" prefers them: OpenVINO encodes faster than ONNX Runtime on every x86 CPU measured here, and
-# our own engine translates faster than both.
+# our own engine is faster than both.
 ENGINES: Mapping[str, EngineInfo] = {
     "tensorrt": EngineInfo(
         "deploykit.runtime.engines.tensorrt_classifier:TensorRtEngine",
@@ -224,7 +224,12 @@ ENGINES: Mapping[str, EngineInfo] = {
         built=True,
         gpu=True,
     ),
-    "native": EngineInfo(decoder="deploykit.runtime.engines.native:NativeModel", translators={"int8": (NATIVE_FILE,)}),
+    "native": EngineInfo(
+        "deploykit.runtime.engines.native_classifier:NativeEngine",
+        graphs={"int8": NATIVE_FILE},
+        decoder="deploykit.runtime.engines.native:NativeModel",
+        translators={"int8": (NATIVE_FILE,)},
+    ),
     "openvino": EngineInfo(
         "deploykit.runtime.engines.openvino:OpenVinoEngine",
         ("openvino",),
