@@ -76,6 +76,7 @@ CONTENDERS = (
     Contender("deploykit onnxruntime", "fp32", "onnxruntime"),
     Contender("deploykit onnxruntime", "int8", "onnxruntime"),
     Contender("deploykit openvino", "int8", "openvino"),
+    Contender("deploykit native", "int8", "numpy"),
     Contender("PyTorch CUDA", "fp16", "torch", gpu=True),
     Contender("ONNX Runtime CUDA", "fp32", "onnxruntime", gpu=True),
 )
@@ -85,6 +86,8 @@ def missing(contender: Contender) -> str | None:
     """Why a contender cannot run here."""
     if importlib.util.find_spec(contender.package) is None:
         return f"{contender.package} is not installed: pip install 'deploykit[finetune,cpu,openvino,peers]'"
+    if contender.own and (lacks := ENGINES[contender.engine.split()[1]].lacks):
+        return f"{contender.engine}: {lacks}"
     if contender.engine == "torch.compile" and not shutil.which("g++"):
         return "torch.compile needs a C++ compiler: apt-get install g++"
     if contender.gpu and not shutil.which("nvidia-smi"):
@@ -94,7 +97,10 @@ def missing(contender: Contender) -> str | None:
 
 def prepare(contender: Contender, subject: Subject, calibration: Sequence[str]) -> None:
     """Write what a peer converts or quantizes, once. Raises ValueError for what it cannot convert."""
-    if contender.precision == "dynamic int8":
+    if contender.own:
+        if not _graph(contender, subject).is_file():
+            raise ValueError(f"the export has no {_graph(contender, subject).name}")
+    elif contender.precision == "dynamic int8":
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         quantize_dynamic(subject.export / "model.onnx", _made(contender, subject), weight_type=QuantType.QInt8)
@@ -119,8 +125,7 @@ def size_mb(contender: Contender, subject: Subject) -> float:
     """Of its weights on disk, in 1e6 bytes."""
     made = _made(contender, subject)
     if contender.own:
-        graphs = ENGINES[contender.engine.split()[1]].graphs
-        files = [subject.export / graphs[contender.precision]]
+        files = [_graph(contender, subject)]
     elif made.exists():
         files = [p for p in ([made] if made.is_file() else made.rglob("*")) if p.suffix in (".onnx", ".bin")]
     elif contender.package == "torch":
@@ -232,6 +237,11 @@ def _made(contender: Contender, subject: Subject) -> Path:
     if contender.precision == "dynamic int8":
         return subject.made / "dynamic.onnx"
     return subject.made / ("nncf" if contender.package == "nncf" else contender.engine)
+
+
+def _graph(contender: Contender, subject: Subject) -> Path:
+    """That of the export which our own engine runs."""
+    return subject.export / ENGINES[contender.engine.split()[1]].graphs[contender.precision]
 
 
 def _quantize_by_nncf(subject: Subject, texts: Sequence[str], out: Path) -> None:

@@ -125,7 +125,9 @@ def translation_metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
 SERVER_URL = click.option(
     "--url", default="http://127.0.0.1:8000", show_default=True, help="HTTP address of the server, for a served model."
 )
-ENGINE = click.option("--engine", default="auto", show_default=True, help="auto, tensorrt, native, openvino or onnxruntime.")
+ENGINE = click.option(
+    "--engine", default="auto", show_default=True, help="auto, tensorrt, native, openvino or onnxruntime."
+)
 PRECISION = click.option(
     "--precision", default="auto", show_default=True, help="auto (INT8 if there is one), int8, fp16, bf16, fp32."
 )

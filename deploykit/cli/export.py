@@ -72,7 +72,9 @@ def command(
     options = ExportOptions(int8=int8 or (trt and "int8" in wanted), trt=engines, **values)
     done = export(checkpoint, out, options, force=force, say=say)
     metrics = done.manifest.metrics
-    sizes = {n: r.bytes for n, r in done.manifest.files.items() if n.endswith((".onnx", ".bin", ".safetensors", ".engine"))}
+    sizes = {
+        n: r.bytes for n, r in done.manifest.files.items() if n.endswith((".onnx", ".bin", ".safetensors", ".engine"))
+    }
     record: dict[str, Any] = {
         "out": str(out),
         "reused": done.reused,

@@ -171,7 +171,7 @@ class _Grader(Grader[NDArray[np.float32]]):
 class _Quantizer(Protocol):
     """``parts`` are what can be INT8."""
 
-    parts: Sequence[str]
+    parts: list[str]
 
     def write(self, parts: Collection[str]) -> Any:
         """Write the model with these in INT8, the others as they are."""
@@ -271,7 +271,7 @@ def _quantize(
     calibration.save(directory)
     calibration.save_ranges(directory, method, ranges)
     graphs = {scheme: _GraphQuantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
-    whole = [quantizer.write(ranges) for quantizer in graphs.values()][0]
+    whole, *_ = [quantizer.write(ranges) for quantizer in graphs.values()]
     say(
         f"quantized {whole.linear_layers} linear layers ({whole.quantize_nodes} QuantizeLinear, "
         f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"

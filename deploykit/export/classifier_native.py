@@ -46,7 +46,9 @@ def save_native_classifier(path: Path, encoder: EncoderClassifier, int8: Collect
         "last": writer.linear("head", e.dense),
         "layers": [
             {
-                "qkv": writer.linear(f"{i}.qkv", side_by_side(layer.attention.query, layer.attention.key, layer.attention.value)),
+                "qkv": writer.linear(
+                    f"{i}.qkv", side_by_side(layer.attention.query, layer.attention.key, layer.attention.value)
+                ),
                 "out": writer.linear(f"{i}.out", layer.attention.out),
                 "up": writer.linear(f"{i}.up", layer.feed_forward.up),
                 "down": writer.linear(f"{i}.down", layer.feed_forward.down),

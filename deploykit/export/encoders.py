@@ -29,6 +29,7 @@ from deploykit.export.architecture import (
     RelativeBias,
     Weights,
 )
+from deploykit.export.seq2seq_writer import activation_of
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def read_encoder(model: Any) -> EncoderClassifier:
     epsilon = getattr(config, "layer_norm_eps", _DISTILBERT_EPSILON)
     query, key, value, out, attention_norm, up, down, feed_forward_norm = family.layer
     activation = getattr(config, "hidden_act", None) or config.activation
+    activation_of(activation)
     try:
         positions = weights[f"{family.base}.embeddings.position_embeddings.weight"]
         if family.skips_padding:
@@ -134,7 +136,9 @@ def read_encoder(model: Any) -> EncoderClassifier:
             dense=weights.linear(family.dense),
             activation=family.activation,
             out=weights.linear(family.out),
-            bias=_relative_bias(getattr(model, family.base).encoder, weights[f"{family.base}.{family.relative}"], positions)
+            bias=_relative_bias(
+                getattr(model, family.base).encoder, weights[f"{family.base}.{family.relative}"], positions
+            )
             if family.relative
             else None,
         )

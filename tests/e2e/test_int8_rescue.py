@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from deploykit.artifacts import load_manifest
+from deploykit.runtime.engines.native_library import lacks
 
 Deploykit = Callable[..., tuple[int, str, str]]
 TRAINING = ("--batch-size", 32, "--max-length", 24, "--seed", 3)
@@ -172,7 +173,7 @@ def test_smooth_quant_is_an_option_of_the_export(deploykit: Deploykit, run: Path
     assert quantization["linear_layers"] == 12
     assert not (tmp_path / "e" / "smoothed.onnx").exists()
     kernels = {x["engine"]: x["int8_kernels"] for x in json.loads(out)["accuracy"] if x["precision"] == "int8"}
-    assert kernels == {"openvino": 12, "onnxruntime": 12}
+    assert kernels == {"openvino": 12, "onnxruntime": 12, **({"native": 8} if lacks() is None else {})}
     code, _, err = deploykit("export", run, "--out", tmp_path / "e", "--smooth-quant", 0.8, *words)
     assert code == 1, "another alpha is another export"
     assert "made from other inputs or options" in err

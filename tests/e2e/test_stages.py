@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 
 from deploykit.artifacts import load_manifest
 from deploykit.data.classification import read_texts
-from deploykit.predictor import open_predictor
+from deploykit.predictor import find_graphs, open_predictor
+from deploykit.runtime.engines.native_library import lacks
 
 Deploykit = Callable[..., tuple[int, str, str]]
 ENGINES = ["openvino", "onnxruntime"]
@@ -137,7 +139,9 @@ def test_an_export_says_what_was_checked(deploykit: Deploykit, checkpoint: Path,
     assert record["parity"]["argmax_agreement"] == 1
     assert record["quantization"]["quantize_nodes"] > 0
     kernels = {line["engine"]: line["int8_kernels"] for line in record["accuracy"] if line["precision"] == "int8"}
-    assert kernels == {"openvino": 36, "onnxruntime": 36}
+    assert kernels == {"openvino": 36, "onnxruntime": 36, **({"native": 24} if lacks() is None else {})}
+    manifest = load_manifest(exported)
+    assert (find_graphs(exported, manifest, engine="auto", precision="auto").engine == "native") == (lacks() is None)
     assert record["size_bytes"]["model.s8s8.onnx"] < record["size_bytes"]["model.onnx"] / 3
 
 
@@ -219,8 +223,13 @@ def test_a_calibration_is_an_artifact_of_the_checkpoint(
     assert (code, "is an export, but a calibration is wanted" in err) == (1, True)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("precision", "engine"),
+    [
+        *itertools.product(("fp32", "int8"), ENGINES),
+        pytest.param("int8", "native", marks=pytest.mark.skipif(lacks() is not None, reason=f"native: {lacks()}")),
+    ],
+)
 def test_the_same_text_gets_the_same_answer_whatever_shares_its_batch(
     exported: Path, small_csv: Path, engine: str, precision: str
 ) -> None:

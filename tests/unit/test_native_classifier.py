@@ -1,0 +1,150 @@
+"""The engine ``native`` on classifiers, beside PyTorch on the same weights, and what it makes of broken files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from deploykit.errors import CorruptArtifactError, EngineError, ExportError
+from deploykit.export.classifier_native import linear_parts, save_native_classifier
+from deploykit.export.encoders import FAMILIES, read_encoder
+from deploykit.runtime.engines.native_classifier import NativeEngine
+from deploykit.runtime.engines.native_library import lacks
+
+runs_here = pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
+
+VOCABULARY, LONGEST, PAD = 119, 200, 1
+SHAPES = {"bert": (48, 4), "distilbert": (80, 2), "mpnet": (128, 1), "electra": (64, 2)}
+"""Hidden size and heads, of 12 to 128 values; 32 and 4 where nothing is said."""
+
+
+@cache
+def model_of(family: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    hidden, heads = SHAPES.get(family, (32, 4))
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": 3, "intermediate_size": 72}
+    if family == "distilbert":
+        sizes = {"dim": hidden, "n_heads": heads, "n_layers": 3, "hidden_dim": 72}
+    extra = {"embedding_size": hidden} if family == "electra" else {}
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, max_position_embeddings=LONGEST + 2, pad_token_id=PAD, initializer_range=0.1,
+        num_labels=3, attn_implementation="eager", **{**sizes, **extra, **settings},
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    if family == "mpnet":  # whose biases are to matter
+        model.mpnet.encoder.relative_attention_bias.weight.data *= 20
+    return model
+
+
+def texts_of(*lengths: int) -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(PAD + 1, VOCABULARY, n).tolist() for n in lengths]
+
+
+def padded(texts: Sequence[Sequence[int]]) -> dict[str, Any]:
+    ids = np.full((len(texts), max(map(len, texts))), PAD, np.int64)
+    mask = np.zeros_like(ids)
+    for i, text in enumerate(texts):
+        ids[i, : len(text)], mask[i, : len(text)] = text, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def by_torch(model: Any, texts: Sequence[Sequence[int]]) -> Any:
+    with torch.inference_mode():
+        return model(**{name: torch.from_numpy(array) for name, array in padded(texts).items()}).logits.numpy()
+
+
+def save(folder: Path, family: str, int8: Sequence[str] | None = None) -> Path:
+    """With all layers in INT8, or those named."""
+    encoder = read_encoder(model_of(family))
+    parts = linear_parts(encoder) if int8 is None else int8
+    path = folder / f"{family}-{len(parts)}.safetensors"  # never over one that is mapped
+    save_native_classifier(path, encoder, parts)
+    return path
+
+
+@runs_here
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_computes_what_pytorch_does(family: str, tmp_path: Path) -> None:
+    texts = texts_of(1, 2, 3, 16, 17, 31, 64, 65, 150, LONGEST)
+    expected = by_torch(model_of(family), texts)
+    whole, rounded = NativeEngine(save(tmp_path, family, []), 2), NativeEngine(save(tmp_path, family), 2)
+    assert (whole.int8_kernels(), rounded.int8_kernels()) == (0, 12)
+    error = np.abs(whole.run(padded(texts))[0] - expected)
+    assert error.mean() < 0.01 * expected.std(), "embeddings and attention are rounded all the same"
+    errors = np.abs(rounded.run(padded(texts))[0] - expected)
+    assert error.mean() < errors.mean() < 0.05 * expected.std()
+
+
+@runs_here
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_a_text_has_the_same_bits_in_any_company_and_on_any_threads(family: str, tmp_path: Path) -> None:
+    path = save(tmp_path, family, [part for part in linear_parts(read_encoder(model_of(family))) if part != "1.up"])
+    texts = texts_of(*range(1, 40), 199, 7, 64, 150, 3, 130, 128, 5)
+    alone = np.concatenate([NativeEngine(path, 1).run(padded([text]))[0] for text in texts])
+    for threads in (1, 2, 5):
+        engine = NativeEngine(path, threads)
+        assert (engine.run(padded(texts))[0] == alone).all()
+        assert (engine.run(padded(texts[::-1]))[0] == alone[::-1]).all()
+        assert (engine.run(padded(texts[20:23]))[0] == alone[20:23]).all()
+
+
+@runs_here
+def test_layers_that_are_not_named_stay_float32(tmp_path: Path) -> None:
+    texts = texts_of(5, 9, 30)
+    expected = by_torch(model_of("bert"), texts)
+    parts = linear_parts(read_encoder(model_of("bert")))
+    some = NativeEngine(save(tmp_path, "bert", parts[:4]), 1)
+    assert some.int8_kernels() == 4
+    kept = np.abs(some.run(padded(texts))[0] - expected).mean()
+    assert kept < np.abs(NativeEngine(save(tmp_path, "bert"), 1).run(padded(texts))[0] - expected).mean()
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "says"),
+    [
+        ("albert", {}, "not albert"),
+        ("electra", {"embedding_size": 16}, "electra has electra.embeddings_project"),
+        ("bert", {"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
+        ("bert", {"is_decoder": True}, "attends in another way"),
+    ],
+)
+def test_a_model_that_computes_something_else_is_refused(family: str, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ExportError, match=says):
+        read_encoder(model_of(family, **settings))
+
+
+@runs_here
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda content: b"", "not a file of weights"),
+        (lambda content: content[:-64], "is cut"),
+        (lambda content: content.replace(b'\\"head\\"', b'\\"tail\\"'), "head"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes], says: str) -> None:
+    file = save(tmp_path, "bert")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(CorruptArtifactError, match=says) as caught:
+        NativeEngine(file, 1)
+    assert str(file) in caught.value.message
+
+
+@runs_here
+def test_what_it_would_look_up_beyond_its_tables_is_refused(tmp_path: Path) -> None:
+    engine = NativeEngine(save(tmp_path, "roberta"), 1)
+    with pytest.raises(EngineError, match=f"texts of 1 to {LONGEST} tokens"):
+        engine.run(padded(texts_of(LONGEST + 1)))
+    for token in (-1, VOCABULARY):
+        with pytest.raises(EngineError, match=f"one of the model's {VOCABULARY}"):
+            engine.run(padded([[token, 5]]))
+    with pytest.raises(EngineError, match="1 to"):
+        engine.run({name: array * 0 for name, array in padded([[5]]).items()})
