@@ -21,7 +21,6 @@ import torch
 from deploykit.errors import ExportError
 from deploykit.export.architecture import (
     Array,
-    Attention,
     EncoderLayer,
     FeedForward,
     Linear,

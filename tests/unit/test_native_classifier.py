@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from deploykit.errors import CorruptArtifactError, EngineError, ExportError
+from deploykit.export import classification
 from deploykit.export.classifier_native import linear_parts, save_native_classifier
 from deploykit.export.encoders import FAMILIES, read_encoder
+from deploykit.export.run import ExportOptions, export
+from deploykit.finetune.checkpoint import TorchClassifier
+from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.engines.native_classifier import NativeEngine
 from deploykit.runtime.engines.native_library import lacks
 
@@ -119,6 +125,36 @@ def test_layers_that_are_not_named_stay_float32(tmp_path: Path) -> None:
 def test_a_model_that_computes_something_else_is_refused(family: str, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ExportError, match=says):
         read_encoder(model_of(family, **settings))
+
+
+@runs_here
+def test_layers_that_int8_ruins_stay_float32(
+    make_tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two values of the first layer's attention are so large that a step of theirs is more than all the others."""
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint")
+    weights = load_file(checkpoint / "model.safetensors")
+    block = "bert.encoder.layer.0.attention"
+    for name in ("weight", "bias"):
+        weights[f"{block}.self.value.{name}"][[1, 20]] *= 1e5
+    weights[f"{block}.output.dense.weight"][:, [1, 20]] /= 1e5
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    random = np.random.default_rng(0)
+    texts = [" ".join(random.choice([f"w{i}" for i in range(200)], n)) for n in random.integers(3, 25, 120)]
+    scores = TorchClassifier.load(checkpoint).scores(texts)
+    weights["classifier.bias"][0] += np.median(np.log(scores[:, 1] / scores[:, 0]))  # either label for half of them
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    model = TorchClassifier.load(checkpoint)
+    answers = model.task.decide(model.scores(texts))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in zip(texts, answers)))
+    monkeypatch.setattr(
+        classification, "_engines", lambda precision: ["native" if precision == "int8" else "onnxruntime"]
+    )
+    options = ExportOptions(str(rows), int8=True, max_drop=15, data=str(rows))
+    quantization = export(checkpoint, tmp_path / "out", options, say=lambda line: None).manifest.metrics["quantization"]
+    assert quantization["search"]["native"]["kept"] == ["0.out"]
+    assert NativeEngine(tmp_path / "out" / NATIVE_FILE, 1).int8_kernels() == 7
 
 
 @runs_here

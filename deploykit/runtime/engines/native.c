@@ -999,7 +999,8 @@ typedef struct {
     int8_t *keys; /* of a head, as a linear layer's weights, which ``layer`` is */
     float *key_scale, *zeros;
     int32_t *key_offset;
-    int32_t *values; /* [keys / 2][head size]: those of two keys, int16 each */
+    int32_t *values;    /* [keys / 2][head size]: those of two keys, int16 each */
+    float *value_scale; /* [head size] */
     float *scores;   /* [MOST_ROWS][keys] */
     int16_t *shares; /* [MOST_ROWS][keys] */
     Linear layer;
@@ -1017,6 +1018,7 @@ static int64_t lay_heads(Heads *h, const Stack *s, int n, char *memory) {
     LAY(zeros, keys);
     LAY(key_offset, keys);
     LAY(values, (keys / 2) * padded_values(size));
+    LAY(value_scale, padded_values(size));
     LAY(scores, MOST_ROWS * keys);
     LAY(shares, MOST_ROWS * keys);
     LAY(queries.quantized, MOST_ROWS * filled(size));
@@ -1029,21 +1031,17 @@ static int64_t heads_room(const Stack *s, int positions) {
     return lay_heads(&h, s, positions, NULL);
 }
 
-/* Keys with a scale each, as S8; values with one for all of the head, as S16. Returns what a step of the values is worth. */
-static float take_head(Heads *h, const Stack *s, const float *key, const float *value, int64_t wide, int n) {
+/* Keys with a scale each, as S8; values with one for each of their places, as S16. */
+static void take_head(Heads *h, const Stack *s, const float *key, const float *value, int64_t wide, int n) {
     int size = s->head_size, quads = (size + 3) / 4, padded = padded_values(size);
     int32_t *panels = (int32_t *)h->keys, four[64] = {0};
-    __m512 most = _mm512_setzero_ps();
     for (int j = 0; j < filled(n); j++) {
-        const float *k = key + j * wide, *v = value + j * wide;
+        const float *k = key + j * wide;
         if (j < n) {
-            __m512 most_key = _mm512_setzero_ps();
+            __m512 most = _mm512_setzero_ps();
             __m512i sum = _mm512_setzero_si512();
-            for (int i = 0; i < size; i += 16) {
-                most_key = _mm512_max_ps(most_key, _mm512_abs_ps(part(k, i, size)));
-                most = _mm512_max_ps(most, _mm512_abs_ps(part(v, i, size)));
-            }
-            float highest = _mm512_reduce_max_ps(most_key);
+            for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(k, i, size)));
+            float highest = _mm512_reduce_max_ps(most);
             __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
             for (int i = 0; i < size; i += 16) {
                 __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(part(k, i, size), inverse));
@@ -1059,16 +1057,19 @@ static float take_head(Heads *h, const Stack *s, const float *key, const float *
         }
         for (int i = 0; i < quads; i++) panels[((int64_t)(j / PANEL) * quads + i) * PANEL + j % PANEL] = four[i];
     }
-    float highest = _mm512_reduce_max_ps(most);
-    __m512 inverse = _mm512_set1_ps(highest > 0 ? MOST_VALUE / highest : 0.0f);
-    for (int j = 0; j < n; j += 2)
-        for (int i = 0; i < padded; i += 16) {
+    for (int i = 0; i < padded; i += 16) {
+        __m512 most = _mm512_setzero_ps();
+        for (int j = 0; j < n; j++) most = _mm512_max_ps(most, _mm512_abs_ps(part(value + j * wide, i, size)));
+        __mmask16 some = _mm512_cmp_ps_mask(most, _mm512_setzero_ps(), _CMP_GT_OQ);
+        __m512 inverse = _mm512_maskz_div_ps(some, _mm512_set1_ps(MOST_VALUE), most);
+        _mm512_storeu_ps(h->value_scale + i, _mm512_div_ps(most, _mm512_set1_ps(MOST_VALUE)));
+        for (int j = 0; j < n; j += 2) {
             __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(part(value + j * wide, i, size), inverse)), b = _mm512_setzero_si512();
             if (j + 1 < n) b = _mm512_cvtps_epi32(_mm512_mul_ps(part(value + (j + 1) * wide, i, size), inverse));
             a = _mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(b, 16));
             _mm512_storeu_si512(h->values + (int64_t)(j / 2) * padded + i, a);
         }
-    return highest / MOST_VALUE;
+    }
 }
 
 /* 2^x for x <= 0: off by 4e-6 of it. */
@@ -1099,7 +1100,7 @@ INLINE int take_shares(const float *scores, int16_t *shares, int n, float whole)
 /* ``rows`` queries, MOST_ROWS at most, of a head that was taken, ``from`` the text's one of that number on; what they find
  * goes to ``out``. */
 static void attend_head(Heads *h, const Stack *s, const float *query, int64_t wide, int n, int from, int rows,
-                        const float *bias, float worth, float *out, int64_t out_wide) {
+                        const float *bias, float *out, int64_t out_wide) {
     int size = s->head_size, padded = padded_values(size);
     int64_t keys = filled(n), pairs = (n + 1) / 2;
     float whole = fminf(32767.0f, (float)(INT32_MAX / MOST_VALUE / n)), sums[MOST_ROWS];
@@ -1116,7 +1117,7 @@ static void attend_head(Heads *h, const Stack *s, const float *query, int64_t wi
             int d = t - (from + r) + s->zero_distance;
             scores[t] += bias[d < 0 ? 0 : d >= s->distances ? s->distances - 1 : d] * 1.44269504f;
         }
-        sums[r] = worth / (float)take_shares(scores, h->shares + r * keys, n, whole);
+        sums[r] = 1.0f / (float)take_shares(scores, h->shares + r * keys, n, whole);
     }
     for (int i = 0; i < padded; i += 32) {
         __m512i sum[MOST_ROWS][2];
@@ -1135,9 +1136,10 @@ static void attend_head(Heads *h, const Stack *s, const float *query, int64_t wi
         for (int r = 0; r < rows; r++)
             for (int j = 0; j < 2; j++) {
                 int at = i + 16 * j;
+                __m512 worth = _mm512_mul_ps(_mm512_loadu_ps(h->value_scale + at), _mm512_set1_ps(sums[r]));
                 if (at < size)
                     _mm512_mask_storeu_ps(out + r * out_wide + at, tail(size - at),
-                                          _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][j]), _mm512_set1_ps(sums[r])));
+                                          _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][j]), worth));
             }
     }
 }
@@ -1157,14 +1159,14 @@ static void attend_rows(Context *c, int number, const Stack *s, float *packed, i
         for (int head = 0; head < s->heads; head++) {
             float *query = packed + head * size;
             const float *key = query + start * wide + width;
-            float worth = take_head(&h, s, key, key + width, wide, n);
+            take_head(&h, s, key, key + width, wide, n);
             int groups = (end - begin + MOST_ROWS - 1) / MOST_ROWS;
             for (int g = 0; g < groups; g++) {
                 int row, stop;
                 share(end - begin, groups, g, &row, &stop);
                 float *q = query + (begin + row) * wide;
                 attend_head(&h, s, q, wide, n, begin + row - start, stop - row,
-                            s->bias ? s->bias + (int64_t)head * s->distances : NULL, worth, q, wide);
+                            s->bias ? s->bias + (int64_t)head * s->distances : NULL, q, wide);
             }
         }
     }
@@ -1229,9 +1231,9 @@ static void finish_texts(Context *c, int number, const Stack *s, float *packed) 
         h.layer = (Linear){h.keys, h.key_scale, h.key_offset, h.zeros, size, n, 0};
         memset(h.zeros, 0, sizeof(float) * filled(n));
         const float *key = packed + start * wide + width + head * size;
-        float worth = take_head(&h, s, key, key + width, wide, n);
+        take_head(&h, s, key, key + width, wide, n);
         attend_head(&h, s, c->query + text * wide + head * size, wide, n, 0, 1,
-                    s->bias ? s->bias + (int64_t)head * s->distances : NULL, worth, c->given[0] + text * given + head * size, given);
+                    s->bias ? s->bias + (int64_t)head * s->distances : NULL, c->given[0] + text * given + head * size, given);
     }
     if (number == 0)
         for (int text = 1; text < texts; text++)
