@@ -153,7 +153,7 @@ def test_layers_that_int8_ruins_stay_float32(
     )
     options = ExportOptions(str(rows), int8=True, max_drop=15, data=str(rows))
     quantization = export(checkpoint, tmp_path / "out", options, say=lambda line: None).manifest.metrics["quantization"]
-    assert quantization["search"]["native"]["kept"] == ["0.out"]
+    assert quantization["search"]["native"]["kept"] == ("0.out",)
     assert NativeEngine(tmp_path / "out" / NATIVE_FILE, 1).int8_kernels() == 7
 
 
