@@ -1,4 +1,4 @@
-/* Encoder and decoder of a translation model in INT8, for x86-64 CPUs with AVX-512 VNNI.
+/* Encoder and decoder of a translation model in INT8, and encoder classifiers, for x86-64 CPUs with AVX-512 VNNI.
  *
  * Linear layers multiply S8 activations with a scale a row (as U8: 128 more) by S8 weights with a scale a column. Keys and
  * values are kept as S8, each vector with a scale of its own; the decoder multiplies them by queries and probabilities in 16
@@ -991,26 +991,27 @@ static void encode(Context *c, int number) {
 
 /* ---- a classification ---- */
 
-#define BLOCK 48 /* rows whose hidden states stay in the second cache while they pass a layer */
 #define MOST_VALUE 1023
 
-/* What a thread attends with, in one piece of memory. */
+/* What a thread attends with to ``n`` tokens of a text. A head's keys are a linear layer's weights. */
 typedef struct {
-    int8_t *keys; /* of a head, as a linear layer's weights, which ``layer`` is */
+    Linear layer;
+    Rows queries; /* MOST_ROWS */
+    int8_t *keys;
     float *key_scale, *zeros;
     int32_t *key_offset;
     int32_t *values;    /* [keys / 2][head size]: those of two keys, int16 each */
     float *value_scale; /* [head size] */
-    float *scores;   /* [MOST_ROWS][keys] */
-    int16_t *shares; /* [MOST_ROWS][keys] */
-    Linear layer;
-    Rows queries; /* MOST_ROWS */
-} Heads;
+    float *scores;      /* [MOST_ROWS][keys] */
+    int16_t *shares;    /* [MOST_ROWS][keys] */
+    float most;         /* 2^most is the highest share: so sums of shares times values are no more than an int32 holds */
+    int n;
+} Attention;
 
 INLINE int padded_values(int n) { return (n + 31) / 32 * 32; }
 
-/* Lays it out in ``memory``, unless that is NULL; returns how many bytes it takes. */
-static int64_t lay_heads(Heads *h, const Stack *s, int n, char *memory) {
+/* Lays out ``h`` in ``memory``, NULL to see how much that is; returns the bytes. */
+static int64_t lay_attention(Attention *h, const Stack *s, int n, char *memory) {
     int64_t keys = filled(n), size = s->head_size, bytes = 0;
 #define LAY(field, count) h->field = (void *)(memory + bytes), bytes += filled(sizeof(*h->field) * (int64_t)(count))
     LAY(keys, keys * ((size + 3) / 4 * 4));
@@ -1023,17 +1024,27 @@ static int64_t lay_heads(Heads *h, const Stack *s, int n, char *memory) {
     LAY(shares, MOST_ROWS * keys);
     LAY(queries.quantized, MOST_ROWS * filled(size));
     LAY(queries.step, MOST_ROWS);
+    h->layer = (Linear){h->keys, h->key_scale, h->key_offset, h->zeros, s->head_size, n, 0};
+    h->most = log2f(fminf(32767.0f, (float)(INT32_MAX / MOST_VALUE / n)));
+    h->n = n;
     return bytes;
 }
 
-static int64_t heads_room(const Stack *s, int positions) {
-    Heads h;
-    return lay_heads(&h, s, positions, NULL);
+static int64_t attention_room(const Stack *s, int positions) {
+    Attention h;
+    return lay_attention(&h, s, positions, NULL);
+}
+
+static Attention attention_of(Context *c, int number, const Stack *s, int n) {
+    Attention h;
+    lay_attention(&h, s, n, (char *)c->scores[number]);
+    memset(h.zeros, 0, sizeof(float) * filled(n));
+    return h;
 }
 
 /* Keys with a scale each, as S8; values with one for each of their places, as S16. */
-static void take_head(Heads *h, const Stack *s, const float *key, const float *value, int64_t wide, int n) {
-    int size = s->head_size, quads = (size + 3) / 4, padded = padded_values(size);
+static void take_head(Attention *h, const Stack *s, const float *key, const float *value, int64_t wide) {
+    int size = s->head_size, quads = (size + 3) / 4, padded = padded_values(size), n = h->n;
     int32_t *panels = (int32_t *)h->keys, four[64] = {0};
     for (int j = 0; j < filled(n); j++) {
         const float *k = key + j * wide;
@@ -1072,38 +1083,40 @@ static void take_head(Heads *h, const Stack *s, const float *key, const float *v
     }
 }
 
-/* 2^x for x <= 0: off by 4e-6 of it. */
+/* 2^x: off by 4e-6 of it. */
 INLINE __m512 power_of_two(__m512 x) {
-    __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.00966637f), r, _mm512_set1_ps(0.05592198f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24022349f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69312105f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+    __m512 r = _mm512_reduce_ps(x, 1); /* from the next whole number below */
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.01367031f), r, _mm512_set1_ps(0.05174500f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24160436f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69297292f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.00000349f));
+    return _mm512_scalef_ps(p, x);
 }
 
-/* Of scores in powers of 2, what each takes of ``whole``; returns their sum. */
-INLINE int take_shares(const float *scores, int16_t *shares, int n, float whole) {
+/* What the exponents ``scores`` of 2 give, the highest one 2^``most``; returns the sum. */
+INLINE int take_shares(float *scores, int16_t *shares, int n, float most) {
     __m512 highest = _mm512_set1_ps(-INFINITY);
     __m512i sum = _mm512_setzero_si512();
     for (int i = 0; i < n; i += 16) highest = _mm512_mask_max_ps(highest, tail(n - i), highest, _mm512_loadu_ps(scores + i));
-    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
+    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest) - most);
+    int last = (n - 1) / 16 * 16;
+    _mm512_mask_storeu_ps(scores + last, ~tail(n - last), _mm512_set1_ps(-1e9f));
     for (int i = 0; i < n; i += 16) {
-        __m512 e = _mm512_maskz_mov_ps(tail(n - i), power_of_two(_mm512_sub_ps(_mm512_loadu_ps(scores + i), highest)));
-        __m512i share_ = _mm512_cvtps_epi32(_mm512_mul_ps(e, _mm512_set1_ps(whole)));
+        __m512i share_ = _mm512_cvtps_epi32(power_of_two(_mm512_sub_ps(_mm512_loadu_ps(scores + i), highest)));
         sum = _mm512_add_epi32(sum, share_);
         _mm256_storeu_si256((__m256i *)(shares + i), _mm512_cvtepi32_epi16(share_));
     }
     return _mm512_reduce_add_epi32(sum);
 }
 
-/* ``rows`` queries, MOST_ROWS at most, of a head that was taken, ``from`` the text's one of that number on; what they find
- * goes to ``out``. */
-static void attend_head(Heads *h, const Stack *s, const float *query, int64_t wide, int n, int from, int rows,
-                        const float *bias, float *out, int64_t out_wide) {
-    int size = s->head_size, padded = padded_values(size);
+/* ``rows`` queries, MOST_ROWS at most, of the text's tokens from ``from`` on, in the head that was taken; what they find goes
+ * to ``out``. */
+static void attend_head(Attention *h, const Stack *s, int head, const float *query, int64_t wide, int from, int rows,
+                        float *out, int64_t out_wide) {
+    int size = s->head_size, padded = padded_values(size), n = h->n;
     int64_t keys = filled(n), pairs = (n + 1) / 2;
-    float whole = fminf(32767.0f, (float)(INT32_MAX / MOST_VALUE / n)), sums[MOST_ROWS];
+    const float *bias = s->bias ? s->bias + (int64_t)head * s->distances : NULL;
+    float sums[MOST_ROWS];
     for (int r = 0; r < rows; r++) give_row(h->queries, &h->layer, r, query + r * wide, s->scale * 1.44269504f);
     for (int panel = 0; panel < keys / PANEL; panel++) {
         Sums tiles;
@@ -1117,7 +1130,7 @@ static void attend_head(Heads *h, const Stack *s, const float *query, int64_t wi
             int d = t - (from + r) + s->zero_distance;
             scores[t] += bias[d < 0 ? 0 : d >= s->distances ? s->distances - 1 : d] * 1.44269504f;
         }
-        sums[r] = 1.0f / (float)take_shares(scores, h->shares + r * keys, n, whole);
+        sums[r] = 1.0f / (float)take_shares(scores, h->shares + r * keys, n, h->most);
     }
     for (int i = 0; i < padded; i += 32) {
         __m512i sum[MOST_ROWS][2];
@@ -1152,21 +1165,17 @@ static void attend_rows(Context *c, int number, const Stack *s, float *packed, i
     for (; text < c->texts && c->starts[text] < last; text++) {
         int start = c->starts[text], n = c->starts[text + 1] - start;
         int begin = first > start ? first : start, end = last < start + n ? last : start + n;
-        Heads h;
-        lay_heads(&h, s, n, (char *)c->scores[number]);
-        h.layer = (Linear){h.keys, h.key_scale, h.key_offset, h.zeros, size, n, 0};
-        memset(h.zeros, 0, sizeof(float) * filled(n));
+        Attention h = attention_of(c, number, s, n);
         for (int head = 0; head < s->heads; head++) {
             float *query = packed + head * size;
             const float *key = query + start * wide + width;
-            take_head(&h, s, key, key + width, wide, n);
+            take_head(&h, s, key, key + width, wide);
             int groups = (end - begin + MOST_ROWS - 1) / MOST_ROWS;
             for (int g = 0; g < groups; g++) {
                 int row, stop;
                 share(end - begin, groups, g, &row, &stop);
                 float *q = query + (begin + row) * wide;
-                attend_head(&h, s, q, wide, n, begin + row - start, stop - row,
-                            s->bias ? s->bias + (int64_t)head * s->distances : NULL, q, wide);
+                attend_head(&h, s, head, q, wide, begin + row - start, stop - row, q, wide);
             }
         }
     }
@@ -1176,24 +1185,20 @@ static void attend_rows(Context *c, int number, const Stack *s, float *packed, i
 static void finish_rows(Context *c, const Stack *s, const Layer *l, const float *packed, int first, int last) {
     int64_t hidden = filled(s->hidden), wide = filled(3 * s->heads * s->head_size), inner = filled(l->up.out);
     Rows own = {c->given[1] + first * c->widest, c->quantized[1] + first * c->widest, c->step[1] + first};
-    Rows next = buffer(c, 0);
-    float *middle = c->middle + first * inner;
-    for (int begin = first; begin < last; begin += BLOCK) {
-        int rows = last - begin < BLOCK ? last - begin : BLOCK;
-        float *x = c->x + begin * hidden;
-        for (int r = 0; r < rows; r++) give_row(own, &l->out, r, packed + (begin + r) * wide, 1.0f);
-        linear_of(own, &l->out, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
-        for (int r = 0; r < rows; r++) {
-            normalize(&l->attention_norm, x + r * hidden, x + r * hidden, s->hidden);
-            give_row(own, &l->up, r, x + r * hidden, 1.0f);
-        }
-        linear_of(own, &l->up, rows, 0, (int)inner / PANEL, (Then){.activation = s->activation, .out = middle});
-        for (int r = 0; r < rows; r++) give_row(own, &l->down, r, middle + r * inner, 1.0f);
-        linear_of(own, &l->down, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
-        for (int r = 0; r < rows; r++) {
-            normalize(&l->feed_forward_norm, x + r * hidden, x + r * hidden, s->hidden);
-            give_row(next, &l[1].qkv, begin + r, x + r * hidden, 1.0f);
-        }
+    float *x = c->x + first * hidden, *middle = c->middle + first * inner;
+    int rows = last - first;
+    for (int r = 0; r < rows; r++) give_row(own, &l->out, r, packed + (first + r) * wide, 1.0f);
+    linear_of(own, &l->out, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
+    for (int r = 0; r < rows; r++) {
+        normalize(&l->attention_norm, x + r * hidden, x + r * hidden, s->hidden);
+        give_row(own, &l->up, r, x + r * hidden, 1.0f);
+    }
+    linear_of(own, &l->up, rows, 0, (int)inner / PANEL, (Then){.activation = s->activation, .out = middle});
+    for (int r = 0; r < rows; r++) give_row(own, &l->down, r, middle + r * inner, 1.0f);
+    linear_of(own, &l->down, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
+    for (int r = 0; r < rows; r++) {
+        normalize(&l->feed_forward_norm, x + r * hidden, x + r * hidden, s->hidden);
+        give_row(buffer(c, 0), &l[1].qkv, first + r, x + r * hidden, 1.0f);
     }
 }
 
@@ -1223,17 +1228,14 @@ static void finish_texts(Context *c, int number, const Stack *s, float *packed) 
         linear_of(from, &l->qkv, 1, first, last, (Then){.out = c->query + text * wide});
     }
     barrier(c);
-    Heads h;
     share(texts * s->heads, c->threads, number, &first, &last);
     for (int unit = first; unit < last; unit++) {
         int text = unit / s->heads, head = unit % s->heads, start = c->starts[text], n = c->starts[text + 1] - start;
-        lay_heads(&h, s, n, (char *)c->scores[number]);
-        h.layer = (Linear){h.keys, h.key_scale, h.key_offset, h.zeros, size, n, 0};
-        memset(h.zeros, 0, sizeof(float) * filled(n));
+        Attention h = attention_of(c, number, s, n);
         const float *key = packed + start * wide + width + head * size;
-        take_head(&h, s, key, key + width, wide, n);
-        attend_head(&h, s, c->query + text * wide + head * size, wide, n, 0, 1,
-                    s->bias ? s->bias + (int64_t)head * s->distances : NULL, c->given[0] + text * given + head * size, given);
+        take_head(&h, s, key, key + width, wide);
+        attend_head(&h, s, head, c->query + text * wide + head * size, wide, 0, 1, c->given[0] + text * given + head * size,
+                    given);
     }
     if (number == 0)
         for (int text = 1; text < texts; text++)
@@ -1267,10 +1269,7 @@ static void classify(Context *c, int number) {
         int end = i == s->layers - 1;
         float *packed = c->packed + (i % 2) * c->capacity * wide; /* while others still read the last layer's */
         Rows from = {c->given[0] + first * read, c->quantized[0] + first * read, c->step[0] + first};
-        for (int row = first; row < last; row += BLOCK)
-            linear_of((Rows){from.given + (row - first) * read, from.quantized + (row - first) * read, from.step + row - first},
-                      &s->layer[i].qkv, last - row < BLOCK ? last - row : BLOCK, end ? width / PANEL : 0, panels,
-                      (Then){.out = packed + row * wide});
+        linear_of(from, &s->layer[i].qkv, last - first, end ? width / PANEL : 0, panels, (Then){.out = packed + first * wide});
         barrier(c);
         if (end) finish_texts(c, number, s, packed);
         else if (first < last) {
@@ -1312,6 +1311,7 @@ static int reserve(Context *c, int rows, int positions) {
             query = packed; /* the queries of such a row */
             packed *= 2;    /* layers take turns at two */
             MOST(middle, filled(c->head->out.out));
+            MOST(given, filled(c->encoder->last.out));
             c->widest = given;
         }
         c->capacity = 0;
@@ -1334,7 +1334,7 @@ static int reserve(Context *c, int rows, int positions) {
     if (positions > c->positions) {
         c->positions = 0;
         for (int i = 0; i < c->threads; i++)
-            if (!(c->scores[i] = room(c->scores[i], c->head ? heads_room(c->encoder, positions)
+            if (!(c->scores[i] = room(c->scores[i], c->head ? attention_room(c->encoder, positions)
                                                             : (int64_t)sizeof(float) * 4 * ((positions + 15) / 16 * 16))))
                 return 0;
         c->positions = positions;

@@ -199,6 +199,8 @@ def _check_shapes(model: Mapping[str, Any]) -> None:
         for name, shape in expected.items():
             if (given := layer.get(name)) and (given["in"], given["out"]) != shape:
                 raise ValueError(f"{name} is {given['in']} x {given['out']}")
+        if inner != model["layers"][0]["up"]["out"]:
+            raise ValueError("layers are of different widths")
         if not {"qkv", "out", "up", "down"} <= set(layer):
             raise ValueError("a layer lacks a part")
     if model["last"]["in"] != hidden:
