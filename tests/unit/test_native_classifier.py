@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from deploykit.errors import CorruptArtifactError, EngineError, ExportError
+from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, ExportError
 from deploykit.export import classification
 from deploykit.export.classifier_native import linear_parts, save_native_classifier
 from deploykit.export.encoders import FAMILIES, read_encoder
 from deploykit.export.run import ExportOptions, export
 from deploykit.finetune.checkpoint import TorchClassifier
+from deploykit.predictor import find_graphs
 from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.engines.native_classifier import NativeEngine
 from deploykit.runtime.engines.native_library import lacks
@@ -125,6 +126,25 @@ def test_layers_that_are_not_named_stay_float32(tmp_path: Path) -> None:
 def test_a_model_that_computes_something_else_is_refused(family: str, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ExportError, match=says):
         read_encoder(model_of(family, **settings))
+
+
+def test_an_export_says_why_it_has_nothing_for_the_engine(
+    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", "roberta-prelayernorm")
+    rows, said = tmp_path / "rows.jsonl", list[str]()
+    rows.write_text(
+        "\n".join(json.dumps({"text": f"w{i} w{i + 1}", "label": ("bad", "good")[i % 2]}) for i in range(8))
+    )
+    options = ExportOptions(str(rows), int8=True, max_drop=100, data=str(rows))
+    manifest = export(checkpoint, tmp_path / "out", options, say=said.append).manifest
+    (line,) = (line for line in said if "native" in line)
+    assert line.startswith("nothing for the engine native: it runs bert, ")
+    assert line.endswith(", not roberta-prelayernorm")
+    assert NATIVE_FILE not in manifest.files
+    assert find_graphs(tmp_path / "out", manifest, engine="auto", precision="int8").engine == "openvino"
+    with pytest.raises(ArtifactError, match="has no int8 graph for the engine native"):
+        find_graphs(tmp_path / "out", manifest, engine="native", precision="int8", to_run=False)
 
 
 @runs_here
