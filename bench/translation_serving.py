@@ -26,7 +26,7 @@ from deploykit.triton.server import TritonServer
 NAMES = {True: "in-flight batching", False: "batch at a time"}
 _CALLERS = 32
 _SHARES = (0.5, 0.75)  # of what the first answers in a closed loop
-LIMITS_MS = {"serving": 50.0, "serving-shape": 500.0}  # by the subject's key in the record
+LIMITS_MS = {"serving": 50.0, "serving-shape": 200.0}  # by the subject's key in the record
 _MOST_TOKENS = 64  # of a sentence and of its reference, for the shape
 
 
