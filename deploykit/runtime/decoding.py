@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,8 @@ class Decoder:
         self._workers = workers
         self._side_by_side: dict[int, list[Decoder]] = {}  # by how many
         self._pool: ThreadPoolExecutor | None = None
-        self._rules: dict[Generation, Rules] = {}
+        # Of the generations last asked for: clients may ask for any number of them.
+        self._rules = lru_cache(maxsize=256)(partial(Rules, eos_token_ids=task.eos_token_ids))
         self._ends = np.zeros(model.vocabulary, bool)
         self._ends[list(task.eos_token_ids)] = True
         # By row: the start token and what was generated since; how many that is, may be, and is when the rules say something
@@ -251,9 +253,7 @@ class Decoder:
 
     def _admit(self, sentence: Sentence, cross: Any, text: int) -> None:
         g = sentence.generation
-        if g not in self._rules:
-            self._rules[g] = Rules(g, self._task.eos_token_ids)
-        sentence.rules = self._rules[g]
+        sentence.rules = self._rules(g)
         sentence.rows = self._model.admit(cross, text, len(sentence.token_ids), g.beam_size)
         sentence.beam = Beam(g, self._task.eos_token_ids) if g.beam_size > 1 else None
         sentence.held = None
