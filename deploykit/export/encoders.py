@@ -29,6 +29,7 @@ from deploykit.export.architecture import (
     Weights,
 )
 from deploykit.export.seq2seq_writer import activation_of
+from deploykit.runtime.engines.native_weights import LARGEST_HEAD
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def read_encoder(model: Any) -> EncoderClassifier:
     width, hidden = found.layers[0].attention.query.weight.shape[1], found.embedding.shape[1]
     if width != hidden or width % found.heads:
         raise ExportError(f"this {kind} has attention of another width than its hidden states")
+    if width // found.heads > LARGEST_HEAD:
+        raise ExportError(f"this {kind} has heads of {width // found.heads} values, more than {LARGEST_HEAD}")
     if getattr(config, "position_embedding_type", None) not in _POSITION_TYPES or getattr(config, "is_decoder", False):
         raise ExportError(f"this {kind} attends in another way")
     return found

@@ -121,6 +121,7 @@ def test_layers_that_are_not_named_stay_float32(tmp_path: Path) -> None:
         ("electra", {"embedding_size": 16}, "electra has electra.embeddings_project"),
         ("bert", {"hidden_act": "quick_gelu"}, "activation 'quick_gelu'"),
         ("bert", {"is_decoder": True}, "attends in another way"),
+        ("bert", {"hidden_size": 260, "num_attention_heads": 1}, "heads of 260 values"),
     ],
 )
 def test_a_model_that_computes_something_else_is_refused(family: str, settings: dict[str, Any], says: str) -> None:

@@ -25,7 +25,7 @@ PANEL = 64
 ALIGNMENT = 64
 _TYPES = {"I8": np.int8, "I32": np.int32, "F32": np.float32}
 _ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh", "tanh")
-_LARGEST_HEAD = 256
+LARGEST_HEAD = 256
 
 
 class LinearStruct(ctypes.Structure):
@@ -95,7 +95,7 @@ class _File(ABC):
                 else:
                     setattr(layer, name, self._linear(given.get(name)))
         self._kept.append(layers)
-        if not 0 < model["head_size"] <= _LARGEST_HEAD:
+        if not 0 < model["head_size"] <= LARGEST_HEAD:
             raise ValueError(f"heads of {model['head_size']}")
         _check_shapes(model)
         tokens = model["vocabulary"]
