@@ -32,7 +32,7 @@ class NativeEngine:
     """Padding is left out, so that it costs nothing; what a text gives does not depend on what shares its batch, nor on
     the number of threads."""
 
-    token_budget = 8192
+    token_budget = 1024  # as fast as more, whose intermediate results would take hundreds of MB
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._library = _library()

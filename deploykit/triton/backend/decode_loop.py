@@ -64,7 +64,7 @@ class _Request:
 
 
 class DecodeLoop:
-    """``submit`` from any thread; answers come from the loop's.
+    """``submit`` from any thread; clients are answered in one of the loop's own.
 
     ``max_queue`` bounds the sentences that wait: beyond it a request is refused, unless nothing
     waits. Without ``in_flight`` nothing joins until all that run are done. ``load`` makes the
