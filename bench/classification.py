@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,6 +42,8 @@ def main() -> None:
     options = _options()
     skipped = {c.name: reason for c in CONTENDERS if (reason := missing(c))}
     suite = begin("classification.py", options.threads, skipped, ("nncf", "ctranslate2", "fastapi", "uvicorn"))
+    if options.add:
+        keep_other_parts(suite, json.loads(options.out.read_text(encoding="utf-8")), options.parts)
     for part in ("tweets", "articles"):
         checkpoint, export = getattr(options, part)
         if part in options.parts and not (checkpoint.is_dir() and export.is_dir()):
@@ -58,6 +61,15 @@ def main() -> None:
             texts, _ = _rows(subject, options.max_rows)
             suite["serving"] = measure_serving(subject, texts, rounds=options.rounds, seconds=options.seconds, say=say)
     write(suite, options.out)
+
+
+def keep_other_parts(suite: dict[str, Any], earlier: dict[str, Any], parts: Sequence[str]) -> None:
+    """Have ``suite`` begin with what ``earlier`` has that is not of ``parts``, and say where that is from."""
+    suite["workloads"] += [each for each in earlier["workloads"] if each["key"].split("-")[0] not in parts]
+    if "serving" in earlier and "serving" not in parts:
+        suite["serving"] = earlier["serving"]
+    suite["skipped"] = earlier["skipped"] | suite["skipped"]
+    suite["earlier"] = [*earlier.get("earlier", ()), {key: earlier[key] for key in ("started", "command")}]
 
 
 def measure_subject(
@@ -114,6 +126,7 @@ def _options() -> argparse.Namespace:
     names = [contender.name for contender in CONTENDERS]
     parser.add_argument("--contenders", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--add", action="store_true", help="to the record in --out, which keeps its other parts")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--max-rows", type=int, default=480, help="of the test split")
     parser.add_argument("--rounds", type=int, default=5)

@@ -26,6 +26,7 @@ def suite(checkpoint: Path, exported: Path, tmp_path_factory: pytest.TempPathFac
         [sys.executable, str(ROOT / "bench" / "classification.py"), *map(str, words)], check=True, cwd=folder
     )
     result: dict[str, Any] = json.loads((folder / "suite.json").read_text(encoding="utf-8"))
+    result["path"] = folder / "suite.json"
     result["page"] = (folder / "suite.html").read_text(encoding="utf-8")
     return result
 
@@ -52,3 +53,14 @@ def test_page_and_readme_table_are_made_of_it(suite: dict[str, Any]) -> None:
     for name in [*NAMES, "deploykit, served"]:
         assert name in suite["page"]
         assert f"| {name} |" in table
+
+
+@pytest.mark.slow
+def test_a_part_measured_again_keeps_the_others(suite: dict[str, Any], tmp_path: Path) -> None:
+    words = ["--quick", "--add", "--parts", "articles", "--articles", tmp_path / "none", tmp_path / "none",
+             "--out", suite["path"]]  # fmt: skip
+    subprocess.run([sys.executable, str(ROOT / "bench" / "classification.py"), *map(str, words)], check=True)
+    result = json.loads(suite["path"].read_text(encoding="utf-8"))
+    assert result["workloads"] == suite["workloads"]
+    assert result["earlier"] == [{key: suite[key] for key in ("started", "command")}]
+    assert "articles" in result["skipped"]
