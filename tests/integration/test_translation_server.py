@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from click.testing import CliRunner
 from served import body, outputs, post, start, wait_until
 
 from deploykit.artifacts import load_manifest, write_manifest
+from deploykit.cli import main
 from deploykit.errors import ArtifactError, RequestError, ServerError, UsageError
 from deploykit.predictor import open_graph
 from deploykit.runtime.generation import override
@@ -569,6 +571,11 @@ def test_settings_appear_in_the_config(tiny_translation: Path, tmp_path: Path) -
     names = ("threads", "max_queue", "max_rows", "max_cache_mb", "long_input", "in_flight")
     assert [config.parameters[n].string_value for n in names] == ["3", "7", "16", "100", "refuse", "0"]
     assert not (tmp_path / "fr_stream").exists()
+    words = ["package", str(tiny_translation), "--name", "typed", "--repository", str(tmp_path), "--no-stream"]
+    for option, expected in (("--no-in-flight", "0"), ("--in-flight", "1")):
+        done = CliRunner().invoke(main, [*words, option, "--overwrite-config"])
+        assert done.exit_code == 0, done.stderr
+        assert read_config(tmp_path / "typed" / "config.pbtxt").parameters["in_flight"].string_value == expected
 
 
 @pytest.mark.parametrize(
