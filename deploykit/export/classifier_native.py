@@ -10,9 +10,7 @@ from pathlib import Path
 
 from deploykit.export.encoders import EncoderClassifier
 from deploykit.export.quantize import quantize_weight
-from deploykit.export.seq2seq_graph import side_by_side
 from deploykit.export.seq2seq_native import NativeWriter
-from deploykit.export.seq2seq_writer import activation_of
 
 
 def linear_parts(encoder: EncoderClassifier) -> list[str]:
@@ -22,7 +20,7 @@ def linear_parts(encoder: EncoderClassifier) -> list[str]:
 
 def save_native_classifier(path: Path, encoder: EncoderClassifier, int8: Collection[str]) -> None:
     """Write ``encoder`` with the ``linear_parts`` named in ``int8`` in INT8, the others in float32. The head is float32."""
-    writer = NativeWriter(dict.fromkeys(int8, (0.0, 0.0)))
+    writer = NativeWriter(int8)
     e = encoder
     values, scales = quantize_weight(e.embedding, axis=0)
     head_size = e.embedding.shape[1] // e.heads
@@ -35,9 +33,7 @@ def save_native_classifier(path: Path, encoder: EncoderClassifier, int8: Collect
         "embedding_scale": writer.keep(scales),
         "positions": writer.keep(e.positions),
         "embedding_norm": writer.norm(e.embedding_norm),
-        "bias": None if e.bias is None else writer.keep(e.bias.by_distance),
-        "distances": 0 if e.bias is None else e.bias.by_distance.shape[1],
-        "zero_distance": 0 if e.bias is None else e.bias.zero,
+        **writer.relative_bias(e.bias),
         "heads": e.heads,
         "head_size": head_size,
         "scale": head_size**-0.5,
@@ -46,17 +42,12 @@ def save_native_classifier(path: Path, encoder: EncoderClassifier, int8: Collect
         "last": writer.linear("head", e.dense),
         "layers": [
             {
-                "qkv": writer.linear(
-                    f"{i}.qkv", side_by_side(layer.attention.query, layer.attention.key, layer.attention.value)
-                ),
-                "out": writer.linear(f"{i}.out", layer.attention.out),
-                "up": writer.linear(f"{i}.up", layer.feed_forward.up),
-                "down": writer.linear(f"{i}.down", layer.feed_forward.down),
-                "activation": activation_of(layer.feed_forward.activation),
+                **writer.attention(f"{i}", a.query, a.key, a.value, a.out),
+                **writer.feed_forward(f"{i}", layer.feed_forward),
                 "attention_norm": writer.norm(layer.attention_norm),
                 "feed_forward_norm": writer.norm(layer.feed_forward_norm),
             }
-            for i, layer in enumerate(e.layers)
+            for i, (layer, a) in enumerate((layer, layer.attention) for layer in e.layers)
         ],
     }
     writer.save(path, {"encoder": stack, "head": {"out": writer.linear("head", e.out), "activation": e.activation}})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,10 @@ def save_native(path: Path, architecture: Architecture, ranges: Ranges) -> None:
 
 
 class NativeWriter:
-    """Tensors by name, equal ones once."""
+    """Tensors by name, equal ones once. The linear layers named in ``int8`` are INT8."""
 
-    def __init__(self, ranges: Ranges) -> None:
-        self._ranges = ranges
+    def __init__(self, int8: Collection[str]) -> None:
+        self._int8_layers = int8
         self._tensors: dict[str, NDArray[Any]] = {}
 
     def save(self, path: Path, stacks: dict[str, Any]) -> None:
@@ -115,6 +116,11 @@ class NativeWriter:
             "embedding_scale": self.keep(scales.reshape(-1) * np.float32(a.embedding_scale)),
             "positions": None if positions is None else self.keep(positions),
             "embedding_norm": self.norm(norm),
+            **self.relative_bias(bias),
+        }
+
+    def relative_bias(self, bias: RelativeBias | None) -> dict[str, Any]:
+        return {
             "bias": None if bias is None else self.keep(bias.by_distance),
             "distances": 0 if bias is None else bias.by_distance.shape[1],
             "zero_distance": 0 if bias is None else bias.zero,
@@ -141,14 +147,14 @@ class NativeWriter:
         return {"gamma": self.keep(norm.gamma), "beta": beta, "epsilon": norm.epsilon}
 
     def linear(self, name: str, layer: Linear) -> dict[str, Any]:
-        if name not in self._ranges:
+        if name not in self._int8_layers:
             return self._float(layer.weight, layer.bias)
         values, scales = quantize_weight(layer.weight, axis=1)
         return self._int8(values, scales.reshape(-1), layer.bias)
 
     def projection(self, name: str, table: Array, bias: Array | None) -> dict[str, Any]:
         """The tensor of the embedding where they are equal, which has a scale a token."""
-        if name not in self._ranges:
+        if name not in self._int8_layers:
             return self._float(table.T, bias)
         values, scales = quantize_weight(table, axis=0)
         return self._int8(values.T, scales.reshape(-1), bias)

@@ -302,6 +302,13 @@ INLINE __m512 activated(int kind, __m512 x) {
 /* 16 of ``n`` values, those after them as zeros. */
 INLINE __m512 part(const float *x, int i, int n) { return _mm512_maskz_loadu_ps(i < n ? tail(n - i) : 0, x + i); }
 
+/* The largest magnitude of ``n`` values. */
+INLINE float largest_of(const float *x, int n) {
+    __m512 most = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(x, i, n)));
+    return _mm512_reduce_max_ps(most);
+}
+
 INLINE Rows buffer(const Context *c, int number) { return (Rows){c->given[number], c->quantized[number], c->step[number]}; }
 
 /* What ``next`` reads of a row: ``x`` times ``scale``. */
@@ -314,9 +321,7 @@ static void give_row(Rows to, const Linear *next, int row, const float *x, float
         return;
     }
     uint8_t *y = to.quantized + (int64_t)row * wide;
-    __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < wide; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(x, i, next->in)));
-    float highest = _mm512_reduce_max_ps(most);
+    float highest = largest_of(x, next->in);
     __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
     for (int i = 0; i < wide; i += 16) {
         __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(part(x, i, next->in), inverse));
@@ -532,9 +537,7 @@ static const int32_t COUNT[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 
  * (128 more); returns what one step is worth. */
 static float keep(const float *x, int8_t *block, int size, int position, int is_value) {
     int padded = padded_head(size);
-    __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(x, i, size)));
-    float highest = _mm512_reduce_max_ps(most);
+    float highest = largest_of(x, size);
     __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
     for (int i = 0; i < padded; i += 16) {
         __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(part(x, i, size), inverse));
@@ -602,16 +605,15 @@ INLINE __m512 products(const int8_t *high, const int8_t *low, const int8_t *keys
 
 /* One head of one row over keys and values in caches. ``table`` NULL: they lie one after another; else slots are ``stride``
  * positions apart. Queries and probabilities have 16 bits. */
-static void attend(Context *c, int number, const Stack *s, const float *query, const Kept *keys, const Kept *values, const int32_t *table,
-                   int64_t stride, int n, const float *bias, const Linear *next, int row, int head) {
+static void attend(Context *c, int number, const Stack *s, const float *query, const Kept *keys, const Kept *values,
+                   const int32_t *table, int64_t stride, int n, const float *bias, const Linear *next, int row, int head) {
     int size = s->head_size, padded = padded_head(size), parts = padded / 16, room = (n + 15) / 16 * 16;
     float *scores = c->scores[number], *worths = scores + room;
     uint8_t *p = (uint8_t *)(worths + room); /* of 16 positions each: high bytes, low bytes */
     int8_t high[16 * MOST_PARTS], low[16 * MOST_PARTS];
     __m512 most = _mm512_setzero_ps(), highest = _mm512_set1_ps(-INFINITY), sum = most;
     __m512i total = _mm512_setzero_si512();
-    for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(query, i, size)));
-    float largest = _mm512_reduce_max_ps(most);
+    float largest = largest_of(query, size);
     __m512 inverse = _mm512_set1_ps(largest > 0 ? 32639.0f / largest : 0.0f); /* 127 x 256 + 127 */
     for (int i = 0; i < padded; i += 16) {
         __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(part(query, i, size), inverse));
@@ -622,12 +624,13 @@ static void attend(Context *c, int number, const Stack *s, const float *query, c
     }
     __m512 offset = _mm512_set1_ps(128.0f * (float)_mm512_reduce_add_epi32(total));
     __m512 worth = _mm512_set1_ps(largest / 32639.0f * s->scale);
-    most = _mm512_setzero_ps();
     for (int t = 0; t < n; t += 16) {
         __m512 score = _mm512_set1_ps(-INFINITY), value = _mm512_setzero_ps();
         EACH_SLOT(t) {
-            __m512 product = _mm512_sub_ps(products(high, low, keys->bytes + from * padded, values->bytes + from * padded, padded / 4), offset);
-            score = _mm512_mask_mul_ps(score, its, product, _mm512_mul_ps(worth, _mm512_loadu_ps(keys->scale + from)));
+            int64_t at = from * padded;
+            __m512 product = products(high, low, keys->bytes + at, values->bytes + at, padded / 4);
+            score = _mm512_mask_mul_ps(score, its, _mm512_sub_ps(product, offset),
+                                       _mm512_mul_ps(worth, _mm512_loadu_ps(keys->scale + from)));
             value = _mm512_mask_loadu_ps(value, its, values->scale + from);
         }
         if (bias) { /* of distances t - (n - 1) */
@@ -1049,10 +1052,8 @@ static void take_head(Attention *h, const Stack *s, const float *key, const floa
     for (int j = 0; j < filled(n); j++) {
         const float *k = key + j * wide;
         if (j < n) {
-            __m512 most = _mm512_setzero_ps();
             __m512i sum = _mm512_setzero_si512();
-            for (int i = 0; i < size; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(part(k, i, size)));
-            float highest = _mm512_reduce_max_ps(most);
+            float highest = largest_of(k, size);
             __m512 inverse = _mm512_set1_ps(highest > 0 ? 127.0f / highest : 0.0f);
             for (int i = 0; i < size; i += 16) {
                 __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(part(k, i, size), inverse));

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from deploykit.errors import EngineError
 from deploykit.runtime.choice import Choice, Texts, select
 from deploykit.runtime.engines import BestTokens, DecodeLimits
-from deploykit.runtime.engines.native_library import library_file
+from deploykit.runtime.engines.native_library import open_library
 from deploykit.runtime.engines.native_weights import StackStruct, Weights
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
 from deploykit.runtime.engines.rows import power_of_two, without
@@ -107,11 +107,9 @@ class _HeldBeam:
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_file()))
+    library = open_library()
     library.deploykit_new.restype = c_void_p
     library.deploykit_new.argtypes = (POINTER(StackStruct), POINTER(StackStruct), ctypes.c_int)
-    library.deploykit_free.argtypes = (c_void_p,)
-    library.deploykit_free.restype = None
     library.deploykit_encode.argtypes = (c_void_p, c_void_p, c_void_p, ctypes.c_int, c_void_p)
     library.deploykit_projection_share.argtypes = (c_void_p,)
     library.deploykit_projection_share.restype = ctypes.c_double

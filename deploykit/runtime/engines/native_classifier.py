@@ -13,17 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
-from deploykit.runtime.engines.native_library import library_file
+from deploykit.runtime.engines.native_library import open_library
 from deploykit.runtime.engines.native_weights import ClassifierWeights, HeadStruct, StackStruct
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(library_file()))
+    library = open_library()
     library.deploykit_new_classifier.restype = c_void_p
     library.deploykit_new_classifier.argtypes = (POINTER(StackStruct), POINTER(HeadStruct), ctypes.c_int)
-    library.deploykit_free.argtypes = (c_void_p,)
-    library.deploykit_free.restype = None
     library.deploykit_classify.argtypes = (c_void_p, c_void_p, c_void_p, ctypes.c_int, c_void_p)
     return library
 

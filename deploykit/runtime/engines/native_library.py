@@ -33,3 +33,11 @@ def library_file() -> Path | None:
     """The library that the installation built, if it did."""
     files = (Path(__file__).with_name(f"_native{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((file for file in files if file.is_file()), None)
+
+
+def open_library() -> ctypes.CDLL:
+    """The library, for a caller who declares the functions that it calls; ``deploykit_free`` is declared."""
+    library = ctypes.CDLL(str(library_file()))
+    library.deploykit_free.argtypes = (ctypes.c_void_p,)
+    library.deploykit_free.restype = None
+    return library
