@@ -231,20 +231,17 @@ INLINE int filled(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
 INLINE int padded_head(int n) { return (n + 15) / 16 * 16; }
 INLINE __mmask16 tail(int left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
 
-INLINE __m512 exp512(__m512 x) { /* 2^n e^r, |r| <= ln 2 / 2, a Taylor polynomial of degree 6 */
-    x = _mm512_max_ps(x, _mm512_set1_ps(-104.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.0f / 720);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 120));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 24));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f / 6));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
+/* 2^x: off by 4e-6 of it. */
+INLINE __m512 power_of_two(__m512 x) {
+    __m512 r = _mm512_reduce_ps(x, 1); /* from the next whole number below */
+    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.01367031f), r, _mm512_set1_ps(0.05174500f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24160436f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69297292f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.00000349f));
+    return _mm512_scalef_ps(p, x);
 }
+
+INLINE __m512 exp512(__m512 x) { return power_of_two(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f))); }
 
 /* Of the normal distribution, less 1/2, for x from 0: around each multiple of 1/2 a polynomial of degree 4, through
  * Chebyshev's nodes; off by 1e-6 at most. */
@@ -275,8 +272,10 @@ INLINE __m512 normal512(__m512 x) {
 }
 
 INLINE __m512 sigmoid512(__m512 x) {
-    __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exp512(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+    __m512 least = _mm512_max_ps(x, _mm512_set1_ps(-88.0f)); /* below it the exponential is infinite */
+    __m512 y = _mm512_add_ps(_mm512_set1_ps(1.0f), power_of_two(_mm512_mul_ps(least, _mm512_set1_ps(-1.44269504f))));
+    __m512 r = _mm512_rcp14_ps(y); /* and a step of Newton's: a division takes twice as long */
+    return _mm512_mul_ps(r, _mm512_fnmadd_ps(y, r, _mm512_set1_ps(2.0f)));
 }
 
 enum { NONE, RELU, SILU, GELU, GELU_TANH, TANH };
@@ -363,15 +362,34 @@ static void normalize(const Norm *norm, const float *x, float *y, int n) {
 
 /* ---- linear layers ---- */
 
-typedef union { __m512i i[MOST_ROWS][4]; __m512 f[MOST_ROWS][4]; } Sums;
+/* Some of the rows, which share what is read of the weights: group ``number`` of ``of``. */
+typedef struct { int row, rows, number, of; } Group;
 
-INLINE void multiply_int8(const int rows, const uint8_t *x, int64_t wide, const int8_t *w, int quads, Sums *sums) {
+INLINE int groups_of(int rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
+
+INLINE Group group(int rows, int number) {
+    int row, end, of = groups_of(rows);
+    share(rows, of, number, &row, &end);
+    return (Group){row, end - row, number, of};
+}
+
+#define LEAST_GROUPS 3 /* of which each can fetch some of the next panel: fewer would have to fetch faster than memory gives */
+
+/* Sums begin below zero by what activations that are 128 too high add to them. ``ahead``: weights that will be wanted next,
+ * ``apart`` bytes for each four inputs. */
+INLINE void tile_int8(const int rows, const uint8_t *x, int64_t wide, const float *step, const Linear *l, int first, int add,
+                      float *out, int64_t stride, const int8_t *ahead, int apart) {
+    int quads = (l->in + 3) / 4;
+    const int8_t *w = (const int8_t *)l->weight + (int64_t)first * quads * 4;
     __m512i s[MOST_ROWS][4];
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 4; j++) s[r][j] = _mm512_setzero_si512();
+    for (int j = 0; j < 4; j++) {
+        s[0][j] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(l->offset + first + 16 * j));
+        for (int r = 1; r < rows; r++) s[r][j] = s[0][j];
+    }
     for (int k = 0; k < quads; k++, w += 4 * PANEL) {
         __m512i w0 = _mm512_load_si512(w), w1 = _mm512_load_si512(w + 64);
         __m512i w2 = _mm512_load_si512(w + 128), w3 = _mm512_load_si512(w + 192);
+        _mm_prefetch(ahead + (int64_t)k * apart, _MM_HINT_T0);
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, x + r * wide + 4 * k, 4);
@@ -382,60 +400,58 @@ INLINE void multiply_int8(const int rows, const uint8_t *x, int64_t wide, const 
             s[r][3] = _mm512_dpbusd_epi32(s[r][3], v, w3);
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 4; j++) sums->i[r][j] = s[r][j];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512 scale = _mm512_loadu_ps(l->scale + first + 16 * j), bias = _mm512_loadu_ps(l->bias + first + 16 * j);
+        for (int r = 0; r < rows; r++) {
+            __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(step[r]));
+            __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(s[r][j]), worth, bias);
+            float *to = out + r * stride + 16 * j;
+            _mm512_storeu_ps(to, add ? _mm512_add_ps(v, _mm512_loadu_ps(to)) : v);
+        }
+    }
 }
 
-INLINE void multiply_float(const int rows, const float *x, int64_t wide, const float *w, int inputs, Sums *sums) {
+INLINE void tile_float(const int rows, const float *x, int64_t wide, const Linear *l, int first, int add, float *out,
+                       int64_t stride) {
+    const float *w = (const float *)l->weight + (int64_t)first * l->in;
     __m512 s[MOST_ROWS][4];
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < 4; j++) s[r][j] = _mm512_setzero_ps();
-    for (int k = 0; k < inputs; k++, w += PANEL)
+    for (int k = 0; k < l->in; k++, w += PANEL)
         for (int r = 0; r < rows; r++) {
             __m512 v = _mm512_set1_ps(x[r * wide + k]);
             for (int j = 0; j < 4; j++) s[r][j] = _mm512_fmadd_ps(v, _mm512_load_ps(w + 16 * j), s[r][j]);
         }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 4; j++) sums->f[r][j] = s[r][j];
+    for (int j = 0; j < 4; j++) {
+        __m512 bias = _mm512_loadu_ps(l->bias + first + 16 * j);
+        for (int r = 0; r < rows; r++) {
+            __m512 v = _mm512_add_ps(s[r][j], bias);
+            float *to = out + r * stride + 16 * j;
+            _mm512_storeu_ps(to, add ? _mm512_add_ps(v, _mm512_loadu_ps(to)) : v);
+        }
+    }
 }
 
-/* x @ weight + bias of a panel's columns, for ``rows`` rows from ``row``, in place of the sums. */
-static void tile(Rows from, const Linear *l, int row, int rows, int panel, Sums *sums) {
-    int64_t wide = filled(l->in);
-    int first = panel * PANEL;
-    if (l->is_float) {
-        const float *x = from.given + row * wide, *w = (const float *)l->weight + (int64_t)first * l->in;
-        switch (rows) {
-        case 1: multiply_float(1, x, wide, w, l->in, sums); break;
-        case 2: multiply_float(2, x, wide, w, l->in, sums); break;
-        case 3: multiply_float(3, x, wide, w, l->in, sums); break;
-        case 4: multiply_float(4, x, wide, w, l->in, sums); break;
-        case 5: multiply_float(5, x, wide, w, l->in, sums); break;
-        default: multiply_float(6, x, wide, w, l->in, sums);
-        }
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 4; j++)
-                sums->f[r][j] = _mm512_add_ps(sums->f[r][j], _mm512_loadu_ps(l->bias + first + 16 * j));
-        return;
-    }
-    int quads = (l->in + 3) / 4;
-    const uint8_t *x = from.quantized + row * wide;
-    const int8_t *w = (const int8_t *)l->weight + (int64_t)first * quads * 4;
-    switch (rows) {
-    case 1: multiply_int8(1, x, wide, w, quads, sums); break;
-    case 2: multiply_int8(2, x, wide, w, quads, sums); break;
-    case 3: multiply_int8(3, x, wide, w, quads, sums); break;
-    case 4: multiply_int8(4, x, wide, w, quads, sums); break;
-    case 5: multiply_int8(5, x, wide, w, quads, sums); break;
-    default: multiply_int8(6, x, wide, w, quads, sums);
-    }
-    for (int j = 0; j < 4; j++) {
-        __m512i offset = _mm512_loadu_si512(l->offset + first + 16 * j);
-        __m512 scale = _mm512_loadu_ps(l->scale + first + 16 * j), bias = _mm512_loadu_ps(l->bias + first + 16 * j);
-        for (int r = 0; r < rows; r++) {
-            __m512 worth = _mm512_mul_ps(scale, _mm512_set1_ps(from.step[row + r]));
-            sums->f[r][j] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums->i[r][j], offset)), worth, bias);
-        }
+/* ``out``, rows of ``stride``, becomes x @ weight + bias of a panel's columns, for the rows of ``g``, or with ``add`` that and
+ * what it was. */
+static void tile(Rows from, const Linear *l, Group g, int panel, int add, float *out, int64_t stride) {
+    int64_t wide = filled(l->in), bytes = (l->in + 3) / 4 * (4 * PANEL);
+    int first = panel * PANEL, apart = g.of < LEAST_GROUPS ? 0 : (4 * PANEL + g.of - 1) / g.of;
+    const float *x = from.given + g.row * wide, *step = from.step + g.row;
+    const uint8_t *q = from.quantized + g.row * wide;
+    const int8_t *ahead = (const int8_t *)l->weight + (apart ? (panel + 1) * bytes + bytes * g.number / g.of : panel * bytes);
+#define ROWS(n) \
+    if (l->is_float) tile_float(n, x, wide, l, first, add, out, stride); \
+    else tile_int8(n, q, wide, step, l, first, add, out, stride, ahead, apart); \
+    break
+    switch (g.rows) {
+    case 1: ROWS(1);
+    case 2: ROWS(2);
+    case 3: ROWS(3);
+    case 4: ROWS(4);
+    case 5: ROWS(5);
+    default: ROWS(6);
     }
 }
 
@@ -448,20 +464,17 @@ typedef struct {
 
 /* ``rows`` rows, as far as the columns of panels from ``first`` to ``last``. */
 static void linear_of(Rows from, const Linear *l, int rows, int first, int last, Then then) {
-    int wide = filled(l->out), groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
+    int wide = filled(l->out), groups = groups_of(rows);
     for (int panel = first; panel < last; panel++)
-        for (int g = 0; g < groups; g++) {
-            int row, end;
-            Sums sums;
-            share(rows, groups, g, &row, &end);
-            tile(from, l, row, end - row, panel, &sums);
-            for (int r = 0; row < end; r++, row++)
-                for (int j = 0; j < 4; j++) {
-                    int64_t at = (int64_t)row * wide + panel * PANEL + 16 * j;
-                    __m512 v = activated(then.activation, sums.f[r][j]);
-                    if (then.factor) v = _mm512_mul_ps(v, _mm512_loadu_ps(then.factor + at));
-                    if (then.add) v = _mm512_add_ps(v, _mm512_loadu_ps(then.out + at));
-                    _mm512_storeu_ps(then.out + at, v);
+        for (int number = 0; number < groups; number++) {
+            Group g = group(rows, number);
+            int64_t at = (int64_t)g.row * wide + panel * PANEL;
+            tile(from, l, g, panel, then.add, then.out + at, wide);
+            for (int r = 0; (then.activation || then.factor) && r < g.rows; r++, at += wide)
+                for (int j = 0; j < PANEL; j += 16) {
+                    __m512 v = activated(then.activation, _mm512_loadu_ps(then.out + at + j));
+                    if (then.factor) v = _mm512_mul_ps(v, _mm512_loadu_ps(then.factor + at + j));
+                    _mm512_storeu_ps(then.out + at + j, v);
                 }
         }
 }
@@ -507,10 +520,12 @@ static void embed(Context *c, const Stack *s, int row, int64_t token, int positi
     float *x = c->x + (int64_t)row * wide, scale = s->embedding_scale[token];
     const int8_t *column = s->embedding + (token / PANEL) * (int64_t)quads * 4 * PANEL + token % PANEL * 4;
     const float *positions = s->positions ? s->positions + (int64_t)position * s->hidden : NULL;
-    memset(x, 0, sizeof(float) * wide);
-    for (int i = 0; i < s->hidden; i++) {
-        x[i] = (float)column[i / 4 * (int64_t)(4 * PANEL) + i % 4] * scale;
-        if (positions) x[i] += positions[i];
+    for (int i = 0; i < wide; i += 16) {
+        int32_t four[4] = {0};
+        for (int j = 0; j < 4 && i / 4 + j < quads; j++) memcpy(&four[j], column + (int64_t)(i / 4 + j) * (4 * PANEL), 4);
+        __m512 v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((__m128i *)four)));
+        v = _mm512_mul_ps(v, _mm512_set1_ps(scale));
+        _mm512_storeu_ps(x + i, positions ? _mm512_add_ps(v, part(positions, i, s->hidden)) : v);
     }
     if (s->embedding_norm.gamma) normalize(&s->embedding_norm, x, x, s->hidden);
 }
@@ -531,6 +546,13 @@ static void softmax(float *scores, int n) {
 }
 
 static const int32_t COUNT[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* Of 16 distances from ``first`` on. */
+INLINE __m512 biases(const Stack *s, const float *bias, int first) {
+    __m512i d = _mm512_add_epi32(_mm512_set1_epi32(first + s->zero_distance), _mm512_loadu_si512(COUNT));
+    d = _mm512_min_epi32(_mm512_max_epi32(d, _mm512_setzero_si512()), _mm512_set1_epi32(s->distances - 1));
+    return _mm512_i32gather_ps(d, bias, 4);
+}
 
 /* Keys of a head lie as [positions / 16][head size / 4][16][4], values as [positions / 4][head size / 16][16][4]: one
  * VPDPBUSD takes four values of 16 keys, or 16 values of four positions. Writes a vector at ``position`` as S8, a key as U8
@@ -556,22 +578,14 @@ static float keep(const float *x, int8_t *block, int size, int position, int is_
     return highest / 127.0f;
 }
 
-/* The sums of four vectors. */
-INLINE __m128 sums_of(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m256 a8 = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-    __m256 b8 = _mm256_add_ps(_mm512_castps512_ps256(b), _mm512_extractf32x8_ps(b, 1));
-    __m256 c8 = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
-    __m256 d8 = _mm256_add_ps(_mm512_castps512_ps256(d), _mm512_extractf32x8_ps(d, 1));
-    __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a8, b8), _mm256_hadd_ps(c8, d8));
-    return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
-}
-
 #define MOST_PARTS 16 /* heads of up to 256 */
+#define MOST_HEADS 4  /* that attend together: what one waits for, others compute meanwhile */
 
-/* Keys or values of one head. */
+/* Keys or values of heads, ``apart`` positions from head to head. */
 typedef struct {
     const int8_t *bytes;
     const float *scale;
+    int64_t apart;
 } Kept;
 
 /* Of the positions ``left`` of 16 those that lie in the slot of the first, which is returned. */
@@ -587,120 +601,165 @@ INLINE int64_t slot_of(const int32_t *table, __mmask16 left, __mmask16 *its) {
     for (__mmask16 left = tail(n - (t)), its = left; left; left &= ~its) \
         for (int64_t from = (t) + (table ? slot_of(table + (t), left, &its) * stride : 0), once = 1; once; once = 0)
 
-/* q . k of 16 keys, which are U8 (128 more than they are); ``high`` and ``low``: bytes of the query's 16 bits. Their values
- * come near meanwhile. */
-INLINE __m512 products(const int8_t *high, const int8_t *low, const int8_t *keys, const int8_t *values, int quads) {
-    __m512i h = _mm512_setzero_si512(), l = h;
-    for (int i = 0; i < quads; i++) {
-        int32_t h4, l4;
-        __m512i k = _mm512_loadu_si512(keys + 64 * i);
-        _mm_prefetch(values + 64 * i, _MM_HINT_T0);
-        memcpy(&h4, high + 4 * i, 4);
-        memcpy(&l4, low + 4 * i, 4);
-        h = _mm512_dpbusd_epi32(h, k, _mm512_set1_epi32(h4));
-        l = _mm512_dpbusd_epi32(l, k, _mm512_set1_epi32(l4));
+/* Values, each as often as its probability's 16 bits say, as far as ``parts`` parts of 16 of a head. */
+INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int padded, const int32_t *table, int64_t stride,
+                   int n, float worth, float *out, int size) {
+    __m512i h[4], l[4];
+    for (int i = 0; i < parts; i++) h[i] = l[i] = _mm512_setzero_si512();
+    for (int t = 0; t < n; t += 16)
+        EACH_SLOT(t) {
+            int32_t h4[4], l4[4];
+            _mm_storeu_si128((__m128i *)h4, _mm_maskz_loadu_epi8(its, p + 2 * t));
+            _mm_storeu_si128((__m128i *)l4, _mm_maskz_loadu_epi8(its, p + 2 * t + 16));
+            const int8_t *v = values + from * padded;
+            for (int j = 0; j < 4 && t + 4 * j < n; j++, v += 4 * padded)
+                for (int i = 0; i < parts; i++) {
+                    __m512i bytes = _mm512_loadu_si512(v + 64 * i);
+                    h[i] = _mm512_dpbusd_epi32(h[i], _mm512_set1_epi32(h4[j]), bytes);
+                    l[i] = _mm512_dpbusd_epi32(l[i], _mm512_set1_epi32(l4[j]), bytes);
+                }
+        }
+    for (int i = 0; i < parts; i++) {
+        __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(h[i]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(l[i]));
+        _mm512_mask_storeu_ps(out + 16 * i, tail(size - 16 * i), _mm512_mul_ps(v, _mm512_set1_ps(worth)));
     }
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(h), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(l));
 }
 
-/* One head of one row over keys and values in caches. ``table`` NULL: they lie one after another; else slots are ``stride``
- * positions apart. Queries and probabilities have 16 bits. */
-static void attend(Context *c, int number, const Stack *s, const float *query, const Kept *keys, const Kept *values,
-                   const int32_t *table, int64_t stride, int n, const float *bias, const Linear *next, int row, int head) {
+#define EACH_HEAD _Pragma("GCC unroll 4") for (int g = 0; g < heads; g++) /* so that they stay in registers */
+
+/* ``heads`` heads of one row over keys and values in caches. ``table`` NULL: they lie one after another; else slots are
+ * ``stride`` positions apart. Queries and probabilities have 16 bits. */
+INLINE void attend_heads(const int heads, float *scratch, const Stack *s, const float *query, const Kept *keys,
+                         const Kept *values, const int32_t *table, int64_t stride, int n, const float *bias, float *out) {
     int size = s->head_size, padded = padded_head(size), parts = padded / 16, room = (n + 15) / 16 * 16;
-    float *scores = c->scores[number], *worths = scores + room;
-    uint8_t *p = (uint8_t *)(worths + room); /* of 16 positions each: high bytes, low bytes */
-    int8_t high[16 * MOST_PARTS], low[16 * MOST_PARTS];
-    __m512 most = _mm512_setzero_ps(), highest = _mm512_set1_ps(-INFINITY), sum = most;
-    __m512i total = _mm512_setzero_si512();
-    float largest = largest_of(query, size);
-    __m512 inverse = _mm512_set1_ps(largest > 0 ? 32639.0f / largest : 0.0f); /* 127 x 256 + 127 */
-    for (int i = 0; i < padded; i += 16) {
-        __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(part(query, i, size), inverse));
-        __m512i h = _mm512_srai_epi32(_mm512_add_epi32(q, _mm512_set1_epi32(128)), 8);
-        _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(h));
-        _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(q));
-        total = _mm512_add_epi32(total, q);
+    float *scores = scratch, *worths = scores + MOST_HEADS * room;
+    uint8_t *p = (uint8_t *)(worths + MOST_HEADS * room); /* of 16 positions each: high bytes, low bytes */
+    int8_t high[MOST_HEADS][16 * MOST_PARTS], low[MOST_HEADS][16 * MOST_PARTS];
+    float worth[MOST_HEADS], offset[MOST_HEADS];
+    __m512 most[MOST_HEADS], highest[MOST_HEADS], sum[MOST_HEADS];
+    EACH_HEAD {
+        const float *q = query + g * size;
+        float largest = largest_of(q, size);
+        __m512 inverse = _mm512_set1_ps(largest > 0 ? 32639.0f / largest : 0.0f); /* 127 x 256 + 127 */
+        __m512i total = _mm512_setzero_si512();
+        for (int i = 0; i < padded; i += 16) {
+            __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(part(q, i, size), inverse));
+            __m512i h = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
+            _mm_storeu_si128((__m128i *)(high[g] + i), _mm512_cvtepi32_epi8(h));
+            _mm_storeu_si128((__m128i *)(low[g] + i), _mm512_cvtepi32_epi8(v));
+            total = _mm512_add_epi32(total, v);
+        }
+        offset[g] = 128.0f * (float)_mm512_reduce_add_epi32(total);
+        worth[g] = largest / 32639.0f * s->scale;
+        most[g] = sum[g] = _mm512_setzero_ps();
+        highest[g] = _mm512_set1_ps(-INFINITY);
     }
-    __m512 offset = _mm512_set1_ps(128.0f * (float)_mm512_reduce_add_epi32(total));
-    __m512 worth = _mm512_set1_ps(largest / 32639.0f * s->scale);
     for (int t = 0; t < n; t += 16) {
-        __m512 score = _mm512_set1_ps(-INFINITY), value = _mm512_setzero_ps();
-        EACH_SLOT(t) {
-            int64_t at = from * padded;
-            __m512 product = products(high, low, keys->bytes + at, values->bytes + at, padded / 4);
-            score = _mm512_mask_mul_ps(score, its, _mm512_sub_ps(product, offset),
-                                       _mm512_mul_ps(worth, _mm512_loadu_ps(keys->scale + from)));
-            value = _mm512_mask_loadu_ps(value, its, values->scale + from);
+        __m512 score[MOST_HEADS], value[MOST_HEADS];
+        EACH_HEAD {
+            score[g] = _mm512_set1_ps(-INFINITY);
+            value[g] = _mm512_setzero_ps();
         }
-        if (bias) { /* of distances t - (n - 1) */
-            __m512i d = _mm512_add_epi32(_mm512_set1_epi32(t - (n - 1) + s->zero_distance), _mm512_loadu_si512(COUNT));
-            d = _mm512_min_epi32(_mm512_max_epi32(d, _mm512_setzero_si512()), _mm512_set1_epi32(s->distances - 1));
-            score = _mm512_add_ps(score, _mm512_i32gather_ps(d, bias, 4));
-        }
-        _mm512_storeu_ps(scores + t, score);
-        _mm512_storeu_ps(worths + t, value);
-        highest = _mm512_max_ps(highest, score);
-        most = _mm512_max_ps(most, value);
-    }
-    largest = _mm512_reduce_max_ps(most);
-    highest = _mm512_set1_ps(_mm512_reduce_max_ps(highest));
-    inverse = _mm512_set1_ps(largest > 0 ? 65535.0f / largest : 0.0f);
-    for (int t = 0; t < n; t += 16) { /* what a value counts: its probability, but for the sum of all, and its scale */
-        __m512 e = exp512(_mm512_sub_ps(_mm512_loadu_ps(scores + t), highest));
-        e = _mm512_maskz_mov_ps(tail(n - t), e);
-        sum = _mm512_add_ps(sum, e);
-        __m512i count = _mm512_cvtps_epi32(_mm512_mul_ps(e, _mm512_mul_ps(inverse, _mm512_loadu_ps(worths + t))));
-        _mm_storeu_si128((__m128i *)(p + 2 * t), _mm512_cvtepi32_epi8(_mm512_srli_epi32(count, 8)));
-        _mm_storeu_si128((__m128i *)(p + 2 * t + 16), _mm512_cvtepi32_epi8(count));
-    }
-    worth = _mm512_set1_ps(largest / (65535.0f * _mm512_reduce_add_ps(sum)));
-    float *out = c->given[0] + (int64_t)row * filled(next->in) + (int64_t)head * size;
-    for (int first = 0; first < parts; first += 4) {
-        int some = parts - first < 4 ? parts - first : 4;
-        __m512i h[4], l[4];
-        for (int i = 0; i < 4; i++) h[i] = l[i] = _mm512_setzero_si512();
-        for (int t = 0; t < n; t += 16)
-            EACH_SLOT(t) {
-                int32_t h4[4], l4[4];
-                _mm_storeu_si128((__m128i *)h4, _mm_maskz_loadu_epi8(its, p + 2 * t));
-                _mm_storeu_si128((__m128i *)l4, _mm_maskz_loadu_epi8(its, p + 2 * t + 16));
-                const int8_t *v = values->bytes + from * padded + 64 * first;
-                for (int j = 0; j < 4 && t + 4 * j < n; j++, v += 4 * padded)
-                    for (int i = 0; i < some; i++) {
-                        __m512i bytes = _mm512_loadu_si512(v + 64 * i);
-                        h[i] = _mm512_dpbusd_epi32(h[i], _mm512_set1_epi32(h4[j]), bytes);
-                        l[i] = _mm512_dpbusd_epi32(l[i], _mm512_set1_epi32(l4[j]), bytes);
-                    }
+        EACH_SLOT(t) { /* keys are U8, 128 more than they are; their values come near meanwhile */
+            const int8_t *key_bytes = keys->bytes + from * padded, *value_bytes = values->bytes + from * padded;
+            __m512i h[MOST_HEADS], l[MOST_HEADS];
+            EACH_HEAD h[g] = l[g] = _mm512_setzero_si512();
+            for (int i = 0; i < padded / 4; i++)
+                EACH_HEAD {
+                    int32_t h4, l4;
+                    __m512i k = _mm512_loadu_si512(key_bytes + g * keys->apart * padded + 64 * i);
+                    _mm_prefetch(value_bytes + g * values->apart * padded + 64 * i, _MM_HINT_T0);
+                    memcpy(&h4, high[g] + 4 * i, 4);
+                    memcpy(&l4, low[g] + 4 * i, 4);
+                    h[g] = _mm512_dpbusd_epi32(h[g], k, _mm512_set1_epi32(h4));
+                    l[g] = _mm512_dpbusd_epi32(l[g], k, _mm512_set1_epi32(l4));
+                }
+            EACH_HEAD {
+                int64_t key = g * keys->apart + from, its_value = g * values->apart + from;
+                __m512 product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(h[g]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(l[g]));
+                score[g] = _mm512_mask_mul_ps(score[g], its, _mm512_sub_ps(product, _mm512_set1_ps(offset[g])),
+                                              _mm512_mul_ps(_mm512_set1_ps(worth[g]), _mm512_loadu_ps(keys->scale + key)));
+                value[g] = _mm512_mask_loadu_ps(value[g], its, values->scale + its_value);
             }
-        for (int i = 0; i < some; i++) {
-            __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(h[i]), _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(l[i]));
-            int at = 16 * (first + i);
-            _mm512_mask_storeu_ps(out + at, tail(size - at), _mm512_mul_ps(v, worth));
+        }
+        EACH_HEAD {
+            if (bias) score[g] = _mm512_add_ps(score[g], biases(s, bias + (int64_t)g * s->distances, t - (n - 1)));
+            _mm512_storeu_ps(scores + g * room + t, score[g]);
+            _mm512_storeu_ps(worths + g * room + t, value[g]);
+            highest[g] = _mm512_max_ps(highest[g], score[g]);
+            most[g] = _mm512_max_ps(most[g], value[g]);
         }
     }
+    __m512 inverse[MOST_HEADS];
+    EACH_HEAD {
+        float largest = _mm512_reduce_max_ps(most[g]);
+        highest[g] = _mm512_set1_ps(_mm512_reduce_max_ps(highest[g]));
+        inverse[g] = _mm512_set1_ps(largest > 0 ? 65535.0f / largest : 0.0f);
+        worth[g] = largest;
+    }
+    for (int t = 0; t < n; t += 16) /* what a value counts: its probability, but for the sum of all, and its scale */
+        EACH_HEAD {
+            __m512 e = exp512(_mm512_sub_ps(_mm512_loadu_ps(scores + g * room + t), highest[g]));
+            e = _mm512_maskz_mov_ps(tail(n - t), e);
+            sum[g] = _mm512_add_ps(sum[g], e);
+            __m512i count = _mm512_cvtps_epi32(_mm512_mul_ps(e, _mm512_mul_ps(inverse[g], _mm512_loadu_ps(worths + g * room + t))));
+            _mm_storeu_si128((__m128i *)(p + 2 * (g * room + t)), _mm512_cvtepi32_epi8(_mm512_srli_epi32(count, 8)));
+            _mm_storeu_si128((__m128i *)(p + 2 * (g * room + t) + 16), _mm512_cvtepi32_epi8(count));
+        }
+    EACH_HEAD worth[g] = worth[g] / (65535.0f * _mm512_reduce_add_ps(sum[g]));
+    EACH_HEAD
+        for (int first = 0; first < parts; first += 4) {
+            const int8_t *v = values->bytes + g * values->apart * padded + 64 * first;
+            float *to = out + g * size + 16 * first;
+            switch (parts - first) {
+#define PARTS(some) gather(some, p + 2 * g * room, v, padded, table, stride, n, worth[g], to, size - 16 * first); break
+            case 1: PARTS(1);
+            case 2: PARTS(2);
+            case 3: PARTS(3);
+            default: PARTS(4);
+            }
+        }
+}
+
+/* Of a row the ``heads`` heads from ``query`` on, MOST_HEADS at most. */
+static void attend(int heads, float *scratch, const Stack *s, const float *query, const Kept *keys, const Kept *values,
+                   const int32_t *table, int64_t stride, int n, const float *bias, float *out) {
+    switch (heads) {
+    case 1: attend_heads(1, scratch, s, query, keys, values, table, stride, n, bias, out); break;
+    case 2: attend_heads(2, scratch, s, query, keys, values, table, stride, n, bias, out); break;
+    case 3: attend_heads(3, scratch, s, query, keys, values, table, stride, n, bias, out); break;
+    default: attend_heads(4, scratch, s, query, keys, values, table, stride, n, bias, out);
+    }
+}
+
+/* How many heads of ``unit``'s row, from its own on, are to attend together. */
+INLINE int together(const Stack *s, int unit, int last) {
+    int left = s->heads - unit % s->heads;
+    if (left > last - unit) left = last - unit;
+    return left < MOST_HEADS ? left : MOST_HEADS;
 }
 
 static void self_attention(Context *c, int number, const Stack *s, int layer) {
     const Batch *b = c->batch;
     const Linear *next = &s->layer[layer].out;
-    int first, last, width = s->heads * s->head_size, wide = filled(3 * width), padded = padded_head(s->head_size);
+    int first, last, size = s->head_size, width = s->heads * size, wide = filled(3 * width), padded = padded_head(size);
     int64_t stride = (int64_t)s->heads * b->cache_positions, all = b->cache_slots * stride;
     share(b->rows * s->heads, c->threads, number, &first, &last);
-    for (int unit = first; unit < last; unit++) {
+    for (int unit = first, heads; unit < last; unit += heads) {
         int row = unit / s->heads, head = unit % s->heads, past = b->past[row];
-        const float *packed = c->packed + (int64_t)row * wide + head * s->head_size;
-        int32_t *table = b->tables + (int64_t)row * b->table;
+        const float *packed = c->packed + (int64_t)row * wide + head * size;
         int64_t keys = 2 * layer * all + (int64_t)head * b->cache_positions, values = keys + all;
-        int64_t slot = b->slots[row] * stride;
-        for (int is_value = 0; is_value < 2; is_value++) {
-            int64_t to = (is_value ? values : keys) + slot;
-            b->cache_scale[to + past] =
-                keep(packed + (1 + is_value) * width, b->cache + to * padded, s->head_size, past, is_value);
-        }
-        attend(c, number, s, packed, &(Kept){b->cache + keys * padded, b->cache_scale + keys},
-               &(Kept){b->cache + values * padded, b->cache_scale + values}, table, stride, past + 1,
-               s->bias ? s->bias + (int64_t)head * s->distances : NULL, next, row, head);
+        heads = together(s, unit, last);
+        for (int is_value = 0; is_value < 2; is_value++)
+            for (int g = 0; g < heads; g++) {
+                int64_t to = (is_value ? values : keys) + b->slots[row] * stride + (int64_t)g * b->cache_positions;
+                b->cache_scale[to + past] =
+                    keep(packed + (1 + is_value) * width + g * size, b->cache + to * padded, size, past, is_value);
+            }
+        attend(heads, c->scores[number], s, packed, &(Kept){b->cache + keys * padded, b->cache_scale + keys, b->cache_positions},
+               &(Kept){b->cache + values * padded, b->cache_scale + values, b->cache_positions},
+               b->tables + (int64_t)row * b->table, stride, past + 1, s->bias ? s->bias + (int64_t)head * s->distances : NULL,
+               c->given[0] + (int64_t)row * filled(next->in) + head * size);
     }
     give_rows(c, number, 0, next, b->rows);
 }
@@ -709,62 +768,96 @@ static void self_attention(Context *c, int number, const Stack *s, int layer) {
 static void cross_attention(Context *c, int number, const Stack *s, int layer) {
     const Batch *b = c->batch;
     const Linear *next = &s->layer[layer].cross_out;
-    int first, last, wide = filled(s->heads * s->head_size), padded = padded_head(s->head_size);
+    int first, last, size = s->head_size, wide = filled(s->heads * size), padded = padded_head(size);
     share(b->rows * s->heads, c->threads, number, &first, &last);
-    for (int unit = first; unit < last; unit++) {
+    for (int unit = first, heads; unit < last; unit += heads) {
         int row = unit / s->heads, head = unit % s->heads, n = b->source[row], room = (n + 15) / 16 * 16;
         int64_t all = (int64_t)s->layers * 2 * s->heads * room, keys = ((int64_t)layer * 2 * s->heads + head) * room;
         int64_t values = keys + (int64_t)s->heads * room;
         const int8_t *cross = b->cross[row];
         const float *scales = (const float *)(cross + all * padded);
-        attend(c, number, s, c->query + (int64_t)row * wide + head * s->head_size, &(Kept){cross + keys * padded, scales + keys},
-               &(Kept){cross + values * padded, scales + values}, NULL, 0, n, NULL, next, row, head);
+        heads = together(s, unit, last);
+        attend(heads, c->scores[number], s, c->query + (int64_t)row * wide + head * size,
+               &(Kept){cross + keys * padded, scales + keys, room}, &(Kept){cross + values * padded, scales + values, room}, NULL, 0,
+               n, NULL, c->given[0] + (int64_t)row * filled(next->in) + head * size);
     }
     give_rows(c, number, 0, next, b->rows);
 }
 
-/* A head of a text attends to the whole text; four tokens at a time read the same keys. */
+/* 16 places of 16 vectors: those of one place, for all of them, come to lie side by side. */
+INLINE void transpose(__m512 x[16]) {
+    __m512 y[16];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) /* of each quarter of places the one that the index says, four vectors */
+        for (int j = 0; j < 2; j++) {
+            __m512d a = _mm512_castps_pd(y[i + j]), b = _mm512_castps_pd(y[i + j + 2]);
+            x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+            x[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+        }
+    for (int j = 0; j < 4; j++) {
+        __m512 a = _mm512_shuffle_f32x4(x[j], x[j + 4], 0x88), b = _mm512_shuffle_f32x4(x[j], x[j + 4], 0xdd);
+        __m512 c = _mm512_shuffle_f32x4(x[j + 8], x[j + 12], 0x88), d = _mm512_shuffle_f32x4(x[j + 8], x[j + 12], 0xdd);
+        y[j] = _mm512_shuffle_f32x4(a, c, 0x88);
+        y[j + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+        y[j + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+        y[j + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) x[i] = y[i];
+}
+
+#define QUERIES 4 /* that read the same keys together */
+
+/* A head of a text attends to the whole text. */
 static void encoder_attention(Context *c, int number, const Stack *s, int layer) {
     const Linear *next = &s->layer[layer].out;
-    int size = s->head_size, parts = padded_head(size) / 16, width = s->heads * size, units = c->texts * s->heads;
+    int size = s->head_size, padded = padded_head(size), width = s->heads * size, units = c->texts * s->heads;
     int64_t wide = filled(3 * width), out_wide = filled(next->in);
     for (int unit = number; unit < units; unit += c->threads) {
         int text = unit / s->heads, head = unit % s->heads, start = c->starts[text], n = c->starts[text + 1] - start;
         const float *query = c->packed + start * wide + head * size, *key = query + width, *value = key + width;
         const float *bias = s->bias ? s->bias + (int64_t)head * s->distances : NULL;
         int room = (n + 15) / 16 * 16;
-        for (int i = 0; i < n; i += 4) {
-            int queries = n - i < 4 ? n - i : 4;
-            for (int j = 0; j < n; j++) {
-                __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-                float four[4];
-                for (int p = 0; p < parts; p++) {
-                    __mmask16 mask = tail(size - 16 * p);
-                    __m512 k = _mm512_maskz_loadu_ps(mask, key + j * wide + 16 * p);
-                    for (int a = 0; a < queries; a++)
-                        sum[a] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, query + (i + a) * wide + 16 * p), k, sum[a]);
+        float *scores = c->scores[number], *keys = scores + QUERIES * room; /* [room / 16][padded][16] */
+        for (int t = 0; t < n; t += 16)
+            for (int i = 0; i < padded; i += 16) {
+                __m512 x[16];
+                for (int j = 0; j < 16; j++) x[j] = t + j < n ? part(key + (t + j) * wide, i, size) : _mm512_setzero_ps();
+                transpose(x);
+                for (int j = 0; j < 16; j++) _mm512_storeu_ps(keys + t * padded + (i + j) * 16, x[j]);
+            }
+        for (int i = 0; i < n; i += QUERIES) {
+            int at[QUERIES]; /* the last token again and again, where there are fewer */
+            const float *q[QUERIES];
+            for (int a = 0; a < QUERIES; a++) {
+                at[a] = i + a < n ? i + a : n - 1;
+                q[a] = query + at[a] * wide;
+            }
+            for (int t = 0; t < n; t += 16) {
+                __m512 sum[QUERIES] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+                for (int k = 0; k < size; k++) {
+                    __m512 x = _mm512_loadu_ps(keys + t * padded + k * 16);
+                    for (int a = 0; a < QUERIES; a++) sum[a] = _mm512_fmadd_ps(_mm512_set1_ps(q[a][k]), x, sum[a]);
                 }
-                _mm_storeu_ps(four, sums_of(sum[0], sum[1], sum[2], sum[3]));
-                for (int a = 0; a < queries; a++) {
-                    float score = four[a] * s->scale;
-                    if (bias) {
-                        int d = j - (i + a) + s->zero_distance;
-                        score += bias[d < 0 ? 0 : d >= s->distances ? s->distances - 1 : d];
-                    }
-                    c->scores[number][a * room + j] = score;
+                for (int a = 0; a < QUERIES; a++) {
+                    __m512 score = _mm512_mul_ps(sum[a], _mm512_set1_ps(s->scale));
+                    if (bias) score = _mm512_add_ps(score, biases(s, bias, t - at[a]));
+                    _mm512_storeu_ps(scores + a * room + t, score);
                 }
             }
-            for (int a = 0; a < queries; a++) softmax(c->scores[number] + a * room, n);
-            for (int p = 0; p < parts; p++) {
-                __m512 out[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-                __mmask16 mask = tail(size - 16 * p);
+            for (int a = 0; a < QUERIES; a++) softmax(scores + a * room, n);
+            for (int k = 0; k < size; k += 16) {
+                __m512 sum[QUERIES] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+                __mmask16 mask = tail(size - k);
                 for (int j = 0; j < n; j++) {
-                    __m512 v = _mm512_maskz_loadu_ps(mask, value + j * wide + 16 * p);
-                    for (int a = 0; a < queries; a++)
-                        out[a] = _mm512_fmadd_ps(_mm512_set1_ps(c->scores[number][a * room + j]), v, out[a]);
+                    __m512 v = _mm512_maskz_loadu_ps(mask, value + j * wide + k);
+                    for (int a = 0; a < QUERIES; a++)
+                        sum[a] = _mm512_fmadd_ps(_mm512_set1_ps(scores[a * room + j]), v, sum[a]);
                 }
-                for (int a = 0; a < queries; a++)
-                    _mm512_mask_storeu_ps(c->given[0] + (start + i + a) * out_wide + head * size + 16 * p, mask, out[a]);
+                for (int a = 0; a < QUERIES; a++)
+                    _mm512_mask_storeu_ps(c->given[0] + (start + at[a]) * out_wide + head * size + k, mask, sum[a]);
             }
         }
     }
@@ -855,7 +948,7 @@ static void choose(Context *c, int number, const Stack *s) {
     const Linear *l = &s->last;
     const Choice *choice = c->choice;
     int rows = c->rows, panels = filled(l->out) / PANEL, chunks = (panels + 7) / 8 < CHUNKS ? (panels + 7) / 8 : CHUNKS;
-    int groups = (rows + MOST_ROWS - 1) / MOST_ROWS, mine, end;
+    int groups = groups_of(rows), mine, end;
     share(chunks, c->threads, number, &mine, &end);
     for (const int first_chunk = mine; mine < end; mine++) {
         int panel, last;
@@ -870,13 +963,11 @@ static void choose(Context *c, int number, const Stack *s) {
         }
         for (; panel < last; panel++) {
             int first = panel * PANEL, n = l->out - first < PANEL ? l->out - first : PANEL;
-            for (int g = 0; g < groups; g++) {
-                int row, stop;
-                Sums sums;
-                share(rows, groups, g, &row, &stop);
-                tile(buffer(c, 0), l, row, stop - row, panel, &sums);
-                for (int r = 0; row < stop; r++, row++) {
-                    float *logits = (float *)sums.f[r];
+            for (int number = 0; number < groups; number++) {
+                Group g = group(rows, number);
+                float of_panel[MOST_ROWS][PANEL], *logits = of_panel[0];
+                tile(buffer(c, 0), l, g, panel, 0, logits, PANEL);
+                for (int row = g.row; row < g.row + g.rows; row++, logits += PANEL) {
                     if (choice->logits) {
                         memcpy(choice->logits + (int64_t)row * l->out + first, logits, sizeof(float) * n);
                         continue;
@@ -1084,16 +1175,6 @@ static void take_head(Attention *h, const Stack *s, const float *key, const floa
     }
 }
 
-/* 2^x: off by 4e-6 of it. */
-INLINE __m512 power_of_two(__m512 x) {
-    __m512 r = _mm512_reduce_ps(x, 1); /* from the next whole number below */
-    __m512 p = _mm512_fmadd_ps(_mm512_set1_ps(0.01367031f), r, _mm512_set1_ps(0.05174500f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.24160436f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69297292f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.00000349f));
-    return _mm512_scalef_ps(p, x);
-}
-
 /* What the exponents ``scores`` of 2 give, the highest one 2^``most``; returns the sum. */
 INLINE int take_shares(float *scores, int16_t *shares, int n, float most) {
     __m512 highest = _mm512_set1_ps(-INFINITY);
@@ -1120,10 +1201,7 @@ static void attend_head(Attention *h, const Stack *s, int head, const float *que
     float sums[MOST_ROWS];
     for (int r = 0; r < rows; r++) give_row(h->queries, &h->layer, r, query + r * wide, s->scale * 1.44269504f);
     for (int panel = 0; panel < keys / PANEL; panel++) {
-        Sums tiles;
-        tile(h->queries, &h->layer, 0, rows, panel, &tiles);
-        for (int r = 0; r < rows; r++)
-            for (int j = 0; j < 4; j++) _mm512_storeu_ps(h->scores + r * keys + panel * PANEL + 16 * j, tiles.f[r][j]);
+        tile(h->queries, &h->layer, group(rows, 0), panel, 0, h->scores + panel * PANEL, keys);
     }
     for (int r = 0; r < rows; r++) {
         float *scores = h->scores + r * keys;
@@ -1171,12 +1249,10 @@ static void attend_rows(Context *c, int number, const Stack *s, float *packed, i
             float *query = packed + head * size;
             const float *key = query + start * wide + width;
             take_head(&h, s, key, key + width, wide);
-            int groups = (end - begin + MOST_ROWS - 1) / MOST_ROWS;
-            for (int g = 0; g < groups; g++) {
-                int row, stop;
-                share(end - begin, groups, g, &row, &stop);
-                float *q = query + (begin + row) * wide;
-                attend_head(&h, s, head, q, wide, begin + row - start, stop - row, q, wide);
+            for (int number = 0; number < groups_of(end - begin); number++) {
+                Group g = group(end - begin, number);
+                float *q = query + (begin + g.row) * wide;
+                attend_head(&h, s, head, q, wide, begin + g.row - start, g.rows, q, wide);
             }
         }
     }
@@ -1333,10 +1409,11 @@ static int reserve(Context *c, int rows, int positions) {
         c->capacity = rows;
     }
     if (positions > c->positions) {
+        int heads = padded_head(c->encoder->head_size) + QUERIES; /* encoder_attention's; attend needs 10 */
+        int64_t most = sizeof(float) * (heads > 10 ? heads : 10) * ((positions + 15) / 16 * 16);
         c->positions = 0;
         for (int i = 0; i < c->threads; i++)
-            if (!(c->scores[i] = room(c->scores[i], c->head ? attention_room(c->encoder, positions)
-                                                            : (int64_t)sizeof(float) * 4 * ((positions + 15) / 16 * 16))))
+            if (!(c->scores[i] = room(c->scores[i], c->head ? attention_room(c->encoder, positions) : most)))
                 return 0;
         c->positions = positions;
     }
