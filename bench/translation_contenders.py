@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.predictor import Predictor, TextTranslator
-from deploykit.runtime.decoding import Decoder, Seconds, Sentence
+from deploykit.runtime.decoding import Decoder, Seconds, Sentence, longest_first
 from deploykit.runtime.engines import ENGINES, Precision, load_decode_model
 from deploykit.runtime.search import Finished
 from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
@@ -150,10 +150,15 @@ class CTranslate2:
         self._by_workers: dict[int, Any] = {}
         self._with(1)
 
-    def run(self, sentences: Sequence[Sentence]) -> None:
+    def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None]) -> None:
+        with self.seconds.counting("tokenizing"):
+            sentences = longest_first(sentences)
         if sentences:
             beams = sentences[0].generation.beam_size
             self._run(sentences, self.best.get((beams, len(sentences)), Batching(1, 32)))
+        with self.seconds.counting("detokenizing"):
+            for sentence in sentences:
+                finish(sentence)
 
     def tune(self, batches: Sequence[Sequence[Sentence]]) -> Batching:
         """Time every way of asking on ``batches`` of one size, and keep the fastest for that size."""

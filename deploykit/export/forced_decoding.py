@@ -36,8 +36,7 @@ def greedy_translations(translator: Translator, texts: Sequence[str]) -> list[Fo
 def log_probabilities(model: Seq2SeqModel, task: Translation, pairs: Sequence[Forced]) -> NDArray[np.float32]:
     """What ``model`` gives each token of the translations, [tokens of all], given those before it. Infinities are finite."""
     cross = model.encode([pair.source for pair in pairs])
-    for text, pair in enumerate(pairs):
-        model.admit(cross, text, len(pair.source))
+    model.admit(cross, [len(pair.source) for pair in pairs], [1] * len(pairs))
     steps = max(len(pair.target) for pair in pairs)
     tokens = np.full((len(pairs), steps + 1), task.pad_token_id, np.int64)
     tokens[:, 0] = task.decoder_start_token_id

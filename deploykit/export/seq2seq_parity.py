@@ -81,7 +81,7 @@ def _encoder_difference(reference: TorchTranslator, model: Seq2SeqModel, ids: Se
 
 def _decoder_difference(reference: TorchTranslator, model: Seq2SeqModel, ids: Sequence[int]) -> float:
     """Over the steps of a greedy search that nothing ends."""
-    model.admit(model.encode([ids]), 0, len(ids))
+    model.admit(model.encode([ids]), [len(ids)], [1])
     tokens = [reference.task.decoder_start_token_id]
     ours = []
     for _ in range(min(_STEPS, reference.task.max_target_length - 1)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.finetune.checkpoint import load_model, load_tokenizer, quiet
 from deploykit.finetune.padding import padded
-from deploykit.runtime.decoding import Seconds, Sentence
+from deploykit.runtime.decoding import Seconds, Sentence, longest_first
 from deploykit.runtime.languages import source_prefix
 from deploykit.runtime.search import Finished
 from deploykit.runtime.text import normalize
@@ -117,8 +117,10 @@ class TorchTranslator:
         translator = Translator(self.task, _Tokenizer(self), self)
         return translator.translate(texts, generation, long_input=long_input, scored=scored)
 
-    def run(self, sentences: Sequence[Sentence]) -> None:
+    def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None]) -> None:
         """Give each of ``sentences``, which share a generation and whether they are scored, its result."""
+        with self.seconds.counting("tokenizing"):
+            sentences = longest_first(sentences)
         generation = sentences[0].generation if sentences else self.task.generation
         token_ids = [sentence.token_ids for sentence in sentences]
         target_ids = self.generate_ids(token_ids, generation)
@@ -126,6 +128,9 @@ class TorchTranslator:
         scores = self.scores(token_ids, target_ids, generation) if scored else [0.0] * len(sentences)
         for sentence, ids, score in zip(sentences, target_ids, scores):
             sentence.result = Finished(np.array(ids, np.int64), score)
+        with self.seconds.counting("detokenizing"):
+            for sentence in sentences:
+                finish(sentence)
 
     def close(self) -> None:
         """Nothing to release: the model goes with the object."""

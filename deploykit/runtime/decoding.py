@@ -10,8 +10,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import lru_cache, partial
 from typing import Any
@@ -44,6 +45,7 @@ class Sentence:
     scored: bool = True
     cancelled: bool = False
     result: Finished | None = None
+    text: str | None = None  # of the result
     rules: Rules | None = None  # of ``generation``, once it runs
     rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     beam: Beam | None = None
@@ -60,24 +62,37 @@ class Seconds:
     search: float = 0.0
     detokenizing: float = 0.0
 
+    @contextmanager
+    def counting(self, name: str) -> Iterator[None]:
+        """Add to ``name`` what the block takes."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+
     def add(self, other: Seconds, share: float) -> None:
         for field_ in fields(self):
             setattr(self, field_.name, getattr(self, field_.name) + share * getattr(other, field_.name))
+
+
+def longest_first(sentences: Iterable[Sentence]) -> list[Sentence]:
+    """Short ones fill the room that is left at the end."""
+    return sorted(sentences, key=lambda sentence: -len(sentence.token_ids))
 
 
 @dataclass
 class _Plan:
     """The running sentences by how they are searched for; it holds until one joins or leaves.
 
-    ``rules`` with the rows they are for; if what some forbid ``varies`` it does at every step. ``beams``: sentences of one
-    beam size, and their rows, [sentences, beams], of which ``Sentence.rows`` are views. ``held``: the model may take several
-    steps by itself.
+    ``rules`` with the rows they are for; if what some forbid ``varies`` it does at every step. ``greedy``: rows. ``beams``:
+    sentences of one beam size, and their rows, [sentences, beams], of which ``Sentence.rows`` are views. ``held``: the model
+    may take several steps by itself.
     """
 
     choice: Choice
     rules: list[tuple[Rules, Ints]]
-    greedy: list[Sentence]
-    greedy_rows: Ints
+    greedy: Ints
     beams: list[tuple[list[Sentence], Ints]]
     varies: bool
     held: bool = False
@@ -102,6 +117,7 @@ class Decoder:
     ) -> None:
         self.waiting: deque[Sentence] = deque()
         self.running: list[Sentence] = []
+        self._successors: deque[tuple[Sentence, Any]] = deque()  # encoded, for the rows of those that end
         self.seconds = Seconds()
         self.max_rows = max_rows
         self._model = model
@@ -117,65 +133,78 @@ class Decoder:
         self._ends = np.zeros(model.vocabulary, bool)
         self._ends[list(task.eos_token_ids)] = True
         # By row: the start token and what was generated since; how many that is, may be, and is when the rules say something
-        # else; their log-probability; and what is wanted of a step.
+        # else; their log-probability; what is wanted of a step; and whose row it is.
         self._tokens = np.zeros((max_rows, task.max_target_length + 1), np.int64)
-        self._lengths, self._limits, self._turns = np.zeros((3, max_rows), np.int64)
+        self._counts, self._wanted = np.zeros((3, max_rows), np.int64), np.zeros((3, max_rows), bool)
+        self._lengths, self._limits, self._turns = self._counts
+        self._scored, self._before, self._in_beam = self._wanted
         self._sums = np.zeros(max_rows, np.float32)
         self._forced = np.zeros(max_rows, np.int32)
-        self._scored, self._before, self._in_beam = np.zeros((3, max_rows), bool)
+        self._sentence_of: list[Sentence] = []
         self._texts = Texts(self._tokens, self._lengths, self._limits, self._sums, self._ends)
         self._plan: _Plan | None = None
 
     @property
     def claimed(self) -> int:
         """Rows that the sentences running and waiting take."""
-        return sum(s.generation.beam_size for s in (*self.running, *self.waiting))
+        return self._model.rows + len(self._successors) + sum(s.generation.beam_size for s in self.waiting)
 
     def add(self, sentence: Sentence) -> None:
         self.waiting.append(sentence)
 
-    def run(self, sentences: Sequence[Sentence]) -> None:
-        """Decode ``sentences`` to their ends."""
-        workers = min(self._workers, sum(s.generation.beam_size for s in sentences) // self._model.rows_of_a_worker)
-        if workers > 1:
-            self._run_side_by_side(sentences, workers)
-            return
-        self.waiting.extend(sentences)
-        while self.waiting or self.running:
-            self.step()
+    def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None] = lambda sentence: None) -> None:
+        """Decode ``sentences`` to their ends, and ``finish`` each then.
 
-    def _run_side_by_side(self, sentences: Sequence[Sentence], n: int) -> None:
+        Side by side, decoders take them from ``sentences`` as they have room, so that one can wait for the next ones while
+        the others compute, and finish theirs themselves.
+        """
+        with self.seconds.counting("tokenizing"):
+            coming = iter(sentences)
+            first, rows = [], 0
+            while rows < self._workers * self.max_rows and (sentence := next(coming, None)):
+                first.append(sentence)
+                rows += sentence.generation.beam_size
+        workers = min(self._workers, rows // self._model.rows_of_a_worker)
+        if workers > 1:
+            self._run_side_by_side(longest_first(first), coming, finish, workers)
+            return
+        with self.seconds.counting("tokenizing"):
+            self.waiting.extend(longest_first([*first, *coming]))
+        while self.waiting or self.running:
+            done = self.step()
+            with self.seconds.counting("detokenizing"):
+                for sentence in done:
+                    finish(sentence)
+
+    def _run_side_by_side(
+        self, first: Sequence[Sentence], coming: Iterator[Sentence], finish: Callable[[Sentence], None], n: int
+    ) -> None:
         if n not in self._side_by_side:
             self._side_by_side[n] = [
                 Decoder(model, self._task, max_rows=self.max_rows, max_cache_bytes=self._max_cache_bytes // n)
                 for model in self._model.side_by_side(n)
             ]
         decoders = self._side_by_side[n]
-        left = deque(sentences)
-        share = -(-sum(s.generation.beam_size for s in sentences) // n)
-        taking = threading.Lock()
-
-        def take(decoder: Decoder) -> bool:
-            if not left:
-                return False
-            claimed = decoder.claimed
-            if claimed and claimed + left[0].generation.beam_size > min(share, self.max_rows):
-                return False
-            decoder.add(left.popleft())
-            return True
+        for i, sentence in enumerate(first):
+            decoders[i % n].add(sentence)
+        most = self.max_rows + 2 * self.max_rows // _JOIN_SHARE  # some wait for rows of others
+        taking, failed = threading.Lock(), False
 
         def work(decoder: Decoder) -> None:
+            nonlocal failed
             try:
                 while decoder.waiting or decoder.running:
-                    decoder.step()
-                    with taking:
-                        while take(decoder):
-                            pass
-            finally:
-                left.clear()  # nothing is left, or this one has failed and the others need not go on
+                    done = decoder.step()
+                    with taking, decoder.seconds.counting("tokenizing"):
+                        while not failed and decoder.claimed < most and (sentence := next(coming, None)):
+                            decoder.add(sentence)
+                    with decoder.seconds.counting("detokenizing"):
+                        for sentence in done:
+                            finish(sentence)
+            except BaseException:
+                failed = True  # the others need not go on
+                raise
 
-        while sum(take(decoder) for decoder in decoders):  # one each in turn: the longest ones come first
-            pass
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._workers)
         futures = [self._pool.submit(work, decoder) for decoder in decoders]
@@ -183,6 +212,7 @@ class Decoder:
             for future in futures:
                 future.result()
         except BaseException:
+            failed = True
             wait(futures)
             del self._side_by_side[n]  # they still hold sentences
             raise
@@ -216,13 +246,13 @@ class Decoder:
             rows = np.arange(self._model.rows)
             values, ids = self._model.choose(self._tokens[rows, self._lengths[rows] - 1], plan.choice)
             stepped = time.perf_counter()
-            done = self._choose_greedily(plan, ids[:, 0], values[:, 0]) if plan.greedy else []
+            done = self._choose_greedily(plan, ids[:, 0], values[:, 0]) if len(plan.greedy) else []
             if plan.beams:
                 done += self._advance_beams(plan, values, ids)
-        self._leave(done)
         self.seconds.encoder += encoded - started
         self.seconds.decoder += stepped - encoded
         self.seconds.search += time.perf_counter() - stepped
+        self._leave(done if plan.beams else self._succeed(plan, done))
         return done
 
     def _join(self) -> None:
@@ -230,44 +260,99 @@ class Decoder:
         if not self.waiting or (self.running and free < self.max_rows // _JOIN_SHARE):
             return
         joining: list[Sentence] = []
-        longest = max((len(s.token_ids) for s in self.running), default=0)
+        longest, rows = max((len(s.token_ids) for s in self.running), default=0), self._model.rows
         while self.waiting:
             sentence = self.waiting[0]
             if sentence.cancelled:
                 self.waiting.popleft()
                 continue
             longest = max(longest, len(sentence.token_ids))
-            rows = self._model.rows + sum(s.generation.beam_size for s in joining) + sentence.generation.beam_size
-            crowded = rows > self.max_rows or self._model.cache_bytes(rows, longest, longest) > self._max_cache_bytes
+            more = rows + sentence.generation.beam_size
+            crowded = more > self.max_rows or self._model.cache_bytes(more, longest, longest) > self._max_cache_bytes
             if crowded and (self.running or joining):
                 break
             joining.append(self.waiting.popleft())
+            rows = more
         if not joining:
             return
-        rows = self._model.rows + sum(s.generation.beam_size for s in joining)
         self._model.reserve(rows, max(len(s.token_ids) for s in joining))
         for group in _of_similar_length(joining) if self._model.pads else [joining]:
-            cross = self._model.encode([s.token_ids for s in group])
-            for text, sentence in enumerate(group):
-                self._admit(sentence, cross, text)
+            self._admit(group, self._model.encode([s.token_ids for s in group]))
 
-    def _admit(self, sentence: Sentence, cross: Any, text: int) -> None:
-        g = sentence.generation
-        sentence.rules = self._rules(g)
-        sentence.rows = self._model.admit(cross, text, len(sentence.token_ids), g.beam_size)
-        sentence.beam = Beam(g, self._task.eos_token_ids) if g.beam_size > 1 else None
-        sentence.held = None
-        first, last = int(sentence.rows[0]), self._model.rows
-        self._tokens[first:last, 0] = self._task.decoder_start_token_id
-        self._lengths[first:last] = 1
-        self._limits[first:last] = g.max_length
-        self._sums[first] = 0.0
-        self._sums[first + 1 : last] = NEVER  # all hypotheses begin alike: one is continued at first
-        self._scored[first:last] = sentence.scored or g.beam_size > 1
-        self._before[first:last] = not g.renormalize
-        self._in_beam[first:last] = g.beam_size > 1
-        self.running.append(sentence)
+    def _admit(self, sentences: Sequence[Sentence], cross: Any) -> None:
+        """Give ``sentences``, encoded as ``cross``, rows of their own."""
+        first = last = self._model.rows
+        for sentence in sentences:
+            g = sentence.generation
+            sentence.rules = self._rules(g)
+            sentence.rows = np.arange(last, last + g.beam_size)
+            sentence.beam = Beam(g, self._task.eos_token_ids) if g.beam_size > 1 else None
+            sentence.held = None
+            self._sentence_of += [sentence] * g.beam_size
+            last += g.beam_size
+        self._model.admit(cross, [len(s.token_ids) for s in sentences], [s.generation.beam_size for s in sentences])
+        rows, theirs = np.arange(first, last), self._sentence_of[first:]
+        self._begin(rows)
+        self._limits[rows] = [s.generation.max_length for s in theirs]
+        self._scored[rows] = [s.scored or s.beam is not None for s in theirs]
+        self._before[rows] = [not s.generation.renormalize for s in theirs]
+        self._in_beam[rows] = [s.beam is not None for s in theirs]
+        for sentence in sentences:
+            self._sums[sentence.rows[1:]] = NEVER  # all hypotheses begin alike: one is continued at first
+        self.running += sentences
         self._plan = None
+
+    def _succeed(self, plan: _Plan, done: list[Sentence]) -> list[Sentence]:
+        """Give rows of ``done`` to sentences that wait, if the plan is good for them too: it costs a fraction of leaving and
+        joining. Returns those whose rows are free.
+        """
+        if not done or not (self.waiting or self._successors):
+            return done
+        rules = plan.rules[0][0]
+        fits = (
+            plan.held and len(plan.rules) == 1 and int(self._lengths[plan.greedy].max()) < int(rules.turn(np.array(1)))
+        )
+        heirs: list[tuple[Sentence, Any]] = []
+        while fits and len(heirs) < len(done) and (self._successors or self._encode_successors(rules)):
+            sentence, cross = self._successors.popleft()
+            if not sentence.cancelled:
+                heirs.append((sentence, cross))
+        if not fits or not heirs:
+            self.waiting.extendleft(sentence for sentence, _ in reversed(self._successors))
+            self._successors.clear()
+            return done
+        rows = np.concatenate([sentence.rows for sentence in done[: len(heirs)]])
+        assert self._runner is not None
+        self._runner.replace(rows, [cross for _, cross in heirs], [len(sentence.token_ids) for sentence, _ in heirs])
+        self._begin(rows)
+        leaving = set(map(id, done[: len(heirs)]))
+        self.running = [s for s in self.running if id(s) not in leaving]
+        for row, (sentence, _) in zip(rows.tolist(), heirs):
+            sentence.rules, sentence.rows = rules, np.array([row])
+            self._scored[row], self._sentence_of[row] = sentence.scored, sentence
+            self.running.append(sentence)
+        return done[len(heirs) :]
+
+    def _encode_successors(self, rules: Rules) -> bool:
+        """Encode some of those that wait, for whom ``rules`` are; False when the next one is another's."""
+        some: list[Sentence] = []
+        longest = max(len(s.token_ids) for s in self.running)
+        while self.waiting and len(some) < max(1, self.max_rows // _JOIN_SHARE):
+            longest = max(longest, len(self.waiting[0].token_ids))
+            crowded = self._model.cache_bytes(self._model.rows, longest, longest) > self._max_cache_bytes
+            if crowded or self._rules(self.waiting[0].generation) is not rules:
+                break
+            some.append(self.waiting.popleft())
+        if some:
+            with self.seconds.counting("encoder"):
+                self._successors.extend(zip(some, self._model.encode([s.token_ids for s in some])))
+        return bool(some)
+
+    def _begin(self, rows: Ints) -> None:
+        """Nothing has been said in ``rows`` yet."""
+        self._tokens[rows, 0] = self._task.decoder_start_token_id
+        self._lengths[rows] = 1
+        self._sums[rows] = 0.0
 
     def _make_room(self) -> None:
         """Send the youngest sentences back while the caches that this step needs are too large."""
@@ -290,10 +375,14 @@ class Decoder:
         choice.penalties = []
         forbidden: list[list[int]] = [[]] * rows
         for rules, theirs in plan.rules:
-            choice.forced[theirs] = rules.forced(lengths[theirs])
-            turns[theirs] = rules.turn(lengths[theirs])
-            for row in theirs.tolist():
-                tokens = self._tokens[row, : lengths[row]]
+            of_theirs = lengths[theirs]
+            choice.forced[theirs] = rules.forced(of_theirs)
+            turns[theirs] = rules.turn(of_theirs)
+            for row, length in zip(theirs.tolist(), of_theirs.tolist()):
+                if not rules.vary:
+                    forbidden[row] = rules.always(length)
+                    continue
+                tokens = self._tokens[row, :length]
                 forbidden[row] = rules.forbidden(tokens)
                 if rules.penalty != 1.0:
                     choice.penalties.append((row, np.unique(tokens), rules.penalty))
@@ -303,22 +392,23 @@ class Decoder:
 
     def _make_plan(self) -> _Plan:
         rows = self._model.rows
-        by_rules: dict[Rules, list[Ints]] = {}
-        greedy: list[Sentence] = []
+        by_rules: dict[Rules, list[int]] = {}
+        for row, sentence in enumerate(self._sentence_of):
+            assert sentence.rules is not None
+            by_rules.setdefault(sentence.rules, []).append(row)
         sizes: dict[int, list[Sentence]] = {}
         for sentence in self.running:
-            assert sentence.rules is not None
-            by_rules.setdefault(sentence.rules, []).append(sentence.rows)
-            (greedy if sentence.beam is None else sizes.setdefault(sentence.generation.beam_size, [])).append(sentence)
+            if sentence.beam is not None:
+                sizes.setdefault(sentence.generation.beam_size, []).append(sentence)
+        greedy = np.flatnonzero(~self._in_beam[:rows])
         nothing = np.empty(0, np.int32)  # what is forbidden comes with the first step
         choice = Choice(
             1, self._forced[:rows], nothing, nothing, self._scored[:rows], self._before[:rows], self._in_beam[:rows]
         )
         plan = _Plan(
             choice,
-            [(rules, np.concatenate(parts)) for rules, parts in by_rules.items()],
+            [(rules, np.array(theirs)) for rules, theirs in by_rules.items()],
             greedy,
-            np.concatenate([sentence.rows for sentence in greedy]) if greedy else np.empty(0, np.int64),
             [],
             varies=any(rules.vary for rules in by_rules),
         )
@@ -335,7 +425,7 @@ class Decoder:
     def _held(self, plan: _Plan) -> bool:
         """Whether the model may take steps by itself. Beams are then in its hands, and otherwise in ours."""
         assert self._runner is not None
-        one_kind = len(plan.beams) + bool(plan.greedy) == 1 and not plan.varies
+        one_kind = len(plan.beams) + bool(len(plan.greedy)) == 1 and not plan.varies
         sentences = [sentence for group, _ in plan.beams for sentence in group]
         for sentence in sentences:
             assert sentence.beam is not None
@@ -356,7 +446,7 @@ class Decoder:
 
     def _choose_greedily(self, plan: _Plan, chosen: Ints, gained: Floats) -> list[Sentence]:
         """``chosen`` tokens by row, and their log-probabilities, which count where a score is wanted."""
-        rows = plan.greedy_rows
+        rows = plan.greedy
         lengths, tokens = self._lengths[rows], chosen[rows]
         self._sums[rows] += np.where(plan.choice.scored[rows], gained[rows], np.float32(0))
         self._tokens[rows, lengths] = tokens
@@ -365,11 +455,11 @@ class Decoder:
 
     def _ended(self, plan: _Plan) -> list[Sentence]:
         """Of the sentences searched greedily those that are at their ends, with their results."""
-        rows = plan.greedy_rows
+        rows = plan.greedy
         lengths = self._lengths[rows]
         done = []
-        for i in np.flatnonzero(self._ends[self._tokens[rows, lengths - 1]] | (lengths >= self._limits[rows])):
-            sentence, row, length = plan.greedy[i], int(rows[i]), int(lengths[i])
+        for row in rows[self._ends[self._tokens[rows, lengths - 1]] | (lengths >= self._limits[rows])].tolist():
+            sentence, length = self._sentence_of[row], int(self._lengths[row])
             score = float(self._sums[row]) / (length - 1) ** sentence.generation.length_penalty
             sentence.result = Finished(self._tokens[row, 1:length].copy(), score)
             done.append(sentence)
@@ -446,19 +536,21 @@ class Decoder:
         if not sentences:
             return
         order = self._model.remove(np.concatenate([s.rows for s in sentences]))
-        moved = np.flatnonzero(order != np.arange(len(order)))
         leaving = set(map(id, sentences))
         self.running = [s for s in self.running if id(s) not in leaving]
         self._plan = None
-        if not len(moved):
-            return
-        before = order[moved]
-        for array in (self._tokens, self._lengths, self._limits, self._sums, self._scored, self._before, self._in_beam):
-            array[moved] = array[before]
-        number = np.arange(self.max_rows)
-        number[before] = moved
-        for sentence in self.running:
-            sentence.rows = number[sentence.rows]
+        moved = np.flatnonzero(order != np.arange(len(order)))
+        if len(moved):
+            before = order[moved]
+            longest = int(self._lengths[before].max())
+            self._tokens[moved, :longest] = self._tokens[before, :longest]
+            self._counts[:, moved] = self._counts[:, before]
+            self._wanted[:, moved] = self._wanted[:, before]
+            self._sums[moved] = self._sums[before]
+            for row, was in zip(moved.tolist(), before.tolist()):
+                sentence = self._sentence_of[row] = self._sentence_of[was]
+                sentence.rows[sentence.rows == was] = row
+        del self._sentence_of[len(order) :]
 
 
 def _in_turn(tokens: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -57,13 +57,14 @@ class Rules:
             given[lengths == g.max_length - 1] = g.forced_eos_token_id
         return given
 
+    def always(self, length: int) -> list[int]:
+        """What must not follow any ``length`` tokens: ascending. It is all that rules forbid which do not ``vary``."""
+        return self._early if length < self._generation.min_length else self.never
+
     def forbidden(self, tokens: Ints) -> list[int]:
         """What must not follow ``tokens``, the start token first: ascending."""
         g = self._generation
-        always = self._early if len(tokens) < g.min_length else self.never
-        if not self.vary:
-            return always
-        ids = set(always)
+        ids = set(self.always(len(tokens)))
         if g.no_repeat_ngram_size:
             ids.update(_repeats(tokens, g.no_repeat_ngram_size))
         for word in self._words:

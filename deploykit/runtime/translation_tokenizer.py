@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -222,6 +222,10 @@ class _SentencePiece:
             raise ArtifactError(f"{folder / VOCABULARY}: has no {record.unk_token}", _REMEDY)
         self._unk_token = record.unk_token
         self._unk_id = self._vocabulary[record.unk_token]
+        # Of the encoding model's own numbers, which come without making a string of each piece.
+        pieces = self._encoder.id_to_piece(list(range(self._encoder.get_piece_size())))
+        self._id_of = [self._vocabulary.get(piece, self._unk_id) for piece in pieces]
+        self._unknown = self._encoder.unk_id()
         self._added = {token.content: token for token in record.added_tokens}
         self._added_pattern = _any_of(self._added) if not record.split_special_tokens else None
         self._special_tokens = frozenset(record.special_tokens)
@@ -233,18 +237,24 @@ class _SentencePiece:
     # small batch takes.
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
-        return [list(self._ids(text)) for text in texts]
+        return [self._ids(text) for text in texts]
 
-    def _ids(self, text: str) -> Iterator[int]:
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = []
         for part in self._split(text):
             if part in self._added and self._added_pattern:
-                yield self._vocabulary.get(part, self._unk_id)
+                found.append(self._vocabulary.get(part, self._unk_id))
                 continue
             if self._codes_in_text and part.startswith(">>") and (end := part.find("<<")) != -1:
-                yield self._vocabulary.get(part[: end + 2], self._unk_id)
+                found.append(self._vocabulary.get(part[: end + 2], self._unk_id))
                 part = part[end + 2 :]
-            for piece in self._encoder.encode(part, out_type=str):
-                yield self._vocabulary.get(piece, self._unk_id)
+            own = self._encoder.encode(part, out_type=int)
+            if self._unknown in own:  # the vocabulary may know the piece all the same
+                pieces = self._encoder.encode(part, out_type=str)
+                found += [self._vocabulary.get(piece, self._unk_id) for piece in pieces]
+            else:
+                found += [self._id_of[i] for i in own]
+        return found
 
     def _split(self, text: str) -> list[str]:
         """``text`` at its added tokens, each of which takes what its flags say from its neighbours."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol
@@ -12,7 +11,7 @@ from typing import Generic, Protocol
 from typing_extensions import TypeVar
 
 from deploykit.errors import DataError
-from deploykit.runtime.decoding import MAX_CACHE_BYTES, Decoder, Seconds, Sentence
+from deploykit.runtime.decoding import MAX_CACHE_BYTES, Decoder, Seconds, Sentence, longest_first
 from deploykit.runtime.engines import TRANSLATION_ENGINE, DecodeLimits, load_decode_model
 from deploykit.runtime.generation import MAX_ROWS
 from deploykit.runtime.sentences import fit, split_sentences
@@ -21,6 +20,7 @@ from deploykit.runtime.translated import EMPTY, LongInput, Translated, finish_of
 from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
 from deploykit.tasks import Generation, Translation
 
+_TEXTS_AT_ONCE = 32  # to tokenize: others wait for the lock on Python meanwhile
 _CHARS_PER_TOKEN = 24  # no text of more characters a token than this is worth tokenizing to find it too long
 
 
@@ -50,11 +50,12 @@ class Tokenizer(Protocol):
 
 
 class Runner(Protocol):
-    """What gives sentences their results."""
+    """What gives sentences their results. It counts the time in getting at ``sentences``, and in ``finish``."""
 
     seconds: Seconds
 
-    def run(self, sentences: Sequence[Sentence]) -> None: ...
+    def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None]) -> None:
+        """Give each its result, and then ``finish`` it, in any thread."""
 
 
 RunnerT = TypeVar("RunnerT", bound=Runner, default=Decoder)
@@ -81,11 +82,21 @@ class Translator(Generic[RunnerT]):
         Raises DataError for a text that is too long, when ``long_input`` is "refuse". Without
         ``scored`` greedy search leaves scores at 0, and is faster.
         """
-        jobs = self.begin(texts, generation, long_input=long_input, scored=scored)
-        # Long sentences first: short ones fill the room that is left at the end.
-        waiting = [sentence for job in jobs for sentence in job.sentences]
-        self.decoder.run(sorted(waiting, key=lambda s: -len(s.token_ids)))
-        return [self.result(job) for job in jobs]
+        generation = generation or self.task.generation
+        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+        jobs: dict[int, Job] = {}
+
+        def sentences() -> Iterator[Sentence]:
+            for first in range(0, len(order), _TEXTS_AT_ONCE):
+                numbers = order[first : first + _TEXTS_AT_ONCE]
+                some = self._jobs(
+                    [texts[i] for i in numbers], numbers, generation, long_input, scored, by_sentence=False
+                )
+                jobs.update(zip(numbers, some))
+                yield from longest_first(sentence for job in some for sentence in job.sentences)
+
+        self.decoder.run(sentences(), self._finish)
+        return [self.result(jobs[number]) for number in range(len(texts))]
 
     def begin(
         self,
@@ -97,13 +108,25 @@ class Translator(Generic[RunnerT]):
         by_sentence: bool = False,
     ) -> list[Job]:
         """Tokenize ``texts``; the sentences of the jobs are for ``decoder.add``. ``by_sentence`` splits short texts too."""
-        generation = generation or self.task.generation
-        started = time.perf_counter()
+        with self.decoder.seconds.counting("tokenizing"):
+            generation = generation or self.task.generation
+            return self._jobs(texts, range(len(texts)), generation, long_input, scored, by_sentence)
+
+    def _jobs(
+        self,
+        texts: Sequence[str],
+        numbers: Sequence[int],
+        generation: Generation,
+        long_input: LongInput,
+        scored: bool,
+        by_sentence: bool,
+    ) -> list[Job]:
+        """``numbers``: what errors call each text."""
         texts = [normalize(text) for text in texts]
         pieces = [split_sentences(text) if by_sentence else [(text, "")] for text in texts]
         encoded = iter(self._tokenizer.encode([piece for text in pieces for piece, _ in text]))
         jobs = []
-        for number, text in enumerate(pieces):
+        for number, text in zip(numbers, pieces):
             job = Job([], [])
             for piece, separator in text:
                 ids = next(encoded)
@@ -121,16 +144,19 @@ class Translator(Generic[RunnerT]):
                 job.sentences += [Sentence(ids, generation, scored) for ids, _ in parts]
                 job.separators += [after for _, after in parts]
             jobs.append(job)
-        self.decoder.seconds.tokenizing += time.perf_counter() - started
         return jobs
+
+    def _finish(self, sentence: Sentence) -> None:
+        assert sentence.result is not None
+        sentence.text = self._tokenizer.decode([sentence.result.tokens.tolist()])[0]
 
     def sentence_text(self, sentence: Sentence) -> str:
         """The text of a sentence that is done."""
-        assert sentence.result is not None
-        started = time.perf_counter()
-        text = self._tokenizer.decode([sentence.result.tokens.tolist()])[0]
-        self.decoder.seconds.detokenizing += time.perf_counter() - started
-        return text
+        if sentence.text is None:
+            with self.decoder.seconds.counting("detokenizing"):
+                self._finish(sentence)
+        assert sentence.text is not None
+        return sentence.text
 
     def result(self, job: Job) -> Translated:
         """Put a job that is done together. Its score is the mean of its sentences', by target tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,50 @@ def test_an_error_in_one_of_several_decoders_is_raised(case: Callable[[str], Cas
         decoder.run(sentences)
 
 
+@pytest.mark.parametrize("kind", ["fp32", "native"])
+@pytest.mark.parametrize("count", [1, 40, 300])
+def test_sentences_are_taken_as_there_is_room_and_each_is_finished_once(
+    case: Callable[[str], Case], kind: str, count: int
+) -> None:
+    c = case("marian")
+    generation = Generation(max_length=LONGEST)
+    sentences = [Sentence(c.sources[i % len(c.sources)], generation) for i in range(count)]
+    decoder = Decoder(open_engine(c, kind, 2), c.task, max_rows=32, workers=2)
+    finished: list[Sentence] = []
+    taken_before: list[int] = []
+
+    def coming() -> Iterator[Sentence]:
+        for sentence in sentences:
+            taken_before.append(len(finished))
+            yield sentence
+
+    decoder.run(coming(), finished.append)
+    assert sorted(map(id, finished)) == sorted(map(id, sentences))
+    expected = results(decode(c, generation, engine=open_engine(c, kind, 1)))
+    assert results(sentences) == [expected[i % len(expected)] for i in range(count)]
+    assert (max(taken_before) > 0) == (count > 64)
+    assert decoder.seconds.tokenizing > 0 < decoder.seconds.detokenizing
+
+
+@pytest.mark.parametrize("good", [0, 10, 200])
+def test_an_error_in_what_comes_leaves_the_decoder_as_it_was(case: Callable[[str], Case], good: int) -> None:
+    c = case("marian")
+    generation = Generation(max_length=LONGEST)
+    decoder = Decoder(c.engine, c.task, max_rows=32, workers=2)
+
+    def coming() -> Iterator[Sentence]:
+        for i in range(good):
+            yield Sentence(c.sources[i % len(c.sources)], generation)
+        raise UsageError("no more")
+
+    with pytest.raises(UsageError, match="no more"):
+        decoder.run(coming())
+    assert not decoder.claimed
+    sentences = [Sentence(source, generation) for source in c.sources * 3]
+    decoder.run(sentences)
+    assert results(sentences) == results(decode(c, generation)) * 3
+
+
 def test_mixed_searches_share_a_batch(case: Callable[[str], Case]) -> None:
     c = case("marian")
     kinds = [generation_of(SEARCHES[name]) for name in ("greedy", "beams", "repetition", "no repeats")]
@@ -326,7 +370,7 @@ def test_standard_graphs_in_half_precision_are_near(
     logits = []
     for engine in (c.engine, half):
         for source in c.sources[:8]:
-            engine.admit(engine.encode([source]), 0, len(source))
+            engine.admit(engine.encode([source]), [len(source)], [1])
         logits.append(np.stack([engine.step(np.full(8, token)) for token in (5, 6, 7)]))
         engine.remove(np.arange(8))
     fp32, fp16 = logits

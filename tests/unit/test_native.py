@@ -35,9 +35,7 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 def logits_of(model: Any, sources: Sequence[Sequence[int]]) -> Floats:
     """[steps, sources, vocabulary]: what each of 8 sources says of the same tokens."""
-    encoded = model.encode(sources)
-    for i, source in enumerate(sources):
-        model.admit(encoded, i, len(source))
+    model.admit(model.encode(sources), [len(source) for source in sources], [1] * len(sources))
     found = np.stack([model.step(np.full(8, token)).copy() for token in (5, 6, 7, 8)])
     model.remove(np.arange(8))
     return found
@@ -122,6 +120,49 @@ def test_beams_change_hands_while_other_searches_come_and_go(case: Callable[[str
     assert results(sentences) == results(alone)
 
 
+@pytest.mark.parametrize("options", [{}, {"min_length": 6}, {"forced_bos_token_id": 9}, {"no_repeat_ngram_size": 2}])
+def test_who_takes_the_row_of_one_that_ended_says_what_it_says_alone(
+    case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    c = case("marian")
+    generation, other = generation_of(options), Generation(max_length=7)
+    model = open_engine(c, "native", 1)
+    alone = []
+    for source in c.sources:
+        for g in (generation, other):
+            sentence = Sentence(source, g)
+            Decoder(model, c.task).run([sentence])
+            alone.append(sentence)
+    replaced: list[int] = []
+    replace = NativeModel.replace
+
+    def counted(self: NativeModel, rows: Any, cross: Any, lengths: Any) -> None:
+        replaced.extend(rows.tolist())
+        replace(self, rows, cross, lengths)
+
+    monkeypatch.setattr(NativeModel, "replace", counted)
+    sentences = [Sentence(source, generation) for source in c.sources]
+    Decoder(model, c.task, max_rows=5).run(sentences)
+    assert results(sentences) == results(alone[::2])
+    # Rules that change on the way, or with the tokens, are those of all rows at once: then rows are left and joined.
+    assert bool(replaced) == (not options)
+
+    mixed = [Sentence(source, g) for source in c.sources for g in (generation, other)]
+    decoder = Decoder(model, c.task, max_rows=16)
+    for sentence in mixed:
+        decoder.add(sentence)
+    mixed[20].cancelled = True
+    done = []
+    while decoder.waiting or decoder.running:
+        done += decoder.step()
+        if len(done) > 3:
+            mixed[30].cancelled = True
+    kept = [i for i in range(len(mixed)) if i not in (20, 30)]
+    assert results([mixed[i] for i in kept]) == results([alone[i] for i in kept])
+    assert mixed[20].result is None
+    assert decoder.claimed == 0
+
+
 def test_threads_change_no_bit(case: Callable[[str], Case]) -> None:
     for family in ("marian", "t5 1.1"):
         c = case(family)
@@ -158,7 +199,7 @@ def test_a_token_that_the_model_does_not_have_is_refused(case: Callable[[str], C
     for ids in ([10**6], [-1]):
         with pytest.raises(EngineError, match="one of the model's 120"):
             model.encode([ids])
-    model.admit(model.encode([[3, 4]]), 0, 2)
+    model.admit(model.encode([[3, 4]]), [2], [1])
     with pytest.raises(EngineError, match="one of the model's 120"):
         model.step(np.array([120]))
 

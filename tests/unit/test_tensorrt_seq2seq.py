@@ -161,11 +161,10 @@ def test_rows_hold_what_those_of_onnx_runtime_hold(
             lengths = random.integers(1, 8 if turn < 50 else 50, 2)
             token_ids = [random.integers(2, model.vocabulary - 1, n).tolist() for n in lengths]
             encoded = [each.encode(token_ids) for each in (model, reference)]
-            for text, copies in enumerate((1, 2)):
-                for each, cross in zip((model, reference), encoded):
-                    each.admit(cross, text, len(token_ids[text]), copies)
-                groups = np.append(groups, [texts] * copies)
-                texts += 1
+            for each, cross in zip((model, reference), encoded):
+                each.admit(cross, lengths.tolist(), (1, 2))
+            groups = np.append(groups, [texts, texts + 1, texts + 1])
+            texts += 2
         elif len(oldest) or roll < 0.3:
             gone = np.union1d(oldest, random.integers(0, len(groups), 2))
             orders = [each.remove(gone) for each in (model, reference)]
@@ -194,7 +193,7 @@ def test_a_step_is_one_launch_of_a_cuda_graph(
     model = TensorRtSeq2Seq(folder, ["encoder.trt.fp32.engine", "decoder.trt.fp32.engine"], 1)
     memory = len(driver.device), len(driver.host)
     model.reserve(5, 9)
-    model.admit(model.encode([[5] * 9]), 0, 9, 5)
+    model.admit(model.encode([[5] * 9]), [9], [5])
     for _ in range(2):  # there and back: a graph for each way
         model.step(np.full(5, 7))
     counts = dict(driver.counts)
@@ -204,7 +203,7 @@ def test_a_step_is_one_launch_of_a_cuda_graph(
     assert grown == {"cuCtxSetCurrent": 4, "cuGraphLaunch": 4, "cuStreamSynchronize": 4}
     captured = driver.counts["cuGraphInstantiateWithFlags"]
     model.remove(np.array([1]))
-    model.admit(model.encode([[5] * 9, [6] * 3]), 1, 3, 4)
+    model.admit(model.encode([[5] * 9, [6] * 3]), [9, 3], [1, 3])
     for _ in range(2):
         model.step(np.full(8, 7))
     assert driver.counts["cuGraphInstantiateWithFlags"] == captured + 1, (
@@ -213,7 +212,7 @@ def test_a_step_is_one_launch_of_a_cuda_graph(
     assert (len(driver.device), len(driver.host)) == memory, "no shape allocates any"
     logits = []
     for other in model.side_by_side(2):
-        other.admit(other.encode([[5] * 9]), 0, 9)
+        other.admit(other.encode([[5] * 9]), [9], [1])
         logits.append(other.step(np.array([7])).copy())
     np.testing.assert_array_equal(*logits)
 
@@ -236,7 +235,7 @@ def test_what_no_profile_takes_is_refused_with_the_command(
         ) as refused:
             call()
         assert f"larger {axis} in --profile: deploykit export runs/a" in str(refused.value.remedy)
-    model.admit(model.encode([[5]]), 0, 1)
+    model.admit(model.encode([[5]]), [1], [1])
     for _ in range(12):
         model.step(np.array([7]))
     with pytest.raises(EngineError, match="13 tokens of a translation"):

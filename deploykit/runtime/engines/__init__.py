@@ -114,8 +114,8 @@ class DecodeModel(Protocol):
     def reserve(self, rows: int, source: int) -> None:
         """Make room for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is left."""
 
-    def admit(self, cross: Any, text: int, length: int, copies: int = 1) -> NDArray[np.int64]:
-        """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
+    def admit(self, cross: Any, lengths: Sequence[int], copies: Sequence[int]) -> None:
+        """Append empty rows: for each encoded text, of so many tokens, so many that attend to it."""
 
     def choose(self, tokens: NDArray[np.int64], choice: Choice) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Feed each row its next token; returns what ``select`` does of the logits."""
@@ -143,6 +143,9 @@ class DecodeModel(Protocol):
 @runtime_checkable
 class TakesSteps(Protocol):
     """A decode model that goes on with a search by itself, for as long as the rules say the same."""
+
+    def replace(self, rows: NDArray[np.int64], cross: Sequence[Any], lengths: Sequence[int]) -> None:
+        """Give ``rows``, whose texts are over, others: encoded texts of so many tokens."""
 
     def run_greedily(self, texts: Texts, choice: Choice, most: int) -> int:
         """Append a token to each row, again and again: until one of them ends, but ``most`` times at most.

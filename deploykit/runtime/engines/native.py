@@ -125,7 +125,6 @@ class NativeModel:
     Raises EngineError or CorruptArtifactError naming the file that cannot be read.
     """
 
-    rows_of_a_worker = 16
     pads = False
     limits: DecodeLimits | None = None
 
@@ -133,6 +132,8 @@ class NativeModel:
         self._library = _library()
         self._weights = Weights(folder / files[0])
         small = (folder / files[0]).stat().st_size < _SMALL
+        # Decoders side by side each read all weights: where they are large, a decoder's threads had better share them first.
+        self.rows_of_a_worker = 16 if small else 32
         self._begin(1 if small else threads)
 
     def side_by_side(self, n: int) -> list[NativeModel]:
@@ -219,18 +220,25 @@ class NativeModel:
         if rows > self._capacity:
             self._grow(power_of_two(rows, _LEAST_ROWS), max(self._positions, _TARGET_BLOCK))
 
-    def admit(self, cross: Sequence[NDArray[np.uint8]], text: int, length: int, copies: int = 1) -> Ints:
-        """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
-        first, last = self.rows, self.rows + copies
-        self.reserve(last, length)
-        for row in range(first, last):
-            self._slots[row] = self._free.pop()
-            self._texts.append(cross[text])
-        self._addresses[first:last] = cross[text].ctypes.data
-        self._source[first:last] = length
-        self._past[first:last] = 0
+    def admit(self, cross: Sequence[NDArray[np.uint8]], lengths: Sequence[int], copies: Sequence[int]) -> None:
+        """Append empty rows: for each encoded text, of so many tokens, so many that attend to it."""
+        first, last = self.rows, self.rows + sum(copies)
+        self.reserve(last, max(lengths))
+        rows = slice(first, last)
+        self._texts += [text for text, n in zip(cross, copies) for _ in range(n)]
+        self._slots[rows] = [self._free.pop() for _ in range(last - first)]
+        self._addresses[rows] = np.repeat([text.ctypes.data for text in cross], copies)
+        self._source[rows] = np.repeat(lengths, copies)
+        self._past[rows] = 0
         self.rows = last
-        return np.arange(first, last)
+
+    def replace(self, rows: Ints, cross: Sequence[NDArray[np.uint8]], lengths: Sequence[int]) -> None:
+        """Give ``rows``, whose texts are over, others: encoded texts of so many tokens."""
+        for row, text in zip(rows.tolist(), cross):
+            self._texts[row] = text
+        self._addresses[rows] = [text.ctypes.data for text in cross]
+        self._source[rows] = lengths
+        self._past[rows] = 0
 
     def step(self, tokens: Ints) -> Floats:
         """Feed each row its next token; returns logits, float32 [rows, vocabulary].
@@ -344,7 +352,7 @@ class NativeModel:
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
         """Memory of the caches of ``rows`` rows with that many target and source tokens."""
-        positions = power_of_two(rows, _LEAST_ROWS) * power_of_two(target, _TARGET_BLOCK) + rows * source
+        positions = power_of_two(rows, _LEAST_ROWS) * power_of_two(target, _TARGET_BLOCK) + rows * (source + 15)
         return int(positions * 2 * self._layers * self._heads * (self._head_size + 4))
 
     def _grow(self, capacity: int, positions: int) -> None:

@@ -173,17 +173,17 @@ class Seq2SeqModel:
         if moved or grown:
             self._bound = (0, 0, 0)
 
-    def admit(self, cross: NDArray[Any], text: int, length: int, copies: int = 1) -> NDArray[np.int64]:
-        """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
-        first, last = self.rows, self.rows + copies
-        self.reserve(last, length)
-        self._cross.view[:, first:last, :, :length] = cross[text, :length].transpose(1, 2, 0, 3)[:, None]
-        end = cross[text, length - 1].reshape(2 * self._layers, -1) * self._cross_scales
-        self._last[:, first:last, 0] = end[:, None]
-        self._source_last[first:last] = length - 1
-        self._past[first:last] = 0
-        self.rows = last
-        return np.arange(first, last)
+    def admit(self, cross: NDArray[Any], lengths: Sequence[int], copies: Sequence[int]) -> None:
+        """Append empty rows: for each encoded text, of so many tokens, so many that attend to it."""
+        self.reserve(self.rows + sum(copies), max(lengths))
+        for text, (length, n) in enumerate(zip(lengths, copies)):
+            rows = slice(self.rows, self.rows + n)
+            self._cross.view[:, rows, :, :length] = cross[text, :length].transpose(1, 2, 0, 3)[:, None]
+            end = cross[text, length - 1].reshape(2 * self._layers, -1) * self._cross_scales
+            self._last[:, rows, 0] = end[:, None]
+            self._source_last[rows] = length - 1
+            self._past[rows] = 0
+            self.rows += n
 
     def step(self, tokens: NDArray[np.int64]) -> Floats:
         """Feed each row its next token; returns logits, float32 [rows, vocabulary].

@@ -167,18 +167,17 @@ class TensorRtSeq2Seq:
             for places in ((old.place(cross), new.place(spare)), (new.place(spare), new.place(cross))):
                 self._stream.copy(*places, width, self.rows * self._heads, len(self._parts))
 
-    def admit(self, cross: Encoded, text: int, length: int, copies: int = 1) -> Ints:
-        """Append ``copies`` empty rows that attend to encoded ``text`` of ``length`` tokens; returns their numbers."""
-        first, last = self.rows, self.rows + copies
-        self.reserve(last, length)
+    def admit(self, cross: Encoded, lengths: Sequence[int], copies: Sequence[int]) -> None:
+        """Append empty rows: for each encoded text, of so many tokens, so many that attend to it."""
+        self.reserve(self.rows + sum(copies), max(lengths))
         self._gpu.enter()
-        for row in range(first, last):
-            target = self._cross.place(self._memory[2], row)
-            self._copy(cross.text(text), target, length)
-        self._source_last[first:last] = length - 1
-        self._past[first:last] = 0
-        self.rows = last
-        return np.arange(first, last)
+        for text, (length, n) in enumerate(zip(lengths, copies)):
+            rows = slice(self.rows, self.rows + n)
+            for row in range(rows.start, rows.stop):
+                self._copy(cross.text(text), self._cross.place(self._memory[2], row), length)
+            self._source_last[rows] = length - 1
+            self._past[rows] = 0
+            self.rows += n
 
     def step(self, tokens: Ints) -> Floats:
         """Feed each row its next token; returns logits, float32 [rows, vocabulary].
