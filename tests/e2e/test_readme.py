@@ -33,7 +33,8 @@ def test_every_block_of_the_readme_works(minilm: Path, tweets: Path, pairs: Path
     script = ["set -euo pipefail"]
     for language, block in BLOCK.findall(README.read_text(encoding="utf-8")):
         script.append(block if language == "bash" else f"python - <<'PYTHON'\n{block}PYTHON")
-    script.append("kill -INT %1 %2; wait %1 %2")
+    # By number: a job that ends while another is waited for is a job no more.
+    script.append("servers=$(jobs -p); kill -INT %1 %2; wait $servers")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         ["bash", "-m", "-c", "\n".join(script)], cwd=tmp_path, env=environment, start_new_session=True,
