@@ -46,6 +46,8 @@ def render(suite: Record) -> str:
         "",
         *_node(by_axis["instances"]),
     ]
+    if "batch" in by_axis:
+        lines += ["", "## Texts of one call, in one process", "", *_batches(by_axis["batch"])]
     for axis, title in _GROWTH.items():
         if axis in by_axis:
             lines += ["", f"## {title}", "", *_growth(axis, by_axis[axis])]
@@ -92,16 +94,28 @@ def _node(workload: Record) -> Iterator[str]:
         yield _row([f"{load:,}", f"{nodes(load, rates['min']):,}"])
 
 
+def _batches(workload: Record) -> Iterator[str]:
+    """Of one candidate: a row for each number of texts that it is given at once."""
+    yield from _head("texts", "texts/s", "p50 ms", "p99 ms")
+    for s in workload["bench"]["candidates"][0]["scenarios"]:
+        yield _row([f"{s['scenario']['concurrency']}", *_figures(s)])
+
+
+def _figures(scenario: Record) -> list[str]:
+    latencies = [scenario["latency_ms"][key] for key in ("p50", "p99")]
+    return [
+        f"{scenario['throughput_per_s']['median']:.0f}",
+        *(f"{latency['median']:.1f}" if latency else "-" for latency in latencies),
+    ]
+
+
 def _growth(axis: str, workload: Record) -> Iterator[str]:
     candidates = workload["bench"]["candidates"]
     scenarios = [s["scenario"]["name"] for s in candidates[0]["scenarios"]]
     titles = [f"{name}: {figure}" for name in scenarios for figure in ("texts/s", "p50 ms", "p99 ms")]
     yield from _head(axis, *titles, "memory MB")
     for candidate in candidates:
-        cells = []
-        for s in candidate["scenarios"]:
-            cells.append(f"{s['throughput_per_s']['median']:.0f}")
-            cells += [f"{x['median']:.1f}" if (x := s["latency_ms"][key]) else "-" for key in ("p50", "p99")]
+        cells = [cell for s in candidate["scenarios"] for cell in _figures(s)]
         memory = candidate["peak_memory_mb"]
         yield _row([f"{workload['values'][candidate['name']]:g}", *cells, "-" if memory is None else f"{memory:.0f}"])
 

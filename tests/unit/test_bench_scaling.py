@@ -80,6 +80,9 @@ def test_the_page_of_what_a_node_carries_is_made_of_the_record(tmp_path: Path) -
         "machine": {"cpu": "AMD EPYC", "cpus_usable": 2, "memory_gb": 8.0},
         "workloads": [{"key": key, "axis": key, "values": values, "bench": bench} for key in ("instances", "models")],
     }  # fmt: skip
+    calls = [scenario("closed_loop", 70.0, concurrency=4), scenario("closed_loop", 90.0, concurrency=16)]
+    batch = {"candidates": [{"name": "e", "scenarios": calls, "peak_memory_mb": 300.0}]}
+    suite["workloads"] = [{"key": "batch", "bench": batch}, *suite["workloads"]]  # type: ignore[misc]
     record = tmp_path / "x-scaling.json"
     record.write_text(json.dumps(suite))
     words = [record, "--out", tmp_path / "capacity.md"]
@@ -96,7 +99,9 @@ def test_the_page_of_what_a_node_carries_is_made_of_the_record(tmp_path: Path) -
         "| 1,000 | 13 |",
         "| 10,000 | 113 |",
         "| 2 | 100 | 5.0 | 40.0 | 100 | 5.0 | 40.0 | 300 |",
+        "| 16 | 90 | 5.0 | 40.0 |",
     ):
         assert row in page, row
     assert "## Models of one server, of which one is asked" in page
+    assert "## Texts of one call" in page
     assert "hours" not in page.lower()
