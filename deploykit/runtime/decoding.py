@@ -256,6 +256,8 @@ class Decoder:
         return done
 
     def _join(self) -> None:
+        if not self.running:
+            self._recall_successors()  # all whose rows they were to have were cancelled
         free = self.max_rows - self._model.rows
         if not self.waiting or (self.running and free < self.max_rows // _JOIN_SHARE):
             return
@@ -318,8 +320,7 @@ class Decoder:
             if not sentence.cancelled:
                 heirs.append((sentence, cross))
         if not fits or not heirs:
-            self.waiting.extendleft(sentence for sentence, _ in reversed(self._successors))
-            self._successors.clear()
+            self._recall_successors()
             return done
         rows = np.concatenate([sentence.rows for sentence in done[: len(heirs)]])
         assert self._runner is not None
@@ -347,6 +348,11 @@ class Decoder:
             with self.seconds.counting("encoder"):
                 self._successors.extend(zip(some, self._model.encode([s.token_ids for s in some])))
         return bool(some)
+
+    def _recall_successors(self) -> None:
+        """They wait with the others again, before them."""
+        self.waiting.extendleft(sentence for sentence, _ in reversed(self._successors))
+        self._successors.clear()
 
     def _begin(self, rows: Ints) -> None:
         """Nothing has been said in ``rows`` yet."""

@@ -222,9 +222,7 @@ class _SentencePiece:
             raise ArtifactError(f"{folder / VOCABULARY}: has no {record.unk_token}", _REMEDY)
         self._unk_token = record.unk_token
         self._unk_id = self._vocabulary[record.unk_token]
-        # Of the encoding model's own numbers, which come without making a string of each piece.
-        pieces = self._encoder.id_to_piece(list(range(self._encoder.get_piece_size())))
-        self._id_of = [self._vocabulary.get(piece, self._unk_id) for piece in pieces]
+        self._id_of = _Ids(self._encoder, self._vocabulary, self._unk_id)
         self._unknown = self._encoder.unk_id()
         self._added = {token.content: token for token in record.added_tokens}
         self._added_pattern = _any_of(self._added) if not record.split_special_tokens else None
@@ -299,6 +297,19 @@ class _SentencePiece:
         if self._codes_in_text:
             text = text.replace("▁", " ")
         return text.strip()
+
+
+class _Ids(dict[int, int]):
+    """Of the encoding model's own numbers, which come without making a string of each piece; each looked up when first asked
+    for, as a model has tens of thousands."""
+
+    def __init__(self, encoder: SentencePieceProcessor, vocabulary: Mapping[str, int], unk_id: int) -> None:
+        super().__init__()
+        self._encoder, self._vocabulary, self._unk_id = encoder, vocabulary, unk_id
+
+    def __missing__(self, own: int) -> int:
+        self[own] = found = self._vocabulary.get(self._encoder.id_to_piece(own), self._unk_id)
+        return found
 
 
 def _any_of(tokens: Mapping[str, AddedToken]) -> re.Pattern[str] | None:

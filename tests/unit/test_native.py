@@ -163,6 +163,29 @@ def test_who_takes_the_row_of_one_that_ended_says_what_it_says_alone(
     assert decoder.claimed == 0
 
 
+def test_who_waits_for_the_row_of_one_that_is_cancelled_is_decoded_all_the_same(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    model, generation = open_engine(c, "native", 1), Generation(max_length=LONGEST)
+    alone = [Sentence(source, generation) for source in c.sources]
+    Decoder(model, c.task).run(alone)
+    sentences = [Sentence(source, generation) for source in c.sources]
+    decoder = Decoder(model, c.task, max_rows=20)
+    for sentence in sentences:
+        decoder.add(sentence)
+    decoder.step()
+    rules = decoder.running[0].rules
+    assert rules is not None
+    assert decoder._encode_successors(rules)
+    cancelled = list(decoder.running)
+    for sentence in cancelled:
+        sentence.cancelled = True
+    while decoder.waiting or decoder.running:
+        decoder.step()
+    kept = [i for i, sentence in enumerate(sentences) if not any(sentence is each for each in cancelled)]
+    assert results([sentences[i] for i in kept]) == results([alone[i] for i in kept])
+    assert decoder.claimed == 0
+
+
 def test_threads_change_no_bit(case: Callable[[str], Case]) -> None:
     for family in ("marian", "t5 1.1"):
         c = case(family)

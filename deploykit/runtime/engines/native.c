@@ -1409,8 +1409,9 @@ static int reserve(Context *c, int rows, int positions) {
         c->capacity = rows;
     }
     if (positions > c->positions) {
-        int heads = padded_head(c->encoder->head_size) + QUERIES; /* encoder_attention's; attend needs 10 */
-        int64_t most = sizeof(float) * (heads > 10 ? heads : 10) * ((positions + 15) / 16 * 16);
+        int floats = padded_head(c->encoder->head_size) + QUERIES; /* of a position: encoder_attention's */
+        MOST(floats, 2 * MOST_HEADS + MOST_HEADS / 2);             /* and those of attend_heads */
+        int64_t most = sizeof(float) * floats * ((positions + 15) / 16 * 16);
         c->positions = 0;
         for (int i = 0; i < c->threads; i++)
             if (!(c->scores[i] = room(c->scores[i], c->head ? attention_room(c->encoder, positions) : most)))
