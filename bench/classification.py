@@ -29,10 +29,10 @@ from classification_contenders import (
 from classification_serving import MODEL, deploykit_server, measure_serving
 from suite import begin, candidate, measured_alone, say, write
 
-from deploykit.bench.load import ClosedLoop, Scenario, Server
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import Candidate, run_bench
-from deploykit.runtime.engines import available_cpus
+from deploykit.bench.scenarios import ClosedLoop, Scenario, Server
+from deploykit.hardware import available_cpus
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("tweets", "articles", "serving")

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from deploykit.artifacts import load_manifest
-from deploykit.predictor import Predictor, TextClassifier, open_classifier
 from deploykit.runtime.engines import ENGINES
+from deploykit.runtime.generation import Generation
 from deploykit.runtime.text import normalize
 from deploykit.runtime.tokenizer import TextTokenizer
-from deploykit.tasks import Classification, Generation
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.predictor import TextClassifier
+from deploykit.tasks.opening import Predictor, open_classifier
 
 BATCH = 32
 CALIBRATION_ROWS = 300  # NNCF's default subset
@@ -162,7 +164,7 @@ def _torch(contender: Contender, subject: Subject, threads: int) -> Forward:
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    from deploykit.finetune.checkpoint import quiet
+    from deploykit.training.checkpoint import quiet
 
     quiet()
     torch.set_num_threads(threads)

@@ -18,8 +18,8 @@ from typing import Any
 
 from classification_contenders import Subject
 
-from deploykit.bench.load import ClosedLoop, Scenario, Server, Within
 from deploykit.bench.run import Candidate, run_bench
+from deploykit.bench.scenarios import ClosedLoop, Scenario, Server, Within
 from deploykit.triton.backends import assemble_backends
 from deploykit.triton.preflight import find_triton, take_ports
 from deploykit.triton.repository import package

@@ -13,10 +13,11 @@ from pathlib import Path
 from deploykit.artifacts import new_file
 from deploykit.bench.machine import describe_machine
 from deploykit.bench.rows import read_rows
-from deploykit.export.seq2seq_parity import check_parity
-from deploykit.finetune.translator import TorchTranslator
-from deploykit.runtime.engines import TRANSLATION_FILES, available_cpus
+from deploykit.hardware import available_cpus
+from deploykit.runtime.engines import TRANSLATION_FILES
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.tasks.translation.checkpoint import TorchTranslator
+from deploykit.tasks.translation.parity import check_parity
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,11 +17,12 @@ from typing import Any
 from suite import say
 
 from deploykit.artifacts import load_manifest
-from deploykit.bench.load import ClosedLoop, answer_texts, measure
+from deploykit.bench.load import answer_texts, measure
 from deploykit.bench.rows import read_rows
+from deploykit.bench.scenarios import ClosedLoop
 from deploykit.errors import DeploykitError, MissingDependencyError
-from deploykit.predictor import Predictor, open_predictor
-from deploykit.runtime.engines import available_cpus
+from deploykit.hardware import available_cpus
+from deploykit.tasks.opening import Predictor, open_predictor
 
 ROOT = Path(__file__).parents[1]
 SCENARIOS = ("SingleStream", "Offline")

@@ -20,8 +20,8 @@ from typing import Any
 from suite import begin, say
 
 from deploykit.artifacts import new_file
-from deploykit.export.calibration import METHODS
-from deploykit.runtime.engines import available_cpus
+from deploykit.hardware import available_cpus
+from deploykit.quantization.calibration import METHODS
 
 ROOT = Path(__file__).parents[1]
 _SUBJECTS = {"sentiment": "demo/runs/sentiment", "en-fr": "demo/runs/en-fr"}

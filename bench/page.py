@@ -7,9 +7,9 @@ from pathlib import Path
 
 from suite import say
 
-from deploykit.bench.record import read_record
-from deploykit.bench.report import write_report
 from deploykit.errors import DeploykitError
+from deploykit.report.pages import write_report
+from deploykit.report.record import read_record
 
 
 def main() -> None:

@@ -20,16 +20,18 @@ from typing import Any
 from suite import begin, say, write
 
 from deploykit.artifacts import load_manifest
-from deploykit.bench.load import ClosedLoop, Scenario, Server, Within
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import Candidate, run_bench
-from deploykit.predictor import Predictor, open_predictor
-from deploykit.runtime.engines import available_cpus
+from deploykit.bench.scenarios import ClosedLoop, Scenario, Server, Within
+from deploykit.hardware import available_cpus
+from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.runtime.text import normalize
 from deploykit.runtime.tokenizer import TextTokenizer
-from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
-from deploykit.tasks import Classification, Task
-from deploykit.triton.repository import ServingSettings, package
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.opening import Predictor, open_predictor
+from deploykit.tasks.protocol import TaskFacts
+from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
+from deploykit.triton.repository import package
 from deploykit.triton.server import TritonServer
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +79,7 @@ def _batch(options: argparse.Namespace) -> Swept:
 
 
 @contextlib.contextmanager
-def _length(options: argparse.Namespace, task: Task, texts: Sequence[str], skipped: dict[str, str]) -> Swept:
+def _length(options: argparse.Namespace, task: TaskFacts, texts: Sequence[str], skipped: dict[str, str]) -> Swept:
     """Each length is a candidate with texts of its own, on one opened model."""
     count = token_counter(options.export, task)
     with _opened(options, options.threads) as predictor:
@@ -100,7 +102,7 @@ def _threads(options: argparse.Namespace) -> Swept:
 
 
 @contextlib.contextmanager
-def _instances(options: argparse.Namespace, task: Task) -> Swept:
+def _instances(options: argparse.Namespace, task: TaskFacts) -> Swept:
     """Servers side by side; an idle one takes memory and no time."""
     with contextlib.ExitStack() as stack:
         candidates: dict[float, Candidate] = {}
@@ -111,7 +113,7 @@ def _instances(options: argparse.Namespace, task: Task) -> Swept:
 
 
 @contextlib.contextmanager
-def _models(options: argparse.Namespace, task: Task) -> Swept:
+def _models(options: argparse.Namespace, task: TaskFacts) -> Swept:
     """Servers of so many models, of which one is asked."""
     with contextlib.ExitStack() as stack:
         candidates: dict[float, Candidate] = {}
@@ -122,7 +124,7 @@ def _models(options: argparse.Namespace, task: Task) -> Swept:
 
 
 @contextlib.contextmanager
-def _hours(options: argparse.Namespace, task: Task) -> Swept:
+def _hours(options: argparse.Namespace, task: TaskFacts) -> Swept:
     """One server under load without a pause, by the time at which each window ends."""
     with _served(options, ServingSettings()) as server:
         target = Server(server.urls.http, _model(0), task)
@@ -157,7 +159,7 @@ def _opened(options: argparse.Namespace, threads: int) -> Iterator[Predictor]:
         predictor.close()
 
 
-def token_counter(export: Path, task: Task) -> Callable[[str], int]:
+def token_counter(export: Path, task: TaskFacts) -> Callable[[str], int]:
     """How many tokens the model reads of a text, its special tokens included, before it truncates."""
     if isinstance(task, Classification):
         tokenizer = TextTokenizer(export / "tokenizer.json", _UNLIMITED)
@@ -184,7 +186,7 @@ def texts_of(tokens: int, texts: Sequence[str], count: Callable[[str], int]) -> 
     return made
 
 
-def _longest(task: Task) -> int:
+def _longest(task: TaskFacts) -> int:
     return task.max_length if isinstance(task, Classification) else task.max_source_length
 
 

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 from deploykit.artifacts import new_file
 from deploykit.bench.alone import Alone, measure_alone
 from deploykit.bench.machine import describe_machine
-from deploykit.bench.report import write_report
 from deploykit.bench.run import Candidate
-from deploykit.predictor import Predictor
-from deploykit.tasks import Generation
+from deploykit.report.pages import write_report
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.opening import Predictor
 
 
 def say(message: str) -> None:

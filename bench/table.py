@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deploykit.metrics import TITLES
+from deploykit.metric_titles import TITLES
 
 ROOT = Path(__file__).parents[1]
 PEER = "CTranslate2 int8"

@@ -38,14 +38,15 @@ from translation_contenders import (
 
 from deploykit.artifacts import load_manifest
 from deploykit.bench.alone import Alone
-from deploykit.bench.load import ClosedLoop, answer_texts
+from deploykit.bench.load import answer_texts
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import run_bench
-from deploykit.predictor import TextTranslator
-from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES, available_cpus
-from deploykit.runtime.generation import override
-from deploykit.runtime.translator import Translator
-from deploykit.tasks import Generation, Translation
+from deploykit.bench.scenarios import ClosedLoop
+from deploykit.hardware import available_cpus
+from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
+from deploykit.runtime.generation import Generation, override
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.predictor import TextTranslator, Translator
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("shape", "example", "serving")
@@ -224,11 +225,11 @@ def random_subject(folder: Path, shape: Shape) -> Subject:
     import torch
     from transformers import MarianConfig, MarianMTModel
 
-    from deploykit.export.families import read_architecture
-    from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
-    from deploykit.export.seq2seq_native import save_native
-    from deploykit.export.translation_calibration import activations_of
-    from deploykit.finetune.checkpoint import quiet
+    from deploykit.graphs.families import read_architecture
+    from deploykit.graphs.native_writer import save_native
+    from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
+    from deploykit.tasks.translation.calibration import activations_of
+    from deploykit.training.checkpoint import quiet
 
     quiet()
     torch.manual_seed(0)

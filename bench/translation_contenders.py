@@ -17,13 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.predictor import Predictor, TextTranslator
 from deploykit.runtime.decoding import Decoder, Seconds, Sentence, longest_first
-from deploykit.runtime.engines import ENGINES, Precision, load_decode_model
+from deploykit.runtime.engines import ENGINES, load_decode_model
+from deploykit.runtime.engines.protocol import Precision
+from deploykit.runtime.generation import Generation
 from deploykit.runtime.search import Finished
-from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
-from deploykit.runtime.translator import Tokenizer, Translator
-from deploykit.tasks import Generation, Translation, task_from_json, task_to_json
+from deploykit.tasks.opening import Predictor
+from deploykit.tasks.registry import task_from_json, task_to_json
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.predictor import TextTranslator, Tokenizer, Translator
+from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
 
 HUGGING_FACE, CTRANSLATE2, DEPLOYKIT = "Hugging Face", "CTranslate2", "deploykit"
 _VOCABULARY = "vocab.json"
@@ -279,7 +282,7 @@ def _vocabulary(subject: Subject) -> list[str]:
 def _hugging_face(subject: Subject, threads: int) -> TextTranslator:
     import torch
 
-    from deploykit.finetune.translator import TorchTranslator
+    from deploykit.tasks.translation.checkpoint import TorchTranslator
 
     torch.set_num_threads(threads)
     if subject.tokenizer:

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifacts import load_manifest, write_manifest
-from deploykit.bench.load import ClosedLoop, Poisson, Scenario, Server, Within, measure
+from deploykit.bench.load import measure
 from deploykit.bench.run import Candidate, run_bench
-from deploykit.predictor import open_predictor
+from deploykit.bench.scenarios import ClosedLoop, Poisson, Scenario, Server, Within
 from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.generation import override
-from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
-from deploykit.tasks import Translation
-from deploykit.triton.repository import ServingSettings, package, tokenizer_files
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.opening import open_predictor
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
+from deploykit.triton.repository import package, tokenizer_files
 from deploykit.triton.server import TritonServer
 
 NAMES = {True: "in-flight batching", False: "batch at a time"}

@@ -23,7 +23,8 @@ from typing import Any, Literal
 
 from deploykit import __version__
 from deploykit.errors import ArtifactError, CorruptArtifactError
-from deploykit.tasks import Task, task_from_json, task_to_json
+from deploykit.tasks.protocol import TaskFacts
+from deploykit.tasks.registry import task_from_json, task_to_json
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.jsonl"
@@ -69,7 +70,7 @@ class Manifest:
     """
 
     kind: Kind
-    task: Task
+    task: TaskFacts
     files: Mapping[str, FileRecord]
     inputs: str
     parent: str | None = None
@@ -188,7 +189,7 @@ def verify_files(path: Path, manifest: Manifest) -> None:
 def write_manifest(
     directory: Path,
     kind: Kind,
-    task: Task,
+    task: TaskFacts,
     *,
     inputs: str,
     parent: str | None = None,

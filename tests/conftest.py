@@ -61,7 +61,7 @@ def write_tiny_export(
     and every engine and batch size gives the same bits. The INT8 files hold the same graph.
     """
     from deploykit.artifacts import write_manifest
-    from deploykit.tasks import Classification
+    from deploykit.tasks.classification.facts import Classification
 
     folder.mkdir(parents=True)
     _write_tokenizer(folder / "tokenizer.json")
@@ -197,14 +197,16 @@ def write_tiny_translation(
     import torch
 
     from deploykit.artifacts import SAMPLES, write_manifest
-    from deploykit.export.families import read_architecture
-    from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
-    from deploykit.export.seq2seq_native import save_native
-    from deploykit.export.tensorrt import TRANSLATOR_GRAPHS
-    from deploykit.export.translation_tokenizer import save_translation_tokenizer
-    from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES, Precision
-    from deploykit.runtime.translation_tokenizer import load_translation_tokenizer
-    from deploykit.tasks import Generation, Translation
+    from deploykit.graphs.families import read_architecture
+    from deploykit.graphs.native_writer import save_native
+    from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
+    from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
+    from deploykit.runtime.engines.protocol import Precision
+    from deploykit.runtime.generation import Generation
+    from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
+    from deploykit.tasks.translation.facts import Translation
+    from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
+    from deploykit.tensorrt.build import TRANSLATOR_GRAPHS
 
     folder.mkdir(parents=True)
     checkpoint = folder / "checkpoint"

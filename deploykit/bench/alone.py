@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploykit.bench.load import answer_texts
-from deploykit.bench.machine import PeakMemory
-from deploykit.predictor import Predictor
-from deploykit.tasks import Generation
+from deploykit.peak_memory import PeakMemory
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.protocol import Predictor
 
 _TEXTS = 256
 _BATCH = 64

@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deploykit.bench.figures import fraction, number
-from deploykit.bench.record import Record, results_of
 from deploykit.errors import ArtifactError
-from deploykit.metrics import TITLES
+from deploykit.metric_titles import TITLES
+from deploykit.report.figures import fraction, number
+from deploykit.report.record import Record, results_of
 
 LEAST_CHANGE = 0.05
 """Of medians, and of memory."""

@@ -22,11 +22,15 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.bench.load import Answer, Answers, Server, first_line
-from deploykit.tasks import Generation, Translation
-from deploykit.triton.client import error_text, parse_url, request_parameters
+from deploykit.bench.scenarios import Answers, Server, first_line
+from deploykit.runtime.generation import Generation
+from deploykit.runtime.served import error_text, parse_url
+from deploykit.tasks.protocol import Answer
+from deploykit.tasks.registry import get_task, task_names, task_of
 
 MAX_CONNECTIONS = 256
+ANSWERS = tuple(get_task(name).outputs[0] for name in task_names())
+"""The output tensors that hold an answer's text, by task."""
 _CONNECT_PAUSE_S = 0.05  # a closed loop at a dead server would otherwise knock without end
 _SWEEP_S = 0.25
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
@@ -46,13 +50,10 @@ def ask_server(
 ) -> Answers:
     """Ask for ``rows`` of ``texts``: ``load`` callers at once, or at given arrival times in seconds."""
     address, tls = parse_url(server.url)
-    outputs: tuple[str, ...] = ("LABEL", "SCORES")
-    parameters: list[dict[str, Any]] = [{}] * len(texts)
-    if isinstance(server.task, Translation):
-        outputs = ("TRANSLATION", "TARGET_TOKENS")
-        generations = server.generations or [generation or server.task.generation] * len(texts)
-        parameters = [request_parameters(server.task, each) for each in generations]
-    requests = encode_requests(address, server.model, texts, outputs, parameters)
+    task = task_of(server.task)
+    generations: Sequence[Generation | None] = server.generations or [generation] * len(texts)
+    parameters = [task.request_parameters(server.task, each) for each in generations]
+    requests = encode_requests(address, server.model, texts, task.outputs, parameters)
     generator = _Generator(address.partition("/")[0], tls, requests, rows, timeout_s)
     if isinstance(load, int):
         loop: asyncio.AbstractEventLoop = asyncio.new_event_loop()
@@ -95,10 +96,10 @@ def answer_of(body: bytes) -> Answer:
     """What a body says of its one text. Raises ValueError if that is neither a label nor a translation."""
     try:
         outputs = {output["name"]: output["data"][0] for output in json.loads(body)["outputs"]}
-        text = outputs["TRANSLATION"] if "TRANSLATION" in outputs else outputs["LABEL"]
+        text = next(outputs[name] for name in ANSWERS if name in outputs)
         return Answer(str(text), int(outputs.get("TARGET_TOKENS", 0)))
-    except (LookupError, TypeError) as error:
-        raise ValueError("the answer has neither LABEL nor TRANSLATION") from error
+    except (LookupError, TypeError, StopIteration) as error:
+        raise ValueError(f"the answer has none of {', '.join(ANSWERS)}") from error
 
 
 class _Connection(asyncio.Protocol):

@@ -6,19 +6,30 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.bench.capacity import highest_rate
-from deploykit.bench.machine import PeakMemory, server_processes
+from deploykit.bench.machine import server_processes
+from deploykit.bench.scenarios import (
+    TIMEOUT_S,
+    Answers,
+    ClosedLoop,
+    Poisson,
+    Scenario,
+    Server,
+    Within,
+    first_line,
+)
 from deploykit.errors import UsageError
-from deploykit.predictor import Predictor, is_translator
-from deploykit.tasks import Generation, Task
+from deploykit.peak_memory import PeakMemory
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.protocol import Answer, Predictor
+from deploykit.tasks.registry import task_of
 
-TIMEOUT_S = 10.0
 FEW_SAMPLES = 100
 """With fewer latencies than this, the 99th percentile is little more than the largest of them."""
 
@@ -26,115 +37,9 @@ _MAX_BATCH = 64
 _FAILURE_PAUSE_S = 0.05  # a target that fails at once would otherwise be asked thousands of times
 
 
-@dataclass(frozen=True)
-class ClosedLoop:
-    """``concurrency`` callers, each asking again as soon as it is answered."""
-
-    concurrency: int
-
-    def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise UsageError(f"a concurrency of {self.concurrency}", "make it 1 or more")
-
-    @property
-    def name(self) -> str:
-        return f"{self.concurrency} caller{'s' if self.concurrency > 1 else ''}"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "closed_loop", "name": self.name, "concurrency": self.concurrency}
-
-
-@dataclass(frozen=True)
-class Poisson:
-    """Independent users: requests arrive at random, ``rate_per_s`` on average, whether or not earlier
-    ones are answered.
-
-    A latency counts from the scheduled arrival, so a target that stalls is charged for everyone who
-    would have waited meanwhile ("coordinated omission": Tene, How NOT to Measure Latency, 2013).
-    """
-
-    rate_per_s: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.rate_per_s < float("inf"):
-            raise UsageError(f"a rate of {self.rate_per_s} per second", "make it a number above 0")
-
-    @property
-    def name(self) -> str:
-        return f"Poisson {self.rate_per_s:g}/s"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "poisson", "name": self.name, "rate_per_s": self.rate_per_s}
-
-    def arrivals(self, seconds: float, seed: int) -> NDArray[np.float64]:
-        """Arrival times within [0, ``seconds``), ascending, in seconds; the same for the same seed."""
-        random = np.random.default_rng(seed)
-        # Of a Poisson process: the count is Poisson, the times are uniform given the count.
-        count = max(1, random.poisson(self.rate_per_s * seconds))
-        return np.sort(random.uniform(0.0, seconds, count))
-
-
-@dataclass(frozen=True)
-class Within:
-    """Arrivals as of ``Poisson``, at the highest rate whose p99 stays within ``limit_ms``: found by a search."""
-
-    limit_ms: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.limit_ms < float("inf"):
-            raise UsageError(f"a p99 within {self.limit_ms} ms", "make it a number above 0")
-
-    @property
-    def name(self) -> str:
-        return f"p99 within {self.limit_ms:g} ms"
-
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "p99_within", "name": self.name, "limit_ms": self.limit_ms}
-
-
-Scenario = ClosedLoop | Poisson | Within
-
-
-@dataclass(frozen=True)
-class Server:
-    """The model ``model`` on the Triton server at ``url`` (HTTP), asked one text a request.
-
-    ``generations``: of a translator, one for each text, where they differ.
-    """
-
-    url: str
-    model: str
-    task: Task
-    generations: Sequence[Generation] = ()
-
-
-@dataclass(frozen=True)
-class Answer:
-    """To one text: its label and no tokens, or its translation and how many tokens that has."""
-
-    text: str
-    tokens: int = 0
-
-
-def answer_texts(predictor: Predictor, texts: Sequence[str], generation: Generation | None = None) -> list[Answer]:
-    """Answers in one call, in the order of ``texts``. ``generation`` is for a translator, whose scores are not asked for."""
-    if is_translator(predictor):
-        return [Answer(t.text, t.target_tokens) for t in predictor.translate(texts, generation, scored=False)]
-    return [Answer(label) for label in predictor.task.decide(predictor.scores(texts))]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What a load generator saw. ``latencies_ms`` and ``tokens`` (the sum) are of the successful requests;
-    ``texts`` holds what was last answered to a row of the texts."""
-
-    duration_s: float
-    cpu_s: float
-    latencies_ms: NDArray[np.float64]
-    texts: Mapping[int, str] = field(default_factory=dict)
-    tokens: int = 0
-    errors: Mapping[str, int] = field(default_factory=dict)
-    send_lag_ms: NDArray[np.float64] | None = None
+def answer_texts(predictor: Predictor, texts: Sequence[str], generation: Any = None) -> list[Answer]:
+    """Answers in one call, in the order of ``texts``. ``generation`` replaces the search of a model that generates."""
+    return task_of(predictor.task).answer(predictor, texts, generation)
 
 
 @dataclass(frozen=True)
@@ -265,13 +170,13 @@ def _within(target: Predictor | Server, texts: Sequence[str], scenario: Within, 
 
 def _stages(target: Predictor | Server) -> dict[str, float]:
     """Seconds by stage that a translator in this process has counted so far; empty for another target."""
-    if isinstance(target, Server) or not is_translator(target):
+    decoder = getattr(target, "decoder", None)
+    if decoder is None:
         return {}
     from deploykit.runtime.decoding import Decoder
-    from deploykit.runtime.translator import Translator
 
-    if isinstance(target, Translator) and isinstance(target.decoder, Decoder):
-        return asdict(target.decoder.seconds)
+    if isinstance(decoder, Decoder):
+        return asdict(decoder.seconds)
     return {}
 
 
@@ -351,7 +256,3 @@ def _open_loop(asked: _Asked, rows: Iterator[int], arrivals: NDArray[np.float64]
     if first < len(arrivals):
         asked.errors["not answered in time: more requests arrive than can be answered"] += len(arrivals) - first
     return asked.answers()
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,31 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import socket
-import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from deploykit.artifacts import installed_versions
-from deploykit.errors import MissingDependencyError
-from deploykit.runtime.engines import available_cpus
+from deploykit.hardware import available_cpus, cpu_name, first_cpu
+from deploykit.peak_memory import require_psutil
 
-BENCH_EXTRA = "pip install 'deploykit[bench]'"
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm", "sve")
-_SAMPLE_S = 0.05
 _WATCH_S = 0.3
-
-
-def require_psutil() -> Any:
-    """The psutil module. Raises MissingDependencyError."""
-    try:
-        import psutil
-    except ImportError:
-        raise MissingDependencyError("psutil is not installed, which measures memory and load", BENCH_EXTRA) from None
-    return psutil
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,7 @@ def other_load() -> OtherLoad:
 
 def describe_machine() -> dict[str, Any]:
     """CPU, memory (1e9 bytes), operating system, Python and package versions."""
-    cpu = _cpuinfo()
+    cpu = first_cpu()
     flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
     return {
         "cpu": cpu_name(),
@@ -68,25 +53,10 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    """The model of the CPU, or at least its kind."""
-    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo() -> dict[str, str]:
-    """The first CPU of /proc/cpuinfo (Linux; elsewhere empty)."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
 def server_processes(url: str) -> list[Any]:
     """The processes (psutil) of the server that listens at ``url`` on this machine: it and its
     descendants. Empty for a server elsewhere, or one whose owner does not let us look."""
-    from deploykit.triton.client import parse_url
+    from deploykit.runtime.served import parse_url
 
     psutil = require_psutil()
     host, _, port = parse_url(url)[0].partition("/")[0].rpartition(":")
@@ -111,48 +81,6 @@ def _is_local(host: str) -> bool:
         return False
     own = {a.address for interface in require_psutil().net_if_addrs().values() for a in interface}
     return bool(addresses & own) or all(str(a).startswith("127.") for a in addresses)
-
-
-class PeakMemory:
-    """The highest sum of the processes' resident sets while the block runs, sampled every 50 ms.
-
-    ``processes`` None means this process; an empty list leaves ``peak_mb`` None. Pages that the
-    processes share (Triton's shared memory) count in each.
-    """
-
-    def __init__(self, processes: Sequence[Any] | None) -> None:
-        self._processes = [require_psutil().Process()] if processes is None else list(processes)
-        self._peak = 0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
-
-    @property
-    def peak_mb(self) -> float | None:
-        """In 1e6 bytes."""
-        return self._peak / 1e6 if self._peak else None
-
-    def __enter__(self) -> PeakMemory:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while True:
-            self._peak = max(self._peak, sum(_resident_bytes(p) for p in self._processes))
-            if self._stop.wait(_SAMPLE_S):
-                return
-
-
-def _resident_bytes(process: Any) -> int:
-    try:
-        return int(process.memory_info().rss)
-    except require_psutil().Error:  # it ended
-        return 0
 
 
 def settle() -> None:

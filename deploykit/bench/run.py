@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.bench.load import FEW_SAMPLES, ClosedLoop, Measurement, Scenario, Server, answer_texts, measure
-from deploykit.bench.machine import OtherLoad, describe_machine, other_load, require_psutil, settle
+from deploykit.bench.load import FEW_SAMPLES, Measurement, measure
+from deploykit.bench.machine import OtherLoad, describe_machine, other_load, settle
+from deploykit.bench.scenarios import ClosedLoop, Scenario, Server
 from deploykit.errors import DataError, UsageError
-from deploykit.metrics import classification_metrics, translation_metrics
-from deploykit.predictor import Predictor, TextClassifier, is_translator
-from deploykit.tasks import Generation
+from deploykit.peak_memory import require_psutil
+from deploykit.report.record import SCHEMA
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.protocol import Grade, Predictor
+from deploykit.tasks.registry import task_of
 
-SCHEMA = 1
 DEFAULT_SCENARIOS: tuple[Scenario, ...] = (ClosedLoop(1), ClosedLoop(8), ClosedLoop(64))
-_CHUNK = 256
 _HISTOGRAM_BINS = 100
 BUSY_PERCENT = 10.0
 _ERROR_EXAMPLES = 5
@@ -222,8 +223,9 @@ def run_bench(
         raise UsageError(f"{len(texts)} texts, but {len(truth)} right answers", "give one for each text")
     if truth is not None and any(candidate.texts is not None for candidate in candidates):
         raise UsageError("texts of a candidate's own have no right answers", "leave out one or the other")
-    if len({candidate.target.task.name for candidate in candidates}) > 1:
-        raise UsageError("some models classify and some translate", "measure them apart")
+    verbs = sorted({task_of(candidate.target.task).verb for candidate in candidates})
+    if len(verbs) > 1:
+        raise UsageError(f"some models {' and some '.join(verbs)}", "measure them apart")
     require_psutil()
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     grades = [_grade(candidate, texts, truth, progress) if truth is not None else None for candidate in candidates]
@@ -269,56 +271,20 @@ def run_bench(
     )
 
 
-@dataclass(frozen=True)
-class _Grade:
-    """``answers`` to every text, asked calmly. ``labels`` are the classifier's."""
-
-    labels: tuple[str, ...] | None
-    answers: tuple[str, ...]
-    metrics: Mapping[str, Any]
-
-
-def _grade(candidate: Candidate, texts: Sequence[str], truth: Sequence[str], progress: Callable[[str], None]) -> _Grade:
+def _grade(candidate: Candidate, texts: Sequence[str], truth: Sequence[str], progress: Callable[[str], None]) -> Grade:
     progress(f"grading {candidate.name} on {len(texts):,} rows")
     if not isinstance(candidate.target, Server):
-        return _grade_predictor(candidate.target, texts, truth, candidate.generation)
-    from deploykit.triton.client import open_served
+        return task_of(candidate.target.task).grade(candidate.target, texts, truth, candidate.generation)
+    from deploykit.tasks.opening import open_served
 
     served = open_served(candidate.target.model, candidate.target.url)
     try:
-        return _grade_predictor(served, texts, truth, candidate.generation)
+        return task_of(served.task).grade(served, texts, truth, candidate.generation)
     finally:
         served.close()
 
 
-def _grade_predictor(
-    predictor: Predictor, texts: Sequence[str], truth: Sequence[str], generation: Generation | None
-) -> _Grade:
-    if not is_translator(predictor):
-        return _grade_classifier(predictor, texts, truth)
-    answers = [a.text for chunk in _chunks(texts) for a in answer_texts(predictor, chunk, generation)]
-    return _Grade(None, tuple(answers), translation_metrics(answers, truth, texts))
-
-
-def _grade_classifier(predictor: TextClassifier, texts: Sequence[str], labels: Sequence[str]) -> _Grade:
-    task = predictor.task
-    try:
-        truth = task.targets(labels)
-    except KeyError as error:
-        raise DataError(
-            f"the data have the label {error}, which the model does not",
-            f"correct the data; the model has: {', '.join(task.labels)}",
-        ) from None
-    scores: NDArray[np.float32] = np.concatenate([predictor.scores(chunk) for chunk in _chunks(texts)])
-    return _Grade(task.labels, tuple(task.decide(scores)), classification_metrics(task, truth, scores))
-
-
-def _chunks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(texts), _CHUNK):
-        yield texts[start : start + _CHUNK]
-
-
-def _result(candidate: Candidate, scenarios: Sequence[ScenarioResult], grade: _Grade | None) -> CandidateResult:
+def _result(candidate: Candidate, scenarios: Sequence[ScenarioResult], grade: Grade | None) -> CandidateResult:
     if grade is None:
         return CandidateResult(candidate, tuple(scenarios), None, None, None)
     differing = {

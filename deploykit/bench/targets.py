@@ -10,14 +10,15 @@ from typing import Any
 
 from deploykit.artifacts import load_manifest
 from deploykit.bench.alone import Alone, answer_alone, measure_alone
-from deploykit.bench.load import Scenario, Server
-from deploykit.bench.machine import require_psutil
 from deploykit.bench.run import DEFAULT_SCENARIOS, BenchResult, Candidate, run_bench
-from deploykit.errors import UsageError
-from deploykit.predictor import Predictor, find_graphs, open_predictor
+from deploykit.bench.scenarios import Scenario, Server
+from deploykit.peak_memory import require_psutil
 from deploykit.runtime.engines import ENGINES
-from deploykit.runtime.generation import override
-from deploykit.tasks import Generation, Task, Translation
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.opening import open_predictor
+from deploykit.tasks.protocol import Predictor
+from deploykit.tasks.registry import task_of
 
 
 def bench_targets(
@@ -106,7 +107,7 @@ def _open(plan: _Plan, url: str, threads: int | None, generation: Mapping[str, A
         served = open_predictor(plan.target, url=url)
         served.close()
         target = Server(url, plan.target, served.task)
-        return Candidate(plan.name, target, generation=_generation(served.task, generation, plan.name))
+        return Candidate(plan.name, target, generation=task_of(served.task).override(served.task, generation))
     predictor = _predictor(plan.target, plan.engine, plan.precision, threads)
     return Candidate(
         plan.name,
@@ -116,7 +117,7 @@ def _open(plan: _Plan, url: str, threads: int | None, generation: Mapping[str, A
         plan.engine,
         alone.peak_memory_mb if alone else None,
         alone.first_answer_s if alone else None,
-        _generation(predictor.task, generation, plan.name),
+        task_of(predictor.task).override(predictor.task, generation),
     )
 
 
@@ -124,14 +125,6 @@ def _predictor(target: str, engine: str, precision: str, threads: int | None) ->
     if engine not in ENGINES:
         engine, precision = "auto", "auto"
     return open_predictor(target, url="", engine=engine, precision=precision, threads=threads)
-
-
-def _generation(task: Task, given: Mapping[str, Any], name: str) -> Generation | None:
-    if isinstance(task, Translation):
-        return override(task, given)
-    if given:
-        raise UsageError(f"{name} classifies: {next(iter(given))} is for a translator", "leave it out")
-    return None
 
 
 def _alone(plan: _Plan, threads: int | None, texts: Sequence[str], generation: Mapping[str, Any]) -> Alone | None:
@@ -150,6 +143,6 @@ def _alone_job() -> None:
 
     def open_job(job: Mapping[str, Any]) -> tuple[Predictor, Generation | None]:
         predictor = _predictor(job["target"], job["engine"], job["precision"], job["threads"])
-        return predictor, _generation(predictor.task, job["generation"], job["target"])
+        return predictor, task_of(predictor.task).override(predictor.task, job["generation"])
 
     answer_alone(open_job)

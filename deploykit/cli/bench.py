@@ -15,7 +15,7 @@ from deploykit.cli.common import (
     WithItsWords,
     deploykit_command,
     generation_options,
-    refuse_options,
+    refuse_columns,
     say,
 )
 
@@ -78,13 +78,13 @@ def command(
     import json
 
     from deploykit.artifacts import new_file
-    from deploykit.bench.load import ClosedLoop, Poisson, Within
-    from deploykit.bench.report import write_report
     from deploykit.bench.rows import read_rows, task_of
+    from deploykit.bench.scenarios import ClosedLoop, Poisson, Within
     from deploykit.bench.targets import bench_targets
     from deploykit.errors import ArtifactError, UsageError
-    from deploykit.runtime.engines import available_cpus
-    from deploykit.tasks import Translation
+    from deploykit.hardware import available_cpus
+    from deploykit.report.pages import write_report
+    from deploykit.tasks import registry
 
     if compared is not None:
         return _compare(*compared)
@@ -97,17 +97,15 @@ def command(
         if path is not None and path.exists() and not force:
             raise ArtifactError(f"{path}: exists", "choose another name, or pass --force to replace it")
     task = task_of(targets[0], url=settings["url"])
-    if isinstance(task, Translation):
-        refuse_options("translates", {"--text-column": text_column, "--label-column": label_column})
-    else:
-        refuse_options("classifies", {"--source-column": source_column, "--target-column": target_column}, generation)
+    columns = {
+        "text_column": text_column, "label_column": label_column, "source_column": source_column,
+        "target_column": target_column,
+    }  # fmt: skip
+    refuse_columns(registry.task_of(task), columns, generation)
     texts, truth = read_rows(
         data,
         task,
-        text_columns=text_column,
-        label_column=label_column,
-        source_column=source_column,
-        target_column=target_column,
+        columns=columns,
         encoding=encoding,
         most=max_rows,
         seed=settings["seed"],
@@ -136,8 +134,8 @@ def command(
 
 def _compare(old: Path, new: Path) -> Result:
     from deploykit.bench.compare import compare
-    from deploykit.bench.record import read_record
     from deploykit.errors import UsageError
+    from deploykit.report.record import read_record
 
     context = click.get_current_context()
     for parameter in context.command.params:

@@ -22,7 +22,7 @@ from deploykit.cli.common import CALIBRATION_ROWS, ENCODING, FORCE, Result, depl
 def command(*, path: Path, out: Path, force: bool, **values: Any) -> Result:
     from deploykit.export.calibrate import calibrate
     from deploykit.export.run import CalibrationOptions
-    from deploykit.export.tables import render_calibration
+    from deploykit.quantization.tables import render_calibration
 
     done = calibrate(path, out, CalibrationOptions(**values), force=force, say=say)
     record = {"out": str(out), "reused": done.reused, "digest": done.manifest.digest, **done.manifest.metrics}

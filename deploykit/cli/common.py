@@ -8,11 +8,14 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from deploykit.errors import DeploykitError, UsageError
+
+if TYPE_CHECKING:
+    from deploykit.tasks.protocol import Task
 
 Result = tuple[Mapping[str, Any], str]
 """What a command returns: the object that --json prints, and the text printed otherwise."""
@@ -164,12 +167,13 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
     return run
 
 
-def refuse_options(what: str, options: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> None:
-    """Raise UsageError if an option is given that does nothing for a model that ``what`` ("translates")."""
-    given = {f"--{name.replace('_', '-')}": value for name, value in generation.items()}
-    for name, value in {**options, **given}.items():
+def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> None:
+    """Raise UsageError if a column or search option is given that does nothing for a model of ``task``."""
+    searches = task.facts.graph_kind == "encoder-decoder"
+    given = {name: value for name, value in columns.items() if name not in task.columns}
+    for name, value in {**given, **({} if searches else generation)}.items():
         if value not in (None, ()):
-            raise UsageError(f"{name} is not for a model that {what}", "leave it out")
+            raise UsageError(f"--{name.replace('_', '-')} is not for a model that {task.does}", "leave it out")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from deploykit.cli.common import (
     generation_options,
     metrics_text,
     progress_bar,
-    refuse_options,
+    refuse_columns,
 )
 
 
@@ -49,24 +49,22 @@ def command(
     encoding: str | None,
     **where: Any,
 ) -> Result:
-    from deploykit.evaluate import evaluate, evaluate_translator, labelled_rows, translated_rows
-    from deploykit.predictor import is_translator, open_predictor
-    from deploykit.runtime.generation import override
+    from deploykit.tasks.opening import open_predictor
+    from deploykit.tasks.registry import task_of
 
+    columns = {
+        "text_column": text_column, "label_column": label_column, "source_column": source_column,
+        "target_column": target_column,
+    }  # fmt: skip
     predictor = open_predictor(target, **where)
     try:
+        task = task_of(predictor.task)
+        refuse_columns(task, columns, generation)
         with progress_bar("rows") as progress:
-            if is_translator(predictor):
-                refuse_options("translates", {"--text-column": text_column, "--label-column": label_column})
-                pairs = translated_rows(data, predictor.task, source_column=source_column, target_column=target_column,
-                                        encoding=encoding, split=split)  # fmt: skip
-                done = evaluate_translator(predictor, pairs, override(predictor.task, generation), progress=progress)
-            else:
-                columns = {"--source-column": source_column, "--target-column": target_column}
-                refuse_options("classifies", columns, generation)
-                rows = labelled_rows(data, predictor.task, text_columns=text_column, label_column=label_column,
-                                     encoding=encoding, split=split)  # fmt: skip
-                done = evaluate(predictor, rows, progress=progress)
+            done = task.evaluate(
+                predictor, data, split=split, encoding=encoding, columns=columns, generation=generation,
+                progress=progress,
+            )  # fmt: skip
     finally:
         predictor.close()
     skipped = f" ({done.skipped:,} skipped: incomplete)" if done.skipped else ""

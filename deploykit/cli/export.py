@@ -17,7 +17,7 @@ from deploykit.cli.common import (
     say,
 )
 from deploykit.errors import UsageError
-from deploykit.export.tensorrt import BUILDERS, GPU, PRECISIONS, EngineOptions
+from deploykit.tensorrt.build import BUILDERS, GPU, PRECISIONS, EngineOptions
 
 
 @deploykit_command(help="Export a checkpoint to ONNX, optionally calibrated INT8.")
@@ -67,7 +67,7 @@ def command(
     engines = EngineOptions(wanted, profiles, workspace, gpu, timing_cache, builder) if trt else None
     values["target"] = languages[0] if languages else None
     from deploykit.export.run import ExportOptions, export
-    from deploykit.export.tables import render
+    from deploykit.quantization.tables import render
 
     options = ExportOptions(int8=int8 or (trt and "int8" in wanted), trt=engines, **values)
     done = export(checkpoint, out, options, force=force, say=say)

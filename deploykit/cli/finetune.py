@@ -19,8 +19,8 @@ from deploykit.cli.common import (
 )
 from deploykit.errors import UsageError
 from deploykit.finetune.options import OPTIONS, make_options, read_toml, with_rows_of_run
-from deploykit.finetune.presets import PRESETS
-from deploykit.tasks import Classification
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.translation.presets import PRESETS
 
 _SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"]
 
@@ -107,7 +107,7 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @click.option("--restart", is_flag=True, help="Begin anew instead of continuing a killed run.")
 @FORCE
 def command(*, out: Path, force: bool, restart: bool, **values: Any) -> Result:
-    from deploykit.finetune.rows import absolute
+    from deploykit.training.rows import absolute
 
     given = {name: value for name, value in values.items() if value not in (None, ())}
     for name in ("model", "train", "validation", "test"):
@@ -124,7 +124,7 @@ def command(*, out: Path, force: bool, restart: bool, **values: Any) -> Result:
         if not torch.cuda.is_available():
             raise UsageError("--mixed-precision fp16 needs a GPU", "use bf16, or leave it out")
     if options.model is not None:
-        from deploykit.finetune.source import check_source
+        from deploykit.training.source import check_source
 
         check_source(options.model, options.task)
 

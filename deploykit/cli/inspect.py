@@ -6,8 +6,8 @@ import click
 
 from deploykit.artifacts import load_manifest
 from deploykit.cli.common import Result, deploykit_command, human_bytes
-from deploykit.export.tables import render, render_calibration, render_searches
-from deploykit.tasks import Classification, Task
+from deploykit.quantization.tables import render, render_calibration, render_searches
+from deploykit.tasks.registry import task_of
 
 
 @deploykit_command(help="Show what an artifact is, what made it, and verify each of its files.")
@@ -21,7 +21,7 @@ def command(*, path: Path) -> Result:
         f"parent   {manifest.parent or '-'}",
         f"inputs   {manifest.inputs}",
         f"made     {manifest.created} with " + ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
-        _task_line(task),
+        task_of(task).describe(task),
         "files",
         *(
             f"  {record.sha256[:16]}  {human_bytes(record.bytes):>9}  {name}"
@@ -40,14 +40,3 @@ def command(*, path: Path) -> Result:
         if any(value is not None for value in scores.values()):
             lines.append(f"{split}: " + ", ".join(f"{n} {v:.4f}" for n, v in scores.items() if v is not None))
     return {**manifest.to_json(), "path": str(path), "verified": True}, "\n".join(lines)
-
-
-def _task_line(task: Task) -> str:
-    if isinstance(task, Classification):
-        multi = " (multi-label)" if task.multi_label else ""
-        return f"labels   {', '.join(task.labels)}{multi}; at most {task.max_length} tokens"
-    search = "greedy search" if task.generation.beam_size == 1 else f"{task.generation.beam_size} beams"
-    return (
-        f"language {task.source} to {task.target} ({task.family}), {task.vocabulary:,} pieces; at most "
-        f"{task.max_source_length} tokens in and {task.generation.max_length} out, {search}"
-    )

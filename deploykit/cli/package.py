@@ -7,7 +7,7 @@ import click
 
 from deploykit.cli.common import ENGINE, PRECISION, Result, deploykit_command, human_bytes
 from deploykit.errors import UsageError
-from deploykit.triton.repository import ServingSettings
+from deploykit.runtime.serving_settings import ServingSettings
 
 _DEFAULT = ServingSettings()
 

@@ -47,10 +47,10 @@ def command(
     if bool(source) != bool(output):
         raise UsageError("--input and --output go together", "name both")
 
-    from deploykit.data.classification import TextRow
-    from deploykit.predict import answers, predict_file
-    from deploykit.predictor import open_classifier
+    from deploykit.data.texts import TextRow
     from deploykit.runtime.text import normalize
+    from deploykit.tasks.classification.predict import answers, predict_file
+    from deploykit.tasks.opening import open_classifier
 
     predictor = open_classifier(model, **where)
     try:

@@ -53,10 +53,10 @@ def command(
     if bool(source) != bool(output):
         raise UsageError("--input and --output go together", "name both")
 
-    from deploykit.data.classification import TextRow
-    from deploykit.predictor import open_translator
+    from deploykit.data.texts import TextRow
     from deploykit.runtime.generation import override
-    from deploykit.translate import How, translate_file, translations
+    from deploykit.tasks.opening import open_translator
+    from deploykit.tasks.translation.translate import How, translate_file, translations
 
     translator = open_translator(model, **where)
     try:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import ENCODING, FORCE, Result, WithItsWords, deploykit_command, refuse_options, say
+from deploykit.cli.common import ENCODING, FORCE, Result, WithItsWords, deploykit_command, refuse_columns, say
 
 
 @deploykit_command(
@@ -54,7 +54,7 @@ def command(
     from deploykit.artifacts import SAMPLES
     from deploykit.bench.rows import read_rows
     from deploykit.errors import ArtifactError, UsageError
-    from deploykit.tasks import Classification
+    from deploykit.tasks.registry import task_of
     from deploykit.tune.limits import parse_memory, parse_slo, parse_time
     from deploykit.tune.run import open_subject, tune
     from deploykit.tune.search import Limits
@@ -74,15 +74,12 @@ def command(
             raise UsageError("there are no texts to ask with", "give --data FILE, or --export with rows of its own")
         data = str(export / SAMPLES)
     task = subject.manifest.task
-    if isinstance(task, Classification):
-        refuse_options("classifies", {"--source-column": source_column})
-    else:
-        refuse_options("translates", {"--text-column": text_column})
+    columns = {"text_column": text_column, "source_column": source_column}
+    refuse_columns(task_of(task), columns)
     texts, _ = read_rows(
         data,
         task,
-        text_columns=text_column,
-        source_column=source_column,
+        columns=columns,
         encoding=encoding,
         most=most_rows,
         seed=0,

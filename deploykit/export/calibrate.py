@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploykit import artifacts
-from deploykit.export.calibration import METHODS, Calibration
-from deploykit.export.run import CalibrationOptions, Say, identity, parent_digest, task_module
-from deploykit.finetune.source import check_source
+from deploykit.export.run import CalibrationOptions, Say, identity, parent_digest
+from deploykit.quantization.calibration import METHODS, Calibration
+from deploykit.tasks.registry import task_of, task_of_checkpoint
+from deploykit.training.source import check_source
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def calibrate(source: Path, out: Path, options: CalibrationOptions, *, force: bo
     inputs = artifacts.digest_of("calibration", parent, identity(options))
     if (manifest := artifacts.existing(out, "calibration", inputs, force=force)) is not None:
         return Calibrated(out, manifest, reused=True)
-    module = task_module(source, exported)
+    task_here = task_of_checkpoint(source) if exported is None else task_of(exported.task)
+    module = task_here.export_steps()
     with artifacts.new_directory(out) as directory:
         with tempfile.TemporaryDirectory(dir=directory) as temporary:
             if exported is None:

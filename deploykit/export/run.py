@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import shlex
 from collections.abc import Callable, Sequence
@@ -14,16 +13,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deploykit import artifacts
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, MissingDependencyError, UsageError
-from deploykit.export.calibration import METHODS, Method, is_saved, load_calibration
-from deploykit.export.grading import POINTS
-from deploykit.export.tables import SEARCH_PAGE, render_searches
-from deploykit.export.tensorrt import EngineOptions
-from deploykit.finetune.rows import read_split
-from deploykit.finetune.source import check_source
-from deploykit.predictor import translates
+from deploykit.measurement_log import Trace
+from deploykit.quantization.calibration import METHODS, Method, is_saved, load_calibration
+from deploykit.quantization.grading import POINTS
+from deploykit.quantization.tables import SEARCH_PAGE, render_searches
 from deploykit.runtime.engines import ENGINES
-from deploykit.tasks import Classification, Task, Translation
-from deploykit.trace import Trace
+from deploykit.tasks.protocol import TaskFacts
+from deploykit.tasks.registry import task_of_checkpoint
+from deploykit.tensorrt.build import EngineOptions
+from deploykit.training.rows import read_split
+from deploykit.training.source import check_source
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -102,7 +101,7 @@ class Written:
     """What a task's own part of the export found: ``metrics`` has parity, rows, accuracy_table and, for
     INT8, quantization."""
 
-    task: Task
+    task: TaskFacts
     metrics: dict[str, Any]
 
 
@@ -128,7 +127,9 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
         command = command_of(checkpoint, out, options)
         options = dataclasses.replace(options, trt=dataclasses.replace(options.trt, command=command))
     with artifacts.new_directory(out) as directory:
-        written: Written = task_module(checkpoint).write(checkpoint, directory, options, saved, trace, say)
+        written: Written = (
+            task_of_checkpoint(checkpoint).export_steps().write(checkpoint, directory, options, saved, trace, say)
+        )
         _draw_search(directory, written.metrics, options.max_drop, say)
         manifest = artifacts.write_manifest(
             directory,
@@ -143,19 +144,12 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     return Exported(out, manifest, reused=False)
 
 
-def task_module(checkpoint: Path, exported: artifacts.Manifest | None = None) -> Any:
-    """The module of this package that knows the task of a checkpoint, or of one that was ``exported``."""
-    translator = isinstance(exported.task, Translation) if exported is not None else translates(checkpoint)
-    task = Translation if translator else Classification
-    return importlib.import_module(f"deploykit.export.{task.name}")
-
-
 def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say: Say) -> None:
     """Show what a search for layers in fp32 has measured, if there was one, as a page of the export."""
     searches = metrics.get("quantization", {}).get("search")
     if not searches:
         return
-    from deploykit.bench.report import write_search
+    from deploykit.report.pages import write_search
 
     for line in render_searches(searches):
         say(line)

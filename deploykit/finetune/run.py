@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Protocol
 from deploykit import artifacts
 from deploykit.errors import ArtifactError
 from deploykit.finetune import model_card
-from deploykit.finetune.options import ClassificationOptions, FinetuneOptions, TranslationOptions, write_toml
-from deploykit.finetune.rows import Columns, Raw, Row, Rows, RowSource, Say, named_paths, read_rows, write_splits
+from deploykit.tasks.registry import get_task
+from deploykit.training.options import FinetuneOptions, write_toml
+from deploykit.training.rows import Columns, Raw, Row, Rows, RowSource, Say, named_paths, read_rows, write_splits
 
 if TYPE_CHECKING:
-    from deploykit.finetune.trainer import Trained
+    from deploykit.training.trainer import Trained
 
 
 class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
@@ -40,7 +41,7 @@ class Finetuned:
 
 
 def finetune(
-    options: ClassificationOptions | TranslationOptions,
+    options: FinetuneOptions,
     out: Path,
     *,
     force: bool = False,
@@ -57,21 +58,16 @@ def finetune(
     if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
         return Finetuned(out, manifest, reused=True)
     # What a stage imports takes seconds, and so comes only now that there is something to train.
-    from deploykit.finetune.checkpoint import quiet
+    from deploykit.training.checkpoint import quiet
 
     quiet()
-    if isinstance(options, TranslationOptions):
-        from deploykit.finetune.translation import TranslationStage
-
-        return _run(TranslationStage(options), options, out, inputs, restart=restart, say=say)
-    from deploykit.finetune.classification import ClassificationStage
-
-    return _run(ClassificationStage(options), options, out, inputs, restart=restart, say=say)
+    stage = get_task(options.task).training_stage(options)
+    return _run(stage, options, out, inputs, restart=restart, say=say)
 
 
 def _run(
     stage: Stage[Raw, Row, Columns],
-    options: ClassificationOptions | TranslationOptions,
+    options: FinetuneOptions,
     out: Path,
     inputs: str,
     *,

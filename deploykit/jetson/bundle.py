@@ -33,22 +33,19 @@ from deploykit.artifacts import (
 )
 from deploykit.data.sample import evenly
 from deploykit.errors import ArtifactError, CorruptArtifactError, DeploykitError, MissingDependencyError, UsageError
-from deploykit.export.tensorrt import Limits, Profile, limits_of
 from deploykit.jetson import contents
-from deploykit.jetson.boards import BOARDS, JetPack, find_board, find_jetpack
-from deploykit.jetson.by_task import BundledTask, bundled, fitted
+from deploykit.jetson.boards import BOARDS, Board, JetPack, find_board, find_jetpack
 from deploykit.jetson.contents import Description, RecordedRows
 from deploykit.jetson.run_script import run_sh
-from deploykit.predictor import find_graphs
-from deploykit.triton.repository import (
-    CONFIG,
-    STREAM_SUFFIX,
-    ServingSettings,
-    check_name,
-    config_text,
-    tokenizer_files,
-    validate_config,
-)
+from deploykit.runtime.engines.protocol import DecodeLimits
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.served import check_name
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.bundle import BundledTask
+from deploykit.tasks.protocol import TaskFacts
+from deploykit.tasks.registry import task_of
+from deploykit.tensorrt.build import Limits, Profile
+from deploykit.triton.repository import CONFIG, STREAM_SUFFIX, config_text, validate_config
 
 Say = Callable[[str], None]
 
@@ -102,10 +99,10 @@ def bundle(
     if out.exists() and not force:
         raise ArtifactError(f"{out}: exists", "choose another --out, or pass --force to replace it")
     whole = load_manifest(export_dir, "export")
-    export = dataclasses.replace(whole, task=fitted(whole.task, BOARDS[board]), parent=whole.digest)
-    part = bundled(export.task)
+    export = dataclasses.replace(whole, task=_fitted(whole.task, BOARDS[board]), parent=whole.digest)
+    part = task_of(export.task).bundle(export.task)
     graphs = _tensorrt_files(export_dir, export, part, precision)
-    tokenizer = tuple(tokenizer_files(export))
+    tokenizer = tuple(task_of(export.task).tokenizer_files(list(export.files)))
     most = BOARDS[board].max_batch
     description = Description(
         name=name,
@@ -122,7 +119,7 @@ def bundle(
             if file.endswith(".onnx")
         },
         tokenizer=tokenizer,
-        profile=str(_profile(part, limits_of(export.task), most)),
+        profile=str(_profile(part, export.task.shape_limits, most)),
         workspace_mib=BOARDS[board].workspace_mib,
         wheels=wheels is not None,
     )
@@ -354,3 +351,9 @@ def _model_signing(*words: str) -> None:
     if done.returncode:
         said = " ".join(done.stderr.split())[:200] or "it says nothing"
         raise ArtifactError(f"{words[2]}: cannot {words[0]} it: {said}", "check the key, and the file")
+
+
+def _fitted(facts: TaskFacts, board: Board) -> TaskFacts:
+    """Return what a model can do on ``board``: its caches hold fewer positions there."""
+    limits = DecodeLimits(board.max_batch, board.max_positions, board.max_positions)
+    return task_of(facts).within(facts, limits)

@@ -21,7 +21,7 @@ from typing import Any
 
 from deploykit.artifacts import hash_file
 from deploykit.errors import CorruptArtifactError
-from deploykit.export.tensorrt import Inputs
+from deploykit.tensorrt.build import Inputs
 
 DESCRIPTION, ROWS, CONFIG_JSON, SUMS = "bundle.json", "rows.json", "config.json", "SHA256SUMS"
 EXPORT, REPOSITORY, VERSION = "export", "model_repository", "1"

@@ -16,8 +16,6 @@ from typing import Any, NoReturn
 
 from deploykit.artifacts import Manifest, digest_of, load_manifest, new_directory, new_file, write_manifest
 from deploykit.errors import ArtifactError, DeploykitError, EngineError, MissingDependencyError
-from deploykit.export.tensorrt import EngineOptions, build_engine, choose_builder, limits_of
-from deploykit.jetson.by_task import bundled
 from deploykit.jetson.check import examine, free_bytes, tensorrt_version
 from deploykit.jetson.contents import (
     EXPORT,
@@ -28,7 +26,10 @@ from deploykit.jetson.contents import (
     read_description,
     read_rows,
 )
-from deploykit.predictor import Predictor, find_graphs
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.tasks.protocol import Predictor
+from deploykit.tasks.registry import task_of
+from deploykit.tensorrt.build import EngineOptions, build_engine, choose_builder
 from deploykit.triton.backends import InstalledTriton, assemble_backends, find_installed_triton
 
 STEPS = ("check", "build", "verify", "serve", "bench")
@@ -163,7 +164,7 @@ def _build_engines(
     profile, inputs = bundle.description.profile, bundle.description.inputs
     options = EngineOptions((precision,), (profile,), f"{workspace}MiB", "this-gpu", builder=_builder())
     weights = next((folder / file for file in files if file not in inputs), None)
-    limits = limits_of(export.task)
+    limits = export.task.shape_limits
     engines = [
         build_engine(folder / file, precision, options, limits, say, inputs=inputs[file], weights=weights)
         for file in files
@@ -197,7 +198,11 @@ def open_model(bundle: Bundle) -> tuple[Predictor, Manifest]:
         raise ArtifactError(f"{bundle.version}: is built for {options['engine']}", again)
     parameters = {key: value["string_value"] for key, value in read_config(bundle.root)["parameters"].items()}
     try:
-        model = bundled(manifest.task).load(bundle.version, options["files"], bundle.engine, parameters)
+        model = (
+            task_of(manifest.task)
+            .bundle(manifest.task)
+            .load(bundle.version, options["files"], bundle.engine, parameters)
+        )
     except EngineError as error:  # its remedy names an export, which is elsewhere
         raise EngineError(error.message, f"rm -r {bundle.version}; {again}") from error
     return model, manifest
@@ -206,7 +211,7 @@ def open_model(bundle: Bundle) -> tuple[Predictor, Manifest]:
 def verify(bundle: Bundle) -> None:
     """Compare what the model makes of the recorded rows with what is recorded. Raises EngineError for a wrong engine."""
     model, manifest = open_model(bundle)
-    part, rows = bundled(manifest.task), read_rows(bundle.root)
+    part, rows = task_of(manifest.task).bundle(manifest.task), read_rows(bundle.root)
     recorded = rows.answers[manifest.options["graph"]]
     verdict = part.compare(part.answers(model, rows.texts), recorded, manifest.options["precision"])
     told = f"{len(rows.texts)} rows: {verdict.told}"
@@ -254,8 +259,8 @@ def _exec_triton(bundle: Bundle, triton: InstalledTriton, host: str, port: int) 
 
 def bench(bundle: Bundle, seconds: float, out: Path) -> None:
     """Measure the model in this process under load: print each measurement, and write ``out`` (JSON, as deploykit bench)."""
-    from deploykit.bench.load import ClosedLoop
     from deploykit.bench.run import Candidate, run_bench
+    from deploykit.bench.scenarios import ClosedLoop
 
     model, manifest = open_model(bundle)
     precision = manifest.options["precision"]

@@ -2,49 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
-from numpy.typing import NDArray
 
-from deploykit.runtime.engines import BestTokens
-
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int64]
-
-
-@dataclass
-class Choice:
-    """Of each row the ``best`` tokens, best first, and their log-probabilities.
-
-    ``forced`` int32 [rows]: a token that must come, with probability 1; -1 where none must. ``forbidden`` int32: tokens that
-    must not, ascending, row by row; those of a row are ``begin[row]`` to ``begin[row + 1]`` (int32 [rows + 1]).
-    ``scored`` bool [rows]: where it is False the best token is wanted alone. ``before`` bool [rows]: probabilities are from
-    before any token was forbidden. ``penalties``: rows, tokens and what divides (or multiplies) their scores, of
-    log-probabilities where ``of_probabilities`` [rows] and of logits elsewhere. ``changed`` grows when arrays are replaced.
-    """
-
-    best: int
-    forced: NDArray[np.int32]
-    forbidden: NDArray[np.int32]
-    begin: NDArray[np.int32]
-    scored: NDArray[np.bool_]
-    before: NDArray[np.bool_]
-    of_probabilities: NDArray[np.bool_]
-    penalties: list[tuple[int, Ints, float]] = field(default_factory=list)
-    changed: int = 0
-
-
-@dataclass
-class Texts:
-    """What a search goes on with: by row int64 ``tokens`` [rows, longest], of which ``lengths`` count, the ``limits`` of
-    those, and float32 ``sums`` of log-probabilities; and which tokens end a text, bool [vocabulary]."""
-
-    tokens: Ints
-    lengths: Ints
-    limits: Ints
-    sums: Floats
-    ends: NDArray[np.bool_]
+from deploykit.runtime.engines.protocol import BestTokens, Choice, Floats, Ints
 
 
 def select(logits: Floats, choice: Choice, best: BestTokens) -> tuple[Floats, Ints]:

@@ -20,11 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.choice import Choice, Texts
-from deploykit.runtime.engines import DecodeModel, HeldBeam, TakesSteps
-from deploykit.runtime.generation import MAX_ROWS
+from deploykit.runtime.engines.protocol import Choice, DecodeModel, HeldBeam, TakesSteps, Texts
+from deploykit.runtime.generation import MAX_ROWS, DecodedTask, Generation
 from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Floats, Ints, Rules, candidates
-from deploykit.tasks import Generation, Translation
 
 MAX_CACHE_BYTES = 512 << 20
 _TOKENS_PER_ENCODE = 2048
@@ -109,7 +107,7 @@ class Decoder:
     def __init__(
         self,
         model: DecodeModel,
-        task: Translation,
+        task: DecodedTask,
         *,
         max_rows: int = MAX_ROWS,
         max_cache_bytes: int = MAX_CACHE_BYTES,

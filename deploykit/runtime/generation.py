@@ -1,14 +1,14 @@
-"""What a request may change about how a translation is searched for, and whether that makes sense."""
+"""How a sequence is searched for, and what a request may change about it."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from deploykit.errors import UsageError
-from deploykit.tasks import Generation, Translation
 
 MAX_ROWS = 64
 """Rows (sentences x beams) that are decoded at once, unless a packaged model's config says otherwise."""
@@ -25,7 +25,50 @@ PARAMETERS = (
 """Request parameters and command line options; the rest of a ``Generation`` is the checkpoint's own."""
 
 
-def override(task: Translation, given: Mapping[str, Any], *, max_beams: int = MAX_ROWS) -> Generation:
+@dataclass(frozen=True)
+class Generation:
+    """How a translation is searched for: the fields of a Hugging Face generation config that we decode by.
+
+    ``max_length`` and ``min_length`` count target tokens as Hugging Face does: with the start token.
+    ``bad_words`` are token sequences that may not be completed; ``suppressed`` single tokens that may
+    never come. ``renormalize``: probabilities add up to 1 over what is left (opus-mt has it).
+    ``early_stopping`` is True, False or "never" (Hugging Face documentation, "GenerationConfig").
+    """
+
+    beam_size: int = 1
+    max_length: int = 512
+    min_length: int = 0
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+    no_repeat_ngram_size: int = 0
+    repetition_penalty: float = 1.0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    suppressed: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | None = None
+    renormalize: bool = False
+
+
+class DecodedTask(Protocol):
+    """What decoding needs of a task's facts. Lengths count tokens, ids are those of the vocabulary."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def max_target_length(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def decoder_start_token_id(self) -> int: ...
+
+    @property
+    def generation(self) -> Generation: ...
+
+
+def override(task: DecodedTask, given: Mapping[str, Any], *, max_beams: int = MAX_ROWS) -> Generation:
     """The task's generation with ``given`` parameters in place of its own.
 
     Raises UsageError naming the first parameter that is unknown or out of range.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.tasks import Generation
+from deploykit.runtime.generation import Generation
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from deploykit.errors import ArtifactError
-from deploykit.tasks import Classification, Task
-from deploykit.triton.repository import OVERWRITE, ServingSettings, validate_config
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.protocol import TaskFacts
+from deploykit.tasks.registry import task_of
+from deploykit.triton.repository import OVERWRITE, validate_config
 
 _TOKEN = re.compile(r"""#[^\n]*|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|[{}<>\[\]:,;]|[^\s{}<>\[\]:,;#"']+""")
 _OPENING, _CLOSING = "{<", "}>"
@@ -21,7 +23,7 @@ _PREFERRED, _DELAY = (_BATCHING, "preferred_batch_size"), (_BATCHING, "max_queue
 _COUNT = ("instance_group", "count")
 
 
-def settings_of(text: str, task: Task, source: str) -> ServingSettings:
+def settings_of(text: str, task: TaskFacts, source: str) -> ServingSettings:
     """What config.pbtxt says of instances and threads and, of a classifier, of batches; of a translator, of rows.
 
     All else is as ``ServingSettings`` has it by default. Raises ArtifactError, which names the field, for a config in
@@ -35,7 +37,7 @@ def settings_of(text: str, task: Task, source: str) -> ServingSettings:
             f"write one instance_group with a count, or {OVERWRITE}",
         )
     common = {"instances": max(1, config.instance_group[0].count), "threads": _number(parameters, "threads", source)}
-    if isinstance(task, Classification):
+    if _is_batched(task):
         batching = config.dynamic_batching
         if len(batching.preferred_batch_size) > 1:
             sizes = ", ".join(map(str, batching.preferred_batch_size))
@@ -51,14 +53,14 @@ def settings_of(text: str, task: Task, source: str) -> ServingSettings:
     )
 
 
-def with_settings(text: str, task: Task, settings: ServingSettings, source: str) -> str:
+def with_settings(text: str, task: TaskFacts, settings: ServingSettings, source: str) -> str:
     """config.pbtxt with those fields as ``settings`` has them; comments, order and all other fields stay.
 
     Raises ArtifactError for a field that is not there to be changed.
     """
     fields: dict[tuple[str, str], str] = {_COUNT: str(settings.instances)}
     parameters = {"threads": str(settings.threads)}
-    if isinstance(task, Classification):
+    if _is_batched(task):
         fields[_PREFERRED] = f"[{settings.preferred_batch_size or ''}]"
         fields[_DELAY] = str(settings.max_queue_delay_us)
     else:
@@ -79,17 +81,22 @@ def with_settings(text: str, task: Task, settings: ServingSettings, source: str)
     return changed
 
 
-def _set(config: Any, task: Task, settings: ServingSettings) -> None:
+def _set(config: Any, task: TaskFacts, settings: ServingSettings) -> None:
     """The same change to the parsed config: what the edited text must say."""
     config.instance_group[0].count = settings.instances
     config.parameters["threads"].string_value = str(settings.threads)
-    if not isinstance(task, Classification):
+    if not _is_batched(task):
         config.parameters["max_rows"].string_value = str(settings.max_rows)
         return
     config.dynamic_batching.max_queue_delay_microseconds = settings.max_queue_delay_us
     del config.dynamic_batching.preferred_batch_size[:]
     if settings.preferred_batch_size:
         config.dynamic_batching.preferred_batch_size.append(settings.preferred_batch_size)
+
+
+def _is_batched(task: TaskFacts) -> bool:
+    """Return whether Triton forms the batches, rather than the model's decode loop."""
+    return "preferred_batch_size" in task_of(task).settings
 
 
 @dataclass(frozen=True)

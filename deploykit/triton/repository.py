@@ -10,22 +10,23 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from deploykit.artifacts import Manifest, digest_of, load_manifest, new_directory, new_file, write_manifest
 from deploykit.errors import ArtifactError, UsageError
-from deploykit.predictor import find_graphs
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.engines.tensorrt import read_record
-from deploykit.runtime.translated import LongInput
-from deploykit.tasks import Classification, Task, Translation, task_from_json, task_to_json
-from deploykit.triton import config_templates
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.served import check_name
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.protocol import TaskFacts
+from deploykit.tasks.registry import get_task, task_names, task_of, task_to_json
 from deploykit.triton.backends import BACKEND
 
 CONFIG = "config.pbtxt"
@@ -34,59 +35,6 @@ COMPOSE = Path(__file__).parent / "container" / "compose.yaml"
 """Serves a repository in NVIDIA's container."""
 STREAM_SUFFIX = "_stream"
 """Of the name of the model that sends the sentences of a document as each is translated."""
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-_INSTANCES: Mapping[str, int] = {Classification.name: 2, Translation.name: 1}
-_MAY_BE_ZERO = (
-    "threads",
-    "token_budget",
-    "preferred_batch_size",
-    "max_queue_delay_us",
-    "queue_timeout_us",
-    "in_flight",
-)
-# Settings that only one task has.
-_OWN_SETTINGS: Mapping[str, tuple[str, ...]] = {
-    Classification.name: ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us"),
-    Translation.name: ("max_rows", "max_cache_mb", "long_input", "in_flight"),
-}
-
-
-@dataclass(frozen=True)
-class ServingSettings:
-    """How Triton runs a model: the choices that config.pbtxt records.
-
-    ``instances`` None is what the task does best with: two for classification, one for translation.
-    ``threads`` are CPU threads per instance, 0 for twice the CPUs shared among the instances.
-    ``max_queue_size`` counts requests of a classifier and sentences of a translator.
-
-    Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
-    ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to
-    ``max_batch_size``. Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
-    ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer
-    than the model takes; without ``in_flight`` a text waits until all that run before it are done.
-    """
-
-    max_batch_size: int = 64
-    instances: int | None = None
-    threads: int = 0
-    token_budget: int = 0
-    max_queue_delay_us: int = 0
-    max_queue_size: int = 1024
-    queue_timeout_us: int = 10_000_000
-    preferred_batch_size: int = 0
-    max_rows: int = 64
-    max_cache_mb: int = 512
-    long_input: LongInput = "split"
-    in_flight: bool = True
-
-    def __post_init__(self) -> None:
-        if self.long_input not in get_args(LongInput):
-            raise UsageError(f"long_input is {self.long_input!r}", f"choose one of: {', '.join(get_args(LongInput))}")
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            least = 0 if setting.name in _MAY_BE_ZERO else 1
-            if isinstance(value, int) and value < least:
-                raise UsageError(f"{setting.name} is {value}", f"make it {least} or more")
 
 
 @dataclass(frozen=True)
@@ -118,7 +66,7 @@ def package(
     *,
     engine: str = "auto",
     precision: str = "auto",
-    settings: ServingSettings = ServingSettings(),
+    settings: ServingSettings | None = None,
     overwrite_config: bool = False,
     stream: bool = True,
 ) -> Packaged:
@@ -130,11 +78,12 @@ def package(
     """
     check_name(name)
     export = load_manifest(export_dir, "export")
+    settings = settings or ServingSettings()
     _check_settings(export.task, settings)
     graphs = find_graphs(export_dir, export, engine=engine, precision=precision, to_run=False)
     options = {"engine": graphs.engine, "precision": graphs.precision, "name": name}
-    files = (*graphs.files, *tokenizer_files(export))
-    streamer = f"{name}{STREAM_SUFFIX}" if stream and isinstance(export.task, Translation) else None
+    files = (*graphs.files, *task_of(export.task).tokenizer_files(list(export.files)))
+    streamer = f"{name}{STREAM_SUFFIX}" if stream and task_of(export.task).stream_backend else None
 
     kept = _place_config(repository / name, export.task, settings, engine=graphs.engine, overwrite=overwrite_config)
     if streamer is not None:
@@ -184,31 +133,18 @@ def versions_of(model: Path) -> tuple[int, ...]:
     return tuple(sorted(int(p.name) for p in model.iterdir() if p.is_dir() and re.fullmatch(r"[1-9]\d*", p.name)))
 
 
-def check_name(name: str) -> None:
-    """Raise UsageError unless ``name`` can be a folder and a part of a URL."""
-    if not _NAME.fullmatch(name):
-        raise UsageError(
-            f"model name {name!r} is not allowed", "use letters, digits, _ . and - only, not beginning with a dot"
-        )
-
-
-def config_text(task: Task, settings: ServingSettings, streams: str | None = None, engine: str | None = None) -> str:
+def config_text(
+    task: TaskFacts, settings: ServingSettings, streams: str | None = None, engine: str | None = None
+) -> str:
     """The contents of config.pbtxt for a model of ``task`` on ``engine`` (None: one of the CPU's), or for the one that
     streams what the model ``streams`` translates."""
     record = task_to_json(task)
     values = {setting.name: getattr(settings, setting.name) for setting in fields(settings)}
-    values["instances"] = settings.instances or _INSTANCES[task.name]
+    values["instances"] = settings.instances or task_of(task).instances
     values["in_flight"] = int(settings.in_flight)
     values["preferred_batch_size"] = settings.preferred_batch_size or ""
     values["kind"] = _kind(engine)
-    if isinstance(task, Classification):
-        labels = record.pop("labels")
-        return config_templates.CLASSIFICATION.substitute(
-            values, num_labels=len(labels), labels=_quoted(labels), task=_quoted(record)
-        )
-    if streams is not None:
-        return config_templates.STREAM.substitute(streams=streams, task=_quoted(record))
-    return config_templates.TRANSLATION.substitute(values, task=_quoted(record))
+    return task_of(task).config_text(values, record, streams)
 
 
 def validate_config(text: str, source: str = CONFIG) -> Any:
@@ -238,7 +174,7 @@ def read_config(path: Path) -> Any:
     return config
 
 
-def check_config(path: Path, task: Task, streams: str | None = None, engine: str | None = None) -> None:
+def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine: str | None = None) -> None:
     """Raise ArtifactError naming the first field of config.pbtxt that does not fit ``task`` and, if it is known, ``engine``."""
     config = read_config(path)
     wanted = text_format.Parse(config_text(task, ServingSettings(), streams), model_config_pb2.ModelConfig())
@@ -275,37 +211,19 @@ def _kind(engine: str | None) -> str:
     return "KIND_GPU" if engine is not None and ENGINES[engine].gpu else "KIND_CPU"
 
 
-def task_of_parameters(parameters: Mapping[str, str]) -> Task:
-    """The task that a config's parameters ``task`` and, of a classifier, ``labels`` (JSON texts) describe.
-
-    Raises KeyError, ValueError or ArtifactError when they do not describe one.
-    """
-    labels = {"labels": json.loads(parameters["labels"])} if "labels" in parameters else {}
-    return task_from_json({**json.loads(parameters["task"]), **labels})
-
-
-def _check_settings(task: Task, settings: ServingSettings) -> None:
-    for other, names in _OWN_SETTINGS.items():
+def _check_settings(task: TaskFacts, settings: ServingSettings) -> None:
+    own = task_of(task).settings
+    for other in map(get_task, task_names()):
         for setting in fields(settings):
             changed = getattr(settings, setting.name) != setting.default
-            if other != task.name and setting.name in names and changed:
-                raise UsageError(f"{setting.name} is a setting of {other}, the model does {task.name}", "leave it out")
-
-
-def tokenizer_files(export: Manifest) -> Iterator[str]:
-    """Those of an export that its tokenizer is loaded from."""
-    if isinstance(export.task, Classification):
-        yield "tokenizer.json"
-        return
-    from deploykit.runtime import translation_tokenizer as names
-
-    all_files = (names.RECORD, names.TOKENIZER, names.SOURCE_SPM, names.TARGET_SPM, names.VOCABULARY, names.TOKENS)
-    yield from (file for file in all_files if file in export.files)
+            if changed and setting.name in other.settings and setting.name not in own:
+                message = f"{setting.name} is a setting of {other.name}, the model does {task.name}"
+                raise UsageError(message, "leave it out")
 
 
 def _place_config(
     model: Path,
-    task: Task,
+    task: TaskFacts,
     settings: ServingSettings,
     *,
     streams: str | None = None,
@@ -385,8 +303,3 @@ def _json_parameter(config: Any, key: str) -> Any:
 def _shown(value: Any) -> str:
     text = "absent" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 200 else f"{text[:200]}…"
-
-
-def _quoted(value: Any) -> str:
-    """JSON as the inside of a single-quoted protobuf text string."""
-    return json.dumps(value, ensure_ascii=False).replace("\\", "\\\\").replace("'", "\\'")

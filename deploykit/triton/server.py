@@ -28,7 +28,6 @@ from typing import IO, TYPE_CHECKING
 
 from deploykit.errors import ServerError
 from deploykit.runtime.engines import check_engine
-from deploykit.tasks import Translation
 from deploykit.triton.backends import assemble_backends
 from deploykit.triton.preflight import EmbeddedTriton, find_triton, resolve, take_ports
 from deploykit.triton.repository import RepositoryModel, list_models, verify_version
@@ -251,7 +250,7 @@ class TritonServer:
             log.info("model %s was packaged as %s", model.name, manifest.options["name"])
         if "engine" in manifest.options:
             check_engine(str(manifest.options["engine"]))
-        if isinstance(manifest.task, Translation):
+        if manifest.task.graph_kind == "encoder-decoder":
             self._answering_later.add(model.name)
         if "streams" in manifest.options:
             self._streaming.add(model.name)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deploykit.bench.load import TIMEOUT_S
+from deploykit.bench.scenarios import TIMEOUT_S
 from deploykit.errors import UsageError
 
 _FIGURES = ("p50", "p90", "p99")

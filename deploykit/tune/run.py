@@ -14,29 +14,25 @@ from pathlib import Path
 from typing import Any, get_args
 
 from deploykit.artifacts import digest_of, installed_versions, load_manifest, new_file
-from deploykit.bench.figures import require_matplotlib
-from deploykit.bench.machine import OtherLoad, cpu_name, describe_machine, other_load, require_psutil
-from deploykit.bench.report import write_tuning
+from deploykit.bench.machine import OtherLoad, describe_machine, other_load
 from deploykit.bench.run import BUSY_PERCENT
 from deploykit.errors import ArtifactError, DeploykitError, MissingDependencyError, ServerError, UsageError
-from deploykit.predictor import find_graphs
-from deploykit.runtime.engines import ENGINES, Precision, available_cpus
-from deploykit.tasks import Classification
-from deploykit.trace import Trace
+from deploykit.hardware import available_cpus, cpu_name
+from deploykit.measurement_log import Trace
+from deploykit.peak_memory import require_psutil
+from deploykit.report.figures import require_matplotlib
+from deploykit.report.pages import write_tuning
+from deploykit.runtime.engines import ENGINES
+from deploykit.runtime.engines.protocol import Precision
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.served import check_name
+from deploykit.runtime.tuned_settings import write_tuned
+from deploykit.tasks.registry import task_of
 from deploykit.triton.config_edit import settings_of, with_settings
 from deploykit.triton.preflight import find_triton
-from deploykit.triton.repository import (
-    CONFIG,
-    STREAM_SUFFIX,
-    check_config,
-    check_name,
-    list_models,
-    package,
-    versions_of,
-)
-from deploykit.tune.search import Choice, Graph, Limits, Round, Trial, choose, search, verdict
+from deploykit.triton.repository import CONFIG, STREAM_SUFFIX, check_config, list_models, package, versions_of
+from deploykit.tune.search import TUNED_SETTINGS, Choice, Graph, Limits, Round, Trial, choose, search, verdict
 from deploykit.tune.serving import Subject, measure_served
-from deploykit.tuned import write_tuned
 
 SCHEMA = 1
 BACKUP = f"{CONFIG}.before-tune"
@@ -261,10 +257,7 @@ def _put_to_use(
 def _trial_to_json(trial: Trial, subject: Subject, chosen: Trial, limits: Limits) -> dict[str, Any]:
     settings = asdict(trial.choice.settings)
     names = ["instances", "threads"]
-    if isinstance(subject.manifest.task, Classification):
-        names += ["preferred_batch_size", "max_queue_delay_us"]
-    else:
-        names += ["max_rows"]
+    names += [name for name in TUNED_SETTINGS if name in task_of(subject.manifest.task).settings]
     return {
         "name": trial.choice.describe(subject.manifest.task),
         "engine": trial.choice.engine,

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from deploykit.runtime.engines import available_cpus, threads_of_each
-from deploykit.tasks import Classification, Task
-from deploykit.triton.repository import ServingSettings
+from deploykit.hardware import available_cpus, threads_of_each
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.protocol import TaskFacts
+from deploykit.tasks.registry import task_of
 from deploykit.tune.limits import Slo
 
 NOISE = 0.05
@@ -28,6 +29,10 @@ Graph = tuple[str, str]
 """Engine and precision."""
 
 
+TUNED_SETTINGS = ("preferred_batch_size", "max_queue_delay_us", "max_rows")
+"""The settings of ``Task.settings`` that a search tries."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What is served, and how."""
@@ -36,11 +41,11 @@ class Choice:
     precision: str
     settings: ServingSettings
 
-    def describe(self, task: Task) -> str:
+    def describe(self, task: TaskFacts) -> str:
         s = self.settings
         threads = s.threads or threads_of_each(s.instances or 1)
         instances = f"{s.instances} instance{'s' * (s.instances != 1)} × {threads} thread{'s' * (threads != 1)}"
-        if not isinstance(task, Classification):
+        if "preferred_batch_size" not in task_of(task).settings:
             return f"{self.engine} {self.precision}, {instances}, {s.max_rows} rows a step"
         batch = (
             f"batches of {s.preferred_batch_size}" if s.preferred_batch_size else f"batches up to {s.max_batch_size}"
@@ -109,7 +114,12 @@ Measure = Callable[[Choice, int, float | None], Round]
 
 
 def search(
-    task: Task, present: Choice, graphs: Sequence[Graph], limits: Limits, measure: Measure, say: Callable[[str], None]
+    task: TaskFacts,
+    present: Choice,
+    graphs: Sequence[Graph],
+    limits: Limits,
+    measure: Measure,
+    say: Callable[[str], None],
 ) -> list[Trial]:
     """All that was measured, in that order; the first is ``present``. The same figures give the same search."""
     tried: dict[Choice, Trial] = {}
@@ -186,7 +196,7 @@ def verdict(trial: Trial, chosen: Trial | None, limits: Limits) -> str:
     return f"as fast within {NOISE:.0%}, " + (f"and takes {more:,.0f} MB more" if more >= 1 else "and no better")
 
 
-def _axes(task: Task, best: Choice, graphs: Sequence[Graph], slo: Slo) -> list[list[Choice]]:
+def _axes(task: TaskFacts, best: Choice, graphs: Sequence[Graph], slo: Slo) -> list[list[Choice]]:
     """The values of each setting, the others as in ``best``."""
 
     def those(setting: str, values: Sequence[Any]) -> list[Choice]:
@@ -199,7 +209,7 @@ def _axes(task: Task, best: Choice, graphs: Sequence[Graph], slo: Slo) -> list[l
         those("instances", counts),
         those("threads", [0, *(n for n in counts if n <= cpus)]),
     ]
-    if isinstance(task, Classification):
+    if "preferred_batch_size" in task_of(task).settings:
         batches = [n for n in _BATCHES if n < best.settings.max_batch_size]
         delays = [us for us in _DELAYS_US if us <= 100 * slo.limit_ms]  # a tenth of the limit
         return [*axes, those("preferred_batch_size", batches), those("max_queue_delay_us", delays)]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from deploykit.artifacts import Manifest
 from deploykit.bench.capacity import highest_rate
-from deploykit.bench.load import FEW_SAMPLES, ClosedLoop, Measurement, Poisson, Server, measure
+from deploykit.bench.load import FEW_SAMPLES, Measurement, measure
+from deploykit.bench.scenarios import ClosedLoop, Poisson, Server
 from deploykit.errors import ServerError
 from deploykit.triton.config_edit import with_settings
 from deploykit.triton.repository import CONFIG, package

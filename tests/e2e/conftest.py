@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from deploykit.cli import main
-from deploykit.data.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
 from deploykit.demo import MINILM, TWEETS, fetch
+from deploykit.tasks.translation.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deploykit"
@@ -105,7 +105,7 @@ def with_ranges() -> Callable[..., None]:
 
     def change(folder: Path, part: str, scale: float) -> None:
         from deploykit.artifacts import load_manifest, write_manifest
-        from deploykit.export.calibration import load_calibration
+        from deploykit.quantization.calibration import load_calibration
 
         manifest = load_manifest(folder, "calibration")
         found = load_calibration(folder, manifest.parent or "")

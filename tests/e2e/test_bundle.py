@@ -20,10 +20,11 @@ from pathlib import Path
 import pytest
 
 from deploykit.artifacts import SAMPLES, load_manifest, write_manifest
-from deploykit.predictor import open_graph
 from deploykit.runtime.generation import override
-from deploykit.runtime.translator import Translator
-from deploykit.triton.client import ServedClassifier, ServedTranslator
+from deploykit.tasks.classification.served import ServedClassifier
+from deploykit.tasks.opening import open_graph
+from deploykit.tasks.translation.predictor import Translator
+from deploykit.tasks.translation.served import ServedTranslator
 
 Deploykit = Callable[..., tuple[int, str, str]]
 ENGINE = ("--engine", "onnxruntime")

@@ -131,7 +131,7 @@ def test_a_killed_training_for_int8_continues_to_the_same_end(
 ) -> None:
     from transformers import TrainerCallback
 
-    from deploykit.finetune import trainer
+    from deploykit.training import trainer
 
     class Kill(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -19,9 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploykit.artifacts import load_manifest
-from deploykit.data.classification import read_texts
-from deploykit.predictor import find_graphs, open_predictor
+from deploykit.data.texts import read_texts
 from deploykit.runtime.engines.native_library import lacks
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.tasks.opening import open_predictor
 
 Deploykit = Callable[..., tuple[int, str, str]]
 ENGINES = ["openvino", "onnxruntime"]
@@ -248,9 +249,9 @@ def test_the_same_text_gets_the_same_answer_whatever_shares_its_batch(
 def test_tokenizing_gives_the_ids_of_the_checkpoints_own_tokenizer(
     checkpoint: Path, exported: Path, tweets: Path
 ) -> None:
-    from deploykit.finetune.checkpoint import TorchClassifier
     from deploykit.runtime.text import normalize
     from deploykit.runtime.tokenizer import TextTokenizer
+    from deploykit.tasks.classification.checkpoint import TorchClassifier
 
     reference = TorchClassifier.load(checkpoint)
     tokenizer = TextTokenizer(exported / "tokenizer.json", reference.task.max_length)
@@ -291,7 +292,7 @@ def test_predictions_stream_in_order_and_resume(
 
 def _partial_name(folder: Path, deploykit: Deploykit, words: tuple[object, ...]) -> list[Path]:
     """The temporary name that a killed run to c.jsonl would leave."""
-    from deploykit import answers
+    from deploykit.data import answer_file as answers
 
     seen: list[Path] = []
     original = answers._appending

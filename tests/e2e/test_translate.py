@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploykit import answers
+from deploykit.data import answer_file as answers
 
 Deploykit = Callable[..., tuple[int, str, str]]
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from deploykit.artifacts import SAMPLES, load_manifest
-from deploykit.export.quantize import quantize
-from deploykit.finetune.translator import TorchTranslator
-from deploykit.tasks import Translation
+from deploykit.quantization.qdq import quantize
+from deploykit.tasks.translation.checkpoint import TorchTranslator
+from deploykit.tasks.translation.facts import Translation
 
 Deploykit = Callable[..., tuple[int, str, str]]
 LANGUAGES = ("--task", "translation", "--source", "en", "--target", "fr")
@@ -88,7 +88,7 @@ def test_no_text_of_either_side_is_in_two_splits(new_model: Path) -> None:
 
 
 def test_pytorch_translates_the_test_rows_to_the_scores_in_the_metrics(new_model: Path) -> None:
-    from deploykit.metrics import translation_metrics
+    from deploykit.tasks.translation.metrics import translation_metrics
 
     rows = [json.loads(line) for line in (new_model / "splits" / "test.jsonl").read_text().splitlines()]
     answers = TorchTranslator.load(new_model).translate([row["source"] for row in rows])
@@ -137,7 +137,7 @@ def test_int8_for_tensorrt_is_held_to_the_limit(
 ) -> None:
     """Where it alone loses too much, its own search finds the layers that must stay in fp16."""
     pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
-    from deploykit.export import seq2seq_standard as writer
+    from deploykit.graphs import standard_writer as writer
 
     def ruined(model: Any, ranges: Any, *args: Any, **options: Any) -> Any:
         """With a range so wide for the projection that all it reads is rounded to 0."""
@@ -158,7 +158,7 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
     deploykit: Deploykit, new_model: Path, with_ranges: Callable[..., None], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from deploykit.trace import Trace
+    from deploykit.measurement_log import Trace
 
     code, out, err = deploykit("calibrate", new_model, "--calibration-rows", 32, "--out", tmp_path / "c", "--json")
     assert code == 0, err

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from deploykit.artifacts import digest_path, load_manifest
-from deploykit.predictor import find_graphs
-from deploykit.triton.repository import ServingSettings, check_config, package, read_config
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.triton.repository import check_config, package, read_config
 from deploykit.tune.search import Choice, Round
 
 Deploykit = Callable[..., tuple[int, str, str]]

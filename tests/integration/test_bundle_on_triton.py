@@ -19,7 +19,9 @@ from served import wait_until
 from deploykit.artifacts import SAMPLES, load_manifest, write_manifest
 from deploykit.errors import ServerError
 from deploykit.jetson.bundle import bundle, unpack
-from deploykit.triton.client import ServedClassifier, ServedTranslator, open_served
+from deploykit.tasks.classification.served import ServedClassifier
+from deploykit.tasks.opening import open_served
+from deploykit.tasks.translation.served import ServedTranslator
 from deploykit.triton.preflight import find_triton, take_ports
 
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 from browser import REMEDY, Browser, find_browser
 
-from deploykit.bench.figures import COLOURS
-from deploykit.bench.load import ClosedLoop, Poisson, Scenario, Within
-from deploykit.bench.record import results_of
-from deploykit.bench.report import write_report, write_tuning
+from deploykit.bench.scenarios import ClosedLoop, Poisson, Scenario, Within
 from deploykit.bench.targets import bench_targets
+from deploykit.report.figures import COLOURS
+from deploykit.report.pages import write_report, write_tuning
+from deploykit.report.record import results_of
 
 ROOT = Path(__file__).parents[2]
 

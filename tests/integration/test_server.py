@@ -33,10 +33,12 @@ from deploykit.errors import (
     ServerError,
     UsageError,
 )
-from deploykit.predictor import open_graph
+from deploykit.runtime.served import parse_url
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.classification.served import ServedClassifier
+from deploykit.tasks.opening import open_graph
 from deploykit.triton import preflight
-from deploykit.triton.client import ServedClassifier, parse_url
-from deploykit.triton.repository import ServingSettings, config_text, list_models, package, validate_config
+from deploykit.triton.repository import config_text, list_models, package, validate_config
 from deploykit.triton.server import TritonServer
 
 LONG = 64 * ["w1 w2 w3 w4 " * 10_000]
@@ -513,8 +515,8 @@ def test_missing_libraries_are_found_by_the_dynamic_linker() -> None:
 
 
 def test_the_backend_needs_neither_torch_nor_transformers() -> None:
-    modules = "deploykit.runtime.classifier, deploykit.runtime.engines.onnxruntime, deploykit.artifacts"
-    code = f"import sys, {modules}, deploykit.predictor; print({{'torch', 'transformers'}} & set(sys.modules))"
+    modules = "deploykit.tasks.classification.predictor, deploykit.runtime.engines.onnxruntime, deploykit.artifacts"
+    code = f"import sys, {modules}, deploykit.tasks.opening; print({{'torch', 'transformers'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
@@ -601,7 +603,8 @@ def test_settings_appear_in_the_config(tiny_export: Path) -> None:
 
 
 def test_the_config_checked_in_is_what_package_writes_for_the_demo() -> None:
-    from deploykit.triton.repository import check_config, read_config, task_of_parameters
+    from deploykit.tasks.registry import task_of_parameters
+    from deploykit.triton.repository import check_config, read_config
 
     path = Path(__file__).parents[2] / "model_repository" / "sentiment" / "config.pbtxt"
     parameters = read_config(path).parameters

@@ -26,12 +26,14 @@ from served import body, outputs, post, start, wait_until
 from deploykit.artifacts import load_manifest, write_manifest
 from deploykit.cli import main
 from deploykit.errors import ArtifactError, RequestError, ServerError, UsageError
-from deploykit.predictor import open_graph
 from deploykit.runtime.generation import override
-from deploykit.runtime.translated import Translated
-from deploykit.runtime.translator import Translator
-from deploykit.triton.client import ServedClassifier, ServedTranslator, open_served, request_parameters
-from deploykit.triton.repository import ServingSettings, list_models, package, read_config
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.classification.served import ServedClassifier
+from deploykit.tasks.opening import open_graph, open_served
+from deploykit.tasks.translation.predictor import Translator
+from deploykit.tasks.translation.served import ServedTranslator, request_parameters
+from deploykit.tasks.translation.translated import Translated
+from deploykit.triton.repository import list_models, package, read_config
 from deploykit.triton.server import TritonServer
 
 LONG_LINE = ("open the file, close it. " * 2_000)[:50_000]
@@ -353,7 +355,7 @@ def test_a_served_model_is_opened_by_its_task(server: TritonServer) -> None:
 
 
 def test_a_client_needs_no_engine() -> None:
-    code = "import sys, deploykit.triton.client; print({'onnxruntime', 'openvino', 'torch'} & set(sys.modules))"
+    code = "import sys, deploykit.runtime.served; print({'onnxruntime', 'openvino', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 

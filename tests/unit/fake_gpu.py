@@ -28,10 +28,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from deploykit.export import tensorrt
-from deploykit.export.tensorrt import CLASSIFIER_INPUTS, Inputs
 from deploykit.runtime import cuda, engines
 from deploykit.runtime.engines.tensorrt import EngineRecord
+from deploykit.tensorrt import build as tensorrt
+from deploykit.tensorrt.build import CLASSIFIER_INPUTS, Inputs
 
 real = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
 

@@ -11,7 +11,7 @@ import pytest
 
 from deploykit import artifacts
 from deploykit.errors import ArtifactError, CorruptArtifactError
-from deploykit.tasks import Classification
+from deploykit.tasks.classification.facts import Classification
 
 TASK = Classification(labels=("no", "yes"), max_length=16, pad_token_id=0)
 

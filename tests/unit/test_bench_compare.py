@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from deploykit.bench.compare import compare
-from deploykit.bench.load import ClosedLoop
-from deploykit.bench.record import read_record, results_of
 from deploykit.bench.run import Candidate, run_bench
+from deploykit.bench.scenarios import ClosedLoop
 from deploykit.cli import main
+from deploykit.report.record import read_record, results_of
 
 Record = dict[str, Any]
 

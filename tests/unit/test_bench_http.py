@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 
 from deploykit.bench.http import answer_of, encode_requests
-from deploykit.bench.load import Answer, ClosedLoop, Measurement, Poisson, Server, measure
-from deploykit.runtime.generation import override
-from deploykit.tasks import Classification, Generation, Task, Translation
+from deploykit.bench.load import Measurement, measure
+from deploykit.bench.scenarios import ClosedLoop, Poisson, Server
+from deploykit.runtime.generation import Generation, override
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.protocol import Answer, TaskFacts
+from deploykit.tasks.translation.facts import Translation
 
 CLASSIFICATION = Classification(("a", "b"), max_length=8, pad_token_id=0)
 TRANSLATION = Translation("en", "fr", "marian", vocabulary=100, max_source_length=64, max_target_length=64, pad_token_id=99,
@@ -29,7 +32,7 @@ class FakeTriton:
     Request number n gets behaviour n % len(behaviours).
     """
 
-    def __init__(self, *behaviours: str, task: Task = CLASSIFICATION) -> None:
+    def __init__(self, *behaviours: str, task: TaskFacts = CLASSIFICATION) -> None:
         self.behaviours = behaviours
         self.task = task
         self.parameters: Any = None

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deploykit.bench.load import ClosedLoop, Poisson, Within, latency_summary, measure
+from deploykit.bench.load import latency_summary, measure
+from deploykit.bench.scenarios import ClosedLoop, Poisson, Within
 from deploykit.errors import UsageError
-from deploykit.tasks import Classification
+from deploykit.tasks.classification.facts import Classification
 
 TEXTS = [f"text {i}" for i in range(40)]
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deploykit.bench.load import ClosedLoop, Poisson
-from deploykit.bench.report import write_report
 from deploykit.bench.run import Candidate, run_bench
+from deploykit.bench.scenarios import ClosedLoop, Poisson
 from deploykit.errors import ArtifactError
-from deploykit.tasks import Classification
+from deploykit.report.pages import write_report
+from deploykit.tasks.classification.facts import Classification
 
 NASTY = ("<script>alert(1)</script>", '$x_1$ & "q"', "_表情 😀", "\x00\x1b\nline", "half \ud800", "\uffff" * 50)
 _VOID = {"meta", "link", "img", "br"}

@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from deploykit.bench.load import ClosedLoop, Poisson
 from deploykit.bench.run import BenchResult, Candidate, run_bench
+from deploykit.bench.scenarios import ClosedLoop, Poisson
 from deploykit.bench.targets import bench_targets
 from deploykit.cli import main
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks import Classification
+from deploykit.tasks.classification.facts import Classification
 
 TEXTS = ["yes", "no", "yes yes", "no no"]
 LABELS = ["yes", "no", "yes", "no"]

@@ -11,14 +11,18 @@ import pytest
 from click.testing import CliRunner
 
 from deploykit.bench.alone import measure_alone
-from deploykit.bench.load import ClosedLoop, measure
-from deploykit.bench.report import write_report
+from deploykit.bench.load import measure
 from deploykit.bench.rows import read_rows
 from deploykit.bench.run import Candidate, run_bench
+from deploykit.bench.scenarios import ClosedLoop
 from deploykit.cli import main
 from deploykit.errors import UsageError
-from deploykit.runtime.translated import LongInput, Translated
-from deploykit.tasks import Classification, Generation, Translation
+from deploykit.report.pages import write_report
+from deploykit.runtime.generation import Generation
+from deploykit.runtime.serving_settings import LongInput
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.translated import Translated
 
 TASK = Translation("en", "fr", "marian", vocabulary=100, max_source_length=64, max_target_length=64, pad_token_id=99,
                    eos_token_ids=(0,), decoder_start_token_id=99)  # fmt: skip

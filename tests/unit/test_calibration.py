@@ -10,10 +10,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploykit.artifacts import write_manifest
 from deploykit.errors import ArtifactError, ExportError
-from deploykit.export.calibration import BINS, METHODS, Calibration, Histogram, clipped_range, load_calibration
-from deploykit.export.classification_calibration import calibrate_tokens
-from deploykit.export.quantize import activation_parameters, linear_layers, quantize, quantize_weight
-from deploykit.tasks import Classification
+from deploykit.quantization.calibration import BINS, METHODS, Calibration, Histogram, clipped_range, load_calibration
+from deploykit.quantization.qdq import activation_parameters, linear_layers, quantize, quantize_weight
+from deploykit.tasks.classification.calibration import calibrate_tokens
+from deploykit.tasks.classification.facts import Classification
 
 
 def histogram_of(values: np.ndarray) -> Histogram:

@@ -10,9 +10,10 @@ import pytest
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ArtifactError
-from deploykit.tasks import Task
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.protocol import TaskFacts
 from deploykit.triton.config_edit import settings_of, with_settings
-from deploykit.triton.repository import ServingSettings, config_text, validate_config
+from deploykit.triton.repository import config_text, validate_config
 
 TUNED = ServingSettings(instances=3, threads=5, preferred_batch_size=16, max_queue_delay_us=500, max_rows=32)
 OWN = """\
@@ -31,11 +32,11 @@ model_warmup [ { name: "a" batch_size: 1 } ]
 
 
 @pytest.fixture
-def task(tiny_export: Path) -> Task:
+def task(tiny_export: Path) -> TaskFacts:
     return load_manifest(tiny_export, verify=False).task
 
 
-def test_only_the_lines_of_the_settings_change(task: Task) -> None:
+def test_only_the_lines_of_the_settings_change(task: TaskFacts) -> None:
     text = config_text(task, ServingSettings(queue_timeout_us=7))
     settings = settings_of(text, task, "c")
     assert settings == ServingSettings(instances=2)
@@ -49,7 +50,7 @@ def test_only_the_lines_of_the_settings_change(task: Task) -> None:
     assert with_settings(changed, task, settings, "c") == text
 
 
-def test_a_config_written_otherwise_keeps_its_own_fields(task: Task) -> None:
+def test_a_config_written_otherwise_keeps_its_own_fields(task: TaskFacts) -> None:
     changed = with_settings(OWN, task, TUNED, "c")
     config = validate_config(changed)
     assert config.instance_group[0].count == 3
@@ -81,13 +82,15 @@ def test_a_translators_rows_are_changed(tiny_translation: Path) -> None:
         ('string_value: "1"', 'string_value: "many"', "parameter threads is 'many'"),
     ],
 )
-def test_a_config_that_cannot_be_changed_is_refused_and_says_where(task: Task, old: str, new: str, named: str) -> None:
+def test_a_config_that_cannot_be_changed_is_refused_and_says_where(
+    task: TaskFacts, old: str, new: str, named: str
+) -> None:
     text = OWN.replace(old, new, 1)
     with pytest.raises(ArtifactError, match=named):
         settings_of(text, task, "config")
 
 
-def test_a_classifier_without_dynamic_batching_is_refused(task: Task) -> None:
+def test_a_classifier_without_dynamic_batching_is_refused(task: TaskFacts) -> None:
     text = 'backend: "deploykit"\ninstance_group { count: 1 }\n'
     with pytest.raises(ArtifactError, match="has no dynamic_batching, in which preferred_batch_size would stand"):
         with_settings(text, task, TUNED, "config")

@@ -4,9 +4,9 @@ import tracemalloc
 import polib
 import pytest
 
-from deploykit.data.tmx import read_tmx
-from deploykit.data.translation import PairColumns, RawPair, load_pairs, read_sources
 from deploykit.errors import DataError, UsageError
+from deploykit.tasks.translation.rows import PairColumns, RawPair, load_pairs, read_sources
+from deploykit.tasks.translation.tmx import read_tmx
 
 PO = r"""# Translators, whoever they are
 msgid ""

@@ -2,18 +2,17 @@ import json
 
 import pytest
 
-from deploykit.data.classification import (
+from deploykit.data.texts import TextRow, read_texts
+from deploykit.errors import DataError, UsageError
+from deploykit.tasks.classification.rows import (
     Columns,
     Example,
-    TextRow,
     check_labels,
     detect_columns,
     load_examples,
-    read_texts,
     sort_labels,
     validate,
 )
-from deploykit.errors import DataError, UsageError
 
 
 def jsonl(path, *rows):

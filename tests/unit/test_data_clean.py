@@ -1,8 +1,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploykit.data.classification import Example, RawExample
-from deploykit.data.clean import CleaningReport, clean, duplicate_key
+from deploykit.data.grouping import duplicate_key
+from deploykit.tasks.classification.clean import CleaningReport, clean
+from deploykit.tasks.classification.rows import Example, RawExample
 
 texts = st.none() | st.sampled_from(["a", "A ", "b", " ", "\0", "é", "e\u0301", "\ud800", "今天"]) | st.text(max_size=5)
 raw_rows = st.lists(st.builds(RawExample, texts, st.sampled_from([None, "", "x", "y"]), st.just("o:1")), max_size=40)

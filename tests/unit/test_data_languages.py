@@ -1,6 +1,6 @@
 import pytest
 
-from deploykit.data.languages import (
+from deploykit.tasks.translation.languages import (
     Language,
     closest,
     fits_script,
@@ -64,7 +64,7 @@ def test_names_and_code_of_latin_letters_are_at_home_in_other_scripts():
 
 @pytest.mark.parametrize("code", ["en", "fr", "de", "es", "it", "pt", "nl", "sv", "pl", "ro", "tr"])
 def test_every_list_has_words_of_its_own(code):
-    from deploykit.data import languages
+    from deploykit.tasks.translation import languages
 
     own = [word for word, language in languages._LANGUAGE_OF_WORD.items() if language == code]
     assert len(own) >= 10

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploykit.data.classification import Example
-from deploykit.data.split import Splits, drop_leaks, group_key, split
+from deploykit.data.grouping import group_key
 from deploykit.errors import DataError, UsageError
+from deploykit.tasks.classification.rows import Example
+from deploykit.tasks.classification.split import Splits, drop_leaks, split
 
 words = st.text(st.sampled_from("abcXY 今é@#!🎉."), min_size=1, max_size=6)
 examples = st.lists(

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from deploykit.data.split import group_key
-from deploykit.data.translation import (
+from deploykit.data.grouping import group_key
+from deploykit.errors import DataError, UsageError
+from deploykit.tasks.translation.rows import (
     Pair,
     PairCleaningReport,
     PairColumns,
@@ -20,7 +21,6 @@ from deploykit.data.translation import (
     read_sources,
     split_pairs,
 )
-from deploykit.errors import DataError, UsageError
 
 hostile = st.text(
     st.sampled_from("aB 1.é今\n\r\t\0\x0b\x0c\x1c\x85\u2028\u2029\u00a0\u202f\ufeff\U0001f600\ud800\u0301")

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from deploykit.artifacts import load_manifest
-from deploykit.predictor import open_graph
 from deploykit.runtime.generation import override
-from deploykit.runtime.translated import Translated
-from deploykit.runtime.translator import Translator
-from deploykit.triton.backend.decode_loop import DecodeLoop, Load, QueueFullError
+from deploykit.tasks.opening import open_graph
+from deploykit.tasks.translation.decode_loop import DecodeLoop, Load, QueueFullError
+from deploykit.tasks.translation.predictor import Translator
+from deploykit.tasks.translation.translated import Translated
 
 LONG: dict[str, Any] = {"min_new_tokens": 127}
 SHORT: dict[str, Any] = {"max_new_tokens": 2}

@@ -27,19 +27,20 @@ from transformers import (
 )
 
 from deploykit.errors import ExportError, UsageError
-from deploykit.export.families import read_architecture
-from deploykit.export.quantize import Ranges
-from deploykit.export.seq2seq_graph import Standard, build_decoder, build_encoder, save_graphs
-from deploykit.export.seq2seq_native import save_native
+from deploykit.graphs.families import read_architecture
+from deploykit.graphs.native_writer import save_native
+from deploykit.graphs.seq2seq import Standard, build_decoder, build_encoder, save_graphs
+from deploykit.quantization.qdq import Ranges
 from deploykit.runtime.decoding import Decoder, Sentence
-from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES, DecodeModel
+from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
 from deploykit.runtime.engines.best_tokens import LOG_SOFTMAX, TOP_K, BestTokens
 from deploykit.runtime.engines.native import NativeModel
 from deploykit.runtime.engines.native_library import lacks
 from deploykit.runtime.engines.onnxruntime import int8_kernels
+from deploykit.runtime.engines.protocol import DecodeModel
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel, cache_names
-from deploykit.runtime.generation import override
-from deploykit.tasks import Generation, Translation
+from deploykit.runtime.generation import Generation, override
+from deploykit.tasks.translation.facts import Translation
 
 V, LONGEST = 120, 24
 SHAPE = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deploykit.bench.report import write_search
 from deploykit.errors import ExportError
-from deploykit.export.grading import Grader, Line
-from deploykit.export.search import Search, fewest, hold_limit
-from deploykit.trace import Trace
+from deploykit.measurement_log import Trace
+from deploykit.quantization.grading import Grader, Line
+from deploykit.quantization.search import Search, fewest, hold_limit
+from deploykit.report.pages import write_search
 
 PARTS = [f"part{i}" for i in range(24)]
 

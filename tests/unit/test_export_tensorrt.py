@@ -23,12 +23,14 @@ from transformers import AutoModelForSeq2SeqLM
 from deploykit.artifacts import hash_file
 from deploykit.cli import main
 from deploykit.errors import ExportError, MissingDependencyError, UsageError
-from deploykit.export import run, tensorrt
-from deploykit.export.families import read_architecture
-from deploykit.export.quantize import quantize
+from deploykit.export import run
 from deploykit.export.run import ExportOptions
-from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
-from deploykit.export.tensorrt import (
+from deploykit.graphs.families import read_architecture
+from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
+from deploykit.quantization.qdq import quantize
+from deploykit.runtime.engines.tensorrt import read_record
+from deploykit.tensorrt import build as tensorrt
+from deploykit.tensorrt.build import (
     EngineOptions,
     build_engine,
     choose_builder,
@@ -38,7 +40,6 @@ from deploykit.export.tensorrt import (
     read_inputs,
     trtexec_command,
 )
-from deploykit.runtime.engines.tensorrt import read_record
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
 WIDTH = 64

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from deploykit.errors import UsageError
-from deploykit.finetune.options import ClassificationOptions, TranslationOptions, make_options, read_toml, write_toml
-from deploykit.finetune.presets import PRESETS
+from deploykit.finetune.options import make_options, read_toml
+from deploykit.tasks.classification.options import ClassificationOptions
+from deploykit.tasks.translation.options import TranslationOptions
+from deploykit.tasks.translation.presets import PRESETS
+from deploykit.training.options import write_toml
 
 PAIR = {"task": "translation", "train": "pairs.tsv", "source": "en", "target": "fr"}
 

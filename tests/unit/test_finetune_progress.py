@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from deploykit.finetune.progress import Progress
+from deploykit.training.progress import Progress
 
 
 def test_a_line_says_where_the_run_is_and_how_it_does() -> None:

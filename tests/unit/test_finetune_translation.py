@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from deploykit.errors import ArtifactError, UsageError
-from deploykit.finetune.options import TranslationOptions, make_options
-from deploykit.finetune.presets import PRESETS
-from deploykit.finetune.source import check_source
-from deploykit.finetune.translation import TokenBatches, new_marian
-from deploykit.finetune.translator import TorchTranslator
-from deploykit.finetune.vocabulary import train_tokenizer
-from deploykit.runtime.translated import finish_of
-from deploykit.tasks import Generation
+from deploykit.finetune.options import make_options
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.translation.checkpoint import TorchTranslator
+from deploykit.tasks.translation.options import TranslationOptions
+from deploykit.tasks.translation.presets import PRESETS
+from deploykit.tasks.translation.training import TokenBatches, new_marian
+from deploykit.tasks.translation.translated import finish_of
+from deploykit.tasks.translation.vocabulary import train_tokenizer
+from deploykit.training.source import check_source
 
 SOURCES = [f"open the {thing} number {i} of %s" for i in range(40) for thing in ("file", "folder", "user", "network")]
 TARGETS = [f"ouvrir le {thing} numéro {i} de %s" for i in range(40) for thing in ("fichier", "dossier", "client")]

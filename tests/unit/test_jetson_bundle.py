@@ -23,14 +23,14 @@ from deploykit.errors import (
     MissingDependencyError,
     UsageError,
 )
-from deploykit.export.tensorrt import TRANSLATOR_GRAPHS, parse_profile, read_inputs
 from deploykit.jetson.boards import BOARDS, JETPACKS
 from deploykit.jetson.bundle import bundle, fits, unpack
 from deploykit.jetson.contents import read_config, read_description, read_rows, verify_sums
-from deploykit.predictor import open_graph
 from deploykit.runtime.batching import batches
 from deploykit.runtime.engines import TRANSLATION_FILES
-from deploykit.tasks import Translation
+from deploykit.tasks.opening import open_graph
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, parse_profile, read_inputs
 from deploykit.triton.repository import check_config, list_models, verify_version
 
 TEXTS = [f"w{i} w{i * 7 % 200} w3" for i in range(80)]

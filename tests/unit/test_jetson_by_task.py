@@ -11,8 +11,10 @@ from sacrebleu.metrics.chrf import CHRF
 
 from deploykit.jetson.boards import BOARDS
 from deploykit.jetson.by_task import bundled, chrf, fitted
-from deploykit.runtime.translated import Translated
-from deploykit.tasks import Classification, Generation, Translation
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.translated import Translated
 
 TASK = Translation("en", "fr", "marian", 100, 32, 32, 0, (1,), 0)
 LINES = [

@@ -16,17 +16,17 @@ from test_jetson_bundle import silent, with_tensorrt_graphs
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, MissingDependencyError
-from deploykit.export.tensorrt import EngineOptions, Inputs, Limits
 from deploykit.jetson import by_task, device
 from deploykit.jetson import check as checks
 from deploykit.jetson.boards import JETPACKS
 from deploykit.jetson.bundle import bundle, unpack
 from deploykit.jetson.check import Finding, examine
 from deploykit.jetson.contents import Description
-from deploykit.runtime import translator
 from deploykit.runtime.engines import load_engine
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
-from deploykit.runtime.translator import load_translator
+from deploykit.tasks.translation import predictor as translator
+from deploykit.tasks.translation.predictor import load_translator
+from deploykit.tensorrt.build import EngineOptions, Inputs, Limits
 
 
 def description(target: str = "orin-nano", jetpack: str = "6.2", *, wheels: bool = False) -> Description:

@@ -22,8 +22,8 @@ from tritonclient.utils import InferenceServerException
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import DeploykitError, ServerError
-from deploykit.predictor import open_graph
-from deploykit.triton.client import ServedClassifier
+from deploykit.tasks.classification.served import ServedClassifier
+from deploykit.tasks.opening import open_graph
 from deploykit.triton.in_process import InProcessModel
 from deploykit.triton.kserve import MAX_BODY_BYTES, KServeServer
 from deploykit.triton.repository import package, read_config
@@ -251,7 +251,7 @@ def test_the_device_needs_numpy_tokenizers_and_one_engine_alone() -> None:
     program = (
         "import sys, deploykit.jetson.device, deploykit.triton.kserve, deploykit.bench.run\n"
         "from deploykit.triton import in_process; in_process._backend_module()\n"
-        "import deploykit.triton.backend.classification, deploykit.runtime.engines.onnxruntime\n"
+        "import deploykit.tasks.classification.triton_backend, deploykit.runtime.engines.onnxruntime\n"
         "found = {name.partition('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)\n"
         "print(sorted(n for n in found if getattr(sys.modules.get(n), '__file__', None) and not n.startswith('_')))"
     )

@@ -8,8 +8,9 @@ import sacrebleu
 from sklearn import metrics as sk
 
 from deploykit.errors import MissingDependencyError
-from deploykit.metrics import classification_metrics, placeholders, translation_metrics
-from deploykit.tasks import Classification
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.metrics import classification_metrics
+from deploykit.tasks.translation.metrics import placeholders, translation_metrics
 
 
 def random_case(labels: int, *, multi_label: bool, seed: int) -> tuple[Classification, np.ndarray, np.ndarray]:

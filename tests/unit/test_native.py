@@ -15,17 +15,18 @@ from safetensors import safe_open
 from test_decoding import FAMILIES, LONGEST, SEARCHES, Case, case, decode, generation_of, open_engine, results
 
 from deploykit.errors import CorruptArtifactError, EngineError
-from deploykit.export.families import read_architecture
-from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
-from deploykit.export.seq2seq_native import save_native
-from deploykit.runtime.choice import Choice, select
+from deploykit.graphs.families import read_architecture
+from deploykit.graphs.native_writer import save_native
+from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
+from deploykit.runtime.choice import select
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
 from deploykit.runtime.engines.native import NativeModel
 from deploykit.runtime.engines.native_library import lacks
 from deploykit.runtime.engines.native_weights import int8_layers
+from deploykit.runtime.engines.protocol import Choice
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
-from deploykit.tasks import Generation
+from deploykit.runtime.generation import Generation
 
 pytestmark = pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
 __all__ = ["case"]

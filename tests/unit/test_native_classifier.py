@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, ExportError
-from deploykit.export import classification
-from deploykit.export.classifier_native import linear_parts, save_native_classifier
-from deploykit.export.encoders import FAMILIES, read_encoder
 from deploykit.export.run import ExportOptions, export
-from deploykit.finetune.checkpoint import TorchClassifier
-from deploykit.predictor import find_graphs
 from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.engines.native_classifier import NativeEngine
 from deploykit.runtime.engines.native_library import lacks
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.tasks.classification import export as classification
+from deploykit.tasks.classification.checkpoint import TorchClassifier
+from deploykit.tasks.classification.encoders import FAMILIES, read_encoder
+from deploykit.tasks.classification.native_program import linear_parts, save_native_classifier
 
 runs_here = pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from deploykit.errors import ArtifactError, ExportError
-from deploykit.export.graphs import export_classifier
-from deploykit.export.quantize import Scheme, activation_parameters, quantize, quantize_weight
-from deploykit.export.trained_ranges import trained_ranges
-from deploykit.finetune.checkpoint import load_model
-from deploykit.finetune.qat import FakeQuantization, TrainedScales, fake_quantize
+from deploykit.graphs.onnx_export import export_classifier
+from deploykit.quantization.qdq import Scheme, activation_parameters, quantize, quantize_weight
+from deploykit.training.checkpoint import load_model
+from deploykit.training.qat import FakeQuantization, TrainedScales, fake_quantize
+from deploykit.training.trained_ranges import trained_ranges
 
 LAYER = "bert.encoder.layer.0"
 
@@ -120,7 +120,7 @@ def test_an_export_computes_what_was_trained(model: Any, tmp_path: Path, scheme:
 
 
 def _activations(graph: onnx.ModelProto) -> set[str]:
-    from deploykit.export.quantize import linear_layers
+    from deploykit.quantization.qdq import linear_layers
 
     return {layer.activation for layer in linear_layers(graph) if "encoder" in layer.node}
 
@@ -133,7 +133,7 @@ def test_trained_scales_give_the_same_steps_in_both_schemes() -> None:
 
 
 def test_embeddings_that_the_export_rounds_are_rounded(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deploykit.finetune import qat
+    from deploykit.training import qat
 
     monkeypatch.setattr(qat, "MIN_EMBEDDING_ROWS", 200)
     table = model.bert.embeddings.word_embeddings

@@ -60,8 +60,8 @@ def test_a_texts_padded_length_does_not_depend_on_its_batch_mates(length: int, o
 
 def test_the_runtime_imports_neither_torch_nor_transformers() -> None:
     program = (
-        "import sys, deploykit.predictor, deploykit.metrics, deploykit.runtime.engines.onnxruntime\n"
-        "import deploykit.runtime.engines.openvino, deploykit.runtime.engines.tensorrt, deploykit.triton.client\n"
+        "import sys, deploykit.tasks.opening, deploykit.tasks.classification.metrics, deploykit.runtime.engines.onnxruntime\n"
+        "import deploykit.runtime.engines.openvino, deploykit.runtime.engines.tensorrt, deploykit.runtime.served\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'onnx', 'tensorrt_rtx') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

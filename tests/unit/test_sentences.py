@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploykit.runtime.sentences import fit, split_sentences
+from deploykit.tasks.translation.sentences import fit, split_sentences
 
 ANY_TEXT = st.one_of(
     st.text(st.characters(exclude_categories=()), max_size=200),

@@ -12,9 +12,9 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
-from deploykit.export.classification_calibration import calibrate_tokens
-from deploykit.export.quantize import Scheme, linear_layers, quantize
-from deploykit.export.smooth_quant import Scales, smooth, smoothed, smoothing_scales
+from deploykit.quantization.qdq import Scheme, linear_layers, quantize
+from deploykit.quantization.smooth_quant import Scales, smooth, smoothed, smoothing_scales
+from deploykit.tasks.classification.calibration import calibrate_tokens
 
 OUTLIERS = [3, 17]
 CALIBRATION = 64
@@ -60,8 +60,8 @@ def case(
 ) -> Case:
     import torch
 
-    from deploykit.export.graphs import export_classifier
-    from deploykit.finetune.checkpoint import load_model
+    from deploykit.graphs.onnx_export import export_classifier
+    from deploykit.training.checkpoint import load_model
 
     folder = tmp_path_factory.mktemp("smooth")
     model = load_model(str(make_tiny_checkpoint(folder / "checkpoint", request.param)))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from deploykit.errors import ArtifactError
-from deploykit.tasks import Classification, task_from_json, task_to_json
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.registry import task_from_json, task_to_json
 
 
 def test_a_task_survives_json() -> None:

@@ -30,16 +30,17 @@ from fake_gpu import (
 )
 
 from deploykit.artifacts import load_manifest, write_manifest
-from deploykit.data.classification import Example
 from deploykit.doctor import examine
 from deploykit.errors import ArtifactError, CorruptArtifactError, DeploykitError, EngineError, MissingDependencyError
-from deploykit.export.tensorrt import EngineOptions, build_engine, parse_profile
-from deploykit.predictor import find_graphs, open_classifier
 from deploykit.runtime import cuda
 from deploykit.runtime.cuda import Buffer, Gpu, Stream
 from deploykit.runtime.engines import check_engine, load_engine
 from deploykit.runtime.engines import tensorrt as module
 from deploykit.runtime.engines.tensorrt import BINDINGS, read_record, record_path, runs_here
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.tasks.classification.rows import Example
+from deploykit.tasks.opening import open_classifier
+from deploykit.tensorrt.build import EngineOptions, build_engine, parse_profile
 
 VERSION = "10.13.3"
 PROFILES = ("batch=1:2:4,length=16:32:64", "batch=1:8:16,length=16:16:32")
@@ -140,7 +141,7 @@ def test_texts_are_classified_as_on_the_cpu(engine_file: Path) -> None:
 
 
 def test_an_engine_that_runs_here_is_graded_as_it_answers(engine_file: Path) -> None:
-    from deploykit.export.classification import _Grader
+    from deploykit.tasks.classification.export import _Grader
 
     reference = open_classifier(str(engine_file.parent), url="", engine="onnxruntime", precision="fp32")
     rows = [Example(text, label, "") for text, label in zip(TEXTS, reference.task.decide(reference.scores(TEXTS)))]

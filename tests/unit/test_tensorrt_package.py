@@ -17,10 +17,11 @@ from fake_gpu import FakeDriver, fake_bindings, install_bindings, install_driver
 from deploykit.artifacts import load_manifest, write_manifest
 from deploykit.cli import main
 from deploykit.errors import ArtifactError, MissingDependencyError
-from deploykit.export.tensorrt import parse_profile
-from deploykit.predictor import open_classifier
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.opening import open_classifier
+from deploykit.tensorrt.build import parse_profile
 from deploykit.triton.preflight import find_triton
-from deploykit.triton.repository import COMPOSE, ServingSettings, config_text, package, read_config
+from deploykit.triton.repository import COMPOSE, config_text, package, read_config
 from deploykit.triton.server import TritonServer
 
 DOCKERFILE = (COMPOSE.parent / "Dockerfile").read_text(encoding="utf-8")

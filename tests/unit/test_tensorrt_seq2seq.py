@@ -20,15 +20,6 @@ from fake_gpu import FakeDriver, fake_bindings, install_bindings, install_driver
 from deploykit.artifacts import load_manifest, write_manifest
 from deploykit.cli import main
 from deploykit.errors import DeploykitError, EngineError, MissingDependencyError
-from deploykit.export.tensorrt import (
-    TRANSLATOR_GRAPHS,
-    EngineOptions,
-    Profile,
-    build_engine,
-    parse_profile,
-    read_inputs,
-)
-from deploykit.predictor import find_graphs, open_translator
 from deploykit.runtime import cuda
 from deploykit.runtime.engines import load_decode_model
 from deploykit.runtime.engines.best_tokens import BestTokens
@@ -36,9 +27,13 @@ from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.engines.tensorrt import BINDINGS, read_record
 from deploykit.runtime.engines.tensorrt_seq2seq import TensorRtSeq2Seq
-from deploykit.runtime.translator import Translator, load_translator
-from deploykit.tasks import Translation
-from deploykit.triton.repository import ServingSettings, config_text, read_config
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.opening import open_translator
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.predictor import Translator, load_translator
+from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, EngineOptions, Profile, build_engine, parse_profile, read_inputs
+from deploykit.triton.repository import config_text, read_config
 from deploykit.triton.server import TritonServer
 
 VERSION = "10.13.3"
@@ -61,8 +56,8 @@ def graphs(make_tiny_translation: Callable[..., Path], tmp_path_factory: pytest.
     """An export with the graphs of fp32 and fp16 engines, to be read only."""
     from transformers import AutoModelForSeq2SeqLM
 
-    from deploykit.export.families import read_architecture
-    from deploykit.export.seq2seq_graph import build_decoder, build_encoder, save_graphs
+    from deploykit.graphs.families import read_architecture
+    from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
 
     folder = tmp_path_factory.mktemp("graphs")
     make_tiny_translation(folder / "export", max_length=64, keep_checkpoint=folder / "checkpoint")
@@ -332,8 +327,8 @@ def test_commands_take_the_engine(driver: FakeDriver, graphs: Path, tmp_path: Pa
 def test_engines_that_run_here_are_graded_as_they_answer(
     driver: FakeDriver, graphs: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from deploykit.data.pairs import Pair
-    from deploykit.export.translation import _Grader
+    from deploykit.tasks.translation.export import _Grader
+    from deploykit.tasks.translation.pairs import Pair
 
     folder = with_engines(shutil.copytree(graphs, tmp_path / "e"), driver, monkeypatch)
     texts = [text for text in TEXTS if text]
@@ -383,7 +378,7 @@ def test_a_translator_is_packaged_without_a_gpu_and_answers_on_one(
 
 def test_a_machine_with_a_gpu_need_not_have_onnx_runtime() -> None:
     program = (
-        "import sys, deploykit.runtime.translator, deploykit.runtime.engines.tensorrt_seq2seq\n"
+        "import sys, deploykit.tasks.translation.predictor, deploykit.runtime.engines.tensorrt_seq2seq\n"
         "import deploykit.runtime.engines.tensorrt_classifier\n"
         "print([m for m in ('onnxruntime', 'torch', 'onnx', 'tensorrt_rtx') if m in sys.modules])"
     )

@@ -13,15 +13,15 @@ from transformers import MarianConfig, MarianMTModel
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ExportError
-from deploykit.export import translation_calibration
-from deploykit.export.families import read_architecture
-from deploykit.export.forced_decoding import greedy_translations, log_probabilities
-from deploykit.export.seq2seq_graph import build_decoder, build_encoder, read_graph, save_graphs
-from deploykit.export.translation_calibration import activations_of, calibrate
+from deploykit.graphs.families import read_architecture
+from deploykit.graphs.seq2seq import build_decoder, build_encoder, read_graph, save_graphs
 from deploykit.runtime.engines import TRANSLATION_FILES
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
-from deploykit.runtime.translator import load_translator
-from deploykit.tasks import Translation
+from deploykit.tasks.translation import calibration as translation_calibration
+from deploykit.tasks.translation.calibration import activations_of, calibrate
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.forced_decoding import greedy_translations, log_probabilities
+from deploykit.tasks.translation.predictor import load_translator
 
 TEXTS = [
     "Save the file.",

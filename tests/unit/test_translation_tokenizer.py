@@ -23,8 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploykit.errors import ArtifactError, ExportError, UsageError
-from deploykit.runtime.sentences import fit
-from deploykit.runtime.translation_tokenizer import TranslationTokenizer, load_translation_tokenizer
+from deploykit.tasks.translation.sentences import fit
+from deploykit.tasks.translation.tokenizer import TranslationTokenizer, load_translation_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
 
@@ -241,7 +241,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def cases(models: tuple[bytes, bytes], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    from deploykit.export.translation_tokenizer import save_translation_tokenizer
+    from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 
     root = tmp_path_factory.mktemp("tokenizers")
     write: dict[str, Callable[[Path], Any]] = {
@@ -314,7 +314,7 @@ def test_any_text_is_tokenized_as_by_hugging_face(kind: str, cases: dict[str, Ca
 def test_added_tokens_keep_their_flags(kind: str, models: tuple[bytes, bytes], tmp_path: Path) -> None:
     from transformers import AddedToken
 
-    from deploykit.export.translation_tokenizer import save_translation_tokenizer
+    from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 
     checkpoint = tmp_path / kind
     reference = write_marian(checkpoint, models) if kind == "marian" else write_m2m100(checkpoint, models[1])
@@ -333,7 +333,7 @@ def test_added_tokens_keep_their_flags(kind: str, models: tuple[bytes, bytes], t
 
 @pytest.mark.parametrize("kind", ["marian", "nllb"])
 def test_special_tokens_in_text_may_be_plain_text(kind: str, models: tuple[bytes, bytes], tmp_path: Path) -> None:
-    from deploykit.export.translation_tokenizer import save_translation_tokenizer
+    from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 
     checkpoint = tmp_path / kind
     reference = write_marian(checkpoint, models) if kind == "marian" else write_nllb(checkpoint)
@@ -346,7 +346,7 @@ def test_special_tokens_in_text_may_be_plain_text(kind: str, models: tuple[bytes
 
 
 def test_ids_that_the_model_has_and_the_tokenizer_lacks_decode(models: tuple[bytes, bytes], tmp_path: Path) -> None:
-    from deploykit.export.translation_tokenizer import save_translation_tokenizer
+    from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 
     reference = write_m2m100(tmp_path / "m2m", models[1])
     save_translation_tokenizer(tmp_path / "m2m", reference, tmp_path)
@@ -398,7 +398,7 @@ def test_another_target_language_changes_the_prefix(cases: dict[str, Case]) -> N
 def test_a_pair_that_the_checkpoint_has_no_prefix_for_gets_the_one_saved(
     models: tuple[bytes, bytes], tmp_path: Path
 ) -> None:
-    from deploykit.export.translation_tokenizer import save_translation_tokenizer
+    from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 
     reference = write_t5(tmp_path / "t5", models[0])
     save_translation_tokenizer(tmp_path / "t5", reference, tmp_path, prefix="into Breton: ")
@@ -470,7 +470,7 @@ def test_each_file_missing_or_broken_is_named(kind: str, cases: dict[str, Case],
 def test_a_checkpoint_without_its_tokenizer_files_is_refused_by_their_name(
     kind: str, file: str, cases: dict[str, Case], tmp_path: Path
 ) -> None:
-    from deploykit.export.translation_tokenizer import check_tokenizer_files, save_translation_tokenizer
+    from deploykit.tasks.translation.export_tokenizer import check_tokenizer_files, save_translation_tokenizer
 
     case = cases[kind]
     checkpoint, folder = tmp_path / "checkpoint", tmp_path / "saved"
@@ -491,7 +491,7 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast
 
-    from deploykit.export.translation_tokenizer import save_translation_tokenizer
+    from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 
     with pytest.raises(ArtifactError, match="OddTokenizer is not supported"):
         save_translation_tokenizer(tmp_path, type("OddTokenizer", (), {"is_fast": False})(), tmp_path)
@@ -537,7 +537,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def test_the_runtime_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, deploykit.runtime.translation_tokenizer\n"
+        "import sys, deploykit.tasks.translation.tokenizer\n"
         "assert not {'torch', 'transformers', 'sacremoses'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

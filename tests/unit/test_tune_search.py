@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 
 from deploykit.artifacts import load_manifest
-from deploykit.bench.report import write_tuning
 from deploykit.errors import UsageError
-from deploykit.predictor import find_graphs
-from deploykit.tasks import Task
-from deploykit.trace import Trace
-from deploykit.triton.repository import ServingSettings
+from deploykit.measurement_log import Trace
+from deploykit.report.pages import write_tuning
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.runtime.tuned_settings import read_tuned, write_tuned
+from deploykit.tasks.protocol import TaskFacts
 from deploykit.tune.limits import Slo, parse_memory, parse_slo, parse_time
 from deploykit.tune.search import Choice, Limits, Round, Trial, choose, search, verdict
-from deploykit.tuned import read_tuned, write_tuned
 
 GRAPHS = [("openvino", "int8"), ("openvino", "fp32"), ("onnxruntime", "int8"), ("onnxruntime", "fp32")]
 PRESENT = Choice("onnxruntime", "int8", ServingSettings(instances=2))
@@ -56,7 +56,7 @@ def _four_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def task(tiny_export: Path) -> Task:
+def task(tiny_export: Path) -> TaskFacts:
     return load_manifest(tiny_export, verify=False).task
 
 
@@ -64,11 +64,11 @@ def limits(max_memory_mb: float | None = None, budget_s: float = 1e4) -> Limits:
     return Limits(SLO, max_memory_mb, budget_s)
 
 
-def run(machine: Machine, task: Task, limits: Limits, said: list[str] | None = None) -> list[Trial]:
+def run(machine: Machine, task: TaskFacts, limits: Limits, said: list[str] | None = None) -> list[Trial]:
     return search(task, PRESENT, GRAPHS, limits, machine.measure, (said if said is not None else []).append)
 
 
-def test_the_best_of_all_settings_is_found_without_trying_them_all(task: Task) -> None:
+def test_the_best_of_all_settings_is_found_without_trying_them_all(task: TaskFacts) -> None:
     machine = Machine()
     said: list[str] = []
     trials = run(machine, task, limits(), said)
@@ -88,7 +88,7 @@ def test_the_best_of_all_settings_is_found_without_trying_them_all(task: Task) -
     assert again.asked == machine.asked
 
 
-def test_settings_that_are_served_alike_are_measured_once(task: Task) -> None:
+def test_settings_that_are_served_alike_are_measured_once(task: TaskFacts) -> None:
     trials = run(Machine(), task, limits())
     share = {1: 4, 2: 4, 4: 2, 8: 1}  # of four CPUs, where threads are 0
     served = set()
@@ -99,7 +99,7 @@ def test_settings_that_are_served_alike_are_measured_once(task: Task) -> None:
     assert len(served) == len(trials) > 10
 
 
-def test_the_best_within_the_memory_is_chosen_and_the_others_say_why_not(task: Task) -> None:
+def test_the_best_within_the_memory_is_chosen_and_the_others_say_why_not(task: TaskFacts) -> None:
     allowed = limits(max_memory_mb=420.0)
     trials = run(Machine(), task, allowed)
     found = choose(trials, allowed)
@@ -112,7 +112,7 @@ def test_the_best_within_the_memory_is_chosen_and_the_others_say_why_not(task: T
     assert any(text.startswith("answers ") and text.endswith("% fewer") for text in why)
 
 
-def test_luck_in_one_round_does_not_choose(task: Task) -> None:
+def test_luck_in_one_round_does_not_choose(task: TaskFacts) -> None:
     lucky = replace(BEST, settings=replace(BEST.settings, max_queue_delay_us=2000))
 
     def luck(choice: Choice, number: int) -> float:
@@ -142,7 +142,7 @@ def test_what_is_served_stays_unless_something_is_better_beyond_the_noise() -> N
 
 
 @pytest.mark.parametrize(("budget_s", "rounds"), [(1.0, 1), (29.0, 1), (45.0, 4), (120.0, 12)])
-def test_no_round_begins_that_would_not_end_in_time(task: Task, budget_s: float, rounds: int) -> None:
+def test_no_round_begins_that_would_not_end_in_time(task: TaskFacts, budget_s: float, rounds: int) -> None:
     machine = Machine()
     said: list[str] = []
     trials = run(machine, task, limits(budget_s=budget_s), said)
@@ -151,7 +151,7 @@ def test_no_round_begins_that_would_not_end_in_time(task: Task, budget_s: float,
     assert choose(trials, limits()) is not None
 
 
-def test_a_killed_search_goes_on_where_it_was(task: Task, tmp_path: Path) -> None:
+def test_a_killed_search_goes_on_where_it_was(task: TaskFacts, tmp_path: Path) -> None:
     whole = Machine()
     expected = run(whole, task, limits())
     path = tmp_path / "out.json.search.json"
@@ -176,7 +176,7 @@ def test_a_killed_search_goes_on_where_it_was(task: Task, tmp_path: Path) -> Non
     assert first.asked + second.asked == whole.asked
 
 
-def test_a_setting_that_does_not_run_or_is_too_slow_loses(task: Task) -> None:
+def test_a_setting_that_does_not_run_or_is_too_slow_loses(task: TaskFacts) -> None:
     failed = Trial(PRESENT, (Round(None, {}, None, 1.0, "model x cannot be loaded"),))
     slow = Trial(PRESENT, (Round(None, {"p50": 55.0, "p90": 60.0, "p99": 70.0}, 100.0, 1.0),))
     assert choose([failed, slow], limits()) is None

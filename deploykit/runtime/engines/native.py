@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
-from deploykit.runtime.choice import Choice, Texts, select
-from deploykit.runtime.engines import BestTokens, DecodeLimits
+from deploykit.runtime.choice import select
 from deploykit.runtime.engines.native_library import open_library
 from deploykit.runtime.engines.native_weights import StackStruct, Weights
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
+from deploykit.runtime.engines.protocol import BestTokens, Choice, DecodeLimits, Texts
 from deploykit.runtime.engines.rows import power_of_two, without
 from deploykit.runtime.search import Beam, Finished, candidates
 

@@ -17,9 +17,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploykit.runtime.choice import Choice, select
+from deploykit.runtime.choice import select
 from deploykit.runtime.engines.best_tokens import BestTokens
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
+from deploykit.runtime.engines.protocol import Choice
 from deploykit.runtime.engines.rows import power_of_two, without
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
 from deploykit.runtime.batching import bucket
-from deploykit.runtime.choice import Choice, select
+from deploykit.runtime.choice import select
 from deploykit.runtime.cuda import Buffer, DeviceMemory, Place
-from deploykit.runtime.engines import DecodeLimits
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
+from deploykit.runtime.engines.protocol import Choice, DecodeLimits
 from deploykit.runtime.engines.rows import without
 from deploykit.runtime.engines.tensorrt import EngineProfile, Job, LoadedEngine
 

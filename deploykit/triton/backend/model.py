@@ -23,22 +23,13 @@ import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest, load_manifest
 from deploykit.errors import DeploykitError
-from deploykit.tasks import Classification, Translation
-from deploykit.triton.backend.requests import INPUT, text_parameter
+from deploykit.runtime.triton_requests import INPUT, text_parameter
+from deploykit.tasks.protocol import Task
+from deploykit.tasks.registry import DEFAULT, get_task, task_of
 
 # The stub embeds Python without a locale: open() would read text files as ASCII.
 with contextlib.suppress(locale.Error):
     locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
-
-
-_STREAM = "stream"
-# Task -> module and class. Imported when they are asked for: a process runs one, and need not have
-# installed what the others import.
-_BACKENDS = {
-    Classification.name: "classification:ClassificationBackend",
-    Translation.name: "translation:TranslationBackend",
-    _STREAM: "stream:StreamBackend",
-}
 
 
 class Backend(Protocol):
@@ -65,16 +56,15 @@ class TritonPythonModel:
         """Tensors of a config.pbtxt that names nothing but the backend, and the task if it is not classification."""
         config = auto_complete_model_config
         record = config.as_dict()
-        task = json.loads(text_parameter(record, "task", "{}")).get("name", Classification.name)
-        if "streams" in record.get("parameters", {}):
-            task = _STREAM
-        elif record["max_batch_size"] == 0:
+        task = get_task(json.loads(text_parameter(record, "task", "{}")).get("name", DEFAULT))
+        streams = "streams" in record.get("parameters", {})
+        if not streams and record["max_batch_size"] == 0:
             config.set_max_batch_size(64)
-            if task == Classification.name:
+            if "max_queue_delay_us" in task.settings:
                 config.set_dynamic_batching()
         config.add_input(dict(INPUT))
         present = {output["name"] for output in record["output"]}
-        for output in _backend(task).outputs:
+        for output in _backend(task, streams).outputs:
             if output["name"] not in present:  # those present know more: the number of labels
                 config.add_output(dict(output))
         return config
@@ -84,7 +74,7 @@ class TritonPythonModel:
         folder = Path(args["model_repository"]) / args["model_version"]
         try:
             manifest = load_manifest(folder, "model")
-            backend = _backend(_STREAM if "streams" in manifest.options else manifest.task.name)
+            backend = _backend(task_of(manifest.task), "streams" in manifest.options)
             self._backend = backend(config, folder, manifest, int(args.get("model_instance_device_id", 0)))
         except DeploykitError as error:
             raise pb_utils.TritonModelException(str(error)) from None
@@ -101,9 +91,9 @@ class TritonPythonModel:
         self._backend.close()
 
 
-def _backend(name: str) -> type[Backend]:
-    module, class_name = _BACKENDS[name].split(":")
-    found: type[Backend] = getattr(importlib.import_module(f"deploykit.triton.backend.{module}"), class_name)
+def _backend(task: Task, streams: bool) -> type[Backend]:
+    module, class_name = (task.stream_backend if streams else task.triton_backend).split(":")
+    found: type[Backend] = getattr(importlib.import_module(module), class_name)
     return found
 
 

@@ -1,0 +1,123 @@
+"""Answers for the rows of a file: streamed, in order, and taken up again where a killed run stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploykit import artifacts
+from deploykit.data.texts import TextRow
+from deploykit.errors import ArtifactError
+from deploykit.runtime.text import MAX_TEXT_CHARS
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Answered:
+    """``rows`` answered and failed together; ``resumed`` of them stood there from an earlier run."""
+
+    rows: int
+    errors: int
+    resumed: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the output, without its end; ``failed`` if it says why there is no answer."""
+
+    text: str
+    failed: bool
+
+
+def answer_file(
+    rows: Callable[[], Iterator[TextRow]],
+    answer: Callable[[Sequence[TextRow]], Iterable[Line]],
+    out: Path,
+    *,
+    key: str,
+    failed: Callable[[bytes], bool],
+    force: bool,
+    progress: Callable[[int, int], None],
+    chunk: int = _CHUNK,
+) -> Answered:
+    """Write a line for each row to ``out``, in order; ``failed`` tells a line written before that is no answer.
+
+    Until it is whole the file has a temporary name beside ``out``; a run with the same ``key`` (all that
+    determines the answers) continues it.
+    """
+    if out.exists() and not force:
+        raise ArtifactError(f"{out}: exists", "choose another --output, or pass --force to replace it")
+    partial = out.with_name(f".{out.name}.{key[:16]}.partial")
+    total = sum(1 for _ in rows())
+    with artifacts.explained(out), _appending(partial, failed) as (file, resumed):
+        done, errors = resumed.rows, resumed.errors
+        progress(done, total)
+        for part in _chunks(itertools.islice(rows(), done, None), chunk):
+            lines = list(answer(part))
+            file.writelines(line.text.encode() + b"\n" for line in lines)
+            file.flush()
+            errors += sum(line.failed for line in lines)
+            done += len(lines)
+            progress(done, total)
+        os.fsync(file.fileno())
+        os.replace(partial, out)
+    return Answered(done, errors, resumed.rows)
+
+
+@contextlib.contextmanager
+def _appending(partial: Path, failed: Callable[[bytes], bool]) -> Iterator[tuple[Any, Answered]]:
+    """Open an unfinished file after its last whole line; yields it and what it holds."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtifactError(f"{partial}: another deploykit is writing it now", "wait for it") from None
+        file.seek(0)
+        rows = errors = end = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            rows, errors, end = rows + 1, errors + failed(line), end + len(line)
+        file.truncate(end)
+        file.seek(end)
+        yield file, Answered(rows, errors, rows)
+
+
+def _chunks(rows: Iterable[TextRow], size: int) -> Iterator[list[TextRow]]:
+    iterator = iter(rows)
+    while chunk := list(itertools.islice(iterator, size)):
+        yield chunk
+
+
+JSON_LINES = (".jsonl", ".ndjson")
+"""How a file of JSON lines is named."""
+
+
+def json_line(record: dict[str, Any]) -> Line:
+    return Line(json.dumps(record, ensure_ascii=False), "error" in record)
+
+
+def is_error(line: bytes) -> bool:
+    """Whether a line that ``json_line`` made holds an error."""
+    return b'"error"' in line and "error" in json.loads(line)
+
+
+def source_digest(source: str) -> str:
+    """What identifies the rows of a file, or of a dataset on the hub by its name."""
+    return artifacts.digest_path(Path(source)) if Path(source).exists() else source
+
+
+def too_long(text: str | None) -> str | None:
+    """Why a text is refused for its length, or None."""
+    if text is not None and len(text) > MAX_TEXT_CHARS:
+        return f"the text has {len(text):,} characters, more than {MAX_TEXT_CHARS:,}"
+    return None

@@ -1,0 +1,132 @@
+"""Read texts from any file: which columns they are in, and one row at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploykit.data.read import Record, read_lines, read_records
+from deploykit.errors import DataError
+from deploykit.runtime.text import normalize
+
+TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "tweet", "comment", "body", "title")
+
+LABEL_COLUMNS = (
+    "label",
+    "labels",
+    "sentiment",
+    "category",
+    "class",
+    "target",
+    "topic",
+    "rating",
+    "stars",
+    "intent",
+)
+# JSON rows may leave keys out, so the first row alone does not tell the columns.
+_ROWS_FOR_COLUMNS = 100
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """A text to predict, or None and the ``problem`` that keeps it from being one."""
+
+    origin: str
+    text: str | None
+    problem: str | None
+
+
+def read_texts(
+    source: str,
+    columns: Sequence[str] | None = None,
+    separator: str = " ",
+    *,
+    encoding: str | None = None,
+    split: str = "train",
+) -> Iterator[TextRow]:
+    """Stream the normalized texts of ``source``, or of a .txt file with one text a line.
+
+    Every row is yielded, so that answers can be put beside rows. Raises as ``load_examples``.
+    """
+    if Path(source).suffix.lower() == ".txt":
+        name = normalize(Path(source).name)
+        for number, line in enumerate(read_lines(Path(source), encoding), start=1):
+            yield _text_row(f"{name}:{number}", line)
+        return
+    records, names = peek(read_records(source, encoding=encoding, split=split), source)
+    if columns:
+        require_columns(columns, names, source, "--text-column")
+    used = tuple(columns or ()) or (detect_text_column(names, None, source),)
+    for record in records:
+        yield _text_row(record.origin, joined(record, used, separator))
+
+
+def peek(records: Iterator[Record], source: str) -> tuple[Iterator[Record], list[str]]:
+    """The records again, and the columns that the first of them have."""
+    head = list(itertools.islice(records, _ROWS_FOR_COLUMNS))
+    if not head:
+        raise DataError(f"{source}: has no rows", "give a file with rows")
+    return itertools.chain(head, records), list(dict.fromkeys(name for record in head for name in record.values))
+
+
+def require_columns(given: Sequence[str], names: Sequence[str], source: str, option: str) -> None:
+    for name in given:
+        if name not in names:
+            raise DataError(f"{source}: has no column {name!r}; {listed(names)}", f"give {option} one of these")
+
+
+def detect_text_column(names: Sequence[str], label: str | None, source: str) -> str:
+    rest = [n for n in names if n != label]
+    found = first_usual(TEXT_COLUMNS, rest)
+    if found is None and len(names) <= 2:
+        other = label or first_usual(LABEL_COLUMNS, names)
+        rest = [n for n in names if n != other]
+        found = rest[0] if len(rest) == 1 and (other or len(names) == 1) else None
+    if found is None:
+        raise DataError(f"{source}: no column is recognized as the text; {listed(names)}", "give --text-column")
+    return found
+
+
+def first_usual(usual: Sequence[str], names: Sequence[str]) -> str | None:
+    by_lower = {name.lower(): name for name in reversed(names)}
+    return next((by_lower[name] for name in usual if name in by_lower), None)
+
+
+def listed(names: Sequence[str]) -> str:
+    return f"its columns are {', '.join(map(repr, names))}"
+
+
+def _text_row(origin: str, text: str | None) -> TextRow:
+    if text is None:
+        return TextRow(origin, None, "the text is missing")
+    text = normalize(text)
+    return TextRow(origin, text, None) if text else TextRow(origin, None, "the text is empty")
+
+
+def joined(record: Record, columns: Sequence[str], separator: str) -> str | None:
+    present = [text for column in columns if (text := scalar(record.values.get(column))) is not None]
+    return separator.join(text for text in present if text.strip()) if present else None
+
+
+def scalar(value: object) -> str | None:
+    """A cell as text; None for what is missing or not a single value."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float) and value == value:
+        # A column of integers with gaps is stored as float by pandas.
+        return str(int(value)) if value.is_integer() else str(value)
+    return None
+
+
+def unanswered(texts: Sequence[str | None], problem: DataError) -> list[tuple[str, str | None]]:
+    """Return texts without right answers. Raises ``problem`` when there is no text."""
+    rows: list[tuple[str, str | None]] = [(text, None) for text in texts if text]
+    if not rows:
+        raise problem from None
+    return rows

@@ -1,0 +1,39 @@
+"""Families of encoder-decoder checkpoints: one small file each, which says what its weights are.
+
+Adding a family: a module here with ``architecture(model, weights)``, and a line in ``FAMILIES``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from deploykit.errors import ExportError
+from deploykit.graphs.architecture import Architecture, Weights
+
+# model_type of a Hugging Face config -> module here
+FAMILIES: Mapping[str, str] = {
+    "marian": "marian",
+    "m2m_100": "m2m100",
+    "t5": "t5",
+}
+
+
+def read_architecture(model: Any) -> Architecture:
+    """What ``model`` (a Hugging Face encoder-decoder, on the CPU) computes.
+
+    Raises ExportError for a family that is not supported.
+    """
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise ExportError(
+            f"translation models of type {kind!r} are not supported",
+            f"supported types: {', '.join(FAMILIES)}; see the README's support table",
+        )
+    module = importlib.import_module(f"{__name__}.{FAMILIES[kind]}")
+    state = {name: np.asarray(tensor.detach().float().numpy()) for name, tensor in model.state_dict().items()}
+    architecture: Architecture = module.architecture(model, Weights(state))
+    return architecture

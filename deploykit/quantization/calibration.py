@@ -1,0 +1,246 @@
+"""Calibration: the range of each quantized activation, from real rows through the fp32 graph.
+
+Two passes: the first finds each tensor's exact minimum and maximum, the second fills a histogram
+between them. Rows of equal length run together, so no padding position is ever counted.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.artifacts import MANIFEST, load_manifest
+from deploykit.errors import ArtifactError, ExportError
+from deploykit.peak_memory import PeakMemory
+from deploykit.quantization.qdq import Ranges
+
+Method = Literal["minmax", "entropy", "percentile", "mse"]
+METHODS: tuple[Method, ...] = get_args(Method)
+
+BINS = 2048
+_TOKENS_PER_BATCH = 1024  # bounds the activations held at once
+_LEVELS = 128  # of an INT8 magnitude
+_PERCENTILE = 99.99
+_HISTOGRAMS = "calibration.npz"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """``counts`` int64 [BINS] over equal bins from ``low`` to ``high``, the tensor's exact extremes."""
+
+    low: float
+    high: float
+    counts: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What real rows did to each activation; ``rows_digest`` identifies the rows.
+
+    Collecting it took ``seconds``, in which the process held up to ``peak_memory_mb`` (1e6 bytes), all that it
+    had loaded before included.
+    """
+
+    histograms: Mapping[str, Histogram]
+    rows: int
+    rows_digest: str
+    seconds: float
+    peak_memory_mb: float
+
+    def ranges(self, method: Method) -> dict[str, tuple[float, float]]:
+        """Tensor name -> (low, high) to represent, by ``method``."""
+        return {name: clipped_range(histogram, method) for name, histogram in self.histograms.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the histograms."""
+        return {
+            "rows": self.rows,
+            "rows_digest": self.rows_digest,
+            "seconds": self.seconds,
+            "peak_memory_mb": self.peak_memory_mb,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write the histograms to calibration.npz."""
+        names = list(self.histograms)
+        np.savez_compressed(
+            folder / _HISTOGRAMS,
+            names=np.array(names),
+            low=np.array([self.histograms[n].low for n in names]),
+            high=np.array([self.histograms[n].high for n in names]),
+            counts=np.stack([self.histograms[n].counts for n in names]),
+        )
+
+    def save_ranges(self, folder: Path, method: str, ranges: Ranges) -> None:
+        """Write the ``ranges`` chosen by ``method`` to calibration.json."""
+        record = {
+            "method": method,
+            "rows": self.rows,
+            "rows_digest": self.rows_digest,
+            "ranges": {name: list(pair) for name, pair in ranges.items()},
+        }
+        (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def told(self, method: Method) -> str:
+        """For people."""
+        return (
+            f"ranges of {len(self.histograms)} tensors by {method}, from {self.rows:,} rows, collected in "
+            f"{self.seconds:.1f} s and at most {self.peak_memory_mb:,.0f} MB"
+        )
+
+    def check(self, activations: Collection[str]) -> None:
+        """Raise ArtifactError for a tensor that is none of a graph's ``activations``."""
+        if foreign := sorted(set(self.histograms) - set(activations)):
+            raise ArtifactError(
+                f"the calibration has the tensor {foreign[0]}, which goes into no linear layer of this checkpoint's graph",
+                "collect it again with deploykit calibrate",
+            )
+
+
+def is_saved(calibration: str) -> bool:
+    """Whether ``calibration`` is an artifact, and not the name of rows."""
+    return (Path(calibration) / MANIFEST).is_file()
+
+
+def load_calibration(folder: Path, parent: str) -> Calibration:
+    """What ``deploykit calibrate`` wrote. Raises ArtifactError for one of another checkpoint than ``parent``, its digest."""
+    manifest = load_manifest(folder, "calibration")
+    if manifest.parent != parent:
+        raise ArtifactError(
+            f"{folder}: was collected from the graph of another checkpoint: of {manifest.parent}, and this is {parent}",
+            "collect one of this checkpoint with deploykit calibrate, or name rows with --calibration",
+        )
+    with np.load(folder / _HISTOGRAMS) as arrays:
+        names, low, high, counts = (arrays[key] for key in ("names", "low", "high", "counts"))
+    histograms = {str(name): Histogram(float(low[i]), float(high[i]), counts[i]) for i, name in enumerate(names)}
+    return Calibration(
+        histograms, *(manifest.metrics[key] for key in ("rows", "rows_digest", "seconds", "peak_memory_mb"))
+    )
+
+
+Observe = Callable[[str, NDArray[np.float32]], None]
+"""Called with the name of an activation and its values; padding positions are not among them."""
+
+
+def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Calibration:
+    """Build the histograms of all activations that ``run`` shows: it is called twice and must show the same.
+
+    Raises ExportError when there are none.
+    """
+    extremes: dict[str, tuple[float, float]] = {}
+
+    def widen(name: str, values: NDArray[np.float32]) -> None:
+        low, high = extremes.get(name, (np.inf, -np.inf))
+        extremes[name] = (min(low, float(values.min())), max(high, float(values.max())))
+
+    def count(name: str, values: NDArray[np.float32]) -> None:
+        counts[name] += np.histogram(values, bins=BINS, range=_nonempty(*extremes[name]))[0]
+
+    started = time.monotonic()
+    with PeakMemory(None) as memory:
+        run(widen)
+        if not extremes:
+            raise ExportError(
+                "no layer can be quantized: the graph has no MatMul or Gemm with a constant weight before pooling",
+                "export without --int8; this architecture is not supported yet",
+            )
+        counts = {name: np.zeros(BINS, np.int64) for name in extremes}
+        run(count)
+    histograms = {name: Histogram(*_nonempty(*extremes[name]), counts[name]) for name in extremes}
+    seconds = round(time.monotonic() - started, 2)
+    return Calibration(histograms, rows, rows_digest, seconds, round(memory.peak_mb or 0.0, 1))
+
+
+def clipped_range(histogram: Histogram, method: Method) -> tuple[float, float]:
+    """The range that ``method`` keeps of a histogram; values beyond it saturate."""
+    if method == "minmax":
+        return histogram.low, histogram.high
+    magnitudes, width = _magnitudes(histogram)
+    if method == "percentile":
+        cumulative = np.cumsum(magnitudes)
+        kept = int(np.searchsorted(cumulative, cumulative[-1] * _PERCENTILE / 100)) + 1
+    elif method == "entropy":
+        kept = _least_divergence(magnitudes)
+    else:
+        kept = _least_squared_error(magnitudes, width)
+    threshold = kept * width
+    return max(histogram.low, -threshold), min(histogram.high, threshold)
+
+
+def _magnitudes(histogram: Histogram) -> tuple[NDArray[np.float64], float]:
+    """Fold a two-sided histogram to one of absolute values, BINS bins from 0; returns it and the bin width."""
+    edges = np.linspace(histogram.low, histogram.high, BINS + 1)
+    centres = np.abs((edges[:-1] + edges[1:]) / 2)
+    width = max(abs(histogram.low), abs(histogram.high)) / BINS
+    bins = np.minimum((centres / width).astype(int), BINS - 1)
+    return np.bincount(bins, weights=histogram.counts, minlength=BINS).astype(np.float64), width
+
+
+def _least_divergence(magnitudes: NDArray[np.float64]) -> int:
+    """How many bins to keep so that 128 levels lose the least information.
+
+    Kullback-Leibler divergence between the clipped distribution and its quantized self (S.
+    Migacz, "8-bit inference with TensorRT", GTC 2017).
+    """
+    best, kept = np.inf, BINS
+    for size in range(_LEVELS, BINS + 1, 8):
+        clipped = magnitudes[:size].copy()
+        clipped[-1] += magnitudes[size:].sum()
+        reference = magnitudes[:size]
+        level = np.arange(size) * _LEVELS // size
+        filled = reference > 0
+        mass = np.bincount(level, weights=reference, minlength=_LEVELS)
+        shares = np.bincount(level, weights=filled, minlength=_LEVELS)
+        quantized = np.where(filled, (mass / np.maximum(shares, 1))[level], 0)
+        divergence = _divergence(clipped, quantized)
+        if divergence < best:
+            best, kept = divergence, size
+    return kept
+
+
+def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
+    if q.sum() == 0:
+        return np.inf
+    p, q = p / p.sum(), q / q.sum()
+    # Clipped mass may land where the quantized distribution has none: a small floor keeps that a
+    # large, finite penalty.
+    q = np.maximum(q, 1e-9)
+    occupied = p > 0
+    return float((p[occupied] * np.log(p[occupied] / q[occupied])).sum())
+
+
+def _least_squared_error(magnitudes: NDArray[np.float64], width: float) -> int:
+    """How many bins to keep so that rounding and clipping together cost the least squared error."""
+    values = (np.arange(BINS) + 0.5) * width
+    best, kept = np.inf, BINS
+    for size in range(_LEVELS, BINS + 1, 8):
+        scale = size * width / (_LEVELS - 1)
+        quantized = np.minimum(np.rint(values / scale), _LEVELS - 1) * scale
+        error = float((magnitudes * (values - quantized) ** 2).sum())
+        if error < best:
+            best, kept = error, size
+    return kept
+
+
+def _nonempty(low: float, high: float) -> tuple[float, float]:
+    """A range that a histogram can be laid over, also where a tensor is constant."""
+    return (low, high) if high > low else (low - 1e-6, low + 1e-6)
+
+
+def equal_length_batches(token_ids: Sequence[Sequence[int]]) -> Iterator[NDArray[np.int64]]:
+    """int64 [rows, length] without padding, bounded in tokens."""
+    by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
+    for ids in token_ids:
+        by_length[len(ids)].append(ids)
+    for length, rows in sorted(by_length.items()):
+        size = max(1, _TOKENS_PER_BATCH // length)
+        for start in range(0, len(rows), size):
+            yield np.array(rows[start : start + size], np.int64)

@@ -1,0 +1,130 @@
+"""Which layers stay in fp32 so that INT8 costs the task no more than a limit: found by measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.errors import ExportError
+from deploykit.measurement_log import Trace
+from deploykit.quantization.grading import Grader, Line
+from deploykit.quantization.tables import render
+
+SAMPLE = 64
+"""Rows that the sensitivity of a part is measured on."""
+_MOST_KEPT = 0.5  # with fewer layers than that in INT8, it is no INT8 model
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One assignment that was measured: how many parts stayed in fp32, the points that it lost, and its metrics."""
+
+    kept: int
+    drop: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Search:
+    """``kept`` parts stay in fp32, the first of ``order``. ``sensitivity`` has, in that order, how much the model's
+    outputs change when a part alone is INT8. ``trials`` are in the order they were made."""
+
+    kept: tuple[str, ...]
+    order: tuple[str, ...]
+    sensitivity: tuple[float, ...]
+    trials: tuple[Trial, ...]
+
+
+def hold_limit(
+    name: str,
+    parts: Sequence[str],
+    write: Callable[[Sequence[str]], Line],
+    sample: Callable[[str | None], NDArray[Any]],
+    grader: Grader[Any],
+    limit: float,
+    trace: Trace,
+    say: Callable[[str], None],
+    remedy: str = "another --method, more --calibration-rows",
+) -> Search | None:
+    """Quantize all ``parts`` of a model, or, where that loses more than ``limit`` points, all but a few.
+
+    Args:
+        name: what is quantized, for messages and the trace.
+        write: writes the graph with some parts left as they are, and grades it.
+        sample: outputs for some rows when this part alone is INT8, or none is. It may overwrite the graph.
+        remedy: what to try, for the refusal.
+
+    The last graph written is that of the result. Raises ExportError with the measured table when even half of the
+    parts in fp32 do not hold the limit.
+    """
+    whole = write(())
+    if (drop := grader.drop(whole)) <= limit:
+        return None
+    table = grader.table
+    loss = f"{name} loses {drop:.2f} points of {grader.judged}"
+    say(f"{loss}: which of its {len(parts)} parts need fp32?")
+    expected = sample(None)
+
+    def change(part: str) -> float:
+        return float(np.abs(sample(part) - expected).mean())
+
+    sensitivity = {}
+    for i, part in enumerate(parts, 1):
+        sensitivity[part] = trace.measured(f"{name}: {part} alone", partial(change, part))
+        say(f"{i} of {len(parts)}: {part} alone in INT8 changes the outputs by {sensitivity[part]:.2g}")
+    order = sorted(parts, key=lambda part: -sensitivity[part])
+    trials = [Trial(0, drop, whole.judged)]
+    written: list[Sequence[str]] = []
+
+    def measure(kept: Sequence[str]) -> dict[str, Any]:
+        written.append(kept)
+        line = write(kept)
+        return {"drop": grader.drop(line), "metrics": line.judged}
+
+    def trial(kept: Sequence[str]) -> float:
+        trials.append(Trial(len(kept), **trace.measured(f"{name}: {len(kept)} kept", partial(measure, kept))))
+        say(f"with {len(kept)} of {len(order)} parts in fp32 it loses {trials[-1].drop:.2f} points")
+        return trials[-1].drop
+
+    try:
+        kept = fewest(order, trial, limit)
+    except ExportError as error:
+        trace.remove()
+        raise ExportError(
+            f"{loss}, more than --max-drop {limit}; {error.message}:\n"
+            + "\n".join("  " + text for text in render([line.to_json() for line in table])),
+            f"try {remedy}, or export without --int8; nothing was written",
+        ) from error
+    if not written or written[-1] != kept:
+        write(kept)
+    return Search(tuple(kept), tuple(order), tuple(sensitivity[part] for part in order), tuple(trials))
+
+
+def fewest(order: Sequence[str], drop: Callable[[Sequence[str]], float], limit: float) -> Sequence[str]:
+    """The shortest beginning of ``order`` that, left in fp32, keeps ``drop`` within ``limit``; by doubling, then bisection.
+
+    Raises ExportError when even half of ``order`` does not.
+    """
+    drops: dict[int, float] = {}
+
+    def holds(count: int) -> bool:
+        if count not in drops:
+            drops[count] = drop(order[:count])
+        return drops[count] <= limit
+
+    most = int(len(order) * _MOST_KEPT)
+    too_few, enough = 0, 1
+    while not holds(min(enough, most)):
+        if enough >= most:
+            raise ExportError(f"even with {most} of {len(order)} parts in fp32 it loses {drops[most]:.2f}")
+        too_few, enough = enough, 2 * enough
+    enough = min(enough, most)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        too_few, enough = (too_few, middle) if holds(middle) else (middle, enough)
+    return order[:enough]

@@ -1,0 +1,69 @@
+"""Tables of an export and of a calibration, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deploykit.metric_titles import TITLES
+
+SEARCH_PAGE = "search.html"
+"""Of an export whose layers were searched for those that need fp32: the search, drawn."""
+
+_DIGITS = {"bleu": 2, "chrf": 2}
+_SHOWN_TENSORS = 12
+
+
+def render(table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of text: a form of the model each, with the metrics that its task has.
+
+    ``agreement`` is the share of rows answered as the checkpoint answers them.
+    """
+    columns = {key: title for key, title in TITLES.items() if key in table[0]}
+    lines = [
+        f"{'precision':<10}{'engine':<14}"
+        + "".join(f"{title:>11}" for title in columns.values())
+        + f"{'INT8 kernels':>14}"
+    ]
+    for line in table:
+        cells = "".join(f"{line[key]:>11.{_DIGITS.get(key, 4)}f}" for key in columns)
+        lines.append(f"{line['precision']:<10}{line['engine']:<14}{cells}{line['int8_kernels']:>14}")
+    return lines
+
+
+def render_searches(searches: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines of text: for each engine, what the search for layers in fp32 found. They are drawn in ``SEARCH_PAGE``."""
+    lines = []
+    for engine, found in searches.items():
+        kept = len(found["kept"])
+        lost = next(trial["drop"] for trial in found["trials"] if trial["kept"] == kept)
+        lines.append(
+            f"{engine}: {kept} of {len(found['order'])} parts stay in fp32, and it loses {lost:.2f} points "
+            f"({len(found['trials'])} trials, see {SEARCH_PAGE})"
+        )
+    return lines
+
+
+def render_calibration(record: Mapping[str, Any]) -> list[str]:
+    """Lines of text: what was calibrated on what, and the magnitude that each method keeps of some tensors.
+
+    ``record`` is the metrics of a calibration's manifest. The tensors are those on which the methods differ most.
+    """
+
+    def kept(limits: Sequence[float]) -> float:
+        return max(map(abs, limits))
+
+    ranges: Mapping[str, Mapping[str, Sequence[float]]] = record["ranges"]
+    spread = {name: min(map(kept, of.values())) / max(map(kept, of.values())) for name, of in ranges.items()}
+    shown = sorted(spread, key=lambda name: spread[name])[:_SHOWN_TENSORS]
+    methods = list(ranges[shown[0]])
+    width = max(map(len, shown)) + 2
+    lines = [
+        f"{record['rows']:,} rows, {len(ranges)} tensors, {record['seconds']:.1f} s, "
+        f"peak memory {record['peak_memory_mb']:,.0f} MB",
+        f"{'largest magnitude kept':<{width}}" + "".join(f"{method:>12}" for method in methods),
+    ]
+    lines += [f"{name:<{width}}" + "".join(f"{kept(ranges[name][m]):>12.4g}" for m in methods) for name in shown]
+    if len(ranges) > len(shown):
+        lines.append(f"and {len(ranges) - len(shown)} more, on which the methods differ less (--json has all)")
+    return lines

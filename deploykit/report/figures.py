@@ -1,0 +1,534 @@
+"""The report's figures: a bench result as JSON in, SVG text out.
+
+Text stays text (the browser picks fonts that have the glyphs), and ink takes the page's colour, so
+that figures follow it into dark mode.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deploykit.errors import MissingDependencyError
+from deploykit.metric_titles import TITLES
+from deploykit.peak_memory import BENCH_EXTRA
+
+Record = Mapping[str, Any]
+
+MAX_MATRICES = 12
+NOTHING = "–"
+_INK, _FAINT = "#010203", "#010204"  # stand-ins, replaced by the page's colours
+COLOURS = (
+    "#2f6fed",
+    "#e8710a",
+    "#12a150",
+    "#c026d3",
+    "#d93025",
+    "#00a3a3",
+    "#8a6d00",
+    "#7c5cff",
+    "#5f6b7a",
+    "#e0407b",
+    "#a3a800",
+    "#b4714f",
+)
+_MARKERS = "osv^Dph<>X*"  # their number has no factor with that of the colours: no two candidates share both
+_RC = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": _FAINT,
+    "axes.grid": True,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 72,
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    "text.parse_math": False,  # a label may hold a dollar sign
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def require_matplotlib() -> None:
+    """Raises MissingDependencyError."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingDependencyError("matplotlib is not installed, which draws the report", BENCH_EXTRA) from None
+
+
+def throughput_bars(result: Record) -> str | None:
+    """A panel for each closed loop and each searched rate: a bar for each candidate, with the least and the most of its
+    rounds. None with one candidate, which has no peer, or without answers."""
+    candidates = result["candidates"]
+    panels = [s["scenario"] for s in candidates[0]["scenarios"] if s["scenario"]["kind"] != "poisson"]
+    key, unit = ("tokens_per_s", "target tokens/s") if translates(result) else ("throughput_per_s", "texts/s")
+    answered = any(s[key] and s[key]["max"] for candidate in candidates for s in candidate["scenarios"])
+    if len(candidates) < 2 or not panels or not answered:
+        return None
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = -(-len(panels) // columns)
+
+    def draw(figure: Any) -> None:
+        every = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for axes, scenario in zip(every, panels):
+            spreads = [s[key] for c in candidates for s in c["scenarios"] if s["scenario"]["name"] == scenario["name"]]
+            for i, spread in enumerate(spreads):
+                if not spread:
+                    continue
+                middle = spread["median"]
+                reach = [[middle - spread["min"]], [spread["max"] - middle]]
+                axes.barh(i, middle, 0.6, color=_colour(i))
+                axes.errorbar(middle, i, xerr=reach, color=_INK, linewidth=1.2, capsize=3)
+                at, text = (spread["max"], i), number(middle)
+                axes.annotate(text, at, (5, 0), textcoords="offset points", va="center", fontsize=9)
+            axes.set_title(scenario["name"], fontsize=11)
+            axes.set_xlim(0, 1.3 * max((s["max"] for s in spreads if s), default=0) or 1)  # room for the numbers
+            axes.grid(False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.xaxis.set_major_locator(_locator(3))
+        for axes in every[len(panels) :]:
+            axes.set_axis_off()
+        every[0].set_yticks(range(len(candidates)), [shown(c["name"], 30) for c in candidates])
+        every[0].invert_yaxis()
+        figure.supxlabel(unit, fontsize=11)
+        figure.get_layout_engine().set(hspace=0.1)
+
+    return _svg("bars", draw, (2.6 + 2.5 * columns, rows * (0.9 + 0.34 * len(candidates)) + 0.3))
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How ``name`` answered as one thing grew: at each value of it, a record's scenario."""
+
+    name: str
+    points: Sequence[tuple[float, Record]]
+
+
+def scaling_with_callers(result: Record) -> str | None:
+    """Over the closed loops, whose callers in one process are a batch. None of fewer than three."""
+    lines = [
+        Scaling(
+            c["name"], [(s["scenario"]["concurrency"], s) for s in c["scenarios"] if "concurrency" in s["scenario"]]
+        )
+        for c in result["candidates"]
+    ]
+    return scaling("callers", lines) if all(len(line.points) > 2 for line in lines) else None
+
+
+def scaling(axis: str, lines: Sequence[Scaling]) -> str:
+    """Throughput and p50 against ``axis`` ("threads"): medians, with the least and the most of the rounds."""
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        plotted: list[tuple[Any, str, Callable[[Record], Record | None]]] = [
+            (left, "texts/s", lambda s: s["throughput_per_s"]),
+            (right, "p50 latency, ms (log scale)", lambda s: s["latency_ms"]["p50"]),
+        ]
+        for axes, title, of in plotted:
+            for i, line in enumerate(lines):
+                points = [(x, spread) for x, s in line.points if (spread := of(s))]
+                middle = [spread["median"] for _, spread in points]
+                reach = [
+                    [spread["median"] - spread["min"] for _, spread in points],
+                    [spread["max"] - spread["median"] for _, spread in points],
+                ]
+                style = {"color": _colour(i), "marker": _marker(i), "linewidth": 1.8, "capsize": 3}
+                label = shown(line.name) if axes is left else None
+                axes.errorbar([x for x, _ in points], middle, yerr=reach, label=label, **style)
+            axes.set_xscale("log", base=2)
+            values = sorted({x for line in lines for x, _ in line.points})
+            axes.set_xticks(values, [f"{x:g}" for x in values])
+            axes.minorticks_off()
+            axes.set(xlabel=f"{axis} (log scale)", ylabel=title)
+        left.set_ylim(bottom=0)
+        right.set_yscale("log")
+        figure.get_layout_engine().set(wspace=0.06)
+        _plain_log(right.yaxis)
+        _legend(figure)
+
+    return _svg(f"scaling-{axis}", draw, (9.0, 4.2))
+
+
+def latency_distribution(result: Record, scenario: str) -> str | None:
+    """The share of requests answered within a time, for each candidate at one scenario."""
+    curves = []
+    for i, candidate in enumerate(result["candidates"]):
+        for found in candidate["scenarios"]:
+            if found["scenario"]["name"] == scenario and found["histogram"]:
+                curves.append((i, candidate["name"], found["histogram"]))
+    if not curves:
+        return None
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for i, name, histogram in curves:
+            share = np.concatenate(([0.0], np.cumsum(histogram["counts"]))) / sum(histogram["counts"])
+            axes.plot(histogram["edges_ms"], 100 * share, color=_colour(i), linewidth=2, label=shown(name))
+        axes.set_xscale("log")
+        _plain_log(axes.xaxis)
+        axes.set(xlabel="latency, ms (log scale)", ylabel="requests answered within, %", ylim=(0, 101))
+        _legend(figure)
+
+    return _svg("latency", draw)
+
+
+def throughput_latency(result: Record) -> str | None:
+    """p99 against throughput: closed loops joined by a line, arrivals at random hollow, limits of p99 dotted."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        numbers: list[tuple[str, tuple[float, float], str]] = []
+        for i, candidate in enumerate(result["candidates"]):
+            closed: list[Record] = []
+            random: list[Record] = []
+            for s in candidate["scenarios"]:
+                if s["latency_ms"]["p99"]:
+                    (closed if s["scenario"]["kind"] == "closed_loop" else random).append(s)
+            for points, style in ((closed, f"-{_marker(i)}"), (random, "D:")):
+                if not points:
+                    continue
+                x = [s["throughput_per_s"]["median"] for s in points]
+                y = [s["latency_ms"]["p99"]["median"] for s in points]
+                hollow = {"markerfacecolor": "none", "markersize": 9} if points is random else {}
+                label = None if points is random and closed else shown(candidate["name"])
+                axes.plot(x, y, style, color=_colour(i), linewidth=1.5, label=label, clip_on=False, **hollow)
+            for s in closed:
+                at = (s["throughput_per_s"]["median"], s["latency_ms"]["p99"]["median"])
+                numbers.append((str(s["scenario"]["concurrency"]), at, _colour(i)))
+        for limit in {s["scenario"].get("limit_ms") for c in result["candidates"] for s in c["scenarios"]} - {None}:
+            axes.axhline(limit, color="grey", linestyle=":", linewidth=1.4)
+            at = (1, limit)
+            axes.annotate(
+                f"p99 limit {limit:g} ms", at, (0, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", fontsize=9,
+            )  # fmt: skip
+        axes.set_yscale("log")
+        _plain_log(axes.yaxis)
+        axes.set_xlim(left=0)
+        axes.set(xlabel="successful requests per second", ylabel="p99 latency, ms (log scale)")
+        axes.margins(y=0.12)
+        _write_beside(axes, numbers)
+        _legend(figure)
+
+    if not any(s["latency_ms"]["p99"] for c in result["candidates"] for s in c["scenarios"]):
+        return None
+    return _svg("throughput", draw)
+
+
+def accuracy_speed(result: Record) -> str | None:
+    """Macro-F1, of translators chrF, against throughput in each candidate's headline scenario."""
+    translators = translates(result)
+    points = [
+        (i, c["name"], headline(c)["throughput_per_s"]["median"], c["metrics"]["chrf" if translators else "macro_f1"])
+        for i, c in enumerate(result["candidates"])
+        if c["metrics"]
+    ]
+    if not points:
+        return None
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for i, name, x, y in points:
+            axes.plot([x], [y], _marker(i), color=_colour(i), markersize=10, label=shown(name))
+        values = [y for *_, y in points]
+        # Never zoom in on less than two points: noise would look like a difference.
+        point = 1.0 if translators else 0.01
+        middle, half = (min(values) + max(values)) / 2, max(point, 0.75 * (max(values) - min(values)))
+        axes.set_ylim(middle - half, middle + half)
+        axes.set_xlim(0, 1.15 * max(x for _, _, x, _ in points) or 1)
+        axes.set(xlabel="successful requests per second", ylabel="chrF" if translators else "macro-F1")
+        _legend(figure)
+
+    return _svg("accuracy", draw)
+
+
+def confusion(candidate: Record) -> str | None:
+    """Truth in rows, answers in columns: counts, coloured by their share of the row. A multi-label
+    result has one small matrix a label, for the first 12."""
+    matrix = (candidate["metrics"] or {}).get("confusion_matrix")
+    if matrix is None:
+        return None
+    if isinstance(matrix, Mapping):
+        matrices = list(matrix.items())[:MAX_MATRICES]
+        columns = min(4, len(matrices))
+        rows = -(-len(matrices) // columns)
+
+        def draw_small(figure: Any) -> None:
+            all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+            for axes, (label, counts) in zip(all_axes, matrices):
+                _matrix(axes, counts, ("no", "yes"))
+                axes.set_title(shown(label, 20), fontsize=10)
+            for axes in all_axes[len(matrices) :]:
+                axes.set_axis_off()
+            figure.supxlabel("answer", fontsize=11)
+            figure.supylabel("truth", fontsize=11)
+
+        return _svg("confusion", draw_small, (1.9 * columns + 0.6, 1.9 * rows + 0.6))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        _matrix(axes, matrix, [shown(label, 18) for label in candidate["labels"]])
+        axes.set(xlabel="answer", ylabel="truth")
+
+    side = min(12.0, 2.4 + 0.75 * len(matrix))
+    return _svg("confusion", draw, (side + 1.0, side))
+
+
+def stages(result: Record) -> str | None:
+    """Where the time of each translator in this process went, in its headline scenario: shares, in percent."""
+    counted = [(c["name"], headline(c)["seconds"]) for c in result["candidates"] if headline(c)["seconds"]]
+    if not counted:
+        return None
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        left = np.zeros(len(counted))
+        for i, stage in enumerate(counted[0][1]):
+            share = np.array([100 * seconds[stage] / sum(seconds.values()) for _, seconds in counted])
+            axes.barh(range(len(counted)), share, 0.6, left, color=_colour(i), label=stage)
+            for row, (begin, width) in enumerate(zip(left, share)):
+                if width >= 5:  # a number in a narrower bar would run into its neighbours
+                    axes.text(
+                        begin + width / 2, row, f"{width:.0f}", ha="center", va="center", fontsize=9, color="#ffffff"
+                    )
+            left += share
+        axes.set_yticks(range(len(counted)), [shown(name) for name, _ in counted])
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set(xlabel="share of the time, %", xlim=(0, 100))
+        _legend(figure)
+
+    return _svg("stages", draw, (8.0, 1.6 + 0.42 * len(counted)))
+
+
+def memory_size(result: Record) -> str | None:
+    """Peak memory and graph size as bars, in MB."""
+    bars = [(c["name"], c["peak_memory_mb"], c["size_mb"]) for c in result["candidates"]]
+    if not any(memory or size for _, memory, size in bars):
+        return None
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for axes, values, title in (
+            (left, [memory for _, memory, _ in bars], "peak memory, MB"),
+            (right, [size for *_, size in bars], "size of the graph, MB"),
+        ):
+            axes.barh(range(len(bars)), [v or 0 for v in values], 0.6, color=[_colour(i) for i in range(len(bars))])
+            for i, value in enumerate(values):
+                text = f"{value:,.0f}" if value else "not known"
+                axes.annotate(text, (value or 0, i), (4, 0), textcoords="offset points", va="center", fontsize=10)
+            axes.set_title(title, fontsize=11)
+            axes.set_xlim(0, 1.25 * max((v for v in values if v), default=1))
+            axes.grid(False, axis="y")
+            axes.tick_params(axis="y", length=0)
+            axes.xaxis.set_major_locator(_locator(4))
+        left.set_yticks(range(len(bars)), [shown(name) for name, _, _ in bars])
+        left.invert_yaxis()
+
+    return _svg("memory", draw, (9.0, 1.3 + 0.42 * len(bars)))
+
+
+def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]]) -> str:
+    """Each metric of ``limits`` (the checkpoint's, and the least allowed) against the parts of the model left in fp32."""
+
+    def draw(figure: Any) -> None:
+        all_axes = figure.subplots(1, len(limits), squeeze=False)[0]
+        for axes, (metric, (reference, least)) in zip(all_axes, limits.items()):
+            named = axes is all_axes[0]  # the legend is of all
+            axes.axhline(reference, color="grey", linewidth=1.2, label="checkpoint" if named else None)
+            axes.axhline(least, color="grey", linestyle=":", linewidth=1.2, label="least allowed" if named else None)
+            for i, (engine, found) in enumerate(searches.items()):
+                trials = sorted(found["trials"], key=lambda trial: trial["kept"])
+                points = [trial["kept"] for trial in trials], [trial["metrics"][metric] for trial in trials]
+                axes.plot(*points, f"-{_marker(i)}", color=_colour(i), label=shown(engine) if named else None)
+            axes.xaxis.set_major_locator(_locator(8))
+            axes.set(xlabel="parts left in fp32", ylabel=TITLES[metric])
+        _legend(figure)
+
+    return _svg("search", draw)
+
+
+def frontier(tuning: Record) -> str:
+    """The rate that holds the limit against memory, a mark for each setting: the chosen one a star, that which is served
+    at present in a ring, those that hold the limits at no rate crosses. The line joins those that nothing beats in both."""
+    trials = [trial for trial in tuning["trials"] if trial["memory_mb"] is not None]
+    graphs = list(dict.fromkeys((trial["engine"], trial["precision"]) for trial in trials))
+    chosen, present = (tuning["trials"][tuning[key]] for key in ("chosen", "present"))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for i, graph in enumerate(graphs):
+            of_graph = [t for t in trials if (t["engine"], t["precision"]) == graph]
+            for holds, style in ((True, _marker(i)), (False, "x")):
+                points = [t for t in of_graph if t["holds"] is holds]
+                label = shown(" ".join(graph) + ("" if holds else ", outside the limits")) if points else None
+                x, y = [t["memory_mb"] for t in points], [t["rate_per_s"] or 0.0 for t in points]
+                axes.plot(x, y, style, color=_colour(i), markersize=7, label=label, clip_on=False)
+        best: list[Record] = []
+        for trial in sorted((t for t in trials if t["holds"]), key=lambda t: (t["memory_mb"], -t["rate_per_s"])):
+            if not best or trial["rate_per_s"] > best[-1]["rate_per_s"]:
+                best.append(trial)
+        line = [t["memory_mb"] for t in best], [t["rate_per_s"] for t in best]
+        axes.step(*line, where="post", color="grey", linewidth=1.2, label="frontier", zorder=1)
+        if present["memory_mb"] is not None:
+            at = [present["memory_mb"]], [present["rate_per_s"] or 0.0]
+            ring = {"color": _INK, "markersize": 15, "markerfacecolor": "none", "clip_on": False}
+            axes.plot(*at, "o", label="served at present", **ring)
+        at = [chosen["memory_mb"]], [chosen["rate_per_s"]]
+        axes.plot(*at, "*", color=_colour(len(graphs)), markersize=17, label="chosen", clip_on=False)
+        if tuning["max_memory_mb"] is not None:
+            axes.axvline(
+                tuning["max_memory_mb"], color="grey", linestyle=":", linewidth=1.4, label="most memory allowed"
+            )
+        axes.set_ylim(bottom=0)
+        slo = tuning["slo"]
+        title = f"requests per second, {slo['figure']} within {slo['limit_ms']:g} ms"
+        axes.set(xlabel="memory of the server, MB", ylabel=title)
+        axes.margins(x=0.08)
+        _legend(figure)
+
+    return _svg("frontier", draw, (8.0, 5.2))
+
+
+def translates(result: Record) -> bool:
+    """Whether the candidates, all of one task, are translators."""
+    return bool(result["candidates"][0]["task"] == "translation")
+
+
+def headline(candidate: Record) -> Record:
+    """The scenario that a candidate's summary figures come from."""
+    found: Record = next(s for s in candidate["scenarios"] if s["scenario"]["name"] == candidate["headline"])
+    return found
+
+
+def shown(text: str, most: int = 36) -> str:
+    """A name fit for a figure: one line, not too long, without characters that XML cannot hold."""
+    text = text.encode("utf-8", "replace").decode()
+    text = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cn", "Co") else c for c in text).split())
+    text = text if len(text) <= most else text[: most - 1] + "…"
+    text = text or "?"
+    return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides names with an underscore first
+
+
+def number(value: float | None) -> str:
+    """To about three digits."""
+    if value is None:
+        return NOTHING
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def fraction(value: float | None) -> str:
+    """An accuracy: of 1, or of 100."""
+    return NOTHING if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
+
+
+def apart(html: str, name: str) -> str:
+    """``html`` with ``name`` before each of its ids, so that it can share a page."""
+    return re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{name}-", html)
+
+
+def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.0, 4.6)) -> str:
+    """``name`` keeps the ids of figures apart that share a page."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    with mpl.rc_context({**_RC, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs missing from the font that only measures here
+        figure = Figure(figsize=size)
+        FigureCanvasSVG(figure)
+        draw(figure)
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
+    svg = apart(svg, name)
+    # As wide as the page allows, but no wider than drawn: text of one size on the whole page.
+    fluid = f'<svg style="max-width: {size[0] * 120:.0f}px"'
+    return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2).replace("<svg", fluid, 1)
+
+
+def _matrix(axes: Any, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
+    values = np.asarray(counts, float)
+    share = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
+    axes.pcolormesh(share, cmap=_blues(), vmin=0, vmax=1, edgecolors="none")
+    axes.invert_yaxis()
+    axes.set_aspect("equal")
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    ticks = np.arange(len(labels)) + 0.5
+    tilted = len(labels) > 4 or max(map(len, labels)) > 9
+    axes.set_xticks(ticks, labels, rotation=40 if tilted else 0, ha="right" if tilted else "center")
+    axes.set_yticks(ticks, labels)
+    axes.tick_params(length=0)
+    if len(labels) > 20:
+        return  # the numbers would not be legible; the colours are
+    for row, column in np.ndindex(values.shape):
+        text = f"{int(values[row, column]):,}"
+        if len(labels) <= 6:
+            text += f"\n{100 * share[row, column]:.0f}%"
+        colour = "#ffffff" if share[row, column] > 0.4 else "#102040"
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9, color=colour)
+
+
+def _blues() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("blues", ["#e8effd", "#2f6fed", "#123a8c"])
+
+
+def _plain_log(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 in plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _locator(count: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(count)
+
+
+def _write_beside(axes: Any, texts: Sequence[tuple[str, tuple[float, float], str]]) -> None:
+    """Each above its point or, where that would run into another, below it, or nowhere: text, point and colour."""
+    taken: list[Any] = []
+    for text, at, colour in texts:
+        x, y = axes.transData.transform(at)
+        for offset in (9, -11):
+            if all(abs(x - a) > 16 or abs(y + offset - b) > 11 for a, b in taken):
+                taken.append((x, y + offset))
+                place = {"textcoords": "offset points", "ha": "center", "va": "center", "color": colour}
+                axes.annotate(text, at, (0, offset), fontsize=9, **place)
+                break
+
+
+def _legend(figure: Any) -> None:
+    figure.legend(loc="outside upper left", ncols=2, fontsize=10, labelcolor=_INK)
+
+
+def _colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def _marker(i: int) -> str:
+    return _MARKERS[i % len(_MARKERS)]

@@ -1,0 +1,405 @@
+"""A bench result as one HTML page that needs neither network nor scripts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from deploykit.artifacts import new_file
+from deploykit.errors import ArtifactError
+from deploykit.metric_titles import TITLES
+from deploykit.report import figures
+from deploykit.report.figures import NOTHING, fraction, number
+from deploykit.report.record import Record, results_of
+
+_CLASSIFICATION_METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b2430; --soft: #5b6675; --faint: #dfe4ea; --page: #f6f8fa; --card: #fff;
+  --warn: #fff4dd; --warn-ink: #6b4a00; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa6b5; --faint: #39424e; --page: #12161c;
+  --card: #1b2129; --warn: #3a2e10; --warn-ink: #f3d89a; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+h1 { margin: 0; font-size: 1.7rem; }
+h2.part { margin: 3rem 0 1rem; font-size: 1.5rem; }
+nav, a { color: var(--soft); }
+h2 { margin: 0 0 .25rem; font-size: 1.15rem; }
+p { margin: 0 0 .75rem; color: var(--soft); max-width: 75ch; }
+section { background: var(--card); border: 1px solid var(--faint); border-radius: 12px; padding: 1.25rem; margin-top: 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { min-width: 9rem; }
+.words th { width: 11rem; vertical-align: top; font-weight: 500; color: var(--soft); }
+thead th { color: var(--soft); font-weight: 600; }
+small { display: block; color: var(--soft); font-size: .8em; }
+figure { margin: 0; }
+svg { display: block; width: 100%; height: auto; margin: 0 auto; }
+svg text { font-family: system-ui, sans-serif !important; }
+.warning { background: var(--warn); color: var(--warn-ink); border-color: transparent; }
+.warning ul { margin: 0; padding-left: 1.2rem; }
+code { overflow-wrap: anywhere; }
+"""
+
+
+def write_report(record: Record, out: Path) -> None:
+    """Draw ``record`` (of ``BenchResult.to_json``, or of a suite under bench/; measured now or read back) into the HTML file
+    ``out``.
+
+    Keys ``command`` and ``threads`` in it are shown as the way to repeat the measurement. The same record gives the
+    same bytes. Raises MissingDependencyError without matplotlib, ArtifactError for another JSON.
+    """
+    figures.require_matplotlib()
+    try:
+        page = _suite(record) if "workloads" in record else _bench(record)
+    except (KeyError, TypeError, StopIteration) as error:
+        raise ArtifactError(
+            f"this is not a bench result: it lacks {error}", "pass what deploykit bench wrote"
+        ) from error
+    _write(out, page)
+
+
+def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]], out: Path) -> None:
+    """Draw how an export found the layers that need fp32 into the HTML file ``out``.
+
+    ``searches`` are by engine, as the export's manifest has them; ``limits`` are, of each metric, the checkpoint's
+    and the least allowed. Raises MissingDependencyError without matplotlib.
+    """
+    figures.require_matplotlib()
+    title = "Which layers stay in fp32"
+    note = "All parts but the most sensitive are INT8. The export takes the fewest that hold the limit."
+    parts = [
+        f"<header><h1>{escape(title)}</h1></header>",
+        _figure("Task metric", note, figures.search(searches, limits)),
+    ]
+    for engine, found in searches.items():
+        trials = [
+            [str(t["kept"]), number(t["drop"]), *(fraction(t["metrics"][name]) for name in limits)]
+            for t in found["trials"]
+        ]
+        head = ("parts in fp32", "points lost", *(TITLES[name] for name in limits))
+        parts.append(_section(f"Trials, {engine}", "In the order they were made.", _table(head, trials)))
+        rows = [
+            [escape(part), f"{change:.2g}", "fp32" if part in found["kept"] else "INT8"]
+            for part, change in zip(found["order"], found["sensitivity"])
+        ]
+        note = "How much the outputs for some rows change, on average, when this part alone is INT8."
+        parts.append(_section(f"Sensitivity, {engine}", note, _table(("part", "change", "became"), rows)))
+    _write(out, _page(title, parts))
+
+
+def write_tuning(record: Record, out: Path) -> None:
+    """Draw what ``deploykit tune`` measured into the HTML file ``out``: which settings it chose, and why not the others.
+
+    Raises MissingDependencyError without matplotlib.
+    """
+    figures.require_matplotlib()
+    chosen, present = (record["trials"][record[key]] for key in ("chosen", "present"))
+    slo, texts = record["slo"], record["texts"]
+    title = f"Tuning {record['name']}: {slo['figure']} within {slo['limit_ms']:g} ms"
+    rows = [
+        [
+            escape(trial["name"]) + ("<small>served before</small>" if trial is present else ""),
+            _spread_of([r["rate_per_s"] for r in trial["rounds"]]),
+            *(number(trial["latency_ms"][figure]) for figure in ("p50", "p99")),
+            number(trial["memory_mb"]),
+            escape(trial["verdict"]),
+        ]
+        for trial in record["trials"]
+    ]
+    head = ("settings", "requests/s", "p50 ms", "p99 ms", "memory MB", "why")
+    limit = f", at most {record['max_memory_mb']:,.0f} MB" if record["max_memory_mb"] is not None else ""
+    found = [
+        ("Chosen", f"{chosen['name']}: {number(chosen['rate_per_s'])} requests/s, {number(chosen['memory_mb'])} MB"),
+        (
+            "Served before",
+            f"{present['name']}: {number(present['rate_per_s'])} requests/s, {number(present['memory_mb'])} MB",
+        ),
+        ("Limits", f"{slo['figure']} within {slo['limit_ms']:g} ms{limit}"),
+    ]
+    repeat = [
+        ("Command", record["command"]),
+        ("Texts", f"{texts['rows']:,} rows of {texts['mean_chars']:g} characters on average, in shuffled order"),
+        (
+            "Load",
+            f"one text a request, arriving at random, for {record['seconds']:g} s or more at each rate tried; "
+            "latency counts from the scheduled arrival, and the generator shares the machine with the server",
+        ),
+        ("Rate", "the highest that holds the limit, found to within 5%; medians where it was measured again"),
+        ("Memory", "of all processes of the server after the load, each page counted once"),
+    ]
+    note = "Up and left is better. The line joins the settings that no other beats in both."
+    parts = [
+        f"<header><h1>{escape(title)}</h1><p>Measured {escape(record['started'])}.</p></header>",
+        _warnings(record["warnings"]),
+        _section("Result", "", _words(found)),
+        _figure("Throughput against memory", note, figures.frontier(record)),
+        _section("All settings tried", "In the order they were first measured.", _table(head, rows)),
+        _section("How to repeat it", "", _words(repeat)),
+        _machine(record),
+    ]
+    _write(out, _page(title, parts))
+
+
+def _write(out: Path, page: str) -> None:
+    with new_file(out) as file:
+        file.write_bytes(page.encode("utf-8", "replace"))  # a label may hold half a surrogate pair
+
+
+def _bench(record: Record) -> str:
+    title = f"Bench: {_names(record)}"
+    parts = [_header(record, _names(record)), _sections(record), _how(record, record), _machine(record)]
+    return _page(title, parts)
+
+
+def _suite(suite: Record) -> str:
+    """A part for each workload, and one for the servers."""
+    results = results_of(suite)
+    parts = {key: _sections(result) + _how(suite, result) for key, result in results.items()}
+    for workload in suite["workloads"]:
+        if "axis" in workload:
+            parts[workload["key"]] = _scaling(workload) + parts[workload["key"]]
+    body = []
+    for i, (name, part) in enumerate(parts.items()):
+        body += [f'<h2 class="part" id="part{i}">{escape(name)}</h2>', figures.apart(part, f"part{i}")]
+    links = " · ".join(f'<a href="#part{i}">{escape(name)}</a>' for i, name in enumerate(parts))
+    header = _header(suite, ", ".join(parts))
+    return _page(f"Bench: {', '.join(parts)}", [header, f"<nav>{links}</nav>", _skipped(suite), *body, _machine(suite)])
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _header(record: Record, what: str) -> str:
+    started = escape(record["started"])
+    return f"<header><h1>Bench</h1><p>{escape(what)}. Measured {started}.</p></header>"
+
+
+def _names(result: Record) -> str:
+    return ", ".join(candidate["name"] for candidate in result["candidates"])
+
+
+def _skipped(suite: Record) -> str:
+    skipped = list(suite["skipped"].items())
+    return _section("Not measured", "", _words(skipped)) if skipped else ""
+
+
+def _sections(result: Record) -> str:
+    candidates = result["candidates"]
+    scenario = result["headline"]["name"]
+    first = candidates[0]
+    parts = [
+        _warnings(result["warnings"]),
+        _section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(result)),
+        _figure(
+            "Throughput",
+            "Medians over the rounds; lines reach from the least to the most.",
+            figures.throughput_bars(result),
+        ),
+        _figure(
+            "Latency",
+            f"How many requests were answered within which time, at {scenario}.",
+            figures.latency_distribution(result, scenario),
+        ),
+        _figure(
+            "Throughput against latency",
+            "Numbers count callers that each wait for their answer; hollow diamonds are requests that arrive at random. "
+            "Right and low is better.",
+            figures.throughput_latency(result),
+        ),
+        _figure(
+            "Scaling with callers",
+            "In one process, the texts of callers are one batch.",
+            figures.scaling_with_callers(result),
+        ),
+        _figure("Accuracy against speed", "Right and high is better.", figures.accuracy_speed(result)),
+        _figure(
+            "Where the time goes", "Of each model in this process, in its best closed loop.", figures.stages(result)
+        ),
+        _figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
+        _figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
+        _section("All measurements", "Medians over the rounds, with the least and the most below.", _details(result)),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _scaling(workload: Record) -> str:
+    """Of one whose candidates are one model, at the ``values`` (by their names) of ``axis``."""
+    lines: dict[str, list[tuple[float, Record]]] = {}
+    for candidate in workload["bench"]["candidates"]:
+        for s in candidate["scenarios"]:
+            lines.setdefault(s["scenario"]["name"], []).append((workload["values"][candidate["name"]], s))
+    drawn = figures.scaling(workload["axis"], [figures.Scaling(name, points) for name, points in lines.items()])
+    return _figure(f"Scaling with {workload['axis']}", "Medians; lines reach from the least to the most.", drawn)
+
+
+def _how(record: Record, result: Record) -> str:
+    return _section("How to repeat it", "", _words(_settings(record, result)))
+
+
+def _section(title: str, note: str, body: str) -> str:
+    note = f"<p>{escape(note)}</p>" if note else ""
+    return f'<section><h2>{escape(title)}</h2>{note}<div class="wide">{body}</div></section>'
+
+
+def _figure(title: str, note: str, svg: str | None) -> str:
+    if svg is None:
+        return ""
+    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(f"{title}. {note}")}"', 1)
+    return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p><figure>{svg}</figure></section>"
+
+
+def _warnings(warnings: Iterable[str]) -> str:
+    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
+    return f'<section class="warning"><h2>Read with care</h2><ul>{items}</ul></section>' if items else ""
+
+
+def _summary(result: Record) -> str:
+    metrics_shown = {"bleu": "BLEU", "chrf": "chrF"} if figures.translates(result) else _CLASSIFICATION_METRICS
+    if not any(candidate["metrics"] for candidate in result["candidates"]):
+        metrics_shown = {}
+    head = (
+        "model",
+        *_rates(result),
+        "p50 ms",
+        "p99 ms",
+        "errors",
+        *metrics_shown.values(),
+        "first answer s",
+        "memory MB",
+        "size MB",
+    )
+    rows = []
+    for candidate in result["candidates"]:
+        best = figures.headline(candidate)
+        metrics = candidate["metrics"] or {}
+        facts = [candidate["engine"], candidate["precision"], candidate["headline"]]
+        rows.append(
+            [
+                f"{escape(candidate['name'])}<small>{escape(' · '.join(f for f in facts if f))}</small>",
+                *(_median(best[key]) for key in _rates(result).values()),
+                *(_median(best["latency_ms"][key]) for key in ("p50", "p99")),
+                f"{best['errors']:,}",
+                *(fraction(metrics.get(key)) for key in metrics_shown),
+                number(candidate["first_answer_s"]),
+                number(candidate["peak_memory_mb"]),
+                number(candidate["size_mb"]),
+            ]
+        )
+    return _table(head, rows)
+
+
+def _details(result: Record) -> str:
+    head = ("model and load", *_rates(result), "p50 ms", "p90 ms", "p99 ms", "slowest ms", "requests", "errors")
+    rows = []
+    for candidate in result["candidates"]:
+        for s in candidate["scenarios"]:
+            examples = "; ".join(f"{count:,} × {message}" for message, count in s["error_examples"].items())
+            few = " (few samples)" if s["few_samples"] else ""
+            rows.append(
+                [
+                    f"{escape(candidate['name'])}<small>{escape(s['scenario']['name'] + few)}</small>"
+                    + (f"<small>{escape(examples)}</small>" if examples else ""),
+                    *(_spread(s[key]) for key in _rates(result).values()),
+                    *(_spread(s["latency_ms"][key]) for key in ("p50", "p90", "p99", "max")),
+                    f"{s['requests']:,}",
+                    f"{s['errors']:,}",
+                ]
+            )
+    return _table(head, rows)
+
+
+def _rates(result: Record) -> dict[str, str]:
+    """Titles of the columns of throughput, and their keys."""
+    tokens = {"target tokens/s": "tokens_per_s"} if figures.translates(result) else {}
+    return {"requests/s": "throughput_per_s", **tokens}
+
+
+def _machine(record: Record) -> str:
+    machine = record["machine"]
+    words = [
+        ("CPU", f"{machine['cpu']}, {machine['cpus_usable']} of {machine['cpus']} usable"),
+        ("CPU features", ", ".join(machine["cpu_flags"]) or NOTHING),
+        ("Memory", f"{machine['memory_gb']} GB"),
+        ("System", f"{machine['system']}, Python {machine['python']}"),
+        ("Packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
+    ]
+    return _section("Machine", "", _words(words))
+
+
+def _settings(record: Record, result: Record) -> list[tuple[str, str]]:
+    texts, settings = result["texts"], result["settings"]
+    busiest = max((load["cpu_percent"] for load in result["other_load"]), default=0.0)
+    told = {"Command": record.get("command"), "Threads": record.get("threads")}
+    return [
+        *((title, str(value)) for title, value in told.items() if value),
+        ("Texts", f"{texts['rows']:,} rows of {texts['mean_chars']:g} characters on average, in shuffled order"),
+        (
+            "Load",
+            f"{settings['rounds']} rounds of {settings['seconds']:g} s for each model and scenario, taking turns; "
+            f"{settings['warmup_s']:g} s of warm-up before each; seed {settings['seed']}",
+        ),
+        ("Latency", "of a request that arrives at random: from its scheduled arrival, queueing included"),
+        ("Inside one process", "the callers' texts are merged into one call, and each waits for all of it"),
+        (
+            "On a server",
+            "one text a request over HTTP keep-alive; the generator shares the machine with a local server",
+        ),
+        ("Other programs", f"at most {busiest:.0f}% of the CPUs just before a round"),
+    ]
+
+
+def _matrix_note(candidate: Record) -> str:
+    note = f"Of {candidate['name']}: rows are the truth, columns the answer; percent and colour are shares of the row."
+    matrix = (candidate["metrics"] or {}).get("confusion_matrix")
+    if isinstance(matrix, Mapping) and len(matrix) > figures.MAX_MATRICES:
+        note += f" The first {figures.MAX_MATRICES} of {len(matrix)} labels."
+    return note
+
+
+def _memory_note(candidates: Sequence[Record]) -> str:
+    note = "Resident memory of the process that holds the model, Python and libraries included."
+    if any(candidate["served"] for candidate in candidates):
+        note += " A server's is the sum of its processes."
+    return note
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """``rows`` hold HTML."""
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _words(pairs: Sequence[tuple[str, str]]) -> str:
+    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in pairs)
+    return f'<table class="words"><tbody>{rows}</tbody></table>'
+
+
+def _median(spread: Mapping[str, float] | None) -> str:
+    return number(spread["median"] if spread else None)
+
+
+def _spread_of(values: Sequence[float | None]) -> str:
+    """Of several measurements; one that found none counts as 0."""
+    found = [value or 0.0 for value in values]
+    if len(found) == 1:
+        return number(values[0])
+    return _spread({"median": statistics.median(found), "min": min(found), "max": max(found)})
+
+
+def _spread(spread: Mapping[str, float] | None) -> str:
+    if not spread:
+        return NOTHING
+    return f"{number(spread['median'])}<small>{number(spread['min'])} to {number(spread['max'])}</small>"

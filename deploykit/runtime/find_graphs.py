@@ -1,0 +1,93 @@
+"""Choose the engine, the precision and the graph files of an export or a packaged model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploykit.artifacts import Manifest
+from deploykit.errors import ArtifactError, UsageError
+from deploykit.runtime.engines import ENGINES, check_engine, check_name, installed_engines
+from deploykit.runtime.engines.protocol import Precision
+from deploykit.runtime.engines.tensorrt import record_path, runs_here
+from deploykit.runtime.tuned_settings import read_tuned
+
+if TYPE_CHECKING:
+    pass
+
+
+_BEST_FIRST: tuple[Precision, ...] = ("int8", "fp16", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """What of an export is run: an engine, a precision, and the files of its graphs."""
+
+    engine: str
+    precision: Precision
+    files: tuple[str, ...]
+
+
+def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, to_run: bool = True) -> Graphs:
+    """Choose engine, precision and graph files from what a directory holds.
+
+    A packaged model names its engine and holds one precision. Otherwise ``auto`` means what ``deploykit tune`` found
+    best here, or else the best engine that can run here what the directory holds for it, and INT8 where there are graphs
+    for it. An engine that is named need not be able to run here unless ``to_run``.
+    """
+    if engine == "auto":
+        engine = str(manifest.options.get("engine", "auto"))
+    tuned = read_tuned(path, manifest) if engine == "auto" else None
+    if tuned is not None and precision in ("auto", tuned.precision):
+        engine, precision = tuned.engine, tuned.precision
+    wanted = [p for p in _BEST_FIRST if precision in ("auto", p)]
+    if not wanted:
+        raise UsageError(f"unknown precision {precision!r}", f"choose one of: auto, {', '.join(sorted(_BEST_FIRST))}")
+    translates = manifest.task.graph_kind == "encoder-decoder"
+    if engine != "auto":
+        check_name(engine)
+        names = [engine]
+    else:
+        names = _decoding(installed_only=True) if translates else installed_engines()
+    if translates and not ENGINES[names[0]].decoder:
+        decoding = " or ".join(_decoding())
+        raise UsageError(f"the engine {engine} does not run translation", f"give --engine {decoding}")
+    for name in names:
+        if to_run:
+            check_engine(name)
+        files = _files(manifest, name)
+        for candidate in wanted:
+            if candidate not in files or not set(files[candidate]) <= set(manifest.files):
+                continue
+            if engine == "auto" and not all(runs_here(path / file) for file in files[candidate] if _built(file)):
+                continue
+            return Graphs(name, candidate, files[candidate])
+    remedy = "export with --int8" if precision == "int8" else "choose another --engine or --precision"
+    if ENGINES[names[-1]].gpu:
+        remedy = "export with --trt" + ("" if precision == "auto" else f" --precision {precision}")
+    raise ArtifactError(f"{path}: has no {precision} graph for the engine {names[-1]}", remedy)
+
+
+def _decoding(*, installed_only: bool = False) -> list[str]:
+    """Engines that run translators, best first; the last one even if it is not installed."""
+    names = [name for name, info in ENGINES.items() if info.decoder]
+    return [name for name in names if not installed_only or ENGINES[name].installed or name == names[-1]]
+
+
+def _files(manifest: Manifest, engine: str) -> Mapping[Precision, tuple[str, ...]]:
+    """What ``engine`` needs for each precision; the graph, or those of the encoder and the decoder, come first."""
+    info = ENGINES[engine]
+    if info.built:
+        built: dict[Precision, list[str]] = {}
+        for record in manifest.metrics.get("engines", ()):
+            built.setdefault(record["precision"], []).append(record["file"])
+        return {p: (*files, *(record_path(Path(file)).name for file in files)) for p, files in built.items()}
+    if manifest.task.graph_kind == "encoder-decoder":
+        return info.translators
+    return {precision: (graph,) for precision, graph in info.graphs.items()}
+
+
+def _built(file: str) -> bool:
+    return file.endswith(".engine")

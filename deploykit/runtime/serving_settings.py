@@ -1,0 +1,57 @@
+"""Define how Triton runs a model: the choices that config.pbtxt records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from deploykit.errors import UsageError
+
+LongInput = Literal["split", "refuse"]
+"""What becomes of a text that is longer than the model takes: split at sentence ends, or refused."""
+_MAY_BE_ZERO = (
+    "threads",
+    "token_budget",
+    "preferred_batch_size",
+    "max_queue_delay_us",
+    "queue_timeout_us",
+    "in_flight",
+)
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """How Triton runs a model: the choices that config.pbtxt records.
+
+    ``instances`` None is what the task does best with: two for classification, one for translation.
+    ``threads`` are CPU threads per instance, 0 for twice the CPUs shared among the instances.
+    ``max_queue_size`` counts requests of a classifier and sentences of a translator.
+
+    Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
+    ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to
+    ``max_batch_size``. Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
+    ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer
+    than the model takes; without ``in_flight`` a text waits until all that run before it are done.
+    """
+
+    max_batch_size: int = 64
+    instances: int | None = None
+    threads: int = 0
+    token_budget: int = 0
+    max_queue_delay_us: int = 0
+    max_queue_size: int = 1024
+    queue_timeout_us: int = 10_000_000
+    preferred_batch_size: int = 0
+    max_rows: int = 64
+    max_cache_mb: int = 512
+    long_input: LongInput = "split"
+    in_flight: bool = True
+
+    def __post_init__(self) -> None:
+        if self.long_input not in get_args(LongInput):
+            raise UsageError(f"long_input is {self.long_input!r}", f"choose one of: {', '.join(get_args(LongInput))}")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            least = 0 if setting.name in _MAY_BE_ZERO else 1
+            if isinstance(value, int) and value < least:
+                raise UsageError(f"{setting.name} is {value}", f"make it {least} or more")

@@ -1,0 +1,117 @@
+"""What the backend does alike for every task: read config.pbtxt, read a request's texts, refuse, answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from deploykit.errors import DeploykitError
+from deploykit.hardware import threads_of_each
+from deploykit.runtime.text import MAX_TEXT_CHARS
+
+INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": [1]}
+
+
+class RefusedError(Exception):
+    """A request that gets an error instead of an answer; the others beside it do not notice."""
+
+    def __init__(self, message: str, code: Any = None) -> None:
+        super().__init__(message)
+        self._code = pb_utils.TritonError.INVALID_ARG if code is None else code
+
+    def response(self) -> Any:
+        return pb_utils.InferenceResponse([], error=pb_utils.TritonError(str(self), self._code))
+
+
+class CancelledError(RefusedError):
+    def __init__(self) -> None:
+        super().__init__("the client cancelled the request", pb_utils.TritonError.CANCELLED)
+
+
+class FailedError(RefusedError):
+    """The model failed: the kind of ``error`` is all that a client is told, the rest is for the log."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(f"the model failed on this request: {type(error).__name__}", pb_utils.TritonError.INTERNAL)
+
+
+class Rows:
+    """One request's texts: an error ("" if none) for every row, and the rows that have none.
+
+    Raises RefusedError when no row is ``good``.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self.errors: list[str] = []
+        self._texts: list[str] = []
+        for value in pb_utils.get_input_tensor_by_name(request, INPUT["name"]).as_numpy().reshape(-1):
+            text = error = ""
+            try:
+                text = value.decode()
+                if len(text) > MAX_TEXT_CHARS:
+                    error = f"the text has {len(text)} characters, the most accepted is {MAX_TEXT_CHARS}"
+            except UnicodeDecodeError as fault:
+                error = f"the text is not UTF-8: byte {value[fault.start]:#04x} at position {fault.start}"
+            self._texts.append(text)
+            self.errors.append(error)
+        self._require_one()
+
+    @property
+    def good(self) -> list[int]:
+        return [row for row, error in enumerate(self.errors) if not error]
+
+    @property
+    def texts(self) -> list[str]:
+        """Of the good rows."""
+        return [self._texts[row] for row in self.good]
+
+    def fail(self, errors: Mapping[int, str]) -> None:
+        """Give rows, by number, an error found later."""
+        for row, error in errors.items():
+            self.errors[row] = error
+        self._require_one()
+
+    def _require_one(self) -> None:
+        if not self.good:
+            raise RefusedError(f"row 0 of TEXT: {self.errors[0]}" if self.errors else "TEXT has no rows")
+
+
+def parameters_of(request: Any) -> dict[str, Any]:
+    """The request parameters that the client gave."""
+    given: dict[str, Any] = json.loads(request.parameters() or "{}")
+    return given
+
+
+def strings(name: str, values: Iterable[str]) -> Any:
+    """An output tensor of one string a row."""
+    return pb_utils.Tensor(name, np.array([[value.encode()] for value in values], np.object_))
+
+
+def numbers(name: str, values: Iterable[float], dtype: type[np.generic]) -> Any:
+    """An output tensor of one number a row."""
+    column: NDArray[Any] = np.array([[value] for value in values], dtype)
+    return pb_utils.Tensor(name, column)
+
+
+def text_parameter(config: Mapping[str, Any], name: str, default: str) -> str:
+    """From the parameters of config.pbtxt."""
+    return str(config.get("parameters", {}).get(name, {}).get("string_value", default))
+
+
+def number_parameter(config: Mapping[str, Any], name: str, default: int) -> int:
+    """A whole number >= 0 from the parameters of config.pbtxt."""
+    text = text_parameter(config, name, str(default))
+    if not text.isascii() or not text.isdigit():
+        raise DeploykitError(f"config.pbtxt: parameter {name} is {text!r}", "make it a whole number, 0 or more")
+    return int(text)
+
+
+def cpu_threads(config: Mapping[str, Any]) -> int:
+    """The parameter ``threads``; 0 is the instance's share."""
+    instances = sum(group.get("count", 1) for group in config.get("instance_group", [])) or 1
+    return number_parameter(config, "threads", 0) or threads_of_each(instances)

@@ -1,0 +1,86 @@
+"""Drop the rows that cannot teach anything, and count every one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from deploykit.data.grouping import duplicate_key
+from deploykit.runtime.text import normalize
+from deploykit.tasks.classification.rows import Example, RawExample
+
+
+@dataclass(frozen=True)
+class CleaningReport:
+    """Rows by what happened to them. ``rows_read`` is ``rows_kept`` and all dropped ones together.
+
+    ``unicode_repaired`` rows had control characters, lone surrogates or text not in NFC; they are
+    not dropped for it.
+    """
+
+    rows_read: int
+    missing_text: int
+    missing_label: int
+    empty_text: int
+    unicode_repaired: int
+    exact_duplicates: int
+    conflicting_duplicates: int
+    rows_kept: int
+
+    def to_json(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """For people: one line a step that touched a row."""
+        dropped = (
+            (self.missing_text, "without a text dropped"),
+            (self.missing_label, "without a label dropped"),
+            (self.empty_text, "with an empty text dropped"),
+            (self.exact_duplicates, "exact duplicates dropped (first kept)"),
+            (self.conflicting_duplicates, "duplicates with conflicting labels dropped"),
+        )
+        lines = [f"{self.rows_read:,} rows read"]
+        lines += [f"  - {count:>8,} {what}" for count, what in dropped if count]
+        if self.unicode_repaired:
+            lines.append(f"    {self.unicode_repaired:>8,} with repaired Unicode")
+        return [*lines, f"{self.rows_kept:,} rows kept"]
+
+
+def clean(raw: Iterable[RawExample], *, multi_label: bool) -> tuple[list[Example], CleaningReport]:
+    """Normalize the texts; drop rows without text or label, and duplicates.
+
+    Of rows with the same text (``duplicate_key``) and label the first is kept; where the labels
+    differ none is, as nothing says which one is right. The label "" is missing unless ``multi_label``.
+    """
+    rows_read = missing_text = missing_label = empty_text = unicode_repaired = 0
+    by_key: dict[str, list[Example]] = {}
+    for row in raw:
+        rows_read += 1
+        if row.text is None:
+            missing_text += 1
+        elif row.label is None or not (row.label or multi_label):
+            missing_label += 1
+        elif not (text := normalize(row.text)):
+            empty_text += 1
+        else:
+            unicode_repaired += text != row.text.strip()
+            by_key.setdefault(duplicate_key(text), []).append(Example(text, row.label, row.origin))
+    kept: list[Example] = []
+    exact = conflicting = 0
+    for same in by_key.values():
+        if all(example.label == same[0].label for example in same):
+            kept.append(same[0])
+            exact += len(same) - 1
+        else:
+            conflicting += len(same)
+    return kept, CleaningReport(
+        rows_read=rows_read,
+        missing_text=missing_text,
+        missing_label=missing_label,
+        empty_text=empty_text,
+        unicode_repaired=unicode_repaired,
+        exact_duplicates=exact,
+        conflicting_duplicates=conflicting,
+        rows_kept=len(kept),
+    )

@@ -1,0 +1,78 @@
+"""What a classifier is: the facts that travel with it from fine-tuning to the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.tasks.protocol import GraphKind
+
+LABEL_SEPARATOR = "|"
+"""Between the labels of one row of a multi-label model, in data files and in answers."""
+
+
+@dataclass(frozen=True)
+class Classification:
+    """One label a text, or with ``multi_label`` any number of them.
+
+    ``labels`` is the order of the model's outputs. ``max_length`` counts tokens, special ones
+    included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``.
+    """
+
+    name: ClassVar[str] = "classification"
+    graph_kind: ClassVar[GraphKind] = "encoder"
+
+    labels: tuple[str, ...]
+    max_length: int
+    pad_token_id: int
+    multi_label: bool = False
+    text_columns: tuple[str, ...] = ("text",)
+    text_separator: str = " "
+    label_column: str = "label"
+    threshold: float = 0.5
+
+    @property
+    def shape_limits(self) -> Mapping[str, int]:
+        return {"length": self.max_length}
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+            "problem_type": "multi_label_classification" if self.multi_label else "single_label_classification",
+        }
+
+    def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Probabilities, float32 [rows, labels], of logits of that shape."""
+        exact = logits.astype(np.float64)
+        if self.multi_label:
+            probabilities = 1.0 / (1.0 + np.exp(-exact))
+        else:
+            weights = np.exp(exact - exact.max(axis=-1, keepdims=True))
+            probabilities = weights / weights.sum(axis=-1, keepdims=True)
+        return np.asarray(probabilities, np.float32)
+
+    def decide(self, scores: NDArray[np.float32]) -> list[str]:
+        """The answer for each row of ``scores``; several labels are joined by ``|``."""
+        if self.multi_label:
+            return [
+                LABEL_SEPARATOR.join(label for label, s in zip(self.labels, row) if s >= self.threshold)
+                for row in scores
+            ]
+        return [self.labels[i] for i in scores.argmax(axis=-1)]
+
+    def targets(self, labels: Sequence[str]) -> NDArray[np.bool_]:
+        """Truth as bool [rows, labels]. Raises KeyError for a label the model does not have."""
+        index = {label: i for i, label in enumerate(self.labels)}
+        truth = np.zeros((len(labels), len(self.labels)), bool)
+        for row, cell in enumerate(labels):
+            for label in cell.split(LABEL_SEPARATOR) if self.multi_label else (cell,):
+                if label or not self.multi_label:
+                    truth[row, index[label]] = True
+        return truth

@@ -1,0 +1,86 @@
+"""Compute the metrics of labels from probabilities, in numpy alone, so that a serving machine can check its accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.tasks.classification.facts import Classification
+
+_CALIBRATION_BINS = 15
+
+
+def classification_metrics(
+    task: Classification, truth: NDArray[np.bool_], scores: NDArray[np.float32]
+) -> dict[str, Any]:
+    """Metrics with stable keys, as fractions of 1.
+
+    Args:
+        truth: [rows, labels]; one true a row unless the task is multi-label.
+        scores: probabilities [rows, labels].
+
+    Keys: accuracy (multi-label: rows answered exactly), macro_precision, macro_recall, macro_f1,
+    micro_f1, per_class (label -> precision, recall, f1, support), confusion_matrix (rows truth,
+    columns answer; multi-label: label -> [[tn, fp], [fn, tp]]), expected_calibration_error (15 equal
+    bins; Naeini et al., AAAI 2015). A ratio with nothing in its denominator is 0, as in
+    scikit-learn. The macro averages run over the labels that occur in truth or answers.
+    """
+    if task.multi_label:
+        answers = scores >= task.threshold
+        confidence, correct = np.maximum(scores, 1 - scores).ravel(), (answers == truth).ravel()
+    else:
+        answers = np.zeros_like(truth)
+        answers[np.arange(len(scores)), scores.argmax(axis=1)] = True
+        confidence, correct = scores.max(axis=1), (answers & truth).any(axis=1)
+    hits, answered, actual = (answers & truth).sum(axis=0), answers.sum(axis=0), truth.sum(axis=0)
+    precision, recall = _ratio(hits, answered), _ratio(hits, actual)
+    f1 = _ratio(2 * hits, answered + actual)
+    seen = (answered + actual) > 0
+    return {
+        "accuracy": float((answers == truth).all(axis=1).mean()),
+        "macro_precision": float(precision[seen].mean()),
+        "macro_recall": float(recall[seen].mean()),
+        "macro_f1": float(f1[seen].mean()),
+        "micro_f1": float(_ratio(2 * hits.sum(), answered.sum() + actual.sum())),
+        "expected_calibration_error": _calibration_error(confidence, correct),
+        "per_class": {
+            label: {
+                "precision": float(precision[i]),
+                "recall": float(recall[i]),
+                "f1": float(f1[i]),
+                "support": int(actual[i]),
+            }
+            for i, label in enumerate(task.labels)
+        },
+        "confusion_matrix": _confusion(task, truth, answers),
+    }
+
+
+def _confusion(task: Classification, truth: NDArray[np.bool_], answers: NDArray[np.bool_]) -> Any:
+    if not task.multi_label:
+        return (truth.astype(int).T @ answers.astype(int)).tolist()
+    return {
+        label: [
+            [int((~t & ~a).sum()), int((~t & a).sum())],
+            [int((t & ~a).sum()), int((t & a).sum())],
+        ]
+        for label, t, a in zip(task.labels, truth.T, answers.T)
+    }
+
+
+def _calibration_error(confidence: NDArray[np.float32], correct: NDArray[np.bool_]) -> float:
+    bins = np.minimum((confidence * _CALIBRATION_BINS).astype(int), _CALIBRATION_BINS - 1)
+    error = 0.0
+    for b in range(_CALIBRATION_BINS):
+        inside = bins == b
+        if inside.any():
+            error += float(inside.mean() * abs(correct[inside].mean() - confidence[inside].mean()))
+    return error
+
+
+def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
+    return np.divide(
+        numerator, denominator, out=np.zeros(np.shape(numerator), np.float64), where=np.asarray(denominator) > 0
+    )

@@ -1,0 +1,36 @@
+"""Write the parts of a checkpoint's README.md that only a classifier has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deploykit.tasks.classification.facts import Classification
+
+
+def head(task: Classification, origin: str) -> list[str]:
+    return [
+        "---",
+        "pipeline_tag: text-classification",
+        "library_name: transformers",
+        "tags: [deploykit]",
+        "---",
+        "",
+        f"# {origin} for {'multi-label ' if task.multi_label else ''}text classification",
+        "",
+        f"Labels: {', '.join(f'`{label}`' for label in task.labels)}. Texts longer than {task.max_length} tokens are cut.",
+    ]
+
+
+def results(result: Mapping[str, Any], rows: int) -> list[str]:
+    return [
+        "| label | precision | recall | F1 | rows |",
+        "|---|---:|---:|---:|---:|",
+        *(
+            f"| {label} | {m['precision']:.3f} | {m['recall']:.3f} | {m['f1']:.3f} | {m['support']:,} |"
+            for label, m in result["per_class"].items()
+        ),
+        f"| macro | {result['macro_precision']:.3f} | {result['macro_recall']:.3f} | {result['macro_f1']:.3f} | {rows:,} |",
+        "",
+        f"Accuracy {result['accuracy']:.3f}; expected calibration error {result['expected_calibration_error']:.3f}.",
+    ]

@@ -1,0 +1,45 @@
+"""Define the options of a fine-tuning run for classification."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from deploykit.errors import UsageError
+from deploykit.tasks.classification.facts import Classification
+from deploykit.training.options import FinetuneOptions
+
+if TYPE_CHECKING:
+    from deploykit.quantization.calibration import Method
+
+
+@dataclass(frozen=True)
+class ClassificationOptions(FinetuneOptions):
+    """``qat``: go on training a classifier with its linear layers rounded to INT8, in ranges that start as calibrated
+    by ``qat_method``."""
+
+    task: str = Classification.name
+    text_column: tuple[str, ...] = ()
+    label_column: str | None = None
+    text_separator: str = " "
+    multi_label: bool = False
+    batch_size: int = 32
+    class_weights: str = "none"
+    qat: bool = False
+    qat_method: Method = "minmax"
+
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {**FinetuneOptions.ranges, "batch_size": (1, 100_000)}
+
+    def check(self) -> None:
+        super().check()
+        if self.model is None:
+            raise UsageError("--model is missing", "give the folder of a checkpoint, or a hub id")
+        if self.multi_label and (self.label_smoothing or self.class_weights != "none"):
+            raise UsageError(
+                "--label-smoothing and --class-weights are for one label a text", "leave them out with --multi-label"
+            )
+        if self.qat and self.lora_rank:
+            raise UsageError("--qat trains the weights that are rounded, and --lora-rank others", "leave one out")
+        if not self.qat and self.qat_method != type(self).qat_method:
+            raise UsageError("--qat-method is for --qat", "add --qat, or leave it out")

@@ -1,0 +1,71 @@
+"""A classifier: strings in, probabilities out, in the process that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.runtime.batching import batches
+from deploykit.runtime.engines.protocol import Engine
+from deploykit.runtime.text import normalize
+from deploykit.runtime.tokenizer import TextTokenizer
+from deploykit.tasks.classification.facts import Classification
+
+
+class Classifier:
+    """Tokenizer, batches and engine of one exported model. One caller at a time."""
+
+    def __init__(
+        self,
+        task: Classification,
+        tokenizer: TextTokenizer,
+        engine: Engine,
+        *,
+        token_budget: int = 0,
+    ) -> None:
+        self.task = task
+        self._tokenizer = tokenizer
+        self._engine = engine
+        self._token_budget = token_budget or engine.token_budget
+
+    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Probabilities, float32 [texts, labels], in the order of ``texts`` and ``task.labels``.
+
+        A text's scores do not depend on the texts beside it.
+        """
+        token_ids = self._tokenizer.encode([normalize(text) for text in texts])
+        logits = np.empty((len(texts), len(self.task.labels)), np.float32)
+        for batch in batches(
+            token_ids, self.task.pad_token_id, max_length=self.task.max_length, token_budget=self._token_budget
+        ):
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            logits[batch.rows] = self._engine.run(inputs)[0]
+        return self.task.scores(logits)
+
+    def close(self) -> None:
+        """Nothing to release: the engine goes with the object."""
+
+
+def load_classifier(folder: Path, task: Classification, engine: Engine, *, token_budget: int = 0) -> Classifier:
+    """Assemble a classifier from a folder with a tokenizer.json and an engine already loaded.
+
+    ``token_budget`` bounds rows x padded length of one run of the engine; 0 is what suits it.
+    """
+    tokenizer = TextTokenizer(folder / "tokenizer.json", task.max_length)
+    return Classifier(task, tokenizer, engine, token_budget=token_budget)
+
+
+class TextClassifier(Protocol):
+    """Texts in, probabilities out."""
+
+    task: Classification
+
+    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Probabilities, float32 [texts, labels]."""
+
+    def close(self) -> None:
+        """Release connections."""

@@ -1,0 +1,138 @@
+"""Classification: one label a text, or any number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from deploykit.errors import UsageError
+from deploykit.runtime.protobuf_text import quoted
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
+
+if TYPE_CHECKING:
+    from deploykit.runtime.engines.protocol import DecodeLimits
+    from deploykit.runtime.find_graphs import Graphs
+    from deploykit.tasks.bundle import BundledTask
+    from deploykit.tasks.classification.options import ClassificationOptions
+    from deploykit.tasks.classification.predictor import TextClassifier
+    from deploykit.tasks.classification.training import ClassificationStage
+
+
+class _Classification:
+    name = Classification.name
+    facts = Classification
+    verb = "classify"
+    does = "classifies"
+    command = "predict"
+    auto_model = "AutoModelForSequenceClassification"
+    heads = ("ForSequenceClassification",)
+    model_types: tuple[str, ...] = ()
+    triton_backend = "deploykit.tasks.classification.triton_backend:ClassificationBackend"
+    outputs = ("LABEL", "SCORES")
+    columns = ("text_column", "label_column")
+    settings = ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us")
+    instances = 2
+    stream_backend = ""
+
+    def read_facts(self, record: Mapping[str, Any]) -> Classification:
+        return Classification(**record)
+
+    def options(self) -> type[ClassificationOptions]:
+        from deploykit.tasks.classification.options import ClassificationOptions
+
+        return ClassificationOptions
+
+    def training_stage(self, options: ClassificationOptions) -> ClassificationStage:
+        from deploykit.tasks.classification.training import ClassificationStage
+
+        return ClassificationStage(options)
+
+    def model_card(
+        self, facts: Classification, origin: str, metrics: Mapping[str, Any], held_out: str, rows: int
+    ) -> tuple[list[str], list[str]]:
+        from deploykit.tasks.classification import model_card
+
+        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows)
+
+    def export_steps(self) -> ModuleType:
+        from deploykit.tasks.classification import export
+
+        return export
+
+    def open_checkpoint(self, path: Path) -> TextClassifier:
+        from deploykit.tasks.classification.checkpoint import TorchClassifier
+
+        return TorchClassifier.load(path)
+
+    def open_graphs(self, path: Path, facts: Classification, graphs: Graphs, threads: int | None) -> TextClassifier:
+        from deploykit.runtime.engines import load_engine
+        from deploykit.tasks.classification.predictor import load_classifier
+
+        return load_classifier(path, facts, load_engine(graphs.engine, path / graphs.files[0], threads))
+
+    def open_served(self, name: str, url: str) -> TextClassifier:
+        from deploykit.tasks.classification.served import ServedClassifier
+
+        return ServedClassifier(name, url)
+
+    def tokenizer_files(self, files: Sequence[str]) -> Iterator[str]:
+        yield "tokenizer.json"
+
+    def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
+        from deploykit.tasks.classification.triton_config import CLASSIFICATION
+
+        labels = record["labels"]
+        rest = {name: value for name, value in record.items() if name != "labels"}
+        return CLASSIFICATION.substitute(values, num_labels=len(labels), labels=quoted(labels), task=quoted(rest))
+
+    def answer(self, predictor: TextClassifier, texts: Sequence[str], generation: None = None) -> list[Answer]:
+        return [Answer(label) for label in predictor.task.decide(predictor.scores(texts))]
+
+    def grade(self, predictor: TextClassifier, texts: Sequence[str], truth: Sequence[str], generation: None) -> Grade:
+        from deploykit.tasks.classification.evaluate import grade
+
+        return grade(predictor, texts, truth)
+
+    def evaluate(
+        self, predictor: TextClassifier, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        generation: Mapping[str, Any], progress: Progress,
+    ) -> Evaluation:  # fmt: skip
+        from deploykit.tasks.classification.evaluate import evaluate, labelled_rows
+
+        rows = labelled_rows(
+            source, predictor.task, text_columns=columns.get("text_column") or (),
+            label_column=columns.get("label_column"), encoding=encoding, split=split,
+        )  # fmt: skip
+        return evaluate(predictor, rows, progress=progress)
+
+    def read_texts(
+        self, source: str, facts: Classification, *, encoding: str | None, columns: Mapping[str, Any]
+    ) -> list[tuple[str, str | None]]:
+        from deploykit.tasks.classification.evaluate import texts_and_labels
+
+        return texts_and_labels(source, facts, columns.get("text_column") or (), columns.get("label_column"), encoding)
+
+    def request_parameters(self, facts: Classification, generation: None) -> dict[str, Any]:
+        return {}
+
+    def override(self, facts: Classification, generation: Mapping[str, Any]) -> None:
+        if generation:
+            raise UsageError(f"{next(iter(generation))} is for a model that generates", "leave it out")
+
+    def describe(self, facts: Classification) -> str:
+        multi = " (multi-label)" if facts.multi_label else ""
+        return f"labels   {', '.join(facts.labels)}{multi}; at most {facts.max_length} tokens"
+
+    def bundle(self, facts: Classification) -> BundledTask:
+        from deploykit.tasks.classification.bundle import BundledClassifier
+
+        return BundledClassifier(facts)
+
+    def within(self, facts: Classification, limits: DecodeLimits) -> Classification:
+        return facts
+
+
+TASK = _Classification()

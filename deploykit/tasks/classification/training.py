@@ -1,0 +1,283 @@
+"""The classification stage: labelled rows in, a text classifier out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import AutoConfig, Trainer
+
+from deploykit.data.sample import evenly
+from deploykit.errors import DataError, UsageError
+from deploykit.tasks.classification.checkpoint import TorchClassifier, task_of
+from deploykit.tasks.classification.clean import CleaningReport, clean
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.metrics import classification_metrics
+from deploykit.tasks.classification.options import ClassificationOptions
+from deploykit.tasks.classification.rows import (
+    Columns,
+    Example,
+    RawExample,
+    check_labels,
+    label_parts,
+    load_examples,
+    sort_labels,
+    validate,
+)
+from deploykit.tasks.classification.split import drop_leaks, split
+from deploykit.training import trainer
+from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id
+from deploykit.training.padding import padded
+from deploykit.training.rows import Rows, Say
+from deploykit.training.trainer import Trained
+
+_CALIBRATION_ROWS = 512
+
+
+class ClassificationStage:
+    """One run, from the checks that need no rows to the measured model."""
+
+    def __init__(self, options: ClassificationOptions) -> None:
+        self._options = options
+        self._tokenizer = load_tokenizer(options.origin)
+        config = AutoConfig.from_pretrained(options.origin, trust_remote_code=False)
+        limit = max_tokens(self._tokenizer, config)
+        if options.max_length > limit:
+            raise UsageError(
+                f"--max-length is {options.max_length}, but {options.origin} takes at most {limit} tokens",
+                f"give --max-length {limit} or less",
+            )
+        if options.qat:
+            self._trained_for = task_of(Path(options.origin), self._tokenizer, config)
+            if self._trained_for.multi_label != options.multi_label:
+                raise UsageError(
+                    f"{options.origin} gives {'any number of labels' if self._trained_for.multi_label else 'one label'} a text",
+                    f"{'add' if self._trained_for.multi_label else 'leave out'} --multi-label",
+                )
+
+    def load(self, source: str, split: str, columns: Columns | None) -> tuple[list[RawExample], Columns]:
+        options = self._options
+        return load_examples(
+            source,
+            text_columns=columns.text if columns else options.text_column,
+            label_column=columns.label if columns else options.label_column,
+            separator=options.text_separator,
+            multi_label=options.multi_label,
+            encoding=options.encoding,
+            split=split,
+        )
+
+    def clean(self, raw: Sequence[RawExample]) -> tuple[list[Example], CleaningReport]:
+        return clean(raw, multi_label=self._options.multi_label)
+
+    def check(self, splits: Mapping[str, Sequence[Example]]) -> None:
+        multi_label = self._options.multi_label
+        validate(splits["train"], self._options.train, multi_label=multi_label)
+        if self._options.qat:
+            known = self._trained_for.labels
+            if unknown := set(label_names(splits["train"], multi_label=multi_label)) - set(known):
+                raise DataError(
+                    f"{self._options.train}: labels that {self._options.origin} does not give: "
+                    f"{', '.join(map(repr, sort_labels(unknown)))}; it gives {', '.join(map(repr, known))}",
+                    "--qat goes on training a classifier of these labels: fine-tune it without --qat first",
+                )
+        labels = label_names(splits["train"], multi_label=multi_label)
+        for name in ("validation", "test"):
+            check_labels(splits[name], labels, str(getattr(self._options, name)), multi_label=multi_label)
+
+    def drop_leaks(self, train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], int]:
+        return drop_leaks(train, held_out)
+
+    def take(self, rows: Sequence[Example], count: int) -> list[Example]:
+        return self.split(rows, validation=count / len(rows), test=0)[1]
+
+    def split(
+        self, rows: Sequence[Example], *, validation: float, test: float
+    ) -> tuple[list[Example], list[Example], list[Example]]:
+        """Stratified by label."""
+        options = self._options
+        parts = split(rows, validation=validation, test=test, seed=options.seed, multi_label=options.multi_label)
+        return list(parts.train), list(parts.validation), list(parts.test)
+
+    def train(self, rows: Rows[Example, Columns], work: Path, say: Say) -> Trained:
+        task = self._task(rows)
+        model = self._model(task)
+        classifier = TorchClassifier(model, self._tokenizer, task)
+        encoded = {
+            name: EncodedTexts(
+                classifier.encode([e.text for e in examples]), task.targets([e.label for e in examples]), task
+            )
+            for name, examples in rows.splits.items()
+            if examples
+        }
+        say(f"training on {len(encoded['train']):,} rows, validating on {len(encoded['validation']):,}")
+        if self._options.qat:
+            return self._train_rounded(classifier, rows, encoded, work, say)
+        model = _train(model, encoded["train"], encoded["validation"], self._options, work, say)
+        say("measuring on the held-out rows")
+        return Trained(task, model, self._tokenizer, self._measure(TorchClassifier(model, self._tokenizer, task), rows))
+
+    def _train_rounded(
+        self,
+        classifier: TorchClassifier,
+        rows: Rows[Example, Columns],
+        encoded: Mapping[str, EncodedTexts],
+        work: Path,
+        say: Say,
+    ) -> Trained:
+        """Train with linear layers rounded to INT8. ``metrics["qat"]`` has before and after, each fp32 and rounded."""
+        from deploykit.training.qat import FakeQuantization
+
+        options, task = self._options, classifier.task
+        held_out = "test" if rows.splits["test"] else "validation"
+        before = {"fp32": _metrics(classifier, rows.splits[held_out])}
+        token_ids = evenly(encoded["train"].token_ids, _CALIBRATION_ROWS)
+        say(f"calibrating on {len(token_ids):,} rows ({options.qat_method})")
+        rounded = FakeQuantization(classifier.model, token_ids, options.qat_method)
+        before["int8"] = _metrics(classifier, rows.splits[held_out])
+        model = _train(classifier.model, encoded["train"], encoded["validation"], options, work, say)
+        say("measuring on the held-out rows")
+        classifier = TorchClassifier(model, self._tokenizer, task)
+        int8 = _metrics(classifier, rows.splits[held_out])
+        scales = rounded.remove()
+        metrics = self._measure(classifier, rows)
+        metrics["qat"] = {"before": before, "after": {"fp32": metrics[held_out], "int8": int8}}
+        return Trained(task, model, self._tokenizer, metrics, scales)
+
+    def _measure(self, classifier: TorchClassifier, rows: Rows[Example, Columns]) -> dict[str, Any]:
+        return {name: _metrics(classifier, rows.splits[name]) for name in ("validation", "test") if rows.splits[name]}
+
+    def _task(self, rows: Rows[Example, Columns]) -> Classification:
+        options = self._options
+        if options.qat:
+            return dataclasses.replace(self._trained_for, max_length=options.max_length)
+        return Classification(
+            labels=label_names(rows.splits["train"], multi_label=options.multi_label),
+            max_length=options.max_length,
+            pad_token_id=pad_token_id(self._tokenizer),
+            multi_label=options.multi_label,
+            text_columns=rows.columns.text,
+            text_separator=options.text_separator,
+            label_column=rows.columns.label,
+        )
+
+    def _model(self, task: Classification) -> torch.nn.Module:
+        options = self._options
+        config: dict[str, Any] = dict(task.model_config)
+        config["pad_token_id"] = task.pad_token_id
+        if options.dropout is not None:
+            config |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), options.dropout)
+        model: torch.nn.Module = load_model(options.origin, **config)
+        return trainer.with_adapter(model, options, "SEQ_CLS") if options.lora_rank else model
+
+
+class EncodedTexts(Dataset):  # type: ignore[misc]
+    """Token ids and targets of a split; padded to the longest of each batch by ``collate``."""
+
+    def __init__(self, token_ids: Sequence[list[int]], targets: NDArray[np.bool_], task: Classification) -> None:
+        self.token_ids = token_ids
+        self.targets = targets
+        self._task = task
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return {"input_ids": self.token_ids[row], "target": self.targets[row]}
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids, attention_mask = padded([row["input_ids"] for row in rows], self._task.pad_token_id)
+        targets = torch.from_numpy(np.stack([row["target"] for row in rows]))
+        labels = targets.float() if self._task.multi_label else targets.long().argmax(dim=1)
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str, ...]:
+    """Every label that occurs, in the order of the model's outputs."""
+    return sort_labels({name for e in examples for name in label_parts(e.label, multi_label=multi_label)})
+
+
+def _train(
+    model: Any,
+    train_set: EncodedTexts,
+    validation_set: EncodedTexts,
+    options: ClassificationOptions,
+    work: Path,
+    say: Say,
+) -> Any:
+    """``model`` as it was at its best evaluation: highest macro-F1, among equals the lowest loss."""
+    task = train_set._task
+    return trainer.run(
+        Trainer(
+            model=model,
+            args=trainer.arguments(
+                options,
+                math.ceil(len(train_set) / options.batch_size),
+                work / "trainer",
+                per_device_train_batch_size=options.batch_size,
+                train_sampling_strategy="group_by_length",
+            ),
+            train_dataset=train_set,
+            eval_dataset=validation_set,
+            data_collator=train_set.collate,
+            compute_loss_func=_loss(task, train_set.targets, options),
+            compute_metrics=lambda prediction: _evaluate(task, prediction.predictions, prediction.label_ids),
+            callbacks=trainer.callbacks(options, work / "tensorboard", say),
+        )
+    )
+
+
+def _loss(
+    task: Classification, targets: NDArray[np.bool_], options: ClassificationOptions
+) -> Callable[..., torch.Tensor]:
+    weights = None
+    if options.class_weights == "balanced":
+        counts = targets.sum(axis=0)
+        weights = torch.tensor(len(targets) / (len(counts) * np.maximum(counts, 1)), dtype=torch.float32)
+
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        logits = outputs["logits"].float()
+        # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
+        items = num_items_in_batch if num_items_in_batch is not None else labels.numel()
+        if task.multi_label:
+            return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / items
+        return (
+            functional.cross_entropy(
+                logits,
+                labels,
+                weight=None if weights is None else weights.to(logits.device),
+                label_smoothing=options.label_smoothing,
+                reduction="sum",
+            )
+            / items
+        )
+
+    return loss
+
+
+def _evaluate(task: Classification, logits: NDArray[np.float32], labels: NDArray[Any]) -> dict[str, float]:
+    scores = task.scores(logits)
+    truth = labels > 0.5 if task.multi_label else np.eye(len(task.labels), dtype=bool)[labels]
+    metrics = classification_metrics(task, truth, scores)
+    likelihood = np.where(truth, scores, 1 - scores if task.multi_label else 1.0)
+    log_loss = float(-np.log(np.maximum(likelihood, 1e-7)).sum(axis=1).mean())
+    return {
+        "accuracy": metrics["accuracy"],
+        "macro_f1": metrics["macro_f1"],
+        "log_loss": log_loss,
+        # Small validation sets tie often; among equals, Trainer would keep the first and least trained.
+        "selection": round(metrics["macro_f1"], 4) - 1e-5 * log_loss,
+    }
+
+
+def _metrics(classifier: TorchClassifier, examples: Sequence[Example]) -> dict[str, Any]:
+    truth = classifier.task.targets([e.label for e in examples])
+    return classification_metrics(classifier.task, truth, classifier.scores([e.text for e in examples]))

@@ -1,0 +1,115 @@
+"""Classification in the backend: a dynamic batch of requests in, labels and scores out."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from deploykit.artifacts import Manifest
+from deploykit.runtime.engines import load_engine
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.triton_requests import (
+    CancelledError,
+    FailedError,
+    RefusedError,
+    Rows,
+    cpu_threads,
+    number_parameter,
+    parameters_of,
+    strings,
+)
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.predictor import load_classifier
+
+
+class ClassificationBackend:
+    outputs: Sequence[Mapping[str, Any]] = (
+        {"name": "LABEL", "data_type": "TYPE_STRING", "dims": [1]},
+        {"name": "SCORES", "data_type": "TYPE_FP32", "dims": [-1]},
+        {"name": "ERROR", "data_type": "TYPE_STRING", "dims": [1]},
+        {"name": "TOP_LABELS", "data_type": "TYPE_STRING", "dims": [-1]},
+        {"name": "TOP_SCORES", "data_type": "TYPE_FP32", "dims": [-1]},
+    )
+
+    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
+        task = manifest.task
+        assert isinstance(task, Classification)
+        graphs = find_graphs(folder, manifest, engine="auto", precision="auto")
+        engine = load_engine(graphs.engine, folder / graphs.files[0], cpu_threads(config), device)
+        self._classifier = load_classifier(
+            folder, task, engine, token_budget=number_parameter(config, "token_budget", 0)
+        )
+        self._labels = np.array([label.encode() for label in task.labels], np.object_)
+        # Short, middling and longest texts: engines compile kernels when they first meet a shape.
+        for words in (1, task.max_length // 4, task.max_length):
+            self._classifier.scores(["a " * words])
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answer a dynamic batch: one run of the engine, whatever the number of requests."""
+        responses: list[Any] = [None] * len(requests)
+        accepted: list[tuple[int, Rows, int]] = []
+        for i, request in enumerate(requests):
+            try:
+                if request.is_cancelled():
+                    raise CancelledError
+                accepted.append((i, Rows(request), self._top_k(request)))
+            except RefusedError as refusal:
+                responses[i] = refusal.response()
+        answers = self._scores([rows.texts for _, rows, _ in accepted])
+        for (i, rows, top_k), scores in zip(accepted, answers):
+            if isinstance(scores, RefusedError):
+                responses[i] = scores.response()
+            else:
+                responses[i] = self._answer(rows, scores, top_k, requests[i].requested_output_names())
+        return responses
+
+    def close(self) -> None:
+        """Nothing to end: no request outlives its ``execute``."""
+
+    def _scores(self, groups: list[list[str]]) -> Sequence[NDArray[np.float32] | RefusedError]:
+        """Scores of each request's texts, all in one run; should that fail, each request in its own."""
+        try:
+            scores = self._classifier.scores([text for group in groups for text in group])
+        except Exception as error:
+            if len(groups) > 1:
+                return [answer for group in groups for answer in self._scores([group])]
+            pb_utils.Logger.log_error(traceback.format_exc())  # for the operator: it is no answer to a client
+            return [FailedError(error)]
+        return np.split(scores, np.cumsum([len(group) for group in groups])[:-1])
+
+    def _top_k(self, request: Any) -> int:
+        """The request parameter ``top_k``; absent, all labels."""
+        given = parameters_of(request).get("top_k", len(self._labels))
+        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= len(self._labels):
+            raise RefusedError(f"parameter top_k must be an integer from 1 to {len(self._labels)}, not {given!r}")
+        return given
+
+    def _answer(self, rows: Rows, scores: NDArray[np.float32], top_k: int, wanted: Sequence[str]) -> Any:
+        good = rows.good
+        all_scores = np.zeros((len(rows.errors), len(self._labels)), np.float32)
+        all_scores[good] = scores
+        outputs = []
+        if "LABEL" in wanted:
+            labels = [""] * len(rows.errors)
+            for row, label in zip(good, self._classifier.task.decide(scores)):
+                labels[row] = label
+            outputs.append(strings("LABEL", labels))
+        if "SCORES" in wanted:
+            outputs.append(pb_utils.Tensor("SCORES", all_scores))
+        if "ERROR" in wanted:
+            outputs.append(strings("ERROR", rows.errors))
+        if "TOP_LABELS" in wanted or "TOP_SCORES" in wanted:
+            order = np.argsort(-all_scores, axis=1, kind="stable")[:, :top_k]
+            top_labels = self._labels[order]
+            top_labels[[row for row, error in enumerate(rows.errors) if error]] = b""
+            if "TOP_LABELS" in wanted:
+                outputs.append(pb_utils.Tensor("TOP_LABELS", top_labels))
+            if "TOP_SCORES" in wanted:
+                outputs.append(pb_utils.Tensor("TOP_SCORES", np.take_along_axis(all_scores, order, axis=1)))
+        return pb_utils.InferenceResponse(outputs)

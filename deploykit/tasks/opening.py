@@ -1,0 +1,80 @@
+"""Open whatever can answer: a checkpoint, an export, a packaged model, or a model on a running server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from deploykit.artifacts import Manifest, load_manifest
+from deploykit.errors import ArtifactError, UsageError
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.served import DEFAULT_URL, ServedModel
+from deploykit.tasks.protocol import Predictor
+from deploykit.tasks.registry import get_task, task_of, task_of_checkpoint
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+    from deploykit.tasks.classification.predictor import TextClassifier
+    from deploykit.tasks.translation.predictor import TextTranslator
+
+
+def open_predictor(
+    target: str,
+    *,
+    url: str,
+    engine: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+) -> Predictor:
+    """Open what ``target`` names: a directory of any kind, or else a model on the server at ``url``."""
+    path = Path(target)
+    if not path.exists():
+        if "/" in target:
+            raise ArtifactError(
+                f"{target}: no such directory", "check the path; a served model is named without slashes"
+            )
+        return open_served(target, url)
+    if path.is_dir() and not (path / "manifest.json").exists() and (path / "config.json").exists():
+        return task_of_checkpoint(path).open_checkpoint(path)
+    manifest = load_manifest(path)
+    if manifest.kind == "checkpoint":
+        return task_of(manifest.task).open_checkpoint(path)
+    return open_graph(path, manifest, engine=engine, precision=precision, threads=threads)
+
+
+def open_for(task: str, target: str, **where: Any) -> Predictor:
+    """``open_predictor``, for a command that knows its task. Raises UsageError when ``target`` is for another."""
+    predictor = open_predictor(target, **where)
+    found, wanted = task_of(predictor.task), get_task(task)
+    if found.name != wanted.name:
+        predictor.close()
+        raise UsageError(f"{target} {found.does}, it does not {wanted.verb}", f"use deploykit {found.command}")
+    return predictor
+
+
+def open_classifier(target: str, **where: Any) -> TextClassifier:
+    return cast("TextClassifier", open_for("classification", target, **where))
+
+
+def open_translator(target: str, **where: Any) -> TextTranslator:
+    return cast("TextTranslator", open_for("translation", target, **where))
+
+
+def is_translator(predictor: Predictor) -> TypeIs[TextTranslator]:
+    return predictor.task.name == "translation"
+
+
+def open_graph(
+    path: Path, manifest: Manifest, *, engine: str = "auto", precision: str = "auto", threads: int | None = None
+) -> Predictor:
+    """Open an export or a packaged model version in this process."""
+    graphs = find_graphs(path, manifest, engine=engine, precision=precision)
+    return task_of(manifest.task).open_graphs(path, manifest.task, graphs, threads)
+
+
+def open_served(name: str, url: str = DEFAULT_URL) -> Predictor:
+    """Connect to the model ``name`` on the server at ``url``, by what its config says it does."""
+    served = ServedModel(name, url)
+    served.close()
+    return task_of(served.facts).open_served(name, url)

@@ -1,0 +1,108 @@
+"""Entries of gettext catalogs: .po, .pot and .mo.
+
+Format: GNU gettext manual, "The Format of PO Files" and "The Format of GNU MO Files".
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from deploykit.data.read import import_data_package, read_lines
+from deploykit.errors import DataError
+from deploykit.runtime.text import normalize
+from deploykit.tasks.translation.languages import parse_language
+from deploykit.tasks.translation.pairs import RawPair
+
+CATALOGS = (".po", ".pot", ".mo")
+
+# polib takes what stands between the first and the last character of a string, quotes or not.
+_STRING_LINE = re.compile(
+    r'(?:\#~\s*)?(?:(?:msgctxt|msgid|msgid_plural|msgstr(?:\[[0-9]+\])?)\s*)?"(?:[^"\\]|\\.)*"', re.DOTALL
+)
+_LINE_OF_ERROR = re.compile(r"\(line ([0-9]+)\)")
+
+
+def read_catalog(path: Path, target: str, encoding: str | None = None) -> Iterator[RawPair]:
+    """Entries with their translations, plural forms as pairs of their own; what has no translation has None.
+
+    ``msgid_plural`` goes with every form but the first (where a language has one form only, with that).
+    Fuzzy and obsolete entries are yielded as ``unusable``. msgid is taken to be in the source language.
+
+    Raises:
+        DataError: malformed, or its header names another language than ``target``; file and line are named.
+        MissingDependencyError: polib is not installed.
+    """
+    catalog = _parsed(path, encoding)
+    language = catalog.metadata.get("Language", "").strip()
+    if language and parse_language(language).base != parse_language(target).base:
+        raise DataError(
+            f"{path}: its header says that it translates to {language!r}, the target is {target!r}",
+            f"give a catalog of {target!r}, or correct --target or the header's Language",
+        )
+    for entry, origin in _entries(path, catalog):
+        unusable: Literal["fuzzy", "obsolete"] | None = None
+        if entry.obsolete:
+            unusable = "obsolete"
+        elif "fuzzy" in entry.flags:
+            unusable = "fuzzy"
+        for source, translation in _texts(entry):
+            yield RawPair(source, translation or None, origin, unusable)
+
+
+def read_catalog_sources(path: Path, encoding: str | None = None) -> Iterator[tuple[str, str]]:
+    """Origin and text of each msgid and msgid_plural that is not obsolete. Errors as ``read_catalog``."""
+    for entry, origin in _entries(path, _parsed(path, encoding)):
+        if not entry.obsolete:
+            yield origin, entry.msgid
+            if entry.msgid_plural:
+                yield origin, entry.msgid_plural
+
+
+def _texts(entry: Any) -> Iterator[tuple[str, str]]:
+    if not entry.msgid_plural:
+        yield entry.msgid, entry.msgstr
+        return
+    forms: Mapping[int, str] = entry.msgstr_plural or {0: ""}
+    for number, form in sorted(forms.items()):
+        yield entry.msgid if number == 0 and len(forms) > 1 else entry.msgid_plural, form
+
+
+def _entries(path: Path, catalog: Any) -> Iterator[tuple[Any, str]]:
+    name = normalize(path.name)
+    for number, entry in enumerate(catalog, start=1):
+        # A .mo has no lines: entries are counted.
+        yield entry, f"{name}:{getattr(entry, 'linenum', None) or number}"
+
+
+def _parsed(path: Path, encoding: str | None) -> Any:
+    polib = import_data_package("polib")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file", "check the path")
+    try:
+        if path.suffix.lower() == ".mo":
+            return polib.mofile(str(path), encoding=encoding)
+        used = encoding or polib.detect_encoding(str(path))
+        _check_lines(path, used)
+        return polib.pofile(str(path), encoding=used)
+    except (OSError, ValueError, struct.error, IndexError, OverflowError) as error:
+        line = _LINE_OF_ERROR.search(str(error))
+        where = f"line {line[1]} is malformed" if line else f"is malformed: {error}"
+        raise DataError(
+            f"{path}: {where}", "correct it (msgfmt --check names every error), or compile it again"
+        ) from None
+
+
+def _check_lines(path: Path, encoding: str) -> None:
+    for number, line in enumerate(read_lines(path, encoding), start=1):
+        line = line.strip()
+        if not line or (line.startswith("#") and not line.startswith("#~")) or line.startswith("#~|") or line == "#~":
+            continue
+        if not _STRING_LINE.fullmatch(line):
+            raise DataError(
+                f"{path}: line {number} is malformed: no keyword and a string in double quotes",
+                'close every string, and write a quote inside one as \\"',
+            )

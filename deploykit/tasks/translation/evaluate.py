@@ -1,0 +1,104 @@
+"""Measure a translator on pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from deploykit.data.texts import unanswered
+from deploykit.errors import DataError
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.protocol import Evaluation, Grade
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.metrics import translation_metrics
+from deploykit.tasks.translation.predictor import TextTranslator
+from deploykit.tasks.translation.read_pairs import read_sources
+from deploykit.tasks.translation.rows import Pair, PairColumns, load_pairs, one_line
+
+_TRANSLATED_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class TranslatedRows:
+    """Pairs to measure on: as they are, duplicates included. ``skipped`` rows lacked a side."""
+
+    pairs: list[Pair]
+    skipped: int
+
+
+def translated_rows(
+    source: str,
+    task: Translation,
+    *,
+    source_column: str | None = None,
+    target_column: str | None = None,
+    encoding: str | None = None,
+    split: str = "test",
+) -> TranslatedRows:
+    """Read pairs in the task's languages. Raises DataError when no row has both sides."""
+    raw, _ = load_pairs(
+        source,
+        source=task.source,
+        target=task.target,
+        source_column=source_column,
+        target_column=target_column,
+        prefer=PairColumns(task.source_column, task.target_column),
+        encoding=encoding,
+        split=split,
+    )
+    pairs = [
+        Pair(text, reference, row.origin)
+        for row in raw
+        if not row.unusable and (text := one_line(row.source or "")) and (reference := one_line(row.target or ""))
+    ]
+    if not pairs:
+        raise DataError(f"{source}: no row has both a text and its translation", "give a file of translated rows")
+    return TranslatedRows(pairs, len(raw) - len(pairs))
+
+
+def evaluate_translator(
+    translator: TextTranslator,
+    rows: TranslatedRows,
+    generation: Generation | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> Evaluation:
+    """Translate every row and compare. ``progress`` is called with (rows done, rows in all)."""
+    pairs = rows.pairs
+    hypotheses: list[str] = []
+    for start in range(0, len(pairs), _TRANSLATED_AT_A_TIME):
+        part = [pair.source for pair in pairs[start : start + _TRANSLATED_AT_A_TIME]]
+        hypotheses += [translated.text for translated in translator.translate(part, generation)]
+        progress(len(hypotheses), len(pairs))
+    metrics = translation_metrics(hypotheses, [pair.target for pair in pairs], [pair.source for pair in pairs])
+    return Evaluation(metrics, len(pairs), rows.skipped)
+
+
+def grade(
+    translator: TextTranslator, texts: Sequence[str], references: Sequence[str], generation: Generation | None
+) -> Grade:
+    """Translate every text and compare."""
+    answers = [
+        translated.text
+        for i in range(0, len(texts), _TRANSLATED_AT_A_TIME)
+        for translated in translator.translate(texts[i : i + _TRANSLATED_AT_A_TIME], generation, scored=False)
+    ]
+    return Grade(None, tuple(answers), translation_metrics(answers, references, texts))
+
+
+def texts_and_references(
+    source: str, task: Translation, source_column: str | None, target_column: str | None, encoding: str | None
+) -> list[tuple[str, str | None]]:
+    """Read texts, and their translations where the source has them."""
+    try:
+        rows = translated_rows(
+            source, task, source_column=source_column, target_column=target_column, encoding=encoding
+        )
+        return [(pair.source, pair.target) for pair in rows.pairs]
+    except DataError as no_references:
+        if target_column is not None:
+            raise
+        texts = read_sources(
+            source, column=source_column, source=task.source, prefer=task.source_column, encoding=encoding
+        )
+        return unanswered([row.text for row in texts], no_references)

@@ -1,0 +1,346 @@
+"""What the export of a translation checkpoint is made of: its graphs, their quantization, their quality."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.artifacts import digest_of
+from deploykit.data.sample import evenly
+from deploykit.errors import ExportError, UsageError
+from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
+from deploykit.graphs.architecture import Architecture
+from deploykit.graphs.families import read_architecture
+from deploykit.graphs.native_writer import save_native
+from deploykit.graphs.seq2seq import Standard, build_decoder, build_encoder, save_graphs
+from deploykit.hardware import available_cpus
+from deploykit.measurement_log import Trace
+from deploykit.quantization.calibration import Calibration
+from deploykit.quantization.grading import Grader, Line
+from deploykit.quantization.qdq import Ranges
+from deploykit.quantization.search import SAMPLE, Search, hold_limit
+from deploykit.quantization.tables import render
+from deploykit.runtime.engines import ENGINES, NATIVE_FILE, TRANSLATION_ENGINE, TRANSLATION_FILES
+from deploykit.runtime.engines.native_weights import int8_layers
+from deploykit.runtime.engines.onnxruntime import int8_kernels
+from deploykit.runtime.engines.protocol import Precision
+from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
+from deploykit.runtime.text import normalize
+from deploykit.tasks.translation.calibration import activations_of, calibrate
+from deploykit.tasks.translation.checkpoint import TorchTranslator
+from deploykit.tasks.translation.clean_pairs import clean_pairs
+from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.forced_decoding import Forced, greedy_translations, log_probabilities
+from deploykit.tasks.translation.metrics import translation_metrics
+from deploykit.tasks.translation.pairs import Pair
+from deploykit.tasks.translation.parity import Parity, check_parity
+from deploykit.tasks.translation.predictor import TextTranslator, Translator, load_translator
+from deploykit.tasks.translation.read_pairs import load_pairs
+from deploykit.tasks.translation.source_prefix import source_prefix
+from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
+from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, EngineOptions, build_engine, plan, read_inputs
+
+_PARITY_ROWS = 128
+_MEASURED_ROWS = 500  # PyTorch, which is measured too, takes minutes for more
+_CACHES = "caches"
+_TENSORRT_TYPES: dict[str, Standard] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16"}
+"""Precision of an engine -> what its layers compute in that are not INT8."""
+
+
+def write(
+    checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
+) -> Written:
+    """Write the graphs of a translator and what serving them needs to ``directory``; without ``saved``, calibrate."""
+    reference = TorchTranslator.load(checkpoint, source=options.source, target=options.target)
+    task = reference.task
+    if options.smooth_quant is not None:
+        raise UsageError(f"--smooth-quant is for classifiers, and {checkpoint} translates", "leave it out")
+    if options.trt is not None:
+        plan(options.trt, task.shape_limits)
+    rows = _rows(checkpoint, task, options.data, "test", options)
+    rows = evenly(rows, options.measure_rows or _MEASURED_ROWS)
+    keep_samples(directory, rows)
+    say("writing the graphs")
+    architecture = _write_fp32(checkpoint, reference, directory)
+    parity_rows = [pair.source for pair in evenly(rows, _PARITY_ROWS)]
+    parity = _check(directory, reference, parity_rows, say)
+    metrics: dict[str, Any] = {"rows": len(rows), "parity": parity.to_json()}
+    say(f"measuring on {len(rows):,} rows")
+    grader = _Grader(directory, task, rows)
+    grader.grade_checkpoint(reference)
+    grader.grade("fp32")
+    ranges: Ranges = {}
+    if options.int8:
+        calibration = saved
+        if calibration is None:
+            say(f"calibrating on {options.calibration}")
+            calibration = calibrate(directory, task, calibration_texts(checkpoint, task, options))
+        else:
+            calibration.check(activations_of(directory))
+        metrics["quantization"], ranges = _quantize(calibration, directory, architecture, options, grader, trace, say)
+    if options.trt is not None:
+        _build_engines(
+            directory, reference, architecture, parity_rows, ranges, options, options.trt, grader, metrics, trace, say
+        )
+    metrics["test"] = grader.metrics
+    metrics["accuracy_table"] = [line.to_json() for line in grader.table]
+    for line in render(metrics["accuracy_table"]):
+        say(line)
+    return Written(task, metrics)
+
+
+def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> Translation:
+    """Write what ``calibrate`` reads of a checkpoint."""
+    reference = TorchTranslator.load(checkpoint, source=options.source, target=options.target)
+    _write_fp32(checkpoint, reference, directory)
+    return reference.task
+
+
+def _write_fp32(checkpoint: Path, reference: TorchTranslator, directory: Path) -> Architecture:
+    architecture = read_architecture(reference.model)
+    save_graphs(directory, build_encoder(architecture), build_decoder(architecture), TRANSLATION_FILES["fp32"])
+    prefix = source_prefix(reference.task) or None
+    save_translation_tokenizer(checkpoint, reference.tokenizer, directory, prefix=prefix)
+    return architecture
+
+
+def calibration_texts(source: Path, task: Translation, options: CalibrationOptions) -> list[str]:
+    """Rows of a file, or of the splits of the checkpoint ``source``."""
+    pairs = _rows(source, task, options.calibration, options.calibration, options)
+    return [pair.source for pair in evenly(pairs, options.calibration_rows)]
+
+
+def _check(directory: Path, reference: TorchTranslator, texts: Sequence[str], say: Say) -> Parity:
+    token_ids = reference.encode(texts)
+    task = reference.task
+    tokenizer = load_translation_tokenizer(directory, task.source, task.target)
+    for text, theirs, ours in zip(texts, token_ids, tokenizer.encode([normalize(text) for text in texts])):
+        if theirs != ours and len(ours) <= task.max_source_length:  # longer ones are cut by one and split by the other
+            raise ExportError(f"the tokenizer cuts {text!r} differently from the checkpoint's", "report this text")
+    model = Seq2SeqModel(directory, TRANSLATION_FILES["fp32"], available_cpus())
+    parity = check_parity(reference, model, token_ids)
+    say(f"parity with PyTorch: {_told(parity)}")
+    return parity
+
+
+def _told(parity: Parity) -> str:
+    searches = (
+        f"{'greedy' if g.beams == 1 else f'{g.beams} beams'} {g.equal} of {parity.rows} equal ({g.ties} ties)"
+        for g in parity.generations
+    )
+    return (
+        f"encoder differs by at most {parity.encoder_difference:.1e} (relative), log-probabilities by "
+        f"{parity.decoder_difference:.1e}; {', '.join(searches)}"
+    )
+
+
+def _quantize(
+    calibration: Calibration,
+    directory: Path,
+    architecture: Architecture,
+    options: ExportOptions,
+    grader: _Grader,
+    trace: Trace,
+    say: Say,
+) -> tuple[dict[str, Any], Ranges]:
+    """Write the INT8 graphs; where they lose too much, with the most sensitive layers of the model left in fp32.
+
+    Returns what the manifest says of it, and the ranges of the layers that are INT8.
+    """
+    say(calibration.told(options.method))
+    calibration.save(directory)
+    ranges = calibration.ranges(options.method)
+    calibration.save_ranges(directory, options.method, ranges)
+    quantize_nodes = 0
+
+    def save(some: Ranges) -> None:
+        nonlocal quantize_nodes
+        encoder, decoder = build_encoder(architecture, some), build_decoder(architecture, some)
+        save_graphs(directory, encoder, decoder, TRANSLATION_FILES["int8"])
+        save_native(directory / NATIVE_FILE, architecture, some)
+        quantize_nodes = sum(
+            node.op_type == "QuantizeLinear" for g in (encoder, decoder) for node in g.model.graph.node
+        )
+
+    search = _hold_limit(
+        "INT8", save, lambda: grader.grade("int8"), TRANSLATION_FILES["int8"], ranges, options, grader, trace, say
+    )
+    written = _without(ranges, search.kept if search else ())
+    layers = _without(written, {_CACHES})
+    more = "the embedding and the caches" if len(layers) < len(written) else "the embedding"
+    say(f"quantized {len(layers)} linear layers ({quantize_nodes} QuantizeLinear nodes), {more}")
+    record = {
+        "linear_layers": len(layers),
+        "caches": len(written) - len(layers),
+        "quantize_nodes": quantize_nodes,
+        "method": options.method,
+        "calibration": calibration.to_json(),
+        "search": {TRANSLATION_ENGINE: dataclasses.asdict(search)} if search else {},
+    }
+    return record, written
+
+
+def _hold_limit(
+    name: str, save: Callable[[Ranges], None], grade: Callable[[], Line], files: Sequence[str], ranges: Ranges,
+    options: ExportOptions, grader: _Grader, trace: Trace, say: Say,
+) -> Search | None:  # fmt: skip
+    """Quantize all layers that have ``ranges``, or, where that loses too much, all but a few parts of the model.
+
+    ``save`` writes ``files``, which ``grade`` grades, with these layers in INT8.
+    """
+    parts = list(dict.fromkeys(map(part_of, ranges)))
+
+    def write(kept: Collection[str]) -> Line:
+        save(_without(ranges, kept))
+        return grade()
+
+    def sample(part: str | None) -> NDArray[np.float32]:
+        if part is None:
+            return grader.sample(TRANSLATION_FILES["fp32"])
+        save(_without(ranges, set(parts) - {part}))
+        return grader.sample(files)
+
+    return hold_limit(name, parts, write, sample, grader, options.max_drop, trace, say)
+
+
+def _without(ranges: Ranges, kept: Collection[str]) -> Ranges:
+    return {name: range_ for name, range_ in ranges.items() if part_of(name) not in kept}
+
+
+def part_of(layer: str) -> str:
+    """The part of the model that stays in fp32 or not as one: a block of a layer, as in ``decoder.2.cross``, or all
+    caches."""
+    if layer.startswith(f"{_CACHES}."):
+        return _CACHES
+    return layer if layer.count(".") < 3 else layer.rsplit(".", 1)[0]
+
+
+class _Grader(Grader[list[str]]):
+    """Translations, row by row."""
+
+    figures = ("bleu", "chrf")
+
+    def __init__(self, directory: Path, task: Translation, rows: Sequence[Pair]) -> None:
+        super().__init__()
+        self._directory, self._task = directory, task
+        self._sources, self._targets = [pair.source for pair in rows], [pair.target for pair in rows]
+        self._sample: list[Forced] = []
+
+    def measure(self, raw: list[str]) -> dict[str, Any]:
+        return translation_metrics(raw, self._targets, self._sources)
+
+    def answers(self, raw: list[str]) -> list[str]:
+        return raw
+
+    def grade_checkpoint(self, reference: TextTranslator) -> None:
+        self.enter("fp32", "pytorch", self._texts(reference))
+
+    def grade(self, precision: Precision) -> Line:
+        """The line of the engine that loses most, of all that run here.
+
+        Raises ExportError when ONNX Runtime runs none of INT8 graphs' layers in INT8.
+        """
+        files = TRANSLATION_FILES[precision]
+        kernels = sum(int8_kernels(self._directory / file) for file in files[:2]) if precision == "int8" else 0
+        if precision == "int8" and kernels == 0:
+            raise ExportError("ONNX Runtime runs none of the layers in INT8", "upgrade onnxruntime")
+        lines = [self.enter(precision, TRANSLATION_ENGINE, self._texts(self._load(files)), kernels)]
+        if precision == "int8" and ENGINES["native"].installed:
+            layers = int8_layers(self._directory / NATIVE_FILE)
+            lines.append(self.enter(precision, "native", self._texts(self._load([NATIVE_FILE], "native")), layers))
+        return max(lines, key=self.drop)
+
+    def grade_for_tensorrt(self, precision: str) -> Line:
+        """The graphs that engines are built from, as ONNX Runtime computes them on the CPU."""
+        translator = self._load(TRANSLATOR_GRAPHS[precision])
+        return self.enter(f"trt {precision}", TRANSLATION_ENGINE, self._texts(translator))
+
+    def grade_engines(self, precision: str, records: Sequence[EngineRecord]) -> Line:
+        """The TensorRT engines of encoder and decoder themselves, on the GPU here."""
+        translator = self._load([record.file for record in records], "tensorrt")
+        gemms = sum(record.int8_gemms for record in records)
+        return self.enter(precision, "tensorrt", self._texts(translator), gemms)
+
+    def sample(self, files: Sequence[str]) -> NDArray[np.float32]:
+        """Log-probabilities that the graphs in ``files`` give, token by token, to what fp32 says of some of the rows."""
+        if not self._sample:
+            self._sample = greedy_translations(self._load(TRANSLATION_FILES["fp32"]), evenly(self._sources, SAMPLE))
+        return log_probabilities(Seq2SeqModel(self._directory, files, available_cpus()), self._task, self._sample)
+
+    def _load(self, files: Sequence[str], engine: str = TRANSLATION_ENGINE) -> Translator:
+        return load_translator(self._directory, self._task, files, available_cpus(), engine=engine)
+
+    def _texts(self, translator: TextTranslator) -> list[str]:
+        return [translated.text for translated in translator.translate(self._sources)]
+
+
+def _build_engines(
+    directory: Path, reference: TorchTranslator, architecture: Architecture, texts: Sequence[str], ranges: Ranges,
+    options: ExportOptions, trt: EngineOptions, grader: _Grader, metrics: dict[str, Any], trace: Trace, say: Say,
+) -> None:  # fmt: skip
+    """Write both graphs in standard ONNX, in each precision, and build their engines. Adds to the ``metrics``.
+
+    In fp32 they must be PyTorch's; other types are the same nodes, and are graded where a CPU can compute them. INT8 is
+    Q/DQ in the fp16 graphs, of the layers that have ``ranges``.
+    """
+
+    def write(precision: str, some: Ranges | None = None) -> None:
+        kind = _TENSORRT_TYPES[precision]
+        encoder, decoder = (build(architecture, some, standard=kind) for build in (build_encoder, build_decoder))
+        save_graphs(directory, encoder, decoder, TRANSLATOR_GRAPHS[precision])
+
+    write("fp32")
+    model = Seq2SeqModel(directory, TRANSLATOR_GRAPHS["fp32"], available_cpus())
+    parity = check_parity(reference, model, reference.encode(texts), beams=False)
+    say(f"parity of the graphs for TensorRT: {_told(parity)}")
+    metrics["parity"]["tensorrt"] = parity.to_json()
+    if "fp32" not in trt.precisions:
+        for file in TRANSLATOR_GRAPHS["fp32"]:
+            (directory / file).unlink()
+    metrics["engines"] = []
+    ranges = _without(ranges, {_CACHES})  # TensorRT's caches are of the type that its layers compute in
+    for precision in trt.precisions:
+        calibration = None
+        if precision == "int8":
+            search = _hold_limit(
+                "INT8 for TensorRT", partial(write, "int8"), lambda: grader.grade_for_tensorrt("int8"),
+                TRANSLATOR_GRAPHS["int8"], ranges, options, grader, trace, say,
+            )  # fmt: skip
+            if search:
+                metrics["quantization"]["search"]["tensorrt"] = dataclasses.asdict(search)
+            calibration = digest_of(_without(ranges, search.kept if search else ()))
+        elif precision != "fp32":
+            write(precision)
+        if precision == "fp16":
+            remedy = "give --precision bf16, whose range is wider"
+            grader.refuse_loss(grader.grade_for_tensorrt("fp16"), "the fp16 form", options.max_drop, remedy)
+        *graphs, weights = (directory / file for file in TRANSLATOR_GRAPHS[precision])
+        engines = [
+            build_engine(
+                graph, precision, trt, reference.task.shape_limits, say, calibration, inputs=read_inputs(graph),
+                weights=weights,
+            )
+            for graph in graphs
+        ]  # fmt: skip
+        if all(runs_here(directory / engine.file) for engine in engines):
+            line, remedy = grader.grade_engines(precision, engines), "leave this --precision out"
+            grader.refuse_loss(line, f"the {precision} engines", options.max_drop, remedy)
+        metrics["engines"] += map(dataclasses.asdict, engines)
+
+
+def _rows(folder: Path, task: Translation, source: str | None, split: str, options: CalibrationOptions) -> list[Pair]:
+    """Pairs from a file, cleaned, or from the splits of the run in ``folder``."""
+
+    def read_file(path: str, part: str) -> list[Pair]:
+        raw, _ = load_pairs(path, source=task.source, target=task.target, encoding=options.encoding, split=part)
+        return clean_pairs(raw, source=task.source, target=task.target)[0]
+
+    return pick_rows(folder, source, split, Pair, read_file)

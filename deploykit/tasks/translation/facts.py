@@ -1,0 +1,46 @@
+"""What a translator is: the facts that travel with it from fine-tuning to the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.protocol import GraphKind
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Text of one language in, text of another out.
+
+    ``source`` and ``target`` are the language codes that the checkpoint knows (or plain names for a
+    checkpoint of one pair). ``max_source_length`` counts tokens, special ones included.
+    ``eos_token_ids`` end a translation; ``languages`` are the codes that a many-language checkpoint
+    can be asked for, empty for a checkpoint of one pair.
+    """
+
+    name: ClassVar[str] = "translation"
+    graph_kind: ClassVar[GraphKind] = "encoder-decoder"
+
+    source: str
+    target: str
+    family: str
+    vocabulary: int
+    max_source_length: int
+    max_target_length: int
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    decoder_start_token_id: int
+    generation: Generation = field(default_factory=Generation)
+    source_column: str = "source"
+    target_column: str = "target"
+    languages: tuple[str, ...] = ()
+
+    @property
+    def shape_limits(self) -> Mapping[str, int]:
+        return {"length": self.max_source_length, "past": self.max_target_length}
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        return {}

@@ -1,0 +1,51 @@
+"""How graphs that differ a little differ on the same tokens: translations that follow their own words soon part."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.predictor import Translator
+
+_STEPS = 32
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A sentence and the beginning of a translation, both as token ids; the translation without the start token."""
+
+    source: Sequence[int]
+    target: Sequence[int]
+
+
+def greedy_translations(translator: Translator, texts: Sequence[str]) -> list[Forced]:
+    """What ``translator`` says of each sentence of ``texts``, up to its 32nd token."""
+    generation = dataclasses.replace(translator.task.generation, beam_size=1)
+    jobs = translator.begin(texts, generation, scored=False)
+    sentences = [sentence for job in jobs for sentence in job.sentences]
+    translator.decoder.run(sentences)
+    return [Forced(s.token_ids, s.result.tokens[:_STEPS].tolist()) for s in sentences if s.result is not None]
+
+
+def log_probabilities(model: Seq2SeqModel, task: Translation, pairs: Sequence[Forced]) -> NDArray[np.float32]:
+    """What ``model`` gives each token of the translations, [tokens of all], given those before it. Infinities are finite."""
+    cross = model.encode([pair.source for pair in pairs])
+    model.admit(cross, [len(pair.source) for pair in pairs], [1] * len(pairs))
+    steps = max(len(pair.target) for pair in pairs)
+    tokens = np.full((len(pairs), steps + 1), task.pad_token_id, np.int64)
+    tokens[:, 0] = task.decoder_start_token_id
+    for row, pair in enumerate(pairs):
+        tokens[row, 1 : 1 + len(pair.target)] = pair.target
+    lengths = np.array([len(pair.target) for pair in pairs])
+    found = np.zeros((len(pairs), steps), np.float32)
+    for step in range(steps):
+        found[:, step] = model.best.of(model.step(tokens[:, step]), tokens[:, step + 1])
+    model.remove(np.arange(len(pairs)))
+    kept = found[np.arange(steps) < lengths[:, None]]
+    return np.nan_to_num(kept, nan=-1e4, neginf=-1e4)

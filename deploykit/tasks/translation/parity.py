@@ -1,0 +1,119 @@
+"""Are the graphs and the decode loop the same function as PyTorch and ``generate``? Asked on real texts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from deploykit.errors import ExportError
+from deploykit.runtime.decoding import Decoder, Sentence
+from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.translation.checkpoint import TorchTranslator
+
+_BEAMS = 4
+_STEPS = 24
+_TOLERANCE = 1e-3
+_TIE = 1e-4
+"""Of a score, the log-probability a token: two translations that PyTorch itself puts closer are a tie."""
+
+
+@dataclass(frozen=True)
+class GenerationParity:
+    """``equal`` of the sentences gave the very same ids; ``ties`` the others, all of them closer than 1e-4."""
+
+    beams: int
+    equal: int
+    ties: int
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest differences over ``rows`` sentences: of the encoder's cross-attention keys and values (relative to
+    their largest), and of the decoder's log-probabilities over ``steps`` steps."""
+
+    rows: int
+    steps: int
+    encoder_difference: float
+    decoder_difference: float
+    generations: tuple[GenerationParity, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def check_parity(
+    reference: TorchTranslator, model: Seq2SeqModel, token_ids: Sequence[Sequence[int]], *, beams: bool = True
+) -> Parity:
+    """Compare both graphs, then whole generations, greedy and (``beams``) with beams.
+
+    Raises ExportError with the measured difference when they are not the same.
+    """
+    encoder = max(_encoder_difference(reference, model, ids) for ids in token_ids[:: max(1, len(token_ids) // 16)])
+    decoder = max(_decoder_difference(reference, model, ids) for ids in token_ids[:: max(1, len(token_ids) // 16)])
+    if not encoder <= _TOLERANCE or not decoder <= _TOLERANCE:  # "not <=" catches NaN too
+        raise ExportError(
+            f"the graphs differ from the PyTorch model: the encoder's keys and values by {encoder:.2g} of the largest, "
+            f"the decoder's log-probabilities by {decoder:.2g}",
+            "this checkpoint does not export faithfully; nothing was written",
+        )
+    own = reference.task.generation
+    sizes = (1, max(_BEAMS, own.beam_size)) if beams else (1,)
+    generations = [dataclasses.replace(own, beam_size=size) for size in sizes]
+    compared = tuple(_compare_generations(reference, model, token_ids, generation) for generation in generations)
+    return Parity(len(token_ids), _STEPS, encoder, decoder, compared)
+
+
+def _encoder_difference(reference: TorchTranslator, model: Seq2SeqModel, ids: Sequence[int]) -> float:
+    ours = model.encode([ids])[0].transpose(1, 2, 0, 3)  # as PyTorch has them: layers, heads, tokens
+    start = torch.tensor([[reference.task.decoder_start_token_id]])
+    with torch.inference_mode():
+        output = reference.model(input_ids=torch.tensor([list(ids)]), decoder_input_ids=start, use_cache=True)
+    layers = output.past_key_values.cross_attention_cache.layers
+    theirs = np.stack([part[0].numpy() for layer in layers for part in (layer.keys, layer.values)])
+    return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
+
+
+def _decoder_difference(reference: TorchTranslator, model: Seq2SeqModel, ids: Sequence[int]) -> float:
+    """Over the steps of a greedy search that nothing ends."""
+    model.admit(model.encode([ids]), [len(ids)], [1])
+    tokens = [reference.task.decoder_start_token_id]
+    ours = []
+    for _ in range(min(_STEPS, reference.task.max_target_length - 1)):
+        logits = model.step(np.array(tokens[-1:]))[0]
+        ours.append(logits.astype(np.float64))
+        tokens.append(int(logits.argmax()))
+    model.remove(np.array([0]))
+    with torch.inference_mode():
+        theirs = reference.model(
+            input_ids=torch.tensor([list(ids)]), decoder_input_ids=torch.tensor([tokens[:-1]])
+        ).logits
+    expected = theirs[0].double().log_softmax(-1).numpy()
+    actual = torch.from_numpy(np.stack(ours)).log_softmax(-1).numpy()
+    return float(np.abs(expected - actual).max())
+
+
+def _compare_generations(
+    reference: TorchTranslator, model: Seq2SeqModel, token_ids: Sequence[Sequence[int]], generation: Generation
+) -> GenerationParity:
+    expected = reference.generate_ids(token_ids, generation)
+    sentences = [Sentence(ids, generation, scored=False) for ids in token_ids]
+    Decoder(model, reference.task).run(sentences)
+    actual = [sentence.result.tokens.tolist() if sentence.result else [] for sentence in sentences]
+    differing = [i for i, (a, b) in enumerate(zip(expected, actual)) if a != b]
+    sources = [token_ids[i] for i in differing]
+    theirs, ours = (reference.scores(sources, [ids[i] for i in differing], generation) for ids in (expected, actual))
+    for i, a, b in zip(differing, theirs, ours):
+        if not abs(a - b) <= _TIE:
+            raise ExportError(
+                f"with {generation.beam_size} beams, sentence {i} of {len(token_ids)} is translated differently: "
+                f"{reference.decode([actual[i]])[0]!r} (score {b:.5f}) instead of {reference.decode([expected[i]])[0]!r} "
+                f"({a:.5f})",
+                "this checkpoint does not export faithfully; nothing was written",
+            )
+    return GenerationParity(generation.beam_size, len(token_ids) - len(differing), len(differing))

@@ -1,0 +1,254 @@
+"""A translator: texts in, texts out, in the process that calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol
+
+from typing_extensions import TypeVar
+
+from deploykit.errors import DataError
+from deploykit.runtime.decoding import MAX_CACHE_BYTES, Decoder, Seconds, Sentence, longest_first
+from deploykit.runtime.engines import (
+    TRANSLATION_ENGINE,
+    load_decode_model,
+)
+from deploykit.runtime.engines.protocol import DecodeLimits
+from deploykit.runtime.generation import MAX_ROWS, Generation
+from deploykit.runtime.serving_settings import LongInput
+from deploykit.runtime.text import normalize
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.sentences import fit, split_sentences
+from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
+from deploykit.tasks.translation.translated import EMPTY, Translated, finish_of
+
+_TEXTS_AT_ONCE = 32  # to tokenize: others wait for the lock on Python meanwhile
+_CHARS_PER_TOKEN = 24  # no text of more characters a token than this is worth tokenizing to find it too long
+
+
+@dataclass
+class Job:
+    """A text on its way: its sentences, and the white space that stood after each."""
+
+    sentences: list[Sentence]
+    separators: list[str]
+
+    @property
+    def done(self) -> bool:
+        return all(sentence.result is not None for sentence in self.sentences)
+
+    def cancel(self) -> None:
+        """Stop decoding it at the next step."""
+        for sentence in self.sentences:
+            sentence.cancelled = True
+
+
+class Tokenizer(Protocol):
+    """What a translator needs of one."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]: ...
+
+
+class Runner(Protocol):
+    """What gives sentences their results. It counts the time in getting at ``sentences``, and in ``finish``."""
+
+    seconds: Seconds
+
+    def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None]) -> None:
+        """Give each its result, and then ``finish`` it, in any thread."""
+
+
+RunnerT = TypeVar("RunnerT", bound=Runner, default=Decoder)
+
+
+class Translator(Generic[RunnerT]):
+    """Tokenizer and decoder of one model. One caller at a time."""
+
+    def __init__(self, task: Translation, tokenizer: Tokenizer, decoder: RunnerT) -> None:
+        self.task = task
+        self.decoder = decoder
+        self._tokenizer = tokenizer
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
+    ) -> list[Translated]:
+        """Translations in the order of ``texts``; an empty text stays empty.
+
+        Raises DataError for a text that is too long, when ``long_input`` is "refuse". Without
+        ``scored`` greedy search leaves scores at 0, and is faster.
+        """
+        generation = generation or self.task.generation
+        order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
+        jobs: dict[int, Job] = {}
+
+        def sentences() -> Iterator[Sentence]:
+            for first in range(0, len(order), _TEXTS_AT_ONCE):
+                numbers = order[first : first + _TEXTS_AT_ONCE]
+                some = self._jobs(
+                    [texts[i] for i in numbers], numbers, generation, long_input, scored, by_sentence=False
+                )
+                jobs.update(zip(numbers, some))
+                yield from longest_first(sentence for job in some for sentence in job.sentences)
+
+        self.decoder.run(sentences(), self._finish)
+        return [self.result(jobs[number]) for number in range(len(texts))]
+
+    def begin(
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
+        by_sentence: bool = False,
+    ) -> list[Job]:
+        """Tokenize ``texts``; the sentences of the jobs are for ``decoder.add``. ``by_sentence`` splits short texts too."""
+        with self.decoder.seconds.counting("tokenizing"):
+            generation = generation or self.task.generation
+            return self._jobs(texts, range(len(texts)), generation, long_input, scored, by_sentence)
+
+    def _jobs(
+        self,
+        texts: Sequence[str],
+        numbers: Sequence[int],
+        generation: Generation,
+        long_input: LongInput,
+        scored: bool,
+        by_sentence: bool,
+    ) -> list[Job]:
+        """``numbers``: what errors call each text."""
+        texts = [normalize(text) for text in texts]
+        pieces = [split_sentences(text) if by_sentence else [(text, "")] for text in texts]
+        encoded = iter(self._tokenizer.encode([piece for text in pieces for piece, _ in text]))
+        jobs = []
+        for number, text in zip(numbers, pieces):
+            job = Job([], [])
+            for piece, separator in text:
+                ids = next(encoded)
+                if not piece.strip():
+                    continue
+                if len(ids) <= self.task.max_source_length:
+                    parts = [(ids, separator)]
+                elif long_input == "refuse":
+                    raise DataError(
+                        f"text {number}: has {len(ids)} tokens, the model takes {self.task.max_source_length}",
+                        "shorten it, or let it be split at sentence ends",
+                    )
+                else:
+                    parts = self._split(piece, separator)
+                job.sentences += [Sentence(ids, generation, scored) for ids, _ in parts]
+                job.separators += [after for _, after in parts]
+            jobs.append(job)
+        return jobs
+
+    def _finish(self, sentence: Sentence) -> None:
+        assert sentence.result is not None
+        sentence.text = self._tokenizer.decode([sentence.result.tokens.tolist()])[0]
+
+    def sentence_text(self, sentence: Sentence) -> str:
+        """The text of a sentence that is done."""
+        if sentence.text is None:
+            with self.decoder.seconds.counting("detokenizing"):
+                self._finish(sentence)
+        assert sentence.text is not None
+        return sentence.text
+
+    def result(self, job: Job) -> Translated:
+        """Put a job that is done together. Its score is the mean of its sentences', by target tokens."""
+        if not job.sentences:
+            return EMPTY
+        tokens, scores, length = 0, 0.0, False
+        texts = []
+        for sentence in job.sentences:
+            assert sentence.result is not None
+            ids = sentence.result.tokens.tolist()
+            tokens += len(ids)
+            scores += sentence.result.score * len(ids)
+            length |= finish_of(ids, sentence.generation, self.task.eos_token_ids) == "length"
+            texts.append(self.sentence_text(sentence))
+        joined = "".join(text + after for text, after in zip(texts, job.separators))
+        source_tokens = sum(len(sentence.token_ids) for sentence in job.sentences)
+        return Translated(joined, scores / tokens, source_tokens, tokens, "length" if length else "eos")
+
+    def close(self) -> None:
+        """Nothing to release: the graphs go with the object."""
+
+    def _split(self, text: str, separator: str) -> list[tuple[list[int], str]]:
+        def tokens(piece: str) -> int:
+            if len(piece) > _CHARS_PER_TOKEN * self.task.max_source_length:
+                return len(piece)
+            return len(self._tokenizer.encode([piece])[0])
+
+        parts = fit(text, tokens, self.task.max_source_length)
+        separators = [after for _, after in parts[:-1]] + [separator]
+        return list(zip(self._tokenizer.encode([piece for piece, _ in parts]), separators))
+
+
+def load_translator(
+    folder: Path,
+    task: Translation,
+    files: Sequence[str],
+    threads: int,
+    *,
+    engine: str = TRANSLATION_ENGINE,
+    device: int = 0,
+    max_rows: int = MAX_ROWS,
+    max_cache_bytes: int = MAX_CACHE_BYTES,
+) -> Translator:
+    """Assemble a translator from an export's or a packaged version's folder; ``files`` as its ``DecodeModel`` has them.
+
+    Where the model takes less than ``task`` and ``max_rows`` say, the translator's own ``task`` and decoder say so.
+    """
+    tokenizer = load_translation_tokenizer(folder, task.source, task.target)
+    model = load_decode_model(engine, folder, files, threads, device)
+    if model.limits is not None:
+        task, max_rows = within(task, model.limits), min(max_rows, model.limits.rows)
+    decoder = Decoder(model, task, max_rows=max_rows, max_cache_bytes=max_cache_bytes, workers=threads)
+    return Translator(task, tokenizer, decoder)
+
+
+def within(task: Translation, limits: DecodeLimits) -> Translation:
+    """The task of a model that takes no more than ``limits``: longer texts are split, longer translations end."""
+    target = min(task.max_target_length, limits.target)
+    longest = min(task.generation.max_length, target)
+    return dataclasses.replace(
+        task,
+        max_source_length=min(task.max_source_length, limits.source),
+        max_target_length=target,
+        generation=dataclasses.replace(
+            task.generation, max_length=longest, min_length=min(task.generation.min_length, longest)
+        ),
+    )
+
+
+class TextTranslator(Protocol):
+    """Texts in, texts out."""
+
+    task: Translation
+
+    def translate(
+        self,
+        texts: Sequence[str],
+        generation: Generation | None = None,
+        *,
+        long_input: LongInput = "split",
+        scored: bool = True,
+    ) -> list[Translated]:
+        """One for each text, in their order; ``generation`` in place of the task's own.
+
+        Without ``scored`` scores may be 0, and come at no cost. Raises DataError or RequestError for a
+        text that is too long, when ``long_input`` is "refuse".
+        """
+
+    def close(self) -> None:
+        """Release connections."""

@@ -1,0 +1,324 @@
+"""Parallel text from every kind of source, and texts to translate."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from deploykit.data.read import Record, read_lines, read_records
+from deploykit.data.texts import TEXT_COLUMNS, TextRow
+from deploykit.errors import DataError, UsageError
+from deploykit.runtime.text import normalize
+from deploykit.tasks.translation.catalogs import CATALOGS, read_catalog, read_catalog_sources
+from deploykit.tasks.translation.languages import closest, distance
+from deploykit.tasks.translation.pairs import PairColumns, RawPair, one_line
+from deploykit.tasks.translation.tmx import read_tmx
+
+# "1" and "2" are the columns of a table without a header.
+SOURCE_COLUMNS = ("source", "src", "source_text", "src_text", "source_sentence", "original", "1")
+TARGET_COLUMNS = ("target", "tgt", "trg", "target_text", "tgt_text", "target_sentence", "translation", "reference", "2")
+# JSON rows may leave keys out, so the first row alone does not tell the columns.
+_ROWS_FOR_COLUMNS = 100
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+
+
+def load_pairs(
+    path: str,
+    *,
+    source: str,
+    target: str,
+    source_column: str | None = None,
+    target_column: str | None = None,
+    prefer: PairColumns | None = None,
+    encoding: str | None = None,
+    split: str = "train",
+) -> tuple[list[RawPair], PairColumns]:
+    """Read every row of ``path``, whose texts are in the languages ``source`` and ``target`` (codes).
+
+    ``path`` is one of
+    - what ``read_records`` reads. Columns not given are those of ``prefer`` where the table has them,
+      else detected: by language ("en", "eng_Latn", "sentence_en", "French") or role ("source", "src").
+      A nested cell's fields are columns too: ``translation.en``.
+    - a .tsv without a header, as parallel corpora often are: its first line has two fields that do not
+      name both columns (or columns are given by number: "1", "2"). Quotes are then plain characters,
+      and each line is a row.
+    - a .tmx, .po or .mo file.
+    - two text files, a text a line: "a.txt,b.txt", or "corpus" for corpus.en and corpus.fr.
+
+    Raises:
+        DataError: unreadable, no rows, no such column, text files of unequal length.
+        UsageError: one column is given for both sides.
+    """
+    suffix = Path(path).suffix.lower()
+    if files := _paired_files(path, source, target):
+        rows: Iterable[RawPair] = _paired_lines(*files, encoding)
+        columns = PairColumns(source, target)
+    elif suffix == ".tmx":
+        name = normalize(Path(path).name)
+        units = read_tmx(_existing(path), (source, target), encoding)
+        rows = (RawPair(unit.texts[0], unit.texts[1], f"{name}:{unit.line}") for unit in units)
+        columns = PairColumns(source, target)
+    elif suffix in CATALOGS:
+        rows = read_catalog(_existing(path), target, encoding)
+        columns = PairColumns("msgid", "msgstr")
+    else:
+        if Path(path).is_file() and suffix not in _TABLES:
+            raise DataError(
+                f"{path}: files of type {suffix!r} are not read as pairs",
+                f"give one of {', '.join(_TABLES)}, .tmx, .po, .mo, or two text files: source.txt,target.txt",
+            )
+        preferred = (prefer.source, prefer.target) if prefer else ()
+        given = (source_column, target_column)
+        records, names = _table(path, given, preferred, (source, target), encoding, split)
+        if prefer is not None:
+            source_column = source_column or _preferred(prefer.source, target_column, names)
+            target_column = target_column or _preferred(prefer.target, source_column, names)
+        columns = detect_pair_columns(
+            names, source=source, target=target, source_column=source_column, target_column=target_column, path=path
+        )
+        rows = (
+            RawPair(_cell(record.values.get(columns.source)), _cell(record.values.get(columns.target)), record.origin)
+            for record in records
+        )
+    pairs = list(rows)
+    if not pairs:
+        raise DataError(f"{path}: has no rows", "give a file with rows")
+    return pairs, columns
+
+
+def read_sources(
+    path: str,
+    *,
+    column: str | None = None,
+    source: str,
+    prefer: str | None = None,
+    encoding: str | None = None,
+    split: str = "train",
+) -> Iterator[TextRow]:
+    """Stream the texts to translate, each as one line, in the language ``source``.
+
+    Every row is yielded, so that answers can be put beside rows: an empty one as an empty text, a
+    missing one with its problem. A row is a line of a .txt file (what ``\\n`` ends), a row of a table
+    (column given, ``prefer``, or detected as by ``load_pairs``), a msgid or msgid_plural of a catalog
+    that is not obsolete, or a unit of a TMX file. Raises as ``load_pairs``.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix == ".txt":
+        texts: Iterable[tuple[str, str | None]] = _lines(_existing(path), encoding)
+    elif suffix == ".tmx":
+        name = normalize(Path(path).name)
+        texts = ((f"{name}:{unit.line}", unit.texts[0]) for unit in read_tmx(_existing(path), (source,), encoding))
+    elif suffix in CATALOGS:
+        texts = read_catalog_sources(_existing(path), encoding)
+    else:
+        records, names = _table(path, (column,), (prefer,), (source,), encoding, split)
+        used = column or (prefer if prefer in names else None) or _source_column(names, source, path)
+        _require(used, names, path, "--source-column")
+        texts = ((record.origin, _cell(record.values.get(used))) for record in records)
+    for origin, text in texts:
+        yield TextRow(origin, None, "the text is missing") if text is None else TextRow(origin, one_line(text), None)
+
+
+def detect_pair_columns(
+    names: Sequence[str],
+    *,
+    source: str,
+    target: str,
+    source_column: str | None = None,
+    target_column: str | None = None,
+    path: str,
+) -> PairColumns:
+    """Choose the columns that are not given: both by the same kind of name where that is possible.
+
+    With two columns, one of which is known, the other takes the other role. Raises DataError listing
+    the columns when a given one does not exist or none can be chosen.
+    """
+    _require(source_column, names, path, "--source-column")
+    _require(target_column, names, path, "--target-column")
+    if source_column is not None and source_column == target_column:
+        raise UsageError(f"column {source_column!r} is given as source and as target", "choose another --target-column")
+    sources = [source_column] * 4 if source_column else _candidates(names, source, SOURCE_COLUMNS, target_column)
+    targets = [target_column] * 4 if target_column else _candidates(names, target, TARGET_COLUMNS, source_column)
+    # The same kind of name first ("id" may be Indonesian, or a number beside "source" and "target").
+    found = next(((s, t) for s, t in zip(sources, targets) if s and t and s != t), None)
+    if found is None:
+        one, other = (next((name for name in side if name), None) for side in (sources, targets))
+        if len(names) == 2 and bool(one) != bool(other):
+            rest = next(name for name in names if name != (one or other))
+            one, other = one or rest, other or rest
+        if one is None or other is None or one == other:
+            side, option = ("target", "--target-column") if one and not other else ("source", "--source-column")
+            both = "--source-column and --target-column" if one == other else option
+            raise DataError(
+                f"{path}: no column is recognized as the {side} ({source} to {target}); {_listed(names)}",
+                f"give {both}",
+            )
+        found = one, other
+    return PairColumns(*found)
+
+
+def _candidates(names: Sequence[str], code: str, usual: Sequence[str], other: str | None) -> list[str | None]:
+    """The column of a language by each kind of name: its code, another code or name of it, a part of a name, its role."""
+    names = [name for name in names if name != other]
+    by_lower = {name.lower(): name for name in reversed(names)}
+    exact = next((name for name in names if _plain(name) == _plain(code)), None)
+    by_part = {name: far for name in names if (far := _language_part(name, code)) is not None}
+    nearest = [name for name in by_part if by_part[name] == min(by_part.values())]
+    # Two columns of a language (title_en, text_en) leave the choice to the user.
+    part = nearest[0] if len(nearest) == 1 else None
+    return [exact, closest(code, names), part, next((by_lower[name] for name in usual if name in by_lower), None)]
+
+
+def _language_part(name: str, code: str) -> int | None:
+    """How close the language is that the name begins or ends with (``distance``), None if it is another or none."""
+    words = re.split(r"[^A-Za-z0-9]+", name)
+    ends = [(words[i:], words[:i]) for i in range(1, len(words))]
+    found = [d for pair in ends for part in pair if (d := distance(code, "_".join(part))) is not None]
+    return min(found, default=None)
+
+
+def _plain(code: str) -> str:
+    return code.lower().replace("-", "_")
+
+
+def _source_column(names: Sequence[str], source: str, path: str) -> str:
+    found = next((name for name in _candidates(names, source, (*SOURCE_COLUMNS, *TEXT_COLUMNS), None) if name), None)
+    if found is None and len(names) == 1:
+        found = names[0]
+    if found is None:
+        raise DataError(
+            f"{path}: no column is recognized as the source ({source}); {_listed(names)}", "give --source-column"
+        )
+    return found
+
+
+def _preferred(column: str, other: str | None, names: Sequence[str]) -> str | None:
+    return column if column in names and column != other else None
+
+
+def _require(given: str | None, names: Sequence[str], path: str, option: str) -> None:
+    if given is not None and given not in names:
+        raise DataError(f"{path}: has no column {given!r}; {_listed(names)}", f"give {option} one of these")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"its columns are {', '.join(map(repr, names))}"
+
+
+def _table(
+    path: str,
+    given: Sequence[str | None],
+    preferred: Sequence[str | None],
+    languages: Sequence[str],
+    encoding: str | None,
+    split: str,
+) -> tuple[Iterator[Record], list[str]]:
+    """Records with nested fields beside the others, and the columns that the first of them have."""
+    if Path(path).suffix.lower() == ".tsv" and Path(path).is_file():
+        first = next((line for line in read_lines(Path(path), encoding, newline="\n") if line.strip()), "")
+        if _has_no_header(first, given, preferred, languages):
+            return _bare_rows(Path(path), encoding), [str(n) for n, _ in enumerate(first.split("\t"), start=1)]
+    records = (Record(r.origin, _flat(r.values)) for r in read_records(path, encoding=encoding, split=split))
+    head = list(itertools.islice(records, _ROWS_FOR_COLUMNS))
+    if not head:
+        raise DataError(f"{path}: has no rows", "give a file with rows")
+    return itertools.chain(head, records), list(dict.fromkeys(name for record in head for name in record.values))
+
+
+def _has_no_header(
+    first: str, given: Sequence[str | None], preferred: Sequence[str | None], languages: Sequence[str]
+) -> bool:
+    names = [cell.strip().strip('"') for cell in first.split("\t")]
+    named = [name for name in given if name is not None]
+    if any(name in names for name in (*named, *preferred)) or not all(name.isdecimal() for name in named):
+        return False
+    if named:
+        return len(names) > 1
+    sides = [(*SOURCE_COLUMNS, *TEXT_COLUMNS), TARGET_COLUMNS]
+    if all(any(_candidates(names, code, usual, None)) for code, usual in zip(languages, sides)):
+        return False
+    return len(names) == 2 or (len(names) > 2 and bool(preferred) and all(n and n.isdecimal() for n in preferred))
+
+
+def _bare_rows(path: Path, encoding: str | None) -> Iterator[Record]:
+    name, fields = normalize(path.name), 0
+    for number, line in enumerate(read_lines(path, encoding, newline="\n"), start=1):
+        if not line.strip():
+            continue
+        cells = line.rstrip("\r\n").split("\t")
+        fields = fields or len(cells)
+        if len(cells) != fields:
+            raise DataError(
+                f"{path}: line {number} has {len(cells)} fields, the first has {fields}",
+                "separate source and target by one tab, and write none inside a text",
+            )
+        yield Record(f"{name}:{number}", {str(n): cell for n, cell in enumerate(cells, start=1)})
+
+
+def _flat(values: Mapping[str, object]) -> Mapping[str, object]:
+    nested = {f"{name}.{key}": v for name, cell in values.items() if isinstance(cell, dict) for key, v in cell.items()}
+    return {**{k: v for k, v in values.items() if not isinstance(v, dict)}, **nested} if nested else values
+
+
+def _cell(value: object) -> str | None:
+    """A cell as text; None for what is missing or not a single value."""
+    if isinstance(value, str):
+        return value
+    return str(value) if isinstance(value, int | float) and value == value else None
+
+
+def _paired_files(path: str, source: str, target: str) -> tuple[Path, Path] | None:
+    """The two text files that ``path`` names, or None where it names something else."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        return None
+    if "," in path:
+        files = [Path(part) for part in path.split(",")]
+        if missing := next((file for file in files if not file.is_file()), None):
+            raise DataError(f"{missing}: no such file", "check the path")
+        if len(files) != 2:
+            raise DataError(f"{path}: names {len(files)} files", "give the source's and the target's: a.txt,b.txt")
+        return files[0], files[1]
+    prefix = Path(path)
+    beside = [f for f in prefix.parent.glob(f"{_escaped(prefix.name)}.*") if f.is_file()] if prefix.name else []
+    by_code = {file.name[len(prefix.name) + 1 :]: file for file in sorted(beside)}
+    found = [closest(code, [code] * (code in by_code) or by_code) for code in (source, target)]
+    if found[0] is None or found[1] is None or found[0] == found[1]:
+        if any(found) and not os.path.isdir(path) and found[0] != found[1]:
+            there, lacks = (found[0], target) if found[0] else (found[1], source)
+            raise DataError(
+                f"{path}.{lacks}: no such file, and {path}.{there} is there", "give both, or name them: a,b"
+            )
+        return None
+    return by_code[found[0]], by_code[found[1]]
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", name)
+
+
+def _paired_lines(source: Path, target: Path, encoding: str | None) -> Iterator[RawPair]:
+    name, counts = normalize(source.name), [0, 0]
+    files = (read_lines(file, encoding, newline="\n") for file in (source, target))
+    for number, (one, other) in enumerate(itertools.zip_longest(*files), start=1):
+        counts = [counts[0] + (one is not None), counts[1] + (other is not None)]
+        yield RawPair(one and one.rstrip("\r\n"), other and other.rstrip("\r\n"), f"{name}:{number}")
+    if counts[0] != counts[1]:
+        raise DataError(
+            f"{source} has {counts[0]:,} lines and {target} has {counts[1]:,}",
+            "line n of one must be the translation of line n of the other; find where they come apart",
+        )
+
+
+def _lines(path: Path, encoding: str | None) -> Iterator[tuple[str, str]]:
+    name = normalize(path.name)
+    for number, line in enumerate(read_lines(path, encoding, newline="\n"), start=1):
+        yield f"{name}:{number}", line.rstrip("\r\n")
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise DataError(f"{path}: no such file", "check the path")
+    return Path(path)

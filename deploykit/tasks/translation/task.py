@@ -1,0 +1,152 @@
+"""Translation: text of one language in, text of another out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from deploykit.runtime.generation import Generation, override
+from deploykit.runtime.protobuf_text import quoted
+from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
+from deploykit.tasks.translation.facts import Translation
+
+if TYPE_CHECKING:
+    from deploykit.runtime.engines.protocol import DecodeLimits
+    from deploykit.runtime.find_graphs import Graphs
+    from deploykit.tasks.bundle import BundledTask
+    from deploykit.tasks.translation.options import TranslationOptions
+    from deploykit.tasks.translation.predictor import TextTranslator
+    from deploykit.tasks.translation.training import TranslationStage
+
+
+class _Translation:
+    name = Translation.name
+    facts = Translation
+    verb = "translate"
+    does = "translates"
+    command = "translate"
+    auto_model = "AutoModelForSeq2SeqLM"
+    heads = ("ForConditionalGeneration", "MTModel", "MTHeadModel")
+    model_types = ("marian", "m2m_100", "t5")
+    triton_backend = "deploykit.tasks.translation.triton_backend:TranslationBackend"
+    outputs = ("TRANSLATION", "TARGET_TOKENS")
+    columns = ("source_column", "target_column")
+    settings = ("max_rows", "max_cache_mb", "long_input", "in_flight")
+    instances = 1
+    stream_backend = "deploykit.tasks.translation.triton_stream:StreamBackend"
+
+    def read_facts(self, record: Mapping[str, Any]) -> Translation:
+        return Translation(**{**record, "generation": Generation(**record["generation"])})
+
+    def options(self) -> type[TranslationOptions]:
+        from deploykit.tasks.translation.options import TranslationOptions
+
+        return TranslationOptions
+
+    def training_stage(self, options: TranslationOptions) -> TranslationStage:
+        from deploykit.tasks.translation.training import TranslationStage
+
+        return TranslationStage(options)
+
+    def model_card(
+        self, facts: Translation, origin: str, metrics: Mapping[str, Any], held_out: str, rows: int
+    ) -> tuple[list[str], list[str]]:
+        from deploykit.tasks.translation import model_card
+
+        return model_card.head(facts, origin), model_card.results(metrics, held_out)
+
+    def export_steps(self) -> ModuleType:
+        from deploykit.tasks.translation import export
+
+        return export
+
+    def open_checkpoint(self, path: Path) -> TextTranslator:
+        from deploykit.tasks.translation.checkpoint import TorchTranslator
+
+        return TorchTranslator.load(path)
+
+    def open_graphs(self, path: Path, facts: Translation, graphs: Graphs, threads: int | None) -> TextTranslator:
+        from deploykit.hardware import available_cpus
+        from deploykit.tasks.translation.predictor import load_translator
+
+        return load_translator(path, facts, graphs.files, threads or available_cpus(), engine=graphs.engine)
+
+    def open_served(self, name: str, url: str) -> TextTranslator:
+        from deploykit.tasks.translation.served import ServedTranslator
+
+        return ServedTranslator(name, url)
+
+    def tokenizer_files(self, files: Sequence[str]) -> Iterator[str]:
+        from deploykit.tasks.translation import tokenizer as names
+
+        all_files = (names.RECORD, names.TOKENIZER, names.SOURCE_SPM, names.TARGET_SPM, names.VOCABULARY, names.TOKENS)
+        yield from (file for file in all_files if file in files)
+
+    def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
+        from deploykit.tasks.translation.triton_config import STREAM, TRANSLATION
+
+        if streams is not None:
+            return STREAM.substitute(streams=streams, task=quoted(record))
+        return TRANSLATION.substitute(values, task=quoted(record))
+
+    def answer(
+        self, predictor: TextTranslator, texts: Sequence[str], generation: Generation | None = None
+    ) -> list[Answer]:
+        # Without scores greedy search is faster.
+        return [Answer(t.text, t.target_tokens) for t in predictor.translate(texts, generation, scored=False)]
+
+    def grade(
+        self, predictor: TextTranslator, texts: Sequence[str], truth: Sequence[str], generation: Generation | None
+    ) -> Grade:
+        from deploykit.tasks.translation.evaluate import grade
+
+        return grade(predictor, texts, truth, generation)
+
+    def evaluate(
+        self, predictor: TextTranslator, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        generation: Mapping[str, Any], progress: Progress,
+    ) -> Evaluation:  # fmt: skip
+        from deploykit.tasks.translation.evaluate import evaluate_translator, translated_rows
+
+        pairs = translated_rows(
+            source, predictor.task, source_column=columns.get("source_column"),
+            target_column=columns.get("target_column"), encoding=encoding, split=split,
+        )  # fmt: skip
+        return evaluate_translator(predictor, pairs, self.override(predictor.task, generation), progress=progress)
+
+    def read_texts(
+        self, source: str, facts: Translation, *, encoding: str | None, columns: Mapping[str, Any]
+    ) -> list[tuple[str, str | None]]:
+        from deploykit.tasks.translation.evaluate import texts_and_references
+
+        return texts_and_references(source, facts, columns.get("source_column"), columns.get("target_column"), encoding)
+
+    def request_parameters(self, facts: Translation, generation: Generation | None) -> dict[str, Any]:
+        from deploykit.tasks.translation.served import request_parameters
+
+        return request_parameters(facts, generation or facts.generation)
+
+    def override(self, facts: Translation, generation: Mapping[str, Any]) -> Generation:
+        return override(facts, generation)
+
+    def describe(self, facts: Translation) -> str:
+        search = "greedy search" if facts.generation.beam_size == 1 else f"{facts.generation.beam_size} beams"
+        return (
+            f"language {facts.source} to {facts.target} ({facts.family}), {facts.vocabulary:,} pieces; at most "
+            f"{facts.max_source_length} tokens in and {facts.generation.max_length} out, {search}"
+        )
+
+    def bundle(self, facts: Translation) -> BundledTask:
+        from deploykit.tasks.translation.bundle import BundledTranslator
+
+        return BundledTranslator(facts)
+
+    def within(self, facts: Translation, limits: DecodeLimits) -> Translation:
+        from deploykit.tasks.translation.predictor import within
+
+        return within(facts, limits)
+
+
+TASK = _Translation()

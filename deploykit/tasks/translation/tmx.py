@@ -1,0 +1,146 @@
+"""Translation units of a TMX file, streamed.
+
+TMX 1.4b: https://www.gala-global.org/tmx-14b. Whatever the file's size, one unit is in memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.parsers import expat
+
+from deploykit.errors import DataError, UsageError
+from deploykit.runtime.text import MAX_TEXT_CHARS
+from deploykit.tasks.translation.languages import distance
+
+# What these hold is code of the document's format (a tag, a field), not text.
+_CODES = frozenset(("bpt", "ept", "it", "ph", "ut", "sub"))
+_BLOCK = 1 << 16
+_LANGUAGES_IN_MESSAGE = 20
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The texts of a ``<tu>`` in the languages asked for, None where it has none, and its line."""
+
+    line: int
+    texts: tuple[str | None, ...]
+
+
+def read_tmx(path: Path, languages: Sequence[str], encoding: str | None = None) -> Iterator[Unit]:
+    """Stream the units; of variants in several regions the one closest to the language asked for counts.
+
+    Inline codes are left out. ``encoding`` overrides what the file says of itself.
+
+    Raises:
+        DataError: not well-formed XML, not TMX, entities declared or undefined, no unit that has all ``languages``.
+        UsageError: ``encoding`` is not known.
+    """
+    if encoding is not None:
+        try:
+            encoding = codecs.lookup(encoding).name.removesuffix("-sig")
+        except LookupError:
+            raise UsageError(f"--encoding {encoding!r} is not a known text encoding", "utf-8 or utf-16, say") from None
+    found = _Found(path, languages, encoding)
+    complete = False
+    try:
+        with path.open("rb") as file:
+            last = False
+            while not last:
+                block = file.read(_BLOCK)
+                last = not block
+                found.parser.Parse(block, last)
+                for unit in found.units:
+                    complete = complete or None not in unit.texts
+                    yield unit
+                found.units.clear()
+    except expat.ExpatError as error:
+        raise DataError(
+            f"{path}: line {error.lineno} is not well-formed XML: {expat.ErrorString(error.code)}",
+            "correct the file, or export it again",
+        ) from None
+    except (LookupError, ValueError) as error:  # An encoding that neither expat nor Python can map to characters.
+        raise DataError(f"{path}: its encoding cannot be read: {error}", "save it as UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}", "check the file") from error
+    if not complete:
+        has = ", ".join(map(repr, found.seen)) or "none"
+        raise DataError(
+            f"{path}: no unit has text in {' and '.join(map(repr, languages))}; its languages are {has}",
+            "give --source and --target of these",
+        )
+
+
+class _Found:
+    """A parser, and the units that it has found and nobody has taken yet."""
+
+    def __init__(self, path: Path, languages: Sequence[str], encoding: str | None) -> None:
+        self.units: list[Unit] = []
+        self.seen: dict[str, None] = {}
+        self._path = path
+        self._languages = languages
+        self._line = 0
+        self._inside = self._codes = 0
+        self._variant = ""
+        self._texts: dict[int, tuple[int, str]] = {}
+        self._segment: list[str] | None = None
+        self._length = 0
+        self.parser = expat.ParserCreate(encoding)
+        self.parser.buffer_text = True
+        self.parser.StartElementHandler = self._start
+        self.parser.EndElementHandler = self._end
+        self.parser.CharacterDataHandler = self._characters
+        # Expat itself fetches nothing from outside; here nothing expands either.
+        self.parser.EntityDeclHandler = self._declared
+        self.parser.SkippedEntityHandler = self._undefined
+
+    def _start(self, tag: str, attributes: dict[str, str]) -> None:
+        if not self._inside and tag != "tmx":
+            raise DataError(f"{self._path}: is not TMX: it begins with <{tag}>", "give a file that begins with <tmx>")
+        self._inside += 1
+        if tag == "tu":
+            self._line, self._texts = self.parser.CurrentLineNumber, {}
+        elif tag == "tuv":
+            # TMX 1.1 had no "xml:".
+            self._variant = attributes.get("xml:lang") or attributes.get("lang") or ""
+            if self._variant and len(self.seen) < _LANGUAGES_IN_MESSAGE:
+                self.seen[self._variant] = None
+        elif tag == "seg":
+            self._segment, self._length, self._codes = [], 0, 0
+        elif tag in _CODES:
+            self._codes += 1
+
+    def _end(self, tag: str) -> None:
+        self._inside -= 1
+        if tag in _CODES:
+            self._codes -= 1
+        elif tag == "seg" and self._segment is not None:
+            text, self._segment = "".join(self._segment), None
+            for index, language in enumerate(self._languages):
+                far = distance(language, self._variant)
+                if far is not None and (index not in self._texts or far < self._texts[index][0]):
+                    self._texts[index] = (far, text)
+        elif tag == "tu":
+            texts = (self._texts.get(index, (0, None))[1] for index in range(len(self._languages)))
+            self.units.append(Unit(self._line, tuple(texts)))
+
+    def _characters(self, data: str) -> None:
+        # What is beyond the longest text anyone reads need not be kept: the rest is too long already.
+        if self._segment is not None and not self._codes and self._length <= MAX_TEXT_CHARS:
+            self._segment.append(data)
+            self._length += len(data)
+
+    def _declared(self, name: str, *_: object) -> None:
+        raise DataError(
+            f"{self._path}: line {self.parser.CurrentLineNumber} declares the entity {name!r}, which is refused",
+            "write the characters themselves, and remove the <!ENTITY> declarations",
+        )
+
+    def _undefined(self, name: str, is_parameter: bool) -> None:
+        if not is_parameter:
+            raise DataError(
+                f"{self._path}: line {self.parser.CurrentLineNumber}: the entity &{name}; is not defined",
+                "write the character itself",
+            )

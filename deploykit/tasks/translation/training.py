@@ -1,0 +1,409 @@
+"""The translation stage: pairs of texts in, an encoder-decoder out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    MarianConfig,
+    MarianMTModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+
+from deploykit import artifacts
+from deploykit.errors import DataError, UsageError
+from deploykit.tasks.translation.checkpoint import TorchTranslator, generation_config, translation_task
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.metrics import bleu_and_chrf, translation_metrics
+from deploykit.tasks.translation.options import TranslationOptions
+from deploykit.tasks.translation.presets import PRESETS, Preset
+from deploykit.tasks.translation.rows import (
+    Pair,
+    PairCleaningReport,
+    PairColumns,
+    RawPair,
+    clean_pairs,
+    drop_pair_leaks,
+    load_pairs,
+    split_pairs,
+)
+from deploykit.tasks.translation.vocabulary import train_tokenizer
+from deploykit.training import trainer
+from deploykit.training.checkpoint import load_model, load_tokenizer, not_loadable
+from deploykit.training.padding import padded
+from deploykit.training.rows import Rows, Say
+from deploykit.training.source import check_family
+from deploykit.training.trainer import Trained
+
+_POSITIONS = 512
+_SAMPLES = 5
+_IGNORED = -100
+"""The label that PyTorch's loss passes over."""
+
+
+class TranslationStage:
+    """One run, from the checks that need no rows to the measured model."""
+
+    def __init__(self, options: TranslationOptions) -> None:
+        self._options = options
+        if options.model is None:
+            if options.max_length > _POSITIONS:
+                raise UsageError(
+                    f"--max-length is {options.max_length}, but {options.origin} takes at most {_POSITIONS} tokens",
+                    f"give --max-length {_POSITIONS} or less",
+                )
+            return
+        self._tokenizer = load_tokenizer(options.model, fast=False)
+        self._task = checkpoint_task(options, self._tokenizer)
+        limit = min(self._task.max_source_length, self._task.max_target_length - 1)
+        if options.max_length > limit:
+            raise UsageError(
+                f"--max-length is {options.max_length}, but {options.origin} takes at most {limit} tokens",
+                f"give --max-length {limit} or less",
+            )
+
+    def load(self, source: str, split: str, columns: PairColumns | None) -> tuple[list[RawPair], PairColumns]:
+        options = self._options
+        return load_pairs(
+            source,
+            source=options.source,
+            target=options.target,
+            source_column=options.source_column,
+            target_column=options.target_column,
+            prefer=columns,
+            encoding=options.encoding,
+            split=split,
+        )
+
+    def clean(self, raw: Sequence[RawPair]) -> tuple[list[Pair], PairCleaningReport]:
+        return clean_pairs(raw, source=self._options.source, target=self._options.target)
+
+    def check(self, splits: Mapping[str, Sequence[Pair]]) -> None:
+        if not splits["train"]:
+            raise DataError(f"{self._options.train}: no usable rows", "give rows that have a source and a target")
+
+    def drop_leaks(self, train: Sequence[Pair], held_out: Sequence[Pair]) -> tuple[list[Pair], int]:
+        return drop_pair_leaks(train, held_out)
+
+    def take(self, rows: Sequence[Pair], count: int) -> list[Pair]:
+        return random.Random(self._options.seed).sample(list(rows), count)
+
+    def split(
+        self, rows: Sequence[Pair], *, validation: float, test: float
+    ) -> tuple[list[Pair], list[Pair], list[Pair]]:
+        most = self._options.held_out_rows / len(rows)
+        train, validation_rows, test_rows = split_pairs(
+            rows, validation=min(validation, most), test=min(test, most), seed=self._options.seed
+        )
+        return list(train), list(validation_rows), list(test_rows)
+
+    def train(self, rows: Rows[Pair, PairColumns], work: Path, say: Say) -> Trained:
+        options = self._options
+        model, tokenizer, task = (
+            self._from_checkpoint() if options.model is not None else self._from_config(rows.splits["train"], say)
+        )
+        task = dataclasses.replace(task, source_column=rows.columns.source, target_column=rows.columns.target)
+        translator = TorchTranslator(model, tokenizer, task)
+        shown = "test" if rows.splits["test"] else "validation"
+        before = _before(translator, rows.splits[shown], work / "before.json", say) if options.model else None
+        train_set = EncodedPairs(translator, rows.splits["train"], max_length=options.max_length)
+        if left_out := len(rows.splits["train"]) - len(train_set):
+            say(f"  - {left_out:,} training rows left out: longer than --max-length {options.max_length}")
+        if not len(train_set):
+            raise DataError(f"{options.train}: every row is longer than --max-length", "raise --max-length")
+        validation = rows.splits["validation"][: options.eval_rows]
+        say(f"training on {len(train_set):,} rows, validating on {len(validation):,}")
+        model = _train(translator, train_set, validation, options, work, say)
+        say("translating the held-out rows")
+        after = {name: _translations(translator, rows.splits[name]) for name in ("validation", "test")}
+        metrics: dict[str, Any] = {
+            name: _metrics(translations, rows.splits[name]) for name, translations in after.items() if translations
+        }
+        if before is not None:
+            metrics["before"] = {shown: _metrics(before, rows.splits[shown])}
+        metrics["samples"] = _samples(rows.splits[shown], after[shown], before)
+        return Trained(task, model, tokenizer, metrics)
+
+    def _from_checkpoint(self) -> tuple[Any, Any, Translation]:
+        """The checkpoint as ``options`` want it."""
+        options, task = self._options, self._task
+        dropout = "dropout_rate" if task.family == "t5" else "dropout"
+        config = {} if options.dropout is None else {dropout: options.dropout}
+        assert options.model is not None
+        model = load_model(options.model, Translation.name, **config)
+        model.generation_config.num_beams = task.generation.beam_size
+        model.generation_config.forced_bos_token_id = task.generation.forced_bos_token_id
+        if options.lora_rank:
+            model = trainer.with_adapter(model, options, "SEQ_2_SEQ_LM")
+        return model, self._tokenizer, task
+
+    def _from_config(self, train: Sequence[Pair], say: Say) -> tuple[Any, Any, Translation]:
+        """A new MarianMT and its vocabulary."""
+        options = self._options
+        assert options.from_config is not None
+        tokenizer = train_tokenizer(
+            [pair.source for pair in train],
+            [pair.target for pair in train],
+            languages=(options.source, options.target),
+            size=options.vocabulary,
+            max_length=options.max_length,
+        )
+        model = new_marian(PRESETS[options.from_config], tokenizer, options)
+        say(f"new: {model.num_parameters():,} parameters, a vocabulary of {len(tokenizer):,} pieces")
+        task = translation_task(
+            model.config, model.generation_config, tokenizer, options.origin, options.source, options.target
+        )
+        return model, tokenizer, task
+
+
+def checkpoint_task(options: TranslationOptions, tokenizer: Any) -> Translation:
+    """What the checkpoint that ``options`` name is, before its weights are read."""
+    model = options.origin
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        try:
+            generation = GenerationConfig.from_pretrained(model)
+        except OSError:  # none was saved with it
+            generation = GenerationConfig.from_model_config(config)
+    except Exception as error:  # transformers raises whatever its dozen loaders raise
+        raise not_loadable(model, error) from error
+    check_family(model, config.model_type, Translation.name)
+    task = translation_task(config, generation, tokenizer, model, options.source, options.target)
+    if options.beam is None:
+        return task
+    return dataclasses.replace(task, generation=dataclasses.replace(task.generation, beam_size=options.beam))
+
+
+def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> Any:
+    """A MarianMT with random weights, as opus-mt's are configured."""
+    vocabulary, pad, eos = len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id
+    config = MarianConfig(
+        vocab_size=vocabulary,
+        d_model=preset.d_model,
+        encoder_layers=preset.encoder_layers,
+        decoder_layers=preset.decoder_layers,
+        encoder_attention_heads=preset.heads,
+        decoder_attention_heads=preset.heads,
+        encoder_ffn_dim=preset.ffn,
+        decoder_ffn_dim=preset.ffn,
+        max_position_embeddings=_POSITIONS,
+        activation_function="swish",
+        scale_embedding=True,
+        dropout=options.dropout or 0.0,
+        # The embedding's: scaled, it and the logits that it gives have a variance of 1.
+        init_std=preset.d_model**-0.5,
+        pad_token_id=pad,
+        eos_token_id=eos,
+        bos_token_id=eos,
+        decoder_start_token_id=pad,
+        forced_eos_token_id=eos,
+    )
+    model = MarianMTModel._from_config(config, attn_implementation="eager")
+    for name, weight in model.named_parameters():
+        if name.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
+            torch.nn.init.xavier_uniform_(weight)
+    model.generation_config = GenerationConfig(
+        max_length=min(2 * options.max_length, _POSITIONS),
+        num_beams=options.beam or 1,
+        bad_words_ids=[[pad]],
+        pad_token_id=pad,
+        eos_token_id=eos,
+        bos_token_id=eos,
+        decoder_start_token_id=pad,
+        forced_eos_token_id=eos,
+    )
+    return model
+
+
+class EncodedPairs(Dataset):  # type: ignore[misc]
+    """Token ids of both sides of pairs, padded in each batch by ``collate``.
+
+    Pairs longer than ``max_length`` on a side are left out; without one, all are cut to the model's limits.
+    """
+
+    def __init__(self, translator: TorchTranslator, pairs: Sequence[Pair], *, max_length: int | None = None) -> None:
+        self.task = translator.task
+        cut = max_length is None
+        sources = translator.encode([pair.source for pair in pairs], cut=cut)
+        targets = translator.encode_targets([pair.target for pair in pairs], cut=cut)
+        self.rows = [row for row in zip(sources, targets) if max_length is None or max(map(len, row)) <= max_length]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> tuple[list[int], list[int]]:
+        return self.rows[row]
+
+    def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        """Labels are the target ids; the decoder reads them one step later, after the start token."""
+        pad = self.task.pad_token_id
+        input_ids, attention_mask = padded([source for source, _ in rows], pad)
+        labels, _ = padded([target for _, target in rows], _IGNORED)
+        decoder_input_ids, _ = padded([[self.task.decoder_start_token_id, *target[:-1]] for _, target in rows], pad)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "decoder_input_ids": decoder_input_ids,
+            "labels": labels,
+        }
+
+
+class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
+    """Batches of rows of like length, as many as fit ``most`` tokens on their longer side.
+
+    Rows of one length are drawn anew for every epoch, and so is the order of the batches; their number stays.
+    """
+
+    def __init__(self, lengths: Sequence[int], most: int, seed: int) -> None:
+        self._lengths = np.asarray(lengths)
+        self._most = most
+        self._seed = seed
+        self._epoch = 0
+        self._bounds = list(self._cut(np.sort(self._lengths)))
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._bounds)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        random_numbers = np.random.default_rng((self._seed, self._epoch))
+        drawn = random_numbers.permutation(len(self._lengths))
+        rows = drawn[np.argsort(self._lengths[drawn], kind="stable")]
+        for i in random_numbers.permutation(len(self._bounds)):
+            yield rows[slice(*self._bounds[i])].tolist()
+
+    def _cut(self, lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+        start = 0
+        for i, length in enumerate(lengths.tolist()):
+            if (i + 1 - start) * length > self._most and i > start:
+                yield start, i
+                start = i
+        yield start, len(lengths)
+
+
+class TranslationTrainer(Seq2SeqTrainer):  # type: ignore[misc]
+    """Seq2SeqTrainer with batches by tokens: a batch of short texts holds many of them."""
+
+    def __init__(self, *, batches: TokenBatches, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._batches = batches
+
+    def get_train_dataloader(self) -> Any:
+        loader = DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+def _train(
+    translator: TorchTranslator,
+    train_set: EncodedPairs,
+    validation: Sequence[Pair],
+    options: TranslationOptions,
+    work: Path,
+    say: Say,
+) -> Any:
+    """The model as it was at its best evaluation: highest chrF of greedy search, among equals the lowest loss."""
+    model, task = translator.model, translator.task
+    validation = sorted(validation, key=lambda pair: len(pair.source))  # evaluated in this order, so padded little
+    validation_set = EncodedPairs(translator, validation)
+    batches = TokenBatches([max(map(len, row)) for row in train_set.rows], options.batch_tokens, options.seed)
+    longest = max(len(target) for _, target in validation_set.rows)
+    own = model.generation_config
+    # An untrained model never ends by itself; what is worth measuring is no longer than this.
+    greedy = dataclasses.replace(task.generation, beam_size=1, max_length=min(2 * longest + 8, task.max_target_length))
+    model.generation_config = generation_config(task, greedy)
+    try:
+        return trainer.run(
+            TranslationTrainer(
+                model=model,
+                args=trainer.arguments(
+                    options,
+                    len(batches),
+                    work / "trainer",
+                    Seq2SeqTrainingArguments,
+                    predict_with_generate=True,
+                    include_for_metrics=["loss"],
+                ),
+                batches=batches,
+                train_dataset=train_set,
+                eval_dataset=validation_set,
+                data_collator=train_set.collate,
+                compute_loss_func=_loss(options.label_smoothing),
+                compute_metrics=_evaluation(translator, [pair.target for pair in validation]),
+                callbacks=trainer.callbacks(options, work / "tensorboard", say),
+            )
+        )
+    finally:
+        model.generation_config = own
+
+
+def _loss(smoothing: float) -> Callable[..., torch.Tensor]:
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
+        items = num_items_in_batch if num_items_in_batch is not None else (labels != _IGNORED).sum()
+        logits = outputs["logits"].flatten(0, 1).float()
+        total = functional.cross_entropy(
+            logits, labels.flatten(), ignore_index=_IGNORED, label_smoothing=smoothing, reduction="sum"
+        )
+        return total / items
+
+    return loss
+
+
+def _evaluation(translator: TorchTranslator, references: Sequence[str]) -> Callable[[Any], dict[str, float]]:
+    def evaluate(prediction: Any) -> dict[str, float]:
+        generated = np.where(prediction.predictions == _IGNORED, translator.task.pad_token_id, prediction.predictions)
+        scores = bleu_and_chrf(translator.decode(generated.tolist()), references)
+        loss = float(np.mean(prediction.losses))
+        # Small validation sets tie often; among equals, Trainer would keep the first and least trained.
+        return {**scores, "selection": round(scores["chrf"], 2) - 1e-4 * loss}
+
+    return evaluate
+
+
+def _before(translator: TorchTranslator, pairs: Sequence[Pair], kept: Path, say: Say) -> list[str]:
+    """Translations of the checkpoint as it came; a run taken up again finds them in ``kept``."""
+    if kept.is_file():
+        found: list[str] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    say(f"translating {len(pairs):,} held-out rows, to measure the checkpoint as it is")
+    translations = _translations(translator, pairs)
+    with artifacts.new_file(kept) as path:
+        path.write_text(json.dumps(translations, ensure_ascii=False), encoding="utf-8")
+    return translations
+
+
+def _translations(translator: TorchTranslator, pairs: Sequence[Pair]) -> list[str]:
+    return [answer.text for answer in translator.translate([pair.source for pair in pairs], scored=False)]
+
+
+def _metrics(translations: Sequence[str], pairs: Sequence[Pair]) -> dict[str, Any]:
+    return translation_metrics(translations, [pair.target for pair in pairs], [pair.source for pair in pairs])
+
+
+def _samples(pairs: Sequence[Pair], after: Sequence[str], before: Sequence[str] | None) -> list[dict[str, str]]:
+    """Some held-out rows, evenly over their order, with what the model makes of them."""
+    shown = range(0, len(pairs), max(1, len(pairs) // _SAMPLES))[:_SAMPLES]
+    return [
+        {
+            "source": pairs[i].source,
+            "reference": pairs[i].target,
+            **({} if before is None else {"before": before[i]}),
+            "translation": after[i],
+        }
+        for i in shown
+    ]

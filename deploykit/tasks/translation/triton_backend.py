@@ -1,0 +1,227 @@
+"""Translation in the backend: requests join the running batch, and each is answered when its texts are done.
+
+``execute`` returns before its requests are answered. Triton's documentation tells of that for decoupled
+models alone, which plain HTTP cannot ask; but the sender of any request may be used later, once and from
+any thread (tried: 24.10). What it owes when this process dies, Triton does not notice: see
+``TritonServer.heal``.
+
+Source: Triton Python backend README, "Decoupled mode".
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from deploykit.artifacts import Manifest
+from deploykit.errors import DataError, DeploykitError, UsageError
+from deploykit.runtime.decoding import MAX_CACHE_BYTES
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, Generation, override
+from deploykit.runtime.serving_settings import LongInput
+from deploykit.runtime.triton_requests import (
+    CancelledError,
+    FailedError,
+    RefusedError,
+    Rows,
+    cpu_threads,
+    number_parameter,
+    numbers,
+    parameters_of,
+    strings,
+    text_parameter,
+)
+from deploykit.tasks.translation.decode_loop import DecodeLoop, Load, QueueFullError
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.predictor import Job, Translator, load_translator
+from deploykit.tasks.translation.translated import Translated
+
+_LONG_INPUT = "long_input"
+_NOT_WHOLE = ("length_penalty", "repetition_penalty")  # Triton has no such parameters: they come as text
+
+
+class TranslationBackend:
+    outputs: Sequence[Mapping[str, Any]] = (
+        {"name": "TRANSLATION", "data_type": "TYPE_STRING", "dims": [1]},
+        {"name": "SCORE", "data_type": "TYPE_FP32", "dims": [1]},
+        {"name": "SOURCE_TOKENS", "data_type": "TYPE_INT32", "dims": [1]},
+        {"name": "TARGET_TOKENS", "data_type": "TYPE_INT32", "dims": [1]},
+        {"name": "FINISH", "data_type": "TYPE_STRING", "dims": [1]},
+        {"name": "ERROR", "data_type": "TYPE_STRING", "dims": [1]},
+    )
+
+    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
+        task = manifest.task
+        assert isinstance(task, Translation)
+        max_rows = number_parameter(config, "max_rows", MAX_ROWS)
+        max_cache_mb = number_parameter(config, "max_cache_mb", MAX_CACHE_BYTES >> 20)
+        if not max_rows:
+            raise DeploykitError("config.pbtxt: parameter max_rows is '0'", "make it 1 or more")
+        self._long_input = _long_input(text_parameter(config, _LONG_INPUT, "split"), "config.pbtxt: parameter ")
+        graphs = find_graphs(folder, manifest, engine="auto", precision="auto")
+        load = partial(
+            load_translator,
+            folder,
+            task,
+            graphs.files,
+            cpu_threads(config),
+            engine=graphs.engine,
+            device=device,
+            max_rows=max_rows,
+            max_cache_bytes=max_cache_mb << 20,
+        )
+        self._loop = DecodeLoop(
+            lambda: _warmed_up(load()),
+            max_queue=number_parameter(config, "max_queue", 1024),
+            in_flight=number_parameter(config, "in_flight", 1) > 0,
+            report=_Metrics(str(config["name"])).report,
+            log_error=_log_error,
+        )
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Hand the requests over to the decoder; they are answered later."""
+        for request in requests:
+            try:
+                self._submit(request)
+            except RefusedError as refusal:
+                _send(request.get_response_sender(), refusal.response())
+            except Exception as error:
+                _log_error(error)
+                _send(request.get_response_sender(), FailedError(error).response())
+
+    def close(self) -> None:
+        self._loop.close()
+
+    def _submit(self, request: Any) -> None:
+        rows = Rows(request)
+        generation, long_input = self._search(parameters_of(request))
+        scored = "SCORE" in request.requested_output_names()
+        begin = partial(self._loop.translator.begin, generation=generation, long_input=long_input, scored=scored)
+        jobs: list[Job] = []
+        errors: dict[int, str] = {}
+        for row, text in zip(rows.good, rows.texts):
+            try:
+                jobs += begin([text])
+            except DataError as error:
+                errors[row] = f"{error.message.removeprefix('text 0: ')} ({error.remedy})"
+        rows.fail(errors)
+        try:
+            self._loop.submit(_Caller(request, rows), jobs)
+        except QueueFullError:
+            raise RefusedError("the queue of sentences is full", pb_utils.TritonError.UNAVAILABLE) from None
+
+    def _search(self, given: dict[str, Any]) -> tuple[Generation, LongInput]:
+        """What the request parameters ask for. Raises RefusedError naming the first that is unknown or wrong."""
+        for name in given:
+            if name not in (*PARAMETERS, _LONG_INPUT):
+                raise RefusedError(f"unknown parameter {name}: known ones are {', '.join(PARAMETERS)}, {_LONG_INPUT}")
+        long_input = self._long_input
+        try:
+            if _LONG_INPUT in given:
+                long_input = _long_input(given.pop(_LONG_INPUT))
+            for name in _NOT_WHOLE:
+                if isinstance(given.get(name), str):
+                    given[name] = _number(given[name])
+            translator = self._loop.translator
+            return override(translator.task, given, max_beams=translator.decoder.max_rows), long_input
+        except UsageError as error:
+            raise RefusedError(f"{error.message}: {error.remedy}") from None
+
+
+class _Caller:
+    """Whoever waits for the answer to one request."""
+
+    def __init__(self, request: Any, rows: Rows) -> None:
+        self._request = request
+        self._sender = request.get_response_sender()
+        self._wanted = frozenset(request.requested_output_names())
+        self._rows = rows
+
+    def gone(self) -> bool:
+        return bool(self._request.is_cancelled())
+
+    def answer(self, translations: Sequence[Translated]) -> None:
+        by_row: list[Translated | None] = [None] * len(self._rows.errors)
+        for row, translated in zip(self._rows.good, translations):
+            by_row[row] = translated
+        outputs = [
+            strings("TRANSLATION", [t.text if t else "" for t in by_row]),
+            numbers("SCORE", [t.score if t else 0.0 for t in by_row], np.float32),
+            numbers("SOURCE_TOKENS", [t.source_tokens if t else 0 for t in by_row], np.int32),
+            numbers("TARGET_TOKENS", [t.target_tokens if t else 0 for t in by_row], np.int32),
+            strings("FINISH", [t.finish if t else "" for t in by_row]),
+            strings("ERROR", self._rows.errors),
+        ]
+        _send(self._sender, pb_utils.InferenceResponse([o for o in outputs if o.name() in self._wanted]))
+
+    def fail(self, error: Exception | None) -> None:
+        refusal = CancelledError() if error is None else FailedError(error)
+        _send(self._sender, refusal.response())
+
+
+class _Metrics:
+    """What Triton's metrics say of the model ``name`` beside what they say of all."""
+
+    def __init__(self, name: str) -> None:
+        def metric(kind: int, what: str, description: str) -> Any:
+            family = pb_utils.MetricFamily(name=f"deploykit_{what}", description=description, kind=kind)
+            self._families.append(family)  # a metric does not outlive its family
+            return family.Metric(labels={"model": name})
+
+        gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
+        self._families: list[Any] = []
+        self._running = metric(gauge, "running_sentences", "Sentences being decoded")
+        self._waiting = metric(gauge, "waiting_sentences", "Sentences that wait for room in the batch")
+        self._tokens = metric(counter, "generated_tokens", "Tokens generated, one a sentence and step")
+        self._cancelled = metric(counter, "cancelled_requests", "Requests whose client left before the answer")
+        self._told = Load(0, 0, 0, 0)
+
+    def report(self, load: Load) -> None:
+        told, self._told = self._told, load
+        # Changes, not values: instances of one model share its metrics.
+        for metric, change in (
+            (self._running, load.running - told.running),
+            (self._waiting, load.waiting - told.waiting),
+            (self._tokens, load.tokens - told.tokens),
+            (self._cancelled, load.cancelled - told.cancelled),
+        ):
+            if change:
+                metric.increment(change)
+
+
+def _warmed_up(translator: Translator) -> Translator:
+    """Run each way of searching once: the engine prepares kernels and memory when it first meets a shape."""
+    task = translator.task
+    for beams in (1, 2):
+        few = override(task, {"beam_size": beams, "max_new_tokens": min(4, task.max_target_length - 1)})
+        for rows in (1, max(translator.decoder.max_rows // 2, 1)):
+            translator.translate(["a", *["a b c d"] * (rows - 1)], few)
+    return translator
+
+
+def _long_input(value: Any, where: str = "") -> LongInput:
+    if value not in get_args(LongInput):
+        raise UsageError(f"{where}{_LONG_INPUT} is {value!r}", f"give {' or '.join(get_args(LongInput))}")
+    return cast(LongInput, value)
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _send(sender: Any, response: Any) -> None:
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _log_error(error: Exception) -> None:
+    """For the operator: it is no answer to a client."""
+    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))

@@ -1,0 +1,423 @@
+"""TensorRT engines from the graphs of an export, by whichever builder there is.
+
+Networks are strongly typed everywhere: fp16 and bf16 are graphs of that type, INT8 is explicit Q/DQ in an fp16
+graph. Types are therefore no option of the builder, and TensorRT 10.3 (JetPack 6) to 11, TensorRT-RTX and trtexec
+are asked alike. TensorRT-RTX builds without a GPU, but neither loads nor runs an engine without one.
+
+Source: NVIDIA TensorRT documentation, "Strongly Typed Networks", "Working with Dynamic Shapes", "trtexec".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deploykit.artifacts import digest_of, digest_path, hash_file, new_file
+from deploykit.errors import ArtifactError, ExportError, MissingDependencyError, UsageError
+from deploykit.runtime.cuda import Gpu, has_gpu
+from deploykit.runtime.engines.tensorrt import BINDINGS, EngineRecord, last_error, make_log
+from deploykit.tensorrt import engine_cache
+
+Say = Callable[[str], None]
+
+GRAPHS = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "bf16": "model.bf16.onnx",
+    "int8": "model.qdq.onnx",
+}
+"""The file of a classifier's export that an engine of each precision is built from."""
+PRECISIONS = tuple(GRAPHS)
+TRANSLATOR_GRAPHS = {p: (f"encoder.trt.{p}.onnx", f"decoder.trt.{p}.onnx", f"shared.trt.{p}.bin") for p in PRECISIONS}
+"""Of a translator's: the graphs of standard ONNX, and the weights that both use."""
+GPU = r"portable|this-gpu|sm_\d{2,3}"
+"""What names a GPU, as a regular expression."""
+BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")
+_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_AXES = {"batch": "batch", "rows": "batch", "tokens": "length", "source": "length", "target": "past"}
+"""Dimensions of graphs' inputs, and the axes of a profile that they are of."""
+_LAYER = re.compile(
+    r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], (?:Constants|Outputs):"
+)
+_DATATYPE = re.compile(r"Datatype: (\w+)")
+_GEMMS = ("gemm", "runtime_fusion")  # TensorRT-RTX's names for what multiplies matrices
+
+Range = tuple[int, int, int]
+
+Inputs = Mapping[str, Sequence[int | str]]
+"""A graph's inputs by name: their dimensions, numbers or names."""
+CLASSIFIER_INPUTS: Inputs = dict.fromkeys(("input_ids", "attention_mask"), ("batch", "tokens"))
+Limits = Mapping[str, int]
+"""The most that a model takes of each axis but the batch: ``length``, and ``past`` where it has a decoder's caches."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The least, the usual and the most of each axis: rows of a ``batch``, tokens of a row (its ``length``), and
+    positions of a decoder's caches (``past``, the new token's own among them)."""
+
+    ranges: Mapping[str, Range]
+
+    def __str__(self) -> str:
+        return ",".join(f"{axis}={':'.join(map(str, range_))}" for axis, range_ in self.ranges.items())
+
+    def shapes(self, dimensions: Sequence[int | str]) -> list[tuple[int, ...]]:
+        """The least, the usual and the largest shape of an input of a graph."""
+        return [tuple(d if isinstance(d, int) else self.ranges[_AXES[d]][i] for d in dimensions) for i in range(3)]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """As typed: ``profiles`` like ``batch=1:8:32,length=16:64:128``, of a translator with ``past=1:32:128`` (none: one
+    over all lengths), ``workspace`` like ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like
+    ``sm_86``. ``command`` is the export's own, but for builder and target: whoever cannot load an engine is told it."""
+
+    precisions: tuple[str, ...] = ("fp16",)
+    profiles: tuple[str, ...] = ()
+    workspace: str = "1GiB"
+    target: str = "portable"
+    timing_cache: str | None = None
+    builder: str = "auto"
+    command: str = "deploykit export CHECKPOINT --out EXPORT --trt"
+
+    def check(self) -> None:
+        """Raises UsageError naming the option."""
+        for precision in self.precisions:
+            if precision not in PRECISIONS:
+                raise UsageError(f"unknown --precision {precision!r}", f"choose one of: {', '.join(PRECISIONS)}")
+        if self.builder not in BUILDERS:
+            raise UsageError(f"unknown --builder {self.builder!r}", f"choose one of: {', '.join(BUILDERS)}")
+        if not re.fullmatch(GPU, self.target):
+            raise UsageError(
+                f"unknown --target {self.target!r}", "give portable, this-gpu, or a compute capability like sm_86"
+            )
+        parse_size(self.workspace)
+        for profile in self.profiles:
+            parse_profile(profile)
+
+
+def parse_profile(text: str, limits: Limits | None = None) -> Profile:
+    """Read ``batch=MIN:OPT:MAX,length=MIN:OPT:MAX``, and the same of ``past`` where ``limits`` have it (None: of no
+    model yet). Raises UsageError saying what is wrong with it."""
+    axes = {"batch": 0, **(limits or {"length": 0, "past": 0})}
+    usual = {"batch": "1:8:32", "length": "16:64:128", "past": "1:32:128"}
+    remedy = f"give --profile like {','.join(f'{axis}={usual[axis]}' for axis in axes)} (least:usual:most)"
+    ranges: dict[str, Range] = {}
+    for part in text.split(","):
+        axis, _, numbers = part.strip().partition("=")
+        if axis not in axes:
+            raise UsageError(f"--profile {text}: unknown axis {axis!r}", remedy)
+        if not re.fullmatch(r"\d{1,9}:\d{1,9}:\d{1,9}", numbers):
+            raise UsageError(f"--profile {text}: {axis} must be three numbers, not {numbers!r}", remedy)
+        least, opt, most = map(int, numbers.split(":"))
+        if not 1 <= least <= opt <= most:
+            raise UsageError(f"--profile {text}: {axis} must grow from 1 or more: {numbers}", remedy)
+        if axes[axis] and most > axes[axis]:
+            raise UsageError(f"--profile {text}: the model takes a {axis} of up to {axes[axis]}, not {most}", remedy)
+        ranges[axis] = least, opt, most
+    for axis in axes:
+        if axis not in ranges and (axis != "past" or limits):
+            raise UsageError(f"--profile {text}: {axis} is missing", remedy)
+    return Profile({axis: ranges[axis] for axis in axes if axis in ranges})
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``1GiB``, ``512MiB`` and the like. Raises UsageError."""
+    match = re.fullmatch(r"(\d{1,12})\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or not int(match[1]):
+        raise UsageError(f"--workspace {text!r} is no size", "give one like 512MiB or 1GiB")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def choose_builder(name: str) -> str:
+    """Resolve ``auto``: TensorRT where there is a GPU, else TensorRT-RTX. Raises MissingDependencyError."""
+    here = {"tensorrt": _importable("tensorrt"), "trtexec": bool(shutil.which("trtexec")), "rtx": _importable("rtx")}
+    if name == "auto":
+        names = ("tensorrt", "trtexec", "rtx") if has_gpu() else ("rtx",)
+        name = next((each for each in names if here[each]), "rtx")
+    if not here[name]:
+        package = {
+            "tensorrt": "install NVIDIA's TensorRT: pip install tensorrt (from NVIDIA's index)",
+            "trtexec": "put trtexec on the PATH: it comes with NVIDIA's TensorRT packages and containers",
+            "rtx": "pip install 'deploykit[rtx]'",
+        }[name]
+        raise MissingDependencyError(f"the TensorRT builder {name} is not installed", package)
+    return name
+
+
+def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
+    """The builder and the profiles, all checked before minutes of work go into what they cannot be built from.
+
+    Raises UsageError naming the option, MissingDependencyError.
+    """
+    options.check()
+    builder = choose_builder(options.builder)
+    if builder == "rtx":
+        if options.timing_cache:
+            raise UsageError(
+                "--timing-cache: TensorRT-RTX keeps none, it chooses kernels on the GPU", "leave --timing-cache out"
+            )
+        known = importlib.import_module(BINDINGS["rtx"]).ComputeCapability.__members__
+        if options.target.replace("sm_", "SM") not in known and options.target.startswith("sm_"):
+            targets = [name.replace("SM", "sm_") for name in known if name.startswith("SM")]
+            raise UsageError(
+                f"TensorRT-RTX builds nothing for --target {options.target}", f"choose one of: {', '.join(targets)}"
+            )
+    elif options.target.startswith("sm_"):
+        raise UsageError(
+            f"{builder} builds for the GPU at hand, not for --target {options.target}",
+            "give this-gpu or portable, or --builder rtx",
+        )
+    if builder != "rtx" and not has_gpu():
+        raise MissingDependencyError(
+            f"--builder {builder} needs an NVIDIA GPU and its driver, and there is none here",
+            "give --builder rtx, which builds without one, or check nvidia-smi",
+        )
+    if options.target == "this-gpu" and not has_gpu():
+        raise UsageError("--target this-gpu: there is no NVIDIA driver here", "give portable, or one like sm_86")
+    default = {axis: (1, min(64, most), most) for axis, most in limits.items()}
+    profiles = [parse_profile(text, limits) for text in options.profiles]
+    return builder, profiles or [Profile({"batch": (1, 8, 32), **default})]
+
+
+def build_engine(
+    graph: Path,
+    precision: str,
+    options: EngineOptions,
+    limits: Limits,
+    say: Say,
+    calibration: str | None = None,
+    *,
+    inputs: Inputs = CLASSIFIER_INPUTS,
+    weights: Path | None = None,
+) -> EngineRecord:
+    """Build ``graph``, whose inputs have dimensions of ``_AXES``, and write the engine, its record and the builder's log beside it.
+
+    ``calibration`` is the digest of the ranges in an INT8 graph, ``weights`` the file of those that it does not hold
+    itself. What was built before from the same graph, options, builder and GPU is taken from the user's cache.
+
+    Raises ExportError naming the node that TensorRT does not take, or what else stopped it; UsageError for a profile
+    that a model of these ``limits`` does not allow.
+    """
+    builder, profiles = plan(options, limits)
+    target = Gpu().capability if options.target == "this-gpu" else options.target
+    engine = graph.with_name(f"{graph.stem}.{builder}-{target}.engine")
+    graph_digest = digest_path(graph)
+    made_of = [graph_digest, *([] if weights is None else [digest_path(weights)])]
+    key = digest_of(*made_of, precision, options.workspace, target, list(map(str, profiles)), _maker(builder))
+    kept = engine_cache.take(key, engine)
+    if kept is not None:
+        say(f"{engine.name}: built before from the same, taken from {engine_cache.folder() / key}")
+    else:
+        say(f"building {engine.name} with {builder}")
+    record = kept or _build(graph, graph_digest, inputs, engine, precision, builder, profiles, options, say)
+    record = replace(
+        record, file=engine.name, graph=graph.name, target=target, calibration=calibration, command=options.command
+    )
+    record.save(engine)
+    if kept is None:
+        try:
+            engine_cache.keep(key, engine)
+        except ArtifactError as error:
+            say(f"{engine.name} is not kept for other exports: {error.message}")
+    return record
+
+
+def _maker(builder: str) -> list[str]:
+    """What builds: the builder's version and, where it measures kernels, the GPU."""
+    if builder == "rtx":
+        return [builder, importlib.import_module(BINDINGS[builder]).__version__]
+    program = shutil.which("trtexec") if builder == "trtexec" else None
+    version = hash_file(Path(program)) if program else importlib.import_module(BINDINGS[builder]).__version__
+    gpu = Gpu()
+    return [builder, version, gpu.name, gpu.capability]
+
+
+def _build(
+    graph: Path,
+    graph_digest: str,
+    inputs: Inputs,
+    engine: Path,
+    precision: str,
+    builder: str,
+    profiles: Sequence[Profile],
+    options: EngineOptions,
+    say: Say,
+) -> EngineRecord:
+    started = time.monotonic()
+    build = _run_trtexec if builder == "trtexec" else _build_here
+    version, log = build(builder, graph, inputs, engine, profiles, options)
+    engine.with_suffix(".log").write_text("\n".join(log) + "\n", encoding="utf-8")
+    layers, int8_gemms = count_layers(log)
+    if precision == "int8" and layers and not int8_gemms:
+        raise ExportError(f"{builder} computes none of {graph.name}'s layers in INT8", "report this graph")
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(layers.items())) or "the builder does not tell"
+    say(f"{engine.name}: {engine.stat().st_size / 1e6:.1f} MB, {int8_gemms} INT8 matrix products; layers: {kinds}")
+    return EngineRecord(
+        file=engine.name,
+        graph=graph.name,
+        graph_digest=graph_digest,
+        precision=precision,
+        builder=builder,
+        version=version,
+        target=options.target,
+        profiles=tuple(map(str, profiles)),
+        workspace_bytes=parse_size(options.workspace),
+        seconds=round(time.monotonic() - started, 2),
+        size_bytes=engine.stat().st_size,
+        sha256=hash_file(engine),
+        command=options.command,
+        layers=layers,
+        int8_gemms=int8_gemms,
+    )
+
+
+def count_layers(log: Sequence[str]) -> tuple[dict[str, int], int]:
+    """From a detailed log: layers by "kind type", as in ``gemm Int8``; and how many multiply INT8 matrices."""
+    counts: Counter[str] = Counter()
+    for line in log:
+        if match := _LAYER.match(line):
+            kind = _DATATYPE.search(match["inputs"])
+            counts[f"{match['kind']} {kind[1] if kind else 'none'}"] += 1
+    return dict(counts), sum(counts[f"{kind} Int8"] for kind in _GEMMS)
+
+
+def _build_here(
+    builder: str, graph: Path, inputs: Inputs, engine: Path, profiles: Sequence[Profile], options: EngineOptions
+) -> tuple[str, list[str]]:
+    """With the Python bindings, which TensorRT and TensorRT-RTX share."""
+    trt = importlib.import_module(BINDINGS[builder])
+    lines: list[str] = []
+    log = make_log(trt, lines)
+    maker = trt.Builder(log)
+    flags = trt.NetworkDefinitionCreationFlag
+    network = maker.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        raise _refused(graph, [parser.get_error(i) for i in range(parser.num_errors)])
+    config = maker.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, parse_size(options.workspace))
+    _aim(trt, builder, config, options.target)
+    for profile in profiles:
+        shapes = maker.create_optimization_profile()
+        for name, dimensions in inputs.items():
+            shapes.set_shape(name, *profile.shapes(dimensions))
+        if config.add_optimization_profile(shapes) < 0:
+            raise ExportError(f"{builder} refuses the profile {profile}: {last_error(lines)}", "give another --profile")
+    cache = Path(options.timing_cache) if options.timing_cache else None
+    if cache is not None:
+        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
+    blob = maker.build_serialized_network(network, config)
+    if blob is None:
+        raise _not_built(f"{builder} {trt.__version__}", graph, last_error(lines), "report this graph")
+    engine.write_bytes(memoryview(blob))
+    if cache is not None:
+        with new_file(cache) as temporary:
+            temporary.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    return str(trt.__version__), lines
+
+
+def read_inputs(graph: Path) -> Inputs:
+    """Those of an ONNX file."""
+    try:
+        import onnx  # a device that builds engines does without
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{graph}: reading it needs onnx, which is not installed", "pip install 'deploykit[finetune]'"
+        ) from error
+
+    model = onnx.load(graph, load_external_data=False)
+    return {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
+
+
+def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
+    if builder == "rtx" and target != "portable":
+        name = "CURRENT" if target == "this-gpu" else target.replace("sm_", "SM")
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+    elif builder == "tensorrt" and target == "portable":
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+
+
+def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportError:
+    """``remedy`` is for what none of the usual reasons explains."""
+    if re.search(
+        r"out ?of ?memory|(insufficient|not enough|failed to allocate) \w*\s?memory|killed", reason, re.IGNORECASE
+    ):
+        remedy = "give a smaller --workspace, a --profile of smaller batches or lengths, or free memory"
+    elif re.search(r"profile", reason, re.IGNORECASE):
+        remedy = "give a --profile that fits every input of the graph"
+    elif re.search(r"cuda|driver", reason, re.IGNORECASE):
+        remedy = "check nvidia-smi, and that the driver is as new as TensorRT wants; --builder rtx needs none"
+    return ExportError(f"{builder} cannot build {graph.name}: {reason}", remedy)
+
+
+def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
+    """What the parser did not take, by node, operator and the PyTorch module it came from."""
+    if not errors:
+        return ExportError(f"TensorRT cannot read {graph.name}", "export the model again")
+    error = errors[0]
+    node, operator = error.node_name(), error.node_operator()
+    module = ".".join(node.strip("/").split("/")[1:-1])
+    others = {f"{e.node_operator()} ({e.node_name()})" for e in errors[1:]} - {f"{operator} ({node})"}
+    return ExportError(
+        f"TensorRT does not take the operator {operator} of {graph.name} (node {node}"
+        + (f", from the PyTorch module {module}" if module else "")
+        + f"): {error.desc()}"
+        + (f"; nor {', '.join(sorted(others))}" if others else ""),
+        (f"have the module {module} compute it with other operators" if module else "compute it with other operators")
+        + ", or export without --trt: ONNX Runtime and OpenVINO take this graph as it is",
+    )
+
+
+def trtexec_command(
+    graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions, inputs: Inputs = CLASSIFIER_INPUTS
+) -> list[str]:
+    """The arguments of trtexec 10.3 and later that build what the bindings build."""
+    command = ["trtexec", f"--onnx={graph}", f"--saveEngine={engine}", "--stronglyTyped", "--skipInference",
+               "--verbose", "--profilingVerbosity=detailed",
+               f"--memPoolSize=workspace:{max(1, parse_size(options.workspace) >> 20)}M"]  # fmt: skip
+    for number, profile in enumerate(profiles):
+        command += [f"--profile={number}"] if len(profiles) > 1 else []
+        shapes = {name: profile.shapes(dimensions) for name, dimensions in inputs.items()}
+        for i, option in enumerate(("minShapes", "optShapes", "maxShapes")):
+            each = [f"{name}:{'x'.join(map(str, of[i]))}" for name, of in shapes.items()]
+            command.append(f"--{option}={','.join(each)}")
+    if options.target == "portable":
+        command.append("--hardwareCompatibilityLevel=ampere+")
+    if options.timing_cache:
+        command.append(f"--timingCacheFile={options.timing_cache}")
+    return command
+
+
+def _run_trtexec(
+    builder: str, graph: Path, inputs: Inputs, engine: Path, profiles: Sequence[Profile], options: EngineOptions
+) -> tuple[str, list[str]]:
+    command = trtexec_command(graph, engine, profiles, options, inputs)
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode or not engine.is_file() or not engine.stat().st_size:
+        reason = next((line for line in reversed(lines) if "[E]" in line), lines[-1] if lines else "it says nothing")
+        if done.returncode == -signal.SIGKILL:
+            reason = "it was killed, as Linux does where memory ends"
+        raise _not_built("trtexec", graph, reason, f"run it yourself: {shlex.join(command)}")
+    version = next((m[1] for line in lines if (m := re.search(r"TensorRT version: (\d[\d.]*)", line))), "unknown")
+    return version, lines
+
+
+def _importable(builder: str) -> bool:
+    return importlib.util.find_spec(BINDINGS[builder]) is not None

@@ -1,0 +1,121 @@
+"""Load Hugging Face checkpoints safely."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+
+from deploykit.artifacts import load_manifest
+from deploykit.errors import ArtifactError, MissingDependencyError
+from deploykit.tasks.registry import DEFAULT, get_task
+from deploykit.training.source import ADAPTER, check_family, check_source
+
+_DEFAULT_MAX_LENGTH = 512
+
+
+def quiet() -> None:
+    """Keep transformers to errors: what matters of its messages, deploykit says itself."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def load_tokenizer(model: str, *, fast: bool = True) -> Any:
+    """The checkpoint's tokenizer. Raises ArtifactError when there is none, or with ``fast`` no tokenizer.json."""
+    check_source(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Marian's recommends a package that it then makes no use of
+            tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its dozen loaders raise
+        raise not_loadable(model, error) from error
+    if fast and not getattr(tokenizer, "is_fast", False):
+        raise ArtifactError(
+            f"{model}: its tokenizer has no fast version, which serving needs", "convert it to a tokenizer.json"
+        )
+    return tokenizer
+
+
+def load_model(model: str, task: str = DEFAULT, **config: Any) -> Any:
+    """The model of a checkpoint in fp32, in eval mode; ``config`` overrides its configuration.
+
+    A LoRA adapter saved by ``finetune`` is merged into the weights it was trained on.
+    """
+    check_source(model, task)
+    adapter = Path(model) / ADAPTER
+    try:
+        if adapter.is_file():
+            return _load_merged(Path(model), json.loads(adapter.read_text()))
+        settings = AutoConfig.from_pretrained(model, trust_remote_code=False, **config)
+        check_family(model, settings.model_type, task)
+        # Eager attention exports to plain operators; the fused one does not.
+        loaded = getattr(transformers, get_task(task).auto_model).from_pretrained(
+            model,
+            config=settings,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes="num_labels" in config,
+        )
+    except ArtifactError:
+        raise
+    except Exception as error:
+        raise not_loadable(model, error) from error
+    return loaded.eval()
+
+
+def max_tokens(tokenizer: Any, config: Any) -> int:
+    """The longest input, in tokens, that both the tokenizer and the position embeddings allow."""
+    limits = [_DEFAULT_MAX_LENGTH]
+    if tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
+        limits.append(tokenizer.model_max_length)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa and its descendants count positions from pad_token_id + 1.
+        offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
+        limits.append(positions - offset)
+    return int(min(limits))
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+
+
+def not_loadable(model: str, error: Exception) -> ArtifactError:
+    """What transformers raised over ``model``, as an error that says what to do."""
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not Path(model).exists():
+        return ArtifactError(
+            f"{model}: is no folder here and could not be fetched from the hub: {first_line}",
+            "check the name and the network, or give the folder of a checkpoint",
+        )
+    return ArtifactError(f"{model}: cannot be loaded: {first_line}", "check that the checkpoint is whole")
+
+
+def _load_merged(path: Path, adapter: dict[str, Any]) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingDependencyError(f"{path}: is a LoRA adapter and peft is missing", "pip install peft") from error
+    base = str(adapter.get("base_model_name_or_path"))
+    try:
+        check_source(base)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{path}: its base model is not usable: {error.message}", "put the base model back, or train again"
+        ) from error
+    task = load_manifest(path, "checkpoint", verify=False).task
+    model = load_model(base, task.name, **task.model_config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of every merge that it rounds; parity is measured at export
+        return PeftModel.from_pretrained(model, str(path)).merge_and_unload().eval()

@@ -1,0 +1,99 @@
+"""Define the options that the fine-tuning runs of every task share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from deploykit.errors import UsageError
+
+
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What every run chooses. Rates and fractions are of 1; lengths are tokens; 0 turns the optional ones off."""
+
+    model: str | None = None
+    train: str = ""
+    task: str = ""
+    validation: str | None = None
+    test: str | None = None
+    encoding: str | None = None
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.1
+    max_rows: int = 0
+    max_length: int = 128
+    epochs: float = 3.0
+    max_steps: int = 0
+    accumulation: int = 1
+    learning_rate: float = 5e-5
+    optimizer: str = "adamw"
+    schedule: str = "linear"
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    dropout: float | None = None
+    label_smoothing: float = 0.0
+    early_stopping: int = 0
+    eval_steps: int = 0
+    mixed_precision: str = "no"
+    lora_rank: int = 0
+    lora_alpha: int = 16
+    seed: int = 0
+
+    # option -> lowest and highest value
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "validation_fraction": (0, 0.9),
+        "test_fraction": (0, 0.9),
+        "warmup": (0, 1),
+        "weight_decay": (0, 1),
+        "label_smoothing": (0, 0.99),
+        "dropout": (0, 0.99),
+        "learning_rate": (1e-12, 10),
+        "epochs": (1e-6, 1e6),
+        "max_steps": (0, 10**9),
+        "max_rows": (0, 10**12),
+        "max_length": (3, 100_000),
+        "accumulation": (1, 100_000),
+        "early_stopping": (0, 10**6),
+        "eval_steps": (0, 10**9),
+        "lora_rank": (0, 4096),
+        "lora_alpha": (1, 65536),
+        "max_grad_norm": (0, 1e9),
+    }
+
+    @property
+    def origin(self) -> str:
+        """The checkpoint or the preset that the run starts from."""
+        assert self.model is not None
+        return self.model
+
+    def check(self) -> None:
+        """Raise UsageError for the first value that makes no sense."""
+        for name, (low, high) in self.ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UsageError(f"{flag(name)} is {value}", f"give a value from {low} to {high}")
+        if not self.train:
+            raise UsageError("--train is missing", "name the rows to train on")
+        if self.validation_fraction == 0 and self.validation is None:
+            raise UsageError("--validation-fraction is 0 and there is no --validation", "a run needs validation rows")
+
+
+def flag(name: str) -> str:
+    """A field as it is typed: ``max_length`` is ``--max-length``."""
+    return f"--{name.replace('_', '-')}"
+
+
+def write_toml(options: FinetuneOptions, path: Path) -> None:
+    """Write what ``read_toml`` reads back to equal options."""
+    import tomli_w
+
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(options).items()}
+    path.write_text(tomli_w.dumps({k: v for k, v in values.items() if v is not None}), encoding="utf-8")
+
+
+def option_names(kind: type[FinetuneOptions]) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}

@@ -1,0 +1,82 @@
+"""Folders of Hugging Face checkpoints: found and checked, before torch and transformers, which take seconds, are imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from deploykit.artifacts import MANIFEST, load_manifest
+from deploykit.errors import ArtifactError
+from deploykit.tasks.registry import get_task, owner_of
+
+ADAPTER = "adapter_config.json"
+"""What the folder of a LoRA adapter has in place of a config."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
+                    "tokenizer.model", "spm.model", "source.spm")  # fmt: skip
+# Families whose tokenizer is several files: each of these sets is a whole one.
+_TOKENIZER_SETS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "marian": (("source.spm", "target.spm", "vocab.json"),),
+    "m2m_100": (("tokenizer.json",), ("sentencepiece.bpe.model", "vocab.json"), ("sentencepiece.bpe.model",)),
+}
+
+
+def check_source(model: str, task: str | None = None) -> None:
+    """Refuse what cannot be a checkpoint, before minutes are spent on data.
+
+    Raises ArtifactError for a missing folder, a folder without config, weights or tokenizer, one with
+    only pickled weights, or, when ``task`` is named, one made for another. A name that is no folder is
+    taken as a hub id and checked when it is loaded.
+    """
+    path = Path(model)
+    if not path.exists():
+        if model.startswith((".", "/", "~")) or model.count("/") > 1 or len(path.parts) > 2:
+            raise ArtifactError(f"{model}: no such model folder", "check the path, or give a hub id such as org/name")
+        return
+    if path.is_dir() and (path / MANIFEST).exists():
+        made_for = load_manifest(path, "checkpoint").task.name
+        if task is not None and made_for != task:
+            raise ArtifactError(f"{model}: is a checkpoint for {made_for}, not {task}", f"give --task {made_for}")
+    if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
+        raise ArtifactError(f"{model}: has no config.json", "pass the folder of a Hugging Face checkpoint")
+    if not any(path.glob("*.safetensors")):
+        pickled = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.pt")]
+        if pickled:
+            raise ArtifactError(
+                f"{model}: its weights are pickled ({', '.join(pickled)}), which can run code when loaded",
+                "convert them: AutoModel.from_pretrained(...).save_pretrained(...) on a machine that trusts them",
+            )
+        raise ArtifactError(f"{model}: has no weights (*.safetensors)", "copy the checkpoint again")
+    family = _family(path)
+    if family and task is not None:
+        check_family(model, family, task)
+    sets = _TOKENIZER_SETS.get(family, tuple((name,) for name in _TOKENIZER_FILES))
+    if not any(all((path / name).is_file() for name in names) for names in sets):
+        missing = [name for name in sets[0] if not (path / name).is_file()] if family in _TOKENIZER_SETS else []
+        raise ArtifactError(
+            f"{model}: has no {', '.join(missing) or 'tokenizer'}",
+            f"copy {', '.join(missing) or 'tokenizer.json'} beside config.json",
+        )
+
+
+def _family(path: Path) -> str:
+    """The model type that a folder's config.json names; empty when there is none."""
+    try:
+        return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except FileNotFoundError:
+        return ""
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path / 'config.json'}: names no model type", "copy the checkpoint again") from error
+
+
+def check_family(model: str, family: str, task: str) -> None:
+    """Raise ArtifactError when a checkpoint of type ``family`` is not for ``task``."""
+    wanted, owner = get_task(task), owner_of(family)
+    if wanted.model_types and owner is not wanted:
+        raise ArtifactError(
+            f"{model}: is of type {family}, which does not {wanted.verb}",
+            f"give a checkpoint of type {', '.join(wanted.model_types)}",
+        )
+    if owner not in (None, wanted):
+        raise ArtifactError(f"{model}: is of type {family}, made for {owner.name}", f"give --task {owner.name}")
