@@ -20,11 +20,11 @@ from tokenizers import Tokenizer
 from deploykit.artifacts import load_manifest
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.generation import Generation
-from deploykit.runtime.text import normalize
 from deploykit.runtime.tokenizer import TextTokenizer
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.opening import Predictor, open_classifier
+from deploykit.text import normalize
 
 BATCH = 32
 CALIBRATION_ROWS = 300  # NNCF's default subset

@@ -25,12 +25,12 @@ from deploykit.bench.run import Candidate, run_bench
 from deploykit.bench.scenarios import ClosedLoop, Scenario, Server, Within
 from deploykit.hardware import available_cpus
 from deploykit.runtime.serving_settings import ServingSettings
-from deploykit.runtime.text import normalize
 from deploykit.runtime.tokenizer import TextTokenizer
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.opening import Predictor, open_predictor
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
+from deploykit.text import normalize
 from deploykit.triton.repository import package
 from deploykit.triton.server import TritonServer
 

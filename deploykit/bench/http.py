@@ -99,7 +99,7 @@ def answer_of(body: bytes) -> Answer:
         text = next(outputs[name] for name in ANSWERS if name in outputs)
         return Answer(str(text), int(outputs.get("TARGET_TOKENS", 0)))
     except (LookupError, TypeError, StopIteration) as error:
-        raise ValueError(f"the answer has none of {', '.join(ANSWERS)}") from error
+        raise ValueError(f"the answer has neither {' nor '.join(ANSWERS)}") from error
 
 
 class _Connection(asyncio.Protocol):

@@ -21,7 +21,7 @@ from deploykit.cli.common import CALIBRATION_ROWS, ENCODING, FORCE, Result, depl
 @FORCE
 def command(*, path: Path, out: Path, force: bool, **values: Any) -> Result:
     from deploykit.export.calibrate import calibrate
-    from deploykit.export.run import CalibrationOptions
+    from deploykit.graphs.export_options import CalibrationOptions
     from deploykit.quantization.tables import render_calibration
 
     done = calibrate(path, out, CalibrationOptions(**values), force=force, say=say)

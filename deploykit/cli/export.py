@@ -66,7 +66,8 @@ def command(
     gpu = gpus[0] if gpus else "portable"
     engines = EngineOptions(wanted, profiles, workspace, gpu, timing_cache, builder) if trt else None
     values["target"] = languages[0] if languages else None
-    from deploykit.export.run import ExportOptions, export
+    from deploykit.export.run import export
+    from deploykit.graphs.export_options import ExportOptions
     from deploykit.quantization.tables import render
 
     options = ExportOptions(int8=int8 or (trt and "int8" in wanted), trt=engines, **values)

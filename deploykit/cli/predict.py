@@ -48,9 +48,9 @@ def command(
         raise UsageError("--input and --output go together", "name both")
 
     from deploykit.data.texts import TextRow
-    from deploykit.runtime.text import normalize
     from deploykit.tasks.classification.predict import answers, predict_file
     from deploykit.tasks.opening import open_classifier
+    from deploykit.text import normalize
 
     predictor = open_classifier(model, **where)
     try:

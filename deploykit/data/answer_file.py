@@ -15,7 +15,7 @@ from typing import Any
 from deploykit import artifacts
 from deploykit.data.texts import TextRow
 from deploykit.errors import ArtifactError
-from deploykit.runtime.text import MAX_TEXT_CHARS
+from deploykit.text import MAX_TEXT_CHARS
 
 _CHUNK = 256
 

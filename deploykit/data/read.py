@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from deploykit.errors import DataError, MissingDependencyError, UsageError
-from deploykit.runtime.text import normalize
+from deploykit.text import normalize
 
 # The module's default of 131,072 characters a field is no limit of ours; it is global to the process.
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))

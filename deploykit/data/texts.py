@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploykit.data.read import Record, read_lines, read_records
 from deploykit.errors import DataError
-from deploykit.runtime.text import normalize
+from deploykit.text import normalize
 
 TEXT_COLUMNS = ("text", "sentence", "content", "message", "review", "tweet", "comment", "body", "title")
 

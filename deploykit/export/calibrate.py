@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploykit import artifacts
-from deploykit.export.run import CalibrationOptions, Say, identity, parent_digest
+from deploykit.export.run import identity, parent_digest
+from deploykit.graphs.export_options import CalibrationOptions, Say
 from deploykit.quantization.calibration import METHODS, Calibration
 from deploykit.tasks.registry import task_of, task_of_checkpoint
 from deploykit.training.source import check_source

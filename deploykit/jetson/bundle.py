@@ -99,7 +99,7 @@ def bundle(
     if out.exists() and not force:
         raise ArtifactError(f"{out}: exists", "choose another --out, or pass --force to replace it")
     whole = load_manifest(export_dir, "export")
-    export = dataclasses.replace(whole, task=_fitted(whole.task, BOARDS[board]), parent=whole.digest)
+    export = dataclasses.replace(whole, task=fitted(whole.task, BOARDS[board]), parent=whole.digest)
     part = task_of(export.task).bundle(export.task)
     graphs = _tensorrt_files(export_dir, export, part, precision)
     tokenizer = tuple(task_of(export.task).tokenizer_files(list(export.files)))
@@ -353,7 +353,7 @@ def _model_signing(*words: str) -> None:
         raise ArtifactError(f"{words[2]}: cannot {words[0]} it: {said}", "check the key, and the file")
 
 
-def _fitted(facts: TaskFacts, board: Board) -> TaskFacts:
+def fitted(facts: TaskFacts, board: Board) -> TaskFacts:
     """Return what a model can do on ``board``: its caches hold fewer positions there."""
     limits = DecodeLimits(board.max_batch, board.max_positions, board.max_positions)
     return task_of(facts).within(facts, limits)

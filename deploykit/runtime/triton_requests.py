@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deploykit.errors import DeploykitError
 from deploykit.hardware import threads_of_each
-from deploykit.runtime.text import MAX_TEXT_CHARS
+from deploykit.text import MAX_TEXT_CHARS
 
 INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": [1]}
 

@@ -249,9 +249,9 @@ def test_the_same_text_gets_the_same_answer_whatever_shares_its_batch(
 def test_tokenizing_gives_the_ids_of_the_checkpoints_own_tokenizer(
     checkpoint: Path, exported: Path, tweets: Path
 ) -> None:
-    from deploykit.runtime.text import normalize
     from deploykit.runtime.tokenizer import TextTokenizer
     from deploykit.tasks.classification.checkpoint import TorchClassifier
+    from deploykit.text import normalize
 
     reference = TorchClassifier.load(checkpoint)
     tokenizer = TextTokenizer(exported / "tokenizer.json", reference.task.max_length)

@@ -12,6 +12,7 @@ from deploykit.artifacts import write_manifest
 from deploykit.errors import ArtifactError, ExportError
 from deploykit.quantization.calibration import BINS, METHODS, Calibration, Histogram, clipped_range, load_calibration
 from deploykit.quantization.qdq import activation_parameters, linear_layers, quantize, quantize_weight
+from deploykit.runtime.engines.onnxruntime import session_options
 from deploykit.tasks.classification.calibration import calibrate_tokens
 from deploykit.tasks.classification.facts import Classification
 
@@ -145,7 +146,9 @@ def test_a_quantized_graph_computes_what_numpy_says(tmp_path: Path, scheme: str)
     quantized, count = quantize(model, {"embedded": (-2.0, 3.0)}, scheme)  # type: ignore[arg-type]
     assert (count.linear_layers, count.quantize_nodes, count.dequantize_nodes, count.embeddings) == (1, 1, 2, 1)
     ids = np.array([[3, 1, 4], [15, 9, 2]])
-    session = ort.InferenceSession(quantized.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        quantized.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+    )
     actual = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
 
     constants = {i.name: numpy_helper.to_array(i) for i in model.graph.initializer}
@@ -168,7 +171,9 @@ def test_a_gemm_is_quantized_with_its_bias(tmp_path: Path) -> None:
     ids = np.array([[3, 1, 4]])
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     expected, actual = (
-        ort.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        ort.InferenceSession(m.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]).run(
+            None, feeds
+        )[0]
         for m in (model, quantized)
     )
     np.testing.assert_allclose(actual, expected, atol=0.3)

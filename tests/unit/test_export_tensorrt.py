@@ -24,7 +24,7 @@ from deploykit.artifacts import hash_file
 from deploykit.cli import main
 from deploykit.errors import ExportError, MissingDependencyError, UsageError
 from deploykit.export import run
-from deploykit.export.run import ExportOptions
+from deploykit.graphs.export_options import ExportOptions
 from deploykit.graphs.families import read_architecture
 from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
 from deploykit.quantization.qdq import quantize

@@ -16,15 +16,16 @@ from test_jetson_bundle import silent, with_tensorrt_graphs
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, MissingDependencyError
-from deploykit.jetson import by_task, device
 from deploykit.jetson import check as checks
+from deploykit.jetson import device
 from deploykit.jetson.boards import JETPACKS
 from deploykit.jetson.bundle import bundle, unpack
 from deploykit.jetson.check import Finding, examine
 from deploykit.jetson.contents import Description
 from deploykit.runtime.engines import load_engine
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
-from deploykit.tasks.translation import predictor as translator
+from deploykit.tasks.classification import bundle as classifier_bundle
+from deploykit.tasks.translation import bundle as translator_bundle
 from deploykit.tasks.translation.predictor import load_translator
 from deploykit.tensorrt.build import EngineOptions, Inputs, Limits
 
@@ -144,8 +145,8 @@ class TensorRT:
         self.given: list[tuple[Limits, Inputs, Path | None]] = []
         self.gain = 1.0
         monkeypatch.setattr(device, "build_engine", self.build)
-        monkeypatch.setattr(by_task, "load_engine", self.load)
-        monkeypatch.setattr(translator, "load_translator", self.load_translator)
+        monkeypatch.setattr(classifier_bundle, "load_engine", self.load)
+        monkeypatch.setattr(translator_bundle, "load_translator", self.load_translator)
         step = Seq2SeqModel.step
         monkeypatch.setattr(Seq2SeqModel, "step", lambda model, tokens: step(model, tokens) * np.float32(self.gain))
         monkeypatch.setattr(device, "choose_builder", lambda name: name)

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, ExportError
-from deploykit.export.run import ExportOptions, export
+from deploykit.export.run import export
+from deploykit.graphs.export_options import ExportOptions
 from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.engines.native_classifier import NativeEngine
 from deploykit.runtime.engines.native_library import lacks

@@ -16,6 +16,7 @@ import torch
 from deploykit.errors import ArtifactError, ExportError
 from deploykit.graphs.onnx_export import export_classifier
 from deploykit.quantization.qdq import Scheme, activation_parameters, quantize, quantize_weight
+from deploykit.runtime.engines.onnxruntime import session_options
 from deploykit.training.checkpoint import load_model
 from deploykit.training.qat import FakeQuantization, TrainedScales, fake_quantize
 from deploykit.training.trained_ranges import trained_ranges
@@ -105,7 +106,9 @@ def test_an_export_computes_what_was_trained(model: Any, tmp_path: Path, scheme:
     assert len(ranges) == 8
     quantized, count = quantize(graph, ranges, scheme)
     assert count.linear_layers == 12
-    session = ort.InferenceSession(quantized.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        quantized.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+    )
     actual = np.concatenate(
         [
             session.run(None, {"input_ids": np.array([r]), "attention_mask": np.ones((1, len(r)), np.int64)})[0]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploykit.runtime.batching import batches, bucket
-from deploykit.runtime.text import normalize
+from deploykit.text import normalize
 
 
 @given(st.text(st.characters(exclude_categories=())))

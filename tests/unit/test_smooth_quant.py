@@ -14,6 +14,7 @@ from onnx import numpy_helper
 
 from deploykit.quantization.qdq import Scheme, linear_layers, quantize
 from deploykit.quantization.smooth_quant import Scales, smooth, smoothed, smoothing_scales
+from deploykit.runtime.engines.onnxruntime import session_options
 from deploykit.tasks.classification.calibration import calibrate_tokens
 
 OUTLIERS = [3, 17]
@@ -47,7 +48,7 @@ class Case:
 
 
 def run(model: onnx.ModelProto, token_ids: Sequence[Sequence[int]]) -> np.ndarray:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"])
     rows = [np.array([ids]) for ids in token_ids]
     return np.concatenate(
         [session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0] for ids in rows]
@@ -99,7 +100,9 @@ def test_the_scales_are_those_of_the_paper(case: Case) -> None:
         own = [weights[layer.weight] for layer in layers if layer.activation == name]
         assert len(own) in (1, 3), "queries, keys and values read one activation"
         shown = with_output(case.model, name)
-        session = ort.InferenceSession(shown.SerializeToString(), providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(
+            shown.SerializeToString(), session_options(1), providers=["CPUExecutionProvider"]
+        )
         highest = np.zeros(len(scale), np.float32)
         for ids in case.token_ids[:CALIBRATION]:
             feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}

@@ -12,9 +12,9 @@ from deploykit.quantization.activations import show_activations
 from deploykit.quantization.calibration import Calibration, collect
 from deploykit.quantization.qdq import linear_layers
 from deploykit.runtime.engines import ENGINES
-from deploykit.runtime.text import normalize
 from deploykit.runtime.tokenizer import TextTokenizer
 from deploykit.tasks.classification.facts import Classification
+from deploykit.text import normalize
 
 _GRAPH = ENGINES["onnxruntime"].graphs["fp32"]
 

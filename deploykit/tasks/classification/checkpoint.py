@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.runtime.batching import batches
-from deploykit.runtime.text import normalize
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.protocol import TaskFacts
+from deploykit.text import normalize
 from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id, quiet
 
 

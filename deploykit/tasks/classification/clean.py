@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deploykit.data.grouping import duplicate_key
-from deploykit.runtime.text import normalize
 from deploykit.tasks.classification.rows import Example, RawExample
+from deploykit.text import normalize
 
 
 @dataclass(frozen=True)

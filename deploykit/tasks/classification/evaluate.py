@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from deploykit.data.texts import read_texts, unanswered
 from deploykit.errors import DataError
-from deploykit.runtime.text import normalize
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.classification.rows import Columns, Example, check_labels, load_examples
 from deploykit.tasks.protocol import Evaluation, Grade
+from deploykit.text import normalize
 
 _CHUNK = 1024
 _GRADED = 256

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from deploykit import artifacts
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError, UsageError
-from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
+from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
 from deploykit.graphs.onnx_export import export_classifier, export_half_classifier
 from deploykit.measurement_log import Trace
 from deploykit.quantization.calibration import Calibration

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from deploykit.runtime.batching import batches
 from deploykit.runtime.engines.protocol import Engine
-from deploykit.runtime.text import normalize
 from deploykit.runtime.tokenizer import TextTokenizer
 from deploykit.tasks.classification.facts import Classification
+from deploykit.text import normalize
 
 
 class Classifier:

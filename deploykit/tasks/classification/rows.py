@@ -18,8 +18,8 @@ from deploykit.data.texts import (
     scalar,
 )
 from deploykit.errors import DataError, UsageError
-from deploykit.runtime.text import normalize
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR
+from deploykit.text import normalize
 
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from deploykit.data.read import import_data_package, read_lines
 from deploykit.errors import DataError
-from deploykit.runtime.text import normalize
 from deploykit.tasks.translation.languages import parse_language
 from deploykit.tasks.translation.pairs import RawPair
+from deploykit.text import normalize
 
 CATALOGS = (".po", ".pot", ".mo")
 

@@ -18,11 +18,11 @@ from deploykit.runtime.decoding import Seconds, Sentence, longest_first
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.search import Finished
 from deploykit.runtime.serving_settings import LongInput
-from deploykit.runtime.text import normalize
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import Translator
 from deploykit.tasks.translation.source_prefix import source_prefix
 from deploykit.tasks.translation.translated import Translated
+from deploykit.text import normalize
 from deploykit.training.checkpoint import load_model, load_tokenizer, quiet
 from deploykit.training.padding import padded
 

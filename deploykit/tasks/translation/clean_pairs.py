@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deploykit.errors import DataError
-from deploykit.runtime.text import normalize
 from deploykit.tasks.translation.languages import (
     Language,
     fits_script,
@@ -19,6 +18,7 @@ from deploykit.tasks.translation.languages import (
     parse_language,
 )
 from deploykit.tasks.translation.pairs import Pair, RawPair, one_line
+from deploykit.text import normalize
 
 MAX_RATIO = 3.0
 MAX_CHARACTERS = 5000

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from deploykit.artifacts import digest_of
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError, UsageError
-from deploykit.export.run import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
 from deploykit.graphs.architecture import Architecture
+from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
 from deploykit.graphs.families import read_architecture
 from deploykit.graphs.native_writer import save_native
 from deploykit.graphs.seq2seq import Standard, build_decoder, build_encoder, save_graphs
@@ -32,7 +32,6 @@ from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
-from deploykit.runtime.text import normalize
 from deploykit.tasks.translation.calibration import activations_of, calibrate
 from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.clean_pairs import clean_pairs
@@ -47,6 +46,7 @@ from deploykit.tasks.translation.read_pairs import load_pairs
 from deploykit.tasks.translation.source_prefix import source_prefix
 from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
 from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, EngineOptions, build_engine, plan, read_inputs
+from deploykit.text import normalize
 
 _PARITY_ROWS = 128
 _MEASURED_ROWS = 500  # PyTorch, which is measured too, takes minutes for more

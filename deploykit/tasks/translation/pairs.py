@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from deploykit.runtime.text import normalize
+from deploykit.text import normalize
 
 _BREAKS = re.compile(r"[ \t\n\r\u2028\u2029]+")
 

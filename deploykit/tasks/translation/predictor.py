@@ -19,11 +19,11 @@ from deploykit.runtime.engines import (
 from deploykit.runtime.engines.protocol import DecodeLimits
 from deploykit.runtime.generation import MAX_ROWS, Generation
 from deploykit.runtime.serving_settings import LongInput
-from deploykit.runtime.text import normalize
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.sentences import fit, split_sentences
 from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
 from deploykit.tasks.translation.translated import EMPTY, Translated, finish_of
+from deploykit.text import normalize
 
 _TEXTS_AT_ONCE = 32  # to tokenize: others wait for the lock on Python meanwhile
 _CHARS_PER_TOKEN = 24  # no text of more characters a token than this is worth tokenizing to find it too long

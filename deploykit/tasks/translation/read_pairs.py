@@ -11,11 +11,11 @@ from pathlib import Path
 from deploykit.data.read import Record, read_lines, read_records
 from deploykit.data.texts import TEXT_COLUMNS, TextRow
 from deploykit.errors import DataError, UsageError
-from deploykit.runtime.text import normalize
 from deploykit.tasks.translation.catalogs import CATALOGS, read_catalog, read_catalog_sources
 from deploykit.tasks.translation.languages import closest, distance
 from deploykit.tasks.translation.pairs import PairColumns, RawPair, one_line
 from deploykit.tasks.translation.tmx import read_tmx
+from deploykit.text import normalize
 
 # "1" and "2" are the columns of a table without a header.
 SOURCE_COLUMNS = ("source", "src", "source_text", "src_text", "source_sentence", "original", "1")

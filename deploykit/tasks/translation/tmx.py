@@ -12,8 +12,8 @@ from pathlib import Path
 from xml.parsers import expat
 
 from deploykit.errors import DataError, UsageError
-from deploykit.runtime.text import MAX_TEXT_CHARS
 from deploykit.tasks.translation.languages import distance
+from deploykit.text import MAX_TEXT_CHARS
 
 # What these hold is code of the document's format (a tag, a field), not text.
 _CODES = frozenset(("bpt", "ept", "it", "ph", "ut", "sub"))

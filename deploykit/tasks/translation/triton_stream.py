@@ -20,9 +20,9 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest
-from deploykit.runtime.text import normalize
 from deploykit.runtime.triton_requests import INPUT, CancelledError, FailedError, RefusedError, Rows, parameters_of
 from deploykit.tasks.translation.sentences import split_sentences
+from deploykit.text import normalize
 
 _AHEAD = 32  # sentences of one document under way at once: the queue of the other model is for everyone
 _OF_SENTENCE = ("TRANSLATION", "SCORE", "SOURCE_TOKENS", "TARGET_TOKENS", "FINISH")

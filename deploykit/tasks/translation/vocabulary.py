@@ -19,7 +19,7 @@ import sentencepiece
 from transformers import MarianTokenizer
 
 from deploykit.errors import DataError
-from deploykit.runtime.text import normalize
+from deploykit.text import normalize
 
 EOS, UNKNOWN, PAD = "</s>", "<unk>", "<pad>"
 _CHARACTERS_PER_PIECE = 20

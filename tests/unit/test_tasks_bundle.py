@@ -10,9 +10,11 @@ import pytest
 from sacrebleu.metrics.chrf import CHRF
 
 from deploykit.jetson.boards import BOARDS
-from deploykit.jetson.by_task import bundled, chrf, fitted
+from deploykit.jetson.bundle import fitted
 from deploykit.runtime.generation import Generation
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.registry import task_of
+from deploykit.tasks.translation.bundle import chrf
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.translated import Translated
 
@@ -62,8 +64,12 @@ def test_a_translators_answers_are_judged_by_texts_and_scores(
     found = [
         text.replace("ouvert", "ferm\u00e9 maintenant") if i < words_changed else text for i, text in enumerate(texts)
     ]
-    verdict = bundled(TASK).compare(
-        [answer(text, -0.5 + score_changed) for text in found], [answer(text, -0.5) for text in texts], precision
+    verdict = (
+        task_of(TASK)
+        .bundle(TASK)
+        .compare(
+            [answer(text, -0.5 + score_changed) for text in found], [answer(text, -0.5) for text in texts], precision
+        )
     )
     assert verdict.right is right, verdict.told
     assert f"({1 - words_changed / 16:.0%} equal)" in verdict.told
@@ -71,7 +77,7 @@ def test_a_translators_answers_are_judged_by_texts_and_scores(
 
 def test_scores_count_per_token_whatever_the_length_penalty() -> None:
     sums = dataclasses.replace(TASK, generation=Generation(length_penalty=0.0))
-    verdict = bundled(sums).compare([answer("a", -4.0)], [answer("a", -4.08)], "int8")  # of 8 tokens
+    verdict = task_of(sums).bundle(sums).compare([answer("a", -4.0)], [answer("a", -4.08)], "int8")  # of 8 tokens
     assert "differ by 1.00e-02" in verdict.told
     assert verdict.right
 
