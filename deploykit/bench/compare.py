@@ -20,6 +20,7 @@ from deploykit.errors import ArtifactError
 from deploykit.metric_titles import TITLES
 from deploykit.report.figures import fraction, number
 from deploykit.report.record import Record, results_of
+from deploykit.tasks.registry import get_task
 
 LEAST_CHANGE = 0.05
 """Of medians, and of memory."""
@@ -157,7 +158,7 @@ def _of_the_whole(part: str, before: Record, after: Record) -> Iterator[Change]:
         bound = LEAST_CHANGE * memory[0]
         yield _single(part, before["name"], ("memory", "MB"), memory, bound, ("less", "more"))
     if before["metrics"] and after["metrics"]:
-        name = "chrf" if before["task"] == "translation" else "macro_f1"
+        name = get_task(before["task"]).headline
         points = before["metrics"][name], after["metrics"][name]
         bound = LEAST_POINTS if name == "chrf" else LEAST_POINTS / 100
         yield _single(part, before["name"], (TITLES[name], ""), points, bound, ("lower", "higher"))

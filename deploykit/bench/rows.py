@@ -11,10 +11,10 @@ import numpy as np
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.tasks.opening import open_predictor
 from deploykit.tasks.protocol import TaskFacts
-from deploykit.tasks.registry import task_of as task_for
+from deploykit.tasks.registry import task_of
 
 
-def task_of(target: str, *, url: str) -> TaskFacts:
+def facts_of(target: str, *, url: str) -> TaskFacts:
     """What ``target``, any of the models to be measured, does: which columns and answers to expect."""
     if (Path(target) / MANIFEST).exists():
         return load_manifest(Path(target), verify=False).task
@@ -30,7 +30,7 @@ def read_rows(
 
     ``columns`` are the options that name columns, given or None.
     """
-    rows = task_for(task).read_texts(source, task, encoding=encoding, columns=columns)
+    rows = task_of(task).read_texts(source, task, encoding=encoding, columns=columns)
     order = np.random.default_rng(seed).permutation(len(rows))[:most]
     drawn = [rows[i] for i in order]
     truth = [answer for _, answer in drawn if answer is not None]

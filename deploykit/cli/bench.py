@@ -78,13 +78,13 @@ def command(
     import json
 
     from deploykit.artifacts import new_file
-    from deploykit.bench.rows import read_rows, task_of
+    from deploykit.bench.rows import facts_of, read_rows
     from deploykit.bench.scenarios import ClosedLoop, Poisson, Within
     from deploykit.bench.targets import bench_targets
     from deploykit.errors import ArtifactError, UsageError
     from deploykit.hardware import available_cpus
     from deploykit.report.pages import write_report
-    from deploykit.tasks import registry
+    from deploykit.tasks.registry import task_of
 
     if compared is not None:
         return _compare(*compared)
@@ -96,12 +96,12 @@ def command(
     for path in (out, report):
         if path is not None and path.exists() and not force:
             raise ArtifactError(f"{path}: exists", "choose another name, or pass --force to replace it")
-    task = task_of(targets[0], url=settings["url"])
+    task = facts_of(targets[0], url=settings["url"])
     columns = {
         "text_column": text_column, "label_column": label_column, "source_column": source_column,
         "target_column": target_column,
     }  # fmt: skip
-    refuse_columns(registry.task_of(task), columns, generation)
+    refuse_columns(task_of(task), columns, generation)
     texts, truth = read_rows(
         data,
         task,
@@ -154,12 +154,14 @@ def _compare(old: Path, new: Path) -> Result:
 
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    translators = any(candidate["task"] == "translation" for candidate in candidates)
-    head = ("texts/s", *(["tokens/s"] if translators else []), "p50 ms", "p99 ms")
+    from deploykit.tasks.registry import get_task
+
+    generate = get_task(candidates[0]["task"]).facts.graph_kind == "encoder-decoder"
+    head = ("texts/s", *(["tokens/s"] if generate else []), "p50 ms", "p99 ms")
     yield f"{'':<40}" + "".join(f"{title:>10}" for title in head) + f"{'errors':>8}"
     for candidate in candidates:
         for s in candidate["scenarios"]:
-            rates = [s["throughput_per_s"], *([s["tokens_per_s"]] if translators else [])]
+            rates = [s["throughput_per_s"], *([s["tokens_per_s"]] if generate else [])]
             cells = [f"{rate['median']:.0f}" if rate else "-" for rate in rates]
             cells += [
                 f"{s['latency_ms'][key]['median']:.2f}" if s["latency_ms"][key] else "-" for key in ("p50", "p99")
@@ -167,5 +169,5 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             name = f"{candidate['name']}, {s['scenario']['name']}"
             yield f"{name:<40}" + "".join(f"{cell:>10}" for cell in cells) + f"{s['errors']:>8}"
     for candidate in candidates:
-        if translators and candidate["metrics"]:
+        if generate and candidate["metrics"]:
             yield "{}: BLEU {bleu:.2f}, chrF {chrf:.2f}".format(candidate["name"], **candidate["metrics"])

@@ -89,42 +89,6 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
-def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """Metrics of either task as a small table."""
-    if "bleu" in metrics:
-        return translation_metrics_text({"": metrics})
-    width = max(9, *(len(label) for label in metrics["per_class"])) + 2
-    lines = [f"{'label':<{width}}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}"]
-    for label, m in metrics["per_class"].items():
-        lines.append(f"{label:<{width}}{m['precision']:>10.4f}{m['recall']:>8.4f}{m['f1']:>8.4f}{m['support']:>8,}")
-    lines.append(
-        f"{'macro':<{width}}{metrics['macro_precision']:>10.4f}{metrics['macro_recall']:>8.4f}{metrics['macro_f1']:>8.4f}"
-    )
-    lines.append(
-        f"accuracy {metrics['accuracy']:.4f}, expected calibration error {metrics['expected_calibration_error']:.4f}"
-    )
-    return "\n".join(lines)
-
-
-def qat_text(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The four forms of a classifier trained for INT8: before and after, as it is and with its linear layers rounded."""
-    lines = [f"{'training for INT8':<20}{'accuracy':>10}{'macro-F1':>10}"]
-    for when, forms in metrics.items():
-        for form, m in forms.items():
-            lines.append(f"{f'{when}, {form}':<20}{m['accuracy']:>10.4f}{m['macro_f1']:>10.4f}")
-    return "\n".join(lines)
-
-
-def translation_metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics of translations side by side, under their names."""
-    kept = [f"{m['placeholders']['kept']:,} of {m['placeholders']['checked']:,}" for m in columns.values()]
-    lines = [f"{'':<18}" + "".join(f"{name:>16}" for name in columns)] if any(columns) else []
-    for name in ("BLEU", "chrF"):
-        lines.append(f"{name:<18}" + "".join(f"{m[name.lower()]:>16.2f}" for m in columns.values()))
-    lines.append(f"{'placeholders kept':<18}" + "".join(f"{text:>16}" for text in kept))
-    return "\n".join(lines)
-
-
 SERVER_URL = click.option(
     "--url", default="http://127.0.0.1:8000", show_default=True, help="HTTP address of the server, for a served model."
 )

@@ -13,7 +13,6 @@ from deploykit.cli.common import (
     Result,
     deploykit_command,
     generation_options,
-    metrics_text,
     progress_bar,
     refuse_columns,
 )
@@ -68,5 +67,5 @@ def command(
     finally:
         predictor.close()
     skipped = f" ({done.skipped:,} skipped: incomplete)" if done.skipped else ""
-    text = f"{target} on {done.rows:,} rows of {data}{skipped}\n{metrics_text(done.metrics)}"
+    text = f"{target} on {done.rows:,} rows of {data}{skipped}\n{task.metrics_text(done.metrics)}"
     return {"target": target, "rows": done.rows, "skipped": done.skipped, "metrics": done.metrics}, text

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,11 @@ from deploykit.cli.common import (
     METHODS,
     Result,
     deploykit_command,
-    metrics_text,
-    qat_text,
     say,
-    translation_metrics_text,
 )
 from deploykit.errors import UsageError
 from deploykit.finetune.options import OPTIONS, make_options, read_toml, with_rows_of_run
-from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.registry import DEFAULT, task_of
 from deploykit.tasks.translation.presets import PRESETS
 
 _SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"]
@@ -51,7 +48,7 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @deploykit_command(help="Fine-tune a Hugging Face checkpoint on labelled text or on translations.")
 @click.option("--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_load_config,
               help="TOML file of these options; the command line wins.")  # fmt: skip
-@click.option("--task", type=click.Choice(list(OPTIONS)), default=Classification.name, show_default=True)
+@click.option("--task", type=click.Choice(list(OPTIONS)), default=DEFAULT, show_default=True)
 @_option("--model", help="Folder of a checkpoint, or a hub id.")
 @_option("--from-config", type=click.Choice(list(PRESETS)), help="Train a new model of this size instead.")
 @_option("--train", help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also TMX, .po, .mo, two "
@@ -133,15 +130,7 @@ def command(*, out: Path, force: bool, restart: bool, **values: Any) -> Result:
     done = finetune(options, out, force=force, restart=restart, say=say)
     metrics = done.manifest.metrics
     held_out = "test" if "test" in metrics else "validation"
-    task = done.manifest.task
-    own, text = (
-        ({"labels": list(task.labels)}, metrics_text(metrics[held_out]))
-        if isinstance(task, Classification)
-        else (_translation_result(metrics, held_out), _translation_text(metrics, held_out))
-    )
-    if "qat" in metrics:
-        own["qat"] = metrics["qat"]
-        text += "\n\n" + qat_text(metrics["qat"])
+    own, text = task_of(done.manifest.task).result(done.manifest.task, metrics, held_out)
     record = {
         "out": str(out),
         "reused": done.reused,
@@ -153,20 +142,3 @@ def command(*, out: Path, force: bool, restart: bool, **values: Any) -> Result:
     }
     head = f"{out}: {'reused, made before from the same inputs' if done.reused else 'written'}"
     return record, f"{head}\non {metrics['rows'][held_out]:,} {held_out} rows:\n{text}"
-
-
-def _translation_result(metrics: Mapping[str, Any], held_out: str) -> dict[str, Any]:
-    """What --json has for a translation beside what every task has."""
-    return {"before": metrics.get("before", {}).get(held_out), "samples": metrics["samples"]}
-
-
-def _translation_text(metrics: Mapping[str, Any], held_out: str) -> str:
-    """Scores before and after side by side, and some translations."""
-    after, before = metrics[held_out], metrics.get("before", {}).get(held_out)
-    columns = {"before": before, "after": after} if before else {"": after}
-    lines = [translation_metrics_text(columns)]
-    for sample in metrics["samples"]:
-        lines.append("")
-        lines += [f"{name + ':':<13}{sample[name]}" for name in ("source", "reference", "before", "translation")
-                  if name in sample]  # fmt: skip
-    return "\n".join(lines)

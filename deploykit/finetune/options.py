@@ -9,9 +9,7 @@ from typing import Any
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import UsageError
-from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.registry import DEFAULT, get_task, task_names
-from deploykit.tasks.translation.presets import PRESETS
 from deploykit.training.options import FinetuneOptions, flag, option_names
 
 if sys.version_info >= (3, 11):
@@ -33,8 +31,7 @@ def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
         if name not in option_names(kind):
             owner = next(task for task, other in OPTIONS.items() if name in option_names(other))
             raise UsageError(f"{flag(name)} is for --task {owner}", "leave it out")
-    preset = PRESETS.get(given.get("from_config") or "")
-    return kind(**{**(preset.training if preset else {}), **given})
+    return kind(**{**kind.preset(given.get("from_config")), **given})
 
 
 def with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,21 +41,15 @@ def with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
     splits = {name: run / "splits" / f"{name}.jsonl" for name in ("train", "validation", "test")}
     if not given.get("qat") or {*splits} & {*given} or not splits["train"].is_file():
         return dict(given)
-    task = load_manifest(run, "checkpoint", verify=False).task
-    if not isinstance(task, Classification):
+    facts = load_manifest(run, "checkpoint", verify=False).task
+    kind = OPTIONS[facts.name]
+    if "qat" not in option_names(kind):
+        owners = [name for name, other in OPTIONS.items() if "qat" in option_names(other)]
         raise UsageError(
-            f"--qat is for --task {Classification.name}, and {run} was made for {task.name}", "leave it out"
+            f"--qat is for --task {' or '.join(owners)}, and {run} was made for {facts.name}", "leave it out"
         )
     rows = {name: str(path) for name, path in splits.items() if path.is_file()}
-    own = {
-        "text_column": ("text",),
-        "label_column": "label",
-        "encoding": "utf-8",
-        "multi_label": task.multi_label,
-        "max_length": task.max_length,
-        "test_fraction": 0.0,  # none of the rows that the run was trained on
-    }
-    return {**own, **given, **rows}
+    return {**kind.of_run(facts), **given, **rows}
 
 
 def read_toml(path: Path) -> dict[str, Any]:

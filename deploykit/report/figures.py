@@ -19,6 +19,7 @@ import numpy as np
 from deploykit.errors import MissingDependencyError
 from deploykit.metric_titles import TITLES
 from deploykit.peak_memory import BENCH_EXTRA
+from deploykit.tasks.registry import get_task
 
 Record = Mapping[str, Any]
 
@@ -76,7 +77,7 @@ def throughput_bars(result: Record) -> str | None:
     rounds. None with one candidate, which has no peer, or without answers."""
     candidates = result["candidates"]
     panels = [s["scenario"] for s in candidates[0]["scenarios"] if s["scenario"]["kind"] != "poisson"]
-    key, unit = ("tokens_per_s", "target tokens/s") if translates(result) else ("throughput_per_s", "texts/s")
+    key, unit = ("tokens_per_s", "target tokens/s") if generates(result) else ("throughput_per_s", "texts/s")
     answered = any(s[key] and s[key]["max"] for candidate in candidates for s in candidate["scenarios"])
     if len(candidates) < 2 or not panels or not answered:
         return None
@@ -232,7 +233,7 @@ def throughput_latency(result: Record) -> str | None:
 
 def accuracy_speed(result: Record) -> str | None:
     """Macro-F1, of translators chrF, against throughput in each candidate's headline scenario."""
-    translators = translates(result)
+    translators = generates(result)
     points = [
         (i, c["name"], headline(c)["throughput_per_s"]["median"], c["metrics"]["chrf" if translators else "macro_f1"])
         for i, c in enumerate(result["candidates"])
@@ -405,9 +406,9 @@ def frontier(tuning: Record) -> str:
     return _svg("frontier", draw, (8.0, 5.2))
 
 
-def translates(result: Record) -> bool:
-    """Whether the candidates, all of one task, are translators."""
-    return bool(result["candidates"][0]["task"] == "translation")
+def generates(result: Record) -> bool:
+    """Return whether the candidates, all of one task, write token by token."""
+    return get_task(result["candidates"][0]["task"]).facts.graph_kind == "encoder-decoder"
 
 
 def headline(candidate: Record) -> Record:

@@ -266,7 +266,7 @@ def _warnings(warnings: Iterable[str]) -> str:
 
 
 def _summary(result: Record) -> str:
-    metrics_shown = {"bleu": "BLEU", "chrf": "chrF"} if figures.translates(result) else _CLASSIFICATION_METRICS
+    metrics_shown = {"bleu": "BLEU", "chrf": "chrF"} if figures.generates(result) else _CLASSIFICATION_METRICS
     if not any(candidate["metrics"] for candidate in result["candidates"]):
         metrics_shown = {}
     head = (
@@ -322,7 +322,7 @@ def _details(result: Record) -> str:
 
 def _rates(result: Record) -> dict[str, str]:
     """Titles of the columns of throughput, and their keys."""
-    tokens = {"target tokens/s": "tokens_per_s"} if figures.translates(result) else {}
+    tokens = {"target tokens/s": "tokens_per_s"} if figures.generates(result) else {}
     return {"requests/s": "throughput_per_s", **tokens}
 
 

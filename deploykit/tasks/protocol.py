@@ -97,6 +97,8 @@ class Task(Protocol):
     """The class that answers Triton's requests, as "module:class"; its ``outputs`` name the tensors."""
     outputs: tuple[str, ...]
     """The output tensors that a client needs, the answer's text first; ``TARGET_TOKENS`` counts what was generated."""
+    headline: str
+    """The metric that two models are compared by: "macro_f1"."""
     columns: tuple[str, ...]
     """The options that name columns of a data file, and that other tasks do not have: "label_column"."""
     settings: tuple[str, ...]
@@ -170,6 +172,12 @@ class Task(Protocol):
 
     def override(self, facts: Any, generation: Mapping[str, Any]) -> Any:
         """Return the search that options of ``generation`` ask for; None for a task that does not generate."""
+
+    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+        """Return metrics as lines for a terminal."""
+
+    def result(self, facts: Any, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
+        """Return what ``finetune`` reports beside what every task has: for --json, and as lines for a terminal."""
 
     def describe(self, facts: Any) -> str:
         """Return a line for ``deploykit inspect``."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from deploykit.errors import UsageError
 
@@ -69,6 +69,16 @@ class FinetuneOptions:
         """The checkpoint or the preset that the run starts from."""
         assert self.model is not None
         return self.model
+
+    @classmethod
+    def preset(cls, name: str | None) -> Mapping[str, Any]:
+        """Return the options that a new model of the preset ``name`` trains well by."""
+        return {}
+
+    @classmethod
+    def of_run(cls, facts: Any) -> Mapping[str, Any]:
+        """Return the options that read the rows which a run with these facts has kept."""
+        return {}
 
     def check(self) -> None:
         """Raise UsageError for the first value that makes no sense."""

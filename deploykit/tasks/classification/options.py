@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.errors import UsageError
 from deploykit.tasks.classification.facts import Classification
@@ -30,6 +30,17 @@ class ClassificationOptions(FinetuneOptions):
     qat_method: Method = "minmax"
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {**FinetuneOptions.ranges, "batch_size": (1, 100_000)}
+
+    @classmethod
+    def of_run(cls, facts: Classification) -> Mapping[str, Any]:
+        return {
+            "text_column": ("text",),
+            "label_column": "label",
+            "encoding": "utf-8",
+            "multi_label": facts.multi_label,
+            "max_length": facts.max_length,
+            "test_fraction": 0.0,  # none of the rows that the run was trained on
+        }
 
     def check(self) -> None:
         super().check()

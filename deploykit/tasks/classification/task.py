@@ -32,6 +32,7 @@ class _Classification:
     model_types: tuple[str, ...] = ()
     triton_backend = "deploykit.tasks.classification.triton_backend:ClassificationBackend"
     outputs = ("LABEL", "SCORES")
+    headline = "macro_f1"
     columns = ("text_column", "label_column")
     settings = ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us")
     instances = 2
@@ -121,6 +122,19 @@ class _Classification:
     def override(self, facts: Classification, generation: Mapping[str, Any]) -> None:
         if generation:
             raise UsageError(f"{next(iter(generation))} is for a model that generates", "leave it out")
+
+    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+        from deploykit.tasks.classification.metrics_text import metrics_text
+
+        return metrics_text(metrics)
+
+    def result(self, facts: Classification, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
+        from deploykit.tasks.classification.metrics_text import qat_text
+
+        record, text = {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out])
+        if "qat" not in metrics:
+            return record, text
+        return {**record, "qat": metrics["qat"]}, f"{text}\n\n{qat_text(metrics['qat'])}"
 
     def describe(self, facts: Classification) -> str:
         multi = " (multi-label)" if facts.multi_label else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.errors import UsageError
 from deploykit.tasks.translation.facts import Translation
@@ -45,6 +45,11 @@ class TranslationOptions(FinetuneOptions):
     @property
     def origin(self) -> str:
         return self.model or self.from_config or ""
+
+    @classmethod
+    def preset(cls, name: str | None) -> Mapping[str, Any]:
+        preset = PRESETS.get(name or "")
+        return preset.training if preset else {}
 
     def check(self) -> None:
         super().check()

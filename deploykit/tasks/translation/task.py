@@ -32,6 +32,7 @@ class _Translation:
     model_types = ("marian", "m2m_100", "t5")
     triton_backend = "deploykit.tasks.translation.triton_backend:TranslationBackend"
     outputs = ("TRANSLATION", "TARGET_TOKENS")
+    headline = "chrf"
     columns = ("source_column", "target_column")
     settings = ("max_rows", "max_cache_mb", "long_input", "in_flight")
     instances = 1
@@ -130,6 +131,17 @@ class _Translation:
 
     def override(self, facts: Translation, generation: Mapping[str, Any]) -> Generation:
         return override(facts, generation)
+
+    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+        from deploykit.tasks.translation.metrics_text import metrics_text
+
+        return metrics_text({"": metrics})
+
+    def result(self, facts: Translation, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
+        from deploykit.tasks.translation.metrics_text import result_text
+
+        record = {"before": metrics.get("before", {}).get(held_out), "samples": metrics["samples"]}
+        return record, result_text(metrics, held_out)
 
     def describe(self, facts: Translation) -> str:
         search = "greedy search" if facts.generation.beam_size == 1 else f"{facts.generation.beam_size} beams"
