@@ -93,7 +93,7 @@ SERVER_URL = click.option(
     "--url", default="http://127.0.0.1:8000", show_default=True, help="HTTP address of the server, for a served model."
 )
 ENGINE = click.option(
-    "--engine", default="auto", show_default=True, help="auto, tensorrt, native, openvino or onnxruntime."
+    "--engine", default="auto", show_default=True, help="auto, tensorrt, native, openvino, onnxruntime or cuda."
 )
 PRECISION = click.option(
     "--precision", default="auto", show_default=True, help="auto (INT8 if there is one), int8, fp16, bf16, fp32."

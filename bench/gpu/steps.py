@@ -1,0 +1,281 @@
+"""The steps of the GPU check: ``python bench/gpu/steps.py STEP …``, called by run.py. Each writes a JSON result."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROWS, STEPS = 1024, 20
+BATCHES = (1, 32, 256)
+SECONDS = 1.5
+"""How long each rate is measured."""
+
+
+@dataclass
+class Step:
+    """A step at work: its inputs, and its result, which is written at each change."""
+
+    device: str
+    payload: Path
+    work: Path
+    path: Path
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def tell(self, **found: Any) -> None:
+        self.found.update(found)
+        self.path.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
+
+    def texts(self, count: int) -> list[str]:
+        return [row[0] for row in self.tweets(count)]
+
+    def tweets(self, count: int) -> list[tuple[str, str]]:
+        """Return (text, label) of real tweets, the same ones each time."""
+        with next((self.payload / "tweets").glob("*.csv")).open(encoding="latin-1", newline="") as file:
+            rows = list(csv.DictReader(file))
+        return [(row["text"], row["sentiment"]) for row in rows[:: max(1, len(rows) // count)][:count]]
+
+    def checkpoint(self, name: str, *words: object) -> tuple[Path, dict[str, Any], float]:
+        """Fine-tune unless an earlier step did; returns the folder, what --json says, and the seconds that it took."""
+        out = self.work / name
+        started = time.monotonic()
+        record = deploykit("finetune", *words, "--out", out)
+        return out, record, time.monotonic() - started
+
+    def classifier(self, precision: str, *, steps: int = STEPS) -> tuple[Path, dict[str, Any], float]:
+        rows = self.work / "tweets.csv"
+        if not rows.exists():
+            self.work.mkdir(parents=True, exist_ok=True)
+            with rows.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([("text", "label"), *self.tweets(ROWS)])
+        return self.checkpoint(
+            f"classifier-{precision}", "--model", self.payload / "minilm", "--train", rows, "--max-steps", steps,
+            "--batch-size", 32, "--max-length", 64, "--learning-rate", 1e-4, "--mixed-precision", precision,
+        )  # fmt: skip
+
+    def translator(self, precision: str, *, steps: int = STEPS) -> tuple[Path, dict[str, Any], float]:
+        return self.checkpoint(
+            f"translator-{precision}", "--task", "translation", "--from-config", "marian-small", "--train",
+            self.payload / "pairs.tsv", "--source", "en", "--target", "fr", "--max-rows", ROWS, "--max-steps", steps,
+            "--held-out-rows", 64, "--eval-rows", 32, "--mixed-precision", precision,
+        )  # fmt: skip
+
+
+def doctor(step: Step) -> None:
+    step.tell(**deploykit("doctor"))
+
+
+def tests(step: Step) -> None:
+    """Run the tests that need a GPU; on a CPU all of them are skipped, and counted."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/unit"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    print(done.stdout, done.stderr)
+    step.tell(summary=done.stdout.strip().splitlines()[-1])
+    if done.returncode:
+        raise SystemExit(1)
+
+
+def finetune(step: Step) -> None:
+    """Train both tasks in each precision that the device has; the loss must be that of fp32."""
+    precisions = ("no", "bf16", "fp16") if step.device == "cuda" else ("no",)
+    for task, train in (("classifier", step.classifier), ("translator", step.translator)):
+        for precision in precisions:
+            out, record, seconds = train(precision)
+            step.tell(**{f"{task} {precision}": {
+                "seconds": round(seconds, 1), "metrics": headline(record["metrics"]), **training_log(out),
+            }})  # fmt: skip
+
+
+def classify(step: Step) -> None:
+    """Compare ONNX Runtime with PyTorch on real texts: parity, texts/s by batch size, latency of one caller."""
+    import numpy as np
+    import torch
+
+    from deploykit.runtime.engines import load_engine
+    from deploykit.tasks.classification.checkpoint import TorchClassifier
+
+    checkpoint, _, _ = step.classifier("no")
+    export_to = step.work / "classifier-export"
+    deploykit("export", checkpoint, "--out", export_to)
+    reference = TorchClassifier.load(checkpoint)
+    texts = step.texts(256)
+    ids = [row[:64] for row in reference.encode(texts)]
+    engine = load_engine("cuda" if step.device == "cuda" else "onnxruntime", export_to / "model.onnx")
+
+    def padded(rows: Sequence[list[int]]) -> dict[str, Any]:
+        width = max(map(len, rows))
+        pad = reference.task.pad_token_id
+        return {
+            "input_ids": np.array([[*row, *[pad] * (width - len(row))] for row in rows]),
+            "attention_mask": np.array([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+        }
+
+    def torch_runner(dtype: torch.dtype, *, compiled: bool = False) -> Callable[[Mapping[str, Any]], Any]:
+        model: Any = TorchClassifier.load(checkpoint).model.to(step.device, dtype)
+        if compiled:
+            model = torch.compile(model, dynamic=True)
+
+        def run(inputs: Mapping[str, Any]) -> Any:
+            with torch.inference_mode():
+                logits = model(**{name: torch.from_numpy(value).to(step.device) for name, value in inputs.items()})
+            return logits.logits.float().cpu().numpy()
+
+        return run
+
+    runners: dict[str, Callable[[], Callable[[Mapping[str, Any]], Any]]] = {
+        "onnxruntime": lambda: lambda inputs: engine.run(inputs)[0],
+        "torch eager fp32": lambda: torch_runner(torch.float32),
+        "torch eager bf16": lambda: torch_runner(torch.bfloat16),
+        "torch.compile fp32": lambda: torch_runner(torch.float32, compiled=True),
+    }
+    batches = {rows: padded((ids * rows)[:rows]) for rows in BATCHES}
+    expected = torch_runner(torch.float32)(batches[BATCHES[-1]])
+    for name, make in runners.items():
+        if "compile" in name and step.device == "cpu":
+            continue  # its compiler is not part of what is set up for a CPU
+        run = make()
+        got = run(batches[BATCHES[-1]])
+        found: dict[str, Any] = {
+            "largest difference of a logit": float(np.abs(got - expected).max()),
+            "same answer": float((got.argmax(1) == expected.argmax(1)).mean()),
+            "texts per second": {},
+        }
+        for rows, inputs in batches.items():
+            seconds = timed(lambda run=run, inputs=inputs: run(inputs))
+            found["texts per second"][str(rows)] = round(rows / median(seconds), 1)
+            if rows == 1:
+                found["one caller, ms"] = {f"p{p}": round(1e3 * percentile(seconds, p), 3) for p in (50, 99)}
+        step.tell(**{name: found})
+
+
+def translate(step: Step) -> None:
+    """Measure translation with PyTorch on the device; deploykit's translators run on CPUs and on TensorRT alone."""
+    from deploykit.tasks.translation.checkpoint import TorchTranslator
+
+    checkpoint, _, _ = step.translator("no")
+    translator = TorchTranslator.load(checkpoint)
+    translator.model.to(step.device)
+    lines = (step.payload / "pairs.tsv").read_text(encoding="utf-8").splitlines()[1:257]
+    ids = translator.encode([line.split("\t")[0] for line in lines])
+    for rows in BATCHES:
+        part = (ids * rows)[:rows]
+        begun = time.perf_counter()
+        answers = translator.generate_ids(part, translator.task.generation)
+        seconds = time.perf_counter() - begun
+        step.tell(**{f"torch generate, {rows} rows": {"tokens per second": round(sum(map(len, answers)) / seconds, 1)}})
+    step.tell(onnxruntime="not built: the engine cuda runs classifiers alone")
+
+
+def export(step: Step) -> None:
+    """Export on this machine, and once more with the GPU hidden: the graphs must be equal."""
+    checkpoint, _, _ = step.classifier("no")
+    digests = []
+    for name, hidden in (("here", False), ("cpu", True)):
+        with tempfile.TemporaryDirectory() as folder:
+            deploykit("export", checkpoint, "--out", Path(folder) / "export", hide_gpu=hidden)
+            files = json.loads((Path(folder) / "export" / "manifest.json").read_text())["files"]
+        digests.append(files["model.onnx"]["sha256"])
+        step.tell(**{name: digests[-1]})
+    step.tell(equal=digests[0] == digests[1])
+    if digests[0] != digests[1]:
+        raise SystemExit("the GPU machine's graph is not the CPU's")
+
+
+def tensorrt(step: Step) -> None:
+    """Write the graphs of ``export --trt`` and check them, up to the builder, which PyPI does not have for this GPU."""
+    import onnx
+    import torch
+
+    from deploykit.graphs.onnx_export import export_half_classifier
+    from deploykit.tasks.classification.checkpoint import TorchClassifier
+    from deploykit.tensorrt.build import EngineOptions, plan
+
+    checkpoint, _, _ = step.classifier("no")
+    reference = TorchClassifier.load(checkpoint)
+    graph = step.work / "half.onnx"
+    export_half_classifier(reference.model, graph, torch.float16)
+    onnx.checker.check_model(str(graph))
+    profiles = plan(EngineOptions(), reference.task.shape_limits)
+    step.tell(graph_bytes=graph.stat().st_size, profiles=[str(profile) for profile in profiles], engine="not built: "
+              "TensorRT's wheels on PyPI are placeholders, and TensorRT-RTX 1.7 does not target SM90")  # fmt: skip
+
+
+def deploykit(*words: object, hide_gpu: bool = False) -> dict[str, Any]:
+    """Run a command and return its --json."""
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})}
+    command = [sys.executable, "-m", "deploykit", *map(str, words), "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stdout[-2000:]}")
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
+
+
+def training_log(checkpoint: Path) -> dict[str, float]:
+    """Return what the trainer logged last: training loss, samples a second."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logged: dict[str, float] = {}
+    for folder in {path.parent for path in (checkpoint / "tensorboard").rglob("events.out.*")}:
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag in ("train/train_loss", "train/train_samples_per_second", "train/loss"):
+                logged[tag.removeprefix("train/")] = round(events.Scalars(tag)[-1].value, 4)
+    return logged
+
+
+def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: round(metrics[name], 4) for name in ("accuracy", "macro_f1", "bleu", "chrf") if name in metrics}
+
+
+def timed(run: Callable[[], Any]) -> list[float]:
+    """Return the seconds of each call, for as long as ``SECONDS``, after two that do not count."""
+    for _ in range(2):
+        run()
+    return list(_calls(run))
+
+
+def _calls(run: Callable[[], Any]) -> Iterator[float]:
+    end = time.perf_counter() + SECONDS
+    while (begun := time.perf_counter()) < end:
+        run()
+        yield time.perf_counter() - begun
+
+
+def median(seconds: Sequence[float]) -> float:
+    return percentile(seconds, 50)
+
+
+def percentile(seconds: Sequence[float], percent: int) -> float:
+    ordered = sorted(seconds)
+    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
+
+
+ALL: Mapping[str, Callable[[Step], None]] = {
+    function.__name__: function for function in (doctor, tests, finetune, classify, translate, export, tensorrt)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("step", choices=list(ALL))
+    parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
+    parser.add_argument("--payload", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    options = parser.parse_args()
+    ALL[options.step](Step(options.device, options.payload, options.work, options.result))
+
+
+if __name__ == "__main__":
+    main()

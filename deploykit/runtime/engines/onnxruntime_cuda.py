@@ -1,0 +1,49 @@
+"""ONNX Runtime on an NVIDIA GPU, for classifiers in fp32.
+
+Without its CUDA provider ONNX Runtime runs a graph on the CPU and says nothing. This engine refuses to.
+
+Source: ONNX Runtime documentation, "CUDA Execution Provider".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from deploykit.errors import EngineError
+from deploykit.runtime.engines.onnxruntime import session_options
+
+PROVIDER = "CUDAExecutionProvider"
+
+
+class OnnxRuntimeCudaEngine:
+    token_budget = 1 << 16  # a GPU needs many rows to be busy
+
+    def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
+        fell_back = EngineError(
+            f"{graph}: ONNX Runtime fell back to the CPU: it cannot load its CUDA provider",
+            "pip uninstall onnxruntime, then pip install 'deploykit[gpu]'; CUDA and cuDNN must be of its release",
+        )
+        if PROVIDER not in ort.get_available_providers():
+            raise fell_back
+        ort.preload_dlls()  # finds CUDA and cuDNN in the packages that PyTorch brings
+        # fp32 means fp32: TF32 would round the inputs of every product to 10 bits.
+        cuda = (PROVIDER, {"device_id": device, "use_tf32": 0})
+        try:
+            self._session = ort.InferenceSession(str(graph), session_options(threads), providers=[cuda])
+        except Exception as error:  # the library's exceptions share no base
+            raise EngineError(f"{graph}: ONNX Runtime cannot load it: {error}", "export the model again") from error
+        if self._session.get_providers()[0] != PROVIDER:
+            raise fell_back
+
+    def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
+        outputs: list[NDArray[Any]] = self._session.run(None, dict(inputs))
+        return outputs
+
+    def int8_kernels(self) -> int:
+        return 0

@@ -1,0 +1,60 @@
+"""The engine ``cuda``. Tests marked ``gpu`` run where there is one; bench/gpu/run.sh runs them there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deploykit.errors import EngineError, MissingDependencyError
+from deploykit.runtime import engines
+from deploykit.runtime.engines import load_engine
+from deploykit.runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
+from deploykit.tasks.opening import open_classifier
+
+TEXTS = ["w1 w2 w3", "w4", "", "unknown words w9 " * 8, "w5 w6 w7 w8"]
+needs_gpu = pytest.mark.skipif(engines.ENGINES["cuda"].lacks is not None, reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.skipif(engines.ENGINES["cuda"].lacks is None, reason="the engine runs here")
+def test_a_graph_that_would_run_on_the_cpu_is_refused(tiny_export: Path) -> None:
+    with pytest.raises(EngineError, match="fell back to the CPU") as refused:
+        OnnxRuntimeCudaEngine(tiny_export / "model.onnx", 1)
+    assert "deploykit[gpu]" in str(refused.value.remedy)
+
+
+def test_an_onnxruntime_without_cuda_is_told_apart_from_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(engines, "has_gpu", lambda: True)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert engines.ENGINES["cuda"].lacks == f"this ONNX Runtime has no {PROVIDER}"
+    monkeypatch.setattr(engines, "has_gpu", lambda: False)
+    assert engines.ENGINES["cuda"].lacks == "no GPU"
+
+
+@pytest.mark.skipif(engines.ENGINES["cuda"].lacks != "no GPU", reason="there is a GPU")
+def test_without_a_gpu_the_engine_says_so(tiny_export: Path) -> None:
+    with pytest.raises(MissingDependencyError, match="needs an NVIDIA GPU"):
+        load_engine("cuda", tiny_export / "model.onnx")
+
+
+def test_auto_prefers_the_cpus_engines_until_cuda_is_measured() -> None:
+    names = list(engines.ENGINES)
+    assert names.index("cuda") > names.index("onnxruntime")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_texts_are_classified_on_the_gpu_as_on_the_cpu(tiny_export: Path) -> None:
+    on_gpu = open_classifier(str(tiny_export), url="", engine="cuda")
+    on_cpu = open_classifier(str(tiny_export), url="", engine="onnxruntime", precision="fp32")
+    np.testing.assert_allclose(on_gpu.scores(TEXTS * 9), on_cpu.scores(TEXTS * 9), atol=1e-5)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_that_is_not_there_is_refused(tiny_export: Path) -> None:
+    with pytest.raises(EngineError, match="cannot load it"):
+        OnnxRuntimeCudaEngine(tiny_export / "model.onnx", 1, device=99)
