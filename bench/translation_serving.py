@@ -20,9 +20,10 @@ from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.generation import override
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.opening import open_predictor
+from deploykit.tasks.registry import task_of
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
-from deploykit.triton.repository import package, tokenizer_files
+from deploykit.triton.repository import package
 from deploykit.triton.server import TritonServer
 
 NAMES = {True: "in-flight batching", False: "batch at a time"}
@@ -83,7 +84,10 @@ def served_shape(shape: Path, task: Translation, example: Path, folder: Path) ->
     manifest = load_manifest(example, "export")
     assert isinstance(manifest.task, Translation)
     folder.mkdir()
-    for file in (shape / NATIVE_FILE, *(example / file for file in tokenizer_files(manifest))):
+    for file in (
+        shape / NATIVE_FILE,
+        *(example / file for file in task_of(manifest.task).tokenizer_files(list(manifest.files))),
+    ):
         shutil.copy(file, folder)
     longest = manifest.task.generation.max_length
     generation = dataclasses.replace(task.generation, min_length=0, max_length=longest)

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--payload", type=Path, required=True, help="what unpack.sh made")
     parser.add_argument("--out", type=Path, required=True, help="folder of the record and the log")
     parser.add_argument("--step", choices=list(STEPS), action="append", help="only this one; repeatable")
+    parser.add_argument("--quick", action="store_true", help="a little of everything: what the tests run")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {
@@ -68,7 +69,10 @@ def run_step(name: str, options: argparse.Namespace) -> dict[str, Any]:
         log.flush()
         begin = log.tell()
         process = subprocess.Popen(
-            [*words, "--result", str(result)], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            [*words, "--result", str(result), *(["--quick"] if options.quick else [])],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             process.wait(STEPS[name])

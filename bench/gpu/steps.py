@@ -15,10 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROWS, STEPS = 1024, 20
 BATCHES = (1, 32, 256)
-SECONDS = 1.5
-"""How long each rate is measured."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and measured: rows, optimizer steps, and the seconds of each rate."""
+
+    rows: int
+    steps: int
+    seconds: float
+
+
+SIZES: Mapping[str, Size] = {"cuda": Size(1024, 20, 1.5), "cpu": Size(256, 6, 1.0), "quick": Size(96, 2, 0.05)}
+"""By device; "quick" is what the tests run."""
 
 
 @dataclass
@@ -29,6 +39,7 @@ class Step:
     payload: Path
     work: Path
     path: Path
+    size: Size
     found: dict[str, Any] = field(default_factory=dict)
 
     def tell(self, **found: Any) -> None:
@@ -44,29 +55,31 @@ class Step:
             rows = list(csv.DictReader(file))
         return [(row["text"], row["sentiment"]) for row in rows[:: max(1, len(rows) // count)][:count]]
 
-    def checkpoint(self, name: str, *words: object) -> tuple[Path, dict[str, Any], float]:
+    def checkpoint(self, name: str, *words: object, hide_gpu: bool) -> tuple[Path, dict[str, Any], float]:
         """Fine-tune unless an earlier step did; returns the folder, what --json says, and the seconds that it took."""
         out = self.work / name
         started = time.monotonic()
-        record = deploykit("finetune", *words, "--out", out)
+        record = deploykit("finetune", *words, "--out", out, hide_gpu=hide_gpu)
         return out, record, time.monotonic() - started
 
-    def classifier(self, precision: str, *, steps: int = STEPS) -> tuple[Path, dict[str, Any], float]:
+    def classifier(self, precision: str, *, hide_gpu: bool = False) -> tuple[Path, dict[str, Any], float]:
         rows = self.work / "tweets.csv"
         if not rows.exists():
             self.work.mkdir(parents=True, exist_ok=True)
             with rows.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([("text", "label"), *self.tweets(ROWS)])
+                csv.writer(file).writerows([("text", "label"), *self.tweets(self.size.rows)])
         return self.checkpoint(
-            f"classifier-{precision}", "--model", self.payload / "minilm", "--train", rows, "--max-steps", steps,
+            f"classifier-{precision}{'-cpu' * hide_gpu}", "--model", self.payload / "minilm", "--train", rows, "--max-steps", self.size.steps,
             "--batch-size", 32, "--max-length", 64, "--learning-rate", 1e-4, "--mixed-precision", precision,
+            hide_gpu=hide_gpu,
         )  # fmt: skip
 
-    def translator(self, precision: str, *, steps: int = STEPS) -> tuple[Path, dict[str, Any], float]:
+    def translator(self, precision: str, *, hide_gpu: bool = False) -> tuple[Path, dict[str, Any], float]:
         return self.checkpoint(
-            f"translator-{precision}", "--task", "translation", "--from-config", "marian-small", "--train",
-            self.payload / "pairs.tsv", "--source", "en", "--target", "fr", "--max-rows", ROWS, "--max-steps", steps,
+            f"translator-{precision}{'-cpu' * hide_gpu}", "--task", "translation", "--from-config", "marian-small", "--train",
+            self.payload / "pairs.tsv", "--source", "en", "--target", "fr", "--max-rows", self.size.rows, "--max-steps", self.size.steps,
             "--held-out-rows", 64, "--eval-rows", 32, "--mixed-precision", precision,
+            hide_gpu=hide_gpu,
         )  # fmt: skip
 
 
@@ -85,12 +98,13 @@ def tests(step: Step) -> None:
 
 
 def finetune(step: Step) -> None:
-    """Train both tasks in each precision that the device has; the loss must be that of fp32."""
-    precisions = ("no", "bf16", "fp16") if step.device == "cuda" else ("no",)
+    """Train both tasks in each precision that the device has, and in fp32 on the CPU, whose loss is the reference."""
+    runs = [("no", True), *(((p, False) for p in ("no", "bf16", "fp16")) if step.device == "cuda" else ())]
     for task, train in (("classifier", step.classifier), ("translator", step.translator)):
-        for precision in precisions:
-            out, record, seconds = train(precision)
-            step.tell(**{f"{task} {precision}": {
+        for precision, hide_gpu in runs:
+            out, record, seconds = train(precision, hide_gpu=hide_gpu)
+            name = f"{task} {'fp32' if precision == 'no' else precision} on {'cpu' if hide_gpu else 'cuda'}"
+            step.tell(**{name: {
                 "seconds": round(seconds, 1), "metrics": headline(record["metrics"]), **training_log(out),
             }})  # fmt: skip
 
@@ -103,7 +117,7 @@ def classify(step: Step) -> None:
     from deploykit.runtime.engines import load_engine
     from deploykit.tasks.classification.checkpoint import TorchClassifier
 
-    checkpoint, _, _ = step.classifier("no")
+    checkpoint, _, _ = step.classifier("no", hide_gpu=True)
     export_to = step.work / "classifier-export"
     deploykit("export", checkpoint, "--out", export_to)
     reference = TorchClassifier.load(checkpoint)
@@ -150,7 +164,7 @@ def classify(step: Step) -> None:
             "texts per second": {},
         }
         for rows, inputs in batches.items():
-            seconds = timed(lambda run=run, inputs=inputs: run(inputs))
+            seconds = timed(lambda run=run, inputs=inputs: run(inputs), step.size.seconds)
             found["texts per second"][str(rows)] = round(rows / median(seconds), 1)
             if rows == 1:
                 found["one caller, ms"] = {f"p{p}": round(1e3 * percentile(seconds, p), 3) for p in (50, 99)}
@@ -161,7 +175,7 @@ def translate(step: Step) -> None:
     """Measure translation with PyTorch on the device; deploykit's translators run on CPUs and on TensorRT alone."""
     from deploykit.tasks.translation.checkpoint import TorchTranslator
 
-    checkpoint, _, _ = step.translator("no")
+    checkpoint, _, _ = step.translator("no", hide_gpu=True)
     translator = TorchTranslator.load(checkpoint)
     translator.model.to(step.device)
     lines = (step.payload / "pairs.tsv").read_text(encoding="utf-8").splitlines()[1:257]
@@ -177,7 +191,7 @@ def translate(step: Step) -> None:
 
 def export(step: Step) -> None:
     """Export on this machine, and once more with the GPU hidden: the graphs must be equal."""
-    checkpoint, _, _ = step.classifier("no")
+    checkpoint, _, _ = step.classifier("no", hide_gpu=True)
     digests = []
     for name, hidden in (("here", False), ("cpu", True)):
         with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +213,7 @@ def tensorrt(step: Step) -> None:
     from deploykit.tasks.classification.checkpoint import TorchClassifier
     from deploykit.tensorrt.build import EngineOptions, plan
 
-    checkpoint, _, _ = step.classifier("no")
+    checkpoint, _, _ = step.classifier("no", hide_gpu=True)
     reference = TorchClassifier.load(checkpoint)
     graph = step.work / "half.onnx"
     export_half_classifier(reference.model, graph, torch.float16)
@@ -238,15 +252,15 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: round(metrics[name], 4) for name in ("accuracy", "macro_f1", "bleu", "chrf") if name in metrics}
 
 
-def timed(run: Callable[[], Any]) -> list[float]:
-    """Return the seconds of each call, for as long as ``SECONDS``, after two that do not count."""
+def timed(run: Callable[[], Any], seconds: float) -> list[float]:
+    """Return the seconds of each call, for ``seconds`` in all, after two calls that do not count."""
     for _ in range(2):
         run()
-    return list(_calls(run))
+    return list(_calls(run, seconds))
 
 
-def _calls(run: Callable[[], Any]) -> Iterator[float]:
-    end = time.perf_counter() + SECONDS
+def _calls(run: Callable[[], Any], seconds: float) -> Iterator[float]:
+    end = time.perf_counter() + seconds
     while (begun := time.perf_counter()) < end:
         run()
         yield time.perf_counter() - begun
@@ -273,8 +287,10 @@ def main() -> None:
     parser.add_argument("--payload", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--result", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    ALL[options.step](Step(options.device, options.payload, options.work, options.result))
+    size = SIZES["quick" if options.quick else options.device]
+    ALL[options.step](Step(options.device, options.payload, options.work, options.result, size))
 
 
 if __name__ == "__main__":

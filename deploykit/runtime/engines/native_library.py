@@ -17,11 +17,11 @@ def lacks() -> str | None:
     """What the engine needs and this machine does not have, if anything."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return "no x86-64 Linux"
+    if (file := library_file()) is None:
+        return "not built: pip install -v deploykit shows the compiler's error"
     flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0].split()
     if missing := [flag for flag in _FLAGS if flag not in flags]:
         return f"no {missing[-1]} in this CPU"
-    if (file := library_file()) is None:
-        return "not built"
     try:
         ctypes.CDLL(str(file))
     except OSError as error:
