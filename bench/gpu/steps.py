@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,19 +16,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BATCHES = (1, 32, 256)
+NEW_TOKENS = 32
+"""What each translation is cut to: a model of a few steps does not end by itself."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and measured: rows, optimizer steps, and the seconds of each rate."""
+    """How much is trained and measured: rows, optimizer steps, the seconds of each rate, and batch sizes."""
 
     rows: int
     steps: int
     seconds: float
+    batches: tuple[int, ...] = (1, 32, 256)
 
 
-SIZES: Mapping[str, Size] = {"cuda": Size(1024, 20, 1.5), "cpu": Size(256, 6, 1.0), "quick": Size(96, 2, 0.05)}
+SIZES: Mapping[str, Size] = {"cuda": Size(1024, 20, 1.5), "cpu": Size(256, 6, 1.0), "quick": Size(96, 2, 0.05, (1, 8))}
 """By device; "quick" is what the tests run."""
 
 
@@ -151,13 +154,13 @@ def classify(step: Step) -> None:
         "torch eager bf16": lambda: torch_runner(torch.bfloat16),
         "torch.compile fp32": lambda: torch_runner(torch.float32, compiled=True),
     }
-    batches = {rows: padded((ids * rows)[:rows]) for rows in BATCHES}
-    expected = torch_runner(torch.float32)(batches[BATCHES[-1]])
+    batches = {rows: padded((ids * rows)[:rows]) for rows in step.size.batches}
+    expected = torch_runner(torch.float32)(batches[step.size.batches[-1]])
     for name, make in runners.items():
         if "compile" in name and step.device == "cpu":
             continue  # its compiler is not part of what is set up for a CPU
         run = make()
-        got = run(batches[BATCHES[-1]])
+        got = run(batches[step.size.batches[-1]])
         found: dict[str, Any] = {
             "largest difference of a logit": float(np.abs(got - expected).max()),
             "same answer": float((got.argmax(1) == expected.argmax(1)).mean()),
@@ -180,10 +183,11 @@ def translate(step: Step) -> None:
     translator.model.to(step.device)
     lines = (step.payload / "pairs.tsv").read_text(encoding="utf-8").splitlines()[1:257]
     ids = translator.encode([line.split("\t")[0] for line in lines])
-    for rows in BATCHES:
+    generation = dataclasses.replace(translator.task.generation, max_length=NEW_TOKENS + 1)
+    for rows in step.size.batches:
         part = (ids * rows)[:rows]
         begun = time.perf_counter()
-        answers = translator.generate_ids(part, translator.task.generation)
+        answers = translator.generate_ids(part, generation)
         seconds = time.perf_counter() - begun
         step.tell(**{f"torch generate, {rows} rows": {"tokens per second": round(sum(map(len, answers)) / seconds, 1)}})
     step.tell(onnxruntime="not built: the engine cuda runs classifiers alone")

@@ -1,0 +1,89 @@
+"""Which task a name, a checkpoint or a manifest means, and a task that another package adds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+from deploykit.errors import ArtifactError, UsageError
+from deploykit.tasks import registry
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.translation.facts import Translation
+
+
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, "classification"),
+        ({"model_type": "marian", "architectures": ["MarianMTModel"], "is_encoder_decoder": True}, "translation"),
+        ({"model_type": "t5", "is_encoder_decoder": True}, "translation"),
+        # An encoder and a decoder under a classification head classify.
+        ({"model_type": "bart", "architectures": ["BartForSequenceClassification"], "is_encoder_decoder": True},
+         "classification"),
+        ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "translation"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_is_for_the_task_of_its_head(config: dict[str, object], task: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert registry.task_of_checkpoint(tmp_path).name == task
+
+
+def test_an_adapter_without_a_config_is_a_classifiers(tmp_path: Path) -> None:
+    assert registry.task_of_checkpoint(tmp_path).name == "classification"
+
+
+def test_facts_come_back_from_a_manifest_as_they_were() -> None:
+    for facts in (
+        Classification(("a", "b"), 64, 0, multi_label=True),
+        Translation("en", "fr", "marian", 100, 64, 64, 1, (0,), 1, languages=("fr",)),
+    ):
+        assert registry.task_from_json(json.loads(json.dumps(registry.task_to_json(facts)))) == facts
+
+
+def test_an_unknown_task_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="unknown task 'poetry'") as refused:
+        registry.get_task("poetry")
+    assert "classification, translation" in str(refused.value.remedy)
+    with pytest.raises(ArtifactError, match="cannot read"):
+        registry.task_from_json({"name": "poetry"})
+
+
+@dataclass(frozen=True)
+class Words:
+    """The facts of a task that another package brings."""
+
+    name: ClassVar[str] = "words"
+    labels: tuple[str, ...]
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package with a task ``words``, as an entry point names it."""
+    module = ModuleType("words_package")
+    module.TASK = SimpleNamespace(  # type: ignore[attr-defined]
+        name="words", heads=("ForTokenClassification",), model_types=(), read_facts=lambda record: Words(**record)
+    )
+    monkeypatch.setitem(sys.modules, "words_package", module)
+    point = SimpleNamespace(name="words", value="words_package:TASK")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == registry.GROUP else [])
+    for cached in (registry._locations, registry.get_task):
+        cached.cache_clear()
+    yield
+    for cached in (registry._locations, registry.get_task):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("added")
+def test_a_task_of_another_package_is_found_by_name_head_and_manifest(tmp_path: Path) -> None:
+    assert registry.task_names() == ["classification", "translation", "words"]
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForTokenClassification"]}))
+    assert registry.task_of_checkpoint(tmp_path).name == "words"
+    assert registry.task_from_json({"name": "words", "labels": ["x", "y"]}) == Words(("x", "y"))
