@@ -4,14 +4,15 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-translation test bench lint clean
+.PHONY: help setup demo demo-translation test bench lint docs clean
 
 help:
 	@echo "make demo   real tweets to a served INT8 classifier, with a report (minutes)"
 	@echo "make demo-translation   software strings to a served INT8 translator (a quarter of an hour)"
 	@echo "make test   all tests that need no GPU"
 	@echo "make bench  both demos' models beside their peers, on a quiet machine (an hour)"
-	@echo "make lint   ruff and mypy"
+	@echo "make lint   ruff, mypy and a strict build of the docs"
+	@echo "make docs   build the docs into build/docs"
 	@echo "make clean  remove .venv and demo/"
 
 setup: $(READY)
@@ -42,6 +43,10 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/mkdocs build --strict --quiet --site-dir build/docs
+
+docs: $(READY)
+	@$(BIN)/mkdocs build --strict --site-dir build/docs
 	@$(BIN)/lint-imports
 
 clean:

@@ -1,4 +1,4 @@
-"""Write the README's tables from the newest results under bench/results/."""
+"""Write the tables of README and docs/ from the newest results under bench/results/."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ _SERVED = {
     "serving": "The trained example served, requests of one sentence arriving at random",
     "serving-shape": "The shape of opus-mt served: sentences of up to 64 tokens, as long as their references are",
 }
+
+_SUMMARY_TITLES = {
+    **{key: title for key, title in _TITLES.items() if key.endswith("greedy")},
+    "shape-beam-4": "The shape of opus-mt, 4 beams",
+    "example-beam-4": "The trained example, 4 beams",
+}
+PAGES = (ROOT / "README.md", ROOT / "docs" / "what-has-been-run.md")
 
 Record = Mapping[str, Any]
 
@@ -181,6 +188,11 @@ def _ratio(candidate: Record, base: Record, scenario: str, key: str) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
+def _median(candidate: Record, scenario: str, key: str) -> float:
+    found = next((s[key] for s in candidate["scenarios"] if s["scenario"]["name"] == scenario), None)
+    return float(found["median"]) if found else 0.0
+
+
 def _spread(values: Record) -> str:
     return f"{values['median']:.0f} ({values['min']:.0f} to {values['max']:.0f})"
 
@@ -203,17 +215,38 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "methods": ("methods", render_methods),
     "translation": ("translation", render_translation),
 }
-"""By the name of its marks in the README: what its results' files end in, and what makes it."""
+"""By the name of its marks in a page: what its results' files end in, and what makes it."""
 
 
-def with_tables(readme: str, results: Mapping[str, Record]) -> str:
-    """``readme`` with what stands between its marks replaced, by nothing where there is no result."""
-    for name, (_, table) in TABLES.items():
+def render_summary(results: Mapping[str, Record]) -> str:
+    """Return a short Markdown table: the engine ``native`` and the fastest peer, under the last load of each workload."""
+    lines = _head("native int8", "fastest peer", "against")
+    for name, base_name, key in (("classification", BASE, "throughput_per_s"), ("translation", PEER, "tokens_per_s")):
+        titles = _SUBJECTS if name == "classification" else _SUMMARY_TITLES
+        for workload in results.get(name, {}).get("workloads", []):
+            if workload["key"] not in titles:
+                continue
+            bench = workload["bench"]
+            by_name = {c["name"]: c for c in bench["candidates"]}
+            base, load = by_name[base_name], _closed_loops(by_name[base_name])[-1]
+            peers = [c for n, c in by_name.items() if not n.startswith("deploykit")]
+            fastest = max(peers, key=lambda c: _median(c, load, key))
+            title = titles[workload["key"]].format(rows=bench["texts"]["rows"])
+            ours = _ratio(by_name["deploykit native int8"], base, load, key)
+            peer = f"{fastest['name']}: {_ratio(fastest, base, load, key)}"
+            lines.append(_row([f"{title}; {load}", ours, peer, base_name]))
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
+def with_tables(text: str, results: Mapping[str, Record]) -> str:
+    """Return ``text`` with what stands between its marks replaced, by nothing where there is no result."""
+    contents = {name: table(results[name]) if name in results else "" for name, (_, table) in TABLES.items()}
+    for name, content in {**contents, "summary": render_summary(results)}.items():
         start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
-        before, rest = readme.split(start)
-        content = table(results[name]) if name in results else ""
-        readme = before + start + content + end + rest.split(end, 1)[1]
-    return readme
+        if start in text:
+            before, rest = text.split(start)
+            text = before + start + content + end + rest.split(end, 1)[1]
+    return text
 
 
 def newest() -> dict[str, Record]:
@@ -227,5 +260,5 @@ def newest() -> dict[str, Record]:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8"), newest()), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), newest()), encoding="utf-8")

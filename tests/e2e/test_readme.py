@@ -1,4 +1,4 @@
-"""The README's commands, run as they are written, in the order they are written."""
+"""The commands of docs/, run as they are written, in the order of the pages; README's are among them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,40 @@ from pathlib import Path
 import psutil
 import pytest
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+PAGES = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
+def _blocks(page: Path) -> list[tuple[str, str]]:
+    return BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def _docs_blocks() -> list[tuple[str, str]]:
+    return [block for page in PAGES for block in _blocks(ROOT / "docs" / page)]
+
+
+def test_the_readmes_commands_are_those_of_the_docs() -> None:
+    """So that they run once, with the docs."""
+    run = {command for _, block in _docs_blocks() for command in _commands(block)}
+    assert {command for _, block in _blocks(ROOT / "README.md") for command in _commands(block)} <= run
+
+
+def _commands(block: str) -> list[str]:
+    return block.replace("\\\n", "").splitlines()
+
+
 @pytest.mark.slow
-def test_every_block_of_the_readme_works(minilm: Path, tweets: Path, pairs: Path, tmp_path: Path) -> None:
+def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, tmp_path: Path) -> None:
     for port in (8000, 8001, 8002, 8010, 8011, 8012):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
-                pytest.skip(f"port {port}, which the README uses, is taken on this machine")
+                pytest.skip(f"port {port}, which the docs use, is taken on this machine")
     (tmp_path / "minilm").symlink_to(minilm)
     rows = _write_some(tweets, tmp_path / "tweets.csv")
     (tmp_path / "pairs.tsv").symlink_to(pairs)
     script = ["set -euo pipefail"]
-    for language, block in BLOCK.findall(README.read_text(encoding="utf-8")):
+    for language, block in _docs_blocks():
         script.append(block if language == "bash" else f"python - <<'PYTHON'\n{block}PYTHON")
     # By number: a job that ends while another is waited for is a job no more.
     script.append("servers=$(jobs -p); kill -INT %1 %2; wait $servers")
@@ -45,7 +64,7 @@ def test_every_block_of_the_readme_works(minilm: Path, tweets: Path, pairs: Path
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        pytest.fail(f"the README's commands did not end:\n{output[-3000:]}")
+        pytest.fail(f"the docs' commands did not end:\n{output[-3000:]}")
     finally:
         _end_session(process.pid)
     assert process.returncode == 0, output[-3000:]
