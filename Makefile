@@ -44,10 +44,10 @@ lint: $(READY)
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/mkdocs build --strict --quiet --site-dir build/docs
+	@$(BIN)/lint-imports
 
 docs: $(READY)
 	@$(BIN)/mkdocs build --strict --site-dir build/docs
-	@$(BIN)/lint-imports
 
 clean:
 	rm -rf .venv demo
