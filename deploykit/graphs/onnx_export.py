@@ -68,7 +68,7 @@ def _trace(model: Any, path: Path, opset: int) -> None:
     except Exception as error:  # the exporter raises many types, all meaning the same here
         raise ExportError(
             f"PyTorch cannot export {type(model).__name__} to ONNX: {str(error).strip().splitlines()[0]}",
-            "this architecture is not supported yet; see "What has been run where" in docs",
+            "this architecture is not supported yet; see 'What has been run where' in docs",
         ) from error
 
 

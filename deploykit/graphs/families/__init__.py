@@ -31,7 +31,7 @@ def read_architecture(model: Any) -> Architecture:
     if kind not in FAMILIES:
         raise ExportError(
             f"translation models of type {kind!r} are not supported",
-            f"supported types: {', '.join(FAMILIES)}; see "What has been run where" in docs",
+            f"supported types: {', '.join(FAMILIES)}; see 'What has been run where' in docs",
         )
     module = importlib.import_module(f"{__name__}.{FAMILIES[kind]}")
     state = {name: np.asarray(tensor.detach().float().numpy()) for name, tensor in model.state_dict().items()}
