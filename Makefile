@@ -4,14 +4,15 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-translation test bench lint docs clean
+.PHONY: help setup demo demo-translation test bench lint check docs clean
 
 help:
 	@echo "make demo   real tweets to a served INT8 classifier, with a report (minutes)"
 	@echo "make demo-translation   software strings to a served INT8 translator (a quarter of an hour)"
 	@echo "make test   all tests that need no GPU"
 	@echo "make bench  both demos' models beside their peers, on a quiet machine (an hour)"
-	@echo "make lint   ruff, mypy and a strict build of the docs"
+	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
+	@echo "make check  lint and unit tests (minutes)"
 	@echo "make docs   build the docs into build/docs"
 	@echo "make clean  remove .venv and demo/"
 
@@ -48,6 +49,9 @@ lint: $(READY)
 
 docs: $(READY)
 	@$(BIN)/mkdocs build --strict --site-dir build/docs
+
+check: lint
+	@$(BIN)/python -m pytest tests/unit
 
 clean:
 	rm -rf .venv demo
