@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploykit.data.read import Record, read_lines, read_records
+from deploykit.data.open_text import read_lines
+from deploykit.data.read import read_records
+from deploykit.data.record import Record
 from deploykit.errors import DataError
 from deploykit.text import normalize
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from deploykit.data.read import Record, read_records
+from deploykit.data.read import read_records
+from deploykit.data.record import Record
 from deploykit.data.texts import (
     LABEL_COLUMNS,
     detect_text_column,
