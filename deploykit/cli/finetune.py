@@ -59,7 +59,12 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--text-column", multiple=True, help="Repeat for several; joined in this order (default: detected).")
 @_option("--label-column", help="(default: detected)")
 @_option("--text-separator", help="Between several text columns.")
-@_option("--multi-label", is_flag=True, help="Any number of labels a row, separated by |.")
+@_option("--multi-label", is_flag=True, help="Any number of labels a row: a list, or names with | between them.")
+@_option(
+    "--labels",
+    help="All labels, with commas between them, in the order of the model's outputs (default: those of the rows).",
+)
+@_option("--label-separator", help="Between the labels of a row with --multi-label (default: |).")
 @_option("--source", help="Language translated from, as the checkpoint names it: en, eng_Latn.")
 @_option("--target", help="Language translated into.")
 @_option("--source-column", help="(default: detected)")
@@ -72,7 +77,8 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--test-fraction", type=float, help="Of the rows, when there is no --test.")
 @_option("--held-out-rows", type=int, help="Split off no more than this for validation, and for test.")
 @_option("--max-rows", type=int, help="Use this many training rows; 0: all.")
-@_option("--max-length", type=int, help="In tokens; longer texts are cut, longer pairs left out.")
+@_option("--max-length", type=int, help="In tokens; longer texts are cut, longer pairs left out. 0: 128, or what the "
+         "model takes where that is less.")  # fmt: skip
 @_option("--epochs", type=float)
 @_option("--max-steps", type=int, help="Optimizer steps; overrides --epochs; 0: off.")
 @_option("--batch-size", type=int)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
 from deploykit.data.open_text import read_lines
@@ -120,7 +123,13 @@ def scalar(value: object) -> str | None:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    if isinstance(value, float) and value == value:
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
+        return None
+    if isinstance(value, Decimal) and value.is_finite():
+        return str(int(value)) if value == value.to_integral_value() else str(value.normalize())
+    if isinstance(value, float) and value == value and abs(value) != math.inf:
         # A column of integers with gaps is stored as float by pandas.
         return str(int(value)) if value.is_integer() else str(value)
     return None

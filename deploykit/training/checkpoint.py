@@ -76,15 +76,15 @@ def load_model(model: str, task: str = DEFAULT, **config: Any) -> Any:
 
 def max_tokens(tokenizer: Any, config: Any) -> int:
     """The longest input, in tokens, that both the tokenizer and the position embeddings allow."""
-    limits = [_DEFAULT_MAX_LENGTH]
-    if tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
+    limits = []
+    if 0 < tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
         limits.append(tokenizer.model_max_length)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions:
+    if positions and positions > 0:  # XLNet writes -1 for no limit
         # RoBERTa and its descendants count positions from pad_token_id + 1.
         offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
         limits.append(positions - offset)
-    return int(min(limits))
+    return int(min(limits, default=_DEFAULT_MAX_LENGTH))
 
 
 def pad_token_id(tokenizer: Any) -> int:

@@ -50,6 +50,8 @@ def labelled_rows(
         prefer=Columns(task.text_columns, task.label_column),
         separator=task.text_separator,
         multi_label=task.multi_label,
+        labels=task.labels,
+        label_separator=task.label_separator,
         encoding=encoding,
         split=split,
     )

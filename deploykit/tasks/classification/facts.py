@@ -21,6 +21,7 @@ class Classification:
 
     ``labels`` is the order of the model's outputs. ``max_length`` counts tokens, special ones
     included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``.
+    In data files ``label_separator`` stands between the labels of a multi-label row; None is ``|``.
     """
 
     name: ClassVar[str] = "classification"
@@ -34,6 +35,7 @@ class Classification:
     text_separator: str = " "
     label_column: str = "label"
     threshold: float = 0.5
+    label_separator: str | None = None
 
     @property
     def shape_limits(self) -> Mapping[str, int]:

@@ -40,6 +40,7 @@ from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 
 _CALIBRATION_ROWS = 512
+_DEFAULT_LENGTH = 128
 
 
 class ClassificationStage:
@@ -49,7 +50,9 @@ class ClassificationStage:
         self._options = options
         self._tokenizer = load_tokenizer(options.origin)
         config = AutoConfig.from_pretrained(options.origin, trust_remote_code=False)
+        self._head = trained_labels(config)
         limit = max_tokens(self._tokenizer, config)
+        self._max_length = options.max_length or min(_DEFAULT_LENGTH, limit)
         if options.max_length > limit:
             raise UsageError(
                 f"--max-length is {options.max_length}, but {options.origin} takes at most {limit} tokens",
@@ -71,6 +74,8 @@ class ClassificationStage:
             label_column=columns.label if columns else options.label_column,
             separator=options.text_separator,
             multi_label=options.multi_label,
+            labels=options.label_order,
+            label_separator=options.label_separator,
             encoding=options.encoding,
             split=split,
         )
@@ -90,6 +95,11 @@ class ClassificationStage:
                     "--qat goes on training a classifier of these labels: fine-tune it without --qat first",
                 )
         labels = label_names(splits["train"], multi_label=multi_label)
+        if self._options.label_order:
+            check_labels(
+                splits["train"], self._options.label_order, f"{self._options.train}, --labels", multi_label=multi_label
+            )
+            labels = self._options.label_order
         for name in ("validation", "test"):
             check_labels(splits[name], labels, str(getattr(self._options, name)), multi_label=multi_label)
 
@@ -109,7 +119,7 @@ class ClassificationStage:
 
     def train(self, rows: Rows[Example, Columns], work: Path, say: Say) -> Trained:
         task = self._task(rows)
-        model = self._model(task)
+        model = self._model(task, say)
         classifier = TorchClassifier(model, self._tokenizer, task)
         encoded = {
             name: EncodedTexts(
@@ -158,24 +168,33 @@ class ClassificationStage:
     def _task(self, rows: Rows[Example, Columns]) -> Classification:
         options = self._options
         if options.qat:
-            return dataclasses.replace(self._trained_for, max_length=options.max_length)
+            return dataclasses.replace(self._trained_for, max_length=self._max_length)
+        labels = options.label_order or label_names(rows.splits["train"], multi_label=options.multi_label)
         return Classification(
-            labels=label_names(rows.splits["train"], multi_label=options.multi_label),
-            max_length=options.max_length,
+            labels=labels if options.label_order else kept_order(labels, self._head) or labels,
+            max_length=self._max_length,
             pad_token_id=pad_token_id(self._tokenizer),
             multi_label=options.multi_label,
             text_columns=rows.columns.text,
             text_separator=options.text_separator,
             label_column=rows.columns.label,
+            label_separator=options.label_separator,
         )
 
-    def _model(self, task: Classification) -> torch.nn.Module:
+    def _model(self, task: Classification, say: Say) -> torch.nn.Module:
+        """Load the checkpoint with a head for the labels: its own where it has one for them, in its order."""
         options = self._options
         config: dict[str, Any] = dict(task.model_config)
         config["pad_token_id"] = task.pad_token_id
         if options.dropout is not None:
             config |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), options.dropout)
         model: torch.nn.Module = load_model(options.origin, **config)
+        if self._head and kept_order(task.labels, self._head) != task.labels:
+            say(
+                f"the head of {options.origin} answers {', '.join(self._head)}; it is made anew, for "
+                f"{', '.join(task.labels)}"
+            )
+            _initialize_head(model)
         return trainer.with_adapter(model, options, "SEQ_CLS") if options.lora_rank else model
 
 
@@ -198,6 +217,36 @@ class EncodedTexts(Dataset):  # type: ignore[misc]
         targets = torch.from_numpy(np.stack([row["target"] for row in rows]))
         labels = targets.float() if self._task.multi_label else targets.long().argmax(dim=1)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def trained_labels(config: Any) -> tuple[str, ...]:
+    """Return what the trained head of a checkpoint answers, in the order of its outputs; () where there is no head."""
+    if not any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return ()
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+
+
+def kept_order(labels: Sequence[str], head: Sequence[str]) -> tuple[str, ...] | None:
+    """Return ``labels`` in the order of a trained head that answers the same ones, else None.
+
+    A head without names of its own (LABEL_0, LABEL_1) answers the numbers 0 and 1.
+    """
+    if list(head) == [f"LABEL_{i}" for i in range(len(head))] and set(labels) == {str(i) for i in range(len(head))}:
+        return tuple(str(i) for i in range(len(head)))
+    return tuple(head) if sorted(labels) == sorted(head) else None
+
+
+def _initialize_head(model: Any) -> None:
+    """Give fresh weights to all that comes after the model's encoder."""
+    for name, part in model.named_children():
+        if name != model.base_model_prefix:
+            for parameter in part.parameters():
+                parameter._is_hf_initialized = False  # transformers leaves loaded weights alone
+            for module in part.modules():
+                module._is_hf_initialized = False
+            with torch.no_grad():
+                for module in part.modules():
+                    model._init_weights(module)
 
 
 def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str, ...]:
