@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from deploykit.artifacts import MANIFEST, load_manifest
+from deploykit.errors import ArtifactError
 from deploykit.runtime.batching import batches
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.protocol import TaskFacts
@@ -24,6 +25,11 @@ def task_of(path: Path, tokenizer: Any, config: Any) -> Classification:
         task: TaskFacts = load_manifest(path, "checkpoint", verify=False).task
         assert isinstance(task, Classification), "load_model refuses others"
         return task
+    if config.num_labels == 1 or config.problem_type == "regression":
+        raise ArtifactError(
+            f"{path}: its head gives a number, not a label (problem_type regression)",
+            "deploykit serves no regression yet: fine-tune the checkpoint for labels",
+        )
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return Classification(
         labels=labels,
