@@ -145,9 +145,11 @@ def _compare(old: Path, new: Path) -> Result:
 
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    from deploykit.metric_titles import shown_metrics
     from deploykit.tasks.registry import get_task
 
-    generate = get_task(candidates[0]["task"]).facts.graph_kind == "encoder-decoder"
+    task = get_task(candidates[0]["task"])
+    generate = task.facts.graph_kind == "encoder-decoder"
     head = ("texts/s", *(["tokens/s"] if generate else []), "p50 ms", "p99 ms")
     yield f"{'':<40}" + "".join(f"{title:>10}" for title in head) + f"{'errors':>8}"
     for candidate in candidates:
@@ -161,4 +163,6 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{name:<40}" + "".join(f"{cell:>10}" for cell in cells) + f"{s['errors']:>8}"
     for candidate in candidates:
         if generate and candidate["metrics"]:
-            yield "{}: BLEU {bleu:.2f}, chrF {chrf:.2f}".format(candidate["name"], **candidate["metrics"])
+            titles = shown_metrics(candidate["metrics"], task.headline)
+            values = (f"{title} {candidate['metrics'][name]:.2f}" for name, title in titles.items())
+            yield f"{candidate['name']}: {', '.join(values)}"
