@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from deploykit.errors import UsageError
 from deploykit.finetune.options import OPTIONS, make_options, read_toml, with_rows_of_run
 from deploykit.tasks.registry import DEFAULT, task_of
 from deploykit.tasks.translation.presets import PRESETS
+from deploykit.training.options import flag
 
 _SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"]
 
@@ -45,7 +47,30 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
     return click.option(name, default=None, help=" ".join(word for word in words if word), **attributes)
 
 
+def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Declare an option for every field of the tasks' options that has none yet: those of another package's task.
+
+    A field's metadata may have its ``help``.
+    """
+    declared = {parameter.name for parameter in getattr(function, "__click_params__", ())}
+    for kind in OPTIONS.values():
+        for field in dataclasses.fields(kind):
+            if field.name in declared:
+                continue
+            declared.add(field.name)
+            attributes: dict[str, Any] = {"help": field.metadata.get("help", "")}
+            if isinstance(field.default, bool):
+                attributes["is_flag"] = True
+            elif isinstance(field.default, tuple):
+                attributes["multiple"] = True
+            elif isinstance(field.default, int | float):
+                attributes["type"] = type(field.default)
+            function = _option(flag(field.name), **attributes)(function)
+    return function
+
+
 @deploykit_command(help="Fine-tune a Hugging Face checkpoint on labelled text or on translations.")
+@_other_options
 @click.option("--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_load_config,
               help="TOML file of these options; the command line wins.")  # fmt: skip
 @click.option("--task", type=click.Choice(list(OPTIONS)), default=DEFAULT, show_default=True)

@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import ENCODING, FORCE, Result, WithItsWords, deploykit_command, refuse_columns, say
+from deploykit.cli.common import (
+    ENCODING,
+    FORCE,
+    Result,
+    WithItsWords,
+    column_options,
+    deploykit_command,
+    refuse_columns,
+    say,
+)
 
 
 @deploykit_command(
@@ -23,8 +32,7 @@ from deploykit.cli.common import ENCODING, FORCE, Result, WithItsWords, deployki
 @click.option("--engine", "engines", multiple=True, help="Of the export; may be repeated. [default: all that run here]")
 @click.option("--precision", "precisions", multiple=True, help="Of the export; may be repeated. [default: all it has]")
 @click.option("--data", help="Texts to ask with. [default: the export's own test rows]")
-@click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
-@click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")
+@column_options(inputs_only=True)
 @click.option("--max-rows", "most_rows", type=click.IntRange(1), default=2000, show_default=True, help="Texts to use.")
 @click.option("--time", "budget", default="10m", show_default=True, help="Most time to measure for.")
 @click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="At each rate tried.")
@@ -42,8 +50,7 @@ def command(
     engines: tuple[str, ...],
     precisions: tuple[str, ...],
     data: str | None,
-    text_column: tuple[str, ...],
-    source_column: str | None,
+    columns: dict[str, Any],
     most_rows: int,
     budget: str,
     seconds: float,
@@ -74,7 +81,6 @@ def command(
             raise UsageError("there are no texts to ask with", "give --data FILE, or --export with rows of its own")
         data = str(export / SAMPLES)
     task = subject.manifest.task
-    columns = {"text_column": text_column, "source_column": source_column}
     refuse_columns(task_of(task), columns)
     texts, _ = read_rows(
         data,
