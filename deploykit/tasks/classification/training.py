@@ -34,7 +34,7 @@ from deploykit.tasks.classification.rows import (
 )
 from deploykit.tasks.classification.split import drop_leaks, split
 from deploykit.training import trainer
-from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id
+from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
 from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
@@ -188,14 +188,15 @@ class ClassificationStage:
         config["pad_token_id"] = task.pad_token_id
         if options.dropout is not None:
             config |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), options.dropout)
-        model: torch.nn.Module = load_model(options.origin, **config)
+        loaded = load_for_training(options.origin, **config)
+        model: torch.nn.Module = loaded.model
         if self._head and kept_order(task.labels, self._head) != task.labels:
             say(
                 f"the head of {options.origin} answers {', '.join(self._head)}; it is made anew, for "
                 f"{', '.join(task.labels)}"
             )
             _initialize_head(model)
-        return trainer.with_adapter(model, options, "SEQ_CLS") if options.lora_rank else model
+        return trainer.with_adapter(model, options, "SEQ_CLS", loaded.new) if options.lora_rank else model
 
 
 class EncodedTexts(Dataset):  # type: ignore[misc]
