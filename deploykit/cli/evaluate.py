@@ -19,16 +19,16 @@ from deploykit.cli.common import (
 
 
 @deploykit_command(
-    help="Measure TARGET (checkpoint, export, packaged model, or a served model's name) on labelled or translated rows."
+    help="Measure the accuracy of TARGET (checkpoint, export, packaged model, or a served model's name) on labelled rows."
 )
 @click.argument("target")
-@click.option("--data", required=True, help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
-              "TMX, .po, .mo, two text files as a.en,a.fr.")  # fmt: skip
-@click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
-@click.option("--label-column", help="(default: the training column, or detected)")
-@click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")
-@click.option("--target-column", help="Of their translations (default: the training column, or detected).")
-@click.option("--split", default="test", show_default=True, help="Of an HF dataset.")
+@click.option("--data", required=True, help="Rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
+              "TMX, .po, .mo, or two text files as a.en,a.fr.")  # fmt: skip
+@click.option("--text-column", multiple=True, help="Text column (default: the training columns, or detected).")
+@click.option("--label-column", help="Label column (default: the training column, or detected).")
+@click.option("--source-column", help="Source column (default: the training column, or detected).")
+@click.option("--target-column", help="Target column (default: the training column, or detected).")
+@click.option("--split", default="test", show_default=True, help="Split of an HF dataset.")
 @generation_options
 @ENCODING
 @SERVER_URL
