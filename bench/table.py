@@ -13,24 +13,24 @@ ROOT = Path(__file__).parents[1]
 PEER = "CTranslate2 int8"
 BASE = "ONNX Runtime fp32"
 _SUBJECTS = {
-    "tweets": "The demo's model, {rows} of its test tweets",
-    "articles": "A model of topics, {rows} BBC articles of up to 512 tokens",
+    "tweets": "The demo's classifier, {rows} of its test tweets",
+    "articles": "A topic classifier, {rows} BBC articles of up to 512 tokens",
 }
 _TITLES = {
-    "shape-greedy": "The shape of opus-mt, random weights, 20 source and 32 target tokens, greedy",
+    "shape-greedy": "A model of opus-mt's shape, random weights, 20 source and 32 target tokens, greedy",
     "shape-beam-4": "The same with 4 beams",
-    "example-greedy": "The trained example, its {rows} test sentences, greedy",
+    "example-greedy": "The demo's translator, its {rows} test sentences, greedy",
     "example-beam-4": "The same with 4 beams",
 }
 _SERVED = {
-    "serving": "The trained example served, requests of one sentence arriving at random",
-    "serving-shape": "The shape of opus-mt served: sentences of up to 64 tokens, as long as their references are",
+    "serving": "The demo's translator served, requests of one sentence arriving at random",
+    "serving-shape": "A model of opus-mt's shape served: sentences of up to 64 tokens, translations as long as the references",
 }
 
 _SUMMARY_TITLES = {
     **{key: title for key, title in _TITLES.items() if key.endswith("greedy")},
-    "shape-beam-4": "The shape of opus-mt, 4 beams",
-    "example-beam-4": "The trained example, 4 beams",
+    "shape-beam-4": "A model of opus-mt's shape, 4 beams",
+    "example-beam-4": "The demo's translator, 4 beams",
 }
 PAGES = (ROOT / "README.md", ROOT / "docs" / "what-has-been-run.md")
 
@@ -38,11 +38,11 @@ Record = Mapping[str, Any]
 
 
 def render_classification(suite: Record) -> str:
-    """Markdown: a table per subject, sentences/s as ratios to ONNX Runtime fp32 in the same run; then the servers."""
+    """Return Markdown: a table per dataset, texts/s as ratios to ONNX Runtime fp32 in the same run; then the servers."""
     lines = [
-        f"{_when_and_where(suite)}, {suite['threads']} threads, the same weights for all. The peers are fed batches of up to 32 "
-        f"texts as they come, padded to the longest of each. Texts/s are multiples of {BASE}'s in the same run (median of the "
-        "rounds; lowest to highest round). p50: of a lone caller.",
+        f"{_when_and_where(suite)}, {suite['threads']} threads, the same weights for all. The other tools get batches of up to "
+        "32 texts as they arrive, padded to the longest text of the batch. Texts/s are multiples of "
+        f"{BASE} in the same run: the median round (lowest to highest round). p50 is measured with 1 caller.",
     ]
     by_key = {workload["key"]: workload["bench"] for workload in suite["workloads"]}
     for key, title in _SUBJECTS.items():
@@ -50,17 +50,22 @@ def render_classification(suite: Record) -> str:
             rows = by_key[key]["texts"]["rows"]
             lines += ["", f"**{title.format(rows=rows)}**", "", *_subject(by_key[key], by_key[f"{key}-offline"])]
     if "serving" in suite:
-        lines += ["", "**The first model behind servers, one text a request**", "", *_servers(suite["serving"])]
+        lines += [
+            "",
+            "**The demo's classifier behind three servers, one text a request**",
+            "",
+            *_servers(suite["serving"]),
+        ]
     return "\n".join(lines) + "\n"
 
 
 def render_translation(suite: Record) -> str:
-    """Markdown: a table per workload, target tokens/s as ratios to CTranslate2 int8 in the same run; then the servers."""
+    """Return Markdown: a table per workload, target tokens/s as ratios to CTranslate2 int8 in the same run; then the servers."""
     lines = [
-        f"{_when_and_where(suite)}, {suite['threads']} threads, the same weights for all. Columns are the sentences of one "
-        f"call; target tokens/s are multiples of {PEER}'s, asked in whichever way was fastest, in the same run (median "
-        "of the rounds; lowest to highest round)."
-        + (" Memory that was freed stayed in the process, and counts." if suite.get("environment") else ""),
+        f"{_when_and_where(suite)}, {suite['threads']} threads, the same weights for all. A column's number is the sentences of "
+        f"one call. Target tokens/s are multiples of {PEER} (called in its fastest way) in the same run: the median round "
+        "(lowest to highest round)."
+        + (" Processes keep freed memory, and it counts as used." if suite.get("environment") else ""),
     ]
     for workload in suite["workloads"]:
         title = _TITLES[workload["key"]].format(rows=f"{workload['bench']['texts']['rows']:,}")
@@ -72,7 +77,7 @@ def render_translation(suite: Record) -> str:
 
 
 def render_exactness(result: Record) -> str:
-    """A sentence: how many translations are those of ``generate``."""
+    """Return a sentence: the number of translations equal to those of ``generate``."""
     parity = result["parity"]
     counts = ", ".join(
         f"{'greedy' if g['beams'] == 1 else str(g['beams']) + ' beams'} {g['equal']:,}"
@@ -80,16 +85,16 @@ def render_exactness(result: Record) -> str:
         for g in parity["generations"]
     )
     return (
-        f"Of {parity['rows']:,} test sentences of the example, fp32, these have the very tokens of Hugging Face's `generate`: "
+        f"Of {parity['rows']:,} test sentences of the demo's translator in fp32, this many have exactly the tokens of Hugging Face's `generate`: "
         f"{counts} ({_when_and_where(result)}).\n"
     )
 
 
 def render_methods(result: Record) -> str:
-    """Markdown: a table per model, a line per precision, calibration method and what computed it."""
+    """Return Markdown: a table per model, a row per precision, calibration method and engine."""
     lines = [
-        f"{_when_and_where(result)}. INT8 is that of every linear layer that can be, whatever it loses. Graphs for TensorRT are "
-        "computed by ONNX Runtime; TensorRT-RTX's build logs say how many of its matrix products are INT8."
+        f"{_when_and_where(result)}. Every linear layer that can be is INT8, whatever accuracy that costs. ONNX Runtime runs the "
+        "graphs made for TensorRT; the count of INT8 products comes from TensorRT-RTX's build log."
     ]
     for workload in result["workloads"]:
         found, first = workload["calibration"], workload["lines"][0]
@@ -215,7 +220,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "methods": ("methods", render_methods),
     "translation": ("translation", render_translation),
 }
-"""By the name of its marks in a page: what its results' files end in, and what makes it."""
+"""Marker name in a page -> (suffix of the result files, function that renders the table)."""
 
 
 def render_summary(results: Mapping[str, Record]) -> str:
@@ -241,7 +246,7 @@ def render_summary(results: Mapping[str, Record]) -> str:
 
 
 def with_tables(text: str, results: Mapping[str, Record]) -> str:
-    """Return ``text`` with what stands between its marks replaced, by nothing where there is no result."""
+    """Return ``text`` with the content between its markers replaced; empty where there is no result."""
     contents = {name: table(results[name]) if name in results else "" for name, (_, table) in TABLES.items()}
     for name, content in {**contents, "summary": render_summary(results)}.items():
         start, end = f"<!-- {name}:start -->\n", f"<!-- {name}:end -->"
@@ -252,7 +257,7 @@ def with_tables(text: str, results: Mapping[str, Record]) -> str:
 
 
 def newest() -> dict[str, Record]:
-    """The newest result of each table that has any."""
+    """Return the newest result of each table that has one."""
     found = {}
     for name, (suffix, _) in TABLES.items():
         paths = sorted((ROOT / "bench" / "results").glob(f"*-{suffix}.json"))

@@ -1,4 +1,4 @@
-"""The command line. Commands parse, call and print; each loads its heavy imports when it runs."""
+"""The command line. Commands parse, call and print; each imports heavy packages only when it runs."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import click
 from deploykit import __version__
 from deploykit.errors import DeploykitError
 
-# command -> the line `deploykit --help` shows; its module is imported only when it is used
+# command -> its line in `deploykit --help`; the module is imported only when the command runs
 _COMMANDS: Mapping[str, str] = {
     "finetune": "Fine-tune a Hugging Face checkpoint on labelled text.",
     "evaluate": "Measure a checkpoint, an export or a served model on labelled rows.",
-    "calibrate": "Find the activation ranges that INT8 needs, from real rows.",
+    "calibrate": "Collect the activation ranges that INT8 needs, from real rows.",
     "export": "Export a checkpoint to ONNX, optionally calibrated INT8.",
     "package": "Write an export as a Triton model.",
-    "bundle": "Write an export as one file for a Jetson, which builds and serves it.",
+    "bundle": "Pack an export into one file that a Jetson builds and serves.",
     "serve": "Serve a model repository with Triton.",
-    "predict": "Classify texts with any model, served or not.",
-    "translate": "Translate texts with any translation model, served or not.",
+    "predict": "Classify texts with a served or local model.",
+    "translate": "Translate texts with a served or local model.",
     "bench": "Measure speed and memory under load.",
-    "tune": "Find the settings that serve a packaged model best on this machine.",
-    "inspect": "Show what an artifact is, and verify it.",
-    "doctor": "Show what this machine has and lacks.",
-    "demo": "Run the whole road on real data.",
+    "tune": "Find the fastest serving settings within a latency limit.",
+    "inspect": "Show an artifact's manifest, and verify its files.",
+    "doctor": "Show what this machine has, and what each command still needs.",
+    "demo": "Run all stages on real data.",
 }
 
 
 class LazyGroup(click.Group):
-    """Knows its commands by name; imports the module of the one that is run."""
+    """A group that imports a command's module only when that command runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -53,4 +53,4 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="deploykit")
 def main() -> None:
-    """From labelled text to a model that answers in production."""
+    """Fine-tune, export, quantize, serve and measure text models."""

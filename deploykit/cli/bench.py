@@ -27,25 +27,39 @@ from deploykit.cli.common import (
 )
 @click.argument("targets", nargs=-1)
 @click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), metavar="OLD NEW",
-              help="Instead of measuring: say what got faster or slower, beyond the noise, between two --out files.")  # fmt: skip
-@click.option("--data", help="Texts to ask with; with labels or translations, accuracy is measured too.")
+              help="Compare two --out files instead: print what became faster or slower beyond the noise.")  # fmt: skip
+@click.option("--data", help="Rows to send; if they have labels or translations, accuracy is measured too.")
 @column_options()
 @click.option(
-    "--engine", "engines", multiple=True, default=("auto",), help="Of exports; repeat to compare. [default: auto]"
+    "--engine",
+    "engines",
+    multiple=True,
+    default=("auto",),
+    help="Engine for exports; repeat to compare. [default: auto]",
 )
-@click.option("--precision", "precisions", multiple=True, default=("auto",), help="Of exports; repeat. [default: auto]")
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    default=("auto",),
+    help="Precision for exports; repeat to compare. [default: auto]",
+)
 @click.option("--concurrency", "concurrencies", multiple=True, type=click.IntRange(1, 1024), default=(1, 8, 32),
-              help="Callers that each wait for their answer; repeat. [default: 1 8 32]")  # fmt: skip
+              help="Closed loop: number of callers, each waiting for its answer; repeat. [default: 1 8 32]")  # fmt: skip
 @click.option("--rate", "rates", multiple=True, type=click.FloatRange(0, min_open=True),
-              help="Texts per second of an open loop with Poisson arrivals; repeat.")  # fmt: skip
+              help="Open loop: texts/s, with Poisson arrivals; repeat.")  # fmt: skip
 @click.option("--p99-limit", "limits", multiple=True, type=click.FloatRange(0, min_open=True), metavar="MS",
-              help="Find the highest rate of such arrivals whose p99 stays within it; repeat.")  # fmt: skip
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Of each measurement.")
-@click.option("--max-rows", type=click.IntRange(1), default=2000, show_default=True, help="Texts to use.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the whole result here, as JSON.")
-@click.option("--report", type=click.Path(path_type=Path), help="Write a self-contained HTML page here.")
+              help="Find the highest open-loop rate whose p99 latency stays within MS; repeat.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Number of rounds.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each measurement."
+)
+@click.option(
+    "--max-rows", type=click.IntRange(1), default=2000, show_default=True, help="Number of rows to use, at most."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing rows and arrival times.")
+@click.option("--out", type=click.Path(path_type=Path), help="File to write the full result to, as JSON.")
+@click.option("--report", type=click.Path(path_type=Path), help="File to write a self-contained HTML page to.")
 @generation_options
 @ENCODING
 @FORCE
@@ -85,12 +99,12 @@ def command(
         return _compare(*compared)
     if not targets or data is None:
         raise UsageError(
-            "there is nothing to measure without " + ("TARGETS" if not targets else "--data"),
-            "name models and texts: deploykit bench exports/a --data rows.jsonl",
+            f"{'TARGETS' if not targets else '--data'} is missing",
+            "name at least one model and its rows: deploykit bench exports/a --data rows.jsonl",
         )
     for path in (out, report):
         if path is not None and path.exists() and not force:
-            raise ArtifactError(f"{path}: exists", "choose another name, or pass --force to replace it")
+            raise ArtifactError(f"{path}: already exists", "choose another name, or pass --force to replace it")
     task = facts_of(targets[0], url=settings["url"])
     refuse_columns(task_of(task), columns, generation)
     texts, truth = read_rows(
@@ -132,9 +146,11 @@ def _compare(old: Path, new: Path) -> Result:
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) is not click.core.ParameterSource.DEFAULT
         if given and parameter.name not in ("compared", "as_json", "debug", "targets"):
-            raise UsageError(f"{parameter.opts[-1]} is not for --compare, which measures nothing", "leave it out")
+            raise UsageError(f"{parameter.opts[-1]} does not combine with --compare", "leave it out")
     if context.params["targets"]:
-        raise UsageError(f"--compare takes two files, and there is {context.params['targets'][0]} too", "leave it out")
+        raise UsageError(
+            f"--compare takes two files and no TARGETS, not {context.params['targets'][0]}", "leave it out"
+        )
     records = [read_record(path) for path in (old, new)]
     found = compare(*records)
     lines = [

@@ -9,22 +9,31 @@ from deploykit.cli.common import FORCE, Result, deploykit_command, human_bytes, 
 from deploykit.errors import UsageError
 
 
-@deploykit_command(help="Write an export as one file that a Jetson builds, verifies and serves offline; or unpack one.")
-@click.argument("export", type=click.Path(path_type=Path), required=False)
-@click.option("--target", help="Of the bundle: orin-nano, orin-nx, agx-orin or thor.")
-@click.option("--jetpack", help="The JetPack on the device, like 6.2.")
-@click.option("--out", required=True, type=click.Path(path_type=Path),
-              help="File (.tar.gz) to write; with --unpack a new folder.")  # fmt: skip
-@click.option("--name", help="Of the model, as clients will call it [default: the export's folder].")
-@click.option(
-    "--precision", default="auto", show_default=True, help="To build there: auto (INT8 if there is one), int8, fp16."
+@deploykit_command(
+    help="Pack an export into one file that a Jetson builds, verifies and serves offline; or unpack such a file."
 )
-@click.option("--data", help="Texts to verify the engine with [default: those that the export keeps].")
+@click.argument("export", type=click.Path(path_type=Path), required=False)
+@click.option("--target", help="Board: orin-nano, orin-nx, agx-orin or thor.")
+@click.option("--jetpack", help="JetPack version of the device, such as 6.2.")
+@click.option("--out", required=True, type=click.Path(path_type=Path),
+              help="File (.tar.gz) to write; with --unpack, a new folder.")  # fmt: skip
+@click.option("--name", help="Name of the model, for clients. [default: the export's folder]")
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    help="Precision to build on the device: auto (INT8 if available), int8 or fp16.",
+)
+@click.option("--data", help="Texts to verify the engine with. [default: the test rows in the export]")
 @click.option("--wheels", type=click.Path(path_type=Path),
-              help="Include the device's wheels, from this folder; those missing are downloaded into it.")  # fmt: skip
-@click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this private key (PEM), beside it.")
-@click.option("--unpack", type=click.Path(path_type=Path), help="Verify this bundle and unpack it.")
-@click.option("--public-key", type=click.Path(path_type=Path), help="With --unpack: verify its signature first.")
+              help="Include the Python packages of the device from this folder; missing ones are downloaded into it.")  # fmt: skip
+@click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign the bundle with this private key (PEM).")
+@click.option("--unpack", type=click.Path(path_type=Path), help="Bundle to verify and unpack.")
+@click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    help="With --unpack: first verify the signature with this public key.",
+)
 @FORCE
 def command(
     *, export: Path | None, out: Path, target: str | None, jetpack: str | None, unpack: Path | None,
@@ -34,13 +43,13 @@ def command(
 
     if unpack is not None:
         if export is not None or target or jetpack or force or any(v for k, v in options.items() if k != "precision"):
-            raise UsageError("--unpack takes --out and --public-key alone", "leave the rest out")
+            raise UsageError("--unpack takes only --out and --public-key", "leave out the other options")
         folder = bundle.unpack(unpack, out, public_key=public_key)
         return {"out": str(folder)}, f"{folder}: verified and unpacked\nnext: {folder}/run.sh check"
     if public_key is not None:
-        raise UsageError("--public-key verifies a bundle", "give --unpack, or --sign with the private key")
+        raise UsageError("--public-key is for --unpack", "add --unpack, or sign a new bundle with --sign PRIVATE_KEY")
     if export is None or target is None or jetpack is None:
-        raise UsageError("an export, --target and --jetpack are needed",
+        raise UsageError("EXPORT, --target and --jetpack are required",
                          "deploykit bundle exports/a --target orin-nano --jetpack 6.2 --out a.tar.gz")  # fmt: skip
     done = bundle.bundle(export, out, target, jetpack, force=force, say=say, **options)
     d = done.description

@@ -9,14 +9,14 @@ from deploykit.cli.common import CALIBRATION_ROWS, ENCODING, FORCE, Result, depl
 
 
 @deploykit_command(
-    help="Find the activation ranges that INT8 needs: run real rows through the fp32 graph of CHECKPOINT_OR_EXPORT."
+    help="Collect the activation ranges that INT8 needs: run real rows through the fp32 graph of CHECKPOINT_OR_EXPORT."
 )
 @click.argument("path", metavar="CHECKPOINT_OR_EXPORT", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the calibration to.")
-@click.option("--calibration", default="train", show_default=True, help="A split of the run, or a file of rows.")
+@click.option("--calibration", default="train", show_default=True, help="Rows to use: a split of the run, or a file.")
 @CALIBRATION_ROWS
-@click.option("--source", help="Language of a translation checkpoint that was trained elsewhere.")
-@click.option("--target", help="Language it translates into.")
+@click.option("--source", help="Source language, if deploykit did not train the translation checkpoint.")
+@click.option("--target", help="Target language, in the same case.")
 @ENCODING
 @FORCE
 def command(*, path: Path, out: Path, force: bool, **values: Any) -> Result:
@@ -26,5 +26,5 @@ def command(*, path: Path, out: Path, force: bool, **values: Any) -> Result:
 
     done = calibrate(path, out, CalibrationOptions(**values), force=force, say=say)
     record = {"out": str(out), "reused": done.reused, "digest": done.manifest.digest, **done.manifest.metrics}
-    head = f"{out}: {'reused, made before from the same inputs' if done.reused else 'written'}"
+    head = f"{out}: {'reused: the same inputs made it before' if done.reused else 'written'}"
     return record, "\n".join([head, *render_calibration(done.manifest.metrics)])

@@ -1,4 +1,4 @@
-"""What all commands share: --json, --debug, errors as messages, progress on stderr."""
+"""Options and output that all commands share: --json, --debug, error messages, progress on stderr."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from deploykit.tasks.protocol import Task
 
 Result = tuple[Mapping[str, Any], str]
-"""What a command returns: the object that --json prints, and the text printed otherwise."""
+"""The result of a command: the object that --json prints, and the text that is printed without it."""
 
 
 def say(message: str) -> None:
-    """Progress, for a person: on stderr, so that stdout holds the result alone."""
+    """Print progress to stderr, so that stdout contains only the result."""
     click.echo(message, err=True)
 
 
 class WithItsWords(click.Command):
-    """Remembers what was typed: a report tells how to repeat the measurement."""
+    """A command that remembers its command line, so that a report can show how to repeat the measurement."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta[__name__] = shlex.join(["deploykit", str(ctx.info_name), *args])
@@ -35,18 +35,18 @@ class WithItsWords(click.Command):
 
     @staticmethod
     def words() -> str:
-        """The command that runs, as it was typed."""
+        """Return the running command as it was typed."""
         return str(click.get_current_context().meta[__name__])
 
 
 def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], click.Command]:
-    """Declare a command: adds --json and --debug, prints its result, turns errors into messages."""
+    """Declare a command: add --json and --debug, print its result, and turn errors into messages."""
 
     def declare(function: Callable[..., Result]) -> click.Command:
         @functools.wraps(function)
         def run(*, as_json: bool, debug: bool, **options: Any) -> None:
             try:
-                # Libraries print where they like; stdout is for the result.
+                # Libraries may print to stdout, which is reserved for the result.
                 with contextlib.redirect_stdout(sys.stderr):
                     result, text = function(**options)
             except DeploykitError as error:
@@ -90,36 +90,51 @@ def human_bytes(count: float) -> str:
 
 
 SERVER_URL = click.option(
-    "--url", default="http://127.0.0.1:8000", show_default=True, help="HTTP address of the server, for a served model."
+    "--url",
+    default="http://127.0.0.1:8000",
+    show_default=True,
+    help="HTTP address of the server, if the model is served.",
 )
 ENGINE = click.option(
-    "--engine", default="auto", show_default=True, help="auto, tensorrt, native, openvino, onnxruntime or cuda."
+    "--engine", default="auto", show_default=True, help="Engine: auto, tensorrt, native, openvino, onnxruntime or cuda."
 )
 PRECISION = click.option(
-    "--precision", default="auto", show_default=True, help="auto (INT8 if there is one), int8, fp16, bf16, fp32."
+    "--precision",
+    default="auto",
+    show_default=True,
+    help="Precision: auto (INT8 if available), int8, fp16, bf16 or fp32.",
 )
-THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
-ENCODING = click.option("--encoding", help="Of text files (default: UTF-8, or what a byte order mark says).")
-METHODS = click.Choice(["minmax", "entropy", "percentile", "mse"])  # calibration's, whose module takes long to import
+THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads (default: all CPUs).")
+ENCODING = click.option("--encoding", help="Encoding of text files (default: UTF-8, or as the byte order mark says).")
+METHODS = click.Choice(
+    ["minmax", "entropy", "percentile", "mse"]
+)  # as in quantization.calibration, which is slow to import
 CALIBRATION_ROWS = click.option(
-    "--calibration-rows", type=int, default=512, show_default=True, help="Most of them to use."
+    "--calibration-rows", type=int, default=512, show_default=True, help="Number of calibration rows to use, at most."
 )
-FORCE = click.option("--force", is_flag=True, help="Replace what stands at the destination.")
+FORCE = click.option("--force", is_flag=True, help="Replace an existing destination.")
 
 
 _SEARCH: Mapping[str, Mapping[str, Any]] = {
-    "beam_size": {"type": int, "help": "Hypotheses kept side by side; 1 is greedy search."},
-    "max_new_tokens": {"type": int, "help": "Longest translation, in tokens."},
-    "min_new_tokens": {"type": int, "help": "Shortest translation, in tokens."},
-    "length_penalty": {"type": float, "help": "Exponent of the length that scores are divided by."},
-    "early_stopping": {"type": click.Choice(["true", "false", "never"]), "help": "When a beam is full."},
-    "no_repeat_ngram_size": {"type": int, "help": "No n-gram of this size comes twice; 0: off."},
-    "repetition_penalty": {"type": float, "help": "Divides the scores of tokens that came before; 1: off."},
+    "beam_size": {"type": int, "help": "Number of beams; 1 is greedy search."},
+    "max_new_tokens": {"type": int, "help": "Maximum length of a translation, in tokens."},
+    "min_new_tokens": {"type": int, "help": "Minimum length of a translation, in tokens."},
+    "length_penalty": {
+        "type": float,
+        "help": "Divide a translation's score by its length to this power.",
+    },
+    "early_stopping": {
+        "type": click.Choice(["true", "false", "never"]),
+        "help": "When beam search stops: at enough finished hypotheses (true), when a better one is unlikely (false), "
+        "or when it is impossible (never).",
+    },
+    "no_repeat_ngram_size": {"type": int, "help": "Never repeat an n-gram of this size; 0: off."},
+    "repetition_penalty": {"type": float, "help": "Divide the scores of tokens that already occurred; 1: off."},
 }
 
 
 def generation_options(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Options of how to search for a translation (default: the model's own); those given come as ``generation``."""
+    """Add the search options to a command, and pass those that were given as ``generation``."""
 
     @functools.wraps(function)
     def run(**options: Any) -> Result:
@@ -162,17 +177,17 @@ def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Resu
 
 
 def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> None:
-    """Raise UsageError if a column or search option is given that does nothing for a model of ``task``."""
+    """Raise UsageError if a column or search option does not apply to a model of ``task``."""
     searches = task.facts.graph_kind == "encoder-decoder"
     given = {name: value for name, value in columns.items() if name not in task.columns}
     for name, value in {**given, **({} if searches else generation)}.items():
         if value not in (None, ()):
-            raise UsageError(f"--{name.replace('_', '-')} is not for a model that {task.does}", "leave it out")
+            raise UsageError(f"--{name.replace('_', '-')} does not apply to a model that {task.does}", "leave it out")
 
 
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; yields what to call with (done, in all)."""
+    """Show a progress bar on stderr. Yields a function to call with (done, total)."""
     from tqdm import tqdm
 
     with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:

@@ -11,11 +11,13 @@ _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("
             "size_mb": ("size MB", 1), "memory_mb": ("memory MB", 0)}  # fmt: skip
 
 
-@deploykit_command(help="Run the whole road on real data: to a served, measured INT8 classifier, or translator.")
-@click.option("--recipe", type=click.Choice(["sentiment", "translation"]), default="sentiment", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
-@click.option("--repository", type=click.Path(path_type=Path), help="(default: OUT/model_repository)")
-@click.option("--max-rows", type=click.IntRange(0), help="Rows to train on. [default: 10000 tweets; all translations]")
+@deploykit_command(help="Run all stages on real data, to a served and measured INT8 classifier or translator.")
+@click.option("--recipe", type=click.Choice(["sentiment", "translation"]), default="sentiment", show_default=True,
+              help="Demo to run.")  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True,
+              help="Folder to write to.")  # fmt: skip
+@click.option("--repository", type=click.Path(path_type=Path), help="Model repository (default: OUT/model_repository).")
+@click.option("--max-rows", type=click.IntRange(0), help="Rows to train on. [default: 8000 tweets; all translations]")
 def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None) -> Result:
     from deploykit.demo import check_dependencies, run_demo, sentiment, translation
 
@@ -31,5 +33,5 @@ def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | 
     for line in result["table"]:
         cells = ("-" if line[key] is None else f"{line[key]:.{digits}f}" for key, (_, digits) in columns.items())
         lines.append(f"{line['name']:<28}" + "".join(f"{cell:>13}" for cell in cells))
-    lines.append("p50 and p99: one sentence at a time; sentences/s: the best of the concurrencies tried")
+    lines.append("p50 and p99: one sentence at a time; sentences/s: at the fastest concurrency tried")
     return result, "\n".join([*lines, f"\n{result['seconds']:.0f} s in all; open {result['report']}"])

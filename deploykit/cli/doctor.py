@@ -3,7 +3,7 @@ from __future__ import annotations
 from deploykit.cli.common import Result, deploykit_command
 
 
-@deploykit_command(help="Show what this machine has, and what each command still needs here.")
+@deploykit_command(help="Show what this machine has, and what each command still needs on it.")
 def command() -> Result:
     from deploykit.doctor import examine
     from deploykit.runtime.engines import ENGINES

@@ -20,13 +20,13 @@ from deploykit.cli.common import (
 
 
 @deploykit_command(
-    help="Measure TARGET (checkpoint, export, packaged model, or a served model's name) on labelled or translated rows."
+    help="Measure the accuracy of TARGET (checkpoint, export, packaged model, or a served model's name) on labelled rows."
 )
 @click.argument("target")
-@click.option("--data", required=True, help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
-              "TMX, .po, .mo, two text files as a.en,a.fr.")  # fmt: skip
+@click.option("--data", required=True, help="Rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
+              "TMX, .po, .mo, or two text files as a.en,a.fr.")  # fmt: skip
 @column_options()
-@click.option("--split", default="test", show_default=True, help="Of an HF dataset.")
+@click.option("--split", default="test", show_default=True, help="Split of an HF dataset.")
 @generation_options
 @ENCODING
 @SERVER_URL

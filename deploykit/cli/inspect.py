@@ -10,7 +10,7 @@ from deploykit.quantization.tables import render, render_calibration, render_sea
 from deploykit.tasks.registry import task_of
 
 
-@deploykit_command(help="Show what an artifact is, what made it, and verify each of its files.")
+@deploykit_command(help="Show an artifact's manifest, and verify each of its files.")
 @click.argument("path", type=click.Path(path_type=Path))
 def command(*, path: Path) -> Result:
     manifest = load_manifest(path)

@@ -12,29 +12,36 @@ from deploykit.runtime.serving_settings import ServingSettings
 _DEFAULT = ServingSettings()
 
 
-@deploykit_command(help="Write an export as the next version of a Triton model.")
+@deploykit_command(help="Write an export to a model repository, as the next version of a Triton model.")
 @click.argument("export", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="Of the model, as clients will call it.")
-@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True)
+@click.option("--name", required=True, help="Name of the model, for clients.")
+@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True,
+              help="Model repository to write to.")  # fmt: skip
 @ENGINE
 @PRECISION
-@click.option("--instances", type=int, help="Processes of the model. [default: 2; 1 for translation]")
-@click.option("--threads", type=int, help="CPU threads of each instance; 0: twice the CPUs, shared. [default: 0]")
-@click.option("--max-batch-size", type=int, help=f"Most rows of one batch. [default: {_DEFAULT.max_batch_size}]")
+@click.option("--instances", type=int, help="Number of model processes. [default: 2; 1 for translation]")
+@click.option(
+    "--threads", type=int, help="CPU threads per instance; 0: the instances share twice the CPUs. [default: 0]"
+)
+@click.option("--max-batch-size", type=int, help=f"Maximum rows of a batch. [default: {_DEFAULT.max_batch_size}]")
 @click.option("--max-queue-size", type=int,
-              help=f"Requests (translation: sentences) that may wait; more are refused. [default: {_DEFAULT.max_queue_size}]")  # fmt: skip
+              help=f"Maximum waiting requests (translation: sentences); further ones are refused. [default: {_DEFAULT.max_queue_size}]")  # fmt: skip
 @click.option("--preferred-batch-size", type=int,
-              help="Of more rows that wait, so many are one batch. [default: all, up to --max-batch-size]")  # fmt: skip
-@click.option("--max-queue-delay-us", type=int, help="Microseconds to wait for a fuller batch. [default: 0]")
-@click.option("--max-rows", type=int, help=f"[translation] Texts x beams of one step. [default: {_DEFAULT.max_rows}]")
+              help="Batch size when more rows are waiting. [default: all, up to --max-batch-size]")  # fmt: skip
+@click.option("--max-queue-delay-us", type=int, help="Maximum wait for a fuller batch, in microseconds. [default: 0]")
+@click.option(
+    "--max-rows",
+    type=int,
+    help=f"[translation] Maximum rows (texts x beams) of a decode step. [default: {_DEFAULT.max_rows}]",
+)
 @click.option("--max-cache-mb", type=int,
-              help=f"[translation] Memory of their keys and values. [default: {_DEFAULT.max_cache_mb}]")  # fmt: skip
+              help=f"[translation] Maximum memory of the key-value caches, in MiB. [default: {_DEFAULT.max_cache_mb}]")  # fmt: skip
 @click.option("--long-input", type=click.Choice(["split", "refuse"]),
-              help="[translation] Texts longer than the model takes. [default: split]")  # fmt: skip
+              help="[translation] Split or refuse texts that are too long for the model. [default: split]")  # fmt: skip
 @click.option("--in-flight/--no-in-flight", default=None,
-              help="[translation] Texts join while others are decoded. [default: in-flight]")  # fmt: skip
+              help="[translation] Let requests join the running batch, or wait until it is done. [default: in-flight]")  # fmt: skip
 @click.option("--no-stream", is_flag=True, help="[translation] Do not write NAME_stream.")
-@click.option("--overwrite-config", is_flag=True, help="Write config.pbtxt anew; otherwise an existing one is kept.")
+@click.option("--overwrite-config", is_flag=True, help="Replace an existing config.pbtxt. [default: keep it]")
 def command(
     *,
     export: Path,
@@ -51,8 +58,8 @@ def command(
     given = {key: value for key, value in settings.items() if value is not None}
     if given and (repository / name / CONFIG).exists() and not overwrite_config:
         raise UsageError(
-            f"{repository / name / CONFIG} exists and is kept, so --{next(iter(given)).replace('_', '-')} would do nothing",
-            "edit that file, or pass --overwrite-config",
+            f"{repository / name / CONFIG} already exists and is kept, so --{next(iter(given)).replace('_', '-')} has no effect",
+            "edit that file, or pass --overwrite-config to replace it",
         )
     done = package(
         export,

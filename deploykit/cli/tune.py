@@ -19,25 +19,27 @@ from deploykit.cli.common import (
 
 
 @deploykit_command(
-    cls=WithItsWords, help="Find the settings with which the packaged model NAME answers the most within a limit."
+    cls=WithItsWords,
+    help="Find the settings with which the packaged model NAME answers the most requests/s within a latency limit.",
 )
 @click.argument("name")
-@click.option(
-    "--slo", required=True, metavar="p99=50ms", help="How soon so many percent are answered: p50, p90 or p99."
-)
-@click.option("--max-memory", metavar="1GB", help="Most memory of the server, all its processes.")
-@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True)
+@click.option("--slo", required=True, metavar="p99=50ms", help="Latency limit: p50, p90 or p99.")
+@click.option("--max-memory", metavar="1GB", help="Memory limit for the server and all its processes.")
+@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True,
+              help="Model repository.")  # fmt: skip
 @click.option("--export", type=click.Path(path_type=Path),
-              help="What NAME was packaged from: engine and precision are searched too.")  # fmt: skip
-@click.option("--engine", "engines", multiple=True, help="Of the export; may be repeated. [default: all that run here]")
-@click.option("--precision", "precisions", multiple=True, help="Of the export; may be repeated. [default: all it has]")
-@click.option("--data", help="Texts to ask with. [default: the export's own test rows]")
+              help="Export that NAME was packaged from. With it, engine and precision are searched too.")  # fmt: skip
+@click.option("--engine", "engines", multiple=True, help="Engine to try; repeat. [default: all that run here]")
+@click.option("--precision", "precisions", multiple=True, help="Precision to try; repeat. [default: all in the export]")
+@click.option("--data", help="Rows to send. [default: the export's test rows]")
 @column_options(inputs_only=True)
-@click.option("--max-rows", "most_rows", type=click.IntRange(1), default=2000, show_default=True, help="Texts to use.")
-@click.option("--time", "budget", default="10m", show_default=True, help="Most time to measure for.")
-@click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="At each rate tried.")
+@click.option("--max-rows", "most_rows", type=click.IntRange(1), default=2000, show_default=True, help="Rows to use.")
+@click.option("--time", "budget", default="10m", show_default=True, help="Time limit for measuring.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each rate tried."
+)
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json",
-              help="All measurements; a page beside it, .html, shows them. [default: tune-NAME.json]")  # fmt: skip
+              help="File for all measurements; an .html page is written beside it. [default: tune-NAME.json]")  # fmt: skip
 @ENCODING
 @FORCE
 def command(
@@ -75,10 +77,10 @@ def command(
     subject = open_subject(name, repository, export)
     for path in (out, page):
         if path.exists() and not force:
-            raise ArtifactError(f"{path}: exists", "choose another --out, or pass --force to replace it")
+            raise ArtifactError(f"{path}: already exists", "choose another --out, or pass --force to replace it")
     if data is None:
         if export is None or not (export / SAMPLES).is_file():
-            raise UsageError("there are no texts to ask with", "give --data FILE, or --export with rows of its own")
+            raise UsageError("there are no rows to send", "give --data FILE, or an --export that keeps test rows")
         data = str(export / SAMPLES)
     task = subject.manifest.task
     refuse_columns(task_of(task), columns)
@@ -108,7 +110,7 @@ def command(
         "version": str(done.added) if done.added else None,
         "recorded": str(done.recorded) if done.recorded else None,
     }
-    lines = [*_table(done.record), "", *_told(changes, chosen), f"{out}, {page}: written"]
+    lines = [*_table(done.record), "", *_change_lines(changes, chosen), f"{out}, {page}: written"]
     return {
         **done.record,
         "chosen": chosen,
@@ -130,8 +132,8 @@ def _table(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"{trial['name']:<{width}}{row}  {trial['verdict']}"
 
 
-def _told(changes: Mapping[str, str | None], chosen: Mapping[str, Any]) -> Iterator[str]:
-    """What was changed, and how to undo it."""
+def _change_lines(changes: Mapping[str, str | None], chosen: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each change, with the command that undoes it."""
     if changes["config"]:
         yield f"{changes['config']}: changed (undo: mv {changes['backup']} {changes['config']})"
     if changes["version"]:
@@ -139,6 +141,6 @@ def _told(changes: Mapping[str, str | None], chosen: Mapping[str, Any]) -> Itera
     if changes["recorded"]:
         yield f"{changes['recorded']}: --engine auto is {chosen['engine']} {chosen['precision']} here (undo: rm it)"
     if changes["config"] or changes["version"]:
-        yield "deploykit serve uses them when it is started again"
+        yield "restart deploykit serve to use them"
     else:
-        yield "what is served at present is as good as anything that was found: nothing was changed"
+        yield "the present settings are as good as any that were tried: nothing was changed"

@@ -269,12 +269,12 @@ def test_the_pythons_of_jetpack(deploykit: Deploykit, archive: Path, tmp_path: P
 def test_wrong_usage(deploykit: Deploykit, archive: Path, tmp_path: Path) -> None:
     export = archive.parent / "tiny"
     for words, code, named in (
-        ((export, "--out", tmp_path / "x"), 2, "--target and --jetpack are needed"),
+        ((export, "--out", tmp_path / "x"), 2, "--target and --jetpack are required"),
         ((export, "--target", "nano", "--jetpack", "6.2", "--out", tmp_path / "x"), 2, "unknown --target 'nano'"),
         ((export, "--target", "thor", "--jetpack", "6.2", "--out", tmp_path / "x"), 2, "give --jetpack 7.0 or newer"),
         ((export, "--target", "thor", "--jetpack", "7.0", "--out", archive), 1, "exists"),
         ((export, "--target", "thor", "--jetpack", "7.0", "--out", tmp_path / "x", "--public-key", "k"), 2, "--unpack"),
-        (("--unpack", archive, "--out", tmp_path / "x", "--name", "n"), 2, "--unpack takes --out"),
+        (("--unpack", archive, "--out", tmp_path / "x", "--name", "n"), 2, "--unpack takes only --out"),
         (("--unpack", tmp_path / "none", "--out", tmp_path / "x"), 1, "no such file"),
     ):
         got, _, err = deploykit("bundle", *words)

@@ -157,7 +157,7 @@ def test_options_of_classifiers_are_refused(
 ) -> None:
     code, result = bench(str(tiny_translation), "--data", str(pairs), option, value)
     assert code == 2
-    assert result["error"]["message"] == f"{option} is not for a model that {what}"
+    assert result["error"]["message"] == f"{option} does not apply to a model that {what}"
 
 
 @pytest.mark.parametrize("option", ["--beam-size", "--max-new-tokens"])
@@ -165,7 +165,7 @@ def test_options_of_translators_are_refused(tiny_export: Path, tmp_path: Path, o
     (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2"}\n')
     code, result = bench(str(tiny_export), "--data", str(tmp_path / "rows.jsonl"), option, "3")
     assert code == 2
-    assert result["error"]["message"] == f"{option} is not for a model that classifies"
+    assert result["error"]["message"] == f"{option} does not apply to a model that classifies"
 
 
 def test_beams_that_no_model_takes_are_refused(tiny_translation: Path, pairs: Path) -> None:
