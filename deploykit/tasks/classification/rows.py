@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -164,11 +165,27 @@ def check_labels(examples: Sequence[Example], known: Iterable[str], source: str,
                     first = first or example.origin
                     unseen[name] += 1
     if unseen:
-        counted = ", ".join(f"{name!r} ({unseen[name]:,} row{'s' * (unseen[name] > 1)})" for name in sort_labels(unseen))
+        counted = ", ".join(
+            f"{name!r} ({unseen[name]:,} row{'s' * (unseen[name] > 1)})" for name in sort_labels(unseen)
+        )
         raise DataError(
             f"{source}: labels that no training row has: {counted}; the first is at {first}",
             f"correct the labels; training has {', '.join(map(repr, sort_labels(allowed)))}",
         )
+
+
+def check_numbers(examples: Sequence[Example], source: str) -> None:
+    """Raise DataError for the first label that is no finite number."""
+    for example in examples:
+        try:
+            finite = math.isfinite(float(example.label))
+        except ValueError:
+            finite = False
+        if not finite:
+            raise DataError(
+                f"{source}: the label {example.label!r} at {example.origin} is no number, and the model gives numbers",
+                "correct the row, or train without --regression",
+            )
 
 
 def validate(examples: Sequence[Example], source: str, *, multi_label: bool = False) -> None:
