@@ -178,7 +178,7 @@ def test_hidden_states_beside_the_logits_do_no_harm(
 def test_a_model_whose_answers_padding_changes_is_refused_before_training(
     make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
-    folder = make_tiny_checkpoint(tmp_path / "c", "convbert", initializer_range=1.0)
+    folder = make_tiny_checkpoint(tmp_path / "c", "convbert")
     code, out = run("finetune", "--model", folder, "--train", rows, "--out", tmp_path / "r")
     assert code == 2
     assert "models of type convbert answer otherwise when a text is padded" in out

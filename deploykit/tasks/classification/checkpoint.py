@@ -76,13 +76,12 @@ class TorchClassifier:
             logits[batch.rows] = self.logits(batch.input_ids, batch.attention_mask)
         return self.task.scores(logits)
 
-    def scores_alone(self, text: str) -> NDArray[np.float32]:
-        """Probabilities, float32 [1, labels], as a user of transformers gets them: no batch, no padding, and all that
-        the checkpoint's tokenizer gives (token types, say) goes into the model."""
+    def logits_alone(self, text: str) -> NDArray[np.float32]:
+        """Logits, float32 [1, labels], as a user of transformers gets them: no batch, no padding, and all that the
+        checkpoint's tokenizer gives (token types, say) goes into the model."""
         encoded = self.tokenizer(normalize(text), truncation=True, max_length=self.task.max_length, return_tensors="pt")
         with torch.inference_mode():
-            logits = self.model(**encoded).logits
-        return self.task.scores(np.asarray(logits.float().numpy(), np.float32))
+            return np.asarray(self.model(**encoded).logits.float().numpy(), np.float32)
 
     def close(self) -> None:
         """Nothing to release: the model goes with the object."""

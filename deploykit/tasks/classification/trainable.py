@@ -12,8 +12,9 @@ import numpy as np
 from deploykit.errors import ExportError, UsageError
 from deploykit.graphs.onnx_export import export_classifier
 from deploykit.tasks.classification.checkpoint import TorchClassifier
+from deploykit.training.padding import padded
 
-_TEXTS = ("a", "The quick brown fox jumps over the lazy dog, and 3 more words.")
+_TEXTS = ("good", "The quick brown fox jumps over the lazy dog, and 3 more words.")
 _TOLERANCE = 1e-3
 
 
@@ -28,12 +29,13 @@ def check_trainable(classifier: TorchClassifier, origin: str) -> None:
     training = classifier.model.training
     classifier.model.eval()
     try:
-        together = classifier.scores(_TEXTS)
-        alone = np.concatenate([classifier.scores_alone(text) for text in _TEXTS])
+        ids, mask = padded(classifier.encode(_TEXTS), classifier.task.pad_token_id)
+        together = classifier.logits(ids.numpy(), mask.numpy())
+        alone = np.concatenate([classifier.logits_alone(text) for text in _TEXTS])
     except Exception as error:  # whatever the architecture raises, it cannot classify texts like these
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(f"{kind} do not run on a short text: {first}", remedy) from error
-    if not np.abs(together - alone).max() <= _TOLERANCE:
+    if not np.abs(together - alone).max() <= _TOLERANCE * max(1.0, float(np.abs(alone).max())):
         raise UsageError(f"{kind} answer otherwise when a text is padded, so they cannot be served in batches", remedy)
     try:
         with tempfile.TemporaryDirectory() as folder:
