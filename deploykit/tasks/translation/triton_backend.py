@@ -20,7 +20,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest
-from deploykit.errors import DataError, DeploykitError, UsageError
+from deploykit.errors import DataError, DeploykitError, QueueFullError, UsageError
 from deploykit.runtime.decoding import MAX_CACHE_BYTES
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, Generation, override
@@ -37,7 +37,7 @@ from deploykit.runtime.triton_requests import (
     strings,
     text_parameter,
 )
-from deploykit.tasks.translation.decode_loop import DecodeLoop, Load, QueueFullError
+from deploykit.tasks.translation.decode_loop import DecodeLoop, Load
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import Job, Translator, load_translator
 from deploykit.tasks.translation.translated import Translated
@@ -113,8 +113,8 @@ class TranslationBackend:
         rows.fail(errors)
         try:
             self._loop.submit(_Caller(request, rows), jobs)
-        except QueueFullError:
-            raise RefusedError("the queue of sentences is full", pb_utils.TritonError.UNAVAILABLE) from None
+        except QueueFullError as full:
+            raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
 
     def _search(self, given: dict[str, Any]) -> tuple[Generation, LongInput]:
         """What the request parameters ask for. Raises RefusedError naming the first that is unknown or wrong."""
