@@ -20,9 +20,9 @@ from deploykit.cli.common import CALIBRATION_ROWS, ENCODING, FORCE, Result, depl
 @ENCODING
 @FORCE
 def command(*, path: Path, out: Path, force: bool, **values: Any) -> Result:
-    from deploykit.export.calibrate import calibrate
     from deploykit.graphs.export_options import CalibrationOptions
     from deploykit.quantization.tables import render_calibration
+    from deploykit.stages.calibrate import calibrate
 
     done = calibrate(path, out, CalibrationOptions(**values), force=force, say=say)
     record = {"out": str(out), "reused": done.reused, "digest": done.manifest.digest, **done.manifest.metrics}

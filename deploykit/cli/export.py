@@ -66,9 +66,9 @@ def command(
     gpu = gpus[0] if gpus else "portable"
     engines = EngineOptions(wanted, profiles, workspace, gpu, timing_cache, builder) if trt else None
     values["target"] = languages[0] if languages else None
-    from deploykit.export.run import export
     from deploykit.graphs.export_options import ExportOptions
     from deploykit.quantization.tables import render
+    from deploykit.stages.export import export
 
     options = ExportOptions(int8=int8 or (trt and "int8" in wanted), trt=engines, **values)
     done = export(checkpoint, out, options, force=force, say=say)

@@ -15,7 +15,7 @@ from deploykit.cli.common import (
     say,
 )
 from deploykit.errors import UsageError
-from deploykit.finetune.options import OPTIONS, make_options, read_toml, with_rows_of_run
+from deploykit.stages.finetune_options import OPTIONS, make_options, read_toml, with_rows_of_run
 from deploykit.tasks.registry import DEFAULT, task_of
 from deploykit.tasks.translation.presets import PRESETS
 
@@ -125,7 +125,7 @@ def command(*, out: Path, force: bool, restart: bool, **values: Any) -> Result:
 
         check_source(options.model, options.task)
 
-    from deploykit.finetune.run import finetune
+    from deploykit.stages.finetune import finetune
 
     done = finetune(options, out, force=force, restart=restart, say=say)
     metrics = done.manifest.metrics

@@ -23,12 +23,12 @@ from transformers import AutoModelForSeq2SeqLM
 from deploykit.artifacts import hash_file
 from deploykit.cli import main
 from deploykit.errors import ExportError, MissingDependencyError, UsageError
-from deploykit.export import run
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.graphs.families import read_architecture
 from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
 from deploykit.quantization.qdq import quantize
 from deploykit.runtime.engines.tensorrt import read_record
+from deploykit.stages import export as run
 from deploykit.tensorrt import build as tensorrt
 from deploykit.tensorrt.build import (
     EngineOptions,

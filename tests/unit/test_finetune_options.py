@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from deploykit.errors import UsageError
-from deploykit.finetune.options import make_options, read_toml
+from deploykit.stages.finetune_options import make_options, read_toml
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS

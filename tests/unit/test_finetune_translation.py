@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from deploykit.errors import ArtifactError, UsageError
-from deploykit.finetune.options import make_options
 from deploykit.runtime.generation import Generation
+from deploykit.stages.finetune_options import make_options
 from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, ExportError
-from deploykit.export.run import export
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.engines.native_classifier import NativeEngine
 from deploykit.runtime.engines.native_library import lacks
 from deploykit.runtime.find_graphs import find_graphs
+from deploykit.stages.export import export
 from deploykit.tasks.classification import export as classification
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.encoders import FAMILIES, read_encoder

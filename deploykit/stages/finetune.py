@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from deploykit import artifacts
 from deploykit.errors import ArtifactError
-from deploykit.finetune import model_card
+from deploykit.stages import model_card
 from deploykit.tasks.registry import get_task
 from deploykit.training.options import FinetuneOptions, write_toml
 from deploykit.training.rows import Columns, Raw, Row, Rows, RowSource, Say, named_paths, read_rows, write_splits
