@@ -9,15 +9,22 @@ import click
 from deploykit.cli.common import (
     ENCODING,
     FORCE,
+    LABEL_COLUMN,
+    NUM_PROMPTS,
     SERVER_URL,
+    SOURCE_COLUMN,
+    TARGET_COLUMN,
+    TEXT_COLUMN,
     THREADS,
     Result,
     WithItsWords,
     deploykit_command,
     generation_options,
+    option,
     refuse_columns,
     say,
 )
+from deploykit.errors import ArtifactError, UsageError
 
 
 @deploykit_command(
@@ -25,28 +32,30 @@ from deploykit.cli.common import (
     help="Measure TARGETS (checkpoints, exports, or served models' names) side by side on real texts.",
 )
 @click.argument("targets", nargs=-1)
-@click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), metavar="OLD NEW",
-              help="Instead of measuring: say what got faster or slower, beyond the noise, between two --out files.")  # fmt: skip
+@click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), hidden=True)
 @click.option("--data", help="Texts to ask with; with labels or translations, accuracy is measured too.")
-@click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
-@click.option("--label-column", help="(default: the training column, or detected)")
-@click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")
-@click.option("--target-column", help="Of their translations (default: the training column, or detected).")
+@TEXT_COLUMN
+@LABEL_COLUMN
+@SOURCE_COLUMN
+@TARGET_COLUMN
 @click.option(
     "--engine", "engines", multiple=True, default=("auto",), help="Of exports; repeat to compare. [default: auto]"
 )
 @click.option("--precision", "precisions", multiple=True, default=("auto",), help="Of exports; repeat. [default: auto]")
-@click.option("--concurrency", "concurrencies", multiple=True, type=click.IntRange(1, 1024), default=(1, 8, 32),
-              help="Callers that each wait for their answer; repeat. [default: 1 8 32]")  # fmt: skip
-@click.option("--rate", "rates", multiple=True, type=click.FloatRange(0, min_open=True),
-              help="Texts per second of an open loop with Poisson arrivals; repeat.")  # fmt: skip
+@option("--max-concurrency", "concurrencies", aliases=["--concurrency"], multiple=True,
+        type=click.IntRange(1, 1024), default=(1, 8, 32), help="Callers that each wait for their answer; repeat. [default: 1 8 32]")  # fmt: skip
+@option("--request-rate", "rates", aliases=["--rate"], multiple=True, type=click.FloatRange(0, min_open=True),
+        help="Texts per second of an open loop with Poisson arrivals; repeat.")  # fmt: skip
 @click.option("--p99-limit", "limits", multiple=True, type=click.FloatRange(0, min_open=True), metavar="MS",
               help="Find the highest rate of such arrivals whose p99 stays within it; repeat.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Of each measurement.")
-@click.option("--max-rows", type=click.IntRange(1), default=2000, show_default=True, help="Texts to use.")
+@click.option(
+    "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Length of each measurement."
+)
+@NUM_PROMPTS
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Write the whole result here, as JSON.")
+@option("--output", "out", aliases=["--out"], type=click.Path(path_type=Path),
+        help="Write the whole result here, as JSON.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path), help="Write a self-contained HTML page here.")
 @generation_options
 @ENCODING
@@ -81,7 +90,6 @@ def command(
     from deploykit.bench.rows import facts_of, read_rows
     from deploykit.bench.scenarios import ClosedLoop, Poisson, Within
     from deploykit.bench.targets import bench_targets
-    from deploykit.errors import ArtifactError, UsageError
     from deploykit.hardware import available_cpus
     from deploykit.report.pages import write_report
     from deploykit.tasks.registry import task_of
@@ -133,24 +141,16 @@ def command(
 
 
 def _compare(old: Path, new: Path) -> Result:
-    from deploykit.bench.compare import compare
-    from deploykit.errors import UsageError
-    from deploykit.report.record import read_record
+    """Run ``deploykit compare``, which once was an option of this command."""
+    from deploykit.cli.compare import compare_files
 
     context = click.get_current_context()
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) is not click.core.ParameterSource.DEFAULT
-        if given and parameter.name not in ("compared", "as_json", "debug", "targets"):
-            raise UsageError(f"{parameter.opts[-1]} is not for --compare, which measures nothing", "leave it out")
-    if context.params["targets"]:
-        raise UsageError(f"--compare takes two files, and there is {context.params['targets'][0]} too", "leave it out")
-    records = [read_record(path) for path in (old, new)]
-    found = compare(*records)
-    lines = [
-        f"{whose}: {path}, measured {record['started']}"
-        for whose, path, record in zip(("old", "new"), (old, new), records)
-    ]
-    return {"old": str(old), "new": str(new), **found.to_json()}, "\n".join([*lines, "", found.to_text()])
+        if given and parameter.name not in ("compared", "as_json", "debug"):
+            extra = context.params["targets"][0] if parameter.name == "targets" else parameter.opts[-1]
+            raise UsageError(f"--compare takes two files alone, and there is {extra} too", "run deploykit compare OLD NEW")
+    return compare_files(old, new)
 
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:

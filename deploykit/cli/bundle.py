@@ -5,17 +5,18 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import FORCE, Result, deploykit_command, human_bytes, say
+from deploykit.cli.common import FORCE, NAME_HELP, Result, deploykit_command, human_bytes, option, say
+from deploykit.cli.unpack import unpack_bundle
 from deploykit.errors import UsageError
 
 
-@deploykit_command(help="Write an export as one file that a Jetson builds, verifies and serves offline; or unpack one.")
-@click.argument("export", type=click.Path(path_type=Path), required=False)
-@click.option("--target", help="Of the bundle: orin-nano, orin-nx, agx-orin or thor.")
+@deploykit_command(help="Write the export TARGET as one file that a Jetson builds, verifies and serves offline.")
+@click.argument("export", metavar="TARGET", type=click.Path(path_type=Path), required=False)
+@option("--device", "target", aliases=["--target"], help="Of the bundle: orin-nano, orin-nx, agx-orin or thor.")
 @click.option("--jetpack", help="The JetPack on the device, like 6.2.")
-@click.option("--out", required=True, type=click.Path(path_type=Path),
-              help="File (.tar.gz) to write; with --unpack a new folder.")  # fmt: skip
-@click.option("--name", help="Of the model, as clients will call it [default: the export's folder].")
+@option("--output", "out", aliases=["--out"], required=True, type=click.Path(path_type=Path),
+        help="File (.tar.gz) to write.")  # fmt: skip
+@click.option("--name", show_default="the export's folder", help=NAME_HELP)
 @click.option(
     "--precision", default="auto", show_default=True, help="To build there: auto (INT8 if there is one), int8, fp16."
 )
@@ -23,8 +24,8 @@ from deploykit.errors import UsageError
 @click.option("--wheels", type=click.Path(path_type=Path),
               help="Include the device's wheels, from this folder; those missing are downloaded into it.")  # fmt: skip
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this private key (PEM), beside it.")
-@click.option("--unpack", type=click.Path(path_type=Path), help="Verify this bundle and unpack it.")
-@click.option("--public-key", type=click.Path(path_type=Path), help="With --unpack: verify its signature first.")
+@click.option("--unpack", type=click.Path(path_type=Path), hidden=True)
+@click.option("--public-key", type=click.Path(path_type=Path), hidden=True)
 @FORCE
 def command(
     *, export: Path | None, out: Path, target: str | None, jetpack: str | None, unpack: Path | None,
@@ -34,14 +35,17 @@ def command(
 
     if unpack is not None:
         if export is not None or target or jetpack or force or any(v for k, v in options.items() if k != "precision"):
-            raise UsageError("--unpack takes --out and --public-key alone", "leave the rest out")
-        folder = bundle.unpack(unpack, out, public_key=public_key)
-        return {"out": str(folder)}, f"{folder}: verified and unpacked\nnext: {folder}/run.sh check"
+            raise UsageError(
+                "--unpack takes --out and --public-key alone", "use deploykit unpack BUNDLE --output-dir DIR"
+            )
+        return unpack_bundle(unpack, out, public_key)
     if public_key is not None:
-        raise UsageError("--public-key verifies a bundle", "give --unpack, or --sign with the private key")
+        raise UsageError(
+            "--public-key verifies a bundle", "use it with deploykit unpack, or give --sign with the private key"
+        )
     if export is None or target is None or jetpack is None:
-        raise UsageError("an export, --target and --jetpack are needed",
-                         "deploykit bundle exports/a --target orin-nano --jetpack 6.2 --out a.tar.gz")  # fmt: skip
+        raise UsageError("an export, --device and --jetpack are needed",
+                         "deploykit bundle exports/a --device orin-nano --jetpack 6.2 --output a.tar.gz")  # fmt: skip
     done = bundle.bundle(export, out, target, jetpack, force=force, say=say, **options)
     d = done.description
     text = [

@@ -7,8 +7,9 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
@@ -17,6 +18,7 @@ from deploykit.errors import DeploykitError, UsageError
 if TYPE_CHECKING:
     from deploykit.tasks.protocol import Task
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Result = tuple[Mapping[str, Any], str]
 """What a command returns: the object that --json prints, and the text printed otherwise."""
 
@@ -81,6 +83,59 @@ def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) ->
     sys.exit(exit_code)
 
 
+class Option(click.Option):
+    """An option that also answers to ``aliases``, its earlier names, which --help does not show."""
+
+    def __init__(self, *arguments: Any, aliases: Sequence[str] = (), **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.aliases = tuple(aliases)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        shown = self.opts
+        self.opts = [*shown, *self.aliases]
+        try:
+            super().add_to_parser(parser, ctx)
+        finally:
+            self.opts = shown
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Function], Function]:
+    """``click.option`` with one attribute more: ``aliases``, names that --help does not show."""
+    return click.option(*names, cls=Option, **attributes)
+
+
+def target_and_texts(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The arguments TARGET, which the function takes as ``model``, and TEXTS. --model is an earlier way to give TARGET."""
+
+    @functools.wraps(function)
+    def run(*, target: str | None, model: str | None, texts: tuple[str, ...], **options: Any) -> Result:
+        if model is None and target is None:
+            raise UsageError(
+                "TARGET is missing", "name a checkpoint, an export, a packaged model's version, or a served model"
+            )
+        if model is not None:
+            return function(model=model, texts=texts if target is None else (target, *texts), **options)
+        return function(model=target, texts=texts, **options)
+
+    for argument in (click.argument("texts", nargs=-1), click.argument("target", required=False, metavar="TARGET")):
+        run = argument(run)
+    return option("--model", hidden=True)(run)
+
+
+def with_calibration(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options, with --calibration, an earlier one for three, as the one that it means."""
+    from deploykit.graphs.export_options import SPLITS
+    from deploykit.quantization.calibration import is_saved
+
+    given = values.pop("calibration")
+    if given is None:
+        return values
+    if "calib" in values and is_saved(given):
+        return {**values, "calib": given}
+    is_split = given in SPLITS and not Path(given).exists()
+    return {**values, "calibration_split" if is_split else "calibration_data": given}
+
+
 def human_bytes(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000 or unit == "GB":
@@ -101,14 +156,42 @@ PRECISION = click.option(
 THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
 ENCODING = click.option("--encoding", help="Of text files (default: UTF-8, or what a byte order mark says).")
 METHODS = click.Choice(["minmax", "entropy", "percentile", "mse"])  # calibration's, whose module takes long to import
-CALIBRATION_ROWS = click.option(
-    "--calibration-rows", type=int, default=512, show_default=True, help="Most of them to use."
+CALIBRATION_SPLIT = click.option(
+    "--calibration-split", default="train", show_default=True, help="Split of the run to calibrate on."
 )
+CALIBRATION_DATA = click.option(
+    "--calibration-data", help="File of rows to calibrate on, in place of a split of the run."
+)
+CALIBRATION = click.option("--calibration", hidden=True)  # a split, a file or a saved calibration, as it once was
+CALIBRATION_ROWS = click.option(
+    "--calibration-rows", type=int, default=512, show_default=True, help="Most rows to calibrate on."
+)
+SOURCE_LANG = option(
+    "--source-lang", aliases=["--source"], help="Language of a translation checkpoint that was trained elsewhere."
+)
+OUTPUT_DIR = option("--output-dir", "out", aliases=["--out"], required=True, type=click.Path(path_type=Path),
+                    help="Folder to write to.")  # fmt: skip
+MODEL_REPOSITORY = option(
+    "--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),
+    default=Path("model_repository"), show_default=True, help="Folder of packaged models.",
+)  # fmt: skip
+NAME_HELP = "Of the model, as clients will call it."
+LONG_INPUT_HELP = "A text longer than the model takes: split it at sentence ends, or refuse it."
+TEXT_COLUMN = click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
+LABEL_COLUMN = click.option("--label-column", help="(default: the training column, or detected)")
+SOURCE_COLUMN = click.option(
+    "--source-column", help="Of texts to translate (default: the training column, or detected)."
+)
+TARGET_COLUMN = click.option(
+    "--target-column", help="Of their translations (default: the training column, or detected)."
+)
+NUM_PROMPTS = option("--num-prompts", "max_rows", aliases=["--max-rows"], type=click.IntRange(1), default=2000,
+                     show_default=True, help="Texts to use.")  # fmt: skip
 FORCE = click.option("--force", is_flag=True, help="Replace what stands at the destination.")
 
 
 _SEARCH: Mapping[str, Mapping[str, Any]] = {
-    "beam_size": {"type": int, "help": "Hypotheses kept side by side; 1 is greedy search."},
+    "num_beams": {"type": int, "aliases": ["--beam-size"], "help": "Hypotheses kept side by side; 1 is greedy search."},
     "max_new_tokens": {"type": int, "help": "Longest translation, in tokens."},
     "min_new_tokens": {"type": int, "help": "Shortest translation, in tokens."},
     "length_penalty": {"type": float, "help": "Exponent of the length that scores are divided by."},
@@ -127,7 +210,7 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
         return function(generation={name: value for name, value in values.items() if value is not None}, **options)
 
     for name, attributes in reversed(list(_SEARCH.items())):
-        run = click.option(f"--{name.replace('_', '-')}", name, **attributes)(run)
+        run = option(f"--{name.replace('_', '-')}", name, **attributes)(run)
     return run
 
 

@@ -7,8 +7,12 @@ import click
 from deploykit.cli.common import (
     ENCODING,
     ENGINE,
+    LABEL_COLUMN,
     PRECISION,
     SERVER_URL,
+    SOURCE_COLUMN,
+    TARGET_COLUMN,
+    TEXT_COLUMN,
     THREADS,
     Result,
     deploykit_command,
@@ -24,10 +28,10 @@ from deploykit.cli.common import (
 @click.argument("target")
 @click.option("--data", required=True, help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
               "TMX, .po, .mo, two text files as a.en,a.fr.")  # fmt: skip
-@click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
-@click.option("--label-column", help="(default: the training column, or detected)")
-@click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")
-@click.option("--target-column", help="Of their translations (default: the training column, or detected).")
+@TEXT_COLUMN
+@LABEL_COLUMN
+@SOURCE_COLUMN
+@TARGET_COLUMN
 @click.option("--split", default="test", show_default=True, help="Of an HF dataset.")
 @generation_options
 @ENCODING

@@ -5,32 +5,48 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import ENGINE, PRECISION, Result, deploykit_command, human_bytes
+from deploykit.cli.common import (
+    ENGINE,
+    LONG_INPUT_HELP,
+    MODEL_REPOSITORY,
+    NAME_HELP,
+    PRECISION,
+    Result,
+    deploykit_command,
+    human_bytes,
+    option,
+)
 from deploykit.errors import UsageError
 from deploykit.runtime.serving_settings import ServingSettings
 
 _DEFAULT = ServingSettings()
 
 
-@deploykit_command(help="Write an export as the next version of a Triton model.")
-@click.argument("export", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="Of the model, as clients will call it.")
-@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True)
+@deploykit_command(help="Write the export TARGET as the next version of a Triton model.")
+@click.argument("export", metavar="TARGET", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help=NAME_HELP)
+@MODEL_REPOSITORY
 @ENGINE
 @PRECISION
 @click.option("--instances", type=int, help="Processes of the model. [default: 2; 1 for translation]")
-@click.option("--threads", type=int, help="CPU threads of each instance; 0: twice the CPUs, shared. [default: 0]")
+@option(
+    "--instance-threads",
+    "threads",
+    aliases=["--threads"],
+    type=int,
+    help="CPU threads of each instance; 0: twice the CPUs, shared. [default: 0]",
+)
 @click.option("--max-batch-size", type=int, help=f"Most rows of one batch. [default: {_DEFAULT.max_batch_size}]")
 @click.option("--max-queue-size", type=int,
               help=f"Requests (translation: sentences) that may wait; more are refused. [default: {_DEFAULT.max_queue_size}]")  # fmt: skip
 @click.option("--preferred-batch-size", type=int,
               help="Of more rows that wait, so many are one batch. [default: all, up to --max-batch-size]")  # fmt: skip
 @click.option("--max-queue-delay-us", type=int, help="Microseconds to wait for a fuller batch. [default: 0]")
-@click.option("--max-rows", type=int, help=f"[translation] Texts x beams of one step. [default: {_DEFAULT.max_rows}]")
+@option("--max-num-seqs", "max_rows", aliases=["--max-rows"], type=int,
+        help=f"[translation] Texts x beams of one step. [default: {_DEFAULT.max_rows}]")  # fmt: skip
 @click.option("--max-cache-mb", type=int,
               help=f"[translation] Memory of their keys and values. [default: {_DEFAULT.max_cache_mb}]")  # fmt: skip
-@click.option("--long-input", type=click.Choice(["split", "refuse"]),
-              help="[translation] Texts longer than the model takes. [default: split]")  # fmt: skip
+@click.option("--long-input", type=click.Choice(["split", "refuse"]), show_default="split", help=LONG_INPUT_HELP)
 @click.option("--in-flight/--no-in-flight", default=None,
               help="[translation] Texts join while others are decoded. [default: in-flight]")  # fmt: skip
 @click.option("--no-stream", is_flag=True, help="[translation] Do not write NAME_stream.")
@@ -51,7 +67,7 @@ def command(
     given = {key: value for key, value in settings.items() if value is not None}
     if given and (repository / name / CONFIG).exists() and not overwrite_config:
         raise UsageError(
-            f"{repository / name / CONFIG} exists and is kept, so --{next(iter(given)).replace('_', '-')} would do nothing",
+            f"{repository / name / CONFIG} exists and is kept, so {_option_of(next(iter(given)))} would do nothing",
             "edit that file, or pass --overwrite-config",
         )
     done = package(
@@ -82,3 +98,9 @@ def command(
         record["container"] = container
         text += f"\nto serve it in NVIDIA's container: {container}"
     return {**record, "config_kept": done.config_kept, "size_bytes": size, "digest": done.manifest.digest}, text
+
+
+def _option_of(setting: str) -> str:
+    """Return the name of the option that sets ``setting``."""
+    parameters = click.get_current_context().command.params
+    return next(parameter.opts[0] for parameter in parameters if parameter.name == setting)

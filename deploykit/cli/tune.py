@@ -6,30 +6,45 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import ENCODING, FORCE, Result, WithItsWords, deploykit_command, refuse_columns, say
+from deploykit.cli.common import (
+    ENCODING,
+    FORCE,
+    MODEL_REPOSITORY,
+    NUM_PROMPTS,
+    SOURCE_COLUMN,
+    TEXT_COLUMN,
+    Result,
+    WithItsWords,
+    deploykit_command,
+    option,
+    refuse_columns,
+    say,
+)
 
 
 @deploykit_command(
-    cls=WithItsWords, help="Find the settings with which the packaged model NAME answers the most within a limit."
+    cls=WithItsWords, help="Find the settings with which the packaged model TARGET answers the most within a limit."
 )
-@click.argument("name")
+@click.argument("name", metavar="TARGET")
 @click.option(
     "--slo", required=True, metavar="p99=50ms", help="How soon so many percent are answered: p50, p90 or p99."
 )
 @click.option("--max-memory", metavar="1GB", help="Most memory of the server, all its processes.")
-@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True)
+@MODEL_REPOSITORY
 @click.option("--export", type=click.Path(path_type=Path),
-              help="What NAME was packaged from: engine and precision are searched too.")  # fmt: skip
+              help="What TARGET was packaged from: engine and precision are searched too.")  # fmt: skip
 @click.option("--engine", "engines", multiple=True, help="Of the export; may be repeated. [default: all that run here]")
 @click.option("--precision", "precisions", multiple=True, help="Of the export; may be repeated. [default: all it has]")
 @click.option("--data", help="Texts to ask with. [default: the export's own test rows]")
-@click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
-@click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")
-@click.option("--max-rows", "most_rows", type=click.IntRange(1), default=2000, show_default=True, help="Texts to use.")
+@TEXT_COLUMN
+@SOURCE_COLUMN
+@NUM_PROMPTS
 @click.option("--time", "budget", default="10m", show_default=True, help="Most time to measure for.")
-@click.option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="At each rate tried.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json",
-              help="All measurements; a page beside it, .html, shows them. [default: tune-NAME.json]")  # fmt: skip
+@click.option(
+    "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Length of each measurement."
+)
+@option("--output", "out", aliases=["--out"], type=click.Path(path_type=Path), metavar="FILE.json",
+        help="All measurements; a page beside it, .html, shows them. [default: tune-TARGET.json]")  # fmt: skip
 @ENCODING
 @FORCE
 def command(
@@ -44,7 +59,7 @@ def command(
     data: str | None,
     text_column: tuple[str, ...],
     source_column: str | None,
-    most_rows: int,
+    max_rows: int,
     budget: str,
     seconds: float,
     out: Path | None,
@@ -64,11 +79,11 @@ def command(
     out = out or Path(f"tune-{name}.json")
     page = out.with_suffix(".html")
     if out.suffix != ".json":
-        raise UsageError(f"--out {out} does not end in .json", f"write it as --out {out}.json")
+        raise UsageError(f"--output {out} does not end in .json", f"write it as --output {out}.json")
     subject = open_subject(name, repository, export)
     for path in (out, page):
         if path.exists() and not force:
-            raise ArtifactError(f"{path}: exists", "choose another --out, or pass --force to replace it")
+            raise ArtifactError(f"{path}: exists", "choose another --output, or pass --force to replace it")
     if data is None:
         if export is None or not (export / SAMPLES).is_file():
             raise UsageError("there are no texts to ask with", "give --data FILE, or --export with rows of its own")
@@ -81,7 +96,7 @@ def command(
         task,
         columns=columns,
         encoding=encoding,
-        most=most_rows,
+        most=max_rows,
         seed=0,
     )
     done = tune(

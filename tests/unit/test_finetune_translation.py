@@ -41,7 +41,7 @@ def save(folder: Path, model: Any, tokenizer: Any) -> Path:
 def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new marian-tiny whose weights are large enough that what it says depends on what it reads."""
     options = make_options(
-        {"task": "translation", "train": "x", "source": "en", "target": "fr", "from_config": "marian-tiny"}
+        {"task": "translation", "train": "x", "source_lang": "en", "target_lang": "fr", "from_config": "marian-tiny"}
     )
     assert isinstance(options, TranslationOptions)
     torch.manual_seed(3)

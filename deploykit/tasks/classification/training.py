@@ -176,7 +176,7 @@ class ClassificationStage:
         if options.dropout is not None:
             config |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), options.dropout)
         model: torch.nn.Module = load_model(options.origin, **config)
-        return trainer.with_adapter(model, options, "SEQ_CLS") if options.lora_rank else model
+        return trainer.with_adapter(model, options, "SEQ_CLS") if options.lora_r else model
 
 
 class EncodedTexts(Dataset):  # type: ignore[misc]
@@ -220,9 +220,9 @@ def _train(
             model=model,
             args=trainer.arguments(
                 options,
-                math.ceil(len(train_set) / options.batch_size),
+                math.ceil(len(train_set) / options.per_device_train_batch_size),
                 work / "trainer",
-                per_device_train_batch_size=options.batch_size,
+                per_device_train_batch_size=options.per_device_train_batch_size,
                 train_sampling_strategy="group_by_length",
             ),
             train_dataset=train_set,
@@ -254,7 +254,7 @@ def _loss(
                 logits,
                 labels,
                 weight=None if weights is None else weights.to(logits.device),
-                label_smoothing=options.label_smoothing,
+                label_smoothing=options.label_smoothing_factor,
                 reduction="sum",
             )
             / items
