@@ -149,7 +149,9 @@ def _compare(old: Path, new: Path) -> Result:
         given = context.get_parameter_source(str(parameter.name)) is not click.core.ParameterSource.DEFAULT
         if given and parameter.name not in ("compared", "as_json", "debug"):
             extra = context.params["targets"][0] if parameter.name == "targets" else parameter.opts[-1]
-            raise UsageError(f"--compare takes two files alone, and there is {extra} too", "run deploykit compare OLD NEW")
+            raise UsageError(
+                f"--compare takes two files alone, and there is {extra} too", "run deploykit compare OLD NEW"
+            )
     return compare_files(old, new)
 
 
