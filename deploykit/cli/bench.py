@@ -9,15 +9,12 @@ import click
 from deploykit.cli.common import (
     ENCODING,
     FORCE,
-    LABEL_COLUMN,
     NUM_PROMPTS,
     SERVER_URL,
-    SOURCE_COLUMN,
-    TARGET_COLUMN,
-    TEXT_COLUMN,
     THREADS,
     Result,
     WithItsWords,
+    column_options,
     deploykit_command,
     generation_options,
     option,
@@ -34,10 +31,7 @@ from deploykit.errors import ArtifactError, UsageError
 @click.argument("targets", nargs=-1)
 @click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), hidden=True)
 @click.option("--data", help="Texts to ask with; with labels or translations, accuracy is measured too.")
-@TEXT_COLUMN
-@LABEL_COLUMN
-@SOURCE_COLUMN
-@TARGET_COLUMN
+@column_options()
 @click.option(
     "--engine", "engines", multiple=True, default=("auto",), help="Of exports; repeat to compare. [default: auto]"
 )
@@ -67,10 +61,7 @@ def command(
     targets: tuple[str, ...],
     compared: tuple[Path, Path] | None,
     data: str | None,
-    text_column: tuple[str, ...],
-    label_column: str | None,
-    source_column: str | None,
-    target_column: str | None,
+    columns: dict[str, Any],
     engines: tuple[str, ...],
     precisions: tuple[str, ...],
     concurrencies: tuple[int, ...],
@@ -105,10 +96,6 @@ def command(
         if path is not None and path.exists() and not force:
             raise ArtifactError(f"{path}: exists", "choose another name, or pass --force to replace it")
     task = facts_of(targets[0], url=settings["url"])
-    columns = {
-        "text_column": text_column, "label_column": label_column, "source_column": source_column,
-        "target_column": target_column,
-    }  # fmt: skip
     refuse_columns(task_of(task), columns, generation)
     texts, truth = read_rows(
         data,
@@ -156,9 +143,11 @@ def _compare(old: Path, new: Path) -> Result:
 
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    from deploykit.metric_titles import shown_metrics
     from deploykit.tasks.registry import get_task
 
-    generate = get_task(candidates[0]["task"]).facts.graph_kind == "encoder-decoder"
+    task = get_task(candidates[0]["task"])
+    generate = task.facts.graph_kind == "encoder-decoder"
     head = ("texts/s", *(["tokens/s"] if generate else []), "p50 ms", "p99 ms")
     yield f"{'':<40}" + "".join(f"{title:>10}" for title in head) + f"{'errors':>8}"
     for candidate in candidates:
@@ -172,4 +161,6 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{name:<40}" + "".join(f"{cell:>10}" for cell in cells) + f"{s['errors']:>8}"
     for candidate in candidates:
         if generate and candidate["metrics"]:
-            yield "{}: BLEU {bleu:.2f}, chrF {chrf:.2f}".format(candidate["name"], **candidate["metrics"])
+            titles = shown_metrics(candidate["metrics"], task.headline)
+            values = (f"{title} {candidate['metrics'][name]:.2f}" for name, title in titles.items())
+            yield f"{candidate['name']}: {', '.join(values)}"

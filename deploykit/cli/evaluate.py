@@ -7,14 +7,11 @@ import click
 from deploykit.cli.common import (
     ENCODING,
     ENGINE,
-    LABEL_COLUMN,
     PRECISION,
     SERVER_URL,
-    SOURCE_COLUMN,
-    TARGET_COLUMN,
-    TEXT_COLUMN,
     THREADS,
     Result,
+    column_options,
     deploykit_command,
     generation_options,
     progress_bar,
@@ -28,10 +25,7 @@ from deploykit.cli.common import (
 @click.argument("target")
 @click.option("--data", required=True, help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
               "TMX, .po, .mo, two text files as a.en,a.fr.")  # fmt: skip
-@TEXT_COLUMN
-@LABEL_COLUMN
-@SOURCE_COLUMN
-@TARGET_COLUMN
+@column_options()
 @click.option("--split", default="test", show_default=True, help="Of an HF dataset.")
 @generation_options
 @ENCODING
@@ -43,10 +37,7 @@ def command(
     *,
     target: str,
     data: str,
-    text_column: tuple[str, ...],
-    label_column: str | None,
-    source_column: str | None,
-    target_column: str | None,
+    columns: dict[str, Any],
     split: str,
     generation: dict[str, Any],
     encoding: str | None,
@@ -55,10 +46,6 @@ def command(
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
 
-    columns = {
-        "text_column": text_column, "label_column": label_column, "source_column": source_column,
-        "target_column": target_column,
-    }  # fmt: skip
     predictor = open_predictor(target, **where)
     try:
         task = task_of(predictor.task)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,32 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
     return option(name, default=None, aliases=earlier, help=" ".join(word for word in words if word), **attributes)
 
 
+def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Declare an option for every field of the tasks' options that has none yet: those of another package's task.
+
+    A field's metadata may have its ``help``.
+    """
+    declared = {parameter.name for parameter in getattr(function, "__click_params__", ())}
+    for kind in OPTIONS.values():
+        for field in dataclasses.fields(kind):
+            if field.name in declared:
+                continue
+            declared.add(field.name)
+            attributes: dict[str, Any] = {"help": field.metadata.get("help", "")}
+            if isinstance(field.default, bool):
+                attributes["is_flag"] = True
+            elif isinstance(field.default, tuple):
+                attributes["multiple"] = True
+            elif isinstance(field.default, int | float):
+                attributes["type"] = type(field.default)
+            function = _option(flag(field.name), **attributes)(function)
+    return function
+
+
 @deploykit_command(
     help="Fine-tune TARGET, the folder of a Hugging Face checkpoint or a hub id, on labelled text or on translations."
 )
+@_other_options
 @click.argument("model", metavar="[TARGET]", required=False)
 @click.option("--model", "earlier_model", hidden=True)
 @click.option("--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_load_config,

@@ -11,10 +11,9 @@ from deploykit.cli.common import (
     FORCE,
     MODEL_REPOSITORY,
     NUM_PROMPTS,
-    SOURCE_COLUMN,
-    TEXT_COLUMN,
     Result,
     WithItsWords,
+    column_options,
     deploykit_command,
     option,
     refuse_columns,
@@ -36,8 +35,7 @@ from deploykit.cli.common import (
 @click.option("--engine", "engines", multiple=True, help="Of the export; may be repeated. [default: all that run here]")
 @click.option("--precision", "precisions", multiple=True, help="Of the export; may be repeated. [default: all it has]")
 @click.option("--data", help="Texts to ask with. [default: the export's own test rows]")
-@TEXT_COLUMN
-@SOURCE_COLUMN
+@column_options(inputs_only=True)
 @NUM_PROMPTS
 @click.option("--time", "budget", default="10m", show_default=True, help="Most time to measure for.")
 @click.option(
@@ -57,8 +55,7 @@ def command(
     engines: tuple[str, ...],
     precisions: tuple[str, ...],
     data: str | None,
-    text_column: tuple[str, ...],
-    source_column: str | None,
+    columns: dict[str, Any],
     max_rows: int,
     budget: str,
     seconds: float,
@@ -89,7 +86,6 @@ def command(
             raise UsageError("there are no texts to ask with", "give --data FILE, or --export with rows of its own")
         data = str(export / SAMPLES)
     task = subject.manifest.task
-    columns = {"text_column": text_column, "source_column": source_column}
     refuse_columns(task_of(task), columns)
     texts, _ = read_rows(
         data,

@@ -63,6 +63,22 @@ def read_texts(
         yield _text_row(record.origin, joined(record, used, separator))
 
 
+def trained_columns(
+    source: str, given: Sequence[str], trained: Sequence[str], encoding: str | None = None
+) -> tuple[str, ...]:
+    """Return the columns ``given``; else those the model was ``trained`` on, if the source has them; else none, to detect.
+
+    Only the head of the source is read.
+    """
+    if given:
+        return tuple(given)
+    try:
+        next(iter(read_texts(source, trained, encoding=encoding)), None)
+    except DataError:
+        return ()
+    return tuple(trained)
+
+
 def peek(records: Iterator[Record], source: str) -> tuple[Iterator[Record], list[str]]:
     """The records again, and the columns that the first of them have."""
     head = list(itertools.islice(records, _ROWS_FOR_COLUMNS))

@@ -25,10 +25,10 @@ HALF_OPSET = 19
 
 
 def export_classifier(model: Any, path: Path) -> None:
-    """Write the fp32 graph of a sequence classification model.
+    """Write the fp32 graph of a model that classifies texts or their tokens.
 
     Inputs input_ids and attention_mask, int64 [batch, tokens]; output logits, float32 [batch,
-    labels]; both axes dynamic. Attention must be eager: only then are all operators standard ones.
+    labels] or [batch, tokens, labels]; batch and tokens are dynamic. Attention must be eager: only then are all operators standard ones.
     Raises ExportError naming what PyTorch's exporter could not translate.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -48,11 +48,13 @@ def export_half_classifier(model: Any, path: Path, kind: torch.dtype) -> None:
 
 def _trace(model: Any, path: Path, opset: int) -> None:
     example = torch.ones(2, 16, dtype=torch.long)
+    wrapped = _LogitsOnly(model).eval()
     try:
         with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # the tracer warns of each Python branch; parity is measured below
+            by_token = wrapped(example, example).ndim == 3
             torch.onnx.export(
-                _LogitsOnly(model).eval(),
+                wrapped,
                 (example, example),
                 str(path),
                 dynamo=False,  # the graph that ONNX Runtime's attention fusion recognises
@@ -62,7 +64,7 @@ def _trace(model: Any, path: Path, opset: int) -> None:
                 dynamic_axes={
                     "input_ids": {0: "batch", 1: "tokens"},
                     "attention_mask": {0: "batch", 1: "tokens"},
-                    "logits": {0: "batch"},
+                    "logits": {0: "batch", 1: "tokens"} if by_token else {0: "batch"},
                 },
             )
     except Exception as error:  # the exporter raises many types, all meaning the same here

@@ -10,23 +10,25 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from deploykit.errors import ExportError
-from deploykit.metric_titles import TITLES
+from deploykit.metric_titles import POINTS, points_of, title_of
 
 Raw = TypeVar("Raw")
-
-POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0}
-"""The metrics that ``--max-drop`` limits, and how many points one of each is."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the accuracy table. ``agreement`` is the share of rows answered as the checkpoint answers them."""
+    """One line of the accuracy table.
+
+    ``agreement`` is the share of rows answered as the checkpoint answers them; ``limited`` names the metrics that
+    ``--max-drop`` limits.
+    """
 
     precision: str
     engine: str
     figures: Mapping[str, float]
     agreement: float
     int8_kernels: int
+    limited: tuple[str, ...] = tuple(POINTS)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -40,7 +42,7 @@ class Line:
     @property
     def judged(self) -> dict[str, float]:
         """Those of its metrics that ``--max-drop`` limits."""
-        return {name: value for name, value in self.figures.items() if name in POINTS}
+        return {name: value for name, value in self.figures.items() if name in self.limited}
 
 
 class Grader(ABC, Generic[Raw]):
@@ -51,6 +53,8 @@ class Grader(ABC, Generic[Raw]):
 
     figures: ClassVar[tuple[str, ...]]
     """Of the metrics, those in the table."""
+    limited: ClassVar[tuple[str, ...]] = tuple(POINTS)
+    """Of these, those that ``--max-drop`` limits."""
 
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
@@ -72,14 +76,14 @@ class Grader(ABC, Generic[Raw]):
     @property
     def judged(self) -> str:
         """The metrics that ``drop`` is of, for people."""
-        return " or ".join(TITLES[name] for name in self.table[0].judged)
+        return " or ".join(title_of(name) for name in self.table[0].judged)
 
     def enter(self, precision: str, engine: str, raw: Raw, kernels: int = 0) -> Line:
         metrics, answers = self.measure(raw), self.answers(raw)
         if not self._lines:
             self._expected = answers
         agreement = float(np.mean([a == b for a, b in zip(answers, self._expected)]))
-        line = Line(precision, engine, {name: metrics[name] for name in self.figures}, agreement, kernels)
+        line = Line(precision, engine, {name: metrics[name] for name in self.figures}, agreement, kernels, self.limited)
         key = f"{engine}-{precision}"
         self._lines[key], self.metrics[key] = line, metrics
         return line
@@ -87,7 +91,7 @@ class Grader(ABC, Generic[Raw]):
     def drop(self, line: Line) -> float:
         """Points that it loses to the checkpoint, of the metric that loses most."""
         reference = self.table[0].judged
-        return max(POINTS[name] * (reference[name] - value) for name, value in line.judged.items())
+        return max(points_of(name) * (reference[name] - value) for name, value in line.judged.items())
 
     def refuse_loss(self, line: Line, name: str, max_drop: float, remedy: str) -> None:
         """Raises ExportError when what ``name`` holds loses more than ``max_drop`` points."""
