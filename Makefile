@@ -23,10 +23,10 @@ $(READY): pyproject.toml constraints.txt setup.sh setup.py deploykit/runtime/eng
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/deploykit demo --out demo
+	@$(BIN)/deploykit demo --output-dir demo
 
 demo-translation: $(READY)
-	@$(BIN)/deploykit demo --recipe translation --out demo
+	@$(BIN)/deploykit demo --recipe translation --output-dir demo
 
 test: $(READY)
 	@bash setup.sh --browser

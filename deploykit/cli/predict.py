@@ -18,13 +18,15 @@ from deploykit.cli.common import (
     generation_options,
     progress_bar,
     refuse_columns,
+    target_and_texts,
 )
 from deploykit.errors import DataError, UsageError
 
 
-@deploykit_command(help="Answer TEXTS, or the rows of a file, with a model of any task.")
-@click.argument("texts", nargs=-1)
-@click.option("--model", required=True, help="A served model's name, or the folder of a checkpoint, export or model.")
+@deploykit_command(
+    help="Answer TEXTS, or the rows of a file, with TARGET: a checkpoint, an export, a packaged model, or a served model's name."
+)
+@target_and_texts
 @click.option("--input", "source", help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
 @column_options(inputs_only=True)
@@ -48,7 +50,7 @@ def command(
     **where: Any,
 ) -> Result:
     if bool(texts) == bool(source):
-        raise UsageError("give texts, or --input with --output", 'deploykit predict --model NAME "some text"')
+        raise UsageError("give texts, or --input with --output", 'deploykit predict TARGET "some text"')
     if bool(source) != bool(output):
         raise UsageError("--input and --output go together", "name both")
 

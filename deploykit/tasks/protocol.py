@@ -36,7 +36,7 @@ class Training(Protocol):
         """Return the dataclass of a run's options (``FinetuneOptions``); its new fields become options of ``finetune``."""
 
     def training_stage(self, options: Any) -> Any:
-        """Return what reads, cleans and splits the rows and trains (``deploykit.finetune.run.Stage``)."""
+        """Return what reads, cleans and splits the rows and trains (``deploykit.stages.finetune.Stage``)."""
 
     def model_card(
         self, facts: Any, origin: str, metrics: Mapping[str, Any], held_out: str, rows: int

@@ -109,12 +109,12 @@ def made(type_all: Type, rows: Path, make_tiny_checkpoint: Any, tmp_path_factory
     bert = make_tiny_checkpoint(folder / "bert", initializer_range=0.05)
     checkpoint, export, repository = folder / "ner", folder / "export", folder / "models"
     commands: dict[str, tuple[object, ...]] = {
-        "finetune": ("finetune", "--task", "token-classification", "--model", bert, "--train", rows, "--out", checkpoint,
-                     "--epochs", 6, "--learning-rate", 3e-3, "--max-length", 32, "--json"),
-        "export": ("export", checkpoint, "--out", export, "--int8", "--calibration-rows", 64, "--max-drop", 5, "--json"),
-        "predict": ("predict", "--model", checkpoint, TEXT),
+        "finetune": ("finetune", "--task", "token-classification", bert, "--train", rows, "--output-dir", checkpoint,
+                     "--num-train-epochs", 6, "--learning-rate", 3e-3, "--max-length", 32, "--json"),
+        "export": ("export", checkpoint, "--output-dir", export, "--int8", "--calibration-rows", 64, "--max-drop", 5, "--json"),
+        "predict": ("predict", checkpoint, TEXT),
         "evaluate": ("evaluate", export, "--data", rows, "--engine", "onnxruntime", "--precision", "fp32", "--json"),
-        "package": ("package", export, "--name", "ner", "--repository", repository, "--json"),
+        "package": ("package", export, "--name", "ner", "--model-repository", repository, "--json"),
         "inspect": ("inspect", export),
     }  # fmt: skip
     typed = dict(zip(commands, type_all(*commands.values())))
@@ -128,7 +128,7 @@ def served(made: Made, environment: dict[str, str], tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("server")
     ready, log = folder / "ready.json", folder / "log"
     ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
-    command = (sys.executable, "-m", "deploykit", "serve", "--repository", str(made.repository), *ports,
+    command = (sys.executable, "-m", "deploykit", "serve", "--model-repository", str(made.repository), *ports,
                "--ready-file", str(ready))  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -171,13 +171,13 @@ def test_it_is_exported_with_parity_and_in_int8(made: Made) -> None:
 def test_every_form_of_it_answers_word_by_word(made: Made, served: str, rows: Path, type_all: Type) -> None:
     assert made.typed["predict"].out == f"{LABELS}\n"
     local, asked, detailed, measured, *refused = type_all(
-        ("predict", "--model", made.export, TEXT, "", "w2 w12"),
-        ("predict", "--model", "ner", "--url", served, TEXT, "", "w2 w12"),
-        ("predict", "--model", "ner", "--url", served, TEXT, "--json"),
+        ("predict", made.export, TEXT, "", "w2 w12"),
+        ("predict", "ner", "--url", served, TEXT, "", "w2 w12"),
+        ("predict", "ner", "--url", served, TEXT, "--json"),
         ("evaluate", "ner", "--url", served, "--data", rows, "--json"),
-        ("predict", "--model", "ner", "--url", served, TEXT, "--text-column", "x"),
-        ("translate", "--model", "ner", "--url", served, TEXT),
-        ("package", made.export, "--name", "other", "--repository", made.repository, "--max-rows", 5),
+        ("predict", "ner", "--url", served, TEXT, "--text-column", "x"),
+        ("translate", "ner", "--url", served, TEXT),
+        ("package", made.export, "--name", "other", "--model-repository", made.repository, "--max-num-seqs", 5),
     )
     assert local.out == asked.out == f"{LABELS}\ntext 2: the text is empty\nB-PER I-PER\n"
     assert json.loads(detailed.out)["results"][0] == {
@@ -203,7 +203,7 @@ def test_files_of_rows_are_answered_by_the_tasks_own_columns(made: Made, type_al
     rows = tmp_path / "rows.jsonl"
     records: list[dict[str, object]] = [{"mine": TEXT.split()}, {"mine": None}, {"mine": "w2 w12"}]
     rows.write_text("".join(json.dumps(record) + "\n" for record in records))
-    words = ("predict", "--model", made.export, "--input", rows, "--output", tmp_path / "a.jsonl")
+    words = ("predict", made.export, "--input", rows, "--output", tmp_path / "a.jsonl")
     detected, done = type_all(words, (*words, "--words-column", "mine"))
     assert detected.code == 1
     assert "give --words-column" in detected.err

@@ -198,7 +198,11 @@ def test_a_file_that_is_no_record_is_named(measured: Record, tmp_path: Path, con
 
 def test_compare_stands_alone(measured: Record, tmp_path: Path) -> None:
     files = write(tmp_path, old=measured, new=measured)
-    for words, what in ((["--rate", 3], "--rate"), (["exports/a"], "exports/a"), (["--data", "x"], "--data")):
+    for words, what in (
+        (["--request-rate", 3], "--request-rate"),
+        (["exports/a"], "exports/a"),
+        (["--data", "x"], "--data"),
+    ):
         done = typed("--compare", *files, *words)
         assert done.exit_code == 2
         assert what in done.stderr

@@ -59,8 +59,8 @@ def write(
         saved is not None or options.smooth_quant is not None or options.method != ExportOptions.method
     ):
         raise UsageError(
-            f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method, --smooth-quant and a saved "
-            "--calibration do nothing",
+            f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method, --smooth-quant and --calib "
+            "do nothing",
             "leave them out",
         )
     if options.trt is not None:
@@ -256,7 +256,7 @@ def _calibrate(
 
 def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
     """What else to try where INT8 loses too much."""
-    train = f"deploykit finetune --model {shlex.quote(str(checkpoint))} --qat --out RUN"
+    train = f"deploykit finetune {shlex.quote(str(checkpoint))} --qat --output-dir RUN"
     if trained is not None:
         return f"training it for INT8 longer ({train})"
     return f"another --method, --smooth-quant, more --calibration-rows, training it for INT8 ({train})"

@@ -164,7 +164,9 @@ def check_labels(examples: Sequence[Example], known: Iterable[str], source: str,
                     first = first or example.origin
                     unseen[name] += 1
     if unseen:
-        counted = ", ".join(f"{name!r} ({unseen[name]:,} row{'s' * (unseen[name] > 1)})" for name in sort_labels(unseen))
+        counted = ", ".join(
+            f"{name!r} ({unseen[name]:,} row{'s' * (unseen[name] > 1)})" for name in sort_labels(unseen)
+        )
         raise DataError(
             f"{source}: labels that no training row has: {counted}; the first is at {first}",
             f"correct the labels; training has {', '.join(map(repr, sort_labels(allowed)))}",

@@ -196,7 +196,7 @@ class ClassificationStage:
                 f"{', '.join(task.labels)}"
             )
             _initialize_head(model)
-        return trainer.with_adapter(model, options, "SEQ_CLS", loaded.new) if options.lora_rank else model
+        return trainer.with_adapter(model, options, "SEQ_CLS", loaded.new) if options.lora_r else model
 
 
 class EncodedTexts(Dataset):  # type: ignore[misc]
@@ -270,9 +270,9 @@ def _train(
             model=model,
             args=trainer.arguments(
                 options,
-                math.ceil(len(train_set) / options.batch_size),
+                math.ceil(len(train_set) / options.per_device_train_batch_size),
                 work / "trainer",
-                per_device_train_batch_size=options.batch_size,
+                per_device_train_batch_size=options.per_device_train_batch_size,
                 train_sampling_strategy="group_by_length",
             ),
             train_dataset=train_set,
@@ -304,7 +304,7 @@ def _loss(
                 logits,
                 labels,
                 weight=None if weights is None else weights.to(logits.device),
-                label_smoothing=options.label_smoothing,
+                label_smoothing=options.label_smoothing_factor,
                 reduction="sum",
             )
             / items
