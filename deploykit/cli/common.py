@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from deploykit.errors import DeploykitError, UsageError
+from deploykit.runtime.serving_settings import DEFAULT_URL
 
 if TYPE_CHECKING:
     from deploykit.tasks.protocol import Task
@@ -145,10 +146,7 @@ def human_bytes(count: float) -> str:
 
 
 SERVER_URL = click.option(
-    "--url",
-    default="http://127.0.0.1:8000",
-    show_default=True,
-    help="HTTP address of the server, if the model is served.",
+    "--url", default=DEFAULT_URL, show_default=True, help="HTTP address of the server, if the model is served."
 )
 ENGINE = click.option(
     "--engine", default="auto", show_default=True, help="Engine: auto, tensorrt, native, openvino, onnxruntime or cuda."

@@ -16,7 +16,6 @@ from deploykit.cli.common import (
     human_bytes,
     option,
 )
-from deploykit.errors import UsageError
 from deploykit.runtime.serving_settings import ServingSettings
 
 _DEFAULT = ServingSettings()
@@ -67,14 +66,11 @@ def command(
     no_stream: bool,
     **settings: Any,
 ) -> Result:
-    from deploykit.triton.repository import CONFIG, container_command, package
+    from deploykit.triton.repository import CONFIG, container_command, package, refuse_ignored
 
     given = {key: value for key, value in settings.items() if value is not None}
-    if given and (repository / name / CONFIG).exists() and not overwrite_config:
-        raise UsageError(
-            f"{repository / name / CONFIG} already exists and is kept, so {_option_of(next(iter(given)))} has no effect",
-            "edit that file, or pass --overwrite-config to replace it",
-        )
+    if given and not overwrite_config:
+        refuse_ignored(repository / name, _option_of(next(iter(given))))
     done = package(
         export,
         name,

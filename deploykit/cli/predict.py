@@ -54,11 +54,9 @@ def command(
     if bool(source) != bool(output):
         raise UsageError("--input and --output go together", "name both")
 
-    from deploykit.data.texts import TextRow
-    from deploykit.tasks.answering import answer_rows, answer_source
+    from deploykit.tasks.answering import answer_rows, answer_source, rows_of
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
-    from deploykit.text import normalize
 
     predictor = open_predictor(model, **where)
     try:
@@ -66,11 +64,7 @@ def command(
         refuse_columns(task, columns, generation)
         search = task.override(predictor.task, generation) if generation else None
         if source is None or output is None:
-            rows = [
-                TextRow(f"text {i}", text or None, None if text else "the text is empty")
-                for i, text in enumerate(map(normalize, texts), start=1)
-            ]
-            answered = answer_rows(predictor, rows, search)
+            answered = answer_rows(predictor, rows_of(texts), search)
             lines = "\n".join(row.line() for row in answered)
             if all(row.answer is None for row in answered):
                 raise DataError(lines, "give another text")

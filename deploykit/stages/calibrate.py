@@ -20,7 +20,9 @@ from deploykit.training.source import check_source
 
 @dataclass(frozen=True)
 class Calibrated:
-    out: Path
+    """The calibration at ``path``; ``reused`` when equal inputs had made it before."""
+
+    path: Path
     manifest: artifacts.Manifest
     reused: bool
 

@@ -30,7 +30,12 @@ _TRTEXEC = {"workspace": "--memPoolSize=workspace:", "timing_cache": "--timingCa
 
 @dataclass(frozen=True)
 class Exported:
-    out: Path
+    """The export at ``path``; ``reused`` when equal inputs had made it before.
+
+    ``manifest.metrics`` has "parity" with PyTorch and "accuracy_table", a line for each engine and precision.
+    """
+
+    path: Path
     manifest: artifacts.Manifest
     reused: bool
 

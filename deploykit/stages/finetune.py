@@ -35,9 +35,12 @@ class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a run left at ``out``; ``reused`` when equal inputs had made it before."""
+    """The checkpoint that a run left at ``path``; ``reused`` when equal inputs had made it before.
 
-    out: Path
+    ``manifest.metrics`` has the metrics of the held-out rows under "test", or "validation" where there are no test rows.
+    """
+
+    path: Path
     manifest: artifacts.Manifest
     reused: bool
 
