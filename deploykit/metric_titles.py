@@ -10,6 +10,8 @@ TITLES: Mapping[str, str] = {
     "macro_f1": "macro-F1",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "pearson": "Pearson",
+    "rmse": "RMSE",
     "agreement": "agreement",
 }
 """Of figures in tables, for people."""

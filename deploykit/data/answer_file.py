@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
+from deploykit.data.answer_table import Rows, write_table
 from deploykit.data.texts import TextRow
 from deploykit.errors import ArtifactError
 from deploykit.text import MAX_TEXT_CHARS
@@ -46,9 +47,12 @@ def answer_file(
     failed: Callable[[bytes], bool],
     force: bool,
     progress: Callable[[int, int], None],
+    table: Rows | None = None,
     chunk: int = _CHUNK,
 ) -> Answered:
     """Write a line for each row to ``out``, in order; ``failed`` tells a line written before that is no answer.
+
+    With ``table``, which gives the columns of each row, the lines are JSON objects and ``out`` becomes a table.
 
     Until it is whole the file has a temporary name beside ``out``; a run with the same ``key`` (all that
     determines the answers) continues it.
@@ -68,7 +72,11 @@ def answer_file(
             done += len(lines)
             progress(done, total)
         os.fsync(file.fileno())
-        os.replace(partial, out)
+        if table is None:
+            os.replace(partial, out)
+        else:
+            write_table(partial, table, out)
+            partial.unlink()
     return Answered(done, errors, resumed.rows)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -82,6 +82,14 @@ def trained_columns(
     except DataError:
         return ()
     return tuple(trained)
+
+
+def row_columns(source: str, encoding: str | None) -> Iterator[Mapping[str, object]]:
+    """Yield the columns of each row that ``read_texts`` gives; of a .txt file, the text alone."""
+    if Path(source).suffix.lower() == ".txt":
+        yield from ({"text": line.rstrip("\r\n")} for line in read_lines(Path(source), encoding))
+    else:
+        yield from (record.values for record in read_records(source, encoding=encoding))
 
 
 def peek(records: Iterator[Record], source: str) -> tuple[Iterator[Record], list[str]]:

@@ -48,6 +48,8 @@ def export_half_classifier(model: Any, path: Path, kind: torch.dtype) -> None:
 
 def _trace(model: Any, path: Path, opset: int) -> None:
     example = torch.ones(2, 16, dtype=torch.long)
+    if isinstance(end := getattr(model.config, "eos_token_id", None), int):
+        example[:, -1] = end  # BART's head reads the last end token
     wrapped = _LogitsOnly(model).eval()
     try:
         with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -51,9 +51,9 @@ class Grader(ABC, Generic[Raw]):
     ``Raw`` is what a form of the model gives for the rows.
     """
 
-    figures: ClassVar[tuple[str, ...]]
+    figures: tuple[str, ...]
     """Of the metrics, those in the table."""
-    limited: ClassVar[tuple[str, ...]] = tuple(POINTS)
+    limited: tuple[str, ...] = tuple(POINTS)
     """Of these, those that ``--max-drop`` limits."""
 
     def __init__(self) -> None:

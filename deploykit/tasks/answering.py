@@ -18,7 +18,8 @@ from deploykit.data.answer_file import (
     source_digest,
     too_long,
 )
-from deploykit.data.texts import TextRow
+from deploykit.data.answer_table import TABLES
+from deploykit.data.texts import TextRow, row_columns
 from deploykit.errors import DataError, RequestError, UsageError
 from deploykit.tasks.protocol import Answer, Predictor, Progress
 from deploykit.tasks.registry import task_of
@@ -83,12 +84,18 @@ def answer_source(
     force: bool = False,
     progress: Progress,
 ) -> Answered:
-    """Write a record for each row of ``source`` to ``out``, one JSON object a line; see ``answer_file``.
+    """Write a record for each row of ``source`` to ``out``; see ``answer_file``.
+
+    A .jsonl file has an object a line. A .csv, .tsv or .parquet file has the columns of ``source`` and the answer's.
 
     ``identity`` stands for the model: with it, the source and the options, an unfinished file is continued.
     """
-    if out.suffix.lower() not in JSON_LINES:
-        raise UsageError(f"--output {out}: answers are written as JSON lines", "give it a name that ends in .jsonl")
+    suffix = out.suffix.lower()
+    if suffix not in (*JSON_LINES, *TABLES):
+        raise UsageError(
+            f"--output {out}: files of type {suffix!r} are not written",
+            f"give one of {', '.join((*JSON_LINES, *TABLES))}",
+        )
     task = task_of(predictor.task)
 
     def rows() -> Iterator[TextRow]:
@@ -98,7 +105,8 @@ def answer_source(
         return [json_line(row.to_json()) for row in answer_rows(predictor, part, generation)]
 
     key = artifacts.digest_of(source_digest(source), dict(columns), repr(generation), encoding, identity)
-    return answer_file(rows, answer, out, key=key, failed=is_error, force=force, progress=progress)
+    table = (lambda: row_columns(source, encoding)) if suffix in TABLES else None
+    return answer_file(rows, answer, out, key=key, failed=is_error, force=force, progress=progress, table=table)
 
 
 def _answer(predictor: Predictor, texts: Sequence[str], generation: Any) -> list[Answer | str]:

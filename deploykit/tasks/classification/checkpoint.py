@@ -25,10 +25,11 @@ def task_of(path: Path, tokenizer: Any, config: Any) -> Classification:
         task: TaskFacts = load_manifest(path, "checkpoint", verify=False).task
         assert isinstance(task, Classification), "load_model refuses others"
         return task
-    if config.num_labels == 1 or config.problem_type == "regression":
+    regression = config.problem_type == "regression" or (config.problem_type is None and config.num_labels == 1)
+    if config.num_labels != 1 and regression:
         raise ArtifactError(
-            f"{path}: its head gives a number, not a label (problem_type regression)",
-            "deploykit serves no regression yet: fine-tune the checkpoint for labels",
+            f"{path}: its head gives {config.num_labels} numbers (problem_type regression), and one is served",
+            "fine-tune the checkpoint with --regression",
         )
     labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
     return Classification(
@@ -36,6 +37,7 @@ def task_of(path: Path, tokenizer: Any, config: Any) -> Classification:
         max_length=max_tokens(tokenizer, config),
         pad_token_id=pad_token_id(tokenizer),
         multi_label=config.problem_type == "multi_label_classification",
+        regression=regression,
     )
 
 
@@ -51,7 +53,10 @@ class TorchClassifier:
     def load(cls, path: Path) -> TorchClassifier:
         quiet()
         tokenizer, model = load_tokenizer(str(path)), load_model(str(path))
-        return cls(model, tokenizer, task_of(path, tokenizer, model.config))
+        task = task_of(path, tokenizer, model.config)
+        if model.config.pad_token_id is None:  # a decoder's head reads the last token that is no padding
+            model.config.pad_token_id = task.pad_token_id
+        return cls(model, tokenizer, task)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids as training and serving see them."""

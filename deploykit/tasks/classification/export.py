@@ -132,12 +132,17 @@ class _Grader(Grader[NDArray[np.float32]]):
         self._directory, self._task = directory, task
         self._texts = [row.text for row in rows]
         self._truth = task.targets([row.label for row in rows])
+        if task.regression:
+            self.figures, self.limited = ("pearson", "rmse"), ("pearson",)
+            self._step = float(self._truth.std()) / 20 or 1.0
         self._reference: NDArray[np.float32] = np.empty(0, np.float32)
 
     def measure(self, raw: NDArray[np.float32]) -> dict[str, Any]:
         return classification_metrics(self._task, self._truth, raw)
 
     def answers(self, raw: NDArray[np.float32]) -> list[str]:
+        if self._task.regression:  # two numbers agree when they fall in the same twentieth of the labels' deviation
+            return [str(round(float(row[0]) / self._step)) for row in raw]
         return self._task.decide(raw)
 
     def grade_checkpoint(self, reference: TextClassifier) -> None:

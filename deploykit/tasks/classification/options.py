@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from deploykit.errors import UsageError
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR, Classification
 from deploykit.text import normalize
-from deploykit.training.options import FinetuneOptions
+from deploykit.training.options import FinetuneOptions, flag
 
 if TYPE_CHECKING:
     from deploykit.quantization.calibration import Method
@@ -25,6 +25,7 @@ class ClassificationOptions(FinetuneOptions):
     label_column: str | None = None
     text_separator: str = " "
     multi_label: bool = False
+    regression: bool = False
     labels: str | None = None
     label_separator: str | None = None
     max_length: int = 0
@@ -51,6 +52,7 @@ class ClassificationOptions(FinetuneOptions):
             "label_column": "label",
             "encoding": "utf-8",
             "multi_label": facts.multi_label,
+            "regression": facts.regression,
             "label_separator": LABEL_SEPARATOR if facts.multi_label else None,  # as the run's own rows have it
             "max_length": facts.max_length,
             "test_fraction": 0.0,  # none of the rows that the run was trained on
@@ -63,6 +65,12 @@ class ClassificationOptions(FinetuneOptions):
         labels = self.label_order
         if not all(labels) or len(set(labels)) < len(labels) or any(LABEL_SEPARATOR in label for label in labels):
             raise UsageError(f"--labels is {self.labels!r}", "name each label once, with commas between, without '|'")
+        if self.regression:
+            for name in ("multi_label", "labels", "qat", "label_smoothing_factor"):
+                if getattr(self, name):
+                    raise UsageError(f"{flag(name)} is for labels, and --regression for numbers", "leave one out")
+            if self.class_weights != "none":
+                raise UsageError("--class-weights is for labels, and --regression for numbers", "leave one out")
         if self.label_separator is not None and not self.multi_label:
             raise UsageError("--label-separator is for several labels a row", "add --multi-label")
         if self.model is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -171,6 +172,20 @@ def check_labels(examples: Sequence[Example], known: Iterable[str], source: str,
             f"{source}: labels that no training row has: {counted}; the first is at {first}",
             f"correct the labels; training has {', '.join(map(repr, sort_labels(allowed)))}",
         )
+
+
+def check_numbers(examples: Sequence[Example], source: str) -> None:
+    """Raise DataError for the first label that is no finite number."""
+    for example in examples:
+        try:
+            finite = math.isfinite(float(example.label))
+        except ValueError:
+            finite = False
+        if not finite:
+            raise DataError(
+                f"{source}: the label {example.label!r} at {example.origin} is no number, and the model gives numbers",
+                "correct the row, or train without --regression",
+            )
 
 
 def validate(examples: Sequence[Example], source: str, *, multi_label: bool = False) -> None:

@@ -148,6 +148,8 @@ class _Classification:
         return {**record, "qat": metrics["qat"]}, f"{text}\n\n{qat_text(metrics['qat'])}"
 
     def describe(self, facts: Classification) -> str:
+        if facts.regression:
+            return f"gives    a number, {facts.labels[0]}; at most {facts.max_length} tokens"
         multi = " (multi-label)" if facts.multi_label else ""
         return f"labels   {', '.join(facts.labels)}{multi}; at most {facts.max_length} tokens"
 

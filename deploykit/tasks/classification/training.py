@@ -27,12 +27,14 @@ from deploykit.tasks.classification.rows import (
     Example,
     RawExample,
     check_labels,
+    check_numbers,
     label_parts,
     load_examples,
     sort_labels,
     validate,
 )
 from deploykit.tasks.classification.split import drop_leaks, split
+from deploykit.tasks.classification.trainable import check_trainable
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
 from deploykit.training.padding import padded
@@ -86,6 +88,10 @@ class ClassificationStage:
     def check(self, splits: Mapping[str, Sequence[Example]]) -> None:
         multi_label = self._options.multi_label
         validate(splits["train"], self._options.train, multi_label=multi_label)
+        if self._options.regression:
+            for name, rows in splits.items():
+                check_numbers(rows, str(getattr(self._options, name)))
+            return
         if self._options.qat:
             known = self._trained_for.labels
             if unknown := set(label_names(splits["train"], multi_label=multi_label)) - set(known):
@@ -112,10 +118,15 @@ class ClassificationStage:
     def split(
         self, rows: Sequence[Example], *, validation: float, test: float
     ) -> tuple[list[Example], list[Example], list[Example]]:
-        """Stratified by label."""
+        """Stratified by label; numbers by tenths of the rows."""
         options = self._options
-        parts = split(rows, validation=validation, test=test, seed=options.seed, multi_label=options.multi_label)
-        return list(parts.train), list(parts.validation), list(parts.test)
+        banded = by_tenths(rows) if options.regression else rows
+        own = {id(banded_row): row for banded_row, row in zip(banded, rows)}
+        parts = split(banded, validation=validation, test=test, seed=options.seed, multi_label=options.multi_label)
+        train, validated, tested = (
+            [own[id(row)] for row in part] for part in (parts.train, parts.validation, parts.test)
+        )
+        return train, validated, tested
 
     def train(self, rows: Rows[Example, Columns], work: Path, say: Say) -> Trained:
         task = self._task(rows)
@@ -170,8 +181,11 @@ class ClassificationStage:
         if options.qat:
             return dataclasses.replace(self._trained_for, max_length=self._max_length)
         labels = options.label_order or label_names(rows.splits["train"], multi_label=options.multi_label)
+        if options.regression:
+            labels = (rows.columns.label,)
         return Classification(
             labels=labels if options.label_order else kept_order(labels, self._head) or labels,
+            regression=options.regression,
             max_length=self._max_length,
             pad_token_id=pad_token_id(self._tokenizer),
             multi_label=options.multi_label,
@@ -190,19 +204,25 @@ class ClassificationStage:
             config |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), options.dropout)
         loaded = load_for_training(options.origin, **config)
         model: torch.nn.Module = loaded.model
-        if self._head and kept_order(task.labels, self._head) != task.labels:
+        new = set(loaded.new)
+        if (
+            self._head
+            and not (task.regression and len(self._head) == 1)
+            and kept_order(task.labels, self._head) != task.labels
+        ):
             say(
                 f"the head of {options.origin} answers {', '.join(self._head)}; it is made anew, for "
                 f"{', '.join(task.labels)}"
             )
-            _initialize_head(model)
-        return trainer.with_adapter(model, options, "SEQ_CLS", loaded.new) if options.lora_r else model
+            new |= _initialize_head(model)
+        check_trainable(TorchClassifier(model, self._tokenizer, task), options.origin)
+        return trainer.with_adapter(model, options, "SEQ_CLS", new) if options.lora_r else model
 
 
 class EncodedTexts(Dataset):  # type: ignore[misc]
     """Token ids and targets of a split; padded to the longest of each batch by ``collate``."""
 
-    def __init__(self, token_ids: Sequence[list[int]], targets: NDArray[np.bool_], task: Classification) -> None:
+    def __init__(self, token_ids: Sequence[list[int]], targets: NDArray[Any], task: Classification) -> None:
         self.token_ids = token_ids
         self.targets = targets
         self._task = task
@@ -216,8 +236,16 @@ class EncodedTexts(Dataset):  # type: ignore[misc]
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, attention_mask = padded([row["input_ids"] for row in rows], self._task.pad_token_id)
         targets = torch.from_numpy(np.stack([row["target"] for row in rows]))
-        labels = targets.float() if self._task.multi_label else targets.long().argmax(dim=1)
+        several = self._task.multi_label or self._task.regression
+        labels = targets.float() if several else targets.long().argmax(dim=1)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def by_tenths(rows: Sequence[Example]) -> list[Example]:
+    """Return rows with the tenth of the rows that their number falls in for a label."""
+    numbers = np.array([float(row.label) for row in rows])
+    tenths = np.searchsorted(np.quantile(numbers, np.arange(0.1, 1, 0.1)), numbers)
+    return [dataclasses.replace(row, label=str(tenth)) for row, tenth in zip(rows, tenths)]
 
 
 def trained_labels(config: Any) -> tuple[str, ...]:
@@ -237,10 +265,12 @@ def kept_order(labels: Sequence[str], head: Sequence[str]) -> tuple[str, ...] | 
     return tuple(head) if sorted(labels) == sorted(head) else None
 
 
-def _initialize_head(model: Any) -> None:
-    """Give fresh weights to all that comes after the model's encoder."""
+def _initialize_head(model: Any) -> set[str]:
+    """Give fresh weights to all that comes after the model's encoder, and return their keys."""
+    keys = set()
     for name, part in model.named_children():
         if name != model.base_model_prefix:
+            keys |= {f"{name}.{key}" for key in part.state_dict()}
             for parameter in part.parameters():
                 parameter._is_hf_initialized = False  # transformers leaves loaded weights alone
             for module in part.modules():
@@ -248,6 +278,7 @@ def _initialize_head(model: Any) -> None:
             with torch.no_grad():
                 for module in part.modules():
                     model._init_weights(module)
+    return keys
 
 
 def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str, ...]:
@@ -279,15 +310,19 @@ def _train(
             eval_dataset=validation_set,
             data_collator=train_set.collate,
             compute_loss_func=_loss(task, train_set.targets, options),
-            compute_metrics=lambda prediction: _evaluate(task, prediction.predictions, prediction.label_ids),
+            compute_metrics=lambda prediction: _evaluate(task, _logits(prediction.predictions), prediction.label_ids),
             callbacks=trainer.callbacks(options, work / "tensorboard", say),
         )
     )
 
 
-def _loss(
-    task: Classification, targets: NDArray[np.bool_], options: ClassificationOptions
-) -> Callable[..., torch.Tensor]:
+def _logits(predictions: Any) -> NDArray[np.float32]:
+    """Return the logits among a model's outputs, where hidden states come with them."""
+    logits: NDArray[np.float32] = predictions[0] if isinstance(predictions, tuple) else predictions
+    return logits
+
+
+def _loss(task: Classification, targets: NDArray[Any], options: ClassificationOptions) -> Callable[..., torch.Tensor]:
     weights = None
     if options.class_weights == "balanced":
         counts = targets.sum(axis=0)
@@ -297,6 +332,8 @@ def _loss(
         logits = outputs["logits"].float()
         # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
         items = num_items_in_batch if num_items_in_batch is not None else labels.numel()
+        if task.regression:
+            return functional.mse_loss(logits, labels, reduction="sum") / items
         if task.multi_label:
             return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / items
         return (
@@ -315,6 +352,9 @@ def _loss(
 
 def _evaluate(task: Classification, logits: NDArray[np.float32], labels: NDArray[Any]) -> dict[str, float]:
     scores = task.scores(logits)
+    if task.regression:
+        numbers = classification_metrics(task, labels, scores)
+        return {"rmse": numbers["rmse"], "pearson": numbers["pearson"], "selection": -numbers["rmse"]}
     truth = labels > 0.5 if task.multi_label else np.eye(len(task.labels), dtype=bool)[labels]
     metrics = classification_metrics(task, truth, scores)
     likelihood = np.where(truth, scores, 1 - scores if task.multi_label else 1.0)
