@@ -19,7 +19,7 @@ _COMMANDS: Mapping[str, str] = {
     "package": "Write an export as a Triton model.",
     "bundle": "Write an export as one file for a Jetson, which builds and serves it.",
     "serve": "Serve a model repository with Triton.",
-    "predict": "Classify texts with any model, served or not.",
+    "predict": "Answer texts with a model of any task, served or not.",
     "translate": "Translate texts with any translation model, served or not.",
     "bench": "Measure speed and memory under load.",
     "tune": "Find the settings that serve a packaged model best on this machine.",
