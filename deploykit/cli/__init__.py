@@ -20,7 +20,7 @@ _COMMANDS: Mapping[str, str] = {
     "bundle": "Write an export as one file for a Jetson, which builds and serves it.",
     "unpack": "Verify and unpack such a file.",
     "serve": "Serve a model repository with Triton.",
-    "predict": "Classify texts with any model, served or not.",
+    "predict": "Answer texts with a model of any task, served or not.",
     "translate": "Translate texts with any translation model, served or not.",
     "bench": "Measure speed and memory under load.",
     "compare": "Say what got faster or slower between two measurements.",
