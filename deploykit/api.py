@@ -57,7 +57,7 @@ def finetune(
         model: Folder of a checkpoint, or a hub id. None for ``from_config``, which trains a new model.
         train: File of rows, folder of a dataset, or a hub id. With ``qat``, by default the rows of the run ``model``.
         output_dir: Folder to write the checkpoint to.
-        task: "classification" (the default), "translation", or the name of another installed task.
+        task: One of the names that ``deploykit finetune --help`` lists. Default: the first of them.
         validation: Rows to choose the best step by. Default: split off ``train``.
         test: Rows to measure the result on. Default: split off ``train``.
         force: Replace what stands at ``output_dir``.
@@ -315,6 +315,7 @@ class Server:
         self._ending = threading.Event()
         self._supervisor: threading.Thread | None = None
         self._lost: DeploykitError | None = None
+        self._loaded: list[Model] = []
 
     @property
     def url(self) -> str:
@@ -337,8 +338,10 @@ class Server:
         return self._server.models
 
     def load(self, name: str) -> Model:
-        """Connect to one of the ``models``."""
-        return load(name, url=self.url)
+        """Connect to one of the ``models``. It is closed when the block ends, at the latest."""
+        model = load(name, url=self.url)
+        self._loaded.append(model)
+        return model
 
     def __enter__(self) -> Server:
         self._ending.clear()
@@ -350,6 +353,8 @@ class Server:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        while self._loaded:
+            self._loaded.pop().close()
         self._ending.set()
         if self._supervisor is not None:
             self._supervisor.join()

@@ -20,7 +20,7 @@ _COMMANDS: Mapping[str, str] = {
     "bundle": "Pack an export into one file that a Jetson builds and serves.",
     "unpack": "Verify and unpack such a file.",
     "serve": "Serve a model repository with Triton.",
-    "predict": "Classify texts with a served or local model.",
+    "predict": "Answer texts with a served or local model of any task.",
     "translate": "Translate texts with a served or local model.",
     "bench": "Measure speed and memory under load.",
     "compare": "Print what became faster or slower between two measurements.",

@@ -76,9 +76,14 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
 
 
 def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) -> NoReturn:
-    click.secho(f"error: {message}", err=True, fg="red")
+    from rich.console import Console
+    from rich.text import Text
+
+    # Colours on a terminal alone, and not where NO_COLOR is set; lines are never broken.
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), message))
     if remedy:
-        click.echo(f"remedy: {remedy}", err=True)
+        console.print(Text.assemble(("remedy: ", "bold"), remedy))
     if as_json:
         click.echo(json.dumps({"error": {"message": message, "remedy": remedy}}, ensure_ascii=False))
     sys.exit(exit_code)
@@ -266,13 +271,16 @@ def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[s
 
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr. Yields a function to call with (done, total)."""
-    from tqdm import tqdm
+    """Show a progress bar on stderr, if that is a terminal. Yields a function to call with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(unit, total=None)
 
         def update(done: int, of: int) -> None:
-            bar.total = of
-            bar.update(done - bar.n)
+            bar.update(task, completed=done, total=of)
 
         yield update

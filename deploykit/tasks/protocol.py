@@ -134,7 +134,7 @@ class Measuring(Protocol):
 
 
 class Task(Training, Exporting, Serving, Measuring, Protocol):
-    """A task: its facts, its words in messages, and what each stage needs of it."""
+    """A task. ``name`` is what ``--task`` takes and a manifest has, ``facts`` the class of what is kept of a model."""
 
     name: str
     facts: type[TaskFacts]

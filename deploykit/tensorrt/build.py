@@ -216,7 +216,7 @@ def choose_builder(name: str) -> str:
         name = next((each for each in names if here[each]), "rtx")
     if not here[name]:
         package = {
-            "tensorrt": "install NVIDIA's TensorRT: pip install tensorrt (from NVIDIA's index)",
+            "tensorrt": "pip install 'deploykit[tensorrt]'",
             "trtexec": "put trtexec on the PATH: it comes with NVIDIA's TensorRT packages and containers",
             "rtx": "pip install 'deploykit[rtx]'",
         }[name]

@@ -256,7 +256,7 @@ def test_the_pythons_of_jetpack(deploykit: Deploykit, archive: Path, tmp_path: P
     words = ("bundle", archive.parent / "tiny", "--device", "agx-orin", "--jetpack", jetpack, "--output", out)
     code, _, err = deploykit(*words)
     assert code == 0, err
-    code, _, err = deploykit("bundle", "--unpack", out, "--output", tmp_path / "device")
+    code, _, err = deploykit("unpack", out, "--output-dir", tmp_path / "device")
     assert code == 0, err
     bundle = tmp_path / "device" / "tiny-agx-orin"
     install = [found, "-m", "pip", "install", "--quiet", "--no-deps", "--target", "site", "-r", "wheels.txt"]

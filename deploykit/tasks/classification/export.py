@@ -18,7 +18,7 @@ from deploykit import artifacts
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError, UsageError
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
-from deploykit.graphs.onnx_export import export_classifier, export_half_classifier
+from deploykit.graphs.onnx_export import export_classifier, export_half_classifier, save_hub_files
 from deploykit.measurement_log import Trace
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.grading import Grader, Line
@@ -111,9 +111,11 @@ def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -
 
 def _write_fp32(reference: TorchClassifier, directory: Path) -> None:
     export_classifier(reference.model, directory / _GRAPH)
-    tokenizer = reference.tokenizer.backend_tokenizer
-    tokenizer.enable_truncation(reference.task.max_length, direction=reference.tokenizer.truncation_side)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    # Serving machines read the truncation side from tokenizer.json.
+    reference.tokenizer.backend_tokenizer.enable_truncation(
+        reference.task.max_length, direction=reference.tokenizer.truncation_side
+    )
+    save_hub_files(reference.model, reference.tokenizer, directory)
 
 
 def calibration_texts(source: Path, task: Classification, options: CalibrationOptions) -> list[str]:
