@@ -4,12 +4,13 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-translation test bench lint check docs clean
+.PHONY: help setup demo demo-translation test interop bench lint check docs clean
 
 help:
 	@echo "make demo   real tweets to a served INT8 classifier, with a report (minutes)"
 	@echo "make demo-translation   software strings to a served INT8 translator (a quarter of an hour)"
 	@echo "make test   all tests that need no GPU"
+	@echo "make interop   open exports in optimum-onnx, in an environment of its own (minutes)"
 	@echo "make bench  both demos' models beside their peers, on a quiet machine (an hour)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
@@ -23,14 +24,20 @@ $(READY): pyproject.toml constraints.txt setup.sh setup.py deploykit/runtime/eng
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/deploykit demo --out demo
+	@$(BIN)/deploykit demo --output-dir demo
 
 demo-translation: $(READY)
-	@$(BIN)/deploykit demo --recipe translation --out demo
+	@$(BIN)/deploykit demo --recipe translation --output-dir demo
 
 test: $(READY)
 	@bash setup.sh --browser
 	@$(BIN)/python -m pytest
+
+OPTIMUM_VENV ?= /tmp/deploykit-optimum
+interop: $(READY)
+	@test -x $(OPTIMUM_VENV)/bin/python || ($(BIN)/python -m venv $(OPTIMUM_VENV) && \
+	  $(OPTIMUM_VENV)/bin/pip install --quiet 'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6')
+	@OPTIMUM_VENV=$(OPTIMUM_VENV) $(BIN)/python -m pytest tests/integration/test_optimum.py
 
 bench: $(READY)
 	@$(BIN)/python bench/articles.py

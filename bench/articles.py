@@ -29,10 +29,10 @@ def main() -> None:
             text = article.read_text(encoding="utf-8", errors="replace")
             lines.write(json.dumps({"text": text, "label": article.parent.name}) + "\n")
     run = DEMO / "runs" / "bbc"
-    _deploykit("finetune", "--task", "classification", "--model", DEMO / "minilm", "--train", rows, "--out", run,
-               "--max-rows", 1000, "--epochs", 2, "--learning-rate", 1e-4, "--batch-size", 16, "--max-length", 512,
+    _deploykit("finetune", "--task", "classification", DEMO / "minilm", "--train", rows, "--output-dir", run,
+               "--max-train-samples", 1000, "--num-train-epochs", 2, "--learning-rate", 1e-4, "--per-device-train-batch-size", 16, "--max-length", 512,
                "--mixed-precision", "auto")  # fmt: skip
-    _deploykit("export", run, "--out", DEMO / "exports" / "bbc", "--int8")
+    _deploykit("export", run, "--output-dir", DEMO / "exports" / "bbc", "--int8")
 
 
 def _deploykit(*words: object) -> None:

@@ -56,19 +56,19 @@ def main() -> None:
 
 def measure(run: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The calibration of a run, and the lines of the tables of its exports."""
-    given = ["--calibration", options.data] if options.data else []
+    given = ["--calibration-data", options.data] if options.data else []
     calibration = _deploykit(
-        "calibrate", run, "--out", folder / "calibration", "--calibration-rows", options.calibration_rows, *given
+        "calibrate", run, "--output-dir", folder / "calibration", "--calibration-rows", options.calibration_rows, *given
     )
     kept = {name: calibration[name] for name in ("rows", "rows_digest", "seconds", "peak_memory_mb")}
     record: dict[str, Any] = {"calibration": {**kept, "tensors": len(calibration["ranges"])}, "lines": []}
     for method in options.methods:
         # The first method's export is for all targets: what is built does not depend on the scales in it.
         for target in options.targets[: None if method == options.methods[0] else 1] or [None]:
-            words = ["export", run, "--out", folder / "export", "--force", "--int8", "--method", method, "--max-drop", 100,
-                     "--calibration", folder / "calibration", "--measure-rows", options.measure_rows]  # fmt: skip
+            words = ["export", run, "--output-dir", folder / "export", "--force", "--int8", "--method", method, "--max-drop", 100,
+                     "--calib", folder / "calibration", "--measure-rows", options.measure_rows]  # fmt: skip
             words += ["--data", options.data] if options.data else []
-            words += ["--trt", "--builder", "rtx", "--target", target] if target else []
+            words += ["--trt", "--builder", "rtx", "--gpu", target] if target else []
             exported = _deploykit(*words)
             record["rows"] = exported["rows"]
             for line in lines_of(exported, method, target):

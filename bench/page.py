@@ -14,7 +14,7 @@ from deploykit.report.record import read_record
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("record", type=Path, nargs="+", help="of deploykit bench --out, or of a suite")
+    parser.add_argument("record", type=Path, nargs="+", help="of deploykit bench --output, or of a suite")
     for path in parser.parse_args().record:
         try:
             write_report(read_record(path), path.with_suffix(".html"))

@@ -297,7 +297,7 @@ def _options() -> argparse.Namespace:
 
 
 def _searching(task: Translation, beams: int) -> Generation:
-    return override(task, {"beam_size": beams})
+    return override(task, {"num_beams": beams})
 
 
 def _torch_model(subject: Subject) -> Any:

@@ -110,6 +110,6 @@ def _candidate(name: str, url: str, lengths: Sequence[int]) -> Candidate:
     served = open_predictor("model", url=url)
     served.close()
     assert isinstance(served.task, Translation)
-    generation = override(served.task, {"beam_size": 1})
+    generation = override(served.task, {"num_beams": 1})
     forced = tuple(dataclasses.replace(generation, min_length=n + 1, max_length=n + 1) for n in lengths)
     return Candidate(name, Server(url, "model", served.task, forced), generation=generation)

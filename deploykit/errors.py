@@ -9,9 +9,12 @@
     ├── EngineError               an inference engine cannot load or run a graph
     ├── ExportError               parity, quantization or accuracy did not hold
     └── ServerError               Triton did not start, or was lost
-        └── RequestError          the server answered a request with an error
+        ├── RequestError          the server answered a request with an error
+        ├── RefusedError          a served model refuses a request; in runtime/triton_requests.py, raised inside Triton alone
+        └── QueueFullError        more requests wait than may
 
-A message says what is wrong and where; the remedy says what to do about it.
+A message says what is wrong and where; the remedy says what to do about it. Private subclasses exist where one module
+raises and catches them.
 """
 
 from __future__ import annotations
@@ -73,3 +76,12 @@ class RequestError(ServerError):
     def __init__(self, message: str, status: int, remedy: str | None = None) -> None:
         super().__init__(message, remedy)
         self.status = status
+
+
+class QueueFullError(ServerError):
+    """More requests wait than may."""
+
+    def __init__(
+        self, message: str = "the queue is full", remedy: str | None = "send fewer requests at once, or try later"
+    ) -> None:
+        super().__init__(message, remedy)

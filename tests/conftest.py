@@ -125,21 +125,25 @@ def make_tiny_checkpoint() -> Callable[..., Path]:
     return write_tiny_checkpoint
 
 
-def write_tiny_checkpoint(folder: Path, family: str = "bert", *, initializer_range: float = 0.3) -> Path:
+def write_tiny_checkpoint(
+    folder: Path, family: str = "bert", *, initializer_range: float = 0.3, positions: int = 40
+) -> Path:
     """Write a random two-layer classifier of ``family`` (bert; roberta-prelayernorm: norms before each block) as a Hugging
-    Face checkpoint that nobody's run made. It knows WORDS, up to 30 of them, and two labels."""
+    Face checkpoint that nobody's run made. It knows WORDS, up to 10 less than it has ``positions``, and two labels."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
     folder.mkdir(parents=True)
     _write_tokenizer(folder / "tokenizer.json")
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), model_max_length=32, **names)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), model_max_length=positions - 8, **names
+    )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         family, vocab_size=len(WORDS) + 4, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=40, pad_token_id=0, initializer_range=initializer_range,
+        intermediate_size=64, max_position_embeddings=positions, pad_token_id=0, initializer_range=initializer_range,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, id2label={0: "bad", 1: "good"},
         label2id={"bad": 0, "good": 1},
     )  # fmt: skip

@@ -62,7 +62,7 @@ class Step:
         """Fine-tune unless an earlier step did; returns the folder, what --json says, and the seconds that it took."""
         out = self.work / name
         started = time.monotonic()
-        record = deploykit("finetune", *words, "--out", out, hide_gpu=hide_gpu)
+        record = deploykit("finetune", *words, "--output-dir", out, hide_gpu=hide_gpu)
         return out, record, time.monotonic() - started
 
     def classifier(self, precision: str, *, hide_gpu: bool = False) -> tuple[Path, dict[str, Any], float]:
@@ -72,15 +72,15 @@ class Step:
             with rows.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("text", "label"), *self.tweets(self.size.rows)])
         return self.checkpoint(
-            f"classifier-{precision}{'-cpu' * hide_gpu}", "--model", self.payload / "minilm", "--train", rows, "--max-steps", self.size.steps,
-            "--batch-size", 32, "--max-length", 64, "--learning-rate", 1e-4, "--mixed-precision", precision,
+            f"classifier-{precision}{'-cpu' * hide_gpu}", self.payload / "minilm", "--train", rows, "--max-steps", self.size.steps,
+            "--per-device-train-batch-size", 32, "--max-length", 64, "--learning-rate", 1e-4, "--mixed-precision", precision,
             hide_gpu=hide_gpu,
         )  # fmt: skip
 
     def translator(self, precision: str, *, hide_gpu: bool = False) -> tuple[Path, dict[str, Any], float]:
         return self.checkpoint(
             f"translator-{precision}{'-cpu' * hide_gpu}", "--task", "translation", "--from-config", "marian-small", "--train",
-            self.payload / "pairs.tsv", "--source", "en", "--target", "fr", "--max-rows", self.size.rows, "--max-steps", self.size.steps,
+            self.payload / "pairs.tsv", "--source-lang", "en", "--target-lang", "fr", "--max-train-samples", self.size.rows, "--max-steps", self.size.steps,
             "--held-out-rows", 64, "--eval-rows", 32, "--mixed-precision", precision,
             hide_gpu=hide_gpu,
         )  # fmt: skip
@@ -122,7 +122,7 @@ def classify(step: Step) -> None:
 
     checkpoint, _, _ = step.classifier("no", hide_gpu=True)
     export_to = step.work / "classifier-export"
-    deploykit("export", checkpoint, "--out", export_to)
+    deploykit("export", checkpoint, "--output-dir", export_to)
     reference = TorchClassifier.load(checkpoint)
     texts = step.texts(256)
     ids = [row[:64] for row in reference.encode(texts)]
@@ -199,7 +199,7 @@ def export(step: Step) -> None:
     digests = []
     for name, hidden in (("here", False), ("cpu", True)):
         with tempfile.TemporaryDirectory() as folder:
-            deploykit("export", checkpoint, "--out", Path(folder) / "export", hide_gpu=hidden)
+            deploykit("export", checkpoint, "--output-dir", Path(folder) / "export", hide_gpu=hidden)
             files = json.loads((Path(folder) / "export" / "manifest.json").read_text())["files"]
         digests.append(files["model.onnx"]["sha256"])
         step.tell(**{name: digests[-1]})

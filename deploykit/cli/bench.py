@@ -9,6 +9,7 @@ import click
 from deploykit.cli.common import (
     ENCODING,
     FORCE,
+    NUM_PROMPTS,
     SERVER_URL,
     THREADS,
     Result,
@@ -16,9 +17,11 @@ from deploykit.cli.common import (
     column_options,
     deploykit_command,
     generation_options,
+    option,
     refuse_columns,
     say,
 )
+from deploykit.errors import ArtifactError, UsageError
 
 
 @deploykit_command(
@@ -26,8 +29,7 @@ from deploykit.cli.common import (
     help="Measure TARGETS (checkpoints, exports, or served models' names) side by side on real texts.",
 )
 @click.argument("targets", nargs=-1)
-@click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), metavar="OLD NEW",
-              help="Compare two --out files instead: print what became faster or slower beyond the noise.")  # fmt: skip
+@click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), hidden=True)
 @click.option("--data", help="Rows to send; if they have labels or translations, accuracy is measured too.")
 @column_options()
 @click.option(
@@ -44,21 +46,21 @@ from deploykit.cli.common import (
     default=("auto",),
     help="Precision for exports; repeat to compare. [default: auto]",
 )
-@click.option("--concurrency", "concurrencies", multiple=True, type=click.IntRange(1, 1024), default=(1, 8, 32),
-              help="Closed loop: number of callers, each waiting for its answer; repeat. [default: 1 8 32]")  # fmt: skip
-@click.option("--rate", "rates", multiple=True, type=click.FloatRange(0, min_open=True),
-              help="Open loop: texts/s, with Poisson arrivals; repeat.")  # fmt: skip
+@option("--max-concurrency", "concurrencies", aliases=["--concurrency"], multiple=True,
+        type=click.IntRange(1, 1024), default=(1, 8, 32),
+        help="Closed loop: number of callers, each waiting for its answer; repeat. [default: 1 8 32]")  # fmt: skip
+@option("--request-rate", "rates", aliases=["--rate"], multiple=True, type=click.FloatRange(0, min_open=True),
+        help="Open loop: texts/s, with Poisson arrivals; repeat.")  # fmt: skip
 @click.option("--p99-limit", "limits", multiple=True, type=click.FloatRange(0, min_open=True), metavar="MS",
               help="Find the highest open-loop rate whose p99 latency stays within MS; repeat.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Number of rounds.")
 @click.option(
     "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each measurement."
 )
-@click.option(
-    "--max-rows", type=click.IntRange(1), default=2000, show_default=True, help="Number of rows to use, at most."
-)
+@NUM_PROMPTS
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed for choosing rows and arrival times.")
-@click.option("--out", type=click.Path(path_type=Path), help="File to write the full result to, as JSON.")
+@option("--output", "out", aliases=["--out"], type=click.Path(path_type=Path),
+        help="File to write the full result to, as JSON.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path), help="File to write a self-contained HTML page to.")
 @generation_options
 @ENCODING
@@ -90,7 +92,6 @@ def command(
     from deploykit.bench.rows import facts_of, read_rows
     from deploykit.bench.scenarios import ClosedLoop, Poisson, Within
     from deploykit.bench.targets import bench_targets
-    from deploykit.errors import ArtifactError, UsageError
     from deploykit.hardware import available_cpus
     from deploykit.report.pages import write_report
     from deploykit.tasks.registry import task_of
@@ -138,26 +139,16 @@ def command(
 
 
 def _compare(old: Path, new: Path) -> Result:
-    from deploykit.bench.compare import compare
-    from deploykit.errors import UsageError
-    from deploykit.report.record import read_record
+    """Run ``deploykit compare``, which once was an option of this command."""
+    from deploykit.cli.compare import compare_files
 
     context = click.get_current_context()
     for parameter in context.command.params:
         given = context.get_parameter_source(str(parameter.name)) is not click.core.ParameterSource.DEFAULT
-        if given and parameter.name not in ("compared", "as_json", "debug", "targets"):
-            raise UsageError(f"{parameter.opts[-1]} does not combine with --compare", "leave it out")
-    if context.params["targets"]:
-        raise UsageError(
-            f"--compare takes two files and no TARGETS, not {context.params['targets'][0]}", "leave it out"
-        )
-    records = [read_record(path) for path in (old, new)]
-    found = compare(*records)
-    lines = [
-        f"{whose}: {path}, measured {record['started']}"
-        for whose, path, record in zip(("old", "new"), (old, new), records)
-    ]
-    return {"old": str(old), "new": str(new), **found.to_json()}, "\n".join([*lines, "", found.to_text()])
+        if given and parameter.name not in ("compared", "as_json", "debug"):
+            extra = context.params["targets"][0] if parameter.name == "targets" else parameter.opts[-1]
+            raise UsageError(f"{extra} does not combine with --compare", "run deploykit compare OLD NEW")
+    return compare_files(old, new)
 
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:

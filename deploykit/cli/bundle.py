@@ -5,19 +5,18 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import FORCE, Result, deploykit_command, human_bytes, say
+from deploykit.cli.common import FORCE, NAME_HELP, Result, deploykit_command, human_bytes, option, say
+from deploykit.cli.unpack import unpack_bundle
 from deploykit.errors import UsageError
 
 
-@deploykit_command(
-    help="Pack an export into one file that a Jetson builds, verifies and serves offline; or unpack such a file."
-)
-@click.argument("export", type=click.Path(path_type=Path), required=False)
-@click.option("--target", help="Board: orin-nano, orin-nx, agx-orin or thor.")
+@deploykit_command(help="Pack the export TARGET into one file that a Jetson builds, verifies and serves offline.")
+@click.argument("export", metavar="TARGET", type=click.Path(path_type=Path), required=False)
+@option("--device", "target", aliases=["--target"], help="Board: orin-nano, orin-nx, agx-orin or thor.")
 @click.option("--jetpack", help="JetPack version of the device, such as 6.2.")
-@click.option("--out", required=True, type=click.Path(path_type=Path),
-              help="File (.tar.gz) to write; with --unpack, a new folder.")  # fmt: skip
-@click.option("--name", help="Name of the model, for clients. [default: the export's folder]")
+@option("--output", "out", aliases=["--out"], required=True, type=click.Path(path_type=Path),
+        help="File (.tar.gz) to write.")  # fmt: skip
+@click.option("--name", show_default="the export's folder", help=NAME_HELP)
 @click.option(
     "--precision",
     default="auto",
@@ -28,12 +27,8 @@ from deploykit.errors import UsageError
 @click.option("--wheels", type=click.Path(path_type=Path),
               help="Include the Python packages of the device from this folder; missing ones are downloaded into it.")  # fmt: skip
 @click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign the bundle with this private key (PEM).")
-@click.option("--unpack", type=click.Path(path_type=Path), help="Bundle to verify and unpack.")
-@click.option(
-    "--public-key",
-    type=click.Path(path_type=Path),
-    help="With --unpack: first verify the signature with this public key.",
-)
+@click.option("--unpack", type=click.Path(path_type=Path), hidden=True)
+@click.option("--public-key", type=click.Path(path_type=Path), hidden=True)
 @FORCE
 def command(
     *, export: Path | None, out: Path, target: str | None, jetpack: str | None, unpack: Path | None,
@@ -43,14 +38,17 @@ def command(
 
     if unpack is not None:
         if export is not None or target or jetpack or force or any(v for k, v in options.items() if k != "precision"):
-            raise UsageError("--unpack takes only --out and --public-key", "leave out the other options")
-        folder = bundle.unpack(unpack, out, public_key=public_key)
-        return {"out": str(folder)}, f"{folder}: verified and unpacked\nnext: {folder}/run.sh check"
+            raise UsageError(
+                "--unpack takes only --out and --public-key", "use deploykit unpack BUNDLE --output-dir DIR"
+            )
+        return unpack_bundle(unpack, out, public_key)
     if public_key is not None:
-        raise UsageError("--public-key is for --unpack", "add --unpack, or sign a new bundle with --sign PRIVATE_KEY")
+        raise UsageError(
+            "--public-key is for deploykit unpack", "leave it out, or sign the new bundle with --sign PRIVATE_KEY"
+        )
     if export is None or target is None or jetpack is None:
-        raise UsageError("EXPORT, --target and --jetpack are required",
-                         "deploykit bundle exports/a --target orin-nano --jetpack 6.2 --out a.tar.gz")  # fmt: skip
+        raise UsageError("TARGET, --device and --jetpack are required",
+                         "deploykit bundle exports/a --device orin-nano --jetpack 6.2 --output a.tar.gz")  # fmt: skip
     done = bundle.bundle(export, out, target, jetpack, force=force, say=say, **options)
     d = done.description
     text = [

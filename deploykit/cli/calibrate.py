@@ -5,26 +5,43 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import CALIBRATION_ROWS, ENCODING, FORCE, Result, deploykit_command, say
+from deploykit.cli.common import (
+    CALIBRATION,
+    CALIBRATION_DATA,
+    CALIBRATION_ROWS,
+    CALIBRATION_SPLIT,
+    ENCODING,
+    FORCE,
+    OUTPUT_DIR,
+    SOURCE_LANG,
+    TARGET_LANG_HELP,
+    Result,
+    deploykit_command,
+    option,
+    say,
+    with_calibration,
+)
 
 
 @deploykit_command(
-    help="Collect the activation ranges that INT8 needs: run real rows through the fp32 graph of CHECKPOINT_OR_EXPORT."
+    help="Collect the activation ranges that INT8 needs: run real rows through the fp32 graph of TARGET, a checkpoint or an export."
 )
-@click.argument("path", metavar="CHECKPOINT_OR_EXPORT", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the calibration to.")
-@click.option("--calibration", default="train", show_default=True, help="Rows to use: a split of the run, or a file.")
+@click.argument("path", metavar="TARGET", type=click.Path(path_type=Path))
+@OUTPUT_DIR
+@CALIBRATION_SPLIT
+@CALIBRATION_DATA
+@CALIBRATION
 @CALIBRATION_ROWS
-@click.option("--source", help="Source language, if deploykit did not train the translation checkpoint.")
-@click.option("--target", help="Target language, in the same case.")
+@SOURCE_LANG
+@option("--target-lang", aliases=["--target"], help=TARGET_LANG_HELP)
 @ENCODING
 @FORCE
 def command(*, path: Path, out: Path, force: bool, **values: Any) -> Result:
-    from deploykit.export.calibrate import calibrate
     from deploykit.graphs.export_options import CalibrationOptions
     from deploykit.quantization.tables import render_calibration
+    from deploykit.stages.calibrate import calibrate
 
-    done = calibrate(path, out, CalibrationOptions(**values), force=force, say=say)
+    done = calibrate(path, out, CalibrationOptions(**with_calibration(values)), force=force, say=say)
     record = {"out": str(out), "reused": done.reused, "digest": done.manifest.digest, **done.manifest.metrics}
     head = f"{out}: {'reused: the same inputs made it before' if done.reused else 'written'}"
     return record, "\n".join([head, *render_calibration(done.manifest.metrics)])

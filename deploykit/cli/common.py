@@ -7,16 +7,19 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from deploykit.errors import DeploykitError, UsageError
+from deploykit.runtime.serving_settings import DEFAULT_URL
 
 if TYPE_CHECKING:
     from deploykit.tasks.protocol import Task
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Result = tuple[Mapping[str, Any], str]
 """The result of a command: the object that --json prints, and the text that is printed without it."""
 
@@ -73,12 +76,70 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
 
 
 def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) -> NoReturn:
-    click.secho(f"error: {message}", err=True, fg="red")
+    from rich.console import Console
+    from rich.text import Text
+
+    # Colours on a terminal alone, and not where NO_COLOR is set; lines are never broken.
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), message))
     if remedy:
-        click.echo(f"remedy: {remedy}", err=True)
+        console.print(Text.assemble(("remedy: ", "bold"), remedy))
     if as_json:
         click.echo(json.dumps({"error": {"message": message, "remedy": remedy}}, ensure_ascii=False))
     sys.exit(exit_code)
+
+
+class Option(click.Option):
+    """An option that also answers to ``aliases``, its earlier names, which --help does not show."""
+
+    def __init__(self, *arguments: Any, aliases: Sequence[str] = (), **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.aliases = tuple(aliases)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        shown = self.opts
+        self.opts = [*shown, *self.aliases]
+        try:
+            super().add_to_parser(parser, ctx)
+        finally:
+            self.opts = shown
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Function], Function]:
+    """``click.option`` with one attribute more: ``aliases``, names that --help does not show."""
+    return click.option(*names, cls=Option, **attributes)
+
+
+def target_and_texts(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The arguments TARGET, which the function takes as ``model``, and TEXTS. --model is an earlier way to give TARGET."""
+
+    @functools.wraps(function)
+    def run(*, target: str | None, model: str | None, texts: tuple[str, ...], **options: Any) -> Result:
+        if model is None and target is None:
+            raise UsageError(
+                "TARGET is missing", "name a checkpoint, an export, a packaged model's version, or a served model"
+            )
+        if model is not None:
+            return function(model=model, texts=texts if target is None else (target, *texts), **options)
+        return function(model=target, texts=texts, **options)
+
+    for argument in (click.argument("texts", nargs=-1), click.argument("target", required=False, metavar="TARGET")):
+        run = argument(run)
+    return option("--model", hidden=True)(run)
+
+
+def with_calibration(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options, with --calibration, an earlier one for three, as the one that it means."""
+    from deploykit.graphs.export_options import SPLITS
+    from deploykit.quantization.calibration import is_saved
+
+    given = values.pop("calibration")
+    if given is None:
+        return values
+    if "calib" in values and is_saved(given):
+        return {**values, "calib": given}
+    is_split = given in SPLITS and not Path(given).exists()
+    return {**values, "calibration_split" if is_split else "calibration_data": given}
 
 
 def human_bytes(count: float) -> str:
@@ -90,10 +151,7 @@ def human_bytes(count: float) -> str:
 
 
 SERVER_URL = click.option(
-    "--url",
-    default="http://127.0.0.1:8000",
-    show_default=True,
-    help="HTTP address of the server, if the model is served.",
+    "--url", default=DEFAULT_URL, show_default=True, help="HTTP address of the server, if the model is served."
 )
 ENGINE = click.option(
     "--engine", default="auto", show_default=True, help="Engine: auto, tensorrt, native, openvino, onnxruntime or cuda."
@@ -109,14 +167,40 @@ ENCODING = click.option("--encoding", help="Encoding of text files (default: UTF
 METHODS = click.Choice(
     ["minmax", "entropy", "percentile", "mse"]
 )  # as in quantization.calibration, which is slow to import
+CALIBRATION_SPLIT = click.option(
+    "--calibration-split", default="train", show_default=True, help="Split of the run to calibrate on."
+)
+CALIBRATION_DATA = click.option(
+    "--calibration-data", help="File of rows to calibrate on, instead of a split of the run."
+)
+CALIBRATION = click.option(
+    "--calibration", hidden=True
+)  # the earlier option for a split, a file or a saved calibration
 CALIBRATION_ROWS = click.option(
     "--calibration-rows", type=int, default=512, show_default=True, help="Number of calibration rows to use, at most."
 )
+SOURCE_LANG = option(
+    "--source-lang",
+    aliases=["--source"],
+    help="Source language, if deploykit did not train the translation checkpoint.",
+)
+TARGET_LANG_HELP = "Target language, in the same case."
+OUTPUT_DIR = option("--output-dir", "out", aliases=["--out"], required=True, type=click.Path(path_type=Path),
+                    help="Folder to write to.")  # fmt: skip
+MODEL_REPOSITORY_HELP = "Model repository: the folder of packaged models."
+MODEL_REPOSITORY = option(
+    "--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),
+    default=Path("model_repository"), show_default=True, help=MODEL_REPOSITORY_HELP,
+)  # fmt: skip
+NAME_HELP = "Name of the model, for clients."
+LONG_INPUT_HELP = "Split texts that are too long for the model, at sentence ends, or refuse them."
+NUM_PROMPTS = option("--num-prompts", "max_rows", aliases=["--max-rows"], type=click.IntRange(1), default=2000,
+                     show_default=True, help="Number of rows to use, at most.")  # fmt: skip
 FORCE = click.option("--force", is_flag=True, help="Replace an existing destination.")
 
 
 _SEARCH: Mapping[str, Mapping[str, Any]] = {
-    "beam_size": {"type": int, "help": "Number of beams; 1 is greedy search."},
+    "num_beams": {"type": int, "aliases": ["--beam-size"], "help": "Number of beams; 1 is greedy search."},
     "max_new_tokens": {"type": int, "help": "Maximum length of a translation, in tokens."},
     "min_new_tokens": {"type": int, "help": "Minimum length of a translation, in tokens."},
     "length_penalty": {
@@ -142,7 +226,7 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
         return function(generation={name: value for name, value in values.items() if value is not None}, **options)
 
     for name, attributes in reversed(list(_SEARCH.items())):
-        run = click.option(f"--{name.replace('_', '-')}", name, **attributes)(run)
+        run = option(f"--{name.replace('_', '-')}", name, **attributes)(run)
     return run
 
 
@@ -187,13 +271,16 @@ def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[s
 
 @contextlib.contextmanager
 def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr. Yields a function to call with (done, total)."""
-    from tqdm import tqdm
+    """Show a progress bar on stderr, if that is a terminal. Yields a function to call with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    with tqdm(unit=f" {unit}", file=sys.stderr, leave=False, disable=None) as bar:
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(unit, total=None)
 
         def update(done: int, of: int) -> None:
-            bar.total = of
-            bar.update(done - bar.n)
+            bar.update(task, completed=done, total=of)
 
         yield update

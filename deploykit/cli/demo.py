@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from deploykit.cli.common import Result, deploykit_command, say
+from deploykit.cli.common import MODEL_REPOSITORY_HELP, Result, deploykit_command, option, say
 
 _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("BLEU", 2), "chrf": ("chrF", 2),
             "p50_ms": ("p50 ms", 2), "p99_ms": ("p99 ms", 2), "sentences_per_s": ("sentences/s", 0),
@@ -14,10 +14,12 @@ _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("
 @deploykit_command(help="Run all stages on real data, to a served and measured INT8 classifier or translator.")
 @click.option("--recipe", type=click.Choice(["sentiment", "translation"]), default="sentiment", show_default=True,
               help="Demo to run.")  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True,
-              help="Folder to write to.")  # fmt: skip
-@click.option("--repository", type=click.Path(path_type=Path), help="Model repository (default: OUT/model_repository).")
-@click.option("--max-rows", type=click.IntRange(0), help="Rows to train on. [default: 8000 tweets; all translations]")
+@option("--output-dir", "out", aliases=["--out"], type=click.Path(path_type=Path), default=Path("demo"), show_default=True,
+        help="Folder to write to.")  # fmt: skip
+@option("--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),
+        show_default="OUTPUT_DIR/model_repository", help=MODEL_REPOSITORY_HELP)  # fmt: skip
+@option("--max-train-samples", "max_rows", aliases=["--max-rows"], type=int,
+        show_default="8000 tweets; all translations", help="Use this many training rows; 0: all.")  # fmt: skip
 def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None) -> Result:
     from deploykit.demo import check_dependencies, run_demo, sentiment, translation
 

@@ -7,25 +7,37 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
+    CALIBRATION,
+    CALIBRATION_DATA,
     CALIBRATION_ROWS,
+    CALIBRATION_SPLIT,
     ENCODING,
     FORCE,
     METHODS,
+    OUTPUT_DIR,
+    SOURCE_LANG,
+    TARGET_LANG_HELP,
     Result,
     deploykit_command,
     human_bytes,
+    option,
     say,
+    with_calibration,
 )
 from deploykit.errors import UsageError
-from deploykit.tensorrt.build import BUILDERS, GPU, PRECISIONS, EngineOptions
+from deploykit.tensorrt.build import BUILDERS, GPU, PRECISIONS, EngineOptions, profiles_of_shapes, workspace_of_pools
+
+_SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 
 
-@deploykit_command(help="Export a checkpoint to ONNX, optionally calibrated INT8.")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the export to.")
+@deploykit_command(help="Export the checkpoint TARGET to ONNX, optionally calibrated INT8.")
+@click.argument("checkpoint", metavar="TARGET", type=click.Path(path_type=Path))
+@OUTPUT_DIR
 @click.option("--int8", is_flag=True, help="Also write INT8 graphs, calibrated and checked.")
-@click.option("--calibration", default="train", show_default=True,
-              help="A split of the run, a file of rows, or what deploykit calibrate wrote.")  # fmt: skip
+@CALIBRATION_SPLIT
+@CALIBRATION_DATA
+@click.option("--calib", help="Folder of a calibration that deploykit calibrate wrote, in place of calibrating.")
+@CALIBRATION
 @CALIBRATION_ROWS
 @click.option("--method", type=METHODS, default="minmax", show_default=True)
 @click.option("--max-drop", type=float, default=0.5, show_default=True,
@@ -34,43 +46,47 @@ from deploykit.tensorrt.build import BUILDERS, GPU, PRECISIONS, EngineOptions
               help="Move outliers of a classifier's activations into the weights before INT8; ALPHA from 0 to 1, 0.5 if "
               "left out.")  # fmt: skip
 @click.option("--data", help="Rows to measure on (default: the run's test rows).")
-@click.option("--measure-rows", type=int, default=0, help="Most of them to use [default: all; 500 to translate].")
+@click.option("--measure-rows", type=int, default=0, help="Most rows to measure on [default: all; 500 to translate].")
 @click.option("--trt", is_flag=True, help="Also build TensorRT engines.")
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS),
               help="Of an engine; may be repeated [default: fp16; with --int8 also int8].")  # fmt: skip
-@click.option("--profile", "profiles", multiple=True, metavar="batch=MIN:OPT:MAX,length=MIN:OPT:MAX",
-              help="Shapes of an engine, of a translator also past=MIN:OPT:MAX, the positions of its caches; may be "
-              "repeated [default: one over all lengths].")  # fmt: skip
-@click.option("--workspace", default="1GiB", show_default=True, help="Most memory for building an engine.")
-@click.option("--timing-cache", help="File that remembers how fast kernels were, made if missing.")
+@click.option("--minShapes", "min_shapes", multiple=True, metavar=_SHAPE,
+              help="Smallest shapes of an engine's profile, as trtexec takes them; past is the positions of a translator's "
+              "caches. Give all three once for each profile [default: one over all lengths].")  # fmt: skip
+@click.option("--optShapes", "opt_shapes", multiple=True, metavar=_SHAPE, help="Shapes to optimize the profile for.")
+@click.option("--maxShapes", "max_shapes", multiple=True, metavar=_SHAPE, help="Largest shapes of the profile.")
+@click.option("--profile", "profiles", multiple=True, hidden=True)
+@option("--memPoolSize", "workspace", aliases=["--workspace"], metavar="workspace:SIZE", default="workspace:1GiB",
+        show_default=True, help="Most memory for building an engine; without a unit in MiB.")  # fmt: skip
+@option("--timingCacheFile", "timing_cache", aliases=["--timing-cache"],
+        help="File that remembers how fast kernels were, made if missing.")  # fmt: skip
 @click.option("--builder", type=click.Choice(BUILDERS), default="auto", show_default=True,
               help="auto: TensorRT where there is a GPU, else TensorRT-RTX.")  # fmt: skip
-@click.option("--source", help="Language of a translation checkpoint that was trained elsewhere.")
-@click.option("--target", "targets", multiple=True,
-              help="Language it translates into. GPU of an engine: portable (the default), this-gpu, or like sm_86.")  # fmt: skip
+@click.option("--gpu", help="GPU of an engine: this-gpu, or one like sm_86 [default: portable].")
+@SOURCE_LANG
+@click.option("--target-lang", help=TARGET_LANG_HELP)
+@click.option("--target", "targets", multiple=True, hidden=True)
 @ENCODING
 @FORCE
 def command(
-    *, checkpoint: Path, out: Path, force: bool, trt: bool, precisions: tuple[str, ...], profiles: tuple[str, ...],
-    workspace: str, targets: tuple[str, ...], timing_cache: str | None, builder: str, int8: bool, **values: Any,
+    *, checkpoint: Path, out: Path, force: bool, trt: bool, precisions: tuple[str, ...], min_shapes: tuple[str, ...],
+    opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], profiles: tuple[str, ...], workspace: str,
+    gpu: str | None, targets: tuple[str, ...], timing_cache: str | None, builder: str, int8: bool, **values: Any,
 ) -> Result:  # fmt: skip
-    gpus = [target for target in targets if re.fullmatch(GPU, target)]
-    languages = [target for target in targets if target not in gpus]
-    if max(len(gpus), len(languages)) > 1:
-        raise UsageError(f"--target is given twice: {', '.join(targets)}", "give one language, and one GPU")
-    if not trt and (precisions or profiles or timing_cache or gpus or builder != "auto"):
+    gpu, values["target_lang"] = _split_targets(targets, gpu, values["target_lang"])
+    workspace = workspace_of_pools(workspace)
+    profiles += profiles_of_shapes(min_shapes, opt_shapes, max_shapes)
+    if not trt and (precisions or profiles or timing_cache or gpu or builder != "auto"):
         raise UsageError(
-            "--precision, --profile, --timing-cache, --builder and a GPU as --target are for engines", "add --trt"
+            "--precision, --minShapes, --optShapes, --maxShapes, --timingCacheFile, --builder and --gpu are for engines",
+            "add --trt",
         )
-    wanted = precisions or (("fp16", "int8") if int8 else ("fp16",))
-    gpu = gpus[0] if gpus else "portable"
-    engines = EngineOptions(wanted, profiles, workspace, gpu, timing_cache, builder) if trt else None
-    values["target"] = languages[0] if languages else None
-    from deploykit.export.run import export
     from deploykit.graphs.export_options import ExportOptions
     from deploykit.quantization.tables import render
+    from deploykit.stages.export import export
 
-    options = ExportOptions(int8=int8 or (trt and "int8" in wanted), trt=engines, **values)
+    engines = EngineOptions(precisions, profiles, workspace, gpu or "portable", timing_cache, builder) if trt else None
+    options = ExportOptions(int8=int8, trt=engines, **with_calibration(values))
     done = export(checkpoint, out, options, force=force, say=say)
     metrics = done.manifest.metrics
     sizes = {
@@ -98,3 +114,15 @@ def command(
         ),
     ]
     return record, "\n".join(text)
+
+
+def _split_targets(targets: tuple[str, ...], gpu: str | None, language: str | None) -> tuple[str | None, str | None]:
+    """Return the GPU and the language, each given by its option or by --target, which once stood for both."""
+    gpus = [target for target in targets if re.fullmatch(GPU, target)] + ([gpu] if gpu else [])
+    languages = [target for target in targets if target not in gpus] + ([language] if language else [])
+    if max(len(gpus), len(languages)) > 1:
+        raise UsageError(
+            f"two are given where one is meant: {', '.join(gpus if len(gpus) > 1 else languages)}",
+            "give --target-lang once, and --gpu once",
+        )
+    return next(iter(gpus), None), next(iter(languages), None)

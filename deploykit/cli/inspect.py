@@ -11,7 +11,7 @@ from deploykit.tasks.registry import task_of
 
 
 @deploykit_command(help="Show an artifact's manifest, and verify each of its files.")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", metavar="TARGET", type=click.Path(path_type=Path))
 def command(*, path: Path) -> Result:
     manifest = load_manifest(path)
     task = manifest.task

@@ -5,23 +5,35 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import ENGINE, PRECISION, Result, deploykit_command, human_bytes
-from deploykit.errors import UsageError
+from deploykit.cli.common import (
+    ENGINE,
+    LONG_INPUT_HELP,
+    MODEL_REPOSITORY,
+    NAME_HELP,
+    PRECISION,
+    Result,
+    deploykit_command,
+    human_bytes,
+    option,
+)
 from deploykit.runtime.serving_settings import ServingSettings
 
 _DEFAULT = ServingSettings()
 
 
-@deploykit_command(help="Write an export to a model repository, as the next version of a Triton model.")
-@click.argument("export", type=click.Path(path_type=Path))
-@click.option("--name", required=True, help="Name of the model, for clients.")
-@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True,
-              help="Model repository to write to.")  # fmt: skip
+@deploykit_command(help="Write the export TARGET to a model repository, as the next version of a Triton model.")
+@click.argument("export", metavar="TARGET", type=click.Path(path_type=Path))
+@click.option("--name", required=True, help=NAME_HELP)
+@MODEL_REPOSITORY
 @ENGINE
 @PRECISION
 @click.option("--instances", type=int, help="Number of model processes. [default: 2; 1 for translation]")
-@click.option(
-    "--threads", type=int, help="CPU threads per instance; 0: the instances share twice the CPUs. [default: 0]"
+@option(
+    "--instance-threads",
+    "threads",
+    aliases=["--threads"],
+    type=int,
+    help="CPU threads per instance; 0: the instances share twice the CPUs. [default: 0]",
 )
 @click.option("--max-batch-size", type=int, help=f"Maximum rows of a batch. [default: {_DEFAULT.max_batch_size}]")
 @click.option("--max-queue-size", type=int,
@@ -29,15 +41,16 @@ _DEFAULT = ServingSettings()
 @click.option("--preferred-batch-size", type=int,
               help="Batch size when more rows are waiting. [default: all, up to --max-batch-size]")  # fmt: skip
 @click.option("--max-queue-delay-us", type=int, help="Maximum wait for a fuller batch, in microseconds. [default: 0]")
-@click.option(
-    "--max-rows",
+@option(
+    "--max-num-seqs",
+    "max_rows",
+    aliases=["--max-rows"],
     type=int,
     help=f"[translation] Maximum rows (texts x beams) of a decode step. [default: {_DEFAULT.max_rows}]",
 )
 @click.option("--max-cache-mb", type=int,
               help=f"[translation] Maximum memory of the key-value caches, in MiB. [default: {_DEFAULT.max_cache_mb}]")  # fmt: skip
-@click.option("--long-input", type=click.Choice(["split", "refuse"]),
-              help="[translation] Split or refuse texts that are too long for the model. [default: split]")  # fmt: skip
+@click.option("--long-input", type=click.Choice(["split", "refuse"]), show_default="split", help=LONG_INPUT_HELP)
 @click.option("--in-flight/--no-in-flight", default=None,
               help="[translation] Let requests join the running batch, or wait until it is done. [default: in-flight]")  # fmt: skip
 @click.option("--no-stream", is_flag=True, help="[translation] Do not write NAME_stream.")
@@ -53,14 +66,11 @@ def command(
     no_stream: bool,
     **settings: Any,
 ) -> Result:
-    from deploykit.triton.repository import CONFIG, container_command, package
+    from deploykit.triton.repository import CONFIG, container_command, package, refuse_ignored
 
     given = {key: value for key, value in settings.items() if value is not None}
-    if given and (repository / name / CONFIG).exists() and not overwrite_config:
-        raise UsageError(
-            f"{repository / name / CONFIG} already exists and is kept, so --{next(iter(given)).replace('_', '-')} has no effect",
-            "edit that file, or pass --overwrite-config to replace it",
-        )
+    if given and not overwrite_config:
+        refuse_ignored(repository / name, _option_of(next(iter(given))))
     done = package(
         export,
         name,
@@ -89,3 +99,9 @@ def command(
         record["container"] = container
         text += f"\nto serve it in NVIDIA's container: {container}"
     return {**record, "config_kept": done.config_kept, "size_bytes": size, "digest": done.manifest.digest}, text
+
+
+def _option_of(setting: str) -> str:
+    """Return the name of the option that sets ``setting``."""
+    parameters = click.get_current_context().command.params
+    return next(parameter.opts[0] for parameter in parameters if parameter.name == setting)

@@ -18,13 +18,15 @@ from deploykit.cli.common import (
     generation_options,
     progress_bar,
     refuse_columns,
+    target_and_texts,
 )
 from deploykit.errors import DataError, UsageError
 
 
-@deploykit_command(help="Answer TEXTS, or the rows of a file, with a model of any task.")
-@click.argument("texts", nargs=-1)
-@click.option("--model", required=True, help="A served model's name, or the folder of a checkpoint, export or model.")
+@deploykit_command(
+    help="Answer TEXTS, or the rows of a file, with TARGET: a checkpoint, an export, a packaged model, or a served model's name."
+)
+@target_and_texts
 @click.option("--input", "source", help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
 @column_options(inputs_only=True)
@@ -48,15 +50,13 @@ def command(
     **where: Any,
 ) -> Result:
     if bool(texts) == bool(source):
-        raise UsageError("give texts, or --input with --output", 'deploykit predict --model NAME "some text"')
+        raise UsageError("give texts, or --input with --output", 'deploykit predict TARGET "some text"')
     if bool(source) != bool(output):
         raise UsageError("--input and --output go together", "name both")
 
-    from deploykit.data.texts import TextRow
-    from deploykit.tasks.answering import answer_rows, answer_source
+    from deploykit.tasks.answering import answer_rows, answer_source, rows_of
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
-    from deploykit.text import normalize
 
     predictor = open_predictor(model, **where)
     try:
@@ -64,11 +64,7 @@ def command(
         refuse_columns(task, columns, generation)
         search = task.override(predictor.task, generation) if generation else None
         if source is None or output is None:
-            rows = [
-                TextRow(f"text {i}", text or None, None if text else "the text is empty")
-                for i, text in enumerate(map(normalize, texts), start=1)
-            ]
-            answered = answer_rows(predictor, rows, search)
+            answered = answer_rows(predictor, rows_of(texts), search)
             lines = "\n".join(row.line() for row in answered)
             if all(row.answer is None for row in answered):
                 raise DataError(lines, "give another text")

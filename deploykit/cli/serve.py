@@ -8,13 +8,12 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import Result, deploykit_command, say
+from deploykit.cli.common import MODEL_REPOSITORY, Result, deploykit_command, say
 from deploykit.errors import UsageError
 
 
 @deploykit_command(help="Serve a model repository with the embedded Triton, until Ctrl-C.")
-@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True,
-              help="Model repository to serve.")  # fmt: skip
+@MODEL_REPOSITORY
 @click.option(
     "--host",
     default="127.0.0.1",

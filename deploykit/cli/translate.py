@@ -9,6 +9,7 @@ from deploykit.cli.common import (
     ENCODING,
     ENGINE,
     FORCE,
+    LONG_INPUT_HELP,
     PRECISION,
     SERVER_URL,
     THREADS,
@@ -16,18 +17,20 @@ from deploykit.cli.common import (
     deploykit_command,
     generation_options,
     progress_bar,
+    target_and_texts,
 )
 from deploykit.errors import DataError, UsageError
 
 
-@deploykit_command(help="Translate TEXTS, or the lines of a file, with any translation model.")
-@click.argument("texts", nargs=-1)
-@click.option("--model", required=True, help="A served model's name, or the folder of a checkpoint, export or model.")
+@deploykit_command(
+    help="Translate TEXTS, or the lines of a file, with TARGET: a checkpoint, an export, a packaged model, or a served model's name."
+)
+@target_and_texts
 @click.option("--input", "source", help="Texts to translate: .txt (a text a line), csv, tsv, jsonl, parquet, po, tmx.")
 @click.option("--output", type=click.Path(path_type=Path), help=".txt (a line for each of --input) or .jsonl.")
 @click.option("--source-column", help="Of --input (default: the training column, or detected).")
 @click.option("--long-input", type=click.Choice(["split", "refuse"]), default="split", show_default=True,
-              help="A text longer than the model takes: split it at sentence ends, or refuse it.")  # fmt: skip
+              help=LONG_INPUT_HELP)  # fmt: skip
 @generation_options
 @ENCODING
 @FORCE
@@ -49,7 +52,7 @@ def command(
     **where: Any,
 ) -> Result:
     if bool(texts) == bool(source):
-        raise UsageError("give texts, or --input with --output", 'deploykit translate --model NAME "some text"')
+        raise UsageError("give texts, or --input with --output", 'deploykit translate TARGET "some text"')
     if bool(source) != bool(output):
         raise UsageError("--input and --output go together", "name both")
 

@@ -9,10 +9,13 @@ import click
 from deploykit.cli.common import (
     ENCODING,
     FORCE,
+    MODEL_REPOSITORY,
+    NUM_PROMPTS,
     Result,
     WithItsWords,
     column_options,
     deploykit_command,
+    option,
     refuse_columns,
     say,
 )
@@ -20,26 +23,25 @@ from deploykit.cli.common import (
 
 @deploykit_command(
     cls=WithItsWords,
-    help="Find the settings with which the packaged model NAME answers the most requests/s within a latency limit.",
+    help="Find the settings with which the packaged model TARGET answers the most requests/s within a latency limit.",
 )
-@click.argument("name")
+@click.argument("name", metavar="TARGET")
 @click.option("--slo", required=True, metavar="p99=50ms", help="Latency limit: p50, p90 or p99.")
 @click.option("--max-memory", metavar="1GB", help="Memory limit for the server and all its processes.")
-@click.option("--repository", type=click.Path(path_type=Path), default=Path("model_repository"), show_default=True,
-              help="Model repository.")  # fmt: skip
+@MODEL_REPOSITORY
 @click.option("--export", type=click.Path(path_type=Path),
-              help="Export that NAME was packaged from. With it, engine and precision are searched too.")  # fmt: skip
+              help="Export that TARGET was packaged from. With it, engine and precision are searched too.")  # fmt: skip
 @click.option("--engine", "engines", multiple=True, help="Engine to try; repeat. [default: all that run here]")
 @click.option("--precision", "precisions", multiple=True, help="Precision to try; repeat. [default: all in the export]")
 @click.option("--data", help="Rows to send. [default: the export's test rows]")
 @column_options(inputs_only=True)
-@click.option("--max-rows", "most_rows", type=click.IntRange(1), default=2000, show_default=True, help="Rows to use.")
+@NUM_PROMPTS
 @click.option("--time", "budget", default="10m", show_default=True, help="Time limit for measuring.")
 @click.option(
-    "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each rate tried."
+    "--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each measurement."
 )
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json",
-              help="File for all measurements; an .html page is written beside it. [default: tune-NAME.json]")  # fmt: skip
+@option("--output", "out", aliases=["--out"], type=click.Path(path_type=Path), metavar="FILE.json",
+        help="File for all measurements; an .html page is written beside it. [default: tune-TARGET.json]")  # fmt: skip
 @ENCODING
 @FORCE
 def command(
@@ -53,7 +55,7 @@ def command(
     precisions: tuple[str, ...],
     data: str | None,
     columns: dict[str, Any],
-    most_rows: int,
+    max_rows: int,
     budget: str,
     seconds: float,
     out: Path | None,
@@ -73,11 +75,11 @@ def command(
     out = out or Path(f"tune-{name}.json")
     page = out.with_suffix(".html")
     if out.suffix != ".json":
-        raise UsageError(f"--out {out} does not end in .json", f"write it as --out {out}.json")
+        raise UsageError(f"--output {out} does not end in .json", f"write it as --output {out}.json")
     subject = open_subject(name, repository, export)
     for path in (out, page):
         if path.exists() and not force:
-            raise ArtifactError(f"{path}: already exists", "choose another --out, or pass --force to replace it")
+            raise ArtifactError(f"{path}: already exists", "choose another --output, or pass --force to replace it")
     if data is None:
         if export is None or not (export / SAMPLES).is_file():
             raise UsageError("there are no rows to send", "give --data FILE, or an --export that keeps test rows")
@@ -89,7 +91,7 @@ def command(
         task,
         columns=columns,
         encoding=encoding,
-        most=most_rows,
+        most=max_rows,
         seed=0,
     )
     done = tune(

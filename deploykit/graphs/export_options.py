@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deploykit import artifacts
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
-from deploykit.quantization.calibration import METHODS, Method, is_saved
+from deploykit.quantization.calibration import METHODS, Method
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tensorrt.build import EngineOptions
 from deploykit.training.rows import read_split
@@ -35,28 +35,43 @@ _SAMPLES = 64
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """``calibration`` is the name of one of the run's splits or a data file, of which ``calibration_rows`` are used.
-    ``source`` and ``target`` are the languages of a translation checkpoint that was trained elsewhere."""
+    """What INT8 is calibrated on: ``calibration_rows`` of the run's own split ``calibration_split``, or of the data file
+    ``calibration_data``. ``source_lang`` and ``target_lang`` are the languages of a translation checkpoint that was
+    trained elsewhere."""
 
-    calibration: str = "train"
+    calibration_split: str = "train"
+    calibration_data: str | None = None
     calibration_rows: int = 512
     encoding: str | None = None
-    source: str | None = None
-    target: str | None = None
+    source_lang: str | None = None
+    target_lang: str | None = None
+
+    @property
+    def calibration(self) -> str:
+        """The name of a split, or a data file."""
+        return self.calibration_data or self.calibration_split
 
     def check(self) -> None:
+        if self.calibration_split not in SPLITS:
+            raise UsageError(
+                f"--calibration-split is {self.calibration_split!r}",
+                f"choose one of: {', '.join(SPLITS)}; a file of rows is --calibration-data",
+            )
+        if self.calibration_data is not None and self.calibration_split != CalibrationOptions.calibration_split:
+            raise UsageError("--calibration-split and --calibration-data are both given", "leave one out")
         if self.calibration_rows < 1:
             raise UsageError(f"--calibration-rows is {self.calibration_rows}", "give 1 or more")
 
 
 @dataclass(frozen=True)
 class ExportOptions(CalibrationOptions):
-    """``calibration`` may also be what ``deploykit calibrate`` wrote. ``data`` is a file of rows to
+    """``calib`` is the folder of a calibration that ``deploykit calibrate`` wrote. ``data`` is a file of rows to
     measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
     ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``smooth_quant`` is SmoothQuant's alpha (None:
     without). ``trt``: also build TensorRT engines."""
 
     int8: bool = False
+    calib: str | None = None
     method: Method = "minmax"
     max_drop: float = 0.5
     data: str | None = None
@@ -64,14 +79,26 @@ class ExportOptions(CalibrationOptions):
     smooth_quant: float | None = None
     trt: EngineOptions | None = None
 
+    def with_precisions(self) -> ExportOptions:
+        """Return the options with the precisions of engines that none were named for, and INT8 where an engine needs it."""
+        if self.trt is None:
+            return self
+        precisions = self.trt.precisions or (("fp16", "int8") if self.int8 else ("fp16",))
+        trt = dataclasses.replace(self.trt, precisions=precisions)
+        return dataclasses.replace(self, int8=self.int8 or "int8" in precisions, trt=trt)
+
     def check(self) -> None:
         super().check()
         if self.method not in METHODS:
             raise UsageError(f"unknown --method {self.method!r}", f"choose one of: {', '.join(METHODS)}")
         if self.measure_rows < 0:
             raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
-        if is_saved(self.calibration) and self.calibration_rows != CalibrationOptions.calibration_rows:
-            raise UsageError("--calibration-rows is for rows, and --calibration has collected its own", "leave it out")
+        if self.calib is not None:
+            for name in ("calibration_split", "calibration_data", "calibration_rows"):
+                if getattr(self, name) != getattr(CalibrationOptions, name):
+                    raise UsageError(
+                        f"--{name.replace('_', '-')} is for rows, and --calib has collected its own", "leave it out"
+                    )
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
         if self.smooth_quant is not None:
@@ -79,10 +106,10 @@ class ExportOptions(CalibrationOptions):
                 raise UsageError("--smooth-quant changes INT8 graphs alone", "add --int8")
             if not 0 <= self.smooth_quant <= 1:
                 raise UsageError(f"--smooth-quant is {self.smooth_quant}", "give an alpha from 0 to 1")
-            if is_saved(self.calibration):
+            if self.calib is not None:
                 raise UsageError(
-                    f"--smooth-quant changes what is calibrated, and {self.calibration} was collected without it",
-                    "give a split of the run or a file of rows as --calibration, or leave one out",
+                    f"--smooth-quant changes what is calibrated, and {self.calib} was collected without it",
+                    "give --calibration-split or --calibration-data in place of --calib, or leave one out",
                 )
         if self.trt is not None:
             self.trt.check()
@@ -111,7 +138,7 @@ def pick_rows(
     for kept in (name, "validation") if name == "test" else (name,):
         if (checkpoint / "splits" / f"{kept}.jsonl").is_file():
             return read_split(checkpoint, kept, kind)
-    option = "--data" if split == "test" else "--calibration"
+    option = "--data" if split == "test" else "--calibration-data"
     raise DataError(
         f"{checkpoint}: holds no {name} rows (only what deploykit finetune wrote does)",
         f"give a file of rows with {option}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -44,6 +45,20 @@ def export_half_classifier(model: Any, path: Path, kind: torch.dtype) -> None:
     """
     _trace(copy.deepcopy(model).to(kind), path, HALF_OPSET)
     onnx.checker.check_model(onnx.load(path))
+
+
+def save_hub_files(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write config.json and the tokenizer's files beside the graphs, as ``optimum-cli export onnx`` lays them out.
+
+    With them, optimum's ``ORTModelFor...`` classes and transformers.js open the export.
+    """
+    model.config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 knows it by this name, and so does 5
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _trace(model: Any, path: Path, opset: int) -> None:

@@ -61,7 +61,7 @@ def find_board(target: str) -> str:
     """The key in ``BOARDS`` of what was typed, with or without ``jetson-``. Raises UsageError."""
     name = target.lower().removeprefix("jetson-")
     if name not in BOARDS:
-        raise UsageError(f"unknown --target {target!r}", f"choose one of: {', '.join(BOARDS)}")
+        raise UsageError(f"unknown --device {target!r}", f"choose one of: {', '.join(BOARDS)}")
     return name
 
 

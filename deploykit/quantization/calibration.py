@@ -116,7 +116,7 @@ def load_calibration(folder: Path, parent: str) -> Calibration:
     if manifest.parent != parent:
         raise ArtifactError(
             f"{folder}: was collected from the graph of another checkpoint: of {manifest.parent}, and this is {parent}",
-            "collect one of this checkpoint with deploykit calibrate, or name rows with --calibration",
+            "collect one of this checkpoint with deploykit calibrate, or leave --calib out",
         )
     with np.load(folder / _HISTOGRAMS) as arrays:
         names, low, high, counts = (arrays[key] for key in ("names", "low", "high", "counts"))

@@ -12,7 +12,7 @@ from deploykit.errors import ArtifactError
 Record = Mapping[str, Any]
 
 _SERVERS = ("serving", "serving-shape")
-_REMEDY = "pass what deploykit bench --out or a suite under bench/ wrote"
+_REMEDY = "pass what deploykit bench --output or a suite under bench/ wrote"
 
 
 def read_record(path: Path) -> Record:

@@ -124,7 +124,7 @@ class Gpu:
         if result == _OUT_OF_MEMORY:
             raise EngineError(
                 "the GPU is out of memory",
-                "end what else uses it (nvidia-smi), serve fewer --instances, or export with a --profile of smaller batches",
+                "end what else uses it (nvidia-smi), serve fewer --instances, or export with smaller --maxShapes",
             )
         if result:
             text = c_char_p()

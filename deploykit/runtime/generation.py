@@ -14,7 +14,7 @@ MAX_ROWS = 64
 """Rows (sentences x beams) that are decoded at once, unless a packaged model's config says otherwise."""
 
 PARAMETERS = (
-    "beam_size",
+    "num_beams",
     "max_new_tokens",
     "min_new_tokens",
     "length_penalty",
@@ -23,6 +23,8 @@ PARAMETERS = (
     "repetition_penalty",
 )
 """Request parameters and command line options; the rest of a ``Generation`` is the checkpoint's own."""
+RENAMED = {"beam_size": "num_beams"}
+"""Earlier names of parameters, which clients may still send, and those of today."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ def override(task: DecodedTask, given: Mapping[str, Any], *, max_beams: int = MA
     """
     changes: dict[str, Any] = {}
     for name, value in given.items():
-        if name not in PARAMETERS:
+        parameter = RENAMED.get(name, name)
+        if parameter not in PARAMETERS:
             raise UsageError(f"unknown parameter {name}", f"known ones: {', '.join(PARAMETERS)}")
-        if name == "beam_size":
+        if parameter == "num_beams":
             changes["beam_size"] = _whole(name, value, 1, min(max_beams, task.vocabulary // 4))
         elif name == "max_new_tokens":
             changes["max_length"] = 1 + _whole(name, value, 1, task.max_target_length - 1)

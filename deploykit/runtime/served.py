@@ -18,10 +18,10 @@ import tritonclient.http as triton
 from numpy.typing import NDArray
 
 from deploykit.errors import DeploykitError, RequestError, ServerError, UsageError
+from deploykit.runtime.serving_settings import DEFAULT_URL as DEFAULT_URL
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of_parameters
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 _MAX_REQUEST_BYTES = 8 << 20  # well below Triton's limit of 64 MiB for a request's body
 _FIRST_ROW = "row 0 of TEXT: "  # begins the refusal of a request without a good row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")

@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 from deploykit.errors import UsageError
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+"""HTTP address of a server on this machine."""
 LongInput = Literal["split", "refuse"]
 """What becomes of a text that is longer than the model takes: split at sentence ends, or refused."""
 _MAY_BE_ZERO = (

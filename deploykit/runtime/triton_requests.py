@@ -10,14 +10,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from deploykit.errors import DeploykitError
+from deploykit.errors import DeploykitError, ServerError
 from deploykit.hardware import threads_of_each
 from deploykit.text import MAX_TEXT_CHARS
 
 INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": [1]}
 
 
-class RefusedError(Exception):
+class RefusedError(ServerError):
     """A request that gets an error instead of an answer; the others beside it do not notice."""
 
     def __init__(self, message: str, code: Any = None) -> None:

@@ -23,6 +23,7 @@ from deploykit.data.texts import TextRow, row_columns
 from deploykit.errors import DataError, RequestError, UsageError
 from deploykit.tasks.protocol import Answer, Predictor, Progress
 from deploykit.tasks.registry import task_of
+from deploykit.text import normalize
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,14 @@ class AnsweredRow:
             return f"{self.origin}: {self.error}"
         score = self.answer.columns.get("score")
         return self.answer.text if score is None else f"{self.answer.text or '-':<16} {score:.4f}  {self.text}"
+
+
+def rows_of(texts: Sequence[str]) -> list[TextRow]:
+    """Return texts as rows, named by their numbers from 1; one without a character has a problem."""
+    return [
+        TextRow(f"text {i}", text or None, None if text else "the text is empty")
+        for i, text in enumerate(map(normalize, texts), start=1)
+    ]
 
 
 def answer_rows(predictor: Predictor, rows: Sequence[TextRow], generation: Any = None) -> list[AnsweredRow]:

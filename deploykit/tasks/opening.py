@@ -13,8 +13,6 @@ from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.registry import get_task, task_of, task_of_checkpoint
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
     from deploykit.tasks.classification.predictor import TextClassifier
     from deploykit.tasks.translation.predictor import TextTranslator
 
@@ -59,10 +57,6 @@ def open_classifier(target: str, **where: Any) -> TextClassifier:
 
 def open_translator(target: str, **where: Any) -> TextTranslator:
     return cast("TextTranslator", open_for("translation", target, **where))
-
-
-def is_translator(predictor: Predictor) -> TypeIs[TextTranslator]:
-    return predictor.task.name == "translation"
 
 
 def open_graph(

@@ -36,7 +36,7 @@ class Training(Protocol):
         """Return the dataclass of a run's options (``FinetuneOptions``); its new fields become options of ``finetune``."""
 
     def training_stage(self, options: Any) -> Any:
-        """Return what reads, cleans and splits the rows and trains (``deploykit.finetune.run.Stage``)."""
+        """Return what reads, cleans and splits the rows and trains (``deploykit.stages.finetune.Stage``)."""
 
     def model_card(
         self, facts: Any, origin: str, metrics: Mapping[str, Any], held_out: str, rows: int
@@ -134,7 +134,7 @@ class Measuring(Protocol):
 
 
 class Task(Training, Exporting, Serving, Measuring, Protocol):
-    """A task: its facts, its words in messages, and what each stage needs of it."""
+    """A task. ``name`` is what ``--task`` takes and a manifest has, ``facts`` the class of what is kept of a model."""
 
     name: str
     facts: type[TaskFacts]

@@ -44,7 +44,18 @@ TRANSLATOR_GRAPHS = {p: (f"encoder.trt.{p}.onnx", f"decoder.trt.{p}.onnx", f"sha
 GPU = r"portable|this-gpu|sm_\d{2,3}"
 """What names a GPU, as a regular expression."""
 BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")
-_UNITS = {"": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {
+    "": 1,
+    "K": 1 << 10,
+    "M": 1 << 20,
+    "G": 1 << 30,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+}
 _AXES = {"batch": "batch", "rows": "batch", "tokens": "length", "source": "length", "target": "past"}
 """Dimensions of graphs' inputs, and the axes of a profile that they are of."""
 _LAYER = re.compile(
@@ -79,17 +90,17 @@ class Profile:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """As typed: ``profiles`` like ``batch=1:8:32,length=16:64:128``, of a translator with ``past=1:32:128`` (none: one
-    over all lengths), ``workspace`` like ``1GiB``, ``target`` ``portable``, ``this-gpu`` or a compute capability like
-    ``sm_86``. ``command`` is the export's own, but for builder and target: whoever cannot load an engine is told it."""
+    """As typed: ``precisions`` (none: fp16, and in an export with INT8 also int8), ``profiles`` like ``batch=1:8:32,length=16:64:128``, of a translator with ``past=1:32:128`` (none: one
+    over all lengths), ``workspace`` like ``1GiB``, ``gpu`` ``portable``, ``this-gpu`` or a compute capability like
+    ``sm_86``. ``command`` is the export's own, but for builder and GPU: whoever cannot load an engine is told it."""
 
-    precisions: tuple[str, ...] = ("fp16",)
+    precisions: tuple[str, ...] = ()
     profiles: tuple[str, ...] = ()
     workspace: str = "1GiB"
-    target: str = "portable"
+    gpu: str = "portable"
     timing_cache: str | None = None
     builder: str = "auto"
-    command: str = "deploykit export CHECKPOINT --out EXPORT --trt"
+    command: str = "deploykit export CHECKPOINT --output-dir EXPORT --trt"
 
     def check(self) -> None:
         """Raises UsageError naming the option."""
@@ -98,9 +109,9 @@ class EngineOptions:
                 raise UsageError(f"unknown --precision {precision!r}", f"choose one of: {', '.join(PRECISIONS)}")
         if self.builder not in BUILDERS:
             raise UsageError(f"unknown --builder {self.builder!r}", f"choose one of: {', '.join(BUILDERS)}")
-        if not re.fullmatch(GPU, self.target):
+        if not re.fullmatch(GPU, self.gpu):
             raise UsageError(
-                f"unknown --target {self.target!r}", "give portable, this-gpu, or a compute capability like sm_86"
+                f"unknown --gpu {self.gpu!r}", "give portable, this-gpu, or a compute capability like sm_86"
             )
         parse_size(self.workspace)
         for profile in self.profiles:
@@ -112,31 +123,88 @@ def parse_profile(text: str, limits: Limits | None = None) -> Profile:
     model yet). Raises UsageError saying what is wrong with it."""
     axes = {"batch": 0, **(limits or {"length": 0, "past": 0})}
     usual = {"batch": "1:8:32", "length": "16:64:128", "past": "1:32:128"}
-    remedy = f"give --profile like {','.join(f'{axis}={usual[axis]}' for axis in axes)} (least:usual:most)"
+    shapes = shapes_of_profile(",".join(f"{axis}={usual[axis]}" for axis in axes))
+    remedy = "give shapes like " + " ".join(f"{option} {shape}" for option, shape in shapes.items())
     ranges: dict[str, Range] = {}
     for part in text.split(","):
         axis, _, numbers = part.strip().partition("=")
         if axis not in axes:
-            raise UsageError(f"--profile {text}: unknown axis {axis!r}", remedy)
+            raise UsageError(f"profile {text}: unknown axis {axis!r}", remedy)
         if not re.fullmatch(r"\d{1,9}:\d{1,9}:\d{1,9}", numbers):
-            raise UsageError(f"--profile {text}: {axis} must be three numbers, not {numbers!r}", remedy)
+            raise UsageError(f"profile {text}: {axis} must be three numbers, not {numbers!r}", remedy)
         least, opt, most = map(int, numbers.split(":"))
         if not 1 <= least <= opt <= most:
-            raise UsageError(f"--profile {text}: {axis} must grow from 1 or more: {numbers}", remedy)
+            raise UsageError(f"profile {text}: {axis} must grow from 1 or more: {numbers}", remedy)
         if axes[axis] and most > axes[axis]:
-            raise UsageError(f"--profile {text}: the model takes a {axis} of up to {axes[axis]}, not {most}", remedy)
+            raise UsageError(f"profile {text}: the model takes a {axis} of up to {axes[axis]}, not {most}", remedy)
         ranges[axis] = least, opt, most
     for axis in axes:
         if axis not in ranges and (axis != "past" or limits):
-            raise UsageError(f"--profile {text}: {axis} is missing", remedy)
+            raise UsageError(f"profile {text}: {axis} is missing", remedy)
     return Profile({axis: ranges[axis] for axis in axes if axis in ranges})
+
+
+_SHAPES = ("--minShapes", "--optShapes", "--maxShapes")
+_SHAPE_AXES = {"input_ids": ("batch", "length"), "attention_mask": ("batch", "length"), "past": ("past",)}
+"""Axes of the shapes that a user gives, by input; ``past`` is the positions of a decoder's caches."""
+
+
+def profiles_of_shapes(minimum: Sequence[str], optimum: Sequence[str], maximum: Sequence[str]) -> tuple[str, ...]:
+    """Return a profile for each triple of shapes, which are typed as trtexec takes them: ``input_ids:8x64,past:64``.
+
+    Raises UsageError naming the option.
+    """
+    given = dict(zip(_SHAPES, (minimum, optimum, maximum)))
+    if len({len(shapes) for shapes in given.values()}) > 1:
+        counts = ", ".join(f"{option} {len(shapes)} times" for option, shapes in given.items())
+        raise UsageError(f"a profile is three shapes, and there are {counts}", "give each option once for each profile")
+    return tuple(
+        ",".join(
+            f"{axis}={':'.join(str(shape.get(axis, '?')) for shape in shapes)}"
+            for axis in {a: 0 for s in shapes for a in s}
+        )
+        for shapes in zip(*([_axes(option, text) for text in texts] for option, texts in given.items()))
+    )
+
+
+def _axes(option: str, text: str) -> dict[str, int]:
+    """Return the size of each axis that ``input_ids:8x64`` names."""
+    axes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, numbers = part.strip().partition(":")
+        names = _SHAPE_AXES.get(name)
+        if names is None or not re.fullmatch(r"\d{1,9}(x\d{1,9})*", numbers) or numbers.count("x") + 1 != len(names):
+            raise UsageError(
+                f"{option} {text}: {part.strip()!r} is no shape of an input",
+                "give it like input_ids:8x64 (rows x tokens), for a translator input_ids:8x64,past:64",
+            )
+        for axis, size in zip(names, map(int, numbers.split("x"))):
+            if axes.setdefault(axis, size) != size:
+                raise UsageError(f"{option} {text}: {axis} is both {axes[axis]} and {size}", "give one size")
+    return axes
+
+
+def shapes_of_profile(text: str) -> dict[str, str]:
+    """Return the options and shapes that ``profiles_of_shapes`` makes the profile ``text`` of."""
+    ranges = {axis: numbers.split(":") for axis, _, numbers in (part.partition("=") for part in text.split(","))}
+    return {
+        option: f"input_ids:{ranges['batch'][i]}x{ranges['length'][i]}"
+        + (f",past:{ranges['past'][i]}" if "past" in ranges else "")
+        for i, option in enumerate(_SHAPES)
+    }
+
+
+def workspace_of_pools(text: str) -> str:
+    """Return the size that ``workspace:1GiB`` names; as with trtexec, MiB without a unit. ``1GiB`` alone is taken too."""
+    size = text.strip().removeprefix("workspace:")
+    return f"{size}MiB" if size.isdigit() and size != text.strip() else size
 
 
 def parse_size(text: str) -> int:
     """Bytes of ``1GiB``, ``512MiB`` and the like. Raises UsageError."""
     match = re.fullmatch(r"(\d{1,12})\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or not int(match[1]):
-        raise UsageError(f"--workspace {text!r} is no size", "give one like 512MiB or 1GiB")
+        raise UsageError(f"--memPoolSize {text!r} is no size", "give one like workspace:512MiB or workspace:1GiB")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
@@ -148,7 +216,7 @@ def choose_builder(name: str) -> str:
         name = next((each for each in names if here[each]), "rtx")
     if not here[name]:
         package = {
-            "tensorrt": "install NVIDIA's TensorRT: pip install tensorrt (from NVIDIA's index)",
+            "tensorrt": "pip install 'deploykit[tensorrt]'",
             "trtexec": "put trtexec on the PATH: it comes with NVIDIA's TensorRT packages and containers",
             "rtx": "pip install 'deploykit[rtx]'",
         }[name]
@@ -166,17 +234,17 @@ def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
     if builder == "rtx":
         if options.timing_cache:
             raise UsageError(
-                "--timing-cache: TensorRT-RTX keeps none, it chooses kernels on the GPU", "leave --timing-cache out"
+                "--timingCacheFile: TensorRT-RTX keeps none, it chooses kernels on the GPU", "leave it out"
             )
         known = importlib.import_module(BINDINGS["rtx"]).ComputeCapability.__members__
-        if options.target.replace("sm_", "SM") not in known and options.target.startswith("sm_"):
+        if options.gpu.replace("sm_", "SM") not in known and options.gpu.startswith("sm_"):
             targets = [name.replace("SM", "sm_") for name in known if name.startswith("SM")]
             raise UsageError(
-                f"TensorRT-RTX builds nothing for --target {options.target}", f"choose one of: {', '.join(targets)}"
+                f"TensorRT-RTX builds nothing for --gpu {options.gpu}", f"choose one of: {', '.join(targets)}"
             )
-    elif options.target.startswith("sm_"):
+    elif options.gpu.startswith("sm_"):
         raise UsageError(
-            f"{builder} builds for the GPU at hand, not for --target {options.target}",
+            f"{builder} builds for the GPU at hand, not for --gpu {options.gpu}",
             "give this-gpu or portable, or --builder rtx",
         )
     if builder != "rtx" and not has_gpu():
@@ -184,8 +252,8 @@ def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
             f"--builder {builder} needs an NVIDIA GPU and its driver, and there is none here",
             "give --builder rtx, which builds without one, or check nvidia-smi",
         )
-    if options.target == "this-gpu" and not has_gpu():
-        raise UsageError("--target this-gpu: there is no NVIDIA driver here", "give portable, or one like sm_86")
+    if options.gpu == "this-gpu" and not has_gpu():
+        raise UsageError("--gpu this-gpu: there is no NVIDIA driver here", "give portable, or one like sm_86")
     default = {axis: (1, min(64, most), most) for axis, most in limits.items()}
     profiles = [parse_profile(text, limits) for text in options.profiles]
     return builder, profiles or [Profile({"batch": (1, 8, 32), **default})]
@@ -211,7 +279,7 @@ def build_engine(
     that a model of these ``limits`` does not allow.
     """
     builder, profiles = plan(options, limits)
-    target = Gpu().capability if options.target == "this-gpu" else options.target
+    target = Gpu().capability if options.gpu == "this-gpu" else options.gpu
     engine = graph.with_name(f"{graph.stem}.{builder}-{target}.engine")
     graph_digest = digest_path(graph)
     made_of = [graph_digest, *([] if weights is None else [digest_path(weights)])]
@@ -271,7 +339,7 @@ def _build(
         precision=precision,
         builder=builder,
         version=version,
-        target=options.target,
+        target=options.gpu,
         profiles=tuple(map(str, profiles)),
         workspace_bytes=parse_size(options.workspace),
         seconds=round(time.monotonic() - started, 2),
@@ -309,13 +377,16 @@ def _build_here(
     config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, parse_size(options.workspace))
-    _aim(trt, builder, config, options.target)
+    _aim(trt, builder, config, options.gpu)
     for profile in profiles:
         shapes = maker.create_optimization_profile()
         for name, dimensions in inputs.items():
             shapes.set_shape(name, *profile.shapes(dimensions))
         if config.add_optimization_profile(shapes) < 0:
-            raise ExportError(f"{builder} refuses the profile {profile}: {last_error(lines)}", "give another --profile")
+            raise ExportError(
+                f"{builder} refuses the profile {profile}: {last_error(lines)}",
+                "give other --minShapes, --optShapes and --maxShapes",
+            )
     cache = Path(options.timing_cache) if options.timing_cache else None
     if cache is not None:
         config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
@@ -356,9 +427,9 @@ def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportErr
     if re.search(
         r"out ?of ?memory|(insufficient|not enough|failed to allocate) \w*\s?memory|killed", reason, re.IGNORECASE
     ):
-        remedy = "give a smaller --workspace, a --profile of smaller batches or lengths, or free memory"
+        remedy = "give a smaller --memPoolSize, --maxShapes of smaller batches or lengths, or free memory"
     elif re.search(r"profile", reason, re.IGNORECASE):
-        remedy = "give a --profile that fits every input of the graph"
+        remedy = "give --minShapes, --optShapes and --maxShapes that fit every input of the graph"
     elif re.search(r"cuda|driver", reason, re.IGNORECASE):
         remedy = "check nvidia-smi, and that the driver is as new as TensorRT wants; --builder rtx needs none"
     return ExportError(f"{builder} cannot build {graph.name}: {reason}", remedy)
@@ -395,7 +466,7 @@ def trtexec_command(
         for i, option in enumerate(("minShapes", "optShapes", "maxShapes")):
             each = [f"{name}:{'x'.join(map(str, of[i]))}" for name, of in shapes.items()]
             command.append(f"--{option}={','.join(each)}")
-    if options.target == "portable":
+    if options.gpu == "portable":
         command.append("--hardwareCompatibilityLevel=ampere+")
     if options.timing_cache:
         command.append(f"--timingCacheFile={options.timing_cache}")

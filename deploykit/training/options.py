@@ -10,6 +10,23 @@ from typing import Any, ClassVar
 
 from deploykit.errors import UsageError
 
+RENAMED: Mapping[str, str] = {
+    "max_rows": "max_train_samples",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "accumulation": "gradient_accumulation_steps",
+    "schedule": "lr_scheduler_type",
+    "warmup": "warmup_ratio",
+    "label_smoothing": "label_smoothing_factor",
+    "early_stopping": "early_stopping_patience",
+    "lora_rank": "lora_r",
+    "source": "source_lang",
+    "target": "target_lang",
+    "beam": "num_beams",
+}
+"""Earlier names of options, which the command line and TOML files written before still have, and those of today:
+Hugging Face's, from ``TrainingArguments``, its example scripts, ``LoraConfig`` and ``GenerationConfig``."""
+
 
 @dataclass(frozen=True)
 class FinetuneOptions:
@@ -23,23 +40,23 @@ class FinetuneOptions:
     encoding: str | None = None
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
-    max_rows: int = 0
+    max_train_samples: int = 0
     max_length: int = 128
-    epochs: float = 3.0
+    num_train_epochs: float = 3.0
     max_steps: int = 0
-    accumulation: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-5
     optimizer: str = "adamw"
-    schedule: str = "linear"
-    warmup: float = 0.1
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = 0.1
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     dropout: float | None = None
-    label_smoothing: float = 0.0
-    early_stopping: int = 0
+    label_smoothing_factor: float = 0.0
+    early_stopping_patience: int = 0
     eval_steps: int = 0
     mixed_precision: str = "no"
-    lora_rank: int = 0
+    lora_r: int = 0
     lora_alpha: int = 16
     seed: int = 0
 
@@ -47,19 +64,19 @@ class FinetuneOptions:
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         "validation_fraction": (0, 0.9),
         "test_fraction": (0, 0.9),
-        "warmup": (0, 1),
+        "warmup_ratio": (0, 1),
         "weight_decay": (0, 1),
-        "label_smoothing": (0, 0.99),
+        "label_smoothing_factor": (0, 0.99),
         "dropout": (0, 0.99),
         "learning_rate": (1e-12, 10),
-        "epochs": (1e-6, 1e6),
+        "num_train_epochs": (1e-6, 1e6),
         "max_steps": (0, 10**9),
-        "max_rows": (0, 10**12),
+        "max_train_samples": (0, 10**12),
         "max_length": (3, 100_000),
-        "accumulation": (1, 100_000),
-        "early_stopping": (0, 10**6),
+        "gradient_accumulation_steps": (1, 100_000),
+        "early_stopping_patience": (0, 10**6),
         "eval_steps": (0, 10**9),
-        "lora_rank": (0, 4096),
+        "lora_r": (0, 4096),
         "lora_alpha": (1, 65536),
         "max_grad_norm": (0, 1e9),
     }

@@ -87,9 +87,9 @@ def read_rows(kind: RowSource[Raw, Row, Columns], options: FinetuneOptions, say:
             raise DataError(
                 f"{options.train}: every row is also in --validation or --test", "give other rows to train on"
             )
-    if options.max_rows and len(train) > options.max_rows:
-        train = kind.take(train, options.max_rows)
-        say(f"  {len(train):,} of them are used (--max-rows)")
+    if options.max_train_samples and len(train) > options.max_train_samples:
+        train = kind.take(train, options.max_train_samples)
+        say(f"  {len(train):,} of them are used (--max-train-samples)")
     train, validation, test = kind.split(
         train,
         validation=0 if splits["validation"] else options.validation_fraction,

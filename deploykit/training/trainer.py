@@ -48,22 +48,22 @@ def arguments(
 
     The best evaluation is the one with the highest metric "selection". Checkpoints go to ``work``.
     """
-    steps_per_epoch = math.ceil(batches / options.accumulation)
-    total = options.max_steps or math.ceil(steps_per_epoch * options.epochs)
+    steps_per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
+    total = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
     every = options.eval_steps or max(
         math.ceil(total / _MOST_EVALUATIONS),
         min(steps_per_epoch, math.ceil(total / 3), _MOST_STEPS_BETWEEN_CHECKPOINTS),
     )
     return kind(
         output_dir=str(work),
-        num_train_epochs=options.epochs,
+        num_train_epochs=options.num_train_epochs,
         max_steps=options.max_steps or -1,
         per_device_eval_batch_size=64,
-        gradient_accumulation_steps=options.accumulation,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=options.learning_rate,
         optim=_OPTIMIZERS[options.optimizer],
-        lr_scheduler_type=options.schedule,
-        warmup_steps=math.ceil(options.warmup * total),
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=math.ceil(options.warmup_ratio * total),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         bf16=options.mixed_precision == "bf16" or (options.mixed_precision == "auto" and computes_bf16()),
@@ -101,8 +101,8 @@ def computes_bf16() -> bool:
 def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
     """TensorBoard's logs, progress, and early stopping where it is asked for."""
     found: list[Any] = [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
-    if options.early_stopping:
-        found.append(EarlyStoppingCallback(options.early_stopping))
+    if options.early_stopping_patience:
+        found.append(EarlyStoppingCallback(options.early_stopping_patience))
     return found
 
 
@@ -128,7 +128,7 @@ def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Coll
 
     adapter = LoraConfig(
         task_type=TaskType[task_type],
-        r=options.lora_rank,
+        r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=0.05,
         target_modules="all-linear",

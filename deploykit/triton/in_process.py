@@ -24,7 +24,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from deploykit.errors import DeploykitError
+from deploykit.errors import DeploykitError, EngineError
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +45,12 @@ class Tensor:
         return self._array
 
 
-class TritonError(Exception):
-    """Why a request has no answer. ``code`` is one of those below."""
+class TritonError:
+    """Why a request has no answer: part of a response, not raised, as in Triton. ``code`` is one of those below."""
 
     UNKNOWN, INTERNAL, NOT_FOUND, INVALID_ARG, UNAVAILABLE, UNSUPPORTED, ALREADY_EXISTS, CANCELLED = range(8)
 
     def __init__(self, message: str, code: int = INTERNAL) -> None:
-        super().__init__(message)
         self._message, self._code = message, code
 
     def message(self) -> str:
@@ -61,7 +60,7 @@ class TritonError(Exception):
         return self._code
 
 
-class TritonModelException(Exception):
+class TritonModelException(EngineError):
     """A model that cannot be loaded."""
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import deploykit
-from deploykit.errors import ServerError
+from deploykit.errors import RequestError, ServerError
 from deploykit.triton.in_process import InferenceRequest, InferenceResponse, InProcessModel, TritonError
 
 MAX_BODY_BYTES = 64 << 20
@@ -43,12 +43,11 @@ class Answer:
     header_length: int | None = None
 
 
-class _Bad(Exception):
+class _Bad(RequestError):
     """A request that is not understood: HTTP 400, or ``status``."""
 
     def __init__(self, message: str, status: int = 400) -> None:
-        super().__init__(message)
-        self.status = status
+        super().__init__(message, status)
 
 
 def answer(model: InProcessModel, method: str, path: str, body: bytes, header_length: int | None) -> Answer:

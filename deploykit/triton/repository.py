@@ -94,6 +94,15 @@ def package(
     return Packaged(path, name, int(path.name), manifest, reused=reused, config_kept=kept)
 
 
+def refuse_ignored(model: Path, setting: str) -> None:
+    """Raise UsageError if the folder of a model has a config.pbtxt, which is kept: ``setting`` would do nothing."""
+    if (model / CONFIG).exists():
+        raise UsageError(
+            f"{model / CONFIG} already exists and is kept, so {setting} has no effect",
+            "edit that file, or pass --overwrite-config to replace it",
+        )
+
+
 def container_command(packaged: Packaged) -> str | None:
     """What serves the repository of a model whose engine runs on a GPU, in NVIDIA's container; None for others."""
     engine = next((file for file in packaged.manifest.files if file.endswith(".engine")), None)

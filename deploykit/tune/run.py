@@ -62,7 +62,7 @@ def open_subject(name: str, repository: Path, export: Path | None) -> Subject:
         names = ", ".join(models) or "none"
         raise ArtifactError(
             f"{repository}: has no packaged model {name!r} (it has: {names})",
-            f"run deploykit package EXPORT --name {name} --repository {repository}, or check the name",
+            f"run deploykit package EXPORT --name {name} --model-repository {repository}, or check the name",
         )
     model = models[name]
     if model.problem is not None:
@@ -75,7 +75,7 @@ def open_subject(name: str, repository: Path, export: Path | None) -> Subject:
     if export is not None and load_manifest(export, "export").digest != manifest.parent:
         raise ArtifactError(
             f"{export}: is not the export that {version} was packaged from",
-            f"run deploykit package {export} --name {name} --repository {repository} first, or name the other export",
+            f"run deploykit package {export} --name {name} --model-repository {repository} first, or name the other export",
         )
     return Subject(name, version, manifest, (model.path / CONFIG).read_text(encoding="utf-8"), export)
 

@@ -81,8 +81,8 @@ def checkpoint(
     """MiniLM after a few steps on the small file."""
     out = tmp_path_factory.mktemp("runs") / "a"
     done = deploykit(
-        "finetune", "--model", minilm, "--train", small_csv, "--out", out,
-        "--max-steps", 24, "--batch-size", 16, "--max-length", 48, "--learning-rate", 1e-4,
+        "finetune", minilm, "--train", small_csv, "--output-dir", out,
+        "--max-steps", 24, "--per-device-train-batch-size", 16, "--max-length", 48, "--learning-rate", 1e-4,
     )  # fmt: skip
     assert done.code == 0, done.err
     return out
@@ -93,7 +93,7 @@ def exported(deploykit: Callable[..., Typed], checkpoint: Path, tmp_path_factory
     """The short run as ONNX and INT8."""
     out = tmp_path_factory.mktemp("exports") / "a"
     # 90 test rows: one answer that tips over is a point, and this fixture is not about accuracy.
-    done = deploykit("export", checkpoint, "--out", out, "--int8", "--max-drop", 10, "--calibration-rows", 64)
+    done = deploykit("export", checkpoint, "--output-dir", out, "--int8", "--max-drop", 10, "--calibration-rows", 64)
     assert done.code == 0, done.err
     return out
 

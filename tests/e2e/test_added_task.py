@@ -21,6 +21,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tests" / "packages" / "token_classification"
 TEXT = "w1 w11 w50 w22"
+ROWS = 200
 LABELS = "B-PER I-PER O B-LOC"
 
 # Types several commands in one process, which imports torch once, and tells what it has imported.
@@ -77,7 +78,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sentences in which a word alone decides its label, as a CoNLL file."""
     draw = random.Random(0)
     blocks = []
-    for _ in range(240):
+    for _ in range(ROWS):
         lines: list[str] = []
         for _ in range(draw.randint(2, 5)):
             kind = draw.random()
@@ -109,12 +110,12 @@ def made(type_all: Type, rows: Path, make_tiny_checkpoint: Any, tmp_path_factory
     bert = make_tiny_checkpoint(folder / "bert", initializer_range=0.05)
     checkpoint, export, repository = folder / "ner", folder / "export", folder / "models"
     commands: dict[str, tuple[object, ...]] = {
-        "finetune": ("finetune", "--task", "token-classification", "--model", bert, "--train", rows, "--out", checkpoint,
-                     "--epochs", 6, "--learning-rate", 3e-3, "--max-length", 32, "--json"),
-        "export": ("export", checkpoint, "--out", export, "--int8", "--calibration-rows", 64, "--max-drop", 5, "--json"),
-        "predict": ("predict", "--model", checkpoint, TEXT),
+        "finetune": ("finetune", "--task", "token-classification", bert, "--train", rows, "--output-dir", checkpoint,
+                     "--num-train-epochs", 6, "--learning-rate", 3e-3, "--max-length", 32, "--json"),
+        "export": ("export", checkpoint, "--output-dir", export, "--int8", "--calibration-rows", 64, "--max-drop", 5, "--json"),
+        "predict": ("predict", checkpoint, TEXT),
         "evaluate": ("evaluate", export, "--data", rows, "--engine", "onnxruntime", "--precision", "fp32", "--json"),
-        "package": ("package", export, "--name", "ner", "--repository", repository, "--json"),
+        "package": ("package", export, "--name", "ner", "--model-repository", repository, "--json"),
         "inspect": ("inspect", export),
     }  # fmt: skip
     typed = dict(zip(commands, type_all(*commands.values())))
@@ -128,7 +129,7 @@ def served(made: Made, environment: dict[str, str], tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("server")
     ready, log = folder / "ready.json", folder / "log"
     ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
-    command = (sys.executable, "-m", "deploykit", "serve", "--repository", str(made.repository), *ports,
+    command = (sys.executable, "-m", "deploykit", "serve", "--model-repository", str(made.repository), *ports,
                "--ready-file", str(ready))  # fmt: skip
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
@@ -142,6 +143,44 @@ def served(made: Made, environment: dict[str, str], tmp_path_factory: pytest.Tem
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows.jsonl, whose words stand in a column of an unusual name."""
+    folder = tmp_path_factory.mktemp("tables")
+    records: list[dict[str, object]] = [{"mine": TEXT.split()}, {"mine": None}, {"mine": "w2 w12"}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def asked(made: Made, served: str, rows: Path, tables: Path, type_all: Type) -> dict[str, Typed]:
+    """What was asked of the export and of the served model, in a process that has imported nothing else."""
+    at, texts = ("--model", "ner", "--url", served), (TEXT, "", "w2 w12")
+    file = ("predict", made.export, "--input", tables / "rows.jsonl", "--output", tables / "a.jsonl")
+    commands: dict[str, tuple[object, ...]] = {
+        "local": ("predict", made.export, *texts),
+        "served": ("predict", *at, *texts),
+        "detailed": ("predict", *at, TEXT, "--json"),
+        "evaluate": ("evaluate", "ner", "--url", served, "--data", rows, "--json"),
+        "undetected": file,
+        "file": (*file, "--words-column", "mine"),
+        "column": ("predict", *at, TEXT, "--text-column", "x"),
+        "translate": ("translate", *at, TEXT),
+        "setting": (
+            "package",
+            made.export,
+            "--name",
+            "other",
+            "--model-repository",
+            made.repository,
+            "--max-num-seqs",
+            5,
+        ),
+        "bundle": ("bundle", made.export, "--device", "orin-nano", "--jetpack", "6.2", "--output", tables / "b.tar.gz"),
+    }
+    return dict(zip(commands, type_all(*commands.values())))
 
 
 def test_it_is_trained_and_described_by_its_own_metrics(made: Made) -> None:
@@ -168,19 +207,10 @@ def test_it_is_exported_with_parity_and_in_int8(made: Made) -> None:
         assert session.run(None, {"input_ids": ids, "attention_mask": ids})[0].shape == (*shape, 4)
 
 
-def test_every_form_of_it_answers_word_by_word(made: Made, served: str, rows: Path, type_all: Type) -> None:
+def test_every_form_of_it_answers_word_by_word(made: Made, asked: dict[str, Typed]) -> None:
     assert made.typed["predict"].out == f"{LABELS}\n"
-    local, asked, detailed, measured, *refused = type_all(
-        ("predict", "--model", made.export, TEXT, "", "w2 w12"),
-        ("predict", "--model", "ner", "--url", served, TEXT, "", "w2 w12"),
-        ("predict", "--model", "ner", "--url", served, TEXT, "--json"),
-        ("evaluate", "ner", "--url", served, "--data", rows, "--json"),
-        ("predict", "--model", "ner", "--url", served, TEXT, "--text-column", "x"),
-        ("translate", "--model", "ner", "--url", served, TEXT),
-        ("package", made.export, "--name", "other", "--repository", made.repository, "--max-rows", 5),
-    )
-    assert local.out == asked.out == f"{LABELS}\ntext 2: the text is empty\nB-PER I-PER\n"
-    assert json.loads(detailed.out)["results"][0] == {
+    assert asked["local"].out == asked["served"].out == f"{LABELS}\ntext 2: the text is empty\nB-PER I-PER\n"
+    assert json.loads(asked["detailed"].out)["results"][0] == {
         "origin": "text 1",
         "text": TEXT,
         "words": TEXT.split(),
@@ -190,27 +220,30 @@ def test_every_form_of_it_answers_word_by_word(made: Made, served: str, rows: Pa
             {"type": "LOC", "text": "w22", "start": 3, "end": 4},
         ],
     }
-    record, expected = json.loads(measured.out), json.loads(made.typed["evaluate"].out)
-    assert (record["rows"], expected["rows"]) == (240, 240)
+    assert all(done.light for done in asked.values()), "a serving half imports torch"
+
+
+def test_the_served_model_is_as_good_as_the_export(made: Made, asked: dict[str, Typed]) -> None:
+    record, expected = json.loads(asked["evaluate"].out), json.loads(made.typed["evaluate"].out)
+    assert (record["rows"], expected["rows"]) == (ROWS, ROWS)
     assert record["metrics"]["entity_f1"] == pytest.approx(expected["metrics"]["entity_f1"], abs=0.02)
-    assert all(done.light for done in (local, asked, detailed, measured)), "a serving half imports torch"
-    assert [done.code for done in refused] == [2, 2, 2]
-    assert "--text-column is not for a model that labels words" in refused[0].err
-    assert "labels words, it does not translate" in refused[1].err
 
 
-def test_files_of_rows_are_answered_by_the_tasks_own_columns(made: Made, type_all: Type, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    records: list[dict[str, object]] = [{"mine": TEXT.split()}, {"mine": None}, {"mine": "w2 w12"}]
-    rows.write_text("".join(json.dumps(record) + "\n" for record in records))
-    words = ("predict", "--model", made.export, "--input", rows, "--output", tmp_path / "a.jsonl")
-    detected, done = type_all(words, (*words, "--words-column", "mine"))
-    assert detected.code == 1
-    assert "give --words-column" in detected.err
-    assert done.code == 0, done.err
-    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+def test_files_of_rows_are_answered_by_the_tasks_own_columns(asked: dict[str, Typed], tables: Path) -> None:
+    assert asked["undetected"].code == 1
+    assert "give --words-column" in asked["undetected"].err
+    assert asked["file"].code == 0, asked["file"].err
+    answers = [json.loads(line) for line in (tables / "a.jsonl").read_text().splitlines()]
     assert [answer.get("labels") for answer in answers] == [LABELS.split(), None, ["B-PER", "I-PER"]]
     assert answers[1]["error"] == "the text is missing"
+
+
+def test_what_is_another_tasks_is_refused(asked: dict[str, Typed]) -> None:
+    assert [asked[name].code for name in ("column", "translate", "setting", "bundle")] == [2, 2, 2, 2]
+    assert "--text-column is not for a model that labels words" in asked["column"].err
+    assert "labels words, it does not translate" in asked["translate"].err
+    assert "max_rows is a setting of translation" in asked["setting"].err
+    assert "no bundle for a Jetson" in asked["bundle"].err
 
 
 def test_no_file_of_deploykit_names_it() -> None:

@@ -29,7 +29,7 @@ GOOD = "text,label\n" + "".join(
         (b"text,label\na,b,c,d\n", (), 1, ["t.csv", "2"]),
         (b"text,label\n,x\n,y\n", (), 1, ["usable"]),
         (GOOD.encode(), ("--encoding", "klingon"), 2, ["klingon"]),
-        (GOOD.encode(), ("--epochs", "-1"), 2, ["--epochs"]),
+        (GOOD.encode(), ("--num-train-epochs", "-1"), 2, ["--num-train-epochs"]),
         (GOOD.encode(), ("--max-length", "100000"), 2, ["--max-length", "512"]),
         (GOOD.encode(), ("--optimizer", "magic"), 2, ["--optimizer"]),
         (GOOD.encode(), ("--test", "nowhere.csv"), 1, ["nowhere.csv"]),
@@ -47,7 +47,7 @@ def test_bad_training_data_and_options(
 ) -> None:
     (tmp_path / "t.csv").write_bytes(content)
     got, out, err = deploykit(
-        "finetune", "--model", minilm, "--train", tmp_path / "t.csv", "--out", tmp_path / "out", *words, "--json"
+        "finetune", minilm, "--train", tmp_path / "t.csv", "--output-dir", tmp_path / "out", *words, "--json"
     )
     assert got == code, err
     for part in named:
@@ -60,8 +60,8 @@ def test_bad_training_data_and_options(
 def test_a_label_never_seen_in_training(deploykit: Deploykit, minilm: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(GOOD)
     (tmp_path / "x.csv").write_text("text,label\nhello,good\nnew,superb\n")
-    code, _, err = deploykit("finetune", "--model", minilm, "--train", tmp_path / "t.csv", "--test", tmp_path / "x.csv",
-                             "--out", tmp_path / "o")  # fmt: skip
+    code, _, err = deploykit("finetune", minilm, "--train", tmp_path / "t.csv", "--test", tmp_path / "x.csv",
+                             "--output-dir", tmp_path / "o")  # fmt: skip
     assert code == 1
     assert "superb" in err
     assert "x.csv:3" in err
@@ -88,7 +88,7 @@ def test_models_that_are_none(deploykit: Deploykit, minilm: Path, tiny_export: P
                 (model / name).unlink()
         else:
             (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    code, _, err = deploykit("finetune", "--model", model, "--train", tmp_path / "t.csv", "--out", tmp_path / "o")
+    code, _, err = deploykit("finetune", model, "--train", tmp_path / "t.csv", "--output-dir", tmp_path / "o")
     assert code == 1
     assert expected in err
     assert not (tmp_path / "o").exists()
@@ -97,20 +97,20 @@ def test_models_that_are_none(deploykit: Deploykit, minilm: Path, tiny_export: P
 def test_a_model_that_is_neither_here_nor_on_the_hub(deploykit: Deploykit, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(GOOD)
     code, _, err = deploykit(
-        "finetune", "--model", "nobody/nothing", "--train", tmp_path / "t.csv", "--out", tmp_path / "o"
+        "finetune", "nobody/nothing", "--train", tmp_path / "t.csv", "--output-dir", tmp_path / "o"
     )
     assert code == 1
     assert "nobody/nothing" in err
 
 
 def test_an_export_where_a_checkpoint_is_wanted(deploykit: Deploykit, tiny_export: Path, tmp_path: Path) -> None:
-    code, _, err = deploykit("export", tiny_export, "--out", tmp_path / "o")
+    code, _, err = deploykit("export", tiny_export, "--output-dir", tmp_path / "o")
     assert code == 1
     assert "is an export, but a checkpoint is wanted" in err
 
 
 def test_a_checkpoint_where_an_export_is_wanted(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
-    code, _, err = deploykit("package", checkpoint, "--name", "x", "--repository", tmp_path / "r")
+    code, _, err = deploykit("package", checkpoint, "--name", "x", "--model-repository", tmp_path / "r")
     assert code == 1
     assert "is a checkpoint, but an export is wanted" in err
     assert not (tmp_path / "r" / "x" / "1").exists()
@@ -119,7 +119,7 @@ def test_a_checkpoint_where_an_export_is_wanted(deploykit: Deploykit, checkpoint
 def test_what_stands_there_is_kept_without_force(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "notes.txt").write_text("mine")
-    code, _, err = deploykit("export", checkpoint, "--out", tmp_path / "o")
+    code, _, err = deploykit("export", checkpoint, "--output-dir", tmp_path / "o")
     assert code == 1
     assert "--force" in err
     assert (tmp_path / "o" / "notes.txt").read_text() == "mine"
@@ -132,7 +132,7 @@ def test_a_full_disk_in_the_middle_of_an_export(deploykit: Deploykit, checkpoint
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:
-        code, _, err = deploykit("export", checkpoint, "--out", disk / "e")
+        code, _, err = deploykit("export", checkpoint, "--output-dir", disk / "e")
         assert code == 1
         assert str(disk) in err
         assert list(disk.iterdir()) == []
@@ -143,24 +143,24 @@ def test_a_full_disk_in_the_middle_of_an_export(deploykit: Deploykit, checkpoint
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
-        (("predict", "--model", "nobody", "hello"), 1, "deploykit serve"),
-        (("predict", "--model", "nobody"), 2, "--input"),
-        (("predict", "--model", "nobody", "--input", "x.csv"), 2, "--output"),
-        (("predict", "--model", "no/where", "hello"), 1, "no/where"),
+        (("predict", "nobody", "hello"), 1, "deploykit serve"),
+        (("predict", "nobody"), 2, "--input"),
+        (("predict", "nobody", "--input", "x.csv"), 2, "--output"),
+        (("predict", "no/where", "hello"), 1, "no/where"),
         (("evaluate", "nobody", "--data", "x.csv"), 1, "127.0.0.1:9"),
         (("evaluate", "nobody", "--data", "x.csv", "--url", "ftp://x"), 2, "ftp://x"),
-        (("serve", "--repository", "nowhere"), 1, "nowhere"),
+        (("serve", "--model-repository", "nowhere"), 1, "nowhere"),
         (("inspect", "nowhere"), 1, "nowhere"),
         (("bench", "nowhere/at/all", "--data", "x.csv"), 1, "nowhere"),
-        (("calibrate", "no/such/run", "--out", "x"), 1, "no such model folder"),
-        (("calibrate", "runs", "--out", "x", "--calibration-rows", "0"), 2, "--calibration-rows is 0"),
-        (("export", "runs", "--out", "x", "--method", "guess"), 2, "guess"),
-        (("export", "runs", "--out", "x", "--precision", "fp16"), 2, "add --trt"),
-        (("export", "runs", "--out", "x", "--target", "sm_86"), 2, "add --trt"),
-        (("export", "runs", "--out", "x", "--trt", "--precision", "fp8"), 2, "fp8"),
-        (("export", "runs", "--out", "x", "--trt", "--profile", "batch=4"), 2, "--profile batch=4"),
-        (("export", "runs", "--out", "x", "--trt", "--workspace", "much"), 2, "--workspace"),
-        (("export", "runs", "--out", "x", "--trt", "--target", "sm_86", "--target", "sm_89"), 2, "given twice"),
+        (("calibrate", "no/such/run", "--output-dir", "x"), 1, "no such model folder"),
+        (("calibrate", "runs", "--output-dir", "x", "--calibration-rows", "0"), 2, "--calibration-rows is 0"),
+        (("export", "runs", "--output-dir", "x", "--method", "guess"), 2, "guess"),
+        (("export", "runs", "--output-dir", "x", "--precision", "fp16"), 2, "add --trt"),
+        (("export", "runs", "--output-dir", "x", "--gpu", "sm_86"), 2, "add --trt"),
+        (("export", "runs", "--output-dir", "x", "--trt", "--precision", "fp8"), 2, "fp8"),
+        (("export", "runs", "--output-dir", "x", "--trt", "--maxShapes", "batch=4"), 2, "--maxShapes batch=4"),
+        (("export", "runs", "--output-dir", "x", "--trt", "--memPoolSize", "much"), 2, "--memPoolSize"),
+        (("export", "runs", "--output-dir", "x", "--trt", "--gpu", "sm_86", "--target", "sm_89"), 2, "two are given"),
         (("dance",), 2, "dance"),
     ],
 )
@@ -179,7 +179,7 @@ def test_names_that_lead_nowhere(
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 def test_texts_that_no_one_expects(deploykit: Deploykit, exported: Path, engine: str) -> None:
     texts = ["😀" * 50, "我爱你", "مرحبا بالعالم", "a\x00b", "x" * 100_000, "\u202eright to left", "\ufffd"]
-    code, out, err = deploykit("predict", "--model", exported, "--engine", engine, "--json", *texts, "  ")
+    code, out, err = deploykit("predict", exported, "--engine", engine, "--json", *texts, "  ")
     assert code == 0, err
     results = json.loads(out)["results"]
     assert [set(r) >= {"label", "score"} for r in results] == [True] * len(texts) + [False]

@@ -42,7 +42,7 @@ def archive(
     write_manifest(export, "export", task, inputs="tiny")
     out = export.parent / "tiny-orin.tar.gz"
     code, printed, err = deploykit(
-        "bundle", export, "--target", "jetson-orin-nano", "--jetpack", "6.2", "--out", out, "--json"
+        "bundle", export, "--device", "jetson-orin-nano", "--jetpack", "6.2", "--output", out, "--json"
     )
     assert code == 0, err
     record = json.loads(printed)
@@ -163,7 +163,7 @@ def test_a_translator_from_an_empty_folder_to_a_served_and_measured_model(
     deploykit: Deploykit, tiny_translation_to_bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "fr.tar.gz"
-    words = ("--target", "orin-nx", "--jetpack", "6.2", "--name", "fr", "--out", out)
+    words = ("--device", "orin-nx", "--jetpack", "6.2", "--name", "fr", "--output", out)
     code, printed, err = deploykit("bundle", tiny_translation_to_bundle, *words, "--json")
     assert code == 0, err
     record = json.loads(printed)
@@ -253,10 +253,10 @@ def test_the_pythons_of_jetpack(deploykit: Deploykit, archive: Path, tmp_path: P
     if found is None:
         pytest.skip(f"there is no Python {python} on this machine")
     out = tmp_path / "tiny.tar.gz"
-    words = ("bundle", archive.parent / "tiny", "--target", "agx-orin", "--jetpack", jetpack, "--out", out)
+    words = ("bundle", archive.parent / "tiny", "--device", "agx-orin", "--jetpack", jetpack, "--output", out)
     code, _, err = deploykit(*words)
     assert code == 0, err
-    code, _, err = deploykit("bundle", "--unpack", out, "--out", tmp_path / "device")
+    code, _, err = deploykit("unpack", out, "--output-dir", tmp_path / "device")
     assert code == 0, err
     bundle = tmp_path / "device" / "tiny-agx-orin"
     install = [found, "-m", "pip", "install", "--quiet", "--no-deps", "--target", "site", "-r", "wheels.txt"]
@@ -269,13 +269,21 @@ def test_the_pythons_of_jetpack(deploykit: Deploykit, archive: Path, tmp_path: P
 def test_wrong_usage(deploykit: Deploykit, archive: Path, tmp_path: Path) -> None:
     export = archive.parent / "tiny"
     for words, code, named in (
-        ((export, "--out", tmp_path / "x"), 2, "--target and --jetpack are required"),
-        ((export, "--target", "nano", "--jetpack", "6.2", "--out", tmp_path / "x"), 2, "unknown --target 'nano'"),
-        ((export, "--target", "thor", "--jetpack", "6.2", "--out", tmp_path / "x"), 2, "give --jetpack 7.0 or newer"),
-        ((export, "--target", "thor", "--jetpack", "7.0", "--out", archive), 1, "exists"),
-        ((export, "--target", "thor", "--jetpack", "7.0", "--out", tmp_path / "x", "--public-key", "k"), 2, "--unpack"),
-        (("--unpack", archive, "--out", tmp_path / "x", "--name", "n"), 2, "--unpack takes only --out"),
-        (("--unpack", tmp_path / "none", "--out", tmp_path / "x"), 1, "no such file"),
+        ((export, "--output", tmp_path / "x"), 2, "--device and --jetpack are required"),
+        ((export, "--device", "nano", "--jetpack", "6.2", "--output", tmp_path / "x"), 2, "unknown --device 'nano'"),
+        (
+            (export, "--device", "thor", "--jetpack", "6.2", "--output", tmp_path / "x"),
+            2,
+            "give --jetpack 7.0 or newer",
+        ),
+        ((export, "--device", "thor", "--jetpack", "7.0", "--output", archive), 1, "exists"),
+        (
+            (export, "--device", "thor", "--jetpack", "7.0", "--output", tmp_path / "x", "--public-key", "k"),
+            2,
+            "deploykit unpack",
+        ),
+        (("--unpack", archive, "--output", tmp_path / "x", "--name", "n"), 2, "--unpack takes only --out"),
+        (("--unpack", tmp_path / "none", "--output", tmp_path / "x"), 1, "no such file"),
     ):
         got, _, err = deploykit("bundle", *words)
         assert got == code, err

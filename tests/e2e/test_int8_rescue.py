@@ -16,7 +16,7 @@ from deploykit.artifacts import load_manifest
 from deploykit.runtime.engines.native_library import lacks
 
 Deploykit = Callable[..., tuple[int, str, str]]
-TRAINING = ("--batch-size", 32, "--max-length", 24, "--seed", 3)
+TRAINING = ("--per-device-train-batch-size", 32, "--max-length", 24, "--seed", 3)
 
 
 def write_rows(path: Path, count: int, seed: int) -> Path:
@@ -48,7 +48,7 @@ def run(
     """A small classifier that knows the task."""
     folder = tmp_path_factory.mktemp("run")
     model = make_tiny_checkpoint(folder / "random", initializer_range=0.05)
-    code, out, err = deploykit("finetune", "--model", model, *given(rows), "--out", folder / "a", "--max-steps", 250,
+    code, out, err = deploykit("finetune", model, *given(rows), "--output-dir", folder / "a", "--max-steps", 250,
                                "--learning-rate", 4e-3, *TRAINING, "--json")  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["metrics"]["macro_f1"] > 0.9, "it learned the task"
@@ -59,7 +59,7 @@ def run(
 def kept(deploykit: Deploykit, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A calibration of it."""
     out = tmp_path_factory.mktemp("kept") / "c"
-    code, _, err = deploykit("calibrate", run, "--out", out, "--calibration-rows", 16)
+    code, _, err = deploykit("calibrate", run, "--output-dir", out, "--calibration-rows", 16)
     assert code == 0, err
     return out
 
@@ -93,15 +93,15 @@ def macro_f1(exported: dict[str, Any], precision: str, engine: str) -> float:
 def test_training_for_int8_loses_less_than_calibration_alone(
     deploykit: Deploykit, with_outliers: Path, rows: dict[str, Path], tmp_path: Path
 ) -> None:
-    words = ("--int8", "--max-drop", 100, "--data", rows["test"], "--calibration", rows["train"], "--json")
-    code, out, err = deploykit("export", with_outliers, "--out", tmp_path / "ptq", *words)
+    words = ("--int8", "--max-drop", 100, "--data", rows["test"], "--calibration-data", rows["train"], "--json")
+    code, out, err = deploykit("export", with_outliers, "--output-dir", tmp_path / "ptq", *words)
     assert code == 0, err
     calibrated = json.loads(out)
-    code, out, err = deploykit("finetune", "--model", with_outliers, *given(rows), "--qat", "--qat-method", "mse", "--out",
+    code, out, err = deploykit("finetune", with_outliers, *given(rows), "--qat", "--qat-method", "mse", "--output-dir",
                                tmp_path / "run", "--max-steps", 100, "--learning-rate", 5e-4, *TRAINING, "--json")  # fmt: skip
     assert code == 0, err
     record = json.loads(out)
-    code, out, err = deploykit("export", tmp_path / "run", "--out", tmp_path / "qat", *words[:3], "--json")
+    code, out, err = deploykit("export", tmp_path / "run", "--output-dir", tmp_path / "qat", *words[:3], "--json")
     assert code == 0, err
     trained = json.loads(out)
 
@@ -138,8 +138,19 @@ def test_a_killed_training_for_int8_continues_to_the_same_end(
             if state.global_step == 7:
                 raise KeyboardInterrupt
 
-    words = ("finetune", "--model", run, "--qat", "--max-steps", 9, "--eval-steps", 3, "--batch-size", 16, "--json")
-    code, out, err = deploykit(*words, "--out", tmp_path / "whole")
+    words = (
+        "finetune",
+        run,
+        "--qat",
+        "--max-steps",
+        9,
+        "--eval-steps",
+        3,
+        "--per-device-train-batch-size",
+        16,
+        "--json",
+    )
+    code, out, err = deploykit(*words, "--output-dir", tmp_path / "whole")
     assert code == 0, err
     whole = json.loads(out)
     splits = json.loads((run / "manifest.json").read_text())["metrics"]["rows"]
@@ -147,17 +158,17 @@ def test_a_killed_training_for_int8_continues_to_the_same_end(
     with monkeypatch.context() as patch:
         callbacks = trainer.callbacks
         patch.setattr(trainer, "callbacks", lambda *a: [*callbacks(*a), Kill()])
-        code, _, err = deploykit(*words, "--out", tmp_path / "killed")
+        code, _, err = deploykit(*words, "--output-dir", tmp_path / "killed")
     assert code == 130, err
     assert not (tmp_path / "killed").exists()
-    code, out, err = deploykit(*words, "--out", tmp_path / "killed")
+    code, out, err = deploykit(*words, "--output-dir", tmp_path / "killed")
     assert code == 0, err
     assert "continuing the unfinished run" in err
     assert json.loads(out)["qat"] == whole["qat"]
     assert (tmp_path / "killed" / "qat.json").read_text() == (tmp_path / "whole" / "qat.json").read_text()
     assert load_manifest(tmp_path / "killed").task == load_manifest(run).task
     code, out, err = deploykit(
-        "finetune", "--config", tmp_path / "whole" / "finetune.toml", "--out", tmp_path / "whole"
+        "finetune", "--config", tmp_path / "whole" / "finetune.toml", "--output-dir", tmp_path / "whole"
     )
     assert code == 0, err
     assert "training for INT8" in out
@@ -166,7 +177,7 @@ def test_a_killed_training_for_int8_continues_to_the_same_end(
 
 def test_smooth_quant_is_an_option_of_the_export(deploykit: Deploykit, run: Path, tmp_path: Path) -> None:
     words = ("--int8", "--max-drop", 5, "--calibration-rows", 64, "--json")
-    code, out, err = deploykit("export", run, "--out", tmp_path / "e", "--smooth-quant", *words)
+    code, out, err = deploykit("export", run, "--output-dir", tmp_path / "e", "--smooth-quant", *words)
     assert code == 0, err
     quantization = json.loads(out)["quantization"]
     assert quantization["smooth_quant"] == {"alpha": 0.5, "folded": 0, "multiplied": 4}
@@ -174,10 +185,10 @@ def test_smooth_quant_is_an_option_of_the_export(deploykit: Deploykit, run: Path
     assert not (tmp_path / "e" / "smoothed.onnx").exists()
     kernels = {x["engine"]: x["int8_kernels"] for x in json.loads(out)["accuracy"] if x["precision"] == "int8"}
     assert kernels == {"openvino": 12, "onnxruntime": 12, **({"native": 8} if lacks() is None else {})}
-    code, _, err = deploykit("export", run, "--out", tmp_path / "e", "--smooth-quant", 0.8, *words)
+    code, _, err = deploykit("export", run, "--output-dir", tmp_path / "e", "--smooth-quant", 0.8, *words)
     assert code == 1, "another alpha is another export"
     assert "made from other inputs or options" in err
-    code, out, err = deploykit("export", run, "--out", tmp_path / "f", "--smooth-quant", 0.8, *words)
+    code, out, err = deploykit("export", run, "--output-dir", tmp_path / "f", "--smooth-quant", 0.8, *words)
     assert code == 0, err
     assert json.loads(out)["quantization"]["smooth_quant"]["alpha"] == 0.8
 
@@ -187,11 +198,11 @@ def test_int8_that_loses_too_much_leaves_no_export(
 ) -> None:
     ruined = shutil.copytree(kept, tmp_path / "c")
     with_ranges(ruined, "", 1 / 60)
-    code, _, err = deploykit("export", run, "--out", tmp_path / "e", "--int8", "--calibration", ruined)
+    code, _, err = deploykit("export", run, "--output-dir", tmp_path / "e", "--int8", "--calib", ruined)
     assert code == 1
     assert "points of macro-F1, more than --max-drop 0.5" in err
     assert "pytorch" in err, "the measured table"
-    assert f"deploykit finetune --model {run} --qat" in err
+    assert f"deploykit finetune {run} --qat" in err
     assert list(tmp_path.iterdir()) == [ruined]
 
 
@@ -200,7 +211,7 @@ def test_layers_that_int8_ruins_stay_in_fp32(
 ) -> None:
     ruined = shutil.copytree(kept, tmp_path / "c")
     with_ranges(ruined, "layer.0", 1 / 5000)
-    code, out, err = deploykit("export", run, "--out", tmp_path / "e", "--int8", "--calibration", ruined,
+    code, out, err = deploykit("export", run, "--output-dir", tmp_path / "e", "--int8", "--calib", ruined,
                                "--max-drop", 5, "--json")  # fmt: skip
     assert code == 0, err
     quantization = json.loads(out)["quantization"]
@@ -229,13 +240,13 @@ def test_layers_that_int8_ruins_stay_in_fp32(
     [
         (("export", "RUN", "--smooth-quant"), 2, "--int8"),
         (("export", "RUN", "--int8", "--smooth-quant", "1.5"), 2, "from 0 to 1"),
-        (("export", "RUN", "--int8", "--smooth-quant", "--calibration", "KEPT"), 2, "was collected without it"),
-        (("finetune", "--model", "RUN", "--qat-method", "mse", "--train", "ROWS"), 2, "--qat-method is for --qat"),
-        (("finetune", "--model", "RUN", "--qat", "--lora-rank", "4"), 2, "--lora-rank"),
-        (("finetune", "--model", "RUN", "--qat", "--multi-label"), 2, "leave out --multi-label"),
-        (("finetune", "--model", "RUN"), 2, "--train is missing"),
-        (("finetune", "--model", "RUN", "--qat", "--train", "OTHER", "--max-length", "24"), 1, "'superb'"),
-        (("finetune", "--task", "translation", "--from-config", "marian-tiny", "--source", "en", "--target", "fr",
+        (("export", "RUN", "--int8", "--smooth-quant", "--calib", "KEPT"), 2, "was collected without it"),
+        (("finetune", "RUN", "--qat-method", "mse", "--train", "ROWS"), 2, "--qat-method is for --qat"),
+        (("finetune", "RUN", "--qat", "--lora-r", "4"), 2, "--lora-r"),
+        (("finetune", "RUN", "--qat", "--multi-label"), 2, "leave out --multi-label"),
+        (("finetune", "RUN"), 2, "--train is missing"),
+        (("finetune", "RUN", "--qat", "--train", "OTHER", "--max-length", "24"), 1, "'superb'"),
+        (("finetune", "--task", "translation", "--from-config", "marian-tiny", "--source-lang", "en", "--target-lang", "fr",
           "--train", "ROWS", "--qat"), 2, "--qat is for --task classification"),
     ],
 )  # fmt: skip
@@ -251,7 +262,7 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     (tmp_path / "other.jsonl").write_text(rows["test"].read_text() + '\n{"text": "w1", "label": "superb"}\n')
     places = {"RUN": run, "ROWS": rows["train"], "OTHER": tmp_path / "other.jsonl", "KEPT": kept}
-    got, _, err = deploykit(*(places.get(word, word) for word in words), "--out", tmp_path / "o")
+    got, _, err = deploykit(*(places.get(word, word) for word in words), "--output-dir", tmp_path / "o")
     assert got == code, err
     assert named in err
     assert "remedy" in err
@@ -263,11 +274,11 @@ def test_a_checkpoint_with_ranges_of_its_own_takes_no_others(
 ) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "qat.json").write_text('{"scales": {"bert.pooler.dense": 0.1}, "method": "minmax", "rows": 1}')
-    for words in (("--method", "mse"), ("--smooth-quant",), ("--calibration", kept)):
-        code, _, err = deploykit("export", tmp_path / "run", "--out", tmp_path / "e", "--int8", *words)
+    for words in (("--method", "mse"), ("--smooth-quant",), ("--calib", kept)):
+        code, _, err = deploykit("export", tmp_path / "run", "--output-dir", tmp_path / "e", "--int8", *words)
         assert code == 2
         assert "ranges of its own" in err
-    code, _, err = deploykit("export", tmp_path / "run", "--out", tmp_path / "e", "--int8")
+    code, _, err = deploykit("export", tmp_path / "run", "--output-dir", tmp_path / "e", "--int8")
     assert code == 1
     assert "qat.json: has no scale for the input of" in err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -47,11 +47,13 @@ def test_a_run_holds_all_that_is_promised(checkpoint: Path) -> None:
 
 
 def test_a_saved_toml_repeats_the_run(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
-    code, out, err = deploykit("finetune", "--config", checkpoint / "finetune.toml", "--out", checkpoint, "--json")
+    code, out, err = deploykit(
+        "finetune", "--config", checkpoint / "finetune.toml", "--output-dir", checkpoint, "--json"
+    )
     assert code == 0, err
     assert json.loads(out)["reused"], "the same options are the same inputs"
     (tmp_path / "bad.toml").write_text("learning_rat = 1e-5")
-    code, _, err = deploykit("finetune", "--config", tmp_path / "bad.toml", "--out", tmp_path / "x")
+    code, _, err = deploykit("finetune", "--config", tmp_path / "bad.toml", "--output-dir", tmp_path / "x")
     assert code == 2
     assert "learning_rat" in err
 
@@ -60,10 +62,10 @@ def test_finetune_takes_the_options_of_trainer(
     deploykit: Deploykit, minilm: Path, small_csv: Path, tmp_path: Path
 ) -> None:
     code, out, err = deploykit(
-        "finetune", "--model", minilm, "--train", small_csv, "--out", tmp_path / "r", "--max-rows", 120, "--max-steps", 4,
-        "--batch-size", 8, "--accumulation", 2, "--max-length", 32, "--optimizer", "sgd", "--schedule", "cosine",
-        "--warmup", 0.2, "--weight-decay", 0.1, "--dropout", 0.2, "--label-smoothing", 0.1, "--class-weights", "balanced",
-        "--early-stopping", 2, "--eval-steps", 2, "--seed", 7, "--json",
+        "finetune", minilm, "--train", small_csv, "--output-dir", tmp_path / "r", "--max-train-samples", 120, "--max-steps", 4,
+        "--per-device-train-batch-size", 8, "--gradient-accumulation-steps", 2, "--max-length", 32, "--optimizer", "sgd", "--lr-scheduler-type", "cosine",
+        "--warmup-ratio", 0.2, "--weight-decay", 0.1, "--dropout", 0.2, "--label-smoothing-factor", 0.1, "--class-weights", "balanced",
+        "--early-stopping-patience", 2, "--eval-steps", 2, "--seed", 7, "--json",
     )  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["labels"] == ["negative", "neutral", "positive"]
@@ -72,11 +74,22 @@ def test_finetune_takes_the_options_of_trainer(
 
 
 def test_lora_is_merged_at_export(deploykit: Deploykit, minilm: Path, small_csv: Path, tmp_path: Path) -> None:
-    words = ("--max-rows", 120, "--max-steps", 4, "--batch-size", 8, "--max-length", 32, "--lora-rank", 4)
-    code, _, err = deploykit("finetune", "--model", minilm, "--train", small_csv, "--out", tmp_path / "r", *words)
+    words = (
+        "--max-train-samples",
+        120,
+        "--max-steps",
+        4,
+        "--per-device-train-batch-size",
+        8,
+        "--max-length",
+        32,
+        "--lora-r",
+        4,
+    )
+    code, _, err = deploykit("finetune", minilm, "--train", small_csv, "--output-dir", tmp_path / "r", *words)
     assert code == 0, err
     assert (tmp_path / "r" / "adapter_model.safetensors").stat().st_size < 5_000_000
-    code, out, err = deploykit("export", tmp_path / "r", "--out", tmp_path / "e", "--json")
+    code, out, err = deploykit("export", tmp_path / "r", "--output-dir", tmp_path / "e", "--json")
     assert code == 0, err
     assert json.loads(out)["parity"]["max_difference"] < 1e-3
 
@@ -89,12 +102,12 @@ def test_multi_label_goes_all_the_way(deploykit: Deploykit, minilm: Path, tmp_pa
     ]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, out, err = deploykit(
-        "finetune", "--model", minilm, "--train", tmp_path / "t.jsonl", "--out", tmp_path / "r", "--multi-label",
-        "--max-steps", 6, "--batch-size", 8, "--max-length", 16, "--json",
+        "finetune", minilm, "--train", tmp_path / "t.jsonl", "--output-dir", tmp_path / "r", "--multi-label",
+        "--max-steps", 6, "--per-device-train-batch-size", 8, "--max-length", 16, "--json",
     )  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["labels"] == ["cat", "dog"]
-    code, out, err = deploykit("export", tmp_path / "r", "--out", tmp_path / "e", "--json")
+    code, out, err = deploykit("export", tmp_path / "r", "--output-dir", tmp_path / "e", "--json")
     assert code == 0, err
     code, out, err = deploykit("evaluate", tmp_path / "e", "--data", tmp_path / "t.jsonl", "--json")
     assert code == 0, err
@@ -106,13 +119,13 @@ def test_multi_label_goes_all_the_way(deploykit: Deploykit, minilm: Path, tmp_pa
 def test_a_killed_run_continues_to_the_same_end(
     deploykit: Deploykit, minilm: Path, small_csv: Path, tmp_path: Path
 ) -> None:
-    words = ("finetune", "--model", minilm, "--train", small_csv, "--max-rows", 300, "--max-steps", 12, "--eval-steps", 3,
-             "--batch-size", 8, "--max-length", 32, "--json")  # fmt: skip
-    code, out, err = deploykit(*words, "--out", tmp_path / "whole")
+    words = ("finetune", minilm, "--train", small_csv, "--max-train-samples", 300, "--max-steps", 12, "--eval-steps", 3,
+             "--per-device-train-batch-size", 8, "--max-length", 32, "--json")  # fmt: skip
+    code, out, err = deploykit(*words, "--output-dir", tmp_path / "whole")
     assert code == 0, err
     whole = json.loads(out)
     process = subprocess.Popen(
-        [sys.executable, "-m", "deploykit", *map(str, words), "--out", str(tmp_path / "killed")],
+        [sys.executable, "-m", "deploykit", *map(str, words), "--output-dir", str(tmp_path / "killed")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 120
@@ -123,7 +136,7 @@ def test_a_killed_run_continues_to_the_same_end(
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed").exists(), "nothing that looks finished"
-    code, out, err = deploykit(*words, "--out", tmp_path / "killed")
+    code, out, err = deploykit(*words, "--output-dir", tmp_path / "killed")
     assert code == 0, err
     assert "continuing the unfinished run" in err
     assert json.loads(out)["metrics"] == whole["metrics"]
@@ -131,7 +144,7 @@ def test_a_killed_run_continues_to_the_same_end(
 
 
 def test_an_export_says_what_was_checked(deploykit: Deploykit, checkpoint: Path, exported: Path) -> None:
-    code, out, _ = deploykit("export", checkpoint, "--out", exported, "--int8", "--max-drop", 10, "--calibration-rows", 64,
+    code, out, _ = deploykit("export", checkpoint, "--output-dir", exported, "--int8", "--max-drop", 10, "--calibration-rows", 64,
                              "--json")  # fmt: skip
     assert code == 0
     record = json.loads(out)
@@ -149,8 +162,8 @@ def test_an_export_says_what_was_checked(deploykit: Deploykit, checkpoint: Path,
 def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Path, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where no engine was built before
-    words = ("export", checkpoint, "--out", tmp_path / "e", "--trt", "--precision", "bf16", "--precision", "int8", "--target",
-             "sm_86", "--profile", "batch=1:4:8,length=8:16:32", "--max-drop", 10, "--calibration-rows", 32, "--measure-rows",
+    words = ("export", checkpoint, "--output-dir", tmp_path / "e", "--trt", "--precision", "bf16", "--precision", "int8", "--gpu", "sm_86",
+             "--minShapes", "input_ids:1x8", "--optShapes", "input_ids:4x16", "--maxShapes", "input_ids:8x32", "--max-drop", 10, "--calibration-rows", 32, "--measure-rows",
              100, "--json")  # fmt: skip
     code, out, err = deploykit(*words)
     assert code == 0, err
@@ -165,7 +178,9 @@ def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Pat
     assert manifest.files[whole["graph"]].sha256 == whole["graph_digest"]
     assert {half["file"], whole["file"], whole["file"].replace(".engine", ".log")} <= set(manifest.files)
     assert record["size_bytes"][whole["file"]] == whole["size_bytes"]
-    assert whole["command"].startswith(f"deploykit export {checkpoint} --out {tmp_path / 'e'} --trt --precision bf16")
+    assert whole["command"].startswith(
+        f"deploykit export {checkpoint} --output-dir {tmp_path / 'e'} --trt --precision bf16"
+    )
     assert json.loads((tmp_path / "e" / whole["file"]).with_suffix(".json").read_text()) == whole
     graded = {line["precision"]: line for line in record["accuracy"]}
     assert graded["trt int8"]["agreement"] > 0.9, "the engine's graph, computed on the CPU"
@@ -179,7 +194,7 @@ def calibration(
 ) -> Path:
     """Of the short run, collected from its export."""
     out = tmp_path_factory.mktemp("calibrations") / "a"
-    words = ("calibrate", exported, "--calibration", small_csv, "--calibration-rows", 48, "--out", out)
+    words = ("calibrate", exported, "--calibration-data", small_csv, "--calibration-rows", 48, "--output-dir", out)
     code, text, err = deploykit(*words)
     assert code == 0, err
     assert "48 rows, 24 tensors" in text
@@ -204,23 +219,38 @@ def test_a_calibration_is_an_artifact_of_the_checkpoint(
     assert "48 rows, 24 tensors" in out
     assert load_manifest(calibration).parent == load_manifest(checkpoint).digest
     code, _, err = deploykit(
-        "calibrate", checkpoint, "--calibration", small_csv, "--calibration-rows", 48, "--out", tmp_path / "c"
+        "calibrate",
+        checkpoint,
+        "--calibration-data",
+        small_csv,
+        "--calibration-rows",
+        48,
+        "--output-dir",
+        tmp_path / "c",
     )
     assert code == 0, err
     assert load_manifest(tmp_path / "c").digest == load_manifest(calibration).digest, "the export's graph is its own"
 
-    code, _, err = deploykit("calibrate", exported, "--out", tmp_path / "d")
-    assert (code, "--calibration" in err) == (1, True), "an export has no rows"
+    code, _, err = deploykit("calibrate", exported, "--output-dir", tmp_path / "d")
+    assert (code, "--calibration-data" in err) == (1, True), "an export has no rows"
     cut = shutil.copytree(calibration, tmp_path / "cut")
     with (cut / "calibration.npz").open("r+b") as file:
         file.truncate(100)
-    code, _, err = deploykit("export", checkpoint, "--int8", "--calibration", cut, "--out", tmp_path / "e")
+    code, _, err = deploykit("export", checkpoint, "--int8", "--calib", cut, "--output-dir", tmp_path / "e")
     assert (code, "calibration.npz" in err) == (1, True)
     code, _, err = deploykit(
-        "export", checkpoint, "--int8", "--calibration", calibration, "--calibration-rows", 9, "--out", tmp_path / "e"
+        "export",
+        checkpoint,
+        "--int8",
+        "--calib",
+        calibration,
+        "--calibration-rows",
+        9,
+        "--output-dir",
+        tmp_path / "e",
     )
     assert (code, "--calibration-rows" in err) == (2, True)
-    code, _, err = deploykit("export", checkpoint, "--int8", "--calibration", exported, "--out", tmp_path / "e")
+    code, _, err = deploykit("export", checkpoint, "--int8", "--calib", exported, "--output-dir", tmp_path / "e")
     assert (code, "is an export, but a calibration is wanted" in err) == (1, True)
 
 
@@ -271,7 +301,7 @@ def test_predictions_stream_in_order_and_resume(
 ) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text(small_csv.read_text() + '"",neutral\n' + "x" * 100_000 + ",neutral\n", encoding="utf-8")
-    words = ("predict", "--model", exported, "--input", rows, "--json")
+    words = ("predict", exported, "--input", rows, "--json")
     code, out, err = deploykit(*words, "--output", tmp_path / "a.jsonl")
     assert code == 0, err
     assert json.loads(out) == {"output": str(tmp_path / "a.jsonl"), "rows": 902, "errors": 1, "resumed": 0}
@@ -316,10 +346,10 @@ def test_a_checkpoint_trained_elsewhere_exports_with_rows_named(
     foreign.mkdir()
     for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(checkpoint / name, foreign / name)
-    code, _, err = deploykit("export", foreign, "--out", tmp_path / "e")
+    code, _, err = deploykit("export", foreign, "--output-dir", tmp_path / "e")
     assert code == 1
     assert "--data" in err
-    code, _, err = deploykit("export", foreign, "--out", tmp_path / "e", "--data", rows)
+    code, _, err = deploykit("export", foreign, "--output-dir", tmp_path / "e", "--data", rows)
     assert code == 0, err
     code, out, err = deploykit("evaluate", foreign, "--data", rows, "--json")
     assert code == 0, err
@@ -335,7 +365,7 @@ def test_inspect_verifies(deploykit: Deploykit, exported: Path, tmp_path: Path) 
     damaged = bytearray((copy / "model.onnx").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (copy / "model.onnx").write_bytes(damaged)
-    for words in (("inspect", copy), ("predict", "--model", copy, "hello"), ("package", copy, "--name", "x")):
+    for words in (("inspect", copy), ("predict", copy, "hello"), ("package", copy, "--name", "x")):
         code, _, err = deploykit(*words)
         assert code == 1
         assert "model.onnx" in err
@@ -362,15 +392,15 @@ def test_only_what_trains_or_exports_waits_for_torch(
     checkpoint: Path, exported: Path, calibration: Path, small_csv: Path, tmp_path: Path
 ) -> None:
     made_before: list[tuple[object, ...]] = [
-        ("finetune", "--config", checkpoint / "finetune.toml", "--out", checkpoint),
-        ("export", checkpoint, "--out", exported, "--int8", "--max-drop", 10, "--calibration-rows", 64),
-        ("calibrate", exported, "--calibration", small_csv, "--calibration-rows", 48, "--out", calibration),
+        ("finetune", "--config", checkpoint / "finetune.toml", "--output-dir", checkpoint),
+        ("export", checkpoint, "--output-dir", exported, "--int8", "--max-drop", 10, "--calibration-rows", 64),
+        ("calibrate", exported, "--calibration-data", small_csv, "--calibration-rows", 48, "--output-dir", calibration),
     ]
     light: list[tuple[object, ...]] = [
         ("inspect", exported),
-        ("package", exported, "--name", "x", "--repository", tmp_path / "r"),
-        ("predict", "--model", exported, "hello"),
-        ("finetune", "--model", tmp_path / "nowhere", "--train", small_csv, "--out", tmp_path / "o"),
+        ("package", exported, "--name", "x", "--model-repository", tmp_path / "r"),
+        ("predict", exported, "hello"),
+        ("finetune", tmp_path / "nowhere", "--train", small_csv, "--output-dir", tmp_path / "o"),
     ]
     program = (
         "import json, sys; from click.testing import CliRunner; from deploykit.cli import main\n"

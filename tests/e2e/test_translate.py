@@ -31,7 +31,7 @@ def translator(make_tiny_translation: Callable[..., Path], tmp_path_factory: pyt
 
 
 def test_a_text_has_a_translation(deploykit: Deploykit, translator: Path) -> None:
-    code, out, err = deploykit("translate", "--model", translator, "The file.", "", "--json", "--beam-size", 2)
+    code, out, err = deploykit("translate", translator, "The file.", "", "--json", "--num-beams", 2)
     assert code == 0, err
     first, second = json.loads(out)["results"]
     assert set(first) == {"origin", "text", "translation", "score", "source_tokens", "target_tokens", "finish"}
@@ -43,20 +43,18 @@ def test_a_text_has_a_translation(deploykit: Deploykit, translator: Path) -> Non
 def test_a_file_keeps_its_lines(deploykit: Deploykit, translator: Path, tmp_path: Path) -> None:
     source = tmp_path / "lines.txt"
     source.write_text("\n".join(LINES) + "\n", encoding="utf-8")
-    code, out, err = deploykit(
-        "translate", "--model", translator, "--input", source, "--output", tmp_path / "o.txt", "--json"
-    )
+    code, out, err = deploykit("translate", translator, "--input", source, "--output", tmp_path / "o.txt", "--json")
     assert code == 0, err
     assert json.loads(out)["rows"] == len(LINES)
     lines = (tmp_path / "o.txt").read_text(encoding="utf-8").split("\n")
     assert len(lines) == len(LINES) + 1
     assert [i for i, line in enumerate(LINES) if not line.strip()] == [1, 3, 7]
     assert not any(lines[i] for i in (1, 3, 7))
-    code, _, err = deploykit("translate", "--model", translator, "--input", source, "--output", tmp_path / "o.jsonl")
+    code, _, err = deploykit("translate", translator, "--input", source, "--output", tmp_path / "o.jsonl")
     assert code == 0, err
     records = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [" ".join(r["translation"].split()) for r in records] == [" ".join(line.split()) for line in lines[:-1]]
-    code, _, err = deploykit("translate", "--model", translator, "--input", source, "--output", tmp_path / "o.txt")
+    code, _, err = deploykit("translate", translator, "--input", source, "--output", tmp_path / "o.txt")
     assert code == 1
     assert "--force" in err
 
@@ -66,7 +64,7 @@ def test_a_killed_file_is_taken_up_again(
 ) -> None:
     source = tmp_path / "lines.txt"
     source.write_text("\n".join(f"line {i}" for i in range(40)) + "\n")
-    words = ("translate", "--model", translator, "--input", source, "--max-new-tokens", 5, "--json")
+    words = ("translate", translator, "--input", source, "--max-new-tokens", 5, "--json")
     assert deploykit(*words, "--output", tmp_path / "whole.txt")[0] == 0
     whole = (tmp_path / "whole.txt").read_text()
 
@@ -87,16 +85,16 @@ def test_a_killed_file_is_taken_up_again(
 
 def test_a_long_text_is_split_or_refused(deploykit: Deploykit, translator: Path, tmp_path: Path) -> None:
     long = "The file could not be saved. " * 2000
-    code, out, err = deploykit("translate", "--model", translator, long, "--max-new-tokens", 4, "--json")
+    code, out, err = deploykit("translate", translator, long, "--max-new-tokens", 4, "--json")
     assert code == 0, err
     (split,) = json.loads(out)["results"]
     assert split["source_tokens"] > 32 * 10, "nothing is cut off"
-    code, _, err = deploykit("translate", "--model", translator, long, "--long-input", "refuse")
+    code, _, err = deploykit("translate", translator, long, "--long-input", "refuse")
     assert code == 1
     assert "the model takes 32" in err
     source = tmp_path / "lines.txt"
     source.write_text(f"short\n{'word ' * 10_000}\nalso short\n")
-    code, out, err = deploykit("translate", "--model", translator, "--input", source, "--output", tmp_path / "o.jsonl",
+    code, out, err = deploykit("translate", translator, "--input", source, "--output", tmp_path / "o.jsonl",
                                "--long-input", "refuse", "--json")  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["errors"] == 1
@@ -107,8 +105,8 @@ def test_a_long_text_is_split_or_refused(deploykit: Deploykit, translator: Path,
 @pytest.mark.parametrize(
     ("words", "named", "code"),
     [
-        (("--beam-size", 0), "beam_size is 0", 2),
-        (("--beam-size", 10_000), "beam_size is 10000", 2),
+        (("--num-beams", 0), "num_beams is 0", 2),
+        (("--num-beams", 10_000), "num_beams is 10000", 2),
         (("--max-new-tokens", 32), "max_new_tokens is 32", 2),
         (("--length-penalty", "nan"), "length_penalty", 2),
         (("--engine", "openvino"), "does not run translation", 2),
@@ -118,32 +116,32 @@ def test_a_long_text_is_split_or_refused(deploykit: Deploykit, translator: Path,
 def test_what_cannot_be_is_named(
     deploykit: Deploykit, translator: Path, words: tuple[object, ...], named: str, code: int
 ) -> None:
-    got, _, err = deploykit("translate", "--model", translator, "text", *words)
+    got, _, err = deploykit("translate", translator, "text", *words)
     assert (got, named in err) == (code, True), err
 
 
 def test_a_model_of_the_other_task_is_refused(deploykit: Deploykit, translator: Path, tiny_export: Path) -> None:
-    code, _, err = deploykit("translate", "--model", tiny_export, "text")
+    code, _, err = deploykit("translate", tiny_export, "text")
     assert code == 2
     assert "deploykit predict" in err
 
 
 def test_predict_answers_as_translate_does(deploykit: Deploykit, translator: Path, tmp_path: Path) -> None:
     texts = ("Save the file before you close the window.", "The quick brown fox.")
-    code, out, err = deploykit("translate", "--model", translator, *texts)
+    code, out, err = deploykit("translate", translator, *texts)
     assert code == 0, err
-    assert deploykit("predict", "--model", translator, *texts).out == out
+    assert deploykit("predict", translator, *texts).out == out
 
     rows = tmp_path / "rows.csv"
     rows.write_text("en,fr\n" + "".join(f"{text},x\n" for text in texts))
-    words = ("--model", translator, "--input", rows, "--output", tmp_path / "a.jsonl", "--source-column", "en")
+    words = (translator, "--input", rows, "--output", tmp_path / "a.jsonl", "--source-column", "en")
     code, out, err = deploykit("predict", *words)
     assert code == 0, err
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [record["text"] for record in records] == list(texts)
     assert all(set(record) == {"origin", "text", "translation", "source_tokens", "target_tokens", "finish"}
                for record in records)  # fmt: skip
-    code, _, err = deploykit("predict", "--model", translator, "text", "--text-column", "en")
+    code, _, err = deploykit("predict", translator, "text", "--text-column", "en")
     assert code == 2
     assert "--text-column is not for a model that translates" in err
 

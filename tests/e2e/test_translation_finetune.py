@@ -21,7 +21,7 @@ from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.facts import Translation
 
 Deploykit = Callable[..., tuple[int, str, str]]
-LANGUAGES = ("--task", "translation", "--source", "en", "--target", "fr")
+LANGUAGES = ("--task", "translation", "--source-lang", "en", "--target-lang", "fr")
 QUICK = ("--max-steps", 8, "--eval-steps", 4, "--max-length", 32, "--batch-tokens", 512, "--eval-rows", 8)
 
 THINGS = {"file": "fichier", "folder": "dossier", "user": "client", "network": "réseau", "page": "feuillet"}
@@ -44,7 +44,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def new_model(deploykit: Deploykit, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """marian-tiny after enough steps to have learned what stands where."""
     out = tmp_path_factory.mktemp("runs") / "new"
-    code, _, err = deploykit("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", pairs, "--out", out,
+    code, _, err = deploykit("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", pairs, "--output-dir", out,
                              "--max-steps", 150, "--eval-steps", 75, "--max-length", 32, "--batch-tokens", 512)  # fmt: skip
     assert code == 0, err
     return out
@@ -97,7 +97,7 @@ def test_pytorch_translates_the_test_rows_to_the_scores_in_the_metrics(new_model
 
 
 def test_a_saved_toml_repeats_the_run(deploykit: Deploykit, new_model: Path) -> None:
-    code, out, err = deploykit("finetune", "--config", new_model / "finetune.toml", "--out", new_model, "--json")
+    code, out, err = deploykit("finetune", "--config", new_model / "finetune.toml", "--output-dir", new_model, "--json")
     assert code == 0, err
     assert json.loads(out)["reused"], "the same options are the same inputs"
 
@@ -106,8 +106,8 @@ def test_an_export_builds_engines_of_both_graphs(deploykit: Deploykit, new_model
     pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
     profile = "batch=1:4:8,length=1:16:32,past=1:16:32"
     words = ("export", new_model, "--trt", "--precision", "bf16", "--precision", "fp16", "--precision", "int8", "--builder",
-             "rtx", "--target", "sm_86", "--calibration-rows", 32)  # fmt: skip
-    code, out, err = deploykit(*words, "--out", tmp_path / "e", "--profile", profile, "--max-drop", 20, "--json")
+             "rtx", "--gpu", "sm_86", "--calibration-rows", 32)  # fmt: skip
+    code, out, err = deploykit(*words, "--output-dir", tmp_path / "e", "--profile", profile, "--max-drop", 20, "--json")
     assert code == 0, err
     record = json.loads(out)
     assert [generation["equal"] for generation in record["parity"]["tensorrt"]["generations"]] == [record["rows"]]
@@ -128,7 +128,7 @@ def test_an_export_builds_engines_of_both_graphs(deploykit: Deploykit, new_model
     assert len(kept) == min(64, record["rows"])
     assert {row["source"] for row in kept} <= {row["source"] for row in tested}
 
-    code, _, err = deploykit(*words, "--out", tmp_path / "f", "--profile", "batch=1:4:8,length=1:16:32")
+    code, _, err = deploykit(*words, "--output-dir", tmp_path / "f", "--profile", "batch=1:4:8,length=1:16:32")
     assert (code, "past is missing" in err) == (2, True)
 
 
@@ -146,7 +146,7 @@ def test_int8_for_tensorrt_is_held_to_the_limit(
         return quantize(model, wide, *args, **options)
 
     monkeypatch.setattr(writer, "quantize", ruined)
-    code, out, err = deploykit("export", new_model, "--out", tmp_path / "e", "--trt", "--precision", "int8", "--builder",
+    code, out, err = deploykit("export", new_model, "--output-dir", tmp_path / "e", "--trt", "--precision", "int8", "--builder",
                                "rtx", "--calibration-rows", 32, "--measure-rows", 12, "--max-drop", 20, "--json")  # fmt: skip
     assert code == 0, err
     search = json.loads(out)["quantization"]["search"]
@@ -160,7 +160,9 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
 ) -> None:  # fmt: skip
     from deploykit.measurement_log import Trace
 
-    code, out, err = deploykit("calibrate", new_model, "--calibration-rows", 32, "--out", tmp_path / "c", "--json")
+    code, out, err = deploykit(
+        "calibrate", new_model, "--calibration-rows", 32, "--output-dir", tmp_path / "c", "--json"
+    )
     assert code == 0, err
     assert {"decoder.projection", "cross", "encoder.0.self.qkv"} <= set(json.loads(out)["ranges"])
     with_ranges(tmp_path / "c", "decoder.projection", 1e5)  # all that it reads is rounded to 0
@@ -174,7 +176,7 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
         return original(trace, name, measure)
 
     monkeypatch.setattr(Trace, "measured", killed)
-    words = ("export", new_model, "--int8", "--calibration", tmp_path / "c", "--out", tmp_path / "e", "--measure-rows", 12,
+    words = ("export", new_model, "--int8", "--calib", tmp_path / "c", "--output-dir", tmp_path / "e", "--measure-rows", 12,
              "--max-drop", 20)  # fmt: skip
     assert deploykit(*words)[0] == 130
     assert {p.name for p in tmp_path.iterdir()} == {"c", "e.search.json"}
@@ -190,8 +192,8 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
     again = json.loads((tmp_path / "e" / "calibration.json").read_text())
     assert again["rows"] == 32
 
-    code, _, err = deploykit("calibrate", tmp_path / "e", "--calibration", new_model / "splits" / "train.jsonl",
-                             "--calibration-rows", 32, "--out", tmp_path / "d")  # fmt: skip
+    code, _, err = deploykit("calibrate", tmp_path / "e", "--calibration-data", new_model / "splits" / "train.jsonl",
+                             "--calibration-rows", 32, "--output-dir", tmp_path / "d")  # fmt: skip
     assert code == 0, err
     collected = [load_manifest(tmp_path / name, "calibration") for name in "cd"]
     assert collected[0].parent == collected[1].parent
@@ -203,14 +205,13 @@ def test_fine_tuning_shows_before_and_after(deploykit: Deploykit, new_model: Pat
     words = (
         "finetune",
         *LANGUAGES,
-        "--model",
         new_model,
         "--train",
         pairs,
-        "--out",
+        "--output-dir",
         tmp_path / "r",
         *QUICK,
-        "--beam",
+        "--num-beams",
         3,
     )
     code, out, err = deploykit(*words, "--json")
@@ -233,9 +234,9 @@ def test_finetune_takes_the_options_of_trainer(
     lines = pairs.read_text().splitlines()
     (tmp_path / "held.tsv").write_text("\n".join(["en\tfr", *lines[1:40]]) + "\n")
     code, out, err = deploykit(
-        "finetune", *LANGUAGES, "--model", new_model, "--train", pairs, "--validation", tmp_path / "held.tsv",
-        "--out", tmp_path / "r", *QUICK, "--max-rows", 100, "--accumulation", 2, "--schedule", "inverse_sqrt",
-        "--optimizer", "sgd", "--dropout", 0.2, "--label-smoothing", 0.2, "--early-stopping", 1, "--lora-rank", 2,
+        "finetune", *LANGUAGES, new_model, "--train", pairs, "--validation", tmp_path / "held.tsv",
+        "--output-dir", tmp_path / "r", *QUICK, "--max-train-samples", 100, "--gradient-accumulation-steps", 2, "--lr-scheduler-type", "inverse_sqrt",
+        "--optimizer", "sgd", "--dropout", 0.2, "--label-smoothing-factor", 0.2, "--early-stopping-patience", 1, "--lora-r", 2,
         "--mixed-precision", "bf16", "--test-fraction", 0, "--json",
     )  # fmt: skip
     assert code == 0, err
@@ -250,11 +251,11 @@ def test_a_corpus_of_two_text_files(deploykit: Deploykit, pairs: Path, tmp_path:
     for side, language in enumerate(("en", "fr")):
         (tmp_path / f"corpus.{language}").write_text("\n".join(line[side] for line in lines) + "\n")
     words = ("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", tmp_path / "corpus", *QUICK)
-    code, out, err = deploykit(*words, "--out", tmp_path / "r", "--json")
+    code, out, err = deploykit(*words, "--output-dir", tmp_path / "r", "--json")
     assert code == 0, err
     assert json.loads(out)["rows"]["train"] > 200
     (tmp_path / "corpus.fr").write_text("\n".join([line[1] for line in lines][:-1]) + "\n")
-    code, _, err = deploykit(*words, "--out", tmp_path / "r")
+    code, _, err = deploykit(*words, "--output-dir", tmp_path / "r")
     assert code == 1
     assert "corpus" in err
 
@@ -263,11 +264,11 @@ def test_a_corpus_of_two_text_files(deploykit: Deploykit, pairs: Path, tmp_path:
 def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Path, tmp_path: Path) -> None:
     words = ("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", pairs, "--max-steps", 12, "--eval-steps", 3,
              "--max-length", 32, "--batch-tokens", 512, "--json")  # fmt: skip
-    code, out, err = deploykit(*words, "--out", tmp_path / "whole")
+    code, out, err = deploykit(*words, "--output-dir", tmp_path / "whole")
     assert code == 0, err
     whole = json.loads(out)
     process = subprocess.Popen(
-        [sys.executable, "-m", "deploykit", *map(str, words), "--out", str(tmp_path / "killed")],
+        [sys.executable, "-m", "deploykit", *map(str, words), "--output-dir", str(tmp_path / "killed")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 240
@@ -278,7 +279,7 @@ def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Pat
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "killed").exists(), "nothing that looks finished"
-    code, out, err = deploykit(*words, "--out", tmp_path / "killed")
+    code, out, err = deploykit(*words, "--output-dir", tmp_path / "killed")
     assert code == 0, err
     assert "continuing the unfinished run" in err
     assert json.loads(out)["metrics"] == whole["metrics"]
@@ -290,12 +291,12 @@ def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Pat
 @pytest.mark.parametrize(
     ("words", "code", "named"),
     [
-        ((), 2, ["--model", "--from-config", "marian-small"]),
-        (("--from-config", "marian-tiny", "--model", "x"), 2, ["--model and --from-config"]),
+        ((), 2, ["--from-config", "marian-small"]),
+        (("--from-config", "marian-tiny", "x"), 2, ["a checkpoint and --from-config"]),
         (("--from-config", "marian-huge"), 2, ["marian-huge"]),
-        (("--from-config", "marian-tiny", "--target", "en"), 2, ["--source and --target are both en"]),
-        (("--from-config", "marian-tiny", "--beam", 0), 2, ["--beam is 0"]),
-        (("--from-config", "marian-tiny", "--beam", 10_000), 2, ["--beam is 10000"]),
+        (("--from-config", "marian-tiny", "--target-lang", "en"), 2, ["--source-lang and --target-lang are both en"]),
+        (("--from-config", "marian-tiny", "--num-beams", 0), 2, ["--num-beams is 0"]),
+        (("--from-config", "marian-tiny", "--num-beams", 10_000), 2, ["--num-beams is 10000"]),
         (
             ("--from-config", "marian-tiny", "--class-weights", "balanced"),
             2,
@@ -303,11 +304,11 @@ def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Pat
         ),
         (("--from-config", "marian-tiny", "--max-length", 4096), 2, ["--max-length", "512"]),
         (("--from-config", "marian-tiny", "--source-column", "german"), 1, ["german", "en"]),
-        (("--model", "NEW", "--max-length", 4096), 2, ["--max-length", "32"]),
-        (("--model", "NEW", "--vocabulary", 500), 2, ["--vocabulary"]),
-        (("--model", "NO-SPM"), 1, ["source.spm"]),
-        (("--model", "MINILM"), 1, ["bert", "marian"]),
-        (("--model", "NEW", "--task", "classification"), 2, ["--source", "--task translation"]),
+        (("NEW", "--max-length", 4096), 2, ["--max-length", "32"]),
+        (("NEW", "--vocabulary", 500), 2, ["--vocabulary"]),
+        (("NO-SPM",), 1, ["source.spm"]),
+        (("MINILM",), 1, ["bert", "marian"]),
+        (("NEW", "--task", "classification"), 2, ["--source-lang", "--task translation"]),
     ],
 )
 def test_what_can_be_typed_wrong(
@@ -327,7 +328,7 @@ def test_what_can_be_typed_wrong(
             (tmp_path / "no-spm" / name).unlink()
     before = {p.name for p in tmp_path.iterdir()}
     typed = [models.get(word, word) for word in words]
-    got, _, err = deploykit("finetune", *LANGUAGES, "--train", pairs, "--out", tmp_path / "o", *typed)
+    got, _, err = deploykit("finetune", *LANGUAGES, "--train", pairs, "--output-dir", tmp_path / "o", *typed)
     assert got == code, err
     for part in named:
         assert part in err
@@ -335,7 +336,7 @@ def test_what_can_be_typed_wrong(
 
 
 def test_smooth_quant_is_not_for_translators(deploykit: Deploykit, new_model: Path, tmp_path: Path) -> None:
-    code, _, err = deploykit("export", new_model, "--out", tmp_path / "e", "--int8", "--smooth-quant")
+    code, _, err = deploykit("export", new_model, "--output-dir", tmp_path / "e", "--int8", "--smooth-quant")
     assert code == 2
     assert "--smooth-quant is for classifiers" in err
     assert list(tmp_path.iterdir()) == []
@@ -345,7 +346,7 @@ def test_a_translation_checkpoint_is_not_a_classifier(deploykit: Deploykit, new_
     (tmp_path / "t.csv").write_text(
         "text,label\n" + "".join(f"some {w} {i},{w}\n" for i in range(9) for w in ("a", "b"))
     )
-    code, _, err = deploykit("finetune", "--model", new_model, "--train", tmp_path / "t.csv", "--out", tmp_path / "o")
+    code, _, err = deploykit("finetune", new_model, "--train", tmp_path / "t.csv", "--output-dir", tmp_path / "o")
     assert code == 1
     assert "is a checkpoint for translation, not classification" in err
     assert "--task translation" in err

@@ -41,7 +41,7 @@ def words(export: Path, repository: Path, tmp_path: Path) -> tuple[object, ...]:
     data = tmp_path / "texts.csv"
     data.write_text("text\n" + "".join(f"w{i} w{i + 1} w{i + 2}\n" for i in range(50)))
     return (
-        "tune", "tiny", "--repository", repository, "--export", export, "--data", data, "--out", tmp_path / "t.json",
+        "tune", "tiny", "--model-repository", repository, "--export", export, "--data", data, "--output", tmp_path / "t.json",
     )  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_a_model_is_tuned_on_a_triton_of_its_own(
         assert 40 < trial["memory_mb"] < 4000
         assert f"{trial['name']}: " in err, "progress is told"
     assert record["chosen"]["verdict"] == "chosen"
-    assert record["command"].startswith("deploykit tune tiny --repository")
+    assert record["command"].startswith("deploykit tune tiny --model-repository")
     assert digest_path(repository / "tiny" / "1") == before
 
 
@@ -165,8 +165,8 @@ def test_a_translator_is_tuned_by_the_rows_of_a_step(
     package(export, "en-fr", tmp_path / "models")
     (tmp_path / "lines.txt").write_text("Save the file.\nOpen the window.\n")
     fake(monkeypatch, measure)
-    words = ("tune", "en-fr", "--repository", tmp_path / "models", "--export", export, "--data", tmp_path / "lines.txt",
-             "--slo", "p99=2s", "--out", tmp_path / "t.json")  # fmt: skip
+    words = ("tune", "en-fr", "--model-repository", tmp_path / "models", "--export", export, "--data", tmp_path / "lines.txt",
+             "--slo", "p99=2s", "--output", tmp_path / "t.json")  # fmt: skip
     code, out, err = deploykit(*words)
     assert code == 0, err
     assert "32 rows a step" in out
@@ -183,10 +183,10 @@ def test_a_translator_is_tuned_by_the_rows_of_a_step(
         (("--slo", "p99=soon"), 2, ["'soon' is no time", "50ms"]),
         (("--max-memory", "lots"), 2, ["--max-memory 'lots'", "1GB"]),
         (("--time", "5"), 2, ["--time '5'", "10m"]),
-        (("--out", "t.txt"), 2, ["--out t.txt", ".json"]),
+        (("--output", "t.txt"), 2, ["--output t.txt", ".json"]),
         (("--engine", "magic"), 1, ["magic", "no graph"]),
         (("--source-column", "en"), 2, ["--source-column", "classifies"]),
-        (("--repository", "nowhere"), 1, ["nowhere: no such directory", "deploykit package"]),
+        (("--model-repository", "nowhere"), 1, ["nowhere: no such directory", "deploykit package"]),
         (("--data", "nowhere.csv"), 1, ["nowhere.csv"]),
     ],
 )
@@ -212,7 +212,7 @@ def test_models_and_exports_that_are_none(
     other = make_tiny_export(tmp_path / "other", seed=1)
     code, _, err = deploykit(*words, *slo, "--export", other)
     assert (code, f"remedy: run deploykit package {other} --name tiny" in err) == (1, True)
-    code, _, err = deploykit("tune", "tiny", *slo, "--repository", tmp_path / "models")
+    code, _, err = deploykit("tune", "tiny", *slo, "--model-repository", tmp_path / "models")
     assert (code, "give --data FILE" in err) == (2, True)
     code, _, err = deploykit(*words[:4], *words[6:], *slo, "--precision", "int8")
     assert (code, "pass --export" in err) == (2, True)

@@ -67,7 +67,7 @@ def test_texts_are_cut_on_the_checkpoints_side(
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path / "c")
     edit(folder / "tokenizer_config.json", truncation_side=side)
-    code, out = run("export", folder, "--out", tmp_path / "e", "--data", rows)
+    code, out = run("export", folder, "--output-dir", tmp_path / "e", "--data", rows)
     assert code == 0, out
     texts = [" ".join(f"w{(7 * i + n) % 200}" for i in range(n)) for n in (3, 29, 31, 60, 100)]
     np.testing.assert_allclose(predicted(tmp_path / "e", texts), transformers_scores(folder, texts), atol=1e-4)
@@ -80,7 +80,7 @@ def test_an_export_that_answers_otherwise_is_refused_with_both_answers(
     from deploykit.runtime import tokenizer
 
     monkeypatch.setattr(tokenizer.TextTokenizer, "encode", lambda self, texts: [[2, 5, 3] for _ in texts])
-    code, out = run("export", folder, "--out", tmp_path / "e", "--data", rows)
+    code, out = run("export", folder, "--output-dir", tmp_path / "e", "--data", rows)
     assert code == 1
     assert "answers otherwise than PyTorch" in out
     assert "PyTorch gives 'bad' (" in out or "PyTorch gives 'good' (" in out
@@ -93,8 +93,8 @@ def test_fine_tuning_goes_on_in_the_order_of_a_trained_head(
     folder = make_tiny_checkpoint(tmp_path / "c")
     names = {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
     edit(folder / "config.json", **names)
-    words = ("--train", rows, "--max-steps", 1, "--learning-rate", 1e-12, "--batch-size", 4)
-    code, out = run("finetune", "--model", folder, *words, "--out", tmp_path / "r")
+    words = ("--train", rows, "--max-steps", 1, "--learning-rate", 1e-12, "--per-device-train-batch-size", 4)
+    code, out = run("finetune", folder, *words, "--output-dir", tmp_path / "r")
     assert code == 0, out
     assert json.loads((tmp_path / "r" / "config.json").read_text())["id2label"] == names["id2label"]
     texts = ["w1 w2", "w150 w151 w152"]
@@ -103,18 +103,18 @@ def test_fine_tuning_goes_on_in_the_order_of_a_trained_head(
     )
 
 
-@pytest.mark.parametrize("lora", [(), ("--lora-rank", 2)])
+@pytest.mark.parametrize("lora", [(), ("--lora-r", 2)])
 def test_a_head_for_other_labels_is_made_anew_and_told(
     make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path, lora: tuple[object, ...]
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path / "c")
     edit(folder / "config.json", id2label={"0": "ham", "1": "spam"}, label2id={"ham": 0, "spam": 1})
-    words = ("--train", rows, "--max-steps", 1, "--learning-rate", 1e-12, "--batch-size", 4)
-    code, out = run("finetune", "--model", folder, *words, *lora, "--out", tmp_path / "r")
+    words = ("--train", rows, "--max-steps", 1, "--learning-rate", 1e-12, "--per-device-train-batch-size", 4)
+    code, out = run("finetune", folder, *words, *lora, "--output-dir", tmp_path / "r")
     assert code == 0, out
     assert "answers ham, spam; it is made anew, for bad, good" in out
     if lora:  # the new head is in the adapter, and so the same at each load
-        assert run("export", tmp_path / "r", "--out", tmp_path / "e")[0] == 0
+        assert run("export", tmp_path / "r", "--output-dir", tmp_path / "e")[0] == 0
         return
     text = ["w1 w2 w3"]
     difference = np.abs(transformers_scores(tmp_path / "r", text) - transformers_scores(folder, text)).max()
@@ -133,8 +133,8 @@ def test_a_regression_is_trained_measured_exported_and_answers_numbers(
     table = tmp_path / "rows.csv"
     table.write_text("text,stars\n" + "\n".join(lines) + "\n")
     folder = make_tiny_checkpoint(tmp_path / "c", initializer_range=0.1)
-    words = ("--epochs", 12, "--learning-rate", 2e-3, "--batch-size", 8)
-    code, out = run("finetune", "--model", folder, "--train", table, "--regression", *words, "--out", tmp_path / "r")
+    words = ("--num-train-epochs", 12, "--learning-rate", 2e-3, "--per-device-train-batch-size", 8)
+    code, out = run("finetune", folder, "--train", table, "--regression", *words, "--output-dir", tmp_path / "r")
     assert code == 0, out
     assert "Pearson" in out
     assert "is made anew" in out
@@ -143,10 +143,10 @@ def test_a_regression_is_trained_measured_exported_and_answers_numbers(
     assert metrics["pearson"] > 0.5, "it learned something"
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert (config["problem_type"], config["id2label"]) == ("regression", {"0": "stars"})
-    code, out = run("export", tmp_path / "r", "--out", tmp_path / "e", "--int8", "--max-drop", 5)
+    code, out = run("export", tmp_path / "r", "--output-dir", tmp_path / "e", "--int8", "--max-drop", 5)
     assert code == 0, out
     assert "Pearson" in out
-    code, out = run("predict", "--model", tmp_path / "e", "--precision", "fp32", "--json", "w1 w1 w1", "w150 w150")
+    code, out = run("predict", tmp_path / "e", "--precision", "fp32", "--json", "w1 w1 w1", "w150 w150")
     assert code == 0, out
     high, low = (float(row["label"]) for row in json.loads(out[out.index("{") :])["results"])
     assert high > low
@@ -159,7 +159,7 @@ def test_a_label_that_is_no_number_is_named(
     make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path / "c")
-    code, out = run("finetune", "--model", folder, "--train", rows, "--regression", "--out", tmp_path / "r")
+    code, out = run("finetune", folder, "--train", rows, "--regression", "--output-dir", tmp_path / "r")
     assert code == 1
     assert "is no number" in out
     assert "rows.csv:" in out
@@ -170,16 +170,16 @@ def test_hidden_states_beside_the_logits_do_no_harm(
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path / "c")
     edit(folder / "config.json", output_hidden_states=True)
-    code, out = run("finetune", "--model", folder, "--train", rows, "--max-steps", 1, "--out", tmp_path / "r")
+    code, out = run("finetune", folder, "--train", rows, "--max-steps", 1, "--output-dir", tmp_path / "r")
     assert code == 0, out
-    assert run("export", tmp_path / "r", "--out", tmp_path / "e")[0] == 0
+    assert run("export", tmp_path / "r", "--output-dir", tmp_path / "e")[0] == 0
 
 
 def test_a_model_whose_answers_padding_changes_is_refused_before_training(
     make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path / "c", "convbert")
-    code, out = run("finetune", "--model", folder, "--train", rows, "--out", tmp_path / "r")
+    code, out = run("finetune", folder, "--train", rows, "--output-dir", tmp_path / "r")
     assert code == 2
     assert "models of type convbert answer otherwise when a text is padded" in out
     assert "training on" not in out.split("error:")[1]

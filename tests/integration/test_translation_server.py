@@ -253,7 +253,7 @@ def test_a_line_of_50000_characters_is_split_and_comes_back(client: ServedTransl
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"early_stopping": "maybe"}, "early_stopping is 'maybe'"),
         ({"long_input": "cut"}, "long_input is 'cut': give split or refuse"),
-        ({"temperature": 1}, "unknown parameter temperature: known ones are beam_size, "),
+        ({"temperature": 1}, "unknown parameter temperature: known ones are num_beams, "),
     ],
 )
 def test_a_wrong_parameter_is_refused_by_name(
@@ -573,7 +573,7 @@ def test_settings_appear_in_the_config(tiny_translation: Path, tmp_path: Path) -
     names = ("threads", "max_queue", "max_rows", "max_cache_mb", "long_input", "in_flight")
     assert [config.parameters[n].string_value for n in names] == ["3", "7", "16", "100", "refuse", "0"]
     assert not (tmp_path / "fr_stream").exists()
-    words = ["package", str(tiny_translation), "--name", "typed", "--repository", str(tmp_path), "--no-stream"]
+    words = ["package", str(tiny_translation), "--name", "typed", "--model-repository", str(tmp_path), "--no-stream"]
     for option, expected in (("--no-in-flight", "0"), ("--in-flight", "1")):
         done = CliRunner().invoke(main, [*words, option, "--overwrite-config"])
         assert done.exit_code == 0, done.stderr

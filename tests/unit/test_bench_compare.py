@@ -56,6 +56,10 @@ def typed(*words: object) -> Result:
     return CliRunner().invoke(main, ["bench", *map(str, words)])
 
 
+def compared(*words: object) -> Result:
+    return CliRunner().invoke(main, ["compare", *map(str, words)])
+
+
 def test_ranges_apart_and_medians_far_enough_are_faster_and_slower(measured: Record) -> None:
     old = changed(measured, spread(100, 5), spread(10, 1))
     new = changed(measured, spread(150, 5), spread(20, 1))
@@ -113,7 +117,7 @@ def test_what_else_differs_is_said_first(measured: Record, tmp_path: Path) -> No
     new["threads"] = 64
     new["warnings"] = ["other programs used up to 90% of the CPUs"]
     new["candidates"].append({**new["candidates"][0], "name": "newcomer"})
-    done = typed("--compare", *write(tmp_path, old=measured, new=new))
+    done = compared(*write(tmp_path, old=measured, new=new))
     assert done.exit_code == 0, done.stderr
     notes, _, figures = done.stdout.partition("\nmodel\n")
     for note in ("-> Another CPU", "numpy: ", "rows: 4 -> 5", "threads: not told -> 64", "only in the new: newcomer",
@@ -125,7 +129,7 @@ def test_what_else_differs_is_said_first(measured: Record, tmp_path: Path) -> No
 
 def test_json_has_every_figure_with_ratio_and_spread(measured: Record, tmp_path: Path) -> None:
     new = changed(measured, spread(200, 1), spread(1))
-    done = typed("--compare", *write(tmp_path, old=changed(measured, spread(100, 1), spread(1)), new=new), "--json")
+    done = compared(*write(tmp_path, old=changed(measured, spread(100, 1), spread(1)), new=new), "--json")
     assert done.exit_code == 0, done.stderr
     printed = json.loads(done.stdout)
     assert printed["differences"] == []
@@ -149,12 +153,12 @@ def test_a_suites_workloads_and_servers_are_compared_each_with_its_own(measured:
     assert {c.part: c.verdict for c in changes if c.figure == "throughput"} == {
         "tweets": "no difference", "serving": "faster"
     }  # fmt: skip
-    assert "serving: model" in typed("--compare", old, new).stdout
+    assert "serving: model" in compared(old, new).stdout
 
 
 def test_recorded_results_of_the_suite_are_read() -> None:
     (path,) = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*-translation.json"))[-1:]
-    done = typed("--compare", path, path)
+    done = compared(path, path)
     assert done.exit_code == 0, done.stderr
     assert "faster" not in done.stdout
     names = {candidate["name"] for work in results_of(read_record(path)).values() for candidate in work["candidates"]}
@@ -165,7 +169,7 @@ def test_recorded_results_of_the_suite_are_read() -> None:
 def test_nothing_in_common_is_an_error(measured: Record, tmp_path: Path) -> None:
     other = copy.deepcopy(measured)
     other["candidates"][0]["name"] = "another"
-    done = typed("--compare", *write(tmp_path, old=measured, new=other))
+    done = compared(*write(tmp_path, old=measured, new=other))
     assert done.exit_code == 1
     assert "the old has model, the new another" in done.stderr
 
@@ -189,7 +193,7 @@ def test_a_file_that_is_no_record_is_named(measured: Record, tmp_path: Path, con
     if content is not None:
         bad.write_bytes(content)
     for words in ((good, bad), (bad, good)):
-        done = typed("--compare", *words)
+        done = compared(*words)
         assert done.exit_code == 1
         assert f"{bad}: " in done.stderr
         assert what in done.stderr
@@ -198,7 +202,11 @@ def test_a_file_that_is_no_record_is_named(measured: Record, tmp_path: Path, con
 
 def test_compare_stands_alone(measured: Record, tmp_path: Path) -> None:
     files = write(tmp_path, old=measured, new=measured)
-    for words, what in ((["--rate", 3], "--rate"), (["exports/a"], "exports/a"), (["--data", "x"], "--data")):
+    for words, what in (
+        (["--request-rate", 3], "--request-rate"),
+        (["exports/a"], "exports/a"),
+        (["--data", "x"], "--data"),
+    ):
         done = typed("--compare", *files, *words)
         assert done.exit_code == 2
         assert what in done.stderr
@@ -209,4 +217,4 @@ def test_without_models_or_texts_there_is_nothing_to_measure() -> None:
     for words, what in (([], "TARGETS"), (["exports/a"], "--data")):
         done = typed(*words)
         assert done.exit_code == 2
-        assert f"without {what}" in done.stderr
+        assert f"{what} is missing" in done.stderr

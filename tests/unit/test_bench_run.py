@@ -152,7 +152,7 @@ def test_an_export_is_measured_with_each_engine_and_precision(tiny_export: Path)
 
 def test_the_result_says_how_to_repeat_it(tiny_export: Path, tmp_path: Path) -> None:
     (tmp_path / "my rows.jsonl").write_text('{"text": "w1 w2"}\n')
-    words = ["bench", str(tiny_export), "--data", str(tmp_path / "my rows.jsonl"), "--concurrency", "1", "--rounds", "1",
+    words = ["bench", str(tiny_export), "--data", str(tmp_path / "my rows.jsonl"), "--max-concurrency", "1", "--rounds", "1",
              "--seconds", "0.05", "--json"]  # fmt: skip
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.stderr

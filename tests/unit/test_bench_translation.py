@@ -106,8 +106,8 @@ def test_exports_are_measured_with_references_and_options(
     other = make_tiny_translation(tmp_path / "int8", precision="int8", seed=1)
     report = tmp_path / "bench.html"
     code, result = bench(
-        str(tiny_translation), str(other), "--data", str(pairs), "--precision", "auto", "--concurrency", "2",
-        "--beam-size", "2", "--max-new-tokens", "5", "--report", str(report),
+        str(tiny_translation), str(other), "--data", str(pairs), "--precision", "auto", "--max-concurrency", "2",
+        "--num-beams", "2", "--max-new-tokens", "5", "--report", str(report),
     )  # fmt: skip
     assert code == 0, result
     assert [c["precision"] for c in result["candidates"]] == ["fp32", "int8"]
@@ -133,7 +133,7 @@ def test_exports_are_measured_with_references_and_options(
 def test_texts_alone_are_measured_without_grades(tiny_translation: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("Save the file.\n\nOpen the window.\n", encoding="utf-8")
-    code, result = bench(str(tiny_translation), "--data", str(lines), "--concurrency", "1", "--max-new-tokens", "3")
+    code, result = bench(str(tiny_translation), "--data", str(lines), "--max-concurrency", "1", "--max-new-tokens", "3")
     assert code == 0, result
     assert result["metrics"] is None
     assert result["texts"]["rows"] == 2
@@ -160,7 +160,7 @@ def test_options_of_classifiers_are_refused(
     assert result["error"]["message"] == f"{option} does not apply to a model that {what}"
 
 
-@pytest.mark.parametrize("option", ["--beam-size", "--max-new-tokens"])
+@pytest.mark.parametrize("option", ["--num-beams", "--max-new-tokens"])
 def test_options_of_translators_are_refused(tiny_export: Path, tmp_path: Path, option: str) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "w1 w2"}\n')
     code, result = bench(str(tiny_export), "--data", str(tmp_path / "rows.jsonl"), option, "3")
@@ -169,9 +169,9 @@ def test_options_of_translators_are_refused(tiny_export: Path, tmp_path: Path, o
 
 
 def test_beams_that_no_model_takes_are_refused(tiny_translation: Path, pairs: Path) -> None:
-    code, result = bench(str(tiny_translation), "--data", str(pairs), "--beam-size", "0")
+    code, result = bench(str(tiny_translation), "--data", str(pairs), "--num-beams", "0")
     assert code == 2
-    assert "beam_size is 0" in result["error"]["message"]
+    assert "num_beams is 0" in result["error"]["message"]
 
 
 def test_chrf_is_plotted_against_speed(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from deploykit.artifacts import load_manifest
+from deploykit.errors import QueueFullError
 from deploykit.runtime.generation import override
 from deploykit.tasks.opening import open_graph
-from deploykit.tasks.translation.decode_loop import DecodeLoop, Load, QueueFullError
+from deploykit.tasks.translation.decode_loop import DecodeLoop, Load
 from deploykit.tasks.translation.predictor import Translator
 from deploykit.tasks.translation.translated import Translated
 

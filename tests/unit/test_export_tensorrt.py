@@ -23,12 +23,12 @@ from transformers import AutoModelForSeq2SeqLM
 from deploykit.artifacts import hash_file
 from deploykit.cli import main
 from deploykit.errors import ExportError, MissingDependencyError, UsageError
-from deploykit.export import run
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.graphs.families import read_architecture
 from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
 from deploykit.quantization.qdq import quantize
 from deploykit.runtime.engines.tensorrt import read_record
+from deploykit.stages import export as run
 from deploykit.tensorrt import build as tensorrt
 from deploykit.tensorrt.build import (
     EngineOptions,
@@ -37,8 +37,11 @@ from deploykit.tensorrt.build import (
     count_layers,
     parse_profile,
     parse_size,
+    profiles_of_shapes,
     read_inputs,
+    shapes_of_profile,
     trtexec_command,
+    workspace_of_pools,
 )
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
@@ -86,7 +89,7 @@ def write_graph(path: Path, *, quantized: bool = False, operator: str = "Relu", 
 def test_a_q_dq_graph_becomes_an_engine_of_int8_layers(tmp_path: Path, target: str) -> None:
     graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
     options = EngineOptions(
-        builder="rtx", target=target, profiles=("batch=1:4:8,length=1:16:64", "batch=1:1:1,length=1:8:16")
+        builder="rtx", gpu=target, profiles=("batch=1:4:8,length=1:16:64", "batch=1:1:1,length=1:8:16")
     )
     engine = build_engine(graph, "int8", options, LIMITS, lambda line: None)
     assert engine.int8_gemms == 2 * len(options.profiles), "two matrix products, of each profile's own"
@@ -109,18 +112,18 @@ def test_a_half_graph_becomes_an_engine_without_int8(tmp_path: Path) -> None:
 
 def test_the_record_beside_an_engine_says_what_it_is(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
-    options = EngineOptions(builder="rtx", target="sm_86", command="deploykit export a --out b --trt")
+    options = EngineOptions(builder="rtx", gpu="sm_86", command="deploykit export a --out b --trt")
     engine = build_engine(graph, "int8", options, LIMITS, lambda line: None, calibration="ranges")
     assert read_record(tmp_path / engine.file) == engine
     assert engine.graph_digest == hash_file(graph)
     assert engine.sha256 == hash_file(tmp_path / engine.file)
     assert engine.calibration == "ranges"
-    assert engine.rebuild() == "deploykit export a --out b --trt --builder rtx --target sm_86 --force"
+    assert engine.rebuild() == "deploykit export a --out b --trt --builder rtx --gpu sm_86 --force"
 
 
 @pytest.mark.parametrize(
     "options",
-    [ExportOptions(trt=EngineOptions()),
+    [ExportOptions(trt=EngineOptions(("fp16",))),
      ExportOptions(int8=True, method="mse", max_drop=3.0, calibration_rows=8, data="a b.csv",
                    trt=EngineOptions(("fp32", "int8"), ("batch=1:1:1,length=8:8:8", "batch=1:2:4,length=8:8:8"), "2GiB"))],
 )  # fmt: skip
@@ -147,7 +150,7 @@ def test_an_engine_is_built_once_for_all_exports_with_the_same_graph(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs = [write_graph(_folder(tmp_path / name) / "model.qdq.onnx", quantized=True) for name in ("a", "b")]
-    options = EngineOptions(builder="rtx", target="sm_86", command="first")
+    options = EngineOptions(builder="rtx", gpu="sm_86", command="first")
     first = build_engine(graphs[0], "int8", options, LIMITS, lambda line: None)
     monkeypatch.setattr(tensorrt, "_build_here", lambda *_: 1 / 0)
     said: list[str] = []
@@ -159,7 +162,7 @@ def test_an_engine_is_built_once_for_all_exports_with_the_same_graph(
         assert one.read_bytes() == other.read_bytes()
     assert read_record(graphs[1].parent / again.file) == again
 
-    for other in (replace(options, workspace="2GiB"), replace(options, target="sm_89"),
+    for other in (replace(options, workspace="2GiB"), replace(options, gpu="sm_89"),
                   replace(options, profiles=("batch=1:1:1,length=8:8:8",))):  # fmt: skip
         with pytest.raises(ZeroDivisionError):
             build_engine(graphs[1], "int8", other, LIMITS, lambda line: None)
@@ -259,7 +262,7 @@ def test_an_input_that_no_profile_fits_is_named(tmp_path: Path) -> None:
         ExportError, match=r"attention_mask and profile 0\. At dimension axis 0, profile has min=1, opt=8"
     ) as refused:
         build_engine(graph, "fp16", RTX, LIMITS, lambda line: None)
-    assert "fits every input" in str(refused.value.remedy)
+    assert "fit every input" in str(refused.value.remedy)
 
 
 def test_a_profile_that_the_builder_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,8 +273,8 @@ def test_a_profile_that_the_builder_refuses_is_an_error(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize(
     ("reason", "remedy"),
-    [("Error Code 2: OutOfMemory (no further information)", "smaller --workspace"),
-     ("Autotuner: no tactics to implement operation; insufficient memory", "smaller --workspace"),
+    [("Error Code 2: OutOfMemory (no further information)", "smaller --memPoolSize"),
+     ("Autotuner: no tactics to implement operation; insufficient memory", "smaller --memPoolSize"),
      ("CUDA initialization failure with error: 35", "driver is as new as"), ("an internal assertion", "report this graph")],
 )  # fmt: skip
 def test_a_builder_that_gives_none_is_an_error_with_a_remedy_by_its_reason(
@@ -317,7 +320,7 @@ def test_a_builder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
 def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="sm_87") as refused:
-        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="sm_87"), LIMITS, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", gpu="sm_87"), LIMITS, lambda line: None)
     assert "sm_86" in str(refused.value.remedy)
 
 
@@ -325,12 +328,12 @@ def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Pa
 def test_an_engine_for_this_gpu_needs_a_driver(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="no NVIDIA driver"):
-        build_engine(graph, "fp16", EngineOptions(builder="rtx", target="this-gpu"), LIMITS, lambda line: None)
+        build_engine(graph, "fp16", EngineOptions(builder="rtx", gpu="this-gpu"), LIMITS, lambda line: None)
 
 
 def test_a_timing_cache_is_not_for_rtx(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
-    with pytest.raises(UsageError, match="--timing-cache"):
+    with pytest.raises(UsageError, match="--timingCacheFile"):
         build_engine(graph, "fp16", EngineOptions(builder="rtx", timing_cache="t.cache"), LIMITS, lambda line: None)
 
 
@@ -353,7 +356,7 @@ def test_a_profile_that_makes_no_sense_is_refused(text: str, says: str) -> None:
 def test_a_profile_of_a_translator_has_a_past(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says) as refused:
         parse_profile(text, TRANSLATOR)
-    assert "past=" in str(refused.value.remedy)
+    assert "past:" in str(refused.value.remedy)
     with pytest.raises(UsageError, match="unknown axis 'past'"):
         parse_profile(f"{text},past=1:2:3", LIMITS)
 
@@ -382,6 +385,39 @@ def test_both_graphs_of_a_translator_become_engines(
             assert engine.profiles == options.profiles
 
 
+def test_shapes_as_trtexec_takes_them_become_profiles_and_back() -> None:
+    shapes = ["input_ids:1x1,past:1", "input_ids:4x16,past:8"], ["input_ids:8x64,past:32", "input_ids:4x16,past:8"]
+    largest = ["input_ids:32x128,attention_mask:32x128,past:64", "input_ids:4x16,past:9"]
+    profiles = profiles_of_shapes(*shapes, largest)
+    assert profiles == ("batch=1:8:32,length=1:64:128,past=1:32:64", "batch=4:4:4,length=16:16:16,past=8:8:9")
+    for profile in profiles:
+        options = shapes_of_profile(profile)
+        assert profiles_of_shapes(*([shape] for shape in options.values())) == (profile,)
+    assert profiles_of_shapes([], [], []) == ()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "says"),
+    [
+        ((["input_ids:1x1"], ["input_ids:1x1"], []), "--maxShapes 0 times"),
+        ((["input_ids:1"], ["input_ids:1x1"], ["input_ids:1x1"]), "--minShapes input_ids:1: .* is no shape"),
+        ((["input_ids:1x1"], ["tokens:1x1"], ["input_ids:1x1"]), "--optShapes tokens:1x1"),
+        ((["input_ids:1x1"], ["input_ids:1x1,attention_mask:1x2"], ["input_ids:1x1"]), "length is both 1 and 2"),
+    ],
+)
+def test_shapes_that_make_no_sense_are_refused(shapes: tuple[list[str], list[str], list[str]], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        profiles_of_shapes(*shapes)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("workspace:1GiB", 1 << 30), ("workspace:64", 64 << 20), ("512MiB", 512 << 20), ("workspace:2G", 2 << 30)],
+)
+def test_memory_pools_are_read_as_trtexec_reads_them(text: str, size: int) -> None:
+    assert parse_size(workspace_of_pools(text)) == size
+
+
 def test_a_profile_reads_as_it_is_written() -> None:
     text = "batch=1:8:32,length=16:64:64"
     assert str(parse_profile(text, LIMITS)) == text
@@ -397,13 +433,13 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "big", "1XB", "-1GiB", "0", "1.5GiB"])
 def test_a_size_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="--workspace"):
+    with pytest.raises(UsageError, match="--memPoolSize"):
         parse_size(text)
 
 
 @pytest.mark.parametrize(
     "options",
-    [EngineOptions(("fp8",)), EngineOptions(target="orin"), EngineOptions(builder="nvcc"), EngineOptions(workspace="x"),
+    [EngineOptions(("fp8",)), EngineOptions(gpu="orin"), EngineOptions(builder="nvcc"), EngineOptions(workspace="x"),
      EngineOptions(profiles=("batch=1",))],
 )  # fmt: skip
 def test_options_that_make_no_sense_are_refused(options: EngineOptions) -> None:
@@ -453,7 +489,7 @@ def test_trtexec_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.Monke
     )
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="builds for the GPU at hand"):
-        tensorrt.plan(EngineOptions(builder="trtexec", target="sm_86"), LIMITS)
+        tensorrt.plan(EngineOptions(builder="trtexec", gpu="sm_86"), LIMITS)
     options = EngineOptions(builder="trtexec", profiles=("batch=1:4:8,length=1:16:64",), timing_cache="t.cache")
     engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LIMITS, lambda line: None)
     assert (engine.version, engine.layers) == ("10.3.0", {})
@@ -467,7 +503,7 @@ def test_trtexec_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.Monke
 def test_profiles_of_trtexec_are_numbered(tmp_path: Path) -> None:
     profiles = [parse_profile("batch=1:1:1,length=1:8:16"), parse_profile("batch=1:4:8,length=1:16:64")]
     command = trtexec_command(
-        write_graph(tmp_path / "g.onnx"), Path("g.engine"), profiles, EngineOptions(target="this-gpu")
+        write_graph(tmp_path / "g.onnx"), Path("g.engine"), profiles, EngineOptions(gpu="this-gpu")
     )
     assert command.index("--profile=0") < command.index("--profile=1")
     assert sum(word.startswith("--maxShapes") for word in command) == 2
@@ -485,13 +521,13 @@ def test_trtexec_that_linux_killed_ran_out_of_memory(tmp_path: Path, monkeypatch
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(ExportError, match="it was killed") as failed:
         build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LIMITS, lambda line: None)
-    assert "smaller --workspace" in str(failed.value.remedy)
+    assert "smaller --memPoolSize" in str(failed.value.remedy)
 
 
 def test_an_engine_for_this_gpu_names_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = 'for a in "$@"; do case $a in --saveEngine=*) echo engine > "${a#--saveEngine=}";; esac; done'
     fake_trtexec(tmp_path, script, monkeypatch)
-    options = EngineOptions(builder="trtexec", target="this-gpu")
+    options = EngineOptions(builder="trtexec", gpu="this-gpu")
     engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LIMITS, lambda line: None)
     assert (engine.target, engine.file) == ("sm_86", "model.fp16.trtexec-sm_86.engine")
 

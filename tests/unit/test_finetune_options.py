@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from deploykit.errors import UsageError
-from deploykit.finetune.options import make_options, read_toml
+from deploykit.stages.finetune_options import make_options, read_toml
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS
 from deploykit.training.options import write_toml
 
-PAIR = {"task": "translation", "train": "pairs.tsv", "source": "en", "target": "fr"}
+PAIR = {"task": "translation", "train": "pairs.tsv", "source_lang": "en", "target_lang": "fr"}
 
 
 def test_the_task_decides_which_options_there_are() -> None:
@@ -26,7 +26,7 @@ def test_the_task_decides_which_options_there_are() -> None:
     ("given", "owner"),
     [
         ({"model": "m", "train": "t.csv", "batch_tokens": 100}, "translation"),
-        ({"model": "m", "train": "t.csv", "source": "en"}, "translation"),
+        ({"model": "m", "train": "t.csv", "source_lang": "en"}, "translation"),
         ({**PAIR, "model": "m", "class_weights": "balanced"}, "classification"),
         ({**PAIR, "model": "m", "text_column": ("text",)}, "classification"),
     ],
@@ -39,17 +39,17 @@ def test_an_option_of_the_other_task_is_refused(given: dict[str, Any], owner: st
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ({}, "neither --model nor --from-config"),
-        ({"model": "m", "from_config": "marian-tiny"}, "--model and --from-config are both"),
+        ({}, "neither a checkpoint nor --from-config"),
+        ({"model": "m", "from_config": "marian-tiny"}, "a checkpoint and --from-config are both"),
         ({"from_config": "marian-huge"}, "marian-tiny"),
-        ({"model": "m", "target": "en"}, "--source and --target are both en"),
-        ({"model": "m", "source": ""}, "--source is missing"),
-        ({"model": "m", "beam": 0}, "--beam is 0"),
-        ({"model": "m", "beam": 10_000}, "--beam is 10000"),
+        ({"model": "m", "target_lang": "en"}, "--source-lang and --target-lang are both en"),
+        ({"model": "m", "source_lang": ""}, "--source-lang is missing"),
+        ({"model": "m", "num_beams": 0}, "--num-beams is 0"),
+        ({"model": "m", "num_beams": 10_000}, "--num-beams is 10000"),
         ({"model": "m", "vocabulary": 100}, "--vocabulary is for --from-config"),
-        ({"from_config": "marian-tiny", "lora_rank": 4}, "--lora-rank is for --model"),
+        ({"from_config": "marian-tiny", "lora_r": 4}, "--lora-r is for a checkpoint"),
         ({"from_config": "marian-tiny", "batch_tokens": 1}, "--batch-tokens"),
-        ({"model": "m", "label_smoothing": 1.5}, "--label-smoothing is 1.5"),
+        ({"model": "m", "label_smoothing_factor": 1.5}, "--label-smoothing-factor is 1.5"),
         ({"model": "m", "validation_fraction": 0}, "--validation"),
         ({"model": "m", "train": ""}, "--train is missing"),
     ],
@@ -86,7 +86,7 @@ def test_the_largest_preset_is_opus_mt() -> None:
     "given",
     [
         {"model": "m", "train": "t.csv", "text_column": ("a", "b"), "dropout": 0.2, "multi_label": True},
-        {**PAIR, "from_config": "marian-small", "validation": "v.tsv", "beam": 4},
+        {**PAIR, "from_config": "marian-small", "validation": "v.tsv", "num_beams": 4},
     ],
 )
 def test_a_toml_file_gives_the_same_options_back(given: dict[str, Any], tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from deploykit.errors import ArtifactError, UsageError
-from deploykit.finetune.options import make_options
 from deploykit.runtime.generation import Generation
+from deploykit.stages.finetune_options import make_options
 from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS
@@ -41,7 +41,7 @@ def save(folder: Path, model: Any, tokenizer: Any) -> Path:
 def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new marian-tiny whose weights are large enough that what it says depends on what it reads."""
     options = make_options(
-        {"task": "translation", "train": "x", "source": "en", "target": "fr", "from_config": "marian-tiny"}
+        {"task": "translation", "train": "x", "source_lang": "en", "target_lang": "fr", "from_config": "marian-tiny"}
     )
     assert isinstance(options, TranslationOptions)
     torch.manual_seed(3)

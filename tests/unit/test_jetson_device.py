@@ -191,7 +191,7 @@ def test_an_engine_is_built_within_the_boards_caps_verified_and_reused(
 ) -> None:
     manifest = device.build(on(unpacked))
     (options,) = tensorrt.options
-    assert (options.builder, options.target, options.workspace) == ("tensorrt", "this-gpu", "512MiB")
+    assert (options.builder, options.gpu, options.workspace) == ("tensorrt", "this-gpu", "512MiB")
     assert options.profiles == ("batch=1:4:16,length=16:64:64",)
     assert (manifest.options["precision"], manifest.options["files"]) == ("int8", ["model.qdq.engine"])
     assert set(manifest.files) == {"model.qdq.engine", "tokenizer.json"}, "the graph itself is not served"

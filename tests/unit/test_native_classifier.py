@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, ExportError
-from deploykit.export.run import export
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.engines.native_classifier import NativeEngine
 from deploykit.runtime.engines.native_library import lacks
 from deploykit.runtime.find_graphs import find_graphs
+from deploykit.stages.export import export
 from deploykit.tasks.classification import export as classification
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.encoders import FAMILIES, read_encoder
@@ -138,7 +138,7 @@ def test_an_export_says_why_it_has_nothing_for_the_engine(
     rows.write_text(
         "\n".join(json.dumps({"text": f"w{i} w{i + 1}", "label": ("bad", "good")[i % 2]}) for i in range(8))
     )
-    options = ExportOptions(str(rows), int8=True, max_drop=100, data=str(rows))
+    options = ExportOptions(calibration_data=str(rows), int8=True, max_drop=100, data=str(rows))
     manifest = export(checkpoint, tmp_path / "out", options, say=said.append).manifest
     (line,) = (line for line in said if "native" in line)
     assert line.startswith("nothing for the engine native: it runs bert, ")
@@ -173,7 +173,7 @@ def test_layers_that_int8_ruins_stay_float32(
     monkeypatch.setattr(
         classification, "_engines", lambda precision: ["native" if precision == "int8" else "onnxruntime"]
     )
-    options = ExportOptions(str(rows), int8=True, max_drop=15, data=str(rows))
+    options = ExportOptions(calibration_data=str(rows), int8=True, max_drop=15, data=str(rows))
     quantization = export(checkpoint, tmp_path / "out", options, say=lambda line: None).manifest.metrics["quantization"]
     assert quantization["search"]["native"]["kept"] == ("0.out",)
     assert NativeEngine(tmp_path / "out" / NATIVE_FILE, 1).int8_kernels() == 7

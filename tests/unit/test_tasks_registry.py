@@ -29,11 +29,20 @@ from deploykit.tasks.translation.facts import Translation
         ({"model_type": "bart", "architectures": ["BartForSequenceClassification"], "is_encoder_decoder": True},
          "classification"),
         ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "translation"),
+        # No task claims that head: optimum knows which class of transformers loads it.
+        ({"model_type": "encoder-decoder", "architectures": ["EncoderDecoderModel"]}, "translation"),
+        ({"model_type": "marian", "architectures": ["OfNoLibraryModel"]}, "translation"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_is_for_the_task_of_its_head(config: dict[str, object], task: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert registry.task_of_checkpoint(tmp_path).name == task
+
+
+def test_the_manifest_of_a_checkpoint_decides_before_its_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForSequenceClassification"]}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"kind": "checkpoint", "task": {"name": "translation"}}))
+    assert registry.task_of_checkpoint(tmp_path).name == "translation"
 
 
 def test_an_adapter_without_a_config_is_a_classifiers(tmp_path: Path) -> None:
@@ -79,6 +88,14 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for cached in (registry._locations, registry.get_task):
         cached.cache_clear()
+
+
+@pytest.mark.usefixtures("added")
+def test_a_task_that_cannot_be_imported_is_named_with_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "words_package", None)
+    with pytest.raises(UsageError, match="the task words cannot be loaded from words_package:TASK") as refused:
+        registry.get_task("words")
+    assert "uninstall the package" in str(refused.value.remedy)
 
 
 @pytest.mark.usefixtures("added")

@@ -67,7 +67,7 @@ def engine_file(request: pytest.FixtureRequest, tmp_path: Path, tiny_export: Pat
     if request.param == "gpu":
         if not cuda.has_gpu():
             pytest.skip("needs an NVIDIA GPU")
-        options = EngineOptions(("fp32",), PROFILES, target="this-gpu")
+        options = EngineOptions(("fp32",), PROFILES, gpu="this-gpu")
         return add_engine(folder, build_engine(graph, "fp32", options, {"length": 64}, lambda line: None))
     fake = request.getfixturevalue("driver")
     install_bindings(monkeypatch, BINDINGS[request.param], fake_bindings(fake, BINDINGS[request.param], VERSION))
@@ -131,7 +131,7 @@ def test_a_length_that_no_profile_takes_is_refused_with_the_command(engine_file:
         EngineError, match=r"no profile takes texts padded to 80 tokens \(it has batch=1:2:4"
     ) as refused:
         engine.run(inputs(1, 80))
-    assert "longer --profile: deploykit export" in str(refused.value.remedy)
+    assert "longer --maxShapes: deploykit export" in str(refused.value.remedy)
 
 
 def test_texts_are_classified_as_on_the_cpu(engine_file: Path) -> None:
@@ -173,9 +173,9 @@ def change(engine: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "says", "remedy"),
     [
-        ({"version": "10.3.0"}, "built by TensorRT 10.3.0, here is 10.13.3", r"--trt --precision fp32 --builder tensorrt --target this-gpu --force"),
-        ({"version": "10.3.0", "target": "portable"}, "built by TensorRT 10.3.0", "--target portable --force"),
-        ({"target": "sm_90"}, r"built for sm_90, this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --target this-gpu"),
+        ({"version": "10.3.0"}, "built by TensorRT 10.3.0, here is 10.13.3", r"--trt --precision fp32 --builder tensorrt --gpu this-gpu --force"),
+        ({"version": "10.3.0", "target": "portable"}, "built by TensorRT 10.3.0", "--gpu portable --force"),
+        ({"target": "sm_90"}, r"built for sm_90, this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --gpu this-gpu"),
         ({"builder": "rtx", "version": "1.2.3"}, "TensorRT-RTX 1.2.3, here is", r"pip install tensorrt-rtx==1\.2\.3"),
         ({"sha256": "0"}, "SHA-256 differs", "deploykit export runs/a"),
     ],
@@ -265,7 +265,7 @@ def test_a_full_gpu_says_so_and_leaves_nothing(
     driver.free = 70_000  # what the engine computes in fits, the tensors do not
     with pytest.raises(EngineError, match="out of memory") as full:
         make(driver, tmp_path, tiny_export, monkeypatch, "tensorrt")
-    assert "smaller batches" in str(full.value.remedy)
+    assert "smaller --maxShapes" in str(full.value.remedy)
 
 
 def test_other_failures_of_the_driver_are_told_in_its_words(driver: FakeDriver) -> None:

@@ -51,7 +51,7 @@ def test_an_engine_is_packaged_without_a_gpu_and_answers_on_one(
         "tweets",
         "--engine",
         "tensorrt",
-        "--repository",
+        "--model-repository",
         tmp_path / "my models",
         "--json",
     )

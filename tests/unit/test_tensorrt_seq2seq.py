@@ -76,7 +76,7 @@ def export(request: pytest.FixtureRequest, tmp_path: Path, graphs: Path, monkeyp
     if request.param == "gpu":
         if not cuda.has_gpu():
             pytest.skip("needs an NVIDIA GPU")
-        options = EngineOptions(("fp32",), (WIDE, SMALL), target="this-gpu")
+        options = EngineOptions(("fp32",), (WIDE, SMALL), gpu="this-gpu")
         *both, weights = (folder / file for file in TRANSLATOR_GRAPHS["fp32"])
         build = partial(build_engine, precision="fp32", options=options, limits=LIMITS, say=lambda line: None)
         list_engines(folder, [build(graph, inputs=read_inputs(graph), weights=weights) for graph in both])
@@ -229,7 +229,7 @@ def test_what_no_profile_takes_is_refused_with_the_command(
             EngineError, match=rf"no profile takes {what} \(it has batch=1:4:4,length=1:8:20"
         ) as refused:
             call()
-        assert f"larger {axis} in --profile: deploykit export runs/a" in str(refused.value.remedy)
+        assert f"larger {axis} in --maxShapes: deploykit export runs/a" in str(refused.value.remedy)
     model.admit(model.encode([[5]]), [1], [1])
     for _ in range(12):
         model.step(np.array([7]))
@@ -250,8 +250,8 @@ def test_what_no_profile_takes_is_refused_with_the_command(
 @pytest.mark.parametrize(
     ("values", "says", "remedy"),
     [
-        ({"version": "10.3.0"}, "built by TensorRT 10.3.0, here is 10.13.3", "--builder tensorrt --target this-gpu --force"),
-        ({"target": "sm_90"}, r"built for sm_90, this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --target this-gpu"),
+        ({"version": "10.3.0"}, "built by TensorRT 10.3.0, here is 10.13.3", "--builder tensorrt --gpu this-gpu --force"),
+        ({"target": "sm_90"}, r"built for sm_90, this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --gpu this-gpu"),
         ({"sha256": "0"}, "SHA-256 differs", "deploykit export runs/a"),
     ],
 )  # fmt: skip
@@ -301,7 +301,7 @@ def run(*words: object) -> Any:
 
 def test_commands_take_the_engine(driver: FakeDriver, graphs: Path, tmp_path: Path, monkeypatch: Any) -> None:
     folder = with_engines(shutil.copytree(graphs, tmp_path / "e"), driver, monkeypatch, precisions=["fp32", "fp16"])
-    words = ("translate", "--model", folder, *TEXTS[:2], "--beam-size", 2)
+    words = ("translate", folder, *TEXTS[:2], "--num-beams", 2)
     expected = run(*words, "--engine", "onnxruntime", "--precision", "fp32")
     launched = dict(driver.counts)
     assert "cuGraphLaunch" not in launched
@@ -316,10 +316,10 @@ def test_commands_take_the_engine(driver: FakeDriver, graphs: Path, tmp_path: Pa
     rows.write_text("en\tfr\nDelete %s?\tSupprimer %s ?\nSave {name}\tEnregistrer {name}\n")
     graded = run("evaluate", folder, "--data", rows, "--engine", "tensorrt", "--precision", "fp32")
     assert graded["metrics"] == run("evaluate", folder, "--data", rows, "--engine", "onnxruntime")["metrics"]
-    measured = run("bench", folder, "--data", rows, "--engine", "tensorrt", "--engine", "onnxruntime", "--concurrency", 1,
+    measured = run("bench", folder, "--data", rows, "--engine", "tensorrt", "--engine", "onnxruntime", "--max-concurrency", 1,
                    "--seconds", 0.05, "--rounds", 1, "--max-new-tokens", 4)  # fmt: skip
     assert [c["engine"] for c in measured["candidates"]] == ["tensorrt", "onnxruntime"]
-    refused = CliRunner().invoke(main, ["translate", "--model", str(folder), "a", "--engine", "tensorrt", "--precision", "bf16"])  # fmt: skip
+    refused = CliRunner().invoke(main, ["translate", str(folder), "a", "--engine", "tensorrt", "--precision", "bf16"])  # fmt: skip
     assert refused.exit_code == 1
     assert "--trt --precision bf16" in refused.stderr
 
@@ -347,7 +347,9 @@ def test_a_translator_is_packaged_without_a_gpu_and_answers_on_one(
 ) -> None:
     folder = shutil.copytree(graphs, tmp_path / "e")
     list_engines(folder, paper_engines(folder, "tensorrt", ["fp32"], [parse_profile(WIDE, LIMITS)]))
-    record = run("package", folder, "--name", "en-fr", "--engine", "tensorrt", "--repository", tmp_path / "models")
+    record = run(
+        "package", folder, "--name", "en-fr", "--engine", "tensorrt", "--model-repository", tmp_path / "models"
+    )
     assert (record["engine"], record["precision"]) == ("tensorrt", "fp32")
     assert record["container"].startswith("ENGINE=tensorrt==10.13.3 ")
     version = Path(record["path"])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from deploykit.artifacts import write_manifest
 from deploykit.errors import ArtifactError
-from deploykit.finetune.options import make_options
+from deploykit.stages.finetune_options import make_options
 from deploykit.tasks.classification.facts import Classification
 from deploykit.training.checkpoint import load_for_training, load_model, quiet
 from deploykit.training.source import check_source
@@ -238,7 +238,7 @@ def test_a_hub_id_is_read_from_the_cache(bert: Path, tmp_path: Path, monkeypatch
 def adapter(bert: Path, rewrite: Rewrite, tmp_path: Path) -> tuple[Path, Any]:
     """A LoRA adapter as finetune saves it, of a base that has neither pooler nor head; also the model that was trained."""
     base = rewrite(bert, lambda w: {k: v for k, v in w.items() if not k.startswith(("classifier", "bert.pooler"))})
-    options = make_options({"model": str(base), "train": "x", "lora_rank": 2})
+    options = make_options({"model": str(base), "train": "x", "lora_r": 2})
     loaded = load_for_training(str(base), num_labels=2)
     assert len(loaded.new) == 4
     trained = with_adapter(loaded.model, options, "SEQ_CLS", loaded.new)

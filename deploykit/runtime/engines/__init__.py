@@ -76,7 +76,7 @@ ENGINES: Mapping[str, EngineInfo] = {
     "tensorrt": EngineInfo(
         "deploykit.runtime.engines.tensorrt_classifier:TensorRtEngine",
         ("tensorrt", "tensorrt_rtx"),
-        "rtx",
+        "tensorrt",
         decoder="deploykit.runtime.engines.tensorrt_seq2seq:TensorRtSeq2Seq",
         built=True,
         gpu=True,

@@ -389,5 +389,5 @@ class NativeModel:
     @staticmethod
     def _done(steps: int) -> int:
         if not steps:
-            raise EngineError("there is no memory for this batch", "lower --max-rows, or close other programs")
+            raise EngineError("there is no memory for this batch", "lower --max-num-seqs, or close other programs")
         return steps

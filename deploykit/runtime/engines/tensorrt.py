@@ -82,7 +82,7 @@ class EngineRecord:
     def rebuild(self, target: str | None = None) -> str:
         """The command that builds it again with what is installed, for ``target`` in place of its own."""
         target = target or (self.target if self.builder == "rtx" or self.target == "portable" else "this-gpu")
-        return f"{self.command} --builder {self.builder} --target {target} --force"
+        return f"{self.command} --builder {self.builder} --gpu {target} --force"
 
     def save(self, file: Path) -> None:
         record_path(file).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")

@@ -29,7 +29,7 @@ class TensorRtEngine:
         rows, length = next(iter(inputs.values())).shape
         most = max((p.most("rows") for p in self._profiles if p.takes(length=length)), default=0)
         if not most:
-            raise self._loaded.too_long(f"texts padded to {length} tokens", "a longer --profile")
+            raise self._loaded.too_long(f"texts padded to {length} tokens", "a longer --maxShapes")
         self._loaded.gpu.enter()
         parts = [self._run({n: a[i : i + most] for n, a in inputs.items()}, length) for i in range(0, rows, most)]
         return parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts)]

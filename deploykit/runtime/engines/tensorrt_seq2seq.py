@@ -292,7 +292,7 @@ class TensorRtSeq2Seq:
             ("tokens of a translation", "past", target, self.limits.target),
         ):
             if n > most:
-                raise engine.too_long(f"{n} {what}", f"a larger {axis} in --profile")
+                raise engine.too_long(f"{n} {what}", f"a larger {axis} in --maxShapes")
 
     def _encoder_job(self, profile: EngineProfile, rows: int, length: int) -> Job:
         key = (profile.number, rows, length)

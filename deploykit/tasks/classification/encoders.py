@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from optimum.utils.normalized_config import NormalizedConfigManager
 
 from deploykit.errors import ExportError
 from deploykit.graphs.architecture import Array, EncoderLayer, FeedForward, Linear, Norm, RelativeBias, Weights
@@ -94,6 +95,7 @@ def read_encoder(model: Any) -> EncoderClassifier:
     if (kind := config.model_type) not in FAMILIES:
         raise ExportError(f"it runs {', '.join(FAMILIES)}, not {kind}")
     family = FAMILIES[kind]
+    sizes = NormalizedConfigManager.get_normalized_config_class(kind)(config)
     state = {name: np.asarray(tensor.detach().float().numpy()) for name, tensor in model.state_dict().items()}
     weights = _Read(state)
     epsilon = getattr(config, "layer_norm_eps", _DISTILBERT_EPSILON)
@@ -108,7 +110,7 @@ def read_encoder(model: Any) -> EncoderClassifier:
         if token_types in state:
             positions = positions + weights[token_types][0]
         found = EncoderClassifier(
-            heads=config.num_attention_heads,
+            heads=sizes.num_attention_heads,
             embedding=weights[f"{family.base}.embeddings.word_embeddings.weight"],
             positions=positions,
             embedding_norm=weights.norm(f"{family.base}.embeddings.LayerNorm", epsilon),
@@ -123,7 +125,7 @@ def read_encoder(model: Any) -> EncoderClassifier:
                     ),
                     weights.norm(f"{family.base}.{family.layers}.{i}.{feed_forward_norm}", epsilon),
                 )
-                for i in range(config.num_hidden_layers)
+                for i in range(sizes.num_layers)
             ),
             dense=weights.linear(family.dense),
             activation=family.activation,

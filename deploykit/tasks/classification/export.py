@@ -18,7 +18,7 @@ from deploykit import artifacts
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError, UsageError
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
-from deploykit.graphs.onnx_export import export_classifier, export_half_classifier
+from deploykit.graphs.onnx_export import export_classifier, export_half_classifier, save_hub_files
 from deploykit.measurement_log import Trace
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.grading import Grader, Line
@@ -59,8 +59,8 @@ def write(
         saved is not None or options.smooth_quant is not None or options.method != ExportOptions.method
     ):
         raise UsageError(
-            f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method, --smooth-quant and a saved "
-            "--calibration do nothing",
+            f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method, --smooth-quant and --calib "
+            "do nothing",
             "leave them out",
         )
     if options.trt is not None:
@@ -111,9 +111,11 @@ def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -
 
 def _write_fp32(reference: TorchClassifier, directory: Path) -> None:
     export_classifier(reference.model, directory / _GRAPH)
-    tokenizer = reference.tokenizer.backend_tokenizer
-    tokenizer.enable_truncation(reference.task.max_length, direction=reference.tokenizer.truncation_side)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    # Serving machines read the truncation side from tokenizer.json.
+    reference.tokenizer.backend_tokenizer.enable_truncation(
+        reference.task.max_length, direction=reference.tokenizer.truncation_side
+    )
+    save_hub_files(reference.model, reference.tokenizer, directory)
 
 
 def calibration_texts(source: Path, task: Classification, options: CalibrationOptions) -> list[str]:
@@ -261,7 +263,7 @@ def _calibrate(
 
 def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
     """What else to try where INT8 loses too much."""
-    train = f"deploykit finetune --model {shlex.quote(str(checkpoint))} --qat --out RUN"
+    train = f"deploykit finetune {shlex.quote(str(checkpoint))} --qat --output-dir RUN"
     if trained is not None:
         return f"training it for INT8 longer ({train})"
     return f"another --method, --smooth-quant, more --calibration-rows, training it for INT8 ({train})"

@@ -29,14 +29,14 @@ class ClassificationOptions(FinetuneOptions):
     labels: str | None = None
     label_separator: str | None = None
     max_length: int = 0
-    batch_size: int = 32
+    per_device_train_batch_size: int = 32
     class_weights: str = "none"
     qat: bool = False
     qat_method: Method = "minmax"
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,
-        "batch_size": (1, 100_000),
+        "per_device_train_batch_size": (1, 100_000),
         "max_length": (0, 100_000),
     }
 
@@ -66,7 +66,7 @@ class ClassificationOptions(FinetuneOptions):
         if not all(labels) or len(set(labels)) < len(labels) or any(LABEL_SEPARATOR in label for label in labels):
             raise UsageError(f"--labels is {self.labels!r}", "name each label once, with commas between, without '|'")
         if self.regression:
-            for name in ("multi_label", "labels", "qat", "label_smoothing"):
+            for name in ("multi_label", "labels", "qat", "label_smoothing_factor"):
                 if getattr(self, name):
                     raise UsageError(f"{flag(name)} is for labels, and --regression for numbers", "leave one out")
             if self.class_weights != "none":
@@ -74,12 +74,16 @@ class ClassificationOptions(FinetuneOptions):
         if self.label_separator is not None and not self.multi_label:
             raise UsageError("--label-separator is for several labels a row", "add --multi-label")
         if self.model is None:
-            raise UsageError("--model is missing", "give the folder of a checkpoint, or a hub id")
-        if self.multi_label and (self.label_smoothing or self.class_weights != "none"):
             raise UsageError(
-                "--label-smoothing and --class-weights are for one label a text", "leave them out with --multi-label"
+                "there is no checkpoint to fine-tune",
+                "name its folder, or a hub id: deploykit finetune TARGET --train FILE",
             )
-        if self.qat and self.lora_rank:
-            raise UsageError("--qat trains the weights that are rounded, and --lora-rank others", "leave one out")
+        if self.multi_label and (self.label_smoothing_factor or self.class_weights != "none"):
+            raise UsageError(
+                "--label-smoothing-factor and --class-weights are for one label a text",
+                "leave them out with --multi-label",
+            )
+        if self.qat and self.lora_r:
+            raise UsageError("--qat trains the weights that are rounded, and --lora-r others", "leave one out")
         if not self.qat and self.qat_method != type(self).qat_method:
             raise UsageError("--qat-method is for --qat", "add --qat, or leave it out")

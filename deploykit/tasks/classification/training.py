@@ -216,7 +216,7 @@ class ClassificationStage:
             )
             new |= _initialize_head(model)
         check_trainable(TorchClassifier(model, self._tokenizer, task), options.origin)
-        return trainer.with_adapter(model, options, "SEQ_CLS", new) if options.lora_rank else model
+        return trainer.with_adapter(model, options, "SEQ_CLS", new) if options.lora_r else model
 
 
 class EncodedTexts(Dataset):  # type: ignore[misc]
@@ -301,9 +301,9 @@ def _train(
             model=model,
             args=trainer.arguments(
                 options,
-                math.ceil(len(train_set) / options.batch_size),
+                math.ceil(len(train_set) / options.per_device_train_batch_size),
                 work / "trainer",
-                per_device_train_batch_size=options.batch_size,
+                per_device_train_batch_size=options.per_device_train_batch_size,
                 train_sampling_strategy="group_by_length",
             ),
             train_dataset=train_set,
@@ -341,7 +341,7 @@ def _loss(task: Classification, targets: NDArray[Any], options: ClassificationOp
                 logits,
                 labels,
                 weight=None if weights is None else weights.to(logits.device),
-                label_smoothing=options.label_smoothing,
+                label_smoothing=options.label_smoothing_factor,
                 reduction="sum",
             )
             / items

@@ -42,7 +42,7 @@ def read_catalog(path: Path, target: str, encoding: str | None = None) -> Iterat
     if language and parse_language(language).base != parse_language(target).base:
         raise DataError(
             f"{path}: its header says that it translates to {language!r}, the target is {target!r}",
-            f"give a catalog of {target!r}, or correct --target or the header's Language",
+            f"give a catalog of {target!r}, or correct --target-lang or the header's Language",
         )
     for entry, origin in _entries(path, catalog):
         unusable: Literal["fuzzy", "obsolete"] | None = None

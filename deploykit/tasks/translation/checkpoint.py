@@ -201,12 +201,12 @@ def translation_task(
     family = config.model_type
     source, target = _languages_of(tokenizer, name, source, target)
     known = languages(tokenizer, family)
-    for option, code in (("--source", source), ("--target", target)):
+    for option, code in (("--source-lang", source), ("--target-lang", target)):
         # Marian's sources are not marked: only its targets have codes.
-        if known and code not in known and not (family == "marian" and option == "--source"):
+        if known and code not in known and not (family == "marian" and option == "--source-lang"):
             raise UsageError(f"{option} {code}: {name} does not know this language", f"it knows {', '.join(known)}")
     if source == target:
-        raise UsageError(f"--source and --target are both {source}", "translate into another language")
+        raise UsageError(f"--source-lang and --target-lang are both {source}", "translate into another language")
     for field in _NOT_DECODED_BY:
         if getattr(generation, field, None) not in (None, 0, 1, False, [], {}):
             raise ArtifactError(
@@ -275,7 +275,7 @@ def _languages_of(tokenizer: Any, name: str, source: str | None, target: str | N
     own = [getattr(tokenizer, field, None) for field in ("source_lang", "target_lang")]
     found = (source or own[0], target or own[1])
     if found[0] is None or found[1] is None:
-        raise UsageError(f"{name}: does not say which languages it translates", "give --source and --target")
+        raise UsageError(f"{name}: does not say which languages it translates", "give --source-lang and --target-lang")
     return found[0], found[1]
 
 

@@ -225,7 +225,7 @@ class _Looks:
             raise DataError(
                 f"source and target seem swapped in {self._reversed:,} rows of {self._rows:,} "
                 f"({source!r} to {target!r}); the first is at {self._first_reversed.origin}",
-                "swap --source and --target, or --source-column and --target-column",
+                "swap --source-lang and --target-lang, or --source-column and --target-column",
             )
         for side, code, wrong in zip(("source", "target"), self._codes, self._wrong_script):
             if wrong >= _ROWS_FOR_VERDICT and 2 * wrong > self._rows:

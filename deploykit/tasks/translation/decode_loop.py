@@ -15,16 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+from deploykit.errors import QueueFullError
 from deploykit.runtime.decoding import Sentence
 from deploykit.tasks.translation.predictor import Job, Translator
 from deploykit.tasks.translation.translated import Translated
 
 _ASK_S = 0.005  # asking Triton whether a request was cancelled takes 0.1 ms (measured): one request at a time
 _REPORT_S = 0.1
-
-
-class QueueFullError(Exception):
-    """More sentences wait than may."""
 
 
 class Client(Protocol):
@@ -108,7 +105,7 @@ class DecodeLoop:
         request = _Request(client, jobs)
         with self._changed:
             if self._waiting and self._waiting + request.left > self._max_queue:
-                raise QueueFullError
+                raise QueueFullError("the queue of sentences is full")
             self._waiting += request.left
             self._inbox.append(request)
             self._changed.notify()

@@ -59,7 +59,7 @@ def write(
     checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
 ) -> Written:
     """Write the graphs of a translator and what serving them needs to ``directory``; without ``saved``, calibrate."""
-    reference = TorchTranslator.load(checkpoint, source=options.source, target=options.target)
+    reference = TorchTranslator.load(checkpoint, source=options.source_lang, target=options.target_lang)
     task = reference.task
     if options.smooth_quant is not None:
         raise UsageError(f"--smooth-quant is for classifiers, and {checkpoint} translates", "leave it out")
@@ -99,7 +99,7 @@ def write(
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> Translation:
     """Write what ``calibrate`` reads of a checkpoint."""
-    reference = TorchTranslator.load(checkpoint, source=options.source, target=options.target)
+    reference = TorchTranslator.load(checkpoint, source=options.source_lang, target=options.target_lang)
     _write_fp32(checkpoint, reference, directory)
     return reference.task
 

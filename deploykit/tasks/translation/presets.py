@@ -27,7 +27,7 @@ _FROM_NOTHING: Mapping[str, Any] = {
     "mixed_precision": "auto",
     "weight_decay": 0.0,
     "dropout": 0.1,
-    "label_smoothing": 0.1,
+    "label_smoothing_factor": 0.1,
     "learning_rate": 2e-3,
 }
 
@@ -37,12 +37,12 @@ PRESETS: Mapping[str, Preset] = {
     # English to French, 11 minutes of CPU time: BLEU 37 on held-out ones). Few passes over the rows leave
     # nothing to protect from overfitting, hence no dropout.
     "marian-small": Preset(
-        128, 3, 3, 4, 512, {**_FROM_NOTHING, "vocabulary": 3000, "batch_tokens": 1024, "epochs": 8.0, "dropout": 0.0}
+        128, 3, 3, 4, 512, {**_FROM_NOTHING, "vocabulary": 3000, "batch_tokens": 1024, "num_train_epochs": 8.0, "dropout": 0.0}
     ),
     # The shape of Helsinki-NLP/opus-mt-en-fr and most of its siblings.
     "marian-base": Preset(
         512, 6, 6, 8, 2048,
-        {**_FROM_NOTHING, "vocabulary": 32000, "batch_tokens": 4096, "epochs": 20.0, "learning_rate": 5e-4,
-         "schedule": "inverse_sqrt", "beam": 4},
+        {**_FROM_NOTHING, "vocabulary": 32000, "batch_tokens": 4096, "num_train_epochs": 20.0, "learning_rate": 5e-4,
+         "lr_scheduler_type": "inverse_sqrt", "num_beams": 4},
     ),
 }  # fmt: skip

@@ -69,7 +69,7 @@ def read_tmx(path: Path, languages: Sequence[str], encoding: str | None = None) 
         has = ", ".join(map(repr, found.seen)) or "none"
         raise DataError(
             f"{path}: no unit has text in {' and '.join(map(repr, languages))}; its languages are {has}",
-            "give --source and --target of these",
+            "give --source-lang and --target-lang of these",
         )
 
 

@@ -79,8 +79,8 @@ class TranslationStage:
         options = self._options
         return load_pairs(
             source,
-            source=options.source,
-            target=options.target,
+            source=options.source_lang,
+            target=options.target_lang,
             source_column=options.source_column,
             target_column=options.target_column,
             prefer=columns,
@@ -89,7 +89,7 @@ class TranslationStage:
         )
 
     def clean(self, raw: Sequence[RawPair]) -> tuple[list[Pair], PairCleaningReport]:
-        return clean_pairs(raw, source=self._options.source, target=self._options.target)
+        return clean_pairs(raw, source=self._options.source_lang, target=self._options.target_lang)
 
     def check(self, splits: Mapping[str, Sequence[Pair]]) -> None:
         if not splits["train"]:
@@ -146,7 +146,7 @@ class TranslationStage:
         model = load_model(options.model, Translation.name, **config)
         model.generation_config.num_beams = task.generation.beam_size
         model.generation_config.forced_bos_token_id = task.generation.forced_bos_token_id
-        if options.lora_rank:
+        if options.lora_r:
             model = trainer.with_adapter(model, options, "SEQ_2_SEQ_LM")
         return model, self._tokenizer, task
 
@@ -157,14 +157,14 @@ class TranslationStage:
         tokenizer = train_tokenizer(
             [pair.source for pair in train],
             [pair.target for pair in train],
-            languages=(options.source, options.target),
+            languages=(options.source_lang, options.target_lang),
             size=options.vocabulary,
             max_length=options.max_length,
         )
         model = new_marian(PRESETS[options.from_config], tokenizer, options)
         say(f"new: {model.num_parameters():,} parameters, a vocabulary of {len(tokenizer):,} pieces")
         task = translation_task(
-            model.config, model.generation_config, tokenizer, options.origin, options.source, options.target
+            model.config, model.generation_config, tokenizer, options.origin, options.source_lang, options.target_lang
         )
         return model, tokenizer, task
 
@@ -181,10 +181,10 @@ def checkpoint_task(options: TranslationOptions, tokenizer: Any) -> Translation:
     except Exception as error:  # transformers raises whatever its dozen loaders raise
         raise not_loadable(model, error) from error
     check_family(model, config.model_type, Translation.name)
-    task = translation_task(config, generation, tokenizer, model, options.source, options.target)
-    if options.beam is None:
+    task = translation_task(config, generation, tokenizer, model, options.source_lang, options.target_lang)
+    if options.num_beams is None:
         return task
-    return dataclasses.replace(task, generation=dataclasses.replace(task.generation, beam_size=options.beam))
+    return dataclasses.replace(task, generation=dataclasses.replace(task.generation, beam_size=options.num_beams))
 
 
 def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> Any:
@@ -217,7 +217,7 @@ def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> A
             torch.nn.init.xavier_uniform_(weight)
     model.generation_config = GenerationConfig(
         max_length=min(2 * options.max_length, _POSITIONS),
-        num_beams=options.beam or 1,
+        num_beams=options.num_beams or 1,
         bad_words_ids=[[pad]],
         pad_token_id=pad,
         eos_token_id=eos,
@@ -342,7 +342,7 @@ def _train(
                 train_dataset=train_set,
                 eval_dataset=validation_set,
                 data_collator=train_set.collate,
-                compute_loss_func=_loss(options.label_smoothing),
+                compute_loss_func=_loss(options.label_smoothing_factor),
                 compute_metrics=_evaluation(translator, [pair.target for pair in validation]),
                 callbacks=trainer.callbacks(options, work / "tensorboard", say),
             )

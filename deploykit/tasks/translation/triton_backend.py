@@ -20,10 +20,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest
-from deploykit.errors import DataError, DeploykitError, UsageError
+from deploykit.errors import DataError, DeploykitError, QueueFullError, UsageError
 from deploykit.runtime.decoding import MAX_CACHE_BYTES
 from deploykit.runtime.find_graphs import find_graphs
-from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, Generation, override
+from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, RENAMED, Generation, override
 from deploykit.runtime.serving_settings import LongInput
 from deploykit.runtime.triton_requests import (
     CancelledError,
@@ -37,7 +37,7 @@ from deploykit.runtime.triton_requests import (
     strings,
     text_parameter,
 )
-from deploykit.tasks.translation.decode_loop import DecodeLoop, Load, QueueFullError
+from deploykit.tasks.translation.decode_loop import DecodeLoop, Load
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import Job, Translator, load_translator
 from deploykit.tasks.translation.translated import Translated
@@ -113,13 +113,13 @@ class TranslationBackend:
         rows.fail(errors)
         try:
             self._loop.submit(_Caller(request, rows), jobs)
-        except QueueFullError:
-            raise RefusedError("the queue of sentences is full", pb_utils.TritonError.UNAVAILABLE) from None
+        except QueueFullError as full:
+            raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
 
     def _search(self, given: dict[str, Any]) -> tuple[Generation, LongInput]:
         """What the request parameters ask for. Raises RefusedError naming the first that is unknown or wrong."""
         for name in given:
-            if name not in (*PARAMETERS, _LONG_INPUT):
+            if name not in (*PARAMETERS, *RENAMED, _LONG_INPUT):
                 raise RefusedError(f"unknown parameter {name}: known ones are {', '.join(PARAMETERS)}, {_LONG_INPUT}")
         long_input = self._long_input
         try:
@@ -199,7 +199,7 @@ def _warmed_up(translator: Translator) -> Translator:
     """Run each way of searching once: the engine prepares kernels and memory when it first meets a shape."""
     task = translator.task
     for beams in (1, 2):
-        few = override(task, {"beam_size": beams, "max_new_tokens": min(4, task.max_target_length - 1)})
+        few = override(task, {"num_beams": beams, "max_new_tokens": min(4, task.max_target_length - 1)})
         for rows in (1, max(translator.decoder.max_rows // 2, 1)):
             translator.translate(["a", *["a b c d"] * (rows - 1)], few)
     return translator

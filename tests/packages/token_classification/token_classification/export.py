@@ -15,7 +15,7 @@ from deploykit.artifacts import digest_of
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError, UsageError
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
-from deploykit.graphs.onnx_export import export_classifier
+from deploykit.graphs.onnx_export import export_classifier, save_hub_files
 from deploykit.measurement_log import Trace
 from deploykit.quantization.activations import show_activations
 from deploykit.quantization.calibration import Calibration, collect
@@ -127,7 +127,7 @@ class _Grader(Grader[list[Array]]):
 
 def _write_fp32(reference: TorchTagger, directory: Path) -> None:
     export_classifier(reference.model, directory / _GRAPH)
-    reference.hub_tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    save_hub_files(reference.model, reference.hub_tokenizer, directory)
 
 
 def _check_parity(reference: TorchTagger, directory: Path, rows: Sequence[Example]) -> dict[str, Any]:

@@ -18,11 +18,14 @@ class TokenClassificationOptions(FinetuneOptions):
     task: str = TokenClassification.name
     words_column: str | None = field(default=None, metadata={"help": "Of words or tokens (default: detected)."})
     label_column: str | None = None
-    batch_size: int = 16
+    per_device_train_batch_size: int = 16
 
-    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {**FinetuneOptions.ranges, "batch_size": (1, 100_000)}
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **FinetuneOptions.ranges,
+        "per_device_train_batch_size": (1, 100_000),
+    }
 
     def check(self) -> None:
         super().check()
         if self.model is None:
-            raise UsageError("--model is missing", "give the folder of a checkpoint, or a hub id")
+            raise UsageError("there is no checkpoint to fine-tune", "name its folder, or a hub id")

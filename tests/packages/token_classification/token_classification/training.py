@@ -90,7 +90,7 @@ class TokenClassificationStage:
         for name in ("validation", "test"):
             check_labels(rows.splits[name], task.labels, name)
         model = load_model(options.origin, task.name, **task.model_config, pad_token_id=task.pad_token_id)
-        if options.lora_rank:
+        if options.lora_r:
             model = trainer.with_adapter(model, options, "TOKEN_CLS")
         tagger = TorchTagger(model, self._tokenizer, task)
         encoded = {name: EncodedRows(tagger, split) for name, split in rows.splits.items() if split}
@@ -99,8 +99,8 @@ class TokenClassificationStage:
             Trainer(
                 model=model,
                 args=trainer.arguments(
-                    options, math.ceil(len(encoded["train"]) / options.batch_size), work / "trainer",
-                    per_device_train_batch_size=options.batch_size, label_smoothing_factor=options.label_smoothing,
+                    options, math.ceil(len(encoded["train"]) / options.per_device_train_batch_size), work / "trainer",
+                    per_device_train_batch_size=options.per_device_train_batch_size, label_smoothing_factor=options.label_smoothing_factor,
                 ),
                 train_dataset=encoded["train"],
                 eval_dataset=encoded["validation"],

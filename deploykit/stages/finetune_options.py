@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import UsageError
 from deploykit.tasks.registry import DEFAULT, get_task, task_names
-from deploykit.training.options import FinetuneOptions, flag, option_names
+from deploykit.training.options import RENAMED, FinetuneOptions, flag, option_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -18,26 +19,47 @@ else:
     import tomli as tomllib
 
 
+ROWS = ("model", "train", "validation", "test")
+"""Options that name files, or something on the hub."""
+
 OPTIONS: Mapping[str, type[FinetuneOptions]] = {name: get_task(name).options() for name in task_names()}
 
 
 def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
-    """The options of a run from those that were named; the rest are the task's and the preset's defaults.
+    """Complete the options that were named with the defaults of the task, the preset or the run that is continued.
 
-    Raises UsageError for an option of another task.
+    Files are named so that they are found from any folder. Raises UsageError for an option of another task, or of none.
     """
-    kind = OPTIONS[given.get("task", DEFAULT)]
+    from deploykit.training.rows import absolute
+
+    given = _with_rows_of_run({k: absolute(v) if k in ROWS and v else v for k, v in given.items()})
+    task = given.get("task", DEFAULT)
+    if task not in OPTIONS:
+        raise UsageError(f"unknown task {task!r}", f"choose one of: {', '.join(OPTIONS)}")
+    kind = OPTIONS[task]
     for name in given:
         if name not in option_names(kind):
-            owner = next(task for task, other in OPTIONS.items() if name in option_names(other))
-            raise UsageError(f"{flag(name)} is for --task {owner}", "leave it out")
-    return kind(**{**kind.preset(given.get("from_config")), **given})
+            raise _unknown(name)
+    several = {field.name for field in fields(kind) if isinstance(field.default, tuple)}
+    values = {k: _as_tuple(v) if k in several else v for k, v in given.items()}
+    return kind(**{**kind.preset(given.get("from_config")), **values})
 
 
-def with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
+def _unknown(name: str) -> UsageError:
+    if owners := [task for task, kind in OPTIONS.items() if name in option_names(kind)]:
+        return UsageError(f"{flag(name)} is for --task {' or '.join(owners)}", "leave it out")
+    known = ", ".join(sorted({name for kind in OPTIONS.values() for name in option_names(kind)}))
+    return UsageError(f"unknown option {name!r}", f"write {RENAMED[name]}" if name in RENAMED else f"known: {known}")
+
+
+def _as_tuple(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
     """``given``, where it names no rows and quantization-aware training goes on from a run of deploykit's, with the rows
     of that run as it split them: none that it was trained on is held out."""
-    run = Path(given.get("model", ""))
+    run = Path(given.get("model") or "")
     splits = {name: run / "splits" / f"{name}.jsonl" for name in ("train", "validation", "test")}
     if not given.get("qat") or {*splits} & {*given} or not splits["train"].is_file():
         return dict(given)
@@ -53,7 +75,7 @@ def with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Options from a TOML file, keys as in the dataclasses. Raises UsageError naming a wrong key."""
+    """Options from a TOML file, keys as in the dataclasses or as they once were. Raises UsageError naming a wrong key."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -61,7 +83,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: is not TOML: {error}", "correct the file") from error
     known = {name for kind in OPTIONS.values() for name in option_names(kind)}
-    options = {key.replace("-", "_"): value for key, value in values.items()}
+    spelled = {key.replace("-", "_"): value for key, value in values.items()}
+    options = {RENAMED.get(key, key): value for key, value in spelled.items()}
     for key in options:
         if key not in known:
             raise UsageError(f"{path}: unknown option {key!r}", f"known options: {', '.join(sorted(known))}")

@@ -45,7 +45,7 @@ def render(
         "## Training",
         "",
         f"From `{origin}`; every option is in `finetune.toml`, and",
-        "`deploykit finetune --config finetune.toml --out DIR` repeats the run.",
+        "`deploykit finetune --config finetune.toml --output-dir DIR` repeats the run.",
         "",
         "## Limits",
         "",

@@ -11,16 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploykit import artifacts
-from deploykit.export.run import identity, parent_digest
 from deploykit.graphs.export_options import CalibrationOptions, Say
 from deploykit.quantization.calibration import METHODS, Calibration
+from deploykit.stages.export import identity, parent_digest
 from deploykit.tasks.registry import task_of, task_of_checkpoint
 from deploykit.training.source import check_source
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    out: Path
+    """The calibration at ``path``; ``reused`` when equal inputs had made it before."""
+
+    path: Path
     manifest: artifacts.Manifest
     reused: bool
 

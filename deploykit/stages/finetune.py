@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from deploykit import artifacts
-from deploykit.errors import ArtifactError
-from deploykit.finetune import model_card
+from deploykit.errors import ArtifactError, UsageError
+from deploykit.stages import model_card
+from deploykit.stages.finetune_options import ROWS
 from deploykit.tasks.registry import get_task
 from deploykit.training.options import FinetuneOptions, write_toml
 from deploykit.training.rows import Columns, Raw, Row, Rows, RowSource, Say, named_paths, read_rows, write_splits
+from deploykit.training.source import check_source
 
 if TYPE_CHECKING:
     from deploykit.training.trainer import Trained
@@ -33,9 +35,12 @@ class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a run left at ``out``; ``reused`` when equal inputs had made it before."""
+    """The checkpoint that a run left at ``path``; ``reused`` when equal inputs had made it before.
 
-    out: Path
+    ``manifest.metrics`` has the metrics of the held-out rows under "test", or "validation" where there are no test rows.
+    """
+
+    path: Path
     manifest: artifacts.Manifest
     reused: bool
 
@@ -54,6 +59,7 @@ def finetune(
     ``restart`` is set.
     """
     options.check()
+    _check_here(options)
     inputs = _digest(options)
     if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
         return Finetuned(out, manifest, reused=True)
@@ -63,6 +69,17 @@ def finetune(
     quiet()
     stage = get_task(options.task).training_stage(options)
     return _run(stage, options, out, inputs, restart=restart, say=say)
+
+
+def _check_here(options: FinetuneOptions) -> None:
+    """Refuse what is no checkpoint, or cannot be trained on this machine, before seconds go into imports."""
+    if options.mixed_precision == "fp16":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError("--mixed-precision fp16 needs a GPU", "use bf16, or leave it out")
+    if options.model is not None:
+        check_source(options.model, options.task)
 
 
 def _run(
@@ -113,7 +130,7 @@ def _run(
 def _digest(options: FinetuneOptions) -> str:
     """Everything that determines the run: options, and the contents of the files they name."""
     values = dataclasses.asdict(options)
-    for name in ("model", "train", "validation", "test"):
+    for name in ROWS:
         if values[name] and (paths := named_paths(values[name])):
             values[name] = [artifacts.digest_path(path) for path in paths]
     return artifacts.digest_of("finetune", values)
@@ -133,7 +150,7 @@ def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Itera
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ArtifactError(
-            f"{out}: another deploykit is training it now", "wait for it, or choose another --out"
+            f"{out}: another deploykit is training it now", "wait for it, or choose another --output-dir"
         ) from None
     try:
         if continued:

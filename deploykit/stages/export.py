@@ -13,19 +13,29 @@ from deploykit.errors import MissingDependencyError
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written
 from deploykit.measurement_log import Trace
 from deploykit.metric_titles import points_of
-from deploykit.quantization.calibration import is_saved, load_calibration
+from deploykit.quantization.calibration import load_calibration
 from deploykit.quantization.tables import SEARCH_PAGE, render_searches
 from deploykit.runtime.engines import ENGINES
 from deploykit.tasks.registry import task_of_checkpoint
+from deploykit.tensorrt.build import shapes_of_profile
 from deploykit.training.source import check_source
 
 if TYPE_CHECKING:
     pass
 
 
+_TRTEXEC = {"workspace": "--memPoolSize=workspace:", "timing_cache": "--timingCacheFile="}
+"""Options of engines that are named as trtexec names them."""
+
+
 @dataclass(frozen=True)
 class Exported:
-    out: Path
+    """The export at ``path``; ``reused`` when equal inputs had made it before.
+
+    ``manifest.metrics`` has "parity" with PyTorch and "accuracy_table", a line for each engine and precision.
+    """
+
+    path: Path
     manifest: artifacts.Manifest
     reused: bool
 
@@ -37,6 +47,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     engine runs no INT8 kernel, or when INT8 costs more than ``max_drop`` points. A search for layers in fp32 that is
     killed is taken up again from OUT.search.json by the next export of the same inputs.
     """
+    options = options.with_precisions()
     options.check()
     check_source(str(checkpoint))
     parent = parent_digest(checkpoint)
@@ -44,7 +55,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     inputs = artifacts.digest_of("export", parent, identity(options), engines)
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
-    saved = load_calibration(Path(options.calibration), parent) if is_saved(options.calibration) else None
+    saved = load_calibration(Path(options.calib), parent) if options.calib is not None else None
     trace = Trace(
         out.with_name(f"{out.name}.search.json"), artifacts.digest_of(inputs, artifacts.installed_versions()), say
     )
@@ -88,25 +99,28 @@ def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say:
 
 
 def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
-    """What to type for this export; builder and target of its engines are left out."""
-    words = ["deploykit", "export", str(checkpoint), "--out", str(out)]
+    """What to type for this export; builder and GPU of its engines are left out."""
+    words = ["deploykit", "export", str(checkpoint), "--output-dir", str(out)]
     settings = [(field, getattr(options, field.name)) for field in dataclasses.fields(options) if field.name != "trt"]
     if options.trt is not None:
         words += ["--trt", *(word for precision in options.trt.precisions for word in ("--precision", precision))]
-        words += [word for profile in options.trt.profiles for word in ("--profile", profile)]
-        kept = ("workspace", "timing_cache")
-        settings += [(f, getattr(options.trt, f.name)) for f in dataclasses.fields(options.trt) if f.name in kept]
+        for profile in options.trt.profiles:
+            words += [word for pair in shapes_of_profile(profile).items() for word in pair]
+        settings += [(f, getattr(options.trt, f.name)) for f in dataclasses.fields(options.trt) if f.name in _TRTEXEC]
     for field, value in settings:
         if value != field.default:
             option = f"--{field.name.replace('_', '-')}"
-            words += [option] if value is True else [option, str(value)]
+            if field.name in _TRTEXEC:
+                words.append(f"{_TRTEXEC[field.name]}{value}")
+            else:
+                words += [option] if value is True else [option, str(value)]
     return shlex.join(words)
 
 
 def identity(options: CalibrationOptions) -> dict[str, Any]:
     """The options, with the digests of files in place of their names."""
     values = dataclasses.asdict(options)
-    for name in ("calibration", "data"):
+    for name in ("calibration_data", "calib", "data"):
         path = Path(values.get(name) or "")
         if values.get(name) and path.exists():
             values[name] = artifacts.digest_path(path)

@@ -1,0 +1,404 @@
+"""The Python API: the stages of the command line as functions, for any task.
+
+An option of a command is a keyword argument of the function of the same name: ``--num-train-epochs 1`` is
+``num_train_epochs=1``. Paths are strings or ``Path`` objects. Every error is a ``DeploykitError``; a message that names an
+option of the command line means the argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from deploykit.errors import DataError, DeploykitError, ServerError, UsageError
+from deploykit.runtime.serving_settings import DEFAULT_URL, ServingSettings
+
+if TYPE_CHECKING:
+    from deploykit.stages.export import Exported
+    from deploykit.stages.finetune import Finetuned
+    from deploykit.tasks.types import Answer, Evaluation, Predictor, TaskFacts
+    from deploykit.triton.repository import Packaged
+    from deploykit.triton.server import TritonServer
+
+log = logging.getLogger(__name__)
+
+StrPath = str | PathLike[str]
+Say = Callable[[str], None]
+_Options = TypeVar("_Options")
+
+
+def finetune(
+    model: StrPath | None = None,
+    *,
+    train: StrPath | None = None,
+    output_dir: StrPath,
+    task: str | None = None,
+    validation: StrPath | None = None,
+    test: StrPath | None = None,
+    force: bool = False,
+    restart: bool = False,
+    progress: Say | None = None,
+    **options: Any,
+) -> Finetuned:
+    """Fine-tune a Hugging Face checkpoint on labelled rows, and write it to ``output_dir``.
+
+    A run that equal inputs have made before is reused. A run that was killed is continued, unless ``restart`` is set.
+
+    Args:
+        model: Folder of a checkpoint, or a hub id. None for ``from_config``, which trains a new model.
+        train: File of rows, folder of a dataset, or a hub id. With ``qat``, by default the rows of the run ``model``.
+        output_dir: Folder to write the checkpoint to.
+        task: One of the names that ``deploykit finetune --help`` lists. Default: the first of them.
+        validation: Rows to choose the best step by. Default: split off ``train``.
+        test: Rows to measure the result on. Default: split off ``train``.
+        force: Replace what stands at ``output_dir``.
+        restart: Begin anew instead of continuing a killed run.
+        progress: Called with each message, a line.
+        **options: All other options of ``deploykit finetune``: ``num_train_epochs=1``, ``text_column=("title", "body")``.
+
+    Raises:
+        UsageError: An option is unknown, out of range, or of another task.
+        DataError: The rows cannot be read, or there are too few.
+        ArtifactError: ``model`` is no checkpoint, or ``output_dir`` holds something else.
+    """
+    from deploykit.stages.finetune import finetune as run
+    from deploykit.stages.finetune_options import make_options
+
+    files = {"model": model, "train": train, "validation": validation, "test": test}
+    given = {name: str(path) for name, path in files.items() if path is not None}
+    named = {"task": task} if task is not None else {}
+    chosen = make_options({**given, **named, **{k: v for k, v in options.items() if v is not None}})
+    return run(chosen, Path(output_dir), force=force, restart=restart, say=progress or _quiet)
+
+
+def export(
+    checkpoint: StrPath, output_dir: StrPath, *, force: bool = False, progress: Say | None = None, **options: Any
+) -> Exported:
+    """Export a checkpoint to ONNX, with ``int8=True`` also calibrated INT8, checked and measured.
+
+    Args:
+        checkpoint: Folder of a checkpoint, from ``finetune`` or elsewhere.
+        output_dir: Folder to write the export to.
+        force: Replace what stands at ``output_dir``.
+        progress: Called with each message, a line.
+        **options: Fields of ``ExportOptions``, the options of ``deploykit export``: ``int8=True``, ``max_drop=1.0``,
+            ``calibration_data="rows.csv"``, ``trt=EngineOptions(gpu="sm_86")``.
+
+    Raises:
+        UsageError: An option is unknown or makes no sense.
+        ExportError: A graph differs from PyTorch, or INT8 loses more than ``max_drop`` points. Nothing is written.
+    """
+    from deploykit.graphs.export_options import ExportOptions
+    from deploykit.stages.export import export as run
+
+    chosen = _make(ExportOptions, {k: str(v) if isinstance(v, PathLike) else v for k, v in options.items()})
+    return run(Path(checkpoint), Path(output_dir), chosen, force=force, say=progress or _quiet)
+
+
+def package(
+    export: StrPath,
+    name: str,
+    model_repository: StrPath = "model_repository",
+    *,
+    engine: str = "auto",
+    precision: str = "auto",
+    overwrite_config: bool = False,
+    stream: bool = True,
+    **settings: Any,
+) -> Packaged:
+    """Add an export to a Triton model repository, as the next version of the model ``name``.
+
+    Args:
+        export: Folder of an export.
+        name: Of the model, as clients will call it.
+        model_repository: Folder of packaged models; made if missing.
+        engine: "auto", "tensorrt", "native", "openvino", "onnxruntime" or "cuda".
+        precision: "auto" (INT8 if there is one), "int8", "fp16", "bf16" or "fp32".
+        overwrite_config: Write config.pbtxt anew; otherwise one that exists is kept.
+        stream: Also write NAME_stream, for tasks that have one.
+        **settings: Fields of ``ServingSettings``: ``instances=2``, ``max_batch_size=32``.
+
+    Raises:
+        UsageError: A name or a setting is not allowed, or the settings would do nothing because config.pbtxt is kept.
+        ArtifactError: The export lacks the graph, or the config.pbtxt that exists does not fit it.
+    """
+    from deploykit.triton.repository import package as run
+    from deploykit.triton.repository import refuse_ignored
+
+    if settings and not overwrite_config:
+        refuse_ignored(Path(model_repository) / name, next(iter(settings)))
+    return run(
+        Path(export),
+        name,
+        Path(model_repository),
+        engine=engine,
+        precision=precision,
+        settings=_make(ServingSettings, settings) if settings else None,
+        overwrite_config=overwrite_config,
+        stream=stream,
+    )
+
+
+def load(
+    target: StrPath,
+    *,
+    url: str = DEFAULT_URL,
+    engine: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+) -> Model:
+    """Open whatever can answer: a checkpoint, an export, a packaged version, or a model on a running server.
+
+    Args:
+        target: A folder; or the name of a model on the server at ``url``.
+        url: HTTP address of the server, for a served model.
+        engine: Of an export: "auto", or one of the names that ``package`` takes.
+        precision: Of an export: "auto" (INT8 if there is one), "int8", "fp16", "bf16" or "fp32".
+        threads: CPU threads. Default: all.
+
+    Raises:
+        ArtifactError: There is no such folder, or a file of it was changed.
+        EngineError: The engine cannot load the graph here.
+        ServerError: No server answers at ``url``, or it has no such model.
+    """
+    from deploykit.tasks.opening import open_predictor
+
+    return Model(open_predictor(str(target), url=url, engine=engine, precision=precision, threads=threads))
+
+
+class Model:
+    """A model of any task, in this process or on a server. One caller at a time; use as a context manager, or ``close``.
+
+    ``predict`` has a second name for each task, by what its models do: ``classify``, ``translate``.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        from deploykit.tasks.registry import task_of
+
+        self.predictor = predictor
+        """What the task itself offers: a classifier's ``scores``, a translator's ``translate`` with its search."""
+        self._task = task_of(predictor.task)
+
+    @property
+    def task(self) -> TaskFacts:
+        """The facts of the model: labels, languages, lengths."""
+        return self.predictor.task
+
+    def predict(self, texts: Sequence[str], **generation: Any) -> list[Answer]:
+        """Answer texts, in their order.
+
+        Args:
+            texts: A list of texts.
+            **generation: Of a model that generates, how to search: ``num_beams=4``, ``max_new_tokens=40``.
+
+        Returns:
+            An answer for each text. ``text`` is the answer as one string, ``fields`` has all of it: of a classifier
+            ``label``, ``score`` and ``scores``, of a translator ``translation``, ``target_tokens`` and ``finish``.
+
+        Raises:
+            DataError: A text is empty, too long, or refused; the message has its number, from 1.
+            UsageError: An option of ``generation`` is unknown, or the model does not generate.
+        """
+        from deploykit.tasks.answering import answer_rows, rows_of
+
+        if isinstance(texts, str):
+            raise UsageError("texts is one string", "give a list: predict([text])")
+        search = self._task.override(self.task, generation) if generation else None
+        answers = []
+        for row in answer_rows(self.predictor, rows_of(texts), search):
+            if row.answer is None:
+                raise DataError(f"{row.origin}: {row.error}", "correct that text, or leave it out")
+            answers.append(row.answer)
+        return answers
+
+    def evaluate(
+        self,
+        rows: StrPath | Iterable[Mapping[str, Any]],
+        *,
+        split: str = "test",
+        encoding: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Evaluation:
+        """Measure the model on rows with their right answers.
+
+        Args:
+            rows: A file, the folder of a dataset or a hub id, as ``deploykit evaluate --data`` takes it; or the rows
+                themselves, each a mapping from column to value: ``[{"text": "What a film!", "label": "positive"}]``.
+            split: Of a dataset.
+            encoding: Of a text file. Default: UTF-8, or what a byte order mark says.
+            progress: Called with the number of rows done, and of all rows.
+            **options: Names of columns (``label_column="stars"``), and how to search, as ``predict`` takes it.
+
+        Returns:
+            ``metrics`` by name, and the number of ``rows``; ``skipped`` rows lacked a text or a right answer.
+
+        Raises:
+            DataError: The rows cannot be read, or have an answer that the model does not know.
+        """
+        columns = {name: value for name, value in options.items() if name in self._task.columns}
+        generation = {name: value for name, value in options.items() if name not in columns}
+        self._task.override(self.task, generation)  # refuses what a task does not know
+        several = {field.name for field in dataclasses.fields(self._task.options()) if isinstance(field.default, tuple)}
+        columns = {k: (v,) if k in several and isinstance(v, str) else v for k, v in columns.items()}
+        with _as_file(rows) as source:
+            return self._task.evaluate(
+                self.predictor, source, split=split, encoding=encoding, columns=columns, generation=generation,
+                progress=progress or _uncounted,
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """Release connections."""
+        self.predictor.close()
+
+    def __getattr__(self, name: str) -> Callable[..., list[Answer]]:
+        """``predict`` under the task's own verb."""
+        task = self.__dict__.get("_task")
+        if task is not None and name == task.verb:
+            return self.predict
+        what = f"a model that {task.does}" if task is not None else type(self).__name__
+        raise AttributeError(f"{what} has no {name!r}; it has predict, evaluate and close")
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Server:
+    """The embedded Triton on a model repository, while the block runs.
+
+    A model whose process dies is loaded again. A port of 0 takes a free one.
+
+    Args:
+        model_repository: Folder of packaged models.
+        host: Address to listen on; "0.0.0.0" opens it to others.
+        http_port: Port of HTTP; ``url`` is the address.
+        grpc_port: Port of gRPC.
+        metrics_port: Port of the Prometheus metrics.
+        ready_timeout: Seconds until all models must answer.
+        drain: Seconds for requests in flight at the end.
+        log_file: Triton's own log. Default: a temporary file.
+
+    Raises:
+        ServerError: A port is taken, a model cannot be loaded, or, when the block ends, the server was lost.
+    """
+
+    def __init__(
+        self,
+        model_repository: StrPath = "model_repository",
+        *,
+        host: str = "127.0.0.1",
+        http_port: int = 8000,
+        grpc_port: int = 8001,
+        metrics_port: int = 8002,
+        ready_timeout: float = 60.0,
+        drain: float = 30.0,
+        log_file: StrPath | None = None,
+    ) -> None:
+        from deploykit.triton.server import TritonServer
+
+        self._server: TritonServer = TritonServer(
+            Path(model_repository), host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port,
+            ready_timeout=ready_timeout, drain=drain, log_file=None if log_file is None else Path(log_file),
+        )  # fmt: skip
+        self._ending = threading.Event()
+        self._supervisor: threading.Thread | None = None
+        self._lost: DeploykitError | None = None
+        self._loaded: list[Model] = []
+
+    @property
+    def url(self) -> str:
+        """HTTP address of the running server."""
+        return self._server.urls.http
+
+    @property
+    def grpc_url(self) -> str:
+        """gRPC address of the running server, host:port."""
+        return self._server.urls.grpc
+
+    @property
+    def metrics_url(self) -> str:
+        """Address of the Prometheus metrics."""
+        return self._server.urls.metrics
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the models that are served."""
+        return self._server.models
+
+    def load(self, name: str) -> Model:
+        """Connect to one of the ``models``. It is closed when the block ends, at the latest."""
+        model = load(name, url=self.url)
+        self._loaded.append(model)
+        return model
+
+    def __enter__(self) -> Server:
+        self._ending.clear()
+        self._server.start()
+        self._supervisor = threading.Thread(target=self._supervise, name="deploykit-supervisor", daemon=True)
+        self._supervisor.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        while self._loaded:
+            self._loaded.pop().close()
+        self._ending.set()
+        if self._supervisor is not None:
+            self._supervisor.join()
+        self._server.stop()
+        if self._lost is not None and error is None:
+            raise self._lost
+
+    def _supervise(self) -> None:
+        try:
+            self._server.supervise(self._ending)
+        except ServerError as error:
+            log.error("%s", error)
+            self._lost = error
+
+
+def _make(kind: type[_Options], given: Mapping[str, Any]) -> _Options:
+    """Return a dataclass of options. Raises UsageError for one that it does not have."""
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in given:
+        if name not in known:
+            raise UsageError(f"unknown option {name!r}", f"known: {', '.join(known)}")
+    return kind(**given)
+
+
+@contextlib.contextmanager
+def _as_file(rows: StrPath | Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the name of rows, for which those given as mappings become a file."""
+    if isinstance(rows, str | PathLike):
+        yield str(rows)
+        return
+    with tempfile.TemporaryDirectory(prefix="deploykit-") as folder:
+        path = Path(folder) / "rows.jsonl"
+        try:
+            path.write_text("".join(json.dumps(dict(row)) + "\n" for row in rows), encoding="utf-8")
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"rows: a row is no mapping of JSON values: {error}", 'give {"text": ..., "label": ...}'
+            ) from None
+        yield str(path)
+
+
+def _quiet(message: str) -> None:
+    """Say nothing."""
+
+
+def _uncounted(done: int, of: int) -> None:
+    """Show no progress."""

@@ -1,0 +1,38 @@
+"""What docs/add-a-task.md quotes stands in the package, and what it lists is the protocol."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from deploykit.tasks import protocol
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "add-a-task.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "tests" / "packages" / "token_classification"
+QUOTED = re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE)
+
+
+def _members(part: type) -> set[str]:
+    return {name for name in {*vars(part), *part.__annotations__} if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(("file", "text"), QUOTED)
+def test_a_quotation_is_what_the_file_says(file: str, text: str) -> None:
+    assert text in (PACKAGE / file).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("part", ["Training", "Exporting", "Serving", "Measuring", "Task"])
+def test_the_table_lists_the_members_of_each_part(part: str) -> None:
+    row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{part}` |"))
+    assert set(re.findall(r"`(\w+)`", row.split("|")[3])) == _members(getattr(protocol, part))
+
+
+def test_the_protocol_is_short_and_each_member_is_documented() -> None:
+    text = Path(protocol.__file__).read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    for part in (protocol.Training, protocol.Exporting, protocol.Serving, protocol.Measuring, protocol.Task):
+        assert part.__doc__
+        assert all(getattr(part, name).__doc__ for name in _members(part) if callable(getattr(part, name, None)))

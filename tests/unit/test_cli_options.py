@@ -1,0 +1,163 @@
+"""Names of options: one meaning each over all commands, and the names that they once had."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from deploykit.cli import LazyGroup, main
+from deploykit.cli.common import Option
+from deploykit.stages.finetune_options import make_options, read_toml
+from deploykit.training.options import RENAMED
+
+SHARED = {
+    "--output": "a file to write, in the format that the command says",
+    "--data": "a file of rows, for what the command measures or verifies",
+    "--precision": "of the graphs: one to open, several to build or to compare",
+    "--engine": "of exports: one to open, several to compare",
+    "--text-column": "a training run has no columns to prefer yet, and detects them",
+    "--label-column": "as --text-column",
+    "--source-column": "as --text-column",
+    "--target-column": "as --text-column",
+    "--num-beams": "of one search, or of the model that is trained",
+    "--source-lang": "of the pairs to train on, or of a checkpoint that was trained elsewhere",
+    "--target-lang": "as --source-lang",
+    "--seed": "of the random choices that the help names",
+    "--input": "rows to answer; the formats are those of the task",
+}
+"""Options whose type or help differs between commands on purpose, and the one meaning that they have."""
+
+
+def _commands() -> dict[str, click.Command]:
+    assert isinstance(main, LazyGroup)
+    context = click.Context(main)
+    found = {name: main.get_command(context, name) for name in main.list_commands(context)}
+    return {name: command for name, command in found.items() if command is not None}
+
+
+def _visible(command: click.Command) -> list[click.Option]:
+    return [p for p in command.params if isinstance(p, click.Option) and not p.hidden]
+
+
+def test_an_option_means_the_same_in_every_command() -> None:
+    meanings: dict[str, dict[tuple[Any, ...], list[str]]] = {}
+    for name, command in _commands().items():
+        for option in _visible(command):
+            # A default in brackets belongs to the command.
+            help_text = re.sub(r"\s*\[default: .*\]$", "", option.help or "")
+            meaning = (str(option.type.to_info_dict()), option.multiple, option.is_flag, option.nargs, help_text)
+            for spelling in option.opts:
+                meanings.setdefault(spelling, {}).setdefault(meaning, []).append(name)
+    several = {spelling: found for spelling, found in meanings.items() if len(found) > 1}
+    assert set(several) <= set(SHARED), {s: m for s, m in several.items() if s not in SHARED}
+    assert set(SHARED) <= set(several), "each one listed is needed"
+
+
+def test_the_model_is_the_first_argument_of_every_command() -> None:
+    for name, command in _commands().items():
+        arguments = [p for p in command.params if isinstance(p, click.Argument)]
+        shown = [a.metavar or (a.name or "").upper() for a in arguments]
+        expected = {
+            "finetune": ["[TARGET]"], "bench": ["TARGETS"], "compare": ["OLD", "NEW"], "unpack": ["BUNDLE"], "serve": [],
+            "doctor": [], "demo": [], "predict": ["TARGET", "TEXTS"], "translate": ["TARGET", "TEXTS"],
+        }.get(name, ["TARGET"])  # fmt: skip
+        assert shown == expected, name
+
+
+def test_no_earlier_name_is_a_name_of_today_in_the_same_command() -> None:
+    aliases = 0
+    for name, command in _commands().items():
+        names = [spelling for option in _visible(command) for spelling in (*option.opts, *option.secondary_opts)]
+        for option in command.params:
+            for alias in getattr(option, "aliases", ()):
+                aliases += 1
+                assert alias not in names, (name, alias)
+    assert aliases > 30
+
+
+def test_earlier_names_are_taken_and_not_shown() -> None:
+    """Parse each option of each command under every name it ever had."""
+    for name, command in _commands().items():
+        helped = CliRunner().invoke(main, [name, "--help"]).stdout
+        for option in command.params:
+            for alias in getattr(option, "aliases", ()):
+                assert not re.search(rf"{alias}(?![\w-])", helped), (name, alias)
+                context = click.Context(command, info_name=name)
+                parsed, _, _ = command.make_parser(context).parse_args([alias] if option.is_flag else [alias, "7"])
+                assert option.name in parsed, (name, alias)
+
+
+def test_an_error_names_an_option_as_it_is_called_today() -> None:
+    done = CliRunner().invoke(main, ["bench", "x", "--data", "y", "--concurrency", "none"])
+    assert (done.exit_code, "--max-concurrency" in done.stderr) == (2, True)
+    done = CliRunner().invoke(main, ["export", "x"])
+    assert (done.exit_code, "--output-dir" in done.stderr) == (2, True)
+
+
+def test_a_toml_file_with_the_earlier_names_is_read(tmp_path: Path) -> None:
+    (tmp_path / "finetune.toml").write_text(
+        'task = "translation"\nfrom_config = "marian-tiny"\ntrain = "x.tsv"\nsource = "en"\ntarget = "fr"\nepochs = 2.0\n'
+        "warmup = 0.2\nlabel_smoothing = 0.2\nearly-stopping = 3\nbeam = 2\nmax_rows = 9\naccumulation = 4\n"
+        'schedule = "cosine"\nlora_rank = 0\n'
+    )
+    options = make_options(read_toml(tmp_path / "finetune.toml"))
+    assert {new: getattr(options, new) for old, new in RENAMED.items() if old != "batch_size"} == {
+        "max_train_samples": 9, "num_train_epochs": 2.0, "gradient_accumulation_steps": 4, "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.2, "label_smoothing_factor": 0.2, "early_stopping_patience": 3, "lora_r": 0,
+        "source_lang": "en", "target_lang": "fr", "num_beams": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["predict", "--model", "no/where", "hello"], "no/where"),
+        (["predict", "hello", "--model", "no/where"], "no/where"),
+        (["translate", "--model", "no/where", "hello"], "no/where"),
+        (["finetune", "--model", "no/such/model", "--train", "x.csv", "--out", "o"], "no/such/model"),
+        (["bundle", "--unpack", "none.tar.gz", "--out", "o"], "none.tar.gz"),
+        (["bench", "--compare", "none.json", "none.json"], "none.json"),
+    ],
+)
+def test_earlier_spellings_of_commands_still_do_what_they_did(
+    words: list[str], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 1
+    assert f"error: {named}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["predict"], "TARGET"),
+        (["finetune", "a", "--model", "b", "--out", "o"], "two checkpoints"),
+        (["calibrate", "a", "--out", "o", "--calibration-split", "rows.csv"], "--calibration-data"),
+        (
+            ["export", "a", "--out", "o", "--calib", "c", "--calibration-data", "rows.csv"],
+            "--calibration-data is for rows",
+        ),
+        (["export", "a", "--out", "o", "--calibration-split", "test", "--calibration-data", "r"], "both given"),
+        (["export", "a", "--out", "o", "--trt", "--minShapes", "input_ids:1x1"], "three shapes"),
+        (["export", "a", "--out", "o", "--gpu", "sm_86"], "add --trt"),
+    ],
+)
+def test_wrong_use_is_told_with_the_names_of_today(words: list[str], named: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2
+    assert named in done.stderr
+
+
+def test_an_option_class_is_used_for_every_renamed_option() -> None:
+    finetune = _commands()["finetune"]
+    renamed = {p.name: p for p in finetune.params if p.name in RENAMED.values()}
+    assert set(renamed) == set(RENAMED.values())
+    for parameter in renamed.values():
+        assert isinstance(parameter, Option)
+        assert parameter.aliases
