@@ -122,7 +122,7 @@ def test_no_run_has_more_rows_than_the_boards_profile(
 @pytest.mark.parametrize(
     ("target", "jetpack", "named"),
     [
-        ("xavier", "6.2", "unknown --target 'xavier'"),
+        ("xavier", "6.2", "unknown --device 'xavier'"),
         ("thor", "6.2", "does not run on Jetson Thor"),
         ("orin-nx", "7.1", "runs on Jetson Thor alone"),
         ("orin-nx", "5.1", "TensorRT is older than 10.3"),
