@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from deploykit.cli.common import Option
 from deploykit.stages.finetune_options import make_options, read_toml
 from deploykit.training.options import RENAMED
 
+ROOT = Path(__file__).parents[2]
 SHARED = {
     "--output": "a file to write, in the format that the command says",
     "--data": "a file of rows, for what the command measures or verifies",
@@ -111,6 +113,36 @@ def test_a_toml_file_with_the_earlier_names_is_read(tmp_path: Path) -> None:
         "warmup_ratio": 0.2, "label_smoothing_factor": 0.2, "early_stopping_patience": 3, "lora_r": 0,
         "source_lang": "en", "target_lang": "fr", "num_beams": 2,
     }  # fmt: skip
+
+
+def _typed_in(text: str) -> list[list[str]]:
+    """Return the words of each deploykit command on a line of its own, without what the shell does with it."""
+    lines = re.findall(r"^ *(?:@\$\(BIN\)/)?deploykit ([a-z]+ .*)$", text.replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(re.split(r" (?:[&|>]|#)", line)[0]) for line in lines]
+
+
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile"])
+
+
+def test_the_docs_type_names_of_today() -> None:
+    commands, parsed = _commands(), 0
+    for page in PAGES:
+        for name, *words in _typed_in(page.read_text(encoding="utf-8")):
+            command = commands[name]
+            shown = {spelling for option in _visible(command) for spelling in (*option.opts, *option.secondary_opts)}
+            given = {word.split("=")[0] for word in words if word.startswith("--")}
+            assert given <= shown, (page.name, name, given - shown)
+            command.make_parser(click.Context(command, info_name=name)).parse_args(words)
+            parsed += 1
+    assert parsed > 30
+
+
+def test_the_demo_types_names_of_today() -> None:
+    source = (ROOT / "deploykit" / "demo.py").read_text(encoding="utf-8")
+    shown = {spelling for command in _commands().values() for option in _visible(command) for spelling in option.opts}
+    typed = set(re.findall(r'"(--[a-z-]+)"', source))
+    assert len(typed) > 10
+    assert typed <= shown
 
 
 @pytest.mark.parametrize(
