@@ -31,6 +31,8 @@ _DEFAULT = ServingSettings()
               help=f"[translation] Memory of their keys and values. [default: {_DEFAULT.max_cache_mb}]")  # fmt: skip
 @click.option("--long-input", type=click.Choice(["split", "refuse"]),
               help="[translation] Texts longer than the model takes. [default: split]")  # fmt: skip
+@click.option("--split", type=click.Choice(["sentence", "paragraph", "none"]),
+              help="[translation] What is translated one by one: sentences, lines, or whole texts. [default: sentence]")  # fmt: skip
 @click.option("--in-flight/--no-in-flight", default=None,
               help="[translation] Texts join while others are decoded. [default: in-flight]")  # fmt: skip
 @click.option("--no-stream", is_flag=True, help="[translation] Do not write NAME_stream.")

@@ -49,7 +49,7 @@ def command(
 
     from deploykit.data.texts import TextRow
     from deploykit.tasks.classification.predict import answers, predict_file
-    from deploykit.tasks.opening import open_classifier
+    from deploykit.tasks.opening import identity_of, open_classifier
     from deploykit.text import normalize
 
     predictor = open_classifier(model, **where)
@@ -74,7 +74,7 @@ def command(
                 predictor,
                 source,
                 output,
-                identity=f"{model} {where}",
+                identity=f"{identity_of(model, predictor)} {where}",
                 text_columns=text_column,
                 encoding=encoding,
                 force=force,

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.errors import ArtifactError, ExportError
+from deploykit.tasks.translation.plain_text import read_as_text, splits_special, token_ids
+from deploykit.tasks.translation.source_prefix import prefixed
 from deploykit.tasks.translation.tokenizer import (
     SOURCE_SPM,
     TARGET_SPM,
@@ -98,7 +100,7 @@ def _save_fast(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, fo
         prefixes=_task_prefixes(config),
         prefix=prefix or "",
         clean_up_spaces=cleans and bool(tokenizer.clean_up_tokenization_spaces),
-        split_special_tokens=bool(tokenizer.split_special_tokens),
+        split_special_tokens=splits_special(tokenizer),
         unk_token=str(tokenizer.unk_token),
     )
 
@@ -147,7 +149,7 @@ def _sentencepiece_record(tokenizer: Any, **of_family: Any) -> TokenizerRecord:
         "sentencepiece",
         int(tokenizer.eos_token_id),
         clean_up_spaces=bool(tokenizer.clean_up_tokenization_spaces),
-        split_special_tokens=bool(tokenizer.split_special_tokens),
+        split_special_tokens=splits_special(tokenizer),
         unk_token=str(tokenizer.unk_token),
         added_tokens=tuple(
             AddedToken(token.content, bool(token.lstrip), bool(token.rstrip), bool(token.single_word))
@@ -198,8 +200,10 @@ def _check(tokenizer: Any, record: TokenizerRecord, folder: Path) -> None:
     elif record.prefixes:
         source, targets = next(iter(record.prefixes.items()))
         target, prefix = next(iter(targets.items()))
+    read_as_text(tokenizer)
     saved = load_translation_tokenizer(folder, source, target)
-    expected = tokenizer([prefix + text for text in _PROBES])["input_ids"]
+    codes = record.prefixes.get("", {}) if record.codes_in_text else ()
+    expected = token_ids(tokenizer, [prefixed(text, prefix, codes) for text in _PROBES])
     ids = saved.encode(_PROBES)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     for text, wanted, got, wanted_text, got_text in zip(_PROBES, expected, ids, texts, saved.decode(ids)):

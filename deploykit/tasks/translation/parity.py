@@ -18,6 +18,7 @@ from deploykit.tasks.translation.checkpoint import TorchTranslator
 
 _BEAMS = 4
 _STEPS = 24
+_OWN_ROWS = 8
 _TOLERANCE = 1e-3
 _TIE = 1e-4
 """Of a score, the log-probability a token: two translations that PyTorch itself puts closer are a tie."""
@@ -62,11 +63,25 @@ def check_parity(
             f"the decoder's log-probabilities by {decoder:.2g}",
             "this checkpoint does not export faithfully; nothing was written",
         )
+    _check_own_search(reference, token_ids[:: max(1, len(token_ids) // _OWN_ROWS)])
     own = reference.task.generation
     sizes = (1, max(_BEAMS, own.beam_size)) if beams else (1,)
     generations = [dataclasses.replace(own, beam_size=size) for size in sizes]
     compared = tuple(_compare_generations(reference, model, token_ids, generation) for generation in generations)
     return Parity(len(token_ids), _STEPS, encoder, decoder, compared)
+
+
+def _check_own_search(reference: TorchTranslator, token_ids: Sequence[Sequence[int]]) -> None:
+    """Raise ExportError when the checkpoint's generation config gives other tokens than what we have read of it."""
+    theirs = reference.generate_by_own(token_ids)
+    ours = reference.generate_ids(token_ids, reference.task.generation)
+    for a, b in zip(theirs, ours):
+        if a != b:
+            raise ExportError(
+                f"by its own generation config the checkpoint answers {reference.decode([a])[0]!r} ({len(a)} tokens), "
+                f"by what deploykit reads of it {reference.decode([b])[0]!r} ({len(b)} tokens)",
+                "report this with the checkpoint's generation_config.json",
+            )
 
 
 def _encoder_difference(reference: TorchTranslator, model: Seq2SeqModel, ids: Sequence[int]) -> float:

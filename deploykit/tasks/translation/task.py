@@ -34,7 +34,7 @@ class _Translation:
     outputs = ("TRANSLATION", "TARGET_TOKENS")
     headline = "chrf"
     columns = ("source_column", "target_column")
-    settings = ("max_rows", "max_cache_mb", "long_input", "in_flight")
+    settings = ("max_rows", "max_cache_mb", "long_input", "split", "in_flight")
     instances = 1
     stream_backend = "deploykit.tasks.translation.triton_stream:StreamBackend"
 

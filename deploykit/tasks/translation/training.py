@@ -25,8 +25,9 @@ from transformers import (
 
 from deploykit import artifacts
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.translation.checkpoint import TorchTranslator, generation_config, translation_task
+from deploykit.tasks.translation.checkpoint import TorchTranslator, translation_task
 from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.generation_config import generation_config
 from deploykit.tasks.translation.metrics import bleu_and_chrf, translation_metrics
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS, Preset
@@ -40,6 +41,7 @@ from deploykit.tasks.translation.rows import (
     load_pairs,
     split_pairs,
 )
+from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_model, load_tokenizer, not_loadable
@@ -47,6 +49,7 @@ from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.source import check_family
 from deploykit.training.trainer import Trained
+from deploykit.training.weights import read_generation_config
 
 _POSITIONS = 512
 _SAMPLES = 5
@@ -94,6 +97,13 @@ class TranslationStage:
     def check(self, splits: Mapping[str, Sequence[Pair]]) -> None:
         if not splits["train"]:
             raise DataError(f"{self._options.train}: no usable rows", "give rows that have a source and a target")
+        if self._options.model is None:
+            return
+        for pair in (pair for rows in splits.values() for pair in rows):
+            try:
+                cut_code(pair.source, self._task)
+            except DataError as error:
+                raise DataError(f"{pair.origin}: the source {error.message}", error.remedy) from error
 
     def drop_leaks(self, train: Sequence[Pair], held_out: Sequence[Pair]) -> tuple[list[Pair], int]:
         return drop_pair_leaks(train, held_out)
@@ -144,8 +154,7 @@ class TranslationStage:
         config = {} if options.dropout is None else {dropout: options.dropout}
         assert options.model is not None
         model = load_model(options.model, Translation.name, **config)
-        model.generation_config.num_beams = task.generation.beam_size
-        model.generation_config.forced_bos_token_id = task.generation.forced_bos_token_id
+        model.generation_config = generation_config(task, task.generation)
         if options.lora_rank:
             model = trainer.with_adapter(model, options, "SEQ_2_SEQ_LM")
         return model, self._tokenizer, task
@@ -174,10 +183,7 @@ def checkpoint_task(options: TranslationOptions, tokenizer: Any) -> Translation:
     model = options.origin
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        try:
-            generation = GenerationConfig.from_pretrained(model)
-        except OSError:  # none was saved with it
-            generation = GenerationConfig.from_model_config(config)
+        generation = read_generation_config(model)
     except Exception as error:  # transformers raises whatever its dozen loaders raise
         raise not_loadable(model, error) from error
     check_family(model, config.model_type, Translation.name)
