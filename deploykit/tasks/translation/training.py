@@ -140,10 +140,12 @@ class TranslationStage:
         say("translating the held-out rows")
         after = {name: _translations(translator, rows.splits[name]) for name in ("validation", "test")}
         metrics: dict[str, Any] = {
-            name: _metrics(translations, rows.splits[name]) for name, translations in after.items() if translations
+            name: _metrics(translations, rows.splits[name], task.target)
+            for name, translations in after.items()
+            if translations
         }
         if before is not None:
-            metrics["before"] = {shown: _metrics(before, rows.splits[shown])}
+            metrics["before"] = {shown: _metrics(before, rows.splits[shown], task.target)}
         metrics["samples"] = _samples(rows.splits[shown], after[shown], before)
         return Trained(task, model, tokenizer, metrics)
 
@@ -373,7 +375,7 @@ def _loss(smoothing: float) -> Callable[..., torch.Tensor]:
 def _evaluation(translator: TorchTranslator, references: Sequence[str]) -> Callable[[Any], dict[str, float]]:
     def evaluate(prediction: Any) -> dict[str, float]:
         generated = np.where(prediction.predictions == _IGNORED, translator.task.pad_token_id, prediction.predictions)
-        scores = bleu_and_chrf(translator.decode(generated.tolist()), references)
+        scores = bleu_and_chrf(translator.decode(generated.tolist()), references, translator.task.target)
         loss = float(np.mean(prediction.losses))
         # Small validation sets tie often; among equals, Trainer would keep the first and least trained.
         return {**scores, "selection": round(scores["chrf"], 2) - 1e-4 * loss}
@@ -397,8 +399,8 @@ def _translations(translator: TorchTranslator, pairs: Sequence[Pair]) -> list[st
     return [answer.text for answer in translator.translate([pair.source for pair in pairs], scored=False)]
 
 
-def _metrics(translations: Sequence[str], pairs: Sequence[Pair]) -> dict[str, Any]:
-    return translation_metrics(translations, [pair.target for pair in pairs], [pair.source for pair in pairs])
+def _metrics(translations: Sequence[str], pairs: Sequence[Pair], target: str) -> dict[str, Any]:
+    return translation_metrics(translations, [pair.target for pair in pairs], [pair.source for pair in pairs], target)
 
 
 def _samples(pairs: Sequence[Pair], after: Sequence[str], before: Sequence[str] | None) -> list[dict[str, str]]:
