@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, UsageError
@@ -71,8 +72,15 @@ class TorchTranslator:
     def decode(self, target_ids: Sequence[Sequence[int]]) -> list[str]:
         return [self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in target_ids]
 
-    def generate_ids(self, token_ids: Sequence[Sequence[int]], generation: Generation) -> list[list[int]]:
-        """Target ids by Hugging Face's ``generate``: without start token and padding, the end token if there is one."""
+    def generate_ids(
+        self, token_ids: Sequence[Sequence[int]], generation: Generation, *, noise: tuple[float, int] | None = None
+    ) -> list[list[int]]:
+        """Target ids by Hugging Face's ``generate``: without start token and padding, the end token if there is one.
+
+        ``noise`` moves each logit at random by up to its first value; the second is the seed.
+        """
+        if noise is not None:
+            return self._generate(token_ids, generation_config(self.task, generation), [_Noise(*noise)])
         return self._generate(token_ids, generation_config(self.task, generation))
 
     def generate_by_own(self, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -86,13 +94,19 @@ class TorchTranslator:
             own.max_length = min(own.max_length or most, most)
         return self._generate(token_ids, own)
 
-    def _generate(self, token_ids: Sequence[Sequence[int]], config: Any) -> list[list[int]]:
+    def _generate(
+        self, token_ids: Sequence[Sequence[int]], config: Any, processors: Sequence[LogitsProcessor] = ()
+    ) -> list[list[int]]:
         targets: list[list[int]] = [[] for _ in token_ids]
         with torch.inference_mode(), self._generating(config):
             for rows in _batches([len(ids) * (config.num_beams or 1) for ids in token_ids], _TOKENS_PER_BATCH):
                 input_ids, mask = padded([token_ids[row] for row in rows], self.task.pad_token_id)
                 device = self.model.device
-                generated = self.model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+                generated = self.model.generate(
+                    input_ids=input_ids.to(device),
+                    attention_mask=mask.to(device),
+                    logits_processor=LogitsProcessorList(processors),
+                )
                 for row, ids in zip(rows, generated[:, 1:].tolist()):
                     targets[row] = self._until_end(ids)
         return targets
@@ -166,6 +180,16 @@ class TorchTranslator:
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(ids) if token in self.task.eos_token_ids), len(ids))
         return ids[:end]
+
+
+class _Noise(LogitsProcessor):  # type: ignore[misc]
+    def __init__(self, most: float, seed: int) -> None:
+        self._most = most
+        self._random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        moved = torch.rand(scores.shape, generator=self._random) * 2 - 1
+        return scores + self._most * moved.to(scores.device)
 
 
 class _Tokenizer:
