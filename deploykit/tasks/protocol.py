@@ -92,7 +92,9 @@ class Task(Protocol):
     heads: tuple[str, ...]
     """How the classes end that a checkpoint's ``architectures`` name: "ForSequenceClassification"."""
     model_types: tuple[str, ...]
-    """The model types that it takes, all of them its own; empty: every type that no other task claims."""
+    """The model types that are its own; empty: every type that no other task claims."""
+    shared_types: tuple[str, ...]
+    """The model types that it takes beside its own, and leaves to other tasks too."""
     triton_backend: str
     """The class that answers Triton's requests, as "module:class"; its ``outputs`` name the tensors."""
     outputs: tuple[str, ...]

@@ -209,7 +209,7 @@ def languages(tokenizer: Any, family: str) -> dict[str, int | None]:
     """The codes that a many-language checkpoint can be asked for, each with its token; empty for one of one pair."""
     if family == "marian":
         return {code[2:-2]: None for code in tokenizer.supported_language_codes}
-    if family == "m2m_100":
+    if family in ("m2m_100", "mbart"):
         if hasattr(tokenizer, "lang_code_to_id"):
             return dict(tokenizer.lang_code_to_id)
         codes = [t for t in tokenizer.all_special_tokens if _NLLB_CODE.fullmatch(t)]
@@ -219,7 +219,7 @@ def languages(tokenizer: Any, family: str) -> dict[str, int | None]:
 
 def set_languages(tokenizer: Any, task: Translation) -> None:
     """Make the tokenizer of a many-language checkpoint add the codes of ``task``."""
-    if task.family == "m2m_100":
+    if task.family in ("m2m_100", "mbart"):
         tokenizer.tgt_lang = task.target
         tokenizer.src_lang = task.source
 
@@ -233,6 +233,11 @@ def translation_task(
     checkpoint does not know, ArtifactError for a configuration that we cannot follow.
     """
     family = config.model_type
+    if type(tokenizer).__name__.startswith("MBartTokenizer"):
+        raise ArtifactError(
+            f"{name}: is an mBART of 25 languages, whose decoder starts with the target language",
+            "give an mBART-50 checkpoint, or one of another type",
+        )
     source, target = _languages_of(tokenizer, name, source, target)
     known = languages(tokenizer, family)
     for option, code in (("--source", source), ("--target", target)):

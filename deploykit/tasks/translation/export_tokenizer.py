@@ -33,9 +33,18 @@ _FILES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "M2M100Tokenizer": (("sentencepiece.bpe.model",), ("vocab.json",)),
     "NllbTokenizer": (("tokenizer.json", "sentencepiece.bpe.model"),),
     "T5Tokenizer": (("tokenizer.json", "spiece.model"),),
+    "MBart50Tokenizer": (("tokenizer.json", "sentencepiece.bpe.model"),),
+    "BartTokenizer": (("tokenizer.json", "vocab.json"),),
 }
 # By model type, for checkpoints that do not say what tokenizer they have.
-_CLASSES = {"marian": "MarianTokenizer", "m2m_100": "M2M100Tokenizer", "t5": "T5Tokenizer", "mt5": "T5Tokenizer"}
+_CLASSES = {
+    "marian": "MarianTokenizer",
+    "m2m_100": "M2M100Tokenizer",
+    "t5": "T5Tokenizer",
+    "mt5": "T5Tokenizer",
+    "mbart": "MBart50Tokenizer",
+    "bart": "BartTokenizer",
+}
 _NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 _TASK = re.compile(r"translation_(\w+)_to_(\w+)")
 _PROBES = (
@@ -87,6 +96,8 @@ def _save_fast(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, fo
     languages: dict[str, int] = {}
     if hasattr(tokenizer, "legacy_behaviour"):  # NLLB
         languages = {t: i for t, i in tokenizer.get_added_vocab().items() if _NLLB_CODE.fullmatch(t)}
+    elif type(tokenizer).__name__.startswith("MBart50"):
+        languages = {str(code): int(i) for code, i in tokenizer.lang_code_to_id.items()}
     place = "after" if getattr(tokenizer, "legacy_behaviour", False) else "before"
     # Hugging Face does not clean up after BPE, whatever the flag says.
     cleans = type(tokenizer.backend_tokenizer.model).__name__ != "BPE" or bool(
@@ -97,6 +108,7 @@ def _save_fast(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, fo
         int(tokenizer.eos_token_id),
         languages=languages,
         language_place=place if languages else None,
+        before=() if languages else tuple(tokenizer("")["input_ids"][:-1]),
         prefixes=_task_prefixes(config),
         prefix=prefix or "",
         clean_up_spaces=cleans and bool(tokenizer.clean_up_tokenization_spaces),

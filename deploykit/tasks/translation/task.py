@@ -29,7 +29,8 @@ class _Translation:
     command = "translate"
     auto_model = "AutoModelForSeq2SeqLM"
     heads = ("ForConditionalGeneration", "MTModel", "MTHeadModel")
-    model_types = ("marian", "m2m_100", "t5")
+    model_types = ("marian", "m2m_100", "t5", "mt5")
+    shared_types = ("bart", "mbart")  # there are classifiers of these
     triton_backend = "deploykit.tasks.translation.triton_backend:TranslationBackend"
     outputs = ("TRANSLATION", "TARGET_TOKENS")
     headline = "chrf"

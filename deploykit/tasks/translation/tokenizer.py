@@ -79,7 +79,7 @@ class TokenizerRecord:
     """What a checkpoint's tokenizer does besides cutting text into pieces.
 
     ``languages`` are the codes with a token of their own, put ``before`` or ``after`` (of </s>) the
-    source. ``prefixes`` are the texts put before the source, by source and target language, source ""
+    source; ``before`` are ids that begin every source (BART's <s>). ``prefixes`` are the texts put before the source, by source and target language, source ""
     standing for any; ``prefix`` is for pairs without one, None where there must be one.
     ``eos_token_id`` ends every source. The rest is for SentencePiece alone: ``separate_models``
     puts texts together by another model than cuts them, ``special_gap`` follows a special token in
@@ -90,6 +90,7 @@ class TokenizerRecord:
     eos_token_id: int
     languages: Mapping[str, int] = dataclasses.field(default_factory=dict)
     language_place: str | None = None
+    before: tuple[int, ...] = ()
     prefixes: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     prefix: str | None = ""
     clean_up_spaces: bool = False
@@ -142,7 +143,7 @@ class _PairTokenizer:
         if not self._knows(target) and (record.languages or record.prefix is None):
             raise self._unknown("target", target)
         code = [record.languages[source]] if record.languages else []
-        self._before = code if record.language_place == "before" else []
+        self._before = [*record.before, *(code if record.language_place == "before" else [])]
         self._after = [record.eos_token_id, *(code if record.language_place == "after" else [])]
 
     @property
@@ -359,6 +360,7 @@ def _read_tokens(path: Path) -> list[str]:
 def _read_record(path: Path) -> TokenizerRecord:
     value = _read_json(path)
     try:
+        value["before"] = tuple(value.get("before", ()))
         value["added_tokens"] = tuple(AddedToken(**token) for token in value["added_tokens"])
         record = TokenizerRecord(**value)
     except (AttributeError, KeyError, TypeError) as error:

@@ -152,7 +152,7 @@ class TranslationStage:
     def _from_checkpoint(self) -> tuple[Any, Any, Translation]:
         """The checkpoint as ``options`` want it."""
         options, task = self._options, self._task
-        dropout = "dropout_rate" if task.family == "t5" else "dropout"
+        dropout = "dropout_rate" if task.family in ("t5", "mt5") else "dropout"
         config = {} if options.dropout is None else {dropout: options.dropout}
         assert options.model is not None
         model = load_model(options.model, Translation.name, **config)
