@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import itertools
 import json
 import os
@@ -55,11 +56,13 @@ def answer_file(
     With ``table``, which gives the columns of each row, the lines are JSON objects and ``out`` becomes a table.
 
     Until it is whole the file has a temporary name beside ``out``; a run with the same ``key`` (all that
-    determines the answers) continues it.
+    determines the answers: the model's digest too) continues it. Raises ArtifactError when a run with another key has
+    left such a file; ``force`` removes it.
     """
     if out.exists() and not force:
         raise ArtifactError(f"{out}: exists", "choose another --output, or pass --force to replace it")
     partial = out.with_name(f".{out.name}.{key[:16]}.partial")
+    _check_others(out, partial, force=force)
     total = sum(1 for _ in rows())
     with artifacts.explained(out), _appending(partial, failed) as (file, resumed):
         done, errors = resumed.rows, resumed.errors
@@ -80,15 +83,35 @@ def answer_file(
     return Answered(done, errors, resumed.rows)
 
 
+def _check_others(out: Path, own: Path, *, force: bool) -> None:
+    """Let no two runs of different models, rows or options answer for one file."""
+    for other in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial")):
+        if other == own:
+            continue
+        with other.open("rb") as file:
+            _lock(file, other)
+            if not force:
+                raise ArtifactError(
+                    f"{out}: a run that did not end has {sum(1 for _ in file):,} rows of it, from another model, other "
+                    "input or other options",
+                    f"run it again as it was, pass --force to begin anew, or keep {other.name} under another name",
+                )
+            other.unlink()
+
+
+def _lock(file: Any, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ArtifactError(f"{path}: another deploykit is writing it now", "wait for it") from None
+
+
 @contextlib.contextmanager
 def _appending(partial: Path, failed: Callable[[bytes], bool]) -> Iterator[tuple[Any, Answered]]:
     """Open an unfinished file after its last whole line; yields it and what it holds."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(f"{partial}: another deploykit is writing it now", "wait for it") from None
+        _lock(file, partial)
         file.seek(0)
         rows = errors = end = 0
         for line in file:

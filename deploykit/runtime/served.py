@@ -17,6 +17,7 @@ import numpy as np
 import tritonclient.http as triton
 from numpy.typing import NDArray
 
+from deploykit.artifacts import digest_of
 from deploykit.errors import DeploykitError, RequestError, ServerError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL as DEFAULT_URL
 from deploykit.tasks.protocol import TaskFacts
@@ -85,6 +86,12 @@ class ServedModel:
             self.close()
             raise
         self.max_batch_size = max(1, int(config.get("max_batch_size", 1)))
+        self._config = config
+
+    def identity(self) -> str:
+        """Return a digest of what the server says of the model: its address, configuration and loaded versions."""
+        loaded = self._ask("GET", "stats", patience=self._patience)
+        return digest_of(self._url, self._config, [model["version"] for model in loaded["model_stats"]])
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

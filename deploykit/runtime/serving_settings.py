@@ -11,6 +11,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 """HTTP address of a server on this machine."""
 LongInput = Literal["split", "refuse"]
 """What becomes of a text that is longer than the model takes: split at sentence ends, or refused."""
+Split = Literal["sentence", "paragraph", "none"]
+"""Which pieces of a text are translated one by one: its sentences, its lines, or the whole of it."""
 _MAY_BE_ZERO = (
     "threads",
     "token_budget",
@@ -33,7 +35,7 @@ class ServingSettings:
     ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to
     ``max_batch_size``. Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
     ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer
-    than the model takes; without ``in_flight`` a text waits until all that run before it are done.
+    than the model takes; ``split`` which pieces of a text are translated one by one; without ``in_flight`` a text waits until all that run before it are done.
     """
 
     max_batch_size: int = 64
@@ -47,11 +49,14 @@ class ServingSettings:
     max_rows: int = 64
     max_cache_mb: int = 512
     long_input: LongInput = "split"
+    split: Split = "sentence"
     in_flight: bool = True
 
     def __post_init__(self) -> None:
         if self.long_input not in get_args(LongInput):
             raise UsageError(f"long_input is {self.long_input!r}", f"choose one of: {', '.join(get_args(LongInput))}")
+        if self.split not in get_args(Split):
+            raise UsageError(f"split is {self.split!r}", f"choose one of: {', '.join(get_args(Split))}")
         for setting in fields(self):
             value = getattr(self, setting.name)
             least = 0 if setting.name in _MAY_BE_ZERO else 1

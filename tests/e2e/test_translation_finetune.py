@@ -92,7 +92,8 @@ def test_pytorch_translates_the_test_rows_to_the_scores_in_the_metrics(new_model
 
     rows = [json.loads(line) for line in (new_model / "splits" / "test.jsonl").read_text().splitlines()]
     answers = TorchTranslator.load(new_model).translate([row["source"] for row in rows])
-    measured = translation_metrics([a.text for a in answers], [r["target"] for r in rows], [r["source"] for r in rows])
+    targets, sources = [row["target"] for row in rows], [row["source"] for row in rows]
+    measured = translation_metrics([answer.text for answer in answers], targets, sources, "fr")
     assert measured == json.loads((new_model / "metrics.json").read_text())["test"]
 
 

@@ -16,8 +16,11 @@ from deploykit.graphs.architecture import Architecture, Weights
 
 # model_type of a Hugging Face config -> module here
 FAMILIES: Mapping[str, str] = {
-    "marian": "marian",
+    "bart": "mbart",
     "m2m_100": "m2m100",
+    "marian": "marian",
+    "mbart": "mbart",
+    "mt5": "t5",
     "t5": "t5",
 }
 

@@ -1,4 +1,4 @@
-"""T5 and its descendants: root-mean-square norms before each block, relative position biases, no scaling.
+"""T5, mT5 and their descendants: root-mean-square norms before each block, relative position biases, no scaling.
 
 Source: Raffel et al., "Exploring the Limits of Transfer Learning", JMLR 2020; transformers, modeling_t5.py.
 """
@@ -46,7 +46,7 @@ def architecture(model: Any, weights: Weights) -> Architecture:
         decoder_norm=_norm("decoder.final_layer_norm", config, weights),
         encoder_bias=_bias(model.encoder, "encoder", weights),
         decoder_bias=_bias(model.decoder, "decoder", weights),
-        output_scale=config.d_model**-0.5 if config.scale_decoder_outputs else 1.0,
+        output_scale=config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0,
     )
 
 
