@@ -1,4 +1,4 @@
-"""Define how Triton runs a model: the choices that config.pbtxt records."""
+"""Settings with which Triton runs a model, as config.pbtxt records them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from deploykit.errors import UsageError
 
 LongInput = Literal["split", "refuse"]
-"""What becomes of a text that is longer than the model takes: split at sentence ends, or refused."""
+"""How to handle a text that is too long for the model: split it at sentence ends, or refuse it."""
 _MAY_BE_ZERO = (
     "threads",
     "token_budget",
@@ -21,17 +21,28 @@ _MAY_BE_ZERO = (
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How Triton runs a model: the choices that config.pbtxt records.
+    """Settings with which Triton runs a model, as config.pbtxt records them. Times are in microseconds.
 
-    ``instances`` None is what the task does best with: two for classification, one for translation.
-    ``threads`` are CPU threads per instance, 0 for twice the CPUs shared among the instances.
-    ``max_queue_size`` counts requests of a classifier and sentences of a translator.
+    For all tasks:
 
-    Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
-    ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to
-    ``max_batch_size``. Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
-    ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer
-    than the model takes; without ``in_flight`` a text waits until all that run before it are done.
+    - ``max_batch_size``: maximum rows of a batch.
+    - ``instances``: model processes; None for the task's default (classification 2, translation 1).
+    - ``threads``: CPU threads per instance; 0: the instances share twice the CPUs.
+    - ``max_queue_size``: maximum waiting requests (classification) or sentences (translation).
+
+    For classification:
+
+    - ``token_budget``: maximum rows x padded length of one run of the engine; 0 for the engine's own.
+    - ``preferred_batch_size``: size of a batch when more rows are waiting; 0 for all, up to ``max_batch_size``.
+
+    For translation:
+
+    - ``max_rows``: maximum texts x beams of a decode step.
+    - ``max_cache_mb``: maximum memory of their keys and values, in MiB.
+    - ``long_input``: how to handle a text that is too long for the model.
+    - ``in_flight``: let requests join the running batch; otherwise they wait until it is done.
+
+    Raises UsageError for a value out of range.
     """
 
     max_batch_size: int = 64

@@ -128,7 +128,7 @@ def test_any_thread_may_run_it_in_its_turn(engine_file: Path) -> None:
 def test_a_length_that_no_profile_takes_is_refused_with_the_command(engine_file: Path) -> None:
     engine = load_engine("tensorrt", engine_file)
     with pytest.raises(
-        EngineError, match=r"no profile takes texts padded to 80 tokens \(it has batch=1:2:4"
+        EngineError, match=r"no profile allows texts padded to 80 tokens \(profiles: batch=1:2:4"
     ) as refused:
         engine.run(inputs(1, 80))
     assert "longer --profile: deploykit export" in str(refused.value.remedy)
@@ -173,10 +173,10 @@ def change(engine: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "says", "remedy"),
     [
-        ({"version": "10.3.0"}, "built by TensorRT 10.3.0, here is 10.13.3", r"--trt --precision fp32 --builder tensorrt --target this-gpu --force"),
+        ({"version": "10.3.0"}, "built by TensorRT 10.3.0; the installed version, 10.13.3", r"--trt --precision fp32 --builder tensorrt --target this-gpu --force"),
         ({"version": "10.3.0", "target": "portable"}, "built by TensorRT 10.3.0", "--target portable --force"),
-        ({"target": "sm_90"}, r"built for sm_90, this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --target this-gpu"),
-        ({"builder": "rtx", "version": "1.2.3"}, "TensorRT-RTX 1.2.3, here is", r"pip install tensorrt-rtx==1\.2\.3"),
+        ({"target": "sm_90"}, r"built for sm_90, but this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --target this-gpu"),
+        ({"builder": "rtx", "version": "1.2.3"}, "TensorRT-RTX 1.2.3; the installed version", r"pip install tensorrt-rtx==1\.2\.3"),
         ({"sha256": "0"}, "SHA-256 differs", "deploykit export runs/a"),
     ],
 )  # fmt: skip

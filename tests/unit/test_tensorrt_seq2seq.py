@@ -226,7 +226,7 @@ def test_what_no_profile_takes_is_refused_with_the_command(
         (partial(model.reserve, 1, 21), "21 tokens of a text", "length"),
     ):
         with pytest.raises(
-            EngineError, match=rf"no profile takes {what} \(it has batch=1:4:4,length=1:8:20"
+            EngineError, match=rf"no profile allows {what} \(profiles: batch=1:4:4,length=1:8:20"
         ) as refused:
             call()
         assert f"larger {axis} in --profile: deploykit export runs/a" in str(refused.value.remedy)
@@ -250,8 +250,8 @@ def test_what_no_profile_takes_is_refused_with_the_command(
 @pytest.mark.parametrize(
     ("values", "says", "remedy"),
     [
-        ({"version": "10.3.0"}, "built by TensorRT 10.3.0, here is 10.13.3", "--builder tensorrt --target this-gpu --force"),
-        ({"target": "sm_90"}, r"built for sm_90, this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --target this-gpu"),
+        ({"version": "10.3.0"}, "built by TensorRT 10.3.0; the installed version, 10.13.3", "--builder tensorrt --target this-gpu --force"),
+        ({"target": "sm_90"}, r"built for sm_90, but this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --target this-gpu"),
         ({"sha256": "0"}, "SHA-256 differs", "deploykit export runs/a"),
     ],
 )  # fmt: skip
