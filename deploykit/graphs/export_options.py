@@ -1,4 +1,4 @@
-"""Define the options of an export, and what the stage shares with each task's own steps."""
+"""Options of an export, and the helpers that the stage shares with each task's export steps."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ _SAMPLES = 64
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """``calibration`` is the name of one of the run's splits or a data file, of which ``calibration_rows`` are used.
-    ``source`` and ``target`` are the languages of a translation checkpoint that was trained elsewhere."""
+    """Options of a calibration.
+
+    ``calibration`` is a split of the run or a data file, of which ``calibration_rows`` rows are used. ``source`` and
+    ``target`` are the languages of a translation checkpoint that deploykit did not train.
+    """
 
     calibration: str = "train"
     calibration_rows: int = 512
@@ -51,10 +54,15 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class ExportOptions(CalibrationOptions):
-    """``calibration`` may also be what ``deploykit calibrate`` wrote. ``data`` is a file of rows to
-    measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
-    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``smooth_quant`` is SmoothQuant's alpha (None:
-    without). ``trt``: also build TensorRT engines."""
+    """Options of an export.
+
+    - ``calibration`` may also be an artifact of ``deploykit calibrate``.
+    - ``data``: a file of rows to measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all; for
+      translation 500).
+    - ``max_drop``: allowed loss, in points (of 100) of macro-F1, or of BLEU and of chrF.
+    - ``smooth_quant``: alpha of SmoothQuant; None: off.
+    - ``trt``: also build TensorRT engines.
+    """
 
     int8: bool = False
     method: Method = "minmax"
@@ -71,18 +79,18 @@ class ExportOptions(CalibrationOptions):
         if self.measure_rows < 0:
             raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
         if is_saved(self.calibration) and self.calibration_rows != CalibrationOptions.calibration_rows:
-            raise UsageError("--calibration-rows is for rows, and --calibration has collected its own", "leave it out")
+            raise UsageError("--calibration-rows does not combine with a saved --calibration", "leave it out")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
         if self.smooth_quant is not None:
             if not self.int8:
-                raise UsageError("--smooth-quant changes INT8 graphs alone", "add --int8")
+                raise UsageError("--smooth-quant is for INT8", "add --int8")
             if not 0 <= self.smooth_quant <= 1:
                 raise UsageError(f"--smooth-quant is {self.smooth_quant}", "give an alpha from 0 to 1")
             if is_saved(self.calibration):
                 raise UsageError(
-                    f"--smooth-quant changes what is calibrated, and {self.calibration} was collected without it",
-                    "give a split of the run or a file of rows as --calibration, or leave one out",
+                    f"--smooth-quant needs a calibration of its own, and {self.calibration} was collected without it",
+                    "give a split or a file of rows as --calibration, or leave out --smooth-quant",
                 )
         if self.trt is not None:
             self.trt.check()
@@ -90,8 +98,7 @@ class ExportOptions(CalibrationOptions):
 
 @dataclass(frozen=True)
 class Written:
-    """What a task's own part of the export found: ``metrics`` has parity, rows, accuracy_table and, for
-    INT8, quantization."""
+    """Result of a task's export steps. ``metrics`` has parity, rows, accuracy_table and, for INT8, quantization."""
 
     task: TaskFacts
     metrics: dict[str, Any]
@@ -104,7 +111,11 @@ def pick_rows(
     kind: type[Row],
     read_file: Callable[[str, str], list[Row]],
 ) -> list[Row]:
-    """Rows of a file (``read_file(path, split)``), or of the run's own splits where ``source`` names one or nothing."""
+    """Return the rows of a file (``read_file(path, split)``), or of a split of the run, ``split`` if ``source`` is
+    None.
+
+    Raises DataError if the checkpoint has no such split.
+    """
     if source is not None and (Path(source).exists() or source not in SPLITS):
         return read_file(source, split)
     name = source or split
@@ -113,12 +124,12 @@ def pick_rows(
             return read_split(checkpoint, kept, kind)
     option = "--data" if split == "test" else "--calibration"
     raise DataError(
-        f"{checkpoint}: holds no {name} rows (only what deploykit finetune wrote does)",
+        f"{checkpoint}: has no {name} rows (only checkpoints of deploykit finetune have)",
         f"give a file of rows with {option}",
     )
 
 
 def keep_samples(directory: Path, rows: Sequence[DataclassInstance]) -> None:
-    """Write some of the rows that the export is measured on, for whatever is made of it to be compared on."""
+    """Write some of the measured rows to the export, so that later artifacts can be compared on them."""
     samples = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
     (directory / artifacts.SAMPLES).write_text("\n".join(samples) + "\n", encoding="utf-8")

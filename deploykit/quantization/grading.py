@@ -1,4 +1,4 @@
-"""The same rows through every form of a model: what each answers, and what it loses to the checkpoint."""
+"""Measure every form of a model on the same rows, and its loss against the checkpoint."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from deploykit.metric_titles import TITLES
 Raw = TypeVar("Raw")
 
 POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0}
-"""The metrics that ``--max-drop`` limits, and how many points one of each is."""
+"""The metrics that ``--max-drop`` limits, with the number of points that a metric of 1 stands for."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the accuracy table. ``agreement`` is the share of rows answered as the checkpoint answers them."""
+    """A row of the accuracy table. ``agreement`` is the share of rows with the same answer as the checkpoint's."""
 
     precision: str
     engine: str
@@ -39,18 +39,19 @@ class Line:
 
     @property
     def judged(self) -> dict[str, float]:
-        """Those of its metrics that ``--max-drop`` limits."""
+        """The metrics that ``--max-drop`` limits."""
         return {name: value for name, value in self.figures.items() if name in POINTS}
 
 
 class Grader(ABC, Generic[Raw]):
-    """``table`` has a line for the checkpoint, which comes first, and each other form; ``metrics`` all of their metrics.
+    """Builds the accuracy table.
 
-    ``Raw`` is what a form of the model gives for the rows.
+    ``table`` has a line for the checkpoint, which comes first, and for each other form; ``metrics`` has all their
+    metrics. ``Raw`` is the output of a form of the model for the rows.
     """
 
     figures: ClassVar[tuple[str, ...]]
-    """Of the metrics, those in the table."""
+    """The metrics shown in the table."""
 
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
@@ -59,11 +60,11 @@ class Grader(ABC, Generic[Raw]):
 
     @abstractmethod
     def measure(self, raw: Raw) -> dict[str, Any]:
-        """All metrics of what a form of the model gave."""
+        """Return all metrics of an output."""
 
     @abstractmethod
     def answers(self, raw: Raw) -> Sequence[str]:
-        """What it says, row by row."""
+        """Return the answer for each row."""
 
     @property
     def table(self) -> list[Line]:
@@ -71,7 +72,7 @@ class Grader(ABC, Generic[Raw]):
 
     @property
     def judged(self) -> str:
-        """The metrics that ``drop`` is of, for people."""
+        """Names of the limited metrics, for messages."""
         return " or ".join(TITLES[name] for name in self.table[0].judged)
 
     def enter(self, precision: str, engine: str, raw: Raw, kernels: int = 0) -> Line:
@@ -85,12 +86,12 @@ class Grader(ABC, Generic[Raw]):
         return line
 
     def drop(self, line: Line) -> float:
-        """Points that it loses to the checkpoint, of the metric that loses most."""
+        """Return the points lost against the checkpoint, in the metric that loses most."""
         reference = self.table[0].judged
         return max(POINTS[name] * (reference[name] - value) for name, value in line.judged.items())
 
     def refuse_loss(self, line: Line, name: str, max_drop: float, remedy: str) -> None:
-        """Raises ExportError when what ``name`` holds loses more than ``max_drop`` points."""
+        """Raise ExportError if ``name`` loses more than ``max_drop`` points."""
         if (drop := self.drop(line)) > max_drop:
             raise ExportError(
                 f"{name} loses {drop:.2f} points of {self.judged}, more than --max-drop {max_drop}",

@@ -1,4 +1,4 @@
-"""What the descendants of BART share: the names and order of their layers' weights.
+"""Layer names and order that the descendants of BART share.
 
 Source: Lewis et al., "BART", ACL 2020; transformers, modeling_bart.py.
 """
@@ -23,7 +23,7 @@ def decoder_layers(config: Any, weights: Weights) -> tuple[DecoderLayer, ...]:
 
 
 def sizes(config: Any) -> dict[str, Any]:
-    """The fields of an Architecture that these families' configs name alike."""
+    """Return the fields of an Architecture that have the same names in these families' configs."""
     head_size = config.d_model // config.decoder_attention_heads
     return {
         "encoder_heads": config.encoder_attention_heads,
