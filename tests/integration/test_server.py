@@ -330,7 +330,7 @@ def test_a_killed_server_is_reported_and_its_clients_are_told(own_repository: Pa
             answer = pool.submit(client.scores, LONG * 4)
             time.sleep(0.2)
             os.kill(server.pid, signal.SIGKILL)
-            with pytest.raises(ServerError, match=r"Triton was lost \(killed by SIGKILL\)"):
+            with pytest.raises(ServerError, match=r"Triton ended unexpectedly \(killed by SIGKILL\)"):
                 server.supervise(threading.Event(), 0.1)
             with pytest.raises(ServerError, match=r"no server answers|is not a Triton server"):
                 answer.result(timeout=20)
