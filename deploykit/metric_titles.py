@@ -1,4 +1,4 @@
-"""Name each metric for people."""
+"""Titles of metrics in tables."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ TITLES: Mapping[str, str] = {
     "chrf": "chrF",
     "agreement": "agreement",
 }
-"""Of figures in tables, for people."""
+"""Metric -> title in tables."""

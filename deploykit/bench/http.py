@@ -21,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.bench.scenarios import Answers, Server, first_line
+from deploykit.bench.scenarios import LoadResult, Server, first_line
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.served import error_text, parse_url
 from deploykit.tasks.protocol import Answer
@@ -46,7 +46,7 @@ def ask_server(
     generation: Generation | None = None,
     seconds: float,
     timeout_s: float,
-) -> Answers:
+) -> LoadResult:
     """Send ``rows`` of ``texts``. ``load`` is a number of callers, or arrival times in seconds."""
     address, tls = parse_url(server.url)
     task = task_of(server.task)
@@ -185,7 +185,7 @@ class _Generator:
             self._ask(next(self._rows), started + due)
         await self._finish(started)
 
-    def answers(self) -> Answers:
+    def answers(self) -> LoadResult:
         """Decode the answers, after the timed part."""
         texts: dict[int, str] = {}
         tokens = 0
@@ -201,7 +201,7 @@ class _Generator:
                 tokens += answer.tokens
         latencies = np.array(self._latencies)[good] * 1e3
         lags = np.array(self._lags) * 1e3
-        return Answers(
+        return LoadResult(
             self._duration_s, self._cpu_s, latencies, texts, tokens, self._errors, lags if len(lags) else None
         )
 

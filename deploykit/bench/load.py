@@ -16,8 +16,8 @@ from deploykit.bench.capacity import highest_rate
 from deploykit.bench.machine import server_processes
 from deploykit.bench.scenarios import (
     TIMEOUT_S,
-    Answers,
     ClosedLoop,
+    LoadResult,
     Poisson,
     Scenario,
     Server,
@@ -189,7 +189,7 @@ def _ask(
     seconds: float,
     seed: int,
     timeout_s: float,
-) -> Answers:
+) -> LoadResult:
     rows = itertools.cycle(np.random.default_rng(seed).permutation(len(texts)).tolist())
     load = scenario.concurrency if isinstance(scenario, ClosedLoop) else scenario.arrivals(seconds, seed)
     if isinstance(target, Server):
@@ -231,20 +231,20 @@ class _Asked:
             self.errors[first_line(error)] += len(rows)
             time.sleep(_FAILURE_PAUSE_S)
 
-    def answers(self) -> Answers:
+    def answers(self) -> LoadResult:
         latencies = np.concatenate(self._latencies) if self._latencies else np.empty(0)
         cpu_s = time.process_time() - self._cpu_start
-        return Answers(self.now(), cpu_s, latencies, self._answered, self._tokens, self.errors)
+        return LoadResult(self.now(), cpu_s, latencies, self._answered, self._tokens, self.errors)
 
 
-def _closed_loop(asked: _Asked, rows: Iterator[int], concurrency: int, seconds: float) -> Answers:
+def _closed_loop(asked: _Asked, rows: Iterator[int], concurrency: int, seconds: float) -> LoadResult:
     """Merge the callers' texts into one call; each caller waits for the whole call."""
     while (now := asked.now()) < seconds:
         asked.ask(list(itertools.islice(rows, concurrency)), np.full(concurrency, now))
     return asked.answers()
 
 
-def _open_loop(asked: _Asked, rows: Iterator[int], arrivals: NDArray[np.float64], give_up_s: float) -> Answers:
+def _open_loop(asked: _Asked, rows: Iterator[int], arrivals: NDArray[np.float64], give_up_s: float) -> LoadResult:
     """Run one worker that answers all waiting texts, up to 64, in one call."""
     first = 0
     while first < len(arrivals) and (now := asked.now()) < give_up_s:

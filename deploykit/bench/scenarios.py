@@ -98,7 +98,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Answers:
+class LoadResult:
     """Record of a load generator. ``latencies_ms`` and ``tokens`` (the sum) are of successful requests; ``texts`` has
     the last answer to each row.
     """

@@ -1,4 +1,4 @@
-"""Rows from a file, a saved dataset or the Hugging Face hub, one at a time."""
+"""Stream rows from a file, a saved dataset or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import Any, TextIO
 from deploykit.errors import DataError, MissingDependencyError, UsageError
 from deploykit.text import normalize
 
-# The module's default of 131,072 characters a field is no limit of ours; it is global to the process.
+# Raise csv's limit of 131,072 characters per field, which is global to the process.
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 _BATCH = 1000
 _SAMPLE_BYTES = 8192
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _C0_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
-# UTF-32 comes first: its little-endian mark begins with that of UTF-16.
+# UTF-32 first, because its little-endian mark begins with that of UTF-16.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -53,25 +53,25 @@ _MAGIC = (
 
 @dataclass(frozen=True)
 class Record:
-    """One row. ``origin`` names it in messages: file and line (Parquet, datasets: row), as in "tweets.csv:17"."""
+    """A row. ``origin`` names it in messages: file and line (Parquet, datasets: row), as in "tweets.csv:17"."""
 
     origin: str
     values: Mapping[str, object]
 
 
 def read_records(source: str, *, encoding: str | None = None, split: str = "train") -> Iterator[Record]:
-    """Stream the rows of ``source``; only a .json array is held in memory whole.
+    """Stream the rows of ``source``. Only a .json array is held in memory as a whole.
 
     Args:
         source: a .csv, .tsv, .jsonl, .ndjson, .json (array of objects) or .parquet file, a directory
             that ``Dataset.save_to_disk`` wrote, or the id of a dataset on the Hugging Face hub.
-        encoding: of text files; None is UTF-8, or what a byte order mark says.
-        split: of a dataset that has several; a file or a single dataset is read whole.
+        encoding: of text files; None for UTF-8, or as a byte order mark says.
+        split: of a dataset that has several; a file or a single dataset is read as a whole.
 
     Raises:
         DataError: the source cannot be read, or the row named in the message is malformed.
         UsageError: ``encoding`` is not the name of a text encoding.
-        MissingDependencyError: datasets or pyarrow is wanted and not installed.
+        MissingDependencyError: datasets or pyarrow is needed and not installed.
     """
     suffix = Path(source).suffix.lower()
     if os.path.isdir(source):
@@ -83,14 +83,14 @@ def read_records(source: str, *, encoding: str | None = None, split: str = "trai
             raise DataError(f"{source}: no such file", "check the path")
         if suffix not in _READERS:
             raise DataError(
-                f"{source}: files of type {suffix!r} are not read",
+                f"{source}: file type {suffix!r} is not supported",
                 f"give one of {', '.join(_READERS)}, a saved dataset's directory, or the id of a dataset on the hub",
             )
         yield from _READERS[suffix](Path(source), encoding)
 
 
 def read_lines(path: Path, encoding: str | None, *, newline: str | None = None) -> Iterator[str]:
-    """Stream the lines of a text file, ends included (``newline`` as in ``open``). Errors as in ``read_records``."""
+    """Stream the lines of a text file, ends included (``newline`` as in ``open``). Raises like ``read_records``."""
     try:
         file, used = _open_text(path, encoding, newline)
         with file:
@@ -108,13 +108,13 @@ def import_data_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
-            f"the package {name!r} is not installed, this source needs it", "pip install 'deploykit[finetune]'"
+            f"this source needs the package {name!r}, which is not installed", "pip install 'deploykit[finetune]'"
         ) from error
 
 
 def _csv(path: Path, encoding: str | None) -> Iterator[Record]:
     lines = read_lines(path, encoding, newline="")
-    # Blank lines above the header are counted here, as the csv module does not see them.
+    # The csv module skips blank lines above the header, so count them here.
     above, first = next(((n, line) for n, line in enumerate(lines) if line.strip()), (0, ""))
     if not first:
         raise DataError(f"{path}: is empty", "give a file with a header and rows")
@@ -147,7 +147,7 @@ def _csv(path: Path, encoding: str | None) -> Iterator[Record]:
 
 
 def _jsonl(path: Path, encoding: str | None) -> Iterator[Record]:
-    # Only \n ends a line: JSON allows U+2028 and the like inside strings.
+    # Only \n ends a line: JSON allows U+2028 and others inside strings.
     for number, line in enumerate(read_lines(path, encoding, newline="\n"), start=1):
         if line.strip():
             record = _parse_json(path, line, f"line {number}")
@@ -157,7 +157,9 @@ def _jsonl(path: Path, encoding: str | None) -> Iterator[Record]:
 def _json(path: Path, encoding: str | None) -> Iterator[Record]:
     records = _parse_json(path, "".join(read_lines(path, encoding)), "the file")
     if not isinstance(records, list):
-        raise DataError(f"{path}: is not a JSON array", "give an array of objects, or name a file of one a line .jsonl")
+        raise DataError(
+            f"{path}: is not a JSON array", "give an array of objects; name a file with one object per line .jsonl"
+        )
     for number, record in enumerate(records, start=1):
         yield Record(f"{normalize(path.name)}:{number}", _object(path, record, f"row {number}"))
 
@@ -204,7 +206,7 @@ def _saved_dataset(source: str, split: str) -> Iterator[Record]:
     datasets = import_data_package("datasets")
     try:
         loaded = datasets.load_from_disk(source)
-    except Exception as error:  # What a damaged directory raises is not documented.
+    except Exception as error:  # The exceptions for a damaged directory are not documented.
         raise DataError(
             f"{source}: is not a saved dataset: {_first_line(error)}", "give a file, or what save_to_disk wrote"
         ) from error
@@ -219,10 +221,10 @@ def _hub_dataset(source: str, split: str) -> Iterator[Record]:
     datasets = import_data_package("datasets")
     try:
         loaded = datasets.load_dataset(source, split=split)
-    except Exception as error:  # Offline, not found, gated, unknown split, wrong format: each its own class.
+    except Exception as error:  # Offline, not found, gated, unknown split, wrong format: each has its own class.
         raise DataError(
-            f"{source}: is no file here, and split {split!r} cannot be loaded from the hub: {_first_line(error)}",
-            "check the path; for a dataset of the hub check its id, the split and the network",
+            f"{source}: is not a file, and its split {split!r} cannot be loaded from the hub: {_first_line(error)}",
+            "check the path; for a hub dataset, check its id, the split and the network",
         ) from error
     yield from _dataset_rows(loaded, source)
 
@@ -243,7 +245,7 @@ def _dataset_rows(dataset: Any, source: str) -> Iterator[Record]:
 
 
 def _label_names(feature: Any, value: object) -> object:
-    """Names in the place of a ClassLabel's numbers, alone or in a list; -1 (no label) becomes None."""
+    """Replace a ClassLabel's numbers, single or in a list, by names; -1 (no label) becomes None."""
     if isinstance(value, list) and hasattr(feature, "feature"):
         return [_label_names(feature.feature, item) for item in value]
     if isinstance(value, int) and hasattr(feature, "int2str"):
@@ -253,23 +255,25 @@ def _label_names(feature: Any, value: object) -> object:
 
 def _check_header(path: Path, header: Sequence[str]) -> None:
     for number, column in enumerate(header, start=1):
-        if not column and number > 1:  # the first is the index that pandas' to_csv writes
+        if not column and number > 1:  # the first one is the index that pandas' to_csv writes
             raise DataError(f"{path}: column {number} has no name", "name every column (pandas: to_csv(index=False))")
         if column in header[: number - 1]:
             raise DataError(f"{path}: two columns are named {column!r}", "rename one of them")
 
 
 def _open_text(path: Path, encoding: str | None, newline: str | None) -> tuple[TextIO, str]:
-    """Open with strict decoding, unless the contents are binary. Returns the file and the encoding used."""
+    """Open a text file with strict decoding. Returns the file and the encoding. Raises DataError for binary content."""
     with path.open("rb") as file:
         sample = file.read(_SAMPLE_BYTES)
     used = encoding or next((name for mark, name in _BYTE_ORDER_MARKS if sample.startswith(mark)), "utf-8-sig")
     try:
         if codecs.lookup(used).name == "utf-8":
-            used = "utf-8-sig"  # The same, and a byte order mark does not become part of the first column's name.
+            used = "utf-8-sig"  # utf-8-sig, so that a byte order mark does not become part of the first column's name.
         opened = path.open(encoding=used, newline=newline)
     except (LookupError, ValueError):
-        raise UsageError(f"--encoding {encoding!r} is not a known text encoding", "utf-8 or latin-1, say") from None
+        raise UsageError(
+            f"--encoding {encoding!r} is not a known text encoding", "give one such as utf-8 or latin-1"
+        ) from None
     if seems := _seems_binary(sample, used):
         opened.close()
         raise DataError(f"{path}: is not text: {seems}", "give a text file, or correct the file's suffix")
@@ -284,7 +288,7 @@ def _seems_binary(sample: bytes, encoding: str) -> str | None:
         text, valid = decoder("strict").decode(sample), True
     except UnicodeError:
         text, valid = sample.decode("latin-1"), False
-    # A text has no control characters but line ends and tabs, or a few by accident; random bytes have 10 %.
+    # Text has few control characters besides line ends and tabs; random bytes have 10%.
     controls = len(_C0_CONTROL.findall(text))
     if controls < 8 or controls < (0.3 if valid else 0.05) * len(text):
         return None
@@ -294,7 +298,10 @@ def _seems_binary(sample: bytes, encoding: str) -> str | None:
 
 
 def _not_decodable(path: Path, encoding: str) -> DataError:
-    """Find the first byte that is not ``encoding``: the file object's own error counts from an unknown place."""
+    """Return an error that names the first byte that is not ``encoding``.
+
+    The file object's own error counts from an unknown position.
+    """
     # Without "-sig" the error's position counts a byte order mark.
     encoding = encoding.removesuffix("-sig")
     decoder = codecs.getincrementaldecoder(encoding)()
@@ -306,14 +313,14 @@ def _not_decodable(path: Path, encoding: str) -> DataError:
                 line, offset = line + text.count("\n"), offset + len(block)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            # The error counts from the bytes the decoder had kept of the block before.
+            # The error's position starts at the bytes left over from the previous block.
             kept = len(decoder.getstate()[0])
             good = error.object[: error.start].decode(encoding, "replace")
             where = f"line {line + good.count(chr(10))}, byte offset {offset - kept + error.start},"
         except UnicodeError as error:
             where = f"line {line} ({error})"
     return DataError(
-        f"{path}: {where} is not {encoding}", "give the encoding the file has: --encoding latin-1, cp1252, utf-16"
+        f"{path}: {where} is not {encoding}", "pass the file's encoding, such as --encoding latin-1, cp1252 or utf-16"
     )
 
 

@@ -69,7 +69,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise MissingDependencyError("matplotlib is not installed, which draws the report", BENCH_EXTRA) from None
+        raise MissingDependencyError("matplotlib, which draws the report, is not installed", BENCH_EXTRA) from None
 
 
 def throughput_bars(result: Record) -> str | None:

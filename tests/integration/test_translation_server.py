@@ -349,9 +349,9 @@ def test_a_served_model_is_opened_by_its_task(server: TritonServer) -> None:
         ServedClassifier("fr", server.urls.http)
     with pytest.raises(UsageError, match="tiny classifies"):
         ServedTranslator("tiny", server.urls.http)
-    with pytest.raises(UsageError, match="fr_stream sends sentences") as caught:
+    with pytest.raises(UsageError, match="fr_stream answers gRPC streams only") as caught:
         open_served("fr_stream", server.urls.http)
-    assert caught.value.remedy == "name fr"
+    assert caught.value.remedy == "use fr, the model behind it"
 
 
 def test_a_client_needs_no_engine() -> None:

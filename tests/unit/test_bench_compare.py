@@ -209,4 +209,4 @@ def test_without_models_or_texts_there_is_nothing_to_measure() -> None:
     for words, what in (([], "TARGETS"), (["exports/a"], "--data")):
         done = typed(*words)
         assert done.exit_code == 2
-        assert f"without {what}" in done.stderr
+        assert f"{what} is missing" in done.stderr

@@ -222,7 +222,7 @@ def test_the_same_graph_gives_the_same_engine(tmp_path: Path, cache: Path) -> No
 
 
 def test_int8_that_no_layer_computes_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"rtx computes none of model\.qdq\.onnx's layers in INT8"):
+    with pytest.raises(ExportError, match=r"rtx runs none of model\.qdq\.onnx's layers in INT8"):
         build_engine(write_graph(tmp_path / "model.qdq.onnx"), "int8", RTX, LIMITS, lambda line: None)
 
 
@@ -452,7 +452,7 @@ def test_trtexec_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch,
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="builds for the GPU at hand"):
+    with pytest.raises(UsageError, match="builds only for this machine's GPU"):
         tensorrt.plan(EngineOptions(builder="trtexec", target="sm_86"), LIMITS)
     options = EngineOptions(builder="trtexec", profiles=("batch=1:4:8,length=1:16:64",), timing_cache="t.cache")
     engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LIMITS, lambda line: None)

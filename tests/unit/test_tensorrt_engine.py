@@ -230,7 +230,9 @@ def test_without_bindings_the_package_is_named(
     file = tmp_path / "model.engine"
     write_engine(file, tiny_export / "model.onnx", [parse_profile(PROFILES[0])], "tensorrt", VERSION, "sm_86")
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # what importing a missing module finds
-    with pytest.raises(MissingDependencyError, match=rf"TensorRT {VERSION} is not installed") as missing:
+    with pytest.raises(
+        MissingDependencyError, match=rf"was built by TensorRT {VERSION}, which is not installed"
+    ) as missing:
         load_engine("tensorrt", file)
     assert missing.value.remedy == f"pip install tensorrt=={VERSION}"
 
