@@ -1,4 +1,4 @@
-"""Export: checkpoint in; ONNX, optionally INT8, checked and measured, out. The same steps for every task."""
+"""Export a checkpoint to ONNX, optionally INT8, checked and measured. The steps are the same for every task."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Exported:
 def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool = False, say: Say) -> Exported:
     """Write fp32 ONNX and, with ``int8``, quantized graphs for each target, each measured on the same rows.
 
-    Raises ExportError, leaving nothing at ``out``, when a graph differs from PyTorch, when an
-    engine runs no INT8 kernel, or when INT8 costs more than ``max_drop`` points. A search for layers in fp32 that is
-    killed is taken up again from OUT.search.json by the next export of the same inputs.
+    Raises ExportError, leaving nothing at ``out``, when a graph differs from PyTorch, when an engine runs no INT8
+    kernel, or when INT8 loses more than ``max_drop`` points. After a killed search for layers in fp32, the next export
+    of the same inputs continues it from OUT.search.json.
     """
     options.check()
     check_source(str(checkpoint))
@@ -70,7 +70,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
 
 
 def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say: Say) -> None:
-    """Show what a search for layers in fp32 has measured, if there was one, as a page of the export."""
+    """Print the result of a search for layers in fp32, if there was one, and plot it on a page of the export."""
     searches = metrics.get("quantization", {}).get("search")
     if not searches:
         return
@@ -89,7 +89,7 @@ def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say:
 
 
 def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
-    """What to type for this export; builder and target of its engines are left out."""
+    """Return the command line of this export, without builder and target of its engines."""
     words = ["deploykit", "export", str(checkpoint), "--out", str(out)]
     settings = [(field, getattr(options, field.name)) for field in dataclasses.fields(options) if field.name != "trt"]
     if options.trt is not None:
@@ -105,7 +105,7 @@ def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
 
 
 def identity(options: CalibrationOptions) -> dict[str, Any]:
-    """The options, with the digests of files in place of their names."""
+    """Return the options, with files replaced by their digests."""
     values = dataclasses.asdict(options)
     for name in ("calibration", "data"):
         path = Path(values.get(name) or "")
@@ -115,7 +115,7 @@ def identity(options: CalibrationOptions) -> dict[str, Any]:
 
 
 def parent_digest(checkpoint: Path) -> str:
-    """The digest of a checkpoint, also of one that deploykit did not write."""
+    """Return the digest of a checkpoint, whether or not deploykit wrote it."""
     if (checkpoint / artifacts.MANIFEST).exists():
         return artifacts.load_manifest(checkpoint, "checkpoint", verify=False).digest
     return artifacts.digest_path(checkpoint)

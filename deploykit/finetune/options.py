@@ -35,8 +35,10 @@ def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
 
 
 def with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given``, where it names no rows and quantization-aware training goes on from a run of deploykit's, with the rows
-    of that run as it split them: none that it was trained on is held out."""
+    """Add the rows of the run to ``given`` for quantization-aware training that names no rows.
+
+    The rows are those of the deploykit run that ``model`` names, with its splits, so that no training row is held out.
+    """
     run = Path(given.get("model", ""))
     splits = {name: run / "splits" / f"{name}.jsonl" for name in ("train", "validation", "test")}
     if not given.get("qat") or {*splits} & {*given} or not splits["train"].is_file():
@@ -53,7 +55,7 @@ def with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Options from a TOML file, keys as in the dataclasses. Raises UsageError naming a wrong key."""
+    """Read options from a TOML file, with the dataclasses' names as keys. Raises UsageError naming a wrong key."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
