@@ -7,10 +7,10 @@ BIN := .venv/bin
 .PHONY: help setup demo demo-translation test bench lint check docs clean
 
 help:
-	@echo "make demo   real tweets to a served INT8 classifier, with a report (minutes)"
-	@echo "make demo-translation   software strings to a served INT8 translator (a quarter of an hour)"
+	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
+	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
 	@echo "make test   all tests that need no GPU"
-	@echo "make bench  both demos' models beside their peers, on a quiet machine (an hour)"
+	@echo "make bench  measure both demos' models against other tools, on a quiet machine (an hour)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
 	@echo "make docs   build the docs into build/docs"
@@ -36,7 +36,7 @@ bench: $(READY)
 	@$(BIN)/python bench/articles.py
 	@$(BIN)/python bench/classification.py
 	@$(BIN)/python bench/exactness.py
-	@# Memory that is freed stays in the process: on virtual machines, fetching it back slows all contenders several times.
+	@# Keep freed memory in the process: on virtual machines, getting it back makes all contenders several times slower.
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 $(BIN)/python bench/translation.py
 	@$(BIN)/python bench/table.py
 

@@ -27,7 +27,7 @@ class Trace:
             return
         if record.get("key") == key:
             self._measured = record["measured"]
-            say(f"{path}: {len(self._measured)} measurements of a run that did not finish are used")
+            say(f"{path}: {len(self._measured)} measurements of an unfinished run are reused")
 
     def measured(self, name: str, measure: Callable[[], T]) -> T:
         """Return the logged value of ``name``; if there is none, log and return the result of ``measure`` (plain JSON)."""

@@ -85,7 +85,7 @@ def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say:
     try:
         write_search(searches, limits, directory / SEARCH_PAGE)
     except MissingDependencyError as error:
-        say(f"the search is not drawn: {error.message}: {error.remedy}")
+        say(f"the search is not plotted: {error.message}: {error.remedy}")
 
 
 def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:

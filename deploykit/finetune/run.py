@@ -136,7 +136,7 @@ def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Itera
         ) from None
     try:
         if continued:
-            say(f"continuing the unfinished run in {work} (--restart begins anew)")
+            say(f"continuing the unfinished run in {work} (--restart starts over)")
         with artifacts.explained(work):
             yield work
     finally:

@@ -126,7 +126,7 @@ def bundle(
     )
     runs = (*graphs.values(), find_graphs(export_dir, export, engine="onnxruntime", precision="auto").files)
     texts = _texts(export_dir, part, data)
-    say(f"recording what {len(texts)} rows give")
+    say(f"recording the answers to {len(texts)} rows")
     rows = _record(export_dir, part, runs, texts)
 
     config = config_text(export.task, part.settings(most))

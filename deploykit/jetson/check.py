@@ -19,7 +19,7 @@ from deploykit.jetson.boards import BOARDS
 from deploykit.jetson.contents import Description
 
 _LEAST_TENSORRT = (10, 3)
-_FLASH = "install that JetPack, or bundle again with the --jetpack that is here"
+_FLASH = "install that JetPack, or make the bundle again with this device's --jetpack"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _board(description: Description, root: Path) -> Finding:
     if wanted in model:
         return Finding("board", model, wanted)
     return Finding(
-        "board", model, wanted, "note", "the caps on memory and batch are another board's: bundle for this one"
+        "board", model, wanted, "note", "the limits on memory and batch are another board's: make a bundle for this one"
     )
 
 

@@ -76,12 +76,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "run.sh", description="Steps of this bundle, in their order. Without one: all but bench."
     )
     parser.add_argument("step", nargs="?", choices=STEPS)
-    parser.add_argument("--engine", choices=("tensorrt", "onnxruntime"), default="tensorrt", help="(default: tensorrt)")
-    parser.add_argument("--precision", default="auto", help="of the graph (default: INT8 if there is one)")
-    parser.add_argument("--host", default="127.0.0.1", help="to serve on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="to serve HTTP on; 0 takes a free one (default: 8000)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of bench (default: 2)")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="of bench (default: bench.json)")
+    parser.add_argument(
+        "--engine",
+        choices=("tensorrt", "onnxruntime"),
+        default="tensorrt",
+        help="engine to build or run (default: tensorrt)",
+    )
+    parser.add_argument("--precision", default="auto", help="precision of the graph (default: INT8 if available)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="HTTP port to serve on; 0 takes a free one (default: 8000)"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each measurement of bench (default: 2)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench.json"), help="result file of bench (default: bench.json)"
+    )
     given = parser.parse_args(arguments)
     root = Path.cwd()
     os.environ["PATH"] += f"{os.pathsep}{_TRTEXEC}"  # JetPack does not put it on PATH
@@ -137,7 +146,7 @@ def build(bundle: Bundle) -> Manifest:
             say(f"building again: {error.message}")
         else:
             if manifest.inputs == inputs:
-                say(f"{bundle.version}: reused, built here before")
+                say(f"{bundle.version}: reused: it was built here before")
                 return manifest
     with new_directory(bundle.version) as folder:
         for file in (*files, *bundle.description.tokenizer):
@@ -242,7 +251,9 @@ def serve(bundle: Bundle, host: str, port: int) -> None:
     model = InProcessModel(bundle.description.name, bundle.model, VERSION, read_config(bundle.root))
     try:
         with KServeServer(model, host, port) as server:
-            say(f"serving {model.name} at {server.url} (no Triton here: in this process); Ctrl-C ends it")
+            say(
+                f"serving {model.name} at {server.url} (in this process, because Triton is not installed); stop with Ctrl-C"
+            )
             stop.wait()
     finally:
         model.close()
@@ -257,7 +268,7 @@ def _exec_triton(bundle: Bundle, triton: InstalledTriton, host: str, port: int) 
     command = [str(triton.binary), f"--model-repository={bundle.root / REPOSITORY}", f"--backend-directory={backends}",
                f"--http-address={host}", f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false",
                "--disable-auto-complete-config", f"--exit-timeout-secs={_EXIT_S}"]  # fmt: skip
-    say(f"serving {bundle.description.name} at http://{host}:{port} by {triton.binary}; Ctrl-C ends it")
+    say(f"serving {bundle.description.name} at http://{host}:{port} with {triton.binary}; stop with Ctrl-C")
     os.execv(triton.binary, command)
 
 

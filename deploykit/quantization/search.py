@@ -70,7 +70,7 @@ def hold_limit(
         return None
     table = grader.table
     loss = f"{name} loses {drop:.2f} points of {grader.judged}"
-    say(f"{loss}: which of its {len(parts)} parts need fp32?")
+    say(f"{loss}: measuring which of its {len(parts)} parts need fp32")
     expected = sample(None)
 
     def change(part: str) -> float:

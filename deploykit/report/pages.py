@@ -70,7 +70,7 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
     """
     figures.require_matplotlib()
     title = "Which layers stay in fp32"
-    note = "All parts but the most sensitive are INT8. The export takes the fewest that hold the limit."
+    note = "All parts are INT8 except the most sensitive ones. The export leaves as few as possible in fp32."
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
         _figure("Task metric", note, figures.search(searches, limits)),
@@ -86,7 +86,7 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
             [escape(part), f"{change:.2g}", "fp32" if part in found["kept"] else "INT8"]
             for part, change in zip(found["order"], found["sensitivity"])
         ]
-        note = "How much the outputs for some rows change, on average, when this part alone is INT8."
+        note = "Mean change of the outputs for some rows when only this part is INT8."
         parts.append(_section(f"Sensitivity, {engine}", note, _table(("part", "change", "became"), rows)))
     _write(out, _page(title, parts))
 
@@ -204,12 +204,12 @@ def _sections(result: Record) -> str:
         _section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(result)),
         _figure(
             "Throughput",
-            "Medians over the rounds; lines reach from the least to the most.",
+            "Medians over the rounds; lines show min to max.",
             figures.throughput_bars(result),
         ),
         _figure(
             "Latency",
-            f"How many requests were answered within which time, at {scenario}.",
+            f"Share of requests answered within a time, at {scenario}.",
             figures.latency_distribution(result, scenario),
         ),
         _figure(
@@ -220,7 +220,7 @@ def _sections(result: Record) -> str:
         ),
         _figure(
             "Scaling with callers",
-            "In one process, the texts of callers are one batch.",
+            "In one process, the callers' texts form one batch.",
             figures.scaling_with_callers(result),
         ),
         _figure("Accuracy against speed", "Right and high is better.", figures.accuracy_speed(result)),
@@ -229,7 +229,7 @@ def _sections(result: Record) -> str:
         ),
         _figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
         _figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
-        _section("All measurements", "Medians over the rounds, with the least and the most below.", _details(result)),
+        _section("All measurements", "Medians over the rounds, with min and max below.", _details(result)),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -241,7 +241,7 @@ def _scaling(workload: Record) -> str:
         for s in candidate["scenarios"]:
             lines.setdefault(s["scenario"]["name"], []).append((workload["values"][candidate["name"]], s))
     drawn = figures.scaling(workload["axis"], [figures.Scaling(name, points) for name, points in lines.items()])
-    return _figure(f"Scaling with {workload['axis']}", "Medians; lines reach from the least to the most.", drawn)
+    return _figure(f"Scaling with {workload['axis']}", "Medians; lines show min to max.", drawn)
 
 
 def _how(record: Record, result: Record) -> str:

@@ -226,7 +226,7 @@ def build_engine(
     key = digest_of(*made_of, precision, options.workspace, target, list(map(str, profiles)), _maker(builder))
     kept = engine_cache.take(key, engine)
     if kept is not None:
-        say(f"{engine.name}: built before from the same, taken from {engine_cache.folder() / key}")
+        say(f"{engine.name}: reused from {engine_cache.folder() / key}")
     else:
         say(f"building {engine.name} with {builder}")
     record = kept or _build(graph, graph_digest, inputs, engine, precision, builder, profiles, options, say)
@@ -238,7 +238,7 @@ def build_engine(
         try:
             engine_cache.keep(key, engine)
         except ArtifactError as error:
-            say(f"{engine.name} is not kept for other exports: {error.message}")
+            say(f"{engine.name} is not cached: {error.message}")
     return record
 
 

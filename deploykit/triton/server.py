@@ -188,9 +188,9 @@ class TritonServer:
         self._running()
         lost = sorted({model for stub, model in self._stubs if not _alive(stub)} | self._retry_at.keys())
         if owing := self._answering_later.intersection(lost):
-            log.warning("model %s: its process died and owed answers; starting Triton again", min(owing))
+            log.warning("model %s: its process died while requests waited for it; restarting Triton", min(owing))
             self._launch_again()
-            log.warning("all models answer again")
+            log.warning("all models are ready again")
             return lost
         healed = []
         for model in lost:
@@ -208,7 +208,7 @@ class TritonServer:
                 continue
             self._retry_at.pop(model, None)
             self._stubs += [(stub, name) for stub, name in self._find_stubs() if name == model]
-            log.warning("model %s: answers again", model)
+            log.warning("model %s: ready again", model)
             healed.append(model)
         return healed
 

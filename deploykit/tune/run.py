@@ -178,7 +178,7 @@ def _graphs(
             raise UsageError(
                 f"the package has one graph, {' '.join(packaged)}", "pass --export to search engine and precision"
             )
-        say(f"{' '.join(packaged)} as packaged; --export EXPORT searches engine and precision too")
+        say(f"{' '.join(packaged)} as packaged; pass --export EXPORT to search engine and precision too")
         return [packaged]
     manifest = load_manifest(subject.export, "export")
     found = []

@@ -169,7 +169,7 @@ def search(
             if len(finalists) > 1 and limits.holds(trial) and time_for(1):
                 run(choice, trial.rate_per_s)
     if left_out:
-        say(f"the time is up: {len(tried)} settings were measured, more --time measures others too")
+        say(f"the time is up after {len(tried)} settings; more --time tries others")
     return list(tried.values())
 
 

@@ -129,7 +129,7 @@ def test_without_the_export_engine_and_precision_stay(
     alone = [word for i, word in enumerate(words) if "--export" not in words[max(0, i - 1) : i + 1]]
     code, _, err = deploykit(*alone, "--slo", "p99=50ms")
     assert code == 0, err
-    assert "onnxruntime fp32 as packaged; --export EXPORT searches engine and precision too" in err
+    assert "onnxruntime fp32 as packaged; pass --export EXPORT to search engine and precision too" in err
     assert {(choice.engine, choice.precision) for choice, _ in asked} == {("onnxruntime", "fp32")}
     assert not (repository / "tiny" / "2").exists()
 
@@ -152,7 +152,7 @@ def test_a_killed_tuning_goes_on(
     second = fake(monkeypatch, known)
     code, _, err = deploykit(*words, "--slo", "p99=50ms")
     assert code == 0, err
-    assert f"t.json.search.json: {len(first) - 1} measurements of a run that did not finish are used" in err
+    assert f"t.json.search.json: {len(first) - 1} measurements of an unfinished run are reused" in err
     assert set(first[:-1]) & set(second) == set(), "nothing is measured twice"
     assert not (tmp_path / "t.json.search.json").exists()
 

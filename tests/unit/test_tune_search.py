@@ -147,7 +147,7 @@ def test_no_round_begins_that_would_not_end_in_time(task: TaskFacts, budget_s: f
     said: list[str] = []
     trials = run(machine, task, limits(budget_s=budget_s), said)
     assert len(machine.asked) == rounds
-    assert said[-1].startswith(f"the time is up: {len(trials)} settings were measured")
+    assert said[-1].startswith(f"the time is up after {len(trials)} settings")
     assert choose(trials, limits()) is not None
 
 
