@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deploykit.errors import ArtifactError
-from deploykit.metric_titles import TITLES
+from deploykit.metric_titles import points_of, shown_metrics, title_of
 from deploykit.report.figures import fraction, number
 from deploykit.report.record import Record, results_of
 from deploykit.tasks.registry import get_task
@@ -160,9 +160,11 @@ def _of_the_whole(part: str, before: Record, after: Record) -> Iterator[Change]:
         yield _single(part, before["name"], ("memory", "MB"), memory, bound, ("less", "more"))
     if before["metrics"] and after["metrics"]:
         name = get_task(before["task"]).headline
+        if name not in before["metrics"]:
+            name = next(iter(shown_metrics(before["metrics"], name)))
         points = before["metrics"][name], after["metrics"][name]
-        bound = LEAST_POINTS if name == "chrf" else LEAST_POINTS / 100
-        yield _single(part, before["name"], (TITLES[name], ""), points, bound, ("lower", "higher"))
+        bound = LEAST_POINTS / points_of(name)
+        yield _single(part, before["name"], (title_of(name), ""), points, bound, ("lower", "higher"))
 
 
 def _single(

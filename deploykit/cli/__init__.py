@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import click
 
 from deploykit import __version__
+from deploykit.errors import DeploykitError
 
 # command -> its line in `deploykit --help`; the module is imported only when the command runs
 _COMMANDS: Mapping[str, str] = {
@@ -37,7 +38,10 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = importlib.import_module(f"deploykit.cli.{cmd_name}")
+        try:
+            module = importlib.import_module(f"deploykit.cli.{cmd_name}")
+        except DeploykitError as error:  # a package that adds a task cannot be loaded
+            raise click.UsageError(f"{error.message}; {error.remedy}", ctx) from error
         command: click.Command = module.command
         return command
 

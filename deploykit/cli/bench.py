@@ -13,6 +13,7 @@ from deploykit.cli.common import (
     THREADS,
     Result,
     WithItsWords,
+    column_options,
     deploykit_command,
     generation_options,
     refuse_columns,
@@ -28,10 +29,7 @@ from deploykit.cli.common import (
 @click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), metavar="OLD NEW",
               help="Compare two --out files instead: print what became faster or slower beyond the noise.")  # fmt: skip
 @click.option("--data", help="Rows to send; if they have labels or translations, accuracy is measured too.")
-@click.option("--text-column", multiple=True, help="Text column (default: the training columns, or detected).")
-@click.option("--label-column", help="Label column (default: the training column, or detected).")
-@click.option("--source-column", help="Source column (default: the training column, or detected).")
-@click.option("--target-column", help="Target column (default: the training column, or detected).")
+@column_options()
 @click.option(
     "--engine",
     "engines",
@@ -72,10 +70,7 @@ def command(
     targets: tuple[str, ...],
     compared: tuple[Path, Path] | None,
     data: str | None,
-    text_column: tuple[str, ...],
-    label_column: str | None,
-    source_column: str | None,
-    target_column: str | None,
+    columns: dict[str, Any],
     engines: tuple[str, ...],
     precisions: tuple[str, ...],
     concurrencies: tuple[int, ...],
@@ -111,10 +106,6 @@ def command(
         if path is not None and path.exists() and not force:
             raise ArtifactError(f"{path}: already exists", "choose another name, or pass --force to replace it")
     task = facts_of(targets[0], url=settings["url"])
-    columns = {
-        "text_column": text_column, "label_column": label_column, "source_column": source_column,
-        "target_column": target_column,
-    }  # fmt: skip
     refuse_columns(task_of(task), columns, generation)
     texts, truth = read_rows(
         data,
@@ -170,9 +161,11 @@ def _compare(old: Path, new: Path) -> Result:
 
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    from deploykit.metric_titles import shown_metrics
     from deploykit.tasks.registry import get_task
 
-    generate = get_task(candidates[0]["task"]).facts.graph_kind == "encoder-decoder"
+    task = get_task(candidates[0]["task"])
+    generate = task.facts.graph_kind == "encoder-decoder"
     head = ("texts/s", *(["tokens/s"] if generate else []), "p50 ms", "p99 ms")
     yield f"{'':<40}" + "".join(f"{title:>10}" for title in head) + f"{'errors':>8}"
     for candidate in candidates:
@@ -186,4 +179,6 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             yield f"{name:<40}" + "".join(f"{cell:>10}" for cell in cells) + f"{s['errors']:>8}"
     for candidate in candidates:
         if generate and candidate["metrics"]:
-            yield "{}: BLEU {bleu:.2f}, chrF {chrf:.2f}".format(candidate["name"], **candidate["metrics"])
+            titles = shown_metrics(candidate["metrics"], task.headline)
+            values = (f"{title} {candidate['metrics'][name]:.2f}" for name, title in titles.items())
+            yield f"{candidate['name']}: {', '.join(values)}"

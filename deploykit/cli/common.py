@@ -146,6 +146,36 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
     return run
 
 
+_COLUMNS: Mapping[str, Mapping[str, Any]] = {
+    "text_column": {"multiple": True, "help": "(default: the training columns, or detected)"},
+    "source_column": {"help": "Of texts to translate (default: the training column, or detected)."},
+    "target_column": {"help": "Of their translations (default: the training column, or detected)."},
+}
+
+
+def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Options that name the columns of a data file, of every task; they come as ``columns``.
+
+    With ``inputs_only``, those of the texts alone, for a command that reads no right answers.
+    """
+    from deploykit.tasks.registry import get_task, task_names
+
+    tasks = [get_task(name) for name in task_names()]
+    names = list(dict.fromkeys(c for task in tasks for c in (task.input_columns if inputs_only else task.columns)))
+
+    def declare(function: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.wraps(function)
+        def run(**options: Any) -> Result:
+            return function(columns={name: options.pop(name) for name in names}, **options)
+
+        for name in reversed(names):
+            attributes = _COLUMNS.get(name, {"help": "(default: the training column, or detected)"})
+            run = click.option(f"--{name.replace('_', '-')}", name, **attributes)(run)
+        return run
+
+    return declare
+
+
 def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> None:
     """Raise UsageError if a column or search option does not apply to a model of ``task``."""
     searches = task.facts.graph_kind == "encoder-decoder"

@@ -11,6 +11,7 @@ from deploykit.cli.common import (
     SERVER_URL,
     THREADS,
     Result,
+    column_options,
     deploykit_command,
     generation_options,
     progress_bar,
@@ -24,10 +25,7 @@ from deploykit.cli.common import (
 @click.argument("target")
 @click.option("--data", required=True, help="Rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
               "TMX, .po, .mo, or two text files as a.en,a.fr.")  # fmt: skip
-@click.option("--text-column", multiple=True, help="Text column (default: the training columns, or detected).")
-@click.option("--label-column", help="Label column (default: the training column, or detected).")
-@click.option("--source-column", help="Source column (default: the training column, or detected).")
-@click.option("--target-column", help="Target column (default: the training column, or detected).")
+@column_options()
 @click.option("--split", default="test", show_default=True, help="Split of an HF dataset.")
 @generation_options
 @ENCODING
@@ -39,10 +37,7 @@ def command(
     *,
     target: str,
     data: str,
-    text_column: tuple[str, ...],
-    label_column: str | None,
-    source_column: str | None,
-    target_column: str | None,
+    columns: dict[str, Any],
     split: str,
     generation: dict[str, Any],
     encoding: str | None,
@@ -51,10 +46,6 @@ def command(
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
 
-    columns = {
-        "text_column": text_column, "label_column": label_column, "source_column": source_column,
-        "target_column": target_column,
-    }  # fmt: skip
     predictor = open_predictor(target, **where)
     try:
         task = task_of(predictor.task)

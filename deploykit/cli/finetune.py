@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from deploykit.errors import UsageError
 from deploykit.finetune.options import OPTIONS, make_options, read_toml, with_rows_of_run
 from deploykit.tasks.registry import DEFAULT, task_of
 from deploykit.tasks.translation.presets import PRESETS
+from deploykit.training.options import flag
 
 _SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial"]
 
@@ -45,7 +47,30 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
     return click.option(name, default=None, help=" ".join(word for word in words if word), **attributes)
 
 
+def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Declare an option for every field of the tasks' options that has none yet: those of another package's task.
+
+    A field's metadata may have its ``help``.
+    """
+    declared = {parameter.name for parameter in getattr(function, "__click_params__", ())}
+    for kind in OPTIONS.values():
+        for field in dataclasses.fields(kind):
+            if field.name in declared:
+                continue
+            declared.add(field.name)
+            attributes: dict[str, Any] = {"help": field.metadata.get("help", "")}
+            if isinstance(field.default, bool):
+                attributes["is_flag"] = True
+            elif isinstance(field.default, tuple):
+                attributes["multiple"] = True
+            elif isinstance(field.default, int | float):
+                attributes["type"] = type(field.default)
+            function = _option(flag(field.name), **attributes)(function)
+    return function
+
+
 @deploykit_command(help="Fine-tune a Hugging Face checkpoint on labelled text or on translations.")
+@_other_options
 @click.option("--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_load_config,
               help="TOML file of these options; the command line wins.")  # fmt: skip
 @click.option("--task", type=click.Choice(list(OPTIONS)), default=DEFAULT, show_default=True)
@@ -59,7 +84,12 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--text-column", multiple=True, help="Repeat for several; joined in this order (default: detected).")
 @_option("--label-column", help="(default: detected)")
 @_option("--text-separator", help="Between several text columns.")
-@_option("--multi-label", is_flag=True, help="Any number of labels a row, separated by |.")
+@_option("--multi-label", is_flag=True, help="Any number of labels a row: a list, or names with | between them.")
+@_option(
+    "--labels",
+    help="All labels, with commas between them, in the order of the model's outputs (default: those of the rows).",
+)
+@_option("--label-separator", help="Between the labels of a row with --multi-label (default: |).")
 @_option("--source", help="Language translated from, as the checkpoint names it: en, eng_Latn.")
 @_option("--target", help="Language translated into.")
 @_option("--source-column", help="(default: detected)")
@@ -72,7 +102,8 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--test-fraction", type=float, help="Of the rows, when there is no --test.")
 @_option("--held-out-rows", type=int, help="Split off no more than this for validation, and for test.")
 @_option("--max-rows", type=int, help="Use this many training rows; 0: all.")
-@_option("--max-length", type=int, help="In tokens; longer texts are cut, longer pairs left out.")
+@_option("--max-length", type=int, help="In tokens; longer texts are cut, longer pairs left out. 0: 128, or what the "
+         "model takes where that is less.")  # fmt: skip
 @_option("--epochs", type=float)
 @_option("--max-steps", type=int, help="Optimizer steps; overrides --epochs; 0: off.")
 @_option("--batch-size", type=int)

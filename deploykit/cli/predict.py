@@ -13,18 +13,22 @@ from deploykit.cli.common import (
     SERVER_URL,
     THREADS,
     Result,
+    column_options,
     deploykit_command,
+    generation_options,
     progress_bar,
+    refuse_columns,
 )
 from deploykit.errors import DataError, UsageError
 
 
-@deploykit_command(help="Classify TEXTS, or the rows of a file, with any model.")
+@deploykit_command(help="Answer TEXTS, or the rows of a file, with a model of any task.")
 @click.argument("texts", nargs=-1)
 @click.option("--model", required=True, help="A served model's name, or the folder of a checkpoint, export or model.")
-@click.option("--input", "source", help="Rows to classify: .txt (a text a line), csv, tsv, jsonl, parquet.")
+@click.option("--input", "source", help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
-@click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
+@column_options(inputs_only=True)
+@generation_options
 @ENCODING
 @FORCE
 @SERVER_URL
@@ -37,7 +41,8 @@ def command(
     model: str,
     source: str | None,
     output: Path | None,
-    text_column: tuple[str, ...],
+    columns: dict[str, Any],
+    generation: dict[str, Any],
     encoding: str | None,
     force: bool,
     **where: Any,
@@ -48,34 +53,34 @@ def command(
         raise UsageError("--input and --output go together", "name both")
 
     from deploykit.data.texts import TextRow
-    from deploykit.tasks.classification.predict import answers, predict_file
-    from deploykit.tasks.opening import open_classifier
+    from deploykit.tasks.answering import answer_rows, answer_source
+    from deploykit.tasks.opening import open_predictor
+    from deploykit.tasks.registry import task_of
     from deploykit.text import normalize
 
-    predictor = open_classifier(model, **where)
+    predictor = open_predictor(model, **where)
     try:
+        task = task_of(predictor.task)
+        refuse_columns(task, columns, generation)
+        search = task.override(predictor.task, generation) if generation else None
         if source is None or output is None:
             rows = [
                 TextRow(f"text {i}", text or None, None if text else "the text is empty")
                 for i, text in enumerate(map(normalize, texts), start=1)
             ]
-            records = answers(predictor, rows)
-            lines = [
-                f"{r['label'] or '-':<16} {r['score']:.4f}  {r['text']}"
-                if "label" in r
-                else f"{r['origin']}: {r['error']}"
-                for r in records
-            ]
-            if all("error" in r for r in records):
-                raise DataError("\n".join(lines), "give a text")
-            return {"results": records}, "\n".join(lines)
+            answered = answer_rows(predictor, rows, search)
+            lines = "\n".join(row.line() for row in answered)
+            if all(row.answer is None for row in answered):
+                raise DataError(lines, "give another text")
+            return {"results": [row.to_json() for row in answered]}, lines
         with progress_bar("rows") as progress:
-            done = predict_file(
+            done = answer_source(
                 predictor,
                 source,
                 output,
                 identity=f"{model} {where}",
-                text_columns=text_column,
+                columns=columns,
+                generation=search,
                 encoding=encoding,
                 force=force,
                 progress=progress,

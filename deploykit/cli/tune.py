@@ -6,7 +6,16 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import ENCODING, FORCE, Result, WithItsWords, deploykit_command, refuse_columns, say
+from deploykit.cli.common import (
+    ENCODING,
+    FORCE,
+    Result,
+    WithItsWords,
+    column_options,
+    deploykit_command,
+    refuse_columns,
+    say,
+)
 
 
 @deploykit_command(
@@ -23,8 +32,7 @@ from deploykit.cli.common import ENCODING, FORCE, Result, WithItsWords, deployki
 @click.option("--engine", "engines", multiple=True, help="Engine to try; repeat. [default: all that run here]")
 @click.option("--precision", "precisions", multiple=True, help="Precision to try; repeat. [default: all in the export]")
 @click.option("--data", help="Rows to send. [default: the export's test rows]")
-@click.option("--text-column", multiple=True, help="Text column (default: the training columns, or detected).")
-@click.option("--source-column", help="Source column (default: the training column, or detected).")
+@column_options(inputs_only=True)
 @click.option("--max-rows", "most_rows", type=click.IntRange(1), default=2000, show_default=True, help="Rows to use.")
 @click.option("--time", "budget", default="10m", show_default=True, help="Time limit for measuring.")
 @click.option(
@@ -44,8 +52,7 @@ def command(
     engines: tuple[str, ...],
     precisions: tuple[str, ...],
     data: str | None,
-    text_column: tuple[str, ...],
-    source_column: str | None,
+    columns: dict[str, Any],
     most_rows: int,
     budget: str,
     seconds: float,
@@ -76,7 +83,6 @@ def command(
             raise UsageError("there are no rows to send", "give --data FILE, or an --export that keeps test rows")
         data = str(export / SAMPLES)
     task = subject.manifest.task
-    columns = {"text_column": text_column, "source_column": source_column}
     refuse_columns(task_of(task), columns)
     texts, _ = read_rows(
         data,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
+from deploykit.data.answer_table import Rows, write_table
 from deploykit.data.texts import TextRow
 from deploykit.errors import ArtifactError
 from deploykit.text import MAX_TEXT_CHARS
@@ -46,15 +47,17 @@ def answer_file(
     failed: Callable[[bytes], bool],
     force: bool,
     progress: Callable[[int, int], None],
+    table: Rows | None = None,
     chunk: int = _CHUNK,
 ) -> Answered:
     """Write a line for each row to ``out``, in order. ``failed`` recognizes lines of an earlier run that hold an error.
 
-    Until it is complete the file has a temporary name beside ``out``. A run with the same ``key``, which identifies
+    With ``table``, which gives the columns of each row, the lines are JSON objects and ``out`` becomes a table. Until
+    it is complete the file has a temporary name beside ``out``. A run with the same ``key``, which identifies
     everything that determines the answers, continues it.
     """
     if out.exists() and not force:
-        raise ArtifactError(f"{out}: already exists", "choose another --output, or pass --force to replace it")
+        raise ArtifactError(f"{out}: exists", "choose another --output, or pass --force to replace it")
     partial = out.with_name(f".{out.name}.{key[:16]}.partial")
     total = sum(1 for _ in rows())
     with artifacts.explained(out), _appending(partial, failed) as (file, resumed):
@@ -68,7 +71,11 @@ def answer_file(
             done += len(lines)
             progress(done, total)
         os.fsync(file.fileno())
-        os.replace(partial, out)
+        if table is None:
+            os.replace(partial, out)
+        else:
+            write_table(partial, table, out)
+            partial.unlink()
     return Answered(done, errors, resumed.rows)
 
 

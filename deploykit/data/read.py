@@ -1,149 +1,90 @@
-"""Stream rows from a file, a saved dataset or the Hugging Face hub."""
+"""Read rows from a file, a folder, a saved dataset or the Hugging Face hub, one at a time."""
 
 from __future__ import annotations
 
-import codecs
-import csv
-import importlib
 import itertools
 import json
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from deploykit.errors import DataError, MissingDependencyError, UsageError
+from deploykit.data.delimited import check_header, find_layout, read_delimited
+from deploykit.data.folders import folder_files, texts_by_folder
+from deploykit.data.open_text import COMPRESSED, plain_suffix, read_lines
+from deploykit.data.packages import import_data_package
+from deploykit.data.record import Record
+from deploykit.errors import DataError
 from deploykit.text import normalize
 
-# Raise csv's limit of 131,072 characters per field, which is global to the process.
-csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-
 _BATCH = 1000
-_SAMPLE_BYTES = 8192
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_C0_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
-# UTF-32 first, because its little-endian mark begins with that of UTF-16.
-_BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_MAGIC = (
-    (b"\x89PNG\r\n", "a PNG image"),
-    (b"\xff\xd8\xff", "a JPEG image"),
-    (b"GIF87a", "a GIF image"),
-    (b"GIF89a", "a GIF image"),
-    (b"%PDF-", "a PDF document"),
-    (b"PK\x03\x04", "a zip archive or an Excel workbook (.xlsx)"),
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook (.xls)"),
-    (b"PAR1", "a Parquet file"),
-    (b"ARROW1", "an Arrow file"),
-    (b"\x1f\x8b", "a gzip file"),
-    (b"BZh", "a bzip2 file"),
-    (b"\xfd7zXZ", "an xz file"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file"),
-    (b"SQLite format 3", "an SQLite database"),
-    (b"\x80\x04\x95", "a Python pickle"),
-)
-
-
-@dataclass(frozen=True)
-class Record:
-    """A row. ``origin`` names it in messages: file and line (Parquet, datasets: row), as in "tweets.csv:17"."""
-
-    origin: str
-    values: Mapping[str, object]
 
 
 def read_records(source: str, *, encoding: str | None = None, split: str = "train") -> Iterator[Record]:
-    """Stream the rows of ``source``. Only a .json array is held in memory as a whole.
+    """Stream the rows of ``source``; only a .json array and a workbook are held in memory whole.
 
     Args:
-        source: a .csv, .tsv, .jsonl, .ndjson, .json (array of objects) or .parquet file, a directory
-            that ``Dataset.save_to_disk`` wrote, or the id of a dataset on the Hugging Face hub.
-        encoding: of text files; None for UTF-8, or as a byte order mark says.
-        split: of a dataset that has several; a file or a single dataset is read as a whole.
+        source: a .csv, .tsv, .jsonl, .ndjson, .json (array of objects), .parquet or .xlsx file; a text file compressed
+            (.gz, .bz2, .xz, .zst, a .zip of one file); a folder: what ``Dataset.save_to_disk`` wrote, a cloned dataset
+            repository, or a folder of .txt files for each label; or the id of a dataset on the Hugging Face hub.
+        encoding: of text files; None is UTF-8, or what a byte order mark says.
+        split: of a dataset that has several; a file or a single dataset is read whole.
 
     Raises:
         DataError: the source cannot be read, or the row named in the message is malformed.
         UsageError: ``encoding`` is not the name of a text encoding.
-        MissingDependencyError: datasets or pyarrow is needed and not installed.
+        MissingDependencyError: a package that this kind of source needs is not installed.
     """
-    suffix = Path(source).suffix.lower()
     if os.path.isdir(source):
-        yield from _saved_dataset(source, split)
-    elif suffix not in _READERS and not os.path.exists(source) and _HUB_ID.fullmatch(source):
+        yield from _folder(Path(source), split, encoding)
+    elif not os.path.exists(source) and not _has_known_suffix(source) and _HUB_ID.fullmatch(source):
         yield from _hub_dataset(source, split)
     else:
         if not os.path.exists(source):
             raise DataError(f"{source}: no such file", "check the path")
-        if suffix not in _READERS:
-            raise DataError(
-                f"{source}: file type {suffix!r} is not supported",
-                f"give one of {', '.join(_READERS)}, a saved dataset's directory, or the id of a dataset on the hub",
-            )
-        yield from _READERS[suffix](Path(source), encoding)
+        yield from _reader(Path(source))(Path(source), encoding)
 
 
-def read_lines(path: Path, encoding: str | None, *, newline: str | None = None) -> Iterator[str]:
-    """Stream the lines of a text file, ends included (``newline`` as in ``open``). Raises like ``read_records``."""
-    try:
-        file, used = _open_text(path, encoding, newline)
-        with file:
-            try:
-                yield from file
-            except UnicodeError:
-                raise _not_decodable(path, used) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}", "check the file") from error
+def reading_notes(source: str, encoding: str | None = None) -> list[str]:
+    """Return notes for the user on how ``source`` is read: delimiter, quoting, repeated headers."""
+    path = Path(source)
+    if not path.is_file() or _READERS.get(plain_suffix(path)) is not read_delimited:
+        return []
+    return find_layout(path, encoding).lines()
 
 
-def import_data_package(name: str) -> Any:
-    """Import a package of the ``finetune`` extra. Raises MissingDependencyError naming it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"this source needs the package {name!r}, which is not installed", "pip install 'deploykit[finetune]'"
-        ) from error
+def _has_known_suffix(source: str) -> bool:
+    return Path(source).suffix.lower() in (*_READERS, *COMPRESSED)
 
 
-def _csv(path: Path, encoding: str | None) -> Iterator[Record]:
-    lines = read_lines(path, encoding, newline="")
-    # The csv module skips blank lines above the header, so count them here.
-    above, first = next(((n, line) for n, line in enumerate(lines) if line.strip()), (0, ""))
-    if not first:
-        raise DataError(f"{path}: is empty", "give a file with a header and rows")
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    if delimiter not in first:
-        delimiter = next((d for d in (";", "\t") if d in first), delimiter)
-    rows = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-    name, header, start = normalize(path.name), list[str](), above + 1
-    while True:
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            remedy = 'write a quote inside a quoted field as "", and close every quote'
-            if "NUL" in str(error):
-                remedy = "remove the NUL bytes, or use Python 3.11 or newer"
-            raise DataError(f"{path}: the row at line {start} is malformed: {error}", remedy) from None
-        if row is None:
-            return
-        if not header:
-            header = [column.strip() for column in row]
-            _check_header(path, header)
-        elif len(row) > len(header):
-            raise DataError(
-                f"{path}: the row at line {start} has {len(row)} fields, the header has {len(header)}",
-                f"put fields that hold {delimiter!r} in double quotes",
-            )
-        elif row:
-            yield Record(f"{name}:{start}", dict(itertools.zip_longest(header, row)))
-        start = above + rows.line_num + 1
+def _reader(path: Path) -> Callable[[Path, str | None], Iterator[Record]]:
+    suffix = plain_suffix(path)
+    compressed = path.suffix.lower() in COMPRESSED
+    if suffix not in _READERS or (compressed and suffix in _BINARY):
+        raise DataError(
+            f"{path}: file type {''.join(path.suffixes[-2:]) if compressed else suffix!r} is not supported",
+            f"give one of {', '.join(_READERS)} (text also as {', '.join(COMPRESSED)}), a dataset's folder, or the id of a "
+            "dataset on the hub",
+        )
+    return _READERS[suffix]
+
+
+def _folder(folder: Path, split: str, encoding: str | None) -> Iterator[Record]:
+    if any((folder / name).exists() for name in ("state.json", "dataset_dict.json", "dataset_info.json")):
+        yield from _saved_dataset(str(folder), split)
+    elif files := folder_files(folder, split, tuple(_READERS)):
+        for path in files:
+            yield from _reader(path)(path, encoding)
+    elif (texts := texts_by_folder(folder, split, encoding)) is not None:
+        yield from texts
+    else:
+        raise DataError(
+            f"{folder}: holds no data that is read",
+            "give a file, what save_to_disk wrote, a cloned dataset (data/train-….parquet), or a folder of .txt files for "
+            "each label",
+        )
 
 
 def _jsonl(path: Path, encoding: str | None) -> Iterator[Record]:
@@ -155,6 +96,9 @@ def _jsonl(path: Path, encoding: str | None) -> Iterator[Record]:
 
 
 def _json(path: Path, encoding: str | None) -> Iterator[Record]:
+    if _holds_lines(path, encoding):
+        yield from _jsonl(path, encoding)
+        return
     records = _parse_json(path, "".join(read_lines(path, encoding)), "the file")
     if not isinstance(records, list):
         raise DataError(
@@ -162,6 +106,15 @@ def _json(path: Path, encoding: str | None) -> Iterator[Record]:
         )
     for number, record in enumerate(records, start=1):
         yield Record(f"{normalize(path.name)}:{number}", _object(path, record, f"row {number}"))
+
+
+def _holds_lines(path: Path, encoding: str | None) -> bool:
+    """Return whether a file named .json has an object on each of its first two lines."""
+    lines = [line for line in itertools.islice(read_lines(path, encoding, newline="\n"), 100) if line.strip()][:2]
+    try:
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _parse_json(path: Path, text: str, where: str) -> object:
@@ -183,23 +136,72 @@ def _parquet(path: Path, encoding: str | None) -> Iterator[Record]:
     name, done = normalize(path.name), 0
     try:
         with parquet.ParquetFile(path) as file:
-            _check_header(path, file.schema_arrow.names)
+            check_header(path, file.schema_arrow.names)
+            names = _class_names(file.schema_arrow.metadata)
             for batch in file.iter_batches(batch_size=_BATCH):
                 for values in batch.to_pylist():
                     done += 1
-                    yield Record(f"{name}:{done}", values)
+                    yield Record(f"{name}:{done}", {c: _named(names.get(c), value) for c, value in values.items()})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{path}: cannot be read after row {done}: {_first_line(error)}", "write it again") from error
 
 
+def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Return the names behind the numbers of each ClassLabel column, as the datasets library writes them to Parquet."""
+    try:
+        features = json.loads((metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    found = {}
+    for column, feature in features.items():
+        inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and isinstance(inner.get("names"), list):
+            found[column] = [str(name) for name in inner["names"]]
+    return found
+
+
+def _named(names: list[str] | None, value: object) -> object:
+    """Replace a ClassLabel's numbers, single or in a list, by names; -1 (no label) becomes None."""
+    if names is None:
+        return value
+    if isinstance(value, list):
+        return [_named(names, item) for item in value]
+    if isinstance(value, int) and value < len(names):
+        return names[value] if value >= 0 else None
+    return value
+
+
+def _xlsx(path: Path, encoding: str | None) -> Iterator[Record]:
+    """Read the first sheet of a workbook: a header, then rows. Formulas have their last saved values."""
+    openpyxl = import_data_package("openpyxl")
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
+        book.close()
+    except Exception as error:  # what a damaged workbook raises is not documented
+        raise DataError(f"{path}: is not a workbook that can be read: {_first_line(error)}", "save it again") from error
+    first = next((n for n, row in enumerate(rows) if any(cell is not None for cell in row)), None)
+    if first is None:
+        raise DataError(f"{path}: is empty", "give a sheet with a header and rows")
+    header = ["" if cell is None else str(cell).strip() for cell in rows[first]]
+    while len(header) > 1 and not header[-1]:
+        header.pop()
+    check_header(path, header)
+    for number, row in enumerate(rows[first + 1 :], start=first + 2):
+        if any(cell is not None for cell in row):
+            yield Record(f"{normalize(path.name)}:{number}", dict(itertools.zip_longest(header, row[: len(header)])))
+
+
 _READERS: Mapping[str, Callable[[Path, str | None], Iterator[Record]]] = {
-    ".csv": _csv,
-    ".tsv": _csv,
+    ".csv": read_delimited,
+    ".tsv": read_delimited,
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
     ".parquet": _parquet,
+    ".xlsx": _xlsx,
 }
+_BINARY = (".parquet", ".xlsx")
 
 
 def _saved_dataset(source: str, split: str) -> Iterator[Record]:
@@ -231,97 +233,16 @@ def _hub_dataset(source: str, split: str) -> Iterator[Record]:
 
 def _dataset_rows(dataset: Any, source: str) -> Iterator[Record]:
     name, done = normalize(Path(source).name), 0
+    features = {c: getattr(feature, "feature", feature) for c, feature in dataset.features.items()}
+    names = {c: list(feature.names) for c, feature in features.items() if hasattr(feature, "int2str")}
     try:
         for batch in dataset.with_format(None).iter(batch_size=_BATCH):
-            columns = [
-                [_label_names(dataset.features.get(column), value) for value in values]
-                for column, values in batch.items()
-            ]
+            columns = [[_named(names.get(column), value) for value in values] for column, values in batch.items()]
             for row in zip(*columns):
                 done += 1
                 yield Record(f"{name}:{done}", dict(zip(batch, row)))
     except Exception as error:  # Decoding a column may fail in any library.
         raise DataError(f"{source}: cannot be read after row {done}: {_first_line(error)}", "save it again") from error
-
-
-def _label_names(feature: Any, value: object) -> object:
-    """Replace a ClassLabel's numbers, single or in a list, by names; -1 (no label) becomes None."""
-    if isinstance(value, list) and hasattr(feature, "feature"):
-        return [_label_names(feature.feature, item) for item in value]
-    if isinstance(value, int) and hasattr(feature, "int2str"):
-        return feature.int2str(value) if value >= 0 else None
-    return value
-
-
-def _check_header(path: Path, header: Sequence[str]) -> None:
-    for number, column in enumerate(header, start=1):
-        if not column and number > 1:  # the first one is the index that pandas' to_csv writes
-            raise DataError(f"{path}: column {number} has no name", "name every column (pandas: to_csv(index=False))")
-        if column in header[: number - 1]:
-            raise DataError(f"{path}: two columns are named {column!r}", "rename one of them")
-
-
-def _open_text(path: Path, encoding: str | None, newline: str | None) -> tuple[TextIO, str]:
-    """Open a text file with strict decoding. Returns the file and the encoding. Raises DataError for binary content."""
-    with path.open("rb") as file:
-        sample = file.read(_SAMPLE_BYTES)
-    used = encoding or next((name for mark, name in _BYTE_ORDER_MARKS if sample.startswith(mark)), "utf-8-sig")
-    try:
-        if codecs.lookup(used).name == "utf-8":
-            used = "utf-8-sig"  # utf-8-sig, so that a byte order mark does not become part of the first column's name.
-        opened = path.open(encoding=used, newline=newline)
-    except (LookupError, ValueError):
-        raise UsageError(
-            f"--encoding {encoding!r} is not a known text encoding", "give one such as utf-8 or latin-1"
-        ) from None
-    if seems := _seems_binary(sample, used):
-        opened.close()
-        raise DataError(f"{path}: is not text: {seems}", "give a text file, or correct the file's suffix")
-    return opened, used
-
-
-def _seems_binary(sample: bytes, encoding: str) -> str | None:
-    if kind := next((kind for magic, kind in _MAGIC if sample.startswith(magic)), None):
-        return f"it seems to be {kind}"
-    decoder = codecs.getincrementaldecoder(encoding)
-    try:
-        text, valid = decoder("strict").decode(sample), True
-    except UnicodeError:
-        text, valid = sample.decode("latin-1"), False
-    # Text has few control characters besides line ends and tabs; random bytes have 10%.
-    controls = len(_C0_CONTROL.findall(text))
-    if controls < 8 or controls < (0.3 if valid else 0.05) * len(text):
-        return None
-    if sample.count(0) > 0.4 * len(sample):
-        return "it has very many NUL bytes, as UTF-16 has (then give --encoding utf-16-le)"
-    return "it has very many control characters"
-
-
-def _not_decodable(path: Path, encoding: str) -> DataError:
-    """Return an error that names the first byte that is not ``encoding``.
-
-    The file object's own error counts from an unknown position.
-    """
-    # Without "-sig" the error's position counts a byte order mark.
-    encoding = encoding.removesuffix("-sig")
-    decoder = codecs.getincrementaldecoder(encoding)()
-    offset, line, where = 0, 1, "a part"
-    with path.open("rb") as file:
-        try:
-            for block in iter(lambda: file.read(1 << 16), b""):
-                text = decoder.decode(block)
-                line, offset = line + text.count("\n"), offset + len(block)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError as error:
-            # The error's position starts at the bytes left over from the previous block.
-            kept = len(decoder.getstate()[0])
-            good = error.object[: error.start].decode(encoding, "replace")
-            where = f"line {line + good.count(chr(10))}, byte offset {offset - kept + error.start},"
-        except UnicodeError as error:
-            where = f"line {line} ({error})"
-    return DataError(
-        f"{path}: {where} is not {encoding}", "pass the file's encoding, such as --encoding latin-1, cp1252 or utf-16"
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
-from deploykit.data.read import Record, read_lines, read_records
+from deploykit.data.open_text import read_lines
+from deploykit.data.read import read_records
+from deploykit.data.record import Record
 from deploykit.errors import DataError
 from deploykit.text import normalize
 
@@ -61,6 +66,30 @@ def read_texts(
     used = tuple(columns or ()) or (detect_text_column(names, None, source),)
     for record in records:
         yield _text_row(record.origin, joined(record, used, separator))
+
+
+def trained_columns(
+    source: str, given: Sequence[str], trained: Sequence[str], encoding: str | None = None
+) -> tuple[str, ...]:
+    """Return the columns ``given``; else those the model was ``trained`` on, if the source has them; else none, to detect.
+
+    Only the head of the source is read.
+    """
+    if given:
+        return tuple(given)
+    try:
+        next(iter(read_texts(source, trained, encoding=encoding)), None)
+    except DataError:
+        return ()
+    return tuple(trained)
+
+
+def row_columns(source: str, encoding: str | None) -> Iterator[Mapping[str, object]]:
+    """Yield the columns of each row that ``read_texts`` gives; of a .txt file, the text alone."""
+    if Path(source).suffix.lower() == ".txt":
+        yield from ({"text": line.rstrip("\r\n")} for line in read_lines(Path(source), encoding))
+    else:
+        yield from (record.values for record in read_records(source, encoding=encoding))
 
 
 def peek(records: Iterator[Record], source: str) -> tuple[Iterator[Record], list[str]]:
@@ -118,7 +147,13 @@ def scalar(value: object) -> str | None:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    if isinstance(value, float) and value == value:
+    if isinstance(value, bytes):
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
+        return None
+    if isinstance(value, Decimal) and value.is_finite():
+        return str(int(value)) if value == value.to_integral_value() else str(value.normalize())
+    if isinstance(value, float) and value == value and abs(value) != math.inf:
         # pandas stores a column of integers with gaps as float.
         return str(int(value)) if value.is_integer() else str(value)
     return None

@@ -12,8 +12,8 @@ from deploykit import artifacts
 from deploykit.errors import MissingDependencyError
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written
 from deploykit.measurement_log import Trace
+from deploykit.metric_titles import points_of
 from deploykit.quantization.calibration import is_saved, load_calibration
-from deploykit.quantization.grading import POINTS
 from deploykit.quantization.tables import SEARCH_PAGE, render_searches
 from deploykit.runtime.engines import ENGINES
 from deploykit.tasks.registry import task_of_checkpoint
@@ -79,9 +79,8 @@ def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say:
     for line in render_searches(searches):
         say(line)
     reference = metrics["accuracy_table"][0]
-    limits = {
-        name: (reference[name], reference[name] - max_drop / POINTS[name]) for name in POINTS if name in reference
-    }
+    judged = next(iter(searches.values()))["trials"][0]["metrics"]
+    limits = {name: (reference[name], reference[name] - max_drop / points_of(name)) for name in judged}
     try:
         write_search(searches, limits, directory / SEARCH_PAGE)
     except MissingDependencyError as error:

@@ -25,11 +25,11 @@ HALF_OPSET = 19
 
 
 def export_classifier(model: Any, path: Path) -> None:
-    """Write the fp32 graph of a sequence classification model.
+    """Write the fp32 graph of a model that classifies texts or their tokens.
 
-    Inputs: input_ids and attention_mask, int64 [batch, tokens]. Output: logits, float32 [batch, labels]. Both axes are
-    dynamic. Attention must be eager, or the graph would have non-standard operators. Raises ExportError naming what
-    PyTorch's exporter cannot translate.
+    Inputs: input_ids and attention_mask, int64 [batch, tokens]. Output: logits, float32 [batch, labels] or [batch,
+    tokens, labels]. Batch and tokens are dynamic. Attention must be eager, or the graph would have non-standard
+    operators. Raises ExportError naming what PyTorch's exporter cannot translate.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         traced = Path(folder) / "traced.onnx"
@@ -49,11 +49,15 @@ def export_half_classifier(model: Any, path: Path, kind: torch.dtype) -> None:
 
 def _trace(model: Any, path: Path, opset: int) -> None:
     example = torch.ones(2, 16, dtype=torch.long)
+    if isinstance(end := getattr(model.config, "eos_token_id", None), int):
+        example[:, -1] = end  # BART's head reads the last end token
+    wrapped = _LogitsOnly(model).eval()
     try:
         with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # the tracer warns of each Python branch; the parity check covers that
+            by_token = wrapped(example, example).ndim == 3
             torch.onnx.export(
-                _LogitsOnly(model).eval(),
+                wrapped,
                 (example, example),
                 str(path),
                 dynamo=False,  # ONNX Runtime's attention fusion recognizes this graph
@@ -63,7 +67,7 @@ def _trace(model: Any, path: Path, opset: int) -> None:
                 dynamic_axes={
                     "input_ids": {0: "batch", 1: "tokens"},
                     "attention_mask": {0: "batch", 1: "tokens"},
-                    "logits": {0: "batch"},
+                    "logits": {0: "batch", 1: "tokens"} if by_token else {0: "batch"},
                 },
             )
     except Exception as error:  # the exporter raises many types

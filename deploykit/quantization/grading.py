@@ -5,28 +5,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from deploykit.errors import ExportError
-from deploykit.metric_titles import TITLES
+from deploykit.metric_titles import POINTS, points_of, title_of
 
 Raw = TypeVar("Raw")
-
-POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0}
-"""The metrics that ``--max-drop`` limits, with the number of points that a metric of 1 stands for."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the accuracy table. ``agreement`` is the share of rows with the same answer as the checkpoint's."""
+    """A row of the accuracy table.
+
+    ``agreement`` is the share of rows with the same answer as the checkpoint's; ``limited`` names the metrics that
+    ``--max-drop`` limits.
+    """
 
     precision: str
     engine: str
     figures: Mapping[str, float]
     agreement: float
     int8_kernels: int
+    limited: tuple[str, ...] = tuple(POINTS)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -40,7 +42,7 @@ class Line:
     @property
     def judged(self) -> dict[str, float]:
         """The metrics that ``--max-drop`` limits."""
-        return {name: value for name, value in self.figures.items() if name in POINTS}
+        return {name: value for name, value in self.figures.items() if name in self.limited}
 
 
 class Grader(ABC, Generic[Raw]):
@@ -50,8 +52,10 @@ class Grader(ABC, Generic[Raw]):
     metrics. ``Raw`` is the output of a form of the model for the rows.
     """
 
-    figures: ClassVar[tuple[str, ...]]
+    figures: tuple[str, ...]
     """The metrics shown in the table."""
+    limited: tuple[str, ...] = tuple(POINTS)
+    """The metrics among them that ``--max-drop`` limits."""
 
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
@@ -73,14 +77,14 @@ class Grader(ABC, Generic[Raw]):
     @property
     def judged(self) -> str:
         """Names of the limited metrics, for messages."""
-        return " or ".join(TITLES[name] for name in self.table[0].judged)
+        return " or ".join(title_of(name) for name in self.table[0].judged)
 
     def enter(self, precision: str, engine: str, raw: Raw, kernels: int = 0) -> Line:
         metrics, answers = self.measure(raw), self.answers(raw)
         if not self._lines:
             self._expected = answers
         agreement = float(np.mean([a == b for a, b in zip(answers, self._expected)]))
-        line = Line(precision, engine, {name: metrics[name] for name in self.figures}, agreement, kernels)
+        line = Line(precision, engine, {name: metrics[name] for name in self.figures}, agreement, kernels, self.limited)
         key = f"{engine}-{precision}"
         self._lines[key], self.metrics[key] = line, metrics
         return line
@@ -88,7 +92,7 @@ class Grader(ABC, Generic[Raw]):
     def drop(self, line: Line) -> float:
         """Return the points lost against the checkpoint, in the metric that loses most."""
         reference = self.table[0].judged
-        return max(POINTS[name] * (reference[name] - value) for name, value in line.judged.items())
+        return max(points_of(name) * (reference[name] - value) for name, value in line.judged.items())
 
     def refuse_loss(self, line: Line, name: str, max_drop: float, remedy: str) -> None:
         """Raise ExportError if ``name`` loses more than ``max_drop`` points."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deploykit.metric_titles import TITLES
+from deploykit.metric_titles import title_of
 
 SEARCH_PAGE = "search.html"
 """File in an export with a plot of the search for layers in fp32."""
 
 _DIGITS = {"bleu": 2, "chrf": 2}
+_NOT_METRICS = ("precision", "engine", "int8_kernels")
 _SHOWN_TENSORS = 12
 
 
@@ -19,10 +20,10 @@ def render(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
     ``agreement`` is the share of rows with the same answer as the checkpoint's.
     """
-    columns = {key: title for key, title in TITLES.items() if key in table[0]}
+    columns = {key: title_of(key) for key in table[0] if key not in _NOT_METRICS}
     lines = [
         f"{'precision':<10}{'engine':<14}"
-        + "".join(f"{title:>11}" for title in columns.values())
+        + "".join(f"{title:>{max(11, len(title) + 1)}}" for title in columns.values())
         + f"{'INT8 kernels':>14}"
     ]
     for line in table:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.errors import MissingDependencyError
-from deploykit.metric_titles import TITLES
+from deploykit.metric_titles import points_of, title_of
 from deploykit.peak_memory import BENCH_EXTRA
 from deploykit.tasks.registry import get_task
 
@@ -234,10 +234,10 @@ def throughput_latency(result: Record) -> str | None:
 
 
 def accuracy_speed(result: Record) -> str | None:
-    """Draw macro-F1, or chrF for translators, against throughput in each candidate's headline scenario."""
-    translators = generates(result)
+    """The task's headline metric against throughput in each candidate's headline scenario."""
+    metric = get_task(result["candidates"][0]["task"]).headline
     points = [
-        (i, c["name"], headline(c)["throughput_per_s"]["median"], c["metrics"]["chrf" if translators else "macro_f1"])
+        (i, c["name"], headline(c)["throughput_per_s"]["median"], c["metrics"][metric])
         for i, c in enumerate(result["candidates"])
         if c["metrics"]
     ]
@@ -250,11 +250,11 @@ def accuracy_speed(result: Record) -> str | None:
             axes.plot([x], [y], _marker(i), color=_colour(i), markersize=10, label=shown(name))
         values = [y for *_, y in points]
         # Show at least two points: zoomed in further, noise would look like a difference.
-        point = 1.0 if translators else 0.01
+        point = 1.0 / points_of(metric)
         middle, half = (min(values) + max(values)) / 2, max(point, 0.75 * (max(values) - min(values)))
         axes.set_ylim(middle - half, middle + half)
         axes.set_xlim(0, 1.15 * max(x for _, _, x, _ in points) or 1)
-        axes.set(xlabel="successful requests per second", ylabel="chrF" if translators else "macro-F1")
+        axes.set(xlabel="successful requests per second", ylabel=title_of(metric))
         _legend(figure)
 
     return _svg("accuracy", draw)
@@ -362,7 +362,7 @@ def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, flo
                 points = [trial["kept"] for trial in trials], [trial["metrics"][metric] for trial in trials]
                 axes.plot(*points, f"-{_marker(i)}", color=_colour(i), label=shown(engine) if named else None)
             axes.xaxis.set_major_locator(_locator(8))
-            axes.set(xlabel="parts left in fp32", ylabel=TITLES[metric])
+            axes.set(xlabel="parts left in fp32", ylabel=title_of(metric))
         _legend(figure)
 
     return _svg("search", draw)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from deploykit.artifacts import new_file
 from deploykit.errors import ArtifactError
-from deploykit.metric_titles import TITLES
+from deploykit.metric_titles import shown_metrics, title_of
 from deploykit.report import figures
 from deploykit.report.figures import NOTHING, fraction, number
 from deploykit.report.record import Record, results_of
+from deploykit.tasks.registry import get_task
 
-_CLASSIFICATION_METRICS = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2430; --soft: #5b6675; --faint: #dfe4ea; --page: #f6f8fa; --card: #fff;
   --warn: #fff4dd; --warn-ink: #6b4a00; }
@@ -80,7 +80,7 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
             [str(t["kept"]), number(t["drop"]), *(fraction(t["metrics"][name]) for name in limits)]
             for t in found["trials"]
         ]
-        head = ("parts in fp32", "points lost", *(TITLES[name] for name in limits))
+        head = ("parts in fp32", "points lost", *(title_of(name) for name in limits))
         parts.append(_section(f"Trials, {engine}", "In the order they were made.", _table(head, trials)))
         rows = [
             [escape(part), f"{change:.2g}", "fp32" if part in found["kept"] else "INT8"]
@@ -266,9 +266,8 @@ def _warnings(warnings: Iterable[str]) -> str:
 
 
 def _summary(result: Record) -> str:
-    metrics_shown = {"bleu": "BLEU", "chrf": "chrF"} if figures.generates(result) else _CLASSIFICATION_METRICS
-    if not any(candidate["metrics"] for candidate in result["candidates"]):
-        metrics_shown = {}
+    measured = {name: value for c in result["candidates"] for name, value in (c["metrics"] or {}).items()}
+    metrics_shown = shown_metrics(measured, get_task(result["candidates"][0]["task"]).headline)
     head = (
         "model",
         *_rates(result),

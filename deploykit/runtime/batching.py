@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.errors import DataError
+
 DEFAULT_TOKEN_BUDGET = 512
 """As fast on a CPU as larger budgets, with fewer distinct shapes and so less memory (measured from 256 to 2048)."""
 
@@ -40,10 +42,12 @@ def batches(
     """Group texts by bucket, and split each group so that no batch holds more than ``token_budget`` tokens.
 
     Short texts come first. A single text may exceed the budget. ``max_length`` is the model's limit, which a bucket
-    must not exceed.
+    must not exceed. Raises DataError for a text without tokens.
     """
     by_bucket: dict[int, list[int]] = defaultdict(list)
     for row, ids in enumerate(token_ids):
+        if not ids:
+            raise DataError(f"text {row + 1} has no token that the model reads", "leave it out")
         by_bucket[min(bucket(len(ids)), max_length)].append(row)
     for length, rows in sorted(by_bucket.items()):
         start = 0

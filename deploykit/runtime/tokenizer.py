@@ -11,7 +11,8 @@ from deploykit.errors import ArtifactError
 
 
 class TextTokenizer:
-    """A tokenizer that adds special tokens and truncates texts to ``max_length`` tokens.
+    """A tokenizer that adds special tokens and truncates texts to ``max_length`` tokens, on the side that the file
+    says.
 
     Raises ArtifactError if ``path`` is not a tokenizer.
     """
@@ -24,7 +25,8 @@ class TextTokenizer:
                 f"{path}: is not a tokenizer: {error}", "copy the file again, or export the model again"
             ) from error
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(max_length)
+        saved = self._tokenizer.truncation or {}
+        self._tokenizer.enable_truncation(max_length, direction=saved.get("direction", "right"))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text."""

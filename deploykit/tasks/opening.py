@@ -49,7 +49,7 @@ def open_for(task: str, target: str, **where: Any) -> Predictor:
     found, wanted = task_of(predictor.task), get_task(task)
     if found.name != wanted.name:
         predictor.close()
-        raise UsageError(f"{target} {found.does}, it does not {wanted.verb}", f"use deploykit {found.command}")
+        raise UsageError(f"{target} {found.does}, it does not {wanted.verb}", "use deploykit predict")
     return predictor
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -45,8 +46,27 @@ def get_task(name: str) -> Task:
     if name not in _locations():
         raise UsageError(f"unknown task {name!r}", f"choose one of: {', '.join(task_names())}")
     module, attribute = _locations()[name].split(":")
-    task: Task = getattr(importlib.import_module(module), attribute)
+    try:
+        task: Task = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"the task {name} cannot be loaded from {_locations()[name]}: {error}",
+            "correct or uninstall the package that adds it",
+        ) from error
     return task
+
+
+def added_packages() -> list[Path]:
+    """Return the modules and the metadata folders of the packages that add tasks, for a Python with another path."""
+    found: list[Path] = []
+    for point in importlib.metadata.entry_points(group=GROUP):
+        spec = importlib.util.find_spec(point.module.partition(".")[0])
+        if spec is not None and spec.origin is not None:
+            file = Path(spec.origin)
+            found.append(file.parent if file.name == "__init__.py" else file)
+        files = point.dist.files if point.dist is not None else None
+        found += [Path(str(file.locate())).parent for file in files or () if file.name == "entry_points.txt"]
+    return list(dict.fromkeys(found))
 
 
 def task_of(facts: TaskFacts) -> Task:
@@ -60,17 +80,38 @@ def owner_of(model_type: str) -> Task | None:
 
 
 def task_of_checkpoint(checkpoint: Path) -> Task:
-    """Decide what a Hugging Face checkpoint is for, by the head that its ``architectures`` name, else by its model type.
+    """Decide what a checkpoint is for: by deploykit's manifest; else by the head that ``architectures`` name; else by
+    the task that optimum infers from their class; else by the model type.
 
-    A folder without config.json is a LoRA adapter of a classifier.
+    A folder with neither manifest.json nor config.json is a LoRA adapter of a classifier.
     """
-    path = checkpoint / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if name := _json(checkpoint / "manifest.json").get("task", {}).get("name"):
+        return get_task(name)
+    config = _json(checkpoint / "config.json")
     architectures = [str(name) for name in config.get("architectures") or ()]
-    for task in map(get_task, task_names()):
+    tasks = list(map(get_task, task_names()))
+    for task in tasks:
         if any(architecture.endswith(task.heads) for architecture in architectures):
             return task
-    return owner_of(str(config.get("model_type", ""))) or get_task(DEFAULT)
+    auto_model = _auto_model(architectures[0]) if architectures else None
+    found = next((task for task in tasks if task.auto_model == auto_model), None)
+    return found or owner_of(str(config.get("model_type", ""))) or get_task(DEFAULT)
+
+
+def _auto_model(architecture: str) -> str | None:
+    """Return the class of transformers that loads models of a class, by the task that optimum infers; None if unknown."""
+    try:
+        import transformers
+        from optimum.exporters.tasks import TasksManager
+
+        task = TasksManager.infer_task_from_model(getattr(transformers, architecture))
+        return str(TasksManager.get_model_class_for_task(task).__name__)
+    except (ImportError, AttributeError, ValueError, KeyError):  # no extra finetune, or no class of transformers
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def task_to_json(facts: TaskFacts) -> dict[str, Any]:

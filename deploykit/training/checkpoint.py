@@ -9,7 +9,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
@@ -17,6 +16,7 @@ from deploykit.artifacts import load_manifest
 from deploykit.errors import ArtifactError, MissingDependencyError
 from deploykit.tasks.registry import DEFAULT, get_task
 from deploykit.training.source import ADAPTER, check_family, check_source
+from deploykit.training.weights import Loaded, load_reported, saved_keys, shown_keys
 
 _DEFAULT_MAX_LENGTH = 512
 
@@ -46,45 +46,45 @@ def load_tokenizer(model: str, *, fast: bool = True) -> Any:
 
 
 def load_model(model: str, task: str = DEFAULT, **config: Any) -> Any:
-    """The model of a checkpoint in fp32, in eval mode; ``config`` overrides its configuration.
+    """The trained model of a checkpoint in fp32, in eval mode; ``config`` overrides its configuration.
 
-    A LoRA adapter saved by ``finetune`` is merged into the weights it was trained on.
+    A LoRA adapter saved by ``finetune`` is merged into the weights it was trained on. Raises ArtifactError when a weight
+    would be random: see ``load_reported``.
     """
+    return _load(model, task, config, new_head=False).model
+
+
+def load_for_training(model: str, task: str = DEFAULT, **config: Any) -> Loaded:
+    """As ``load_model``, of a checkpoint whose head may be made anew; says which keys are new."""
+    return _load(model, task, config, new_head=True)
+
+
+def _load(model: str, task: str, config: dict[str, Any], *, new_head: bool) -> Loaded:
     check_source(model, task)
     adapter = Path(model) / ADAPTER
     try:
         if adapter.is_file():
-            return _load_merged(Path(model), json.loads(adapter.read_text()))
+            return Loaded(_load_merged(Path(model), json.loads(adapter.read_text())))
         settings = AutoConfig.from_pretrained(model, trust_remote_code=False, **config)
         check_family(model, settings.model_type, task)
-        # Eager attention exports to plain operators; the fused one does not.
-        loaded = getattr(transformers, get_task(task).auto_model).from_pretrained(
-            model,
-            config=settings,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes="num_labels" in config,
-        )
+        return load_reported(get_task(task).auto_model, model, settings, new_head=new_head)
     except ArtifactError:
         raise
-    except Exception as error:
+    except Exception as error:  # transformers raises whatever its dozen loaders raise
         raise not_loadable(model, error) from error
-    return loaded.eval()
 
 
 def max_tokens(tokenizer: Any, config: Any) -> int:
     """The longest input, in tokens, that both the tokenizer and the position embeddings allow."""
-    limits = [_DEFAULT_MAX_LENGTH]
-    if tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
+    limits = []
+    if 0 < tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
         limits.append(tokenizer.model_max_length)
     positions = getattr(config, "max_position_embeddings", None)
-    if positions:
+    if positions and positions > 0:  # XLNet writes -1 for no limit
         # RoBERTa and its descendants count positions from pad_token_id + 1.
         offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
         limits.append(positions - offset)
-    return int(min(limits))
+    return int(min(limits, default=_DEFAULT_MAX_LENGTH))
 
 
 def pad_token_id(tokenizer: Any) -> int:
@@ -115,7 +115,13 @@ def _load_merged(path: Path, adapter: dict[str, Any]) -> Any:
             f"{path}: its base model is not usable: {error.message}", "put the base model back, or train again"
         ) from error
     task = load_manifest(path, "checkpoint", verify=False).task
-    model = load_model(base, task.name, **task.model_config)
+    loaded = load_for_training(base, task.name, **task.model_config)
+    if random := sorted(set(loaded.new) - saved_keys(path)):
+        raise ArtifactError(
+            f"{path}: its weights are not whole: {shown_keys(random)} are neither in the adapter nor in its base {base}, "
+            "and were random when it was trained",
+            "train again with these modules in modules_to_save (deploykit finetune puts them there)",
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft warns of every merge that it rounds; parity is measured at export
-        return PeftModel.from_pretrained(model, str(path)).merge_and_unload().eval()
+        return PeftModel.from_pretrained(loaded.model, str(path)).merge_and_unload().eval()

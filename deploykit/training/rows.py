@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from deploykit.data.read import reading_notes
 from deploykit.errors import DataError
 from deploykit.training.options import FinetuneOptions
 
@@ -70,6 +71,8 @@ def read_rows(kind: RowSource[Raw, Row, Columns], options: FinetuneOptions, say:
         raw, columns = kind.load(source, own_split, columns)
         splits[name], cleaning[name] = kind.clean(raw)
         say(f"{name}: {source}")
+        for line in reading_notes(source, options.encoding):
+            say(f"  {line}")
         for line in cleaning[name].lines():
             say(f"  {line}")
     assert columns is not None

@@ -25,9 +25,8 @@ _TOKENIZER_SETS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 def check_source(model: str, task: str | None = None) -> None:
     """Refuse what cannot be a checkpoint, before minutes are spent on data.
 
-    Raises ArtifactError for a missing folder, a folder without config, weights or tokenizer, one with
-    only pickled weights, or, when ``task`` is named, one made for another. A name that is no folder is
-    taken as a hub id and checked when it is loaded.
+    Raises ArtifactError for a missing folder, a folder without config, weights or tokenizer, or, when ``task`` is named,
+    one made for another. A name that is no folder is taken as a hub id and checked when it is loaded.
     """
     path = Path(model)
     if not path.exists():
@@ -40,14 +39,13 @@ def check_source(model: str, task: str | None = None) -> None:
             raise ArtifactError(f"{model}: is a checkpoint for {made_for}, not {task}", f"give --task {made_for}")
     if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
         raise ArtifactError(f"{model}: has no config.json", "pass the folder of a Hugging Face checkpoint")
-    if not any(path.glob("*.safetensors")):
-        pickled = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.pt")]
-        if pickled:
-            raise ArtifactError(
-                f"{model}: its weights are pickled ({', '.join(pickled)}), which can run code when loaded",
-                "convert them: AutoModel.from_pretrained(...).save_pretrained(...) on a machine that trusts them",
-            )
-        raise ArtifactError(f"{model}: has no weights (*.safetensors)", "copy the checkpoint again")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("*_model*.bin")):  # pytorch_model, adapter_model
+        others = sorted(p.name for suffix in ("bin", "pt", "h5", "msgpack") for p in path.glob(f"*.{suffix}"))
+        raise ArtifactError(
+            f"{model}: has no weights (model.safetensors, pytorch_model.bin)"
+            + (f", only {', '.join(others)}" if others else ""),
+            "copy the checkpoint again, or save it with save_pretrained",
+        )
     family = _family(path)
     if family and task is not None:
         check_family(model, family, task)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -118,8 +119,11 @@ def run(trainer: Any) -> Any:
     return model.to("cpu").float().eval()
 
 
-def with_adapter(model: Any, options: FinetuneOptions, task_type: str) -> Any:
-    """``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022)."""
+def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Collection[str] = ()) -> Any:
+    """``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022).
+
+    Modules that have keys in ``new`` are trained whole and saved with the adapter: their random weights are nowhere else.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
     adapter = LoraConfig(
@@ -128,6 +132,7 @@ def with_adapter(model: Any, options: FinetuneOptions, task_type: str) -> Any:
         lora_alpha=options.lora_alpha,
         lora_dropout=0.05,
         target_modules="all-linear",
+        modules_to_save=sorted({key.rpartition(".")[0] for key in new}) or None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers about each other's next release

@@ -28,6 +28,7 @@ from typing import IO, TYPE_CHECKING
 
 from deploykit.errors import ServerError
 from deploykit.runtime.engines import check_engine
+from deploykit.tasks.registry import added_packages
 from deploykit.triton.backends import assemble_backends
 from deploykit.triton.preflight import EmbeddedTriton, find_triton, resolve, take_ports
 from deploykit.triton.repository import RepositoryModel, list_models, verify_version
@@ -266,7 +267,7 @@ class TritonServer:
         )
         (self._folder / "repository").symlink_to(self._repository.resolve())
         backends = self._folder / "backends"
-        assemble_backends(backends, triton.python_backend, triton.stub)
+        assemble_backends(backends, triton.python_backend, triton.stub, added_packages())
         try:
             self._output = open(self._log_file or self._folder / "triton.log", "w+b")  # noqa: SIM115 (open while it runs)
         except OSError as error:

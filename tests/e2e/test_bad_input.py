@@ -72,7 +72,7 @@ def test_models_that_are_none(deploykit: Deploykit, minilm: Path, tiny_export: P
     (tmp_path / "t.csv").write_text(GOOD)
     model = tmp_path / "model"
     expected = {
-        "missing": "no such model folder", "no config": "config.json", "no tokenizer": "no tokenizer", "pickled": "pickled",
+        "missing": "no such model folder", "no config": "config.json", "no tokenizer": "no tokenizer", "pickled": "other than tensors",
         "export": "an export, not a checkpoint", "a file": "config.json",
     }[what]  # fmt: skip
     if what == "a file":

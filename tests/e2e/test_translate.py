@@ -126,9 +126,26 @@ def test_a_model_of_the_other_task_is_refused(deploykit: Deploykit, translator: 
     code, _, err = deploykit("translate", "--model", tiny_export, "text")
     assert code == 2
     assert "deploykit predict" in err
-    code, _, err = deploykit("predict", "--model", translator, "text")
+
+
+def test_predict_answers_as_translate_does(deploykit: Deploykit, translator: Path, tmp_path: Path) -> None:
+    texts = ("Save the file before you close the window.", "The quick brown fox.")
+    code, out, err = deploykit("translate", "--model", translator, *texts)
+    assert code == 0, err
+    assert deploykit("predict", "--model", translator, *texts).out == out
+
+    rows = tmp_path / "rows.csv"
+    rows.write_text("en,fr\n" + "".join(f"{text},x\n" for text in texts))
+    words = ("--model", translator, "--input", rows, "--output", tmp_path / "a.jsonl", "--source-column", "en")
+    code, out, err = deploykit("predict", *words)
+    assert code == 0, err
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [record["text"] for record in records] == list(texts)
+    assert all(set(record) == {"origin", "text", "translation", "source_tokens", "target_tokens", "finish"}
+               for record in records)  # fmt: skip
+    code, _, err = deploykit("predict", "--model", translator, "text", "--text-column", "en")
     assert code == 2
-    assert "deploykit translate" in err
+    assert "--text-column is not for a model that translates" in err
 
 
 def test_evaluate_counts_placeholders(deploykit: Deploykit, translator: Path, tmp_path: Path) -> None:

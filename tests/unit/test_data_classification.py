@@ -162,7 +162,7 @@ def test_labels_sort_by_number_only_if_all_are_integers():
 
 def test_unseen_labels_are_all_named_with_the_first_row():
     examples = [Example("t", label, f"v.csv:{i}") for i, label in enumerate(["a", "z", "y", "z"])]
-    with pytest.raises(DataError, match=r"v\.csv: labels .* 'y', 'z'; the first is at v\.csv:1"):
+    with pytest.raises(DataError, match=r"v\.csv: labels .* 'y' \(1 row\), 'z' \(2 rows\); the first is at v\.csv:1"):
         check_labels(examples, ["a"], "v.csv")
     check_labels([Example("t", "a|b", "x:1"), Example("t", "", "x:2")], ["a", "b"], "x")
     with pytest.raises(DataError, match=r"'a\|b'"):

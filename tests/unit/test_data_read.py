@@ -103,11 +103,12 @@ def test_json_array(tmp_path):
         ("a.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2 is not a JSON object"),
         ("a.json", '{"a": 1}', "is not a JSON array"),
-        ("a.json", '{"a": 1}\n{"a": 1}', "the file is not JSON"),
+        ("a.json", '{"a": 1} {"a": 1}', "the file is not JSON"),
         ("a.json", '[{"a": 1}, 2]', "row 2 is not a JSON object"),
         ("a.parquet", b"", "cannot be read after row 0"),
         ("a.parquet", "text,label\n", "cannot be read after row 0"),
-        ("a.xlsx", b"PK\x03\x04", "file type '.xlsx' is not supported"),
+        ("a.xlsx", b"PK\x03\x04", "is not a workbook that can be read"),
+        ("a.ods", b"PK\x03\x04", "file type '.ods' is not supported"),
         ("a", b"text", "file type '' is not supported"),
     ],
 )
@@ -176,6 +177,9 @@ def test_unknown_split_is_named_with_those_there_are(saved_dataset):
 
 
 def test_other_directory_is_refused(tmp_path):
+    with pytest.raises(DataError, match="holds no data that is read"):
+        rows(tmp_path)
+    (tmp_path / "state.json").write_text("{}")
     with pytest.raises(DataError, match="is not a saved dataset"):
         rows(tmp_path)
 
@@ -195,5 +199,6 @@ def test_hub_dataset_offline_is_a_data_error(source):
 
 def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "state.json").write_text("{}")
     with pytest.raises(MissingDependencyError, match=r"deploykit\[finetune\]"):
         rows(tmp_path)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deploykit.data.grouping import duplicate_key
+from deploykit.tasks.classification.facts import LABEL_SEPARATOR
 from deploykit.tasks.classification.rows import Example, RawExample
 from deploykit.text import normalize
 
@@ -16,7 +17,7 @@ class CleaningReport:
     """Rows by what happened to them. ``rows_read`` is ``rows_kept`` and all dropped ones together.
 
     ``unicode_repaired`` rows had control characters, lone surrogates or text not in NFC; they are
-    not dropped for it.
+    not dropped for it. ``joined_labels`` rows gave their label to an earlier row of the same text.
     """
 
     rows_read: int
@@ -27,6 +28,7 @@ class CleaningReport:
     exact_duplicates: int
     conflicting_duplicates: int
     rows_kept: int
+    joined_labels: int = 0
 
     def to_json(self) -> dict[str, int]:
         return dataclasses.asdict(self)
@@ -39,6 +41,7 @@ class CleaningReport:
             (self.empty_text, "with an empty text dropped"),
             (self.exact_duplicates, "exact duplicates dropped (first kept)"),
             (self.conflicting_duplicates, "duplicates with conflicting labels dropped"),
+            (self.joined_labels, "with one more label of a text joined to its first row"),
         )
         lines = [f"{self.rows_read:,} rows read"]
         lines += [f"  - {count:>8,} {what}" for count, what in dropped if count]
@@ -51,7 +54,8 @@ def clean(raw: Iterable[RawExample], *, multi_label: bool) -> tuple[list[Example
     """Normalize the texts; drop rows without text or label, and duplicates.
 
     Of rows with the same text (``duplicate_key``) and label the first is kept; where the labels
-    differ none is, as nothing says which one is right. The label "" is missing unless ``multi_label``.
+    differ none is, as nothing says which one is right. With ``multi_label``, rows that have one label each are the labels
+    of their text. The label "" is missing unless ``multi_label``.
     """
     rows_read = missing_text = missing_label = empty_text = unicode_repaired = 0
     by_key: dict[str, list[Example]] = {}
@@ -67,9 +71,16 @@ def clean(raw: Iterable[RawExample], *, multi_label: bool) -> tuple[list[Example
             unicode_repaired += text != row.text.strip()
             by_key.setdefault(duplicate_key(text), []).append(Example(text, row.label, row.origin))
     kept: list[Example] = []
-    exact = conflicting = 0
+    exact = conflicting = joined = 0
+    # Where no row has two labels, a text with two has two rows.
+    one_each = multi_label and not any(LABEL_SEPARATOR in e.label for same in by_key.values() for e in same)
     for same in by_key.values():
-        if all(example.label == same[0].label for example in same):
+        labels = {example.label for example in same} - {""}
+        if one_each and len(labels) > 1:
+            kept.append(dataclasses.replace(same[0], label=LABEL_SEPARATOR.join(sorted(labels))))
+            joined += len(labels) - 1
+            exact += len(same) - len(labels)
+        elif all(example.label == same[0].label for example in same):
             kept.append(same[0])
             exact += len(same) - 1
         else:
@@ -83,4 +94,5 @@ def clean(raw: Iterable[RawExample], *, multi_label: bool) -> tuple[list[Example
         exact_duplicates=exact,
         conflicting_duplicates=conflicting,
         rows_kept=len(kept),
+        joined_labels=joined,
     )

@@ -13,7 +13,7 @@ from deploykit.errors import DataError
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.predictor import TextClassifier
-from deploykit.tasks.classification.rows import Columns, Example, check_labels, load_examples
+from deploykit.tasks.classification.rows import Columns, Example, check_labels, check_numbers, load_examples
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.text import normalize
 
@@ -50,6 +50,8 @@ def labelled_rows(
         prefer=Columns(task.text_columns, task.label_column),
         separator=task.text_separator,
         multi_label=task.multi_label,
+        labels=task.labels,
+        label_separator=task.label_separator,
         encoding=encoding,
         split=split,
     )
@@ -63,7 +65,10 @@ def labelled_rows(
     ]
     if not examples:
         raise DataError(f"{source}: no row has both a text and a label", "give a file of labelled rows")
-    check_labels(examples, task.labels, source, multi_label=task.multi_label)
+    if task.regression:
+        check_numbers(examples, source)
+    else:
+        check_labels(examples, task.labels, source, multi_label=task.multi_label)
     return LabelledRows(examples, len(raw) - len(examples))
 
 
@@ -86,6 +91,8 @@ def grade(predictor: TextClassifier, texts: Sequence[str], labels: Sequence[str]
     task = predictor.task
     try:
         truth = task.targets(labels)
+    except ValueError as error:
+        raise DataError(f"a label is no number, and the model gives numbers: {error}", "correct the data") from None
     except KeyError as error:
         raise DataError(
             f"the data have the label {error}, which the model does not",

@@ -36,7 +36,7 @@ from deploykit.tasks.classification.evaluate import labelled_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.native_program import linear_parts, save_native_classifier
-from deploykit.tasks.classification.parity import check_parity
+from deploykit.tasks.classification.parity import check_answers, check_parity, probes, require_equal
 from deploykit.tasks.classification.predictor import TextClassifier, load_classifier
 from deploykit.tasks.classification.rows import Example
 from deploykit.tensorrt.build import GRAPHS, EngineOptions, build_engine, plan
@@ -82,6 +82,8 @@ def write(
     grader.grade_checkpoint(reference)
     for engine in _engines("fp32"):
         grader.grade("fp32", engine)
+    exported = load_classifier(directory, task, load_engine("onnxruntime", directory / _GRAPH))
+    check_answers(reference, exported, probes([row.text for row in rows]))
     ranges: Ranges = {}
     smoothing: Scales = {}
     if options.int8:
@@ -109,7 +111,9 @@ def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -
 
 def _write_fp32(reference: TorchClassifier, directory: Path) -> None:
     export_classifier(reference.model, directory / _GRAPH)
-    reference.tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer = reference.tokenizer.backend_tokenizer
+    tokenizer.enable_truncation(reference.task.max_length, direction=reference.tokenizer.truncation_side)
+    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def calibration_texts(source: Path, task: Classification, options: CalibrationOptions) -> list[str]:
@@ -128,18 +132,25 @@ class _Grader(Grader[NDArray[np.float32]]):
         self._directory, self._task = directory, task
         self._texts = [row.text for row in rows]
         self._truth = task.targets([row.label for row in rows])
+        if task.regression:
+            self.figures, self.limited = ("pearson", "rmse"), ("pearson",)
+            self._step = float(self._truth.std()) / 20 or 1.0
+        self._reference: NDArray[np.float32] = np.empty(0, np.float32)
 
     def measure(self, raw: NDArray[np.float32]) -> dict[str, Any]:
         return classification_metrics(self._task, self._truth, raw)
 
     def answers(self, raw: NDArray[np.float32]) -> list[str]:
+        if self._task.regression:  # two numbers agree when they fall in the same twentieth of the labels' deviation
+            return [str(round(float(row[0]) / self._step)) for row in raw]
         return self._task.decide(raw)
 
     def grade_checkpoint(self, reference: TextClassifier) -> None:
-        self.enter("fp32", "pytorch", reference.scores(self._texts))
+        self._reference = reference.scores(self._texts)
+        self.enter("fp32", "pytorch", self._reference)
 
     def grade(self, precision: Precision, name: str) -> Line:
-        """Raises ExportError when the engine runs none of an INT8 graph's layers in INT8."""
+        """Raises ExportError when fp32 answers differ from PyTorch's, or no layer of an INT8 graph runs in INT8."""
         graph = self._directory / ENGINES[name].graphs[precision]
         engine = load_engine(name, graph)
         kernels = engine.int8_kernels() if precision == "int8" else 0
@@ -147,7 +158,10 @@ class _Grader(Grader[NDArray[np.float32]]):
             raise ExportError(
                 f"{graph.name}: {name} runs none of its layers in INT8", "this engine version ignores Q/DQ: upgrade it"
             )
-        return self.enter(precision, name, self._scores(engine), kernels)
+        scores = self._scores(engine)
+        if precision == "fp32":
+            require_equal(self._task, self._texts, self._reference, scores, f"{graph.name} on {name}")
+        return self.enter(precision, name, scores, kernels)
 
     def grade_for_tensorrt(self, precision: str) -> Line:
         """The graph that an engine is built from, as ONNX Runtime computes it on the CPU."""

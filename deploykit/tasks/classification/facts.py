@@ -1,4 +1,4 @@
-"""What a classifier is: the facts that travel with it from fine-tuning to the server."""
+"""Define what a classifier is: the facts that travel with it from fine-tuning to the server."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ LABEL_SEPARATOR = "|"
 
 @dataclass(frozen=True)
 class Classification:
-    """One label a text, or with ``multi_label`` any number of them.
+    """One label a text, with ``multi_label`` any number of them, or with ``regression`` a number.
 
     ``labels`` is the order of the model's outputs. ``max_length`` counts tokens, special ones
     included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``.
+    In data files ``label_separator`` stands between the labels of a multi-label row; None is ``|``.
     """
 
     name: ClassVar[str] = "classification"
@@ -34,6 +35,8 @@ class Classification:
     text_separator: str = " "
     label_column: str = "label"
     threshold: float = 0.5
+    label_separator: str | None = None
+    regression: bool = False
 
     @property
     def shape_limits(self) -> Mapping[str, int]:
@@ -45,11 +48,17 @@ class Classification:
             "num_labels": len(self.labels),
             "id2label": dict(enumerate(self.labels)),
             "label2id": {label: i for i, label in enumerate(self.labels)},
-            "problem_type": "multi_label_classification" if self.multi_label else "single_label_classification",
+            "problem_type": "regression"
+            if self.regression
+            else "multi_label_classification"
+            if self.multi_label
+            else "single_label_classification",
         }
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Probabilities, float32 [rows, labels], of logits of that shape."""
+        """Probabilities, float32 [rows, labels], of logits of that shape; of a regression, the numbers themselves."""
+        if self.regression:
+            return np.asarray(logits, np.float32)
         exact = logits.astype(np.float64)
         if self.multi_label:
             probabilities = 1.0 / (1.0 + np.exp(-exact))
@@ -59,7 +68,9 @@ class Classification:
         return np.asarray(probabilities, np.float32)
 
     def decide(self, scores: NDArray[np.float32]) -> list[str]:
-        """The answer for each row of ``scores``; several labels are joined by ``|``."""
+        """The answer for each row of ``scores``; several labels are joined by ``|``, a number is written in 6 digits."""
+        if self.regression:
+            return [f"{row[0]:.6g}" for row in scores]
         if self.multi_label:
             return [
                 LABEL_SEPARATOR.join(label for label, s in zip(self.labels, row) if s >= self.threshold)
@@ -67,8 +78,13 @@ class Classification:
             ]
         return [self.labels[i] for i in scores.argmax(axis=-1)]
 
-    def targets(self, labels: Sequence[str]) -> NDArray[np.bool_]:
-        """Truth as bool [rows, labels]. Raises KeyError for a label the model does not have."""
+    def targets(self, labels: Sequence[str]) -> NDArray[Any]:
+        """Truth as bool [rows, labels], of a regression as float32 [rows, 1].
+
+        Raises KeyError for a label the model does not have, ValueError for one that is no number.
+        """
+        if self.regression:
+            return np.array([[float(label)] for label in labels], np.float32)
         index = {label: i for i, label in enumerate(self.labels)}
         truth = np.zeros((len(labels), len(self.labels)), bool)
         for row, cell in enumerate(labels):

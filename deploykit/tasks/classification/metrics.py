@@ -12,14 +12,12 @@ from deploykit.tasks.classification.facts import Classification
 _CALIBRATION_BINS = 15
 
 
-def classification_metrics(
-    task: Classification, truth: NDArray[np.bool_], scores: NDArray[np.float32]
-) -> dict[str, Any]:
-    """Metrics with stable keys, as fractions of 1.
+def classification_metrics(task: Classification, truth: NDArray[Any], scores: NDArray[np.float32]) -> dict[str, Any]:
+    """Metrics with stable keys, as fractions of 1; of a regression, those of ``regression_metrics``.
 
     Args:
-        truth: [rows, labels]; one true a row unless the task is multi-label.
-        scores: probabilities [rows, labels].
+        truth: [rows, labels]; one true a row unless the task is multi-label. Of a regression, numbers.
+        scores: probabilities [rows, labels], or numbers.
 
     Keys: accuracy (multi-label: rows answered exactly), macro_precision, macro_recall, macro_f1,
     micro_f1, per_class (label -> precision, recall, f1, support), confusion_matrix (rows truth,
@@ -27,6 +25,8 @@ def classification_metrics(
     bins; Naeini et al., AAAI 2015). A ratio with nothing in its denominator is 0, as in
     scikit-learn. The macro averages run over the labels that occur in truth or answers.
     """
+    if task.regression:
+        return regression_metrics(truth[:, 0].astype(np.float64), scores[:, 0].astype(np.float64))
     if task.multi_label:
         answers = scores >= task.threshold
         confidence, correct = np.maximum(scores, 1 - scores).ravel(), (answers == truth).ravel()
@@ -56,6 +56,33 @@ def classification_metrics(
         },
         "confusion_matrix": _confusion(task, truth, answers),
     }
+
+
+def regression_metrics(truth: NDArray[np.float64], answers: NDArray[np.float64]) -> dict[str, Any]:
+    """Return mae and rmse in the unit of the numbers, and pearson and spearman, from -1 to 1, of float64 [rows] each.
+
+    Equal numbers share their ranks' mean. A correlation with a constant is 0.
+    """
+    errors = answers - truth
+    return {
+        "mae": float(np.abs(errors).mean()),
+        "rmse": float(np.sqrt(np.square(errors).mean())),
+        "pearson": _correlation(truth, answers),
+        "spearman": _correlation(_ranks(truth), _ranks(answers)),
+    }
+
+
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt(np.square(a).sum() * np.square(b).sum()))
+    return float((a * b).sum() / size) if size else 0.0
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    middle: NDArray[np.float64] = ends - (counts - 1) / 2.0
+    return middle[group]
 
 
 def _confusion(task: Classification, truth: NDArray[np.bool_], answers: NDArray[np.bool_]) -> Any:

@@ -7,7 +7,12 @@ from typing import Any
 
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """Return precision, recall and F1 of each label as a small table."""
+    """Return precision, recall and F1 of each label as a small table; of a regression, its errors and correlations."""
+    if "rmse" in metrics:
+        return (
+            f"mean absolute error {metrics['mae']:.4g}, root mean squared error {metrics['rmse']:.4g}\n"
+            f"correlation: Pearson {metrics['pearson']:.4f}, Spearman {metrics['spearman']:.4f}"
+        )
     width = max(9, *(len(label) for label in metrics["per_class"])) + 2
     lines = [f"{'label':<{width}}{'precision':>10}{'recall':>8}{'F1':>8}{'rows':>8}"]
     for label, m in metrics["per_class"].items():

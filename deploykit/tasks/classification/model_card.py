@@ -9,6 +9,12 @@ from deploykit.tasks.classification.facts import Classification
 
 
 def head(task: Classification, origin: str) -> list[str]:
+    kind = "text regression" if task.regression else f"{'multi-label ' if task.multi_label else ''}text classification"
+    answers = (
+        f"Answers a number, `{task.labels[0]}`."
+        if task.regression
+        else f"Labels: {', '.join(f'`{label}`' for label in task.labels)}."
+    )
     return [
         "---",
         "pipeline_tag: text-classification",
@@ -16,13 +22,19 @@ def head(task: Classification, origin: str) -> list[str]:
         "tags: [deploykit]",
         "---",
         "",
-        f"# {origin} for {'multi-label ' if task.multi_label else ''}text classification",
+        f"# {origin} for {kind}",
         "",
-        f"Labels: {', '.join(f'`{label}`' for label in task.labels)}. Texts longer than {task.max_length} tokens are cut.",
+        f"{answers} Texts longer than {task.max_length} tokens are cut.",
     ]
 
 
 def results(result: Mapping[str, Any], rows: int) -> list[str]:
+    if "rmse" in result:
+        return [
+            "| mean absolute error | root mean squared error | Pearson | Spearman | rows |",
+            "|---:|---:|---:|---:|---:|",
+            f"| {result['mae']:.4g} | {result['rmse']:.4g} | {result['pearson']:.3f} | {result['spearman']:.3f} | {rows:,} |",
+        ]
     return [
         "| label | precision | recall | F1 | rows |",
         "|---|---:|---:|---:|---:|",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.errors import UsageError
-from deploykit.tasks.classification.facts import Classification
-from deploykit.training.options import FinetuneOptions
+from deploykit.tasks.classification.facts import LABEL_SEPARATOR, Classification
+from deploykit.text import normalize
+from deploykit.training.options import FinetuneOptions, flag
 
 if TYPE_CHECKING:
     from deploykit.quantization.calibration import Method
@@ -24,12 +25,25 @@ class ClassificationOptions(FinetuneOptions):
     label_column: str | None = None
     text_separator: str = " "
     multi_label: bool = False
+    regression: bool = False
+    labels: str | None = None
+    label_separator: str | None = None
+    max_length: int = 0
     batch_size: int = 32
     class_weights: str = "none"
     qat: bool = False
     qat_method: Method = "minmax"
 
-    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {**FinetuneOptions.ranges, "batch_size": (1, 100_000)}
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **FinetuneOptions.ranges,
+        "batch_size": (1, 100_000),
+        "max_length": (0, 100_000),
+    }
+
+    @property
+    def label_order(self) -> tuple[str, ...]:
+        """The labels that ``--labels`` names, in the order of the model's outputs; () where it is not given."""
+        return tuple(normalize(label) for label in self.labels.split(",")) if self.labels is not None else ()
 
     @classmethod
     def of_run(cls, facts: Classification) -> Mapping[str, Any]:
@@ -38,12 +52,27 @@ class ClassificationOptions(FinetuneOptions):
             "label_column": "label",
             "encoding": "utf-8",
             "multi_label": facts.multi_label,
+            "regression": facts.regression,
+            "label_separator": LABEL_SEPARATOR if facts.multi_label else None,  # as the run's own rows have it
             "max_length": facts.max_length,
             "test_fraction": 0.0,  # none of the rows that the run was trained on
         }
 
     def check(self) -> None:
         super().check()
+        if 0 < self.max_length < 3:
+            raise UsageError(f"--max-length is {self.max_length}", "give at least 3 tokens, or 0 for the default")
+        labels = self.label_order
+        if not all(labels) or len(set(labels)) < len(labels) or any(LABEL_SEPARATOR in label for label in labels):
+            raise UsageError(f"--labels is {self.labels!r}", "name each label once, with commas between, without '|'")
+        if self.regression:
+            for name in ("multi_label", "labels", "qat", "label_smoothing"):
+                if getattr(self, name):
+                    raise UsageError(f"{flag(name)} is for labels, and --regression for numbers", "leave one out")
+            if self.class_weights != "none":
+                raise UsageError("--class-weights is for labels, and --regression for numbers", "leave one out")
+        if self.label_separator is not None and not self.multi_label:
+            raise UsageError("--label-separator is for several labels a row", "add --multi-label")
         if self.model is None:
             raise UsageError("--model is missing", "give the folder of a checkpoint, or a hub id")
         if self.multi_label and (self.label_smoothing or self.class_weights != "none"):

@@ -1,4 +1,4 @@
-"""Is the ONNX graph the same function as the PyTorch model? Asked on real texts, in the shapes of production."""
+"""Compare an export with the PyTorch model: the graphs on equal tokens, and the answers from text to scores."""
 
 from __future__ import annotations
 
@@ -7,16 +7,34 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
 from deploykit.runtime.batching import batches
 from deploykit.runtime.engines.protocol import Engine
 from deploykit.tasks.classification.checkpoint import TorchClassifier
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.predictor import TextClassifier
 
 BATCH_SIZES = (1, 4, 32)
 _ROWS = 64
 _TOLERANCE = 1e-3
+_SHOWN = 80
+_WRITING = (
+    "",
+    "a",
+    "UPPER lower 1,234.56 !? #tag @name https://example.org/a?b=c",
+    "Grüße aus Łódź, c'est déjà l'été — “quoted”…",
+    "今天天气很好。",
+    "日本語のテキストです",
+    "مرحبا بالعالم",
+    "Привет, мир",
+    "नमस्ते दुनिया",
+    "🎉 👩‍👩‍👧 👍🏽",
+    "two  spaces\tand a tab\nand a line",
+    "zero\u200bwidth and\u00a0no-break",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,49 @@ def check_parity(reference: TorchClassifier, engine: Engine, texts: Sequence[str
             "this architecture does not export faithfully; nothing was written",
         )
     return parity
+
+
+def probes(texts: Sequence[str]) -> list[str]:
+    """Return texts that tokenizers are known to treat differently: empty, long, other scripts; and some real ones."""
+    rows = evenly(list(texts), _ROWS)
+    numbered = " ".join(f"{text} {i}" for i, text in enumerate([*texts[:64], *_WRITING] * 8))
+    return [*_WRITING, " ".join(texts[:64]), numbered, *rows]
+
+
+def check_answers(reference: TorchClassifier, exported: TextClassifier, texts: Sequence[str]) -> None:
+    """Compare an export with the checkpoint from text to scores; the checkpoint reads each text alone.
+
+    Raises ExportError with both answers to the text whose scores differ most, when they differ by more than 1e-3.
+    """
+    # A text without a token has no answer in transformers: models without special tokens refuse it.
+    asked = [text for text, ids in zip(texts, reference.encode(texts)) if ids]
+    expected = np.concatenate([reference.scores_alone(text) for text in asked])
+    require_equal(reference.task, asked, expected, exported.scores(asked), "the export")
+
+
+def require_equal(
+    task: Classification,
+    texts: Sequence[str],
+    expected: NDArray[np.float32],
+    actual: NDArray[np.float32],
+    name: str,
+) -> None:
+    """Raise ExportError where fp32 scores, float32 [texts, labels], differ from PyTorch's by more than 1e-3."""
+    difference = np.abs(expected - actual).max(axis=1)
+    worst = int(np.argmax(np.where(np.isnan(difference), np.inf, difference)))
+    if difference[worst] <= _TOLERANCE:
+        return
+    text = texts[worst]
+    shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 2 :]}"
+    theirs, ours = (
+        f"{task.decide(scores[worst : worst + 1])[0]!r} ({', '.join(f'{s:.4f}' for s in scores[worst])})"
+        for scores in (expected, actual)
+    )
+    raise ExportError(
+        f"{name} answers otherwise than PyTorch: to {shown!r} ({len(text):,} characters) PyTorch gives {theirs}, "
+        f"{name} {ours}; {int((~(difference <= _TOLERANCE)).sum())} of {len(texts)} texts differ",
+        "this checkpoint does not export faithfully; nothing was written",
+    )
 
 
 def _spread(reference: TorchClassifier, texts: Sequence[str]) -> list[list[int]]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from deploykit.data.read import Record, read_records
+from deploykit.data.read import read_records
+from deploykit.data.record import Record
 from deploykit.data.texts import (
     LABEL_COLUMNS,
     detect_text_column,
@@ -21,6 +27,7 @@ from deploykit.errors import DataError, UsageError
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR
 from deploykit.text import normalize
 
+_DECIMAL = re.compile(r"[+-]?[0-9]{1,15}\.0+|[+-]?[0-9]{1,15}")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
@@ -58,16 +65,21 @@ def load_examples(
     prefer: Columns | None = None,
     separator: str = " ",
     multi_label: bool = False,
+    labels: Sequence[str] = (),
+    label_separator: str | None = None,
     encoding: str | None = None,
     split: str = "train",
 ) -> tuple[list[RawExample], Columns]:
-    """Read every row of ``source`` (see ``read_records``); columns not given are those of ``prefer`` where the source has them, else detected.
+    """Read every row of ``source`` (see ``read_records``).
 
-    Numbers become text: 1 and 1.0 are both "1". NaN, null and nested values are missing. A
-    multi-label cell is a list of names, or names separated by ``|`` and nothing else.
+    Columns not given are those of ``prefer`` where the source has them, else detected. Numbers become text: 1 and 1.0 are
+    both "1". NaN, null and nested values are missing. A multi-label cell is a list of names (also written as text, as in
+    "['a', 'b']"), names separated by ``label_separator`` (None: by ``|``), or a list of 0 and 1 with one for each of
+    ``labels``. Labels that differ only as 0 and 0.0 or True and true do are one.
 
     Raises:
-        DataError: an unreadable source, no rows, no such column, a list where one label is wanted.
+        DataError: an unreadable source, no rows, no such column, a list where one label is wanted, lists of 0 and 1
+            without ``labels``, cells with commas but no separator.
     """
     records = read_records(source, encoding=encoding, split=split)
     records, names = peek(records, source)
@@ -78,13 +90,28 @@ def load_examples(
         if label_column is None and prefer.label in names and prefer.label not in text_columns:
             label_column = prefer.label
     columns = detect_columns(names, text=text_columns, label=label_column, source=source)
+    rows = list(records)
+    if multi_label:
+        cells = [_cell(record.values.get(columns.label)) for record in rows]
+        if width := _indicator_width(cells):
+            named = _indicated(cells, width, labels, f"{source}: column {columns.label!r}")
+        else:
+            if label_separator is None:
+                _refuse_commas(cells, f"{source}: column {columns.label!r}")
+            named = [
+                _names(cell, label_separator or LABEL_SEPARATOR, f"{record.origin}: column {columns.label!r}")
+                for record, cell in zip(rows, cells)
+            ]
+    else:
+        named = [_label(record, columns.label) for record in rows]
+    spelled = _one_spelling({name for label in named for name in label or ()})
     examples = [
         RawExample(
             joined(record, columns.text, separator),
-            _label(record, columns.label, multi_label=multi_label),
+            None if label is None else LABEL_SEPARATOR.join(sorted({spelled[name] for name in label})),
             record.origin,
         )
-        for record in records
+        for record, label in zip(rows, named)
     ]
     return examples, columns
 
@@ -130,18 +157,35 @@ def check_labels(examples: Sequence[Example], known: Iterable[str], source: str,
     With ``multi_label`` a label that is not known as a whole is taken as names joined by ``|``.
     """
     allowed = set(known)
-    unseen: dict[str, str] = {}
+    first, unseen = "", Counter[str]()
     for example in examples:
         if example.label not in allowed:
             for name in label_parts(example.label, multi_label=multi_label):
                 if name not in allowed:
-                    unseen.setdefault(name, example.origin)
+                    first = first or example.origin
+                    unseen[name] += 1
     if unseen:
+        counted = ", ".join(
+            f"{name!r} ({unseen[name]:,} row{'s' * (unseen[name] > 1)})" for name in sort_labels(unseen)
+        )
         raise DataError(
-            f"{source}: labels that no training row has: {', '.join(map(repr, sort_labels(unseen)))}; "
-            f"the first is at {next(iter(unseen.values()))}",
+            f"{source}: labels that no training row has: {counted}; the first is at {first}",
             f"correct the labels; training has {', '.join(map(repr, sort_labels(allowed)))}",
         )
+
+
+def check_numbers(examples: Sequence[Example], source: str) -> None:
+    """Raise DataError for the first label that is no finite number."""
+    for example in examples:
+        try:
+            finite = math.isfinite(float(example.label))
+        except ValueError:
+            finite = False
+        if not finite:
+            raise DataError(
+                f"{source}: the label {example.label!r} at {example.origin} is no number, and the model gives numbers",
+                "correct the row, or train without --regression",
+            )
 
 
 def validate(examples: Sequence[Example], source: str, *, multi_label: bool = False) -> None:
@@ -155,22 +199,90 @@ def validate(examples: Sequence[Example], source: str, *, multi_label: bool = Fa
         raise DataError(f"{source}: every row has the label {labels[0]!r}", "a classifier needs at least two labels")
 
 
-def _label(record: Record, column: str, *, multi_label: bool) -> str | None:
+def _label(record: Record, column: str) -> tuple[str, ...] | None:
     value = record.values.get(column)
-    if not multi_label:
-        if isinstance(value, list):
-            raise DataError(f"{record.origin}: column {column!r} holds a list of labels", "give --multi-label")
-        return normalize(scalar(value) or "") or None
     if isinstance(value, list):
-        cells = [cell for item in value if (cell := scalar(item)) is not None]
-        if piped := next((cell for cell in cells if LABEL_SEPARATOR in cell), None):
+        raise DataError(f"{record.origin}: column {column!r} holds a list of labels", "give --multi-label")
+    label = normalize(scalar(value) or "")
+    return (label,) if label else None
+
+
+def _cell(value: object) -> object:
+    """Return a multi-label cell as it is, or the list that its text writes: '["a", "b"]', "['a', 'b']"."""
+    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+        for parse in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                parsed = parse(value.strip())
+                if isinstance(parsed, list):
+                    return parsed
+    return value
+
+
+def _names(cell: object, separator: str, where: str) -> tuple[str, ...] | None:
+    if isinstance(cell, list):
+        names = [name for item in cell if (name := scalar(item)) is not None]
+        if piped := next((name for name in names if LABEL_SEPARATOR in name), None):
             raise DataError(
-                f"{record.origin}: column {column!r} has the label {piped!r}, and {LABEL_SEPARATOR!r} separates labels",
-                "rename the label",
+                f"{where} has the label {piped!r}, and {LABEL_SEPARATOR!r} separates labels", "rename the label"
             )
     else:
-        text = scalar(value)
+        text = scalar(cell)
         if text is None:
             return None
-        cells = text.split(LABEL_SEPARATOR)
-    return LABEL_SEPARATOR.join(sorted({normalize(cell) for cell in cells} - {""}))
+        names = text.split(separator)
+    return tuple(name for name in map(normalize, names) if name)
+
+
+def _indicator_width(cells: Sequence[object]) -> int:
+    """Return how many labels the cells tell by 0 and 1 for each, as in [0, 1, 0]; 0 where they hold names."""
+    lists = [cell for cell in cells if isinstance(cell, list)]
+    widths = {len(cell) for cell in lists}
+    if len(widths) != 1 or not all(item in (0, 1) for cell in lists for item in cell):
+        return 0
+    width = widths.pop()
+    # Names stand in a list once; [0], [1] may be the names of two labels.
+    return width if width > 2 or any(len(set(cell)) < width for cell in lists) else 0
+
+
+def _indicated(cells: Sequence[object], width: int, labels: Sequence[str], where: str) -> list[tuple[str, ...] | None]:
+    if len(labels) != width:
+        raise DataError(
+            f"{where} holds lists of {width} numbers 0 and 1, one for each label"
+            + (
+                f", and there are {len(labels)} labels: {', '.join(labels)}" if labels else "; nothing names the labels"
+            ),
+            f"name them in the order of the lists: --labels {','.join(f'NAME{i}' for i in range(1, width + 1))}",
+        )
+    return [
+        tuple(label for label, item in zip(labels, cell) if item) if isinstance(cell, list) else None for cell in cells
+    ]
+
+
+def _refuse_commas(cells: Sequence[object], where: str) -> None:
+    """Raise DataError where commas or semicolons, and no pipe, stand between names that occur in other cells too."""
+    texts = {cell for cell in cells if isinstance(cell, str)}
+    if any(LABEL_SEPARATOR in text for text in texts):
+        return
+    for used in (",", ";"):
+        parts = {text: {part.strip() for part in text.split(used)} for text in sorted(texts)}
+        seen = Counter(name for names in parts.values() for name in names)
+        found = next(
+            (text for text, names in parts.items() if len(names) > 1 and max(seen[n] for n in names) > 1), None
+        )
+        if found is None:
+            continue
+        raise DataError(
+            f"{where}: no cell has {LABEL_SEPARATOR!r} between labels, and some have {used!r}: {found!r}",
+            f"give --label-separator {used!r} if it stands between labels, --label-separator '|' if it is part of them",
+        )
+
+
+def _one_spelling(labels: set[str]) -> dict[str, str]:
+    """Return one spelling for labels that mean the same: 0 for 0.0, true for True. Others stay as they are."""
+    by_meaning: dict[object, list[str]] = {}
+    for label in labels:
+        meaning: object = label.lower() if label.lower() in ("true", "false") else label
+        if _DECIMAL.fullmatch(label):
+            meaning = float(label)
+        by_meaning.setdefault(meaning, []).append(label)
+    return {label: min(same, key=lambda s: (len(s), s.swapcase())) for same in by_meaning.values() for label in same}

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from deploykit.errors import UsageError
 from deploykit.runtime.served import DEFAULT_URL, ServedModel, require_all
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.registry import task_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ServedClassifier(ServedModel):
         super().__init__(name, url, **options)
         if not isinstance(self.facts, Classification):
             self.close()
-            raise UsageError(f"{name} translates, it does not classify", "use deploykit translate")
+            raise UsageError(f"{name} {task_of(self.facts).does}, it does not classify", "use deploykit predict")
         self.task: Classification = self.facts
 
     def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 
 if TYPE_CHECKING:
+    from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
     from deploykit.tasks.bundle import BundledTask
@@ -26,7 +27,6 @@ class _Classification:
     facts = Classification
     verb = "classify"
     does = "classifies"
-    command = "predict"
     auto_model = "AutoModelForSequenceClassification"
     heads = ("ForSequenceClassification",)
     model_types: tuple[str, ...] = ()
@@ -34,6 +34,7 @@ class _Classification:
     outputs = ("LABEL", "SCORES")
     headline = "macro_f1"
     columns = ("text_column", "label_column")
+    input_columns = ("text_column",)
     settings = ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us")
     instances = 2
     stream_backend = ""
@@ -90,7 +91,9 @@ class _Classification:
         return CLASSIFICATION.substitute(values, num_labels=len(labels), labels=quoted(labels), task=quoted(rest))
 
     def answer(self, predictor: TextClassifier, texts: Sequence[str], generation: None = None) -> list[Answer]:
-        return [Answer(label) for label in predictor.task.decide(predictor.scores(texts))]
+        from deploykit.tasks.classification.answers import answers
+
+        return answers(predictor, texts)
 
     def grade(self, predictor: TextClassifier, texts: Sequence[str], truth: Sequence[str], generation: None) -> Grade:
         from deploykit.tasks.classification.evaluate import grade
@@ -108,6 +111,14 @@ class _Classification:
             label_column=columns.get("label_column"), encoding=encoding, split=split,
         )  # fmt: skip
         return evaluate(predictor, rows, progress=progress)
+
+    def read_inputs(
+        self, source: str, facts: Classification, *, encoding: str | None, columns: Mapping[str, Any]
+    ) -> Iterator[TextRow]:
+        from deploykit.data.texts import read_texts, trained_columns
+
+        chosen = trained_columns(source, columns.get("text_column") or (), facts.text_columns, encoding)
+        return read_texts(source, chosen, facts.text_separator, encoding=encoding)
 
     def read_texts(
         self, source: str, facts: Classification, *, encoding: str | None, columns: Mapping[str, Any]
@@ -137,6 +148,8 @@ class _Classification:
         return {**record, "qat": metrics["qat"]}, f"{text}\n\n{qat_text(metrics['qat'])}"
 
     def describe(self, facts: Classification) -> str:
+        if facts.regression:
+            return f"gives    a number, {facts.labels[0]}; at most {facts.max_length} tokens"
         multi = " (multi-label)" if facts.multi_label else ""
         return f"labels   {', '.join(facts.labels)}{multi}; at most {facts.max_length} tokens"
 

@@ -27,19 +27,22 @@ from deploykit.tasks.classification.rows import (
     Example,
     RawExample,
     check_labels,
+    check_numbers,
     label_parts,
     load_examples,
     sort_labels,
     validate,
 )
 from deploykit.tasks.classification.split import drop_leaks, split
+from deploykit.tasks.classification.trainable import check_trainable
 from deploykit.training import trainer
-from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id
+from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
 from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 
 _CALIBRATION_ROWS = 512
+_DEFAULT_LENGTH = 128
 
 
 class ClassificationStage:
@@ -49,7 +52,9 @@ class ClassificationStage:
         self._options = options
         self._tokenizer = load_tokenizer(options.origin)
         config = AutoConfig.from_pretrained(options.origin, trust_remote_code=False)
+        self._head = trained_labels(config)
         limit = max_tokens(self._tokenizer, config)
+        self._max_length = options.max_length or min(_DEFAULT_LENGTH, limit)
         if options.max_length > limit:
             raise UsageError(
                 f"--max-length is {options.max_length}, but {options.origin} takes at most {limit} tokens",
@@ -71,6 +76,8 @@ class ClassificationStage:
             label_column=columns.label if columns else options.label_column,
             separator=options.text_separator,
             multi_label=options.multi_label,
+            labels=options.label_order,
+            label_separator=options.label_separator,
             encoding=options.encoding,
             split=split,
         )
@@ -81,6 +88,10 @@ class ClassificationStage:
     def check(self, splits: Mapping[str, Sequence[Example]]) -> None:
         multi_label = self._options.multi_label
         validate(splits["train"], self._options.train, multi_label=multi_label)
+        if self._options.regression:
+            for name, rows in splits.items():
+                check_numbers(rows, str(getattr(self._options, name)))
+            return
         if self._options.qat:
             known = self._trained_for.labels
             if unknown := set(label_names(splits["train"], multi_label=multi_label)) - set(known):
@@ -90,6 +101,11 @@ class ClassificationStage:
                     "--qat goes on training a classifier of these labels: fine-tune it without --qat first",
                 )
         labels = label_names(splits["train"], multi_label=multi_label)
+        if self._options.label_order:
+            check_labels(
+                splits["train"], self._options.label_order, f"{self._options.train}, --labels", multi_label=multi_label
+            )
+            labels = self._options.label_order
         for name in ("validation", "test"):
             check_labels(splits[name], labels, str(getattr(self._options, name)), multi_label=multi_label)
 
@@ -102,14 +118,19 @@ class ClassificationStage:
     def split(
         self, rows: Sequence[Example], *, validation: float, test: float
     ) -> tuple[list[Example], list[Example], list[Example]]:
-        """Stratified by label."""
+        """Stratified by label; numbers by tenths of the rows."""
         options = self._options
-        parts = split(rows, validation=validation, test=test, seed=options.seed, multi_label=options.multi_label)
-        return list(parts.train), list(parts.validation), list(parts.test)
+        banded = by_tenths(rows) if options.regression else rows
+        own = {id(banded_row): row for banded_row, row in zip(banded, rows)}
+        parts = split(banded, validation=validation, test=test, seed=options.seed, multi_label=options.multi_label)
+        train, validated, tested = (
+            [own[id(row)] for row in part] for part in (parts.train, parts.validation, parts.test)
+        )
+        return train, validated, tested
 
     def train(self, rows: Rows[Example, Columns], work: Path, say: Say) -> Trained:
         task = self._task(rows)
-        model = self._model(task)
+        model = self._model(task, say)
         classifier = TorchClassifier(model, self._tokenizer, task)
         encoded = {
             name: EncodedTexts(
@@ -158,31 +179,50 @@ class ClassificationStage:
     def _task(self, rows: Rows[Example, Columns]) -> Classification:
         options = self._options
         if options.qat:
-            return dataclasses.replace(self._trained_for, max_length=options.max_length)
+            return dataclasses.replace(self._trained_for, max_length=self._max_length)
+        labels = options.label_order or label_names(rows.splits["train"], multi_label=options.multi_label)
+        if options.regression:
+            labels = (rows.columns.label,)
         return Classification(
-            labels=label_names(rows.splits["train"], multi_label=options.multi_label),
-            max_length=options.max_length,
+            labels=labels if options.label_order else kept_order(labels, self._head) or labels,
+            regression=options.regression,
+            max_length=self._max_length,
             pad_token_id=pad_token_id(self._tokenizer),
             multi_label=options.multi_label,
             text_columns=rows.columns.text,
             text_separator=options.text_separator,
             label_column=rows.columns.label,
+            label_separator=options.label_separator,
         )
 
-    def _model(self, task: Classification) -> torch.nn.Module:
+    def _model(self, task: Classification, say: Say) -> torch.nn.Module:
+        """Load the checkpoint with a head for the labels: its own where it has one for them, in its order."""
         options = self._options
         config: dict[str, Any] = dict(task.model_config)
         config["pad_token_id"] = task.pad_token_id
         if options.dropout is not None:
             config |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), options.dropout)
-        model: torch.nn.Module = load_model(options.origin, **config)
-        return trainer.with_adapter(model, options, "SEQ_CLS") if options.lora_rank else model
+        loaded = load_for_training(options.origin, **config)
+        model: torch.nn.Module = loaded.model
+        new = set(loaded.new)
+        if (
+            self._head
+            and not (task.regression and len(self._head) == 1)
+            and kept_order(task.labels, self._head) != task.labels
+        ):
+            say(
+                f"the head of {options.origin} answers {', '.join(self._head)}; it is made anew, for "
+                f"{', '.join(task.labels)}"
+            )
+            new |= _initialize_head(model)
+        check_trainable(TorchClassifier(model, self._tokenizer, task), options.origin)
+        return trainer.with_adapter(model, options, "SEQ_CLS", new) if options.lora_rank else model
 
 
 class EncodedTexts(Dataset):  # type: ignore[misc]
     """Token ids and targets of a split; padded to the longest of each batch by ``collate``."""
 
-    def __init__(self, token_ids: Sequence[list[int]], targets: NDArray[np.bool_], task: Classification) -> None:
+    def __init__(self, token_ids: Sequence[list[int]], targets: NDArray[Any], task: Classification) -> None:
         self.token_ids = token_ids
         self.targets = targets
         self._task = task
@@ -196,8 +236,49 @@ class EncodedTexts(Dataset):  # type: ignore[misc]
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, attention_mask = padded([row["input_ids"] for row in rows], self._task.pad_token_id)
         targets = torch.from_numpy(np.stack([row["target"] for row in rows]))
-        labels = targets.float() if self._task.multi_label else targets.long().argmax(dim=1)
+        several = self._task.multi_label or self._task.regression
+        labels = targets.float() if several else targets.long().argmax(dim=1)
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def by_tenths(rows: Sequence[Example]) -> list[Example]:
+    """Return rows with the tenth of the rows that their number falls in for a label."""
+    numbers = np.array([float(row.label) for row in rows])
+    tenths = np.searchsorted(np.quantile(numbers, np.arange(0.1, 1, 0.1)), numbers)
+    return [dataclasses.replace(row, label=str(tenth)) for row, tenth in zip(rows, tenths)]
+
+
+def trained_labels(config: Any) -> tuple[str, ...]:
+    """Return what the trained head of a checkpoint answers, in the order of its outputs; () where there is no head."""
+    if not any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return ()
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+
+
+def kept_order(labels: Sequence[str], head: Sequence[str]) -> tuple[str, ...] | None:
+    """Return ``labels`` in the order of a trained head that answers the same ones, else None.
+
+    A head without names of its own (LABEL_0, LABEL_1) answers the numbers 0 and 1.
+    """
+    if list(head) == [f"LABEL_{i}" for i in range(len(head))] and set(labels) == {str(i) for i in range(len(head))}:
+        return tuple(str(i) for i in range(len(head)))
+    return tuple(head) if sorted(labels) == sorted(head) else None
+
+
+def _initialize_head(model: Any) -> set[str]:
+    """Give fresh weights to all that comes after the model's encoder, and return their keys."""
+    keys = set()
+    for name, part in model.named_children():
+        if name != model.base_model_prefix:
+            keys |= {f"{name}.{key}" for key in part.state_dict()}
+            for parameter in part.parameters():
+                parameter._is_hf_initialized = False  # transformers leaves loaded weights alone
+            for module in part.modules():
+                module._is_hf_initialized = False
+            with torch.no_grad():
+                for module in part.modules():
+                    model._init_weights(module)
+    return keys
 
 
 def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str, ...]:
@@ -229,15 +310,19 @@ def _train(
             eval_dataset=validation_set,
             data_collator=train_set.collate,
             compute_loss_func=_loss(task, train_set.targets, options),
-            compute_metrics=lambda prediction: _evaluate(task, prediction.predictions, prediction.label_ids),
+            compute_metrics=lambda prediction: _evaluate(task, _logits(prediction.predictions), prediction.label_ids),
             callbacks=trainer.callbacks(options, work / "tensorboard", say),
         )
     )
 
 
-def _loss(
-    task: Classification, targets: NDArray[np.bool_], options: ClassificationOptions
-) -> Callable[..., torch.Tensor]:
+def _logits(predictions: Any) -> NDArray[np.float32]:
+    """Return the logits among a model's outputs, where hidden states come with them."""
+    logits: NDArray[np.float32] = predictions[0] if isinstance(predictions, tuple) else predictions
+    return logits
+
+
+def _loss(task: Classification, targets: NDArray[Any], options: ClassificationOptions) -> Callable[..., torch.Tensor]:
     weights = None
     if options.class_weights == "balanced":
         counts = targets.sum(axis=0)
@@ -247,6 +332,8 @@ def _loss(
         logits = outputs["logits"].float()
         # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
         items = num_items_in_batch if num_items_in_batch is not None else labels.numel()
+        if task.regression:
+            return functional.mse_loss(logits, labels, reduction="sum") / items
         if task.multi_label:
             return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / items
         return (
@@ -265,6 +352,9 @@ def _loss(
 
 def _evaluate(task: Classification, logits: NDArray[np.float32], labels: NDArray[Any]) -> dict[str, float]:
     scores = task.scores(logits)
+    if task.regression:
+        numbers = classification_metrics(task, labels, scores)
+        return {"rmse": numbers["rmse"], "pearson": numbers["pearson"], "selection": -numbers["rmse"]}
     truth = labels > 0.5 if task.multi_label else np.eye(len(task.labels), dtype=bool)[labels]
     metrics = classification_metrics(task, truth, scores)
     likelihood = np.where(truth, scores, 1 - scores if task.multi_label else 1.0)

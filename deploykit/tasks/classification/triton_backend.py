@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from deploykit.artifacts import Manifest
+from deploykit.errors import DataError
 from deploykit.runtime.engines import load_engine
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.triton_requests import (
@@ -63,6 +64,11 @@ class ClassificationBackend:
                 responses[i] = refusal.response()
         answers = self._scores([rows.texts for _, rows, _ in accepted])
         for (i, rows, top_k), scores in zip(accepted, answers):
+            if isinstance(scores, DataError):
+                try:
+                    scores = self._scores_alone(rows)
+                except RefusedError as refusal:
+                    scores = refusal
             if isinstance(scores, RefusedError):
                 responses[i] = scores.response()
             else:
@@ -72,23 +78,37 @@ class ClassificationBackend:
     def close(self) -> None:
         """Nothing to end: no request outlives its ``execute``."""
 
-    def _scores(self, groups: list[list[str]]) -> Sequence[NDArray[np.float32] | RefusedError]:
+    def _scores(self, groups: list[list[str]]) -> Sequence[NDArray[np.float32] | RefusedError | DataError]:
         """Scores of each request's texts, all in one run; should that fail, each request in its own."""
         try:
             scores = self._classifier.scores([text for group in groups for text in group])
         except Exception as error:
             if len(groups) > 1:
                 return [answer for group in groups for answer in self._scores([group])]
+            if isinstance(error, DataError):
+                return [error]
             pb_utils.Logger.log_error(traceback.format_exc())  # for the operator: it is no answer to a client
             return [FailedError(error)]
         return np.split(scores, np.cumsum([len(group) for group in groups])[:-1])
 
+    def _scores_alone(self, rows: Rows) -> NDArray[np.float32]:
+        """Scores of the texts that have any; the others' rows get their errors. Raises RefusedError when none has."""
+        errors: dict[int, str] = {}
+        found = []
+        for row, text in zip(rows.good, rows.texts):
+            try:
+                found.append(self._classifier.scores([text])[0])
+            except DataError as error:
+                errors[row] = error.message
+        rows.fail(errors)
+        return np.array(found)
+
     def _top_k(self, request: Any) -> int:
-        """The request parameter ``top_k``; absent, all labels."""
+        """The request parameter ``top_k``; absent or above their number, all labels."""
         given = parameters_of(request).get("top_k", len(self._labels))
-        if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= len(self._labels):
-            raise RefusedError(f"parameter top_k must be an integer from 1 to {len(self._labels)}, not {given!r}")
-        return given
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise RefusedError(f"parameter top_k must be an integer from 1, not {given!r}")
+        return min(given, len(self._labels))
 
     def _answer(self, rows: Rows, scores: NDArray[np.float32], top_k: int, wanted: Sequence[str]) -> Any:
         good = rows.good

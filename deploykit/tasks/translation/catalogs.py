@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from deploykit.data.read import import_data_package, read_lines
+from deploykit.data.open_text import read_lines
+from deploykit.data.packages import import_data_package
 from deploykit.errors import DataError
 from deploykit.tasks.translation.languages import parse_language
 from deploykit.tasks.translation.pairs import RawPair

@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from deploykit.data.read import Record, read_lines, read_records
+from deploykit.data.open_text import read_lines
+from deploykit.data.read import read_records
+from deploykit.data.record import Record
 from deploykit.data.texts import TEXT_COLUMNS, TextRow
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.catalogs import CATALOGS, read_catalog, read_catalog_sources

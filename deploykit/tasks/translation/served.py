@@ -10,6 +10,7 @@ from deploykit.errors import UsageError
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.served import DEFAULT_URL, ServedModel, require_all
 from deploykit.runtime.serving_settings import LongInput
+from deploykit.tasks.registry import task_of
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.translated import EMPTY, Finish, Translated
 
@@ -37,7 +38,7 @@ class ServedTranslator(ServedModel):
         super().__init__(name, url, timeout=timeout, **options)
         if not isinstance(self.facts, Translation):
             self.close()
-            raise UsageError(f"{name} classifies, it does not translate", "use deploykit predict")
+            raise UsageError(f"{name} {task_of(self.facts).does}, it does not translate", "use deploykit predict")
         self.task: Translation = self.facts
 
     def translate(

@@ -13,6 +13,7 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.translation.facts import Translation
 
 if TYPE_CHECKING:
+    from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
     from deploykit.tasks.bundle import BundledTask
@@ -26,7 +27,6 @@ class _Translation:
     facts = Translation
     verb = "translate"
     does = "translates"
-    command = "translate"
     auto_model = "AutoModelForSeq2SeqLM"
     heads = ("ForConditionalGeneration", "MTModel", "MTHeadModel")
     model_types = ("marian", "m2m_100", "t5")
@@ -34,6 +34,7 @@ class _Translation:
     outputs = ("TRANSLATION", "TARGET_TOKENS")
     headline = "chrf"
     columns = ("source_column", "target_column")
+    input_columns = ("source_column",)
     settings = ("max_rows", "max_cache_mb", "long_input", "in_flight")
     instances = 1
     stream_backend = "deploykit.tasks.translation.triton_stream:StreamBackend"
@@ -96,7 +97,19 @@ class _Translation:
         self, predictor: TextTranslator, texts: Sequence[str], generation: Generation | None = None
     ) -> list[Answer]:
         # Without scores greedy search is faster.
-        return [Answer(t.text, t.target_tokens) for t in predictor.translate(texts, generation, scored=False)]
+        return [
+            Answer(
+                t.text,
+                t.target_tokens,
+                {
+                    "translation": t.text,
+                    "source_tokens": t.source_tokens,
+                    "target_tokens": t.target_tokens,
+                    "finish": t.finish,
+                },
+            )
+            for t in predictor.translate(texts, generation, scored=False)
+        ]
 
     def grade(
         self, predictor: TextTranslator, texts: Sequence[str], truth: Sequence[str], generation: Generation | None
@@ -116,6 +129,19 @@ class _Translation:
             target_column=columns.get("target_column"), encoding=encoding, split=split,
         )  # fmt: skip
         return evaluate_translator(predictor, pairs, self.override(predictor.task, generation), progress=progress)
+
+    def read_inputs(
+        self, source: str, facts: Translation, *, encoding: str | None, columns: Mapping[str, Any]
+    ) -> Iterator[TextRow]:
+        from deploykit.tasks.translation.read_pairs import read_sources
+
+        return read_sources(
+            source,
+            column=columns.get("source_column"),
+            source=facts.source,
+            prefer=facts.source_column,
+            encoding=encoding,
+        )
 
     def read_texts(
         self, source: str, facts: Translation, *, encoding: str | None, columns: Mapping[str, Any]

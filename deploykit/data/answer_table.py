@@ -1,0 +1,68 @@
+"""Write answers beside the columns of the rows that they answer, as CSV, TSV or Parquet."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploykit.data.packages import import_data_package
+
+TABLES = (".csv", ".tsv", ".parquet")
+"""The suffixes of tables."""
+
+Rows = Callable[[], Iterable[Mapping[str, object]]]
+
+
+def write_table(answers: Path, rows: Rows, out: Path) -> None:
+    """Write the answers of a file of JSON lines to the table ``out``, each beside the columns of its row.
+
+    An answer column whose name the rows already have is called "predicted_NAME". Values other than text and numbers,
+    such as the scores of all labels, are written as JSON. ``rows`` returns the rows, one for each line, each time it is
+    called.
+    """
+    own = list(dict.fromkeys(name for row in rows() for name in row))
+    found = list(dict.fromkeys(name for record in _read(answers) for name in record if name not in ("origin", "text")))
+    names = {name: f"predicted_{name}" if name in own else name for name in sorted(found, key=lambda n: n == "error")}
+
+    def table() -> Iterator[list[object]]:
+        for row, record in zip(rows(), _read(answers), strict=True):
+            yield [_cell(row.get(name)) for name in own] + [_cell(record.get(name)) for name in names]
+
+    header = [*own, *names.values()]
+    if out.suffix.lower() == ".parquet":
+        _write_parquet(header, table(), answers.with_suffix(".table"))
+    else:
+        with answers.with_suffix(".table").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if out.suffix.lower() == ".tsv" else ",", lineterminator="\n")
+            writer.writerow(header)
+            writer.writerows(["" if cell is None else cell for cell in row] for row in table())
+    answers.with_suffix(".table").replace(out)
+
+
+def _read(answers: Path) -> Iterator[dict[str, Any]]:
+    with answers.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _cell(value: object) -> object:
+    """Return a value that every kind of table can store."""
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _write_parquet(header: Sequence[str], rows: Iterator[list[object]], path: Path) -> None:
+    """Write numeric columns as numbers, and other columns as text."""
+    pyarrow, parquet = import_data_package("pyarrow"), import_data_package("pyarrow.parquet")
+    columns: list[list[object]] = [list(column) for column in zip(*rows)] or [[] for _ in header]
+    arrays = []
+    for column in columns:
+        kinds = {type(cell) for cell in column if cell is not None}
+        if kinds <= {int} or kinds <= {int, float} or kinds <= {bool}:
+            arrays.append(pyarrow.array(column))
+        else:
+            arrays.append(pyarrow.array([None if cell is None else str(cell) for cell in column], pyarrow.string()))
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=list(header)), path)

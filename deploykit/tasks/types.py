@@ -1,0 +1,76 @@
+"""Define the types that a task's methods take and return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+GraphKind = Literal["encoder", "encoder-decoder"]
+"""What an export holds: one graph that reads texts, or an encoder and a decoder that writes token by token."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of rows done and of all rows."""
+
+
+class TaskFacts(Protocol):
+    """The facts in a manifest: a frozen dataclass of JSON values and tuples, one for each task."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    name: ClassVar[str]
+    graph_kind: ClassVar[GraphKind]
+
+    @property
+    def shape_limits(self) -> Mapping[str, int]:
+        """The most that a model takes of each axis: tokens of a text (``length``), positions of a cache (``past``)."""
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        """The fields of a Hugging Face configuration that the model's head needs."""
+
+
+class Predictor(Protocol):
+    """A model that answers, in this process or on a server."""
+
+    @property
+    def task(self) -> TaskFacts: ...
+
+    def close(self) -> None:
+        """Release connections."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to one text.
+
+    ``text`` is the whole answer as one string. ``tokens`` counts the tokens that a generating model wrote, otherwise 0.
+    ``fields`` are the answer's columns in a record of ``predict``, JSON values; without any, a record has one column
+    ``answer``. A field ``score`` is the probability of the answer.
+    """
+
+    text: str
+    tokens: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """The columns of a record."""
+        return self.fields or {"answer": self.text}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of ``rows`` rows; ``skipped`` rows lacked a text or a right answer."""
+
+    metrics: dict[str, Any]
+    rows: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The answers to every text and their metrics. ``labels`` are a classifier's, None for other tasks."""
+
+    labels: tuple[str, ...] | None
+    answers: tuple[str, ...]
+    metrics: Mapping[str, Any]

@@ -1,0 +1,236 @@
+"""A task of another package (tests/packages/token_classification) goes all the way, through the ordinary commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "tests" / "packages" / "token_classification"
+TEXT = "w1 w11 w50 w22"
+LABELS = "B-PER I-PER O B-LOC"
+
+# Types several commands in one process, which imports torch once, and tells what it has imported.
+_TYPE = """
+import json, sys
+from click.testing import CliRunner
+from deploykit.cli import main
+for words in json.load(sys.stdin):
+    done = CliRunner().invoke(main, words)
+    light = not {"torch", "transformers"} & set(sys.modules)
+    print(json.dumps([done.exit_code, done.stdout, done.stderr, light]), flush=True)
+"""
+
+
+class Typed(NamedTuple):
+    """What a command gave. ``light``: torch and transformers had not been imported when it ended."""
+
+    code: int
+    out: str
+    err: str
+    light: bool
+
+
+Type = Callable[..., list[Typed]]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a process that finds the package, installed by pip into a folder of its own."""
+    folder = tmp_path_factory.mktemp("package")
+    shutil.copytree(PACKAGE, folder / "source")
+    command = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
+               "--target", str(folder / "site"), str(folder / "source"))  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    return {**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def type_all(environment: dict[str, str]) -> Type:
+    """Type commands one after the other, all in one process."""
+
+    def run(*commands: tuple[object, ...]) -> list[Typed]:
+        words = json.dumps([[str(word) for word in command] for command in commands])
+        done = subprocess.run(
+            (sys.executable, "-c", _TYPE), input=words, env=environment, capture_output=True, text=True, check=True
+        )
+        return [Typed(*json.loads(line)) for line in done.stdout.splitlines()]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences in which a word alone decides its label, as a CoNLL file."""
+    draw = random.Random(0)
+    blocks = []
+    for _ in range(240):
+        lines: list[str] = []
+        for _ in range(draw.randint(2, 5)):
+            kind = draw.random()
+            if kind < 0.35:
+                lines += [f"w{draw.randint(0, 9)} B-PER", f"w{draw.randint(10, 19)} I-PER"]
+            elif kind < 0.6:
+                lines.append(f"w{draw.randint(20, 29)} B-LOC")
+            else:
+                lines.append(f"w{draw.randint(30, 60)} O")
+        blocks.append("\n".join(lines))
+    path = tmp_path_factory.mktemp("rows") / "rows.conll"
+    path.write_text("\n\n".join(blocks) + "\n")
+    return path
+
+
+class Made(NamedTuple):
+    """The artifacts of one run, and what the commands that made them printed."""
+
+    checkpoint: Path
+    export: Path
+    repository: Path
+    typed: dict[str, Typed]
+
+
+@pytest.fixture(scope="module")
+def made(type_all: Type, rows: Path, make_tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A tiny BERT, fine-tuned, exported in fp32 and INT8, asked, measured and packaged."""
+    folder = tmp_path_factory.mktemp("made")
+    bert = make_tiny_checkpoint(folder / "bert", initializer_range=0.05)
+    checkpoint, export, repository = folder / "ner", folder / "export", folder / "models"
+    commands: dict[str, tuple[object, ...]] = {
+        "finetune": ("finetune", "--task", "token-classification", "--model", bert, "--train", rows, "--out", checkpoint,
+                     "--epochs", 6, "--learning-rate", 3e-3, "--max-length", 32, "--json"),
+        "export": ("export", checkpoint, "--out", export, "--int8", "--calibration-rows", 64, "--max-drop", 5, "--json"),
+        "predict": ("predict", "--model", checkpoint, TEXT),
+        "evaluate": ("evaluate", export, "--data", rows, "--engine", "onnxruntime", "--precision", "fp32", "--json"),
+        "package": ("package", export, "--name", "ner", "--repository", repository, "--json"),
+        "inspect": ("inspect", export),
+    }  # fmt: skip
+    typed = dict(zip(commands, type_all(*commands.values())))
+    assert {name: done.err for name, done in typed.items() if done.code} == {}
+    return Made(checkpoint, export, repository, typed)
+
+
+@pytest.fixture(scope="module")
+def served(made: Made, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of an embedded Triton that serves the model."""
+    folder = tmp_path_factory.mktemp("server")
+    ready, log = folder / "ready.json", folder / "log"
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    command = (sys.executable, "-m", "deploykit", "serve", "--repository", str(made.repository), *ports,
+               "--ready-file", str(ready))  # fmt: skip
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 120
+        while not ready.exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        yield json.loads(ready.read_text())["http"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def test_it_is_trained_and_described_by_its_own_metrics(made: Made) -> None:
+    record = json.loads(made.typed["finetune"].out)
+    assert record["labels"] == ["O", "B-LOC", "B-PER", "I-PER"]
+    assert record["metrics"]["entity_f1"] > 0.9
+    card = (made.checkpoint / "README.md").read_text()
+    assert "pipeline_tag: token-classification" in card
+    assert f"| all | {record['metrics']['entity_precision']:.3f} |" in card
+
+
+def test_it_is_exported_with_parity_and_in_int8(made: Made) -> None:
+    record = json.loads(made.typed["export"].out)
+    assert record["parity"]["max_difference"] < 1e-3
+    assert {(line["engine"], line["precision"]) for line in record["accuracy"]} == {
+        ("pytorch", "fp32"), ("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", "int8"), ("onnxruntime", "int8"),
+    }  # fmt: skip
+    assert all(line["entity_f1"] > 0.85 for line in record["accuracy"])
+    assert all(line["int8_kernels"] > 0 for line in record["accuracy"] if line["precision"] == "int8")
+    assert "label" in made.typed["inspect"].out
+    session = onnxruntime.InferenceSession(made.export / "model.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((1, 3), (4, 17)):
+        ids = np.ones(shape, np.int64)
+        assert session.run(None, {"input_ids": ids, "attention_mask": ids})[0].shape == (*shape, 4)
+
+
+def test_every_form_of_it_answers_word_by_word(made: Made, served: str, rows: Path, type_all: Type) -> None:
+    assert made.typed["predict"].out == f"{LABELS}\n"
+    local, asked, detailed, measured, *refused = type_all(
+        ("predict", "--model", made.export, TEXT, "", "w2 w12"),
+        ("predict", "--model", "ner", "--url", served, TEXT, "", "w2 w12"),
+        ("predict", "--model", "ner", "--url", served, TEXT, "--json"),
+        ("evaluate", "ner", "--url", served, "--data", rows, "--json"),
+        ("predict", "--model", "ner", "--url", served, TEXT, "--text-column", "x"),
+        ("translate", "--model", "ner", "--url", served, TEXT),
+        ("package", made.export, "--name", "other", "--repository", made.repository, "--max-rows", 5),
+    )
+    assert local.out == asked.out == f"{LABELS}\ntext 2: the text is empty\nB-PER I-PER\n"
+    assert json.loads(detailed.out)["results"][0] == {
+        "origin": "text 1",
+        "text": TEXT,
+        "words": TEXT.split(),
+        "labels": LABELS.split(),
+        "entities": [
+            {"type": "PER", "text": "w1 w11", "start": 0, "end": 2},
+            {"type": "LOC", "text": "w22", "start": 3, "end": 4},
+        ],
+    }
+    record, expected = json.loads(measured.out), json.loads(made.typed["evaluate"].out)
+    assert (record["rows"], expected["rows"]) == (240, 240)
+    assert record["metrics"]["entity_f1"] == pytest.approx(expected["metrics"]["entity_f1"], abs=0.02)
+    assert all(done.light for done in (local, asked, detailed, measured)), "a serving half imports torch"
+    assert [done.code for done in refused] == [2, 2, 2]
+    assert "--text-column is not for a model that labels words" in refused[0].err
+    assert "labels words, it does not translate" in refused[1].err
+
+
+def test_files_of_rows_are_answered_by_the_tasks_own_columns(made: Made, type_all: Type, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    records: list[dict[str, object]] = [{"mine": TEXT.split()}, {"mine": None}, {"mine": "w2 w12"}]
+    rows.write_text("".join(json.dumps(record) + "\n" for record in records))
+    words = ("predict", "--model", made.export, "--input", rows, "--output", tmp_path / "a.jsonl")
+    detected, done = type_all(words, (*words, "--words-column", "mine"))
+    assert detected.code == 1
+    assert "give --words-column" in detected.err
+    assert done.code == 0, done.err
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [answer.get("labels") for answer in answers] == [LABELS.split(), None, ["B-PER", "I-PER"]]
+    assert answers[1]["error"] == "the text is missing"
+
+
+def test_no_file_of_deploykit_names_it() -> None:
+    naming = [
+        str(path)
+        for path in (ROOT / "deploykit").rglob("*.py")
+        if path.name != "registry.py" and any(word in path.read_text() for word in ("token_class", "token-class"))
+    ]
+    assert naming == []
+
+
+def test_a_package_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "broken-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (folder / "entry_points.txt").write_text("[deploykit.tasks]\nbroken = nowhere.task:TASK\n")
+    done = subprocess.run(
+        (sys.executable, "-m", "deploykit", "evaluate", "x", "--data", "y"),
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "the task broken cannot be loaded from nowhere.task:TASK" in done.stderr
+    assert "Traceback" not in done.stderr

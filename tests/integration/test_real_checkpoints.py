@@ -1,0 +1,187 @@
+"""Checkpoints as people have them: the right answers, or a refusal before any work is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from deploykit.cli import main
+
+
+def run(*words: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two labels that words tell apart; some texts are longer than the tiny models take."""
+    from conftest import WORDS
+
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    lines = ["text,label"]
+    for i in range(120):
+        label = draw.choice(["good", "bad"])
+        words = WORDS[:100] if label == "bad" else WORDS[100:]
+        lines.append(" ".join(draw.choice(words) for _ in range(draw.randint(1, 60 if i % 3 else 12))) + f",{label}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def transformers_scores(folder: Path, texts: list[str]) -> np.ndarray[Any, Any]:
+    """What a user of transformers gets, text by text."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        logits = [model(**tokenizer(text, truncation=True, return_tensors="pt")).logits for text in texts]
+    return torch.softmax(torch.cat(logits), dim=1).numpy()
+
+
+def predicted(folder: Path, texts: list[str]) -> np.ndarray[Any, Any]:
+    from deploykit.tasks.opening import open_classifier
+
+    return open_classifier(str(folder), url="", engine="onnxruntime", precision="fp32").scores(texts)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_are_cut_on_the_checkpoints_side(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path, side: str
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    edit(folder / "tokenizer_config.json", truncation_side=side)
+    code, out = run("export", folder, "--out", tmp_path / "e", "--data", rows)
+    assert code == 0, out
+    texts = [" ".join(f"w{(7 * i + n) % 200}" for i in range(n)) for n in (3, 29, 31, 60, 100)]
+    np.testing.assert_allclose(predicted(tmp_path / "e", texts), transformers_scores(folder, texts), atol=1e-4)
+
+
+def test_an_export_that_answers_otherwise_is_refused_with_both_answers(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    from deploykit.runtime import tokenizer
+
+    monkeypatch.setattr(tokenizer.TextTokenizer, "encode", lambda self, texts: [[2, 5, 3] for _ in texts])
+    code, out = run("export", folder, "--out", tmp_path / "e", "--data", rows)
+    assert code == 1
+    assert "answers otherwise than PyTorch" in out
+    assert "PyTorch gives 'bad' (" in out or "PyTorch gives 'good' (" in out
+    assert not (tmp_path / "e").exists()
+
+
+def test_fine_tuning_goes_on_in_the_order_of_a_trained_head(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    names = {"id2label": {"0": "good", "1": "bad"}, "label2id": {"good": 0, "bad": 1}}
+    edit(folder / "config.json", **names)
+    words = ("--train", rows, "--max-steps", 1, "--learning-rate", 1e-12, "--batch-size", 4)
+    code, out = run("finetune", "--model", folder, *words, "--out", tmp_path / "r")
+    assert code == 0, out
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["id2label"] == names["id2label"]
+    texts = ["w1 w2", "w150 w151 w152"]
+    np.testing.assert_allclose(
+        transformers_scores(tmp_path / "r", texts), transformers_scores(folder, texts), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("lora", [(), ("--lora-rank", 2)])
+def test_a_head_for_other_labels_is_made_anew_and_told(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path, lora: tuple[object, ...]
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    edit(folder / "config.json", id2label={"0": "ham", "1": "spam"}, label2id={"ham": 0, "spam": 1})
+    words = ("--train", rows, "--max-steps", 1, "--learning-rate", 1e-12, "--batch-size", 4)
+    code, out = run("finetune", "--model", folder, *words, *lora, "--out", tmp_path / "r")
+    assert code == 0, out
+    assert "answers ham, spam; it is made anew, for bad, good" in out
+    if lora:  # the new head is in the adapter, and so the same at each load
+        assert run("export", tmp_path / "r", "--out", tmp_path / "e")[0] == 0
+        return
+    text = ["w1 w2 w3"]
+    difference = np.abs(transformers_scores(tmp_path / "r", text) - transformers_scores(folder, text)).max()
+    assert difference > 1e-3
+
+
+def test_a_regression_is_trained_measured_exported_and_answers_numbers(
+    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    draw = random.Random(1)
+    lines = []
+    for _ in range(200):
+        value = draw.random()
+        words = ["w1" if draw.random() < value else "w150" for _ in range(12)]
+        lines.append(f"{' '.join(words)} w{len(lines) % 40 + 20},{words.count('w1') / 4}")
+    table = tmp_path / "rows.csv"
+    table.write_text("text,stars\n" + "\n".join(lines) + "\n")
+    folder = make_tiny_checkpoint(tmp_path / "c", initializer_range=0.1)
+    words = ("--epochs", 12, "--learning-rate", 2e-3, "--batch-size", 8)
+    code, out = run("finetune", "--model", folder, "--train", table, "--regression", *words, "--out", tmp_path / "r")
+    assert code == 0, out
+    assert "Pearson" in out
+    assert "is made anew" in out
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())["test"]
+    assert set(metrics) == {"mae", "rmse", "pearson", "spearman"}
+    assert metrics["pearson"] > 0.5, "it learned something"
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert (config["problem_type"], config["id2label"]) == ("regression", {"0": "stars"})
+    code, out = run("export", tmp_path / "r", "--out", tmp_path / "e", "--int8", "--max-drop", 5)
+    assert code == 0, out
+    assert "Pearson" in out
+    code, out = run("predict", "--model", tmp_path / "e", "--precision", "fp32", "--json", "w1 w1 w1", "w150 w150")
+    assert code == 0, out
+    high, low = (float(row["label"]) for row in json.loads(out[out.index("{") :])["results"])
+    assert high > low
+    code, out = run("evaluate", tmp_path / "e", "--data", table, "--json")
+    assert code == 0, out
+    assert json.loads(out[out.index("{") :])["metrics"]["rmse"] < 2
+
+
+def test_a_label_that_is_no_number_is_named(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    code, out = run("finetune", "--model", folder, "--train", rows, "--regression", "--out", tmp_path / "r")
+    assert code == 1
+    assert "is no number" in out
+    assert "rows.csv:" in out
+
+
+def test_hidden_states_beside_the_logits_do_no_harm(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    edit(folder / "config.json", output_hidden_states=True)
+    code, out = run("finetune", "--model", folder, "--train", rows, "--max-steps", 1, "--out", tmp_path / "r")
+    assert code == 0, out
+    assert run("export", tmp_path / "r", "--out", tmp_path / "e")[0] == 0
+
+
+def test_a_model_whose_answers_padding_changes_is_refused_before_training(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c", "convbert", initializer_range=1.0)
+    code, out = run("finetune", "--model", folder, "--train", rows, "--out", tmp_path / "r")
+    assert code == 2
+    assert "models of type convbert answer otherwise when a text is padded" in out
+    assert "training on" not in out.split("error:")[1]
+    assert not (tmp_path / "r").exists()
+    shutil.rmtree(folder)

@@ -1,0 +1,1 @@
+"""Token classification for deploykit: a label for each word of a text."""

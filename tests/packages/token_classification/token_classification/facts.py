@@ -1,0 +1,48 @@
+"""Define the facts of a token classifier that travel from fine-tuning to the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from deploykit.tasks.protocol import GraphKind
+from deploykit.text import normalize
+
+OUTSIDE = "O"
+"""The label of a word that is in no entity."""
+
+
+@dataclass(frozen=True)
+class TokenClassification:
+    """A label for each word, words being what white space separates.
+
+    ``labels`` is the order of the model's outputs. ``max_length`` counts tokens, special ones included; words beyond it
+    are labelled ``O``.
+    """
+
+    name: ClassVar[str] = "token-classification"
+    graph_kind: ClassVar[GraphKind] = "encoder"
+
+    labels: tuple[str, ...]
+    max_length: int
+    pad_token_id: int
+    words_column: str = "words"
+    label_column: str = "labels"
+
+    @property
+    def shape_limits(self) -> Mapping[str, int]:
+        return {"length": self.max_length}
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: i for i, label in enumerate(self.labels)},
+        }
+
+
+def words_of(text: str) -> list[str]:
+    """Split a text into words as training and serving do."""
+    return normalize(text).split()

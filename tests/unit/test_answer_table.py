@@ -1,0 +1,50 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from deploykit.data.answer_table import write_table
+
+ROWS = [{"id": 7, "text": 'a "b", c', "label": "old"}, {"id": 8, "text": "x\ny", "tags": [1]}]
+ANSWERS = [
+    {"origin": "f:1", "text": "a", "label": "pos", "score": 0.75, "scores": {"pos": 0.75}},
+    {"origin": "f:2", "error": "the text is empty"},
+]
+
+
+def written(folder: Path, name: str) -> Path:
+    answers = folder / ".partial"
+    answers.write_text("".join(json.dumps(record) + "\n" for record in ANSWERS))
+    write_table(answers, lambda: iter(ROWS), folder / name)
+    assert {path.name for path in folder.iterdir()} == {".partial", name}
+    return folder / name
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_answers_stand_beside_the_columns_of_their_rows(tmp_path, name, delimiter):
+    with written(tmp_path, name).open(newline="", encoding="utf-8") as file:
+        first, second = csv.DictReader(file, delimiter=delimiter)
+    assert first == {
+        "id": "7", "text": 'a "b", c', "label": "old", "tags": "", "predicted_label": "pos", "score": "0.75",
+        "scores": '{"pos": 0.75}', "error": "",
+    }  # fmt: skip
+    assert (second["text"], second["tags"], second["predicted_label"], second["error"]) == (
+        "x\ny", "[1]", "", "the text is empty",
+    )  # fmt: skip
+
+
+def test_parquet_keeps_numbers(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = parquet.read_table(written(tmp_path, "a.parquet")).to_pylist()
+    assert rows[0]["id"] == 7
+    assert rows[0]["score"] == 0.75
+    assert rows[1]["predicted_label"] is None
+    assert rows[1]["error"] == "the text is empty"
+
+
+def test_as_many_answers_as_rows_or_nothing_is_written(tmp_path):
+    (tmp_path / ".partial").write_text(json.dumps(ANSWERS[0]) + "\n")
+    with pytest.raises(ValueError, match="shorter"):
+        write_table(tmp_path / ".partial", lambda: iter(ROWS), tmp_path / "a.csv")
+    assert not (tmp_path / "a.csv").exists()
