@@ -1,5 +1,4 @@
-"""One normalization of text, the same in training and in serving, so that the model sees in
-production what it was trained on."""
+"""Normalize text in the same way for training and for serving."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import re
 import unicodedata
 
 MAX_TEXT_CHARS = 1_000_000
-"""A longer text is refused rather than tokenized: no model reads it, and it would hold up the others."""
+"""Longer texts are refused: no model reads them, and tokenizing them would delay other requests."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -28,7 +27,7 @@ def is_blank(text: str) -> bool:
 
 
 def normalize(text: str) -> str:
-    """NFC; control characters become spaces, lone surrogates U+FFFD; outer white space goes."""
+    """Return the text in NFC; control characters become spaces, lone surrogates U+FFFD; outer white space is removed."""
     if text.isascii() and text.isprintable():
         return text.strip()
     text = _SURROGATE.sub("\ufffd", text)

@@ -1,5 +1,4 @@
-"""An encoder-decoder transformer as plain arrays: what a family's file reads from a checkpoint, and
-what the graph builder writes to ONNX."""
+"""An encoder-decoder transformer as plain arrays: the link between a family's checkpoint reader and the graph writer."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Linear:
-    """x @ weight + bias; ``weight`` is float32 [in, out], ``bias`` [out] or None."""
+    """x @ weight + bias; ``weight`` is float32 [in, out], ``bias`` is [out] or None."""
 
     weight: Array
     bias: Array | None = None
@@ -22,7 +21,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """Layer norm; without ``beta`` a root-mean-square norm, which subtracts no mean."""
+    """A layer norm; without ``beta``, a root-mean-square norm, which subtracts no mean."""
 
     gamma: Array
     beta: Array | None
@@ -67,10 +66,10 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """Attention biases that depend on the distance between positions alone (T5).
+    """Attention biases that depend only on the distance between positions (T5).
 
-    ``by_distance`` is float32 [heads, distances]; column ``i`` is for key position minus query
-    position ``i - zero``.
+    ``by_distance`` is float32 [heads, distances]. Column ``i`` is for a key position minus query position of ``i -
+    zero``.
     """
 
     by_distance: Array
@@ -79,13 +78,13 @@ class RelativeBias:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that determines the function of an encoder-decoder transformer.
+    """Everything that determines the function of an encoder-decoder transformer.
 
-    ``heads`` of ``head_size`` are the decoder's, which multiplies its attention scores by ``scale``.
-    ``pre_norm``: norms stand before each block (and once at the end), otherwise after it.
-    Embeddings and ``projection`` are [vocabulary, hidden]; where a family shares them they are equal,
-    and are stored once. ``positions`` are [length, hidden], row 0 for the first token, None where the
-    family has none. Logits are (decoder output x ``output_scale``) @ projection.T + ``output_bias``.
+    - ``heads`` of ``head_size`` are the decoder's, which multiplies its attention scores by ``scale``.
+    - ``pre_norm``: norms come before each block, and once at the end; otherwise after each block.
+    - Embeddings and ``projection`` are [vocabulary, hidden]. Where a family shares them they are equal, and stored once.
+    - ``positions`` are [length, hidden], row 0 for the first token; None where the family has none.
+    - Logits are (decoder output x ``output_scale``) @ projection.T + ``output_bias``.
     """
 
     encoder_heads: int
@@ -121,7 +120,7 @@ class Architecture:
 
 
 class Weights:
-    """A state dict as float32 arrays by name, and the layers that its names describe."""
+    """A state dict as float32 arrays by name, with methods that build layers from names."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self._arrays = arrays
@@ -133,13 +132,13 @@ class Weights:
         return self._arrays.get(name)
 
     def linear(self, name: str) -> Linear:
-        """PyTorch stores [out, in]."""
+        """Return the linear layer ``name``, transposed: PyTorch stores [out, in]."""
         return Linear(np.ascontiguousarray(self[f"{name}.weight"].T), self.get(f"{name}.bias"))
 
     def norm(self, name: str, epsilon: float) -> Norm:
         return Norm(self[f"{name}.weight"], self.get(f"{name}.bias"), epsilon)
 
     def attention(self, name: str, parts: Sequence[str]) -> Attention:
-        """``parts`` name the query, key, value and output layers."""
+        """Return the attention block ``name``. ``parts`` name its query, key, value and output layers."""
         query, key, value, out = (self.linear(f"{name}.{part}") for part in parts)
         return Attention(query, key, value, out)

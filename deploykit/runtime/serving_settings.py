@@ -1,4 +1,4 @@
-"""Define how Triton runs a model: the choices that config.pbtxt records."""
+"""Settings with which Triton runs a model, as config.pbtxt records them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,9 @@ _MAY_BE_ZERO = (
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How Triton runs a model: the choices that config.pbtxt records.
+    """Settings with which Triton runs a model, as config.pbtxt records them. Times are in microseconds.
 
-    ``instances`` None is what the task does best with: two for classification, one for translation.
-    ``threads`` are CPU threads per instance, 0 for twice the CPUs shared among the instances.
-    ``max_queue_size`` counts requests of a classifier and sentences of a translator.
+    For all tasks:
 
     Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
     ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to

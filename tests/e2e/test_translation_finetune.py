@@ -184,7 +184,7 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
     monkeypatch.setattr(Trace, "measured", original)
     code, out, err = deploykit(*words, "--json")
     assert code == 0, err
-    assert "e.search.json: 3 measurements of a run that did not finish are used" in err
+    assert "e.search.json: 3 measurements of an unfinished run are reused" in err
     found = json.loads(out)["quantization"]["search"]["onnxruntime"]
     assert found["kept"] == found["order"][:1] == ["decoder.projection"]
     assert found["sensitivity"][0] > 10 * found["sensitivity"][1], "each part was measured alone"

@@ -1,6 +1,6 @@
-"""Families of encoder-decoder checkpoints: one small file each, which says what its weights are.
+"""Families of encoder-decoder checkpoints, one small file each, which reads the family's weights.
 
-Adding a family: a module here with ``architecture(model, weights)``, and a line in ``FAMILIES``.
+To add a family, write a module here with ``architecture(model, weights)``, and add it to ``FAMILIES``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from deploykit.errors import ExportError
 from deploykit.graphs.architecture import Architecture, Weights
 
-# model_type of a Hugging Face config -> module here
+# model_type of a Hugging Face config -> module in this package
 FAMILIES: Mapping[str, str] = {
     "bart": "mbart",
     "m2m_100": "m2m100",
@@ -26,7 +26,7 @@ FAMILIES: Mapping[str, str] = {
 
 
 def read_architecture(model: Any) -> Architecture:
-    """What ``model`` (a Hugging Face encoder-decoder, on the CPU) computes.
+    """Read the architecture and weights of ``model``, a Hugging Face encoder-decoder on the CPU.
 
     Raises ExportError for a family that is not supported.
     """
@@ -34,7 +34,7 @@ def read_architecture(model: Any) -> Architecture:
     if kind not in FAMILIES:
         raise ExportError(
             f"translation models of type {kind!r} are not supported",
-            f"supported types: {', '.join(FAMILIES)}; see 'What has been run where' in docs",
+            f"supported types: {', '.join(FAMILIES)}; see the page 'What has been run where' in the docs",
         )
     module = importlib.import_module(f"{__name__}.{FAMILIES[kind]}")
     state = {name: np.asarray(tensor.detach().float().numpy()) for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""What the descendants of BART share: the names and order of their layers' weights.
+"""Layer names and order that the descendants of BART share.
 
 Source: Lewis et al., "BART", ACL 2020; transformers, modeling_bart.py.
 """

@@ -22,7 +22,7 @@ from deploykit.graphs.architecture import (
 
 _PARTS = ("q", "k", "v", "o")
 MAX_LENGTH = 512
-"""T5 has no longest input of its own; this is what it was trained on."""
+"""Maximum length. T5 itself has none; this is the length that it was trained with."""
 
 
 def architecture(model: Any, weights: Weights) -> Architecture:
@@ -82,7 +82,7 @@ def _norm(name: str, config: Any, weights: Weights) -> Norm:
 
 
 def _bias(stack: Any, name: str, weights: Weights) -> RelativeBias:
-    """The first layer's biases, which all layers use, for every distance up to ``MAX_LENGTH``."""
+    """Return the first layer's biases, which all layers use, for every distance up to ``MAX_LENGTH``."""
     attention = stack.block[0].layer[0].SelfAttention
     distances = torch.arange(-MAX_LENGTH + 1, MAX_LENGTH)
     buckets = attention._relative_position_bucket(
