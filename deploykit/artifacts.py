@@ -227,12 +227,12 @@ def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | N
         manifest = load_manifest(out)
     except ArtifactError as error:
         raise ArtifactError(
-            f"{out}: exists and cannot be reused: {error.message}", "choose another --output-dir, or pass --force"
+            f"{out}: already exists and cannot be reused: {error.message}", "choose another --output-dir, or pass --force"
         ) from error
     if manifest.kind == kind and manifest.inputs == inputs:
         return manifest
     raise ArtifactError(
-        f"{out}: exists, made from other inputs or options",
+        f"{out}: already exists, made from other inputs or options",
         "choose another --output-dir, or pass --force to replace it",
     )
 
