@@ -122,12 +122,15 @@ def with_adapter(model: Any, options: FinetuneOptions, task_type: str) -> Any:
     """``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022)."""
     from peft import LoraConfig, TaskType, get_peft_model
 
+    # Heads are trained whole. Of "all-linear" peft leaves out a classifier's by itself, but not those of tokens.
+    heads = [name for name in ("classifier", "score", "qa_outputs") if hasattr(model, name)]
     adapter = LoraConfig(
         task_type=TaskType[task_type],
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=0.05,
         target_modules="all-linear",
+        exclude_modules=heads if task_type in ("TOKEN_CLS", "QUESTION_ANS") else None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers about each other's next release
