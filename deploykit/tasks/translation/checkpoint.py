@@ -238,6 +238,13 @@ def translation_task(
             f"{name}: is an mBART of 25 languages, whose decoder starts with the target language",
             "give an mBART-50 checkpoint, or one of another type",
         )
+    # Marian's and BART's names of these fields, and T5's.
+    for side, fields in {
+        "encoder": ("encoder_layers", "num_layers"),
+        "decoder": ("decoder_layers", "num_decoder_layers"),
+    }.items():
+        if 0 in (getattr(config, field, None) for field in fields):
+            raise ArtifactError(f"{name}: its {side} has no layers", "give a model with layers in encoder and decoder")
     source, target = _languages_of(tokenizer, name, source, target)
     known = languages(tokenizer, family)
     for option, code in (("--source", source), ("--target", target)):
