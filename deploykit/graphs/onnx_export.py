@@ -1,4 +1,4 @@
-"""PyTorch to ONNX, one function a task."""
+"""PyTorch to ONNX."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import copy
 import io
 import tempfile
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,45 +26,64 @@ HALF_OPSET = 19
 """The first whose QuantizeLinear takes fp16: TensorRT 8.6 and later."""
 
 
-def export_classifier(model: Any, path: Path) -> None:
-    """Write the fp32 graph of a sequence classification model.
+@dataclass(frozen=True)
+class Signature:
+    """The inputs of an encoder's graph, int64 [batch, tokens], and its outputs, float32, with their dynamic axes."""
 
-    Inputs input_ids and attention_mask, int64 [batch, tokens]; output logits, float32 [batch,
-    labels]; both axes dynamic. Attention must be eager: only then are all operators standard ones.
-    Raises ExportError naming what PyTorch's exporter could not translate.
-    """
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        traced = Path(folder) / "traced.onnx"
-        _trace(model, traced, OPSET)
-        _fold_constants(traced, path)
+    inputs: tuple[str, ...]
+    outputs: Mapping[str, tuple[str, ...]]
+
+
+CLASSIFIER = Signature(("input_ids", "attention_mask"), {"logits": ("batch",)})
+
+
+def export_classifier(model: Any, path: Path) -> None:
+    """Write the fp32 graph of a sequence classification model: ``export_encoder`` with the output logits [batch, labels]."""
+    export_encoder(model, path, CLASSIFIER)
 
 
 def export_half_classifier(model: Any, path: Path, kind: torch.dtype) -> None:
-    """``export_classifier`` computing in ``kind``, float16 or bfloat16, throughout; logits are float32 all the same.
+    """``export_half_encoder`` of a sequence classification model."""
+    export_half_encoder(model, path, kind, CLASSIFIER)
+
+
+def export_encoder(model: Any, path: Path, signature: Signature) -> None:
+    """Write the fp32 graph of a model whose outputs have the names of ``signature``.
+
+    Attention must be eager: only then are all operators standard ones. Raises ExportError naming what PyTorch's exporter
+    could not translate.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        traced = Path(folder) / "traced.onnx"
+        _trace(model, traced, OPSET, signature)
+        _fold_constants(traced, path)
+
+
+def export_half_encoder(model: Any, path: Path, kind: torch.dtype, signature: Signature) -> None:
+    """``export_encoder`` computing in ``kind``, float16 or bfloat16, throughout; outputs are float32 all the same.
 
     For TensorRT, which takes types as the graph has them. ONNX Runtime would put casts into it, so it folds nothing here.
     """
-    _trace(copy.deepcopy(model).to(kind), path, HALF_OPSET)
+    _trace(copy.deepcopy(model).to(kind), path, HALF_OPSET, signature)
     onnx.checker.check_model(onnx.load(path))
 
 
-def _trace(model: Any, path: Path, opset: int) -> None:
+def _trace(model: Any, path: Path, opset: int, signature: Signature) -> None:
     example = torch.ones(2, 16, dtype=torch.long)
     try:
         with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")  # the tracer warns of each Python branch; parity is measured below
             torch.onnx.export(
-                _LogitsOnly(model).eval(),
-                (example, example),
+                _OutputsOnly(model, signature).eval(),
+                (example,) * len(signature.inputs),
                 str(path),
                 dynamo=False,  # the graph that ONNX Runtime's attention fusion recognises
                 opset_version=opset,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
+                input_names=list(signature.inputs),
+                output_names=list(signature.outputs),
                 dynamic_axes={
-                    "input_ids": {0: "batch", 1: "tokens"},
-                    "attention_mask": {0: "batch", 1: "tokens"},
-                    "logits": {0: "batch"},
+                    **{name: {0: "batch", 1: "tokens"} for name in signature.inputs},
+                    **{name: dict(enumerate(axes)) for name, axes in signature.outputs.items()},
                 },
             )
     except Exception as error:  # the exporter raises many types, all meaning the same here
@@ -72,14 +93,15 @@ def _trace(model: Any, path: Path, opset: int) -> None:
         ) from error
 
 
-class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]
-    def __init__(self, model: Any) -> None:
+class _OutputsOnly(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self, model: Any, signature: Signature) -> None:
         super().__init__()
         self.model = model
+        self._signature = signature
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits.float()
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self.model(**dict(zip(self._signature.inputs, tensors)))
+        return tuple(outputs[name].float() for name in self._signature.outputs)
 
 
 def _fold_constants(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from deploykit.metric_titles import TITLES
 
 Raw = TypeVar("Raw")
 
-POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0}
+POINTS: Mapping[str, float] = {"macro_f1": 100.0, "f1": 100.0, "bleu": 1.0, "chrf": 1.0}
 """The metrics that ``--max-drop`` limits, and how many points one of each is."""
 
 

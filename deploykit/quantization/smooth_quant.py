@@ -34,11 +34,16 @@ class SmoothedCount:
     multiplied: int
 
 
-def smoothing_scales(graph: Path, token_ids: Sequence[Sequence[int]], alpha: float) -> dict[str, NDArray[np.float32]]:
+def smoothing_scales(
+    graph: Path,
+    token_ids: Sequence[Sequence[int]],
+    alpha: float,
+    token_types: Sequence[Sequence[int]] | None = None,
+) -> dict[str, NDArray[np.float32]]:
     """The scales of each layer norm's output that goes into linear layers of a classifier's fp32 ``graph``.
 
     ``alpha`` is how much of the difficulty moves from activations (0: none) to weights (1: all).
-    Maxima of the channels are those of the tokenized rows, unpadded. Layers that read one activation (queries, keys,
+    Maxima of the channels are those of the tokenized rows, unpadded; ``token_types`` are for a graph that takes them. Layers that read one activation (queries, keys,
     values) have their weights' maxima in common. A channel that is always 0, or has no weights, stays as it is.
     """
     model = onnx.load(graph)
@@ -49,7 +54,7 @@ def smoothing_scales(graph: Path, token_ids: Sequence[Sequence[int]], alpha: flo
         highest = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
         maxima[name] = np.maximum(maxima.get(name, highest), highest)
 
-    show_activations(graph, token_ids, widen)
+    show_activations(graph, token_ids, widen, token_types)
     weights = {i.name: i for i in model.graph.initializer}
     return {
         name: _scales(maxima[name], _weight_maxima(layers, weights), alpha)
