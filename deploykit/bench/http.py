@@ -53,7 +53,8 @@ def ask_server(
     task = task_of(server.task)
     generations: Sequence[Generation | None] = server.generations or [generation] * len(texts)
     parameters = [task.request_parameters(server.task, each) for each in generations]
-    requests = encode_requests(address, server.model, texts, task.outputs, parameters)
+    inputs = [task.tensors(text) for text in texts]
+    requests = encode_requests(address, server.model, inputs, task.outputs, parameters)
     generator = _Generator(address.partition("/")[0], tls, requests, rows, timeout_s)
     if isinstance(load, int):
         loop: asyncio.AbstractEventLoop = asyncio.new_event_loop()
@@ -71,9 +72,13 @@ def ask_server(
 
 
 def encode_requests(
-    address: str, model: str, texts: Sequence[str], outputs: Sequence[str], parameters: Sequence[Mapping[str, Any]]
+    address: str,
+    model: str,
+    inputs: Sequence[Mapping[str, str]],
+    outputs: Sequence[str],
+    parameters: Sequence[Mapping[str, Any]],
 ) -> list[bytes]:
-    """One whole HTTP request for each text with its ``parameters``, asking for ``outputs``.
+    """One whole HTTP request for the text of each input tensor with its ``parameters``, asking for ``outputs``.
 
     JSON both ways, as most clients write it: for one short text, Triton's binary extension saves less
     CPU time of client and server than two rounds differ from each other.
@@ -82,9 +87,12 @@ def encode_requests(
     path = f"/{path}" if path else ""
     head = f"POST {path}/v2/models/{quote(model)}/infer HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     requests = []
-    for text, given in zip(texts, parameters):
-        tensor = {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [_SURROGATE.sub("\ufffd", text)]}
-        request: dict[str, Any] = {"inputs": [tensor], "outputs": [{"name": name} for name in outputs]}
+    for texts, given in zip(inputs, parameters):
+        tensors = [
+            {"name": name, "shape": [1, 1], "datatype": "BYTES", "data": [_SURROGATE.sub("\ufffd", text)]}
+            for name, text in texts.items()
+        ]
+        request: dict[str, Any] = {"inputs": tensors, "outputs": [{"name": name} for name in outputs]}
         if given:
             request["parameters"] = dict(given)
         body = json.dumps(request, ensure_ascii=False).encode()

@@ -167,6 +167,9 @@ class Task(Protocol):
     ) -> list[tuple[str, str | None]]:
         """Read texts, and their right answers where the source has them."""
 
+    def tensors(self, text: str) -> Mapping[str, str]:
+        """Return what a request to Triton has in each of its input tensors to ask for ``text``. Raises DataError."""
+
     def request_parameters(self, facts: Any, generation: Any) -> dict[str, Any]:
         """Return the parameters of a request to Triton that searches as ``generation`` says; None: as the model does."""
 

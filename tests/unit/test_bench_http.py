@@ -199,7 +199,7 @@ def test_no_server_is_an_error_a_request_not_an_exception() -> None:
 
 
 def test_requests_keep_the_servers_path_and_hold_whole_bytes() -> None:
-    (request,) = encode_requests("host:80/prefix", "m", ["é"], ["LABEL"], [{}])
+    (request,) = encode_requests("host:80/prefix", "m", [{"TEXT": "é"}], ["LABEL"], [{}])
     head, _, body = request.partition(b"\r\n\r\n")
     assert head.startswith(b"POST /prefix/v2/models/m/infer HTTP/1.1\r\nHost: host:80\r\n")
     assert f"Content-Length: {len(body)}".encode() in head
