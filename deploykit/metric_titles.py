@@ -7,6 +7,8 @@ from collections.abc import Mapping
 TITLES: Mapping[str, str] = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
+    "exact_match": "exact match",
+    "f1": "F1",
     "bleu": "BLEU",
     "chrf": "chrF",
     "agreement": "agreement",

@@ -19,6 +19,7 @@ _COMMANDS: Mapping[str, str] = {
     "bundle": "Write an export as one file for a Jetson, which builds and serves it.",
     "serve": "Serve a model repository with Triton.",
     "predict": "Classify texts with any model, served or not.",
+    "answer": "Answer questions about a text with any model, served or not.",
     "translate": "Translate texts with any translation model, served or not.",
     "bench": "Measure speed and memory under load.",
     "tune": "Find the settings that serve a packaged model best on this machine.",

@@ -72,7 +72,11 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--test-fraction", type=float, help="Of the rows, when there is no --test.")
 @_option("--held-out-rows", type=int, help="Split off no more than this for validation, and for test.")
 @_option("--max-rows", type=int, help="Use this many training rows; 0: all.")
-@_option("--max-length", type=int, help="In tokens; longer texts are cut, longer pairs left out.")
+@_option("--max-length", type=int, help="In tokens; longer texts are cut or read in windows, longer pairs left out.")
+@_option("--doc-stride", type=int, help="Tokens of a context that neighbouring windows share.")
+@_option("--max-answer-length", type=int, help="Longest answer, in tokens.")
+@_option("--whole-words", type=click.Choice(["auto", "yes", "no"]),
+         help="Extend answers to whole words; auto: if that is better on the validation rows.")  # fmt: skip
 @_option("--epochs", type=float)
 @_option("--max-steps", type=int, help="Optimizer steps; overrides --epochs; 0: off.")
 @_option("--batch-size", type=int)

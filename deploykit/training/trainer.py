@@ -118,8 +118,11 @@ def run(trainer: Any) -> Any:
     return model.to("cpu").float().eval()
 
 
-def with_adapter(model: Any, options: FinetuneOptions, task_type: str) -> Any:
-    """``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022)."""
+def with_adapter(model: Any, options: FinetuneOptions, task_type: str, head: str | None = None) -> Any:
+    """``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022).
+
+    ``head`` names the layer that is trained as it is, where peft does not know that by ``task_type``.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
     adapter = LoraConfig(
@@ -128,6 +131,7 @@ def with_adapter(model: Any, options: FinetuneOptions, task_type: str) -> Any:
         lora_alpha=options.lora_alpha,
         lora_dropout=0.05,
         target_modules="all-linear",
+        exclude_modules=head,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers about each other's next release
