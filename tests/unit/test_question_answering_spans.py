@@ -33,7 +33,7 @@ def answerer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tor
     def of(family: str) -> TorchAnswerer:
         if family not in made:
             made[family] = TorchAnswerer.load(
-                write_checkpoint(tmp_path_factory.mktemp(family) / "model", family, labelled=True)
+                write_checkpoint(tmp_path_factory.mktemp(family) / "model", family, sharp=True)
             )
         return made[family]
 
