@@ -15,11 +15,12 @@ import pytest
 import tritonclient.http as triton
 from tiny_answerer import WORDS, squad, write_checkpoint, write_squad
 
-from deploykit.artifacts import load_manifest
+from deploykit.artifacts import SAMPLES, load_manifest
 from deploykit.errors import RequestError, UsageError
 from deploykit.tasks.opening import open_for, open_predictor
 from deploykit.tasks.question_answering.rows import read_rows
 from deploykit.tasks.question_answering.served import ServedAnswerer
+from deploykit.tasks.registry import task_of
 from deploykit.triton.server import TritonServer
 
 Deploykit = Callable[..., tuple[int, str, str]]
@@ -248,6 +249,17 @@ def test_a_file_is_answered_in_order_and_shown_wrong_ones_first(run: Path, folde
     assert overlaps == sorted(overlaps)
     assert len(overlaps) == 10
     assert "<u>" in page
+
+
+def test_a_bundle_compares_spans_with_those_recorded(exported: Path) -> None:
+    facts = load_manifest(exported, "export").task
+    bundled = task_of(facts).bundle(facts)
+    assert set(bundled.inputs(exported / "model.onnx")) == {"input_ids", "attention_mask", "token_type_ids"}
+    texts = [text for text in bundled.read(str(exported / SAMPLES), kept=True) if text is not None]
+    model = bundled.load(exported, ("model.onnx",), "onnxruntime", {})
+    answers = bundled.answers(model, texts)
+    assert bundled.compare(answers, json.loads(json.dumps(answers)), "int8").right
+    assert not bundled.compare([["", 0, 0], *answers[1:]], answers[::-1], "fp32").right
 
 
 @pytest.mark.parametrize(

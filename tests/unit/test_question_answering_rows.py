@@ -58,6 +58,23 @@ def test_squad_versions_1_and_2_hub_rows_csv_and_json_lines_are_the_same_rows(tm
         assert len(found[0].answers.text) == (1 if path.suffix == ".csv" else 2)
 
 
+def test_rows_of_the_hubs_squad_are_read_from_a_saved_dataset_and_from_parquet(tmp_path: Path) -> None:
+    import datasets
+
+    answers = [{"text": ["Rome"], "answer_start": [13]}, {"text": [], "answer_start": []}]
+    columns = {
+        "id": ["a", "b"],
+        "title": ["t", "t"],
+        "context": ["Ann lives in Rome."] * 2,
+        "question": ["Where?", "When?"],
+    }
+    rows = datasets.Dataset.from_dict({**columns, "answers": answers})
+    rows.save_to_disk(str(tmp_path / "squad"))
+    rows.to_parquet(str(tmp_path / "squad.parquet"))
+    for path in (tmp_path / "squad", tmp_path / "squad.parquet"):
+        assert [e.answers for e in _examples(path)] == [Answers(("Rome",), (13,)), Answers()]
+
+
 def test_a_kept_split_reads_back_as_it_was(tmp_path: Path) -> None:
     from deploykit.training.rows import read_split, write_splits
 

@@ -121,6 +121,28 @@ def test_windows_are_those_of_transformers(family: str, answerer_of: Callable[[s
             assert [w.types for w in windows] == encoded["token_type_ids"]
 
 
+def test_a_tokenizer_that_pads_on_the_left_has_the_context_first(answerer_of: Callable[[str], TorchAnswerer]) -> None:
+    tiny = answerer_of("bert")
+    hub = tiny.hub_tokenizer
+    task = dataclasses.replace(tiny.task, question_first=False)
+    own = PairTokenizer.load(Path(hub.name_or_path) / "tokenizer.json", task)
+    (text,) = _contexts(1)
+    context, question = own.context(text * 2), own.question("w1 ?")
+    encoded = hub(
+        text * 2, "w1 ?", truncation="only_first", max_length=task.max_length, stride=task.doc_stride,
+        return_overflowing_tokens=True, return_token_type_ids=True,
+    )  # fmt: skip
+    windows = list(own.windows(question, context))
+    assert len(windows) > 1
+    assert [w.ids for w in windows] == encoded["input_ids"]
+    assert [w.types for w in windows] == encoded["token_type_ids"]
+    for window in windows:
+        assert (
+            window.ids[window.at : window.at + window.end - window.begin]
+            == context.ids[window.begin : window.end].tolist()
+        )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_word_is_found_again_at_its_place(family: str, answerer_of: Callable[[str], TorchAnswerer]) -> None:
     own = answerer_of(family).tokenizer

@@ -56,9 +56,10 @@ class Answerer:
 
         Raises DataError for what cannot be asked.
         """
-        (found,) = self.find([(question, context)], top_k=top_k)
-        decided = found.decide(self.task.no_answer_threshold)
-        return [*([decided] if not decided.text else []), *found.spans][:top_k]
+        (found,) = self.try_all([(question, context)], top_k=top_k)
+        if isinstance(found, DataError):
+            raise found
+        return found.answers(self.task.no_answer_threshold, top_k)
 
     def find(self, pairs: Sequence[Pair], *, top_k: int = 1) -> list[Found]:
         """Answer every pair, in order. Raises DataError naming the first that cannot be asked."""

@@ -32,8 +32,7 @@ class ServedAnswerer(ServedModel):
         (found,) = self.try_all([(question, context)], top_k=top_k)
         if isinstance(found, DataError):
             raise found
-        decided = found.decide(self.task.no_answer_threshold)
-        return [*([decided] if not decided.text else []), *found.spans][:top_k]
+        return found.answers(self.task.no_answer_threshold, top_k)
 
     def try_all(
         self, pairs: Sequence[Pair], *, top_k: int = 1, progress: Callable[[int, int], None] = lambda done, of: None

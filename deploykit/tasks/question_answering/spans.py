@@ -51,6 +51,11 @@ class Found:
             return Span("", 0, 0, self.none_score)
         return self.spans[0]
 
+    def answers(self, threshold: float | None, top_k: int) -> list[Span]:
+        """Return up to ``top_k`` spans, best first; before them the one without text where that is what is decided."""
+        decided = self.decide(threshold)
+        return [*([] if decided.text else [decided]), *self.spans][:top_k]
+
 
 @dataclass(frozen=True)
 class Candidates:
