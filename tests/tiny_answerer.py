@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,21 @@ def write_checkpoint(folder: Path, family: str = "bert", *, sharp: bool = False,
     return folder
 
 
-def squad(contexts: int = 8, questions: int = 4) -> dict[str, Any]:
-    """Return questions whose answer is the word after the one that they name, in SQuAD's JSON."""
+def squad(contexts: int = 8, questions: int = 2) -> dict[str, Any]:
+    """Return questions whose answer is the one word of the context that is among the last ten, in SQuAD's JSON."""
+    chosen = random.Random(0)
     paragraphs = []
     for c in range(contexts):
-        words = [WORDS[(7 * c + 13 * i) % len(WORDS)] for i in range(60)]
-        context = " ".join(words)
-        qas = []
-        for q in range(questions):
-            at = (11 * q + c) % 50
-            start = len(" ".join(words[: at + 1])) + 1
-            answers = [{"text": words[at + 1], "answer_start": start}]
-            qas.append({"id": f"{c}-{q}", "question": f"after {words[at]} ?", "answers": answers})
-        paragraphs.append({"context": context, "qas": qas})
+        words = chosen.choices(WORDS[:-10], k=50)
+        at = chosen.randrange(50)
+        words[at] = WORDS[-1 - c % 10]
+        answers = [{"text": words[at], "answer_start": len(" ".join([*words[:at], ""]))}]
+        qas = [{"id": f"{c}-{q}", "question": f"which one ? {WORDS[q]}", "answers": answers} for q in range(questions)]
+        paragraphs.append({"context": " ".join(words), "qas": qas})
     return {"version": "1.1", "data": [{"title": "words", "paragraphs": paragraphs}]}
 
 
-def write_squad(path: Path, contexts: int = 8, questions: int = 4) -> Path:
+def write_squad(path: Path, contexts: int = 8, questions: int = 2) -> Path:
     path.write_text(json.dumps(squad(contexts, questions)), encoding="utf-8")
     return path
 

@@ -23,7 +23,7 @@ from deploykit.cli.common import (
 )
 @click.argument("target")
 @click.option("--data", required=True, help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
-              "TMX, .po, .mo, two text files as a.en,a.fr.")  # fmt: skip
+              "TMX, .po, .mo, two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
 @click.option("--text-column", multiple=True, help="(default: the training columns, or detected)")
 @click.option("--label-column", help="(default: the training column, or detected)")
 @click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")

@@ -52,7 +52,8 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--model", help="Folder of a checkpoint, or a hub id.")
 @_option("--from-config", type=click.Choice(list(PRESETS)), help="Train a new model of this size instead.")
 @_option("--train", help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also TMX, .po, .mo, two "
-         "text files as a.en,a.fr. With --qat, by default the rows of the run that --model is.")  # fmt: skip
+         "text files as a.en,a.fr; for questions SQuAD's JSON. With --qat, by default the rows of the run that --model "
+         "is.")  # fmt: skip
 @_option("--validation", help="Rows to choose the best step by (default: split off --train).")
 @_option("--test", help="Rows to measure the result on (default: split off --train).")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the checkpoint to.")

@@ -43,8 +43,8 @@ def smoothing_scales(
     """The scales of each layer norm's output that goes into linear layers of a classifier's fp32 ``graph``.
 
     ``alpha`` is how much of the difficulty moves from activations (0: none) to weights (1: all).
-    Maxima of the channels are those of the tokenized rows, unpadded; ``token_types`` are for a graph that takes them. Layers that read one activation (queries, keys,
-    values) have their weights' maxima in common. A channel that is always 0, or has no weights, stays as it is.
+    Maxima of the channels are those of the tokenized rows, unpadded; ``token_types`` are for a graph that takes them.
+    Layers that read one activation (queries, keys, values) have their weights' maxima in common. A channel that is always 0, or has no weights, stays as it is.
     """
     model = onnx.load(graph)
     readers = _readers_of_norms(model)

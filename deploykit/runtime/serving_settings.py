@@ -23,11 +23,11 @@ _MAY_BE_ZERO = (
 class ServingSettings:
     """How Triton runs a model: the choices that config.pbtxt records.
 
-    ``instances`` None is what the task does best with: two for classification, one for translation.
+    ``instances`` None is what the task does best with: one for translation, two for others.
     ``threads`` are CPU threads per instance, 0 for twice the CPUs shared among the instances.
     ``max_queue_size`` counts requests of a classifier and sentences of a translator.
 
-    Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
+    Not of translation: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
     ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to
     ``max_batch_size``. Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
     ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer

@@ -139,7 +139,8 @@ def test_unusable_rows_are_dropped_and_counted_and_control_characters_keep_place
         [
             row(None, "text"), row("q", None), row(" ", "text"), row("q", " \r\n"),
             row("nul", nul, ("answer", nul.index("answer"))),
-            row("Twice?", "one two", ("one", 0)), row("twice? ", "one two", ("two", 4)), row("twice?", "one two", ("one", 0)),
+            row("Twice?", "one two", ("one", 0)), row("twice? ", "one two", ("two", 4)),
+            row("twice?", "one two", ("one", 0)),
             row("both", "one two", ("one", 0)), row("both", "one two"),
             row("html", "<b>bold</b> &amp; <script>", ("bold", 3)),
         ]

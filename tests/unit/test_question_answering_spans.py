@@ -19,7 +19,7 @@ from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
 from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS, QuestionAnswering
 from deploykit.tasks.question_answering.predictor import Answerer
 from deploykit.tasks.question_answering.spans import Candidates, Collector, candidates
-from deploykit.tasks.question_answering.training import label_windows
+from deploykit.tasks.question_answering.training import check_room, label_windows
 from deploykit.tasks.question_answering.windows import EncodedContext, PairTokenizer, Window
 
 QUESTIONS = ("Where is w2 ?", "它在哪？", "w1 or w3?", "Wo steht dort ein Café?")
@@ -193,7 +193,7 @@ def test_a_label_is_the_place_of_the_answer_or_the_first_token(answerer_of: Call
     assert labelled.without == len(labelled.windows) - len(whole)
     assert all(labelled.labels[i] == (0, 0) for i in range(len(labelled.windows)) if i not in whole)
     with pytest.raises(DataError, match="row 9: the question has 200 tokens"):
-        label_windows(own, [dataclasses.replace(example, question=" ".join(WORDS), origin="row 9")])
+        check_room(own, [example, dataclasses.replace(example, question=" ".join(WORDS), origin="row 9")], 32)
 
 
 def _window(context_tokens: int) -> Window:

@@ -70,8 +70,8 @@ def write(
     pairs = [(row.question, row.context) for row in rows]
     parity = check_parity(reference, engine, load_answerer(directory, task, engine), pairs)
     say(
-        f"parity with PyTorch: logits differ by at most {parity.max_difference:.1e} (mean {parity.mean_difference:.1e}) over "
-        f"{parity.windows} windows of {parity.shortest} to {parity.longest} tokens, batches of "
+        f"parity with PyTorch: logits differ by at most {parity.max_difference:.1e} (mean {parity.mean_difference:.1e}) "
+        f"over {parity.windows} windows of {parity.shortest} to {parity.longest} tokens, batches of "
         f"{', '.join(map(str, parity.batch_sizes))}; {parity.same_spans:.0%} equal spans over {parity.questions} questions"
     )
     metrics: dict[str, Any] = {"parity": parity.to_json(), "rows": len(rows)}

@@ -89,8 +89,9 @@ def scores(
     task: QuestionAnswering, answers: Sequence[str], truths: Sequence[Sequence[str]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return exact match and F1 of each answer, float64 [rows], the best over its right answers (none: no answer is)."""
-    exact, overlap = (exact_match_by_characters, f1_by_characters) if task.by_characters else (exact_match, f1)  # type: tuple[Score, Score]
-    return _best(exact, answers, truths), _best(overlap, answers, truths)
+    if task.by_characters:
+        return _best(exact_match_by_characters, answers, truths), _best(f1_by_characters, answers, truths)
+    return _best(exact_match, answers, truths), _best(f1, answers, truths)
 
 
 def _best(score: Score, answers: Sequence[str], truths: Sequence[Sequence[str]]) -> NDArray[np.float64]:

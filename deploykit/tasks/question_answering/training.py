@@ -70,6 +70,8 @@ class QuestionAnsweringStage:
         options = self._options
         model = self._model()
         answerer = TorchAnswerer(model, self._tokenizer, self._task(model, rows.splits["train"]))
+        for examples in rows.splits.values():
+            check_room(answerer.tokenizer, examples, answerer.task.doc_stride)
         labelled = label_windows(answerer.tokenizer, rows.splits["train"])
         train_set = LabelledWindows(labelled.windows, labelled.labels, answerer)
         say(
@@ -128,11 +130,22 @@ class Labelled:
     without: int
 
 
+def check_room(tokenizer: PairTokenizer, examples: Sequence[Example], doc_stride: int) -> None:
+    """Raise DataError naming the row of a question that leaves too little of a window for its context."""
+    for example in examples:
+        question = tokenizer.question(example.question)
+        if tokenizer.room(question) > doc_stride:
+            continue
+        try:
+            tokenizer.check(question, tokenizer.context(example.context))
+        except DataError as error:
+            raise DataError(f"{example.origin}: {error.message}", error.remedy) from None
+
+
 def label_windows(tokenizer: PairTokenizer, examples: Sequence[Example]) -> Labelled:
     """Cut the windows of each question, with the place of its first answer: the first token where that is not whole.
 
-    A tokenizer without a token at the beginning gives no window without an answer. Raises DataError naming the question
-    that leaves no room for its context.
+    A tokenizer without a token at the beginning gives no window without an answer.
     """
     contexts: dict[str, EncodedContext] = {}
     windows, labels, without = [], [], 0
@@ -140,10 +153,6 @@ def label_windows(tokenizer: PairTokenizer, examples: Sequence[Example]) -> Labe
         if example.context not in contexts:
             contexts[example.context] = tokenizer.context(example.context)
         context, question = contexts[example.context], tokenizer.question(example.question)
-        try:
-            tokenizer.check(question, context)
-        except DataError as error:
-            raise DataError(f"{example.origin}: {error.message}", error.remedy) from None
         tokens = None
         if example.answers.text:
             start = example.answers.answer_start[0]
