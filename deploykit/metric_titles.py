@@ -8,6 +8,8 @@ from typing import Any
 TITLES: Mapping[str, str] = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
+    "exact_match": "exact match",
+    "f1": "F1",
     "bleu": "BLEU",
     "chrf": "chrF",
     "pearson": "Pearson",

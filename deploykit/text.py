@@ -26,10 +26,13 @@ def is_blank(text: str) -> bool:
     )
 
 
+def printable(text: str) -> str:
+    """Replace control characters by spaces and lone surrogates by U+FFFD, one for one: places stay what they are."""
+    return _SURROGATE.sub("\ufffd", _CONTROL.sub(" ", text))
+
+
 def normalize(text: str) -> str:
     """Return the text in NFC; control characters become spaces, lone surrogates U+FFFD; outer white space is removed."""
     if text.isascii() and text.isprintable():
         return text.strip()
-    text = _SURROGATE.sub("\ufffd", text)
-    text = _CONTROL.sub(" ", text)
-    return unicodedata.normalize("NFC", text).strip()
+    return unicodedata.normalize("NFC", printable(text)).strip()

@@ -52,7 +52,8 @@ def ask_server(
     task = task_of(server.task)
     generations: Sequence[Generation | None] = server.generations or [generation] * len(texts)
     parameters = [task.request_parameters(server.task, each) for each in generations]
-    requests = encode_requests(address, server.model, texts, task.outputs, parameters)
+    inputs = [task.tensors(text) for text in texts]
+    requests = encode_requests(address, server.model, inputs, task.outputs, parameters)
     generator = _Generator(address.partition("/")[0], tls, requests, rows, timeout_s)
     if isinstance(load, int):
         loop: asyncio.AbstractEventLoop = asyncio.new_event_loop()
@@ -70,9 +71,13 @@ def ask_server(
 
 
 def encode_requests(
-    address: str, model: str, texts: Sequence[str], outputs: Sequence[str], parameters: Sequence[Mapping[str, Any]]
+    address: str,
+    model: str,
+    inputs: Sequence[Mapping[str, str]],
+    outputs: Sequence[str],
+    parameters: Sequence[Mapping[str, Any]],
 ) -> list[bytes]:
-    """Return an HTTP request for each text with its ``parameters``, requesting ``outputs``.
+    """Return an HTTP request for the texts of each input tensor with its ``parameters``, requesting ``outputs``.
 
     Requests and responses are JSON, as most clients use it. For one short text, Triton's binary extension saves less
     CPU time than two rounds differ by.
@@ -81,9 +86,12 @@ def encode_requests(
     path = f"/{path}" if path else ""
     head = f"POST {path}/v2/models/{quote(model)}/infer HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     requests = []
-    for text, given in zip(texts, parameters):
-        tensor = {"name": "TEXT", "shape": [1, 1], "datatype": "BYTES", "data": [_SURROGATE.sub("\ufffd", text)]}
-        request: dict[str, Any] = {"inputs": [tensor], "outputs": [{"name": name} for name in outputs]}
+    for texts, given in zip(inputs, parameters):
+        tensors = [
+            {"name": name, "shape": [1, 1], "datatype": "BYTES", "data": [_SURROGATE.sub("\ufffd", text)]}
+            for name, text in texts.items()
+        ]
+        request: dict[str, Any] = {"inputs": tensors, "outputs": [{"name": name} for name in outputs]}
         if given:
             request["parameters"] = dict(given)
         body = json.dumps(request, ensure_ascii=False).encode()

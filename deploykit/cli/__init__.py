@@ -21,6 +21,7 @@ _COMMANDS: Mapping[str, str] = {
     "unpack": "Verify and unpack such a file.",
     "serve": "Serve a model repository with Triton.",
     "predict": "Answer texts with a served or local model of any task.",
+    "answer": "Answer questions about a text, with their places in it.",
     "translate": "Translate texts with a served or local model.",
     "bench": "Measure speed and memory under load.",
     "compare": "Print what became faster or slower between two measurements.",

@@ -25,7 +25,7 @@ from deploykit.cli.common import (
 )
 @click.argument("target")
 @click.option("--data", required=True, help="Rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
-              "TMX, .po, .mo, or two text files as a.en,a.fr.")  # fmt: skip
+              "TMX, .po, .mo, or two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
 @column_options()
 @option(
     "--dataset-split", "split", aliases=["--split"], default="test", show_default=True, help="Split of an HF dataset."

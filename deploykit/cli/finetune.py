@@ -83,7 +83,8 @@ def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
 @click.option("--task", type=click.Choice(list(OPTIONS)), default=DEFAULT, show_default=True)
 @_option("--from-config", type=click.Choice(list(PRESETS)), help="Train a new model of this size, in place of TARGET.")
 @_option("--train", help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also TMX, .po, .mo, two "
-         "text files as a.en,a.fr. With --qat, by default the rows of the run that TARGET is.")  # fmt: skip
+         "text files as a.en,a.fr; for questions SQuAD's JSON. With --qat, by default the rows of the run that TARGET "
+         "is.")  # fmt: skip
 @_option("--validation", help="Rows to choose the best step by (default: split off --train).")
 @_option("--test", help="Rows to measure the result on (default: split off --train).")
 @OUTPUT_DIR
@@ -108,8 +109,12 @@ def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
 @_option("--test-fraction", type=float, help="Of the rows, when there is no --test.")
 @_option("--held-out-rows", type=int, help="Split off no more than this for validation, and for test.")
 @_option("--max-train-samples", type=int, help="Use this many training rows; 0: all.")
-@_option("--max-length", type=int, help="In tokens; longer texts are cut, longer pairs left out. 0: 128, or what the "
-         "model takes where that is less.")  # fmt: skip
+@_option("--max-length", type=int, help="In tokens; longer texts are cut or read in windows, longer pairs left out. 0: "
+         "128, or what the model takes where that is less.")  # fmt: skip
+@_option("--doc-stride", type=int, help="Tokens of a context that neighbouring windows share.")
+@_option("--max-answer-length", type=int, help="Longest answer, in tokens.")
+@_option("--whole-words", type=click.Choice(["auto", "yes", "no"]),
+         help="Extend answers to whole words; auto: if that is better on the validation rows.")  # fmt: skip
 @_option("--num-train-epochs", type=float)
 @_option("--max-steps", type=int, help="Optimizer steps; overrides --num-train-epochs; 0: off.")
 @_option("--per-device-train-batch-size", type=int)

@@ -27,7 +27,11 @@ from deploykit.errors import DataError, UsageError
     help="Answer TEXTS, or the rows of a file, with TARGET: a checkpoint, an export, a packaged model, or a served model's name."
 )
 @target_and_texts
-@click.option("--input", "source", help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet.")
+@click.option(
+    "--input",
+    "source",
+    help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet; for questions SQuAD's JSON.",
+)
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
 @column_options(inputs_only=True)
 @generation_options

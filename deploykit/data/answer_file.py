@@ -147,8 +147,8 @@ def source_digest(source: str) -> str:
     return artifacts.digest_path(Path(source)) if Path(source).exists() else source
 
 
-def too_long(text: str | None) -> str | None:
+def too_long(text: str | None, most: int = MAX_TEXT_CHARS) -> str | None:
     """Return why a text is refused for its length, or None."""
-    if text is not None and len(text) > MAX_TEXT_CHARS:
-        return f"the text has {len(text):,} characters, more than {MAX_TEXT_CHARS:,}"
+    if text is not None and len(text) > most:
+        return f"the text has {len(text):,} characters, more than {most:,}"
     return None

@@ -8,6 +8,8 @@ import io
 import json
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +27,47 @@ HALF_OPSET = 19
 """The first operator set whose QuantizeLinear accepts fp16: TensorRT 8.6 and later."""
 
 
+@dataclass(frozen=True)
+class Signature:
+    """The inputs of an encoder's graph, int64 [batch, tokens], and its outputs, float32, with their dynamic axes."""
+
+    inputs: tuple[str, ...]
+    outputs: Mapping[str, tuple[str, ...]]
+
+
 def export_classifier(model: Any, path: Path) -> None:
     """Write the fp32 graph of a model that classifies texts or their tokens.
 
     Inputs: input_ids and attention_mask, int64 [batch, tokens]. Output: logits, float32 [batch, labels] or [batch,
-    tokens, labels]. Batch and tokens are dynamic. Attention must be eager, or the graph would have non-standard
-    operators. Raises ExportError naming what PyTorch's exporter cannot translate.
+    tokens, labels]. Otherwise as ``export_encoder``.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        traced = Path(folder) / "traced.onnx"
-        _trace(model, traced, OPSET)
-        _fold_constants(traced, path)
+    export_encoder(model, path, _classifier_signature(model))
 
 
 def export_half_classifier(model: Any, path: Path, kind: torch.dtype) -> None:
-    """Write the graph of ``export_classifier`` in ``kind``, float16 or bfloat16; logits are still float32.
+    """Write the graph of ``export_classifier`` in ``kind``, float16 or bfloat16; logits are still float32."""
+    export_half_encoder(model, path, kind, _classifier_signature(model))
+
+
+def export_encoder(model: Any, path: Path, signature: Signature) -> None:
+    """Write the fp32 graph of a model whose outputs have the names of ``signature``.
+
+    Batch and tokens are dynamic. Attention must be eager, or the graph would have non-standard operators. Raises
+    ExportError naming what PyTorch's exporter cannot translate.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        traced = Path(folder) / "traced.onnx"
+        _trace(model, traced, OPSET, signature)
+        _fold_constants(traced, path)
+
+
+def export_half_encoder(model: Any, path: Path, kind: torch.dtype, signature: Signature) -> None:
+    """Write the graph of ``export_encoder`` in ``kind``, float16 or bfloat16; outputs are still float32.
 
     It is for TensorRT, which uses the types in the graph. ONNX Runtime would insert casts, so it does not fold
     constants here.
     """
-    _trace(copy.deepcopy(model).to(kind), path, HALF_OPSET)
+    _trace(copy.deepcopy(model).to(kind), path, HALF_OPSET, signature)
     onnx.checker.check_model(onnx.load(path))
 
 
@@ -62,29 +85,46 @@ def save_hub_files(model: Any, tokenizer: Any, directory: Path) -> None:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _trace(model: Any, path: Path, opset: int) -> None:
-    example = torch.ones(2, 16, dtype=torch.long)
+def _classifier_signature(model: Any) -> Signature:
+    inputs = ("input_ids", "attention_mask")
+    with _explained(model), torch.no_grad():
+        logits = model.eval()(**dict(zip(inputs, _examples(model, 2)))).logits
+    return Signature(inputs, {"logits": ("batch", "tokens") if logits.ndim == 3 else ("batch",)})
+
+
+def _examples(model: Any, count: int) -> tuple[torch.Tensor, ...]:
+    """Return token ids and ``count`` - 1 other inputs."""
+    input_ids = torch.ones(2, 16, dtype=torch.long)
+    others = (torch.ones_like(input_ids),) * (count - 1)
     if isinstance(end := getattr(model.config, "eos_token_id", None), int):
-        example[:, -1] = end  # BART's head reads the last end token
-    wrapped = _LogitsOnly(model).eval()
+        input_ids[:, -1] = end  # BART's head reads the last end token
+    return input_ids, *others
+
+
+def _trace(model: Any, path: Path, opset: int, signature: Signature) -> None:
+    with _explained(model), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(
+            _OutputsOnly(model, signature).eval(),
+            _examples(model, len(signature.inputs)),
+            str(path),
+            dynamo=False,  # ONNX Runtime's attention fusion recognizes this graph
+            opset_version=opset,
+            input_names=list(signature.inputs),
+            output_names=list(signature.outputs),
+            dynamic_axes={
+                **{name: {0: "batch", 1: "tokens"} for name in signature.inputs},
+                **{name: dict(enumerate(axes)) for name, axes in signature.outputs.items()},
+            },
+        )
+
+
+@contextlib.contextmanager
+def _explained(model: Any) -> Iterator[None]:
+    """Raise what PyTorch cannot run or trace of a model as ExportError."""
     try:
-        with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns of each Python branch; the parity check covers that
-            by_token = wrapped(example, example).ndim == 3
-            torch.onnx.export(
-                wrapped,
-                (example, example),
-                str(path),
-                dynamo=False,  # ONNX Runtime's attention fusion recognizes this graph
-                opset_version=opset,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
-                dynamic_axes={
-                    "input_ids": {0: "batch", 1: "tokens"},
-                    "attention_mask": {0: "batch", 1: "tokens"},
-                    "logits": {0: "batch", 1: "tokens"} if by_token else {0: "batch"},
-                },
-            )
+            yield
     except Exception as error:  # the exporter raises many types
         raise ExportError(
             f"PyTorch cannot export {type(model).__name__} to ONNX: {str(error).strip().splitlines()[0]}",
@@ -92,14 +132,15 @@ def _trace(model: Any, path: Path, opset: int) -> None:
         ) from error
 
 
-class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]
-    def __init__(self, model: Any) -> None:
+class _OutputsOnly(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self, model: Any, signature: Signature) -> None:
         super().__init__()
         self.model = model
+        self._signature = signature
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits.float()
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self.model(**dict(zip(self._signature.inputs, tensors)))
+        return tuple(getattr(outputs, name).float() for name in self._signature.outputs)
 
 
 def _fold_constants(source: Path, target: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +10,27 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploykit.quantization.calibration import Observe, equal_length_batches
+from deploykit.quantization.calibration import Observe, equal_length_rows
 from deploykit.quantization.qdq import linear_layers
 
 
-def show_activations(graph: Path, token_ids: Sequence[Sequence[int]], observe: Observe) -> None:
+def show_activations(
+    graph: Path,
+    token_ids: Sequence[Sequence[int]],
+    observe: Observe,
+    token_types: Sequence[Sequence[int]] | None = None,
+) -> None:
     """Run tokenized rows, unpadded, through the fp32 ``graph``, and call ``observe`` with the inputs of linear layers.
 
-    Only inputs with a row for each token are observed.
+    Only inputs with a row for each token are observed. ``token_types`` are for a graph that takes them.
     """
     session, names = _session_with_activations(graph)
-    for batch in equal_length_batches(token_ids):
-        for name, values in _activations(session, names, batch):
+    for rows in equal_length_rows(token_ids):
+        input_ids = np.array([token_ids[row] for row in rows], np.int64)
+        inputs = {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)}
+        if token_types is not None:
+            inputs["token_type_ids"] = np.array([token_types[row] for row in rows], np.int64)
+        for name, values in _activations(session, names, inputs):
             observe(name, values)
 
 
@@ -36,10 +45,9 @@ def _session_with_activations(graph: Path) -> tuple[ort.InferenceSession, list[s
 
 
 def _activations(
-    session: ort.InferenceSession, names: Sequence[str], input_ids: NDArray[np.int64]
+    session: ort.InferenceSession, names: Sequence[str], inputs: Mapping[str, NDArray[np.int64]]
 ) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    inputs = {"input_ids": input_ids, "attention_mask": np.ones_like(input_ids)}
-    tokens = input_ids.size
-    for name, values in zip(names, session.run(list(names), inputs)):
-        if values.size // values.shape[-1] == tokens and (values.ndim > 2 or input_ids.shape[1] > 1):
+    rows, length = inputs["input_ids"].shape
+    for name, values in zip(names, session.run(list(names), dict(inputs))):
+        if values.size // values.shape[-1] == rows * length and (values.ndim > 2 or length > 1):
             yield name, values

@@ -240,10 +240,16 @@ def _nonempty(low: float, high: float) -> tuple[float, float]:
 
 def equal_length_batches(token_ids: Sequence[Sequence[int]]) -> Iterator[NDArray[np.int64]]:
     """Yield batches int64 [rows, length] without padding, bounded in tokens."""
-    by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
-    for ids in token_ids:
-        by_length[len(ids)].append(ids)
+    for rows in equal_length_rows(token_ids):
+        yield np.array([token_ids[row] for row in rows], np.int64)
+
+
+def equal_length_rows(token_ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield the numbers of rows that ``equal_length_batches`` runs together."""
+    by_length: dict[int, list[int]] = defaultdict(list)
+    for row, ids in enumerate(token_ids):
+        by_length[len(ids)].append(row)
     for length, rows in sorted(by_length.items()):
         size = max(1, _TOKENS_PER_BATCH // length)
         for start in range(0, len(rows), size):
-            yield np.array(rows[start : start + size], np.int64)
+            yield rows[start : start + size]

@@ -34,12 +34,18 @@ class SmoothedCount:
     multiplied: int
 
 
-def smoothing_scales(graph: Path, token_ids: Sequence[Sequence[int]], alpha: float) -> dict[str, NDArray[np.float32]]:
-    """Return the scales of each layer norm's output that linear layers of a classifier's fp32 ``graph`` read.
+def smoothing_scales(
+    graph: Path,
+    token_ids: Sequence[Sequence[int]],
+    alpha: float,
+    token_types: Sequence[Sequence[int]] | None = None,
+) -> dict[str, NDArray[np.float32]]:
+    """Return the scales of each layer norm's output that linear layers of an encoder's fp32 ``graph`` read.
 
     ``alpha`` sets how much of the difficulty moves from activations (0: none) to weights (1: all). Channel maxima are
-    those of the tokenized rows, unpadded. Layers that read one activation (queries, keys, values) share their weights'
-    maxima. A channel that is always 0, or has no weights, is left unchanged.
+    those of the tokenized rows, unpadded; ``token_types`` are for a graph that takes them. Layers that read one
+    activation (queries, keys, values) share their weights' maxima. A channel that is always 0, or has no weights, is
+    left unchanged.
     """
     model = onnx.load(graph)
     readers = _readers_of_norms(model)
@@ -49,7 +55,7 @@ def smoothing_scales(graph: Path, token_ids: Sequence[Sequence[int]], alpha: flo
         highest = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
         maxima[name] = np.maximum(maxima.get(name, highest), highest)
 
-    show_activations(graph, token_ids, widen)
+    show_activations(graph, token_ids, widen, token_types)
     weights = {i.name: i for i in model.graph.initializer}
     return {
         name: _scales(maxima[name], _weight_maxima(layers, weights), alpha)

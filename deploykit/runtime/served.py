@@ -24,7 +24,7 @@ from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of_parameters
 
 _MAX_REQUEST_BYTES = 8 << 20  # well below Triton's limit of 64 MiB for a request's body
-_FIRST_ROW = "row 0 of TEXT: "  # prefix of the error for a request without a valid row
+_FIRST_ROW = re.compile(r"row 0 of [A-Z]+: ")  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # Triton's messages while it reloads a model whose process died.
 _RELOADING = re.compile(r"is not healthy|is not found|no available versions|is not ready|unloaded|UNAVAILABLE")
@@ -119,10 +119,11 @@ class ServedModel:
             try:
                 return infer(chunk)
             except RequestError as error:
-                if error.status != 400 or not error.message.startswith(_FIRST_ROW):
+                found = _FIRST_ROW.match(error.message)
+                if error.status != 400 or found is None:
                     raise
                 if len(chunk) == 1:
-                    return [failed(error.message.removeprefix(_FIRST_ROW))]
+                    return [failed(error.message[found.end() :])]
                 # Every row is bad, but the error names the first only.
                 return [row for one in chunk for row in ask([one])]
 
@@ -143,14 +144,16 @@ class ServedModel:
             yield chunk
 
     def _infer(
-        self, chunk: list[bytes], names: Sequence[str], parameters: Mapping[str, Any] | None = None
+        self, inputs: Mapping[str, Sequence[bytes]], names: Sequence[str], parameters: Mapping[str, Any] | None = None
     ) -> list[NDArray[Any]]:
-        """Return the outputs ``names`` for a chunk of texts, one row for each."""
-        text = triton.InferInput("TEXT", [len(chunk), 1], "BYTES")
-        text.set_data_from_numpy(np.array(chunk, np.object_).reshape(-1, 1))
+        """Return the outputs ``names`` for the texts of each input, a row each."""
+        tensors = []
+        for name, texts in inputs.items():
+            tensors.append(triton.InferInput(name, [len(texts), 1], "BYTES"))
+            tensors[-1].set_data_from_numpy(np.array(texts, np.object_).reshape(-1, 1))
         outputs = [triton.InferRequestedOutput(name) for name in names]
         body, json_size = triton.InferenceServerClient.generate_request_body(
-            [text], outputs=outputs, parameters=parameters or None
+            tensors, outputs=outputs, parameters=parameters or None
         )
         answer = self._ask("POST", "infer", body, json_size, patience=self._patience)
         return [answer.as_numpy(name) for name in names]

@@ -10,7 +10,7 @@ from deploykit.errors import UsageError
 DEFAULT_URL = "http://127.0.0.1:8000"
 """HTTP address of a server on this machine."""
 LongInput = Literal["split", "refuse"]
-"""What becomes of a text that is longer than the model takes: split at sentence ends, or refused."""
+"""How to handle a text that is too long for the model: split it at sentence ends, or refuse it."""
 Split = Literal["sentence", "paragraph", "none"]
 """Which pieces of a text are translated one by one: its sentences, its lines, or the whole of it."""
 _MAY_BE_ZERO = (
@@ -29,7 +29,7 @@ class ServingSettings:
 
     For all tasks:
 
-    Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
+    Not of translation: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
     ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to
     ``max_batch_size``. Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
     ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer

@@ -44,15 +44,16 @@ class FailedError(RefusedError):
 
 
 class Rows:
-    """The texts of one request, with an error ("" for none) for each row.
+    """The texts that one request has in the input ``name``, with an error ("" for none) for each row.
 
     Raises RefusedError when no row is valid.
     """
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, name: str = INPUT["name"]) -> None:
+        self._name = name
         self.errors: list[str] = []
         self._texts: list[str] = []
-        for value in pb_utils.get_input_tensor_by_name(request, INPUT["name"]).as_numpy().reshape(-1):
+        for value in pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1):
             text = error = ""
             try:
                 text = value.decode()
@@ -82,7 +83,9 @@ class Rows:
 
     def _require_one(self) -> None:
         if not self.good:
-            raise RefusedError(f"row 0 of TEXT: {self.errors[0]}" if self.errors else "TEXT has no rows")
+            raise RefusedError(
+                f"row 0 of {self._name}: {self.errors[0]}" if self.errors else f"{self._name} has no rows"
+            )
 
 
 def parameters_of(request: Any) -> dict[str, Any]:

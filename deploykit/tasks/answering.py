@@ -23,7 +23,7 @@ from deploykit.data.texts import TextRow, row_columns
 from deploykit.errors import DataError, RequestError, UsageError
 from deploykit.tasks.protocol import Answer, Predictor, Progress
 from deploykit.tasks.registry import task_of
-from deploykit.text import normalize
+from deploykit.text import printable
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,28 @@ class AnsweredRow:
         """Return origin, text and the answer's columns; or origin and error."""
         if self.answer is None:
             return {"origin": self.origin, "error": self.error}
-        return {"origin": self.origin, "text": self.text, **self.answer.columns}
+        return {"origin": self.origin, **(self.answer.asked or {"text": self.text}), **self.answer.columns}
 
     def line(self) -> str:
         """Return the row for a terminal: the answer; of one with a score, the answer, its score and the text."""
         if self.answer is None:
             return f"{self.origin}: {self.error}"
         score = self.answer.columns.get("score")
-        return self.answer.text if score is None else f"{self.answer.text or '-':<16} {score:.4f}  {self.text}"
+        asked = " ".join(self.answer.asked.values()) or self.text
+        return self.answer.text if score is None else f"{self.answer.text or '-':<16} {score:.4f}  {asked}"
 
 
 def rows_of(texts: Sequence[str]) -> list[TextRow]:
     """Return texts as rows, named by their numbers from 1; one without a character has a problem."""
     return [
         TextRow(f"text {i}", text or None, None if text else "the text is empty")
-        for i, text in enumerate(map(normalize, texts), start=1)
+        for i, text in enumerate((printable(text).strip() for text in texts), start=1)
     ]
 
 
 def answer_rows(predictor: Predictor, rows: Sequence[TextRow], generation: Any = None) -> list[AnsweredRow]:
     """Answer each row. A row that has a problem, is too long or is refused fails alone."""
-    problems = [row.problem or too_long(row.text) for row in rows]
+    problems = [row.problem or too_long(row.text, predictor.task.max_chars) for row in rows]
     good = [row.text or "" for row, problem in zip(rows, problems) if problem is None]
     answers = iter(_answer(predictor, good, generation) if good else ())
     found = []
@@ -118,4 +119,5 @@ def _answer(predictor: Predictor, texts: Sequence[str], generation: Any) -> list
             raise
         if len(texts) == 1:
             return [error.message]
-        return [answer for text in texts for answer in _answer(predictor, [text], generation)]
+        half = len(texts) // 2
+        return [*_answer(predictor, texts[:half], generation), *_answer(predictor, texts[half:], generation)]

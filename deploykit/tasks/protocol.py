@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from deploykit.tasks.types import Answer, Evaluation, Grade, GraphKind, Predictor, Progress, TaskFacts
+from deploykit.tasks.types import Answer, Evaluation, Grade, GraphKind, Options, Predictor, Progress, TaskFacts
 
 if TYPE_CHECKING:
     from deploykit.data.texts import TextRow
@@ -80,8 +80,7 @@ class Serving(Protocol):
     """Processes of a served model that do best by default."""
 
     def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
-        """Return config.pbtxt with the settings ``values`` and the facts' JSON ``record``; of NAME_stream, ``streams``
-        is the model whose answers it sends."""
+        """Return config.pbtxt with the settings ``values`` and facts ``record``; NAME_stream sends ``streams``' answers."""
 
     def open_checkpoint(self, path: Path) -> Predictor:
         """Load a Hugging Face checkpoint in PyTorch."""
@@ -103,15 +102,16 @@ class Measuring(Protocol):
     input_columns: tuple[str, ...]
     """Those of them that a text is read from."""
 
-    def read_inputs(
-        self, source: str, facts: Any, *, encoding: str | None, columns: Mapping[str, Any]
-    ) -> Iterator[TextRow]:
+    def read_inputs(self, source: str, facts: Any, *, encoding: str | None, columns: Options) -> Iterator[TextRow]:
         """Stream the texts to answer: a row for every row of ``source``, with its text or the problem with it."""
 
     def read_texts(
-        self, source: str, facts: Any, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: Any, *, encoding: str | None, columns: Options
     ) -> list[tuple[str, str | None]]:
         """Read texts, and their right answers where the source has them."""
+
+    def tensors(self, text: str) -> Mapping[str, str]:
+        """Return what a request to Triton has in each of its input tensors to ask for ``text``. Raises DataError."""
 
     def answer(self, predictor: Any, texts: Sequence[str], generation: Any = None) -> list[Answer]:
         """Ask for all texts in one call."""
@@ -120,8 +120,8 @@ class Measuring(Protocol):
         """Ask for all texts in calls of a usual size, and compare. Raises DataError for truth that no answer can be."""
 
     def evaluate(
-        self, predictor: Any, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
-        generation: Mapping[str, Any], progress: Progress,
+        self, predictor: Any, source: str, *, split: str, encoding: str | None, columns: Options,
+        generation: Options, progress: Progress,
     ) -> Evaluation:  # fmt: skip
         """Measure on the labelled rows of ``source``. ``columns`` are options of ``columns``, given or None."""
 

@@ -26,6 +26,7 @@ DEFAULT = "classification"
 _OWN: Mapping[str, str] = {
     "classification": "deploykit.tasks.classification.task:TASK",
     "translation": "deploykit.tasks.translation.task:TASK",
+    "question-answering": "deploykit.tasks.question_answering.task:TASK",
 }
 
 

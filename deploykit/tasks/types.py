@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Literal, Protocol
 GraphKind = Literal["encoder", "encoder-decoder"]
 """What an export holds: one graph that reads texts, or an encoder and a decoder that writes token by token."""
 
+Options = Mapping[str, Any]
+"""Options of a command by name, those that were not given None."""
+
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and of all rows."""
 
@@ -19,6 +22,8 @@ class TaskFacts(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
     graph_kind: ClassVar[GraphKind]
+    max_chars: ClassVar[int]
+    """The most characters of a text; one with more is refused."""
 
     @property
     def shape_limits(self) -> Mapping[str, int]:
@@ -45,12 +50,14 @@ class Answer:
 
     ``text`` is the whole answer as one string. ``tokens`` counts the tokens that a generating model wrote, otherwise 0.
     ``fields`` are the answer's columns in a record of ``predict``, JSON values; without any, a record has one column
-    ``answer``. A field ``score`` is the probability of the answer.
+    ``answer``. A field ``score`` is the probability of the answer. ``asked`` are columns that a record has in place of
+    ``text``, where the text is several inputs in one.
     """
 
     text: str
     tokens: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
+    asked: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def columns(self) -> Mapping[str, Any]:

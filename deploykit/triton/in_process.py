@@ -66,10 +66,14 @@ class TritonModelException(EngineError):
 
 
 class InferenceRequest:
-    """A request: texts, object [rows, 1] of bytes; requested outputs; parameters. ``answer`` will hold the response."""
+    """A request: texts of each input, object [rows, 1] of bytes; requested outputs; parameters. ``answer`` will hold the
+    response."""
 
-    def __init__(self, texts: NDArray[Any], outputs: Sequence[str], parameters: Mapping[str, Any]) -> None:
+    def __init__(
+        self, texts: Mapping[str, NDArray[Any]], outputs: Sequence[str], parameters: Mapping[str, Any]
+    ) -> None:
         self.texts, self._outputs, self._parameters = texts, tuple(outputs), json.dumps(parameters)
+        self.rows = len(next(iter(texts.values())))
         self.answer: Future[InferenceResponse] = Future()
 
     def requested_output_names(self) -> tuple[str, ...]:
@@ -128,7 +132,7 @@ class Metric:
 
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor:
-    return Tensor(name, request.texts)
+    return Tensor(name, request.texts[name])
 
 
 class InProcessModel:
@@ -174,11 +178,11 @@ class InProcessModel:
     def _work(self) -> None:
         item = self._queue.get()
         while item is not None:
-            batch, rows = [item], len(item.texts)
+            batch, rows = [item], item.rows
             with contextlib.suppress(queue.Empty):
                 while rows < self.max_batch_size and (item := self._queue.get_nowait()) is not None:
                     batch.append(item)
-                    rows += len(item.texts)
+                    rows += item.rows
             try:
                 responses = self._model.execute(batch) or ()  # None: the backend answers them later
             except Exception as error:  # only this batch failed

@@ -78,7 +78,7 @@ def _answer(model: InProcessModel, method: str, path: str, body: bytes, header_l
     if found["what"] is None:
         return _json(_metadata(model))
     request = _read_request(body, header_length)
-    texts = _texts(request, body, header_length, model.max_batch_size)
+    texts = _texts(request, body, header_length, model)
     wanted = _wanted(request, model)
     response = model.infer(InferenceRequest(texts, list(wanted), _parameters(request)))
     if (error := response.error()) is not None:
@@ -123,54 +123,71 @@ def _parameters(tensor: Mapping[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _texts(request: Mapping[str, Any], body: bytes, header_length: int | None, most: int) -> NDArray[Any]:
-    inputs = request["inputs"]
-    if [t.get("name") for t in inputs] != ["TEXT"]:
-        raise _Bad(f"expected 1 input, TEXT, but got {[t.get('name') for t in inputs]}")
-    (text,) = inputs
-    if text.get("datatype") != "BYTES":
-        raise _Bad(f"input TEXT must be BYTES, not {text.get('datatype')}")
-    size = _parameters(text).get("binary_data_size")
+def _texts(
+    request: Mapping[str, Any], body: bytes, header_length: int | None, model: InProcessModel
+) -> dict[str, NDArray[Any]]:
+    """The texts of each of the model's inputs, as many of each; binary ones follow the JSON in the request's order."""
+    names = [tensor["name"] for tensor in model.config["input"]]
+    given = [t.get("name") for t in request["inputs"]]
+    if sorted(map(str, given)) != sorted(names):
+        raise _Bad(f"expected {len(names)} input{'s' * (len(names) > 1)}, {', '.join(names)}, but got {given}")
+    binary = memoryview(body)[len(body) if header_length is None else header_length :]
+    found = {}
+    for tensor in request["inputs"]:
+        found[tensor["name"]], binary = _input(tensor, binary, model.max_batch_size)
+    if len(binary):
+        raise _Bad(f"{len(binary)} bytes of binary data follow the inputs")
+    if len({len(texts) for texts in found.values()}) > 1:
+        raise _Bad(f"the inputs {', '.join(names)} have unlike numbers of rows")
+    return found
+
+
+def _input(tensor: Mapping[str, Any], binary: memoryview, most: int) -> tuple[NDArray[Any], memoryview]:
+    """One input's texts, object [rows, 1] of bytes, and what is left of the binary data."""
+    name = tensor["name"]
+    if tensor.get("datatype") != "BYTES":
+        raise _Bad(f"input {name} must be BYTES, not {tensor.get('datatype')}")
+    size = _parameters(tensor).get("binary_data_size")
     if size is None:
-        values = [_encoded(value) for value in _flat(text.get("data"))]
-    elif header_length is None or size != len(body) - header_length:
-        raise _Bad(f"input TEXT has {len(body) - (header_length or len(body))} bytes of binary data, not {size}")
+        values = [_encoded(name, value) for value in _flat(name, tensor.get("data"))]
+    elif isinstance(size, bool) or not isinstance(size, int) or not 0 <= size <= len(binary):
+        raise _Bad(f"input {name} has {len(binary)} bytes of binary data, not {size}")
     else:
-        values = list(_unpack(memoryview(body)[header_length:]))
-    if text.get("shape") != [len(values), 1]:
-        raise _Bad(f"input TEXT has the shape {text.get('shape')}, but {len(values)} elements: give [rows, 1]")
+        values, binary = list(_unpack(name, binary[:size])), binary[size:]
+    if tensor.get("shape") != [len(values), 1]:
+        raise _Bad(f"input {name} has the shape {tensor.get('shape')}, but {len(values)} elements: give [rows, 1]")
     if len(values) > most:
         raise _Bad(f"inference request batch-size must be <= {most}, not {len(values)}")
-    return np.array(values, np.object_).reshape(-1, 1)
+    return np.array(values, np.object_).reshape(-1, 1), binary
 
 
-def _flat(data: Any) -> Iterator[Any]:
+def _flat(name: str, data: Any) -> Iterator[Any]:
     """Return JSON's nested lists flattened in row-major order."""
     if not isinstance(data, list):
-        raise _Bad("input TEXT has no list of data")
+        raise _Bad(f"input {name} has no list of data")
     for value in data:
         if isinstance(value, list):
-            yield from _flat(value)
+            yield from _flat(name, value)
         else:
             yield value
 
 
-def _encoded(value: Any) -> bytes:
+def _encoded(name: str, value: Any) -> bytes:
     if not isinstance(value, str):
-        raise _Bad(f"input TEXT holds {json.dumps(value)[:50]}, which is not a string")
+        raise _Bad(f"input {name} holds {json.dumps(value)[:50]}, which is not a string")
     return value.encode("utf-8", "surrogatepass")
 
 
-def _unpack(data: memoryview) -> Iterator[bytes]:
+def _unpack(name: str, data: memoryview) -> Iterator[bytes]:
     """Yield BYTES elements: each has a length, 4 bytes little-endian, then its bytes."""
     position = 0
     while position < len(data):
         if position + 4 > len(data):
-            raise _Bad("input TEXT: the binary data end inside a length")
+            raise _Bad(f"input {name}: the binary data end inside a length")
         (length,) = struct.unpack_from("<I", data, position)
         position += 4 + length
         if position > len(data):
-            raise _Bad("input TEXT: the binary data end inside an element")
+            raise _Bad(f"input {name}: the binary data end inside an element")
         yield bytes(data[position - length : position])
 
 

@@ -139,7 +139,7 @@ def test_a_translator_is_asked_for_translations_and_their_tokens() -> None:
     fake = FakeTriton("ok", "503", "no answer", task=TRANSLATION)
     m = ask(fake, ClosedLoop(2), generation=override(TRANSLATION, {"beam_size": 4, "length_penalty": 0.5}))
     assert fake.parameters == {"beam_size": 4, "length_penalty": "0.5"}
-    assert set(m.error_examples) == {"503 queue is full", "the answer has neither LABEL nor TRANSLATION"}
+    assert set(m.error_examples) == {"503 queue is full", "the answer has neither LABEL nor TRANSLATION nor ANSWER"}
     assert set(m.answers.values()) <= {"good", "bad", "表情 😀", 'quote " and \\ and \ufffd'}
     assert m.tokens == 3 * len(m.latencies_ms) > 0
     assert m.tokens_per_s == pytest.approx(3 * m.throughput_per_s)
@@ -164,7 +164,7 @@ def test_refusals_and_lost_connections_are_errors_with_their_message() -> None:
     assert set(m.error_examples) == {
         "503 queue is full",
         "the server closed the connection without an answer",
-        "the answer has neither LABEL nor TRANSLATION",
+        "the answer has neither LABEL nor TRANSLATION nor ANSWER",
     }
     assert m.requests - m.errors == fake.sent_ok
     assert m.requests == len(fake.asked)
@@ -199,7 +199,7 @@ def test_no_server_is_an_error_a_request_not_an_exception() -> None:
 
 
 def test_requests_keep_the_servers_path_and_hold_whole_bytes() -> None:
-    (request,) = encode_requests("host:80/prefix", "m", ["é"], ["LABEL"], [{}])
+    (request,) = encode_requests("host:80/prefix", "m", [{"TEXT": "é"}], ["LABEL"], [{}])
     head, _, body = request.partition(b"\r\n\r\n")
     assert head.startswith(b"POST /prefix/v2/models/m/infer HTTP/1.1\r\nHost: host:80\r\n")
     assert f"Content-Length: {len(body)}".encode() in head

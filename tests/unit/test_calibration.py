@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from deploykit.artifacts import write_manifest
 from deploykit.errors import ArtifactError, ExportError
 from deploykit.quantization.calibration import BINS, METHODS, Calibration, Histogram, clipped_range, load_calibration
+from deploykit.quantization.encoder import TokenRows, calibrate_encoder
 from deploykit.quantization.qdq import activation_parameters, linear_layers, quantize, quantize_weight
 from deploykit.runtime.engines.onnxruntime import session_options
-from deploykit.tasks.classification.calibration import calibrate_tokens
 from deploykit.tasks.classification.facts import Classification
 
 
@@ -97,7 +97,7 @@ def tiny_graph(path: Path, *, gemm: bool = False) -> np.ndarray:
 def test_calibration_sees_every_token_and_no_padding(tmp_path: Path) -> None:
     table = tiny_graph(tmp_path / "m.onnx")
     rows = [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
-    calibration = calibrate_tokens(tmp_path / "m.onnx", rows, "digest")
+    calibration = calibrate_encoder(tmp_path / "m.onnx", TokenRows(rows, "digest"))
     assert list(calibration.histograms) == ["embedded"], "layers after pooling stay fp32"
     histogram = calibration.histograms["embedded"]
     seen = table[np.concatenate(rows)]
@@ -115,7 +115,7 @@ def save(calibration: Calibration, folder: Path, parent: str) -> Path:
 
 def test_a_saved_calibration_gives_the_same_ranges(tmp_path: Path) -> None:
     tiny_graph(tmp_path / "m.onnx")
-    calibration = calibrate_tokens(tmp_path / "m.onnx", [[1, 2, 3], [4]], "digest")
+    calibration = calibrate_encoder(tmp_path / "m.onnx", TokenRows([[1, 2, 3], [4]], "digest"))
     loaded = load_calibration(save(calibration, tmp_path / "c", "mine"), "mine")
     assert loaded.to_json() == calibration.to_json()
     assert loaded.to_json()["rows_digest"] == "digest"
@@ -128,7 +128,7 @@ def test_a_saved_calibration_gives_the_same_ranges(tmp_path: Path) -> None:
 
 def test_a_calibration_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     tiny_graph(tmp_path / "m.onnx")
-    saved = save(calibrate_tokens(tmp_path / "m.onnx", [[1]], "digest"), tmp_path / "c", "theirs")
+    saved = save(calibrate_encoder(tmp_path / "m.onnx", TokenRows([[1]], "digest")), tmp_path / "c", "theirs")
     with pytest.raises(ArtifactError, match=r"of another checkpoint \(theirs, not mine\)") as refused:
         load_calibration(saved, "mine")
     assert "deploykit calibrate" in (refused.value.remedy or "")
@@ -136,7 +136,7 @@ def test_a_calibration_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_a_graph_without_a_layer_for_int8_is_an_error(tiny_export: Path) -> None:
     with pytest.raises(ExportError, match="no layer can be quantized"):
-        calibrate_tokens(tiny_export / "model.onnx", [[1, 2, 3]], "digest")
+        calibrate_encoder(tiny_export / "model.onnx", TokenRows([[1, 2, 3]], "digest"))
 
 
 @pytest.mark.parametrize("scheme", ["s8s8", "u8s8"])

@@ -12,10 +12,10 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
+from deploykit.quantization.encoder import TokenRows, calibrate_encoder
 from deploykit.quantization.qdq import Scheme, linear_layers, quantize
 from deploykit.quantization.smooth_quant import Scales, smooth, smoothed, smoothing_scales
 from deploykit.runtime.engines.onnxruntime import session_options
-from deploykit.tasks.classification.calibration import calibrate_tokens
 
 OUTLIERS = [3, 17]
 CALIBRATION = 64
@@ -39,7 +39,7 @@ class Case:
 
     def agreement(self, graph: Path, scheme: Scheme) -> float:
         """Share of the texts that the graph in INT8 answers as the fp32 model does, which puts half of them in each class."""
-        calibration = calibrate_tokens(graph, self.token_ids[:CALIBRATION], "rows")
+        calibration = calibrate_encoder(graph, TokenRows(self.token_ids[:CALIBRATION], "rows"))
         quantized, count = quantize(onnx.load(graph), calibration.ranges("minmax"), scheme)
         assert count.linear_layers == 12
         margins, expected = (x[:, 1] - x[:, 0] for x in (run(quantized, self.token_ids), self.logits))

@@ -16,6 +16,7 @@ import pytest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.tasks import registry
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.translation.facts import Translation
 
 
@@ -32,6 +33,8 @@ from deploykit.tasks.translation.facts import Translation
         # No task claims that head: optimum knows which class of transformers loads it.
         ({"model_type": "encoder-decoder", "architectures": ["EncoderDecoderModel"]}, "translation"),
         ({"model_type": "marian", "architectures": ["OfNoLibraryModel"]}, "translation"),
+        ({"model_type": "bert", "architectures": ["BertForQuestionAnswering"]}, "question-answering"),
+        ({"model_type": "flaubert", "architectures": ["FlaubertForQuestionAnsweringSimple"]}, "question-answering"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_is_for_the_task_of_its_head(config: dict[str, object], task: str, tmp_path: Path) -> None:
@@ -52,6 +55,7 @@ def test_an_adapter_without_a_config_is_a_classifiers(tmp_path: Path) -> None:
 def test_facts_come_back_from_a_manifest_as_they_were() -> None:
     for facts in (
         Classification(("a", "b"), 64, 0, multi_label=True),
+        QuestionAnswering(384, 128, 0, no_answer_threshold=-1.5),
         Translation("en", "fr", "marian", 100, 64, 64, 1, (0,), 1, languages=("fr",)),
     ):
         assert registry.task_from_json(json.loads(json.dumps(registry.task_to_json(facts)))) == facts
@@ -100,7 +104,7 @@ def test_a_task_that_cannot_be_imported_is_named_with_its_module(monkeypatch: py
 
 @pytest.mark.usefixtures("added")
 def test_a_task_of_another_package_is_found_by_name_head_and_manifest(tmp_path: Path) -> None:
-    assert registry.task_names() == ["classification", "translation", "words"]
+    assert registry.task_names() == ["classification", "translation", "question-answering", "words"]
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForTokenClassification"]}))
     assert registry.task_of_checkpoint(tmp_path).name == "words"
     assert registry.task_from_json({"name": "words", "labels": ["x", "y"]}) == Words(("x", "y"))

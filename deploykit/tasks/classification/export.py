@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,15 +20,23 @@ from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, S
 from deploykit.graphs.onnx_export import export_classifier, export_half_classifier, save_hub_files
 from deploykit.measurement_log import Trace
 from deploykit.quantization.calibration import Calibration
+from deploykit.quantization.encoder import (
+    SCHEMES,
+    Calibrated,
+    GraphQuantizer,
+    Quantizer,
+    activations_of,
+    calibrate_smoothed,
+)
 from deploykit.quantization.grading import Grader, Line
-from deploykit.quantization.qdq import QuantizedCount, Ranges, Scheme, quantize
+from deploykit.quantization.qdq import Ranges
 from deploykit.quantization.search import SAMPLE, Search, hold_limit
-from deploykit.quantization.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
+from deploykit.quantization.smooth_quant import Scales, smooth
 from deploykit.quantization.tables import render
 from deploykit.runtime.engines import ENGINES, NATIVE_FILE, load_engine
 from deploykit.runtime.engines.protocol import Engine, Precision
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
-from deploykit.tasks.classification.calibration import activations_of, calibrate, tokenized
+from deploykit.tasks.classification.calibration import token_rows
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.encoders import EncoderClassifier, read_encoder
 from deploykit.tasks.classification.evaluate import labelled_rows
@@ -43,7 +50,6 @@ from deploykit.tensorrt.build import GRAPHS, EngineOptions, build_engine, plan
 from deploykit.training.qat import TrainedScales
 from deploykit.training.trained_ranges import trained_ranges
 
-_SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
 _GRAPH = "model.onnx"
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -184,38 +190,6 @@ class _Grader(Grader[NDArray[np.float32]]):
         return load_classifier(self._directory, self._task, engine).scores(self._texts if texts is None else texts)
 
 
-class _Quantizer(Protocol):
-    """``parts`` are what can be INT8."""
-
-    parts: list[str]
-
-    def write(self, parts: Collection[str]) -> Any:
-        """Write the model with these in INT8, the others as they are."""
-
-
-class _GraphQuantizer:
-    """Writes the Q/DQ graph of one scheme. Its parts are activations: the layers that read one are INT8 together."""
-
-    def __init__(
-        self,
-        model: onnx.ModelProto,
-        path: Path,
-        scheme: Scheme,
-        ranges: Ranges,
-        *,
-        embeddings: bool = True,
-    ) -> None:
-        self._model = model
-        self._path, self._scheme, self._ranges, self._embeddings = path, scheme, ranges, embeddings
-        self.parts = list(ranges)
-
-    def write(self, parts: Collection[str]) -> QuantizedCount:
-        ranges = {name: self._ranges[name] for name in self._ranges if name in parts}
-        quantized, count = quantize(self._model, ranges, self._scheme, embeddings=self._embeddings)
-        onnx.save(quantized, self._path)
-        return count
-
-
 class _NativeQuantizer:
     """Writes the weights of deploykit's own engine. Its parts are layers; it needs no ranges."""
 
@@ -227,38 +201,17 @@ class _NativeQuantizer:
         save_native_classifier(self._path, self._encoder, parts)
 
 
-@dataclass(frozen=True)
-class _Calibrated:
-    """What rows put into the linear layers of the fp32 ``model``, whose activations were divided by ``smoothing``."""
-
-    model: onnx.ModelProto
-    calibration: Calibration
-    smoothing: Scales = field(default_factory=dict)
-    smoothed: SmoothedCount | None = None
-
-
 def _calibrate(
     checkpoint: Path, directory: Path, task: Classification, saved: Calibration | None, options: ExportOptions, say: Say
-) -> _Calibrated:
+) -> Calibrated:
     """Collect what was not ``saved``. Raises ExportError where SmoothQuant finds nothing to smooth."""
     graph = directory / _GRAPH
     if saved is not None:
-        saved.check(activations_of(directory))
-        return _Calibrated(onnx.load(graph), saved)
+        saved.check(activations_of(graph))
+        return Calibrated(onnx.load(graph), saved)
     texts = calibration_texts(checkpoint, task, options)
     say(f"calibrating on {options.calibration}")
-    if options.smooth_quant is None:
-        return _Calibrated(onnx.load(graph), calibrate(directory, task, texts))
-    scales = smoothing_scales(graph, tokenized(directory, task, texts), options.smooth_quant)
-    if not scales:
-        raise ExportError("--smooth-quant: no layer norm of this model feeds a linear layer", "leave it out")
-    model, count = smooth(onnx.load(graph), scales)
-    say(f"SmoothQuant: {count.folded} activations by the norm before them, {count.multiplied} by a Mul of their own")
-    smoothed = directory / "smoothed.onnx"
-    onnx.save(model, smoothed)
-    calibration = calibrate(directory, task, texts, smoothed.name)
-    smoothed.unlink()
-    return _Calibrated(model, calibration, scales, count)
+    return calibrate_smoothed(graph, token_rows(directory, task, texts), options.smooth_quant, say)
 
 
 def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
@@ -270,7 +223,7 @@ def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
 
 
 def _quantize(
-    calibrated: _Calibrated, trained: TrainedScales | None, directory: Path, reference: TorchClassifier,
+    calibrated: Calibrated, trained: TrainedScales | None, directory: Path, reference: TorchClassifier,
     options: ExportOptions, grader: _Grader, remedy: str, trace: Trace, say: Say,
 ) -> tuple[dict[str, Any], Ranges]:  # fmt: skip
     """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
@@ -286,13 +239,13 @@ def _quantize(
         say(f"{len(ranges)} activations have the ranges that the checkpoint was trained with")
     calibration.save(directory)
     calibration.save_ranges(directory, method, ranges)
-    graphs = {scheme: _GraphQuantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in _SCHEMES}
+    graphs = {scheme: GraphQuantizer(model, directory / f"model.{scheme}.onnx", scheme, ranges) for scheme in SCHEMES}
     whole, *_ = [quantizer.write(ranges) for quantizer in graphs.values()]
     say(
         f"quantized {whole.linear_layers} linear layers ({whole.quantize_nodes} QuantizeLinear, "
         f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"
     )
-    quantizers: dict[str, _Quantizer] = {f"model.{scheme}.onnx": quantizer for scheme, quantizer in graphs.items()}
+    quantizers: dict[str, Quantizer] = {f"model.{scheme}.onnx": quantizer for scheme, quantizer in graphs.items()}
     if (native := _native_quantizer(reference, directory, say)) is not None:
         native.write(native.parts)
         quantizers[NATIVE_FILE] = native
@@ -327,7 +280,7 @@ def _native_quantizer(reference: TorchClassifier, directory: Path, say: Say) -> 
 
 
 def _hold_limit(
-    engine: str, quantizer: _Quantizer, options: ExportOptions, grader: _Grader, remedy: str, trace: Trace, say: Say
+    engine: str, quantizer: Quantizer, options: ExportOptions, grader: _Grader, remedy: str, trace: Trace, say: Say
 ) -> Search | None:
     """Of the quantizer's parts, leave as few as hold the limit in fp32."""
 
@@ -361,7 +314,7 @@ def _build_engines(
             half = directory / "half.onnx"
             export_half_classifier(reference.model, half, torch.float16)
             model, _ = smooth(onnx.load(half), smoothing)
-            count = _GraphQuantizer(model, graph, "s8s8", ranges, embeddings=False).write(ranges)
+            count = GraphQuantizer(model, graph, "s8s8", ranges, embeddings=False).write(ranges)
             half.unlink()
             say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
         remedy = "leave this --precision out, try another --method"

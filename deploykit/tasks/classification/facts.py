@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.tasks.protocol import GraphKind
+from deploykit.text import MAX_TEXT_CHARS
 
 LABEL_SEPARATOR = "|"
 """Between the labels of one row of a multi-label model, in data files and in answers."""
@@ -26,6 +27,7 @@ class Classification:
 
     name: ClassVar[str] = "classification"
     graph_kind: ClassVar[GraphKind] = "encoder"
+    max_chars: ClassVar[int] = MAX_TEXT_CHARS
 
     labels: tuple[str, ...]
     max_length: int

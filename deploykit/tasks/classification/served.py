@@ -48,7 +48,7 @@ class ServedClassifier(ServedModel):
         nothing = np.zeros(len(self.task.labels), np.float32)
 
         def infer(chunk: list[bytes]) -> list[RowResult]:
-            labels, scores, errors = self._infer(chunk, ("LABEL", "SCORES", "ERROR"))
+            labels, scores, errors = self._infer({"TEXT": chunk}, ("LABEL", "SCORES", "ERROR"))
             return [
                 RowResult(label.decode(), row, error.decode())
                 for label, row, error in zip(labels.reshape(-1), scores, errors.reshape(-1))

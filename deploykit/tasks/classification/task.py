@@ -128,6 +128,9 @@ class _Classification:
 
         return texts_and_labels(source, facts, columns.get("text_column") or (), columns.get("label_column"), encoding)
 
+    def tensors(self, text: str) -> Mapping[str, str]:
+        return {"TEXT": text}
+
     def request_parameters(self, facts: Classification, generation: None) -> dict[str, Any]:
         return {}
 

@@ -16,6 +16,7 @@ from deploykit.errors import DataError
 from deploykit.runtime.engines import load_engine
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.triton_requests import (
+    INPUT,
     CancelledError,
     FailedError,
     RefusedError,
@@ -30,6 +31,7 @@ from deploykit.tasks.classification.predictor import load_classifier
 
 
 class ClassificationBackend:
+    inputs: Sequence[Mapping[str, Any]] = (INPUT,)
     outputs: Sequence[Mapping[str, Any]] = (
         {"name": "LABEL", "data_type": "TYPE_STRING", "dims": [1]},
         {"name": "SCORES", "data_type": "TYPE_FP32", "dims": [-1]},

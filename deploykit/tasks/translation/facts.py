@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from deploykit.runtime.generation import Generation
 from deploykit.tasks.protocol import GraphKind
+from deploykit.text import MAX_TEXT_CHARS
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Translation:
 
     name: ClassVar[str] = "translation"
     graph_kind: ClassVar[GraphKind] = "encoder-decoder"
+    max_chars: ClassVar[int] = MAX_TEXT_CHARS
 
     source: str
     target: str

@@ -76,7 +76,7 @@ class ServedTranslator(ServedModel):
         names = ["TRANSLATION", "SOURCE_TOKENS", "TARGET_TOKENS", "FINISH", "ERROR", *(["SCORE"] if scored else [])]
 
         def infer(chunk: list[bytes]) -> list[TranslatedRow]:
-            columns = [column.reshape(-1).tolist() for column in self._infer(chunk, names, parameters)]
+            columns = [column.reshape(-1).tolist() for column in self._infer({"TEXT": chunk}, names, parameters)]
             scores = columns[5] if scored else [0.0] * len(chunk)
             return [
                 TranslatedRow(

@@ -151,6 +151,9 @@ class _Translation:
 
         return texts_and_references(source, facts, columns.get("source_column"), columns.get("target_column"), encoding)
 
+    def tensors(self, text: str) -> Mapping[str, str]:
+        return {"TEXT": text}
+
     def request_parameters(self, facts: Translation, generation: Generation | None) -> dict[str, Any]:
         from deploykit.tasks.translation.served import request_parameters
 

@@ -26,6 +26,7 @@ from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, RENAMED, Generation, override
 from deploykit.runtime.serving_settings import LongInput, Split
 from deploykit.runtime.triton_requests import (
+    INPUT,
     CancelledError,
     FailedError,
     RefusedError,
@@ -48,6 +49,7 @@ _NOT_WHOLE = ("length_penalty", "repetition_penalty")  # Triton has no such para
 
 
 class TranslationBackend:
+    inputs: Sequence[Mapping[str, Any]] = (INPUT,)
     outputs: Sequence[Mapping[str, Any]] = (
         {"name": "TRANSLATION", "data_type": "TYPE_STRING", "dims": [1]},
         {"name": "SCORE", "data_type": "TYPE_FP32", "dims": [1]},

@@ -32,6 +32,7 @@ _OF_SENTENCE = ("TRANSLATION", "SCORE", "SOURCE_TOKENS", "TARGET_TOKENS", "FINIS
 
 
 class StreamBackend:
+    inputs: Sequence[Mapping[str, Any]] = (INPUT,)
     outputs: Sequence[Mapping[str, Any]] = (
         {"name": "TRANSLATION", "data_type": "TYPE_STRING", "dims": [1]},
         {"name": "INDEX", "data_type": "TYPE_INT32", "dims": [1]},

@@ -22,7 +22,7 @@ import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest, load_manifest
 from deploykit.errors import DeploykitError
-from deploykit.runtime.triton_requests import INPUT, text_parameter
+from deploykit.runtime.triton_requests import text_parameter
 from deploykit.tasks.protocol import Task
 from deploykit.tasks.registry import DEFAULT, get_task, task_of
 
@@ -32,8 +32,9 @@ with contextlib.suppress(locale.Error):
 
 
 class Backend(Protocol):
-    """The part of the backend that a task implements. ``outputs`` are in the form of config.pbtxt."""
+    """The part of the backend that a task implements. ``inputs`` and ``outputs`` are in the form of config.pbtxt."""
 
+    inputs: Sequence[Mapping[str, Any]]
     outputs: Sequence[Mapping[str, Any]]
 
     def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
@@ -61,7 +62,8 @@ class TritonPythonModel:
             config.set_max_batch_size(64)
             if "max_queue_delay_us" in task.settings:
                 config.set_dynamic_batching()
-        config.add_input(dict(INPUT))
+        for tensor in _backend(task, streams).inputs:
+            config.add_input(dict(tensor))
         present = {output["name"] for output in record["output"]}
         for output in _backend(task, streams).outputs:
             if output["name"] not in present:  # a present one is more specific: it has the number of labels

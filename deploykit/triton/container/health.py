@@ -11,8 +11,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-_TEXT = {"inputs": [{"name": "TEXT", "datatype": "BYTES", "shape": [1, 1], "data": ["a"]}]}
-
 
 def check(folder: Path, url: str) -> list[str]:
     """Return a line for each model that did not answer. Streaming models are skipped: they only forward requests."""
@@ -21,7 +19,10 @@ def check(folder: Path, url: str) -> list[str]:
         try:
             config = _call(f"{url}/v2/models/{model}/config")
             if not config.get("model_transaction_policy", {}).get("decoupled"):
-                _call(f"{url}/v2/models/{model}/infer", json.dumps(_TEXT).encode())
+                inputs = [
+                    {"name": t["name"], "datatype": "BYTES", "shape": [1, 1], "data": ["a"]} for t in config["input"]
+                ]
+                _call(f"{url}/v2/models/{model}/infer", json.dumps({"inputs": inputs}).encode())
         except (OSError, ValueError) as error:
             problems.append(f"{model}: {error}")
     return problems

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from deploykit.tasks.protocol import GraphKind
-from deploykit.text import normalize
+from deploykit.text import MAX_TEXT_CHARS, normalize
 
 OUTSIDE = "O"
 """The label of a word that is in no entity."""
@@ -23,6 +23,7 @@ class TokenClassification:
 
     name: ClassVar[str] = "token-classification"
     graph_kind: ClassVar[GraphKind] = "encoder"
+    max_chars: ClassVar[int] = MAX_TEXT_CHARS
 
     labels: tuple[str, ...]
     max_length: int

@@ -24,7 +24,7 @@ class ServedTagger(ServedModel):
         """Return the labels of each text's words. Raises RequestError if any text has none."""
 
         def infer(chunk: list[bytes]) -> list[tuple[str, str]]:
-            labels, errors = self._infer(chunk, ("LABELS", "ERROR"))
+            labels, errors = self._infer({"TEXT": chunk}, ("LABELS", "ERROR"))
             return [(a.decode(), b.decode()) for a, b in zip(labels.reshape(-1), errors.reshape(-1))]
 
         rows = self._rows(texts, infer, lambda error: ("", error))

@@ -147,6 +147,9 @@ class _TokenClassification:
         if generation:
             raise UsageError(f"{next(iter(generation))} is for a model that generates", "leave it out")
 
+    def tensors(self, text: str) -> Mapping[str, str]:
+        return {"TEXT": text}
+
     def request_parameters(self, facts: TokenClassification, generation: None) -> dict[str, Any]:
         return {}
 

@@ -13,6 +13,7 @@ from deploykit.artifacts import Manifest
 from deploykit.runtime.engines import load_engine
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.triton_requests import (
+    INPUT,
     CancelledError,
     FailedError,
     RefusedError,
@@ -26,6 +27,7 @@ from token_classification.tagger import load_tagger
 
 
 class TokenClassificationBackend:
+    inputs: Sequence[Mapping[str, Any]] = (INPUT,)
     outputs: Sequence[Mapping[str, Any]] = (
         {"name": "LABELS", "data_type": "TYPE_STRING", "dims": [1]},
         {"name": "ERROR", "data_type": "TYPE_STRING", "dims": [1]},

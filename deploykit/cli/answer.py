@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit.cli.common import (
+    ENCODING,
+    ENGINE,
+    FORCE,
+    PRECISION,
+    SERVER_URL,
+    THREADS,
+    Result,
+    deploykit_command,
+    progress_bar,
+)
+from deploykit.errors import DataError, UsageError
+
+
+@deploykit_command(help="Answer questions about a text with TARGET: a checkpoint, an export, a packaged model, or a served model's "
+                   "name.")  # fmt: skip
+@click.argument("target")
+@click.option("--question", "questions", multiple=True, help="May be repeated.")
+@click.option("--context", type=click.Path(path_type=Path), help="File of the text.")
+@click.option("--input", "source", help="Questions with contexts: SQuAD's JSON, csv, tsv, jsonl, parquet.")
+@click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
+@click.option("--top-k", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers to a question.")
+@click.option("--page", type=click.Path(path_type=Path), help="HTML page of the answers to --input in their contexts, "
+              "wrong ones first.")  # fmt: skip
+@ENCODING
+@FORCE
+@SERVER_URL
+@ENGINE
+@PRECISION
+@THREADS
+def command(
+    *,
+    target: str,
+    questions: tuple[str, ...],
+    context: Path | None,
+    source: str | None,
+    output: Path | None,
+    top_k: int,
+    page: Path | None,
+    encoding: str | None,
+    force: bool,
+    **where: Any,
+) -> Result:
+    if bool(questions) == bool(source) or bool(questions) != bool(context):
+        raise UsageError(
+            "give --question with --context, or --input", 'deploykit answer TARGET --question "..." --context FILE'
+        )
+    if bool(source) != bool(output or page):
+        raise UsageError("--input needs --output or --page, and they need it", "name both")
+
+    from deploykit.data.open_text import read_lines
+    from deploykit.data.texts import TextRow
+    from deploykit.tasks.answering import answer_rows, answer_source
+    from deploykit.tasks.opening import identity_of, open_for
+    from deploykit.tasks.question_answering.facts import as_text
+    from deploykit.tasks.question_answering.page import write_page
+
+    predictor: Any = open_for("question-answering", target, **where)
+    try:
+        if context is not None:
+            text = "".join(read_lines(context, encoding, newline=""))
+            rows = [TextRow(f"question {i}", as_text(q, text), None) for i, q in enumerate(questions, start=1)]
+            records = [row.to_json() for row in answer_rows(predictor, rows, top_k)]
+            lines = [_line(record) for record in records]
+            if all("error" in record for record in records):
+                raise DataError("\n".join(lines), "give another question or another context")
+            return {"results": records}, "\n".join(lines)
+        assert source is not None
+        record: dict[str, Any] = {}
+        lines = []
+        with progress_bar("questions") as progress:
+            if output is not None:
+                done = answer_source(
+                    predictor, source, output, identity=f"{identity_of(target, predictor)} {where}", columns={},
+                    generation=top_k, encoding=encoding, force=force, progress=progress,
+                )  # fmt: skip
+                record |= {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
+                lines.append(
+                    f"{output}: {done.rows:,} rows" + (f"; {done.errors:,} have an error" if done.errors else "")
+                )
+            if page is not None:
+                shown = write_page(predictor, target, source, page, encoding=encoding, progress=progress)
+                record |= {"page": str(page), "questions": shown}
+                lines.append(f"{page}: {shown:,} questions")
+    finally:
+        predictor.close()
+    return record, "\n".join(lines)
+
+
+def _line(record: dict[str, Any]) -> str:
+    if "error" in record:
+        return f"{record['origin']}: {record['error']}"
+    shown = record.get("answers") or [record]
+    if not record["answer"]:
+        shown = [record, *record.get("answers", [])]
+    return "\n".join(
+        f"{span['score']:.4f}  {span['start']:>7}-{span['end']:<7}  {span['answer'] or '(no answer)'}" for span in shown
+    )

@@ -1,0 +1,103 @@
+"""Quantize the graph of an encoder: calibrate it, smooth it where asked, and write its parts in INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import onnx
+
+from deploykit.errors import ExportError
+from deploykit.quantization.activations import show_activations
+from deploykit.quantization.calibration import Calibration, collect
+from deploykit.quantization.qdq import QuantizedCount, Ranges, Scheme, linear_layers, quantize
+from deploykit.quantization.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
+
+SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
+"""Of the INT8 graphs that an encoder's export has: model.SCHEME.onnx."""
+
+
+class Quantizer(Protocol):
+    """``parts`` are what can be INT8."""
+
+    parts: list[str]
+
+    def write(self, parts: Collection[str]) -> Any:
+        """Write the model with these in INT8, the others as they are."""
+
+
+class GraphQuantizer:
+    """Writes the Q/DQ graph of one scheme. Its parts are activations: the layers that read one are INT8 together."""
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        path: Path,
+        scheme: Scheme,
+        ranges: Ranges,
+        *,
+        embeddings: bool = True,
+    ) -> None:
+        self._model = model
+        self._path, self._scheme, self._ranges, self._embeddings = path, scheme, ranges, embeddings
+        self.parts = list(ranges)
+
+    def write(self, parts: Collection[str]) -> QuantizedCount:
+        ranges = {name: self._ranges[name] for name in self._ranges if name in parts}
+        quantized, count = quantize(self._model, ranges, self._scheme, embeddings=self._embeddings)
+        onnx.save(quantized, self._path)
+        return count
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What rows put into the linear layers of the fp32 ``model``, whose activations were divided by ``smoothing``."""
+
+    model: onnx.ModelProto
+    calibration: Calibration
+    smoothing: Scales = field(default_factory=dict)
+    smoothed: SmoothedCount | None = None
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Rows as an encoder reads them, unpadded; ``types`` for a graph that takes them. ``digest`` identifies the rows."""
+
+    ids: Sequence[Sequence[int]]
+    digest: str
+    types: Sequence[Sequence[int]] | None = None
+
+
+def activations_of(graph: Path) -> set[str]:
+    """Return the tensors that go into linear layers of an fp32 ``graph``."""
+    return {layer.activation for layer in linear_layers(onnx.load(graph))}
+
+
+def calibrate_encoder(graph: Path, rows: TokenRows) -> Calibration:
+    """Run rows through the fp32 ``graph`` and collect its quantizable activations.
+
+    Only activations with a row for each token count: what comes after pooling is a single row a
+    text, costs nothing in fp32, and decides the answer.
+    """
+    return collect(lambda observe: show_activations(graph, rows.ids, observe, rows.types), len(rows.ids), rows.digest)
+
+
+def calibrate_smoothed(graph: Path, rows: TokenRows, alpha: float | None, say: Callable[[str], None]) -> Calibrated:
+    """Calibrate ``graph``, with SmoothQuant before where ``alpha`` is given.
+
+    Raises ExportError where SmoothQuant finds nothing to smooth.
+    """
+    if alpha is None:
+        return Calibrated(onnx.load(graph), calibrate_encoder(graph, rows))
+    scales = smoothing_scales(graph, rows.ids, alpha, rows.types)
+    if not scales:
+        raise ExportError("--smooth-quant: no layer norm of this model feeds a linear layer", "leave it out")
+    model, count = smooth(onnx.load(graph), scales)
+    say(f"SmoothQuant: {count.folded} activations by the norm before them, {count.multiplied} by a Mul of their own")
+    smoothed = graph.with_name("smoothed.onnx")
+    onnx.save(model, smoothed)
+    calibration = calibrate_encoder(smoothed, rows)
+    smoothed.unlink()
+    return Calibrated(model, calibration, scales, count)

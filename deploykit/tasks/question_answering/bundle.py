@@ -1,0 +1,65 @@
+"""Bundle an answerer for a Jetson, and judge the answers of the engine that the device builds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploykit.errors import DataError
+from deploykit.runtime.engines import load_engine
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.bundle import Verdict, share
+from deploykit.tasks.protocol import Predictor
+from deploykit.tasks.question_answering.facts import QuestionAnswering, from_text
+from deploykit.tasks.question_answering.predictor import Answerer, load_answerer
+from deploykit.tensorrt.build import GRAPHS, Inputs
+
+SAME_ANSWERS: Mapping[str, float] = {"fp32": 0.98, "fp16": 0.95, "int8": 0.9}
+"""The least share of questions answered with the same words as ONNX Runtime answers with the same graph."""
+
+
+class BundledAnswerer:
+    """An answer is a span's text, start and end, or why there is none."""
+
+    modules: tuple[str, ...] = ("tokenizers",)
+    shortest = 16
+    streams = False
+
+    def __init__(self, task: QuestionAnswering) -> None:
+        self._task = task
+
+    def files(self, precision: str) -> tuple[str, ...]:
+        return (GRAPHS[precision],)
+
+    def inputs(self, graph: Path) -> Inputs:
+        return dict.fromkeys(self._task.inputs, ("batch", "tokens"))
+
+    def settings(self, most: int) -> ServingSettings:
+        # Short windows would fill the default budget with more rows.
+        return ServingSettings(token_budget=most * min(self.shortest, self._task.max_length))
+
+    def read(self, source: str, *, kept: bool) -> Iterable[str | None]:
+        from deploykit.tasks.question_answering.evaluate import texts_and_answers
+
+        return (text for text, _ in texts_and_answers(source, None))
+
+    def load(self, folder: Path, files: Sequence[str], engine: str, parameters: Mapping[str, str]) -> Predictor:
+        loaded = load_engine(engine, folder / files[0])
+        return load_answerer(folder, self._task, loaded, token_budget=int(parameters.get("token_budget", 0)))
+
+    def answers(self, model: Predictor, texts: Sequence[str]) -> list[Any]:
+        assert isinstance(model, Answerer)
+        answers: list[Any] = []
+        for found in model.try_all([from_text(text) for text in texts]):
+            if isinstance(found, DataError):
+                answers.append(["", found.message])
+            else:
+                span = found.decide(self._task.no_answer_threshold)
+                answers.append([span.text, span.start, span.end])
+        return answers
+
+    def compare(self, answers: Sequence[Any], recorded: Sequence[Any], precision: str) -> Verdict:
+        same = share((str(answer), str(other)) for answer, other in zip(answers, recorded))
+        least = SAME_ANSWERS[precision]
+        return Verdict(same >= least, f"{same:.0%} of the answers are those recorded", f"at least {least:.0%} will do")

@@ -1,0 +1,150 @@
+"""Keep the rows whose answers stand in their contexts, and count every one that is repaired or dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS
+from deploykit.tasks.question_answering.rows import Answers, Example, RawRow
+from deploykit.text import printable
+
+
+@dataclass(frozen=True)
+class CleaningReport:
+    """Rows by what happened to them. ``rows_read`` is ``rows_kept`` and all dropped ones together.
+
+    The last four count what was not dropped for it: answers moved to the one place where they stand, answers without a
+    place of their own, rows with control characters or lone surrogates, and rows that have no answer.
+    """
+
+    rows_read: int
+    missing_text: int
+    empty_text: int
+    too_long: int
+    unlabelled: int
+    misplaced_answer: int
+    duplicates: int
+    conflicting_duplicates: int
+    rows_kept: int
+    answers_moved: int
+    answers_located: int
+    unicode_repaired: int
+    without_answer: int
+
+    def to_json(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    def lines(self) -> list[str]:
+        """Return a line for each step that touched a row, for people."""
+        dropped = (
+            (self.missing_text, "without question or context dropped"),
+            (self.empty_text, "with an empty question or context dropped"),
+            (self.too_long, f"with a context of more than {MAX_CONTEXT_CHARS:,} characters dropped"),
+            (self.unlabelled, "that say nothing about an answer dropped"),
+            (self.misplaced_answer, "whose answer does not stand at its place, nor once elsewhere, dropped"),
+            (self.duplicates, "duplicate questions dropped (their answers are kept with the first)"),
+            (self.conflicting_duplicates, "duplicate questions, one with an answer and one without, dropped"),
+        )
+        repaired = (
+            (self.answers_moved, "answers moved to the one place where they stand"),
+            (self.answers_located, "answers without a place, found in the context"),
+            (self.unicode_repaired, "with repaired Unicode"),
+        )
+        lines = [f"{self.rows_read:,} rows read"]
+        lines += [f"  - {count:>8,} {what}" for count, what in dropped if count]
+        lines += [f"    {count:>8,} {what}" for count, what in repaired if count]
+        without = f", {self.without_answer:,} of them without an answer" if self.without_answer else ""
+        return [*lines, f"{self.rows_kept:,} rows kept{without}"]
+
+
+class _Counts:
+    def __init__(self) -> None:
+        self.moved = self.located = 0
+
+    def place(self, context: str, text: str, start: int | None) -> tuple[str, int] | None:
+        """Return an answer without outer white space and its place; None where that cannot be told.
+
+        An answer that does not stand at ``start`` is taken to stand at the only other place where it occurs. Without a
+        ``start`` it is the first.
+        """
+        stripped = text.strip()
+        if not stripped:
+            return None
+        if start is not None:
+            start += len(text) - len(text.lstrip())
+            if start >= 0 and context.startswith(stripped, start):
+                return stripped, start
+        first = context.find(stripped)
+        if first < 0 or (start is not None and context.find(stripped, first + 1) >= 0):
+            return None
+        self.moved += start is not None
+        self.located += start is None
+        return stripped, first
+
+
+def clean(raw: Iterable[RawRow]) -> tuple[list[Example], CleaningReport]:
+    """Drop rows that cannot teach anything, and answers that cannot be placed; join the answers of duplicate questions.
+
+    A row whose answers all have no place is dropped: it is not a question without an answer.
+    """
+    counts = _Counts()
+    repaired_context = cache(printable)  # many questions have one context
+    rows_read = missing = empty = too_long = unlabelled = misplaced = repaired = 0
+    by_question: dict[tuple[str, str], list[Example]] = {}
+    for row in raw:
+        rows_read += 1
+        if row.question is None or row.context is None:
+            missing += 1
+            continue
+        question, context = printable(row.question), repaired_context(row.context)
+        if not question.strip() or not context.strip():
+            empty += 1
+            continue
+        if len(context) > MAX_CONTEXT_CHARS:
+            too_long += 1
+            continue
+        if not row.labelled:
+            unlabelled += 1
+            continue
+        placed = [counts.place(context, printable(text), start) for text, start in row.answers]
+        found = list(dict.fromkeys(answer for answer in placed if answer is not None))
+        if row.answers and not found:
+            misplaced += 1
+            continue
+        repaired += question != row.question or context != row.context
+        answers = Answers(tuple(text for text, _ in found), tuple(start for _, start in found))
+        example = Example(question, context, answers, row.id or row.origin, row.origin)
+        by_question.setdefault((" ".join(question.casefold().split()), context), []).append(example)
+    kept: list[Example] = []
+    duplicates = conflicting = 0
+    for same in by_question.values():
+        if len({bool(example.answers.text) for example in same}) > 1:
+            conflicting += len(same)
+            continue
+        kept.append(_joined(same))
+        duplicates += len(same) - 1
+    return kept, CleaningReport(
+        rows_read=rows_read,
+        missing_text=missing,
+        empty_text=empty,
+        too_long=too_long,
+        unlabelled=unlabelled,
+        misplaced_answer=misplaced,
+        duplicates=duplicates,
+        conflicting_duplicates=conflicting,
+        rows_kept=len(kept),
+        answers_moved=counts.moved,
+        answers_located=counts.located,
+        unicode_repaired=repaired,
+        without_answer=sum(not example.answers.text for example in kept),
+    )
+
+
+def _joined(same: Sequence[Example]) -> Example:
+    """Return the first of equal questions with the answers of all."""
+    pairs = dict.fromkeys(pair for e in same for pair in zip(e.answers.text, e.answers.answer_start))
+    answers = Answers(tuple(text for text, _ in pairs), tuple(start for _, start in pairs))
+    return dataclasses.replace(same[0], answers=answers)

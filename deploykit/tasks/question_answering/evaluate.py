@@ -1,0 +1,92 @@
+"""Measure an answerer on questions with right answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from deploykit.errors import DataError
+from deploykit.tasks.protocol import Evaluation, Grade
+from deploykit.tasks.question_answering.clean import clean
+from deploykit.tasks.question_answering.facts import as_text, from_text
+from deploykit.tasks.question_answering.metrics import answer_metrics
+from deploykit.tasks.question_answering.predictor import TextAnswerer
+from deploykit.tasks.question_answering.rows import Answers, Example, read_rows
+from deploykit.tasks.question_answering.spans import Found
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class LabelledQuestions:
+    """Questions to measure on. ``skipped`` rows were dropped in cleaning."""
+
+    examples: list[Example]
+    skipped: int
+
+
+def labelled_questions(source: str, *, encoding: str | None = None, split: str = "test") -> LabelledQuestions:
+    """Read questions with right answers, or without any. Raises DataError when none is left after cleaning."""
+    examples, report = clean(read_rows(source, encoding=encoding, split=split))
+    if not examples:
+        raise DataError(
+            f"{source}: no row has a question, a context and an answer that stands in it", "; ".join(report.lines())
+        )
+    return LabelledQuestions(examples, report.rows_read - report.rows_kept)
+
+
+def evaluate(
+    predictor: TextAnswerer, rows: LabelledQuestions, *, progress: Callable[[int, int], None] = lambda done, of: None
+) -> Evaluation:
+    """Answer every question and compare. A question that cannot be asked counts as one without an answer."""
+    found = found_for(predictor, [(e.question, e.context) for e in rows.examples], progress)
+    return Evaluation(answer_metrics(predictor.task, found, rows.examples), len(rows.examples), rows.skipped)
+
+
+def found_for(
+    predictor: TextAnswerer, pairs: Sequence[tuple[str, str]], progress: Callable[[int, int], None]
+) -> list[Found]:
+    """Answer every pair; what cannot be asked has no spans."""
+    nothing = Found((), 0.0, 0.0)
+    results = predictor.try_all(pairs, progress=progress)
+    return [result if isinstance(result, Found) else nothing for result in results]
+
+
+def grade(predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str]) -> Grade:
+    """Answer every text and compare with its right answers, a JSON list each. Raises DataError for anything else."""
+    pairs = [from_text(text) for text in texts]
+    examples = [Example(*pair, Answers(_right_answers(right)), "", "") for pair, right in zip(pairs, truth)]
+    found: list[Found] = []
+    for start in range(0, len(pairs), _CHUNK):
+        found += found_for(predictor, pairs[start : start + _CHUNK], lambda done, of: None)
+    answers = tuple(each.decide(predictor.task.no_answer_threshold).text for each in found)
+    return Grade(None, answers, answer_metrics(predictor.task, found, examples))
+
+
+def texts_and_answers(source: str, encoding: str | None) -> list[tuple[str, str | None]]:
+    """Read questions with contexts as texts, and their right answers, a JSON list, where the source has them."""
+    raw = list(read_rows(source, encoding=encoding, split="test"))
+    if any(row.labelled for row in raw):
+        examples, _ = clean(raw)
+        if examples:
+            return [(as_text(e.question, e.context), json.dumps(e.answers.text, ensure_ascii=False)) for e in examples]
+    pairs = [(row.question, row.context) for row in raw]
+    texts: list[tuple[str, str | None]] = [
+        (as_text(question, context), None)
+        for question, context in pairs
+        if question and context and question.strip() and context.strip()
+    ]
+    if not texts:
+        raise DataError(f"{source}: no row has a question and a context", "name the columns question and context")
+    return texts
+
+
+def _right_answers(text: str) -> tuple[str, ...]:
+    try:
+        answers = json.loads(text)
+    except ValueError:
+        answers = None
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers):
+        raise DataError(f"{text[:40]!r} is no list of right answers", 'write ["..."], or [] for none')
+    return tuple(answers)

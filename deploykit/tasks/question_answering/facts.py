@@ -1,0 +1,71 @@
+"""Define what an answerer is: the facts that travel with it from fine-tuning to the server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from deploykit.errors import DataError
+from deploykit.tasks.protocol import GraphKind
+
+MAX_CONTEXT_CHARS = 16_000_000
+"""A longer context is refused: a book has about a million characters."""
+
+
+@dataclass(frozen=True)
+class QuestionAnswering:
+    """How windows are cut and spans chosen. Lengths are tokens, special ones included in ``max_length``.
+
+    Neighbouring windows share ``doc_stride`` tokens of the context. ``question_first`` says whether the question
+    precedes the context; ``token_types`` whether the graph takes them. A span has at most ``max_answer_length`` tokens,
+    and is extended to ``whole_words`` afterwards. There is no answer where the log-odds of none against the best span
+    exceed ``no_answer_threshold``; with None every question is answered. ``by_characters``: measured as Chinese is.
+    """
+
+    name: ClassVar[str] = "question-answering"
+    graph_kind: ClassVar[GraphKind] = "encoder"
+    max_chars: ClassVar[int] = 2 * MAX_CONTEXT_CHARS  # as JSON; a context has its own limit
+
+    max_length: int
+    doc_stride: int
+    pad_token_id: int
+    question_first: bool = True
+    token_types: bool = True
+    max_answer_length: int = 30
+    whole_words: bool = True
+    no_answer_threshold: float | None = None
+    by_characters: bool = False
+
+    @property
+    def shape_limits(self) -> Mapping[str, int]:
+        return {"length": self.max_length}
+
+    @property
+    def model_config(self) -> Mapping[str, Any]:
+        return {}
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Return the names of the graph's inputs."""
+        return ("input_ids", "attention_mask", *(("token_type_ids",) if self.token_types else ()))
+
+
+def as_text(question: str, context: str) -> str:
+    """Return a question and its context as one text, for stages that ask with texts: a JSON object."""
+    return json.dumps({"question": question, "context": context}, ensure_ascii=False)
+
+
+def from_text(text: str) -> tuple[str, str]:
+    """Return question and context of a text that ``as_text`` made. Raises DataError for another."""
+    try:
+        record = json.loads(text)
+        question, context = record["question"], record["context"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        question = context = None
+    if not isinstance(question, str) or not isinstance(context, str):
+        raise DataError(
+            f"the text {text[:40]!r} is not a question with its context", 'write {"question": "...", "context": "..."}'
+        )
+    return question, context

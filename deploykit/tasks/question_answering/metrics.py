@@ -1,0 +1,158 @@
+"""Compute exact match and F1 of answers, in numpy alone, so that a serving machine can check its accuracy.
+
+Source: the evaluation scripts of SQuAD 1.1 and 2.0 (Rajpurkar et al., 2016 and 2018) and of CMRC 2018 (Cui et al., 2019).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.tasks.question_answering.facts import QuestionAnswering
+from deploykit.tasks.question_answering.rows import Example
+from deploykit.tasks.question_answering.spans import Found
+
+_RESAMPLED = 1000
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_HAN = re.compile(r"[\u4e00-\u9fa5]")
+# CMRC's list.
+_SEPARATE = frozenset("-:_*^/\\~`+=，。：？！“”；’《》……·、「」（）－～『』")
+_LATIN_TOKEN = re.compile(r"\w+|[^\w\s]")
+
+Score = Callable[[str, str], float]
+
+
+def normalized(text: str) -> str:
+    """Return an answer in lower case, without ASCII punctuation, English articles and extra white space."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(answer: str, truth: str) -> float:
+    """SQuAD's: 1 if both are equal once normalized."""
+    return float(normalized(answer) == normalized(truth))
+
+
+def f1(answer: str, truth: str) -> float:
+    """SQuAD's: of the words that both have; of two answers of which one is empty, whether both are."""
+    ours, theirs = normalized(answer).split(), normalized(truth).split()
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    return 2 * common / (len(ours) + len(theirs))
+
+
+def exact_match_by_characters(answer: str, truth: str) -> float:
+    """CMRC's: 1 if both are equal without their punctuation, in lower case."""
+    return float(_without_punctuation(answer) == _without_punctuation(truth))
+
+
+def f1_by_characters(answer: str, truth: str) -> float:
+    """CMRC's: of the longest run of Chinese characters and other words that both share."""
+    ours, theirs = _segments(answer), _segments(truth)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * _longest_common_run(ours, theirs) / (len(ours) + len(theirs))
+
+
+def _without_punctuation(text: str) -> str:
+    return "".join(character for character in text.lower().strip() if character not in _SEPARATE)
+
+
+def _segments(text: str) -> list[str]:
+    """Return Chinese characters one by one, and the words and signs between them."""
+    spaced = "".join(f" {c} " if _HAN.match(c) else c for c in _without_punctuation(text))
+    return [token for part in spaced.split() for token in _LATIN_TOKEN.findall(part)]
+
+
+def _longest_common_run(a: Sequence[str], b: Sequence[str]) -> int:
+    longest = 0
+    lengths = [0] * (len(b) + 1)
+    for x in a:
+        lengths = [0, *(lengths[j] + 1 if x == y else 0 for j, y in enumerate(b))]
+        longest = max(longest, *lengths)
+    return longest
+
+
+def is_chinese(texts: Sequence[str]) -> bool:
+    """Whether most of the texts have a Chinese character: then answers are measured by characters."""
+    return sum(_HAN.search(text) is not None for text in texts) > len(texts) / 2
+
+
+def scores(
+    task: QuestionAnswering, answers: Sequence[str], truths: Sequence[Sequence[str]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return exact match and F1 of each answer, float64 [rows], the best over its right answers (none: no answer is)."""
+    if task.by_characters:
+        return _best(exact_match_by_characters, answers, truths), _best(f1_by_characters, answers, truths)
+    return _best(exact_match, answers, truths), _best(f1, answers, truths)
+
+
+def _best(score: Score, answers: Sequence[str], truths: Sequence[Sequence[str]]) -> NDArray[np.float64]:
+    # As in SQuAD's script, a right answer of nothing but articles and punctuation does not count.
+    kept = ([t for t in truth if normalized(t)] or [""] for truth in truths)
+    return np.array([max(score(answer, t) for t in truth) for answer, truth in zip(answers, kept)], np.float64)
+
+
+def answer_metrics(task: QuestionAnswering, found: Sequence[Found], examples: Sequence[Example]) -> dict[str, Any]:
+    """Compute metrics with stable keys, as fractions of 1.
+
+    Keys: exact_match and f1, each with ``_interval``, its bootstrap 95 % interval over questions (1,000 resamples);
+    rows. Where some questions have no answer also has_answer and no_answer (exact_match, f1, rows of each), and
+    best_exact_match, best_f1 and best_f1_threshold: those of the threshold that is best on these very rows.
+    """
+    answers = [each.decide(task.no_answer_threshold).text for each in found]
+    truths = [example.answers.text for example in examples]
+    exact, overlap = scores(task, answers, truths)
+    metrics: dict[str, Any] = {
+        "exact_match": float(exact.mean()),
+        "f1": float(overlap.mean()),
+        "exact_match_interval": interval(exact),
+        "f1_interval": interval(overlap),
+        "rows": len(examples),
+    }
+    answerable = np.array([bool(truth) for truth in truths])
+    if answerable.all():
+        return metrics
+    for name, which in (("has_answer", answerable), ("no_answer", ~answerable)):
+        if which.any():
+            metrics[name] = {
+                "exact_match": float(exact[which].mean()),
+                "f1": float(overlap[which].mean()),
+                "rows": int(which.sum()),
+            }
+    best_exact, best_f1 = scores(task, [each.spans[0].text if each.spans else "" for each in found], truths)
+    none = np.array([each.none for each in found])
+    metrics["best_exact_match"], _ = best_threshold(none, best_exact, answerable)
+    metrics["best_f1"], metrics["best_f1_threshold"] = best_threshold(none, best_f1, answerable)
+    return metrics
+
+
+def best_threshold(
+    none: NDArray[np.float64], score: NDArray[np.float64], answerable: NDArray[np.bool_]
+) -> tuple[float, float]:
+    """Return the highest mean score that any threshold gives, and that threshold.
+
+    ``score`` is that of the best span. A question is answered where its log-odds ``none`` are not above the threshold;
+    one without an answer scores 1 if it is not.
+    """
+    order = np.argsort(none, kind="stable")
+    gains = np.where(answerable, score, -1.0)[order]
+    totals = np.concatenate([[0.0], np.cumsum(gains)]) + (~answerable).sum()
+    best = int(totals.argmax())
+    threshold = float(none[order[best - 1]]) if best else float(none.min()) - 1.0
+    return float(totals[best] / len(none)), threshold
+
+
+def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of the mean by the bootstrap (Efron, 1979): 1,000 resamples, drawn by ``seed``."""
+    random = np.random.default_rng(seed)
+    means = [float(values[random.integers(0, len(values), len(values))].mean()) for _ in range(_RESAMPLED)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)

@@ -1,0 +1,28 @@
+"""Print the metrics of an answerer on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def metrics_text(metrics: Mapping[str, Any]) -> str:
+    """Return exact match and F1, with their intervals, and apart for questions with and without an answer."""
+    lines = [f"{'':<22}{'exact match':>12}{'F1':>8}{'rows':>8}"]
+    lines.append(_line("all", metrics))
+    lines += [_line(name.replace("_", " "), metrics[name]) for name in ("has_answer", "no_answer") if name in metrics]
+    intervals = (f"{name} {low:.4f} to {high:.4f}" for name, (low, high) in _intervals(metrics))
+    lines.append(f"95 % intervals: {', '.join(intervals)}")
+    if "best_f1" in metrics:
+        lines.append(
+            f"with the threshold best on these rows, {metrics['best_f1_threshold']:.2f}: F1 {metrics['best_f1']:.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _line(name: str, m: Mapping[str, Any]) -> str:
+    return f"{name:<22}{m['exact_match']:>12.4f}{m['f1']:>8.4f}{m['rows']:>8,}"
+
+
+def _intervals(metrics: Mapping[str, Any]) -> list[tuple[str, tuple[float, float]]]:
+    return [("exact match", metrics["exact_match_interval"]), ("F1", metrics["f1_interval"])]

@@ -1,0 +1,40 @@
+"""Write the parts of a checkpoint's README.md that only an answerer has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deploykit.tasks.question_answering.facts import QuestionAnswering
+
+
+def head(task: QuestionAnswering, origin: str) -> list[str]:
+    """Return the hub's metadata and what the model does."""
+    answers = "It says where a context holds no answer." if task.no_answer_threshold is not None else (
+        "It answers every question, also one that the context does not answer."
+    )  # fmt: skip
+    return [
+        "---",
+        "pipeline_tag: question-answering",
+        "library_name: transformers",
+        "tags: [deploykit]",
+        "---",
+        "",
+        f"# {origin} for extractive question answering",
+        "",
+        f"A question and a context in, words of the context out. {answers} Contexts are read in windows of "
+        f"{task.max_length} tokens that share {task.doc_stride}; an answer has at most {task.max_answer_length} tokens.",
+    ]
+
+
+def results(result: Mapping[str, Any], rows: int) -> list[str]:
+    """Return the table of metrics."""
+    low, high = result["f1_interval"]
+    named = [("all", result), *((name, result[name]) for name in ("has_answer", "no_answer") if name in result)]
+    return [
+        "| questions | exact match | F1 | rows |",
+        "|---|---:|---:|---:|",
+        *(f"| {n.replace('_', ' ')} | {m['exact_match']:.3f} | {m['f1']:.3f} | {m['rows']:,} |" for n, m in named),
+        "",
+        f"95 % interval of F1 over {rows:,} questions: {low:.3f} to {high:.3f} (bootstrap).",
+    ]

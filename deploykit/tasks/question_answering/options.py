@@ -1,0 +1,46 @@
+"""Define the options of a fine-tuning run for question answering."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from deploykit.errors import UsageError
+from deploykit.tasks.question_answering.facts import QuestionAnswering
+from deploykit.training.options import FinetuneOptions
+
+WHOLE_WORDS = ("auto", "yes", "no")
+
+
+@dataclass(frozen=True)
+class QuestionAnsweringOptions(FinetuneOptions):
+    """``whole_words`` "auto" is whichever answers the validation rows better."""
+
+    task: str = QuestionAnswering.name
+    max_length: int = 384
+    num_train_epochs: float = 2.0
+    learning_rate: float = 3e-5
+    per_device_train_batch_size: int = 16
+    doc_stride: int = 128
+    max_answer_length: int = 30
+    whole_words: str = "auto"
+
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **FinetuneOptions.ranges,
+        "per_device_train_batch_size": (1, 100_000),
+        "doc_stride": (0, 100_000),
+        "max_answer_length": (1, 100_000),
+    }
+
+    def check(self) -> None:
+        super().check()
+        if self.model is None:
+            raise UsageError("--model is missing", "give the folder of a checkpoint, or a hub id")
+        if self.doc_stride >= self.max_length:
+            raise UsageError(
+                f"--doc-stride is {self.doc_stride}, and a window has {self.max_length} tokens",
+                f"give a --doc-stride well below {self.max_length}",
+            )
+        if self.whole_words not in WHOLE_WORDS:
+            raise UsageError(f"--whole-words is {self.whole_words!r}", f"choose one of: {', '.join(WHOLE_WORDS)}")

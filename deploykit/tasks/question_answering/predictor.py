@@ -1,0 +1,210 @@
+"""An answerer: a question and a context in, spans of the context out, in the process that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.errors import DataError
+from deploykit.runtime.batching import batches
+from deploykit.runtime.engines.protocol import Engine
+from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS, QuestionAnswering
+from deploykit.tasks.question_answering.spans import Candidates, Collector, Found, Span, candidates
+from deploykit.tasks.question_answering.windows import PairTokenizer, Window
+from deploykit.text import printable
+
+_WINDOWS_AT_ONCE = 256
+_MORE_CANDIDATES = 10  # some become one when they are extended to whole words
+
+Pair = tuple[str, str]
+"""A question and its context."""
+Logits = NDArray[np.float32]
+
+
+class Reader(Protocol):
+    """What runs a model: ``inputs`` are int64 [windows, tokens] by name; returns start and end logits of that shape."""
+
+    def __call__(self, inputs: dict[str, NDArray[np.int64]]) -> tuple[Logits, Logits]: ...
+
+
+@dataclass
+class _Asked:
+    """A question, number ``row`` of those asked: its windows, how many of them wait, and whether all are cut."""
+
+    row: int
+    collector: Collector
+    windows: Iterator[Window]
+    waiting: int = 0
+    cut: bool = False
+
+
+class Answerer:
+    """Tokenizer, windows and model. One caller at a time."""
+
+    def __init__(self, task: QuestionAnswering, tokenizer: PairTokenizer, read: Reader, token_budget: int) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        self._read = read
+        self._token_budget = token_budget
+
+    def answer(self, question: str, context: str, *, top_k: int = 1) -> list[Span]:
+        """Return up to ``top_k`` answers, best first; the first has no text where there is no answer.
+
+        Raises DataError for what cannot be asked.
+        """
+        (found,) = self.try_all([(question, context)], top_k=top_k)
+        if isinstance(found, DataError):
+            raise found
+        return found.answers(self.task.no_answer_threshold, top_k)
+
+    def find(self, pairs: Sequence[Pair], *, top_k: int = 1) -> list[Found]:
+        """Answer every pair, in order. Raises DataError naming the first that cannot be asked."""
+        found = self.try_all(pairs, top_k=top_k)
+        for number, result in enumerate(found):
+            if isinstance(result, DataError):
+                raise DataError(f"question {number}: {result.message}", result.remedy)
+        return [result for result in found if isinstance(result, Found)]
+
+    def try_all(
+        self, pairs: Sequence[Pair], *, top_k: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
+    ) -> list[Found | DataError]:
+        """Answer every pair that can be asked, in order; the others get the error that says why not.
+
+        An answer does not depend on the pairs beside it. Windows are read ``_WINDOWS_AT_ONCE`` at a time, so that memory
+        is bounded whatever the contexts' lengths. ``progress`` is called with (pairs done, pairs in all).
+        """
+        results: list[Found | DataError | None] = [None] * len(pairs)
+        waiting: list[tuple[_Asked, Window]] = []
+        done = 0
+
+        def read() -> None:
+            nonlocal done
+            for (asked, window), found in zip(waiting, self._candidates([w for _, w in waiting], top_k)):
+                asked.collector.add(window, found)
+                asked.waiting -= 1
+                if asked.cut and not asked.waiting:
+                    results[asked.row] = asked.collector.result(top_k)
+                    done += 1
+            waiting.clear()
+            progress(done, len(pairs))
+
+        for item in self._asked(pairs):
+            if isinstance(item, tuple):
+                row, error = item
+                results[row] = error
+                done += 1
+                continue
+            for window in item.windows:
+                if len(waiting) == _WINDOWS_AT_ONCE:
+                    read()
+                item.waiting += 1
+                waiting.append((item, window))
+            item.cut = True
+        read()
+        return [result for result in results if result is not None]
+
+    def close(self) -> None:
+        """Nothing to release: the engine goes with the object."""
+
+    def _asked(self, pairs: Sequence[Pair]) -> Iterator[_Asked | tuple[int, DataError]]:
+        """Each pair's windows, the pairs of a context together: it is tokenized once."""
+        by_context: dict[str, list[int]] = {}
+        for row, (_, text) in enumerate(pairs):
+            by_context.setdefault(text, []).append(row)
+        for text, rows in by_context.items():
+            if (problem := context_problem(text)) is not None:
+                yield from ((row, problem) for row in rows)
+                continue
+            context = self.tokenizer.context(printable(text))
+            for row in rows:
+                question = printable(pairs[row][0])
+                try:
+                    if not question.strip():
+                        raise DataError("the question is empty", "give a question")
+                    tokens = self.tokenizer.question(question)
+                    self.tokenizer.check(tokens, context)
+                except DataError as error:
+                    yield row, error
+                    continue
+                yield _Asked(row, Collector(context, self.task), self.tokenizer.windows(tokens, context))
+
+    def _candidates(self, windows: Sequence[Window], top_k: int) -> list[Candidates]:
+        found: list[Candidates | None] = [None] * len(windows)
+        for rows, start, end in self.logits(windows):
+            chosen = candidates(
+                start, end, [windows[row] for row in rows], most=2 * top_k + _MORE_CANDIDATES,
+                longest=self.task.max_answer_length, with_none=self.tokenizer.marks_no_answer,
+            )  # fmt: skip
+            for row, of_window in zip(rows, chosen):
+                found[row] = of_window
+        return [of_window for of_window in found if of_window is not None]
+
+    def logits(self, windows: Sequence[Window]) -> Iterator[tuple[NDArray[np.int64], Logits, Logits]]:
+        """Yield the rows of ``windows`` run together, and their start and end logits, float32 [rows, padded length]."""
+        task = self.task
+        for batch in batches(
+            [w.ids for w in windows], task.pad_token_id, max_length=task.max_length, token_budget=self._token_budget
+        ):
+            start, end = self._read(with_types(task, batch.input_ids, batch.attention_mask, windows, batch.rows))
+            yield batch.rows, start, end
+
+
+def with_types(
+    task: QuestionAnswering, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64],
+    windows: Sequence[Window], rows: Sequence[int] | NDArray[np.int64],
+) -> dict[str, NDArray[np.int64]]:  # fmt: skip
+    """Return the graph's inputs of ``rows`` of the windows."""
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if task.token_types:
+        types = np.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            types[i, : len(windows[row].types)] = windows[row].types
+        inputs["token_type_ids"] = types
+    return inputs
+
+
+def context_problem(context: str) -> DataError | None:
+    """Return why a context cannot be read, or None."""
+    if len(context) > MAX_CONTEXT_CHARS:
+        return DataError(
+            f"the context has {len(context):,} characters, more than {MAX_CONTEXT_CHARS:,}", "ask about parts of it"
+        )
+    if not printable(context).strip():
+        return DataError("the context is empty", "give a text that may hold the answer")
+    return None
+
+
+def load_answerer(folder: Path, task: QuestionAnswering, engine: Engine, *, token_budget: int = 0) -> Answerer:
+    """Assemble an answerer from a folder with a tokenizer.json and an engine already loaded.
+
+    ``token_budget`` bounds windows x padded length of one run of the engine; 0 is what suits it.
+    """
+
+    def read(inputs: dict[str, NDArray[np.int64]]) -> tuple[Logits, Logits]:
+        start, end = engine.run(inputs)
+        return start, end
+
+    tokenizer = PairTokenizer.load(folder / "tokenizer.json", task)
+    return Answerer(task, tokenizer, read, token_budget or engine.token_budget)
+
+
+class TextAnswerer(Protocol):
+    """Questions and contexts in, spans out."""
+
+    task: QuestionAnswering
+
+    def answer(self, question: str, context: str, *, top_k: int = 1) -> list[Span]:
+        """Return up to ``top_k`` answers, best first; see ``Answerer``."""
+
+    def try_all(
+        self, pairs: Sequence[Pair], *, top_k: int = 1, progress: Callable[[int, int], None] = ...
+    ) -> list[Found | DataError]:
+        """Answer every pair that can be asked; see ``Answerer``."""
+
+    def close(self) -> None:
+        """Release connections."""

@@ -1,0 +1,183 @@
+"""Read questions with their contexts and answers: SQuAD's JSON, rows of Hugging Face's squad, CSV, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploykit.data.open_text import read_lines
+from deploykit.data.read import read_records
+from deploykit.data.record import Record
+from deploykit.data.texts import TextRow, listed, peek, scalar
+from deploykit.errors import DataError
+from deploykit.tasks.question_answering.facts import as_text
+from deploykit.text import normalize
+
+_COLUMNS = "name the columns question, context and answers (or answer, answer_start)"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The right answers to a question, and where each begins in its context, in code points; none: it has no answer.
+
+    The fields are those of Hugging Face's squad.
+    """
+
+    text: tuple[str, ...] = ()
+    answer_start: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as read. ``answers`` are texts with their places, None where the row tells none; ``labelled`` is False when
+    the source says nothing about answers."""
+
+    question: str | None
+    context: str | None
+    answers: tuple[tuple[str, int | None], ...]
+    labelled: bool
+    id: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A usable row: every answer stands at its place in ``context``."""
+
+    question: str
+    context: str
+    answers: Answers
+    id: str
+    origin: str
+
+    def __post_init__(self) -> None:
+        if isinstance(self.answers, dict):  # as a line of JSON has it
+            object.__setattr__(self, "answers", Answers(*(tuple(v) for v in self.answers.values())))
+
+
+def read_rows(source: str, *, encoding: str | None = None, split: str = "train") -> Iterator[RawRow]:
+    """Stream the rows of ``source`` (see ``read_records``), or of a .json file as SQuAD versions 1 and 2 write it.
+
+    Raises DataError naming file, row and field of what is not as it should be.
+    """
+    if Path(source).suffix.lower() == ".json" and Path(source).is_file():
+        text = "".join(read_lines(Path(source), encoding, newline=""))
+        if text.lstrip().startswith("{") and not _is_json_lines(text):
+            yield from _squad(source, text)
+            return
+    records, names = peek(read_records(source, encoding=encoding, split=split), source)
+    for column in ("question", "context"):
+        if column not in names:
+            raise DataError(f"{source}: has no column {column!r}; {listed(names)}", _COLUMNS)
+    labelled = "answers" in names or "answer" in names
+    for record in records:
+        yield _row(record, labelled)
+
+
+def _is_json_lines(text: str) -> bool:
+    """Return whether the first of several lines is an object of its own, and not all of SQuAD's."""
+    first, _, rest = text.strip().partition("\n")
+    try:
+        return bool(rest) and "data" not in json.loads(first)
+    except ValueError:
+        return False
+
+
+def read_inputs(source: str, *, encoding: str | None = None) -> Iterator[TextRow]:
+    """Stream questions with their contexts as texts (``as_text``), a row for every row of ``source``."""
+    for row in read_rows(source, encoding=encoding):
+        missing = next((name for name in ("question", "context") if getattr(row, name) is None), None)
+        if row.question is None or row.context is None:
+            yield TextRow(row.origin, None, f"the {missing} is missing")
+        else:
+            yield TextRow(row.origin, as_text(row.question, row.context), None)
+
+
+def _squad(source: str, text: str) -> Iterator[RawRow]:
+    name = normalize(Path(source).name)
+    try:
+        articles = json.loads(text)["data"]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{source}: is not JSON: {error}", "correct it, or copy it again") from None
+    except KeyError:
+        raise DataError(
+            f"{source}: is a JSON object without 'data'", "give SQuAD's JSON, an array of rows, or name it .jsonl"
+        ) from None
+    number = 0
+    for a, article in enumerate(_items(articles, f"{name}: data"), start=1):
+        where = f"{name}: article {a}"
+        for p, paragraph in enumerate(_items(_field(article, "paragraphs", where), f"{where}: paragraphs"), start=1):
+            where_paragraph = f"{where}, paragraph {p}"
+            context = _string(_field(paragraph, "context", where_paragraph), f"{where_paragraph}: context")
+            for qa in _items(_field(paragraph, "qas", where_paragraph), f"{where_paragraph}: qas"):
+                number += 1
+                origin = f"{name}:{number}"
+                question = _string(_field(qa, "question", origin), f"{origin}: question")
+                impossible = bool(qa.get("is_impossible", False))
+                answers = () if impossible else _answers(qa.get("answers", []), origin)
+                yield RawRow(question, context, answers, "answers" in qa or impossible, str(qa.get("id", "")), origin)
+
+
+def _row(record: Record, labelled: bool) -> RawRow:
+    values, origin = record.values, record.origin
+    if values.get("answers") is not None:
+        answers = _answers(values["answers"], origin)
+    else:
+        given, start = values.get("answer"), values.get("answer_start")
+        text = scalar(given)
+        if given is not None and text is None:
+            raise DataError(f"{origin}: answer is no text", "give one text, or a column answers")
+        answers = ((text, _place(start, origin)),) if text else ()
+    return RawRow(
+        scalar(values.get("question")), scalar(values.get("context")), answers, labelled,
+        scalar(values.get("id")) or "", origin,
+    )  # fmt: skip
+
+
+def _answers(value: Any, origin: str) -> tuple[tuple[str, int | None], ...]:
+    """From {"text": [...], "answer_start": [...]}, or a list of {"text": ..., "answer_start": ...} or of texts."""
+    if isinstance(value, Mapping):
+        texts = value.get("text", [])
+        starts = value.get("answer_start", [None] * len(texts) if isinstance(texts, list) else None)
+        if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+            raise DataError(
+                f"{origin}: answers needs lists text and answer_start of one length",
+                'write {"text": ["..."], "answer_start": [0]}',
+            )
+        pairs = list(zip(texts, starts))
+    elif isinstance(value, list):
+        pairs = [(a.get("text"), a.get("answer_start")) if isinstance(a, Mapping) else (a, None) for a in value]
+    else:
+        raise DataError(f"{origin}: answers is neither an object nor a list", 'write {"text": [], "answer_start": []}')
+    return tuple((_string(text, f"{origin}: an answer's text"), _place(start, origin)) for text, start in pairs)
+
+
+def _place(value: object, origin: str) -> int | None:
+    text = scalar(value)
+    if text is None or text == "":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise DataError(f"{origin}: answer_start is {text!r}", "give the number of code points before it") from None
+
+
+def _field(value: Any, key: str, where: str) -> Any:
+    if not isinstance(value, Mapping) or key not in value:
+        raise DataError(f"{where} has no {key!r}", "give a file in SQuAD's format")
+    return value[key]
+
+
+def _items(value: Any, where: str) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"{where} is not a list", "give a file in SQuAD's format")
+    return value
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where} is not a text", "correct that row")
+    return value

@@ -1,0 +1,153 @@
+"""Choose answers from the logits of windows: the rule of transformers' QuestionAnsweringPipeline.
+
+Within a window, a span's probability is that of its first token times that of its last, each a softmax over the tokens of
+the context and the first token, which stands for "no answer". Spans of the same text, whatever their case, are one
+answer, whose probabilities add up over places and windows, and whose place is the first found. No answer is as probable
+as it is in the window where it is least so.
+
+Source: transformers 4.57, pipelines/question_answering.py (transformers 5 has no such pipeline).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.tasks.question_answering.facts import QuestionAnswering
+from deploykit.tasks.question_answering.windows import EncodedContext, Window
+
+_LEAST = 1e-300
+"""Stands for a probability of 0 in logarithms."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """An answer, its place in the context in code points, and its share of the probability of all answers kept.
+
+    The text "" from 0 to 0 says that there is no answer.
+    """
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best ``spans`` of a context, best first; ``none`` are the log-odds of no answer against the first of them, and
+    ``none_score`` its share of the probability of all answers kept."""
+
+    spans: tuple[Span, ...]
+    none: float
+    none_score: float
+
+    def decide(self, threshold: float | None) -> Span:
+        """Return the best span, or the one without text where no answer is likelier by ``threshold``."""
+        if not self.spans or (threshold is not None and self.none > threshold):
+            return Span("", 0, 0, self.none_score)
+        return self.spans[0]
+
+    def answers(self, threshold: float | None, top_k: int) -> list[Span]:
+        """Return up to ``top_k`` spans, best first; before them the one without text where that is what is decided."""
+        decided = self.decide(threshold)
+        return [*([] if decided.text else [decided]), *self.spans][:top_k]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Of one window: first and last token, counted from the window's first, and probability of its best spans."""
+
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    probability: NDArray[np.float64]
+    none: float
+
+
+def candidates(
+    start_logits: NDArray[np.float32],
+    end_logits: NDArray[np.float32],
+    windows: Sequence[Window],
+    *,
+    most: int,
+    longest: int,
+    with_none: bool,
+) -> list[Candidates]:
+    """Return the ``most`` best spans of at most ``longest`` tokens of each window.
+
+    Logits are float32 [windows, tokens]; what is beyond a window's ids is padding. ``with_none``: the first token stands
+    for no answer.
+    """
+    rows, length = start_logits.shape
+    positions = np.arange(length)
+    at = np.array([w.at for w in windows])[:, None]
+    size = np.array([w.end - w.begin for w in windows])[:, None]
+    inside = (positions >= at) & (positions < at + size)
+    allowed = inside | ((positions == 0) & with_none)
+    start, end = (_softmax(logits, allowed) for logits in (start_logits, end_logits))
+    none = start[:, 0] * end[:, 0] if with_none else np.zeros(rows)
+    start, end = start * inside, end * inside
+    longest = min(longest, length)
+    padded = np.concatenate([end, np.zeros((rows, longest))], axis=1)
+    ends = np.lib.stride_tricks.sliding_window_view(padded, longest, axis=1)[:, :length]
+    products = (start[:, :, None] * ends).reshape(rows, -1)
+    most = min(most, products.shape[1])
+    best = np.argpartition(-products, most - 1, axis=1)[:, :most]
+    probability = np.take_along_axis(products, best, axis=1)
+    order = np.lexsort((best, -probability), axis=1)
+    best, probability = (np.take_along_axis(a, order, axis=1) for a in (best, probability))
+    found = []
+    for row in range(rows):
+        kept = probability[row] > 0
+        first = best[row][kept] // longest
+        found.append(Candidates(first, first + best[row][kept] % longest, probability[row][kept], float(none[row])))
+    return found
+
+
+def _softmax(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float64]:
+    values = np.where(allowed, logits.astype(np.float64), -np.inf)
+    highest = np.maximum(values.max(axis=1, keepdims=True), -1e300)  # a window without any token of the context
+    weights = np.exp(values - highest)
+    return np.asarray(weights / np.maximum(weights.sum(axis=1, keepdims=True), _LEAST))
+
+
+@dataclass
+class Collector:
+    """Join the candidates of a context's windows, given in order."""
+
+    context: EncodedContext
+    task: QuestionAnswering
+    _places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _probability: dict[str, float] = field(default_factory=dict)
+    _none: float = 1.0
+
+    def add(self, window: Window, found: Candidates) -> None:
+        """Take in a window's candidates."""
+        self._none = min(self._none, found.none)
+        for first, last, probability in zip(found.first, found.last, found.probability):
+            shift = window.begin - window.at
+            start, end = self.context.place(
+                int(first) + shift, int(last) + shift, window.begin, window.end, whole_words=self.task.whole_words
+            )
+            if start >= end:
+                continue
+            key = self.context.text[start:end].lower()
+            self._places.setdefault(key, (start, end))
+            self._probability[key] = self._probability.get(key, 0.0) + float(probability)
+
+    def result(self, top_k: int) -> Found:
+        """Return the ``top_k`` best answers."""
+        ranked = sorted(self._probability, key=lambda key: -self._probability[key])
+        total = sum(self._probability.values()) + (self._none if self.task.no_answer_threshold is not None else 0.0)
+        total = max(total, _LEAST)
+        spans = []
+        for key in ranked[:top_k]:
+            start, end = self._places[key]
+            spans.append(Span(self.context.text[start:end], start, end, self._probability[key] / total))
+        best = self._probability[ranked[0]] if ranked else 0.0
+        # In float32, as a server sends it: whoever compares it with the threshold decides the same.
+        none = float(np.float32(np.log(max(self._none, _LEAST)) - np.log(max(best, _LEAST))))
+        return Found(tuple(spans), none, self._none / total if self.task.no_answer_threshold is not None else 0.0)

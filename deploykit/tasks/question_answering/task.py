@@ -1,0 +1,165 @@
+"""Extractive question answering: a question and a context in, words of the context out.
+
+Where a stage asks with texts, a text is a JSON object with both (``facts.as_text``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from deploykit.errors import UsageError
+from deploykit.runtime.protobuf_text import quoted
+from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
+from deploykit.tasks.question_answering.facts import QuestionAnswering, from_text
+
+if TYPE_CHECKING:
+    from deploykit.data.texts import TextRow
+    from deploykit.runtime.engines.protocol import DecodeLimits
+    from deploykit.runtime.find_graphs import Graphs
+    from deploykit.tasks.bundle import BundledTask
+    from deploykit.tasks.question_answering.options import QuestionAnsweringOptions
+    from deploykit.tasks.question_answering.predictor import TextAnswerer
+    from deploykit.tasks.question_answering.training import QuestionAnsweringStage
+
+
+class _QuestionAnswering:
+    name = QuestionAnswering.name
+    facts = QuestionAnswering
+    verb = "answer questions"
+    does = "answers questions"
+    auto_model = "AutoModelForQuestionAnswering"
+    heads = ("ForQuestionAnswering", "ForQuestionAnsweringSimple")
+    model_types: tuple[str, ...] = ()
+    shared_types: tuple[str, ...] = ()
+    triton_backend = "deploykit.tasks.question_answering.triton_backend:QuestionAnsweringBackend"
+    outputs = ("ANSWER", "START", "END", "SCORE")
+    headline = "f1"
+    columns: tuple[str, ...] = ()
+    input_columns: tuple[str, ...] = ()
+    settings = ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us")
+    instances = 2
+    stream_backend = ""
+
+    def read_facts(self, record: Mapping[str, Any]) -> QuestionAnswering:
+        return QuestionAnswering(**record)
+
+    def options(self) -> type[QuestionAnsweringOptions]:
+        from deploykit.tasks.question_answering.options import QuestionAnsweringOptions
+
+        return QuestionAnsweringOptions
+
+    def training_stage(self, options: QuestionAnsweringOptions) -> QuestionAnsweringStage:
+        from deploykit.tasks.question_answering.training import QuestionAnsweringStage
+
+        return QuestionAnsweringStage(options)
+
+    def model_card(
+        self, facts: QuestionAnswering, origin: str, metrics: Mapping[str, Any], held_out: str, rows: int
+    ) -> tuple[list[str], list[str]]:
+        from deploykit.tasks.question_answering import model_card
+
+        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows)
+
+    def export_steps(self) -> ModuleType:
+        from deploykit.tasks.question_answering import export
+
+        return export
+
+    def open_checkpoint(self, path: Path) -> TextAnswerer:
+        from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
+
+        return TorchAnswerer.load(path)
+
+    def open_graphs(self, path: Path, facts: QuestionAnswering, graphs: Graphs, threads: int | None) -> TextAnswerer:
+        from deploykit.runtime.engines import load_engine
+        from deploykit.tasks.question_answering.predictor import load_answerer
+
+        return load_answerer(path, facts, load_engine(graphs.engine, path / graphs.files[0], threads))
+
+    def open_served(self, name: str, url: str) -> TextAnswerer:
+        from deploykit.tasks.question_answering.served import ServedAnswerer
+
+        return ServedAnswerer(name, url)
+
+    def tokenizer_files(self, files: Sequence[str]) -> Iterator[str]:
+        yield "tokenizer.json"
+
+    def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
+        from deploykit.tasks.question_answering.triton_config import QUESTION_ANSWERING
+
+        return QUESTION_ANSWERING.substitute(values, task=quoted(record))
+
+    def answer(self, predictor: TextAnswerer, texts: Sequence[str], generation: int | None = None) -> list[Answer]:
+        """``generation`` is the number of answers to each question."""
+        from deploykit.tasks.question_answering.answers import answers
+
+        return answers(predictor, texts, generation)
+
+    def grade(self, predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str], generation: None) -> Grade:
+        from deploykit.tasks.question_answering.evaluate import grade
+
+        return grade(predictor, texts, truth)
+
+    def evaluate(
+        self, predictor: TextAnswerer, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        generation: Mapping[str, Any], progress: Progress,
+    ) -> Evaluation:  # fmt: skip
+        from deploykit.tasks.question_answering.evaluate import evaluate, labelled_questions
+
+        return evaluate(predictor, labelled_questions(source, encoding=encoding, split=split), progress=progress)
+
+    def read_inputs(
+        self, source: str, facts: QuestionAnswering, *, encoding: str | None, columns: Mapping[str, Any]
+    ) -> Iterator[TextRow]:
+        from deploykit.tasks.question_answering.rows import read_inputs
+
+        return read_inputs(source, encoding=encoding)
+
+    def read_texts(
+        self, source: str, facts: QuestionAnswering, *, encoding: str | None, columns: Mapping[str, Any]
+    ) -> list[tuple[str, str | None]]:
+        from deploykit.tasks.question_answering.evaluate import texts_and_answers
+
+        return texts_and_answers(source, encoding)
+
+    def tensors(self, text: str) -> Mapping[str, str]:
+        question, context = from_text(text)
+        return {"QUESTION": question, "CONTEXT": context}
+
+    def request_parameters(self, facts: QuestionAnswering, generation: None) -> dict[str, Any]:
+        return {}
+
+    def override(self, facts: QuestionAnswering, generation: Mapping[str, Any]) -> None:
+        if generation:
+            raise UsageError(f"{next(iter(generation))} is for a model that generates", "leave it out")
+
+    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+        from deploykit.tasks.question_answering.metrics_text import metrics_text
+
+        return metrics_text(metrics)
+
+    def result(self, facts: QuestionAnswering, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
+        record = {"whole_words": facts.whole_words, "no_answer_threshold": facts.no_answer_threshold}
+        return record, self.metrics_text(metrics[held_out])
+
+    def describe(self, facts: QuestionAnswering) -> str:
+        threshold = facts.no_answer_threshold
+        none = "every question is answered" if threshold is None else f"no answer above log-odds of {threshold:.2f}"
+        return (
+            f"answers  of at most {facts.max_answer_length} tokens; {none}; windows of {facts.max_length} tokens, "
+            f"{facts.doc_stride} shared"
+        )
+
+    def bundle(self, facts: QuestionAnswering) -> BundledTask:
+        from deploykit.tasks.question_answering.bundle import BundledAnswerer
+
+        return BundledAnswerer(facts)
+
+    def within(self, facts: QuestionAnswering, limits: DecodeLimits) -> QuestionAnswering:
+        return facts
+
+
+TASK = _QuestionAnswering()

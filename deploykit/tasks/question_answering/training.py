@@ -1,0 +1,283 @@
+"""The question answering stage: questions, contexts and answers in, an answerer out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.data import Dataset
+from transformers import AutoConfig, Trainer
+
+from deploykit.errors import DataError, UsageError
+from deploykit.tasks.question_answering.checkpoint import TorchAnswerer, facts_of
+from deploykit.tasks.question_answering.clean import CleaningReport, clean
+from deploykit.tasks.question_answering.facts import QuestionAnswering
+from deploykit.tasks.question_answering.metrics import answer_metrics, is_chinese
+from deploykit.tasks.question_answering.options import QuestionAnsweringOptions
+from deploykit.tasks.question_answering.rows import Example, RawRow, read_rows
+from deploykit.tasks.question_answering.split import drop_leaks, split, take
+from deploykit.tasks.question_answering.windows import EncodedContext, PairTokenizer, Window
+from deploykit.training import trainer
+from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens
+from deploykit.training.rows import Rows, Say
+from deploykit.training.trainer import Trained
+from deploykit.training.weights import Loaded
+
+
+class QuestionAnsweringStage:
+    """One run, from the checks that need no rows to the measured model."""
+
+    def __init__(self, options: QuestionAnsweringOptions) -> None:
+        self._options = options
+        self._tokenizer = load_tokenizer(options.origin)
+        config = AutoConfig.from_pretrained(options.origin, trust_remote_code=False)
+        limit = max_tokens(self._tokenizer, config)
+        if options.max_length > limit:
+            raise UsageError(
+                f"--max-length is {options.max_length}, but {options.origin} takes at most {limit} tokens",
+                f"give --max-length {limit} or less",
+            )
+
+    def load(self, source: str, split: str, columns: tuple[()] | None) -> tuple[list[RawRow], tuple[()]]:
+        """Read the rows; there are no columns to choose."""
+        return list(read_rows(source, encoding=self._options.encoding, split=split)), ()
+
+    def clean(self, raw: Sequence[RawRow]) -> tuple[list[Example], CleaningReport]:
+        return clean(raw)
+
+    def check(self, splits: Mapping[str, Sequence[Example]]) -> None:
+        if not any(example.answers.text for example in splits["train"]):
+            raise DataError(f"{self._options.train}: no usable question has an answer", "see the counts above")
+
+    def drop_leaks(self, train: Sequence[Example], held_out: Sequence[Example]) -> tuple[list[Example], int]:
+        return drop_leaks(train, held_out)
+
+    def take(self, rows: Sequence[Example], count: int) -> list[Example]:
+        return take(rows, count, self._options.seed)
+
+    def split(
+        self, rows: Sequence[Example], *, validation: float, test: float
+    ) -> tuple[list[Example], list[Example], list[Example]]:
+        """By context."""
+        return split(rows, validation=validation, test=test, seed=self._options.seed)
+
+    def train(self, rows: Rows[Example, tuple[()]], work: Path, say: Say) -> Trained:
+        options = self._options
+        loaded = self._model()
+        model = loaded.model
+        answerer = TorchAnswerer(model, self._tokenizer, self._task(model, rows.splits["train"]))
+        for examples in rows.splits.values():
+            check_room(answerer.tokenizer, examples, answerer.task.doc_stride)
+        labelled = label_windows(answerer.tokenizer, rows.splits["train"])
+        train_set = LabelledWindows(labelled.windows, labelled.labels, answerer)
+        say(
+            f"training on {len(rows.splits['train']):,} questions in {len(train_set):,} windows, {labelled.without:,} of "
+            f"them without the answer; validating on {len(rows.splits['validation']):,}"
+        )
+        if options.lora_r:
+            model = trainer.with_adapter(model, options, "QUESTION_ANS", loaded.new)
+        answerer = TorchAnswerer(model, self._tokenizer, answerer.task)
+        model = _train(answerer, train_set, rows.splits["validation"], options, work, say)
+        say("measuring on the held-out rows")
+        task = self._decided(TorchAnswerer(model, self._tokenizer, answerer.task), rows, say)
+        answerer = TorchAnswerer(model, self._tokenizer, task)
+        metrics = {name: measure(answerer, rows.splits[name]) for name in ("validation", "test") if rows.splits[name]}
+        return Trained(task, model, self._tokenizer, metrics)
+
+    def _model(self) -> Loaded:
+        dropout = self._options.dropout
+        config = {} if dropout is None else dict.fromkeys(("hidden_dropout_prob", "dropout"), dropout)
+        return load_for_training(self._options.origin, QuestionAnswering.name, **config)
+
+    def _task(self, model: Any, train: Sequence[Example]) -> QuestionAnswering:
+        options = self._options
+        return facts_of(
+            self._tokenizer, model,
+            max_length=options.max_length, doc_stride=options.doc_stride, max_answer_length=options.max_answer_length,
+            whole_words=options.whole_words != "no",
+            by_characters=is_chinese([text for example in train for text in example.answers.text]),
+        )  # fmt: skip
+
+    def _decided(self, answerer: TorchAnswerer, rows: Rows[Example, tuple[()]], say: Say) -> QuestionAnswering:
+        """Return the facts with what only the validation rows can tell: whole words or not, and the threshold."""
+        validation, task = rows.splits["validation"], answerer.task
+        forms = [task]
+        if self._options.whole_words == "auto":
+            forms.append(dataclasses.replace(task, whole_words=False))
+        measured = [measure(TorchAnswerer(answerer.model, self._tokenizer, form), validation) for form in forms]
+        best = max(range(len(forms)), key=lambda i: (_selected(measured[i]), -i))
+        task, metrics = forms[best], measured[best]
+        if len(forms) > 1:
+            told = ", ".join(f"{'yes' if f.whole_words else 'no'}: {_selected(m):.4f}" for f, m in zip(forms, measured))
+            say(f"whole words, by F1 on the validation rows: {told}")
+        if "best_f1_threshold" not in metrics:
+            return task
+        say(f"threshold for no answer, from the validation rows: {metrics['best_f1_threshold']:.2f}")
+        return dataclasses.replace(task, no_answer_threshold=metrics["best_f1_threshold"])
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Windows, the positions in each that the answer begins and ends at, and how many are ``without`` it."""
+
+    windows: list[Window]
+    labels: list[tuple[int, int]]
+    without: int
+
+
+def check_room(tokenizer: PairTokenizer, examples: Sequence[Example], doc_stride: int) -> None:
+    """Raise DataError naming the row of a question that leaves too little of a window for its context."""
+    for example in examples:
+        question = tokenizer.question(example.question)
+        if tokenizer.room(question) > doc_stride:
+            continue
+        try:
+            tokenizer.check(question, tokenizer.context(example.context))
+        except DataError as error:
+            raise DataError(f"{example.origin}: {error.message}", error.remedy) from None
+
+
+def label_windows(tokenizer: PairTokenizer, examples: Sequence[Example]) -> Labelled:
+    """Cut the windows of each question, with the place of its first answer: the first token where that is not whole.
+
+    A tokenizer without a token at the beginning gives no window without an answer.
+    """
+    contexts: dict[str, EncodedContext] = {}
+    windows, labels, without = [], [], 0
+    for example in examples:
+        if example.context not in contexts:
+            contexts[example.context] = tokenizer.context(example.context)
+        context, question = contexts[example.context], tokenizer.question(example.question)
+        tokens = None
+        if example.answers.text:
+            start = example.answers.answer_start[0]
+            tokens = context.tokens_of(start, start + len(example.answers.text[0]))
+        for window in tokenizer.windows(question, context):
+            if tokens is not None and window.begin <= tokens[0] and tokens[1] < window.end:
+                shift = window.at - window.begin
+                labels.append((tokens[0] + shift, tokens[1] + shift))
+            elif tokenizer.marks_no_answer:
+                labels.append((0, 0))
+                without += 1
+            else:
+                continue
+            windows.append(window)
+    if not windows:
+        raise DataError("no window holds an answer", "give a larger --max-length or --doc-stride")
+    return Labelled(windows, labels, without)
+
+
+class LabelledWindows(Dataset):  # type: ignore[misc]
+    """Windows and their labels; padded to the longest of each batch by ``collate``."""
+
+    def __init__(self, windows: Sequence[Window], labels: Sequence[tuple[int, int]], answerer: TorchAnswerer) -> None:
+        self.windows, self.labels, self._task = windows, labels, answerer.task
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        window = self.windows[row]
+        return {"input_ids": window.ids, "types": window.types, "label": self.labels[row]}
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+
+        def tensor(name: str, padding: int) -> torch.Tensor:
+            return torch.tensor([[*row[name], *[padding] * (longest - len(row[name]))] for row in rows])
+
+        batch = {
+            "input_ids": tensor("input_ids", self._task.pad_token_id),
+            "attention_mask": torch.tensor(
+                [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
+            ),
+            "labels": torch.tensor([row["label"] for row in rows]),
+        }
+        if self._task.token_types:
+            batch["token_type_ids"] = tensor("types", 0)
+        return batch
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    """Trainer whose evaluation answers the validation questions as the served model will."""
+
+    def __init__(self, *, measure: Callable[[Any], dict[str, float]], **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._measure = measure
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        training = self.model.training
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._measure(self.model.eval()).items()}
+        self.model.train(training)
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def _train(
+    answerer: TorchAnswerer,
+    train_set: LabelledWindows,
+    validation: Sequence[Example],
+    options: QuestionAnsweringOptions,
+    work: Path,
+    say: Say,
+) -> Any:
+    """Return the model as it was at its best evaluation: highest F1, among equals the highest exact match."""
+
+    def evaluate(model: Any) -> dict[str, float]:
+        metrics = measure(TorchAnswerer(model, answerer.hub_tokenizer, answerer.task), validation)
+        return {
+            "exact_match": metrics["exact_match"],
+            "f1": metrics["f1"],
+            "selection": round(_selected(metrics), 4) + 1e-5 * metrics["exact_match"],
+        }
+
+    return trainer.run(
+        _Trainer(
+            measure=evaluate,
+            model=answerer.model,
+            args=trainer.arguments(
+                options,
+                math.ceil(len(train_set) / options.per_device_train_batch_size),
+                work / "trainer",
+                per_device_train_batch_size=options.per_device_train_batch_size,
+                train_sampling_strategy="group_by_length",
+            ),
+            train_dataset=train_set,
+            eval_dataset=train_set,  # Trainer wants one; ``evaluate`` answers the validation questions instead
+            data_collator=train_set.collate,
+            compute_loss_func=_loss(options),
+            callbacks=trainer.callbacks(options, work / "tensorboard", say),
+        )
+    )
+
+
+def _loss(options: QuestionAnsweringOptions) -> Callable[..., torch.Tensor]:
+    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
+        items = num_items_in_batch if num_items_in_batch is not None else labels.numel()
+        total = sum(
+            functional.cross_entropy(
+                logits.float(), labels[:, i], label_smoothing=options.label_smoothing_factor, reduction="sum"
+            )
+            for i, logits in enumerate((outputs["start_logits"], outputs["end_logits"]))
+        )
+        return torch.as_tensor(total / items)
+
+    return loss
+
+
+def measure(answerer: TorchAnswerer, examples: Sequence[Example]) -> dict[str, Any]:
+    """Answer questions and compare."""
+    return answer_metrics(answerer.task, answerer.find([(e.question, e.context) for e in examples]), examples)
+
+
+def _selected(metrics: Mapping[str, Any]) -> float:
+    """Return the F1 that models are compared by: with the best threshold where some questions have no answer."""
+    return float(metrics.get("best_f1", metrics["f1"]))

@@ -1,0 +1,304 @@
+"""Question answering through all stages, on a small random model: trained, exported, packaged, served, asked."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.http as triton
+from tiny_answerer import WORDS, squad, write_checkpoint, write_squad
+
+from deploykit.artifacts import SAMPLES, load_manifest
+from deploykit.errors import RequestError, UsageError
+from deploykit.tasks.opening import open_for, open_predictor
+from deploykit.tasks.question_answering.rows import read_rows
+from deploykit.tasks.question_answering.served import ServedAnswerer
+from deploykit.tasks.registry import task_of
+from deploykit.triton.server import TritonServer
+
+Deploykit = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rows: some of the questions have no answer, some answers stand elsewhere."""
+    folder = tmp_path_factory.mktemp("qa")
+    content = squad(contexts=60, questions=2)
+    for i, paragraph in enumerate(content["data"][0]["paragraphs"]):
+        paragraph["qas"].append({"id": f"none-{i}", "question": "what none ?", "answers": [], "is_impossible": True})
+    content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]["text"] = "nowhere"
+    (folder / "squad.json").write_text(json.dumps(content))
+    write_checkpoint(folder / "base", "bert")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(deploykit: Deploykit, folder: Path) -> Path:
+    done = deploykit(
+        "finetune", "--task", "question-answering", folder / "base", "--train", folder / "squad.json",
+        "--output-dir", folder / "run", "--max-length", 48, "--doc-stride", 12, "--max-steps", 240, "--eval-steps", 120,
+        "--learning-rate", 3e-3, "--per-device-train-batch-size", 16, "--validation-fraction", 0.2, "--test-fraction", 0.2,
+        "--early-stopping-patience", 2, "--lr-scheduler-type", "constant",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "whose answer does not stand at its place" in done.err
+    assert "threshold for no answer" in done.err
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(deploykit: Deploykit, run: Path, folder: Path) -> Path:
+    done = deploykit(
+        "export", run, "--output-dir", folder / "export", "--int8", "--max-drop", 100, "--calibration-rows", 8
+    )
+    assert done.code == 0, done.err
+    assert "100% equal spans" in done.err
+    return folder / "export"
+
+
+@pytest.fixture(scope="module")
+def server(deploykit: Deploykit, exported: Path, folder: Path) -> Iterator[TritonServer]:
+    for name, engine in (("qa", "onnxruntime"), ("qa-openvino", "openvino")):
+        words = ("--name", name, "--engine", engine, "--precision", "fp32", "--model-repository", folder / "repository")
+        done = deploykit("package", exported, *words)
+        assert done.code == 0, done.err
+    with TritonServer(folder / "repository", http_port=0, grpc_port=0, metrics_port=0) as server:
+        yield server
+
+
+def _pairs(path: Path) -> list[tuple[str, str]]:
+    return [(row.question or "", row.context or "") for row in read_rows(str(path))]
+
+
+def test_a_run_holds_what_is_promised(run: Path, deploykit: Deploykit) -> None:
+    manifest = load_manifest(run, "checkpoint")
+    assert manifest.task.name == "question-answering"
+    metrics = json.loads((run / "metrics.json").read_text())["test"]
+    assert {"exact_match", "f1", "f1_interval", "has_answer", "no_answer", "best_f1_threshold"} <= set(metrics)
+    assert metrics["f1"] > 0.8, "it learned"
+    assert metrics["no_answer"]["f1"] > 0.8
+    contexts = {
+        name: {json.loads(line)["context"] for line in (run / "splits" / f"{name}.jsonl").read_text().splitlines()}
+        for name in ("train", "validation", "test")
+    }
+    assert not contexts["train"] & (contexts["validation"] | contexts["test"])
+    assert not contexts["validation"] & contexts["test"]
+    card = (run / "README.md").read_text()
+    assert "pipeline_tag: question-answering" in card
+    assert "| all |" in card
+    code, out, err = deploykit("inspect", run)
+    assert code == 0, err
+    assert "no answer above log-odds" in out
+    code, out, err = deploykit("finetune", "--config", run / "finetune.toml", "--output-dir", run, "--json")
+    assert code == 0, err
+    assert json.loads(out)["reused"]
+
+
+def test_lora_trains_an_adapter_that_answers(deploykit: Deploykit, folder: Path) -> None:
+    data = write_squad(folder / "v1.json", contexts=6, questions=2)
+    done = deploykit(
+        "finetune", "--task", "question-answering", folder / "base", "--train", data, "--output-dir", folder / "lora",
+        "--max-length", 48, "--doc-stride", 8, "--max-steps", 2, "--lora-r", 2, "--whole-words", "no",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    predictor: Any = open_predictor(str(folder / "lora"), url="")
+    assert predictor.task.whole_words is False
+    assert predictor.task.no_answer_threshold is None
+    assert predictor.answer("after w1 ?", "w0 w1 w2")[0].text
+
+
+def test_every_engine_and_precision_answers_as_the_table_says(
+    exported: Path, folder: Path, deploykit: Deploykit
+) -> None:
+    manifest = load_manifest(exported, "export")
+    lines = {(line["engine"], line["precision"]): line for line in manifest.metrics["accuracy_table"]}
+    assert {("pytorch", "fp32"), ("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "int8")} <= set(lines)
+    assert lines["onnxruntime", "fp32"]["agreement"] == 1
+    assert lines["openvino", "int8"]["int8_kernels"] > 0
+    test = folder / "run" / "splits" / "test.jsonl"
+    for engine, precision in (("onnxruntime", "fp32"), ("openvino", "int8")):
+        code, out, err = deploykit(
+            "evaluate", exported, "--data", test, "--engine", engine, "--precision", precision, "--json"
+        )
+        assert code == 0, err
+        assert json.loads(out)["metrics"]["f1"] == pytest.approx(lines[engine, precision]["f1"])
+
+
+def test_the_graph_has_optimums_names(exported: Path) -> None:
+    import onnx
+
+    graph = onnx.load(exported / "model.onnx").graph
+    assert [i.name for i in graph.input] == ["input_ids", "attention_mask", "token_type_ids"]
+    assert [o.name for o in graph.output] == ["start_logits", "end_logits"]
+    assert json.loads((exported / "config.json").read_text())["architectures"] == ["BertForQuestionAnswering"]
+
+
+def test_a_served_model_gives_the_spans_of_pytorch(server: TritonServer, run: Path, folder: Path) -> None:
+    reference: Any = open_predictor(str(run), url="")
+    pairs = [*_pairs(folder / "squad.json"), ("w1 ?", "😀 w1 " * 90), ("after w3 ?", "w3 e\u0301 w4\r\nw5")]
+    expected = reference.try_all(pairs, top_k=3)
+    for name in ("qa", "qa-openvino"):
+        served: Any = open_for("question-answering", name, url=server.urls.http)
+        assert isinstance(served, ServedAnswerer)
+        answered = served.try_all(pairs, top_k=3)
+        for (_, context), theirs, ours in zip(pairs, expected, answered):
+            assert [(s.text, s.start, s.end) for s in ours.spans[:1]] == [
+                (s.text, s.start, s.end) for s in theirs.spans[:1]
+            ]
+            assert [s.score for s in ours.spans] == pytest.approx([s.score for s in theirs.spans], abs=1e-3)
+            assert all(context[s.start : s.end] == s.text for s in ours.spans)
+            assert ours.none == pytest.approx(theirs.none, abs=1e-2)
+        served.close()
+
+
+def _ask(server: TritonServer, questions: list[str], contexts: list[str], **parameters: Any) -> dict[str, Any]:
+    client = triton.InferenceServerClient(server.urls.http.removeprefix("http://"))
+    inputs = []
+    for name, values in (("QUESTION", questions), ("CONTEXT", contexts)):
+        inputs.append(triton.InferInput(name, [len(values), 1], "BYTES"))
+        inputs[-1].set_data_from_numpy(np.array([[value.encode()] for value in values], np.object_))
+    names = ("ANSWER", "START", "END", "SCORE", "ERROR", "TOP_ANSWERS", "TOP_STARTS")
+    answer = client.infer("qa", inputs, parameters=parameters or None)
+    client.close()
+    return {name: answer.as_numpy(name) for name in names}
+
+
+def test_any_client_of_triton_asks_with_a_context_once_for_many_questions(server: TritonServer) -> None:
+    long = " ".join(WORDS)
+    once = _ask(server, ["after w1 ?", "after w9 ?", "after w3 ?"], [long, "", "w3 w4"], top_k=4)
+    twice = _ask(server, ["after w1 ?", "after w9 ?", "after w3 ?"], [long, long, "w3 w4"], top_k=4)
+    assert once["ANSWER"].tolist() == twice["ANSWER"].tolist()
+    assert once["TOP_STARTS"].tolist() == twice["TOP_STARTS"].tolist()
+    assert once["TOP_ANSWERS"].shape == (3, 4)
+    for row, context in enumerate((long, long, "w3 w4")):
+        start, end = once["START"][row, 0], once["END"][row, 0]
+        assert context[start:end].encode() == once["ANSWER"][row, 0]
+    bad = _ask(server, ["", "after w3 ?", "after w3 ?"], ["w3 w4", "w3 w4", " "])
+    assert [error.decode() for error in bad["ERROR"].reshape(-1)] == [
+        "the question is empty",
+        "",
+        "the context is empty",
+    ]
+    with pytest.raises(Exception, match="top_k must be an integer"):
+        _ask(server, ["w1"], ["w1"], top_k=0)
+
+
+def test_a_client_is_told_what_cannot_be_asked(server: TritonServer, folder: Path) -> None:
+    served = ServedAnswerer("qa", server.urls.http)
+    results = served.try_all([(" ".join(WORDS[:80]), "w1"), ("w1 ?", "w2"), ("w1 ?", "")])
+    assert "80 tokens" in str(results[0])
+    assert results[2].message == "the context is empty"  # type: ignore[union-attr]
+    served.close()
+    with pytest.raises(UsageError, match="answers questions, it does not classify"):
+        open_for("classification", "qa", url=server.urls.http)
+    with pytest.raises(RequestError):
+        open_for("question-answering", "nothing-here", url=server.urls.http)
+
+
+def test_answer_evaluate_and_bench_take_the_served_model(
+    server: TritonServer, folder: Path, deploykit: Deploykit
+) -> None:
+    (folder / "context.txt").write_bytes("Überall w3 w4\r\nund w5".encode())
+    where = ("--url", server.urls.http)
+    code, out, err = deploykit(
+        "answer", "qa", "--question", "after w3 ?", "--question", "after w5 ?", "--context", folder / "context.txt",
+        "--top-k", 2, *where, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    context = "Überall w3 w4\r\nund w5"
+    for record in json.loads(out)["results"]:
+        assert context[record["start"] : record["end"]] == record["answer"]
+        assert len(record["answers"]) == 2
+    test = folder / "run" / "splits" / "test.jsonl"
+    code, out, err = deploykit("evaluate", "qa", "--data", test, *where, "--json")
+    assert code == 0, err
+    kept = json.loads((folder / "run" / "metrics.json").read_text())["test"]
+    assert json.loads(out)["metrics"]["f1"] == pytest.approx(kept["f1"], abs=1e-6)
+    code, out, err = deploykit(
+        "bench", "qa", "--data", test, *where, "--rounds", 1, "--seconds", 0.2, "--max-concurrency", 2,
+        "--output-dir", folder / "bench.json", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    (candidate,) = json.loads(out)["candidates"]
+    assert candidate["metrics"]["f1"] == pytest.approx(kept["f1"], abs=1e-6)
+
+
+def test_a_file_is_answered_in_order_and_shown_wrong_ones_first(run: Path, folder: Path, deploykit: Deploykit) -> None:
+    rows = [{"question": "after w1 ?", "context": "w0 w1 w2"}, {"question": "", "context": "w1"}, {"context": "w1"},
+            {"question": "after <b>w3</b> ?", "context": "<script>w3</script> w4"}]  # fmt: skip
+    (folder / "ask.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = deploykit("answer", run, "--input", folder / "ask.jsonl", "--output", folder / "out.jsonl")
+    assert code == 0, err
+    answered = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [("answer" in a, a.get("error")) for a in answered] == [
+        (True, None), (False, "the question is empty"), (False, "the question is missing"), (True, None)
+    ]  # fmt: skip
+    labelled = [{"question": "<i>q</i>", "context": "<b>w1</b> w2", "answer": "w2", "answer_start": 10}]
+    labelled += [
+        {"question": f"after w{i} ?", "context": " ".join(WORDS[i : i + 9]), "answer": WORDS[i + 1]} for i in range(9)
+    ]
+    (folder / "labelled.jsonl").write_text("\n".join(map(json.dumps, labelled)))
+    code, _, err = deploykit("answer", run, "--input", folder / "labelled.jsonl", "--page", folder / "page.html")
+    assert code == 0, err
+    page = (folder / "page.html").read_text()
+    assert "&lt;i&gt;q&lt;/i&gt;" in page
+    assert "<i>" not in page
+    overlaps = [float(f1) for f1 in re.findall(r"<small>F1 ([\d.]+)", page)]
+    assert overlaps == sorted(overlaps)
+    assert len(overlaps) == 10
+    assert "<u>" in page
+
+
+def test_a_bundle_compares_spans_with_those_recorded(exported: Path) -> None:
+    facts = load_manifest(exported, "export").task
+    bundled = task_of(facts).bundle(facts)
+    assert set(bundled.inputs(exported / "model.onnx")) == {"input_ids", "attention_mask", "token_type_ids"}
+    texts = [text for text in bundled.read(str(exported / SAMPLES), kept=True) if text is not None]
+    model = bundled.load(exported, ("model.onnx",), "onnxruntime", {})
+    answers = bundled.answers(model, texts)
+    assert bundled.compare(answers, json.loads(json.dumps(answers)), "int8").right
+    assert not bundled.compare([["", 0, 0], *answers[1:]], answers[::-1], "fp32").right
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--question", "q"), 2, "give --question with --context"),
+        (("--input", "ask.jsonl"), 2, "--input needs --output or --page"),
+        (("--question", "q", "--context", "absent.txt"), 1, "absent.txt: cannot be read"),
+        (("--input", "ask.jsonl", "--output", "out.txt"), 2, "files of type '.txt' are not written"),
+    ],
+)
+def test_bad_options_are_refused(
+    words: tuple[str, ...], code: int, message: str, run: Path, folder: Path, deploykit: Deploykit
+) -> None:
+    (folder / "ask.jsonl").touch()
+    placed = [str(folder / word) if "." in word else word for word in words]
+    done = deploykit("answer", run, *placed)
+    assert (done.code, message in done.err) == (code, True), done.err
+
+
+def test_bad_runs_are_refused(folder: Path, deploykit: Deploykit) -> None:
+    start = ("finetune", "--task", "question-answering", folder / "base", "--output-dir", folder / "bad")
+    for words, code, message in (
+        (("--train", folder / "squad.json", "--max-length", 30, "--doc-stride", 30), 2, "a window has 30 tokens"),
+        (("--train", folder / "squad.json", "--max-length", 400), 2, "takes at most 64 tokens"),
+        (("--train", folder / "squad.json", "--max-length", 40, "--doc-stride", 36), 1, "squad.json:"),
+        (("--train", folder / "squad.json", "--label-column", "x"), 2, "--label-column is for --task classification"),
+    ):
+        done = deploykit(*start, *words)
+        assert (done.code, message in done.err) == (code, True), done.err
+
+
+def test_the_serving_half_imports_neither_torch_nor_transformers() -> None:
+    modules = ("task", "predictor", "served", "answers", "evaluate", "triton_config", "metrics", "bundle")
+    names = ", ".join(f"deploykit.tasks.question_answering.{module}" for module in modules)
+    script = f"import sys, {names}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

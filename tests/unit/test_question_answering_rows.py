@@ -1,0 +1,222 @@
+"""Questions with answers: read from every format, repaired or dropped and counted, and split by context."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploykit.errors import DataError, UsageError
+from deploykit.tasks.question_answering.clean import clean
+from deploykit.tasks.question_answering.rows import Answers, Example, RawRow, read_rows
+from deploykit.tasks.question_answering.split import drop_leaks, split, take
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
+
+
+def _examples(path: Path) -> list[Example]:
+    return clean(read_rows(str(path)))[0]
+
+
+def _write(path: Path, content: Any) -> Path:
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    path.write_bytes(text.encode())
+    return path
+
+
+def _squad(qas: list[dict[str, Any]], context: str = "Ann lives in Rome. Bob lives in Oslo.") -> dict[str, Any]:
+    return {"data": [{"title": "t", "paragraphs": [{"context": context, "qas": qas}]}]}
+
+
+def test_squad_versions_1_and_2_hub_rows_csv_and_json_lines_are_the_same_rows(tmp_path: Path) -> None:
+    context = "Ann lives in Rome. Bob lives in Oslo."
+    answers = {"text": ["Rome", "in Rome"], "answer_start": [13, 10]}
+    as_objects = [{"text": t, "answer_start": s} for t, s in zip(answers["text"], answers["answer_start"])]
+    rows = [
+        {"id": "a", "question": "Where is Ann?", "context": context, "answers": answers},
+        {"id": "b", "question": "Where is Cid?", "context": context, "answers": {"text": [], "answer_start": []}},
+    ]
+    one_answer = 'id,question,context,answer,answer_start\na,Where is Ann?,"{c}",Rome,13\nb,Where is Cid?,"{c}",,\n'
+    of_squad = [
+        {"id": "a", "question": "Where is Ann?", "answers": as_objects},
+        {"id": "b", "question": "Where is Cid?", "answers": [], "is_impossible": True},
+    ]
+    for path in (
+        _write(tmp_path / "squad.json", _squad(of_squad)),
+        _write(tmp_path / "rows.json", rows),
+        _write(tmp_path / "rows.jsonl", "\n".join(json.dumps(row) for row in rows)),
+        _write(tmp_path / "rows.csv", one_answer.format(c=context)),
+    ):
+        found = _examples(path)
+        assert [(e.id, e.question, e.context) for e in found] == [(r["id"], r["question"], context) for r in rows], path
+        assert found[0].answers.text[0] == "Rome"
+        assert found[0].answers.answer_start[0] == 13
+        assert found[1].answers == Answers()
+        assert len(found[0].answers.text) == (1 if path.suffix == ".csv" else 2)
+
+
+def test_rows_of_the_hubs_squad_are_read_from_a_saved_dataset_and_from_parquet(tmp_path: Path) -> None:
+    import datasets
+
+    answers = [{"text": ["Rome"], "answer_start": [13]}, {"text": [], "answer_start": []}]
+    columns = {
+        "id": ["a", "b"],
+        "title": ["t", "t"],
+        "context": ["Ann lives in Rome."] * 2,
+        "question": ["Where?", "When?"],
+    }
+    rows = datasets.Dataset.from_dict({**columns, "answers": answers})
+    rows.save_to_disk(str(tmp_path / "squad"))
+    rows.to_parquet(str(tmp_path / "squad.parquet"))
+    for path in (tmp_path / "squad", tmp_path / "squad.parquet"):
+        assert [e.answers for e in _examples(path)] == [Answers(("Rome",), (13,)), Answers()]
+
+
+def test_a_kept_split_reads_back_as_it_was(tmp_path: Path) -> None:
+    from deploykit.training.rows import read_split, write_splits
+
+    (example,) = _examples(_write(tmp_path / "a.json", _squad([_qa("Where is Ann?", "Rome", 13)])))
+    write_splits(tmp_path / "splits", {"test": [example]})
+    assert read_split(tmp_path, "test", Example) == [example]
+    (again,) = _examples(tmp_path / "splits" / "test.jsonl")
+    assert (again.question, again.context, again.answers) == (example.question, example.context, example.answers)
+
+
+@pytest.mark.parametrize(
+    ("context", "answer"),
+    [
+        ("a 😀😀 smile 😀 here", "smile"),
+        ("cafe\u0301 e\u0301tape finale", "e\u0301tape"),
+        ("line one\r\nline two", "line two"),
+        ("它在北京市中心。", "北京"),
+        ("价格是１２３元", "１２３"),
+        ("many     spaces   here", "here"),
+        ("family 👩‍👩‍👧 portrait", "👩‍👩‍👧"),
+    ],
+)
+def test_places_are_code_points(context: str, answer: str, tmp_path: Path) -> None:
+    start = context.index(answer)
+    for path in (
+        _write(tmp_path / "a.json", _squad([_qa("q", answer, start)], context)),
+        _write(tmp_path / "a.csv", f'question,context,answer,answer_start\nq,"{context}",{answer},{start}\n'),
+    ):
+        (example,) = _examples(path)
+        assert example.context == context
+        assert example.answers == Answers((answer,), (start,))
+
+
+def _qa(question: str, text: str, start: int | None, **more: Any) -> dict[str, Any]:
+    return {"id": question, "question": question, "answers": [{"text": text, "answer_start": start}], **more}
+
+
+def test_a_misplaced_answer_is_moved_where_it_occurs_once_and_else_dropped_and_counted(tmp_path: Path) -> None:
+    qas = [
+        _qa("moved", "Rome", 3),
+        _qa("beyond the end", "Oslo", 10_000),
+        _qa("twice", "lives", 0),
+        _qa("nowhere", "Paris", 0),
+        _qa("spaces around", " Rome ", 12),
+        _qa("no place", "Oslo", None),
+    ]
+    examples, report = clean(read_rows(str(_write(tmp_path / "a.json", _squad(qas)))))
+    assert {e.id: e.answers.answer_start for e in examples} == {
+        "moved": (13,), "beyond the end": (32,), "spaces around": (13,), "no place": (32,)
+    }  # fmt: skip
+    assert (report.answers_moved, report.misplaced_answer, report.answers_located) == (2, 2, 1)
+    assert report.rows_read == report.rows_kept + report.misplaced_answer
+    assert any("moved to the one place" in line for line in report.lines())
+
+
+def test_unusable_rows_are_dropped_and_counted_and_control_characters_keep_places() -> None:
+    def row(question: str | None, context: str | None, *answers: tuple[str, int | None]) -> RawRow:
+        return RawRow(question, context, answers, True, "", f"rows:{question}")
+
+    nul = "a\x00b \ud800 answer"
+    examples, report = clean(
+        [
+            row(None, "text"), row("q", None), row(" ", "text"), row("q", " \r\n"),
+            row("nul", nul, ("answer", nul.index("answer"))),
+            row("Twice?", "one two", ("one", 0)), row("twice? ", "one two", ("two", 4)),
+            row("twice?", "one two", ("one", 0)),
+            row("both", "one two", ("one", 0)), row("both", "one two"),
+            row("html", "<b>bold</b> &amp; <script>", ("bold", 3)),
+        ]
+    )  # fmt: skip
+    by_question = {e.question: e for e in examples}
+    assert by_question["nul"].context == "a b \ufffd answer"
+    assert by_question["Twice?"].answers == Answers(("one", "two"), (0, 4))
+    assert by_question["html"].answers.answer_start == (3,)
+    assert (report.missing_text, report.empty_text, report.unicode_repaired) == (2, 2, 1)
+    assert (report.duplicates, report.conflicting_duplicates, report.rows_kept) == (2, 2, 3)
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "questions", "wrong"), [("covidqa", 1380, 234), ("cmrc2018_trial", 1002, 5)])
+def test_the_dirt_in_real_data_is_found(name: str, questions: int, wrong: int) -> None:
+    raw = list(read_rows(str(DATA / f"{name}.json")))
+    misplaced = [
+        row for row in raw for text, start in row.answers
+        if row.context is not None and start is not None and not row.context.startswith(text, start)
+    ]  # fmt: skip
+    examples, report = clean(raw)
+    assert (len(raw), len(misplaced)) == (questions, wrong)
+    assert report.rows_kept + report.misplaced_answer + report.duplicates + report.empty_text == questions
+    for example in examples:
+        for text, start in zip(example.answers.text, example.answers.answer_start):
+            assert example.context[start : start + len(text)] == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"data": 1}', "data is not a list"),
+        ('{"rows": []}', "without 'data'"),
+        ('{"data": [{}]}', "article 1 has no 'paragraphs'"),
+        ('{"data": [{"paragraphs": [{"qas": []}]}]}', "article 1, paragraph 1 has no 'context'"),
+        (
+            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": 7}]}]}]}',
+            "a.json:1: question is not a text",
+        ),
+        ('{"data": [', "is not JSON"),
+        ('[{"question": "q"}]', "no column 'context'"),
+        ('[{"question": "q", "context": "c", "answers": 5}]', "answers is neither"),
+        ('[{"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": []}}]', "of one length"),
+        ('[{"question": "q", "context": "c", "answer": "c", "answer_start": "x"}]', "a.json:1: answer_start is 'x'"),
+    ],
+)
+def test_a_malformed_file_is_refused_by_its_place(content: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        list(read_rows(str(_write(tmp_path / "a.json", content))))
+
+
+def _example(context: str, question: str) -> Example:
+    return Example(question, context, Answers(("x",), (0,)), question, question)
+
+
+def test_no_context_is_in_two_splits_and_order_does_not_matter() -> None:
+    examples = [_example(f"context number {c}", f"q{c}-{q}") for c in range(30) for q in range(1 + c % 4)]
+    examples += [_example("CONTEXT, number  3!", "near duplicate")]
+    parts = split(examples, validation=0.2, test=0.1, seed=1)
+    contexts = [{e.context for e in part} for part in parts]
+    assert not contexts[0] & contexts[1]
+    assert not contexts[0] & contexts[2]
+    assert not contexts[1] & contexts[2]
+    assert sum(map(len, parts)) == len(examples)
+    assert len(parts[1]) == pytest.approx(0.2 * len(examples), abs=4)
+    (same,) = [part for part in parts if "near duplicate" in {e.id for e in part}]
+    assert {"q3-0", "near duplicate"} <= {e.id for e in same}
+    assert split(examples[::-1], validation=0.2, test=0.1, seed=1) == parts
+    kept, leaks = drop_leaks(examples, parts[1])
+    assert leaks == len(parts[1])
+    assert not {e.context for e in kept} & contexts[1]
+    assert len(take(examples, 10, seed=0)) == 10
+
+
+def test_too_few_contexts_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="2 contexts are too few"):
+        split([_example("a", "1"), _example("b", "2")], validation=0.1, test=0.1, seed=0)
+    with pytest.raises(UsageError, match="no fractions"):
+        split([_example("a", "1")], validation=0.6, test=0.5, seed=0)
