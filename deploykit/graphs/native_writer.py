@@ -1,4 +1,4 @@
-"""The file of weights that deploykit's own engine for translators reads (``runtime/engines/native.py``).
+"""The file of weights that deploykit's own engine for translators reads (``runtime/engines/native/translator.py``).
 
 Linear layers that have ranges are INT8, with a scale for each row of activations and each column of weights (the ranges
 themselves are of no use to it), the others stay float32; the embeddings are S8 with a scale a token. The format is
@@ -21,7 +21,7 @@ from deploykit.graphs.architecture import Architecture, Array, FeedForward, Line
 from deploykit.graphs.seq2seq import side_by_side
 from deploykit.graphs.writer import activation_of
 from deploykit.quantization.qdq import Ranges, quantize_weight
-from deploykit.runtime.engines.native_weights import ALIGNMENT, FORMAT, PANEL
+from deploykit.runtime.engines.native.weights import ALIGNMENT, FORMAT, PANEL
 
 _ZERO = 128  # what the engine adds to S8 activations
 _TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}
