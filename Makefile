@@ -19,7 +19,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt setup.sh setup.py deploykit/runtime/engines/native.c
+$(READY): pyproject.toml constraints.txt setup.sh setup.py $(shell find deploykit/runtime/engines/native/csrc -name "*.[ch]")
 	@bash setup.sh .venv
 	@touch $@
 

@@ -17,6 +17,7 @@ from typing import Any
 from deploykit.errors import MissingDependencyError
 from deploykit.hardware import available_cpus
 from deploykit.runtime.engines import ENGINES
+from deploykit.runtime.engines.native import loader as native
 from deploykit.triton.preflight import find_triton
 
 _PACKAGES = (
@@ -51,7 +52,10 @@ class Need:
 
 
 def examine() -> dict[str, Any]:
-    """Return all findings, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, commands."""
+    """Return all findings, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, native, commands.
+
+    ``native`` is None where that engine does not run. Raises UsageError where the environment names an unknown instruction set.
+    """
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "platform": platform.platform(),
@@ -60,6 +64,7 @@ def examine() -> dict[str, Any]:
         "gpu": _gpu(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "engines": {name: info.installed for name, info in ENGINES.items()},
+        "native": _native(),
         "commands": {name: need.__dict__ for name, need in _commands().items()},
     }
 
@@ -105,6 +110,13 @@ def _cpu() -> dict[str, Any]:
     except OSError:
         pass  # not Linux: only the model is known
     return {"model": model, "cores": available_cpus(), "features": [flag for flag in _CPU_FLAGS if flag in flags]}
+
+
+def _native() -> dict[str, Any] | None:
+    """The instruction set that the engine ``native`` uses, and those that it can."""
+    if native.lacks():
+        return None
+    return {"instruction_set": native.instruction_set(), "available": list(native.instruction_sets())}
 
 
 def _gpu() -> dict[str, Any]:
