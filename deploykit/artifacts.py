@@ -227,7 +227,8 @@ def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | N
         manifest = load_manifest(out)
     except ArtifactError as error:
         raise ArtifactError(
-            f"{out}: already exists and cannot be reused: {error.message}", "choose another --output-dir, or pass --force"
+            f"{out}: already exists and cannot be reused: {error.message}",
+            "choose another --output-dir, or pass --force",
         ) from error
     if manifest.kind == kind and manifest.inputs == inputs:
         return manifest
