@@ -1,7 +1,6 @@
-"""Define what a task is: all that the stages know of it.
+"""The interface between stages and tasks. A task is one object with the members of ``Task``, in ``task.py`` of its folder.
 
-A task is one object with the members of ``Task``, in ``task.py`` of a folder of its own. Methods import what they need
-when they run, so that a serving machine does not load the training half.
+Methods import what they need when they run, so that a serving machine does not load the training half.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Training(Protocol):
     model_types: tuple[str, ...]
     """The model types that are its own; empty: every type that no other task claims."""
     shared_types: tuple[str, ...]
-    """The model types that it takes beside its own, and leaves to other tasks too."""
+    """Model types that this task supports in common with other tasks."""
 
     def options(self) -> type[Any]:
         """Return the dataclass of a run's options (``FinetuneOptions``); its new fields become options of ``finetune``."""
