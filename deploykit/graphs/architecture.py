@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -117,6 +118,40 @@ class Architecture:
     @property
     def vocabulary(self) -> int:
         return self.projection.shape[0]
+
+
+_HEAD_MULTIPLE = 8
+
+
+def pad_heads(a: Architecture) -> Architecture:
+    """Widen the decoder's heads with zeros to a multiple of 8, which ONNX Runtime's attention wants.
+
+    It computes the same: scores and values of the new dimensions are 0, and ``scale`` stays as it is.
+    """
+    wide = -(-a.head_size // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+    if wide == a.head_size:
+        return a
+
+    def columns(layer: Linear) -> Linear:
+        bias = None if layer.bias is None else _widen(layer.bias[None], a.heads, wide)[0]
+        return Linear(_widen(layer.weight, a.heads, wide), bias)
+
+    def attention(x: Attention) -> Attention:
+        out = Linear(np.ascontiguousarray(_widen(x.out.weight.T, a.heads, wide).T), x.out.bias)
+        return Attention(columns(x.query), columns(x.key), columns(x.value), out)
+
+    layers = tuple(
+        dataclasses.replace(layer, attention=attention(layer.attention), cross=attention(layer.cross))
+        for layer in a.decoder_layers
+    )
+    return dataclasses.replace(a, head_size=wide, decoder_layers=layers)
+
+
+def _widen(rows: Array, heads: int, wide: int) -> Array:
+    """[n, heads x size] as [n, heads x wide], with zeros at the end of each head."""
+    parts = rows.reshape(len(rows), heads, -1)
+    zeros = ((0, 0), (0, 0), (0, wide - parts.shape[2]))
+    return np.ascontiguousarray(np.pad(parts, zeros).reshape(len(rows), heads * wide))
 
 
 class Weights:

@@ -89,12 +89,14 @@ def mt5() -> Any:
 FAMILIES: dict[str, Callable[[], Any]] = {
     "marian": marian,
     "marian, two vocabularies": functools.partial(marian, share_encoder_decoder_embeddings=False),
+    "marian, heads of 12": functools.partial(marian, d_model=48),
     "marian, uneven": functools.partial(marian, encoder_layers=3, decoder_layers=1, encoder_attention_heads=2),
     "m2m_100": m2m100,
     "bart": bart,
     "mbart": functools.partial(bart, "mbart"),
     "mt5": mt5,
     "t5": t5,
+    "t5, heads of 4": functools.partial(t5, d_kv=4),
     "t5 1.1": functools.partial(t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
 SEARCHES = {

@@ -313,7 +313,7 @@ def test_the_checkpoints_own_limits_are_kept(
 def test_a_checkpoint_is_trained_and_saved_whatever_it_searches_by(
     marian: Path, copy: Callable[[Path], Path], tmp_path: Path, fields: dict[str, Any]
 ) -> None:
-    from deploykit.finetune.run import finetune
+    from deploykit.stages.finetune import finetune
 
     folder = with_search(copy(marian), max_length=8, **fields)
     rows = [f"{source}\t{target}" for source, target in zip(SOURCES, TARGETS)]

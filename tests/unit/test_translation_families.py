@@ -12,9 +12,9 @@ import torch
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ArtifactError
-from deploykit.export.run import export
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.runtime.engines import TRANSLATION_FILES
+from deploykit.stages.export import export
 from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import load_translator
@@ -111,8 +111,8 @@ def test_a_foreign_checkpoint_is_exported_and_answers_as_pytorch(family: str, tm
 
 
 def test_a_foreign_checkpoint_is_trained_on(tmp_path: Path) -> None:
-    from deploykit.finetune.options import make_options
-    from deploykit.finetune.run import finetune
+    from deploykit.stages.finetune import finetune
+    from deploykit.stages.finetune_options import make_options
 
     quiet()
     write_mbart(tmp_path / "m")

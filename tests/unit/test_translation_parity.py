@@ -85,3 +85,26 @@ def reference_config(reference: TorchTranslator) -> Any:
     from deploykit.tasks.translation.generation_config import generation_config
 
     return generation_config(reference.task, reference.task.generation)
+
+
+def test_a_target_vocabulary_may_be_larger_than_the_sources_and_have_the_padding_id(tmp_path: Path) -> None:
+    from transformers import MarianConfig, MarianMTModel
+
+    from deploykit.tasks.translation.training import EncodedPairs
+
+    torch.manual_seed(1)
+    config = MarianConfig(
+        vocab_size=30, decoder_vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, pad_token_id=29,
+        eos_token_id=0, decoder_start_token_id=59, share_encoder_decoder_embeddings=False, tie_word_embeddings=False,
+        init_std=0.6,
+    )  # fmt: skip
+    reference = object.__new__(TorchTranslator)
+    reference.model = MarianMTModel._from_config(config, attn_implementation="eager").eval()
+    reference.task = Translation("en", "fr", "marian", 60, 32, 32, 59, (0,), 59, generation=Generation(max_length=8))
+    together = reference.generate_ids(_SOURCES, reference.task.generation)
+    assert together == [reference.generate_ids([ids], reference.task.generation)[0] for ids in _SOURCES]
+    assert len(reference.scores(_SOURCES, together, reference.task.generation)) == len(_SOURCES)
+    pairs = EncodedPairs.__new__(EncodedPairs)
+    pairs.task, pairs._source_pad = reference.task, reference.source_pad
+    assert reference.model(**pairs.collate(list(zip(_SOURCES, together)))).loss.isfinite()

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from deploykit.data.answer_file import answer_file, is_error, json_line
 from deploykit.data.texts import TextRow
 from deploykit.errors import ArtifactError, DataError
-from deploykit.finetune.options import make_options
 from deploykit.runtime.generation import Generation
+from deploykit.stages.finetune_options import make_options
 from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 from deploykit.tasks.translation.options import TranslationOptions

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deploykit.errors import ExportError
-from deploykit.graphs.architecture import Architecture, Weights
+from deploykit.graphs.architecture import Architecture, Weights, pad_heads
 
 # model_type of a Hugging Face config -> module in this package
 FAMILIES: Mapping[str, str] = {
@@ -28,7 +28,7 @@ FAMILIES: Mapping[str, str] = {
 def read_architecture(model: Any) -> Architecture:
     """Read the architecture and weights of ``model``, a Hugging Face encoder-decoder on the CPU.
 
-    Raises ExportError for a family that is not supported.
+    Raises ExportError for a family that is not supported, and for an encoder or a decoder without layers.
     """
     kind = model.config.model_type
     if kind not in FAMILIES:
@@ -39,4 +39,6 @@ def read_architecture(model: Any) -> Architecture:
     module = importlib.import_module(f"{__name__}.{FAMILIES[kind]}")
     state = {name: np.asarray(tensor.detach().float().numpy()) for name, tensor in model.state_dict().items()}
     architecture: Architecture = module.architecture(model, Weights(state))
-    return architecture
+    if not architecture.encoder_layers or not architecture.decoder_layers:
+        raise ExportError("the model has no layers in its encoder or its decoder", "give a model with layers in both")
+    return pad_heads(architecture)

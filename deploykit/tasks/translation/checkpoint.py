@@ -58,6 +58,12 @@ class TorchTranslator:
             task = translation_task(model.config, model.generation_config, tokenizer, str(path), source, target)
         return cls(model, tokenizer, task)
 
+    @property
+    def source_pad(self) -> int:
+        """What pads sources: the padding id, or, where that is of a larger target vocabulary alone, any other; it is masked."""
+        pad = self.task.pad_token_id
+        return pad if pad < self.model.get_encoder().get_input_embeddings().num_embeddings else 0
+
     def encode(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Source token ids as training and serving see them, cut to ``task.max_source_length``."""
         prefix, codes = source_prefix(self.task), self.task.languages if self.task.family == "marian" else ()
@@ -100,7 +106,7 @@ class TorchTranslator:
         targets: list[list[int]] = [[] for _ in token_ids]
         with torch.inference_mode(), self._generating(config):
             for rows in _batches([len(ids) * (config.num_beams or 1) for ids in token_ids], _TOKENS_PER_BATCH):
-                input_ids, mask = padded([token_ids[row] for row in rows], self.task.pad_token_id)
+                input_ids, mask = padded([token_ids[row] for row in rows], self.source_pad)
                 device = self.model.device
                 generated = self.model.generate(
                     input_ids=input_ids.to(device),
@@ -123,7 +129,7 @@ class TorchTranslator:
             for rows in _batches([len(ids) for ids in target_ids], _LOGITS_PER_BATCH // self.task.vocabulary):
                 targets = [target_ids[row] for row in rows]
                 started = [[self.task.decoder_start_token_id, *ids[:-1]] for ids in targets]
-                input_ids, mask = padded([token_ids[row] for row in rows], self.task.pad_token_id)
+                input_ids, mask = padded([token_ids[row] for row in rows], self.source_pad)
                 decoder_input_ids, _ = padded(started, self.task.pad_token_id)
                 inputs = {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_input_ids}
                 logits = self.model(**{k: v.to(self.model.device) for k, v in inputs.items()}).logits.cpu()
@@ -238,6 +244,13 @@ def translation_task(
             f"{name}: is an mBART of 25 languages, whose decoder starts with the target language",
             "give an mBART-50 checkpoint, or one of another type",
         )
+    # Marian's and BART's names of these fields, and T5's.
+    for side, fields in {
+        "encoder": ("encoder_layers", "num_layers"),
+        "decoder": ("decoder_layers", "num_decoder_layers"),
+    }.items():
+        if 0 in (getattr(config, field, None) for field in fields):
+            raise ArtifactError(f"{name}: its {side} has no layers", "give a model with layers in encoder and decoder")
     source, target = _languages_of(tokenizer, name, source, target)
     known = languages(tokenizer, family)
     for option, code in (("--source-lang", source), ("--target-lang", target)):

@@ -244,6 +244,7 @@ class EncodedPairs(Dataset):  # type: ignore[misc]
 
     def __init__(self, translator: TorchTranslator, pairs: Sequence[Pair], *, max_length: int | None = None) -> None:
         self.task = translator.task
+        self._source_pad = translator.source_pad
         cut = max_length is None
         sources = translator.encode([pair.source for pair in pairs], cut=cut)
         targets = translator.encode_targets([pair.target for pair in pairs], cut=cut)
@@ -258,7 +259,7 @@ class EncodedPairs(Dataset):  # type: ignore[misc]
     def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
         """Labels are the target ids; the decoder reads them one step later, after the start token."""
         pad = self.task.pad_token_id
-        input_ids, attention_mask = padded([source for source, _ in rows], pad)
+        input_ids, attention_mask = padded([source for source, _ in rows], self._source_pad)
         labels, _ = padded([target for _, target in rows], _IGNORED)
         decoder_input_ids, _ = padded([[self.task.decoder_start_token_id, *target[:-1]] for _, target in rows], pad)
         return {
