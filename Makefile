@@ -11,7 +11,7 @@ help:
 	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
 	@echo "make test   all tests that need no GPU"
 	@echo "make interop   open exports in optimum-onnx, in an environment of its own (minutes)"
-	@echo "make bench  both demos' models beside their peers, on a quiet machine (an hour)"
+	@echo "make bench  measure both demos' models against other tools, on a quiet machine (an hour)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
 	@echo "make docs   build the docs into build/docs"

@@ -26,7 +26,7 @@ _PACKAGES = (
 )  # fmt: skip
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 _TRAINING = ("torch", "transformers", "optimum", "accelerate", "tokenizers", "onnx", "tensorboard", "tomli_w")
-# command -> (modules it needs, the extra that brings them)
+# command -> (modules it needs, the extra that installs them)
 _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "finetune": (_TRAINING, "finetune"),
     "calibrate": ((*_TRAINING, "onnxruntime"), "finetune,cpu"),
@@ -90,9 +90,7 @@ def _commands() -> dict[str, Need]:
             needs["tune"] = needs["serve"]
     gpu = _gpu()
     if not gpu["devices"]:
-        needs["GPU engines"] = Need(
-            False, "an NVIDIA GPU and its driver", "use the CPU engines, or a machine with a GPU"
-        )
+        needs["GPU engines"] = Need(False, "an NVIDIA GPU and its driver", "use a CPU engine, or a machine with a GPU")
     elif not ENGINES["tensorrt"].installed:
         needs["GPU engines"] = Need(False, "TensorRT", "pip install 'deploykit[tensorrt]', or 'deploykit[rtx]'")
     return needs
