@@ -59,7 +59,7 @@ def load_pairs(
     elif suffix == ".tmx":
         name = normalize(Path(path).name)
         units = read_tmx(_existing(path), (source, target), encoding)
-        rows = (RawPair(unit.texts[0], unit.texts[1], f"{name}:{unit.line}") for unit in units)
+        rows = (RawPair(unit.texts[0], unit.texts[1], f"{name}:{unit.line}", None, unit.inline_codes) for unit in units)
         columns = PairColumns(source, target)
     elif suffix in CATALOGS:
         rows = read_catalog(_existing(path), target, encoding)
