@@ -10,7 +10,7 @@ GraphKind = Literal["encoder", "encoder-decoder"]
 """What an export holds: one graph that reads texts, or an encoder and a decoder that writes token by token."""
 
 Options = Mapping[str, Any]
-"""Options of a command by name, those that were not given None."""
+"""Options of a command by name; those that were not given are None."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and of all rows."""
