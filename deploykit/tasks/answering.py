@@ -39,14 +39,14 @@ class AnsweredRow:
         """Return origin, text and the answer's columns; or origin and error."""
         if self.answer is None:
             return {"origin": self.origin, "error": self.error}
-        return {"origin": self.origin, **(self.answer.asked or {"text": self.text}), **self.answer.columns}
+        return {"origin": self.origin, "text": self.answer.asked or self.text, **self.answer.columns}
 
     def line(self) -> str:
         """Return the row for a terminal: the answer; of one with a score, the answer, its score and the text."""
         if self.answer is None:
             return f"{self.origin}: {self.error}"
         score = self.answer.columns.get("score")
-        asked = " ".join(self.answer.asked.values()) or self.text
+        asked = self.answer.asked or self.text
         return self.answer.text if score is None else f"{self.answer.text or '-':<16} {score:.4f}  {asked}"
 
 
@@ -102,12 +102,28 @@ def answer_source(
     def rows() -> Iterator[TextRow]:
         return task.read_inputs(source, predictor.task, encoding=encoding, columns=columns)
 
+    if suffix in TABLES:
+        _check_rows(rows(), source, encoding, out)
+
     def answer(part: Sequence[TextRow]) -> list[Line]:
         return [json_line(row.to_json()) for row in answer_rows(predictor, part, generation)]
 
     key = artifacts.digest_of(source_digest(source), dict(columns), repr(generation), encoding, identity)
     table = (lambda: row_columns(source, encoding)) if suffix in TABLES else None
     return answer_file(rows, answer, out, key=key, failed=is_error, force=force, progress=progress, table=table)
+
+
+def _check_rows(rows: Iterator[TextRow], source: str, encoding: str | None, out: Path) -> None:
+    """Raise UsageError if ``source`` is not a table whose rows are those to answer, as SQuAD's JSON is not."""
+    count = sum(1 for _ in rows)
+    try:
+        same = count == sum(1 for _ in row_columns(source, encoding))
+    except DataError:
+        same = False
+    if not same:
+        raise UsageError(
+            f"--output {out}: {source} is not a table with a row for each text", "give it a name that ends in .jsonl"
+        )
 
 
 def _answer(predictor: Predictor, texts: Sequence[str], generation: Any) -> list[Answer | str]:

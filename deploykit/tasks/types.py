@@ -50,14 +50,14 @@ class Answer:
 
     ``text`` is the whole answer as one string. ``tokens`` counts the tokens that a generating model wrote, otherwise 0.
     ``fields`` are the answer's columns in a record of ``predict``, JSON values; without any, a record has one column
-    ``answer``. A field ``score`` is the probability of the answer. ``asked`` are columns that a record has in place of
-    ``text``, where the text is several inputs in one.
+    ``answer``. A field ``score`` is the probability of the answer. ``asked`` is what a record shows of a text that is
+    several inputs in one: the question, without its context.
     """
 
     text: str
     tokens: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
-    asked: Mapping[str, str] = field(default_factory=dict)
+    asked: str = ""
 
     @property
     def columns(self) -> Mapping[str, Any]:

@@ -223,7 +223,7 @@ def test_answer_evaluate_and_bench_take_the_served_model(
     assert json.loads(out)["metrics"]["f1"] == pytest.approx(kept["f1"], abs=1e-6)
     code, out, err = deploykit(
         "bench", "qa", "--data", test, *where, "--rounds", 1, "--seconds", 0.2, "--max-concurrency", 2,
-        "--output-dir", folder / "bench.json", "--json",
+        "--output", folder / "bench.json", "--json",
     )  # fmt: skip
     assert code == 0, err
     (candidate,) = json.loads(out)["candidates"]
@@ -254,6 +254,27 @@ def test_a_file_is_answered_in_order_and_shown_wrong_ones_first(run: Path, folde
     assert overlaps == sorted(overlaps)
     assert len(overlaps) == 10
     assert "<u>" in page
+
+
+def test_predict_answers_as_answer_does(run: Path, folder: Path, deploykit: Deploykit) -> None:
+    context = "w0 e\u0301 w1 w2"
+    (folder / "one.txt").write_text(context)
+    text = json.dumps({"question": "after w1 ?", "context": context}, ensure_ascii=False)
+    code, out, err = deploykit("predict", run, text, "--json")
+    assert code == 0, err
+    (predicted,) = json.loads(out)["results"]
+    code, out, err = deploykit("answer", run, "--question", "after w1 ?", "--context", folder / "one.txt", "--json")
+    assert code == 0, err
+    (answered,) = json.loads(out)["results"]
+    assert predicted["text"] == "after w1 ?"
+    assert predicted | {"origin": ""} == answered | {"origin": ""}
+    assert context[predicted["start"] : predicted["end"]] == predicted["answer"]
+    (folder / "ask.csv").write_text("question,context\nafter w1 ?,w0 w1 w2\n")
+    code, _, err = deploykit("predict", run, "--input", folder / "ask.csv", "--output", folder / "asked.csv")
+    assert code == 0, err
+    assert (folder / "asked.csv").read_text().splitlines()[0] == "question,context,answer,start,end,score"
+    code, _, err = deploykit("predict", run, "--input", folder / "squad.json", "--output", folder / "squad.csv")
+    assert (code, "is not a table" in err) == (2, True), err
 
 
 def test_a_bundle_compares_spans_with_those_recorded(exported: Path) -> None:

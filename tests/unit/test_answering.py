@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from deploykit.data.texts import TextRow
 from deploykit.errors import RequestError
-from deploykit.tasks.answering import AnsweredRow, answer_rows
+from deploykit.tasks.answering import AnsweredRow, answer_rows, rows_of
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.protocol import Answer
 from deploykit.text import MAX_TEXT_CHARS
@@ -73,3 +73,15 @@ def test_rows_that_are_all_bad_ask_nothing() -> None:
 )  # fmt: skip
 def test_a_row_is_a_line_and_a_record(row: AnsweredRow, line: str, record: dict[str, object]) -> None:
     assert (row.line(), row.to_json()) == (line, record)
+
+
+def test_a_record_shows_the_question_without_its_context() -> None:
+    row = AnsweredRow("a:1", '{"question": "q ?", "context": "c"}', Answer("c", fields={"score": 0.5}, asked="q ?"))
+    assert row.to_json() == {"origin": "a:1", "text": "q ?", "score": 0.5}
+    assert row.line().endswith("0.5000  q ?")
+
+
+def test_texts_keep_the_places_of_their_characters() -> None:
+    (accent, control, empty) = rows_of(["e\u0301t\u00e9", "a\x00b", " \x00 "])
+    assert (accent.text, control.text, empty.text) == ("e\u0301t\u00e9", "a b", None)
+    assert empty.problem == "the text is empty"

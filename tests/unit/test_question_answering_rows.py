@@ -220,3 +220,12 @@ def test_too_few_contexts_cannot_be_split() -> None:
         split([_example("a", "1"), _example("b", "2")], validation=0.1, test=0.1, seed=0)
     with pytest.raises(UsageError, match="no fractions"):
         split([_example("a", "1")], validation=0.6, test=0.5, seed=0)
+
+
+def test_json_lines_may_be_named_json(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "context": f"c{i}"} for i in range(2)]
+    (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
+    assert [(row.question, row.context) for row in read_rows(str(tmp_path / "rows.json"))] == [
+        ("q0", "c0"),
+        ("q1", "c1"),
+    ]

@@ -27,7 +27,7 @@ def answers(predictor: TextAnswerer, texts: Sequence[str], top_k: int | None = N
         fields = _fields(best)
         if top_k is not None and top_k > 1:
             fields["answers"] = [_fields(span) for span in result.spans]
-        found.append(Answer(best.text, fields=fields, asked={"question": question}))
+        found.append(Answer(best.text, fields=fields, asked=question))
     return found
 
 
