@@ -182,7 +182,7 @@ def test_packaging_again_refuses_settings_that_would_do_nothing(tiny_export: Pat
     first = deploykit.package(tiny_export, "tiny", tmp_path, max_batch_size=8, engine="onnxruntime")
     assert (first.name, first.version, first.reused) == ("tiny", 1, False)
     assert deploykit.package(tiny_export, "tiny", tmp_path, engine="onnxruntime").reused
-    with pytest.raises(deploykit.UsageError, match="max_batch_size would do nothing"):
+    with pytest.raises(deploykit.UsageError, match="max_batch_size has no effect"):
         deploykit.package(tiny_export, "tiny", tmp_path, max_batch_size=9)
 
 
