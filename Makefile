@@ -7,8 +7,8 @@ BIN := .venv/bin
 .PHONY: help setup demo demo-translation test interop bench lint check docs clean
 
 help:
-	@echo "make demo   real tweets to a served INT8 classifier, with a report (minutes)"
-	@echo "make demo-translation   software strings to a served INT8 translator (a quarter of an hour)"
+	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
+	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
 	@echo "make test   all tests that need no GPU"
 	@echo "make interop   open exports in optimum-onnx, in an environment of its own (minutes)"
 	@echo "make bench  both demos' models beside their peers, on a quiet machine (an hour)"
@@ -43,7 +43,7 @@ bench: $(READY)
 	@$(BIN)/python bench/articles.py
 	@$(BIN)/python bench/classification.py
 	@$(BIN)/python bench/exactness.py
-	@# Memory that is freed stays in the process: on virtual machines, fetching it back slows all contenders several times.
+	@# Keep freed memory in the process: on virtual machines, getting it back makes all contenders several times slower.
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 $(BIN)/python bench/translation.py
 	@$(BIN)/python bench/table.py
 
@@ -51,11 +51,11 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/mkdocs build --strict --quiet --site-dir build/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 	@$(BIN)/lint-imports
 
 docs: $(READY)
-	@$(BIN)/mkdocs build --strict --site-dir build/docs
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
 check: lint
 	@$(BIN)/python -m pytest tests/unit

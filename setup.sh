@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Makes the virtual environment $1 with deploykit and all its extras, or with --browser installs what the tests open
-# pages in. Run by `make`.
-# A missing system package is installed when root, and otherwise named with the command that does it.
+# Creates the virtual environment $1 with deploykit and all its extras; with --browser, installs a browser for the tests.
+# Run by `make`. As root, it installs missing system packages; otherwise it prints the command that does.
 set -euo pipefail
 venv=${1:?usage: setup.sh VENV | --browser}
 
@@ -17,11 +16,11 @@ system_package() { # NAME WHY
 
 if [ "$venv" = --browser ]; then
   [ -n "$(type -P chromium-headless-shell chromium chrome-headless-shell google-chrome chromium-browser)" ] ||
-    (system_package chromium-headless-shell "a test opens the reports in it") || echo "going on without: that test is skipped" >&2
+    (system_package chromium-headless-shell "a test opens the reports in it") || echo "continuing without it: that test is skipped" >&2
   exit
 fi
 
-# The embedded Triton's stub needs numpy 1, and so a Python below 3.13.
+# The embedded Triton's stub needs numpy 1, which needs a Python below 3.13.
 python=
 for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10}; do
   if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then

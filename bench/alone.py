@@ -1,4 +1,4 @@
-"""One contender in a process of its own, without the libraries that only its neighbours in the bench need."""
+"""Run one contender in a separate process, without the libraries that only other contenders need."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 def main() -> None:
-    """``sys.argv`` names the contenders' module and packages to do without; the job comes on stdin."""
+    """Read the contenders' module and the packages to hide from ``sys.argv``, and the job from stdin."""
     module, *hidden = sys.argv[1:]
     for package in hidden:
         sys.modules[package] = ModuleType(package)  # the code that all share may import it

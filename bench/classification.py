@@ -1,8 +1,9 @@
-"""Measure classification in one run: PyTorch, ONNX Runtime, OpenVINO and CTranslate2 as people write them, and deploykit,
-on the same weights, rows and threads; then servers, with the same model behind each.
+"""Measure classification in one run: PyTorch, ONNX Runtime, OpenVINO and CTranslate2, each used as documented, and
+deploykit.
 
-Subjects: the demo's tweets, and BBC articles (``articles.py`` makes that model). Writes
-bench/results/<date>-classification.json and .html.
+All have the same weights, rows and threads. Then it measures servers with the same model behind each. The datasets are
+the demo's tweets and BBC articles (``articles.py`` trains that model). Writes bench/results/<date>-classification.json
+and .html.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main() -> None:
                 suite["workloads"] += measure_subject(
                     part, Subject(checkpoint, export, Path(made)), options, suite["skipped"]
                 )
-            write(suite, options.out)  # what follows takes long, and may fail
+            write(suite, options.out)  # the next part takes long, and may fail
     if "serving" in options.parts:
         checkpoint, export = options.tweets
         with tempfile.TemporaryDirectory() as made:
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def keep_other_parts(suite: dict[str, Any], earlier: dict[str, Any], parts: Sequence[str]) -> None:
-    """Have ``suite`` begin with what ``earlier`` has that is not of ``parts``, and say where that is from."""
+    """Copy the parts of ``earlier`` that are not in ``parts`` to ``suite``, and record their origin."""
     suite["workloads"] += [each for each in earlier["workloads"] if each["key"].split("-")[0] not in parts]
     if "serving" in earlier and "serving" not in parts:
         suite["serving"] = earlier["serving"]
@@ -75,9 +76,9 @@ def keep_other_parts(suite: dict[str, Any], earlier: dict[str, Any], parts: Sequ
 def measure_subject(
     key: str, subject: Subject, options: argparse.Namespace, skipped: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    """Two records: callers one by one and 32 at a time, our own server beside them; and all texts in one call.
+    """Return two records: 1 and 32 callers, with our own server; and all texts in one call.
 
-    Adds to ``skipped`` whoever could not take part, with the reason.
+    Adds contenders that could not take part to ``skipped``, with the reason.
     """
     texts, truth = _rows(subject, options.max_rows)
     train = str(subject.checkpoint / "splits" / "train.jsonl")

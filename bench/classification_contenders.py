@@ -1,7 +1,8 @@
-"""Who classifies in the bench: PyTorch, ONNX Runtime, OpenVINO and CTranslate2 as people write them, and deploykit.
+"""Contenders for classification: PyTorch, ONNX Runtime, OpenVINO and CTranslate2, each used as documented, and
+deploykit.
 
-All have the same weights and tokenizer. The peers are fed batches of up to 32 texts as they come, padded to the
-longest; deploykit forms its own batches.
+All have the same weights and tokenizer. The peers get batches of up to 32 texts as they arrive, padded to the longest;
+deploykit forms its own batches.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ BATCH = 32
 CALIBRATION_ROWS = 300  # NNCF's default subset
 
 Forward = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float32]]
-"""Token ids and attention mask, int64 [rows, tokens], to logits, float32 [rows, labels]."""
+"""Maps token ids and attention mask, int64 [rows, tokens], to logits, float32 [rows, labels]."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint, an export of it with --int8, and a folder for what peers make of them."""
+    """A checkpoint, its export with --int8, and a folder for the peers' converted models."""
 
     checkpoint: Path
     export: Path
@@ -50,7 +51,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Contender:
-    """``engine`` running the weights in ``precision``; ``package`` is what it needs."""
+    """``engine`` running the weights in ``precision``; ``package`` is the one it needs."""
 
     engine: str
     precision: str
@@ -85,7 +86,7 @@ CONTENDERS = (
 
 
 def missing(contender: Contender) -> str | None:
-    """Why a contender cannot run here."""
+    """Return why a contender cannot run here, or None."""
     if importlib.util.find_spec(contender.package) is None:
         return f"{contender.package} is not installed: pip install 'deploykit[finetune,cpu,openvino,peers]'"
     if contender.own and (lacks := ENGINES[contender.engine.split()[1]].lacks):
@@ -98,7 +99,7 @@ def missing(contender: Contender) -> str | None:
 
 
 def prepare(contender: Contender, subject: Subject, calibration: Sequence[str]) -> None:
-    """Write what a peer converts or quantizes, once. Raises ValueError for what it cannot convert."""
+    """Convert or quantize the model for a peer, once. Raises ValueError if the peer cannot convert it."""
     if contender.own:
         if not _graph(contender, subject).is_file():
             raise ValueError(f"the export has no {_graph(contender, subject).name}")
@@ -113,7 +114,7 @@ def prepare(contender: Contender, subject: Subject, calibration: Sequence[str]) 
 
 
 def open_contender(contender: Contender, subject: Subject, threads: int) -> TextClassifier:
-    """Load it, on ``threads`` threads; ``prepare`` came before."""
+    """Load a prepared contender on ``threads`` threads."""
     if contender.own:
         engine = contender.engine.split()[1]
         return open_classifier(
@@ -124,7 +125,7 @@ def open_contender(contender: Contender, subject: Subject, threads: int) -> Text
 
 
 def size_mb(contender: Contender, subject: Subject) -> float:
-    """Of its weights on disk, in 1e6 bytes."""
+    """Return the size of its weights on disk, in 1e6 bytes."""
     made = _made(contender, subject)
     if contender.own:
         files = [_graph(contender, subject)]
@@ -138,7 +139,7 @@ def size_mb(contender: Contender, subject: Subject) -> float:
 
 
 class Plain:
-    """A classifier as people write it: batches of up to 32 texts as they come, padded to the longest of each."""
+    """A classifier in plain use: batches of up to 32 texts as they arrive, padded to the longest of each."""
 
     def __init__(self, task: Classification, tokenizer: Tokenizer, forward: Forward) -> None:
         self.task = task
@@ -235,19 +236,19 @@ _FORWARDS: Mapping[str, Callable[[Contender, Subject, int], Forward]] = {
 
 
 def _made(contender: Contender, subject: Subject) -> Path:
-    """Where what ``prepare`` makes of it is."""
+    """Return the path of the peer's converted model."""
     if contender.precision == "dynamic int8":
         return subject.made / "dynamic.onnx"
     return subject.made / ("nncf" if contender.package == "nncf" else contender.engine)
 
 
 def _graph(contender: Contender, subject: Subject) -> Path:
-    """That of the export which our own engine runs."""
+    """Return the export's graph that our own engine runs."""
     return subject.export / ENGINES[contender.engine.split()[1]].graphs[contender.precision]
 
 
 def _quantize_by_nncf(subject: Subject, texts: Sequence[str], out: Path) -> None:
-    """As its documentation says for a transformer: post-training, on batches as they come."""
+    """Quantize as NNCF's documentation shows for a transformer: post-training, on batches as they arrive."""
     import nncf
     import openvino as ov
 
@@ -261,7 +262,9 @@ def _quantize_by_nncf(subject: Subject, texts: Sequence[str], out: Path) -> None
 
 
 def _convert_to_ctranslate2(subject: Subject, out: Path) -> None:
-    """Its own loader of BERT; the classifier's last layer, which it has no place for, goes beside it."""
+    """Convert with CTranslate2's BERT loader; the classifier's last layer, which it does not support, is stored beside
+    it.
+    """
     from ctranslate2.converters.transformers import BertLoader
     from transformers import AutoModelForSequenceClassification
 
@@ -281,7 +284,7 @@ def _convert_to_ctranslate2(subject: Subject, out: Path) -> None:
 
 
 def job_of(contender: Contender, subject: Subject, threads: int) -> dict[str, Any]:
-    """What ``open_job`` takes, as plain JSON."""
+    """Return the argument of ``open_job``, as plain JSON."""
     return {
         "contender": CONTENDERS.index(contender),
         "folders": [str(subject.checkpoint), str(subject.export), str(subject.made)],
@@ -290,6 +293,6 @@ def job_of(contender: Contender, subject: Subject, threads: int) -> dict[str, An
 
 
 def open_job(job: Mapping[str, Any]) -> tuple[Predictor, Generation | None]:
-    """In another process: the contender of a job."""
+    """Open the contender of a job, in another process."""
     subject = Subject(*map(Path, job["folders"]))
     return open_contender(CONTENDERS[job["contender"]], subject, job["threads"]), None

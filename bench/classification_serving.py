@@ -1,4 +1,4 @@
-"""The same classifier behind three servers: deploykit's, a plain Triton Python model, and a FastAPI handler."""
+"""Compare three servers of the same classifier: deploykit's, a plain Triton Python model, and a FastAPI handler."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ parameters { key: "max_length" value { string_value: "%d" } }
 
 @contextlib.contextmanager
 def deploykit_server(subject: Subject, folder: Path) -> Iterator[str]:
-    """The URL of ``subject`` packaged and served."""
+    """Package and serve ``subject``. Yields the URL."""
     repository = folder / "deploykit"
     package(subject.export, MODEL, repository)
     with TritonServer(repository, http_port=0, grpc_port=0, metrics_port=0) as server:
@@ -53,7 +53,7 @@ def deploykit_server(subject: Subject, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def plain_triton(subject: Subject, folder: Path) -> Iterator[str]:
-    """The URL of the embedded Triton with handlers/triton_model.py."""
+    """Serve handlers/triton_model.py on the embedded Triton. Yields the URL."""
     triton = find_triton()
     version = folder / "plain" / MODEL / "1"
     version.mkdir(parents=True)
@@ -72,7 +72,7 @@ def plain_triton(subject: Subject, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def fastapi_handler(subject: Subject, folder: Path) -> Iterator[str]:
-    """The URL of handlers/fastapi_app.py."""
+    """Serve handlers/fastapi_app.py. Yields the URL."""
     (port,) = take_ports("127.0.0.1", [("http", 0)])
     command = [sys.executable, "-m", "uvicorn", "fastapi_app:app", "--app-dir", str(HANDLERS), "--port", str(port),
                "--log-level", "warning"]  # fmt: skip
@@ -82,7 +82,7 @@ def fastapi_handler(subject: Subject, folder: Path) -> Iterator[str]:
 
 
 def peers() -> dict[str, Callable[[Subject, Path], Any]]:
-    """The servers beside ours that can run here, by name."""
+    """Return the other servers that can run here, by name."""
     found: dict[str, Callable[[Subject, Path], Any]] = {"plain Triton Python model": plain_triton}
     if all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn")):
         found["FastAPI and transformers"] = fastapi_handler
@@ -92,7 +92,7 @@ def peers() -> dict[str, Callable[[Subject, Path], Any]]:
 def measure_serving(
     subject: Subject, texts: Sequence[str], *, rounds: int, seconds: float, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """A bench result of all servers: one caller, 32, and the highest rate whose p99 is within 50 ms."""
+    """Return a bench result of all servers: 1 caller, 32 callers, and the highest rate whose p99 is within 50 ms."""
     scenarios: list[Scenario] = [ClosedLoop(1), ClosedLoop(32), Within(LIMIT_MS)]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as running:
         candidates = []
@@ -120,7 +120,7 @@ def _running(command: Sequence[str], port: int, log: Path, environment: Mapping[
 
 
 def _answers(port: int) -> bool:
-    """Whether a server there has its model: Triton says that it is ready, FastAPI that it knows no such page."""
+    """Return whether the server on ``port`` has loaded its model (FastAPI answers 404)."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/v2/health/ready")

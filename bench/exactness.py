@@ -1,6 +1,6 @@
-"""Count how many of the example's test sentences come out token for token as Hugging Face's generate has them.
+"""Count test sentences whose translation has exactly the tokens of Hugging Face's generate.
 
-Greedy and with 4 beams, in fp32; others must be ties. Writes bench/results/<date>-exactness.json.
+Greedy and with 4 beams, in fp32; other translations must be ties. Writes bench/results/<date>-exactness.json.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Check our load generator against MLPerf's: one export in this process, asked by both, SingleStream and Offline.
+"""Check our load generator against MLPerf's: both measure one export in this process, SingleStream and Offline.
 
-LoadGen (https://github.com/mlcommons/inference/tree/master/loadgen) issues the queries and does the arithmetic of its own
-figures. SingleStream is our closed loop of one caller; Offline hands over all samples at once, as our closed loop of as
-many callers does. Both ask the same texts, in orders of their own.
+LoadGen (https://github.com/mlcommons/inference/tree/master/loadgen) issues the queries and computes its own figures.
+SingleStream corresponds to our closed loop of one caller. Offline passes all samples at once, like our closed loop with
+as many callers. Both send the same texts, in their own order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FIGURES = {
     "SingleStream": {"p50 ms": "50.00 percentile latency (ns)", "p99 ms": "99.00 percentile latency (ns)"},
     "Offline": {"texts/s": "Samples per second"},
 }
-"""By scenario: our title of a figure, and the line of LoadGen's summary that has it."""
+"""Scenario -> our title of a figure, and its line in LoadGen's summary."""
 
 
 def main() -> None:
@@ -53,7 +53,9 @@ def main() -> None:
 
 
 def by_loadgen(predictor: Predictor, texts: Sequence[str], scenario: str, seconds: float) -> dict[str, float]:
-    """What MLPerf LoadGen reports of ``scenario``: p50 and p99 in ms, or texts/s. Raises MissingDependencyError without it."""
+    """Return MLPerf LoadGen's result of ``scenario``: p50 and p99 in ms, or texts/s. Raises MissingDependencyError
+    without it.
+    """
     try:
         import mlperf_loadgen as lg
     except ImportError:
@@ -67,7 +69,7 @@ def by_loadgen(predictor: Predictor, texts: Sequence[str], scenario: str, second
     settings.scenario = getattr(lg.TestScenario, scenario)
     settings.mode = lg.TestMode.PerformanceOnly
     settings.min_duration_ms = round(1000 * seconds)
-    # One query of all texts, however long it takes: LoadGen would else guess how many fill the time.
+    # One query with all texts, however long it takes; otherwise LoadGen guesses how many fill the time.
     settings.min_query_count = len(texts) if scenario == "Offline" else 1
     settings.offline_expected_qps = 1
     with tempfile.TemporaryDirectory() as folder:
@@ -89,7 +91,7 @@ def by_loadgen(predictor: Predictor, texts: Sequence[str], scenario: str, second
 
 
 def read_summary(summary: str, line: str) -> float:
-    """The figure of LoadGen's summary after ``line``."""
+    """Return the figure after ``line`` in LoadGen's summary."""
     found = re.search(rf"^{re.escape(line)}\s*:\s*([0-9.e+]+)\s*$", summary, re.MULTILINE)
     if found is None:
         raise DeploykitError(f"LoadGen's summary has no line {line!r}:\n{summary}", "see its log")

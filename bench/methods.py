@@ -1,7 +1,7 @@
-"""What INT8 costs by each calibration method, of a classifier and of a translator.
+"""Measure the accuracy lost to INT8 by each calibration method, for a classifier and a translator.
 
-One calibration of each model serves all methods; every export is measured on the run's test rows, whatever it loses, and
-TensorRT-RTX builds its engines where it is installed. Writes bench/results/<date>-methods.json.
+One calibration of each model serves all methods. Every export is measured on the run's test rows, whatever it loses,
+and TensorRT-RTX builds its engines where it is installed. Writes bench/results/<date>-methods.json.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measure(run: Path, folder: Path, options: argparse.Namespace) -> dict[str, A
     kept = {name: calibration[name] for name in ("rows", "rows_digest", "seconds", "peak_memory_mb")}
     record: dict[str, Any] = {"calibration": {**kept, "tensors": len(calibration["ranges"])}, "lines": []}
     for method in options.methods:
-        # The first method's export is for all targets: what is built does not depend on the scales in it.
+        # Only the first method's export has all targets: the build does not depend on the scales.
         for target in options.targets[: None if method == options.methods[0] else 1] or [None]:
             words = ["export", run, "--output-dir", folder / "export", "--force", "--int8", "--method", method, "--max-drop", 100,
                      "--calib", folder / "calibration", "--measure-rows", options.measure_rows]  # fmt: skip
@@ -78,7 +78,9 @@ def measure(run: Path, folder: Path, options: argparse.Namespace) -> dict[str, A
 
 
 def lines_of(exported: Mapping[str, Any], method: str, target: str | None) -> Iterator[dict[str, Any]]:
-    """The export's accuracy table; its INT8 lines by ``method``, those for TensorRT with what the engines' logs tell."""
+    """Return the export's accuracy table, its INT8 rows marked with ``method``, those for TensorRT with the logs'
+    counts.
+    """
     for line in exported["accuracy"]:
         kind = line["precision"].removeprefix("trt ")
         found = {**line, "method": method if kind == "int8" else None, "target": None, "int8_gemms": None}

@@ -1,4 +1,4 @@
-"""Write bench/capacity.md from the newest record of bench/scaling.py: what a node carries, and how many a load needs."""
+"""Write bench/capacity.md from the newest record of bench/scaling.py: the load one node carries, and nodes for a load."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def render(suite: Record) -> str:
-    """Markdown. ``suite`` has at least the axis instances."""
+    """Return Markdown. ``suite`` has at least the axis instances."""
     machine = suite["machine"]
     by_axis = {workload["key"]: workload for workload in suite["workloads"]}
     lines = [
@@ -55,7 +55,7 @@ def render(suite: Record) -> str:
 
 
 def carried(workload: Record) -> tuple[Record, Record]:
-    """The candidate that holds the limit at the highest rate, and that scenario of it."""
+    """Return the candidate that holds the limit at the highest rate, and that scenario."""
     found = [
         (candidate, s)
         for candidate in workload["bench"]["candidates"]
@@ -68,7 +68,7 @@ def carried(workload: Record) -> tuple[Record, Record]:
 
 
 def nodes(load_per_s: float, carried_per_s: float) -> int:
-    """How many nodes answer ``load_per_s`` when one of them fails."""
+    """Return the number of nodes that answer ``load_per_s`` when one of them fails."""
     return math.ceil(load_per_s / carried_per_s) + 1
 
 
@@ -95,7 +95,7 @@ def _node(workload: Record) -> Iterator[str]:
 
 
 def _batches(workload: Record) -> Iterator[str]:
-    """Of one candidate: a row for each number of texts that it is given at once."""
+    """Return a table of one candidate, with a row for each number of texts in a call."""
     yield from _head("texts", "texts/s", "p50 ms", "p99 ms")
     for s in workload["bench"]["candidates"][0]["scenarios"]:
         yield _row([f"{s['scenario']['concurrency']}", *_figures(s)])

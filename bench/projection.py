@@ -1,4 +1,4 @@
-"""What of a decoder step the output projection takes: by ONNX Runtime's profiler, or as our own engine counts it."""
+"""Measure the output projection's share of a decode step, with ONNX Runtime's profiler or our engine's own counter."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from deploykit.tasks.translation.facts import Translation
 def projection_share(
     folder: Path, task: Translation, name: str, precision: Precision, threads: int, token_ids: Sequence[Sequence[int]]
 ) -> float:
-    """The share of the time in the decoder of the engine ``name``, from 0 to 1, while ``token_ids`` are decoded.
+    """Return the projection's share of decoder time on the engine ``name``, from 0 to 1, while ``token_ids`` are
+    decoded.
 
-    ONNX Runtime's profiler slows small kernels down: shares of a step hold, its time does not.
+    ONNX Runtime's profiler slows small kernels down, so use shares of a step, not its time.
     """
     sentences = [Sentence(ids, task.generation, scored=False) for ids in token_ids]
     if name == "native":

@@ -1,9 +1,9 @@
-"""Measure how one export's throughput, latency and memory grow with batch, length, threads and, behind a server, with
-instances, number of models and hours of load.
+"""Measure how one export's throughput, latency and memory grow with batch, length, threads, instances, models and
+hours.
 
-Each axis is one bench, whose candidates are the export at each value; they take turns, so that a drift of the machine
-hits all alike. Of hours, the candidates are one server, time after time. Writes bench/results/<date>-scaling.json and
-.html; bench/nodes.py says from them what a node carries.
+Each axis is one bench whose candidates are the export at each value. They take turns, so that a drift of the machine
+affects all alike. For hours, the candidates are one server at successive times. Writes
+bench/results/<date>-scaling.json and .html; bench/nodes.py computes from them the load that a node carries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from deploykit.triton.server import TritonServer
 
 ROOT = Path(__file__).parents[1]
 AXES = ("batch", "length", "threads", "instances", "models")
-HOURS = "hours"  # takes them, so it is only measured when named
+HOURS = "hours"  # takes hours, so it is measured only when named
 _TEXTS_OF_A_LENGTH = 64
 _UNLIMITED = 1 << 20
 _LONE_AND_MANY: tuple[Scenario, ...] = (ClosedLoop(1), ClosedLoop(32))
@@ -62,14 +62,14 @@ def main() -> None:
         with sweeps[axis]() as (candidates, scenarios):
             result = run_bench(list(candidates.values()), texts, scenarios=scenarios, **{**settings, **own})
         values = {candidate.name: value for value, candidate in candidates.items()}
-        # Of batches, the closed loops are the axis: the page plots them of every bench.
+        # For batches, the closed loops are the axis; the page of every bench plots them.
         swept = {} if axis == "batch" else {"axis": axis, "values": values}
         suite["workloads"].append({"key": axis, **swept, "bench": result.to_json()})
     write(suite, options.out)
 
 
 Swept = Iterator[tuple[dict[float, Candidate], Sequence[Scenario]]]
-"""Candidates by their value of the axis, and how they are asked."""
+"""Candidates by their value of the axis, and their load."""
 
 
 @contextlib.contextmanager
@@ -80,7 +80,7 @@ def _batch(options: argparse.Namespace) -> Swept:
 
 @contextlib.contextmanager
 def _length(options: argparse.Namespace, task: TaskFacts, texts: Sequence[str], skipped: dict[str, str]) -> Swept:
-    """Each length is a candidate with texts of its own, on one opened model."""
+    """Return a candidate with its own texts for each length, on one opened model."""
     count = token_counter(options.export, task)
     with _opened(options, options.threads) as predictor:
         candidates: dict[float, Candidate] = {}
@@ -103,7 +103,7 @@ def _threads(options: argparse.Namespace) -> Swept:
 
 @contextlib.contextmanager
 def _instances(options: argparse.Namespace, task: TaskFacts) -> Swept:
-    """Servers side by side; an idle one takes memory and no time."""
+    """Return servers side by side; an idle one takes memory but no time."""
     with contextlib.ExitStack() as stack:
         candidates: dict[float, Candidate] = {}
         for n in options.instances:
@@ -114,7 +114,7 @@ def _instances(options: argparse.Namespace, task: TaskFacts) -> Swept:
 
 @contextlib.contextmanager
 def _models(options: argparse.Namespace, task: TaskFacts) -> Swept:
-    """Servers of so many models, of which one is asked."""
+    """Return servers with several models each, one of which gets requests."""
     with contextlib.ExitStack() as stack:
         candidates: dict[float, Candidate] = {}
         for n in options.models:
@@ -125,7 +125,7 @@ def _models(options: argparse.Namespace, task: TaskFacts) -> Swept:
 
 @contextlib.contextmanager
 def _hours(options: argparse.Namespace, task: TaskFacts) -> Swept:
-    """One server under load without a pause, by the time at which each window ends."""
+    """Return one server under continuous load, by the time at which each window ends."""
     with _served(options, ServingSettings()) as server:
         target = Server(server.urls.http, _model(0), task)
         ends = [round(i * options.hours / options.windows, 2) for i in range(1, options.windows + 1)]
@@ -160,7 +160,7 @@ def _opened(options: argparse.Namespace, threads: int) -> Iterator[Predictor]:
 
 
 def token_counter(export: Path, task: TaskFacts) -> Callable[[str], int]:
-    """How many tokens the model reads of a text, its special tokens included, before it truncates."""
+    """Return a function that counts a text's tokens, special tokens included, before truncation."""
     if isinstance(task, Classification):
         tokenizer = TextTokenizer(export / "tokenizer.json", _UNLIMITED)
         return lambda text: len(tokenizer.encode([normalize(text)])[0])
@@ -169,12 +169,12 @@ def token_counter(export: Path, task: TaskFacts) -> Callable[[str], int]:
 
 
 def texts_of(tokens: int, texts: Sequence[str], count: Callable[[str], int]) -> list[str]:
-    """Up to 64 texts of just ``tokens`` tokens, made of the words of ``texts`` in their order; as many as there are."""
+    """Return up to 64 texts of exactly ``tokens`` tokens, made of the words of ``texts`` in order."""
     words = [word for text in texts for word in text.split()]
     made: list[str] = []
     start = 0
     while start < len(words) and len(made) < _TEXTS_OF_A_LENGTH:
-        # A word has a token or more, so that many words are enough; the longest run that is not too long, by bisection.
+        # A word has at least one token, so ``tokens`` words are enough. Bisect for the longest run that is not too long.
         run = list(itertools.islice(words, start, start + tokens))
         low, high = 0, len(run)
         while low < high:

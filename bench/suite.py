@@ -1,4 +1,4 @@
-"""What the suites under bench/ share."""
+"""Functions that the suites under bench/ share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def say(message: str) -> None:
 
 
 def begin(program: str, threads: int, skipped: Mapping[str, str], packages: Sequence[str]) -> dict[str, Any]:
-    """The record of a run that starts now. ``packages`` are the peers' whose versions it names."""
+    """Return the record of a run that starts now. ``packages`` are those of the peers, whose versions it records."""
     machine = describe_machine()
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
@@ -43,7 +43,7 @@ def begin(program: str, threads: int, skipped: Mapping[str, str], packages: Sequ
 
 
 class Contender(Protocol):
-    """Who takes part, as the suites' own modules have them."""
+    """A contender, as the suites' own modules define it."""
 
     @property
     def name(self) -> str: ...
@@ -64,9 +64,10 @@ def measured_alone(
     *,
     times: int,
 ) -> Alone | None:
-    """The run with the median time to the first answer, each in a process of its own; None, and said, if none ends well.
+    """Measure a contender in separate processes. Returns the run with the median time to first answer, or None if all
+    fail.
 
-    ``module`` is that of the contender, whose ``open_job`` gets ``job``; ``hidden`` packages cannot be imported there.
+    ``module`` defines the contender; its ``open_job`` gets ``job``. ``hidden`` packages cannot be imported there.
     """
     program = [str(Path(__file__).with_name("alone.py")), module, *hidden]
     runs = [measure_alone(program, job, texts) for _ in range(times)]
@@ -80,7 +81,7 @@ def measured_alone(
 def candidate(
     contender: Contender, target: Predictor, size_mb: float, alone: Alone | None, generation: Generation | None = None
 ) -> Candidate:
-    """``target`` to be measured beside others, with what was measured of it alone."""
+    """Return ``target`` as a candidate, with the figures that were measured alone."""
     return Candidate(
         contender.name,
         target,
@@ -94,7 +95,7 @@ def candidate(
 
 
 def write(suite: Mapping[str, Any], out: Path) -> None:
-    """``out`` and, beside it, the page that shows it."""
+    """Write ``out`` and, beside it, the page that shows it."""
     with new_file(out) as file:
         file.write_text(json.dumps(suite, indent=1, ensure_ascii=False), encoding="utf-8")
     write_report(suite, out.with_suffix(".html"))

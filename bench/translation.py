@@ -1,7 +1,7 @@
 """Measure translation in one run: Hugging Face's generate, CTranslate2 and deploykit, on the same weights and threads.
 
-Two subjects: the shape of opus-mt with random weights, which reads 20 tokens and must say 32, and a
-trained model with the real sentences of its test split. Writes bench/results/<date>-translation.json and .html.
+There are two models: one of opus-mt's shape with random weights, which reads 20 tokens and generates 32, and the demo's
+translator with the sentences of its test split. Writes bench/results/<date>-translation.json and .html.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _ALL = 256  # batches of more sentences are timed once to tune a peer, not twice
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the random model: opus-mt's unless it is to be quick."""
+    """Sizes of the random model: opus-mt's, unless the run is to be quick."""
 
     vocabulary: int = 59514
     d_model: int = 512
@@ -71,7 +71,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured."""
+    """How much to measure."""
 
     threads: int
     greedy: tuple[int, ...] = (1, 8, 32, 64)
@@ -135,9 +135,9 @@ def measure_subject(
     plan: Plan,
     skipped: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
-    """One record for greedy search and one for beam search: what was measured, and what has to be known to judge it.
+    """Return one record for greedy search and one for beam search, with the data to judge them by.
 
-    Adds to ``skipped`` whoever could not take part, with the reason.
+    Adds contenders that could not take part to ``skipped``, with the reason.
     """
     opened: dict[Contender, TextTranslator] = {}
     alone: dict[Contender, Alone | None] = {}
@@ -193,7 +193,7 @@ def measure_servers(
     rates: Sequence[float] | None,
     plan: Plan,
 ) -> dict[str, dict[str, Any]]:
-    """By key: the example with and without in-flight batching, and the shape."""
+    """Return records by key: the demo's translator with and without in-flight batching, and the shape."""
     from translation_serving import LIMITS_MS, measure_serving, mixed_lengths, served_shape
 
     limits = dict.fromkeys(LIMITS_MS) if plan.quick else LIMITS_MS
@@ -204,7 +204,7 @@ def measure_servers(
             example, folder / "repository", texts, references, rates=rates, limit_ms=limits["serving"],
             rounds=plan.serving_rounds, seconds=plan.serving_seconds, say=say,
         ),
-        # It answers few a second: one round, of more time.
+        # It answers only a few requests/s, so one longer round.
         "serving-shape": measure_serving(
             served, folder / "shape-repository", some, None, rates=None, limit_ms=limits["serving-shape"],
             rounds=1, seconds=1.6 * plan.serving_seconds, say=say, lengths=lengths,
@@ -213,7 +213,7 @@ def measure_servers(
 
 
 def void(agreement: Mapping[str, float]) -> str | None:
-    """Why a comparison with CTranslate2 would compare two models, if greedy search says so."""
+    """Return why a comparison with CTranslate2 would compare different models, judging by greedy search; or None."""
     share = agreement.get(f"{CTRANSLATE2} float32", 1.0)
     if share >= _LEAST_AGREEMENT:
         return None
@@ -221,7 +221,7 @@ def void(agreement: Mapping[str, float]) -> str | None:
 
 
 def random_subject(folder: Path, shape: Shape) -> Subject:
-    """A MarianMT of ``shape`` with random weights as a checkpoint and an export. Its generation ends at 32 tokens."""
+    """Make a MarianMT of ``shape`` with random weights, as checkpoint and export. Its generation ends at 32 tokens."""
     import torch
     from transformers import MarianConfig, MarianMTModel
 
@@ -261,14 +261,14 @@ def random_subject(folder: Path, shape: Shape) -> Subject:
 
 
 def random_texts(vocabulary: int, count: int) -> list[str]:
-    """Token ids as numbers, each text of 20 with the end token."""
+    """Return texts of 20 token ids as numbers, the end token included."""
     random = np.random.default_rng(0)
     ids = random.integers(2, vocabulary - 1, (count, SOURCE_TOKENS - 1))
     return [" ".join(map(str, [*row, 0])) for row in ids.tolist()]
 
 
 def trained_subject(checkpoint: Path, export: Path, folder: Path) -> Subject:
-    """A checkpoint and its export, which searches greedily until told otherwise."""
+    """Return a checkpoint and its export, with greedy search as the default."""
     task = load_manifest(export, "export").task
     assert isinstance(task, Translation), f"{export} does not translate"
     task = dataclasses.replace(task, generation=_searching(task, 1))
@@ -307,7 +307,7 @@ def _torch_model(subject: Subject) -> Any:
 
 
 def _alone(contender: Contender, subject: Subject, texts: Sequence[str], plan: Plan) -> Alone | None:
-    """Each without the engines of the others."""
+    """Measure a contender alone, without the engines of the others."""
     hidden = [] if contender.precision.startswith("onnxruntime") else ["onnxruntime"]
     hidden += ["torch"] if contender.engine == CTRANSLATE2 else []
     job = job_of(contender, subject, plan.threads)
@@ -317,7 +317,7 @@ def _alone(contender: Contender, subject: Subject, texts: Sequence[str], plan: P
 def _agreement(
     opened: dict[Contender, TextTranslator], texts: Sequence[str], generation: Generation
 ) -> dict[str, float]:
-    """The share of some texts that each translates exactly as deploykit does in fp32."""
+    """Return for each contender the share of texts translated exactly as deploykit does in fp32."""
     some = texts[:_AGREEMENT_TEXTS]
     answers = {c.name: [a.text for a in answer_texts(translator, some, generation)] for c, translator in opened.items()}
     ours = answers[OURS.name]
@@ -327,7 +327,7 @@ def _agreement(
 def _tune(
     translator: TextTranslator, texts: Sequence[str], generation: Generation, counts: Sequence[int]
 ) -> dict[str, str]:
-    """Find how CTranslate2 is best asked for each number of texts at once."""
+    """Find the fastest way to call CTranslate2 for each number of texts at once."""
     assert isinstance(translator, Translator)
     peer: Any = translator.decoder
     assert isinstance(peer, CTranslate2)
@@ -347,7 +347,7 @@ def _tune(
 def _projection(
     subject: Subject, texts: Sequence[str], generation: Generation, batches: Sequence[int], threads: int
 ) -> dict[str, dict[str, float]]:
-    """By engine and batch: the share of the decoder's time that the output projection takes."""
+    """Return the output projection's share of decoder time, by engine and batch."""
     sentences = tokenizer_of(subject).encode(texts[: max(batches)])
     task = dataclasses.replace(subject.task, generation=generation)
     return {

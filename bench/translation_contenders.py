@@ -1,7 +1,7 @@
-"""Who translates in the bench: Hugging Face's generate, CTranslate2 and deploykit, all of the same weights.
+"""Contenders for translation: Hugging Face's generate, CTranslate2 and deploykit, all with the same weights.
 
-Each is a ``Translator``, so that texts are cut, tokenized and put together alike and only what decodes
-differs; Hugging Face has its own tokenizer where there is one.
+Each is a ``Translator``, so that all split, tokenize and join texts alike and only decoding differs; Hugging Face uses
+its own tokenizer where there is one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TOKENS_OF_A_BATCH = 1024
 
 @dataclass(frozen=True)
 class Subject:
-    """One model in every form: a checkpoint, an export of it, and where its conversions for CTranslate2 are.
+    """A model in every form: a checkpoint, its export, and the folder of its CTranslate2 conversions.
 
     Without ``tokenizer`` its texts are token ids as decimal numbers.
     """
@@ -49,7 +49,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Contender:
-    """``engine`` running the weights in ``precision``, by the name that the engine has for it."""
+    """``engine`` running the weights in ``precision``, by the engine's own name for it."""
 
     engine: str
     precision: str
@@ -68,12 +68,12 @@ CONTENDERS = (
     Contender(DEPLOYKIT, "native int8"),
 )
 OURS = CONTENDERS[3]
-"""The one that the others' answers are compared with: it says what PyTorch does."""
+"""The contender that the others' answers are compared with; its answers are PyTorch's."""
 _PACKAGES = {HUGGING_FACE: "transformers", CTRANSLATE2: "ctranslate2"}
 
 
 def missing(contender: Contender) -> str | None:
-    """Why a contender cannot run here."""
+    """Return why a contender cannot run here, or None."""
     if contender.engine == DEPLOYKIT:
         engine, _ = ours(contender)
         return None if ENGINES[engine].lacks is None else f"{engine}: {ENGINES[engine].lacks}"
@@ -84,7 +84,7 @@ def missing(contender: Contender) -> str | None:
 
 
 def open_contender(contender: Contender, subject: Subject, threads: int) -> TextTranslator:
-    """Load it, on ``threads`` threads."""
+    """Load a contender on ``threads`` threads."""
     task = subject.task
     if contender.engine == HUGGING_FACE:
         return _hugging_face(subject, threads)
@@ -96,7 +96,7 @@ def open_contender(contender: Contender, subject: Subject, threads: int) -> Text
 
 
 def size_mb(contender: Contender, subject: Subject) -> float:
-    """Of its weights and graphs on disk, in 1e6 bytes."""
+    """Return the size of its weights and graphs on disk, in 1e6 bytes."""
     if contender.engine == HUGGING_FACE:
         files = list(subject.checkpoint.glob("*.safetensors"))
     elif contender.engine == CTRANSLATE2:
@@ -107,7 +107,7 @@ def size_mb(contender: Contender, subject: Subject) -> float:
 
 
 def ours(contender: Contender) -> tuple[str, Precision]:
-    """Engine and precision of a contender that is deploykit's."""
+    """Return engine and precision of one of deploykit's contenders."""
     engine, precision = contender.precision.split()
     return engine, "int8" if precision == "int8" else "fp32"
 
@@ -118,7 +118,7 @@ def _files(contender: Contender) -> tuple[str, ...]:
 
 
 class Numbers:
-    """The tokenizer of a model that has none: token ids as decimal numbers."""
+    """A tokenizer for a model without one: token ids as decimal numbers."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[int(number) for number in text.split()] for text in texts]
@@ -129,7 +129,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Batching:
-    """How CTranslate2 is asked: ``workers`` that share the threads, and its two options of ``translate_batch``."""
+    """How to call CTranslate2: ``workers`` that share the threads, and two options of ``translate_batch``."""
 
     workers: int
     max_batch_size: int
@@ -141,7 +141,7 @@ class Batching:
 
 
 class CTranslate2:
-    """CTranslate2 as a ``Runner``. ``best`` is how to ask it by (beam size, sentences), found by ``tune``."""
+    """CTranslate2 as a ``Runner``. ``best`` is the fastest way to call it by (beam size, sentences), found by ``tune``."""
 
     def __init__(self, folder: Path, precision: str, task: Translation, threads: int) -> None:
         self.seconds = Seconds()
@@ -164,7 +164,7 @@ class CTranslate2:
                 finish(sentence)
 
     def tune(self, batches: Sequence[Sequence[Sentence]]) -> Batching:
-        """Time every way of asking on ``batches`` of one size, and keep the fastest for that size."""
+        """Time every way of calling on ``batches`` of one size, and keep the fastest for that size."""
         n, beams = len(batches[0]), batches[0][0].generation.beam_size
         seconds: dict[Batching, float] = {}
         for batching in self._ways(n):
@@ -224,10 +224,10 @@ class CTranslate2:
 
 
 def convert(model: Any, subject: Subject) -> None:
-    """Write ``model``, a MarianMT of transformers, in CTranslate2's form, in float32 and int8.
+    """Write ``model``, a MarianMT of transformers, in CTranslate2's format, in float32 and int8.
 
-    By its own loader of the architecture; the vocabulary is put beside it by hand, for that the part of
-    its converter that loads a tokenizer lags behind transformers. Raises ValueError for what it cannot hold.
+    It uses CTranslate2's loader of the architecture. The vocabulary is written by hand, because the converter's
+    tokenizer loading lags behind transformers. Raises ValueError if the format cannot represent the model.
     """
     from ctranslate2.converters.transformers import BartLoader, MarianMTLoader
 
@@ -267,7 +267,7 @@ def convert(model: Any, subject: Subject) -> None:
 
 
 def _vocabulary(subject: Subject) -> list[str]:
-    """A token for each id: the checkpoint's own where it has any."""
+    """Return a token for each id: the checkpoint's own where it has any."""
     task = subject.task
     tokens = [f"token{i}" for i in range(task.vocabulary)]
     if (subject.checkpoint / _VOCABULARY).exists():
@@ -305,7 +305,7 @@ def tokenizer_of(subject: Subject) -> Tokenizer:
 
 
 def job_of(contender: Contender, subject: Subject, threads: int) -> dict[str, Any]:
-    """What ``open_job`` takes, as plain JSON."""
+    """Return the argument of ``open_job``, as plain JSON."""
     return {
         "engine": contender.engine,
         "precision": contender.precision,
@@ -317,7 +317,7 @@ def job_of(contender: Contender, subject: Subject, threads: int) -> dict[str, An
 
 
 def open_job(job: Mapping[str, Any]) -> tuple[Predictor, Generation | None]:
-    """In another process: a contender that searches as its subject's task says."""
+    """Open a contender in another process, with its task's search parameters."""
     task = task_from_json(job["task"])
     assert isinstance(task, Translation)
     checkpoint, export, converted = map(Path, job["folders"])

@@ -1,7 +1,8 @@
-"""The same translation model on two Triton servers: one lets requests join the running batch, one does not.
+"""Compare two Triton servers of the same translation model: one lets requests join the running batch, the other does
+not.
 
-Two subjects: the trained example, and the shape of opus-mt, which has the example's tokenizer and must say of each sentence
-as many tokens as its reference has.
+There are two models: the demo's translator, and one of opus-mt's shape, which has the former's tokenizer and must
+generate as many tokens for each sentence as its reference has.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ def measure_serving(
     say: Callable[[str], None],
     lengths: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """A bench result of the two, greedy: Poisson arrivals at ``rates`` a second, and, with a limit, at the highest rate
-    whose p99 is within ``limit_ms``; and a closed loop.
+    """Return a bench result of both, greedy: Poisson arrivals, optionally the highest rate within a p99 limit, a closed
+    loop.
 
-    Rates not given are shares of what in-flight batching answers when 32 callers ask without a pause. ``lengths``: of each
-    text the tokens that its translation must have, with the end token.
+    ``rates`` are per second; by default they are shares of the throughput of in-flight batching with 32 callers.
+    ``limit_ms`` is the p99 limit. ``lengths``: the number of tokens that each text's translation must have, with the
+    end token.
     """
     warmup_s = min(1.0, seconds)
     servers = []
@@ -77,9 +79,9 @@ def measure_serving(
 
 
 def served_shape(shape: Path, task: Translation, example: Path, folder: Path) -> Path:
-    """An export in ``folder`` of the ``shape``'s weights for ``native``, with the tokenizer and languages of ``example``'s.
+    """Write an export to ``folder``: weights of ``shape`` for ``native``, tokenizer and languages of ``example``.
 
-    Most of what the shape says are tokens that the tokenizer does not know: they are put into text as unknown ones.
+    Most generated tokens are unknown to the tokenizer; they are put into the text as unknown tokens.
     """
     manifest = load_manifest(example, "export")
     assert isinstance(manifest.task, Translation)
@@ -97,7 +99,7 @@ def served_shape(shape: Path, task: Translation, example: Path, folder: Path) ->
 
 
 def mixed_lengths(export: Path, texts: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Of ``texts`` those of at most 64 tokens whose references have no more, and how many these have."""
+    """Return those of ``texts`` with at most 64 tokens whose references have at most 64, and the references' lengths."""
     task = load_manifest(export, "export").task
     assert isinstance(task, Translation)
     tokenizer = load_translation_tokenizer(export, task.source, task.target)

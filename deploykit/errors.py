@@ -1,9 +1,9 @@
-"""Every error deploykit raises on purpose.
+"""The errors that deploykit raises on purpose.
 
     DeploykitError                exit code 1
     ├── UsageError                an option or a combination of options is wrong; exit code 2
     ├── DataError                 a data file, row or field
-    ├── ArtifactError             a directory a stage wrote or should read
+    ├── ArtifactError             a directory that a stage wrote or should read
     │   └── CorruptArtifactError  a file differs from its recorded SHA-256
     ├── MissingDependencyError    a Python or system package is not installed
     ├── EngineError               an inference engine cannot load or run a graph
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 
 class DeploykitError(Exception):
-    """Base of all expected errors: shown as message and remedy, without a traceback."""
+    """Base of all expected errors. Commands show message and remedy, without a traceback."""
 
     exit_code = 1
 
@@ -67,10 +67,9 @@ class ServerError(DeploykitError):
 
 
 class RequestError(ServerError):
-    """The server answered a request with an error.
+    """Raised when the server answered a request with an error.
 
-    ``status`` is the HTTP status the answer came with (400 bad request, 404 no such model,
-    503 queue full, 500 failure inside the model).
+    ``status`` is the HTTP status (400 bad request, 404 no such model, 503 queue full, 500 failure inside the model).
     """
 
     def __init__(self, message: str, status: int, remedy: str | None = None) -> None:

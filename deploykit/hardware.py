@@ -8,12 +8,12 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """The model of the CPU, or at least its kind."""
+    """Return the CPU's model, or at least its architecture."""
     return first_cpu().get("model name") or platform.processor() or platform.machine()
 
 
 def first_cpu() -> dict[str, str]:
-    """The first CPU of /proc/cpuinfo (Linux; elsewhere empty)."""
+    """Return the first CPU's entry in /proc/cpuinfo (empty except on Linux)."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
@@ -23,11 +23,13 @@ def first_cpu() -> dict[str, str]:
 
 
 def available_cpus() -> int:
-    """CPUs that this process may use (its affinity, as set by taskset or a container)."""
+    """Return the number of CPUs this process may use (its affinity, as set by taskset or a container)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_of_each(instances: int) -> int:
-    """CPU threads of each of so many processes of a model, unless somebody says otherwise: twice the CPUs among them,
-    because while one packs its answers, another may use them all."""
+    """Return the default CPU threads of each of ``instances`` model processes: together twice the CPUs.
+
+    While one process assembles its answers, another can then use all CPUs.
+    """
     return min(available_cpus(), max(1, 2 * available_cpus() // instances))

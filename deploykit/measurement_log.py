@@ -1,4 +1,4 @@
-"""Measurements kept while they are made: a search that is killed need not make them again."""
+"""Keep measurements on disk while they are made, so that a killed search need not repeat them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 class Trace:
-    """What a command has measured, in a file beside what it writes, so that one that was killed goes on where it was.
+    """A log of measurements, in a file beside the result, from which a killed command continues.
 
-    ``key`` identifies all that the measurements depend on: a file with another one is begun anew.
+    ``key`` identifies everything that the measurements depend on. A file with another key is discarded.
     """
 
     def __init__(self, path: Path, key: str, say: Callable[[str], None]) -> None:
@@ -27,10 +27,10 @@ class Trace:
             return
         if record.get("key") == key:
             self._measured = record["measured"]
-            say(f"{path}: {len(self._measured)} measurements of a run that did not finish are used")
+            say(f"{path}: {len(self._measured)} measurements of an unfinished run are reused")
 
     def measured(self, name: str, measure: Callable[[], T]) -> T:
-        """What the file has under ``name``, or else what ``measure`` returns (plain JSON), which it then has."""
+        """Return the logged value of ``name``; if there is none, log and return the result of ``measure`` (plain JSON)."""
         if name not in self._measured:
             self._measured[name] = measure()
             with new_file(self._path) as file:
@@ -39,5 +39,5 @@ class Trace:
         return found
 
     def remove(self) -> None:
-        """It is of no more use."""
+        """Delete the log."""
         self._path.unlink(missing_ok=True)

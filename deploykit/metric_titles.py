@@ -1,4 +1,4 @@
-"""Name each metric for people, and say how many points one of it is."""
+"""Titles of metrics in tables, and the points that a metric of 1 stands for."""
 
 from __future__ import annotations
 
@@ -14,22 +14,24 @@ TITLES: Mapping[str, str] = {
     "rmse": "RMSE",
     "agreement": "agreement",
 }
-"""Of figures in tables, for people."""
+"""Metric -> title in tables."""
 
 POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0}
-"""The metrics that ``--max-drop`` limits, and how many points one of each is. A grader may name others."""
+"""The metrics that ``--max-drop`` limits, with the number of points that a metric of 1 stands for. A grader may name
+others.
+"""
 
 
 def title_of(metric: str) -> str:
-    """Return the title of a metric; one that another package's task measures is called by its name."""
+    """Return the title of a metric; a metric of another package's task has its own name as title."""
     return TITLES.get(metric, metric.replace("_", " "))
 
 
 def points_of(metric: str) -> float:
-    """Return how many points one of a metric is: a metric that is not in ``POINTS`` is a share from 0 to 1."""
+    """Return the points that a metric of 1 stands for; a metric that is not in ``POINTS`` is a share from 0 to 1."""
     return POINTS.get(metric, 100.0)
 
 
 def shown_metrics(metrics: Mapping[str, Any], headline: str) -> dict[str, str]:
-    """Return the metrics that a table has room for, those with a title and the ``headline``, and their titles."""
+    """Return the metrics to show in a table, those with a title and the ``headline``, with their titles."""
     return {name: title_of(name) for name in (*TITLES, headline) if name in metrics}

@@ -16,19 +16,19 @@ _SAMPLE_S = 0.05
 
 
 def require_psutil() -> Any:
-    """The psutil module. Raises MissingDependencyError."""
+    """Return the psutil module. Raises MissingDependencyError."""
     try:
         import psutil
     except ImportError:
-        raise MissingDependencyError("psutil is not installed, which measures memory and load", BENCH_EXTRA) from None
+        raise MissingDependencyError("psutil, which measures memory and load, is not installed", BENCH_EXTRA) from None
     return psutil
 
 
 class PeakMemory:
-    """The highest sum of the processes' resident sets while the block runs, sampled every 50 ms.
+    """Records the highest sum of the processes' resident memory during the block, sampled every 50 ms.
 
-    ``processes`` None means this process; an empty list leaves ``peak_mb`` None. Pages that the
-    processes share (Triton's shared memory) count in each.
+    ``processes`` None means this process; an empty list leaves ``peak_mb`` None. Pages that processes share (Triton's
+    shared memory) count in each of them.
     """
 
     def __init__(self, processes: Sequence[Any] | None) -> None:
@@ -39,7 +39,7 @@ class PeakMemory:
 
     @property
     def peak_mb(self) -> float | None:
-        """In 1e6 bytes."""
+        """The peak, in 1e6 bytes."""
         return self._peak / 1e6 if self._peak else None
 
     def __enter__(self) -> PeakMemory:
@@ -62,5 +62,5 @@ class PeakMemory:
 def _resident_bytes(process: Any) -> int:
     try:
         return int(process.memory_info().rss)
-    except require_psutil().Error:  # it ended
+    except require_psutil().Error:  # the process has ended
         return 0

@@ -1,7 +1,7 @@
-"""A classifier behind FastAPI and transformers, as people write it: the pipeline is called for each request.
+"""A classifier behind FastAPI and transformers, in plain use: each request calls the pipeline.
 
 Run: ``CHECKPOINT=folder uvicorn fastapi_app:app``. The route and its JSON are those of KServe v2, so that one load
-generator asks all servers alike.
+generator can measure all servers.
 """
 
 import os

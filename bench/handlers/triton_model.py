@@ -1,7 +1,7 @@
-"""A classifier as a model of Triton's Python backend, as people write it: tokenizers and ONNX Runtime inside ``execute``.
+"""A classifier as a model of Triton's Python backend, in plain use: tokenizers and ONNX Runtime inside ``execute``.
 
-The requests of a dynamic batch become one padded batch; its config.pbtxt is in classification_serving.py. (transformers
-instead would need the very libpython of the interpreter: the stub takes the system's, whose ssl module may not load.)
+The requests of a dynamic batch become one padded batch. Its config.pbtxt is in classification_serving.py. (transformers
+instead would need the interpreter's own libpython; the stub uses the system's, whose ssl module may not load.)
 """
 
 import json

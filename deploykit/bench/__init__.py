@@ -1,1 +1,1 @@
-"""Load, measured: throughput, latency, memory and accuracy of one model or of several side by side."""
+"""Measure throughput, latency, memory and accuracy of one model or of several side by side."""

@@ -1,4 +1,4 @@
-"""A candidate in a process of its own: how soon it answers, and how much memory it takes."""
+"""Measure a candidate in a separate process: time to first answer, and memory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _ANSWERED = "deploykit: the first text is answered"
 
 @dataclass(frozen=True)
 class Alone:
-    """``first_answer_s`` runs from the start of Python, files in the page cache; memory in 1e6 bytes."""
+    """``first_answer_s`` counts from the start of Python, with files in the page cache; memory is in 1e6 bytes."""
 
     peak_memory_mb: float
     first_answer_s: float
 
 
 def measure_alone(words: Sequence[str], job: Mapping[str, Any], texts: Sequence[str]) -> Alone | None:
-    """Run Python with the arguments ``words``, whose program calls ``answer_alone``; None if that fails.
+    """Run Python with the arguments ``words``, whose program calls ``answer_alone``. Returns None if that fails.
 
-    It gets ``job`` (plain JSON), and answers up to 256 of ``texts``: one, then 64 at a time.
+    The program gets ``job`` (plain JSON) and answers up to 256 of ``texts``: first one, then 64 at a time.
     """
     first = None
     last = ""
@@ -52,7 +52,7 @@ def measure_alone(words: Sequence[str], job: Mapping[str, Any], texts: Sequence[
 
 
 def answer_alone(open_job: Callable[[Mapping[str, Any]], tuple[Predictor, Generation | None]]) -> None:
-    """The other side of ``measure_alone``: open what the job describes, answer its texts, tell the peak."""
+    """Open the model that the job describes, answer its texts, and report the peak memory, for ``measure_alone``."""
     job = json.load(sys.stdin)
     texts = job.pop("texts")
     with PeakMemory(None) as memory:

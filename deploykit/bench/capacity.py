@@ -1,4 +1,4 @@
-"""How many texts a second a model takes while it still answers in time."""
+"""Find how many texts/s a model can answer within a latency limit."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 _STEP = 1.5
-_PRECISION = 1.05  # the rate found and the one that failed are no further apart
+_PRECISION = 1.05  # largest relative distance between the rate found and one that failed
 _LEAST_RATE = 0.5
 
 
 class Probe(Protocol):
-    """What was measured at one rate."""
+    """The measurement at one rate."""
 
     @property
     def errors(self) -> int: ...
@@ -26,11 +26,11 @@ AnyProbe = TypeVar("AnyProbe", bound=Probe)
 def highest_rate(
     probe: Callable[[float], AnyProbe], limit_ms: float, start: float, figure: str = "p99"
 ) -> AnyProbe | None:
-    """The probe at the highest rate, a second, whose p99 (or other ``figure``) stays within ``limit_ms`` without a
-    failed request.
+    """Return the probe at the highest rate whose p99 (or other ``figure``) stays within ``limit_ms`` without a failed
+    request.
 
-    Searched from ``start`` in steps of half as much again, then by bisection to 5%. None when one
-    request every two seconds is already too many.
+    The search goes from ``start`` in steps of 50%, then by bisection to 5%. Returns None if one request every two
+    seconds is already too many.
 
     Source: the Server scenario of MLPerf Inference (Reddi et al., 2020).
     """

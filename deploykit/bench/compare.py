@@ -1,13 +1,13 @@
-"""Two records of a bench: what got faster or slower, beyond the noise.
+"""Compare two bench records: what became faster or slower, beyond the noise.
 
-A figure that was measured in rounds (throughput, p50, p99) differs when the rounds' ranges, least to most, do
-not overlap and the medians are more than 5% apart. Of two systems that are equal, the ranges of 3 rounds each
-are disjoint by chance once in 10 times, those of 5 rounds once in 126 (2 / C(2n, n)); what drifts between two
-runs, and hits all rounds of one alike, is not in that spread: measure again what matters. With fewer than 3
-rounds in either record, the verdict is "not known".
+A figure that was measured in rounds (throughput, p50, p99) differs when the rounds' ranges (min to max) do not overlap
+and the medians are more than 5% apart. For two equal systems, the ranges of 3 rounds each are disjoint by chance once
+in 10 times, those of 5 rounds once in 126 (2 / C(2n, n)). That spread does not contain a drift between two runs, which
+affects all rounds of one run alike: measure again what matters. With fewer than 3 rounds in either record, the verdict
+is "not known".
 
-Of the search for the highest rate within a p99 limit, throughput alone is compared. Memory and accuracy have one value
-a record: they differ when more than 5%, and more than 0.5 points, apart.
+For a search of the highest rate within a p99 limit, only throughput is compared. Memory and accuracy have one value per
+record: they differ when they are more than 5%, or 0.5 points, apart.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from deploykit.report.record import Record, results_of
 from deploykit.tasks.registry import get_task
 
 LEAST_CHANGE = 0.05
-"""Of medians, and of memory."""
+"""Smallest relative difference of medians, and of memory, that counts."""
 LEAST_POINTS = 0.5
-"""Of macro-F1 and chrF, in percent."""
+"""Smallest difference of macro-F1 and chrF that counts, in percent."""
 LEAST_ROUNDS = 3
 NO_DIFFERENCE = "no difference"
 NOT_KNOWN = "not known"
@@ -43,25 +43,26 @@ _MACHINE = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Over the rounds; all the same of what has none."""
+    """Median, min and max over the rounds; all equal for a figure with one value."""
 
     median: float
     min: float
     max: float
 
     def to_text(self, unit: str) -> str:
-        """``unit`` is "" of an accuracy, whose small differences count."""
+        """Return it as text. ``unit`` is "" for an accuracy, whose small differences matter."""
         shown = number if unit else fraction
         return shown(self.median) + (f" ({shown(self.min)} to {shown(self.max)})" if self.max > self.min else "")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of a candidate, under a scenario (None for memory and accuracy, which are of the whole run).
+    """A figure of a candidate in both records, under a scenario (None for memory and accuracy, which cover the whole
+    run).
 
-    ``part`` is the suite's workload, "" of ``deploykit bench``. ``ratio`` is the new median to the old, None if
-    that is 0. ``verdict`` is "faster" or "slower" of throughput and latency, "less" or "more" of memory, "higher" or
-    "lower" of accuracy, or "no difference", or "not known" with fewer than 3 rounds.
+    ``part`` is the suite's workload, "" for ``deploykit bench``. ``ratio`` is new median / old median, None if the old
+    one is 0. ``verdict`` is "faster" or "slower" for throughput and latency, "less" or "more" for memory, "higher" or
+    "lower" for accuracy, or "no difference", or "not known" with fewer than 3 rounds.
     """
 
     part: str
@@ -77,17 +78,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``differences`` between the records, which may explain ``changes`` better than the candidates do."""
+    """The result: ``changes``, and ``differences`` between the runs that may be their real cause."""
 
     differences: tuple[str, ...]
     changes: tuple[Change, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON: ``differences`` (sentences), ``changes``."""
+        """Return plain JSON: ``differences`` (sentences), ``changes``."""
         return {"differences": list(self.differences), "changes": [asdict(change) for change in self.changes]}
 
     def to_text(self) -> str:
-        """A line for each figure, under its workload and candidate; the differences first."""
+        """Return a line for each figure, by workload and candidate, after the differences."""
         lines = [*(f"note: {difference}" for difference in self.differences), *([""] if self.differences else [])]
         heading = None
         width = max(len(change.scenario or "") for change in self.changes)
@@ -103,15 +104,15 @@ class Comparison:
 
 
 def compare(old: Record, new: Record) -> Comparison:
-    """``new`` against ``old``, both of ``read_record``. Raises ArtifactError if they have nothing in common."""
+    """Compare ``new`` with ``old``, both from ``read_record``. Raises ArtifactError if they have nothing in common."""
     changes = tuple(_changes(results_of(old), results_of(new)))
     if not changes:
         old_ones, new_ones = (
             "; ".join(", ".join(filter(None, n)) for n in _names(r) if len(n) == 2) for r in (old, new)
         )
         raise ArtifactError(
-            f"no candidate was measured under the same scenario in both: the old has {old_ones}, the new {new_ones}",
-            "compare two records of one bench",
+            f"no candidate was measured under the same scenario in both records: the old one has {old_ones}, the new {new_ones}",
+            "compare two records of the same bench",
         )
     return Comparison(tuple(_differences(old, new)), changes)
 
@@ -136,7 +137,7 @@ def _of_scenarios(part: str, before: Record, after: Record, rounds: int) -> Iter
             ("throughput", "texts/s", 1, s["throughput_per_s"], scenarios[name]["throughput_per_s"]),
             ("tokens", "tokens/s", 1, s["tokens_per_s"], scenarios[name]["tokens_per_s"]),
         ]
-        if s["scenario"]["kind"] != "p99_within":  # its latencies are what the limit made them
+        if s["scenario"]["kind"] != "p99_within":  # its latencies only reflect the limit
             pairs += [(p, "ms", -1, s["latency_ms"][p], scenarios[name]["latency_ms"][p]) for p in ("p50", "p99")]
         for figure, unit, sign, ours, theirs in pairs:
             if ours and theirs:
@@ -169,7 +170,7 @@ def _of_the_whole(part: str, before: Record, after: Record) -> Iterator[Change]:
 def _single(
     part: str, name: str, figure: tuple[str, str], values: tuple[float, float], bound: float, words: tuple[str, str]
 ) -> Change:
-    """Of a figure with one value a record. ``words`` are for a new value that is smaller, and greater."""
+    """Compare a figure with one value per record. ``words`` are the verdicts for a smaller and a larger new value."""
     old, new = (Spread(value, value, value) for value in values)
     change = new.median - old.median
     verdict = NO_DIFFERENCE if abs(change) <= bound else words[change > 0]
@@ -181,7 +182,7 @@ def _ratio(old: Spread, new: Spread) -> float | None:
 
 
 def _differences(old: Record, new: Record) -> Iterator[str]:
-    """Whatever else than the candidates may be why figures differ."""
+    """Yield differences of the runs, other than the candidates, that may explain different figures."""
     for key, title in _MACHINE.items():
         yield from _differing(title, old["machine"][key], new["machine"][key])
     packages = [record["machine"]["packages"] for record in (old, new)]
@@ -218,7 +219,7 @@ def _told(value: Any) -> str:
 
 
 def _names(record: Record) -> dict[tuple[str, ...], None]:
-    """Of workloads; of candidates, after their workload's; of scenarios, after both."""
+    """Yield the names of workloads, candidates and scenarios, each after its parent's."""
     names: dict[tuple[str, ...], None] = {}
     for part, result in results_of(record).items():
         names[part,] = None

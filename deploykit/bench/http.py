@@ -1,8 +1,7 @@
 """A light load generator: single-text requests over HTTP/1.1 keep-alive to Triton's KServe v2 API.
 
-It shares its machine with the server it measures, so it does no work that can be done before or
-after the clock runs: requests are encoded beforehand, answers are read afterwards, and between the
-two there is one asyncio protocol.
+It shares its machine with the server it measures, so all work that can be done before or after the timed part is done
+there: requests are encoded before, answers are read after, and in between runs one asyncio protocol.
 
 Source: KServe Open Inference Protocol v2, REST; Triton's extension for BYTES tensors.
 """
@@ -22,7 +21,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.bench.scenarios import Answers, Server, first_line
+from deploykit.bench.scenarios import LoadResult, Server, first_line
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.served import error_text, parse_url
 from deploykit.tasks.protocol import Answer
@@ -30,8 +29,8 @@ from deploykit.tasks.registry import get_task, task_names, task_of
 
 MAX_CONNECTIONS = 256
 ANSWERS = tuple(get_task(name).outputs[0] for name in task_names())
-"""The output tensors that hold an answer's text, by task."""
-_CONNECT_PAUSE_S = 0.05  # a closed loop at a dead server would otherwise knock without end
+"""Task -> the output tensors that contain an answer's text."""
+_CONNECT_PAUSE_S = 0.05  # pause before retrying: a closed loop would otherwise flood a dead server
 _SWEEP_S = 0.25
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
 _CLOSING = re.compile(rb"\r\nconnection:[ \t]*close", re.IGNORECASE)
@@ -47,8 +46,8 @@ def ask_server(
     generation: Generation | None = None,
     seconds: float,
     timeout_s: float,
-) -> Answers:
-    """Ask for ``rows`` of ``texts``: ``load`` callers at once, or at given arrival times in seconds."""
+) -> LoadResult:
+    """Send ``rows`` of ``texts``. ``load`` is a number of callers, or arrival times in seconds."""
     address, tls = parse_url(server.url)
     task = task_of(server.task)
     generations: Sequence[Generation | None] = server.generations or [generation] * len(texts)
@@ -60,7 +59,7 @@ def ask_server(
         work = generator.closed_loop(load, seconds)
     else:
         # select() sleeps to the microsecond; asyncio's default, epoll, rounds up to whole milliseconds,
-        # which would be counted as the server's.
+        # which would count as the server's latency.
         loop = asyncio.SelectorEventLoop(selectors.SelectSelector())
         work = generator.open_loop(load)
     try:
@@ -73,10 +72,10 @@ def ask_server(
 def encode_requests(
     address: str, model: str, texts: Sequence[str], outputs: Sequence[str], parameters: Sequence[Mapping[str, Any]]
 ) -> list[bytes]:
-    """One whole HTTP request for each text with its ``parameters``, asking for ``outputs``.
+    """Return an HTTP request for each text with its ``parameters``, requesting ``outputs``.
 
-    JSON both ways, as most clients write it: for one short text, Triton's binary extension saves less
-    CPU time of client and server than two rounds differ from each other.
+    Requests and responses are JSON, as most clients use it. For one short text, Triton's binary extension saves less
+    CPU time than two rounds differ by.
     """
     host, _, path = address.partition("/")
     path = f"/{path}" if path else ""
@@ -93,7 +92,7 @@ def encode_requests(
 
 
 def answer_of(body: bytes) -> Answer:
-    """What a body says of its one text. Raises ValueError if that is neither a label nor a translation."""
+    """Return the answer in a response body. Raises ValueError if it is neither a label nor a translation."""
     try:
         outputs = {output["name"]: output["data"][0] for output in json.loads(body)["outputs"]}
         text = next(outputs[name] for name in ANSWERS if name in outputs)
@@ -103,7 +102,7 @@ def answer_of(body: bytes) -> Answer:
 
 
 class _Connection(asyncio.Protocol):
-    """One keep-alive connection with at most one request in flight: that of ``row``, -1 when idle."""
+    """A keep-alive connection with at most one request in flight, that of ``row``; -1 when idle."""
 
     def __init__(
         self, answered: Callable[[_Connection, bytes, bytes, bool], None], lost: Callable[[_Connection], None]
@@ -143,7 +142,7 @@ class _Connection(asyncio.Protocol):
 
 
 class _Generator:
-    """Requests that are due wait for an idle connection; there are at most ``_limit`` connections."""
+    """Sends requests. Due requests wait for an idle connection; there are at most ``_limit`` connections."""
 
     def __init__(
         self, address: str, tls: bool, requests: Sequence[bytes], rows: Iterator[int], timeout_s: float
@@ -181,13 +180,13 @@ class _Generator:
         await self._open_connections(8)
         started = self._start()
         for due in arrivals.tolist():
-            # Even when late: answers must be read between one request and the next.
+            # Even when late, so that answers are read between requests.
             await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
             self._ask(next(self._rows), started + due)
         await self._finish(started)
 
-    def answers(self) -> Answers:
-        """Read the answers, now that nobody waits for them."""
+    def answers(self) -> LoadResult:
+        """Decode the answers, after the timed part."""
         texts: dict[int, str] = {}
         tokens = 0
         good = np.ones(len(self._bodies), bool)
@@ -202,7 +201,7 @@ class _Generator:
                 tokens += answer.tokens
         latencies = np.array(self._latencies)[good] * 1e3
         lags = np.array(self._lags) * 1e3
-        return Answers(
+        return LoadResult(
             self._duration_s, self._cpu_s, latencies, texts, tokens, self._errors, lags if len(lags) else None
         )
 
@@ -210,7 +209,7 @@ class _Generator:
         await asyncio.gather(*(self._connect() for _ in range(count)))
 
     def _start(self) -> float:
-        self._errors.clear()  # a connection refused before the clock runs will be refused again
+        self._errors.clear()  # a refusal before the timed part will repeat
         self._sweeper = asyncio.ensure_future(self._sweep())
         self._cpu_s = time.process_time()
         return time.perf_counter()
@@ -226,7 +225,7 @@ class _Generator:
             task.cancel()
         for connection in list(self._connections):
             connection.transport.abort()
-        await asyncio.sleep(0)  # for connection_lost
+        await asyncio.sleep(0)  # give connection_lost time to run
 
     def _ask(self, row: int, due: float) -> None:
         self._unanswered += 1
@@ -270,7 +269,7 @@ class _Generator:
             self._connections.discard(connection)
             connection.transport.abort()
         if row < 0:
-            return  # an answer that nobody asked for
+            return  # unexpected data
         if status == b"200":
             self._latencies.append(time.perf_counter() - connection.due)
             self._lags.append(connection.sent - connection.due)
@@ -293,7 +292,7 @@ class _Generator:
             self._settle(message)
 
     def _settle(self, error: str | None) -> None:
-        """A request has its answer, or ``error``; in a closed loop its caller asks again."""
+        """Record the result of a request. In a closed loop, its caller then sends the next one."""
         self._unanswered -= 1
         if error is not None:
             self._errors[error] += 1

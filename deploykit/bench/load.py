@@ -1,4 +1,4 @@
-"""Load: who asks when, and how long each waited for the answer."""
+"""Generate load: when requests are sent, and how long each waits for its answer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from deploykit.bench.capacity import highest_rate
 from deploykit.bench.machine import server_processes
 from deploykit.bench.scenarios import (
     TIMEOUT_S,
-    Answers,
     ClosedLoop,
+    LoadResult,
     Poisson,
     Scenario,
     Server,
@@ -31,29 +31,30 @@ from deploykit.tasks.protocol import Answer, Predictor
 from deploykit.tasks.registry import task_of
 
 FEW_SAMPLES = 100
-"""With fewer latencies than this, the 99th percentile is little more than the largest of them."""
+"""With fewer latencies than this, the 99th percentile is hardly more than their maximum."""
 
 _MAX_BATCH = 64
-_FAILURE_PAUSE_S = 0.05  # a target that fails at once would otherwise be asked thousands of times
+_FAILURE_PAUSE_S = 0.05  # pause after a failure: a target that fails at once would otherwise get thousands of requests
 
 
 def answer_texts(predictor: Predictor, texts: Sequence[str], generation: Any = None) -> list[Answer]:
-    """Answers in one call, in the order of ``texts``. ``generation`` replaces the search of a model that generates."""
+    """Answer all ``texts`` in one call, in order. ``generation`` replaces the search parameters of a generating model."""
     return task_of(predictor.task).answer(predictor, texts, generation)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One scenario, once, against one target.
+    """One run of one scenario against one target.
 
-    ``duration_s`` runs from the first request to the last answer. ``throughput_per_s`` counts
-    successful requests alone; ``latency_ms`` has p50, p90, p99, mean and max of theirs (empty if none
-    succeeded). ``peak_memory_mb`` (1e6 bytes) is the highest resident set seen: of this process for
-    a target inside it, of tritonserver and its stubs together for a local server, None for a remote one.
-    ``generator_cpu_ms`` is the CPU time of this process per request: for a server, what measuring took
-    from it. ``send_lag_ms`` (99th percentile, open loop against a server) is how late requests left.
-    ``answers`` holds what was last answered to a row of the texts. Of a translator: ``tokens`` counts
-    those generated; ``seconds`` says where the time of one in this process went, if it counts that.
+    - ``duration_s``: from the first request to the last answer.
+    - ``throughput_per_s``: counts successful requests only.
+    - ``latency_ms``: p50, p90, p99, mean and max of successful requests; empty if there are none.
+    - ``peak_memory_mb`` (1e6 bytes): highest resident memory: of this process for a target inside it, of tritonserver and its
+      stubs together for a local server, None for a remote one.
+    - ``generator_cpu_ms``: CPU time of this process per request: what the load generator took away from a local server.
+    - ``send_lag_ms``: p99 of how late requests were sent (open loop against a server).
+    - ``answers``: the last answer to each row of the texts.
+    - ``tokens``: number of generated tokens (translators). ``seconds``: time by stage, of a translator in this process.
     """
 
     scenario: Scenario
@@ -87,7 +88,7 @@ class Measurement:
 
 
 def latency_summary(latencies_ms: NDArray[np.float64]) -> dict[str, float]:
-    """p50, p90, p99 (linear interpolation), mean and max, in milliseconds; empty for no latencies."""
+    """Return p50, p90, p99 (linear interpolation), mean and max, in milliseconds; empty for no latencies."""
     if not len(latencies_ms):
         return {}
     p50, p90, p99 = np.percentile(latencies_ms, (50, 90, 99))
@@ -111,14 +112,14 @@ def measure(
     seed: int = 0,
     timeout_s: float = TIMEOUT_S,
 ) -> Measurement:
-    """Put ``target`` under load for ``seconds``, after ``warmup_s`` of the same load that is not counted.
+    """Put ``target`` under load for ``seconds``, after ``warmup_s`` of the same load that does not count.
 
-    Texts are asked in an order shuffled by ``seed``, over and over. A failure is counted, never
-    raised; a request without an answer after ``timeout_s`` is one. ``generation`` takes the place of a
-    translator's own. A search for a rate (``Within``) takes that time for each rate that it tries.
+    Texts are sent in an order shuffled by ``seed``, again and again. Failures are counted, never raised; a request
+    without an answer after ``timeout_s`` is a failure. ``generation`` replaces a translator's own search parameters. A
+    search for a rate (``Within``) takes that time for each rate that it tries.
     """
     if not texts:
-        raise UsageError("there are no texts to ask", "give a file with at least one row")
+        raise UsageError("there are no texts to send", "give a file with at least one row")
     if isinstance(scenario, Within):
         return _within(
             target,
@@ -156,7 +157,7 @@ def measure(
 
 
 def _within(target: Predictor | Server, texts: Sequence[str], scenario: Within, **how: Any) -> Measurement:
-    """At the rate found; where no rate holds the limit, of no requests at all."""
+    """Measure at the rate found; if no rate holds the limit, return a measurement without requests."""
     alone = measure(target, texts, ClosedLoop(1), **how)
 
     def probe(rate_per_s: float) -> Measurement:
@@ -169,7 +170,7 @@ def _within(target: Predictor | Server, texts: Sequence[str], scenario: Within, 
 
 
 def _stages(target: Predictor | Server) -> dict[str, float]:
-    """Seconds by stage that a translator in this process has counted so far; empty for another target."""
+    """Return the seconds by stage that a translator in this process has counted so far; empty for other targets."""
     decoder = getattr(target, "decoder", None)
     if decoder is None:
         return {}
@@ -188,7 +189,7 @@ def _ask(
     seconds: float,
     seed: int,
     timeout_s: float,
-) -> Answers:
+) -> LoadResult:
     rows = itertools.cycle(np.random.default_rng(seed).permutation(len(texts)).tolist())
     load = scenario.concurrency if isinstance(scenario, ClosedLoop) else scenario.arrivals(seconds, seed)
     if isinstance(target, Server):
@@ -202,7 +203,7 @@ def _ask(
 
 
 class _Asked:
-    """Latencies, answers and errors of a predictor in this process."""
+    """Collects latencies, answers and errors of a predictor in this process."""
 
     def __init__(self, predictor: Predictor, texts: Sequence[str], generation: Generation | None) -> None:
         self._predictor = predictor
@@ -219,32 +220,32 @@ class _Asked:
         return time.perf_counter() - self._start
 
     def ask(self, rows: Sequence[int], due: NDArray[np.float64]) -> None:
-        """Answer ``rows`` in one call; ``due`` is when each was asked, in seconds from the start."""
+        """Answer ``rows`` in one call. ``due`` is when each was requested, in seconds from the start."""
         try:
             answers = answer_texts(self._predictor, [self._texts[row] for row in rows], self._generation)
             self._latencies.append((self.now() - due) * 1e3)
             for row, answer in zip(rows, answers):
                 self._answered[row] = answer.text
                 self._tokens += answer.tokens
-        except Exception as error:  # what a target under load raises is a result
+        except Exception as error:  # an error under load is a result
             self.errors[first_line(error)] += len(rows)
             time.sleep(_FAILURE_PAUSE_S)
 
-    def answers(self) -> Answers:
+    def answers(self) -> LoadResult:
         latencies = np.concatenate(self._latencies) if self._latencies else np.empty(0)
         cpu_s = time.process_time() - self._cpu_start
-        return Answers(self.now(), cpu_s, latencies, self._answered, self._tokens, self.errors)
+        return LoadResult(self.now(), cpu_s, latencies, self._answered, self._tokens, self.errors)
 
 
-def _closed_loop(asked: _Asked, rows: Iterator[int], concurrency: int, seconds: float) -> Answers:
-    """The callers' single texts are merged: each waits as long as their common call takes."""
+def _closed_loop(asked: _Asked, rows: Iterator[int], concurrency: int, seconds: float) -> LoadResult:
+    """Merge the callers' texts into one call; each caller waits for the whole call."""
     while (now := asked.now()) < seconds:
         asked.ask(list(itertools.islice(rows, concurrency)), np.full(concurrency, now))
     return asked.answers()
 
 
-def _open_loop(asked: _Asked, rows: Iterator[int], arrivals: NDArray[np.float64], give_up_s: float) -> Answers:
-    """One worker that takes all who have arrived, up to 64, and answers them in one call."""
+def _open_loop(asked: _Asked, rows: Iterator[int], arrivals: NDArray[np.float64], give_up_s: float) -> LoadResult:
+    """Run one worker that answers all waiting texts, up to 64, in one call."""
     first = 0
     while first < len(arrivals) and (now := asked.now()) < give_up_s:
         if arrivals[first] > now:

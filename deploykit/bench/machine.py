@@ -1,4 +1,4 @@
-"""What a measurement ran on, what else ran there, and how much memory it took."""
+"""Describe the machine of a measurement: hardware, other load, and the server's processes."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _WATCH_S = 0.3
 
 @dataclass(frozen=True)
 class OtherLoad:
-    """What other programs did just before a round: percent of all CPUs together, and the load
-    average over one minute (which still holds this program's own earlier work)."""
+    """Load of other programs just before a round: percent of all CPUs together, and the load average over one minute
+    (which still includes this program's earlier work).
+    """
 
     cpu_percent: float
     load_average: float
@@ -30,7 +31,7 @@ class OtherLoad:
 
 
 def other_load() -> OtherLoad:
-    """Watch the CPUs for 0.3 s in which this process does nothing but what its engines' threads do."""
+    """Measure the CPUs for 0.3 s in which this process is idle, except for its engines' threads."""
     own = time.process_time()
     percent = float(require_psutil().cpu_percent(interval=_WATCH_S))
     own_percent = 100 * (time.process_time() - own) / _WATCH_S / (os.cpu_count() or 1)
@@ -38,7 +39,7 @@ def other_load() -> OtherLoad:
 
 
 def describe_machine() -> dict[str, Any]:
-    """CPU, memory (1e9 bytes), operating system, Python and package versions."""
+    """Return CPU, memory (1e9 bytes), operating system, Python and package versions."""
     cpu = first_cpu()
     flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
     return {
@@ -54,8 +55,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def server_processes(url: str) -> list[Any]:
-    """The processes (psutil) of the server that listens at ``url`` on this machine: it and its
-    descendants. Empty for a server elsewhere, or one whose owner does not let us look."""
+    """Return the processes (psutil) of the server that listens at ``url`` on this machine, with its descendants.
+
+    Empty for a server elsewhere, or one that this user may not inspect.
+    """
     from deploykit.runtime.served import parse_url
 
     psutil = require_psutil()
@@ -84,5 +87,5 @@ def _is_local(host: str) -> bool:
 
 
 def settle() -> None:
-    """Let what was just loaded or measured come to rest."""
+    """Wait for the machine to calm down after loading or measuring."""
     time.sleep(0.1)

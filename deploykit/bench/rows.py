@@ -1,4 +1,4 @@
-"""The texts that a bench asks with."""
+"""Read the texts that a bench sends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deploykit.tasks.registry import task_of
 
 
 def facts_of(target: str, *, url: str) -> TaskFacts:
-    """What ``target``, any of the models to be measured, does: which columns and answers to expect."""
+    """Return the task facts of ``target``, which say what columns and answers to expect."""
     if (Path(target) / MANIFEST).exists():
         return load_manifest(Path(target), verify=False).task
     predictor = open_predictor(target, url=url)
@@ -26,9 +26,9 @@ def facts_of(target: str, *, url: str) -> TaskFacts:
 def read_rows(
     source: str, task: TaskFacts, *, columns: Mapping[str, Any] = {}, encoding: str | None = None, most: int, seed: int
 ) -> tuple[list[str], list[str] | None]:
-    """At most ``most`` texts, drawn by ``seed``, and their right answers, or None where the source has none.
+    """Return at most ``most`` texts, drawn by ``seed``, and their correct answers, or None if the source has none.
 
-    ``columns`` are the options that name columns, given or None.
+    ``columns`` are the column options, given or None.
     """
     rows = task_of(task).read_texts(source, task, encoding=encoding, columns=columns)
     order = np.random.default_rng(seed).permutation(len(rows))[:most]

@@ -30,10 +30,13 @@ _ERROR_EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is measured, under a name that the report shows. ``size_mb`` (1e6 bytes) is the graph files';
-    ``generation`` takes the place of a translator's own. ``peak_memory_mb`` and ``first_answer_s`` (from
-    the start of Python to the first answer) were measured beforehand, in a process of the candidate's own.
-    ``texts`` are asked in place of the bench's: not graded, for candidates that differ in them alone."""
+    """A model to measure, with the name that the report shows.
+
+    - ``size_mb`` (1e6 bytes): size of the graph files.
+    - ``generation``: replaces a translator's own search parameters.
+    - ``peak_memory_mb`` and ``first_answer_s`` (from the start of Python): measured before, in a separate process.
+    - ``texts``: replace the bench's texts; not graded. For candidates that differ only in their texts.
+    """
 
     name: str
     target: Predictor | Server
@@ -95,9 +98,12 @@ class ScenarioResult:
 
 @dataclass(frozen=True)
 class CandidateResult:
-    """``metrics`` over all rows, None without truth. ``disagreements`` counts texts that were answered
-    differently under load than when ``metrics`` was measured (None without truth): 0 unless something is
-    wrong. ``labels`` are a graded classifier's."""
+    """All results of a candidate.
+
+    ``metrics`` are over all rows, None without truth. ``disagreements`` counts texts with another answer under load
+    than when ``metrics`` was measured (None without truth); it should be 0. ``labels`` are those of a graded
+    classifier.
+    """
 
     candidate: Candidate
     scenarios: tuple[ScenarioResult, ...]
@@ -138,7 +144,7 @@ class CandidateResult:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Everything measured. ``to_json`` is what the report is drawn from."""
+    """The complete result. Reports are drawn from ``to_json``."""
 
     candidates: tuple[CandidateResult, ...]
     machine: Mapping[str, Any]
@@ -153,15 +159,14 @@ class BenchResult:
     started: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, without NaN; memory and sizes in 1e6 bytes, times in the unit that the key ends in.
+        """Return plain JSON, without NaN. Memory and sizes are in 1e6 bytes, times in the unit at the end of the key.
 
-        The top level has the figures of the first candidate's headline scenario (its closed loop with
-        the highest throughput), medians over the rounds: throughput_per_s, tokens_per_s (of target
-        tokens; null of a classifier), latency_ms (p50, p90, p99), requests and errors (sums),
-        peak_memory_mb, and metrics (null without labels or references). Then candidates (each with all
-        its scenarios; median, min and max over the rounds), machine, other_load (before each round),
-        warnings, texts, settings, started, schema. A scenario's seconds (null unless a translator in
-        this process counts them) are sums over the rounds: tokenizing, encoder, decoder, search,
+        The top level has the first candidate's figures in its headline scenario (the closed loop with the highest
+        throughput), as medians over the rounds: throughput_per_s, tokens_per_s (target tokens; null for a classifier),
+        latency_ms (p50, p90, p99), requests and errors (sums), peak_memory_mb, and metrics (null without labels or
+        references). Then follow candidates (each with all its scenarios; median, min and max over the rounds), machine,
+        other_load (before each round), warnings, texts, settings, started, schema. A scenario's seconds (null unless a
+        translator in this process counts them) are sums over the rounds: tokenizing, encoder, decoder, search,
         detokenizing.
         """
         first = self.candidates[0]
@@ -207,25 +212,24 @@ def run_bench(
     seed: int = 0,
     progress: Callable[[str], None] = lambda message: None,
 ) -> BenchResult:
-    """Measure every candidate under every scenario, ``rounds`` times ``seconds`` each.
+    """Measure every candidate under every scenario, in ``rounds`` of ``seconds`` each.
 
-    Within a round the candidates take turns scenario by scenario, so that a drift of the machine hits
-    all alike. With ``truth`` (a text's labels, or its translation), each also answers every text once
-    and is graded.
+    Within a round the candidates take turns, scenario by scenario, so that a drift of the machine affects all alike.
+    With ``truth`` (a text's labels, or its translation), each candidate also answers every text once and is graded.
     """
     if not candidates or not scenarios:
-        raise UsageError("there is nothing to measure", "give at least one model and one scenario")
+        raise UsageError("no model or no scenario to measure", "give at least one of each")
     if rounds < 1 or seconds <= 0:
-        raise UsageError(f"{rounds} rounds of {seconds:g} s measure nothing", "give 1 or more, and a time above 0")
+        raise UsageError(f"--rounds is {rounds} and --seconds {seconds:g}", "give at least 1 round, and a time above 0")
     if not texts:
-        raise DataError("there are no texts to ask", "give a file with at least one row")
+        raise DataError("there are no texts to send", "give a file with at least one row")
     if truth is not None and len(truth) != len(texts):
-        raise UsageError(f"{len(texts)} texts, but {len(truth)} right answers", "give one for each text")
+        raise UsageError(f"{len(texts)} texts, but {len(truth)} correct answers", "give one for each text")
     if truth is not None and any(candidate.texts is not None for candidate in candidates):
-        raise UsageError("texts of a candidate's own have no right answers", "leave out one or the other")
+        raise UsageError("a candidate's own texts have no correct answers", "leave out the texts or the answers")
     verbs = sorted({task_of(candidate.target.task).verb for candidate in candidates})
     if len(verbs) > 1:
-        raise UsageError(f"some models {' and some '.join(verbs)}", "measure them apart")
+        raise UsageError(f"some models {' and some '.join(verbs)}", "measure them separately")
     require_psutil()
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     grades = [_grade(candidate, texts, truth, progress) if truth is not None else None for candidate in candidates]
@@ -298,7 +302,7 @@ def _result(candidate: Candidate, scenarios: Sequence[ScenarioResult], grade: Gr
 
 
 def _without_shared_memory(result: CandidateResult) -> CandidateResult:
-    """Drop what was seen of this process's memory while it held several candidates."""
+    """Drop memory figures of this process from when it held several candidates."""
     if isinstance(result.candidate.target, Server):
         return result
     scenarios = tuple(
@@ -339,12 +343,12 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _histogram(latencies_ms: NDArray[np.float64]) -> dict[str, list[float]] | None:
-    """Counts in 100 bins of equal width on a logarithmic scale: edges_ms has one entry more than counts."""
+    """Return counts in 100 bins of equal width on a logarithmic scale; edges_ms has one more entry than counts."""
     if not len(latencies_ms):
         return None
     least = max(float(latencies_ms.min()), 1e-3)
     most = max(float(latencies_ms.max()), least * 1.01)
     edges = np.geomspace(least, most, _HISTOGRAM_BINS + 1)
-    # Rounding must not push the extremes out of their bins.
+    # Rounding must not move the extremes out of their bins.
     counts, _ = np.histogram(np.clip(latencies_ms, edges[0], edges[-1]), edges)
     return {"edges_ms": edges.tolist(), "counts": counts.tolist()}

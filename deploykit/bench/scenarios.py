@@ -1,4 +1,4 @@
-"""Define how a model is loaded (scenarios), what is asked (servers) and what came back (answers)."""
+"""Loads (scenarios), the server under test, and the record of its answers."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """``concurrency`` callers, each asking again as soon as it is answered."""
+    """``concurrency`` callers; each sends its next request as soon as it has its answer."""
 
     concurrency: int
 
     def __post_init__(self) -> None:
         if self.concurrency < 1:
-            raise UsageError(f"a concurrency of {self.concurrency}", "make it 1 or more")
+            raise UsageError(f"--concurrency is {self.concurrency}", "give 1 or more")
 
     @property
     def name(self) -> str:
@@ -36,18 +36,17 @@ class ClosedLoop:
 
 @dataclass(frozen=True)
 class Poisson:
-    """Independent users: requests arrive at random, ``rate_per_s`` on average, whether or not earlier
-    ones are answered.
+    """Open loop: requests arrive at random, on average ``rate_per_s``, whether or not earlier ones are answered.
 
-    A latency counts from the scheduled arrival, so a target that stalls is charged for everyone who
-    would have waited meanwhile ("coordinated omission": Tene, How NOT to Measure Latency, 2013).
+    A latency counts from the scheduled arrival, so a stall counts against all requests that would have waited
+    ("coordinated omission": Tene, How NOT to Measure Latency, 2013).
     """
 
     rate_per_s: float
 
     def __post_init__(self) -> None:
         if not 0 < self.rate_per_s < float("inf"):
-            raise UsageError(f"a rate of {self.rate_per_s} per second", "make it a number above 0")
+            raise UsageError(f"--rate is {self.rate_per_s}", "give a number above 0")
 
     @property
     def name(self) -> str:
@@ -57,22 +56,22 @@ class Poisson:
         return {"kind": "poisson", "name": self.name, "rate_per_s": self.rate_per_s}
 
     def arrivals(self, seconds: float, seed: int) -> NDArray[np.float64]:
-        """Arrival times within [0, ``seconds``), ascending, in seconds; the same for the same seed."""
+        """Return arrival times within [0, ``seconds``), ascending; the same for the same seed."""
         random = np.random.default_rng(seed)
-        # Of a Poisson process: the count is Poisson, the times are uniform given the count.
+        # In a Poisson process the count is Poisson-distributed; given the count, the times are uniform.
         count = max(1, random.poisson(self.rate_per_s * seconds))
         return np.sort(random.uniform(0.0, seconds, count))
 
 
 @dataclass(frozen=True)
 class Within:
-    """Arrivals as of ``Poisson``, at the highest rate whose p99 stays within ``limit_ms``: found by a search."""
+    """Arrivals like ``Poisson``, at the highest rate whose p99 stays within ``limit_ms``, which a search finds."""
 
     limit_ms: float
 
     def __post_init__(self) -> None:
         if not 0 < self.limit_ms < float("inf"):
-            raise UsageError(f"a p99 within {self.limit_ms} ms", "make it a number above 0")
+            raise UsageError(f"--p99-limit is {self.limit_ms}", "give a number above 0")
 
     @property
     def name(self) -> str:
@@ -87,9 +86,9 @@ Scenario = ClosedLoop | Poisson | Within
 
 @dataclass(frozen=True)
 class Server:
-    """The model ``model`` on the Triton server at ``url`` (HTTP), asked one text a request.
+    """The model ``model`` on the Triton server at ``url`` (HTTP), asked one text per request.
 
-    ``generations``: of a translator, one for each text, where they differ.
+    ``generations``: search parameters for each text, where they differ.
     """
 
     url: str
@@ -99,9 +98,10 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a load generator saw. ``latencies_ms`` and ``tokens`` (the sum) are of the successful requests;
-    ``texts`` holds what was last answered to a row of the texts."""
+class LoadResult:
+    """Record of a load generator. ``latencies_ms`` and ``tokens`` (the sum) are of successful requests; ``texts`` has
+    the last answer to each row.
+    """
 
     duration_s: float
     cpu_s: float

@@ -1,4 +1,4 @@
-"""What a user names, opened as candidates: directories, and models on a server."""
+"""Open the targets that a user names as candidates: directories, and models on a server."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def bench_targets(
 ) -> BenchResult:
     """Open each target and measure them all: directories of any kind, or names of models at ``url``.
 
-    An export is measured once for each combination of ``engines`` and ``precisions``. ``generation``
-    are parameters of a translator's search, as ``override`` takes them.
+    An export is measured once for each combination of ``engines`` and ``precisions``. ``generation`` are search
+    parameters of a translator, as ``override`` takes them.
     """
     require_psutil()
     plans = [plan for target in targets for plan in _plans(target, engines, precisions)]
@@ -50,7 +50,7 @@ def bench_targets(
     try:
         for plan in plans:
             progress(f"opening {plan.name}")
-            # Side by side in one process, the memory of each could not be told from the others'.
+            # Memory is measured in separate processes: in one, the candidates' shares could not be told apart.
             alone = _alone(plan, threads, texts, generation) if not plan.served and len(local) > 1 else None
             candidates.append(_open(plan, url, threads, generation, alone))
         return run_bench(
@@ -72,7 +72,7 @@ def bench_targets(
 
 @dataclass(frozen=True)
 class _Plan:
-    """A candidate not opened yet."""
+    """A candidate that is not open yet."""
 
     name: str
     target: str
@@ -139,7 +139,7 @@ def _alone(plan: _Plan, threads: int | None, texts: Sequence[str], generation: M
 
 
 def _alone_job() -> None:
-    """The other side of ``_alone``."""
+    """Open and answer in the separate process of ``_alone``."""
 
     def open_job(job: Mapping[str, Any]) -> tuple[Predictor, Generation | None]:
         predictor = _predictor(job["target"], job["engine"], job["precision"], job["threads"])

@@ -43,5 +43,5 @@ def command(*, path: Path, out: Path, force: bool, **values: Any) -> Result:
 
     done = calibrate(path, out, CalibrationOptions(**with_calibration(values)), force=force, say=say)
     record = {"out": str(out), "reused": done.reused, "digest": done.manifest.digest, **done.manifest.metrics}
-    head = f"{out}: {'reused: the same inputs made it before' if done.reused else 'written'}"
+    head = f"{out}: {'reused, made before from the same inputs' if done.reused else 'written'}"
     return record, "\n".join([head, *render_calibration(done.manifest.metrics)])

@@ -194,6 +194,7 @@ MODEL_REPOSITORY = option(
 )  # fmt: skip
 NAME_HELP = "Name of the model, for clients."
 LONG_INPUT_HELP = "Split texts that are too long for the model, at sentence ends, or refuse them."
+SPLIT_HELP = "Translate each sentence of a text, each paragraph (line), or the whole text at once."
 NUM_PROMPTS = option("--num-prompts", "max_rows", aliases=["--max-rows"], type=click.IntRange(1), default=2000,
                      show_default=True, help="Number of rows to use, at most.")  # fmt: skip
 FORCE = click.option("--force", is_flag=True, help="Replace an existing destination.")

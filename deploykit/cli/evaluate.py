@@ -14,6 +14,7 @@ from deploykit.cli.common import (
     column_options,
     deploykit_command,
     generation_options,
+    option,
     progress_bar,
     refuse_columns,
 )
@@ -26,7 +27,9 @@ from deploykit.cli.common import (
 @click.option("--data", required=True, help="Rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
               "TMX, .po, .mo, or two text files as a.en,a.fr.")  # fmt: skip
 @column_options()
-@click.option("--split", default="test", show_default=True, help="Split of an HF dataset.")
+@option(
+    "--dataset-split", "split", aliases=["--split"], default="test", show_default=True, help="Split of an HF dataset."
+)
 @generation_options
 @ENCODING
 @SERVER_URL

@@ -11,6 +11,7 @@ from deploykit.cli.common import (
     MODEL_REPOSITORY,
     NAME_HELP,
     PRECISION,
+    SPLIT_HELP,
     Result,
     deploykit_command,
     human_bytes,
@@ -51,6 +52,8 @@ _DEFAULT = ServingSettings()
 @click.option("--max-cache-mb", type=int,
               help=f"[translation] Maximum memory of the key-value caches, in MiB. [default: {_DEFAULT.max_cache_mb}]")  # fmt: skip
 @click.option("--long-input", type=click.Choice(["split", "refuse"]), show_default="split", help=LONG_INPUT_HELP)
+@click.option("--split", type=click.Choice(["sentence", "paragraph", "none"]), show_default="sentence",
+              help=SPLIT_HELP)  # fmt: skip
 @click.option("--in-flight/--no-in-flight", default=None,
               help="[translation] Let requests join the running batch, or wait until it is done. [default: in-flight]")  # fmt: skip
 @click.option("--no-stream", is_flag=True, help="[translation] Do not write NAME_stream.")

@@ -55,7 +55,7 @@ def command(
         raise UsageError("--input and --output go together", "name both")
 
     from deploykit.tasks.answering import answer_rows, answer_source, rows_of
-    from deploykit.tasks.opening import open_predictor
+    from deploykit.tasks.opening import identity_of, open_predictor
     from deploykit.tasks.registry import task_of
 
     predictor = open_predictor(model, **where)
@@ -74,7 +74,7 @@ def command(
                 predictor,
                 source,
                 output,
-                identity=f"{model} {where}",
+                identity=f"{identity_of(model, predictor)} {where}",
                 columns=columns,
                 generation=search,
                 encoding=encoding,

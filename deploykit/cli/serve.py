@@ -64,7 +64,7 @@ def command(*, repository: Path, ready_file: Path | None, ready_timeout: float, 
         try:
             server.supervise(stop)
         finally:
-            say("draining requests in flight")
+            say("waiting for requests in flight")
             if ready_file is not None:
                 ready_file.unlink(missing_ok=True)
     return record, "stopped"

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,7 @@ from deploykit.cli.common import (
     LONG_INPUT_HELP,
     PRECISION,
     SERVER_URL,
+    SPLIT_HELP,
     THREADS,
     Result,
     deploykit_command,
@@ -20,6 +22,9 @@ from deploykit.cli.common import (
     target_and_texts,
 )
 from deploykit.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from deploykit.runtime.serving_settings import LongInput, Split
 
 
 @deploykit_command(
@@ -31,6 +36,8 @@ from deploykit.errors import DataError, UsageError
 @click.option("--source-column", help="Of --input (default: the training column, or detected).")
 @click.option("--long-input", type=click.Choice(["split", "refuse"]), default="split", show_default=True,
               help=LONG_INPUT_HELP)  # fmt: skip
+@click.option("--split", type=click.Choice(["sentence", "paragraph", "none"]), default="sentence", show_default=True,
+              help=SPLIT_HELP)  # fmt: skip
 @generation_options
 @ENCODING
 @FORCE
@@ -45,7 +52,8 @@ def command(
     source: str | None,
     output: Path | None,
     source_column: str | None,
-    long_input: str,
+    long_input: LongInput,
+    split: Split,
     generation: dict[str, Any],
     encoding: str | None,
     force: bool,
@@ -58,26 +66,29 @@ def command(
 
     from deploykit.data.texts import TextRow
     from deploykit.runtime.generation import override
-    from deploykit.tasks.opening import open_translator
-    from deploykit.tasks.translation.translate import How, translate_file, translations
+    from deploykit.tasks.opening import identity_of, open_translator
+    from deploykit.tasks.translation.translate import How, cut_off, translate_file, translations
 
     translator = open_translator(model, **where)
     try:
-        how = How(override(translator.task, generation), "refuse" if long_input == "refuse" else "split")
+        how = How(override(translator.task, generation), long_input, split)
         if source is None or output is None:
             rows = [TextRow(f"text {i}", text, None) for i, text in enumerate(texts, start=1)]
             records = translations(translator, rows, how)
             lines = [r["translation"] if "translation" in r else f"{r['origin']}: {r['error']}" for r in records]
             if all("error" in r for r in records):
                 raise DataError("\n".join(lines), "give another text, or another --long-input")
-            return {"results": records}, "\n".join(lines)
+            finish = Counter(r["finish"] for r in records if "finish" in r)
+            if finish["length"]:
+                click.echo(f"{cut_off(finish, how)} (see --max-new-tokens)", err=True)
+            return {"results": records, "finish": finish}, "\n".join(lines)
         with progress_bar("texts") as progress:
-            done = translate_file(
+            done, finish = translate_file(
                 translator,
                 source,
                 output,
                 how,
-                identity=f"{model} {where}",
+                identity=f"{identity_of(model, translator)} {where}",
                 column=source_column,
                 encoding=encoding,
                 force=force,
@@ -90,4 +101,7 @@ def command(
         text += f", {done.resumed:,} of them from the run before"
     if done.errors:
         text += f"; {done.errors:,} could not be translated"
-    return {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}, text
+    if finish["length"]:
+        text += f"; {cut_off(finish, how)}"
+    record = {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
+    return {**record, "finish": finish}, text

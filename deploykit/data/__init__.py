@@ -1,1 +1,1 @@
-"""Labelled text: read, clean, split."""
+"""Read, clean and split labelled text."""

@@ -1,9 +1,10 @@
-"""Answers for the rows of a file: streamed, in order, and taken up again where a killed run stopped."""
+"""Write answers for the rows of a file, in order; a killed run is continued."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import itertools
 import json
 import os
@@ -23,7 +24,7 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class Answered:
-    """``rows`` answered and failed together; ``resumed`` of them stood there from an earlier run."""
+    """``rows`` counts answered and failed rows; ``resumed`` of them were there from an earlier run."""
 
     rows: int
     errors: int
@@ -32,7 +33,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the output, without its end; ``failed`` if it says why there is no answer."""
+    """A line of the output, without its end. ``failed``: it holds an error instead of an answer."""
 
     text: str
     failed: bool
@@ -50,16 +51,18 @@ def answer_file(
     table: Rows | None = None,
     chunk: int = _CHUNK,
 ) -> Answered:
-    """Write a line for each row to ``out``, in order; ``failed`` tells a line written before that is no answer.
+    """Write a line for each row to ``out``, in order. ``failed`` recognizes lines of an earlier run that hold an error.
 
     With ``table``, which gives the columns of each row, the lines are JSON objects and ``out`` becomes a table.
 
     Until it is whole the file has a temporary name beside ``out``; a run with the same ``key`` (all that
-    determines the answers) continues it.
+    determines the answers: the model's digest too) continues it. Raises ArtifactError when a run with another key has
+    left such a file; ``force`` removes it.
     """
     if out.exists() and not force:
         raise ArtifactError(f"{out}: exists", "choose another --output, or pass --force to replace it")
     partial = out.with_name(f".{out.name}.{key[:16]}.partial")
+    _check_others(out, partial, force=force)
     total = sum(1 for _ in rows())
     with artifacts.explained(out), _appending(partial, failed) as (file, resumed):
         done, errors = resumed.rows, resumed.errors
@@ -80,15 +83,35 @@ def answer_file(
     return Answered(done, errors, resumed.rows)
 
 
+def _check_others(out: Path, own: Path, *, force: bool) -> None:
+    """Let no two runs of different models, rows or options answer for one file."""
+    for other in sorted(out.parent.glob(f".{glob.escape(out.name)}.*.partial")):
+        if other == own:
+            continue
+        with other.open("rb") as file:
+            _lock(file, other)
+            if not force:
+                raise ArtifactError(
+                    f"{out}: a run that did not end has {sum(1 for _ in file):,} rows of it, from another model, other "
+                    "input or other options",
+                    f"run it again as it was, pass --force to begin anew, or keep {other.name} under another name",
+                )
+            other.unlink()
+
+
+def _lock(file: Any, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ArtifactError(f"{path}: another deploykit is writing it now", "wait for it") from None
+
+
 @contextlib.contextmanager
 def _appending(partial: Path, failed: Callable[[bytes], bool]) -> Iterator[tuple[Any, Answered]]:
-    """Open an unfinished file after its last whole line; yields it and what it holds."""
+    """Open an unfinished file after its last complete line. Yields the file and what it contains."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtifactError(f"{partial}: another deploykit is writing it now", "wait for it") from None
+        _lock(file, partial)
         file.seek(0)
         rows = errors = end = 0
         for line in file:
@@ -107,7 +130,7 @@ def _chunks(rows: Iterable[TextRow], size: int) -> Iterator[list[TextRow]]:
 
 
 JSON_LINES = (".jsonl", ".ndjson")
-"""How a file of JSON lines is named."""
+"""Suffixes of JSON lines files."""
 
 
 def json_line(record: dict[str, Any]) -> Line:
@@ -115,17 +138,17 @@ def json_line(record: dict[str, Any]) -> Line:
 
 
 def is_error(line: bytes) -> bool:
-    """Whether a line that ``json_line`` made holds an error."""
+    """Return whether a line of ``json_line`` holds an error."""
     return b'"error"' in line and "error" in json.loads(line)
 
 
 def source_digest(source: str) -> str:
-    """What identifies the rows of a file, or of a dataset on the hub by its name."""
+    """Return a digest that identifies the rows of a file, or a hub dataset by its name."""
     return artifacts.digest_path(Path(source)) if Path(source).exists() else source
 
 
 def too_long(text: str | None) -> str | None:
-    """Why a text is refused for its length, or None."""
+    """Return why a text is refused for its length, or None."""
     if text is not None and len(text) > MAX_TEXT_CHARS:
         return f"the text has {len(text):,} characters, more than {MAX_TEXT_CHARS:,}"
     return None

@@ -19,8 +19,9 @@ Rows = Callable[[], Iterable[Mapping[str, object]]]
 def write_table(answers: Path, rows: Rows, out: Path) -> None:
     """Write the answers of a file of JSON lines to the table ``out``, each beside the columns of its row.
 
-    An answer's column that the rows have too is called "predicted_NAME". What is no text or number, such as the scores of
-    all labels, is written as JSON. ``rows`` gives a row for each line, each time it is called.
+    An answer column whose name the rows already have is called "predicted_NAME". Values other than text and numbers,
+    such as the scores of all labels, are written as JSON. ``rows`` returns the rows, one for each line, each time it is
+    called.
     """
     own = list(dict.fromkeys(name for row in rows() for name in row))
     found = list(dict.fromkeys(name for record in _read(answers) for name in record if name not in ("origin", "text")))
@@ -47,14 +48,14 @@ def _read(answers: Path) -> Iterator[dict[str, Any]]:
 
 
 def _cell(value: object) -> object:
-    """Return a cell that every kind of table holds."""
+    """Return a value that every kind of table can store."""
     if value is None or isinstance(value, (str, int, float)):
         return value
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _write_parquet(header: Sequence[str], rows: Iterator[list[object]], path: Path) -> None:
-    """Write a column of numbers as numbers and any other as text."""
+    """Write numeric columns as numbers, and other columns as text."""
     pyarrow, parquet = import_data_package("pyarrow"), import_data_package("pyarrow.parquet")
     columns: list[list[object]] = [list(column) for column in zip(*rows)] or [[] for _ in header]
     arrays = []

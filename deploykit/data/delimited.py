@@ -1,7 +1,7 @@
 """Read delimited text (CSV, TSV): find the layout from the data, then stream the rows.
 
-A quote may open a field (CSV as RFC 4180 has it) or be a character like others (many TSV files). Taken wrongly, one
-quote swallows all rows up to the next. The whole file is therefore looked at before the first row is given out.
+A quote may enclose a field (as in RFC 4180) or be an ordinary character (in many TSV files). If it is misread, one
+quote swallows all rows up to the next one. So the whole file is scanned before the first row is returned.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deploykit.data.record import Record
 from deploykit.errors import DataError
 from deploykit.text import normalize
 
-# The module's default of 131,072 characters a field is no limit of ours; it is global to the process.
+# Raise csv's limit of 131,072 characters per field, which is global to the process.
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 Quoting = Literal["minimal", "escaped", "none"]
@@ -36,16 +36,16 @@ _DIALECTS: dict[Quoting, dict[str, Any]] = {
     "escaped": {"strict": True},  # after _doubled: the csv module checks nothing in a dialect without doubled quotes
     "none": {"quoting": csv.QUOTE_NONE, "quotechar": None},
 }
-# A column of more values does not tell whether a line is a row of its own.
+# A column with more distinct values cannot show whether a line is a separate row.
 _MOST_VALUES = 1000
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a delimited file is to be read, and what was found on the way.
+    """How to read a delimited file, and what was found while looking.
 
-    ``above`` counts blank lines before the header. ``columns`` are the named ones; cells to their right are read only to
-    be counted in ``beyond``. ``spanning`` rows have a field of several lines; the first begins at ``first_spanning``.
+    ``above`` counts blank lines before the header. ``columns`` are the named ones; further cells are only counted in
+    ``beyond``. ``spanning`` rows have a field of several lines; the first begins at line ``first_spanning``.
     """
 
     delimiter: str
@@ -60,7 +60,7 @@ class Layout:
     beyond: int = 0
 
     def lines(self) -> list[str]:
-        """Return the layout for people: what was found, where it is not what everyone expects."""
+        """Return lines that describe what is unusual about the layout."""
         quotes = {
             "minimal": "",
             "escaped": r", quotes inside fields escaped as \"",
@@ -93,8 +93,8 @@ def read_delimited(path: Path, encoding: str | None) -> Iterator[Record]:
 def find_layout(path: Path, encoding: str | None) -> Layout:
     """Find the layout of a delimited file from all of its rows.
 
-    Raises DataError for a file without a header, or a header that names a column twice. A malformed row is left to
-    whoever reads it.
+    Raises DataError for a file without a header, or a header that names a column twice. Malformed rows are reported
+    when they are read.
     """
     status = path.stat() if path.exists() else None
     return _find_layout(path, encoding, (status.st_mtime_ns, status.st_size) if status else None)
@@ -119,7 +119,7 @@ def _find_layout(path: Path, encoding: str | None, version: object) -> Layout:
         return plain.layout if plain is not None and plain.is_likelier else found
     if (escaped := _scan(path, encoding, replace(minimal, quoting="escaped"))) is not None:
         return escaped
-    # In a CSV a lone quote is an error of whoever wrote it; in other files it is common.
+    # In a CSV a lone quote is a mistake; in other files it is common.
     return plain.layout if plain is not None and delimiter != "," else minimal
 
 
@@ -137,7 +137,7 @@ def _header(path: Path, layout: Layout, encoding: str | None) -> Layout:
 def check_header(path: Path, header: Sequence[str]) -> None:
     """Raise DataError for a column without a name, except the first, or a name given twice."""
     for number, column in enumerate(header, start=1):
-        if not column and number > 1:  # the first is the index that pandas' to_csv writes
+        if not column and number > 1:  # the first one is the index that pandas' to_csv writes
             raise DataError(f"{path}: column {number} has no name", "name every column (pandas: to_csv(index=False))")
         if column in header[: number - 1]:
             raise DataError(f"{path}: two columns are named {column!r}", "rename one of them")
@@ -159,7 +159,7 @@ def _rows(path: Path, encoding: str | None, layout: Layout) -> Iterator[tuple[in
 
 
 def _is_header(row: Sequence[str], layout: Layout) -> bool:
-    """Tell whether a row repeats the header, as it does where files were joined."""
+    """Return whether a row repeats the header, as in concatenated files."""
     return len(row) >= len(layout.columns) and all(
         cell.strip().removeprefix("\ufeff") == column for cell, column in zip(row, layout.columns)
     )
@@ -191,7 +191,7 @@ def _doubled(line: str) -> str:
 
 
 def _scan(path: Path, encoding: str | None, layout: Layout) -> Layout | None:
-    """Count what a layout gives; None where a row does not fit it."""
+    """Return the counts of a layout; None if a row does not fit it."""
     rows = spanning = first_spanning = beyond = headers = 0
     width = len(layout.columns)
     try:
@@ -215,14 +215,14 @@ def _scan(path: Path, encoding: str | None, layout: Layout) -> Layout | None:
 
 @dataclass(frozen=True)
 class _Plain:
-    """A file in which every line has as many fields as the header when quotes mean nothing."""
+    """A file in which every line has as many fields as the header if quotes are ordinary characters."""
 
     layout: Layout
     is_likelier: bool
 
 
 def _scan_plain(path: Path, encoding: str | None, minimal: Layout) -> _Plain | None:
-    """Read with quotes as characters like others; None where some line then has not as many fields as the header."""
+    """Scan with quotes as ordinary characters; None if a line then has another number of fields than the header."""
     layout = replace(minimal, quoting="none")
     width = len(layout.columns)
     if width < 2 or any('"' in column for column in _plain_header(path, encoding, layout)):

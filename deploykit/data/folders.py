@@ -19,10 +19,11 @@ _CARD = re.compile(r"\A---\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
 def folder_files(folder: Path, split: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the data files of a split; [] for a folder that has no data files.
+    """Return the data files of a split; [] for a folder without data files.
 
-    The dataset card (README.md) says which files make a split; otherwise their names do: "train-00000-of-00002.parquet",
-    "data/dev.jsonl", "train/0001.csv". A single file without such a name is read for every split.
+    The dataset card (README.md) says which files make a split; otherwise their names do:
+    "train-00000-of-00002.parquet", "data/dev.jsonl", "train/0001.csv". A single file without such a name is read for
+    every split.
 
     Raises:
         DataError: the files belong to other splits, or the card has several configurations.
@@ -48,9 +49,9 @@ def folder_files(folder: Path, split: str, suffixes: tuple[str, ...]) -> list[Pa
 
 
 def texts_by_folder(folder: Path, split: str, encoding: str | None) -> Iterator[Record] | None:
-    """Return a row {text, label} for each .txt file one folder below; None where there are no such files.
+    """Return a row {text, label} for each .txt file one folder below; None if there are no such files.
 
-    The names of the folders are the labels. Of a folder "train" beside others, its own folders are taken.
+    The folders' names are the labels. If there is a folder named after the split, its subfolders are used.
     """
     root = next((folder / name for name in _SPLIT_NAMES.get(split, (split,)) if (folder / name).is_dir()), folder)
     files = sorted(path for path in root.glob("*/*.txt") if path.is_file())

@@ -1,4 +1,4 @@
-"""Recognize texts that are the same, or nearly the same, so that a split does not tear them apart."""
+"""Recognize texts that are equal or nearly equal, so that a split keeps them together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 
 
 def duplicate_key(text: str) -> str:
-    """Equal for texts that differ only in case, white space or Unicode form."""
+    """Return a key that is equal for texts that differ only in case, white space or Unicode form."""
     return unicodedata.normalize("NFC", " ".join(text.casefold().split()))
 
 
@@ -18,9 +18,9 @@ _NOT_LETTER_OR_DIGIT = re.compile(r"[\W_]+")
 
 
 def group_key(text: str) -> str:
-    """Letters and digits alone, without a retweet's mark, @mentions and URLs: equal for near duplicates.
+    """Return a key that is equal for near duplicates: letters and digits, without a retweet mark, @mentions and URLs.
 
-    A text that has none of them (emoji, say) stands for itself.
+    A text without letters and digits (emoji, for example) is its own key.
     """
     key = duplicate_key(text)
     return _NOT_LETTER_OR_DIGIT.sub("", _ADDRESSES.sub(" ", key)) or key

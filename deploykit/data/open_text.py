@@ -20,7 +20,7 @@ from deploykit.errors import DataError, UsageError
 
 _SAMPLE_BYTES = 8192
 _C0_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
-# UTF-32 comes first: its little-endian mark begins with that of UTF-16.
+# UTF-32 first, because its little-endian mark begins with that of UTF-16.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -54,7 +54,9 @@ def plain_name(path: Path) -> str:
 
 
 def plain_suffix(path: Path) -> str:
-    """Return the suffix that tells a file's format, in lower case. A .zip without one has that of the file in it."""
+    """Return the suffix of a file's format, in lower case, without compression. A .zip without one has that of its
+    file.
+    """
     suffix = Path(plain_name(path)).suffix.lower()
     if not suffix and path.suffix.lower() == ".zip" and path.is_file():
         with _zip(path) as archive:
@@ -131,18 +133,20 @@ def _damaged(path: Path, error: Exception) -> DataError:
 
 
 def _open_text(path: Path, encoding: str | None, newline: str | None) -> tuple[TextIO, str]:
-    """Open with strict decoding, unless the contents are binary. Returns the file and the encoding used."""
+    """Open a text file with strict decoding. Returns the file and the encoding. Raises DataError for binary content."""
     with _open_bytes(path) as file:
         sample = file.read(_SAMPLE_BYTES)
     used = encoding or next((name for mark, name in _BYTE_ORDER_MARKS if sample.startswith(mark)), "utf-8-sig")
     try:
         if codecs.lookup(used).name == "utf-8":
-            used = "utf-8-sig"  # The same, and a byte order mark does not become part of the first column's name.
+            used = "utf-8-sig"  # utf-8-sig, so that a byte order mark does not become part of the first column's name.
         with contextlib.ExitStack() as unless_opened:
             opened = io.TextIOWrapper(unless_opened.enter_context(_open_bytes(path)), encoding=used, newline=newline)
             unless_opened.pop_all()
     except (LookupError, ValueError):
-        raise UsageError(f"--encoding {encoding!r} is not a known text encoding", "utf-8 or latin-1, say") from None
+        raise UsageError(
+            f"--encoding {encoding!r} is not a known text encoding", "give one such as utf-8 or latin-1"
+        ) from None
     if seems := _seems_binary(sample, used):
         opened.close()
         raise DataError(f"{path}: is not text: {seems}", "give a text file, or correct the file's suffix")
@@ -157,7 +161,7 @@ def _seems_binary(sample: bytes, encoding: str) -> str | None:
         text, valid = decoder("strict").decode(sample), True
     except UnicodeError:
         text, valid = sample.decode("latin-1"), False
-    # A text has no control characters but line ends and tabs, or a few by accident; random bytes have 10 %.
+    # Text has few control characters besides line ends and tabs; random bytes have 10%.
     controls = len(_C0_CONTROL.findall(text))
     if controls < 8 or controls < (0.3 if valid else 0.05) * len(text):
         return None
@@ -167,7 +171,10 @@ def _seems_binary(sample: bytes, encoding: str) -> str | None:
 
 
 def _not_decodable(path: Path, encoding: str) -> DataError:
-    """Find the first byte that is not ``encoding``: the file object's own error counts from an unknown place."""
+    """Return an error that names the first byte that is not ``encoding``.
+
+    The file object's own error counts from an unknown position.
+    """
     # Without "-sig" the error's position counts a byte order mark.
     encoding = encoding.removesuffix("-sig")
     decoder = codecs.getincrementaldecoder(encoding)()
@@ -179,12 +186,12 @@ def _not_decodable(path: Path, encoding: str) -> DataError:
                 line, offset = line + text.count("\n"), offset + len(block)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            # The error counts from the bytes the decoder had kept of the block before.
+            # The error's position starts at the bytes left over from the previous block.
             kept = len(decoder.getstate()[0])
             good = error.object[: error.start].decode(encoding, "replace")
             where = f"line {line + good.count(chr(10))}, byte offset {offset - kept + error.start},"
         except UnicodeError as error:
             where = f"line {line} ({error})"
     return DataError(
-        f"{path}: {where} is not {encoding}", "give the encoding the file has: --encoding latin-1, cp1252, utf-16"
+        f"{path}: {where} is not {encoding}", "pass the file's encoding, such as --encoding latin-1, cp1252 or utf-16"
     )

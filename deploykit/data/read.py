@@ -48,7 +48,7 @@ def read_records(source: str, *, encoding: str | None = None, split: str = "trai
 
 
 def reading_notes(source: str, encoding: str | None = None) -> list[str]:
-    """Return what a user should know of how ``source`` is read: its delimiter, quoting, repeated headers."""
+    """Return notes for the user on how ``source`` is read: delimiter, quoting, repeated headers."""
     path = Path(source)
     if not path.is_file() or _READERS.get(plain_suffix(path)) is not read_delimited:
         return []
@@ -64,7 +64,7 @@ def _reader(path: Path) -> Callable[[Path, str | None], Iterator[Record]]:
     compressed = path.suffix.lower() in COMPRESSED
     if suffix not in _READERS or (compressed and suffix in _BINARY):
         raise DataError(
-            f"{path}: files of type {''.join(path.suffixes[-2:]) if compressed else suffix!r} are not read",
+            f"{path}: file type {''.join(path.suffixes[-2:]) if compressed else suffix!r} is not supported",
             f"give one of {', '.join(_READERS)} (text also as {', '.join(COMPRESSED)}), a dataset's folder, or the id of a "
             "dataset on the hub",
         )
@@ -88,7 +88,7 @@ def _folder(folder: Path, split: str, encoding: str | None) -> Iterator[Record]:
 
 
 def _jsonl(path: Path, encoding: str | None) -> Iterator[Record]:
-    # Only \n ends a line: JSON allows U+2028 and the like inside strings.
+    # Only \n ends a line: JSON allows U+2028 and others inside strings.
     for number, line in enumerate(read_lines(path, encoding, newline="\n"), start=1):
         if line.strip():
             record = _parse_json(path, line, f"line {number}")
@@ -101,13 +101,15 @@ def _json(path: Path, encoding: str | None) -> Iterator[Record]:
         return
     records = _parse_json(path, "".join(read_lines(path, encoding)), "the file")
     if not isinstance(records, list):
-        raise DataError(f"{path}: is not a JSON array", "give an array of objects, or name a file of one a line .jsonl")
+        raise DataError(
+            f"{path}: is not a JSON array", "give an array of objects; name a file with one object per line .jsonl"
+        )
     for number, record in enumerate(records, start=1):
         yield Record(f"{normalize(path.name)}:{number}", _object(path, record, f"row {number}"))
 
 
 def _holds_lines(path: Path, encoding: str | None) -> bool:
-    """Tell whether a file named .json has an object on each of its first two lines."""
+    """Return whether a file named .json has an object on each of its first two lines."""
     lines = [line for line in itertools.islice(read_lines(path, encoding, newline="\n"), 100) if line.strip()][:2]
     try:
         return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
@@ -159,7 +161,7 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
 
 
 def _named(names: list[str] | None, value: object) -> object:
-    """Return names in the place of a ClassLabel's numbers, alone or in a list; -1 (no label) becomes None."""
+    """Replace a ClassLabel's numbers, single or in a list, by names; -1 (no label) becomes None."""
     if names is None:
         return value
     if isinstance(value, list):
@@ -170,7 +172,7 @@ def _named(names: list[str] | None, value: object) -> object:
 
 
 def _xlsx(path: Path, encoding: str | None) -> Iterator[Record]:
-    """Read the first sheet of a workbook: a header, then rows. Formulas give the values they had when it was saved."""
+    """Read the first sheet of a workbook: a header, then rows. Formulas have their last saved values."""
     openpyxl = import_data_package("openpyxl")
     try:
         book = openpyxl.load_workbook(path, read_only=True, data_only=True)
@@ -206,7 +208,7 @@ def _saved_dataset(source: str, split: str) -> Iterator[Record]:
     datasets = import_data_package("datasets")
     try:
         loaded = datasets.load_from_disk(source)
-    except Exception as error:  # What a damaged directory raises is not documented.
+    except Exception as error:  # The exceptions for a damaged directory are not documented.
         raise DataError(
             f"{source}: is not a saved dataset: {_first_line(error)}", "give a file, or what save_to_disk wrote"
         ) from error
@@ -221,10 +223,10 @@ def _hub_dataset(source: str, split: str) -> Iterator[Record]:
     datasets = import_data_package("datasets")
     try:
         loaded = datasets.load_dataset(source, split=split)
-    except Exception as error:  # Offline, not found, gated, unknown split, wrong format: each its own class.
+    except Exception as error:  # Offline, not found, gated, unknown split, wrong format: each has its own class.
         raise DataError(
-            f"{source}: is no file here, and split {split!r} cannot be loaded from the hub: {_first_line(error)}",
-            "check the path; for a dataset of the hub check its id, the split and the network",
+            f"{source}: is not a file, and its split {split!r} cannot be loaded from the hub: {_first_line(error)}",
+            "check the path; for a hub dataset, check its id, the split and the network",
         ) from error
     yield from _dataset_rows(loaded, source)
 

@@ -1,4 +1,4 @@
-"""Define a row as it was read."""
+"""A row as it was read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Record:
-    """One row. ``origin`` names it in messages: file and line (Parquet, datasets: row), as in "tweets.csv:17"."""
+    """A row. ``origin`` names it in messages: file and line (Parquet, datasets: row), as in "tweets.csv:17"."""
 
     origin: str
     values: Mapping[str, object]

@@ -1,4 +1,4 @@
-"""Some rows in place of all."""
+"""Take a sample of rows."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ Row = TypeVar("Row")
 
 
 def evenly(rows: Sequence[Row], count: int) -> list[Row]:
-    """``count`` of the rows, evenly spaced: files are often sorted, and the first rows would then be of one kind."""
+    """Return ``count`` rows, evenly spaced: files are often sorted, so the first rows may be all of one kind."""
     return [rows[i] for i in np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]

@@ -30,13 +30,13 @@ LABEL_COLUMNS = (
     "stars",
     "intent",
 )
-# JSON rows may leave keys out, so the first row alone does not tell the columns.
+# JSON rows may omit keys, so look at several rows to find the columns.
 _ROWS_FOR_COLUMNS = 100
 
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text to predict, or None and the ``problem`` that keeps it from being one."""
+    """A text to predict; None with a ``problem`` if the row has no usable text."""
 
     origin: str
     text: str | None
@@ -51,9 +51,9 @@ def read_texts(
     encoding: str | None = None,
     split: str = "train",
 ) -> Iterator[TextRow]:
-    """Stream the normalized texts of ``source``, or of a .txt file with one text a line.
+    """Stream the normalized texts of ``source``, or of a .txt file with one text per line.
 
-    Every row is yielded, so that answers can be put beside rows. Raises as ``load_examples``.
+    Every row is yielded, so that answers can be matched to rows. Raises like ``load_examples``.
     """
     if Path(source).suffix.lower() == ".txt":
         name = normalize(Path(source).name)
@@ -93,7 +93,7 @@ def row_columns(source: str, encoding: str | None) -> Iterator[Mapping[str, obje
 
 
 def peek(records: Iterator[Record], source: str) -> tuple[Iterator[Record], list[str]]:
-    """The records again, and the columns that the first of them have."""
+    """Return the records again, and the columns that the first ones have."""
     head = list(itertools.islice(records, _ROWS_FOR_COLUMNS))
     if not head:
         raise DataError(f"{source}: has no rows", "give a file with rows")
@@ -140,7 +140,7 @@ def joined(record: Record, columns: Sequence[str], separator: str) -> str | None
 
 
 def scalar(value: object) -> str | None:
-    """A cell as text; None for what is missing or not a single value."""
+    """Return a cell as text; None for a missing or composite value."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool):
@@ -154,7 +154,7 @@ def scalar(value: object) -> str | None:
     if isinstance(value, Decimal) and value.is_finite():
         return str(int(value)) if value == value.to_integral_value() else str(value.normalize())
     if isinstance(value, float) and value == value and abs(value) != math.inf:
-        # A column of integers with gaps is stored as float by pandas.
+        # pandas stores a column of integers with gaps as float.
         return str(int(value)) if value.is_integer() else str(value)
     return None
 

@@ -1,8 +1,8 @@
-"""An encoder-decoder transformer as plain arrays: what a family's file reads from a checkpoint, and
-what the graph builder writes to ONNX."""
+"""An encoder-decoder transformer as plain arrays: the link between a family's checkpoint reader and the graph writer."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Linear:
-    """x @ weight + bias; ``weight`` is float32 [in, out], ``bias`` [out] or None."""
+    """x @ weight + bias; ``weight`` is float32 [in, out], ``bias`` is [out] or None."""
 
     weight: Array
     bias: Array | None = None
@@ -22,7 +22,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """Layer norm; without ``beta`` a root-mean-square norm, which subtracts no mean."""
+    """A layer norm; without ``beta``, a root-mean-square norm, which subtracts no mean."""
 
     gamma: Array
     beta: Array | None
@@ -67,10 +67,10 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class RelativeBias:
-    """Attention biases that depend on the distance between positions alone (T5).
+    """Attention biases that depend only on the distance between positions (T5).
 
-    ``by_distance`` is float32 [heads, distances]; column ``i`` is for key position minus query
-    position ``i - zero``.
+    ``by_distance`` is float32 [heads, distances]. Column ``i`` is for a key position minus query position of ``i -
+    zero``.
     """
 
     by_distance: Array
@@ -79,13 +79,13 @@ class RelativeBias:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that determines the function of an encoder-decoder transformer.
+    """Everything that determines the function of an encoder-decoder transformer.
 
-    ``heads`` of ``head_size`` are the decoder's, which multiplies its attention scores by ``scale``.
-    ``pre_norm``: norms stand before each block (and once at the end), otherwise after it.
-    Embeddings and ``projection`` are [vocabulary, hidden]; where a family shares them they are equal,
-    and are stored once. ``positions`` are [length, hidden], row 0 for the first token, None where the
-    family has none. Logits are (decoder output x ``output_scale``) @ projection.T + ``output_bias``.
+    - ``heads`` of ``head_size`` are the decoder's, which multiplies its attention scores by ``scale``.
+    - ``pre_norm``: norms come before each block, and once at the end; otherwise after each block.
+    - Embeddings and ``projection`` are [vocabulary, hidden]. Where a family shares them they are equal, and stored once.
+    - ``positions`` are [length, hidden], row 0 for the first token; None where the family has none.
+    - Logits are (decoder output x ``output_scale``) @ projection.T + ``output_bias``.
     """
 
     encoder_heads: int
@@ -120,8 +120,42 @@ class Architecture:
         return self.projection.shape[0]
 
 
+_HEAD_MULTIPLE = 8
+
+
+def pad_heads(a: Architecture) -> Architecture:
+    """Widen the decoder's heads with zeros to a multiple of 8, which ONNX Runtime's attention wants.
+
+    It computes the same: scores and values of the new dimensions are 0, and ``scale`` stays as it is.
+    """
+    wide = -(-a.head_size // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+    if wide == a.head_size:
+        return a
+
+    def columns(layer: Linear) -> Linear:
+        bias = None if layer.bias is None else _widen(layer.bias[None], a.heads, wide)[0]
+        return Linear(_widen(layer.weight, a.heads, wide), bias)
+
+    def attention(x: Attention) -> Attention:
+        out = Linear(np.ascontiguousarray(_widen(x.out.weight.T, a.heads, wide).T), x.out.bias)
+        return Attention(columns(x.query), columns(x.key), columns(x.value), out)
+
+    layers = tuple(
+        dataclasses.replace(layer, attention=attention(layer.attention), cross=attention(layer.cross))
+        for layer in a.decoder_layers
+    )
+    return dataclasses.replace(a, head_size=wide, decoder_layers=layers)
+
+
+def _widen(rows: Array, heads: int, wide: int) -> Array:
+    """[n, heads x size] as [n, heads x wide], with zeros at the end of each head."""
+    parts = rows.reshape(len(rows), heads, -1)
+    zeros = ((0, 0), (0, 0), (0, wide - parts.shape[2]))
+    return np.ascontiguousarray(np.pad(parts, zeros).reshape(len(rows), heads * wide))
+
+
 class Weights:
-    """A state dict as float32 arrays by name, and the layers that its names describe."""
+    """A state dict as float32 arrays by name, with methods that build layers from names."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self._arrays = arrays
@@ -133,13 +167,13 @@ class Weights:
         return self._arrays.get(name)
 
     def linear(self, name: str) -> Linear:
-        """PyTorch stores [out, in]."""
+        """Return the linear layer ``name``, transposed: PyTorch stores [out, in]."""
         return Linear(np.ascontiguousarray(self[f"{name}.weight"].T), self.get(f"{name}.bias"))
 
     def norm(self, name: str, epsilon: float) -> Norm:
         return Norm(self[f"{name}.weight"], self.get(f"{name}.bias"), epsilon)
 
     def attention(self, name: str, parts: Sequence[str]) -> Attention:
-        """``parts`` name the query, key, value and output layers."""
+        """Return the attention block ``name``. ``parts`` name its query, key, value and output layers."""
         query, key, value, out = (self.linear(f"{name}.{part}") for part in parts)
         return Attention(query, key, value, out)

@@ -1,4 +1,4 @@
-"""Define the options of an export, and what the stage shares with each task's own steps."""
+"""Options of an export, and the helpers that the stage shares with each task's export steps."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class ExportOptions(CalibrationOptions):
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
         if self.smooth_quant is not None:
             if not self.int8:
-                raise UsageError("--smooth-quant changes INT8 graphs alone", "add --int8")
+                raise UsageError("--smooth-quant is for INT8", "add --int8")
             if not 0 <= self.smooth_quant <= 1:
                 raise UsageError(f"--smooth-quant is {self.smooth_quant}", "give an alpha from 0 to 1")
             if self.calib is not None:
@@ -117,8 +117,7 @@ class ExportOptions(CalibrationOptions):
 
 @dataclass(frozen=True)
 class Written:
-    """What a task's own part of the export found: ``metrics`` has parity, rows, accuracy_table and, for
-    INT8, quantization."""
+    """Result of a task's export steps. ``metrics`` has parity, rows, accuracy_table and, for INT8, quantization."""
 
     task: TaskFacts
     metrics: dict[str, Any]
@@ -131,7 +130,11 @@ def pick_rows(
     kind: type[Row],
     read_file: Callable[[str, str], list[Row]],
 ) -> list[Row]:
-    """Rows of a file (``read_file(path, split)``), or of the run's own splits where ``source`` names one or nothing."""
+    """Return the rows of a file (``read_file(path, split)``), or of a split of the run, ``split`` if ``source`` is
+    None.
+
+    Raises DataError if the checkpoint has no such split.
+    """
     if source is not None and (Path(source).exists() or source not in SPLITS):
         return read_file(source, split)
     name = source or split
@@ -140,12 +143,12 @@ def pick_rows(
             return read_split(checkpoint, kept, kind)
     option = "--data" if split == "test" else "--calibration-data"
     raise DataError(
-        f"{checkpoint}: holds no {name} rows (only what deploykit finetune wrote does)",
+        f"{checkpoint}: has no {name} rows (only checkpoints of deploykit finetune have)",
         f"give a file of rows with {option}",
     )
 
 
 def keep_samples(directory: Path, rows: Sequence[DataclassInstance]) -> None:
-    """Write some of the rows that the export is measured on, for whatever is made of it to be compared on."""
+    """Write some of the measured rows to the export, so that later artifacts can be compared on them."""
     samples = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
     (directory / artifacts.SAMPLES).write_text("\n".join(samples) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
-"""The file of weights that deploykit's own engine for translators reads (``runtime/engines/native.py``).
+"""Write the weights file of the engine ``native``.
 
-Linear layers that have ranges are INT8, with a scale for each row of activations and each column of weights (the ranges
-themselves are of no use to it), the others stay float32; the embeddings are S8 with a scale a token. The format is
-safetensors; every tensor is filled up to 64 bytes.
+Linear layers that have ranges become INT8, with a scale for each row of activations and each column of weights; the
+ranges themselves are not used. Other layers stay float32. Embeddings are S8 with a scale for each token. The format is
+safetensors, with every tensor padded to 64 bytes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from deploykit.graphs.writer import activation_of
 from deploykit.quantization.qdq import Ranges, quantize_weight
 from deploykit.runtime.engines.native_weights import ALIGNMENT, FORMAT, PANEL
 
-_ZERO = 128  # what the engine adds to S8 activations
+_ZERO = 128  # the engine adds it to S8 activations, to make them unsigned
 _TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}
 
 
 def save_native(path: Path, architecture: Architecture, ranges: Ranges) -> None:
-    """Write ``architecture`` with the layers that have ``ranges`` (by name, as ``build_encoder`` has them) in INT8."""
+    """Write ``architecture``, with the layers that have ``ranges`` (by the names of ``build_encoder``) in INT8."""
     writer = NativeWriter(ranges)
     a = architecture
     stacks = {
@@ -80,7 +80,7 @@ def save_native(path: Path, architecture: Architecture, ranges: Ranges) -> None:
 
 
 class NativeWriter:
-    """Tensors by name, equal ones once. The linear layers named in ``int8`` are INT8."""
+    """Collects tensors by name; equal tensors are stored once. The linear layers named in ``int8`` become INT8."""
 
     def __init__(self, int8: Collection[str]) -> None:
         self._int8_layers = int8
@@ -153,7 +153,9 @@ class NativeWriter:
         return self._int8(values, scales.reshape(-1), layer.bias)
 
     def projection(self, name: str, table: Array, bias: Array | None) -> dict[str, Any]:
-        """The tensor of the embedding where they are equal, which has a scale a token."""
+        """Return the name of the projection's tensor: the embedding's where they are equal, which has a scale per
+        token.
+        """
         if name not in self._int8_layers:
             return self._float(table.T, bias)
         values, scales = quantize_weight(table, axis=0)
@@ -188,14 +190,14 @@ class NativeWriter:
 
 
 def _filled(array: NDArray[Any], axis: int, multiple: int) -> NDArray[Any]:
-    """``array`` with zeros after it along ``axis``."""
+    """Pad ``array`` with zeros along ``axis`` to a multiple of ``multiple``."""
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, -array.shape[axis] % multiple)
     return np.pad(array, widths)
 
 
 def _panels(values: NDArray[np.int8]) -> NDArray[np.int8]:
-    """[in, out] as [out / 64][in / 4][64][4], filled up with zeros."""
+    """Rearrange [in, out] to [out / 64][in / 4][64][4], padded with zeros."""
     values = _filled(_filled(values, 0, 4), 1, PANEL)
     inputs, outputs = values.shape
     return values.reshape(inputs // 4, 4, outputs // PANEL, PANEL).transpose(2, 0, 3, 1)

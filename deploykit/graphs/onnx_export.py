@@ -1,4 +1,4 @@
-"""PyTorch to ONNX, one function a task."""
+"""Export PyTorch models to ONNX."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import torch
 from deploykit.errors import ExportError
 
 OPSET = 17
-"""The newest operator set that every target here reads: TensorRT 8.5 and ONNX Runtime 1.12 and later."""
+"""The newest operator set that every target reads: TensorRT 8.5 and ONNX Runtime 1.12 and later."""
 
 
 HALF_OPSET = 19
-"""The first whose QuantizeLinear takes fp16: TensorRT 8.6 and later."""
+"""The first operator set whose QuantizeLinear accepts fp16: TensorRT 8.6 and later."""
 
 
 def export_classifier(model: Any, path: Path) -> None:
     """Write the fp32 graph of a model that classifies texts or their tokens.
 
-    Inputs input_ids and attention_mask, int64 [batch, tokens]; output logits, float32 [batch,
-    labels] or [batch, tokens, labels]; batch and tokens are dynamic. Attention must be eager: only then are all operators standard ones.
-    Raises ExportError naming what PyTorch's exporter could not translate.
+    Inputs: input_ids and attention_mask, int64 [batch, tokens]. Output: logits, float32 [batch, labels] or [batch,
+    tokens, labels]. Batch and tokens are dynamic. Attention must be eager, or the graph would have non-standard
+    operators. Raises ExportError naming what PyTorch's exporter cannot translate.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         traced = Path(folder) / "traced.onnx"
@@ -39,9 +39,10 @@ def export_classifier(model: Any, path: Path) -> None:
 
 
 def export_half_classifier(model: Any, path: Path, kind: torch.dtype) -> None:
-    """``export_classifier`` computing in ``kind``, float16 or bfloat16, throughout; logits are float32 all the same.
+    """Write the graph of ``export_classifier`` in ``kind``, float16 or bfloat16; logits are still float32.
 
-    For TensorRT, which takes types as the graph has them. ONNX Runtime would put casts into it, so it folds nothing here.
+    It is for TensorRT, which uses the types in the graph. ONNX Runtime would insert casts, so it does not fold
+    constants here.
     """
     _trace(copy.deepcopy(model).to(kind), path, HALF_OPSET)
     onnx.checker.check_model(onnx.load(path))
@@ -68,13 +69,13 @@ def _trace(model: Any, path: Path, opset: int) -> None:
     wrapped = _LogitsOnly(model).eval()
     try:
         with warnings.catch_warnings(), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")  # the tracer warns of each Python branch; parity is measured below
+            warnings.simplefilter("ignore")  # the tracer warns of each Python branch; the parity check covers that
             by_token = wrapped(example, example).ndim == 3
             torch.onnx.export(
                 wrapped,
                 (example, example),
                 str(path),
-                dynamo=False,  # the graph that ONNX Runtime's attention fusion recognises
+                dynamo=False,  # ONNX Runtime's attention fusion recognizes this graph
                 opset_version=opset,
                 input_names=["input_ids", "attention_mask"],
                 output_names=["logits"],
@@ -84,10 +85,10 @@ def _trace(model: Any, path: Path, opset: int) -> None:
                     "logits": {0: "batch", 1: "tokens"} if by_token else {0: "batch"},
                 },
             )
-    except Exception as error:  # the exporter raises many types, all meaning the same here
+    except Exception as error:  # the exporter raises many types
         raise ExportError(
             f"PyTorch cannot export {type(model).__name__} to ONNX: {str(error).strip().splitlines()[0]}",
-            "this architecture is not supported yet; see 'What has been run where' in docs",
+            "this architecture is not supported; see the page 'What has been run where' in the docs",
         ) from error
 
 
@@ -102,8 +103,10 @@ class _LogitsOnly(torch.nn.Module):  # type: ignore[misc]
 
 
 def _fold_constants(source: Path, target: Path) -> None:
-    """Fold constants and drop what they leave, keeping to standard operators: transposed weights
-    become plain ones, which quantization needs to find."""
+    """Fold constants and remove unused ones, with standard operators only.
+
+    Transposed weights become plain ones, which quantization needs.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)
@@ -111,7 +114,7 @@ def _fold_constants(source: Path, target: Path) -> None:
     ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     model = onnx.load(target)
     standard = [entry for entry in model.opset_import if entry.domain == ""]
-    del model.opset_import[:]  # ONNX Runtime lists its own domains, which other engines refuse
+    del model.opset_import[:]  # ONNX Runtime adds its own domains, which other engines refuse
     model.opset_import.extend(standard)
     foreign = {node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")}
     if foreign:

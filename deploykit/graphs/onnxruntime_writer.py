@@ -1,8 +1,8 @@
-"""For ONNX Runtime, with its own operators: caches appended to in place, nothing computed for padding, INT8 kernels.
+"""Write graphs for ONNX Runtime with its own operators: in-place caches, no computation for padding, INT8 kernels.
 
-GroupQueryAttention is what makes that possible in the decoder: each row attends to its own length alone, so its
-result depends on nothing else in the batch, bit for bit. Cross-attention uses it too: the last source
-position is handed over as the "new" key and value, and written where it already stands.
+The decoder uses GroupQueryAttention: each row attends to its own length only, so its result depends on nothing else in
+the batch, bit for bit. Cross-attention uses it too: the last source position is passed as the "new" key and value, and
+written to where it already is.
 
 Source: ONNX Runtime, ContribOperators.md.
 """
@@ -34,8 +34,11 @@ _ACTIVATIONS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
 
 @dataclass
 class OnnxRuntimeWriter(Writer):
-    """With ``ranges`` linear layers take U8 activations of fixed scale and S8 weights of a scale per channel, and caches
-    are S8 of a fixed scale each: they are most of what a step of many rows reads."""
+    """Writer for ONNX Runtime.
+
+    With ``ranges``, linear layers have U8 activations with a fixed scale and S8 weights with a scale per channel.
+    Caches are S8 with a fixed scale each: they are most of the memory that a step of many rows reads.
+    """
 
     quantized: dict[str, tuple[str, str, str, float]] = field(default_factory=dict)
 
@@ -43,7 +46,7 @@ class OnnxRuntimeWriter(Writer):
         return Graph(self.model({"": OPSET, _CONTRIB: 1}, ir_version=8), self.activations)
 
     def embed(self, ids: str, table: Array, scale: float) -> str:
-        """An INT8 row has one scale of its own."""
+        """Look up rows of the embedding, times ``scale``. In INT8, each row has its own scale."""
         if self.ranges is None:
             return super().embed(ids, table, scale)
         values, scales = quantize_weight(table, axis=0)
@@ -71,7 +74,7 @@ class OnnxRuntimeWriter(Writer):
         weight, scales = quantize_weight(table, axis=0)
         inputs = [values, scale, zero, self.constant(weight, shared=True), self.constant(scales)]
         inputs.append(self.constant(np.zeros(len(scales), np.int8)))
-        if bias is not None:  # in units of the product's steps: a ten-thousandth of what INT8 rounds
+        if bias is not None:  # in quantization steps of the product: a ten-thousandth of INT8's rounding error
             inputs.append(self.constant(np.clip(np.rint(bias / (scales * step)), -(2**30), 2**30).astype(np.int32)))
         self.op("QGemm", *inputs, domain=_CONTRIB, transB=1, output=output)
 
@@ -85,7 +88,7 @@ class OnnxRuntimeWriter(Writer):
 
     @property
     def cache_kind(self) -> int:
-        """All of them or none: they share memory, whatever layer they are of."""
+        """Return the type of the caches: INT8 for all or for none, because they share memory."""
         quantized = self.ranges is not None and cache_names(1)[0] in self.ranges
         return TensorProto.INT8 if quantized else self.kind
 
@@ -107,7 +110,7 @@ class OnnxRuntimeWriter(Writer):
         return float(activation_parameters(*self.ranges[name], "s8s8")[0])
 
     def padding_mask(self, lengths: str, length: str) -> str:
-        """int32 [batch, source]: 1 for tokens, 0 for padding."""
+        """Return int32 [batch, source]: 1 for tokens, 0 for padding."""
         positions = self.positions_below(length)
         ends = self.op("Unsqueeze", lengths, self.integers(1))
         return self.op("Cast", self.op("Less", positions, ends), to=TensorProto.INT32)

@@ -1,10 +1,9 @@
-"""Encoder and decoder-step graphs of an encoder-decoder transformer, written node by node.
+"""Build encoder and decoder-step graphs of an encoder-decoder transformer, node by node.
 
-The encoder gives every decoder layer's cross-attention keys and values at once. The decoder takes
-one token of each row, whose past lies in caches: rows may be at different positions. Both share one copy of the
-embedding.
+The encoder computes the cross-attention keys and values of all decoder layers at once. The decoder takes one token of
+each row, whose past is in caches; rows may be at different positions. Both graphs share one copy of the embedding.
 
-There are two forms: for ONNX Runtime (``seq2seq_onnxruntime``), and in standard ONNX (``seq2seq_standard``).
+There are two writers: for ONNX Runtime (``onnxruntime_writer``), and in standard ONNX (``standard_writer``).
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from deploykit.graphs.standard_writer import StandardWriter
 from deploykit.graphs.writer import ACTIVATIONS, Graph, Writer
 from deploykit.quantization.qdq import Ranges
 
-_SHARED_ALIGNMENT = 4096  # ONNX Runtime maps external data by pages
+_SHARED_ALIGNMENT = 4096  # ONNX Runtime maps external data page by page
 
 Standard = Literal["fp32", "fp16", "bf16"]
-"""The type that a graph of standard ONNX computes in."""
+"""The type that a graph in standard ONNX computes in."""
 _TYPES: dict[Standard, int] = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
@@ -40,13 +39,15 @@ _TYPES: dict[Standard, int] = {
 def build_encoder(
     architecture: Architecture, ranges: Ranges | None = None, *, standard: Standard | None = None
 ) -> Graph:
-    """input_ids int64 [batch, source], lengths int32 [batch] (tokens of each row; the rest is padding) ->
-    cross [batch, source, 2 x decoder layers x heads x head size], keys and values of each layer in turn, float32; in
-    ``standard`` ONNX, without which the graph is ONNX Runtime's, [batch, 2 x decoder layers, heads, source, head size].
+    """Build the encoder graph.
 
-    With ``ranges`` (by the linear layer's name) these linear layers are INT8: weights symmetric, with a scale a channel,
-    activations with a fixed scale, symmetric in standard ONNX. ONNX Runtime's caches are INT8 where ``cache_names`` have
-    ranges, and so is cross; their scales are in the graph's metadata.
+    Inputs: input_ids int64 [batch, source]; lengths int32 [batch], the tokens of each row, the rest being padding. Output:
+    cross, float32, keys and values of each decoder layer in turn: [batch, source, 2 x decoder layers x heads x head size] for
+    ONNX Runtime, [batch, 2 x decoder layers, heads, source, head size] in ``standard`` ONNX.
+
+    The linear layers named in ``ranges`` are INT8: weights symmetric, with a scale per channel; activations with a
+    fixed scale, symmetric in standard ONNX. For ONNX Runtime, caches are INT8 where ``cache_names`` have ranges, and so
+    is cross; their scales are in the graph's metadata.
     """
     a, g = architecture, _writer("encoder", architecture, ranges, standard)
     ids = g.input("input_ids", TensorProto.INT64, ["batch", "source"])
@@ -82,17 +83,19 @@ def build_encoder(
 def build_decoder(
     architecture: Architecture, ranges: Ranges | None = None, *, standard: Standard | None = None
 ) -> Graph:
-    """One step of the decoder; ``ranges`` and ``standard`` as ``build_encoder`` has them.
+    """Build the graph of one decoder step. ``ranges`` and ``standard`` are those of ``build_encoder``.
 
     Inputs: input_ids int64 [rows, 1]; past_lengths int32 [rows]; past.L.key and past.L.value [rows, heads, target, head
-    size], caches with room for ``target`` positions, past_lengths + 1 or more; cross.L.key and .value [rows, heads,
-    source, head size], of the encoder's output; source_last int32 [rows], the position of each row's last source token.
-    Outputs: logits float32 [rows, vocabulary]; present.L.key and .value, the caches with this token's. What stands in
-    caches behind a row's own tokens is not looked at, in standard ONNX as long as it is finite.
+    size], caches with room for ``target`` positions, at least past_lengths + 1; cross.L.key and .value [rows, heads,
+    source, head size], from the encoder's output; source_last int32 [rows], the position of each row's last source
+    token.
 
-    ONNX Runtime's takes also: total int32 [], the positions of the past's caches in use; source_total int32 [];
-    cross.L.last_key and .last_value float32 [rows, 1, heads x head size], those of each row's last source token; and
-    its outputs are to be bound to the caches themselves (there is also cross_present.L.key and .value).
+    Outputs: logits float32 [rows, vocabulary]; present.L.key and .value, the caches with this token's keys and values.
+    Cache positions after a row's own tokens are ignored; in standard ONNX they must be finite.
+
+    The graph for ONNX Runtime has more inputs: total int32 [], the positions of the past caches in use; source_total
+    int32 []; cross.L.last_key and .last_value float32 [rows, 1, heads x head size], those of each row's last source
+    token. Its outputs must be bound to the caches themselves (there are also cross_present.L.key and .value).
     """
     a, g = architecture, _writer("decoder", architecture, ranges, standard)
     ids = g.input("input_ids", TensorProto.INT64, ["rows", 1])
@@ -145,7 +148,7 @@ def _writer(name: str, architecture: Architecture, ranges: Ranges | None, standa
 def save_graphs(folder: Path, encoder: Graph, decoder: Graph, files: tuple[str, str, str]) -> None:
     """Write both graphs, and the embeddings, once, to the third of ``files``.
 
-    Raises ExportError when a file would pass protobuf's limit of 2 GB.
+    Raises ExportError if a file would exceed protobuf's limit of 2 GB.
     """
     *names, shared_name = files
     offsets: dict[str, tuple[int, int]] = {}
@@ -162,18 +165,23 @@ def save_graphs(folder: Path, encoder: Graph, decoder: Graph, files: tuple[str, 
     for name, graph in zip(names, (encoder, decoder)):
         if graph.model.ByteSize() >= 2**31:
             raise ExportError(
-                f"{name} would have {graph.model.ByteSize():,} bytes, more than ONNX allows", "use --int8"
+                f"{name} would have {graph.model.ByteSize():,} bytes, more than ONNX's limit of 2 GB", "use --int8"
             )
         onnx.save(graph.model, folder / name)
 
 
 def read_graph(path: Path) -> Graph:
-    """A graph that ``save_graphs`` wrote, its shared weights left in their file. Raises ExportError for another's."""
+    """Read a graph that ``save_graphs`` wrote, without loading its shared weights. Raises ExportError for another
+    graph.
+    """
     model = onnx.load(path, load_external_data=False)
     for entry in model.metadata_props:
         if entry.key == ACTIVATIONS:
             return Graph(model, json.loads(entry.value))
-    raise ExportError(f"{path}: does not name its linear layers: another deploykit wrote it", "export the model again")
+    raise ExportError(
+        f"{path}: its metadata does not name the linear layers: another version of deploykit wrote it",
+        "export the model again",
+    )
 
 
 def _make_external(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
@@ -184,7 +192,7 @@ def _make_external(tensor: onnx.TensorProto, location: str, offset: int, length:
 
 
 def side_by_side(*layers: Linear) -> Linear:
-    """Layers of one input as a single layer."""
+    """Merge layers with the same input into one layer."""
     weight = np.concatenate([layer.weight for layer in layers], axis=1)
     if all(layer.bias is None for layer in layers):
         return Linear(weight)
@@ -193,7 +201,7 @@ def side_by_side(*layers: Linear) -> Linear:
 
 
 def with_activations(graph: Graph) -> Graph:
-    """The same graph, which also gives every linear layer's input as an output, for calibration."""
+    """Return the graph with every linear layer's input as an additional output, for calibration."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.model)
     for tensor in dict.fromkeys(graph.activations.values()):

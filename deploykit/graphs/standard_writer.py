@@ -1,7 +1,7 @@
-"""For TensorRT: standard ONNX alone, computing in one type throughout, with INT8 as explicit symmetric Q/DQ.
+"""Write graphs for TensorRT: standard ONNX only, in one type throughout, with INT8 as explicit symmetric Q/DQ.
 
-Caches keep their size for many steps, so that a GPU can repeat what it has planned: each row's new key and value take
-the place after its past, and what stands behind is masked.
+Caches keep their size for many steps, so that a GPU can repeat a planned step. Each row's new key and value go to the
+position after its past; positions after that are masked.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from deploykit.graphs.onnx_export import HALF_OPSET
 from deploykit.graphs.writer import Graph, Writer
 from deploykit.quantization.qdq import quantize
 
-_HIDDEN = -65504.0  # fp16's lowest value: beside any score, its exponential is 0 in every type
+_HIDDEN = -65504.0  # fp16's lowest value, whose softmax weight is 0 in every type
 
 
 @dataclass
 class StandardWriter(Writer):
-    """With ``ranges`` linear layers take S8 activations of fixed scale and S8 weights of a scale per channel."""
+    """Writer of standard ONNX.
+
+    With ``ranges``, linear layers have S8 activations with a fixed scale and S8 weights with a scale per channel.
+    """
 
     def finish(self) -> Graph:
         model = self.model({"": HALF_OPSET}, ir_version=9)
@@ -32,12 +35,12 @@ class StandardWriter(Writer):
         return Graph(model, self.activations)
 
     def project(self, x: str, table: Array, bias: Array | None, name: str, *, output: str) -> None:
-        """float32 whatever the graph computes in."""
+        """Write logits as float32, in whatever type the graph computes."""
         super().project(x, table, bias, name, output=f"{output}/computed")
         self.op("Cast", f"{output}/computed", to=TensorProto.FLOAT, output=output)
 
     def give_cross(self, hidden: str, layer: Linear) -> None:
-        """As caches have it, so that a GPU moves each text's in one copy."""
+        """Write the encoder's output in the layout of the caches, so that a GPU moves each text with one copy."""
         a, width = self.architecture, layer.weight.shape[1]
         parts = 2 * len(a.decoder_layers)
         cross = self.op("Reshape", self.linear(hidden, layer, "cross"), self.integers(0, 0, parts, a.heads, -1))
@@ -45,7 +48,7 @@ class StandardWriter(Writer):
         self.output("cross", ["batch", parts, a.heads, "source", width // (parts * a.heads)])
 
     def padding_mask(self, lengths: str, length: str) -> str:
-        """bool [batch, 1, 1, source]: tokens."""
+        """Return bool [batch, 1, 1, source]: True for tokens."""
         return self.op("Less", self.positions_below(length), self.op("Unsqueeze", lengths, self.integers(1, 2, 3)))
 
     def encoder_attention(self, packed: str, mask: str, bias: str) -> str:
@@ -83,14 +86,14 @@ class StandardWriter(Writer):
             return self.op("Mul", x, self.op("Sigmoid", x))
         if name == "gelu":
             inner = self.op("Erf", self.op("Mul", x, self.scalar(math.sqrt(0.5))))
-        else:  # without the cube of x, which passes fp16's range first
+        else:  # avoids the cube of x, which would exceed fp16's range
             linear = math.sqrt(2 / math.pi)
             square = self.op("Mul", self.op("Mul", x, x), self.scalar(0.044715 * linear))
             inner = self.op("Tanh", self.op("Mul", x, self.op("Add", square, self.scalar(linear))))
         return self.op("Mul", self.op("Mul", x, self.scalar(0.5)), self.op("Add", inner, self.scalar(1.0)))
 
     def root_mean_square_norm(self, x: str, gamma: str, epsilon: float) -> str:
-        """In float32, whose range the squares need."""
+        """Compute the norm in float32, because squares may exceed fp16's range."""
         wide = self.op("Cast", x, to=TensorProto.FLOAT)
         mean = self.op("ReduceMean", self.op("Mul", wide, wide), self.integers(-1), keepdims=1)
         least = self.op("Constant", value=numpy_helper.from_array(np.array(epsilon, np.float32)))
@@ -98,13 +101,13 @@ class StandardWriter(Writer):
         return self.op("Mul", self.op("Cast", normalized, to=self.kind), gamma)
 
     def _to_last(self, query: str, key: str, value: str, last: str, positions: str, bias: str) -> str:
-        """Attention of one token a row to the ``positions`` up to the row's ``last``."""
+        """Let one token per row attend to the ``positions`` up to the row's ``last``."""
         visible = self.op("LessOrEqual", positions, self.op("Unsqueeze", last, self.integers(1, 2, 3)))
         attended = self._attention(query, key, value, visible, bias, self.architecture.scale)
         return self.op("Reshape", attended, self.integers(0, 1, -1))
 
     def _attention(self, query: str, key: str, value: str, visible: str, bias: str, scale: float) -> str:
-        """[rows, heads, tokens, head size], as the query is."""
+        """Return attention in the query's shape: [rows, heads, tokens, head size]."""
         if scale != 1.0:
             query = self.op("Mul", query, self.scalar(scale))
         scores = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 1, 3, 2]))
@@ -114,7 +117,7 @@ class StandardWriter(Writer):
         return self.op("MatMul", self.op("Softmax", scores, axis=-1), value)
 
     def _one_token(self, x: str) -> str:
-        """[rows, 1, heads x head size] as [rows, heads, 1, head size]."""
+        """Reshape [rows, 1, heads x head size] to [rows, heads, 1, head size]."""
         return self.op("Reshape", x, self.integers(0, self.architecture.heads, 1, -1))
 
     def _length(self, cache: str) -> str:

@@ -1,7 +1,6 @@
-"""Writes a transformer's ONNX nodes one by one: what the graphs of every runtime share.
+"""Write a transformer's ONNX nodes one by one: the part that the graphs of all runtimes share.
 
-A runtime's own writer (``seq2seq_onnxruntime``, ``seq2seq_standard``) says how attention, activations and INT8 are
-written for it.
+Subclasses (``onnxruntime_writer``, ``standard_writer``) write attention, activations and INT8 for their runtime.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from deploykit.graphs.architecture import Architecture, Array, FeedForward, Line
 from deploykit.quantization.qdq import Ranges
 
 ACTIVATIONS = "deploykit.activations"
-"""The key of a graph's metadata that holds ``Graph.activations``, as JSON."""
+"""Key of a graph's metadata with ``Graph.activations``, as JSON."""
 
-# Hugging Face's name of an activation -> the writers'
+# Hugging Face's name of an activation -> the name in the writers
 _ACTIVATIONS: Mapping[str, str] = {
     "relu": "relu",
     "swish": "silu",
@@ -38,7 +37,7 @@ _ACTIVATIONS: Mapping[str, str] = {
 
 
 def activation_of(name: str) -> str:
-    """The writers' name of Hugging Face's. Raises ExportError for one that is not supported."""
+    """Return the writers' name of a Hugging Face activation. Raises ExportError if it is not supported."""
     if name not in _ACTIVATIONS:
         raise ExportError(f"the activation {name!r} is not supported", f"supported: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
@@ -46,7 +45,7 @@ def activation_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Graph:
-    """``activations``: name of each linear layer -> the tensor that goes into it."""
+    """A model, and for the name of each linear layer the tensor that it reads (``activations``)."""
 
     model: onnx.ModelProto
     activations: Mapping[str, str]
@@ -54,10 +53,10 @@ class Graph:
 
 @dataclass
 class Writer(ABC):
-    """Nodes in the order they are written; names of tensors are what the methods return.
+    """Collects nodes in the order they are written. Methods return names of tensors.
 
-    ``ranges`` are of the linear layers to write in INT8, by name; None: the embedding stays as it is too. ``kind`` is
-    the type that the graph computes in.
+    ``ranges`` are of the linear layers to write in INT8, by name; with None the embedding stays unquantized too.
+    ``kind`` is the type that the graph computes in.
     """
 
     name: str
@@ -78,29 +77,34 @@ class Writer(ABC):
 
     @abstractmethod
     def padding_mask(self, lengths: str, length: str) -> str:
-        """Of an encoder's rows of ``lengths`` tokens, padded to ``length``: for ``encoder_attention``."""
+        """Return the mask that ``encoder_attention`` takes, for rows of ``lengths`` tokens padded to ``length``."""
 
     @abstractmethod
     def encoder_attention(self, packed: str, mask: str, bias: str) -> str:
-        """Attention of each token to all that ``mask`` has; ``packed`` holds queries, keys and values."""
+        """Let each token attend to all tokens in ``mask``. ``packed`` contains queries, keys and values."""
 
     @abstractmethod
     def begin_decoder(self) -> str:
-        """Declare the inputs that attention in a decoder needs once; returns how many positions the past's caches
-        have in use, int32 or int64 []."""
+        """Declare the inputs that decoder attention needs once. Returns the positions of the past caches in use, a
+        scalar.
+
+        Its type is int32 or int64.
+        """
 
     @abstractmethod
     def self_attention(self, packed: str, layer: int, past: str, total: str, bias: str) -> str:
-        """Attention of each row's one token to its own ``past`` positions of the caches and itself, which is added to
-        the caches; ``packed`` holds query, key and value."""
+        """Let one token per row attend to its ``past`` cache positions and itself, and append it to the caches.
+
+        ``packed`` contains query, key and value.
+        """
 
     @abstractmethod
     def cross_attention(self, query: str, layer: int, source_last: str) -> str:
-        """Attention of each row's one token to its text, whose last token stands at ``source_last``."""
+        """Let one token per row attend to its text, whose last token is at ``source_last``."""
 
     @abstractmethod
     def activation(self, name: str, x: str) -> str:
-        """``name`` is one of the values of ``_ACTIVATIONS``."""
+        """Apply an activation; ``name`` is one of the values of ``_ACTIVATIONS``."""
 
     @abstractmethod
     def root_mean_square_norm(self, x: str, gamma: str, epsilon: float) -> str: ...
@@ -120,7 +124,7 @@ class Writer(ABC):
         self.outputs.append(helper.make_tensor_value_info(name, kind or self.kind, shape))
 
     def caches(self, name: str, positions: str) -> tuple[str, str]:
-        """Inputs ``name``.key and .value: [rows, heads, ``positions``, head size]."""
+        """Declare the inputs ``name``.key and .value: [rows, heads, ``positions``, head size]."""
         shape = self.cache_shape(positions)
         return self.input(f"{name}.key", self.cache_kind, shape), self.input(f"{name}.value", self.cache_kind, shape)
 
@@ -132,7 +136,10 @@ class Writer(ABC):
         return ["rows", self.architecture.heads, positions, self.architecture.head_size]
 
     def constant(self, array: NDArray[Any], *, shared: bool = False) -> str:
-        """An initializer, equal arrays once, float32 ones in the graph's type; ``shared`` ones also across graphs."""
+        """Add an initializer; equal arrays are stored once, float32 ones in the graph's type.
+
+        ``shared`` ones are stored once across graphs.
+        """
         if array.dtype == np.float32:
             array = array.astype(helper.tensor_dtype_to_np_dtype(self.kind), copy=False)
         array = np.ascontiguousarray(array) if array.ndim else array
@@ -146,11 +153,11 @@ class Writer(ABC):
         return self.constant(np.array(value, np.float32))
 
     def integers(self, *values: int) -> str:
-        """int64 [values]"""
+        """Add a constant int64 [values]."""
         return self.constant(np.array(values, np.int64))
 
     def op(self, kind: str, *inputs: str, domain: str = "", output: str = "", **attributes: Any) -> str:
-        """Append a node with one output, or find the one that computes the same; returns its output's name."""
+        """Append a node with one output, or reuse an equal node. Returns the name of its output."""
         same = repr((kind, inputs, domain, attributes))
         if not output and same in self.written:
             return self.written[same]
@@ -162,7 +169,7 @@ class Writer(ABC):
         return output
 
     def split(self, packed: str, **attributes: Any) -> list[str]:
-        """Query, key and value, of the last of three axes."""
+        """Split the last of three axes into query, key and value."""
         self.count += 1
         parts = [f"t{self.count}.{part}" for part in ("query", "key", "value")]
         name = f"{self.name}/Split/{self.count}"
@@ -170,7 +177,7 @@ class Writer(ABC):
         return parts
 
     def embed(self, ids: str, table: Array, scale: float) -> str:
-        """Rows of the embedding, times ``scale``."""
+        """Look up rows of the embedding, times ``scale``."""
         rows = self.op("Gather", self.constant(table, shared=True), ids)
         return rows if scale == 1.0 else self.op("Mul", rows, self.scalar(scale))
 
@@ -182,12 +189,12 @@ class Writer(ABC):
         return self.op("Add", self.op("MatMul", *inputs), self.constant(layer.bias), output=output)
 
     def give_cross(self, hidden: str, layer: Linear) -> None:
-        """The encoder's output: keys and values of all the decoder's layers."""
+        """Write the encoder's output: keys and values of all decoder layers."""
         self.linear(hidden, layer, "cross", output="cross")
         self.output("cross", ["batch", "source", layer.weight.shape[1]])
 
     def project(self, x: str, table: Array, bias: Array | None, name: str, *, output: str) -> None:
-        """x @ table.T + bias, from the rows of the embedding as they are stored."""
+        """Write x @ table.T + bias, with the embedding's rows as they are stored."""
         self.activations[name] = x
         inputs = [x, self.constant(table, shared=True), *([] if bias is None else [self.constant(bias)])]
         self.op("Gemm", *inputs, transB=1, output=output)
@@ -214,7 +221,7 @@ class Writer(ABC):
     def residual(
         self, x: str, blocks: Sequence[tuple[Callable[[str], str], Norm]], last: Norm | None, *, pre_norm: bool
     ) -> str:
-        """The blocks one after another, each added to what went in; norms before or after each."""
+        """Apply the blocks one after another, each added to its input, with norms before or after each."""
         if not pre_norm:
             for block, norm in blocks:
                 _, x = self._add_and_norm(x, block(x), norm)
@@ -226,28 +233,31 @@ class Writer(ABC):
         return normalized
 
     def _add_and_norm(self, x: str, y: str, norm: Norm) -> tuple[str, str]:
-        """(x + y, norm(x + y)). Two operators: ONNX Runtime's one for both is several times slower (measured in 1.31)."""
+        """Return (x + y, norm(x + y)), as two operators.
+
+        ONNX Runtime's fused operator for both is several times slower (measured in 1.31).
+        """
         total = self.op("Add", x, y)
         return total, self.norm(total, norm)
 
     def positions(self, count: str) -> str:
-        """int64 [count]: 0, 1, ...; ``count`` is int64 []."""
+        """Return int64 [count]: 0, 1, ...; ``count`` is int64 []."""
         zero, one = (self.constant(np.array(n, np.int64)) for n in (0, 1))
         return self.op("Range", zero, count, one)
 
     def positions_below(self, length: str) -> str:
-        """int32 [length], as lengths and pasts are; ``length`` is int64 [1]."""
+        """Return int32 [length], the type of lengths and pasts; ``length`` is int64 [1]."""
         return self.op("Cast", self.positions(self.op("Squeeze", length)), to=TensorProto.INT32)
 
     def encoder_bias(self, bias: RelativeBias, length: str) -> str:
-        """[1, heads, source, source]; ``length`` is int64 [1]."""
+        """Return the bias [1, heads, source, source]; ``length`` is int64 [1]."""
         positions = self.positions(self.op("Squeeze", length))
         rows = self.op("Unsqueeze", positions, self.integers(1))
         columns = self.op("Unsqueeze", positions, self.integers(0))
         return self._bias(bias, self.op("Sub", columns, rows), batch_axis=False)
 
     def decoder_bias(self, bias: RelativeBias, past: str, total: str) -> str:
-        """[rows, heads, 1, total]; keys after a row's own position are never looked at."""
+        """Return the bias [rows, heads, 1, total]. Keys after a row's own position are ignored."""
         keys = self.positions(self.op("Cast", total, to=TensorProto.INT64))
         at = self.op("Cast", self.op("Unsqueeze", past, self.integers(1)), to=TensorProto.INT64)
         return self._bias(bias, self.op("Sub", keys, at), batch_axis=True)
@@ -256,7 +266,7 @@ class Writer(ABC):
         last = bias.by_distance.shape[1] - 1
         index = self.op("Add", distance, self.constant(np.array(bias.zero, np.int64)))
         bounds = [self.constant(np.array(n, np.int64)) for n in (0, last)]
-        index = self.op("Min", self.op("Max", index, bounds[0]), bounds[1])  # TensorRT clips no integers
+        index = self.op("Min", self.op("Max", index, bounds[0]), bounds[1])  # TensorRT cannot clip integers
         gathered = self.op("Gather", self.constant(bias.by_distance), index, axis=1)  # [heads, a, b]
         if not batch_axis:
             return self.op("Unsqueeze", gathered, self.integers(0))

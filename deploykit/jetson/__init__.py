@@ -1,4 +1,4 @@
 """Bundles for NVIDIA Jetson: made on any machine (``bundle``), run on the device (``device``) by run.sh.
 
-What the device runs imports numpy, tokenizers and one engine: neither click nor tritonclient is there.
+Code for the device imports only numpy, tokenizers and one engine: it has neither click nor tritonclient.
 """

@@ -1,7 +1,7 @@
-"""The boards that bundles are made for, and the JetPack releases that they run.
+"""The boards that bundles support, and the JetPack releases that run on them.
 
-Sources: NVIDIA's JetPack archive (Jetson Linux, TensorRT and Python of each release; Orin is not supported by 7.0
-and 7.1); "Strongly Typed Networks" needs TensorRT 10, so that JetPack 5 and 6.0 are out.
+Sources: NVIDIA's JetPack archive (Jetson Linux, TensorRT and Python of each release; 7.0 and 7.1 do not support Orin);
+"Strongly Typed Networks" needs TensorRT 10, which excludes JetPack 5 and 6.0.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from deploykit.errors import UsageError
 
 @dataclass(frozen=True)
 class Board:
-    """``model`` is a part of what its device tree calls it. The caps are chosen for the smallest memory that it is sold
-    with: ``workspace_mib`` bounds what building an engine may take, ``max_batch`` the rows of one run, and
-    ``max_positions`` the tokens of a translator's texts and translations: it has caches for the most of both."""
+    """A board. ``model`` is a part of the name in its device tree.
+
+    The limits fit the smallest memory that the board is sold with: ``workspace_mib`` for building an engine,
+    ``max_batch`` for the rows of one run, ``max_positions`` for the tokens of a translator's texts and translations,
+    which have caches of that size.
+    """
 
     model: str
     workspace_mib: int
@@ -26,8 +29,9 @@ class Board:
 
 @dataclass(frozen=True)
 class JetPack:
-    """``l4t`` is its Jetson Linux (as far as it is known), ``tensorrt`` and ``python`` the versions it comes with;
-    ``glibc`` is the minor version."""
+    """A release. ``l4t`` is its Jetson Linux (as far as known); ``tensorrt``, ``python`` and ``glibc`` (minor) its
+    versions.
+    """
 
     version: str
     l4t: str
@@ -58,7 +62,7 @@ _THOR_ALONE = ("7.0", "7.1")
 
 
 def find_board(target: str) -> str:
-    """The key in ``BOARDS`` of what was typed, with or without ``jetson-``. Raises UsageError."""
+    """Return the key in ``BOARDS`` for a name with or without ``jetson-``. Raises UsageError."""
     name = target.lower().removeprefix("jetson-")
     if name not in BOARDS:
         raise UsageError(f"unknown --device {target!r}", f"choose one of: {', '.join(BOARDS)}")
@@ -66,14 +70,16 @@ def find_board(target: str) -> str:
 
 
 def find_jetpack(version: str, target: str) -> JetPack:
-    """Raises UsageError for a release that is not known, has no fitting TensorRT, or does not run on ``target``."""
+    """Return a JetPack release. Raises UsageError if it is unknown, its TensorRT is too old, or ``target`` cannot run
+    it.
+    """
     if version not in JETPACKS:
         known = f"choose one of: {', '.join(JETPACKS)}"
         if version.startswith("5.") or version == "6.0":
-            raise UsageError(f"--jetpack {version}: its TensorRT is older than 10.3, which engines need", known)
+            raise UsageError(f"--jetpack {version}: its TensorRT is older than 10.3, the oldest supported", known)
         raise UsageError(f"unknown --jetpack {version!r}", known)
     if target == "thor" and version.startswith("6."):
         raise UsageError(f"--jetpack {version} does not run on Jetson Thor", "give --jetpack 7.0 or newer")
     if target != "thor" and version in _THOR_ALONE:
-        raise UsageError(f"--jetpack {version} runs on Jetson Thor alone", "give --jetpack 6.2, or 7.2 or newer")
+        raise UsageError(f"--jetpack {version} runs on Jetson Thor only", "give --jetpack 6.2, or 7.2 or newer")
     return JETPACKS[version]

@@ -1,4 +1,4 @@
-"""An export as one file for a Jetson: all that the device needs to build its own engine offline, and to serve it."""
+"""Pack an export into one file for a Jetson, with everything to build its own engine offline and serve it."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ Say = Callable[[str], None]
 
 PRECISIONS = ("int8", "fp16")
 _ROWS = 64
-_TIME = 315532800  # 1980, the first that every archive format can hold
-# ONNX Runtime stands in for TensorRT where asked; 1.23 is its last for Python 3.10.
+_TIME = 315532800  # 1980, the earliest time that every archive format can store
+# ONNX Runtime can replace TensorRT; 1.23 is its last release for Python 3.10.
 _WHEELS = ("numpy==1.26.4", "psutil==7.2.2")
 _MODULE_WHEELS = {"tokenizers": "tokenizers==0.23.3", "sentencepiece": "sentencepiece==0.2.3"}
 _ONNXRUNTIME = {"3.10": "onnxruntime==1.23.2", "3.12": "onnxruntime==1.31.1"}
@@ -61,7 +61,7 @@ _LEAST_GLIBC = 17  # of any wheel for aarch64
 
 @dataclass(frozen=True)
 class Bundled:
-    """``files`` counts those in it; ``signature`` is the path of its signature, if it has one."""
+    """Result. ``files`` is their number in the bundle; ``signature`` is the path of its signature, if it is signed."""
 
     out: Path
     description: Description
@@ -85,11 +85,12 @@ def bundle(
     force: bool = False,
     say: Say,
 ) -> Bundled:
-    """Write ``out``, a .tar.gz whose bytes depend on nothing but what it is made from.
+    """Write ``out``, a .tar.gz whose bytes depend only on its inputs.
 
-    ``precision`` is what the device builds unless it is told otherwise (auto: INT8 if the export has its graph); ``data``
-    is a file of texts to verify engines with, in place of those that the export keeps. ``wheels`` is a folder of wheels for
-    the device, which are included; those missing are downloaded into it. ``key``, a private key in PEM, signs ``out``.
+    ``precision`` is what the device builds by default (auto: INT8 if the export has that graph). ``data`` is a file of
+    texts to verify engines with, instead of the rows in the export. ``wheels`` is a folder of wheels for the device,
+    which are included; missing ones are downloaded into it. ``key``, a private key in PEM, signs ``out``.
+
     Raises UsageError, ArtifactError, MissingDependencyError or DeploykitError, leaving nothing at ``out``.
     """
     board = find_board(target)
@@ -125,7 +126,7 @@ def bundle(
     )
     runs = (*graphs.values(), find_graphs(export_dir, export, engine="onnxruntime", precision="auto").files)
     texts = _texts(export_dir, part, data)
-    say(f"recording what {len(texts)} rows give")
+    say(f"recording the answers to {len(texts)} rows")
     rows = _record(export_dir, part, runs, texts)
 
     config = config_text(export.task, part.settings(most))
@@ -154,10 +155,11 @@ def bundle(
 
 
 def unpack(archive: Path, out: Path, *, public_key: Path | None = None) -> Path:
-    """Unpack a bundle into a new folder ``out``, verified; returns the folder with run.sh. Nothing of it is run.
+    """Verify a bundle and unpack it into a new folder ``out``, without running any of it. Returns the folder with
+    run.sh.
 
-    With ``public_key``, a PEM file, its signature is verified first. Raises ArtifactError for a file that is no bundle,
-    holds links or paths that leave ``out``, or is not as it was made; UsageError when ``out`` exists.
+    With ``public_key``, a PEM file, the signature is verified first. Raises ArtifactError for a file that is not a
+    bundle, has links or paths that leave ``out``, or was changed; UsageError when ``out`` exists.
     """
     if out.exists():
         raise UsageError(f"{out}: exists", "choose another --output-dir: a bundle is unpacked into a new folder")
@@ -174,15 +176,15 @@ def unpack(archive: Path, out: Path, *, public_key: Path | None = None) -> Path:
             with tarfile.open(archive, "r:gz") as tar:
                 for member in tar:
                     if not (member.isreg() or member.isdir()):
-                        raise ArtifactError(f"{archive}: {member.name} is no plain file", "do not use this archive")
+                        raise ArtifactError(f"{archive}: {member.name} is not a plain file", "do not use this archive")
                     tar.extract(member, folder, filter="data")
         except tarfile.FilterError as error:
             raise ArtifactError(f"{archive}: {error}", "do not use this archive") from error
         except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise CorruptArtifactError(f"{archive}: is not a whole .tar.gz: {error}", "get it again") from error
+            raise CorruptArtifactError(f"{archive}: is not a complete .tar.gz: {error}", "copy it again") from error
         tops = list(folder.iterdir())
         if len(tops) != 1 or not (tops[0] / "run.sh").is_file():
-            raise ArtifactError(f"{archive}: is not a bundle", "give what deploykit bundle wrote")
+            raise ArtifactError(f"{archive}: is not a bundle", "give a file that deploykit bundle wrote")
         contents.verify_sums(tops[0])
     return out / tops[0].name
 
@@ -190,7 +192,7 @@ def unpack(archive: Path, out: Path, *, public_key: Path | None = None) -> Path:
 def _tensorrt_files(
     export_dir: Path, export: Manifest, part: BundledTask, precision: str
 ) -> dict[str, tuple[str, ...]]:
-    """What the export has to build engines from, the precision to build first."""
+    """Return the export's files to build engines from, the default precision first."""
     present = {p: files for p in PRECISIONS if export.files.keys() >= set(files := part.files(p))}
     if precision not in ("auto", *PRECISIONS):
         raise UsageError(f"unknown --precision {precision!r}", f"choose one of: auto, {', '.join(PRECISIONS)}")
@@ -212,7 +214,7 @@ def _texts(export_dir: Path, part: BundledTask, data: str | None) -> list[str]:
     source = data or str(export_dir / SAMPLES)
     if data is None and not (export_dir / SAMPLES).is_file():
         raise ArtifactError(
-            f"{export_dir}: keeps no rows to verify an engine with",
+            f"{export_dir}: has no rows to verify an engine with",
             "give a file of texts with --data, or export the model again",
         )
     texts = [text for text in part.read(source, kept=data is None) if text]
@@ -232,7 +234,7 @@ def _config_json(config: str, name: str) -> str:
 
 
 def _export_files(export_dir: Path, export: Manifest, needed: Sequence[str]) -> dict[str, bytes | Path]:
-    """A part of the export, with a manifest of that part."""
+    """Return the needed files of the export, with a manifest of that part."""
     names = [*needed, *(n for n in ("calibration.json", "calibration.npz") if n in export.files)]
     part = dataclasses.replace(export, files={name: export.files[name] for name in names})
     files: dict[str, bytes | Path] = {f"{contents.EXPORT}/{name}": export_dir / name for name in names}
@@ -240,7 +242,7 @@ def _export_files(export_dir: Path, export: Manifest, needed: Sequence[str]) -> 
 
 
 def _streamer(export: Manifest, name: str) -> dict[str, bytes | Path]:
-    """NAME_stream, which Triton serves beside the model."""
+    """Return NAME_stream, which Triton serves beside the model."""
     model, options = f"{name}{STREAM_SUFFIX}", {"name": f"{name}{STREAM_SUFFIX}", "streams": name}
     manifest = dataclasses.replace(export, kind="model", files={}, options=options, metrics={})
     folder = f"{contents.REPOSITORY}/{model}"
@@ -269,7 +271,7 @@ def _wheel_list(release: JetPack, part: BundledTask) -> str:
 
 
 def _wheels(folder: Path, release: JetPack, part: BundledTask, say: Say) -> list[Path]:
-    """A file of ``folder`` for each wheel of the list; those missing are downloaded. Raises DeploykitError."""
+    """Return a file of ``folder`` for each required wheel, downloading missing ones. Raises DeploykitError."""
     wanted = _wheels_of(release, part)
     missing = [wheel for wheel in wanted if _find_wheel(folder, wheel, release) is None]
     if missing:
@@ -298,7 +300,7 @@ def _find_wheel(folder: Path, requirement: str, release: JetPack) -> Path | None
 
 
 def fits(wheel: str, release: JetPack) -> bool:
-    """Whether a wheel's file name has tags that the JetPack's Python on aarch64 takes (PEP 425, PEP 600)."""
+    """Return whether a wheel's file name has tags for the JetPack's Python on aarch64 (PEP 425, PEP 600)."""
     pythons, abis, platforms = (tag.split(".") for tag in wheel.removesuffix(".whl").split("-")[-3:])
     minor = int(release.python.partition(".")[2])
     exact = f"cp3{minor}"
@@ -313,7 +315,9 @@ def fits(wheel: str, release: JetPack) -> bool:
 
 
 def _write_archive(path: Path, top: str, files: Mapping[str, bytes | Path]) -> None:
-    """Sorted names, one time, no owner: the same files give the same bytes (with the same zlib)."""
+    """Write an archive with sorted names, one time and no owner, so that the same files give the same bytes (same
+    zlib).
+    """
     with (
         path.open("wb") as raw,
         gzip.GzipFile("", "wb", 6, raw, mtime=0) as compressed,
@@ -338,12 +342,12 @@ def _signature(archive: Path) -> Path:
 def _verify_signature(archive: Path, public_key: Path) -> None:
     signature = _signature(archive)
     if not signature.is_file():
-        raise ArtifactError(f"{archive}: has no signature ({signature.name})", "get it beside the bundle")
+        raise ArtifactError(f"{archive}: has no signature ({signature.name})", "copy it beside the bundle")
     _model_signing("verify", "key", str(archive), f"--public_key={public_key}", f"--signature={signature}")
 
 
 def _model_signing(*words: str) -> None:
-    """The command of OpenSSF's model-signing. Raises MissingDependencyError; ArtifactError with what it says."""
+    """Run OpenSSF's model-signing. Raises MissingDependencyError; ArtifactError with its message."""
     command = shutil.which("model_signing", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}")
     if command is None:
         raise MissingDependencyError("OpenSSF's model-signing is not installed", "pip install 'deploykit[sign]'")

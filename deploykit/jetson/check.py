@@ -1,4 +1,4 @@
-"""What a device is, beside what a bundle needs.
+"""Compare a device with the requirements of a bundle.
 
 Sources: NVIDIA Jetson Linux Developer Guide ("/etc/nv_tegra_release", "nvpmodel"); the device tree's ``model``.
 """
@@ -19,12 +19,12 @@ from deploykit.jetson.boards import BOARDS
 from deploykit.jetson.contents import Description
 
 _LEAST_TENSORRT = (10, 3)
-_FLASH = "install that JetPack, or bundle again with the --jetpack that is here"
+_FLASH = "install that JetPack, or make the bundle again with this device's --jetpack"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``needed`` is empty where anything will do. A ``problem`` stops; a ``note`` is for who wants more."""
+    """A property of the device. ``needed`` is empty if any value will do. A ``problem`` is fatal; a ``note`` is advice."""
 
     what: str
     found: str
@@ -39,7 +39,7 @@ class Finding:
 
 
 def examine(description: Description, engine: str, graph_bytes: int, root: Path = Path("/")) -> list[Finding]:
-    """Compare the machine whose files are under ``root`` with what ``engine`` and a graph of that size need."""
+    """Compare the machine whose files are under ``root`` with the needs of ``engine`` and a graph of that size."""
     findings = []
     on_jetson = engine == "tensorrt"
     release = _tegra_release(root)
@@ -64,7 +64,7 @@ def examine(description: Description, engine: str, graph_bytes: int, root: Path 
 
 
 def free_bytes(root: Path = Path("/")) -> int:
-    """Memory that can be had without swapping: on a Jetson, CPU and GPU share it."""
+    """Return the memory available without swapping. On a Jetson, CPU and GPU share it."""
     match = re.search(r"^MemAvailable:\s+(\d+) kB", (root / "proc/meminfo").read_text(), re.MULTILINE)
     return int(match[1]) * 1024 if match else 0
 
@@ -78,12 +78,12 @@ def _board(description: Description, root: Path) -> Finding:
     if wanted in model:
         return Finding("board", model, wanted)
     return Finding(
-        "board", model, wanted, "note", "the caps on memory and batch are another board's: bundle for this one"
+        "board", model, wanted, "note", "the limits on memory and batch are another board's: make a bundle for this one"
     )
 
 
 def _jetpack(description: Description) -> Finding:
-    """By its package, which a minimal installation does not have."""
+    """Return the JetPack version by its package, which a minimal installation does not have."""
     version = _deb_version("nvidia-jetpack")
     if version is None:
         return Finding("JetPack", "its package is not installed; Jetson Linux tells", description.jetpack)
@@ -101,7 +101,7 @@ def _l4t(description: Description, release: str) -> Finding:
 
 
 def _power(root: Path) -> Finding:
-    """The mode by name; the fastest is called MAXN, or MAXN_SUPER."""
+    """Return the power mode by name; the fastest is called MAXN, or MAXN_SUPER."""
     mode = re.search(r"Power Mode: *(\S+)", _output("nvpmodel", "-q"))
     if mode is None:
         return Finding("power mode", "nvpmodel does not tell", "", "note", "ask as root: sudo nvpmodel -q")
@@ -136,7 +136,7 @@ def _tensorrt(description: Description) -> Finding:
 
 
 def tensorrt_version() -> str | None:
-    """Of the Python module, or of the packages that bring the libraries."""
+    """Return the version of the Python module, or of the packages with the libraries."""
     try:
         return importlib.metadata.version("tensorrt")
     except importlib.metadata.PackageNotFoundError:
@@ -159,7 +159,7 @@ def _python(description: Description) -> Finding:
 
 
 def _memory(description: Description, engine: str, graph_bytes: int, root: Path) -> Finding:
-    """A rule of thumb, not a measurement: the graph several times over, TensorRT's workspace, and 1 GiB for CUDA."""
+    """Check free memory by a rule of thumb: several times the graph, TensorRT's workspace, and 1 GiB for CUDA."""
     needed = 3 * graph_bytes + (256 << 20)
     if engine == "tensorrt":
         needed = 3 * graph_bytes + (description.workspace_mib << 20) + (1 << 30)
@@ -172,7 +172,7 @@ def _memory(description: Description, engine: str, graph_bytes: int, root: Path)
 
 
 def _tegra_release(root: Path) -> str | None:
-    """Such as 36.4.3, of a line like ``# R36 (release), REVISION: 4.3, GCID: ...``; None where there is none."""
+    """Return a release such as 36.4.3, from ``# R36 (release), REVISION: 4.3, GCID: ...``; None if there is none."""
     try:
         text = (root / "etc/nv_tegra_release").read_text(errors="replace")
     except OSError:
@@ -186,7 +186,7 @@ def _deb_version(package: str) -> str | None:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; nothing where it is missing or fails."""
+    """Return the output of a program; "" if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=30)

@@ -1,14 +1,14 @@
-"""What a bundle holds, as its maker and the device both read it.
+"""The contents of a bundle, as its maker and the device both read it.
 
 run.sh                        checks SHA256SUMS, then runs deploykit.jetson.device
 SHA256SUMS                    of every other file
-bundle.json                   what it is for: a ``Description``
-rows.json                     texts, and what the graphs make of them: ``RecordedRows``
+bundle.json                   its purpose: a ``Description``
+rows.json                     texts, and the graphs' answers to them: ``RecordedRows``
 export/                       an export with the graphs to build from, tokenizer and calibration
-model_repository/NAME/        config.pbtxt; the device builds version 1 (of a translator also NAME_stream, which has no weights)
+model_repository/NAME/        config.pbtxt; the device builds version 1 (for a translator also NAME_stream, without weights)
 config.json                   the same config, for machines without protobuf
 lib/deploykit/                this package
-wheels.txt, wheels/           what Python needs there
+wheels.txt, wheels/           the Python packages that the device needs
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ EXPORT, REPOSITORY, VERSION = "export", "model_repository", "1"
 
 @dataclass(frozen=True)
 class Description:
-    """``graphs`` are the files that TensorRT builds from, by precision, the preferred one first: graphs, whose ``inputs``
-    are by file, and the weights of several of them. ``tokenizer`` are the other files that the model is made of.
-    ``profile`` and ``workspace_mib`` are the board's caps. ``wheels`` tells whether they are in the bundle."""
+    """Contents of bundle.json.
+
+    - ``graphs``: files that TensorRT builds from, by precision, the default one first: graphs, then external weights.
+    - ``inputs``: the inputs of each graph file. ``tokenizer``: the other files of the model.
+    - ``profile`` and ``workspace_mib``: the board's limits. ``wheels``: whether they are in the bundle.
+    """
 
     name: str
     target: str
@@ -52,7 +55,7 @@ class Description:
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Real texts, and by the name of a (first) graph what ONNX Runtime made of each with it: see ``BundledTask.answers``."""
+    """Real texts, and by the name of a (first) graph ONNX Runtime's answers to them: see ``BundledTask.answers``."""
 
     texts: tuple[str, ...]
     answers: Mapping[str, Sequence[Any]]
@@ -62,7 +65,7 @@ class RecordedRows:
 
 
 def read_description(bundle: Path) -> Description:
-    """Raises CorruptArtifactError."""
+    """Read bundle.json. Raises CorruptArtifactError."""
     try:
         return Description(**_read(bundle / DESCRIPTION))
     except TypeError as error:
@@ -70,23 +73,23 @@ def read_description(bundle: Path) -> Description:
 
 
 def read_rows(bundle: Path) -> RecordedRows:
-    """Raises CorruptArtifactError."""
+    """Read rows.json. Raises CorruptArtifactError."""
     record = _read(bundle / ROWS)
     return RecordedRows(tuple(record["texts"]), record["answers"])
 
 
 def read_config(bundle: Path) -> dict[str, Any]:
-    """The model's config as Triton tells it in JSON. Raises CorruptArtifactError."""
+    """Read the model's config in Triton's JSON form. Raises CorruptArtifactError."""
     return _read(bundle / CONFIG_JSON)
 
 
 def sums_of(files: Mapping[str, str]) -> str:
-    """The text of SHA256SUMS for paths and their hashes, as ``sha256sum --check`` reads it."""
+    """Return the text of SHA256SUMS for paths and their hashes, in the format of ``sha256sum --check``."""
     return "".join(f"{digest}  {path}\n" for path, digest in sorted(files.items()))
 
 
 def verify_sums(bundle: Path) -> None:
-    """Raises CorruptArtifactError naming the first file that differs, is missing, or is not listed."""
+    """Raise CorruptArtifactError naming the first file that differs, is missing, or is not listed."""
     again = "get the bundle again"
     try:
         lines = (bundle / SUMS).read_text(encoding="utf-8").splitlines()

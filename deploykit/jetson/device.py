@@ -1,4 +1,4 @@
-"""The steps of run.sh on the device: check, build, verify, serve, bench."""
+"""Steps of run.sh on the device: check, build, verify, serve, bench."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from deploykit.tensorrt.build import EngineOptions, build_engine, choose_builder
 from deploykit.triton.backends import InstalledTriton, assemble_backends, find_installed_triton
 
 STEPS = ("check", "build", "verify", "serve", "bench")
-_EXIT_S = 5  # Triton waits as long for idle connections; requests, but those of long documents, are done by then
+_EXIT_S = 5  # Triton waits this long for idle connections; all but very long requests are done by then
 _TRTEXEC = "/usr/src/tensorrt/bin"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An unpacked bundle, and which engine it is to run; ``precision`` is that of TensorRT's graphs, or auto."""
+    """An unpacked bundle with the engine to run; ``precision`` is that of TensorRT's graphs, or auto."""
 
     root: Path
     description: Description
@@ -59,7 +59,7 @@ class Bundle:
         return self.model / VERSION
 
     def graphs(self, export: Manifest) -> tuple[str, tuple[str, ...]]:
-        """(precision, files) of the graphs that the model is made of. Raises DeploykitError."""
+        """Return (precision, files) of the model's graphs. Raises DeploykitError."""
         if self.engine == "onnxruntime":
             chosen = find_graphs(self.export, export, engine=self.engine, precision=self.precision)
             return chosen.precision, chosen.files
@@ -71,20 +71,29 @@ class Bundle:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one step, or check, build and serve, which verifies; returns the exit code."""
+    """Run one step, or check, build and serve, which includes verify. Returns the exit code."""
     parser = argparse.ArgumentParser(
         "run.sh", description="Steps of this bundle, in their order. Without one: all but bench."
     )
     parser.add_argument("step", nargs="?", choices=STEPS)
-    parser.add_argument("--engine", choices=("tensorrt", "onnxruntime"), default="tensorrt", help="(default: tensorrt)")
-    parser.add_argument("--precision", default="auto", help="of the graph (default: INT8 if there is one)")
-    parser.add_argument("--host", default="127.0.0.1", help="to serve on (default: 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="to serve HTTP on; 0 takes a free one (default: 8000)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement of bench (default: 2)")
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="of bench (default: bench.json)")
+    parser.add_argument(
+        "--engine",
+        choices=("tensorrt", "onnxruntime"),
+        default="tensorrt",
+        help="engine to build or run (default: tensorrt)",
+    )
+    parser.add_argument("--precision", default="auto", help="precision of the graph (default: INT8 if available)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1)")
+    parser.add_argument(
+        "--port", type=int, default=8000, help="HTTP port to serve on; 0 takes a free one (default: 8000)"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each measurement of bench (default: 2)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench.json"), help="result file of bench (default: bench.json)"
+    )
     given = parser.parse_args(arguments)
     root = Path.cwd()
-    os.environ["PATH"] += f"{os.pathsep}{_TRTEXEC}"  # JetPack leaves it out
+    os.environ["PATH"] += f"{os.pathsep}{_TRTEXEC}"  # JetPack does not put it on PATH
     try:
         bundle = Bundle(root, read_description(root), given.engine, given.precision)
         for step in (given.step,) if given.step else ("check", "build", "serve"):
@@ -111,7 +120,7 @@ def say(message: str) -> None:
 
 
 def check(bundle: Bundle, root: Path = Path("/")) -> None:
-    """Print what this machine is and needs. Raises EngineError when the model cannot be built or run here."""
+    """Print what this machine has and needs. Raises EngineError when the model cannot be built or run here."""
     _, files = bundle.graphs(load_manifest(bundle.export, "export"))
     size = sum((bundle.export / file).stat().st_size for file in files)
     findings = examine(bundle.description, bundle.engine, size, root)
@@ -123,7 +132,9 @@ def check(bundle: Bundle, root: Path = Path("/")) -> None:
 
 
 def build(bundle: Bundle) -> Manifest:
-    """Make version 1 of the model for the engine, unless it was made here of the same. Raises DeploykitError."""
+    """Make version 1 of the model for the engine, unless it was made here before from the same files. Raises
+    DeploykitError.
+    """
     export = load_manifest(bundle.export, "export")
     precision, files = bundle.graphs(export)
     made_by = tensorrt_version() if bundle.engine == "tensorrt" else None
@@ -135,7 +146,7 @@ def build(bundle: Bundle) -> Manifest:
             say(f"building again: {error.message}")
         else:
             if manifest.inputs == inputs:
-                say(f"{bundle.version}: reused, built here before")
+                say(f"{bundle.version}: reused: it was built here before")
                 return manifest
     with new_directory(bundle.version) as folder:
         for file in (*files, *bundle.description.tokenizer):
@@ -158,8 +169,8 @@ def build(bundle: Bundle) -> Manifest:
 def _build_engines(
     bundle: Bundle, folder: Path, files: Sequence[str], precision: str, export: Manifest
 ) -> list[dict[str, Any]]:
-    """Build an engine of each graph of ``files``, in their place; returns their records."""
-    # The board's cap, or a quarter of what is free: the graph, its weights and the timing of kernels need the rest.
+    """Build an engine from each graph of ``files``, in its place. Returns their records."""
+    # The board's limit, or a quarter of free memory: graph, weights and kernel timing need the rest.
     workspace = min(bundle.description.workspace_mib, max(64, free_bytes() >> 22))
     profile, inputs = bundle.description.profile, bundle.description.inputs
     options = EngineOptions((precision,), (profile,), f"{workspace}MiB", "this-gpu", builder=_builder())
@@ -176,19 +187,21 @@ def _build_engines(
 
 
 def _builder() -> str:
-    """TensorRT's Python module, else trtexec. Raises MissingDependencyError."""
+    """Return TensorRT's Python module, else trtexec. Raises MissingDependencyError."""
     for name in ("tensorrt", "trtexec"):
         try:
             return choose_builder(name)
         except MissingDependencyError:
             continue
     raise MissingDependencyError(
-        "neither TensorRT's Python module nor trtexec is here", "sudo apt-get install nvidia-jetpack"
+        "neither TensorRT's Python module nor trtexec is installed", "sudo apt-get install nvidia-jetpack"
     )
 
 
 def open_model(bundle: Bundle) -> tuple[Predictor, Manifest]:
-    """The model that ``build`` made. Raises ArtifactError when there is none, or one of another engine; EngineError."""
+    """Open the model that ``build`` made. Raises ArtifactError if there is none or it is for another engine;
+    EngineError.
+    """
     again = f"./run.sh build --engine {bundle.engine}"
     if not bundle.version.exists():
         raise ArtifactError(f"{bundle.version}: is not built yet", again)
@@ -203,13 +216,13 @@ def open_model(bundle: Bundle) -> tuple[Predictor, Manifest]:
             .bundle(manifest.task)
             .load(bundle.version, options["files"], bundle.engine, parameters)
         )
-    except EngineError as error:  # its remedy names an export, which is elsewhere
+    except EngineError as error:  # its remedy names an export that the device does not have
         raise EngineError(error.message, f"rm -r {bundle.version}; {again}") from error
     return model, manifest
 
 
 def verify(bundle: Bundle) -> None:
-    """Compare what the model makes of the recorded rows with what is recorded. Raises EngineError for a wrong engine."""
+    """Compare the model's answers to the recorded rows with the recorded ones. Raises EngineError for a wrong engine."""
     model, manifest = open_model(bundle)
     part, rows = task_of(manifest.task).bundle(manifest.task), read_rows(bundle.root)
     recorded = rows.answers[manifest.options["graph"]]
@@ -217,14 +230,14 @@ def verify(bundle: Bundle) -> None:
     told = f"{len(rows.texts)} rows: {verdict.told}"
     if not verdict.right:
         raise EngineError(
-            f"{bundle.version}: answers wrongly: {told}; {verdict.limits}",
+            f"{bundle.version}: wrong answers: {told}; {verdict.limits}",
             f"rm -r {bundle.version}; build again, or with another --precision",
         )
     say(told)
 
 
 def serve(bundle: Bundle, host: str, port: int) -> None:
-    """Verify the model, then serve it until a signal: by Triton where it is installed, else in this process."""
+    """Verify the model, then serve it until a signal: with Triton where installed, else in this process."""
     verify(bundle)
     triton = find_installed_triton()
     if triton is not None:
@@ -238,14 +251,16 @@ def serve(bundle: Bundle, host: str, port: int) -> None:
     model = InProcessModel(bundle.description.name, bundle.model, VERSION, read_config(bundle.root))
     try:
         with KServeServer(model, host, port) as server:
-            say(f"serving {model.name} at {server.url} (no Triton here: in this process); Ctrl-C ends it")
+            say(
+                f"serving {model.name} at {server.url} (in this process, because Triton is not installed); stop with Ctrl-C"
+            )
             stop.wait()
     finally:
         model.close()
 
 
 def _exec_triton(bundle: Bundle, triton: InstalledTriton, host: str, port: int) -> NoReturn:
-    """Become Triton. It verifies nothing of its own: the caller did."""
+    """Replace this process by Triton, which does not verify the model: the caller did."""
     backends = bundle.root / ".backends"
     shutil.rmtree(backends, ignore_errors=True)
     site = bundle.root / "site"
@@ -253,12 +268,14 @@ def _exec_triton(bundle: Bundle, triton: InstalledTriton, host: str, port: int) 
     command = [str(triton.binary), f"--model-repository={bundle.root / REPOSITORY}", f"--backend-directory={backends}",
                f"--http-address={host}", f"--http-port={port}", "--allow-grpc=false", "--allow-metrics=false",
                "--disable-auto-complete-config", f"--exit-timeout-secs={_EXIT_S}"]  # fmt: skip
-    say(f"serving {bundle.description.name} at http://{host}:{port} by {triton.binary}; Ctrl-C ends it")
+    say(f"serving {bundle.description.name} at http://{host}:{port} with {triton.binary}; stop with Ctrl-C")
     os.execv(triton.binary, command)
 
 
 def bench(bundle: Bundle, seconds: float, out: Path) -> None:
-    """Measure the model in this process under load: print each measurement, and write ``out`` (JSON, as deploykit bench)."""
+    """Measure the model in this process under load, print each measurement, and write ``out`` (JSON, as deploykit
+    bench).
+    """
     from deploykit.bench.run import Candidate, run_bench
     from deploykit.bench.scenarios import ClosedLoop
 

@@ -1,4 +1,4 @@
-"""run.sh of a bundle: nothing of the bundle runs before every file is the one that was bundled."""
+"""Write run.sh of a bundle. It runs nothing of the bundle before every file has passed its checksum."""
 
 from __future__ import annotations
 
@@ -41,5 +41,5 @@ exec "$python" -m deploykit.jetson.device "$@"
 
 
 def run_sh(modules: Sequence[str]) -> str:
-    """The script of a model whose answering imports ``modules`` beside numpy and an engine."""
+    """Return the script for a model that imports ``modules`` beside numpy and an engine."""
     return _RUN_SH.replace("MODULES", ", ".join(("numpy", *modules)))

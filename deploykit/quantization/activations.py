@@ -1,4 +1,4 @@
-"""Run rows through an fp32 graph and show what goes into its linear layers."""
+"""Run rows through an fp32 graph and observe the inputs of its linear layers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from deploykit.quantization.qdq import linear_layers
 
 
 def show_activations(graph: Path, token_ids: Sequence[Sequence[int]], observe: Observe) -> None:
-    """Run tokenized rows, unpadded, through the fp32 ``graph`` and show ``observe`` what goes into its linear layers,
-    where that has a row for each token."""
+    """Run tokenized rows, unpadded, through the fp32 ``graph``, and call ``observe`` with the inputs of linear layers.
+
+    Only inputs with a row for each token are observed.
+    """
     session, names = _session_with_activations(graph)
     for batch in equal_length_batches(token_ids):
         for name, values in _activations(session, names, batch):

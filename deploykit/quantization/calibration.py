@@ -1,7 +1,7 @@
-"""Calibration: the range of each quantized activation, from real rows through the fp32 graph.
+"""Calibrate: find the range of each quantized activation from real rows that run through the fp32 graph.
 
-Two passes: the first finds each tensor's exact minimum and maximum, the second fills a histogram
-between them. Rows of equal length run together, so no padding position is ever counted.
+There are two passes. The first finds each tensor's exact minimum and maximum, the second fills a histogram between
+them. Rows of equal length run together, so padding positions are never counted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Method = Literal["minmax", "entropy", "percentile", "mse"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 BINS = 2048
-_TOKENS_PER_BATCH = 1024  # bounds the activations held at once
-_LEVELS = 128  # of an INT8 magnitude
+_TOKENS_PER_BATCH = 1024  # bounds the activations in memory at once
+_LEVELS = 128  # magnitudes of INT8
 _PERCENTILE = 99.99
 _HISTOGRAMS = "calibration.npz"
 
@@ -43,10 +43,10 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What real rows did to each activation; ``rows_digest`` identifies the rows.
+    """Histograms of each activation over real rows, which ``rows_digest`` identifies.
 
-    Collecting it took ``seconds``, in which the process held up to ``peak_memory_mb`` (1e6 bytes), all that it
-    had loaded before included.
+    Collecting them took ``seconds``; the process used up to ``peak_memory_mb`` (1e6 bytes), including what it had
+    loaded before.
     """
 
     histograms: Mapping[str, Histogram]
@@ -56,11 +56,11 @@ class Calibration:
     peak_memory_mb: float
 
     def ranges(self, method: Method) -> dict[str, tuple[float, float]]:
-        """Tensor name -> (low, high) to represent, by ``method``."""
+        """Return tensor name -> (low, high), the range to represent by ``method``."""
         return {name: clipped_range(histogram, method) for name, histogram in self.histograms.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """All but the histograms."""
+        """Return everything but the histograms."""
         return {
             "rows": self.rows,
             "rows_digest": self.rows_digest,
@@ -90,28 +90,31 @@ class Calibration:
         (folder / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
 
     def told(self, method: Method) -> str:
-        """For people."""
+        """Return a summary line."""
         return (
             f"ranges of {len(self.histograms)} tensors by {method}, from {self.rows:,} rows, collected in "
             f"{self.seconds:.1f} s and at most {self.peak_memory_mb:,.0f} MB"
         )
 
     def check(self, activations: Collection[str]) -> None:
-        """Raise ArtifactError for a tensor that is none of a graph's ``activations``."""
+        """Raise ArtifactError for a tensor that is not one of a graph's ``activations``."""
         if foreign := sorted(set(self.histograms) - set(activations)):
             raise ArtifactError(
-                f"the calibration has the tensor {foreign[0]}, which goes into no linear layer of this checkpoint's graph",
-                "collect it again with deploykit calibrate",
+                f"the calibration has the tensor {foreign[0]}, which no linear layer of this checkpoint's graph reads",
+                "run deploykit calibrate again",
             )
 
 
 def is_saved(calibration: str) -> bool:
-    """Whether ``calibration`` is an artifact, and not the name of rows."""
+    """Return whether ``calibration`` is an artifact rather than the name of rows."""
     return (Path(calibration) / MANIFEST).is_file()
 
 
 def load_calibration(folder: Path, parent: str) -> Calibration:
-    """What ``deploykit calibrate`` wrote. Raises ArtifactError for one of another checkpoint than ``parent``, its digest."""
+    """Load an artifact of ``deploykit calibrate``.
+
+    Raises ArtifactError if it is of another checkpoint than the one with the digest ``parent``.
+    """
     manifest = load_manifest(folder, "calibration")
     if manifest.parent != parent:
         raise ArtifactError(
@@ -127,13 +130,13 @@ def load_calibration(folder: Path, parent: str) -> Calibration:
 
 
 Observe = Callable[[str, NDArray[np.float32]], None]
-"""Called with the name of an activation and its values; padding positions are not among them."""
+"""Called with the name of an activation and its values, without padding positions."""
 
 
 def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Calibration:
-    """Build the histograms of all activations that ``run`` shows: it is called twice and must show the same.
+    """Build the histograms of all activations that ``run`` observes. ``run`` is called twice and must observe the same.
 
-    Raises ExportError when there are none.
+    Raises ExportError if there are none.
     """
     extremes: dict[str, tuple[float, float]] = {}
 
@@ -150,7 +153,7 @@ def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Cali
         if not extremes:
             raise ExportError(
                 "no layer can be quantized: the graph has no MatMul or Gemm with a constant weight before pooling",
-                "export without --int8; this architecture is not supported yet",
+                "export without --int8; INT8 is not supported for this architecture",
             )
         counts = {name: np.zeros(BINS, np.int64) for name in extremes}
         run(count)
@@ -160,7 +163,7 @@ def collect(run: Callable[[Observe], None], rows: int, rows_digest: str) -> Cali
 
 
 def clipped_range(histogram: Histogram, method: Method) -> tuple[float, float]:
-    """The range that ``method`` keeps of a histogram; values beyond it saturate."""
+    """Return the range that ``method`` chooses for a histogram. Values outside saturate."""
     if method == "minmax":
         return histogram.low, histogram.high
     magnitudes, width = _magnitudes(histogram)
@@ -176,7 +179,7 @@ def clipped_range(histogram: Histogram, method: Method) -> tuple[float, float]:
 
 
 def _magnitudes(histogram: Histogram) -> tuple[NDArray[np.float64], float]:
-    """Fold a two-sided histogram to one of absolute values, BINS bins from 0; returns it and the bin width."""
+    """Fold a histogram to absolute values, BINS bins from 0. Returns it and the bin width."""
     edges = np.linspace(histogram.low, histogram.high, BINS + 1)
     centres = np.abs((edges[:-1] + edges[1:]) / 2)
     width = max(abs(histogram.low), abs(histogram.high)) / BINS
@@ -185,10 +188,10 @@ def _magnitudes(histogram: Histogram) -> tuple[NDArray[np.float64], float]:
 
 
 def _least_divergence(magnitudes: NDArray[np.float64]) -> int:
-    """How many bins to keep so that 128 levels lose the least information.
+    """Return the number of bins to keep so that 128 levels lose the least information.
 
-    Kullback-Leibler divergence between the clipped distribution and its quantized self (S.
-    Migacz, "8-bit inference with TensorRT", GTC 2017).
+    It minimizes the Kullback-Leibler divergence between the clipped distribution and its quantized form (S. Migacz,
+    "8-bit inference with TensorRT", GTC 2017).
     """
     best, kept = np.inf, BINS
     for size in range(_LEVELS, BINS + 1, 8):
@@ -210,15 +213,15 @@ def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
     if q.sum() == 0:
         return np.inf
     p, q = p / p.sum(), q / q.sum()
-    # Clipped mass may land where the quantized distribution has none: a small floor keeps that a
-    # large, finite penalty.
+    # Clipped mass may fall into bins where the quantized distribution is 0. A small floor keeps the divergence large
+    # but finite.
     q = np.maximum(q, 1e-9)
     occupied = p > 0
     return float((p[occupied] * np.log(p[occupied] / q[occupied])).sum())
 
 
 def _least_squared_error(magnitudes: NDArray[np.float64], width: float) -> int:
-    """How many bins to keep so that rounding and clipping together cost the least squared error."""
+    """Return the number of bins to keep so that rounding and clipping together have the least squared error."""
     values = (np.arange(BINS) + 0.5) * width
     best, kept = np.inf, BINS
     for size in range(_LEVELS, BINS + 1, 8):
@@ -231,12 +234,12 @@ def _least_squared_error(magnitudes: NDArray[np.float64], width: float) -> int:
 
 
 def _nonempty(low: float, high: float) -> tuple[float, float]:
-    """A range that a histogram can be laid over, also where a tensor is constant."""
+    """Widen a range of zero width, so that a histogram of a constant tensor is possible."""
     return (low, high) if high > low else (low - 1e-6, low + 1e-6)
 
 
 def equal_length_batches(token_ids: Sequence[Sequence[int]]) -> Iterator[NDArray[np.int64]]:
-    """int64 [rows, length] without padding, bounded in tokens."""
+    """Yield batches int64 [rows, length] without padding, bounded in tokens."""
     by_length: dict[int, list[Sequence[int]]] = defaultdict(list)
     for ids in token_ids:
         by_length[len(ids)].append(ids)

@@ -1,4 +1,4 @@
-"""The same rows through every form of a model: what each answers, and what it loses to the checkpoint."""
+"""Measure every form of a model on the same rows, and its loss against the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Raw = TypeVar("Raw")
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the accuracy table.
+    """A row of the accuracy table.
 
-    ``agreement`` is the share of rows answered as the checkpoint answers them; ``limited`` names the metrics that
+    ``agreement`` is the share of rows with the same answer as the checkpoint's; ``limited`` names the metrics that
     ``--max-drop`` limits.
     """
 
@@ -41,20 +41,21 @@ class Line:
 
     @property
     def judged(self) -> dict[str, float]:
-        """Those of its metrics that ``--max-drop`` limits."""
+        """The metrics that ``--max-drop`` limits."""
         return {name: value for name, value in self.figures.items() if name in self.limited}
 
 
 class Grader(ABC, Generic[Raw]):
-    """``table`` has a line for the checkpoint, which comes first, and each other form; ``metrics`` all of their metrics.
+    """Builds the accuracy table.
 
-    ``Raw`` is what a form of the model gives for the rows.
+    ``table`` has a line for the checkpoint, which comes first, and for each other form; ``metrics`` has all their
+    metrics. ``Raw`` is the output of a form of the model for the rows.
     """
 
     figures: tuple[str, ...]
-    """Of the metrics, those in the table."""
+    """The metrics shown in the table."""
     limited: tuple[str, ...] = tuple(POINTS)
-    """Of these, those that ``--max-drop`` limits."""
+    """The metrics among them that ``--max-drop`` limits."""
 
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
@@ -63,11 +64,11 @@ class Grader(ABC, Generic[Raw]):
 
     @abstractmethod
     def measure(self, raw: Raw) -> dict[str, Any]:
-        """All metrics of what a form of the model gave."""
+        """Return all metrics of an output."""
 
     @abstractmethod
     def answers(self, raw: Raw) -> Sequence[str]:
-        """What it says, row by row."""
+        """Return the answer for each row."""
 
     @property
     def table(self) -> list[Line]:
@@ -75,7 +76,7 @@ class Grader(ABC, Generic[Raw]):
 
     @property
     def judged(self) -> str:
-        """The metrics that ``drop`` is of, for people."""
+        """Names of the limited metrics, for messages."""
         return " or ".join(title_of(name) for name in self.table[0].judged)
 
     def enter(self, precision: str, engine: str, raw: Raw, kernels: int = 0) -> Line:
@@ -89,12 +90,12 @@ class Grader(ABC, Generic[Raw]):
         return line
 
     def drop(self, line: Line) -> float:
-        """Points that it loses to the checkpoint, of the metric that loses most."""
+        """Return the points lost against the checkpoint, in the metric that loses most."""
         reference = self.table[0].judged
         return max(points_of(name) * (reference[name] - value) for name, value in line.judged.items())
 
     def refuse_loss(self, line: Line, name: str, max_drop: float, remedy: str) -> None:
-        """Raises ExportError when what ``name`` holds loses more than ``max_drop`` points."""
+        """Raise ExportError if ``name`` loses more than ``max_drop`` points."""
         if (drop := self.drop(line)) > max_drop:
             raise ExportError(
                 f"{name} loses {drop:.2f} points of {self.judged}, more than --max-drop {max_drop}",

@@ -1,8 +1,8 @@
-"""Explicit INT8: Q/DQ graphs for each target, written from one calibration.
+"""Write explicit INT8: Q/DQ graphs for each target, from one calibration.
 
-Only the linear layers (MatMul and Gemm with a constant weight) are quantized: activations per tensor
-and statically, so that a row's answer does not depend on its batch; weights per output channel,
-symmetric. Embedding tables become INT8 with one scale a row.
+Only linear layers (MatMul and Gemm with a constant weight) are quantized. Activations are static and per tensor, so
+that a row's answer does not depend on its batch. Weights are symmetric, per output channel. Embedding tables become
+INT8 with one scale per row.
 
 Source: ONNX operator specification, QuantizeLinear/DequantizeLinear (opset 13 and later).
 """
@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 Scheme = Literal["s8s8", "u8s8"]
-"""Activation and weight types. ``s8s8`` (symmetric) serves OpenVINO and TensorRT; ``u8s8`` is the
-one ONNX Runtime has fast CPU kernels for."""
+"""Types of activations and weights. ``s8s8`` (symmetric) is for OpenVINO and TensorRT; ``u8s8`` is for ONNX Runtime,
+which has fast CPU kernels only for it.
+"""
 
 Ranges = Mapping[str, tuple[float, float]]
-"""What goes into linear layers, by name -> (low, high) in real units. A layer whose input has none stays as it is."""
+"""Name of a linear layer's input -> (low, high) in real units. A layer whose input has no range stays unquantized."""
 
-MIN_EMBEDDING_ROWS = 1024  # below it a table is too small for its size to matter
+MIN_EMBEDDING_ROWS = 1024  # smaller tables are not worth quantizing
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """One MatMul or Gemm whose second input is constant; ``transposed`` weights are [out, in]."""
+    """A MatMul or Gemm whose second input is constant; ``transposed`` weights are [out, in]."""
 
     node: str
     activation: str
@@ -40,7 +41,7 @@ class LinearLayer:
 
 @dataclass(frozen=True)
 class QuantizedCount:
-    """What was really written into a graph."""
+    """Number of layers and tables quantized in a graph."""
 
     linear_layers: int
     quantize_nodes: int
@@ -68,13 +69,13 @@ def linear_layers(model: onnx.ModelProto) -> list[LinearLayer]:
 def quantize(
     model: onnx.ModelProto, ranges: Ranges, scheme: Scheme, *, embeddings: bool = True
 ) -> tuple[onnx.ModelProto, QuantizedCount]:
-    """Write Q/DQ around every linear layer whose activation has a range.
+    """Insert Q/DQ around every linear layer whose activation has a range.
 
     Args:
-        model: fp32 graph, or fp16 (opset 19 or later: scales have the type of the weights).
+        model: fp32 graph, or fp16 (opset 19 or later, because scales have the type of the weights).
         ranges: by the name of the activation's tensor.
         scheme: types of activations and weights.
-        embeddings: also store tables in INT8. TensorRT takes INT8 constants for Q/DQ alone.
+        embeddings: also store tables in INT8. TensorRT accepts INT8 constants for Q/DQ only.
     """
     quantized = onnx.ModelProto()
     quantized.CopyFrom(model)
@@ -117,18 +118,18 @@ def quantize(
 
 
 def activation_parameters(low: float, high: float, scheme: Scheme) -> tuple[np.float32, np.int8 | np.uint8]:
-    """Scale and zero point of an activation range (zero is always representable)."""
+    """Return scale and zero point of an activation range. Zero is always representable."""
     low, high = min(low, 0.0), max(high, 0.0)
     if scheme == "s8s8":
         return np.float32(max(-low, high, 1e-8) / 127.0), np.int8(0)
-    if low == -high:  # the steps of S8: ranges that were trained for one serve both
+    if low == -high:  # the same steps as S8, so that trained ranges serve both schemes
         return np.float32(max(high, 1e-8) / 127.0), np.uint8(128)
     scale = np.float32(max(high - low, 1e-8) / 255.0)
     return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))
 
 
 def quantize_weight(weight: NDArray[np.float32], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric INT8 with one scale for each index of ``axis`` of a 2-D weight."""
+    """Quantize a 2-D weight to symmetric INT8, with one scale for each index of ``axis``."""
     amax = np.abs(weight).max(axis=1 - axis, keepdims=True)
     scale = np.maximum(amax, 1e-12).astype(np.float32) / np.float32(127.0)
     return np.clip(np.rint(weight / scale), -127, 127).astype(np.int8), scale.reshape(-1)
@@ -148,12 +149,12 @@ def _activation_qdq(
 
 
 def _as_scale(scale: NDArray[np.float32], kind: np.dtype[Any]) -> NDArray[Any]:
-    """Of the type that the graph computes in, and never 0 there."""
+    """Convert a scale to the graph's type, without becoming 0."""
     return np.maximum(scale, np.finfo(kind).tiny).astype(kind)
 
 
 def _weight_dq(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32], kind: np.dtype[Any]) -> onnx.NodeProto:
-    """Store a weight [in, out] in INT8; its output channels are axis 1."""
+    """Store a weight [in, out] in INT8, with a scale for each output channel (axis 1)."""
     values, scale = quantize_weight(weight, axis=1)
     graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), f"{name}/q"))
     graph.initializer.append(numpy_helper.from_array(_as_scale(scale, kind), f"{name}/scale"))
@@ -163,7 +164,7 @@ def _weight_dq(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32], k
 
 
 def _matmul(node: onnx.NodeProto, activation: str, weight: str) -> list[onnx.NodeProto]:
-    """MatMul for any linear layer: ONNX Runtime has no INT8 kernel for a Gemm with fp32 output."""
+    """Return a MatMul for any linear layer: ONNX Runtime has no INT8 kernel for a Gemm with fp32 output."""
     if node.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
         return [helper.make_node("MatMul", [activation, weight], [node.output[0]], node.name)]
     product = f"{node.output[0]}/product"
@@ -176,10 +177,10 @@ def _matmul(node: onnx.NodeProto, activation: str, weight: str) -> list[onnx.Nod
 def _quantize_embeddings(
     graph: onnx.GraphProto, nodes: list[onnx.NodeProto], weights: Mapping[str, onnx.TensorProto]
 ) -> tuple[list[onnx.NodeProto], int]:
-    """Gather INT8 rows and their scales instead of fp32 rows.
+    """Replace lookups of fp32 rows by lookups of INT8 rows and their scales.
 
-    Written as Gather, Cast, Mul and not as a DequantizeLinear of the table, which engines fold back
-    into a whole fp32 table when they load the graph.
+    They are written as Gather, Cast, Mul and not as a DequantizeLinear of the table, which engines fold back into an
+    fp32 table when they load the graph.
     """
     result: list[onnx.NodeProto] = []
     tables: set[str] = set()
@@ -211,7 +212,7 @@ def _quantize_embeddings(
 
 
 def drop_unused_initializers(graph: onnx.GraphProto) -> None:
-    """Leave out the constants that no node reads any more."""
+    """Remove the constants that no node reads."""
     used = {name for node in graph.node for name in node.input} | {o.name for o in graph.output}
     kept = [i for i in graph.initializer if i.name in used]
     del graph.initializer[:]

@@ -1,4 +1,4 @@
-"""Which layers stay in fp32 so that INT8 costs the task no more than a limit: found by measuring."""
+"""Find, by measuring, the layers that must stay in fp32 so that INT8 stays within a limit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.tables import render
 
 SAMPLE = 64
-"""Rows that the sensitivity of a part is measured on."""
-_MOST_KEPT = 0.5  # with fewer layers than that in INT8, it is no INT8 model
+"""Number of rows that the sensitivity of a part is measured on."""
+_MOST_KEPT = 0.5  # share of parts in fp32, above which it is no longer an INT8 model
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One assignment that was measured: how many parts stayed in fp32, the points that it lost, and its metrics."""
+    """One measured trial: the number of parts in fp32, the points lost, and the metrics."""
 
     kept: int
     drop: float
@@ -31,8 +31,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """``kept`` parts stay in fp32, the first of ``order``. ``sensitivity`` has, in that order, how much the model's
-    outputs change when a part alone is INT8. ``trials`` are in the order they were made."""
+    """Result of a search.
+
+    The first parts of ``order`` stay in fp32 (``kept``). ``sensitivity`` is, in that order, how much the model's
+    outputs change when that part alone is INT8. ``trials`` are in the order they were made.
+    """
 
     kept: tuple[str, ...]
     order: tuple[str, ...]
@@ -51,23 +54,23 @@ def hold_limit(
     say: Callable[[str], None],
     remedy: str = "another --method, more --calibration-rows",
 ) -> Search | None:
-    """Quantize all ``parts`` of a model, or, where that loses more than ``limit`` points, all but a few.
+    """Quantize all ``parts`` of a model or, if that loses more than ``limit`` points, all but the most sensitive ones.
 
     Args:
-        name: what is quantized, for messages and the trace.
-        write: writes the graph with some parts left as they are, and grades it.
-        sample: outputs for some rows when this part alone is INT8, or none is. It may overwrite the graph.
-        remedy: what to try, for the refusal.
+        name: the model's form, for messages and the trace.
+        write: writes the graph with some parts left in fp32, and grades it.
+        sample: outputs for some rows when only this part is INT8, or none is. It may overwrite the graph.
+        remedy: what the error suggests to try.
 
-    The last graph written is that of the result. Raises ExportError with the measured table when even half of the
-    parts in fp32 do not hold the limit.
+    The last graph written is the result. Returns None if all parts are INT8. Raises ExportError with the measured table
+    if half of the parts in fp32 do not hold the limit.
     """
     whole = write(())
     if (drop := grader.drop(whole)) <= limit:
         return None
     table = grader.table
     loss = f"{name} loses {drop:.2f} points of {grader.judged}"
-    say(f"{loss}: which of its {len(parts)} parts need fp32?")
+    say(f"{loss}: measuring which of its {len(parts)} parts need fp32")
     expected = sample(None)
 
     def change(part: str) -> float:
@@ -106,9 +109,9 @@ def hold_limit(
 
 
 def fewest(order: Sequence[str], drop: Callable[[Sequence[str]], float], limit: float) -> Sequence[str]:
-    """The shortest beginning of ``order`` that, left in fp32, keeps ``drop`` within ``limit``; by doubling, then bisection.
+    """Return the shortest beginning of ``order`` that, left in fp32, keeps ``drop`` within ``limit``.
 
-    Raises ExportError when even half of ``order`` does not.
+    It doubles the length, then bisects. Raises ExportError if half of ``order`` is not enough.
     """
     drops: dict[int, float] = {}
 

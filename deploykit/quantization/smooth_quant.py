@@ -1,7 +1,7 @@
-"""SmoothQuant: outliers of activations, which one scale per tensor cannot hold, are moved into the weights.
+"""SmoothQuant: move outliers of activations, which one scale per tensor cannot represent, into the weights.
 
-Channel j of what goes into linear layers is divided by s_j, and row j of their weights multiplied by it, so that the
-graph computes what it did: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
+Channel j of a linear layer's input is divided by s_j, and row j of its weights is multiplied by s_j, so the function
+stays the same: s_j = max|X_j|^alpha / max|W_j|^(1 - alpha).
 
 Source: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", ICML
 2023.
@@ -23,23 +23,23 @@ from deploykit.quantization.activations import show_activations
 from deploykit.quantization.qdq import LinearLayer, drop_unused_initializers, linear_layers
 
 Scales = Mapping[str, NDArray[np.float32]]
-"""An activation, by its tensor's name -> what each of its channels is divided by, float32 [channels]."""
+"""Name of an activation's tensor -> the divisors of its channels, float32 [channels]."""
 
 
 @dataclass(frozen=True)
 class SmoothedCount:
-    """Activations whose division went into the norm before them, and those that took a Mul of their own."""
+    """Number of activations whose division was folded into a norm, and of those that got a Mul."""
 
     folded: int
     multiplied: int
 
 
 def smoothing_scales(graph: Path, token_ids: Sequence[Sequence[int]], alpha: float) -> dict[str, NDArray[np.float32]]:
-    """The scales of each layer norm's output that goes into linear layers of a classifier's fp32 ``graph``.
+    """Return the scales of each layer norm's output that linear layers of a classifier's fp32 ``graph`` read.
 
-    ``alpha`` is how much of the difficulty moves from activations (0: none) to weights (1: all).
-    Maxima of the channels are those of the tokenized rows, unpadded. Layers that read one activation (queries, keys,
-    values) have their weights' maxima in common. A channel that is always 0, or has no weights, stays as it is.
+    ``alpha`` sets how much of the difficulty moves from activations (0: none) to weights (1: all). Channel maxima are
+    those of the tokenized rows, unpadded. Layers that read one activation (queries, keys, values) share their weights'
+    maxima. A channel that is always 0, or has no weights, is left unchanged.
     """
     model = onnx.load(graph)
     readers = _readers_of_norms(model)
@@ -59,13 +59,13 @@ def smoothing_scales(graph: Path, token_ids: Sequence[Sequence[int]], alpha: flo
 
 
 def smooth(model: onnx.ModelProto, scales: Scales) -> tuple[onnx.ModelProto, SmoothedCount]:
-    """The same function with the activations in ``scales`` divided, and named ``smoothed(activation)``.
+    """Return the same function with the activations in ``scales`` divided, and named ``smoothed(activation)``.
 
-    Where linear layers alone read a norm's output, the division is folded into the norm; where something else does (a
-    residual connection: BERT's norms stand after each block), a Mul stands before the linear layers instead.
+    Where only linear layers read a norm's output, the division is folded into the norm. Where a residual connection
+    reads it too (BERT's norms come after each block), a Mul is inserted before the linear layers.
 
     Args:
-        model: fp32, or fp16, whose tensors have the same names.
+        model: fp32, or fp16 with the same tensor names.
     """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
@@ -76,7 +76,7 @@ def smooth(model: onnx.ModelProto, scales: Scales) -> tuple[onnx.ModelProto, Smo
         layer.activation: helper.tensor_dtype_to_np_dtype(weights[layer.weight].data_type)
         for layer in by_output.values()
     }
-    # Parameters that norms have in common stand behind an Identity in graphs that were not folded.
+    # In unfolded graphs, norms read shared parameters through an Identity.
     constant = {
         n.output[0] for n in graph.node if n.op_type == "LayerNormalization" and {*n.input[1:]} <= weights.keys()
     }
@@ -84,7 +84,7 @@ def smooth(model: onnx.ModelProto, scales: Scales) -> tuple[onnx.ModelProto, Smo
     nodes: list[onnx.NodeProto] = []
 
     def scaled(original: str, name: str, factor: NDArray[np.float32]) -> str:
-        """A constant of the type of ``original``, times ``factor``."""
+        """Return a constant of the type of ``original``, times ``factor``."""
         array = numpy_helper.to_array(weights[original])
         graph.initializer.append(numpy_helper.from_array((array * factor).astype(array.dtype), name))
         return name
@@ -115,12 +115,12 @@ def smooth(model: onnx.ModelProto, scales: Scales) -> tuple[onnx.ModelProto, Smo
 
 
 def smoothed(activation: str) -> str:
-    """The name of an activation's tensor after division."""
+    """Return the name of an activation's tensor after division."""
     return f"{activation}/smoothed"
 
 
 def _readers_of_norms(model: onnx.ModelProto) -> dict[str, list[LinearLayer]]:
-    """The linear layers that read each layer norm's output, of norms over the last axis."""
+    """Return the linear layers that read each layer norm's output, for norms over the last axis."""
     vectors = {i.name for i in model.graph.initializer if len(i.dims) == 1}
     norms = {
         node.output[0]
@@ -135,13 +135,13 @@ def _readers_of_norms(model: onnx.ModelProto) -> dict[str, list[LinearLayer]]:
 
 
 def _linear_layers_alone_read(graph: onnx.GraphProto, activation: str, layers: Collection[str]) -> bool:
-    """Whether all that reads the values of ``activation`` are ``layers``, named by their outputs; Shape reads no values."""
+    """Return whether only ``layers``, named by their outputs, read the values of ``activation``. Shape reads no values."""
     reads = [node for node in graph.node if activation in node.input and node.op_type != "Shape"]
     return all(node.output[0] in layers for node in reads) and activation not in {o.name for o in graph.output}
 
 
 def _weight_maxima(layers: Sequence[LinearLayer], weights: Mapping[str, onnx.TensorProto]) -> NDArray[np.float32]:
-    """Largest magnitude of each input channel over all ``layers``, float32 [channels]."""
+    """Return the largest magnitude of each input channel over all ``layers``, float32 [channels]."""
     maxima = [
         np.abs(numpy_helper.to_array(weights[layer.weight])).max(axis=0 if layer.transposed else 1) for layer in layers
     ]

@@ -1,4 +1,4 @@
-"""Tables of an export and of a calibration, for people."""
+"""Render tables of an export and of a calibration as text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from deploykit.metric_titles import title_of
 
 SEARCH_PAGE = "search.html"
-"""Of an export whose layers were searched for those that need fp32: the search, drawn."""
+"""File in an export with a plot of the search for layers in fp32."""
 
 _DIGITS = {"bleu": 2, "chrf": 2}
 _NOT_METRICS = ("precision", "engine", "int8_kernels")
@@ -16,9 +16,9 @@ _SHOWN_TENSORS = 12
 
 
 def render(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines of text: a form of the model each, with the metrics that its task has.
+    """Return the accuracy table as lines of text, one for each form of the model.
 
-    ``agreement`` is the share of rows answered as the checkpoint answers them.
+    ``agreement`` is the share of rows with the same answer as the checkpoint's.
     """
     columns = {key: title_of(key) for key in table[0] if key not in _NOT_METRICS}
     lines = [
@@ -33,7 +33,7 @@ def render(table: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def render_searches(searches: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines of text: for each engine, what the search for layers in fp32 found. They are drawn in ``SEARCH_PAGE``."""
+    """Return lines of text with the result of each engine's search for layers in fp32; ``SEARCH_PAGE`` plots them."""
     lines = []
     for engine, found in searches.items():
         kept = len(found["kept"])
@@ -46,7 +46,7 @@ def render_searches(searches: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def render_calibration(record: Mapping[str, Any]) -> list[str]:
-    """Lines of text: what was calibrated on what, and the magnitude that each method keeps of some tensors.
+    """Return lines of text about a calibration: its rows, and the magnitude that each method keeps of some tensors.
 
     ``record`` is the metrics of a calibration's manifest. The tensors are those on which the methods differ most.
     """

@@ -1,7 +1,7 @@
-"""The report's figures: a bench result as JSON in, SVG text out.
+"""Draw the figures of a report: a bench result as JSON in, SVG text out.
 
-Text stays text (the browser picks fonts that have the glyphs), and ink takes the page's colour, so
-that figures follow it into dark mode.
+Text stays text (the browser picks fonts that have the glyphs), and lines use the page's colour, so figures follow it
+into dark mode.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Record = Mapping[str, Any]
 
 MAX_MATRICES = 12
 NOTHING = "–"
-_INK, _FAINT = "#010203", "#010204"  # stand-ins, replaced by the page's colours
+_INK, _FAINT = "#010203", "#010204"  # placeholders, replaced by the page's colours
 COLOURS = (
     "#2f6fed",
     "#e8710a",
@@ -40,7 +40,7 @@ COLOURS = (
     "#a3a800",
     "#b4714f",
 )
-_MARKERS = "osv^Dph<>X*"  # their number has no factor with that of the colours: no two candidates share both
+_MARKERS = "osv^Dph<>X*"  # coprime to the number of colours, so that no two candidates share both
 _RC = {
     "axes.axisbelow": True,
     "axes.edgecolor": _FAINT,
@@ -58,23 +58,25 @@ _RC = {
     "savefig.transparent": True,
     "svg.fonttype": "none",
     "text.color": _INK,
-    "text.parse_math": False,  # a label may hold a dollar sign
+    "text.parse_math": False,  # a label may contain a dollar sign
     "xtick.color": _INK,
     "ytick.color": _INK,
 }
 
 
 def require_matplotlib() -> None:
-    """Raises MissingDependencyError."""
+    """Raise MissingDependencyError if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise MissingDependencyError("matplotlib is not installed, which draws the report", BENCH_EXTRA) from None
+        raise MissingDependencyError("matplotlib, which draws the report, is not installed", BENCH_EXTRA) from None
 
 
 def throughput_bars(result: Record) -> str | None:
-    """A panel for each closed loop and each searched rate: a bar for each candidate, with the least and the most of its
-    rounds. None with one candidate, which has no peer, or without answers."""
+    """Draw a panel for each closed loop and each searched rate, with a bar and its range for each candidate.
+
+    Returns None with one candidate, or without answers.
+    """
     candidates = result["candidates"]
     panels = [s["scenario"] for s in candidates[0]["scenarios"] if s["scenario"]["kind"] != "poisson"]
     key, unit = ("tokens_per_s", "target tokens/s") if generates(result) else ("throughput_per_s", "texts/s")
@@ -98,7 +100,7 @@ def throughput_bars(result: Record) -> str | None:
                 at, text = (spread["max"], i), number(middle)
                 axes.annotate(text, at, (5, 0), textcoords="offset points", va="center", fontsize=9)
             axes.set_title(scenario["name"], fontsize=11)
-            axes.set_xlim(0, 1.3 * max((s["max"] for s in spreads if s), default=0) or 1)  # room for the numbers
+            axes.set_xlim(0, 1.3 * max((s["max"] for s in spreads if s), default=0) or 1)  # leave room for the numbers
             axes.grid(False, axis="y")
             axes.tick_params(axis="y", length=0)
             axes.xaxis.set_major_locator(_locator(3))
@@ -114,14 +116,14 @@ def throughput_bars(result: Record) -> str | None:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How ``name`` answered as one thing grew: at each value of it, a record's scenario."""
+    """How ``name`` performed as one parameter grew: a record's scenario at each value."""
 
     name: str
     points: Sequence[tuple[float, Record]]
 
 
 def scaling_with_callers(result: Record) -> str | None:
-    """Over the closed loops, whose callers in one process are a batch. None of fewer than three."""
+    """Draw scaling over the closed loops, whose callers in one process form a batch. None for fewer than three."""
     lines = [
         Scaling(
             c["name"], [(s["scenario"]["concurrency"], s) for s in c["scenarios"] if "concurrency" in s["scenario"]]
@@ -132,7 +134,7 @@ def scaling_with_callers(result: Record) -> str | None:
 
 
 def scaling(axis: str, lines: Sequence[Scaling]) -> str:
-    """Throughput and p50 against ``axis`` ("threads"): medians, with the least and the most of the rounds."""
+    """Draw throughput and p50 against ``axis`` ("threads"): medians, with the range of the rounds."""
 
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
@@ -166,7 +168,7 @@ def scaling(axis: str, lines: Sequence[Scaling]) -> str:
 
 
 def latency_distribution(result: Record, scenario: str) -> str | None:
-    """The share of requests answered within a time, for each candidate at one scenario."""
+    """Draw the share of requests answered within a time, for each candidate at one scenario."""
     curves = []
     for i, candidate in enumerate(result["candidates"]):
         for found in candidate["scenarios"]:
@@ -189,7 +191,7 @@ def latency_distribution(result: Record, scenario: str) -> str | None:
 
 
 def throughput_latency(result: Record) -> str | None:
-    """p99 against throughput: closed loops joined by a line, arrivals at random hollow, limits of p99 dotted."""
+    """Draw p99 against throughput: closed loops joined by a line, random arrivals hollow, p99 limits dotted."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -247,7 +249,7 @@ def accuracy_speed(result: Record) -> str | None:
         for i, name, x, y in points:
             axes.plot([x], [y], _marker(i), color=_colour(i), markersize=10, label=shown(name))
         values = [y for *_, y in points]
-        # Never zoom in on less than two points: noise would look like a difference.
+        # Show at least two points: zoomed in further, noise would look like a difference.
         point = 1.0 / points_of(metric)
         middle, half = (min(values) + max(values)) / 2, max(point, 0.75 * (max(values) - min(values)))
         axes.set_ylim(middle - half, middle + half)
@@ -259,8 +261,10 @@ def accuracy_speed(result: Record) -> str | None:
 
 
 def confusion(candidate: Record) -> str | None:
-    """Truth in rows, answers in columns: counts, coloured by their share of the row. A multi-label
-    result has one small matrix a label, for the first 12."""
+    """Draw the confusion matrix: truth in rows, answers in columns, coloured by their share of the row.
+
+    A multi-label result has one small matrix per label, for the first 12.
+    """
     matrix = (candidate["metrics"] or {}).get("confusion_matrix")
     if matrix is None:
         return None
@@ -291,7 +295,7 @@ def confusion(candidate: Record) -> str | None:
 
 
 def stages(result: Record) -> str | None:
-    """Where the time of each translator in this process went, in its headline scenario: shares, in percent."""
+    """Draw the shares of time, in percent, of each translator in this process in its headline scenario."""
     counted = [(c["name"], headline(c)["seconds"]) for c in result["candidates"] if headline(c)["seconds"]]
     if not counted:
         return None
@@ -303,7 +307,7 @@ def stages(result: Record) -> str | None:
             share = np.array([100 * seconds[stage] / sum(seconds.values()) for _, seconds in counted])
             axes.barh(range(len(counted)), share, 0.6, left, color=_colour(i), label=stage)
             for row, (begin, width) in enumerate(zip(left, share)):
-                if width >= 5:  # a number in a narrower bar would run into its neighbours
+                if width >= 5:  # numbers in narrower bars would overlap
                     axes.text(
                         begin + width / 2, row, f"{width:.0f}", ha="center", va="center", fontsize=9, color="#ffffff"
                     )
@@ -318,7 +322,7 @@ def stages(result: Record) -> str | None:
 
 
 def memory_size(result: Record) -> str | None:
-    """Peak memory and graph size as bars, in MB."""
+    """Draw peak memory and graph size as bars, in MB."""
     bars = [(c["name"], c["peak_memory_mb"], c["size_mb"]) for c in result["candidates"]]
     if not any(memory or size for _, memory, size in bars):
         return None
@@ -345,12 +349,12 @@ def memory_size(result: Record) -> str | None:
 
 
 def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]]) -> str:
-    """Each metric of ``limits`` (the checkpoint's, and the least allowed) against the parts of the model left in fp32."""
+    """Draw each metric of ``limits`` (the checkpoint's, and the lowest allowed) against the parts in fp32."""
 
     def draw(figure: Any) -> None:
         all_axes = figure.subplots(1, len(limits), squeeze=False)[0]
         for axes, (metric, (reference, least)) in zip(all_axes, limits.items()):
-            named = axes is all_axes[0]  # the legend is of all
+            named = axes is all_axes[0]  # one legend for all panels
             axes.axhline(reference, color="grey", linewidth=1.2, label="checkpoint" if named else None)
             axes.axhline(least, color="grey", linestyle=":", linewidth=1.2, label="least allowed" if named else None)
             for i, (engine, found) in enumerate(searches.items()):
@@ -365,8 +369,11 @@ def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, flo
 
 
 def frontier(tuning: Record) -> str:
-    """The rate that holds the limit against memory, a mark for each setting: the chosen one a star, that which is served
-    at present in a ring, those that hold the limits at no rate crosses. The line joins those that nothing beats in both."""
+    """Draw the rate that holds the limit against memory, a mark for each trial.
+
+    The chosen settings are a star, the present ones have a ring, settings that hold the limits at no rate are crosses.
+    The line joins the settings that no other beats in both.
+    """
     trials = [trial for trial in tuning["trials"] if trial["memory_mb"] is not None]
     graphs = list(dict.fromkeys((trial["engine"], trial["precision"]) for trial in trials))
     chosen, present = (tuning["trials"][tuning[key]] for key in ("chosen", "present"))
@@ -407,51 +414,51 @@ def frontier(tuning: Record) -> str:
 
 
 def generates(result: Record) -> bool:
-    """Return whether the candidates, all of one task, write token by token."""
+    """Return whether the candidates, all of one task, generate token by token."""
     return get_task(result["candidates"][0]["task"]).facts.graph_kind == "encoder-decoder"
 
 
 def headline(candidate: Record) -> Record:
-    """The scenario that a candidate's summary figures come from."""
+    """Return the scenario that a candidate's summary figures come from."""
     found: Record = next(s for s in candidate["scenarios"] if s["scenario"]["name"] == candidate["headline"])
     return found
 
 
 def shown(text: str, most: int = 36) -> str:
-    """A name fit for a figure: one line, not too long, without characters that XML cannot hold."""
+    """Return a name fit for a figure: one line, not too long, without characters that XML cannot contain."""
     text = text.encode("utf-8", "replace").decode()
     text = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cn", "Co") else c for c in text).split())
     text = text if len(text) <= most else text[: most - 1] + "…"
     text = text or "?"
-    return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides names with an underscore first
+    return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides names that begin with an underscore
 
 
 def number(value: float | None) -> str:
-    """To about three digits."""
+    """Format to about three digits."""
     if value is None:
         return NOTHING
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def fraction(value: float | None) -> str:
-    """An accuracy: of 1, or of 100."""
+    """Format an accuracy, of 1 or of 100."""
     return NOTHING if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
 
 
 def apart(html: str, name: str) -> str:
-    """``html`` with ``name`` before each of its ids, so that it can share a page."""
+    """Return ``html`` with ``name`` before each of its ids, so that several figures can share a page."""
     return re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{name}-", html)
 
 
 def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.0, 4.6)) -> str:
-    """``name`` keeps the ids of figures apart that share a page."""
+    """Draw a figure. ``name`` makes its ids unique on the page."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     text = io.StringIO()
     with mpl.rc_context({**_RC, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # glyphs missing from the font that only measures here
+        warnings.simplefilter("ignore")  # the font is only used for measuring, so missing glyphs do not matter
         figure = Figure(figsize=size)
         FigureCanvasSVG(figure)
         draw(figure)
@@ -460,7 +467,7 @@ def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
     svg = apart(svg, name)
-    # As wide as the page allows, but no wider than drawn: text of one size on the whole page.
+    # At most as wide as drawn, so that text has one size on the whole page.
     fluid = f'<svg style="max-width: {size[0] * 120:.0f}px"'
     return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2).replace("<svg", fluid, 1)
 
@@ -480,7 +487,7 @@ def _matrix(axes: Any, counts: Sequence[Sequence[int]], labels: Sequence[str]) -
     axes.set_yticks(ticks, labels)
     axes.tick_params(length=0)
     if len(labels) > 20:
-        return  # the numbers would not be legible; the colours are
+        return  # the numbers would be illegible; the colours are enough
     for row, column in np.ndindex(values.shape):
         text = f"{int(values[row, column]):,}"
         if len(labels) <= 6:
@@ -496,7 +503,7 @@ def _blues() -> Any:
 
 
 def _plain_log(axis: Any) -> None:
-    """Ticks at 1, 2 and 5 in plain numbers."""
+    """Set ticks at 1, 2 and 5, in plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
@@ -511,7 +518,10 @@ def _locator(count: int) -> Any:
 
 
 def _write_beside(axes: Any, texts: Sequence[tuple[str, tuple[float, float], str]]) -> None:
-    """Each above its point or, where that would run into another, below it, or nowhere: text, point and colour."""
+    """Write each text above its point or, where it would overlap another, below it, or not at all.
+
+    ``texts`` are (text, point, colour).
+    """
     taken: list[Any] = []
     for text, at, colour in texts:
         x, y = axes.transData.transform(at)

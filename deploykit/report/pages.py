@@ -1,4 +1,4 @@
-"""A bench result as one HTML page that needs neither network nor scripts."""
+"""Write a bench result as one HTML page that needs neither network nor scripts."""
 
 from __future__ import annotations
 
@@ -47,31 +47,30 @@ code { overflow-wrap: anywhere; }
 
 
 def write_report(record: Record, out: Path) -> None:
-    """Draw ``record`` (of ``BenchResult.to_json``, or of a suite under bench/; measured now or read back) into the HTML file
-    ``out``.
+    """Write ``record`` (of ``BenchResult.to_json``, or of a suite under bench/) to the HTML file ``out``.
 
-    Keys ``command`` and ``threads`` in it are shown as the way to repeat the measurement. The same record gives the
-    same bytes. Raises MissingDependencyError without matplotlib, ArtifactError for another JSON.
+    Its keys ``command`` and ``threads`` are shown as the way to repeat the measurement. The same record gives the same
+    bytes. Raises MissingDependencyError without matplotlib, ArtifactError for another JSON.
     """
     figures.require_matplotlib()
     try:
         page = _suite(record) if "workloads" in record else _bench(record)
     except (KeyError, TypeError, StopIteration) as error:
         raise ArtifactError(
-            f"this is not a bench result: it lacks {error}", "pass what deploykit bench wrote"
+            f"this is not a bench result: it has no {error}", "pass a file that deploykit bench wrote"
         ) from error
     _write(out, page)
 
 
 def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]], out: Path) -> None:
-    """Draw how an export found the layers that need fp32 into the HTML file ``out``.
+    """Write how an export found the layers that need fp32 to the HTML file ``out``.
 
-    ``searches`` are by engine, as the export's manifest has them; ``limits`` are, of each metric, the checkpoint's
-    and the least allowed. Raises MissingDependencyError without matplotlib.
+    ``searches`` are by engine, as in the export's manifest; ``limits`` are, for each metric, the checkpoint's and the
+    lowest allowed. Raises MissingDependencyError without matplotlib.
     """
     figures.require_matplotlib()
     title = "Which layers stay in fp32"
-    note = "All parts but the most sensitive are INT8. The export takes the fewest that hold the limit."
+    note = "All parts are INT8 except the most sensitive ones. The export leaves as few as possible in fp32."
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
         _figure("Task metric", note, figures.search(searches, limits)),
@@ -87,13 +86,14 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
             [escape(part), f"{change:.2g}", "fp32" if part in found["kept"] else "INT8"]
             for part, change in zip(found["order"], found["sensitivity"])
         ]
-        note = "How much the outputs for some rows change, on average, when this part alone is INT8."
+        note = "Mean change of the outputs for some rows when only this part is INT8."
         parts.append(_section(f"Sensitivity, {engine}", note, _table(("part", "change", "became"), rows)))
     _write(out, _page(title, parts))
 
 
 def write_tuning(record: Record, out: Path) -> None:
-    """Draw what ``deploykit tune`` measured into the HTML file ``out``: which settings it chose, and why not the others.
+    """Write the measurements of ``deploykit tune`` to the HTML file ``out``: the settings chosen, and why not the
+    others.
 
     Raises MissingDependencyError without matplotlib.
     """
@@ -147,7 +147,7 @@ def write_tuning(record: Record, out: Path) -> None:
 
 def _write(out: Path, page: str) -> None:
     with new_file(out) as file:
-        file.write_bytes(page.encode("utf-8", "replace"))  # a label may hold half a surrogate pair
+        file.write_bytes(page.encode("utf-8", "replace"))  # a label may contain half a surrogate pair
 
 
 def _bench(record: Record) -> str:
@@ -157,7 +157,7 @@ def _bench(record: Record) -> str:
 
 
 def _suite(suite: Record) -> str:
-    """A part for each workload, and one for the servers."""
+    """Yield a section for each workload, and one for the servers."""
     results = results_of(suite)
     parts = {key: _sections(result) + _how(suite, result) for key, result in results.items()}
     for workload in suite["workloads"]:
@@ -204,12 +204,12 @@ def _sections(result: Record) -> str:
         _section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(result)),
         _figure(
             "Throughput",
-            "Medians over the rounds; lines reach from the least to the most.",
+            "Medians over the rounds; lines show min to max.",
             figures.throughput_bars(result),
         ),
         _figure(
             "Latency",
-            f"How many requests were answered within which time, at {scenario}.",
+            f"Share of requests answered within a time, at {scenario}.",
             figures.latency_distribution(result, scenario),
         ),
         _figure(
@@ -220,7 +220,7 @@ def _sections(result: Record) -> str:
         ),
         _figure(
             "Scaling with callers",
-            "In one process, the texts of callers are one batch.",
+            "In one process, the callers' texts form one batch.",
             figures.scaling_with_callers(result),
         ),
         _figure("Accuracy against speed", "Right and high is better.", figures.accuracy_speed(result)),
@@ -229,19 +229,19 @@ def _sections(result: Record) -> str:
         ),
         _figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
         _figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
-        _section("All measurements", "Medians over the rounds, with the least and the most below.", _details(result)),
+        _section("All measurements", "Medians over the rounds, with min and max below.", _details(result)),
     ]
     return "\n".join(part for part in parts if part)
 
 
 def _scaling(workload: Record) -> str:
-    """Of one whose candidates are one model, at the ``values`` (by their names) of ``axis``."""
+    """Render a workload whose candidates are one model at the ``values`` (by their names) of ``axis``."""
     lines: dict[str, list[tuple[float, Record]]] = {}
     for candidate in workload["bench"]["candidates"]:
         for s in candidate["scenarios"]:
             lines.setdefault(s["scenario"]["name"], []).append((workload["values"][candidate["name"]], s))
     drawn = figures.scaling(workload["axis"], [figures.Scaling(name, points) for name, points in lines.items()])
-    return _figure(f"Scaling with {workload['axis']}", "Medians; lines reach from the least to the most.", drawn)
+    return _figure(f"Scaling with {workload['axis']}", "Medians; lines show min to max.", drawn)
 
 
 def _how(record: Record, result: Record) -> str:
@@ -320,7 +320,7 @@ def _details(result: Record) -> str:
 
 
 def _rates(result: Record) -> dict[str, str]:
-    """Titles of the columns of throughput, and their keys."""
+    """Return the titles of the throughput columns, and their keys."""
     tokens = {"target tokens/s": "tokens_per_s"} if figures.generates(result) else {}
     return {"requests/s": "throughput_per_s", **tokens}
 
@@ -375,7 +375,7 @@ def _memory_note(candidates: Sequence[Record]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """``rows`` hold HTML."""
+    """Render a table; ``rows`` contain HTML."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
@@ -391,7 +391,7 @@ def _median(spread: Mapping[str, float] | None) -> str:
 
 
 def _spread_of(values: Sequence[float | None]) -> str:
-    """Of several measurements; one that found none counts as 0."""
+    """Return the spread of several measurements; one without a result counts as 0."""
     found = [value or 0.0 for value in values]
     if len(found) == 1:
         return number(values[0])

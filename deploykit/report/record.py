@@ -1,4 +1,4 @@
-"""Bench records read back: those of ``deploykit bench``, and those of the suites under bench/."""
+"""Read bench records: those of ``deploykit bench``, and those of the suites under bench/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REMEDY = "pass what deploykit bench --output or a suite under bench/ wrote"
 
 
 def read_record(path: Path) -> Record:
-    """Raises ArtifactError, which names the file, for one that is missing, broken, or no record of a bench."""
+    """Read a record. Raises ArtifactError naming the file if it is missing, damaged, or not a bench record."""
     try:
         record: Record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -25,18 +25,21 @@ def read_record(path: Path) -> Record:
         raise ArtifactError(f"{path}: is not JSON: {error}", _REMEDY) from None
     if isinstance(record, dict) and record.get("schema") not in (None, SCHEMA):
         raise ArtifactError(
-            f"{path}: was written in schema {record['schema']!r}, and this is deploykit with schema {SCHEMA}",
+            f"{path}: has schema {record['schema']!r}; this deploykit reads schema {SCHEMA}",
             "measure again, or use the deploykit that wrote it",
         )
     try:
         _touch(record)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: is no record of a bench, or damaged: {error}", _REMEDY) from None
+        raise ArtifactError(f"{path}: is not a bench record, or is damaged: {error}", _REMEDY) from None
     return record
 
 
 def results_of(record: Record) -> dict[str, Record]:
-    """What ``BenchResult.to_json`` gave, by key: one under "" of ``deploykit bench``; a suite's workloads, and its servers."""
+    """Return the results of ``BenchResult.to_json`` by key.
+
+    The key is "" for ``deploykit bench``; a suite has one for each workload, and one for its servers.
+    """
     if "candidates" in record:
         return {"": record}
     results = {workload["key"]: workload["bench"] for workload in record.get("workloads", ())}
@@ -44,7 +47,7 @@ def results_of(record: Record) -> dict[str, Record]:
 
 
 def _touch(record: Record) -> None:
-    """Fails where something is missing that readers count on."""
+    """Access everything that readers rely on, so that a missing part fails here."""
     _ = record["schema"], record["started"], record["machine"]["packages"]
     results = results_of(record)
     if not results:

@@ -1,1 +1,1 @@
-"""Text in, answer out: everything a serving machine runs. Imports neither torch nor transformers."""
+"""The code that runs on a serving machine: text in, answer out. It imports neither torch nor transformers."""

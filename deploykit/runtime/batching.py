@@ -1,9 +1,9 @@
-"""How texts of unequal length become tensors.
+"""Pad texts of different lengths into batches.
 
-A text's padded length depends on its own length alone (its bucket), never on its batch mates: fused
-kernels add up in an order that depends on the padded length, and with INT8 the last bit can tip a
-value over to the next step. With buckets the same text gives the same bits whatever shares its
-batch. Few distinct lengths also bound the memory that engines spend on kernels compiled per shape.
+A text's padded length depends on its own length alone (its bucket), never on the rest of the batch. The reason: fused
+kernels sum in an order that depends on the padded length, and in INT8 the last bit can move a value to the next step.
+With buckets, the same text gives the same bits in any batch. Few distinct lengths also bound the memory that engines
+spend on kernels compiled for each shape.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_TOKEN_BUDGET = 512
 
 @dataclass(frozen=True)
 class Batch:
-    """``rows`` index the texts given; both arrays are int64 [rows, bucket length]."""
+    """``rows`` are indices of the given texts; both arrays are int64 [rows, bucket length]."""
 
     rows: NDArray[np.int64]
     input_ids: NDArray[np.int64]
@@ -31,7 +31,7 @@ class Batch:
 
 
 def bucket(length: int) -> int:
-    """The padded length of a text of ``length`` tokens: steps of 16 to 128, then of 32, then of 64."""
+    """Return the padded length of a text of ``length`` tokens: multiples of 16 to 128, then of 32, then of 64."""
     step = 16 if length <= 128 else 32 if length <= 256 else 64
     return -(-length // step) * step
 
@@ -39,10 +39,10 @@ def bucket(length: int) -> int:
 def batches(
     token_ids: Sequence[Sequence[int]], pad_token_id: int, *, max_length: int, token_budget: int = DEFAULT_TOKEN_BUDGET
 ) -> Iterator[Batch]:
-    """Group texts by bucket and split each group so that no batch holds more than ``token_budget`` tokens.
+    """Group texts by bucket, and split each group so that no batch holds more than ``token_budget`` tokens.
 
-    Short texts come first. A single text may exceed the budget. ``max_length`` is the most that the
-    model can take, should a bucket reach past it. Raises DataError for a text without tokens.
+    Short texts come first. A single text may exceed the budget. ``max_length`` is the model's limit, which a bucket
+    must not exceed. Raises DataError for a text without tokens.
     """
     by_bucket: dict[int, list[int]] = defaultdict(list)
     for row, ids in enumerate(token_ids):

@@ -1,4 +1,4 @@
-"""What is wanted of a step's logits, and how it is found in them."""
+"""Select tokens from the logits of a decode step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from deploykit.runtime.engines.protocol import BestTokens, Choice, Floats, Ints
 
 
 def select(logits: Floats, choice: Choice, best: BestTokens) -> tuple[Floats, Ints]:
-    """Log-probabilities, descending, and ids: [rows, best] each. Of equals the lower id comes first.
+    """Return the log-probabilities, descending, and ids of the best tokens: [rows, best] each.
 
-    Changes ``logits``, float32 [rows, vocabulary].
+    Of equal logits the lower id comes first. Changes ``logits``, float32 [rows, vocabulary].
     """
     forced = np.flatnonzero(choice.forced >= 0)
     restricted = np.diff(choice.begin) > 0

@@ -1,11 +1,11 @@
-"""NVIDIA's driver, as much of it as an engine needs: a GPU, memory on both sides, a stream, graphs.
+"""The part of NVIDIA's driver that an engine needs: a GPU, device and host memory, a stream, CUDA graphs.
 
-Called by ctypes in the driver's own library, which is there wherever a GPU can be used and keeps each function's form
-from release to release. Packages that wrap it (cuda-bindings, CuPy) must each match the CUDA release of the machine, on
-a Jetson that of JetPack; two dozen functions do not justify that.
+ctypes calls the driver's own library. It is present wherever a GPU can be used, and its functions stay compatible from
+release to release. Packages that wrap it (cuda-bindings, CuPy) must match the CUDA release of the machine, on a Jetson
+that of JetPack; two dozen functions do not justify that.
 
 Source: NVIDIA "CUDA Driver API": "Initialization", "Primary Context Management", "Memory Management", "Stream
-Management", "Graph Management"; the ``_v2`` names are what cuda.h maps the plain ones to.
+Management", "Graph Management". cuda.h maps the plain names to the ``_v2`` ones.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "cuGraphExecDestroy": (c_void_p,),
     "cuGraphDestroy": (c_void_p,),
 }
-"""Argument types of each function used; all return a CUresult (an int, 0 for success)."""
+"""Argument types of each function used. All return a CUresult (an int, 0 for success)."""
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 _OUT_OF_MEMORY = 2
 _NON_BLOCKING = 1
-_THREAD_LOCAL = 1  # other threads may go on calling the driver while this one captures
+_THREAD_LOCAL = 1  # other threads may call the driver while this one captures
 _DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 
 
 class _Copy(ctypes.Structure):
-    """CUDA_MEMCPY3D of cuda.h: each side's origin, memory and pitch, then what is copied."""
+    """CUDA_MEMCPY3D of cuda.h: origin, memory and pitch of each side, then the extent of the copy."""
 
     _fields_ = [
         *((f"{side}{name}", kind)
@@ -77,8 +77,10 @@ class _Copy(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Place:
-    """A place on the GPU in memory of three axes: from ``address`` on, a line begins every ``pitch`` bytes, and a plane
-    every ``height`` lines."""
+    """A position in three-dimensional GPU memory.
+
+    From ``address`` on, a line begins every ``pitch`` bytes, and a plane every ``height`` lines.
+    """
 
     address: int
     pitch: int
@@ -86,9 +88,10 @@ class Place:
 
 
 class Gpu:
-    """The GPU of a number, by the context that all CUDA libraries of the process share.
+    """GPU ``number``, through the primary context that all CUDA libraries of the process share.
 
-    ``name`` as NVIDIA calls it, ``capability`` like ``sm_86``. Raises MissingDependencyError without a driver or GPU.
+    ``name`` is NVIDIA's, ``capability`` the compute capability, such as ``sm_86``. Raises MissingDependencyError
+    without a driver or GPU.
     """
 
     def __init__(self, number: int = 0) -> None:
@@ -109,7 +112,7 @@ class Gpu:
         self.capability = f"sm_{self._attribute(_MAJOR)}{self._attribute(_MINOR)}"
 
     def enter(self) -> None:
-        """Make it the one that this thread's calls mean; TensorRT's calls too."""
+        """Make this GPU current for the calling thread, for TensorRT's calls too."""
         if not self._context:
             self._check("cuDevicePrimaryCtxRetain", byref(self._context), self._device)
         self._check("cuCtxSetCurrent", self._context)
@@ -120,6 +123,7 @@ class Gpu:
         return value.value
 
     def _check(self, name: str, *arguments: Any) -> None:
+        """Call the driver function ``name``. Raises EngineError if it fails."""
         result = getattr(self._library, name)(*arguments)
         if result == _OUT_OF_MEMORY:
             raise EngineError(
@@ -133,19 +137,19 @@ class Gpu:
             raise EngineError(f"CUDA: {name}: {reason} ({result})", "check nvidia-smi; restart the process")
 
     def _made(self, create: str, handle: Any, *arguments: Any, destroy: str, owner: object) -> Any:
-        """The handle that ``create`` fills, given back to ``destroy`` when ``owner`` is gone."""
+        """Call ``create`` and return the handle it fills. ``destroy`` releases it when ``owner`` is garbage-collected."""
         self._check(create, byref(handle), *arguments)
         weakref.finalize(owner, self._give_back, destroy, handle.value)
         return handle.value
 
     def _give_back(self, destroy: str, handle: int) -> None:
-        # Whatever it answers: at the end of the process the driver may have gone first.
+        # Results are ignored: at the end of the process the driver may already be unloaded.
         self._library.cuCtxSetCurrent(self._context)
         getattr(self._library, destroy)(handle)
 
 
 class DeviceMemory:
-    """``size`` bytes on the GPU, at ``address``."""
+    """``size`` bytes of GPU memory at ``address``."""
 
     def __init__(self, gpu: Gpu, size: int) -> None:
         self.size = max(1, size)
@@ -153,7 +157,7 @@ class DeviceMemory:
 
 
 class Buffer(DeviceMemory):
-    """Memory on the GPU and page-locked memory of the host beside it, between which copies need no third one."""
+    """GPU memory and page-locked host memory of the same size, so that copies between them need no staging buffer."""
 
     def __init__(self, gpu: Gpu, size: int) -> None:
         super().__init__(gpu, size)
@@ -161,7 +165,7 @@ class Buffer(DeviceMemory):
         self._host: int = gpu._made("cuMemAllocHost_v2", c_void_p(), self.size, destroy="cuMemFreeHost", owner=self)
 
     def view(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """The host's side as an array; valid while the buffer is."""
+        """Return the host memory as an array. It is valid as long as the buffer is."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         assert size <= self.size
         memory = memoryview((ctypes.c_char * size).from_address(self._host)).cast("B")
@@ -169,16 +173,16 @@ class Buffer(DeviceMemory):
         return array
 
     def upload(self, size: int, stream: Stream) -> None:
-        """Copy the first ``size`` bytes to the GPU, in turn with the stream's other work."""
+        """Enqueue a copy of the first ``size`` bytes to the GPU."""
         self._gpu._check("cuMemcpyHtoDAsync_v2", self.address, self._host, size, stream.handle)
 
     def download(self, size: int, stream: Stream) -> None:
-        """Copy the first ``size`` bytes to the host; there once the stream is synchronized."""
+        """Enqueue a copy of the first ``size`` bytes to the host. They are there once the stream is synchronized."""
         self._gpu._check("cuMemcpyDtoHAsync_v2", self._host, self.address, size, stream.handle)
 
 
 class Stream:
-    """A queue of work. ``handle`` is what TensorRT takes."""
+    """A CUDA stream. ``handle`` is the one to pass to TensorRT."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
@@ -187,13 +191,14 @@ class Stream:
         )
 
     def clear(self, memory: DeviceMemory) -> None:
-        """Fill it with zeros, in turn with the stream's other work."""
+        """Enqueue filling ``memory`` with zeros."""
         self._gpu._check("cuMemsetD8Async", memory.address, 0, memory.size, self.handle)
 
     def copy(self, source: Place, target: Place, width: int, height: int, depth: int) -> None:
-        """Copy ``width`` bytes of ``height`` lines of ``depth`` planes on the GPU, in turn with the stream's other work.
+        """Enqueue a copy on the GPU: ``width`` bytes of ``height`` lines of ``depth`` planes.
 
-        No byte may be of both."""
+        Source and target must not overlap.
+        """
         sides = {
             f"{side}{name}": value
             for side, place in (("src", source), ("dst", target))
@@ -208,13 +213,13 @@ class Stream:
         self._gpu._check("cuMemcpy3DAsync_v2", byref(copy), self.handle)
 
     def synchronize(self) -> None:
-        """Wait for its work. Raises EngineError if any of it failed."""
+        """Wait for all enqueued work. Raises EngineError if any of it failed."""
         self._gpu._check("cuStreamSynchronize", self.handle)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph | None:
-        """The work that ``enqueue`` puts in, to be launched again and again; None if it is not of that kind.
+        """Capture the work that ``enqueue`` enqueues as a CUDA graph, without running it.
 
-        Nothing of it is done yet.
+        Returns None if the work cannot be captured.
         """
         self._gpu._check("cuStreamBeginCapture_v2", self.handle, _THREAD_LOCAL)
         graph = c_void_p()
@@ -232,7 +237,7 @@ class Stream:
 
 
 class Graph:
-    """Captured work, made ready to launch as a whole."""
+    """A CUDA graph, instantiated and ready to launch."""
 
     def __init__(self, gpu: Gpu, captured: c_void_p) -> None:
         self._gpu = gpu
@@ -246,7 +251,7 @@ class Graph:
 
 @functools.cache
 def has_gpu() -> bool:
-    """Whether NVIDIA's driver is here and sees a GPU."""
+    """Return whether NVIDIA's driver is installed and sees a GPU."""
     try:
         Gpu()
     except (MissingDependencyError, EngineError):
@@ -267,6 +272,6 @@ def _load() -> Any:
         ) from None
     except AttributeError as error:
         raise MissingDependencyError(
-            f"NVIDIA's driver is too old: {error}", "install one of CUDA 11.4 or newer"
+            f"NVIDIA's driver is too old: {error}", "install a driver for CUDA 11.4 or newer"
         ) from None
     return library

@@ -1,8 +1,7 @@
-"""The decode loop: sentences join and leave the running batch between any two steps.
+"""Decode sentences in a running batch that sentences join and leave between any two steps.
 
-A step feeds every running row its last token. What waits joins as soon as there is room, and a sentence
-that is done leaves at once, so no row is computed for nothing. A sentence's tokens and score do not
-depend on what runs beside it.
+A step feeds every running row its last token. Waiting sentences join as soon as there is room, and finished ones leave
+at once, so no row is computed in vain. A sentence's tokens and score do not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -26,16 +25,17 @@ from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Float
 
 MAX_CACHE_BYTES = 512 << 20
 _TOKENS_PER_ENCODE = 2048
-_AT_ONCE_S = 0.002  # for steps that a model takes by itself: who comes meanwhile waits for them
-_JOIN_SHARE = 8  # a full batch takes new sentences when an eighth of its rows is free: single ones encode slowly
+_AT_ONCE_S = 0.002  # time that a model may take steps by itself; requests that arrive meanwhile have to wait
+_JOIN_SHARE = 8  # a full batch admits sentences when an eighth of its rows is free: encoding them one by one is slow
 
 
 @dataclass
 class Sentence:
-    """One source sentence on its way. ``token_ids`` have their special tokens; ``result`` is set when it is done.
+    """One source sentence, from the queue to its result.
 
-    ``scored``: whether the score is wanted, which costs a pass over the vocabulary. ``cancelled`` may
-    be set at any time: the sentence then leaves without a result.
+    ``token_ids`` include the special tokens. ``result`` is set when the sentence is done. ``scored``: compute the
+    score, which costs a pass over the vocabulary. ``cancelled`` may be set at any time: the sentence then leaves
+    without a result.
     """
 
     token_ids: Sequence[int]
@@ -43,16 +43,16 @@ class Sentence:
     scored: bool = True
     cancelled: bool = False
     result: Finished | None = None
-    text: str | None = None  # of the result
-    rules: Rules | None = None  # of ``generation``, once it runs
+    text: str | None = None  # translation, once detokenized
+    rules: Rules | None = None  # compiled from ``generation`` when the sentence is admitted
     rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     beam: Beam | None = None
-    held: HeldBeam | None = None  # the beam, where the model has it
+    held: HeldBeam | None = None  # the beam, while the model holds it
 
 
 @dataclass
 class Seconds:
-    """Where a translator's time went. Its decoder counts ``encoder``, ``decoder`` and ``search``."""
+    """Time that a translator spent, in seconds. Its decoder counts ``encoder``, ``decoder`` and ``search``."""
 
     tokenizing: float = 0.0
     encoder: float = 0.0
@@ -62,7 +62,7 @@ class Seconds:
 
     @contextmanager
     def counting(self, name: str) -> Iterator[None]:
-        """Add to ``name`` what the block takes."""
+        """Add the duration of the block to ``name``."""
         started = time.perf_counter()
         try:
             yield
@@ -70,22 +70,25 @@ class Seconds:
             setattr(self, name, getattr(self, name) + time.perf_counter() - started)
 
     def add(self, other: Seconds, share: float) -> None:
+        """Add ``share`` of each figure of ``other``."""
         for field_ in fields(self):
             setattr(self, field_.name, getattr(self, field_.name) + share * getattr(other, field_.name))
 
 
 def longest_first(sentences: Iterable[Sentence]) -> list[Sentence]:
-    """Short ones fill the room that is left at the end."""
+    """Sort by length, longest first, so that short sentences fill the room left at the end."""
     return sorted(sentences, key=lambda sentence: -len(sentence.token_ids))
 
 
 @dataclass
 class _Plan:
-    """The running sentences by how they are searched for; it holds until one joins or leaves.
+    """The running sentences, grouped by search method. Valid until a sentence joins or leaves.
 
-    ``rules`` with the rows they are for; if what some forbid ``varies`` it does at every step. ``greedy``: rows. ``beams``:
-    sentences of one beam size, and their rows, [sentences, beams], of which ``Sentence.rows`` are views. ``held``: the model
-    may take several steps by itself.
+    - ``rules``: the rules in use, each with its rows.
+    - ``varies``: some rules depend on the tokens generated, so they must be applied again at every step.
+    - ``greedy``: rows of greedy search.
+    - ``beams``: sentences of one beam size with their rows, [sentences, beams]; ``Sentence.rows`` are views of it.
+    - ``held``: the model may take several steps by itself.
     """
 
     choice: Choice
@@ -97,11 +100,11 @@ class _Plan:
 
 
 class Decoder:
-    """The sentences ``waiting`` and ``running``, and the model that they run on. One caller at a time.
+    """The ``waiting`` and ``running`` sentences, and the model that runs them. One caller at a time.
 
-    ``max_rows`` and ``max_cache_bytes`` bound a step: what does not fit waits, and a sentence that has
-    outgrown the room is begun again later. ``run`` may use up to ``workers`` decoders side by side, of
-    as many rows each: where sentences are many that is faster than threads within a step.
+    ``max_rows`` and ``max_cache_bytes`` bound a step. Sentences that do not fit wait; a running sentence whose caches
+    no longer fit is started again later. ``run`` may use up to ``workers`` decoders side by side, each with
+    ``max_rows`` rows: for many sentences that is faster than threads within a step.
     """
 
     def __init__(
@@ -115,23 +118,25 @@ class Decoder:
     ) -> None:
         self.waiting: deque[Sentence] = deque()
         self.running: list[Sentence] = []
-        self._successors: deque[tuple[Sentence, Any]] = deque()  # encoded, for the rows of those that end
+        self._successors: deque[tuple[Sentence, Any]] = (
+            deque()
+        )  # already encoded; they take over the rows of finished sentences
         self.seconds = Seconds()
         self.max_rows = max_rows
         self._model = model
-        self._step_s = _AT_ONCE_S  # the last step's
+        self._step_s = _AT_ONCE_S  # duration of the last step
         self._runner = model if isinstance(model, TakesSteps) else None
         self._task = task
         self._max_cache_bytes = max_cache_bytes
         self._workers = workers
-        self._side_by_side: dict[int, list[Decoder]] = {}  # by how many
+        self._side_by_side: dict[int, list[Decoder]] = {}  # by number of decoders
         self._pool: ThreadPoolExecutor | None = None
-        # Of the generations last asked for: clients may ask for any number of them.
+        # A cache of bounded size: clients may send any number of generation configs.
         self._rules = lru_cache(maxsize=256)(partial(Rules, eos_token_ids=task.eos_token_ids))
         self._ends = np.zeros(model.vocabulary, bool)
         self._ends[list(task.eos_token_ids)] = True
-        # By row: the start token and what was generated since; how many that is, may be, and is when the rules say something
-        # else; their log-probability; what is wanted of a step; and whose row it is.
+        # State of each row: its tokens, from the start token on; their number, its limit, and the number at which the rules
+        # change; what to compute in a step; the sum of log-probabilities; a forced token; and its sentence.
         self._tokens = np.zeros((max_rows, task.max_target_length + 1), np.int64)
         self._counts, self._wanted = np.zeros((3, max_rows), np.int64), np.zeros((3, max_rows), bool)
         self._lengths, self._limits, self._turns = self._counts
@@ -144,17 +149,18 @@ class Decoder:
 
     @property
     def claimed(self) -> int:
-        """Rows that the sentences running and waiting take."""
+        """Number of rows that the running and waiting sentences take."""
         return self._model.rows + len(self._successors) + sum(s.generation.beam_size for s in self.waiting)
 
     def add(self, sentence: Sentence) -> None:
+        """Append ``sentence`` to the waiting ones."""
         self.waiting.append(sentence)
 
     def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None] = lambda sentence: None) -> None:
-        """Decode ``sentences`` to their ends, and ``finish`` each then.
+        """Decode all ``sentences``, and call ``finish`` with each as it is done.
 
-        Side by side, decoders take them from ``sentences`` as they have room, so that one can wait for the next ones while
-        the others compute, and finish theirs themselves.
+        Decoders that run side by side take sentences as they have room, and finish their own. So one can tokenize while
+        the others compute.
         """
         with self.seconds.counting("tokenizing"):
             coming = iter(sentences)
@@ -185,7 +191,7 @@ class Decoder:
         decoders = self._side_by_side[n]
         for i, sentence in enumerate(first):
             decoders[i % n].add(sentence)
-        most = self.max_rows + 2 * self.max_rows // _JOIN_SHARE  # some wait for rows of others
+        most = self.max_rows + 2 * self.max_rows // _JOIN_SHARE  # some are encoded ahead and wait for a row
         taking, failed = threading.Lock(), False
 
         def work(decoder: Decoder) -> None:
@@ -200,7 +206,7 @@ class Decoder:
                         for sentence in done:
                             finish(sentence)
             except BaseException:
-                failed = True  # the others need not go on
+                failed = True  # stops the other decoders
                 raise
 
         if self._pool is None:
@@ -212,14 +218,14 @@ class Decoder:
         except BaseException:
             failed = True
             wait(futures)
-            del self._side_by_side[n]  # they still hold sentences
+            del self._side_by_side[n]  # their state is unusable: they still hold sentences
             raise
         for decoder in decoders:
             self.seconds.add(decoder.seconds, 1 / n)
             decoder.seconds = Seconds()
 
     def step(self) -> list[Sentence]:
-        """Let sentences join, feed every row one token or several, and return the sentences that are done with it."""
+        """Let sentences join, feed every row one or more tokens, and return the finished sentences."""
         started = time.perf_counter()
         self._leave([s for s in self.running if s.cancelled])
         self._join()
@@ -254,8 +260,9 @@ class Decoder:
         return done
 
     def _join(self) -> None:
+        """Move waiting sentences into the batch while rows and cache memory allow it."""
         if not self.running:
-            self._recall_successors()  # all whose rows they were to have were cancelled
+            self._recall_successors()  # the sentences they were to replace were all cancelled
         free = self.max_rows - self._model.rows
         if not self.waiting or (self.running and free < self.max_rows // _JOIN_SHARE):
             return
@@ -280,7 +287,7 @@ class Decoder:
             self._admit(group, self._model.encode([s.token_ids for s in group]))
 
     def _admit(self, sentences: Sequence[Sentence], cross: Any) -> None:
-        """Give ``sentences``, encoded as ``cross``, rows of their own."""
+        """Assign new rows to ``sentences``, whose encoded texts are ``cross``."""
         first = last = self._model.rows
         for sentence in sentences:
             g = sentence.generation
@@ -298,13 +305,15 @@ class Decoder:
         self._before[rows] = [not s.generation.renormalize for s in theirs]
         self._in_beam[rows] = [s.beam is not None for s in theirs]
         for sentence in sentences:
-            self._sums[sentence.rows[1:]] = NEVER  # all hypotheses begin alike: one is continued at first
+            self._sums[sentence.rows[1:]] = NEVER  # all hypotheses start equal: continue only the first
         self.running += sentences
         self._plan = None
 
     def _succeed(self, plan: _Plan, done: list[Sentence]) -> list[Sentence]:
-        """Give rows of ``done`` to sentences that wait, if the plan is good for them too: it costs a fraction of leaving and
-        joining. Returns those whose rows are free.
+        """Reuse the rows of ``done`` for waiting sentences, if the plan is valid for them too.
+
+        That costs a fraction of leaving and joining. Returns the sentences of ``done`` whose rows are still to be
+        freed.
         """
         if not done or not (self.waiting or self._successors):
             return done
@@ -333,7 +342,7 @@ class Decoder:
         return done[len(heirs) :]
 
     def _encode_successors(self, rules: Rules) -> bool:
-        """Encode some of those that wait, for whom ``rules`` are; False when the next one is another's."""
+        """Encode some waiting sentences that have the same ``rules``. False if the next one has others."""
         some: list[Sentence] = []
         longest = max(len(s.token_ids) for s in self.running)
         while self.waiting and len(some) < max(1, self.max_rows // _JOIN_SHARE):
@@ -348,18 +357,18 @@ class Decoder:
         return bool(some)
 
     def _recall_successors(self) -> None:
-        """They wait with the others again, before them."""
+        """Put the encoded successors back at the head of the queue."""
         self.waiting.extendleft(sentence for sentence, _ in reversed(self._successors))
         self._successors.clear()
 
     def _begin(self, rows: Ints) -> None:
-        """Nothing has been said in ``rows`` yet."""
+        """Reset ``rows`` to the start token."""
         self._tokens[rows, 0] = self._task.decoder_start_token_id
         self._lengths[rows] = 1
         self._sums[rows] = 0.0
 
     def _make_room(self) -> None:
-        """Send the youngest sentences back while the caches that this step needs are too large."""
+        """Move the youngest sentences back to the queue while the caches of this step are too large."""
         while len(self.running) > 1:
             rows = self._model.rows
             longest = int(self._lengths[:rows].max())
@@ -371,7 +380,7 @@ class Decoder:
             self.waiting.appendleft(youngest)
 
     def _follow(self, plan: _Plan) -> int:
-        """Have ``plan.choice`` say what the rules say of this step; returns for how many steps they say the same."""
+        """Update ``plan.choice`` for this step. Returns the number of steps for which it stays valid."""
         choice, rows = plan.choice, self._model.rows
         lengths, turns = self._lengths[:rows], self._turns[:rows]
         if choice.changed and not plan.varies and (alike := int((turns - lengths).min())) > 0:
@@ -395,6 +404,7 @@ class Decoder:
         return int((turns - lengths).min())
 
     def _make_plan(self) -> _Plan:
+        """Group the running sentences by rules and search method."""
         rows = self._model.rows
         by_rules: dict[Rules, list[int]] = {}
         for row, sentence in enumerate(self._sentence_of):
@@ -405,7 +415,7 @@ class Decoder:
             if sentence.beam is not None:
                 sizes.setdefault(sentence.generation.beam_size, []).append(sentence)
         greedy = np.flatnonzero(~self._in_beam[:rows])
-        nothing = np.empty(0, np.int32)  # what is forbidden comes with the first step
+        nothing = np.empty(0, np.int32)  # the first step fills in the forbidden tokens
         choice = Choice(
             1, self._forced[:rows], nothing, nothing, self._scored[:rows], self._before[:rows], self._in_beam[:rows]
         )
@@ -427,7 +437,10 @@ class Decoder:
         return plan
 
     def _held(self, plan: _Plan) -> bool:
-        """Whether the model may take steps by itself. Beams are then in its hands, and otherwise in ours."""
+        """Return whether the model may take steps by itself.
+
+        If so, hand the beams over to the model; otherwise take them back.
+        """
         assert self._runner is not None
         one_kind = len(plan.beams) + bool(len(plan.greedy)) == 1 and not plan.varies
         sentences = [sentence for group, _ in plan.beams for sentence in group]
@@ -440,7 +453,7 @@ class Decoder:
         return one_kind and all(sentence.held is not None for sentence in sentences)
 
     def _over(self, plan: _Plan) -> list[Sentence]:
-        """Of the sentences in the model's hands those whose search is over, with their results."""
+        """Return the finished sentences among the beams that the model holds, with their results."""
         done = []
         for sentence in (sentence for group, _ in plan.beams for sentence in group):
             if sentence.held is not None and sentence.held.done:
@@ -449,7 +462,7 @@ class Decoder:
         return done
 
     def _choose_greedily(self, plan: _Plan, chosen: Ints, gained: Floats) -> list[Sentence]:
-        """``chosen`` tokens by row, and their log-probabilities, which count where a score is wanted."""
+        """Append the ``chosen`` token to each greedy row, and its log-probability to the score where one is requested."""
         rows = plan.greedy
         lengths, tokens = self._lengths[rows], chosen[rows]
         self._sums[rows] += np.where(plan.choice.scored[rows], gained[rows], np.float32(0))
@@ -458,7 +471,7 @@ class Decoder:
         return self._ended(plan)
 
     def _ended(self, plan: _Plan) -> list[Sentence]:
-        """Of the sentences searched greedily those that are at their ends, with their results."""
+        """Return the finished greedy sentences, with their results."""
         rows = plan.greedy
         lengths = self._lengths[rows]
         done = []
@@ -470,7 +483,10 @@ class Decoder:
         return done
 
     def _advance_beams(self, plan: _Plan, values: Floats, columns: Ints) -> list[Sentence]:
-        """``values`` and ``columns``: log-probabilities and ids of the best tokens of each row, best first."""
+        """Advance every beam by one step. Returns the finished sentences.
+
+        ``values`` and ``columns`` are log-probabilities and ids of each row's best tokens, best first.
+        """
         done = []
         for sentences, rows in plan.beams:
             n, size = rows.shape
@@ -487,7 +503,7 @@ class Decoder:
                 beam = sentence.beam
                 assert beam is not None
                 if not ending[i] and not beam.finished:
-                    continue  # the first of the best go on
+                    continue  # the best ones continue as they are
                 length = int(lengths[i])
                 hypotheses = self._tokens[rows[i], :length]
                 found = Continuations(parents[i].tolist(), tokens[i].tolist(), scores[i].tolist())
@@ -508,11 +524,11 @@ class Decoder:
         return done
 
     def _rearrange(self, rows: Ints, parents: Ints, lengths: Ints) -> Ints:
-        """Give each new hypothesis, [sentences, beams], a row: its parent's own for the first child, a dropped one's for
-        the others.
+        """Assign a row to each new hypothesis, [sentences, beams].
 
-        A dropped hypothesis shares its beginning with the one that takes its row, and so do their
-        caches: only what comes after is copied.
+        A parent's first child keeps the parent's row; further children get the rows of dropped hypotheses. A dropped
+        hypothesis shares its beginning with the new one, and so do their caches: only the positions after it are
+        copied.
         """
         now: Ints = rows[np.arange(len(rows))[:, None], parents]
         forked = (np.sort(parents, axis=1) != np.arange(rows.shape[1])).any(axis=1)
@@ -537,6 +553,7 @@ class Decoder:
         return now
 
     def _leave(self, sentences: Sequence[Sentence]) -> None:
+        """Remove ``sentences`` and their rows from the batch."""
         if not sentences:
             return
         order = self._model.remove(np.concatenate([s.rows for s in sentences]))
@@ -558,14 +575,14 @@ class Decoder:
 
 
 def _in_turn(tokens: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Tokens of rows one after another, and where each row's begin."""
+    """Concatenate the rows' tokens. Returns them, and the index at which each row begins."""
     begin = np.zeros(len(tokens) + 1, np.int32)
     np.cumsum([len(row) for row in tokens], out=begin[1:])
     return np.array([token for row in tokens for token in row], np.int32), begin
 
 
 def _of_similar_length(sentences: Sequence[Sentence]) -> Iterator[list[Sentence]]:
-    """Groups to encode together: little padding, and no more than ``_TOKENS_PER_ENCODE`` tokens of it."""
+    """Yield groups of similar length to encode together: little padding, at most ``_TOKENS_PER_ENCODE`` tokens."""
     group: list[Sentence] = []
     for sentence in sorted(sentences, key=lambda s: len(s.token_ids)):
         length = len(sentence.token_ids)

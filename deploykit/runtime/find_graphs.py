@@ -23,7 +23,7 @@ _BEST_FIRST: tuple[Precision, ...] = ("int8", "fp16", "bf16", "fp32")
 
 @dataclass(frozen=True)
 class Graphs:
-    """What of an export is run: an engine, a precision, and the files of its graphs."""
+    """The graphs to run: the engine, the precision, and the files."""
 
     engine: str
     precision: Precision
@@ -31,11 +31,13 @@ class Graphs:
 
 
 def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, to_run: bool = True) -> Graphs:
-    """Choose engine, precision and graph files from what a directory holds.
+    """Choose engine, precision and graph files from an export or a packaged model.
 
-    A packaged model names its engine and holds one precision. Otherwise ``auto`` means what ``deploykit tune`` found
-    best here, or else the best engine that can run here what the directory holds for it, and INT8 where there are graphs
-    for it. An engine that is named need not be able to run here unless ``to_run``.
+    A packaged model names its engine and holds one precision. For an export, ``auto`` means the choice of ``deploykit
+    tune`` on this machine, if there is one; otherwise the best engine that runs here and has graphs in the export, and
+    INT8 if there is an INT8 graph. An explicit engine need not be able to run here unless ``to_run``.
+
+    Raises UsageError for an unknown engine or precision, ArtifactError if there is no such graph.
     """
     if engine == "auto":
         engine = str(manifest.options.get("engine", "auto"))
@@ -71,13 +73,13 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
 
 
 def _decoding(*, installed_only: bool = False) -> list[str]:
-    """Engines that run translators, best first; the last one even if it is not installed."""
+    """Return the engines that run translators, best first. The last one is included even if it is not installed."""
     names = [name for name, info in ENGINES.items() if info.decoder]
     return [name for name in names if not installed_only or ENGINES[name].installed or name == names[-1]]
 
 
 def _files(manifest: Manifest, engine: str) -> Mapping[Precision, tuple[str, ...]]:
-    """What ``engine`` needs for each precision; the graph, or those of the encoder and the decoder, come first."""
+    """Return the files that ``engine`` needs, by precision. The graph, or encoder and decoder, come first."""
     info = ENGINES[engine]
     if info.built:
         built: dict[Precision, list[str]] = {}

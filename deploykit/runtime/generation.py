@@ -1,4 +1,4 @@
-"""How a sequence is searched for, and what a request may change about it."""
+"""Search parameters of a sequence, and which of them a request may change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from deploykit.errors import UsageError
 
 MAX_ROWS = 64
-"""Rows (sentences x beams) that are decoded at once, unless a packaged model's config says otherwise."""
+"""Default for the rows (sentences x beams) that are decoded at once; a packaged model's config may set another."""
 
 PARAMETERS = (
     "num_beams",
@@ -29,12 +29,12 @@ RENAMED = {"beam_size": "num_beams"}
 
 @dataclass(frozen=True)
 class Generation:
-    """How a translation is searched for: the fields of a Hugging Face generation config that we decode by.
+    """The fields of a Hugging Face generation config that deploykit decodes by.
 
-    ``max_length`` and ``min_length`` count target tokens as Hugging Face does: with the start token.
-    ``bad_words`` are token sequences that may not be completed; ``suppressed`` single tokens that may
-    never come. ``renormalize``: probabilities add up to 1 over what is left (opus-mt has it).
-    ``early_stopping`` is True, False or "never" (Hugging Face documentation, "GenerationConfig").
+    ``max_length`` and ``min_length`` count target tokens as Hugging Face does, with the start token. ``bad_words`` are
+    token sequences that must not be completed; ``suppressed`` are tokens that must not occur. ``renormalize``:
+    probabilities of the allowed tokens add up to 1 (opus-mt has it). ``early_stopping`` is True, False or "never"
+    (Hugging Face documentation, "GenerationConfig").
     """
 
     beam_size: int = 1
@@ -52,7 +52,7 @@ class Generation:
 
 
 class DecodedTask(Protocol):
-    """What decoding needs of a task's facts. Lengths count tokens, ids are those of the vocabulary."""
+    """The facts of a task that decoding needs. Lengths count tokens; ids are those of the vocabulary."""
 
     @property
     def vocabulary(self) -> int: ...
@@ -71,7 +71,7 @@ class DecodedTask(Protocol):
 
 
 def override(task: DecodedTask, given: Mapping[str, Any], *, max_beams: int = MAX_ROWS) -> Generation:
-    """The task's generation with ``given`` parameters in place of its own.
+    """Return the task's generation config with the ``given`` parameters replaced.
 
     Raises UsageError naming the first parameter that is unknown or out of range.
     """
@@ -99,7 +99,7 @@ def override(task: DecodedTask, given: Mapping[str, Any], *, max_beams: int = MA
     generation = dataclasses.replace(task.generation, **changes)
     if generation.min_length > generation.max_length:
         raise UsageError(
-            f"at least {generation.min_length - 1} new tokens are wanted, and at most {generation.max_length - 1}",
+            f"min_new_tokens is {generation.min_length - 1}, above max_new_tokens, {generation.max_length - 1}",
             "lower min_new_tokens, or raise max_new_tokens",
         )
     return generation

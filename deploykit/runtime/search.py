@@ -1,8 +1,7 @@
-"""Which token comes next: the rules of a generation config, greedy choice and beam search.
+"""Choose the next token: rules of a generation config, and beam search.
 
-Everything here gives the tokens that Hugging Face's ``generate`` gives for the same logits (transformers
-5, generation/utils.py and logits_process.py), one sentence at a time, so that nothing depends on
-the batch that a sentence is in.
+Given the same logits, the result is the tokens of Hugging Face's ``generate`` (transformers 5, generation/utils.py and
+logits_process.py). Sentences are searched one by one, so nothing depends on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 NEVER = -1e9
-"""Hugging Face's "cannot be chosen", which its comparisons rely on."""
+"""Score of a token that cannot be chosen; the same number as in Hugging Face, whose comparisons rely on it."""
 
 
 class Rules:
-    """What a generation config forbids and forces. ``vocabulary`` bounds the token ids it may name."""
+    """Tokens that a generation config forbids and forces. ``eos_token_ids`` end a text."""
 
     def __init__(self, generation: Generation, eos_token_ids: Sequence[int]) -> None:
         self._generation = generation
         words = [word for word in generation.bad_words if word not in [(eos,) for eos in eos_token_ids]]
         self.never = sorted({word[0] for word in words if len(word) == 1} | set(generation.suppressed))
-        """What may never come."""
+        """Tokens that are never allowed."""
         self._words = [word for word in words if len(word) > 1]
         self._early = sorted({*self.never, *eos_token_ids})
         self.penalty = generation.repetition_penalty
-        """What the scores of tokens that have come are divided by (multiplied, below 0)."""
+        """Repetition penalty: divides the scores of tokens that occurred (multiplies scores below 0)."""
         self.vary = bool(generation.no_repeat_ngram_size or self._words) or self.penalty != 1.0
-        """Whether what they say depends on which tokens have come."""
+        """Whether the forbidden tokens depend on the tokens generated so far."""
         turns = {generation.min_length, generation.max_length + 1}
         if generation.forced_bos_token_id is not None:
             turns.add(2)
@@ -44,11 +43,11 @@ class Rules:
         self._turns = np.array(sorted(turns))
 
     def turn(self, lengths: Ints) -> Ints:
-        """For rows of so many tokens the length from which on the rules say something else, if they do not ``vary``."""
+        """Return, for rows of these lengths, the next length at which the rules change; valid unless they ``vary``."""
         return self._turns[np.searchsorted(self._turns, lengths, side="right")]
 
     def forced(self, lengths: Ints) -> NDArray[np.int32]:
-        """For rows of so many tokens the one that must come next, or -1."""
+        """Return, for rows of these lengths, the token that must come next, or -1."""
         g = self._generation
         given = np.full(len(lengths), -1, np.int32)
         if g.forced_bos_token_id is not None:
@@ -58,11 +57,14 @@ class Rules:
         return given
 
     def always(self, length: int) -> list[int]:
-        """What must not follow any ``length`` tokens: ascending. It is all that rules forbid which do not ``vary``."""
+        """Return the tokens that must not follow any ``length`` tokens, ascending.
+
+        For rules that do not ``vary``, these are all the forbidden tokens.
+        """
         return self._early if length < self._generation.min_length else self.never
 
     def forbidden(self, tokens: Ints) -> list[int]:
-        """What must not follow ``tokens``, the start token first: ascending."""
+        """Return the tokens that must not follow ``tokens``, ascending. ``tokens`` begin with the start token."""
         g = self._generation
         ids = set(self.always(len(tokens)))
         if g.no_repeat_ngram_size:
@@ -76,8 +78,9 @@ class Rules:
 
 @dataclass(frozen=True)
 class Continuations:
-    """Hypotheses of a sentence, best first: which one each continues (its index), its token, and its log-probability,
-    that of the whole."""
+    """Hypotheses of a sentence, best first: the index of the parent, the new token, and the log-probability of the
+    whole.
+    """
 
     parents: list[int]
     tokens: list[int]
@@ -86,16 +89,16 @@ class Continuations:
 
 @dataclass
 class Finished:
-    """A whole hypothesis: its tokens after the start token, and its score with the length penalty."""
+    """A finished hypothesis: its tokens without the start token, and its score with the length penalty."""
 
     tokens: Ints
     score: float
 
 
 class Beam:
-    """Beam search for one sentence: how many hypotheses run, and the best finished ones.
+    """Beam search for one sentence: its number of beams, and its best finished hypotheses.
 
-    The running ones, their tokens and their scores, best first, are kept by the caller.
+    The caller keeps the running hypotheses, best first, with their tokens and scores.
     """
 
     def __init__(self, generation: Generation, eos_token_ids: Sequence[int]) -> None:
@@ -104,16 +107,17 @@ class Beam:
         self.beams = generation.beam_size
         self.finished: list[Finished] = []
         self.improvable = True
-        """Whether a hypothesis that still runs may become better than those finished."""
+        """Whether a running hypothesis may still become better than the finished ones."""
 
     def advance(self, best: Continuations, length: int, tokens: Ints) -> Continuations | None:
         """Choose the next running hypotheses, best first; None when the search is over.
 
         Args:
-            best: of all hypotheses together, best first, ``candidates`` of them.
-            length: of the running hypotheses, whose ``tokens`` are [beams, length], the start token first.
+            best: the ``candidates`` best continuations of all hypotheses together, best first.
+            length: number of tokens of the running hypotheses, the start token included.
+            tokens: the running hypotheses, [beams, length].
 
-        While none of ``best`` ends and nothing is finished, the answer is the first of ``best``.
+        While no continuation ends and nothing is finished, this returns the first of ``best``.
         """
         g = self.generation
         at_limit = length + 1 >= g.max_length
@@ -138,6 +142,7 @@ class Beam:
         return len(self.finished) == self.beams
 
     def _may_improve(self, best_score: float, length: int) -> bool:
+        """Return whether a running hypothesis can still beat the worst of the finished ones."""
         g = self.generation
         if not self._full:
             return True
@@ -146,12 +151,12 @@ class Beam:
 
 
 def candidates(beams: int, eos_token_ids: Sequence[int]) -> int:
-    """How many continuations of a sentence to look at: ``beams`` of them go on, even if some end."""
+    """Return how many continuations of a sentence to look at, so that ``beams`` of them remain even if some end."""
     return max(2, 1 + len(eos_token_ids)) * beams
 
 
 def _repeats(tokens: Ints, size: int) -> list[int]:
-    """Tokens that would complete an n-gram of ``size`` which ``tokens`` already hold."""
+    """Return the tokens that would complete an n-gram of ``size`` that ``tokens`` already contain."""
     if len(tokens) + 1 < size:
         return []
     if size == 1:

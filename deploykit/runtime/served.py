@@ -1,4 +1,4 @@
-"""Connect to a model on a running Triton server: what the clients of every task share."""
+"""Connect to a model on a running Triton server: the part of the client that all tasks share."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import numpy as np
 import tritonclient.http as triton
 from numpy.typing import NDArray
 
+from deploykit.artifacts import digest_of
 from deploykit.errors import DeploykitError, RequestError, ServerError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL as DEFAULT_URL
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of_parameters
 
 _MAX_REQUEST_BYTES = 8 << 20  # well below Triton's limit of 64 MiB for a request's body
-_FIRST_ROW = "row 0 of TEXT: "  # begins the refusal of a request without a good row
+_FIRST_ROW = "row 0 of TEXT: "  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-# What Triton says while a model whose process died is being loaded again.
+# Triton's messages while it reloads a model whose process died.
 _RELOADING = re.compile(r"is not healthy|is not found|no available versions|is not ready|unloaded|UNAVAILABLE")
 
 
@@ -33,7 +34,10 @@ Row = TypeVar("Row")
 
 
 class _Connection:
-    """One keep-alive connection, for any thread: tritonclient's belongs to the one that made it, to be closed as well."""
+    """One keep-alive HTTP connection that any thread may use and close.
+
+    A connection of tritonclient belongs to the thread that made it.
+    """
 
     def __init__(self, address: str, tls: bool, timeout: float) -> None:
         host, _, path = address.partition("/")
@@ -44,7 +48,7 @@ class _Connection:
         self._connection.sock.settimeout(timeout)
 
     def send(self, method: str, path: str, body: bytes, json_size: int | None) -> tuple[int, int | None, bytes]:
-        """See ``ServedModel._send``."""
+        """Send a request. See ``ServedModel._send``."""
         headers = {} if json_size is None else {"Inference-Header-Content-Length": str(json_size)}
         self._connection.request(method, f"{self._path}{path}", body, headers)
         response = self._connection.getresponse()
@@ -53,7 +57,7 @@ class _Connection:
 
     @property
     def kept(self) -> bool:
-        """Whether the server left it open."""
+        """Whether the server left the connection open."""
         return self._connection.sock is not None
 
     def close(self) -> None:
@@ -61,10 +65,10 @@ class _Connection:
 
 
 class ServedModel:
-    """The model ``name`` on the Triton server at ``url``: what clients of every task do alike.
+    """The model ``name`` on the Triton server at ``url``: the base of every task's client.
 
-    ``timeout`` seconds bound one answer. A full queue, or a model that is being loaded again, is
-    tried again for ``patience`` seconds. Not for use from several threads at once.
+    ``timeout`` is the limit for one answer, in seconds. If the queue is full, or the model is being loaded again,
+    requests are retried for ``patience`` seconds. Not for use from several threads at once.
     """
 
     def __init__(
@@ -85,8 +89,15 @@ class ServedModel:
             self.close()
             raise
         self.max_batch_size = max(1, int(config.get("max_batch_size", 1)))
+        self._config = config
+
+    def identity(self) -> str:
+        """Return a digest of what the server says of the model: its address, configuration and loaded versions."""
+        loaded = self._ask("GET", "stats", patience=self._patience)
+        return digest_of(self._url, self._config, [model["version"] for model in loaded["model_stats"]])
 
     def close(self) -> None:
+        """Close all connections."""
         self._pool.shutdown(cancel_futures=True)
         while self._idle:
             self._idle.pop().close()
@@ -99,9 +110,9 @@ class ServedModel:
         *,
         most_bytes: int = _MAX_REQUEST_BYTES,
     ) -> list[Row]:
-        """What ``infer`` says of each text, in their order; ``failed(error)`` for one that the model refuses.
+        """Return the result of ``infer`` for each text, in order; ``failed(error)`` for a text that the model refuses.
 
-        Several requests of many texts, of ``most_bytes`` or of one text each, are under way at once.
+        Several requests are in flight at once, each of up to ``most_bytes`` or of one text.
         """
 
         def ask(chunk: list[bytes]) -> list[Row]:
@@ -112,7 +123,7 @@ class ServedModel:
                     raise
                 if len(chunk) == 1:
                     return [failed(error.message.removeprefix(_FIRST_ROW))]
-                # Every row is bad, and the refusal names the first only.
+                # Every row is bad, but the error names the first only.
                 return [row for one in chunk for row in ask([one])]
 
         raw = [_SURROGATE.sub("\ufffd", text).encode() for text in texts]
@@ -134,7 +145,7 @@ class ServedModel:
     def _infer(
         self, chunk: list[bytes], names: Sequence[str], parameters: Mapping[str, Any] | None = None
     ) -> list[NDArray[Any]]:
-        """The outputs ``names`` for a chunk of texts, a row each."""
+        """Return the outputs ``names`` for a chunk of texts, one row for each."""
         text = triton.InferInput("TEXT", [len(chunk), 1], "BYTES")
         text.set_data_from_numpy(np.array(chunk, np.object_).reshape(-1, 1))
         outputs = [triton.InferRequestedOutput(name) for name in names]
@@ -145,9 +156,9 @@ class ServedModel:
         return [answer.as_numpy(name) for name in names]
 
     def _ask(self, method: str, what: str, body: bytes = b"", json_size: int | None = None, *, patience: float) -> Any:
-        """What the server says of ``what`` of this model: an InferResult, or without ``json_size`` JSON.
+        """Request ``what`` of this model. Returns an InferResult, or parsed JSON if ``json_size`` is None.
 
-        Asked until it is answered, refused for good, or ``patience`` seconds are over.
+        Retries until the request is answered or refused for good, or ``patience`` seconds are over.
         """
         path = f"/v2/models/{quote(self._name)}/{what}"
         deadline = time.monotonic() + patience
@@ -161,16 +172,18 @@ class ServedModel:
                     return triton.InferenceServerClient.parse_response_body(answer, header_length=header_size)
             except TimeoutError:
                 raise ServerError(
-                    f"no answer from {self._url} within {self._timeout:g} s", "see the server's log, or try later"
+                    f"no answer from {self._url} within {self._timeout:g} s", "see the server's log, or try again later"
                 ) from None
             except OSError as error:
                 raise ServerError(
                     f"no server answers at {self._url} ({_reason(error)})",
-                    "start one with: deploykit serve; or pass its address with --url",
+                    "start one with deploykit serve, or pass the server's address with --url",
                 ) from None
-            except Exception as error:  # HTTP's exceptions, JSON's and those of tritonclient share no base
+            except Exception as error:  # exceptions of http, json and tritonclient have no common base
                 raise self._not_triton(_reason(error)) from None
-            message = error_text(answer).removeprefix("[request id: <id_unknown>] ").strip()  # an id that nobody set
+            message = (
+                error_text(answer).removeprefix("[request id: <id_unknown>] ").strip()
+            )  # Triton's prefix for a request without an id
             busy = status == 503 or (status in (400, 404, 500) and _RELOADING.search(message) is not None)
             if not busy or time.monotonic() > deadline:
                 raise self._refusal(status, message)
@@ -178,7 +191,7 @@ class ServedModel:
             pause = min(2 * pause, 1.0)
 
     def _send(self, method: str, path: str, body: bytes, json_size: int | None) -> tuple[int, int | None, bytes]:
-        """The answer's status, the size of its JSON if more follows, and its body."""
+        """Send one request. Returns the status, the size of the JSON part if a binary part follows, and the body."""
         try:
             connection, used = self._idle.pop(), True
         except IndexError:
@@ -187,7 +200,7 @@ class ServedModel:
             answer = connection.send(method, path, body, json_size)
         except BaseException as error:
             connection.close()
-            if used and isinstance(error, ConnectionError):  # the server may close what was idle
+            if used and isinstance(error, ConnectionError):  # the server may have closed an idle connection
                 return self._send(method, path, body, json_size)
             raise
         if connection.kept:
@@ -196,17 +209,19 @@ class ServedModel:
 
     def _not_triton(self, reason: str) -> ServerError:
         return ServerError(
-            f"{self._url} answers, but not as a Triton server does ({reason})",
+            f"{self._url} is not a Triton server ({reason})",
             "pass the server's HTTP address (not its gRPC or metrics port) with --url",
         )
 
     def _refusal(self, status: int, message: str) -> ServerError:
         where = f"model {self._name} at {self._url}"
         if status == 503:
-            return RequestError(f"{where}: is overloaded: {message}", 503, "send fewer requests at once, or try later")
+            return RequestError(
+                f"{where}: overloaded: {message}", 503, "send fewer requests at once, or try again later"
+            )
         if status == 404 or "unknown model" in message:
             return RequestError(
-                f"{where}: no such model on that server", 404, "deploykit serve prints the names of its models"
+                f"{where}: the server has no such model", 404, "use a name that deploykit serve printed when it started"
             )
         if status in (401, 403, 405, 502, 504):
             return self._not_triton(f"HTTP status {status}")
@@ -220,29 +235,29 @@ class ServedModel:
             task = task_of_parameters(parameters)
         except (KeyError, TypeError, AttributeError, ValueError, DeploykitError) as error:
             raise RequestError(
-                f"model {self._name} at {self._url}: was not packaged by deploykit: its config has no task",
+                f"model {self._name} at {self._url} was not packaged by deploykit: its config has no task",
                 400,
                 "name a model that deploykit package wrote",
             ) from error
         if "streams" in parameters:
             raise UsageError(
-                f"model {self._name} sends sentences one by one, to a gRPC stream", f"name {parameters['streams']}"
+                f"model {self._name} answers gRPC streams only", f"use {parameters['streams']}, the model behind it"
             )
         return task
 
 
 def parse_url(url: str) -> tuple[str, bool]:
-    """(``host:port`` and any path, whether it is https) of a server's HTTP address.
+    """Split a server's HTTP address into ``host:port`` with any path, and whether it is https.
 
-    ``host:port`` and ``http://host:port`` are the same. Raises UsageError.
+    ``host:port`` and ``http://host:port`` mean the same. Raises UsageError.
     """
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         port, host = parts.port, parts.hostname
     except ValueError as error:
-        raise UsageError(f"{url!r} is not an address: {error}", f"write it as {DEFAULT_URL}") from None
+        raise UsageError(f"{url!r} is not an address: {error}", f"write it like {DEFAULT_URL}") from None
     if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment or re.search(r"\s", url):
-        raise UsageError(f"{url!r} is not the HTTP address of a server", f"write it as {DEFAULT_URL}")
+        raise UsageError(f"{url!r} is not an HTTP address", f"write it like {DEFAULT_URL}")
     if port is None:
         port = {"http": 80, "https": 443}[parts.scheme] if "://" in url else 8000
     name = f"[{host}]" if ":" in host else host
@@ -250,7 +265,7 @@ def parse_url(url: str) -> tuple[str, bool]:
 
 
 def error_text(answer: bytes) -> str:
-    """What the body of a refusal says: Triton's message, or the beginning of what a proxy sent."""
+    """Return the message of an error response: Triton's, or the beginning of a proxy's."""
     try:
         return str(json.loads(answer)["error"])
     except (ValueError, LookupError, TypeError):
@@ -258,6 +273,7 @@ def error_text(answer: bytes) -> str:
 
 
 def require_all(errors: Sequence[str]) -> None:
+    """Raise RequestError naming the first text that has an error."""
     for number, error in enumerate(errors):
         if error:
             raise RequestError(f"text {number}: {error}", 400, "remove that text, or correct it")
@@ -271,8 +287,8 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError unless ``name`` can be a folder and a part of a URL."""
+    """Raise UsageError unless ``name`` is valid as a folder and as a part of a URL."""
     if not _NAME.fullmatch(name):
         raise UsageError(
-            f"model name {name!r} is not allowed", "use letters, digits, _ . and - only, not beginning with a dot"
+            f"model name {name!r} is not allowed", "use only letters, digits, _ . and -, and do not begin with a dot"
         )

@@ -1,4 +1,4 @@
-"""Define how Triton runs a model: the choices that config.pbtxt records."""
+"""Settings with which Triton runs a model, as config.pbtxt records them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 """HTTP address of a server on this machine."""
 LongInput = Literal["split", "refuse"]
 """What becomes of a text that is longer than the model takes: split at sentence ends, or refused."""
+Split = Literal["sentence", "paragraph", "none"]
+"""Which pieces of a text are translated one by one: its sentences, its lines, or the whole of it."""
 _MAY_BE_ZERO = (
     "threads",
     "token_budget",
@@ -23,17 +25,15 @@ _MAY_BE_ZERO = (
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How Triton runs a model: the choices that config.pbtxt records.
+    """Settings with which Triton runs a model, as config.pbtxt records them. Times are in microseconds.
 
-    ``instances`` None is what the task does best with: two for classification, one for translation.
-    ``threads`` are CPU threads per instance, 0 for twice the CPUs shared among the instances.
-    ``max_queue_size`` counts requests of a classifier and sentences of a translator.
+    For all tasks:
 
     Of classification alone: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
     ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to
     ``max_batch_size``. Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
     ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer
-    than the model takes; without ``in_flight`` a text waits until all that run before it are done.
+    than the model takes; ``split`` which pieces of a text are translated one by one; without ``in_flight`` a text waits until all that run before it are done.
     """
 
     max_batch_size: int = 64
@@ -47,11 +47,14 @@ class ServingSettings:
     max_rows: int = 64
     max_cache_mb: int = 512
     long_input: LongInput = "split"
+    split: Split = "sentence"
     in_flight: bool = True
 
     def __post_init__(self) -> None:
         if self.long_input not in get_args(LongInput):
             raise UsageError(f"long_input is {self.long_input!r}", f"choose one of: {', '.join(get_args(LongInput))}")
+        if self.split not in get_args(Split):
+            raise UsageError(f"split is {self.split!r}", f"choose one of: {', '.join(get_args(Split))}")
         for setting in fields(self):
             value = getattr(self, setting.name)
             least = 0 if setting.name in _MAY_BE_ZERO else 1

@@ -1,4 +1,4 @@
-"""What the backend does alike for every task: read config.pbtxt, read a request's texts, refuse, answer."""
+"""Parts of the Triton backend that all tasks share: config.pbtxt, the texts of a request, refusals, output tensors."""
 
 from __future__ import annotations
 
@@ -25,25 +25,28 @@ class RefusedError(ServerError):
         self._code = pb_utils.TritonError.INVALID_ARG if code is None else code
 
     def response(self) -> Any:
+        """Return the error response."""
         return pb_utils.InferenceResponse([], error=pb_utils.TritonError(str(self), self._code))
 
 
 class CancelledError(RefusedError):
+    """Raised for a request that the client cancelled."""
+
     def __init__(self) -> None:
         super().__init__("the client cancelled the request", pb_utils.TritonError.CANCELLED)
 
 
 class FailedError(RefusedError):
-    """The model failed: the kind of ``error`` is all that a client is told, the rest is for the log."""
+    """Raised when the model failed. The client learns only the type of ``error``; details go to the log."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(f"the model failed on this request: {type(error).__name__}", pb_utils.TritonError.INTERNAL)
 
 
 class Rows:
-    """One request's texts: an error ("" if none) for every row, and the rows that have none.
+    """The texts of one request, with an error ("" for none) for each row.
 
-    Raises RefusedError when no row is ``good``.
+    Raises RefusedError when no row is valid.
     """
 
     def __init__(self, request: Any) -> None:
@@ -63,15 +66,16 @@ class Rows:
 
     @property
     def good(self) -> list[int]:
+        """Numbers of the rows without an error."""
         return [row for row, error in enumerate(self.errors) if not error]
 
     @property
     def texts(self) -> list[str]:
-        """Of the good rows."""
+        """Texts of the rows without an error."""
         return [self._texts[row] for row in self.good]
 
     def fail(self, errors: Mapping[int, str]) -> None:
-        """Give rows, by number, an error found later."""
+        """Set errors found later, by row number."""
         for row, error in errors.items():
             self.errors[row] = error
         self._require_one()
@@ -82,29 +86,29 @@ class Rows:
 
 
 def parameters_of(request: Any) -> dict[str, Any]:
-    """The request parameters that the client gave."""
+    """Return the request parameters that the client sent."""
     given: dict[str, Any] = json.loads(request.parameters() or "{}")
     return given
 
 
 def strings(name: str, values: Iterable[str]) -> Any:
-    """An output tensor of one string a row."""
+    """Return an output tensor with one string per row."""
     return pb_utils.Tensor(name, np.array([[value.encode()] for value in values], np.object_))
 
 
 def numbers(name: str, values: Iterable[float], dtype: type[np.generic]) -> Any:
-    """An output tensor of one number a row."""
+    """Return an output tensor with one number per row."""
     column: NDArray[Any] = np.array([[value] for value in values], dtype)
     return pb_utils.Tensor(name, column)
 
 
 def text_parameter(config: Mapping[str, Any], name: str, default: str) -> str:
-    """From the parameters of config.pbtxt."""
+    """Return a parameter of config.pbtxt, or ``default``."""
     return str(config.get("parameters", {}).get(name, {}).get("string_value", default))
 
 
 def number_parameter(config: Mapping[str, Any], name: str, default: int) -> int:
-    """A whole number >= 0 from the parameters of config.pbtxt."""
+    """Return a whole number >= 0 from the parameters of config.pbtxt. Raises DeploykitError."""
     text = text_parameter(config, name, str(default))
     if not text.isascii() or not text.isdigit():
         raise DeploykitError(f"config.pbtxt: parameter {name} is {text!r}", "make it a whole number, 0 or more")
@@ -112,6 +116,6 @@ def number_parameter(config: Mapping[str, Any], name: str, default: int) -> int:
 
 
 def cpu_threads(config: Mapping[str, Any]) -> int:
-    """The parameter ``threads``; 0 is the instance's share."""
+    """Return the parameter ``threads``; if it is 0, the instance's share of the CPUs."""
     instances = sum(group.get("count", 1) for group in config.get("instance_group", [])) or 1
     return number_parameter(config, "threads", 0) or threads_of_each(instances)

@@ -1,7 +1,7 @@
-"""What ``deploykit tune`` found best of an export on this machine: what ``--engine auto`` then means.
+"""Record the engine and precision that ``deploykit tune`` found best: the meaning of ``--engine auto`` on this machine.
 
-A file beside the export's own, which its manifest does not name: it says something of a machine, and the export
-stays what it is without it.
+The record is a file beside the export's own. The manifest does not list it, because it describes a machine and the
+export stays the same without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TUNED = "tuned.json"
 
 @dataclass(frozen=True)
 class Tuned:
-    """``digest`` is the export's; ``cpu`` and ``cpus`` are where it was measured."""
+    """The best engine and precision of the export ``digest``, measured on ``cpus`` CPUs of the model ``cpu``."""
 
     engine: str
     precision: str
@@ -31,7 +31,7 @@ class Tuned:
 
 
 def write_tuned(export: Path, manifest: Manifest, *, engine: str, precision: str, slo: str, rate_per_s: float) -> Path:
-    """Keep what was measured here, in place of what was before. Returns the file."""
+    """Write the record, replacing an earlier one. Returns its path."""
     tuned = Tuned(engine, precision, manifest.digest, cpu_name(), available_cpus(), slo, rate_per_s)
     with new_file(export / TUNED) as file:
         file.write_text(json.dumps(asdict(tuned), indent=1) + "\n", encoding="utf-8")
@@ -39,7 +39,7 @@ def write_tuned(export: Path, manifest: Manifest, *, engine: str, precision: str
 
 
 def read_tuned(path: Path, manifest: Manifest) -> Tuned | None:
-    """What was measured of just these files on a machine like this one, if its engine can run here; None otherwise."""
+    """Return the record, or None unless it was measured for these files on such a machine and its engine runs here."""
     try:
         tuned = Tuned(**json.loads((path / TUNED).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""Calibrate: a checkpoint or an export in; what real rows did to each activation of its fp32 graph, out.
+"""Calibrate: collect histograms of the activations in a checkpoint's or export's fp32 graph.
 
 One calibration serves every method, engine and export of the checkpoint.
 """
@@ -30,8 +30,8 @@ class Calibrated:
 def calibrate(source: Path, out: Path, options: CalibrationOptions, *, force: bool = False, say: Say) -> Calibrated:
     """Run rows through the fp32 graph of ``source`` and write the histograms of its activations to ``out``.
 
-    The manifest's parent is the checkpoint whose graph it is. Its metrics have rows, rows_digest, seconds,
-    peak_memory_mb and ranges: of each tensor, what each method keeps (low, high).
+    The manifest's parent is the checkpoint of the graph. Its metrics have rows, rows_digest, seconds, peak_memory_mb and ranges:
+    for each tensor, the range (low, high) that each method chooses.
     """
     options.check()
     exported = _export_at(source)
@@ -69,9 +69,9 @@ def calibrate(source: Path, out: Path, options: CalibrationOptions, *, force: bo
 
 
 def _export_at(path: Path) -> artifacts.Manifest | None:
-    """The manifest of an export, verified; None for anything else."""
+    """Return the verified manifest of an export; None for anything else."""
     try:
         kind = json.loads((path / artifacts.MANIFEST).read_text(encoding="utf-8")).get("kind")
     except (OSError, ValueError, AttributeError):
-        return None  # whoever reads it next says what is wrong
+        return None  # the next reader reports the error
     return artifacts.load_manifest(path, "export") if kind == "export" else None

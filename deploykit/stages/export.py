@@ -1,4 +1,4 @@
-"""Export: checkpoint in; ONNX, optionally INT8, checked and measured, out. The same steps for every task."""
+"""Export a checkpoint to ONNX, optionally INT8, checked and measured. The steps are the same for every task."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Exported:
 def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool = False, say: Say) -> Exported:
     """Write fp32 ONNX and, with ``int8``, quantized graphs for each target, each measured on the same rows.
 
-    Raises ExportError, leaving nothing at ``out``, when a graph differs from PyTorch, when an
-    engine runs no INT8 kernel, or when INT8 costs more than ``max_drop`` points. A search for layers in fp32 that is
-    killed is taken up again from OUT.search.json by the next export of the same inputs.
+    Raises ExportError, leaving nothing at ``out``, when a graph differs from PyTorch, when an engine runs no INT8
+    kernel, or when INT8 loses more than ``max_drop`` points. After a killed search for layers in fp32, the next export
+    of the same inputs continues it from OUT.search.json.
     """
     options = options.with_precisions()
     options.check()
@@ -81,7 +81,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
 
 
 def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say: Say) -> None:
-    """Show what a search for layers in fp32 has measured, if there was one, as a page of the export."""
+    """Print the result of a search for layers in fp32, if there was one, and plot it on a page of the export."""
     searches = metrics.get("quantization", {}).get("search")
     if not searches:
         return
@@ -95,7 +95,7 @@ def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say:
     try:
         write_search(searches, limits, directory / SEARCH_PAGE)
     except MissingDependencyError as error:
-        say(f"the search is not drawn: {error.message}: {error.remedy}")
+        say(f"the search is not plotted: {error.message}: {error.remedy}")
 
 
 def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
@@ -118,7 +118,7 @@ def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
 
 
 def identity(options: CalibrationOptions) -> dict[str, Any]:
-    """The options, with the digests of files in place of their names."""
+    """Return the options, with files replaced by their digests."""
     values = dataclasses.asdict(options)
     for name in ("calibration_data", "calib", "data"):
         path = Path(values.get(name) or "")
@@ -128,7 +128,7 @@ def identity(options: CalibrationOptions) -> dict[str, Any]:
 
 
 def parent_digest(checkpoint: Path) -> str:
-    """The digest of a checkpoint, also of one that deploykit did not write."""
+    """Return the digest of a checkpoint, whether or not deploykit wrote it."""
     if (checkpoint / artifacts.MANIFEST).exists():
         return artifacts.load_manifest(checkpoint, "checkpoint", verify=False).digest
     return artifacts.digest_path(checkpoint)

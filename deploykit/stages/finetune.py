@@ -1,4 +1,4 @@
-"""Fine-tune: rows in, checkpoint out, by the same steps for every task."""
+"""Fine-tune: rows in, checkpoint out. The steps are the same for every task."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
-    """A task's own part: how its rows are read, and what is trained on them."""
+    """The part of fine-tuning that a task implements: reading rows, and training."""
 
     def train(self, rows: Rows[Row, Columns], work: Path, say: Say) -> Trained:
-        """Train and measure; checkpoints and whatever else a killed run needs again go to ``work``."""
+        """Train and measure. Checkpoints and other files that a killed run needs again go to ``work``."""
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,14 @@ def finetune(
 ) -> Finetuned:
     """Read, clean, split, train, measure, and write the checkpoint to ``out``.
 
-    A run that was killed is continued when it is started again with the same options, unless
-    ``restart`` is set.
+    A killed run continues when it is started again with the same options, unless ``restart`` is set.
     """
     options.check()
     _check_here(options)
     inputs = _digest(options)
     if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
         return Finetuned(out, manifest, reused=True)
-    # What a stage imports takes seconds, and so comes only now that there is something to train.
+    # These imports take seconds, so they happen only when there is something to train.
     from deploykit.training.checkpoint import quiet
 
     quiet()
@@ -101,7 +100,7 @@ def _run(
         cleaning = {name: report.to_json() for name, report in rows.cleaning.items()}
         with artifacts.new_directory(out) as directory:
             trained.model.save_pretrained(directory)
-            # Peft writes a card of its own, with the base model's local path as an id of the hub.
+            # Peft writes its own card, with the base model's local path as a hub id.
             (directory / "README.md").unlink(missing_ok=True)
             trained.tokenizer.save_pretrained(directory)
             if trained.scales is not None:
@@ -128,7 +127,7 @@ def _run(
 
 
 def _digest(options: FinetuneOptions) -> str:
-    """Everything that determines the run: options, and the contents of the files they name."""
+    """Return a digest of everything that determines the run: options, and the contents of the files they name."""
     values = dataclasses.asdict(options)
     for name in ROWS:
         if values[name] and (paths := named_paths(values[name])):
@@ -138,7 +137,7 @@ def _digest(options: FinetuneOptions) -> str:
 
 @contextmanager
 def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Iterator[Path]:
-    """Where a run keeps its training checkpoints until it is done: beside ``out``, one for each set of inputs."""
+    """Yield the folder for training checkpoints of an unfinished run: beside ``out``, one for each set of inputs."""
     work = out.absolute().with_name(f".{out.name}.{inputs[:12]}.training")
     with artifacts.explained(work):
         if restart:
@@ -154,7 +153,7 @@ def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Itera
         ) from None
     try:
         if continued:
-            say(f"continuing the unfinished run in {work} (--restart begins anew)")
+            say(f"continuing the unfinished run in {work} (--restart starts over)")
         with artifacts.explained(work):
             yield work
     finally:

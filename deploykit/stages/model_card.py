@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint: what it does, what it was made from, and how well it does it."""
+"""Write the README.md of a checkpoint: its task, its data, and its metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def render(
     cleaning: Mapping[str, Mapping[str, int]],
     metrics: Mapping[str, Any],
 ) -> str:
-    """Markdown with the hub's metadata header (hub documentation, "Model Cards")."""
+    """Return Markdown with the hub's metadata header (hub documentation, "Model Cards")."""
     held_out = "test" if "test" in metrics else "validation"
     origin = Path(options.origin).name
     head, results = task_of(task).model_card(task, origin, metrics, held_out, rows[held_out])

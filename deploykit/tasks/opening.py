@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from deploykit.artifacts import Manifest, load_manifest
+from deploykit.artifacts import MANIFEST, Manifest, digest_path, load_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.served import DEFAULT_URL, ServedModel
@@ -39,6 +39,14 @@ def open_predictor(
     if manifest.kind == "checkpoint":
         return task_of(manifest.task).open_checkpoint(path)
     return open_graph(path, manifest, engine=engine, precision=precision, threads=threads)
+
+
+def identity_of(target: str, predictor: Predictor) -> str:
+    """Return what changes when another model stands behind ``target``: the digest of its files, or what its server says."""
+    path = Path(target)
+    if isinstance(predictor, ServedModel):
+        return predictor.identity()
+    return load_manifest(path, verify=False).digest if (path / MANIFEST).exists() else digest_path(path)
 
 
 def open_for(task: str, target: str, **where: Any) -> Predictor:

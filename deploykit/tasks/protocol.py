@@ -30,7 +30,9 @@ class Training(Protocol):
     heads: tuple[str, ...]
     """How the classes end that a checkpoint's ``architectures`` name: "ForSequenceClassification"."""
     model_types: tuple[str, ...]
-    """The model types that it takes, all of them its own; empty: every type that no other task claims."""
+    """The model types that are its own; empty: every type that no other task claims."""
+    shared_types: tuple[str, ...]
+    """The model types that it takes beside its own, and leaves to other tasks too."""
 
     def options(self) -> type[Any]:
         """Return the dataclass of a run's options (``FinetuneOptions``); its new fields become options of ``finetune``."""

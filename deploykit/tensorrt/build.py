@@ -1,8 +1,8 @@
-"""TensorRT engines from the graphs of an export, by whichever builder there is.
+"""Build TensorRT engines from the graphs of an export, with any of three builders.
 
-Networks are strongly typed everywhere: fp16 and bf16 are graphs of that type, INT8 is explicit Q/DQ in an fp16
-graph. Types are therefore no option of the builder, and TensorRT 10.3 (JetPack 6) to 11, TensorRT-RTX and trtexec
-are asked alike. TensorRT-RTX builds without a GPU, but neither loads nor runs an engine without one.
+Networks are always strongly typed: fp16 and bf16 are graphs of that type, INT8 is explicit Q/DQ in an fp16 graph. So
+types are not builder options, and TensorRT 10.3 (JetPack 6) to 11, TensorRT-RTX and trtexec are called alike.
+TensorRT-RTX builds without a GPU, but neither loads nor runs an engine without one.
 
 Source: NVIDIA TensorRT documentation, "Strongly Typed Networks", "Working with Dynamic Shapes", "trtexec".
 """
@@ -37,12 +37,12 @@ GRAPHS = {
     "bf16": "model.bf16.onnx",
     "int8": "model.qdq.onnx",
 }
-"""The file of a classifier's export that an engine of each precision is built from."""
+"""Precision -> the file of a classifier's export that its engine is built from."""
 PRECISIONS = tuple(GRAPHS)
 TRANSLATOR_GRAPHS = {p: (f"encoder.trt.{p}.onnx", f"decoder.trt.{p}.onnx", f"shared.trt.{p}.bin") for p in PRECISIONS}
-"""Of a translator's: the graphs of standard ONNX, and the weights that both use."""
+"""Precision -> the files of a translator's export: graphs in standard ONNX, and the weights of both."""
 GPU = r"portable|this-gpu|sm_\d{2,3}"
-"""What names a GPU, as a regular expression."""
+"""Regular expression for names of a GPU target."""
 BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")
 _UNITS = {
     "": 1,
@@ -57,26 +57,27 @@ _UNITS = {
     "GB": 10**9,
 }
 _AXES = {"batch": "batch", "rows": "batch", "tokens": "length", "source": "length", "target": "past"}
-"""Dimensions of graphs' inputs, and the axes of a profile that they are of."""
+"""Dimension of a graph's input -> axis of a profile."""
 _LAYER = re.compile(
     r"^Name: (?P<name>.+?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], (?:Constants|Outputs):"
 )
 _DATATYPE = re.compile(r"Datatype: (\w+)")
-_GEMMS = ("gemm", "runtime_fusion")  # TensorRT-RTX's names for what multiplies matrices
+_GEMMS = ("gemm", "runtime_fusion")  # TensorRT-RTX's names of matrix products
 
 Range = tuple[int, int, int]
 
 Inputs = Mapping[str, Sequence[int | str]]
-"""A graph's inputs by name: their dimensions, numbers or names."""
+"""A graph's inputs by name, with their dimensions (numbers or names)."""
 CLASSIFIER_INPUTS: Inputs = dict.fromkeys(("input_ids", "attention_mask"), ("batch", "tokens"))
 Limits = Mapping[str, int]
-"""The most that a model takes of each axis but the batch: ``length``, and ``past`` where it has a decoder's caches."""
+"""Upper limits of a model's axes other than batch: ``length``, and ``past`` if it has decoder caches."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The least, the usual and the most of each axis: rows of a ``batch``, tokens of a row (its ``length``), and
-    positions of a decoder's caches (``past``, the new token's own among them)."""
+    """Smallest, usual and largest size of each axis: rows of a ``batch``, tokens of a row (``length``), and positions
+    of a decoder's caches (``past``, including the new token's).
+    """
 
     ranges: Mapping[str, Range]
 
@@ -84,7 +85,7 @@ class Profile:
         return ",".join(f"{axis}={':'.join(map(str, range_))}" for axis, range_ in self.ranges.items())
 
     def shapes(self, dimensions: Sequence[int | str]) -> list[tuple[int, ...]]:
-        """The least, the usual and the largest shape of an input of a graph."""
+        """Return the smallest, usual and largest shape of an input."""
         return [tuple(d if isinstance(d, int) else self.ranges[_AXES[d]][i] for d in dimensions) for i in range(3)]
 
 
@@ -103,7 +104,7 @@ class EngineOptions:
     command: str = "deploykit export CHECKPOINT --output-dir EXPORT --trt"
 
     def check(self) -> None:
-        """Raises UsageError naming the option."""
+        """Raise UsageError naming the first invalid option."""
         for precision in self.precisions:
             if precision not in PRECISIONS:
                 raise UsageError(f"unknown --precision {precision!r}", f"choose one of: {', '.join(PRECISIONS)}")
@@ -119,8 +120,10 @@ class EngineOptions:
 
 
 def parse_profile(text: str, limits: Limits | None = None) -> Profile:
-    """Read ``batch=MIN:OPT:MAX,length=MIN:OPT:MAX``, and the same of ``past`` where ``limits`` have it (None: of no
-    model yet). Raises UsageError saying what is wrong with it."""
+    """Parse ``batch=MIN:OPT:MAX,length=MIN:OPT:MAX``, with ``past`` if ``limits`` have it (None: model unknown).
+
+    Raises UsageError saying what is wrong.
+    """
     axes = {"batch": 0, **(limits or {"length": 0, "past": 0})}
     usual = {"batch": "1:8:32", "length": "16:64:128", "past": "1:32:128"}
     shapes = shapes_of_profile(",".join(f"{axis}={usual[axis]}" for axis in axes))
@@ -201,7 +204,7 @@ def workspace_of_pools(text: str) -> str:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``1GiB``, ``512MiB`` and the like. Raises UsageError."""
+    """Parse ``1GiB``, ``512MiB`` and the like to bytes. Raises UsageError."""
     match = re.fullmatch(r"(\d{1,12})\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in _UNITS or not int(match[1]):
         raise UsageError(f"--memPoolSize {text!r} is no size", "give one like workspace:512MiB or workspace:1GiB")
@@ -225,7 +228,7 @@ def choose_builder(name: str) -> str:
 
 
 def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
-    """The builder and the profiles, all checked before minutes of work go into what they cannot be built from.
+    """Return the builder and the profiles, checked before the export's work starts.
 
     Raises UsageError naming the option, MissingDependencyError.
     """
@@ -249,7 +252,7 @@ def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
         )
     if builder != "rtx" and not has_gpu():
         raise MissingDependencyError(
-            f"--builder {builder} needs an NVIDIA GPU and its driver, and there is none here",
+            f"--builder {builder} needs an NVIDIA GPU and its driver, and this machine has none",
             "give --builder rtx, which builds without one, or check nvidia-smi",
         )
     if options.gpu == "this-gpu" and not has_gpu():
@@ -270,13 +273,13 @@ def build_engine(
     inputs: Inputs = CLASSIFIER_INPUTS,
     weights: Path | None = None,
 ) -> EngineRecord:
-    """Build ``graph``, whose inputs have dimensions of ``_AXES``, and write the engine, its record and the builder's log beside it.
+    """Build ``graph``, whose inputs have dimensions of ``_AXES``, and write engine, record and builder's log beside it.
 
-    ``calibration`` is the digest of the ranges in an INT8 graph, ``weights`` the file of those that it does not hold
-    itself. What was built before from the same graph, options, builder and GPU is taken from the user's cache.
+    ``calibration`` is the digest of the ranges in an INT8 graph, ``weights`` the file with its external weights. An
+    engine built before from the same graph, options, builder and GPU is taken from the user's cache.
 
-    Raises ExportError naming the node that TensorRT does not take, or what else stopped it; UsageError for a profile
-    that a model of these ``limits`` does not allow.
+    Raises ExportError naming the node that TensorRT does not support, or another cause; UsageError for a profile that
+    exceeds ``limits``.
     """
     builder, profiles = plan(options, limits)
     target = Gpu().capability if options.gpu == "this-gpu" else options.gpu
@@ -286,7 +289,7 @@ def build_engine(
     key = digest_of(*made_of, precision, options.workspace, target, list(map(str, profiles)), _maker(builder))
     kept = engine_cache.take(key, engine)
     if kept is not None:
-        say(f"{engine.name}: built before from the same, taken from {engine_cache.folder() / key}")
+        say(f"{engine.name}: reused from {engine_cache.folder() / key}")
     else:
         say(f"building {engine.name} with {builder}")
     record = kept or _build(graph, graph_digest, inputs, engine, precision, builder, profiles, options, say)
@@ -298,12 +301,12 @@ def build_engine(
         try:
             engine_cache.keep(key, engine)
         except ArtifactError as error:
-            say(f"{engine.name} is not kept for other exports: {error.message}")
+            say(f"{engine.name} is not cached: {error.message}")
     return record
 
 
 def _maker(builder: str) -> list[str]:
-    """What builds: the builder's version and, where it measures kernels, the GPU."""
+    """Return the builder's version and, if it measures kernels, the GPU."""
     if builder == "rtx":
         return [builder, importlib.import_module(BINDINGS[builder]).__version__]
     program = shutil.which("trtexec") if builder == "trtexec" else None
@@ -329,7 +332,7 @@ def _build(
     engine.with_suffix(".log").write_text("\n".join(log) + "\n", encoding="utf-8")
     layers, int8_gemms = count_layers(log)
     if precision == "int8" and layers and not int8_gemms:
-        raise ExportError(f"{builder} computes none of {graph.name}'s layers in INT8", "report this graph")
+        raise ExportError(f"{builder} runs none of {graph.name}'s layers in INT8", "report this graph")
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(layers.items())) or "the builder does not tell"
     say(f"{engine.name}: {engine.stat().st_size / 1e6:.1f} MB, {int8_gemms} INT8 matrix products; layers: {kinds}")
     return EngineRecord(
@@ -352,7 +355,7 @@ def _build(
 
 
 def count_layers(log: Sequence[str]) -> tuple[dict[str, int], int]:
-    """From a detailed log: layers by "kind type", as in ``gemm Int8``; and how many multiply INT8 matrices."""
+    """Count, in a detailed log, layers by "kind type", as in ``gemm Int8``, and INT8 matrix products."""
     counts: Counter[str] = Counter()
     for line in log:
         if match := _LAYER.match(line):
@@ -364,7 +367,7 @@ def count_layers(log: Sequence[str]) -> tuple[dict[str, int], int]:
 def _build_here(
     builder: str, graph: Path, inputs: Inputs, engine: Path, profiles: Sequence[Profile], options: EngineOptions
 ) -> tuple[str, list[str]]:
-    """With the Python bindings, which TensorRT and TensorRT-RTX share."""
+    """Build with the Python bindings, which TensorRT and TensorRT-RTX share."""
     trt = importlib.import_module(BINDINGS[builder])
     lines: list[str] = []
     log = make_log(trt, lines)
@@ -401,12 +404,12 @@ def _build_here(
 
 
 def read_inputs(graph: Path) -> Inputs:
-    """Those of an ONNX file."""
+    """Return the inputs of an ONNX file."""
     try:
-        import onnx  # a device that builds engines does without
+        import onnx  # a device that builds engines has no onnx
     except ImportError as error:
         raise MissingDependencyError(
-            f"{graph}: reading it needs onnx, which is not installed", "pip install 'deploykit[finetune]'"
+            f"{graph}: onnx is needed to read it, and is not installed", "pip install 'deploykit[finetune]'"
         ) from error
 
     model = onnx.load(graph, load_external_data=False)
@@ -423,7 +426,7 @@ def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
 
 
 def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportError:
-    """``remedy`` is for what none of the usual reasons explains."""
+    """Return the error for a failed build. ``remedy`` is used if none of the known causes applies."""
     if re.search(
         r"out ?of ?memory|(insufficient|not enough|failed to allocate) \w*\s?memory|killed", reason, re.IGNORECASE
     ):
@@ -436,7 +439,7 @@ def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportErr
 
 
 def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
-    """What the parser did not take, by node, operator and the PyTorch module it came from."""
+    """Return an error naming what the parser rejected: node, operator and the PyTorch module it came from."""
     if not errors:
         return ExportError(f"TensorRT cannot read {graph.name}", "export the model again")
     error = errors[0]
@@ -456,7 +459,7 @@ def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
 def trtexec_command(
     graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions, inputs: Inputs = CLASSIFIER_INPUTS
 ) -> list[str]:
-    """The arguments of trtexec 10.3 and later that build what the bindings build."""
+    """Return the arguments with which trtexec 10.3 and later builds the same as the bindings."""
     command = ["trtexec", f"--onnx={graph}", f"--saveEngine={engine}", "--stronglyTyped", "--skipInference",
                "--verbose", "--profilingVerbosity=detailed",
                f"--memPoolSize=workspace:{max(1, parse_size(options.workspace) >> 20)}M"]  # fmt: skip

@@ -1,7 +1,7 @@
-"""Engines built before, in the user's cache, each under the digest of what determines it.
+"""Cache built engines in the user's cache directory, by a digest of everything that determines them.
 
-Builders take minutes and, but for TensorRT-RTX, measure kernels: the same graph, options, builder and GPU would give the
-same engine, or one as good.
+Builders take minutes, and all but TensorRT-RTX measure kernels: the same graph, options, builder and GPU would give the
+same engine, or an equally good one.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from deploykit.runtime.engines.tensorrt import EngineRecord, read_record, record
 
 
 def folder() -> Path:
-    """Where they are. Any of it may be deleted at any time."""
+    """Return the cache directory. Its files may be deleted at any time."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deploykit" / "engines"
 
 
 def take(key: str, engine: Path) -> EngineRecord | None:
-    """Copy what is kept under ``key`` to ``engine`` and beside it; None where nothing whole is."""
+    """Copy the entry ``key`` to ``engine`` and beside it. Returns None if there is no complete entry."""
     kept = folder() / key / "engine"
     try:
         record = read_record(kept)
@@ -35,7 +35,7 @@ def take(key: str, engine: Path) -> EngineRecord | None:
 
 
 def keep(key: str, engine: Path) -> None:
-    """Keep an engine, its record and its log. Raises ArtifactError where the cache cannot be written."""
+    """Store an engine, its record and its log. Raises ArtifactError if the cache cannot be written."""
     with new_directory(folder() / key) as directory:
         for source, target in zip(_files(engine), _files(directory / "engine")):
             shutil.copyfile(source, target)

@@ -71,10 +71,10 @@ def _family(path: Path) -> str:
 def check_family(model: str, family: str, task: str) -> None:
     """Raise ArtifactError when a checkpoint of type ``family`` is not for ``task``."""
     wanted, owner = get_task(task), owner_of(family)
-    if wanted.model_types and owner is not wanted:
+    if wanted.model_types and owner is not wanted and family not in wanted.shared_types:
         raise ArtifactError(
             f"{model}: is of type {family}, which does not {wanted.verb}",
-            f"give a checkpoint of type {', '.join(wanted.model_types)}",
+            f"give a checkpoint of type {', '.join((*wanted.model_types, *wanted.shared_types))}",
         )
     if owner not in (None, wanted):
         raise ArtifactError(f"{model}: is of type {family}, made for {owner.name}", f"give --task {owner.name}")

@@ -126,6 +126,8 @@ def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Coll
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
+    # Heads are trained whole. Of "all-linear" peft leaves out a classifier's by itself, but not those of tokens.
+    heads = [name for name in ("classifier", "score", "qa_outputs") if hasattr(model, name)]
     adapter = LoraConfig(
         task_type=TaskType[task_type],
         r=options.lora_r,
@@ -133,6 +135,7 @@ def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Coll
         lora_dropout=0.05,
         target_modules="all-linear",
         modules_to_save=sorted({key.rpartition(".")[0] for key in new}) or None,
+        exclude_modules=heads if task_type in ("TOKEN_CLS", "QUESTION_ANS") else None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers about each other's next release

@@ -1,4 +1,4 @@
-"""The backend directory that Triton is given: its own Python backend and ours, side by side."""
+"""Build the backend directory for Triton: its own Python backend and the backend ``deploykit``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INSTALLED = Path("/opt/tritonserver")
 
 @dataclass(frozen=True)
 class InstalledTriton:
-    """A Triton as NVIDIA's containers and its release for Jetson lay it out; the Python backend holds its stub."""
+    """A Triton in the layout of NVIDIA's containers and its Jetson release. The Python backend contains its stub."""
 
     binary: Path
     python_backend: Path
@@ -24,7 +24,7 @@ class InstalledTriton:
 
 
 def find_installed_triton() -> InstalledTriton | None:
-    """The tritonserver on PATH or in /opt/tritonserver, if it has the Python backend."""
+    """Return the tritonserver on PATH or in /opt/tritonserver, if it has the Python backend."""
     found = shutil.which("tritonserver") or shutil.which("tritonserver", path=str(_INSTALLED / "bin"))
     if found is None:
         return None
@@ -35,9 +35,9 @@ def find_installed_triton() -> InstalledTriton | None:
 
 
 def assemble_backends(folder: Path, python_backend: Path, stub: Path, modules: Iterable[Path] = ()) -> None:
-    """Make ``folder`` a backend directory with Triton's Python backend and ours, which also finds ``modules``.
+    """Make ``folder`` a backend directory with Triton's Python backend and ours, which can also import ``modules``.
 
-    Copies, because Triton refuses a backend's library that is a link to outside its directory.
+    Files are copied, because Triton refuses a backend library that is a link out of its directory.
     """
     python, own = folder / "python", folder / BACKEND
     shutil.copytree(python_backend, python, ignore=shutil.ignore_patterns("__pycache__"))
@@ -46,7 +46,7 @@ def assemble_backends(folder: Path, python_backend: Path, stub: Path, modules: I
     own.mkdir()
     package = Path(deploykit.__file__).parent
     shutil.copy(package / "triton" / "backend" / "model.py", own)
-    # The stub searches its backend's folder for modules, and ignores PYTHONPATH: these links make it
-    # run the deploykit that launched it, installed or not.
+    # The stub ignores PYTHONPATH and imports from its backend's folder. These links make it run the deploykit that
+    # launched it, installed or not.
     for module in (package, *modules):
         (own / module.name).symlink_to(module)

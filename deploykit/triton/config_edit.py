@@ -1,4 +1,4 @@
-"""The settings of a config.pbtxt that is its readers': read from it, and changed in it, with all else as it was.
+"""Read the serving settings from a config.pbtxt, and change them without touching the rest of the file.
 
 Source: Protocol Buffers documentation, "Text Format Language Specification".
 """
@@ -24,16 +24,16 @@ _COUNT = ("instance_group", "count")
 
 
 def settings_of(text: str, task: TaskFacts, source: str) -> ServingSettings:
-    """What config.pbtxt says of instances and threads and, of a classifier, of batches; of a translator, of rows.
+    """Return the settings in config.pbtxt that tuning changes; other fields have their defaults.
 
-    All else is as ``ServingSettings`` has it by default. Raises ArtifactError, which names the field, for a config in
-    which ``with_settings`` could not change them.
+    They are instances and threads and, by task, batches or rows of a step. Raises ArtifactError naming the field if
+    ``with_settings`` could not change it.
     """
     config = validate_config(text, source)
     parameters = {key: config.parameters[key].string_value for key in config.parameters}
     if len(config.instance_group) != 1:
         raise ArtifactError(
-            f"{source}: has {len(config.instance_group)} instance groups, and one is tuned",
+            f"{source}: has {len(config.instance_group)} instance groups; tuning needs exactly one",
             f"write one instance_group with a count, or {OVERWRITE}",
         )
     common = {"instances": max(1, config.instance_group[0].count), "threads": _number(parameters, "threads", source)}
@@ -41,7 +41,9 @@ def settings_of(text: str, task: TaskFacts, source: str) -> ServingSettings:
         batching = config.dynamic_batching
         if len(batching.preferred_batch_size) > 1:
             sizes = ", ".join(map(str, batching.preferred_batch_size))
-            raise ArtifactError(f"{source}: preferred_batch_size is {sizes}, and one is tuned", "leave one, or none")
+            raise ArtifactError(
+                f"{source}: preferred_batch_size is {sizes}; tuning needs at most one", "keep one, or none"
+            )
         return ServingSettings(
             **common,
             max_batch_size=config.max_batch_size,
@@ -54,9 +56,9 @@ def settings_of(text: str, task: TaskFacts, source: str) -> ServingSettings:
 
 
 def with_settings(text: str, task: TaskFacts, settings: ServingSettings, source: str) -> str:
-    """config.pbtxt with those fields as ``settings`` has them; comments, order and all other fields stay.
+    """Return config.pbtxt with those fields set to ``settings``. Comments, order and all other fields stay.
 
-    Raises ArtifactError for a field that is not there to be changed.
+    Raises ArtifactError for a field that is missing.
     """
     fields: dict[tuple[str, str], str] = {_COUNT: str(settings.instances)}
     parameters = {"threads": str(settings.threads)}
@@ -74,7 +76,7 @@ def with_settings(text: str, task: TaskFacts, settings: ServingSettings, source:
         changed = _with_parameter(changed, name, value, source)
     if validate_config(changed, source) != expected:
         raise ArtifactError(
-            f"{source}: is written in a way that cannot be changed safely",
+            f"{source}: cannot be edited safely",
             f"set these there by hand: {', '.join(f'{path[-1]}: {value}' for path, value in fields.items())}, "
             f"{', '.join(f'{name}: {value}' for name, value in parameters.items())}; or {OVERWRITE}",
         )
@@ -82,7 +84,7 @@ def with_settings(text: str, task: TaskFacts, settings: ServingSettings, source:
 
 
 def _set(config: Any, task: TaskFacts, settings: ServingSettings) -> None:
-    """The same change to the parsed config: what the edited text must say."""
+    """Make the same change to the parsed config, to compare the edited text with."""
     config.instance_group[0].count = settings.instances
     config.parameters["threads"].string_value = str(settings.threads)
     if not _is_batched(task):
@@ -101,7 +103,7 @@ def _is_batched(task: TaskFacts) -> bool:
 
 @dataclass(frozen=True)
 class _Value:
-    """Where the value of a field stands: a scalar, a list of scalars, or (``path`` ends in "") the inside of a message."""
+    """Position of a field's value: a scalar, a list of scalars, or (``path`` ends in "") the inside of a message."""
 
     path: tuple[str, ...]
     start: int
@@ -109,9 +111,9 @@ class _Value:
 
 
 def _values(text: str) -> Iterator[_Value]:
-    """Of a text that parses, in its order; a message's inside comes before what is in it, and has no end."""
+    """Yield the values of a valid text in its order. A message's inside comes before its fields, and has no end."""
     messages: list[tuple[str, int | None]] = []
-    # Where the list began that the tokens are in: None outside of one, -1 in one of messages.
+    # Start of the current list: None outside of a list, -1 in a list of messages.
     name, after_colon, list_start = "", False, None
     for match in _TOKEN.finditer(text):
         token = match[0]

@@ -1,8 +1,9 @@
-"""Our Triton backend without Triton: its ``model.py`` runs in this process, and batches as Triton's dynamic batcher does.
+"""Run the Triton backend without Triton: ``model.py`` runs in this process, with dynamic batching like Triton's.
 
-The backend asks Triton for tensors, errors and metrics through the module ``triton_python_backend_utils``, which Triton
-alone has: here, what it uses of it. Requests that come while a batch runs form the next one; a translator's are handed
-over as they come, and answered through their senders. What streams (NAME_stream) is for Triton.
+The backend gets tensors, errors and metrics from the module ``triton_python_backend_utils``, which only Triton
+provides. This module implements the part that the backend uses. Requests that arrive while a batch runs form the next
+batch. A translator's requests are passed on as they arrive, and answered through their senders. NAME_stream needs
+Triton.
 
 Source: Triton Python backend README, "triton_python_backend_utils", "Decoupled mode", "Custom Metrics".
 """
@@ -33,7 +34,7 @@ TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
 
 
 class Tensor:
-    """A name, and an array; BYTES are arrays of Python's bytes."""
+    """A named array. BYTES tensors are arrays of Python bytes."""
 
     def __init__(self, name: str, array: NDArray[Any]) -> None:
         self._name, self._array = name, array
@@ -65,7 +66,7 @@ class TritonModelException(EngineError):
 
 
 class InferenceRequest:
-    """Texts, object [rows, 1] of bytes; the outputs wanted; request parameters. ``answer`` is what becomes of it."""
+    """A request: texts, object [rows, 1] of bytes; requested outputs; parameters. ``answer`` will hold the response."""
 
     def __init__(self, texts: NDArray[Any], outputs: Sequence[str], parameters: Mapping[str, Any]) -> None:
         self.texts, self._outputs, self._parameters = texts, tuple(outputs), json.dumps(parameters)
@@ -78,14 +79,14 @@ class InferenceRequest:
         return self._parameters
 
     def is_cancelled(self) -> bool:
-        return False  # a client that leaves is not noticed before its answer is written
+        return False  # a lost client is noticed only when the answer is written
 
     def get_response_sender(self) -> ResponseSender:
         return ResponseSender(self)
 
 
 class ResponseSender:
-    """Sends the one answer to a request, from any thread."""
+    """Sends the response to a request, from any thread."""
 
     def __init__(self, request: InferenceRequest) -> None:
         self._request = request
@@ -110,12 +111,12 @@ class Logger:
 
 
 class MetricFamily:
-    """Metrics, which nobody asks for without Triton."""
+    """A stand-in: metrics are discarded, because nothing reads them without Triton."""
 
     COUNTER, GAUGE = range(2)
 
     def __init__(self, **described: Any) -> None:
-        """Takes name, description and kind."""
+        """Accept name, description and kind."""
 
     def Metric(self, labels: Mapping[str, str]) -> Metric:
         return Metric()
@@ -123,7 +124,7 @@ class MetricFamily:
 
 class Metric:
     def increment(self, value: float) -> None:
-        """Counts nothing."""
+        """Do nothing."""
 
 
 def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor:
@@ -131,9 +132,11 @@ def get_input_tensor_by_name(request: InferenceRequest, name: str) -> Tensor:
 
 
 class InProcessModel:
-    """Version ``version`` in ``folder``, behind its ``config`` (as Triton tells it in JSON); loaded when it is made.
+    """Version ``version`` of the model in ``folder``, with its ``config`` (in Triton's JSON form). The constructor
+    loads it.
 
-    ``infer`` may be called from any thread; one thread runs the engine. Raises DeploykitError if it cannot be loaded.
+    ``infer`` may be called from any thread; one thread runs the engine. Raises DeploykitError if the model cannot be
+    loaded.
     """
 
     config: Mapping[str, Any]
@@ -154,7 +157,7 @@ class InProcessModel:
         self._thread.start()
 
     def infer(self, request: InferenceRequest) -> InferenceResponse:
-        """Answers, or says in the response's error why there is none."""
+        """Return the response, which holds the error if there is one."""
         try:
             self._queue.put_nowait(request)
         except queue.Full:
@@ -163,7 +166,7 @@ class InProcessModel:
         return request.answer.result()
 
     def close(self) -> None:
-        """Answer what waits, and end."""
+        """Answer the waiting requests, then stop."""
         self._queue.put(None)
         self._thread.join()
         self._model.finalize()
@@ -177,8 +180,8 @@ class InProcessModel:
                     batch.append(item)
                     rows += len(item.texts)
             try:
-                responses = self._model.execute(batch) or ()  # None: they are answered later
-            except Exception as error:  # one batch failed; the next may not
+                responses = self._model.execute(batch) or ()  # None: the backend answers them later
+            except Exception as error:  # only this batch failed
                 log.exception("the model failed")
                 failed = TritonError(f"the model failed on this request: {type(error).__name__}")
                 responses = [InferenceResponse([], failed)] * len(batch)

@@ -1,7 +1,7 @@
-"""A model of this process behind HTTP, as Triton serves it: for a device that has no Triton.
+"""Serve a model of this process over HTTP, with Triton's API: for a device without Triton.
 
-Every client of Triton's HTTP works against it: tensors as JSON or in Triton's binary extension, the same names, errors
-and status codes. Texts in, any tensor out; no shared memory, no compression, no gRPC.
+Clients of Triton's HTTP API work unchanged: tensors as JSON or in Triton's binary extension, the same names, errors and
+status codes. It takes texts and returns any tensor. It has no shared memory, no compression and no gRPC.
 
 Source: KServe Open Inference Protocol v2, REST; Triton's "Binary Tensor Data Extension".
 """
@@ -31,12 +31,12 @@ _BINARY_HEADER = "Inference-Header-Content-Length"
 _PATH = re.compile(r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?P<what>/config|/ready|/infer)?")
 _STATUS = {TritonError.INVALID_ARG: 400, TritonError.NOT_FOUND: 404, TritonError.UNAVAILABLE: 503}
 _DATATYPES = {"TYPE_STRING": "BYTES", "TYPE_FP32": "FP32", "TYPE_INT32": "INT32"}
-_OF_ARRAYS = {"O": "BYTES", "f": "FP32", "i": "INT32"}  # by the kind of a numpy dtype
+_OF_ARRAYS = {"O": "BYTES", "f": "FP32", "i": "INT32"}  # numpy dtype kind -> Triton data type
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``header_length`` is that of the JSON before binary tensors; None where there are none."""
+    """An HTTP response. ``header_length`` is the size of the JSON before binary tensors; None where there are none."""
 
     status: int
     body: bytes = b""
@@ -51,7 +51,7 @@ class _Bad(RequestError):
 
 
 def answer(model: InProcessModel, method: str, path: str, body: bytes, header_length: int | None) -> Answer:
-    """What the server says to one request; ``header_length`` as the request's header of that name gives it."""
+    """Return the response to one request. ``header_length`` is the value of the request's header of that name."""
     try:
         return _answer(model, method, path, body, header_length)
     except _Bad as bad:
@@ -70,7 +70,7 @@ def _answer(model: InProcessModel, method: str, path: str, body: bytes, header_l
     if found["model"] != model.name or found["version"] not in (None, model.version):
         raise _Bad(f"Request for unknown model: '{found['model']}' is not found", 404)
     if (found["what"] == "/infer") != (method == "POST"):
-        raise _Bad(f"{method} is not for {path}", 405)
+        raise _Bad(f"{path} does not accept {method}", 405)
     if found["what"] == "/config":
         return _json(model.config)
     if found["what"] == "/ready":
@@ -145,7 +145,7 @@ def _texts(request: Mapping[str, Any], body: bytes, header_length: int | None, m
 
 
 def _flat(data: Any) -> Iterator[Any]:
-    """JSON's nested lists in row-major order."""
+    """Return JSON's nested lists flattened in row-major order."""
     if not isinstance(data, list):
         raise _Bad("input TEXT has no list of data")
     for value in data:
@@ -157,25 +157,25 @@ def _flat(data: Any) -> Iterator[Any]:
 
 def _encoded(value: Any) -> bytes:
     if not isinstance(value, str):
-        raise _Bad(f"input TEXT holds {json.dumps(value)[:50]}, which is no string")
+        raise _Bad(f"input TEXT holds {json.dumps(value)[:50]}, which is not a string")
     return value.encode("utf-8", "surrogatepass")
 
 
 def _unpack(data: memoryview) -> Iterator[bytes]:
-    """BYTES elements: each a length, 4 bytes little-endian, and as many bytes."""
+    """Yield BYTES elements: each has a length, 4 bytes little-endian, then its bytes."""
     position = 0
     while position < len(data):
         if position + 4 > len(data):
-            raise _Bad("input TEXT: its binary data ends within a length")
+            raise _Bad("input TEXT: the binary data end inside a length")
         (length,) = struct.unpack_from("<I", data, position)
         position += 4 + length
         if position > len(data):
-            raise _Bad("input TEXT: its binary data ends within an element")
+            raise _Bad("input TEXT: the binary data end inside an element")
         yield bytes(data[position - length : position])
 
 
 def _wanted(request: Mapping[str, Any], model: InProcessModel) -> dict[str, bool]:
-    """Names of the outputs asked for (none: all), and whether each is wanted in binary."""
+    """Return the names of the requested outputs (none: all), and for each whether it is requested in binary."""
     known = [output["name"] for output in model.config["output"]]
     everywhere = bool(_parameters(request).get("binary_data_output", False))
     outputs = _outputs(request)
@@ -219,7 +219,7 @@ def _json(content: Mapping[str, Any], status: int = 200) -> Answer:
 
 
 class KServeServer:
-    """``model`` at http://``host``:``port`` while the block runs; port 0 takes a free one. Raises ServerError."""
+    """Serves ``model`` at http://``host``:``port`` while the block runs; port 0 takes a free one. Raises ServerError."""
 
     def __init__(self, model: InProcessModel, host: str, port: int) -> None:
         self._handling = _Handling()
@@ -239,14 +239,14 @@ class KServeServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take no more connections, and wait for the requests in hand."""
+        """Accept no more connections, and wait for the running requests."""
         self._server.shutdown()
         self._handling.wait(_DRAIN_S)
         self._server.server_close()
 
 
 class _Handling:
-    """Counts the requests in hand."""
+    """Counts the running requests."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -270,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
     model: InProcessModel
     handling: _Handling
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body in one write; a large body takes a second, which must not wait for the first's ACK
+    wbufsize = -1  # head and body go in one write; a large body needs a second, which must not wait for the first's ACK
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
@@ -280,7 +280,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._respond("POST")
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """No line for every request."""
+        """Do not log each request."""
 
     def _respond(self, method: str) -> None:
         with self.handling:
@@ -289,11 +289,11 @@ class _Handler(BaseHTTPRequestHandler):
                 header_length = self.headers.get(_BINARY_HEADER)
                 binary_from = _whole_number(header_length) if header_length is not None else None
                 if length > MAX_BODY_BYTES:
-                    raise _Bad(f"the request has {length} bytes, the most accepted is {MAX_BODY_BYTES}", 413)
+                    raise _Bad(f"the request has {length} bytes, more than the limit of {MAX_BODY_BYTES}", 413)
                 if "Transfer-Encoding" in self.headers or "Content-Encoding" in self.headers:
-                    raise _Bad("a request must have a Content-Length, and no encoding", 411)
+                    raise _Bad("a request must have a Content-Length and no transfer encoding", 411)
                 done = answer(self.model, method, self.path, self.rfile.read(length), binary_from)
-            except _Bad as bad:  # the body is still unread: the connection cannot go on
+            except _Bad as bad:  # the body is unread, so the connection cannot be reused
                 self.close_connection = True
                 done = _json({"error": str(bad)}, bad.status)
             self.send_response(done.status)
@@ -311,5 +311,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _whole_number(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
-        raise _Bad(f"{text[:50]!r} is no length")
+        raise _Bad(f"{text[:50]!r} is not a length")
     return int(text)

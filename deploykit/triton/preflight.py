@@ -1,6 +1,6 @@
-"""What must hold before Triton is launched: each failing check names the remedy.
+"""Check the machine before Triton is launched. Each failing check names the remedy.
 
-Without them a missing library makes the server hang, and numpy 2 makes it read wrong memory.
+Without these checks a missing library makes the server hang, and numpy 2 makes it read wrong memory.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class EmbeddedTriton:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of its process: this one's, but for what would lead Triton's Python astray."""
+        """Return the environment for Triton's process: this one's, without what would mislead Triton's Python."""
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
         environment["LD_LIBRARY_PATH"] = self.library_path
-        # The stub takes its prefix, and so its packages, from the first python3 on PATH.
+        # The stub gets its prefix, and so its packages, from the first python3 on PATH.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
         return environment
 
@@ -56,11 +56,11 @@ def find_triton() -> EmbeddedTriton:
             "the embedded Triton server (nvidia-pytriton) is not installed", f"{SERVE_EXTRA}, or {CONTAINER}"
         )
     if importlib.util.find_spec("psutil") is None:
-        raise MissingDependencyError("psutil is not installed, which watches the server", SERVE_EXTRA)
+        raise MissingDependencyError("psutil, which watches the server, is not installed", SERVE_EXTRA)
     numpy = importlib.metadata.version("numpy")
     if int(numpy.split(".")[0]) >= 2:
         raise MissingDependencyError(
-            f"the embedded Triton reads text inputs wrongly with numpy {numpy}",
+            f"the embedded Triton needs numpy 1; with numpy {numpy} it misreads text inputs",
             f"pip install 'numpy<2', or {CONTAINER}",
         )
     package = Path(spec.origin).parent
@@ -83,13 +83,13 @@ def find_triton() -> EmbeddedTriton:
     missing |= missing_libraries(triton / "bin" / "tritonserver", folders)
     if libpython in missing:
         raise MissingDependencyError(
-            f"{libpython} is not installed, which the server's Python processes need",
+            f"{libpython}, which the server's Python processes need, is not installed",
             f"apt-get install libpython{python}",
         )
     if missing:
         raise MissingDependencyError(
             f"the embedded Triton needs shared libraries that are not installed: {', '.join(sorted(missing))}",
-            f"install the system packages that hold them, or {CONTAINER}",
+            f"install the system packages that contain them, or {CONTAINER}",
         )
     return EmbeddedTriton(
         triton / "bin" / "tritonserver", triton / "backends" / "python", stub, triton / "caches", ":".join(folders)
@@ -97,19 +97,21 @@ def find_triton() -> EmbeddedTriton:
 
 
 def missing_libraries(binary: Path, folders: Sequence[str]) -> set[str]:
-    """Shared libraries that the dynamic linker does not find for ``binary``, given LD_LIBRARY_PATH ``folders``."""
+    """Return the shared libraries that the dynamic linker does not find for ``binary``, given LD_LIBRARY_PATH
+    ``folders``.
+    """
     environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(folders), "LC_ALL": "C"}
     try:
         answer = subprocess.run(
             ["ldd", str(binary)], env=environment, capture_output=True, text=True, timeout=30, check=False
         )
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return set()  # no ldd here: the deadline of the start will tell
+        return set()  # without ldd, the start's timeout reports the failure
     return set(re.findall(r"^\s*(\S+) => not found", answer.stdout, re.MULTILINE))
 
 
 def resolve(host: str) -> str:
-    """The IPv4 address of ``host``: Triton takes no names. Raises UsageError when it has none."""
+    """Return the IPv4 address of ``host``: Triton does not accept names. Raises UsageError if there is none."""
     try:
         return str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError):
@@ -119,15 +121,15 @@ def resolve(host: str) -> str:
 
 
 def take_ports(address: str, wanted: Sequence[tuple[str, int]]) -> list[int]:
-    """Port numbers for the protocols named; 0 becomes a free one.
+    """Return a port number for each protocol; 0 becomes a free one.
 
-    Raises ServerError naming a port that is taken, and the process that has it if that may be seen.
+    Raises ServerError naming a port in use and, if visible, the process that uses it.
     """
     sockets = []
     try:
         for protocol, port in wanted:
             listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            sockets.append(listener)  # all stay open until the end, so that two zeros give two ports
+            sockets.append(listener)  # all stay open until the end, so that two zeros give different ports
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((address, port))
@@ -146,7 +148,7 @@ def _cannot_listen(protocol: str, address: str, port: int, error: Exception) -> 
     if isinstance(error, OverflowError):
         return ServerError(f"{where}: no such port", f"choose another with {option}, 0 to 65535; 0 takes a free one")
     if isinstance(error, OSError) and error.errno == errno.EADDRNOTAVAIL:
-        return ServerError(f"{address}: not an address of this machine", "choose another --host, such as 127.0.0.1")
+        return ServerError(f"{address}: is not an address of this machine", "choose another --host, such as 127.0.0.1")
     if isinstance(error, PermissionError):
         return ServerError(f"{where}: permission denied", f"choose another with {option}, 1024 or more")
     owner = _listening_process(port)

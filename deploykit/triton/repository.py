@@ -1,7 +1,7 @@
 """A Triton model repository: one folder per model, with config.pbtxt and numbered version folders.
 
-config.pbtxt is written once, then belongs to its readers: it is reviewed, edited and checked in.
-Packaging again adds a version and only checks that the config still fits.
+deploykit writes config.pbtxt once. After that it belongs to the user, who may review, edit and commit it. Packaging
+again adds a version and only checks that the config still fits.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from deploykit.triton.backends import BACKEND
 CONFIG = "config.pbtxt"
 OVERWRITE = "package it under another name, or pass --overwrite-config"
 COMPOSE = Path(__file__).parent / "container" / "compose.yaml"
-"""Serves a repository in NVIDIA's container."""
+"""Compose file that serves a repository in NVIDIA's container."""
 STREAM_SUFFIX = "_stream"
-"""Of the name of the model that sends the sentences of a document as each is translated."""
+"""Suffix of the model that sends the sentences of a document as each is translated."""
 
 
 @dataclass(frozen=True)
 class Packaged:
-    """A version folder in a model repository. ``config_kept``: an existing config.pbtxt stayed as it was."""
+    """A version folder in a model repository. ``config_kept``: an existing config.pbtxt was not changed."""
 
     path: Path
     name: str
@@ -51,7 +51,7 @@ class Packaged:
 
 @dataclass(frozen=True)
 class RepositoryModel:
-    """A folder of a repository; ``versions`` ascend. ``problem`` says why it cannot be served."""
+    """A model folder of a repository; ``versions`` ascend. ``problem`` says why it cannot be served."""
 
     name: str
     path: Path
@@ -72,9 +72,9 @@ def package(
 ) -> Packaged:
     """Add an export to a model repository as the next version of ``name``.
 
-    A translation model gets a second one beside it, NAME_stream, unless ``stream`` is off: it sends
-    the sentences of a document as each is translated. Raises UsageError for a bad name or setting,
-    ArtifactError when the export lacks the graph or an existing config.pbtxt does not fit the model.
+    Unless ``stream`` is off, a translation model gets a second model beside it, NAME_stream, which sends the sentences
+    of a document as each is translated. Raises UsageError for a bad name or setting, ArtifactError when the export
+    lacks the graph or an existing config.pbtxt does not fit the model.
     """
     check_name(name)
     export = load_manifest(export_dir, "export")
@@ -104,7 +104,7 @@ def refuse_ignored(model: Path, setting: str) -> None:
 
 
 def container_command(packaged: Packaged) -> str | None:
-    """What serves the repository of a model whose engine runs on a GPU, in NVIDIA's container; None for others."""
+    """Return the command that serves a GPU model's repository in NVIDIA's container; None for CPU engines."""
     engine = next((file for file in packaged.manifest.files if file.endswith(".engine")), None)
     if engine is None:
         return None
@@ -114,7 +114,7 @@ def container_command(packaged: Packaged) -> str | None:
 
 
 def list_models(repository: Path) -> list[RepositoryModel]:
-    """Every model folder, by name. Raises ArtifactError when there is no such repository."""
+    """Return every model folder, by name. Raises ArtifactError if the repository does not exist."""
     if not repository.is_dir():
         raise ArtifactError(f"{repository}: no such directory", "run deploykit package, or check the path")
     found = []
@@ -136,7 +136,7 @@ def verify_version(model: RepositoryModel) -> Manifest:
 
 
 def versions_of(model: Path) -> tuple[int, ...]:
-    """Numbers of a model's version folders, ascending."""
+    """Return the numbers of a model's version folders, ascending."""
     if not model.is_dir():
         return ()
     return tuple(sorted(int(p.name) for p in model.iterdir() if p.is_dir() and re.fullmatch(r"[1-9]\d*", p.name)))
@@ -145,8 +145,10 @@ def versions_of(model: Path) -> tuple[int, ...]:
 def config_text(
     task: TaskFacts, settings: ServingSettings, streams: str | None = None, engine: str | None = None
 ) -> str:
-    """The contents of config.pbtxt for a model of ``task`` on ``engine`` (None: one of the CPU's), or for the one that
-    streams what the model ``streams`` translates."""
+    """Return config.pbtxt for a model of ``task`` on ``engine`` (None: a CPU engine).
+
+    With ``streams``, it is for the model that streams the translations of that model.
+    """
     record = task_to_json(task)
     values = {setting.name: getattr(settings, setting.name) for setting in fields(settings)}
     values["instances"] = settings.instances or task_of(task).instances
@@ -157,7 +159,7 @@ def config_text(
 
 
 def validate_config(text: str, source: str = CONFIG) -> Any:
-    """Parse a config with Triton's own schema; returns its ``ModelConfig`` message.
+    """Parse a config with Triton's own schema. Returns its ``ModelConfig`` message.
 
     Raises ArtifactError naming line and field.
     """
@@ -168,7 +170,7 @@ def validate_config(text: str, source: str = CONFIG) -> Any:
 
 
 def read_config(path: Path) -> Any:
-    """Parse a model's config.pbtxt. Raises ArtifactError also for another backend than ours."""
+    """Parse a model's config.pbtxt. Raises ArtifactError if it is invalid or for another backend."""
     try:
         config = validate_config(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
@@ -177,14 +179,14 @@ def read_config(path: Path) -> Any:
         raise ArtifactError(f"{path}: is not UTF-8 text", "save it as UTF-8") from error
     if config.backend != BACKEND:
         raise ArtifactError(
-            f"{path}: backend is {config.backend!r}, this server has {BACKEND!r} only",
-            f'set backend: "{BACKEND}", or serve that model from another repository',
+            f"{path}: backend is {config.backend!r}, but this server has only {BACKEND!r}",
+            f'set backend: "{BACKEND}", or move that model to another repository',
         )
     return config
 
 
 def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine: str | None = None) -> None:
-    """Raise ArtifactError naming the first field of config.pbtxt that does not fit ``task`` and, if it is known, ``engine``."""
+    """Raise ArtifactError naming the first field of config.pbtxt that does not fit ``task`` and, if given, ``engine``."""
     config = read_config(path)
     wanted = text_format.Parse(config_text(task, ServingSettings(), streams), model_config_pb2.ModelConfig())
     for key, of_model in (("labels", "the model's labels are"), ("streams", "it must stream")):
@@ -192,7 +194,9 @@ def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine
         if value != expected:
             raise ArtifactError(f"{path}: parameter {key} is {_shown(value)}, {of_model} {_shown(expected)}", OVERWRITE)
     if config.name not in ("", path.parent.name):
-        raise ArtifactError(f"{path}: name is {config.name!r}, its folder {path.parent.name!r}", "remove the name line")
+        raise ArtifactError(
+            f"{path}: name is {config.name!r}, but its folder is {path.parent.name!r}", "remove the name line"
+        )
     if min(config.max_batch_size, 1) != min(wanted.max_batch_size, 1):
         remedy = "make it 1 or more" if wanted.max_batch_size else "make it 0"
         raise ArtifactError(f"{path}: max_batch_size is {config.max_batch_size}", remedy)
@@ -203,7 +207,7 @@ def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine
             f"change it there, or {OVERWRITE}",
         )
     if config.model_transaction_policy.decoupled != wanted.model_transaction_policy.decoupled:
-        raise ArtifactError(f"{path}: model_transaction_policy is not that of the model", OVERWRITE)
+        raise ArtifactError(f"{path}: model_transaction_policy does not fit the model", OVERWRITE)
     for kind, present, needed in (("input", config.input, wanted.input), ("output", config.output, wanted.output)):
         _check_tensors(path, kind, _tensors(present), _tensors(needed))
     record, expected = _json_parameter(config, "task"), _json_parameter(wanted, "task")
@@ -239,7 +243,7 @@ def _place_config(
     engine: str | None = None,
     overwrite: bool,
 ) -> bool:
-    """Write config.pbtxt, or check the one that stands there; True if it stays as it was."""
+    """Write config.pbtxt, or check the existing one. Returns True if an existing one was kept."""
     path = model / CONFIG
     if path.exists() and not overwrite:
         check_config(path, task, streams, engine)
@@ -254,9 +258,9 @@ def _place_config(
 def _add_version(
     model: Path, export: Manifest, source: Path, files: tuple[str, ...], options: Mapping[str, str]
 ) -> tuple[Path, Manifest, bool]:
-    """Copy ``files`` from ``source`` to the next version folder, unless the newest one was made of the same.
+    """Copy ``files`` from ``source`` to the next version folder, unless the newest one has the same content.
 
-    Returns the folder, its manifest, and whether it stood there before.
+    Returns the folder, its manifest, and whether it existed before.
     """
     inputs = digest_of(export.digest, options)
     newest = max(versions_of(model), default=0)
@@ -282,7 +286,7 @@ def _made_from(version: Path, inputs: str) -> Manifest | None:
     try:
         manifest = load_manifest(version, "model")
     except ArtifactError:
-        return None  # a damaged version is never reused: the next one replaces it
+        return None  # a damaged version is never reused; a new one replaces it
     return manifest if manifest.inputs == inputs else None
 
 
@@ -291,7 +295,7 @@ def _check_tensors(path: Path, kind: str, present: dict[str, str], needed: dict[
         raise ArtifactError(f"{path}: lacks the {kind} {name} ({needed[name]})", OVERWRITE)
     for name, shape in present.items():
         if name not in needed:
-            raise ArtifactError(f"{path}: has an {kind} {name} that the model does not", f"remove that {kind}")
+            raise ArtifactError(f"{path}: has an {kind} {name} that the model does not have", f"remove that {kind}")
         if shape != needed[name]:
             raise ArtifactError(f"{path}: {kind} {name} is {shape}, the model's is {needed[name]}", OVERWRITE)
 

@@ -1,7 +1,7 @@
-"""The embedded Triton server: launched, watched, healed and stopped.
+"""Launch, supervise, heal and stop the embedded Triton server.
 
-Triton itself does not restart a model's process that died, and goes on reporting the model as
-ready: the supervision here does what it leaves out.
+When a model's process dies, Triton does not restart it and still reports the model as ready. The supervision here
+restarts it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ADMIN_HEADER = "deploykit-admin"
-# Whoever may call these can replace models, map memory of this machine or write files on it.
+# Callers of these APIs can replace models, map this machine's memory, or write files on it.
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
-# Becomes the program in its arguments, which the kernel then ends (SIGTERM) should we be killed.
-# A program of its own, because code between fork and exec can deadlock where there are threads.
+# Executes the program in its arguments; the kernel sends it SIGTERM if this process is killed. It is a separate program
+# because code between fork and exec can deadlock in a process with threads.
 _EXEC_BOUND = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -54,7 +54,7 @@ _RETRY_LOAD_S = 5.0
 
 @dataclass(frozen=True)
 class Urls:
-    """Where a running server answers."""
+    """Addresses of a running server."""
 
     http: str
     grpc: str
@@ -62,11 +62,11 @@ class Urls:
 
 
 class TritonServer:
-    """Every packaged model of ``repository`` on one Triton server, from ``start`` to ``stop``.
+    """All packaged models of ``repository`` on one Triton server, from ``start`` to ``stop``.
 
-    Use as a context manager. A port of 0 takes a free one. ``ready_timeout`` and ``drain`` are
-    seconds: until all models answer, and for requests in flight when stopping. Start it in a thread
-    that outlives the server: the kernel ends the server with the thread that started it.
+    Use it as a context manager. A port of 0 takes a free one. ``ready_timeout`` is the time until all models must
+    answer and ``drain`` the time for requests in flight when stopping, in seconds. Start it in a thread that outlives
+    the server: the kernel ends the server with the thread that started it.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class TritonServer:
         self.models: tuple[str, ...] = ()
         self.notes: list[str] = []
         self.urls = Urls("", "", "")
-        # Models whose process may owe answers that Triton does not know to be lost when it dies.
+        # Models that answer later: if their process dies, Triton does not notice that answers are lost.
         self._answering_later: set[str] = set()
-        self._streaming: set[str] = set()  # models that ask another for every sentence
+        self._streaming: set[str] = set()  # models that send each sentence to another model
         self._repository = repository
         self._host = host
         self._address = ""
@@ -120,7 +120,7 @@ class TritonServer:
         return self._running().pid
 
     def start(self) -> None:
-        """Check everything, launch, and return when every model answers.
+        """Check everything, launch Triton, and return when every model answers.
 
         Raises MissingDependencyError, ArtifactError or ServerError.
         """
@@ -141,19 +141,21 @@ class TritonServer:
             raise
 
     def stop(self) -> None:
-        """Let requests in flight finish, then end the server, its stubs, and what they left behind.
+        """Let requests in flight finish, then end the server, its stubs, and their remains.
 
-        End ``supervise`` first: to it a model that is unloaded looks lost.
+        End ``supervise`` first: it would take an unloaded model for a lost one.
         """
         process = self._process
         if process is not None:
             stubs = [stub for stub, _ in self._stubs] + _children(process.pid)
             if process.poll() is None:
-                # Asked to end, Triton first waits for idle connections, for all of its exit timeout.
-                # An unloaded model's stub ends with its last request: then we need not wait for them.
+                # When asked to end, Triton first waits for idle connections, for its whole exit timeout.
+                # So unload the models first: an unloaded model's stub ends with its last request.
                 deadline = time.monotonic() + self._drain
                 if self._stubs:
-                    self._unload(self._streaming, deadline)  # they ask the others until they are done
+                    self._unload(
+                        self._streaming, deadline
+                    )  # streaming models send requests to the others until they are done
                     self._unload(set(self.models) - self._streaming)
                 process.terminate()
                 _wait_for_end(process, stubs, deadline)
@@ -174,22 +176,22 @@ class TritonServer:
             region.unlink(missing_ok=True)
 
     def supervise(self, stop: threading.Event, interval: float = 0.5) -> None:
-        """Heal models until ``stop`` is set. Raises ServerError when the server itself is lost."""
+        """Heal models until ``stop`` is set. Raises ServerError if the server itself is lost."""
         while not stop.wait(interval):
             self.heal()
 
     def heal(self) -> list[str]:
-        """Load models again whose process died; returns their names.
+        """Load models again whose process died. Returns their names.
 
-        Where requests of theirs may be waiting for ever, Triton itself is started again: that alone
-        tells their clients. Raises ServerError when the server itself is lost.
+        If such a process may have owed answers, Triton itself is restarted: only that tells the waiting clients. Raises
+        ServerError if the server itself is lost.
         """
         self._running()
         lost = sorted({model for stub, model in self._stubs if not _alive(stub)} | self._retry_at.keys())
         if owing := self._answering_later.intersection(lost):
-            log.warning("model %s: its process died and owed answers; starting Triton again", min(owing))
+            log.warning("model %s: its process died while requests waited for it; restarting Triton", min(owing))
             self._launch_again()
-            log.warning("all models answer again")
+            log.warning("all models are ready again")
             return lost
         healed = []
         for model in lost:
@@ -207,12 +209,12 @@ class TritonServer:
                 continue
             self._retry_at.pop(model, None)
             self._stubs += [(stub, name) for stub, name in self._find_stubs() if name == model]
-            log.warning("model %s: answers again", model)
+            log.warning("model %s: ready again", model)
             healed.append(model)
         return healed
 
     def memory_mb(self) -> float:
-        """Memory of the server and its stubs, each page counted once (PSS), in MiB."""
+        """Memory of the server and its stubs, in MiB. Shared pages count once (PSS)."""
         import psutil
 
         total = 0
@@ -222,7 +224,7 @@ class TritonServer:
         return total / 2**20
 
     def _unload(self, models: set[str], until: float = 0.0) -> None:
-        """Begin to unload ``models``, and wait for their last requests until that time."""
+        """Begin to unload ``models``, and wait until ``until`` for their last requests."""
         for model in models:
             with contextlib.suppress(ServerError, OSError, http.client.HTTPException):
                 self._control(model, "unload", timeout=5.0)
@@ -230,7 +232,7 @@ class TritonServer:
             time.sleep(0.05)
 
     def _servable(self) -> list[str]:
-        """Names of the models to load; every one's files verified."""
+        """Return the names of the models to load, after verifying their files."""
         names = []
         for model in list_models(self._repository):
             if model.problem is not None:
@@ -257,8 +259,8 @@ class TritonServer:
             self._streaming.add(model.name)
 
     def _prepare(self, triton: EmbeddedTriton) -> None:
-        """Make the folder that Triton runs in, and its command."""
-        # The stub's Python has no locale: paths given to it must be ASCII, whatever the repository's is.
+        """Create the folder that Triton runs in, and its command line."""
+        # The stub's Python has no locale, so paths given to it must be ASCII; the repository's may not be.
         temporary = tempfile.gettempdir()
         self._folder = Path(
             tempfile.mkdtemp(prefix="deploykit-triton-", dir=temporary if temporary.isascii() else "/tmp")
@@ -301,13 +303,13 @@ class TritonServer:
             stderr=subprocess.STDOUT,
             env=self._environment,
             cwd=self._folder,
-            start_new_session=True,  # Ctrl-C is for us: we stop the server when its requests are done
+            start_new_session=True,  # Ctrl-C must reach only this process, which lets requests finish first
         )
         self._wait_until_ready()
         self._stubs = self._find_stubs()
 
     def _launch_again(self) -> None:
-        """End Triton, which breaks the connections of all who wait for an answer, and start another."""
+        """End Triton, which breaks the connections of all waiting clients, and start it again."""
         process = self._running()
         process.kill()
         process.wait()
@@ -325,19 +327,19 @@ class TritonServer:
                 raise self._start_failure(f"Triton ended with exit code {process.returncode}")
             with contextlib.suppress(OSError, http.client.HTTPException):
                 if self._call("GET", "/v2/health/ready", timeout=1.0)[0] == 200:
-                    for port in self._ports.values():  # that of metrics is opened last, after it says so
+                    for port in self._ports.values():  # the metrics port opens last, after Triton announces it
                         socket.create_connection((self._own_address, port), timeout=1.0).close()
                     return
             time.sleep(0.05)
         raise self._start_failure(f"Triton was not ready within {self._ready_timeout:g} s")
 
     def _start_failure(self, what: str) -> ServerError:
-        """The error that the log explains best: a model's own message, or else Triton's error lines."""
+        """Return the most specific error in the log: a model's own message, or else Triton's error lines."""
         lines = self._log_lines()
         for model, message in _load_failures(lines):
             message, _, remedy = message.partition("\n  remedy: ")
             return ServerError(f"model {model} cannot be loaded: {message}", remedy or None)
-        # Those about the GPU come on every machine without one.
+        # Every machine without a GPU logs errors about it.
         errors = [line for line in lines if re.match(r"E\d|error:", line) and "Cuda" not in line][-10:]
         shown = "".join(f"\n  {line}" for line in errors)
         remedy = "raise --ready-timeout, or start with --verbose --log-file triton.log and read that file"
@@ -350,23 +352,23 @@ class TritonServer:
         return log.replace(f"{self._folder}/repository/", f"{self._repository}/").splitlines()
 
     def _running(self) -> subprocess.Popen[bytes]:
-        """The server's process. Raises ServerError unless it runs."""
+        """Return the server's process. Raises ServerError if it is not running."""
         if self._process is None:
             raise ServerError("the server is not running", "start it first")
         code = self._process.poll()
         if code is not None and self._stubs:
-            # A stub holds the server's sockets too: while it lives, clients wait instead of seeing the end.
+            # Stubs hold the server's sockets too: until they end, clients wait instead of seeing the connection close.
             for stub, _ in self._stubs:
                 _kill(stub)
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             raise ServerError(
-                f"Triton was lost ({how})",
-                "start it again; if it was SIGKILL, the kernel may have run out of memory: see dmesg",
+                f"Triton ended unexpectedly ({how})",
+                "start it again; after SIGKILL, check dmesg: the machine may have run out of memory",
             )
         return self._process
 
     def _find_stubs(self) -> list[tuple[psutil.Process, str]]:
-        """The server's living stub processes, each with the model it runs."""
+        """Return the server's living stub processes, each with the model it runs."""
         import psutil
 
         found = []
@@ -379,7 +381,7 @@ class TritonServer:
         return found
 
     def _control(self, model: str, action: str, *, timeout: float | None = None) -> None:
-        """Have Triton load a model, or begin to unload it."""
+        """Make Triton load a model, or begin to unload it."""
         status, answer = self._call(
             "POST",
             f"/v2/repository/models/{model}/{action}",
@@ -408,13 +410,13 @@ class TritonServer:
 
 
 def _load_failures(lines: list[str]) -> list[tuple[str, str]]:
-    """(model, message) of every model that the log says failed to load."""
+    """Return (model, message) for every model that failed to load according to the log."""
     failures = []
     for line in lines:
         match = re.search(r"\"failed to load '([^']+)' version \d+: (?:[A-Z][a-z ]+: )?(.*)\"$", line)
         if match:
             message = match[2].removeprefix("TritonModelException: ").replace("\\n", "\n").replace('\\"', '"')
-            message = message.partition("\n\nAt:\n")[0]  # the Python frames below are for developers
+            message = message.partition("\n\nAt:\n")[0]  # below it are Python frames
             failures.append((match[1], re.sub(r"\n\s*\n+", "\n", message).strip()))
     return failures
 
@@ -422,8 +424,8 @@ def _load_failures(lines: list[str]) -> list[tuple[str, str]]:
 def _wait_for_end(process: subprocess.Popen[bytes], stubs: list[psutil.Process], deadline: float) -> None:
     """Wait until the server has ended, ``deadline`` is over, or it has nothing left to wait for.
 
-    Triton itself would wait for idle connections too, and for every stub that died while it had a
-    request, even when it was replaced.
+    Triton itself would also wait for idle connections, and for every stub that died during a request, even a replaced
+    one.
     """
     last_alive = time.monotonic()
     while process.poll() is None and time.monotonic() < min(deadline + 5.0, last_alive + 2.0):

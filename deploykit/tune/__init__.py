@@ -1,1 +1,1 @@
-"""Which settings serve a packaged model best on this machine: measured, explained, and written into its config."""
+"""Find the settings that serve a packaged model best on this machine, and write them into its config."""

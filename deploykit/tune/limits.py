@@ -1,4 +1,4 @@
-"""What tuning is held to, as it is typed: a limit of latency, of memory, of time."""
+"""Parse the limits of tuning: latency, memory, time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
 
 @dataclass(frozen=True)
 class Slo:
-    """The service level objective: so many percent of the requests are answered within ``limit_ms``."""
+    """Service level objective: the latency percentile ``figure`` stays within ``limit_ms``."""
 
     figure: str
     limit_ms: float
@@ -28,40 +28,38 @@ class Slo:
 
 
 def parse_slo(text: str) -> Slo:
-    """``p99=50ms``, ``p50=0.2s``. Raises UsageError."""
+    """Parse ``p99=50ms``, ``p50=0.2s``. Raises UsageError."""
     figure, equals, limit = text.strip().lower().partition("=")
     if not equals:
-        raise UsageError(f"--slo {text!r} names no limit", "write it as --slo p99=50ms")
+        raise UsageError(f"--slo {text!r} has no limit", "write it like --slo p99=50ms")
     if figure not in _FIGURES:
-        raise UsageError(f"--slo {text!r}: there is no figure {figure!r}", f"give one of: {', '.join(_FIGURES)}")
+        raise UsageError(f"--slo {text!r}: unknown percentile {figure!r}", f"give one of: {', '.join(_FIGURES)}")
     limit_ms = _parse(limit, _MS)
     if limit_ms is None:
-        raise UsageError(f"--slo {text!r}: {limit!r} is no time", "give one above 0 like 50ms or 0.2s")
+        raise UsageError(f"--slo {text!r}: {limit!r} is not a time", "give one above 0, like 50ms or 0.2s")
     if limit_ms > 1e3 * TIMEOUT_S:
-        raise UsageError(
-            f"--slo {text!r}: whoever waits for {TIMEOUT_S:g} s counts as not answered", "give a lower limit"
-        )
+        raise UsageError(f"--slo {text!r}: requests time out after {TIMEOUT_S:g} s", "give a lower limit")
     return Slo(figure, limit_ms)
 
 
 def parse_memory(text: str) -> float:
-    """1e6 bytes of ``1GB``, ``512MiB`` and the like. Raises UsageError."""
+    """Parse ``1GB``, ``512MiB`` and the like to units of 1e6 bytes. Raises UsageError."""
     size = _parse(text, _BYTES)
     if size is None:
-        raise UsageError(f"--max-memory {text!r} is no size", "give one above 0 like 800MB, 1GB or 2GiB")
+        raise UsageError(f"--max-memory {text!r} is not a size", "give one above 0, like 800MB, 1GB or 2GiB")
     return size / 1e6
 
 
 def parse_time(text: str) -> float:
-    """Seconds of ``90s``, ``10m``, ``1h``. Raises UsageError."""
+    """Parse ``90s``, ``10m``, ``1h`` to seconds. Raises UsageError."""
     seconds = _parse(text, _SECONDS)
     if seconds is None:
-        raise UsageError(f"--time {text!r} is no time", "give one above 0 like 90s, 10m or 1h")
+        raise UsageError(f"--time {text!r} is not a time", "give one above 0, like 90s, 10m or 1h")
     return seconds
 
 
 def _parse(text: str, units: Mapping[str, float]) -> float | None:
-    """A number above 0 and a unit; None for anything else."""
+    """Parse a number above 0 with a unit; None for anything else."""
     match = re.fullmatch(rf"{_NUMBER}\s*([a-z]+)", text.strip().lower())
     if match is None or match[2] not in units:
         return None

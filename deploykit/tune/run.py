@@ -1,4 +1,4 @@
-"""Tune: the settings of a packaged model that answer the most within a limit, found by serving it, and put to use."""
+"""Tune a packaged model: serve it with many settings, find the best within the limits, and put them to use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from deploykit.tasks.registry import task_of
 from deploykit.triton.config_edit import settings_of, with_settings
 from deploykit.triton.preflight import find_triton
 from deploykit.triton.repository import CONFIG, STREAM_SUFFIX, check_config, list_models, package, versions_of
-from deploykit.tune.search import TUNED_SETTINGS, Choice, Graph, Limits, Round, Trial, choose, search, verdict
+from deploykit.tune.search import TUNED_SETTINGS, Configuration, Graph, Limits, Round, Trial, choose, search, verdict
 from deploykit.tune.serving import Subject, measure_served
 
 SCHEMA = 1
@@ -40,9 +40,13 @@ BACKUP = f"{CONFIG}.before-tune"
 
 @dataclass(frozen=True)
 class Tuning:
-    """``record`` is what the JSON file holds. ``backup`` is the config that was served before, None if it stays as it
-    was; ``added`` the version that was packaged for another engine or precision, ``recorded`` the file by which the
-    export's engine "auto" is the one chosen."""
+    """Result of tuning.
+
+    - ``record``: the content of the JSON file.
+    - ``backup``: the former config, None if the config did not change.
+    - ``added``: the version packaged for another engine or precision.
+    - ``recorded``: the file that makes the chosen ones the export's engine "auto".
+    """
 
     record: Mapping[str, Any]
     backup: Path | None
@@ -51,10 +55,10 @@ class Tuning:
 
 
 def open_subject(name: str, repository: Path, export: Path | None) -> Subject:
-    """The model to tune, all its files verified.
+    """Open the model to tune, and verify all its files.
 
-    Raises ArtifactError when ``repository`` has no such model, one without a version, one that streams, or one that was
-    not packaged from ``export``.
+    Raises ArtifactError when ``repository`` has no such model, or only one without a version, one that streams, or one
+    that was not packaged from ``export``.
     """
     check_name(name)
     models = {model.name: model for model in list_models(repository) if model.versions}
@@ -70,7 +74,7 @@ def open_subject(name: str, repository: Path, export: Path | None) -> Subject:
     version = model.path / str(model.versions[-1])
     manifest = load_manifest(version, "model")
     if "streams" in manifest.options:
-        raise UsageError(f"{name} has no weights of its own", f"tune {manifest.options['streams']}, which it asks")
+        raise UsageError(f"{name} has no weights", f"tune {manifest.options['streams']}, which it asks")
     check_config(model.path / CONFIG, manifest.task, None, str(manifest.options["engine"]))
     if export is not None and load_manifest(export, "export").digest != manifest.parent:
         raise ArtifactError(
@@ -92,24 +96,23 @@ def tune(
     command: str,
     say: Callable[[str], None],
 ) -> Tuning:
-    """Search, write ``out`` (JSON) and the page beside it, and put the best settings in use: what is served at present
-    stays unless something else is better beyond the noise.
+    """Search, write ``out`` (JSON) and the page beside it, and put the best settings to use.
 
-    ``engines`` and ``precisions`` that are named are searched alone; both stay as packaged without the export.
-    A search that is killed is taken up again from OUT.search.json. Raises MissingDependencyError without Triton,
-    ServerError when nothing holds the limits, and then changes nothing.
+    The present settings stay unless others are better beyond the noise. ``engines`` and ``precisions`` restrict the
+    search; without the export, both stay as packaged. A killed search continues from OUT.search.json. Raises
+    MissingDependencyError without Triton, ServerError when nothing holds the limits; then nothing is changed.
     """
     find_triton()
     require_psutil()
     require_matplotlib()
     task = subject.manifest.task
     source = str(subject.config_path)
-    present = Choice(
+    present = Configuration(
         str(subject.manifest.options["engine"]),
         str(subject.manifest.options["precision"]),
         settings_of(subject.config, task, source),
     )
-    # What cannot be changed in the end should be known before ten minutes of measuring.
+    # Find out now, and not after ten minutes of measuring, if the config cannot be changed.
     with_settings(subject.config, task, replace(present.settings, instances=1, threads=1), source)
     graphs = _graphs(subject, engines, precisions, say)
     here = [cpu_name(), available_cpus(), installed_versions()]
@@ -121,7 +124,7 @@ def tune(
     started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     with tempfile.TemporaryDirectory(prefix="deploykit-tune-") as folder:
 
-        def measure(choice: Choice, number: int, expected: float | None) -> Round:
+        def measure(choice: Configuration, number: int, expected: float | None) -> Round:
             served = partial(measure_served, subject, choice, Path(folder), texts, limits.slo)
             name = json.dumps([number, asdict(choice)], sort_keys=True)
             return Round(
@@ -166,14 +169,16 @@ def _warnings(load: OtherLoad) -> list[str]:
 def _graphs(
     subject: Subject, engines: Sequence[str], precisions: Sequence[str], say: Callable[[str], None]
 ) -> list[Graph]:
-    """What of the export can be served here, as its config says where it runs; the packaged one alone without it."""
+    """Return the export's graphs that can be served here, by the config's kind of device; without an export, the
+    packaged one.
+    """
     packaged = (str(subject.manifest.options["engine"]), str(subject.manifest.options["precision"]))
     if subject.export is None:
         if engines or precisions:
             raise UsageError(
                 f"the package has one graph, {' '.join(packaged)}", "pass --export to search engine and precision"
             )
-        say(f"{' '.join(packaged)} as packaged; --export EXPORT searches engine and precision too")
+        say(f"{' '.join(packaged)} as packaged; pass --export EXPORT to search engine and precision too")
         return [packaged]
     manifest = load_manifest(subject.export, "export")
     found = []
@@ -188,14 +193,14 @@ def _graphs(
                     say(f"left out: {error.message}")
     if not found:
         raise ArtifactError(
-            f"{subject.export}: has no graph of that engine and precision that can be served here",
+            f"{subject.export}: has no graph of that engine and precision that runs here",
             "leave out --engine and --precision",
         )
     return found
 
 
 def _nothing_holds(trials: Sequence[Trial], limits: Limits, subject: Subject) -> DeploykitError:
-    """The best that was measured, and what to change."""
+    """Return an error that names the best measurement, and what to change."""
     task, slo = subject.manifest.task, limits.slo
     in_time = [trial for trial in trials if trial.rate_per_s]
     if in_time:
@@ -208,7 +213,7 @@ def _nothing_holds(trials: Sequence[Trial], limits: Limits, subject: Subject) ->
     answered = [trial for trial in trials if trial.latency_ms(slo.figure) is not None]
     if not answered:
         return ServerError(
-            f"no settings could be served: {trials[0].failure}", "correct that, and start again; nothing was changed"
+            f"no settings could be served: {trials[0].failure}", "fix that and run it again; nothing was changed"
         )
     best = min(answered, key=lambda trial: trial.latency_ms(slo.figure) or 0.0)
     return ServerError(
@@ -224,7 +229,7 @@ def _put_to_use(
     present, choice, model = trials[0].choice, chosen.choice, subject.version.parent
     recorded = added = backup = None
     graphs = {(trial.choice.engine, trial.choice.precision) for trial in trials}
-    if subject.export is not None and len(graphs) > 1:  # else nothing was compared
+    if subject.export is not None and len(graphs) > 1:  # otherwise nothing was compared
         recorded = write_tuned(
             subject.export,
             load_manifest(subject.export, "export"),

@@ -1,7 +1,7 @@
-"""The settings that answer the most requests within a limit: searched one after another, then the best ones again.
+"""Search the settings that answer the most requests/s within a limit, and measure the best ones again.
 
-A coordinate search: each setting in turn takes all its values while the others keep the best ones so far, until a
-round over all of them finds nothing better. The best few are then measured again, so that luck does not choose.
+It is a coordinate search: each setting in turn takes all its values while the others keep their best ones so far, until
+a pass over all settings finds nothing better. The best few are then measured again, so that chance does not decide.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deploykit.tasks.registry import task_of
 from deploykit.tune.limits import Slo
 
 NOISE = 0.05
-"""Rates that differ by less are as good as equal: the search for a rate ends within 5%."""
+"""Rates that differ by less count as equal; the search for a rate ends within 5%."""
 _FINALISTS = 3
 _FINAL_ROUNDS = 2
 _BATCHES = (0, 8, 16, 32)
@@ -34,8 +34,8 @@ TUNED_SETTINGS = ("preferred_batch_size", "max_queue_delay_us", "max_rows")
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What is served, and how."""
+class Configuration:
+    """A candidate: engine, precision and serving settings."""
 
     engine: str
     precision: str
@@ -55,9 +55,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Round:
-    """A choice measured once. ``rate_per_s`` is the highest that holds the limit, None where none does; ``latency_ms``
-    (p50, p90, p99) are at that rate, or of a lone caller where there is none, and empty after a ``failure``.
-    ``memory_mb`` (1e6 bytes) is of all processes of the server after that load, each page counted once."""
+    """One measurement of a configuration.
+
+    ``rate_per_s`` is the highest rate that holds the limit, None if no rate does. ``latency_ms`` (p50, p90, p99) are at
+    that rate, otherwise those of one caller; empty after a ``failure``. ``memory_mb`` (1e6 bytes) is that of all server
+    processes after the load; shared pages count once.
+    """
 
     rate_per_s: float | None
     latency_ms: Mapping[str, float]
@@ -68,14 +71,14 @@ class Round:
 
 @dataclass(frozen=True)
 class Trial:
-    """A choice and how often it was measured."""
+    """A configuration with all its measurements."""
 
-    choice: Choice
+    choice: Configuration
     rounds: tuple[Round, ...]
 
     @property
     def rate_per_s(self) -> float:
-        """The median of the rounds; 0 where one of them held the limit at no rate."""
+        """The median of the rounds; 0 if no rate held the limit in one of them."""
         rates = [r.rate_per_s or 0.0 for r in self.rounds]
         return statistics.median(rates) if min(rates) else 0.0
 
@@ -94,38 +97,42 @@ class Trial:
 
 @dataclass(frozen=True)
 class Limits:
-    """``max_memory_mb`` None: any. ``budget_s`` bounds the sum of the rounds' seconds: none begins that would not fit,
-    if it took as long as the longest before it. What is served at present is always measured once."""
+    """Limits of the search.
+
+    ``max_memory_mb`` None means no limit. ``budget_s`` bounds the sum of the rounds' seconds: a round starts only if it
+    would fit even if it took as long as the longest before it. The present configuration is always measured once.
+    """
 
     slo: Slo
     max_memory_mb: float | None
     budget_s: float
 
     def fits(self, trial: Trial) -> bool:
-        """Whether it takes no more memory than allowed, as far as is known."""
+        """Return whether the trial is within the memory limit, as far as known."""
         return self.max_memory_mb is None or trial.memory_mb is None or trial.memory_mb <= self.max_memory_mb
 
     def holds(self, trial: Trial) -> bool:
+        """Return whether the trial is within both limits."""
         return trial.rate_per_s > 0 and self.fits(trial)
 
 
-Measure = Callable[[Choice, int, float | None], Round]
-"""Measures a choice for the so-manieth time, counted from 0, beginning at a rate that is likely (None: not known)."""
+Measure = Callable[[Configuration, int, float | None], Round]
+"""Measures a configuration for the n-th time, from 0, starting at an expected rate (None: unknown)."""
 
 
 def search(
     task: TaskFacts,
-    present: Choice,
+    present: Configuration,
     graphs: Sequence[Graph],
     limits: Limits,
     measure: Measure,
     say: Callable[[str], None],
 ) -> list[Trial]:
-    """All that was measured, in that order; the first is ``present``. The same figures give the same search."""
-    tried: dict[Choice, Trial] = {}
+    """Return all trials, in the order they were made; the first is ``present``. The same figures give the same search."""
+    tried: dict[Configuration, Trial] = {}
     seconds: list[float] = []
 
-    def run(choice: Choice, expected: float | None) -> Trial:
+    def run(choice: Configuration, expected: float | None) -> Trial:
         key = _resolved(choice)
         before = tried[key].rounds if key in tried else ()
         new = measure(choice, len(before), expected)
@@ -136,7 +143,7 @@ def search(
         return tried[key]
 
     def time_for(rounds: int) -> bool:
-        """Whether the next may take as long as the longest, and those after it as long as most."""
+        """Return whether the next round fits if it is as slow as the slowest, and later ones as slow as most."""
         return sum(seconds) + max(seconds) + (rounds - 1) * statistics.mean(seconds) <= limits.budget_s
 
     best = run(present, None)
@@ -162,13 +169,16 @@ def search(
             if len(finalists) > 1 and limits.holds(trial) and time_for(1):
                 run(choice, trial.rate_per_s)
     if left_out:
-        say(f"the time is up: {len(tried)} settings were measured, more --time measures others too")
+        say(f"the time is up after {len(tried)} settings; more --time tries others")
     return list(tried.values())
 
 
 def choose(trials: Sequence[Trial], limits: Limits) -> Trial | None:
-    """Of those that hold the limits, and whose rates are as good as the highest: the first trial, which is what is served
-    at present, or else the one that takes the least memory. None if none holds them."""
+    """Return the best trial: of those that hold the limits and have about the highest rate, the first, or the smallest.
+
+    The first trial, the present configuration, is preferred; otherwise the one with the least memory. None if none
+    holds the limits.
+    """
     holding = [trial for trial in trials if limits.holds(trial)]
     most = max((trial.rate_per_s for trial in holding), default=0.0)
     near = [trial for trial in holding if trial.rate_per_s >= most * (1 - NOISE)]
@@ -178,7 +188,7 @@ def choose(trials: Sequence[Trial], limits: Limits) -> Trial | None:
 
 
 def verdict(trial: Trial, chosen: Trial | None, limits: Limits) -> str:
-    """Why it was chosen, or was not."""
+    """Return why a trial was chosen, or was not."""
     if trial is chosen:
         return "chosen"
     if trial.failure is not None:
@@ -196,10 +206,10 @@ def verdict(trial: Trial, chosen: Trial | None, limits: Limits) -> str:
     return f"as fast within {NOISE:.0%}, " + (f"and takes {more:,.0f} MB more" if more >= 1 else "and no better")
 
 
-def _axes(task: TaskFacts, best: Choice, graphs: Sequence[Graph], slo: Slo) -> list[list[Choice]]:
-    """The values of each setting, the others as in ``best``."""
+def _axes(task: TaskFacts, best: Configuration, graphs: Sequence[Graph], slo: Slo) -> list[list[Configuration]]:
+    """Return the configurations to try for each setting, the others as in ``best``."""
 
-    def those(setting: str, values: Sequence[Any]) -> list[Choice]:
+    def those(setting: str, values: Sequence[Any]) -> list[Configuration]:
         return [replace(best, settings=replace(best.settings, **{setting: value})) for value in values]
 
     cpus = available_cpus()
@@ -216,15 +226,15 @@ def _axes(task: TaskFacts, best: Choice, graphs: Sequence[Graph], slo: Slo) -> l
     return [*axes, those("max_rows", _ROWS)]
 
 
-def _resolved(choice: Choice) -> Choice:
-    """The same for choices that are served in the same way."""
+def _resolved(choice: Configuration) -> Configuration:
+    """Return a canonical form, equal for configurations that are served in the same way."""
     settings = choice.settings
     threads = settings.threads or threads_of_each(settings.instances or 1)
     return replace(choice, settings=replace(settings, threads=threads))
 
 
 def _rank(trial: Trial, limits: Limits) -> tuple[bool, float]:
-    """Higher is better: those that hold the limits, by rate; the others, by how little memory they take."""
+    """Return a sort key, higher is better: trials within the limits, by rate; then the others, by less memory."""
     if limits.holds(trial):
         return True, trial.rate_per_s
     return False, -(trial.memory_mb or float("inf"))

@@ -1,4 +1,4 @@
-"""A choice of settings on a Triton of its own, measured under load; the user's repository is not touched."""
+"""Serve a configuration on a separate Triton and measure it under load. The user's repository is not touched."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from deploykit.triton.config_edit import with_settings
 from deploykit.triton.repository import CONFIG, package
 from deploykit.triton.server import TritonServer
 from deploykit.tune.limits import Slo
-from deploykit.tune.search import Choice, Round
+from deploykit.tune.search import Configuration, Round
 
 _READY_S = 120.0
 _DRAIN_S = 5.0
-_WARMUP = 0.25  # of the time that is counted
+_WARMUP = 0.25  # as a share of the measured time
 _MOST_STRETCHED = 5.0
 _MANY = 32
 _NEAR = 2.0
@@ -31,8 +31,10 @@ _OTHER_ARRIVALS = 1000
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tuned: the newest ``version`` of the model ``name``, its ``manifest`` and the text of its config.pbtxt;
-    ``export`` is what it was packaged from, None if that is not at hand."""
+    """The model to tune: the newest ``version`` of ``name``, its ``manifest`` and config.pbtxt.
+
+    ``export`` is the export that it was packaged from, None if not given.
+    """
 
     name: str
     version: Path
@@ -47,7 +49,7 @@ class Subject:
 
 def measure_served(
     subject: Subject,
-    choice: Choice,
+    choice: Configuration,
     folder: Path,
     texts: Sequence[str],
     slo: Slo,
@@ -56,12 +58,13 @@ def measure_served(
     seconds: float,
     seed: int,
 ) -> Round:
-    """Serve ``choice`` from below ``folder``, and find the highest rate of requests at random that holds ``slo``.
+    """Serve the configuration from a folder below ``folder``, and find the highest random-arrival rate that holds
+    ``slo``.
 
-    The search begins at ``expected`` a second, or at what a lone caller gets if that is less. Each probe takes
-    ``seconds``, or up to five times as long where they would hold fewer than 100 requests; one that takes up to
-    twice the limit is made again, for something else may have run meanwhile. A server that does not start is a result, not
-    an error.
+    The search starts at ``expected`` requests/s, or at the rate of one caller if that is lower. Each probe takes
+    ``seconds``, or up to five times as long if it would have fewer than 100 requests. A probe that exceeds the limit by
+    up to a factor of two is repeated, because other load may have interfered. A server that does not start is a result,
+    not an error.
     """
     started = time.perf_counter()
 
@@ -83,11 +86,11 @@ def measure_served(
                 again = ask(rate, seed + _OTHER_ARRIVALS)
                 return min(found, again, key=lambda m: m.latency_ms[slo.figure] if not m.errors else float("inf"))
 
-            # Engines compile kernels when they first meet a shape: many texts at once, before anything counts.
+            # Engines compile kernels for each new shape, so many texts at once come before the measurement.
             measure(target, texts, ClosedLoop(_MANY), seconds=seconds, warmup_s=0, seed=seed)
             alone = measure(target, texts, ClosedLoop(1), seconds=seconds, warmup_s=0, seed=seed)
             held = None
-            if not alone.errors and alone.latency_ms[slo.figure] <= slo.limit_ms:  # else no rate will hold it
+            if not alone.errors and alone.latency_ms[slo.figure] <= slo.limit_ms:  # otherwise no rate holds the limit
                 likely = min(expected or 0.5 * alone.throughput_per_s, alone.throughput_per_s)
                 held = highest_rate(probe, slo.limit_ms, likely, slo.figure)
             found = held or alone
@@ -103,7 +106,7 @@ def measure_served(
 
 
 @contextlib.contextmanager
-def _serving(subject: Subject, choice: Choice, folder: Path) -> Iterator[TritonServer]:
+def _serving(subject: Subject, choice: Configuration, folder: Path) -> Iterator[TritonServer]:
     repository = folder / f"{choice.engine}-{choice.precision}"
     model = repository / subject.name
     if not model.exists():

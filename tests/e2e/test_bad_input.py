@@ -73,7 +73,7 @@ def test_models_that_are_none(deploykit: Deploykit, minilm: Path, tiny_export: P
     model = tmp_path / "model"
     expected = {
         "missing": "no such model folder", "no config": "config.json", "no tokenizer": "no tokenizer", "pickled": "other than tensors",
-        "export": "an export, but a checkpoint is wanted", "a file": "config.json",
+        "export": "an export, not a checkpoint", "a file": "config.json",
     }[what]  # fmt: skip
     if what == "a file":
         model.write_text("x")
@@ -106,13 +106,13 @@ def test_a_model_that_is_neither_here_nor_on_the_hub(deploykit: Deploykit, tmp_p
 def test_an_export_where_a_checkpoint_is_wanted(deploykit: Deploykit, tiny_export: Path, tmp_path: Path) -> None:
     code, _, err = deploykit("export", tiny_export, "--output-dir", tmp_path / "o")
     assert code == 1
-    assert "is an export, but a checkpoint is wanted" in err
+    assert "is an export, not a checkpoint" in err
 
 
 def test_a_checkpoint_where_an_export_is_wanted(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
     code, _, err = deploykit("package", checkpoint, "--name", "x", "--model-repository", tmp_path / "r")
     assert code == 1
-    assert "is a checkpoint, but an export is wanted" in err
+    assert "is a checkpoint, not an export" in err
     assert not (tmp_path / "r" / "x" / "1").exists()
 
 

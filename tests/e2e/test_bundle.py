@@ -217,7 +217,7 @@ def test_a_translator_from_an_empty_folder_to_a_served_and_measured_model(
 def test_bench_measures_there_if_psutil_is(bundle: Path) -> None:
     assert run(bundle, "build", *ENGINE).returncode == 0
     lacking = run(bundle, "bench", *ENGINE)
-    assert (lacking.returncode, "psutil is not installed" in lacking.stderr) == (1, True)
+    assert (lacking.returncode, "is not installed" in lacking.stderr) == (1, True)
     with_modules(bundle, "psutil")
     measured = run(bundle, "bench", *ENGINE, "--seconds", "0.05")
     assert measured.returncode == 0, measured.stderr

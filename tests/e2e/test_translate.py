@@ -59,6 +59,45 @@ def test_a_file_keeps_its_lines(deploykit: Deploykit, translator: Path, tmp_path
     assert "--force" in err
 
 
+def test_translations_that_were_cut_off_are_counted(deploykit: Deploykit, translator: Path, tmp_path: Path) -> None:
+    source = tmp_path / "lines.txt"
+    source.write_text("The file could not be saved.\n\nDelete %s?\n")
+    words = ("translate", "--model", translator, "--max-new-tokens", 2, "--min-new-tokens", 2)
+    code, out, _ = deploykit(*words, "--input", source, "--output", tmp_path / "o.txt")
+    assert code == 0
+    assert "2 of 3 translations were cut off at the length limit of 2 tokens" in out
+    code, out, err = deploykit(*words, "The file could not be saved.", "--json")
+    assert json.loads(out)["finish"] == {"length": 1}
+    assert "1 of 1 translations were cut off" in err
+
+
+def test_a_run_does_not_go_on_with_the_rows_of_another_model(
+    deploykit: Deploykit, make_tiny_translation: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, model = tmp_path / "lines.txt", tmp_path / "model"
+    source.write_text("\n".join(f"line {i}" for i in range(1100)) + "\n")
+    words = ("translate", "--model", model, "--input", source, "--max-new-tokens", 1, "--output", tmp_path / "o.txt")
+    make_tiny_translation(model, max_length=16)
+    original, parts = answers._chunks, []
+
+    def two_chunks(rows: object, size: int) -> object:
+        for part in original(rows, size):  # type: ignore[arg-type]
+            parts.append(part)
+            if len(parts) == 2:
+                raise KeyboardInterrupt
+            yield part
+
+    monkeypatch.setattr(answers, "_chunks", two_chunks)
+    assert deploykit(*words)[0] == 130
+    monkeypatch.setattr(answers, "_chunks", original)
+    model.rename(tmp_path / "old")
+    make_tiny_translation(model, max_length=16, seed=1)
+    code, _, err = deploykit(*words)
+    assert code == 1
+    assert "512 rows of it, from another model" in err
+    assert not (tmp_path / "o.txt").exists()
+
+
 def test_a_killed_file_is_taken_up_again(
     deploykit: Deploykit, translator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +128,7 @@ def test_a_long_text_is_split_or_refused(deploykit: Deploykit, translator: Path,
     assert code == 0, err
     (split,) = json.loads(out)["results"]
     assert split["source_tokens"] > 32 * 10, "nothing is cut off"
-    code, _, err = deploykit("translate", translator, long, "--long-input", "refuse")
+    code, _, err = deploykit("translate", translator, long, "--split", "none", "--long-input", "refuse")
     assert code == 1
     assert "the model takes 32" in err
     source = tmp_path / "lines.txt"

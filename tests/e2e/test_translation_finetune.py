@@ -92,7 +92,8 @@ def test_pytorch_translates_the_test_rows_to_the_scores_in_the_metrics(new_model
 
     rows = [json.loads(line) for line in (new_model / "splits" / "test.jsonl").read_text().splitlines()]
     answers = TorchTranslator.load(new_model).translate([row["source"] for row in rows])
-    measured = translation_metrics([a.text for a in answers], [r["target"] for r in rows], [r["source"] for r in rows])
+    targets, sources = [row["target"] for row in rows], [row["source"] for row in rows]
+    measured = translation_metrics([answer.text for answer in answers], targets, sources, "fr")
     assert measured == json.loads((new_model / "metrics.json").read_text())["test"]
 
 
@@ -183,7 +184,7 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
     monkeypatch.setattr(Trace, "measured", original)
     code, out, err = deploykit(*words, "--json")
     assert code == 0, err
-    assert "e.search.json: 3 measurements of a run that did not finish are used" in err
+    assert "e.search.json: 3 measurements of an unfinished run are reused" in err
     found = json.loads(out)["quantization"]["search"]["onnxruntime"]
     assert found["kept"] == found["order"][:1] == ["decoder.projection"]
     assert found["sensitivity"][0] > 10 * found["sensitivity"][1], "each part was measured alone"

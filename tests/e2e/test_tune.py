@@ -15,7 +15,7 @@ from deploykit.artifacts import digest_path, load_manifest
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.triton.repository import check_config, package, read_config
-from deploykit.tune.search import Choice, Round
+from deploykit.tune.search import Configuration, Round
 
 Deploykit = Callable[..., tuple[int, str, str]]
 
@@ -45,11 +45,13 @@ def words(export: Path, repository: Path, tmp_path: Path) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def fake(monkeypatch: pytest.MonkeyPatch, measure: Callable[[Choice, int], Round]) -> list[tuple[Choice, int]]:
+def fake(
+    monkeypatch: pytest.MonkeyPatch, measure: Callable[[Configuration, int], Round]
+) -> list[tuple[Configuration, int]]:
     """Have ``measure`` tell what a server would do; returns what it is asked."""
-    asked: list[tuple[Choice, int]] = []
+    asked: list[tuple[Configuration, int]] = []
 
-    def measured(subject: Any, choice: Choice, *where: Any, seed: int, **how: Any) -> Round:
+    def measured(subject: Any, choice: Configuration, *where: Any, seed: int, **how: Any) -> Round:
         asked.append((choice, seed))
         return measure(choice, seed)
 
@@ -57,7 +59,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, measure: Callable[[Choice, int], Round
     return asked
 
 
-def known(choice: Choice, number: int) -> Round:
+def known(choice: Configuration, number: int) -> Round:
     """OpenVINO in INT8 with batches of 16 answers the most."""
     rate = 100.0 + 50 * (choice.engine == "openvino") + 50 * (choice.precision == "int8")
     rate += 70 * (choice.settings.preferred_batch_size == 16)
@@ -127,7 +129,7 @@ def test_without_the_export_engine_and_precision_stay(
     alone = [word for i, word in enumerate(words) if "--export" not in words[max(0, i - 1) : i + 1]]
     code, _, err = deploykit(*alone, "--slo", "p99=50ms")
     assert code == 0, err
-    assert "onnxruntime fp32 as packaged; --export EXPORT searches engine and precision too" in err
+    assert "onnxruntime fp32 as packaged; pass --export EXPORT to search engine and precision too" in err
     assert {(choice.engine, choice.precision) for choice, _ in asked} == {("onnxruntime", "fp32")}
     assert not (repository / "tiny" / "2").exists()
 
@@ -138,7 +140,7 @@ def test_a_killed_tuning_goes_on(
     config = repository / "tiny" / "config.pbtxt"
     before = config.read_text()
 
-    def killed(choice: Choice, number: int) -> Round:
+    def killed(choice: Configuration, number: int) -> Round:
         if choice.settings.instances == 1:
             raise KeyboardInterrupt
         return known(choice, number)
@@ -150,7 +152,7 @@ def test_a_killed_tuning_goes_on(
     second = fake(monkeypatch, known)
     code, _, err = deploykit(*words, "--slo", "p99=50ms")
     assert code == 0, err
-    assert f"t.json.search.json: {len(first) - 1} measurements of a run that did not finish are used" in err
+    assert f"t.json.search.json: {len(first) - 1} measurements of an unfinished run are reused" in err
     assert set(first[:-1]) & set(second) == set(), "nothing is measured twice"
     assert not (tmp_path / "t.json.search.json").exists()
 
@@ -158,7 +160,7 @@ def test_a_killed_tuning_goes_on(
 def test_a_translator_is_tuned_by_the_rows_of_a_step(
     deploykit: Deploykit, tiny_translation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(choice: Choice, number: int) -> Round:
+    def measure(choice: Configuration, number: int) -> Round:
         return Round(10.0 + (choice.settings.max_rows == 32) * 5, {"p50": 5.0, "p90": 20.0, "p99": 30.0}, 100.0, 10.0)
 
     export = shutil.copytree(tiny_translation, tmp_path / "export")
@@ -179,8 +181,8 @@ def test_a_translator_is_tuned_by_the_rows_of_a_step(
 @pytest.mark.parametrize(
     ("change", "code", "named"),
     [
-        (("--slo", "p98=50ms"), 2, ["no figure 'p98'", "p50, p90, p99"]),
-        (("--slo", "p99=soon"), 2, ["'soon' is no time", "50ms"]),
+        (("--slo", "p98=50ms"), 2, ["unknown percentile 'p98'", "p50, p90, p99"]),
+        (("--slo", "p99=soon"), 2, ["'soon' is not a time", "50ms"]),
         (("--max-memory", "lots"), 2, ["--max-memory 'lots'", "1GB"]),
         (("--time", "5"), 2, ["--time '5'", "10m"]),
         (("--output", "t.txt"), 2, ["--output t.txt", ".json"]),
@@ -218,7 +220,7 @@ def test_models_and_exports_that_are_none(
     assert (code, "pass --export" in err) == (2, True)
     (tmp_path / "t.json").write_text("{}")
     code, _, err = deploykit(*words, *slo)
-    assert (code, "t.json: exists" in err) == (1, True)
+    assert (code, "t.json: already exists" in err) == (1, True)
 
 
 def test_limits_that_nothing_holds_say_the_best_that_was_measured(

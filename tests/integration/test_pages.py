@@ -154,7 +154,7 @@ def test_what_is_no_record_is_said_without_a_page(tmp_path: Path) -> None:
         [sys.executable, str(ROOT / "bench" / "page.py"), str(tmp_path / "other.json")], capture_output=True, text=True
     )
     assert done.returncode == 1
-    assert "other.json: is no record of a bench" in done.stderr
+    assert "other.json: is not a bench record" in done.stderr
     assert not list(tmp_path.glob("*.html"))
 
 

@@ -253,6 +253,7 @@ def test_a_line_of_50000_characters_is_split_and_comes_back(client: ServedTransl
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"early_stopping": "maybe"}, "early_stopping is 'maybe'"),
         ({"long_input": "cut"}, "long_input is 'cut': give split or refuse"),
+        ({"split": "words"}, "split is 'words': give sentence, paragraph, none"),
         ({"temperature": 1}, "unknown parameter temperature: known ones are num_beams, "),
     ],
 )
@@ -349,9 +350,9 @@ def test_a_served_model_is_opened_by_its_task(server: TritonServer) -> None:
         ServedClassifier("fr", server.urls.http)
     with pytest.raises(UsageError, match="tiny classifies"):
         ServedTranslator("tiny", server.urls.http)
-    with pytest.raises(UsageError, match="fr_stream sends sentences") as caught:
+    with pytest.raises(UsageError, match="fr_stream answers gRPC streams only") as caught:
         open_served("fr_stream", server.urls.http)
-    assert caught.value.remedy == "name fr"
+    assert caught.value.remedy == "use fr, the model behind it"
 
 
 def test_a_client_needs_no_engine() -> None:
@@ -387,7 +388,7 @@ def stream(server: TritonServer, text: str, parameters: dict[str, Any] | None = 
 
 def by_sentence(local: Translator, text: str, parameters: dict[str, Any]) -> tuple[str, list[int]]:
     """A document's translation in this process, sentence by sentence; and the target tokens of each."""
-    [job] = local.begin([text], search(local, parameters), by_sentence=True)
+    [job] = local.begin([text], search(local, parameters), split="sentence")
     local.decoder.run(job.sentences)
     tokens = [len(sentence.result.tokens) for sentence in job.sentences if sentence.result is not None]
     return local.result(job).text, tokens
@@ -489,7 +490,7 @@ def test_a_server_killed_while_it_translates_is_an_error(own_repository: Path, l
             answer = pool.submit(client.translate, ["the fox"] * 64, search(local, LONG))
             assert wait_until(lambda: busy(server), 10)
             psutil.Process(server.pid).kill()
-            with pytest.raises(ServerError, match="was lost"):
+            with pytest.raises(ServerError, match="ended unexpectedly"):
                 server.supervise(threading.Event(), 0.1)
             with pytest.raises(ServerError):
                 answer.result(timeout=20)
@@ -565,13 +566,20 @@ def test_a_package_holds_graphs_and_tokenizer_and_a_stream_beside_it(
 
 def test_settings_appear_in_the_config(tiny_translation: Path, tmp_path: Path) -> None:
     settings = ServingSettings(
-        8, threads=3, max_queue_size=7, max_rows=16, max_cache_mb=100, long_input="refuse", in_flight=False
+        8,
+        threads=3,
+        max_queue_size=7,
+        max_rows=16,
+        max_cache_mb=100,
+        long_input="refuse",
+        split="none",
+        in_flight=False,
     )
     package(tiny_translation, "fr", tmp_path, settings=settings, stream=False)
     config = read_config(tmp_path / "fr" / "config.pbtxt")
     assert (config.max_batch_size, config.instance_group[0].count) == (8, 1)
-    names = ("threads", "max_queue", "max_rows", "max_cache_mb", "long_input", "in_flight")
-    assert [config.parameters[n].string_value for n in names] == ["3", "7", "16", "100", "refuse", "0"]
+    names = ("threads", "max_queue", "max_rows", "max_cache_mb", "long_input", "split", "in_flight")
+    assert [config.parameters[n].string_value for n in names] == ["3", "7", "16", "100", "refuse", "none", "0"]
     assert not (tmp_path / "fr_stream").exists()
     words = ["package", str(tiny_translation), "--name", "typed", "--model-repository", str(tmp_path), "--no-stream"]
     for option, expected in (("--no-in-flight", "0"), ("--in-flight", "1")):
@@ -584,6 +592,7 @@ def test_settings_appear_in_the_config(tiny_translation: Path, tmp_path: Path) -
     ("settings", "message"),
     [
         ({"long_input": "cut"}, "long_input is 'cut'"),
+        ({"split": "words"}, "split is 'words'"),
         ({"max_rows": 0}, "max_rows is 0"),
         ({"token_budget": 99}, "token_budget is a setting of classification"),
     ],

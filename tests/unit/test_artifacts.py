@@ -82,7 +82,7 @@ def test_a_manifest_may_not_name_files_outside(tmp_path: Path) -> None:
 
 def test_the_wrong_kind_says_what_is_wanted(tmp_path: Path) -> None:
     write(tmp_path / "a")
-    with pytest.raises(ArtifactError, match="is an export, but a checkpoint is wanted"):
+    with pytest.raises(ArtifactError, match="is an export, not a checkpoint"):
         artifacts.load_manifest(tmp_path / "a", "checkpoint")
 
 

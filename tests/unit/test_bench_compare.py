@@ -171,7 +171,7 @@ def test_nothing_in_common_is_an_error(measured: Record, tmp_path: Path) -> None
     other["candidates"][0]["name"] = "another"
     done = compared(*write(tmp_path, old=measured, new=other))
     assert done.exit_code == 1
-    assert "the old has model, the new another" in done.stderr
+    assert "the old one has model, the new another" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -180,11 +180,11 @@ def test_nothing_in_common_is_an_error(measured: Record, tmp_path: Path) -> None
         (None, "No such file"),
         (b"\xff\xfe", "not JSON"),
         (b'{"schema": 1', "not JSON"),
-        (b"[1, 2]", "no record of a bench"),
-        (b'{"schema": 1, "machine": {}, "workloads": []}', "no record of a bench"),
-        (b'{"schema": 1, "machine": {}, "workloads": [3]}', "no record of a bench"),
+        (b"[1, 2]", "not a bench record"),
+        (b'{"schema": 1, "machine": {}, "workloads": []}', "not a bench record"),
+        (b'{"schema": 1, "machine": {}, "workloads": [3]}', "not a bench record"),
         (b'{"schema": 7, "candidates": []}', "schema 7"),
-        (b'{"schema": 1, "machine": {}, "candidates": [{}], "settings": {"rounds": 3}}', "no record of a bench"),
+        (b'{"schema": 1, "machine": {}, "candidates": [{}], "settings": {"rounds": 3}}', "not a bench record"),
     ],
 )
 def test_a_file_that_is_no_record_is_named(measured: Record, tmp_path: Path, content: bytes | None, what: str) -> None:

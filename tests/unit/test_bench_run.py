@@ -107,9 +107,9 @@ def test_a_label_that_the_model_lacks_is_a_data_error() -> None:
 
 
 def test_wrong_calls_are_refused() -> None:
-    with pytest.raises(UsageError, match="3 right answers"):
+    with pytest.raises(UsageError, match="3 correct answers"):
         run(Candidate("oracle", Oracle("a")), labels=LABELS[:3])
-    with pytest.raises(UsageError, match="nothing to measure"):
+    with pytest.raises(UsageError, match="no model or no scenario"):
         run()
     with pytest.raises(DataError, match="no texts"):
         run_bench([Candidate("oracle", Oracle("a"))], [])
@@ -125,7 +125,7 @@ def test_a_candidate_may_have_texts_of_its_own() -> None:
     candidate = Candidate("listens", Listens("a"), texts=["maybe"])
     run_bench([candidate], TEXTS, scenarios=[ClosedLoop(2)], rounds=1, seconds=0.05, warmup_s=0)
     assert heard == {"maybe"}
-    with pytest.raises(UsageError, match="no right answers"):
+    with pytest.raises(UsageError, match="no correct answers"):
         run(candidate)
 
 

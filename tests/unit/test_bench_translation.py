@@ -19,7 +19,7 @@ from deploykit.cli import main
 from deploykit.errors import UsageError
 from deploykit.report.pages import write_report
 from deploykit.runtime.generation import Generation
-from deploykit.runtime.serving_settings import LongInput
+from deploykit.runtime.serving_settings import LongInput, Split
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.translated import Translated
@@ -44,6 +44,7 @@ class Shouter:
         generation: Generation | None = None,
         *,
         long_input: LongInput = "split",
+        split: Split = "sentence",
         scored: bool = True,
     ) -> list[Translated]:
         self.asked.append((len(texts), generation, scored))

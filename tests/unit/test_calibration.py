@@ -122,14 +122,14 @@ def test_a_saved_calibration_gives_the_same_ranges(tmp_path: Path) -> None:
     for method in METHODS:
         assert loaded.ranges(method) == calibration.ranges(method)
     loaded.check(["embedded", "other"])
-    with pytest.raises(ArtifactError, match="has the tensor embedded, which goes into no linear layer"):
+    with pytest.raises(ArtifactError, match="has the tensor embedded, which no linear layer"):
         loaded.check(["other"])
 
 
 def test_a_calibration_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
     tiny_graph(tmp_path / "m.onnx")
     saved = save(calibrate_tokens(tmp_path / "m.onnx", [[1]], "digest"), tmp_path / "c", "theirs")
-    with pytest.raises(ArtifactError, match=r"another checkpoint: of theirs, and this is mine") as refused:
+    with pytest.raises(ArtifactError, match=r"of another checkpoint \(theirs, not mine\)") as refused:
         load_calibration(saved, "mine")
     assert "deploykit calibrate" in (refused.value.remedy or "")
 

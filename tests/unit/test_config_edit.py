@@ -77,7 +77,7 @@ def test_a_translators_rows_are_changed(tiny_translation: Path) -> None:
     ("old", "new", "named"),
     [
         ("max_batch_size", "max_batch_sizes", r"config: is not a Triton model config: 2:1"),
-        ("model_warmup", "instance_group { count: 2 } model_warmup", "2 instance groups, and one is tuned"),
+        ("model_warmup", "instance_group { count: 2 } model_warmup", "2 instance groups; tuning needs exactly one"),
         ("preserve_ordering", "preferred_batch_size: [4, 8] preserve_ordering", "preferred_batch_size is 4, 8"),
         ('string_value: "1"', 'string_value: "many"', "parameter threads is 'many'"),
     ],

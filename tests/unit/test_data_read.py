@@ -108,8 +108,8 @@ def test_json_array(tmp_path):
         ("a.parquet", b"", "cannot be read after row 0"),
         ("a.parquet", "text,label\n", "cannot be read after row 0"),
         ("a.xlsx", b"PK\x03\x04", "is not a workbook that can be read"),
-        ("a.ods", b"PK\x03\x04", "'.ods' are not read"),
-        ("a", b"text", "'' are not read"),
+        ("a.ods", b"PK\x03\x04", "file type '.ods' is not supported"),
+        ("a", b"text", "file type '' is not supported"),
     ],
 )
 def test_bad_file_is_refused_by_name_and_place(tmp_path, name, content, message):
@@ -194,7 +194,7 @@ def test_hub_dataset_offline_is_a_data_error(source):
         "except DataError as error: print(error)"
     )
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    assert out.startswith(f"{source}: is no file here, and split 'train' cannot be loaded from the hub")
+    assert out.startswith(f"{source}: is not a file, and its split 'train' cannot be loaded from the hub")
 
 
 def test_missing_package_names_the_extra(tmp_path, monkeypatch):

@@ -64,12 +64,39 @@ def t5(**changes: Any) -> Any:
     return T5ForConditionalGeneration(T5Config(vocab_size=V, decoder_start_token_id=0, **{**shape, **changes}))
 
 
+def bart(kind: str = "bart", **changes: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    ids = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, "decoder_start_token_id": 2}
+    shape = {**SHAPE, "activation_function": "gelu", "scale_embedding": kind == "mbart", **changes}
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, vocab_size=V, **ids, **shape))
+    model.final_logits_bias = torch.nn.Buffer(torch.randn(1, V))
+    for name, weight in model.named_parameters():
+        if "layernorm_embedding" in name or name.endswith("layer_norm.weight"):
+            torch.nn.init.normal_(weight, 1.0, 0.2)  # else they would do nothing
+    return model
+
+
+def mt5() -> Any:
+    from transformers import MT5Config, MT5ForConditionalGeneration
+
+    shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
+    model = MT5ForConditionalGeneration(MT5Config(vocab_size=V, decoder_start_token_id=0, **shape))
+    model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(V, 32))  # as published, it is not the embedding
+    return model
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "marian": marian,
     "marian, two vocabularies": functools.partial(marian, share_encoder_decoder_embeddings=False),
+    "marian, heads of 12": functools.partial(marian, d_model=48),
     "marian, uneven": functools.partial(marian, encoder_layers=3, decoder_layers=1, encoder_attention_heads=2),
     "m2m_100": m2m100,
+    "bart": bart,
+    "mbart": functools.partial(bart, "mbart"),
+    "mt5": mt5,
     "t5": t5,
+    "t5, heads of 4": functools.partial(t5, d_kv=4),
     "t5 1.1": functools.partial(t5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
 SEARCHES = {

@@ -155,7 +155,7 @@ def test_an_engine_is_built_once_for_all_exports_with_the_same_graph(
     monkeypatch.setattr(tensorrt, "_build_here", lambda *_: 1 / 0)
     said: list[str] = []
     again = build_engine(graphs[1], "int8", replace(options, command="second"), LIMITS, said.append)
-    assert "built before" in said[0]
+    assert "reused from" in said[0]
     assert again == replace(first, command="second")
     for suffix in (".engine", ".log"):
         one, other = ((graph.parent / first.file).with_suffix(suffix) for graph in graphs)
@@ -179,7 +179,7 @@ def test_other_weights_beside_the_same_graph_are_another_engine(tmp_path: Path, 
     for content in (b"a", b"b", b"a"):
         weights.write_bytes(content)
         build_engine(graph, "fp16", RTX, LIMITS, said.append, weights=weights)
-    assert [line.startswith("building") for line in said if "building" in line or "built before" in line] == [
+    assert [line.startswith("building") for line in said if "building" in line or "reused from" in line] == [
         True, True, False,
     ]  # fmt: skip
 
@@ -208,7 +208,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, cache: Pat
     said: list[str] = []
     engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", RTX, LIMITS, said.append)
     assert (tmp_path / engine.file).is_file()
-    assert "is not kept for other exports" in said[-1]
+    assert "is not cached" in said[-1]
 
 
 def _folder(path: Path) -> Path:
@@ -225,7 +225,7 @@ def test_the_same_graph_gives_the_same_engine(tmp_path: Path, cache: Path) -> No
 
 
 def test_int8_that_no_layer_computes_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"rtx computes none of model\.qdq\.onnx's layers in INT8"):
+    with pytest.raises(ExportError, match=r"rtx runs none of model\.qdq\.onnx's layers in INT8"):
         build_engine(write_graph(tmp_path / "model.qdq.onnx"), "int8", RTX, LIMITS, lambda line: None)
 
 

@@ -255,12 +255,82 @@ def test_a_checkpoint_of_another_task_is_refused(marian: Path, tmp_path: Path) -
         check_source(str(tmp_path), "translation")
 
 
-def test_a_search_that_cannot_be_followed_is_refused(marian: Path, copy: Callable[[Path], Path]) -> None:
-    folder = copy(marian)
+def with_search(folder: Path, **fields: Any) -> Path:
     config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps({**config, "encoder_no_repeat_ngram_size": 3}))
-    with pytest.raises(ArtifactError, match="encoder_no_repeat_ngram_size"):
+    (folder / "generation_config.json").write_text(json.dumps({**config, **fields}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("encoder_no_repeat_ngram_size", 3), ("force_words_ids", [[5]]), ("stop_strings", ["x"]), ("num_beam_groups", 2),
+        ("diversity_penalty", 0.5), ("penalty_alpha", 0.6), ("begin_suppress_tokens", [7]), ("max_time", 1.0),
+    ],
+)  # fmt: skip
+def test_a_search_that_cannot_be_followed_is_refused(
+    marian: Path, copy: Callable[[Path], Path], field: str, value: object
+) -> None:
+    folder = with_search(copy(marian), **{field: value})
+    with pytest.raises(ArtifactError, match=f"sets {field}, which deploykit does not decode by"):
         TorchTranslator.load(folder)
+
+
+def test_sampling_is_named_and_left_out(
+    marian: Path, copy: Callable[[Path], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = with_search(copy(marian), do_sample=True, top_k=5, temperature=0.7, max_new_tokens=9)
+    translator = TorchTranslator.load(folder)
+    assert "asks for sampling (do_sample); deploykit decodes by greedy search" in caplog.text
+    ids = translator.encode(SOURCES[:4])
+    assert translator.generate_by_own(ids) == translator.generate_ids(ids, translator.task.generation)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_new_tokens": 7}, {"max_new_tokens": 9, "min_new_tokens": 9}, {"max_length": 8, "min_length": 8},
+        {"num_beams": 3, "length_penalty": 0.3, "early_stopping": True, "max_length": 12},
+    ],
+)  # fmt: skip
+def test_the_checkpoints_own_limits_are_kept(
+    marian: Path, copy: Callable[[Path], Path], fields: dict[str, object]
+) -> None:
+    translator = TorchTranslator.load(with_search(copy(marian), **fields))
+    generation = translator.task.generation
+    ids = translator.encode(SOURCES[:2])
+    expected = translator.generate_by_own(ids)
+    assert expected == translator.generate_ids(ids, generation)
+    assert [len(row) for row in expected] == [t.target_tokens for t in translator.translate(SOURCES[:2])]
+    if fields.get("max_new_tokens", 100) in (7, 9):
+        assert max(map(len, expected)) == fields["max_new_tokens"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"early_stopping": True, "length_penalty": 0.6}, {"num_beams": 5, "early_stopping": True}, {"top_p": 0.5}],
+)
+def test_a_checkpoint_is_trained_and_saved_whatever_it_searches_by(
+    marian: Path, copy: Callable[[Path], Path], tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    from deploykit.stages.finetune import finetune
+
+    folder = with_search(copy(marian), max_length=8, **fields)
+    rows = [f"{source}\t{target}" for source, target in zip(SOURCES, TARGETS)]
+    (tmp_path / "pairs.tsv").write_text("\n".join(["en\tfr", *rows]))
+    given = {
+        "task": "translation",
+        "train": str(tmp_path / "pairs.tsv"),
+        "model": str(folder),
+        "source": "en",
+        "target": "fr",
+    }
+    options = make_options({**given, "max_steps": 1, "max_rows": 20, "max_length": 64, "eval_steps": 1})
+    done = finetune(options, tmp_path / "out", say=lambda line: None)
+    generation = done.manifest.task.generation  # type: ignore[union-attr]
+    for field, value in {**fields, "beam_size": fields.get("num_beams", 1)}.items():
+        assert getattr(generation, field, value) == value
+    assert TorchTranslator.load(tmp_path / "out").task.generation == generation
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def test_no_run_has_more_rows_than_the_boards_profile(
     [
         ("xavier", "6.2", "unknown --device 'xavier'"),
         ("thor", "6.2", "does not run on Jetson Thor"),
-        ("orin-nx", "7.1", "runs on Jetson Thor alone"),
+        ("orin-nx", "7.1", "runs on Jetson Thor only"),
         ("orin-nx", "5.1", "TensorRT is older than 10.3"),
         ("orin-nx", "6.0", "TensorRT is older than 10.3"),
         ("orin-nx", "8", "unknown --jetpack '8'"),
@@ -148,14 +148,14 @@ def test_exports_that_cannot_be_bundled(export: Path, tiny_export: Path, tmp_pat
     with pytest.raises(ArtifactError, match=r"model\.qdq\.onnx"):
         bundle(half, out, "thor", "7.0", precision="int8", say=silent)
     assert list(bundle(half, out, "thor", "7.0", say=silent).description.graphs) == ["fp16"]
-    with pytest.raises(ArtifactError, match=r"a\.tgz: exists"):
+    with pytest.raises(ArtifactError, match=r"a\.tgz: already exists"):
         bundle(export, out, "thor", "7.0", say=silent)
     before = out.read_bytes()
     bundle(export, out, "thor", "7.0", name="other", force=True, say=silent)
     assert out.read_bytes() != before
     (half / SAMPLES).unlink()
     write_manifest(half, "export", load_manifest(export).task, inputs="no samples")
-    with pytest.raises(ArtifactError, match="keeps no rows"):
+    with pytest.raises(ArtifactError, match="has no rows"):
         bundle(half, tmp_path / "b.tgz", "thor", "7.0", say=silent)
     (tmp_path / "lines.txt").write_text("w1 w2\n\nw3\n")
     bundle(half, tmp_path / "b.tgz", "thor", "7.0", data=str(tmp_path / "lines.txt"), say=silent)
@@ -268,7 +268,7 @@ def member(name: str, **attributes: Any) -> tarfile.TarInfo:
 
 def test_unpacking_refuses_paths_and_links_that_leave_the_folder(tmp_path: Path) -> None:
     link = member("a/link", type=tarfile.SYMTYPE, linkname="/etc")
-    for i, (info, named) in enumerate([(member("a/../../evil"), "evil"), (link, "no plain file")]):
+    for i, (info, named) in enumerate([(member("a/../../evil"), "evil"), (link, "not a plain file")]):
         archive = archive_of(tmp_path / f"{i}.tgz", (member("a/run.sh"), b"x"), (info, b""))
         with pytest.raises(ArtifactError, match=named):
             unpack(archive, tmp_path / "deep" / "out")
@@ -286,7 +286,7 @@ def test_unpacking_refuses_what_is_not_as_it_was_bundled(archive: Path, tmp_path
         with pytest.raises(CorruptArtifactError, match=named):
             unpack(archive_of(tmp_path / "x.tgz", *contents), tmp_path / "out")
     (tmp_path / "half.tgz").write_bytes(archive.read_bytes()[:-20000])
-    with pytest.raises(CorruptArtifactError, match=r"not a whole \.tar\.gz"):
+    with pytest.raises(CorruptArtifactError, match=r"not a complete \.tar\.gz"):
         unpack(tmp_path / "half.tgz", tmp_path / "out")
     (tmp_path / "text.tgz").write_bytes(gzip.compress(b"no tar"))
     with pytest.raises(ArtifactError):
@@ -295,7 +295,7 @@ def test_unpacking_refuses_what_is_not_as_it_was_bundled(archive: Path, tmp_path
         unpack(archive_of(tmp_path / "y.tgz", (member("readme"), b"")), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="out: exists"):
+    with pytest.raises(UsageError, match="out: already exists"):
         unpack(archive, tmp_path / "out")
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from deploykit.errors import MissingDependencyError
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.translation.metrics import placeholders, translation_metrics
+from deploykit.tasks.translation.metrics_text import metrics_text
 
 
 def random_case(labels: int, *, multi_label: bool, seed: int) -> tuple[Classification, np.ndarray, np.ndarray]:
@@ -58,11 +61,48 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
 
 def test_bleu_and_chrf_are_sacrebleus_with_its_signature() -> None:
     hypotheses, references = ["le chat est là", "ouvrez le fichier %s"], ["le chat est ici", "ouvrez le fichier %s"]
-    ours = translation_metrics(hypotheses, references, ["the cat is here", "open the file %s"])
+    ours = translation_metrics(hypotheses, references, ["the cat is here", "open the file %s"], "fr")
     assert ours["bleu"] == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score, abs=1e-4)
     assert ours["chrf"] == pytest.approx(sacrebleu.corpus_chrf(hypotheses, [references]).score, abs=1e-4)
     assert ours["signatures"]["bleu"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
     assert ours["signatures"]["chrf"].startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+
+
+@pytest.mark.parametrize(
+    ("target", "texts", "tokenizers"),
+    [
+        ("zh", ["我爱你们所有的人", "打开文件夹"], ["zh"]),
+        ("zho_Hans", ["我爱你们所有的人", "打开文件夹"], ["zh"]),
+        ("jpn_Jpan", ["ファイルを保存できません", "新しいフォルダを開く"], ["ja-mecab", "char"]),
+        ("th", ["ไม่สามารถบันทึกไฟล์ได้", "เปิดโฟลเดอร์ใหม่"], ["flores200", "char"]),
+        ("khm_Khmr", ["មិនអាចរក្សាទុកឯកសារបានទេ"], ["flores200", "char"]),
+        ("ko", ["파일을 저장할 수 없습니다 다시 해보십시오"], ["13a"]),
+        ("fr", ["Enregistrer", "Ouvrir %s"], ["13a"]),
+    ],
+)
+def test_identical_texts_score_100_and_others_less_in_every_script(
+    target: str, texts: list[str], tokenizers: list[str]
+) -> None:
+    same = translation_metrics(texts, texts, texts, target)
+    assert (same["bleu"], same["chrf"]) == (pytest.approx(100), pytest.approx(100))
+    assert any(f"tok:{name}|" in same["signatures"]["bleu"] for name in tokenizers)
+    assert 0 < translation_metrics([text[:-2] for text in texts], texts, texts, target)["chrf"] < 100
+
+
+def test_the_signature_is_on_the_console() -> None:
+    metrics = translation_metrics(["打开文件夹吧"], ["打开文件夹"], ["open"], "zh")
+    assert f"bleu signature    {metrics['signatures']['bleu']}" in metrics_text({"": metrics})
+
+
+def test_references_are_measured_as_given(tmp_path: Path) -> None:
+    from deploykit.tasks.translation.evaluate import translated_rows
+    from deploykit.tasks.translation.facts import Translation
+
+    task = Translation("en", "fr", "marian", 9, 9, 9, 0, (1,), 0)
+    decomposed = "e\u0301te\u0301"
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"source": "summer", "target": decomposed}) + "\n")
+    [pair] = translated_rows(str(tmp_path / "pairs.jsonl"), task).pairs
+    assert pair.target == decomposed
 
 
 @pytest.mark.parametrize(
@@ -82,7 +122,7 @@ def test_placeholders_are_told_from_text(text: str, found: list[str]) -> None:
 def test_lost_and_altered_placeholders_are_counted_and_shown() -> None:
     sources = ["%s files in {name}", "<b>Save</b>", "plain"]
     translated = ["fichiers %d dans {name}", "<b>Enregistrer</b>", "simple"]
-    found = translation_metrics(translated, translated, sources)["placeholders"]
+    found = translation_metrics(translated, translated, sources, "fr")["placeholders"]
     assert (found["checked"], found["kept"]) == (4, 3)
     assert found["examples"] == [{"source": sources[0], "translation": translated[0], "lost": ["%s"]}]
 
@@ -90,4 +130,4 @@ def test_lost_and_altered_placeholders_are_counted_and_shown() -> None:
 def test_without_sacrebleu_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     with pytest.raises(MissingDependencyError, match="finetune"):
-        translation_metrics(["a"], ["a"], ["a"])
+        translation_metrics(["a"], ["a"], ["a"], "fr")

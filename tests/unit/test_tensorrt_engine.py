@@ -128,7 +128,7 @@ def test_any_thread_may_run_it_in_its_turn(engine_file: Path) -> None:
 def test_a_length_that_no_profile_takes_is_refused_with_the_command(engine_file: Path) -> None:
     engine = load_engine("tensorrt", engine_file)
     with pytest.raises(
-        EngineError, match=r"no profile takes texts padded to 80 tokens \(it has batch=1:2:4"
+        EngineError, match=r"no profile allows texts padded to 80 tokens \(profiles: batch=1:2:4"
     ) as refused:
         engine.run(inputs(1, 80))
     assert "longer --maxShapes: deploykit export" in str(refused.value.remedy)
@@ -230,7 +230,9 @@ def test_without_bindings_the_package_is_named(
     file = tmp_path / "model.engine"
     write_engine(file, tiny_export / "model.onnx", [parse_profile(PROFILES[0])], "tensorrt", VERSION, "sm_86")
     monkeypatch.setitem(sys.modules, "tensorrt", None)  # what importing a missing module finds
-    with pytest.raises(MissingDependencyError, match=rf"TensorRT {VERSION} is not installed") as missing:
+    with pytest.raises(
+        MissingDependencyError, match=rf"was built by TensorRT {VERSION}, which is not installed"
+    ) as missing:
         load_engine("tensorrt", file)
     assert missing.value.remedy == f"pip install tensorrt=={VERSION}"
 

@@ -226,7 +226,7 @@ def test_what_no_profile_takes_is_refused_with_the_command(
         (partial(model.reserve, 1, 21), "21 tokens of a text", "length"),
     ):
         with pytest.raises(
-            EngineError, match=rf"no profile takes {what} \(it has batch=1:4:4,length=1:8:20"
+            EngineError, match=rf"no profile allows {what} \(profiles: batch=1:4:4,length=1:8:20"
         ) as refused:
             call()
         assert f"larger {axis} in --maxShapes: deploykit export runs/a" in str(refused.value.remedy)

@@ -115,7 +115,7 @@ def test_a_graph_of_another_writer_is_refused(tiny_translation: Path, tmp_path: 
     graph = read_graph(tiny_translation / "encoder.onnx")
     del graph.model.metadata_props[:]
     onnx.save(graph.model, tmp_path / "encoder.onnx")
-    with pytest.raises(ExportError, match=r"encoder\.onnx: does not name its linear layers"):
+    with pytest.raises(ExportError, match=r"encoder\.onnx: its metadata does not name the linear layers"):
         read_graph(tmp_path / "encoder.onnx")
 
 

@@ -23,7 +23,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploykit.errors import ArtifactError, ExportError, UsageError
+from deploykit.tasks.translation.plain_text import token_ids
 from deploykit.tasks.translation.sentences import fit
+from deploykit.tasks.translation.source_prefix import prefixed
 from deploykit.tasks.translation.tokenizer import TranslationTokenizer, load_translation_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
@@ -104,8 +106,9 @@ class Case:
     prefix: str = ""
 
     def expected(self, texts: Sequence[str]) -> list[list[int]]:
-        clean = [self.prefix + re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]
-        return list(self.reference(clean)["input_ids"])
+        clean = [re.sub("[\ud800-\udfff]", "\ufffd", text) for text in texts]
+        codes = {"deu", "fra"} if self.prefix.startswith(">>") else set()
+        return token_ids(self.reference, [prefixed(text, self.prefix, codes) for text in clean])
 
 
 def spm(lines: Sequence[str], size: int, **options: Any) -> bytes:

@@ -20,31 +20,31 @@ from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.runtime.tuned_settings import read_tuned, write_tuned
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tune.limits import Slo, parse_memory, parse_slo, parse_time
-from deploykit.tune.search import Choice, Limits, Round, Trial, choose, search, verdict
+from deploykit.tune.search import Configuration, Limits, Round, Trial, choose, search, verdict
 
 GRAPHS = [("openvino", "int8"), ("openvino", "fp32"), ("onnxruntime", "int8"), ("onnxruntime", "fp32")]
-PRESENT = Choice("onnxruntime", "int8", ServingSettings(instances=2))
-BEST = Choice("openvino", "int8", ServingSettings(instances=4, threads=1, preferred_batch_size=16))
+PRESENT = Configuration("onnxruntime", "int8", ServingSettings(instances=2))
+BEST = Configuration("openvino", "int8", ServingSettings(instances=4, threads=1, preferred_batch_size=16))
 SLO = Slo("p99", 50.0)
 
 
 class Machine:
     """Four CPUs, on which each setting has an effect of its own. A round takes ten seconds."""
 
-    def __init__(self, *, luck: Callable[[Choice, int], float] = lambda choice, number: 1.0) -> None:
+    def __init__(self, *, luck: Callable[[Configuration, int], float] = lambda choice, number: 1.0) -> None:
         self.luck = luck
-        self.asked: list[tuple[Choice, int]] = []
+        self.asked: list[tuple[Configuration, int]] = []
 
-    def rate(self, choice: Choice) -> float:
+    def rate(self, choice: Configuration) -> float:
         s = choice.settings
         rate = {"openvino": 120.0, "onnxruntime": 100.0}[choice.engine] * {"int8": 1.0, "fp32": 0.4}[choice.precision]
         rate *= {1: 0.5, 2: 1.0, 4: 1.5, 8: 1.2}[s.instances or 2] * {0: 1.0, 1: 1.2, 2: 1.1, 4: 0.9}[s.threads]
         return rate * {0: 1.0, 8: 0.9, 16: 1.3, 32: 1.1}[s.preferred_batch_size] * (1 - s.max_queue_delay_us / 1e4)
 
-    def memory(self, choice: Choice) -> float:
+    def memory(self, choice: Configuration) -> float:
         return 100.0 + {"openvino": 150.0, "onnxruntime": 100.0}[choice.engine] * (choice.settings.instances or 2)
 
-    def measure(self, choice: Choice, number: int, expected: float | None) -> Round:
+    def measure(self, choice: Configuration, number: int, expected: float | None) -> Round:
         self.asked.append((choice, number))
         rate = self.rate(choice) * self.luck(choice, number)
         return Round(rate, {"p50": 9.0, "p90": 20.0, "p99": 48.0}, self.memory(choice), 10.0)
@@ -115,7 +115,7 @@ def test_the_best_within_the_memory_is_chosen_and_the_others_say_why_not(task: T
 def test_luck_in_one_round_does_not_choose(task: TaskFacts) -> None:
     lucky = replace(BEST, settings=replace(BEST.settings, max_queue_delay_us=2000))
 
-    def luck(choice: Choice, number: int) -> float:
+    def luck(choice: Configuration, number: int) -> float:
         return 9.0 if choice == lucky and number == 0 else 1.0
 
     machine = Machine(luck=luck)
@@ -147,7 +147,7 @@ def test_no_round_begins_that_would_not_end_in_time(task: TaskFacts, budget_s: f
     said: list[str] = []
     trials = run(machine, task, limits(budget_s=budget_s), said)
     assert len(machine.asked) == rounds
-    assert said[-1].startswith(f"the time is up: {len(trials)} settings were measured")
+    assert said[-1].startswith(f"the time is up after {len(trials)} settings")
     assert choose(trials, limits()) is not None
 
 
@@ -156,10 +156,10 @@ def test_a_killed_search_goes_on_where_it_was(task: TaskFacts, tmp_path: Path) -
     expected = run(whole, task, limits())
     path = tmp_path / "out.json.search.json"
 
-    def kept(machine: Machine, dies_at: int) -> Callable[[Choice, int, float | None], Round]:
+    def kept(machine: Machine, dies_at: int) -> Callable[[Configuration, int, float | None], Round]:
         trace = Trace(path, "k", lambda line: None)
 
-        def measure(choice: Choice, number: int, expected: float | None) -> Round:
+        def measure(choice: Configuration, number: int, expected: float | None) -> Round:
             def once() -> dict[str, Any]:
                 if len(machine.asked) == dies_at:
                     raise KeyboardInterrupt
@@ -215,7 +215,7 @@ def test_limits_as_they_are_typed() -> None:
     for text in ("1", "GB", "0GB", "1 kg", "nan GB"):
         with pytest.raises(UsageError, match="--max-memory"):
             parse_memory(text)
-    with pytest.raises(UsageError, match="--time '10' is no time"):
+    with pytest.raises(UsageError, match="--time '10' is not a time"):
         parse_time("10")
 
 

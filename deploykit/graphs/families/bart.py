@@ -1,4 +1,4 @@
-"""What the descendants of BART share: the names and order of their layers' weights.
+"""Layer names and order that the descendants of BART share.
 
 Source: Lewis et al., "BART", ACL 2020; transformers, modeling_bart.py.
 """
@@ -11,6 +11,7 @@ from typing import Any
 from deploykit.graphs.architecture import DecoderLayer, EncoderLayer, FeedForward, Weights
 
 _PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
+SIDES = ("encoder", "decoder")
 EPSILON = 1e-5  # PyTorch's default: these families' configs have no field for it
 
 

@@ -18,7 +18,7 @@ def architecture(model: Any, weights: Weights) -> Architecture:
         encoder_embedding=weights["model.encoder.embed_tokens.weight"],
         decoder_embedding=weights["model.decoder.embed_tokens.weight"],
         projection=weights["lm_head.weight"],
-        # Read from the model, which computes them: saved checkpoints leave them out.
+        # Read from the model, which computes them; saved checkpoints do not contain them.
         encoder_positions=weights["model.encoder.embed_positions.weight"],
         decoder_positions=weights["model.decoder.embed_positions.weight"],
         encoder_layers=bart.encoder_layers(model.config, weights),

@@ -1,4 +1,4 @@
-"""T5 and its descendants: root-mean-square norms before each block, relative position biases, no scaling.
+"""T5, mT5 and their descendants: root-mean-square norms before each block, relative position biases, no scaling.
 
 Source: Raffel et al., "Exploring the Limits of Transfer Learning", JMLR 2020; transformers, modeling_t5.py.
 """
@@ -22,7 +22,7 @@ from deploykit.graphs.architecture import (
 
 _PARTS = ("q", "k", "v", "o")
 MAX_LENGTH = 512
-"""T5 has no longest input of its own; this is what it was trained on."""
+"""Maximum length. T5 itself has none; this is the length that it was trained with."""
 
 
 def architecture(model: Any, weights: Weights) -> Architecture:
@@ -46,7 +46,7 @@ def architecture(model: Any, weights: Weights) -> Architecture:
         decoder_norm=_norm("decoder.final_layer_norm", config, weights),
         encoder_bias=_bias(model.encoder, "encoder", weights),
         decoder_bias=_bias(model.decoder, "decoder", weights),
-        output_scale=config.d_model**-0.5 if config.scale_decoder_outputs else 1.0,
+        output_scale=config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0,
     )
 
 
@@ -82,7 +82,7 @@ def _norm(name: str, config: Any, weights: Weights) -> Norm:
 
 
 def _bias(stack: Any, name: str, weights: Weights) -> RelativeBias:
-    """The first layer's biases, which all layers use, for every distance up to ``MAX_LENGTH``."""
+    """Return the first layer's biases, which all layers use, for every distance up to ``MAX_LENGTH``."""
     attention = stack.block[0].layer[0].SelfAttention
     distances = torch.arange(-MAX_LENGTH + 1, MAX_LENGTH)
     buckets = attention._relative_position_bucket(

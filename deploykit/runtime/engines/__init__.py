@@ -1,7 +1,6 @@
-"""Inference engines behind one Protocol.
+"""Inference engines behind one protocol.
 
-Adding an engine: a module beside this one with a class that satisfies ``Engine``, and a line in
-``ENGINES``.
+To add an engine, write a module beside this one with a class that satisfies ``Engine``, and add it to ``ENGINES``.
 """
 
 from __future__ import annotations
@@ -22,11 +21,13 @@ from deploykit.runtime.engines.protocol import DecodeModel, Engine, Precision
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Where an engine's classes are, what it needs, and which graph of an export it runs.
+    """Where an engine's classes are, what it needs, and which graphs of an export it runs.
 
-    ``location`` is that of its ``Engine``, which runs ``graphs``; ``decoder`` that of its ``DecodeModel``, which runs
-    ``translators``; where it has one. Any one of ``packages`` will do. What was ``built`` for the engine an export lists.
-    ``provider`` is the execution provider that ONNX Runtime must have for it.
+    - ``location``: its ``Engine``, which runs ``graphs`` (classifiers); empty if it has none.
+    - ``decoder``: its ``DecodeModel``, which runs ``translators``; empty if it has none.
+    - ``packages``: any one of these is enough; ``extra`` installs one.
+    - ``built``: the export's manifest lists the engines built for it.
+    - ``provider``: the execution provider that ONNX Runtime must have.
     """
 
     location: str = ""
@@ -41,7 +42,7 @@ class EngineInfo:
 
     @property
     def lacks(self) -> str | None:
-        """What it needs and this machine does not have, if anything."""
+        """What the engine needs and this machine lacks; None if nothing."""
         if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
             return "not installed"
         if self.gpu:
@@ -57,7 +58,7 @@ class EngineInfo:
 
     @property
     def installed(self) -> bool:
-        """Whether it can run here."""
+        """Whether the engine can run here."""
         return self.lacks is None
 
 
@@ -65,13 +66,13 @@ TRANSLATION_FILES: Mapping[Precision, tuple[str, str, str]] = {
     "fp32": ("encoder.onnx", "decoder.onnx", "shared.bin"),
     "int8": ("encoder.u8s8.onnx", "decoder.u8s8.onnx", "shared.u8s8.bin"),
 }
-"""ONNX Runtime's: the encoder's graph, the decoder's, and the weights that both use."""
+"""Files that ONNX Runtime translates with: encoder graph, decoder graph, and the weights that both share."""
 TRANSLATION_ENGINE = "onnxruntime"
-"""The one that translates on every machine, and gives calibration and parity what they look at."""
+"""The engine that translates on every machine. Calibration and parity checks use it."""
 NATIVE_FILE = "native.int8.safetensors"
 
-# In the order in which "auto" prefers them: OpenVINO encodes faster than ONNX Runtime on every x86 CPU measured here, and
-# our own engine is faster than both.
+# In the order in which "auto" prefers them. OpenVINO runs encoders faster than ONNX Runtime on every x86 CPU measured, and
+# native is faster than both.
 ENGINES: Mapping[str, EngineInfo] = {
     "tensorrt": EngineInfo(
         "deploykit.runtime.engines.tensorrt_classifier:TensorRtEngine",
@@ -114,17 +115,17 @@ ENGINES: Mapping[str, EngineInfo] = {
 
 
 def check_engine(name: str) -> None:
-    """Raise UsageError for an unknown name, MissingDependencyError when this machine lacks what the engine needs."""
+    """Raise UsageError for an unknown engine, MissingDependencyError if it cannot run on this machine."""
     check_name(name)
     lacks = ENGINES[name].lacks
     if lacks == "no GPU":
         raise MissingDependencyError(
-            f"the engine {name} needs an NVIDIA GPU and its driver, and there is none here",
-            "run it where nvidia-smi shows a GPU (a container needs --gpus), or choose a CPU engine: --engine onnxruntime",
+            f"the engine {name} needs an NVIDIA GPU and its driver, and this machine has none",
+            "use a machine where nvidia-smi shows a GPU (a container needs --gpus), or a CPU engine: --engine onnxruntime",
         )
     if lacks and not ENGINES[name].packages:
         raise MissingDependencyError(
-            f"the engine {name} does not run here: {lacks}", "choose another: --engine onnxruntime"
+            f"the engine {name} does not run here: {lacks}", "choose another engine: --engine onnxruntime"
         )
     if lacks:
         raise MissingDependencyError(
@@ -133,13 +134,13 @@ def check_engine(name: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise UsageError for the name of no engine."""
+    """Raise UsageError for an unknown engine."""
     if name not in ENGINES:
         raise UsageError(f"unknown engine {name!r}", f"choose one of: auto, {', '.join(ENGINES)}")
 
 
 def installed_engines() -> list[str]:
-    """Those that can run classifiers here, best first. Raises MissingDependencyError when there is none."""
+    """Return the engines that can run classifiers here, best first. Raises MissingDependencyError if there are none."""
     names = [name for name, info in ENGINES.items() if info.location and info.installed]
     if not names:
         raise MissingDependencyError("no inference engine is installed", "pip install 'deploykit[cpu,openvino]'")
@@ -147,7 +148,7 @@ def installed_engines() -> list[str]:
 
 
 def load_engine(name: str, graph: Path, threads: int | None = None, device: int = 0) -> Engine:
-    """Load ``graph`` with the engine of that name, on ``threads`` CPU threads (default: all of them) or GPU ``device``."""
+    """Load ``graph`` with the engine ``name``, on ``threads`` CPU threads (default: all CPUs) or GPU ``device``."""
     engine: type[Engine] = _class(name, ENGINES[name].location, graph)
     return engine(graph, threads or available_cpus(), device)
 
@@ -155,7 +156,7 @@ def load_engine(name: str, graph: Path, threads: int | None = None, device: int 
 def load_decode_model(
     name: str, folder: Path, files: Sequence[str], threads: int | None = None, device: int = 0
 ) -> DecodeModel:
-    """Load the graphs in ``folder`` that the first of ``files`` name, encoder and decoder, as ``load_engine`` does."""
+    """Load encoder and decoder, the first two of ``files`` in ``folder``, as ``load_engine`` does."""
     model: type[DecodeModel] = _class(name, ENGINES[name].decoder, *(folder / file for file in files[:2]))
     return model(folder, files, threads or available_cpus(), device)
 
@@ -163,7 +164,7 @@ def load_decode_model(
 def _class(name: str, location: str, *graphs: Path) -> Any:
     for graph in graphs:
         if not graph.is_file():
-            raise EngineError(f"{graph}: no such graph", "export the model again, with this engine's precision")
+            raise EngineError(f"{graph}: no such graph", "export the model again, in this precision")
     check_engine(name)
     module, class_name = location.split(":")
     return getattr(importlib.import_module(module), class_name)

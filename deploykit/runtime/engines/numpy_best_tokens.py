@@ -1,4 +1,4 @@
-"""The most probable tokens of each row, by numpy: where a GPU computes the logits, ONNX Runtime need not be installed."""
+"""Find the most probable tokens of each row with numpy, so that a GPU machine needs no ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ Ints = NDArray[np.int64]
 
 
 class NumpyBestTokens:
-    """``logits`` are float32 [rows, vocabulary]; no row depends on another."""
+    """``BestTokens`` in numpy. ``logits`` are float32 [rows, vocabulary]; no row depends on another."""
 
     def __call__(self, logits: Floats, k: int) -> tuple[Floats, Ints]:
-        """Log-probabilities, descending, and ids of the ``k`` best tokens of each row: [rows, k] each.
+        """Return the ``k`` best tokens of each row: log-probabilities, descending, and ids, [rows, k] each.
 
-        Of equals the lower id comes first.
+        Of equal logits the lower id comes first.
         """
         columns = np.stack([_best(row, k) for row in logits])
         values: Floats = np.take_along_axis(logits, columns, axis=1) - self.log_sums(logits)[:, None]
         return values, columns
 
     def of(self, logits: Floats, tokens: Ints) -> Floats:
-        """Log-probability of one token of each row: float32 [rows]."""
+        """Return the log-probability of one token of each row: float32 [rows]."""
         gained: Floats = logits[np.arange(len(logits)), tokens] - self.log_sums(logits)
         return gained
 
     def log_sums(self, logits: Floats) -> Floats:
-        """float32 [rows]: subtracted from a row it leaves log-probabilities."""
+        """Return log(sum(exp(logits))) of each row, float32 [rows]: logits minus it are log-probabilities."""
         sums = np.empty(len(logits), np.float32)
-        for i, row in enumerate(logits):  # a row stays in the CPU's cache, all of them would not
+        for i, row in enumerate(logits):  # row by row: one row fits the CPU's cache, all rows do not
             highest = row.max()
             sums[i] = highest + np.log(np.exp(row - highest).sum())
         return sums
 
 
 def _best(row: Floats, k: int) -> Ints:
-    """The columns of the ``k`` highest values, which lie in the ``k`` blocks with the highest maxima, and the rest
-    behind the blocks."""
+    """Return the columns of the ``k`` highest values.
+
+    They are in the ``k`` blocks with the highest maxima, or in the remainder after the last block.
+    """
     columns: Ints = np.arange(len(row))
     blocks = len(row) // _BLOCK
     if blocks > k:

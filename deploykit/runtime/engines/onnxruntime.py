@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPU. INT8 graphs must be U8/S8: its CPU kernels are slow on S8 activations.
+"""ONNX Runtime on CPUs. INT8 graphs must be U8/S8: its CPU kernels are slow on S8 activations.
 
 Source: ONNX Runtime documentation, "Quantize ONNX models" and "Thread management".
 """
@@ -25,7 +25,7 @@ class OnnxRuntimeEngine:
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._graph = graph
-        # That fusion would turn quantized 2-D MatMuls into fp32 Gemms before they become INT8 kernels.
+        # MatMulAddFusion turns quantized 2-D MatMuls into fp32 Gemms before they become INT8 kernels.
         self._session = open_session(graph, session_options(threads), disabled_optimizers=["MatMulAddFusion"])
 
     def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
@@ -40,13 +40,13 @@ def open_session(graph: Path, options: ort.SessionOptions, **settings: Any) -> o
     """Load ``graph`` on the CPU. Raises EngineError naming the file."""
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"], **settings)
-    except Exception as error:  # the library's exceptions share no base
+    except Exception as error:  # its exceptions have no common base
         raise EngineError(f"{graph}: ONNX Runtime cannot load it: {error}", "export the model again") from error
 
 
 def int8_kernels(graph: Path, **settings: Any) -> int:
-    """How many INT8 matrix kernels ONNX Runtime makes of ``graph``: counted in what it optimized."""
-    import onnx  # only the proof needs it; a serving machine does not have it
+    """Return the number of INT8 matrix kernels in the graph that ONNX Runtime optimized ``graph`` to."""
+    import onnx  # only export counts kernels; a serving machine has no onnx
 
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads=1)
@@ -57,7 +57,10 @@ def int8_kernels(graph: Path, **settings: Any) -> int:
 
 
 def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
-    """Options of every session here. ``spin``: threads wait awake for each other within a run, and sleep after it."""
+    """Return the options of every session.
+
+    With ``spin``, threads wait for each other actively within a run, and sleep after it.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -65,7 +68,7 @@ def session_options(threads: int, *, spin: bool = False) -> ort.SessionOptions:
     # Waiting threads must leave the CPU to the server and the tokenizer, which share it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without VNNI, U8S8 kernels saturate at 16 bits and lose accuracy silently; this makes them exact.
+    # Without VNNI, U8S8 kernels saturate at 16 bits and silently lose accuracy. This option makes them exact.
     if not _has_vnni():
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options

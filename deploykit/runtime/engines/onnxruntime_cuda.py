@@ -1,6 +1,6 @@
 """ONNX Runtime on an NVIDIA GPU, for classifiers in fp32.
 
-Without its CUDA provider ONNX Runtime runs a graph on the CPU and says nothing. This engine refuses to.
+Without its CUDA provider, ONNX Runtime silently runs a graph on the CPU. This engine raises EngineError instead.
 
 Source: ONNX Runtime documentation, "CUDA Execution Provider".
 """
@@ -22,12 +22,12 @@ PROVIDER = "CUDAExecutionProvider"
 
 
 class OnnxRuntimeCudaEngine:
-    token_budget = 1 << 16  # a GPU needs many rows to be busy
+    token_budget = 1 << 16  # small batches leave a GPU idle
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         fell_back = EngineError(
-            f"{graph}: ONNX Runtime fell back to the CPU: it cannot load its CUDA provider",
-            "pip uninstall onnxruntime, then pip install 'deploykit[gpu]'; CUDA and cuDNN must be of its release",
+            f"{graph}: ONNX Runtime cannot load its CUDA provider, and would run on the CPU",
+            "pip uninstall onnxruntime, then pip install 'deploykit[gpu]'; CUDA and cuDNN must match its release",
         )
         if PROVIDER not in ort.get_available_providers():
             raise fell_back
@@ -36,7 +36,7 @@ class OnnxRuntimeCudaEngine:
         cuda = (PROVIDER, {"device_id": device, "use_tf32": 0})
         try:
             self._session = ort.InferenceSession(str(graph), session_options(threads), providers=[cuda])
-        except Exception as error:  # the library's exceptions share no base
+        except Exception as error:  # its exceptions have no common base
             raise EngineError(f"{graph}: ONNX Runtime cannot load it: {error}", "export the model again") from error
         if self._session.get_providers()[0] != PROVIDER:
             raise fell_back

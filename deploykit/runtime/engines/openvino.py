@@ -1,4 +1,4 @@
-"""OpenVINO on CPU: the fastest INT8 on x86 for encoders. Runs symmetric S8/S8 Q/DQ as it is.
+"""OpenVINO on CPUs. It runs symmetric S8/S8 Q/DQ graphs as they are.
 
 Source: OpenVINO documentation, "CPU device" and "Inference precision".
 """
@@ -26,15 +26,15 @@ class OpenVinoEngine:
         properties = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
-            # Otherwise CPUs with bfloat16 compute the unquantized parts in it: other answers than
-            # the accuracy table's, and no faster for an INT8 graph.
+            # Otherwise CPUs with bfloat16 compute the unquantized parts in it: the answers then differ from those
+            # in the accuracy table, and an INT8 graph is no faster.
             "INFERENCE_PRECISION_HINT": "f32",
-            "ENABLE_CPU_PINNING": False,  # pinned threads of several instances would land on the same cores
+            "ENABLE_CPU_PINNING": False,  # several instances would pin their threads to the same cores
         }
         try:
             self._compiled = ov.Core().compile_model(str(graph), "CPU", properties)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]  # the lines before are positions in its source
+            reason = str(error).strip().splitlines()[-1]  # earlier lines are positions in OpenVINO's source
             raise EngineError(f"{graph}: OpenVINO cannot load it: {reason}", "export the model again") from error
         self._request = self._compiled.create_infer_request()
         self._inputs = {name: port for port in self._compiled.inputs for name in port.get_names()}

@@ -1,4 +1,4 @@
-"""Define what an engine and a decode model must offer."""
+"""Interfaces of an engine and of a decode model."""
 
 from __future__ import annotations
 
@@ -18,46 +18,45 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class Engine(Protocol):
-    """A graph loaded and ready to run. Not thread-safe: one caller at a time.
+    """A loaded graph, ready to run. Not thread-safe: one caller at a time.
 
-    ``token_budget`` is the rows x padded length of one run that it does best with.
+    ``token_budget`` is the batch size, in rows x padded length, at which the engine is fastest.
     """
 
     token_budget: int
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
-        """Load ``graph``, for so many CPU threads or for the GPU of that number, whichever the engine runs on.
+        """Load ``graph``, to run on ``threads`` CPU threads or on GPU ``device``, whichever the engine uses.
 
-        Raises EngineError naming the file if the engine refuses it.
+        Raises EngineError naming the file if the engine cannot load it.
         """
 
     def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
-        """The graph's outputs, in its order, as arrays of the caller's own."""
+        """Run the graph. Returns its outputs, in the graph's order, as arrays that the caller owns."""
 
     def int8_kernels(self) -> int:
-        """How many INT8 matrix kernels the engine compiled from the graph: the proof that
-        quantization took effect."""
+        """Return the number of INT8 matrix kernels compiled from the graph: the proof that quantization took effect."""
 
 
 class BestTokens(Protocol):
-    """The most probable tokens. ``logits`` are float32 [rows, vocabulary]; no row depends on another."""
+    """Finds the most probable tokens. ``logits`` are float32 [rows, vocabulary]; no row depends on another."""
 
     def __call__(self, logits: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Log-probabilities, descending, and ids of the ``k`` best tokens of each row: [rows, k] each.
+        """Return the ``k`` best tokens of each row: log-probabilities, descending, and ids, [rows, k] each.
 
-        Of equals the lower id comes first.
+        Of equal logits the lower id comes first.
         """
 
     def of(self, logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Log-probability of one token of each row: float32 [rows]."""
+        """Return the log-probability of one token of each row: float32 [rows]."""
 
     def log_sums(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [rows]: subtracted from a row it leaves log-probabilities."""
+        """Return log(sum(exp(logits))) of each row, float32 [rows]: logits minus it are log-probabilities."""
 
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """The most that a decode model takes: rows, tokens of a source text, tokens of a translation."""
+    """Upper limits of a decode model: rows, tokens of a source text, tokens of a translation."""
 
     rows: int
     source: int
@@ -65,21 +64,23 @@ class DecodeLimits:
 
 
 class DecodeModel(Protocol):
-    """Encoder and decoder of a translation model, with rows: hypotheses, each at a position of its own, and its keys and
-    values. The rows in use are the first ones. Not thread-safe: one caller at a time.
+    """Encoder and decoder of a translation model, with the state of its rows.
 
-    ``rows_of_a_worker``: from twice as many rows on, models side by side beat this one alone. ``limits`` None: any size.
-    ``pads``: texts encoded together take as long as if each were as long as the longest.
+    A row is a hypothesis with its position and its keys and values. The rows in use are always the first ones. Not
+    thread-safe: one caller at a time.
+
+    ``limits`` is None where any size is possible. ``pads``: encoding a batch takes as long as if every text were as
+    long as the longest. ``rows_of_a_worker``: from twice as many rows on, several models side by side are faster than
+    this one.
     """
 
     rows: int
     pads: bool
 
     def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
-        """Load the encoder and the decoder, the first two of ``files``, for so many CPU threads or for the GPU of that
-        number, whichever the engine runs on.
+        """Load encoder and decoder, the first two of ``files``, to run on ``threads`` CPU threads or on GPU ``device``.
 
-        Raises EngineError naming the file if the engine refuses it.
+        Raises EngineError naming the file if the engine cannot load it.
         """
 
     @property
@@ -95,67 +96,67 @@ class DecodeModel(Protocol):
     def rows_of_a_worker(self) -> int: ...
 
     def side_by_side(self, n: int) -> Sequence[DecodeModel]:
-        """``n`` models of the same graphs, each with rows of its own and a share of the threads."""
+        """Return ``n`` models of the same graphs, each with its own rows and a share of the threads."""
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> Any:
-        """Texts, encoded for ``admit``; good until the next ones are."""
+        """Encode texts, for ``admit``. The result is valid until the next call."""
 
     def reserve(self, rows: int, source: int) -> None:
-        """Make room for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is left."""
+        """Reserve memory for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is
+        left.
+        """
 
     def admit(self, cross: Any, lengths: Sequence[int], copies: Sequence[int]) -> None:
-        """Append empty rows: for each encoded text, of so many tokens, so many that attend to it."""
+        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to it."""
 
     def choose(self, tokens: NDArray[np.int64], choice: Choice) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Feed each row its next token; returns what ``select`` does of the logits."""
+        """Feed each row its next token, and apply ``select`` to the logits. Returns its result."""
 
     def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Feed each row its next token; returns logits, float32 [rows, vocabulary].
+        """Feed each row its next token. Returns logits, float32 [rows, vocabulary].
 
-        The array is the model's own: the next step overwrites it, and the caller may change it.
+        The array belongs to the model: the next step overwrites it. The caller may change it.
         """
 
     def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64], begin: int) -> None:
-        """Make each of the rows ``targets`` continue what the one of ``sources``, of the same text, holds.
+        """Copy the state of the rows ``sources`` to the rows ``targets`` of the same texts.
 
-        They share the first ``begin`` positions; none of ``targets`` is in ``sources``.
+        Both share the first ``begin`` positions. No row is in both.
         """
 
     def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
+        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
-        """Memory that the caches of ``rows`` rows with that many target and source tokens take, beyond what the model
-        takes in any case."""
+        """Return the memory of the caches of ``rows`` rows with that many target and source tokens, in bytes.
+
+        It does not count memory that the model takes in any case.
+        """
 
 
 @runtime_checkable
 class TakesSteps(Protocol):
-    """A decode model that goes on with a search by itself, for as long as the rules say the same."""
+    """A decode model that can take several steps by itself, as long as the rules stay the same."""
 
     def replace(self, rows: NDArray[np.int64], cross: Sequence[Any], lengths: Sequence[int]) -> None:
-        """Give ``rows``, whose texts are over, others: encoded texts of so many tokens."""
+        """Give ``rows``, whose texts are done, new encoded texts of ``lengths`` tokens."""
 
     def run_greedily(self, texts: Texts, choice: Choice, most: int) -> int:
-        """Append a token to each row, again and again: until one of them ends, but ``most`` times at most.
-
-        Returns how many times.
-        """
+        """Append tokens to all rows until one row ends, in at most ``most`` steps. Returns the number of steps."""
 
     def hold_beam(self, beam: Beam) -> HeldBeam | None:
-        """``beam``, for ``run_beams``; None if it is too wide."""
+        """Take over ``beam`` for ``run_beams``; None if it is too wide."""
 
     def run_beams(self, texts: Texts, choice: Choice, rows: NDArray[np.int64], beams: Sequence[Any], most: int) -> int:
-        """Go on with beam search until that of one of the ``beams`` (``HeldBeam``) is over, but ``most`` steps at most.
+        """Run beam search until one of the ``beams`` (``HeldBeam``) is done, in at most ``most`` steps.
 
-        Returns how many.
-
-        ``rows``: [sentences, beams], the hypotheses of each sentence, best first; it is changed.
+        ``rows``, [sentences, beams], are the hypotheses of each sentence, best first; they are updated. Returns the
+        number of steps.
         """
 
 
 class HeldBeam(Protocol):
-    """A beam in the hands of a decode model."""
+    """A beam that a decode model has taken over."""
 
     @property
     def done(self) -> bool:
@@ -172,13 +173,16 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class Choice:
-    """Of each row the ``best`` tokens, best first, and their log-probabilities.
+    """How to select tokens from the logits of a step. The ``best`` tokens of each row are returned, best first.
 
-    ``forced`` int32 [rows]: a token that must come, with probability 1; -1 where none must. ``forbidden`` int32: tokens that
-    must not, ascending, row by row; those of a row are ``begin[row]`` to ``begin[row + 1]`` (int32 [rows + 1]).
-    ``scored`` bool [rows]: where it is False the best token is wanted alone. ``before`` bool [rows]: probabilities are from
-    before any token was forbidden. ``penalties``: rows, tokens and what divides (or multiplies) their scores, of
-    log-probabilities where ``of_probabilities`` [rows] and of logits elsewhere. ``changed`` grows when arrays are replaced.
+    - ``forced`` int32 [rows]: a token that must come, with probability 1; -1 for none.
+    - ``forbidden`` int32, ``begin`` int32 [rows + 1]: forbidden tokens of all rows, ascending within a row; those of a row
+      are ``forbidden[begin[row] : begin[row + 1]]``.
+    - ``scored`` bool [rows]: compute log-probabilities; where False, only the best token is needed.
+    - ``before`` bool [rows]: log-probabilities are those before any token was forbidden.
+    - ``penalties``: (row, tokens, penalty) triples; the penalty divides positive scores and multiplies negative ones.
+    - ``of_probabilities`` bool [rows]: penalties apply to log-probabilities; where False, to logits.
+    - ``changed`` grows when arrays are replaced.
     """
 
     best: int
@@ -194,8 +198,12 @@ class Choice:
 
 @dataclass
 class Texts:
-    """What a search goes on with: by row int64 ``tokens`` [rows, longest], of which ``lengths`` count, the ``limits`` of
-    those, and float32 ``sums`` of log-probabilities; and which tokens end a text, bool [vocabulary]."""
+    """State of a search, by row.
+
+    - ``tokens`` int64 [rows, longest], of which the first ``lengths`` are valid; ``limits`` are their maximum numbers.
+    - ``sums`` float32 [rows]: sums of log-probabilities.
+    - ``ends`` bool [vocabulary]: tokens that end a text.
+    """
 
     tokens: Ints
     lengths: Ints

@@ -1,4 +1,4 @@
-"""Rows of a decode model, of which those in use are always the first ones."""
+"""Bookkeeping for the rows of a decode model; the rows in use are always the first ones."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ Ints = NDArray[np.int64]
 
 
 def power_of_two(n: int, least: int = 1) -> int:
-    """The least one that is ``n`` or more, and ``least`` or more: what grows is doubled, for growing means copying."""
+    """Return the smallest power of two that is at least ``n`` and ``least``. Buffers double, because growing means
+    copying.
+    """
     return max(least, 1 << (n - 1).bit_length())
 
 
 def without(rows: int, gone: Ints) -> tuple[Ints, Ints, Ints]:
-    """How ``rows`` close up when some are ``gone``: the last ones move into their places.
+    """Return how ``rows`` rows close up when ``gone`` are removed: the last rows move into their places.
 
-    Returns, for each row left, its number before; the places filled; and the rows that fill them.
+    Returns the former number of each row left, the places filled, and the rows that fill them.
     """
     left = rows - len(gone)
     order = np.arange(left)

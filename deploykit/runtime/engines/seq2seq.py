@@ -1,8 +1,8 @@
 """Encoder and decoder of a translation model on ONNX Runtime, with the decoder's rows and their caches.
 
-The decoder's state is a list of rows ("slots"), each a hypothesis at a position of its own. Keys and
-values live in preallocated buffers that the graph appends to in place; a row that leaves gives its
-place to the last one, so the rows in use are always the first ones and no step computes anything else.
+The decoder's state is a list of rows ("slots"), each a hypothesis at its own position. Keys and values are in
+preallocated buffers that the graph appends to in place. When a row leaves, the last row takes its place, so the rows in
+use are always the first ones and a step computes nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from deploykit.runtime.engines.onnxruntime import open_session, session_options
 from deploykit.runtime.engines.protocol import Choice
 from deploykit.runtime.engines.rows import power_of_two, without
 
-_TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have
+_TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # minimum positions of a cache
 _LEAST_ROWS = 4
 _KINDS: dict[str, type[np.number[Any]]] = {
     "tensor(float)": np.float32,
@@ -31,27 +31,27 @@ _KINDS: dict[str, type[np.number[Any]]] = {
     "tensor(int8)": np.int8,
 }
 
-# Measured, with 2 threads and models from 1 to 52 MB: bytes that a step reads, below which one thread is as fast as
-# two; and rows from which steps side by side, a thread each, beat threads within a step.
+# Measured with 2 threads and models from 1 to 52 MB. Below _SMALL bytes read per step, one thread is as fast as two. From
+# these numbers of rows on, several decoders with one thread each are faster than threads within a step.
 _SMALL = 5 << 20
 _ROWS_OF_A_WORKER, _ROWS_OF_A_SMALL_WORKER = 16, 4
 
 CROSS_SCALES = "deploykit.cross_scales"
-"""The key of an encoder's metadata that holds the scales of its output where that is INT8: JSON, [2 x layers]."""
+"""Key of the encoder's metadata with the scales of an INT8 output: JSON, [2 x layers]."""
 
 Floats = NDArray[np.float32]
 
 
 def cache_names(layers: int) -> list[str]:
-    """What caches are called where ranges are by name: layer by layer, key before value."""
+    """Return the names of the caches' ranges: layer by layer, key before value."""
     return [f"caches.{i}.{of}_{part}" for i in range(layers) for of in ("self", "cross") for part in ("key", "value")]
 
 
 class _Cache:
     """Keys and values of all layers, of type ``kind``: [2 x layers, rows, heads, positions, head size].
 
-    ``view`` is laid over storage that grows and is never given back while the model lives. It holds finite values
-    everywhere: graphs of standard ONNX multiply what is masked by 0.
+    ``view`` is a view of storage that grows and is never released while the model lives. All its values are finite,
+    because graphs of standard ONNX multiply masked values by 0.
     """
 
     def __init__(self, layers: int, heads: int, head_size: int, block: int, kind: type[np.number[Any]]) -> None:
@@ -64,11 +64,11 @@ class _Cache:
         return self.view.shape[3]
 
     def padded(self, positions: int) -> int:
-        """The length that caches of ``positions`` are given: growing means copying, so it doubles."""
+        """Return the allocated length for ``positions``: it doubles, because growing means copying."""
         return self._block * power_of_two(-(-positions // self._block))
 
     def fit(self, capacity: int, positions: int, kept: int) -> bool:
-        """Make room for ``capacity`` rows of ``positions``; the first ``kept`` rows stay. True if it moved."""
+        """Make room for ``capacity`` rows of ``positions``, keeping the first ``kept`` rows. True if the view changed."""
         positions = self.padded(positions)
         if kept:
             positions = max(positions, self.positions)
@@ -90,8 +90,8 @@ class _Cache:
 class Seq2SeqModel:
     """The graphs of one precision in ``folder``, on ``threads`` CPU threads. One caller at a time.
 
-    ``files`` are the encoder's, the decoder's, and that of the weights of both. Graphs of standard ONNX run as well,
-    more slowly. Raises EngineError naming the file that ONNX Runtime refuses.
+    ``files`` are the encoder, the decoder, and the weights of both. Graphs of standard ONNX run too, more slowly.
+    Raises EngineError naming the file that ONNX Runtime cannot load.
     """
 
     limits = None
@@ -105,7 +105,7 @@ class Seq2SeqModel:
         self._begin(self._open(self._threads))
 
     def side_by_side(self, n: int) -> list[Seq2SeqModel]:
-        """``n`` models that share this one's threads and a copy of the graphs, each with rows of its own."""
+        """Return ``n`` models with their own rows, which share this one's threads and one copy of the graphs."""
         threads = max(1, self._threads // n)
         sessions = (self._encoder, self._decoder) if threads == self._threads else self._open(threads)
         models = []
@@ -117,8 +117,8 @@ class Seq2SeqModel:
         return models
 
     def _open(self, threads: int) -> tuple[ort.InferenceSession, ...]:
-        # Within a step the threads hand over a hundred times: asleep, they would lose more than they compute.
-        # And that fusion would put together what is faster apart.
+        # Threads spin within a step: they synchronize a hundred times, and waking up would take longer than computing.
+        # The fusion is disabled because the separate nodes are faster.
         return tuple(
             open_session(path, session_options(threads, spin=True), disabled_optimizers=["SkipLayerNormFusion"])
             for path in self._paths
@@ -148,19 +148,21 @@ class Seq2SeqModel:
         self.reserve(_LEAST_ROWS, 1)
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> NDArray[Any]:
-        """Cross-attention keys and values, of the caches' type: [texts, longest, 2 x layers, heads, head size]."""
+        """Return cross-attention keys and values, of the caches' type: [texts, longest, 2 x layers, heads, head size]."""
         longest = max(map(len, token_ids))
         ids = np.zeros((len(token_ids), longest), np.int64)
         for row, tokens in enumerate(token_ids):
             ids[row, : len(tokens)] = tokens
         lengths = np.fromiter(map(len, token_ids), np.int32, len(token_ids))
         cross: NDArray[Any] = self._encoder.run(["cross"], {"input_ids": ids, "lengths": lengths})[0]
-        if cross.ndim == 5:  # in standard ONNX it is laid out as caches are
+        if cross.ndim == 5:  # standard ONNX uses the layout of the caches
             return cross.transpose(0, 3, 1, 2, 4)
         return cross.reshape(*ids.shape, 2 * self._layers, self._heads, self._head_size)
 
     def reserve(self, rows: int, source: int) -> None:
-        """Make room for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is left."""
+        """Reserve memory for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is
+        left.
+        """
         if self.rows == 0:
             self._capacity = 0
         grown = rows > self._capacity
@@ -175,7 +177,7 @@ class Seq2SeqModel:
             self._bound = (0, 0, 0)
 
     def admit(self, cross: NDArray[Any], lengths: Sequence[int], copies: Sequence[int]) -> None:
-        """Append empty rows: for each encoded text, of so many tokens, so many that attend to it."""
+        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to it."""
         self.reserve(self.rows + sum(copies), max(lengths))
         for text, (length, n) in enumerate(zip(lengths, copies)):
             rows = slice(self.rows, self.rows + n)
@@ -187,9 +189,9 @@ class Seq2SeqModel:
             self.rows += n
 
     def step(self, tokens: NDArray[np.int64]) -> Floats:
-        """Feed each row its next token; returns logits, float32 [rows, vocabulary].
+        """Feed each row its next token. Returns logits, float32 [rows, vocabulary].
 
-        The array is the model's own: the next step overwrites it, and the caller may change it.
+        The array belongs to the model: the next step overwrites it. The caller may change it.
         """
         rows = self.rows
         longest = int(self._past[:rows].max()) + 1
@@ -205,20 +207,20 @@ class Seq2SeqModel:
         return self._logits[:rows]
 
     def choose(self, tokens: NDArray[np.int64], choice: Choice) -> tuple[Floats, NDArray[np.int64]]:
-        """Feed each row its next token; returns what ``select`` does of the logits."""
+        """Feed each row its next token, and apply ``select`` to the logits. Returns its result."""
         return select(self.step(tokens), choice, self.best)
 
     def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64], begin: int) -> None:
-        """Make each of the rows ``targets`` continue what the one of ``sources``, of the same text, holds.
+        """Copy the state of the rows ``sources`` to the rows ``targets`` of the same texts.
 
-        They share the first ``begin`` positions; none of ``targets`` is in ``sources``.
+        Both share the first ``begin`` positions. No row is in both.
         """
         end, view = int(self._past[sources].max()), self._self.view
         view[:, targets, :, begin:end] = view[:, sources, :, begin:end]
         self._past[targets] = self._past[sources]
 
     def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
+        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
         order, holes, movers = without(self.rows, gone)
         if len(movers):
             target, source = int(self._past[movers].max()), int(self._source_last[movers].max()) + 1
@@ -232,7 +234,7 @@ class Seq2SeqModel:
         return order
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
-        """Memory of the caches of ``rows`` rows with that many target and source tokens."""
+        """Return the memory of the caches of ``rows`` rows with that many target and source tokens, in bytes."""
         positions = self._self.padded(target) + self._cross.padded(source)
         values = power_of_two(rows, _LEAST_ROWS) * positions * 2 * self._layers * self._heads * self._head_size
         return int(values * self._self.view.itemsize)
@@ -251,7 +253,7 @@ class Seq2SeqModel:
         )
 
     def _bind(self) -> None:
-        """Lay the graph's inputs and outputs over the buffers: once for as long as the shapes stay."""
+        """Bind the graph's inputs and outputs to the buffers. Needed again only when a shape changes."""
         binding, rows = self._binding, self.rows
         binding.clear_binding_inputs()
         binding.clear_binding_outputs()
@@ -267,7 +269,7 @@ class Seq2SeqModel:
             for j, part in enumerate(("key", "value")):
                 own, cross = self._self.view[2 * layer + j, :rows], self._cross.view[2 * layer + j, :rows]
                 inputs[f"past.{layer}.{part}"] = own
-                # In standard ONNX too: Where, which writes it there, has read the past by then.
+                # In place in standard ONNX too: its Where node has read the past before it writes.
                 _bind(binding.bind_output, f"present.{layer}.{part}", own)
                 inputs[f"cross.{layer}.{part}"] = cross
                 if (last := f"cross.{layer}.last_{part}") in self._inputs:

@@ -1,14 +1,14 @@
-"""TensorRT and TensorRT-RTX: engines that ``deploykit export --trt`` built, on an NVIDIA GPU.
+"""TensorRT and TensorRT-RTX: run engines that ``deploykit export --trt`` built, on an NVIDIA GPU.
 
-An engine is tied to the version that built it and to a GPU; its record, the JSON file beside it, says which, and is
-believed before the file is: nothing is deserialized that the record refuses.
+An engine is tied to the version that built it and to a GPU. The JSON record beside it says which. The record is checked
+first, and an engine that it rules out is never deserialized.
 
-A run of one shape, copies included, becomes a CUDA graph: whoever runs an engine allocates all memory at the start, for
-the largest shapes, and copies and kernels always meet the same addresses. TensorRT-RTX compiles kernels for shapes as
-they come, and captures graphs itself when they are ready.
+Each run of one shape, copies included, becomes a CUDA graph. That is possible because callers allocate all memory at
+the start, for the largest shapes, so copies and kernels always use the same addresses. TensorRT-RTX compiles kernels
+for shapes as they occur, and captures its own graphs when they are ready.
 
-Source: NVIDIA TensorRT documentation, "CUDA Graphs" (a context of its own for each captured graph, sharing device
-memory), "Working with Dynamic Shapes"; TensorRT-RTX documentation, "Working with RTX CUDA Graphs".
+Source: NVIDIA TensorRT documentation, "CUDA Graphs" (one context for each captured graph, all sharing device memory),
+"Working with Dynamic Shapes"; TensorRT-RTX documentation, "Working with RTX CUDA Graphs".
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from deploykit.errors import CorruptArtifactError, DeploykitError, EngineError, 
 from deploykit.runtime.cuda import Buffer, DeviceMemory, Gpu, Graph, Stream
 
 BINDINGS: Mapping[str, str] = {"tensorrt": "tensorrt", "trtexec": "tensorrt", "rtx": "tensorrt_rtx"}
-"""The Python module that runs what each builder builds."""
+"""Builder -> the Python module that runs its engines."""
 _NAMES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 _PACKAGES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx"}
-_LEAST_PORTABLE = {"tensorrt": 80, "tensorrt_rtx": 75}  # compute capability that "portable" engines begin at
+_LEAST_PORTABLE = {"tensorrt": 80, "tensorrt_rtx": 75}  # lowest compute capability that runs "portable" engines
 _GRAPHS = (
-    128  # jobs with a CUDA graph and a context of their own: 6 sizes of up to 32 rows, 16 buckets of up to 512 tokens
+    128  # maximum jobs with their own CUDA graph and context: 6 sizes of up to 32 rows, 16 buckets of up to 512 tokens
 )
 
 Shape = tuple[int, ...]
@@ -43,12 +43,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class EngineRecord:
-    """A built engine: what made it, for what, and of what types its layers are.
+    """A built engine: how it was built, for which target, and the types of its layers.
 
-    ``version`` is the builder's, ``target`` ``portable`` or the compute capability that it runs on. ``layers`` counts
-    them by kind and the type that they read, ``int8_gemms`` those that multiply INT8 matrices, each profile's own
-    ones; there are none where the builder tells nothing. ``sha256`` is the engine's, ``graph_digest`` the ONNX file's,
-    ``calibration`` that of the ranges of an INT8 engine. ``command`` makes the export again, but for builder and target.
+    - ``builder``, ``version``: the builder and its version.
+    - ``target``: ``portable``, or the compute capability that the engine runs on.
+    - ``layers``: number of layers by kind and input type; ``int8_gemms``: INT8 matrix products, counted for each profile.
+      Both are empty where the builder does not report them.
+    - ``sha256``: of the engine; ``graph_digest``: of the ONNX file; ``calibration``: of the ranges of an INT8 engine.
+    - ``command``: repeats the export, without builder and target.
     """
 
     file: str
@@ -70,31 +72,34 @@ class EngineRecord:
 
     @property
     def module(self) -> str:
-        """The bindings that run it."""
+        """The Python bindings that run the engine."""
         return BINDINGS[self.builder]
 
     @property
     def requirement(self) -> str:
-        """What to give pip for the bindings of its version."""
+        """The pip requirement for the bindings in the engine's version."""
         package = _PACKAGES[self.module]
         return package if self.version == "unknown" else f"{package}=={self.version}"
 
     def rebuild(self, target: str | None = None) -> str:
-        """The command that builds it again with what is installed, for ``target`` in place of its own."""
+        """Return the command that builds the engine again with the installed version, optionally for another
+        ``target``.
+        """
         target = target or (self.target if self.builder == "rtx" or self.target == "portable" else "this-gpu")
         return f"{self.command} --builder {self.builder} --gpu {target} --force"
 
     def save(self, file: Path) -> None:
+        """Write the record beside the engine ``file``."""
         record_path(file).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
 
 def record_path(file: Path) -> Path:
-    """Where the record of an engine stands."""
+    """Return the path of an engine's record."""
     return file.with_suffix(".json")
 
 
 def read_record(file: Path) -> EngineRecord:
-    """Raises EngineError when there is none, CorruptArtifactError when it cannot be read."""
+    """Read an engine's record. Raises EngineError if there is none, CorruptArtifactError if it is unreadable."""
     path = record_path(file)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -102,43 +107,47 @@ def read_record(file: Path) -> EngineRecord:
         if record.builder not in BINDINGS:
             raise ValueError(f"unknown builder {record.builder}")
     except FileNotFoundError:
-        raise EngineError(f"{path}: no such file, so nobody knows what {file.name} is for", "export it again") from None
+        raise EngineError(
+            f"{path}: no such file; {file.name} cannot be used without it", "copy it again, or export the model again"
+        ) from None
     except (ValueError, TypeError, KeyError) as error:
-        raise CorruptArtifactError(f"{path}: is not an engine's record: {error}", "export it again") from error
+        raise CorruptArtifactError(
+            f"{path}: is not an engine's record: {error}", "copy it again, or export the model again"
+        ) from error
     return record
 
 
 def check(file: Path, record: EngineRecord, gpu: Gpu) -> Any:
-    """The bindings that run ``file`` on ``gpu``.
+    """Return the bindings that run ``file`` on ``gpu``.
 
-    Raises MissingDependencyError when they are not installed, EngineError with the command that builds the engine
-    again when it was built by another version of them or for another GPU.
+    Raises MissingDependencyError when they are not installed. Raises EngineError, with the command that builds the
+    engine again, when another version built it or it is for another GPU.
     """
     name = _NAMES[record.module]
     try:
         trt = importlib.import_module(record.module)
     except (ImportError, OSError) as error:
         raise MissingDependencyError(
-            f"{file}: {name} {record.version} is not installed, which built it: {error}",
+            f"{file}: was built by {name} {record.version}, which is not installed: {error}",
             f"pip install {record.requirement}",
         ) from error
     if record.version != "unknown" and _release(record.version) != _release(trt.__version__):
         raise EngineError(
-            f"{file}: was built by {name} {record.version}, here is {trt.__version__}: neither runs the other's engines",
+            f"{file}: was built by {name} {record.version}; the installed version, {trt.__version__}, cannot run it",
             f"pip install {record.requirement}, or build it again: {record.rebuild()}",
         )
     here = int(gpu.capability.removeprefix("sm_"))
     fits = here >= _LEAST_PORTABLE[record.module] if record.target == "portable" else gpu.capability == record.target
     if not fits:
         raise EngineError(
-            f"{file}: was built for {record.target}, this GPU ({gpu.name}) is {gpu.capability}",
+            f"{file}: was built for {record.target}, but this GPU ({gpu.name}) is {gpu.capability}",
             f"build it again here: {record.rebuild('this-gpu')}",
         )
     return trt
 
 
 def runs_here(file: Path, device: int = 0) -> bool:
-    """Whether ``LoadedEngine`` would load ``file``, as far as its record says."""
+    """Return whether ``LoadedEngine`` would load ``file``, judging by its record."""
     try:
         check(file, read_record(file), Gpu(device))
     except DeploykitError:
@@ -148,32 +157,34 @@ def runs_here(file: Path, device: int = 0) -> bool:
 
 @dataclass(frozen=True)
 class EngineProfile:
-    """A profile of an engine: the least, the usual and the most that it takes of each axis."""
+    """A profile of an engine: smallest, usual and largest size of each axis."""
 
     number: int
     ranges: Mapping[str, tuple[int, int, int]]
 
     def takes(self, **axes: int) -> bool:
+        """Return whether all given sizes are within the profile."""
         return all(self.ranges[axis][0] <= n <= self.ranges[axis][2] for axis, n in axes.items())
 
     def most(self, axis: str) -> int:
         return self.ranges[axis][2]
 
     def filled(self, rows: int) -> int:
-        """What ``rows`` are filled up to: a power of two where it can be, so that few shapes come, and come again."""
+        """Return the number of rows to pad ``rows`` to: a power of two where possible, so that few shapes occur."""
         least, _, most = self.ranges["rows"]
         return min(max(1 << (rows - 1).bit_length(), least), most)
 
     def size(self) -> int:
+        """Product of the largest sizes of all axes."""
         return math.prod(most for _, _, most in self.ranges.values())
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A run of an engine that can be repeated: under a profile, with these shapes of inputs, and tensors at these addresses.
+    """A repeatable run of an engine: profile, input shapes, and tensor addresses.
 
-    ``uploads`` are copied to the GPU before it, ``downloads`` to the host after it, each with how many bytes. Jobs of
-    different ``lane``s, which follow on one another, keep contexts apart. ``told`` is what an error calls it.
+    ``uploads`` are copied to the GPU before the run and ``downloads`` to the host after it, each with a number of
+    bytes. Consecutive jobs of different ``lane``s use separate contexts. ``told`` describes the job in errors.
     """
 
     profile: int
@@ -186,11 +197,12 @@ class Job:
 
 
 class LoadedEngine:
-    """The engine in ``file``, with its record beside it, on a GPU: that of number ``device``, or ``beside`` another
-    engine, with which it then shares a ``stream``. One caller at a time, in a thread that has entered the ``gpu``.
+    """The engine in ``file``, loaded on GPU ``device``, or ``beside`` another engine whose GPU and ``stream`` it
+    shares.
 
-    ``inputs`` and ``outputs`` are names, in the engine's order. Raises EngineError, CorruptArtifactError or
-    MissingDependencyError, with the command that builds it again, when it cannot run here.
+    One caller at a time, in a thread that has entered the ``gpu``. ``inputs`` and ``outputs`` are names, in the
+    engine's order. Raises EngineError, CorruptArtifactError or MissingDependencyError, with the command that builds the
+    engine again, when it cannot run here.
     """
 
     def __init__(self, file: Path, device: int = 0, *, beside: LoadedEngine | None = None) -> None:
@@ -200,7 +212,8 @@ class LoadedEngine:
         plan = file.read_bytes()
         if hashlib.sha256(plan).hexdigest() != self.record.sha256:
             raise CorruptArtifactError(
-                f"{file}: its SHA-256 differs from its record's", f"copy it again, or: {self.record.rebuild()}"
+                f"{file}: its SHA-256 differs from its record's",
+                f"copy it again, or build it again: {self.record.rebuild()}",
             )
         self.gpu.enter()
         self._said: deque[str] = deque(maxlen=50)
@@ -208,7 +221,7 @@ class LoadedEngine:
         try:
             self._runtime = trt.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
-        except TypeError:  # how the bindings say that TensorRT gave no object
+        except TypeError:  # the bindings raise this when TensorRT returns no object
             self._engine = None
         if self._engine is None:
             raise self._failed("cannot be loaded", f"update the driver, or build it again: {self.record.rebuild()}")
@@ -216,28 +229,29 @@ class LoadedEngine:
         self._new_context = _contexts(trt, self._engine, DeviceMemory(self.gpu, self._engine.device_memory_size_v2))
         self._captures = not hasattr(trt, "CudaGraphStrategy")
         self._replays: OrderedDict[Job, _Replay | None] = OrderedDict()
-        self._contexts: dict[tuple[int, int], Any] = {}  # by profile and lane
-        self._prepared: dict[tuple[int, int], Job] = {}  # for which job each of them is
+        self._contexts: dict[tuple[int, int], Any] = {}  # (profile, lane) -> context
+        self._prepared: dict[tuple[int, int], Job] = {}  # (profile, lane) -> the job that the context is prepared for
         self._trt = trt
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self.inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.outputs = [name for name in names if name not in self.inputs]
 
     def shape(self, name: str) -> Shape:
-        """Of a tensor; -1 where it varies."""
+        """Return the shape of a tensor; -1 for a variable axis."""
         return tuple(self._engine.get_tensor_shape(name))
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Raises TypeError for a tensor of a type that numpy does not have."""
+        """Return the type of a tensor. Raises TypeError if numpy has no such type."""
         return np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
 
     def itemsize(self, name: str) -> int:
         return int(self._engine.get_tensor_dtype(name).itemsize)
 
     def profiles(self, dimensions: Mapping[str, Sequence[str | int]]) -> list[EngineProfile]:
-        """Its profiles, the smallest first, as ranges of axes: ``dimensions`` are the inputs', numbers or names of axes.
+        """Return the profiles, smallest first, as ranges of axes.
 
-        Raises EngineError naming two inputs that disagree.
+        ``dimensions`` gives, for each input, a number or the name of an axis for each dimension. Raises EngineError
+        naming two inputs that disagree.
         """
         profiles = []
         for number in range(self._engine.num_optimization_profiles):
@@ -258,14 +272,14 @@ class LoadedEngine:
         return sorted(profiles, key=EngineProfile.size)
 
     def output_shapes(self, profile: int, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Of the outputs by name, in their order, for inputs of these ``shapes``."""
+        """Return the shape of each output, in the engine's order, for inputs of these ``shapes``."""
         context = self._context(profile, 0)
         self._prepared.pop((profile, 0), None)
         self._set_shapes(context, shapes)
         return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
 
     def run(self, job: Job) -> None:
-        """Put it into the stream; the first time perhaps twice, so it must write nothing that it reads."""
+        """Enqueue ``job``. The first time it may run twice, so it must not write what it reads."""
         replay = self._replay(job) if self._captures else None
         if replay is not None:
             replay.graph.launch(self.stream)
@@ -277,19 +291,19 @@ class LoadedEngine:
         self._enqueue(context, job)
 
     def too_long(self, what: str, remedy: str) -> EngineError:
-        """What to raise for a shape that no profile takes."""
+        """Return the error for a shape that no profile accepts."""
         profiles = "; ".join(self.record.profiles)
         return EngineError(
-            f"{self.file}: no profile takes {what} (it has {profiles})",
+            f"{self.file}: no profile allows {what} (profiles: {profiles})",
             f"build it again with {remedy}: {self.record.rebuild()}",
         )
 
     def _replay(self, job: Job) -> _Replay | None:
-        """The CUDA graph of a job; None for an engine that cannot be captured."""
+        """Return the CUDA graph of a job; None if the engine cannot be captured."""
         if job not in self._replays:
             context = self._open(job.profile)
             self._prepare(context, job)
-            self._enqueue(context, job)  # settles what a new shape changes: none of it may be captured
+            self._enqueue(context, job)  # a first run, because the work for a new shape must not be captured
             self.stream.synchronize()
             graph = self.stream.capture(lambda: self._enqueue(context, job))
             self._replays[job] = None if graph is None else _Replay(context, graph)
@@ -312,7 +326,7 @@ class LoadedEngine:
         return self._contexts[profile, lane]
 
     def _open(self, profile: int) -> Any:
-        """A context that runs ``profile``."""
+        """Create a context for ``profile``."""
         context = self._new_context()
         if context is None or not context.set_optimization_profile_async(profile, self.stream.handle):
             raise self._failed(f"gives no context for profile {profile}")
@@ -336,14 +350,14 @@ class LoadedEngine:
 
 @dataclass(frozen=True)
 class _Replay:
-    """``graph`` holds good while ``context`` stays as it was."""
+    """A captured ``graph``, valid as long as its ``context`` does not change."""
 
     context: Any
     graph: Graph
 
 
 def _contexts(trt: Any, engine: Any, memory: DeviceMemory) -> Callable[[], Any]:
-    """A function that makes contexts. They compute in the same ``memory``: only one runs at a time."""
+    """Return a function that creates contexts. All use the same ``memory``, so only one may run at a time."""
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
 
     def new() -> Any:
@@ -362,7 +376,7 @@ def _contexts(trt: Any, engine: Any, memory: DeviceMemory) -> Callable[[], Any]:
 
 
 def make_log(trt: Any, lines: MutableSequence[str]) -> Any:
-    """A logger for ``trt`` that appends to ``lines`` and prints nothing."""
+    """Return a logger for ``trt`` that appends to ``lines`` and prints nothing."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -376,11 +390,11 @@ def make_log(trt: Any, lines: MutableSequence[str]) -> Any:
 
 
 def last_error(lines: Reversible[str]) -> str:
-    """What a log says of the last failure."""
+    """Return the last error in a log."""
     errors = (line.removeprefix("ERROR: ") for line in reversed(lines) if line.startswith(("ERROR", "INTERNAL")))
-    return next(errors, "it gives no reason")
+    return next(errors, "no reason given")
 
 
 def _release(version: str) -> tuple[str, ...]:
-    """What must agree: trtexec does not tell the build number."""
+    """Return the part of a version that must match; trtexec does not report the build number."""
     return tuple(version.split(".")[:3])

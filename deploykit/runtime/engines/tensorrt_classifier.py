@@ -1,4 +1,4 @@
-"""Classifiers on TensorRT: token ids in, logits out."""
+"""Run classifiers on TensorRT: token ids in, logits out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deploykit.runtime.engines.tensorrt import EngineProfile, Job, LoadedEngine,
 
 
 class TensorRtEngine:
-    """``graph`` is an engine with its record beside it; ``threads`` are of no use to a GPU."""
+    """``graph`` is an engine with its record beside it. ``threads`` is ignored."""
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._loaded = loaded = LoadedEngine(graph, device)
@@ -25,7 +25,9 @@ class TensorRtEngine:
         self.token_budget = max(profile.size() for profile in self._profiles)
 
     def run(self, inputs: Mapping[str, NDArray[np.int64]]) -> list[NDArray[Any]]:
-        """More rows than any profile takes are run in parts. Raises EngineError naming a shape that none takes."""
+        """Run a batch, in parts if it has more rows than the profiles. Raises EngineError for a length that no profile
+        accepts.
+        """
         rows, length = next(iter(inputs.values())).shape
         most = max((p.most("rows") for p in self._profiles if p.takes(length=length)), default=0)
         if not most:
@@ -35,7 +37,7 @@ class TensorRtEngine:
         return parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts)]
 
     def int8_kernels(self) -> int:
-        """From the builder's log: an engine does not tell."""
+        """Return the number in the builder's log; an engine does not report it."""
         return self._loaded.record.int8_gemms
 
     def _run(self, inputs: Mapping[str, NDArray[np.int64]], length: int) -> list[NDArray[Any]]:
@@ -51,7 +53,7 @@ class TensorRtEngine:
         return [self._buffers[name].view(shape, self._types[name])[:given].copy() for name, shape in outputs.items()]
 
     def _job(self, profile: EngineProfile, rows: int, length: int) -> tuple[Job, dict[str, Shape]]:
-        """With the shapes of the outputs."""
+        """Return the job for ``rows`` rows of ``length`` tokens, and the shapes of its outputs."""
         key = (profile.number, rows, length)
         if key not in self._jobs:
             inputs = dict.fromkeys(self._loaded.inputs, (rows, length))
@@ -69,7 +71,7 @@ class TensorRtEngine:
         return self._jobs[key]
 
     def _largest(self) -> dict[str, int]:
-        """Bytes of each tensor, under whichever profile it is largest."""
+        """Return the largest size of each tensor under any profile, in bytes."""
         sizes: dict[str, int] = {}
         for profile in self._profiles:
             inputs = dict.fromkeys(self._loaded.inputs, (profile.most("rows"), profile.most("length")))

@@ -1,9 +1,9 @@
-"""Encoder and decoder of a translation model on TensorRT, with the decoder's rows and their caches, which stay on the GPU.
+"""Encoder and decoder of a translation model on TensorRT, with the decoder's rows; their caches stay on the GPU.
 
-Rows are as ``Seq2SeqModel`` has them: those in use are the first ones. A step reads caches in one buffer and writes
-them, with the new token's keys and values, to another; the next one goes the other way. (In place would need outputs
-that alias inputs, which TensorRT promises for nothing but its KVCacheUpdate layers and plugins: ``ICudaEngine``,
-"get_aliased_input_tensor".) Only token ids and positions go to the GPU, and only logits come back.
+The rows in use are the first ones, as in ``Seq2SeqModel``. A step reads the caches from one buffer and writes them,
+with the new token's keys and values, to another; the next step goes the other way. (Updating in place would need
+outputs that alias inputs, which TensorRT guarantees only for its KVCacheUpdate layers and plugins: ``ICudaEngine``,
+"get_aliased_input_tensor".) Only token ids and positions are copied to the GPU, and only logits back.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from deploykit.runtime.engines.protocol import Choice, DecodeLimits
 from deploykit.runtime.engines.rows import without
 from deploykit.runtime.engines.tensorrt import EngineProfile, Job, LoadedEngine
 
-_TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # the least positions that caches have, where profiles allow it
-_ALIGNMENT = 256  # of a tensor's address, in bytes
+_TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # minimum positions of a cache, where profiles allow it
+_ALIGNMENT = 256  # of tensor addresses, in bytes
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -35,8 +35,10 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Texts whose cross-attention keys and values are on the GPU: [texts, 2 x layers, heads, positions, head size], the
-    first text's at ``place``, each of ``size`` bytes. The next ``encode`` overwrites them."""
+    """Cross-attention keys and values of texts, on the GPU: [texts, 2 x layers, heads, positions, head size].
+
+    The first text is at ``place``; each takes ``size`` bytes. The next ``encode`` overwrites them.
+    """
 
     place: Place
     size: int
@@ -47,8 +49,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How a buffer holds a cache: [2 x layers, lines, positions, head size], a line for each row and head; and some that
-    nobody uses, for the sake of addresses."""
+    """Layout of a cache in a buffer: [2 x layers, lines, positions, head size], with a line for each row and head.
+
+    Some unused lines keep the addresses aligned.
+    """
 
     positions: int
     heads: int
@@ -66,7 +70,7 @@ class _Layout:
 
     @property
     def part(self) -> int:
-        """Bytes of the keys, or values, of one layer."""
+        """Bytes of the keys, or the values, of one layer."""
         return self.lines * self.pitch
 
     def place(self, buffer: DeviceMemory, row: int = 0, position: int = 0) -> Place:
@@ -75,18 +79,17 @@ class _Layout:
 
 
 class TensorRtSeq2Seq:
-    """The engines in ``folder``: of ``files``, the encoder's and the decoder's come first. On GPU ``device``; ``threads``
-    are of no use to it. One caller at a time.
+    """The engines in ``folder``, encoder and decoder first in ``files``, on GPU ``device``. One caller at a time.
 
-    All memory is allocated at the start, for the ``limits``: those of the engines' largest profile. Smaller ones are run
-    where a step fits them. Raises EngineError, CorruptArtifactError or MissingDependencyError, with the command that
-    builds the engines again, when they cannot run here.
+    ``threads`` is ignored. All memory is allocated at the start, for the ``limits``: those of the largest profile.
+    Smaller profiles are used where a step fits them. Raises EngineError, CorruptArtifactError or
+    MissingDependencyError, with the command that builds the engines again, when they cannot run here.
     """
 
     pads = True
-    rows_of_a_worker = sys.maxsize  # one step of all rows keeps a GPU busier than steps side by side
-    _self: _Layout  # of the rows' own keys and values
-    _cross: _Layout  # of those of their texts
+    rows_of_a_worker = sys.maxsize  # one step of all rows uses a GPU better than several side by side
+    _self: _Layout  # of the self-attention caches
+    _cross: _Layout  # of the cross-attention caches
 
     def __init__(self, folder: Path, files: Sequence[str], threads: int, device: int = 0) -> None:
         self._given = folder, files, threads, device
@@ -100,7 +103,7 @@ class TensorRtSeq2Seq:
         self.best = NumpyBestTokens()
         if encoder.shape("cross")[1:4:2] != (len(self._parts), -1):
             raise EngineError(
-                f"{encoder.file}: its output is not laid out as caches are: an older deploykit exported it",
+                f"{encoder.file}: its output does not have the layout of the caches: an older deploykit exported it",
                 f"build it again: {encoder.record.rebuild()}",
             )
         if encoder.record.profiles != decoder.record.profiles:
@@ -122,15 +125,15 @@ class TensorRtSeq2Seq:
         self._allocate()
         self._jobs: dict[tuple[int, ...], Job] = {}
         self.rows = 0
-        self._now = 0  # which of the buffers the rows' own keys and values are in
+        self._now = 0  # the buffer with the current self-attention caches, 0 or 1
         self._shrink()
 
     def side_by_side(self, n: int) -> list[TensorRtSeq2Seq]:
-        """``n`` models with rows, and engines, of their own."""
+        """Return ``n`` models with their own engines and rows."""
         return [TensorRtSeq2Seq(*self._given) for _ in range(n)]
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> Encoded:
-        """Raises EngineError for more texts, or longer ones, than the profiles take."""
+        """Encode texts. Raises EngineError for more or longer texts than the profiles allow."""
         rows, longest = len(token_ids), max(map(len, token_ids))
         self._check(self._encoder, rows, source=longest)
         self._gpu.enter()
@@ -151,9 +154,10 @@ class TensorRtSeq2Seq:
         return Encoded(Place(self._encoded.address, pitch, self._heads), pitch * self._heads * len(self._parts))
 
     def reserve(self, rows: int, source: int) -> None:
-        """Make room for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is left.
+        """Reserve room for ``rows`` rows in all, with texts of up to ``source`` tokens. It is kept until no row is
+        left.
 
-        Raises EngineError for more than the profiles take.
+        Raises EngineError if the profiles do not allow it.
         """
         self._check(self._decoder, rows, source=source)
         old, new = self._cross, self._layout("source", source)
@@ -168,7 +172,7 @@ class TensorRtSeq2Seq:
                 self._stream.copy(*places, width, self.rows * self._heads, len(self._parts))
 
     def admit(self, cross: Encoded, lengths: Sequence[int], copies: Sequence[int]) -> None:
-        """Append empty rows: for each encoded text, of so many tokens, so many that attend to it."""
+        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to it."""
         self.reserve(self.rows + sum(copies), max(lengths))
         self._gpu.enter()
         for text, (length, n) in enumerate(zip(lengths, copies)):
@@ -180,10 +184,10 @@ class TensorRtSeq2Seq:
             self.rows += n
 
     def step(self, tokens: Ints) -> Floats:
-        """Feed each row its next token; returns logits, float32 [rows, vocabulary].
+        """Feed each row its next token. Returns logits, float32 [rows, vocabulary].
 
-        The array is the model's own: the next step overwrites it, and the caller may change it. Raises EngineError for
-        a row that is longer than the profiles take.
+        The array belongs to the model: the next step overwrites it. The caller may change it. Raises EngineError for a
+        row that is longer than the profiles allow.
         """
         rows = self.rows
         longest = int(self._past[:rows].max()) + 1
@@ -192,7 +196,7 @@ class TensorRtSeq2Seq:
         if longest > self._self.positions:
             self._lengthen(longest)
         self._tokens[:rows, 0] = tokens
-        self._past[rows:] = 0  # of rows that are only there to fill up
+        self._past[rows:] = 0  # of padding rows
         axes = {"target": self._self.positions, "source": self._cross.positions}
         profile = _smallest(self._decoder_profiles, rows, **axes)
         self._decoder.run(self._decoder_job(profile, profile.filled(rows)))
@@ -203,13 +207,13 @@ class TensorRtSeq2Seq:
         return logits
 
     def choose(self, tokens: NDArray[np.int64], choice: Choice) -> tuple[Floats, NDArray[np.int64]]:
-        """Feed each row its next token; returns what ``select`` does of the logits."""
+        """Feed each row its next token, and apply ``select`` to the logits. Returns its result."""
         return select(self.step(tokens), choice, self.best)
 
     def copy(self, sources: Ints, targets: Ints, begin: int) -> None:
-        """Make each of the rows ``targets`` continue what the one of ``sources``, of the same text, holds.
+        """Copy the state of the rows ``sources`` to the rows ``targets`` of the same texts.
 
-        They share the first ``begin`` positions; none of ``targets`` is in ``sources``.
+        Both share the first ``begin`` positions. No row is in both.
         """
         end, own = int(self._past[sources].max()), self._memory[self._now]
         self._gpu.enter()
@@ -218,7 +222,7 @@ class TensorRtSeq2Seq:
         self._past[targets] = self._past[sources]
 
     def remove(self, gone: Ints) -> Ints:
-        """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
+        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
         order, holes, movers = without(self.rows, gone)
         own, cross = self._memory[self._now], self._memory[2]
         self._gpu.enter()
@@ -234,7 +238,7 @@ class TensorRtSeq2Seq:
         return order
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
-        """0: caches take no memory beyond what is allocated at the start."""
+        """Return 0: all cache memory is allocated at the start."""
         return 0
 
     def _allocate(self) -> None:
@@ -246,10 +250,10 @@ class TensorRtSeq2Seq:
             for positions in range(1, self._widest.most(axis) + 1)
         )
         size = len(self._parts) * max(layout.part for layout in layouts)
-        # Two for the rows' own keys and values, one for those of their texts.
+        # Two for self-attention caches, one for cross-attention caches.
         self._memory = [DeviceMemory(gpu, size) for _ in range(3)]
         for memory in self._memory:
-            self._stream.clear(memory)  # graphs multiply what is masked by 0: it must be finite
+            self._stream.clear(memory)  # graphs multiply masked values by 0, so they must be finite
         source = self.limits.source
         self._ids, self._lengths = Buffer(gpu, rows * source * 8), Buffer(gpu, rows * 4)
         self._encoded = DeviceMemory(gpu, rows * source * self._heads * self._position_bytes * len(self._parts))
@@ -262,18 +266,18 @@ class TensorRtSeq2Seq:
             array[:] = 0
 
     def _shrink(self) -> None:
-        """Have caches take as few positions as they can: a step computes them all."""
+        """Shrink the caches to as few positions as possible: a step computes all of them."""
         self._self, self._cross = self._layout("target", 1), self._layout("source", 1)
 
     def _layout(self, axis: str, positions: int) -> _Layout:
-        """Of caches that hold so many ``positions``: growing means copying, so they double."""
+        """Return the layout of caches with room for ``positions``. Lengths double, because growing means copying."""
         block = _TARGET_BLOCK if axis == "target" else _SOURCE_BLOCK
         least, _, most = self._widest.ranges[axis]
         padded = min(max(block << (-(-positions // block) - 1).bit_length(), least), most)
         return _Layout.of(padded, self.limits.rows, self._heads, self._position_bytes)
 
     def _lengthen(self, positions: int) -> None:
-        """Give the rows' own keys and values room, in the other buffer."""
+        """Move the self-attention caches to the other buffer, with room for ``positions``."""
         new = self._layout("target", positions)
         places = self._self.place(self._memory[self._now]), new.place(self._memory[1 - self._now])
         width = int(self._past[: self.rows].max()) * self._position_bytes
@@ -281,11 +285,12 @@ class TensorRtSeq2Seq:
         self._self, self._now = new, 1 - self._now
 
     def _copy(self, source: Place, target: Place, positions: int) -> None:
-        """Keys and values of one row, all layers and heads."""
+        """Copy keys and values of one row, for all layers and heads."""
         if positions > 0:
             self._stream.copy(source, target, positions * self._position_bytes, self._heads, len(self._parts))
 
     def _check(self, engine: LoadedEngine, rows: int, source: int = 0, target: int = 0) -> None:
+        """Raise EngineError for a batch that the profiles do not allow."""
         for what, axis, n, most in (
             ("rows at once", "batch", rows, self.limits.rows),
             ("tokens of a text", "length", source, self.limits.source),
@@ -338,5 +343,5 @@ class TensorRtSeq2Seq:
 
 
 def _smallest(profiles: Sequence[EngineProfile], rows: int, **axes: int) -> EngineProfile:
-    """The first of ``profiles``, smallest first, that takes so many rows, or more, of that shape."""
+    """Return the first of ``profiles``, sorted by size, that allows at least ``rows`` rows of that shape."""
     return next(profile for profile in profiles if profile.takes(**axes) and rows <= profile.most("rows"))

@@ -30,6 +30,7 @@ class _Classification:
     auto_model = "AutoModelForSequenceClassification"
     heads = ("ForSequenceClassification",)
     model_types: tuple[str, ...] = ()
+    shared_types: tuple[str, ...] = ()
     triton_backend = "deploykit.tasks.classification.triton_backend:ClassificationBackend"
     outputs = ("LABEL", "SCORES")
     headline = "macro_f1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,17 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.decoding import Seconds, Sentence, longest_first
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.search import Finished
-from deploykit.runtime.serving_settings import LongInput
+from deploykit.runtime.serving_settings import LongInput, Split
 from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.generation_config import generation_config, read_generation
+from deploykit.tasks.translation.plain_text import read_as_text, token_ids
 from deploykit.tasks.translation.predictor import Translator
-from deploykit.tasks.translation.source_prefix import source_prefix
+from deploykit.tasks.translation.source_prefix import prefixed, source_prefix
 from deploykit.tasks.translation.translated import Translated
 from deploykit.text import normalize
 from deploykit.training.checkpoint import load_model, load_tokenizer, quiet
@@ -30,9 +33,6 @@ _NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 _T5_LENGTH = 512
 _TOKENS_PER_BATCH = 4096
 _LOGITS_PER_BATCH = 32_000_000
-# What Hugging Face decodes by and we do not; each is neutral when it is None, 0, 1, False or empty.
-_NOT_DECODED_BY = ("encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "begin_suppress_tokens", "sequence_bias",
-                   "exponential_decay_length_penalty", "guidance_scale", "min_new_tokens")  # fmt: skip
 
 
 class TorchTranslator:
@@ -44,6 +44,7 @@ class TorchTranslator:
         self.tokenizer = tokenizer
         self.seconds = Seconds()
         set_languages(tokenizer, task)
+        read_as_text(tokenizer)
 
     @classmethod
     def load(cls, path: Path, *, source: str | None = None, target: str | None = None) -> TorchTranslator:
@@ -57,27 +58,61 @@ class TorchTranslator:
             task = translation_task(model.config, model.generation_config, tokenizer, str(path), source, target)
         return cls(model, tokenizer, task)
 
+    @property
+    def source_pad(self) -> int:
+        """What pads sources: the padding id, or, where that is of a larger target vocabulary alone, any other; it is masked."""
+        pad = self.task.pad_token_id
+        return pad if pad < self.model.get_encoder().get_input_embeddings().num_embeddings else 0
+
     def encode(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Source token ids as training and serving see them, cut to ``task.max_source_length``."""
-        prefix, most = source_prefix(self.task), self.task.max_source_length
-        return self._encode("text", [prefix + normalize(text) for text in texts], most if cut else None)
+        prefix, codes = source_prefix(self.task), self.task.languages if self.task.family == "marian" else ()
+        texts = [prefixed(normalize(text), prefix, codes) for text in texts]
+        return token_ids(self.tokenizer, texts, most=self.task.max_source_length if cut else None)
 
     def encode_targets(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
         """Target token ids as the decoder should give them: no start token, the end token included."""
-        most = self.task.max_target_length - 1  # which counts the start token
-        return self._encode("text_target", [normalize(text) for text in texts], most if cut else None)
+        most = self.task.max_target_length - 1 if cut else None  # which counts the start token
+        return token_ids(self.tokenizer, [normalize(text) for text in texts], side="text_target", most=most)
 
     def decode(self, target_ids: Sequence[Sequence[int]]) -> list[str]:
         return [self.tokenizer.decode(list(ids), skip_special_tokens=True) for ids in target_ids]
 
-    def generate_ids(self, token_ids: Sequence[Sequence[int]], generation: Generation) -> list[list[int]]:
-        """Target ids by Hugging Face's ``generate``: without start token and padding, the end token if there is one."""
+    def generate_ids(
+        self, token_ids: Sequence[Sequence[int]], generation: Generation, *, noise: tuple[float, int] | None = None
+    ) -> list[list[int]]:
+        """Target ids by Hugging Face's ``generate``: without start token and padding, the end token if there is one.
+
+        ``noise`` moves each logit at random by up to its first value; the second is the seed.
+        """
+        if noise is not None:
+            return self._generate(token_ids, generation_config(self.task, generation), [_Noise(*noise)])
+        return self._generate(token_ids, generation_config(self.task, generation))
+
+    def generate_by_own(self, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """As ``generate_ids``, by the checkpoint's generation config as it came; but without sampling, into the task's
+        language, and no longer than the model has positions for."""
+        own, most = copy.deepcopy(self.model.generation_config), self.task.max_target_length
+        own.do_sample, own.forced_bos_token_id = False, self.task.generation.forced_bos_token_id
+        if own.max_new_tokens is not None:
+            own.max_new_tokens = min(own.max_new_tokens, most - 1)
+        else:
+            own.max_length = min(own.max_length or most, most)
+        return self._generate(token_ids, own)
+
+    def _generate(
+        self, token_ids: Sequence[Sequence[int]], config: Any, processors: Sequence[LogitsProcessor] = ()
+    ) -> list[list[int]]:
         targets: list[list[int]] = [[] for _ in token_ids]
-        with torch.inference_mode(), self._generating(generation):
-            for rows in _batches([len(ids) * generation.beam_size for ids in token_ids], _TOKENS_PER_BATCH):
-                input_ids, mask = padded([token_ids[row] for row in rows], self.task.pad_token_id)
+        with torch.inference_mode(), self._generating(config):
+            for rows in _batches([len(ids) * (config.num_beams or 1) for ids in token_ids], _TOKENS_PER_BATCH):
+                input_ids, mask = padded([token_ids[row] for row in rows], self.source_pad)
                 device = self.model.device
-                generated = self.model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+                generated = self.model.generate(
+                    input_ids=input_ids.to(device),
+                    attention_mask=mask.to(device),
+                    logits_processor=LogitsProcessorList(processors),
+                )
                 for row, ids in zip(rows, generated[:, 1:].tolist()):
                     targets[row] = self._until_end(ids)
         return targets
@@ -94,7 +129,7 @@ class TorchTranslator:
             for rows in _batches([len(ids) for ids in target_ids], _LOGITS_PER_BATCH // self.task.vocabulary):
                 targets = [target_ids[row] for row in rows]
                 started = [[self.task.decoder_start_token_id, *ids[:-1]] for ids in targets]
-                input_ids, mask = padded([token_ids[row] for row in rows], self.task.pad_token_id)
+                input_ids, mask = padded([token_ids[row] for row in rows], self.source_pad)
                 decoder_input_ids, _ = padded(started, self.task.pad_token_id)
                 inputs = {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder_input_ids}
                 logits = self.model(**{k: v.to(self.model.device) for k, v in inputs.items()}).logits.cpu()
@@ -113,11 +148,12 @@ class TorchTranslator:
         generation: Generation | None = None,
         *,
         long_input: LongInput = "split",
+        split: Split = "sentence",
         scored: bool = True,
     ) -> list[Translated]:
         """As ``Translator.translate``: texts are split and put together alike, whatever generates."""
         translator = Translator(self.task, _Tokenizer(self), self)
-        return translator.translate(texts, generation, long_input=long_input, scored=scored)
+        return translator.translate(texts, generation, long_input=long_input, split=split, scored=scored)
 
     def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None]) -> None:
         """Give each of ``sentences``, which share a generation and whether they are scored, its result."""
@@ -138,24 +174,28 @@ class TorchTranslator:
         """Nothing to release: the model goes with the object."""
 
     @contextmanager
-    def _generating(self, generation: Generation) -> Iterator[None]:
-        """Let the model generate by ``generation`` alone: what it leaves out, ``generate`` takes from the model."""
+    def _generating(self, config: Any) -> Iterator[None]:
+        """Let the model generate by ``config`` alone: what it leaves out, ``generate`` takes from the model."""
         own = self.model.generation_config
-        self.model.generation_config = generation_config(self.task, generation)
+        self.model.generation_config = config
         try:
             yield
         finally:
             self.model.generation_config = own
 
-    def _encode(self, side: str, texts: list[str], most: int | None) -> list[list[int]]:
-        if not texts:
-            return []  # which the tokenizer does not take
-        encoded = self.tokenizer(**{side: texts}, truncation=most is not None, max_length=most)
-        return [list(ids) for ids in encoded["input_ids"]]
-
     def _until_end(self, ids: list[int]) -> list[int]:
         end = next((i + 1 for i, token in enumerate(ids) if token in self.task.eos_token_ids), len(ids))
         return ids[:end]
+
+
+class _Noise(LogitsProcessor):  # type: ignore[misc]
+    def __init__(self, most: float, seed: int) -> None:
+        self._most = most
+        self._random = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        moved = torch.rand(scores.shape, generator=self._random) * 2 - 1
+        return scores + self._most * moved.to(scores.device)
 
 
 class _Tokenizer:
@@ -175,7 +215,7 @@ def languages(tokenizer: Any, family: str) -> dict[str, int | None]:
     """The codes that a many-language checkpoint can be asked for, each with its token; empty for one of one pair."""
     if family == "marian":
         return {code[2:-2]: None for code in tokenizer.supported_language_codes}
-    if family == "m2m_100":
+    if family in ("m2m_100", "mbart"):
         if hasattr(tokenizer, "lang_code_to_id"):
             return dict(tokenizer.lang_code_to_id)
         codes = [t for t in tokenizer.all_special_tokens if _NLLB_CODE.fullmatch(t)]
@@ -185,7 +225,7 @@ def languages(tokenizer: Any, family: str) -> dict[str, int | None]:
 
 def set_languages(tokenizer: Any, task: Translation) -> None:
     """Make the tokenizer of a many-language checkpoint add the codes of ``task``."""
-    if task.family == "m2m_100":
+    if task.family in ("m2m_100", "mbart"):
         tokenizer.tgt_lang = task.target
         tokenizer.src_lang = task.source
 
@@ -199,6 +239,18 @@ def translation_task(
     checkpoint does not know, ArtifactError for a configuration that we cannot follow.
     """
     family = config.model_type
+    if type(tokenizer).__name__.startswith("MBartTokenizer"):
+        raise ArtifactError(
+            f"{name}: is an mBART of 25 languages, whose decoder starts with the target language",
+            "give an mBART-50 checkpoint, or one of another type",
+        )
+    # Marian's and BART's names of these fields, and T5's.
+    for side, fields in {
+        "encoder": ("encoder_layers", "num_layers"),
+        "decoder": ("decoder_layers", "num_decoder_layers"),
+    }.items():
+        if 0 in (getattr(config, field, None) for field in fields):
+            raise ArtifactError(f"{name}: its {side} has no layers", "give a model with layers in encoder and decoder")
     source, target = _languages_of(tokenizer, name, source, target)
     known = languages(tokenizer, family)
     for option, code in (("--source-lang", source), ("--target-lang", target)):
@@ -207,12 +259,6 @@ def translation_task(
             raise UsageError(f"{option} {code}: {name} does not know this language", f"it knows {', '.join(known)}")
     if source == target:
         raise UsageError(f"--source-lang and --target-lang are both {source}", "translate into another language")
-    for field in _NOT_DECODED_BY:
-        if getattr(generation, field, None) not in (None, 0, 1, False, [], {}):
-            raise ArtifactError(
-                f"{name}: its generation_config.json sets {field}, which deploykit does not decode by",
-                "take it out, and measure what the checkpoint loses",
-            )
     limit = _positions(tokenizer, config)
     target_limit = min(getattr(config, "max_position_embeddings", None) or _T5_LENGTH, 1024)
     start = _first(generation.decoder_start_token_id, getattr(config, "decoder_start_token_id", None))
@@ -220,7 +266,6 @@ def translation_task(
     pad = _first(generation.pad_token_id, config.pad_token_id, tokenizer.pad_token_id)
     if start is None or eos is None or pad is None:
         raise ArtifactError(f"{name}: its config names no start, end or padding token", "copy the checkpoint again")
-    forced_bos = known.get(target)
     return Translation(
         source=source,
         target=target,
@@ -231,43 +276,8 @@ def translation_task(
         pad_token_id=pad,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
         decoder_start_token_id=start,
-        generation=Generation(
-            beam_size=generation.num_beams or 1,
-            max_length=min(generation.max_length or target_limit, target_limit),
-            min_length=generation.min_length or 0,
-            length_penalty=1.0 if generation.length_penalty is None else float(generation.length_penalty),
-            early_stopping=generation.early_stopping or False,
-            no_repeat_ngram_size=generation.no_repeat_ngram_size or 0,
-            repetition_penalty=generation.repetition_penalty or 1.0,
-            bad_words=tuple(tuple(ids) for ids in generation.bad_words_ids or ()),
-            suppressed=tuple(generation.suppress_tokens or ()),
-            forced_bos_token_id=forced_bos if forced_bos is not None else generation.forced_bos_token_id,
-            forced_eos_token_id=_single(generation.forced_eos_token_id),
-            renormalize=bool(generation.renormalize_logits),
-        ),
+        generation=read_generation(generation, name, target_limit, known.get(target)),
         languages=tuple(known),
-    )
-
-
-def generation_config(task: Translation, generation: Generation) -> Any:
-    """``generation`` as Hugging Face's own class, complete."""
-    return GenerationConfig(
-        num_beams=generation.beam_size,
-        max_length=generation.max_length,
-        min_length=generation.min_length,
-        length_penalty=generation.length_penalty,
-        early_stopping=generation.early_stopping,
-        no_repeat_ngram_size=generation.no_repeat_ngram_size,
-        repetition_penalty=generation.repetition_penalty,
-        bad_words_ids=[list(ids) for ids in generation.bad_words] or None,
-        suppress_tokens=list(generation.suppressed) or None,
-        forced_bos_token_id=generation.forced_bos_token_id,
-        forced_eos_token_id=generation.forced_eos_token_id,
-        renormalize_logits=generation.renormalize,
-        do_sample=False,
-        pad_token_id=task.pad_token_id,
-        eos_token_id=list(task.eos_token_ids),
-        decoder_start_token_id=task.decoder_start_token_id,
     )
 
 
@@ -299,11 +309,6 @@ def _forced(position: int, length: int, ids: Sequence[int], generation: Generati
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
-
-
-def _single(value: Any) -> int | None:
-    found: int | None = value[0] if isinstance(value, list) else value
-    return found
 
 
 def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

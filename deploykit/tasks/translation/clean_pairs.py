@@ -18,7 +18,8 @@ from deploykit.tasks.translation.languages import (
     parse_language,
 )
 from deploykit.tasks.translation.pairs import Pair, RawPair, one_line
-from deploykit.text import normalize
+from deploykit.tasks.translation.source_prefix import has_code
+from deploykit.text import is_blank, normalize
 
 MAX_RATIO = 3.0
 MAX_CHARACTERS = 5000
@@ -142,9 +143,9 @@ def _shape_problem(
     pair: Pair, languages: tuple[Language, Language], max_ratio: float, max_characters: int
 ) -> str | None:
     """What is wrong with a pair whatever it says."""
-    if not pair.source:
+    if is_blank(pair.source):
         return "empty_source"
-    if not pair.target:
+    if is_blank(pair.target):
         return "empty_target"
     if max(len(pair.source), len(pair.target)) > max_characters:
         return "too_long"
@@ -187,6 +188,8 @@ class _Looks:
 
     def problem(self, pair: Pair) -> str | None:
         """The report's field for what is wrong, None for what seems right or cannot be told."""
+        if has_code(pair.source):
+            return None  # into a language of its own
         self._rows += 1
         one, other = self._languages
         fits = [fits_script(text, language) for text, language in zip((pair.source, pair.target), self._languages)]

@@ -14,6 +14,7 @@ from deploykit.tasks.translation.metrics import translation_metrics
 from deploykit.tasks.translation.predictor import TextTranslator
 from deploykit.tasks.translation.read_pairs import read_sources
 from deploykit.tasks.translation.rows import Pair, PairColumns, load_pairs, one_line
+from deploykit.text import is_blank
 
 _TRANSLATED_AT_A_TIME = 256
 
@@ -35,7 +36,10 @@ def translated_rows(
     encoding: str | None = None,
     split: str = "test",
 ) -> TranslatedRows:
-    """Read pairs in the task's languages. Raises DataError when no row has both sides."""
+    """Read pairs in the task's languages, translations as they are given: not even NFC is applied to what is measured.
+
+    Raises DataError when no row has both sides.
+    """
     raw, _ = load_pairs(
         source,
         source=task.source,
@@ -47,9 +51,9 @@ def translated_rows(
         split=split,
     )
     pairs = [
-        Pair(text, reference, row.origin)
+        Pair(text, row.target.strip(), row.origin)
         for row in raw
-        if not row.unusable and (text := one_line(row.source or "")) and (reference := one_line(row.target or ""))
+        if not row.unusable and row.target and not is_blank(row.target) and (text := one_line(row.source or ""))
     ]
     if not pairs:
         raise DataError(f"{source}: no row has both a text and its translation", "give a file of translated rows")
@@ -70,7 +74,8 @@ def evaluate_translator(
         part = [pair.source for pair in pairs[start : start + _TRANSLATED_AT_A_TIME]]
         hypotheses += [translated.text for translated in translator.translate(part, generation)]
         progress(len(hypotheses), len(pairs))
-    metrics = translation_metrics(hypotheses, [pair.target for pair in pairs], [pair.source for pair in pairs])
+    references, sources = [pair.target for pair in pairs], [pair.source for pair in pairs]
+    metrics = translation_metrics(hypotheses, references, sources, translator.task.target)
     return Evaluation(metrics, len(pairs), rows.skipped)
 
 
@@ -83,7 +88,7 @@ def grade(
         for i in range(0, len(texts), _TRANSLATED_AT_A_TIME)
         for translated in translator.translate(texts[i : i + _TRANSLATED_AT_A_TIME], generation, scored=False)
     ]
-    return Grade(None, tuple(answers), translation_metrics(answers, references, texts))
+    return Grade(None, tuple(answers), translation_metrics(answers, references, texts, translator.task.target))
 
 
 def texts_and_references(

@@ -235,7 +235,7 @@ class _Grader(Grader[list[str]]):
         self._sample: list[Forced] = []
 
     def measure(self, raw: list[str]) -> dict[str, Any]:
-        return translation_metrics(raw, self._targets, self._sources)
+        return translation_metrics(raw, self._targets, self._sources, self._task.target)
 
     def answers(self, raw: list[str]) -> list[str]:
         return raw

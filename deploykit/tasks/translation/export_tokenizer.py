@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.errors import ArtifactError, ExportError
+from deploykit.tasks.translation.plain_text import read_as_text, splits_special, token_ids
+from deploykit.tasks.translation.source_prefix import prefixed
 from deploykit.tasks.translation.tokenizer import (
     SOURCE_SPM,
     TARGET_SPM,
@@ -31,9 +33,18 @@ _FILES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "M2M100Tokenizer": (("sentencepiece.bpe.model",), ("vocab.json",)),
     "NllbTokenizer": (("tokenizer.json", "sentencepiece.bpe.model"),),
     "T5Tokenizer": (("tokenizer.json", "spiece.model"),),
+    "MBart50Tokenizer": (("tokenizer.json", "sentencepiece.bpe.model"),),
+    "BartTokenizer": (("tokenizer.json", "vocab.json"),),
 }
 # By model type, for checkpoints that do not say what tokenizer they have.
-_CLASSES = {"marian": "MarianTokenizer", "m2m_100": "M2M100Tokenizer", "t5": "T5Tokenizer", "mt5": "T5Tokenizer"}
+_CLASSES = {
+    "marian": "MarianTokenizer",
+    "m2m_100": "M2M100Tokenizer",
+    "t5": "T5Tokenizer",
+    "mt5": "T5Tokenizer",
+    "mbart": "MBart50Tokenizer",
+    "bart": "BartTokenizer",
+}
 _NLLB_CODE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 _TASK = re.compile(r"translation_(\w+)_to_(\w+)")
 _PROBES = (
@@ -85,6 +96,8 @@ def _save_fast(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, fo
     languages: dict[str, int] = {}
     if hasattr(tokenizer, "legacy_behaviour"):  # NLLB
         languages = {t: i for t, i in tokenizer.get_added_vocab().items() if _NLLB_CODE.fullmatch(t)}
+    elif type(tokenizer).__name__.startswith("MBart50"):
+        languages = {str(code): int(i) for code, i in tokenizer.lang_code_to_id.items()}
     place = "after" if getattr(tokenizer, "legacy_behaviour", False) else "before"
     # Hugging Face does not clean up after BPE, whatever the flag says.
     cleans = type(tokenizer.backend_tokenizer.model).__name__ != "BPE" or bool(
@@ -95,10 +108,11 @@ def _save_fast(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, fo
         int(tokenizer.eos_token_id),
         languages=languages,
         language_place=place if languages else None,
+        before=() if languages else tuple(tokenizer("")["input_ids"][:-1]),
         prefixes=_task_prefixes(config),
         prefix=prefix or "",
         clean_up_spaces=cleans and bool(tokenizer.clean_up_tokenization_spaces),
-        split_special_tokens=bool(tokenizer.split_special_tokens),
+        split_special_tokens=splits_special(tokenizer),
         unk_token=str(tokenizer.unk_token),
     )
 
@@ -147,7 +161,7 @@ def _sentencepiece_record(tokenizer: Any, **of_family: Any) -> TokenizerRecord:
         "sentencepiece",
         int(tokenizer.eos_token_id),
         clean_up_spaces=bool(tokenizer.clean_up_tokenization_spaces),
-        split_special_tokens=bool(tokenizer.split_special_tokens),
+        split_special_tokens=splits_special(tokenizer),
         unk_token=str(tokenizer.unk_token),
         added_tokens=tuple(
             AddedToken(token.content, bool(token.lstrip), bool(token.rstrip), bool(token.single_word))
@@ -198,8 +212,10 @@ def _check(tokenizer: Any, record: TokenizerRecord, folder: Path) -> None:
     elif record.prefixes:
         source, targets = next(iter(record.prefixes.items()))
         target, prefix = next(iter(targets.items()))
+    read_as_text(tokenizer)
     saved = load_translation_tokenizer(folder, source, target)
-    expected = tokenizer([prefix + text for text in _PROBES])["input_ids"]
+    codes = record.prefixes.get("", {}) if record.codes_in_text else ()
+    expected = token_ids(tokenizer, [prefixed(text, prefix, codes) for text in _PROBES])
     ids = saved.encode(_PROBES)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     for text, wanted, got, wanted_text, got_text in zip(_PROBES, expected, ids, texts, saved.decode(ids)):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from deploykit.errors import MissingDependencyError
+from deploykit.tasks.translation.languages import parse_language
 
 _PLACEHOLDER = re.compile(
     r"""
@@ -27,14 +30,17 @@ _PLACEHOLDER = re.compile(
 _PLACEHOLDER_EXAMPLES = 5
 
 
-def translation_metrics(hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str]) -> dict[str, Any]:
+def translation_metrics(
+    hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str], target: str
+) -> dict[str, Any]:
     """Metrics with stable keys; bleu and chrf from 0 to 100, as sacrebleu gives them (Post, WMT 2018).
 
+    ``target`` is the language code of the translations, which decides how BLEU cuts words: see ``bleu_tokenizer``.
     Keys: bleu, chrf, signatures (metric -> how exactly it was computed), placeholders (checked: those
     in the sources; kept: those of them found in the translations as often; examples: some rows that
     lost one). Raises MissingDependencyError without sacrebleu.
     """
-    metrics = _sacrebleu()
+    metrics = _sacrebleu(target, references)
     scores = {name: _corpus_score(metric, hypotheses, references) for name, metric in metrics.items()}
     return {
         **scores,
@@ -43,9 +49,27 @@ def translation_metrics(hypotheses: Sequence[str], references: Sequence[str], so
     }
 
 
-def bleu_and_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def bleu_and_chrf(hypotheses: Sequence[str], references: Sequence[str], target: str) -> dict[str, float]:
     """The two scores alone, from 0 to 100."""
-    return {name: _corpus_score(metric, hypotheses, references) for name, metric in _sacrebleu().items()}
+    metrics = _sacrebleu(target, references)
+    return {name: _corpus_score(metric, hypotheses, references) for name, metric in metrics.items()}
+
+
+def bleu_tokenizer(target: str) -> str:
+    """Return the name of sacrebleu's tokenizer for a language: 13a where words are written apart, zh for Chinese.
+
+    Japanese is cut by MeCab where it is installed (``pip install 'sacrebleu[ja]'``). Other languages without spaces
+    (Thai, Khmer, Lao, Burmese, Tibetan) are cut by the SentencePiece model of FLORES-200 where sacrebleu has it
+    (``sacrebleu --tokenize flores200`` downloads it). Where these are missing each character is a word.
+    """
+    language = parse_language(target)
+    if language.has_spaces:
+        return "13a"
+    if language.base == "zh":
+        return "zh"
+    if language.base == "ja":
+        return "ja-mecab" if find_spec("MeCab") and find_spec("ipadic") else "char"
+    return "flores200" if _flores_model().is_file() else "char"
 
 
 def placeholders(text: str) -> Counter[str]:
@@ -56,7 +80,7 @@ def placeholders(text: str) -> Counter[str]:
     return Counter(_tag(found[0]) for found in _PLACEHOLDER.finditer(text))
 
 
-def _sacrebleu() -> dict[str, Any]:
+def _sacrebleu(target: str, references: Sequence[str]) -> dict[str, Any]:
     try:
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
@@ -64,7 +88,19 @@ def _sacrebleu() -> dict[str, Any]:
         raise MissingDependencyError(
             "BLEU and chrF need sacrebleu, which is not installed", "pip install 'deploykit[finetune]'"
         ) from error
-    return {"bleu": BLEU(force=True), "chrf": CHRF()}  # force: no warning of text that looks tokenized
+    # force: no warning of text that looks tokenized.
+    bleu = BLEU(force=True, tokenize=bleu_tokenizer(target))
+    if not any(len(bleu.tokenizer(text).split()) >= bleu.max_ngram_order for text in references):
+        # Without a 4-gram anywhere identical texts would score 0: count the n-grams that there are.
+        bleu = BLEU(force=True, tokenize=bleu_tokenizer(target), effective_order=True)
+    return {"bleu": bleu, "chrf": CHRF()}
+
+
+def _flores_model() -> Path:
+    from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
+    from sacrebleu.utils import SACREBLEU_DIR
+
+    return Path(SACREBLEU_DIR, "models", Path(SPM_MODELS["flores200"]["url"]).name)
 
 
 def _corpus_score(metric: Any, hypotheses: Sequence[str], references: Sequence[str]) -> float:

@@ -12,6 +12,8 @@ def metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"{'':<18}" + "".join(f"{name:>16}" for name in columns)] if any(columns) else []
     for name in ("BLEU", "chrF"):
         lines.append(f"{name:<18}" + "".join(f"{m[name.lower()]:>16.2f}" for m in columns.values()))
+    for name, signature in next(iter(columns.values())).get("signatures", {}).items():
+        lines.append(f"{name} signature".ljust(18) + signature)
     lines.append(f"{'placeholders kept':<18}" + "".join(f"{text:>16}" for text in kept))
     return "\n".join(lines)
 

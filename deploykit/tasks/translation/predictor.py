@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol
@@ -18,20 +18,26 @@ from deploykit.runtime.engines import (
 )
 from deploykit.runtime.engines.protocol import DecodeLimits
 from deploykit.runtime.generation import MAX_ROWS, Generation
-from deploykit.runtime.serving_settings import LongInput
+from deploykit.runtime.serving_settings import LongInput, Split
 from deploykit.tasks.translation.facts import Translation
-from deploykit.tasks.translation.sentences import fit, split_sentences
+from deploykit.tasks.translation.sentences import fit, split_lines, split_sentences
+from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
 from deploykit.tasks.translation.translated import EMPTY, Translated, finish_of
-from deploykit.text import normalize
+from deploykit.text import is_blank, normalize
 
+_PIECES: Mapping[Split, Callable[[str], list[tuple[str, str]]]] = {
+    "sentence": split_sentences,
+    "paragraph": split_lines,
+    "none": lambda text: [(text, "")],
+}
 _TEXTS_AT_ONCE = 32  # to tokenize: others wait for the lock on Python meanwhile
 _CHARS_PER_TOKEN = 24  # no text of more characters a token than this is worth tokenizing to find it too long
 
 
 @dataclass
 class Job:
-    """A text on its way: its sentences, and the white space that stood after each."""
+    """A text on its way: its sentences, and what stood after each and shows nothing."""
 
     sentences: list[Sentence]
     separators: list[str]
@@ -73,6 +79,7 @@ class Translator(Generic[RunnerT]):
         self.task = task
         self.decoder = decoder
         self._tokenizer = tokenizer
+        self._empty: dict[str, list[int]] = {}
 
     def translate(
         self,
@@ -80,11 +87,12 @@ class Translator(Generic[RunnerT]):
         generation: Generation | None = None,
         *,
         long_input: LongInput = "split",
+        split: Split = "sentence",
         scored: bool = True,
     ) -> list[Translated]:
-        """Translations in the order of ``texts``; an empty text stays empty.
+        """Translations in the order of ``texts``; a text that shows nothing or has no tokens gives an empty one.
 
-        Raises DataError for a text that is too long, when ``long_input`` is "refuse". Without
+        Raises DataError for a text that begins with a code of a target that the model does not know, or for a text that is too long, when ``long_input`` is "refuse". Without
         ``scored`` greedy search leaves scores at 0, and is faster.
         """
         generation = generation or self.task.generation
@@ -94,9 +102,7 @@ class Translator(Generic[RunnerT]):
         def sentences() -> Iterator[Sentence]:
             for first in range(0, len(order), _TEXTS_AT_ONCE):
                 numbers = order[first : first + _TEXTS_AT_ONCE]
-                some = self._jobs(
-                    [texts[i] for i in numbers], numbers, generation, long_input, scored, by_sentence=False
-                )
+                some = self._jobs([texts[i] for i in numbers], numbers, generation, long_input, split, scored)
                 jobs.update(zip(numbers, some))
                 yield from longest_first(sentence for job in some for sentence in job.sentences)
 
@@ -109,13 +115,13 @@ class Translator(Generic[RunnerT]):
         generation: Generation | None = None,
         *,
         long_input: LongInput = "split",
+        split: Split = "sentence",
         scored: bool = True,
-        by_sentence: bool = False,
     ) -> list[Job]:
-        """Tokenize ``texts``; the sentences of the jobs are for ``decoder.add``. ``by_sentence`` splits short texts too."""
+        """Tokenize ``texts``; the sentences of the jobs are for ``decoder.add``."""
         with self.decoder.seconds.counting("tokenizing"):
             generation = generation or self.task.generation
-            return self._jobs(texts, range(len(texts)), generation, long_input, scored, by_sentence)
+            return self._jobs(texts, range(len(texts)), generation, long_input, split, scored)
 
     def _jobs(
         self,
@@ -123,19 +129,27 @@ class Translator(Generic[RunnerT]):
         numbers: Sequence[int],
         generation: Generation,
         long_input: LongInput,
+        split: Split,
         scored: bool,
-        by_sentence: bool,
     ) -> list[Job]:
         """``numbers``: what errors call each text."""
-        texts = [normalize(text) for text in texts]
-        pieces = [split_sentences(text) if by_sentence else [(text, "")] for text in texts]
-        encoded = iter(self._tokenizer.encode([piece for text in pieces for piece, _ in text]))
+        codes, pieces = [], []
+        for number, text in zip(numbers, texts):
+            try:
+                code, body = cut_code(normalize(text), self.task)
+            except DataError as error:
+                raise DataError(f"text {number}: {error.message}", error.remedy) from error
+            codes.append(code)
+            pieces.append(_PIECES[split](body))
+        encoded = iter(self._tokenizer.encode([code + piece for code, cut in zip(codes, pieces) for piece, _ in cut]))
         jobs = []
-        for number, text in zip(numbers, pieces):
+        for number, code, cut in zip(numbers, codes, pieces):
             job = Job([], [])
-            for piece, separator in text:
+            for piece, separator in cut:
                 ids = next(encoded)
-                if not piece.strip():
+                if is_blank(piece) or ids == self._nothing(code):
+                    if job.separators:  # a line that shows nothing is a line
+                        job.separators[-1] += separator
                     continue
                 if len(ids) <= self.task.max_source_length:
                     parts = [(ids, separator)]
@@ -145,11 +159,17 @@ class Translator(Generic[RunnerT]):
                         "shorten it, or let it be split at sentence ends",
                     )
                 else:
-                    parts = self._split(piece, separator)
+                    parts = self._split(code, piece, separator)
                 job.sentences += [Sentence(ids, generation, scored) for ids, _ in parts]
                 job.separators += [after for _, after in parts]
             jobs.append(job)
         return jobs
+
+    def _nothing(self, code: str) -> list[int]:
+        """The ids of an empty text."""
+        if code not in self._empty:
+            [self._empty[code]] = self._tokenizer.encode([code])
+        return self._empty[code]
 
     def _finish(self, sentence: Sentence) -> None:
         assert sentence.result is not None
@@ -183,15 +203,15 @@ class Translator(Generic[RunnerT]):
     def close(self) -> None:
         """Nothing to release: the graphs go with the object."""
 
-    def _split(self, text: str, separator: str) -> list[tuple[list[int], str]]:
+    def _split(self, code: str, text: str, separator: str) -> list[tuple[list[int], str]]:
         def tokens(piece: str) -> int:
             if len(piece) > _CHARS_PER_TOKEN * self.task.max_source_length:
                 return len(piece)
-            return len(self._tokenizer.encode([piece])[0])
+            return len(self._tokenizer.encode([code + piece])[0])
 
         parts = fit(text, tokens, self.task.max_source_length)
         separators = [after for _, after in parts[:-1]] + [separator]
-        return list(zip(self._tokenizer.encode([piece for piece, _ in parts]), separators))
+        return list(zip(self._tokenizer.encode([code + piece for piece, _ in parts]), separators))
 
 
 def load_translator(
@@ -242,6 +262,7 @@ class TextTranslator(Protocol):
         generation: Generation | None = None,
         *,
         long_input: LongInput = "split",
+        split: Split = "sentence",
         scored: bool = True,
     ) -> list[Translated]:
         """One for each text, in their order; ``generation`` in place of the task's own.

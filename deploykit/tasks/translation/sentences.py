@@ -68,6 +68,15 @@ def split_sentences(text: str) -> list[tuple[str, str]]:
     return sentences
 
 
+def split_lines(text: str) -> list[tuple[str, str]]:
+    """Lines, each with the white space after it: all of them joined are ``text``."""
+    lines, start = [], 0
+    for match in re.finditer(rf"\s*[{_BREAKS}]\s*", text):
+        lines.append((text[start : match.start()], match[0]))
+        start = match.end()
+    return [*lines, (text[start:], "")] if start < len(text) or not lines else lines
+
+
 def fit(text: str, count_tokens: Callable[[str], int], limit: int) -> list[tuple[str, str]]:
     """``text`` in as few pieces as have at most ``limit`` tokens each, with the white space after each.
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 from deploykit.errors import UsageError
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.served import DEFAULT_URL, ServedModel, require_all
-from deploykit.runtime.serving_settings import LongInput
+from deploykit.runtime.serving_settings import LongInput, Split
 from deploykit.tasks.registry import task_of
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.translated import EMPTY, Finish, Translated
@@ -47,13 +47,14 @@ class ServedTranslator(ServedModel):
         generation: Generation | None = None,
         *,
         long_input: LongInput = "split",
+        split: Split = "sentence",
         scored: bool = True,
     ) -> list[Translated]:
         """One for each text, in their order. Raises RequestError if any text has none.
 
         Without ``scored`` scores are 0, and greedy search is faster.
         """
-        rows = self.translate_rows(texts, generation, long_input=long_input, scored=scored)
+        rows = self.translate_rows(texts, generation, long_input=long_input, split=split, scored=scored)
         require_all([row.error for row in rows])
         return [row.translated for row in rows]
 
@@ -63,10 +64,15 @@ class ServedTranslator(ServedModel):
         generation: Generation | None = None,
         *,
         long_input: LongInput = "split",
+        split: Split = "sentence",
         scored: bool = True,
     ) -> list[TranslatedRow]:
         """As ``translate``, but a text that the model refuses fails alone."""
-        parameters = {"long_input": long_input, **request_parameters(self.task, generation or self.task.generation)}
+        parameters = {
+            "long_input": long_input,
+            "split": split,
+            **request_parameters(self.task, generation or self.task.generation),
+        }
         names = ["TRANSLATION", "SOURCE_TOKENS", "TARGET_TOKENS", "FINISH", "ERROR", *(["SCORE"] if scored else [])]
 
         def infer(chunk: list[bytes]) -> list[TranslatedRow]:

@@ -6,19 +6,62 @@ forced first token; they need nothing in the text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
+from deploykit.errors import DataError
 from deploykit.tasks.translation.facts import Translation
 
 T5_LANGUAGES: Mapping[str, str] = {"en": "English", "fr": "French", "de": "German", "ro": "Romanian"}
 """The names that T5 was pretrained with (Raffel et al., JMLR 2020, appendix D); others are used as given."""
 
+_CODE = re.compile(r"\s*>>([^<>\s]{1,40})<<\s*")
+_SHOWN_LANGUAGES = 12
+
 
 def source_prefix(task: Translation) -> str:
     """What stands before every source text: a target code (many-language Marian), an instruction (T5), or nothing."""
-    if task.family == "marian" and task.languages:
+    if _has_codes(task):
         return f">>{task.target}<< "
     if task.family == "t5":
         source, target = (T5_LANGUAGES.get(code, code) for code in (task.source, task.target))
         return f"translate {source} to {target}: "
     return ""
+
+
+def cut_code(text: str, task: Translation) -> tuple[str, str]:
+    """Cut the code of another target off the beginning of a text, as in ">>deu<< Hello": ``(">>deu<< ", "Hello")``.
+
+    For a Marian of many targets alone: in other checkpoints such a text is text. Raises DataError for a code that the
+    checkpoint does not know.
+    """
+    match = _CODE.match(text) if _has_codes(task) else None
+    if match is None:
+        return "", text
+    if match[1] not in task.languages:
+        raise DataError(
+            f"begins with >>{match[1]}<<, a target that the model does not know", f"it knows {shown(task.languages)}"
+        )
+    return f">>{match[1]}<< ", text[match.end() :]
+
+
+def has_code(text: str) -> bool:
+    """Return whether a text begins with ``>>code<<``, whatever the code."""
+    return _CODE.match(text) is not None
+
+
+def prefixed(text: str, prefix: str, codes: Collection[str]) -> str:
+    """Put ``prefix`` before a text, unless the text begins with one of the ``codes`` that would stand there."""
+    match = _CODE.match(text) if codes else None
+    return text if match is not None and match[1] in codes else prefix + text
+
+
+def shown(languages: Collection[str]) -> str:
+    """Write language codes in one line, the first twelve of many."""
+    some = sorted(languages)[:_SHOWN_LANGUAGES]
+    more = f" and {len(languages) - len(some)} more" if len(languages) > len(some) else ""
+    return ", ".join(some) + more
+
+
+def _has_codes(task: Translation) -> bool:
+    return task.family == "marian" and bool(task.languages)

@@ -29,13 +29,14 @@ class _Translation:
     does = "translates"
     auto_model = "AutoModelForSeq2SeqLM"
     heads = ("ForConditionalGeneration", "MTModel", "MTHeadModel")
-    model_types = ("marian", "m2m_100", "t5")
+    model_types = ("marian", "m2m_100", "t5", "mt5")
+    shared_types = ("bart", "mbart")  # there are classifiers of these
     triton_backend = "deploykit.tasks.translation.triton_backend:TranslationBackend"
     outputs = ("TRANSLATION", "TARGET_TOKENS")
     headline = "chrf"
     columns = ("source_column", "target_column")
     input_columns = ("source_column",)
-    settings = ("max_rows", "max_cache_mb", "long_input", "in_flight")
+    settings = ("max_rows", "max_cache_mb", "long_input", "split", "in_flight")
     instances = 1
     stream_backend = "deploykit.tasks.translation.triton_stream:StreamBackend"
 

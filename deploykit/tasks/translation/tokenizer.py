@@ -23,6 +23,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
 from deploykit.errors import ArtifactError, UsageError
+from deploykit.tasks.translation.source_prefix import prefixed, shown
 
 RECORD = "translation_tokenizer.json"
 TOKENIZER = "tokenizer.json"
@@ -33,7 +34,6 @@ TOKENS = "tokens.json"
 
 _REMEDY = "export the checkpoint again"
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_SHOWN_LANGUAGES = 12
 # Hugging Face's clean_up_tokenization, in its order.
 _CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
              (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"))  # fmt: skip
@@ -46,7 +46,7 @@ class TranslationTokenizer(Protocol):
     def languages(self) -> tuple[str, ...]: ...
 
     def encode(self, texts: Sequence[str], target: str | None = None) -> list[list[int]]:
-        """Source token ids with special tokens and language codes, never truncated.
+        """Source token ids with special tokens and language codes, never truncated. Special tokens in a text are text.
 
         ``target`` asks for another target language than the one loaded with. A lone surrogate, which
         is no text, becomes U+FFFD. Raises UsageError for a language that the checkpoint lacks.
@@ -79,17 +79,18 @@ class TokenizerRecord:
     """What a checkpoint's tokenizer does besides cutting text into pieces.
 
     ``languages`` are the codes with a token of their own, put ``before`` or ``after`` (of </s>) the
-    source. ``prefixes`` are the texts put before the source, by source and target language, source ""
+    source; ``before`` are ids that begin every source (BART's <s>). ``prefixes`` are the texts put before the source, by source and target language, source ""
     standing for any; ``prefix`` is for pairs without one, None where there must be one.
     ``eos_token_id`` ends every source. The rest is for SentencePiece alone: ``separate_models``
     puts texts together by another model than cuts them, ``special_gap`` follows a special token in
-    decoded text, ``codes_in_text`` reads a leading >>code<<.
+    decoded text, ``codes_in_text`` reads a leading >>code<< where ``prefixes`` are such codes (Marian).
     """
 
     backend: str
     eos_token_id: int
     languages: Mapping[str, int] = dataclasses.field(default_factory=dict)
     language_place: str | None = None
+    before: tuple[int, ...] = ()
     prefixes: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
     prefix: str | None = ""
     clean_up_spaces: bool = False
@@ -142,7 +143,7 @@ class _PairTokenizer:
         if not self._knows(target) and (record.languages or record.prefix is None):
             raise self._unknown("target", target)
         code = [record.languages[source]] if record.languages else []
-        self._before = code if record.language_place == "before" else []
+        self._before = [*record.before, *(code if record.language_place == "before" else [])]
         self._after = [record.eos_token_id, *(code if record.language_place == "after" else [])]
 
     @property
@@ -151,7 +152,9 @@ class _PairTokenizer:
 
     def encode(self, texts: Sequence[str], target: str | None = None) -> list[list[int]]:
         prefix = self._prefix(target)
-        rows = self._pieces.ids([prefix + (t if t.isascii() else _SURROGATE.sub("\ufffd", t)) for t in texts])
+        codes = self._prefixes if self._record.codes_in_text else ()
+        texts = [prefixed(t if t.isascii() else _SURROGATE.sub("\ufffd", t), prefix, codes) for t in texts]
+        rows = self._pieces.ids(texts)
         return [[*self._before, *ids, *self._after] for ids in rows]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
@@ -175,14 +178,8 @@ class _PairTokenizer:
         return code in (self._record.languages or self._prefixes)
 
     def _unknown(self, side: str, code: str) -> UsageError:
-        known = sorted(self.languages)
-        if not known:
-            return UsageError(f"unknown {side} language {code!r}", f"this checkpoint knows {self._target!r} alone")
-        more = f" and {len(known) - _SHOWN_LANGUAGES} more" if len(known) > _SHOWN_LANGUAGES else ""
-        return UsageError(
-            f"unknown {side} language {code!r}",
-            f"this checkpoint knows {', '.join(known[:_SHOWN_LANGUAGES])}{more}",
-        )
+        known = shown(self.languages) or f"{self._target!r} alone"
+        return UsageError(f"unknown {side} language {code!r}", f"this checkpoint knows {known}")
 
 
 class _TokenizerJson:
@@ -229,7 +226,8 @@ class _SentencePiece:
         self._special_tokens = frozenset(record.special_tokens)
         self._special_ids = frozenset(record.special_token_ids)
         self._special_gap = record.special_gap
-        self._codes_in_text = record.codes_in_text
+        self._marian = record.codes_in_text
+        self._codes_in_text = record.codes_in_text and bool(record.prefixes)
 
     # SentencePiece is called for one text at a time: for a list of them it starts threads, which costs more than a
     # small batch takes.
@@ -294,7 +292,7 @@ class _SentencePiece:
                 run.append(token)
         text += self._decoder.decode(run)
         # Pieces that the decoding model lacks keep their sign for a space; Marian's tokenizer, alone, replaces it.
-        if self._codes_in_text:
+        if self._marian:
             text = text.replace("▁", " ")
         return text.strip()
 
@@ -362,6 +360,7 @@ def _read_tokens(path: Path) -> list[str]:
 def _read_record(path: Path) -> TokenizerRecord:
     value = _read_json(path)
     try:
+        value["before"] = tuple(value.get("before", ()))
         value["added_tokens"] = tuple(AddedToken(**token) for token in value["added_tokens"])
         record = TokenizerRecord(**value)
     except (AttributeError, KeyError, TypeError) as error:

@@ -25,8 +25,9 @@ from transformers import (
 
 from deploykit import artifacts
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.translation.checkpoint import TorchTranslator, generation_config, translation_task
+from deploykit.tasks.translation.checkpoint import TorchTranslator, translation_task
 from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.generation_config import generation_config
 from deploykit.tasks.translation.metrics import bleu_and_chrf, translation_metrics
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS, Preset
@@ -40,6 +41,7 @@ from deploykit.tasks.translation.rows import (
     load_pairs,
     split_pairs,
 )
+from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_model, load_tokenizer, not_loadable
@@ -47,6 +49,7 @@ from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.source import check_family
 from deploykit.training.trainer import Trained
+from deploykit.training.weights import read_generation_config
 
 _POSITIONS = 512
 _SAMPLES = 5
@@ -94,6 +97,13 @@ class TranslationStage:
     def check(self, splits: Mapping[str, Sequence[Pair]]) -> None:
         if not splits["train"]:
             raise DataError(f"{self._options.train}: no usable rows", "give rows that have a source and a target")
+        if self._options.model is None:
+            return
+        for pair in (pair for rows in splits.values() for pair in rows):
+            try:
+                cut_code(pair.source, self._task)
+            except DataError as error:
+                raise DataError(f"{pair.origin}: the source {error.message}", error.remedy) from error
 
     def drop_leaks(self, train: Sequence[Pair], held_out: Sequence[Pair]) -> tuple[list[Pair], int]:
         return drop_pair_leaks(train, held_out)
@@ -130,22 +140,23 @@ class TranslationStage:
         say("translating the held-out rows")
         after = {name: _translations(translator, rows.splits[name]) for name in ("validation", "test")}
         metrics: dict[str, Any] = {
-            name: _metrics(translations, rows.splits[name]) for name, translations in after.items() if translations
+            name: _metrics(translations, rows.splits[name], task.target)
+            for name, translations in after.items()
+            if translations
         }
         if before is not None:
-            metrics["before"] = {shown: _metrics(before, rows.splits[shown])}
+            metrics["before"] = {shown: _metrics(before, rows.splits[shown], task.target)}
         metrics["samples"] = _samples(rows.splits[shown], after[shown], before)
         return Trained(task, model, tokenizer, metrics)
 
     def _from_checkpoint(self) -> tuple[Any, Any, Translation]:
         """The checkpoint as ``options`` want it."""
         options, task = self._options, self._task
-        dropout = "dropout_rate" if task.family == "t5" else "dropout"
+        dropout = "dropout_rate" if task.family in ("t5", "mt5") else "dropout"
         config = {} if options.dropout is None else {dropout: options.dropout}
         assert options.model is not None
         model = load_model(options.model, Translation.name, **config)
-        model.generation_config.num_beams = task.generation.beam_size
-        model.generation_config.forced_bos_token_id = task.generation.forced_bos_token_id
+        model.generation_config = generation_config(task, task.generation)
         if options.lora_r:
             model = trainer.with_adapter(model, options, "SEQ_2_SEQ_LM")
         return model, self._tokenizer, task
@@ -174,10 +185,7 @@ def checkpoint_task(options: TranslationOptions, tokenizer: Any) -> Translation:
     model = options.origin
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
-        try:
-            generation = GenerationConfig.from_pretrained(model)
-        except OSError:  # none was saved with it
-            generation = GenerationConfig.from_model_config(config)
+        generation = read_generation_config(model)
     except Exception as error:  # transformers raises whatever its dozen loaders raise
         raise not_loadable(model, error) from error
     check_family(model, config.model_type, Translation.name)
@@ -236,6 +244,7 @@ class EncodedPairs(Dataset):  # type: ignore[misc]
 
     def __init__(self, translator: TorchTranslator, pairs: Sequence[Pair], *, max_length: int | None = None) -> None:
         self.task = translator.task
+        self._source_pad = translator.source_pad
         cut = max_length is None
         sources = translator.encode([pair.source for pair in pairs], cut=cut)
         targets = translator.encode_targets([pair.target for pair in pairs], cut=cut)
@@ -250,7 +259,7 @@ class EncodedPairs(Dataset):  # type: ignore[misc]
     def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
         """Labels are the target ids; the decoder reads them one step later, after the start token."""
         pad = self.task.pad_token_id
-        input_ids, attention_mask = padded([source for source, _ in rows], pad)
+        input_ids, attention_mask = padded([source for source, _ in rows], self._source_pad)
         labels, _ = padded([target for _, target in rows], _IGNORED)
         decoder_input_ids, _ = padded([[self.task.decoder_start_token_id, *target[:-1]] for _, target in rows], pad)
         return {
@@ -367,7 +376,7 @@ def _loss(smoothing: float) -> Callable[..., torch.Tensor]:
 def _evaluation(translator: TorchTranslator, references: Sequence[str]) -> Callable[[Any], dict[str, float]]:
     def evaluate(prediction: Any) -> dict[str, float]:
         generated = np.where(prediction.predictions == _IGNORED, translator.task.pad_token_id, prediction.predictions)
-        scores = bleu_and_chrf(translator.decode(generated.tolist()), references)
+        scores = bleu_and_chrf(translator.decode(generated.tolist()), references, translator.task.target)
         loss = float(np.mean(prediction.losses))
         # Small validation sets tie often; among equals, Trainer would keep the first and least trained.
         return {**scores, "selection": round(scores["chrf"], 2) - 1e-4 * loss}
@@ -391,8 +400,8 @@ def _translations(translator: TorchTranslator, pairs: Sequence[Pair]) -> list[st
     return [answer.text for answer in translator.translate([pair.source for pair in pairs], scored=False)]
 
 
-def _metrics(translations: Sequence[str], pairs: Sequence[Pair]) -> dict[str, Any]:
-    return translation_metrics(translations, [pair.target for pair in pairs], [pair.source for pair in pairs])
+def _metrics(translations: Sequence[str], pairs: Sequence[Pair], target: str) -> dict[str, Any]:
+    return translation_metrics(translations, [pair.target for pair in pairs], [pair.source for pair in pairs], target)
 
 
 def _samples(pairs: Sequence[Pair], after: Sequence[str], before: Sequence[str] | None) -> list[dict[str, str]]:

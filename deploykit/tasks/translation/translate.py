@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from deploykit.data.answer_file import (
 from deploykit.data.texts import TextRow
 from deploykit.errors import DataError, RequestError, UsageError
 from deploykit.runtime.generation import Generation
-from deploykit.runtime.serving_settings import LongInput
+from deploykit.runtime.serving_settings import LongInput, Split
 from deploykit.tasks.translation.predictor import TextTranslator
 from deploykit.tasks.translation.rows import one_line, read_sources
 from deploykit.tasks.translation.translated import Translated
@@ -31,10 +32,12 @@ _CHUNK = 512  # sentences that the decoder may choose from to keep its rows full
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """How to translate: ``generation`` in place of the model's own, and what becomes of texts too long for it."""
+    """How to translate: ``generation`` in place of the model's own, what becomes of texts too long for it, and which pieces
+    of a text are translated one by one."""
 
     generation: Generation | None = None
     long_input: LongInput = "split"
+    split: Split = "sentence"
 
 
 def translations(
@@ -72,10 +75,11 @@ def translate_file(
     encoding: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], None],
-) -> Answered:
+) -> tuple[Answered, Counter[str]]:
     """Write a translation for each row of ``source``: JSON lines, or to a .txt a line of text; see ``answer_file``.
 
-    A row that cannot be translated leaves an empty line in a .txt.
+    A row that cannot be translated leaves an empty line in a .txt. The second value counts the rows that this run
+    translated by why they ended: "eos" or "length".
     """
     as_json = out.suffix.lower() in JSON_LINES
     if not as_json and out.suffix.lower() != ".txt":
@@ -85,24 +89,36 @@ def translate_file(
     def rows() -> Iterator[TextRow]:
         return read_sources(source, column=column, source=task.source, prefer=task.source_column, encoding=encoding)
 
+    finish: Counter[str] = Counter()
+
     def answer(part: Sequence[TextRow]) -> list[Line]:
         records = translations(translator, part, how, scored=as_json)
+        finish.update(record["finish"] for record in records if "finish" in record)
         if as_json:
             return [json_line(record) for record in records]
         return [Line(one_line(record.get("translation", "")), "error" in record) for record in records]
 
     key = artifacts.digest_of(source_digest(source), column, encoding, identity, dataclasses.asdict(how))
     failed = is_error if as_json else lambda line: False
-    return answer_file(rows, answer, out, key=key, failed=failed, force=force, progress=progress, chunk=_CHUNK)
+    done = answer_file(rows, answer, out, key=key, failed=failed, force=force, progress=progress, chunk=_CHUNK)
+    return done, finish
+
+
+def cut_off(finish: Mapping[str, int], how: How) -> str:
+    """Say how many translations the length limit cut off, and what it is."""
+    limit = f" of {how.generation.max_length - 1} tokens" if how.generation else ""
+    return f"{finish['length']:,} of {sum(finish.values()):,} translations were cut off at the length limit{limit}"
 
 
 def _translate(translator: TextTranslator, texts: Sequence[str], how: How, *, scored: bool) -> list[Translated | str]:
     """Translations, or why there is none: a text that is refused fails alone."""
     try:
-        return list(translator.translate(texts, how.generation, long_input=how.long_input, scored=scored))
+        return list(
+            translator.translate(texts, how.generation, long_input=how.long_input, split=how.split, scored=scored)
+        )
     except (DataError, RequestError) as error:
         if isinstance(error, RequestError) and error.status != 400:
             raise
         if len(texts) == 1:
-            return [error.message]
+            return [f"{error.message.removeprefix('text 0: ')} ({error.remedy})" if error.remedy else error.message]
         return [answer for text in texts for answer in _translate(translator, [text], how, scored=scored)]

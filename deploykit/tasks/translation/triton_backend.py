@@ -24,7 +24,7 @@ from deploykit.errors import DataError, DeploykitError, QueueFullError, UsageErr
 from deploykit.runtime.decoding import MAX_CACHE_BYTES
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, RENAMED, Generation, override
-from deploykit.runtime.serving_settings import LongInput
+from deploykit.runtime.serving_settings import LongInput, Split
 from deploykit.runtime.triton_requests import (
     CancelledError,
     FailedError,
@@ -43,6 +43,7 @@ from deploykit.tasks.translation.predictor import Job, Translator, load_translat
 from deploykit.tasks.translation.translated import Translated
 
 _LONG_INPUT = "long_input"
+_SPLIT = "split"
 _NOT_WHOLE = ("length_penalty", "repetition_penalty")  # Triton has no such parameters: they come as text
 
 
@@ -64,6 +65,7 @@ class TranslationBackend:
         if not max_rows:
             raise DeploykitError("config.pbtxt: parameter max_rows is '0'", "make it 1 or more")
         self._long_input = _long_input(text_parameter(config, _LONG_INPUT, "split"), "config.pbtxt: parameter ")
+        self._split = _split(text_parameter(config, _SPLIT, "sentence"), "config.pbtxt: parameter ")
         graphs = find_graphs(folder, manifest, engine="auto", precision="auto")
         load = partial(
             load_translator,
@@ -100,9 +102,11 @@ class TranslationBackend:
 
     def _submit(self, request: Any) -> None:
         rows = Rows(request)
-        generation, long_input = self._search(parameters_of(request))
+        generation, long_input, split = self._search(parameters_of(request))
         scored = "SCORE" in request.requested_output_names()
-        begin = partial(self._loop.translator.begin, generation=generation, long_input=long_input, scored=scored)
+        begin = partial(
+            self._loop.translator.begin, generation=generation, long_input=long_input, split=split, scored=scored
+        )
         jobs: list[Job] = []
         errors: dict[int, str] = {}
         for row, text in zip(rows.good, rows.texts):
@@ -116,20 +120,23 @@ class TranslationBackend:
         except QueueFullError as full:
             raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
 
-    def _search(self, given: dict[str, Any]) -> tuple[Generation, LongInput]:
+    def _search(self, given: dict[str, Any]) -> tuple[Generation, LongInput, Split]:
         """What the request parameters ask for. Raises RefusedError naming the first that is unknown or wrong."""
         for name in given:
-            if name not in (*PARAMETERS, *RENAMED, _LONG_INPUT):
-                raise RefusedError(f"unknown parameter {name}: known ones are {', '.join(PARAMETERS)}, {_LONG_INPUT}")
-        long_input = self._long_input
+            if name not in (*PARAMETERS, *RENAMED, _LONG_INPUT, _SPLIT):
+                known = ", ".join((*PARAMETERS, _LONG_INPUT, _SPLIT))
+                raise RefusedError(f"unknown parameter {name}: known ones are {known}")
+        long_input, split = self._long_input, self._split
         try:
+            if _SPLIT in given:
+                split = _split(given.pop(_SPLIT))
             if _LONG_INPUT in given:
                 long_input = _long_input(given.pop(_LONG_INPUT))
             for name in _NOT_WHOLE:
                 if isinstance(given.get(name), str):
                     given[name] = _number(given[name])
             translator = self._loop.translator
-            return override(translator.task, given, max_beams=translator.decoder.max_rows), long_input
+            return override(translator.task, given, max_beams=translator.decoder.max_rows), long_input, split
         except UsageError as error:
             raise RefusedError(f"{error.message}: {error.remedy}") from None
 
@@ -209,6 +216,12 @@ def _long_input(value: Any, where: str = "") -> LongInput:
     if value not in get_args(LongInput):
         raise UsageError(f"{where}{_LONG_INPUT} is {value!r}", f"give {' or '.join(get_args(LongInput))}")
     return cast(LongInput, value)
+
+
+def _split(value: Any, where: str = "") -> Split:
+    if value not in get_args(Split):
+        raise UsageError(f"{where}{_SPLIT} is {value!r}", f"give {', '.join(get_args(Split))}")
+    return cast(Split, value)
 
 
 def _number(text: str) -> float | str:

@@ -42,6 +42,8 @@ parameters { key: "max_queue" value { string_value: "$max_queue_size" } }
 parameters { key: "in_flight" value { string_value: "$in_flight" } }
 # A text longer than the model takes: "split" at sentence ends and joined again, or "refuse".
 parameters { key: "long_input" value { string_value: "$long_input" } }
+# What is translated one by one: each "sentence", each line ("paragraph"), or the whole text ("none").
+parameters { key: "split" value { string_value: "$split" } }
 # What clients read.
 parameters { key: "task" value { string_value: '$task' } }
 """)

@@ -20,8 +20,11 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest
+from deploykit.errors import DataError
 from deploykit.runtime.triton_requests import INPUT, CancelledError, FailedError, RefusedError, Rows, parameters_of
+from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.sentences import split_sentences
+from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.text import normalize
 
 _AHEAD = 32  # sentences of one document under way at once: the queue of the other model is for everyone
@@ -40,6 +43,8 @@ class StreamBackend:
     )
 
     def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
+        assert isinstance(manifest.task, Translation)
+        self._task = manifest.task
         self._model = str(manifest.options["streams"])
 
     async def execute(self, requests: Sequence[Any]) -> None:
@@ -61,14 +66,19 @@ class StreamBackend:
 
     async def _stream(self, request: Any, sender: Any) -> None:
         [text] = Rows(request).texts
-        sentences = [(s, space) for s, space in split_sentences(normalize(text)) if s] or [("", "")]
+        try:
+            code, text = cut_code(normalize(text), self._task)
+        except DataError as error:
+            raise RefusedError(f"the text {error.message}: {error.remedy}") from error
+        sentences = [(s, space) for s, space in split_sentences(text) if s] or [("", "")]
         requested = frozenset(request.requested_output_names())
         wanted = [name for name in _OF_SENTENCE if name in requested | {"TRANSLATION"}]
         parameters = {name: _sendable(value) for name, value in parameters_of(request).items()}
+        parameters["split"] = "none"  # these are sentences already
 
         def asked() -> Iterator[asyncio.Task[dict[str, Any]]]:
             for sentence, _ in sentences:
-                yield asyncio.ensure_future(self._translate(sentence, wanted, parameters))
+                yield asyncio.ensure_future(self._translate(code + sentence, wanted, parameters))
 
         asking = asked()
         under_way = deque(islice(asking, _AHEAD))

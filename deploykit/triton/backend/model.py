@@ -1,9 +1,8 @@
 """The Triton backend ``deploykit``: texts in, labels or translations out.
 
-A python-based backend: Triton finds this file as ``<backend directory>/deploykit/model.py`` and runs
-it in one stub process per instance. A model directory holds data only: config.pbtxt with
-``backend: "deploykit"``, and version folders that ``deploykit package`` wrote. What each task does
-is in a module of its own beside this one.
+It is a python-based backend: Triton finds this file as ``<backend directory>/deploykit/model.py`` and runs it in one
+stub process per instance. A model directory contains data only: config.pbtxt with ``backend: "deploykit"``, and version
+folders that ``deploykit package`` wrote. Each task has its own module, in its task folder.
 
 Source: Triton Python backend README, "Python-based backends".
 """
@@ -27,33 +26,33 @@ from deploykit.runtime.triton_requests import INPUT, text_parameter
 from deploykit.tasks.protocol import Task
 from deploykit.tasks.registry import DEFAULT, get_task, task_of
 
-# The stub embeds Python without a locale: open() would read text files as ASCII.
+# The stub embeds Python without a locale, so open() would read text files as ASCII.
 with contextlib.suppress(locale.Error):
     locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
 
 
 class Backend(Protocol):
-    """What a task does in the backend. ``outputs`` are as config.pbtxt names them."""
+    """The part of the backend that a task implements. ``outputs`` are in the form of config.pbtxt."""
 
     outputs: Sequence[Mapping[str, Any]]
 
     def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
-        """Load what a version folder holds, on the GPU ``device`` if its engine wants one, and run it once.
+        """Load a version folder, on GPU ``device`` if its engine needs one, and run it once.
 
         Raises DeploykitError.
         """
 
     def execute(self, requests: Sequence[Any]) -> Any:
-        """As ``TritonPythonModel.execute`` of Triton's Python backend."""
+        """Handle requests, like ``TritonPythonModel.execute`` of Triton's Python backend."""
 
     def close(self) -> None:
-        """Answer what is in hand, and end."""
+        """Answer the running requests, then stop."""
 
 
 class TritonPythonModel:
     @staticmethod
     def auto_complete_config(auto_complete_model_config: Any) -> Any:
-        """Tensors of a config.pbtxt that names nothing but the backend, and the task if it is not classification."""
+        """Add the tensors to a config.pbtxt that names only the backend and, if not classification, the task."""
         config = auto_complete_model_config
         record = config.as_dict()
         task = get_task(json.loads(text_parameter(record, "task", "{}")).get("name", DEFAULT))
@@ -65,7 +64,7 @@ class TritonPythonModel:
         config.add_input(dict(INPUT))
         present = {output["name"] for output in record["output"]}
         for output in _backend(task, streams).outputs:
-            if output["name"] not in present:  # those present know more: the number of labels
+            if output["name"] not in present:  # a present one is more specific: it has the number of labels
                 config.add_output(dict(output))
         return config
 

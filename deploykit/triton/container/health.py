@@ -1,6 +1,6 @@
-"""Ask every model of a repository folder for one answer: exit code 0 if all gave it. For a container's health check.
+"""Send each model of a repository folder one request; exit with 0 if all answered. For a container's health check.
 
-Usage: health.py FOLDER [URL]. Standard library only.
+Usage: health.py FOLDER [URL]. It uses only the standard library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _TEXT = {"inputs": [{"name": "TEXT", "datatype": "BYTES", "shape": [1, 1], "data
 
 
 def check(folder: Path, url: str) -> list[str]:
-    """What is wrong, a line per model; nothing for one that streams, which only hands on to another."""
+    """Return a line for each model that did not answer. Streaming models are skipped: they only forward requests."""
     problems = []
     for model in sorted(path.parent.name for path in folder.glob("*/config.pbtxt")):
         try:

@@ -30,6 +30,7 @@ class _TokenClassification:
     auto_model = "AutoModelForTokenClassification"
     heads = ("ForTokenClassification",)
     model_types: tuple[str, ...] = ()
+    shared_types: tuple[str, ...] = ()
     triton_backend = "token_classification.triton_backend:TokenClassificationBackend"
     stream_backend = ""
     outputs = ("LABELS", "ERROR")

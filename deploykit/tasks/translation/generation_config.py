@@ -1,0 +1,104 @@
+"""Hugging Face generation configs: what we decode by of one, and one that says what we decode by."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import GenerationConfig
+
+from deploykit.errors import ArtifactError
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.translation.facts import Translation
+
+_LOG = logging.getLogger(__name__)
+_DECODED_BY = frozenset((
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "num_beams", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "bad_words_ids", "renormalize_logits", "forced_bos_token_id",
+    "forced_eos_token_id", "suppress_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
+))  # fmt: skip
+# How ``generate`` computes and what else it returns; the tokens of the best translation are the same.
+_CHANGE_NO_TOKEN = frozenset((
+    "use_mtp", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "remove_invalid_values",
+    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
+    "return_dict_in_generate", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit",
+    "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "compile_config",
+    "disable_compile", "continuous_batching_config", "low_memory", "prefill_chunk_size", "_from_model_config",
+    "transformers_version",
+))  # fmt: skip
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_NEUTRAL: tuple[Any, ...] = (None, 0, False, [], {})
+_NEUTRAL_AT_ONE = ("num_beam_groups", "guidance_scale", "encoder_repetition_penalty")
+
+
+def read_generation(config: Any, name: str, longest: int, forced_bos: int | None) -> Generation:
+    """Return what a checkpoint called ``name`` decodes by.
+
+    ``longest`` is the most target tokens that it has positions for, the start token included; ``forced_bos`` is the
+    token of the target language in place of the config's own. A config that asks for sampling is logged: deploykit
+    searches. Raises ArtifactError naming each other field that would change tokens and that we do not decode by.
+    """
+    passed_over = _DECODED_BY | _CHANGE_NO_TOKEN | {"do_sample", *_SAMPLING}
+    known = {field: getattr(config, field, None) for field in GenerationConfig().to_dict() if field not in passed_over}
+    if refused := [
+        field for field, value in known.items() if value not in (*_NEUTRAL, *((1,) if field in _NEUTRAL_AT_ONE else ()))
+    ]:
+        raise ArtifactError(
+            f"{name}: its generation config sets {', '.join(refused)}, which deploykit does not decode by",
+            "take it out of generation_config.json, and measure what the checkpoint loses",
+        )
+    beams = config.num_beams or 1
+    if config.do_sample:
+        search = "greedy search" if beams == 1 else f"{beams} beams"
+        _LOG.warning("%s: its generation config asks for sampling (do_sample); deploykit decodes by %s", name, search)
+    most, least = config.max_length, config.min_length
+    if config.max_new_tokens is not None:  # these come first, and do not count the start token
+        most = config.max_new_tokens + 1
+    if config.min_new_tokens is not None:
+        least = config.min_new_tokens + 1
+    most = min(most or longest, longest)
+    return Generation(
+        beam_size=beams,
+        max_length=most,
+        min_length=min(least or 0, most),
+        length_penalty=1.0 if config.length_penalty is None else float(config.length_penalty),
+        early_stopping=config.early_stopping or False,
+        no_repeat_ngram_size=config.no_repeat_ngram_size or 0,
+        repetition_penalty=config.repetition_penalty or 1.0,
+        bad_words=tuple(tuple(ids) for ids in config.bad_words_ids or ()),
+        suppressed=tuple(config.suppress_tokens or ()),
+        forced_bos_token_id=forced_bos if forced_bos is not None else config.forced_bos_token_id,
+        forced_eos_token_id=_single(config.forced_eos_token_id),
+        renormalize=bool(config.renormalize_logits),
+    )
+
+
+def generation_config(task: Translation, generation: Generation) -> GenerationConfig:
+    """Return ``generation`` as Hugging Face's own class, complete; it can be saved.
+
+    Without beams it leaves out what beams alone go by: transformers refuses to save both together.
+    """
+    of_beams = {"length_penalty": generation.length_penalty, "early_stopping": generation.early_stopping}
+    return GenerationConfig(
+        num_beams=generation.beam_size,
+        max_length=generation.max_length,
+        min_length=generation.min_length,
+        no_repeat_ngram_size=generation.no_repeat_ngram_size,
+        repetition_penalty=generation.repetition_penalty,
+        bad_words_ids=[list(ids) for ids in generation.bad_words] or None,
+        suppress_tokens=list(generation.suppressed) or None,
+        forced_bos_token_id=generation.forced_bos_token_id,
+        forced_eos_token_id=generation.forced_eos_token_id,
+        renormalize_logits=generation.renormalize,
+        do_sample=False,
+        pad_token_id=task.pad_token_id,
+        eos_token_id=list(task.eos_token_ids),
+        decoder_start_token_id=task.decoder_start_token_id,
+        **(of_beams if generation.beam_size > 1 else {}),
+    )
+
+
+def _single(value: Any) -> int | None:
+    found: int | None = value[0] if isinstance(value, list) else value
+    return found
