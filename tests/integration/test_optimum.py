@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from deploykit.artifacts import load_manifest
-from deploykit.stages.export import export
 from deploykit.graphs.export_options import ExportOptions
+from deploykit.stages.export import export
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.predictor import Classifier
 from deploykit.tasks.opening import open_classifier
