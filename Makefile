@@ -11,7 +11,7 @@ help:
 	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
 	@echo "make test   all tests that need no GPU"
 	@echo "make interop   open exports in optimum-onnx, in an environment of its own (minutes)"
-	@echo "make bench  both demos' models beside their peers, on a quiet machine (an hour)"
+	@echo "make bench  measure both demos' models against other tools, on a quiet machine (an hour)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
 	@echo "make docs   build the docs into build/docs"
@@ -19,7 +19,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt setup.sh setup.py deploykit/runtime/engines/native.c
+$(READY): pyproject.toml constraints.txt setup.sh setup.py $(shell find deploykit/runtime/engines/native/csrc -name "*.[ch]")
 	@bash setup.sh .venv
 	@touch $@
 
@@ -51,6 +51,7 @@ lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@MYPYPATH=tests/packages/token_classification $(BIN)/mypy -p token_classification
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/docs
 	@$(BIN)/lint-imports
 

@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def measure(run: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The calibration of a run, and the lines of the tables of its exports."""
+    """Return the calibration of a run, and the table rows of its exports."""
     given = ["--calibration-data", options.data] if options.data else []
     calibration = _deploykit(
         "calibrate", run, "--output-dir", folder / "calibration", "--calibration-rows", options.calibration_rows, *given

@@ -14,7 +14,7 @@ import onnx
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
 from deploykit.runtime.engines import seq2seq as engine
-from deploykit.runtime.engines.native import NativeModel
+from deploykit.runtime.engines.native.translator import NativeModel
 from deploykit.runtime.engines.onnxruntime import session_options
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.tasks.translation.facts import Translation

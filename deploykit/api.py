@@ -51,24 +51,24 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune a Hugging Face checkpoint on labelled rows, and write it to ``output_dir``.
 
-    A run that equal inputs have made before is reused. A run that was killed is continued, unless ``restart`` is set.
+    A run with the same inputs as an earlier one is reused. A killed run is continued, unless ``restart`` is set.
 
     Args:
         model: Folder of a checkpoint, or a hub id. None for ``from_config``, which trains a new model.
         train: File of rows, folder of a dataset, or a hub id. With ``qat``, by default the rows of the run ``model``.
         output_dir: Folder to write the checkpoint to.
         task: One of the names that ``deploykit finetune --help`` lists. Default: the first of them.
-        validation: Rows to choose the best step by. Default: split off ``train``.
-        test: Rows to measure the result on. Default: split off ``train``.
-        force: Replace what stands at ``output_dir``.
-        restart: Begin anew instead of continuing a killed run.
+        validation: Rows that the best step is chosen by. Default: split off ``train``.
+        test: Rows that the result is measured on. Default: split off ``train``.
+        force: Replace existing content of ``output_dir``.
+        restart: Start over instead of continuing a killed run.
         progress: Called with each message, a line.
         **options: All other options of ``deploykit finetune``: ``num_train_epochs=1``, ``text_column=("title", "body")``.
 
     Raises:
         UsageError: An option is unknown, out of range, or of another task.
         DataError: The rows cannot be read, or there are too few.
-        ArtifactError: ``model`` is no checkpoint, or ``output_dir`` holds something else.
+        ArtifactError: ``model`` is not a checkpoint, or ``output_dir`` has other content.
     """
     from deploykit.stages.finetune import finetune as run
     from deploykit.stages.finetune_options import make_options
@@ -88,13 +88,13 @@ def export(
     Args:
         checkpoint: Folder of a checkpoint, from ``finetune`` or elsewhere.
         output_dir: Folder to write the export to.
-        force: Replace what stands at ``output_dir``.
+        force: Replace existing content of ``output_dir``.
         progress: Called with each message, a line.
         **options: Fields of ``ExportOptions``, the options of ``deploykit export``: ``int8=True``, ``max_drop=1.0``,
             ``calibration_data="rows.csv"``, ``trt=EngineOptions(gpu="sm_86")``.
 
     Raises:
-        UsageError: An option is unknown or makes no sense.
+        UsageError: An option is unknown or invalid.
         ExportError: A graph differs from PyTorch, or INT8 loses more than ``max_drop`` points. Nothing is written.
     """
     from deploykit.graphs.export_options import ExportOptions
@@ -119,17 +119,17 @@ def package(
 
     Args:
         export: Folder of an export.
-        name: Of the model, as clients will call it.
+        name: Name of the model, for clients.
         model_repository: Folder of packaged models; made if missing.
         engine: "auto", "tensorrt", "native", "openvino", "onnxruntime" or "cuda".
         precision: "auto" (INT8 if there is one), "int8", "fp16", "bf16" or "fp32".
-        overwrite_config: Write config.pbtxt anew; otherwise one that exists is kept.
+        overwrite_config: Replace an existing config.pbtxt; by default it is kept.
         stream: Also write NAME_stream, for tasks that have one.
         **settings: Fields of ``ServingSettings``: ``instances=2``, ``max_batch_size=32``.
 
     Raises:
-        UsageError: A name or a setting is not allowed, or the settings would do nothing because config.pbtxt is kept.
-        ArtifactError: The export lacks the graph, or the config.pbtxt that exists does not fit it.
+        UsageError: A name or a setting is not allowed, or the settings would have no effect because config.pbtxt is kept.
+        ArtifactError: The export has no such graph, or an existing config.pbtxt does not fit it.
     """
     from deploykit.triton.repository import package as run
     from deploykit.triton.repository import refuse_ignored
@@ -156,17 +156,17 @@ def load(
     precision: str = "auto",
     threads: int | None = None,
 ) -> Model:
-    """Open whatever can answer: a checkpoint, an export, a packaged version, or a model on a running server.
+    """Open a model: a checkpoint, an export, a packaged version, or a model on a running server.
 
     Args:
         target: A folder; or the name of a model on the server at ``url``.
         url: HTTP address of the server, for a served model.
-        engine: Of an export: "auto", or one of the names that ``package`` takes.
-        precision: Of an export: "auto" (INT8 if there is one), "int8", "fp16", "bf16" or "fp32".
+        engine: Engine for an export: "auto", or a name that ``package`` accepts.
+        precision: Precision for an export: "auto" (INT8 if available), "int8", "fp16", "bf16" or "fp32".
         threads: CPU threads. Default: all.
 
     Raises:
-        ArtifactError: There is no such folder, or a file of it was changed.
+        ArtifactError: There is no such folder, or one of its files was changed.
         EngineError: The engine cannot load the graph here.
         ServerError: No server answers at ``url``, or it has no such model.
     """
@@ -178,14 +178,14 @@ def load(
 class Model:
     """A model of any task, in this process or on a server. One caller at a time; use as a context manager, or ``close``.
 
-    ``predict`` has a second name for each task, by what its models do: ``classify``, ``translate``.
+    ``predict`` has a second name for each task: ``classify``, ``translate``.
     """
 
     def __init__(self, predictor: Predictor) -> None:
         from deploykit.tasks.registry import task_of
 
         self.predictor = predictor
-        """What the task itself offers: a classifier's ``scores``, a translator's ``translate`` with its search."""
+        """The task's own predictor: a classifier's ``scores``, a translator's ``translate`` with its search."""
         self._task = task_of(predictor.task)
 
     @property
@@ -198,7 +198,7 @@ class Model:
 
         Args:
             texts: A list of texts.
-            **generation: Of a model that generates, how to search: ``num_beams=4``, ``max_new_tokens=40``.
+            **generation: Search parameters, for a model that generates: ``num_beams=4``, ``max_new_tokens=40``.
 
         Returns:
             An answer for each text. ``text`` is the answer as one string, ``fields`` has all of it: of a classifier
@@ -229,13 +229,13 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Evaluation:
-        """Measure the model on rows with their right answers.
+        """Measure the model on labelled rows.
 
         Args:
             rows: A file, the folder of a dataset or a hub id, as ``deploykit evaluate --data`` takes it; or the rows
                 themselves, each a mapping from column to value: ``[{"text": "What a film!", "label": "positive"}]``.
-            split: Of a dataset.
-            encoding: Of a text file. Default: UTF-8, or what a byte order mark says.
+            split: Split of a dataset.
+            encoding: Encoding of a text file. Default: UTF-8, or as the byte order mark says.
             progress: Called with the number of rows done, and of all rows.
             **options: Names of columns (``label_column="stars"``), and how to search, as ``predict`` takes it.
 
@@ -247,7 +247,7 @@ class Model:
         """
         columns = {name: value for name, value in options.items() if name in self._task.columns}
         generation = {name: value for name, value in options.items() if name not in columns}
-        self._task.override(self.task, generation)  # refuses what a task does not know
+        self._task.override(self.task, generation)  # raises UsageError for parameters that the task does not have
         several = {field.name for field in dataclasses.fields(self._task.options()) if isinstance(field.default, tuple)}
         columns = {k: (v,) if k in several and isinstance(v, str) else v for k, v in columns.items()}
         with _as_file(rows) as source:
@@ -276,22 +276,22 @@ class Model:
 
 
 class Server:
-    """The embedded Triton on a model repository, while the block runs.
+    """The embedded Triton on a model repository, for the duration of the block.
 
     A model whose process dies is loaded again. A port of 0 takes a free one.
 
     Args:
         model_repository: Folder of packaged models.
-        host: Address to listen on; "0.0.0.0" opens it to others.
+        host: Address to listen on; "0.0.0.0" accepts connections from other machines.
         http_port: Port of HTTP; ``url`` is the address.
         grpc_port: Port of gRPC.
         metrics_port: Port of the Prometheus metrics.
-        ready_timeout: Seconds until all models must answer.
-        drain: Seconds for requests in flight at the end.
+        ready_timeout: Seconds to wait for all models to load.
+        drain: Seconds to wait for requests in flight when stopping.
         log_file: Triton's own log. Default: a temporary file.
 
     Raises:
-        ServerError: A port is taken, a model cannot be loaded, or, when the block ends, the server was lost.
+        ServerError: A port is taken, a model cannot be loaded, or the server ended unexpectedly.
     """
 
     def __init__(
@@ -334,7 +334,7 @@ class Server:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names of the models that are served."""
+        """Names of the served models."""
         return self._server.models
 
     def load(self, name: str) -> Model:
@@ -381,7 +381,7 @@ def _make(kind: type[_Options], given: Mapping[str, Any]) -> _Options:
 
 @contextlib.contextmanager
 def _as_file(rows: StrPath | Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the name of rows, for which those given as mappings become a file."""
+    """Yield a file name for rows, writing a file for rows given as mappings."""
     if isinstance(rows, str | PathLike):
         yield str(rows)
         return

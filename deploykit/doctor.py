@@ -17,6 +17,7 @@ from typing import Any
 from deploykit.errors import MissingDependencyError
 from deploykit.hardware import available_cpus
 from deploykit.runtime.engines import ENGINES
+from deploykit.runtime.engines.native import loader as native
 from deploykit.triton.preflight import find_triton
 
 _PACKAGES = (
@@ -25,7 +26,7 @@ _PACKAGES = (
 )  # fmt: skip
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
 _TRAINING = ("torch", "transformers", "optimum", "accelerate", "tokenizers", "onnx", "tensorboard", "tomli_w")
-# command -> (modules it needs, the extra that brings them)
+# command -> (modules it needs, the extra that installs them)
 _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "finetune": (_TRAINING, "finetune"),
     "calibrate": ((*_TRAINING, "onnxruntime"), "finetune,cpu"),
@@ -51,7 +52,10 @@ class Need:
 
 
 def examine() -> dict[str, Any]:
-    """Return all findings, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, commands."""
+    """Return all findings, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, native, commands.
+
+    ``native`` is None where that engine does not run. Raises UsageError where the environment names an unknown instruction set.
+    """
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "platform": platform.platform(),
@@ -60,6 +64,7 @@ def examine() -> dict[str, Any]:
         "gpu": _gpu(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "engines": {name: info.installed for name, info in ENGINES.items()},
+        "native": _native(),
         "commands": {name: need.__dict__ for name, need in _commands().items()},
     }
 
@@ -85,9 +90,7 @@ def _commands() -> dict[str, Need]:
             needs["tune"] = needs["serve"]
     gpu = _gpu()
     if not gpu["devices"]:
-        needs["GPU engines"] = Need(
-            False, "an NVIDIA GPU and its driver", "use the CPU engines, or a machine with a GPU"
-        )
+        needs["GPU engines"] = Need(False, "an NVIDIA GPU and its driver", "use a CPU engine, or a machine with a GPU")
     elif not ENGINES["tensorrt"].installed:
         needs["GPU engines"] = Need(False, "TensorRT", "pip install 'deploykit[tensorrt]', or 'deploykit[rtx]'")
     return needs
@@ -105,6 +108,13 @@ def _cpu() -> dict[str, Any]:
     except OSError:
         pass  # not Linux: only the model is known
     return {"model": model, "cores": available_cpus(), "features": [flag for flag in _CPU_FLAGS if flag in flags]}
+
+
+def _native() -> dict[str, Any] | None:
+    """The instruction set that the engine ``native`` uses, and those that it can."""
+    if native.lacks():
+        return None
+    return {"instruction_set": native.instruction_set(), "available": list(native.instruction_sets())}
 
 
 def _gpu() -> dict[str, Any]:

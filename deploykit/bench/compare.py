@@ -35,6 +35,7 @@ _MACHINE = {
     "cpus_usable": "usable CPUs",
     "cpus": "CPUs",
     "cpu_flags": "CPU features",
+    "native_isa": "instruction set of native",
     "memory_gb": "memory, GB",
     "system": "system",
     "python": "Python",
@@ -184,7 +185,8 @@ def _ratio(old: Spread, new: Spread) -> float | None:
 def _differences(old: Record, new: Record) -> Iterator[str]:
     """Yield differences of the runs, other than the candidates, that may explain different figures."""
     for key, title in _MACHINE.items():
-        yield from _differing(title, old["machine"][key], new["machine"][key])
+        if key in old["machine"] and key in new["machine"]:  # older records lack some
+            yield from _differing(title, old["machine"][key], new["machine"][key])
     packages = [record["machine"]["packages"] for record in (old, new)]
     for name in dict.fromkeys([*packages[0], *packages[1]]):
         yield from _differing(name, *(versions.get(name) for versions in packages))

@@ -12,6 +12,7 @@ from typing import Any
 from deploykit.artifacts import installed_versions
 from deploykit.hardware import available_cpus, cpu_name, first_cpu
 from deploykit.peak_memory import require_psutil
+from deploykit.runtime.engines.native import loader as native
 
 _FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 _WATCH_S = 0.3
@@ -39,7 +40,7 @@ def other_load() -> OtherLoad:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return CPU, memory (1e9 bytes), operating system, Python and package versions."""
+    """Return CPU, instruction set of the engine ``native``, memory (1e9 bytes), operating system, Python and package versions."""
     cpu = first_cpu()
     flags = set((cpu.get("flags") or cpu.get("Features") or "").split())
     return {
@@ -47,6 +48,7 @@ def describe_machine() -> dict[str, Any]:
         "cpus_usable": available_cpus(),
         "cpus": os.cpu_count(),
         "cpu_flags": [flag for flag in _FLAGS if flag in flags],
+        "native_isa": None if native.lacks() else native.instruction_set(),
         "memory_gb": round(require_psutil().virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

@@ -24,7 +24,7 @@ class ClosedLoop:
 
     def __post_init__(self) -> None:
         if self.concurrency < 1:
-            raise UsageError(f"--concurrency is {self.concurrency}", "give 1 or more")
+            raise UsageError(f"--max-concurrency is {self.concurrency}", "give 1 or more")
 
     @property
     def name(self) -> str:
@@ -46,7 +46,7 @@ class Poisson:
 
     def __post_init__(self) -> None:
         if not 0 < self.rate_per_s < float("inf"):
-            raise UsageError(f"--rate is {self.rate_per_s}", "give a number above 0")
+            raise UsageError(f"--request-rate is {self.rate_per_s}", "give a number above 0")
 
     @property
     def name(self) -> str:

@@ -232,9 +232,9 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
 
 
 _COLUMNS: Mapping[str, Mapping[str, Any]] = {
-    "text_column": {"multiple": True, "help": "(default: the training columns, or detected)"},
-    "source_column": {"help": "Of texts to translate (default: the training column, or detected)."},
-    "target_column": {"help": "Of their translations (default: the training column, or detected)."},
+    "text_column": {"multiple": True, "help": "Text column (default: the training columns, or detected)."},
+    "source_column": {"help": "Source column (default: the training column, or detected)."},
+    "target_column": {"help": "Target column (default: the training column, or detected)."},
 }
 
 
@@ -254,7 +254,9 @@ def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Resu
             return function(columns={name: options.pop(name) for name in names}, **options)
 
         for name in reversed(names):
-            attributes = _COLUMNS.get(name, {"help": "(default: the training column, or detected)"})
+            attributes = _COLUMNS.get(
+                name, {"help": "Column of that name (default: the training column, or detected)."}
+            )
             run = click.option(f"--{name.replace('_', '-')}", name, **attributes)(run)
         return run
 

@@ -19,7 +19,7 @@ _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("
 @option("--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),
         show_default="OUTPUT_DIR/model_repository", help=MODEL_REPOSITORY_HELP)  # fmt: skip
 @option("--max-train-samples", "max_rows", aliases=["--max-rows"], type=int,
-        show_default="8000 tweets; all translations", help="Use this many training rows; 0: all.")  # fmt: skip
+        show_default="8000 tweets; all translations", help="Maximum training rows; 0: all.")  # fmt: skip
 def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None) -> Result:
     from deploykit.demo import check_dependencies, run_demo, sentiment, translation
 

@@ -9,7 +9,7 @@ def command() -> Result:
     from deploykit.runtime.engines import ENGINES
 
     found = examine()
-    cpu, gpu = found["cpu"], found["gpu"]
+    cpu, gpu, native = found["cpu"], found["gpu"], found["native"]
     lines = [
         f"python    {found['python']['version']} ({found['python']['executable']})",
         f"system    {found['platform']}",
@@ -20,6 +20,7 @@ def command() -> Result:
         "packages  " + ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version),
         "lacking   " + ", ".join(name for name, version in found["packages"].items() if version is None),
         "engines   " + ", ".join(f"{name} ({info.lacks})" if info.lacks else name for name, info in ENGINES.items()),
+        *([f"native    {native['instruction_set']}; this CPU runs {', '.join(native['available'])}"] if native else []),
         "",
     ]
     for name, need in found["commands"].items():

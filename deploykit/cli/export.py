@@ -43,13 +43,14 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @click.option("--max-drop", type=float, default=0.5, show_default=True,
               help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose.")  # fmt: skip
 @click.option("--smooth-quant", type=float, is_flag=False, flag_value=0.5, metavar="[ALPHA]",
-              help="Move outliers of a classifier's activations into the weights before INT8; ALPHA from 0 to 1, 0.5 if "
-              "left out.")  # fmt: skip
+              help="Move outliers of a classifier's activations into the weights before INT8. ALPHA: 0 to 1 (default: 0.5).")  # fmt: skip
 @click.option("--data", help="Rows to measure on (default: the run's test rows).")
-@click.option("--measure-rows", type=int, default=0, help="Most rows to measure on [default: all; 500 to translate].")
+@click.option(
+    "--measure-rows", type=int, default=0, help="Maximum rows to measure on. [default: all; 500 for translation]"
+)
 @click.option("--trt", is_flag=True, help="Also build TensorRT engines.")
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS),
-              help="Of an engine; may be repeated [default: fp16; with --int8 also int8].")  # fmt: skip
+              help="Precision of an engine; repeat. [default: fp16; with --int8 also int8]")  # fmt: skip
 @click.option("--minShapes", "min_shapes", multiple=True, metavar=_SHAPE,
               help="Smallest shapes of an engine's profile, as trtexec takes them; past is the positions of a translator's "
               "caches. Give all three once for each profile [default: one over all lengths].")  # fmt: skip
@@ -57,11 +58,11 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @click.option("--maxShapes", "max_shapes", multiple=True, metavar=_SHAPE, help="Largest shapes of the profile.")
 @click.option("--profile", "profiles", multiple=True, hidden=True)
 @option("--memPoolSize", "workspace", aliases=["--workspace"], metavar="workspace:SIZE", default="workspace:1GiB",
-        show_default=True, help="Most memory for building an engine; without a unit in MiB.")  # fmt: skip
+        show_default=True, help="Maximum memory for building an engine; without a unit in MiB.")  # fmt: skip
 @option("--timingCacheFile", "timing_cache", aliases=["--timing-cache"],
-        help="File that remembers how fast kernels were, made if missing.")  # fmt: skip
+        help="File that caches kernel timings; created if missing.")  # fmt: skip
 @click.option("--builder", type=click.Choice(BUILDERS), default="auto", show_default=True,
-              help="auto: TensorRT where there is a GPU, else TensorRT-RTX.")  # fmt: skip
+              help="Engine builder. auto: TensorRT if there is a GPU, else TensorRT-RTX.")  # fmt: skip
 @click.option("--gpu", help="GPU of an engine: this-gpu, or one like sm_86 [default: portable].")
 @SOURCE_LANG
 @click.option("--target-lang", help=TARGET_LANG_HELP)

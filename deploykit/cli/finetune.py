@@ -35,7 +35,7 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
 
 def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """An option that is None where it is not given; --help shows the defaults of the dataclasses that have it."""
+    """Declare an option that is None if not given. --help shows the defaults of the dataclasses that have it."""
     field = name.lstrip("-").replace("-", "_")
     owners = {task: kind for task, kind in OPTIONS.items() if field in kind.__dataclass_fields__}
     defaults = {task: getattr(kind, field) for task, kind in owners.items()}
@@ -82,63 +82,67 @@ def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
               help="TOML file of these options; the command line wins.")  # fmt: skip
 @click.option("--task", type=click.Choice(list(OPTIONS)), default=DEFAULT, show_default=True)
 @_option("--from-config", type=click.Choice(list(PRESETS)), help="Train a new model of this size, in place of TARGET.")
-@_option("--train", help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also TMX, .po, .mo, two "
-         "text files as a.en,a.fr. With --qat, by default the rows of the run that TARGET is.")  # fmt: skip
-@_option("--validation", help="Rows to choose the best step by (default: split off --train).")
-@_option("--test", help="Rows to measure the result on (default: split off --train).")
+@_option("--train", help="Training rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also TMX, .po, .mo, or "
+         "two text files as a.en,a.fr. Default with --qat: the rows of the run TARGET.")  # fmt: skip
+@_option("--validation", help="Rows that the best step is chosen by (default: split off --train).")
+@_option("--test", help="Rows that the result is measured on (default: split off --train).")
 @OUTPUT_DIR
-@_option("--text-column", multiple=True, help="Repeat for several; joined in this order (default: detected).")
-@_option("--label-column", help="(default: detected)")
-@_option("--text-separator", help="Between several text columns.")
-@_option("--multi-label", is_flag=True, help="Any number of labels a row: a list, or names with | between them.")
+@_option("--text-column", multiple=True, help="Text column; repeat to join several, in this order (default: detected).")
+@_option("--label-column", help="Label column (default: detected).")
+@_option("--text-separator", help="Separator of several text columns.")
+@_option("--multi-label", is_flag=True, help="Allow any number of labels per row: a list, or names separated by |.")
 @_option(
     "--labels",
-    help="All labels, with commas between them, in the order of the model's outputs (default: those of the rows).",
+    help="All labels, separated by commas, in the order of the model's outputs (default: those in the rows).",
 )
-@_option("--label-separator", help="Between the labels of a row with --multi-label (default: |).")
-@_option("--source-lang", help="Language translated from, as the checkpoint names it: en, eng_Latn.")
-@_option("--target-lang", help="Language translated into.")
-@_option("--source-column", help="(default: detected)")
-@_option("--target-column", help="(default: detected)")
+@_option("--label-separator", help="Separator of a row's labels with --multi-label (default: |).")
+@_option("--source-lang", help="Source language, as the checkpoint names it: en, eng_Latn.")
+@_option("--target-lang", help="Target language.")
+@_option("--source-column", help="Source column (default: detected).")
+@_option("--target-column", help="Target column (default: detected).")
 @_option(
-    "--vocabulary", type=int, help="Pieces to make with --from-config, fewer of little text (default: the preset's)."
+    "--vocabulary",
+    type=int,
+    help="Vocabulary size with --from-config; smaller if there is little text (default: the preset's).",
 )
 @ENCODING
-@_option("--validation-fraction", type=float, help="Of the rows, when there is no --validation.")
-@_option("--test-fraction", type=float, help="Of the rows, when there is no --test.")
-@_option("--held-out-rows", type=int, help="Split off no more than this for validation, and for test.")
-@_option("--max-train-samples", type=int, help="Use this many training rows; 0: all.")
-@_option("--max-length", type=int, help="In tokens; longer texts are cut, longer pairs left out. 0: 128, or what the "
-         "model takes where that is less.")  # fmt: skip
-@_option("--num-train-epochs", type=float)
+@_option("--validation-fraction", type=float, help="Share of the rows for validation, without --validation.")
+@_option("--test-fraction", type=float, help="Share of the rows for the test, without --test.")
+@_option("--held-out-rows", type=int, help="Maximum rows to split off for validation, and for the test.")
+@_option("--max-train-samples", type=int, help="Maximum training rows; 0: all.")
+@_option("--max-length", type=int, help="Maximum tokens of a text; longer texts are truncated, longer pairs dropped. "
+         "0: 128, or the model's limit if that is lower.")  # fmt: skip
+@_option("--num-train-epochs", type=float, help="Number of epochs.")
 @_option("--max-steps", type=int, help="Optimizer steps; overrides --num-train-epochs; 0: off.")
-@_option("--per-device-train-batch-size", type=int)
-@_option("--batch-tokens", type=int, help="Most padded tokens of a batch, on its longer side.")
+@_option("--per-device-train-batch-size", type=int, help="Rows of a batch.")
+@_option("--batch-tokens", type=int, help="Maximum padded tokens of a batch, counted on its longer side.")
 @_option("--gradient-accumulation-steps", type=int, help="Batches per optimizer step.")
-@_option("--learning-rate", type=float)
+@_option("--learning-rate", type=float, help="Peak learning rate.")
 @_option("--optimizer", type=click.Choice(["adamw", "sgd"]))
 @_option("--lr-scheduler-type", type=click.Choice(_SCHEDULES))
-@_option("--warmup-ratio", type=float, help="Share of the steps.")
+@_option("--warmup-ratio", type=float, help="Share of the steps with a rising learning rate.")
 @_option("--weight-decay", type=float)
 @_option("--max-grad-norm", type=float, help="Clip gradients; 0: off.")
-@_option("--dropout", type=float, help="(default: the checkpoint's own; 0.1 with --from-config)")
+@_option("--dropout", type=float, help="Dropout (default: the checkpoint's; 0.1 with --from-config).")
 @_option("--label-smoothing-factor", type=float)
 @_option("--class-weights", type=click.Choice(["none", "balanced"]))
-@_option("--early-stopping-patience", type=int, help="Evaluations without improvement to stop after; 0: off.")
+@_option("--early-stopping-patience", type=int, help="Stop after this many evaluations without improvement; 0: off.")
 @_option("--eval-steps", type=int, help="Evaluate and save every so many steps; 0: by epoch.")
-@_option("--eval-rows", type=int, help="Most validation rows that an evaluation translates.")
-@_option("--num-beams", type=int, help="Beam size to translate with (default: the checkpoint's own).")
+@_option("--eval-rows", type=int, help="Maximum validation rows that an evaluation translates.")
+@_option("--num-beams", type=int, help="Number of beams for the final translations (default: the checkpoint's).")
 @_option(
-    "--mixed-precision", type=click.Choice(["no", "bf16", "fp16", "auto"]), help="auto: bf16 where the machine has it."
+    "--mixed-precision",
+    type=click.Choice(["no", "bf16", "fp16", "auto"]),
+    help="Mixed precision. auto: bf16 if the machine supports it.",
 )
 @_option("--lora-r", type=int, help="Train a LoRA adapter of this rank, merged at export; 0: all weights.")
 @_option("--lora-alpha", type=int)
-@_option("--qat", is_flag=True, help="Go on training a fine-tuned checkpoint with its linear layers rounded to INT8: for "
-         "`export --int8` where that loses too much without.")  # fmt: skip
+@_option("--qat", is_flag=True, help="Quantization-aware training: continue a fine-tuned checkpoint with its linear layers rounded to INT8, if "
+         "`export --int8` loses too much otherwise.")  # fmt: skip
 @_option("--qat-method", type=METHODS,
-         help="How the ranges are calibrated that --qat begins with.")  # fmt: skip
+         help="Calibration method of the ranges that --qat starts with.")  # fmt: skip
 @_option("--seed", type=int, help="Seed for splits, shuffling and new weights.")
-@click.option("--restart", is_flag=True, help="Begin anew instead of continuing a killed run.")
+@click.option("--restart", is_flag=True, help="Start over instead of continuing a killed run.")
 @FORCE
 def command(
     *, out: Path, force: bool, restart: bool, model: str | None, earlier_model: str | None, **values: Any

@@ -21,7 +21,7 @@ from deploykit.graphs.architecture import Architecture, Array, FeedForward, Line
 from deploykit.graphs.seq2seq import side_by_side
 from deploykit.graphs.writer import activation_of
 from deploykit.quantization.qdq import Ranges, quantize_weight
-from deploykit.runtime.engines.native_weights import ALIGNMENT, FORMAT, PANEL
+from deploykit.runtime.engines.native.weights import ALIGNMENT, FORMAT, PANEL
 
 _ZERO = 128  # the engine adds it to S8 activations, to make them unsigned
 _TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}

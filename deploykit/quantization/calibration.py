@@ -118,7 +118,7 @@ def load_calibration(folder: Path, parent: str) -> Calibration:
     manifest = load_manifest(folder, "calibration")
     if manifest.parent != parent:
         raise ArtifactError(
-            f"{folder}: was collected from the graph of another checkpoint: of {manifest.parent}, and this is {parent}",
+            f"{folder}: is a calibration of another checkpoint ({manifest.parent}, not {parent})",
             "collect one of this checkpoint with deploykit calibrate, or leave --calib out",
         )
     with np.load(folder / _HISTOGRAMS) as arrays:

@@ -22,7 +22,7 @@ PARAMETERS = (
     "no_repeat_ngram_size",
     "repetition_penalty",
 )
-"""Request parameters and command line options; the rest of a ``Generation`` is the checkpoint's own."""
+"""Request parameters and command line options. The other fields of ``Generation`` come from the checkpoint."""
 RENAMED = {"beam_size": "num_beams"}
 """Earlier names of parameters, which clients may still send, and those of today."""
 

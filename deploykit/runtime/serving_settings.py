@@ -10,7 +10,7 @@ from deploykit.errors import UsageError
 DEFAULT_URL = "http://127.0.0.1:8000"
 """HTTP address of a server on this machine."""
 LongInput = Literal["split", "refuse"]
-"""What becomes of a text that is longer than the model takes: split at sentence ends, or refused."""
+"""How to handle a text that is too long for the model: split it at sentence ends, or refuse it."""
 Split = Literal["sentence", "paragraph", "none"]
 """Which pieces of a text are translated one by one: its sentences, its lines, or the whole of it."""
 _MAY_BE_ZERO = (

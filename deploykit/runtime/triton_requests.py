@@ -18,7 +18,7 @@ INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": 
 
 
 class RefusedError(ServerError):
-    """A request that gets an error instead of an answer; the others beside it do not notice."""
+    """Raised for a request that gets an error response. Other requests of the batch are not affected."""
 
     def __init__(self, message: str, code: Any = None) -> None:
         super().__init__(message)

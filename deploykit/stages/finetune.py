@@ -149,7 +149,7 @@ def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Itera
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ArtifactError(
-            f"{out}: another deploykit is training it now", "wait for it, or choose another --output-dir"
+            f"{out}: another deploykit process is training it", "wait for it, or choose another --output-dir"
         ) from None
     try:
         if continued:

@@ -1,7 +1,6 @@
-"""Define what a task is: all that the stages know of it.
+"""The interface between stages and tasks. A task is one object with the members of ``Task``, in ``task.py`` of its folder.
 
-A task is one object with the members of ``Task``, in ``task.py`` of a folder of its own. Methods import what they need
-when they run, so that a serving machine does not load the training half.
+Methods import what they need when they run, so that a serving machine does not load the training half.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ class Training(Protocol):
     """What ``finetune`` needs, and how a checkpoint is known to be for the task."""
 
     auto_model: str
-    """The class of transformers that loads its checkpoints: "AutoModelForSequenceClassification"."""
+    """The transformers class that loads its checkpoints: "AutoModelForSequenceClassification"."""
     heads: tuple[str, ...]
-    """How the classes end that a checkpoint's ``architectures`` name: "ForSequenceClassification"."""
+    """Suffixes of the class names in a checkpoint's ``architectures``: "ForSequenceClassification"."""
     model_types: tuple[str, ...]
-    """The model types that are its own; empty: every type that no other task claims."""
+    """Model types of this task only; empty: every type that no other task claims."""
     shared_types: tuple[str, ...]
-    """The model types that it takes beside its own, and leaves to other tasks too."""
+    """Model types that this task supports in common with other tasks."""
 
     def options(self) -> type[Any]:
         """Return the dataclass of a run's options (``FinetuneOptions``); its new fields become options of ``finetune``."""
 
     def training_stage(self, options: Any) -> Any:
-        """Return what reads, cleans and splits the rows and trains (``deploykit.stages.finetune.Stage``)."""
+        """Return an object that reads, cleans and splits rows, and trains (``deploykit.stages.finetune.Stage``)."""
 
     def model_card(
         self, facts: Any, origin: str, metrics: Mapping[str, Any], held_out: str, rows: int
@@ -46,27 +45,27 @@ class Training(Protocol):
         """Return two parts of a checkpoint's README.md: its head with the hub's metadata, and its results."""
 
     def result(self, facts: Any, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
-        """Return what ``finetune`` reports beside what every task has: for --json, and as lines for a terminal."""
+        """Return the task's part of the report of ``finetune``: for --json, and as lines for a terminal."""
 
 
 class Exporting(Protocol):
-    """What ``export``, ``calibrate``, ``package`` and ``bundle`` need."""
+    """Members for ``export``, ``calibrate``, ``package`` and ``bundle``."""
 
     def export_steps(self) -> ModuleType:
         """Return the module with ``write``, ``write_fp32``, ``calibration_texts`` and ``calibrate``."""
 
     def tokenizer_files(self, files: Sequence[str]) -> Iterator[str]:
-        """Return those ``files`` of an export that its tokenizer is loaded from."""
+        """Return the ``files`` of an export that its tokenizer is loaded from."""
 
     def bundle(self, facts: Any) -> BundledTask:
-        """Return what a bundle for a Jetson needs. Raises UsageError where there is none."""
+        """Return the task's part of a Jetson bundle. Raises UsageError if the task has none."""
 
     def within(self, facts: Any, limits: DecodeLimits) -> TaskFacts:
         """Return facts whose lengths fit caches of a limited size."""
 
 
 class Serving(Protocol):
-    """What opens and serves a model. None of it imports torch or transformers, but for ``open_checkpoint``."""
+    """Members that open and serve a model. Only ``open_checkpoint`` may import torch or transformers."""
 
     triton_backend: str
     """The class that answers Triton's requests, as "module:class"; its ``outputs`` name the tensors."""
@@ -75,13 +74,12 @@ class Serving(Protocol):
     outputs: tuple[str, ...]
     """The output tensors that a client needs, the answer's text first; ``TARGET_TOKENS`` counts what was generated."""
     settings: tuple[str, ...]
-    """The serving settings that only some tasks have and this one does."""
+    """The serving settings of this task, among those that only some tasks have."""
     instances: int
-    """Processes of a served model that do best by default."""
+    """Default number of processes of a served model."""
 
     def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
-        """Return config.pbtxt with the settings ``values`` and the facts' JSON ``record``; of NAME_stream, ``streams``
-        is the model whose answers it sends."""
+        """Return config.pbtxt with settings ``values`` and the facts' JSON ``record``; ``streams``: NAME_stream's model."""
 
     def open_checkpoint(self, path: Path) -> Predictor:
         """Load a Hugging Face checkpoint in PyTorch."""
@@ -94,14 +92,14 @@ class Serving(Protocol):
 
 
 class Measuring(Protocol):
-    """What ``predict``, ``evaluate``, ``bench`` and ``tune`` need. A ``generation`` replaces a model's own search."""
+    """Members for ``predict``, ``evaluate``, ``bench`` and ``tune``. ``generation`` replaces a model's search parameters."""
 
     headline: str
-    """The metric that two models are compared by: "macro_f1"."""
+    """The metric for comparing two models: "macro_f1"."""
     columns: tuple[str, ...]
     """The options that name columns of a data file: "text_column", "label_column"."""
     input_columns: tuple[str, ...]
-    """Those of them that a text is read from."""
+    """The options among them that name a text's columns."""
 
     def read_inputs(
         self, source: str, facts: Any, *, encoding: str | None, columns: Mapping[str, Any]
@@ -111,13 +109,13 @@ class Measuring(Protocol):
     def read_texts(
         self, source: str, facts: Any, *, encoding: str | None, columns: Mapping[str, Any]
     ) -> list[tuple[str, str | None]]:
-        """Read texts, and their right answers where the source has them."""
+        """Read texts, and their correct answers if the source has them."""
 
     def answer(self, predictor: Any, texts: Sequence[str], generation: Any = None) -> list[Answer]:
-        """Ask for all texts in one call."""
+        """Answer all texts in one call."""
 
     def grade(self, predictor: Any, texts: Sequence[str], truth: Sequence[str], generation: Any) -> Grade:
-        """Ask for all texts in calls of a usual size, and compare. Raises DataError for truth that no answer can be."""
+        """Answer all texts in calls of a usual size, and grade them. Raises DataError for truth that no answer can equal."""
 
     def evaluate(
         self, predictor: Any, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
@@ -129,20 +127,20 @@ class Measuring(Protocol):
         """Return metrics as lines for a terminal."""
 
     def override(self, facts: Any, generation: Mapping[str, Any]) -> Any:
-        """Return the search that options of ``generation`` ask for; None for a task that does not generate."""
+        """Return the search parameters for options of ``generation``; None for a task that does not generate."""
 
     def request_parameters(self, facts: Any, generation: Any) -> dict[str, Any]:
-        """Return the parameters of a request to Triton that searches so; None: as the model does."""
+        """Return the parameters of a Triton request with this search; None: the model's own."""
 
 
 class Task(Training, Exporting, Serving, Measuring, Protocol):
-    """A task. ``name`` is what ``--task`` takes and a manifest has, ``facts`` the class of what is kept of a model."""
+    """A task. ``name`` is the value of ``--task`` and in manifests, ``facts`` the dataclass of a model's facts."""
 
     name: str
     facts: type[TaskFacts]
     verb: str
     does: str
-    """What its models do, for messages: "classify" and "classifies"."""
+    """Verbs for messages: "classify" (``verb``) and "classifies" (``does``)."""
 
     def read_facts(self, record: Mapping[str, Any]) -> TaskFacts:
         """Rebuild the facts from a manifest's JSON, whose lists are tuples. Raises KeyError or TypeError."""

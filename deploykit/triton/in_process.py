@@ -62,7 +62,7 @@ class TritonError:
 
 
 class TritonModelException(EngineError):
-    """A model that cannot be loaded."""
+    """Raised when a model cannot be loaded."""
 
 
 class InferenceRequest:

@@ -44,7 +44,7 @@ class Answer:
 
 
 class _Bad(RequestError):
-    """A request that is not understood: HTTP 400, or ``status``."""
+    """Raised for a malformed request: HTTP 400, or ``status``."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message, status)

@@ -95,7 +95,7 @@ def package(
 
 
 def refuse_ignored(model: Path, setting: str) -> None:
-    """Raise UsageError if the folder of a model has a config.pbtxt, which is kept: ``setting`` would do nothing."""
+    """Raise UsageError if the folder of a model has a config.pbtxt, which is kept, so that ``setting`` has no effect."""
     if (model / CONFIG).exists():
         raise UsageError(
             f"{model / CONFIG} already exists and is kept, so {setting} has no effect",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deploykit.runtime.engines.native_library import lacks
+from deploykit.runtime.engines.native.loader import lacks
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["PyTorch fp32", "deploykit openvino int8", *(["deploykit native int8"] if lacks() is None else [])]

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from deploykit.artifacts import load_manifest
-from deploykit.runtime.engines.native_library import lacks
+from deploykit.runtime.engines.native.loader import lacks
 
 Deploykit = Callable[..., tuple[int, str, str]]
 TRAINING = ("--per-device-train-batch-size", 32, "--max-length", 24, "--seed", 3)

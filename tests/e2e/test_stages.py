@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from deploykit.artifacts import load_manifest
 from deploykit.data.texts import read_texts
-from deploykit.runtime.engines.native_library import lacks
+from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.tasks.opening import open_predictor
 
@@ -251,7 +251,7 @@ def test_a_calibration_is_an_artifact_of_the_checkpoint(
     )
     assert (code, "--calibration-rows" in err) == (2, True)
     code, _, err = deploykit("export", checkpoint, "--int8", "--calib", exported, "--output-dir", tmp_path / "e")
-    assert (code, "is an export, but a calibration is wanted" in err) == (1, True)
+    assert (code, "is an export, not a calibration" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,9 @@ def test_inspect_verifies(deploykit: Deploykit, exported: Path, tmp_path: Path) 
 def test_doctor_finds_every_command_ready(deploykit: Deploykit) -> None:
     code, out, err = deploykit("doctor", "--json")
     assert code == 0, err
-    commands = json.loads(out)["commands"]
+    found = json.loads(out)
+    commands = found["commands"]
+    assert (found["native"] is None) == (lacks() is not None)
     assert {name for name, need in commands.items() if need["ready"]} >= {"finetune", "export", "serve", "bench"}
 
 

@@ -34,8 +34,8 @@ from deploykit.quantization.qdq import Ranges
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
 from deploykit.runtime.engines.best_tokens import LOG_SOFTMAX, TOP_K, BestTokens
-from deploykit.runtime.engines.native import NativeModel
-from deploykit.runtime.engines.native_library import lacks
+from deploykit.runtime.engines.native.loader import lacks
+from deploykit.runtime.engines.native.translator import NativeModel
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.protocol import DecodeModel
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel, cache_names

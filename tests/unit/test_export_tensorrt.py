@@ -488,7 +488,7 @@ def test_trtexec_is_asked_for_the_same(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch,
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="builds for the GPU at hand"):
+    with pytest.raises(UsageError, match="builds only for this machine's GPU"):
         tensorrt.plan(EngineOptions(builder="trtexec", gpu="sm_86"), LIMITS)
     options = EngineOptions(builder="trtexec", profiles=("batch=1:4:8,length=1:16:64",), timing_cache="t.cache")
     engine = build_engine(write_graph(tmp_path / "model.fp16.onnx"), "fp16", options, LIMITS, lambda line: None)

@@ -21,9 +21,9 @@ from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
 from deploykit.runtime.choice import select
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
-from deploykit.runtime.engines.native import NativeModel
-from deploykit.runtime.engines.native_library import lacks
-from deploykit.runtime.engines.native_weights import int8_layers
+from deploykit.runtime.engines.native.loader import VARIABLE, instruction_sets, lacks
+from deploykit.runtime.engines.native.translator import NativeModel
+from deploykit.runtime.engines.native.weights import int8_layers
 from deploykit.runtime.engines.protocol import Choice
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import Generation
@@ -68,6 +68,21 @@ def test_in_int8_it_is_as_near_to_fp32_as_onnx_runtime_is(case: Callable[[str], 
     ours = logits_of(open_engine(c, "native", 1), sources)
     assert np.abs(ours - fp32).mean() < 1.2 * np.abs(theirs - fp32).mean()
     assert 0 < np.abs(ours - theirs).mean() < np.abs(theirs - fp32).mean() * 1.2
+
+
+@pytest.mark.parametrize("family", ["marian", "t5"])
+def test_every_instruction_set_gives_the_same_bits(
+    case: Callable[[str], Case], family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = case(family)
+    found = []
+    for name in instruction_sets():
+        monkeypatch.setenv(VARIABLE, name)
+        sentences = decode(c, Generation(beam_size=2, max_length=12), engine=open_engine(c, "native", 1))
+        found.append((results(sentences), logits_of(open_engine(c, "native", 1), c.sources[:8])))
+    for sentences, logits in found[1:]:
+        assert sentences == found[0][0]
+        assert (logits == found[0][1]).all()
 
 
 def test_the_file_is_safetensors_with_the_embedding_once(case: Callable[[str], Case]) -> None:

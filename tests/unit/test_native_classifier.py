@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, ExportError
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.runtime.engines import NATIVE_FILE
-from deploykit.runtime.engines.native_classifier import NativeEngine
-from deploykit.runtime.engines.native_library import lacks
+from deploykit.runtime.engines.native.classifier import NativeEngine
+from deploykit.runtime.engines.native.loader import VARIABLE, instruction_sets, lacks
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.stages.export import export
 from deploykit.tasks.classification import export as classification
@@ -102,6 +102,18 @@ def test_a_text_has_the_same_bits_in_any_company_and_on_any_threads(family: str,
         assert (engine.run(padded(texts))[0] == alone).all()
         assert (engine.run(padded(texts[::-1]))[0] == alone[::-1]).all()
         assert (engine.run(padded(texts[20:23]))[0] == alone[20:23]).all()
+
+
+@runs_here
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_every_instruction_set_gives_the_same_bits(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, texts = save(tmp_path, family), padded(texts_of(1, 2, 33, 64, 17))
+    expected = NativeEngine(path, 2).run(texts)[0]
+    for name in instruction_sets():
+        monkeypatch.setenv(VARIABLE, name)
+        assert (NativeEngine(path, 2).run(texts)[0] == expected).all(), name
 
 
 @runs_here

@@ -173,10 +173,10 @@ def change(engine: Path, **values: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "says", "remedy"),
     [
-        ({"version": "10.3.0"}, "built by TensorRT 10.3.0, here is 10.13.3", r"--trt --precision fp32 --builder tensorrt --gpu this-gpu --force"),
+        ({"version": "10.3.0"}, "built by TensorRT 10.3.0; the installed version, 10.13.3", r"--trt --precision fp32 --builder tensorrt --gpu this-gpu --force"),
         ({"version": "10.3.0", "target": "portable"}, "built by TensorRT 10.3.0", "--gpu portable --force"),
-        ({"target": "sm_90"}, r"built for sm_90, this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --gpu this-gpu"),
-        ({"builder": "rtx", "version": "1.2.3"}, "TensorRT-RTX 1.2.3, here is", r"pip install tensorrt-rtx==1\.2\.3"),
+        ({"target": "sm_90"}, r"built for sm_90, but this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --gpu this-gpu"),
+        ({"builder": "rtx", "version": "1.2.3"}, "TensorRT-RTX 1.2.3; the installed version", r"pip install tensorrt-rtx==1\.2\.3"),
         ({"sha256": "0"}, "SHA-256 differs", "deploykit export runs/a"),
     ],
 )  # fmt: skip

@@ -250,8 +250,8 @@ def test_what_no_profile_takes_is_refused_with_the_command(
 @pytest.mark.parametrize(
     ("values", "says", "remedy"),
     [
-        ({"version": "10.3.0"}, "built by TensorRT 10.3.0, here is 10.13.3", "--builder tensorrt --gpu this-gpu --force"),
-        ({"target": "sm_90"}, r"built for sm_90, this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --gpu this-gpu"),
+        ({"version": "10.3.0"}, "built by TensorRT 10.3.0; the installed version, 10.13.3", "--builder tensorrt --gpu this-gpu --force"),
+        ({"target": "sm_90"}, r"built for sm_90, but this GPU \(Fake GPU\) is sm_86", "--builder tensorrt --gpu this-gpu"),
         ({"sha256": "0"}, "SHA-256 differs", "deploykit export runs/a"),
     ],
 )  # fmt: skip

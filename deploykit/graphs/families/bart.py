@@ -24,7 +24,7 @@ def decoder_layers(config: Any, weights: Weights) -> tuple[DecoderLayer, ...]:
 
 
 def sizes(config: Any) -> dict[str, Any]:
-    """The fields of an Architecture that these families' configs name alike."""
+    """Return the fields of an Architecture that have the same names in these families' configs."""
     # optimum's NormalizedConfigManager knows an encoder-decoder by its encoder alone, and takes the decoder's heads and
     # layers for the same; they differ in distilled checkpoints. So this and T5's file read the config itself.
     head_size = config.d_model // config.decoder_attention_heads

@@ -15,7 +15,7 @@ from typing import Any
 from deploykit.errors import EngineError, MissingDependencyError, UsageError
 from deploykit.hardware import available_cpus
 from deploykit.runtime.cuda import has_gpu
-from deploykit.runtime.engines.native_library import lacks as native_lacks
+from deploykit.runtime.engines.native.loader import lacks as native_lacks
 from deploykit.runtime.engines.protocol import DecodeModel, Engine, Precision
 
 
@@ -83,9 +83,9 @@ ENGINES: Mapping[str, EngineInfo] = {
         gpu=True,
     ),
     "native": EngineInfo(
-        "deploykit.runtime.engines.native_classifier:NativeEngine",
+        "deploykit.runtime.engines.native.classifier:NativeEngine",
         graphs={"int8": NATIVE_FILE},
-        decoder="deploykit.runtime.engines.native:NativeModel",
+        decoder="deploykit.runtime.engines.native.translator:NativeModel",
         translators={"int8": (NATIVE_FILE,)},
     ),
     "openvino": EngineInfo(

@@ -22,7 +22,7 @@ from optimum.utils.normalized_config import NormalizedConfigManager
 from deploykit.errors import ExportError
 from deploykit.graphs.architecture import Array, EncoderLayer, FeedForward, Linear, Norm, RelativeBias, Weights
 from deploykit.graphs.writer import activation_of
-from deploykit.runtime.engines.native_weights import LARGEST_HEAD
+from deploykit.runtime.engines.native.weights import LARGEST_HEAD
 
 
 @dataclass(frozen=True)

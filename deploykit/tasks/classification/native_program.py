@@ -1,4 +1,4 @@
-"""The file of weights that deploykit's own engine for classifiers reads (``runtime/engines/native_classifier.py``).
+"""The file of weights that deploykit's own engine for classifiers reads (``runtime/engines/native/classifier.py``).
 
 It needs no calibration: INT8 layers have a scale for each row of activations, found as it comes.
 """

@@ -27,7 +27,7 @@ from deploykit.quantization.qdq import Ranges
 from deploykit.quantization.search import SAMPLE, Search, hold_limit
 from deploykit.quantization.tables import render
 from deploykit.runtime.engines import ENGINES, NATIVE_FILE, TRANSLATION_ENGINE, TRANSLATION_FILES
-from deploykit.runtime.engines.native_weights import int8_layers
+from deploykit.runtime.engines.native.weights import int8_layers
 from deploykit.runtime.engines.onnxruntime import int8_kernels
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel

@@ -1,4 +1,4 @@
-"""deploykit's own engine for translators in INT8, on x86-64 CPUs with AVX-512 VNNI: ``native.c``.
+"""Run translators in INT8 with deploykit's own engine, the C in ``csrc/``.
 
 Weights are mapped from their file, so all processes that serve a model share them. A row's keys and values of a position
 lie in the slot that it wrote at that position, and a table says which slot holds each of its positions: rows that beam
@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_double, c_int32, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
 from deploykit.runtime.choice import select
-from deploykit.runtime.engines.native_library import open_library
-from deploykit.runtime.engines.native_weights import StackStruct, Weights
+from deploykit.runtime.engines.native.loader import open_library
+from deploykit.runtime.engines.native.weights import StackStruct, Weights
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
 from deploykit.runtime.engines.protocol import BestTokens, Choice, DecodeLimits, Texts
 from deploykit.runtime.engines.rows import power_of_two, without
@@ -105,7 +104,6 @@ class _HeldBeam:
         return self._beam
 
 
-@cache
 def _library() -> ctypes.CDLL:
     library = open_library()
     library.deploykit_new.restype = c_void_p

@@ -1,11 +1,10 @@
-"""deploykit's own engine for classifiers in INT8, on x86-64 CPUs with AVX-512 VNNI: ``native.c``."""
+"""Run classifiers in INT8 with deploykit's own engine, the C in ``csrc/``."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
 from ctypes import POINTER, byref, c_void_p
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
-from deploykit.runtime.engines.native_library import open_library
-from deploykit.runtime.engines.native_weights import ClassifierWeights, HeadStruct, StackStruct
+from deploykit.runtime.engines.native.loader import open_library
+from deploykit.runtime.engines.native.weights import ClassifierWeights, HeadStruct, StackStruct
 
 
-@cache
 def _library() -> ctypes.CDLL:
     library = open_library()
     library.deploykit_new_classifier.restype = c_void_p

@@ -1,0 +1,151 @@
+/* Encoder classifiers. */
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+/* Lay out ``h`` in ``memory`` (NULL to learn its size); return the bytes. */
+static int64_t lay_attention(Attention *h, const Stack *s, int n, char *memory) {
+    int64_t keys = filled(n), size = s->head_size, bytes = 0;
+#define LAY(field, count) h->field = (void *)(memory + bytes), bytes += filled(sizeof(*h->field) * (int64_t)(count))
+    LAY(keys, keys * ((size + 3) / 4 * 4));
+    LAY(key_scale, keys);
+    LAY(zeros, keys);
+    LAY(key_offset, keys);
+    LAY(values, (keys / 2) * padded_values(size));
+    LAY(value_scale, padded_values(size));
+    LAY(scores, MOST_ROWS * keys);
+    LAY(shares, MOST_ROWS * keys);
+    LAY(queries.quantized, MOST_ROWS * filled(size));
+    LAY(queries.step, MOST_ROWS);
+    h->layer = (Linear){h->keys, h->key_scale, h->key_offset, h->zeros, s->head_size, n, 0};
+    h->most = log2f(fminf(32767.0f, (float)(INT32_MAX / MOST_VALUE / n)));
+    h->n = n;
+    return bytes;
+}
+
+int64_t attention_room(const Stack *s, int positions) {
+    Attention h;
+    return lay_attention(&h, s, positions, NULL);
+}
+
+static Attention attention_of(Context *c, int number, const Stack *s, int n) {
+    Attention h;
+    lay_attention(&h, s, n, (char *)c->scores[number]);
+    memset(h.zeros, 0, sizeof(float) * filled(n));
+    return h;
+}
+
+/* Rows ``first`` to ``last`` of all attend; what they find takes the place of their queries. */
+static void attend_rows(Context *c, int number, const Stack *s, float *packed, int first, int last) {
+    int size = s->head_size, width = s->heads * size, text = 0;
+    int64_t wide = filled(3 * width);
+    while (c->starts[text + 1] <= first) text++;
+    for (; text < c->texts && c->starts[text] < last; text++) {
+        int start = c->starts[text], n = c->starts[text + 1] - start;
+        int begin = first > start ? first : start, end = last < start + n ? last : start + n;
+        Attention h = attention_of(c, number, s, n);
+        for (int head = 0; head < s->heads; head++) {
+            float *query = packed + head * size;
+            const float *key = query + start * wide + width;
+            c->kernels->take_head(&h, s, key, key + width, wide);
+            for (int number = 0; number < groups_of(end - begin); number++) {
+                Group g = group(end - begin, number);
+                float *q = query + (begin + g.row) * wide;
+                c->kernels->attend_head(&h, s, head, q, wide, begin + g.row - start, g.rows, q, wide);
+            }
+        }
+    }
+}
+
+/* A layer's rows ``first`` to ``last`` once they have attended, as far as the next layer's input. */
+static void finish_rows(Context *c, const Stack *s, const Layer *l, const float *packed, int first, int last) {
+    int64_t hidden = filled(s->hidden), wide = filled(3 * s->heads * s->head_size), inner = filled(l->up.out);
+    Rows own = {c->given[1] + first * c->widest, c->quantized[1] + first * c->widest, c->step[1] + first};
+    float *x = c->x + first * hidden, *middle = c->middle + first * inner;
+    int rows = last - first;
+    for (int r = 0; r < rows; r++) c->kernels->give_row(own, &l->out, r, packed + (first + r) * wide, 1.0f);
+    linear_of(c, own, &l->out, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
+    for (int r = 0; r < rows; r++) {
+        c->kernels->normalize(&l->attention_norm, x + r * hidden, x + r * hidden, s->hidden);
+        c->kernels->give_row(own, &l->up, r, x + r * hidden, 1.0f);
+    }
+    linear_of(c, own, &l->up, rows, 0, (int)inner / PANEL, (Then){.activation = s->activation, .out = middle});
+    for (int r = 0; r < rows; r++) c->kernels->give_row(own, &l->down, r, middle + r * inner, 1.0f);
+    linear_of(c, own, &l->down, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
+    for (int r = 0; r < rows; r++) {
+        c->kernels->normalize(&l->feed_forward_norm, x + r * hidden, x + r * hidden, s->hidden);
+        c->kernels->give_row(buffer(c, 0), &l[1].qkv, first + r, x + r * hidden, 1.0f);
+    }
+}
+
+static void look_up(Context *c, const Stack *s, int row, int64_t token, int position) {
+    float *x = c->x + (int64_t)row * filled(s->hidden);
+    c->kernels->embed_row(s, token, s->positions + (int64_t)position * s->hidden, x);
+    c->kernels->normalize(&s->embedding_norm, x, x, s->hidden);
+    c->kernels->give_row(buffer(c, 0), &s->layer->qkv, row, x, 1.0f);
+}
+
+/* The last layer, of which the first token of each text is all that is wanted, and the classifier's own layers. Threads
+ * share the panels here. */
+static void finish_texts(Context *c, int number, const Stack *s, float *packed) {
+    const Layer *l = &s->layer[s->layers - 1];
+    int size = s->head_size, width = s->heads * size, first, last, texts = c->texts;
+    int64_t hidden = filled(s->hidden), wide = filled(3 * width), read = filled(l->qkv.in), given = filled(width);
+    share(filled(width) / PANEL, c->threads, number, &first, &last);
+    for (int text = 0; text < texts; text++) {
+        int row = c->starts[text];
+        Rows from = {c->given[0] + row * read, c->quantized[0] + row * read, c->step[0] + row};
+        linear_of(c, from, &l->qkv, 1, first, last, (Then){.out = c->query + text * wide});
+    }
+    barrier(c);
+    share(texts * s->heads, c->threads, number, &first, &last);
+    for (int unit = first; unit < last; unit++) {
+        int text = unit / s->heads, head = unit % s->heads, start = c->starts[text], n = c->starts[text + 1] - start;
+        Attention h = attention_of(c, number, s, n);
+        const float *key = packed + start * wide + width + head * size;
+        c->kernels->take_head(&h, s, key, key + width, wide);
+        c->kernels->attend_head(&h, s, head, c->query + text * wide + head * size, wide, 0, 1, c->given[0] + text * given + head * size,
+                    given);
+    }
+    if (number == 0)
+        for (int text = 1; text < texts; text++)
+            memcpy(c->x + text * hidden, c->x + c->starts[text] * hidden, sizeof(float) * hidden);
+    give_rows(c, number, 0, &l->out, texts);
+    linear(c, number, 0, &l->out, texts, (Then){.add = 1, .out = c->x});
+    barrier(c);
+    between(c, number, s, &l->attention_norm, NULL, &l->up, texts, 1.0f);
+    feed_forward(c, number, s, l, texts);
+    between(c, number, s, &l->feed_forward_norm, NULL, &s->last, texts, 1.0f);
+    linear(c, number, 0, &s->last, texts, (Then){.activation = c->head->activation, .out = c->given[1]});
+    barrier(c);
+    linear(c, number, 1, &c->head->out, texts, (Then){.out = c->middle});
+    barrier(c);
+    if (number == 0)
+        for (int text = 0, labels = c->head->out.out; text < texts; text++)
+            memcpy(c->logits + (int64_t)text * labels, c->middle + (int64_t)text * filled(labels), sizeof(float) * labels);
+}
+
+/* Each thread takes some of the rows through a layer, and meets the others where they attend. */
+void classify(Context *c, int number) {
+    const Stack *s = c->encoder;
+    int first, last, width = s->heads * s->head_size, text = 0, panels = filled(3 * width) / PANEL;
+    int64_t wide = filled(3 * width), read = filled(s->hidden);
+    share(c->rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++) {
+        while (c->starts[text + 1] <= row) text++;
+        look_up(c, s, row, c->ids[row], row - c->starts[text]);
+    }
+    for (int i = 0; i < s->layers; i++) {
+        int end = i == s->layers - 1;
+        float *packed = c->packed + (i % 2) * c->capacity * wide; /* while others still read the last layer's */
+        Rows from = {c->given[0] + first * read, c->quantized[0] + first * read, c->step[0] + first};
+        linear_of(c, from, &s->layer[i].qkv, last - first, end ? width / PANEL : 0, panels, (Then){.out = packed + first * wide});
+        barrier(c);
+        if (end) finish_texts(c, number, s, packed);
+        else if (first < last) {
+            attend_rows(c, number, s, packed, first, last);
+            finish_rows(c, s, &s->layer[i], packed, first, last);
+        }
+    }
+}

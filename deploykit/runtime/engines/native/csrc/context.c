@@ -1,0 +1,183 @@
+/* The memory and threads of a model, and the functions that classifier.py and translator.py call; search.c has more of them. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+void *room(void *old, int64_t bytes) {
+    void *new = NULL;
+    free(old);
+    if (posix_memalign(&new, 64, bytes < 64 ? 64 : bytes)) return NULL;
+    memset(new, 0, bytes);
+    return new;
+}
+
+/* Scratch for ``rows`` rows in ``stack``, and scores of ``positions``. Returns 0 when there is no memory. */
+int reserve(Context *c, int rows, int positions) {
+    if (rows > c->capacity) {
+        int64_t hidden = 0, packed = 0, query = 0, middle = 0, given = 0;
+        for (int i = 0; i < 2; i++) {
+            const Stack *s = i ? c->decoder : c->encoder;
+            if (!s) continue;
+            int64_t width = (int64_t)s->heads * s->head_size, inner = filled(s->layer->up.out);
+#define MOST(a, b) if ((a) < (b)) a = (b)
+            MOST(hidden, filled(s->hidden));
+            MOST(packed, filled(3 * width));
+            MOST(query, filled(width));
+            MOST(middle, inner);
+            MOST(given, filled(s->hidden));
+            MOST(given, filled(width));
+            MOST(given, inner);
+        }
+        MOST(middle, filled(c->encoder->last.out));
+        if (c->head) {
+            query = packed; /* the queries of such a row */
+            packed *= 2;    /* layers take turns at two */
+            MOST(middle, filled(c->head->out.out));
+            MOST(given, filled(c->encoder->last.out));
+            c->widest = given;
+        }
+        c->capacity = 0;
+        int64_t size = sizeof(float) * rows;
+        c->x = room(c->x, size * hidden);
+        c->normed = room(c->normed, size * hidden);
+        c->packed = room(c->packed, size * packed);
+        c->query = room(c->query, size * query);
+        c->middle = room(c->middle, size * middle);
+        int there = c->x && c->normed && c->packed && c->query && c->middle;
+        for (int i = 0; i < 2; i++) {
+            c->given[i] = room(c->given[i], size * given);
+            c->quantized[i] = room(c->quantized[i], rows * given);
+            c->step[i] = room(c->step[i], size);
+            there = there && c->given[i] && c->quantized[i] && c->step[i];
+        }
+        if (!there) return 0;
+        c->capacity = rows;
+    }
+    if (positions > c->positions) {
+        int floats = padded_head(c->encoder->head_size) + QUERIES; /* of a position: attend_text's */
+        MOST(floats, 3 * MOST_HEADS);                              /* and those of attend_heads */
+        int64_t most = sizeof(float) * floats * ((positions + 15) / 16 * 16);
+        c->positions = 0;
+        for (int i = 0; i < c->threads; i++)
+            if (!(c->scores[i] = room(c->scores[i], c->head ? attention_room(c->encoder, positions) : most)))
+                return 0;
+        c->positions = positions;
+    }
+    return 1;
+}
+
+API Context *deploykit_new(const Stack *encoder, const Stack *decoder, int threads) {
+    Context *c = calloc(1, sizeof(Context));
+    if (!c) return NULL;
+    c->kernels = chosen_kernels();
+    c->encoder = encoder;
+    c->decoder = decoder;
+    c->threads = threads;
+    c->scores = calloc(threads, sizeof(float *));
+    c->thread = calloc(threads, sizeof(pthread_t));
+    pthread_mutex_init(&c->mutex, NULL);
+    pthread_cond_init(&c->wake, NULL);
+    for (int i = 1; i < threads; i++) {
+        Thread *t = malloc(sizeof(Thread));
+        *t = (Thread){c, i};
+        if (pthread_create(&c->thread[i], NULL, serve, t)) {
+            free(t);
+            c->threads = i;
+            break;
+        }
+    }
+    return c;
+}
+
+API void deploykit_free(Context *c) {
+    c->stop = 1;
+    run(c, NULL);
+    for (int i = 1; i < c->threads; i++) pthread_join(c->thread[i], NULL);
+    for (int i = 0; i < c->threads; i++) free(c->scores[i]);
+    for (int i = 0; i < 2; i++) {
+        free(c->given[i]);
+        free(c->quantized[i]);
+        free(c->step[i]);
+    }
+    free(c->x);
+    free(c->normed);
+    free(c->packed);
+    free(c->query);
+    free(c->middle);
+    free(c->found);
+    free(c->scores);
+    free(c->thread);
+    pthread_mutex_destroy(&c->mutex);
+    pthread_cond_destroy(&c->wake);
+    free(c);
+}
+
+/* Of the time in steps, what the vocabulary took: from 0 to 1. */
+API double deploykit_projection_share(const Context *c) { return c->stepping ? (double)c->choosing / (double)c->stepping : 0.0; }
+
+#define TOKENS_PER_CLASSIFICATION 256 /* of a thread: their weights are read once for all of them */
+
+API Context *deploykit_new_classifier(const Stack *encoder, const Head *head, int threads) {
+    Context *c = deploykit_new(encoder, NULL, threads);
+    if (c) c->head = head;
+    return c;
+}
+
+/* ids of ``texts`` texts one after another; ``logits``: [texts][labels]. Returns 0 when there is no memory. */
+API int deploykit_classify(Context *c, const int64_t *ids, const int32_t *starts, int texts, float *logits) {
+    int most = TOKENS_PER_CLASSIFICATION * c->threads, longest = 0, rows = 0, labels = c->head->out.out;
+    int32_t relative[TOKENS_PER_CLASSIFICATION + 1];
+    for (int first = 0, last; first < texts; first = last) {
+        relative[0] = rows = 0;
+        for (last = first; last < texts && last - first < TOKENS_PER_CLASSIFICATION; last++) {
+            int n = starts[last + 1] - starts[last];
+            if (last > first && rows + n > most) break;
+            rows += n;
+            relative[last - first + 1] = rows;
+            if (n > longest) longest = n;
+        }
+        if (!reserve(c, rows, longest)) return 0;
+        c->ids = ids + starts[first];
+        c->starts = relative;
+        c->texts = last - first;
+        c->rows = rows;
+        c->logits = logits + (int64_t)first * labels;
+        run(c, classify);
+    }
+    return 1;
+}
+
+/* ids of ``texts`` texts one after another; ``cross``: where to write what each gives. Returns 0 when there is no memory. */
+API int deploykit_encode(Context *c, const int64_t *ids, const int32_t *starts, int texts, int8_t **cross) {
+    int longest = 0;
+    for (int i = 0; i < texts; i++)
+        if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
+    if (!reserve(c, starts[texts], longest)) return 0;
+    c->ids = ids;
+    c->starts = starts;
+    c->texts = texts;
+    c->cross = cross;
+    c->rows = starts[texts];
+    run(c, encode);
+    return 1;
+}
+
+/* One token of each row. Returns 0 when there is no memory. */
+API int deploykit_step(Context *c, const Batch *batch, const Choice *choice) {
+    int longest = batch->cache_positions;
+    for (int i = 0; i < batch->rows; i++)
+        if (batch->source[i] > longest) longest = batch->source[i];
+    if (!reserve(c, batch->rows, longest)) return 0;
+    if (batch->rows > c->best_rows && !choice->logits) {
+        c->best_rows = 0;
+        if (!(c->found = room(c->found, (int64_t)sizeof(Found) * CHUNKS * batch->rows))) return 0;
+        c->best_rows = batch->rows;
+    }
+    c->batch = batch;
+    c->choice = choice;
+    c->rows = batch->rows;
+    run(c, step);
+    return 1;
+}
+

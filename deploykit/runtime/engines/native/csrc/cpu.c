@@ -1,0 +1,79 @@
+/* Which instruction sets this CPU has, and the table of kernels that new contexts take. */
+#include <stddef.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+enum { AVX_STATE = 0x6, AVX512_STATE = 0xe6 };
+
+/* The registers that the operating system saves: XCR0. */
+static uint64_t saved_state(void) {
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+    __asm__ volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+    return (uint64_t)d << 32 | a;
+}
+
+/* The compiler may use all of x86-64-v3 in isa/avx2.c. */
+static int has_avx2(void) {
+    uint32_t a, b, c, d, first = bit_FMA | bit_F16C | bit_MOVBE, seventh = bit_AVX2 | bit_BMI | bit_BMI2;
+    if ((saved_state() & AVX_STATE) != AVX_STATE) return 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & first) != first) return 0;
+    if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !(c & bit_LZCNT)) return 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & seventh) == seventh;
+}
+
+/* And all of x86-64-v4 in isa/avx512vnni.c. */
+static int has_avx512vnni(void) {
+    uint32_t a, b, c, d, wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
+    if (!has_avx2() || (saved_state() & AVX512_STATE) != AVX512_STATE) return 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & wanted) == wanted && (c & bit_AVX512VNNI);
+}
+#endif
+
+static int always(void) { return 1; }
+
+/* Fastest first. */
+static const struct {
+    const Kernels *kernels;
+    int (*runs)(void);
+} TABLES[] = {
+#if defined(__x86_64__)
+    {&kernels_avx512vnni, has_avx512vnni},
+    {&kernels_avx2, has_avx2},
+#endif
+    {&kernels_scalar, always},
+};
+
+#define COUNT (int)(sizeof(TABLES) / sizeof(TABLES[0]))
+
+static const Kernels *chosen;
+
+const Kernels *chosen_kernels(void) {
+    for (int i = 0; !chosen; i++)
+        if (TABLES[i].runs()) chosen = TABLES[i].kernels;
+    return chosen;
+}
+
+/* The kernels of the ``number``th instruction set that this CPU has, fastest first; NULL after the last one. */
+API const Kernels *deploykit_kernels(int number) {
+    for (int i = 0; i < COUNT; i++)
+        if (TABLES[i].runs() && number-- == 0) return TABLES[i].kernels;
+    return NULL;
+}
+
+API const char *deploykit_isa(void) { return chosen_kernels()->name; }
+
+/* Let new contexts use the kernels of that name. Returns 0 if this CPU has none. */
+API int deploykit_choose_isa(const char *name) {
+    const Kernels *kernels;
+    for (int i = 0; (kernels = deploykit_kernels(i)); i++)
+        if (!strcmp(kernels->name, name)) {
+            chosen = kernels;
+            return 1;
+        }
+    return 0;
+}

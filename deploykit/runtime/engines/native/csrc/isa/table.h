@@ -1,0 +1,60 @@
+/* The kernels that each instruction set makes of its own operations, and their table, ``TABLE``.
+ *
+ * The file that includes this one defines:
+ * - Floats and Ints, 16 float32 or int32 values, and the operations f_* and i_* on them, as scalar.c writes them out;
+ * - ZERO, tile_int8, tile_float: products of linear layers;
+ * - Query, put_query, key_products, COUNT_BYTES, put_counts, gather: products of a decoder's attention;
+ * - value_sums: products of a classifier's attention. */
+#include "rows.h"
+#include "attention.h"
+#include "text_attention.h"
+
+static void find(Found *f, const float *logits, int first, int n, int best, int scored) {
+    if (scored) {
+        Floats v[PANEL / 16], most = f_set(-INFINITY), sum = f_load(f->sums);
+        for (int j = 0; j < PANEL / 16; j++) {
+            v[j] = f_load_or(logits + 16 * j, n - 16 * j, -INFINITY);
+            most = f_max(most, v[j]);
+        }
+        if (f_greater(most, f->highest)) {
+            float highest = f_highest(most);
+            if (f->highest > -INFINITY) sum = f_mul(sum, f_set(expf(f->highest - highest)));
+            f->highest = highest;
+        }
+        if (f->highest > -INFINITY)
+            for (int j = 0; j < PANEL / 16; j++) sum = f_add(sum, exponential(f_sub(v[j], f_set(f->highest))));
+        f_store(f->sums, sum);
+    }
+    for (int j = 0; j < n && best; j += 16) {
+        uint32_t over = f_greater(f_load(logits + j), f->threshold) & tail(n - j);
+        for (; over; over &= over - 1) {
+            int i = j + __builtin_ctz(over), at;
+            if (!(logits[i] > f->threshold)) continue;
+            at = f->found < best ? f->found++ : best - 1;
+            for (; at > 0 && f->values[at - 1] < logits[i]; at--) {
+                f->values[at] = f->values[at - 1];
+                f->ids[at] = f->ids[at - 1];
+            }
+            f->values[at] = logits[i];
+            f->ids[at] = first + i;
+            if (f->found == best) f->threshold = f->values[best - 1];
+        }
+    }
+}
+
+const Kernels TABLE = {
+    .name = NAME,
+    .zero = ZERO,
+    .give_row = give_row,
+    .normalize = normalize,
+    .tile = tile,
+    .activate = activate,
+    .embed_column = embed_column,
+    .embed_row = embed_row,
+    .keep = keep,
+    .attend = attend,
+    .attend_text = attend_text,
+    .find = find,
+    .take_head = take_head,
+    .attend_head = attend_head,
+};

@@ -1,0 +1,33 @@
+/* Linear layers over many rows: which thread computes which panels. */
+#include "kernels.h"
+
+/* ``rows`` rows, for the columns of panels from ``first`` to ``last``. */
+void linear_of(const Context *c, Rows from, const Linear *l, int rows, int first, int last, Then then) {
+    int wide = filled(l->out), groups = groups_of(rows);
+    for (int panel = first; panel < last; panel++)
+        for (int number = 0; number < groups; number++) {
+            Group g = group(rows, number);
+            int64_t at = (int64_t)g.row * wide + panel * PANEL;
+            c->kernels->tile(from, l, g, panel, then.add, then.out + at, wide);
+            if (then.activation || then.factor)
+                c->kernels->activate(then.activation, then.factor ? then.factor + at : NULL, then.out + at, g.rows, wide);
+        }
+}
+
+/* Each thread computes some of the panels. */
+void linear(Context *c, int number, int from, const Linear *l, int rows, Then then) {
+    int first, last;
+    share(filled(l->out) / PANEL, c->threads, number, &first, &last);
+    linear_of(c, buffer(c, from), l, rows, first, last, then);
+}
+
+/* Turn what the threads have put together in ``given`` of a buffer into what ``next`` reads. */
+void give_rows(Context *c, int number, int from, const Linear *next, int rows) {
+    int first, last;
+    barrier(c);
+    if (next->is_float) return;
+    share(rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++)
+        c->kernels->give_row(buffer(c, from), next, row, c->given[from] + (int64_t)row * filled(next->in), 1.0f);
+    barrier(c);
+}

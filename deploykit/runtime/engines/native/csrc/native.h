@@ -1,0 +1,227 @@
+/* Types and functions that the files of the engine ``native`` share.
+ *
+ * The engine runs encoder classifiers, and encoders and decoders of translators, in INT8 on CPUs.
+ *
+ * Linear layers multiply S8 activations, with one scale a row, by S8 weights, with one scale a column. Keys and values are
+ * kept as S8, each vector with its own scale; the decoder multiplies them by 16-bit queries and probabilities. All else is
+ * float32. Padding is never computed. The result of a row depends neither on the other rows nor on the number of threads nor
+ * on the instruction set: integer sums are exact, and float32 sums are always taken in the same order.
+ *
+ * Weights lie in panels of 64 columns: [columns / 64][inputs / 4][64][4] (float32: [columns / 64][inputs][64]), padded with
+ * zeros. The rows of a buffer are padded to 64 columns too.
+ *
+ * All threads run a whole step, and meet at a barrier where one needs what another computed. */
+#pragma once
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+
+#define PANEL 64
+#define MOST_ROWS 6  /* of a tile */
+#define CHUNKS 32    /* parts of the vocabulary, with fixed borders, that threads search apart */
+#define MOST_BEST 64
+#define QUERIES 4    /* of an encoder's attention that read the same keys together */
+#define MOST_HEADS 4 /* of a decoder's attention that attend together: one hides the latency of another */
+#define API __attribute__((visibility("default"))) /* what Python calls */
+#define INLINE static inline __attribute__((always_inline))
+
+/* translator.py and weights.py fill in the structures up to ``Search``: same fields, same order. */
+typedef struct {
+    const void *weight;    /* int8 or float32 panels */
+    const float *scale;    /* [out]: of the weights */
+    const int32_t *offset; /* [out]: 128 x the column's sum */
+    const float *bias;     /* [out] */
+    int32_t in, out;
+    int32_t is_float;
+} Linear;
+
+typedef struct {
+    const float *gamma, *beta; /* beta NULL: a root-mean-square norm; gamma NULL: none */
+    float epsilon;
+} Norm;
+
+typedef struct {
+    Linear qkv, out, cross_query, cross_out, up, gate, down; /* the encoder has no cross; gate.weight NULL: none */
+    Norm attention_norm, cross_norm, feed_forward_norm;
+} Layer;
+
+typedef struct {
+    const int8_t *embedding;      /* translator: panels, a column each token; classifier: [vocabulary][hidden] */
+    const float *embedding_scale; /* [vocabulary] */
+    const float *positions;       /* [length][hidden] or NULL */
+    const float *bias;            /* [heads][distances] or NULL */
+    const Layer *layer;
+    Norm embedding_norm, last_norm;
+    Linear last; /* reads the last hidden states: cross keys and values, or the vocabulary */
+    float scale, output_scale;
+    int32_t layers, hidden, heads, head_size, pre_norm, activation, distances, zero_distance;
+} Stack;
+
+typedef struct {
+    Linear out;
+    int32_t activation; /* before it */
+} Head;
+
+typedef struct {
+    int32_t rows;
+    int64_t *tokens;       /* [rows] */
+    int32_t *past;         /* [rows]: tokens before this one */
+    const int32_t *slots;  /* [rows]: where a row writes */
+    int32_t *tables;       /* [rows][table]: the slot that holds each position of a row */
+    int8_t *cache;         /* [layers][key, value][slot][head][position][head size] */
+    float *cache_scale;    /* the same without the last axis */
+    const int8_t **cross;  /* [rows]: of the row's text, as encode writes it */
+    const int32_t *source; /* [rows]: its tokens */
+    int32_t table, cache_slots, cache_positions;
+} Batch;
+
+typedef struct {
+    float *logits;              /* [rows][vocabulary], if all are wanted; else NULL, and: */
+    const int32_t *forced;      /* [rows]: a token that must come, or -1 */
+    const int32_t *forbidden;   /* tokens of each row in turn, ascending */
+    const int32_t *begin;       /* [rows + 1]: where each row's forbidden ones begin */
+    const uint8_t *scored;      /* [rows]: whether log-probabilities are wanted, or logits will do */
+    const uint8_t *before;      /* [rows]: probabilities are from before any token was forbidden */
+    float *values;              /* [rows][best] */
+    int64_t *ids;               /* [rows][best] */
+    int32_t best;
+} Choice;
+
+typedef struct {
+    int64_t *tokens;       /* [rows][stride]: the start token and what came since */
+    int64_t *lengths;      /* [rows]: how many that is */
+    const int64_t *limits; /* [rows]: of the lengths */
+    float *sums;           /* [rows]: log-probabilities */
+    const uint8_t *ends;   /* [vocabulary]: whether a token ends its sentence */
+    int64_t stride;
+    int32_t most; /* steps */
+} Greedy;
+
+typedef struct {
+    float *scores;    /* [beams]: of the finished hypotheses, best first */
+    int32_t *lengths; /* [beams]: of their tokens */
+    int64_t *tokens;  /* [beams][stride], without the start token */
+    int64_t stride;
+    double length_penalty;
+    int32_t beams, max_length, early_stopping; /* 0: no, 1: yes, 2: never */
+    int32_t finished, improvable, done;
+} Beam;
+
+typedef struct {
+    int64_t *tokens;  /* [rows][stride], as of Greedy */
+    int64_t *lengths; /* [rows] */
+    float *sums;      /* [rows]: log-probabilities */
+    const uint8_t *ends;
+    int64_t *rows; /* [sentences][beams]: those of each sentence, best first */
+    Beam **beams;  /* [sentences] */
+    int64_t stride;
+    int32_t sentences, candidates, most;
+} Search;
+
+/* The best tokens of a row in a chunk of the vocabulary. */
+typedef struct {
+    float sums[16];  /* of exp(logit - highest), by lane */
+    float highest;   /* logit so far */
+    float threshold; /* a logit enters the best if it exceeds this */
+    int32_t found;
+    float values[MOST_BEST];
+    int32_t ids[MOST_BEST];
+} Found;
+
+/* The input rows of linear layers: float32, or quantized with the value of one quantization step a row. */
+typedef struct {
+    float *given;
+    uint8_t *quantized;
+    float *step;
+} Rows;
+
+typedef struct Context Context;
+typedef struct Kernels Kernels;
+typedef void (*Work)(Context *, int);
+
+struct Context {
+    const Kernels *kernels;
+    const Stack *encoder, *decoder; /* decoder NULL: a classifier, of the encoder and */
+    const Head *head;
+    int threads, stop;
+    pthread_t *thread;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    atomic_int generation, sleeping, arrived, phase, working;
+    Work work;
+    /* scratch, by rows */
+    int capacity, positions, best_rows;
+    int64_t widest; /* row in ``given`` */
+    float *x, *normed, *packed, *query, *middle, *given[2], *step[2], **scores;
+    uint8_t *quantized[2];
+    Found *found;
+    /* the job */
+    const Batch *batch;
+    const Choice *choice;
+    const int64_t *ids;
+    const int32_t *starts; /* [texts + 1] */
+    int8_t **cross;
+    int texts, rows;
+    int64_t stepping, choosing; /* nanoseconds of all steps, and of their share in the vocabulary */
+    float *logits;              /* [texts][labels] */
+};
+
+INLINE int filled(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
+INLINE int padded_head(int n) { return (n + 15) / 16 * 16; }
+
+/* Part ``number`` of ``n`` things that are split among ``of``. */
+INLINE void share(int n, int of, int number, int *first, int *last) {
+    *first = (int)((int64_t)n * number / of);
+    *last = (int)((int64_t)n * (number + 1) / of);
+}
+
+/* Some rows of a tile, which share what is read of the weights: group ``number`` of ``of``. */
+typedef struct { int row, rows, number, of; } Group;
+
+INLINE int groups_of(int rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
+
+INLINE Group group(int rows, int number) {
+    int row, end, of = groups_of(rows);
+    share(rows, of, number, &row, &end);
+    return (Group){row, end - row, number, of};
+}
+
+/* threads.c */
+void barrier(Context *c);
+void run(Context *c, Work work);
+void *serve(void *argument);
+typedef struct { Context *context; int number; } Thread;
+
+/* linear.c */
+typedef struct {
+    int add;             /* to what is there */
+    int activation;
+    const float *factor; /* multiplied by, or NULL */
+    float *out;
+} Then;
+INLINE Rows buffer(const Context *c, int number) { return (Rows){c->given[number], c->quantized[number], c->step[number]}; }
+void linear_of(const Context *c, Rows from, const Linear *l, int rows, int first, int last, Then then);
+void linear(Context *c, int number, int from, const Linear *l, int rows, Then then);
+void give_rows(Context *c, int number, int from, const Linear *next, int rows);
+
+/* layers.c */
+void between(Context *c, int number, const Stack *s, const Norm *after, const Norm *before_next, const Linear *next, int rows,
+             float scale);
+void feed_forward(Context *c, int number, const Stack *s, const Layer *l, int rows);
+void embed(Context *c, const Stack *s, int row, int64_t token, int position);
+void layers(Context *c, int number, const Stack *s);
+
+/* encoder.c, decoder.c, vocabulary.c, classifier.c */
+void encoder_attention(Context *c, int number, const Stack *s, int layer);
+void encode(Context *c, int number);
+void self_attention(Context *c, int number, const Stack *s, int layer);
+void cross_attention(Context *c, int number, const Stack *s, int layer);
+void step(Context *c, int number);
+void choose(Context *c, int number, const Stack *s);
+void classify(Context *c, int number);
+int64_t attention_room(const Stack *s, int positions);
+
+/* context.c */
+int reserve(Context *c, int rows, int positions);
+void *room(void *old, int64_t bytes);
+API int deploykit_step(Context *c, const Batch *batch, const Choice *choice);

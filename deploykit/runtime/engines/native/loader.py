@@ -1,0 +1,85 @@
+"""The shared library of the engine ``native``: where it is, whether it runs here, and with which instruction set."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.machinery
+import os
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+
+from deploykit.errors import UsageError
+
+VARIABLE = "DEPLOYKIT_NATIVE_ISA"
+"""The environment variable that names the instruction set, in place of the fastest one that the CPU has."""
+SLOW = "scalar"
+"""The reference in plain C, which runs on every CPU, but only if ``VARIABLE`` names it."""
+
+
+@cache
+def lacks() -> str | None:
+    """Return what the engine needs and this machine does not have, or None."""
+    if platform.machine() != "x86_64" or sys.platform != "linux":
+        return "no x86-64 Linux"
+    if library_file() is None:
+        return "not built: pip install -v deploykit shows the compiler's error"
+    try:
+        found = instruction_sets()
+    except OSError as error:
+        return str(error)
+    return None if found[0] != SLOW or os.environ.get(VARIABLE) == SLOW else "no avx2 and fma in this CPU"
+
+
+def library_file() -> Path | None:
+    """Return the library that the installation built, or None."""
+    files = (Path(__file__).with_name(f"_native{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((file for file in files if file.is_file()), None)
+
+
+@cache
+def instruction_sets() -> tuple[str, ...]:
+    """Return those that the library has kernels for and this CPU runs, fastest first."""
+    library = _load()
+    found: list[str] = []
+    while table := library.deploykit_kernels(len(found)):
+        name: bytes = ctypes.cast(table, ctypes.POINTER(ctypes.c_char_p))[0]
+        found.append(name.decode())
+    return tuple(found)
+
+
+def instruction_set() -> str:
+    """Return the one that models opened from now on use.
+
+    Raises UsageError where the environment names one that does not run here.
+    """
+    found = instruction_sets()
+    name = os.environ.get(VARIABLE) or found[0]
+    if name not in found:
+        raise UsageError(
+            f"{VARIABLE}={name}: the engine native has no such kernels for this CPU",
+            f"unset it, or choose one of: {', '.join(found)}",
+        )
+    return name
+
+
+def open_library() -> ctypes.CDLL:
+    """Return the library, for a caller who declares the functions that it calls; ``deploykit_free`` is declared.
+
+    Models that it opens use ``instruction_set()``. Raises UsageError as that does.
+    """
+    library = _load()
+    library.deploykit_choose_isa(instruction_set().encode())
+    return library
+
+
+@cache
+def _load() -> ctypes.CDLL:
+    library = ctypes.CDLL(str(library_file()))
+    library.deploykit_free.argtypes = (ctypes.c_void_p,)
+    library.deploykit_free.restype = None
+    library.deploykit_choose_isa.argtypes = (ctypes.c_char_p,)
+    library.deploykit_kernels.argtypes = (ctypes.c_int,)
+    library.deploykit_kernels.restype = ctypes.c_void_p
+    return library
