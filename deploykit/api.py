@@ -197,12 +197,13 @@ class Model:
         """Answer texts, in their order.
 
         Args:
-            texts: A list of texts.
+            texts: A list of texts. For question answering, each is JSON: ``{"question": "...", "context": "..."}``.
             **generation: Search parameters, for a model that generates: ``num_beams=4``, ``max_new_tokens=40``.
 
         Returns:
             An answer for each text. ``text`` is the answer as one string, ``fields`` has all of it: of a classifier
-            ``label``, ``score`` and ``scores``, of a translator ``translation``, ``target_tokens`` and ``finish``.
+            ``label``, ``score`` and ``scores``, of a translator ``translation``, ``target_tokens`` and ``finish``,
+            of question answering ``answer``, ``start``, ``end`` and ``score``.
 
         Raises:
             DataError: A text is empty, too long, or refused; the message has its number, from 1.
