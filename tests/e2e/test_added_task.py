@@ -240,7 +240,7 @@ def test_files_of_rows_are_answered_by_the_tasks_own_columns(asked: dict[str, Ty
 
 def test_what_is_another_tasks_is_refused(asked: dict[str, Typed]) -> None:
     assert [asked[name].code for name in ("column", "translate", "setting", "bundle")] == [2, 2, 2, 2]
-    assert "--text-column is not for a model that labels words" in asked["column"].err
+    assert "--text-column does not apply to a model that labels words" in asked["column"].err
     assert "labels words, it does not translate" in asked["translate"].err
     assert "max_rows is a setting of translation" in asked["setting"].err
     assert "no bundle for a Jetson" in asked["bundle"].err

@@ -15,7 +15,7 @@ from transformers import AutoConfig, Trainer
 from deploykit.data.grouping import group_key
 from deploykit.errors import DataError, UsageError
 from deploykit.training import trainer
-from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id
+from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
 from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
@@ -89,9 +89,10 @@ class TokenClassificationStage:
         )  # fmt: skip
         for name in ("validation", "test"):
             check_labels(rows.splits[name], task.labels, name)
-        model = load_model(options.origin, task.name, **task.model_config, pad_token_id=task.pad_token_id)
+        loaded = load_for_training(options.origin, task.name, **task.model_config, pad_token_id=task.pad_token_id)
+        model = loaded.model
         if options.lora_r:
-            model = trainer.with_adapter(model, options, "TOKEN_CLS")
+            model = trainer.with_adapter(model, options, "TOKEN_CLS", loaded.new)
         tagger = TorchTagger(model, self._tokenizer, task)
         encoded = {name: EncodedRows(tagger, split) for name, split in rows.splits.items() if split}
         say(f"training on {len(encoded['train']):,} rows, validating on {len(encoded['validation']):,}")
