@@ -9,6 +9,9 @@ TITLES: Mapping[str, str] = {
     "macro_f1": "macro-F1",
     "bleu": "BLEU",
     "chrf": "chrF",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "token_accuracy": "tokens right",
     "agreement": "agreement",
 }
 """Of figures in tables, for people."""

@@ -20,6 +20,7 @@ _COMMANDS: Mapping[str, str] = {
     "serve": "Serve a model repository with Triton.",
     "predict": "Classify texts with any model, served or not.",
     "translate": "Translate texts with any translation model, served or not.",
+    "generate": "Answer prompts with any language model.",
     "bench": "Measure speed and memory under load.",
     "tune": "Find the settings that serve a packaged model best on this machine.",
     "inspect": "Show what an artifact is, and verify it.",

@@ -109,7 +109,7 @@ FORCE = click.option("--force", is_flag=True, help="Replace what stands at the d
 
 _SEARCH: Mapping[str, Mapping[str, Any]] = {
     "beam_size": {"type": int, "help": "Hypotheses kept side by side; 1 is greedy search."},
-    "max_new_tokens": {"type": int, "help": "Longest translation, in tokens."},
+    "max_new_tokens": {"type": int, "help": "Longest translation or answer, in tokens."},
     "min_new_tokens": {"type": int, "help": "Shortest translation, in tokens."},
     "length_penalty": {"type": float, "help": "Exponent of the length that scores are divided by."},
     "early_stopping": {"type": click.Choice(["true", "false", "never"]), "help": "When a beam is full."},
@@ -133,7 +133,7 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
 
 def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> None:
     """Raise UsageError if a column or search option is given that does nothing for a model of ``task``."""
-    searches = task.facts.graph_kind == "encoder-decoder"
+    searches = task.facts.graph_kind != "encoder"
     given = {name: value for name, value in columns.items() if name not in task.columns}
     for name, value in {**given, **({} if searches else generation)}.items():
         if value not in (None, ()):

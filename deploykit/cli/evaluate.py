@@ -19,7 +19,7 @@ from deploykit.cli.common import (
 
 
 @deploykit_command(
-    help="Measure TARGET (checkpoint, export, packaged model, or a served model's name) on labelled or translated rows."
+    help="Measure TARGET (checkpoint, export, packaged model, or a served model's name) on labelled or translated rows, or on prompts and answers."
 )
 @click.argument("target")
 @click.option("--data", required=True, help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
@@ -28,6 +28,10 @@ from deploykit.cli.common import (
 @click.option("--label-column", help="(default: the training column, or detected)")
 @click.option("--source-column", help="Of texts to translate (default: the training column, or detected).")
 @click.option("--target-column", help="Of their translations (default: the training column, or detected).")
+@click.option("--prompt-column", help="(default: the training column, or detected)")
+@click.option("--completion-column", help="(default: the training column, or detected)")
+@click.option("--answer-regex", help="Of generated answers, compare what this finds last (its first group).")
+@click.option("--syntax", type=click.Choice(["bash", "python", "json"]), help="Count generated answers that parse.")
 @click.option("--split", default="test", show_default=True, help="Of an HF dataset.")
 @generation_options
 @ENCODING
@@ -43,6 +47,10 @@ def command(
     label_column: str | None,
     source_column: str | None,
     target_column: str | None,
+    prompt_column: str | None,
+    completion_column: str | None,
+    answer_regex: str | None,
+    syntax: str | None,
     split: str,
     generation: dict[str, Any],
     encoding: str | None,
@@ -53,7 +61,8 @@ def command(
 
     columns = {
         "text_column": text_column, "label_column": label_column, "source_column": source_column,
-        "target_column": target_column,
+        "target_column": target_column, "prompt_column": prompt_column, "completion_column": completion_column,
+        "answer_regex": answer_regex, "syntax": syntax,
     }  # fmt: skip
     predictor = open_predictor(target, **where)
     try:

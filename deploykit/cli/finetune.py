@@ -45,11 +45,11 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
     return click.option(name, default=None, help=" ".join(word for word in words if word), **attributes)
 
 
-@deploykit_command(help="Fine-tune a Hugging Face checkpoint on labelled text or on translations.")
+@deploykit_command(help="Fine-tune a Hugging Face checkpoint on labelled text, translations, or prompts and answers.")
 @click.option("--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_load_config,
               help="TOML file of these options; the command line wins.")  # fmt: skip
 @click.option("--task", type=click.Choice(list(OPTIONS)), default=DEFAULT, show_default=True)
-@_option("--model", help="Folder of a checkpoint, or a hub id.")
+@_option("--model", help="Folder of a checkpoint, or a hub id; for text-generation also a .gguf file.")
 @_option("--from-config", type=click.Choice(list(PRESETS)), help="Train a new model of this size instead.")
 @_option("--train", help="csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also TMX, .po, .mo, two "
          "text files as a.en,a.fr. With --qat, by default the rows of the run that --model is.")  # fmt: skip
@@ -64,6 +64,13 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--target", help="Language translated into.")
 @_option("--source-column", help="(default: detected)")
 @_option("--target-column", help="(default: detected)")
+@_option("--prompt-column", help="(default: detected)")
+@_option("--completion-column", help="(default: detected)")
+@_option("--chat-template", help="chatml, alpaca or a Jinja file, in place of the checkpoint's own template.")
+@_option("--loss-on", type=click.Choice(["completion", "last-turn", "all"]), help="The tokens that are learned: all "
+         "answers, the last one, or everything.")  # fmt: skip
+@_option("--on-long", type=click.Choice(["drop", "truncate", "split", "error"]), help="A row longer than --max-length.")
+@_option("--show-rows", type=int, help="Training rows to print, supervised tokens in green.")
 @_option(
     "--vocabulary", type=int, help="Pieces to make with --from-config, fewer of little text (default: the preset's)."
 )
@@ -76,7 +83,9 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--epochs", type=float)
 @_option("--max-steps", type=int, help="Optimizer steps; overrides --epochs; 0: off.")
 @_option("--batch-size", type=int)
-@_option("--batch-tokens", type=int, help="Most padded tokens of a batch, on its longer side.")
+@_option("--batch-tokens", type=int, help="Most tokens of a batch: padded ones, of translations on the longer side.")
+@_option("--packing/--no-packing", help="Rows stand one after another in a batch, without padding.")
+@_option("--gradient-checkpointing", is_flag=True, help="Less memory for more time.")
 @_option("--accumulation", type=int, help="Batches per optimizer step.")
 @_option("--learning-rate", type=float)
 @_option("--optimizer", type=click.Choice(["adamw", "sgd"]))
@@ -89,13 +98,19 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--class-weights", type=click.Choice(["none", "balanced"]))
 @_option("--early-stopping", type=int, help="Evaluations without improvement to stop after; 0: off.")
 @_option("--eval-steps", type=int, help="Evaluate and save every so many steps; 0: by epoch.")
-@_option("--eval-rows", type=int, help="Most validation rows that an evaluation translates.")
+@_option(
+    "--eval-rows",
+    type=int,
+    help="Most held-out rows that are translated at each evaluation; of language models, answered before and after.",
+)
 @_option("--beam", type=int, help="Beam size to translate with (default: the checkpoint's own).")
 @_option(
     "--mixed-precision", type=click.Choice(["no", "bf16", "fp16", "auto"]), help="auto: bf16 where the machine has it."
 )
 @_option("--lora-rank", type=int, help="Train a LoRA adapter of this rank, merged at export; 0: all weights.")
 @_option("--lora-alpha", type=int)
+@_option("--lora-dropout", type=float)
+@_option("--lora-target", help="Layers to adapt, joined by commas, or all-linear.")
 @_option("--qat", is_flag=True, help="Go on training a fine-tuned --model with its linear layers rounded to INT8: for "
          "`export --int8` where that loses too much without.")  # fmt: skip
 @_option("--qat-method", type=METHODS,

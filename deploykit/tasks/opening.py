@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
     from deploykit.tasks.classification.predictor import TextClassifier
+    from deploykit.tasks.text_generation.generator import LocalGenerator
     from deploykit.tasks.translation.predictor import TextTranslator
 
 
@@ -59,6 +60,10 @@ def open_classifier(target: str, **where: Any) -> TextClassifier:
 
 def open_translator(target: str, **where: Any) -> TextTranslator:
     return cast("TextTranslator", open_for("translation", target, **where))
+
+
+def open_generator(target: str, **where: Any) -> LocalGenerator:
+    return cast("LocalGenerator", open_for("text-generation", target, **where))
 
 
 def is_translator(predictor: Predictor) -> TypeIs[TextTranslator]:

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from deploykit.runtime.find_graphs import Graphs
     from deploykit.tasks.bundle import BundledTask
 
-GraphKind = Literal["encoder", "encoder-decoder"]
-"""What an export holds: one graph that reads texts, or an encoder and a decoder that writes token by token."""
+GraphKind = Literal["encoder", "encoder-decoder", "decoder"]
+"""What an export holds: one graph that reads texts, an encoder and a decoder that writes token by token, or one graph
+that reads and writes."""
 
 
 Progress = Callable[[int, int], None]

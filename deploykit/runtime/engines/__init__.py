@@ -25,7 +25,8 @@ class EngineInfo:
     """Where an engine's classes are, what it needs, and which graph of an export it runs.
 
     ``location`` is that of its ``Engine``, which runs ``graphs``; ``decoder`` that of its ``DecodeModel``, which runs
-    ``translators``; where it has one. Any one of ``packages`` will do. What was ``built`` for the engine an export lists.
+    ``translators``; where it has one. ``language_models`` are the graphs of language models that it runs. Any one of
+    ``packages`` will do. What was ``built`` for the engine an export lists.
     ``provider`` is the execution provider that ONNX Runtime must have for it.
     """
 
@@ -35,6 +36,7 @@ class EngineInfo:
     graphs: Mapping[Precision, str] = field(default_factory=dict)
     decoder: str = ""
     translators: Mapping[Precision, tuple[str, ...]] = field(default_factory=dict)
+    language_models: Mapping[Precision, tuple[str, ...]] = field(default_factory=dict)
     built: bool = False
     gpu: bool = False
     provider: str = ""
@@ -68,6 +70,11 @@ TRANSLATION_FILES: Mapping[Precision, tuple[str, str, str]] = {
 """ONNX Runtime's: the encoder's graph, the decoder's, and the weights that both use."""
 TRANSLATION_ENGINE = "onnxruntime"
 """The one that translates on every machine, and gives calibration and parity what they look at."""
+LANGUAGE_MODEL_FILES: Mapping[Precision, tuple[str, str]] = {
+    "fp32": ("model.onnx", "model.onnx_data"),
+    "int8": ("model.int8.onnx", "model.int8.onnx_data"),
+}
+"""ONNX Runtime's: the graph of a language model, and its weights."""
 NATIVE_FILE = "native.int8.safetensors"
 
 # In the order in which "auto" prefers them: OpenVINO encodes faster than ONNX Runtime on every x86 CPU measured here, and
@@ -100,6 +107,7 @@ ENGINES: Mapping[str, EngineInfo] = {
         {"fp32": "model.onnx", "int8": "model.u8s8.onnx"},
         "deploykit.runtime.engines.seq2seq:Seq2SeqModel",
         TRANSLATION_FILES,
+        LANGUAGE_MODEL_FILES,
     ),
     # Last, so that "auto" does not choose it: it has not been measured on a GPU yet.
     "cuda": EngineInfo(
