@@ -34,18 +34,21 @@ _OPSET, _IR = 19, 9
 _INT8_COMPUTE = 4
 """MatMulNBits's accuracy level that rounds activations to INT8."""
 
-HEAD = "head"
+EMBEDDING, HEAD = "embedding", "head"
 
 
 def part_of(layer: str) -> str:
-    """The part of the model that is quantized or not as one: the attention or feed-forward of a layer, or the head."""
+    """The part of the model that is quantized or not as one: the attention or feed-forward of a layer, or the head.
+
+    The embedding is a part of its own.
+    """
     return layer.rsplit(".", 1)[0] if layer != HEAD else HEAD
 
 
 def parts_of(architecture: CausalArchitecture) -> list[str]:
     """All parts of a model, in the order in which they compute."""
     blocks = [f"layers.{i}.{part}" for i in range(len(architecture.layers)) for part in ("attention", "feed_forward")]
-    return [*blocks, HEAD]
+    return [EMBEDDING, *blocks, HEAD]
 
 
 def build_causal_lm(
@@ -92,6 +95,19 @@ class _CausalWriter(StandardWriter):
             return super().linear(x, layer, name, output=output)
         product = self._quantized(x, layer.weight.T, self.bits)
         return product if layer.bias is None else self.op("Add", product, self.constant(layer.bias), output=output)
+
+    def embed(self, ids: str, table: Array, scale: float) -> str:
+        """The embedding is stored in 8 bits, as a tied head is, whatever the linear layers are."""
+        if self.bits is None or EMBEDDING in self.kept:
+            return super().embed(ids, table, scale)
+        values, scales, _ = quantize_blocks(table, 8)
+        rows = self.op("Cast", self.op("Gather", self.constant(values), ids), to=TensorProto.FLOAT)
+        steps = self.op("Reshape", self.constant(scales.ravel()), self.integers(*scales.shape, 1))
+        rows = self.op("Mul", self.op("Sub", rows, self.scalar(128.0)), self.op("Gather", steps, ids))
+        rows = self.op("Reshape", rows, self.integers(0, 0, -1))
+        if table.shape[1] % BLOCK:
+            rows = self.op("Slice", rows, self.integers(0), self.integers(table.shape[1]), self.integers(2))
+        return rows if scale == 1.0 else self.op("Mul", rows, self.scalar(scale))
 
     def _quantized(self, x: str, weight: Array, bits: Bits, output: str = "") -> str:
         """x @ weight.T; ``weight`` is [out, in]."""
