@@ -96,7 +96,7 @@ ENGINE = click.option(
     "--engine", default="auto", show_default=True, help="auto, tensorrt, native, openvino, onnxruntime or cuda."
 )
 PRECISION = click.option(
-    "--precision", default="auto", show_default=True, help="auto (INT8 if there is one), int8, fp16, bf16, fp32."
+    "--precision", default="auto", show_default=True, help="auto (INT8 if there is one), int8, int4, fp16, bf16, fp32."
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="CPU threads (default: all).")
 ENCODING = click.option("--encoding", help="Of text files (default: UTF-8, or what a byte order mark says).")

@@ -24,12 +24,13 @@ from deploykit.tensorrt.build import BUILDERS, GPU, PRECISIONS, EngineOptions
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write the export to.")
 @click.option("--int8", is_flag=True, help="Also write INT8 graphs, calibrated and checked.")
+@click.option("--int4", is_flag=True, help="Also write a language model's linear layers in INT4.")
 @click.option("--calibration", default="train", show_default=True,
               help="A split of the run, a file of rows, or what deploykit calibrate wrote.")  # fmt: skip
 @CALIBRATION_ROWS
 @click.option("--method", type=METHODS, default="minmax", show_default=True)
 @click.option("--max-drop", type=float, default=0.5, show_default=True,
-              help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose.")  # fmt: skip
+              help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose; percent of a language model's perplexity.")  # fmt: skip
 @click.option("--smooth-quant", type=float, is_flag=False, flag_value=0.5, metavar="[ALPHA]",
               help="Move outliers of a classifier's activations into the weights before INT8; ALPHA from 0 to 1, 0.5 if "
               "left out.")  # fmt: skip
@@ -74,7 +75,9 @@ def command(
     done = export(checkpoint, out, options, force=force, say=say)
     metrics = done.manifest.metrics
     sizes = {
-        n: r.bytes for n, r in done.manifest.files.items() if n.endswith((".onnx", ".bin", ".safetensors", ".engine"))
+        n: r.bytes
+        for n, r in done.manifest.files.items()
+        if n.endswith((".onnx", ".onnx_data", ".bin", ".safetensors", ".engine"))
     }
     record: dict[str, Any] = {
         "out": str(out),

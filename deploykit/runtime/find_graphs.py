@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     pass
 
 
-_BEST_FIRST: tuple[Precision, ...] = ("int8", "fp16", "bf16", "fp32")
+_BEST_FIRST: tuple[Precision, ...] = ("int8", "fp16", "bf16", "fp32", "int4")
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ TRANSLATION_ENGINE = "onnxruntime"
 LANGUAGE_MODEL_FILES: Mapping[Precision, tuple[str, str]] = {
     "fp32": ("model.onnx", "model.onnx_data"),
     "int8": ("model.int8.onnx", "model.int8.onnx_data"),
+    "int4": ("model.int4.onnx", "model.int4.onnx_data"),
 }
 """ONNX Runtime's: the graph of a language model, and its weights."""
 NATIVE_FILE = "native.int8.safetensors"

@@ -176,12 +176,12 @@ def drop_leaks(train: Sequence[Row], held_out: Iterable[Row]) -> tuple[list[Row]
 
 
 def show_row(tokenizer: ChatTokenizer, row: EncodedRow) -> str:
-    """Return a row's text for a terminal, supervised tokens in green."""
+    """Return a row's text for a terminal, supervised tokens green and in ⟦ ⟧."""
     shown = []
     start = 0
     for end in range(1, len(row.ids) + 1):
         if end == len(row.ids) or row.supervised[end] != row.supervised[start]:
             text = tokenizer.tokenizer.decode(row.ids[start:end].tolist(), skip_special_tokens=False)
-            shown.append(f"\033[32m{text}\033[0m" if row.supervised[start] else text)
+            shown.append(f"\033[32m⟦{text}⟧\033[0m" if row.supervised[start] else text)
             start = end
     return "".join(shown)

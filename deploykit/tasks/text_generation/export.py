@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, ExportError, UsageError
 from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
-from deploykit.graphs.causal_lm import build_causal_lm, parts_of, save_causal_lm
+from deploykit.graphs.causal_lm import Bits, build_causal_lm, parts_of, save_causal_lm
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import Trace
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.grading import Grader, Line
-from deploykit.quantization.search import hold_limit
+from deploykit.quantization.search import Search, hold_limit
 from deploykit.quantization.tables import render
 from deploykit.runtime.engines import LANGUAGE_MODEL_FILES
 from deploykit.runtime.engines.protocol import Precision
@@ -76,8 +76,14 @@ def write(
     grader = _Grader(directory, task, reference.tokenizer, asked.encoded)
     grader.enter("fp32", "pytorch", list(_scored(reference, asked.encoded)))
     grader.grade("fp32")
-    if options.int8:
-        metrics["quantization"] = _quantize(architecture, directory, options, grader, trace, say)
+    wanted: list[tuple[Precision, Bits, bool]] = [("int8", 8, options.int8), ("int4", 4, options.int4)]
+    for precision, bits, asked_for in wanted:
+        if asked_for:
+            record, search = _quantize(architecture, precision, bits, directory, options, grader, trace, say)
+            found = metrics.setdefault("quantization", {"search": {}})
+            found[precision] = record
+            if search is not None:
+                found["search"][f"{_ENGINE} {precision}"] = dataclasses.asdict(search)
     metrics["test"] = grader.metrics
     metrics["accuracy_table"] = [line.to_json() for line in grader.table]
     for line in render(metrics["accuracy_table"]):
@@ -276,35 +282,37 @@ def _kernels(graph: Path) -> int:
 
 
 def _quantize(
-    architecture: CausalArchitecture, directory: Path, options: ExportOptions, grader: _Grader, trace: Trace, say: Say
-) -> dict[str, Any]:
-    """Write the INT8 graph; where it loses too much, with the most sensitive parts of the model left in fp32."""
+    architecture: CausalArchitecture, precision: Precision, bits: Bits, directory: Path, options: ExportOptions,
+    grader: _Grader, trace: Trace, say: Say,
+) -> tuple[dict[str, Any], Search | None]:  # fmt: skip
+    """Write a quantized graph; where it loses too much, with the most sensitive parts of the model left in fp32.
+
+    Returns what the manifest says of it.
+    """
+    name = precision.upper()
     parts = parts_of(architecture)
-    save: Callable[[Collection[str]], None] = lambda kept: _save(  # noqa: E731
-        build_causal_lm(architecture, 8, kept=kept), directory, "int8"
-    )
+
+    def save(kept: Collection[str]) -> None:
+        _save(build_causal_lm(architecture, bits, kept=kept), directory, precision)
 
     def write(kept: Collection[str]) -> Line:
         save(kept)
-        return grader.grade("int8")
+        return grader.grade(precision)
 
     def sample(part: str | None) -> NDArray[np.float32]:
         if part is None:
             return grader.sample("fp32")
         save({*parts} - {part})
-        return grader.sample("int8")
+        return grader.sample(precision)
 
-    search = hold_limit("INT8", parts, write, sample, grader, options.max_drop, trace, say, "a larger --max-drop")
-    line = grader.metrics[f"{_ENGINE}-int8"]
+    search = hold_limit(name, parts, write, sample, grader, options.max_drop, trace, say, "a larger --max-drop")
+    line = grader.metrics[f"{_ENGINE}-{precision}"]
     ratio = line["perplexity"] / grader.metrics[f"{_ENGINE}-fp32"]["perplexity"]
     say(
-        f"INT8: perplexity x {ratio:.4f}, KL divergence of the next token {line['kl_mean']:.4f} on average and "
+        f"{name}: perplexity x {ratio:.4f}, KL divergence of the next token {line['kl_mean']:.4f} on average and "
         f"{line['kl_p99']:.4f} at the 99th percentile"
     )
+    layers = _kernels(directory / LANGUAGE_MODEL_FILES[precision][0])
     return {
-        "linear_layers": _kernels(directory / LANGUAGE_MODEL_FILES["int8"][0]),
-        "perplexity_ratio": ratio,
-        "kl_mean": line["kl_mean"],
-        "kl_p99": line["kl_p99"],
-        "search": {_ENGINE: dataclasses.asdict(search)} if search else {},
-    }
+        "linear_layers": layers, "perplexity_ratio": ratio, "kl_mean": line["kl_mean"], "kl_p99": line["kl_p99"]
+    }, search  # fmt: skip

@@ -27,9 +27,11 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 _BLOCK = 32
 _ROWS = 16
-"""Rows that are decoded side by side."""
-_SCORED_TOKENS = 2048
-"""Tokens of one call that scores rows, whose logits over the whole vocabulary are in memory at once."""
+"""Most rows that are decoded side by side."""
+_TOKENS = 2048
+"""Most tokens of rows that are read side by side, unless one row has more."""
+_CHUNK = 512
+"""Tokens of each row that one call reads: their logits over the whole vocabulary are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,10 @@ class LocalGenerator:
             ids[i, length - len(row.prompt) :] = row.prompt
             mask[i, length - len(row.prompt) :] = 1
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        logits, cache = self.model.run(ids, mask, positions, None, last=True)
+        logits, cache = np.empty(0, np.float32), None
+        for start, end in _chunks(length):
+            part = ids[:, start:end], mask[:, :end], positions[:, start:end]
+            logits, cache = self.model.run(*part, cache, last=True)
         while True:
             for row, values in zip(rows, logits[:, -1]):
                 self._add(row, values, sampling)
@@ -193,19 +198,29 @@ class LocalGenerator:
                 ids[i, length - len(row.ids) :] = row.ids
                 mask[i, length - len(row.ids) :] = 1
             positions = np.maximum(mask.cumsum(1) - 1, 0)
-            logits, _ = self.model.run(ids, mask, positions, None, last=False)
+            # Where a logit predicts a supervised token: the position before it.
+            wanted = np.zeros((len(part), length), bool)
             for i, row in enumerate(part):
-                yield logits[i, length - len(row.ids) : -1][row.supervised[1:]]
+                wanted[i, length - len(row.ids) : -1] = row.supervised[1:]
+            found: list[list[NDArray[np.float32]]] = [[] for _ in part]
+            cache = None
+            for start, end in _chunks(length):
+                logits, cache = self.model.run(
+                    ids[:, start:end], mask[:, :end], positions[:, start:end], cache, last=False
+                )
+                for i, pieces in enumerate(found):
+                    pieces.append(logits[i, wanted[i, start:end]])
+            yield from (np.concatenate(pieces) for pieces in found)
 
 
 def _groups(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Rows of the same padded length, ``_ROWS`` at a time."""
+    """Rows of the same padded length, as many as fit ``_ROWS`` and ``_TOKENS``."""
     by_length: dict[int, list[_Row]] = {}
     for row in rows:
         by_length.setdefault(_padded(len(row.prompt)), []).append(row)
     for length in sorted(by_length):
         remaining = iter(by_length[length])
-        while group := list(islice(remaining, _ROWS)):
+        while group := list(islice(remaining, max(1, min(_ROWS, _TOKENS // length)))):
             yield group
 
 
@@ -213,13 +228,18 @@ def _padded(length: int) -> int:
     return -(-length // _BLOCK) * _BLOCK
 
 
+def _chunks(length: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, length, _CHUNK):
+        yield start, min(start + _CHUNK, length)
+
+
 def _scored_together(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
-    """Consecutive rows that fit ``_SCORED_TOKENS`` padded tokens."""
+    """Consecutive rows that fit ``_TOKENS`` padded tokens."""
     part: list[EncodedRow] = []
     longest = 0
     for row in rows:
         longest = max(longest, len(row.ids))
-        if part and (len(part) + 1) * longest > _SCORED_TOKENS:
+        if part and (len(part) + 1) * longest > _TOKENS:
             yield part
             part, longest = [], len(row.ids)
         part.append(row)

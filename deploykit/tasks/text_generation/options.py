@@ -11,15 +11,18 @@ from deploykit.tasks.text_generation.encode import LossOn, OnLong
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.training.options import FinetuneOptions
 
+DEFAULT_LENGTH = 1024
+
 
 @dataclass(frozen=True)
 class TextGenerationOptions(FinetuneOptions):
     """``batch_tokens`` bounds the tokens of a batch; with ``packing`` rows stand one after another in it without padding,
     each seeing itself alone. ``chat_template`` names a built-in template or a file, in place of the checkpoint's own.
+    ``max_length`` 0 is ``DEFAULT_LENGTH``, or the model's context where that is less.
     ``eval_rows`` held-out rows are answered, before and after training; all are scored."""
 
     task: str = TextGeneration.name
-    max_length: int = 1024
+    max_length: int = 0
     epochs: float = 1.0
     learning_rate: float = 1e-4
     mixed_precision: str = "auto"
@@ -40,6 +43,7 @@ class TextGenerationOptions(FinetuneOptions):
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,
+        "max_length": (0, 10_000_000),
         "batch_tokens": (16, 10_000_000),
         "show_rows": (0, 1000),
         "lora_dropout": (0, 0.99),

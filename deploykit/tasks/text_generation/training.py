@@ -37,7 +37,7 @@ from deploykit.tasks.text_generation.clean_rows import CleaningReport, clean_row
 from deploykit.tasks.text_generation.encode import EncodedRow, fit
 from deploykit.tasks.text_generation.evaluate import Asked, ask, evaluate, room_for
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.options import TextGenerationOptions
+from deploykit.tasks.text_generation.options import DEFAULT_LENGTH, TextGenerationOptions
 from deploykit.tasks.text_generation.packing import IGNORED, EncodedRows, TokenBatches, pack, pad
 from deploykit.tasks.text_generation.rows import Columns, RawRow, Row, load_rows
 from deploykit.training import trainer
@@ -67,9 +67,10 @@ class TextGenerationStage:
             )
         self._facts = checkpoint_facts(config, generation, self._hf_tokenizer)
         self._tokenizer = chat_tokenizer(self._hf_tokenizer, self._facts.eos_token_ids)
-        if options.max_length > self._facts.max_length:
+        self._max_length = options.max_length or min(DEFAULT_LENGTH, self._facts.max_length)
+        if self._max_length > self._facts.max_length:
             raise UsageError(
-                f"--max-length is {options.max_length}, but {options.origin} takes at most {self._facts.max_length} tokens",
+                f"--max-length is {self._max_length}, but {options.origin} takes at most {self._facts.max_length} tokens",
                 f"give --max-length {self._facts.max_length} or less",
             )
 
@@ -87,7 +88,7 @@ class TextGenerationStage:
     def clean(self, raw: Sequence[RawRow]) -> tuple[list[Row], CleaningReport]:
         options = self._options
         return clean_rows(
-            raw, self._tokenizer, max_length=options.max_length, on_long=options.long_rows, loss_on=options.supervised
+            raw, self._tokenizer, max_length=self._max_length, on_long=options.long_rows, loss_on=options.supervised
         )
 
     def check(self, splits: Mapping[str, Sequence[Row]]) -> None:
@@ -110,7 +111,7 @@ class TextGenerationStage:
         say(f"format: {columns.told()}")
         train_set = self._encoded(rows.splits["train"])
         for row in train_set[: options.show_rows]:
-            say(f"a row as the model reads it, supervised tokens in green:\n{show_row(self._tokenizer, row)}")
+            say(f"a row as the model reads it, supervised tokens in ⟦ ⟧:\n{show_row(self._tokenizer, row)}")
         if rewritten := sum(row.rewritten for row in train_set):
             say(f"{rewritten:,} answers of earlier turns are not supervised: the chat template rewrites them later on")
         model, tokenizer = load_base(options.origin)
@@ -124,10 +125,17 @@ class TextGenerationStage:
         generator = TorchGenerator(model, tokenizer, facts)
         shown = "test" if rows.splits["test"] else "validation"
         asked = {
-            name: ask(self._tokenizer, rows.splits[name], options.max_length)[0] for name in ("validation", "test")
+            name: ask(self._tokenizer, rows.splits[name], self._facts.max_length)[0] for name in ("validation", "test")
         }
+        if not asked[shown].rows:
+            raise DataError(
+                f"no {shown} row fits the model's context of {self._facts.max_length:,} tokens",
+                "give other held-out rows",
+            )
         before = self._measured(generator, asked[shown], work / "before.json", say)
         validation = self._encoded(rows.splits["validation"])
+        if not train_set or not validation:
+            raise DataError("no row with a supervised token is left to train or to validate on", "raise --max-length")
         say(
             f"training on {len(train_set):,} rows, {sum(len(row.ids) for row in train_set):,} tokens an epoch, "
             f"{sum(int(row.supervised.sum()) for row in train_set):,} supervised; validating on {len(validation):,}"
@@ -150,7 +158,7 @@ class TextGenerationStage:
     def _encoded(self, rows: Sequence[Row]) -> list[EncodedRow]:
         options = self._options
         encoded = (self._tokenizer.encode_row(row, options.supervised) for row in rows)
-        return [part for row in encoded for part in fit(row, options.max_length, options.long_rows)]
+        return [part for row in encoded for part in fit(row, self._max_length, options.long_rows)]
 
     def _fit_vocabulary(self, model: Any) -> None:
         """Make room for the tokens that the chat template added: new rows are drawn about the mean of the others."""
@@ -264,9 +272,10 @@ def _train(
     trained = model
     if options.lora_rank:
         trained = _with_adapter(model, options)
-    arguments = trainer.arguments(
-        options, len(batches), work / "trainer", gradient_checkpointing=options.gradient_checkpointing
-    )
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    arguments = trainer.arguments(options, len(batches), work / "trainer")
     result = trainer.run(
         SftTrainer(
             model=trained,
