@@ -110,6 +110,9 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 @_option("--lora-rank", type=int, help="Train a LoRA adapter of this rank, merged at export; 0: all weights.")
 @_option("--lora-alpha", type=int)
 @_option("--lora-dropout", type=float)
+@_option("--dora", is_flag=True, help="Adapt directions and magnitudes of weights apart (DoRA).")
+@_option("--rslora", is_flag=True, help="Scale an adapter by the root of its rank (rsLoRA).")
+@_option("--neftune", type=float, help="Noise on the embeddings while training (NEFTune); 0: off.")
 @_option("--lora-target", help="Layers to adapt, joined by commas, or all-linear.")
 @_option("--qat", is_flag=True, help="Go on training a fine-tuned --model with its linear layers rounded to INT8: for "
          "`export --int8` where that loses too much without.")  # fmt: skip

@@ -172,6 +172,19 @@ def test_an_adapter_is_merged_and_a_template_is_kept(deploykit: Deploykit, rows:
     )
 
 
+def test_dora_is_merged_as_well(deploykit: Deploykit, base: Path, rows: Path, tmp_path: Path) -> None:
+    words = ("finetune", *QUICK, "--model", base, "--train", rows, "--out", tmp_path / "run", "--max-steps", 3,
+             "--learning-rate", 1e-2, "--dora", "--rslora", "--neftune", 5, "--gradient-checkpointing")  # fmt: skip
+    code, _, err = deploykit(*words)
+    assert code == 2
+    assert "--dora is a kind of adapter" in err
+    code, _, err = deploykit(*words, "--lora-rank", 4)
+    assert code == 0, err
+    assert "the adapter is merged into the weights" in err
+    metrics = load_manifest(tmp_path / "run", "checkpoint").metrics
+    assert metrics["test"]["loss"] < metrics["before"]["test"]["loss"]
+
+
 def test_tokens_that_a_template_adds_are_learned(deploykit: Deploykit, rows: Path, tmp_path: Path) -> None:
     own = tokenizer()
     folder = tmp_path / "plain"

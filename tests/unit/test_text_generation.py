@@ -12,18 +12,19 @@ import pytest
 import torch
 from language_models import FAMILIES, random_model, tokenizer
 
-from deploykit.errors import DataError, ExportError
+from deploykit.errors import ArtifactError, DataError, ExportError
 from deploykit.graphs.causal_architecture import check_supported, read_causal_architecture
 from deploykit.graphs.causal_lm import BLOCK, build_causal_lm, parts_of, quantize_blocks, save_causal_lm
 from deploykit.runtime.engines.causal_lm import OnnxCausalLm
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.chat_template import CHATML
-from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
+from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts, load_base_config
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.metrics import answer_metrics, extracted, parses, scored_metrics, token_f1
 from deploykit.tasks.text_generation.packing import IGNORED, TokenBatches, pack, pad
 from deploykit.tasks.text_generation.training import supervised_loss
+from deploykit.training.source import check_source
 
 RANDOM = np.random.default_rng(0)
 
@@ -179,6 +180,29 @@ def test_batches_hold_every_row_once_and_no_more_tokens_than_asked(packed: bool)
     assert all((sum(s) if packed else len(s) * max(s)) <= 128 or len(s) == 1 for s in sizes)
     if packed:
         assert sum(map(sum, sizes)) > 0.95 * 128 * (len(sizes) - 1)
+
+
+def test_a_gguf_file_is_checked_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"PK\3\4")
+    with pytest.raises(ArtifactError, match="is not a GGUF file"):
+        check_source(str(path), "text-generation")
+    path.write_bytes(b"GGUF" + bytes(20))
+    check_source(str(path), "text-generation")
+    with pytest.raises(ArtifactError, match="holds a language model"):
+        check_source(str(path), "classification")
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        load_base_config(str(path))
+
+
+def test_a_long_prompt_is_read_in_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = exported(reference(), tmp_path)
+    some, sampling = rows(100, 70), Sampling(max_new_tokens=5)
+    scores, answers = list(ours.supervised_logits(some)), ours.generate(prompts()[-1:], sampling)
+    monkeypatch.setattr("deploykit.tasks.text_generation.generator._CHUNK", 24)
+    assert [a.ids for a in ours.generate(prompts()[-1:], sampling)[0]] == [a.ids for a in answers[0]]
+    for expected, found in zip(scores, ours.supervised_logits(some)):
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_metrics_of_answers() -> None:

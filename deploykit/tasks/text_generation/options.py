@@ -37,6 +37,9 @@ class TextGenerationOptions(FinetuneOptions):
     show_rows: int = 1
     lora_target: str = "all-linear"
     lora_dropout: float = 0.05
+    dora: bool = False
+    rslora: bool = False
+    neftune: float = 0.0
     gradient_checkpointing: bool = False
     eval_rows: int = 32
     held_out_rows: int = 500
@@ -47,6 +50,7 @@ class TextGenerationOptions(FinetuneOptions):
         "batch_tokens": (16, 10_000_000),
         "show_rows": (0, 1000),
         "lora_dropout": (0, 0.99),
+        "neftune": (0, 1000),
         "eval_rows": (0, 1_000_000),
         "held_out_rows": (1, 1_000_000_000),
     }
@@ -55,6 +59,9 @@ class TextGenerationOptions(FinetuneOptions):
         super().check()
         if self.model is None:
             raise UsageError("--model is missing", "give the folder of a checkpoint, a hub id, or a .gguf file")
+        for name in ("dora", "rslora"):
+            if getattr(self, name) and not self.lora_rank:
+                raise UsageError(f"--{name} is a kind of adapter", "add --lora-rank")
         for name, kind in (("loss_on", LossOn), ("on_long", OnLong)):
             if getattr(self, name) not in get_args(kind):
                 option = name.replace("_", "-")

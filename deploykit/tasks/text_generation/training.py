@@ -275,7 +275,7 @@ def _train(
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-    arguments = trainer.arguments(options, len(batches), work / "trainer")
+    arguments = trainer.arguments(options, len(batches), work / "trainer", neftune_noise_alpha=options.neftune or None)
     result = trainer.run(
         SftTrainer(
             model=trained,
@@ -304,6 +304,8 @@ def _with_adapter(model: Any, options: TextGenerationOptions) -> Any:
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
+        use_dora=options.dora,
+        use_rslora=options.rslora,
         target_modules="all-linear" if names == ["all-linear"] else names,
     )
     try:
