@@ -101,6 +101,14 @@ def test_an_answer_that_the_template_rewrites_later_is_not_supervised() -> None:
     assert supervised_text(chat(THINKS), Row(messages)) == "<think>hm</think>cp -l ..<|im_end|>"
 
 
+def test_a_lone_surrogate_is_read_as_the_replacement_character(tmp_path: Path) -> None:
+    [raw], _ = load_rows(write(tmp_path / "rows.jsonl", {"prompt": "a\ud800b", "completion": "ok"}))
+    messages = raw.row.messages
+    assert raw.row.prompt == "a\ufffdb"
+    assert supervised_text(chat(CHATML), Row(messages)) == "ok<|im_end|>"
+    assert chat(CHATML).encode_prompt("a\ud800b") == chat(CHATML).encode_prompt("a\ufffdb")
+
+
 def test_with_loss_on_all_every_token_is_supervised() -> None:
     assert chat(CHATML).encode_row(Row(DIALOG), "all").supervised.all()
 

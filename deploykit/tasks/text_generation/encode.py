@@ -18,6 +18,7 @@ from tokenizers import Encoding, Tokenizer
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.tasks.text_generation.chat_template import FILE, ChatTemplate, Message
 from deploykit.tasks.text_generation.rows import Row
+from deploykit.text import without_surrogates
 
 LossOn = Literal["completion", "last-turn", "all"]
 OnLong = Literal["drop", "truncate", "split", "error"]
@@ -75,9 +76,9 @@ class ChatTokenizer:
     ) -> list[int]:
         """Return the ids of a prompt: a dialog that the model has to go on with, or a plain text that it continues."""
         if isinstance(messages, str):
-            return list(self.tokenizer.encode(messages).ids)
+            return list(self._encode(messages).ids)
         text = self._chat().render(messages, add_generation_prompt=True, tools=tools)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -85,10 +86,10 @@ class ChatTokenizer:
     def encode_row(self, row: Row, loss_on: LossOn = "completion") -> EncodedRow:
         """Return the ids of a row to train on or to measure. Raises DataError when the template refuses the dialog."""
         if row.text is not None:
-            ids = [*self.tokenizer.encode(row.text).ids, *self.eos_token_ids[:1]]
+            ids = [*self._encode(row.text).ids, *self.eos_token_ids[:1]]
             return EncodedRow(np.array(ids, np.int64), np.ones(len(ids), bool))
         text = self._chat().render(row.messages, tools=row.tools)
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode(text, add_special_tokens=False)
         supervised = np.full(len(encoding.ids), loss_on == "all")
         rewritten = 0
         if loss_on != "all":
@@ -119,6 +120,9 @@ class ChatTokenizer:
         # Templates write white space after the token that ends a turn: the model need not write it.
         last = next((i for i in range(after - 1, first - 1, -1) if encoding.ids[i] in self.special_ids), after - 1)
         return slice(first, last + 1)
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
+        return self.tokenizer.encode(without_surrogates(text), add_special_tokens=add_special_tokens)
 
     def _chat(self) -> ChatTemplate:
         if self.template is None:

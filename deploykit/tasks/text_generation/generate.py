@@ -14,6 +14,7 @@ from deploykit.data.texts import listed, peek
 from deploykit.errors import DataError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.generator import Generated, LocalGenerator
+from deploykit.text import without_surrogates
 
 _CHUNK = 64
 _PROMPT_COLUMNS = ("messages", "prompt", "question", "instruction", "query", "input", "text")
@@ -114,7 +115,7 @@ def _question(origin: str, value: object) -> Question:
         return Question(origin, problem="the prompt is empty")
     if not isinstance(value, str):
         return Question(origin, problem="the prompt is no text")
-    return Question(origin, value)
+    return Question(origin, without_surrogates(value))
 
 
 def generate_file(

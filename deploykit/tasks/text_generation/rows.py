@@ -10,7 +10,7 @@ from typing import Any, Literal
 from deploykit.data.read import Record, read_records
 from deploykit.data.texts import listed, peek
 from deploykit.errors import DataError, UsageError
-from deploykit.text import MAX_TEXT_CHARS
+from deploykit.text import MAX_TEXT_CHARS, without_surrogates
 
 Format = Literal["messages", "conversations", "alpaca", "prompt+completion", "columns", "text"]
 
@@ -190,7 +190,7 @@ def _messages(value: object) -> list[dict[str, Any]]:
 
 
 def _message(role: str, content: object) -> dict[str, Any]:
-    return {"role": role, "content": content}
+    return {"role": role, "content": without_surrogates(content) if isinstance(content, str) else content}
 
 
 def _parsed(value: object) -> Any:
@@ -212,7 +212,7 @@ def _text(value: object) -> str:
         raise ValueError("a cell is not a text")
     if len(value) > MAX_TEXT_CHARS:
         raise ValueError(f"a text has more than {MAX_TEXT_CHARS:,} characters")
-    return value
+    return without_surrogates(value)
 
 
 def content_text(message: Mapping[str, Any]) -> str:
