@@ -26,10 +26,15 @@ def is_blank(text: str) -> bool:
     )
 
 
+def without_surrogates(text: str) -> str:
+    """Replace lone surrogates, which no UTF-8 holds and no tokenizer takes, by U+FFFD; the length stays."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
 def normalize(text: str) -> str:
     """Return the text in NFC; control characters become spaces, lone surrogates U+FFFD; outer white space is removed."""
     if text.isascii() and text.isprintable():
         return text.strip()
-    text = _SURROGATE.sub("\ufffd", text)
+    text = without_surrogates(text)
     text = _CONTROL.sub(" ", text)
     return unicodedata.normalize("NFC", text).strip()

@@ -26,6 +26,7 @@ DEFAULT = "classification"
 _OWN: Mapping[str, str] = {
     "classification": "deploykit.tasks.classification.task:TASK",
     "translation": "deploykit.tasks.translation.task:TASK",
+    "text-generation": "deploykit.tasks.text_generation.task:TASK",
 }
 
 
