@@ -138,6 +138,27 @@ def test_generate_answers_prompts_and_files(deploykit: Deploykit, export: Path, 
     assert (code, "exists" in err) == (1, True)
 
 
+def test_predict_answers_texts_and_tables(deploykit: Deploykit, export: Path, tmp_path: Path) -> None:
+    prompt = command_rows()[0]["prompt"]
+    code, out, err = deploykit("generate", export, prompt, "--max-new-tokens", 20, "--json")
+    assert code == 0, err
+    expected = json.loads(out)["results"][0]["answer"]
+    code, out, err = deploykit("predict", export, prompt, "--max-new-tokens", 20, "--json")
+    assert code == 0, err
+    [found] = json.loads(out)["results"]
+    assert (found["text"], found["answer"], found["finish"]) == (prompt, expected, "eos")
+    dialog = [{"role": "user", "content": prompt}]
+    rows = [dialog, [{"role": "system", "content": "Be brief."}, *dialog]]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows), encoding="utf-8")
+    answers = tmp_path / "answers.jsonl"
+    code, _, err = deploykit("predict", export, "--input", table, "--output", answers, "--max-new-tokens", 20)
+    assert code == 0, err
+    one, several = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
+    assert one["answer"] == expected
+    assert "use deploykit generate" in several["error"]
+
+
 def test_an_export_answers_without_torch(export: Path) -> None:
     program = (
         "import sys\n"

@@ -273,7 +273,9 @@ def _train(
     if options.lora_r:
         trained = _with_adapter(model, options)
     if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Its name before transformers 5.23 is deprecated.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
         model.enable_input_require_grads()
     arguments = trainer.arguments(
         options, len(batches), work / "trainer", neftune_noise_alpha=options.neftune_noise_alpha or None
