@@ -71,6 +71,18 @@ def test_translations_that_were_cut_off_are_counted(deploykit: Deploykit, transl
     assert "1 of 1 translations were cut off" in err
 
 
+def test_the_lines_of_a_text_are_kept_in_records(deploykit: Deploykit, translator: Path, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"text": "The file.\n\nDelete %s?"}) + "\n")
+    words = ("translate", "--model", translator, "--input", source, "--max-new-tokens", 3)
+    for name in ("o.jsonl", "o.txt"):
+        code, _, err = deploykit(*words, "--output", tmp_path / name)
+        assert code == 0, err
+    [record] = map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines())
+    assert record["translation"].count("\n") == 2
+    assert (tmp_path / "o.txt").read_text().count("\n") == 1, "a line for each row"
+
+
 def test_a_run_does_not_go_on_with_the_rows_of_another_model(
     deploykit: Deploykit, make_tiny_translation: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,7 +5,7 @@ import polib
 import pytest
 
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.translation.rows import PairColumns, RawPair, load_pairs, read_sources
+from deploykit.tasks.translation.rows import PairColumns, RawPair, clean_pairs, load_pairs, read_sources
 from deploykit.tasks.translation.tmx import read_tmx
 
 PO = r"""# Translators, whoever they are
@@ -200,7 +200,13 @@ def test_old_lang_attribute_and_other_encodings_are_read(tmp_path):
 
 def test_inline_codes_are_left_out(tmp_path):
     seg = 'Press <bpt i="1">&lt;b&gt;</bpt>OK<ept i="1">&lt;/b&gt;</ept><ph>{0}<sub>note</sub></ph> <hi>now</hi>'
-    assert load(write(tmp_path / "a.tmx", tmx({"en": seg, "fr": "x"})))[0][0].source == "Press OK now"
+    [row, plain], _ = load(
+        write(tmp_path / "a.tmx", tmx({"en": seg, "fr": "x"}, {"en": "Open <hi>it</hi>", "fr": "y"}))
+    )
+    assert row.source == "Press OK now"
+    assert (row.inline_codes, plain.inline_codes) == (True, False)
+    report = clean_pairs([row, plain], source="en", target="fr", check_languages=False)[1]
+    assert "1 whose inline codes (placeholders, tags of TMX) were left out" in "\n".join(report.lines())
 
 
 @pytest.mark.parametrize(

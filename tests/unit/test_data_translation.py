@@ -410,6 +410,42 @@ def test_swapped_sides_are_an_error_by_small_words_and_by_script():
     assert clean(*russian, source="ru", target="en")[1].rows_kept == 3
 
 
+FINNISH = (
+    "Tiedostoa ei voitu tallentaa levylle.", "Avaa uusi kansio tästä valikosta.", "Valitse kieli, jota haluat käyttää.",
+    "Haluatko varmasti poistaa nämä tiedostot?", "Salasana on väärä, yritä uudelleen.", "Lataus keskeytettiin.",
+    "Yhteyttä palvelimeen ei voitu muodostaa.", "Näytä kaikki viestit uudessa ikkunassa.", "Kirjoita nimesi tähän.",
+    "Tallenna muutokset ennen sulkemista.", "Asetuksia ei löytynyt tältä koneelta.", "Tulosta valitut sivut.",
+)  # fmt: skip
+HUNGARIAN = (
+    "A fájlt nem lehetett menteni a lemezre.", "Nyissa meg az új mappát ebből a menüből.", "Válassza ki a nyelvet.",
+    "Biztosan törölni akarja ezeket a fájlokat?", "A jelszó helytelen, próbálja újra.", "A letöltés megszakadt.",
+    "Nem sikerült kapcsolódni a kiszolgálóhoz.", "Az összes üzenet megjelenítése új ablakban.", "Írja ide a nevét.",
+    "Mentse a változásokat a bezárás előtt.", "A beállítások nem találhatók ezen a gépen.", "Kijelölt oldalak.",
+)  # fmt: skip
+ENGLISH = (
+    "The file could not be saved to the disk.", "Open the new folder from this menu.", "Choose the language to use.",
+    "Do you really want to delete these files?", "The password is wrong, try again.", "The download was interrupted.",
+    "The connection to the server failed.", "Show all messages in a new window.", "Type your name here.",
+    "Save the changes before closing.", "The settings were not found on this machine.", "Print the selected pages.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "texts"), [("fi", FINNISH), ("hun_Latn", HUNGARIAN)])
+def test_a_language_without_a_list_of_words_is_told_too(code: str, texts: tuple[str, ...]) -> None:
+    right = list(zip(ENGLISH, texts))
+    assert clean(*right, source="en", target=code)[1].rows_kept == len(right)
+    with pytest.raises(DataError, match="source and target seem swapped"):
+        clean(*((b, a) for a, b in right), source="en", target=code)
+    untranslated = [(text, f"{text} Now.") for text in ENGLISH]
+    with pytest.raises(DataError, match=f"target texts seem to be in 'en', not in '{code}'"):
+        clean(*untranslated, source="en", target=code)
+    other = HUNGARIAN if texts is FINNISH else FINNISH
+    with pytest.raises(DataError, match="target texts seem to be in"):
+        clean(*zip(ENGLISH, other), source="en", target=code)
+    kept, report = clean(*right, untranslated[0], source="en", target=code)
+    assert (len(kept), report.wrong_language) == (len(right), 1)
+
+
 def test_a_few_swapped_rows_are_dropped_or_kept_without_an_error():
     rows = [*ENGLISH_FRENCH, ("Где", "Where")]
     assert clean(*rows)[1].wrong_script == 1
@@ -419,7 +455,7 @@ def test_side_in_another_script_or_language_is_an_error():
     with pytest.raises(DataError, match=r"5 target texts of 5 are not in the script of 'ru'\n.*--target"):
         clean(*ENGLISH_FRENCH, target="ru")
     rows = [(f"{a} {n}", f"{b} {n}") for n in range(4) for a, b in ENGLISH_FRENCH]
-    with pytest.raises(DataError, match=r"target texts seem to be in 'fr', not in 'de': 12 by their small words"):
+    with pytest.raises(DataError, match=r"target texts seem to be in 'fr', not in 'de': 12 by their words"):
         clean(*rows, target="de")
     with pytest.raises(DataError, match=r"source texts seem to be in 'en', not in 'es'"):
         clean(*rows, source="es")

@@ -136,3 +136,22 @@ def test_what_does_not_translate_is_refused_by_its_type(tmp_path: Path) -> None:
         ArtifactError, match=r"pegasus, which does not translate\n.*marian, m2m_100, t5, mt5, bart, mbart"
     ):
         TorchTranslator.load(tmp_path / "m", source="en", target="fr")
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_model_without_layers_is_refused_before_any_work(side: str, tmp_path: Path) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    write_bart(tmp_path / "m")
+    config = BartConfig.from_pretrained(tmp_path / "m", **{f"{side}_layers": 0})
+    BartForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(ArtifactError, match=f"its {side} has no layers"):
+        TorchTranslator.load(tmp_path / "m", source="en", target="fr")
+
+
+def test_an_mbart_of_25_languages_is_refused_by_name(tmp_path: Path) -> None:
+    write_mbart(tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tokenizer_class": "MBartTokenizer"}))
+    with pytest.raises(ArtifactError, match="mBART of 25 languages"):
+        TorchTranslator.load(tmp_path / "m", source="en_XX", target="fr_XX")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from deploykit.errors import DataError
+from deploykit.tasks.translation.identify import akin, covers, probabilities
 from deploykit.tasks.translation.languages import (
     Language,
     fits_script,
@@ -33,6 +34,12 @@ _ROWS_FOR_VERDICT = 3
 _TEXTS_FOR_VERDICT = 10
 _WORDS_FOR_VERDICT = 3
 
+# Of the model of languages: how likely a text is in one before it counts for all texts of its side, for the direction of
+# its row, and before the row is dropped.
+_LIKELY = 0.7
+_SURE = 0.9
+_CERTAIN = 0.99
+
 _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 
 
@@ -41,7 +48,8 @@ class PairCleaningReport:
     """Pairs by what happened to them. ``rows_read`` is ``rows_kept`` and all dropped ones together.
 
     Each dropped row is counted once, at the first step that it fails, in the order of the fields.
-    ``unicode_repaired`` and ``lines_joined`` rows are not dropped for it.
+    ``unicode_repaired``, ``lines_joined`` and ``inline_codes`` (rows of TMX whose inline codes were left out) are not
+    dropped for it.
     """
 
     rows_read: int = 0
@@ -61,6 +69,7 @@ class PairCleaningReport:
     rows_kept: int = 0
     unicode_repaired: int = 0
     lines_joined: int = 0
+    inline_codes: int = 0
 
     def to_json(self) -> dict[str, int]:
         return dataclasses.asdict(self)
@@ -82,7 +91,11 @@ class PairCleaningReport:
             (self.wrong_language, "with a text in the other side's language dropped"),
             (self.exact_duplicates, "exact duplicates dropped (first kept)"),
         )
-        changed = ((self.unicode_repaired, "with repaired Unicode"), (self.lines_joined, "of several lines joined"))
+        changed = (
+            (self.unicode_repaired, "with repaired Unicode"),
+            (self.lines_joined, "of several lines joined"),
+            (self.inline_codes, "whose inline codes (placeholders, tags of TMX) were left out"),
+        )
         lines = [f"{self.rows_read:,} rows read"]
         lines += [f"  - {count:>8,} {what}" for count, what in dropped if count]
         lines += [f"    {count:>8,} {what}" for count, what in changed if count]
@@ -131,6 +144,7 @@ def clean_pairs(
             counts[problem] += 1
             continue
         kept[key] = pair
+        counts["inline_codes"] += row.inline_codes
         repaired = [normalize(text) for text in (row.source, row.target)]
         counts["unicode_repaired"] += repaired != [row.source.strip(), row.target.strip()]
         counts["lines_joined"] += repaired != [*key]
@@ -181,6 +195,8 @@ class _Looks:
             self._languages[1].letters
         )
         self._tell_by_words = has_function_words(self._languages)
+        bases = [language.base for language in self._languages]
+        self._tell_by_model = not self._tell_by_words and all(map(covers, bases)) and not akin(*bases)
         self._rows = self._forward = self._reversed = 0
         self._first_reversed: Pair | None = None
         self._wrong_script = [0, 0]
@@ -200,11 +216,17 @@ class _Looks:
             for side, fit in enumerate(fits):
                 self._wrong_script[side] += not fit
             return "wrong_script"
-        words = function_words(pair.source), function_words(pair.target)
+        words = (
+            (Counter[str](), Counter[str]())
+            if self._tell_by_model
+            else (function_words(pair.source), function_words(pair.target))
+        )
         for found, seems in zip(words, self._seems):
             ranked = found.most_common(2)
             if ranked and ranked[0][1] >= 2 and (len(ranked) == 1 or ranked[0][1] > ranked[1][1]):
                 seems[ranked[0][0]] += 1
+        if self._tell_by_model:
+            return self._problem_by_model(pair)
         if not self._tell_by_words:
             return None
         own = words[0][one.base], words[1][other.base]
@@ -213,6 +235,24 @@ class _Looks:
             forward = own[0] > others[0] and own[1] > others[1]
             self._count_direction(pair, forward=forward, back=own[0] < others[0] and own[1] < others[1])
         wrong = any(o >= _WORDS_FOR_VERDICT and not mine for mine, o in zip(own, others))
+        return "wrong_language" if wrong else None
+
+    def _problem_by_model(self, pair: Pair) -> str | None:
+        """As ``problem``, for a pair of languages of which one has no list of small words; each side is judged alone."""
+        bases = [language.base for language in self._languages]
+        own = []
+        wrong = False
+        for text, base, other, seems in zip((pair.source, pair.target), bases, reversed(bases), self._seems):
+            found = probabilities(text)
+            likely = max(found, key=lambda label: found[label])
+            if found[likely] >= _LIKELY:
+                seems[base if akin(likely, base) else likely] += 1
+            mine, theirs = found[base], found[other]
+            own.append(mine / (mine + theirs) if mine + theirs else 0.5)
+            wrong |= likely == other and found[likely] >= _SURE and own[-1] <= 1 - _CERTAIN
+        if not self._tell_by_script:
+            back = all(p <= 1 - _SURE for p in own)
+            self._count_direction(pair, forward=all(p >= _SURE for p in own), back=back)
         return "wrong_language" if wrong else None
 
     def _count_direction(self, pair: Pair, *, forward: bool, back: bool) -> None:
@@ -237,12 +277,12 @@ class _Looks:
                     f"correct --{side} or --{side}-column",
                 )
         for side, code, language, seems in zip(("source", "target"), self._codes, self._languages, self._seems):
-            if not seems or not has_function_words([language]):
+            if not seems or not (self._tell_by_model or has_function_words([language])):
                 continue
             likely, texts = seems.most_common(1)[0]
             if likely != language.base and texts >= _TEXTS_FOR_VERDICT and texts > 2 * seems[language.base]:
                 raise DataError(
-                    f"the {side} texts seem to be in {likely!r}, not in {code!r}: {texts:,} by their small words, "
-                    f"against {seems[language.base]:,}",
+                    f"the {side} texts seem to be in {likely!r}, not in {code!r}: {texts:,} by their words, against "
+                    f"{seems[language.base]:,}",
                     f"correct --{side} or --{side}-column",
                 )

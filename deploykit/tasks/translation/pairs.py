@@ -13,12 +13,17 @@ _BREAKS = re.compile(r"[ \t\n\r\u2028\u2029]+")
 
 @dataclass(frozen=True)
 class RawPair:
-    """A row as read; None is a missing text. ``unusable``: a catalog's entry that is marked so."""
+    """A row as read; None is a missing text.
+
+    ``unusable``: a catalog's entry that is marked so. ``inline_codes``: whether reading left out codes of TMX that stood
+    within a text, as a placeholder does.
+    """
 
     source: str | None
     target: str | None
     origin: str
     unusable: Literal["fuzzy", "obsolete"] | None = None
+    inline_codes: bool = False
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def load_pairs(
     elif suffix == ".tmx":
         name = normalize(Path(path).name)
         units = read_tmx(_existing(path), (source, target), encoding)
-        rows = (RawPair(unit.texts[0], unit.texts[1], f"{name}:{unit.line}") for unit in units)
+        rows = (RawPair(unit.texts[0], unit.texts[1], f"{name}:{unit.line}", None, unit.inline_codes) for unit in units)
         columns = PairColumns(source, target)
     elif suffix in CATALOGS:
         rows = read_catalog(_existing(path), target, encoding)
@@ -100,7 +100,7 @@ def read_sources(
     encoding: str | None = None,
     split: str = "train",
 ) -> Iterator[TextRow]:
-    """Stream the texts to translate, each as one line, in the language ``source``.
+    """Stream the texts to translate, in the language ``source``, their line breaks kept.
 
     Every row is yielded, so that answers can be put beside rows: an empty one as an empty text, a
     missing one with its problem. A row is a line of a .txt file (what ``\\n`` ends), a row of a table
@@ -120,8 +120,9 @@ def read_sources(
         used = column or (prefer if prefer in names else None) or _source_column(names, source, path)
         _require(used, names, path, "--source-column")
         texts = ((record.origin, _cell(record.values.get(used))) for record in records)
+    clean = one_line if suffix == ".txt" else normalize  # what the reader of lines left in one is no line break
     for origin, text in texts:
-        yield TextRow(origin, None, "the text is missing") if text is None else TextRow(origin, one_line(text), None)
+        yield TextRow(origin, None, "the text is missing") if text is None else TextRow(origin, clean(text), None)
 
 
 def detect_pair_columns(

@@ -23,10 +23,14 @@ _LANGUAGES_IN_MESSAGE = 20
 
 @dataclass(frozen=True)
 class Unit:
-    """The texts of a ``<tu>`` in the languages asked for, None where it has none, and its line."""
+    """The texts of a ``<tu>`` in the languages asked for, None where it has none, and its line.
+
+    ``inline_codes``: whether one of these texts had codes within it, which are left out.
+    """
 
     line: int
     texts: tuple[str | None, ...]
+    inline_codes: bool = False
 
 
 def read_tmx(path: Path, languages: Sequence[str], encoding: str | None = None) -> Iterator[Unit]:
@@ -84,7 +88,8 @@ class _Found:
         self._line = 0
         self._inside = self._codes = 0
         self._variant = ""
-        self._texts: dict[int, tuple[int, str]] = {}
+        self._texts: dict[int, tuple[int, str, bool]] = {}
+        self._has_codes = False
         self._segment: list[str] | None = None
         self._length = 0
         self.parser = expat.ParserCreate(encoding)
@@ -108,9 +113,10 @@ class _Found:
             if self._variant and len(self.seen) < _LANGUAGES_IN_MESSAGE:
                 self.seen[self._variant] = None
         elif tag == "seg":
-            self._segment, self._length, self._codes = [], 0, 0
+            self._segment, self._length, self._codes, self._has_codes = [], 0, 0, False
         elif tag in _CODES:
             self._codes += 1
+            self._has_codes = True
 
     def _end(self, tag: str) -> None:
         self._inside -= 1
@@ -121,10 +127,11 @@ class _Found:
             for index, language in enumerate(self._languages):
                 far = distance(language, self._variant)
                 if far is not None and (index not in self._texts or far < self._texts[index][0]):
-                    self._texts[index] = (far, text)
+                    self._texts[index] = (far, text, self._has_codes)
         elif tag == "tu":
-            texts = (self._texts.get(index, (0, None))[1] for index in range(len(self._languages)))
-            self.units.append(Unit(self._line, tuple(texts)))
+            found = [self._texts.get(index, (0, None, False)) for index in range(len(self._languages))]
+            texts = tuple(text for _, text, _ in found)
+            self.units.append(Unit(self._line, texts, any(codes for _, _, codes in found)))
 
     def _characters(self, data: str) -> None:
         # What is beyond the longest text anyone reads need not be kept: the rest is too long already.
