@@ -120,7 +120,9 @@ def test_a_toml_file_with_the_earlier_names_is_read(tmp_path: Path) -> None:
 
 def _typed_in(text: str) -> list[list[str]]:
     """Return the words of each deploykit command on a line of its own, without what the shell does with it."""
-    lines = re.findall(r"^ *(?:@\$\(BIN\)/)?deploykit ([a-z]+ .*)$", text.replace("\\\n", " "), re.MULTILINE)
+    fenced = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    code = "\n".join([*fenced, *re.findall(r"^(?: {4}|\t).*$", text, re.MULTILINE)])  # prose begins with the name too
+    lines = re.findall(r"^\s*(?:@\$\(BIN\)/)?deploykit ([a-z]+ .*)$", code.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(re.split(r" (?:[&|>]|#)", line)[0]) for line in lines]
 
 

@@ -194,10 +194,10 @@ def test_m2m100_takes_its_languages_as_tokens(m2m100: Path) -> None:
 @pytest.mark.parametrize(
     ("languages", "named"),
     [
-        ({"source": "en", "target": "tlh"}, "--target tlh"),
-        ({"source": "klingon", "target": "fr"}, "--source klingon"),
+        ({"source": "en", "target": "tlh"}, "--target-lang tlh"),
+        ({"source": "klingon", "target": "fr"}, "--source-lang klingon"),
         ({"source": "fr", "target": "fr"}, "both fr"),
-        ({}, "give --source and --target"),
+        ({}, "give --source-lang and --target-lang"),
     ],
 )
 def test_a_language_the_checkpoint_does_not_know(m2m100: Path, languages: dict[str, str], named: str) -> None:

@@ -38,7 +38,7 @@ typedef struct {
 
 INLINE int padded_values(int n) { return (n + 31) / 32 * 32; }
 
-/* ``rows`` queries of one head of an encoder: rows from ``from`` on of its ``n`` tokens; rows are ``wide`` floats apart. */
+/* One head of an encoder in a text of ``n`` tokens: rows of query, key and value are ``wide`` floats apart. */
 typedef struct {
     const float *query, *key, *value, *bias;
     int64_t wide, out_wide;

@@ -15,7 +15,7 @@ void feed_forward(Context *c, int number, const Stack *s, const Layer *l, int ro
 
 /* After a block, for each row: its norm, or the next block's, and what the next layer reads. */
 void between(Context *c, int number, const Stack *s, const Norm *after, const Norm *before_next, const Linear *next,
-                    int rows, float scale) {
+             int rows, float scale) {
     int first, last, wide = filled(s->hidden);
     share(rows, c->threads, number, &first, &last);
     for (int row = first; row < last; row++) {

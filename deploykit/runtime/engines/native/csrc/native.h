@@ -147,7 +147,7 @@ struct Context {
     pthread_t *thread;
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-    atomic_int generation, sleeping, arrived, phase, working;
+    atomic_int generation, arrived, phase, working;
     Work work;
     /* scratch, by rows */
     int capacity, positions, best_rows;

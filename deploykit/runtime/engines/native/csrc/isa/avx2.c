@@ -234,6 +234,7 @@ INLINE void columns_int8(const int rows, const int vectors, int part, const int8
     __m256i s[MOST_ROWS][8];
     for (int r = 0; r < rows; r++)
         for (int j = 0; j < vectors; j++) s[r][j] = _mm256_setzero_si256();
+#pragma GCC unroll 2
     for (int k = 0; k < quads; k++, w += 4 * PANEL) {
         _mm_prefetch((const char *)(ahead + (int64_t)k * apart), _MM_HINT_T0);
 #pragma GCC unroll 8
