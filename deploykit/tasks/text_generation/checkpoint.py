@@ -22,7 +22,7 @@ from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.rows import Row
-from deploykit.training.checkpoint import load_model, load_tokenizer, not_loadable
+from deploykit.training.checkpoint import load_model, load_tokenizer, not_loadable, quiet
 from deploykit.training.weights import read_generation_config
 
 _PROBE = Row(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
@@ -61,6 +61,7 @@ class TorchGenerator(LocalGenerator):
     @classmethod
     def load(cls, path: Path) -> TorchGenerator:
         """Load a checkpoint of deploykit's or anyone's. Raises ArtifactError or ExportError for one that is unusable."""
+        quiet()
         model, tokenizer = load_base(str(path))
         return cls(model, tokenizer, checkpoint_facts(model.config, model.generation_config, tokenizer))
 
