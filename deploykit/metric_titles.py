@@ -14,13 +14,16 @@ TITLES: Mapping[str, str] = {
     "chrf": "chrF",
     "pearson": "Pearson",
     "rmse": "RMSE",
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "token_accuracy": "token accuracy",
     "agreement": "agreement",
 }
 """Metric -> title in tables."""
 
-POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0}
+POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0, "loss": -100.0}
 """The metrics that ``--max-drop`` limits, with the number of points that a metric of 1 stands for. A grader may name
-others.
+others. A loss is better the lower it is: a point of it is 1 % of perplexity.
 """
 
 

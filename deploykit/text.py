@@ -26,9 +26,14 @@ def is_blank(text: str) -> bool:
     )
 
 
+def without_surrogates(text: str) -> str:
+    """Replace lone surrogates, which no UTF-8 holds and no tokenizer takes, by U+FFFD; the length stays."""
+    return _SURROGATE.sub("\ufffd", text)
+
+
 def printable(text: str) -> str:
     """Replace control characters by spaces and lone surrogates by U+FFFD, one for one: places stay what they are."""
-    return _SURROGATE.sub("\ufffd", _CONTROL.sub(" ", text))
+    return without_surrogates(_CONTROL.sub(" ", text))
 
 
 def normalize(text: str) -> str:

@@ -164,7 +164,7 @@ def _of_the_whole(part: str, before: Record, after: Record) -> Iterator[Change]:
         if name not in before["metrics"]:
             name = next(iter(shown_metrics(before["metrics"], name)))
         points = before["metrics"][name], after["metrics"][name]
-        bound = LEAST_POINTS / points_of(name)
+        bound = LEAST_POINTS / abs(points_of(name))
         yield _single(part, before["name"], (title_of(name), ""), points, bound, ("lower", "higher"))
 
 

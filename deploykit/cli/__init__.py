@@ -23,6 +23,7 @@ _COMMANDS: Mapping[str, str] = {
     "predict": "Answer texts with a served or local model of any task.",
     "answer": "Answer questions about a text, with their places in it.",
     "translate": "Translate texts with a served or local model.",
+    "generate": "Answer prompts with a language model.",
     "bench": "Measure speed and memory under load.",
     "compare": "Print what became faster or slower between two measurements.",
     "tune": "Find the fastest serving settings within a latency limit.",

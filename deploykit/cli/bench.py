@@ -156,7 +156,7 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     from deploykit.tasks.registry import get_task
 
     task = get_task(candidates[0]["task"])
-    generate = task.facts.graph_kind == "encoder-decoder"
+    generate = task.facts.graph_kind != "encoder"
     head = ("texts/s", *(["tokens/s"] if generate else []), "p50 ms", "p99 ms")
     yield f"{'':<40}" + "".join(f"{title:>10}" for title in head) + f"{'errors':>8}"
     for candidate in candidates:

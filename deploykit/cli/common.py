@@ -160,7 +160,7 @@ PRECISION = click.option(
     "--precision",
     default="auto",
     show_default=True,
-    help="Precision: auto (INT8 if available), int8, fp16, bf16 or fp32.",
+    help="Precision: auto (INT8 if available), int8, int4, fp16, bf16 or fp32.",
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads (default: all CPUs).")
 ENCODING = click.option("--encoding", help="Encoding of text files (default: UTF-8, or as the byte order mark says).")
@@ -202,7 +202,7 @@ FORCE = click.option("--force", is_flag=True, help="Replace an existing destinat
 
 _SEARCH: Mapping[str, Mapping[str, Any]] = {
     "num_beams": {"type": int, "aliases": ["--beam-size"], "help": "Number of beams; 1 is greedy search."},
-    "max_new_tokens": {"type": int, "help": "Maximum length of a translation, in tokens."},
+    "max_new_tokens": {"type": int, "help": "Maximum number of tokens to generate."},
     "min_new_tokens": {"type": int, "help": "Minimum length of a translation, in tokens."},
     "length_penalty": {
         "type": float,
@@ -235,18 +235,23 @@ _COLUMNS: Mapping[str, Mapping[str, Any]] = {
     "text_column": {"multiple": True, "help": "Text column (default: the training columns, or detected)."},
     "source_column": {"help": "Source column (default: the training column, or detected)."},
     "target_column": {"help": "Target column (default: the training column, or detected)."},
+    "prompt_column": {"help": "Prompt column (default: the training column, or detected)."},
+    "completion_column": {"help": "Completion column (default: the training column, or detected)."},
 }
 
 
 def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Options that name the columns of a data file, of every task; they come as ``columns``.
 
+    Other options that a task has in its ``columns`` are those of ``evaluate`` alone, which declares them.
+
     With ``inputs_only``, those of the texts alone, for a command that reads no right answers.
     """
     from deploykit.tasks.registry import get_task, task_names
 
     tasks = [get_task(name) for name in task_names()]
-    names = list(dict.fromkeys(c for task in tasks for c in (task.input_columns if inputs_only else task.columns)))
+    found = (c for task in tasks for c in (task.input_columns if inputs_only else task.columns))
+    names = list(dict.fromkeys(name for name in found if name.endswith("_column")))
 
     def declare(function: Callable[..., Result]) -> Callable[..., Result]:
         @functools.wraps(function)
@@ -265,7 +270,7 @@ def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Resu
 
 def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> None:
     """Raise UsageError if a column or search option does not apply to a model of ``task``."""
-    searches = task.facts.graph_kind == "encoder-decoder"
+    searches = task.facts.graph_kind != "encoder"
     given = {name: value for name, value in columns.items() if name not in task.columns}
     for name, value in {**given, **({} if searches else generation)}.items():
         if value not in (None, ()):

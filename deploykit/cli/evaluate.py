@@ -27,6 +27,8 @@ from deploykit.cli.common import (
 @click.option("--data", required=True, help="Rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
               "TMX, .po, .mo, or two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
 @column_options()
+@click.option("--answer-regex", help="Compare only the last match of this (its first group) in generated answers.")
+@click.option("--syntax", type=click.Choice(["bash", "python", "json"]), help="Count the generated answers that parse.")
 @option(
     "--dataset-split", "split", aliases=["--split"], default="test", show_default=True, help="Split of an HF dataset."
 )
@@ -41,6 +43,8 @@ def command(
     target: str,
     data: str,
     columns: dict[str, Any],
+    answer_regex: str | None,
+    syntax: str | None,
     split: str,
     generation: dict[str, Any],
     encoding: str | None,
@@ -49,6 +53,7 @@ def command(
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
 
+    columns = {**columns, "answer_regex": answer_regex, "syntax": syntax}
     predictor = open_predictor(target, **where)
     try:
         task = task_of(predictor.task)

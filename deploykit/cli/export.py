@@ -34,6 +34,7 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @click.argument("checkpoint", metavar="TARGET", type=click.Path(path_type=Path))
 @OUTPUT_DIR
 @click.option("--int8", is_flag=True, help="Also write INT8 graphs, calibrated and checked.")
+@click.option("--int4", is_flag=True, help="Also write the linear layers of a language model in INT4.")
 @CALIBRATION_SPLIT
 @CALIBRATION_DATA
 @click.option("--calib", help="Folder of a calibration that deploykit calibrate wrote, in place of calibrating.")
@@ -41,7 +42,7 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @CALIBRATION_ROWS
 @click.option("--method", type=METHODS, default="minmax", show_default=True)
 @click.option("--max-drop", type=float, default=0.5, show_default=True,
-              help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose.")  # fmt: skip
+              help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose; for a language model, percent of its perplexity.")  # fmt: skip
 @click.option("--smooth-quant", type=float, is_flag=False, flag_value=0.5, metavar="[ALPHA]",
               help="Move outliers of a classifier's activations into the weights before INT8. ALPHA: 0 to 1 (default: 0.5).")  # fmt: skip
 @click.option("--data", help="Rows to measure on (default: the run's test rows).")

@@ -36,7 +36,7 @@ def _load_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
 
 def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """Declare an option that is None if not given. --help shows the defaults of the dataclasses that have it."""
-    field = name.lstrip("-").replace("-", "_")
+    field = name.partition("/")[0].lstrip("-").replace("-", "_")
     owners = {task: kind for task, kind in OPTIONS.items() if field in kind.__dataclass_fields__}
     defaults = {task: getattr(kind, field) for task, kind in owners.items()}
     shown = {task: str(d) for task, d in defaults.items() if d not in (None, (), "", " ") and d is not False}
@@ -53,7 +53,7 @@ def _option(name: str, **attributes: Any) -> Callable[[Callable[..., Result]], C
 def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
     """Declare an option for every field of the tasks' options that has none yet: those of another package's task.
 
-    A field's metadata may have its ``help``.
+    A field's metadata may have its ``help`` and its ``choices``. One that is True by default has a ``--no-`` form too.
     """
     declared = {parameter.name for parameter in getattr(function, "__click_params__", ())}
     for kind in OPTIONS.values():
@@ -62,18 +62,22 @@ def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
                 continue
             declared.add(field.name)
             attributes: dict[str, Any] = {"help": field.metadata.get("help", "")}
+            name = flag(field.name)
             if isinstance(field.default, bool):
                 attributes["is_flag"] = True
+                name += f"/--no-{name[2:]}" if field.default else ""
+            elif "choices" in field.metadata:
+                attributes["type"] = click.Choice(field.metadata["choices"])
             elif isinstance(field.default, tuple):
                 attributes["multiple"] = True
             elif isinstance(field.default, int | float):
                 attributes["type"] = type(field.default)
-            function = _option(flag(field.name), **attributes)(function)
+            function = _option(name, **attributes)(function)
     return function
 
 
 @deploykit_command(
-    help="Fine-tune TARGET, the folder of a Hugging Face checkpoint or a hub id, on labelled text or on translations."
+    help="Fine-tune TARGET, the folder of a Hugging Face checkpoint or a hub id, on labelled text, on translations, or on prompts and answers. For text-generation TARGET may be a .gguf file."
 )
 @_other_options
 @click.argument("model", metavar="[TARGET]", required=False)
@@ -119,7 +123,11 @@ def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
 @_option("--num-train-epochs", type=float, help="Number of epochs.")
 @_option("--max-steps", type=int, help="Optimizer steps; overrides --num-train-epochs; 0: off.")
 @_option("--per-device-train-batch-size", type=int, help="Rows of a batch.")
-@_option("--batch-tokens", type=int, help="Maximum padded tokens of a batch, counted on its longer side.")
+@_option(
+    "--batch-tokens",
+    type=int,
+    help="Maximum tokens of a batch, padding included; pairs are counted on their longer side.",
+)
 @_option("--gradient-accumulation-steps", type=int, help="Batches per optimizer step.")
 @_option("--learning-rate", type=float, help="Peak learning rate.")
 @_option("--optimizer", type=click.Choice(["adamw", "sgd"]))
@@ -132,7 +140,11 @@ def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
 @_option("--class-weights", type=click.Choice(["none", "balanced"]))
 @_option("--early-stopping-patience", type=int, help="Stop after this many evaluations without improvement; 0: off.")
 @_option("--eval-steps", type=int, help="Evaluate and save every so many steps; 0: by epoch.")
-@_option("--eval-rows", type=int, help="Maximum validation rows that an evaluation translates.")
+@_option(
+    "--eval-rows",
+    type=int,
+    help="Maximum validation rows that an evaluation translates; for text-generation, held-out rows to answer before and after training.",
+)
 @_option("--num-beams", type=int, help="Number of beams for the final translations (default: the checkpoint's).")
 @_option(
     "--mixed-precision",

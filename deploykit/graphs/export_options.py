@@ -67,10 +67,12 @@ class CalibrationOptions:
 class ExportOptions(CalibrationOptions):
     """``calib`` is the folder of a calibration that ``deploykit calibrate`` wrote. ``data`` is a file of rows to
     measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
-    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF. ``smooth_quant`` is SmoothQuant's alpha (None:
-    without). ``trt``: also build TensorRT engines."""
+    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language model's perplexity.
+    ``int4`` is for language models. ``smooth_quant`` is SmoothQuant's alpha (None: without). ``trt``: also build TensorRT
+    engines."""
 
     int8: bool = False
+    int4: bool = False
     calib: str | None = None
     method: Method = "minmax"
     max_drop: float = 0.5

@@ -415,7 +415,7 @@ def frontier(tuning: Record) -> str:
 
 def generates(result: Record) -> bool:
     """Return whether the candidates, all of one task, generate token by token."""
-    return get_task(result["candidates"][0]["task"]).facts.graph_kind == "encoder-decoder"
+    return get_task(result["candidates"][0]["task"]).facts.graph_kind != "encoder"
 
 
 def headline(candidate: Record) -> Record:

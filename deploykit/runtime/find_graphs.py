@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 
 from deploykit.artifacts import Manifest
 from deploykit.errors import ArtifactError, UsageError
-from deploykit.runtime.engines import ENGINES, check_engine, check_name, installed_engines
+from deploykit.runtime.engines import ENGINES, EngineInfo, check_engine, check_name, installed_engines
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.engines.tensorrt import record_path, runs_here
 from deploykit.runtime.tuned_settings import read_tuned
+from deploykit.tasks.protocol import GraphKind
 
 if TYPE_CHECKING:
     pass
 
 
-_BEST_FIRST: tuple[Precision, ...] = ("int8", "fp16", "bf16", "fp32")
+_BEST_FIRST: tuple[Precision, ...] = ("int8", "fp16", "bf16", "fp32", "int4")
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
     wanted = [p for p in _BEST_FIRST if precision in ("auto", p)]
     if not wanted:
         raise UsageError(f"unknown precision {precision!r}", f"choose one of: auto, {', '.join(sorted(_BEST_FIRST))}")
-    translates = manifest.task.graph_kind == "encoder-decoder"
+    kind = manifest.task.graph_kind
     if engine != "auto":
         check_name(engine)
         names = [engine]
     else:
-        names = _decoding(installed_only=True) if translates else installed_engines()
-    if translates and not ENGINES[names[0]].decoder:
-        decoding = " or ".join(_decoding())
-        raise UsageError(f"the engine {engine} does not run translation", f"give --engine {decoding}")
+        names = installed_engines() if kind == "encoder" else _generating(kind, installed_only=True)
+    if kind != "encoder" and not _generates(ENGINES[names[0]], kind):
+        what = "translation" if kind == "encoder-decoder" else "language models"
+        raise UsageError(f"the engine {engine} does not run {what}", f"give --engine {' or '.join(_generating(kind))}")
     for name in names:
         if to_run:
             check_engine(name)
@@ -72,10 +73,14 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
     raise ArtifactError(f"{path}: has no {precision} graph for the engine {names[-1]}", remedy)
 
 
-def _decoding(*, installed_only: bool = False) -> list[str]:
-    """Return the engines that run translators, best first. The last one is included even if it is not installed."""
-    names = [name for name, info in ENGINES.items() if info.decoder]
+def _generating(kind: GraphKind, *, installed_only: bool = False) -> list[str]:
+    """Return the engines that run graphs of this kind, best first. The last one is included even if it is not installed."""
+    names = [name for name, info in ENGINES.items() if _generates(info, kind)]
     return [name for name in names if not installed_only or ENGINES[name].installed or name == names[-1]]
+
+
+def _generates(info: EngineInfo, kind: GraphKind) -> bool:
+    return bool(info.decoder if kind == "encoder-decoder" else info.language_models)
 
 
 def _files(manifest: Manifest, engine: str) -> Mapping[Precision, tuple[str, ...]]:
@@ -88,6 +93,8 @@ def _files(manifest: Manifest, engine: str) -> Mapping[Precision, tuple[str, ...
         return {p: (*files, *(record_path(Path(file)).name for file in files)) for p, files in built.items()}
     if manifest.task.graph_kind == "encoder-decoder":
         return info.translators
+    if manifest.task.graph_kind == "decoder":
+        return info.language_models
     return {precision: (graph,) for precision, graph in info.graphs.items()}
 
 

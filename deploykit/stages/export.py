@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploykit import artifacts
-from deploykit.errors import MissingDependencyError
+from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written
 from deploykit.measurement_log import Trace
 from deploykit.metric_titles import points_of
@@ -50,6 +50,9 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     options = options.with_precisions()
     options.check()
     check_source(str(checkpoint))
+    task = task_of_checkpoint(checkpoint)
+    if options.int4 and task.facts.graph_kind != "decoder":
+        raise UsageError(f"--int4 is for language models, and {checkpoint} {task.does}", "use --int8")
     parent = parent_digest(checkpoint)
     engines = [name for name, info in ENGINES.items() if info.installed]
     inputs = artifacts.digest_of("export", parent, identity(options), engines)
@@ -63,9 +66,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
         command = command_of(checkpoint, out, options)
         options = dataclasses.replace(options, trt=dataclasses.replace(options.trt, command=command))
     with artifacts.new_directory(out) as directory:
-        written: Written = (
-            task_of_checkpoint(checkpoint).export_steps().write(checkpoint, directory, options, saved, trace, say)
-        )
+        written: Written = task.export_steps().write(checkpoint, directory, options, saved, trace, say)
         _draw_search(directory, written.metrics, options.max_drop, say)
         manifest = artifacts.write_manifest(
             directory,

@@ -97,7 +97,7 @@ class Measuring(Protocol):
     headline: str
     """The metric for comparing two models: "macro_f1"."""
     columns: tuple[str, ...]
-    """The options that name columns of a data file: "text_column", "label_column"."""
+    """The options that name columns of a data file ("text_column", "label_column"), and others of ``evaluate``."""
     input_columns: tuple[str, ...]
     """The options among them that name a text's columns."""
 

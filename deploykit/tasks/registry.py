@@ -27,6 +27,7 @@ _OWN: Mapping[str, str] = {
     "classification": "deploykit.tasks.classification.task:TASK",
     "translation": "deploykit.tasks.translation.task:TASK",
     "question-answering": "deploykit.tasks.question_answering.task:TASK",
+    "text-generation": "deploykit.tasks.text_generation.task:TASK",
 }
 
 

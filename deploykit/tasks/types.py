@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-GraphKind = Literal["encoder", "encoder-decoder"]
-"""What an export holds: one graph that reads texts, or an encoder and a decoder that writes token by token."""
+GraphKind = Literal["encoder", "encoder-decoder", "decoder"]
+"""What an export holds: one graph that reads texts, an encoder and a decoder that writes token by token, or one graph
+that does both."""
 
 Options = Mapping[str, Any]
 """Options of a command by name; those that were not given are None."""

@@ -31,7 +31,9 @@ class Progress(TrainerCallback):  # type: ignore[misc]
             told = (f"{key} {value:.4f}" for key, value in measured.items() if key not in _OF_NO_INTEREST)
             self._say(f"{where}: on the validation rows {', '.join(told)}")
         elif "loss" in logs:
-            self._say(f"{where}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.1e}{self._left(state)}")
+            self._say(
+                f"{where}: loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.1e}{_speed(logs)}{self._left(state)}"
+            )
 
     def _left(self, state: Any) -> str:
         first, then = self._start
@@ -39,3 +41,7 @@ class Progress(TrainerCallback):  # type: ignore[misc]
         if seconds < 1:
             return ""
         return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
+
+
+def _speed(logs: Mapping[str, Any]) -> str:
+    return f", {logs['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in logs else ""

@@ -33,6 +33,9 @@ def check_source(model: str, task: str | None = None) -> None:
         if model.startswith((".", "/", "~")) or model.count("/") > 1 or len(path.parts) > 2:
             raise ArtifactError(f"{model}: no such model folder", "check the path, or give a hub id such as org/name")
         return
+    if task is not None and path.suffix == ".gguf" and path.is_file():
+        _check_gguf(path, task)
+        return
     if path.is_dir() and (path / MANIFEST).exists():
         made_for = load_manifest(path, "checkpoint").task.name
         if task is not None and made_for != task:
@@ -56,6 +59,14 @@ def check_source(model: str, task: str | None = None) -> None:
             f"{model}: has no {', '.join(missing) or 'tokenizer'}",
             f"copy {', '.join(missing) or 'tokenizer.json'} beside config.json",
         )
+
+
+def _check_gguf(path: Path, task: str) -> None:
+    if get_task(task).auto_model != "AutoModelForCausalLM":
+        raise ArtifactError(f"{path}: is a GGUF file, which holds a language model", "give a checkpoint's folder")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ArtifactError(f"{path}: is not a GGUF file", "copy it again")
 
 
 def _family(path: Path) -> str:

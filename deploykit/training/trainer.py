@@ -119,10 +119,11 @@ def run(trainer: Any) -> Any:
     return model.to("cpu").float().eval()
 
 
-def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Collection[str] = ()) -> Any:
+def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Collection[str] = (), **own: Any) -> Any:
     """``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022).
 
     Modules that have keys in ``new`` are trained whole and saved with the adapter: their random weights are nowhere else.
+    ``own`` are settings of peft's ``LoraConfig`` that a task has, in place of these.
     """
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -132,10 +133,9 @@ def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Coll
         task_type=TaskType[task_type],
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
-        lora_dropout=0.05,
-        target_modules="all-linear",
         modules_to_save=sorted({key.rpartition(".")[0] for key in new}) or None,
         exclude_modules=heads if task_type in ("TOKEN_CLS", "QUESTION_ANS") else None,
+        **{"lora_dropout": 0.05, "target_modules": "all-linear", **own},
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers about each other's next release

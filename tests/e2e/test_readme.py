@@ -16,6 +16,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from language_models import write_checkpoint, write_rows
+
+from deploykit.tasks.text_generation.chat_template import CHATML
 
 ROOT = Path(__file__).parents[2]
 PAGES = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
@@ -49,6 +52,8 @@ def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, 
     (tmp_path / "minilm").symlink_to(minilm)
     rows = _write_some(tweets, tmp_path / "tweets.csv")
     (tmp_path / "pairs.tsv").symlink_to(pairs)
+    write_checkpoint(tmp_path / "smollm2", template=CHATML)
+    write_rows(tmp_path / "commands.jsonl")
     script = ["set -euo pipefail"]
     for language, block in _docs_blocks():
         script.append(block if language == "bash" else f"python - <<'PYTHON'\n{block}PYTHON")

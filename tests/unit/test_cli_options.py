@@ -26,6 +26,8 @@ SHARED = {
     "--label-column": "as --text-column",
     "--source-column": "as --text-column",
     "--target-column": "as --text-column",
+    "--prompt-column": "as --text-column",
+    "--completion-column": "as --text-column",
     "--num-beams": "of one search, or of the model that is trained",
     "--source-lang": "of the pairs to train on, or of a checkpoint that was trained elsewhere",
     "--target-lang": "as --source-lang",
@@ -67,6 +69,7 @@ def test_the_model_is_the_first_argument_of_every_command() -> None:
         expected = {
             "finetune": ["[TARGET]"], "bench": ["TARGETS"], "compare": ["OLD", "NEW"], "unpack": ["BUNDLE"], "serve": [],
             "doctor": [], "demo": [], "predict": ["TARGET", "TEXTS"], "translate": ["TARGET", "TEXTS"],
+            "generate": ["TARGET", "TEXTS"],
         }.get(name, ["TARGET"])  # fmt: skip
         assert shown == expected, name
 

@@ -14,9 +14,11 @@ from typing import ClassVar
 import pytest
 
 from deploykit.errors import ArtifactError, UsageError
+from deploykit.runtime.sampling import Sampling
 from deploykit.tasks import registry
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.question_answering.facts import QuestionAnswering
+from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.translation.facts import Translation
 
 
@@ -57,6 +59,7 @@ def test_facts_come_back_from_a_manifest_as_they_were() -> None:
         Classification(("a", "b"), 64, 0, multi_label=True),
         QuestionAnswering(384, 128, 0, no_answer_threshold=-1.5),
         Translation("en", "fr", "marian", 100, 64, 64, 1, (0,), 1, languages=("fr",)),
+        TextGeneration("llama", 400, 256, 5, (2, 4), {"bos_token": "<s>"}, Sampling(stop=("x",)), ("text", "text", "")),
     ):
         assert registry.task_from_json(json.loads(json.dumps(registry.task_to_json(facts)))) == facts
 
@@ -104,7 +107,7 @@ def test_a_task_that_cannot_be_imported_is_named_with_its_module(monkeypatch: py
 
 @pytest.mark.usefixtures("added")
 def test_a_task_of_another_package_is_found_by_name_head_and_manifest(tmp_path: Path) -> None:
-    assert registry.task_names() == ["classification", "translation", "question-answering", "words"]
+    assert registry.task_names() == ["classification", "translation", "question-answering", "text-generation", "words"]
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertForTokenClassification"]}))
     assert registry.task_of_checkpoint(tmp_path).name == "words"
     assert registry.task_from_json({"name": "words", "labels": ["x", "y"]}) == Words(("x", "y"))

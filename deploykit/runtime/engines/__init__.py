@@ -25,6 +25,7 @@ class EngineInfo:
 
     - ``location``: its ``Engine``, which runs ``graphs`` (classifiers); empty if it has none.
     - ``decoder``: its ``DecodeModel``, which runs ``translators``; empty if it has none.
+    - ``language_models``: the graphs of language models that it runs.
     - ``packages``: any one of these is enough; ``extra`` installs one.
     - ``built``: the export's manifest lists the engines built for it.
     - ``provider``: the execution provider that ONNX Runtime must have.
@@ -36,6 +37,7 @@ class EngineInfo:
     graphs: Mapping[Precision, str] = field(default_factory=dict)
     decoder: str = ""
     translators: Mapping[Precision, tuple[str, ...]] = field(default_factory=dict)
+    language_models: Mapping[Precision, tuple[str, ...]] = field(default_factory=dict)
     built: bool = False
     gpu: bool = False
     provider: str = ""
@@ -69,6 +71,12 @@ TRANSLATION_FILES: Mapping[Precision, tuple[str, str, str]] = {
 """Files that ONNX Runtime translates with: encoder graph, decoder graph, and the weights that both share."""
 TRANSLATION_ENGINE = "onnxruntime"
 """The engine that translates on every machine. Calibration and parity checks use it."""
+LANGUAGE_MODEL_FILES: Mapping[Precision, tuple[str, str]] = {
+    "fp32": ("model.onnx", "model.onnx_data"),
+    "int8": ("model.int8.onnx", "model.int8.onnx_data"),
+    "int4": ("model.int4.onnx", "model.int4.onnx_data"),
+}
+"""Files that ONNX Runtime runs a language model with: graph and weights."""
 NATIVE_FILE = "native.int8.safetensors"
 
 # In the order in which "auto" prefers them. OpenVINO runs encoders faster than ONNX Runtime on every x86 CPU measured, and
@@ -101,6 +109,7 @@ ENGINES: Mapping[str, EngineInfo] = {
         {"fp32": "model.onnx", "int8": "model.u8s8.onnx"},
         "deploykit.runtime.engines.seq2seq:Seq2SeqModel",
         TRANSLATION_FILES,
+        LANGUAGE_MODEL_FILES,
     ),
     # Last, so that "auto" does not choose it: it has not been measured on a GPU yet.
     "cuda": EngineInfo(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from deploykit.runtime.search import Beam
 
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 
 class Engine(Protocol):

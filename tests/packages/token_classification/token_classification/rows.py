@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploykit.data.grouping import group_key
-from deploykit.data.read import read_lines, read_records
+from deploykit.data.open_text import read_lines
+from deploykit.data.read import read_records
 from deploykit.data.texts import TextRow, first_usual, peek, read_texts, require_columns, scalar
 from deploykit.errors import DataError
 from deploykit.text import normalize

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deploykit.cli.common import (
+    ENCODING,
+    FORCE,
+    PRECISION,
+    THREADS,
+    Result,
+    deploykit_command,
+    progress_bar,
+)
+from deploykit.errors import DataError, UsageError
+from deploykit.runtime.serving_settings import DEFAULT_URL
+
+
+@deploykit_command(
+    help="Answer TEXTS, or the rows of a file, with TARGET, the folder of a language model: a checkpoint or an export."
+)
+@click.argument("model", metavar="TARGET")
+@click.argument("texts", nargs=-1)
+@click.option(
+    "--input", "source", help="Prompts: .txt (a prompt a line), csv, tsv, jsonl, parquet; also dialogs in 'messages'."
+)
+@click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
+@click.option("--prompt-column", help="Prompt column (default: the training column, or detected).")
+@click.option("--system", help="Text of the system message.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--max-new-tokens", type=int, help="Maximum number of tokens to generate. [default: 256]")
+@click.option("--temperature", type=float, help="Temperature of sampling; 0 is greedy search. [default: 0]")
+@click.option("--top-k", type=int, help="Sample from this many of the likeliest tokens; 0: off.")
+@click.option("--top-p", type=float, help="Sample from the likeliest tokens with this total probability; 1: off.")
+@click.option("--min-p", type=float, help="Leave out tokens less likely than this share of the likeliest; 0: off.")
+@click.option("--repetition-penalty", type=float, help="Divide the scores of tokens that already occurred; 1: off.")
+@click.option("--presence-penalty", type=float, help="Subtract this from the scores of tokens in the answer; 0: off.")
+@click.option("--frequency-penalty", type=float, help="Subtract this for each time a token is in the answer; 0: off.")
+@click.option("--seed", type=int, help="Seed of sampling: the same seed gives the same answer. [default: 0]")
+@click.option("--stop", multiple=True, help="Text that ends an answer; may be repeated.")
+@click.option("--n", type=int, help="Number of answers to each prompt. [default: 1]")
+@click.option("--logprobs", is_flag=True, help="Also give each token's log-probability.")
+@ENCODING
+@FORCE
+@PRECISION
+@THREADS
+def command(
+    *, model: str, texts: tuple[str, ...], source: str | None, output: Path | None, prompt_column: str | None,
+    system: str | None, raw: bool, logprobs: bool, encoding: str | None, force: bool, precision: str,
+    threads: int | None, stop: tuple[str, ...], **sampling: Any,
+) -> Result:  # fmt: skip
+    if bool(texts) == bool(source):
+        raise UsageError("give texts, or --input with --output", 'deploykit generate TARGET "some prompt"')
+    if bool(source) != bool(output):
+        raise UsageError("--input and --output go together", "name both")
+    if raw and system is not None:
+        raise UsageError("--raw and --system exclude each other", "leave one out")
+
+    from deploykit.runtime.sampling import override
+    from deploykit.tasks.opening import identity_of, open_generator
+    from deploykit.tasks.text_generation.generate import How, Question, answers, generate_file
+
+    given = {name: value for name, value in {**sampling, "stop": stop}.items() if value not in (None, ())}
+    where = {"precision": precision, "threads": threads}
+    generator = open_generator(model, url=DEFAULT_URL, **where)
+    try:
+        how = How(override(generator.task.sampling, given), raw, system, logprobs)
+        if source is None or output is None:
+            records = answers(generator, [Question(f"text {i}", p) for i, p in enumerate(texts, start=1)], how)
+            if all("error" in record for record in records):
+                remedy = "give another prompt"
+                raise DataError("\n".join(f"{record['origin']}: {record['error']}" for record in records), remedy)
+            return {"results": records}, "\n".join(map(_told, records))
+        with progress_bar("rows") as progress:
+            done = generate_file(
+                generator, source, output, how, identity=f"{identity_of(model, generator)} {where}", column=prompt_column,
+                encoding=encoding, force=force, progress=progress,
+            )  # fmt: skip
+    finally:
+        generator.close()
+    text = f"{output}: {done.rows:,} rows"
+    if done.resumed:
+        text += f", {done.resumed:,} of them from the run before"
+    if done.errors:
+        text += f"; {done.errors:,} could not be answered"
+    return {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}, text
+
+
+def _told(record: dict[str, Any]) -> str:
+    if "error" in record:
+        return f"{record['origin']}: {record['error']}"
+    return "\n---\n".join(answer["answer"] for answer in record.get("answers", [record]))

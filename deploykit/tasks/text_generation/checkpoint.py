@@ -1,0 +1,194 @@
+"""Language model checkpoints in PyTorch: load them, also from GGUF, and answer with them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+
+from deploykit.errors import ArtifactError, MissingDependencyError, UsageError
+from deploykit.graphs.causal_architecture import check_supported
+from deploykit.tasks.text_generation.chat_template import CHATML, CHATML_TOKENS
+from deploykit.tasks.text_generation.encode import ChatTokenizer
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.generator import LocalGenerator
+from deploykit.tasks.text_generation.rows import Row
+from deploykit.training.checkpoint import load_model, load_tokenizer, not_loadable, quiet
+from deploykit.training.weights import read_generation_config
+
+_PROBE = Row(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+
+
+class TorchCausalLm:
+    """``CausalLm`` in PyTorch. A cache is transformers' ``DynamicCache``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def run(
+        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64], cache: Any, *, last: bool
+    ) -> tuple[NDArray[np.float32], Any]:
+        cache = DynamicCache() if cache is None else cache
+        outputs = self.model(
+            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
+            position_ids=torch.from_numpy(positions), past_key_values=cache, use_cache=True,
+            logits_to_keep=1 if last else 0,
+        )  # fmt: skip
+        return outputs.logits.float().numpy(), cache
+
+    def keep(self, cache: Any, rows: Sequence[int]) -> Any:
+        cache.batch_select_indices(torch.tensor(list(rows)))
+        return cache
+
+
+class TorchGenerator(LocalGenerator):
+    """A checkpoint that answers."""
+
+    def __init__(self, model: Any, hf_tokenizer: Any, task: TextGeneration) -> None:
+        super().__init__(task, chat_tokenizer(hf_tokenizer, task.eos_token_ids), TorchCausalLm(model.eval()))
+        self.torch_model, self.hf_tokenizer = model, hf_tokenizer
+
+    @classmethod
+    def load(cls, path: Path) -> TorchGenerator:
+        """Load a checkpoint of deploykit's or anyone's. Raises ArtifactError or ExportError for one that is unusable."""
+        quiet()
+        model, tokenizer = load_base(str(path))
+        return cls(model, tokenizer, checkpoint_facts(model.config, model.generation_config, tokenizer))
+
+
+def load_base(source: str) -> tuple[Any, Any]:
+    """Return the model, in fp32 and eval mode, and the tokenizer of a checkpoint folder, hub id or GGUF file."""
+    tokenizer = load_base_tokenizer(source)
+    if not source.endswith(".gguf"):
+        return load_model(source, TextGeneration.name), tokenizer
+    with _reading_gguf(source) as (folder, file):
+        read = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False, attn_implementation="eager"
+        )
+    # The weights are plain fp32 by now, but the configuration still says GGUF, and then nothing can be saved.
+    config = type(read.config)(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    model = type(read)._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    missing, unexpected = model.load_state_dict(read.state_dict(), strict=False)
+    if unexpected or any("rotary" not in name and "lm_head" not in name for name in missing):
+        raise ArtifactError(f"{source}: weights are missing or unknown: {[*missing, *unexpected][:3]}", "copy it again")
+    model.tie_weights()
+    return model.eval(), tokenizer
+
+
+def load_base_tokenizer(source: str) -> Any:
+    """Return the fast tokenizer of a checkpoint folder, hub id or GGUF file."""
+    if not source.endswith(".gguf"):
+        return load_tokenizer(source)
+    with _reading_gguf(source) as (folder, file):
+        return AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+
+
+def load_base_config(source: str) -> tuple[Any, Any]:
+    """Return model and generation configuration. Raises ExportError for an architecture that cannot be exported."""
+    if source.endswith(".gguf"):
+        with _reading_gguf(source) as (folder, file):
+            config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever its dozen loaders raise
+            raise not_loadable(source, error) from error
+    check_supported(config, source)
+    if source.endswith(".gguf"):
+        return config, GenerationConfig.from_model_config(config)
+    return config, read_generation_config(source)
+
+
+@contextlib.contextmanager
+def _reading_gguf(source: str) -> Any:
+    """Yield folder and file name, as transformers wants them."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(f"{source}: GGUF files need gguf", "pip install 'deploykit[finetune]'") from error
+    path = Path(source)
+    try:
+        # It draws progress bars, and warns that weights become fp32.
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield str(path.parent), path.name
+    except Exception as error:  # transformers raises whatever its loaders raise
+        raise not_loadable(source, error) from error
+
+
+def chat_tokenizer(tokenizer: Any, eos_token_ids: Sequence[int]) -> ChatTokenizer:
+    """Return what encodes as Hugging Face's ``tokenizer`` does, without transformers."""
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    return ChatTokenizer(copy, tokenizer.chat_template, special_tokens(tokenizer), eos_token_ids)
+
+
+def special_tokens(tokenizer: Any) -> dict[str, str]:
+    """Return the tokens that a chat template may name."""
+    return {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
+
+def checkpoint_facts(config: Any, generation: Any, tokenizer: Any, columns: Sequence[str] = ()) -> TextGeneration:
+    """Return the facts of a checkpoint. Its answers end with each end token that its configuration, its tokenizer or its
+    chat template writes."""
+    ids = [generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id]
+    eos = [int(i) for found in ids for i in (found if isinstance(found, list) else [found]) if i is not None]
+    if tokenizer.chat_template is not None:
+        eos += end_of_turn(chat_tokenizer(tokenizer, eos))
+    if not eos:
+        raise UsageError("the checkpoint has no token that ends a text", "give --chat-template, or set its eos_token")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    positions = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return TextGeneration(
+        family=str(config.model_type),
+        vocabulary=int(config.vocab_size),
+        max_length=int(min(positions, 1_000_000)),
+        pad_token_id=int(pad),
+        eos_token_ids=tuple(dict.fromkeys(eos)),
+        special_tokens=special_tokens(tokenizer),
+        columns=tuple(columns),
+    )
+
+
+def end_of_turn(tokenizer: ChatTokenizer) -> list[int]:
+    """Return the token that the chat template ends an answer with, if it is a special one."""
+    row = tokenizer.encode_row(_PROBE)
+    supervised = row.ids[row.supervised]
+    return [int(supervised[-1])] if len(supervised) and int(supervised[-1]) in tokenizer.special_ids else []
+
+
+def set_template(tokenizer: Any, template: str | None, eos_token_ids: Sequence[int], *, needed: bool) -> list[str]:
+    """Give a Hugging Face tokenizer the chat template ``template``, None: its own; return the tokens that were added.
+
+    Raises UsageError where one is ``needed`` and there is none, or where its answers have no end that a model could
+    write.
+    """
+    added: list[str] = []
+    if template is not None:
+        tokenizer.chat_template = template
+        if template == CHATML:
+            added = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
+            if added:
+                tokenizer.add_special_tokens({"additional_special_tokens": list(CHATML_TOKENS)})
+    if tokenizer.chat_template is None:
+        if needed:
+            raise UsageError(
+                "the checkpoint has no chat template, and dialogs need one",
+                "give --chat-template chatml or alpaca, or a Jinja file",
+            )
+        return added
+    if needed and not end_of_turn(chat_tokenizer(tokenizer, eos_token_ids)):
+        raise UsageError(
+            "the chat template ends an answer with no special token, so the model could not learn to stop",
+            "let it end an answer with {{ eos_token }}",
+        )
+    return added

@@ -1,0 +1,146 @@
+"""Turn dialogs into token ids, and mark those that are supervised. Neither torch nor transformers is needed.
+
+The rendered text is encoded without special tokens of the tokenizer's own: the template has written them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Tokenizer
+
+from deploykit.errors import ArtifactError, UsageError
+from deploykit.tasks.text_generation.chat_template import FILE, ChatTemplate, Message
+from deploykit.tasks.text_generation.rows import Row
+from deploykit.text import without_surrogates
+
+LossOn = Literal["completion", "last-turn", "all"]
+OnLong = Literal["drop", "truncate", "split", "error"]
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """``ids`` int64 [tokens]; ``supervised`` bool [tokens], by position: whether the loss counts the token.
+
+    ``rewritten``: answers of earlier turns that are not supervised, because the template writes them otherwise once the
+    dialog goes on (it drops their reasoning, say), so that the model never has to write them like that.
+    """
+
+    ids: NDArray[np.int64]
+    supervised: NDArray[np.bool_]
+    rewritten: int = 0
+
+
+class ChatTokenizer:
+    """A checkpoint's tokenizer and its chat template, if it has one."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str | None,
+        special_tokens: Mapping[str, str],
+        eos_token_ids: Sequence[int],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.template = None if template is None else ChatTemplate(template, special_tokens)
+        self.eos_token_ids = tuple(eos_token_ids)
+
+    @classmethod
+    def load(cls, folder: Path, special_tokens: Mapping[str, str], eos_token_ids: Sequence[int]) -> ChatTokenizer:
+        """Read tokenizer.json and, if there is one, the chat template of an export."""
+        path = folder / "tokenizer.json"
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ArtifactError(f"{path}: is not a tokenizer: {error}", "copy the tokenizer again") from error
+        template = folder / FILE
+        source = template.read_text(encoding="utf-8") if template.is_file() else None
+        return cls(tokenizer, source, special_tokens, eos_token_ids)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text: they may end a turn."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special) | {*self.eos_token_ids}
+
+    def encode_prompt(
+        self, messages: Sequence[Message] | str, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Return the ids of a prompt: a dialog that the model has to go on with, or a plain text that it continues."""
+        if isinstance(messages, str):
+            return list(self._encode(messages).ids)
+        text = self._chat().render(messages, add_generation_prompt=True, tools=tools)
+        return list(self._encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def encode_row(self, row: Row, loss_on: LossOn = "completion") -> EncodedRow:
+        """Return the ids of a row to train on or to measure. Raises DataError when the template refuses the dialog."""
+        if row.text is not None:
+            ids = [*self._encode(row.text).ids, *self.eos_token_ids[:1]]
+            return EncodedRow(np.array(ids, np.int64), np.ones(len(ids), bool))
+        text = self._chat().render(row.messages, tools=row.tools)
+        encoding = self._encode(text, add_special_tokens=False)
+        supervised = np.full(len(encoding.ids), loss_on == "all")
+        rewritten = 0
+        if loss_on != "all":
+            answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
+            for i in answers if loss_on == "completion" else answers[-1:]:
+                span = self._answer(row, i, text)
+                if span is None:
+                    rewritten += 1
+                else:
+                    supervised[self._tokens(encoding, *span)] = True
+        return EncodedRow(np.array(encoding.ids, np.int64), supervised, rewritten)
+
+    def _answer(self, row: Row, index: int, text: str) -> tuple[int, int] | None:
+        """Where in ``text``, a rendered dialog, the answer ``index`` stands: after the prompt that the model would be
+        given for it. None where the text does not begin with that prompt."""
+        chat = self._chat()
+        prompt = chat.render(row.messages[:index], add_generation_prompt=True, tools=row.tools)
+        answered = chat.render(row.messages[: index + 1], tools=row.tools)
+        if not answered.startswith(prompt) or not text.startswith(answered):
+            return None
+        return len(prompt), len(answered)
+
+    def _tokens(self, encoding: Encoding, start: int, end: int) -> slice:
+        """The tokens of characters ``start`` to ``end``, up to the token that ends the turn."""
+        offsets = encoding.offsets
+        first = next((i for i, (a, b) in enumerate(offsets) if a >= start and b > start), len(offsets))
+        after = next((i for i in range(first, len(offsets)) if offsets[i][1] > end), len(offsets))
+        # Templates write white space after the token that ends a turn: the model need not write it.
+        last = next((i for i in range(after - 1, first - 1, -1) if encoding.ids[i] in self.special_ids), after - 1)
+        return slice(first, last + 1)
+
+    def _encode(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
+        return self.tokenizer.encode(without_surrogates(text), add_special_tokens=add_special_tokens)
+
+    def _chat(self) -> ChatTemplate:
+        if self.template is None:
+            raise UsageError(
+                "the checkpoint has no chat template, and dialogs need one",
+                "give --chat-template chatml or alpaca, or a Jinja file",
+            )
+        return self.template
+
+
+def fit(row: EncodedRow, max_length: int, on_long: OnLong) -> list[EncodedRow]:
+    """Return the parts of a row that are no longer than ``max_length``: none for ``drop``, its beginning for
+    ``truncate``, all of it in pieces for ``split``. Parts without a supervised token are left out."""
+    if len(row.ids) <= max_length:
+        parts = [row]
+    elif on_long in ("drop", "error"):
+        parts = []
+    else:
+        starts = range(0, len(row.ids) if on_long == "split" else 1, max_length)
+        parts = [EncodedRow(row.ids[i : i + max_length], row.supervised[i : i + max_length]) for i in starts]
+    return [part for part in parts if part.supervised[1:].any()]  # nothing comes before the first token to predict it

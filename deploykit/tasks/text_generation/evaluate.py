@@ -1,0 +1,172 @@
+"""Measure a language model on rows: what it thinks of the right answers, and what it answers itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from deploykit.data.sample import evenly
+from deploykit.data.texts import read_texts, unanswered
+from deploykit.errors import DataError, UsageError
+from deploykit.runtime.sampling import Sampling
+from deploykit.tasks.protocol import Evaluation, Grade
+from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.generator import Generated, LocalGenerator
+from deploykit.tasks.text_generation.metrics import answer_metrics, scored_metrics
+from deploykit.tasks.text_generation.rows import Columns, Row, load_rows, role_problem
+
+_LEAST_ROOM = 16
+SYNTAXES = ("bash", "python", "json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Rows to measure on. ``encoded`` has all tokens of each, ``prompts`` the ids that the model has to go on from;
+    of plain texts, which ask nothing, there are none."""
+
+    rows: list[Row]
+    encoded: list[EncodedRow]
+    prompts: list[list[int]]
+
+    @property
+    def references(self) -> list[str]:
+        return [row.answer for row in self.rows if row.text is None]
+
+    def some(self, count: int) -> Asked:
+        """``count`` of the rows, evenly over their order."""
+        places = evenly(range(len(self.rows)), count)
+        asked = [i for i, row in enumerate(self.rows) if row.text is None]
+        at = {row: i for i, row in enumerate(asked)}
+        return Asked(
+            [self.rows[i] for i in places],
+            [self.encoded[i] for i in places],
+            [self.prompts[at[i]] for i in places if i in at],
+        )
+
+
+def ask(tokenizer: ChatTokenizer, rows: Sequence[Row], max_length: int) -> tuple[Asked, int]:
+    """Encode rows; return those that fit the context of ``max_length`` tokens, and how many do not or are refused by the
+    template."""
+    kept, encoded, prompts = [], [], []
+    for row in rows:
+        try:
+            ids = tokenizer.encode_row(row)
+            prompt = [] if row.text is not None else tokenizer.encode_prompt(row.messages[:-1], row.tools)
+        except DataError:
+            continue
+        if len(ids.ids) <= max_length and len(prompt) < max_length and ids.supervised[1:].any():
+            kept.append(row)
+            encoded.append(ids)
+            prompts += [prompt] if row.text is None else []
+    return Asked(kept, encoded, prompts), len(rows) - len(kept)
+
+
+def read_asked(
+    source: str, generator: LocalGenerator, *, split: str, encoding: str | None, columns: Mapping[str, Any]
+) -> tuple[Asked, int]:
+    """Read a file's rows in the format that the training rows had, or that its columns show. Returns also how many rows
+    could not be used. Raises DataError when none can."""
+    raw, _ = load_rows(
+        source, prompt_column=columns.get("prompt_column"), completion_column=columns.get("completion_column"),
+        prefer=columns_of(generator.task), encoding=encoding, split=split,
+    )  # fmt: skip
+    usable = [r.row for r in raw if r.problem is None and (r.row.text or role_problem(r.row.messages) is None)]
+    asked, refused = ask(generator.tokenizer, usable, generator.task.max_length)
+    if not asked.rows:
+        raise DataError(f"{source}: no row has a prompt and an answer that fit the context", "give other rows")
+    return asked, len(raw) - len(usable) + refused
+
+
+def columns_of(task: TextGeneration) -> Columns | None:
+    return Columns(*task.columns) if task.columns else None  # type: ignore[arg-type]
+
+
+def evaluate(
+    generator: LocalGenerator, asked: Asked, sampling: Sampling | None = None, *, answer_regex: str | None = None,
+    syntax: str | None = None, answered: int | None = None, progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """Return the metrics of all rows' scores and of ``answered`` rows' answers (None: all), and these answers."""
+    if syntax is not None and syntax not in SYNTAXES:
+        raise UsageError(f"--syntax is {syntax!r}", f"give {', '.join(SYNTAXES)}")
+    some = asked if answered is None else asked.some(answered)
+    total, done = len(asked.rows) + len(some.prompts), 0
+
+    def step(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    scores = []
+    for score in generator.score(asked.encoded):
+        scores.append(score)
+        step(1)
+    texts = [generator.tokenizer.decode(row.ids[row.supervised].tolist()) for row in asked.encoded]
+    metrics = scored_metrics(scores, texts)
+    if not some.prompts:
+        return metrics, []
+    sampling = dataclasses.replace(sampling or generator.task.sampling, n=1)
+    answers = [found[0].text for found in generator.generate(some.prompts, sampling, progress=step)]
+    own = answer_metrics(answers, some.references, answer_regex=answer_regex, syntax=syntax)  # type: ignore[arg-type]
+    intervals = {**metrics["intervals"], **own.pop("intervals")}
+    return {**metrics, **own, "intervals": intervals, "answered": len(answers)}, answers
+
+
+def room_for(tokenizer: ChatTokenizer, asked: Asked) -> int:
+    """Most tokens worth generating: twice what nine of ten right answers have."""
+    lengths = [len(tokenizer.tokenizer.encode(text).ids) for text in asked.references]
+    return max(2 * int(np.percentile(lengths, 90)) if lengths else 0, _LEAST_ROOM)
+
+
+def evaluate_file(
+    generator: LocalGenerator, source: str, sampling: Sampling, *, split: str, encoding: str | None,
+    columns: Mapping[str, Any], progress: Callable[[int, int], None],
+) -> Evaluation:  # fmt: skip
+    """Measure on the rows of a file."""
+    asked, skipped = read_asked(source, generator, split=split, encoding=encoding, columns=columns)
+    metrics, _ = evaluate(
+        generator,
+        asked,
+        sampling,
+        answer_regex=columns.get("answer_regex"),
+        syntax=columns.get("syntax"),
+        progress=progress,
+    )
+    return Evaluation(metrics, len(asked.rows), skipped)
+
+
+def prompts_of(generator: LocalGenerator, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of prompts: the user's message where the model has a chat template, otherwise a text to continue."""
+    tokenizer = generator.tokenizer
+    if tokenizer.template is None:
+        return [tokenizer.encode_prompt(text) for text in texts]
+    return [tokenizer.encode_prompt([{"role": "user", "content": text}]) for text in texts]
+
+
+def answers_to(generator: LocalGenerator, texts: Sequence[str], sampling: Sampling | None) -> list[Generated]:
+    return [found[0] for found in generator.generate(prompts_of(generator, texts), sampling)]
+
+
+def grade(
+    generator: LocalGenerator, texts: Sequence[str], references: Sequence[str], sampling: Sampling | None
+) -> Grade:
+    """Answer every text and compare."""
+    answers = [answer.text for answer in answers_to(generator, texts, sampling)]
+    return Grade(None, tuple(answers), answer_metrics(answers, references))
+
+
+def texts_and_references(
+    source: str, generation: TextGeneration, encoding: str | None, columns: Mapping[str, Any]
+) -> list[tuple[str, str | None]]:
+    """Read prompts, and their answers where the source has them: of dialogs, the first message of the user."""
+    try:
+        raw, _ = load_rows(
+            source, prompt_column=columns.get("prompt_column"), completion_column=columns.get("completion_column"),
+            prefer=columns_of(generation), encoding=encoding, split="test",
+        )  # fmt: skip
+    except DataError as no_answers:
+        return unanswered([row.text for row in read_texts(source, encoding=encoding, split="test")], no_answers)
+    return [(r.row.prompt, r.row.answer) for r in raw if r.problem is None and len(r.row.messages) == 2]

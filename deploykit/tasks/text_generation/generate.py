@@ -1,0 +1,161 @@
+"""Answer many rows with a language model: in order, and taken up again where a killed run stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploykit import artifacts
+from deploykit.data.answer_file import JSON_LINES, Answered, Line, answer_file, is_error, json_line, source_digest
+from deploykit.data.open_text import read_lines
+from deploykit.data.read import read_records
+from deploykit.data.record import Record
+from deploykit.data.texts import TextRow, listed, peek
+from deploykit.errors import DataError, UsageError
+from deploykit.runtime.sampling import Sampling
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.generator import Generated, LocalGenerator
+from deploykit.text import without_surrogates
+
+_CHUNK = 64
+_PROMPT_COLUMNS = ("messages", "prompt", "question", "instruction", "query", "input", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """``raw``: continue the prompt as it stands, without the chat template. ``system``: what the system message says."""
+
+    sampling: Sampling
+    raw: bool = False
+    system: str | None = None
+    logprobs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A prompt, a text or a dialog's messages, or the ``problem`` that keeps it from being one."""
+
+    origin: str
+    prompt: str | tuple[Mapping[str, Any], ...] = ""
+    problem: str | None = None
+
+
+def answers(
+    generator: LocalGenerator,
+    questions: Sequence[Question],
+    how: How,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[dict[str, Any]]:
+    """Return a record for each question: origin, prompt, answer (``answers`` where several are wanted), finish and the
+    counts of tokens; or origin and error."""
+    encoded: list[list[int] | str] = [_encoded(generator, question, how) for question in questions]
+    good = [ids for ids in encoded if not isinstance(ids, str)]
+    found = iter(generator.generate(good, how.sampling, progress=progress))
+    return [
+        {"origin": question.origin, "error": ids}
+        if isinstance(ids, str)
+        else {"origin": question.origin, "prompt": question.prompt, **_record(next(found), how)}
+        for question, ids in zip(questions, encoded)
+    ]
+
+
+def _encoded(generator: LocalGenerator, question: Question, how: How) -> list[int] | str:
+    """The ids of a prompt, or why there are none."""
+    if question.problem is not None:
+        return question.problem
+    try:
+        prompt: Any = question.prompt
+        if isinstance(prompt, str) and not how.raw and generator.tokenizer.template is not None:
+            system = [] if how.system is None else [{"role": "system", "content": how.system}]
+            prompt = [*system, {"role": "user", "content": prompt}]
+        ids = generator.tokenizer.encode_prompt(prompt)
+        generator.check(ids)
+    except DataError as error:
+        return error.message
+    return ids
+
+
+def _record(found: Sequence[Generated], how: How) -> dict[str, Any]:
+    def one(answer: Generated) -> dict[str, Any]:
+        record = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
+        return {**record, "logprobs": [round(p, 6) for p in answer.logprobs]} if how.logprobs else record
+
+    own = one(found[0]) if how.sampling.n == 1 else {"answers": [one(answer) for answer in found]}
+    return {**own, "prompt_tokens": found[0].prompt_tokens}
+
+
+def read_questions(
+    source: str, *, column: str | None = None, prefer: str = "", encoding: str | None = None
+) -> Iterator[Question]:
+    """Stream the prompts of a .txt file (a prompt a line) or a table: a column of texts, or ``messages``.
+
+    The column is ``column``; without it ``prefer``, if there is such a column; otherwise it is detected.
+    """
+    if Path(source).suffix.lower() == ".txt":
+        for number, line in enumerate(read_lines(Path(source), encoding), start=1):
+            yield _question(f"{Path(source).name}:{number}", line.rstrip("\r\n"))
+        return
+    records, names = peek(read_records(source, encoding=encoding), source)
+    used = column or next((name for name in (prefer, *_PROMPT_COLUMNS) if name in names), None)
+    if used is None or used not in names:
+        what = "no column is recognized as the prompt" if column is None else f"has no column {column!r}"
+        raise DataError(f"{source}: {what}; {listed(names)}", "give --prompt-column one of these")
+    for record in records:
+        yield _of_record(record, used)
+
+
+def read_inputs(source: str, task: TextGeneration, column: str | None, encoding: str | None) -> Iterator[TextRow]:
+    """Stream prompts as texts. A dialog of one message of the user is its text; one of several has a problem."""
+    for question in read_questions(source, column=column, prefer=prompt_column(task), encoding=encoding):
+        if isinstance(question.prompt, str):
+            text = None if question.problem else question.prompt
+            yield TextRow(question.origin, text, question.problem)
+        elif [m["role"] for m in question.prompt] == ["user"] and isinstance(question.prompt[0].get("content"), str):
+            yield TextRow(question.origin, question.prompt[0]["content"], None)
+        else:
+            yield TextRow(question.origin, None, "the dialog has several messages: use deploykit generate")
+
+
+def prompt_column(task: TextGeneration) -> str:
+    """Return the column of the prompts that the model was trained on; empty if there is none."""
+    return task.columns[1] if task.columns else ""
+
+
+def _of_record(record: Record, column: str) -> Question:
+    value = record.values.get(column)
+    if not isinstance(value, list):
+        return _question(record.origin, value)
+    messages = [m for m in value if isinstance(m, Mapping) and isinstance(m.get("role"), str)]
+    if len(messages) < len(value) or not messages:
+        return Question(record.origin, problem="the messages are no list of objects with a role")
+    if messages[-1]["role"] == "assistant":  # a row to train on: what it answers is asked again
+        messages = messages[:-1]
+    return Question(record.origin, tuple(messages))
+
+
+def _question(origin: str, value: object) -> Question:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return Question(origin, problem="the prompt is empty")
+    if not isinstance(value, str):
+        return Question(origin, problem="the prompt is no text")
+    return Question(origin, without_surrogates(value))
+
+
+def generate_file(
+    generator: LocalGenerator, source: str, out: Path, how: How, *, identity: str, column: str | None = None,
+    encoding: str | None = None, force: bool = False, progress: Callable[[int, int], None],
+) -> Answered:  # fmt: skip
+    """Write a line of JSON for each row of ``source`` to ``out``; see ``answer_file``."""
+    if out.suffix.lower() not in JSON_LINES:
+        raise UsageError(f"--output {out}: does not end in .jsonl", "give it such a name")
+
+    def rows() -> Iterator[Any]:
+        return read_questions(source, column=column, prefer=prompt_column(generator.task), encoding=encoding)
+
+    def answer(part: Sequence[Any]) -> list[Line]:
+        return [json_line(record) for record in answers(generator, part, how)]
+
+    key = artifacts.digest_of(source_digest(source), column, encoding, identity, dataclasses.asdict(how))
+    return answer_file(rows, answer, out, key=key, failed=is_error, force=force, progress=progress, chunk=_CHUNK)

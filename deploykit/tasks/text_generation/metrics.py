@@ -1,0 +1,177 @@
+"""Compute the metrics of a language model: of its probabilities, and of its answers.
+
+Each comes with a bootstrap 95 % interval over rows (Efron and Tibshirani, 1993).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import shutil
+import string
+import subprocess
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.errors import MissingDependencyError, UsageError
+from deploykit.tasks.text_generation.generator import RowScore
+
+Syntax = Literal["bash", "python", "json"]
+_RESAMPLES = 1000
+_PARSE_TIMEOUT_S = 10
+
+
+def scored_metrics(scores: Sequence[RowScore], texts: Sequence[str]) -> dict[str, Any]:
+    """Metrics of the probabilities of right answers: loss (nats a token), perplexity, bits_per_byte, token_accuracy.
+
+    ``texts`` are the supervised texts, whose UTF-8 bytes ``bits_per_byte`` is of. ``intervals`` holds a low and a high
+    value for each metric.
+    """
+    nats = np.array([-float(score.logprobs.sum()) for score in scores])
+    tokens = np.array([len(score.logprobs) for score in scores], float)
+    right = np.array([float(score.best.sum()) for score in scores])
+    size = np.array([len(text.encode()) for text in texts], float)
+
+    def measure(weights: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        loss = weights @ nats / (weights @ tokens)
+        return {
+            "loss": loss,
+            "perplexity": np.exp(loss),
+            "bits_per_byte": weights @ nats / math.log(2) / np.maximum(weights @ size, 1),
+            "token_accuracy": weights @ right / (weights @ tokens),
+        }
+
+    return {**_with_intervals(measure, len(scores)), "tokens": int(tokens.sum())}
+
+
+def answer_metrics(
+    answers: Sequence[str], references: Sequence[str], *, answer_regex: str | None = None, syntax: Syntax | None = None
+) -> dict[str, Any]:
+    """Metrics of generated answers: exact_match, token_f1, rouge_l from 0 to 1, chrf from 0 to 100.
+
+    ``first_word`` is the share whose first word is the reference's: of a command, the program. With ``answer_regex``
+    also ``extracted_match``: whether the last match (its first group, if it has one) is that of the reference. With
+    ``syntax`` also ``parses``: the share of answers that parse; nothing is run.
+    """
+    rows = {
+        "exact_match": [float(a.strip() == r.strip()) for a, r in zip(answers, references)],
+        "token_f1": [token_f1(a, r) for a, r in zip(answers, references)],
+        "first_word": [float(a.split()[:1] == r.split()[:1]) for a, r in zip(answers, references)],
+        "rouge_l": _rouge_l(answers, references),
+    }
+    if answer_regex is not None:
+        pattern = _compiled(answer_regex)
+        found = [(extracted(pattern, a), extracted(pattern, r)) for a, r in zip(answers, references)]
+        rows["extracted_match"] = [float(a is not None and a == r) for a, r in found]
+    if syntax is not None:
+        rows["parses"] = [float(parses(answer, syntax)) for answer in answers]
+    values = {name: np.array(per_row) for name, per_row in rows.items()}
+    measured = _with_intervals(
+        lambda weights: {name: weights @ v / weights.sum(-1) for name, v in values.items()}, len(answers)
+    )
+    chrf, interval = _chrf(answers, references)
+    measured["chrf"] = chrf
+    measured["intervals"]["chrf"] = interval
+    return measured
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """SQuAD's F1 of words without case, punctuation and articles (Rajpurkar et al., 2016)."""
+    found, wanted = Counter(_words(answer)), Counter(_words(reference))
+    if not found or not wanted:
+        return float(found == wanted)
+    same = (found & wanted).total()
+    return 2 * same / (found.total() + wanted.total())
+
+
+def extracted(pattern: re.Pattern[str], text: str) -> str | None:
+    """Return what ``pattern`` finds last in ``text``, without commas and outer white space: "1,000" is "1000"."""
+    matches = list(pattern.finditer(text))
+    if not matches:
+        return None
+    found = matches[-1].group(1 if pattern.groups else 0)
+    return (found or "").replace(",", "").strip()
+
+
+def parses(text: str, syntax: Syntax) -> bool:
+    """Whether ``text`` is valid in a language. Nothing of it is run: bash reads it with -n."""
+    if not text.strip():
+        return False
+    try:
+        if syntax == "json":
+            json.loads(text)
+        elif syntax == "python":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd escapes
+                ast.parse(text)
+        else:
+            shell = shutil.which("bash")
+            if shell is None:
+                raise MissingDependencyError("--syntax bash needs bash", "install bash")
+            command = [shell, "--noprofile", "--norc", "-n"]
+            done = subprocess.run(
+                command, input=text.encode(), capture_output=True, timeout=_PARSE_TIMEOUT_S, check=False
+            )
+            return done.returncode == 0
+    except (ValueError, SyntaxError, RecursionError, MemoryError, subprocess.TimeoutExpired):
+        return False
+    return True
+
+
+def _words(text: str) -> list[str]:
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in text.split() if word not in ("a", "an", "the")]
+
+
+def _compiled(regex: str) -> re.Pattern[str]:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise UsageError(f"--answer-regex is no regular expression: {error}", "correct it") from error
+
+
+def _rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingDependencyError(
+            "ROUGE-L needs rouge-score, which is not installed", "pip install 'deploykit[finetune]'"
+        ) from error
+    scorer = RougeScorer(["rougeL"])
+    return [float(scorer.score(r, a)["rougeL"].fmeasure) for a, r in zip(answers, references)]
+
+
+def _chrf(answers: Sequence[str], references: Sequence[str]) -> tuple[float, list[float]]:
+    try:
+        from sacrebleu.metrics.chrf import CHRF
+    except ImportError as error:
+        raise MissingDependencyError(
+            "chrF needs sacrebleu, which is not installed", "pip install 'deploykit[finetune]'"
+        ) from error
+    if len(answers) < 2:
+        score = round(float(CHRF().corpus_score(list(answers), [list(references)]).score), 4)
+        return score, [score, score]
+    found = CHRF().corpus_score(list(answers), [list(references)], n_bootstrap=_RESAMPLES)
+    interval = [found._mean - found._ci, found._mean + found._ci]
+    return round(float(found.score), 4), [round(float(value), 4) for value in interval]
+
+
+def _with_intervals(measure: Any, rows: int) -> dict[str, Any]:
+    """``measure`` takes weights of the rows, [rows] or [resamples, rows], and returns values by name."""
+    whole = measure(np.ones(rows))
+    drawn = measure(np.random.default_rng(0).multinomial(rows, [1 / rows] * rows, _RESAMPLES).astype(float))
+    intervals = {name: [_round(v) for v in np.percentile(values, (2.5, 97.5))] for name, values in drawn.items()}
+    return {**{name: _round(value) for name, value in whole.items()}, "intervals": intervals}
+
+
+def _round(value: Any) -> float:
+    return round(float(value), 6)

@@ -1,0 +1,43 @@
+"""Write the parts of a checkpoint's README.md that only a language model has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.metrics_text import cell, columns_of, shown
+
+
+def head(task: TextGeneration, origin: str) -> list[str]:
+    return [
+        "---",
+        "pipeline_tag: text-generation",
+        "library_name: transformers",
+        "tags: [deploykit, sft]",
+        "---",
+        "",
+        f"# {origin}, fine-tuned on prompts and answers",
+        "",
+        f"A context of {task.max_length:,} tokens. The chat template is in `chat_template.jinja`.",
+    ]
+
+
+def results(metrics: Mapping[str, Any], held_out: str) -> list[str]:
+    columns = columns_of(metrics, held_out)
+    return [
+        "| | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
+        *(
+            f"| {title} | " + " | ".join(cell(values, name) for values in columns.values()) + " |"
+            for name, title in shown(columns)
+        ),
+        "",
+        "In brackets: bootstrap 95 % intervals over rows.",
+        "",
+        *(line for sample in metrics["samples"] for line in _sample(sample)),
+    ]
+
+
+def _sample(sample: Mapping[str, str]) -> list[str]:
+    return [f"- {name}: `{' '.join(text.split()).replace('`', chr(39))}`" for name, text in sample.items()] + [""]

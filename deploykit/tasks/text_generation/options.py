@@ -1,0 +1,88 @@
+"""Define the options of a fine-tuning run for language models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, cast, get_args
+
+from deploykit.errors import UsageError
+from deploykit.tasks.text_generation.encode import LossOn, OnLong
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.training.options import FinetuneOptions, flag
+
+DEFAULT_LENGTH = 1024
+
+
+def _told(help_text: str, default: Any, choices: tuple[str, ...] = ()) -> Any:
+    """A field with the help, and the choices if any, that the command line shows."""
+    return field(default=default, metadata={"help": help_text, **({"choices": choices} if choices else {})})
+
+
+@dataclass(frozen=True)
+class TextGenerationOptions(FinetuneOptions):
+    """``batch_tokens`` bounds the tokens of a batch; with ``packing`` rows stand one after another in it without padding,
+    each seeing itself alone. ``chat_template`` names a built-in template or a file, in place of the checkpoint's own.
+    ``max_length`` 0 is ``DEFAULT_LENGTH``, or the model's context where that is less.
+    ``eval_rows`` held-out rows are answered, before and after training; all are scored."""
+
+    task: str = TextGeneration.name
+    max_length: int = 0
+    num_train_epochs: float = 1.0
+    learning_rate: float = 1e-4
+    mixed_precision: str = "auto"
+    lr_scheduler_type: str = "cosine"
+    batch_tokens: int = 1024
+    packing: bool = _told("Put rows one after another in a batch, without padding.", True)
+    prompt_column: str | None = _told("Prompt column (default: detected).", None)
+    completion_column: str | None = _told("Completion column (default: detected).", None)
+    loss_on: str = _told(
+        "Tokens that are learned: all answers, the last one, or everything.", "completion", get_args(LossOn)
+    )
+    on_long: str = _told("What becomes of a row longer than --max-length.", "drop", get_args(OnLong))
+    chat_template: str | None = _told(
+        "chatml, alpaca or a Jinja file, in place of the checkpoint's own template.", None
+    )
+    show_rows: int = _told("Training rows to print, supervised tokens in green.", 1)
+    lora_target_modules: str = _told("Layers to adapt, joined by commas, or all-linear.", "all-linear")
+    lora_dropout: float = _told("Dropout of the adapter.", 0.05)
+    use_dora: bool = _told("Adapt directions and magnitudes of weights separately (DoRA).", False)
+    use_rslora: bool = _told("Scale an adapter by the root of its rank (rsLoRA).", False)
+    neftune_noise_alpha: float = _told("Noise on the embeddings while training (NEFTune); 0: off.", 0.0)
+    gradient_checkpointing: bool = _told("Recompute activations: less memory for more time.", False)
+    eval_rows: int = 32
+    held_out_rows: int = 500
+
+    ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
+        **FinetuneOptions.ranges,
+        "max_length": (0, 10_000_000),
+        "batch_tokens": (16, 10_000_000),
+        "show_rows": (0, 1000),
+        "lora_dropout": (0, 0.99),
+        "neftune_noise_alpha": (0, 1000),
+        "eval_rows": (0, 1_000_000),
+        "held_out_rows": (1, 1_000_000_000),
+    }
+
+    def check(self) -> None:
+        super().check()
+        if self.model is None:
+            raise UsageError("TARGET is missing", "give the folder of a checkpoint, a hub id, or a .gguf file")
+        for name in ("use_dora", "use_rslora"):
+            if getattr(self, name) and not self.lora_r:
+                raise UsageError(f"{flag(name)} is a kind of adapter", "add --lora-r")
+        for name, kind in (("loss_on", LossOn), ("on_long", OnLong)):
+            if getattr(self, name) not in get_args(kind):
+                raise UsageError(f"{flag(name)} is {getattr(self, name)!r}", f"give {', '.join(get_args(kind))}")
+        if self.label_smoothing_factor:
+            raise UsageError("--label-smoothing-factor is not for --task text-generation", "leave it out")
+        if self.dropout is not None:
+            raise UsageError("--dropout is not for --task text-generation", "leave it out")
+
+    @property
+    def long_rows(self) -> OnLong:
+        return cast(OnLong, self.on_long)
+
+    @property
+    def supervised(self) -> LossOn:
+        return cast(LossOn, self.loss_on)

@@ -1,0 +1,117 @@
+"""Batches of rows: packed one after another without padding, or padded side by side.
+
+Packed rows do not see each other: positions begin anew with each row, and transformers builds the attention mask from
+them (``find_packed_sequence_indices``), for sliding windows as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from deploykit.tasks.text_generation.encode import EncodedRow
+
+IGNORED = -100
+"""The label of a token that is not supervised."""
+
+
+class EncodedRows(Dataset):  # type: ignore[misc]
+    """Rows as they were encoded."""
+
+    def __init__(self, rows: Sequence[EncodedRow]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> EncodedRow:
+        return self.rows[row]
+
+
+class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
+    """Batches of at most ``most`` tokens, unless one row has more; padding counts unless they are ``packed``.
+
+    How many rows of which length stand in a batch is the same in every epoch; which rows, and the order of the batches,
+    is drawn anew.
+    """
+
+    def __init__(self, lengths: Sequence[int], most: int, *, packed: bool, seed: int | None) -> None:
+        self._lengths = np.asarray(lengths)
+        self._seed = seed
+        self._epoch = 0
+        longest_first = np.sort(self._lengths)[::-1].tolist()
+        self._batches = list(_packed(longest_first, most) if packed else _padded(longest_first, most))
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = np.arange(len(self._lengths))
+        order = np.arange(len(self._batches))
+        if self._seed is not None:
+            random_numbers = np.random.default_rng((self._seed, self._epoch))
+            rows, order = random_numbers.permutation(rows), random_numbers.permutation(order)
+        longest_first = rows[np.argsort(-self._lengths[rows], kind="stable")]
+        for i in order:
+            yield longest_first[self._batches[i]].tolist()
+
+
+def _packed(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """First fit: each row goes to the first batch with room for it. ``lengths`` descend."""
+    batches: list[list[int]] = []
+    room = np.empty(0, np.int64)
+    for i, length in enumerate(lengths):
+        fits = np.flatnonzero(room >= length)
+        if len(fits):
+            batches[fits[0]].append(i)
+            room[fits[0]] -= length
+        else:
+            batches.append([i])
+            room = np.append(room, most - length)
+    yield from batches
+
+
+def _padded(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    start = 0
+    for i in range(len(lengths)):
+        if i > start and (i + 1 - start) * lengths[start] > most:
+            yield list(range(start, i))
+            start = i
+    yield list(range(start, len(lengths)))
+
+
+def labels_of(row: EncodedRow) -> list[int]:
+    """The ids of supervised tokens, ``IGNORED`` elsewhere. The first token has nothing before it that predicts it."""
+    labels = np.where(row.supervised, row.ids, IGNORED)
+    labels[0] = IGNORED
+    return list(map(int, labels))
+
+
+def pack(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+    """Rows one after another: input_ids, position_ids and labels, int64 [1, tokens of all]."""
+    return {
+        "input_ids": torch.from_numpy(np.concatenate([row.ids for row in rows]))[None],
+        "position_ids": torch.cat([torch.arange(len(row.ids)) for row in rows])[None],
+        "labels": torch.tensor([label for row in rows for label in labels_of(row)])[None],
+    }
+
+
+def pad(rows: Sequence[EncodedRow], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows side by side, padded on the right: input_ids, attention_mask and labels, int64 [rows, tokens of the longest].
+
+    What is padding goes by position: the pad token may be one that ends answers.
+    """
+    length = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), length), pad_token_id)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.from_numpy(row.ids)
+        mask[i, : len(row.ids)] = 1
+        labels[i, : len(row.ids)] = torch.tensor(labels_of(row))
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

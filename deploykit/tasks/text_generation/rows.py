@@ -1,0 +1,250 @@
+"""Dialogs and texts to train on: what a row is, and how each usual file format is read as rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from deploykit.data.read import read_records
+from deploykit.data.record import Record
+from deploykit.data.texts import listed, peek
+from deploykit.errors import DataError, UsageError
+from deploykit.text import MAX_TEXT_CHARS, without_surrogates
+
+Format = Literal["messages", "conversations", "alpaca", "prompt+completion", "columns", "text"]
+
+_ROLES: Mapping[str, str] = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+                             "chatgpt": "assistant", "function": "tool", "observation": "tool"}  # fmt: skip
+"""ShareGPT's names of roles -> those of chat templates."""
+_PAIRS: Sequence[tuple[str, str]] = (
+    ("prompt", "completion"), ("prompt", "response"), ("prompt", "answer"), ("question", "answer"),
+    ("instruction", "response"), ("input", "output"), ("query", "response"),
+)  # fmt: skip
+"""Columns that are a prompt and its answer."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A dialog (``messages``, the last of them the assistant's), or a plain ``text``.
+
+    A message has ``role`` and ``content``, and whatever else a chat template reads. ``tools`` are JSON schemas.
+    """
+
+    messages: tuple[Mapping[str, Any], ...] = ()
+    text: str | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        # JSON's lists, where a row comes from a file.
+        object.__setattr__(self, "messages", tuple(self.messages))
+        object.__setattr__(self, "tools", None if self.tools is None else tuple(self.tools))
+
+    @property
+    def prompt(self) -> str:
+        """What is asked, as one text: near-duplicate rows are those whose prompts are alike."""
+        if self.text is not None:
+            return self.text
+        return "\n".join(content_text(m) for m in self.messages if m["role"] not in ("assistant", "system"))
+
+    @property
+    def answer(self) -> str:
+        """The content of the last message; empty for a plain text."""
+        return content_text(self.messages[-1]) if self.messages else ""
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """A row as it was read; ``problem`` says why it is none."""
+
+    row: Row
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How a file is read: its format, and for pairs the columns of prompt, answer and system message."""
+
+    format: Format
+    prompt: str = ""
+    completion: str = ""
+
+    def told(self) -> str:
+        """Return it for people."""
+        if self.format == "columns":
+            return f"prompts in {self.prompt!r}, answers in {self.completion!r}"
+        return {
+            "messages": "dialogs in 'messages'",
+            "conversations": "ShareGPT dialogs in 'conversations'",
+            "alpaca": "Alpaca rows: 'instruction', 'input', 'output'",
+            "prompt+completion": "prompts in 'prompt', answers in 'completion'",
+            "text": f"plain texts in {self.prompt!r}",
+        }[self.format]
+
+
+def load_rows(
+    source: str, *, prompt_column: str | None = None, completion_column: str | None = None, prefer: Columns | None = None,
+    encoding: str | None = None, split: str = "train",
+) -> tuple[list[RawRow], Columns]:  # fmt: skip
+    """Read every row of ``source``, in the format that its columns show.
+
+    Formats: ``messages`` (roles system, user, assistant, tool; ``tools``), ShareGPT's ``conversations``, Alpaca's
+    ``instruction``, ``input``, ``output`` (``system``, ``history``), ``prompt`` and ``completion``, two named columns,
+    or ``text``. Raises DataError when no format is recognized or a named column is missing.
+    """
+    records, names = peek(read_records(source, encoding=encoding, split=split), source)
+    columns = _columns(source, names, prompt_column, completion_column, prefer)
+    return [_read(record, columns) for record in records], columns
+
+
+def _columns(
+    source: str, names: Sequence[str], prompt: str | None, completion: str | None, prefer: Columns | None
+) -> Columns:
+    if (prompt is None) != (completion is None):
+        missing = "--completion-column" if completion is None else "--prompt-column"
+        raise UsageError(f"{missing} is missing", "give both --prompt-column and --completion-column")
+    if prompt is not None and completion is not None:
+        for option, name in (("--prompt-column", prompt), ("--completion-column", completion)):
+            if name not in names:
+                raise DataError(f"{source}: has no column {name!r}; {listed(names)}", f"give {option} one of these")
+        if prompt == completion:
+            raise UsageError(f"--prompt-column and --completion-column are both {prompt!r}", "give two columns")
+        return Columns("columns", prompt, completion)
+    if "messages" in names:  # deploykit's own splits, where plain texts are rows with an empty list
+        return Columns("messages")
+    if (
+        prefer is not None
+        and prefer.format in ("columns", "text")
+        and {prefer.prompt, prefer.completion} - {""} <= {*names}
+    ):
+        return prefer
+    if "conversations" in names:
+        return Columns("conversations")
+    if {"instruction", "output"} <= {*names}:
+        return Columns("alpaca", "instruction", "output")
+    for first, second in _PAIRS:
+        if {first, second} <= {*names}:
+            kind: Format = "prompt+completion" if (first, second) == _PAIRS[0] else "columns"
+            return Columns(kind, first, second)
+    if "text" in names:
+        return Columns("text", "text")
+    raise DataError(
+        f"{source}: no format is recognized: {listed(names)}",
+        "name the columns messages, conversations, instruction and output, prompt and completion, or text; or give "
+        "--prompt-column and --completion-column",
+    )
+
+
+def _read(record: Record, columns: Columns) -> RawRow:
+    values, origin = record.values, record.origin
+    try:
+        if columns.format == "text":
+            return RawRow(Row(text=_text(values.get(columns.prompt)), origin=origin))
+        if columns.format in ("messages", "conversations"):
+            if values.get("text") is not None and not values.get("messages"):
+                return RawRow(Row(text=_text(values["text"]), origin=origin))
+            messages = _messages(_parsed(values.get(columns.format)))
+            if columns.format == "conversations" and isinstance(values.get("system"), str):
+                messages = [_message("system", str(values["system"])), *messages]
+            tools = _parsed(values.get("tools")) or None
+            if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+                return RawRow(Row(origin=origin), "its tools are no list of JSON objects")
+            return RawRow(Row(tuple(messages), tools=None if tools is None else tuple(tools), origin=origin))
+        return RawRow(Row(tuple(_pair(values, columns)), origin=origin))
+    except ValueError as error:
+        return RawRow(Row(origin=origin), str(error))
+
+
+def _pair(values: Mapping[str, object], columns: Columns) -> list[dict[str, Any]]:
+    prompt, answer = values.get(columns.prompt), values.get(columns.completion)
+    if isinstance(prompt, list) and isinstance(answer, list):  # trl's conversational prompt-completion
+        return [*_messages(prompt), *_messages(answer)]
+    messages = []
+    question = _text(prompt)
+    if columns.format == "alpaca":
+        if _text(values.get("input")).strip():
+            question = f"{question}\n\n{_text(values.get('input'))}"
+        for turn in _parsed(values.get("history")) or ():
+            if not (isinstance(turn, list) and len(turn) == 2):
+                raise ValueError("its history is no list of pairs")
+            messages += [_message("user", _text(turn[0])), _message("assistant", _text(turn[1]))]
+    system = _text(values.get("system")) if columns.format in ("alpaca", "prompt+completion") else ""
+    head = [_message("system", system)] if system.strip() else []
+    return [*head, *messages, _message("user", question), _message("assistant", _text(answer))]
+
+
+def _messages(value: object) -> list[dict[str, Any]]:
+    """Messages in OpenAI's or ShareGPT's words."""
+    if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
+        raise ValueError("its messages are no list of objects")
+    found = []
+    for message in value:
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
+        if not isinstance(role, str):
+            raise ValueError("a message has no role")
+        rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
+        found.append({**_message(_ROLES.get(role, role), content), **rest})
+    return found
+
+
+def _message(role: str, content: object) -> dict[str, Any]:
+    return {"role": role, "content": without_surrogates(content) if isinstance(content, str) else content}
+
+
+def _parsed(value: object) -> Any:
+    """A cell of a CSV may hold JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError:
+        raise ValueError("a cell that should hold JSON does not") from None
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool | int | float):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError("a cell is not a text")
+    if len(value) > MAX_TEXT_CHARS:
+        raise ValueError(f"a text has more than {MAX_TEXT_CHARS:,} characters")
+    return without_surrogates(value)
+
+
+def content_text(message: Mapping[str, Any]) -> str:
+    """Return a message's content as one text; parts that are no text are left out."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+    return ""
+
+
+def role_problem(messages: Iterable[Mapping[str, Any]]) -> str | None:
+    """Return why the roles are in no order that can be trained on, or None.
+
+    A system message comes first, if any; user and assistant take turns, with tools' results after the assistant's calls;
+    the last message is the assistant's.
+    """
+    before = ""
+    for message in messages:
+        role = message["role"]
+        if role not in ("system", "developer", "user", "assistant", "tool"):
+            return f"unknown role {role!r}"
+        allowed = {
+            "system": before == "",
+            "developer": before in ("", "system"),
+            "user": before != "user" and before != "tool",
+            "assistant": before in ("user", "tool"),
+            "tool": before in ("assistant", "tool"),
+        }[role]
+        if not allowed:
+            return f"{role} after {before or 'nothing'}"
+        before = role
+    return None if before == "assistant" else "the last message is not the assistant's"

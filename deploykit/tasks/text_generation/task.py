@@ -1,0 +1,177 @@
+"""Text generation: a prompt in, an answer out, by a decoder-only language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from deploykit.errors import UsageError
+from deploykit.runtime.sampling import Sampling, override
+from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
+from deploykit.tasks.text_generation.facts import TextGeneration
+
+if TYPE_CHECKING:
+    from deploykit.data.texts import TextRow
+    from deploykit.runtime.engines.protocol import DecodeLimits
+    from deploykit.runtime.find_graphs import Graphs
+    from deploykit.tasks.bundle import BundledTask
+    from deploykit.tasks.text_generation.generator import LocalGenerator
+    from deploykit.tasks.text_generation.options import TextGenerationOptions
+    from deploykit.tasks.text_generation.training import TextGenerationStage
+
+_NOT_SERVED = "language models are not served yet"
+_REMEDY = "answer with deploykit generate, which opens the export itself"
+
+
+class _TextGeneration:
+    name = TextGeneration.name
+    facts = TextGeneration
+    verb = "generate text"
+    does = "generates text"
+    auto_model = "AutoModelForCausalLM"
+    heads = ("ForCausalLM", "LMHeadModel")
+    model_types: tuple[str, ...] = ()
+    shared_types: tuple[str, ...] = ()
+    triton_backend = ""
+    outputs: tuple[str, ...] = ()
+    headline = "chrf"
+    columns = ("prompt_column", "completion_column", "answer_regex", "syntax")
+    input_columns = ("prompt_column",)
+    settings: tuple[str, ...] = ()
+    instances = 1
+    stream_backend = ""
+
+    def read_facts(self, record: Mapping[str, Any]) -> TextGeneration:
+        return TextGeneration(**{**record, "sampling": Sampling(**record["sampling"])})
+
+    def options(self) -> type[TextGenerationOptions]:
+        from deploykit.tasks.text_generation.options import TextGenerationOptions
+
+        return TextGenerationOptions
+
+    def training_stage(self, options: TextGenerationOptions) -> TextGenerationStage:
+        from deploykit.tasks.text_generation.training import TextGenerationStage
+
+        return TextGenerationStage(options)
+
+    def model_card(
+        self, facts: TextGeneration, origin: str, metrics: Mapping[str, Any], held_out: str, rows: int
+    ) -> tuple[list[str], list[str]]:
+        from deploykit.tasks.text_generation import model_card
+
+        return model_card.head(facts, origin), model_card.results(metrics, held_out)
+
+    def export_steps(self) -> ModuleType:
+        from deploykit.tasks.text_generation import export
+
+        return export
+
+    def open_checkpoint(self, path: Path) -> LocalGenerator:
+        from deploykit.tasks.text_generation.checkpoint import TorchGenerator
+
+        return TorchGenerator.load(path)
+
+    def open_graphs(self, path: Path, facts: TextGeneration, graphs: Graphs, threads: int | None) -> LocalGenerator:
+        from deploykit.hardware import available_cpus
+        from deploykit.tasks.text_generation.predictor import load_generator
+
+        return load_generator(path, facts, graphs.files[0], threads or available_cpus())
+
+    def open_served(self, name: str, url: str) -> LocalGenerator:
+        raise UsageError(_NOT_SERVED, _REMEDY)
+
+    def tokenizer_files(self, files: Sequence[str]) -> Iterator[str]:
+        from deploykit.tasks.text_generation.chat_template import FILE
+
+        yield from (file for file in ("tokenizer.json", FILE) if file in files)
+
+    def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
+        raise UsageError(_NOT_SERVED, _REMEDY)
+
+    def answer(
+        self, predictor: LocalGenerator, texts: Sequence[str], generation: Sampling | None = None
+    ) -> list[Answer]:
+        from deploykit.tasks.text_generation.evaluate import answers_to
+
+        return [
+            Answer(
+                found.text,
+                found.tokens,
+                {
+                    "answer": found.text,
+                    "finish": found.finish,
+                    "tokens": found.tokens,
+                    "prompt_tokens": found.prompt_tokens,
+                },
+            )
+            for found in answers_to(predictor, texts, generation)
+        ]
+
+    def grade(
+        self, predictor: LocalGenerator, texts: Sequence[str], truth: Sequence[str], generation: Sampling | None
+    ) -> Grade:
+        from deploykit.tasks.text_generation.evaluate import grade
+
+        return grade(predictor, texts, truth, generation)
+
+    def evaluate(
+        self, predictor: LocalGenerator, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        generation: Mapping[str, Any], progress: Progress,
+    ) -> Evaluation:  # fmt: skip
+        from deploykit.tasks.text_generation.evaluate import evaluate_file
+
+        sampling = self.override(predictor.task, generation)
+        return evaluate_file(
+            predictor, source, sampling, split=split, encoding=encoding, columns=columns, progress=progress
+        )
+
+    def read_inputs(
+        self, source: str, facts: TextGeneration, *, encoding: str | None, columns: Mapping[str, Any]
+    ) -> Iterator[TextRow]:
+        from deploykit.tasks.text_generation.generate import read_inputs
+
+        return read_inputs(source, facts, columns.get("prompt_column"), encoding)
+
+    def read_texts(
+        self, source: str, facts: TextGeneration, *, encoding: str | None, columns: Mapping[str, Any]
+    ) -> list[tuple[str, str | None]]:
+        from deploykit.tasks.text_generation.evaluate import texts_and_references
+
+        return texts_and_references(source, facts, encoding, columns)
+
+    def tensors(self, text: str) -> Mapping[str, str]:
+        raise UsageError(_NOT_SERVED, _REMEDY)
+
+    def request_parameters(self, facts: TextGeneration, generation: Sampling | None) -> dict[str, Any]:
+        raise UsageError(_NOT_SERVED, _REMEDY)
+
+    def override(self, facts: TextGeneration, generation: Mapping[str, Any]) -> Sampling:
+        return override(facts.sampling, generation)
+
+    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+        from deploykit.tasks.text_generation.metrics_text import metrics_text
+
+        return metrics_text({"": metrics})
+
+    def result(self, facts: TextGeneration, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
+        from deploykit.tasks.text_generation.metrics_text import result_text
+
+        record = {"before": metrics.get("before", {}).get(held_out), "samples": metrics["samples"]}
+        return record, result_text(metrics, held_out)
+
+    def describe(self, facts: TextGeneration) -> str:
+        return (
+            f"language model ({facts.family}), {facts.vocabulary:,} tokens; a context of {facts.max_length:,}, "
+            f"answers end with {', '.join(map(str, facts.eos_token_ids))}"
+        )
+
+    def bundle(self, facts: TextGeneration) -> BundledTask:
+        raise UsageError("language models are not bundled for a Jetson yet", _REMEDY)
+
+    def within(self, facts: TextGeneration, limits: DecodeLimits) -> TextGeneration:
+        return facts
+
+
+TASK = _TextGeneration()

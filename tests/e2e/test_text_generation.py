@@ -1,0 +1,278 @@
+"""A tiny language model from rows to answers, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from language_models import command_rows, random_model, tokenizer, write_checkpoint, write_rows
+
+from deploykit.artifacts import load_manifest
+from deploykit.runtime.sampling import Sampling
+from deploykit.tasks.text_generation.chat_template import CHATML
+from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
+from deploykit.tasks.text_generation.encode import EncodedRow
+from deploykit.tasks.text_generation.options import TextGenerationOptions
+from deploykit.tasks.text_generation.training import _train
+
+Deploykit = Callable[..., tuple[int, str, str]]
+QUICK = ("--task", "text-generation", "--eval-rows", 4, "--mixed-precision", "no", "--batch-tokens", 512)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "commands.jsonl")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with random weights and ChatML, as it comes from transformers."""
+    return write_checkpoint(tmp_path_factory.mktemp("base"), template=CHATML, scale=1.0)
+
+
+@pytest.fixture(scope="module")
+def run(deploykit: Deploykit, base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that has learned the commands."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    code, _, err = deploykit("finetune", *QUICK, base, "--train", rows, "--output-dir", out, "--max-steps", 150,
+                             "--eval-steps", 75, "--learning-rate", 1e-2, "--show-rows", 1)  # fmt: skip
+    assert code == 0, err
+    assert "format: prompts in 'prompt', answers in 'completion'" in err
+    assert "⟦" in err.split("a row as the model reads it")[1], "supervised tokens are shown"
+    assert "tokens/s" in err
+    return out
+
+
+@pytest.fixture(scope="module")
+def export(deploykit: Deploykit, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "lm"
+    code, _, err = deploykit("export", run, "--output-dir", out, "--int8", "--int4", "--max-drop", 100)
+    assert code == 0, err
+    assert "parity with PyTorch" in err
+    return out
+
+
+def test_a_run_learns_to_answer_and_to_stop(run: Path) -> None:
+    metrics = load_manifest(run, "checkpoint").metrics
+    before, after = metrics["before"]["test"], metrics["test"]
+    assert after["perplexity"] < 0.2 * before["perplexity"]
+    assert after["perplexity"] == pytest.approx(np.exp(after["loss"]), rel=1e-4)
+    generator = TorchGenerator.load(run)
+    prompts = [[{"role": "user", "content": row["prompt"]}] for row in command_rows()[:24]]
+    answers = generator.generate([generator.tokenizer.encode_prompt(p) for p in prompts], Sampling(max_new_tokens=20))
+    assert {answer.finish for [answer] in answers} == {"eos"}
+    right = [answer.text == row["completion"] for [answer], row in zip(answers, command_rows())]
+    assert np.mean(right) > 0.8
+
+
+def test_transformers_opens_the_checkpoint_and_answers_the_same(run: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, own = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+    assert own.chat_template == CHATML == (run / "chat_template.jinja").read_text(encoding="utf-8")
+    prompt = command_rows()[5]["prompt"]
+    ids = own.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=20)
+    generator = TorchGenerator.load(run)
+    [[answer]] = generator.generate([ids[0].tolist()], Sampling(max_new_tokens=20))
+    assert list(answer.ids) == generated[0, ids.shape[1] :].tolist()
+    assert answer.finish == "eos"
+
+
+def test_every_form_of_the_model_is_measured_alike(deploykit: Deploykit, run: Path, export: Path) -> None:
+    data = run / "splits" / "test.jsonl"
+    found = {}
+    for target, precision in ((run, "auto"), (export, "fp32"), (export, "int8"), (export, "int4")):
+        code, out, err = deploykit("evaluate", target, "--data", data, "--precision", precision, "--json",
+                                   "--max-new-tokens", 20, "--syntax", "bash", "--answer-regex", r"^\w+")  # fmt: skip
+        assert code == 0, err
+        found[target, precision] = json.loads(out)["metrics"]
+    plain, fp32, int8, int4 = found.values()
+    assert fp32["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-5)
+    assert fp32["exact_match"] == plain["exact_match"]
+    assert int8["loss"] == pytest.approx(plain["loss"], abs=0.05)
+    assert int4["loss"] == pytest.approx(plain["loss"], abs=1)
+    assert int4["loss"] != int8["loss"]
+    assert plain["parses"] == 1.0
+    assert set(plain["intervals"]) == {
+        "loss", "perplexity", "bits_per_byte", "token_accuracy", "exact_match", "token_f1", "first_word", "rouge_l",
+        "chrf", "extracted_match", "parses",
+    }  # fmt: skip
+    manifest = load_manifest(export, "export").metrics
+    assert manifest["parity"]["tokens"] == manifest["parity"]["equal"] > 0
+    assert manifest["quantization"]["int8"]["perplexity_ratio"] < 1.05
+    assert 0 <= manifest["quantization"]["int8"]["kl_mean"] < manifest["quantization"]["int4"]["kl_mean"]
+
+
+def test_generate_answers_prompts_and_files(deploykit: Deploykit, export: Path, rows: Path, tmp_path: Path) -> None:
+    prompt, *others = (row["prompt"] for row in command_rows())
+    code, out, err = deploykit("generate", export, prompt, "x " * 300, "--max-new-tokens", 20,
+                               "--logprobs", "--json")  # fmt: skip
+    assert code == 0, err
+    answered, refused = json.loads(out)["results"]
+    assert len(answered["logprobs"]) == answered["tokens"]
+    assert "tokens, and the model's context holds 256" in refused["error"]
+    answers = tmp_path / "answers.jsonl"
+    words = ("generate", export, "--input", rows, "--output", answers, "--temperature", 0.8, "--seed", 3, "--n", 2,
+             "--max-new-tokens", 12)  # fmt: skip
+    code, out, err = deploykit(*words)
+    assert code == 0, err
+    whole = answers.read_bytes()
+    records = [json.loads(line) for line in whole.splitlines()]
+    assert [r["prompt"] for r in records] == [prompt, *others]
+    assert all(len(r["answers"]) == 2 for r in records)
+    again = tmp_path / "again.jsonl"
+    code, _, err = deploykit(*words[:5], again, *words[6:])
+    assert code == 0, err
+    assert again.read_bytes() == whole, "the same seed gives the same answers"
+    code, _, err = deploykit(*words)
+    assert (code, "exists" in err) == (1, True)
+
+
+def test_predict_answers_texts_and_tables(deploykit: Deploykit, export: Path, tmp_path: Path) -> None:
+    prompt = command_rows()[0]["prompt"]
+    code, out, err = deploykit("generate", export, prompt, "--max-new-tokens", 20, "--json")
+    assert code == 0, err
+    expected = json.loads(out)["results"][0]["answer"]
+    code, out, err = deploykit("predict", export, prompt, "--max-new-tokens", 20, "--json")
+    assert code == 0, err
+    [found] = json.loads(out)["results"]
+    assert (found["text"], found["answer"], found["finish"]) == (prompt, expected, "eos")
+    dialog = [{"role": "user", "content": prompt}]
+    rows = [dialog, [{"role": "system", "content": "Be brief."}, *dialog]]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows), encoding="utf-8")
+    answers = tmp_path / "answers.jsonl"
+    code, _, err = deploykit("predict", export, "--input", table, "--output", answers, "--max-new-tokens", 20)
+    assert code == 0, err
+    one, several = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
+    assert one["answer"] == expected
+    assert "use deploykit generate" in several["error"]
+
+
+def test_an_export_answers_without_torch(export: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'onnx'): sys.modules[name] = None\n"
+        "from click.testing import CliRunner\n"
+        "from deploykit.cli import main\n"
+        f"r = CliRunner().invoke(main, ['generate', {str(export)!r}, 'list the file here'])\n"
+        "print(r.output); sys.exit(r.exit_code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip()
+
+
+def test_an_adapter_is_merged_and_a_template_is_kept(deploykit: Deploykit, rows: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = write_checkpoint(tmp_path / "gpt2", "gpt2", scale=1.0)
+    code, _, err = deploykit("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "none")
+    assert code == 2
+    assert "no chat template" in err
+    code, _, err = deploykit("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "run", "--max-steps",
+                             6, "--lora-r", 4, "--chat-template", "alpaca", "--no-packing", "--learning-rate", 1e-2)  # fmt: skip
+    assert code == 0, err
+    assert "the adapter is merged into the weights" in err
+    metrics = load_manifest(tmp_path / "run", "checkpoint").metrics
+    assert metrics["test"]["loss"] < metrics["before"]["test"]["loss"]
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    assert torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]), "still tied"
+    assert torch.equal(
+        weights["lm_head.weight"], AutoModelForCausalLM.from_pretrained(base).state_dict()["lm_head.weight"]
+    )
+
+
+def test_dora_is_merged_as_well(deploykit: Deploykit, base: Path, rows: Path, tmp_path: Path) -> None:
+    words = ("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "run", "--max-steps", 3,
+             "--learning-rate", 1e-2, "--use-dora", "--use-rslora", "--neftune-noise-alpha", 5, "--gradient-checkpointing")  # fmt: skip
+    code, _, err = deploykit(*words)
+    assert code == 2
+    assert "--use-dora is a kind of adapter" in err
+    code, _, err = deploykit(*words, "--lora-r", 4)
+    assert code == 0, err
+    assert "the adapter is merged into the weights" in err
+    metrics = load_manifest(tmp_path / "run", "checkpoint").metrics
+    assert metrics["test"]["loss"] < metrics["before"]["test"]["loss"]
+
+
+def test_tokens_that_a_template_adds_are_learned(deploykit: Deploykit, rows: Path, tmp_path: Path) -> None:
+    own = tokenizer()
+    folder = tmp_path / "plain"
+    random_model("gpt2", scale=1.0).save_pretrained(folder)
+    renamed = json.loads(own.backend_tokenizer.to_str().replace("<|im_", "<|other_"))
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(renamed)), bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    words = ("finetune", *QUICK, folder, "--train", rows, "--chat-template", "chatml", "--max-steps", 2)
+    code, _, err = deploykit(*words, "--output-dir", tmp_path / "lora", "--lora-r", 4)
+    assert code == 2
+    assert "embeddings a LoRA adapter does not train" in err
+    code, _, err = deploykit(*words, "--output-dir", tmp_path / "run")
+    assert code == 0, err
+    facts = load_manifest(tmp_path / "run", "checkpoint").task
+    assert facts.eos_token_ids[-1] == TorchGenerator.load(tmp_path / "run").tokenizer.tokenizer.token_to_id(
+        "<|im_end|>"
+    )
+
+
+def test_what_cannot_be_done_is_refused_before_training(
+    deploykit: Deploykit, base: Path, rows: Path, export: Path, tmp_path: Path
+) -> None:
+    from transformers import BloomConfig
+
+    other = tmp_path / "bloom"
+    shutil.copytree(base, other)
+    BloomConfig(architectures=["BloomForCausalLM"]).save_pretrained(other)
+    cases = [
+        (("finetune", *QUICK, other, "--train", rows, "--output-dir", tmp_path / "x"), 1, "'bloom' are not supported"),
+        (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--max-length", 5000), 2,
+         "takes at most 256 tokens"),
+        (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--lora-r", 2, "--lora-target-modules",
+          "nothing"), 2, "--lora-target-modules nothing"),
+        (("package", export, "--name", "lm", "--model-repository", tmp_path / "models"), 2, "not served yet"),
+        (("calibrate", base, "--output-dir", tmp_path / "c"), 2, "needs no calibration"),
+        (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--smooth-quant", "--int8"), 2, "--smooth-quant is not"),
+        (("export", export / "model.gguf", "--output-dir", tmp_path / "e"), 1, "no such model folder"),
+        (("generate", export), 2, "give texts"),
+        (("generate", export, "a", "--temperature", "-1"), 2, "temperature is -1.0"),
+        (("translate", export, "a"), 2, "use deploykit predict"),
+        (("evaluate", export, "--data", rows, "--label-column", "x"), 2, "--label-column does not apply"),
+        (("evaluate", export, "--data", rows, "--answer-regex", "("), 2, "no regular expression"),
+    ]  # fmt: skip
+    for words, code, told in cases:
+        done = deploykit(*words)
+        assert (done[0], told in done[2]) == (code, True), (words, done)
+
+
+def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
+    """Eight rows with unequal numbers of supervised tokens, as one batch and as eight."""
+    generator = np.random.default_rng(0)
+    rows = [EncodedRow(generator.integers(6, 390, 16), np.arange(16) > i) for i in range(1, 9)]
+    after = []
+    for tokens, accumulation in ((128, 1), (16, 8)):
+        model = random_model("llama")
+        facts = checkpoint_facts(model.config, model.generation_config, tokenizer(CHATML))
+        options = TextGenerationOptions(
+            model="m", train="t", batch_tokens=tokens, gradient_accumulation_steps=accumulation, max_steps=1, optimizer="sgd",
+            learning_rate=0.1, lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0, mixed_precision="no", max_grad_norm=0,
+        )  # fmt: skip
+        trained = _train(model, rows, rows[:2], facts, options, tmp_path / str(tokens), lambda line: None)
+        after.append(trained.state_dict())
+    start = random_model("llama").state_dict()
+    for name, value in after[0].items():
+        step = (value - start[name]).abs().max()
+        assert (after[1][name] - value).abs().max() <= 1e-3 * step + 1e-7, name

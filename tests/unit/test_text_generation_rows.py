@@ -1,0 +1,241 @@
+"""Rows of language models: formats, cleaning, splits, chat templates, supervised tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from language_models import command_rows, tokenizer
+
+from deploykit.errors import DataError, UsageError
+from deploykit.tasks.text_generation.chat_template import ALPACA, CHATML, ChatTemplate
+from deploykit.tasks.text_generation.checkpoint import chat_tokenizer, checkpoint_facts, set_template
+from deploykit.tasks.text_generation.clean_rows import clean_rows, drop_leaks, split_rows
+from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow, fit
+from deploykit.tasks.text_generation.rows import Row, load_rows, role_problem
+
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|im_start|>' + message['role'] + '\\n\\n' + message['content'] | trim"
+    " + '<|im_end|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n\\n' }}{% endif %}"
+)
+"""Written after Llama-3's rules: a BOS token before all, two line ends after each role."""
+BRACKETS = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must take turns') }}{% endif %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+"""After Mistral's: no generation prompt, and roles that must take turns."""
+THINKS = (
+    "{%- for message in messages %}{% generation %}{{ '<|im_start|>' + message.role + '\\n' }}{% endgeneration %}"
+    "{%- if message.role == 'assistant' and loop.last and message.reasoning_content %}{{ '<think>' + "
+    "message.reasoning_content + '</think>' }}{% endif %}{{- message.content + '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if tools %}{{ tools | tojson }}{% endif %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""After Qwen3's: only the last answer keeps its reasoning."""
+DIALOG = (
+    {"role": "user", "content": "list the file here"},
+    {"role": "assistant", "content": "ls -f ."},
+    {"role": "user", "content": "copy the log above"},
+    {"role": "assistant", "content": "cp -l .."},
+)
+
+
+def chat(template: str) -> ChatTokenizer:
+    return chat_tokenizer(tokenizer(template), [2])
+
+
+def supervised_text(chat: ChatTokenizer, row: Row, loss_on: Any = "completion") -> str:
+    encoded = chat.encode_row(row, loss_on)
+    return str(chat.tokenizer.decode(encoded.ids[encoded.supervised].tolist(), skip_special_tokens=False))
+
+
+def write(path: Path, *rows: dict[str, Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("template", [CHATML, ALPACA, LLAMA3, BRACKETS, THINKS])
+@pytest.mark.parametrize("prompt_only", [False, True])
+def test_ids_are_those_of_apply_chat_template(template: str, prompt_only: bool) -> None:
+    ours, theirs = chat(template), tokenizer(template)
+    tools = [{"type": "function", "function": {"name": "naïve <b>"}}] if template == THINKS else None
+    messages = [dict(m) for m in (DIALOG[:3] if prompt_only else DIALOG)]
+    if not prompt_only and template == THINKS:
+        messages[-1]["thinking"] = "hm"
+    expected = theirs.apply_chat_template(
+        messages, tools=tools, add_generation_prompt=prompt_only, tokenize=True, return_dict=False
+    )
+    if prompt_only:
+        found = ours.encode_prompt(messages, tools)
+    else:
+        found = ours.encode_row(Row(tuple(messages), tools=None if tools is None else tuple(tools))).ids.tolist()
+    assert found == expected
+    assert found.count(1) <= 1, "no second BOS"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, "ls -f .<|im_end|>cp -l ..<|im_end|>"),
+        (ALPACA, "ls -f .</s>cp -l ..</s>"),
+        (LLAMA3, "ls -f .<|im_end|>cp -l ..<|im_end|>"),
+        (BRACKETS, " ls -f .</s> cp -l ..</s>"),
+    ],
+)
+def test_answers_and_the_tokens_that_end_them_are_supervised(template: str, expected: str) -> None:
+    assert supervised_text(chat(template), Row(DIALOG)) == expected
+    last = supervised_text(chat(template), Row(DIALOG), "last-turn")
+    assert last == expected[expected.index("cp") - (template == BRACKETS) :]
+
+
+def test_an_answer_that_the_template_rewrites_later_is_not_supervised() -> None:
+    messages = tuple({**m, "reasoning": "hm"} if m["role"] == "assistant" else m for m in DIALOG)
+    encoded = chat(THINKS).encode_row(Row(messages))
+    assert encoded.rewritten == 1
+    assert supervised_text(chat(THINKS), Row(messages)) == "<think>hm</think>cp -l ..<|im_end|>"
+
+
+def test_a_lone_surrogate_is_read_as_the_replacement_character(tmp_path: Path) -> None:
+    [raw], _ = load_rows(write(tmp_path / "rows.jsonl", {"prompt": "a\ud800b", "completion": "ok"}))
+    messages = raw.row.messages
+    assert raw.row.prompt == "a\ufffdb"
+    assert supervised_text(chat(CHATML), Row(messages)) == "ok<|im_end|>"
+    assert chat(CHATML).encode_prompt("a\ud800b") == chat(CHATML).encode_prompt("a\ufffdb")
+
+
+def test_with_loss_on_all_every_token_is_supervised() -> None:
+    assert chat(CHATML).encode_row(Row(DIALOG), "all").supervised.all()
+
+
+def test_a_plain_text_ends_with_the_end_token() -> None:
+    encoded = chat(CHATML).encode_row(Row(text="list the file"))
+    assert encoded.ids[-1] == 2
+    assert encoded.supervised.all()
+
+
+def test_a_template_runs_in_a_sandbox() -> None:
+    for source in (
+        "{{ messages.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__subclasses__() }}",
+    ):
+        with pytest.raises(DataError, match="refuses these messages"):
+            ChatTemplate(source, {}).render(DIALOG)
+    with pytest.raises(UsageError, match="line 1"):
+        ChatTemplate("{% for %}", {})
+
+
+def test_a_template_whose_answers_have_no_end_is_refused() -> None:
+    endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    with pytest.raises(UsageError, match="learn to stop"):
+        set_template(tokenizer(), endless, [2], needed=True)
+    with pytest.raises(UsageError, match="no chat template"):
+        set_template(tokenizer(), None, [2], needed=True)
+
+
+def test_the_token_that_ends_a_turn_ends_an_answer_even_if_it_is_the_pad_token() -> None:
+    from transformers import GenerationConfig, LlamaConfig
+
+    own = tokenizer(CHATML)
+    own.pad_token = "<|im_end|>"
+    facts = checkpoint_facts(LlamaConfig(vocab_size=400, eos_token_id=2), GenerationConfig(), own)
+    assert facts.eos_token_ids == (2, 4)
+    encoded = chat_tokenizer(own, facts.eos_token_ids).encode_row(Row(DIALOG[:2]))
+    assert encoded.ids[encoded.supervised][-1] == 4 == facts.pad_token_id
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "roles"),
+    [
+        ({"messages": list(DIALOG)}, "messages", "user assistant user assistant"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+         "conversations", "system user assistant"),
+        ({"instruction": "a", "input": "i", "output": "b", "system": "s", "history": [["x", "y"]]}, "alpaca",
+         "system user assistant user assistant"),
+        ({"prompt": "a", "completion": "b"}, "prompt+completion", "user assistant"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+         "prompt+completion", "user assistant"),
+        ({"question": "a", "answer": "b", "id": 3}, "columns", "user assistant"),
+        ({"text": "a b"}, "text", ""),
+    ],
+)  # fmt: skip
+def test_the_columns_show_the_format(row: dict[str, Any], format: str, roles: str, tmp_path: Path) -> None:
+    [raw], columns = load_rows(write(tmp_path / "rows.jsonl", row))
+    assert raw.problem is None
+    assert columns.format == format
+    assert " ".join(m["role"] for m in raw.row.messages) == roles
+    assert role_problem(raw.row.messages) is None or raw.row.text == "a b"
+
+
+def test_named_columns_and_an_unknown_format(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", {"ask": "a", "say": "b"})
+    with pytest.raises(DataError, match="no format is recognized: its columns are 'ask', 'say'"):
+        load_rows(path)
+    with pytest.raises(UsageError, match="--completion-column is missing"):
+        load_rows(path, prompt_column="ask")
+    with pytest.raises(DataError, match="no column 'tell'"):
+        load_rows(path, prompt_column="ask", completion_column="tell")
+    [raw], _ = load_rows(path, prompt_column="ask", completion_column="say")
+    assert raw.row.answer == "b"
+
+
+def test_rows_are_dropped_and_counted_by_reason(tmp_path: Path) -> None:
+    good = {"messages": list(DIALOG)}
+    path = write(
+        tmp_path / "rows.jsonl",
+        good,
+        {"messages": [{**DIALOG[0], "content": "LIST  the file here"}, *DIALOG[1:]]},
+        {"messages": [*DIALOG[:3], {"role": "assistant", "content": "other"}]},
+        {"messages": [DIALOG[1], DIALOG[0]]},
+        {"messages": [{"role": "user", "content": " "}, DIALOG[1]]},
+        {"messages": [{"role": "user", "content": "long " * 50}, DIALOG[1]]},
+        {"messages": "no json"},
+        {"messages": [*DIALOG[:2], *DIALOG[:1], *DIALOG[:1], *DIALOG[1:2]]},
+    )
+    raw, _ = load_rows(path)
+    kept, report = clean_rows(raw, chat(CHATML), max_length=100, on_long="drop", loss_on="completion")
+    assert [row.origin for row in kept] == ["rows.jsonl:1"]
+    counts = {name: n for name, n in report.to_json().items() if n and "tokens" not in name}
+    assert counts == {
+        "read": 8, "kept": 1, "duplicate": 1, "contradictory": 1, "wrong_role_order": 2, "empty": 1, "too_long": 1,
+        "unreadable": 1,
+    }  # fmt: skip
+    assert report.supervised_tokens == chat(CHATML).encode_row(Row(DIALOG)).supervised.sum()
+    with pytest.raises(DataError, match=r"rows.jsonl:6: the row has .* tokens, more than --max-length 100"):
+        clean_rows(raw, chat(CHATML), max_length=100, on_long="error", loss_on="completion")
+
+
+def test_a_cut_row_without_a_supervised_token_is_not_trained_on() -> None:
+    row = EncodedRow(np.arange(10), np.arange(10) >= 8)
+    assert fit(row, 8, "truncate") == []
+    assert fit(row, 8, "drop") == []
+    [part] = fit(row, 7, "split")
+    assert part.ids.tolist() == [7, 8, 9]
+    assert fit(EncodedRow(np.arange(3), np.array([True, False, False])), 8, "drop") == [], "nothing predicts the first"
+
+
+def test_near_duplicates_stay_together_and_leaks_are_dropped() -> None:
+    prompts = [f"question {'abcdefghij'[i // 3]}{'.' * (i % 3)}" for i in range(30)]
+    rows = [
+        Row(({"role": "user", "content": p}, {"role": "assistant", "content": str(i)})) for i, p in enumerate(prompts)
+    ]
+    parts = split_rows(rows, validation=0.2, test=0.2, seed=1)
+    assert sum(map(len, parts)) == 30
+    assert all(parts)
+    keys = [{row.prompt.rstrip(".") for row in part} for part in parts]
+    assert sum(map(len, keys)) == len(keys[0] | keys[1] | keys[2])
+    assert split_rows(rows[::-1], validation=0.2, test=0.2, seed=1)[2] != []
+    kept, dropped = drop_leaks(rows, rows[:1])
+    assert (len(kept), dropped) == (27, 3)
+    with pytest.raises(DataError, match="too few"):
+        split_rows(rows[:3], validation=0.2, test=0.2, seed=1)
+
+
+def test_the_rows_of_the_tests_can_be_told_apart() -> None:
+    assert len({row["prompt"] for row in command_rows()}) == 96
