@@ -1,4 +1,4 @@
-"""Tell the language of a text, by py3langid's model of 140 languages (Lui and Baldwin, ACL 2012)."""
+"""Tell the language of a text, by py3langid's model of 97 languages (Lui and Baldwin, ACL 2012)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def akin(one: str, other: str) -> bool:
 
 @cache
 def _labels() -> frozenset[str]:
-    return frozenset(map(str, _model().labels))
+    return frozenset(map(str, _model().nb_classes))
 
 
 @cache
@@ -40,4 +40,4 @@ def _model() -> Any:
         raise MissingDependencyError(
             "telling languages apart needs py3langid, which is not installed", "pip install 'deploykit[finetune]'"
         ) from error
-    return langid.LanguageIdentifier.from_modelpath(langid.MODEL_DIR / langid.MODEL_FILE, norm_probs=True)
+    return langid.LanguageIdentifier.from_pickled_model(langid.MODEL_FILE, norm_probs=True)
