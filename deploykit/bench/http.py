@@ -28,8 +28,8 @@ from deploykit.tasks.protocol import Answer
 from deploykit.tasks.registry import get_task, task_names, task_of
 
 MAX_CONNECTIONS = 256
-ANSWERS = tuple(get_task(name).outputs[0] for name in task_names())
-"""Task -> the output tensors that contain an answer's text."""
+ANSWERS = tuple(outputs[0] for name in task_names() if (outputs := get_task(name).outputs))
+"""The output tensors that contain an answer's text, of all tasks that are served."""
 _CONNECT_PAUSE_S = 0.05  # pause before retrying: a closed loop would otherwise flood a dead server
 _SWEEP_S = 0.25
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
