@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.errors import UsageError
@@ -25,7 +25,7 @@ class ClassificationOptions(FinetuneOptions):
     label_column: str | None = None
     text_separator: str = " "
     multi_label: bool = False
-    regression: bool = False
+    regression: bool = field(default=False, metadata={"help": "The label is a number: train on the squared error."})
     labels: str | None = None
     label_separator: str | None = None
     max_length: int = 0
