@@ -209,6 +209,7 @@ def write_tiny_translation(
     from deploykit.runtime.generation import Generation
     from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
     from deploykit.tasks.translation.facts import Translation
+    from deploykit.tasks.translation.generation_config import generation_config
     from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
     from deploykit.tensorrt.build import TRANSLATOR_GRAPHS
 
@@ -261,6 +262,7 @@ def write_tiny_translation(
     inputs = f"tiny {family} {precision} {max_length} {seed}"
     write_manifest(folder, "export", task, inputs=inputs)
     if keep_checkpoint is not None:
+        model.generation_config = generation_config(task, task.generation)
         model.save_pretrained(keep_checkpoint)
         tokenizer.save_pretrained(keep_checkpoint)
         write_manifest(keep_checkpoint, "checkpoint", task, inputs=inputs)

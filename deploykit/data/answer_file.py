@@ -60,7 +60,7 @@ def answer_file(
     left such a file; ``force`` removes it.
     """
     if out.exists() and not force:
-        raise ArtifactError(f"{out}: exists", "choose another --output, or pass --force to replace it")
+        raise ArtifactError(f"{out}: already exists", "choose another --output, or pass --force to replace it")
     partial = out.with_name(f".{out.name}.{key[:16]}.partial")
     _check_others(out, partial, force=force)
     total = sum(1 for _ in rows())

@@ -98,7 +98,7 @@ def bundle(
     name = name or export_dir.resolve().name
     check_name(name)
     if out.exists() and not force:
-        raise ArtifactError(f"{out}: exists", "choose another --output, or pass --force to replace it")
+        raise ArtifactError(f"{out}: already exists", "choose another --output, or pass --force to replace it")
     whole = load_manifest(export_dir, "export")
     export = dataclasses.replace(whole, task=fitted(whole.task, BOARDS[board]), parent=whole.digest)
     part = task_of(export.task).bundle(export.task)
@@ -162,7 +162,9 @@ def unpack(archive: Path, out: Path, *, public_key: Path | None = None) -> Path:
     bundle, has links or paths that leave ``out``, or was changed; UsageError when ``out`` exists.
     """
     if out.exists():
-        raise UsageError(f"{out}: exists", "choose another --output-dir: a bundle is unpacked into a new folder")
+        raise UsageError(
+            f"{out}: already exists", "choose another --output-dir: a bundle is unpacked into a new folder"
+        )
     if not archive.is_file():
         raise ArtifactError(f"{archive}: no such file", "check the path")
     if not hasattr(tarfile, "data_filter"):

@@ -247,7 +247,7 @@ def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
             )
     elif options.gpu.startswith("sm_"):
         raise UsageError(
-            f"{builder} builds for the GPU at hand, not for --gpu {options.gpu}",
+            f"{builder} builds only for this machine's GPU, not for --gpu {options.gpu}",
             "give this-gpu or portable, or --builder rtx",
         )
     if builder != "rtx" and not has_gpu():

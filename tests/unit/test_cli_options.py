@@ -32,6 +32,7 @@ SHARED = {
     "--source-lang": "of the pairs to train on, or of a checkpoint that was trained elsewhere",
     "--target-lang": "as --source-lang",
     "--seed": "of the random choices that the help names",
+    "--top-k": "how many candidates: tokens to sample from, or answers to give",
     "--input": "rows to answer; the formats are those of the task",
 }
 """Options whose type or help differs between commands on purpose, and the one meaning that they have."""

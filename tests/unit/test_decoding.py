@@ -77,10 +77,18 @@ def bart(kind: str = "bart", **changes: Any) -> Any:
     return model
 
 
-def mt5() -> Any:
+def mt5(**changes: Any) -> Any:
     from transformers import MT5Config, MT5ForConditionalGeneration
 
-    shape = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
+    shape = {
+        "d_model": 32,
+        "d_kv": 16,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "initializer_factor": 3.0,
+        **changes,
+    }
     model = MT5ForConditionalGeneration(MT5Config(vocab_size=V, decoder_start_token_id=0, **shape))
     model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(V, 32))  # as published, it is not the embedding
     return model
@@ -445,8 +453,9 @@ def test_an_unknown_family_is_refused_by_name() -> None:
 def test_the_best_tokens_are_what_a_sort_finds(scores: np.ndarray, k: int) -> None:
     values, columns = BestTokens(1)(scores, k)
     exact = torch.from_numpy(scores).double().log_softmax(-1).numpy()
-    assert values == pytest.approx(-np.sort(-exact, axis=1)[:, :k], rel=1e-5, abs=1e-5)
-    assert values == pytest.approx(np.take_along_axis(exact, columns, axis=1), rel=1e-5, abs=1e-5)
+    # ONNX Runtime's LogSoftmax is off by up to 1.4e-5 on CPUs without AVX-512.
+    assert values == pytest.approx(-np.sort(-exact, axis=1)[:, :k], rel=1e-5, abs=2e-5)
+    assert values == pytest.approx(np.take_along_axis(exact, columns, axis=1), rel=1e-5, abs=2e-5)
     assert all(len(set(row)) == k for row in columns.tolist())
 
 

@@ -322,10 +322,10 @@ def test_a_checkpoint_is_trained_and_saved_whatever_it_searches_by(
         "task": "translation",
         "train": str(tmp_path / "pairs.tsv"),
         "model": str(folder),
-        "source": "en",
-        "target": "fr",
+        "source_lang": "en",
+        "target_lang": "fr",
     }
-    options = make_options({**given, "max_steps": 1, "max_rows": 20, "max_length": 64, "eval_steps": 1})
+    options = make_options({**given, "max_steps": 1, "max_train_samples": 20, "max_length": 64, "eval_steps": 1})
     done = finetune(options, tmp_path / "out", say=lambda line: None)
     generation = done.manifest.task.generation  # type: ignore[union-attr]
     for field, value in {**fields, "beam_size": fields.get("num_beams", 1)}.items():

@@ -96,7 +96,7 @@ def test_a_foreign_checkpoint_is_exported_and_answers_as_pytorch(family: str, tm
     write(tmp_path / "m")
     rows = [{"source": text, "target": f"Ouvrez {text.lower()}"} for text in TEXTS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ExportOptions(data=str(tmp_path / "rows.jsonl"), source=source, target=target)
+    options = ExportOptions(data=str(tmp_path / "rows.jsonl"), source_lang=source, target_lang=target)
     done = export(tmp_path / "m", tmp_path / "e", options, say=lambda line: None)
     task = load_manifest(tmp_path / "e").task
     assert done.manifest.task == task
@@ -119,7 +119,7 @@ def test_a_foreign_checkpoint_is_trained_on(tmp_path: Path) -> None:
     rows = "".join(f"{text}\tOuvrez {text.lower()}\n" for text in TEXTS)
     (tmp_path / "pairs.tsv").write_text("en_XX\tfr_XX\n" + rows)
     given: dict[str, Any] = {"task": "translation", "train": str(tmp_path / "pairs.tsv"), "model": str(tmp_path / "m"),
-                             "source": "en_XX", "target": "fr_XX"}  # fmt: skip
+                             "source_lang": "en_XX", "target_lang": "fr_XX"}  # fmt: skip
     options = make_options({**given, "max_steps": 1, "max_length": 38, "eval_steps": 1})
     done = finetune(options, tmp_path / "out", say=lambda line: None)
     assert isinstance(done.manifest.task, Translation)

@@ -40,7 +40,7 @@ def write_marian(folder: Path, *codes: str) -> Path:
     """A new marian-tiny; with ``codes``, one of many targets."""
     quiet()
     options = make_options(
-        {"task": "translation", "train": "x", "source": "en", "target": "fr", "from_config": "marian-tiny"}
+        {"task": "translation", "train": "x", "source_lang": "en", "target_lang": "fr", "from_config": "marian-tiny"}
     )
     assert isinstance(options, TranslationOptions)
     torch.manual_seed(3)
@@ -109,7 +109,7 @@ def test_a_code_that_the_model_lacks_is_refused_with_those_it_has(to_french: Tor
 def test_training_rows_may_have_codes_that_the_model_knows(multi: Path) -> None:
     from deploykit.tasks.translation.rows import Pair
 
-    options = make_options({"task": "translation", "train": "x", "model": str(multi), "source": "en", "target": "fra",
+    options = make_options({"task": "translation", "train": "x", "model": str(multi), "source_lang": "en", "target_lang": "fra",
                             "max_length": 64})  # fmt: skip
     assert isinstance(options, TranslationOptions)
     stage = TranslationStage(options)

@@ -500,7 +500,7 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
         save_translation_tokenizer(tmp_path, type("OddTokenizer", (), {"is_fast": False})(), tmp_path)
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<s>": 2}, "<unk>"))
     backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 1)]
+        single="</s> $A <s>", special_tokens=[("<s>", 2), ("</s>", 1)]
     )
     odd = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="</s>")
     with pytest.raises(ExportError, match="differs from the checkpoint's"):

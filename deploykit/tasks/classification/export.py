@@ -36,7 +36,7 @@ from deploykit.quantization.tables import render
 from deploykit.runtime.engines import ENGINES, NATIVE_FILE, load_engine
 from deploykit.runtime.engines.protocol import Engine, Precision
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
-from deploykit.tasks.classification.calibration import token_rows
+from deploykit.tasks.classification.calibration import calibrate, token_rows
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.encoders import EncoderClassifier, read_encoder
 from deploykit.tasks.classification.evaluate import labelled_rows
@@ -50,6 +50,7 @@ from deploykit.tensorrt.build import GRAPHS, EngineOptions, build_engine, plan
 from deploykit.training.qat import TrainedScales
 from deploykit.training.trained_ranges import trained_ranges
 
+__all__ = ["calibrate", "calibration_texts", "write", "write_fp32"]
 _GRAPH = "model.onnx"
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

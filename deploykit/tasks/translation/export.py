@@ -17,7 +17,7 @@ from deploykit.errors import ExportError, UsageError
 from deploykit.graphs.architecture import Architecture
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
 from deploykit.graphs.families import read_architecture
-from deploykit.graphs.native_writer import save_native
+from deploykit.graphs.native_writer import native_lacks, save_native
 from deploykit.graphs.seq2seq import Standard, build_decoder, build_encoder, save_graphs
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import Trace
@@ -160,12 +160,15 @@ def _quantize(
     ranges = calibration.ranges(options.method)
     calibration.save_ranges(directory, options.method, ranges)
     quantize_nodes = 0
+    if (reason := native_lacks(architecture)) is not None:
+        say(f"nothing for the engine native: {reason}")
 
     def save(some: Ranges) -> None:
         nonlocal quantize_nodes
         encoder, decoder = build_encoder(architecture, some), build_decoder(architecture, some)
         save_graphs(directory, encoder, decoder, TRANSLATION_FILES["int8"])
-        save_native(directory / NATIVE_FILE, architecture, some)
+        if reason is None:
+            save_native(directory / NATIVE_FILE, architecture, some)
         quantize_nodes = sum(
             node.op_type == "QuantizeLinear" for g in (encoder, decoder) for node in g.model.graph.node
         )
@@ -253,7 +256,7 @@ class _Grader(Grader[list[str]]):
         if precision == "int8" and kernels == 0:
             raise ExportError("ONNX Runtime runs none of the layers in INT8", "upgrade onnxruntime")
         lines = [self.enter(precision, TRANSLATION_ENGINE, self._texts(self._load(files)), kernels)]
-        if precision == "int8" and ENGINES["native"].installed:
+        if precision == "int8" and ENGINES["native"].installed and (self._directory / NATIVE_FILE).exists():
             layers = int8_layers(self._directory / NATIVE_FILE)
             lines.append(self.enter(precision, "native", self._texts(self._load([NATIVE_FILE], "native")), layers))
         return max(lines, key=self.drop)
