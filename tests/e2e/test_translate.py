@@ -194,7 +194,7 @@ def test_predict_answers_as_translate_does(deploykit: Deploykit, translator: Pat
                for record in records)  # fmt: skip
     code, _, err = deploykit("predict", translator, "text", "--text-column", "en")
     assert code == 2
-    assert "--text-column is not for a model that translates" in err
+    assert "--text-column does not apply to a model that translates" in err
 
 
 def test_evaluate_counts_placeholders(deploykit: Deploykit, translator: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def served(export: Path, name: str, installed: Path, tmp_path: Path) -> Iterator
                 process.wait(45)
             finally:
                 process.kill()
-    assert "by " + str(installed / "tritonserver") in (tmp_path / "log").read_text()
+    assert "with " + str(installed / "tritonserver") in (tmp_path / "log").read_text()
 
 
 def test_a_bundle_is_served_by_the_triton_that_is_there(

@@ -26,14 +26,13 @@ def run(*words: object) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two labels that words tell apart; some texts are longer than the tiny models take."""
-    from conftest import WORDS
-
+    known = [f"w{i}" for i in range(200)]  # by the tokenizer of make_tiny_checkpoint
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("rows") / "rows.csv"
     lines = ["text,label"]
     for i in range(120):
         label = draw.choice(["good", "bad"])
-        words = WORDS[:100] if label == "bad" else WORDS[100:]
+        words = known[:100] if label == "bad" else known[100:]
         lines.append(" ".join(draw.choice(words) for _ in range(draw.randint(1, 60 if i % 3 else 12))) + f",{label}")
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -485,7 +485,11 @@ def _command(process: psutil.Process) -> list[str]:
         ("pytriton", "nvidia-pytriton", "pip install 'deploykit[serve]'"),
         ("numpy", "numpy 2.4.0", "pip install 'numpy<2'"),
         ("stub", "no stub for Python 9.9", "use Python 3.10 to 3.12"),
-        ("libpython", r"libpython3\.\d+\.so\.1\.0 is not installed", "apt-get install libpython3."),
+        (
+            "libpython",
+            r"libpython3\.\d+\.so\.1\.0, which the server.s Python processes need, is not installed",
+            "apt-get install libpython3.",
+        ),
         ("library", "libz.so.1", "install the system packages"),
     ],
 )
