@@ -6,6 +6,7 @@ again adds a version and only checks that the config still fits.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -213,10 +214,15 @@ def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine
     record, expected = _json_parameter(config, "task"), _json_parameter(wanted, "task")
     if not isinstance(record, dict):
         raise ArtifactError(f"{path}: parameter task is {_shown(record)}, not the model's task", OVERWRITE)
+    # A config of an earlier version lacks the facts that came later: they had their defaults.
+    defaults = {
+        field.name: field.default for field in dataclasses.fields(task) if field.default is not dataclasses.MISSING
+    }
     for key, value in expected.items():
-        if record.get(key) != value:
+        given = record.get(key, defaults.get(key))
+        if given != value:
             raise ArtifactError(
-                f"{path}: parameter task has {key} {_shown(record.get(key))}, the model {_shown(value)}", OVERWRITE
+                f"{path}: parameter task has {key} {_shown(given)}, the model {_shown(value)}", OVERWRITE
             )
 
 

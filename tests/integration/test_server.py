@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import importlib.util
 import json
@@ -616,3 +617,19 @@ def test_the_config_checked_in_is_what_package_writes_for_the_demo() -> None:
     task = task_of_parameters({key: parameters[key].string_value for key in ("labels", "task")})
     assert task.labels == ("negative", "neutral", "positive")
     check_config(path, task)
+
+
+def test_a_config_of_an_earlier_version_fits_a_model_with_the_defaults(tmp_path: Path) -> None:
+    from deploykit.tasks.registry import task_of_parameters
+    from deploykit.triton.repository import check_config, read_config
+
+    written = Path(__file__).parents[2] / "model_repository" / "sentiment" / "config.pbtxt"
+    earlier = tmp_path / "sentiment" / "config.pbtxt"
+    earlier.parent.mkdir()
+    earlier.write_text(written.read_text().replace(', "regression": false', ""))
+    assert "regression" not in earlier.read_text()
+    parameters = read_config(written).parameters
+    task = task_of_parameters({key: parameters[key].string_value for key in ("labels", "task")})
+    check_config(earlier, task)
+    with pytest.raises(ArtifactError, match="has regression false, the model true"):
+        check_config(earlier, dataclasses.replace(task, regression=True))
