@@ -44,6 +44,7 @@ def _commands(block: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(960)  # the commands of all pages
 def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, tmp_path: Path) -> None:
     for port in (8000, 8001, 8002, 8010, 8011, 8012):
         with socket.socket() as probe:
@@ -65,7 +66,7 @@ def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, 
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=540)
+        output, _ = process.communicate(timeout=900)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
