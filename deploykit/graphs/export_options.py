@@ -13,6 +13,8 @@ from deploykit import artifacts
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
 from deploykit.quantization.calibration import METHODS, Method
+from deploykit.quantization.grading import Grader
+from deploykit.quantization.tables import render
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tensorrt.build import EngineOptions
 from deploykit.training.rows import read_split
@@ -123,6 +125,14 @@ class Written:
 
     task: TaskFacts
     metrics: dict[str, Any]
+
+
+def graded(task: TaskFacts, metrics: dict[str, Any], grader: Grader[Any], say: Say) -> Written:
+    """Add what ``grader`` found to the metrics of an export, and print its table."""
+    table = [line.to_json() for line in grader.table]
+    for line in render(table):
+        say(line)
+    return Written(task, {**metrics, "test": grader.metrics, "accuracy_table": table})
 
 
 def pick_rows(

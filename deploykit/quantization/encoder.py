@@ -14,7 +14,10 @@ from deploykit.quantization.activations import show_activations
 from deploykit.quantization.calibration import Calibration, collect
 from deploykit.quantization.qdq import QuantizedCount, Ranges, Scheme, linear_layers, quantize
 from deploykit.quantization.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
+from deploykit.runtime.engines import ENGINES
 
+GRAPH = ENGINES["onnxruntime"].graphs["fp32"]
+"""The file of the fp32 graph in an encoder's export."""
 SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
 """Of the INT8 graphs that an encoder's export has: model.SCHEME.onnx."""
 

@@ -7,18 +7,15 @@ from pathlib import Path
 
 from deploykit.artifacts import digest_of
 from deploykit.quantization.calibration import Calibration
-from deploykit.quantization.encoder import TokenRows, calibrate_encoder
-from deploykit.runtime.engines import ENGINES
+from deploykit.quantization.encoder import GRAPH, TokenRows, calibrate_encoder
 from deploykit.runtime.tokenizer import TextTokenizer
 from deploykit.tasks.classification.facts import Classification
 from deploykit.text import normalize
 
-_GRAPH = ENGINES["onnxruntime"].graphs["fp32"]
-
 
 def calibrate(folder: Path, task: Classification, texts: Sequence[str]) -> Calibration:
     """Run ``texts`` through the fp32 graph in ``folder``."""
-    return calibrate_encoder(folder / _GRAPH, token_rows(folder, task, texts))
+    return calibrate_encoder(folder / GRAPH, token_rows(folder, task, texts))
 
 
 def token_rows(folder: Path, task: Classification, texts: Sequence[str]) -> TokenRows:

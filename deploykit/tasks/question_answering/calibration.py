@@ -9,18 +9,15 @@ from deploykit.artifacts import digest_of
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError
 from deploykit.quantization.calibration import Calibration
-from deploykit.quantization.encoder import TokenRows, calibrate_encoder
-from deploykit.runtime.engines import ENGINES
+from deploykit.quantization.encoder import GRAPH, TokenRows, calibrate_encoder
 from deploykit.tasks.question_answering.facts import QuestionAnswering, from_text
 from deploykit.tasks.question_answering.windows import PairTokenizer, Window
 from deploykit.text import printable
 
-_GRAPH = ENGINES["onnxruntime"].graphs["fp32"]
-
 
 def calibrate(folder: Path, task: QuestionAnswering, texts: Sequence[str]) -> Calibration:
     """Run windows of ``texts`` (``as_text``) through the fp32 graph in ``folder``."""
-    return calibrate_encoder(folder / _GRAPH, token_rows(folder, task, texts))
+    return calibrate_encoder(folder / GRAPH, token_rows(folder, task, texts))
 
 
 def token_rows(folder: Path, task: QuestionAnswering, texts: Sequence[str]) -> TokenRows:

@@ -16,13 +16,20 @@ from deploykit.data.sample import evenly
 from deploykit.errors import DataError, ExportError, UsageError
 from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
 from deploykit.graphs.causal_lm import Bits, build_causal_lm, parts_of, save_causal_lm
-from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
+from deploykit.graphs.export_options import (
+    CalibrationOptions,
+    ExportOptions,
+    Say,
+    Written,
+    graded,
+    keep_samples,
+    pick_rows,
+)
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import Trace
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.search import Search, hold_limit
-from deploykit.quantization.tables import render
 from deploykit.runtime.engines import LANGUAGE_MODEL_FILES
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.sampling import Sampling
@@ -78,11 +85,7 @@ def write(
             found[precision] = record
             if search is not None:
                 found["search"][f"{_ENGINE} {precision}"] = dataclasses.asdict(search)
-    metrics["test"] = grader.metrics
-    metrics["accuracy_table"] = [line.to_json() for line in grader.table]
-    for line in render(metrics["accuracy_table"]):
-        say(line)
-    return Written(task, metrics)
+    return graded(task, metrics, grader, say)
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> TextGeneration:

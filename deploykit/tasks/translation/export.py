@@ -15,7 +15,15 @@ from deploykit.artifacts import digest_of
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError, UsageError
 from deploykit.graphs.architecture import Architecture
-from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written, keep_samples, pick_rows
+from deploykit.graphs.export_options import (
+    CalibrationOptions,
+    ExportOptions,
+    Say,
+    Written,
+    graded,
+    keep_samples,
+    pick_rows,
+)
 from deploykit.graphs.families import read_architecture
 from deploykit.graphs.native_writer import native_lacks, save_native
 from deploykit.graphs.seq2seq import Standard, build_decoder, build_encoder, save_graphs
@@ -25,7 +33,6 @@ from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.qdq import Ranges
 from deploykit.quantization.search import SAMPLE, Search, hold_limit
-from deploykit.quantization.tables import render
 from deploykit.runtime.engines import ENGINES, NATIVE_FILE, TRANSLATION_ENGINE, TRANSLATION_FILES
 from deploykit.runtime.engines.native.weights import int8_layers
 from deploykit.runtime.engines.onnxruntime import int8_kernels
@@ -90,11 +97,7 @@ def write(
         _build_engines(
             directory, reference, architecture, parity_rows, ranges, options, options.trt, grader, metrics, trace, say
         )
-    metrics["test"] = grader.metrics
-    metrics["accuracy_table"] = [line.to_json() for line in grader.table]
-    for line in render(metrics["accuracy_table"]):
-        say(line)
-    return Written(task, metrics)
+    return graded(task, metrics, grader, say)
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> Translation:

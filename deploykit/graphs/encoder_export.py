@@ -1,0 +1,202 @@
+"""Quantize, grade and build the graphs of an encoder: what the exports of all tasks with one such graph share."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from deploykit import artifacts
+from deploykit.errors import ExportError
+from deploykit.graphs.export_options import ExportOptions, Say
+from deploykit.measurement_log import Trace
+from deploykit.quantization.calibration import Calibration
+from deploykit.quantization.encoder import (
+    GRAPH,
+    SCHEMES,
+    Calibrated,
+    GraphQuantizer,
+    Quantizer,
+    TokenRows,
+    activations_of,
+    calibrate_smoothed,
+)
+from deploykit.quantization.grading import Grader, Line, Raw
+from deploykit.quantization.qdq import Ranges
+from deploykit.quantization.search import Search, hold_limit
+from deploykit.quantization.smooth_quant import Scales, smooth
+from deploykit.runtime.engines import ENGINES, load_engine
+from deploykit.runtime.engines.protocol import Engine, Precision
+from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
+from deploykit.tensorrt.build import CLASSIFIER_INPUTS, GRAPHS, EngineOptions, Inputs, Limits, build_engine
+
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class EncoderGrader(Grader[Raw]):
+    """Grades the graphs of an export in ``directory`` on each engine."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+
+    @abstractmethod
+    def outputs(self, engine: Engine) -> Raw:
+        """Return what an engine gives for the rows."""
+
+    @abstractmethod
+    def sample_outputs(self, engine: Engine) -> NDArray[np.float32]:
+        """Return what an engine gives for some of the rows, as numbers that tell how far two forms are apart."""
+
+    def check_fp32(self, outputs: Raw, name: str) -> None:
+        """Raise ExportError when the fp32 outputs of the form ``name`` are not PyTorch's. Nothing is checked here."""
+
+    def grade(self, precision: Precision, name: str) -> Line:
+        """Raises ExportError when ``check_fp32`` does, or no layer of an INT8 graph runs in INT8."""
+        graph = self._directory / ENGINES[name].graphs[precision]
+        engine = load_engine(name, graph)
+        kernels = engine.int8_kernels() if precision == "int8" else 0
+        if precision == "int8" and kernels == 0:
+            raise ExportError(
+                f"{graph.name}: {name} runs none of its layers in INT8", "this engine version ignores Q/DQ: upgrade it"
+            )
+        outputs = self.outputs(engine)
+        if precision == "fp32":
+            self.check_fp32(outputs, f"{graph.name} on {name}")
+        return self.enter(precision, name, outputs, kernels)
+
+    def grade_for_tensorrt(self, precision: str) -> Line:
+        """Grade the graph that an engine is built from, as ONNX Runtime computes it on the CPU."""
+        engine = load_engine("onnxruntime", self._directory / GRAPHS[precision])
+        return self.enter(f"trt {precision}", "onnxruntime", self.outputs(engine))
+
+    def grade_engine(self, record: EngineRecord) -> Line:
+        """Grade a TensorRT engine itself, on the GPU here."""
+        engine = load_engine("tensorrt", self._directory / record.file)
+        return self.enter(record.precision, "tensorrt", self.outputs(engine), record.int8_gemms)
+
+    def sample(self, precision: Precision, name: str) -> NDArray[np.float32]:
+        """Return ``sample_outputs`` of the graph in ``precision`` on the engine ``name``."""
+        return self.sample_outputs(load_engine(name, self._directory / ENGINES[name].graphs[precision]))
+
+
+def engines_for(precision: Precision) -> list[str]:
+    """Return the engines installed that have a graph in ``precision``."""
+    return [name for name, info in ENGINES.items() if info.installed and precision in info.graphs]
+
+
+def calibrated(
+    directory: Path, saved: Calibration | None, rows: Callable[[], TokenRows], options: ExportOptions, say: Say
+) -> Calibrated:
+    """Take the ``saved`` calibration of the fp32 graph in ``directory``, or calibrate it on ``rows``.
+
+    Raises ExportError where SmoothQuant finds nothing to smooth.
+    """
+    graph = directory / GRAPH
+    if saved is not None:
+        saved.check(activations_of(graph))
+        return Calibrated(onnx.load(graph), saved)
+    token_rows = rows()
+    say(f"calibrating on {options.calibration}")
+    return calibrate_smoothed(graph, token_rows, options.smooth_quant, say)
+
+
+def quantize_graphs(
+    found: Calibrated, method: str, ranges: Ranges, directory: Path, options: ExportOptions, grader: EncoderGrader[Any],
+    remedy: str, trace: Trace, say: Say, others: Callable[[], Mapping[str, Quantizer]] = dict,
+) -> tuple[dict[str, Any], Ranges]:  # fmt: skip
+    """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
+
+    ``others`` gives, by file, what is quantized beside the graphs, and has written it whole. Returns what the manifest
+    says of it, and the ranges of the activations that are S8 (in OpenVINO's graph).
+    """
+    calibration = found.calibration
+    calibration.save(directory)
+    calibration.save_ranges(directory, method, ranges)
+    graphs = {
+        f"model.{scheme}.onnx": GraphQuantizer(found.model, directory / f"model.{scheme}.onnx", scheme, ranges)
+        for scheme in SCHEMES
+    }
+    whole, *_ = [quantizer.write(ranges) for quantizer in graphs.values()]
+    say(
+        f"quantized {whole.linear_layers} linear layers ({whole.quantize_nodes} QuantizeLinear, "
+        f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"
+    )
+    quantizers: dict[str, Quantizer] = {**graphs, **others()}
+    say("measuring accuracy")
+    searches: dict[str, Search] = {}
+    kept: dict[str, Collection[str]] = {}
+    for engine in engines_for("int8"):
+        file = ENGINES[engine].graphs["int8"]
+        if file not in quantizers:
+            continue
+        search = _hold_limit(engine, quantizers[file], options, grader, remedy, trace, say)
+        if search is not None:
+            searches[engine], kept[file] = search, search.kept
+    smoothed = found.smoothed
+    record = {
+        **dataclasses.asdict(whole),
+        "method": method,
+        "calibration": calibration.to_json(),
+        "smooth_quant": {"alpha": options.smooth_quant, **dataclasses.asdict(smoothed)} if smoothed else None,
+        "search": {engine: dataclasses.asdict(search) for engine, search in searches.items()},
+    }
+    return record, {name: limits for name, limits in ranges.items() if name not in kept.get("model.s8s8.onnx", ())}
+
+
+def _hold_limit(
+    engine: str, quantizer: Quantizer, options: ExportOptions, grader: EncoderGrader[Any], remedy: str, trace: Trace,
+    say: Say,
+) -> Search | None:  # fmt: skip
+    """Leave as few of the quantizer's parts in fp32 as hold the limit."""
+
+    def write(kept: Collection[str]) -> Line:
+        quantizer.write(set(quantizer.parts) - set(kept))
+        return grader.grade("int8", engine)
+
+    def sample(part: str | None) -> NDArray[np.float32]:
+        quantizer.write([] if part is None else [part])
+        return grader.sample("int8", engine)
+
+    return hold_limit(f"INT8 on {engine}", quantizer.parts, write, sample, grader, options.max_drop, trace, say, remedy)
+
+
+def build_engines(
+    directory: Path, write_half: Callable[[Path, torch.dtype], None], limits: Limits, options: ExportOptions,
+    trt: EngineOptions, ranges: Ranges, smoothing: Scales, grader: EncoderGrader[Any], say: Say,
+    inputs: Inputs = CLASSIFIER_INPUTS,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Write a graph of each precision in TensorRT's terms, grade what a CPU can compute of it, and build its engine,
+    which is graded too where it runs here.
+
+    ``write_half`` writes the model's graph in float16 or bfloat16. INT8 is Q/DQ in the fp16 graph, smoothed as the ranges
+    were calibrated, of the activations that have ``ranges``.
+    """
+    built = []
+    for precision in trt.precisions:
+        graph = directory / GRAPHS[precision]
+        if precision in _HALF:
+            write_half(graph, _HALF[precision])
+        elif precision == "int8":
+            half = directory / "half.onnx"
+            write_half(half, torch.float16)
+            model, _ = smooth(onnx.load(half), smoothing)
+            count = GraphQuantizer(model, graph, "s8s8", ranges, embeddings=False).write(ranges)
+            half.unlink()
+            say(f"{graph.name}: {count.linear_layers} linear layers in INT8, the rest in fp16")
+        remedy = "leave this --precision out, try another --method"
+        if precision in ("fp16", "int8"):
+            grader.refuse_loss(grader.grade_for_tensorrt(precision), graph.name, options.max_drop, remedy)
+        calibration = artifacts.digest_of(ranges) if precision == "int8" else None
+        record = build_engine(graph, precision, trt, limits, say, calibration, inputs=inputs)
+        if runs_here(directory / record.file):
+            grader.refuse_loss(grader.grade_engine(record), record.file, options.max_drop, remedy)
+        built.append(record)
+    return [dataclasses.asdict(record) for record in built]
