@@ -114,8 +114,7 @@ def _card_patterns(folder: Path, split: str) -> list[str] | None:
 
 def _inside(folder: Path, pattern: str) -> Iterator[Path]:
     """Yield the files that match a card's pattern, and none outside the folder."""
-    root = folder.resolve()
-    for path in glob.iglob(pattern, root_dir=folder, recursive=True):
-        file = (folder / path).resolve()
-        if file.is_file() and (root in file.parents or (folder / path).is_symlink()):
+    for path in map(Path, glob.iglob(pattern, root_dir=folder, recursive=True)):
+        # By name, not by where links lead: the hub's cache links each file to another folder.
+        if not path.is_absolute() and ".." not in path.parts and (folder / path).is_file():
             yield folder / path

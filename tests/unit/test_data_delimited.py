@@ -181,6 +181,13 @@ def test_the_card_of_a_dataset_names_its_files_and_none_outside(tmp_path):
     write(folder / "README.md", card.format("../*.csv"))
     with pytest.raises(DataError, match="no file matches"):
         values(folder)
+    (tmp_path / "link.csv").symlink_to(tmp_path / "secret.csv")
+    write(folder / "README.md", card.format("../link.csv"))
+    with pytest.raises(DataError, match="no file matches"):
+        values(folder)
+    (folder / "blob.csv").symlink_to(tmp_path / "secret.csv")  # as the hub's cache keeps its files
+    write(folder / "README.md", card.format("blob.csv"))
+    assert values(folder) == [("secret", "x")]
 
 
 def test_a_folder_of_texts_for_each_label(tmp_path):
