@@ -13,6 +13,7 @@ from deploykit.cli.common import (
     SERVER_URL,
     THREADS,
     Result,
+    answered_record,
     deploykit_command,
     progress_bar,
 )
@@ -81,7 +82,7 @@ def command(
                     predictor, source, output, identity=f"{identity_of(target, predictor)} {where}", columns={},
                     generation=top_k, encoding=encoding, force=force, progress=progress,
                 )  # fmt: skip
-                record |= {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
+                record |= answered_record(output, done)
                 lines.append(
                     f"{output}: {done.rows:,} rows" + (f"; {done.errors:,} have an error" if done.errors else "")
                 )

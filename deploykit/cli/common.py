@@ -17,6 +17,7 @@ from deploykit.errors import DeploykitError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
 
 if TYPE_CHECKING:
+    from deploykit.data.answer_file import Answered
     from deploykit.tasks.protocol import Task
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -275,6 +276,29 @@ def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[s
     for name, value in {**given, **({} if searches else generation)}.items():
         if value not in (None, ()):
             raise UsageError(f"--{name.replace('_', '-')} does not apply to a model that {task.does}", "leave it out")
+
+
+def check_asked(command: str, what: str, texts: tuple[str, ...], source: str | None, output: Path | None) -> None:
+    """Raise UsageError unless there are texts, or --input with --output. ``what`` is a text for the remedy."""
+    if bool(texts) == bool(source):
+        raise UsageError("give texts, or --input with --output", f'deploykit {command} TARGET "{what}"')
+    if bool(source) != bool(output):
+        raise UsageError("--input and --output go together", "name both")
+
+
+def answered_record(output: Path, done: Answered) -> dict[str, Any]:
+    """Return what --json tells of a file of answers."""
+    return {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
+
+
+def answered_text(output: Path, done: Answered, failed: str) -> str:
+    """Return the same as a line for a terminal; ``failed`` says what rows with an error could not be."""
+    text = f"{output}: {done.rows:,} rows"
+    if done.resumed:
+        text += f", {done.resumed:,} of them from the run before"
+    if done.errors:
+        text += f"; {done.errors:,} {failed}"
+    return text
 
 
 @contextlib.contextmanager

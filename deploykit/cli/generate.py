@@ -11,6 +11,9 @@ from deploykit.cli.common import (
     PRECISION,
     THREADS,
     Result,
+    answered_record,
+    answered_text,
+    check_asked,
     deploykit_command,
     progress_bar,
 )
@@ -51,10 +54,7 @@ def command(
     system: str | None, raw: bool, logprobs: bool, encoding: str | None, force: bool, precision: str,
     threads: int | None, stop: tuple[str, ...], **sampling: Any,
 ) -> Result:  # fmt: skip
-    if bool(texts) == bool(source):
-        raise UsageError("give texts, or --input with --output", 'deploykit generate TARGET "some prompt"')
-    if bool(source) != bool(output):
-        raise UsageError("--input and --output go together", "name both")
+    check_asked("generate", "some prompt", texts, source, output)
     if raw and system is not None:
         raise UsageError("--raw and --system exclude each other", "leave one out")
 
@@ -80,12 +80,7 @@ def command(
             )  # fmt: skip
     finally:
         generator.close()
-    text = f"{output}: {done.rows:,} rows"
-    if done.resumed:
-        text += f", {done.resumed:,} of them from the run before"
-    if done.errors:
-        text += f"; {done.errors:,} could not be answered"
-    return {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}, text
+    return answered_record(output, done), answered_text(output, done, "could not be answered")
 
 
 def _told(record: dict[str, Any]) -> str:

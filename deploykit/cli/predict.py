@@ -13,6 +13,9 @@ from deploykit.cli.common import (
     SERVER_URL,
     THREADS,
     Result,
+    answered_record,
+    answered_text,
+    check_asked,
     column_options,
     deploykit_command,
     generation_options,
@@ -20,7 +23,7 @@ from deploykit.cli.common import (
     refuse_columns,
     target_and_texts,
 )
-from deploykit.errors import DataError, UsageError
+from deploykit.errors import DataError
 
 
 @deploykit_command(
@@ -53,10 +56,7 @@ def command(
     force: bool,
     **where: Any,
 ) -> Result:
-    if bool(texts) == bool(source):
-        raise UsageError("give texts, or --input with --output", 'deploykit predict TARGET "some text"')
-    if bool(source) != bool(output):
-        raise UsageError("--input and --output go together", "name both")
+    check_asked("predict", "some text", texts, source, output)
 
     from deploykit.tasks.answering import answer_rows, answer_source, rows_of
     from deploykit.tasks.opening import identity_of, open_predictor
@@ -87,9 +87,4 @@ def command(
             )
     finally:
         predictor.close()
-    text = f"{output}: {done.rows:,} rows"
-    if done.resumed:
-        text += f", {done.resumed:,} of them from the run before"
-    if done.errors:
-        text += f'; {done.errors:,} could not be answered, see their "error"'
-    return {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}, text
+    return answered_record(output, done), answered_text(output, done, 'could not be answered, see their "error"')

@@ -16,12 +16,15 @@ from deploykit.cli.common import (
     SPLIT_HELP,
     THREADS,
     Result,
+    answered_record,
+    answered_text,
+    check_asked,
     deploykit_command,
     generation_options,
     progress_bar,
     target_and_texts,
 )
-from deploykit.errors import DataError, UsageError
+from deploykit.errors import DataError
 
 if TYPE_CHECKING:
     from deploykit.runtime.serving_settings import LongInput, Split
@@ -59,10 +62,7 @@ def command(
     force: bool,
     **where: Any,
 ) -> Result:
-    if bool(texts) == bool(source):
-        raise UsageError("give texts, or --input with --output", 'deploykit translate TARGET "some text"')
-    if bool(source) != bool(output):
-        raise UsageError("--input and --output go together", "name both")
+    check_asked("translate", "some text", texts, source, output)
 
     from deploykit.data.texts import TextRow
     from deploykit.runtime.generation import override
@@ -96,12 +96,7 @@ def command(
             )
     finally:
         translator.close()
-    text = f"{output}: {done.rows:,} rows"
-    if done.resumed:
-        text += f", {done.resumed:,} of them from the run before"
-    if done.errors:
-        text += f"; {done.errors:,} could not be translated"
+    text = answered_text(output, done, "could not be translated")
     if finish["length"]:
         text += f"; {cut_off(finish, how)}"
-    record = {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
-    return {**record, "finish": finish}, text
+    return {**answered_record(output, done), "finish": finish}, text

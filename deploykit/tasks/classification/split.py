@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from deploykit.data.grouping import group_key
-from deploykit.errors import DataError, UsageError
+from deploykit.data.grouping import group_key, require_shares
+from deploykit.errors import DataError
 from deploykit.tasks.classification.rows import Example, label_parts
 
 
@@ -39,12 +39,8 @@ def split(
         DataError: too few rows to fill every split and keep each label in training.
         UsageError: the fractions leave nothing to train on.
     """
+    require_shares(validation, test)
     wanted = {name: share for name, share in (("validation", validation), ("test", test)) if share}
-    if not all(share > 0 for share in wanted.values()) or sum(wanted.values()) >= 1:
-        raise UsageError(
-            f"validation {validation:g} and test {test:g} are no fractions that leave rows for training",
-            "let --validation-fraction and --test-fraction add up to less than 1",
-        )
     groups = _groups(examples, seed)
     # Rows of each label in each group; a row without any label counts as one of the label "".
     rows = [

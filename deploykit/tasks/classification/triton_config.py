@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from string import Template
 
-CLASSIFICATION = Template("""\
+from deploykit.runtime.triton_batching import batched
+
+CLASSIFICATION = Template(
+    """\
 # Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
 backend: "deploykit"
 # Most rows in one request, and in one dynamic batch.
@@ -22,31 +25,11 @@ output { name: "ERROR" data_type: TYPE_STRING dims: [ 1 ] }
 output { name: "TOP_LABELS" data_type: TYPE_STRING dims: [ -1 ] }
 output { name: "TOP_SCORES" data_type: TYPE_FP32 dims: [ -1 ] }
 
-dynamic_batching {
-  # Of more rows that wait, so many are one batch, and the rest another instance's; none: all up to max_batch_size.
-  preferred_batch_size: [$preferred_batch_size]
-  # Requests that wait while a batch runs form the next one; a delay would only cost a lone client that time.
-  max_queue_delay_microseconds: $max_queue_delay_us
-  default_queue_policy {
-    # Under overload answer 503 at once, rather than everyone late: clients can back off.
-    max_queue_size: $max_queue_size
-    # Whoever waited this long has given up; 0 waits for ever.
-    default_timeout_microseconds: $queue_timeout_us
-    timeout_action: REJECT
-  }
-}
-
-# Each instance is a process with its own copy of the weights (on each GPU, if KIND_GPU). At least two: with one, a queue policy
-# makes Triton 2.51 miss wake-ups, and some answers then wait for its 500 ms timer (measured).
-instance_group [ { kind: $kind count: $instances } ]
-# The newest version folder alone is loaded.
-version_policy { latest { num_versions: 1 } }
-
-# CPU threads per instance; 0: twice the CPUs, shared among the instances.
-parameters { key: "threads" value { string_value: "$threads" } }
-# Rows x padded length of one run of the engine; 0: what suits it.
-parameters { key: "token_budget" value { string_value: "$token_budget" } }
+"""
+    + batched("rows", "Rows")
+    + """\
 # What clients read to make sense of the scores.
 parameters { key: "labels" value { string_value: '$labels' } }
 parameters { key: "task" value { string_value: '$task' } }
-""")
+"""
+)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from deploykit.data.grouping import group_key
-from deploykit.errors import DataError, UsageError
+from deploykit.data.grouping import group_key, require_shares
+from deploykit.errors import DataError
 from deploykit.tasks.question_answering.rows import Example
 
 
@@ -18,12 +18,8 @@ def split(
     The same rows in another order give the same splits. Raises DataError when there are too few contexts, UsageError for
     shares that leave nothing to train on.
     """
+    require_shares(validation, test)
     wanted = {name: share for name, share in (("validation", validation), ("test", test)) if share}
-    if not all(share > 0 for share in wanted.values()) or sum(wanted.values()) >= 1:
-        raise UsageError(
-            f"validation {validation:g} and test {test:g} are no fractions that leave rows for training",
-            "let --validation-fraction and --test-fraction add up to less than 1",
-        )
     groups = _groups(examples, seed)
     if len(groups) <= len(wanted):
         raise DataError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
-from deploykit.data.grouping import group_key
-from deploykit.errors import DataError, UsageError
+from deploykit.data.grouping import group_key, require_shares
+from deploykit.errors import DataError
 from deploykit.tasks.translation.pairs import Pair
 
 
@@ -26,12 +26,8 @@ def split_pairs(
         DataError: too few groups to fill every split.
         UsageError: the fractions leave nothing to train on.
     """
+    require_shares(validation, test)
     shares = {"validation": validation, "test": test}
-    if not (min(shares.values()) >= 0 and sum(shares.values()) < 1):
-        raise UsageError(
-            f"validation {validation:g} and test {test:g} are no fractions that leave rows for training",
-            "let --validation-fraction and --test-fraction add up to less than 1",
-        )
     groups = _groups(pairs, seed)
     parts: list[list[Pair]] = []
     for share in shares.values():
