@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import os
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jetson_bundles import silent, with_tensorrt_graphs
 
 from deploykit.artifacts import SAMPLES, load_manifest, write_manifest
 from deploykit.errors import (
@@ -33,27 +33,12 @@ from deploykit.tasks.translation.facts import Translation
 from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, parse_profile, read_inputs
 from deploykit.triton.repository import check_config, list_models, verify_version
 
-TEXTS = [f"w{i} w{i * 7 % 200} w3" for i in range(80)]
 WHEELS = (
     "numpy-1.26.4-cp310-cp310-manylinux_2_17_aarch64.manylinux2014_aarch64.whl",
     "onnxruntime-1.23.2-cp310-cp310-manylinux_2_27_aarch64.manylinux_2_28_aarch64.whl",
     "psutil-7.2.2-cp36-abi3-manylinux2014_aarch64.manylinux_2_17_aarch64.whl",
     "tokenizers-0.23.3-cp310-abi3-manylinux_2_17_aarch64.manylinux2014_aarch64.whl",
 )
-
-
-def silent(line: str) -> None:
-    pass
-
-
-def with_tensorrt_graphs(export: Path, *graphs: str) -> Path:
-    """Give a tiny export what ``export --trt`` adds: the graphs hold what model.onnx holds."""
-    task = load_manifest(export).task
-    for graph in graphs or ("model.fp16.onnx", "model.qdq.onnx"):
-        shutil.copyfile(export / "model.onnx", export / graph)
-    (export / SAMPLES).write_text("".join(json.dumps({"text": text, "label": "x"}) + "\n" for text in TEXTS))
-    write_manifest(export, "export", task, inputs="tiny with TensorRT's graphs")
-    return export
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from test_jetson_bundle import silent, with_tensorrt_graphs
+from jetson_bundles import silent, with_tensorrt_graphs
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, MissingDependencyError

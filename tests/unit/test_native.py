@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from test_decoding import FAMILIES, LONGEST, SEARCHES, Case, case, decode, generation_of, open_engine, results
+from translators import FAMILIES, LONGEST, SEARCHES, Case, case, decode, generation_of, open_engine, results
 
 from deploykit.errors import CorruptArtifactError, EngineError
 from deploykit.graphs.families import read_architecture
