@@ -12,7 +12,7 @@ from deploykit.artifacts import new_file
 T = TypeVar("T")
 
 
-class Trace:
+class MeasurementLog:
     """A log of measurements, in a file beside the result, from which a killed command continues.
 
     ``key`` identifies everything that the measurements depend on. A file with another key is discarded.

@@ -12,8 +12,8 @@ from deploykit.cli.common import (
     NUM_PROMPTS,
     SERVER_URL,
     THREADS,
+    RecordedCommand,
     Result,
-    WithItsWords,
     column_options,
     deploykit_command,
     generation_options,
@@ -25,7 +25,7 @@ from deploykit.errors import ArtifactError, UsageError
 
 
 @deploykit_command(
-    cls=WithItsWords,
+    cls=RecordedCommand,
     help="Measure TARGETS (checkpoints, exports, or served models' names) side by side on real texts.",
 )
 @click.argument("targets", nargs=-1)
@@ -127,7 +127,7 @@ def command(
         progress=say,
         **settings,
     ).to_json()
-    result["command"] = WithItsWords.words()
+    result["command"] = RecordedCommand.command_line()
     result["threads"] = settings["threads"] or available_cpus()
     if out is not None:
         with new_file(out) as file:

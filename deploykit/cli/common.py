@@ -30,7 +30,7 @@ def say(message: str) -> None:
     click.echo(message, err=True)
 
 
-class WithItsWords(click.Command):
+class RecordedCommand(click.Command):
     """A command that remembers its command line, so that a report can show how to repeat the measurement."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -38,7 +38,7 @@ class WithItsWords(click.Command):
         return super().parse_args(ctx, args)
 
     @staticmethod
-    def words() -> str:
+    def command_line() -> str:
         """Return the running command as it was typed."""
         return str(click.get_current_context().meta[__name__])
 

@@ -11,8 +11,8 @@ from deploykit.cli.common import (
     FORCE,
     MODEL_REPOSITORY,
     NUM_PROMPTS,
+    RecordedCommand,
     Result,
-    WithItsWords,
     column_options,
     deploykit_command,
     option,
@@ -22,7 +22,7 @@ from deploykit.cli.common import (
 
 
 @deploykit_command(
-    cls=WithItsWords,
+    cls=RecordedCommand,
     help="Find the settings with which the packaged model TARGET answers the most requests/s within a latency limit.",
 )
 @click.argument("name", metavar="TARGET")
@@ -102,7 +102,7 @@ def command(
         precisions=precisions,
         seconds=seconds,
         out=out,
-        command=WithItsWords.words(),
+        command=RecordedCommand.command_line(),
         say=say,
     )
     chosen, present = (done.record["trials"][done.record[key]] for key in ("chosen", "present"))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deploykit import artifacts
 from deploykit.errors import ExportError
 from deploykit.graphs.export_options import ExportOptions, Say
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.encoder import (
     GRAPH,
@@ -110,7 +110,7 @@ def calibrated(
 
 def quantize_graphs(
     found: Calibrated, method: str, ranges: Ranges, directory: Path, options: ExportOptions, grader: EncoderGrader[Any],
-    remedy: str, trace: Trace, say: Say, others: Callable[[], Mapping[str, Quantizer]] = dict,
+    remedy: str, trace: MeasurementLog, say: Say, others: Callable[[], Mapping[str, Quantizer]] = dict,
 ) -> tuple[dict[str, Any], Ranges]:  # fmt: skip
     """Write a Q/DQ graph for each engine; where one loses too much, with its most sensitive layers left in fp32.
 
@@ -152,7 +152,7 @@ def quantize_graphs(
 
 
 def _hold_limit(
-    engine: str, quantizer: Quantizer, options: ExportOptions, grader: EncoderGrader[Any], remedy: str, trace: Trace,
+    engine: str, quantizer: Quantizer, options: ExportOptions, grader: EncoderGrader[Any], remedy: str, trace: MeasurementLog,
     say: Say,
 ) -> Search | None:  # fmt: skip
     """Leave as few of the quantizer's parts in fp32 as hold the limit."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import ExportError
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.tables import render
 
@@ -50,7 +50,7 @@ def hold_limit(
     sample: Callable[[str | None], NDArray[Any]],
     grader: Grader[Any],
     limit: float,
-    trace: Trace,
+    trace: MeasurementLog,
     say: Callable[[str], None],
     remedy: str = "another --method, more --calibration-rows",
 ) -> Search | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.engines.protocol import Choice, DecodeModel, HeldBeam, TakesSteps, Texts
+from deploykit.runtime.engines.protocol import DecodeModel, HeldBeam, MultiStepModel, SearchState, TokenSelection
 from deploykit.runtime.generation import MAX_ROWS, DecodedTask, Generation
 from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Floats, Ints, Rules, candidates
 
@@ -91,7 +91,7 @@ class _Plan:
     - ``held``: the model may take several steps by itself.
     """
 
-    choice: Choice
+    selection: TokenSelection
     rules: list[tuple[Rules, Ints]]
     greedy: Ints
     beams: list[tuple[list[Sentence], Ints]]
@@ -125,7 +125,7 @@ class Decoder:
         self.max_rows = max_rows
         self._model = model
         self._step_s = _AT_ONCE_S  # duration of the last step
-        self._runner = model if isinstance(model, TakesSteps) else None
+        self._runner = model if isinstance(model, MultiStepModel) else None
         self._task = task
         self._max_cache_bytes = max_cache_bytes
         self._workers = workers
@@ -138,13 +138,13 @@ class Decoder:
         # State of each row: its tokens, from the start token on; their number, its limit, and the number at which the rules
         # change; what to compute in a step; the sum of log-probabilities; a forced token; and its sentence.
         self._tokens = np.zeros((max_rows, task.max_target_length + 1), np.int64)
-        self._counts, self._wanted = np.zeros((3, max_rows), np.int64), np.zeros((3, max_rows), bool)
-        self._lengths, self._limits, self._turns = self._counts
-        self._scored, self._before, self._in_beam = self._wanted
+        self._counts, self._flags = np.zeros((3, max_rows), np.int64), np.zeros((3, max_rows), bool)
+        self._lengths, self._limits, self._rules_change = self._counts
+        self._scored, self._before, self._in_beam = self._flags
         self._sums = np.zeros(max_rows, np.float32)
         self._forced = np.zeros(max_rows, np.int32)
         self._sentence_of: list[Sentence] = []
-        self._texts = Texts(self._tokens, self._lengths, self._limits, self._sums, self._ends)
+        self._state = SearchState(self._tokens, self._lengths, self._limits, self._sums, self._ends)
         self._plan: _Plan | None = None
 
     @property
@@ -234,21 +234,21 @@ class Decoder:
         self._make_room()
         encoded = time.perf_counter()
         plan = self._plan = self._plan or self._make_plan()
-        alike = self._follow(plan)
+        same_for = self._update_selection(plan)
         if self._runner is not None and plan.held:
-            most = min(alike, max(1, int(_AT_ONCE_S / self._step_s)))
+            most = min(same_for, max(1, int(_AT_ONCE_S / self._step_s)))
             if plan.beams:
                 ((sentences, of_sentences),) = plan.beams
                 held = [sentence.held for sentence in sentences]
-                steps = self._runner.run_beams(self._texts, plan.choice, of_sentences, held, most)
+                steps = self._runner.run_beams(self._state, plan.selection, of_sentences, held, most)
             else:
-                steps = self._runner.run_greedily(self._texts, plan.choice, most)
+                steps = self._runner.run_greedily(self._state, plan.selection, most)
             stepped = time.perf_counter()
             self._step_s = (stepped - encoded) / steps
-            done = self._over(plan) if plan.beams else self._ended(plan)
+            done = self._finished_beams(plan) if plan.beams else self._finished_greedy(plan)
         else:
             rows = np.arange(self._model.rows)
-            values, ids = self._model.choose(self._tokens[rows, self._lengths[rows] - 1], plan.choice)
+            values, ids = self._model.choose(self._tokens[rows, self._lengths[rows] - 1], plan.selection)
             stepped = time.perf_counter()
             done = self._choose_greedily(plan, ids[:, 0], values[:, 0]) if len(plan.greedy) else []
             if plan.beams:
@@ -256,7 +256,7 @@ class Decoder:
         self.seconds.encoder += encoded - started
         self.seconds.decoder += stepped - encoded
         self.seconds.search += time.perf_counter() - stepped
-        self._leave(done if plan.beams else self._succeed(plan, done))
+        self._leave(done if plan.beams else self._reuse_rows(plan, done))
         return done
 
     def _join(self) -> None:
@@ -309,7 +309,7 @@ class Decoder:
         self.running += sentences
         self._plan = None
 
-    def _succeed(self, plan: _Plan, done: list[Sentence]) -> list[Sentence]:
+    def _reuse_rows(self, plan: _Plan, done: list[Sentence]) -> list[Sentence]:
         """Reuse the rows of ``done`` for waiting sentences, if the plan is valid for them too.
 
         That costs a fraction of leaving and joining. Returns the sentences of ``done`` whose rows are still to be
@@ -319,27 +319,31 @@ class Decoder:
             return done
         rules = plan.rules[0][0]
         fits = (
-            plan.held and len(plan.rules) == 1 and int(self._lengths[plan.greedy].max()) < int(rules.turn(np.array(1)))
+            plan.held
+            and len(plan.rules) == 1
+            and int(self._lengths[plan.greedy].max()) < int(rules.next_change(np.array(1)))
         )
-        heirs: list[tuple[Sentence, Any]] = []
-        while fits and len(heirs) < len(done) and (self._successors or self._encode_successors(rules)):
+        replacements: list[tuple[Sentence, Any]] = []
+        while fits and len(replacements) < len(done) and (self._successors or self._encode_successors(rules)):
             sentence, cross = self._successors.popleft()
             if not sentence.cancelled:
-                heirs.append((sentence, cross))
-        if not fits or not heirs:
+                replacements.append((sentence, cross))
+        if not fits or not replacements:
             self._recall_successors()
             return done
-        rows = np.concatenate([sentence.rows for sentence in done[: len(heirs)]])
+        rows = np.concatenate([sentence.rows for sentence in done[: len(replacements)]])
         assert self._runner is not None
-        self._runner.replace(rows, [cross for _, cross in heirs], [len(sentence.token_ids) for sentence, _ in heirs])
+        self._runner.replace(
+            rows, [cross for _, cross in replacements], [len(sentence.token_ids) for sentence, _ in replacements]
+        )
         self._begin(rows)
-        leaving = set(map(id, done[: len(heirs)]))
+        leaving = set(map(id, done[: len(replacements)]))
         self.running = [s for s in self.running if id(s) not in leaving]
-        for row, (sentence, _) in zip(rows.tolist(), heirs):
+        for row, (sentence, _) in zip(rows.tolist(), replacements):
             sentence.rules, sentence.rows = rules, np.array([row])
             self._scored[row], self._sentence_of[row] = sentence.scored, sentence
             self.running.append(sentence)
-        return done[len(heirs) :]
+        return done[len(replacements) :]
 
     def _encode_successors(self, rules: Rules) -> bool:
         """Encode some waiting sentences that have the same ``rules``. False if the next one has others."""
@@ -379,18 +383,18 @@ class Decoder:
             self._leave([youngest])
             self.waiting.appendleft(youngest)
 
-    def _follow(self, plan: _Plan) -> int:
-        """Update ``plan.choice`` for this step. Returns the number of steps for which it stays valid."""
-        choice, rows = plan.choice, self._model.rows
-        lengths, turns = self._lengths[:rows], self._turns[:rows]
-        if choice.changed and not plan.varies and (alike := int((turns - lengths).min())) > 0:
-            return alike
-        choice.penalties = []
+    def _update_selection(self, plan: _Plan) -> int:
+        """Update ``plan.selection`` for this step. Returns the number of steps for which it stays valid."""
+        selection, rows = plan.selection, self._model.rows
+        lengths, turns = self._lengths[:rows], self._rules_change[:rows]
+        if selection.changed and not plan.varies and (same_for := int((turns - lengths).min())) > 0:
+            return same_for
+        selection.penalties = []
         forbidden: list[list[int]] = [[]] * rows
         for rules, theirs in plan.rules:
             of_theirs = lengths[theirs]
-            choice.forced[theirs] = rules.forced(of_theirs)
-            turns[theirs] = rules.turn(of_theirs)
+            selection.forced[theirs] = rules.forced(of_theirs)
+            turns[theirs] = rules.next_change(of_theirs)
             for row, length in zip(theirs.tolist(), of_theirs.tolist()):
                 if not rules.vary:
                     forbidden[row] = rules.always(length)
@@ -398,9 +402,9 @@ class Decoder:
                 tokens = self._tokens[row, :length]
                 forbidden[row] = rules.forbidden(tokens)
                 if rules.penalty != 1.0:
-                    choice.penalties.append((row, np.unique(tokens), rules.penalty))
-        choice.forbidden, choice.begin = _in_turn(forbidden)
-        choice.changed += 1
+                    selection.penalties.append((row, np.unique(tokens), rules.penalty))
+        selection.forbidden, selection.begin = _concatenate(forbidden)
+        selection.changed += 1
         return int((turns - lengths).min())
 
     def _make_plan(self) -> _Plan:
@@ -416,11 +420,11 @@ class Decoder:
                 sizes.setdefault(sentence.generation.beam_size, []).append(sentence)
         greedy = np.flatnonzero(~self._in_beam[:rows])
         nothing = np.empty(0, np.int32)  # the first step fills in the forbidden tokens
-        choice = Choice(
+        selection = TokenSelection(
             1, self._forced[:rows], nothing, nothing, self._scored[:rows], self._before[:rows], self._in_beam[:rows]
         )
         plan = _Plan(
-            choice,
+            selection,
             [(rules, np.array(theirs)) for rules, theirs in by_rules.items()],
             greedy,
             [],
@@ -431,12 +435,14 @@ class Decoder:
             for sentence, beam_rows in zip(sentences, together):
                 sentence.rows = beam_rows
             plan.beams.append((sentences, together))
-            choice.best = max(choice.best, min(candidates(size, self._task.eos_token_ids), self._model.vocabulary))
+            selection.best = max(
+                selection.best, min(candidates(size, self._task.eos_token_ids), self._model.vocabulary)
+            )
         if self._runner is not None:
-            plan.held = self._held(plan)
+            plan.held = self._hand_over_beams(plan)
         return plan
 
-    def _held(self, plan: _Plan) -> bool:
+    def _hand_over_beams(self, plan: _Plan) -> bool:
         """Return whether the model may take steps by itself.
 
         If so, hand the beams over to the model; otherwise take them back.
@@ -452,7 +458,7 @@ class Decoder:
                 sentence.beam, sentence.held = sentence.held.give_back(), None
         return one_kind and all(sentence.held is not None for sentence in sentences)
 
-    def _over(self, plan: _Plan) -> list[Sentence]:
+    def _finished_beams(self, plan: _Plan) -> list[Sentence]:
         """Return the finished sentences among the beams that the model holds, with their results."""
         done = []
         for sentence in (sentence for group, _ in plan.beams for sentence in group):
@@ -465,12 +471,12 @@ class Decoder:
         """Append the ``chosen`` token to each greedy row, and its log-probability to the score where one is requested."""
         rows = plan.greedy
         lengths, tokens = self._lengths[rows], chosen[rows]
-        self._sums[rows] += np.where(plan.choice.scored[rows], gained[rows], np.float32(0))
+        self._sums[rows] += np.where(plan.selection.scored[rows], gained[rows], np.float32(0))
         self._tokens[rows, lengths] = tokens
         self._lengths[rows] = lengths + 1
-        return self._ended(plan)
+        return self._finished_greedy(plan)
 
-    def _ended(self, plan: _Plan) -> list[Sentence]:
+    def _finished_greedy(self, plan: _Plan) -> list[Sentence]:
         """Return the finished greedy sentences, with their results."""
         rows = plan.greedy
         lengths = self._lengths[rows]
@@ -566,7 +572,7 @@ class Decoder:
             longest = int(self._lengths[before].max())
             self._tokens[moved, :longest] = self._tokens[before, :longest]
             self._counts[:, moved] = self._counts[:, before]
-            self._wanted[:, moved] = self._wanted[:, before]
+            self._flags[:, moved] = self._flags[:, before]
             self._sums[moved] = self._sums[before]
             for row, was in zip(moved.tolist(), before.tolist()):
                 sentence = self._sentence_of[row] = self._sentence_of[was]
@@ -574,7 +580,7 @@ class Decoder:
         del self._sentence_of[len(order) :]
 
 
-def _in_turn(tokens: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def _concatenate(tokens: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Concatenate the rows' tokens. Returns them, and the index at which each row begins."""
     begin = np.zeros(len(tokens) + 1, np.int32)
     np.cumsum([len(row) for row in tokens], out=begin[1:])

@@ -40,11 +40,11 @@ class Rules:
             turns.add(2)
         if generation.forced_eos_token_id is not None:
             turns.add(generation.max_length - 1)
-        self._turns = np.array(sorted(turns))
+        self._changes = np.array(sorted(turns))
 
-    def turn(self, lengths: Ints) -> Ints:
+    def next_change(self, lengths: Ints) -> Ints:
         """Return, for rows of these lengths, the next length at which the rules change; valid unless they ``vary``."""
-        return self._turns[np.searchsorted(self._turns, lengths, side="right")]
+        return self._changes[np.searchsorted(self._changes, lengths, side="right")]
 
     def forced(self, lengths: Ints) -> NDArray[np.int32]:
         """Return, for rows of these lengths, the token that must come next, or -1."""

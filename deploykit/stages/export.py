@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit import artifacts
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.metric_titles import points_of
 from deploykit.quantization.calibration import load_calibration
 from deploykit.quantization.tables import SEARCH_PAGE, render_searches
@@ -59,7 +59,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     if (manifest := artifacts.existing(out, "export", inputs, force=force)) is not None:
         return Exported(out, manifest, reused=True)
     saved = load_calibration(Path(options.calib), parent) if options.calib is not None else None
-    trace = Trace(
+    trace = MeasurementLog(
         out.with_name(f"{out.name}.search.json"), artifacts.digest_of(inputs, artifacts.installed_versions()), say
     )
     if options.trt is not None:

@@ -18,7 +18,7 @@ from deploykit.bench.machine import OtherLoad, describe_machine, other_load
 from deploykit.bench.run import BUSY_PERCENT
 from deploykit.errors import ArtifactError, DeploykitError, MissingDependencyError, ServerError, UsageError
 from deploykit.hardware import available_cpus, cpu_name
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.peak_memory import require_psutil
 from deploykit.report.figures import require_matplotlib
 from deploykit.report.pages import write_tuning
@@ -117,7 +117,7 @@ def tune(
     graphs = _graphs(subject, engines, precisions, say)
     here = [cpu_name(), available_cpus(), installed_versions()]
     key = digest_of(subject.manifest.digest, subject.config, texts, asdict(limits.slo), seconds, here)
-    trace = Trace(out.with_name(f"{out.name}.search.json"), key, say)
+    trace = MeasurementLog(out.with_name(f"{out.name}.search.json"), key, say)
     warnings = _warnings(other_load())
     for warning in warnings:
         say(f"warning: {warning}")

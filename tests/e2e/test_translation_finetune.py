@@ -159,7 +159,7 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
     deploykit: Deploykit, new_model: Path, with_ranges: Callable[..., None], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    from deploykit.measurement_log import Trace
+    from deploykit.measurement_log import MeasurementLog
 
     code, out, err = deploykit(
         "calibrate", new_model, "--calibration-rows", 32, "--output-dir", tmp_path / "c", "--json"
@@ -168,20 +168,20 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
     assert {"decoder.projection", "cross", "encoder.0.self.qkv"} <= set(json.loads(out)["ranges"])
     with_ranges(tmp_path / "c", "decoder.projection", 1e5)  # all that it reads is rounded to 0
 
-    original, made = Trace.measured, []
+    original, made = MeasurementLog.measured, []
 
-    def killed(trace: Trace, name: str, measure: Callable[[], Any]) -> Any:
+    def killed(trace: MeasurementLog, name: str, measure: Callable[[], Any]) -> Any:
         made.append(name)
         if len(made) > 3:
             raise KeyboardInterrupt
         return original(trace, name, measure)
 
-    monkeypatch.setattr(Trace, "measured", killed)
+    monkeypatch.setattr(MeasurementLog, "measured", killed)
     words = ("export", new_model, "--int8", "--calib", tmp_path / "c", "--output-dir", tmp_path / "e", "--measure-rows", 12,
              "--max-drop", 20)  # fmt: skip
     assert deploykit(*words)[0] == 130
     assert {p.name for p in tmp_path.iterdir()} == {"c", "e.search.json"}
-    monkeypatch.setattr(Trace, "measured", original)
+    monkeypatch.setattr(MeasurementLog, "measured", original)
     code, out, err = deploykit(*words, "--json")
     assert code == 0, err
     assert "e.search.json: 3 measurements of an unfinished run are reused" in err

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from deploykit.errors import ExportError
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.search import Search, fewest, hold_limit
 from deploykit.report.pages import write_search
@@ -52,7 +52,7 @@ class Answers(Grader[float]):
 class Model:
     """Loses a point for each of its ``bad`` parts in INT8, whose outputs then change by their place in the list."""
 
-    def __init__(self, bad: Sequence[str], trace: Trace, *, dies_at: int = 1000) -> None:
+    def __init__(self, bad: Sequence[str], trace: MeasurementLog, *, dies_at: int = 1000) -> None:
         self.bad, self.trace, self.dies_at = list(bad), trace, dies_at
         self.grader = Answers()
         self.grader.enter("fp32", "pytorch", 0.9)
@@ -74,8 +74,8 @@ class Model:
         return hold_limit("INT8", PARTS, self.write, self.sample, self.grader, limit, self.trace, self.said.append)
 
 
-def trace_at(path: Path, key: str = "k") -> Trace:
-    return Trace(path, key, say=lambda line: None)
+def trace_at(path: Path, key: str = "k") -> MeasurementLog:
+    return MeasurementLog(path, key, say=lambda line: None)
 
 
 def test_the_parts_that_change_the_outputs_most_alone_stay_in_fp32(tmp_path: Path) -> None:

@@ -18,15 +18,15 @@ from deploykit.errors import CorruptArtifactError, EngineError
 from deploykit.graphs.families import read_architecture
 from deploykit.graphs.native_writer import native_lacks, save_native
 from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
-from deploykit.runtime.choice import select
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
 from deploykit.runtime.engines.native.loader import VARIABLE, instruction_sets, lacks
 from deploykit.runtime.engines.native.translator import NativeModel
 from deploykit.runtime.engines.native.weights import int8_layers
-from deploykit.runtime.engines.protocol import Choice
+from deploykit.runtime.engines.protocol import TokenSelection
 from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.runtime.generation import Generation
+from deploykit.runtime.token_selection import select
 
 pytestmark = pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
 __all__ = ["case"]
@@ -113,8 +113,8 @@ def test_it_chooses_what_its_logits_say(case: Callable[[str], Case], search: str
     class InNumpy(NativeModel):
         run_greedily = None  # so that the decode loop asks for each step
 
-        def choose(self, tokens: Any, choice: Choice) -> Any:
-            return select(self.step(tokens), choice, self.best)
+        def choose(self, tokens: Any, selection: TokenSelection) -> Any:
+            return select(self.step(tokens), selection, self.best)
 
     c = case("marian")
     options = {k: c.task.eos_token_ids[0] if v == "eos" else v for k, v in SEARCHES[search].items()}

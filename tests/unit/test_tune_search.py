@@ -13,7 +13,7 @@ import pytest
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import UsageError
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.report.pages import write_tuning
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.serving_settings import ServingSettings
@@ -157,7 +157,7 @@ def test_a_killed_search_goes_on_where_it_was(task: TaskFacts, tmp_path: Path) -
     path = tmp_path / "out.json.search.json"
 
     def kept(machine: Machine, dies_at: int) -> Callable[[Configuration, int, float | None], Round]:
-        trace = Trace(path, "k", lambda line: None)
+        trace = MeasurementLog(path, "k", lambda line: None)
 
         def measure(choice: Configuration, number: int, expected: float | None) -> Round:
             def once() -> dict[str, Any]:

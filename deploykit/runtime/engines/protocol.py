@@ -109,7 +109,9 @@ class DecodeModel(Protocol):
     def admit(self, cross: Any, lengths: Sequence[int], copies: Sequence[int]) -> None:
         """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to it."""
 
-    def choose(self, tokens: NDArray[np.int64], choice: Choice) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def choose(
+        self, tokens: NDArray[np.int64], selection: TokenSelection
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Feed each row its next token, and apply ``select`` to the logits. Returns its result."""
 
     def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -135,19 +137,21 @@ class DecodeModel(Protocol):
 
 
 @runtime_checkable
-class TakesSteps(Protocol):
+class MultiStepModel(Protocol):
     """A decode model that can take several steps by itself, as long as the rules stay the same."""
 
     def replace(self, rows: NDArray[np.int64], cross: Sequence[Any], lengths: Sequence[int]) -> None:
         """Give ``rows``, whose texts are done, new encoded texts of ``lengths`` tokens."""
 
-    def run_greedily(self, texts: Texts, choice: Choice, most: int) -> int:
+    def run_greedily(self, texts: SearchState, selection: TokenSelection, most: int) -> int:
         """Append tokens to all rows until one row ends, in at most ``most`` steps. Returns the number of steps."""
 
     def hold_beam(self, beam: Beam) -> HeldBeam | None:
         """Take over ``beam`` for ``run_beams``; None if it is too wide."""
 
-    def run_beams(self, texts: Texts, choice: Choice, rows: NDArray[np.int64], beams: Sequence[Any], most: int) -> int:
+    def run_beams(
+        self, texts: SearchState, selection: TokenSelection, rows: NDArray[np.int64], beams: Sequence[Any], most: int
+    ) -> int:
         """Run beam search until one of the ``beams`` (``HeldBeam``) is done, in at most ``most`` steps.
 
         ``rows``, [sentences, beams], are the hypotheses of each sentence, best first; they are updated. Returns the
@@ -172,7 +176,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass
-class Choice:
+class TokenSelection:
     """How to select tokens from the logits of a step. The ``best`` tokens of each row are returned, best first.
 
     - ``forced`` int32 [rows]: a token that must come, with probability 1; -1 for none.
@@ -197,7 +201,7 @@ class Choice:
 
 
 @dataclass
-class Texts:
+class SearchState:
     """State of a search, by row.
 
     - ``tokens`` int64 [rows, longest], of which the first ``lengths`` are valid; ``limits`` are their maximum numbers.

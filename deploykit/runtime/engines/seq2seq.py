@@ -17,11 +17,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploykit.runtime.choice import select
 from deploykit.runtime.engines.best_tokens import BestTokens
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
-from deploykit.runtime.engines.protocol import Choice
+from deploykit.runtime.engines.protocol import TokenSelection
 from deploykit.runtime.engines.rows import power_of_two, without
+from deploykit.runtime.token_selection import select
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # minimum positions of a cache
 _LEAST_ROWS = 4
@@ -206,9 +206,9 @@ class Seq2SeqModel:
         self._past[:rows] += 1
         return self._logits[:rows]
 
-    def choose(self, tokens: NDArray[np.int64], choice: Choice) -> tuple[Floats, NDArray[np.int64]]:
+    def choose(self, tokens: NDArray[np.int64], selection: TokenSelection) -> tuple[Floats, NDArray[np.int64]]:
         """Feed each row its next token, and apply ``select`` to the logits. Returns its result."""
-        return select(self.step(tokens), choice, self.best)
+        return select(self.step(tokens), selection, self.best)
 
     def copy(self, sources: NDArray[np.int64], targets: NDArray[np.int64], begin: int) -> None:
         """Copy the state of the rows ``sources`` to the rows ``targets`` of the same texts.

@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
 from deploykit.runtime.batching import bucket
-from deploykit.runtime.choice import select
 from deploykit.runtime.cuda import Buffer, DeviceMemory, Place
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
-from deploykit.runtime.engines.protocol import Choice, DecodeLimits
+from deploykit.runtime.engines.protocol import DecodeLimits, TokenSelection
 from deploykit.runtime.engines.rows import without
 from deploykit.runtime.engines.tensorrt import EngineProfile, Job, LoadedEngine
+from deploykit.runtime.token_selection import select
 
 _TARGET_BLOCK, _SOURCE_BLOCK = 32, 16  # minimum positions of a cache, where profiles allow it
 _ALIGNMENT = 256  # of tensor addresses, in bytes
@@ -206,9 +206,9 @@ class TensorRtSeq2Seq:
         logits: Floats = self._logits.view((rows, self.vocabulary), np.float32)
         return logits
 
-    def choose(self, tokens: NDArray[np.int64], choice: Choice) -> tuple[Floats, NDArray[np.int64]]:
+    def choose(self, tokens: NDArray[np.int64], selection: TokenSelection) -> tuple[Floats, NDArray[np.int64]]:
         """Feed each row its next token, and apply ``select`` to the logits. Returns its result."""
-        return select(self.step(tokens), choice, self.best)
+        return select(self.step(tokens), selection, self.best)
 
     def copy(self, sources: Ints, targets: Ints, begin: int) -> None:
         """Copy the state of the rows ``sources`` to the rows ``targets`` of the same texts.

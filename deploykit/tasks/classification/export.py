@@ -30,7 +30,7 @@ from deploykit.graphs.export_options import (
     pick_rows,
 )
 from deploykit.graphs.onnx_export import export_classifier, export_half_classifier, save_hub_files
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.encoder import GRAPH, Calibrated, Quantizer
 from deploykit.quantization.qdq import Ranges
@@ -56,7 +56,12 @@ __all__ = ["calibrate", "calibration_texts", "write", "write_fp32"]
 
 
 def write(
-    checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
+    checkpoint: Path,
+    directory: Path,
+    options: ExportOptions,
+    saved: Calibration | None,
+    trace: MeasurementLog,
+    say: Say,
 ) -> Written:
     """Write the graphs of a classifier and what serving them needs to ``directory``; without ``saved``, calibrate."""
     reference = TorchClassifier.load(checkpoint)

@@ -28,7 +28,7 @@ from deploykit.graphs.export_options import (
     pick_rows,
 )
 from deploykit.graphs.onnx_export import Signature, export_encoder, export_half_encoder, save_hub_files
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.encoder import GRAPH
 from deploykit.quantization.qdq import Ranges
@@ -53,7 +53,12 @@ _REMEDY = "another --method, --smooth-quant, more --calibration-rows"
 
 
 def write(
-    checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
+    checkpoint: Path,
+    directory: Path,
+    options: ExportOptions,
+    saved: Calibration | None,
+    trace: MeasurementLog,
+    say: Say,
 ) -> Written:
     """Write the graphs of an answerer and what serving them needs to ``directory``; without ``saved``, calibrate."""
     reference = TorchAnswerer.load(checkpoint)

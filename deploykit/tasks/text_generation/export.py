@@ -26,7 +26,7 @@ from deploykit.graphs.export_options import (
     pick_rows,
 )
 from deploykit.hardware import available_cpus
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.search import Search, hold_limit
@@ -54,7 +54,12 @@ _ENGINE = "onnxruntime"
 
 
 def write(
-    checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
+    checkpoint: Path,
+    directory: Path,
+    options: ExportOptions,
+    saved: Calibration | None,
+    trace: MeasurementLog,
+    say: Say,
 ) -> Written:
     """Write the graphs of a language model and what serving them needs to ``directory``. INT8 needs no calibration."""
     if options.smooth_quant is not None or options.trt is not None or saved is not None:
@@ -281,7 +286,7 @@ def _kernels(graph: Path) -> int:
 
 def _quantize(
     architecture: CausalArchitecture, precision: Precision, bits: Bits, directory: Path, options: ExportOptions,
-    grader: _Grader, trace: Trace, say: Say,
+    grader: _Grader, trace: MeasurementLog, say: Say,
 ) -> tuple[dict[str, Any], Search | None]:  # fmt: skip
     """Write a quantized graph; where it loses too much, with the most sensitive parts of the model left in fp32.
 

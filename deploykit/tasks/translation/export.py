@@ -28,7 +28,7 @@ from deploykit.graphs.families import read_architecture
 from deploykit.graphs.native_writer import native_lacks, save_native
 from deploykit.graphs.seq2seq import Standard, build_decoder, build_encoder, save_graphs
 from deploykit.hardware import available_cpus
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.qdq import Ranges
@@ -63,7 +63,12 @@ _TENSORRT_TYPES: dict[str, Standard] = {"fp32": "fp32", "fp16": "fp16", "bf16": 
 
 
 def write(
-    checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
+    checkpoint: Path,
+    directory: Path,
+    options: ExportOptions,
+    saved: Calibration | None,
+    trace: MeasurementLog,
+    say: Say,
 ) -> Written:
     """Write the graphs of a translator and what serving them needs to ``directory``; without ``saved``, calibrate."""
     reference = TorchTranslator.load(checkpoint, source=options.source_lang, target=options.target_lang)
@@ -151,7 +156,7 @@ def _quantize(
     architecture: Architecture,
     options: ExportOptions,
     grader: _Grader,
-    trace: Trace,
+    trace: MeasurementLog,
     say: Say,
 ) -> tuple[dict[str, Any], Ranges]:
     """Write the INT8 graphs; where they lose too much, with the most sensitive layers of the model left in fp32.
@@ -196,7 +201,7 @@ def _quantize(
 
 def _hold_limit(
     name: str, save: Callable[[Ranges], None], grade: Callable[[], Line], files: Sequence[str], ranges: Ranges,
-    options: ExportOptions, grader: _Grader, trace: Trace, say: Say,
+    options: ExportOptions, grader: _Grader, trace: MeasurementLog, say: Say,
 ) -> Search | None:  # fmt: skip
     """Quantize all layers that have ``ranges``, or, where that loses too much, all but a few parts of the model.
 
@@ -290,7 +295,7 @@ class _Grader(Grader[list[str]]):
 
 def _build_engines(
     directory: Path, reference: TorchTranslator, architecture: Architecture, texts: Sequence[str], ranges: Ranges,
-    options: ExportOptions, trt: EngineOptions, grader: _Grader, metrics: dict[str, Any], trace: Trace, say: Say,
+    options: ExportOptions, trt: EngineOptions, grader: _Grader, metrics: dict[str, Any], trace: MeasurementLog, say: Say,
 ) -> None:  # fmt: skip
     """Write both graphs in standard ONNX, in each precision, and build their engines. Adds to the ``metrics``.
 

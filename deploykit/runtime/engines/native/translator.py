@@ -16,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
-from deploykit.runtime.choice import select
 from deploykit.runtime.engines.native.loader import open_library
 from deploykit.runtime.engines.native.weights import StackStruct, Weights
 from deploykit.runtime.engines.numpy_best_tokens import NumpyBestTokens
-from deploykit.runtime.engines.protocol import BestTokens, Choice, DecodeLimits, Texts
+from deploykit.runtime.engines.protocol import BestTokens, DecodeLimits, SearchState, TokenSelection
 from deploykit.runtime.engines.rows import power_of_two, without
 from deploykit.runtime.search import Beam, Finished, candidates
+from deploykit.runtime.token_selection import select
 
 _SMALL = (
     8 << 20
@@ -157,10 +157,10 @@ class NativeModel:
         self._capacity = self._positions = 0
         self._batch, self._choice, self._greedy, self._search = _Batch(), _Choice(), _Greedy(), _Search()
         self._held = np.zeros(0, np.uint64)
-        self._choice_of: Choice | None = None
+        self._selection_of: TokenSelection | None = None
         self._changed = 0
         self._chosen = np.empty((0, 1), np.float32), np.empty((0, 1), np.int64)
-        self._texts_of: Texts | None = None
+        self._state_of: SearchState | None = None
         self._rows_of: Ints | None = None
         self._tokens = np.zeros(0, np.int64)
         self._past = self._slots = self._source = np.zeros(0, np.int32)
@@ -180,16 +180,16 @@ class NativeModel:
 
     @property
     def projection_share(self) -> float:
-        """What of the time in steps the output projection took, and the choice of tokens in it: from 0 to 1."""
+        """Share of the steps' time that output projection and token selection took: 0 to 1."""
         return float(self._library.deploykit_projection_share(self._context))
 
     @property
     def best(self) -> BestTokens:
-        """For logits that Python has changed."""
+        """The search for the best tokens of logits that Python has changed."""
         return NumpyBestTokens()
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> list[NDArray[np.uint8]]:
-        """Cross-attention keys and values of each text, in the library's own form."""
+        """Encode texts. Returns the cross-attention keys and values of each, in the library's own layout."""
         heads = 2 * self._layers * self._heads
         # The library takes keys 16 at a time.
         texts = [np.empty(heads * (-(-len(ids) // 16) * 16) * (self._head_size + 4), np.uint8) for ids in token_ids]
@@ -214,12 +214,12 @@ class NativeModel:
         return texts
 
     def reserve(self, rows: int, source: int) -> None:
-        """Make room for ``rows`` rows in all. It is kept while the model lives."""
+        """Reserve memory for ``rows`` rows in all. It is kept while the model lives."""
         if rows > self._capacity:
             self._grow(power_of_two(rows, _LEAST_ROWS), max(self._positions, _TARGET_BLOCK))
 
     def admit(self, cross: Sequence[NDArray[np.uint8]], lengths: Sequence[int], copies: Sequence[int]) -> None:
-        """Append empty rows: for each encoded text, of so many tokens, so many that attend to it."""
+        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to it."""
         first, last = self.rows, self.rows + sum(copies)
         self.reserve(last, max(lengths))
         rows = slice(first, last)
@@ -231,7 +231,7 @@ class NativeModel:
         self.rows = last
 
     def replace(self, rows: Ints, cross: Sequence[NDArray[np.uint8]], lengths: Sequence[int]) -> None:
-        """Give ``rows``, whose texts are over, others: encoded texts of so many tokens."""
+        """Give ``rows``, whose texts are done, new encoded texts of ``lengths`` tokens."""
         for row, text in zip(rows.tolist(), cross):
             self._texts[row] = text
         self._addresses[rows] = [text.ctypes.data for text in cross]
@@ -239,71 +239,73 @@ class NativeModel:
         self._past[rows] = 0
 
     def step(self, tokens: Ints) -> Floats:
-        """Feed each row its next token; returns logits, float32 [rows, vocabulary].
+        """Feed each row its next token. Returns logits, float32 [rows, vocabulary].
 
-        The array is the model's own: the next step overwrites it, and the caller may change it.
+        The array belongs to the model: the next step overwrites it. The caller may change it.
         """
         if len(self._logits) < self.rows:
             self._logits = np.empty((self._capacity, self.vocabulary), np.float32)
-        self._choice, self._choice_of = _Choice(logits=self._logits.ctypes.data), None
+        self._choice, self._selection_of = _Choice(logits=self._logits.ctypes.data), None
         self._step(tokens)
         return self._logits[: self.rows]
 
-    def choose(self, tokens: Ints, choice: Choice) -> tuple[Floats, Ints]:
-        """Feed each row its next token; returns what ``select`` does of the logits."""
-        if choice.penalties or choice.best > _MOST_BEST:
-            return select(self.step(tokens), choice, self.best)
-        values, ids = self._lay(choice)
+    def choose(self, tokens: Ints, selection: TokenSelection) -> tuple[Floats, Ints]:
+        """Feed each row its next token, and apply ``select`` to the logits. Returns its result."""
+        if selection.penalties or selection.best > _MOST_BEST:
+            return select(self.step(tokens), selection, self.best)
+        values, ids = self._prepare_selection(selection)
         self._step(tokens)
         return values, ids
 
-    def run_greedily(self, texts: Texts, choice: Choice, most: int) -> int:
-        """Append a token to each row, again and again: until one of them ends, but ``most`` times at most.
+    def run_greedily(self, state: SearchState, selection: TokenSelection, most: int) -> int:
+        """Append tokens to all rows until one row ends, in at most ``most`` steps.
 
-        Returns how many times.
+        Returns the number of steps.
         """
-        if self._texts_of is not texts:
-            self._texts_of = texts
+        if self._state_of is not state:
+            self._state_of = state
             self._greedy = _Greedy(
-                texts.tokens.ctypes.data, texts.lengths.ctypes.data, texts.limits.ctypes.data, texts.sums.ctypes.data,
-                texts.ends.ctypes.data, texts.tokens.shape[1],
+                state.tokens.ctypes.data, state.lengths.ctypes.data, state.limits.ctypes.data, state.sums.ctypes.data,
+                state.ends.ctypes.data, state.tokens.shape[1],
             )  # fmt: skip
-        self._greedy.most = self._go_on(texts, choice, most)
+        self._greedy.most = self._prepare_steps(state, selection, most)
         return self._done(
             self._library.deploykit_greedy(self._context, byref(self._batch), byref(self._choice), byref(self._greedy))
         )
 
     def hold_beam(self, beam: Beam) -> _HeldBeam | None:
-        """``beam``, for ``run_beams``; None if it is too wide."""
+        """Take over ``beam`` for ``run_beams``; None if it is too wide."""
         wide = beam.beams > _MOST_BEAMS or candidates(beam.beams, beam.eos_token_ids) > _MOST_BEST
         return None if wide else _HeldBeam(beam)
 
-    def run_beams(self, texts: Texts, choice: Choice, rows: Ints, beams: Sequence[_HeldBeam], most: int) -> int:
-        """Go on with beam search until that of one of the ``beams`` is over, but ``most`` steps at most; returns how many.
+    def run_beams(
+        self, state: SearchState, selection: TokenSelection, rows: Ints, beams: Sequence[_HeldBeam], most: int
+    ) -> int:
+        """Run beam search until one of the ``beams`` is done, in at most ``most`` steps. Returns the number of steps.
 
-        ``rows``: [sentences, beams], the hypotheses of each sentence, best first; it is changed.
+        ``rows``, [sentences, beams], are the hypotheses of each sentence, best first; they are updated.
         """
         if self._rows_of is not rows:
             self._rows_of = rows
             self._held = np.array([ctypes.addressof(beam.struct) for beam in beams], np.uint64)
             self._search = _Search(
-                texts.tokens.ctypes.data, texts.lengths.ctypes.data, texts.sums.ctypes.data, texts.ends.ctypes.data,
-                rows.ctypes.data, self._held.ctypes.data, texts.tokens.shape[1], len(rows),
-                candidates(rows.shape[1], np.flatnonzero(texts.ends).tolist()),
+                state.tokens.ctypes.data, state.lengths.ctypes.data, state.sums.ctypes.data, state.ends.ctypes.data,
+                rows.ctypes.data, self._held.ctypes.data, state.tokens.shape[1], len(rows),
+                candidates(rows.shape[1], np.flatnonzero(state.ends).tolist()),
             )  # fmt: skip
-        self._search.most = self._go_on(texts, choice, most)
+        self._search.most = self._prepare_steps(state, selection, most)
         return self._done(
             self._library.deploykit_beams(self._context, byref(self._batch), byref(self._choice), byref(self._search))
         )
 
-    def _go_on(self, texts: Texts, choice: Choice, most: int) -> int:
-        """Get the rows of ``texts`` ready for steps; returns how many there may be."""
-        self._lay(choice)
+    def _prepare_steps(self, state: SearchState, selection: TokenSelection, most: int) -> int:
+        """Prepare the rows of ``state`` for at most ``most`` steps. Returns the number of steps that there is room for."""
+        self._prepare_selection(selection)
         rows = self.rows
-        return self._ready(texts.tokens[np.arange(rows), texts.lengths[:rows] - 1], most)
+        return self._set_tokens(state.tokens[np.arange(rows), state.lengths[:rows] - 1], most)
 
-    def _ready(self, tokens: Ints, most: int) -> int:
-        """Give each row its next token, and room for ``most`` steps or as many as there is; returns how many."""
+    def _set_tokens(self, tokens: Ints, most: int) -> int:
+        """Set each row's next token. Returns the number of steps, at most ``most``, that there is room for."""
         rows = self._batch.rows = self.rows
         past = int(self._past[:rows].max())
         if past >= self._positions:
@@ -313,31 +315,31 @@ class NativeModel:
         self._check(self._tokens[:rows], self.vocabulary, past + most, self._weights.longest[1])
         return most
 
-    def _lay(self, choice: Choice) -> tuple[Floats, Ints]:
-        """Where the library is to write what it chooses. It is good until the next step."""
+    def _prepare_selection(self, selection: TokenSelection) -> tuple[Floats, Ints]:
+        """Return the arrays that the library writes the selected tokens to. They are valid until the next step."""
         # Taking an array's address takes longer than a small layer.
-        if self._choice_of is not choice or choice.changed != self._changed:
-            values = np.empty((self.rows, choice.best), np.float32)
-            ids = np.empty((self.rows, choice.best), np.int64)
-            self._choice_of, self._changed, self._chosen = choice, choice.changed, (values, ids)
+        if self._selection_of is not selection or selection.changed != self._changed:
+            values = np.empty((self.rows, selection.best), np.float32)
+            ids = np.empty((self.rows, selection.best), np.int64)
+            self._selection_of, self._changed, self._chosen = selection, selection.changed, (values, ids)
             self._choice = _Choice(
-                None, choice.forced.ctypes.data, choice.forbidden.ctypes.data, choice.begin.ctypes.data,
-                choice.scored.ctypes.data, choice.before.ctypes.data, values.ctypes.data, ids.ctypes.data, choice.best,
+                None, selection.forced.ctypes.data, selection.forbidden.ctypes.data, selection.begin.ctypes.data,
+                selection.scored.ctypes.data, selection.before.ctypes.data, values.ctypes.data, ids.ctypes.data, selection.best,
             )  # fmt: skip
         return self._chosen
 
     def _step(self, tokens: Ints) -> None:
-        self._ready(tokens, 1)
+        self._set_tokens(tokens, 1)
         self._done(self._library.deploykit_step(self._context, byref(self._batch), byref(self._choice)))
         self._past[: self.rows] += 1
 
     def copy(self, sources: Ints, targets: Ints, begin: int) -> None:
-        """Make each of the rows ``targets`` continue what the one of ``sources``, of the same text, holds."""
+        """Copy the state of the rows ``sources`` to the rows ``targets`` of the same texts."""
         self._tables[targets] = self._tables[sources]
         self._past[targets] = self._past[sources]
 
     def remove(self, gone: Ints) -> Ints:
-        """Drop rows; the last ones move into their places. Returns, for each row left, its number before."""
+        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
         order, holes, movers = without(self.rows, gone)
         self._free += self._slots[gone].tolist()
         for array in (self._tables, self._past, self._slots, self._source, self._addresses):

@@ -23,7 +23,7 @@ from deploykit.graphs.export_options import (
     pick_rows,
 )
 from deploykit.graphs.onnx_export import export_classifier, save_hub_files
-from deploykit.measurement_log import Trace
+from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.encoder import GRAPH, TokenRows, calibrate_encoder
 from deploykit.quantization.search import SAMPLE
@@ -42,7 +42,12 @@ _PARITY_ROWS = 64
 
 
 def write(
-    checkpoint: Path, directory: Path, options: ExportOptions, saved: Calibration | None, trace: Trace, say: Say
+    checkpoint: Path,
+    directory: Path,
+    options: ExportOptions,
+    saved: Calibration | None,
+    trace: MeasurementLog,
+    say: Say,
 ) -> Written:
     """Write the graphs and what serving them needs to ``directory``; without ``saved``, calibrate."""
     if options.trt is not None or options.smooth_quant is not None:
