@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,37 +28,57 @@ RENAMED: Mapping[str, str] = {
 Hugging Face's, from ``TrainingArguments``, its example scripts, ``LoraConfig`` and ``GenerationConfig``."""
 
 
+_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
+
+
+def described(default: Any, help_text: str = "", choices: Iterable[str] = ()) -> Any:
+    """Declare a field with what ``deploykit finetune --help`` says of it. A class may give it another default."""
+    return field(default=default, metadata={"help": help_text, "choices": tuple(choices)})
+
+
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """What every run chooses. Rates and fractions are of 1; lengths are tokens; 0 turns the optional ones off."""
+    """Options of every run. Rates and fractions are of 1, lengths are tokens, and 0 turns an optional one off."""
 
     model: str | None = None
-    train: str = ""
     task: str = ""
-    validation: str | None = None
-    test: str | None = None
-    encoding: str | None = None
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.1
-    max_train_samples: int = 0
-    max_length: int = 128
-    num_train_epochs: float = 3.0
-    max_steps: int = 0
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 5e-5
-    optimizer: str = "adamw"
-    lr_scheduler_type: str = "linear"
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    dropout: float | None = None
-    label_smoothing_factor: float = 0.0
-    early_stopping_patience: int = 0
-    eval_steps: int = 0
-    mixed_precision: str = "no"
-    lora_r: int = 0
-    lora_alpha: int = 16
-    seed: int = 0
+    train: str = described(
+        "",
+        "Training rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also TMX, .po, .mo, or two "
+        "text files as a.en,a.fr; for questions SQuAD's JSON. Default with --qat: the rows of the run TARGET.",
+    )
+    validation: str | None = described(None, "Rows that the best step is chosen by (default: split off --train).")
+    test: str | None = described(None, "Rows that the result is measured on (default: split off --train).")
+    encoding: str | None = described(None, "Encoding of text files (default: UTF-8, or as the byte order mark says).")
+    validation_fraction: float = described(0.1, "Share of the rows for validation, without --validation.")
+    test_fraction: float = described(0.1, "Share of the rows for the test, without --test.")
+    max_train_samples: int = described(0, "Maximum training rows; 0: all.")
+    max_length: int = described(
+        128,
+        "Maximum tokens of a text; longer texts are truncated, or read in windows (question answering), longer pairs "
+        "dropped. 0: 128, or the model's limit if that is lower (classification).",
+    )
+    num_train_epochs: float = described(3.0, "Number of epochs.")
+    max_steps: int = described(0, "Optimizer steps; overrides --num-train-epochs; 0: off.")
+    gradient_accumulation_steps: int = described(1, "Batches per optimizer step.")
+    learning_rate: float = described(5e-5, "Peak learning rate.")
+    optimizer: str = described("adamw", "Optimizer.", choices=("adamw", "sgd"))
+    lr_scheduler_type: str = described("linear", "Schedule of the learning rate.", choices=_SCHEDULES)
+    warmup_ratio: float = described(0.1, "Share of the steps with a rising learning rate.")
+    weight_decay: float = described(0.01, "Decay of the weights per step, times the learning rate.")
+    max_grad_norm: float = described(1.0, "Clip gradients; 0: off.")
+    dropout: float | None = described(None, "Dropout (default: the checkpoint's; 0.1 with --from-config).")
+    label_smoothing_factor: float = described(
+        0.0, "Share of the target probability that is spread over all classes or tokens."
+    )
+    early_stopping_patience: int = described(0, "Stop after this many evaluations without improvement; 0: off.")
+    eval_steps: int = described(0, "Evaluate and save every so many steps; 0: by epoch.")
+    mixed_precision: str = described(
+        "no", "Mixed precision. auto: bf16 if the machine supports it.", ("no", "bf16", "fp16", "auto")
+    )
+    lora_r: int = described(0, "Train a LoRA adapter of this rank, merged at export; 0: all weights.")
+    lora_alpha: int = described(16, "Scale of a LoRA adapter: its output is multiplied by alpha / rank.")
+    seed: int = described(0, "Seed for splits, shuffling and new weights.")
 
     # option -> lowest and highest value
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {

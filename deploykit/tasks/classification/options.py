@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from deploykit.errors import UsageError
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR, Classification
 from deploykit.text import normalize
-from deploykit.training.options import FinetuneOptions, flag
+from deploykit.training.options import FinetuneOptions, described, flag
 
 if TYPE_CHECKING:
     from deploykit.quantization.calibration import Method
@@ -17,22 +17,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClassificationOptions(FinetuneOptions):
-    """``qat``: go on training a classifier with its linear layers rounded to INT8, in ranges that start as calibrated
-    by ``qat_method``."""
+    """Options of a run for classification."""
 
     task: str = Classification.name
-    text_column: tuple[str, ...] = ()
-    label_column: str | None = None
-    text_separator: str = " "
-    multi_label: bool = False
-    regression: bool = field(default=False, metadata={"help": "The label is a number: train on the squared error."})
-    labels: str | None = None
-    label_separator: str | None = None
+    text_column: tuple[str, ...] = described(
+        (), "Text column; repeat to join several, in this order (default: detected)."
+    )
+    label_column: str | None = described(None, "Label column (default: detected).")
+    text_separator: str = described(" ", "Separator of several text columns.")
+    multi_label: bool = described(False, "Allow any number of labels per row: a list, or names separated by |.")
+    regression: bool = described(False, "The label is a number: train on the squared error.")
+    labels: str | None = described(
+        None, "All labels, separated by commas, in the order of the model's outputs (default: those in the rows)."
+    )
+    label_separator: str | None = described(None, "Separator of a row's labels with --multi-label (default: |).")
     max_length: int = 0
-    per_device_train_batch_size: int = 32
-    class_weights: str = "none"
-    qat: bool = False
-    qat_method: Method = "minmax"
+    per_device_train_batch_size: int = described(32, "Rows of a batch.")
+    class_weights: str = described(
+        "none", "Weight classes by their inverse frequency (balanced), or not.", choices=("none", "balanced")
+    )
+    qat: bool = described(
+        False,
+        "Quantization-aware training: continue a fine-tuned checkpoint with its linear layers rounded to INT8, if `export "
+        "--int8` loses too much otherwise.",
+    )
+    qat_method: Method = described(
+        "minmax",
+        "Calibration method of the ranges that --qat starts with.",
+        ("minmax", "entropy", "percentile", "mse"),
+    )
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,

@@ -8,23 +8,25 @@ from typing import ClassVar
 
 from deploykit.errors import UsageError
 from deploykit.tasks.question_answering.facts import QuestionAnswering
-from deploykit.training.options import FinetuneOptions
+from deploykit.training.options import FinetuneOptions, described
 
 WHOLE_WORDS = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
 class QuestionAnsweringOptions(FinetuneOptions):
-    """``whole_words`` "auto" is whichever answers the validation rows better."""
+    """Options of a run for question answering."""
 
     task: str = QuestionAnswering.name
     max_length: int = 384
     num_train_epochs: float = 2.0
     learning_rate: float = 3e-5
-    per_device_train_batch_size: int = 16
-    doc_stride: int = 128
-    max_answer_length: int = 30
-    whole_words: str = "auto"
+    per_device_train_batch_size: int = described(16, "Rows of a batch.")
+    doc_stride: int = described(128, "Number of tokens that neighboring windows of a context share.")
+    max_answer_length: int = described(30, "Maximum tokens of an answer.")
+    whole_words: str = described(
+        "auto", "Extend answers to whole words. auto: if that is better on the validation rows.", WHOLE_WORDS
+    )
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,

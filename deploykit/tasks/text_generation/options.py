@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast, get_args
+from dataclasses import dataclass
+from typing import ClassVar, cast, get_args
 
 from deploykit.errors import UsageError
 from deploykit.tasks.text_generation.encode import LossOn, OnLong
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.training.options import FinetuneOptions, flag
+from deploykit.training.options import FinetuneOptions, described, flag
 
 DEFAULT_LENGTH = 1024
-
-
-def _told(help_text: str, default: Any, choices: tuple[str, ...] = ()) -> Any:
-    """A field with the help, and the choices if any, that the command line shows."""
-    return field(default=default, metadata={"help": help_text, **({"choices": choices} if choices else {})})
 
 
 @dataclass(frozen=True)
@@ -33,23 +28,23 @@ class TextGenerationOptions(FinetuneOptions):
     mixed_precision: str = "auto"
     lr_scheduler_type: str = "cosine"
     batch_tokens: int = 1024
-    packing: bool = _told("Put rows one after another in a batch, without padding.", True)
-    prompt_column: str | None = _told("Prompt column (default: detected).", None)
-    completion_column: str | None = _told("Completion column (default: detected).", None)
-    loss_on: str = _told(
-        "Tokens that are learned: all answers, the last one, or everything.", "completion", get_args(LossOn)
+    packing: bool = described(True, "Put rows one after another in a batch, without padding.")
+    prompt_column: str | None = described(None, "Prompt column (default: detected).")
+    completion_column: str | None = described(None, "Completion column (default: detected).")
+    loss_on: str = described(
+        "completion", "Tokens that are learned: all answers, the last one, or everything.", get_args(LossOn)
     )
-    on_long: str = _told("What becomes of a row longer than --max-length.", "drop", get_args(OnLong))
-    chat_template: str | None = _told(
-        "chatml, alpaca or a Jinja file, in place of the checkpoint's own template.", None
+    on_long: str = described("drop", "What to do with a row longer than --max-length.", get_args(OnLong))
+    chat_template: str | None = described(
+        None, "chatml, alpaca or a Jinja file, in place of the checkpoint's own template."
     )
-    show_rows: int = _told("Training rows to print, supervised tokens in green.", 1)
-    lora_target_modules: str = _told("Layers to adapt, joined by commas, or all-linear.", "all-linear")
-    lora_dropout: float = _told("Dropout of the adapter.", 0.05)
-    use_dora: bool = _told("Adapt directions and magnitudes of weights separately (DoRA).", False)
-    use_rslora: bool = _told("Scale an adapter by the root of its rank (rsLoRA).", False)
-    neftune_noise_alpha: float = _told("Noise on the embeddings while training (NEFTune); 0: off.", 0.0)
-    gradient_checkpointing: bool = _told("Recompute activations: less memory for more time.", False)
+    show_rows: int = described(1, "Training rows to print, supervised tokens in green.")
+    lora_target_modules: str = described("all-linear", "Layers to adapt, joined by commas, or all-linear.")
+    lora_dropout: float = described(0.05, "Dropout of the adapter.")
+    use_dora: bool = described(False, "Adapt directions and magnitudes of weights separately (DoRA).")
+    use_rslora: bool = described(False, "Scale an adapter by the root of its rank (rsLoRA).")
+    neftune_noise_alpha: float = described(0.0, "Noise on the embeddings while training (NEFTune); 0: off.")
+    gradient_checkpointing: bool = described(False, "Recompute activations: less memory for more time.")
     eval_rows: int = 32
     held_out_rows: int = 500
 

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from deploykit.errors import UsageError
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.presets import PRESETS
-from deploykit.training.options import FinetuneOptions, flag
-
-if TYPE_CHECKING:
-    pass
+from deploykit.training.options import FinetuneOptions, described, flag
 
 
 @dataclass(frozen=True)
 class TranslationOptions(FinetuneOptions):
-    """``batch_tokens`` bounds a batch's padded tokens, on its longer side, unless one row has more; ``num_beams`` None is
-    the checkpoint's own."""
+    """Options of a run for translation."""
 
     task: str = Translation.name
-    source_lang: str = ""
-    target_lang: str = ""
-    source_column: str | None = None
-    target_column: str | None = None
-    from_config: str | None = None
-    vocabulary: int = 0
-    batch_tokens: int = 2048
+    source_lang: str = described("", "Source language, as the checkpoint names it: en, eng_Latn.")
+    target_lang: str = described("", "Target language.")
+    source_column: str | None = described(None, "Source column (default: detected).")
+    target_column: str | None = described(None, "Target column (default: detected).")
+    from_config: str | None = described(None, "Train a new model of this size, in place of TARGET.", PRESETS)
+    vocabulary: int = described(
+        0, "Vocabulary size with --from-config; smaller if there is little text (default: the preset's)."
+    )
+    batch_tokens: int = described(
+        2048,
+        "Maximum tokens of a batch, padding included; pairs are counted on their longer side, unless one row has more.",
+    )
     label_smoothing_factor: float = 0.1
-    num_beams: int | None = None
-    eval_rows: int = 256
-    held_out_rows: int = 1000
+    num_beams: int | None = described(None, "Number of beams for the final translations (default: the checkpoint's).")
+    eval_rows: int = described(
+        256,
+        "Maximum validation rows that an evaluation translates; for text-generation, held-out rows to answer before and "
+        "after training.",
+    )
+    held_out_rows: int = described(1000, "Maximum rows to split off for validation, and for the test.")
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from deploykit.errors import UsageError
-from deploykit.training.options import FinetuneOptions
+from deploykit.training.options import FinetuneOptions, described
 from token_classification.facts import TokenClassification
 
 
 @dataclass(frozen=True)
 class TokenClassificationOptions(FinetuneOptions):
-    """The fields that deploykit's own tasks do not have become options of ``deploykit finetune``."""
+    """Options of a run for token classification; each field is an option of ``deploykit finetune``."""
 
     task: str = TokenClassification.name
-    words_column: str | None = field(default=None, metadata={"help": "Of words or tokens (default: detected)."})
-    label_column: str | None = None
-    per_device_train_batch_size: int = 16
+    words_column: str | None = described(None, "Column of words or tokens (default: detected).")
+    label_column: str | None = described(None, "Label column (default: detected).")
+    per_device_train_batch_size: int = described(16, "Rows of a batch.")
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,
