@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnxruntime
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tests" / "packages" / "token_classification"
 TEXT = "w1 w11 w50 w22"
 ROWS = 200

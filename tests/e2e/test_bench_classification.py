@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from deploykit.runtime.engines.native.loader import lacks
 
-ROOT = Path(__file__).parents[2]
 NAMES = ["PyTorch fp32", "deploykit openvino int8", *(["deploykit native int8"] if lacks() is None else [])]
 
 

@@ -12,8 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-SCRIPTS = Path(__file__).parents[2] / "bench" / "gpu"
+SCRIPTS = ROOT / "bench" / "gpu"
 NEEDS_NO_PYTEST = ["doctor", "finetune", "classify", "translate", "export", "tensorrt"]
 
 

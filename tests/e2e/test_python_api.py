@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import deploykit
 
-PAGE = Path(__file__).parents[2] / "docs" / "python-api.md"
+PAGE = ROOT / "docs" / "python-api.md"
 MOODS = ("negative", "neutral", "positive")
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 from language_models import write_checkpoint, write_rows
+from paths import ROOT
 
 from deploykit.tasks.text_generation.chat_template import CHATML
 
-ROOT = Path(__file__).parents[2]
 PAGES = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from deploykit.artifacts import load_manifest
 from deploykit.runtime.engines import ENGINES
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_both_servers_answer_the_same_under_the_same_arrivals(tiny_translation: Path, tmp_path: Path) -> None:

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 from browser import REMEDY, Browser, find_browser
+from paths import ROOT
 
 from deploykit.bench.scenarios import ClosedLoop, Poisson, Scenario, Within
 from deploykit.bench.targets import bench_targets
 from deploykit.report.figures import COLOURS
 from deploykit.report.pages import write_report, write_tuning
 from deploykit.report.record import results_of
-
-ROOT = Path(__file__).parents[2]
 
 # By what a figure says it is: its box, texts that stick out of it, and what is drawn in a candidate's colour, by tag.
 FIGURES = """[...document.querySelectorAll('svg')].map(svg => {

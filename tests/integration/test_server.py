@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from paths import ROOT
 from served import body, family, gone, outputs, post, start, wait_until
 
 from deploykit.artifacts import digest_path, load_manifest, write_manifest
@@ -612,7 +613,7 @@ def test_the_config_checked_in_is_what_package_writes_for_the_demo() -> None:
     from deploykit.tasks.registry import task_of_parameters
     from deploykit.triton.repository import check_config, read_config
 
-    path = Path(__file__).parents[2] / "model_repository" / "sentiment" / "config.pbtxt"
+    path = ROOT / "model_repository" / "sentiment" / "config.pbtxt"
     parameters = read_config(path).parameters
     task = task_of_parameters({key: parameters[key].string_value for key in ("labels", "task")})
     assert task.labels == ("negative", "neutral", "positive")
@@ -623,7 +624,7 @@ def test_a_config_of_an_earlier_version_fits_a_model_with_the_defaults(tmp_path:
     from deploykit.tasks.registry import task_of_parameters
     from deploykit.triton.repository import check_config, read_config
 
-    written = Path(__file__).parents[2] / "model_repository" / "sentiment" / "config.pbtxt"
+    written = ROOT / "model_repository" / "sentiment" / "config.pbtxt"
     earlier = tmp_path / "sentiment" / "config.pbtxt"
     earlier.parent.mkdir()
     earlier.write_text(written.read_text().replace(', "regression": false', ""))

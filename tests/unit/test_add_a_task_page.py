@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from deploykit.tasks import protocol
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "add-a-task.md").read_text(encoding="utf-8")
 PACKAGE = ROOT / "tests" / "packages" / "token_classification"
 QUOTED = re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```$', PAGE, re.DOTALL | re.MULTILINE)

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 import deploykit
 from deploykit import errors
 from deploykit.tasks.types import Answer
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_public_names_are_these() -> None:

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import runpy
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from paths import ROOT
+
 TABLE: dict[str, Any] = runpy.run_path(str(ROOT / "bench" / "table.py"))
 PAGES = [page.read_text(encoding="utf-8") for page in TABLE["PAGES"]]
 

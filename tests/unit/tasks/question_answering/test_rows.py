@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import SHARED
 
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.question_answering.clean import clean
 from deploykit.tasks.question_answering.rows import Answers, Example, RawRow, read_rows
 from deploykit.tasks.question_answering.split import drop_leaks, split, take
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here")
+needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is not here")
 
 
 def _examples(path: Path) -> list[Example]:
@@ -156,7 +156,7 @@ def test_unusable_rows_are_dropped_and_counted_and_control_characters_keep_place
 @needs_data
 @pytest.mark.parametrize(("name", "questions", "wrong"), [("covidqa", 1380, 234), ("cmrc2018_trial", 1002, 5)])
 def test_the_dirt_in_real_data_is_found(name: str, questions: int, wrong: int) -> None:
-    raw = list(read_rows(str(DATA / f"{name}.json")))
+    raw = list(read_rows(str(SHARED / f"{name}.json")))
     misplaced = [
         row for row in raw for text, start in row.answers
         if row.context is not None and start is not None and not row.context.startswith(text, start)

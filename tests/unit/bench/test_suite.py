@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from deploykit.runtime.engines import ENGINES, NATIVE_FILE
 
-ROOT = Path(__file__).parents[2]
 NAMES = ["Hugging Face fp32", "CTranslate2 float32", "CTranslate2 int8", "deploykit onnxruntime fp32",
          "deploykit onnxruntime int8", *(["deploykit native int8"] if ENGINES["native"].installed else [])]  # fmt: skip
 

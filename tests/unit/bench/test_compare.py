@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from paths import ROOT
 
 from deploykit.bench.compare import compare
 from deploykit.bench.run import Candidate, run_bench
@@ -157,7 +158,7 @@ def test_a_suites_workloads_and_servers_are_compared_each_with_its_own(measured:
 
 
 def test_recorded_results_of_the_suite_are_read() -> None:
-    (path,) = sorted((Path(__file__).parents[2] / "bench" / "results").glob("*-translation.json"))[-1:]
+    (path,) = sorted((ROOT / "bench" / "results").glob("*-translation.json"))[-1:]
     done = compared(path, path)
     assert done.exit_code == 0, done.stderr
     assert "faster" not in done.stdout

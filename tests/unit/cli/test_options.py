@@ -10,13 +10,13 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from paths import ROOT
 
 from deploykit.cli import LazyGroup, main
 from deploykit.cli.common import Option
 from deploykit.stages.finetune_options import make_options, read_toml
 from deploykit.training.options import RENAMED
 
-ROOT = Path(__file__).parents[2]
 SHARED = {
     "--output": "a file to write, in the format that the command says",
     "--data": "a file of rows, for what the command measures or verifies",

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from deploykit.errors import DeploykitError
 
-ROOT = Path(__file__).parents[2]
 SUMMARY = "Samples per second: 1.5e+02\nResult is : VALID\n50.00 percentile latency (ns)   : 13160000\n"
 
 

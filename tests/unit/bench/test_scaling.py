@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from deploykit.artifacts import load_manifest
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

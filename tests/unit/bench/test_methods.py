@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from deploykit.runtime.engines import ENGINES
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_model_has_a_line_for_each_form_and_method(
