@@ -10,7 +10,7 @@ help:
 	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
 	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
 	@echo "make test   all tests that need no GPU"
-	@echo "make interop   open exports in optimum-onnx, in an environment of its own (minutes)"
+	@echo "make interop   open exports in optimum-onnx and onnxruntime-genai, in an environment of its own (minutes)"
 	@echo "make bench  measure both demos' models against other tools, on a quiet machine (an hour)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
@@ -36,8 +36,8 @@ test: $(READY)
 OPTIMUM_VENV ?= /tmp/deploykit-optimum
 interop: $(READY)
 	@test -x $(OPTIMUM_VENV)/bin/python || ($(BIN)/python -m venv $(OPTIMUM_VENV) && \
-	  $(OPTIMUM_VENV)/bin/pip install --quiet 'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6')
-	@OPTIMUM_VENV=$(OPTIMUM_VENV) $(BIN)/python -m pytest tests/integration/test_optimum.py
+	  $(OPTIMUM_VENV)/bin/pip install --quiet 'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6' 'onnxruntime-genai==0.18.0' sentencepiece)
+	@OPTIMUM_VENV=$(OPTIMUM_VENV) $(BIN)/python -m pytest tests/integration/test_optimum.py tests/integration/test_language_model_interop.py
 
 bench: $(READY)
 	@$(BIN)/python bench/articles.py

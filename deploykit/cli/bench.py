@@ -22,6 +22,7 @@ from deploykit.cli.common import (
     say,
 )
 from deploykit.errors import ArtifactError, UsageError
+from deploykit.text_table import text_table
 
 
 @deploykit_command(
@@ -158,7 +159,7 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     task = get_task(candidates[0]["task"])
     generate = task.facts.graph_kind != "encoder"
     head = ("texts/s", *(["tokens/s"] if generate else []), "p50 ms", "p99 ms")
-    yield f"{'':<40}" + "".join(f"{title:>10}" for title in head) + f"{'errors':>8}"
+    rows = []
     for candidate in candidates:
         for s in candidate["scenarios"]:
             rates = [s["throughput_per_s"], *([s["tokens_per_s"]] if generate else [])]
@@ -166,8 +167,8 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             cells += [
                 f"{s['latency_ms'][key]['median']:.2f}" if s["latency_ms"][key] else "-" for key in ("p50", "p99")
             ]
-            name = f"{candidate['name']}, {s['scenario']['name']}"
-            yield f"{name:<40}" + "".join(f"{cell:>10}" for cell in cells) + f"{s['errors']:>8}"
+            rows.append([candidate["name"], s["scenario"]["name"], *cells, str(s["errors"])])
+    yield text_table(["model", "load", *head, "errors"], rows, left=(0, 1))
     for candidate in candidates:
         if generate and candidate["metrics"]:
             titles = shown_metrics(candidate["metrics"], task.headline)

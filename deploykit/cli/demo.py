@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from deploykit.cli.common import MODEL_REPOSITORY_HELP, Result, deploykit_command, option, say
+from deploykit.text_table import text_table
 
 _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("BLEU", 2), "chrf": ("chrF", 2),
             "p50_ms": ("p50 ms", 2), "p99_ms": ("p99 ms", 2), "sentences_per_s": ("sentences/s", 0),
@@ -31,9 +32,15 @@ def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | 
     )
     result = run_demo(chosen, out, repository or out / "model_repository", say=say)
     columns = {key: shown for key, shown in _COLUMNS.items() if key in result["table"][0]}
-    lines = [f"{'':<28}" + "".join(f"{head:>13}" for head, _ in columns.values())]
-    for line in result["table"]:
-        cells = ("-" if line[key] is None else f"{line[key]:.{digits}f}" for key, (_, digits) in columns.items())
-        lines.append(f"{line['name']:<28}" + "".join(f"{cell:>13}" for cell in cells))
-    lines.append("p50 and p99: one sentence at a time; sentences/s: at the fastest concurrency tried")
-    return result, "\n".join([*lines, f"\n{result['seconds']:.0f} s in all; open {result['report']}"])
+    rows = (
+        [
+            line["name"],
+            *("-" if line[key] is None else f"{line[key]:.{digits}f}" for key, (_, digits) in columns.items()),
+        ]
+        for line in result["table"]
+    )
+    return result, (
+        f"{text_table(['model', *(title for title, _ in columns.values())], rows)}\n"
+        "p50 and p99: one sentence at a time; sentences/s: at the fastest concurrency tried\n\n"
+        f"{result['seconds']:.0f} s in all; open {result['report']}"
+    )

@@ -49,6 +49,9 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @click.option(
     "--measure-rows", type=int, default=0, help="Maximum rows to measure on. [default: all; 500 for translation]"
 )
+@click.option(
+    "--optimum", is_flag=True, help="Also write a translator's graphs as optimum lays them out, to the folder optimum."
+)
 @click.option("--trt", is_flag=True, help="Also build TensorRT engines.")
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS),
               help="Precision of an engine; repeat. [default: fp16; with --int8 also int8]")  # fmt: skip

@@ -19,6 +19,7 @@ from deploykit.cli.common import (
     refuse_columns,
     say,
 )
+from deploykit.text_table import text_table
 
 
 @deploykit_command(
@@ -112,7 +113,7 @@ def command(
         "version": str(done.added) if done.added else None,
         "recorded": str(done.recorded) if done.recorded else None,
     }
-    lines = [*_table(done.record), "", *_change_lines(changes, chosen), f"{out}, {page}: written"]
+    lines = [_table(done.record), "", *_change_lines(changes, chosen), f"{out}, {page}: written"]
     return {
         **done.record,
         "chosen": chosen,
@@ -123,15 +124,14 @@ def command(
     }, "\n".join(lines)
 
 
-def _table(record: Mapping[str, Any]) -> Iterator[str]:
-    width = max(len(trial["name"]) for trial in record["trials"]) + 2
-    yield f"{'':<{width}}{'requests/s':>11}{'p50 ms':>9}{'p99 ms':>9}{'MB':>8}  why"
+def _table(record: Mapping[str, Any]) -> str:
+    rows = []
     for trial in record["trials"]:
         latency = (trial["latency_ms"][figure] for figure in ("p50", "p99"))
         cells = [trial["rate_per_s"], *latency, trial["memory_mb"]]
-        texts = [f"{cell:,.1f}" if cell is not None else "-" for cell in cells]
-        row = "".join(f"{text:>{size}}" for text, size in zip(texts, (11, 9, 9, 8)))
-        yield f"{trial['name']:<{width}}{row}  {trial['verdict']}"
+        texts = (f"{cell:,.1f}" if cell is not None else "-" for cell in cells)
+        rows.append([trial["name"], *texts, trial["verdict"]])
+    return text_table(["settings", "requests/s", "p50 ms", "p99 ms", "MB", "verdict"], rows, left=(0, 5))
 
 
 def _change_lines(changes: Mapping[str, str | None], chosen: Mapping[str, Any]) -> Iterator[str]:

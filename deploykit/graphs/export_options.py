@@ -71,7 +71,7 @@ class ExportOptions(CalibrationOptions):
     measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
     ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language model's perplexity.
     ``int4`` is for language models. ``smooth_quant`` is SmoothQuant's alpha (None: without). ``trt``: also build TensorRT
-    engines."""
+    engines. ``optimum``: also write a translator's graphs as optimum lays them out."""
 
     int8: bool = False
     int4: bool = False
@@ -82,6 +82,7 @@ class ExportOptions(CalibrationOptions):
     measure_rows: int = 0
     smooth_quant: float | None = None
     trt: EngineOptions | None = None
+    optimum: bool = False
 
     def with_precisions(self) -> ExportOptions:
         """Return the options with the precisions of engines that none were named for, and INT8 where an engine needs it."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deploykit.metric_titles import title_of
+from deploykit.text_table import text_table
 
 SEARCH_PAGE = "search.html"
 """File in an export with a plot of the search for layers in fp32."""
@@ -21,15 +22,16 @@ def render(table: Sequence[Mapping[str, Any]]) -> list[str]:
     ``agreement`` is the share of rows with the same answer as the checkpoint's.
     """
     columns = {key: title_of(key) for key in table[0] if key not in _NOT_METRICS}
-    lines = [
-        f"{'precision':<10}{'engine':<14}"
-        + "".join(f"{title:>{max(11, len(title) + 1)}}" for title in columns.values())
-        + f"{'INT8 kernels':>14}"
-    ]
-    for line in table:
-        cells = "".join(f"{line[key]:>11.{_DIGITS.get(key, 4)}f}" for key in columns)
-        lines.append(f"{line['precision']:<10}{line['engine']:<14}{cells}{line['int8_kernels']:>14}")
-    return lines
+    rows = (
+        [
+            line["precision"],
+            line["engine"],
+            *(f"{line[key]:.{_DIGITS.get(key, 4)}f}" for key in columns),
+            str(line["int8_kernels"]),
+        ]
+        for line in table
+    )
+    return text_table(["precision", "engine", *columns.values(), "INT8 kernels"], rows, left=(0, 1)).splitlines()
 
 
 def render_searches(searches: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -58,13 +60,14 @@ def render_calibration(record: Mapping[str, Any]) -> list[str]:
     spread = {name: min(map(kept, of.values())) / max(map(kept, of.values())) for name, of in ranges.items()}
     shown = sorted(spread, key=lambda name: spread[name])[:_SHOWN_TENSORS]
     methods = list(ranges[shown[0]])
-    width = max(map(len, shown)) + 2
     lines = [
         f"{record['rows']:,} rows, {len(ranges)} tensors, {record['seconds']:.1f} s, "
         f"peak memory {record['peak_memory_mb']:,.0f} MB",
-        f"{'largest magnitude kept':<{width}}" + "".join(f"{method:>12}" for method in methods),
+        text_table(
+            ["largest magnitude kept", *methods],
+            ([name, *(f"{kept(ranges[name][method]):.4g}" for method in methods)] for name in shown),
+        ),
     ]
-    lines += [f"{name:<{width}}" + "".join(f"{kept(ranges[name][m]):>12.4g}" for m in methods) for name in shown]
     if len(ranges) > len(shown):
         lines.append(f"and {len(ranges) - len(shown)} more, on which the methods differ less (--json has all)")
     return lines

@@ -53,6 +53,11 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     task = task_of_checkpoint(checkpoint)
     if options.int4 and task.facts.graph_kind != "decoder":
         raise UsageError(f"--int4 is for language models, and {checkpoint} {task.does}", "use --int8")
+    if options.optimum and task.facts.graph_kind != "encoder-decoder":
+        raise UsageError(
+            f"--optimum is for translators, and {checkpoint} {task.does}",
+            "leave it out: the export has optimum's layout",
+        )
     parent = parent_digest(checkpoint)
     engines = [name for name, info in ENGINES.items() if info.installed]
     inputs = artifacts.digest_of("export", parent, identity(options), engines)

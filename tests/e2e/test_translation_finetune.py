@@ -178,7 +178,7 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
 
     monkeypatch.setattr(MeasurementLog, "measured", killed)
     words = ("export", new_model, "--int8", "--calib", tmp_path / "c", "--output-dir", tmp_path / "e", "--measure-rows", 12,
-             "--max-drop", 20)  # fmt: skip
+             "--max-drop", 20, "--optimum")  # fmt: skip
     assert deploykit(*words)[0] == 130
     assert {p.name for p in tmp_path.iterdir()} == {"c", "e.search.json"}
     monkeypatch.setattr(MeasurementLog, "measured", original)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import deploykit
 from deploykit.artifacts import load_manifest
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.stages.export import export
@@ -89,3 +90,55 @@ def test_optimum_opens_each_graph_and_gives_the_same_answers(exported: Path) -> 
         limit = 1e-4 if precision == "fp32" else 2e-3 if engine == "onnxruntime" else 0.05
         assert np.abs(ours - theirs).max() < limit, file
         assert (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean() >= (1.0 if engine == "onnxruntime" else 0.95)
+
+
+_TRANSLATE = """
+import json, sys
+from pathlib import Path
+import onnxruntime
+from optimum.onnxruntime import ORTModelForSeq2SeqLM
+from transformers import AutoTokenizer
+folder, texts = sys.argv[1], json.load(sys.stdin)
+options = onnxruntime.SessionOptions()
+if "vnni" not in Path("/proc/cpuinfo").read_text():
+    options.add_session_config_entry("session.x64quantprecision", "1")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+answers = {}
+for kind in ("", "_quantized"):
+    names = {f"{part}_file_name": f"{file}{kind}.onnx" for part, file in (
+        ("encoder", "encoder_model"), ("decoder", "decoder_model"), ("decoder_with_past", "decoder_with_past_model"))}
+    model = ORTModelForSeq2SeqLM.from_pretrained(folder, use_merged=False, session_options=options, **names)
+    found = model.generate(**tokenizer(texts, padding=True, return_tensors="pt"), num_beams=1)
+    answers[kind] = tokenizer.batch_decode(found, skip_special_tokens=True)
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.skipif(not PYTHON.is_file(), reason=f"no optimum-onnx at {PYTHON}: `make interop` makes that environment")
+def test_optimum_opens_a_translator_and_gives_the_same_translations(tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.tsv"
+    things, deeds = ("file", "folder", "user", "page"), {"Open": "Ouvrir", "Close": "Fermer", "Find": "Trouver"}
+    rows = [
+        f"{en} the {thing} {i}.\t{fr} le {thing} {i}."
+        for en, fr in deeds.items()
+        for thing in things
+        for i in range(20)
+    ]
+    pairs.write_text("\n".join(["en\tfr", *rows]) + "\n", encoding="utf-8")
+    languages = {"source_lang": "en", "target_lang": "fr"}
+    run = deploykit.finetune(
+        None, train=str(pairs), task="translation", from_config="marian-tiny", output_dir=tmp_path / "run", max_steps=150,
+        eval_steps=150, max_length=32, **languages,
+    )  # fmt: skip
+    done = deploykit.export(run.path, tmp_path / "export", int8=True, optimum=True, max_drop=100)
+    sources = [row.split("\t")[0] for row in rows[::9]]
+    process = subprocess.run(
+        (str(PYTHON), "-c", _TRANSLATE, str(done.path / "optimum")), input=json.dumps(sources), capture_output=True,
+        text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    theirs = json.loads(process.stdout.splitlines()[-1])
+    with deploykit.load(done.path, engine="onnxruntime", precision="fp32") as model:
+        ours = [answer.text for answer in model.translate(sources, num_beams=1)]
+    assert theirs[""] == ours
+    assert np.mean([a == b for a, b in zip(theirs["_quantized"], ours)]) > 0.5

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deploykit.text_table import text_table
+
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
     """Return exact match and F1, with their intervals, and apart for questions with and without an answer."""
-    lines = [f"{'':<22}{'exact match':>12}{'F1':>8}{'rows':>8}"]
-    lines.append(_line("all", metrics))
-    lines += [_line(name.replace("_", " "), metrics[name]) for name in ("has_answer", "no_answer") if name in metrics]
+    parts = {"all": metrics, **{name: metrics[name] for name in ("has_answer", "no_answer") if name in metrics}}
+    rows = (
+        [name.replace("_", " "), f"{m['exact_match']:.4f}", f"{m['f1']:.4f}", f"{m['rows']:,}"]
+        for name, m in parts.items()
+    )
+    lines = [text_table(["", "exact match", "F1", "rows"], rows)]
     intervals = (f"{name} {low:.4f} to {high:.4f}" for name, (low, high) in _intervals(metrics))
     lines.append(f"95 % intervals: {', '.join(intervals)}")
     if "best_f1" in metrics:
@@ -18,10 +23,6 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
             f"with the threshold best on these rows, {metrics['best_f1_threshold']:.2f}: F1 {metrics['best_f1']:.4f}"
         )
     return "\n".join(lines)
-
-
-def _line(name: str, m: Mapping[str, Any]) -> str:
-    return f"{name:<22}{m['exact_match']:>12.4f}{m['f1']:>8.4f}{m['rows']:>8,}"
 
 
 def _intervals(metrics: Mapping[str, Any]) -> list[tuple[str, tuple[float, float]]]:

@@ -37,6 +37,7 @@ from deploykit.tasks.text_generation.checkpoint import TorchGenerator
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.evaluate import Asked, ask, columns_of
 from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.genai_config import write_genai_config
 from deploykit.tasks.text_generation.generator import LocalGenerator, RowScore
 from deploykit.tasks.text_generation.metrics import scored_metrics
 from deploykit.tasks.text_generation.predictor import load_generator
@@ -76,6 +77,7 @@ def write(
     architecture = read_causal_architecture(reference.torch_model)
     _save(build_causal_lm(architecture), directory, "fp32")
     _save_tokenizer(reference, directory)
+    write_genai_config(directory, architecture, reference.torch_model.config, task, LANGUAGE_MODEL_FILES["fp32"][0])
     parity = _check_parity(directory, reference, task, asked, say)
     metrics: dict[str, Any] = {"rows": len(asked.rows), "parity": dataclasses.asdict(parity)}
     say(f"measuring on {len(asked.rows):,} rows")

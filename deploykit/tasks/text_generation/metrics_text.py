@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deploykit.text_table import text_table
+
 TITLES: Mapping[str, str] = {
     "loss": "loss (nats a token)",
     "perplexity": "perplexity",
@@ -22,9 +24,8 @@ TITLES: Mapping[str, str] = {
 
 def metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Metrics side by side, under their names, each with its 95 % interval."""
-    lines = [f"{'':<21}" + "".join(f"{name:>30}" for name in columns)] if any(columns) else []
-    for name, title in shown(columns):
-        lines.append(f"{title:<21}" + "".join(f"{cell(metrics, name):>30}" for metrics in columns.values()))
+    rows = ([title, *(cell(metrics, name) for metrics in columns.values())] for name, title in shown(columns))
+    lines = [text_table(["", *columns], rows)]
     answered = {m["answered"] for m in columns.values() if m.get("answered")}
     if answered:
         lines.append(f"(answers of {max(answered):,} rows; in brackets bootstrap 95 % intervals)")

@@ -46,6 +46,7 @@ from deploykit.tasks.translation.export_tokenizer import save_translation_tokeni
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.forced_decoding import Forced, greedy_translations, log_probabilities
 from deploykit.tasks.translation.metrics import translation_metrics
+from deploykit.tasks.translation.optimum import write_optimum
 from deploykit.tasks.translation.pairs import Pair
 from deploykit.tasks.translation.parity import Parity, check_parity
 from deploykit.tasks.translation.predictor import TextTranslator, Translator, load_translator
@@ -98,6 +99,9 @@ def write(
         else:
             calibration.check(activations_of(directory))
         metrics["quantization"], ranges = _quantize(calibration, directory, architecture, options, grader, trace, say)
+    if options.optimum:
+        layers = _without(ranges, {_CACHES})
+        metrics["parity"]["optimum"] = write_optimum(directory, reference, architecture, layers, parity_rows, say)
     if options.trt is not None:
         _build_engines(
             directory, reference, architecture, parity_rows, ranges, options, options.trt, grader, metrics, trace, say

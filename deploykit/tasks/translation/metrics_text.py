@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deploykit.text_table import text_table
+
 
 def metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
     """Metrics of translations side by side, under their names."""
     kept = [f"{m['placeholders']['kept']:,} of {m['placeholders']['checked']:,}" for m in columns.values()]
-    lines = [f"{'':<18}" + "".join(f"{name:>16}" for name in columns)] if any(columns) else []
-    for name in ("BLEU", "chrF"):
-        lines.append(f"{name:<18}" + "".join(f"{m[name.lower()]:>16.2f}" for m in columns.values()))
+    rows = [[name, *(f"{m[name.lower()]:.2f}" for m in columns.values())] for name in ("BLEU", "chrF")]
+    lines = [text_table(["", *columns], [*rows, ["placeholders kept", *kept]])]
     for name, signature in next(iter(columns.values())).get("signatures", {}).items():
-        lines.append(f"{name} signature".ljust(18) + signature)
-    lines.append(f"{'placeholders kept':<18}" + "".join(f"{text:>16}" for text in kept))
+        lines.append(f"{name} signature: {signature}")
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from html_page import Page
 from paths import ROOT
 
 from deploykit.runtime.engines import ENGINES, NATIVE_FILE
@@ -100,8 +101,6 @@ def test_the_example_is_graded_and_asked_for_all_at_once(suite: dict[str, Any]) 
 
 
 def test_the_page_has_every_workload_and_no_id_twice(suite: dict[str, Any]) -> None:
-    from test_bench_report import Page
-
     page = Page(suite["page"])
     assert [name for name, count in page.ids.items() if count > 1] == []
     assert all(reference[1:] in page.ids for reference in page.references)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from html_page import Page
 from numpy.typing import NDArray
 
 from deploykit.bench.run import Candidate, run_bench
@@ -20,41 +19,6 @@ from deploykit.report.pages import write_report
 from deploykit.tasks.classification.facts import Classification
 
 NASTY = ("<script>alert(1)</script>", '$x_1$ & "q"', "_表情 😀", "\x00\x1b\nline", "half \ud800", "\uffff" * 50)
-_VOID = {"meta", "link", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Collects what matters and checks that tags nest."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: Counter[str] = Counter()
-        self.ids: Counter[str] = Counter()
-        self.references: list[str] = []
-        self.text = ""
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attributes)
-        if tag not in _VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags[tag] += 1
-        for name, value in attributes:
-            if name == "id":
-                self.ids[value or ""] += 1
-            if name in ("src", "href", "xlink:href"):
-                self.references.append(value or "")
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 class Guess:

@@ -91,7 +91,7 @@ def test_identical_texts_score_100_and_others_less_in_every_script(
 
 def test_the_signature_is_on_the_console() -> None:
     metrics = translation_metrics(["打开文件夹吧"], ["打开文件夹"], ["open"], "zh")
-    assert f"bleu signature    {metrics['signatures']['bleu']}" in metrics_text({"": metrics})
+    assert f"bleu signature: {metrics['signatures']['bleu']}" in metrics_text({"": metrics})
 
 
 def test_references_are_measured_as_given(tmp_path: Path) -> None:
