@@ -1,4 +1,4 @@
-"""Answer many rows with a model of any task: the records that ``deploykit predict`` prints and writes."""
+"""Answer many rows with a model of any task, as records for ``deploykit predict``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deploykit.text import printable
 
 @dataclass(frozen=True)
 class AnsweredRow:
-    """The answer to the row at ``origin``; without one, ``error`` says why."""
+    """The answer to the row at ``origin``, or the ``error`` that says why there is none."""
 
     origin: str
     text: str
@@ -36,13 +36,13 @@ class AnsweredRow:
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return origin, text and the answer's columns; or origin and error."""
+        """Return origin, text and the answer's columns, or origin and error."""
         if self.answer is None:
             return {"origin": self.origin, "error": self.error}
         return {"origin": self.origin, "text": self.answer.asked or self.text, **self.answer.columns}
 
     def line(self) -> str:
-        """Return the row for a terminal: the answer; of one with a score, the answer, its score and the text."""
+        """Return the row for a terminal: the answer, and if it has a score, also score and text."""
         if self.answer is None:
             return f"{self.origin}: {self.error}"
         score = self.answer.columns.get("score")
@@ -51,7 +51,7 @@ class AnsweredRow:
 
 
 def rows_of(texts: Sequence[str]) -> list[TextRow]:
-    """Return texts as rows, named by their numbers from 1; one without a character has a problem."""
+    """Return texts as rows, numbered from 1; an empty text has a problem."""
     return [
         TextRow(f"text {i}", text or None, None if text else "the text is empty")
         for i, text in enumerate((printable(text).strip() for text in texts), start=1)
@@ -87,9 +87,9 @@ def answer_source(
 ) -> Answered:
     """Write a record for each row of ``source`` to ``out``; see ``answer_file``.
 
-    A .jsonl file has an object a line. A .csv, .tsv or .parquet file has the columns of ``source`` and the answer's.
+    A .jsonl file has one object per line. A .csv, .tsv or .parquet file has the columns of ``source`` and the answer's.
 
-    ``identity`` stands for the model: with it, the source and the options, an unfinished file is continued.
+    ``identity`` identifies the model: an unfinished file with the same identity, source and options is continued.
     """
     suffix = out.suffix.lower()
     if suffix not in (*JSON_LINES, *TABLES):
@@ -114,7 +114,7 @@ def answer_source(
 
 
 def _check_rows(rows: Iterator[TextRow], source: str, encoding: str | None, out: Path) -> None:
-    """Raise UsageError if ``source`` is not a table whose rows are those to answer, as SQuAD's JSON is not."""
+    """Raise UsageError unless ``source`` is a table with one row per text (SQuAD's JSON is not)."""
     count = sum(1 for _ in rows)
     try:
         same = count == sum(1 for _ in row_columns(source, encoding))
@@ -127,7 +127,7 @@ def _check_rows(rows: Iterator[TextRow], source: str, encoding: str | None, out:
 
 
 def _answer(predictor: Predictor, texts: Sequence[str], generation: Any) -> list[Answer | str]:
-    """Return answers, or why there is none: a text that is refused fails alone."""
+    """Return answers; a text that is refused gets its error message instead, without affecting the others."""
     try:
         return list(task_of(predictor.task).answer(predictor, texts, generation))
     except (DataError, RequestError) as error:

@@ -33,7 +33,7 @@ class Caller:
         self.done = threading.Event()
         self._told = told
 
-    def gone(self) -> bool:
+    def is_cancelled(self) -> bool:
         return self.left
 
     def answer(self, translations: Sequence[Translated]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """Return exact match and F1, with their intervals, and apart for questions with and without an answer."""
+    """Return exact match and F1 with intervals, for all questions and for those with and without an answer."""
     lines = [f"{'':<22}{'exact match':>12}{'F1':>8}{'rows':>8}"]
     lines.append(_line("all", metrics))
     lines += [_line(name.replace("_", " "), metrics[name]) for name in ("has_answer", "no_answer") if name in metrics]
