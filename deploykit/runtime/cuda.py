@@ -1,8 +1,8 @@
 """The part of NVIDIA's driver that an engine needs: a GPU, device and host memory, a stream, CUDA graphs.
 
-ctypes calls the driver's own library. It is present wherever a GPU can be used, and its functions stay compatible from
-release to release. Packages that wrap it (cuda-bindings, CuPy) must match the CUDA release of the machine, on a Jetson
-that of JetPack; two dozen functions do not justify that.
+ctypes calls the driver's own library, which is present wherever a GPU can be used and stays compatible between
+releases. Packages that wrap it (cuda-bindings, CuPy) must match the machine's CUDA release, on a Jetson JetPack's; two
+dozen functions do not justify that.
 
 Source: NVIDIA "CUDA Driver API": "Initialization", "Primary Context Management", "Memory Management", "Stream
 Management", "Graph Management". cuda.h maps the plain names to the ``_v2`` ones.
@@ -137,7 +137,8 @@ class Gpu:
             raise EngineError(f"CUDA: {name}: {reason} ({result})", "check nvidia-smi; restart the process")
 
     def _made(self, create: str, handle: Any, *arguments: Any, destroy: str, owner: object) -> Any:
-        """Call ``create`` and return the handle it fills. ``destroy`` releases it when ``owner`` is garbage-collected."""
+        """Call ``create`` and return the handle it fills. ``destroy`` releases it when ``owner`` is
+        garbage-collected."""
         self._check(create, byref(handle), *arguments)
         weakref.finalize(owner, self._give_back, destroy, handle.value)
         return handle.value

@@ -1,4 +1,4 @@
-"""Choose the engine, the precision and the graph files of an export or a packaged model."""
+"""Choose engine, precision and graph files of an export or a packaged model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
 
 
 def _generating(kind: GraphKind, *, installed_only: bool = False) -> list[str]:
-    """Return the engines that run graphs of this kind, best first. The last one is included even if it is not installed."""
+    """Return the engines that run graphs of this kind, best first. The last one is included even if it is not
+    installed."""
     names = [name for name, info in ENGINES.items() if _generates(info, kind)]
     return [name for name in names if not installed_only or ENGINES[name].installed or name == names[-1]]
 

@@ -1,4 +1,4 @@
-"""Connect to a model on a running Triton server: the part of the client that all tasks share."""
+"""Connect to a model on a running Triton server: the base of all tasks' clients."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class ServedModel:
                     raise
                 if len(chunk) == 1:
                     return [failed(error.message[found.end() :])]
-                # Every row is bad, but the error names the first only.
+                # All rows were refused, but the error names only the first.
                 return [row for one in chunk for row in ask([one])]
 
         raw = [_SURROGATE.sub("\ufffd", text).encode() for text in texts]
@@ -146,7 +146,7 @@ class ServedModel:
     def _infer(
         self, inputs: Mapping[str, Sequence[bytes]], names: Sequence[str], parameters: Mapping[str, Any] | None = None
     ) -> list[NDArray[Any]]:
-        """Return the outputs ``names`` for the texts of each input, a row each."""
+        """Return the outputs ``names`` for the texts of each input, one row per text."""
         tensors = []
         for name, texts in inputs.items():
             tensors.append(triton.InferInput(name, [len(texts), 1], "BYTES"))

@@ -126,7 +126,8 @@ def test_it_chooses_what_its_logits_say(case: Callable[[str], Case], search: str
 
 
 def test_beams_change_hands_while_other_searches_come_and_go(case: Callable[[str], Case]) -> None:
-    """Alone they are the library's; beside a greedy sentence, or one whose rules look at its tokens, they are Python's."""
+    """Alone they are the library's; beside a greedy sentence, or one whose rules look at its tokens, they are
+    Python's."""
     c = case("marian")
     kinds = [generation_of(SEARCHES[name]) for name in ("early stopping", "early stopping", "greedy", "no repeats")]
     alone = []
@@ -267,11 +268,11 @@ def rewritten(file: Path, to: Path, change: Callable[[dict[str, Any]], None]) ->
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda content: b"", "is not a file of weights"),
-        (lambda content: content[:5], "is not a file of weights"),
-        (lambda content: content[:200], "is not a file of weights"),
-        (lambda content: b"\xff" * 8 + content[8:], "is not a file of weights"),
-        (lambda content: content[:-64], "is cut"),
+        (lambda content: b"", "is not a weight file"),
+        (lambda content: content[:5], "is not a weight file"),
+        (lambda content: content[:200], "is not a weight file"),
+        (lambda content: b"\xff" * 8 + content[8:], "is not a weight file"),
+        (lambda content: content[:-64], "is truncated"),
     ],
 )
 def test_a_broken_file_is_named(case: Callable[[str], Case], tmp_path: Path, damage: Any, says: str) -> None:

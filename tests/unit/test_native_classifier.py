@@ -195,8 +195,8 @@ def test_layers_that_int8_ruins_stay_float32(
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda content: b"", "not a file of weights"),
-        (lambda content: content[:-64], "is cut"),
+        (lambda content: b"", "not a weight file"),
+        (lambda content: content[:-64], "is truncated"),
         (lambda content: content.replace(b'\\"head\\"', b'\\"tail\\"'), "head"),
     ],
 )
