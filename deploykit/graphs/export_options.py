@@ -1,4 +1,4 @@
-"""Options of an export, and the helpers that the stage shares with each task's export steps."""
+"""Options of an export, and helpers for the stage and the tasks' export steps."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ _SAMPLES = 64
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What INT8 is calibrated on: ``calibration_rows`` of the run's own split ``calibration_split``, or of the data file
-    ``calibration_data``. ``source_lang`` and ``target_lang`` are the languages of a translation checkpoint that was
-    trained elsewhere."""
+    """Options of a calibration: ``calibration_rows`` of the run's split ``calibration_split``, or of the data file
+    ``calibration_data``. ``source_lang`` and ``target_lang`` are for translation checkpoints trained elsewhere."""
 
     calibration_split: str = "train"
     calibration_data: str | None = None
@@ -50,7 +49,7 @@ class CalibrationOptions:
 
     @property
     def calibration(self) -> str:
-        """The name of a split, or a data file."""
+        """The name of the split, or the data file."""
         return self.calibration_data or self.calibration_split
 
     def check(self) -> None:
@@ -67,11 +66,11 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class ExportOptions(CalibrationOptions):
-    """``calib`` is the folder of a calibration that ``deploykit calibrate`` wrote. ``data`` is a file of rows to
-    measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
-    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language model's perplexity.
-    ``int4`` is for language models. ``smooth_quant`` is SmoothQuant's alpha (None: without). ``trt``: also build TensorRT
-    engines."""
+    """Options of an export. ``calib`` is the folder of a calibration by ``deploykit calibrate``. ``data`` is a file of
+    rows to measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 for
+    translation). ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language
+    model's perplexity. ``int4`` is for language models. ``smooth_quant`` is SmoothQuant's alpha (None: off). ``trt``:
+    also build TensorRT engines."""
 
     int8: bool = False
     int4: bool = False
@@ -84,7 +83,7 @@ class ExportOptions(CalibrationOptions):
     trt: EngineOptions | None = None
 
     def with_precisions(self) -> ExportOptions:
-        """Return the options with the precisions of engines that none were named for, and INT8 where an engine needs it."""
+        """Return the options with default precisions of engines, and with INT8 if an engine needs it."""
         if self.trt is None:
             return self
         precisions = self.trt.precisions or (("fp16", "int8") if self.int8 else ("fp16",))
@@ -128,7 +127,7 @@ class Written:
 
 
 def graded(task: TaskFacts, metrics: dict[str, Any], grader: Grader[Any], say: Say) -> Written:
-    """Add what ``grader`` found to the metrics of an export, and print its table."""
+    """Add the results of ``grader`` to the metrics of an export, and print its table."""
     table = [line.to_json() for line in grader.table]
     for line in render(table):
         say(line)
@@ -161,6 +160,6 @@ def pick_rows(
 
 
 def keep_samples(directory: Path, rows: Sequence[DataclassInstance]) -> None:
-    """Write some of the measured rows to the export, so that later artifacts can be compared on them."""
+    """Write some of the measured rows to the export, to compare later artifacts on."""
     samples = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
     (directory / artifacts.SAMPLES).write_text("\n".join(samples) + "\n", encoding="utf-8")
