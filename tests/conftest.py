@@ -128,8 +128,9 @@ def make_tiny_checkpoint() -> Callable[..., Path]:
 def write_tiny_checkpoint(
     folder: Path, family: str = "bert", *, initializer_range: float = 0.3, positions: int = 40
 ) -> Path:
-    """Write a random two-layer classifier of ``family`` (bert; roberta-prelayernorm: norms before each block) as a Hugging
-    Face checkpoint that nobody's run made. It knows WORDS, up to 10 less than it has ``positions``, and two labels."""
+    """Write a random two-layer classifier of ``family`` (bert; roberta-prelayernorm: norms before each block) as a
+    Hugging Face checkpoint that nobody's run made. It knows WORDS, up to 10 less than it has ``positions``, and two
+    labels."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -153,7 +154,8 @@ def write_tiny_checkpoint(
 
 @pytest.fixture
 def tuning() -> dict[str, Any]:
-    """A record of ``deploykit tune``: the second of three settings was chosen, and the third holds the limit at no rate."""
+    """A record of ``deploykit tune``: the second of three settings was chosen, and the third has no rate within the
+    limit."""
     graphs = [("onnxruntime", "int8"), ("openvino", "int8"), ("openvino", "fp32")]
     rounds: list[list[float | None]] = [[100.0], [200.0, 220.0, 210.0], [None]]
     return {

@@ -1,4 +1,4 @@
-"""Compare two bench records: what became faster or slower, beyond the noise.
+"""Compare two bench records, and find changes beyond the noise.
 
 A figure that was measured in rounds (throughput, p50, p99) differs when the rounds' ranges (min to max) do not overlap
 and the medians are more than 5% apart. For two equal systems, the ranges of 3 rounds each are disjoint by chance once
@@ -79,7 +79,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result: ``changes``, and ``differences`` between the runs that may be their real cause."""
+    """The result: ``changes``, and ``differences`` between the runs that may be their cause."""
 
     differences: tuple[str, ...]
     changes: tuple[Change, ...]
@@ -211,10 +211,10 @@ def _differences(old: Record, new: Record) -> Iterator[str]:
 
 def _differing(what: str, old: Any, new: Any) -> Iterator[str]:
     if old != new:
-        yield f"{what}: {_told(old)} -> {_told(new)}"
+        yield f"{what}: {_text(old)} -> {_text(new)}"
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "not told" if value is None else str(value)

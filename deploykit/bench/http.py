@@ -1,7 +1,7 @@
-"""A light load generator: single-text requests over HTTP/1.1 keep-alive to Triton's KServe v2 API.
+"""Generate load with little CPU: single-text requests over HTTP/1.1 keep-alive to Triton's KServe v2 API.
 
-It shares its machine with the server it measures, so all work that can be done before or after the timed part is done
-there: requests are encoded before, answers are read after, and in between runs one asyncio protocol.
+It shares its machine with the server, so as much work as possible is outside of the timed part: requests are encoded
+before, answers are decoded after, and in between there is only one asyncio protocol.
 
 Source: KServe Open Inference Protocol v2, REST; Triton's extension for BYTES tensors.
 """
@@ -188,7 +188,7 @@ class _Generator:
         await self._open_connections(8)
         started = self._start()
         for due in arrivals.tolist():
-            # Even when late, so that answers are read between requests.
+            # Sleep even when late, so that answers are read between requests.
             await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
             self._ask(next(self._rows), started + due)
         await self._finish(started)

@@ -1,4 +1,4 @@
-"""Generate load: when requests are sent, and how long each waits for its answer."""
+"""Generate load on a model, and measure how long each request waits for its answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ _FAILURE_PAUSE_S = 0.05  # pause after a failure: a target that fails at once wo
 
 
 def answer_texts(predictor: Predictor, texts: Sequence[str], generation: Any = None) -> list[Answer]:
-    """Answer all ``texts`` in one call, in order. ``generation`` replaces the search parameters of a generating model."""
+    """Answer all ``texts`` in one call, in order. ``generation`` replaces the search parameters of a generating
+    model."""
     return task_of(predictor.task).answer(predictor, texts, generation)
 
 
@@ -49,7 +50,8 @@ class Measurement:
     - ``duration_s``: from the first request to the last answer.
     - ``throughput_per_s``: counts successful requests only.
     - ``latency_ms``: p50, p90, p99, mean and max of successful requests; empty if there are none.
-    - ``peak_memory_mb`` (1e6 bytes): highest resident memory: of this process for a target inside it, of tritonserver and its
+    - ``peak_memory_mb`` (1e6 bytes): highest resident memory: of this process for a target inside it, of tritonserver
+      and its
       stubs together for a local server, None for a remote one.
     - ``generator_cpu_ms``: CPU time of this process per request: what the load generator took away from a local server.
     - ``send_lag_ms``: p99 of how late requests were sent (open loop against a server).

@@ -100,7 +100,7 @@ def tune(
 
     The present settings stay unless others are better beyond the noise. ``engines`` and ``precisions`` restrict the
     search; without the export, both stay as packaged. A killed search continues from OUT.search.json. Raises
-    MissingDependencyError without Triton, ServerError when nothing holds the limits; then nothing is changed.
+    MissingDependencyError without Triton, ServerError if no settings are within the limits; then nothing is changed.
     """
     find_triton()
     require_psutil()
@@ -217,7 +217,7 @@ def _nothing_holds(trials: Sequence[Trial], limits: Limits, subject: Subject) ->
         )
     best = min(answered, key=lambda trial: trial.latency_ms(slo.figure) or 0.0)
     return ServerError(
-        f"no settings hold {slo}; the best was {best.latency_ms(slo.figure):.1f} ms for a lone caller: "
+        f"no settings hold {slo}; the best was {best.latency_ms(slo.figure):.1f} ms with one caller: "
         f"{best.choice.describe(task)}",
         f"allow more (--slo {slo.figure}=...), export a smaller or an INT8 model, or give more --time; nothing was changed",
     )

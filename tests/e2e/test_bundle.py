@@ -176,7 +176,7 @@ def test_a_translator_from_an_empty_folder_to_a_served_and_measured_model(
     for step, says in (
         ("check", "ok        ONNX Runtime"),
         ("build", "onnxruntime, int8"),
-        ("verify", "6 rows: translations have a chrF of 100.0 beside those recorded (100% equal)"),
+        ("verify", "6 rows: translations have a chrF of 100.0 against the recorded ones (100% equal)"),
     ):
         done = run(bundle, step, *ENGINE)
         assert done.returncode == 0, done.stderr
@@ -232,7 +232,7 @@ def test_nothing_runs_of_a_bundle_that_was_changed(bundle: Path) -> None:
     refused = run(bundle, "check", *ENGINE)
     assert refused.returncode == 1
     assert "lib/deploykit/jetson/device.py: FAILED" in refused.stdout
-    assert "error: this bundle is not as it was made" in refused.stderr
+    assert "error: a file of this bundle is missing or was changed" in refused.stderr
     assert "this ran" not in refused.stdout + refused.stderr
 
 

@@ -230,7 +230,7 @@ def test_limits_that_nothing_holds_say_the_best_that_was_measured(
     fake(monkeypatch, lambda choice, number: Round(None, {"p50": 2.0, "p90": 3.0, "p99": 4.25}, 100.0, 10.0))
     code, _, err = deploykit(*words, "--slo", "p99=1ms")
     assert code == 1
-    assert "no settings hold p99 within 1 ms; the best was 4.2 ms for a lone caller: onnxruntime fp32" in err
+    assert "no settings hold p99 within 1 ms; the best was 4.2 ms with one caller: onnxruntime fp32" in err
     assert "remedy: allow more (--slo p99=...)" in err
     fake(monkeypatch, known)
     code, _, err = deploykit(*words, "--slo", "p99=50ms", "--max-memory", "50MB")

@@ -181,7 +181,7 @@ def test_a_setting_that_does_not_run_or_is_too_slow_loses(task: TaskFacts) -> No
     slow = Trial(PRESENT, (Round(None, {"p50": 55.0, "p90": 60.0, "p99": 70.0}, 100.0, 1.0),))
     assert choose([failed, slow], limits()) is None
     assert verdict(failed, None, limits()) == "does not run: model x cannot be loaded"
-    assert verdict(slow, None, limits()) == "holds the limit at no rate: p99 is 70.0 ms"
+    assert verdict(slow, None, limits()) == "no rate is within the limit: p99 is 70.0 ms"
     assert Trial(PRESENT, (*slow.rounds, Round(50.0, {"p99": 49.0}, 100.0, 1.0))).rate_per_s == 0, "it does not always"
 
 

@@ -62,4 +62,6 @@ class BundledAnswerer:
     def compare(self, answers: Sequence[Any], recorded: Sequence[Any], precision: str) -> Verdict:
         same = share((str(answer), str(other)) for answer, other in zip(answers, recorded))
         least = SAME_ANSWERS[precision]
-        return Verdict(same >= least, f"{same:.0%} of the answers are those recorded", f"at least {least:.0%} will do")
+        return Verdict(
+            same >= least, f"{same:.0%} of the answers equal the recorded ones", f"required: at least {least:.0%}"
+        )

@@ -78,9 +78,9 @@ class BundledTranslator:
         least, most = LEAST_CHRF[precision], SCORE_DIFFERENCE[precision]
         return Verdict(
             alike >= least and difference <= most,
-            f"translations have a chrF of {alike:.1f} beside those recorded ({share(pairs):.0%} equal), and "
+            f"translations have a chrF of {alike:.1f} against the recorded ones ({share(pairs):.0%} equal), and "
             f"log-probabilities per token differ by {difference:.2e} in the mean",
-            f"at least {least:g} and at most {most:g} will do",
+            f"required: a chrF of at least {least:g} and a difference of at most {most:g}",
         )
 
     def _per_token(self, translated: Translated) -> float:
