@@ -1,4 +1,4 @@
-"""The report: whole, self-contained, safe against what users name things."""
+"""The report is complete, self-contained, and safe against any names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VOID = {"meta", "link", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Collects what matters and checks that tags nest."""
+    """A parser that collects tags and texts, and checks nesting."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
