@@ -1,5 +1,4 @@
-"""The interface between stages and tasks. A task is one object with the members of ``Task``, in ``task.py`` of its
-folder.
+"""The interface between stages and tasks. A task is one object in its folder's ``task.py``, with the members of ``Task``.
 
 Methods import what they need when they run, so that a serving machine does not load the training half.
 """
@@ -35,8 +34,7 @@ class Training(Protocol):
     """Model types that this task shares with other tasks."""
 
     def options(self) -> type[Any]:
-        """Return the dataclass of a run's options (``FinetuneOptions``); its new fields become options of
-        ``finetune``."""
+        """Return the dataclass of options (``FinetuneOptions``); its new fields become options of ``finetune``."""
 
     def training_stage(self, options: Any) -> Any:
         """Return an object that reads, cleans and splits rows, and trains (``deploykit.stages.finetune.Stage``)."""
@@ -81,8 +79,7 @@ class Serving(Protocol):
     """Default number of processes of a served model."""
 
     def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
-        """Return config.pbtxt with settings ``values`` and the facts' JSON ``record``; ``streams``: NAME_stream's
-        model."""
+        """Return config.pbtxt from settings ``values`` and the facts' JSON ``record``; ``streams``: the streamed model."""
 
     def open_checkpoint(self, path: Path) -> Predictor:
         """Load a Hugging Face checkpoint in PyTorch."""
@@ -95,8 +92,7 @@ class Serving(Protocol):
 
 
 class Measuring(Protocol):
-    """Members for ``predict``, ``evaluate``, ``bench`` and ``tune``. ``generation`` replaces a model's search
-    parameters."""
+    """Members for ``predict``, ``evaluate``, ``bench`` and ``tune``; ``generation`` replaces search parameters."""
 
     headline: str
     """The metric for comparing two models: "macro_f1"."""
