@@ -181,7 +181,7 @@ SENTENCES = (
     "Do you want to open 3 folders, {name}? Yes, 100%.",
     "Voulez-vous ouvrir 3 dossiers, {name} ? Oui, à 100 %.",
 )
-"""What the tiny translation models' tokenizers are trained on."""
+"""Training texts of the tiny translation models' tokenizers."""
 
 
 def write_tiny_translation(

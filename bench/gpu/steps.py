@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 NEW_TOKENS = 32
-"""What each translation is cut to: a model of a few steps does not end by itself."""
+"""Largest number of tokens of a translation: a model trained for a few steps generates no end token."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {"cuda": Size(1024, 20, 1.5), "cpu": Size(256, 6, 1.0), "quick": Size(96, 2, 0.05, (1, 8))}
-"""By device; "quick" is what the tests run."""
+"""Sizes by device; tests use "quick"."""
 
 
 @dataclass

@@ -124,11 +124,11 @@ def _changes(old: Mapping[str, Record], new: Mapping[str, Record]) -> Iterator[C
         rounds = min(results[part]["settings"]["rounds"] for results in (old, new))
         for before in old[part]["candidates"]:
             if (after := theirs.get(before["name"])) is not None:
-                yield from _of_scenarios(part, before, after, rounds)
-                yield from _of_the_whole(part, before, after)
+                yield from _scenario_changes(part, before, after, rounds)
+                yield from _run_changes(part, before, after)
 
 
-def _of_scenarios(part: str, before: Record, after: Record, rounds: int) -> Iterator[Change]:
+def _scenario_changes(part: str, before: Record, after: Record, rounds: int) -> Iterator[Change]:
     scenarios = {s["scenario"]["name"]: s for s in after["scenarios"]}
     for s in before["scenarios"]:
         name = s["scenario"]["name"]
@@ -154,7 +154,7 @@ def _beyond_noise(old: Spread, new: Spread, sign: int) -> str:
     return "faster" if sign * (new.median - old.median) > 0 else "slower"
 
 
-def _of_the_whole(part: str, before: Record, after: Record) -> Iterator[Change]:
+def _run_changes(part: str, before: Record, after: Record) -> Iterator[Change]:
     memory = before["peak_memory_mb"], after["peak_memory_mb"]
     if all(memory):
         bound = LEAST_CHANGE * memory[0]

@@ -86,7 +86,7 @@ def smooth(model: onnx.ModelProto, scales: Scales) -> tuple[onnx.ModelProto, Smo
     constant = {
         n.output[0] for n in graph.node if n.op_type == "LayerNormalization" and {*n.input[1:]} <= weights.keys()
     }
-    folded = {name for name in kinds if name in constant and _linear_layers_alone_read(graph, name, by_output)}
+    folded = {name for name in kinds if name in constant and _only_linear_layers_read(graph, name, by_output)}
     nodes: list[onnx.NodeProto] = []
 
     def scaled(original: str, name: str, factor: NDArray[np.float32]) -> str:
@@ -140,7 +140,7 @@ def _readers_of_norms(model: onnx.ModelProto) -> dict[str, list[LinearLayer]]:
     return readers
 
 
-def _linear_layers_alone_read(graph: onnx.GraphProto, activation: str, layers: Collection[str]) -> bool:
+def _only_linear_layers_read(graph: onnx.GraphProto, activation: str, layers: Collection[str]) -> bool:
     """Return whether only ``layers``, named by their outputs, read the values of ``activation``. Shape reads no
     values."""
     reads = [node for node in graph.node if activation in node.input and node.op_type != "Shape"]

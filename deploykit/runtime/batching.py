@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from deploykit.errors import DataError
 
 DEFAULT_TOKEN_BUDGET = 512
-"""As fast on a CPU as larger budgets, with fewer distinct shapes and so less memory (measured from 256 to 2048)."""
+"""Padded tokens of a batch. On a CPU as fast as larger budgets, with fewer shapes and so less memory (measured from
+256 to 2048)."""
 
 
 @dataclass(frozen=True)

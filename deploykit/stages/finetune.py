@@ -58,7 +58,7 @@ def finetune(
     A killed run continues when it is started again with the same options, unless ``restart`` is set.
     """
     options.check()
-    _check_here(options)
+    _check_machine(options)
     inputs = _digest(options)
     if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
         return Finetuned(out, manifest, reused=True)
@@ -70,7 +70,7 @@ def finetune(
     return _run(stage, options, out, inputs, restart=restart, say=say)
 
 
-def _check_here(options: FinetuneOptions) -> None:
+def _check_machine(options: FinetuneOptions) -> None:
     """Raise an error for a model or options that cannot be trained on this machine, before the slow imports."""
     if options.mixed_precision == "fp16":
         import torch

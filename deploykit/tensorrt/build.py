@@ -377,11 +377,11 @@ def _build_here(
     network = maker.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        raise _refused(graph, [parser.get_error(i) for i in range(parser.num_errors)])
+        raise _unsupported_operator(graph, [parser.get_error(i) for i in range(parser.num_errors)])
     config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, parse_size(options.workspace))
-    _aim(trt, builder, config, options.gpu)
+    _set_target(trt, builder, config, options.gpu)
     for profile in profiles:
         shapes = maker.create_optimization_profile()
         for name, dimensions in inputs.items():
@@ -396,7 +396,7 @@ def _build_here(
         config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
     blob = maker.build_serialized_network(network, config)
     if blob is None:
-        raise _not_built(f"{builder} {trt.__version__}", graph, last_error(lines), "report this graph")
+        raise _build_error(f"{builder} {trt.__version__}", graph, last_error(lines), "report this graph")
     engine.write_bytes(memoryview(blob))
     if cache is not None:
         with new_file(cache) as temporary:
@@ -417,7 +417,7 @@ def read_inputs(graph: Path) -> Inputs:
     return {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
 
 
-def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
+def _set_target(trt: Any, builder: str, config: Any, target: str) -> None:
     if builder == "rtx" and target != "portable":
         name = "CURRENT" if target == "this-gpu" else target.replace("sm_", "SM")
         config.num_compute_capabilities = 1
@@ -426,7 +426,7 @@ def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
-def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportError:
+def _build_error(builder: str, graph: Path, reason: str, remedy: str) -> ExportError:
     """Return the error for a failed build. ``remedy`` is used if none of the known causes applies."""
     if re.search(
         r"out ?of ?memory|(insufficient|not enough|failed to allocate) \w*\s?memory|killed", reason, re.IGNORECASE
@@ -439,7 +439,7 @@ def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportErr
     return ExportError(f"{builder} cannot build {graph.name}: {reason}", remedy)
 
 
-def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
+def _unsupported_operator(graph: Path, errors: Sequence[Any]) -> ExportError:
     """Return an error naming the rejected node, its operator and the PyTorch module it came from."""
     if not errors:
         return ExportError(f"TensorRT cannot read {graph.name}", "export the model again")
@@ -489,7 +489,7 @@ def _run_trtexec(
         reason = next((line for line in reversed(lines) if "[E]" in line), lines[-1] if lines else "no message")
         if done.returncode == -signal.SIGKILL:
             reason = "it was killed, as Linux does where memory ends"
-        raise _not_built("trtexec", graph, reason, f"run it yourself: {shlex.join(command)}")
+        raise _build_error("trtexec", graph, reason, f"run it yourself: {shlex.join(command)}")
     version = next((m[1] for line in lines if (m := re.search(r"TensorRT version: (\d[\d.]*)", line))), "unknown")
     return version, lines
 

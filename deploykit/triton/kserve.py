@@ -79,7 +79,7 @@ def _answer(model: InProcessModel, method: str, path: str, body: bytes, header_l
         return _json(_metadata(model))
     request = _read_request(body, header_length)
     texts = _texts(request, body, header_length, model)
-    wanted = _wanted(request, model)
+    wanted = _requested_outputs(request, model)
     response = model.infer(InferenceRequest(texts, list(wanted), _parameters(request)))
     if (error := response.error()) is not None:
         raise _Bad(error.message(), _STATUS.get(error.code(), 500))
@@ -191,7 +191,7 @@ def _unpack(name: str, data: memoryview) -> Iterator[bytes]:
         yield bytes(data[position - length : position])
 
 
-def _wanted(request: Mapping[str, Any], model: InProcessModel) -> dict[str, bool]:
+def _requested_outputs(request: Mapping[str, Any], model: InProcessModel) -> dict[str, bool]:
     """Return the names of the requested outputs (none: all), and for each whether it is requested in binary."""
     known = [output["name"] for output in model.config["output"]]
     everywhere = bool(_parameters(request).get("binary_data_output", False))

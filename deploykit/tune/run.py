@@ -134,7 +134,7 @@ def tune(
         trials = search(task, present, graphs, limits, measure, say)
     chosen = choose(trials, limits)
     if chosen is None:
-        raise _nothing_holds(trials, limits, subject)
+        raise _no_settings_error(trials, limits, subject)
     record = {
         "schema": SCHEMA,
         "started": started,
@@ -152,7 +152,7 @@ def tune(
         "present": 0,
         "chosen": trials.index(chosen),
     }
-    tuning = _put_to_use(subject, trials, chosen, limits, record)
+    tuning = _apply(subject, trials, chosen, limits, record)
     with new_file(out) as file:
         file.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     write_tuning(record, out.with_suffix(".html"))
@@ -199,7 +199,7 @@ def _graphs(
     return found
 
 
-def _nothing_holds(trials: Sequence[Trial], limits: Limits, subject: Subject) -> DeploykitError:
+def _no_settings_error(trials: Sequence[Trial], limits: Limits, subject: Subject) -> DeploykitError:
     """Return an error that names the best measurement, and what to change."""
     task, slo = subject.manifest.task, limits.slo
     in_time = [trial for trial in trials if trial.rate_per_s]
@@ -223,9 +223,7 @@ def _nothing_holds(trials: Sequence[Trial], limits: Limits, subject: Subject) ->
     )
 
 
-def _put_to_use(
-    subject: Subject, trials: Sequence[Trial], chosen: Trial, limits: Limits, record: dict[str, Any]
-) -> Tuning:
+def _apply(subject: Subject, trials: Sequence[Trial], chosen: Trial, limits: Limits, record: dict[str, Any]) -> Tuning:
     present, choice, model = trials[0].choice, chosen.choice, subject.version.parent
     recorded = added = backup = None
     graphs = {(trial.choice.engine, trial.choice.precision) for trial in trials}

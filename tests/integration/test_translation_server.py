@@ -58,7 +58,7 @@ SEARCHES: list[dict[str, Any]] = [
     {"beam_size": 2, "early_stopping": "never", "length_penalty": 2},
 ]
 LONG = {"beam_size": 4, "min_new_tokens": 127}
-"""With 64 texts: 256 rows, each for as many steps as the model has. It takes a while."""
+"""A slow search: 64 texts give 256 rows, each with as many steps as the model allows."""
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ parameters [ { key: 'max_queue_delay_microseconds' value { string_value: "7" } }
   { key: "threads", value: { string_value: "1" } } ]
 model_warmup [ { name: "a" batch_size: 1 } ]
 """
-"""As somebody would write it who knows the format: other brackets, separators, words in comments and strings."""
+"""A valid config in another style: other brackets and separators, field names in comments and strings."""
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class Reader(Protocol):
 
 
 @dataclass
-class _Asked:
+class _PendingQuestion:
     """Question number ``row`` in progress: its windows, how many of them wait, and whether all have been cut."""
 
     row: int
@@ -80,21 +80,21 @@ class Answerer:
         does not grow with the contexts' lengths. ``progress`` is called with (pairs done, number of pairs).
         """
         results: list[Found | DataError | None] = [None] * len(pairs)
-        waiting: list[tuple[_Asked, Window]] = []
+        waiting: list[tuple[_PendingQuestion, Window]] = []
         done = 0
 
         def read() -> None:
             nonlocal done
-            for (asked, window), found in zip(waiting, self._candidates([w for _, w in waiting], top_k)):
-                asked.collector.add(window, found)
-                asked.waiting -= 1
-                if asked.cut and not asked.waiting:
-                    results[asked.row] = asked.collector.result(top_k)
+            for (pending, window), found in zip(waiting, self._candidates([w for _, w in waiting], top_k)):
+                pending.collector.add(window, found)
+                pending.waiting -= 1
+                if pending.cut and not pending.waiting:
+                    results[pending.row] = pending.collector.result(top_k)
                     done += 1
             waiting.clear()
             progress(done, len(pairs))
 
-        for item in self._asked(pairs):
+        for item in self._pending(pairs):
             if isinstance(item, tuple):
                 row, error = item
                 results[row] = error
@@ -112,7 +112,7 @@ class Answerer:
     def close(self) -> None:
         """Do nothing: the engine is freed with the object."""
 
-    def _asked(self, pairs: Sequence[Pair]) -> Iterator[_Asked | tuple[int, DataError]]:
+    def _pending(self, pairs: Sequence[Pair]) -> Iterator[_PendingQuestion | tuple[int, DataError]]:
         """Yield the windows of each pair. Pairs that share a context come together, so that it is tokenized once."""
         by_context: dict[str, list[int]] = {}
         for row, (_, text) in enumerate(pairs):
@@ -132,7 +132,7 @@ class Answerer:
                 except DataError as error:
                     yield row, error
                     continue
-                yield _Asked(row, Collector(context, self.task), self.tokenizer.windows(tokens, context))
+                yield _PendingQuestion(row, Collector(context, self.task), self.tokenizer.windows(tokens, context))
 
     def _candidates(self, windows: Sequence[Window], top_k: int) -> list[Candidates]:
         found: list[Candidates | None] = [None] * len(windows)

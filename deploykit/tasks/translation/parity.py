@@ -28,7 +28,7 @@ _DRAWS = 16
 
 @dataclass(frozen=True)
 class GenerationParity:
-    """How many sentences gave ``equal`` ids, and how many are ``ties``.
+    """Numbers of sentences with ``equal`` ids, and of ``ties``.
 
     In a tie PyTorch scores both translations within 1e-4 of each other, or itself generates ours when its logits change
     by no more than the graph's differ from them, and by at most 1e-4.

@@ -220,7 +220,7 @@ class _SentencePiece:
             raise ArtifactError(f"{folder / VOCABULARY}: has no {record.unk_token}", _REMEDY)
         self._unk_token = record.unk_token
         self._unk_id = self._vocabulary[record.unk_token]
-        self._id_of = _Ids(self._encoder, self._vocabulary, self._unk_id)
+        self._id_of = _IdCache(self._encoder, self._vocabulary, self._unk_id)
         self._unknown = self._encoder.unk_id()
         self._added = {token.content: token for token in record.added_tokens}
         self._added_pattern = _any_of(self._added) if not record.split_special_tokens else None
@@ -298,9 +298,11 @@ class _SentencePiece:
         return text.strip()
 
 
-class _Ids(dict[int, int]):
-    """Of the encoding model's own numbers, which come without making a string of each piece; each looked up when first
-    asked for, as a model has tens of thousands."""
+class _IdCache(dict[int, int]):
+    """A cache from the encoding SentencePiece model's ids to vocabulary ids, filled on first use.
+
+    The model's ids avoid creating a string for each piece, and a model has tens of thousands of pieces.
+    """
 
     def __init__(self, encoder: SentencePieceProcessor, vocabulary: Mapping[str, int], unk_id: int) -> None:
         super().__init__()
