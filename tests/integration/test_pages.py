@@ -20,7 +20,7 @@ from deploykit.report.record import results_of
 
 ROOT = Path(__file__).parents[2]
 
-# By a figure's label: its box, texts that overflow it, and number of elements in a candidate's colour by tag.
+# By what a figure says it is: its box, texts that stick out of it, and what is drawn in a candidate's colour, by tag.
 FIGURES = """[...document.querySelectorAll('svg')].map(svg => {
     const box = svg.getBoundingClientRect();
     const out = e => { const r = e.getBoundingClientRect(); return r.left < box.left - 1 || r.right > box.right + 1

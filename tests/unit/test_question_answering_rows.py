@@ -155,7 +155,7 @@ def test_unusable_rows_are_dropped_and_counted_and_control_characters_keep_place
 
 @needs_data
 @pytest.mark.parametrize(("name", "questions", "wrong"), [("covidqa", 1380, 234), ("cmrc2018_trial", 1002, 5)])
-def test_errors_in_real_data_are_found(name: str, questions: int, wrong: int) -> None:
+def test_the_dirt_in_real_data_is_found(name: str, questions: int, wrong: int) -> None:
     raw = list(read_rows(str(DATA / f"{name}.json")))
     misplaced = [
         row for row in raw for text, start in row.answers

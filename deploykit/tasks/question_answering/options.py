@@ -15,7 +15,7 @@ WHOLE_WORDS = ("auto", "yes", "no")
 
 @dataclass(frozen=True)
 class QuestionAnsweringOptions(FinetuneOptions):
-    """Options of a question answering run. ``whole_words`` "auto" picks the setting with the better validation F1."""
+    """``whole_words`` "auto" is whichever answers the validation rows better."""
 
     task: str = QuestionAnswering.name
     max_length: int = 384

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TranslationOptions(FinetuneOptions):
-    """Options of a translation run. ``batch_tokens`` limits a batch's padded tokens on its longer side, unless a single
-    row has more. ``num_beams`` None keeps the checkpoint's own."""
+    """``batch_tokens`` bounds a batch's padded tokens, on its longer side, unless one row has more; ``num_beams`` None is
+    the checkpoint's own."""
 
     task: str = Translation.name
     source_lang: str = ""

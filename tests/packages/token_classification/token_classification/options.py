@@ -13,7 +13,7 @@ from token_classification.facts import TokenClassification
 
 @dataclass(frozen=True)
 class TokenClassificationOptions(FinetuneOptions):
-    """Options of a run. New fields become options of ``deploykit finetune``."""
+    """The fields that deploykit's own tasks do not have become options of ``deploykit finetune``."""
 
     task: str = TokenClassification.name
     words_column: str | None = field(default=None, metadata={"help": "Of words or tokens (default: detected)."})
