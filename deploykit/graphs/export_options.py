@@ -37,8 +37,9 @@ _SAMPLES = 64
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """Options of a calibration: ``calibration_rows`` of the run's split ``calibration_split``, or of the data file
-    ``calibration_data``. ``source_lang`` and ``target_lang`` are for translation checkpoints trained elsewhere."""
+    """What INT8 is calibrated on: ``calibration_rows`` of the run's own split ``calibration_split``, or of the data file
+    ``calibration_data``. ``source_lang`` and ``target_lang`` are the languages of a translation checkpoint that was
+    trained elsewhere."""
 
     calibration_split: str = "train"
     calibration_data: str | None = None
@@ -66,11 +67,11 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class ExportOptions(CalibrationOptions):
-    """Options of an export. ``calib`` is the folder of a calibration by ``deploykit calibrate``. ``data`` is a file of
-    rows to measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 for
-    translation). ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language
-    model's perplexity. ``int4`` is for language models. ``smooth_quant`` is SmoothQuant's alpha (None: off). ``trt``:
-    also build TensorRT engines."""
+    """``calib`` is the folder of a calibration that ``deploykit calibrate`` wrote. ``data`` is a file of rows to
+    measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
+    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language model's perplexity.
+    ``int4`` is for language models. ``smooth_quant`` is SmoothQuant's alpha (None: without). ``trt``: also build TensorRT
+    engines."""
 
     int8: bool = False
     int4: bool = False
@@ -160,6 +161,6 @@ def pick_rows(
 
 
 def keep_samples(directory: Path, rows: Sequence[DataclassInstance]) -> None:
-    """Write some of the measured rows to the export, to compare later artifacts on."""
+    """Write some of the measured rows to the export, so that later artifacts can be compared on them."""
     samples = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
     (directory / artifacts.SAMPLES).write_text("\n".join(samples) + "\n", encoding="utf-8")

@@ -51,7 +51,7 @@ class AnsweredRow:
 
 
 def rows_of(texts: Sequence[str]) -> list[TextRow]:
-    """Return texts as rows, numbered from 1; an empty text has a problem."""
+    """Return texts as rows, named by their numbers from 1; one without a character has a problem."""
     return [
         TextRow(f"text {i}", text or None, None if text else "the text is empty")
         for i, text in enumerate((printable(text).strip() for text in texts), start=1)
@@ -114,7 +114,7 @@ def answer_source(
 
 
 def _check_rows(rows: Iterator[TextRow], source: str, encoding: str | None, out: Path) -> None:
-    """Raise UsageError unless ``source`` is a table with one row per text (SQuAD's JSON is not)."""
+    """Raise UsageError if ``source`` is not a table whose rows are those to answer, as SQuAD's JSON is not."""
     count = sum(1 for _ in rows)
     try:
         same = count == sum(1 for _ in row_columns(source, encoding))
@@ -127,7 +127,7 @@ def _check_rows(rows: Iterator[TextRow], source: str, encoding: str | None, out:
 
 
 def _answer(predictor: Predictor, texts: Sequence[str], generation: Any) -> list[Answer | str]:
-    """Return answers; a text that is refused gets its error message instead, without affecting the others."""
+    """Return answers, or why there is none: a text that is refused fails alone."""
     try:
         return list(task_of(predictor.task).answer(predictor, texts, generation))
     except (DataError, RequestError) as error:

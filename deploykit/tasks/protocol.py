@@ -110,7 +110,7 @@ class Measuring(Protocol):
         """Read texts, and their correct answers if the source has them."""
 
     def tensors(self, text: str) -> Mapping[str, str]:
-        """Return the value of each input tensor of a Triton request for ``text``. Raises DataError."""
+        """Return what a request to Triton has in each of its input tensors to ask for ``text``. Raises DataError."""
 
     def answer(self, predictor: Any, texts: Sequence[str], generation: Any = None) -> list[Answer]:
         """Answer all texts in one call."""

@@ -68,7 +68,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of ``rows`` rows; ``skipped`` rows lacked a text or a right answer."""
+    """The metrics of ``rows`` rows; ``skipped`` rows lacked a text or a right answer."""
 
     metrics: dict[str, Any]
     rows: int

@@ -85,9 +85,9 @@ class _Counts:
 
 
 def clean(raw: Iterable[RawRow]) -> tuple[list[Example], CleaningReport]:
-    """Drop unusable rows and answers that are not in the context; merge the answers of duplicate questions.
+    """Drop rows that cannot teach anything, and answers that cannot be placed; join the answers of duplicate questions.
 
-    A row is dropped if none of its answers is in the context: that does not make it a question without an answer.
+    A row whose answers all have no place is dropped: it is not a question without an answer.
     """
     counts = _Counts()
     repaired_context = cache(printable)  # many questions share a context

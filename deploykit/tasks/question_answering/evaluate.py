@@ -27,7 +27,7 @@ class LabelledQuestions:
 
 
 def labelled_questions(source: str, *, encoding: str | None = None, split: str = "test") -> LabelledQuestions:
-    """Read labelled questions, answerable or not. Raises DataError if none is left after cleaning."""
+    """Read questions with right answers, or without any. Raises DataError when none is left after cleaning."""
     examples, report = clean(read_rows(source, encoding=encoding, split=split))
     if not examples:
         raise DataError(
@@ -66,7 +66,7 @@ def grade(predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str]) -
 
 
 def texts_and_answers(source: str, encoding: str | None) -> list[tuple[str, str | None]]:
-    """Read questions with contexts as texts, with right answers as a JSON list if the source has them."""
+    """Read questions with contexts as texts, and their right answers, a JSON list, where the source has them."""
     raw = list(read_rows(source, encoding=encoding, split="test"))
     if any(row.labelled for row in raw):
         examples, _ = clean(raw)

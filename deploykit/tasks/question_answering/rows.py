@@ -33,8 +33,8 @@ class Answers:
 
 @dataclass(frozen=True)
 class RawRow:
-    """A row as read. ``answers`` are texts with their positions, None if unknown. ``labelled`` is False if the source
-    has no answers at all."""
+    """A row as read. ``answers`` are texts with their places, None where the row tells none; ``labelled`` is False when
+    the source says nothing about answers."""
 
     question: str | None
     context: str | None
@@ -60,7 +60,7 @@ class Example:
 
 
 def read_rows(source: str, *, encoding: str | None = None, split: str = "train") -> Iterator[RawRow]:
-    """Stream the rows of ``source`` (see ``read_records``), or of a .json file in the format of SQuAD 1 or 2.
+    """Stream the rows of ``source`` (see ``read_records``), or of a .json file as SQuAD versions 1 and 2 write it.
 
     Raises DataError naming file, row and field of a malformed value.
     """
@@ -88,7 +88,7 @@ def _is_json_lines(text: str) -> bool:
 
 
 def read_inputs(source: str, *, encoding: str | None = None) -> Iterator[TextRow]:
-    """Stream questions with contexts as texts (``as_text``), one for every row of ``source``."""
+    """Stream questions with their contexts as texts (``as_text``), a row for every row of ``source``."""
     for row in read_rows(source, encoding=encoding):
         missing = next((name for name in ("question", "context") if getattr(row, name) is None), None)
         if row.question is None or row.context is None:

@@ -85,7 +85,7 @@ class QuestionAnsweringStage:
         answerer = TorchAnswerer(model, self._tokenizer, answerer.task)
         model = _train(answerer, train_set, rows.splits["validation"], options, work, say)
         say("measuring on the held-out rows")
-        task = self._with_chosen_settings(TorchAnswerer(model, self._tokenizer, answerer.task), rows, say)
+        task = self._decided(TorchAnswerer(model, self._tokenizer, answerer.task), rows, say)
         answerer = TorchAnswerer(model, self._tokenizer, task)
         metrics = {name: measure(answerer, rows.splits[name]) for name in ("validation", "test") if rows.splits[name]}
         return Trained(task, model, self._tokenizer, metrics)
@@ -104,10 +104,8 @@ class QuestionAnsweringStage:
             by_characters=is_chinese([text for example in train for text in example.answers.text]),
         )  # fmt: skip
 
-    def _with_chosen_settings(
-        self, answerer: TorchAnswerer, rows: Rows[Example, tuple[()]], say: Say
-    ) -> QuestionAnswering:
-        """Return the facts with ``whole_words`` and the threshold chosen on the validation rows."""
+    def _decided(self, answerer: TorchAnswerer, rows: Rows[Example, tuple[()]], say: Say) -> QuestionAnswering:
+        """Return the facts with what only the validation rows can tell: whole words or not, and the threshold."""
         validation, task = rows.splits["validation"], answerer.task
         forms = [task]
         if self._options.whole_words == "auto":
@@ -231,7 +229,7 @@ def _train(
     work: Path,
     say: Say,
 ) -> Any:
-    """Train, and return the model of the best evaluation: highest F1, then highest exact match."""
+    """Return the model as it was at its best evaluation: highest F1, among equals the highest exact match."""
 
     def evaluate(model: Any) -> dict[str, float]:
         metrics = measure(TorchAnswerer(model, answerer.hub_tokenizer, answerer.task), validation)

@@ -21,7 +21,7 @@ _TRANSLATED_AT_A_TIME = 256
 
 @dataclass(frozen=True)
 class TranslatedRows:
-    """Pairs to measure on, uncleaned, with duplicates. ``skipped`` rows lacked a source or a target."""
+    """Pairs to measure on: as they are, duplicates included. ``skipped`` rows lacked a side."""
 
     pairs: list[Pair]
     skipped: int
@@ -67,7 +67,7 @@ def evaluate_translator(
     *,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
-    """Translate every row and compare. ``progress`` is called with (rows done, number of rows)."""
+    """Translate every row and compare. ``progress`` is called with (rows done, rows in all)."""
     pairs = rows.pairs
     hypotheses: list[str] = []
     for start in range(0, len(pairs), _TRANSLATED_AT_A_TIME):

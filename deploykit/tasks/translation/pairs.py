@@ -15,8 +15,8 @@ _BREAKS = re.compile(r"[ \t\n\r\u2028\u2029]+")
 class RawPair:
     """A row as read; a missing text is None.
 
-    ``unusable``: why a catalog marks the entry as not usable, if it does. ``inline_codes``: whether inline codes of
-    TMX, such as placeholders, were removed from a text.
+    ``unusable``: a catalog's entry that is marked so. ``inline_codes``: whether reading left out codes of TMX that stood
+    within a text, as a placeholder does.
     """
 
     source: str | None

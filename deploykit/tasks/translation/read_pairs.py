@@ -119,7 +119,7 @@ def read_sources(
         used = column or (prefer if prefer in names else None) or _source_column(names, source, path)
         _require(used, names, path, "--source-column")
         texts = ((record.origin, _cell(record.values.get(used))) for record in records)
-    clean = one_line if suffix == ".txt" else normalize  # other line separators within a .txt line are no line breaks
+    clean = one_line if suffix == ".txt" else normalize  # what the reader of lines left in one is no line break
     for origin, text in texts:
         yield TextRow(origin, None, "the text is missing") if text is None else TextRow(origin, clean(text), None)
 
@@ -218,7 +218,7 @@ def _table(
     encoding: str | None,
     split: str,
 ) -> tuple[Iterator[Record], list[str]]:
-    """Return records with nested fields flattened, and the columns of the first records."""
+    """Records with nested fields beside the others, and the columns that the first of them have."""
     if Path(path).suffix.lower() == ".tsv" and Path(path).is_file():
         first = next((line for line in read_lines(Path(path), encoding, newline="\n") if line.strip()), "")
         if _has_no_header(first, given, preferred, languages):

@@ -326,9 +326,9 @@ def _train(
     work: Path,
     say: Say,
 ) -> Any:
-    """Train, and return the model of the best evaluation: highest chrF of greedy search, then lowest loss."""
+    """The model as it was at its best evaluation: highest chrF of greedy search, among equals the lowest loss."""
     model, task = translator.model, translator.task
-    validation = sorted(validation, key=lambda pair: len(pair.source))  # similar lengths in a batch need little padding
+    validation = sorted(validation, key=lambda pair: len(pair.source))  # evaluated in this order, so padded little
     validation_set = EncodedPairs(translator, validation)
     batches = TokenBatches([max(map(len, row)) for row in train_set.rows], options.batch_tokens, options.seed)
     longest = max(len(target) for _, target in validation_set.rows)

@@ -112,7 +112,7 @@ def cut_off(finish: Mapping[str, int], how: How) -> str:
 
 
 def _translate(translator: TextTranslator, texts: Sequence[str], how: How, *, scored: bool) -> list[Translated | str]:
-    """Return translations, or the error of a text that is refused; the others are translated."""
+    """Translations, or why there is none: a text that is refused fails alone."""
     try:
         return list(
             translator.translate(texts, how.generation, long_input=how.long_input, split=how.split, scored=scored)

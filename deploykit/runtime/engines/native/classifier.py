@@ -62,7 +62,7 @@ class NativeEngine:
         return self._weights.int8_layers
 
     def _check(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-        """Check token ids and lengths, because the library does not."""
+        """The library looks tokens and positions up unchecked."""
         w = self._weights
         if lengths.min() < 1 or lengths.max() > w.longest:
             raise EngineError(f"the model knows texts of 1 to {w.longest} tokens", "lower max_length")

@@ -74,7 +74,7 @@ class _File(ABC):
             if metadata["format"] != FORMAT:
                 raise EngineError(f"{path}: is of the format {metadata['format']}, not {FORMAT}", "export it again")
             self._kept: list[Any] = []
-            self._set_structures(json.loads(metadata["model"]))
+            self._lay(json.loads(metadata["model"]))
         except OSError as error:
             raise EngineError(f"{path}: {error.strerror or error}", "export it again") from error
         except (ValueError, KeyError, TypeError, struct.error) as error:
@@ -83,7 +83,7 @@ class _File(ABC):
             ) from error
 
     @abstractmethod
-    def _set_structures(self, model: Mapping[str, Any]) -> None:
+    def _lay(self, model: Mapping[str, Any]) -> None:
         """Point the structures of ``model`` at the tensors. Raises ValueError or KeyError if they do not fit."""
 
     def _stack(self, model: Mapping[str, Any]) -> StackStruct:
@@ -100,10 +100,10 @@ class _File(ABC):
         _check_shapes(model)
         tokens = model["vocabulary"]
         return StackStruct(
-            embedding=self._address(model["embedding"], np.int8, tokens * model["hidden"]),
-            embedding_scale=self._address(model["embedding_scale"], np.float32, tokens),
-            positions=self._address(model["positions"], np.float32, model["hidden"] * (model["longest"] or 0)),
-            bias=self._address(model["bias"], np.float32, model["heads"] * model["distances"]),
+            embedding=self._at(model["embedding"], np.int8, tokens * model["hidden"]),
+            embedding_scale=self._at(model["embedding_scale"], np.float32, tokens),
+            positions=self._at(model["positions"], np.float32, model["hidden"] * (model["longest"] or 0)),
+            bias=self._at(model["bias"], np.float32, model["heads"] * model["distances"]),
             layer=layers,
             embedding_norm=self._norm(model["embedding_norm"], model["hidden"]),
             last_norm=self._norm(model["last_norm"], model["hidden"]),
@@ -122,22 +122,22 @@ class _File(ABC):
             return LinearStruct()
         inputs, outputs = given["in"], given["out"]
         columns = -(-outputs // PANEL) * PANEL
-        linear = LinearStruct(in_=inputs, out=outputs, bias=self._address(given["bias"], np.float32, columns))
+        linear = LinearStruct(in_=inputs, out=outputs, bias=self._at(given["bias"], np.float32, columns))
         if "scale" not in given:
-            linear.weight, linear.is_float = self._address(given["weight"], np.float32, columns * inputs), 1
+            linear.weight, linear.is_float = self._at(given["weight"], np.float32, columns * inputs), 1
             return linear
-        linear.weight = self._address(given["weight"], np.int8, columns * (-(-inputs // 4) * 4))
-        linear.scale = self._address(given["scale"], np.float32, columns)
-        linear.offset = self._address(given["offset"], np.int32, columns)
+        linear.weight = self._at(given["weight"], np.int8, columns * (-(-inputs // 4) * 4))
+        linear.scale = self._at(given["scale"], np.float32, columns)
+        linear.offset = self._at(given["offset"], np.int32, columns)
         return linear
 
     def _norm(self, given: Mapping[str, Any] | None, hidden: int) -> NormStruct:
         if given is None:
             return NormStruct()
-        gamma, beta = (self._address(given[name], np.float32, hidden) for name in ("gamma", "beta"))
+        gamma, beta = (self._at(given[name], np.float32, hidden) for name in ("gamma", "beta"))
         return NormStruct(gamma, beta, given["epsilon"])
 
-    def _address(self, name: str | None, kind: type[Any], least: int) -> int | None:
+    def _at(self, name: str | None, kind: type[Any], least: int) -> int | None:
         """Return the address of a tensor of at least ``least`` values. Raises ValueError for a smaller one."""
         if name is None:
             return None
@@ -157,7 +157,7 @@ class _File(ABC):
 class Weights(_File):
     """Encoder and decoder of a translator. ``longest``: largest number of positions, None for any."""
 
-    def _set_structures(self, model: Mapping[str, Any]) -> None:
+    def _lay(self, model: Mapping[str, Any]) -> None:
         self.encoder, self.decoder = self._stack(model["encoder"]), self._stack(model["decoder"])
         self.source_vocabulary: int = model["encoder"]["vocabulary"]
         self.vocabulary: int = model["decoder"]["vocabulary"]
@@ -169,9 +169,9 @@ class Weights(_File):
 
 
 class ClassifierWeights(_File):
-    """Encoder and head of a classifier. ``longest``: largest number of positions."""
+    """The encoder of a classifier, and its head. ``longest``: positions that it knows."""
 
-    def _set_structures(self, model: Mapping[str, Any]) -> None:
+    def _lay(self, model: Mapping[str, Any]) -> None:
         encoder, head = model["encoder"], model["head"]
         self.encoder = self._stack(encoder)
         self.head = HeadStruct(self._linear(head["out"]), _ACTIVATIONS.index(head["activation"]))

@@ -89,7 +89,7 @@ def load_examples(
 
 
 def read_inputs(source: str, words: str | None, trained: str, encoding: str | None) -> Iterator[TextRow]:
-    """Stream the words of every row, joined by spaces; each line of a .txt file is a row."""
+    """Stream the words of every row, joined by spaces; of a .txt file a line is a row."""
     if Path(source).suffix.lower() == ".txt":
         yield from read_texts(source, encoding=encoding)
     elif Path(source).suffix.lower() in CONLL:

@@ -124,7 +124,7 @@ API Context *deploykit_new_classifier(const Stack *encoder, const Head *head, in
     return c;
 }
 
-/* Classify ``texts`` texts with concatenated ids; ``logits``: [texts][labels]. Returns 0 if out of memory. */
+/* ids of ``texts`` texts one after another; ``logits``: [texts][labels]. Returns 0 when there is no memory. */
 API int deploykit_classify(Context *c, const int64_t *ids, const int32_t *starts, int texts, float *logits) {
     int most = TOKENS_PER_CLASSIFICATION * c->threads, longest = 0, rows = 0, labels = c->head->out.out;
     int32_t relative[TOKENS_PER_CLASSIFICATION + 1];
