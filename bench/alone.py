@@ -11,13 +11,14 @@ def main() -> None:
     """Read the contenders' module and the packages to hide from ``sys.argv``, and the job from stdin."""
     module, *hidden = sys.argv[1:]
     for package in hidden:
-        sys.modules[package] = ModuleType(package)  # the code that all share may import it
+        sys.modules[package] = ModuleType(package)  # shared code may import it
     contenders = importlib.import_module(module)
 
     from deploykit.bench.alone import answer_alone
 
     for package in hidden:
-        # torch is imported for conversions alone, which are done; whoever asks whether another is installed shall find it.
+        # torch is needed only for conversions, which are done; checks of whether a package is installed must still find
+        # it.
         if package == "torch":
             sys.modules[package] = None  # type: ignore[assignment]
         else:

@@ -69,7 +69,7 @@ def by_loadgen(predictor: Predictor, texts: Sequence[str], scenario: str, second
     settings.scenario = getattr(lg.TestScenario, scenario)
     settings.mode = lg.TestMode.PerformanceOnly
     settings.min_duration_ms = round(1000 * seconds)
-    # One query with all texts, however long it takes; otherwise LoadGen guesses how many fill the time.
+    # Send one query with all texts, regardless of the time; otherwise LoadGen guesses how many fit it.
     settings.min_query_count = len(texts) if scenario == "Offline" else 1
     settings.offline_expected_qps = 1
     with tempfile.TemporaryDirectory() as folder:

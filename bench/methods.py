@@ -1,7 +1,7 @@
 """Measure the accuracy lost to INT8 by each calibration method, for a classifier and a translator.
 
-One calibration of each model serves all methods. Every export is measured on the run's test rows, whatever it loses,
-and TensorRT-RTX builds its engines where it is installed. Writes bench/results/<date>-methods.json.
+All methods use one calibration of each model. Every export is measured on the run's test rows, without a limit on the
+loss, and TensorRT-RTX builds its engines if installed. Writes bench/results/<date>-methods.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write bench/capacity.md from the newest record of bench/scaling.py: the load one node carries, and nodes for a load."""
+"""Write bench/capacity.md from the newest record of bench/scaling.py: load per node, and number of nodes for a load."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def render(suite: Record) -> str:
 
 
 def carried(workload: Record) -> tuple[Record, Record]:
-    """Return the candidate that holds the limit at the highest rate, and that scenario."""
+    """Return the candidate with the highest rate within the limit, and that scenario."""
     found = [
         (candidate, s)
         for candidate in workload["bench"]["candidates"]

@@ -1,5 +1,4 @@
-"""Measure how one export's throughput, latency and memory grow with batch, length, threads, instances, models and
-hours.
+"""Measure one export's throughput, latency and memory by batch, length, threads, instances, models and hours.
 
 Each axis is one bench whose candidates are the export at each value. They take turns, so that a drift of the machine
 affects all alike. For hours, the candidates are one server at successive times. Writes
@@ -174,7 +173,8 @@ def texts_of(tokens: int, texts: Sequence[str], count: Callable[[str], int]) -> 
     made: list[str] = []
     start = 0
     while start < len(words) and len(made) < _TEXTS_OF_A_LENGTH:
-        # A word has at least one token, so ``tokens`` words are enough. Bisect for the longest run that is not too long.
+        # A word has at least one token, so ``tokens`` words are enough. Bisect for the longest run that is not too
+        # long.
         run = list(itertools.islice(words, start, start + tokens))
         low, high = 0, len(run)
         while low < high:

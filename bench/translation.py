@@ -54,13 +54,13 @@ SOURCE_TOKENS, TARGET_TOKENS = 20, 32
 BEAMS = 4
 _SHAPE_TEXTS = 256
 _AGREEMENT_TEXTS = 64
-_LEAST_AGREEMENT = 0.8  # of float32 with fp32: below it the two do not run the same model
+_LEAST_AGREEMENT = 0.8  # of CTranslate2's float32 with our fp32: below it the two run different models
 _ALL = 256  # batches of more sentences are timed once to tune a peer, not twice
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the random model: opus-mt's, unless the run is to be quick."""
+    """Sizes of the random model: opus-mt's, or smaller in a quick run."""
 
     vocabulary: int = 59514
     d_model: int = 512
@@ -71,7 +71,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """How much to measure."""
+    """Amount of measuring."""
 
     threads: int
     greedy: tuple[int, ...] = (1, 8, 32, 64)
@@ -193,7 +193,7 @@ def measure_servers(
     rates: Sequence[float] | None,
     plan: Plan,
 ) -> dict[str, dict[str, Any]]:
-    """Return records by key: the demo's translator with and without in-flight batching, and the shape."""
+    """Return records by key: the demo's translator and the random shape, each with and without in-flight batching."""
     from translation_serving import LIMITS_MS, measure_serving, mixed_lengths, served_shape
 
     limits = dict.fromkeys(LIMITS_MS) if plan.quick else LIMITS_MS
@@ -213,7 +213,7 @@ def measure_servers(
 
 
 def void(agreement: Mapping[str, float]) -> str | None:
-    """Return why a comparison with CTranslate2 would compare different models, judging by greedy search; or None."""
+    """Return the reason if CTranslate2 runs a different model, judging by greedy search; else None."""
     share = agreement.get(f"{CTRANSLATE2} float32", 1.0)
     if share >= _LEAST_AGREEMENT:
         return None

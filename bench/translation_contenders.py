@@ -1,7 +1,7 @@
-"""Contenders for translation: Hugging Face's generate, CTranslate2 and deploykit, all with the same weights.
+"""Contenders for translation: Hugging Face's generate, CTranslate2 and deploykit, with the same weights.
 
-Each is a ``Translator``, so that all split, tokenize and join texts alike and only decoding differs; Hugging Face uses
-its own tokenizer where there is one.
+Each is a ``Translator``, so that all split, tokenize and join texts in the same way and only decoding differs. Hugging
+Face uses its own tokenizer if there is one.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Batching:
-    """How to call CTranslate2: ``workers`` that share the threads, and two options of ``translate_batch``."""
+    """Options of CTranslate2: number of ``workers`` that share the threads, and two options of ``translate_batch``."""
 
     workers: int
     max_batch_size: int
@@ -141,7 +141,7 @@ class Batching:
 
 
 class CTranslate2:
-    """CTranslate2 as a ``Runner``. ``best`` is the fastest way to call it by (beam size, sentences), found by ``tune``."""
+    """CTranslate2 as a ``Runner``. ``best`` has the fastest options by (beam size, sentences), found by ``tune``."""
 
     def __init__(self, folder: Path, precision: str, task: Translation, threads: int) -> None:
         self.seconds = Seconds()
@@ -164,7 +164,7 @@ class CTranslate2:
                 finish(sentence)
 
     def tune(self, batches: Sequence[Sequence[Sentence]]) -> Batching:
-        """Time every way of calling on ``batches`` of one size, and keep the fastest for that size."""
+        """Time all options on ``batches`` of one size, and keep the fastest."""
         n, beams = len(batches[0]), batches[0][0].generation.beam_size
         seconds: dict[Batching, float] = {}
         for batching in self._ways(n):
@@ -232,7 +232,8 @@ def convert(model: Any, subject: Subject) -> None:
     from ctranslate2.converters.transformers import BartLoader, MarianMTLoader
 
     class KeepingPad(MarianMTLoader):  # type: ignore[misc]
-        """Of a model whose decoder starts from padding that is not zero, as training with a tied embedding leaves it."""
+        """A loader that keeps a non-zero padding embedding, from which a decoder trained with tied embeddings
+        starts."""
 
         def set_decoder(self, spec: Any, decoder: Any) -> None:
             BartLoader.set_decoder(self, spec, decoder)
@@ -294,7 +295,7 @@ def _hugging_face(subject: Subject, threads: int) -> TextTranslator:
         model = MarianMTModel.from_pretrained(subject.checkpoint).eval()
         translator = TorchTranslator(model, None, subject.task)
         reference = Translator(subject.task, Numbers(), translator)
-    translator.model.set_attn_implementation("sdpa")  # as it comes, and the faster; exports need the other one
+    translator.model.set_attn_implementation("sdpa")  # the default, and faster; exports need "eager"
     return reference
 
 

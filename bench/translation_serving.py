@@ -1,8 +1,8 @@
 """Compare two Triton servers of the same translation model: one lets requests join the running batch, the other does
 not.
 
-There are two models: the demo's translator, and one of opus-mt's shape, which has the former's tokenizer and must
-generate as many tokens for each sentence as its reference has.
+There are two models: the demo's translator, and one of opus-mt's shape with the same tokenizer, which must generate as
+many tokens for each sentence as its reference has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from deploykit.triton.server import TritonServer
 
 NAMES = {True: "in-flight batching", False: "batch at a time"}
 _CALLERS = 32
-_SHARES = (0.5, 0.75)  # of what the first answers in a closed loop
+_SHARES = (0.5, 0.75)  # of the first server's throughput in a closed loop
 LIMITS_MS = {"serving": 50.0, "serving-shape": 200.0}  # by the subject's key in the record
 _MOST_TOKENS = 64  # of a sentence and of its reference, for the shape
 
@@ -99,7 +99,8 @@ def served_shape(shape: Path, task: Translation, example: Path, folder: Path) ->
 
 
 def mixed_lengths(export: Path, texts: Sequence[str], references: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Return those of ``texts`` with at most 64 tokens whose references have at most 64, and the references' lengths."""
+    """Return those of ``texts`` with at most 64 tokens whose references have at most 64, and the references'
+    lengths."""
     task = load_manifest(export, "export").task
     assert isinstance(task, Translation)
     tokenizer = load_translation_tokenizer(export, task.source, task.target)

@@ -1,4 +1,4 @@
-"""From labelled text to a model that answers in production.
+"""Fine-tune Hugging Face models, export them to ONNX and INT8, and serve them on Triton.
 
     checkpoint = deploykit.finetune("org/model", train="rows.csv", output_dir="runs/a")
     exported = deploykit.export(checkpoint.path, "exports/a", int8=True)
@@ -6,7 +6,7 @@
     with deploykit.Server() as server:
         answers = server.load("reviews").predict(["What a film!"])
 
-What is named here is public; every name is imported when it is first used.
+All names here are public, and imported at their first use.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used (PEP 562)."""
+    """Import a public name at its first use (PEP 562)."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,8 +1,8 @@
 """The Python API: the stages of the command line as functions, for any task.
 
-An option of a command is a keyword argument of the function of the same name: ``--num-train-epochs 1`` is
-``num_train_epochs=1``. Paths are strings or ``Path`` objects. Every error is a ``DeploykitError``; a message that names an
-option of the command line means the argument.
+Options of a command are keyword arguments of the function with the same name: ``--num-train-epochs 1`` is
+``num_train_epochs=1``. Paths are strings or ``Path`` objects. Every error is a ``DeploykitError``; an option in its
+message means the argument.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def finetune(
         force: Replace existing content of ``output_dir``.
         restart: Start over instead of continuing a killed run.
         progress: Called with each message, a line.
-        **options: All other options of ``deploykit finetune``: ``num_train_epochs=1``, ``text_column=("title", "body")``.
+        **options: All other options of ``deploykit finetune``: ``num_train_epochs=1``, ``text_column=("title",
+        "body")``.
 
     Raises:
         UsageError: An option is unknown, out of range, or of another task.
@@ -128,8 +129,8 @@ def package(
         **settings: Fields of ``ServingSettings``: ``instances=2``, ``max_batch_size=32``.
 
     Raises:
-        UsageError: A name or a setting is not allowed, or the settings would have no effect because config.pbtxt is kept.
-        ArtifactError: The export has no such graph, or an existing config.pbtxt does not fit it.
+        UsageError: A name or a setting is not allowed, or the settings would have no effect because config.pbtxt is
+        kept. ArtifactError: The export has no such graph, or an existing config.pbtxt does not fit it.
     """
     from deploykit.triton.repository import package as run
     from deploykit.triton.repository import refuse_ignored
@@ -176,7 +177,8 @@ def load(
 
 
 class Model:
-    """A model of any task, in this process or on a server. One caller at a time; use as a context manager, or ``close``.
+    """A model of any task, in this process or on a server. One caller at a time; use as a context manager, or
+    ``close``.
 
     ``predict`` has a second name for each task: ``classify``, ``translate``.
     """
@@ -262,7 +264,7 @@ class Model:
         self.predictor.close()
 
     def __getattr__(self, name: str) -> Callable[..., list[Answer]]:
-        """``predict`` under the task's own verb."""
+        """Return ``predict`` under the task's verb, such as ``translate``."""
         task = self.__dict__.get("_task")
         if task is not None and name == task.verb:
             return self.predict
@@ -398,7 +400,7 @@ def _as_file(rows: StrPath | Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _quiet(message: str) -> None:
-    """Say nothing."""
+    """Print nothing."""
 
 
 def _uncounted(done: int, of: int) -> None:

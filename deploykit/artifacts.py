@@ -1,6 +1,6 @@
 """Write and read artifacts: directories with a manifest that lists every file with size and hash.
 
-A directory is written under a temporary name beside its destination and renamed when it is complete. So a reader always
+A directory is written under a temporary name next to its destination and renamed when it is complete, so that a reader
 finds the old one, the new one, or none.
 """
 
@@ -81,7 +81,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Identity of the contents: task and files, not the time or the versions used."""
+        """Digest of the contents: task and files, but not time and versions."""
         files = {name: record.sha256 for name, record in self.files.items()}
         return digest_of(self.kind, task_to_json(self.task), files)
 

@@ -1,4 +1,4 @@
-"""Report what this machine has, and what each command still needs."""
+"""Report this machine's hardware and packages, and what each command still needs."""
 
 from __future__ import annotations
 
@@ -52,9 +52,11 @@ class Need:
 
 
 def examine() -> dict[str, Any]:
-    """Return all findings, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, native, commands.
+    """Return all findings, with stable keys: python, platform, cpu, memory_mb, gpu, packages, engines, native,
+    commands.
 
-    ``native`` is None where that engine does not run. Raises UsageError where the environment names an unknown instruction set.
+    ``native`` is None if that engine does not run. Raises UsageError if the environment names an unknown instruction
+    set.
     """
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable},
@@ -111,7 +113,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _native() -> dict[str, Any] | None:
-    """The instruction set that the engine ``native`` uses, and those that it can."""
+    """Return the instruction set that the engine ``native`` uses, and all that it can use."""
     if native.lacks():
         return None
     return {"instruction_set": native.instruction_set(), "available": list(native.instruction_sets())}

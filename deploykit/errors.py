@@ -1,4 +1,4 @@
-"""The errors that deploykit raises on purpose.
+"""Errors of deploykit.
 
     DeploykitError                exit code 1
     ├── UsageError                an option or a combination of options is wrong; exit code 2
@@ -10,8 +10,8 @@
     ├── ExportError               parity, quantization or accuracy did not hold
     └── ServerError               Triton did not start, or was lost
         ├── RequestError          the server answered a request with an error
-        ├── RefusedError          a served model refuses a request; in runtime/triton_requests.py, raised inside Triton alone
-        └── QueueFullError        more requests wait than may
+        ├── RefusedError          a served model refuses a request; raised only inside Triton
+        (runtime/triton_requests.py) └── QueueFullError        the queue of waiting requests is full
 
 A message says what is wrong and where; the remedy says what to do about it. Private subclasses exist where one module
 raises and catches them.
@@ -78,7 +78,7 @@ class RequestError(ServerError):
 
 
 class QueueFullError(ServerError):
-    """More requests wait than may."""
+    """Raised when the queue of waiting requests is full."""
 
     def __init__(
         self, message: str = "the queue is full", remedy: str | None = "send fewer requests at once, or try later"

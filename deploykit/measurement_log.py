@@ -1,4 +1,4 @@
-"""Keep measurements on disk while they are made, so that a killed search need not repeat them."""
+"""Save measurements to disk as they are made, so that a killed search need not repeat them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class MeasurementLog:
             say(f"{path}: {len(self._measured)} measurements of an unfinished run are reused")
 
     def measured(self, name: str, measure: Callable[[], T]) -> T:
-        """Return the logged value of ``name``; if there is none, log and return the result of ``measure`` (plain JSON)."""
+        """Return the logged value of ``name``; if there is none, log and return the result of ``measure`` (plain
+        JSON)."""
         if name not in self._measured:
             self._measured[name] = measure()
             with new_file(self._path) as file:

@@ -1,4 +1,4 @@
-"""Titles of metrics in tables, and the points that a metric of 1 stands for."""
+"""Titles of metrics in tables, and their values in points."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TITLES: Mapping[str, str] = {
 """Metric -> title in tables."""
 
 POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0, "loss": -100.0}
-"""The metrics that ``--max-drop`` limits, with the number of points that a metric of 1 stands for. A grader may name
-others. A loss is better the lower it is: a point of it is 1 % of perplexity.
+"""Metrics that ``--max-drop`` limits -> number of points of a metric of 1. A grader may name others. A loss is better
+if lower; a point of it is 1 % of perplexity.
 """
 
 

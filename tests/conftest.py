@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: above all exports that need no training."""
+"""Fixtures for all tests, mainly exports that need no training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_tiny_export() -> Callable[..., Path]:
-    """``write_tiny_export``, for tests that want other labels or weights."""
+    """``write_tiny_export``, for tests that need other labels or weights."""
     return write_tiny_export
 
 
@@ -37,13 +37,13 @@ def tiny_translation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_translation_to_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One in INT8 with what ``export --trt`` adds to it, and the rows it keeps, to be read only."""
+    """An INT8 export with the graphs of ``export --trt`` and sample rows, to be read only."""
     return write_tiny_translation(tmp_path_factory.mktemp("tiny") / "en-fr", precision="int8", tensorrt=True)
 
 
 @pytest.fixture(scope="session")
 def make_tiny_translation() -> Callable[..., Path]:
-    """``write_tiny_translation``, for tests that want another family or precision."""
+    """``write_tiny_translation``, for tests that need another family or precision."""
     return write_tiny_translation
 
 
@@ -57,8 +57,8 @@ def write_tiny_export(
 ) -> Path:
     """Write a whole export of a random classifier: logits = mean of token embeddings x weights.
 
-    Embeddings and weights are small multiples of 1/8, so that float32 adds them up without rounding
-    and every engine and batch size gives the same bits. The INT8 files hold the same graph.
+    Embeddings and weights are small multiples of 1/8, so that float32 sums are exact and every engine and batch size
+    gives the same bits. The INT8 files contain the same graph.
     """
     from deploykit.artifacts import write_manifest
     from deploykit.tasks.classification.facts import Classification
@@ -128,8 +128,9 @@ def make_tiny_checkpoint() -> Callable[..., Path]:
 def write_tiny_checkpoint(
     folder: Path, family: str = "bert", *, initializer_range: float = 0.3, positions: int = 40
 ) -> Path:
-    """Write a random two-layer classifier of ``family`` (bert; roberta-prelayernorm: norms before each block) as a Hugging
-    Face checkpoint that nobody's run made. It knows WORDS, up to 10 less than it has ``positions``, and two labels."""
+    """Write a random two-layer classifier of ``family`` (bert; roberta-prelayernorm: norms before each block) as a
+    Hugging Face checkpoint without manifest. It has WORDS as vocabulary, texts of up to ``positions`` - 10, and two
+    labels."""
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -153,7 +154,8 @@ def write_tiny_checkpoint(
 
 @pytest.fixture
 def tuning() -> dict[str, Any]:
-    """A record of ``deploykit tune``: the second of three settings was chosen, and the third holds the limit at no rate."""
+    """A record of ``deploykit tune``: the second of three settings was chosen, and the third has no rate within the
+    limit."""
     graphs = [("onnxruntime", "int8"), ("openvino", "int8"), ("openvino", "fp32")]
     rounds: list[list[float | None]] = [[100.0], [200.0, 220.0, 210.0], [None]]
     return {
@@ -179,7 +181,7 @@ SENTENCES = (
     "Do you want to open 3 folders, {name}? Yes, 100%.",
     "Voulez-vous ouvrir 3 dossiers, {name} ? Oui, à 100 %.",
 )
-"""What the tiny translation models' tokenizers are trained on."""
+"""Training texts of the tiny translation models' tokenizers."""
 
 
 def write_tiny_translation(
@@ -195,8 +197,8 @@ def write_tiny_translation(
     """Write a whole export of a random translation model: ``family`` is marian, m2m_100 or t5.
 
     Its translations are gibberish, some ended by the end token and some by the length limit.
-    ``keep_checkpoint`` is where the checkpoint goes that it is an export of. With ``tensorrt`` it has the graphs that
-    engines of fp16 and INT8 are built from, and keeps rows.
+    ``keep_checkpoint`` is a path to write its checkpoint to. With ``tensorrt`` it has the graphs for fp16 and INT8
+    engines, and sample rows.
     """
     import torch
 
@@ -254,7 +256,7 @@ def write_tiny_translation(
         decoder_start_token_id=config.decoder_start_token_id,
         generation=Generation(
             max_length=max_length,
-            no_repeat_ngram_size=2,  # random weights would say one word for ever
+            no_repeat_ngram_size=2,  # random weights would repeat one word for ever
             bad_words=((config.pad_token_id,),),
             forced_bos_token_id=load_translation_tokenizer(folder, "en", "fr").language_token(),
         ),
@@ -270,7 +272,7 @@ def write_tiny_translation(
 
 
 def _random_model(family: str, tokenizer: Any, max_length: int) -> Any:
-    """Two layers each, with weights large enough that what it says depends on what it reads."""
+    """Return a model of two layers per side, with weights large enough that outputs depend on inputs."""
     from transformers import (
         M2M100Config,
         M2M100ForConditionalGeneration,
@@ -312,7 +314,7 @@ def _train_sentencepiece() -> bytes:
 
 
 def _pieces(model: bytes) -> list[tuple[str, float]]:
-    """Pieces that are no control symbols, with their scores."""
+    """Return the pieces of a SentencePiece model, except control symbols, with their scores."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)

@@ -1,4 +1,4 @@
-"""Fetch the models and the data that the GPU run measures with: ``python bench/gpu/payload.py FOLDER``."""
+"""Fetch models and data for the GPU run: ``python bench/gpu/payload.py FOLDER``."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Run the steps of the GPU check, each in a process of its own with a time limit, and record what they found.
+"""Run the steps of the GPU check, each in its own process with a time limit, and record the results.
 
-The record is written again after every step, so that a run that is cut short still tells what it had found.
+The record is written after every step, so that an interrupted run keeps its results.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def run_step(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return status (ok, failed, timed out), seconds, and the step's result or the end of what it printed."""
+    """Return status (ok, failed, timed out), seconds, and the step's result or the end of its output."""
     words = [sys.executable, str(Path(__file__).with_name("steps.py")), name, "--device", options.device,
              "--payload", str(options.payload), "--work", str(options.out / "work")]  # fmt: skip
     result = options.out / f"{name}.json"
@@ -82,7 +82,7 @@ def run_step(name: str, options: argparse.Namespace) -> dict[str, Any]:
             process.wait()
             status = "timed out"
     found: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
-    if result.is_file():  # also what a step that did not end had found
+    if result.is_file():  # also partial results of a step that timed out
         found["result"] = json.loads(result.read_text())
     if status != "ok":
         found["log"] = (options.out / "log.txt").read_bytes()[begin:][-2000:].decode(errors="replace")

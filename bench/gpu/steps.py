@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 NEW_TOKENS = 32
-"""What each translation is cut to: a model of a few steps does not end by itself."""
+"""Largest number of tokens of a translation: a model trained for a few steps generates no end token."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and measured: rows, optimizer steps, the seconds of each rate, and batch sizes."""
+    """Amount of training and measuring: rows, optimizer steps, seconds per rate, and batch sizes."""
 
     rows: int
     steps: int
@@ -31,12 +31,12 @@ class Size:
 
 
 SIZES: Mapping[str, Size] = {"cuda": Size(1024, 20, 1.5), "cpu": Size(256, 6, 1.0), "quick": Size(96, 2, 0.05, (1, 8))}
-"""By device; "quick" is what the tests run."""
+"""Sizes by device; tests use "quick"."""
 
 
 @dataclass
 class Step:
-    """A step at work: its inputs, and its result, which is written at each change."""
+    """A running step: its inputs, and its result, which is written at each change."""
 
     device: str
     payload: Path
@@ -53,13 +53,13 @@ class Step:
         return [row[0] for row in self.tweets(count)]
 
     def tweets(self, count: int) -> list[tuple[str, str]]:
-        """Return (text, label) of real tweets, the same ones each time."""
+        """Return (text, label) of real tweets, always the same ones."""
         with next((self.payload / "tweets").glob("*.csv")).open(encoding="latin-1", newline="") as file:
             rows = list(csv.DictReader(file))
         return [(row["text"], row["sentiment"]) for row in rows[:: max(1, len(rows) // count)][:count]]
 
     def checkpoint(self, name: str, *words: object, hide_gpu: bool) -> tuple[Path, dict[str, Any], float]:
-        """Fine-tune unless an earlier step did; returns the folder, what --json says, and the seconds that it took."""
+        """Fine-tune unless an earlier step did. Returns the folder, the --json output and the duration in seconds."""
         out = self.work / name
         started = time.monotonic()
         record = deploykit("finetune", *words, "--output-dir", out, hide_gpu=hide_gpu)
@@ -91,7 +91,7 @@ def doctor(step: Step) -> None:
 
 
 def tests(step: Step) -> None:
-    """Run the tests that need a GPU; on a CPU all of them are skipped, and counted."""
+    """Run the tests that need a GPU; on a CPU they are skipped, and counted."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/unit"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
@@ -101,7 +101,7 @@ def tests(step: Step) -> None:
 
 
 def finetune(step: Step) -> None:
-    """Train both tasks in each precision that the device has, and in fp32 on the CPU, whose loss is the reference."""
+    """Train both tasks in each precision of the device, and in fp32 on the CPU, whose loss is the reference."""
     runs = [("no", True), *(((p, False) for p in ("no", "bf16", "fp16")) if step.device == "cuda" else ())]
     for task, train in (("classifier", step.classifier), ("translator", step.translator)):
         for precision, hide_gpu in runs:
@@ -113,7 +113,7 @@ def finetune(step: Step) -> None:
 
 
 def classify(step: Step) -> None:
-    """Compare ONNX Runtime with PyTorch on real texts: parity, texts/s by batch size, latency of one caller."""
+    """Compare ONNX Runtime with PyTorch on real texts: parity, texts/s by batch size, latency with one caller."""
     import numpy as np
     import torch
 
@@ -175,7 +175,7 @@ def classify(step: Step) -> None:
 
 
 def translate(step: Step) -> None:
-    """Measure translation with PyTorch on the device; deploykit's translators run on CPUs and on TensorRT alone."""
+    """Measure translation with PyTorch on the device; deploykit's translators run only on CPUs and TensorRT."""
     from deploykit.tasks.translation.checkpoint import TorchTranslator
 
     checkpoint, _, _ = step.translator("no", hide_gpu=True)
@@ -194,7 +194,7 @@ def translate(step: Step) -> None:
 
 
 def export(step: Step) -> None:
-    """Export on this machine, and once more with the GPU hidden: the graphs must be equal."""
+    """Export on this machine, and again with the GPU hidden: the graphs must be equal."""
     checkpoint, _, _ = step.classifier("no", hide_gpu=True)
     digests = []
     for name, hidden in (("here", False), ("cpu", True)):
@@ -209,7 +209,7 @@ def export(step: Step) -> None:
 
 
 def tensorrt(step: Step) -> None:
-    """Write the graphs of ``export --trt`` and check them, up to the builder, which PyPI does not have for this GPU."""
+    """Write and check the graphs of ``export --trt``, without building: PyPI has no builder for this GPU."""
     import onnx
     import torch
 
@@ -239,7 +239,7 @@ def deploykit(*words: object, hide_gpu: bool = False) -> dict[str, Any]:
 
 
 def training_log(checkpoint: Path) -> dict[str, float]:
-    """Return what the trainer logged last: training loss, samples a second."""
+    """Return the trainer's last log: training loss, samples per second."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logged: dict[str, float] = {}
@@ -257,7 +257,7 @@ def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def timed(run: Callable[[], Any], seconds: float) -> list[float]:
-    """Return the seconds of each call, for ``seconds`` in all, after two calls that do not count."""
+    """Call ``run`` for ``seconds`` after two uncounted calls. Returns the duration of each call in seconds."""
     for _ in range(2):
         run()
     return list(_calls(run, seconds))

@@ -23,7 +23,8 @@ _ANSWERED = "deploykit: the first text is answered"
 
 @dataclass(frozen=True)
 class Alone:
-    """``first_answer_s`` counts from the start of Python, with files in the page cache; memory is in 1e6 bytes."""
+    """A measurement. ``first_answer_s`` counts from the start of Python, with files in the page cache; memory is in 1e6
+    bytes."""
 
     peak_memory_mb: float
     first_answer_s: float

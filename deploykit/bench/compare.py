@@ -1,4 +1,4 @@
-"""Compare two bench records: what became faster or slower, beyond the noise.
+"""Compare two bench records, and find changes beyond the noise.
 
 A figure that was measured in rounds (throughput, p50, p99) differs when the rounds' ranges (min to max) do not overlap
 and the medians are more than 5% apart. For two equal systems, the ranges of 3 rounds each are disjoint by chance once
@@ -79,7 +79,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result: ``changes``, and ``differences`` between the runs that may be their real cause."""
+    """The result: ``changes``, and ``differences`` between the runs that may be their cause."""
 
     differences: tuple[str, ...]
     changes: tuple[Change, ...]
@@ -124,11 +124,11 @@ def _changes(old: Mapping[str, Record], new: Mapping[str, Record]) -> Iterator[C
         rounds = min(results[part]["settings"]["rounds"] for results in (old, new))
         for before in old[part]["candidates"]:
             if (after := theirs.get(before["name"])) is not None:
-                yield from _of_scenarios(part, before, after, rounds)
-                yield from _of_the_whole(part, before, after)
+                yield from _scenario_changes(part, before, after, rounds)
+                yield from _run_changes(part, before, after)
 
 
-def _of_scenarios(part: str, before: Record, after: Record, rounds: int) -> Iterator[Change]:
+def _scenario_changes(part: str, before: Record, after: Record, rounds: int) -> Iterator[Change]:
     scenarios = {s["scenario"]["name"]: s for s in after["scenarios"]}
     for s in before["scenarios"]:
         name = s["scenario"]["name"]
@@ -154,7 +154,7 @@ def _beyond_noise(old: Spread, new: Spread, sign: int) -> str:
     return "faster" if sign * (new.median - old.median) > 0 else "slower"
 
 
-def _of_the_whole(part: str, before: Record, after: Record) -> Iterator[Change]:
+def _run_changes(part: str, before: Record, after: Record) -> Iterator[Change]:
     memory = before["peak_memory_mb"], after["peak_memory_mb"]
     if all(memory):
         bound = LEAST_CHANGE * memory[0]
@@ -211,10 +211,10 @@ def _differences(old: Record, new: Record) -> Iterator[str]:
 
 def _differing(what: str, old: Any, new: Any) -> Iterator[str]:
     if old != new:
-        yield f"{what}: {_told(old)} -> {_told(new)}"
+        yield f"{what}: {_text(old)} -> {_text(new)}"
 
 
-def _told(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return "not told" if value is None else str(value)

@@ -1,7 +1,7 @@
-"""A light load generator: single-text requests over HTTP/1.1 keep-alive to Triton's KServe v2 API.
+"""Generate load with little CPU: single-text requests over HTTP/1.1 keep-alive to Triton's KServe v2 API.
 
-It shares its machine with the server it measures, so all work that can be done before or after the timed part is done
-there: requests are encoded before, answers are read after, and in between runs one asyncio protocol.
+It shares its machine with the server, so as much work as possible is outside of the timed part: requests are encoded
+before, answers are decoded after, and in between there is only one asyncio protocol.
 
 Source: KServe Open Inference Protocol v2, REST; Triton's extension for BYTES tensors.
 """
@@ -180,7 +180,7 @@ class _Generator:
         started = self._start()
         self._stop_at = started + seconds
         for _ in range(concurrency):
-            self._ask(next(self._rows), started)
+            self._send_row(next(self._rows), started)
         await self._finish(started)
 
     async def open_loop(self, arrivals: NDArray[np.float64]) -> None:
@@ -188,9 +188,9 @@ class _Generator:
         await self._open_connections(8)
         started = self._start()
         for due in arrivals.tolist():
-            # Even when late, so that answers are read between requests.
+            # Sleep even when late, so that answers are read between requests.
             await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
-            self._ask(next(self._rows), started + due)
+            self._send_row(next(self._rows), started + due)
         await self._finish(started)
 
     def answers(self) -> LoadResult:
@@ -218,7 +218,7 @@ class _Generator:
 
     def _start(self) -> float:
         self._errors.clear()  # a refusal before the timed part will repeat
-        self._sweeper = asyncio.ensure_future(self._sweep())
+        self._sweeper = asyncio.ensure_future(self._give_up_old_requests())
         self._cpu_s = time.process_time()
         return time.perf_counter()
 
@@ -235,7 +235,7 @@ class _Generator:
             connection.transport.abort()
         await asyncio.sleep(0)  # give connection_lost time to run
 
-    def _ask(self, row: int, due: float) -> None:
+    def _send_row(self, row: int, due: float) -> None:
         self._unanswered += 1
         self._waiting.append((row, due))
         self._send_waiting()
@@ -287,9 +287,9 @@ class _Generator:
             self._settle(f"{status.decode(errors='replace')} {error_text(body)}".strip())
 
     def _on_lost(self, connection: _Connection) -> None:
-        self._drop(connection, "the server closed the connection without an answer")
+        self._fail_request(connection, "the server closed the connection without an answer")
 
-    def _drop(self, connection: _Connection, message: str) -> None:
+    def _fail_request(self, connection: _Connection, message: str) -> None:
         if connection not in self._connections:
             return
         self._connections.discard(connection)
@@ -305,20 +305,20 @@ class _Generator:
         if error is not None:
             self._errors[error] += 1
         if (now := time.perf_counter()) < self._stop_at:
-            self._ask(next(self._rows), now)
+            self._send_row(next(self._rows), now)
         else:
             self._send_waiting()
         if not self._unanswered:
             self._all_answered.set()
 
-    async def _sweep(self) -> None:
+    async def _give_up_old_requests(self) -> None:
         """Give up requests that are too old: those sent, and those that never got a connection."""
         message = f"no answer within {self._timeout_s:g} s"
         while True:
             await asyncio.sleep(_SWEEP_S)
             oldest = time.perf_counter() - self._timeout_s
             for connection in [c for c in self._connections if c.row >= 0 and c.due < oldest]:
-                self._drop(connection, message)
+                self._fail_request(connection, message)
                 connection.transport.abort()
             while self._waiting and self._waiting[0][1] < oldest:
                 self._waiting.popleft()

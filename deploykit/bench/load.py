@@ -1,4 +1,4 @@
-"""Generate load: when requests are sent, and how long each waits for its answer."""
+"""Generate load on a model, and measure how long each request waits for its answer."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ from deploykit.tasks.protocol import Answer, Predictor
 from deploykit.tasks.registry import task_of
 
 FEW_SAMPLES = 100
-"""With fewer latencies than this, the 99th percentile is hardly more than their maximum."""
+"""With fewer latencies than this, the 99th percentile is about their maximum."""
 
 _MAX_BATCH = 64
 _FAILURE_PAUSE_S = 0.05  # pause after a failure: a target that fails at once would otherwise get thousands of requests
 
 
 def answer_texts(predictor: Predictor, texts: Sequence[str], generation: Any = None) -> list[Answer]:
-    """Answer all ``texts`` in one call, in order. ``generation`` replaces the search parameters of a generating model."""
+    """Answer all ``texts`` in one call, in order. ``generation`` replaces the search parameters of a generating
+    model."""
     return task_of(predictor.task).answer(predictor, texts, generation)
 
 
@@ -49,7 +50,8 @@ class Measurement:
     - ``duration_s``: from the first request to the last answer.
     - ``throughput_per_s``: counts successful requests only.
     - ``latency_ms``: p50, p90, p99, mean and max of successful requests; empty if there are none.
-    - ``peak_memory_mb`` (1e6 bytes): highest resident memory: of this process for a target inside it, of tritonserver and its
+    - ``peak_memory_mb`` (1e6 bytes): highest resident memory: of this process for a target inside it, of tritonserver
+      and its
       stubs together for a local server, None for a remote one.
     - ``generator_cpu_ms``: CPU time of this process per request: what the load generator took away from a local server.
     - ``send_lag_ms``: p99 of how late requests were sent (open loop against a server).
@@ -132,11 +134,11 @@ def measure(
             timeout_s=timeout_s,
         )
     if warmup_s > 0:
-        _ask(target, texts, scenario, generation, warmup_s, seed + 1, timeout_s)
+        _run_scenario(target, texts, scenario, generation, warmup_s, seed + 1, timeout_s)
     processes = server_processes(target.url) if isinstance(target, Server) else None
     before = _stages(target)
     with PeakMemory(processes) as memory:
-        answers = _ask(target, texts, scenario, generation, seconds, seed, timeout_s)
+        answers = _run_scenario(target, texts, scenario, generation, seconds, seed, timeout_s)
     errors = sum(answers.errors.values())
     requests = len(answers.latencies_ms) + errors
     lag = answers.send_lag_ms if isinstance(scenario, Poisson) else None
@@ -181,7 +183,7 @@ def _stages(target: Predictor | Server) -> dict[str, float]:
     return {}
 
 
-def _ask(
+def _run_scenario(
     target: Predictor | Server,
     texts: Sequence[str],
     scenario: ClosedLoop | Poisson,
@@ -196,13 +198,13 @@ def _ask(
         from deploykit.bench.http import ask_server
 
         return ask_server(target, texts, rows, load, generation=generation, seconds=seconds, timeout_s=timeout_s)
-    asked = _Asked(target, texts, generation)
+    recorder = _Recorder(target, texts, generation)
     if isinstance(load, int):
-        return _closed_loop(asked, rows, load, seconds)
-    return _open_loop(asked, rows, load, seconds + timeout_s)
+        return _closed_loop(recorder, rows, load, seconds)
+    return _open_loop(recorder, rows, load, seconds + timeout_s)
 
 
-class _Asked:
+class _Recorder:
     """Collects latencies, answers and errors of a predictor in this process."""
 
     def __init__(self, predictor: Predictor, texts: Sequence[str], generation: Generation | None) -> None:
@@ -237,23 +239,23 @@ class _Asked:
         return LoadResult(self.now(), cpu_s, latencies, self._answered, self._tokens, self.errors)
 
 
-def _closed_loop(asked: _Asked, rows: Iterator[int], concurrency: int, seconds: float) -> LoadResult:
+def _closed_loop(recorder: _Recorder, rows: Iterator[int], concurrency: int, seconds: float) -> LoadResult:
     """Merge the callers' texts into one call; each caller waits for the whole call."""
-    while (now := asked.now()) < seconds:
-        asked.ask(list(itertools.islice(rows, concurrency)), np.full(concurrency, now))
-    return asked.answers()
+    while (now := recorder.now()) < seconds:
+        recorder.ask(list(itertools.islice(rows, concurrency)), np.full(concurrency, now))
+    return recorder.answers()
 
 
-def _open_loop(asked: _Asked, rows: Iterator[int], arrivals: NDArray[np.float64], give_up_s: float) -> LoadResult:
+def _open_loop(recorder: _Recorder, rows: Iterator[int], arrivals: NDArray[np.float64], give_up_s: float) -> LoadResult:
     """Run one worker that answers all waiting texts, up to 64, in one call."""
     first = 0
-    while first < len(arrivals) and (now := asked.now()) < give_up_s:
+    while first < len(arrivals) and (now := recorder.now()) < give_up_s:
         if arrivals[first] > now:
             time.sleep(arrivals[first] - now)
-        arrived = int(np.searchsorted(arrivals, asked.now(), side="right"))
+        arrived = int(np.searchsorted(arrivals, recorder.now(), side="right"))
         last = min(max(arrived, first + 1), first + _MAX_BATCH)
-        asked.ask(list(itertools.islice(rows, last - first)), arrivals[first:last])
+        recorder.ask(list(itertools.islice(rows, last - first)), arrivals[first:last])
         first = last
     if first < len(arrivals):
-        asked.errors["not answered in time: more requests arrive than can be answered"] += len(arrivals) - first
-    return asked.answers()
+        recorder.errors["not answered in time: more requests arrive than can be answered"] += len(arrivals) - first
+    return recorder.answers()

@@ -35,7 +35,7 @@ class Candidate:
     - ``size_mb`` (1e6 bytes): size of the graph files.
     - ``generation``: replaces a translator's own search parameters.
     - ``peak_memory_mb`` and ``first_answer_s`` (from the start of Python): measured before, in a separate process.
-    - ``texts``: replace the bench's texts; not graded. For candidates that differ only in their texts.
+    - ``texts``: replace the bench's texts, for candidates that differ only in their texts; not graded.
     """
 
     name: str
@@ -250,7 +250,7 @@ def run_bench(
                     seed=seed + number,
                 )
                 measured.setdefault((c, s), []).append(measurement)
-                progress(f"round {number + 1} of {rounds}: {candidate.name}, {_told(measurement)}")
+                progress(f"round {number + 1} of {rounds}: {candidate.name}, {_summary_line(measurement)}")
     results = tuple(
         _result(candidate, [ScenarioResult(x, tuple(measured[c, s])) for s, x in enumerate(scenarios)], grades[c])
         for c, candidate in enumerate(candidates)
@@ -329,13 +329,13 @@ def _warnings(results: Sequence[CandidateResult], loads: Sequence[OtherLoad]) ->
         )
 
 
-def _told(m: Measurement) -> str:
+def _summary_line(m: Measurement) -> str:
     latency = m.latency_ms
-    told = f"{m.scenario.name}: {m.throughput_per_s:.1f}/s"
-    told += f", {m.tokens_per_s:.0f} tokens/s" if m.tokens else ""
+    line = f"{m.scenario.name}: {m.throughput_per_s:.1f}/s"
+    line += f", {m.tokens_per_s:.0f} tokens/s" if m.tokens else ""
     if latency:
-        told += f", p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms"
-    return told + (f", {m.errors} errors" if m.errors else "")
+        line += f", p50 {latency['p50']:.1f} ms, p99 {latency['p99']:.1f} ms"
+    return line + (f", {m.errors} errors" if m.errors else "")
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class ClosedLoop:
-    """``concurrency`` callers; each sends its next request as soon as it has its answer."""
+    """Closed loop: ``concurrency`` callers, each of which sends its next request as soon as it has its answer."""
 
     concurrency: int
 

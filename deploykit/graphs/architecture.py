@@ -1,4 +1,4 @@
-"""An encoder-decoder transformer as plain arrays: the link between a family's checkpoint reader and the graph writer."""
+"""An encoder-decoder transformer as plain arrays, which families read and graph writers write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Linear:
-    """x @ weight + bias; ``weight`` is float32 [in, out], ``bias`` is [out] or None."""
+    """A linear layer x @ weight + bias; ``weight`` is float32 [in, out], ``bias`` is [out] or None."""
 
     weight: Array
     bias: Array | None = None
@@ -22,7 +22,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """A layer norm; without ``beta``, a root-mean-square norm, which subtracts no mean."""
+    """A layer norm, or without ``beta`` a root-mean-square norm, which subtracts no mean."""
 
     gamma: Array
     beta: Array | None
@@ -39,7 +39,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) with a ``gate``."""
+    """A feed-forward block: down(activation(up(x))), or with a ``gate`` down(activation(gate(x)) * up(x))."""
 
     up: Linear
     down: Linear
@@ -79,12 +79,12 @@ class RelativeBias:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that determines the function of an encoder-decoder transformer.
+    """All weights and settings of an encoder-decoder transformer.
 
     - ``heads`` of ``head_size`` are the decoder's, which multiplies its attention scores by ``scale``.
     - ``pre_norm``: norms come before each block, and once at the end; otherwise after each block.
-    - Embeddings and ``projection`` are [vocabulary, hidden]. Where a family shares them they are equal, and stored once.
-    - ``positions`` are [length, hidden], row 0 for the first token; None where the family has none.
+    - Embeddings and ``projection`` are [vocabulary, hidden]. If a family ties them they are equal, and stored once.
+    - ``positions`` are [length, hidden], row 0 for the first token; None if the family has none.
     - Logits are (decoder output x ``output_scale``) @ projection.T + ``output_bias``.
     """
 
@@ -124,9 +124,9 @@ _HEAD_MULTIPLE = 8
 
 
 def pad_heads(a: Architecture) -> Architecture:
-    """Widen the decoder's heads with zeros to a multiple of 8, which ONNX Runtime's attention wants.
+    """Pad the decoder's heads with zeros to a multiple of 8, as ONNX Runtime's attention requires.
 
-    It computes the same: scores and values of the new dimensions are 0, and ``scale`` stays as it is.
+    The result is the same: scores and values of the new dimensions are 0, and ``scale`` is unchanged.
     """
     wide = -(-a.head_size // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
     if wide == a.head_size:
@@ -148,7 +148,7 @@ def pad_heads(a: Architecture) -> Architecture:
 
 
 def _widen(rows: Array, heads: int, wide: int) -> Array:
-    """[n, heads x size] as [n, heads x wide], with zeros at the end of each head."""
+    """Pad each head of [n, heads x size] with zeros at its end: [n, heads x wide]."""
     parts = rows.reshape(len(rows), heads, -1)
     zeros = ((0, 0), (0, 0), (0, wide - parts.shape[2]))
     return np.ascontiguousarray(np.pad(parts, zeros).reshape(len(rows), heads * wide))

@@ -1,6 +1,6 @@
-"""A decoder-only transformer as plain arrays: what is read from a checkpoint, and what the graph is written from.
+"""A decoder-only transformer as plain arrays, read from a checkpoint and written as a graph.
 
-Adding a family: a function that returns its layers, and a line in ``FAMILIES``.
+To add a family, write a function that returns its layers, and add it to ``FAMILIES``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from deploykit.errors import ExportError
 from deploykit.graphs.architecture import Array, Attention, FeedForward, Linear, Norm
 
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
-"""RoPE scalings whose frequencies do not depend on the length of the text."""
+"""RoPE scalings with frequencies that do not depend on the text's length."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: ``frequencies`` float32 [half of the rotated channels]; cosines and sines are times ``scale``."""
+    """Rotary positions: ``frequencies`` float32 [rotated channels / 2]; cosines and sines are multiplied by
+    ``scale``."""
 
     frequencies: Array
     scale: float = 1.0
@@ -28,9 +29,9 @@ class Rope:
 
 @dataclass(frozen=True)
 class CausalLayer:
-    """``query_norm`` and ``key_norm`` are of each head. ``window``: how many tokens back, itself included, a token
-    attends to; None is all. ``parallel``: attention and feed-forward read the same hidden state. ``after_attention``
-    and ``after_feed_forward`` are norms of what a block adds."""
+    """A layer. ``query_norm`` and ``key_norm`` apply to each head. ``window``: number of tokens, including itself, that
+    a token attends to; None for all. ``parallel``: attention and feed-forward read the same hidden state.
+    ``after_attention`` and ``after_feed_forward`` are norms of a block's output before it is added."""
 
     attention: Attention
     attention_norm: Norm
@@ -47,8 +48,8 @@ class CausalLayer:
 
 @dataclass(frozen=True)
 class CausalArchitecture:
-    """``embedding`` [vocabulary, hidden], ``positions`` [length, hidden] or None; ``head`` [vocabulary, hidden] is the
-    same array where it is tied. ``scale`` is that of attention scores; caps are of scores and of logits."""
+    """A model. ``embedding`` [vocabulary, hidden], ``positions`` [length, hidden] or None; ``head`` [vocabulary,
+    hidden] is the same array if tied. ``scale`` multiplies attention scores; caps limit scores and logits."""
 
     embedding: Array
     head: Array
@@ -66,7 +67,7 @@ class CausalArchitecture:
 
 
 def check_supported(config: Any, name: str) -> None:
-    """Raise ExportError for a model type, or a RoPE scaling, that cannot be exported."""
+    """Raise ExportError for an unsupported model type or RoPE scaling."""
     kind = config.model_type
     if kind not in FAMILIES:
         raise ExportError(
@@ -82,9 +83,9 @@ def check_supported(config: Any, name: str) -> None:
 
 
 def read_causal_architecture(model: Any) -> CausalArchitecture:
-    """Return what ``model`` (a Hugging Face causal language model, on the CPU) computes.
+    """Read the architecture and weights of ``model``, a Hugging Face causal language model on the CPU.
 
-    Raises ExportError for what is not supported.
+    Raises ExportError for an unsupported model.
     """
     check_supported(model.config, type(model).__name__)
     return FAMILIES[model.config.model_type](model)
@@ -102,7 +103,7 @@ def _linear(module: Any) -> Linear:
 
 
 def _cut(layer: Linear, parts: Sequence[slice | Any]) -> list[Linear]:
-    """Linear layers that one computes side by side: ``parts`` of its output channels."""
+    """Split a merged linear layer into ``parts`` of its output channels."""
     return [
         Linear(np.ascontiguousarray(layer.weight[:, part]), None if layer.bias is None else layer.bias[part])
         for part in parts
@@ -135,7 +136,7 @@ def _rope(rotary: Any, layer_type: str | None) -> Rope:
 
 
 def _llama_like(model: Any) -> CausalArchitecture:
-    """Llama and the many that differ from it in norms, biases or the window: all but GPT-2 and GPT-NeoX here."""
+    """Read Llama, and the families that differ from it only in norms, biases or the window."""
     config, body = model.config, model.model
     gemma = config.model_type.startswith("gemma")
     first = body.layers[0].self_attn
@@ -217,7 +218,7 @@ def _gpt_neox(model: Any) -> CausalArchitecture:
     config, body = model.config, model.gpt_neox
     heads = int(config.num_attention_heads)
     size = int(config.hidden_size) // heads
-    # Query, key and value stand side by side in each head.
+    # Query, key and value are adjacent within each head.
     channels = np.arange(3 * config.hidden_size).reshape(heads, 3, size)
     layers = []
     for layer in body.layers:
@@ -253,4 +254,4 @@ FAMILIES: Mapping[str, Callable[[Any], CausalArchitecture]] = {
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
 }
-"""Model type of a Hugging Face configuration -> what reads it."""
+"""Model type of a Hugging Face config -> function that reads the model."""

@@ -1,13 +1,13 @@
-"""The graph of a decoder-only language model in the layout of optimum's ``text-generation-with-past``.
+"""Build the graph of a decoder-only language model in the layout of optimum's ``text-generation-with-past``.
 
-input_ids and position_ids int64 [batch, tokens], attention_mask int64 [batch, past + tokens], and of each layer
-past_key_values.N.key and .value [batch, key heads, past, head size] -> logits [batch, tokens, vocabulary], present.N.key
-and .value [batch, key heads, past + tokens, head size]. Padding stands on the left.
+Inputs: input_ids and position_ids int64 [batch, tokens], attention_mask int64 [batch, past + tokens], and for each
+layer past_key_values.N.key and .value [batch, key heads, past, head size]. Outputs: logits [batch, tokens, vocabulary],
+present.N.key and .value [batch, key heads, past + tokens, head size]. Padding is on the left.
 
-Quantized linear layers are ONNX Runtime's MatMulNBits: weights in blocks of 32 with a scale each. In INT8, and where the
-CPU has kernels for it in INT4, activations are rounded to INT8 as well, block by block of each token: a token's result
-then depends on no other token, and nothing has to be calibrated.
-Source: ONNX Runtime, "Contrib operators", com.microsoft.MatMulNBits.
+Quantized linear layers are ONNX Runtime's MatMulNBits: weights in blocks of 32 with one scale each. In INT8, and in
+INT4 if the CPU has kernels for it, activations are rounded to INT8 too, block by block of each token. So a token's
+result does not depend on other tokens, and no calibration is needed. Source: ONNX Runtime, "Contrib operators",
+com.microsoft.MatMulNBits.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ BLOCK = 32
 _HIDDEN = -3.4e38
 _OPSET, _IR = 19, 9
 _INT8_COMPUTE = 4
-"""MatMulNBits's accuracy level that rounds activations to INT8."""
+"""MatMulNBits' accuracy level at which activations are rounded to INT8."""
 
 EMBEDDING, HEAD = "embedding", "head"
 
 
 def part_of(layer: str) -> str:
-    """The part of the model that is quantized or not as one: the attention or feed-forward of a layer, or the head.
+    """Return the unit that is quantized as a whole: attention or feed-forward of a layer, or the head.
 
-    The embedding is a part of its own.
+    The embedding is another one.
     """
     return layer.rsplit(".", 1)[0] if layer != HEAD else HEAD
 
 
 def parts_of(architecture: CausalArchitecture) -> list[str]:
-    """All parts of a model, in the order in which they compute."""
+    """Return all parts of a model, in the order of computation."""
     blocks = [f"layers.{i}.{part}" for i in range(len(architecture.layers)) for part in ("attention", "feed_forward")]
     return [EMBEDDING, *blocks, HEAD]
 
@@ -59,9 +59,9 @@ def build_causal_lm(
 
 
 def save_causal_lm(model: onnx.ModelProto, path: Path) -> None:
-    """Write the graph, and its weights beside it: protobuf holds no more than 2 GB."""
+    """Write the graph, and its weights to a separate file, because protobuf is limited to 2 GB."""
     location = f"{path.name}_data"
-    (path.parent / location).unlink(missing_ok=True)  # onnx appends to what it finds
+    (path.parent / location).unlink(missing_ok=True)  # onnx would append to it
     onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=1024)
 
 
@@ -97,7 +97,7 @@ class _CausalWriter(StandardWriter):
         return product if layer.bias is None else self.op("Add", product, self.constant(layer.bias), output=output)
 
     def embed(self, ids: str, table: Array, scale: float) -> str:
-        """The embedding is stored in 8 bits, as a tied head is, whatever the linear layers are."""
+        """Look up the embedding, which is stored in 8 bits like a tied head, independently of the linear layers."""
         if self.bits is None or EMBEDDING in self.kept:
             return super().embed(ids, table, scale)
         values, scales, _ = quantize_blocks(table, 8)
@@ -110,7 +110,7 @@ class _CausalWriter(StandardWriter):
         return rows if scale == 1.0 else self.op("Mul", rows, self.scalar(scale))
 
     def _quantized(self, x: str, weight: Array, bits: Bits, output: str = "") -> str:
-        """x @ weight.T; ``weight`` is [out, in]."""
+        """Compute x @ weight.T with quantized ``weight`` [out, in]."""
         rows, columns = weight.shape
         values, scales, zeros = quantize_blocks(weight, bits)
         inputs = [x, self.constant(values), self.constant(scales.ravel())]
@@ -149,7 +149,7 @@ class _CausalWriter(StandardWriter):
         query = heads(part.query, "query", layer.query_norm, layer.rope)
         new = heads(part.key, "key", layer.key_norm, layer.rope), heads(part.value, "value", None, None)
         key, value = (self._present(f"{i}.{name}", values) for name, values in zip(("key", "value"), new))
-        # Queries that share a key head stand below each other: one product for all of them.
+        # Stack the queries that share a key head, for one product.
         query = self.op("Mul", query, self.scalar(a.scale))
         grouped = self.op("Reshape", query, self.integers(0, a.key_heads, -1, a.head_size))
         scores = self.op("MatMul", grouped, self.op("Transpose", key, perm=[0, 1, 3, 2]))
@@ -201,7 +201,8 @@ class _CausalWriter(StandardWriter):
         return self.op("Concat", *rotated, *rest, axis=3)
 
     def _visibility(self, mask: str, window: int | None) -> str:
-        """0 where a token attends, a huge negative number elsewhere: float32 [batch, 1, tokens, total]."""
+        """Return the attention bias, float32 [batch, 1, tokens, total]: 0 where a token attends, else a huge negative
+        number."""
         tokens = self.op("Squeeze", self.op("Shape", "input_ids", start=1, end=2))
         total = self.op("Squeeze", self.op("Shape", mask, start=1, end=2))
         keys = self.positions(total)
@@ -224,12 +225,12 @@ class _CausalWriter(StandardWriter):
         last = "" if a.logit_cap else "logits"
         if self.bits is not None and HEAD not in self.kept:
             biased = a.head_bias is not None
-            # Eight bits in any case: the head decides between near equals.
+            # Always eight bits: the head decides between nearly equal tokens.
             logits = self._quantized(hidden, a.head, 8, output="" if biased else last)
             if a.head_bias is not None:
                 logits = self.op("Add", logits, self.constant(a.head_bias), output=last)
         else:
-            # The embedding as it is stored, which a tied head shares.
+            # A tied head shares the stored embedding.
             inputs = [self.op("Reshape", hidden, self.integers(-1, width)), self.constant(a.head, shared=True)]
             if a.head_bias is not None:
                 inputs.append(self.constant(a.head_bias))
@@ -250,7 +251,7 @@ def quantize_blocks(
     """Quantize rows of ``weight`` [out, in] in blocks of ``BLOCK``, as MatMulNBits stores them.
 
     Returns values uint8 [out, blocks, bytes], scales float32 [out, blocks] and, for 4 bits, zero points, packed uint8
-    [out, bytes]. 8 bits are symmetric about 128; 4 bits have a zero point a block.
+    [out, bytes]. 8 bits are symmetric about 128; 4 bits have one zero point per block.
     """
     rows, columns = weight.shape
     blocks = -(-columns // BLOCK)

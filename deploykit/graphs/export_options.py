@@ -1,4 +1,4 @@
-"""Options of an export, and the helpers that the stage shares with each task's export steps."""
+"""Options of an export, and helpers for the stage and the tasks' export steps."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class CalibrationOptions:
 
     @property
     def calibration(self) -> str:
-        """The name of a split, or a data file."""
+        """The name of the split, or the data file."""
         return self.calibration_data or self.calibration_split
 
     def check(self) -> None:
@@ -85,7 +85,7 @@ class ExportOptions(CalibrationOptions):
     optimum: bool = False
 
     def with_precisions(self) -> ExportOptions:
-        """Return the options with the precisions of engines that none were named for, and INT8 where an engine needs it."""
+        """Return the options with default precisions of engines, and with INT8 if an engine needs it."""
         if self.trt is None:
             return self
         precisions = self.trt.precisions or (("fp16", "int8") if self.int8 else ("fp16",))
@@ -129,7 +129,7 @@ class Written:
 
 
 def graded(task: TaskFacts, metrics: dict[str, Any], grader: Grader[Any], say: Say) -> Written:
-    """Add what ``grader`` found to the metrics of an export, and print its table."""
+    """Add the results of ``grader`` to the metrics of an export, and print its table."""
     table = [line.to_json() for line in grader.table]
     for line in render(table):
         say(line)

@@ -28,9 +28,10 @@ _TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}
 
 
 def native_lacks(a: Architecture) -> str | None:
-    """Return why the engine ``native`` cannot run a translator, or None.
+    """Return the reason why the engine ``native`` cannot run a translator, or None.
 
-    Its attention is right for heads of 4 and of multiples of 8; with 12 it was off by 15 % of the logits' deviation.
+    Its attention is correct for head sizes of 4 and multiples of 8; with 12 it was off by 15 % of the logits'
+    deviation.
     """
     size = a.encoder_layers[0].attention.query.weight.shape[1] // a.encoder_heads
     return f"its heads have {size} values, and native takes 4 or a multiple of 8" if size > 4 and size % 8 else None
@@ -162,9 +163,8 @@ class NativeWriter:
         return self._int8(values, scales.reshape(-1), layer.bias)
 
     def projection(self, name: str, table: Array, bias: Array | None) -> dict[str, Any]:
-        """Return the name of the projection's tensor: the embedding's where they are equal, which has a scale per
-        token.
-        """
+        """Return the record of the projection. If it equals the embedding, both share one tensor with a scale per
+        token."""
         if name not in self._int8_layers:
             return self._float(table.T, bias)
         values, scales = quantize_weight(table, axis=0)

@@ -53,7 +53,7 @@ def export_encoder(model: Any, path: Path, signature: Signature) -> None:
     """Write the fp32 graph of a model whose outputs have the names of ``signature``.
 
     Batch and tokens are dynamic. Attention must be eager, or the graph would have non-standard operators. Raises
-    ExportError naming what PyTorch's exporter cannot translate.
+    ExportError with the reason if PyTorch's exporter fails.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         traced = Path(folder) / "traced.onnx"
@@ -80,7 +80,7 @@ def save_hub_files(model: Any, tokenizer: Any, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    if settings.get("tokenizer_class") == "TokenizersBackend":  # transformers 4 knows it by this name, and so does 5
+    if settings.get("tokenizer_class") == "TokenizersBackend":  # use the name that transformers 4 and 5 both know
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -120,7 +120,7 @@ def _trace(model: Any, path: Path, opset: int, signature: Signature) -> None:
 
 @contextlib.contextmanager
 def _explained(model: Any) -> Iterator[None]:
-    """Raise what PyTorch cannot run or trace of a model as ExportError."""
+    """Turn PyTorch's errors in running or tracing a model into ExportError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the tracer warns of each Python branch; the parity check covers that

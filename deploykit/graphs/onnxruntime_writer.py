@@ -1,4 +1,4 @@
-"""Write graphs for ONNX Runtime with its own operators: in-place caches, no computation for padding, INT8 kernels.
+"""Write graphs for ONNX Runtime with its contrib operators: in-place caches, no computation of padding, INT8 kernels.
 
 The decoder uses GroupQueryAttention: each row attends to its own length only, so its result depends on nothing else in
 the batch, bit for bit. Cross-attention uses it too: the last source position is passed as the "new" key and value, and
@@ -37,7 +37,7 @@ class OnnxRuntimeWriter(Writer):
     """Writer for ONNX Runtime.
 
     With ``ranges``, linear layers have U8 activations with a fixed scale and S8 weights with a scale per channel.
-    Caches are S8 with a fixed scale each: they are most of the memory that a step of many rows reads.
+    Caches are S8 with a fixed scale each, because they are most of the memory that a step with many rows reads.
     """
 
     quantized: dict[str, tuple[str, str, str, float]] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class OnnxRuntimeWriter(Writer):
         weight, scales = quantize_weight(table, axis=0)
         inputs = [values, scale, zero, self.constant(weight, shared=True), self.constant(scales)]
         inputs.append(self.constant(np.zeros(len(scales), np.int8)))
-        if bias is not None:  # in quantization steps of the product: a ten-thousandth of INT8's rounding error
+        if bias is not None:  # rounded to quantization steps of the product: 1/10,000 of INT8's rounding error
             inputs.append(self.constant(np.clip(np.rint(bias / (scales * step)), -(2**30), 2**30).astype(np.int32)))
         self.op("QGemm", *inputs, domain=_CONTRIB, transB=1, output=output)
 

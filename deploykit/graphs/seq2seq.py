@@ -28,7 +28,7 @@ from deploykit.quantization.qdq import Ranges
 _SHARED_ALIGNMENT = 4096  # ONNX Runtime maps external data page by page
 
 Standard = Literal["fp32", "fp16", "bf16"]
-"""The type that a graph in standard ONNX computes in."""
+"""Type of all computation in a standard ONNX graph."""
 _TYPES: dict[Standard, int] = {
     "fp32": TensorProto.FLOAT,
     "fp16": TensorProto.FLOAT16,
@@ -41,13 +41,13 @@ def build_encoder(
 ) -> Graph:
     """Build the encoder graph.
 
-    Inputs: input_ids int64 [batch, source]; lengths int32 [batch], the tokens of each row, the rest being padding. Output:
-    cross, float32, keys and values of each decoder layer in turn: [batch, source, 2 x decoder layers x heads x head size] for
-    ONNX Runtime, [batch, 2 x decoder layers, heads, source, head size] in ``standard`` ONNX.
+    Inputs: input_ids int64 [batch, source]; lengths int32 [batch], the tokens of each row, the rest being padding.
+    Output: cross, float32, keys and values of each decoder layer in turn: [batch, source, 2 x decoder layers x heads x
+    head size] for ONNX Runtime, [batch, 2 x decoder layers, heads, source, head size] in ``standard`` ONNX.
 
     The linear layers named in ``ranges`` are INT8: weights symmetric, with a scale per channel; activations with a
-    fixed scale, symmetric in standard ONNX. For ONNX Runtime, caches are INT8 where ``cache_names`` have ranges, and so
-    is cross; their scales are in the graph's metadata.
+    fixed scale, symmetric in standard ONNX. For ONNX Runtime, caches and cross are INT8 if ``cache_names`` have ranges;
+    their scales are in the graph's metadata.
     """
     a, g = architecture, _writer("encoder", architecture, ranges, standard)
     ids = g.input("input_ids", TensorProto.INT64, ["batch", "source"])

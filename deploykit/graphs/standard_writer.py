@@ -1,7 +1,7 @@
-"""Write graphs for TensorRT: standard ONNX only, in one type throughout, with INT8 as explicit symmetric Q/DQ.
+"""Write graphs for TensorRT: standard ONNX operators only, one type throughout, INT8 as explicit symmetric Q/DQ.
 
-Caches keep their size for many steps, so that a GPU can repeat a planned step. Each row's new key and value go to the
-position after its past; positions after that are masked.
+Caches keep their size for many steps, so that a GPU can repeat a captured step. Each row's new key and value go to the
+position after its past; later positions are masked.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class StandardWriter(Writer):
         return Graph(model, self.activations)
 
     def project(self, x: str, table: Array, bias: Array | None, name: str, *, output: str) -> None:
-        """Write logits as float32, in whatever type the graph computes."""
+        """Write logits as float32, regardless of the graph's type."""
         super().project(x, table, bias, name, output=f"{output}/computed")
         self.op("Cast", f"{output}/computed", to=TensorProto.FLOAT, output=output)
 

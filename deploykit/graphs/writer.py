@@ -1,4 +1,4 @@
-"""Write a transformer's ONNX nodes one by one: the part that the graphs of all runtimes share.
+"""Write a transformer's ONNX nodes one by one: the part common to all runtimes.
 
 Subclasses (``onnxruntime_writer``, ``standard_writer``) write attention, activations and INT8 for their runtime.
 """
@@ -45,7 +45,7 @@ def activation_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class Graph:
-    """A model, and for the name of each linear layer the tensor that it reads (``activations``)."""
+    """A model; ``activations`` maps the name of each linear layer to its input tensor."""
 
     model: onnx.ModelProto
     activations: Mapping[str, str]
@@ -53,7 +53,7 @@ class Graph:
 
 @dataclass
 class Writer(ABC):
-    """Collects nodes in the order they are written. Methods return names of tensors.
+    """A builder that collects nodes in the order they are written. Methods return names of tensors.
 
     ``ranges`` are of the linear layers to write in INT8, by name; with None the embedding stays unquantized too.
     ``kind`` is the type that the graph computes in.
@@ -194,7 +194,7 @@ class Writer(ABC):
         self.output("cross", ["batch", "source", layer.weight.shape[1]])
 
     def project(self, x: str, table: Array, bias: Array | None, name: str, *, output: str) -> None:
-        """Write x @ table.T + bias, with the embedding's rows as they are stored."""
+        """Write x @ table.T + bias, with the stored rows of the embedding."""
         self.activations[name] = x
         inputs = [x, self.constant(table, shared=True), *([] if bias is None else [self.constant(bias)])]
         self.op("Gemm", *inputs, transB=1, output=output)
@@ -227,7 +227,7 @@ class Writer(ABC):
                 _, x = self._add_and_norm(x, block(x), norm)
             return x if last is None else self.norm(x, last)
         normalized = self.norm(x, blocks[0][1])
-        assert last is not None, "every pre-norm family has one"
+        assert last is not None, "pre-norm families have a last norm"
         for (block, _), norm in zip(blocks, [*(norm for _, norm in blocks[1:]), last]):
             x, normalized = self._add_and_norm(x, block(normalized), norm)
         return normalized

@@ -56,7 +56,7 @@ _TIME = 315532800  # 1980, the earliest time that every archive format can store
 _WHEELS = ("numpy==1.26.4", "psutil==7.2.2")
 _MODULE_WHEELS = {"tokenizers": "tokenizers==0.23.3", "sentencepiece": "sentencepiece==0.2.3"}
 _ONNXRUNTIME = {"3.10": "onnxruntime==1.23.2", "3.12": "onnxruntime==1.31.1"}
-_LEAST_GLIBC = 17  # of any wheel for aarch64
+_LEAST_GLIBC = 17  # lowest minor version in tags of aarch64 wheels
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def bundle(
 ) -> Bundled:
     """Write ``out``, a .tar.gz whose bytes depend only on its inputs.
 
-    ``precision`` is what the device builds by default (auto: INT8 if the export has that graph). ``data`` is a file of
+    ``precision`` is the device's default (auto: INT8 if the export has that graph). ``data`` is a file of
     texts to verify engines with, instead of the rows in the export. ``wheels`` is a folder of wheels for the device,
     which are included; missing ones are downloaded into it. ``key``, a private key in PEM, signs ``out``.
 
@@ -355,11 +355,11 @@ def _model_signing(*words: str) -> None:
         raise MissingDependencyError("OpenSSF's model-signing is not installed", "pip install 'deploykit[sign]'")
     done = subprocess.run([command, *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        said = " ".join(done.stderr.split())[:200] or "it says nothing"
+        said = " ".join(done.stderr.split())[:200] or "no message"
         raise ArtifactError(f"{words[2]}: cannot {words[0]} it: {said}", "check the key, and the file")
 
 
 def fitted(facts: TaskFacts, board: Board) -> TaskFacts:
-    """Return what a model can do on ``board``: its caches hold fewer positions there."""
+    """Return the facts of a model limited to the cache positions of ``board``."""
     limits = DecodeLimits(board.max_batch, board.max_positions, board.max_positions)
     return task_of(facts).within(facts, limits)

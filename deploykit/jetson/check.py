@@ -24,7 +24,8 @@ _FLASH = "install that JetPack, or make the bundle again with this device's --je
 
 @dataclass(frozen=True)
 class Finding:
-    """A property of the device. ``needed`` is empty if any value will do. A ``problem`` is fatal; a ``note`` is advice."""
+    """A property of the device. ``needed`` is empty if any value is fine. A ``problem`` is fatal; a ``note`` is
+    advice."""
 
     what: str
     found: str
@@ -86,7 +87,7 @@ def _jetpack(description: Description) -> Finding:
     """Return the JetPack version by its package, which a minimal installation does not have."""
     version = _deb_version("nvidia-jetpack")
     if version is None:
-        return Finding("JetPack", "its package is not installed; Jetson Linux tells", description.jetpack)
+        return Finding("JetPack", "its package is not installed; see Jetson Linux", description.jetpack)
     if version.partition(".")[0] != description.jetpack.partition(".")[0]:
         return Finding("JetPack", version, description.jetpack, "problem", _FLASH)
     same = version == description.jetpack or version.startswith(f"{description.jetpack}+")
@@ -104,7 +105,7 @@ def _power(root: Path) -> Finding:
     """Return the power mode by name; the fastest is called MAXN, or MAXN_SUPER."""
     mode = re.search(r"Power Mode: *(\S+)", _output("nvpmodel", "-q"))
     if mode is None:
-        return Finding("power mode", "nvpmodel does not tell", "", "note", "ask as root: sudo nvpmodel -q")
+        return Finding("power mode", "not shown by nvpmodel", "", "note", "ask as root: sudo nvpmodel -q")
     if mode[1].startswith("MAXN"):
         return Finding("power mode", mode[1])
     try:

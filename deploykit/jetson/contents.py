@@ -1,14 +1,13 @@
-"""The contents of a bundle, as its maker and the device both read it.
+"""The contents of a bundle, for the machine that makes it and the device.
 
 run.sh                        checks SHA256SUMS, then runs deploykit.jetson.device
 SHA256SUMS                    of every other file
 bundle.json                   its purpose: a ``Description``
 rows.json                     texts, and the graphs' answers to them: ``RecordedRows``
 export/                       an export with the graphs to build from, tokenizer and calibration
-model_repository/NAME/        config.pbtxt; the device builds version 1 (for a translator also NAME_stream, without weights)
-config.json                   the same config, for machines without protobuf
-lib/deploykit/                this package
-wheels.txt, wheels/           the Python packages that the device needs
+model_repository/NAME/        config.pbtxt; the device builds version 1 (for a translator also NAME_stream, without
+weights) config.json                   the same config, for machines without protobuf lib/deploykit/                this
+package wheels.txt, wheels/           the Python packages that the device needs
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Description:
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Real texts, and by the name of a (first) graph ONNX Runtime's answers to them: see ``BundledTask.answers``."""
+    """Real texts, and ONNX Runtime's answers to them by name of the (first) graph; see ``BundledTask.answers``."""
 
     texts: tuple[str, ...]
     answers: Mapping[str, Sequence[Any]]

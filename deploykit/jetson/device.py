@@ -120,7 +120,7 @@ def say(message: str) -> None:
 
 
 def check(bundle: Bundle, root: Path = Path("/")) -> None:
-    """Print what this machine has and needs. Raises EngineError when the model cannot be built or run here."""
+    """Print this machine's properties and requirements. Raises EngineError if the model cannot be built or run here."""
     _, files = bundle.graphs(load_manifest(bundle.export, "export"))
     size = sum((bundle.export / file).stat().st_size for file in files)
     findings = examine(bundle.description, bundle.engine, size, root)
@@ -132,7 +132,7 @@ def check(bundle: Bundle, root: Path = Path("/")) -> None:
 
 
 def build(bundle: Bundle) -> Manifest:
-    """Make version 1 of the model for the engine, unless it was made here before from the same files. Raises
+    """Make version 1 of the model for the engine, unless it exists and was made from the same files. Raises
     DeploykitError.
     """
     export = load_manifest(bundle.export, "export")
@@ -222,18 +222,19 @@ def open_model(bundle: Bundle) -> tuple[Predictor, Manifest]:
 
 
 def verify(bundle: Bundle) -> None:
-    """Compare the model's answers to the recorded rows with the recorded ones. Raises EngineError for a wrong engine."""
+    """Compare the model's answers to the recorded rows with the recorded ones. Raises EngineError for a wrong
+    engine."""
     model, manifest = open_model(bundle)
     part, rows = task_of(manifest.task).bundle(manifest.task), read_rows(bundle.root)
     recorded = rows.answers[manifest.options["graph"]]
     verdict = part.compare(part.answers(model, rows.texts), recorded, manifest.options["precision"])
-    told = f"{len(rows.texts)} rows: {verdict.told}"
+    summary = f"{len(rows.texts)} rows: {verdict.told}"
     if not verdict.right:
         raise EngineError(
-            f"{bundle.version}: wrong answers: {told}; {verdict.limits}",
+            f"{bundle.version}: wrong answers: {summary}; {verdict.limits}",
             f"rm -r {bundle.version}; build again, or with another --precision",
         )
-    say(told)
+    say(summary)
 
 
 def serve(bundle: Bundle, host: str, port: int) -> None:

@@ -1,4 +1,4 @@
-"""Write run.sh of a bundle. It runs nothing of the bundle before every file has passed its checksum."""
+"""Write run.sh of a bundle, which verifies every file's checksum before it runs anything."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ fail() { # MESSAGE REMEDY
 }
 
 sha256sum --check --quiet --strict SHA256SUMS ||
-  fail "this bundle is not as it was made" "get it again, and unpack it in an empty folder"
+  fail "a file of this bundle is missing or was changed" "get it again, and unpack it in an empty folder"
 
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
   fail "$python is not Python 3.10 or newer" "name one: PYTHON=/path/to/python3 ./run.sh"
 
-# A wheel is a zip file of what goes on Python's path: the device needs neither pip nor a network.
+# A wheel is a zip file for Python's path, so the device needs neither pip nor a network.
 if [ -d wheels ] && [ ! -d site ]; then
   rm -rf site.partial
   for wheel in wheels/*.whl; do

@@ -22,7 +22,7 @@ def show_activations(
 ) -> None:
     """Run tokenized rows, unpadded, through the fp32 ``graph``, and call ``observe`` with the inputs of linear layers.
 
-    Only inputs with a row for each token are observed. ``token_types`` are for a graph that takes them.
+    Only inputs with a row for each token are observed. ``token_types`` are for graphs with token type ids.
     """
     session, names = _session_with_activations(graph)
     for rows in equal_length_rows(token_ids):

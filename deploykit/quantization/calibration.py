@@ -34,7 +34,7 @@ _HISTOGRAMS = "calibration.npz"
 
 @dataclass(frozen=True)
 class Histogram:
-    """``counts`` int64 [BINS] over equal bins from ``low`` to ``high``, the tensor's exact extremes."""
+    """A histogram: ``counts`` int64 [BINS] over equal bins from ``low`` to ``high``, the tensor's exact extremes."""
 
     low: float
     high: float
@@ -56,7 +56,7 @@ class Calibration:
     peak_memory_mb: float
 
     def ranges(self, method: Method) -> dict[str, tuple[float, float]]:
-        """Return tensor name -> (low, high), the range to represent by ``method``."""
+        """Return tensor name -> (low, high), the range chosen by ``method``."""
         return {name: clipped_range(histogram, method) for name, histogram in self.histograms.items()}
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Quantize the graph of an encoder: calibrate it, smooth it where asked, and write its parts in INT8."""
+"""Quantize the graph of an encoder: calibrate it, optionally smooth it, and write its parts in INT8."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from deploykit.runtime.engines import ENGINES
 GRAPH = ENGINES["onnxruntime"].graphs["fp32"]
 """The file of the fp32 graph in an encoder's export."""
 SCHEMES: tuple[Scheme, ...] = ("s8s8", "u8s8")
-"""Of the INT8 graphs that an encoder's export has: model.SCHEME.onnx."""
+"""Schemes of the INT8 graphs in an encoder's export, model.SCHEME.onnx."""
 
 
 class Quantizer(Protocol):
-    """``parts`` are what can be INT8."""
+    """Writes a model with some of its ``parts`` in INT8."""
 
     parts: list[str]
 
     def write(self, parts: Collection[str]) -> Any:
-        """Write the model with these in INT8, the others as they are."""
+        """Write the model with these parts in INT8, the others unchanged."""
 
 
 class GraphQuantizer:
-    """Writes the Q/DQ graph of one scheme. Its parts are activations: the layers that read one are INT8 together."""
+    """Writes the Q/DQ graph of one scheme. A part is an activation: the layers that read it are INT8 together."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class GraphQuantizer:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What rows put into the linear layers of the fp32 ``model``, whose activations were divided by ``smoothing``."""
+    """The calibration of the fp32 ``model``, whose activations were divided by ``smoothing``."""
 
     model: onnx.ModelProto
     calibration: Calibration
@@ -66,7 +66,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows as an encoder reads them, unpadded; ``types`` for a graph that takes them. ``digest`` identifies the rows."""
+    """Token ids of rows, unpadded; ``types`` are for graphs with token type ids. ``digest`` identifies the rows."""
 
     ids: Sequence[Sequence[int]]
     digest: str
@@ -74,23 +74,23 @@ class TokenRows:
 
 
 def activations_of(graph: Path) -> set[str]:
-    """Return the tensors that go into linear layers of an fp32 ``graph``."""
+    """Return the input tensors of linear layers in an fp32 ``graph``."""
     return {layer.activation for layer in linear_layers(onnx.load(graph))}
 
 
 def calibrate_encoder(graph: Path, rows: TokenRows) -> Calibration:
     """Run rows through the fp32 ``graph`` and collect its quantizable activations.
 
-    Only activations with a row for each token count: what comes after pooling is a single row a
-    text, costs nothing in fp32, and decides the answer.
+    Only activations with a row for each token are collected. Layers after pooling stay fp32: they have one row per
+    text, cost almost nothing, and decide the answer.
     """
     return collect(lambda observe: show_activations(graph, rows.ids, observe, rows.types), len(rows.ids), rows.digest)
 
 
 def calibrate_smoothed(graph: Path, rows: TokenRows, alpha: float | None, say: Callable[[str], None]) -> Calibrated:
-    """Calibrate ``graph``, with SmoothQuant before where ``alpha`` is given.
+    """Calibrate ``graph``, after SmoothQuant if ``alpha`` is given.
 
-    Raises ExportError where SmoothQuant finds nothing to smooth.
+    Raises ExportError if SmoothQuant finds nothing to smooth.
     """
     if alpha is None:
         return Calibrated(onnx.load(graph), calibrate_encoder(graph, rows))

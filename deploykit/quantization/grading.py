@@ -1,4 +1,4 @@
-"""Measure every form of a model on the same rows, and its loss against the checkpoint."""
+"""Measure every form of a model (precision and engine) on the same rows, and its loss against the checkpoint."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def activation_parameters(low: float, high: float, scheme: Scheme) -> tuple[np.f
     low, high = min(low, 0.0), max(high, 0.0)
     if scheme == "s8s8":
         return np.float32(max(-low, high, 1e-8) / 127.0), np.int8(0)
-    if low == -high:  # the same steps as S8, so that trained ranges serve both schemes
+    if low == -high:  # use the same steps as S8, so that ranges of QAT fit both schemes
         return np.float32(max(high, 1e-8) / 127.0), np.uint8(128)
     scale = np.float32(max(high - low, 1e-8) / 255.0)
     return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))

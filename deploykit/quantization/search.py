@@ -1,4 +1,4 @@
-"""Find, by measuring, the layers that must stay in fp32 so that INT8 stays within a limit."""
+"""Find by measurement the layers that must stay in fp32 to keep the loss of INT8 within a limit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.tables import render
 
 SAMPLE = 64
-"""Number of rows that the sensitivity of a part is measured on."""
-_MOST_KEPT = 0.5  # share of parts in fp32, above which it is no longer an INT8 model
+"""Number of rows to measure a part's sensitivity on."""
+_MOST_KEPT = 0.5  # largest share of parts in fp32: above it the model is hardly INT8
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def hold_limit(
         name: the model's form, for messages and the trace.
         write: writes the graph with some parts left in fp32, and grades it.
         sample: outputs for some rows when only this part is INT8, or none is. It may overwrite the graph.
-        remedy: what the error suggests to try.
+        remedy: the error's suggestion.
 
     The last graph written is the result. Returns None if all parts are INT8. Raises ExportError with the measured table
     if half of the parts in fp32 do not hold the limit.

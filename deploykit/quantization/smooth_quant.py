@@ -43,9 +43,9 @@ def smoothing_scales(
     """Return the scales of each layer norm's output that linear layers of an encoder's fp32 ``graph`` read.
 
     ``alpha`` sets how much of the difficulty moves from activations (0: none) to weights (1: all). Channel maxima are
-    those of the tokenized rows, unpadded; ``token_types`` are for a graph that takes them. Layers that read one
-    activation (queries, keys, values) share their weights' maxima. A channel that is always 0, or has no weights, is
-    left unchanged.
+    those of the tokenized rows, unpadded; ``token_types`` are for graphs with token type ids. Layers with the same
+    input (queries, keys, values) share their weights' maxima. A channel that is always 0, or has no weights, is left
+    unchanged.
     """
     model = onnx.load(graph)
     readers = _readers_of_norms(model)
@@ -86,7 +86,7 @@ def smooth(model: onnx.ModelProto, scales: Scales) -> tuple[onnx.ModelProto, Smo
     constant = {
         n.output[0] for n in graph.node if n.op_type == "LayerNormalization" and {*n.input[1:]} <= weights.keys()
     }
-    folded = {name for name in kinds if name in constant and _linear_layers_alone_read(graph, name, by_output)}
+    folded = {name for name in kinds if name in constant and _only_linear_layers_read(graph, name, by_output)}
     nodes: list[onnx.NodeProto] = []
 
     def scaled(original: str, name: str, factor: NDArray[np.float32]) -> str:
@@ -140,8 +140,9 @@ def _readers_of_norms(model: onnx.ModelProto) -> dict[str, list[LinearLayer]]:
     return readers
 
 
-def _linear_layers_alone_read(graph: onnx.GraphProto, activation: str, layers: Collection[str]) -> bool:
-    """Return whether only ``layers``, named by their outputs, read the values of ``activation``. Shape reads no values."""
+def _only_linear_layers_read(graph: onnx.GraphProto, activation: str, layers: Collection[str]) -> bool:
+    """Return whether only ``layers``, named by their outputs, read the values of ``activation``. Shape reads no
+    values."""
     reads = [node for node in graph.node if activation in node.input and node.op_type != "Shape"]
     return all(node.output[0] in layers for node in reads) and activation not in {o.name for o in graph.output}
 

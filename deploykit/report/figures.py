@@ -1,7 +1,7 @@
-"""Draw the figures of a report: a bench result as JSON in, SVG text out.
+"""Draw the figures of a report as SVG from a bench result in JSON.
 
-Text stays text (the browser picks fonts that have the glyphs), and lines use the page's colour, so figures follow it
-into dark mode.
+Text stays text, so that the browser picks fonts with the glyphs, and lines use the page's colour, so that figures adapt
+to dark mode.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def throughput_bars(result: Record) -> str | None:
 
 @dataclass(frozen=True)
 class Scaling:
-    """How ``name`` performed as one parameter grew: a record's scenario at each value."""
+    """Results of ``name`` over the values of one parameter: a record's scenario at each value."""
 
     name: str
     points: Sequence[tuple[float, Record]]
@@ -234,7 +234,7 @@ def throughput_latency(result: Record) -> str | None:
 
 
 def accuracy_speed(result: Record) -> str | None:
-    """The task's headline metric against throughput in each candidate's headline scenario."""
+    """Draw the task's headline metric against throughput in each candidate's headline scenario."""
     metric = get_task(result["candidates"][0]["task"]).headline
     points = [
         (i, c["name"], headline(c)["throughput_per_s"]["median"], c["metrics"][metric])
@@ -369,9 +369,9 @@ def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, flo
 
 
 def frontier(tuning: Record) -> str:
-    """Draw the rate that holds the limit against memory, a mark for each trial.
+    """Draw the highest rate within the limit against memory, a mark for each trial.
 
-    The chosen settings are a star, the present ones have a ring, settings that hold the limits at no rate are crosses.
+    The chosen settings are a star, the present ones have a ring, settings without a rate within the limit are crosses.
     The line joins the settings that no other beats in both.
     """
     trials = [trial for trial in tuning["trials"] if trial["memory_mb"] is not None]

@@ -63,7 +63,7 @@ def write_report(record: Record, out: Path) -> None:
 
 
 def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]], out: Path) -> None:
-    """Write how an export found the layers that need fp32 to the HTML file ``out``.
+    """Write the search for layers in fp32 to the HTML file ``out``.
 
     ``searches`` are by engine, as in the export's manifest; ``limits`` are, for each metric, the checkpoint's and the
     lowest allowed. Raises MissingDependencyError without matplotlib.

@@ -1,1 +1,1 @@
-"""The code that runs on a serving machine: text in, answer out. It imports neither torch nor transformers."""
+"""The code that runs on a serving machine. It imports neither torch nor transformers."""

@@ -1,8 +1,8 @@
 """Pad texts of different lengths into batches.
 
-A text's padded length depends on its own length alone (its bucket), never on the rest of the batch. The reason: fused
+A text's padded length depends only on its own length (its bucket), never on the rest of the batch. The reason: fused
 kernels sum in an order that depends on the padded length, and in INT8 the last bit can move a value to the next step.
-With buckets, the same text gives the same bits in any batch. Few distinct lengths also bound the memory that engines
+With buckets, the same text gives the same bits in any batch. Few distinct lengths also limit the memory that engines
 spend on kernels compiled for each shape.
 """
 
@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from deploykit.errors import DataError
 
 DEFAULT_TOKEN_BUDGET = 512
-"""As fast on a CPU as larger budgets, with fewer distinct shapes and so less memory (measured from 256 to 2048)."""
+"""Padded tokens of a batch. On a CPU as fast as larger budgets, with fewer shapes and so less memory (measured from
+256 to 2048)."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``rows`` are indices of the given texts; both arrays are int64 [rows, bucket length]."""
+    """A padded batch. ``rows`` are indices of the given texts; both arrays are int64 [rows, bucket length]."""
 
     rows: NDArray[np.int64]
     input_ids: NDArray[np.int64]

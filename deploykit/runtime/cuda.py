@@ -1,8 +1,8 @@
 """The part of NVIDIA's driver that an engine needs: a GPU, device and host memory, a stream, CUDA graphs.
 
-ctypes calls the driver's own library. It is present wherever a GPU can be used, and its functions stay compatible from
-release to release. Packages that wrap it (cuda-bindings, CuPy) must match the CUDA release of the machine, on a Jetson
-that of JetPack; two dozen functions do not justify that.
+ctypes calls the driver's own library, which is present wherever a GPU can be used and stays compatible between
+releases. Packages that wrap it (cuda-bindings, CuPy) must match the machine's CUDA release, on a Jetson JetPack's; two
+dozen functions do not justify that.
 
 Source: NVIDIA "CUDA Driver API": "Initialization", "Primary Context Management", "Memory Management", "Stream
 Management", "Graph Management". cuda.h maps the plain names to the ``_v2`` ones.
@@ -136,13 +136,14 @@ class Gpu:
             reason = (text.value or b"unknown error").decode(errors="replace")
             raise EngineError(f"CUDA: {name}: {reason} ({result})", "check nvidia-smi; restart the process")
 
-    def _made(self, create: str, handle: Any, *arguments: Any, destroy: str, owner: object) -> Any:
-        """Call ``create`` and return the handle it fills. ``destroy`` releases it when ``owner`` is garbage-collected."""
+    def _create(self, create: str, handle: Any, *arguments: Any, destroy: str, owner: object) -> Any:
+        """Call ``create`` and return the handle it fills. ``destroy`` releases it when ``owner`` is
+        garbage-collected."""
         self._check(create, byref(handle), *arguments)
-        weakref.finalize(owner, self._give_back, destroy, handle.value)
+        weakref.finalize(owner, self._release, destroy, handle.value)
         return handle.value
 
-    def _give_back(self, destroy: str, handle: int) -> None:
+    def _release(self, destroy: str, handle: int) -> None:
         # Results are ignored: at the end of the process the driver may already be unloaded.
         self._library.cuCtxSetCurrent(self._context)
         getattr(self._library, destroy)(handle)
@@ -153,7 +154,7 @@ class DeviceMemory:
 
     def __init__(self, gpu: Gpu, size: int) -> None:
         self.size = max(1, size)
-        self.address: int = gpu._made("cuMemAlloc_v2", c_uint64(), self.size, destroy="cuMemFree_v2", owner=self)
+        self.address: int = gpu._create("cuMemAlloc_v2", c_uint64(), self.size, destroy="cuMemFree_v2", owner=self)
 
 
 class Buffer(DeviceMemory):
@@ -162,7 +163,7 @@ class Buffer(DeviceMemory):
     def __init__(self, gpu: Gpu, size: int) -> None:
         super().__init__(gpu, size)
         self._gpu = gpu
-        self._host: int = gpu._made("cuMemAllocHost_v2", c_void_p(), self.size, destroy="cuMemFreeHost", owner=self)
+        self._host: int = gpu._create("cuMemAllocHost_v2", c_void_p(), self.size, destroy="cuMemFreeHost", owner=self)
 
     def view(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Return the host memory as an array. It is valid as long as the buffer is."""
@@ -186,7 +187,7 @@ class Stream:
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self.handle: int = gpu._made(
+        self.handle: int = gpu._create(
             "cuStreamCreate", c_void_p(), _NON_BLOCKING, destroy="cuStreamDestroy_v2", owner=self
         )
 
@@ -241,7 +242,7 @@ class Graph:
 
     def __init__(self, gpu: Gpu, captured: c_void_p) -> None:
         self._gpu = gpu
-        self._handle: int = gpu._made(
+        self._handle: int = gpu._create(
             "cuGraphInstantiateWithFlags", c_void_p(), captured, 0, destroy="cuGraphExecDestroy", owner=self
         )
 

@@ -1,7 +1,7 @@
-"""Decode sentences in a running batch that sentences join and leave between any two steps.
+"""Decode sentences in a running batch, which sentences join and leave between steps.
 
 A step feeds every running row its last token. Waiting sentences join as soon as there is room, and finished ones leave
-at once, so no row is computed in vain. A sentence's tokens and score do not depend on the other rows of the batch.
+immediately, so no row is wasted. A sentence's tokens and score do not depend on the other rows of the batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Float
 
 MAX_CACHE_BYTES = 512 << 20
 _TOKENS_PER_ENCODE = 2048
-_AT_ONCE_S = 0.002  # time that a model may take steps by itself; requests that arrive meanwhile have to wait
+_MULTI_STEP_S = 0.002  # how long a model may take steps by itself; requests that arrive meanwhile have to wait
 _JOIN_SHARE = 8  # a full batch admits sentences when an eighth of its rows is free: encoding them one by one is slow
 
 
@@ -124,7 +124,7 @@ class Decoder:
         self.seconds = Seconds()
         self.max_rows = max_rows
         self._model = model
-        self._step_s = _AT_ONCE_S  # duration of the last step
+        self._step_s = _MULTI_STEP_S  # duration of the last step
         self._runner = model if isinstance(model, MultiStepModel) else None
         self._task = task
         self._max_cache_bytes = max_cache_bytes
@@ -135,8 +135,8 @@ class Decoder:
         self._rules = lru_cache(maxsize=256)(partial(Rules, eos_token_ids=task.eos_token_ids))
         self._ends = np.zeros(model.vocabulary, bool)
         self._ends[list(task.eos_token_ids)] = True
-        # State of each row: its tokens, from the start token on; their number, its limit, and the number at which the rules
-        # change; what to compute in a step; the sum of log-probabilities; a forced token; and its sentence.
+        # State of each row: its tokens, from the start token on; their number, its limit, and the number at which the
+        # rules change; what to compute in a step; the sum of log-probabilities; a forced token; and its sentence.
         self._tokens = np.zeros((max_rows, task.max_target_length + 1), np.int64)
         self._counts, self._flags = np.zeros((3, max_rows), np.int64), np.zeros((3, max_rows), bool)
         self._lengths, self._limits, self._rules_change = self._counts
@@ -236,7 +236,7 @@ class Decoder:
         plan = self._plan = self._plan or self._make_plan()
         same_for = self._update_selection(plan)
         if self._runner is not None and plan.held:
-            most = min(same_for, max(1, int(_AT_ONCE_S / self._step_s)))
+            most = min(same_for, max(1, int(_MULTI_STEP_S / self._step_s)))
             if plan.beams:
                 ((sentences, of_sentences),) = plan.beams
                 held = [sentence.held for sentence in sentences]
@@ -468,7 +468,8 @@ class Decoder:
         return done
 
     def _choose_greedily(self, plan: _Plan, chosen: Ints, gained: Floats) -> list[Sentence]:
-        """Append the ``chosen`` token to each greedy row, and its log-probability to the score where one is requested."""
+        """Append the ``chosen`` token to each greedy row, and its log-probability to the score where one is
+        requested."""
         rows = plan.greedy
         lengths, tokens = self._lengths[rows], chosen[rows]
         self._sums[rows] += np.where(plan.selection.scored[rows], gained[rows], np.float32(0))

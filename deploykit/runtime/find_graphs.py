@@ -1,4 +1,4 @@
-"""Choose the engine, the precision and the graph files of an export or a packaged model."""
+"""Choose engine, precision and graph files of an export or a packaged model."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
         check_name(engine)
         names = [engine]
     else:
-        names = installed_engines() if kind == "encoder" else _generating(kind, installed_only=True)
-    if kind != "encoder" and not _generates(ENGINES[names[0]], kind):
+        names = installed_engines() if kind == "encoder" else _engines_for(kind, installed_only=True)
+    if kind != "encoder" and not _runs_kind(ENGINES[names[0]], kind):
         what = "translation" if kind == "encoder-decoder" else "language models"
-        raise UsageError(f"the engine {engine} does not run {what}", f"give --engine {' or '.join(_generating(kind))}")
+        raise UsageError(f"the engine {engine} does not run {what}", f"give --engine {' or '.join(_engines_for(kind))}")
     for name in names:
         if to_run:
             check_engine(name)
@@ -73,13 +73,14 @@ def find_graphs(path: Path, manifest: Manifest, *, engine: str, precision: str, 
     raise ArtifactError(f"{path}: has no {precision} graph for the engine {names[-1]}", remedy)
 
 
-def _generating(kind: GraphKind, *, installed_only: bool = False) -> list[str]:
-    """Return the engines that run graphs of this kind, best first. The last one is included even if it is not installed."""
-    names = [name for name, info in ENGINES.items() if _generates(info, kind)]
+def _engines_for(kind: GraphKind, *, installed_only: bool = False) -> list[str]:
+    """Return the engines that run graphs of this kind, best first. The last one is included even if it is not
+    installed."""
+    names = [name for name, info in ENGINES.items() if _runs_kind(info, kind)]
     return [name for name in names if not installed_only or ENGINES[name].installed or name == names[-1]]
 
 
-def _generates(info: EngineInfo, kind: GraphKind) -> bool:
+def _runs_kind(info: EngineInfo, kind: GraphKind) -> bool:
     return bool(info.decoder if kind == "encoder-decoder" else info.language_models)
 
 

@@ -1,4 +1,4 @@
-"""How the next token of an answer is chosen: the options of a request, and the choice itself, in numpy.
+"""Sample the next token of an answer with numpy, by the options of a request.
 
 The order of the rules is that of Hugging Face's ``generate``: penalties, temperature, top-k, top-p, min-p.
 """
@@ -23,12 +23,12 @@ _MOST_ANSWERS = 128
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled. ``temperature`` 0 is greedy search; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+    """Sampling options. ``temperature`` 0 is greedy search; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
 
-    ``repetition_penalty`` divides the positive logits of tokens that stand in the prompt or the answer (and multiplies
-    the negative ones); ``presence_penalty`` and ``frequency_penalty`` are subtracted from the logits of tokens in the
-    answer, once and as often as they stand there. ``stop``: texts that end an answer, and are cut off. ``n``: answers
-    to each prompt.
+    ``repetition_penalty`` divides the positive logits of tokens in the prompt or the answer, and multiplies the
+    negative ones. ``presence_penalty`` and ``frequency_penalty`` are subtracted from the logits of tokens in the
+    answer, once and once per occurrence. ``stop``: texts that end an answer, and are cut off. ``n``: answers to each
+    prompt.
     """
 
     max_new_tokens: int = 256
@@ -61,7 +61,8 @@ PARAMETERS = tuple(field.name for field in dataclasses.fields(Sampling))
 
 
 def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
-    """Return ``default`` with the ``given`` values. Raises UsageError naming the first that is unknown or out of range."""
+    """Return ``default`` with the ``given`` values. Raises UsageError naming the first that is unknown or out of
+    range."""
     changes: dict[str, Any] = {}
     for name, value in given.items():
         if name not in PARAMETERS:
@@ -89,8 +90,7 @@ def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
 
 
 class Sampler:
-    """Chooses the tokens of one answer. Its random numbers depend on seed, prompt and answer number alone: not on the
-    rows beside it."""
+    """A sampler of one answer. Its random numbers depend only on seed, prompt and answer number, not on other rows."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], answer: int = 0) -> None:
         self._sampling = sampling
@@ -123,16 +123,16 @@ class Sampler:
 
     def _drawn(self, logits: Logits) -> int:
         kept, probabilities = distribution(logits, self._sampling)
-        # Drawn from the cumulative sum by hand: ``Generator.choice`` renormalizes and is slower.
+        # Draw from the cumulative sum: ``Generator.choice`` renormalizes and is slower.
         cumulative = np.cumsum(probabilities)
         index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         return int(kept[min(index, len(kept) - 1)])
 
 
 def distribution(logits: Logits, sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the tokens that temperature, top-k, top-p and min-p leave, the likeliest first, and their probabilities.
+    """Return the tokens kept by temperature, top-k, top-p and min-p, most probable first, and their probabilities.
 
-    Among equal logits the lower id comes first. Ids are int64 [kept], probabilities float64 [kept], and add up to 1.
+    Of equal logits the lower id comes first. Ids are int64 [kept], probabilities float64 [kept], with sum 1.
     """
     scaled = logits.astype(np.float64) / sampling.temperature
     if 0 < sampling.top_k < len(scaled):
@@ -144,7 +144,7 @@ def distribution(logits: Logits, sampling: Sampling) -> tuple[NDArray[np.int64],
     probabilities = np.exp(values - values[0])
     probabilities /= probabilities.sum()
     if sampling.top_p < 1:
-        # The smallest set of the likeliest tokens whose probabilities reach top-p.
+        # The smallest set of the most probable tokens whose probabilities reach top-p.
         count = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p, side="left")) + 1
         order, probabilities = order[:count], probabilities[:count]
         probabilities = probabilities / probabilities.sum()

@@ -1,6 +1,6 @@
-"""Choose the next token: rules of a generation config, and beam search.
+"""Choose the next token by the rules of a generation config, and by beam search.
 
-Given the same logits, the result is the tokens of Hugging Face's ``generate`` (transformers 5, generation/utils.py and
+Given the same logits, the tokens are those of Hugging Face's ``generate`` (transformers 5, generation/utils.py and
 logits_process.py). Sentences are searched one by one, so nothing depends on the rest of the batch.
 """
 
@@ -22,7 +22,7 @@ NEVER = -1e9
 
 
 class Rules:
-    """Tokens that a generation config forbids and forces. ``eos_token_ids`` end a text."""
+    """The tokens that a generation config forbids and forces. ``eos_token_ids`` end a text."""
 
     def __init__(self, generation: Generation, eos_token_ids: Sequence[int]) -> None:
         self._generation = generation
@@ -151,7 +151,7 @@ class Beam:
 
 
 def candidates(beams: int, eos_token_ids: Sequence[int]) -> int:
-    """Return how many continuations of a sentence to look at, so that ``beams`` of them remain even if some end."""
+    """Return how many continuations of a sentence to consider, so that ``beams`` of them remain even if some end."""
     return max(2, 1 + len(eos_token_ids)) * beams
 
 

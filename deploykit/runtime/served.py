@@ -1,4 +1,4 @@
-"""Connect to a model on a running Triton server: the part of the client that all tasks share."""
+"""Connect to a model on a running Triton server: the base of all tasks' clients."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ServedModel:
         self._idle: deque[_Connection] = deque()
         self._pool = ThreadPoolExecutor(in_flight, "deploykit-client")
         try:
-            config = self._ask("GET", "config", patience=0.0)
+            config = self._request("GET", "config", patience=0.0)
             self.facts: TaskFacts = self._read_task(config)
         except BaseException:
             self.close()
@@ -93,7 +93,7 @@ class ServedModel:
 
     def identity(self) -> str:
         """Return a digest of what the server says of the model: its address, configuration and loaded versions."""
-        loaded = self._ask("GET", "stats", patience=self._patience)
+        loaded = self._request("GET", "stats", patience=self._patience)
         return digest_of(self._url, self._config, [model["version"] for model in loaded["model_stats"]])
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class ServedModel:
                     raise
                 if len(chunk) == 1:
                     return [failed(error.message[found.end() :])]
-                # Every row is bad, but the error names the first only.
+                # All rows were refused, but the error names only the first.
                 return [row for one in chunk for row in ask([one])]
 
         raw = [_SURROGATE.sub("\ufffd", text).encode() for text in texts]
@@ -146,7 +146,7 @@ class ServedModel:
     def _infer(
         self, inputs: Mapping[str, Sequence[bytes]], names: Sequence[str], parameters: Mapping[str, Any] | None = None
     ) -> list[NDArray[Any]]:
-        """Return the outputs ``names`` for the texts of each input, a row each."""
+        """Return the outputs ``names`` for the texts of each input, one row per text."""
         tensors = []
         for name, texts in inputs.items():
             tensors.append(triton.InferInput(name, [len(texts), 1], "BYTES"))
@@ -155,10 +155,12 @@ class ServedModel:
         body, json_size = triton.InferenceServerClient.generate_request_body(
             tensors, outputs=outputs, parameters=parameters or None
         )
-        answer = self._ask("POST", "infer", body, json_size, patience=self._patience)
+        answer = self._request("POST", "infer", body, json_size, patience=self._patience)
         return [answer.as_numpy(name) for name in names]
 
-    def _ask(self, method: str, what: str, body: bytes = b"", json_size: int | None = None, *, patience: float) -> Any:
+    def _request(
+        self, method: str, what: str, body: bytes = b"", json_size: int | None = None, *, patience: float
+    ) -> Any:
         """Request ``what`` of this model. Returns an InferResult, or parsed JSON if ``json_size`` is None.
 
         Retries until the request is answered or refused for good, or ``patience`` seconds are over.

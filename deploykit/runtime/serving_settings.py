@@ -12,7 +12,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 LongInput = Literal["split", "refuse"]
 """How to handle a text that is too long for the model: split it at sentence ends, or refuse it."""
 Split = Literal["sentence", "paragraph", "none"]
-"""Which pieces of a text are translated one by one: its sentences, its lines, or the whole of it."""
+"""Pieces of a text that are translated one by one: its sentences, its lines, or the whole text."""
 _MAY_BE_ZERO = (
     "threads",
     "token_budget",
@@ -27,13 +27,13 @@ _MAY_BE_ZERO = (
 class ServingSettings:
     """Settings with which Triton runs a model, as config.pbtxt records them. Times are in microseconds.
 
-    For all tasks:
+    Classification and question answering: ``token_budget`` limits rows x padded length of one run of the engine (0: the
+    engine's default); ``preferred_batch_size`` is the batch size, the rest being left to another instance (0: up to
+    ``max_batch_size``).
 
-    Not of translation: ``token_budget`` bounds rows x padded length of one run of the engine, 0 as suits it.
-    ``preferred_batch_size``: of more rows that wait, so many are one batch and the rest another's; 0: all up to
-    ``max_batch_size``. Times are in microseconds. Of translation alone: ``max_rows`` bounds texts x beams of one step,
-    ``max_cache_mb`` the MiB of their keys and values; ``long_input`` is what becomes of a text longer
-    than the model takes; ``split`` which pieces of a text are translated one by one; without ``in_flight`` a text waits until all that run before it are done.
+    Translation: ``max_rows`` limits texts x beams of one step, ``max_cache_mb`` (MiB) their keys and values;
+    ``long_input`` and ``split`` are the model's defaults; without ``in_flight`` a text waits until the running batch is
+    done.
     """
 
     max_batch_size: int = 64

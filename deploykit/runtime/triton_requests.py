@@ -1,4 +1,4 @@
-"""Parts of the Triton backend that all tasks share: config.pbtxt, the texts of a request, refusals, output tensors."""
+"""Parts of the Triton backend common to all tasks: config.pbtxt, texts of a request, refusals, output tensors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class FailedError(RefusedError):
 
 
 class Rows:
-    """The texts that one request has in the input ``name``, with an error ("" for none) for each row.
+    """The texts of one request in the input ``name``, with an error ("" for none) for each row.
 
     Raises RefusedError when no row is valid.
     """

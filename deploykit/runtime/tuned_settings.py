@@ -1,7 +1,7 @@
 """Record the engine and precision that ``deploykit tune`` found best: the meaning of ``--engine auto`` on this machine.
 
-The record is a file beside the export's own. The manifest does not list it, because it describes a machine and the
-export stays the same without it.
+The record is a file in the export's folder. The manifest does not list it, because it describes a machine and not the
+export.
 """
 
 from __future__ import annotations

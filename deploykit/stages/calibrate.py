@@ -20,7 +20,7 @@ from deploykit.training.source import check_source
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The calibration at ``path``; ``reused`` when equal inputs had made it before."""
+    """The calibration at ``path``; ``reused`` if it already existed, made from the same inputs."""
 
     path: Path
     manifest: artifacts.Manifest
@@ -30,8 +30,8 @@ class Calibrated:
 def calibrate(source: Path, out: Path, options: CalibrationOptions, *, force: bool = False, say: Say) -> Calibrated:
     """Run rows through the fp32 graph of ``source`` and write the histograms of its activations to ``out``.
 
-    The manifest's parent is the checkpoint of the graph. Its metrics have rows, rows_digest, seconds, peak_memory_mb and ranges:
-    for each tensor, the range (low, high) that each method chooses.
+    The manifest's parent is the graph's checkpoint. Its metrics are rows, rows_digest, seconds, peak_memory_mb and
+    ranges: for each tensor, the range (low, high) that each method chooses.
     """
     options.check()
     exported = _export_at(source)

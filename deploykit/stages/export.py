@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 _TRTEXEC = {"workspace": "--memPoolSize=workspace:", "timing_cache": "--timingCacheFile="}
-"""Options of engines that are named as trtexec names them."""
+"""Options of engines -> their names in trtexec."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """The export at ``path``; ``reused`` when equal inputs had made it before.
+    """The export at ``path``; ``reused`` if it already existed, made from the same inputs.
 
     ``manifest.metrics`` has "parity" with PyTorch and "accuracy_table", a line for each engine and precision.
     """
@@ -105,7 +105,7 @@ def _draw_search(directory: Path, metrics: dict[str, Any], max_drop: float, say:
 
 
 def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
-    """What to type for this export; builder and GPU of its engines are left out."""
+    """Return the command line of this export, without builder and GPU of its engines."""
     words = ["deploykit", "export", str(checkpoint), "--output-dir", str(out)]
     settings = [(field, getattr(options, field.name)) for field in dataclasses.fields(options) if field.name != "trt"]
     if options.trt is not None:

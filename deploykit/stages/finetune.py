@@ -1,4 +1,4 @@
-"""Fine-tune: rows in, checkpoint out. The steps are the same for every task."""
+"""Fine-tune a checkpoint on rows. The steps are the same for every task."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
     """The part of fine-tuning that a task implements: reading rows, and training."""
 
     def train(self, rows: Rows[Row, Columns], work: Path, say: Say) -> Trained:
-        """Train and measure. Checkpoints and other files that a killed run needs again go to ``work``."""
+        """Train and measure. Files that a resumed run needs, such as checkpoints, go to ``work``."""
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """The checkpoint that a run left at ``path``; ``reused`` when equal inputs had made it before.
+    """The checkpoint at ``path``; ``reused`` if it already existed, made from the same inputs.
 
     ``manifest.metrics`` has the metrics of the held-out rows under "test", or "validation" where there are no test rows.
     """
@@ -58,7 +58,7 @@ def finetune(
     A killed run continues when it is started again with the same options, unless ``restart`` is set.
     """
     options.check()
-    _check_here(options)
+    _check_machine(options)
     inputs = _digest(options)
     if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
         return Finetuned(out, manifest, reused=True)
@@ -70,8 +70,8 @@ def finetune(
     return _run(stage, options, out, inputs, restart=restart, say=say)
 
 
-def _check_here(options: FinetuneOptions) -> None:
-    """Refuse what is no checkpoint, or cannot be trained on this machine, before seconds go into imports."""
+def _check_machine(options: FinetuneOptions) -> None:
+    """Raise an error for a model or options that cannot be trained on this machine, before the slow imports."""
     if options.mixed_precision == "fp16":
         import torch
 
@@ -137,7 +137,7 @@ def _digest(options: FinetuneOptions) -> str:
 
 @contextmanager
 def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Iterator[Path]:
-    """Yield the folder for training checkpoints of an unfinished run: beside ``out``, one for each set of inputs."""
+    """Yield the folder for checkpoints of an unfinished run, next to ``out``, one for each set of inputs."""
     work = out.absolute().with_name(f".{out.name}.{inputs[:12]}.training")
     with artifacts.explained(work):
         if restart:

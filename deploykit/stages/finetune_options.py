@@ -1,4 +1,4 @@
-"""Read the options of a run: from the command line, from a TOML file, from a run made before."""
+"""Read the options of a run from the command line, a TOML file, or an earlier run."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ else:
 
 
 ROWS = ("model", "train", "validation", "test")
-"""Options that name files, or something on the hub."""
+"""Options that name files, or a repository on the hub."""
 
 OPTIONS: Mapping[str, type[FinetuneOptions]] = {name: get_task(name).options() for name in task_names()}
 
 
 def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
-    """Complete the options that were named with the defaults of the task, the preset or the run that is continued.
+    """Complete the given options with defaults of the task, the preset or the continued run.
 
-    Files are named so that they are found from any folder. Raises UsageError for an option of another task, or of none.
+    Makes file names absolute. Raises UsageError for an unknown option, or one of another task.
     """
     from deploykit.training.rows import absolute
 
@@ -57,8 +57,8 @@ def _as_tuple(value: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
-    """``given``, where it names no rows and quantization-aware training goes on from a run of deploykit's, with the rows
-    of that run as it split them: none that it was trained on is held out."""
+    """Add the rows of the earlier run, with its splits, to ``given`` for quantization-aware training if it names no
+    rows, so that no training row of that run is held out."""
     run = Path(given.get("model") or "")
     splits = {name: run / "splits" / f"{name}.jsonl" for name in ("train", "validation", "test")}
     if not given.get("qat") or {*splits} & {*given} or not splits["train"].is_file():
@@ -75,7 +75,8 @@ def _with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Options from a TOML file, keys as in the dataclasses or as they once were. Raises UsageError naming a wrong key."""
+    """Read options from a TOML file, with keys of the dataclasses or their former names. Raises UsageError naming a
+    wrong key."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

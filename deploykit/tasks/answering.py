@@ -1,4 +1,4 @@
-"""Answer many rows with a model of any task: the records that ``deploykit predict`` prints and writes."""
+"""Answer many rows with a model of any task, as records for ``deploykit predict``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from deploykit.text import printable
 
 @dataclass(frozen=True)
 class AnsweredRow:
-    """The answer to the row at ``origin``; without one, ``error`` says why."""
+    """The answer to the row at ``origin``, or the ``error`` that says why there is none."""
 
     origin: str
     text: str
@@ -36,13 +36,13 @@ class AnsweredRow:
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return origin, text and the answer's columns; or origin and error."""
+        """Return origin, text and the answer's columns, or origin and error."""
         if self.answer is None:
             return {"origin": self.origin, "error": self.error}
         return {"origin": self.origin, "text": self.answer.asked or self.text, **self.answer.columns}
 
     def line(self) -> str:
-        """Return the row for a terminal: the answer; of one with a score, the answer, its score and the text."""
+        """Return the row for a terminal: the answer, and if it has a score, also score and text."""
         if self.answer is None:
             return f"{self.origin}: {self.error}"
         score = self.answer.columns.get("score")
@@ -87,9 +87,9 @@ def answer_source(
 ) -> Answered:
     """Write a record for each row of ``source`` to ``out``; see ``answer_file``.
 
-    A .jsonl file has an object a line. A .csv, .tsv or .parquet file has the columns of ``source`` and the answer's.
+    A .jsonl file has one object per line. A .csv, .tsv or .parquet file has the columns of ``source`` and the answer's.
 
-    ``identity`` stands for the model: with it, the source and the options, an unfinished file is continued.
+    ``identity`` identifies the model: an unfinished file with the same identity, source and options is continued.
     """
     suffix = out.suffix.lower()
     if suffix not in (*JSON_LINES, *TABLES):

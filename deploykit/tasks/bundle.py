@@ -1,4 +1,4 @@
-"""Define what a bundle for a Jetson needs of a task."""
+"""Define the interface of a task for Jetson bundles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deploykit.tensorrt.build import Inputs
 
 @dataclass(frozen=True)
 class Verdict:
-    """What comparing answers with those recorded found; ``limits`` say what will do."""
+    """The result of comparing answers with the recorded ones; ``limits`` is the text of what is acceptable."""
 
     right: bool
     told: str
@@ -24,33 +24,34 @@ class Verdict:
 
 
 class BundledTask(Protocol):
-    """``modules`` are what answering imports beside numpy and an engine. ``shortest`` is the least length that an engine
-    is built for, unless all texts are shorter. ``streams``: whether NAME_stream goes with the model."""
+    """A task's part of a bundle. ``modules`` are imports for answering besides numpy and the engine. ``shortest`` is
+    the least length to build an engine for, unless all texts are shorter. ``streams``: the model has a NAME_stream."""
 
     modules: tuple[str, ...]
     shortest: int
     streams: bool
 
     def files(self, precision: str) -> tuple[str, ...]:
-        """Of an export: the graphs that engines of ``precision`` are built from, then the weights of several of them."""
+        """Return the files of an export: the graphs to build engines of ``precision`` from, then weights shared by
+        graphs."""
 
     def inputs(self, graph: Path) -> Inputs:
-        """Of such a graph."""
+        """Return a graph's inputs."""
 
     def settings(self, most: int) -> ServingSettings:
-        """Those that keep every run of an engine within ``most`` rows."""
+        """Return settings that limit every run of an engine to ``most`` rows."""
 
     def read(self, source: str, *, kept: bool) -> Iterable[str | None]:
-        """Texts of a file of the user's, or of the rows that an export has ``kept``."""
+        """Read texts from a user's file, or from the rows that an export has ``kept``."""
 
     def load(self, folder: Path, files: Sequence[str], engine: str, parameters: Mapping[str, str]) -> Predictor:
-        """The model whose ``files`` the engine runs; ``parameters`` as config.pbtxt has them. Raises EngineError."""
+        """Load the model with the engine's ``files``; ``parameters`` are those of config.pbtxt. Raises EngineError."""
 
     def answers(self, model: Predictor, texts: Sequence[str]) -> list[Any]:
-        """What it makes of each text, as JSON has it."""
+        """Answer each text with JSON values."""
 
     def compare(self, answers: Sequence[Any], recorded: Sequence[Any], precision: str) -> Verdict:
-        """Judge the answers of an engine of ``precision``, row by row."""
+        """Compare the answers of an engine of ``precision`` with the recorded ones, row by row."""
 
 
 def share(pairs: Iterable[tuple[str, str]]) -> float:

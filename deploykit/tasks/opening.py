@@ -1,4 +1,4 @@
-"""Open whatever can answer: a checkpoint, an export, a packaged model, or a model on a running server."""
+"""Open a model: a checkpoint, an export, a packaged model, or a model on a running server."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def open_predictor(
     precision: str = "auto",
     threads: int | None = None,
 ) -> Predictor:
-    """Open what ``target`` names: a directory of any kind, or else a model on the server at ``url``."""
+    """Open the directory ``target``, or the model of that name on the server at ``url``."""
     path = Path(target)
     if not path.exists():
         if "/" in target:
@@ -43,7 +43,8 @@ def open_predictor(
 
 
 def identity_of(target: str, predictor: Predictor) -> str:
-    """Return what changes when another model stands behind ``target``: the digest of its files, or what its server says."""
+    """Return a value that changes when ``target`` becomes another model: the digest of its files, or the server's
+    answer."""
     path = Path(target)
     if isinstance(predictor, ServedModel):
         return predictor.identity()
@@ -51,7 +52,7 @@ def identity_of(target: str, predictor: Predictor) -> str:
 
 
 def open_for(task: str, target: str, **where: Any) -> Predictor:
-    """``open_predictor``, for a command that knows its task. Raises UsageError when ``target`` is for another."""
+    """Open ``target`` as ``open_predictor`` does. Raises UsageError if it is for another task."""
     predictor = open_predictor(target, **where)
     found, wanted = task_of(predictor.task), get_task(task)
     if found.name != wanted.name:
@@ -81,7 +82,7 @@ def open_graph(
 
 
 def open_served(name: str, url: str = DEFAULT_URL) -> Predictor:
-    """Connect to the model ``name`` on the server at ``url``, by what its config says it does."""
+    """Connect to the model ``name`` on the server at ``url``, as the task in its config."""
     served = ServedModel(name, url)
     served.close()
     return task_of(served.facts).open_served(name, url)

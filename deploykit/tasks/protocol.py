@@ -1,4 +1,4 @@
-"""The interface between stages and tasks. A task is one object with the members of ``Task``, in ``task.py`` of its folder.
+"""The interface between stages and tasks. A task is one object in its folder's ``task.py``, with the members of ``Task``.
 
 Methods import what they need when they run, so that a serving machine does not load the training half.
 """
@@ -22,7 +22,7 @@ __all__ = ["Answer", "Evaluation", "Grade", "GraphKind", "Predictor", "Progress"
 
 
 class Training(Protocol):
-    """What ``finetune`` needs, and how a checkpoint is known to be for the task."""
+    """Members for ``finetune``, and for recognizing a checkpoint of the task."""
 
     auto_model: str
     """The transformers class that loads its checkpoints: "AutoModelForSequenceClassification"."""
@@ -31,10 +31,10 @@ class Training(Protocol):
     model_types: tuple[str, ...]
     """Model types of this task only; empty: every type that no other task claims."""
     shared_types: tuple[str, ...]
-    """Model types that this task supports in common with other tasks."""
+    """Model types that this task shares with other tasks."""
 
     def options(self) -> type[Any]:
-        """Return the dataclass of a run's options (``FinetuneOptions``); its new fields become options of ``finetune``."""
+        """Return the dataclass of options (``FinetuneOptions``); its new fields become options of ``finetune``."""
 
     def training_stage(self, options: Any) -> Any:
         """Return an object that reads, cleans and splits rows, and trains (``deploykit.stages.finetune.Stage``)."""
@@ -79,7 +79,7 @@ class Serving(Protocol):
     """Default number of processes of a served model."""
 
     def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
-        """Return config.pbtxt with settings ``values`` and the facts' JSON ``record``; ``streams``: NAME_stream's model."""
+        """Return config.pbtxt from settings ``values`` and the facts' JSON ``record``; ``streams``: the streamed model."""
 
     def open_checkpoint(self, path: Path) -> Predictor:
         """Load a Hugging Face checkpoint in PyTorch."""
@@ -92,7 +92,7 @@ class Serving(Protocol):
 
 
 class Measuring(Protocol):
-    """Members for ``predict``, ``evaluate``, ``bench`` and ``tune``. ``generation`` replaces a model's search parameters."""
+    """Members for ``predict``, ``evaluate``, ``bench`` and ``tune``; ``generation`` replaces search parameters."""
 
     headline: str
     """The metric for comparing two models: "macro_f1"."""
@@ -116,7 +116,7 @@ class Measuring(Protocol):
         """Answer all texts in one call."""
 
     def grade(self, predictor: Any, texts: Sequence[str], truth: Sequence[str], generation: Any) -> Grade:
-        """Answer all texts in calls of a usual size, and grade them. Raises DataError for truth that no answer can equal."""
+        """Answer all texts in batches, and grade them. Raises DataError for a ``truth`` that no answer can match."""
 
     def evaluate(self, predictor: Any, source: str, *, split: str, encoding: str | None, columns: Options,
                  generation: Options, progress: Progress) -> Evaluation:  # fmt: skip

@@ -44,7 +44,7 @@ def task_names() -> list[str]:
 
 @cache
 def get_task(name: str) -> Task:
-    """Import the task of that name. Raises UsageError for an unknown one, naming those that there are."""
+    """Import the task ``name``. Raises UsageError listing the known names if it is unknown."""
     if name not in _locations():
         raise UsageError(f"unknown task {name!r}", f"choose one of: {', '.join(task_names())}")
     module, attribute = _locations()[name].split(":")
@@ -59,7 +59,7 @@ def get_task(name: str) -> Task:
 
 
 def added_packages() -> list[Path]:
-    """Return the modules and the metadata folders of the packages that add tasks, for a Python with another path."""
+    """Return the module and metadata folders of packages that add tasks, for a Python with another path."""
     found: list[Path] = []
     for point in importlib.metadata.entry_points(group=GROUP):
         spec = importlib.util.find_spec(point.module.partition(".")[0])
@@ -72,7 +72,7 @@ def added_packages() -> list[Path]:
 
 
 def task_of(facts: TaskFacts) -> Task:
-    """Return the task whose facts these are."""
+    """Return the task of ``facts``."""
     return get_task(facts.name)
 
 
@@ -82,8 +82,8 @@ def owner_of(model_type: str) -> Task | None:
 
 
 def task_of_checkpoint(checkpoint: Path) -> Task:
-    """Decide what a checkpoint is for: by deploykit's manifest; else by the head that ``architectures`` name; else by
-    the task that optimum infers from their class; else by the model type.
+    """Determine a checkpoint's task from deploykit's manifest, else from the head in ``architectures``, else from the
+    task that optimum infers for that class, else from the model type.
 
     A folder with neither manifest.json nor config.json is a LoRA adapter of a classifier.
     """
@@ -101,14 +101,14 @@ def task_of_checkpoint(checkpoint: Path) -> Task:
 
 
 def _auto_model(architecture: str) -> str | None:
-    """Return the class of transformers that loads models of a class, by the task that optimum infers; None if unknown."""
+    """Return the name of the auto class for an architecture, by the task that optimum infers; None if unknown."""
     try:
         import transformers
         from optimum.exporters.tasks import TasksManager
 
         task = TasksManager.infer_task_from_model(getattr(transformers, architecture))
         return str(TasksManager.get_model_class_for_task(task).__name__)
-    except (ImportError, AttributeError, ValueError, KeyError):  # no extra finetune, or no class of transformers
+    except (ImportError, AttributeError, ValueError, KeyError):  # optimum is not installed, or the class is unknown
         return None
 
 
@@ -117,12 +117,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def task_to_json(facts: TaskFacts) -> dict[str, Any]:
-    """Return the facts as a manifest holds them."""
+    """Return the facts as JSON for a manifest."""
     return {"name": facts.name, **dataclasses.asdict(facts)}
 
 
 def task_from_json(record: Mapping[str, Any]) -> TaskFacts:
-    """Rebuild facts from a manifest. Raises ArtifactError for a task that is unknown here, or has other fields."""
+    """Rebuild facts from a manifest. Raises ArtifactError for an unknown task or other fields."""
     try:
         return get_task(record["name"]).read_facts({k: _tuples(v) for k, v in record.items() if k != "name"})
     except (KeyError, TypeError, UsageError) as error:
@@ -133,7 +133,7 @@ def task_from_json(record: Mapping[str, Any]) -> TaskFacts:
 
 
 def task_of_parameters(parameters: Mapping[str, str]) -> TaskFacts:
-    """Rebuild facts from the parameters of a config.pbtxt: ``task`` and, of a classifier, ``labels`` (JSON texts).
+    """Rebuild facts from parameters of a config.pbtxt: ``task`` and, for a classifier, ``labels`` (JSON strings).
 
     Raises KeyError, ValueError or ArtifactError when they describe no task.
     """
@@ -142,7 +142,7 @@ def task_of_parameters(parameters: Mapping[str, str]) -> TaskFacts:
 
 
 def _tuples(value: Any) -> Any:
-    """Return JSON's lists as the tuples that the dataclasses hold."""
+    """Convert JSON's lists to the tuples of the dataclasses."""
     if isinstance(value, dict):
         return {name: _tuples(item) for name, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Define the types that a task's methods take and return."""
+"""Types of the arguments and results of a task's methods."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 GraphKind = Literal["encoder", "encoder-decoder", "decoder"]
-"""What an export holds: one graph that reads texts, an encoder and a decoder that writes token by token, or one graph
-that does both."""
+"""Graphs of an export: one encoder, an encoder with a decoder that generates token by token, or one decoder-only
+graph."""
 
 Options = Mapping[str, Any]
 """Options of a command by name; those that were not given are None."""
@@ -24,11 +24,11 @@ class TaskFacts(Protocol):
     name: ClassVar[str]
     graph_kind: ClassVar[GraphKind]
     max_chars: ClassVar[int]
-    """The most characters of a text; one with more is refused."""
+    """Longest text (characters) that is accepted."""
 
     @property
     def shape_limits(self) -> Mapping[str, int]:
-        """The most that a model takes of each axis: tokens of a text (``length``), positions of a cache (``past``)."""
+        """Largest size of each axis: tokens of a text (``length``), positions of a cache (``past``)."""
 
     @property
     def model_config(self) -> Mapping[str, Any]:
@@ -36,7 +36,7 @@ class TaskFacts(Protocol):
 
 
 class Predictor(Protocol):
-    """A model that answers, in this process or on a server."""
+    """A model that answers texts, in this process or on a server."""
 
     @property
     def task(self) -> TaskFacts: ...
@@ -49,10 +49,10 @@ class Predictor(Protocol):
 class Answer:
     """An answer to one text.
 
-    ``text`` is the whole answer as one string. ``tokens`` counts the tokens that a generating model wrote, otherwise 0.
-    ``fields`` are the answer's columns in a record of ``predict``, JSON values; without any, a record has one column
-    ``answer``. A field ``score`` is the probability of the answer. ``asked`` is what a record shows of a text that is
-    several inputs in one: the question, without its context.
+    ``text`` is the whole answer as one string. ``tokens`` counts generated tokens, or is 0. ``fields`` are the columns
+    of a record of ``predict``, JSON values; by default a record has one column ``answer``. A field ``score`` is the
+    answer's probability. ``asked`` replaces the text in a record if the text combines several inputs: the question
+    without its context.
     """
 
     text: str
@@ -77,7 +77,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Grade:
-    """The answers to every text and their metrics. ``labels`` are a classifier's, None for other tasks."""
+    """Answers to every text and their metrics. ``labels`` are a classifier's, None for other tasks."""
 
     labels: tuple[str, ...] | None
     answers: tuple[str, ...]

@@ -42,7 +42,7 @@ PRECISIONS = tuple(GRAPHS)
 TRANSLATOR_GRAPHS = {p: (f"encoder.trt.{p}.onnx", f"decoder.trt.{p}.onnx", f"shared.trt.{p}.bin") for p in PRECISIONS}
 """Precision -> the files of a translator's export: graphs in standard ONNX, and the weights of both."""
 GPU = r"portable|this-gpu|sm_\d{2,3}"
-"""Regular expression for names of a GPU target."""
+"""Regular expression of a GPU target."""
 BUILDERS = ("auto", "tensorrt", "trtexec", "rtx")
 _UNITS = {
     "": 1,
@@ -91,9 +91,10 @@ class Profile:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """As typed: ``precisions`` (none: fp16, and in an export with INT8 also int8), ``profiles`` like ``batch=1:8:32,length=16:64:128``, of a translator with ``past=1:32:128`` (none: one
-    over all lengths), ``workspace`` like ``1GiB``, ``gpu`` ``portable``, ``this-gpu`` or a compute capability like
-    ``sm_86``. ``command`` is the export's own, but for builder and GPU: whoever cannot load an engine is told it."""
+    """Options of engines, as typed. ``precisions`` (default: fp16, with INT8 also int8). ``profiles`` like
+    ``batch=1:8:32,length=16:64:128``, for a translator with ``past=1:32:128`` (default: one over all lengths).
+    ``workspace`` like ``1GiB``. ``gpu``: ``portable``, ``this-gpu`` or a compute capability like ``sm_86``. ``command``
+    is the export's command without builder and GPU; errors of engines that cannot be loaded show it."""
 
     precisions: tuple[str, ...] = ()
     profiles: tuple[str, ...] = ()
@@ -149,11 +150,11 @@ def parse_profile(text: str, limits: Limits | None = None) -> Profile:
 
 _SHAPES = ("--minShapes", "--optShapes", "--maxShapes")
 _SHAPE_AXES = {"input_ids": ("batch", "length"), "attention_mask": ("batch", "length"), "past": ("past",)}
-"""Axes of the shapes that a user gives, by input; ``past`` is the positions of a decoder's caches."""
+"""Axes of the shapes that a user gives, by input; ``past`` is the number of positions of a decoder's caches."""
 
 
 def profiles_of_shapes(minimum: Sequence[str], optimum: Sequence[str], maximum: Sequence[str]) -> tuple[str, ...]:
-    """Return a profile for each triple of shapes, which are typed as trtexec takes them: ``input_ids:8x64,past:64``.
+    """Return a profile for each triple of shapes in trtexec's syntax: ``input_ids:8x64,past:64``.
 
     Raises UsageError naming the option.
     """
@@ -171,7 +172,7 @@ def profiles_of_shapes(minimum: Sequence[str], optimum: Sequence[str], maximum: 
 
 
 def _axes(option: str, text: str) -> dict[str, int]:
-    """Return the size of each axis that ``input_ids:8x64`` names."""
+    """Parse ``input_ids:8x64`` to the size of each axis."""
     axes: dict[str, int] = {}
     for part in text.split(","):
         name, _, numbers = part.strip().partition(":")
@@ -188,7 +189,7 @@ def _axes(option: str, text: str) -> dict[str, int]:
 
 
 def shapes_of_profile(text: str) -> dict[str, str]:
-    """Return the options and shapes that ``profiles_of_shapes`` makes the profile ``text`` of."""
+    """Return the options and shapes from which ``profiles_of_shapes`` makes the profile ``text``."""
     ranges = {axis: numbers.split(":") for axis, _, numbers in (part.partition("=") for part in text.split(","))}
     return {
         option: f"input_ids:{ranges['batch'][i]}x{ranges['length'][i]}"
@@ -198,7 +199,7 @@ def shapes_of_profile(text: str) -> dict[str, str]:
 
 
 def workspace_of_pools(text: str) -> str:
-    """Return the size that ``workspace:1GiB`` names; as with trtexec, MiB without a unit. ``1GiB`` alone is taken too."""
+    """Return the size in ``workspace:1GiB``; as with trtexec, MiB without a unit. Accepts ``1GiB`` alone too."""
     size = text.strip().removeprefix("workspace:")
     return f"{size}MiB" if size.isdigit() and size != text.strip() else size
 
@@ -212,7 +213,7 @@ def parse_size(text: str) -> int:
 
 
 def choose_builder(name: str) -> str:
-    """Resolve ``auto``: TensorRT where there is a GPU, else TensorRT-RTX. Raises MissingDependencyError."""
+    """Resolve ``auto``: TensorRT if there is a GPU, else TensorRT-RTX. Raises MissingDependencyError."""
     here = {"tensorrt": _importable("tensorrt"), "trtexec": bool(shutil.which("trtexec")), "rtx": _importable("rtx")}
     if name == "auto":
         names = ("tensorrt", "trtexec", "rtx") if has_gpu() else ("rtx",)
@@ -228,7 +229,7 @@ def choose_builder(name: str) -> str:
 
 
 def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
-    """Return the builder and the profiles, checked before the export's work starts.
+    """Check the options before the export starts. Returns the builder and the profiles.
 
     Raises UsageError naming the option, MissingDependencyError.
     """
@@ -333,7 +334,7 @@ def _build(
     layers, int8_gemms = count_layers(log)
     if precision == "int8" and layers and not int8_gemms:
         raise ExportError(f"{builder} runs none of {graph.name}'s layers in INT8", "report this graph")
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(layers.items())) or "the builder does not tell"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(layers.items())) or "not reported by the builder"
     say(f"{engine.name}: {engine.stat().st_size / 1e6:.1f} MB, {int8_gemms} INT8 matrix products; layers: {kinds}")
     return EngineRecord(
         file=engine.name,
@@ -367,7 +368,7 @@ def count_layers(log: Sequence[str]) -> tuple[dict[str, int], int]:
 def _build_here(
     builder: str, graph: Path, inputs: Inputs, engine: Path, profiles: Sequence[Profile], options: EngineOptions
 ) -> tuple[str, list[str]]:
-    """Build with the Python bindings, which TensorRT and TensorRT-RTX share."""
+    """Build with the Python bindings, the same for TensorRT and TensorRT-RTX."""
     trt = importlib.import_module(BINDINGS[builder])
     lines: list[str] = []
     log = make_log(trt, lines)
@@ -376,11 +377,11 @@ def _build_here(
     network = maker.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        raise _refused(graph, [parser.get_error(i) for i in range(parser.num_errors)])
+        raise _unsupported_operator(graph, [parser.get_error(i) for i in range(parser.num_errors)])
     config = maker.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, parse_size(options.workspace))
-    _aim(trt, builder, config, options.gpu)
+    _set_target(trt, builder, config, options.gpu)
     for profile in profiles:
         shapes = maker.create_optimization_profile()
         for name, dimensions in inputs.items():
@@ -395,7 +396,7 @@ def _build_here(
         config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""), False)
     blob = maker.build_serialized_network(network, config)
     if blob is None:
-        raise _not_built(f"{builder} {trt.__version__}", graph, last_error(lines), "report this graph")
+        raise _build_error(f"{builder} {trt.__version__}", graph, last_error(lines), "report this graph")
     engine.write_bytes(memoryview(blob))
     if cache is not None:
         with new_file(cache) as temporary:
@@ -416,7 +417,7 @@ def read_inputs(graph: Path) -> Inputs:
     return {i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in model.graph.input}
 
 
-def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
+def _set_target(trt: Any, builder: str, config: Any, target: str) -> None:
     if builder == "rtx" and target != "portable":
         name = "CURRENT" if target == "this-gpu" else target.replace("sm_", "SM")
         config.num_compute_capabilities = 1
@@ -425,7 +426,7 @@ def _aim(trt: Any, builder: str, config: Any, target: str) -> None:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
 
 
-def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportError:
+def _build_error(builder: str, graph: Path, reason: str, remedy: str) -> ExportError:
     """Return the error for a failed build. ``remedy`` is used if none of the known causes applies."""
     if re.search(
         r"out ?of ?memory|(insufficient|not enough|failed to allocate) \w*\s?memory|killed", reason, re.IGNORECASE
@@ -438,8 +439,8 @@ def _not_built(builder: str, graph: Path, reason: str, remedy: str) -> ExportErr
     return ExportError(f"{builder} cannot build {graph.name}: {reason}", remedy)
 
 
-def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
-    """Return an error naming what the parser rejected: node, operator and the PyTorch module it came from."""
+def _unsupported_operator(graph: Path, errors: Sequence[Any]) -> ExportError:
+    """Return an error naming the rejected node, its operator and the PyTorch module it came from."""
     if not errors:
         return ExportError(f"TensorRT cannot read {graph.name}", "export the model again")
     error = errors[0]
@@ -447,7 +448,7 @@ def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
     module = ".".join(node.strip("/").split("/")[1:-1])
     others = {f"{e.node_operator()} ({e.node_name()})" for e in errors[1:]} - {f"{operator} ({node})"}
     return ExportError(
-        f"TensorRT does not take the operator {operator} of {graph.name} (node {node}"
+        f"TensorRT does not support the operator {operator} of {graph.name} (node {node}"
         + (f", from the PyTorch module {module}" if module else "")
         + f"): {error.desc()}"
         + (f"; nor {', '.join(sorted(others))}" if others else ""),
@@ -459,7 +460,7 @@ def _refused(graph: Path, errors: Sequence[Any]) -> ExportError:
 def trtexec_command(
     graph: Path, engine: Path, profiles: Sequence[Profile], options: EngineOptions, inputs: Inputs = CLASSIFIER_INPUTS
 ) -> list[str]:
-    """Return the arguments with which trtexec 10.3 and later builds the same as the bindings."""
+    """Return the arguments for trtexec 10.3 and later to build the same engine as the bindings."""
     command = ["trtexec", f"--onnx={graph}", f"--saveEngine={engine}", "--stronglyTyped", "--skipInference",
                "--verbose", "--profilingVerbosity=detailed",
                f"--memPoolSize=workspace:{max(1, parse_size(options.workspace) >> 20)}M"]  # fmt: skip
@@ -485,10 +486,10 @@ def _run_trtexec(
     )
     lines = done.stdout.splitlines()
     if done.returncode or not engine.is_file() or not engine.stat().st_size:
-        reason = next((line for line in reversed(lines) if "[E]" in line), lines[-1] if lines else "it says nothing")
+        reason = next((line for line in reversed(lines) if "[E]" in line), lines[-1] if lines else "no message")
         if done.returncode == -signal.SIGKILL:
             reason = "it was killed, as Linux does where memory ends"
-        raise _not_built("trtexec", graph, reason, f"run it yourself: {shlex.join(command)}")
+        raise _build_error("trtexec", graph, reason, f"run it yourself: {shlex.join(command)}")
     version = next((m[1] for line in lines if (m := re.search(r"TensorRT version: (\d[\d.]*)", line))), "unknown")
     return version, lines
 

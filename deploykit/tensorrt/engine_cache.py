@@ -1,7 +1,6 @@
-"""Cache built engines in the user's cache directory, by a digest of everything that determines them.
+"""Cache built engines in the user's cache directory, by a digest of all inputs.
 
-Builders take minutes, and all but TensorRT-RTX measure kernels: the same graph, options, builder and GPU would give the
-same engine, or an equally good one.
+Building takes minutes, and would give the same or an equally good engine for the same graph, options, builder and GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ def folder() -> Path:
 
 
 def take(key: str, engine: Path) -> EngineRecord | None:
-    """Copy the entry ``key`` to ``engine`` and beside it. Returns None if there is no complete entry."""
+    """Copy the entry ``key`` (engine, record, log) to ``engine``. Returns None if there is no complete entry."""
     kept = folder() / key / "engine"
     try:
         record = read_record(kept)

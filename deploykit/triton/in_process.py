@@ -1,4 +1,4 @@
-"""Run the Triton backend without Triton: ``model.py`` runs in this process, with dynamic batching like Triton's.
+"""Run the Triton backend without Triton: ``model.py`` in this process, with dynamic batching like Triton's.
 
 The backend gets tensors, errors and metrics from the module ``triton_python_backend_utils``, which only Triton
 provides. This module implements the part that the backend uses. Requests that arrive while a batch runs form the next
@@ -47,7 +47,7 @@ class Tensor:
 
 
 class TritonError:
-    """Why a request has no answer: part of a response, not raised, as in Triton. ``code`` is one of those below."""
+    """The error in a response, not raised, as in Triton. ``code`` is one of those below."""
 
     UNKNOWN, INTERNAL, NOT_FOUND, INVALID_ARG, UNAVAILABLE, UNSUPPORTED, ALREADY_EXISTS, CANCELLED = range(8)
 
@@ -66,8 +66,8 @@ class TritonModelException(EngineError):
 
 
 class InferenceRequest:
-    """A request: texts of each input, object [rows, 1] of bytes; requested outputs; parameters. ``answer`` will hold the
-    response."""
+    """A request: texts of each input, object [rows, 1] of bytes; requested outputs; parameters. ``answer`` will hold
+    the response."""
 
     def __init__(
         self, texts: Mapping[str, NDArray[Any]], outputs: Sequence[str], parameters: Mapping[str, Any]
@@ -115,7 +115,7 @@ class Logger:
 
 
 class MetricFamily:
-    """A stand-in: metrics are discarded, because nothing reads them without Triton."""
+    """A stand-in that discards metrics, because nothing reads them without Triton."""
 
     COUNTER, GAUGE = range(2)
 

@@ -1,4 +1,4 @@
-"""Serve a model of this process over HTTP, with Triton's API: for a device without Triton.
+"""Serve a model of this process over HTTP with Triton's API, for a device without Triton.
 
 Clients of Triton's HTTP API work unchanged: tensors as JSON or in Triton's binary extension, the same names, errors and
 status codes. It takes texts and returns any tensor. It has no shared memory, no compression and no gRPC.
@@ -79,7 +79,7 @@ def _answer(model: InProcessModel, method: str, path: str, body: bytes, header_l
         return _json(_metadata(model))
     request = _read_request(body, header_length)
     texts = _texts(request, body, header_length, model)
-    wanted = _wanted(request, model)
+    wanted = _requested_outputs(request, model)
     response = model.infer(InferenceRequest(texts, list(wanted), _parameters(request)))
     if (error := response.error()) is not None:
         raise _Bad(error.message(), _STATUS.get(error.code(), 500))
@@ -126,7 +126,7 @@ def _parameters(tensor: Mapping[str, Any]) -> dict[str, Any]:
 def _texts(
     request: Mapping[str, Any], body: bytes, header_length: int | None, model: InProcessModel
 ) -> dict[str, NDArray[Any]]:
-    """The texts of each of the model's inputs, as many of each; binary ones follow the JSON in the request's order."""
+    """Return the texts of each input, all of one length. Binary ones follow the JSON in the request's order."""
     names = [tensor["name"] for tensor in model.config["input"]]
     given = [t.get("name") for t in request["inputs"]]
     if sorted(map(str, given)) != sorted(names):
@@ -143,7 +143,7 @@ def _texts(
 
 
 def _input(tensor: Mapping[str, Any], binary: memoryview, most: int) -> tuple[NDArray[Any], memoryview]:
-    """One input's texts, object [rows, 1] of bytes, and what is left of the binary data."""
+    """Return one input's texts, object [rows, 1] of bytes, and the rest of the binary data."""
     name = tensor["name"]
     if tensor.get("datatype") != "BYTES":
         raise _Bad(f"input {name} must be BYTES, not {tensor.get('datatype')}")
@@ -191,7 +191,7 @@ def _unpack(name: str, data: memoryview) -> Iterator[bytes]:
         yield bytes(data[position - length : position])
 
 
-def _wanted(request: Mapping[str, Any], model: InProcessModel) -> dict[str, bool]:
+def _requested_outputs(request: Mapping[str, Any], model: InProcessModel) -> dict[str, bool]:
     """Return the names of the requested outputs (none: all), and for each whether it is requested in binary."""
     known = [output["name"] for output in model.config["output"]]
     everywhere = bool(_parameters(request).get("binary_data_output", False))
@@ -236,7 +236,8 @@ def _json(content: Mapping[str, Any], status: int = 200) -> Answer:
 
 
 class KServeServer:
-    """Serves ``model`` at http://``host``:``port`` while the block runs; port 0 takes a free one. Raises ServerError."""
+    """Serves ``model`` at http://``host``:``port`` while the block runs; port 0 takes a free one. Raises
+    ServerError."""
 
     def __init__(self, model: InProcessModel, host: str, port: int) -> None:
         self._handling = _Handling()
@@ -287,7 +288,7 @@ class _Handler(BaseHTTPRequestHandler):
     model: InProcessModel
     handling: _Handling
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body go in one write; a large body needs a second, which must not wait for the first's ACK
+    wbufsize = -1  # send head and body in one write: a second one would wait for the first's ACK
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:

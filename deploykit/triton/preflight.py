@@ -36,7 +36,8 @@ class EmbeddedTriton:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return the environment for Triton's process: this one's, without what would mislead Triton's Python."""
+        """Return the environment for Triton's process: this one's, without variables that would mislead Triton's
+        Python."""
         environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
         environment["LD_LIBRARY_PATH"] = self.library_path
         # The stub gets its prefix, and so its packages, from the first python3 on PATH.

@@ -96,7 +96,8 @@ def package(
 
 
 def refuse_ignored(model: Path, setting: str) -> None:
-    """Raise UsageError if the folder of a model has a config.pbtxt, which is kept, so that ``setting`` has no effect."""
+    """Raise UsageError if the folder of a model has a config.pbtxt, which is kept, so that ``setting`` has no
+    effect."""
     if (model / CONFIG).exists():
         raise UsageError(
             f"{model / CONFIG} already exists and is kept, so {setting} has no effect",
@@ -187,7 +188,8 @@ def read_config(path: Path) -> Any:
 
 
 def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine: str | None = None) -> None:
-    """Raise ArtifactError naming the first field of config.pbtxt that does not fit ``task`` and, if given, ``engine``."""
+    """Raise ArtifactError naming the first field of config.pbtxt that does not fit ``task`` and, if given,
+    ``engine``."""
     config = read_config(path)
     wanted = text_format.Parse(config_text(task, ServingSettings(), streams), model_config_pb2.ModelConfig())
     for key, of_model in (("labels", "the model's labels are"), ("streams", "it must stream")):
@@ -214,7 +216,7 @@ def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine
     record, expected = _json_parameter(config, "task"), _json_parameter(wanted, "task")
     if not isinstance(record, dict):
         raise ArtifactError(f"{path}: parameter task is {_shown(record)}, not the model's task", OVERWRITE)
-    # A config of an earlier version lacks the facts that came later: they had their defaults.
+    # A config of an earlier version lacks newer facts, which then have their defaults.
     defaults = {
         field.name: field.default for field in dataclasses.fields(task) if field.default is not dataclasses.MISSING
     }

@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 _ADMIN_HEADER = "deploykit-admin"
 # Callers of these APIs can replace models, map this machine's memory, or write files on it.
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
-# Executes the program in its arguments; the kernel sends it SIGTERM if this process is killed. It is a separate program
-# because code between fork and exec can deadlock in a process with threads.
+# Executes the program in its arguments, which the kernel sends SIGTERM if this process is killed. It is a separate
+# program because code between fork and exec can deadlock in a process with threads.
 _EXEC_BOUND = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
@@ -143,14 +143,14 @@ class TritonServer:
     def stop(self) -> None:
         """Let requests in flight finish, then end the server, its stubs, and their remains.
 
-        End ``supervise`` first: it would take an unloaded model for a lost one.
+        End ``supervise`` first: it would reload the models that this unloads.
         """
         process = self._process
         if process is not None:
             stubs = [stub for stub, _ in self._stubs] + _children(process.pid)
             if process.poll() is None:
-                # When asked to end, Triton first waits for idle connections, for its whole exit timeout.
-                # So unload the models first: an unloaded model's stub ends with its last request.
+                # On SIGTERM, Triton waits for idle connections for its whole exit timeout. So unload the models first:
+                # an unloaded model's stub ends with its last request.
                 deadline = time.monotonic() + self._drain
                 if self._stubs:
                     self._unload(
@@ -181,10 +181,10 @@ class TritonServer:
             self.heal()
 
     def heal(self) -> list[str]:
-        """Load models again whose process died. Returns their names.
+        """Reload models whose process died. Returns their names.
 
-        If such a process may have owed answers, Triton itself is restarted: only that tells the waiting clients. Raises
-        ServerError if the server itself is lost.
+        If such a process may have had unanswered requests, restarts Triton, because nothing else closes the connections
+        of the waiting clients. Raises ServerError if the server itself is lost.
         """
         self._running()
         lost = sorted({model for stub, model in self._stubs if not _alive(stub)} | self._retry_at.keys())

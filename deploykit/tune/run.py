@@ -100,7 +100,7 @@ def tune(
 
     The present settings stay unless others are better beyond the noise. ``engines`` and ``precisions`` restrict the
     search; without the export, both stay as packaged. A killed search continues from OUT.search.json. Raises
-    MissingDependencyError without Triton, ServerError when nothing holds the limits; then nothing is changed.
+    MissingDependencyError without Triton, ServerError if no settings are within the limits; then nothing is changed.
     """
     find_triton()
     require_psutil()
@@ -134,7 +134,7 @@ def tune(
         trials = search(task, present, graphs, limits, measure, say)
     chosen = choose(trials, limits)
     if chosen is None:
-        raise _nothing_holds(trials, limits, subject)
+        raise _no_settings_error(trials, limits, subject)
     record = {
         "schema": SCHEMA,
         "started": started,
@@ -152,7 +152,7 @@ def tune(
         "present": 0,
         "chosen": trials.index(chosen),
     }
-    tuning = _put_to_use(subject, trials, chosen, limits, record)
+    tuning = _apply(subject, trials, chosen, limits, record)
     with new_file(out) as file:
         file.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
     write_tuning(record, out.with_suffix(".html"))
@@ -199,7 +199,7 @@ def _graphs(
     return found
 
 
-def _nothing_holds(trials: Sequence[Trial], limits: Limits, subject: Subject) -> DeploykitError:
+def _no_settings_error(trials: Sequence[Trial], limits: Limits, subject: Subject) -> DeploykitError:
     """Return an error that names the best measurement, and what to change."""
     task, slo = subject.manifest.task, limits.slo
     in_time = [trial for trial in trials if trial.rate_per_s]
@@ -217,15 +217,13 @@ def _nothing_holds(trials: Sequence[Trial], limits: Limits, subject: Subject) ->
         )
     best = min(answered, key=lambda trial: trial.latency_ms(slo.figure) or 0.0)
     return ServerError(
-        f"no settings hold {slo}; the best was {best.latency_ms(slo.figure):.1f} ms for a lone caller: "
+        f"no settings hold {slo}; the best was {best.latency_ms(slo.figure):.1f} ms with one caller: "
         f"{best.choice.describe(task)}",
         f"allow more (--slo {slo.figure}=...), export a smaller or an INT8 model, or give more --time; nothing was changed",
     )
 
 
-def _put_to_use(
-    subject: Subject, trials: Sequence[Trial], chosen: Trial, limits: Limits, record: dict[str, Any]
-) -> Tuning:
+def _apply(subject: Subject, trials: Sequence[Trial], chosen: Trial, limits: Limits, record: dict[str, Any]) -> Tuning:
     present, choice, model = trials[0].choice, chosen.choice, subject.version.parent
     recorded = added = backup = None
     graphs = {(trial.choice.engine, trial.choice.precision) for trial in trials}

@@ -1,7 +1,8 @@
-"""Search the settings that answer the most requests/s within a limit, and measure the best ones again.
+"""Search for the settings that answer the most requests/s within a limit, and measure the best ones again.
 
-It is a coordinate search: each setting in turn takes all its values while the others keep their best ones so far, until
-a pass over all settings finds nothing better. The best few are then measured again, so that chance does not decide.
+This is a coordinate search: it tries all values of one setting after the other, with the others at their best so far,
+until a pass over all settings finds nothing better. The best few are then measured again, so that chance does not
+decide.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Configuration:
 class Round:
     """One measurement of a configuration.
 
-    ``rate_per_s`` is the highest rate that holds the limit, None if no rate does. ``latency_ms`` (p50, p90, p99) are at
-    that rate, otherwise those of one caller; empty after a ``failure``. ``memory_mb`` (1e6 bytes) is that of all server
+    ``rate_per_s`` is the highest rate within the limit, None if there is none. ``latency_ms`` (p50, p90, p99) is at
+    that rate, else with one caller; empty after a ``failure``. ``memory_mb`` (1e6 bytes) is that of all server
     processes after the load; shared pages count once.
     """
 
@@ -78,7 +79,7 @@ class Trial:
 
     @property
     def rate_per_s(self) -> float:
-        """The median of the rounds; 0 if no rate held the limit in one of them."""
+        """The median of the rounds; 0 if one of them found no rate within the limit."""
         rates = [r.rate_per_s or 0.0 for r in self.rounds]
         return statistics.median(rates) if min(rates) else 0.0
 
@@ -99,8 +100,8 @@ class Trial:
 class Limits:
     """Limits of the search.
 
-    ``max_memory_mb`` None means no limit. ``budget_s`` bounds the sum of the rounds' seconds: a round starts only if it
-    would fit even if it took as long as the longest before it. The present configuration is always measured once.
+    ``max_memory_mb`` None means no limit. ``budget_s`` limits the sum of the rounds' seconds: a round starts only if it
+    fits even when it takes as long as the longest before it. The present configuration is always measured once.
     """
 
     slo: Slo
@@ -128,7 +129,8 @@ def search(
     measure: Measure,
     say: Callable[[str], None],
 ) -> list[Trial]:
-    """Return all trials, in the order they were made; the first is ``present``. The same figures give the same search."""
+    """Return all trials, in the order they were made; the first is ``present``. The same figures give the same
+    search."""
     tried: dict[Configuration, Trial] = {}
     seconds: list[float] = []
 
@@ -138,8 +140,8 @@ def search(
         new = measure(choice, len(before), expected)
         seconds.append(new.seconds)
         tried[key] = Trial(choice, (*before, new))
-        told = f"{choice.describe(task)}: {_told(new, limits.slo)}"
-        say(f"{sum(seconds):.0f} of {limits.budget_s:.0f} s, {len(tried)}: {told}")
+        summary = f"{choice.describe(task)}: {_summary(new, limits.slo)}"
+        say(f"{sum(seconds):.0f} of {limits.budget_s:.0f} s, {len(tried)}: {summary}")
         return tried[key]
 
     def time_for(rounds: int) -> bool:
@@ -174,10 +176,10 @@ def search(
 
 
 def choose(trials: Sequence[Trial], limits: Limits) -> Trial | None:
-    """Return the best trial: of those that hold the limits and have about the highest rate, the first, or the smallest.
+    """Return the best trial among those within the limits that have about the highest rate.
 
-    The first trial, the present configuration, is preferred; otherwise the one with the least memory. None if none
-    holds the limits.
+    Prefers the first trial, the present configuration, else the one with the least memory. None if no trial is within
+    the limits.
     """
     holding = [trial for trial in trials if limits.holds(trial)]
     most = max((trial.rate_per_s for trial in holding), default=0.0)
@@ -188,14 +190,14 @@ def choose(trials: Sequence[Trial], limits: Limits) -> Trial | None:
 
 
 def verdict(trial: Trial, chosen: Trial | None, limits: Limits) -> str:
-    """Return why a trial was chosen, or was not."""
+    """Return the reason why a trial was chosen or not."""
     if trial is chosen:
         return "chosen"
     if trial.failure is not None:
         return f"does not run: {trial.failure}"
     if not trial.rate_per_s:
         waits = trial.latency_ms(limits.slo.figure)
-        return f"holds the limit at no rate: {limits.slo.figure} is {waits:.1f} ms" if waits else "answers nobody"
+        return f"no rate is within the limit: {limits.slo.figure} is {waits:.1f} ms" if waits else "all requests fail"
     if not limits.fits(trial):
         return f"takes {trial.memory_mb:,.0f} MB, more than {limits.max_memory_mb:,.0f}"
     assert chosen is not None
@@ -240,11 +242,11 @@ def _rank(trial: Trial, limits: Limits) -> tuple[bool, float]:
     return False, -(trial.memory_mb or float("inf"))
 
 
-def _told(measured: Round, slo: Slo) -> str:
+def _summary(measured: Round, slo: Slo) -> str:
     if measured.failure is not None:
         return f"does not run: {measured.failure}"
     latency = ", ".join(f"{key} {measured.latency_ms[key]:.1f} ms" for key in ("p50", "p99") if measured.latency_ms)
     memory = f"{measured.memory_mb:,.0f} MB" if measured.memory_mb else "memory not known"
     if measured.rate_per_s is None:
-        return f"no rate has {slo} (a lone caller's {latency}), {memory}"
+        return f"no rate has {slo} (with one caller {latency}), {memory}"
     return f"{measured.rate_per_s:.1f}/s with {slo} ({latency}), {memory}"

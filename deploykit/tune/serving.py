@@ -86,7 +86,7 @@ def measure_served(
                 again = ask(rate, seed + _OTHER_ARRIVALS)
                 return min(found, again, key=lambda m: m.latency_ms[slo.figure] if not m.errors else float("inf"))
 
-            # Engines compile kernels for each new shape, so many texts at once come before the measurement.
+            # Engines compile kernels for each new shape, so send many texts at once before measuring.
             measure(target, texts, ClosedLoop(_MANY), seconds=seconds, warmup_s=0, seed=seed)
             alone = measure(target, texts, ClosedLoop(1), seconds=seconds, warmup_s=0, seed=seed)
             held = None
@@ -95,7 +95,7 @@ def measure_served(
                 held = highest_rate(probe, slo.limit_ms, likely, slo.figure)
             found = held or alone
             if not found.latency_ms:
-                return Round(None, {}, None, since(), f"answers nobody: {next(iter(found.error_examples), '')}")
+                return Round(None, {}, None, since(), f"all requests fail: {next(iter(found.error_examples), '')}")
             latency = {figure: found.latency_ms[figure] for figure in ("p50", "p90", "p99")}
             memory_mb = server.memory_mb() * 2**20 / 1e6
         return Round(

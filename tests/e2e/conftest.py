@@ -1,4 +1,4 @@
-"""Real weights and real text, fetched once into the user's cache, and one short run over them."""
+"""Fixtures with real weights and text, fetched once into the user's cache, and a short run on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deploy
 
 
 class Typed(NamedTuple):
-    """What a command typed at a shell gave."""
+    """The result of a command: exit code, stdout and stderr."""
 
     code: int
     out: str
@@ -30,7 +30,7 @@ class Typed(NamedTuple):
 
 @pytest.fixture(scope="session")
 def deploykit() -> Callable[..., Typed]:
-    """Type a command: ``deploykit("evaluate", path, "--data", file)``. No traceback may ever show."""
+    """Run a command: ``deploykit("evaluate", path, "--data", file)``. Fails if it prints a traceback."""
 
     def run(*words: object) -> Typed:
         result = CliRunner().invoke(main, [str(w) for w in words])
@@ -92,7 +92,7 @@ def checkpoint(
 def exported(deploykit: Callable[..., Typed], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The short run as ONNX and INT8."""
     out = tmp_path_factory.mktemp("exports") / "a"
-    # 90 test rows: one answer that tips over is a point, and this fixture is not about accuracy.
+    # With 90 test rows one changed answer is a point, and this fixture is not about accuracy.
     done = deploykit("export", checkpoint, "--output-dir", out, "--int8", "--max-drop", 10, "--calibration-rows", 64)
     assert done.code == 0, done.err
     return out
@@ -100,8 +100,8 @@ def exported(deploykit: Callable[..., Typed], checkpoint: Path, tmp_path_factory
 
 @pytest.fixture(scope="session")
 def with_ranges() -> Callable[..., None]:
-    """Change what a saved calibration found: ``with_ranges(folder, "layer.4", 0.01)`` scales what was seen in all
-    tensors with that in their names."""
+    """Change a saved calibration: ``with_ranges(folder, "layer.4", 0.01)`` scales the histograms of all tensors with
+    that in their names."""
 
     def change(folder: Path, part: str, scale: float) -> None:
         from deploykit.artifacts import load_manifest, write_manifest

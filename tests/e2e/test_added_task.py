@@ -1,4 +1,4 @@
-"""A task of another package (tests/packages/token_classification) goes all the way, through the ordinary commands."""
+"""A task of another package (tests/packages/token_classification) works with all commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TEXT = "w1 w11 w50 w22"
 ROWS = 200
 LABELS = "B-PER I-PER O B-LOC"
 
-# Types several commands in one process, which imports torch once, and tells what it has imported.
+# Runs several commands in one process, which imports torch only once, and reports its imports.
 _TYPE = """
 import json, sys
 from click.testing import CliRunner
@@ -37,7 +37,7 @@ for words in json.load(sys.stdin):
 
 
 class Typed(NamedTuple):
-    """What a command gave. ``light``: torch and transformers had not been imported when it ended."""
+    """The result of a command. ``light``: torch and transformers had not been imported when it ended."""
 
     code: int
     out: str
@@ -50,7 +50,7 @@ Type = Callable[..., list[Typed]]
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process that finds the package, installed by pip into a folder of its own."""
+    """The environment of a process that finds the package, installed by pip into a separate folder."""
     folder = tmp_path_factory.mktemp("package")
     shutil.copytree(PACKAGE, folder / "source")
     command = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
@@ -61,7 +61,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def type_all(environment: dict[str, str]) -> Type:
-    """Type commands one after the other, all in one process."""
+    """Run commands one after the other in one process."""
 
     def run(*commands: tuple[object, ...]) -> list[Typed]:
         words = json.dumps([[str(word) for word in command] for command in commands])
@@ -75,7 +75,7 @@ def type_all(environment: dict[str, str]) -> Type:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sentences in which a word alone decides its label, as a CoNLL file."""
+    """A CoNLL file of sentences in which each word decides its own label."""
     draw = random.Random(0)
     blocks = []
     for _ in range(ROWS):
@@ -95,7 +95,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Made(NamedTuple):
-    """The artifacts of one run, and what the commands that made them printed."""
+    """The artifacts of one run, and the output of the commands that made them."""
 
     checkpoint: Path
     export: Path
@@ -105,7 +105,7 @@ class Made(NamedTuple):
 
 @pytest.fixture(scope="module")
 def made(type_all: Type, rows: Path, make_tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A tiny BERT, fine-tuned, exported in fp32 and INT8, asked, measured and packaged."""
+    """A tiny BERT, fine-tuned, exported in fp32 and INT8, queried, measured and packaged."""
     folder = tmp_path_factory.mktemp("made")
     bert = make_tiny_checkpoint(folder / "bert", initializer_range=0.05)
     checkpoint, export, repository = folder / "ner", folder / "export", folder / "models"
@@ -147,7 +147,7 @@ def served(made: Made, environment: dict[str, str], tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows.jsonl, whose words stand in a column of an unusual name."""
+    """A folder with rows.jsonl, whose words are in a column with an unusual name."""
     folder = tmp_path_factory.mktemp("tables")
     records: list[dict[str, object]] = [{"mine": TEXT.split()}, {"mine": None}, {"mine": "w2 w12"}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -156,7 +156,7 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def asked(made: Made, served: str, rows: Path, tables: Path, type_all: Type) -> dict[str, Typed]:
-    """What was asked of the export and of the served model, in a process that has imported nothing else."""
+    """Results of commands on the export and the served model, in a fresh process."""
     at, texts = ("--model", "ner", "--url", served), (TEXT, "", "w2 w12")
     file = ("predict", made.export, "--input", tables / "rows.jsonl", "--output", tables / "a.jsonl")
     commands: dict[str, tuple[object, ...]] = {
@@ -183,7 +183,7 @@ def asked(made: Made, served: str, rows: Path, tables: Path, type_all: Type) -> 
     return dict(zip(commands, type_all(*commands.values())))
 
 
-def test_it_is_trained_and_described_by_its_own_metrics(made: Made) -> None:
+def test_finetune_reports_the_tasks_own_metrics(made: Made) -> None:
     record = json.loads(made.typed["finetune"].out)
     assert record["labels"] == ["O", "B-LOC", "B-PER", "I-PER"]
     assert record["metrics"]["entity_f1"] > 0.9
@@ -192,7 +192,7 @@ def test_it_is_trained_and_described_by_its_own_metrics(made: Made) -> None:
     assert f"| all | {record['metrics']['entity_precision']:.3f} |" in card
 
 
-def test_it_is_exported_with_parity_and_in_int8(made: Made) -> None:
+def test_export_checks_parity_and_writes_int8(made: Made) -> None:
     record = json.loads(made.typed["export"].out)
     assert record["parity"]["max_difference"] < 1e-3
     assert {(line["engine"], line["precision"]) for line in record["accuracy"]} == {
@@ -207,7 +207,7 @@ def test_it_is_exported_with_parity_and_in_int8(made: Made) -> None:
         assert session.run(None, {"input_ids": ids, "attention_mask": ids})[0].shape == (*shape, 4)
 
 
-def test_every_form_of_it_answers_word_by_word(made: Made, asked: dict[str, Typed]) -> None:
+def test_checkpoint_export_and_served_model_label_every_word(made: Made, asked: dict[str, Typed]) -> None:
     assert made.typed["predict"].out == f"{LABELS}\n"
     assert asked["local"].out == asked["served"].out == f"{LABELS}\ntext 2: the text is empty\nB-PER I-PER\n"
     assert json.loads(asked["detailed"].out)["results"][0] == {
@@ -229,7 +229,7 @@ def test_the_served_model_is_as_good_as_the_export(made: Made, asked: dict[str, 
     assert record["metrics"]["entity_f1"] == pytest.approx(expected["metrics"]["entity_f1"], abs=0.02)
 
 
-def test_files_of_rows_are_answered_by_the_tasks_own_columns(asked: dict[str, Typed], tables: Path) -> None:
+def test_predict_reads_the_tasks_own_columns(asked: dict[str, Typed], tables: Path) -> None:
     assert asked["undetected"].code == 1
     assert "give --words-column" in asked["undetected"].err
     assert asked["file"].code == 0, asked["file"].err
@@ -238,7 +238,7 @@ def test_files_of_rows_are_answered_by_the_tasks_own_columns(asked: dict[str, Ty
     assert answers[1]["error"] == "the text is missing"
 
 
-def test_what_is_another_tasks_is_refused(asked: dict[str, Typed]) -> None:
+def test_options_of_other_tasks_are_refused(asked: dict[str, Typed]) -> None:
     assert [asked[name].code for name in ("column", "translate", "setting", "bundle")] == [2, 2, 2, 2]
     assert "--text-column does not apply to a model that labels words" in asked["column"].err
     assert "labels words, it does not translate" in asked["translate"].err
@@ -246,7 +246,7 @@ def test_what_is_another_tasks_is_refused(asked: dict[str, Typed]) -> None:
     assert "no bundle for a Jetson" in asked["bundle"].err
 
 
-def test_no_file_of_deploykit_names_it() -> None:
+def test_no_file_of_deploykit_names_the_added_task() -> None:
     naming = [
         str(path)
         for path in (ROOT / "deploykit").rglob("*.py")

@@ -1,4 +1,4 @@
-"""What can go wrong, typed: a clear error with the remedy, the right exit code, nothing left behind."""
+"""Wrong commands give a clear error with a remedy and the right exit code, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def test_a_label_never_seen_in_training(deploykit: Deploykit, minilm: Path, tmp_
 
 
 @pytest.mark.parametrize("what", ["missing", "no config", "no tokenizer", "pickled", "export", "a file"])
-def test_models_that_are_none(deploykit: Deploykit, minilm: Path, tiny_export: Path, tmp_path: Path, what: str) -> None:
+def test_invalid_models_are_refused(
+    deploykit: Deploykit, minilm: Path, tiny_export: Path, tmp_path: Path, what: str
+) -> None:
     (tmp_path / "t.csv").write_text(GOOD)
     model = tmp_path / "model"
     expected = {
@@ -94,7 +96,7 @@ def test_models_that_are_none(deploykit: Deploykit, minilm: Path, tiny_export: P
     assert not (tmp_path / "o").exists()
 
 
-def test_a_model_that_is_neither_here_nor_on_the_hub(deploykit: Deploykit, tmp_path: Path) -> None:
+def test_a_model_neither_local_nor_on_the_hub_is_refused(deploykit: Deploykit, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(GOOD)
     code, _, err = deploykit(
         "finetune", "nobody/nothing", "--train", tmp_path / "t.csv", "--output-dir", tmp_path / "o"
@@ -103,20 +105,20 @@ def test_a_model_that_is_neither_here_nor_on_the_hub(deploykit: Deploykit, tmp_p
     assert "nobody/nothing" in err
 
 
-def test_an_export_where_a_checkpoint_is_wanted(deploykit: Deploykit, tiny_export: Path, tmp_path: Path) -> None:
+def test_an_export_in_place_of_a_checkpoint_is_refused(deploykit: Deploykit, tiny_export: Path, tmp_path: Path) -> None:
     code, _, err = deploykit("export", tiny_export, "--output-dir", tmp_path / "o")
     assert code == 1
     assert "is an export, not a checkpoint" in err
 
 
-def test_a_checkpoint_where_an_export_is_wanted(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_in_place_of_an_export_is_refused(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
     code, _, err = deploykit("package", checkpoint, "--name", "x", "--model-repository", tmp_path / "r")
     assert code == 1
     assert "is a checkpoint, not an export" in err
     assert not (tmp_path / "r" / "x" / "1").exists()
 
 
-def test_what_stands_there_is_kept_without_force(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
+def test_existing_output_is_kept_without_force(deploykit: Deploykit, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "notes.txt").write_text("mine")
     code, _, err = deploykit("export", checkpoint, "--output-dir", tmp_path / "o")
@@ -164,7 +166,7 @@ def test_a_full_disk_in_the_middle_of_an_export(deploykit: Deploykit, checkpoint
         (("dance",), 2, "dance"),
     ],
 )
-def test_names_that_lead_nowhere(
+def test_unknown_paths_and_names_are_refused(
     deploykit: Deploykit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], code: int, named: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -177,7 +179,7 @@ def test_names_that_lead_nowhere(
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
-def test_texts_that_no_one_expects(deploykit: Deploykit, exported: Path, engine: str) -> None:
+def test_unusual_texts_are_answered(deploykit: Deploykit, exported: Path, engine: str) -> None:
     texts = ["😀" * 50, "我爱你", "مرحبا بالعالم", "a\x00b", "x" * 100_000, "\u202eright to left", "\ufffd"]
     code, out, err = deploykit("predict", exported, "--engine", engine, "--json", *texts, "  ")
     assert code == 0, err

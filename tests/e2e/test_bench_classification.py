@@ -48,7 +48,7 @@ def test_all_run_the_same_model(suite: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_page_and_readme_table_are_made_of_it(suite: dict[str, Any]) -> None:
+def test_page_and_readme_table_are_rendered_from_the_suite(suite: dict[str, Any]) -> None:
     table = runpy.run_path(str(ROOT / "bench" / "table.py"))["render_classification"](suite)
     for name in [*NAMES, "deploykit, served"]:
         assert name in suite["page"]

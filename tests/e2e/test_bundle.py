@@ -1,4 +1,4 @@
-"""A bundle on a machine that has little: no torch, no network, and ONNX Runtime in TensorRT's place."""
+"""A bundle on a minimal machine: no torch, no network, and ONNX Runtime instead of TensorRT."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def archive(
 
 
 def unpacked(archive: Path, folder: Path) -> Path:
-    """As a device unpacks it: tar is all it has."""
+    """Unpack it with tar, as on a device."""
     folder.mkdir()
     subprocess.run(["tar", "-xzf", archive, "-C", folder], check=True)
     (bundle,) = folder.iterdir()
@@ -65,7 +65,8 @@ def bundle(archive: Path, tmp_path: Path) -> Path:
 
 
 def with_modules(bundle: Path, *names: str) -> Path:
-    """Put these of this environment there, and nothing else: torch is not to be found from there."""
+    """Copy only the modules ``names`` of this environment into a bundle's site folder, so that torch is missing
+    there."""
     (bundle / "site").mkdir(exist_ok=True)
     for name in names:
         spec = importlib.util.find_spec(name)
@@ -79,12 +80,12 @@ def with_modules(bundle: Path, *names: str) -> Path:
 
 
 def base_python() -> str:
-    """This Python without its virtual environment."""
+    """Return this Python without its virtual environment."""
     return str(getattr(sys, "_base_executable", sys.executable))
 
 
 def run(bundle: Path, *words: str, python: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Type ./run.sh on a machine without a network, if this one can pretend to have none."""
+    """Run ./run.sh without network access, if this machine can disable it for a process."""
     alone = ["unshare", "--net", "--map-root-user"]
     if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         alone = []
@@ -100,7 +101,7 @@ def environment(python: str | None = None) -> dict[str, str]:
 
 @contextlib.contextmanager
 def serving(bundle: Path, python: str | None = None) -> Iterator[str]:
-    """Start what is typed last on a device, and in the end send it a signal. Gives the address that it prints."""
+    """Serve a bundle and yield the printed address; end the server with a signal."""
     process = subprocess.Popen(
         [bundle / "run.sh", *ENGINE, "--port", "0"], env=environment(python), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -118,16 +119,16 @@ def serving(bundle: Path, python: str | None = None) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=30)
-    assert process.returncode == 0, "a signal ends it in order"
+    assert process.returncode == 0, "a signal ends it cleanly"
 
 
 def serve_and_ask(bundle: Path, python: str | None = None) -> list[str]:
-    """The labels of two texts, as a served bundle gives them."""
+    """Return the labels of two texts from a served bundle."""
     with serving(bundle, python) as address, contextlib.closing(ServedClassifier("tiny", address)) as client:
         return [row.label for row in client.predict_rows(["w1 w2 w3", "w7"])]
 
 
-def test_from_an_empty_folder_to_a_served_model(bundle: Path, archive: Path) -> None:
+def test_a_bundle_is_checked_built_verified_and_served(bundle: Path, archive: Path) -> None:
     checked = run(bundle, "check")
     assert checked.returncode == 1
     assert "not a Jetson" in checked.stdout
@@ -159,7 +160,7 @@ def assert_no_torch(bundle: Path) -> None:
     assert "No module named 'torch'" in no_torch.stderr
 
 
-def test_a_translator_from_an_empty_folder_to_a_served_and_measured_model(
+def test_a_translators_bundle_is_built_served_and_measured(
     deploykit: Deploykit, tiny_translation_to_bundle: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "fr.tar.gz"
@@ -176,7 +177,7 @@ def test_a_translator_from_an_empty_folder_to_a_served_and_measured_model(
     for step, says in (
         ("check", "ok        ONNX Runtime"),
         ("build", "onnxruntime, int8"),
-        ("verify", "6 rows: translations have a chrF of 100.0 beside those recorded (100% equal)"),
+        ("verify", "6 rows: translations have a chrF of 100.0 against the recorded ones (100% equal)"),
     ):
         done = run(bundle, step, *ENGINE)
         assert done.returncode == 0, done.stderr
@@ -214,7 +215,7 @@ def test_a_translator_from_an_empty_folder_to_a_served_and_measured_model(
     assert bench["tokens_per_s"] > 0
 
 
-def test_bench_measures_there_if_psutil_is(bundle: Path) -> None:
+def test_bench_runs_on_the_device_if_psutil_is_installed(bundle: Path) -> None:
     assert run(bundle, "build", *ENGINE).returncode == 0
     lacking = run(bundle, "bench", *ENGINE)
     assert (lacking.returncode, "is not installed" in lacking.stderr) == (1, True)
@@ -232,11 +233,11 @@ def test_nothing_runs_of_a_bundle_that_was_changed(bundle: Path) -> None:
     refused = run(bundle, "check", *ENGINE)
     assert refused.returncode == 1
     assert "lib/deploykit/jetson/device.py: FAILED" in refused.stdout
-    assert "error: this bundle is not as it was made" in refused.stderr
+    assert "error: a file of this bundle is missing or was changed" in refused.stderr
     assert "this ran" not in refused.stdout + refused.stderr
 
 
-def test_a_python_that_lacks_what_is_needed_is_told(archive: Path, tmp_path: Path) -> None:
+def test_missing_python_or_modules_are_named(archive: Path, tmp_path: Path) -> None:
     bundle = unpacked(archive, tmp_path / "device")
     refused = run(bundle, "check")
     assert refused.returncode == 1
@@ -248,7 +249,7 @@ def test_a_python_that_lacks_what_is_needed_is_told(archive: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize(("python", "jetpack"), [("3.10", "6.2"), ("3.12", "7.2")])
 def test_the_pythons_of_jetpack(deploykit: Deploykit, archive: Path, tmp_path: Path, python: str, jetpack: str) -> None:
-    """With the very versions that are listed for the device (this machine's builds of them)."""
+    """Run with the package versions listed for the device, in this machine's builds."""
     found = next(Path.home().glob(f".pyenv/versions/{python}.*/bin/python{python}"), shutil.which(f"python{python}"))
     if found is None:
         pytest.skip(f"there is no Python {python} on this machine")

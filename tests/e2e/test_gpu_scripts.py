@@ -1,4 +1,4 @@
-"""The scripts of bench/gpu, run with the CPU as device, so that they work when a GPU is there."""
+"""The scripts of bench/gpu run with the CPU as device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_every_step_runs_on_the_cpu_and_is_recorded(minilm: Path, tweets: Path, 
     assert record["card"]
 
 
-def test_a_step_that_does_not_end_is_stopped_and_said(tmp_path: Path) -> None:
+def test_a_step_that_does_not_end_is_stopped_and_recorded(tmp_path: Path) -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import run; run.STEPS = {{'doctor': 0.01}}\n"
         f"sys.argv = ['run.py', '--device', 'cpu', '--payload', '.', '--out', {str(tmp_path)!r}]; run.main()"
@@ -58,7 +58,7 @@ def test_all_steps_together_end_within_six_minutes() -> None:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Path:
-    """What prepare.sh leaves, with a small wheel: two parts and their digests."""
+    """Files as prepare.sh writes them, with a small wheel: two parts and their digests."""
     wheel = tmp_path / "small-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("small.py", "answer = 42\n")

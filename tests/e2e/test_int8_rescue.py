@@ -1,4 +1,4 @@
-"""What to do where INT8 loses too much, typed: layers left in fp32 and SmoothQuant at export, and training for INT8."""
+"""Remedies if INT8 loses too much: layers left in fp32 and SmoothQuant at export, and quantization-aware training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRAINING = ("--per-device-train-batch-size", 32, "--max-length", 24, "--seed", 3
 
 
 def write_rows(path: Path, count: int, seed: int) -> Path:
-    """Texts of known words; "good" where most of them are of the first hundred."""
+    """Write texts of known words, labelled "good" if most of them are among the first hundred."""
     chance = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -45,7 +45,7 @@ def run(
     make_tiny_checkpoint: Callable[..., Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A small classifier that knows the task."""
+    """A small classifier trained on the task."""
     folder = tmp_path_factory.mktemp("run")
     model = make_tiny_checkpoint(folder / "random", initializer_range=0.05)
     code, out, err = deploykit("finetune", model, *given(rows), "--output-dir", folder / "a", "--max-steps", 250,
@@ -57,7 +57,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def kept(deploykit: Deploykit, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A calibration of it."""
+    """A calibration of the classifier."""
     out = tmp_path_factory.mktemp("kept") / "c"
     code, _, err = deploykit("calibrate", run, "--output-dir", out, "--calibration-rows", 16)
     assert code == 0, err
@@ -66,7 +66,7 @@ def kept(deploykit: Deploykit, run: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def with_outliers(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same function, computed with two values of each attention 300 times as large, as a checkpoint of nobody's run."""
+    """A checkpoint without manifest that computes the same with two values of each attention 300 times as large."""
     folder = tmp_path_factory.mktemp("outliers") / "model"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -110,7 +110,7 @@ def test_training_for_int8_loses_less_than_calibration_alone(
         loss, trained_loss = (fp32 - macro_f1(exported, "int8", engine) for exported in (calibrated, trained))
         assert loss > 0.05, "calibration alone loses a lot"
         assert trained_loss < loss / 2
-        # What training measured is what the engines compute.
+        # The engines reproduce the metrics of training.
         assert macro_f1(trained, "int8", engine) == pytest.approx(record["qat"]["after"]["int8"]["macro_f1"], abs=0.02)
     assert trained["quantization"]["method"] == "trained"
     assert trained["quantization"]["linear_layers"] == 12
@@ -232,7 +232,7 @@ def test_layers_that_int8_ruins_stay_in_fp32(
     assert code == 0
     assert "parts stay in fp32" in out
     assert "search.html" in out
-    assert {p.name for p in tmp_path.iterdir()} == {"c", "e"}, "the trace is gone"
+    assert {p.name for p in tmp_path.iterdir()} == {"c", "e"}, "the measurement log is removed"
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_layers_that_int8_ruins_stay_in_fp32(
           "--train", "ROWS", "--qat"), 2, "--qat is for --task classification"),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_is_refused(
+def test_senseless_options_are_refused(
     deploykit: Deploykit,
     run: Path,
     kept: Path,
@@ -269,7 +269,7 @@ def test_what_makes_no_sense_is_refused(
     assert not (tmp_path / "o").exists()
 
 
-def test_a_checkpoint_with_ranges_of_its_own_takes_no_others(
+def test_a_checkpoint_trained_for_int8_refuses_other_ranges(
     deploykit: Deploykit, run: Path, kept: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(run, tmp_path / "run")

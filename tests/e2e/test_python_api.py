@@ -1,4 +1,4 @@
-"""The page of docs on the Python API, run as it is written, on models small enough to train in seconds."""
+"""The docs page on the Python API runs as written, on models small enough to train in seconds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_page_on_the_python_api_works(
     _write_tweets(tmp_path / "tweets.csv")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks[0].splitlines()) <= 20, "the whole road in 20 lines"
+    assert len(blocks[0].splitlines()) <= 20, "all stages in 20 lines"
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
@@ -60,7 +60,7 @@ def test_the_page_on_the_python_api_works(
     assert "Answer(text=" in shown[4]
     assert shown[5].rsplit(" ", 1)[-1] in ("eos", "length")
 
-    # The commands find what the API made, and the API what the commands would make.
+    # Commands and API reuse each other's artifacts.
     again = deploykit.finetune(
         "minilm", train="tweets.csv", encoding="latin-1", output_dir="runs/a",
         max_train_samples=2000, num_train_epochs=1, max_length=64, learning_rate=1e-4,

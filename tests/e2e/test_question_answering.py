@@ -1,4 +1,4 @@
-"""Question answering through all stages, on a small random model: trained, exported, packaged, served, asked."""
+"""Question answering in all stages on a small random model: train, export, package, serve, query."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Deploykit = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rows: some of the questions have no answer, some answers stand elsewhere."""
+    """A folder of rows: some questions have no answer, some answers have a wrong position."""
     folder = tmp_path_factory.mktemp("qa")
     content = squad(contexts=60, questions=2)
     for i, paragraph in enumerate(content["data"][0]["paragraphs"]):
@@ -77,7 +77,7 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
     return [(row.question or "", row.context or "") for row in read_rows(str(path))]
 
 
-def test_a_run_holds_what_is_promised(run: Path, deploykit: Deploykit) -> None:
+def test_a_run_has_the_documented_files_and_metrics(run: Path, deploykit: Deploykit) -> None:
     manifest = load_manifest(run, "checkpoint")
     assert manifest.task.name == "question-answering"
     metrics = json.loads((run / "metrics.json").read_text())["test"]
@@ -190,7 +190,7 @@ def test_any_client_of_triton_asks_with_a_context_once_for_many_questions(server
         _ask(server, ["w1"], ["w1"], top_k=0)
 
 
-def test_a_client_is_told_what_cannot_be_asked(server: TritonServer, folder: Path) -> None:
+def test_refused_questions_have_an_error(server: TritonServer, folder: Path) -> None:
     served = ServedAnswerer("qa", server.urls.http)
     results = served.try_all([(" ".join(WORDS[:80]), "w1"), ("w1 ?", "w2"), ("w1 ?", "")])
     assert "80 tokens" in str(results[0])
@@ -277,7 +277,7 @@ def test_predict_answers_as_answer_does(run: Path, folder: Path, deploykit: Depl
     assert (code, "is not a table" in err) == (2, True), err
 
 
-def test_a_bundle_compares_spans_with_those_recorded(exported: Path) -> None:
+def test_a_bundle_compares_spans_with_the_recorded_ones(exported: Path) -> None:
     facts = load_manifest(exported, "export").task
     bundled = task_of(facts).bundle(facts)
     assert set(bundled.inputs(exported / "model.onnx")) == {"input_ids", "attention_mask", "token_type_ids"}

@@ -1,4 +1,4 @@
-"""The commands of docs/, run as they are written, in the order of the pages; README's are among them."""
+"""The commands of docs/ and README run as written, in the order of the pages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _docs_blocks() -> list[tuple[str, str]]:
 
 
 def test_the_readmes_commands_are_those_of_the_docs() -> None:
-    """So that they run once, with the docs."""
+    """README's commands are in the docs too, so that they run only once."""
     run = {command for _, block in _docs_blocks() for command in _commands(block)}
     assert {command for _, block in _blocks(ROOT / "README.md") for command in _commands(block)} <= run
 
@@ -58,7 +58,7 @@ def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, 
     script = ["set -euo pipefail"]
     for language, block in _docs_blocks():
         script.append(block if language == "bash" else f"python - <<'PYTHON'\n{block}PYTHON")
-    # By number: a job that ends while another is waited for is a job no more.
+    # Wait by process id: the shell forgets a job that ends during another wait.
     script.append("servers=$(jobs -p); kill -INT %1 %2; wait $servers")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
@@ -84,7 +84,7 @@ def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, 
 
 
 def _write_some(tweets: Path, out: Path) -> int:
-    """Every eighth of the tweets, enough to train on: answers to all take minutes. Returns their number."""
+    """Write every eighth tweet, because answering all takes minutes. Returns their number."""
     with tweets.open(encoding="latin-1", newline="") as source, out.open("w", encoding="latin-1", newline="") as target:
         head, *rows = csv.reader(source)
         csv.writer(target).writerows([head, *rows[::8]])
@@ -92,7 +92,7 @@ def _write_some(tweets: Path, out: Path) -> int:
 
 
 def _end_session(leader: int) -> None:
-    """End what the commands left running, each in a process group of its own, and nobody else's server."""
+    """End the processes that the commands left running, each in its own process group, and no other server."""
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
             if os.getsid(process.pid) == leader:
@@ -100,7 +100,7 @@ def _end_session(leader: int) -> None:
 
 
 def _sections(page: Path) -> int:
-    """How many plots the page holds; none of its resources may come from a network."""
+    """Return the number of plots on the page, and check that it loads nothing from a network."""
     plots = 0
 
     class Page(HTMLParser):

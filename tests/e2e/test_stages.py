@@ -1,4 +1,4 @@
-"""The stages as a user types them, on real weights and text."""
+"""The commands of all stages, on real weights and text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Deploykit = Callable[..., tuple[int, str, str]]
 ENGINES = ["openvino", "onnxruntime"]
 
 
-def test_a_run_holds_all_that_is_promised(checkpoint: Path) -> None:
+def test_a_run_has_the_documented_files_and_metrics(checkpoint: Path) -> None:
     names = {p.name for p in checkpoint.iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.json", "README.md", "finetune.toml"} <= names
     assert list((checkpoint / "tensorboard").iterdir())
@@ -94,7 +94,7 @@ def test_lora_is_merged_at_export(deploykit: Deploykit, minilm: Path, small_csv:
     assert json.loads(out)["parity"]["max_difference"] < 1e-3
 
 
-def test_multi_label_goes_all_the_way(deploykit: Deploykit, minilm: Path, tmp_path: Path) -> None:
+def test_multi_label_works_in_every_stage(deploykit: Deploykit, minilm: Path, tmp_path: Path) -> None:
     rows = [
         {"text": f"{a} {b} number {i}", "labels": [n for n, on in (("cat", a != ""), ("dog", b != "")) if on]}
         for i in range(30)
@@ -143,7 +143,7 @@ def test_a_killed_run_continues_to_the_same_end(
     assert not list(tmp_path.glob(".killed*")), "the work directory is gone"
 
 
-def test_an_export_says_what_was_checked(deploykit: Deploykit, checkpoint: Path, exported: Path) -> None:
+def test_an_export_reports_its_checks(deploykit: Deploykit, checkpoint: Path, exported: Path) -> None:
     code, out, _ = deploykit("export", checkpoint, "--output-dir", exported, "--int8", "--max-drop", 10, "--calibration-rows", 64,
                              "--json")  # fmt: skip
     assert code == 0
@@ -161,7 +161,7 @@ def test_an_export_says_what_was_checked(deploykit: Deploykit, checkpoint: Path,
 
 def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Path, tmp_path: Path,
                                            monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # where no engine was built before
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # an empty cache
     words = ("export", checkpoint, "--output-dir", tmp_path / "e", "--trt", "--precision", "bf16", "--precision", "int8", "--gpu", "sm_86",
              "--minShapes", "input_ids:1x8", "--optShapes", "input_ids:4x16", "--maxShapes", "input_ids:8x32", "--max-drop", 10, "--calibration-rows", 32, "--measure-rows",
              100, "--json")  # fmt: skip
@@ -192,7 +192,7 @@ def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Pat
 def calibration(
     deploykit: Deploykit, exported: Path, small_csv: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """Of the short run, collected from its export."""
+    """A calibration of the short run, collected from its export."""
     out = tmp_path_factory.mktemp("calibrations") / "a"
     words = ("calibrate", exported, "--calibration-data", small_csv, "--calibration-rows", 48, "--output-dir", out)
     code, text, err = deploykit(*words)
@@ -310,7 +310,7 @@ def test_predictions_stream_in_order_and_resume(
     assert json.loads(lines[900])["error"]
     assert json.loads(lines[901])["label"]
 
-    # A kill leaves whole lines and perhaps half of one.
+    # A killed process leaves whole lines and possibly a partial one.
     code, _, err = deploykit(*words, "--output", tmp_path / "b.jsonl")
     partial = next(iter(_partial_name(tmp_path, deploykit, words)))
     partial.write_text("\n".join(lines[:600]) + "\n" + lines[600][:20], encoding="utf-8")
@@ -321,7 +321,7 @@ def test_predictions_stream_in_order_and_resume(
 
 
 def _partial_name(folder: Path, deploykit: Deploykit, words: tuple[object, ...]) -> list[Path]:
-    """The temporary name that a killed run to c.jsonl would leave."""
+    """Return the temporary name that a killed run to c.jsonl leaves."""
     from deploykit.data import answer_file as answers
 
     seen: list[Path] = []
@@ -390,7 +390,7 @@ def test_help_is_quick_and_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_only_what_trains_or_exports_waits_for_torch(
+def test_only_training_and_export_import_torch(
     checkpoint: Path, exported: Path, calibration: Path, small_csv: Path, tmp_path: Path
 ) -> None:
     made_before: list[tuple[object, ...]] = [

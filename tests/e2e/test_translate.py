@@ -1,4 +1,4 @@
-"""`deploykit translate` and `evaluate` as typed, on a small model of random weights."""
+"""The commands `deploykit translate` and `evaluate` on a small random model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_lines_of_a_text_are_kept_in_records(deploykit: Deploykit, translato
     assert (tmp_path / "o.txt").read_text().count("\n") == 1, "a line for each row"
 
 
-def test_a_run_does_not_go_on_with_the_rows_of_another_model(
+def test_rows_of_another_model_are_not_resumed(
     deploykit: Deploykit, make_tiny_translation: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, model = tmp_path / "lines.txt", tmp_path / "model"
@@ -110,7 +110,7 @@ def test_a_run_does_not_go_on_with_the_rows_of_another_model(
     assert not (tmp_path / "o.txt").exists()
 
 
-def test_a_killed_file_is_taken_up_again(
+def test_a_killed_translation_of_a_file_is_resumed(
     deploykit: Deploykit, translator: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tmp_path / "lines.txt"
@@ -164,7 +164,7 @@ def test_a_long_text_is_split_or_refused(deploykit: Deploykit, translator: Path,
         (("--precision", "int8"), "has no int8 graph", 1),
     ],
 )
-def test_what_cannot_be_is_named(
+def test_impossible_options_are_named(
     deploykit: Deploykit, translator: Path, words: tuple[object, ...], named: str, code: int
 ) -> None:
     got, _, err = deploykit("translate", translator, "text", *words)

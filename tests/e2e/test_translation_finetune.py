@@ -1,4 +1,4 @@
-"""Translation models trained from nothing and from a checkpoint, as a user types it."""
+"""Training translation models from scratch and from a checkpoint with the commands."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def new_model(deploykit: Deploykit, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """marian-tiny after enough steps to have learned what stands where."""
+    """marian-tiny after enough steps to have learned the words' order."""
     out = tmp_path_factory.mktemp("runs") / "new"
     code, _, err = deploykit("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", pairs, "--output-dir", out,
                              "--max-steps", 150, "--eval-steps", 75, "--max-length", 32, "--batch-tokens", 512)  # fmt: skip
@@ -50,7 +50,7 @@ def new_model(deploykit: Deploykit, pairs: Path, tmp_path_factory: pytest.TempPa
     return out
 
 
-def test_a_new_model_holds_all_that_is_promised(new_model: Path) -> None:
+def test_a_new_model_has_the_documented_files(new_model: Path) -> None:
     names = {p.name for p in new_model.iterdir()}
     assert {"model.safetensors", "config.json", "generation_config.json", "source.spm", "target.spm", "vocab.json",
             "metrics.json", "README.md", "finetune.toml"} <= names  # fmt: skip
@@ -136,12 +136,12 @@ def test_an_export_builds_engines_of_both_graphs(deploykit: Deploykit, new_model
 def test_int8_for_tensorrt_is_held_to_the_limit(
     deploykit: Deploykit, new_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where it alone loses too much, its own search finds the layers that must stay in fp16."""
+    """If only INT8 for TensorRT loses too much, its own search finds the layers that must stay in fp16."""
     pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
     from deploykit.graphs import standard_writer as writer
 
     def ruined(model: Any, ranges: Any, *args: Any, **options: Any) -> Any:
-        """With a range so wide for the projection that all it reads is rounded to 0."""
+        """Quantize with a range so wide for the projection that all its inputs are rounded to 0."""
         last = next((n.input[0] for n in model.graph.node if n.op_type == "Gemm"), "")
         wide = {name: (-1e5, 1e5) if name == last else limits for name, limits in ranges.items()}
         return quantize(model, wide, *args, **options)
@@ -155,7 +155,7 @@ def test_int8_for_tensorrt_is_held_to_the_limit(
     assert search["tensorrt"]["kept"] == ["decoder.projection"]
 
 
-def test_a_killed_search_goes_on_from_its_calibration_and_trace(
+def test_a_killed_search_resumes_from_its_calibration_and_log(
     deploykit: Deploykit, new_model: Path, with_ranges: Callable[..., None], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -166,7 +166,7 @@ def test_a_killed_search_goes_on_from_its_calibration_and_trace(
     )
     assert code == 0, err
     assert {"decoder.projection", "cross", "encoder.0.self.qkv"} <= set(json.loads(out)["ranges"])
-    with_ranges(tmp_path / "c", "decoder.projection", 1e5)  # all that it reads is rounded to 0
+    with_ranges(tmp_path / "c", "decoder.projection", 1e5)  # all its inputs are rounded to 0
 
     original, made = MeasurementLog.measured, []
 
@@ -312,7 +312,7 @@ def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Pat
         (("NEW", "--task", "classification"), 2, ["--source-lang", "--task translation"]),
     ],
 )
-def test_what_can_be_typed_wrong(
+def test_wrong_options_are_refused(
     deploykit: Deploykit,
     pairs: Path,
     new_model: Path,

@@ -1,4 +1,4 @@
-"""``deploykit tune`` as it is typed: on a real Triton, and over figures that are known, for what becomes of them."""
+"""The command ``deploykit tune``, on a real Triton and with given measurements."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def export(make_tiny_export: Callable[..., Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def repository(export: Path, tmp_path: Path) -> Path:
-    """Where the model tiny is served by ONNX Runtime in fp32, with a config that somebody edited."""
+    """A repository with the model tiny for ONNX Runtime in fp32, and an edited config."""
     repository = tmp_path / "models"
     settings = ServingSettings(max_queue_size=77)
     package(export, "tiny", repository, engine="onnxruntime", precision="fp32", settings=settings)
@@ -48,7 +48,7 @@ def words(export: Path, repository: Path, tmp_path: Path) -> tuple[object, ...]:
 def fake(
     monkeypatch: pytest.MonkeyPatch, measure: Callable[[Configuration, int], Round]
 ) -> list[tuple[Configuration, int]]:
-    """Have ``measure`` tell what a server would do; returns what it is asked."""
+    """Replace measuring by ``measure``. Returns the list of measured configurations."""
     asked: list[tuple[Configuration, int]] = []
 
     def measured(subject: Any, choice: Configuration, *where: Any, seed: int, **how: Any) -> Round:
@@ -60,7 +60,7 @@ def fake(
 
 
 def known(choice: Configuration, number: int) -> Round:
-    """OpenVINO in INT8 with batches of 16 answers the most."""
+    """Return a measurement; OpenVINO in INT8 with batches of 16 is the best."""
     rate = 100.0 + 50 * (choice.engine == "openvino") + 50 * (choice.precision == "int8")
     rate += 70 * (choice.settings.preferred_batch_size == 16)
     return Round(rate, {"p50": 5.0, "p90": 20.0, "p99": 30.0}, 100.0 * (choice.settings.instances or 2), 10.0)
@@ -83,7 +83,7 @@ def test_a_model_is_tuned_on_a_triton_of_its_own(
         assert trial["rate_per_s"] > 1
         assert 0 < trial["latency_ms"]["p50"] <= trial["latency_ms"]["p99"] <= 900
         assert 40 < trial["memory_mb"] < 4000
-        assert f"{trial['name']}: " in err, "progress is told"
+        assert f"{trial['name']}: " in err, "progress is printed"
     assert record["chosen"]["verdict"] == "chosen"
     assert record["command"].startswith("deploykit tune tiny --model-repository")
     assert digest_path(repository / "tiny" / "1") == before
@@ -134,7 +134,7 @@ def test_without_the_export_engine_and_precision_stay(
     assert not (repository / "tiny" / "2").exists()
 
 
-def test_a_killed_tuning_goes_on(
+def test_a_killed_tuning_is_resumed(
     deploykit: Deploykit, words: tuple[object, ...], repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = repository / "tiny" / "config.pbtxt"
@@ -192,7 +192,7 @@ def test_a_translator_is_tuned_by_the_rows_of_a_step(
         (("--data", "nowhere.csv"), 1, ["nowhere.csv"]),
     ],
 )
-def test_what_is_typed_wrong(
+def test_wrong_options_are_refused(
     deploykit: Deploykit, words: tuple[object, ...], tmp_path: Path, change: tuple[str, ...], code: int,
     named: list[str],
 ) -> None:  # fmt: skip
@@ -205,7 +205,7 @@ def test_what_is_typed_wrong(
     assert sorted(tmp_path.rglob("*")) == there
 
 
-def test_models_and_exports_that_are_none(
+def test_missing_models_and_exports_are_refused(
     deploykit: Deploykit, words: tuple[object, ...], make_tiny_export: Callable[..., Path], tmp_path: Path
 ) -> None:
     slo = ("--slo", "p99=50ms")
@@ -223,14 +223,14 @@ def test_models_and_exports_that_are_none(
     assert (code, "t.json: already exists" in err) == (1, True)
 
 
-def test_limits_that_nothing_holds_say_the_best_that_was_measured(
+def test_unreachable_limits_report_the_best_measurement(
     deploykit: Deploykit, words: tuple[object, ...], repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = digest_path(repository)
     fake(monkeypatch, lambda choice, number: Round(None, {"p50": 2.0, "p90": 3.0, "p99": 4.25}, 100.0, 10.0))
     code, _, err = deploykit(*words, "--slo", "p99=1ms")
     assert code == 1
-    assert "no settings hold p99 within 1 ms; the best was 4.2 ms for a lone caller: onnxruntime fp32" in err
+    assert "no settings hold p99 within 1 ms; the best was 4.2 ms with one caller: onnxruntime fp32" in err
     assert "remedy: allow more (--slo p99=...)" in err
     fake(monkeypatch, known)
     code, _, err = deploykit(*words, "--slo", "p99=50ms", "--max-memory", "50MB")

@@ -1,4 +1,4 @@
-"""In-flight batching beside a batch at a time: both servers of bench/translation_serving.py, under load."""
+"""Both servers of bench/translation_serving.py under load: in-flight batching, and one batch at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_both_servers_answer_the_same_under_the_same_arrivals(tiny_translation: 
 
 
 @pytest.mark.skipif(not ENGINES["native"].installed, reason="native does not run here")
-def test_a_shape_says_as_many_tokens_as_the_references_have(
+def test_the_shape_generates_as_many_tokens_as_the_references(
     make_tiny_translation: Callable[..., Path], tmp_path: Path
 ) -> None:
     bench: dict[str, Any] = runpy.run_path(str(ROOT / "bench" / "translation_serving.py"))

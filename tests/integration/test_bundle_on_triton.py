@@ -1,4 +1,4 @@
-"""A bundle on a device that has Triton: here the embedded one, laid out as NVIDIA's containers lay it out."""
+"""A bundle on a device with Triton: here the embedded one in the layout of NVIDIA's containers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from deploykit.triton.preflight import find_triton, take_ports
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """The folder of programs of an installed Triton."""
+    """The folder with the programs of an installed Triton."""
     triton, prefix = find_triton(), tmp_path / "tritonserver"
     shutil.copytree(triton.binary.parent, prefix / "bin")
     shutil.copytree(triton.python_backend, prefix / "backends" / "python")
@@ -37,7 +37,7 @@ def installed(tmp_path: Path) -> Path:
 
 @contextmanager
 def served(export: Path, name: str, installed: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of ``export`` as ``name``: bundled, unpacked, and served by what is installed."""
+    """Bundle, unpack and serve ``export`` as ``name`` with the installed Triton. Yields the address."""
     bundle(export, tmp_path / "a.tgz", "agx-orin", "6.2", name=name, say=lambda line: None)
     device = unpack(tmp_path / "a.tgz", tmp_path / "device")
     python = Path(sys.executable)
@@ -66,7 +66,7 @@ def served(export: Path, name: str, installed: Path, tmp_path: Path) -> Iterator
     assert "with " + str(installed / "tritonserver") in (tmp_path / "log").read_text()
 
 
-def test_a_bundle_is_served_by_the_triton_that_is_there(
+def test_a_bundle_is_served_by_the_installed_triton(
     installed: Path, make_tiny_export: Callable[..., Path], tmp_path: Path
 ) -> None:
     export = make_tiny_export(tmp_path / "tiny")

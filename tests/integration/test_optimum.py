@@ -1,4 +1,4 @@
-"""Exports open in optimum-onnx, from a virtual environment of its own: it wants transformers 4."""
+"""Exports open in optimum-onnx, in a separate virtual environment because it needs transformers 4."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_optimum_opens_each_graph_and_gives_the_same_answers(exported: Path) -> 
     for file, (engine, precision) in wanted.items():
         ours = open_classifier(str(exported), url="", engine=engine, precision=precision).scores(TEXTS)
         theirs = np.array(told["answers"][file], np.float32)
-        # The S8/S8 graph is another engine's, which rounds otherwise.
+        # The S8/S8 graph is for another engine, which rounds differently.
         limit = 1e-4 if precision == "fp32" else 2e-3 if engine == "onnxruntime" else 0.05
         assert np.abs(ours - theirs).max() < limit, file
         assert (ours.argmax(axis=1) == theirs.argmax(axis=1)).mean() >= (1.0 if engine == "onnxruntime" else 0.95)

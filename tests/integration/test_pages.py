@@ -1,4 +1,4 @@
-"""The bench's pages in a real browser: what ``deploykit bench`` writes, and what the suites under bench/ do."""
+"""The pages of ``deploykit bench`` and of the suites under bench/ in a real browser."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of two candidates under closed loops, arrivals at random and a limit; its record is beside it."""
+    """A report of two candidates under closed loops, random arrivals and a limit, with its record beside it."""
     out = tmp_path_factory.mktemp("report") / "bench.html"
     labels = ["negative", "neutral", "positive"]
     loads: list[Scenario] = [ClosedLoop(1), ClosedLoop(4), ClosedLoop(16), Poisson(50), Poisson(100), Within(2)]
@@ -72,7 +72,7 @@ def report(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def look(browser: Browser, page: Path) -> list[Figure]:
-    """Open ``page``, wide and as on a phone, light and dark: all is drawn, nothing complains, nothing else is fetched."""
+    """Open ``page`` wide and narrow, light and dark, and check that all is drawn, without errors or other requests."""
     browser.complaints.clear()
     browser.asked.clear()
     for width, dark in ((1280, False), (390, True)):
@@ -113,7 +113,7 @@ def test_the_limit_is_marked(browser: Browser, report: Path) -> None:
 def test_a_recorded_suite_is_drawn_again(browser: Browser, tmp_path: Path) -> None:
     recorded = sorted((ROOT / "bench" / "results").glob("*-translation.json"))[-1]
     suite = json.loads(recorded.read_text(encoding="utf-8"))
-    del suite["workloads"][1:-1]  # in time
+    del suite["workloads"][1:-1]  # to save time
     copy = tmp_path / recorded.name
     copy.write_text(json.dumps(suite), encoding="utf-8")
     subprocess.run([sys.executable, str(ROOT / "bench" / "page.py"), str(copy)], check=True)
@@ -147,7 +147,7 @@ def test_the_frontier_of_a_tuning_is_drawn(browser: Browser, tuning: dict[str, A
     assert "chosen" in browser.evaluate("[...document.querySelectorAll('svg text')].map(text => text.textContent)")
 
 
-def test_what_is_no_record_is_said_without_a_page(tmp_path: Path) -> None:
+def test_an_invalid_record_is_refused_without_a_page(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text("{}")
     done = subprocess.run(
         [sys.executable, str(ROOT / "bench" / "page.py"), str(tmp_path / "other.json")], capture_output=True, text=True
@@ -157,8 +157,8 @@ def test_what_is_no_record_is_said_without_a_page(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.html"))
 
 
-def test_the_browser_reports_what_a_page_complains_of(browser: Browser, tmp_path: Path) -> None:
-    """Else the silence of the other pages would say nothing."""
+def test_the_browser_reports_errors_of_a_page(browser: Browser, tmp_path: Path) -> None:
+    """Without this, the absence of errors on the other pages would prove nothing."""
     page = tmp_path / "broken.html"
     page.write_text('<svg><path d="M nonsense"/></svg><img src="missing.png"><script>undefined.x</script>')
     browser.complaints.clear()

@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: the right answers, or a refusal before any work is lost."""
+"""Checkpoints as users have them: right answers, or an early refusal."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def run(*words: object) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two labels that words tell apart; some texts are longer than the tiny models take."""
-    known = [f"w{i}" for i in range(200)]  # by the tokenizer of make_tiny_checkpoint
+    """Rows with two labels that words determine; some texts are longer than the tiny models' limit."""
+    known = [f"w{i}" for i in range(200)]  # in the vocabulary of make_tiny_checkpoint
     draw = random.Random(0)
     path = tmp_path_factory.mktemp("rows") / "rows.csv"
     lines = ["text,label"]
@@ -43,7 +43,7 @@ def edit(path: Path, **values: object) -> None:
 
 
 def transformers_scores(folder: Path, texts: list[str]) -> np.ndarray[Any, Any]:
-    """What a user of transformers gets, text by text."""
+    """Return the scores by transformers, text by text."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -72,7 +72,7 @@ def test_texts_are_cut_on_the_checkpoints_side(
     np.testing.assert_allclose(predicted(tmp_path / "e", texts), transformers_scores(folder, texts), atol=1e-4)
 
 
-def test_an_export_that_answers_otherwise_is_refused_with_both_answers(
+def test_an_export_with_other_answers_is_refused_with_both(
     make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path / "c")
@@ -86,7 +86,7 @@ def test_an_export_that_answers_otherwise_is_refused_with_both_answers(
     assert not (tmp_path / "e").exists()
 
 
-def test_fine_tuning_goes_on_in_the_order_of_a_trained_head(
+def test_fine_tuning_keeps_the_label_order_of_a_trained_head(
     make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path / "c")
@@ -103,7 +103,7 @@ def test_fine_tuning_goes_on_in_the_order_of_a_trained_head(
 
 
 @pytest.mark.parametrize("lora", [(), ("--lora-r", 2)])
-def test_a_head_for_other_labels_is_made_anew_and_told(
+def test_a_head_for_other_labels_is_replaced_with_a_message(
     make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path, lora: tuple[object, ...]
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path / "c")

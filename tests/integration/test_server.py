@@ -1,4 +1,4 @@
-"""A real Triton with our backend: what clients, operators and crashes meet."""
+"""A real Triton with our backend, from the view of clients and operators, and with crashes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def expected(tiny_export: Path) -> np.ndarray[Any, Any]:
     return classifier.scores(TEXTS)
 
 
-# What clients meet
+# Clients
 
 
 def test_answers_equal_those_in_process_bit_for_bit(server: TritonServer, expected: np.ndarray[Any, Any]) -> None:
@@ -210,7 +210,7 @@ def test_top_k_labels_come_best_first(server: TritonServer, expected: np.ndarray
     assert list(outputs(post(server, wanted)[1])) == ["LABEL"]
 
 
-def test_a_client_that_hangs_up_disturbs_nobody(server: TritonServer) -> None:
+def test_a_client_that_disconnects_does_not_disturb_others(server: TritonServer) -> None:
     host, port = server.urls.http.removeprefix("http://").split(":")
     content = json.dumps(body(LONG)).encode()
     head = f"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
@@ -288,7 +288,7 @@ def test_urls_with_and_without_scheme_are_the_same() -> None:
     assert parse_url("https://gateway/triton") == ("gateway:443/triton", True)
 
 
-def test_no_server_and_the_wrong_port_are_told_apart(server: TritonServer) -> None:
+def test_no_server_and_a_wrong_port_have_different_errors(server: TritonServer) -> None:
     with pytest.raises(ServerError, match=r"no server answers at 127\.0\.0\.1:9"):
         ServedClassifier("tiny", "127.0.0.1:9")
     for port in (server.urls.grpc, server.urls.metrics.removesuffix("/metrics")):
@@ -296,10 +296,10 @@ def test_no_server_and_the_wrong_port_are_told_apart(server: TritonServer) -> No
             ServedClassifier("tiny", port)
 
 
-# What operators meet
+# Operators
 
 
-def test_models_notes_urls_and_memory_are_told(server: TritonServer) -> None:
+def test_models_notes_urls_and_memory_are_reported(server: TritonServer) -> None:
     assert server.models == ("short-queue", "tiny")
     assert server.notes == ["model unpackaged: skipped, it has no version yet; run deploykit package"]
     assert 20 < server.memory_mb() < 2000
@@ -325,7 +325,7 @@ def test_a_killed_stub_is_replaced_and_requests_are_answered_again(
             client.close()
 
 
-def test_a_killed_server_is_reported_and_its_clients_are_told(own_repository: Path) -> None:
+def test_a_killed_server_is_reported_and_its_clients_get_an_error(own_repository: Path) -> None:
     with start(own_repository) as server:
         client = ServedClassifier("tiny", server.urls.http)
         processes = family(server)

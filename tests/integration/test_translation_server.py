@@ -1,4 +1,4 @@
-"""A real Triton translating: in-flight batching, parameters, cancellation, streams, and what is killed in the middle."""
+"""Translation on a real Triton: in-flight batching, parameters, cancellation, streams, and killed processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ SEARCHES: list[dict[str, Any]] = [
     {"beam_size": 2, "early_stopping": "never", "length_penalty": 2},
 ]
 LONG = {"beam_size": 4, "min_new_tokens": 127}
-"""With 64 texts: 256 rows, each for as many steps as the model has. It takes a while."""
+"""A slow search: 64 texts give 256 rows, each with as many steps as the model allows."""
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def own_repository(tiny_translation: Path, tmp_path: Path) -> Path:
 
 
 def search(local: Translator, parameters: dict[str, Any]) -> Any:
-    """The generation that request parameters ask for, as this process makes it."""
+    """Return the search parameters for request parameters, computed in this process."""
     plain = {k: float(v) if k == "length_penalty" else v for k, v in parameters.items()}
     return override(local.task, plain)
 
@@ -147,7 +147,7 @@ def stub_of(server: TritonServer, model: str) -> psutil.Process:
     return stub
 
 
-# What clients meet
+# Clients
 
 
 def test_answers_equal_those_in_process(client: ServedTranslator, local: Translator) -> None:
@@ -166,7 +166,7 @@ def test_another_search_is_sent_as_parameters(
     assert_same(client.translate(TEXTS[:12], generation), local.translate(TEXTS[:12], generation))
 
 
-def test_what_a_request_cannot_change_is_refused_by_the_client(local: Translator) -> None:
+def test_fields_that_a_request_cannot_change_are_refused_by_the_client(local: Translator) -> None:
     with pytest.raises(UsageError, match="bad_words of a served model cannot be changed"):
         request_parameters(local.task, dataclasses.replace(local.task.generation, bad_words=()))
 
@@ -293,7 +293,7 @@ def test_a_batch_at_a_time_gives_the_same_answers(server: TritonServer, local: T
     assert_same([translated(answer)[0] for _, answer in answers], local.translate(TEXTS))
 
 
-def test_a_cancelled_request_is_decoded_no_more(server: TritonServer) -> None:
+def test_a_cancelled_request_is_no_longer_decoded(server: TritonServer) -> None:
     import tritonclient.grpc as triton
 
     before = metric(server, "generated_tokens"), metric(server, "cancelled_requests")
@@ -307,7 +307,7 @@ def test_a_cancelled_request_is_decoded_no_more(server: TritonServer) -> None:
     assert metric(server, "waiting_sentences") == 0
 
 
-def test_a_client_that_hangs_up_disturbs_nobody(
+def test_a_client_that_disconnects_does_not_disturb_others(
     server: TritonServer, client: ServedTranslator, local: Translator
 ) -> None:
     host, port = server.urls.http.removeprefix("http://").split(":")
@@ -336,7 +336,7 @@ def test_our_client_waits_for_a_full_queue(server: TritonServer, local: Translat
     client = ServedTranslator("short-queue", server.urls.http, in_flight=16)
     client.max_batch_size = 1
     assert_same(client.translate(TEXTS), local.translate(TEXTS))
-    client.max_batch_size = 64  # more sentences than may wait: taken when nothing waits
+    client.max_batch_size = 64  # more sentences than the queue's limit, accepted if the queue is empty
     assert_same(client.translate(TEXTS), local.translate(TEXTS))
     client.close()
 
@@ -364,7 +364,7 @@ def test_a_client_needs_no_engine() -> None:
 
 
 def stream(server: TritonServer, text: str, parameters: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-    """What a gRPC stream answers to one document, a dictionary a sentence. Raises as the server does."""
+    """Return a gRPC stream's responses to one document, a dictionary for each sentence. Raises the server's errors."""
     import tritonclient.grpc as triton
 
     answers: list[Any] = []
@@ -387,7 +387,7 @@ def stream(server: TritonServer, text: str, parameters: dict[str, Any] | None = 
 
 
 def by_sentence(local: Translator, text: str, parameters: dict[str, Any]) -> tuple[str, list[int]]:
-    """A document's translation in this process, sentence by sentence; and the target tokens of each."""
+    """Translate a document in this process by sentences. Returns the text and the target tokens of each sentence."""
     [job] = local.begin([text], search(local, parameters), split="sentence")
     local.decoder.run(job.sentences)
     tokens = [len(sentence.result.tokens) for sentence in job.sentences if sentence.result is not None]
@@ -423,7 +423,7 @@ def test_a_document_is_streamed_over_http(server: TritonServer, local: Translato
     assert [event["FINAL"] for event in events].index(True) == len(events) - 1
 
 
-def test_a_stream_that_nobody_reads_asks_for_no_more_sentences(server: TritonServer) -> None:
+def test_an_unread_stream_requests_no_more_sentences(server: TritonServer) -> None:
     import tritonclient.grpc as triton
 
     before = metric(server, "generated_tokens")
@@ -452,10 +452,10 @@ def test_a_stream_refuses_as_its_model_does(server: TritonServer) -> None:
     assert stream(server, "The fox.")[-1]["FINAL"]
 
 
-# What operators meet
+# Operators
 
 
-def test_a_killed_process_is_told_to_its_clients_and_replaced(own_repository: Path, local: Translator) -> None:
+def test_clients_of_a_killed_process_get_an_error_and_it_is_replaced(own_repository: Path, local: Translator) -> None:
     with start(own_repository) as server:
         client = ServedTranslator("fr", server.urls.http)
         stop = threading.Event()
@@ -497,7 +497,7 @@ def test_a_server_killed_while_it_translates_is_an_error(own_repository: Path, l
         client.close()
 
 
-def test_stop_finishes_what_is_being_translated(own_repository: Path) -> None:
+def test_stop_finishes_running_translations(own_repository: Path) -> None:
     with start(own_repository) as server, ThreadPoolExecutor(1) as pool:
         answer = pool.submit(post, server, body(["the fox"] * 64, parameters=LONG), "fr")
         assert wait_until(lambda: busy(server), 10)
@@ -514,12 +514,12 @@ def test_stop_finishes_a_stream(own_repository: Path, local: Translator) -> None
     assert text == by_sentence(local, DOCUMENT * 4, {})[0]
 
 
-def test_a_request_that_the_engine_fails_on_is_told_and_the_next_is_answered(
+def test_an_engine_failure_is_an_error_and_the_next_request_is_answered(
     own_repository: Path, local: Translator
 ) -> None:
     version = own_repository / "fr" / "1"
     vocabulary = json.loads((version / "vocab.json").read_text())
-    vocabulary["q"] = 1_000_000  # of which the encoder has no embedding
+    vocabulary["q"] = 1_000_000  # an id without embedding
     (version / "vocab.json").write_text(json.dumps(vocabulary))
     manifest = load_manifest(version, verify=False)
     write_manifest(version, "model", manifest.task, inputs="", options=manifest.options)

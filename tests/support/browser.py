@@ -1,4 +1,4 @@
-"""A headless Chromium, asked over its DevTools pipe: no driver, no package, no port.
+"""Control a headless Chromium over its DevTools pipe, without driver, package or port.
 
 Protocol: https://chromedevtools.github.io/devtools-protocol/
 """
@@ -26,9 +26,9 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """``open`` a file; then ``evaluate`` in it. ``complaints`` are what the console said, ``asked`` what was fetched.
+    """A browser: ``open`` a file, then ``evaluate`` in it. ``complaints`` are console messages, ``asked`` fetched URLs.
 
-    ``binary`` is of ``find_browser``; its profile goes into ``folder``.
+    ``binary`` is from ``find_browser``; the profile is in ``folder``.
     """
 
     def __init__(self, binary: str, folder: Path) -> None:
@@ -38,7 +38,7 @@ class Browser:
         self._from, their_out = os.pipe()
         words = [binary, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-dev-shm-usage",
                  "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"]  # fmt: skip
-        # The protocol is spoken on file descriptors 3 and 4.
+        # The protocol uses file descriptors 3 and 4.
         self._process = subprocess.Popen(
             ["bash", "-c", f'exec "$@" 3<&{their_in} 4>&{their_out}', "browser", *words],
             pass_fds=(their_in, their_out), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -66,13 +66,13 @@ class Browser:
             self._receive(deadline)
 
     def evaluate(self, script: str) -> Any:
-        """The value of a JavaScript expression, as plain JSON."""
+        """Return the value of a JavaScript expression as plain JSON."""
         answer = self._call("Runtime.evaluate", expression=script, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def screenshot(self, out: Path) -> None:
-        """The whole page as PNG."""
+        """Write the whole page as PNG."""
         size = self._call("Page.getLayoutMetrics")["cssContentSize"]
         picture = self._call("Page.captureScreenshot", captureBeyondViewport=True, clip={**size, "scale": 1})
         out.write_bytes(base64.b64decode(picture["data"]))
@@ -81,7 +81,7 @@ class Browser:
         try:
             if self._process.poll() is None:
                 self._session = None
-                self._call("Browser.close")  # with all of its processes, which terminating it might leave
+                self._call("Browser.close")  # ends all of its processes; terminating it may leave some
                 self._process.wait(10)
         finally:
             self._process.kill()

@@ -1,9 +1,9 @@
-"""A GPU of numpy arrays: NVIDIA's driver as a library of C functions, and TensorRT's bindings on top of it.
+"""A fake GPU of numpy arrays: NVIDIA's driver as a library of C functions, and TensorRT's bindings on top of it.
 
-The driver's functions are real C callbacks with the signatures of cuda.h, so that arguments pass through ctypes as
-they would. Work is done when its stream is synchronized, and not before. The bindings take and give what those of the
-installed TensorRT-RTX do: every method and argument is checked against pybind's signatures. An engine here is an ONNX
-graph behind its profiles, and ONNX Runtime computes it.
+The driver's functions are real C callbacks with the signatures of cuda.h, so that arguments pass through ctypes as with
+the real driver. Work is done only when its stream is synchronized. Every method and argument of the bindings is checked
+against pybind's signatures of the installed TensorRT-RTX. An engine is an ONNX graph with profiles, run by ONNX
+Runtime.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ HEADER: dict[str, tuple[Any, ...]] = {
 }
 INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, CAPTURE_INVALIDATED = 1, 2, 201, 901
 
-# CUDA_MEMCPY3D, as words of 8 bytes: the source from 0 on, the target from 11 on, then what is copied.
+# CUDA_MEMCPY3D as words of 8 bytes: the source from 0 on, the target from 11 on, then the extent.
 _MEMORY_TYPE, _HOST, _ADDRESS, _ARRAY, _PITCH, _HEIGHT = 4, 5, 6, 7, 9, 10
 _DEVICE = 2  # CU_MEMORYTYPE_DEVICE
 
@@ -73,7 +73,7 @@ Work = Callable[[], None]
 
 
 class FakeDriver:
-    """libcuda.so.1 and the GPUs it drives. ``counts`` how often each function was called."""
+    """libcuda.so.1 and its GPUs. ``counts`` has the number of calls of each function."""
 
     def __init__(self, capability: tuple[int, int] = (8, 6), devices: int = 1, memory: int = 1 << 30) -> None:
         self.capability, self.devices, self.free = capability, devices, memory
@@ -95,9 +95,9 @@ class FakeDriver:
         return len(self.device) + len(self.host) + len(self.streams) + len(self.graphs) + len(self.ready)
 
     def at(self, address: int, size: int) -> np.ndarray[Any, Any]:
-        """Bytes on the GPU."""
+        """Return bytes on the GPU."""
         start = max(base for base in self.device if base <= address)
-        assert address - start + size <= self.device[start].size, "behind the end of what was allocated"
+        assert address - start + size <= self.device[start].size, "beyond the allocated memory"
         return self.device[start][address - start :][:size]
 
     def queue(self, stream: int, work: Work) -> None:
@@ -142,7 +142,7 @@ class FakeDriver:
             return OUT_OF_MEMORY
         self.free -= size
         out[0] = address = next(self._handles) << 20
-        self.device[address] = np.full(size, 255, np.uint8)  # as floats, none of it is a number
+        self.device[address] = np.full(size, 255, np.uint8)  # NaN as floats
         return None
 
     def _cuMemFree(self, address: int) -> None:
@@ -202,7 +202,7 @@ class FakeDriver:
         self.queue(stream, fill)
 
     def _cuStreamCreate(self, out: Any, flags: int) -> None:
-        assert flags == 1, "not the default stream's friend"
+        assert flags == 1, "a stream must be non-blocking"
         self._made(self.streams, [], out)
 
     def _cuStreamDestroy(self, stream: int) -> None:
@@ -238,7 +238,7 @@ class FakeDriver:
 
 
 def install_driver(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None) -> None:
-    """Have the process find ``driver`` as NVIDIA's, or none."""
+    """Replace NVIDIA's driver in this process by ``driver``, or by none."""
     real = ctypes.CDLL
 
     def load(name: str | None, *arguments: Any, **options: Any) -> Any:
@@ -249,14 +249,14 @@ def install_driver(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver | None) -
         return driver
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    # A cache of its own for what is found: the real one stays as it is.
+    # Use a separate cache, so that the real one stays unchanged.
     monkeypatch.setattr(cuda, "has_gpu", functools.cache(cuda.has_gpu.__wrapped__))
     for module in (engines, tensorrt):
         monkeypatch.setattr(module, "has_gpu", cuda.has_gpu)
 
 
 def names_used(source: Path) -> set[str]:
-    """Dotted names after ``trt.``, or ``self._trt.``, in a Python file."""
+    """Return the dotted names after ``trt.`` or ``self._trt.`` in a Python file."""
 
     def dotted(node: ast.AST) -> str | None:
         if isinstance(node, ast.Name):
@@ -270,7 +270,7 @@ def names_used(source: Path) -> set[str]:
 
 
 def like(kind: type) -> Callable[[type], type]:
-    """A class decorator: public names must be those of ``kind``, and calls must fit one of pybind's overloads."""
+    """Return a class decorator that checks public names against ``kind``, and calls against pybind's overloads."""
 
     def decorate(fake: type) -> type:
         for name, value in list(vars(fake).items()):
@@ -284,14 +284,14 @@ def like(kind: type) -> Callable[[type], type]:
     return decorate
 
 
-# ONNX Runtime's names of types, and theirs in numpy and TensorRT.
+# ONNX Runtime's names of types -> numpy's and TensorRT's.
 _NUMPY: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32, "tensor(int64)": np.int64}  # fmt: skip
 _TENSORRT = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int32)": "INT32", "tensor(int64)": "INT64"}
 _TYPES = {"str": str, "typing.SupportsInt": int, "tuple": tuple, "list": list, "bool": bool, "typing_extensions.Buffer": bytes}  # fmt: skip
 
 
 def overloads(name: str, signatures: str) -> list[list[tuple[str, bool]]]:
-    """(type, optional) of each argument after self, for each overload in a pybind docstring."""
+    """Parse a pybind docstring to (type, optional) of each argument after self, for each overload."""
     found = []
     for text in re.findall(rf"{name}\(self: [\w.:]+,? ?(.*?)\) -> ", signatures):
         parts = re.findall(r"\w+: ([\w.:]+)(?:\[[^]]*\])?( = [^,]+(?:, .*?>)?)?", text)
@@ -324,7 +324,7 @@ def _fits(arguments: Sequence[Any], wanted: Sequence[tuple[str, bool]]) -> bool:
 
 
 def fake_bindings(driver: FakeDriver, module: str, version: str, *, capturable: bool = True) -> types.SimpleNamespace:
-    """What ``import module`` gives: ``tensorrt`` as of 10.3 (no graphs of its own), or ``tensorrt_rtx``."""
+    """Return a fake module: ``tensorrt`` 10.3 (without CUDA graphs of its own), or ``tensorrt_rtx``."""
     rtx = module == "tensorrt_rtx"
 
     @like(real.IExecutionContext)
@@ -470,7 +470,7 @@ def write_engine(
     engine: Path, graph: Path, profiles: Sequence[Any], builder: str, version: str, target: str,
     inputs: Inputs = CLASSIFIER_INPUTS, precision: str = "fp32",
 ) -> EngineRecord:  # fmt: skip
-    """An engine for the fake, with its record, of an ONNX graph and ``Profile``s."""
+    """Write an engine for the fake GPU, with its record, from an ONNX graph and ``Profile``s."""
     shapes = [{name: profile.shapes(axes) for name, axes in inputs.items()} for profile in profiles]
     engine.write_bytes(json.dumps(shapes).encode() + b"\0" + onnx.load(graph).SerializeToString())
     record = EngineRecord(

@@ -9,7 +9,7 @@ _VOID = {"meta", "link", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Collects what matters and checks that tags nest."""
+    """A parser that collects tags and texts, and checks nesting."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

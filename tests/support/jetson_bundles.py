@@ -1,4 +1,4 @@
-"""Exports as ``export --trt`` leaves them, for bundles."""
+"""Exports with the graphs of ``export --trt``, for bundles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def silent(line: str) -> None:
 
 
 def with_tensorrt_graphs(export: Path, *graphs: str) -> Path:
-    """Give a tiny export what ``export --trt`` adds: the graphs hold what model.onnx holds."""
+    """Add the files of ``export --trt`` to a tiny export; the graphs are copies of model.onnx."""
     task = load_manifest(export).task
     for graph in graphs or ("model.fp16.onnx", "model.qdq.onnx"):
         shutil.copyfile(export / "model.onnx", export / graph)

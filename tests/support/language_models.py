@@ -12,7 +12,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 400, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 256, "pad_token_id": 5, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-"""Of a configuration; GPT-2 names them otherwise."""
+"""Fields of a config; GPT-2 has other names."""
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "rope_parameters": {

@@ -1,4 +1,4 @@
-"""A running server as its tests see it: plain requests, and its processes."""
+"""Helpers for tests of a running server: plain requests, and its processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def body(texts: list[str], **extra: Any) -> dict[str, Any]:
 
 
 def post(server: TritonServer, content: Any, model: str = "tiny") -> tuple[int, Any]:
-    """Status and JSON answer to a plain HTTP request."""
+    """Send a plain HTTP request. Returns status and JSON."""
     connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=60)
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
     try:

@@ -1,4 +1,4 @@
-"""Small random translators of each family, their graphs, and how tests decode with them."""
+"""Small random translators of each family with their graphs, and helpers to decode with them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def bart(kind: str = "bart", **changes: Any) -> Any:
     model.final_logits_bias = torch.nn.Buffer(torch.randn(1, V))
     for name, weight in model.named_parameters():
         if "layernorm_embedding" in name or name.endswith("layer_norm.weight"):
-            torch.nn.init.normal_(weight, 1.0, 0.2)  # else they would do nothing
+            torch.nn.init.normal_(weight, 1.0, 0.2)  # otherwise norms would have no effect
     return model
 
 
@@ -80,7 +80,7 @@ def mt5(**changes: Any) -> Any:
         **changes,
     }
     model = MT5ForConditionalGeneration(MT5Config(vocab_size=V, decoder_start_token_id=0, **shape))
-    model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(V, 32))  # as published, it is not the embedding
+    model.lm_head.weight = torch.nn.Parameter(0.3 * torch.randn(V, 32))  # untied, as in the published checkpoint
     return model
 
 
@@ -156,7 +156,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 
 def open_engine(case: Case, kind: str, threads: int) -> DecodeModel:
-    """``fp32`` or ``int8`` on ONNX Runtime, or our own engine."""
+    """Open ``fp32`` or ``int8`` on ONNX Runtime, or the engine ``native``."""
     if kind == "native":
         if (reason := lacks()) is not None:
             pytest.skip(f"the engine native does not run here: {reason}")

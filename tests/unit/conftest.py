@@ -11,7 +11,7 @@ from fake_gpu import FakeDriver, install_driver
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A fake GPU, of which nothing may be left in use."""
+    """A fake GPU; fails if memory or other resources are not released."""
     fake = FakeDriver()
     install_driver(monkeypatch, fake)
     yield fake

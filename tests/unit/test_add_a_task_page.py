@@ -1,4 +1,4 @@
-"""What docs/add-a-task.md quotes stands in the package, and what it lists is the protocol."""
+"""docs/add-a-task.md quotes existing code, and lists the whole protocol."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _members(part: type) -> set[str]:
 
 
 @pytest.mark.parametrize(("file", "text"), QUOTED)
-def test_a_quotation_is_what_the_file_says(file: str, text: str) -> None:
+def test_a_quotation_matches_the_file(file: str, text: str) -> None:
     assert text in (PACKAGE / file).read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The Python API: its names, its types, and what it refuses. tests/e2e/test_python_api.py goes all the way."""
+"""The Python API: names, types and errors. tests/e2e/test_python_api.py runs all stages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_public_names_are_these() -> None:
     }  # fmt: skip
 
 
-def test_every_public_name_is_there_documented_and_what_it_says() -> None:
+def test_every_public_name_exists_and_is_documented() -> None:
     for name in set(deploykit.__all__) - {"__version__"}:
         value = getattr(deploykit, name)
         assert value.__name__ == name
@@ -144,7 +144,7 @@ def test_rows_are_evaluated_from_a_file_or_as_they_are(tiny_export: Path, tmp_pa
         (lambda model: model.evaluate([{"text": "w1"}], colour="red"), errors.UsageError, "colour"),
     ],
 )
-def test_what_a_model_cannot_answer_is_named(
+def test_refused_texts_and_options_are_named(
     tiny_export: Path, call: Callable[[deploykit.Model], object], kind: type[Exception], says: str
 ) -> None:
     with deploykit.load(tiny_export, engine="onnxruntime") as model, pytest.raises(kind) as refused:
@@ -170,14 +170,14 @@ def test_what_a_model_cannot_answer_is_named(
         (lambda path: deploykit.package("e", "n/m", path), "model name 'n/m' is not allowed"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(call: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+def test_senseless_options_are_refused(call: Callable[[Path], object], says: str, tmp_path: Path) -> None:
     with pytest.raises(deploykit.UsageError) as refused:
         call(tmp_path / "out")
     assert says in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_packaging_again_refuses_settings_that_would_do_nothing(tiny_export: Path, tmp_path: Path) -> None:
+def test_packaging_again_refuses_settings_without_effect(tiny_export: Path, tmp_path: Path) -> None:
     first = deploykit.package(tiny_export, "tiny", tmp_path, max_batch_size=8, engine="onnxruntime")
     assert (first.name, first.version, first.reused) == ("tiny", 1, False)
     assert deploykit.package(tiny_export, "tiny", tmp_path, engine="onnxruntime").reused
@@ -185,10 +185,8 @@ def test_packaging_again_refuses_settings_that_would_do_nothing(tiny_export: Pat
         deploykit.package(tiny_export, "tiny", tmp_path, max_batch_size=9)
 
 
-def test_a_server_that_is_lost_is_an_error_at_the_end_of_the_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Triton is not started here: what the block does with its supervision is."""
+def test_a_lost_server_is_an_error_at_the_end_of_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Triton: tests how the block uses the supervision."""
     from deploykit.triton import server as module
 
     calls: list[str] = []

@@ -80,7 +80,7 @@ def test_a_manifest_may_not_name_files_outside(tmp_path: Path) -> None:
     assert manifest.files
 
 
-def test_the_wrong_kind_says_what_is_wanted(tmp_path: Path) -> None:
+def test_an_artifact_of_another_kind_is_refused_with_the_expected_one(tmp_path: Path) -> None:
     write(tmp_path / "a")
     with pytest.raises(ArtifactError, match="is an export, not a checkpoint"):
         artifacts.load_manifest(tmp_path / "a", "checkpoint")

@@ -1,4 +1,4 @@
-"""All exceptions of deploykit are one tree, which errors.py draws."""
+"""All exceptions of deploykit form one tree, drawn in errors.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(deploykit.__file__).parent
 
 
 def _classes() -> dict[str, list[str]]:
-    """Every class of the package and the names of its bases, read without importing what needs Triton or a GPU."""
+    """Return every class of the package with the names of its bases, parsed without importing the modules."""
     found = {}
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

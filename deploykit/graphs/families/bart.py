@@ -1,4 +1,4 @@
-"""Layer names and order that the descendants of BART share.
+"""Layer names and order common to the descendants of BART.
 
 Source: Lewis et al., "BART", ACL 2020; transformers, modeling_bart.py.
 """
@@ -25,8 +25,8 @@ def decoder_layers(config: Any, weights: Weights) -> tuple[DecoderLayer, ...]:
 
 def sizes(config: Any) -> dict[str, Any]:
     """Return the fields of an Architecture that have the same names in these families' configs."""
-    # optimum's NormalizedConfigManager knows an encoder-decoder by its encoder alone, and takes the decoder's heads and
-    # layers for the same; they differ in distilled checkpoints. So this and T5's file read the config itself.
+    # optimum's NormalizedConfigManager reports only the encoder's heads and layers of an encoder-decoder; the decoder's
+    # differ in distilled checkpoints. So this file and T5's read the config itself.
     head_size = config.d_model // config.decoder_attention_heads
     return {
         "encoder_heads": config.encoder_attention_heads,

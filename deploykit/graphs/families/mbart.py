@@ -1,6 +1,6 @@
 """BART and mBART (also mBART-50): learned positions from the third row on, norms of the embeddings, an output bias.
 
-Norms stand after each block in BART, before it and once at the end in mBART.
+Norms are after each block in BART; in mBART they are before each block and once at the end.
 
 Source: Lewis et al., "BART", ACL 2020; Liu et al., "Multilingual Denoising Pre-training", TACL 2020; transformers,
 modeling_bart.py and modeling_mbart.py.
@@ -13,7 +13,7 @@ from typing import Any
 from deploykit.graphs.architecture import Architecture, Weights
 from deploykit.graphs.families import bart
 
-_OFFSET = 2  # of the first position in the table
+_OFFSET = 2  # row of the first position in the table
 
 
 def architecture(model: Any, weights: Weights) -> Architecture:

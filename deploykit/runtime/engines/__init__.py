@@ -21,7 +21,7 @@ from deploykit.runtime.engines.protocol import DecodeModel, Engine, Precision
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Where an engine's classes are, what it needs, and which graphs of an export it runs.
+    """The location of an engine's classes, its requirements, and the graphs of an export that it runs.
 
     - ``location``: its ``Engine``, which runs ``graphs`` (classifiers); empty if it has none.
     - ``decoder``: its ``DecodeModel``, which runs ``translators``; empty if it has none.
@@ -44,7 +44,7 @@ class EngineInfo:
 
     @property
     def lacks(self) -> str | None:
-        """What the engine needs and this machine lacks; None if nothing."""
+        """Return a missing requirement on this machine, or None."""
         if self.packages and not any(importlib.util.find_spec(package) for package in self.packages):
             return "not installed"
         if self.gpu:
@@ -68,7 +68,7 @@ TRANSLATION_FILES: Mapping[Precision, tuple[str, str, str]] = {
     "fp32": ("encoder.onnx", "decoder.onnx", "shared.bin"),
     "int8": ("encoder.u8s8.onnx", "decoder.u8s8.onnx", "shared.u8s8.bin"),
 }
-"""Files that ONNX Runtime translates with: encoder graph, decoder graph, and the weights that both share."""
+"""Files of a translator for ONNX Runtime: encoder graph, decoder graph, and the weights of both."""
 TRANSLATION_ENGINE = "onnxruntime"
 """The engine that translates on every machine. Calibration and parity checks use it."""
 LANGUAGE_MODEL_FILES: Mapping[Precision, tuple[str, str]] = {
@@ -76,11 +76,11 @@ LANGUAGE_MODEL_FILES: Mapping[Precision, tuple[str, str]] = {
     "int8": ("model.int8.onnx", "model.int8.onnx_data"),
     "int4": ("model.int4.onnx", "model.int4.onnx_data"),
 }
-"""Files that ONNX Runtime runs a language model with: graph and weights."""
+"""Files of a language model for ONNX Runtime: graph and weights."""
 NATIVE_FILE = "native.int8.safetensors"
 
-# In the order in which "auto" prefers them. OpenVINO runs encoders faster than ONNX Runtime on every x86 CPU measured, and
-# native is faster than both.
+# In the order in which "auto" prefers them. OpenVINO runs encoders faster than ONNX Runtime on every x86 CPU measured,
+# and native is faster than both.
 ENGINES: Mapping[str, EngineInfo] = {
     "tensorrt": EngineInfo(
         "deploykit.runtime.engines.tensorrt_classifier:TensorRtEngine",

@@ -1,6 +1,6 @@
 """Find the most probable tokens of each row with ONNX Runtime's kernels.
 
-They are several times faster than numpy, and run without Python's lock.
+They are several times faster than numpy, and release the GIL.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from deploykit.runtime.engines.onnxruntime import session_options
 
-# Serialized ONNX models of one node each: y = LogSoftmax(x) and v, i = TopK(x, k), over the last of x's two axes (opset 17).
-# They are constants because a serving machine has no onnx to build them with. A test compares them with onnx's own.
+# Serialized ONNX models of one node each: y = LogSoftmax(x) and v, i = TopK(x, k), over the last of x's two axes (opset
+# 17). They are constants because a serving machine has no onnx to build them with. A test compares them with onnx's
+# own.
 LOG_SOFTMAX = (
     b'\x08\x08\x12\x00:E\n\x12\n\x01x\x12\x01y"\nLogSoftmax\x12\x01gZ\x15\n\x01x\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12'
     b"\x01r\n\x03\x12\x01vb\x15\n\x01y\x12\x10\n\x0e\x08\x01\x12\n\n\x03\x12\x01r\n\x03\x12\x01vB\x04\n\x00\x10\x11"
@@ -30,7 +31,7 @@ Ints = NDArray[np.int64]
 
 
 class BestTokens:
-    """Runs on ``threads`` CPU threads. One caller at a time.
+    """``BestTokens`` on ``threads`` CPU threads. Not for concurrent calls.
 
     ``logits`` are float32 [rows, vocabulary]; no row depends on another.
     """

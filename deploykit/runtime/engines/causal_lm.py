@@ -17,20 +17,20 @@ from deploykit.runtime.engines.onnxruntime import open_session, session_options
 
 
 class CausalLm(Protocol):
-    """A language model with the keys and values of what it has read.
+    """A decoder-only language model with a KV cache.
 
-    ``run`` reads some tokens of each row after those of ``cache`` (None: after nothing).
+    ``run`` feeds some tokens of each row after those of ``cache`` (None: an empty cache).
     """
 
     def run(
         self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64], cache: Any, *, last: bool
     ) -> tuple[NDArray[np.float32], Any]:
-        """Return logits, float32 [rows, tokens, vocabulary] or of the ``last`` token alone [rows, 1, vocabulary], and
+        """Return logits, float32 [rows, tokens, vocabulary], or [rows, 1, vocabulary] of the ``last`` token only, and
         the cache with these tokens. ``ids`` and ``positions``: [rows, tokens]; ``mask``: [rows, past + tokens], 0 for
-        padding, which stands on the left."""
+        padding, which is on the left."""
 
     def keep(self, cache: Any, rows: Sequence[int]) -> Any:
-        """Return a cache of these rows alone, in this order; a row may come more than once."""
+        """Return a cache with only these rows, in this order; a row may be repeated."""
 
 
 class OnnxCausalLm:

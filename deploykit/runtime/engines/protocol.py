@@ -56,7 +56,7 @@ class BestTokens(Protocol):
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Upper limits of a decode model: rows, tokens of a source text, tokens of a translation."""
+    """Upper limits of a decode model: number of rows, tokens of a source text, tokens of a translation."""
 
     rows: int
     source: int
@@ -69,9 +69,8 @@ class DecodeModel(Protocol):
     A row is a hypothesis with its position and its keys and values. The rows in use are always the first ones. Not
     thread-safe: one caller at a time.
 
-    ``limits`` is None where any size is possible. ``pads``: encoding a batch takes as long as if every text were as
-    long as the longest. ``rows_of_a_worker``: from twice as many rows on, several models side by side are faster than
-    this one.
+    ``limits`` is None if any size is possible. ``pads``: encoding pads every text of a batch to the longest.
+    ``rows_of_a_worker``: with at least twice as many rows, several models side by side are faster than this one.
     """
 
     rows: int
@@ -107,7 +106,8 @@ class DecodeModel(Protocol):
         """
 
     def admit(self, cross: Any, lengths: Sequence[int], copies: Sequence[int]) -> None:
-        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to it."""
+        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to
+        it."""
 
     def choose(
         self, tokens: NDArray[np.int64], selection: TokenSelection
@@ -127,7 +127,8 @@ class DecodeModel(Protocol):
         """
 
     def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
+        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row
+        left."""
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
         """Return the memory of the caches of ``rows`` rows with that many target and source tokens, in bytes.
@@ -141,7 +142,7 @@ class MultiStepModel(Protocol):
     """A decode model that can take several steps by itself, as long as the rules stay the same."""
 
     def replace(self, rows: NDArray[np.int64], cross: Sequence[Any], lengths: Sequence[int]) -> None:
-        """Give ``rows``, whose texts are done, new encoded texts of ``lengths`` tokens."""
+        """Reuse ``rows``, whose texts are done, for new encoded texts of ``lengths`` tokens."""
 
     def run_greedily(self, texts: SearchState, selection: TokenSelection, most: int) -> int:
         """Append tokens to all rows until one row ends, in at most ``most`` steps. Returns the number of steps."""
@@ -177,10 +178,11 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class TokenSelection:
-    """How to select tokens from the logits of a step. The ``best`` tokens of each row are returned, best first.
+    """Rules for selecting tokens from the logits of a step. The ``best`` tokens of each row are returned, best first.
 
     - ``forced`` int32 [rows]: a token that must come, with probability 1; -1 for none.
-    - ``forbidden`` int32, ``begin`` int32 [rows + 1]: forbidden tokens of all rows, ascending within a row; those of a row
+    - ``forbidden`` int32, ``begin`` int32 [rows + 1]: forbidden tokens of all rows, ascending within a row; those of a
+      row
       are ``forbidden[begin[row] : begin[row + 1]]``.
     - ``scored`` bool [rows]: compute log-probabilities; where False, only the best token is needed.
     - ``before`` bool [rows]: log-probabilities are those before any token was forbidden.

@@ -1,4 +1,4 @@
-"""Bookkeeping for the rows of a decode model; the rows in use are always the first ones."""
+"""Bookkeeping of a decode model's rows; the rows in use are always the first ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 
 def without(rows: int, gone: Ints) -> tuple[Ints, Ints, Ints]:
-    """Return how ``rows`` rows close up when ``gone`` are removed: the last rows move into their places.
+    """Compute how to close the gaps when ``gone`` of ``rows`` rows are removed: the last rows move into their places.
 
-    Returns the former number of each row left, the places filled, and the rows that fill them.
+    Returns the former number of each remaining row, the gaps, and the rows that fill them.
     """
     left = rows - len(gone)
     order = np.arange(left)

@@ -1,8 +1,8 @@
 """Encoder and decoder of a translation model on ONNX Runtime, with the decoder's rows and their caches.
 
 The decoder's state is a list of rows ("slots"), each a hypothesis at its own position. Keys and values are in
-preallocated buffers that the graph appends to in place. When a row leaves, the last row takes its place, so the rows in
-use are always the first ones and a step computes nothing else.
+preallocated buffers that the graph appends to in place. When a row leaves, the last row takes its place, so that the
+rows in use are always the first ones and a step computes only these.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _KINDS: dict[str, type[np.number[Any]]] = {
     "tensor(int8)": np.int8,
 }
 
-# Measured with 2 threads and models from 1 to 52 MB. Below _SMALL bytes read per step, one thread is as fast as two. From
-# these numbers of rows on, several decoders with one thread each are faster than threads within a step.
+# Measured with 2 threads and models from 1 to 52 MB. Below _SMALL bytes read per step, one thread is as fast as two.
+# With at least these numbers of rows, several decoders with one thread each are faster than threads within a step.
 _SMALL = 5 << 20
 _ROWS_OF_A_WORKER, _ROWS_OF_A_SMALL_WORKER = 16, 4
 
@@ -68,7 +68,8 @@ class _Cache:
         return self._block * power_of_two(-(-positions // self._block))
 
     def fit(self, capacity: int, positions: int, kept: int) -> bool:
-        """Make room for ``capacity`` rows of ``positions``, keeping the first ``kept`` rows. True if the view changed."""
+        """Make room for ``capacity`` rows of ``positions``, keeping the first ``kept`` rows. True if the view
+        changed."""
         positions = self.padded(positions)
         if kept:
             positions = max(positions, self.positions)
@@ -148,7 +149,8 @@ class Seq2SeqModel:
         self.reserve(_LEAST_ROWS, 1)
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> NDArray[Any]:
-        """Return cross-attention keys and values, of the caches' type: [texts, longest, 2 x layers, heads, head size]."""
+        """Return cross-attention keys and values, of the caches' type: [texts, longest, 2 x layers, heads, head
+        size]."""
         longest = max(map(len, token_ids))
         ids = np.zeros((len(token_ids), longest), np.int64)
         for row, tokens in enumerate(token_ids):
@@ -177,7 +179,8 @@ class Seq2SeqModel:
             self._bound = (0, 0, 0)
 
     def admit(self, cross: NDArray[Any], lengths: Sequence[int], copies: Sequence[int]) -> None:
-        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to it."""
+        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to
+        it."""
         self.reserve(self.rows + sum(copies), max(lengths))
         for text, (length, n) in enumerate(zip(lengths, copies)):
             rows = slice(self.rows, self.rows + n)
@@ -220,7 +223,8 @@ class Seq2SeqModel:
         self._past[targets] = self._past[sources]
 
     def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
+        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row
+        left."""
         order, holes, movers = without(self.rows, gone)
         if len(movers):
             target, source = int(self._past[movers].max()), int(self._source_last[movers].max()) + 1

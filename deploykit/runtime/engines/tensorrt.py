@@ -1,10 +1,10 @@
 """TensorRT and TensorRT-RTX: run engines that ``deploykit export --trt`` built, on an NVIDIA GPU.
 
-An engine is tied to the version that built it and to a GPU. The JSON record beside it says which. The record is checked
-first, and an engine that it rules out is never deserialized.
+An engine is tied to the version that built it and to a GPU, both named in the JSON record beside it. The record is
+checked first: an engine that cannot run here is never deserialized.
 
-Each run of one shape, copies included, becomes a CUDA graph. That is possible because callers allocate all memory at
-the start, for the largest shapes, so copies and kernels always use the same addresses. TensorRT-RTX compiles kernels
+Each run of one shape, copies included, becomes a CUDA graph. This works because callers allocate all memory at the
+start, for the largest shapes, so that copies and kernels always use the same addresses. TensorRT-RTX compiles kernels
 for shapes as they occur, and captures its own graphs when they are ready.
 
 Source: NVIDIA TensorRT documentation, "CUDA Graphs" (one context for each captured graph, all sharing device memory),
@@ -47,8 +47,9 @@ class EngineRecord:
 
     - ``builder``, ``version``: the builder and its version.
     - ``target``: ``portable``, or the compute capability that the engine runs on.
-    - ``layers``: number of layers by kind and input type; ``int8_gemms``: INT8 matrix products, counted for each profile.
-      Both are empty where the builder does not report them.
+    - ``layers``: number of layers by kind and input type; ``int8_gemms``: INT8 matrix products, counted for each
+      profile.
+      Both are empty if the builder does not report them.
     - ``sha256``: of the engine; ``graph_digest``: of the ONNX file; ``calibration``: of the ranges of an INT8 engine.
     - ``command``: repeats the export, without builder and target.
     """
@@ -170,7 +171,7 @@ class EngineProfile:
         return self.ranges[axis][2]
 
     def filled(self, rows: int) -> int:
-        """Return the number of rows to pad ``rows`` to: a power of two where possible, so that few shapes occur."""
+        """Return the number of rows to pad ``rows`` to: a power of two if possible, so that few shapes occur."""
         least, _, most = self.ranges["rows"]
         return min(max(1 << (rows - 1).bit_length(), least), most)
 
@@ -184,7 +185,7 @@ class Job:
     """A repeatable run of an engine: profile, input shapes, and tensor addresses.
 
     ``uploads`` are copied to the GPU before the run and ``downloads`` to the host after it, each with a number of
-    bytes. Consecutive jobs of different ``lane``s use separate contexts. ``told`` describes the job in errors.
+    bytes. Consecutive jobs of different ``lane``s use separate contexts. ``description`` is for errors.
     """
 
     profile: int
@@ -192,7 +193,7 @@ class Job:
     addresses: Mapping[str, int]
     uploads: Sequence[tuple[Buffer, int]]
     downloads: Sequence[tuple[Buffer, int]]
-    told: str
+    description: str
     lane: int = 0
 
 
@@ -216,8 +217,8 @@ class LoadedEngine:
                 f"copy it again, or build it again: {self.record.rebuild()}",
             )
         self.gpu.enter()
-        self._said: deque[str] = deque(maxlen=50)
-        self._log = make_log(trt, self._said)
+        self._log_lines: deque[str] = deque(maxlen=50)
+        self._log = make_log(trt, self._log_lines)
         try:
             self._runtime = trt.Runtime(self._log)
             self._engine = self._runtime.deserialize_cuda_engine(plan)
@@ -279,7 +280,7 @@ class LoadedEngine:
         return {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
 
     def run(self, job: Job) -> None:
-        """Enqueue ``job``. The first time it may run twice, so it must not write what it reads."""
+        """Enqueue ``job``. The first time it may run twice, so it must not overwrite its inputs."""
         replay = self._replay(job) if self._captures else None
         if replay is not None:
             replay.graph.launch(self.stream)
@@ -316,7 +317,7 @@ class LoadedEngine:
         for buffer, size in job.uploads:
             buffer.upload(size, self.stream)
         if not context.execute_async_v3(self.stream.handle):
-            raise self._failed(f"did not run {job.told}")
+            raise self._failed(f"did not run {job.description}")
         for buffer, size in job.downloads:
             buffer.download(size, self.stream)
 
@@ -345,7 +346,7 @@ class LoadedEngine:
                 raise self._failed(f"does not take {list(shape)} as {name}")
 
     def _failed(self, what: str, remedy: str = "check nvidia-smi; restart the process") -> EngineError:
-        return EngineError(f"{self.file}: {what}: {last_error(self._said)}", remedy)
+        return EngineError(f"{self.file}: {what}: {last_error(self._log_lines)}", remedy)
 
 
 @dataclass(frozen=True)

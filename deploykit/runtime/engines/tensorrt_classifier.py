@@ -1,4 +1,4 @@
-"""Run classifiers on TensorRT: token ids in, logits out."""
+"""Run classifiers on TensorRT."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deploykit.runtime.engines.tensorrt import EngineProfile, Job, LoadedEngine,
 
 
 class TensorRtEngine:
-    """``graph`` is an engine with its record beside it. ``threads`` is ignored."""
+    """An encoder on TensorRT. ``graph`` is an engine with its record beside it; ``threads`` is ignored."""
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._loaded = loaded = LoadedEngine(graph, device)
@@ -37,7 +37,7 @@ class TensorRtEngine:
         return parts[0] if len(parts) == 1 else [np.concatenate(part) for part in zip(*parts)]
 
     def int8_kernels(self) -> int:
-        """Return the number in the builder's log; an engine does not report it."""
+        """Return the number from the builder's log: engines do not report it."""
         return self._loaded.record.int8_gemms
 
     def _run(self, inputs: Mapping[str, NDArray[np.int64]], length: int) -> list[NDArray[Any]]:

@@ -15,8 +15,8 @@ from deploykit.tasks.question_answering.spans import Span
 def answers(predictor: TextAnswerer, texts: Sequence[str], top_k: int | None = None) -> list[Answer]:
     """Return ``answer``, ``start``, ``end`` and ``score`` for each text that ``as_text`` made.
 
-    With more than one ``top_k`` also ``answers``, best first, each with its place and score. Raises DataError for another
-    text, and for a question that cannot be asked.
+    If ``top_k`` is more than 1 also ``answers``, best first, each with position and score. Raises DataError for any
+    other text, and for a question that cannot be answered.
     """
     pairs = [from_text(text) for text in texts]
     found = []

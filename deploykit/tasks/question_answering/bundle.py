@@ -16,11 +16,11 @@ from deploykit.tasks.question_answering.predictor import Answerer, load_answerer
 from deploykit.tensorrt.build import GRAPHS, Inputs
 
 SAME_ANSWERS: Mapping[str, float] = {"fp32": 0.98, "fp16": 0.95, "int8": 0.9}
-"""The least share of questions answered with the same words as ONNX Runtime answers with the same graph."""
+"""Least share of questions that must get the same answer as from ONNX Runtime with the same graph."""
 
 
 class BundledAnswerer:
-    """An answer is a span's text, start and end, or why there is none."""
+    """An answerer's part of a bundle; an answer is a span's text, start and end, or the error."""
 
     modules: tuple[str, ...] = ("tokenizers",)
     shortest = 16
@@ -62,4 +62,6 @@ class BundledAnswerer:
     def compare(self, answers: Sequence[Any], recorded: Sequence[Any], precision: str) -> Verdict:
         same = share((str(answer), str(other)) for answer, other in zip(answers, recorded))
         least = SAME_ANSWERS[precision]
-        return Verdict(same >= least, f"{same:.0%} of the answers are those recorded", f"at least {least:.0%} will do")
+        return Verdict(
+            same >= least, f"{same:.0%} of the answers equal the recorded ones", f"required: at least {least:.0%}"
+        )

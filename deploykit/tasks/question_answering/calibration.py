@@ -1,4 +1,4 @@
-"""Calibration of an answerer: what goes into its linear layers while fp32 reads real windows."""
+"""Calibrate an answerer: observe the inputs of its linear layers while the fp32 graph reads real windows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def calibrate(folder: Path, task: QuestionAnswering, texts: Sequence[str]) -> Ca
 
 
 def token_rows(folder: Path, task: QuestionAnswering, texts: Sequence[str]) -> TokenRows:
-    """Return a window of each text, as the export in ``folder`` is served it."""
+    """Return a window of each text, tokenized as in serving."""
     windows = sample_windows(
         PairTokenizer.load(folder / "tokenizer.json", task), [from_text(text) for text in texts], len(texts)
     )
@@ -30,7 +30,7 @@ def token_rows(folder: Path, task: QuestionAnswering, texts: Sequence[str]) -> T
 
 
 def sample_windows(tokenizer: PairTokenizer, pairs: Sequence[tuple[str, str]], count: int) -> list[Window]:
-    """Return ``count`` of the windows of the pairs that can be asked, evenly spaced over all of them."""
+    """Return ``count`` windows, evenly spaced over all windows of the answerable pairs."""
     contexts = {context: tokenizer.context(printable(context)) for _, context in pairs}
     windows: list[Window] = []
     for text, of_pair in pairs:

@@ -20,11 +20,11 @@ from deploykit.tasks.question_answering.windows import PairTokenizer
 from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id, quiet
 
 _USUAL_LENGTH, _USUAL_STRIDE = 384, 128
-"""Of a window, and of what two share, for a checkpoint that does not say: those of BERT's authors for SQuAD."""
+"""Default window length and stride (tokens), as BERT's authors used for SQuAD."""
 
 
 class TorchAnswerer(Answerer):
-    """A checkpoint run by PyTorch: the reference every export is compared with."""
+    """A checkpoint run by PyTorch: the reference for every export."""
 
     def __init__(self, model: Any, tokenizer: Any, task: QuestionAnswering) -> None:
         self.model = model
@@ -40,7 +40,7 @@ class TorchAnswerer(Answerer):
 
     def run(self, inputs: dict[str, NDArray[np.int64]]) -> tuple[Logits, Logits]:
         """Return start and end logits, float32 [windows, tokens]."""
-        device = next(self.model.parameters()).device  # a GPU while it is trained on one
+        device = next(self.model.parameters()).device  # a GPU during training on one
         with torch.inference_mode():
             output = self.model(**{name: torch.from_numpy(array).to(device) for name, array in inputs.items()})
         start, end = (np.asarray(logits.float().cpu().numpy()) for logits in (output.start_logits, output.end_logits))
@@ -48,7 +48,8 @@ class TorchAnswerer(Answerer):
 
 
 def task_of(path: Path, tokenizer: Any, model: Any) -> QuestionAnswering:
-    """Return the task in a checkpoint's manifest, or, for one trained elsewhere, what its tokenizer and config say."""
+    """Return the task of a checkpoint from its manifest, or from its tokenizer and config if it was trained
+    elsewhere."""
     if (path / MANIFEST).exists():
         task: TaskFacts = load_manifest(path, "checkpoint", verify=False).task
         assert isinstance(task, QuestionAnswering), "load_model refuses others"
@@ -58,7 +59,7 @@ def task_of(path: Path, tokenizer: Any, model: Any) -> QuestionAnswering:
 
 
 def facts_of(tokenizer: Any, model: Any, **chosen: Any) -> QuestionAnswering:
-    """Return the facts of a model that its tokenizer and its config determine, and those ``chosen``."""
+    """Return a model's facts: those ``chosen``, the rest from its tokenizer and config."""
     return QuestionAnswering(
         pad_token_id=pad_token_id(tokenizer),
         question_first=tokenizer.padding_side == "right",
@@ -68,7 +69,7 @@ def facts_of(tokenizer: Any, model: Any, **chosen: Any) -> QuestionAnswering:
 
 
 def _takes_token_types(tokenizer: Any, model: Any) -> bool:
-    """Whether the types of tokens change what the model computes."""
+    """Return whether token type ids change the model's outputs."""
     return (
         "token_type_ids" in tokenizer.model_input_names
         and int(getattr(model.config, "type_vocab_size", 0) or 0) > 1

@@ -1,4 +1,4 @@
-"""Keep the rows whose answers stand in their contexts, and count every one that is repaired or dropped."""
+"""Keep the rows whose answers are in their contexts, and count the repaired and dropped ones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from deploykit.text import printable
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """Rows by what happened to them. ``rows_read`` is ``rows_kept`` and all dropped ones together.
+    """Counts of rows by what cleaning did to them. ``rows_read`` is ``rows_kept`` plus all dropped ones.
 
-    The last four count what was not dropped for it: answers moved to the one place where they stand, answers without a
-    place of their own, rows with control characters or lone surrogates, and rows that have no answer.
+    The last four count what was kept: answers moved to the only place where they occur, answers without a position,
+    rows with control characters or lone surrogates, and rows without an answer.
     """
 
     rows_read: int
@@ -38,7 +38,7 @@ class CleaningReport:
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """Return a line for each step that touched a row, for people."""
+        """Return the report as text: one line for each step that affected a row."""
         dropped = (
             (self.missing_text, "without question or context dropped"),
             (self.empty_text, "with an empty question or context dropped"),
@@ -65,10 +65,9 @@ class _Counts:
         self.moved = self.located = 0
 
     def place(self, context: str, text: str, start: int | None) -> tuple[str, int] | None:
-        """Return an answer without outer white space and its place; None where that cannot be told.
+        """Return an answer without outer white space and its position; None if that is unknown.
 
-        An answer that does not stand at ``start`` is taken to stand at the only other place where it occurs. Without a
-        ``start`` it is the first.
+        If the answer is not at ``start``, use the only other place where it occurs. Without a ``start``, use the first.
         """
         stripped = text.strip()
         if not stripped:
@@ -91,7 +90,7 @@ def clean(raw: Iterable[RawRow]) -> tuple[list[Example], CleaningReport]:
     A row whose answers all have no place is dropped: it is not a question without an answer.
     """
     counts = _Counts()
-    repaired_context = cache(printable)  # many questions have one context
+    repaired_context = cache(printable)  # many questions share a context
     rows_read = missing = empty = too_long = unlabelled = misplaced = repaired = 0
     by_question: dict[tuple[str, str], list[Example]] = {}
     for row in raw:
@@ -144,7 +143,7 @@ def clean(raw: Iterable[RawRow]) -> tuple[list[Example], CleaningReport]:
 
 
 def _joined(same: Sequence[Example]) -> Example:
-    """Return the first of equal questions with the answers of all."""
+    """Return the first of several equal questions, with the answers of all."""
     pairs = dict.fromkeys(pair for e in same for pair in zip(e.answers.text, e.answers.answer_start))
     answers = Answers(tuple(text for text, _ in pairs), tuple(start for _, start in pairs))
     return dataclasses.replace(same[0], answers=answers)

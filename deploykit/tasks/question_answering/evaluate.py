@@ -1,4 +1,4 @@
-"""Measure an answerer on questions with right answers."""
+"""Measure an answerer on questions with known answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def labelled_questions(source: str, *, encoding: str | None = None, split: str =
 def evaluate(
     predictor: TextAnswerer, rows: LabelledQuestions, *, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> Evaluation:
-    """Answer every question and compare. A question that cannot be asked counts as one without an answer."""
+    """Answer every question and compare. A question that is refused counts as answered with "no answer"."""
     found = found_for(predictor, [(e.question, e.context) for e in rows.examples], progress)
     return Evaluation(answer_metrics(predictor.task, found, rows.examples), len(rows.examples), rows.skipped)
 
@@ -47,14 +47,15 @@ def evaluate(
 def found_for(
     predictor: TextAnswerer, pairs: Sequence[tuple[str, str]], progress: Callable[[int, int], None]
 ) -> list[Found]:
-    """Answer every pair; what cannot be asked has no spans."""
+    """Answer every pair; a refused one has no spans."""
     nothing = Found((), 0.0, 0.0)
     results = predictor.try_all(pairs, progress=progress)
     return [result if isinstance(result, Found) else nothing for result in results]
 
 
 def grade(predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str]) -> Grade:
-    """Answer every text and compare with its right answers, a JSON list each. Raises DataError for anything else."""
+    """Answer every text and compare. ``truth`` has a JSON list of right answers each; raises DataError for anything
+    else."""
     pairs = [from_text(text) for text in texts]
     examples = [Example(*pair, Answers(_right_answers(right)), "", "") for pair, right in zip(pairs, truth)]
     found: list[Found] = []

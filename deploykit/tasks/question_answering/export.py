@@ -1,4 +1,4 @@
-"""What the export of an answerer is made of: its graphs, their quantization, their accuracy."""
+"""Export an answerer: write its graphs, quantize them, and measure their accuracy."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def write(
     trace: MeasurementLog,
     say: Say,
 ) -> Written:
-    """Write the graphs of an answerer and what serving them needs to ``directory``; without ``saved``, calibrate."""
+    """Write the graphs of an answerer and the files for serving to ``directory``; calibrate if ``saved`` is None."""
     reference = TorchAnswerer.load(checkpoint)
     task = reference.task
     if options.trt is not None:
@@ -110,7 +110,7 @@ def write(
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> QuestionAnswering:
-    """Write what ``calibrate`` reads of a checkpoint."""
+    """Write the fp32 graph that ``calibrate`` runs."""
     reference = TorchAnswerer.load(checkpoint)
     _write_fp32(reference, directory)
     return reference.task
@@ -123,7 +123,7 @@ def calibration_texts(source: Path, task: QuestionAnswering, options: Calibratio
 
 
 def signature_of(task: QuestionAnswering) -> Signature:
-    """Return the inputs and outputs of the graph, with the names that optimum gives them."""
+    """Return the graph's inputs and outputs, named as by optimum."""
     return Signature(task.inputs, dict.fromkeys(("start_logits", "end_logits"), ("batch", "tokens")))
 
 
@@ -133,7 +133,7 @@ def _write_fp32(reference: TorchAnswerer, directory: Path) -> None:
 
 
 class _Grader(EncoderGrader[list[Found]]):
-    """Spans of every question."""
+    """Measures the spans of every question."""
 
     figures = ("exact_match", "f1")
     limited = ("f1",)

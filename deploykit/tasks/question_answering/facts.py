@@ -1,4 +1,4 @@
-"""Define what an answerer is: the facts that travel with it from fine-tuning to the server."""
+"""Define the facts of an answerer, which go with it from fine-tuning to the server."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from deploykit.errors import DataError
 from deploykit.tasks.protocol import GraphKind
 
 MAX_CONTEXT_CHARS = 16_000_000
-"""A longer context is refused: a book has about a million characters."""
+"""Longest context that is accepted: a book has about a million characters."""
 
 
 @dataclass(frozen=True)
 class QuestionAnswering:
-    """How windows are cut and spans chosen. Lengths are tokens, special ones included in ``max_length``.
+    """Facts of a model that answers questions: how windows are cut and spans chosen.
 
-    Neighbouring windows share ``doc_stride`` tokens of the context. ``question_first`` says whether the question
-    precedes the context; ``token_types`` whether the graph takes them. A span has at most ``max_answer_length`` tokens,
-    and is extended to ``whole_words`` afterwards. There is no answer where the log-odds of none against the best span
-    exceed ``no_answer_threshold``; with None every question is answered. ``by_characters``: measured as Chinese is.
+    Lengths are in tokens; ``max_length`` includes special ones. Neighbouring windows share ``doc_stride`` tokens of the
+    context. ``question_first``: the question precedes the context. ``token_types``: the graph has token type ids. A
+    span has at most ``max_answer_length`` tokens before it is extended to ``whole_words``. If the log-odds of no answer
+    against the best span exceed ``no_answer_threshold`` there is no answer; with None every question is answered.
+    ``by_characters``: measure answers by characters, as for Chinese.
     """
 
     name: ClassVar[str] = "question-answering"
     graph_kind: ClassVar[GraphKind] = "encoder"
-    max_chars: ClassVar[int] = 2 * MAX_CONTEXT_CHARS  # as JSON; a context has its own limit
+    max_chars: ClassVar[int] = 2 * MAX_CONTEXT_CHARS  # of the JSON text; contexts have their own limit
 
     max_length: int
     doc_stride: int
@@ -53,12 +54,12 @@ class QuestionAnswering:
 
 
 def as_text(question: str, context: str) -> str:
-    """Return a question and its context as one text, for stages that ask with texts: a JSON object."""
+    """Return a question and its context as one text, a JSON object, for stages whose inputs are texts."""
     return json.dumps({"question": question, "context": context}, ensure_ascii=False)
 
 
 def from_text(text: str) -> tuple[str, str]:
-    """Return question and context of a text that ``as_text`` made. Raises DataError for another."""
+    """Return question and context of a text that ``as_text`` made. Raises DataError for any other."""
     try:
         record = json.loads(text)
         question, context = record["question"], record["context"]

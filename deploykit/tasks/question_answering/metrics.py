@@ -1,6 +1,7 @@
-"""Compute exact match and F1 of answers, in numpy alone, so that a serving machine can check its accuracy.
+"""Compute exact match and F1 of answers with numpy only, so that a serving machine can check its accuracy.
 
-Source: the evaluation scripts of SQuAD 1.1 and 2.0 (Rajpurkar et al., 2016 and 2018) and of CMRC 2018 (Cui et al., 2019).
+Source: the evaluation scripts of SQuAD 1.1 and 2.0 (Rajpurkar et al., 2016 and 2018) and of CMRC 2018 (Cui et al.,
+2019).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _RESAMPLED = 1000
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _HAN = re.compile(r"[\u4e00-\u9fa5]")
-# CMRC's list.
+# CMRC's list of punctuation.
 _SEPARATE = frozenset("-:_*^/\\~`+=，。：？！“”；’《》……·、「」（）－～『』")
 _LATIN_TOKEN = re.compile(r"\w+|[^\w\s]")
 
@@ -35,12 +36,12 @@ def normalized(text: str) -> str:
 
 
 def exact_match(answer: str, truth: str) -> float:
-    """SQuAD's: 1 if both are equal once normalized."""
+    """Return SQuAD's exact match: 1 if both are equal after normalization, else 0."""
     return float(normalized(answer) == normalized(truth))
 
 
 def f1(answer: str, truth: str) -> float:
-    """SQuAD's: of the words that both have; of two answers of which one is empty, whether both are."""
+    """Return SQuAD's F1 over words; if either answer is empty, 1 if both are, else 0."""
     ours, theirs = normalized(answer).split(), normalized(truth).split()
     if not ours or not theirs:
         return float(ours == theirs)
@@ -49,12 +50,12 @@ def f1(answer: str, truth: str) -> float:
 
 
 def exact_match_by_characters(answer: str, truth: str) -> float:
-    """CMRC's: 1 if both are equal without their punctuation, in lower case."""
+    """Return CMRC's exact match: 1 if both are equal in lower case without punctuation, else 0."""
     return float(_without_punctuation(answer) == _without_punctuation(truth))
 
 
 def f1_by_characters(answer: str, truth: str) -> float:
-    """CMRC's: of the longest run of Chinese characters and other words that both share."""
+    """Return CMRC's F1 over the longest common run of Chinese characters and other words."""
     ours, theirs = _segments(answer), _segments(truth)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -66,7 +67,7 @@ def _without_punctuation(text: str) -> str:
 
 
 def _segments(text: str) -> list[str]:
-    """Return Chinese characters one by one, and the words and signs between them."""
+    """Split into single Chinese characters, and the words and signs between them."""
     spaced = "".join(f" {c} " if _HAN.match(c) else c for c in _without_punctuation(text))
     return [token for part in spaced.split() for token in _LATIN_TOKEN.findall(part)]
 
@@ -81,21 +82,21 @@ def _longest_common_run(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def is_chinese(texts: Sequence[str]) -> bool:
-    """Whether most of the texts have a Chinese character: then answers are measured by characters."""
+    """Return whether most texts have a Chinese character, so that answers are measured by characters."""
     return sum(_HAN.search(text) is not None for text in texts) > len(texts) / 2
 
 
 def scores(
     task: QuestionAnswering, answers: Sequence[str], truths: Sequence[Sequence[str]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return exact match and F1 of each answer, float64 [rows], the best over its right answers (none: no answer is)."""
+    """Return exact match and F1 of each answer, float64 [rows]: the best over its right answers, which may be none."""
     if task.by_characters:
         return _best(exact_match_by_characters, answers, truths), _best(f1_by_characters, answers, truths)
     return _best(exact_match, answers, truths), _best(f1, answers, truths)
 
 
 def _best(score: Score, answers: Sequence[str], truths: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    # As in SQuAD's script, a right answer of nothing but articles and punctuation does not count.
+    # As in SQuAD's script, ignore right answers of articles and punctuation only.
     kept = ([t for t in truth if normalized(t)] or [""] for truth in truths)
     return np.array([max(score(answer, t) for t in truth) for answer, truth in zip(answers, kept)], np.float64)
 
@@ -103,9 +104,9 @@ def _best(score: Score, answers: Sequence[str], truths: Sequence[Sequence[str]])
 def answer_metrics(task: QuestionAnswering, found: Sequence[Found], examples: Sequence[Example]) -> dict[str, Any]:
     """Compute metrics with stable keys, as fractions of 1.
 
-    Keys: exact_match and f1, each with ``_interval``, its bootstrap 95 % interval over questions (1,000 resamples);
-    rows. Where some questions have no answer also has_answer and no_answer (exact_match, f1, rows of each), and
-    best_exact_match, best_f1 and best_f1_threshold: those of the threshold that is best on these very rows.
+    Keys: exact_match and f1, each with ``_interval`` (bootstrap 95 % interval over questions, 1,000 resamples); rows.
+    If some questions have no answer also has_answer and no_answer (exact_match, f1, rows of each), and
+    best_exact_match, best_f1 and best_f1_threshold, with the threshold that is best on these rows.
     """
     answers = [each.decide(task.no_answer_threshold).text for each in found]
     truths = [example.answers.text for example in examples]
@@ -137,10 +138,10 @@ def answer_metrics(task: QuestionAnswering, found: Sequence[Found], examples: Se
 def best_threshold(
     none: NDArray[np.float64], score: NDArray[np.float64], answerable: NDArray[np.bool_]
 ) -> tuple[float, float]:
-    """Return the highest mean score that any threshold gives, and that threshold.
+    """Return the highest mean score over all thresholds, and its threshold.
 
-    ``score`` is that of the best span. A question is answered where its log-odds ``none`` are not above the threshold;
-    one without an answer scores 1 if it is not.
+    ``score`` is that of the best span. A question is answered if its log-odds ``none`` do not exceed the threshold. A
+    question without an answer scores 1 if it is not answered.
     """
     order = np.argsort(none, kind="stable")
     gains = np.where(answerable, score, -1.0)[order]
@@ -151,7 +152,7 @@ def best_threshold(
 
 
 def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % interval of the mean by the bootstrap (Efron, 1979): 1,000 resamples, drawn by ``seed``."""
+    """Return the bootstrap 95 % interval of the mean (Efron, 1979), from 1,000 resamples drawn by ``seed``."""
     random = np.random.default_rng(seed)
     means = [float(values[random.integers(0, len(values), len(values))].mean()) for _ in range(_RESAMPLED)]
     low, high = np.percentile(means, (2.5, 97.5))

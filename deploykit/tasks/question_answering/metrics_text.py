@@ -9,7 +9,7 @@ from deploykit.text_table import text_table
 
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """Return exact match and F1, with their intervals, and apart for questions with and without an answer."""
+    """Return exact match and F1 with intervals, for all questions and for those with and without an answer."""
     parts = {"all": metrics, **{name: metrics[name] for name in ("has_answer", "no_answer") if name in metrics}}
     rows = (
         [name.replace("_", " "), f"{m['exact_match']:.4f}", f"{m['f1']:.4f}", f"{m['rows']:,}"]

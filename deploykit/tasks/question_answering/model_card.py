@@ -9,7 +9,7 @@ from deploykit.tasks.question_answering.facts import QuestionAnswering
 
 
 def head(task: QuestionAnswering, origin: str) -> list[str]:
-    """Return the hub's metadata and what the model does."""
+    """Return the hub's metadata and a description of the model."""
     answers = "It says where a context holds no answer." if task.no_answer_threshold is not None else (
         "It answers every question, also one that the context does not answer."
     )  # fmt: skip

@@ -17,7 +17,7 @@ from deploykit.tasks.question_answering.rows import Example
 from deploykit.tasks.question_answering.spans import Span
 
 _AROUND = 400
-"""Characters shown on both sides of answers."""
+"""Characters of context shown on both sides of answers."""
 _MOST = 500
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -40,9 +40,9 @@ def write_page(
     encoding: str | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> int:
-    """Answer the labelled questions of ``source`` and write those with the lowest F1 first, at most 500.
+    """Answer the labelled questions of ``source`` and write at most 500 of them, lowest F1 first.
 
-    An answer is marked, a right one is underlined. Returns the number shown.
+    Answers are highlighted, right answers underlined. Returns the number of questions shown.
     """
     examples = labelled_questions(source, encoding=encoding).examples
     found = found_for(predictor, [(e.question, e.context) for e in examples], progress)
@@ -77,7 +77,7 @@ def _article(example: Example, span: Span, overlap: float) -> str:
 
 
 def _highlighted(example: Example, span: Span) -> str:
-    """Return the parts of the context around answer and right answers, as HTML."""
+    """Return the parts of the context around the answer and the right answers as HTML."""
     context = example.context
     right = [(start, start + len(text)) for text, start in zip(example.answers.text, example.answers.answer_start)]
     ours = [(span.start, span.end)] if span.text else []

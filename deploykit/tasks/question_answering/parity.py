@@ -1,4 +1,4 @@
-"""Is the ONNX graph the same function as the PyTorch model? Asked with real questions, from text to span."""
+"""Check with real questions, from text to span, that the ONNX graph computes the same as the PyTorch model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Parity:
-    """Differences of logits over ``windows``, each run at every batch size; lengths in tokens. ``same_spans`` is the share
-    of ``questions`` answered with the same span."""
+    """Differences of logits over ``windows``, each run at every batch size; lengths in tokens. ``same_spans`` is the
+    share of ``questions`` answered with the same span."""
 
     windows: int
     batch_sizes: tuple[int, ...]
@@ -41,9 +41,9 @@ class Parity:
 
 
 def check_parity(reference: TorchAnswerer, engine: Engine, exported: Answerer, pairs: Sequence[Pair]) -> Parity:
-    """Compare fp32 logits and answers. Raises ExportError with what was measured when they are not the same.
+    """Compare fp32 logits and answers. Raises ExportError with the measured differences if they are not the same.
 
-    Two spans that PyTorch itself finds equally probable, within the tolerance, are the same.
+    Two spans that are equally probable for PyTorch, within the tolerance, count as the same.
     """
     task = reference.task
     asked = evenly(pairs, _QUESTIONS)

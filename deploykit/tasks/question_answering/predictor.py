@@ -1,4 +1,4 @@
-"""An answerer: a question and a context in, spans of the context out, in the process that calls it."""
+"""Answer questions in this process with spans of their contexts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deploykit.tasks.question_answering.windows import PairTokenizer, Window
 from deploykit.text import printable
 
 _WINDOWS_AT_ONCE = 256
-_MORE_CANDIDATES = 10  # some become one when they are extended to whole words
+_MORE_CANDIDATES = 10  # extra candidates, because some become equal when extended to whole words
 
 Pair = tuple[str, str]
 """A question and its context."""
@@ -27,14 +27,15 @@ Logits = NDArray[np.float32]
 
 
 class Reader(Protocol):
-    """What runs a model: ``inputs`` are int64 [windows, tokens] by name; returns start and end logits of that shape."""
+    """A function that runs a model. Takes inputs by name, int64 [windows, tokens]; returns start and end logits of that
+    shape."""
 
     def __call__(self, inputs: dict[str, NDArray[np.int64]]) -> tuple[Logits, Logits]: ...
 
 
 @dataclass
-class _Asked:
-    """A question, number ``row`` of those asked: its windows, how many of them wait, and whether all are cut."""
+class _PendingQuestion:
+    """Question number ``row`` in progress: its windows, how many of them wait, and whether all have been cut."""
 
     row: int
     collector: Collector
@@ -44,7 +45,7 @@ class _Asked:
 
 
 class Answerer:
-    """Tokenizer, windows and model. One caller at a time."""
+    """The tokenizer and model of one answerer. Not for concurrent calls."""
 
     def __init__(self, task: QuestionAnswering, tokenizer: PairTokenizer, read: Reader, token_budget: int) -> None:
         self.task = task
@@ -53,9 +54,9 @@ class Answerer:
         self._token_budget = token_budget
 
     def answer(self, question: str, context: str, *, top_k: int = 1) -> list[Span]:
-        """Return up to ``top_k`` answers, best first; the first has no text where there is no answer.
+        """Return up to ``top_k`` answers, best first; the first has an empty text if there is no answer.
 
-        Raises DataError for what cannot be asked.
+        Raises DataError if the question cannot be answered, for example because it is too long.
         """
         (found,) = self.try_all([(question, context)], top_k=top_k)
         if isinstance(found, DataError):
@@ -63,7 +64,7 @@ class Answerer:
         return found.answers(self.task.no_answer_threshold, top_k)
 
     def find(self, pairs: Sequence[Pair], *, top_k: int = 1) -> list[Found]:
-        """Answer every pair, in order. Raises DataError naming the first that cannot be asked."""
+        """Answer every pair, in order. Raises DataError naming the first that is refused."""
         found = self.try_all(pairs, top_k=top_k)
         for number, result in enumerate(found):
             if isinstance(result, DataError):
@@ -73,27 +74,27 @@ class Answerer:
     def try_all(
         self, pairs: Sequence[Pair], *, top_k: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
     ) -> list[Found | DataError]:
-        """Answer every pair that can be asked, in order; the others get the error that says why not.
+        """Answer every pair, in order; a refused pair gets a DataError that says why.
 
-        An answer does not depend on the pairs beside it. Windows are read ``_WINDOWS_AT_ONCE`` at a time, so that memory
-        is bounded whatever the contexts' lengths. ``progress`` is called with (pairs done, pairs in all).
+        An answer does not depend on the other pairs. Windows are read ``_WINDOWS_AT_ONCE`` at a time, so that memory
+        does not grow with the contexts' lengths. ``progress`` is called with (pairs done, number of pairs).
         """
         results: list[Found | DataError | None] = [None] * len(pairs)
-        waiting: list[tuple[_Asked, Window]] = []
+        waiting: list[tuple[_PendingQuestion, Window]] = []
         done = 0
 
         def read() -> None:
             nonlocal done
-            for (asked, window), found in zip(waiting, self._candidates([w for _, w in waiting], top_k)):
-                asked.collector.add(window, found)
-                asked.waiting -= 1
-                if asked.cut and not asked.waiting:
-                    results[asked.row] = asked.collector.result(top_k)
+            for (pending, window), found in zip(waiting, self._candidates([w for _, w in waiting], top_k)):
+                pending.collector.add(window, found)
+                pending.waiting -= 1
+                if pending.cut and not pending.waiting:
+                    results[pending.row] = pending.collector.result(top_k)
                     done += 1
             waiting.clear()
             progress(done, len(pairs))
 
-        for item in self._asked(pairs):
+        for item in self._pending(pairs):
             if isinstance(item, tuple):
                 row, error = item
                 results[row] = error
@@ -109,10 +110,10 @@ class Answerer:
         return [result for result in results if result is not None]
 
     def close(self) -> None:
-        """Nothing to release: the engine goes with the object."""
+        """Do nothing: the engine is freed with the object."""
 
-    def _asked(self, pairs: Sequence[Pair]) -> Iterator[_Asked | tuple[int, DataError]]:
-        """Each pair's windows, the pairs of a context together: it is tokenized once."""
+    def _pending(self, pairs: Sequence[Pair]) -> Iterator[_PendingQuestion | tuple[int, DataError]]:
+        """Yield the windows of each pair. Pairs that share a context come together, so that it is tokenized once."""
         by_context: dict[str, list[int]] = {}
         for row, (_, text) in enumerate(pairs):
             by_context.setdefault(text, []).append(row)
@@ -131,7 +132,7 @@ class Answerer:
                 except DataError as error:
                     yield row, error
                     continue
-                yield _Asked(row, Collector(context, self.task), self.tokenizer.windows(tokens, context))
+                yield _PendingQuestion(row, Collector(context, self.task), self.tokenizer.windows(tokens, context))
 
     def _candidates(self, windows: Sequence[Window], top_k: int) -> list[Candidates]:
         found: list[Candidates | None] = [None] * len(windows)
@@ -145,7 +146,8 @@ class Answerer:
         return [of_window for of_window in found if of_window is not None]
 
     def logits(self, windows: Sequence[Window]) -> Iterator[tuple[NDArray[np.int64], Logits, Logits]]:
-        """Yield the rows of ``windows`` run together, and their start and end logits, float32 [rows, padded length]."""
+        """Run the windows in batches. Yield each batch's rows, and start and end logits, float32 [rows, padded
+        length]."""
         task = self.task
         for batch in batches(
             [w.ids for w in windows], task.pad_token_id, max_length=task.max_length, token_budget=self._token_budget
@@ -158,7 +160,7 @@ def with_types(
     task: QuestionAnswering, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64],
     windows: Sequence[Window], rows: Sequence[int] | NDArray[np.int64],
 ) -> dict[str, NDArray[np.int64]]:  # fmt: skip
-    """Return the graph's inputs of ``rows`` of the windows."""
+    """Return the graph's inputs for ``rows`` of the windows, with token types if the graph has them."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if task.token_types:
         types = np.zeros_like(input_ids)
@@ -180,9 +182,9 @@ def context_problem(context: str) -> DataError | None:
 
 
 def load_answerer(folder: Path, task: QuestionAnswering, engine: Engine, *, token_budget: int = 0) -> Answerer:
-    """Assemble an answerer from a folder with a tokenizer.json and an engine already loaded.
+    """Create an answerer from a folder with a tokenizer.json and a loaded engine.
 
-    ``token_budget`` bounds windows x padded length of one run of the engine; 0 is what suits it.
+    ``token_budget`` limits windows x padded length of one run of the engine; 0 is the engine's own default.
     """
 
     def read(inputs: dict[str, NDArray[np.int64]]) -> tuple[Logits, Logits]:
@@ -194,7 +196,7 @@ def load_answerer(folder: Path, task: QuestionAnswering, engine: Engine, *, toke
 
 
 class TextAnswerer(Protocol):
-    """Questions and contexts in, spans out."""
+    """An answerer in this process or on a server."""
 
     task: QuestionAnswering
 
@@ -204,7 +206,7 @@ class TextAnswerer(Protocol):
     def try_all(
         self, pairs: Sequence[Pair], *, top_k: int = 1, progress: Callable[[int, int], None] = ...
     ) -> list[Found | DataError]:
-        """Answer every pair that can be asked; see ``Answerer``."""
+        """Answer every pair; see ``Answerer``."""
 
     def close(self) -> None:
         """Release connections."""

@@ -1,4 +1,5 @@
-"""Read questions with their contexts and answers: SQuAD's JSON, rows of Hugging Face's squad, CSV, JSON lines, Parquet."""
+"""Read questions with their contexts and answers: SQuAD's JSON, rows of Hugging Face's squad, CSV, JSON lines,
+Parquet."""
 
 from __future__ import annotations
 
@@ -21,9 +22,9 @@ _COLUMNS = "name the columns question, context and answers (or answer, answer_st
 
 @dataclass(frozen=True)
 class Answers:
-    """The right answers to a question, and where each begins in its context, in code points; none: it has no answer.
+    """The right answers to a question and their start positions in the context, in code points; empty for no answer.
 
-    The fields are those of Hugging Face's squad.
+    Has the fields of Hugging Face's squad.
     """
 
     text: tuple[str, ...] = ()
@@ -45,7 +46,7 @@ class RawRow:
 
 @dataclass(frozen=True)
 class Example:
-    """A usable row: every answer stands at its place in ``context``."""
+    """A usable row: every answer is at its position in ``context``."""
 
     question: str
     context: str
@@ -54,14 +55,14 @@ class Example:
     origin: str
 
     def __post_init__(self) -> None:
-        if isinstance(self.answers, dict):  # as a line of JSON has it
+        if isinstance(self.answers, dict):  # read from JSON
             object.__setattr__(self, "answers", Answers(*(tuple(v) for v in self.answers.values())))
 
 
 def read_rows(source: str, *, encoding: str | None = None, split: str = "train") -> Iterator[RawRow]:
     """Stream the rows of ``source`` (see ``read_records``), or of a .json file as SQuAD versions 1 and 2 write it.
 
-    Raises DataError naming file, row and field of what is not as it should be.
+    Raises DataError naming file, row and field of a malformed value.
     """
     if Path(source).suffix.lower() == ".json" and Path(source).is_file():
         text = "".join(read_lines(Path(source), encoding, newline=""))
@@ -78,7 +79,7 @@ def read_rows(source: str, *, encoding: str | None = None, split: str = "train")
 
 
 def _is_json_lines(text: str) -> bool:
-    """Return whether the first of several lines is an object of its own, and not all of SQuAD's."""
+    """Return whether the first of several lines is a complete JSON object of one row."""
     first, _, rest = text.strip().partition("\n")
     try:
         return bool(rest) and "data" not in json.loads(first)
@@ -138,7 +139,7 @@ def _row(record: Record, labelled: bool) -> RawRow:
 
 
 def _answers(value: Any, origin: str) -> tuple[tuple[str, int | None], ...]:
-    """From {"text": [...], "answer_start": [...]}, or a list of {"text": ..., "answer_start": ...} or of texts."""
+    """Parse {"text": [...], "answer_start": [...]}, or a list of {"text": ..., "answer_start": ...} or of texts."""
     if isinstance(value, Mapping):
         texts = value.get("text", [])
         starts = value.get("answer_start", [None] * len(texts) if isinstance(texts, list) else None)

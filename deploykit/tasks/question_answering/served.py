@@ -1,4 +1,4 @@
-"""Ask an answerer on a running server; the same interface as one in this process."""
+"""Answer questions with a model on a running server, through the same interface as in this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OUTPUTS = ("ANSWER", "SCORE", "NONE", "ERROR", "TOP_ANSWERS", "TOP_STARTS", "TO
 class ServedAnswerer(ServedModel):
     """The answerer ``name`` on the Triton server at ``url``; satisfies ``TextAnswerer``.
 
-    Options as for every served model: see ``ServedModel``.
+    Takes the options of ``ServedModel``.
     """
 
     def __init__(self, name: str, url: str = DEFAULT_URL, **options: Any) -> None:
@@ -40,12 +40,12 @@ class ServedAnswerer(ServedModel):
     def try_all(
         self, pairs: Sequence[Pair], *, top_k: int = 1, progress: Callable[[int, int], None] = lambda done, of: None
     ) -> list[Found | DataError]:
-        """Answer every pair that can be asked, in order; see ``Answerer``."""
+        """Answer every pair, in order; see ``Answerer``."""
 
         def infer(chunk: list[bytes]) -> list[Found | DataError]:
             questions, contexts = zip(*(from_text(text.decode()) for text in chunk))
             sent = [
-                "" if row and context == contexts[row - 1] else context  # as in the row before
+                "" if row and context == contexts[row - 1] else context  # empty: the context of the row before
                 for row, context in enumerate(contexts)
             ]
             inputs = {"QUESTION": [q.encode() for q in questions], "CONTEXT": [c.encode() for c in sent]}
@@ -62,7 +62,7 @@ class ServedAnswerer(ServedModel):
 
 
 def _found(row: dict[str, Any]) -> Found | DataError:
-    """Rebuild what the server found from a row of each output."""
+    """Rebuild the server's result from a row of each output."""
     error = row["ERROR"].reshape(-1)[0].decode()
     if error:
         return DataError(error, "ask about another text")

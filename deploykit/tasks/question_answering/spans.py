@@ -1,9 +1,9 @@
-"""Choose answers from the logits of windows: the rule of transformers' QuestionAnsweringPipeline.
+"""Choose answers from the logits of windows, as transformers' QuestionAnsweringPipeline does.
 
-Within a window, a span's probability is that of its first token times that of its last, each a softmax over the tokens of
-the context and the first token, which stands for "no answer". Spans of the same text, whatever their case, are one
-answer, whose probabilities add up over places and windows, and whose place is the first found. No answer is as probable
-as it is in the window where it is least so.
+Within a window, a span's probability is the probability of its first token as start times that of its last as end. Each
+is a softmax over the context's tokens and the window's first token, which stands for "no answer". Spans with the same
+text, ignoring case, are one answer: their probabilities are summed over positions and windows, and the position is the
+first one found. The probability of no answer is the lowest of all windows.
 
 Source: transformers 4.57, pipelines/question_answering.py (transformers 5 has no such pipeline).
 """
@@ -20,14 +20,14 @@ from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.windows import EncodedContext, Window
 
 _LEAST = 1e-300
-"""Stands for a probability of 0 in logarithms."""
+"""Replaces a probability of 0 in logarithms."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """An answer, its place in the context in code points, and its share of the probability of all answers kept.
+    """An answer, its position in the context in code points, and its share of the probability of all kept answers.
 
-    The text "" from 0 to 0 says that there is no answer.
+    No answer is the text "" from 0 to 0.
     """
 
     text: str
@@ -38,28 +38,28 @@ class Span:
 
 @dataclass(frozen=True)
 class Found:
-    """The best ``spans`` of a context, best first; ``none`` are the log-odds of no answer against the first of them, and
-    ``none_score`` its share of the probability of all answers kept."""
+    """The ``spans`` of a context, best first. ``none`` are the log-odds of no answer against the first span,
+    ``none_score`` is its share of the probability of all kept answers."""
 
     spans: tuple[Span, ...]
     none: float
     none_score: float
 
     def decide(self, threshold: float | None) -> Span:
-        """Return the best span, or the one without text where no answer is likelier by ``threshold``."""
+        """Return the best span, or an empty one if the log-odds of no answer exceed ``threshold``."""
         if not self.spans or (threshold is not None and self.none > threshold):
             return Span("", 0, 0, self.none_score)
         return self.spans[0]
 
     def answers(self, threshold: float | None, top_k: int) -> list[Span]:
-        """Return up to ``top_k`` spans, best first; before them the one without text where that is what is decided."""
+        """Return up to ``top_k`` spans, best first, after an empty one if there is no answer."""
         decided = self.decide(threshold)
         return [*([] if decided.text else [decided]), *self.spans][:top_k]
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Of one window: first and last token, counted from the window's first, and probability of its best spans."""
+    """The best spans of one window: first and last token, counted from the window's first, and probability."""
 
     first: NDArray[np.int64]
     last: NDArray[np.int64]
@@ -78,8 +78,8 @@ def candidates(
 ) -> list[Candidates]:
     """Return the ``most`` best spans of at most ``longest`` tokens of each window.
 
-    Logits are float32 [windows, tokens]; what is beyond a window's ids is padding. ``with_none``: the first token stands
-    for no answer.
+    Logits are float32 [windows, tokens], padded after a window's ids. ``with_none``: the first token stands for no
+    answer.
     """
     rows, length = start_logits.shape
     positions = np.arange(length)
@@ -109,14 +109,14 @@ def candidates(
 
 def _softmax(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float64]:
     values = np.where(allowed, logits.astype(np.float64), -np.inf)
-    highest = np.maximum(values.max(axis=1, keepdims=True), -1e300)  # a window without any token of the context
+    highest = np.maximum(values.max(axis=1, keepdims=True), -1e300)  # a window may have no token of the context
     weights = np.exp(values - highest)
     return np.asarray(weights / np.maximum(weights.sum(axis=1, keepdims=True), _LEAST))
 
 
 @dataclass
 class Collector:
-    """Join the candidates of a context's windows, given in order."""
+    """Merges the candidates of a context's windows, added in order."""
 
     context: EncodedContext
     task: QuestionAnswering
@@ -125,7 +125,7 @@ class Collector:
     _none: float = 1.0
 
     def add(self, window: Window, found: Candidates) -> None:
-        """Take in a window's candidates."""
+        """Add a window's candidates."""
         self._none = min(self._none, found.none)
         for first, last, probability in zip(found.first, found.last, found.probability):
             shift = window.begin - window.at
@@ -148,6 +148,6 @@ class Collector:
             start, end = self._places[key]
             spans.append(Span(self.context.text[start:end], start, end, self._probability[key] / total))
         best = self._probability[ranked[0]] if ranked else 0.0
-        # In float32, as a server sends it: whoever compares it with the threshold decides the same.
+        # Round to float32, which a server sends, so that client and server decide the same.
         none = float(np.float32(np.log(max(self._none, _LEAST)) - np.log(max(best, _LEAST))))
         return Found(tuple(spans), none, self._none / total if self.task.no_answer_threshold is not None else 0.0)

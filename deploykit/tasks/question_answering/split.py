@@ -1,4 +1,4 @@
-"""Split questions into training, validation and test, so that no context is in two of them."""
+"""Split questions into training, validation and test so that they share no context."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from deploykit.tasks.question_answering.rows import Example
 def split(
     examples: Sequence[Example], *, validation: float, test: float, seed: int
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    """Give whole contexts, near duplicates of one another together, to validation and test until each has its share.
+    """Assign whole contexts, together with near duplicates, to validation and test until each has its share.
 
-    The same rows in another order give the same splits. Raises DataError when there are too few contexts, UsageError for
-    shares that leave nothing to train on.
+    The order of the rows does not matter. Raises DataError for too few contexts, UsageError for shares that leave
+    nothing to train on.
     """
     require_shares(validation, test)
     wanted = {name: share for name, share in (("validation", validation), ("test", test)) if share}
@@ -37,12 +37,12 @@ def split(
 
 
 def take(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """Return ``count`` of the questions, of as few contexts as hold them, drawn by ``seed``."""
+    """Return ``count`` questions of as few contexts as possible, drawn by ``seed``."""
     return [example for group in _groups(examples, seed) for example in group][:count]
 
 
 def drop_leaks(train: Sequence[Example], held_out: Iterable[Example]) -> tuple[list[Example], int]:
-    """Return training rows without those whose context, or a near duplicate of it, is held out, and how many those were."""
+    """Remove training rows whose context, or a near duplicate, is held out. Return the rest and the number removed."""
     held = {group_key(context) for context in {example.context for example in held_out}}
     keys = {context: group_key(context) for context in {example.context for example in train}} if held else {}
     kept = [example for example in train if not held or keys[example.context] not in held]
@@ -50,7 +50,7 @@ def drop_leaks(train: Sequence[Example], held_out: Iterable[Example]) -> tuple[l
 
 
 def _groups(examples: Sequence[Example], seed: int) -> list[list[Example]]:
-    """Return questions by context, in an order drawn by the seed that does not depend on theirs."""
+    """Return questions grouped by context, shuffled by the seed regardless of the rows' order."""
     keys = {context: group_key(context) for context in {example.context for example in examples}}
     by_key: dict[str, list[Example]] = {}
     for example in examples:

@@ -1,6 +1,6 @@
-"""Extractive question answering: a question and a context in, words of the context out.
+"""Define the task of extractive question answering: answer a question with words of its context.
 
-Where a stage asks with texts, a text is a JSON object with both (``facts.as_text``).
+In stages whose inputs are texts, a text is a JSON object with both (``facts.as_text``).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _QuestionAnswering:
         return QUESTION_ANSWERING.substitute(values, task=quoted(record))
 
     def answer(self, predictor: TextAnswerer, texts: Sequence[str], generation: int | None = None) -> list[Answer]:
-        """``generation`` is the number of answers to each question."""
+        """Answer questions; ``generation`` is the number of answers to each."""
         from deploykit.tasks.question_answering.answers import answers
 
         return answers(predictor, texts, generation)

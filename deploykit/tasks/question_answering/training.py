@@ -1,4 +1,4 @@
-"""The question answering stage: questions, contexts and answers in, an answerer out."""
+"""Train an answerer on questions with contexts and answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from deploykit.training.weights import Loaded
 
 
 class QuestionAnsweringStage:
-    """One run, from the checks that need no rows to the measured model."""
+    """One training run, from checking the options to measuring the model."""
 
     def __init__(self, options: QuestionAnsweringOptions) -> None:
         self._options = options
@@ -64,7 +64,7 @@ class QuestionAnsweringStage:
     def split(
         self, rows: Sequence[Example], *, validation: float, test: float
     ) -> tuple[list[Example], list[Example], list[Example]]:
-        """By context."""
+        """Split by context."""
         return split(rows, validation=validation, test=test, seed=self._options.seed)
 
     def train(self, rows: Rows[Example, tuple[()]], work: Path, say: Say) -> Trained:
@@ -124,7 +124,7 @@ class QuestionAnsweringStage:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Windows, the positions in each that the answer begins and ends at, and how many are ``without`` it."""
+    """Windows, first and last position of the answer in each, and the number of windows ``without`` it."""
 
     windows: list[Window]
     labels: list[tuple[int, int]]
@@ -144,9 +144,10 @@ def check_room(tokenizer: PairTokenizer, examples: Sequence[Example], doc_stride
 
 
 def label_windows(tokenizer: PairTokenizer, examples: Sequence[Example]) -> Labelled:
-    """Cut the windows of each question, with the place of its first answer: the first token where that is not whole.
+    """Cut the windows of each question and label them with its first answer, or with the first token if a window lacks
+    it.
 
-    A tokenizer without a token at the beginning gives no window without an answer.
+    If the tokenizer adds no first token, windows without the answer are left out.
     """
     contexts: dict[str, EncodedContext] = {}
     windows, labels, without = [], [], 0
@@ -174,7 +175,7 @@ def label_windows(tokenizer: PairTokenizer, examples: Sequence[Example]) -> Labe
 
 
 class LabelledWindows(Dataset):  # type: ignore[misc]
-    """Windows and their labels; padded to the longest of each batch by ``collate``."""
+    """A dataset of labelled windows, padded per batch by ``collate``."""
 
     def __init__(self, windows: Sequence[Window], labels: Sequence[tuple[int, int]], answerer: TorchAnswerer) -> None:
         self.windows, self.labels, self._task = windows, labels, answerer.task
@@ -205,7 +206,7 @@ class LabelledWindows(Dataset):  # type: ignore[misc]
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
-    """Trainer whose evaluation answers the validation questions as the served model will."""
+    """A Trainer whose evaluation answers the validation questions as the served model will."""
 
     def __init__(self, *, measure: Callable[[Any], dict[str, float]], **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -250,7 +251,7 @@ def _train(
                 train_sampling_strategy="group_by_length",
             ),
             train_dataset=train_set,
-            eval_dataset=train_set,  # Trainer wants one; ``evaluate`` answers the validation questions instead
+            eval_dataset=train_set,  # required by Trainer but unused: ``evaluate`` answers the validation questions
             data_collator=train_set.collate,
             compute_loss_func=_loss(options),
             callbacks=trainer.callbacks(options, work / "tensorboard", say),
@@ -260,7 +261,7 @@ def _train(
 
 def _loss(options: QuestionAnsweringOptions) -> Callable[..., torch.Tensor]:
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
+        # Trainer sums the losses of a step's micro-batches: scale each to its share of the step's mean.
         items = num_items_in_batch if num_items_in_batch is not None else labels.numel()
         total = sum(
             functional.cross_entropy(
@@ -279,5 +280,5 @@ def measure(answerer: TorchAnswerer, examples: Sequence[Example]) -> dict[str, A
 
 
 def _selected(metrics: Mapping[str, Any]) -> float:
-    """Return the F1 that models are compared by: with the best threshold where some questions have no answer."""
+    """Return the F1 for comparing models: with the best threshold if some questions have no answer."""
     return float(metrics.get("best_f1", metrics["f1"]))

@@ -1,4 +1,4 @@
-"""Question answering in the backend: a dynamic batch of requests in, answers and their places out."""
+"""Serve question answering in Triton, in dynamic batches."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class QuestionAnsweringBackend:
         graphs = find_graphs(folder, manifest, engine="auto", precision="auto")
         engine = load_engine(graphs.engine, folder / graphs.files[0], cpu_threads(config), device)
         self._answerer = load_answerer(folder, task, engine, token_budget=number_parameter(config, "token_budget", 0))
-        # Short, middling and longest windows: engines compile kernels when they first meet a shape.
+        # Warm up with short, medium and longest windows: engines compile kernels at the first use of a shape.
         for words in (1, task.max_length // 4, 2 * task.max_length):
             self._answerer.try_all([("a", "a " * words)])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer a dynamic batch: the windows of all requests together, of those that want as many answers."""
+        """Answer a dynamic batch. Requests with the same ``top_k`` run together."""
         responses: list[Any] = [None] * len(requests)
         accepted: dict[int, list[tuple[int, Rows, list[Pair]]]] = {}
         for i, request in enumerate(requests):
@@ -86,16 +86,16 @@ class QuestionAnsweringBackend:
         return responses
 
     def close(self) -> None:
-        """Nothing to end: no request outlives its ``execute``."""
+        """Do nothing: no request outlives its ``execute``."""
 
     def _find(self, groups: list[list[Pair]], top_k: int) -> Sequence[list[Found | DataError] | RefusedError]:
-        """Answers to each request's pairs, all in one run; should that fail, each request in its own."""
+        """Answer the pairs of all requests in one run; if that fails, run each request alone."""
         try:
             found = self._answerer.try_all([pair for group in groups for pair in group], top_k=top_k)
         except Exception as error:
             if len(groups) > 1:
                 return [answer for group in groups for answer in self._find([group], top_k)]
-            pb_utils.Logger.log_error(traceback.format_exc())  # for the operator: it is no answer to a client
+            pb_utils.Logger.log_error(traceback.format_exc())  # for the operator
             return [FailedError(error)]
         ends = np.cumsum([len(group) for group in groups])
         return [found[end - len(group) : end] for group, end in zip(groups, ends)]
@@ -133,7 +133,7 @@ def _matrix(name: str, rows: Sequence[Sequence[Any]], dtype: type[np.generic]) -
 
 
 def _pairs(request: Any, rows: Rows) -> list[Pair]:
-    """The good rows' questions with their contexts; gives rows whose context is unusable an error."""
+    """Return the good rows' questions with contexts, and set the error of rows with an unusable context."""
     contexts: list[str] = []
     errors: dict[int, str] = {}
     for row, value in enumerate(pb_utils.get_input_tensor_by_name(request, "CONTEXT").as_numpy().reshape(-1)):
@@ -152,7 +152,7 @@ def _pairs(request: Any, rows: Rows) -> list[Pair]:
 
 
 def _top_k(request: Any) -> int:
-    """The request parameter ``top_k``; absent, 1."""
+    """Return the request parameter ``top_k``, by default 1."""
     given = parameters_of(request).get("top_k", 1)
     if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= _MOST_ANSWERS:
         raise RefusedError(f"parameter top_k must be an integer from 1 to {_MOST_ANSWERS}, not {given!r}")

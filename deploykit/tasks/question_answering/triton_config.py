@@ -1,4 +1,4 @@
-"""Hold config.pbtxt of an answerer, as ``deploykit package`` writes it: the comments are for whoever edits it."""
+"""Template of config.pbtxt for an answerer, as ``deploykit package`` writes it; its comments help a user edit it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ backend: "deploykit"
 max_batch_size: $max_batch_size
 
 input { name: "QUESTION" data_type: TYPE_STRING dims: [ 1 ] }
-# Empty after the first question of a request: the context of the question before.
+# Empty (not in a request's first question): the context of the question before.
 input { name: "CONTEXT" data_type: TYPE_STRING dims: [ 1 ] }
 
-# Empty where the context holds no answer.
+# Empty if the context holds no answer.
 output { name: "ANSWER" data_type: TYPE_STRING dims: [ 1 ] }
-# Where the answer begins and ends in CONTEXT, in code points; both 0 where there is none.
+# Begin and end of the answer in CONTEXT, in code points; both 0 without an answer.
 output { name: "START" data_type: TYPE_INT32 dims: [ 1 ] }
 output { name: "END" data_type: TYPE_INT32 dims: [ 1 ] }
-# The answer's share of the probability of all that were considered.
+# The answer's share of the probability of all candidates.
 output { name: "SCORE" data_type: TYPE_FP32 dims: [ 1 ] }
 # Log-odds of no answer against the best one.
 output { name: "NONE" data_type: TYPE_FP32 dims: [ 1 ] }
-# Empty, or why this question alone could not be asked.
+# Empty, or why this question alone was refused.
 output { name: "ERROR" data_type: TYPE_STRING dims: [ 1 ] }
 # Best first; as many as the request parameter top_k asks for, then empty ones.
 output { name: "TOP_ANSWERS" data_type: TYPE_STRING dims: [ -1 ] }

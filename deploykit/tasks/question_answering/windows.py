@@ -1,8 +1,8 @@
-"""Tokenize questions and contexts, and cut the windows of both that a model reads.
+"""Tokenize questions and contexts, and cut them into windows for the model.
 
-A context is tokenized once for all its questions. Places are code points of the context as it was given.
+A context is tokenized once for all its questions. Positions are code points of the original context.
 
-Source: tokenizers, ``Encoding`` and ``TruncationParams`` (the windows are those of its stride).
+Source: tokenizers, ``Encoding`` and ``TruncationParams`` (windows as by its ``stride``).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deploykit.errors import ArtifactError, DataError
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 
 _PIECE = 200_000
-"""Characters tokenized at once: the tokenizer needs a hundred times the memory of the arrays that are kept."""
+"""Characters tokenized at once: the tokenizer needs a hundred times the memory of the arrays that we keep."""
 _NO_WORD = -1
 
 Ints = NDArray[np.int32]
@@ -28,7 +28,7 @@ Ints = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class EncodedContext:
-    """A context and its tokens: ids, first and last character (exclusive), and the word each is in, -1 for none.
+    """A context and its tokens: ids, start and end character (exclusive), and the word each is in, -1 for none.
 
     Arrays are int32 [tokens].
     """
@@ -40,9 +40,10 @@ class EncodedContext:
     words: Ints
 
     def place(self, first: int, last: int, begin: int, end: int, *, whole_words: bool) -> tuple[int, int]:
-        """Return the characters of the tokens from ``first`` to ``last``, of a window of the tokens ``begin`` to ``end``.
+        """Return the character range of the tokens ``first`` to ``last``, in a window of the tokens ``begin`` to
+        ``end``.
 
-        ``whole_words`` extends them to the words that they are in, as far as the window reaches.
+        ``whole_words`` extends it to whole words within the window.
         """
         if whole_words and self.words[first] != _NO_WORD and self.words[last] != _NO_WORD:
             while first > begin and self.words[first - 1] == self.words[first]:
@@ -52,7 +53,7 @@ class EncodedContext:
         return self._trimmed(int(self.starts[first]), self._end(last))
 
     def _end(self, token: int) -> int:
-        """Return the end of a token's characters, with the marks on the last one that the tokenizer dropped."""
+        """Return the end of a token's characters, including combining marks that the tokenizer dropped."""
         end = int(self.ends[token])
         following = int(self.starts[token + 1]) if token + 1 < len(self.starts) else len(self.text)
         while end < following and unicodedata.category(self.text[end]).startswith("M"):
@@ -60,7 +61,7 @@ class EncodedContext:
         return end
 
     def _trimmed(self, start: int, end: int) -> tuple[int, int]:
-        """Leave out the white space at both ends, which some tokenizers count to a word."""
+        """Strip white space at both ends, which some tokenizers include in a word."""
         while start < end and self.text[start].isspace():
             start += 1
         while start < end and self.text[end - 1].isspace():
@@ -68,14 +69,14 @@ class EncodedContext:
         return start, end
 
     def tokens_of(self, start: int, end: int) -> tuple[int, int] | None:
-        """Return the first and the last token of the characters ``start`` to ``end``; None where there is none."""
+        """Return the first and last token of the characters ``start`` to ``end``; None if there is none."""
         within = np.flatnonzero((self.ends > start) & (self.starts < end) & (self.ends > self.starts))
         return (int(within[0]), int(within[-1])) if len(within) else None
 
 
 @dataclass(frozen=True)
 class Window:
-    """The ids that a model reads and their types. The context's tokens ``begin`` to ``end`` stand from ``at`` on."""
+    """A model input: ids and their types. The context's tokens ``begin`` to ``end`` are at ``at`` and after."""
 
     ids: list[int]
     types: list[int]
@@ -86,7 +87,7 @@ class Window:
 
 @dataclass(frozen=True)
 class _Template:
-    """Special tokens before, between and after question and context (or context and question), and all types."""
+    """Special tokens before, between and after question and context (in the task's order), and all token types."""
 
     before: list[int]
     between: list[int]
@@ -99,7 +100,7 @@ class _Template:
 
 
 class PairTokenizer:
-    """Tokenize questions and contexts for a model with the facts ``task``."""
+    """A tokenizer of questions and contexts for a model with the facts ``task``."""
 
     def __init__(self, tokenizer: Tokenizer, task: QuestionAnswering) -> None:
         self._tokenizer = tokenizer
@@ -119,7 +120,7 @@ class PairTokenizer:
 
     @property
     def marks_no_answer(self) -> bool:
-        """Whether a window begins with a special token, which stands for "no answer"."""
+        """Whether windows begin with a special token, which stands for "no answer"."""
         return bool(self._template.before)
 
     def question(self, text: str) -> list[int]:
@@ -144,11 +145,11 @@ class PairTokenizer:
         return EncodedContext(text, *(np.concatenate(column) for column in columns))
 
     def room(self, question: Sequence[int]) -> int:
-        """Return how many tokens of a context a window has beside a question."""
+        """Return how many tokens of a context fit a window beside the question."""
         return self._task.max_length - self._template.length - len(question)
 
     def check(self, question: Sequence[int], context: EncodedContext) -> None:
-        """Raise DataError for a question that leaves too little of a window, with the lengths."""
+        """Raise DataError, with the lengths, if the question leaves too little room in a window."""
         room, window = self.room(question), self._task.max_length
         if room < 1:
             raise DataError(
@@ -164,7 +165,8 @@ class PairTokenizer:
             )
 
     def windows(self, question: Sequence[int], context: EncodedContext) -> Iterator[Window]:
-        """Cut the windows of a question that ``check`` accepts; neighbours share ``doc_stride`` tokens of the context."""
+        """Cut the windows of a question that ``check`` accepts; neighbours share ``doc_stride`` tokens of the
+        context."""
         room, total = self.room(question), len(context.ids)
         begin = 0
         while True:
@@ -187,7 +189,7 @@ class PairTokenizer:
 
 
 def _template(tokenizer: Tokenizer) -> _Template:
-    """Find what the tokenizer puts around two texts, by what it puts around two short ones."""
+    """Find the special tokens that the tokenizer adds to a pair of texts, by tokenizing two short ones."""
     encoding = next(
         (e for e in (tokenizer.encode(a, a) for a in ("a", "1", "的")) if {0, 1} <= {*e.sequence_ids}), None
     )
@@ -204,10 +206,10 @@ def _template(tokenizer: Tokenizer) -> _Template:
 
 
 def _restore_first_letters(text: str, begin: int, offsets: Ints) -> None:
-    """Give tokens the letters before them that no token has: ``offsets``, int32 [tokens, 2], of ``text`` from ``begin`` on.
+    """Extend tokens to letters before them that belong to no token, in ``offsets``, int32 [tokens, 2], after ``begin``.
 
-    Byte-level tokenizers after a split at white space take a word's first letter for the space before it. White space,
-    characters that tokenizers drop, and marks on the letter before are nobody's.
+    Byte-level tokenizers that split at white space first confuse a word's first letter with the space before it. White
+    space, dropped characters, and combining marks of the letter before are left alone.
     """
     covered = np.concatenate([[begin], np.maximum.accumulate(offsets[:, 1])[:-1]]) if len(offsets) else offsets[:, 1]
     for token in np.flatnonzero(offsets[:, 0] > covered):
@@ -218,7 +220,7 @@ def _restore_first_letters(text: str, begin: int, offsets: Ints) -> None:
 
 
 def _pieces(text: str) -> Iterator[tuple[int, int]]:
-    """Cut a long text before white space, or else anywhere."""
+    """Split a long text before white space, or else anywhere."""
     begin = 0
     while len(text) - begin > _PIECE:
         end = begin + _PIECE
@@ -232,5 +234,5 @@ def _pieces(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _visible(character: str) -> bool:
-    """Whether a character is a letter, digit, sign or symbol of its own."""
+    """Return whether a character is a letter, digit, punctuation mark or symbol."""
     return not character.isspace() and unicodedata.category(character)[0] not in "CM"

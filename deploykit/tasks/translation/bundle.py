@@ -21,21 +21,23 @@ from deploykit.tasks.translation.predictor import Translator, load_translator
 from deploykit.tasks.translation.translated import Translated
 from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, Inputs, read_inputs
 
-# How far from ONNX Runtime's answers with the same graph an engine's may be, by precision: fused and reordered sums
-# round otherwise, and near a boundary INT8 takes the next step. Chosen well above what such rounding does and well
-# below what a wrong engine does.
-# Of the demo's translator, ONNX Runtime with all fusions off had a chrF of 98.3 and a difference of 0.0006 in INT8, of 100
-# and 0.00006 in fp16; with one wrong range in all of INT8 at most 84.8 and at least 0.034.
+# How much an engine's answers may differ from ONNX Runtime's with the same graph, by precision. Fused and reordered
+# sums round differently, and INT8 values near a boundary move to the next step. The limits are well above the effect of
+# such rounding and well below that of a wrong engine.
+# Measured with the demo's translator: ONNX Runtime with all fusions off has a chrF of 98.3 and a difference of 0.0006
+# in INT8, 100 and 0.00006 in fp16. With one wrong INT8 range the chrF is at most 84.8 and the difference at least
+# 0.034.
 LEAST_CHRF: Mapping[str, float] = {"fp32": 97.0, "fp16": 95.0, "int8": 90.0}
-"""chrF of the texts beside those recorded: a tie that tips over changes the words after it, not the rest."""
+"""Least chrF of the texts against the recorded ones. A tie that is decided differently changes the words after it
+only."""
 SCORE_DIFFERENCE: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.01, "int8": 0.02}
-"""The difference of a translation's mean log-probability per token, in the mean of the rows."""
+"""Largest difference of a translation's mean log-probability per token, averaged over the rows."""
 
 _CHRF_ORDER, _CHRF_BETA = 6, 2
 
 
 class BundledTranslator:
-    """An answer is a ``Translated``."""
+    """A translator's part of a bundle; an answer is a ``Translated``."""
 
     modules: tuple[str, ...] = ("tokenizers", "sentencepiece")
     shortest = 1
@@ -76,19 +78,20 @@ class BundledTranslator:
         least, most = LEAST_CHRF[precision], SCORE_DIFFERENCE[precision]
         return Verdict(
             alike >= least and difference <= most,
-            f"translations have a chrF of {alike:.1f} beside those recorded ({share(pairs):.0%} equal), and "
+            f"translations have a chrF of {alike:.1f} against the recorded ones ({share(pairs):.0%} equal), and "
             f"log-probabilities per token differ by {difference:.2e} in the mean",
-            f"at least {least:g} and at most {most:g} will do",
+            f"required: a chrF of at least {least:g} and a difference of at most {most:g}",
         )
 
     def _per_token(self, translated: Translated) -> float:
-        """Its mean log-probability, whatever the length penalty."""
+        """Return the mean log-probability per token, without the length penalty."""
         penalty = self._task.generation.length_penalty
         return translated.score * math.pow(max(translated.target_tokens, 1), penalty - 1)
 
 
 def chrf(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """chrF of all texts, from 0 to 100, as sacrebleu computes it, which the device lacks (Popović, WMT 2015)."""
+    """Return the chrF of all texts, 0 to 100, computed as sacrebleu does (Popović, WMT 2015); the device lacks
+    sacrebleu."""
     counts = np.zeros((_CHRF_ORDER, 3))
     for texts in zip(hypotheses, references):
         for order in range(_CHRF_ORDER):

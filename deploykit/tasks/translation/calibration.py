@@ -1,4 +1,4 @@
-"""Calibration of a translator: what goes into its linear layers while it translates real rows in fp32."""
+"""Calibrate a translator: observe the inputs of its linear layers while it translates real rows in fp32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _LARGE_CACHES = 4096  # values a position. Measured: INT8 gains with 6,144 (opus
 
 
 def activations_of(folder: Path) -> set[str]:
-    """Names of the linear layers of both fp32 graphs, and of the decoder's caches where they are worth it."""
+    """Return the names of the linear layers of both fp32 graphs, and of the decoder's caches if INT8 makes them
+    faster."""
     encoder, decoder = (read_graph(folder / file) for file in TRANSLATION_FILES["fp32"][:2])
     present = [output for output in decoder.model.graph.output if output.name.startswith("present.")]
     _, heads, _, head_size = (dim.dim_value for dim in present[0].type.tensor_type.shape.dim)
@@ -34,14 +35,13 @@ def activations_of(folder: Path) -> set[str]:
 
 
 def _caches(layers: int, width: int) -> list[str]:
-    """Names of the caches, if what many rows read of them is more than processors keep at hand. Smaller ones are read
-    faster as they are."""
+    """Return the names of the caches if many rows' caches exceed the CPU's cache; smaller ones are faster in fp32."""
     return cache_names(layers) if 2 * layers * width >= _LARGE_CACHES else []
 
 
 def calibrate(folder: Path, task: Translation, texts: Sequence[str]) -> Calibration:
-    """Translate ``texts`` greedily with the fp32 graphs in ``folder``, and collect what goes into every linear layer
-    and into the caches."""
+    """Translate ``texts`` greedily with the fp32 graphs in ``folder``, and record the inputs of every linear layer and
+    the values written to the caches."""
     model = _Observed(folder, TRANSLATION_FILES["fp32"], available_cpus())
     tokenizer = load_translation_tokenizer(folder, task.source, task.target)
     translator = Translator(task, tokenizer, Decoder(model, task))
@@ -55,12 +55,12 @@ def calibrate(folder: Path, task: Translation, texts: Sequence[str]) -> Calibrat
 
 
 class _Observed(Seq2SeqModel):
-    """The graphs with every linear layer's input as an output, shown to ``observe`` under the layer's name."""
+    """Graphs that output every linear layer's input too, and pass it to ``observe`` under the layer's name."""
 
     observe: Observe
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Observes batches of equal length, so no padding."""
+        """Encode in batches of equal length, so that no padding is observed."""
         tensors = _unique(self._encoder_activations)
         for batch in equal_length_batches(token_ids):
             lengths = np.full(len(batch), batch.shape[1], np.int32)
@@ -79,7 +79,7 @@ class _Observed(Seq2SeqModel):
         return logits
 
     def _show_caches(self, of: str, values: NDArray[np.float32]) -> None:
-        """``values``, [2 x layers, ...], are what was put into them."""
+        """Observe ``values``, [2 x layers, ...], that were written to the caches."""
         names = _caches(self._layers, self._heads * self._head_size)
         for name, each in zip((name for name in names if of in name), values):
             self.observe(name, each)
@@ -108,5 +108,5 @@ class _Observed(Seq2SeqModel):
 
 
 def _unique(activations: Mapping[str, str]) -> list[str]:
-    """Tensors, each once: several layers may read the same."""
+    """Return each tensor once: several layers may read the same one."""
     return list(dict.fromkeys(activations.values()))

@@ -1,4 +1,4 @@
-"""Entries of gettext catalogs: .po, .pot and .mo.
+"""Read the entries of gettext catalogs: .po, .pot and .mo.
 
 Format: GNU gettext manual, "The Format of PO Files" and "The Format of GNU MO Files".
 """
@@ -20,7 +20,7 @@ from deploykit.text import normalize
 
 CATALOGS = (".po", ".pot", ".mo")
 
-# polib takes what stands between the first and the last character of a string, quotes or not.
+# polib drops the first and the last character of a string without checking that they are quotes.
 _STRING_LINE = re.compile(
     r'(?:\#~\s*)?(?:(?:msgctxt|msgid|msgid_plural|msgstr(?:\[[0-9]+\])?)\s*)?"(?:[^"\\]|\\.)*"', re.DOTALL
 )
@@ -28,13 +28,13 @@ _LINE_OF_ERROR = re.compile(r"\(line ([0-9]+)\)")
 
 
 def read_catalog(path: Path, target: str, encoding: str | None = None) -> Iterator[RawPair]:
-    """Entries with their translations, plural forms as pairs of their own; what has no translation has None.
+    """Yield entries with their translations, each plural form as its own pair; a missing translation is None.
 
-    ``msgid_plural`` goes with every form but the first (where a language has one form only, with that).
-    Fuzzy and obsolete entries are yielded as ``unusable``. msgid is taken to be in the source language.
+    ``msgid_plural`` is paired with every form but the first, or with the only form of a language that has one.
+    Fuzzy and obsolete entries are yielded as ``unusable``. The msgid is assumed to be in the source language.
 
     Raises:
-        DataError: malformed, or its header names another language than ``target``; file and line are named.
+        DataError: the catalog is malformed, or its header names another language than ``target``. Names file and line.
         MissingDependencyError: polib is not installed.
     """
     catalog = _parsed(path, encoding)
@@ -55,7 +55,7 @@ def read_catalog(path: Path, target: str, encoding: str | None = None) -> Iterat
 
 
 def read_catalog_sources(path: Path, encoding: str | None = None) -> Iterator[tuple[str, str]]:
-    """Origin and text of each msgid and msgid_plural that is not obsolete. Errors as ``read_catalog``."""
+    """Yield origin and text of each msgid and msgid_plural that is not obsolete. Raises as ``read_catalog``."""
     for entry, origin in _entries(path, _parsed(path, encoding)):
         if not entry.obsolete:
             yield origin, entry.msgid
@@ -75,7 +75,7 @@ def _texts(entry: Any) -> Iterator[tuple[str, str]]:
 def _entries(path: Path, catalog: Any) -> Iterator[tuple[Any, str]]:
     name = normalize(path.name)
     for number, entry in enumerate(catalog, start=1):
-        # A .mo has no lines: entries are counted.
+        # A .mo file has no lines, so entries are numbered instead.
         yield entry, f"{name}:{getattr(entry, 'linenum', None) or number}"
 
 

@@ -1,4 +1,4 @@
-"""Translation checkpoints: what their configuration says, and PyTorch running them."""
+"""Read a translation checkpoint's configuration, and run the checkpoint in PyTorch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LOGITS_PER_BATCH = 32_000_000
 
 
 class TorchTranslator:
-    """A checkpoint run by PyTorch: the reference every export is compared with."""
+    """A checkpoint run by PyTorch: the reference for every export."""
 
     def __init__(self, model: Any, tokenizer: Any, task: Translation) -> None:
         self.task = task
@@ -48,7 +48,7 @@ class TorchTranslator:
 
     @classmethod
     def load(cls, path: Path, *, source: str | None = None, target: str | None = None) -> TorchTranslator:
-        """Load a checkpoint; one trained elsewhere may need its languages named."""
+        """Load a checkpoint. One trained elsewhere may need ``source`` and ``target``."""
         quiet()
         tokenizer, model = load_tokenizer(str(path), fast=False), load_model(str(path), Translation.name)
         if (path / MANIFEST).exists():
@@ -60,19 +60,20 @@ class TorchTranslator:
 
     @property
     def source_pad(self) -> int:
-        """What pads sources: the padding id, or, where that is of a larger target vocabulary alone, any other; it is masked."""
+        """The id that pads sources: the padding id, or 0 if only a larger target vocabulary has that. Padding is
+        masked."""
         pad = self.task.pad_token_id
         return pad if pad < self.model.get_encoder().get_input_embeddings().num_embeddings else 0
 
     def encode(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
-        """Source token ids as training and serving see them, cut to ``task.max_source_length``."""
+        """Return source token ids as in training and serving, truncated to ``task.max_source_length`` if ``cut``."""
         prefix, codes = source_prefix(self.task), self.task.languages if self.task.family == "marian" else ()
         texts = [prefixed(normalize(text), prefix, codes) for text in texts]
         return token_ids(self.tokenizer, texts, most=self.task.max_source_length if cut else None)
 
     def encode_targets(self, texts: Sequence[str], *, cut: bool = True) -> list[list[int]]:
-        """Target token ids as the decoder should give them: no start token, the end token included."""
-        most = self.task.max_target_length - 1 if cut else None  # which counts the start token
+        """Return target token ids as the decoder should generate them: without the start token, with the end token."""
+        most = self.task.max_target_length - 1 if cut else None  # max_target_length counts the start token
         return token_ids(self.tokenizer, [normalize(text) for text in texts], side="text_target", most=most)
 
     def decode(self, target_ids: Sequence[Sequence[int]]) -> list[str]:
@@ -81,17 +82,18 @@ class TorchTranslator:
     def generate_ids(
         self, token_ids: Sequence[Sequence[int]], generation: Generation, *, noise: tuple[float, int] | None = None
     ) -> list[list[int]]:
-        """Target ids by Hugging Face's ``generate``: without start token and padding, the end token if there is one.
+        """Generate target ids with Hugging Face's ``generate``: without start token and padding, with the end token if
+        any.
 
-        ``noise`` moves each logit at random by up to its first value; the second is the seed.
+        ``noise`` is (largest random change of a logit, seed).
         """
         if noise is not None:
             return self._generate(token_ids, generation_config(self.task, generation), [_Noise(*noise)])
         return self._generate(token_ids, generation_config(self.task, generation))
 
     def generate_by_own(self, token_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """As ``generate_ids``, by the checkpoint's generation config as it came; but without sampling, into the task's
-        language, and no longer than the model has positions for."""
+        """Generate as ``generate_ids`` with the checkpoint's own generation config, but without sampling, into the
+        task's language, and within the model's positions."""
         own, most = copy.deepcopy(self.model.generation_config), self.task.max_target_length
         own.do_sample, own.forced_bos_token_id = False, self.task.generation.forced_bos_token_id
         if own.max_new_tokens is not None:
@@ -120,9 +122,9 @@ class TorchTranslator:
     def scores(
         self, token_ids: Sequence[Sequence[int]], target_ids: Sequence[Sequence[int]], generation: Generation
     ) -> list[float]:
-        """The ``Translated.score`` of given target ids (as ``generate_ids`` gives them), by one forward pass.
+        """Compute the ``Translated.score`` of target ids (as ``generate_ids`` returns them) in one forward pass.
 
-        A repetition penalty is left out of account.
+        A repetition penalty is ignored.
         """
         scores = [0.0] * len(token_ids)
         with torch.inference_mode():
@@ -151,12 +153,12 @@ class TorchTranslator:
         split: Split = "sentence",
         scored: bool = True,
     ) -> list[Translated]:
-        """As ``Translator.translate``: texts are split and put together alike, whatever generates."""
+        """Translate as ``Translator.translate`` does, which splits and joins texts the same way for every model."""
         translator = Translator(self.task, _Tokenizer(self), self)
         return translator.translate(texts, generation, long_input=long_input, split=split, scored=scored)
 
     def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None]) -> None:
-        """Give each of ``sentences``, which share a generation and whether they are scored, its result."""
+        """Set the result of each sentence. All must share ``generation`` and ``scored``."""
         with self.seconds.counting("tokenizing"):
             sentences = longest_first(sentences)
         generation = sentences[0].generation if sentences else self.task.generation
@@ -171,11 +173,12 @@ class TorchTranslator:
                 finish(sentence)
 
     def close(self) -> None:
-        """Nothing to release: the model goes with the object."""
+        """Do nothing: the model is freed with the object."""
 
     @contextmanager
     def _generating(self, config: Any) -> Iterator[None]:
-        """Let the model generate by ``config`` alone: what it leaves out, ``generate`` takes from the model."""
+        """Replace the model's generation config meanwhile: ``generate`` takes fields that ``config`` leaves out from
+        there."""
         own = self.model.generation_config
         self.model.generation_config = config
         try:
@@ -199,7 +202,7 @@ class _Noise(LogitsProcessor):  # type: ignore[misc]
 
 
 class _Tokenizer:
-    """The checkpoint's own tokenizer, as ``Translator`` wants one."""
+    """The checkpoint's own tokenizer with the interface that ``Translator`` expects."""
 
     def __init__(self, translator: TorchTranslator) -> None:
         self._translator = translator
@@ -212,7 +215,7 @@ class _Tokenizer:
 
 
 def languages(tokenizer: Any, family: str) -> dict[str, int | None]:
-    """The codes that a many-language checkpoint can be asked for, each with its token; empty for one of one pair."""
+    """Return the language codes of a multilingual checkpoint with their token ids; empty for one language pair."""
     if family == "marian":
         return {code[2:-2]: None for code in tokenizer.supported_language_codes}
     if family in ("m2m_100", "mbart"):
@@ -224,7 +227,7 @@ def languages(tokenizer: Any, family: str) -> dict[str, int | None]:
 
 
 def set_languages(tokenizer: Any, task: Translation) -> None:
-    """Make the tokenizer of a many-language checkpoint add the codes of ``task``."""
+    """Make the tokenizer of a multilingual checkpoint add the language codes of ``task``."""
     if task.family in ("m2m_100", "mbart"):
         tokenizer.tgt_lang = task.target
         tokenizer.src_lang = task.source
@@ -233,10 +236,10 @@ def set_languages(tokenizer: Any, task: Translation) -> None:
 def translation_task(
     config: Any, generation: Any, tokenizer: Any, name: str, source: str | None = None, target: str | None = None
 ) -> Translation:
-    """What a checkpoint called ``name`` is, by its Hugging Face configurations.
+    """Build the task of a checkpoint from its Hugging Face configurations; errors call it ``name``.
 
-    Languages not given are the tokenizer's own. Raises UsageError for a language that a many-language
-    checkpoint does not know, ArtifactError for a configuration that we cannot follow.
+    Languages default to the tokenizer's own. Raises UsageError for a language that a multilingual checkpoint does not
+    know, ArtifactError for an unsupported configuration.
     """
     family = config.model_type
     if type(tokenizer).__name__.startswith("MBartTokenizer"):
@@ -244,7 +247,7 @@ def translation_task(
             f"{name}: is an mBART of 25 languages, whose decoder starts with the target language",
             "give an mBART-50 checkpoint, or one of another type",
         )
-    # Marian's and BART's names of these fields, and T5's.
+    # Marian and BART name these fields in one way, T5 in another.
     for side, fields in {
         "encoder": ("encoder_layers", "num_layers"),
         "decoder": ("decoder_layers", "num_decoder_layers"),
@@ -254,7 +257,7 @@ def translation_task(
     source, target = _languages_of(tokenizer, name, source, target)
     known = languages(tokenizer, family)
     for option, code in (("--source-lang", source), ("--target-lang", target)):
-        # Marian's sources are not marked: only its targets have codes.
+        # Marian marks only the target language: sources have no codes.
         if known and code not in known and not (family == "marian" and option == "--source-lang"):
             raise UsageError(f"{option} {code}: {name} does not know this language", f"it knows {', '.join(known)}")
     if source == target:
@@ -297,7 +300,7 @@ def _positions(tokenizer: Any, config: Any) -> int:
 
 
 def _forced(position: int, length: int, ids: Sequence[int], generation: Generation) -> bool:
-    """Whether a target token was put there by the search and not chosen."""
+    """Return whether the search forced a target token instead of choosing it."""
     if position == 0 and generation.forced_bos_token_id is not None:
         return True
     return (
@@ -312,7 +315,8 @@ def _first(*values: Any) -> Any:
 
 
 def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Rows by length, short ones first, no batch of more than ``most`` tokens when padded (but for a single row)."""
+    """Yield batches of row numbers, short rows first, of at most ``most`` padded tokens unless a single row has
+    more."""
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         if batch and (len(batch) + 1) * lengths[row] > most:

@@ -1,4 +1,4 @@
-"""Drop the pairs that teach a translator something wrong or nothing, and count every one of them."""
+"""Drop pairs that would teach a translator nothing or something wrong, and count them."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from deploykit.text import is_blank, normalize
 
 MAX_RATIO = 3.0
 MAX_CHARACTERS = 5000
-# Short texts differ more: "OK" is "D'accord", and many single words have no equal in length.
+# Short texts differ more in length: "OK" is "D'accord".
 _SLACK_CHARACTERS = 20
 _SLACK_WORDS = 6
-# A Chinese character stands for three letters or so, a Japanese or Korean one for two.
+# A Chinese character counts as about three letters, a Japanese or Korean one as two.
 _EXTRA_LENGTH = {"CJK": 2, "HIRAGANA": 1, "KATAKANA": 1, "HANGUL": 1}
-# Fewer rows than this, or words of a language in a text, may be a coincidence.
+# Fewer rows, or fewer words of a language in a text, may be a coincidence.
 _ROWS_FOR_VERDICT = 3
 _TEXTS_FOR_VERDICT = 10
 _WORDS_FOR_VERDICT = 3
 
-# Of the model of languages: how likely a text is in one before it counts for all texts of its side, for the direction of
-# its row, and before the row is dropped.
+# Least probability of a language by the identification model before a text counts towards its side's language, towards
+# its row's direction, and before the row is dropped.
 _LIKELY = 0.7
 _SURE = 0.9
 _CERTAIN = 0.99
@@ -45,11 +45,10 @@ _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 
 @dataclass(frozen=True)
 class PairCleaningReport:
-    """Pairs by what happened to them. ``rows_read`` is ``rows_kept`` and all dropped ones together.
+    """Counts of pairs by what cleaning did to them. ``rows_read`` is ``rows_kept`` plus all dropped ones.
 
-    Each dropped row is counted once, at the first step that it fails, in the order of the fields.
-    ``unicode_repaired``, ``lines_joined`` and ``inline_codes`` (rows of TMX whose inline codes were left out) are not
-    dropped for it.
+    Each dropped row is counted once, at the first check that it fails, in the order of the fields. Rows counted in
+    ``unicode_repaired``, ``lines_joined`` and ``inline_codes`` (TMX rows whose inline codes were removed) are kept.
     """
 
     rows_read: int = 0
@@ -75,7 +74,7 @@ class PairCleaningReport:
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """For people: one line a step that touched a row."""
+        """Return the report as text: one line for each step that affected a row."""
         dropped = (
             (self.obsolete, "obsolete in their catalog dropped"),
             (self.fuzzy, "fuzzy in their catalog dropped"),
@@ -111,21 +110,19 @@ def clean_pairs(
     max_characters: int = MAX_CHARACTERS,
     check_languages: bool = True,
 ) -> tuple[list[Pair], PairCleaningReport]:
-    """Make each text one normalized line and keep the first of each pair that is a translation by its looks.
+    """Normalize each text to one line, drop duplicates, and drop pairs that do not look like translations.
 
     Args:
-        source, target: language codes. A language that is not known has no script or words to check.
-        max_ratio: the longer text may have this many times the other's characters (those of Chinese,
-            Japanese and Korean count as several) and, where both languages have spaces, words; 20
-            characters and 6 words more are allowed, for short texts.
-        check_languages: drop what is in another script or in the other side's language.
+        source, target: language codes. The script and words of an unknown language are not checked.
+        max_ratio: largest ratio of the two texts' characters (Chinese, Japanese and Korean ones count as several) and,
+            if both languages have spaces, of their words. Short texts may differ by 20 characters and 6 words more.
+        check_languages: drop texts in another script or in the other side's language.
 
     Raises:
-        DataError: most rows are in another language than said, swapped sides above all
-            (``check_languages``).
+        DataError: most rows are in other languages, for example because the sides are swapped (``check_languages``).
     """
     languages = parse_language(source), parse_language(target)
-    looks = _Looks(source, target)
+    checks = _LanguageChecks(source, target)
     counts: Counter[str] = Counter()
     kept: dict[tuple[str, str], Pair] = {}
     for row in raw:
@@ -136,7 +133,7 @@ def clean_pairs(
         pair = Pair(one_line(row.source), one_line(row.target), row.origin)
         problem = _shape_problem(pair, languages, max_ratio, max_characters)
         if check_languages and problem is None:
-            problem = looks.problem(pair)
+            problem = checks.problem(pair)
         key = (pair.source, pair.target)
         if problem is None and key in kept:
             problem = "exact_duplicates"
@@ -149,14 +146,14 @@ def clean_pairs(
         counts["unicode_repaired"] += repaired != [row.source.strip(), row.target.strip()]
         counts["lines_joined"] += repaired != [*key]
     if check_languages:
-        looks.raise_if_wrong()
+        checks.raise_if_wrong()
     return list(kept.values()), PairCleaningReport(**counts, rows_kept=len(kept))
 
 
 def _shape_problem(
     pair: Pair, languages: tuple[Language, Language], max_ratio: float, max_characters: int
 ) -> str | None:
-    """What is wrong with a pair whatever it says."""
+    """Return the report's field for what is wrong with a pair's shape, or None."""
     if is_blank(pair.source):
         return "empty_source"
     if is_blank(pair.target):
@@ -178,38 +175,38 @@ def _shape_problem(
 
 
 def _length(text: str) -> int:
-    """Characters, those that stand for more than a letter counted as the letters they stand for."""
+    """Return the number of characters; one that stands for several letters counts as that many."""
     if text.isascii():
         return len(text)
     letters = letters_of(text)
     return len(text) + sum(letters[script] * extra for script, extra in _EXTRA_LENGTH.items())
 
 
-class _Looks:
-    """Which languages the texts seem to be in: row by row, and all together."""
+class _LanguageChecks:
+    """Language checks of the texts: row by row, and of all rows together."""
 
     def __init__(self, source: str, target: str) -> None:
         self._codes = (source, target)
         self._languages = (parse_language(source), parse_language(target))
-        self._tell_by_script = all(x.letters for x in self._languages) and self._languages[0].letters.isdisjoint(
+        self._by_script = all(x.letters for x in self._languages) and self._languages[0].letters.isdisjoint(
             self._languages[1].letters
         )
-        self._tell_by_words = has_function_words(self._languages)
+        self._by_words = has_function_words(self._languages)
         bases = [language.base for language in self._languages]
-        self._tell_by_model = not self._tell_by_words and all(map(covers, bases)) and not akin(*bases)
+        self._by_model = not self._by_words and all(map(covers, bases)) and not akin(*bases)
         self._rows = self._forward = self._reversed = 0
         self._first_reversed: Pair | None = None
         self._wrong_script = [0, 0]
-        self._seems: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        self._language_counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
 
     def problem(self, pair: Pair) -> str | None:
-        """The report's field for what is wrong, None for what seems right or cannot be told."""
+        """Return the report's field for what is wrong, or None if the pair seems right or nothing can be said."""
         if has_code(pair.source):
-            return None  # into a language of its own
+            return None  # the row names its own target language
         self._rows += 1
         one, other = self._languages
         fits = [fits_script(text, language) for text, language in zip((pair.source, pair.target), self._languages)]
-        if self._tell_by_script:
+        if self._by_script:
             crossed = fits_script(pair.source, other) and fits_script(pair.target, one)
             self._count_direction(pair, forward=all(fits), back=crossed and not any(fits))
         if not all(fits):
@@ -218,31 +215,31 @@ class _Looks:
             return "wrong_script"
         words = (
             (Counter[str](), Counter[str]())
-            if self._tell_by_model
+            if self._by_model
             else (function_words(pair.source), function_words(pair.target))
         )
-        for found, seems in zip(words, self._seems):
+        for found, seems in zip(words, self._language_counts):
             ranked = found.most_common(2)
             if ranked and ranked[0][1] >= 2 and (len(ranked) == 1 or ranked[0][1] > ranked[1][1]):
                 seems[ranked[0][0]] += 1
-        if self._tell_by_model:
+        if self._by_model:
             return self._problem_by_model(pair)
-        if not self._tell_by_words:
+        if not self._by_words:
             return None
         own = words[0][one.base], words[1][other.base]
         others = words[0][other.base], words[1][one.base]
-        if not self._tell_by_script:
+        if not self._by_script:
             forward = own[0] > others[0] and own[1] > others[1]
             self._count_direction(pair, forward=forward, back=own[0] < others[0] and own[1] < others[1])
         wrong = any(o >= _WORDS_FOR_VERDICT and not mine for mine, o in zip(own, others))
         return "wrong_language" if wrong else None
 
     def _problem_by_model(self, pair: Pair) -> str | None:
-        """As ``problem``, for a pair of languages of which one has no list of small words; each side is judged alone."""
+        """Judge each side by the identification model, for languages of which one has no list of function words."""
         bases = [language.base for language in self._languages]
         own = []
         wrong = False
-        for text, base, other, seems in zip((pair.source, pair.target), bases, reversed(bases), self._seems):
+        for text, base, other, seems in zip((pair.source, pair.target), bases, reversed(bases), self._language_counts):
             found = probabilities(text)
             likely = max(found, key=lambda label: found[label])
             if found[likely] >= _LIKELY:
@@ -250,7 +247,7 @@ class _Looks:
             mine, theirs = found[base], found[other]
             own.append(mine / (mine + theirs) if mine + theirs else 0.5)
             wrong |= likely == other and found[likely] >= _SURE and own[-1] <= 1 - _CERTAIN
-        if not self._tell_by_script:
+        if not self._by_script:
             back = all(p <= 1 - _SURE for p in own)
             self._count_direction(pair, forward=all(p >= _SURE for p in own), back=back)
         return "wrong_language" if wrong else None
@@ -262,7 +259,7 @@ class _Looks:
             self._first_reversed = pair
 
     def raise_if_wrong(self) -> None:
-        """Raise DataError when most rows are the other way round, or a side is in another language."""
+        """Raise DataError if most rows are reversed, or a side is in another language."""
         source, target = self._codes
         if self._first_reversed and self._reversed >= _ROWS_FOR_VERDICT and self._reversed > 2 * self._forward:
             raise DataError(
@@ -276,8 +273,10 @@ class _Looks:
                     f"{wrong:,} {side} texts of {self._rows:,} are not in the script of {code!r}",
                     f"correct --{side} or --{side}-column",
                 )
-        for side, code, language, seems in zip(("source", "target"), self._codes, self._languages, self._seems):
-            if not seems or not (self._tell_by_model or has_function_words([language])):
+        for side, code, language, seems in zip(
+            ("source", "target"), self._codes, self._languages, self._language_counts
+        ):
+            if not seems or not (self._by_model or has_function_words([language])):
                 continue
             likely, texts = seems.most_common(1)[0]
             if likely != language.base and texts >= _TEXTS_FOR_VERDICT and texts > 2 * seems[language.base]:

@@ -1,8 +1,7 @@
-"""In-flight batching: a decoder in a thread of its own, which requests join and leave between any two steps.
+"""In-flight batching: a decoder runs in its own thread, and requests join and leave its batch between steps.
 
-Of the sentences that wait, each request gets one in, in turn: a document does not hold up a line that
-comes after it. Clients are spoken to in another thread: Triton takes its time to take an answer, which
-those who still run need not wait for.
+Waiting requests take turns, one sentence each, so that a long document does not block a short text behind it. Answers
+are sent from another thread: Triton is slow to take an answer, and the running batch should not wait for it.
 """
 
 from __future__ import annotations
@@ -20,27 +19,29 @@ from deploykit.runtime.decoding import Sentence
 from deploykit.tasks.translation.predictor import Job, Translator
 from deploykit.tasks.translation.translated import Translated
 
-_ASK_S = 0.005  # asking Triton whether a request was cancelled takes 0.1 ms (measured): one request at a time
-_REPORT_S = 0.1
+_CHECK_INTERVAL_S = (
+    0.005  # asking Triton whether a request was cancelled takes 0.1 ms (measured), so ask after one at a time
+)
+_REPORT_INTERVAL_S = 0.1
 
 
 class Client(Protocol):
-    """Who asked. All are called in one thread, which is not the loop's."""
+    """The sender of a request. All methods are called in one thread, which is not the loop's."""
 
-    def gone(self) -> bool:
-        """Whether the answer is wanted no more."""
+    def is_cancelled(self) -> bool:
+        """Return whether the request was cancelled."""
 
     def answer(self, translations: Sequence[Translated]) -> None:
-        """One for each job."""
+        """Send the translations, one for each job."""
 
     def fail(self, error: Exception | None) -> None:
-        """In place of an answer. None: it was gone."""
+        """Send an error instead of an answer; None if the request was cancelled."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """Sentences in the decoder and before it; since the loop began, tokens generated (one a sentence
-    and step) and requests that were cancelled."""
+    """Sentences in the decoder and in the queue; tokens generated (one per sentence and step) and requests cancelled
+    since the loop began."""
 
     running: int
     waiting: int
@@ -49,23 +50,24 @@ class Load:
 
 
 class _Request:
-    """``jobs`` on their way: ``waiting`` are not with the decoder yet, ``left`` are not done."""
+    """A submitted request. ``waiting`` sentences are not in the decoder yet; ``left`` counts those that are not
+    done."""
 
     def __init__(self, client: Client, jobs: Sequence[Job]) -> None:
         self.client = client
         self.jobs = jobs
         self.sentences = [sentence for job in jobs for sentence in job.sentences]
-        # Long ones first: short ones fill the room that is left at the end.
+        # Long sentences first, so that short ones fill the rows that get free at the end.
         self.waiting = deque(sorted(self.sentences, key=lambda s: -len(s.token_ids)))
         self.left = len(self.sentences)
 
 
 class DecodeLoop:
-    """``submit`` from any thread; clients are answered in one of the loop's own.
+    """A thread that decodes submitted requests. Call ``submit`` from any thread; answers come from another one.
 
-    ``max_queue`` bounds the sentences that wait: beyond it a request is refused, unless nothing
-    waits. Without ``in_flight`` nothing joins until all that run are done. ``load`` makes the
-    translator, again after a step that failed; ``report`` is told the load now and then.
+    ``max_queue`` limits the waiting sentences: a request beyond it is refused, unless the queue is empty. Without
+    ``in_flight`` no sentence joins until the whole batch is done. ``load`` loads the translator, and again after a
+    failed step. ``report`` is called with the load from time to time.
     """
 
     def __init__(
@@ -83,25 +85,25 @@ class DecodeLoop:
         self._in_flight = in_flight
         self._report = report
         self._log_error = log_error
-        # Shared with those who submit, under ``_changed``.
+        # Shared with the threads that submit, guarded by ``_changed``.
         self._changed = threading.Condition()
         self._inbox: list[_Request] = []
-        self._gone: list[_Request] = []
+        self._cancelled_requests: list[_Request] = []
         self._waiting = 0
         self._closing = False
-        # The loop's own.
+        # Used by the loop's thread only.
         self._queue: deque[_Request] = deque()
-        self._requests: deque[_Request] = deque()  # the first is the next to be asked after
-        self._request_of: dict[int, _Request] = {}  # by id of a sentence that the decoder has
-        self._tokens = self._cancelled = 0
-        self._asked = self._reported = 0.0
-        self._asking = False  # cleared by the clients' thread
+        self._requests: deque[_Request] = deque()  # the first is the next to be checked for cancellation
+        self._request_by_sentence: dict[int, _Request] = {}  # by id() of a sentence in the decoder
+        self._tokens = self._cancelled_count = 0
+        self._checked = self._reported = 0.0
+        self._checking = False  # reset by the clients' thread
         self._clients = ThreadPoolExecutor(1, "clients")
         self._thread = threading.Thread(target=self._run, name="decode-loop")
         self._thread.start()
 
     def submit(self, client: Client, jobs: Sequence[Job]) -> None:
-        """Translate ``jobs``, and answer ``client``. Raises QueueFullError."""
+        """Queue ``jobs`` for translation; ``client`` is answered later. Raises QueueFullError."""
         request = _Request(client, jobs)
         with self._changed:
             if self._waiting and self._waiting + request.left > self._max_queue:
@@ -111,7 +113,7 @@ class DecodeLoop:
             self._changed.notify()
 
     def close(self) -> None:
-        """Return when everything submitted is answered."""
+        """Wait until every submitted request is answered, and end the threads."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -121,60 +123,60 @@ class DecodeLoop:
     def _run(self) -> None:
         while self._receive():
             try:
-                self._ask()
-                self._feed()
+                self._check_cancelled()
+                self._fill_rows()
                 done = self.translator.decoder.step()
             except Exception as error:
                 self._recover(error)
             else:
                 self._tokens += len(self.translator.decoder.running) + len(done)
                 self._finish(done)
-        self._tell()
+        self._report_load()
 
     def _receive(self) -> bool:
-        """Take in what was submitted, waiting for it if there is nothing to do; False when that is over."""
+        """Take submitted requests, waiting for one if idle. Return False when the loop should end."""
         with self._changed:
-            if not self._changed.wait_for(self._has_work, _REPORT_S):
-                self._tell()
+            if not self._changed.wait_for(self._has_work, _REPORT_INTERVAL_S):
+                self._report_load()
                 self._changed.wait_for(self._has_work)
             arrived, self._inbox = self._inbox, []
-            gone, self._gone = self._gone, []
+            cancelled, self._cancelled_requests = self._cancelled_requests, []
         for request in arrived:
             if request.left:
                 self._requests.append(request)
                 self._queue.append(request)
             else:
-                self._later(self._answer, request)
-        for request in gone:
+                self._call_in_client_thread(self._answer, request)
+        for request in cancelled:
             if request in self._requests:
-                self._cancelled += 1
-                self._drop(request, None)
-        return bool(self._requests or arrived or gone)
+                self._cancelled_count += 1
+                self._fail(request, None)
+        return bool(self._requests or arrived or cancelled)
 
     def _has_work(self) -> bool:
         return bool(self._inbox or self._requests or self._closing)
 
-    def _ask(self) -> None:
-        """Have one request asked whether anybody waits for it, and tell the load, now and then."""
+    def _check_cancelled(self) -> None:
+        """Check one request for cancellation and report the load, if it is time to."""
         now = time.monotonic()
-        if self._requests and not self._asking and now > self._asked + _ASK_S:
-            self._asked, self._asking = now, True
-            self._later(self._look_after, self._requests[0])
+        if self._requests and not self._checking and now > self._checked + _CHECK_INTERVAL_S:
+            self._checked, self._checking = now, True
+            self._call_in_client_thread(self._note_if_cancelled, self._requests[0])
             self._requests.rotate(-1)
-        if now > self._reported + _REPORT_S:
+        if now > self._reported + _REPORT_INTERVAL_S:
             self._reported = now
-            self._tell()
+            self._report_load()
 
-    def _look_after(self, request: _Request) -> None:
+    def _note_if_cancelled(self, request: _Request) -> None:
         try:
-            if request.client.gone():
+            if request.client.is_cancelled():
                 with self._changed:
-                    self._gone.append(request)
+                    self._cancelled_requests.append(request)
         finally:
-            self._asking = False
+            self._checking = False
 
-    def _feed(self) -> None:
-        """Give the decoder sentences while it has room."""
+    def _fill_rows(self) -> None:
+        """Pass waiting sentences to the decoder while it has free rows."""
         decoder = self.translator.decoder
         if decoder.running and not self._in_flight:
             return
@@ -183,7 +185,7 @@ class DecodeLoop:
         while self._queue and room > 0:
             request = self._queue.popleft()
             sentence = request.waiting.popleft()
-            self._request_of[id(sentence)] = request
+            self._request_by_sentence[id(sentence)] = request
             decoder.add(sentence)
             room -= sentence.generation.beam_size
             fed += 1
@@ -195,13 +197,13 @@ class DecodeLoop:
 
     def _finish(self, done: Sequence[Sentence]) -> None:
         for sentence in done:
-            request = self._request_of.pop(id(sentence), None)
+            request = self._request_by_sentence.pop(id(sentence), None)
             if request is None:
-                continue  # left over from a step that failed
+                continue  # its request failed with an earlier step
             request.left -= 1
             if not request.left:
                 self._requests.remove(request)
-                self._later(self._answer, request)
+                self._call_in_client_thread(self._answer, request)
 
     def _answer(self, request: _Request) -> None:
         try:
@@ -210,8 +212,8 @@ class DecodeLoop:
             self._log_error(error)
             request.client.fail(error)
 
-    def _drop(self, request: _Request, error: Exception | None) -> None:
-        """Answer with an error a request that is not done."""
+    def _fail(self, request: _Request, error: Exception | None) -> None:
+        """Remove a request that is not done, and answer it with an error."""
         with self._changed:
             self._waiting -= len(request.waiting)
         self._requests.remove(request)
@@ -219,26 +221,26 @@ class DecodeLoop:
             self._queue.remove(request)
         for sentence in request.sentences:
             sentence.cancelled = True
-            self._request_of.pop(id(sentence), None)
-        self._later(request.client.fail, error)
+            self._request_by_sentence.pop(id(sentence), None)
+        self._call_in_client_thread(request.client.fail, error)
 
     def _recover(self, error: Exception) -> None:
-        """Answer with ``error`` the requests that the decoder had a part of, and begin with a new one."""
+        """Answer requests with sentences in the decoder with ``error``, and load a new translator."""
         self._log_error(error)
-        for request in set(self._request_of.values()):
-            self._drop(request, error)
+        for request in set(self._request_by_sentence.values()):
+            self._fail(request, error)
         try:
             self.translator = self._load()
-        except Exception as failure:  # the next step fails then, and tries again
+        except Exception as failure:  # the next step fails too, and tries again
             self._log_error(failure)
 
-    def _tell(self) -> None:
+    def _report_load(self) -> None:
         decoder = self.translator.decoder
-        load = Load(len(decoder.running), self._waiting + len(decoder.waiting), self._tokens, self._cancelled)
-        self._later(self._report, load)
+        load = Load(len(decoder.running), self._waiting + len(decoder.waiting), self._tokens, self._cancelled_count)
+        self._call_in_client_thread(self._report, load)
 
-    def _later(self, call: Callable[..., None], *arguments: object) -> None:
-        """Have the clients' thread call it. Should that fail nobody is left to tell, and the others must not suffer."""
+    def _call_in_client_thread(self, call: Callable[..., None], *arguments: object) -> None:
+        """Run a call in the clients' thread. A failure is only logged, so that it does not affect other requests."""
 
         def logged() -> None:
             try:

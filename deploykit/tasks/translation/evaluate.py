@@ -36,7 +36,7 @@ def translated_rows(
     encoding: str | None = None,
     split: str = "test",
 ) -> TranslatedRows:
-    """Read pairs in the task's languages, translations as they are given: not even NFC is applied to what is measured.
+    """Read pairs in the task's languages. References are left as they are, not even normalized to NFC.
 
     Raises DataError when no row has both sides.
     """
@@ -94,7 +94,7 @@ def grade(
 def texts_and_references(
     source: str, task: Translation, source_column: str | None, target_column: str | None, encoding: str | None
 ) -> list[tuple[str, str | None]]:
-    """Read texts, and their translations where the source has them."""
+    """Read texts, with their translations if the source has them."""
     try:
         rows = translated_rows(
             source, task, source_column=source_column, target_column=target_column, encoding=encoding

@@ -1,4 +1,4 @@
-"""What the export of a translation checkpoint is made of: its graphs, their quantization, their quality."""
+"""Export a translation checkpoint: write its graphs, quantize them, and measure their quality."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, EngineOptions, build_eng
 from deploykit.text import normalize
 
 _PARITY_ROWS = 128
-_MEASURED_ROWS = 500  # PyTorch, which is measured too, takes minutes for more
+_MEASURED_ROWS = 500  # PyTorch is measured too, and takes minutes for more
 _CACHES = "caches"
 _TENSORRT_TYPES: dict[str, Standard] = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "fp16"}
-"""Precision of an engine -> what its layers compute in that are not INT8."""
+"""Precision of an engine -> type of its layers that are not INT8."""
 
 
 def write(
@@ -71,7 +71,7 @@ def write(
     trace: MeasurementLog,
     say: Say,
 ) -> Written:
-    """Write the graphs of a translator and what serving them needs to ``directory``; without ``saved``, calibrate."""
+    """Write the graphs of a translator and the files for serving to ``directory``; calibrate if ``saved`` is None."""
     reference = TorchTranslator.load(checkpoint, source=options.source_lang, target=options.target_lang)
     task = reference.task
     if options.smooth_quant is not None:
@@ -110,7 +110,7 @@ def write(
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> Translation:
-    """Write what ``calibrate`` reads of a checkpoint."""
+    """Write the fp32 graphs that ``calibrate`` runs."""
     reference = TorchTranslator.load(checkpoint, source=options.source_lang, target=options.target_lang)
     _write_fp32(checkpoint, reference, directory)
     return reference.task
@@ -125,7 +125,7 @@ def _write_fp32(checkpoint: Path, reference: TorchTranslator, directory: Path) -
 
 
 def calibration_texts(source: Path, task: Translation, options: CalibrationOptions) -> list[str]:
-    """Rows of a file, or of the splits of the checkpoint ``source``."""
+    """Return calibration texts from a file, or from the splits of the checkpoint ``source``."""
     pairs = _rows(source, task, options.calibration, options.calibration, options)
     return [pair.source for pair in evenly(pairs, options.calibration_rows)]
 
@@ -135,15 +135,17 @@ def _check(directory: Path, reference: TorchTranslator, texts: Sequence[str], sa
     task = reference.task
     tokenizer = load_translation_tokenizer(directory, task.source, task.target)
     for text, theirs, ours in zip(texts, token_ids, tokenizer.encode([normalize(text) for text in texts])):
-        if theirs != ours and len(ours) <= task.max_source_length:  # longer ones are cut by one and split by the other
+        if (
+            theirs != ours and len(ours) <= task.max_source_length
+        ):  # PyTorch truncates longer texts, serving splits them
             raise ExportError(f"the tokenizer cuts {text!r} differently from the checkpoint's", "report this text")
     model = Seq2SeqModel(directory, TRANSLATION_FILES["fp32"], available_cpus())
     parity = check_parity(reference, model, token_ids)
-    say(f"parity with PyTorch: {_told(parity)}")
+    say(f"parity with PyTorch: {_parity_text(parity)}")
     return parity
 
 
-def _told(parity: Parity) -> str:
+def _parity_text(parity: Parity) -> str:
     searches = (
         f"{'greedy' if g.beams == 1 else f'{g.beams} beams'} {g.equal} of {parity.rows} equal ({g.ties} ties)"
         for g in parity.generations
@@ -163,9 +165,9 @@ def _quantize(
     trace: MeasurementLog,
     say: Say,
 ) -> tuple[dict[str, Any], Ranges]:
-    """Write the INT8 graphs; where they lose too much, with the most sensitive layers of the model left in fp32.
+    """Write the INT8 graphs. If they lose too much, leave the most sensitive layers in fp32.
 
-    Returns what the manifest says of it, and the ranges of the layers that are INT8.
+    Return the manifest's record, and the ranges of the layers in INT8.
     """
     say(calibration.told(options.method))
     calibration.save(directory)
@@ -185,7 +187,7 @@ def _quantize(
             node.op_type == "QuantizeLinear" for g in (encoder, decoder) for node in g.model.graph.node
         )
 
-    search = _hold_limit(
+    search = _quantize_within_limit(
         "INT8", save, lambda: grader.grade("int8"), TRANSLATION_FILES["int8"], ranges, options, grader, trace, say
     )
     written = _without(ranges, search.kept if search else ())
@@ -203,13 +205,13 @@ def _quantize(
     return record, written
 
 
-def _hold_limit(
+def _quantize_within_limit(
     name: str, save: Callable[[Ranges], None], grade: Callable[[], Line], files: Sequence[str], ranges: Ranges,
     options: ExportOptions, grader: _Grader, trace: MeasurementLog, say: Say,
 ) -> Search | None:  # fmt: skip
-    """Quantize all layers that have ``ranges``, or, where that loses too much, all but a few parts of the model.
+    """Quantize all layers that have ``ranges``, or, if that loses too much, all but a few parts of the model.
 
-    ``save`` writes ``files``, which ``grade`` grades, with these layers in INT8.
+    ``save`` writes ``files`` with the given layers in INT8; ``grade`` measures them.
     """
     parts = list(dict.fromkeys(map(part_of, ranges)))
 
@@ -231,7 +233,7 @@ def _without(ranges: Ranges, kept: Collection[str]) -> Ranges:
 
 
 def part_of(layer: str) -> str:
-    """The part of the model that stays in fp32 or not as one: a block of a layer, as in ``decoder.2.cross``, or all
+    """Return the unit that is quantized or left in fp32 as a whole: a block such as ``decoder.2.cross``, or all
     caches."""
     if layer.startswith(f"{_CACHES}."):
         return _CACHES
@@ -239,7 +241,7 @@ def part_of(layer: str) -> str:
 
 
 class _Grader(Grader[list[str]]):
-    """Translations, row by row."""
+    """Measures translations row by row."""
 
     figures = ("bleu", "chrf")
 
@@ -259,9 +261,9 @@ class _Grader(Grader[list[str]]):
         self.enter("fp32", "pytorch", self._texts(reference))
 
     def grade(self, precision: Precision) -> Line:
-        """The line of the engine that loses most, of all that run here.
+        """Grade every engine that runs here, and return the line of the one that loses most.
 
-        Raises ExportError when ONNX Runtime runs none of INT8 graphs' layers in INT8.
+        Raises ExportError if ONNX Runtime runs no layer of the INT8 graphs in INT8.
         """
         files = TRANSLATION_FILES[precision]
         kernels = sum(int8_kernels(self._directory / file) for file in files[:2]) if precision == "int8" else 0
@@ -274,18 +276,19 @@ class _Grader(Grader[list[str]]):
         return max(lines, key=self.drop)
 
     def grade_for_tensorrt(self, precision: str) -> Line:
-        """The graphs that engines are built from, as ONNX Runtime computes them on the CPU."""
+        """Grade the graphs that TensorRT engines are built from, run by ONNX Runtime on the CPU."""
         translator = self._load(TRANSLATOR_GRAPHS[precision])
         return self.enter(f"trt {precision}", TRANSLATION_ENGINE, self._texts(translator))
 
     def grade_engines(self, precision: str, records: Sequence[EngineRecord]) -> Line:
-        """The TensorRT engines of encoder and decoder themselves, on the GPU here."""
+        """Grade the TensorRT engines of encoder and decoder on this machine's GPU."""
         translator = self._load([record.file for record in records], "tensorrt")
         gemms = sum(record.int8_gemms for record in records)
         return self.enter(precision, "tensorrt", self._texts(translator), gemms)
 
     def sample(self, files: Sequence[str]) -> NDArray[np.float32]:
-        """Log-probabilities that the graphs in ``files`` give, token by token, to what fp32 says of some of the rows."""
+        """Return the log-probabilities that the graphs in ``files`` assign to the fp32 translations of some rows, by
+        token."""
         if not self._sample:
             self._sample = greedy_translations(self._load(TRANSLATION_FILES["fp32"]), evenly(self._sources, SAMPLE))
         return log_probabilities(Seq2SeqModel(self._directory, files, available_cpus()), self._task, self._sample)
@@ -301,10 +304,10 @@ def _build_engines(
     directory: Path, reference: TorchTranslator, architecture: Architecture, texts: Sequence[str], ranges: Ranges,
     options: ExportOptions, trt: EngineOptions, grader: _Grader, metrics: dict[str, Any], trace: MeasurementLog, say: Say,
 ) -> None:  # fmt: skip
-    """Write both graphs in standard ONNX, in each precision, and build their engines. Adds to the ``metrics``.
+    """Write both graphs in standard ONNX in each precision, and build their engines. Adds to ``metrics``.
 
-    In fp32 they must be PyTorch's; other types are the same nodes, and are graded where a CPU can compute them. INT8 is
-    Q/DQ in the fp16 graphs, of the layers that have ``ranges``.
+    The fp32 graphs must match PyTorch. Other types have the same nodes, and are graded if a CPU can run them. INT8 is
+    Q/DQ in the fp16 graphs, around the layers that have ``ranges``.
     """
 
     def write(precision: str, some: Ranges | None = None) -> None:
@@ -315,17 +318,17 @@ def _build_engines(
     write("fp32")
     model = Seq2SeqModel(directory, TRANSLATOR_GRAPHS["fp32"], available_cpus())
     parity = check_parity(reference, model, reference.encode(texts), beams=False)
-    say(f"parity of the graphs for TensorRT: {_told(parity)}")
+    say(f"parity of the graphs for TensorRT: {_parity_text(parity)}")
     metrics["parity"]["tensorrt"] = parity.to_json()
     if "fp32" not in trt.precisions:
         for file in TRANSLATOR_GRAPHS["fp32"]:
             (directory / file).unlink()
     metrics["engines"] = []
-    ranges = _without(ranges, {_CACHES})  # TensorRT's caches are of the type that its layers compute in
+    ranges = _without(ranges, {_CACHES})  # TensorRT's caches have the type of its layers
     for precision in trt.precisions:
         calibration = None
         if precision == "int8":
-            search = _hold_limit(
+            search = _quantize_within_limit(
                 "INT8 for TensorRT", partial(write, "int8"), lambda: grader.grade_for_tensorrt("int8"),
                 TRANSLATOR_GRAPHS["int8"], ranges, options, grader, trace, say,
             )  # fmt: skip
@@ -352,7 +355,7 @@ def _build_engines(
 
 
 def _rows(folder: Path, task: Translation, source: str | None, split: str, options: CalibrationOptions) -> list[Pair]:
-    """Pairs from a file, cleaned, or from the splits of the run in ``folder``."""
+    """Return cleaned pairs of a file, or pairs of the splits of the run in ``folder``."""
 
     def read_file(path: str, part: str) -> list[Pair]:
         raw, _ = load_pairs(path, source=task.source, target=task.target, encoding=options.encoding, split=part)

@@ -1,7 +1,7 @@
-"""What serving needs of a translation checkpoint's tokenizer, read off the transformers object.
+"""Save a translation checkpoint's tokenizer for serving, read from the transformers object.
 
-All that can be asked of the object is asked of it (ids, added tokens, language codes), not read from the
-checkpoint's files: transformers has its own mind about what those files mean.
+Ids, added tokens and language codes come from the object and not from the checkpoint's files, because transformers
+interprets those files in ways of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from deploykit.tasks.translation.tokenizer import (
     write_json,
 )
 
-# By tokenizer class: the files it is made of, each or one of several.
+# Files that each tokenizer class needs: one of every tuple.
 _FILES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "MarianTokenizer": (("source.spm",), ("target.spm",), ("vocab.json",)),
     "M2M100Tokenizer": (("sentencepiece.bpe.model",), ("vocab.json",)),
@@ -36,7 +36,7 @@ _FILES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "MBart50Tokenizer": (("tokenizer.json", "sentencepiece.bpe.model"),),
     "BartTokenizer": (("tokenizer.json", "vocab.json"),),
 }
-# By model type, for checkpoints that do not say what tokenizer they have.
+# Tokenizer class by model type, for checkpoints that do not name theirs.
 _CLASSES = {
     "marian": "MarianTokenizer",
     "m2m_100": "M2M100Tokenizer",
@@ -54,8 +54,8 @@ _PROBES = (
 
 
 def check_tokenizer_files(checkpoint: Path) -> None:
-    """Refuse a checkpoint folder that lacks its SentencePiece files, naming them, before transformers
-    fails on it in its own words. Raises ArtifactError."""
+    """Raise ArtifactError naming the SentencePiece files that a checkpoint lacks, before transformers fails
+    obscurely."""
     named = str(_read(checkpoint / "tokenizer_config.json").get("tokenizer_class", "")).removesuffix("Fast")
     kind = named if named in _FILES else _CLASSES.get(str(_read(checkpoint / "config.json").get("model_type")), "")
     for names in _FILES.get(kind, ()):
@@ -67,12 +67,11 @@ def check_tokenizer_files(checkpoint: Path) -> None:
 
 
 def save_translation_tokenizer(checkpoint: Path, tokenizer: Any, folder: Path, *, prefix: str | None = None) -> None:
-    """Write to ``folder`` what ``load_translation_tokenizer`` reads.
+    """Write the files that ``load_translation_tokenizer`` reads to ``folder``.
 
-    ``prefix`` is put before every source whose language pair has none of its own (T5's
-    ``task_specific_params``, the >>code<< of a many-target Marian). Raises ArtifactError for a
-    checkpoint without its SentencePiece files or with a tokenizer that is not supported, ExportError
-    when what was saved does not tokenize as ``tokenizer`` does.
+    ``prefix`` is put before every source whose language pair has no prefix of its own (T5's ``task_specific_params``,
+    the >>code<< of a multilingual Marian). Raises ArtifactError for a checkpoint without its SentencePiece files or
+    with an unsupported tokenizer, ExportError if the saved tokenizer does not tokenize as ``tokenizer`` does.
     """
     if checkpoint.is_dir():
         check_tokenizer_files(checkpoint)
@@ -99,7 +98,7 @@ def _save_fast(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, fo
     elif type(tokenizer).__name__.startswith("MBart50"):
         languages = {str(code): int(i) for code, i in tokenizer.lang_code_to_id.items()}
     place = "after" if getattr(tokenizer, "legacy_behaviour", False) else "before"
-    # Hugging Face does not clean up after BPE, whatever the flag says.
+    # Hugging Face never cleans up after BPE, even with the flag set.
     cleans = type(tokenizer.backend_tokenizer.model).__name__ != "BPE" or bool(
         tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
     )
@@ -118,7 +117,7 @@ def _save_fast(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, fo
 
 
 def _save_marian(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, folder: Path) -> TokenizerRecord:
-    """With one vocabulary for both sides, transformers 5 puts texts together by the source's model."""
+    """Save Marian's. With one vocabulary for both sides, transformers 5 decodes with the source's model."""
     (folder / SOURCE_SPM).write_bytes(_model(tokenizer, tokenizer.spm_source))
     decoder = tokenizer.spm_source
     if tokenizer.separate_vocabs:
@@ -126,7 +125,7 @@ def _save_marian(tokenizer: Any, config: Mapping[str, Any], prefix: str | None, 
         (folder / TARGET_SPM).write_bytes(_model(tokenizer, decoder))
 
     def token(i: int) -> str:
-        """An id that the vocabulary lacks is looked up in the SentencePiece model."""
+        """Return an id's token, from the SentencePiece model if the vocabulary lacks it."""
         if i in tokenizer.added_tokens_decoder or i in tokenizer.decoder:
             return str(tokenizer.convert_ids_to_tokens(i))
         return (decoder.id_to_piece(i) if i < len(decoder) else "") or str(tokenizer.unk_token)
@@ -183,15 +182,15 @@ def _model(tokenizer: Any, processor: Any) -> bytes:
 
 
 def _save_vocabulary(tokenizer: Any, languages: Mapping[str, int], tokens: Sequence[str], folder: Path) -> None:
-    """One vocabulary in place of three that Hugging Face looks through: added tokens come first, then
-    language tokens, then pieces. ``tokens`` are by id, for decoding."""
+    """Write one vocabulary in place of Hugging Face's three: added tokens win over language tokens, those over pieces.
+    ``tokens`` are in the order of their ids, for decoding."""
     added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
     write_json(folder / VOCABULARY, {**tokenizer.encoder, **languages, **added})
     write_json(folder / TOKENS, list(tokens))
 
 
 def _size(tokenizer: Any, by_id: Mapping[int, str], config: Mapping[str, Any]) -> int:
-    """More than every id that the tokenizer knows and the model can give."""
+    """Return a size above every id that the tokenizer knows or the model can generate."""
     known: int = max([*by_id, *tokenizer.added_tokens_decoder]) + 1
     return max(known, int(config.get("vocab_size") or 0))
 
@@ -205,7 +204,7 @@ def _task_prefixes(config: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
 
 def _check(tokenizer: Any, record: TokenizerRecord, folder: Path) -> None:
-    """The saved tokenizer on a few hostile strings: a tokenizer set up in a way not foreseen here shows."""
+    """Compare the saved tokenizer with the original on a few difficult strings, to catch unsupported settings."""
     source, target, prefix = "", "", record.prefix or ""
     if record.languages:
         source, target = str(tokenizer.src_lang), next(iter(record.languages))
@@ -228,7 +227,7 @@ def _check(tokenizer: Any, record: TokenizerRecord, folder: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A checkpoint's JSON file; empty where it has none."""
+    """Return a checkpoint's JSON file; empty if there is none."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a translator is: the facts that travel with it from fine-tuning to the server."""
+"""Define the facts of a translator, which go with it from fine-tuning to the server."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from deploykit.text import MAX_TEXT_CHARS
 
 @dataclass(frozen=True)
 class Translation:
-    """Text of one language in, text of another out.
+    """Facts of a model that translates text of one language into another.
 
-    ``source`` and ``target`` are the language codes that the checkpoint knows (or plain names for a
-    checkpoint of one pair). ``max_source_length`` counts tokens, special ones included.
-    ``eos_token_ids`` end a translation; ``languages`` are the codes that a many-language checkpoint
-    can be asked for, empty for a checkpoint of one pair.
+    ``source`` and ``target`` are the checkpoint's language codes (or plain names for a checkpoint of one pair).
+    ``max_source_length`` counts tokens, including special ones. ``eos_token_ids`` end a translation. ``languages`` are
+    the codes of a multilingual checkpoint, empty for one language pair.
     """
 
     name: ClassVar[str] = "translation"

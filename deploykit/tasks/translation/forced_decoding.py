@@ -1,4 +1,4 @@
-"""How graphs that differ a little differ on the same tokens: translations that follow their own words soon part."""
+"""Compare graphs on the same forced tokens: free translations diverge after the first token that differs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _STEPS = 32
 
 @dataclass(frozen=True)
 class Forced:
-    """A sentence and the beginning of a translation, both as token ids; the translation without the start token."""
+    """Token ids of a sentence and of the beginning of its translation, without the start token."""
 
     source: Sequence[int]
     target: Sequence[int]
 
 
 def greedy_translations(translator: Translator, texts: Sequence[str]) -> list[Forced]:
-    """What ``translator`` says of each sentence of ``texts``, up to its 32nd token."""
+    """Translate each sentence of ``texts`` greedily, up to 32 tokens."""
     generation = dataclasses.replace(translator.task.generation, beam_size=1)
     jobs = translator.begin(texts, generation, scored=False)
     sentences = [sentence for job in jobs for sentence in job.sentences]
@@ -34,7 +34,8 @@ def greedy_translations(translator: Translator, texts: Sequence[str]) -> list[Fo
 
 
 def log_probabilities(model: Seq2SeqModel, task: Translation, pairs: Sequence[Forced]) -> NDArray[np.float32]:
-    """What ``model`` gives each token of the translations, [tokens of all], given those before it. Infinities are finite."""
+    """Return the log-probability of each token of the translations given those before it, [tokens of all], clipped to
+    finite values."""
     cross = model.encode([pair.source for pair in pairs])
     model.admit(cross, [len(pair.source) for pair in pairs], [1] * len(pairs))
     steps = max(len(pair.target) for pair in pairs)

@@ -1,4 +1,4 @@
-"""Hugging Face generation configs: what we decode by of one, and one that says what we decode by."""
+"""Convert between Hugging Face generation configs and deploykit's search parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DECODED_BY = frozenset((
     "length_penalty", "no_repeat_ngram_size", "bad_words_ids", "renormalize_logits", "forced_bos_token_id",
     "forced_eos_token_id", "suppress_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
 ))  # fmt: skip
-# How ``generate`` computes and what else it returns; the tokens of the best translation are the same.
+# Fields that change how ``generate`` computes or what else it returns, not the tokens of the best translation.
 _CHANGE_NO_TOKEN = frozenset((
     "use_mtp", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "remove_invalid_values",
     "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
@@ -33,11 +33,11 @@ _NEUTRAL_AT_ONE = ("num_beam_groups", "guidance_scale", "encoder_repetition_pena
 
 
 def read_generation(config: Any, name: str, longest: int, forced_bos: int | None) -> Generation:
-    """Return what a checkpoint called ``name`` decodes by.
+    """Return the search parameters of a checkpoint; errors call it ``name``.
 
-    ``longest`` is the most target tokens that it has positions for, the start token included; ``forced_bos`` is the
-    token of the target language in place of the config's own. A config that asks for sampling is logged: deploykit
-    searches. Raises ArtifactError naming each other field that would change tokens and that we do not decode by.
+    ``longest`` is the model's number of target positions, including the start token. ``forced_bos`` is the target
+    language's token and replaces the config's own. Logs a warning if the config asks for sampling, which deploykit does
+    not do. Raises ArtifactError naming every other unsupported field that would change the tokens.
     """
     passed_over = _DECODED_BY | _CHANGE_NO_TOKEN | {"do_sample", *_SAMPLING}
     known = {field: getattr(config, field, None) for field in GenerationConfig().to_dict() if field not in passed_over}
@@ -53,7 +53,7 @@ def read_generation(config: Any, name: str, longest: int, forced_bos: int | None
         search = "greedy search" if beams == 1 else f"{beams} beams"
         _LOG.warning("%s: its generation config asks for sampling (do_sample); deploykit decodes by %s", name, search)
     most, least = config.max_length, config.min_length
-    if config.max_new_tokens is not None:  # these come first, and do not count the start token
+    if config.max_new_tokens is not None:  # takes precedence, and does not count the start token
         most = config.max_new_tokens + 1
     if config.min_new_tokens is not None:
         least = config.min_new_tokens + 1
@@ -75,9 +75,9 @@ def read_generation(config: Any, name: str, longest: int, forced_bos: int | None
 
 
 def generation_config(task: Translation, generation: Generation) -> GenerationConfig:
-    """Return ``generation`` as Hugging Face's own class, complete; it can be saved.
+    """Return ``generation`` as a complete Hugging Face config that can be saved.
 
-    Without beams it leaves out what beams alone go by: transformers refuses to save both together.
+    Greedy search leaves out the fields for beams: transformers refuses to save both together.
     """
     of_beams = {"length_penalty": generation.length_penalty, "early_stopping": generation.early_stopping}
     return GenerationConfig(

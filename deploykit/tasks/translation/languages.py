@@ -1,4 +1,4 @@
-"""Language codes of every convention, and what a text's letters and small words say about its language."""
+"""Parse language codes of every convention, and tell a text's language by its letters and function words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-# Languages by their usual scripts (ISO 15924): the ISO 639-1 code, then other codes and names of it.
+# Languages by script (ISO 15924): the ISO 639-1 code, then its other codes and names.
 _LANGUAGES = """
 Latn: af=afr=afrikaans az=aze=azj bs=bos ca=cat=catalan cs=ces=cze=czech cy=cym=welsh da=dan=danish
 Latn: de=deu=ger=german en=eng=english eo=epo es=spa=spanish et=est=estonian eu=eus=baq=basque
@@ -47,7 +47,7 @@ Kore: ko=kor=korean
 Jpan: ja=jpn=japanese
 Hani: zh=zho=chi=cmn=yue=chinese
 """
-# Script to the first word of its letters' Unicode names.
+# Script -> first words of the Unicode names of its letters.
 _LETTERS = {
     "Latn": ("LATIN",),
     "Cyrl": ("CYRILLIC",),
@@ -80,9 +80,9 @@ _LETTERS = {
     "Hant": ("CJK", "BOPOMOFO", "IDEOGRAPHIC"),
 }
 _CHINESE_OF_REGION = {"CN": "Hans", "SG": "Hans", "TW": "Hant", "HK": "Hant", "MO": "Hant"}
-_MODIFIERS = {"latin": "Latn", "cyrillic": "Cyrl"}  # of gettext
+_MODIFIERS = {"latin": "Latn", "cyrillic": "Cyrl"}  # gettext's
 _SPACELESS = {"Thai", "Laoo", "Mymr", "Khmr", "Tibt", "Jpan", "Hani", "Hans", "Hant"}
-# The commonest small words; those that stand in two lists tell nothing and are not used.
+# The most frequent function words. Words in two lists tell nothing and are not used.
 _FUNCTION_WORDS = {
     "en": "the of and to is that for with this are not be it you was have from by or an can will your which",
     "fr": "le la les des du et une est pour dans que qui sur pas avec cette au aux vous ne ce sont être par ou votre",
@@ -102,7 +102,7 @@ _ASCII_LETTER = re.compile(r"[A-Za-z]")
 
 @dataclass(frozen=True)
 class Language:
-    """A code taken apart. ``base`` is the ISO 639-1 code where there is one; ``script`` is in ISO 15924."""
+    """A parsed language code. ``base`` is the ISO 639-1 code if there is one; ``script`` is an ISO 15924 code."""
 
     base: str
     script: str | None = None
@@ -110,13 +110,13 @@ class Language:
 
     @property
     def letters(self) -> frozenset[str]:
-        """First words of the Unicode names of the letters it is written in; empty where that is not known."""
+        """First words of the Unicode names of the language's letters; empty if unknown."""
         scripts = (self.script,) if self.script in _LETTERS else _SCRIPTS_OF.get(self.base, ())
         return frozenset(letter for script in scripts for letter in _LETTERS[script])
 
     @property
     def has_spaces(self) -> bool:
-        """Whether words are written apart."""
+        """Whether words are separated by spaces."""
         return (self.script or "".join(_SCRIPTS_OF.get(self.base, ()))) not in _SPACELESS
 
 
@@ -143,9 +143,9 @@ _LANGUAGE_OF_WORD = {
 
 @lru_cache(maxsize=4096)
 def parse_language(code: str) -> Language:
-    """Take apart "en", "eng_Latn", "en_XX", "pt-BR", "zh_Hant_TW", "sr@latin" or "French".
+    """Parse "en", "eng_Latn", "en_XX", "pt-BR", "zh_Hant_TW", "sr@latin" or "French".
 
-    A code that is not known is its own base.
+    An unknown code is its own base.
     """
     base, *parts = re.split(r"[-_@]", code.strip().partition(".")[0])
     base, script, region = base.lower(), None, None
@@ -163,16 +163,17 @@ def parse_language(code: str) -> Language:
 
 
 def closest(code: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that names ``code``'s language: best the same region, then one without, then another one.
+    """Return the candidate for ``code``'s language: preferably of the same region, else without one, else of another.
 
-    Two scripts of a language (zh_Hans, zh_Hant) are not the same. The first of equals wins.
+    Scripts of a language (zh_Hans, zh_Hant) count as different languages. The first of equals wins.
     """
     ranked = [(r, name) for name in candidates if (r := distance(code, name)) is not None]
     return min(ranked, key=lambda pair: pair[0])[1] if ranked else None
 
 
 def distance(code: str, other: str) -> int | None:
-    """0 for the same language and region, 1 or 2 for another region (see ``closest``), None for another language."""
+    """Return 0 for the same language and region, 1 or 2 for another region (see ``closest``), None for another
+    language."""
     a, b = parse_language(code), parse_language(other)
     if a.base != b.base or (a.script and b.script and a.script != b.script):
         return None
@@ -182,7 +183,7 @@ def distance(code: str, other: str) -> int | None:
 
 
 def letters_of(text: str) -> Counter[str]:
-    """How many letters of each script ``text`` has, by the first word of their Unicode names."""
+    """Count the letters of ``text`` by the first word of their Unicode names."""
     if text.isascii():
         return Counter({"LATIN": n} if (n := len(_ASCII_LETTER.findall(text))) else {})
     counts: Counter[str] = Counter()
@@ -193,10 +194,10 @@ def letters_of(text: str) -> Counter[str]:
 
 
 def fits_script(text: str, language: Language) -> bool:
-    """Whether at least half of the letters are those ``language`` is written with.
+    """Return whether at least half of the letters belong to ``language``'s script.
 
-    A text without letters fits, and so does any text where the script is not known. Latin names and
-    code inside other scripts do not count, but a text of nothing else does not fit.
+    A text without letters fits, and so does any text if the script is unknown. Latin names and code within another
+    script are ignored, but a text of nothing else does not fit.
     """
     expected = language.letters
     counts = letters_of(text) if expected else Counter[str]()
@@ -206,20 +207,20 @@ def fits_script(text: str, language: Language) -> bool:
 
 
 def function_words(text: str) -> Counter[str]:
-    """How many different small words of each language (of those with a list) stand in ``text``."""
+    """Count the different function words of each language in ``text``, for the languages with a list."""
     words = set(_WORD.findall(text.casefold()))
     return Counter(language for word in words if (language := _LANGUAGE_OF_WORD.get(word)))
 
 
 def has_function_words(languages: Sequence[Language]) -> bool:
-    """Whether ``function_words`` can tell these languages apart."""
+    """Return whether ``function_words`` can distinguish these languages."""
     bases = {language.base for language in languages}
     return len(bases) == len(languages) and bases <= _FUNCTION_WORDS.keys()
 
 
 @lru_cache(maxsize=65536)
 def _script_of(character: str) -> str | None:
-    # NFKC makes full-width, ligature and mathematical forms the letters that they show.
+    # NFKC maps full-width, ligature and mathematical forms to plain letters.
     letter = unicodedata.normalize("NFKC", character)[0]
     if not unicodedata.category(letter).startswith("L"):
         return None

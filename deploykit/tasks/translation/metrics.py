@@ -33,12 +33,12 @@ _PLACEHOLDER_EXAMPLES = 5
 def translation_metrics(
     hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str], target: str
 ) -> dict[str, Any]:
-    """Metrics with stable keys; bleu and chrf from 0 to 100, as sacrebleu gives them (Post, WMT 2018).
+    """Compute metrics with stable keys; bleu and chrf from 0 to 100, by sacrebleu (Post, WMT 2018).
 
-    ``target`` is the language code of the translations, which decides how BLEU cuts words: see ``bleu_tokenizer``.
-    Keys: bleu, chrf, signatures (metric -> how exactly it was computed), placeholders (checked: those
-    in the sources; kept: those of them found in the translations as often; examples: some rows that
-    lost one). Raises MissingDependencyError without sacrebleu.
+    ``target`` is the language code of the translations, by which BLEU's tokenizer is chosen: see ``bleu_tokenizer``.
+    Keys: bleu, chrf, signatures (metric -> sacrebleu's signature), placeholders (checked: number in the sources; kept:
+    number of those that the translations have too; examples: some rows that lost one). Raises MissingDependencyError
+    without sacrebleu.
     """
     metrics = _sacrebleu(target, references)
     scores = {name: _corpus_score(metric, hypotheses, references) for name, metric in metrics.items()}
@@ -50,17 +50,17 @@ def translation_metrics(
 
 
 def bleu_and_chrf(hypotheses: Sequence[str], references: Sequence[str], target: str) -> dict[str, float]:
-    """The two scores alone, from 0 to 100."""
+    """Compute the two scores only, from 0 to 100."""
     metrics = _sacrebleu(target, references)
     return {name: _corpus_score(metric, hypotheses, references) for name, metric in metrics.items()}
 
 
 def bleu_tokenizer(target: str) -> str:
-    """Return the name of sacrebleu's tokenizer for a language: 13a where words are written apart, zh for Chinese.
+    """Return the name of sacrebleu's tokenizer for a language: 13a if words are separated by spaces, zh for Chinese.
 
-    Japanese is cut by MeCab where it is installed (``pip install 'sacrebleu[ja]'``). Other languages without spaces
-    (Thai, Khmer, Lao, Burmese, Tibetan) are cut by the SentencePiece model of FLORES-200 where sacrebleu has it
-    (``sacrebleu --tokenize flores200`` downloads it). Where these are missing each character is a word.
+    Japanese is tokenized by MeCab if installed (``pip install 'sacrebleu[ja]'``). Other languages without spaces (Thai,
+    Khmer, Lao, Burmese, Tibetan) are tokenized by the SentencePiece model of FLORES-200 if sacrebleu has it
+    (``sacrebleu --tokenize flores200`` downloads it). Without these, each character counts as a word.
     """
     language = parse_language(target)
     if language.has_spaces:
@@ -73,9 +73,9 @@ def bleu_tokenizer(target: str) -> str:
 
 
 def placeholders(text: str) -> Counter[str]:
-    """What must come through a translation as it is: ``%s``, ``%(name)d``, ``{0}``, ``${x}``, ``<b>``, ``&amp;``.
+    """Count the placeholders that a translation must keep: ``%s``, ``%(name)d``, ``{0}``, ``${x}``, ``<b>``, ``&amp;``.
 
-    Tags count by their names: attributes may hold text to translate.
+    Tags are compared by name: attributes may hold text to translate.
     """
     return Counter(_tag(found[0]) for found in _PLACEHOLDER.finditer(text))
 
@@ -88,10 +88,10 @@ def _sacrebleu(target: str, references: Sequence[str]) -> dict[str, Any]:
         raise MissingDependencyError(
             "BLEU and chrF need sacrebleu, which is not installed", "pip install 'deploykit[finetune]'"
         ) from error
-    # force: no warning of text that looks tokenized.
+    # force: do not warn about text that looks tokenized.
     bleu = BLEU(force=True, tokenize=bleu_tokenizer(target))
     if not any(len(bleu.tokenizer(text).split()) >= bleu.max_ngram_order for text in references):
-        # Without a 4-gram anywhere identical texts would score 0: count the n-grams that there are.
+        # Texts too short for 4-grams would score 0 even if identical: count the n-grams that exist.
         bleu = BLEU(force=True, tokenize=bleu_tokenizer(target), effective_order=True)
     return {"bleu": bleu, "chrf": CHRF()}
 

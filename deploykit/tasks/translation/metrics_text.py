@@ -9,7 +9,7 @@ from deploykit.text_table import text_table
 
 
 def metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics of translations side by side, under their names."""
+    """Return metrics in columns, each under its name."""
     kept = [f"{m['placeholders']['kept']:,} of {m['placeholders']['checked']:,}" for m in columns.values()]
     rows = [[name, *(f"{m[name.lower()]:.2f}" for m in columns.values())] for name in ("BLEU", "chrF")]
     lines = [text_table(["", *columns], [*rows, ["placeholders kept", *kept]])]
@@ -19,7 +19,7 @@ def metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def result_text(metrics: Mapping[str, Any], held_out: str) -> str:
-    """Scores before and after side by side, and some translations."""
+    """Return the scores before and after training side by side, and some translations."""
     after, before = metrics[held_out], metrics.get("before", {}).get(held_out)
     columns = {"before": before, "after": after} if before else {"": after}
     lines = [metrics_text(columns)]

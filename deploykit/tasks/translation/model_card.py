@@ -46,5 +46,5 @@ def results(metrics: Mapping[str, Any], held_out: str) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """A text as it is, in a Markdown table."""
+    """Escape a text for a cell of a Markdown table."""
     return "`" + text.replace("|", "\\|").replace("`", "'") + "`"

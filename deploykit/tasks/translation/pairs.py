@@ -1,4 +1,4 @@
-"""What a row of parallel text is, before and after cleaning."""
+"""Define a row of parallel text, before and after cleaning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BREAKS = re.compile(r"[ \t\n\r\u2028\u2029]+")
 
 @dataclass(frozen=True)
 class RawPair:
-    """A row as read; None is a missing text.
+    """A row as read; a missing text is None.
 
     ``unusable``: a catalog's entry that is marked so. ``inline_codes``: whether reading left out codes of TMX that stood
     within a text, as a placeholder does.
@@ -37,14 +37,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Where source and target stand: a table's columns, else the names that the kind of source has for them."""
+    """Names of the source and target columns of a table, or the equivalent of another file type."""
 
     source: str
     target: str
 
 
 def one_line(text: str) -> str:
-    """``normalize`` the text and make spaces of its line ends and tabs; other white space stays as it is."""
+    """Normalize a text and replace its line ends and tabs with spaces; other white space stays."""
     text = normalize(text)
     if text.isprintable():
         return text

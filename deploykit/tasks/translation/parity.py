@@ -1,4 +1,4 @@
-"""Are the graphs and the decode loop the same function as PyTorch and ``generate``? Asked on real texts."""
+"""Check on real texts that the graphs and the decode loop compute the same as PyTorch and ``generate``."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _STEPS = 24
 _OWN_ROWS = 8
 _TOLERANCE = 1e-3
 _TIE = 1e-4
-"""Of a score, the log-probability a token: two translations that PyTorch itself puts closer are a tie."""
+"""Score difference (log-probability per token) within which two translations are a tie for PyTorch."""
 _LEAST_NOISE = 1e-6
 _DRAWS = 16
 
 
 @dataclass(frozen=True)
 class GenerationParity:
-    """``equal`` of the sentences gave the very same ids; ``ties`` the others.
+    """Numbers of sentences with ``equal`` ids, and of ``ties``.
 
-    In a tie PyTorch scores both translations within 1e-4 of each other, or itself gives ours when its logits move by as
-    much as the graph's differ from them, and by no more than 1e-4.
+    In a tie PyTorch scores both translations within 1e-4 of each other, or itself generates ours when its logits change
+    by no more than the graph's differ from them, and by at most 1e-4.
     """
 
     beams: int
@@ -41,8 +41,8 @@ class GenerationParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest differences over ``rows`` sentences: of the encoder's cross-attention keys and values (relative to
-    their largest), and of the decoder's log-probabilities over ``steps`` steps."""
+    """Largest differences over ``rows`` sentences: of the encoder's cross-attention keys and values, relative to the
+    largest one, and of the decoder's log-probabilities over ``steps`` steps."""
 
     rows: int
     steps: int
@@ -57,9 +57,9 @@ class Parity:
 def check_parity(
     reference: TorchTranslator, model: Seq2SeqModel, token_ids: Sequence[Sequence[int]], *, beams: bool = True
 ) -> Parity:
-    """Compare both graphs, then whole generations, greedy and (``beams``) with beams.
+    """Compare both graphs, then whole generations: greedy, and with beams if ``beams``.
 
-    Raises ExportError with the measured difference when they are not the same.
+    Raises ExportError with the measured difference if they are not the same.
     """
     encoder = max(_encoder_difference(reference, model, ids) for ids in token_ids[:: max(1, len(token_ids) // 16)])
     decoder = max(_decoder_difference(reference, model, ids) for ids in token_ids[:: max(1, len(token_ids) // 16)])
@@ -79,7 +79,8 @@ def check_parity(
 
 
 def _check_own_search(reference: TorchTranslator, token_ids: Sequence[Sequence[int]]) -> None:
-    """Raise ExportError when the checkpoint's generation config gives other tokens than what we have read of it."""
+    """Raise ExportError if the checkpoint's own generation config gives other tokens than the search parameters read
+    from it."""
     theirs = reference.generate_by_own(token_ids)
     ours = reference.generate_ids(token_ids, reference.task.generation)
     for a, b in zip(theirs, ours):
@@ -92,18 +93,18 @@ def _check_own_search(reference: TorchTranslator, token_ids: Sequence[Sequence[i
 
 
 def _encoder_difference(reference: TorchTranslator, model: Seq2SeqModel, ids: Sequence[int]) -> float:
-    ours = model.encode([ids])[0].transpose(1, 2, 0, 3)  # as PyTorch has them: layers, heads, tokens, size
+    ours = model.encode([ids])[0].transpose(1, 2, 0, 3)  # PyTorch's layout: layers, heads, tokens, size
     start = torch.tensor([[reference.task.decoder_start_token_id]])
     with torch.inference_mode():
         output = reference.model(input_ids=torch.tensor([list(ids)]), decoder_input_ids=start, use_cache=True)
     layers = output.past_key_values.cross_attention_cache.layers
     theirs = np.stack([part[0].numpy() for layer in layers for part in (layer.keys, layer.values)])
-    ours = ours[..., : theirs.shape[-1]]  # what follows are the zeros that widen a head
+    ours = ours[..., : theirs.shape[-1]]  # the rest is zero padding of a head
     return float(np.abs(ours - theirs).max() / max(1.0, np.abs(theirs).max()))
 
 
 def _decoder_difference(reference: TorchTranslator, model: Seq2SeqModel, ids: Sequence[int]) -> float:
-    """Over the steps of a greedy search that nothing ends."""
+    """Return the largest difference over the steps of a greedy search without end token."""
     model.admit(model.encode([ids]), [len(ids)], [1])
     tokens = [reference.task.decoder_start_token_id]
     ours = []
@@ -156,8 +157,9 @@ def _near_ties(
     generation: Generation,
     noise: float,
 ) -> set[int]:
-    """Which of the ``wanted`` translations (by the number of their sentence) PyTorch gives too, with its logits moved at
-    random by up to ``noise``: two tokens, or two beams, were so close at some step that rounding decides between them."""
+    """Return the sentence numbers of the ``wanted`` translations that PyTorch generates too if its logits change
+    randomly by up to ``noise``. There, two tokens or beams were so close at some step that rounding decides between
+    them."""
     left = dict(wanted)
     for seed in range(_DRAWS):
         if not left:

@@ -1,4 +1,4 @@
-"""Have a checkpoint's tokenizer read a text as text: "</s>" in it is five characters, and ends nothing."""
+"""Make a checkpoint's tokenizer treat special tokens in a text as plain text, such as "</s>"."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 
 
 def read_as_text(tokenizer: Any) -> None:
-    """Make ``>>code<<`` text in a Marian checkpoint of one pair; in one of many targets it is read where a text begins."""
+    """Make ``>>code<<`` plain text for a Marian checkpoint of one pair; a multilingual one reads it at a text's
+    beginning."""
     if hasattr(tokenizer, "remove_language_code") and not tokenizer.supported_language_codes:
         tokenizer.remove_language_code = lambda text: ([], text)
 
 
 def splits_special(tokenizer: Any) -> bool:
-    """Whether special tokens in a text are text.
+    """Return whether the tokenizer can treat special tokens in a text as plain text.
 
-    A tokenizer in Python can only read all added tokens in a text or none: where a checkpoint has added tokens that are
-    not special, it reads all.
+    A slow tokenizer recognizes either all added tokens in a text or none. If a checkpoint has added tokens that are not
+    special, it must recognize all.
     """
     return bool(tokenizer.is_fast) or all(token.special for token in tokenizer.added_tokens_decoder.values())
 
 
 def token_ids(tokenizer: Any, texts: Sequence[str], *, side: str = "text", most: int | None = None) -> list[list[int]]:
-    """Return ids with special tokens; ``side`` is "text" or "text_target", ``most`` tokens are kept of each text."""
+    """Return token ids with special tokens, truncated to ``most``; ``side`` is "text" or "text_target"."""
     if not texts:
-        return []  # which the tokenizer does not take
+        return []  # the tokenizer does not accept an empty list
     encoded = tokenizer(
         **{side: list(texts)},
         truncation=most is not None,

@@ -1,4 +1,4 @@
-"""A translator: texts in, texts out, in the process that calls it."""
+"""Translate texts in this process."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _PIECES: Mapping[Split, Callable[[str], list[tuple[str, str]]]] = {
     "paragraph": split_lines,
     "none": lambda text: [(text, "")],
 }
-_TEXTS_AT_ONCE = 32  # to tokenize: others wait for the lock on Python meanwhile
-_CHARS_PER_TOKEN = 24  # no text of more characters a token than this is worth tokenizing to find it too long
+_TEXTS_AT_ONCE = 32  # tokenized in one call, during which other threads wait for the GIL
+_CHARS_PER_TOKEN = 24  # a text with more characters per allowed token is too long, without tokenizing it
 
 
 @dataclass
 class Job:
-    """A text on its way: its sentences, and what stood after each and shows nothing."""
+    """A text being translated: its sentences, and the white space after each."""
 
     sentences: list[Sentence]
     separators: list[str]
@@ -47,13 +47,13 @@ class Job:
         return all(sentence.result is not None for sentence in self.sentences)
 
     def cancel(self) -> None:
-        """Stop decoding it at the next step."""
+        """Stop decoding at the next step."""
         for sentence in self.sentences:
             sentence.cancelled = True
 
 
 class Tokenizer(Protocol):
-    """What a translator needs of one."""
+    """The tokenizer's interface for a translator."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]: ...
 
@@ -61,19 +61,19 @@ class Tokenizer(Protocol):
 
 
 class Runner(Protocol):
-    """What gives sentences their results. It counts the time in getting at ``sentences``, and in ``finish``."""
+    """A decoder of sentences. It measures the time spent in iterating ``sentences`` and in ``finish``."""
 
     seconds: Seconds
 
     def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None]) -> None:
-        """Give each its result, and then ``finish`` it, in any thread."""
+        """Set each sentence's result, then call ``finish`` with it, in any thread."""
 
 
 RunnerT = TypeVar("RunnerT", bound=Runner, default=Decoder)
 
 
 class Translator(Generic[RunnerT]):
-    """Tokenizer and decoder of one model. One caller at a time."""
+    """The tokenizer and decoder of one model. Not for concurrent calls."""
 
     def __init__(self, task: Translation, tokenizer: Tokenizer, decoder: RunnerT) -> None:
         self.task = task
@@ -90,10 +90,10 @@ class Translator(Generic[RunnerT]):
         split: Split = "sentence",
         scored: bool = True,
     ) -> list[Translated]:
-        """Translations in the order of ``texts``; a text that shows nothing or has no tokens gives an empty one.
+        """Translate ``texts``, in their order; a blank text or one without tokens gives an empty translation.
 
-        Raises DataError for a text that begins with a code of a target that the model does not know, or for a text that is too long, when ``long_input`` is "refuse". Without
-        ``scored`` greedy search leaves scores at 0, and is faster.
+        Without ``scored`` greedy search is faster, and scores are 0. Raises DataError for a text that begins with an
+        unknown target code, or that is too long if ``long_input`` is "refuse".
         """
         generation = generation or self.task.generation
         order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
@@ -118,7 +118,7 @@ class Translator(Generic[RunnerT]):
         split: Split = "sentence",
         scored: bool = True,
     ) -> list[Job]:
-        """Tokenize ``texts``; the sentences of the jobs are for ``decoder.add``."""
+        """Tokenize ``texts``, and return jobs whose sentences can be passed to ``decoder.add``."""
         with self.decoder.seconds.counting("tokenizing"):
             generation = generation or self.task.generation
             return self._jobs(texts, range(len(texts)), generation, long_input, split, scored)
@@ -132,7 +132,7 @@ class Translator(Generic[RunnerT]):
         split: Split,
         scored: bool,
     ) -> list[Job]:
-        """``numbers``: what errors call each text."""
+        """Split and tokenize texts; errors name each text by its number in ``numbers``."""
         codes, pieces = [], []
         for number, text in zip(numbers, texts):
             try:
@@ -147,8 +147,8 @@ class Translator(Generic[RunnerT]):
             job = Job([], [])
             for piece, separator in cut:
                 ids = next(encoded)
-                if is_blank(piece) or ids == self._nothing(code):
-                    if job.separators:  # a line that shows nothing is a line
+                if is_blank(piece) or ids == self._empty_ids(code):
+                    if job.separators:  # keep blank lines
                         job.separators[-1] += separator
                     continue
                 if len(ids) <= self.task.max_source_length:
@@ -165,8 +165,8 @@ class Translator(Generic[RunnerT]):
             jobs.append(job)
         return jobs
 
-    def _nothing(self, code: str) -> list[int]:
-        """The ids of an empty text."""
+    def _empty_ids(self, code: str) -> list[int]:
+        """Return the token ids of an empty text."""
         if code not in self._empty:
             [self._empty[code]] = self._tokenizer.encode([code])
         return self._empty[code]
@@ -176,7 +176,7 @@ class Translator(Generic[RunnerT]):
         sentence.text = self._tokenizer.decode([sentence.result.tokens.tolist()])[0]
 
     def sentence_text(self, sentence: Sentence) -> str:
-        """The text of a sentence that is done."""
+        """Return the text of a sentence that is done."""
         if sentence.text is None:
             with self.decoder.seconds.counting("detokenizing"):
                 self._finish(sentence)
@@ -184,7 +184,7 @@ class Translator(Generic[RunnerT]):
         return sentence.text
 
     def result(self, job: Job) -> Translated:
-        """Put a job that is done together. Its score is the mean of its sentences', by target tokens."""
+        """Join the sentences of a job that is done. Its score is their mean, weighted by target tokens."""
         if not job.sentences:
             return EMPTY
         tokens, scores, length = 0, 0.0, False
@@ -201,7 +201,7 @@ class Translator(Generic[RunnerT]):
         return Translated(joined, scores / tokens, source_tokens, tokens, "length" if length else "eos")
 
     def close(self) -> None:
-        """Nothing to release: the graphs go with the object."""
+        """Do nothing: the graphs are freed with the object."""
 
     def _split(self, code: str, text: str, separator: str) -> list[tuple[list[int], str]]:
         def tokens(piece: str) -> int:
@@ -225,9 +225,9 @@ def load_translator(
     max_rows: int = MAX_ROWS,
     max_cache_bytes: int = MAX_CACHE_BYTES,
 ) -> Translator:
-    """Assemble a translator from an export's or a packaged version's folder; ``files`` as its ``DecodeModel`` has them.
+    """Load a translator from the folder of an export or a packaged version; ``files`` are those of its ``DecodeModel``.
 
-    Where the model takes less than ``task`` and ``max_rows`` say, the translator's own ``task`` and decoder say so.
+    If the model's limits are lower than ``task`` and ``max_rows``, the translator's own ``task`` and decoder have them.
     """
     tokenizer = load_translation_tokenizer(folder, task.source, task.target)
     model = load_decode_model(engine, folder, files, threads, device)
@@ -238,7 +238,7 @@ def load_translator(
 
 
 def within(task: Translation, limits: DecodeLimits) -> Translation:
-    """The task of a model that takes no more than ``limits``: longer texts are split, longer translations end."""
+    """Return the task with lengths within ``limits``: longer texts are split, longer translations cut off."""
     target = min(task.max_target_length, limits.target)
     longest = min(task.generation.max_length, target)
     return dataclasses.replace(
@@ -252,7 +252,7 @@ def within(task: Translation, limits: DecodeLimits) -> Translation:
 
 
 class TextTranslator(Protocol):
-    """Texts in, texts out."""
+    """A translator in this process or on a server."""
 
     task: Translation
 
@@ -265,10 +265,10 @@ class TextTranslator(Protocol):
         split: Split = "sentence",
         scored: bool = True,
     ) -> list[Translated]:
-        """One for each text, in their order; ``generation`` in place of the task's own.
+        """Translate each text, in their order; ``generation`` replaces the task's own.
 
-        Without ``scored`` scores may be 0, and come at no cost. Raises DataError or RequestError for a
-        text that is too long, when ``long_input`` is "refuse".
+        Without ``scored`` the search may be faster, and scores 0. Raises DataError or RequestError for a text that is
+        too long, if ``long_input`` is "refuse".
         """
 
     def close(self) -> None:

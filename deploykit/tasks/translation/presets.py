@@ -1,7 +1,7 @@
-"""Translation models to train from nothing: Marian's architecture in three sizes, each with the choices it trains well by.
+"""Presets of translation models to train from scratch: Marian's architecture in three sizes, with training options.
 
-The architecture is opus-mt's (Tiedemann and Thottingal, EAMT 2020): norms after each block, swish,
-fixed sinusoidal positions, one embedding for source, target and output projection.
+The architecture is opus-mt's (Tiedemann and Thottingal, EAMT 2020): post-norm, swish, fixed sinusoidal positions, one
+embedding for source, target and output projection.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a MarianMT; ``training`` are the defaults of options that differ from those of fine-tuning."""
+    """Sizes of a MarianMT model; ``training`` has the option defaults that differ from fine-tuning's."""
 
     d_model: int
     encoder_layers: int
@@ -33,9 +33,8 @@ _FROM_NOTHING: Mapping[str, Any] = {
 
 PRESETS: Mapping[str, Preset] = {
     "marian-tiny": Preset(64, 2, 2, 4, 128, {**_FROM_NOTHING, "vocabulary": 1000, "batch_tokens": 512}),
-    # Sizes and choices by trial: what learns the most in some minutes on two cores (27,000 software strings,
-    # English to French, 11 minutes of CPU time: BLEU 37 on held-out ones). Few passes over the rows leave
-    # nothing to protect from overfitting, hence no dropout.
+    # Chosen by trial to learn the most in some minutes on two cores (27,000 software strings, English to French, 11
+    # minutes of CPU time: BLEU 37 on held-out ones). No dropout: so few epochs do not overfit.
     "marian-small": Preset(
         128, 3, 3, 4, 512, {**_FROM_NOTHING, "vocabulary": 3000, "batch_tokens": 1024, "num_train_epochs": 8.0, "dropout": 0.0}
     ),

@@ -1,4 +1,4 @@
-"""Parallel text from every kind of source, and texts to translate."""
+"""Read parallel text, and texts to translate, from every supported file type."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from deploykit.tasks.translation.pairs import PairColumns, RawPair, one_line
 from deploykit.tasks.translation.tmx import read_tmx
 from deploykit.text import normalize
 
-# "1" and "2" are the columns of a table without a header.
+# "1" and "2" name the columns of a table without a header.
 SOURCE_COLUMNS = ("source", "src", "source_text", "src_text", "source_sentence", "original", "1")
 TARGET_COLUMNS = ("target", "tgt", "trg", "target_text", "tgt_text", "target_sentence", "translation", "reference", "2")
-# JSON rows may leave keys out, so the first row alone does not tell the columns.
+# JSON rows may leave keys out, so the first row may lack columns.
 _ROWS_FOR_COLUMNS = 100
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 
@@ -38,17 +38,16 @@ def load_pairs(
     encoding: str | None = None,
     split: str = "train",
 ) -> tuple[list[RawPair], PairColumns]:
-    """Read every row of ``path``, whose texts are in the languages ``source`` and ``target`` (codes).
+    """Read every row of ``path``, with texts in the languages ``source`` and ``target`` (codes).
 
     ``path`` is one of
-    - what ``read_records`` reads. Columns not given are those of ``prefer`` where the table has them,
-      else detected: by language ("en", "eng_Latn", "sentence_en", "French") or role ("source", "src").
-      A nested cell's fields are columns too: ``translation.en``.
-    - a .tsv without a header, as parallel corpora often are: its first line has two fields that do not
-      name both columns (or columns are given by number: "1", "2"). Quotes are then plain characters,
-      and each line is a row.
+    - anything that ``read_records`` reads. Columns not given are those of ``prefer`` if the table has them, else
+      detected by language ("en", "eng_Latn", "sentence_en", "French") or role ("source", "src"). The fields of a
+      nested cell are columns too: ``translation.en``.
+    - a .tsv without a header, as parallel corpora often are: its first line has two fields that do not name both
+      columns (or columns are given by number: "1", "2"). Quotes are then plain characters, and each line is a row.
     - a .tmx, .po or .mo file.
-    - two text files, a text a line: "a.txt,b.txt", or "corpus" for corpus.en and corpus.fr.
+    - two text files with a text per line: "a.txt,b.txt", or "corpus" for corpus.en and corpus.fr.
 
     Raises:
         DataError: unreadable, no rows, no such column, text files of unequal length.
@@ -102,10 +101,10 @@ def read_sources(
 ) -> Iterator[TextRow]:
     """Stream the texts to translate, in the language ``source``, their line breaks kept.
 
-    Every row is yielded, so that answers can be put beside rows: an empty one as an empty text, a
-    missing one with its problem. A row is a line of a .txt file (what ``\\n`` ends), a row of a table
-    (column given, ``prefer``, or detected as by ``load_pairs``), a msgid or msgid_plural of a catalog
-    that is not obsolete, or a unit of a TMX file. Raises as ``load_pairs``.
+    Every row is yielded, so that answers match rows: an empty one as an empty text, a missing one with its problem. A
+    row is a line of a .txt file (ended by ``\\n``), a row of a table (column given, ``prefer``, or detected as by
+    ``load_pairs``), a msgid or msgid_plural of a catalog that is not obsolete, or a unit of a TMX file. Raises as
+    ``load_pairs``.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".txt":
@@ -134,10 +133,10 @@ def detect_pair_columns(
     target_column: str | None = None,
     path: str,
 ) -> PairColumns:
-    """Choose the columns that are not given: both by the same kind of name where that is possible.
+    """Choose the columns that are not given, both by the same kind of name if possible.
 
-    With two columns, one of which is known, the other takes the other role. Raises DataError listing
-    the columns when a given one does not exist or none can be chosen.
+    Of two columns, if one is known the other has the other role. Raises DataError listing the columns if a given one
+    does not exist or none can be chosen.
     """
     _require(source_column, names, path, "--source-column")
     _require(target_column, names, path, "--target-column")
@@ -145,7 +144,7 @@ def detect_pair_columns(
         raise UsageError(f"column {source_column!r} is given as source and as target", "choose another --target-column")
     sources = [source_column] * 4 if source_column else _candidates(names, source, SOURCE_COLUMNS, target_column)
     targets = [target_column] * 4 if target_column else _candidates(names, target, TARGET_COLUMNS, source_column)
-    # The same kind of name first ("id" may be Indonesian, or a number beside "source" and "target").
+    # Prefer the same kind of name ("id" may be Indonesian, or a number beside "source" and "target").
     found = next(((s, t) for s, t in zip(sources, targets) if s and t and s != t), None)
     if found is None:
         one, other = (next((name for name in side if name), None) for side in (sources, targets))
@@ -164,19 +163,19 @@ def detect_pair_columns(
 
 
 def _candidates(names: Sequence[str], code: str, usual: Sequence[str], other: str | None) -> list[str | None]:
-    """The column of a language by each kind of name: its code, another code or name of it, a part of a name, its role."""
+    """Return the column by each kind of name: the language's code, another code or name, a part of a name, the role."""
     names = [name for name in names if name != other]
     by_lower = {name.lower(): name for name in reversed(names)}
     exact = next((name for name in names if _plain(name) == _plain(code)), None)
     by_part = {name: far for name in names if (far := _language_part(name, code)) is not None}
     nearest = [name for name in by_part if by_part[name] == min(by_part.values())]
-    # Two columns of a language (title_en, text_en) leave the choice to the user.
+    # With two columns of a language (title_en, text_en) the user must choose.
     part = nearest[0] if len(nearest) == 1 else None
     return [exact, closest(code, names), part, next((by_lower[name] for name in usual if name in by_lower), None)]
 
 
 def _language_part(name: str, code: str) -> int | None:
-    """How close the language is that the name begins or ends with (``distance``), None if it is another or none."""
+    """Return the ``distance`` of the language that the name begins or ends with; None if it is another or none."""
     words = re.split(r"[^A-Za-z0-9]+", name)
     ends = [(words[i:], words[:i]) for i in range(1, len(words))]
     found = [d for pair in ends for part in pair if (d := distance(code, "_".join(part))) is not None]
@@ -267,14 +266,14 @@ def _flat(values: Mapping[str, object]) -> Mapping[str, object]:
 
 
 def _cell(value: object) -> str | None:
-    """A cell as text; None for what is missing or not a single value."""
+    """Return a cell as text; None if it is missing or not a single value."""
     if isinstance(value, str):
         return value
     return str(value) if isinstance(value, int | float) and value == value else None
 
 
 def _paired_files(path: str, source: str, target: str) -> tuple[Path, Path] | None:
-    """The two text files that ``path`` names, or None where it names something else."""
+    """Return the two text files that ``path`` names, or None if it names something else."""
     if os.path.exists(path) and not os.path.isdir(path):
         return None
     if "," in path:

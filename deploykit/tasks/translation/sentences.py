@@ -1,9 +1,9 @@
-"""A text longer than the model, cut where a reader would pause.
+"""Split a text that is too long for the model at sentence ends and pauses.
 
-Sentence ends are found by punctuation alone, in many scripts and without knowing the language: after
-. ! ? … before white space, unless an abbreviation, an initial or a small letter tells otherwise; after
-。 ！ ？ । and their like anywhere; at every line break. A missed end costs little, since a sentence too
-long is cut at its clauses, while a false one tears a sentence apart: in doubt, a sentence goes on.
+Sentence ends are found by punctuation only, in many scripts and without knowing the language: after . ! ? … before
+white space, except after abbreviations and initials and before small letters; after 。 ！ ？ । and similar marks anywhere;
+at every line break. In doubt a sentence goes on: a missed end costs little, because a long sentence is split at its
+clauses, while a false end breaks a sentence.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 _OPENERS = "\"'“‘”’„‚«‹»›([{¿¡「『（【《〈〔［｛"
 _CLOSERS = "\"'”’“‘»›«‹)]}」』）】》〉〕］｝"
-# These end a sentence before white space (Latin, Greek, Cyrillic, Hebrew, Arabic).
+# Marks that end a sentence before white space (Latin, Greek, Cyrillic, Hebrew, Arabic).
 _SPACED = ".!?…‼⁇⁈⁉‽؟۔"
-# These wherever they stand (full width, Devanagari, Armenian, Ethiopic, Burmese, Khmer, Tibetan).
+# Marks that end a sentence anywhere (full width, Devanagari, Armenian, Ethiopic, Burmese, Khmer, Tibetan).
 _UNSPACED = "。．｡！？।॥։።፧၊။។៕།"
 _BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _CLOSED = f"[{re.escape(_CLOSERS)}]*"
-# French puts a space before », German one before its opening »: the next character tells.
+# French puts a space before a closing », German before an opening »: the next character decides.
 _END = re.compile(
     rf"(?P<stop>[{_SPACED}{_UNSPACED}]+)(?P<closers>{_CLOSED}(?:[ \u00a0\u202f][»›]+(?!\S))?)|[{_BREAKS}]"
 )
 _PAUSES = f"{_SPACED},;:—–،؛·"
-# A run of them is tried from its beginning alone, else a long one takes time quadratic in its length.
+# Match a run of marks from its beginning only: otherwise a long run takes quadratic time.
 _CLAUSE = re.compile(rf"(?<![{_PAUSES}])[{_PAUSES}]+{_CLOSED}(?=\s)|[{_UNSPACED}、，；：､]+{_CLOSED}")
 _BREAK = re.compile(f"[{_BREAKS}]")
 _WHITE_SPACE = re.compile(r"\s+")
@@ -39,14 +39,15 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Words whose full stop ends no sentence (English, French, German, Spanish, Italian, Portuguese, Dutch, Russian).
+# Abbreviations, whose full stop ends no sentence (English, French, German, Spanish, Italian, Portuguese, Dutch,
+# Russian).
 _ABBREVIATIONS = _words("""
     mr mrs ms dr prof st sr jr rev hon gen col maj capt cpt lt sgt cmdr adm gov pres sen rep messrs mt ft
     vs cf viz approx ca incl excl esp resp eg ie dept univ assn mme mlle mm mgr env hr fr frl bzw bspw vgl evtl ggf zzgl
     inkl exkl sog sra srta dña ud uds pág págs aprox dott avv pag exmo exma dhr mevr bijv blz
     гг ул им см рис стр тыс млн млрд
     """)
-# And those whose full stop ends none before a number: "No. 5", but "He said no."
+# Abbreviations before a number only: "No. 5", but "He said no."
 _BEFORE_NUMBERS = _words("""
     no nos nr vol vols fig figs p pp ch sec art eq op ed cap tab abs par núm
     jan feb mar apr jun jul aug sep sept oct nov dec
@@ -54,9 +55,9 @@ _BEFORE_NUMBERS = _words("""
 
 
 def split_sentences(text: str) -> list[tuple[str, str]]:
-    """Sentences, each with the white space after it: all of them joined are ``text``.
+    """Split into sentences, each with the white space after it; joined they are ``text``.
 
-    White space before the first sentence comes after an empty one.
+    White space before the first sentence follows an empty sentence.
     """
     start = _skip_space(text, 0)
     sentences = [("", text[:start])] if start else []
@@ -69,7 +70,7 @@ def split_sentences(text: str) -> list[tuple[str, str]]:
 
 
 def split_lines(text: str) -> list[tuple[str, str]]:
-    """Lines, each with the white space after it: all of them joined are ``text``."""
+    """Split into lines, each with the white space after it; joined they are ``text``."""
     lines, start = [], 0
     for match in re.finditer(rf"\s*[{_BREAKS}]\s*", text):
         lines.append((text[start : match.start()], match[0]))
@@ -78,13 +79,12 @@ def split_lines(text: str) -> list[tuple[str, str]]:
 
 
 def fit(text: str, count_tokens: Callable[[str], int], limit: int) -> list[tuple[str, str]]:
-    """``text`` in as few pieces as have at most ``limit`` tokens each, with the white space after each.
+    """Split ``text`` into few pieces of at most ``limit`` tokens each, with the white space after each.
 
-    A text that fits is one piece, untouched. Otherwise each piece takes as many sentences as fit; a
-    sentence that alone is too long is cut at the last clause that fits, or else at white space, or else
-    between characters as a reader sees them. Only a single code point may exceed the limit.
-    ``count_tokens`` counts special tokens too. All pieces and white space joined are ``text``; white
-    space before the first piece comes after an empty one.
+    A text that fits is one piece, unchanged. Otherwise each piece takes as many sentences as fit. A sentence that is
+    too long is split after the last clause that fits, else at white space, else between grapheme clusters. Only a
+    single code point may exceed the limit. ``count_tokens`` counts special tokens too. Pieces and white space joined
+    are ``text``; white space before the first piece follows an empty piece.
     """
     if count_tokens(text) <= limit:
         return [(text, "")]
@@ -95,7 +95,7 @@ def fit(text: str, count_tokens: Callable[[str], int], limit: int) -> list[tuple
     while start < len(text):
         stop = _farthest(text, start, reach, lambda piece: count_tokens(piece) <= limit)
         cuts = _cuts(text, start, stop, ends)
-        # Part of a text can have more tokens than the whole, by one or two: the next best cut, then.
+        # Part of a text can have one or two tokens more than the whole: then try the next best cut.
         cut = next((cut for cut in cuts if count_tokens(text[start:cut]) <= limit), stop)
         following = _skip_space(text, cut)
         pieces.append((text[start:cut], text[cut:following]))
@@ -104,7 +104,7 @@ def fit(text: str, count_tokens: Callable[[str], int], limit: int) -> list[tuple
 
 
 def _sentence_ends(text: str) -> list[int]:
-    """Where sentences end, before the white space that follows them, ascending."""
+    """Return the positions of sentence ends, before the white space, ascending."""
     ends: list[int] = []
     start = _skip_space(text, 0)
     for match in _END.finditer(text):
@@ -126,7 +126,7 @@ def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
     stop, end = match["stop"], match.end()
     following = text[end : end + 1]
     if stop[-1] in _UNSPACED:
-        # 「行く。」と言った。goes on after its quotation, and ３．１４ is a number.
+        # 「行く。」と言った。 continues after the quotation, and ３．１４ is a number.
         goes_on = "とっ、，," if match["closers"] else "０１２３４５６７８９" if stop == "．" else ""
         return not following or following not in goes_on
     if not following:
@@ -138,7 +138,7 @@ def _ends_sentence(text: str, start: int, match: re.Match[str]) -> bool:
 
 
 def _first_letter_after(text: str, end: int) -> str:
-    """What begins after white space, past quotes and brackets; nothing at a line's end."""
+    """Return the first character after white space, quotes and brackets; empty at the end of a line."""
     at = _skip_space(text, end)
     if _BREAK.search(text, end, at):
         return ""
@@ -148,7 +148,7 @@ def _first_letter_after(text: str, end: int) -> str:
 
 
 def _is_abbreviation(text: str, start: int, stop: int, first: str) -> bool:
-    """Whether the full stop at ``stop`` belongs to the word before it; ``first`` begins what follows."""
+    """Return whether the full stop at ``stop`` belongs to an abbreviation; ``first`` is the first letter after it."""
     match = _WORD.search(text[max(start, stop - _LONGEST_WORD) : stop])
     if match is None or not first:
         return False
@@ -162,10 +162,10 @@ def _is_abbreviation(text: str, start: int, stop: int, first: str) -> bool:
 
 
 def _farthest(text: str, start: int, reach: int, fits: Callable[[str], bool]) -> int:
-    """The farthest stop, at least one character on, up to which ``text`` fits from ``start``.
+    """Return the farthest position, at least one character on, up to which ``text`` fits from ``start``.
 
-    ``reach`` is a guess of how many characters that are; only about as many are ever looked at, so that
-    cutting all of a text takes time linear in its length.
+    ``reach`` is a guess of that number of characters. Only about as many are examined, so that splitting a whole text
+    takes linear time.
     """
     step = max(reach // 32, 1)
     good, bad = start, min(start + reach, len(text))
@@ -187,11 +187,11 @@ def _farthest(text: str, start: int, reach: int, fits: Callable[[str], bool]) ->
 
 
 def _cuts(text: str, start: int, stop: int, ends: Sequence[int]) -> Iterator[int]:
-    """Where to cut ``text`` after ``start`` and no later than ``stop``, best first."""
+    """Yield positions to cut ``text`` after ``start`` and no later than ``stop``, best first."""
     if stop == len(text):
         yield start + len(text[start:].rstrip())
     yield from reversed(ends[bisect.bisect_right(ends, start) : bisect.bisect_right(ends, stop)])
-    # One character more, which tells whether a cut at the stop itself is one.
+    # Include the next character, which decides whether ``stop`` itself ends a clause.
     clauses = [match.end() for match in _CLAUSE.finditer(text, start, stop + 1)]
     yield from (cut for cut in reversed(clauses) if cut <= stop)
     spaces = [match.start() for match in _WHITE_SPACE.finditer(text, start, stop + 1)]
@@ -200,8 +200,8 @@ def _cuts(text: str, start: int, stop: int, ends: Sequence[int]) -> Iterator[int
 
 
 def _between_characters(text: str, start: int, at: int) -> bool:
-    """Whether a reader sees a boundary at ``at`` (Unicode Standard Annex 29, the rules that matter), one
-    being at ``start``."""
+    """Return whether a grapheme cluster ends at ``at`` (main rules of Unicode Standard Annex 29), if one starts at
+    ``start``."""
     before, after = text[at - 1], text[at : at + 1]
     if not after:
         return True
@@ -218,7 +218,7 @@ def _between_characters(text: str, start: int, at: int) -> bool:
 
 
 def _continues(character: str) -> bool:
-    """Joiners, skin tones, tags, and the vowels and finals of a decomposed Hangul syllable."""
+    """Return whether a character is a joiner, skin tone, tag, or vowel or final of a decomposed Hangul syllable."""
     return (
         character in "\u200c\u200d"
         or "\U0001f3fb" <= character <= "\U0001f3ff"

@@ -1,4 +1,4 @@
-"""Ask a translator on a running server; the same interface as one in this process."""
+"""Translate with a model on a running server, through the same interface as in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deploykit.tasks.registry import task_of
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.translated import EMPTY, Finish, Translated
 
-_MAX_TRANSLATION_BYTES = 32 << 10  # and an answer to as much comes within a minute
+_MAX_TRANSLATION_BYTES = 32 << 10  # so that a request is answered within a minute
 
 
 _OF_CHECKPOINT = ("bad_words", "suppressed", "forced_bos_token_id", "forced_eos_token_id")
@@ -22,7 +22,7 @@ _OF_CHECKPOINT = ("bad_words", "suppressed", "forced_bos_token_id", "forced_eos_
 
 @dataclass(frozen=True)
 class TranslatedRow:
-    """The translation of one text. ``error`` is empty, or says why ``translated`` is ``EMPTY``."""
+    """The translation of one text. If ``error`` is not empty, it says why ``translated`` is ``EMPTY``."""
 
     translated: Translated
     error: str
@@ -31,7 +31,7 @@ class TranslatedRow:
 class ServedTranslator(ServedModel):
     """The translator ``name`` on the Triton server at ``url``; satisfies ``TextTranslator``.
 
-    Options as for every served model (see ``ServedModel``); one answer may take longer.
+    Takes the options of ``ServedModel``; the default timeout (seconds) is longer.
     """
 
     def __init__(self, name: str, url: str = DEFAULT_URL, *, timeout: float = 600.0, **options: Any) -> None:
@@ -50,7 +50,7 @@ class ServedTranslator(ServedModel):
         split: Split = "sentence",
         scored: bool = True,
     ) -> list[Translated]:
-        """One for each text, in their order. Raises RequestError if any text has none.
+        """Translate each text, in their order. Raises RequestError if any text is refused.
 
         Without ``scored`` scores are 0, and greedy search is faster.
         """
@@ -67,7 +67,7 @@ class ServedTranslator(ServedModel):
         split: Split = "sentence",
         scored: bool = True,
     ) -> list[TranslatedRow]:
-        """As ``translate``, but a text that the model refuses fails alone."""
+        """Translate as ``translate`` does, but a text that the model refuses fails alone."""
         parameters = {
             "long_input": long_input,
             "split": split,
@@ -92,10 +92,10 @@ class ServedTranslator(ServedModel):
 
 
 def request_parameters(task: Translation, generation: Generation) -> dict[str, Any]:
-    """The request parameters that make a served model of ``task`` search as ``generation`` says.
+    """Return the request parameters that make a served model of ``task`` search with ``generation``.
 
-    Numbers that are not whole are sent as text: Triton has no such parameters. Raises UsageError for
-    what a request cannot change.
+    Floating-point numbers are sent as strings: Triton has no such parameters. Raises UsageError for a field that a
+    request cannot change.
     """
     parameters: dict[str, Any] = {}
     for field in fields(Generation):
@@ -104,7 +104,7 @@ def request_parameters(task: Translation, generation: Generation) -> dict[str, A
             continue
         if field.name in _OF_CHECKPOINT:
             raise UsageError(f"{field.name} of a served model cannot be changed", "leave it as it is")
-        if field.name in ("max_length", "min_length"):  # these count the start token
+        if field.name in ("max_length", "min_length"):  # ours count the start token
             parameters[f"{field.name[:3]}_new_tokens"] = max(value - 1, 0)
         else:
             parameters[field.name] = repr(value) if isinstance(value, float) else value

@@ -1,7 +1,6 @@
-"""How a checkpoint is told which languages it translates between, as far as text goes.
+"""Put the prefix before a source text that tells a checkpoint its languages.
 
-M2M100 and NLLB take the source language as a token that their tokenizer adds and the target as a
-forced first token; they need nothing in the text.
+M2M100 and NLLB need none: their tokenizer adds the source language's token, and the target's is the forced first token.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from deploykit.errors import DataError
 from deploykit.tasks.translation.facts import Translation
 
 T5_LANGUAGES: Mapping[str, str] = {"en": "English", "fr": "French", "de": "German", "ro": "Romanian"}
-"""The names that T5 was pretrained with (Raffel et al., JMLR 2020, appendix D); others are used as given."""
+"""Language names in T5's pretraining (Raffel et al., JMLR 2020, appendix D); others are used as given."""
 
 _CODE = re.compile(r"\s*>>([^<>\s]{1,40})<<\s*")
 _SHOWN_LANGUAGES = 12
 
 
 def source_prefix(task: Translation) -> str:
-    """What stands before every source text: a target code (many-language Marian), an instruction (T5), or nothing."""
+    """Return the prefix of every source text: a target code (multilingual Marian), an instruction (T5), or nothing."""
     if _has_codes(task):
         return f">>{task.target}<< "
     if task.family == "t5":
@@ -30,10 +29,10 @@ def source_prefix(task: Translation) -> str:
 
 
 def cut_code(text: str, task: Translation) -> tuple[str, str]:
-    """Cut the code of another target off the beginning of a text, as in ">>deu<< Hello": ``(">>deu<< ", "Hello")``.
+    """Split a target code off the beginning of a text: ">>deu<< Hello" gives ``(">>deu<< ", "Hello")``.
 
-    For a Marian of many targets alone: in other checkpoints such a text is text. Raises DataError for a code that the
-    checkpoint does not know.
+    Only for a multilingual Marian: elsewhere it is plain text. Raises DataError for a code that the checkpoint does not
+    know.
     """
     match = _CODE.match(text) if _has_codes(task) else None
     if match is None:
@@ -46,18 +45,18 @@ def cut_code(text: str, task: Translation) -> tuple[str, str]:
 
 
 def has_code(text: str) -> bool:
-    """Return whether a text begins with ``>>code<<``, whatever the code."""
+    """Return whether a text begins with any ``>>code<<``."""
     return _CODE.match(text) is not None
 
 
 def prefixed(text: str, prefix: str, codes: Collection[str]) -> str:
-    """Put ``prefix`` before a text, unless the text begins with one of the ``codes`` that would stand there."""
+    """Put ``prefix`` before a text, unless the text begins with one of the ``codes`` itself."""
     match = _CODE.match(text) if codes else None
     return text if match is not None and match[1] in codes else prefix + text
 
 
 def shown(languages: Collection[str]) -> str:
-    """Write language codes in one line, the first twelve of many."""
+    """Return language codes as one line, at most twelve of them."""
     some = sorted(languages)[:_SHOWN_LANGUAGES]
     more = f" and {len(languages) - len(some)} more" if len(languages) > len(some) else ""
     return ", ".join(some) + more

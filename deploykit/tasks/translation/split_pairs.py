@@ -1,4 +1,4 @@
-"""Split pairs into training, validation and test, so that no text of either side is in two of them."""
+"""Split pairs into training, validation and test so that they share no text of either side."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from deploykit.tasks.translation.pairs import Pair
 def split_pairs(
     pairs: Sequence[Pair], *, validation: float, test: float, seed: int
 ) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """Draw validation and test from groups of pairs that share a source or a target, near duplicates included.
+    """Draw training, validation and test from groups of pairs that share a source or a target, also near duplicates.
 
-    Sharing is transitive: where A shares its source with B and B its target with C, all three stay
-    together. Groups larger than what a split lacks stay in training. The same pairs in another order
-    give the same splits.
+    Sharing is transitive: if A shares its source with B and B its target with C, all three stay together. Groups too
+    large for a split stay in training. The order of the pairs does not matter.
 
     Args:
         validation, test: fractions of the pairs; 0 gives an empty split.
@@ -39,7 +38,7 @@ def split_pairs(
                 part += group
             else:
                 rest.append(group)
-        if room and not part and rest:  # Only groups larger than the share: the smallest of them.
+        if room and not part and rest:  # All groups are larger than the split: take the smallest.
             smallest = min(rest, key=len)
             rest.remove(smallest)
             part = smallest
@@ -56,7 +55,8 @@ def split_pairs(
 
 
 def drop_pair_leaks(train: Sequence[Pair], held_out: Iterable[Pair]) -> tuple[list[Pair], int]:
-    """Training pairs without those that share a source or a target with a held-out one, and how many those were."""
+    """Remove training pairs that share a source or a target with a held-out one. Return the rest and the number
+    removed."""
     held = {key for pair in held_out for key in _keys(pair)}
     kept = [pair for pair in train if held.isdisjoint(_keys(pair))] if held else list(train)
     return kept, len(train) - len(kept)
@@ -67,11 +67,11 @@ def _keys(pair: Pair) -> tuple[tuple[str, str], tuple[str, str]]:
 
 
 def _groups(pairs: Sequence[Pair], seed: int) -> list[list[Pair]]:
-    """Pairs that share a text, in an order drawn by the seed that does not depend on theirs."""
+    """Return groups of pairs that share a text, shuffled by the seed regardless of the pairs' order."""
     above: dict[tuple[str, str], tuple[str, str]] = {}
 
     def top(key: tuple[str, str]) -> tuple[str, str]:
-        """The key that stands for all that are connected with this one (union-find, paths halved)."""
+        """Return the representative of a key's group (union-find with path halving)."""
         while above[key] != key:
             above[key] = above[above[key]]
             key = above[key]

@@ -1,4 +1,4 @@
-"""Translation: text of one language in, text of another out."""
+"""Define the translation task."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Translation:
     auto_model = "AutoModelForSeq2SeqLM"
     heads = ("ForConditionalGeneration", "MTModel", "MTHeadModel")
     model_types = ("marian", "m2m_100", "t5", "mt5")
-    shared_types = ("bart", "mbart")  # there are classifiers of these
+    shared_types = ("bart", "mbart")  # classifiers use these too
     triton_backend = "deploykit.tasks.translation.triton_backend:TranslationBackend"
     outputs = ("TRANSLATION", "TARGET_TOKENS")
     headline = "chrf"

@@ -1,6 +1,6 @@
-"""Translation units of a TMX file, streamed.
+"""Stream the translation units of a TMX file.
 
-TMX 1.4b: https://www.gala-global.org/tmx-14b. Whatever the file's size, one unit is in memory.
+TMX 1.4b: https://www.gala-global.org/tmx-14b. Only one unit is in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.languages import distance
 from deploykit.text import MAX_TEXT_CHARS
 
-# What these hold is code of the document's format (a tag, a field), not text.
+# Elements that hold code of the document's format (a tag, a field), not text.
 _CODES = frozenset(("bpt", "ept", "it", "ph", "ut", "sub"))
 _BLOCK = 1 << 16
 _LANGUAGES_IN_MESSAGE = 20
@@ -23,9 +23,9 @@ _LANGUAGES_IN_MESSAGE = 20
 
 @dataclass(frozen=True)
 class Unit:
-    """The texts of a ``<tu>`` in the languages asked for, None where it has none, and its line.
+    """The texts of a ``<tu>`` in the requested languages, None for a missing one, and its line number.
 
-    ``inline_codes``: whether one of these texts had codes within it, which are left out.
+    ``inline_codes``: whether inline codes were removed from one of these texts.
     """
 
     line: int
@@ -34,9 +34,9 @@ class Unit:
 
 
 def read_tmx(path: Path, languages: Sequence[str], encoding: str | None = None) -> Iterator[Unit]:
-    """Stream the units; of variants in several regions the one closest to the language asked for counts.
+    """Stream the units. Of variants of several regions, take the one closest to the requested language.
 
-    Inline codes are left out. ``encoding`` overrides what the file says of itself.
+    Inline codes are removed. ``encoding`` overrides the file's declaration.
 
     Raises:
         DataError: not well-formed XML, not TMX, entities declared or undefined, no unit that has all ``languages``.
@@ -47,7 +47,7 @@ def read_tmx(path: Path, languages: Sequence[str], encoding: str | None = None) 
             encoding = codecs.lookup(encoding).name.removesuffix("-sig")
         except LookupError:
             raise UsageError(f"--encoding {encoding!r} is not a known text encoding", "utf-8 or utf-16, say") from None
-    found = _Found(path, languages, encoding)
+    reader = _UnitParser(path, languages, encoding)
     complete = False
     try:
         with path.open("rb") as file:
@@ -55,30 +55,30 @@ def read_tmx(path: Path, languages: Sequence[str], encoding: str | None = None) 
             while not last:
                 block = file.read(_BLOCK)
                 last = not block
-                found.parser.Parse(block, last)
-                for unit in found.units:
+                reader.parser.Parse(block, last)
+                for unit in reader.units:
                     complete = complete or None not in unit.texts
                     yield unit
-                found.units.clear()
+                reader.units.clear()
     except expat.ExpatError as error:
         raise DataError(
             f"{path}: line {error.lineno} is not well-formed XML: {expat.ErrorString(error.code)}",
             "correct the file, or export it again",
         ) from None
-    except (LookupError, ValueError) as error:  # An encoding that neither expat nor Python can map to characters.
+    except (LookupError, ValueError) as error:  # an encoding that neither expat nor Python supports
         raise DataError(f"{path}: its encoding cannot be read: {error}", "save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}", "check the file") from error
     if not complete:
-        has = ", ".join(map(repr, found.seen)) or "none"
+        has = ", ".join(map(repr, reader.seen)) or "none"
         raise DataError(
             f"{path}: no unit has text in {' and '.join(map(repr, languages))}; its languages are {has}",
             "give --source-lang and --target-lang of these",
         )
 
 
-class _Found:
-    """A parser, and the units that it has found and nobody has taken yet."""
+class _UnitParser:
+    """A parser with the units that it has found and that were not yielded yet."""
 
     def __init__(self, path: Path, languages: Sequence[str], encoding: str | None) -> None:
         self.units: list[Unit] = []
@@ -97,7 +97,7 @@ class _Found:
         self.parser.StartElementHandler = self._start
         self.parser.EndElementHandler = self._end
         self.parser.CharacterDataHandler = self._characters
-        # Expat itself fetches nothing from outside; here nothing expands either.
+        # Expat fetches no external entities; refuse internal ones too.
         self.parser.EntityDeclHandler = self._declared
         self.parser.SkippedEntityHandler = self._undefined
 
@@ -134,7 +134,7 @@ class _Found:
             self.units.append(Unit(self._line, texts, any(codes for _, _, codes in found)))
 
     def _characters(self, data: str) -> None:
-        # What is beyond the longest text anyone reads need not be kept: the rest is too long already.
+        # Keep no more than the longest text that is accepted: beyond it the text is refused anyway.
         if self._segment is not None and not self._codes and self._length <= MAX_TEXT_CHARS:
             self._segment.append(data)
             self._length += len(data)

@@ -1,9 +1,8 @@
-"""Tokenizing for translation without transformers: the ids and texts of Hugging Face's tokenizers.
+"""Tokenize for translation without transformers, with the same ids and texts as Hugging Face's tokenizers.
 
-Two mechanisms serve the families. MarianMT and M2M100 cut with SentencePiece and look the pieces up in
-a vocabulary of their own; NLLB and T5 are a tokenizer.json. What else a family does (language codes,
-task prefixes, special tokens) is data, which ``export.translation_tokenizer`` reads off the
-checkpoint's tokenizer and writes as a ``TokenizerRecord``.
+There are two backends. MarianMT and M2M100 split with SentencePiece and look pieces up in a separate vocabulary; NLLB
+and T5 use a tokenizer.json. Everything else that differs between families (language codes, task prefixes, special
+tokens) is data, which ``export_tokenizer`` reads from the checkpoint's tokenizer and writes as a ``TokenizerRecord``.
 
 Source: transformers 5, tokenization_python.py, tokenization_marian.py, tokenization_m2m_100.py,
 tokenization_nllb.py, tokenization_t5.py.
@@ -40,32 +39,32 @@ _CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (
 
 
 class TranslationTokenizer(Protocol):
-    """``languages`` are the codes that ``encode`` and ``language_token`` take, empty for one pair."""
+    """A tokenizer. ``languages`` are the codes that ``encode`` and ``language_token`` accept, empty for one pair."""
 
     @property
     def languages(self) -> tuple[str, ...]: ...
 
     def encode(self, texts: Sequence[str], target: str | None = None) -> list[list[int]]:
-        """Source token ids with special tokens and language codes, never truncated. Special tokens in a text are text.
+        """Return source token ids with special tokens and language codes, not truncated. Special tokens in a text are
+        text.
 
-        ``target`` asks for another target language than the one loaded with. A lone surrogate, which
-        is no text, becomes U+FFFD. Raises UsageError for a language that the checkpoint lacks.
+        ``target`` replaces the target language that the tokenizer was loaded with. A lone surrogate becomes U+FFFD.
+        Raises UsageError for a language that the checkpoint lacks.
         """
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of target token ids, without special tokens."""
+        """Return the texts of target token ids, without special tokens."""
 
     def language_token(self, code: str | None = None) -> int | None:
-        """The id that a translation into ``code`` (default: the target loaded with) must begin with
-        after the start token; None for families that name the target in the source."""
+        """Return the id that a translation into ``code`` (default: the target loaded with) must begin with after the
+        start token; None for families that name the target in the source."""
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token found in the raw text before anything is cut.
+    """A token that is matched in the raw text before it is split into pieces.
 
-    ``lstrip`` and ``rstrip`` take the white space on that side; ``single_word`` tokens are left alone
-    inside words.
+    ``lstrip`` and ``rstrip`` consume the white space on that side; ``single_word`` tokens are not matched within words.
     """
 
     content: str
@@ -76,14 +75,16 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """What a checkpoint's tokenizer does besides cutting text into pieces.
+    """Everything that a checkpoint's tokenizer does besides splitting text into pieces.
 
-    ``languages`` are the codes with a token of their own, put ``before`` or ``after`` (of </s>) the
-    source; ``before`` are ids that begin every source (BART's <s>). ``prefixes`` are the texts put before the source, by source and target language, source ""
-    standing for any; ``prefix`` is for pairs without one, None where there must be one.
-    ``eos_token_id`` ends every source. The rest is for SentencePiece alone: ``separate_models``
-    puts texts together by another model than cuts them, ``special_gap`` follows a special token in
-    decoded text, ``codes_in_text`` reads a leading >>code<< where ``prefixes`` are such codes (Marian).
+    ``languages`` are the codes that have a token, put at ``language_place`` of the source: "before" it or "after" </s>.
+    ``before`` are the ids that begin every source (BART's <s>). ``prefixes`` are texts put before the source, by source
+    and target language, with source "" for any; ``prefix`` is for pairs without one, None if there must be one.
+    ``eos_token_id`` ends every source.
+
+    The rest is for SentencePiece only. With ``separate_models``, decoding uses another model than encoding.
+    ``special_gap`` follows a special token in decoded text. ``codes_in_text`` reads a leading >>code<< if ``prefixes``
+    are such codes (Marian).
     """
 
     backend: str
@@ -219,7 +220,7 @@ class _SentencePiece:
             raise ArtifactError(f"{folder / VOCABULARY}: has no {record.unk_token}", _REMEDY)
         self._unk_token = record.unk_token
         self._unk_id = self._vocabulary[record.unk_token]
-        self._id_of = _Ids(self._encoder, self._vocabulary, self._unk_id)
+        self._id_of = _IdCache(self._encoder, self._vocabulary, self._unk_id)
         self._unknown = self._encoder.unk_id()
         self._added = {token.content: token for token in record.added_tokens}
         self._added_pattern = _any_of(self._added) if not record.split_special_tokens else None
@@ -297,9 +298,11 @@ class _SentencePiece:
         return text.strip()
 
 
-class _Ids(dict[int, int]):
-    """Of the encoding model's own numbers, which come without making a string of each piece; each looked up when first asked
-    for, as a model has tens of thousands."""
+class _IdCache(dict[int, int]):
+    """A cache from the encoding SentencePiece model's ids to vocabulary ids, filled on first use.
+
+    The model's ids avoid creating a string for each piece, and a model has tens of thousands of pieces.
+    """
 
     def __init__(self, encoder: SentencePieceProcessor, vocabulary: Mapping[str, int], unk_id: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The translation stage: pairs of texts in, an encoder-decoder out."""
+"""Train an encoder-decoder on pairs of texts."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ from deploykit.training.weights import read_generation_config
 _POSITIONS = 512
 _SAMPLES = 5
 _IGNORED = -100
-"""The label that PyTorch's loss passes over."""
+"""The label that PyTorch's loss ignores."""
 
 
 class TranslationStage:
-    """One run, from the checks that need no rows to the measured model."""
+    """One training run, from checking the options to measuring the model."""
 
     def __init__(self, options: TranslationOptions) -> None:
         self._options = options
@@ -150,7 +150,7 @@ class TranslationStage:
         return Trained(task, model, tokenizer, metrics)
 
     def _from_checkpoint(self) -> tuple[Any, Any, Translation]:
-        """The checkpoint as ``options`` want it."""
+        """Load the checkpoint, set up for ``options``."""
         options, task = self._options, self._task
         dropout = "dropout_rate" if task.family in ("t5", "mt5") else "dropout"
         config = {} if options.dropout is None else {dropout: options.dropout}
@@ -162,7 +162,7 @@ class TranslationStage:
         return model, self._tokenizer, task
 
     def _from_config(self, train: Sequence[Pair], say: Say) -> tuple[Any, Any, Translation]:
-        """A new MarianMT and its vocabulary."""
+        """Create a MarianMT model and its vocabulary."""
         options = self._options
         assert options.from_config is not None
         tokenizer = train_tokenizer(
@@ -181,12 +181,12 @@ class TranslationStage:
 
 
 def checkpoint_task(options: TranslationOptions, tokenizer: Any) -> Translation:
-    """What the checkpoint that ``options`` name is, before its weights are read."""
+    """Return the task of the checkpoint in ``options``, without reading its weights."""
     model = options.origin
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         generation = read_generation_config(model)
-    except Exception as error:  # transformers raises whatever its dozen loaders raise
+    except Exception as error:  # transformers' loaders raise exceptions of many classes
         raise not_loadable(model, error) from error
     check_family(model, config.model_type, Translation.name)
     task = translation_task(config, generation, tokenizer, model, options.source_lang, options.target_lang)
@@ -196,7 +196,7 @@ def checkpoint_task(options: TranslationOptions, tokenizer: Any) -> Translation:
 
 
 def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> Any:
-    """A MarianMT with random weights, as opus-mt's are configured."""
+    """Create a MarianMT model with random weights, configured like opus-mt's."""
     vocabulary, pad, eos = len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id
     config = MarianConfig(
         vocab_size=vocabulary,
@@ -211,7 +211,7 @@ def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> A
         activation_function="swish",
         scale_embedding=True,
         dropout=options.dropout or 0.0,
-        # The embedding's: scaled, it and the logits that it gives have a variance of 1.
+        # With this scale, embeddings (once multiplied) and logits have a variance of 1.
         init_std=preset.d_model**-0.5,
         pad_token_id=pad,
         eos_token_id=eos,
@@ -237,9 +237,9 @@ def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> A
 
 
 class EncodedPairs(Dataset):  # type: ignore[misc]
-    """Token ids of both sides of pairs, padded in each batch by ``collate``.
+    """A dataset of pairs' token ids, padded per batch by ``collate``.
 
-    Pairs longer than ``max_length`` on a side are left out; without one, all are cut to the model's limits.
+    Pairs longer than ``max_length`` on a side are left out; without it, all are truncated to the model's limits.
     """
 
     def __init__(self, translator: TorchTranslator, pairs: Sequence[Pair], *, max_length: int | None = None) -> None:
@@ -257,7 +257,8 @@ class EncodedPairs(Dataset):  # type: ignore[misc]
         return self.rows[row]
 
     def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-        """Labels are the target ids; the decoder reads them one step later, after the start token."""
+        """Pad a batch. Labels are the target ids; the decoder's inputs are the labels shifted right by the start
+        token."""
         pad = self.task.pad_token_id
         input_ids, attention_mask = padded([source for source, _ in rows], self._source_pad)
         labels, _ = padded([target for _, target in rows], _IGNORED)
@@ -271,9 +272,9 @@ class EncodedPairs(Dataset):  # type: ignore[misc]
 
 
 class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
-    """Batches of rows of like length, as many as fit ``most`` tokens on their longer side.
+    """A sampler of batches of rows of similar length, with at most ``most`` padded tokens on their longer side.
 
-    Rows of one length are drawn anew for every epoch, and so is the order of the batches; their number stays.
+    Each epoch shuffles rows of equal length and the order of the batches; the number of batches stays.
     """
 
     def __init__(self, lengths: Sequence[int], most: int, seed: int) -> None:
@@ -306,7 +307,7 @@ class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
 
 
 class TranslationTrainer(Seq2SeqTrainer):  # type: ignore[misc]
-    """Seq2SeqTrainer with batches by tokens: a batch of short texts holds many of them."""
+    """A Seq2SeqTrainer whose batches are limited by tokens, so that short texts make larger batches."""
 
     def __init__(self, *, batches: TokenBatches, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -332,7 +333,7 @@ def _train(
     batches = TokenBatches([max(map(len, row)) for row in train_set.rows], options.batch_tokens, options.seed)
     longest = max(len(target) for _, target in validation_set.rows)
     own = model.generation_config
-    # An untrained model never ends by itself; what is worth measuring is no longer than this.
+    # An untrained model generates no end token: limit the length to what is worth measuring.
     greedy = dataclasses.replace(task.generation, beam_size=1, max_length=min(2 * longest + 8, task.max_target_length))
     model.generation_config = generation_config(task, greedy)
     try:
@@ -362,7 +363,7 @@ def _train(
 
 def _loss(smoothing: float) -> Callable[..., torch.Tensor]:
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
+        # Trainer sums the losses of a step's micro-batches: scale each to its share of the step's mean.
         items = num_items_in_batch if num_items_in_batch is not None else (labels != _IGNORED).sum()
         logits = outputs["logits"].flatten(0, 1).float()
         total = functional.cross_entropy(
@@ -378,14 +379,14 @@ def _evaluation(translator: TorchTranslator, references: Sequence[str]) -> Calla
         generated = np.where(prediction.predictions == _IGNORED, translator.task.pad_token_id, prediction.predictions)
         scores = bleu_and_chrf(translator.decode(generated.tolist()), references, translator.task.target)
         loss = float(np.mean(prediction.losses))
-        # Small validation sets tie often; among equals, Trainer would keep the first and least trained.
+        # Small validation sets tie often, and Trainer would keep the first of equals: prefer the lower loss.
         return {**scores, "selection": round(scores["chrf"], 2) - 1e-4 * loss}
 
     return evaluate
 
 
 def _before(translator: TorchTranslator, pairs: Sequence[Pair], kept: Path, say: Say) -> list[str]:
-    """Translations of the checkpoint as it came; a run taken up again finds them in ``kept``."""
+    """Translate with the original checkpoint; a resumed run reads the translations from ``kept``."""
     if kept.is_file():
         found: list[str] = json.loads(kept.read_text(encoding="utf-8"))
         return found
@@ -405,7 +406,7 @@ def _metrics(translations: Sequence[str], pairs: Sequence[Pair], target: str) ->
 
 
 def _samples(pairs: Sequence[Pair], after: Sequence[str], before: Sequence[str] | None) -> list[dict[str, str]]:
-    """Some held-out rows, evenly over their order, with what the model makes of them."""
+    """Return some evenly spaced held-out rows with their translations."""
     shown = range(0, len(pairs), max(1, len(pairs) // _SAMPLES))[:_SAMPLES]
     return [
         {

@@ -1,4 +1,4 @@
-"""Translations of many rows, from any translator."""
+"""Translate many rows with any translator."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from deploykit.tasks.translation.predictor import TextTranslator
 from deploykit.tasks.translation.rows import one_line, read_sources
 from deploykit.tasks.translation.translated import Translated
 
-_CHUNK = 512  # sentences that the decoder may choose from to keep its rows full
+_CHUNK = 512  # enough sentences to choose from for the decoder to keep its rows full
 
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """How to translate: ``generation`` in place of the model's own, what becomes of texts too long for it, and which pieces
-    of a text are translated one by one."""
+    """Options of translating. ``generation`` replaces the model's own; ``long_input`` says what to do with texts that
+    are too long, and ``split`` which pieces of a text are translated one by one."""
 
     generation: Generation | None = None
     long_input: LongInput = "split"
@@ -43,7 +43,8 @@ class How:
 def translations(
     translator: TextTranslator, rows: Sequence[TextRow], how: How, *, scored: bool = True
 ) -> list[dict[str, Any]]:
-    """A record for each row: origin, text, translation, score, source_tokens, target_tokens and finish; or origin and error.
+    """Return a record for each row: origin, text, translation, score, source_tokens, target_tokens and finish; or
+    origin and error.
 
     An empty text has an empty translation. Without ``scored`` greedy search is faster and scores may be 0.
     """
@@ -76,10 +77,10 @@ def translate_file(
     force: bool = False,
     progress: Callable[[int, int], None],
 ) -> tuple[Answered, Counter[str]]:
-    """Write a translation for each row of ``source``: JSON lines, or to a .txt a line of text; see ``answer_file``.
+    """Write a translation for each row of ``source``, as JSON lines or as lines of a .txt file; see ``answer_file``.
 
-    A row that cannot be translated leaves an empty line in a .txt. The second value counts the rows that this run
-    translated by why they ended: "eos" or "length".
+    A row that cannot be translated leaves an empty line in a .txt file. The second value counts the rows that this run
+    translated by finish reason: "eos" or "length".
     """
     as_json = out.suffix.lower() in JSON_LINES
     if not as_json and out.suffix.lower() != ".txt":
@@ -105,7 +106,7 @@ def translate_file(
 
 
 def cut_off(finish: Mapping[str, int], how: How) -> str:
-    """Say how many translations the length limit cut off, and what it is."""
+    """Return a message: how many translations were cut off at the length limit."""
     limit = f" of {how.generation.max_length - 1} tokens" if how.generation else ""
     return f"{finish['length']:,} of {sum(finish.values()):,} translations were cut off at the length limit{limit}"
 

@@ -1,4 +1,4 @@
-"""What a translation is, whichever engine made it."""
+"""Define the result of a translation, common to all engines."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Finish = Literal["eos", "length"]
 class Translated:
     """One translated text.
 
-    ``score`` is the sum of its tokens' log-probabilities (forced tokens count 0) divided by
-    ``target_tokens ** length_penalty``, as Hugging Face's ``sequences_scores``; for greedy search
-    with a length penalty of 1 that is the mean log-probability. ``target_tokens`` counts the end
-    token, not the start token. ``finish`` is "length" when the length limit ended it.
+    ``score`` is the sum of the tokens' log-probabilities (forced tokens count 0) divided by
+    ``target_tokens ** length_penalty``, as Hugging Face's ``sequences_scores``: the mean log-probability for greedy
+    search with a length penalty of 1. ``target_tokens`` counts the end token, not the start token. ``finish`` is
+    "length" if the length limit ended it.
     """
 
     text: str
@@ -29,13 +29,13 @@ class Translated:
 
 
 EMPTY = Translated("", 0.0, 0, 0, "eos")
-"""The translation of a text that is empty or white space alone."""
+"""The translation of a blank text."""
 
 
 def finish_of(target_ids: Sequence[int], generation: Generation, eos_token_ids: Sequence[int]) -> Finish:
-    """Why decoding ended; ``target_ids`` are without the start token.
+    """Return why decoding ended; ``target_ids`` do not include the start token.
 
-    An end token that stands where ``forced_eos_token_id`` puts one says nothing about the text.
+    An end token that ``forced_eos_token_id`` put at the length limit does not count as the text's end.
     """
     at_limit = len(target_ids) + 1 >= generation.max_length
     ended = bool(target_ids) and target_ids[-1] in eos_token_ids

@@ -1,9 +1,8 @@
-"""Translation in the backend: requests join the running batch, and each is answered when its texts are done.
+"""Serve translation in Triton: requests join the running batch, and each is answered when its texts are done.
 
-``execute`` returns before its requests are answered. Triton's documentation tells of that for decoupled
-models alone, which plain HTTP cannot ask; but the sender of any request may be used later, once and from
-any thread (tried: 24.10). What it owes when this process dies, Triton does not notice: see
-``TritonServer.heal``.
+``execute`` returns before its requests are answered. Triton documents that for decoupled models only, which plain HTTP
+cannot call; but any request's response sender may be used later, once and from any thread (tried with 24.10). If this
+process dies, Triton does not notice the requests that it has not answered: see ``TritonServer.heal``.
 
 Source: Triton Python backend README, "Decoupled mode".
 """
@@ -45,7 +44,7 @@ from deploykit.tasks.translation.translated import Translated
 
 _LONG_INPUT = "long_input"
 _SPLIT = "split"
-_NOT_WHOLE = ("length_penalty", "repetition_penalty")  # Triton has no such parameters: they come as text
+_NOT_WHOLE = ("length_penalty", "repetition_penalty")  # sent as strings: Triton has no floating-point parameters
 
 
 class TranslationBackend:
@@ -89,7 +88,7 @@ class TranslationBackend:
         )
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Hand the requests over to the decoder; they are answered later."""
+        """Submit the requests to the decode loop, which answers them later."""
         for request in requests:
             try:
                 self._submit(request)
@@ -118,12 +117,12 @@ class TranslationBackend:
                 errors[row] = f"{error.message.removeprefix('text 0: ')} ({error.remedy})"
         rows.fail(errors)
         try:
-            self._loop.submit(_Caller(request, rows), jobs)
+            self._loop.submit(_Client(request, rows), jobs)
         except QueueFullError as full:
             raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
 
     def _search(self, given: dict[str, Any]) -> tuple[Generation, LongInput, Split]:
-        """What the request parameters ask for. Raises RefusedError naming the first that is unknown or wrong."""
+        """Parse the request parameters. Raises RefusedError naming the first that is unknown or wrong."""
         for name in given:
             if name not in (*PARAMETERS, *RENAMED, _LONG_INPUT, _SPLIT):
                 known = ", ".join((*PARAMETERS, _LONG_INPUT, _SPLIT))
@@ -143,8 +142,8 @@ class TranslationBackend:
             raise RefusedError(f"{error.message}: {error.remedy}") from None
 
 
-class _Caller:
-    """Whoever waits for the answer to one request."""
+class _Client:
+    """The client of one Triton request."""
 
     def __init__(self, request: Any, rows: Rows) -> None:
         self._request = request
@@ -152,7 +151,7 @@ class _Caller:
         self._wanted = frozenset(request.requested_output_names())
         self._rows = rows
 
-    def gone(self) -> bool:
+    def is_cancelled(self) -> bool:
         return bool(self._request.is_cancelled())
 
     def answer(self, translations: Sequence[Translated]) -> None:
@@ -175,12 +174,12 @@ class _Caller:
 
 
 class _Metrics:
-    """What Triton's metrics say of the model ``name`` beside what they say of all."""
+    """Triton metrics of the model ``name``, in addition to the standard ones."""
 
     def __init__(self, name: str) -> None:
         def metric(kind: int, what: str, description: str) -> Any:
             family = pb_utils.MetricFamily(name=f"deploykit_{what}", description=description, kind=kind)
-            self._families.append(family)  # a metric does not outlive its family
+            self._families.append(family)  # keep the family alive: its metrics die with it
             return family.Metric(labels={"model": name})
 
         gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
@@ -189,23 +188,23 @@ class _Metrics:
         self._waiting = metric(gauge, "waiting_sentences", "Sentences that wait for room in the batch")
         self._tokens = metric(counter, "generated_tokens", "Tokens generated, one a sentence and step")
         self._cancelled = metric(counter, "cancelled_requests", "Requests whose client left before the answer")
-        self._told = Load(0, 0, 0, 0)
+        self._reported = Load(0, 0, 0, 0)
 
     def report(self, load: Load) -> None:
-        told, self._told = self._told, load
-        # Changes, not values: instances of one model share its metrics.
+        last, self._reported = self._reported, load
+        # Report changes, not values: instances of one model share its metrics.
         for metric, change in (
-            (self._running, load.running - told.running),
-            (self._waiting, load.waiting - told.waiting),
-            (self._tokens, load.tokens - told.tokens),
-            (self._cancelled, load.cancelled - told.cancelled),
+            (self._running, load.running - last.running),
+            (self._waiting, load.waiting - last.waiting),
+            (self._tokens, load.tokens - last.tokens),
+            (self._cancelled, load.cancelled - last.cancelled),
         ):
             if change:
                 metric.increment(change)
 
 
 def _warmed_up(translator: Translator) -> Translator:
-    """Run each way of searching once: the engine prepares kernels and memory when it first meets a shape."""
+    """Run each kind of search once: the engine prepares kernels and memory at the first use of a shape."""
     task = translator.task
     for beams in (1, 2):
         few = override(task, {"num_beams": beams, "max_new_tokens": min(4, task.max_target_length - 1)})
@@ -238,5 +237,5 @@ def _send(sender: Any, response: Any) -> None:
 
 
 def _log_error(error: Exception) -> None:
-    """For the operator: it is no answer to a client."""
+    """Log an error for the operator."""
     pb_utils.Logger.log_error("".join(traceback.format_exception(error)))

@@ -1,4 +1,4 @@
-"""Hold config.pbtxt of a translator and of its NAME_stream, as ``deploykit package`` writes them."""
+"""Templates of config.pbtxt for a translator and its NAME_stream, as ``deploykit package`` writes them."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ output { name: "FINISH" data_type: TYPE_STRING dims: [ 1 ] }
 # Empty, or why this row alone has no answer (its other outputs are empty or 0).
 output { name: "ERROR" data_type: TYPE_STRING dims: [ 1 ] }
 
-# No dynamic_batching, and no queue policy: a request is handed over as it comes, and its texts join the
-# batch that is being decoded at the next step. What waits is bounded by max_queue below.
+# No dynamic_batching and no queue policy: each request is passed on at once, and its texts join the running batch at
+# the next step. max_queue below limits what waits.
 
-# Each instance is a process with its own copy of the weights and its own running batch (on each GPU, if KIND_GPU): one is best.
+# Each instance is a process with its own weights and its own running batch (on each GPU, if KIND_GPU): one is best.
 instance_group [ { kind: $kind count: $instances } ]
 # The newest version folder alone is loaded.
 version_policy { latest { num_versions: 1 } }
 
 # CPU threads per instance; 0: twice the CPUs, shared among the instances.
 parameters { key: "threads" value { string_value: "$threads" } }
-# Texts x beams of one step, and the memory of their keys and values in MiB: what does not fit waits. (TensorRT's
-# profile bounds both too, and allocates that memory at the start.)
+# Most rows (texts x beams) of one step, and memory of their keys and values in MiB: what does not fit waits.
+# (TensorRT's profile limits both too, and allocates that memory at the start.)
 parameters { key: "max_rows" value { string_value: "$max_rows" } }
 parameters { key: "max_cache_mb" value { string_value: "$max_cache_mb" } }
-# Under overload answer 503 at once, rather than everyone late: the most sentences that may wait.
+# Most sentences that may wait. Beyond it requests get 503 at once, so that under overload answers do not all come late.
 parameters { key: "max_queue" value { string_value: "$max_queue_size" } }
 # 1: texts join the running batch; 0: they wait until all of it is done (to measure the difference).
 parameters { key: "in_flight" value { string_value: "$in_flight" } }
-# A text longer than the model takes: "split" at sentence ends and joined again, or "refuse".
+# Texts longer than the model accepts: "split" at sentence ends and join again, or "refuse".
 parameters { key: "long_input" value { string_value: "$long_input" } }
-# What is translated one by one: each "sentence", each line ("paragraph"), or the whole text ("none").
+# Translate each "sentence", each line ("paragraph"), or the whole text ("none") separately.
 parameters { key: "split" value { string_value: "$split" } }
 # What clients read.
 parameters { key: "task" value { string_value: '$task' } }
@@ -50,7 +50,7 @@ parameters { key: "task" value { string_value: '$task' } }
 
 STREAM = Template("""\
 # Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
-# Splits a document into sentences, has the model below translate them, and sends each as it is done.
+# Splits a document into sentences, sends them to the model below, and streams each translation when it is done.
 backend: "deploykit"
 # One document a request, many answers: ModelStreamInfer of gRPC, or /generate_stream of HTTP.
 max_batch_size: 0
@@ -58,18 +58,18 @@ model_transaction_policy { decoupled: true }
 
 input { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }
 
-# One sentence, with the white space after it: all of a document's, joined, are its translation.
+# One sentence with the white space after it. Joined, a document's sentences are its translation.
 output { name: "TRANSLATION" data_type: TYPE_STRING dims: [ 1 ] }
-# Of the sentence, from 0; and whether it is the last one.
+# Number of the sentence, from 0, and whether it is the last one.
 output { name: "INDEX" data_type: TYPE_INT32 dims: [ 1 ] }
 output { name: "FINAL" data_type: TYPE_BOOL dims: [ 1 ] }
-# Of the sentence, as the model below gives them.
+# The sentence's outputs of the model below.
 output { name: "SCORE" data_type: TYPE_FP32 dims: [ 1 ] }
 output { name: "SOURCE_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
 output { name: "TARGET_TOKENS" data_type: TYPE_INT32 dims: [ 1 ] }
 output { name: "FINISH" data_type: TYPE_STRING dims: [ 1 ] }
 
-# It has no weights, and waits for the other model nearly all the time.
+# It has no weights, and mostly waits for the other model.
 instance_group [ { kind: KIND_CPU count: 1 } ]
 # The newest version folder alone is loaded.
 version_policy { latest { num_versions: 1 } }

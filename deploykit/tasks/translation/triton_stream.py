@@ -1,7 +1,7 @@
-"""A document's translation, sentence by sentence: the backend of NAME_stream, which has NAME translate.
+"""Stream a document's translation sentence by sentence: the backend of NAME_stream, which calls the model NAME.
 
-It has no weights: it splits the document, asks the other model for all sentences at once (so that
-they are decoded together), and sends them in order, each as soon as it and those before it are done.
+It has no weights. It splits the document, requests all sentences from the other model at once, so that they are decoded
+together, and sends them in order, each as soon as it and those before it are done.
 
 Source: Triton Python backend README, "Business Logic Scripting" and "Decoupled mode".
 """
@@ -27,7 +27,7 @@ from deploykit.tasks.translation.sentences import split_sentences
 from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.text import normalize
 
-_AHEAD = 32  # sentences of one document under way at once: the queue of the other model is for everyone
+_AHEAD = 32  # most sentences of a document in the other model's queue, which all requests share
 _OF_SENTENCE = ("TRANSLATION", "SCORE", "SOURCE_TOKENS", "TARGET_TOKENS", "FINISH")
 
 
@@ -52,7 +52,7 @@ class StreamBackend:
         await asyncio.gather(*map(self._answer, requests))
 
     def close(self) -> None:
-        """Nothing to end: Triton waits for the streams."""
+        """Do nothing: Triton waits for the streams."""
 
     async def _answer(self, request: Any) -> None:
         sender = request.get_response_sender()
@@ -99,7 +99,7 @@ class StreamBackend:
                 task.cancel()
 
     async def _translate(self, sentence: str, wanted: list[str], parameters: dict[str, Any]) -> dict[str, Any]:
-        """The other model's outputs for one sentence. Raises RefusedError as it refuses."""
+        """Return the other model's outputs for one sentence. Raises RefusedError if it refuses the sentence."""
         text = pb_utils.Tensor(INPUT["name"], np.array([[sentence.encode()]], np.object_))
         ask = pb_utils.InferenceRequest(
             model_name=self._model, inputs=[text], requested_output_names=wanted, parameters=parameters

@@ -1,8 +1,8 @@
-"""A tokenizer made from training rows: one SentencePiece model and one vocabulary for both sides, in opus-mt's files.
+"""Train a tokenizer on training rows: one SentencePiece model and vocabulary for both sides, in opus-mt's files.
 
-opus-mt has a model for each side and a vocabulary that joins them. One for both is half as large for
-the same pieces (the output projection is the largest matrix of a small model), and placeholders, names
-and markup are the same pieces on both sides.
+opus-mt has a model for each side and a joint vocabulary. A shared one is half as large for the same number of pieces
+(the output projection is the largest matrix of a small model), and placeholders, names and markup are the same pieces
+on both sides.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ EOS, UNKNOWN, PAD = "</s>", "<unk>", "<pad>"
 _CHARACTERS_PER_PIECE = 20
 _SMALLEST = 64
 _THREADS = 4
-"""Fixed: sums of floats depend on how many add them up, and the same rows must give the same pieces."""
+"""Fixed, because floating-point sums depend on the number of threads, and the same rows must give the same pieces."""
 
 
 def train_tokenizer(
     sources: Sequence[str], targets: Sequence[str], *, languages: tuple[str, str], size: int, max_length: int
 ) -> Any:
-    """A MarianTokenizer of about ``size`` pieces, fewer where there is little text.
+    """Train a MarianTokenizer of about ``size`` pieces, fewer if there is little text.
 
-    Its ids are as Marian numbers them: </s> 0, <unk> 1, the pieces, <pad> last.
+    Ids are in Marian's order: </s> 0, <unk> 1, the pieces, <pad> last.
     """
     model = _train([normalize(text) for text in (*sources, *targets)], size)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -42,11 +42,11 @@ def train_tokenizer(
     ids = {token: i for i, token in enumerate(tokens)}
     folder = tempfile.TemporaryDirectory()
     with folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it recommends a package that it then makes no use of
+        warnings.simplefilter("ignore")  # it recommends a package that it does not use
         files = [Path(folder.name) / name for name in ("source.spm", "target.spm", "vocab.json")]
         for file, data in zip(files, (model, model, json.dumps(ids, ensure_ascii=False).encode())):
             file.write_bytes(data)
-        # Its files are gone when it is saved; it then writes the models that it holds.
+        # The files are deleted before it is saved; saving writes the models from memory.
         return MarianTokenizer(
             *map(str, files), source_lang=languages[0], target_lang=languages[1], model_max_length=max_length
         )

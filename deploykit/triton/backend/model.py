@@ -1,4 +1,4 @@
-"""The Triton backend ``deploykit``: texts in, labels or translations out.
+"""The Triton backend ``deploykit``, which answers texts with a model of any task.
 
 It is a python-based backend: Triton finds this file as ``<backend directory>/deploykit/model.py`` and runs it in one
 stub process per instance. A model directory contains data only: config.pbtxt with ``backend: "deploykit"``, and version

@@ -1,4 +1,4 @@
-"""The search for the highest rate that still answers in time."""
+"""The search for the highest rate within a latency limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Probe:
 
 
 def queueing(capacity: float) -> tuple[list[float], object]:
-    """A server that takes 5 ms, and ever longer as the rate nears ``capacity`` (M/M/1)."""
+    """Return a simulated server with a service time of 5 ms, slower as the rate nears ``capacity`` (M/M/1)."""
     tried: list[float] = []
 
     def probe(rate: float) -> Probe:
@@ -32,7 +32,7 @@ def queueing(capacity: float) -> tuple[list[float], object]:
 
 
 @pytest.mark.parametrize("start", [1.0, 40.0, 89.0, 90.1, 500.0])
-def test_it_is_found_to_five_percent_from_wherever_the_search_starts(start: float) -> None:
+def test_the_rate_is_found_to_five_percent_from_any_start(start: float) -> None:
     tried, probe = queueing(100.0)
     found = highest_rate(probe, 50.0, start)  # type: ignore[arg-type, type-var]
     assert found is not None
@@ -46,7 +46,7 @@ def test_a_rate_at_which_requests_fail_does_not_hold() -> None:
     assert 30 / 1.05 <= found.rate <= 30
 
 
-def test_a_server_too_slow_for_the_limit_has_none() -> None:
+def test_a_server_too_slow_for_the_limit_has_no_rate() -> None:
     tried: list[float] = []
 
     def probe(rate: float) -> Probe:

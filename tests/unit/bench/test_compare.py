@@ -1,4 +1,4 @@
-"""What got faster or slower between two records, beyond the noise; typed as a user types it."""
+"""Comparing two records beyond the noise, with the command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def spread(middle: float, half: float = 0.0) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def measured() -> Record:
-    """A real record, of three rounds; the tests write figures of their own over its scenario's."""
+    """A real record of three rounds, whose scenario figures tests overwrite."""
     from test_bench_run import LABELS, TEXTS, Oracle
 
     candidates = [Candidate("model", Oracle("a"), peak_memory_mb=100.0)]
@@ -61,7 +61,7 @@ def compared(*words: object) -> Result:
     return CliRunner().invoke(main, ["compare", *map(str, words)])
 
 
-def test_ranges_apart_and_medians_far_enough_are_faster_and_slower(measured: Record) -> None:
+def test_disjoint_ranges_with_distant_medians_are_a_change(measured: Record) -> None:
     old = changed(measured, spread(100, 5), spread(10, 1))
     new = changed(measured, spread(150, 5), spread(20, 1))
     found = {change.figure: change for change in compare(old, new).changes}
@@ -82,13 +82,13 @@ def test_ranges_that_overlap_and_small_changes_are_noise(measured: Record) -> No
     }  # fmt: skip
 
 
-def test_two_rounds_do_not_tell_a_change_from_noise(measured: Record) -> None:
+def test_two_rounds_are_too_few_for_a_verdict(measured: Record) -> None:
     new = changed(measured, spread(1000), spread(1))
     new["settings"]["rounds"] = 2
     assert verdicts(measured, new)["throughput"] == "not known"
 
 
-def test_memory_and_accuracy_have_bounds_of_their_own(measured: Record) -> None:
+def test_memory_and_accuracy_have_their_own_bounds(measured: Record) -> None:
     new = copy.deepcopy(measured)
     new["candidates"][0]["peak_memory_mb"] = 94.0
     new["candidates"][0]["metrics"]["macro_f1"] = 0.994
@@ -100,7 +100,7 @@ def test_memory_and_accuracy_have_bounds_of_their_own(measured: Record) -> None:
     assert {verdicts(measured, new)[figure] for figure in ("memory", "macro-F1")} == {"no difference"}
 
 
-def test_one_that_stopped_answering_is_slower(measured: Record) -> None:
+def test_a_model_without_answers_is_slower(measured: Record) -> None:
     new = changed(measured, spread(0), spread(1))
     new["candidates"][0]["scenarios"][0]["latency_ms"] = dict.fromkeys(("p50", "p99"))
     (throughput,) = (change for change in compare(measured, new).changes if change.scenario)
@@ -110,7 +110,7 @@ def test_one_that_stopped_answering_is_slower(measured: Record) -> None:
     assert (throughput.verdict, throughput.ratio) == ("faster", None)
 
 
-def test_what_else_differs_is_said_first(measured: Record, tmp_path: Path) -> None:
+def test_other_differences_come_first(measured: Record, tmp_path: Path) -> None:
     new = copy.deepcopy(measured)
     new["machine"]["cpu"] = "Another CPU"
     new["machine"]["packages"]["numpy"] = "0.1"
@@ -201,7 +201,7 @@ def test_a_file_that_is_no_record_is_named(measured: Record, tmp_path: Path, con
         assert "remedy" in done.stderr
 
 
-def test_compare_stands_alone(measured: Record, tmp_path: Path) -> None:
+def test_compare_refuses_other_arguments(measured: Record, tmp_path: Path) -> None:
     files = write(tmp_path, old=measured, new=measured)
     for words, what in (
         (["--request-rate", 3], "--request-rate"),

@@ -189,7 +189,7 @@ def test_stalls_are_charged_from_the_scheduled_arrival() -> None:
     assert (m.latencies_ms > 100).sum() > 20
 
 
-def test_no_server_is_an_error_a_request_not_an_exception() -> None:
+def test_without_a_server_every_request_is_an_error_and_nothing_is_raised() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -206,7 +206,7 @@ def test_requests_keep_the_servers_path_and_hold_whole_bytes() -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{}", b'{"outputs":[{"name":"LABEL","data":[]}]}', b"\xff"])
-def test_an_answer_without_a_label_is_told(body: bytes) -> None:
+def test_an_answer_without_a_label_is_an_error(body: bytes) -> None:
     with pytest.raises(ValueError, match=r"LABEL|JSON|decode|Expecting"):
         answer_of(body)
 

@@ -1,4 +1,4 @@
-"""Load generation in this process: counts, order and honesty, with predictors of known behaviour."""
+"""Load generation in this process, with predictors of known behaviour."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ def test_arrivals_have_the_asked_mean_and_follow_the_seed() -> None:
     assert len(times) != len(Poisson(200.0).arrivals(50.0, seed=8))
 
 
-def test_a_stall_is_charged_to_everyone_who_arrived_meanwhile() -> None:
+def test_a_stall_counts_for_every_request_that_arrived_meanwhile() -> None:
     predictor = SlowPredictor(0.0005, stall_at=5, stall_s=0.4)
     m = measure(predictor, TEXTS, Poisson(200.0), seconds=0.8, warmup_s=0, seed=3)
-    # About 80 requests arrive in 0.4 s: three quarters of them wait longer than 0.1 s. A generator
-    # that waited with them would see one slow request.
+    # About 80 requests arrive in 0.4 s, and three quarters of them wait longer than 0.1 s. A generator that also
+    # stalled would see one slow request.
     assert (m.latencies_ms > 100).sum() > 20
     assert m.latencies_ms.max() >= 350
     assert max(predictor.batch_sizes) > 10
@@ -103,7 +103,7 @@ def test_percentiles_are_ordered_and_of_known_values() -> None:
 
 
 @pytest.mark.parametrize("scenario", [lambda: ClosedLoop(0), lambda: Poisson(0.0), lambda: Poisson(float("nan"))])
-def test_loads_that_mean_nothing_are_refused(scenario: object) -> None:
+def test_senseless_loads_are_refused(scenario: object) -> None:
     with pytest.raises(UsageError):
         scenario()  # type: ignore[operator]
 
@@ -113,9 +113,9 @@ def test_the_rate_within_a_limit_is_measured_at_that_rate() -> None:
     assert m.scenario == Within(60.0)
     assert m.errors == 0
     assert m.latency_ms["p99"] <= 60.0
-    assert m.throughput_per_s > 0.5 / 0.004, "it starts from half of what a lone caller gets, and that holds"
+    assert m.throughput_per_s > 0.5 / 0.004, "it starts from half the rate of one caller, which is within the limit"
 
 
-def test_where_no_rate_holds_the_limit_nothing_is_counted() -> None:
+def test_without_a_rate_within_the_limit_nothing_is_counted() -> None:
     m = measure(SlowPredictor(0.03), TEXTS, Within(1.0), seconds=0.05, warmup_s=0)
     assert (m.requests, m.errors, m.throughput_per_s, m.latency_ms) == (0, 0, 0.0, {})

@@ -1,4 +1,4 @@
-"""bench/loadgen.py: MLPerf LoadGen asks an export, and its figures are read."""
+"""bench/loadgen.py: MLPerf LoadGen queries an export, and its figures are parsed."""
 
 from __future__ import annotations
 

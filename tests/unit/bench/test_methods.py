@@ -40,7 +40,7 @@ def test_a_model_has_a_line_for_each_form_and_method(
     assert table[-1].startswith(f"| int8, {engines[-1]} | mse |")
 
 
-def test_lines_for_tensorrt_have_what_the_engines_logs_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_for_tensorrt_have_the_counts_of_the_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     lines_of = importlib.import_module("methods").lines_of
     exported = {

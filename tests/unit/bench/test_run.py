@@ -24,7 +24,7 @@ LABELS = ["yes", "no", "yes", "no"]
 
 
 class Oracle:
-    """Answers yes or no; ``calls`` (shared) records who was asked."""
+    """A predictor that answers yes or no; the shared list ``calls`` records calls."""
 
     task = Classification(("no", "yes"), max_length=8, pad_token_id=0)
 
@@ -90,7 +90,7 @@ def test_without_labels_there_are_no_metrics() -> None:
     assert result["candidates"][0]["disagreements"] is None
 
 
-def test_memory_of_several_in_one_process_is_not_told() -> None:
+def test_memory_of_several_models_in_one_process_is_not_reported() -> None:
     result = run(Candidate("a", Oracle("a")), Candidate("b", Oracle("b"), peak_memory_mb=12.0), rounds=1).to_json()
     assert [c["peak_memory_mb"] for c in result["candidates"]] == [None, 12.0]
 

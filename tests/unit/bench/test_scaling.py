@@ -1,4 +1,4 @@
-"""bench/scaling.py: texts of a given number of tokens; and a quick run, typed, over all that needs no server."""
+"""bench/scaling.py: texts of a given number of tokens, and a quick run of all axes without a server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["tiny_export", "tiny_translation"])
-def test_texts_of_a_length_have_just_so_many_tokens(scaling: Any, request: pytest.FixtureRequest, kind: str) -> None:
+def test_texts_of_a_length_have_exactly_that_many_tokens(
+    scaling: Any, request: pytest.FixtureRequest, kind: str
+) -> None:
     export: Path = request.getfixturevalue(kind)
     count = scaling.token_counter(export, load_manifest(export, "export").task)
     texts = ["Save the file before you close the window.", "w1 w2 w3", "The quick brown fox"] * 40
@@ -33,7 +35,7 @@ def test_texts_of_a_length_have_just_so_many_tokens(scaling: Any, request: pytes
         assert all(text in " ".join(texts) for text in made)
 
 
-def test_a_length_that_no_words_have_has_no_texts(scaling: Any) -> None:
+def test_an_impossible_length_has_no_texts(scaling: Any) -> None:
     assert scaling.texts_of(3, ["a b c d"], lambda text: 2 * len(text.split())) == []
     assert scaling.texts_of(100, ["a b c d"], lambda text: len(text.split())) == []
 
@@ -59,7 +61,7 @@ def test_a_quick_run_writes_record_and_page(tiny_export: Path, tmp_path: Path) -
         assert plot in page
 
 
-def test_the_page_of_what_a_node_carries_is_made_of_the_record(tmp_path: Path) -> None:
+def test_the_capacity_page_is_rendered_from_the_record(tmp_path: Path) -> None:
     def scenario(kind: str, rate: float, **more: float) -> dict[str, Any]:
         spread = {"median": rate, "min": 0.9 * rate, "max": 1.1 * rate}
         latency = {"p50": {"median": 5.0}, "p99": {"median": 40.0}}

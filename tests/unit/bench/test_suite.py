@@ -45,7 +45,7 @@ def suite(make_tiny_translation: Any, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def _add_int8(export: Path, other: Path) -> None:
-    """One export of both precisions, as ``deploykit export --int8`` writes it."""
+    """Merge two exports into one with both precisions, like ``deploykit export --int8``."""
     from deploykit.artifacts import MANIFEST, load_manifest, write_manifest
 
     task = load_manifest(export).task
@@ -55,7 +55,7 @@ def _add_int8(export: Path, other: Path) -> None:
     write_manifest(export, "export", task, inputs="both")
 
 
-def test_everyone_is_measured_on_both_subjects(suite: dict[str, Any]) -> None:
+def test_all_contenders_are_measured_on_both_subjects(suite: dict[str, Any]) -> None:
     pytest.importorskip("ctranslate2")
     assert [name for name in suite["skipped"] if not name.startswith("deploykit native")] == []
     assert [w["key"] for w in suite["workloads"]] == [
@@ -86,7 +86,7 @@ def test_the_peers_run_the_same_model(suite: dict[str, Any]) -> None:
             assert workload["agreement"]["deploykit onnxruntime fp32"] == 1.0
 
 
-def test_the_random_shape_says_as_many_tokens_as_it_must(suite: dict[str, Any]) -> None:
+def test_the_random_shape_generates_the_given_number_of_tokens(suite: dict[str, Any]) -> None:
     for workload in suite["workloads"][:2]:
         for candidate in workload["bench"]["candidates"]:
             for s in candidate["scenarios"]:
@@ -94,7 +94,7 @@ def test_the_random_shape_says_as_many_tokens_as_it_must(suite: dict[str, Any]) 
         assert workload["bench"]["metrics"] is None
 
 
-def test_the_example_is_graded_and_asked_for_all_at_once(suite: dict[str, Any]) -> None:
+def test_the_example_is_graded_and_translated_in_one_call(suite: dict[str, Any]) -> None:
     for workload in suite["workloads"][2:]:
         assert all(c["metrics"]["chrf"] >= 0 for c in workload["bench"]["candidates"])
         assert workload["bench"]["candidates"][0]["scenarios"][-1]["scenario"]["concurrency"] == 5
@@ -108,7 +108,7 @@ def test_the_page_has_every_workload_and_no_id_twice(suite: dict[str, Any]) -> N
         assert workload["key"] in page.text
 
 
-def test_the_readmes_table_is_made_of_it(suite: dict[str, Any]) -> None:
+def test_the_readmes_table_is_rendered_from_the_suite(suite: dict[str, Any]) -> None:
     table = runpy.run_path(str(ROOT / "bench" / "table.py"))["render_translation"]
     lines = table(suite).splitlines()
     assert sum(line.startswith("| deploykit onnxruntime int8 |") for line in lines) == 4
@@ -129,7 +129,7 @@ def test_a_peer_that_runs_another_model_is_void(monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_ctranslate2_is_asked_in_every_way_that_makes_sense(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_sensible_batching_of_ctranslate2_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ctranslate2")
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     contenders = importlib.import_module("translation_contenders")

@@ -1,4 +1,4 @@
-"""Translators in the bench: tokens, references, options of the search, and where the time goes."""
+"""Translators in the bench: tokens, references, search options, and time by stage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STAGES = ["tokenizing", "encoder", "decoder", "search", "detokenizing"]
 
 
 class Shouter:
-    """Translates a text to capitals, a token a word, and remembers how it was asked."""
+    """A translator to capitals, with one token per word, that records its arguments."""
 
     task = TASK
 
@@ -72,7 +72,7 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
-def test_callers_share_one_call_whose_scores_are_not_asked_for() -> None:
+def test_callers_share_one_call_without_scores() -> None:
     translator = Shouter()
     beams = Generation(beam_size=4)
     m = measure(translator, TEXTS, ClosedLoop(3), seconds=0.05, generation=beams, warmup_s=0)
@@ -169,7 +169,7 @@ def test_options_of_translators_are_refused(tiny_export: Path, tmp_path: Path, o
     assert result["error"]["message"] == f"{option} does not apply to a model that classifies"
 
 
-def test_beams_that_no_model_takes_are_refused(tiny_translation: Path, pairs: Path) -> None:
+def test_too_many_beams_are_refused(tiny_translation: Path, pairs: Path) -> None:
     code, result = bench(str(tiny_translation), "--data", str(pairs), "--num-beams", "0")
     assert code == 2
     assert "num_beams is 0" in result["error"]["message"]
@@ -183,5 +183,5 @@ def test_chrf_is_plotted_against_speed(tmp_path: Path) -> None:
     assert "Where the time goes" not in page
 
 
-def test_a_candidate_that_fails_alone_has_no_figures() -> None:
+def test_a_candidate_that_fails_alone_has_no_memory_figures() -> None:
     assert measure_alone(["-c", "raise SystemExit(3)"], {}, ["a"]) is None

@@ -1,4 +1,4 @@
-"""Names of options: one meaning each over all commands, and the names that they once had."""
+"""Names of options have one meaning in all commands, and earlier names still work."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_model_is_the_first_argument_of_every_command() -> None:
         assert shown == expected, name
 
 
-def test_no_earlier_name_is_a_name_of_today_in_the_same_command() -> None:
+def test_no_earlier_name_is_a_current_name_in_the_same_command() -> None:
     aliases = 0
     for name, command in _commands().items():
         names = [spelling for option in _visible(command) for spelling in (*option.opts, *option.secondary_opts)]
@@ -86,7 +86,7 @@ def test_no_earlier_name_is_a_name_of_today_in_the_same_command() -> None:
     assert aliases > 30
 
 
-def test_earlier_names_are_taken_and_not_shown() -> None:
+def test_earlier_names_are_accepted_and_hidden() -> None:
     """Parse each option of each command under every name it ever had."""
     for name, command in _commands().items():
         helped = CliRunner().invoke(main, [name, "--help"]).stdout
@@ -98,7 +98,7 @@ def test_earlier_names_are_taken_and_not_shown() -> None:
                 assert option.name in parsed, (name, alias)
 
 
-def test_an_error_names_an_option_as_it_is_called_today() -> None:
+def test_errors_have_current_option_names() -> None:
     done = CliRunner().invoke(main, ["bench", "x", "--data", "y", "--concurrency", "none"])
     assert (done.exit_code, "--max-concurrency" in done.stderr) == (2, True)
     done = CliRunner().invoke(main, ["export", "x"])
@@ -120,9 +120,9 @@ def test_a_toml_file_with_the_earlier_names_is_read(tmp_path: Path) -> None:
 
 
 def _typed_in(text: str) -> list[list[str]]:
-    """Return the words of each deploykit command on a line of its own, without what the shell does with it."""
+    """Return the words of each deploykit command on its own line, without shell syntax."""
     fenced = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    code = "\n".join([*fenced, *re.findall(r"^(?: {4}|\t).*$", text, re.MULTILINE)])  # prose begins with the name too
+    code = "\n".join([*fenced, *re.findall(r"^(?: {4}|\t).*$", text, re.MULTILINE)])  # code only, not prose
     lines = re.findall(r"^\s*(?:@\$\(BIN\)/)?deploykit ([a-z]+ .*)$", code.replace("\\\n", " "), re.MULTILINE)
     return [shlex.split(re.split(r" (?:[&|>]|#)", line)[0]) for line in lines]
 
@@ -130,7 +130,7 @@ def _typed_in(text: str) -> list[list[str]]:
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "Makefile"])
 
 
-def test_the_docs_type_names_of_today() -> None:
+def test_the_docs_use_current_names() -> None:
     commands, parsed = _commands(), 0
     for page in PAGES:
         for name, *words in _typed_in(page.read_text(encoding="utf-8")):
@@ -143,7 +143,7 @@ def test_the_docs_type_names_of_today() -> None:
     assert parsed > 30
 
 
-def test_the_demo_types_names_of_today() -> None:
+def test_the_demo_uses_current_names() -> None:
     source = (ROOT / "deploykit" / "demo.py").read_text(encoding="utf-8")
     shown = {spelling for command in _commands().values() for option in _visible(command) for spelling in option.opts}
     typed = set(re.findall(r'"(--[a-z-]+)"', source))
@@ -186,7 +186,7 @@ def test_earlier_spellings_of_commands_still_do_what_they_did(
         (["export", "a", "--out", "o", "--gpu", "sm_86"], "add --trt"),
     ],
 )
-def test_wrong_use_is_told_with_the_names_of_today(words: list[str], named: str, tmp_path: Path) -> None:
+def test_usage_errors_have_current_names(words: list[str], named: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 2
     assert named in done.stderr

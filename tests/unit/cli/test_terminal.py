@@ -1,4 +1,4 @@
-"""Errors are coloured on a terminal, and plain where they are piped or NO_COLOR is set."""
+"""Errors are coloured on a terminal, and plain if piped or NO_COLOR is set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMAND = (sys.executable, "-m", "deploykit", "predict", "--model", "no/where", 
 
 
 def _on_a_terminal(**variables: str) -> bytes:
-    """Run the command on a terminal of 40 columns; return all that it shows."""
+    """Run the command on a terminal of 40 columns. Returns its output."""
     terminal, end = pty.openpty()
     environment = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
     environment |= {"TERM": "xterm", "COLUMNS": "40", **variables}

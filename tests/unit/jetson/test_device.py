@@ -1,4 +1,4 @@
-"""The steps on the device: what it finds, builds and refuses. TensorRT is a stand-in here; run.sh is in tests/e2e."""
+"""The steps on the device, with a fake TensorRT. tests/e2e tests run.sh."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def description(target: str = "orin-nano", jetpack: str = "6.2", *, wheels: bool
 
 @pytest.fixture
 def jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
-    """Examine a Jetson that is as described: its files under a folder, its programs alone on PATH."""
+    """Examine a fake Jetson: its files are in a folder, and only its programs are on PATH."""
 
     def examined(
         needs: Description, *, model: str = "NVIDIA Jetson Orin Nano Developer Kit Super", release: str | None = "36.4.3",
@@ -74,7 +74,7 @@ def levels(findings: list[Finding]) -> dict[str, str]:
     return {finding.what: finding.level for finding in findings if finding.what != "Python"}
 
 
-def test_a_jetson_as_wanted_has_no_remarks(jetson: Callable[..., list[Finding]]) -> None:
+def test_a_suitable_jetson_has_no_remarks(jetson: Callable[..., list[Finding]]) -> None:
     assert levels(jetson(description())) == dict.fromkeys(
         ("board", "JetPack", "Jetson Linux", "power mode", "TensorRT", "memory"), "ok"
     )
@@ -96,7 +96,7 @@ def test_a_jetson_as_wanted_has_no_remarks(jetson: Callable[..., list[Finding]])
         ({"mode": "15W"}, "power mode", "note", "sudo nvpmodel -m 2 (MAXN_SUPER)"),
     ],
 )
-def test_what_differs_is_named_with_what_to_do(
+def test_differences_are_named_with_a_remedy(
     jetson: Callable[..., list[Finding]], differs: dict[str, Any], what: str, level: str, said: str
 ) -> None:
     found = jetson(description(), **differs)
@@ -107,7 +107,7 @@ def test_what_differs_is_named_with_what_to_do(
     assert set(others.values()) == {"ok"}
 
 
-def test_a_machine_that_is_no_jetson_is_told_so(jetson: Callable[..., list[Finding]]) -> None:
+def test_a_machine_that_is_no_jetson_is_refused(jetson: Callable[..., list[Finding]]) -> None:
     found = jetson(description(), release=None)
     assert found[0].level == "problem"
     assert "not a Jetson" in str(found[0])
@@ -138,7 +138,7 @@ class Built:
 
 
 class TensorRT:
-    """What builds here is the graph itself, under another name; what loads it is ONNX Runtime, times ``gain``."""
+    """A fake TensorRT: building copies the graph, and ONNX Runtime runs it with outputs multiplied by ``gain``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.options: list[EngineOptions] = []
@@ -235,7 +235,7 @@ def test_both_engines_of_a_translator_are_built_verified_and_a_wrong_one_is_refu
         assert weights is not None
         assert weights.name == "shared.trt.int8.bin"
     device.verify(on(unpacked_translator))
-    assert "6 rows: translations have a chrF of 100.0 beside those recorded (100% equal)" in capsys.readouterr().out
+    assert "6 rows: translations have a chrF of 100.0 against the recorded ones (100% equal)" in capsys.readouterr().out
     tensorrt.gain = 1.0 + 1e-4
     device.verify(on(unpacked_translator))
     for tensorrt.gain in (-1.0, float("nan"), 1.5):  # with the last, a greedy search says the same, too sure of it
@@ -243,7 +243,7 @@ def test_both_engines_of_a_translator_are_built_verified_and_a_wrong_one_is_refu
             device.verify(on(unpacked_translator))
 
 
-def test_what_stops_a_step_says_what_to_do(
+def test_errors_of_a_step_have_a_remedy(
     unpacked: Path, tensorrt: TensorRT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ArtifactError, match="is not built yet"):

@@ -1,4 +1,4 @@
-"""Which parts stay in fp32: the fewest that hold the limit, most sensitive first; killed searches go on."""
+"""The search leaves the fewest parts in fp32, most sensitive first, and is resumed after a kill."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PARTS = [f"part{i}" for i in range(24)]
 
 
 @pytest.mark.parametrize("needed", [1, 2, 3, 5, 8, 11, 12])
-def test_the_fewest_parts_that_hold_the_limit_are_found(needed: int) -> None:
+def test_the_fewest_parts_within_the_limit_are_found(needed: int) -> None:
     tried: list[int] = []
 
     def drop(kept: Sequence[str]) -> float:
@@ -32,13 +32,13 @@ def test_the_fewest_parts_that_hold_the_limit_are_found(needed: int) -> None:
     assert len(tried) == len(set(tried)) <= 8
 
 
-def test_a_limit_that_half_of_the_model_in_fp32_does_not_hold_is_an_error() -> None:
+def test_exceeding_the_limit_with_half_of_the_model_in_fp32_is_an_error() -> None:
     with pytest.raises(ExportError, match=r"even with 12 of 24 parts in fp32 it loses 2\.00"):
         fewest(PARTS, lambda kept: 2.0, 0.5)
 
 
 class Answers(Grader[float]):
-    """What a form of the model gives is its macro-F1."""
+    """A grader whose raw output is the macro-F1 itself."""
 
     figures = ("macro_f1",)
 
@@ -50,7 +50,7 @@ class Answers(Grader[float]):
 
 
 class Model:
-    """Loses a point for each of its ``bad`` parts in INT8, whose outputs then change by their place in the list."""
+    """A model that loses a point for each ``bad`` part in INT8, whose outputs change by its index in the list."""
 
     def __init__(self, bad: Sequence[str], trace: MeasurementLog, *, dies_at: int = 1000) -> None:
         self.bad, self.trace, self.dies_at = list(bad), trace, dies_at
@@ -90,7 +90,7 @@ def test_the_parts_that_change_the_outputs_most_alone_stay_in_fp32(tmp_path: Pat
     assert "24 of 24: part23 alone in INT8 changes the outputs by 0" in model.said
 
 
-def test_a_model_that_holds_the_limit_is_not_searched(tmp_path: Path) -> None:
+def test_a_model_within_the_limit_is_not_searched(tmp_path: Path) -> None:
     model = Model(["part7"], trace_at(tmp_path / "t.json"))
     assert model.search(limit=1.5) is None
     assert (model.written, model.sampled) == ([()], [])
@@ -106,7 +106,7 @@ def test_a_refusal_shows_the_table_and_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dies_at", [2, 10, 26])
-def test_a_killed_search_goes_on_where_it_was(tmp_path: Path, dies_at: int) -> None:
+def test_a_killed_search_is_resumed(tmp_path: Path, dies_at: int) -> None:
     bad = ["part7", "part3", "part19"]
     path = tmp_path / "t.json"
     killed = Model(bad, trace_at(path), dies_at=dies_at)

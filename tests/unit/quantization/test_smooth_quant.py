@@ -1,4 +1,4 @@
-"""SmoothQuant: the graph computes what it did, and outliers no longer cost INT8 its answers."""
+"""SmoothQuant keeps the graph's function, and makes INT8 robust against outliers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CALIBRATION = 64
 
 @dataclass(frozen=True)
 class Case:
-    """A random classifier some channels of whose norms' outputs are 60 times as large as the others."""
+    """A random classifier in which some channels of the norms' outputs are 60 times as large as the others."""
 
     graph: Path
     token_ids: list[list[int]]
@@ -38,7 +38,7 @@ class Case:
         return smoothing_scales(self.graph, self.token_ids[:CALIBRATION], alpha)
 
     def agreement(self, graph: Path, scheme: Scheme) -> float:
-        """Share of the texts that the graph in INT8 answers as the fp32 model does, which puts half of them in each class."""
+        """Return the share of texts with the same answer in INT8 as in fp32, which gives each class half of them."""
         calibration = calibrate_encoder(graph, TokenRows(self.token_ids[:CALIBRATION], "rows"))
         quantized, count = quantize(onnx.load(graph), calibration.ranges("minmax"), scheme)
         assert count.linear_layers == 12
@@ -80,7 +80,7 @@ def case(
     )
 
 
-def test_a_smoothed_graph_computes_what_it_did(case: Case) -> None:
+def test_a_smoothed_graph_computes_the_same(case: Case) -> None:
     model, count = smooth(case.model, case.scales())
     difference = np.abs(run(model, case.token_ids) - case.logits).max()
     assert difference < 1e-5 * np.abs(case.logits).max()
@@ -117,9 +117,7 @@ def with_output(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("scheme", ["s8s8", "u8s8"])
-def test_outliers_cost_int8_its_answers_and_smoothing_gives_them_back(
-    case: Case, scheme: Scheme, tmp_path: Path
-) -> None:
+def test_smoothing_restores_answers_that_outliers_cost_int8(case: Case, scheme: Scheme, tmp_path: Path) -> None:
     onnx.save(smooth(case.model, case.scales())[0], tmp_path / "smoothed.onnx")
     plain, smoothed_ = case.agreement(case.graph, scheme), case.agreement(tmp_path / "smoothed.onnx", scheme)
     assert plain < 0.9
@@ -142,7 +140,7 @@ def test_channels_that_are_always_0_stay_as_they_are(case: Case, tmp_path: Path)
     assert all(np.isfinite(scale).all() and (scale > 0).all() for scale in scales.values())
 
 
-def test_smoothing_nothing_changes_nothing(case: Case) -> None:
+def test_smoothing_without_scales_changes_nothing(case: Case) -> None:
     model, count = smooth(case.model, {})
     assert (count.folded, count.multiplied) == (0, 0)
     assert [node.output[0] for node in model.graph.node] == [node.output[0] for node in case.model.graph.node]
@@ -156,8 +154,8 @@ def test_smoothed_activations_have_names_of_their_own(case: Case) -> None:
     assert not set(scales) & read
 
 
-def test_a_norm_whose_parameters_are_no_constants_gets_a_mul(case: Case) -> None:
-    """As in fp16 graphs, whose equal parameters are stored once."""
+def test_a_norm_without_constant_parameters_gets_a_mul(case: Case) -> None:
+    """Equal parameters of fp16 graphs are stored once."""
     model, scales = case.model, case.scales()
     norm = next(node for node in model.graph.node if node.output[0] in scales)
     model.graph.node.insert(0, onnx.helper.make_node("Identity", [norm.input[1]], ["shared"]))

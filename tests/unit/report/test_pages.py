@@ -1,4 +1,4 @@
-"""The report: whole, self-contained, safe against what users name things."""
+"""The report is complete, self-contained, and safe against any names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graphs and the decode loop against Hugging Face's `generate`, on small models of random weights."""
+"""The graphs and the decode loop match Hugging Face's `generate` on small random models."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_an_error_in_one_of_several_decoders_is_raised(case: Callable[[str], Cas
 
 @pytest.mark.parametrize("kind", ["fp32", "native"])
 @pytest.mark.parametrize("count", [1, 40, 300])
-def test_sentences_are_taken_as_there_is_room_and_each_is_finished_once(
+def test_sentences_are_taken_when_rows_are_free_and_finished_once(
     case: Callable[[str], Case], kind: str, count: int
 ) -> None:
     c = case("marian")
@@ -138,7 +138,7 @@ def test_sentences_are_taken_as_there_is_room_and_each_is_finished_once(
 
 
 @pytest.mark.parametrize("good", [0, 10, 200])
-def test_an_error_in_what_comes_leaves_the_decoder_as_it_was(case: Callable[[str], Case], good: int) -> None:
+def test_an_error_in_the_input_iterator_leaves_the_decoder_unchanged(case: Callable[[str], Case], good: int) -> None:
     c = case("marian")
     generation = Generation(max_length=LONGEST)
     decoder = Decoder(c.engine, c.task, max_rows=32, workers=2)
@@ -201,7 +201,7 @@ def test_a_cancelled_sentence_leaves_without_a_result(case: Callable[[str], Case
     assert second.result is not None
 
 
-def test_what_outgrows_the_memory_is_begun_again_later(case: Callable[[str], Case]) -> None:
+def test_sentences_that_outgrow_the_cache_memory_are_started_again(case: Callable[[str], Case]) -> None:
     c = case("marian")
     generation = Generation(max_length=60, min_length=60)
     expected = results(decode(c, generation))
@@ -218,7 +218,7 @@ def test_int8_runs_int8_kernels_and_stores_the_embedding_once(case: Callable[[st
 
 
 def standard(case: Case, folder: Path, kind: Standard, ranges: Ranges | None = None) -> Seq2SeqModel:
-    """The graphs in standard ONNX, as the engine runs them."""
+    """Return the graphs in standard ONNX, loaded by the engine."""
     architecture = read_architecture(case.model)
     graphs = [build(architecture, ranges, standard=kind) for build in (build_encoder, build_decoder)]
     for graph in graphs:
@@ -232,8 +232,8 @@ def standard(case: Case, folder: Path, kind: Standard, ranges: Ranges | None = N
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_standard_graphs_find_the_same(case: Callable[[str], Case], family: str, beams: int, tmp_path: Path) -> None:
-    """Rows join and leave, and stand at different positions. T5's random logits are large: PyTorch's own rounding, in
-    fp32, moves them by 0.05."""
+    """Rows join and leave, and are at different positions. T5's random logits are large: PyTorch's own fp32 rounding
+    changes them by 0.05."""
     c = case(family)
     generation = Generation(beam_size=beams, max_length=LONGEST)
     expected = results(decode(c, generation, max_rows=12))

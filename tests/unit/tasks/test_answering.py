@@ -1,4 +1,4 @@
-"""Rows answered by a model of any task: what fails alone, and what a record and a line hold."""
+"""Rows answered by a model of any task: single failures, records and lines."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_a_row_that_is_refused_fails_alone() -> None:
     ]
 
 
-def test_a_server_that_is_overloaded_is_no_answer() -> None:
+def test_an_overloaded_server_is_an_error() -> None:
     with pytest.raises(RequestError, match="the text is bad"):
         answer_rows(Refusing(503), ROWS)
 
 
-def test_rows_that_are_all_bad_ask_nothing() -> None:
+def test_a_model_is_not_called_if_all_rows_are_bad() -> None:
     assert [row.answer for row in answer_rows(Refusing(503), ROWS[1:2])] == [None]
 
 

@@ -1,4 +1,4 @@
-"""How a bundle's answers are judged."""
+"""Comparison of a bundle's answers with the recorded ones."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_references_are_measured_as_given(tmp_path: Path) -> None:
         ("100% sure, 50 % done, a < b > c, if (x) { return; } AT&T;s", []),
     ],
 )
-def test_placeholders_are_told_from_text(text: str, found: list[str]) -> None:
+def test_placeholders_are_distinguished_from_text(text: str, found: list[str]) -> None:
     assert sorted(placeholders(text).elements()) == sorted(found)
 
 

@@ -1,4 +1,4 @@
-"""Which task a name, a checkpoint or a manifest means, and a task that another package adds."""
+"""Finding a task by name, checkpoint or manifest, also one of another package."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from deploykit.tasks.translation.facts import Translation
         ({"model_type": "bert", "architectures": ["BertForSequenceClassification"]}, "classification"),
         ({"model_type": "marian", "architectures": ["MarianMTModel"], "is_encoder_decoder": True}, "translation"),
         ({"model_type": "t5", "is_encoder_decoder": True}, "translation"),
-        # An encoder and a decoder under a classification head classify.
+        # An encoder-decoder with a classification head is a classifier.
         ({"model_type": "bart", "architectures": ["BartForSequenceClassification"], "is_encoder_decoder": True},
          "classification"),
         ({"model_type": "bart", "architectures": ["BartForConditionalGeneration"]}, "translation"),
-        # No task claims that head: optimum knows which class of transformers loads it.
+        # No task claims this head, but optimum infers the class that loads it.
         ({"model_type": "encoder-decoder", "architectures": ["EncoderDecoderModel"]}, "translation"),
         ({"model_type": "marian", "architectures": ["OfNoLibraryModel"]}, "translation"),
         ({"model_type": "bert", "architectures": ["BertForQuestionAnswering"]}, "question-answering"),
@@ -54,7 +54,7 @@ def test_an_adapter_without_a_config_is_a_classifiers(tmp_path: Path) -> None:
     assert registry.task_of_checkpoint(tmp_path).name == "classification"
 
 
-def test_facts_come_back_from_a_manifest_as_they_were() -> None:
+def test_facts_survive_a_manifest() -> None:
     for facts in (
         Classification(("a", "b"), 64, 0, multi_label=True),
         QuestionAnswering(384, 128, 0, no_answer_threshold=-1.5),
@@ -64,7 +64,7 @@ def test_facts_come_back_from_a_manifest_as_they_were() -> None:
         assert registry.task_from_json(json.loads(json.dumps(registry.task_to_json(facts)))) == facts
 
 
-def test_an_unknown_task_is_refused_with_those_there_are() -> None:
+def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="unknown task 'poetry'") as refused:
         registry.get_task("poetry")
     assert "classification, translation" in str(refused.value.remedy)
@@ -74,7 +74,7 @@ def test_an_unknown_task_is_refused_with_those_there_are() -> None:
 
 @dataclass(frozen=True)
 class Words:
-    """The facts of a task that another package brings."""
+    """Facts of a task in another package."""
 
     name: ClassVar[str] = "words"
     labels: tuple[str, ...]
@@ -82,7 +82,7 @@ class Words:
 
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package with a task ``words``, as an entry point names it."""
+    """A package whose entry point adds the task ``words``."""
     module = ModuleType("words_package")
     module.TASK = SimpleNamespace(  # type: ignore[attr-defined]
         name="words", heads=("ForTokenClassification",), model_types=(), read_facts=lambda record: Words(**record)

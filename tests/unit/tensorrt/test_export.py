@@ -1,4 +1,4 @@
-"""TensorRT engines: real ones, built by TensorRT-RTX without a GPU, and what every builder is asked."""
+"""Building TensorRT engines: real ones by TensorRT-RTX without a GPU, and the calls of other builders."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ RTX = EngineOptions(builder="rtx")
 
 
 def write_graph(path: Path, *, quantized: bool = False, operator: str = "Relu", kind: type = np.float16) -> Path:
-    """A graph of a classifier's inputs: ids looked up, a linear layer, an activation, another one, and a mean."""
+    """Write a graph with a classifier's inputs: embedding, linear layer, activation, linear layer, mean."""
     random = np.random.default_rng(0)
     of = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     weights = {
@@ -110,7 +110,7 @@ def test_a_half_graph_becomes_an_engine_without_int8(tmp_path: Path) -> None:
     assert "0 INT8 matrix products" in lines[-1]
 
 
-def test_the_record_beside_an_engine_says_what_it_is(tmp_path: Path) -> None:
+def test_an_engines_record_describes_it(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.qdq.onnx", quantized=True)
     options = EngineOptions(builder="rtx", gpu="sm_86", command="deploykit export a --out b --trt")
     engine = build_engine(graph, "int8", options, LIMITS, lambda line: None, calibration="ranges")
@@ -185,7 +185,7 @@ def test_other_weights_beside_the_same_graph_are_another_engine(tmp_path: Path, 
 
 
 def test_a_classifiers_engine_is_built_without_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Jetson has none."""
+    """A Jetson has no onnx."""
     graph = write_graph(tmp_path / "model.fp16.onnx")
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert build_engine(graph, "fp16", RTX, LIMITS, lambda line: None).size_bytes > 1000
@@ -202,7 +202,7 @@ def test_a_damaged_engine_in_the_cache_is_built_again(tmp_path: Path, cache: Pat
     assert hash_file(kept) == first.sha256, "and kept"
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path, cache: Path) -> None:
+def test_an_unwritable_cache_does_not_fail_the_build(tmp_path: Path, cache: Path) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text("a file stands here")
     said: list[str] = []
@@ -229,7 +229,7 @@ def test_int8_that_no_layer_computes_is_an_error(tmp_path: Path) -> None:
         build_engine(write_graph(tmp_path / "model.qdq.onnx"), "int8", RTX, LIMITS, lambda line: None)
 
 
-def test_an_operator_that_tensorrt_does_not_take_is_named_with_its_module(tmp_path: Path) -> None:
+def test_an_operator_unsupported_by_tensorrt_is_named_with_its_module(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx", operator="Det")
     model = onnx.load(graph)
     model.graph.node[2].op_type = "SplitToSequence"
@@ -239,7 +239,7 @@ def test_an_operator_that_tensorrt_does_not_take_is_named_with_its_module(tmp_pa
     assert not list(tmp_path.glob("*.engine"))
 
 
-def test_an_operator_that_nobody_knows_is_named_with_what_to_do(tmp_path: Path) -> None:
+def test_an_unknown_operator_is_named_with_a_remedy(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     model = onnx.load(graph)
     for node in (model.graph.node[2], model.graph.node[3]):
@@ -277,7 +277,7 @@ def test_a_profile_that_the_builder_refuses_is_an_error(tmp_path: Path, monkeypa
      ("Autotuner: no tactics to implement operation; insufficient memory", "smaller --memPoolSize"),
      ("CUDA initialization failure with error: 35", "driver is as new as"), ("an internal assertion", "report this graph")],
 )  # fmt: skip
-def test_a_builder_that_gives_none_is_an_error_with_a_remedy_by_its_reason(
+def test_a_failed_build_is_an_error_with_a_remedy_by_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str, remedy: str
 ) -> None:
     monkeypatch.setattr(trt.Builder, "build_serialized_network", lambda *_: None)
@@ -303,7 +303,7 @@ def test_a_file_that_is_no_graph_is_an_error(tmp_path: Path) -> None:
         build_engine(tmp_path / "model.fp16.onnx", "fp16", RTX, LIMITS, lambda line: None)
 
 
-def test_a_builder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
+def test_a_builder_without_a_result_is_an_error(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     model = onnx.load(graph)
     # An INT8 constant that is no quantized weight: parsed, and refused when building.
@@ -317,7 +317,7 @@ def test_a_builder_that_gives_nothing_is_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.engine"))
 
 
-def test_a_gpu_that_rtx_does_not_know_is_refused_with_those_it_does(tmp_path: Path) -> None:
+def test_a_gpu_unknown_to_rtx_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(UsageError, match="sm_87") as refused:
         build_engine(graph, "fp16", EngineOptions(builder="rtx", gpu="sm_87"), LIMITS, lambda line: None)
@@ -344,7 +344,7 @@ def test_a_timing_cache_is_not_for_rtx(tmp_path: Path) -> None:
      ("batch=0:1:2,length=1:2:3", "must grow"), ("batch=1:1:1,length=1:2:999", "a length of up to 64, not 999"),
      ("", "unknown axis ''"), ("batch=-1:2:3,length=1:2:3", "must be three numbers")],
 )  # fmt: skip
-def test_a_profile_that_makes_no_sense_is_refused(text: str, says: str) -> None:
+def test_a_senseless_profile_is_refused(text: str, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         parse_profile(text, LIMITS)
 
@@ -385,7 +385,7 @@ def test_both_graphs_of_a_translator_become_engines(
             assert engine.profiles == options.profiles
 
 
-def test_shapes_as_trtexec_takes_them_become_profiles_and_back() -> None:
+def test_shapes_in_trtexecs_syntax_become_profiles_and_back() -> None:
     shapes = ["input_ids:1x1,past:1", "input_ids:4x16,past:8"], ["input_ids:8x64,past:32", "input_ids:4x16,past:8"]
     largest = ["input_ids:32x128,attention_mask:32x128,past:64", "input_ids:4x16,past:9"]
     profiles = profiles_of_shapes(*shapes, largest)
@@ -405,7 +405,7 @@ def test_shapes_as_trtexec_takes_them_become_profiles_and_back() -> None:
         ((["input_ids:1x1"], ["input_ids:1x1,attention_mask:1x2"], ["input_ids:1x1"]), "length is both 1 and 2"),
     ],
 )
-def test_shapes_that_make_no_sense_are_refused(shapes: tuple[list[str], list[str], list[str]], says: str) -> None:
+def test_senseless_shapes_are_refused(shapes: tuple[list[str], list[str], list[str]], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         profiles_of_shapes(*shapes)
 
@@ -432,7 +432,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "big", "1XB", "-1GiB", "0", "1.5GiB"])
-def test_a_size_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_size_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--memPoolSize"):
         parse_size(text)
 
@@ -442,7 +442,7 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
     [EngineOptions(("fp8",)), EngineOptions(gpu="orin"), EngineOptions(builder="nvcc"), EngineOptions(workspace="x"),
      EngineOptions(profiles=("batch=1",))],
 )  # fmt: skip
-def test_options_that_make_no_sense_are_refused(options: EngineOptions) -> None:
+def test_senseless_options_are_refused(options: EngineOptions) -> None:
     with pytest.raises(UsageError):
         options.check()
 
@@ -509,7 +509,7 @@ def test_profiles_of_trtexec_are_numbered(tmp_path: Path) -> None:
     assert sum(word.startswith("--maxShapes") for word in command) == 2
 
 
-def test_what_trtexec_says_last_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trtexecs_last_message_is_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_trtexec(tmp_path, 'echo "[E] Error: out of memory"\necho "&&&& FAILED"\nexit 1', monkeypatch)
     graph = write_graph(tmp_path / "model.fp16.onnx")
     with pytest.raises(ExportError, match=r"trtexec cannot build model\.fp16\.onnx: \[E\] Error: out of memory"):
@@ -535,12 +535,12 @@ def test_an_engine_for_this_gpu_names_the_gpu(tmp_path: Path, monkeypatch: pytes
 def test_trtexec_that_ends_well_without_an_engine_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_trtexec(tmp_path, "exit 0", monkeypatch)
     graph = write_graph(tmp_path / "model.fp16.onnx")
-    with pytest.raises(ExportError, match="it says nothing"):
+    with pytest.raises(ExportError, match="no message"):
         build_engine(graph, "fp16", EngineOptions(builder="trtexec"), LIMITS, lambda line: None)
 
 
 def test_every_name_of_the_bindings_that_is_used_exists() -> None:
-    """A typo in a branch that needs a GPU would only be found there."""
+    """A typo in a branch that needs a GPU would only be found on one."""
     names = names_used(Path(tensorrt.__file__))
     assert len(names) > 8
     for name in names:

@@ -1,4 +1,4 @@
-"""Options of a run: what goes together, what belongs to which task, and what a file of them gives back."""
+"""Options of a run: valid combinations, options by task, and TOML files."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_an_option_of_the_other_task_is_refused(given: dict[str, Any], owner: st
         ({"model": "m", "train": ""}, "--train is missing"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name(given: dict[str, Any], named: str) -> None:
+def test_senseless_options_are_refused_by_name(given: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError) as error:
         make_options({**PAIR, **given}).check()
     assert named in str(error.value)
     assert error.value.remedy
 
 
-def test_a_preset_sets_defaults_and_what_is_given_wins() -> None:
+def test_a_preset_sets_defaults_and_given_options_win() -> None:
     options = make_options({**PAIR, "from_config": "marian-tiny", "learning_rate": 0.5})
     assert isinstance(options, TranslationOptions)
     assert options.vocabulary == PRESETS["marian-tiny"].training["vocabulary"]
@@ -71,7 +71,7 @@ def test_a_preset_sets_defaults_and_what_is_given_wins() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_is_made_of_options_that_hold_together(name: str) -> None:
+def test_every_preset_has_consistent_options(name: str) -> None:
     preset = PRESETS[name]
     make_options({**PAIR, "from_config": name}).check()
     assert preset.d_model % preset.heads == 0

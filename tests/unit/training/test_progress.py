@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from deploykit.training.progress import Progress
 
 
-def test_a_line_says_where_the_run_is_and_how_it_does() -> None:
+def test_a_progress_line_has_position_and_metrics() -> None:
     said: list[str] = []
     progress = Progress(said.append)
     state = SimpleNamespace(global_step=0, max_steps=1000)

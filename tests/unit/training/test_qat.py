@@ -1,4 +1,4 @@
-"""Training for INT8: what is rounded, how it learns, and that an export computes what was trained."""
+"""Quantization-aware training: rounding, gradients, and equality of training and export."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_scales_begin_as_calibrated_and_are_learned(model: Any) -> None:
 def test_an_export_computes_what_was_trained(model: Any, tmp_path: Path, scheme: Scheme) -> None:
     ids = token_ids(60)
     rounded = FakeQuantization(model, ids[:20], "percentile")
-    with torch.no_grad():  # as training may leave them
+    with torch.no_grad():  # values that training may produce
         model.input_scales.shift += torch.linspace(-0.002, 0.002, 8)
     expected = np.concatenate([logits(model, row) for row in ids])
     trained = rounded.remove()
@@ -115,8 +115,8 @@ def test_an_export_computes_what_was_trained(model: Any, tmp_path: Path, scheme:
             for r in ids
         ]
     )
-    # The same steps, but products are summed in another order: a value at the edge between two steps may take the
-    # other one, in few texts and with little effect.
+    # Scales are equal, but products are summed in another order: in few texts a value at the boundary of two steps may
+    # be rounded to the other one, with little effect.
     difference = np.abs(actual - expected).max(axis=1)
     assert np.quantile(difference, 0.9) < 1e-5
     assert difference.max() < 0.5 * np.abs(expected - unrounded).max()

@@ -1,4 +1,4 @@
-"""Weights of checkpoints: every one comes from the file, or the checkpoint is refused with the keys."""
+"""Loading checkpoints: every weight comes from the file, or the checkpoint is refused naming the keys."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory, make_tiny_checkpoint: Callabl
 
 @pytest.fixture(scope="module")
 def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Marian with a bias of its logits and a head that is not its embedding; it has files for a tokenizer's."""
+    """A Marian with a logits bias, an untied head, and tokenizer files."""
     from transformers import MarianConfig, MarianMTModel
 
     quiet()
@@ -56,7 +56,7 @@ def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def rewrite(tmp_path: Path) -> Rewrite:
-    """Copy a checkpoint, with other tensors in its file."""
+    """Copy a checkpoint with changed tensors."""
 
     def rewritten(folder: Path, change: Callable[[Tensors], Mapping[str, torch.Tensor]]) -> Path:
         copied = Path(shutil.copytree(folder, tmp_path / "rewritten"))
@@ -130,7 +130,7 @@ def test_a_bare_encoder_has_no_head_and_is_refused_but_may_be_trained(bert: Path
     assert load_for_training(str(folder)).new == ("classifier.bias", "classifier.weight")
 
 
-def test_training_may_make_a_head_anew_but_no_layer(bert: Path, rewrite: Rewrite) -> None:
+def test_training_may_create_a_head_but_no_layer(bert: Path, rewrite: Rewrite) -> None:
     assert load_for_training(str(bert), num_labels=5).new == ("classifier.bias", "classifier.weight")
     assert load_for_training(str(bert)).new == ()
     folder = rewrite(bert, lambda w: {k: v for k, v in w.items() if ".layer.1." not in k and "pooler" not in k})
@@ -146,7 +146,7 @@ def test_keys_with_a_foreign_prefix_are_refused_and_the_prefix_named(bert: Path,
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
-def test_what_torch_compile_and_ddp_put_before_keys_is_taken_off(
+def test_prefixes_of_torch_compile_and_ddp_are_removed(
     bert: Path, rewrite: Rewrite, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = rewrite(bert, lambda w: {prefix + key: value for key, value in w.items()})
@@ -154,7 +154,7 @@ def test_what_torch_compile_and_ddp_put_before_keys_is_taken_off(
     assert "took the prefix" in caplog.text
 
 
-def test_weights_that_change_no_answer_are_left_out_and_named(
+def test_weights_without_effect_are_ignored_and_named(
     bert: Path, rewrite: Rewrite, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = rewrite(bert, lambda w: {**w, "cls.predictions.bias": w["classifier.bias"]})
@@ -236,7 +236,7 @@ def test_a_hub_id_is_read_from_the_cache(bert: Path, tmp_path: Path, monkeypatch
 
 @pytest.fixture
 def adapter(bert: Path, rewrite: Rewrite, tmp_path: Path) -> tuple[Path, Any]:
-    """A LoRA adapter as finetune saves it, of a base that has neither pooler nor head; also the model that was trained."""
+    """A LoRA adapter saved by finetune, of a base without pooler and head, and the trained model."""
     base = rewrite(bert, lambda w: {k: v for k, v in w.items() if not k.startswith(("classifier", "bert.pooler"))})
     options = make_options({"model": str(base), "train": "x", "lora_r": 2})
     loaded = load_for_training(str(base), num_labels=2)
@@ -254,7 +254,7 @@ def adapter(bert: Path, rewrite: Rewrite, tmp_path: Path) -> tuple[Path, Any]:
     return folder, trained
 
 
-def test_an_adapter_has_all_that_is_new_in_its_model(adapter: tuple[Path, Any]) -> None:
+def test_an_adapter_has_all_new_weights(adapter: tuple[Path, Any]) -> None:
     folder, trained = adapter
     assert equal(load_model(str(folder)), trained.merge_and_unload())
 

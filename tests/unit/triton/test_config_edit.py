@@ -1,4 +1,4 @@
-"""A config.pbtxt that is somebody's: its settings are changed, and nothing else."""
+"""Editing the settings of a user's config.pbtxt changes nothing else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ parameters [ { key: 'max_queue_delay_microseconds' value { string_value: "7" } }
   { key: "threads", value: { string_value: "1" } } ]
 model_warmup [ { name: "a" batch_size: 1 } ]
 """
-"""As somebody would write it who knows the format: other brackets, separators, words in comments and strings."""
+"""A valid config in another style: other brackets and separators, field names in comments and strings."""
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_only_the_lines_of_the_settings_change(task: TaskFacts) -> None:
     assert with_settings(changed, task, settings, "c") == text
 
 
-def test_a_config_written_otherwise_keeps_its_own_fields(task: TaskFacts) -> None:
+def test_a_config_in_another_style_keeps_its_own_fields(task: TaskFacts) -> None:
     changed = with_settings(OWN, task, TUNED, "c")
     config = validate_config(changed)
     assert config.instance_group[0].count == 3

@@ -1,4 +1,4 @@
-"""A model behind HTTP without Triton: what clients of Triton meet."""
+"""A model behind HTTP without Triton, from the view of Triton's clients."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Ask = Callable[..., tuple[int, Any]]
 
 @pytest.fixture(scope="module")
 def ask(server: KServeServer) -> Iterator[Ask]:
-    """Status and JSON of one request after the other, on one connection."""
+    """Send requests on one connection. Returns status and JSON of each."""
     connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
 
     def request(
@@ -234,7 +234,7 @@ def test_a_failing_model_answers_500_without_its_secrets(model: InProcessModel, 
     assert ask("POST", INFER, of(["w1"]))[0] == 200
 
 
-def test_a_port_that_is_taken_or_a_model_that_is_damaged_is_told(
+def test_a_taken_port_and_a_damaged_model_are_named(
     model: InProcessModel, server: KServeServer, tiny_export: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ServerError, match="in use"):

@@ -30,7 +30,7 @@ TEXTS = ["w1 w2", "w3 " * 40, "w5"]
 
 @pytest.fixture
 def export(tiny_export: Path, tmp_path: Path) -> Path:
-    """An export with an fp32 engine for the fake GPU and, on paper, another that was not kept."""
+    """An export with an fp32 engine for the fake GPU, and a listed one whose file is missing."""
     folder = tmp_path / "export"
     shutil.copytree(tiny_export, folder)
     profile = parse_profile("batch=1:8:32,length=16:64:64")
@@ -77,7 +77,7 @@ def test_an_engine_is_packaged_without_a_gpu_and_answers_on_one(
     np.testing.assert_array_equal(open_classifier(str(version), url="").scores(TEXTS), expected)
 
 
-def test_the_config_is_that_of_its_twin_on_the_cpu_but_for_where_it_runs(export: Path, tmp_path: Path) -> None:
+def test_the_config_differs_from_the_cpus_only_in_the_device(export: Path, tmp_path: Path) -> None:
     task, settings = load_manifest(export).task, ServingSettings()
     on_gpu, on_cpu = (config_text(task, settings, engine=engine) for engine in ("tensorrt", "onnxruntime"))
     assert on_gpu != on_cpu
@@ -100,7 +100,7 @@ def test_serving_an_engine_without_a_gpu_is_refused_before_triton_starts(export:
         TritonServer(tmp_path / "models", http_port=0, grpc_port=0, metrics_port=0).start()
 
 
-def test_the_compose_file_keeps_the_container_in() -> None:
+def test_the_compose_file_restricts_the_container() -> None:
     service = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]["triton"]
     assert service["user"] == "1000:1000"
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
@@ -116,7 +116,7 @@ def test_the_compose_file_keeps_the_container_in() -> None:
         assert (context / source).exists(), source
 
 
-def test_the_image_is_a_safe_one_run_by_nobody_special() -> None:
+def test_the_image_is_recent_and_runs_without_root() -> None:
     default = re.search(r"^ARG TRITON=(\d+)\.(\d+)$", DOCKERFILE, re.MULTILINE)
     assert default is not None
     assert (int(default[1]), int(default[2])) >= (26, 6)
@@ -126,7 +126,7 @@ def test_the_image_is_a_safe_one_run_by_nobody_special() -> None:
     assert (COMPOSE.parents[3] / health).is_file()
 
 
-def test_triton_knows_every_option_that_the_image_gives_it() -> None:
+def test_triton_knows_every_option_in_the_image() -> None:
     triton = find_triton()
     done = subprocess.run(
         [triton.binary, "--help"],

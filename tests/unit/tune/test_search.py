@@ -1,4 +1,4 @@
-"""The search for settings over figures that are known, so that the best ones are too; limits as they are typed."""
+"""The search for settings with known figures, and parsing of limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SLO = Slo("p99", 50.0)
 
 
 class Machine:
-    """Four CPUs, on which each setting has an effect of its own. A round takes ten seconds."""
+    """A simulated machine of four CPUs on which each setting has an effect. A round takes ten seconds."""
 
     def __init__(self, *, luck: Callable[[Configuration, int], float] = lambda choice, number: 1.0) -> None:
         self.luck = luck
@@ -88,7 +88,7 @@ def test_the_best_of_all_settings_is_found_without_trying_them_all(task: TaskFac
     assert again.asked == machine.asked
 
 
-def test_settings_that_are_served_alike_are_measured_once(task: TaskFacts) -> None:
+def test_equivalent_settings_are_measured_once(task: TaskFacts) -> None:
     trials = run(Machine(), task, limits())
     share = {1: 4, 2: 4, 4: 2, 8: 1}  # of four CPUs, where threads are 0
     served = set()
@@ -112,7 +112,7 @@ def test_the_best_within_the_memory_is_chosen_and_the_others_say_why_not(task: T
     assert any(text.startswith("answers ") and text.endswith("% fewer") for text in why)
 
 
-def test_luck_in_one_round_does_not_choose(task: TaskFacts) -> None:
+def test_one_lucky_round_does_not_win(task: TaskFacts) -> None:
     lucky = replace(BEST, settings=replace(BEST.settings, max_queue_delay_us=2000))
 
     def luck(choice: Configuration, number: int) -> float:
@@ -125,7 +125,7 @@ def test_luck_in_one_round_does_not_choose(task: TaskFacts) -> None:
     assert found.choice == BEST
 
 
-def test_what_is_served_stays_unless_something_is_better_beyond_the_noise() -> None:
+def test_the_present_settings_stay_unless_others_are_better_beyond_the_noise() -> None:
     def trial(instances: int, rate: float, memory: float) -> Trial:
         choice = replace(PRESENT, settings=ServingSettings(instances=instances))
         return Trial(choice, (Round(rate, {"p99": 40.0}, memory, 1.0),))
@@ -142,7 +142,7 @@ def test_what_is_served_stays_unless_something_is_better_beyond_the_noise() -> N
 
 
 @pytest.mark.parametrize(("budget_s", "rounds"), [(1.0, 1), (29.0, 1), (45.0, 4), (120.0, 12)])
-def test_no_round_begins_that_would_not_end_in_time(task: TaskFacts, budget_s: float, rounds: int) -> None:
+def test_no_round_starts_that_would_exceed_the_budget(task: TaskFacts, budget_s: float, rounds: int) -> None:
     machine = Machine()
     said: list[str] = []
     trials = run(machine, task, limits(budget_s=budget_s), said)
@@ -151,7 +151,7 @@ def test_no_round_begins_that_would_not_end_in_time(task: TaskFacts, budget_s: f
     assert choose(trials, limits()) is not None
 
 
-def test_a_killed_search_goes_on_where_it_was(task: TaskFacts, tmp_path: Path) -> None:
+def test_a_killed_search_is_resumed(task: TaskFacts, tmp_path: Path) -> None:
     whole = Machine()
     expected = run(whole, task, limits())
     path = tmp_path / "out.json.search.json"
@@ -181,7 +181,7 @@ def test_a_setting_that_does_not_run_or_is_too_slow_loses(task: TaskFacts) -> No
     slow = Trial(PRESENT, (Round(None, {"p50": 55.0, "p90": 60.0, "p99": 70.0}, 100.0, 1.0),))
     assert choose([failed, slow], limits()) is None
     assert verdict(failed, None, limits()) == "does not run: model x cannot be loaded"
-    assert verdict(slow, None, limits()) == "holds the limit at no rate: p99 is 70.0 ms"
+    assert verdict(slow, None, limits()) == "no rate is within the limit: p99 is 70.0 ms"
     assert Trial(PRESENT, (*slow.rounds, Round(50.0, {"p99": 49.0}, 100.0, 1.0))).rate_per_s == 0, "it does not always"
 
 
@@ -219,7 +219,7 @@ def test_limits_as_they_are_typed() -> None:
         parse_time("10")
 
 
-def test_engine_auto_is_what_was_measured_on_this_machine(
+def test_engine_auto_uses_the_measurement_of_this_machine(
     make_tiny_export: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export = make_tiny_export(tmp_path / "e")

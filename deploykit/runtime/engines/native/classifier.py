@@ -1,4 +1,4 @@
-"""Run classifiers in INT8 with deploykit's own engine, the C in ``csrc/``."""
+"""Run INT8 classifiers with deploykit's own engine, the C code in ``csrc/``."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _library() -> ctypes.CDLL:
 
 
 class NativeEngine:
-    """Padding is left out, so that it costs nothing; what a text gives does not depend on what shares its batch, nor on
-    the number of threads."""
+    """A classifier on the engine ``native``. It does not compute padding. A text's result depends neither on the rest
+    of the batch nor on the number of threads."""
 
-    token_budget = 1024  # as fast as more, whose intermediate results would take hundreds of MB
+    token_budget = 1024  # more is not faster, and would take hundreds of MB for intermediate results
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._library = _library()

@@ -1,4 +1,4 @@
-"""The shared library of the engine ``native``: where it is, whether it runs here, and with which instruction set."""
+"""Find and load the shared library of the engine ``native``, and choose its instruction set."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from deploykit.errors import UsageError
 
 VARIABLE = "DEPLOYKIT_NATIVE_ISA"
-"""The environment variable that names the instruction set, in place of the fastest one that the CPU has."""
+"""Environment variable that replaces the CPU's fastest instruction set."""
 SLOW = "scalar"
-"""The reference in plain C, which runs on every CPU, but only if ``VARIABLE`` names it."""
+"""The reference in plain C. It runs on every CPU, but is used only if ``VARIABLE`` names it."""
 
 
 @cache
 def lacks() -> str | None:
-    """Return what the engine needs and this machine does not have, or None."""
+    """Return a missing requirement on this machine, or None."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return "no x86-64 Linux"
     if library_file() is None:
@@ -33,14 +33,14 @@ def lacks() -> str | None:
 
 
 def library_file() -> Path | None:
-    """Return the library that the installation built, or None."""
+    """Return the path of the library that the installation built, or None."""
     files = (Path(__file__).with_name(f"_native{suffix}") for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((file for file in files if file.is_file()), None)
 
 
 @cache
 def instruction_sets() -> tuple[str, ...]:
-    """Return those that the library has kernels for and this CPU runs, fastest first."""
+    """Return the instruction sets that the library has kernels for and this CPU supports, fastest first."""
     library = _load()
     found: list[str] = []
     while table := library.deploykit_kernels(len(found)):
@@ -50,9 +50,9 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def instruction_set() -> str:
-    """Return the one that models opened from now on use.
+    """Return the instruction set for models opened from now on.
 
-    Raises UsageError where the environment names one that does not run here.
+    Raises UsageError if the environment variable names one that does not run here.
     """
     found = instruction_sets()
     name = os.environ.get(VARIABLE) or found[0]
@@ -65,9 +65,9 @@ def instruction_set() -> str:
 
 
 def open_library() -> ctypes.CDLL:
-    """Return the library, for a caller who declares the functions that it calls; ``deploykit_free`` is declared.
+    """Load the library. The caller declares the functions that it uses; ``deploykit_free`` is declared already.
 
-    Models that it opens use ``instruction_set()``. Raises UsageError as that does.
+    Models that it opens use ``instruction_set()``. Raises UsageError as that function does.
     """
     library = _load()
     library.deploykit_choose_isa(instruction_set().encode())

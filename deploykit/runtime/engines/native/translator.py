@@ -1,8 +1,8 @@
-"""Run translators in INT8 with deploykit's own engine, the C in ``csrc/``.
+"""Run INT8 translators with deploykit's own engine, the C code in ``csrc/``.
 
-Weights are mapped from their file, so all processes that serve a model share them. A row's keys and values of a position
-lie in the slot that it wrote at that position, and a table says which slot holds each of its positions: rows that beam
-search drops, copies or moves cost their tables alone.
+Weights are memory-mapped, so all processes that serve a model share them. The keys and values of a row's position are
+in the slot that was written at that position, and a table lists the slots of each row. So when beam search drops,
+copies or moves rows, it only changes their tables.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from deploykit.runtime.engines.rows import power_of_two, without
 from deploykit.runtime.search import Beam, Finished, candidates
 from deploykit.runtime.token_selection import select
 
-_SMALL = (
-    8 << 20
-)  # bytes of weights below which the threads of a step would wait for each other longer than they compute
-_TOKENS_PER_ENCODE = 256  # their weights are read once for all of them, and what they give stays in caches
-_TARGET_BLOCK = 32  # the least positions that caches have
+_SMALL = 8 << 20  # bytes of weights below which the threads of a step would wait longer than they compute
+_TOKENS_PER_ENCODE = 256  # enough to read weights rarely, few enough for results to stay in the CPU's caches
+_TARGET_BLOCK = 32  # minimum positions of a cache
 _LEAST_ROWS = 4
 _MOST_BEST, _MOST_BEAMS = 64, 32
 
@@ -44,7 +42,7 @@ class _Batch(ctypes.Structure):
     )  # fmt: skip
 
 
-class _Choice(ctypes.Structure):
+class _Selection(ctypes.Structure):
     _fields_ = (
         ("logits", c_void_p), ("forced", c_void_p), ("forbidden", c_void_p), ("begin", c_void_p), ("scored", c_void_p),
         ("before", c_void_p), ("values", c_void_p), ("ids", c_void_p), ("best", c_int32),
@@ -74,7 +72,7 @@ class _Search(ctypes.Structure):
 
 
 class _HeldBeam:
-    """A ``Beam`` as the library has it."""
+    """A ``Beam`` in the library's representation."""
 
     def __init__(self, beam: Beam) -> None:
         g = beam.generation
@@ -111,14 +109,15 @@ def _library() -> ctypes.CDLL:
     library.deploykit_encode.argtypes = (c_void_p, c_void_p, c_void_p, ctypes.c_int, c_void_p)
     library.deploykit_projection_share.argtypes = (c_void_p,)
     library.deploykit_projection_share.restype = ctypes.c_double
-    library.deploykit_step.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice))
-    library.deploykit_beams.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice), POINTER(_Search))
-    library.deploykit_greedy.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Choice), POINTER(_Greedy))
+    library.deploykit_step.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Selection))
+    library.deploykit_beams.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Selection), POINTER(_Search))
+    library.deploykit_greedy.argtypes = (c_void_p, POINTER(_Batch), POINTER(_Selection), POINTER(_Greedy))
     return library
 
 
 class NativeModel:
-    """The model of ``files[0]`` in ``folder`` on ``threads`` CPU threads, and its running rows. One caller at a time.
+    """The model of ``files[0]`` in ``folder`` on ``threads`` CPU threads, with its running rows. Not for concurrent
+    calls.
 
     Raises EngineError or CorruptArtifactError naming the file that cannot be read.
     """
@@ -130,12 +129,12 @@ class NativeModel:
         self._library = _library()
         self._weights = Weights(folder / files[0])
         small = (folder / files[0]).stat().st_size < _SMALL
-        # Decoders side by side each read all weights: where they are large, a decoder's threads had better share them first.
+        # Decoders side by side each read all weights. With large weights, use one decoder's threads first.
         self.rows_of_a_worker = 16 if small else 32
         self._begin(1 if small else threads)
 
     def side_by_side(self, n: int) -> list[NativeModel]:
-        """``n`` models that share this one's threads and weights, each with rows of its own."""
+        """Return ``n`` models with their own rows, which share this one's threads and weights."""
         models = []
         for _ in range(n):
             model = object.__new__(NativeModel)
@@ -155,7 +154,7 @@ class NativeModel:
             raise EngineError("there is no memory for another model", "close other programs")
         self.rows = 0
         self._capacity = self._positions = 0
-        self._batch, self._choice, self._greedy, self._search = _Batch(), _Choice(), _Greedy(), _Search()
+        self._batch, self._choice, self._greedy, self._search = _Batch(), _Selection(), _Greedy(), _Search()
         self._held = np.zeros(0, np.uint64)
         self._selection_of: TokenSelection | None = None
         self._changed = 0
@@ -180,18 +179,18 @@ class NativeModel:
 
     @property
     def projection_share(self) -> float:
-        """Share of the steps' time that output projection and token selection took: 0 to 1."""
+        """Share of the steps' time, 0 to 1, spent in output projection and token selection."""
         return float(self._library.deploykit_projection_share(self._context))
 
     @property
     def best(self) -> BestTokens:
-        """The search for the best tokens of logits that Python has changed."""
+        """Selects the best tokens of logits that Python has changed."""
         return NumpyBestTokens()
 
     def encode(self, token_ids: Sequence[Sequence[int]]) -> list[NDArray[np.uint8]]:
         """Encode texts. Returns the cross-attention keys and values of each, in the library's own layout."""
         heads = 2 * self._layers * self._heads
-        # The library takes keys 16 at a time.
+        # The library processes 16 keys at a time.
         texts = [np.empty(heads * (-(-len(ids) // 16) * 16) * (self._head_size + 4), np.uint8) for ids in token_ids]
         first = 0
         while first < len(texts):
@@ -219,7 +218,8 @@ class NativeModel:
             self._grow(power_of_two(rows, _LEAST_ROWS), max(self._positions, _TARGET_BLOCK))
 
     def admit(self, cross: Sequence[NDArray[np.uint8]], lengths: Sequence[int], copies: Sequence[int]) -> None:
-        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to it."""
+        """Append empty rows: for the i-th encoded text, of ``lengths[i]`` tokens, ``copies[i]`` rows that attend to
+        it."""
         first, last = self.rows, self.rows + sum(copies)
         self.reserve(last, max(lengths))
         rows = slice(first, last)
@@ -231,7 +231,7 @@ class NativeModel:
         self.rows = last
 
     def replace(self, rows: Ints, cross: Sequence[NDArray[np.uint8]], lengths: Sequence[int]) -> None:
-        """Give ``rows``, whose texts are done, new encoded texts of ``lengths`` tokens."""
+        """Reuse ``rows``, whose texts are done, for new encoded texts of ``lengths`` tokens."""
         for row, text in zip(rows.tolist(), cross):
             self._texts[row] = text
         self._addresses[rows] = [text.ctypes.data for text in cross]
@@ -245,7 +245,7 @@ class NativeModel:
         """
         if len(self._logits) < self.rows:
             self._logits = np.empty((self._capacity, self.vocabulary), np.float32)
-        self._choice, self._selection_of = _Choice(logits=self._logits.ctypes.data), None
+        self._choice, self._selection_of = _Selection(logits=self._logits.ctypes.data), None
         self._step(tokens)
         return self._logits[: self.rows]
 
@@ -299,7 +299,8 @@ class NativeModel:
         )
 
     def _prepare_steps(self, state: SearchState, selection: TokenSelection, most: int) -> int:
-        """Prepare the rows of ``state`` for at most ``most`` steps. Returns the number of steps that there is room for."""
+        """Prepare the rows of ``state`` for at most ``most`` steps. Returns the number of steps that there is room
+        for."""
         self._prepare_selection(selection)
         rows = self.rows
         return self._set_tokens(state.tokens[np.arange(rows), state.lengths[:rows] - 1], most)
@@ -316,13 +317,13 @@ class NativeModel:
         return most
 
     def _prepare_selection(self, selection: TokenSelection) -> tuple[Floats, Ints]:
-        """Return the arrays that the library writes the selected tokens to. They are valid until the next step."""
-        # Taking an array's address takes longer than a small layer.
+        """Return the arrays for the tokens that the library selects. They are valid until the next step."""
+        # Avoid taking addresses of arrays again: that takes longer than a small layer.
         if self._selection_of is not selection or selection.changed != self._changed:
             values = np.empty((self.rows, selection.best), np.float32)
             ids = np.empty((self.rows, selection.best), np.int64)
             self._selection_of, self._changed, self._chosen = selection, selection.changed, (values, ids)
-            self._choice = _Choice(
+            self._choice = _Selection(
                 None, selection.forced.ctypes.data, selection.forbidden.ctypes.data, selection.begin.ctypes.data,
                 selection.scored.ctypes.data, selection.before.ctypes.data, values.ctypes.data, ids.ctypes.data, selection.best,
             )  # fmt: skip
@@ -339,7 +340,8 @@ class NativeModel:
         self._past[targets] = self._past[sources]
 
     def remove(self, gone: Ints) -> Ints:
-        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
+        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row
+        left."""
         order, holes, movers = without(self.rows, gone)
         self._free += self._slots[gone].tolist()
         for array in (self._tables, self._past, self._slots, self._source, self._addresses):
@@ -351,7 +353,7 @@ class NativeModel:
         return order
 
     def cache_bytes(self, rows: int, target: int, source: int) -> int:
-        """Memory of the caches of ``rows`` rows with that many target and source tokens."""
+        """Return the memory of the caches of ``rows`` rows with that many target and source tokens, in bytes."""
         positions = power_of_two(rows, _LEAST_ROWS) * power_of_two(target, _TARGET_BLOCK) + rows * (source + 15)
         return int(positions * 2 * self._layers * self._heads * (self._head_size + 4))
 
@@ -380,7 +382,7 @@ class NativeModel:
 
     @staticmethod
     def _check(ids: Ints, vocabulary: int, length: int, longest: int | None) -> None:
-        """The library looks tokens and positions up unchecked."""
+        """Check token ids and lengths, because the library does not."""
         if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise EngineError(f"a token is not one of the model's {vocabulary}", "export the model again")
         if longest is not None and length > longest:

@@ -1,6 +1,6 @@
-"""The file of weights of the engine ``native``, laid under the structures that its library reads.
+"""Map a weight file of the engine ``native``, and point the C library's structures at it.
 
-Source: safetensors' format: the header's length, the header in JSON, the tensors one after another.
+Format: safetensors (length of the header, JSON header, tensors).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from deploykit.errors import CorruptArtifactError, EngineError
 
 FORMAT = "deploykit-native-1"
-"""It is in the file's metadata, and changes with what the library reads."""
+"""Format version in the file's metadata; change it together with the library."""
 PANEL = 64
-"""Columns of a linear layer that lie together."""
+"""Number of a linear layer's columns that are stored together."""
 ALIGNMENT = 64
 _TYPES = {"I8": np.int8, "I32": np.int32, "F32": np.float32}
 _ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh", "tanh")
@@ -61,7 +61,7 @@ class HeadStruct(ctypes.Structure):
 
 
 class _File(ABC):
-    """A mapped file of weights. Raises EngineError or CorruptArtifactError naming the file that cannot be read."""
+    """A memory-mapped weight file. Raises EngineError or CorruptArtifactError naming the file that cannot be read."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -79,12 +79,12 @@ class _File(ABC):
             raise EngineError(f"{path}: {error.strerror or error}", "export it again") from error
         except (ValueError, KeyError, TypeError, struct.error) as error:
             raise CorruptArtifactError(
-                f"{path}: is not a file of weights: {type(error).__name__} {error}", "export it again"
+                f"{path}: is not a weight file: {type(error).__name__} {error}", "export it again"
             ) from error
 
     @abstractmethod
     def _lay(self, model: Mapping[str, Any]) -> None:
-        """Lay the structures of ``model`` over the tensors. Raises ValueError or KeyError where they do not fit."""
+        """Point the structures of ``model`` at the tensors. Raises ValueError or KeyError if they do not fit."""
 
     def _stack(self, model: Mapping[str, Any]) -> StackStruct:
         layers = (LayerStruct * len(model["layers"]))()
@@ -138,7 +138,7 @@ class _File(ABC):
         return NormStruct(gamma, beta, given["epsilon"])
 
     def _at(self, name: str | None, kind: type[Any], least: int) -> int | None:
-        """The address of a tensor of ``least`` values or more."""
+        """Return the address of a tensor of at least ``least`` values. Raises ValueError for a smaller one."""
         if name is None:
             return None
         tensor = self._tensors[name]
@@ -149,13 +149,13 @@ class _File(ABC):
             or (self._begin + first) % ALIGNMENT
             or last - first < least * np.dtype(kind).itemsize
         ):
-            raise ValueError(f"the tensor {name} is cut")
+            raise ValueError(f"the tensor {name} is truncated")
         address: int = self._bytes.ctypes.data + self._begin + first
         return address
 
 
 class Weights(_File):
-    """Both stacks of a translator. ``longest``: positions that encoder and decoder know, None for any."""
+    """Encoder and decoder of a translator. ``longest``: largest number of positions, None for any."""
 
     def _lay(self, model: Mapping[str, Any]) -> None:
         self.encoder, self.decoder = self._stack(model["encoder"]), self._stack(model["decoder"])
@@ -185,12 +185,13 @@ class ClassifierWeights(_File):
 
     @property
     def int8_layers(self) -> int:
-        """How many linear layers are INT8."""
+        """Number of INT8 linear layers."""
         return _int8_layers(self.encoder)
 
 
 def _check_shapes(model: Mapping[str, Any]) -> None:
-    """Raises ValueError where what a layer gives is not what the next one takes: the library would read on."""
+    """Raise ValueError if a layer's outputs do not match the next one's inputs: the library would read out of
+    bounds."""
     hidden, width = model["hidden"], model["heads"] * model["head_size"]
     for layer in model["layers"]:
         inner = layer["up"]["out"]
@@ -208,7 +209,7 @@ def _check_shapes(model: Mapping[str, Any]) -> None:
 
 
 def int8_layers(path: Path) -> int:
-    """How many linear layers of a translator's file of weights are INT8."""
+    """Return the number of INT8 linear layers in a translator's weight file."""
     weights = Weights(path)
     return _int8_layers(weights.encoder) + _int8_layers(weights.decoder)
 

@@ -18,7 +18,7 @@ from token_classification.tagger import Array, Tagger, WordTokenizer
 
 
 class TorchTagger(Tagger):
-    """A checkpoint run by PyTorch: the reference every export is compared with."""
+    """A checkpoint run by PyTorch: the reference for every export."""
 
     def __init__(self, model: Any, tokenizer: Any, task: TokenClassification) -> None:
         self.model = model
@@ -41,7 +41,7 @@ class TorchTagger(Tagger):
 
 
 def _facts(path: Path, tokenizer: Any, config: Any) -> TokenClassification:
-    """The facts in a checkpoint's manifest, or, for one trained elsewhere, what its config says."""
+    """Return the facts from a checkpoint's manifest, or from its config if it was trained elsewhere."""
     if (path / MANIFEST).exists():
         facts: TaskFacts = load_manifest(path, "checkpoint", verify=False).task
         assert isinstance(facts, TokenClassification), "load_model refuses others"

@@ -20,9 +20,9 @@ class Entity:
 
 
 def entities(labels: Sequence[str]) -> list[Entity]:
-    """Read B-KIND and I-KIND as the CoNLL 2003 scorer does: an I- after another kind, or after none, begins an entity.
+    """Parse B-KIND and I-KIND as the CoNLL 2003 scorer does: an I- after another kind, or after none, begins an entity.
 
-    A label without such a prefix is a kind itself, and goes on as long as it is repeated.
+    A label without such a prefix is a kind itself; repeated labels are one entity.
     """
     found: list[Entity] = []
     for i, label in enumerate(labels):
@@ -38,9 +38,9 @@ def entities(labels: Sequence[str]) -> list[Entity]:
 
 
 def entity_metrics(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Precision, recall and F1 of entities, an entity counting where kind and words are right; accuracy is of words.
+    """Compute precision, recall and F1 of entities (correct if kind and words are), and accuracy of words.
 
-    Both hold a list of labels for each row, of equal lengths.
+    Both arguments have a list of labels for each row, of equal lengths.
     """
     wanted, given, right = Counter[str](), Counter[str](), Counter[str]()
     for expected, answered in zip(truth, predicted):

@@ -43,7 +43,7 @@ def labelled_rows(
 def texts_and_labels(
     source: str, task: TokenClassification, words: str | None, labels: str | None, encoding: str | None
 ) -> list[tuple[str, str | None]]:
-    """Read texts, and their labels where the source has them."""
+    """Read texts, with their labels if the source has them."""
     try:
         rows = labelled_rows(source, task, words, labels, encoding, "test")
         return [(row.words, row.labels) for row in rows.examples]

@@ -49,7 +49,7 @@ def write(
     trace: MeasurementLog,
     say: Say,
 ) -> Written:
-    """Write the graphs and what serving them needs to ``directory``; without ``saved``, calibrate."""
+    """Write the graphs and the files for serving to ``directory``; calibrate if ``saved`` is None."""
     if options.trt is not None or options.smooth_quant is not None:
         raise UsageError("--trt and --smooth-quant are not for token classification", "leave them out")
     reference = TorchTagger.load(checkpoint)
@@ -82,7 +82,7 @@ def write(
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> TokenClassification:
-    """Write what ``calibrate`` reads of a checkpoint."""
+    """Write the fp32 graph that ``calibrate`` runs."""
     reference = TorchTagger.load(checkpoint)
     _write_fp32(reference, directory)
     return reference.task
@@ -95,12 +95,12 @@ def calibration_texts(source: Path, task: TokenClassification, options: Calibrat
 
 
 def calibrate(folder: Path, task: TokenClassification, texts: Sequence[str]) -> Calibration:
-    """Run ``texts`` through the fp32 graph in ``folder`` and collect what goes into its linear layers."""
+    """Run ``texts`` through the fp32 graph in ``folder`` and collect the inputs of its linear layers."""
     return calibrate_encoder(folder / GRAPH, token_rows(folder, task, texts))
 
 
 def token_rows(folder: Path, task: TokenClassification, texts: Sequence[str]) -> TokenRows:
-    """Return the token ids of ``texts`` as the export in ``folder`` is served them."""
+    """Return the token ids of ``texts``, tokenized as in serving."""
     tokenizer = WordTokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")), task.max_length)
     token_ids, _ = tokenizer.encode(texts)
     return TokenRows(token_ids, digest_of(list(texts)))
@@ -139,7 +139,7 @@ def _write_fp32(reference: TorchTagger, directory: Path) -> None:
 
 
 def _check_parity(reference: TorchTagger, directory: Path, rows: Sequence[Example]) -> dict[str, Any]:
-    """Compare fp32 logits. Raises ExportError with the difference when they are not the same."""
+    """Compare fp32 logits. Raises ExportError with the difference if they are not the same."""
     texts = [row.words for row in evenly(rows, _PARITY_ROWS)]
     tagger = load_tagger(directory, reference.task, load_engine("onnxruntime", directory / GRAPH))
     pairs = zip(reference.word_logits(texts), tagger.word_logits(texts))
@@ -155,7 +155,7 @@ def _check_parity(reference: TorchTagger, directory: Path, rows: Sequence[Exampl
 def _rows(
     folder: Path, task: TokenClassification, source: str | None, split: str, options: CalibrationOptions
 ) -> list[Example]:
-    """Labelled rows from a file, or from the splits of the run in ``folder``."""
+    """Return labelled rows from a file, or from the splits of the run in ``folder``."""
 
     def read_file(path: str, part: str) -> list[Example]:
         return labelled_rows(path, task, None, None, options.encoding, part).examples

@@ -1,4 +1,4 @@
-"""Define the facts of a token classifier that travel from fine-tuning to the server."""
+"""Define the facts of a token classifier, which go with it from fine-tuning to the server."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ OUTSIDE = "O"
 
 @dataclass(frozen=True)
 class TokenClassification:
-    """A label for each word, words being what white space separates.
+    """Facts of a model that labels each word of a text. Words are separated by white space.
 
-    ``labels`` is the order of the model's outputs. ``max_length`` counts tokens, special ones included; words beyond it
-    are labelled ``O``.
+    ``labels`` are in the order of the model's outputs. ``max_length`` counts tokens, including special ones; words
+    beyond it are labelled ``O``.
     """
 
     name: ClassVar[str] = "token-classification"

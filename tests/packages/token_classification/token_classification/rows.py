@@ -24,7 +24,7 @@ _LABELS = ("labels", "tags", "ner_tags", "label")
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that hold the words and their labels: lists, or strings that white space separates."""
+    """The columns of words and labels, whose cells are lists or strings separated by white space."""
 
     words: str
     labels: str
@@ -32,7 +32,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class RawExample:
-    """A row as read; None is what is missing."""
+    """A row as read; a missing part is None."""
 
     words: tuple[str, ...] | None
     labels: tuple[str, ...] | None
@@ -50,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """Rows by what happened to them."""
+    """Counts of rows by what cleaning did to them."""
 
     rows_read: int
     missing: int
@@ -74,7 +74,7 @@ class CleaningReport:
 def load_examples(
     source: str, words: str | None, labels: str | None, *, encoding: str | None, split: str
 ) -> tuple[list[RawExample], Columns]:
-    """Read every row of a CoNLL file, or of whatever ``read_records`` reads. Raises DataError."""
+    """Read every row of a CoNLL file, or of a source for ``read_records``. Raises DataError."""
     if Path(source).suffix.lower() in CONLL:
         return list(_conll(Path(source), encoding)), Columns(words or _WORDS[0], labels or _LABELS[0])
     records, names = peek(read_records(source, encoding=encoding, split=split), source)
@@ -180,7 +180,7 @@ def _column(given: str | None, usual: Sequence[str], names: Sequence[str], sourc
 
 
 def _parts(value: object) -> tuple[str, ...] | None:
-    """A list's items, or a string's words; white space within an item becomes an underscore."""
+    """Return a list's items, or a string's words; white space within an item becomes an underscore."""
     if isinstance(value, list):
         return tuple("_".join(normalize(scalar(item) or "").split()) for item in value)
     text = scalar(value)

@@ -1,4 +1,4 @@
-"""Label the words of texts with any engine. It imports neither torch nor transformers: a server loads it too."""
+"""Label the words of texts with any engine. Imports neither torch nor transformers, because servers load it too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Run = Callable[[NDArray[np.int64], NDArray[np.int64]], Array]
 
 
 class TextTagger(Protocol):
-    """Texts in, a label for each of their words out."""
+    """A token classifier in this process or on a server."""
 
     task: TokenClassification
 
@@ -32,7 +32,7 @@ class TextTagger(Protocol):
 
 
 class WordTokenizer:
-    """Token ids of texts, and which token is the first of each word."""
+    """A tokenizer that also returns the first token of each word."""
 
     def __init__(self, tokenizer: Tokenizer, max_length: int) -> None:
         self._tokenizer = tokenizer
@@ -40,7 +40,7 @@ class WordTokenizer:
         self._tokenizer.enable_truncation(max_length)
 
     def encode(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
-        """Return the ids of each text, and for each of its words the place of its first token; -1 if it was cut off."""
+        """Return the ids of each text, and the index of each word's first token, -1 if it was cut off."""
         words = [words_of(text) for text in texts]
         encodings = self._tokenizer.encode_batch(words, is_pretokenized=True)
         firsts = []
@@ -54,7 +54,7 @@ class WordTokenizer:
 
 
 class Tagger:
-    """A tokenizer and what runs the model. One caller at a time."""
+    """A tokenizer and a model. Not for concurrent calls."""
 
     def __init__(
         self, task: TokenClassification, tokenizer: WordTokenizer, run: Run, token_budget: int = DEFAULT_TOKEN_BUDGET
@@ -65,7 +65,7 @@ class Tagger:
         self._token_budget = token_budget
 
     def word_logits(self, texts: Sequence[str]) -> list[Array]:
-        """Return the logits of each text's words, float32 [words, labels]; those of a word that was cut off are ``O``'s."""
+        """Return the logits of each text's words, float32 [words, labels]; words that were cut off get label ``O``."""
         token_ids, firsts = self.tokenizer.encode(texts)
         outside = np.array([0.0 if label == OUTSIDE else -1e4 for label in self.task.labels], np.float32)
         found: list[Array] = [np.tile(outside, (len(first), 1)) for first in firsts]
@@ -83,16 +83,16 @@ class Tagger:
         return decide(self.task, self.word_logits(texts))
 
     def close(self) -> None:
-        """Nothing to release: the engine goes with the object."""
+        """Do nothing: the engine is freed with the object."""
 
 
 def decide(task: TokenClassification, logits: Sequence[Array]) -> list[list[str]]:
-    """Return the likeliest label of each row of ``logits``."""
+    """Return the most probable label of each row of ``logits``."""
     return [[task.labels[i] for i in rows.argmax(axis=-1)] for rows in logits]
 
 
 def load_tagger(folder: Path, task: TokenClassification, engine: Engine, token_budget: int = 0) -> Tagger:
-    """Assemble a tagger from a folder with a tokenizer.json and an engine already loaded."""
+    """Create a tagger from a folder with a tokenizer.json and a loaded engine."""
 
     def run(input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> Array:
         logits: Array = engine.run({"input_ids": input_ids, "attention_mask": attention_mask})[0]

@@ -1,4 +1,4 @@
-"""Token classification: a label for each word of a text."""
+"""Define the task of token classification, which labels each word of a text."""
 
 from __future__ import annotations
 

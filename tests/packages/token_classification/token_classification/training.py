@@ -1,4 +1,4 @@
-"""Fine-tune a token classifier: rows of words and labels in, a checkpoint out."""
+"""Fine-tune a token classifier on rows of words and labels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _IGNORED = -100
 
 
 class TokenClassificationStage:
-    """One run, from the checks that need no rows to the measured model."""
+    """One training run, from checking the options to measuring the model."""
 
     def __init__(self, options: TokenClassificationOptions) -> None:
         self._options = options
@@ -117,7 +117,7 @@ class TokenClassificationStage:
 
 
 class EncodedRows(Dataset):  # type: ignore[misc]
-    """Token ids and targets of a split; padded to the longest of each batch by ``collate``."""
+    """A dataset of token ids and targets, padded per batch by ``collate``."""
 
     def __init__(self, tagger: TorchTagger, rows: Sequence[Example]) -> None:
         self._task = tagger.task
@@ -144,7 +144,7 @@ class EncodedRows(Dataset):  # type: ignore[misc]
 
 
 def _measure(task: TokenClassification, logits: Any, targets: Any) -> dict[str, float]:
-    """What an evaluation during training reports; ``selection`` chooses the best step."""
+    """Compute the metrics of an evaluation during training; ``selection`` chooses the best step."""
     truth, answers = [], []
     right, words = 0.0, 0
     for row, target in zip(np.asarray(logits), np.asarray(targets)):
@@ -158,7 +158,7 @@ def _measure(task: TokenClassification, logits: Any, targets: Any) -> dict[str, 
         words += len(exact)
     metrics = entity_metrics(truth, answers)
     log_loss = -right / max(words, 1)
-    # Among equals, the surest: small validation sets tie often.
+    # Small validation sets tie often: of equals prefer the most confident.
     selection = round(metrics["entity_f1"], 4) - 1e-5 * log_loss
     return {"entity_f1": metrics["entity_f1"], "accuracy": metrics["accuracy"], "log_loss": log_loss,
             "selection": selection}  # fmt: skip

@@ -1,4 +1,4 @@
-"""Label words in the Triton backend: a dynamic batch of requests in, labels out."""
+"""Serve token classification in Triton, in dynamic batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TokenClassificationBackend:
         graphs = find_graphs(folder, manifest, engine="auto", precision="auto")
         engine = load_engine(graphs.engine, folder / graphs.files[0], cpu_threads(config), device)
         self._tagger = load_tagger(folder, task, engine, number_parameter(config, "token_budget", 0))
-        for words in (1, task.max_length // 4, task.max_length):  # engines compile kernels when they first meet a shape
+        for words in (1, task.max_length // 4, task.max_length):  # engines compile kernels at the first use of a shape
             self._tagger.tag(["a " * words])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -68,14 +68,14 @@ class TokenClassificationBackend:
         return responses
 
     def close(self) -> None:
-        """Nothing to end: no request outlives its ``execute``."""
+        """Do nothing: no request outlives its ``execute``."""
 
     def _response(self, answers: Sequence[str], rows: Rows, wanted: Sequence[str]) -> Any:
         found = {"LABELS": answers, "ERROR": rows.errors}
         return pb_utils.InferenceResponse([strings(name, values) for name, values in found.items() if name in wanted])
 
     def _tag(self, groups: list[list[str]]) -> list[str | RefusedError]:
-        """Labels of every text, in one run; should that fail, of each request in its own."""
+        """Label the texts of all requests in one run; if that fails, run each request alone."""
         try:
             return [" ".join(labels) for labels in self._tagger.tag([text for group in groups for text in group])]
         except Exception as error:

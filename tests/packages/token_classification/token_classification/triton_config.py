@@ -1,4 +1,4 @@
-"""Hold config.pbtxt of a token classifier, as ``deploykit package`` writes it."""
+"""Template of config.pbtxt for a token classifier, as ``deploykit package`` writes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine ``cuda``. Tests marked ``gpu`` run where there is one; bench/gpu/run.sh runs them there."""
+"""The engine ``cuda``. Tests marked ``gpu`` need one; bench/gpu/run.sh runs them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_graph_that_would_run_on_the_cpu_is_refused(tiny_export: Path) -> None
     assert "deploykit[gpu]" in str(refused.value.remedy)
 
 
-def test_an_onnxruntime_without_cuda_is_told_apart_from_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_onnxruntime_without_cuda_and_a_missing_gpu_have_different_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(engines, "has_gpu", lambda: True)

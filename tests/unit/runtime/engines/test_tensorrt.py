@@ -1,4 +1,4 @@
-"""The TensorRT engine: on a fake GPU everywhere, and on a real one where there is one."""
+"""The TensorRT engine on a fake GPU, and on a real one if there is one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def copy_export(export: Path, folder: Path) -> Path:
 
 
 def add_engine(folder: Path, record: Any) -> Path:
-    """Have the manifest of an export list an engine in its folder."""
+    """Add an engine in an export's folder to its manifest."""
     old = load_manifest(folder, verify=False)
     write_manifest(folder, "export", old.task, inputs=old.inputs, metrics={"engines": [dataclasses.asdict(record)]})
     return folder / record.file
@@ -61,7 +61,7 @@ def add_engine(folder: Path, record: Any) -> Path:
 
 @pytest.fixture(params=["tensorrt", "rtx", pytest.param("gpu", marks=pytest.mark.gpu)])
 def engine_file(request: pytest.FixtureRequest, tmp_path: Path, tiny_export: Path, monkeypatch: Any) -> Path:
-    """An engine of the tiny model, listed in an export: of each builder on the fake GPU, and a real one."""
+    """An engine of the tiny model in an export: by each builder on the fake GPU, and a real one."""
     folder = copy_export(tiny_export, tmp_path / "export")
     graph = folder / "model.onnx"
     if request.param == "gpu":
@@ -86,7 +86,8 @@ def test_an_engine_answers_as_the_graph_that_it_was_built_from(engine_file: Path
     engine = load_engine("tensorrt", engine_file)
     reference = load_engine("onnxruntime", engine_file.with_name("model.onnx"))
     assert engine.token_budget == 512, "of the largest profile"
-    # In and out of each profile, more rows than one takes, and each shape again, when it may be a CUDA graph.
+    # Sizes of each profile, more rows than a profile has, and each shape twice, because the second run may use a CUDA
+    # graph.
     for rows, length in [
         (1, 16),
         (4, 64),
@@ -116,7 +117,7 @@ def test_answers_are_the_callers_own(engine_file: Path) -> None:
     assert (first == kept).all()
 
 
-def test_any_thread_may_run_it_in_its_turn(engine_file: Path) -> None:
+def test_any_thread_may_run_an_engine(engine_file: Path) -> None:
     engine = load_engine("tensorrt", engine_file)
     expected, got = engine.run(inputs(2, 16))[0], []
     thread = threading.Thread(target=lambda: got.append(engine.run(inputs(2, 16))[0]))
@@ -125,7 +126,7 @@ def test_any_thread_may_run_it_in_its_turn(engine_file: Path) -> None:
     np.testing.assert_array_equal(got[0], expected)
 
 
-def test_a_length_that_no_profile_takes_is_refused_with_the_command(engine_file: Path) -> None:
+def test_a_length_outside_the_profiles_is_refused_with_the_command(engine_file: Path) -> None:
     engine = load_engine("tensorrt", engine_file)
     with pytest.raises(
         EngineError, match=r"no profile allows texts padded to 80 tokens \(profiles: batch=1:2:4"
@@ -151,7 +152,7 @@ def test_an_engine_that_runs_here_is_graded_as_it_answers(engine_file: Path) -> 
     assert (line.precision, line.engine, line.figures["accuracy"], line.agreement) == ("fp32", "tensorrt", 1.0, 1.0)
 
 
-def test_auto_takes_an_engine_that_runs_here_and_no_other(engine_file: Path) -> None:
+def test_auto_picks_only_an_engine_that_runs_here(engine_file: Path) -> None:
     manifest = load_manifest(engine_file.parent)
     graphs = find_graphs(engine_file.parent, manifest, engine="auto", precision="auto")
     assert (graphs.engine, graphs.precision) == ("tensorrt", "fp32")
@@ -180,7 +181,7 @@ def change(engine: Path, **values: Any) -> None:
         ({"sha256": "0"}, "SHA-256 differs", "deploykit export runs/a"),
     ],
 )  # fmt: skip
-def test_an_engine_of_another_place_is_refused_before_it_is_deserialized(
+def test_an_engine_for_another_gpu_or_version_is_refused_before_it_is_deserialized(
     driver: FakeDriver, tmp_path: Path, tiny_export: Path, monkeypatch: Any, values: Any, says: str, remedy: str
 ) -> None:
     for name in ("tensorrt", "tensorrt_rtx"):
@@ -207,7 +208,7 @@ def test_a_portable_engine_is_for_the_gpus_that_its_builder_makes_it_for(driver:
     assert runs_here(file)
 
 
-def test_what_is_no_engine_is_refused_with_what_tensorrt_says(engine_file: Path) -> None:
+def test_an_invalid_engine_is_refused_with_tensorrts_message(engine_file: Path) -> None:
     engine_file.write_bytes(b"no engine" * 500)
     change(engine_file, sha256=hashlib.sha256(engine_file.read_bytes()).hexdigest())
     with pytest.raises(EngineError, match=r"cannot be loaded: .*Serialization") as refused:
@@ -229,7 +230,7 @@ def test_without_bindings_the_package_is_named(
 ) -> None:
     file = tmp_path / "model.engine"
     write_engine(file, tiny_export / "model.onnx", [parse_profile(PROFILES[0])], "tensorrt", VERSION, "sm_86")
-    monkeypatch.setitem(sys.modules, "tensorrt", None)  # what importing a missing module finds
+    monkeypatch.setitem(sys.modules, "tensorrt", None)  # makes the import fail
     with pytest.raises(
         MissingDependencyError, match=rf"was built by TensorRT {VERSION}, which is not installed"
     ) as missing:
@@ -261,16 +262,16 @@ def test_a_driver_without_the_functions_is_too_old(monkeypatch: Any) -> None:
         Gpu()
 
 
-def test_a_full_gpu_says_so_and_leaves_nothing(
+def test_a_full_gpu_is_named_and_all_memory_is_freed(
     driver: FakeDriver, tmp_path: Path, tiny_export: Path, monkeypatch: Any
 ) -> None:
-    driver.free = 70_000  # what the engine computes in fits, the tensors do not
+    driver.free = 70_000  # enough for the engine's scratch memory, not for the tensors
     with pytest.raises(EngineError, match="out of memory") as full:
         make(driver, tmp_path, tiny_export, monkeypatch, "tensorrt")
     assert "smaller --maxShapes" in str(full.value.remedy)
 
 
-def test_other_failures_of_the_driver_are_told_in_its_words(driver: FakeDriver) -> None:
+def test_other_driver_failures_have_the_drivers_message(driver: FakeDriver) -> None:
     with pytest.raises(EngineError, match=r"CUDA: cuStreamCreate: invalid device context \(201\)"):
         Stream(Gpu())
 
@@ -314,11 +315,11 @@ def test_the_shapes_kept_are_bounded(driver: FakeDriver, tmp_path: Path, tiny_ex
 
 
 @pytest.mark.parametrize("builder", ["tensorrt", "rtx"])
-def test_an_engine_that_cannot_be_captured_runs_all_the_same(driver: FakeDriver, tmp_path: Path, tiny_export: Path,
+def test_an_engine_that_cannot_be_captured_still_runs(driver: FakeDriver, tmp_path: Path, tiny_export: Path,
                                                             monkeypatch: Any, builder: str) -> None:  # fmt: skip
     engine = make(driver, tmp_path, tiny_export, monkeypatch, builder, capturable=False)
     reference = load_engine("onnxruntime", tiny_export / "model.onnx")
-    for rows in (1, 6, 1, 6, 8):  # fewer rows than the profile's least are filled up
+    for rows in (1, 6, 1, 6, 8):  # fewer rows than the profile's minimum are padded
         given = inputs(rows, 32, rows)
         np.testing.assert_array_equal(engine.run(given)[0], reference.run(given)[0])
     assert driver.counts.get("cuGraphLaunch", 0) == 0
@@ -343,7 +344,7 @@ def test_inputs_that_disagree_on_a_profile_are_refused(
         load_engine("tensorrt", file)
 
 
-def test_what_tensorrt_says_of_a_failed_run_is_told(
+def test_a_failed_run_is_reported_with_tensorrts_message(
     driver: FakeDriver, tmp_path: Path, tiny_export: Path, monkeypatch: Any
 ) -> None:
     engine = make(driver, tmp_path, tiny_export, monkeypatch, "rtx")
@@ -353,7 +354,7 @@ def test_what_tensorrt_says_of_a_failed_run_is_told(
         engine.run(inputs(1, 16))
 
 
-def test_memory_goes_there_and_back(driver: FakeDriver) -> None:
+def test_memory_is_copied_to_the_gpu_and_back(driver: FakeDriver) -> None:
     gpu = Gpu()
     gpu.enter()
     buffer, stream = Buffer(gpu, 64), Stream(gpu)
@@ -374,7 +375,7 @@ def test_the_drivers_functions_are_called_as_cuda_h_declares_them() -> None:
 
 
 def test_every_name_of_the_bindings_exists_in_the_installed_ones() -> None:
-    """The fake's classes have the methods and arguments of pybind's; this holds the engine to them, name by name."""
+    """The fake's classes are checked against pybind's; this checks the engine's use of names."""
     source = Path(module.__file__)
     assert names_used(source), "the bindings are called trt there"
     for name in names_used(source):
@@ -387,11 +388,11 @@ def test_every_name_of_the_bindings_exists_in_the_installed_ones() -> None:
             seen.add(node.attr)
             assert any(hasattr(kind, node.attr) for kind in kinds), node.attr
     assert {"execute_async_v3", "set_tensor_address", "set_device_memory", "device_memory_size_v2"} <= seen
-    # Caches of bf16 are moved by their size alone: numpy has no such type, and the bindings say so.
+    # Caches of bf16 are copied by size only, because numpy has no such type and the bindings raise TypeError.
     assert (real.DataType.BF16.itemsize, real.DataType.HALF.itemsize, real.DataType.FLOAT.itemsize) == (2, 2, 4)
     with pytest.raises(TypeError):
         real.nptype(real.DataType.BF16)
-    # What else runs engines does so through this module: it has no bindings of its own.
+    # Other modules run engines only through this one.
     for user in ("tensorrt_classifier.py", "tensorrt_seq2seq.py"):
         text = source.with_name(user).read_text(encoding="utf-8")
         assert not re.search(r"\btrt\.|tensorrt_rtx|import tensorrt\b|_engine\b", text), user

@@ -1,4 +1,4 @@
-"""Translators on TensorRT: on a fake GPU everywhere, and on a real one where there is one."""
+"""Translators on TensorRT, on a fake GPU, and on a real one if there is one."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def graphs(make_tiny_translation: Callable[..., Path], tmp_path_factory: pytest.
 
 @pytest.fixture(params=["tensorrt", "rtx", pytest.param("gpu", marks=pytest.mark.gpu)])
 def export(request: pytest.FixtureRequest, tmp_path: Path, graphs: Path, monkeypatch: Any) -> Path:
-    """An export with fp32 engines: of each builder on the fake GPU, and of a real one."""
+    """An export with fp32 engines: by each builder on the fake GPU, and real ones."""
     folder = tmp_path / "export"
     shutil.copytree(graphs, folder)
     if request.param == "gpu":
@@ -86,7 +86,7 @@ def export(request: pytest.FixtureRequest, tmp_path: Path, graphs: Path, monkeyp
 
 def with_engines(folder: Path, driver: FakeDriver, monkeypatch: Any, builder: str = "tensorrt", precisions: Sequence[str] = ("fp32",),
                  profiles: Sequence[str] = (WIDE, SMALL)) -> Path:  # fmt: skip
-    """Engines for ``driver`` beside the graphs in ``folder``, listed in its manifest; and bindings that run them."""
+    """Write engines for ``driver`` to ``folder``, list them in its manifest, and install bindings that run them."""
     install_bindings(monkeypatch, BINDINGS[builder], fake_bindings(driver, BINDINGS[builder], VERSION))
     list_engines(folder, paper_engines(folder, builder, precisions, [parse_profile(text, LIMITS) for text in profiles]))
     return folder
@@ -110,14 +110,14 @@ def list_engines(folder: Path, records: Sequence[Any]) -> None:
 
 
 def on_cpu(folder: Path, precision: str = "fp32", **options: Any) -> Translator:
-    """ONNX Runtime on the graphs that the engines were built from."""
+    """Load the engines' graphs with ONNX Runtime."""
     task = load_manifest(folder, verify=False).task
     assert isinstance(task, Translation)
     return load_translator(folder, task, TRANSLATOR_GRAPHS[precision], 1, **options)
 
 
 def test_whole_translations_are_those_of_the_graphs(export: Path) -> None:
-    """Greedy and with beams, in a batch that most sentences have to wait for: rows join, leave and are reordered."""
+    """Greedy and with beams, with few rows: sentences wait, join and leave, and rows are reordered."""
     ours, theirs = open_translator(str(export), url="", engine="tensorrt"), on_cpu(export, max_rows=12)
     fake = isinstance(ours.decoder._model._gpu._library, FakeDriver)
     assert ours.decoder.max_rows == 12, "of the largest profile, not 64"
@@ -134,10 +134,10 @@ def test_whole_translations_are_those_of_the_graphs(export: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("profiles", [(WIDE,), (WIDE, SMALL), ("batch=3:4:9,length=10:20:50,past=5:20:60",)])
-def test_rows_hold_what_those_of_onnx_runtime_hold(
+def test_rows_match_onnx_runtimes(
     driver: FakeDriver, graphs: Path, tmp_path: Path, monkeypatch: Any, precision: str, profiles: Sequence[str]
 ) -> None:
-    """Whatever joins, leaves and is copied, in any order. Buffers of the fake are not numbers until they are written."""
+    """Rows join, leave and are copied in any order. Buffers of the fake GPU are NaN until they are written."""
     folder = with_engines(
         shutil.copytree(graphs, tmp_path / "e"), driver, monkeypatch, "tensorrt", [precision], profiles
     )
@@ -146,7 +146,7 @@ def test_rows_hold_what_those_of_onnx_runtime_hold(
     assert isinstance(model, TensorRtSeq2Seq)
     reference = Seq2SeqModel(folder, TRANSLATOR_GRAPHS[precision], 1)
     random = np.random.default_rng(len(profiles))
-    groups = np.zeros(0, int)  # which text each row is of: rows are copied among those of one
+    groups = np.zeros(0, int)  # text of each row: rows are copied only within a text
     texts = 0
     longest = 0
     for turn in range(150):
@@ -189,7 +189,7 @@ def test_a_step_is_one_launch_of_a_cuda_graph(
     memory = len(driver.device), len(driver.host)
     model.reserve(5, 9)
     model.admit(model.encode([[5] * 9]), [9], [5])
-    for _ in range(2):  # there and back: a graph for each way
+    for _ in range(2):  # one graph for each direction between the buffers
         model.step(np.full(5, 7))
     counts = dict(driver.counts)
     for _ in range(4):
@@ -212,7 +212,7 @@ def test_a_step_is_one_launch_of_a_cuda_graph(
     np.testing.assert_array_equal(*logits)
 
 
-def test_what_no_profile_takes_is_refused_with_the_command(
+def test_shapes_outside_the_profiles_are_refused_with_the_command(
     driver: FakeDriver, graphs: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     folder = with_engines(shutil.copytree(graphs, tmp_path / "e"), driver, monkeypatch, profiles=["batch=1:4:4,length=1:8:20,past=1:8:12"])  # fmt: skip
@@ -236,7 +236,7 @@ def test_what_no_profile_takes_is_refused_with_the_command(
     with pytest.raises(EngineError, match="13 tokens of a translation"):
         model.step(np.array([7]))
     model.remove(np.array([0]))
-    # A translator never asks for that: long texts are split, long translations ended, and others go on beside them.
+    # A translator stays within the profiles: it splits long texts and cuts off long translations.
     long, short = translator.translate([TEXTS[1], "a"])
     assert long.source_tokens > 20
     assert short.text == open_translator(str(folder), url="", engine="tensorrt").translate(["a"])[0].text
@@ -255,7 +255,7 @@ def test_what_no_profile_takes_is_refused_with_the_command(
         ({"sha256": "0"}, "SHA-256 differs", "deploykit export runs/a"),
     ],
 )  # fmt: skip
-def test_engines_of_another_place_are_refused_with_the_command(
+def test_engines_for_another_gpu_or_version_are_refused_with_the_command(
     driver: FakeDriver, graphs: Path, tmp_path: Path, monkeypatch: Any, of: str, values: Mapping[str, str], says: str, remedy: str
 ) -> None:  # fmt: skip
     folder = with_engines(shutil.copytree(graphs, tmp_path / "e"), driver, monkeypatch)
@@ -281,7 +281,7 @@ def test_engines_that_do_not_belong_together_are_refused(
     )  # fmt: skip
     with pytest.raises(EngineError, match="has other profiles than encoder"):
         TensorRtSeq2Seq(folder, files, 1)
-    # What exports had before: keys and values position by position.
+    # The layout of older exports: keys and values by position.
     write_engine(
         folder / files[0], folder / "encoder.onnx", [parse_profile(WIDE, LIMITS)], "tensorrt", VERSION, "sm_86",
         read_inputs(folder / "encoder.onnx"),
@@ -357,7 +357,7 @@ def test_a_translator_is_packaged_without_a_gpu_and_answers_on_one(
     files = set(load_manifest(version).files)
     assert engines <= files
     assert not [file for file in files if file.endswith((".onnx", ".bin"))]
-    # Triton's own schema reads it, and it is that of the CPU but for where it runs; the streaming model has no engine.
+    # The config is valid and differs from the CPU's only in the device; the streaming model has no engine.
     config = read_config(version.parent / "config.pbtxt")
     assert [(group.kind, group.count) for group in config.instance_group] == [(config.instance_group[0].KIND_GPU, 1)]
     task = load_manifest(version).task

@@ -1,4 +1,4 @@
-"""Exact match and F1 as the scripts of SQuAD and CMRC define them, thresholds, and intervals."""
+"""Exact match and F1 as in the scripts of SQuAD and CMRC, thresholds, and intervals."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_metrics_take_the_best_of_several_right_answers() -> None:
     assert "95 % intervals" in metrics_text(metrics)
 
 
-def test_questions_with_and_without_an_answer_are_told_apart() -> None:
+def test_questions_with_and_without_an_answer_are_measured_separately() -> None:
     found = [_found("a1", -3.0), _found("b1", 2.0), _found("c1", 1.0), _found("d1", -1.0)]
     examples = [_example("a1"), _example("b1"), _example(), _example()]
     never = answer_metrics(TASK, found, examples)

@@ -1,4 +1,4 @@
-"""Questions with answers: read from every format, repaired or dropped and counted, and split by context."""
+"""Reading questions from every format, cleaning, and splitting by context."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Windows, places and spans: equal to transformers' tokenization and to the rule of its QuestionAnsweringPipeline."""
+"""Windows, positions and spans equal transformers' tokenization and QuestionAnsweringPipeline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUESTIONS = ("Where is w2 ?", "它在哪？", "w1 or w3?", "Wo steht dort ein Ca
 
 @pytest.fixture(scope="module")
 def answerer_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TorchAnswerer]:
-    """A random model of a family, made once."""
+    """Return a random model of a family, made once."""
     made: dict[str, TorchAnswerer] = {}
 
     def of(family: str) -> TorchAnswerer:
@@ -47,7 +47,7 @@ def _contexts(count: int) -> list[str]:
 
 
 def _reference(answerer: TorchAnswerer, question: str, context: str, top_k: int) -> list[dict[str, Any]]:
-    """The published rule, word for word in plain loops: tokenizer with overflow, softmax by window, sums by text."""
+    """Compute the published rule in plain loops: tokenizer with overflow, softmax by window, sums by text."""
     import torch
 
     task, hub = answerer.task, answerer.hub_tokenizer
@@ -156,7 +156,7 @@ def test_every_word_is_found_again_at_its_place(family: str, answerer_of: Callab
 
 
 def test_byte_level_offsets_after_a_split_at_white_space_keep_the_first_letter() -> None:
-    """Such a tokenizer's offsets begin at a word's second letter, as it takes the first for the space."""
+    """Such a tokenizer's offsets begin at a word's second letter, because it confuses the first with the space."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "R"), ("ĠR", "o"), ("Ġ", "l"), ("Ġ", "Ã"), ("ĠÃ", "©"), ("Ġ", "i")]
     pieces = ("<s>", "</s>", *alphabet, *("".join(pair) for pair in merges))
@@ -197,7 +197,7 @@ def test_a_label_is_the_place_of_the_answer_or_the_first_token(answerer_of: Call
 
 
 def _window(context_tokens: int) -> Window:
-    """[CLS] q [SEP] and the context."""
+    """Return a window of [CLS] q [SEP] and the context."""
     return Window([0] * (3 + context_tokens), [0] * (3 + context_tokens), 3, 0, context_tokens)
 
 
@@ -233,7 +233,7 @@ def test_a_span_in_two_windows_is_one_answer_and_the_least_none_counts() -> None
     assert found.decide(None).text == "Rome"
 
 
-def test_answers_do_not_depend_on_their_company_and_places_hold(answerer_of: Callable[[str], TorchAnswerer]) -> None:
+def test_answers_do_not_depend_on_the_batch_and_positions_match(answerer_of: Callable[[str], TorchAnswerer]) -> None:
     answerer = answerer_of("bert")
     pairs = [(question, context) for context in _contexts(4) for question in QUESTIONS[:2]]
     together = answerer.find(pairs, top_k=4)
@@ -260,7 +260,7 @@ def test_a_context_is_tokenized_once_for_all_its_questions(
     assert tokenized == ["w2 w3", "w5"]
 
 
-def test_what_cannot_be_asked_is_told_with_the_lengths_and_the_rest_is_answered(
+def test_refused_questions_name_the_lengths_and_the_others_are_answered(
     answerer_of: Callable[[str], TorchAnswerer],
 ) -> None:
     answerer = answerer_of("bert")
@@ -301,7 +301,7 @@ def test_a_long_context_is_read_in_bounded_batches(answerer_of: Callable[[str], 
     assert sum(rows) > 90_000
 
 
-def test_whole_words_and_no_threshold_are_choices_of_the_facts(answerer_of: Callable[[str], TorchAnswerer]) -> None:
+def test_facts_choose_whole_words_and_the_threshold(answerer_of: Callable[[str], TorchAnswerer]) -> None:
     tiny = answerer_of("bert")
     context = tiny.tokenizer.context("unknownword w1")
     first = context.tokens_of(0, 3)

@@ -1,4 +1,4 @@
-"""What goes into the linear layers of a translator while it translates."""
+"""Calibration of a translator: the inputs of its linear layers during translation."""
 
 from __future__ import annotations
 

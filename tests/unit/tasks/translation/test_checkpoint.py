@@ -1,4 +1,4 @@
-"""Families of translators as checkpoints that nobody's run made: trained on, exported whole, or refused in one line."""
+"""Checkpoints of all families of translators trained elsewhere: fine-tuned, exported, or refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPE = {
 
 
 def unigrams() -> list[tuple[str, float]]:
-    """Words and letters of TEXTS, as a SentencePiece model of unigrams has them."""
+    """Return words and letters of TEXTS as pieces of a SentencePiece unigram model."""
     words = sorted({word for text in TEXTS for word in text.split()})
     letters = sorted({letter for text in TEXTS for letter in text} - {" "})
     return [(f"▁{word}", -3.0) for word in words] + [("▁", -8.0)] + [(letter, -9.0) for letter in letters]
@@ -128,7 +128,7 @@ def test_a_foreign_checkpoint_is_trained_on(tmp_path: Path) -> None:
     assert translator.encode_targets(["Ouvrez"])[0][0] == code == translator.task.generation.forced_bos_token_id
 
 
-def test_what_does_not_translate_is_refused_by_its_type(tmp_path: Path) -> None:
+def test_models_that_do_not_translate_are_refused_by_type(tmp_path: Path) -> None:
     write_bart(tmp_path / "m")
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "model_type": "pegasus"}))

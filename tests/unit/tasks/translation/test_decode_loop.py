@@ -1,4 +1,4 @@
-"""The thread that decodes for Triton: who joins when, who is refused, and what a failure leaves standing."""
+"""The decode loop for Triton: joining, refusal, cancellation and failures."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ LONG: dict[str, Any] = {"min_new_tokens": 127}
 SHORT: dict[str, Any] = {"max_new_tokens": 2}
 
 
-class Caller:
-    """Keeps what it is told. ``told`` lists all callers in the order in which they were."""
+class FakeClient:
+    """A client that keeps its answer. ``answered`` lists all clients in the order of their answers."""
 
-    def __init__(self, told: list[Caller]) -> None:
-        self.left = False
+    def __init__(self, answered: list[FakeClient]) -> None:
+        self.cancelled = False
         self.answers: Sequence[Translated] | None = None
         self.error: Exception | None = None
         self.done = threading.Event()
-        self._told = told
+        self._answered = answered
 
-    def gone(self) -> bool:
-        return self.left
+    def is_cancelled(self) -> bool:
+        return self.cancelled
 
     def answer(self, translations: Sequence[Translated]) -> None:
         self.answers = translations
@@ -45,18 +45,18 @@ class Caller:
         self._end()
 
     def _end(self) -> None:
-        self._told.append(self)
+        self._answered.append(self)
         self.done.set()
 
 
 class Gated:
-    """A loop whose decoder makes only as many steps as the test lets it."""
+    """A loop whose decoder makes only as many steps as the test allows."""
 
     def __init__(self, export: Path, *, max_rows: int = 4, **options: Any) -> None:
-        self.told: list[Caller] = []
+        self.answered: list[FakeClient] = []
         self.loads: list[Load] = []
         self.errors: list[Exception] = []
-        self.broken = 0  # steps that are to fail
+        self.broken = 0  # number of steps that should fail
         self._steps = threading.Semaphore(0)
         self._open = False
         self._export, self._max_rows = export, max_rows
@@ -80,14 +80,14 @@ class Gated:
         translator.decoder.step = gated  # type: ignore[method-assign]
         return translator
 
-    def submit(self, texts: Sequence[str], parameters: dict[str, Any]) -> Caller:
-        caller = Caller(self.told)
+    def submit(self, texts: Sequence[str], parameters: dict[str, Any]) -> FakeClient:
+        caller = FakeClient(self.answered)
         generation = override(self.loop.translator.task, parameters)
         self.loop.submit(caller, self.loop.translator.begin(texts, generation))
         return caller
 
     def steps(self, count: int) -> None:
-        """Let it make ``count`` steps, and return when it waits for the next."""
+        """Allow ``count`` steps, and return when the loop waits for the next."""
         for _ in range(count):
             self._steps.release()
         while self._steps._value:  # type: ignore[attr-defined]
@@ -119,20 +119,20 @@ def test_a_text_joins_at_the_next_step_or_waits_for_the_whole_batch(
         gated.open()
         assert long.done.wait(30)
         assert short.done.wait(30)
-    assert gated.told == ([short, long] if first == "short" else [long, short])
+    assert gated.answered == ([short, long] if first == "short" else [long, short])
 
 
-def test_a_document_does_not_hold_up_a_line_that_comes_after_it(tiny_translation: Path) -> None:
+def test_a_document_does_not_delay_a_later_line(tiny_translation: Path) -> None:
     with opened(Gated(tiny_translation)) as gated:
         document = gated.submit(["the fox"] * 40, {"max_new_tokens": 12, "min_new_tokens": 12})
         gated.steps(3)
         lines = [gated.submit(["fox"], SHORT) for _ in range(3)]
         gated.open()
         assert document.done.wait(30)
-    assert gated.told == [*lines, document]
+    assert gated.answered == [*lines, document]
 
 
-def test_more_than_may_wait_are_refused_and_those_that_wait_are_answered(tiny_translation: Path) -> None:
+def test_requests_beyond_the_queue_limit_are_refused_and_waiting_ones_answered(tiny_translation: Path) -> None:
     with opened(Gated(tiny_translation, max_queue=6)) as gated:
         first = gated.submit(["the fox"] * 9, SHORT)  # nothing waits: more than the queue takes is taken
         gated.steps(1)
@@ -149,12 +149,12 @@ def test_more_than_may_wait_are_refused_and_those_that_wait_are_answered(tiny_tr
     assert gated.loads[-1].waiting == gated.loads[-1].running == 0
 
 
-def test_what_nobody_waits_for_is_decoded_no_more(tiny_translation: Path) -> None:
+def test_cancelled_requests_are_no_longer_decoded(tiny_translation: Path) -> None:
     with opened(Gated(tiny_translation)) as gated:
         leaver = gated.submit(["the fox"] * 10, LONG)
         stayer = gated.submit(["fox"], SHORT)
         gated.steps(4)
-        leaver.left = True
+        leaver.cancelled = True
         gated.open()
         assert leaver.done.wait(10)
         assert stayer.done.wait(10)
@@ -166,7 +166,7 @@ def test_what_nobody_waits_for_is_decoded_no_more(tiny_translation: Path) -> Non
     assert gated.loads[-1].tokens < 10 * 127
 
 
-def test_a_step_that_fails_is_told_to_those_in_it_and_to_no_one_else(tiny_translation: Path) -> None:
+def test_a_failed_step_fails_its_own_requests_only(tiny_translation: Path) -> None:
     with opened(Gated(tiny_translation)) as gated:
         running = gated.submit(["the fox"] * 4, LONG)
         gated.steps(2)
@@ -179,7 +179,7 @@ def test_a_step_that_fails_is_told_to_those_in_it_and_to_no_one_else(tiny_transl
     assert [str(error) for error in gated.errors] == ["out of order"]
 
 
-class Unreachable(Caller):
+class Unreachable(FakeClient):
     def answer(self, translations: Sequence[Translated]) -> None:
         raise ConnectionError("nobody there")
 
@@ -188,19 +188,19 @@ class Unreachable(Caller):
         raise ConnectionError("nobody there either")
 
 
-def test_a_caller_that_cannot_be_answered_ends_nothing(tiny_translation: Path) -> None:
+def test_a_client_that_cannot_be_answered_does_not_stop_the_loop(tiny_translation: Path) -> None:
     with opened(Gated(tiny_translation)) as gated:
         gated.open()
-        caller = Unreachable(gated.told)
+        caller = Unreachable(gated.answered)
         gated.loop.submit(caller, gated.loop.translator.begin(["fox"]))
         assert gated.submit(["fox"], SHORT).done.wait(30)
         assert caller.done.wait(30)
     assert str(caller.error) == "nobody there"
 
 
-class Slow(Caller):
-    def __init__(self, told: list[Caller]) -> None:
-        super().__init__(told)
+class Slow(FakeClient):
+    def __init__(self, answered: list[FakeClient]) -> None:
+        super().__init__(answered)
         self.taking = threading.Event()
 
     def answer(self, translations: Sequence[Translated]) -> None:
@@ -208,13 +208,13 @@ class Slow(Caller):
         super().answer(translations)
 
 
-def test_a_caller_slow_to_take_its_answer_holds_up_no_step(tiny_translation: Path) -> None:
+def test_a_client_slow_to_take_its_answer_delays_no_step(tiny_translation: Path) -> None:
     with opened(Gated(tiny_translation)) as gated:
         gated.open()
-        slow, translator = Slow(gated.told), gated.loop.translator
+        slow, translator = Slow(gated.answered), gated.loop.translator
         gated.loop.submit(slow, translator.begin(["fox"], override(translator.task, SHORT)))
         (job,) = translator.begin(["the fox"], override(translator.task, LONG))
-        other = Caller(gated.told)
+        other = FakeClient(gated.answered)
         gated.loop.submit(other, [job])
         deadline = time.monotonic() + 30
         while not job.done and time.monotonic() < deadline:
@@ -223,7 +223,7 @@ def test_a_caller_slow_to_take_its_answer_holds_up_no_step(tiny_translation: Pat
         assert not slow.done.is_set()
         slow.taking.set()
         assert other.done.wait(30)
-    assert gated.told == [slow, other]
+    assert gated.answered == [slow, other]
 
 
 def test_closing_answers_what_was_submitted(tiny_translation: Path) -> None:

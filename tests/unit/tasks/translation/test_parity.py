@@ -1,4 +1,4 @@
-"""Parity of whole translations: rounding may decide a tie, and nothing else."""
+"""Parity of whole translations: only ties may be decided differently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SOURCES = [[5, 9, 7, 0], [3, 8, 12, 14, 0], [21, 4, 0]]
 
 
 class _Moved(Seq2SeqModel):
-    """The graphs, one token's logit moved by a little."""
+    """The graphs with one token's logit slightly changed."""
 
     token, by = 0, 0.0
 
@@ -34,7 +34,8 @@ class _Moved(Seq2SeqModel):
 
 
 def case(folder: Path, gap: float) -> tuple[TorchTranslator, _Moved]:
-    """A Marian in which one token always comes ``gap`` after the one that it says most; both go on differently."""
+    """Return a Marian in which one token's logit is always ``gap`` below the most frequent token's, and both continue
+    differently."""
     from transformers import MarianConfig, MarianMTModel
 
     torch.manual_seed(1)
@@ -51,7 +52,7 @@ def case(folder: Path, gap: float) -> tuple[TorchTranslator, _Moved]:
     reference = object.__new__(TorchTranslator)
     reference.task, reference.model = task, model
     first = reference.generate_ids(_SOURCES, task.generation)[0][0]
-    twin = 38 if first < 38 else 37  # of equals PyTorch takes the first
+    twin = 38 if first < 38 else 37  # of equals PyTorch picks the first
     with torch.no_grad():
         model.lm_head.weight[twin] = model.lm_head.weight[first]
         model.final_logits_bias[0, twin] = model.final_logits_bias[0, first] - gap
@@ -64,7 +65,7 @@ def case(folder: Path, gap: float) -> tuple[TorchTranslator, _Moved]:
     return reference, moved
 
 
-def test_a_near_tie_is_noted_though_what_follows_it_differs(tmp_path: Path) -> None:
+def test_a_near_tie_is_counted_although_later_tokens_differ(tmp_path: Path) -> None:
     reference, model = case(tmp_path / "e", gap=0.0)
     model.by = 2e-5
     reference.model.generation_config = reference_config(reference)
@@ -73,7 +74,7 @@ def test_a_near_tie_is_noted_though_what_follows_it_differs(tmp_path: Path) -> N
     assert parity.generations[0].ties > 0
 
 
-def test_a_difference_that_no_rounding_explains_is_a_fault(tmp_path: Path) -> None:
+def test_a_difference_beyond_rounding_is_an_error(tmp_path: Path) -> None:
     reference, model = case(tmp_path / "e", gap=3e-4)
     model.by = 6e-4  # less than what is tolerated of a logit
     reference.model.generation_config = reference_config(reference)

@@ -22,7 +22,7 @@ ANY_TEXT = st.one_of(
 
 
 def words(text: str) -> int:
-    """Like a tokenizer: white space is free, a word costs a token for each three characters begun, </s> costs one."""
+    """Count tokens: one for each three characters of a word (rounded up), and one for </s>."""
     return 1 + sum(-(-len(word) // 3) for word in text.split())
 
 
@@ -50,17 +50,17 @@ def test_every_piece_fits_and_all_are_the_text(text: str, limit: int, count: Cal
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(9, 30))
-def test_no_fewer_pieces_of_whole_sentences_would_do(lengths: list[int], limit: int) -> None:
+def test_pieces_of_whole_sentences_are_as_few_as_possible(lengths: list[int], limit: int) -> None:
     sentences = ["X" * (length - 1) + "!" for length in lengths]
     pieces = fit(" ".join(sentences), len, limit)
     assert [s for piece, _ in pieces for s in piece.split(" ")] == sentences
-    fewest = [0]  # of the first n sentences, by trying every last piece
+    fewest = [0]  # least number of pieces for the first n sentences, by trying every last piece
     for n in range(1, len(sentences) + 1):
         fewest.append(min(1 + fewest[k] for k in range(n) if len(" ".join(sentences[k:n])) <= limit))
     assert len(pieces) == fewest[-1]
 
 
-def test_a_text_that_fits_is_untouched() -> None:
+def test_a_text_that_fits_is_unchanged() -> None:
     text = "  One. Two.\n\nThree.  "
     assert fit(text, len, len(text)) == [(text, "")]
     assert fit("", len, 5) == [("", "")]
@@ -83,7 +83,7 @@ def test_a_text_that_fits_is_untouched() -> None:
         ["मैं घर गया।", "वह आया॥", "ሰላም ነው።", "Բարեւ։", "မင်္ဂလာပါ။", "សួស្តី។"],
     ],
 )
-def test_sentences_end_where_a_reader_ends_them(sentences: list[str]) -> None:
+def test_sentence_ends_are_found(sentences: list[str]) -> None:
     assert [sentence for sentence, _ in split_sentences(" ".join(sentences))] == sentences
 
 
@@ -125,14 +125,14 @@ def test_numbers_are_not_clauses() -> None:
 
 
 @pytest.mark.parametrize("whole", ["e\u0301", "👩‍👩‍👧", "👍🏽", "🇫🇷", "❤️", "\u1100\u1161\u11a8", "क्षि", "1️⃣", "🏴󠁧󠁢󠁥󠁮󠁧󠁿"])
-def test_what_a_reader_sees_as_one_character_stays_whole(whole: str) -> None:
+def test_grapheme_clusters_stay_whole(whole: str) -> None:
     size = len(whole)
     for limit in range(size, 3 * size):
         for piece, _ in fit("x" + whole * 20, len, limit):
             assert re.fullmatch(f"x?(?:{re.escape(whole)})*", piece)
 
 
-def test_what_cannot_be_cut_comes_alone() -> None:
+def test_an_uncuttable_piece_is_returned_alone() -> None:
     assert fit("ab", lambda text: 9 * len(text), 5) == [("a", ""), ("b", "")]
     marks = "a" + "\u0301" * 50
     assert [piece for piece, _ in fit(marks, len, 20)] == [marks[:20], marks[20:40], marks[40:]]
@@ -153,8 +153,8 @@ def test_fifty_thousand_characters_take_under_a_second(unit: str, limit: int) ->
     assert all(len(piece) <= limit for piece, _ in pieces)
 
 
-def test_a_counter_that_finds_more_in_less_is_still_obeyed() -> None:
-    """SentencePiece gives "ab" two tokens where "abc" is one."""
+def test_the_limit_holds_if_a_part_has_more_tokens_than_the_whole() -> None:
+    """SentencePiece may split "ab" into two tokens although "abc" is one."""
 
     def count(text: str) -> int:
         return 4 * text.count("abc") + 5 * len(text.replace("abc", "").replace(" ", "")) + 1

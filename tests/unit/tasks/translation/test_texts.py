@@ -1,4 +1,4 @@
-"""What a translator makes of a text before it decodes: target codes, special tokens, sentences, and nothing at all."""
+"""Preprocessing of a translator: target codes, special tokens, sentences, and blank texts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BLANK = ("\u200b", "\ufeff", "\u00ad", "\u200e\u200f", "\u2060 \u200b", "\x00\x0
 
 
 def write_marian(folder: Path, *codes: str) -> Path:
-    """A new marian-tiny; with ``codes``, one of many targets."""
+    """Write a new marian-tiny; with ``codes`` a multilingual one."""
     quiet()
     options = make_options(
         {"task": "translation", "train": "x", "source_lang": "en", "target_lang": "fr", "from_config": "marian-tiny"}
@@ -134,9 +134,7 @@ def test_in_a_model_of_one_pair_codes_and_special_tokens_are_text(tmp_path: Path
 
 
 @pytest.mark.parametrize("text", BLANK)
-def test_a_text_that_shows_nothing_has_an_empty_translation(
-    served: Translator, to_french: TorchTranslator, text: str
-) -> None:
+def test_a_blank_text_has_an_empty_translation(served: Translator, to_french: TorchTranslator, text: str) -> None:
     assert is_blank(text)
     assert served.translate([text, "open"])[0] == EMPTY
     assert to_french.translate([text], Generation(max_length=8)) == [EMPTY]
@@ -144,7 +142,7 @@ def test_a_text_that_shows_nothing_has_an_empty_translation(
 
 
 def test_a_text_without_tokens_has_an_empty_translation(served: Translator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A SentencePiece model's own normalization may leave nothing of a text."""
+    """A SentencePiece model's normalization may remove a whole text."""
     encode = served._tokenizer.encode
     monkeypatch.setattr(served._tokenizer, "encode", lambda texts: encode([text.replace("¤", "") for text in texts]))
     assert served.translate(["¤¤"]) == [EMPTY]
@@ -173,12 +171,12 @@ def test_lines_joined_are_the_text(text: str) -> None:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([*BLANK, "", "Save.", "Save. Close!\nYes", "</s>", ">>xx<< a", "fox", "jumps over " * 40]),
                 max_size=6))  # fmt: skip
-def test_a_text_has_the_same_answer_in_any_company(served: Translator, texts: list[str]) -> None:
+def test_a_texts_answer_does_not_depend_on_the_batch(served: Translator, texts: list[str]) -> None:
     few = Generation(max_length=6, no_repeat_ngram_size=2)
     assert served.translate(texts, few) == [served.translate([text], few)[0] for text in texts]
 
 
-def test_what_another_model_left_unfinished_is_refused_and_replaced_with_force(tmp_path: Path) -> None:
+def test_unfinished_output_of_another_model_is_refused_and_replaced_with_force(tmp_path: Path) -> None:
     out = tmp_path / "o[1].jsonl"
     rows = [TextRow(f"r{i}", str(i), None) for i in range(600)]
 

@@ -1,4 +1,4 @@
-"""The tokenizers that serving runs against Hugging Face's, on real and hostile text."""
+"""The serving tokenizers match Hugging Face's on real and hostile text."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ FRAGMENTS = [
 
 @functools.cache
 def real_lines(count: int) -> list[str]:
-    """Lines of the standard library and, where the machine has some, of gettext catalogs."""
+    """Return lines of the standard library and, if the machine has some, of gettext catalogs."""
     found: list[str] = []
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         found += [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
@@ -97,7 +97,7 @@ def strings() -> list[str]:
 
 @dataclass(frozen=True)
 class Case:
-    """One checkpoint, its tokenizer saved and loaded again; ``prefix`` is what the caller of Hugging Face would add."""
+    """A checkpoint whose tokenizer was saved and loaded again; ``prefix`` is added before Hugging Face's tokenizer."""
 
     reference: Any
     saved: TranslationTokenizer
@@ -123,7 +123,7 @@ def spm(lines: Sequence[str], size: int, **options: Any) -> bytes:
 
 
 def pieces(*models: bytes) -> list[str]:
-    """All that are no control symbols, of each model in turn, once."""
+    """Return the pieces of all models in order, each once, without control symbols."""
     import sentencepiece
 
     processors = [sentencepiece.SentencePieceProcessor(model_proto=model) for model in models]
@@ -136,7 +136,7 @@ def vocabulary(*tokens: str) -> str:
 
 @pytest.fixture(scope="module")
 def models() -> tuple[bytes, bytes]:
-    """A source model that has seen English, and a target model that has seen all sorts."""
+    """A source model trained on English, and a target model trained on many languages."""
     english = real_lines(9_000)[:600]
     return spm(english, 500), spm([*SAMPLES * 4, *english[:100]], 900, character_coverage=0.98)
 
@@ -175,8 +175,8 @@ def write_m2m100(folder: Path, model: bytes, **options: Any) -> Any:
     return M2M100Tokenizer.from_pretrained(folder, src_lang="en")
 
 
-# transformers cannot read a SentencePiece file for these two where protobuf is older than sentencepiece's
-# generated code, so they are made of a vocabulary, as what it reads from a tokenizer.json is.
+# transformers cannot read a SentencePiece file for these two if protobuf is older than sentencepiece's generated code,
+# so they are made from a vocabulary, like a tokenizer.json.
 def write_nllb(folder: Path, **options: Any) -> Any:
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, normalizers, pre_tokenizers, trainers
@@ -285,7 +285,7 @@ def test_ids_and_texts_are_hugging_faces_on_ten_thousand_strings(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_ids_decode_as_hugging_face_decodes_them(kind: str, cases: dict[str, Case]) -> None:
-    """A model may answer with any sequence: language tokens, </s> in the middle, pieces of the source language."""
+    """A model may generate any sequence: language tokens, </s> in the middle, pieces of the source language."""
     case = cases[kind]
     choice = random.Random(2)
     highest = len(case.reference) - 1
@@ -359,7 +359,7 @@ def test_ids_that_the_model_has_and_the_tokenizer_lacks_decode(models: tuple[byt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_in_nothing_out(kind: str, cases: dict[str, Case]) -> None:
+def test_no_texts_give_no_ids(kind: str, cases: dict[str, Case]) -> None:
     saved = cases[kind].saved
     assert saved.encode([]) == []
     assert saved.decode([]) == []
@@ -484,7 +484,7 @@ def test_a_checkpoint_without_its_tokenizer_files_is_refused_by_their_name(
     with pytest.raises(ArtifactError, match=f"has no {file}"):
         save_translation_tokenizer(checkpoint, case.reference, folder)
     (checkpoint / "tokenizer_config.json").unlink()
-    if kind != "nllb":  # its config.json does not tell it from M2M100
+    if kind != "nllb":  # its config.json equals M2M100's
         with pytest.raises(ArtifactError, match=f"has no {file}"):
             check_tokenizer_files(checkpoint)
     assert not list(folder.iterdir())

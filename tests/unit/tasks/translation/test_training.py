@@ -1,4 +1,4 @@
-"""Vocabularies, batches by tokens, and PyTorch's translator, on models of random weights."""
+"""Vocabularies, batches by tokens, and the PyTorch translator, on random models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def save(folder: Path, model: Any, tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def marian(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new marian-tiny whose weights are large enough that what it says depends on what it reads."""
+    """A new marian-tiny with weights large enough that outputs depend on inputs."""
     options = make_options(
         {"task": "translation", "train": "x", "source_lang": "en", "target_lang": "fr", "from_config": "marian-tiny"}
     )
@@ -153,7 +153,7 @@ def test_a_translation_does_not_depend_on_its_batch_mates(marian: Path) -> None:
     assert (together[1].text, together[1].target_tokens) == ("", 0)
 
 
-def test_the_search_is_what_is_asked_for_and_not_what_the_checkpoint_defaults_to(marian: Path) -> None:
+def test_the_given_search_replaces_the_checkpoints_default(marian: Path) -> None:
     translator = TorchTranslator.load(marian)
     own = translator.model.generation_config
     pad = translator.task.pad_token_id
@@ -268,7 +268,7 @@ def with_search(folder: Path, **fields: Any) -> Path:
         ("diversity_penalty", 0.5), ("penalty_alpha", 0.6), ("begin_suppress_tokens", [7]), ("max_time", 1.0),
     ],
 )  # fmt: skip
-def test_a_search_that_cannot_be_followed_is_refused(
+def test_an_unsupported_generation_config_is_refused(
     marian: Path, copy: Callable[[Path], Path], field: str, value: object
 ) -> None:
     folder = with_search(copy(marian), **{field: value})
@@ -276,7 +276,7 @@ def test_a_search_that_cannot_be_followed_is_refused(
         TorchTranslator.load(folder)
 
 
-def test_sampling_is_named_and_left_out(
+def test_sampling_is_logged_and_ignored(
     marian: Path, copy: Callable[[Path], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = with_search(copy(marian), do_sample=True, top_k=5, temperature=0.7, max_new_tokens=9)
@@ -310,7 +310,7 @@ def test_the_checkpoints_own_limits_are_kept(
     "fields",
     [{"early_stopping": True, "length_penalty": 0.6}, {"num_beams": 5, "early_stopping": True}, {"top_p": 0.5}],
 )
-def test_a_checkpoint_is_trained_and_saved_whatever_it_searches_by(
+def test_a_checkpoint_with_any_generation_config_is_trained_and_saved(
     marian: Path, copy: Callable[[Path], Path], tmp_path: Path, fields: dict[str, Any]
 ) -> None:
     from deploykit.stages.finetune import finetune
@@ -335,7 +335,7 @@ def test_a_checkpoint_is_trained_and_saved_whatever_it_searches_by(
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[Path], Path]:
-    """Copy a checkpoint to where a test may damage it."""
+    """Copy a checkpoint, so that a test may damage it."""
     import shutil
 
     def copied(folder: Path) -> Path:

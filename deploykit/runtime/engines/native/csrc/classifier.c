@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-/* Lay out ``h`` in ``memory`` (NULL to learn its size); return the bytes. */
+/* Lay out ``h`` in ``memory`` (NULL to compute the size only). Returns the size in bytes. */
 static int64_t lay_attention(Attention *h, const Stack *s, int n, char *memory) {
     int64_t keys = filled(n), size = s->head_size, bytes = 0;
 #define LAY(field, count) h->field = (void *)(memory + bytes), bytes += filled(sizeof(*h->field) * (int64_t)(count))
@@ -36,7 +36,7 @@ static Attention attention_of(Context *c, int number, const Stack *s, int n) {
     return h;
 }
 
-/* Rows ``first`` to ``last`` of all attend; what they find takes the place of their queries. */
+/* Attention of the rows ``first`` to ``last`` of all texts; results overwrite the queries. */
 static void attend_rows(Context *c, int number, const Stack *s, float *packed, int first, int last) {
     int size = s->head_size, width = s->heads * size, text = 0;
     int64_t wide = filled(3 * width);
@@ -58,7 +58,7 @@ static void attend_rows(Context *c, int number, const Stack *s, float *packed, i
     }
 }
 
-/* A layer's rows ``first`` to ``last`` once they have attended, as far as the next layer's input. */
+/* The rest of a layer after attention, for the rows ``first`` to ``last``, up to the next layer's input. */
 static void finish_rows(Context *c, const Stack *s, const Layer *l, const float *packed, int first, int last) {
     int64_t hidden = filled(s->hidden), wide = filled(3 * s->heads * s->head_size), inner = filled(l->up.out);
     Rows own = {c->given[1] + first * c->widest, c->quantized[1] + first * c->widest, c->step[1] + first};
@@ -86,8 +86,8 @@ static void look_up(Context *c, const Stack *s, int row, int64_t token, int posi
     c->kernels->give_row(buffer(c, 0), &s->layer->qkv, row, x, 1.0f);
 }
 
-/* The last layer, of which the first token of each text is all that is wanted, and the classifier's own layers. Threads
- * share the panels here. */
+/* The last layer, computed only for each text's first token, and the classification head. Here threads split the panels,
+ * not the rows. */
 static void finish_texts(Context *c, int number, const Stack *s, float *packed) {
     const Layer *l = &s->layer[s->layers - 1];
     int size = s->head_size, width = s->heads * size, first, last, texts = c->texts;
@@ -126,7 +126,7 @@ static void finish_texts(Context *c, int number, const Stack *s, float *packed) 
             memcpy(c->logits + (int64_t)text * labels, c->middle + (int64_t)text * filled(labels), sizeof(float) * labels);
 }
 
-/* Each thread takes some of the rows through a layer, and meets the others where they attend. */
+/* Each thread computes a layer for some of the rows, and waits for the others before attention. */
 void classify(Context *c, int number) {
     const Stack *s = c->encoder;
     int first, last, width = s->heads * s->head_size, text = 0, panels = filled(3 * width) / PANEL;
@@ -138,7 +138,7 @@ void classify(Context *c, int number) {
     }
     for (int i = 0; i < s->layers; i++) {
         int end = i == s->layers - 1;
-        float *packed = c->packed + (i % 2) * c->capacity * wide; /* while others still read the last layer's */
+        float *packed = c->packed + (i % 2) * c->capacity * wide; /* other threads may still read the previous layer's */
         Rows from = {c->given[0] + first * read, c->quantized[0] + first * read, c->step[0] + first};
         linear_of(c, from, &s->layer[i].qkv, last - first, end ? width / PANEL : 0, panels, (Then){.out = packed + first * wide});
         barrier(c);

@@ -1,4 +1,4 @@
-/* The memory and threads of a model, and the functions that classifier.py and translator.py call; search.c has more of them. */
+/* The memory and threads of a model, and functions that classifier.py and translator.py call; search.c has the others. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -12,7 +12,7 @@ void *room(void *old, int64_t bytes) {
     return new;
 }
 
-/* Scratch for ``rows`` rows in ``stack``, and scores of ``positions``. Returns 0 when there is no memory. */
+/* Allocate scratch memory for ``rows`` rows in ``stack``, and scores of ``positions``. Returns 0 if out of memory. */
 int reserve(Context *c, int rows, int positions) {
     if (rows > c->capacity) {
         int64_t hidden = 0, packed = 0, query = 0, middle = 0, given = 0;
@@ -31,8 +31,8 @@ int reserve(Context *c, int rows, int positions) {
         }
         MOST(middle, filled(c->encoder->last.out));
         if (c->head) {
-            query = packed; /* the queries of such a row */
-            packed *= 2;    /* layers take turns at two */
+            query = packed; /* the queries of the widest row */
+            packed *= 2;    /* layers alternate between two */
             MOST(middle, filled(c->head->out.out));
             MOST(given, filled(c->encoder->last.out));
             c->widest = given;
@@ -55,8 +55,8 @@ int reserve(Context *c, int rows, int positions) {
         c->capacity = rows;
     }
     if (positions > c->positions) {
-        int floats = padded_head(c->encoder->head_size) + QUERIES; /* of a position: attend_text's */
-        MOST(floats, 3 * MOST_HEADS);                              /* and those of attend_heads */
+        int floats = padded_head(c->encoder->head_size) + QUERIES; /* per position, for attend_text */
+        MOST(floats, 3 * MOST_HEADS);                              /* and for attend_heads */
         int64_t most = sizeof(float) * floats * ((positions + 15) / 16 * 16);
         c->positions = 0;
         for (int i = 0; i < c->threads; i++)
@@ -113,10 +113,10 @@ API void deploykit_free(Context *c) {
     free(c);
 }
 
-/* Of the time in steps, what the vocabulary took: from 0 to 1. */
+/* The vocabulary's share of the time in steps, from 0 to 1. */
 API double deploykit_projection_share(const Context *c) { return c->stepping ? (double)c->choosing / (double)c->stepping : 0.0; }
 
-#define TOKENS_PER_CLASSIFICATION 256 /* of a thread: their weights are read once for all of them */
+#define TOKENS_PER_CLASSIFICATION 256 /* per thread; weights are read once for all of them */
 
 API Context *deploykit_new_classifier(const Stack *encoder, const Head *head, int threads) {
     Context *c = deploykit_new(encoder, NULL, threads);
@@ -148,7 +148,7 @@ API int deploykit_classify(Context *c, const int64_t *ids, const int32_t *starts
     return 1;
 }
 
-/* ids of ``texts`` texts one after another; ``cross``: where to write what each gives. Returns 0 when there is no memory. */
+/* Encode ``texts`` texts with concatenated ids; ``cross``: where to write each one's result. Returns 0 if out of memory. */
 API int deploykit_encode(Context *c, const int64_t *ids, const int32_t *starts, int texts, int8_t **cross) {
     int longest = 0;
     for (int i = 0; i < texts; i++)
@@ -163,7 +163,7 @@ API int deploykit_encode(Context *c, const int64_t *ids, const int32_t *starts, 
     return 1;
 }
 
-/* One token of each row. Returns 0 when there is no memory. */
+/* Decode one token of each row. Returns 0 if out of memory. */
 API int deploykit_step(Context *c, const Batch *batch, const Choice *choice) {
     int longest = batch->cache_positions;
     for (int i = 0; i < batch->rows; i++)

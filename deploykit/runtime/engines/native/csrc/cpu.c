@@ -1,4 +1,4 @@
-/* Which instruction sets this CPU has, and the table of kernels that new contexts take. */
+/* Detect this CPU's instruction sets, and choose the table of kernels for new contexts. */
 #include <stddef.h>
 #include <string.h>
 
@@ -9,7 +9,7 @@
 
 enum { AVX_STATE = 0x6, AVX512_STATE = 0xe6 };
 
-/* The registers that the operating system saves: XCR0. */
+/* The registers that the operating system saves (XCR0). */
 static uint64_t saved_state(void) {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
@@ -17,7 +17,7 @@ static uint64_t saved_state(void) {
     return (uint64_t)d << 32 | a;
 }
 
-/* The compiler may use all of x86-64-v3 in isa/avx2.c. */
+/* isa/avx2.c is compiled for x86-64-v3, so check all of it. */
 static int has_avx2(void) {
     uint32_t a, b, c, d, first = bit_FMA | bit_F16C | bit_MOVBE, seventh = bit_AVX2 | bit_BMI | bit_BMI2;
     if ((saved_state() & AVX_STATE) != AVX_STATE) return 0;
@@ -26,7 +26,7 @@ static int has_avx2(void) {
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & seventh) == seventh;
 }
 
-/* And all of x86-64-v4 in isa/avx512vnni.c. */
+/* isa/avx512vnni.c is compiled for x86-64-v4. */
 static int has_avx512vnni(void) {
     uint32_t a, b, c, d, wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
     if (!has_avx2() || (saved_state() & AVX512_STATE) != AVX512_STATE) return 0;
@@ -58,7 +58,7 @@ const Kernels *chosen_kernels(void) {
     return chosen;
 }
 
-/* The kernels of the ``number``th instruction set that this CPU has, fastest first; NULL after the last one. */
+/* Return the kernels of this CPU's instruction set ``number``, fastest first; NULL after the last one. */
 API const Kernels *deploykit_kernels(int number) {
     for (int i = 0; i < COUNT; i++)
         if (TABLES[i].runs() && number-- == 0) return TABLES[i].kernels;
@@ -67,7 +67,7 @@ API const Kernels *deploykit_kernels(int number) {
 
 API const char *deploykit_isa(void) { return chosen_kernels()->name; }
 
-/* Let new contexts use the kernels of that name. Returns 0 if this CPU has none. */
+/* Use the kernels ``name`` for new contexts. Returns 0 if this CPU has no such kernels. */
 API int deploykit_choose_isa(const char *name) {
     const Kernels *kernels;
     for (int i = 0; (kernels = deploykit_kernels(i)); i++)

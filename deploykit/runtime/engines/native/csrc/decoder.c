@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-/* How many heads of ``unit``'s row, from its own on, are to attend together. */
+/* Return how many heads of ``unit``'s row, from its own on, are computed together. */
 INLINE int together(const Stack *s, int unit, int last) {
     int left = s->heads - unit % s->heads;
     if (left > last - unit) left = last - unit;
@@ -37,7 +37,7 @@ void self_attention(Context *c, int number, const Stack *s, int layer) {
     give_rows(c, number, 0, next, b->rows);
 }
 
-/* Of a text: int8 [layers][key, value][head], each of its tokens filled up to 16, then their scales, float32. */
+/* Layout of a text's cross-attention: int8 [layers][key, value][head], tokens padded to 16, then the float32 scales. */
 void cross_attention(Context *c, int number, const Stack *s, int layer) {
     const Batch *b = c->batch;
     const Linear *next = &s->layer[layer].cross_out;

@@ -1,4 +1,4 @@
-/* The encoder of a translator: attention within each text, and the keys and values that its decoder attends to. */
+/* The encoder of a translator: attention within each text, and keys and values for the decoder's cross-attention. */
 #include "kernels.h"
 
 /* A head of a text attends to the whole text. */
@@ -38,7 +38,7 @@ void encode(Context *c, int number) {
     const Stack *d = c->decoder;
     int heads = d->heads * 2 * d->layers, padded = padded_head(d->head_size);
     int64_t wide = filled(l->out);
-    share(heads, c->threads, number, &first, &last); /* tokens of one head share bytes that are written together */
+    share(heads, c->threads, number, &first, &last); /* split by head: tokens of a head share bytes that are written together */
     for (int h = first; h < last; h++)
         for (int row = 0, t = 0; row < rows; row++) {
             while (c->starts[t + 1] <= row) t++;

@@ -13,7 +13,7 @@ void feed_forward(Context *c, int number, const Stack *s, const Layer *l, int ro
     barrier(c);
 }
 
-/* After a block, for each row: its norm, or the next block's, and what the next layer reads. */
+/* After a block, compute each row's norm (this block's or the next one's) and the next layer's input. */
 void between(Context *c, int number, const Stack *s, const Norm *after, const Norm *before_next, const Linear *next,
              int rows, float scale) {
     int first, last, wide = filled(s->hidden);
@@ -36,7 +36,7 @@ void embed(Context *c, const Stack *s, int row, int64_t token, int position) {
     if (s->embedding_norm.gamma) c->kernels->normalize(&s->embedding_norm, x, x, s->hidden);
 }
 
-/* All layers, from the embedding on: ``x`` becomes what the last linear layer reads. */
+/* Compute all layers from the embedding on; ``x`` becomes the input of the last linear layer. */
 void layers(Context *c, int number, const Stack *s) {
     const Layer *layer = s->layer;
     int rows = c->rows, crosses = s == c->decoder;

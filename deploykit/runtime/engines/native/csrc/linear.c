@@ -1,7 +1,7 @@
-/* Linear layers over many rows: which thread computes which panels. */
+/* Linear layers over many rows, with panels split among the threads. */
 #include "kernels.h"
 
-/* ``rows`` rows, for the columns of panels from ``first`` to ``last``. */
+/* Compute ``rows`` rows for the columns of the panels ``first`` to ``last``. */
 void linear_of(const Context *c, Rows from, const Linear *l, int rows, int first, int last, Then then) {
     int wide = filled(l->out), groups = groups_of(rows);
     for (int panel = first; panel < last; panel++)
@@ -21,7 +21,7 @@ void linear(Context *c, int number, int from, const Linear *l, int rows, Then th
     linear_of(c, buffer(c, from), l, rows, first, last, then);
 }
 
-/* Turn what the threads have put together in ``given`` of a buffer into what ``next`` reads. */
+/* Convert the threads' joint output, ``given`` of a buffer, to the input of ``next``. */
 void give_rows(Context *c, int number, int from, const Linear *next, int rows) {
     int first, last;
     barrier(c);

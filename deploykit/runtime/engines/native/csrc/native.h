@@ -1,16 +1,16 @@
-/* Types and functions that the files of the engine ``native`` share.
+/* Types and functions common to the files of the engine ``native``.
  *
  * The engine runs encoder classifiers, and encoders and decoders of translators, in INT8 on CPUs.
  *
- * Linear layers multiply S8 activations, with one scale a row, by S8 weights, with one scale a column. Keys and values are
- * kept as S8, each vector with its own scale; the decoder multiplies them by 16-bit queries and probabilities. All else is
- * float32. Padding is never computed. The result of a row depends neither on the other rows nor on the number of threads nor
- * on the instruction set: integer sums are exact, and float32 sums are always taken in the same order.
+ * Linear layers multiply S8 activations, with one scale per row, by S8 weights, with one scale per column. Keys and values
+ * are stored as S8, each vector with its own scale; the decoder multiplies them by 16-bit queries and probabilities.
+ * Everything else is float32. Padding is never computed. A row's result depends neither on the other rows nor on the number
+ * of threads or the instruction set: integer sums are exact, and float32 sums are always in the same order.
  *
- * Weights lie in panels of 64 columns: [columns / 64][inputs / 4][64][4] (float32: [columns / 64][inputs][64]), padded with
- * zeros. The rows of a buffer are padded to 64 columns too.
+ * Weights are stored in panels of 64 columns: [columns / 64][inputs / 4][64][4] (float32: [columns / 64][inputs][64]),
+ * padded with zeros. The rows of a buffer are padded to 64 columns too.
  *
- * All threads run a whole step, and meet at a barrier where one needs what another computed. */
+ * All threads run a whole step, with barriers wherever one needs another's results. */
 #pragma once
 #include <pthread.h>
 #include <stdatomic.h>
@@ -18,14 +18,14 @@
 
 #define PANEL 64
 #define MOST_ROWS 6  /* of a tile */
-#define CHUNKS 32    /* parts of the vocabulary, with fixed borders, that threads search apart */
+#define CHUNKS 32    /* fixed parts of the vocabulary, searched by different threads */
 #define MOST_BEST 64
-#define QUERIES 4    /* of an encoder's attention that read the same keys together */
-#define MOST_HEADS 4 /* of a decoder's attention that attend together: one hides the latency of another */
-#define API __attribute__((visibility("default"))) /* what Python calls */
+#define QUERIES 4    /* of an encoder's attention, computed together to read keys once */
+#define MOST_HEADS 4 /* of a decoder's attention, computed together to hide latency */
+#define API __attribute__((visibility("default"))) /* called by Python */
 #define INLINE static inline __attribute__((always_inline))
 
-/* translator.py and weights.py fill in the structures up to ``Search``: same fields, same order. */
+/* translator.py and weights.py fill the structures up to ``Search``, and must have the same fields in the same order. */
 typedef struct {
     const void *weight;    /* int8 or float32 panels */
     const float *scale;    /* [out]: of the weights */
@@ -52,7 +52,7 @@ typedef struct {
     const float *bias;            /* [heads][distances] or NULL */
     const Layer *layer;
     Norm embedding_norm, last_norm;
-    Linear last; /* reads the last hidden states: cross keys and values, or the vocabulary */
+    Linear last; /* applied to the last hidden states: cross keys and values, or the vocabulary */
     float scale, output_scale;
     int32_t layers, hidden, heads, head_size, pre_norm, activation, distances, zero_distance;
 } Stack;
@@ -66,31 +66,31 @@ typedef struct {
     int32_t rows;
     int64_t *tokens;       /* [rows] */
     int32_t *past;         /* [rows]: tokens before this one */
-    const int32_t *slots;  /* [rows]: where a row writes */
+    const int32_t *slots;  /* [rows]: the slot that a row writes */
     int32_t *tables;       /* [rows][table]: the slot that holds each position of a row */
     int8_t *cache;         /* [layers][key, value][slot][head][position][head size] */
     float *cache_scale;    /* the same without the last axis */
-    const int8_t **cross;  /* [rows]: of the row's text, as encode writes it */
-    const int32_t *source; /* [rows]: its tokens */
+    const int8_t **cross;  /* [rows]: encode's result for the row's text */
+    const int32_t *source; /* [rows]: number of the text's tokens */
     int32_t table, cache_slots, cache_positions;
 } Batch;
 
 typedef struct {
-    float *logits;              /* [rows][vocabulary], if all are wanted; else NULL, and: */
-    const int32_t *forced;      /* [rows]: a token that must come, or -1 */
-    const int32_t *forbidden;   /* tokens of each row in turn, ascending */
-    const int32_t *begin;       /* [rows + 1]: where each row's forbidden ones begin */
-    const uint8_t *scored;      /* [rows]: whether log-probabilities are wanted, or logits will do */
-    const uint8_t *before;      /* [rows]: probabilities are from before any token was forbidden */
+    float *logits;              /* [rows][vocabulary] for all logits; NULL to select tokens by: */
+    const int32_t *forced;      /* [rows]: a forced token, or -1 */
+    const int32_t *forbidden;   /* tokens of all rows, ascending within a row */
+    const int32_t *begin;       /* [rows + 1]: index of each row's first forbidden token */
+    const uint8_t *scored;      /* [rows]: whether to compute log-probabilities, not only logits */
+    const uint8_t *before;      /* [rows]: whether probabilities include forbidden tokens */
     float *values;              /* [rows][best] */
     int64_t *ids;               /* [rows][best] */
     int32_t best;
 } Choice;
 
 typedef struct {
-    int64_t *tokens;       /* [rows][stride]: the start token and what came since */
-    int64_t *lengths;      /* [rows]: how many that is */
-    const int64_t *limits; /* [rows]: of the lengths */
+    int64_t *tokens;       /* [rows][stride]: the start token and those generated */
+    int64_t *lengths;      /* [rows]: number of tokens */
+    const int64_t *limits; /* [rows]: largest length */
     float *sums;           /* [rows]: log-probabilities */
     const uint8_t *ends;   /* [vocabulary]: whether a token ends its sentence */
     int64_t stride;
@@ -108,11 +108,11 @@ typedef struct {
 } Beam;
 
 typedef struct {
-    int64_t *tokens;  /* [rows][stride], as of Greedy */
+    int64_t *tokens;  /* [rows][stride], as in Greedy */
     int64_t *lengths; /* [rows] */
     float *sums;      /* [rows]: log-probabilities */
     const uint8_t *ends;
-    int64_t *rows; /* [sentences][beams]: those of each sentence, best first */
+    int64_t *rows; /* [sentences][beams]: rows of each sentence, best first */
     Beam **beams;  /* [sentences] */
     int64_t stride;
     int32_t sentences, candidates, most;
@@ -122,13 +122,13 @@ typedef struct {
 typedef struct {
     float sums[16];  /* of exp(logit - highest), by lane */
     float highest;   /* logit so far */
-    float threshold; /* a logit enters the best if it exceeds this */
+    float threshold; /* a logit must exceed this to be among the best */
     int32_t found;
     float values[MOST_BEST];
     int32_t ids[MOST_BEST];
 } Found;
 
-/* The input rows of linear layers: float32, or quantized with the value of one quantization step a row. */
+/* The input rows of linear layers: float32, or quantized with one scale per row. */
 typedef struct {
     float *given;
     uint8_t *quantized;
@@ -141,7 +141,7 @@ typedef void (*Work)(Context *, int);
 
 struct Context {
     const Kernels *kernels;
-    const Stack *encoder, *decoder; /* decoder NULL: a classifier, of the encoder and */
+    const Stack *encoder, *decoder; /* decoder NULL: a classifier, with the head below */
     const Head *head;
     int threads, stop;
     pthread_t *thread;
@@ -162,20 +162,20 @@ struct Context {
     const int32_t *starts; /* [texts + 1] */
     int8_t **cross;
     int texts, rows;
-    int64_t stepping, choosing; /* nanoseconds of all steps, and of their share in the vocabulary */
+    int64_t stepping, choosing; /* nanoseconds spent in steps, and of that in the vocabulary */
     float *logits;              /* [texts][labels] */
 };
 
 INLINE int filled(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
 INLINE int padded_head(int n) { return (n + 15) / 16 * 16; }
 
-/* Part ``number`` of ``n`` things that are split among ``of``. */
+/* Part ``number`` when ``n`` items are split into ``of`` parts. */
 INLINE void share(int n, int of, int number, int *first, int *last) {
     *first = (int)((int64_t)n * number / of);
     *last = (int)((int64_t)n * (number + 1) / of);
 }
 
-/* Some rows of a tile, which share what is read of the weights: group ``number`` of ``of``. */
+/* Group ``number`` of ``of``: rows of a tile for which weights are read once. */
 typedef struct { int row, rows, number, of; } Group;
 
 INLINE int groups_of(int rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
@@ -194,7 +194,7 @@ typedef struct { Context *context; int number; } Thread;
 
 /* linear.c */
 typedef struct {
-    int add;             /* to what is there */
+    int add;             /* to the present values */
     int activation;
     const float *factor; /* multiplied by, or NULL */
     float *out;

@@ -4,7 +4,7 @@
 
 #include "native.h"
 
-/* Greedy steps until a row ends, or the most that there may be. Returns how many, or 0 when there is no memory. */
+/* Run greedy steps until a row ends, at most ``most``. Returns the number of steps, or 0 if out of memory. */
 API int deploykit_greedy(Context *c, const Batch *batch, const Choice *choice, const Greedy *greedy) {
     int ended = 0;
     for (int n = 1;; n++) {
@@ -22,7 +22,7 @@ API int deploykit_greedy(Context *c, const Batch *batch, const Choice *choice, c
 }
 
 #define MOST_BEAMS 32
-#define NEVER -1e9 /* Hugging Face's "cannot be chosen" */
+#define NEVER -1e9 /* Hugging Face's score of a forbidden token */
 
 typedef struct {
     float score;
@@ -32,7 +32,7 @@ typedef struct {
 
 static void finish(Beam *b, float score, const int64_t *tokens, int length, int64_t last) {
     int at = b->finished < b->beams ? b->finished++ : b->beams;
-    while (at > 0 && b->scores[at - 1] < score) at--; /* after those of equal score */
+    while (at > 0 && b->scores[at - 1] < score) at--; /* behind equal scores */
     if (at == b->beams) return;
     int moved = b->finished - 1 - at;
     memmove(b->scores + at + 1, b->scores + at, sizeof(float) * moved);
@@ -44,7 +44,7 @@ static void finish(Beam *b, float score, const int64_t *tokens, int length, int6
     b->tokens[at * b->stride + length - 1] = last;
 }
 
-/* What ``Beam.advance`` of search.py says: which hypotheses go on. Returns whether the search is over. */
+/* Choose the next hypotheses as ``Beam.advance`` in search.py does. Returns whether the search is over. */
 static int advance(Beam *b, Continuation *best, int count, const Search *s, const int64_t *rows, int length, Continuation *going) {
     int beams = b->beams, among_first = 0, all = 1, n = 0;
     double penalty = pow(length, b->length_penalty);
@@ -69,7 +69,7 @@ static int advance(Beam *b, Continuation *best, int count, const Search *s, cons
     return all || !b->improvable || (b->finished == beams && b->early_stopping == 1);
 }
 
-/* The best continuations of a sentence's hypotheses; of equals those of the better hypothesis come first. */
+/* Find the best continuations of a sentence's hypotheses; of equals, those of the better hypothesis come first. */
 static void continuations(const Search *s, const Choice *choice, const int64_t *rows, int beams, Continuation *best) {
     int found = 0;
     for (int parent = 0; parent < beams; parent++)
@@ -78,13 +78,13 @@ static void continuations(const Search *s, const Choice *choice, const int64_t *
             float score = s->sums[rows[parent]] + choice->values[from];
             int at = found < s->candidates ? found++ : s->candidates;
             while (at > 0 && best[at - 1].score < score) at--;
-            if (at == s->candidates) break; /* those that follow are no better */
+            if (at == s->candidates) break; /* the rest are no better */
             memmove(best + at + 1, best + at, sizeof(Continuation) * (found - 1 - at));
             best[at] = (Continuation){.score = score, .parent = parent, .token = choice->ids[from]};
         }
 }
 
-/* Each hypothesis that goes on takes its parent's row, or, where a better one has it, that of one that does not. */
+/* Give each new hypothesis its parent's row, or the row of a dropped hypothesis if a better one has that row already. */
 static void rearrange(const Batch *b, const Search *s, int64_t *rows, int beams, int length, const Continuation *going) {
     int64_t now[MOST_BEAMS];
     int taken[MOST_BEAMS] = {0}, spare = 0;
@@ -113,7 +113,7 @@ static void rearrange(const Batch *b, const Search *s, int64_t *rows, int beams,
     }
 }
 
-/* Steps of beam search until a sentence's is over, or the most that there may be. Returns how many, or 0 when there is no
+/* Run steps of beam search until a sentence is done, at most ``most``. Returns the number of steps, or 0 if out of
  * memory. */
 API int deploykit_beams(Context *c, const Batch *batch, const Choice *choice, const Search *search) {
     int over = 0;

@@ -1,10 +1,10 @@
-/* The worker threads of a context, and the barrier at which they meet. */
+/* The worker threads of a context, and their barrier. */
 #include <sched.h>
 #include <stdlib.h>
 
 #include "native.h"
 
-#define SPINS 3000 /* about 50 us; then yield: the other thread may need this CPU */
+#define SPINS 3000 /* about 50 us, then yield: the other thread may need this CPU */
 
 #if defined(__x86_64__)
 #define PAUSE() __builtin_ia32_pause()

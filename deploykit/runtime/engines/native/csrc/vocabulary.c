@@ -1,10 +1,10 @@
-/* The choice of tokens from the vocabulary. */
+/* Select tokens from the vocabulary. */
 #include <math.h>
 #include <string.h>
 
 #include "kernels.h"
 
-/* The sum of 16 lanes, in the order of every kernel's sums: halves onto each other. */
+/* Sum 16 lanes in the order of all kernels: add the upper half to the lower, and repeat. */
 static float sum_of_lanes(const float *lanes) {
     float sums[8];
     for (int i = 0; i < 8; i++) sums[i] = lanes[i] + lanes[i + 8];
@@ -33,7 +33,7 @@ static void answer(Context *c, int row, int chunks) {
             if (f->highest > -INFINITY) sum = fmaf(sum_of_lanes(f->sums), expf(f->highest - highest), sum);
         }
         if (choice->scored[row]) log_sum = highest + logf(sum);
-        for (; found < best; found++) { /* of equals the first chunk's, which has the lower id */
+        for (; found < best; found++) { /* of equals take the first chunk's, which has the lower id */
             int from = -1;
             for (int k = 0; k < chunks; k++) {
                 const Found *f = &c->found[(int64_t)k * c->rows + row];
@@ -47,7 +47,7 @@ static void answer(Context *c, int row, int chunks) {
             ids[found] = f->ids[at[from]++];
         }
     }
-    for (int64_t id = 0; found < best; id++) { /* what is forbidden fills the rest */
+    for (int64_t id = 0; found < best; id++) { /* fill the rest with forbidden tokens */
         int there = 0;
         for (int i = 0; i < found; i++) there |= ids[i] == id;
         if (there) continue;
@@ -66,7 +66,7 @@ void choose(Context *c, int number, const Stack *s) {
         int panel, last;
         Found *found = c->found + (int64_t)mine * rows;
         share(panels, chunks, mine, &panel, &last);
-        for (int row = 0; row < rows && !choice->logits; row++) { /* what this thread has found before bounds what matters */
+        for (int row = 0; row < rows && !choice->logits; row++) { /* start from the threshold of this thread's earlier chunks */
             float threshold = mine > first_chunk ? (found - rows)[row].threshold : -INFINITY;
             found[row].highest = -INFINITY;
             memset(found[row].sums, 0, sizeof(found[row].sums));
@@ -87,7 +87,7 @@ void choose(Context *c, int number, const Stack *s) {
                     if (choice->forced[row] >= 0) continue;
                     const int32_t *forbidden = choice->forbidden + choice->begin[row];
                     int count = choice->begin[row + 1] - choice->begin[row], low = 0, high = count, scored = choice->scored[row];
-                    while (low < high) { /* the first from here on */
+                    while (low < high) { /* binary search for the first one from here on */
                         int middle = (low + high) / 2;
                         if (forbidden[middle] < first) low = middle + 1;
                         else high = middle;

@@ -1,4 +1,4 @@
-"""Hold that the engine ``native`` was compiled: all its other tests are skipped where it cannot run."""
+"""The engine ``native`` was compiled. Its other tests are skipped if it cannot run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_the_installation_has_built_the_library() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="it is built for x86-64 Linux")
-def test_a_library_that_was_not_built_is_said_whatever_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "library_file", lambda: None)
     assert str(loader.lacks.__wrapped__()).startswith("not built")
 

@@ -1,4 +1,4 @@
-"""The engine ``native`` on classifiers, beside PyTorch on the same weights, and what it makes of broken files."""
+"""The engine ``native`` on classifiers compared with PyTorch on the same weights, and its errors for broken files."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ def by_torch(model: Any, texts: Sequence[Sequence[int]]) -> Any:
 
 
 def save(folder: Path, family: str, int8: Sequence[str] | None = None) -> Path:
-    """With all layers in INT8, or those named."""
+    """Save a classifier with all layers in INT8, or only those named."""
     encoder = read_encoder(model_of(family))
     parts = linear_parts(encoder) if int8 is None else int8
-    path = folder / f"{family}-{len(parts)}.safetensors"  # never over one that is mapped
+    path = folder / f"{family}-{len(parts)}.safetensors"  # do not overwrite a mapped file
     save_native_classifier(path, encoder, parts)
     return path
 
@@ -93,7 +93,7 @@ def test_it_computes_what_pytorch_does(family: str, tmp_path: Path) -> None:
 
 @runs_here
 @pytest.mark.parametrize("family", ["bert", "mpnet"])
-def test_a_text_has_the_same_bits_in_any_company_and_on_any_threads(family: str, tmp_path: Path) -> None:
+def test_a_texts_bits_depend_on_neither_batch_nor_threads(family: str, tmp_path: Path) -> None:
     path = save(tmp_path, family, [part for part in linear_parts(read_encoder(model_of(family))) if part != "1.up"])
     texts = texts_of(*range(1, 40), 199, 7, 64, 150, 3, 130, 128, 5)
     alone = np.concatenate([NativeEngine(path, 1).run(padded([text]))[0] for text in texts])
@@ -142,9 +142,7 @@ def test_a_model_that_computes_something_else_is_refused(family: str, settings: 
         read_encoder(model_of(family, **settings))
 
 
-def test_an_export_says_why_it_has_nothing_for_the_engine(
-    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_an_export_reports_why_native_is_unsupported(make_tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint", "roberta-prelayernorm")
     rows, said = tmp_path / "rows.jsonl", list[str]()
     rows.write_text(
@@ -165,7 +163,7 @@ def test_an_export_says_why_it_has_nothing_for_the_engine(
 def test_layers_that_int8_ruins_stay_float32(
     make_tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Two values of the first layer's attention are so large that a step of theirs is more than all the others."""
+    """Two values of the first layer's attention are so large that one quantization step exceeds all others."""
     checkpoint = make_tiny_checkpoint(tmp_path / "checkpoint")
     weights = load_file(checkpoint / "model.safetensors")
     block = "bert.encoder.layer.0.attention"
@@ -195,8 +193,8 @@ def test_layers_that_int8_ruins_stay_float32(
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda content: b"", "not a file of weights"),
-        (lambda content: content[:-64], "is cut"),
+        (lambda content: b"", "not a weight file"),
+        (lambda content: content[:-64], "is truncated"),
         (lambda content: content.replace(b'\\"head\\"', b'\\"tail\\"'), "head"),
     ],
 )
@@ -209,7 +207,7 @@ def test_a_broken_file_is_named(tmp_path: Path, damage: Callable[[bytes], bytes]
 
 
 @runs_here
-def test_what_it_would_look_up_beyond_its_tables_is_refused(tmp_path: Path) -> None:
+def test_tokens_and_positions_out_of_range_are_refused(tmp_path: Path) -> None:
     engine = NativeEngine(save(tmp_path, "roberta"), 1)
     with pytest.raises(EngineError, match=f"texts of 1 to {LONGEST} tokens"):
         engine.run(padded(texts_of(LONGEST + 1)))

@@ -1,4 +1,4 @@
-"""Hold that all kernels of the engine ``native`` give the same bits as those in plain C, in each instruction set of this CPU."""
+"""Kernels of the engine ``native`` give the same bits as the plain C ones, in each instruction set of this CPU."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def filled(n: int, to: int = PANEL) -> int:
 
 
 def empty(*shape: int, dtype: Any = np.float32) -> Array:
-    """Aligned to 64 bytes, and full of bytes that no kernel writes by chance."""
+    """Return an array aligned to 64 bytes, filled with bytes that no kernel writes by chance."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     memory = np.full(size + 64, 0x5A, np.uint8)
     begin = -memory.ctypes.data % 64
@@ -111,13 +111,13 @@ def aligned(values: Array) -> Array:
 
 
 def floats(random: np.random.Generator, *shape: int) -> Array:
-    """Of many magnitudes, and some zeros."""
+    """Return floats of many magnitudes, with some zeros."""
     values = random.normal(size=shape) * 2.0 ** random.integers(-12, 5, shape) * (random.random(shape) > 0.05)
     return aligned(values.astype(np.float32))
 
 
 def integers(random: np.random.Generator, *shape: int) -> Array:
-    """S8, a third of them at the ends of the range, where sums are largest."""
+    """Return S8 values, a third of them at the ends of the range, where sums are largest."""
     values = random.integers(-127, 128, shape)
     return aligned(np.where(random.random(shape) < 0.33, np.where(values < 0, -127, 127), values).astype(np.int8))
 
@@ -214,7 +214,7 @@ def run_embedding(hidden: int, *, column: bool, positions: bool) -> Run:
 
 
 def run_attention(heads: int, size: int, n: int, *, slots: int, bias: bool) -> Run:
-    """A decoder's: keys and values are kept in ``slots`` slots of a cache, or one after another if there are none."""
+    """Run a decoder's attention, with keys and values in ``slots`` slots of a cache, or contiguous for 0 slots."""
 
     def run(k: Kernels, random: np.random.Generator) -> list[Array]:
         padded, positions = filled(size, 16), filled(n, 16)
@@ -243,7 +243,7 @@ def run_attention(heads: int, size: int, n: int, *, slots: int, bias: bool) -> R
 
 
 def run_text_attention(size: int, n: int, *, bias: bool) -> Run:
-    """An encoder's."""
+    """Run an encoder's attention."""
 
     def run(k: Kernels, random: np.random.Generator) -> list[Array]:
         wide, distances = filled(3 * size), 2 * n - 1
@@ -261,7 +261,7 @@ def run_text_attention(size: int, n: int, *, bias: bool) -> Run:
 
 
 def run_head(size: int, n: int, rows: int, *, bias: bool) -> Run:
-    """A classifier's attention."""
+    """Run a classifier's attention."""
 
     def run(k: Kernels, random: np.random.Generator) -> list[Array]:
         keys, padded, quads, wide = filled(n), filled(size, 32), filled(size, 4), filled(3 * size)
@@ -341,7 +341,7 @@ def test_kernels_equal_the_reference_bit_for_bit(isa: str, case: str) -> None:
 
 
 def test_the_reference_computes_products_and_norms() -> None:
-    """Beside numpy: the other tests compare instruction sets with each other alone."""
+    """Compare with numpy: the other tests only compare instruction sets with each other."""
     k, random = kernels(loader.SLOW), np.random.default_rng(0)
     struct, (weight, scale, _, bias) = linear(random, 97, 130, False)
     to, (_, quantized, step) = quantized_rows(k, random, struct, 3)

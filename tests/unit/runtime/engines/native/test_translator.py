@@ -1,4 +1,4 @@
-"""The engine ``native`` beside ONNX Runtime on the same weights, and what it makes of broken files."""
+"""The engine ``native`` compared with ONNX Runtime on the same weights, and its errors for broken files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def logits_of(model: Any, sources: Sequence[Sequence[int]]) -> Floats:
-    """[steps, sources, vocabulary]: what each of 8 sources says of the same tokens."""
+    """Return logits [steps, sources, vocabulary] of the same tokens for each of 8 sources."""
     model.admit(model.encode(sources), [len(source) for source in sources], [1] * len(sources))
     found = np.stack([model.step(np.full(8, token)).copy() for token in (5, 6, 7, 8)])
     model.remove(np.arange(8))
@@ -47,8 +47,8 @@ def logits_of(model: Any, sources: Sequence[Sequence[int]]) -> Floats:
 
 @pytest.mark.parametrize("family", RUN)
 def test_without_ranges_only_embedding_and_caches_are_rounded(family: str, tmp_path: Path) -> None:
-    """All else is float32. T5 has the weights that it is begun with: the larger ones of other tests make so much of a
-    rounded key that nothing could be told."""
+    """The rest is float32. T5 has its initial weights: the larger ones of other tests amplify a rounded key too much
+    for a comparison."""
     torch.manual_seed(0)
     model = FAMILIES[family](**({"initializer_factor": 1.0} if "t5" in family else {})).eval()
     architecture = read_architecture(model)
@@ -69,7 +69,7 @@ def test_heads_of_another_size_are_refused() -> None:
 
 
 @pytest.mark.parametrize("family", RUN)
-def test_in_int8_it_is_as_near_to_fp32_as_onnx_runtime_is(case: Callable[[str], Case], family: str) -> None:
+def test_int8_is_as_close_to_fp32_as_onnx_runtimes(case: Callable[[str], Case], family: str) -> None:
     c = case(family)
     sources = c.sources[:8]
     fp32 = logits_of(c.engine, sources)
@@ -107,11 +107,11 @@ def test_the_file_is_safetensors_with_the_embedding_once(case: Callable[[str], C
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-def test_it_chooses_what_its_logits_say(case: Callable[[str], Case], search: str) -> None:
-    """Rules, probabilities, the best tokens and both searches in C against the same in numpy and Python."""
+def test_its_selection_matches_its_logits(case: Callable[[str], Case], search: str) -> None:
+    """Rules, probabilities, best tokens and both searches in C match those in numpy and Python."""
 
     class InNumpy(NativeModel):
-        run_greedily = None  # so that the decode loop asks for each step
+        run_greedily = None  # so that the decode loop runs each step itself
 
         def choose(self, tokens: Any, selection: TokenSelection) -> Any:
             return select(self.step(tokens), selection, self.best)
@@ -125,8 +125,8 @@ def test_it_chooses_what_its_logits_say(case: Callable[[str], Case], search: str
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4, rel=1e-4)
 
 
-def test_beams_change_hands_while_other_searches_come_and_go(case: Callable[[str], Case]) -> None:
-    """Alone they are the library's; beside a greedy sentence, or one whose rules look at its tokens, they are Python's."""
+def test_beams_are_handed_over_while_other_searches_join_and_leave(case: Callable[[str], Case]) -> None:
+    """The library runs beams alone; with a greedy sentence, or one whose rules depend on its tokens, Python does."""
     c = case("marian")
     kinds = [generation_of(SEARCHES[name]) for name in ("early stopping", "early stopping", "greedy", "no repeats")]
     alone = []
@@ -146,7 +146,7 @@ def test_beams_change_hands_while_other_searches_come_and_go(case: Callable[[str
 
 
 @pytest.mark.parametrize("options", [{}, {"min_length": 6}, {"forced_bos_token_id": 9}, {"no_repeat_ngram_size": 2}])
-def test_who_takes_the_row_of_one_that_ended_says_what_it_says_alone(
+def test_a_sentence_that_reuses_a_row_is_translated_as_when_alone(
     case: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     c = case("marian")
@@ -169,7 +169,7 @@ def test_who_takes_the_row_of_one_that_ended_says_what_it_says_alone(
     sentences = [Sentence(source, generation) for source in c.sources]
     Decoder(model, c.task, max_rows=5).run(sentences)
     assert results(sentences) == results(alone[::2])
-    # Rules that change on the way, or with the tokens, are those of all rows at once: then rows are left and joined.
+    # Rows are not reused if rules change with the length or the tokens, because a plan's rules apply to all rows.
     assert bool(replaced) == (not options)
 
     mixed = [Sentence(source, g) for source in c.sources for g in (generation, other)]
@@ -188,7 +188,7 @@ def test_who_takes_the_row_of_one_that_ended_says_what_it_says_alone(
     assert decoder.claimed == 0
 
 
-def test_who_waits_for_the_row_of_one_that_is_cancelled_is_decoded_all_the_same(case: Callable[[str], Case]) -> None:
+def test_a_prefetched_sentence_is_decoded_when_the_one_before_it_is_cancelled(case: Callable[[str], Case]) -> None:
     c = case("marian")
     model, generation = open_engine(c, "native", 1), Generation(max_length=LONGEST)
     alone = [Sentence(source, generation) for source in c.sources]
@@ -233,7 +233,7 @@ def test_caches_grow_while_sentences_run(case: Callable[[str], Case]) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_what_outgrows_the_memory_is_begun_again_later(case: Callable[[str], Case], beams: int) -> None:
+def test_sentences_that_outgrow_the_cache_memory_are_started_again(case: Callable[[str], Case], beams: int) -> None:
     c = case("marian")
     generation = Generation(beam_size=beams, max_length=60, min_length=60)
     model = open_engine(c, "native", 1)
@@ -253,7 +253,7 @@ def test_a_token_that_the_model_does_not_have_is_refused(case: Callable[[str], C
 
 
 def rewritten(file: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """``file`` with another header."""
+    """Write ``file`` with a changed header."""
     content = file.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
@@ -267,11 +267,11 @@ def rewritten(file: Path, to: Path, change: Callable[[dict[str, Any]], None]) ->
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda content: b"", "is not a file of weights"),
-        (lambda content: content[:5], "is not a file of weights"),
-        (lambda content: content[:200], "is not a file of weights"),
-        (lambda content: b"\xff" * 8 + content[8:], "is not a file of weights"),
-        (lambda content: content[:-64], "is cut"),
+        (lambda content: b"", "is not a weight file"),
+        (lambda content: content[:5], "is not a weight file"),
+        (lambda content: content[:200], "is not a weight file"),
+        (lambda content: b"\xff" * 8 + content[8:], "is not a weight file"),
+        (lambda content: content[:-64], "is truncated"),
     ],
 )
 def test_a_broken_file_is_named(case: Callable[[str], Case], tmp_path: Path, damage: Any, says: str) -> None:
@@ -282,7 +282,7 @@ def test_a_broken_file_is_named(case: Callable[[str], Case], tmp_path: Path, dam
     assert str(file) in caught.value.message
 
 
-def test_headers_that_lie_are_refused(case: Callable[[str], Case], tmp_path: Path) -> None:
+def test_false_headers_are_refused(case: Callable[[str], Case], tmp_path: Path) -> None:
     file = case("marian").folder / NATIVE_FILE
 
     def another_format(header: dict[str, Any]) -> None:

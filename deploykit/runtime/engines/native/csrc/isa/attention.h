@@ -1,4 +1,4 @@
-/* Attention of translators: a decoder's over kept keys and values, and an encoder's within a text. */
+/* Attention of translators: the decoder's over cached keys and values, and the encoder's within a text. */
 
 #define EACH_HEAD _Pragma("GCC unroll 4") for (int g = 0; g < heads; g++) /* unrolled, so that sums stay in registers */
 
@@ -102,7 +102,7 @@ INLINE void attend_heads(const int heads, float *scratch, const Stack *s, const 
         inverse[g] = f_set(largest > 0 ? 65535.0f / largest : 0.0f);
         worth[g] = largest;
     }
-    for (int t = 0; t < n; t += 16) /* a value's count: its probability, before the division by their sum, times its scale */
+    for (int t = 0; t < n; t += 16) /* a value's count is its unnormalized probability times its scale */
         EACH_HEAD {
             Floats e = f_first(exponential(f_sub(f_load(scores + g * room + t), highest[g])), n - t);
             sum[g] = f_add(sum[g], e);
@@ -145,7 +145,7 @@ static void attend_text(const Stack *s, const TextHead *h) {
             for (int j = 0; j < 16; j++) f_store(keys + t * padded + (i + j) * 16, x[j]);
         }
     for (int i = 0; i < n; i += QUERIES) {
-        int at[QUERIES]; /* the last token again and again, where there are fewer */
+        int at[QUERIES]; /* repeat the last token if there are fewer */
         const float *q[QUERIES];
         for (int a = 0; a < QUERIES; a++) {
             at[a] = i + a < n ? i + a : n - 1;

@@ -1,8 +1,8 @@
 /* Kernels for x86-64 CPUs with AVX2 and FMA.
  *
- * VPMADDUBSW multiplies unsigned by signed bytes and saturates sums of two products at 16 bits. Magnitudes of weights, up to
- * 128, times signed activations, up to 127, cannot reach that. So activations stay signed here, and take the signs of the
- * weights. Products with 16-bit numbers use VPMADDWD, whose sums are of 32 bits.
+ * VPMADDUBSW multiplies unsigned by signed bytes and saturates sums of two products at 16 bits. Magnitudes of weights (up to
+ * 128) times signed activations (up to 127) cannot reach that. So activations stay signed here, and are multiplied by the
+ * signs of the weights. Products with 16-bit numbers use VPMADDWD, which sums in 32 bits.
  *
  * Source: Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", VPMADDUBSW, VPSIGNB. */
 #include <immintrin.h>
@@ -90,12 +90,12 @@ INLINE Floats f_abs(Floats x) {
     return (Floats){_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
 INLINE __m256 eight_fraction(__m256 x) {
-    x = _mm256_max_ps(x, _mm256_set1_ps(-300.0f)); /* from minus infinity, nothing can be subtracted */
+    x = _mm256_max_ps(x, _mm256_set1_ps(-300.0f)); /* avoids subtracting from minus infinity */
     return _mm256_sub_ps(x, _mm256_floor_ps(x));
 }
 INLINE Floats f_fraction(Floats x) { return (Floats){eight_fraction(x.a), eight_fraction(x.b)}; }
 
-/* x 2^floor(y), in two factors: one could not express all powers, and only the last product may round. */
+/* x 2^floor(y), in two factors: one float cannot hold all powers, and only the last product may round. */
 INLINE __m256 eight_scale(__m256 x, __m256 y) {
     y = _mm256_max_ps(_mm256_min_ps(y, _mm256_set1_ps(252.0f)), _mm256_set1_ps(-252.0f));
     __m256i n = _mm256_cvtps_epi32(_mm256_floor_ps(y)), half = _mm256_srai_epi32(n, 1), one = _mm256_set1_epi32(127);
@@ -215,8 +215,8 @@ INLINE void i_put_every_fourth_byte(int8_t *to, Ints x, int place) {
 
 /* ---- linear layers ---- */
 
-/* Four bytes, again and again. Each ``use`` loads them anew: kept for the next vector, those of all rows would not fit the
- * registers beside the sums, and the compiler would store them. */
+/* Broadcast four bytes. Each ``use`` loads them again: all rows' bytes do not fit the registers beside the sums, and the
+ * compiler would spill them. */
 #define FOUR_BYTES(x, use) \
     ({ \
         __m256i v_; \
@@ -224,8 +224,8 @@ INLINE void i_put_every_fourth_byte(int8_t *to, Ints x, int place) {
         v_; \
     })
 
-/* A tile's columns, 8 to each of ``vectors`` vectors from the ``part``th on. ``ahead``: weights that are read next, ``apart``
- * bytes for each four inputs. */
+/* Compute a tile's columns, 8 for each of ``vectors`` vectors from ``part`` on. ``ahead``: weights to prefetch, ``apart``
+ * bytes apart for each four inputs. */
 INLINE void columns_int8(const int rows, const int vectors, int part, const int8_t *x, int64_t wide, const float *step,
                          const Linear *l, int first, int add, float *out, int64_t stride, const int8_t *ahead, int apart) {
     int quads = (l->in + 3) / 4, column = 8 * vectors * part;
@@ -296,24 +296,24 @@ INLINE void tile_float(const int rows, const float *x, int64_t wide, const Linea
     }
 }
 
-/* ---- a decoder's attention: four bytes of 4 vectors, widened to 16 bits, are a register ---- */
+/* ---- a decoder's attention: a register holds four bytes of 4 vectors, widened to 16 bits ---- */
 
-/* Four 16-bit numbers, again and again. */
+/* Broadcast four 16-bit numbers. */
 INLINE __m256i four_shorts(const void *x) {
     int64_t four;
     memcpy(&four, x, 8);
     return _mm256_set1_epi64x(four);
 }
 
-/* The sums of neighbours, of ``a`` and then of ``b``. */
+/* Sums of neighbours of ``a``, then of ``b``. */
 INLINE __m256i sum_pairs(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8); }
 
 typedef struct { int16_t v[256]; } Query;
 
 INLINE void put_query(Query *q, int i, Ints v) { i_put_shorts(q->v + i, v); }
 
-/* ``product[g]`` becomes a query's products with 16 keys, 128 x the query's sum too high: in heads of up to 256 values, sums
- * fit 32 bits. Values of the same positions are prefetched meanwhile. */
+/* Set ``product[g]`` to a query's products with 16 keys, too high by 128 x the query's sum. In heads of up to 256 values,
+ * sums fit 32 bits. Prefetches the values of the same positions. */
 INLINE void key_products(const int heads, const Query *q, const int8_t *keys, int64_t keys_apart, int padded,
                          const int8_t *values, int64_t values_apart, Floats *product) {
     for (int g = 0; g < heads; g++) {
@@ -332,15 +332,15 @@ INLINE void key_products(const int heads, const Query *q, const int8_t *keys, in
 
 #define COUNT_BYTES 4
 
-/* Of 16 counts, first the high bytes, then the low ones, 16 bits each. */
+/* Write the high bytes of 16 counts, then the low bytes, as 16 bits each. */
 INLINE void put_counts(uint8_t *p, Ints counts) {
     __m256i shorts = shorts_of(counts);
     _mm256_storeu_si256((__m256i *)p, _mm256_srli_epi16(shorts, 8));
     _mm256_storeu_si256((__m256i *)p + 1, _mm256_and_si256(shorts, _mm256_set1_epi16(0xff)));
 }
 
-/* Values times their counts, of ``part``, 16 values of a head. High and low bytes of counts are summed apart: in float32,
- * sums over many positions would otherwise be rounded differently. */
+/* Multiply values by counts for ``part``, 16 values of a head. High and low bytes of counts are summed separately, because
+ * in float32 sums over many positions would round differently. */
 INLINE void gather_part(const uint8_t *p, const int8_t *values, int padded, const int32_t *table, int64_t stride, int n,
                         float worth, float *out, int size) {
     __m256i h[4], l[4];
@@ -375,7 +375,7 @@ INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int 
 
 /* ---- a classifier's attention ---- */
 
-/* ``sums`` of ``rows`` rows, for 16 values of a head. */
+/* Compute ``sums`` of ``rows`` rows for 16 values of a head. */
 INLINE void sixteen_sums(const int rows, const int16_t *shares, int64_t keys, const int32_t *v, int padded, int64_t pairs,
                          Ints *sums) {
     __m256i s[MOST_ROWS][2];
@@ -394,12 +394,12 @@ INLINE void sixteen_sums(const int rows, const int16_t *shares, int64_t keys, co
     for (int r = 0; r < rows; r++) sums[2 * r] = (Ints){s[r][0], s[r][1]};
 }
 
-/* ``sum`` becomes shares times values, of 32 values of a head. */
+/* Set ``sum`` to shares times values, for 32 values of a head. */
 INLINE void value_sums(int rows, const int16_t *shares, int64_t keys, const int32_t *v, int padded, int64_t pairs,
                        Ints sum[MOST_ROWS][2]) {
     for (int j = 0; j < 2; j++)
         if (rows == 1) sixteen_sums(1, shares, keys, v + 16 * j, padded, pairs, &sum[0][j]);
-        else sixteen_sums(MOST_ROWS, shares, keys, v + 16 * j, padded, pairs, &sum[0][j]); /* some are not read */
+        else sixteen_sums(MOST_ROWS, shares, keys, v + 16 * j, padded, pairs, &sum[0][j]); /* unused rows are not read */
 }
 
 #include "table.h"

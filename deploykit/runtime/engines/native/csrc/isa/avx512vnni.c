@@ -42,7 +42,7 @@ INLINE Floats f_scale(Floats x, Floats y) { return _mm512_scalef_ps(x, y); }
 INLINE Floats f_lookup(const float *table, Ints i) { return _mm512_permutexvar_ps(i, _mm512_loadu_ps(table)); }
 INLINE uint32_t f_greater(Floats a, float b) { return _mm512_cmp_ps_mask(a, _mm512_set1_ps(b), _CMP_GT_OQ); }
 INLINE float f_highest(Floats x) { return _mm512_reduce_max_ps(x); }
-INLINE float f_sum(Floats x) { /* written out, so that the order is not the compiler's choice */
+INLINE float f_sum(Floats x) { /* explicit, so that the order does not depend on the compiler */
     __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -79,7 +79,7 @@ INLINE void f_transpose(__m512 x[16]) {
         y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
         y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4) /* of each quarter of places the one that the index says, four vectors */
+    for (int i = 0; i < 16; i += 4) /* select by index from each quarter, four vectors at a time */
         for (int j = 0; j < 2; j++) {
             __m512d a = _mm512_castps_pd(y[i + j]), b = _mm512_castps_pd(y[i + j + 2]);
             x[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
@@ -100,8 +100,8 @@ INLINE void f_transpose(__m512 x[16]) {
 
 /* ---- linear layers ---- */
 
-/* Sums begin below zero by what activations that are 128 too high add to them. ``ahead``: weights that are read next,
- * ``apart`` bytes for each four inputs. */
+/* Sums start from a negative offset, because activations are 128 too high. ``ahead``: weights to prefetch, ``apart`` bytes
+ * apart for each four inputs. */
 INLINE void tile_int8(const int rows, const uint8_t *x, int64_t wide, const float *step, const Linear *l, int first, int add,
                       float *out, int64_t stride, const int8_t *ahead, int apart) {
     int quads = (l->in + 3) / 4;
@@ -158,7 +158,7 @@ INLINE void tile_float(const int rows, const float *x, int64_t wide, const Linea
     }
 }
 
-/* ---- a decoder's attention: 16-bit queries and counts are split into bytes, for one VPDPBUSD each ---- */
+/* ---- a decoder's attention: 16-bit queries and counts are split into two bytes, with one VPDPBUSD each ---- */
 
 typedef struct { int8_t high[256], low[256]; } Query; /* 256 high + low */
 
@@ -167,8 +167,8 @@ INLINE void put_query(Query *q, int i, Ints v) {
     i_put_bytes(q->low + i, v);
 }
 
-/* ``product[g]`` becomes a query's products with 16 keys, 128 x the query's sum too high. Values of the same positions are
- * prefetched meanwhile. */
+/* Set ``product[g]`` to a query's products with 16 keys, too high by 128 x the query's sum. Prefetches the values of the
+ * same positions. */
 INLINE void key_products(const int heads, const Query *q, const int8_t *keys, int64_t keys_apart, int padded,
                          const int8_t *values, int64_t values_apart, Floats *product) {
     __m512i h[MOST_HEADS], l[MOST_HEADS];
@@ -192,13 +192,13 @@ INLINE void key_products(const int heads, const Query *q, const int8_t *keys, in
 
 #define COUNT_BYTES 2
 
-/* Of 16 counts, first the high bytes, then the low ones. */
+/* Write the high bytes of 16 counts, then the low bytes. */
 INLINE void put_counts(uint8_t *p, Ints counts) {
     i_put_bytes(p, _mm512_srli_epi32(counts, 8));
     i_put_bytes(p + 16, counts);
 }
 
-/* Values times their counts, of ``parts`` parts of 16 of a head. */
+/* Multiply values by counts, for ``parts`` parts of 16 values of a head. */
 INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int padded, const int32_t *table, int64_t stride,
                    int n, float worth, float *out, int size) {
     __m512i h[4], l[4];
@@ -224,10 +224,10 @@ INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int 
 
 /* ---- a classifier's attention ---- */
 
-/* ``sum`` becomes shares times values, of 32 values of a head. */
+/* Set ``sum`` to shares times values, for 32 values of a head. */
 INLINE void value_sums(int rows, const int16_t *shares, int64_t keys, const int32_t *v, int padded, int64_t pairs,
                        Ints sum[MOST_ROWS][2]) {
-    (void)rows; /* the others' shares are whatever they were: their sums are not read */
+    (void)rows; /* other rows have stale shares, but their sums are not read */
     for (int r = 0; r < MOST_ROWS; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
     for (int j = 0; j < pairs; j++, v += padded) {
         __m512i v0 = _mm512_load_si512(v), v1 = _mm512_load_si512(v + 16);

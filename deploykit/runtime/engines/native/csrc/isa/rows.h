@@ -1,6 +1,6 @@
-/* Kernels on rows of float32: quantization, norms, activations, embeddings; and the switch over a tile's rows. */
+/* Kernels on float32 rows (quantization, norms, activations, embeddings), and the switch over a tile's rows. */
 
-#define LEAST_GROUPS 3 /* that each prefetch some of the next panel: fewer would have to fetch faster than memory can */
+#define LEAST_GROUPS 3 /* that each prefetch part of the next panel: with fewer, memory is too slow */
 
 /* 2^x, with a relative error of 4e-6. */
 INLINE Floats power_of_two(Floats x) {
@@ -14,8 +14,8 @@ INLINE Floats power_of_two(Floats x) {
 
 INLINE Floats exponential(Floats x) { return power_of_two(f_mul(x, f_set(1.44269504f))); }
 
-/* The normal distribution less 1/2, for x from 0: around each multiple of 1/2 a polynomial of degree 4 through Chebyshev's
- * nodes, with an error of at most 1e-6. */
+/* The normal distribution minus 1/2, for x >= 0: a polynomial of degree 4 through Chebyshev nodes around each multiple of
+ * 1/2, with an error of at most 1e-6. */
 static const float NORMAL[5][16] = {
     {0.0f, 0.191462457f, 0.341344744f, 0.43319279f, 0.477249861f, 0.493790329f, 0.498650104f, 0.499767363f, 0.49996832f,
      0.499996603f, 0.499999702f, 0.49999997f, 0.5f, 0.5f, 0.5f, 0.5f},
@@ -33,7 +33,7 @@ static const float NORMAL[5][16] = {
 };
 
 INLINE Floats normal(Floats x) {
-    const Floats shift = f_set(6291456.0f); /* its last bit is worth 1/2 */
+    const Floats shift = f_set(6291456.0f); /* its last bit has the value 1/2 */
     Floats at = f_add(f_min(x, f_set(7.5f)), shift);
     Floats r = f_sub(x, f_sub(at, shift));
     Ints i = f_bits(at);
@@ -43,7 +43,7 @@ INLINE Floats normal(Floats x) {
 }
 
 INLINE Floats sigmoid(Floats x) {
-    Floats least = f_max(x, f_set(-88.0f)); /* below it the exponential is infinite */
+    Floats least = f_max(x, f_set(-88.0f)); /* below this the exponential is infinite */
     return f_div(f_set(1.0f), f_add(f_set(1.0f), power_of_two(f_mul(least, f_set(-1.44269504f)))));
 }
 

@@ -1,4 +1,4 @@
-/* Kernels in plain C: the reference that the other instruction sets must equal bit for bit. Slow. */
+/* Kernels in plain C: the slow reference, which other instruction sets must match bit for bit. */
 #include <math.h>
 #include <string.h>
 
@@ -49,7 +49,7 @@ INLINE float f_highest(Floats x) {
     EACH highest = highest > x.v[i] ? highest : x.v[i];
     return highest;
 }
-INLINE float f_sum(Floats x) { /* halves onto each other: the order of all sums over lanes */
+INLINE float f_sum(Floats x) { /* add the upper half to the lower, and repeat: the order of all sums over lanes */
     for (int width = 8; width; width /= 2)
         for (int i = 0; i < width; i++) x.v[i] += x.v[i + width];
     return x.v[0];
@@ -127,7 +127,7 @@ typedef struct { int16_t v[256]; } Query;
 
 INLINE void put_query(Query *q, int i, Ints v) { i_put_shorts(q->v + i, v); }
 
-/* ``product[g]`` becomes a query's products with 16 keys, 128 x the query's sum too high. */
+/* Set ``product[g]`` to a query's products with 16 keys, too high by 128 x the query's sum. */
 INLINE void key_products(const int heads, const Query *q, const int8_t *keys, int64_t keys_apart, int padded,
                          const int8_t *values, int64_t values_apart, Floats *product) {
     (void)values, (void)values_apart;
@@ -144,8 +144,8 @@ INLINE void key_products(const int heads, const Query *q, const int8_t *keys, in
 
 INLINE void put_counts(uint8_t *p, Ints counts) { i_put_shorts(p, counts); }
 
-/* Values times their counts, of ``parts`` parts of 16 of a head. High and low bytes of counts are summed apart: in float32,
- * sums over many positions would otherwise be rounded differently. */
+/* Multiply values by counts, for ``parts`` parts of 16 values of a head. High and low bytes of counts are summed separately,
+ * because in float32 sums over many positions would round differently. */
 INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int padded, const int32_t *table, int64_t stride,
                    int n, float worth, float *out, int size) {
     int32_t h[64] = {0}, l[64] = {0};
@@ -164,7 +164,7 @@ INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int 
 
 /* ---- a classifier's attention ---- */
 
-/* ``sum`` becomes shares times values, of 32 values of a head. */
+/* Set ``sum`` to shares times values, for 32 values of a head. */
 INLINE void value_sums(int rows, const int16_t *shares, int64_t keys, const int32_t *v, int padded, int64_t pairs,
                        Ints sum[MOST_ROWS][2]) {
     for (int r = 0; r < rows; r++)

@@ -1,17 +1,17 @@
-/* Which of 16 positions lie in which slot of a decoder's cache. */
+/* Find the slots of 16 positions in a decoder's cache. */
 
-/* A mask of the first ``left`` of 16. */
+/* Return a mask of the first ``left`` of 16. */
 INLINE uint32_t tail(int left) { return left >= 16 ? 0xffff : left > 0 ? (1u << left) - 1 : 0; }
 
-/* The slot of the first of the positions ``left``, a mask of 16; ``its`` becomes the mask of those in the same slot. */
+/* Return the slot of the first position in ``left``, a mask of 16; set ``its`` to the mask of positions in that slot. */
 INLINE int64_t slot_of(const int32_t *table, uint32_t left, uint32_t *its) {
     int slot = table[__builtin_ctz(left)];
     *its = left & i_equal(table, slot);
     return slot;
 }
 
-/* For the 16 positions from ``t``, once for each slot that they lie in (without a table there is one): ``its``, the mask of
- * its positions, and ``from``, where the first of the 16 would lie. */
+/* Loop over the slots of the 16 positions from ``t`` on (one slot without a table). ``its`` is the mask of the slot's
+ * positions, ``from`` the position that the first of the 16 would have in the slot. */
 #define EACH_SLOT(t) \
     for (uint32_t left = tail(n - (t)), its = left; left; left &= ~its) \
         for (int64_t from = (t) + (table ? slot_of(table + (t), left, &its) * stride : 0), once = 1; once; once = 0)

@@ -1,7 +1,7 @@
-/* The kernels that each instruction set makes of its own operations, and their table, ``TABLE``.
+/* The kernels, built from the operations of an instruction set, and their table ``TABLE``.
  *
  * The file that includes this one defines:
- * - Floats and Ints, 16 float32 or int32 values, and the operations f_* and i_* on them, as scalar.c writes them out;
+ * - Floats and Ints, 16 float32 or int32 values, and the operations f_* and i_* on them, as in scalar.c;
  * - ZERO, tile_int8, tile_float: products of linear layers;
  * - Query, put_query, key_products, COUNT_BYTES, put_counts, gather: products of a decoder's attention;
  * - value_sums: products of a classifier's attention. */

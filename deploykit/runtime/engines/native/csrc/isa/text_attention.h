@@ -36,7 +36,7 @@ static void take_head(Attention *h, const Stack *s, const float *key, const floa
     }
 }
 
-/* Turn ``scores``, exponents of 2, into shares, the highest of which is 2^``most``; return their sum. */
+/* Convert ``scores``, exponents of 2, to shares of at most 2^``most``. Returns their sum. */
 INLINE int take_shares(float *scores, int16_t *shares, int n, float most) {
     Floats highest = f_set(-INFINITY);
     Ints sum = i_zero();
