@@ -20,7 +20,12 @@ from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.predictor import load_generator
 
 PYTHON = Path(os.environ.get("OPTIMUM_VENV", "/tmp/deploykit-optimum")) / "bin" / "python"
-FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "mistral", "phi3", "smollm3", "qwen2", "gemma2")
+# optimum-onnx 0.1 makes empty caches from the config, and takes no head size for Qwen3 and no number of key heads for Phi-3.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen3": {"head_dim": 16}, "gemma3_text": {}, "gpt2": {}, "mistral": {}, "phi3": {"num_key_value_heads": 4},
+    "smollm3": {}, "qwen2": {}, "gemma2": {},
+}  # fmt: skip
+"""Families that both tools open, with the settings that they need."""
 TOKENS = 24
 pytestmark = pytest.mark.skipif(
     not PYTHON.is_file(), reason=f"no {PYTHON}: `make interop` makes that environment, from a package registry"
@@ -62,7 +67,8 @@ print(json.dumps(answers))
 @pytest.fixture(scope="module", params=FAMILIES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    checkpoint = write_checkpoint(folder / "checkpoint", request.param, template=CHATML)
+    name = request.param
+    checkpoint = write_checkpoint(folder / "checkpoint", name, template=CHATML, **FAMILIES[name])
     options = ExportOptions(int8=True, int4=True, data=str(write_rows(folder / "rows.jsonl")), max_drop=100)
     return export(checkpoint, folder / "export", options, say=lambda line: None).path
 
@@ -70,6 +76,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("script", [pytest.param(_OPTIMUM, id="optimum"), pytest.param(_GENAI, id="onnxruntime-genai")])
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_another_tool_opens_an_export_and_gives_the_same_tokens(exported: Path, script: str, precision: Any) -> None:
+    if script is _GENAI and "gpt2" in str(exported):
+        assert not (exported / "genai_config.json").exists()
+        pytest.skip("onnxruntime-genai wants other caches for GPT-2")
     file = LANGUAGE_MODEL_FILES[precision][0]
     task = load_manifest(exported, "export").task
     generator = load_generator(exported, task, file, 1)

@@ -13,10 +13,10 @@ from deploykit.graphs.causal_architecture import CausalArchitecture
 from deploykit.tasks.text_generation.facts import TextGeneration
 
 _TYPES = {
-    "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text", "gpt2": "gpt2", "llama": "llama", "mistral": "mistral", "phi3": "phi3",
+    "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text", "llama": "llama", "mistral": "mistral", "phi3": "phi3",
     "qwen2": "qwen2", "qwen3": "qwen3", "smollm3": "smollm3",
 }  # fmt: skip
-"""Model type of transformers -> that of onnxruntime-genai. It runs no GPT-NeoX."""
+"""Model type of transformers -> that of onnxruntime-genai. It knows no GPT-NeoX, and wants other caches for GPT-2."""
 
 
 def write_genai_config(
