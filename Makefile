@@ -39,13 +39,11 @@ test: $(READY)
 
 OPTIMUM_VENV ?= /tmp/deploykit-optimum
 LLAMA_VENV ?= /tmp/deploykit-llama
-# Its native build fails on CPUs with AMX, at the first INT8 product.
-LLAMA_BUILD := -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
 interop: $(READY)
 	@test -x $(OPTIMUM_VENV)/bin/python || ($(BIN)/python -m venv $(OPTIMUM_VENV) && \
 	  $(OPTIMUM_VENV)/bin/pip install --quiet 'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6')
-	@test -x $(LLAMA_VENV)/bin/python || ($(BIN)/python -m venv $(LLAMA_VENV) && CMAKE_ARGS="$(LLAMA_BUILD)" \
-	  $(LLAMA_VENV)/bin/pip install --quiet --no-binary llama-cpp-python 'llama-cpp-python==0.3.36')
+	@test -x $(LLAMA_VENV)/bin/python || ($(BIN)/python -m venv $(LLAMA_VENV) && \
+	  $(LLAMA_VENV)/bin/pip install --quiet 'xllamacpp==2026.10.11549')
 	@OPTIMUM_VENV=$(OPTIMUM_VENV) LLAMA_VENV=$(LLAMA_VENV) $(BIN)/python -m pytest tests/integration/test_optimum.py \
 	  tests/integration/test_llama_cpp.py
 

@@ -29,6 +29,7 @@ _PATTERNS: Mapping[str, str] = {
     f"{_CONTRACTIONS}\\p{{N}}{_REST}": "qwen2",
 }
 """Regular expression of a pre-tokenizer -> its name in llama.cpp."""
+_QWEN3_HEAD = 128
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
 
@@ -61,6 +62,11 @@ def check_gguf(config: Any, name: str) -> None:
     if kind in _PAIRED_ROPE and (config.attention_bias or config.mlp_bias):
         # transformers, which reads the file back, leaves them out.
         raise ExportError(f"{name}: --gguf does not support biases of {kind}'s linear layers", "leave --gguf out")
+    if kind == "qwen3" and config.head_dim != _QWEN3_HEAD:
+        raise ExportError(
+            f"{name}: --gguf does not support heads of {config.head_dim} channels in qwen3: transformers reads {_QWEN3_HEAD}",
+            "leave --gguf out",
+        )
     if config.hidden_act != "silu":
         raise ExportError(f"{name}: --gguf does not support the activation {config.hidden_act!r}", "leave --gguf out")
 
@@ -225,4 +231,5 @@ def _rope_factors(model: Any) -> NDArray[np.float32] | None:
     scaled = model.model.rotary_emb.inv_freq.detach().float().numpy()
     size = 2 * len(scaled)
     plain = rope["rope_theta"] ** -(np.arange(0, size, 2, dtype=np.float64) / size)
-    return (plain / scaled).astype(np.float32)
+    factors: NDArray[np.float32] = (plain / scaled).astype(np.float32)
+    return factors

@@ -25,8 +25,9 @@ section { background: var(--card); border: 1px solid var(--faint); border-radius
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 th:first-child, td:first-child { min-width: 9rem; }
+.words th, .words td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; }
 .words th { width: 11rem; vertical-align: top; font-weight: 500; color: var(--soft); }
 thead th { color: var(--soft); font-weight: 600; }
 small { display: block; color: var(--soft); font-size: .8em; }
@@ -71,11 +72,12 @@ def warning_box(warnings: Iterable[str]) -> str:
     return f'<section class="warning"><h2>Read with care</h2><ul>{items}</ul></section>' if items else ""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Render a table; ``rows`` contain HTML."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
+    """Render a table; ``rows`` contain HTML: numbers on the right, or ``words`` on the left with their line breaks."""
     top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    kind = ' class="words"' if words else ""
+    return f"<table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def word_table(pairs: Sequence[tuple[str, str]]) -> str:

@@ -55,6 +55,7 @@ def test_llama_3s_rope_scaling_is_written_as_factors(tmp_path: Path) -> None:
         ("mistral", "a sliding window"),
         ("llama yarn", "RoPE scaling 'yarn'"),
         ("llama linear", "biases"),
+        ("qwen3", "heads of 32 channels"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, told: str) -> None:

@@ -79,13 +79,8 @@ def _samples(samples: Sequence[Mapping[str, str]]) -> list[str]:
     if not samples:
         return []
     names = ("prompt", "reference", "before", "answer")
-    body = table(names, [[_text(sample.get(name, "")) for name in names] for sample in samples])
+    body = table(names, [[escape(sample.get(name, "")) for name in names] for sample in samples], words=True)
     return [section("Held-out rows before and after", "", body)]
-
-
-def _text(text: str) -> str:
-    style = "min-width: 10rem; overflow-wrap: anywhere; text-align: left; white-space: pre-wrap"
-    return f'<div style="{style}">{escape(text)}</div>'
 
 
 def _quantization(export: Mapping[str, Any]) -> list[str]:

@@ -161,7 +161,8 @@ def train(
         model.enable_input_require_grads()
     arguments = trainer.arguments(
         options, len(batches), work / "trainer", neftune_noise_alpha=options.neftune_noise_alpha or None,
-        eval_on_start=True,
+        # A run that is taken up again has been evaluated there, and early stopping has counted it.
+        eval_on_start=not any((work / "trainer").glob("checkpoint-*")),
     )  # fmt: skip
     sft = SftTrainer(
         model=trained,

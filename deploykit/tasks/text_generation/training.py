@@ -135,13 +135,13 @@ class TextGenerationStage:
             f"{sum(int(row.supervised.sum()) for row in train_set):,} supervised; validating on {len(validation):,}"
         )
         questions = asked["validation"].some(_ANSWERED)
-        answers = Answers(
+        while_training = Answers(
             [row.prompt for row in questions.rows if row.text is None],
             lambda model: self._answers(TorchGenerator(model, tokenizer, facts), questions),
             work / "answers.json",
             say,
         )
-        model, history = train(model, train_set, validation, facts, options, work, say, answers)
+        model, history = train(model, train_set, validation, facts, options, work, say, while_training)
         generator = TorchGenerator(model, tokenizer, facts)
         say("measuring on the held-out rows")
         metrics: dict[str, Any] = {}
