@@ -4,13 +4,14 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-translation test interop bench lint check docs clean
+.PHONY: help setup demo demo-translation demo-generation test interop bench lint check docs clean
 
 help:
 	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
 	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
+	@echo "make demo-generation   fine-tune a small language model to write shell commands, to INT8 (half an hour)"
 	@echo "make test   all tests that need no GPU"
-	@echo "make interop   open exports in optimum-onnx and onnxruntime-genai, in an environment of its own (minutes)"
+	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, in environments of their own (minutes)"
 	@echo "make bench  measure both demos' models against other tools, on a quiet machine (an hour)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
@@ -29,15 +30,23 @@ demo: $(READY)
 demo-translation: $(READY)
 	@$(BIN)/deploykit demo --recipe translation --output-dir demo
 
+demo-generation: $(READY)
+	@$(BIN)/deploykit demo --recipe generation --output-dir demo
+
 test: $(READY)
 	@bash setup.sh --browser
 	@$(BIN)/python -m pytest
 
 OPTIMUM_VENV ?= /tmp/deploykit-optimum
+LLAMA_VENV ?= /tmp/deploykit-llama
 interop: $(READY)
 	@test -x $(OPTIMUM_VENV)/bin/python || ($(BIN)/python -m venv $(OPTIMUM_VENV) && \
-	  $(OPTIMUM_VENV)/bin/pip install --quiet 'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6' 'onnxruntime-genai==0.18.0' sentencepiece)
-	@OPTIMUM_VENV=$(OPTIMUM_VENV) $(BIN)/python -m pytest tests/integration/test_optimum.py tests/integration/test_language_model_interop.py
+	  $(OPTIMUM_VENV)/bin/pip install --quiet 'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6' \
+	  'onnxruntime-genai==0.18.0' sentencepiece)
+	@test -x $(LLAMA_VENV)/bin/python || ($(BIN)/python -m venv $(LLAMA_VENV) && \
+	  $(LLAMA_VENV)/bin/pip install --quiet 'xllamacpp==2026.10.11549')
+	@OPTIMUM_VENV=$(OPTIMUM_VENV) LLAMA_VENV=$(LLAMA_VENV) $(BIN)/python -m pytest tests/integration/test_optimum.py \
+	  tests/integration/test_language_model_interop.py tests/integration/test_llama_cpp.py
 
 bench: $(READY)
 	@$(BIN)/python bench/articles.py

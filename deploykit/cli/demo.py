@@ -7,29 +7,28 @@ import click
 from deploykit.cli.common import MODEL_REPOSITORY_HELP, Result, deploykit_command, option, say
 from deploykit.text_table import text_table
 
-_COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("BLEU", 2), "chrf": ("chrF", 2),
+_COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("BLEU", 2), "exact_match": ("exact match", 3), "first_word": ("first word", 3), "chrf": ("chrF", 2),
             "p50_ms": ("p50 ms", 2), "p99_ms": ("p99 ms", 2), "sentences_per_s": ("sentences/s", 0),
             "size_mb": ("size MB", 1), "memory_mb": ("memory MB", 0)}  # fmt: skip
 
 
-@deploykit_command(help="Run all stages on real data, to a served and measured INT8 classifier or translator.")
-@click.option("--recipe", type=click.Choice(["sentiment", "translation"]), default="sentiment", show_default=True,
+@deploykit_command(help="Run all stages on real data, to a measured INT8 classifier, translator or language model.")
+@click.option("--recipe", type=click.Choice(["sentiment", "translation", "generation"]), default="sentiment", show_default=True,
               help="Demo to run.")  # fmt: skip
 @option("--output-dir", "out", aliases=["--out"], type=click.Path(path_type=Path), default=Path("demo"), show_default=True,
         help="Folder to write to.")  # fmt: skip
 @option("--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),
         show_default="OUTPUT_DIR/model_repository", help=MODEL_REPOSITORY_HELP)  # fmt: skip
 @option("--max-train-samples", "max_rows", aliases=["--max-rows"], type=int,
-        show_default="8000 tweets; all translations", help="Maximum training rows; 0: all.")  # fmt: skip
+        show_default="8000 tweets; otherwise all", help="Maximum training rows; 0: all.")  # fmt: skip
 def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None) -> Result:
-    from deploykit.demo import check_dependencies, run_demo, sentiment, translation
+    from deploykit.demo import check_dependencies, generation, run_demo, sentiment, translation
 
     check_dependencies()
-    chosen = (
-        sentiment(out, max_rows=8_000 if max_rows is None else max_rows, say=say)
-        if recipe == "sentiment"
-        else translation(out, max_rows=max_rows or 0, say=say)
-    )
+    if recipe == "sentiment":
+        chosen = sentiment(out, max_rows=8_000 if max_rows is None else max_rows, say=say)
+    else:
+        chosen = {"translation": translation, "generation": generation}[recipe](out, max_rows=max_rows or 0, say=say)
     result = run_demo(chosen, out, repository or out / "model_repository", say=say)
     columns = {key: shown for key, shown in _COLUMNS.items() if key in result["table"][0]}
     rows = (

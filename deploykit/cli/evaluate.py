@@ -18,6 +18,7 @@ from deploykit.cli.common import (
     progress_bar,
     refuse_columns,
 )
+from deploykit.tasks.text_generation.syntax import SYNTAXES
 
 
 @deploykit_command(
@@ -28,7 +29,7 @@ from deploykit.cli.common import (
               "TMX, .po, .mo, or two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
 @column_options()
 @click.option("--answer-regex", help="Compare only the last match of this (its first group) in generated answers.")
-@click.option("--syntax", type=click.Choice(["bash", "python", "json"]), help="Count the generated answers that parse.")
+@click.option("--syntax", type=click.Choice(SYNTAXES), help="Count the generated answers that parse.")
 @option(
     "--dataset-split", "split", aliases=["--split"], default="test", show_default=True, help="Split of an HF dataset."
 )

@@ -25,6 +25,7 @@ from deploykit.cli.common import (
     with_calibration,
 )
 from deploykit.errors import UsageError
+from deploykit.graphs.gguf_file import GGUF_TYPES
 from deploykit.tensorrt.build import BUILDERS, GPU, PRECISIONS, EngineOptions, profiles_of_shapes, workspace_of_pools
 
 _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
@@ -35,6 +36,12 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @OUTPUT_DIR
 @click.option("--int8", is_flag=True, help="Also write INT8 graphs, calibrated and checked.")
 @click.option("--int4", is_flag=True, help="Also write the linear layers of a language model in INT4.")
+@click.option(
+    "--gguf",
+    multiple=True,
+    type=click.Choice(GGUF_TYPES),
+    help="Also write a language model as GGUF, for llama.cpp; repeat.",
+)
 @CALIBRATION_SPLIT
 @CALIBRATION_DATA
 @click.option("--calib", help="Folder of a calibration that deploykit calibrate wrote, in place of calibrating.")
@@ -95,7 +102,9 @@ def command(
     done = export(checkpoint, out, options, force=force, say=say)
     metrics = done.manifest.metrics
     sizes = {
-        n: r.bytes for n, r in done.manifest.files.items() if n.endswith((".onnx", ".bin", ".safetensors", ".engine"))
+        n: r.bytes
+        for n, r in done.manifest.files.items()
+        if n.endswith((".onnx", ".onnx_data", ".bin", ".safetensors", ".engine", ".gguf"))
     }
     record: dict[str, Any] = {
         "out": str(out),

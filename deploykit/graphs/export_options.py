@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deploykit import artifacts
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
+from deploykit.graphs.gguf_file import GGUF_TYPES
 from deploykit.quantization.calibration import METHODS, Method
 from deploykit.quantization.grading import Grader
 from deploykit.quantization.tables import render
@@ -70,11 +71,13 @@ class ExportOptions(CalibrationOptions):
     """``calib`` is the folder of a calibration that ``deploykit calibrate`` wrote. ``data`` is a file of rows to
     measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
     ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language model's perplexity.
-    ``int4`` is for language models. ``smooth_quant`` is SmoothQuant's alpha (None: without). ``trt``: also build TensorRT
-    engines. ``optimum``: also write a translator's graphs as optimum lays them out."""
+    ``int4`` and ``gguf`` (types of weights, ``GGUF_TYPES``) are for language models. ``smooth_quant`` is SmoothQuant's
+    alpha (None: without). ``trt``: also build TensorRT engines. ``optimum``: also write a translator's graphs as optimum
+    lays them out."""
 
     int8: bool = False
     int4: bool = False
+    gguf: tuple[str, ...] = ()
     calib: str | None = None
     method: Method = "minmax"
     max_drop: float = 0.5
@@ -96,6 +99,9 @@ class ExportOptions(CalibrationOptions):
         super().check()
         if self.method not in METHODS:
             raise UsageError(f"unknown --method {self.method!r}", f"choose one of: {', '.join(METHODS)}")
+        for kind in self.gguf:
+            if kind not in GGUF_TYPES:
+                raise UsageError(f"--gguf is {kind!r}", f"choose from: {', '.join(GGUF_TYPES)}")
         if self.measure_rows < 0:
             raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
         if self.calib is not None:

@@ -25,7 +25,7 @@ Record = Mapping[str, Any]
 
 MAX_MATRICES = 12
 NOTHING = "–"
-_INK, _FAINT = "#010203", "#010204"  # placeholders, replaced by the page's colours
+INK, _FAINT = "#010203", "#010204"  # placeholders, replaced by the page's colours
 COLOURS = (
     "#2f6fed",
     "#e8710a",
@@ -45,7 +45,7 @@ _RC = {
     "axes.axisbelow": True,
     "axes.edgecolor": _FAINT,
     "axes.grid": True,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.constrained_layout.use": True,
@@ -57,10 +57,10 @@ _RC = {
     "legend.frameon": False,
     "savefig.transparent": True,
     "svg.fonttype": "none",
-    "text.color": _INK,
+    "text.color": INK,
     "text.parse_math": False,  # a label may contain a dollar sign
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -95,8 +95,8 @@ def throughput_bars(result: Record) -> str | None:
                     continue
                 middle = spread["median"]
                 reach = [[middle - spread["min"]], [spread["max"] - middle]]
-                axes.barh(i, middle, 0.6, color=_colour(i))
-                axes.errorbar(middle, i, xerr=reach, color=_INK, linewidth=1.2, capsize=3)
+                axes.barh(i, middle, 0.6, color=colour_of(i))
+                axes.errorbar(middle, i, xerr=reach, color=INK, linewidth=1.2, capsize=3)
                 at, text = (spread["max"], i), number(middle)
                 axes.annotate(text, at, (5, 0), textcoords="offset points", va="center", fontsize=9)
             axes.set_title(scenario["name"], fontsize=11)
@@ -111,7 +111,7 @@ def throughput_bars(result: Record) -> str | None:
         figure.supxlabel(unit, fontsize=11)
         figure.get_layout_engine().set(hspace=0.1)
 
-    return _svg("bars", draw, (2.6 + 2.5 * columns, rows * (0.9 + 0.34 * len(candidates)) + 0.3))
+    return to_svg("bars", draw, (2.6 + 2.5 * columns, rows * (0.9 + 0.34 * len(candidates)) + 0.3))
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def scaling(axis: str, lines: Sequence[Scaling]) -> str:
                     [spread["median"] - spread["min"] for _, spread in points],
                     [spread["max"] - spread["median"] for _, spread in points],
                 ]
-                style = {"color": _colour(i), "marker": _marker(i), "linewidth": 1.8, "capsize": 3}
+                style = {"color": colour_of(i), "marker": _marker(i), "linewidth": 1.8, "capsize": 3}
                 label = shown(line.name) if axes is left else None
                 axes.errorbar([x for x, _ in points], middle, yerr=reach, label=label, **style)
             axes.set_xscale("log", base=2)
@@ -162,9 +162,9 @@ def scaling(axis: str, lines: Sequence[Scaling]) -> str:
         right.set_yscale("log")
         figure.get_layout_engine().set(wspace=0.06)
         _plain_log(right.yaxis)
-        _legend(figure)
+        add_legend(figure)
 
-    return _svg(f"scaling-{axis}", draw, (9.0, 4.2))
+    return to_svg(f"scaling-{axis}", draw, (9.0, 4.2))
 
 
 def latency_distribution(result: Record, scenario: str) -> str | None:
@@ -181,13 +181,13 @@ def latency_distribution(result: Record, scenario: str) -> str | None:
         axes = figure.subplots()
         for i, name, histogram in curves:
             share = np.concatenate(([0.0], np.cumsum(histogram["counts"]))) / sum(histogram["counts"])
-            axes.plot(histogram["edges_ms"], 100 * share, color=_colour(i), linewidth=2, label=shown(name))
+            axes.plot(histogram["edges_ms"], 100 * share, color=colour_of(i), linewidth=2, label=shown(name))
         axes.set_xscale("log")
         _plain_log(axes.xaxis)
         axes.set(xlabel="latency, ms (log scale)", ylabel="requests answered within, %", ylim=(0, 101))
-        _legend(figure)
+        add_legend(figure)
 
-    return _svg("latency", draw)
+    return to_svg("latency", draw)
 
 
 def throughput_latency(result: Record) -> str | None:
@@ -209,10 +209,10 @@ def throughput_latency(result: Record) -> str | None:
                 y = [s["latency_ms"]["p99"]["median"] for s in points]
                 hollow = {"markerfacecolor": "none", "markersize": 9} if points is random else {}
                 label = None if points is random and closed else shown(candidate["name"])
-                axes.plot(x, y, style, color=_colour(i), linewidth=1.5, label=label, clip_on=False, **hollow)
+                axes.plot(x, y, style, color=colour_of(i), linewidth=1.5, label=label, clip_on=False, **hollow)
             for s in closed:
                 at = (s["throughput_per_s"]["median"], s["latency_ms"]["p99"]["median"])
-                numbers.append((str(s["scenario"]["concurrency"]), at, _colour(i)))
+                numbers.append((str(s["scenario"]["concurrency"]), at, colour_of(i)))
         for limit in {s["scenario"].get("limit_ms") for c in result["candidates"] for s in c["scenarios"]} - {None}:
             axes.axhline(limit, color="grey", linestyle=":", linewidth=1.4)
             at = (1, limit)
@@ -226,11 +226,11 @@ def throughput_latency(result: Record) -> str | None:
         axes.set(xlabel="successful requests per second", ylabel="p99 latency, ms (log scale)")
         axes.margins(y=0.12)
         _write_beside(axes, numbers)
-        _legend(figure)
+        add_legend(figure)
 
     if not any(s["latency_ms"]["p99"] for c in result["candidates"] for s in c["scenarios"]):
         return None
-    return _svg("throughput", draw)
+    return to_svg("throughput", draw)
 
 
 def accuracy_speed(result: Record) -> str | None:
@@ -247,7 +247,7 @@ def accuracy_speed(result: Record) -> str | None:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for i, name, x, y in points:
-            axes.plot([x], [y], _marker(i), color=_colour(i), markersize=10, label=shown(name))
+            axes.plot([x], [y], _marker(i), color=colour_of(i), markersize=10, label=shown(name))
         values = [y for *_, y in points]
         # Show at least two points: zoomed in further, noise would look like a difference.
         point = 1.0 / points_of(metric)
@@ -255,9 +255,9 @@ def accuracy_speed(result: Record) -> str | None:
         axes.set_ylim(middle - half, middle + half)
         axes.set_xlim(0, 1.15 * max(x for _, _, x, _ in points) or 1)
         axes.set(xlabel="successful requests per second", ylabel=title_of(metric))
-        _legend(figure)
+        add_legend(figure)
 
-    return _svg("accuracy", draw)
+    return to_svg("accuracy", draw)
 
 
 def confusion(candidate: Record) -> str | None:
@@ -283,7 +283,7 @@ def confusion(candidate: Record) -> str | None:
             figure.supxlabel("answer", fontsize=11)
             figure.supylabel("truth", fontsize=11)
 
-        return _svg("confusion", draw_small, (1.9 * columns + 0.6, 1.9 * rows + 0.6))
+        return to_svg("confusion", draw_small, (1.9 * columns + 0.6, 1.9 * rows + 0.6))
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -291,7 +291,7 @@ def confusion(candidate: Record) -> str | None:
         axes.set(xlabel="answer", ylabel="truth")
 
     side = min(12.0, 2.4 + 0.75 * len(matrix))
-    return _svg("confusion", draw, (side + 1.0, side))
+    return to_svg("confusion", draw, (side + 1.0, side))
 
 
 def stages(result: Record) -> str | None:
@@ -305,7 +305,7 @@ def stages(result: Record) -> str | None:
         left = np.zeros(len(counted))
         for i, stage in enumerate(counted[0][1]):
             share = np.array([100 * seconds[stage] / sum(seconds.values()) for _, seconds in counted])
-            axes.barh(range(len(counted)), share, 0.6, left, color=_colour(i), label=stage)
+            axes.barh(range(len(counted)), share, 0.6, left, color=colour_of(i), label=stage)
             for row, (begin, width) in enumerate(zip(left, share)):
                 if width >= 5:  # numbers in narrower bars would overlap
                     axes.text(
@@ -316,9 +316,9 @@ def stages(result: Record) -> str | None:
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         axes.set(xlabel="share of the time, %", xlim=(0, 100))
-        _legend(figure)
+        add_legend(figure)
 
-    return _svg("stages", draw, (8.0, 1.6 + 0.42 * len(counted)))
+    return to_svg("stages", draw, (8.0, 1.6 + 0.42 * len(counted)))
 
 
 def memory_size(result: Record) -> str | None:
@@ -333,7 +333,7 @@ def memory_size(result: Record) -> str | None:
             (left, [memory for _, memory, _ in bars], "peak memory, MB"),
             (right, [size for *_, size in bars], "size of the graph, MB"),
         ):
-            axes.barh(range(len(bars)), [v or 0 for v in values], 0.6, color=[_colour(i) for i in range(len(bars))])
+            axes.barh(range(len(bars)), [v or 0 for v in values], 0.6, color=[colour_of(i) for i in range(len(bars))])
             for i, value in enumerate(values):
                 text = f"{value:,.0f}" if value else "not known"
                 axes.annotate(text, (value or 0, i), (4, 0), textcoords="offset points", va="center", fontsize=10)
@@ -345,7 +345,7 @@ def memory_size(result: Record) -> str | None:
         left.set_yticks(range(len(bars)), [shown(name) for name, _, _ in bars])
         left.invert_yaxis()
 
-    return _svg("memory", draw, (9.0, 1.3 + 0.42 * len(bars)))
+    return to_svg("memory", draw, (9.0, 1.3 + 0.42 * len(bars)))
 
 
 def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]]) -> str:
@@ -360,12 +360,12 @@ def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, flo
             for i, (engine, found) in enumerate(searches.items()):
                 trials = sorted(found["trials"], key=lambda trial: trial["kept"])
                 points = [trial["kept"] for trial in trials], [trial["metrics"][metric] for trial in trials]
-                axes.plot(*points, f"-{_marker(i)}", color=_colour(i), label=shown(engine) if named else None)
+                axes.plot(*points, f"-{_marker(i)}", color=colour_of(i), label=shown(engine) if named else None)
             axes.xaxis.set_major_locator(_locator(8))
             axes.set(xlabel="parts left in fp32", ylabel=title_of(metric))
-        _legend(figure)
+        add_legend(figure)
 
-    return _svg("search", draw)
+    return to_svg("search", draw)
 
 
 def frontier(tuning: Record) -> str:
@@ -386,7 +386,7 @@ def frontier(tuning: Record) -> str:
                 points = [t for t in of_graph if t["holds"] is holds]
                 label = shown(" ".join(graph) + ("" if holds else ", outside the limits")) if points else None
                 x, y = [t["memory_mb"] for t in points], [t["rate_per_s"] or 0.0 for t in points]
-                axes.plot(x, y, style, color=_colour(i), markersize=7, label=label, clip_on=False)
+                axes.plot(x, y, style, color=colour_of(i), markersize=7, label=label, clip_on=False)
         best: list[Record] = []
         for trial in sorted((t for t in trials if t["holds"]), key=lambda t: (t["memory_mb"], -t["rate_per_s"])):
             if not best or trial["rate_per_s"] > best[-1]["rate_per_s"]:
@@ -395,10 +395,10 @@ def frontier(tuning: Record) -> str:
         axes.step(*line, where="post", color="grey", linewidth=1.2, label="frontier", zorder=1)
         if present["memory_mb"] is not None:
             at = [present["memory_mb"]], [present["rate_per_s"] or 0.0]
-            ring = {"color": _INK, "markersize": 15, "markerfacecolor": "none", "clip_on": False}
+            ring = {"color": INK, "markersize": 15, "markerfacecolor": "none", "clip_on": False}
             axes.plot(*at, "o", label="served at present", **ring)
         at = [chosen["memory_mb"]], [chosen["rate_per_s"]]
-        axes.plot(*at, "*", color=_colour(len(graphs)), markersize=17, label="chosen", clip_on=False)
+        axes.plot(*at, "*", color=colour_of(len(graphs)), markersize=17, label="chosen", clip_on=False)
         if tuning["max_memory_mb"] is not None:
             axes.axvline(
                 tuning["max_memory_mb"], color="grey", linestyle=":", linewidth=1.4, label="most memory allowed"
@@ -408,9 +408,9 @@ def frontier(tuning: Record) -> str:
         title = f"requests per second, {slo['figure']} within {slo['limit_ms']:g} ms"
         axes.set(xlabel="memory of the server, MB", ylabel=title)
         axes.margins(x=0.08)
-        _legend(figure)
+        add_legend(figure)
 
-    return _svg("frontier", draw, (8.0, 5.2))
+    return to_svg("frontier", draw, (8.0, 5.2))
 
 
 def generates(result: Record) -> bool:
@@ -450,7 +450,7 @@ def apart(html: str, name: str) -> str:
     return re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{name}-", html)
 
 
-def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.0, 4.6)) -> str:
+def to_svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.0, 4.6)) -> str:
     """Draw a figure. ``name`` makes its ids unique on the page."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -465,7 +465,7 @@ def _svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = svg.replace(_INK, "currentColor").replace(_FAINT, "var(--faint)")
+    svg = svg.replace(INK, "currentColor").replace(_FAINT, "var(--faint)")
     svg = apart(svg, name)
     # At most as wide as drawn, so that text has one size on the whole page.
     fluid = f'<svg style="max-width: {size[0] * 120:.0f}px"'
@@ -533,11 +533,11 @@ def _write_beside(axes: Any, texts: Sequence[tuple[str, tuple[float, float], str
                 break
 
 
-def _legend(figure: Any) -> None:
-    figure.legend(loc="outside upper left", ncols=2, fontsize=10, labelcolor=_INK)
+def add_legend(figure: Any) -> None:
+    figure.legend(loc="outside upper left", ncols=2, fontsize=10, labelcolor=INK)
 
 
-def _colour(i: int) -> str:
+def colour_of(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 

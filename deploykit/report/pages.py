@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from deploykit.artifacts import new_file
 from deploykit.errors import ArtifactError
 from deploykit.metric_titles import shown_metrics, title_of
 from deploykit.report import figures
 from deploykit.report.figures import NOTHING, fraction, number
+from deploykit.report.html import figure, page, section, table, warning_box, word_table, write_page
 from deploykit.report.record import Record, results_of
 from deploykit.tasks.registry import get_task
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b2430; --soft: #5b6675; --faint: #dfe4ea; --page: #f6f8fa; --card: #fff;
-  --warn: #fff4dd; --warn-ink: #6b4a00; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6eaf0; --soft: #9aa6b5; --faint: #39424e; --page: #12161c;
-  --card: #1b2129; --warn: #3a2e10; --warn-ink: #f3d89a; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 2rem 1rem 4rem; }
-h1 { margin: 0; font-size: 1.7rem; }
-h2.part { margin: 3rem 0 1rem; font-size: 1.5rem; }
-nav, a { color: var(--soft); }
-h2 { margin: 0 0 .25rem; font-size: 1.15rem; }
-p { margin: 0 0 .75rem; color: var(--soft); max-width: 75ch; }
-section { background: var(--card); border: 1px solid var(--faint); border-radius: 12px; padding: 1.25rem; margin-top: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-th:first-child, td:first-child { min-width: 9rem; }
-.words th { width: 11rem; vertical-align: top; font-weight: 500; color: var(--soft); }
-thead th { color: var(--soft); font-weight: 600; }
-small { display: block; color: var(--soft); font-size: .8em; }
-figure { margin: 0; }
-svg { display: block; width: 100%; height: auto; margin: 0 auto; }
-svg text { font-family: system-ui, sans-serif !important; }
-.warning { background: var(--warn); color: var(--warn-ink); border-color: transparent; }
-.warning ul { margin: 0; padding-left: 1.2rem; }
-code { overflow-wrap: anywhere; }
-"""
 
 
 def write_report(record: Record, out: Path) -> None:
@@ -59,7 +29,7 @@ def write_report(record: Record, out: Path) -> None:
         raise ArtifactError(
             f"this is not a bench result: it has no {error}", "pass a file that deploykit bench wrote"
         ) from error
-    _write(out, page)
+    write_page(out, page)
 
 
 def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]], out: Path) -> None:
@@ -73,7 +43,7 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
     note = "All parts are INT8 except the most sensitive ones. The export leaves as few as possible in fp32."
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
-        _figure("Task metric", note, figures.search(searches, limits)),
+        figure("Task metric", note, figures.search(searches, limits)),
     ]
     for engine, found in searches.items():
         trials = [
@@ -81,14 +51,14 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
             for t in found["trials"]
         ]
         head = ("parts in fp32", "points lost", *(title_of(name) for name in limits))
-        parts.append(_section(f"Trials, {engine}", "In the order they were made.", _table(head, trials)))
+        parts.append(section(f"Trials, {engine}", "In the order they were made.", table(head, trials)))
         rows = [
             [escape(part), f"{change:.2g}", "fp32" if part in found["kept"] else "INT8"]
             for part, change in zip(found["order"], found["sensitivity"])
         ]
         note = "Mean change of the outputs for some rows when only this part is INT8."
-        parts.append(_section(f"Sensitivity, {engine}", note, _table(("part", "change", "became"), rows)))
-    _write(out, _page(title, parts))
+        parts.append(section(f"Sensitivity, {engine}", note, table(("part", "change", "became"), rows)))
+    write_page(out, page(title, parts))
 
 
 def write_tuning(record: Record, out: Path) -> None:
@@ -135,25 +105,24 @@ def write_tuning(record: Record, out: Path) -> None:
     note = "Up and left is better. The line joins the settings that no other beats in both."
     parts = [
         f"<header><h1>{escape(title)}</h1><p>Measured {escape(record['started'])}.</p></header>",
-        _warnings(record["warnings"]),
-        _section("Result", "", _words(found)),
-        _figure("Throughput against memory", note, figures.frontier(record)),
-        _section("All settings tried", "In the order they were first measured.", _table(head, rows)),
-        _section("How to repeat it", "", _words(repeat)),
+        warning_box(record["warnings"]),
+        section("Result", "", word_table(found)),
+        figure("Throughput against memory", note, figures.frontier(record)),
+        section("All settings tried", "In the order they were first measured.", table(head, rows)),
+        section("How to repeat it", "", word_table(repeat)),
         _machine(record),
     ]
-    _write(out, _page(title, parts))
-
-
-def _write(out: Path, page: str) -> None:
-    with new_file(out) as file:
-        file.write_bytes(page.encode("utf-8", "replace"))  # a label may contain half a surrogate pair
+    write_page(out, page(title, parts))
 
 
 def _bench(record: Record) -> str:
     title = f"Bench: {_names(record)}"
-    parts = [_header(record, _names(record)), _sections(record), _how(record, record), _machine(record)]
-    return _page(title, parts)
+    return page(title, [_header(record, _names(record)), *bench_parts(record)])
+
+
+def bench_parts(record: Record) -> list[str]:
+    """Return the sections of a page for a record of ``deploykit bench``."""
+    return [_sections(record), _how(record, record), _machine(record)]
 
 
 def _suite(suite: Record) -> str:
@@ -168,17 +137,7 @@ def _suite(suite: Record) -> str:
         body += [f'<h2 class="part" id="part{i}">{escape(name)}</h2>', figures.apart(part, f"part{i}")]
     links = " · ".join(f'<a href="#part{i}">{escape(name)}</a>' for i, name in enumerate(parts))
     header = _header(suite, ", ".join(parts))
-    return _page(f"Bench: {', '.join(parts)}", [header, f"<nav>{links}</nav>", _skipped(suite), *body, _machine(suite)])
-
-
-def _page(title: str, parts: Iterable[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    return page(f"Bench: {', '.join(parts)}", [header, f"<nav>{links}</nav>", _skipped(suite), *body, _machine(suite)])
 
 
 def _header(record: Record, what: str) -> str:
@@ -192,7 +151,7 @@ def _names(result: Record) -> str:
 
 def _skipped(suite: Record) -> str:
     skipped = list(suite["skipped"].items())
-    return _section("Not measured", "", _words(skipped)) if skipped else ""
+    return section("Not measured", "", word_table(skipped)) if skipped else ""
 
 
 def _sections(result: Record) -> str:
@@ -200,36 +159,36 @@ def _sections(result: Record) -> str:
     scenario = result["headline"]["name"]
     first = candidates[0]
     parts = [
-        _warnings(result["warnings"]),
-        _section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(result)),
-        _figure(
+        warning_box(result["warnings"]),
+        section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(result)),
+        figure(
             "Throughput",
             "Medians over the rounds; lines show min to max.",
             figures.throughput_bars(result),
         ),
-        _figure(
+        figure(
             "Latency",
             f"Share of requests answered within a time, at {scenario}.",
             figures.latency_distribution(result, scenario),
         ),
-        _figure(
+        figure(
             "Throughput against latency",
             "Numbers count callers that each wait for their answer; hollow diamonds are requests that arrive at random. "
             "Right and low is better.",
             figures.throughput_latency(result),
         ),
-        _figure(
+        figure(
             "Scaling with callers",
             "In one process, the callers' texts form one batch.",
             figures.scaling_with_callers(result),
         ),
-        _figure("Accuracy against speed", "Right and high is better.", figures.accuracy_speed(result)),
-        _figure(
+        figure("Accuracy against speed", "Right and high is better.", figures.accuracy_speed(result)),
+        figure(
             "Where the time goes", "Of each model in this process, in its best closed loop.", figures.stages(result)
         ),
-        _figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
-        _figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
-        _section("All measurements", "Medians over the rounds, with min and max below.", _details(result)),
+        figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
+        figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
+        section("All measurements", "Medians over the rounds, with min and max below.", _details(result)),
     ]
     return "\n".join(part for part in parts if part)
 
@@ -241,28 +200,11 @@ def _scaling(workload: Record) -> str:
         for s in candidate["scenarios"]:
             lines.setdefault(s["scenario"]["name"], []).append((workload["values"][candidate["name"]], s))
     drawn = figures.scaling(workload["axis"], [figures.Scaling(name, points) for name, points in lines.items()])
-    return _figure(f"Scaling with {workload['axis']}", "Medians; lines show min to max.", drawn)
+    return figure(f"Scaling with {workload['axis']}", "Medians; lines show min to max.", drawn)
 
 
 def _how(record: Record, result: Record) -> str:
-    return _section("How to repeat it", "", _words(_settings(record, result)))
-
-
-def _section(title: str, note: str, body: str) -> str:
-    note = f"<p>{escape(note)}</p>" if note else ""
-    return f'<section><h2>{escape(title)}</h2>{note}<div class="wide">{body}</div></section>'
-
-
-def _figure(title: str, note: str, svg: str | None) -> str:
-    if svg is None:
-        return ""
-    svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(f"{title}. {note}")}"', 1)
-    return f"<section><h2>{escape(title)}</h2><p>{escape(note)}</p><figure>{svg}</figure></section>"
-
-
-def _warnings(warnings: Iterable[str]) -> str:
-    items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-    return f'<section class="warning"><h2>Read with care</h2><ul>{items}</ul></section>' if items else ""
+    return section("How to repeat it", "", word_table(_settings(record, result)))
 
 
 def _summary(result: Record) -> str:
@@ -296,7 +238,7 @@ def _summary(result: Record) -> str:
                 number(candidate["size_mb"]),
             ]
         )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _details(result: Record) -> str:
@@ -316,7 +258,7 @@ def _details(result: Record) -> str:
                     f"{s['errors']:,}",
                 ]
             )
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _rates(result: Record) -> dict[str, str]:
@@ -334,7 +276,7 @@ def _machine(record: Record) -> str:
         ("System", f"{machine['system']}, Python {machine['python']}"),
         ("Packages", ", ".join(f"{name} {version}" for name, version in machine["packages"].items())),
     ]
-    return _section("Machine", "", _words(words))
+    return section("Machine", "", word_table(words))
 
 
 def _settings(record: Record, result: Record) -> list[tuple[str, str]]:
@@ -372,18 +314,6 @@ def _memory_note(candidates: Sequence[Record]) -> str:
     if any(candidate["served"] for candidate in candidates):
         note += " A server's is the sum of its processes."
     return note
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Render a table; ``rows`` contain HTML."""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _words(pairs: Sequence[tuple[str, str]]) -> str:
-    rows = "".join(f'<tr><th scope="row">{escape(key)}</th><td>{escape(value)}</td></tr>' for key, value in pairs)
-    return f'<table class="words"><tbody>{rows}</tbody></table>'
 
 
 def _median(spread: Mapping[str, float] | None) -> str:

@@ -51,8 +51,9 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     options.check()
     check_source(str(checkpoint))
     task = task_of_checkpoint(checkpoint)
-    if options.int4 and task.facts.graph_kind != "decoder":
-        raise UsageError(f"--int4 is for language models, and {checkpoint} {task.does}", "use --int8")
+    for option, given, remedy in (("--int4", options.int4, "use --int8"), ("--gguf", options.gguf, "leave it out")):
+        if given and task.facts.graph_kind != "decoder":
+            raise UsageError(f"{option} is for language models, and {checkpoint} {task.does}", remedy)
     if options.optimum and task.facts.graph_kind != "encoder-decoder":
         raise UsageError(
             f"--optimum is for translators, and {checkpoint} {task.does}",
@@ -119,7 +120,8 @@ def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
             if field.name in _TRTEXEC:
                 words.append(f"{_TRTEXEC[field.name]}{value}")
             else:
-                words += [option] if value is True else [option, str(value)]
+                given = value if isinstance(value, tuple) else (value,)
+                words += [option] if value is True else [word for one in given for word in (option, str(one))]
     return shlex.join(words)
 
 

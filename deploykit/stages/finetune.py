@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from deploykit import artifacts
-from deploykit.errors import ArtifactError, UsageError
+from deploykit.errors import ArtifactError, MissingDependencyError, UsageError
 from deploykit.stages import model_card
 from deploykit.stages.finetune_options import ROWS
 from deploykit.tasks.registry import get_task
@@ -107,6 +107,11 @@ def _run(
                 trained.scales.save(directory)
             write_toml(options, directory / "finetune.toml")
             shutil.copytree(work / "tensorboard", directory / "tensorboard")
+            if trained.write_page is not None:
+                try:
+                    trained.write_page(directory)
+                except MissingDependencyError as error:
+                    say(f"the run has no page: {error.message}: {error.remedy}")
             write_splits(directory / "splits", rows.splits)
             (directory / "metrics.json").write_text(
                 json.dumps(trained.metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"

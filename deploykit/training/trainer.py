@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,13 +32,14 @@ _MOST_EVALUATIONS = 30
 @dataclass(frozen=True)
 class Trained:
     """What training gives. ``metrics`` has a key for each held-out split, and what else the task measured; ``scales``
-    are those of quantization-aware training."""
+    are those of quantization-aware training. ``write_page`` writes the run's page to a folder."""
 
     task: TaskFacts
     model: Any
     tokenizer: Any
     metrics: dict[str, Any]
     scales: TrainedScales | None = None
+    write_page: Callable[[Path], None] | None = None
 
 
 def arguments(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.options import TextGenerationOptions
-from deploykit.tasks.text_generation.training import _train
+from deploykit.tasks.text_generation.sft import train
 
 Deploykit = Callable[..., tuple[int, str, str]]
 QUICK = ("--task", "text-generation", "--eval-rows", 4, "--mixed-precision", "no", "--batch-tokens", 512)
@@ -47,13 +48,14 @@ def run(deploykit: Deploykit, base: Path, rows: Path, tmp_path_factory: pytest.T
     assert "format: prompts in 'prompt', answers in 'completion'" in err
     assert "⟦" in err.split("a row as the model reads it")[1], "supervised tokens are shown"
     assert "tokens/s" in err
+    assert " -> " in err.split("step 0 of 150: on the validation rows")[1].split("step ")[0], "the first answers"
     return out
 
 
 @pytest.fixture(scope="module")
 def export(deploykit: Deploykit, run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exports") / "lm"
-    code, _, err = deploykit("export", run, "--output-dir", out, "--int8", "--int4", "--max-drop", 100)
+    code, _, err = deploykit("export", run, "--output-dir", out, "--int8", "--int4", "--gguf", "f16", "--max-drop", 100)
     assert code == 0, err
     assert "parity with PyTorch" in err
     return out
@@ -70,6 +72,18 @@ def test_a_run_learns_to_answer_and_to_stop(run: Path) -> None:
     assert {answer.finish for [answer] in answers} == {"eos"}
     right = [answer.text == row["completion"] for [answer], row in zip(answers, command_rows())]
     assert np.mean(right) > 0.8
+
+
+def test_a_run_has_a_page_with_its_losses_and_answers(run: Path) -> None:
+    metrics = load_manifest(run, "checkpoint").metrics
+    evaluations = metrics["history"]["evaluations"]
+    assert [e["step"] for e in evaluations] == [0, 75, 150]
+    assert evaluations[-1]["loss"] < evaluations[0]["loss"]
+    assert sum(metrics["lengths"]["counts"]) == metrics["rows"]["train"]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for text in [q["prompt"] for q in metrics["questions"]] + [escape(a) for e in evaluations for a in e["answers"]]:
+        assert text in page
+    assert page.count("<svg") == 2
 
 
 def test_transformers_opens_the_checkpoint_and_answers_the_same(run: Path) -> None:
@@ -270,7 +284,7 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
             model="m", train="t", batch_tokens=tokens, gradient_accumulation_steps=accumulation, max_steps=1, optimizer="sgd",
             learning_rate=0.1, lr_scheduler_type="constant", warmup_ratio=0, weight_decay=0, mixed_precision="no", max_grad_norm=0,
         )  # fmt: skip
-        trained = _train(model, rows, rows[:2], facts, options, tmp_path / str(tokens), lambda line: None)
+        trained, _ = train(model, rows, rows[:2], facts, options, tmp_path / str(tokens), lambda line: None)
         after.append(trained.state_dict())
     start = random_model("llama").state_dict()
     for name, value in after[0].items():

@@ -6,13 +6,14 @@ import contextlib
 import io
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 
 from deploykit.errors import ArtifactError, MissingDependencyError, UsageError
@@ -62,15 +63,15 @@ class TorchGenerator(LocalGenerator):
     def load(cls, path: Path) -> TorchGenerator:
         """Load a checkpoint of deploykit's or anyone's. Raises ArtifactError or ExportError for one that is unusable."""
         quiet()
-        model, tokenizer = load_base(str(path))
+        tokenizer = load_base_tokenizer(str(path))
+        model = load_base(str(path))
         return cls(model, tokenizer, checkpoint_facts(model.config, model.generation_config, tokenizer))
 
 
-def load_base(source: str) -> tuple[Any, Any]:
-    """Return the model, in fp32 and eval mode, and the tokenizer of a checkpoint folder, hub id or GGUF file."""
-    tokenizer = load_base_tokenizer(source)
+def load_base(source: str) -> Any:
+    """Return the model of a checkpoint folder, hub id or GGUF file, in fp32 and eval mode."""
     if not source.endswith(".gguf"):
-        return load_model(source, TextGeneration.name), tokenizer
+        return load_model(source, TextGeneration.name)
     with _reading_gguf(source) as (folder, file):
         read = AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=file, dtype=torch.float32, trust_remote_code=False, attn_implementation="eager"
@@ -82,7 +83,7 @@ def load_base(source: str) -> tuple[Any, Any]:
     if unexpected or any("rotary" not in name and "lm_head" not in name for name in missing):
         raise ArtifactError(f"{source}: weights are missing or unknown: {[*missing, *unexpected][:3]}", "copy it again")
     model.tie_weights()
-    return model.eval(), tokenizer
+    return model.eval()
 
 
 def load_base_tokenizer(source: str) -> Any:
@@ -90,7 +91,14 @@ def load_base_tokenizer(source: str) -> Any:
     if not source.endswith(".gguf"):
         return load_tokenizer(source)
     with _reading_gguf(source) as (folder, file):
-        return AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+        cut = _read_gguf(str(Path(folder) / file)).get_field("tokenizer.ggml.pre")
+        if cut is not None and cut.contents() == "smollm":
+            # transformers cuts all byte-level BPE as GPT-2 does; SmolLM cuts digits apart first.
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        return tokenizer
 
 
 def load_base_config(source: str) -> tuple[Any, Any]:
@@ -113,17 +121,40 @@ def load_base_config(source: str) -> tuple[Any, Any]:
 def _reading_gguf(source: str) -> Any:
     """Yield folder and file name, as transformers wants them."""
     try:
-        import gguf  # noqa: F401
+        import gguf
     except ImportError as error:
         raise MissingDependencyError(f"{source}: GGUF files need gguf", "pip install 'deploykit[finetune]'") from error
     path = Path(source)
+    plain = gguf.GGUFReader
     try:
+        # transformers reads the file anew for the configuration, the tokenizer and the weights.
+        gguf.GGUFReader = _read_gguf
         # It draws progress bars, and warns that weights become fp32.
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield str(path.parent), path.name
     except Exception as error:  # transformers raises whatever its loaders raise
         raise not_loadable(source, error) from error
+    finally:
+        gguf.GGUFReader = plain
+
+
+@cache
+def _read_gguf(path: str) -> Any:
+    from gguf import gguf_reader
+
+    class Reader(gguf_reader.GGUFReader):  # type: ignore[misc]
+        """Reads from a plain array: most of the time went into a new memmap for each of a hundred thousand strings."""
+
+        @property
+        def data(self) -> NDArray[np.uint8]:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: NDArray[np.uint8]) -> None:
+            self._plain = mapped.view(np.ndarray)
+
+    return Reader(path)
 
 
 def chat_tokenizer(tokenizer: Any, eos_token_ids: Sequence[int]) -> ChatTokenizer:

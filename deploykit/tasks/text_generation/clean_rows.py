@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+
 from deploykit.data.grouping import duplicate_key, group_key
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow, LossOn, OnLong, fit
@@ -15,6 +17,7 @@ from deploykit.tasks.text_generation.rows import RawRow, Row, content_text, role
 
 _BINS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _BAR = 40
+_MOST_BINS = 40
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,12 @@ def histogram(lengths: Sequence[int]) -> Iterable[str]:
         if count:
             name = f"to {_BINS[i]:,} tokens" if i < len(_BINS) else f"over {_BINS[-1]:,} tokens"
             yield f"{name:>16} {count:>8,} {'█' * math.ceil(_BAR * count / most)}"
+
+
+def length_bins(lengths: Sequence[int]) -> dict[str, list[float]]:
+    """Return a histogram of lengths in tokens: ``counts`` between neighbours of ``edges``."""
+    counts, edges = np.histogram(lengths, bins=min(_MOST_BINS, max(1, len(set(lengths)))))
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def clean_rows(

@@ -10,17 +10,17 @@ import numpy as np
 
 from deploykit.data.sample import evenly
 from deploykit.data.texts import read_texts, unanswered
-from deploykit.errors import DataError, UsageError
+from deploykit.errors import DataError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import Generated, LocalGenerator
-from deploykit.tasks.text_generation.metrics import answer_metrics, scored_metrics
+from deploykit.tasks.text_generation.metrics import answer_metrics, compiled, scored_metrics
 from deploykit.tasks.text_generation.rows import Columns, Row, load_rows, role_problem
+from deploykit.tasks.text_generation.syntax import check_syntax
 
 _LEAST_ROOM = 16
-SYNTAXES = ("bash", "python", "json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,9 @@ def evaluate(
     syntax: str | None = None, answered: int | None = None, progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     """Return the metrics of all rows' scores and of ``answered`` rows' answers (None: all), and these answers."""
-    if syntax is not None and syntax not in SYNTAXES:
-        raise UsageError(f"--syntax is {syntax!r}", f"give {', '.join(SYNTAXES)}")
+    parser = None if syntax is None else check_syntax(syntax)
+    if answer_regex is not None:
+        compiled(answer_regex)
     some = asked if answered is None else asked.some(answered)
     total, done = len(asked.rows) + len(some.prompts), 0
 
@@ -110,7 +111,7 @@ def evaluate(
         return metrics, []
     sampling = dataclasses.replace(sampling or generator.task.sampling, n=1)
     answers = [found[0].text for found in generator.generate(some.prompts, sampling, progress=step)]
-    own = answer_metrics(answers, some.references, answer_regex=answer_regex, syntax=syntax)  # type: ignore[arg-type]
+    own = answer_metrics(answers, some.references, answer_regex=answer_regex, syntax=parser)
     intervals = {**metrics["intervals"], **own.pop("intervals")}
     return {**metrics, **own, "intervals": intervals, "answered": len(answers)}, answers
 

@@ -25,6 +25,7 @@ from deploykit.graphs.export_options import (
     keep_samples,
     pick_rows,
 )
+from deploykit.graphs.gguf_file import GgufType, check_gguf, gguf_name, write_gguf
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
@@ -67,6 +68,8 @@ def write(
         option = "--smooth-quant" if options.smooth_quant is not None else "--trt" if options.trt else "--calib"
         raise UsageError(f"{option} is not for language models, and {checkpoint} is one", "leave it out")
     reference = TorchGenerator.load(checkpoint)
+    if options.gguf:
+        check_gguf(reference.torch_model.config, str(checkpoint))
     task = _facts_of_run(checkpoint, reference)
     rows = evenly(_rows(checkpoint, task, options), options.measure_rows or _MEASURED_ROWS)
     asked, _ = ask(reference.tokenizer, rows, task.max_length)
@@ -92,7 +95,39 @@ def write(
             found[precision] = record
             if search is not None:
                 found["search"][f"{_ENGINE} {precision}"] = dataclasses.asdict(search)
+    for kind in options.gguf:
+        _write_gguf(reference, directory, kind, options, grader, say)  # type: ignore[arg-type]
     return graded(task, metrics, grader, say)
+
+
+def _write_gguf(
+    reference: TorchGenerator, directory: Path, kind: GgufType, options: ExportOptions, grader: _Grader, say: Say
+) -> None:
+    """Write a GGUF file, and measure it as transformers reads it, which is not by the code that wrote it."""
+    path = directory / gguf_name(kind)
+    say(f"writing {path.name}, and reading it back")
+    write_gguf(reference.torch_model, reference.hf_tokenizer, reference.task.eos_token_ids, kind, path)
+    again = reopened_gguf(path, reference.torch_model)
+    for row in grader.rows[:_PARITY_ROWS]:
+        text = reference.hf_tokenizer.decode(row.ids, skip_special_tokens=False)
+        ids = [
+            tokenizer.encode(text, add_special_tokens=False)
+            for tokenizer in (again.hf_tokenizer, reference.hf_tokenizer)
+        ]
+        if ids[0] != ids[1]:
+            raise ExportError(
+                f"{path.name}: its tokenizer cuts {text!r} differently from the checkpoint's", "report it"
+            )
+    line = grader.enter(kind, "gguf", list(_scored(again, grader.rows, reference)))
+    grader.refuse_loss(line, f"GGUF {kind}", options.max_drop, "leave this --gguf out")
+
+
+def reopened_gguf(path: Path, model: Any) -> TorchGenerator:
+    """Open the GGUF file that was written of ``model``, with the numbers that it holds."""
+    again = TorchGenerator.load(path)
+    # transformers does not read RoPE scaling from GGUF.
+    again.torch_model.model.rotary_emb = model.model.rotary_emb
+    return again
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> TextGeneration:
@@ -254,7 +289,7 @@ class _Grader(Grader[list[_Scored]]):
         self, directory: Path, task: TextGeneration, tokenizer: ChatTokenizer, rows: Sequence[EncodedRow]
     ) -> None:
         super().__init__()
-        self._directory, self._task, self._rows = directory, task, rows
+        self._directory, self._task, self.rows = directory, task, rows
         self._texts = [tokenizer.decode(row.ids[row.supervised].tolist()) for row in rows]
 
     def measure(self, raw: list[_Scored]) -> dict[str, Any]:
@@ -269,12 +304,12 @@ class _Grader(Grader[list[_Scored]]):
 
     def grade(self, precision: Precision) -> Line:
         reference = None if precision == "fp32" else self._load("fp32")
-        raw = list(_scored(self._load(precision), self._rows, reference))
+        raw = list(_scored(self._load(precision), self.rows, reference))
         return self.enter(precision, _ENGINE, raw, _kernels(self._directory / LANGUAGE_MODEL_FILES[precision][0]))
 
     def sample(self, precision: Precision) -> NDArray[np.float32]:
         """Log-probabilities of the right tokens of some rows, float32 [tokens]."""
-        rows = evenly(self._rows, _SEARCH_ROWS)
+        rows = evenly(self.rows, _SEARCH_ROWS)
         return np.concatenate([score.logprobs for score in self._load(precision).score(rows)])
 
     def _load(self, precision: Precision) -> LocalGenerator:

@@ -5,27 +5,22 @@ Each comes with a bootstrap 95 % interval over rows (Efron and Tibshirani, 1993)
 
 from __future__ import annotations
 
-import ast
-import json
 import math
 import re
-import shutil
 import string
-import subprocess
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.tasks.text_generation.generator import RowScore
+from deploykit.tasks.text_generation.syntax import Syntax, parses
 
-Syntax = Literal["bash", "python", "json"]
 _RESAMPLES = 1000
-_PARSE_TIMEOUT_S = 10
 
 
 def scored_metrics(scores: Sequence[RowScore], texts: Sequence[str]) -> dict[str, Any]:
@@ -67,7 +62,7 @@ def answer_metrics(
         "rouge_l": _rouge_l(answers, references),
     }
     if answer_regex is not None:
-        pattern = _compiled(answer_regex)
+        pattern = compiled(answer_regex)
         found = [(extracted(pattern, a), extracted(pattern, r)) for a, r in zip(answers, references)]
         rows["extracted_match"] = [float(a is not None and a == r) for a, r in found]
     if syntax is not None:
@@ -100,37 +95,13 @@ def extracted(pattern: re.Pattern[str], text: str) -> str | None:
     return (found or "").replace(",", "").strip()
 
 
-def parses(text: str, syntax: Syntax) -> bool:
-    """Whether ``text`` is valid in a language. Nothing of it is run: bash reads it with -n."""
-    if not text.strip():
-        return False
-    try:
-        if syntax == "json":
-            json.loads(text)
-        elif syntax == "python":
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd escapes
-                ast.parse(text)
-        else:
-            shell = shutil.which("bash")
-            if shell is None:
-                raise MissingDependencyError("--syntax bash needs bash", "install bash")
-            command = [shell, "--noprofile", "--norc", "-n"]
-            done = subprocess.run(
-                command, input=text.encode(), capture_output=True, timeout=_PARSE_TIMEOUT_S, check=False
-            )
-            return done.returncode == 0
-    except (ValueError, SyntaxError, RecursionError, MemoryError, subprocess.TimeoutExpired):
-        return False
-    return True
-
-
 def _words(text: str) -> list[str]:
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return [word for word in text.split() if word not in ("a", "an", "the")]
 
 
-def _compiled(regex: str) -> re.Pattern[str]:
+def compiled(regex: str) -> re.Pattern[str]:
+    """Return ``--answer-regex`` as a pattern. Raises UsageError for what is no regular expression."""
     try:
         return re.compile(regex)
     except re.error as error:

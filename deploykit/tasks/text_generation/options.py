@@ -9,6 +9,8 @@ from typing import ClassVar, cast, get_args
 from deploykit.errors import UsageError
 from deploykit.tasks.text_generation.encode import LossOn, OnLong
 from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.metrics import compiled
+from deploykit.tasks.text_generation.syntax import SYNTAXES, check_syntax
 from deploykit.training.options import FinetuneOptions, described, flag
 
 DEFAULT_LENGTH = 1024
@@ -45,6 +47,10 @@ class TextGenerationOptions(FinetuneOptions):
     use_rslora: bool = described(False, "Scale an adapter by the root of its rank (rsLoRA).")
     neftune_noise_alpha: float = described(0.0, "Noise on the embeddings while training (NEFTune); 0: off.")
     gradient_checkpointing: bool = described(False, "Recompute activations: less memory for more time.")
+    answer_regex: str | None = described(
+        None, "Compare only the last match of this (its first group) in held-out answers."
+    )
+    syntax: str | None = described(None, "Count the held-out answers that parse.", SYNTAXES)
     eval_rows: int = 32
     held_out_rows: int = 500
 
@@ -66,6 +72,10 @@ class TextGenerationOptions(FinetuneOptions):
         for name in ("use_dora", "use_rslora"):
             if getattr(self, name) and not self.lora_r:
                 raise UsageError(f"{flag(name)} is a kind of adapter", "add --lora-r")
+        if self.syntax is not None:
+            check_syntax(self.syntax)
+        if self.answer_regex is not None:
+            compiled(self.answer_regex)
         for name, kind in (("loss_on", LossOn), ("on_long", OnLong)):
             if getattr(self, name) not in get_args(kind):
                 raise UsageError(f"{flag(name)} is {getattr(self, name)!r}", f"give {', '.join(get_args(kind))}")

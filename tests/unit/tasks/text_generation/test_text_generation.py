@@ -23,7 +23,7 @@ from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.metrics import answer_metrics, extracted, parses, scored_metrics, token_f1
 from deploykit.tasks.text_generation.packing import IGNORED, TokenBatches, pack, pad
-from deploykit.tasks.text_generation.training import supervised_loss
+from deploykit.tasks.text_generation.sft import supervised_loss
 from deploykit.training.source import check_source
 
 RANDOM = np.random.default_rng(0)
@@ -231,6 +231,9 @@ def test_syntax_is_checked_and_nothing_is_run(tmp_path: Path) -> None:
     assert parses('{"a": 1}', "json")
     assert not parses("{a: 1}", "json")
     assert not parses(" ", "json")
+    assert parses("SELECT a, count(*) FROM t WHERE b > 1 GROUP BY a; DROP TABLE t", "sql")
+    assert not parses("SELECT FROM WHERE", "sql")
+    assert not parses("hello world", "sql")
 
 
 def test_metrics_of_scores_are_those_of_pytorchs_loss() -> None:

@@ -1,0 +1,103 @@
+"""Write the page of a fine-tuning run: losses, lengths, answers before, during and after, and measurements of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from deploykit.report import figures, training_figures
+from deploykit.report.html import figure, page, section, table, word_table, write_page
+from deploykit.report.pages import bench_parts
+from deploykit.tasks.text_generation.metrics_text import cell, columns_of, shown
+
+FILE = "report.html"
+"""Of a run."""
+
+_FORMS = ("precision", "loss", "perplexity", "token_accuracy", "agreement")
+
+
+def write_run_page(
+    title: str, metrics: Mapping[str, Any], out: Path, *, export: Mapping[str, Any] | None = None,
+    bench: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write the page of a run with the ``metrics`` of its manifest to ``out``.
+
+    ``export`` are the metrics of an export's manifest, ``bench`` the record of ``deploykit bench`` (speeds). Raises
+    MissingDependencyError without matplotlib.
+    """
+    figures.require_matplotlib()
+    held_out = "test" if "test" in metrics else "validation"
+    columns = columns_of(metrics, held_out)
+    history = metrics["history"]
+    rows = [[escape(name), *(cell(values, key) for values in columns.values())] for key, name in shown(columns)]
+    parts = [
+        f"<header><h1>{escape(title)}</h1></header>",
+        section(
+            f"On the {held_out} rows", "None was seen in training. In brackets: bootstrap 95 % intervals over rows.",
+            table(("", *columns), rows),
+        ),
+        figure(
+            "Loss", "Of a supervised token. Step 0 is the checkpoint as it came.",
+            training_figures.loss_curves(
+                [(step["step"], step["loss"]) for step in history["steps"]],
+                [(evaluation["step"], evaluation["loss"]) for evaluation in history["evaluations"]],
+            ),
+        ),
+        section("Training", "", word_table(_training(history))),
+        figure("Lengths of the training rows", "Chat template included.", training_figures.length_histogram(metrics["lengths"])),
+        *_answers_while_training(metrics["questions"], history["evaluations"]),
+        *_samples(metrics["samples"]),
+        *([] if export is None else _quantization(export)),
+        *([] if bench is None else bench_parts(bench)),
+    ]  # fmt: skip
+    write_page(out, page(title, parts))
+
+
+def _training(history: Mapping[str, Any]) -> list[tuple[str, str]]:
+    speeds = [step["tokens_per_second"] for step in history["steps"]]
+    return [
+        ("Steps", f"{history['evaluations'][-1]['step']:,}"),
+        ("Tokens/s", f"{median(speeds):,.0f} (median; {min(speeds):,.0f} to {max(speeds):,.0f}), evaluations included"),
+    ]
+
+
+def _answers_while_training(
+    questions: Sequence[Mapping[str, str]], evaluations: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    parts = []
+    for i, question in enumerate(questions):
+        answers = [(f"step {e['step']:,}", e["answers"][i]) for e in evaluations if len(e["answers"]) > i]
+        note = f"Right: {question['reference']}"
+        parts.append(section(f"While training: {question['prompt']}", note, word_table(answers)))
+    return parts
+
+
+def _samples(samples: Sequence[Mapping[str, str]]) -> list[str]:
+    if not samples:
+        return []
+    names = ("prompt", "reference", "before", "answer")
+    body = table(names, [[escape(sample.get(name, "")) for name in names] for sample in samples], words=True)
+    return [section("Held-out rows before and after", "", body)]
+
+
+def _quantization(export: Mapping[str, Any]) -> list[str]:
+    lines = export["accuracy_table"]
+    head = [name.replace("_", " ") for name in _FORMS]
+    rows = [
+        [escape(f"{line['precision']} ({line['engine']})"), *(f"{line[name]:.4f}" for name in _FORMS[1:])]
+        for line in lines
+    ]
+    losses = [
+        (
+            precision.upper(),
+            f"perplexity × {found['perplexity_ratio']:.4f}, KL divergence of the next token {found['kl_mean']:.4f} nats on "
+            f"average and {found['kl_p99']:.4f} at the 99th percentile",
+        )
+        for precision, found in export.get("quantization", {}).items()
+        if precision != "search"
+    ]
+    note = f"On {export['rows']:,} rows. Agreement: how often the likeliest next token is the checkpoint's."
+    return [section("Exports", note, table(head, rows) + word_table(losses))]

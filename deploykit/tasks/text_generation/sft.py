@@ -1,0 +1,224 @@
+"""The steps of supervised fine-tuning: which tokens count, how batches are made, and what is written down on the way.
+
+transformers' Trainer runs the steps; what is ours is which tokens count. trl's SFTTrainer, which builds on the same
+class, is not used: its tokenization, masks, packing and loss are the parts that this module replaces.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from deploykit.errors import ExportError, UsageError
+from deploykit.tasks.text_generation.encode import EncodedRow
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.options import TextGenerationOptions
+from deploykit.tasks.text_generation.packing import IGNORED, EncodedRows, TokenBatches, pack, pad
+from deploykit.training import trainer
+from deploykit.training.rows import Say
+
+_SHOWN = 100
+_MERGE_DIFFERENCE = 1e-3
+"""Of logits, relative to their largest: what merging an adapter in fp32 may change."""
+
+
+class Answers:
+    """Answers to some prompts at each evaluation: said, and kept in ``file`` for a run that is taken up again."""
+
+    def __init__(self, prompts: Sequence[str], answer: Callable[[Any], Sequence[str]], file: Path, say: Say) -> None:
+        self._prompts, self._answer, self._file, self._say = prompts, answer, file, say
+        self.by_step: dict[int, Sequence[str]] = {}
+        if file.is_file():
+            self.by_step = {int(step): found for step, found in json.loads(file.read_text(encoding="utf-8")).items()}
+
+    def ask(self, model: Any, step: int) -> None:
+        """Answer with ``model``, which is in eval mode."""
+        self.by_step[step] = self._answer(model)
+        self._file.write_text(json.dumps(self.by_step, ensure_ascii=False), encoding="utf-8")
+        for prompt, answer in zip(self._prompts, self.by_step[step]):
+            self._say(f"  {shortened(prompt)} -> {shortened(answer)}")
+
+
+def shortened(text: str) -> str:
+    """Return a text as one line of at most ``_SHOWN`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[: _SHOWN - 1]}…"
+
+
+class SftTrainer(Trainer):  # type: ignore[misc]
+    """Trainer whose loss is the sum over supervised tokens divided by their number in all micro-batches of a step.
+
+    The head computes logits of positions alone that predict a supervised token.
+    """
+
+    def __init__(
+        self, *, batches: TokenBatches, validation: DataLoader[Any], answers: Answers | None, **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        self.model_accepts_loss_kwargs = (
+            True  # Trainer then counts the labels of all micro-batches, and divides by none
+        )
+        self._batches = batches
+        self._validation = validation
+        self._answers = answers
+        self._seen_tokens, self._since = 0, time.monotonic()
+
+    def get_train_dataloader(self) -> Any:
+        loader = DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        self._seen_tokens += int(inputs["input_ids"].numel())
+        total, count = supervised_loss(model, inputs)
+        items = count if num_items_in_batch is None else num_items_in_batch
+        loss = total / items
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return the loss of a validation token, and its exponential; the best evaluation has the lowest loss."""
+        self.model.eval()
+        total, count = 0.0, 0
+        with torch.inference_mode(), self.compute_loss_context_manager():
+            for batch in self._validation:
+                loss, tokens = supervised_loss(self.model, {k: v.to(self.args.device) for k, v in batch.items()})
+                total, count = total + float(loss), count + tokens
+        loss = total / max(count, 1)
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 50)), "selection": -loss}
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(named)
+        if self._answers is not None:
+            self._answers.ask(self.model, self.state.global_step)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
+        return named
+
+    def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
+        if "loss" in logs:
+            now = time.monotonic()
+            logs["tokens_per_second"] = self._seen_tokens / max(now - self._since, 1e-9)
+            self._seen_tokens, self._since = 0, now
+        super().log(logs, *arguments, **named)
+
+
+def supervised_loss(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """Return the summed loss of all supervised tokens, and how many they are.
+
+    ``inputs`` is a batch of ``pack`` or ``pad``.
+    """
+    labels = inputs["labels"][:, 1:]
+    rest = {name: value for name, value in inputs.items() if name != "labels"}
+    positions = (labels != IGNORED).any(0).nonzero()[:, 0]
+    logits = model(**rest, logits_to_keep=positions, use_cache=False).logits
+    targets = labels[:, positions]
+    loss = functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return loss, int((targets != IGNORED).sum())
+
+
+def train(
+    model: Any, rows: Sequence[EncodedRow], validation: Sequence[EncodedRow], facts: TextGeneration,
+    options: TextGenerationOptions, work: Path, say: Say, answers: Answers | None = None,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
+    """Return the model as it was at the lowest validation loss, an adapter merged into it, and the run's history.
+
+    The history has "steps", with the training loss (nats a token) and the tokens per second up to each, and
+    "evaluations", with the validation loss at each; both by "step".
+    """
+    attention = model.config._attn_implementation
+    if type(model)._supports_sdpa:
+        model.set_attn_implementation("sdpa")  # keeps no scores for the backward pass
+    collate = pack if options.packing else partial(pad, pad_token_id=facts.pad_token_id)
+    batches = TokenBatches(
+        [len(row.ids) for row in rows], options.batch_tokens, packed=options.packing, seed=options.seed
+    )
+    held_out = TokenBatches(
+        [len(row.ids) for row in validation], options.batch_tokens, packed=options.packing, seed=None
+    )
+    trained = model
+    if options.lora_r:
+        trained = _with_adapter(model, options)
+    if options.gradient_checkpointing:
+        # Its name before transformers 5.23 is deprecated.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+        model.enable_input_require_grads()
+    arguments = trainer.arguments(
+        options, len(batches), work / "trainer", neftune_noise_alpha=options.neftune_noise_alpha or None,
+        # A run that is taken up again has been evaluated there, and early stopping has counted it.
+        eval_on_start=not any((work / "trainer").glob("checkpoint-*")),
+    )  # fmt: skip
+    sft = SftTrainer(
+        model=trained,
+        args=arguments,
+        batches=batches,
+        validation=DataLoader(EncodedRows(validation), batch_sampler=held_out, collate_fn=collate),
+        answers=answers,
+        train_dataset=EncodedRows(rows),
+        eval_dataset=EncodedRows(validation),
+        data_collator=collate,
+        callbacks=trainer.callbacks(options, work / "tensorboard", say),
+    )
+    result = trainer.run(sft)
+    if options.lora_r:
+        result = _merged(result, rows[0], say)
+    result.set_attn_implementation(attention)
+    return result, _history(sft.state.log_history, {} if answers is None else answers.by_step)
+
+
+def _history(logs: Sequence[Mapping[str, Any]], answers: Mapping[int, Sequence[str]]) -> dict[str, Any]:
+    steps = [{name: log[name] for name in ("step", "loss", "tokens_per_second")} for log in logs if "loss" in log]
+    losses = {log["step"]: log["eval_loss"] for log in logs if "eval_loss" in log}
+    return {
+        "steps": steps,
+        "evaluations": [{"step": n, "loss": loss, "answers": answers.get(n, [])} for n, loss in losses.items()],
+    }
+
+
+def _with_adapter(model: Any, options: TextGenerationOptions) -> Any:
+    names = [name.strip() for name in options.lora_target_modules.split(",")]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return trainer.with_adapter(
+                model, options, "CAUSAL_LM", lora_dropout=options.lora_dropout, use_dora=options.use_dora,
+                use_rslora=options.use_rslora, target_modules="all-linear" if names == ["all-linear"] else names,
+            )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(
+            f"--lora-target-modules {options.lora_target_modules}: {error}", "give all-linear, or names of layers"
+        ) from error
+
+
+def _merged(adapted: Any, row: EncodedRow, say: Say) -> Any:
+    """The weights with the adapter added to them. Raises ExportError when they compute something else than both did."""
+    ids = torch.from_numpy(row.ids)[None]
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = adapted(input_ids=ids).logits
+        merged = adapted.merge_and_unload().eval()
+        found = merged(input_ids=ids).logits
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= _MERGE_DIFFERENCE:
+        raise ExportError(
+            f"merging the adapter changes logits by {difference:.1e} of the largest, more than {_MERGE_DIFFERENCE}",
+            "train without --lora-r, and report this checkpoint",
+        )
+    say(f"the adapter is merged into the weights: logits differ by at most {difference:.1e} of the largest")
+    return merged
