@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from deploykit.data.reading import Reading
 from deploykit.errors import DataError, DeploykitError, ServerError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL, ServingSettings
 
@@ -227,6 +228,10 @@ class Model:
         *,
         split: str = "test",
         encoding: str | None = None,
+        delimiter: str | None = None,
+        quoting: str | None = None,
+        no_header: bool = False,
+        columns: Sequence[str] = (),
         progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Evaluation:
@@ -237,6 +242,10 @@ class Model:
                 themselves, each a mapping from column to value: ``[{"text": "What a film!", "label": "positive"}]``.
             split: Split of a dataset.
             encoding: Encoding of a text file. Default: UTF-8, or as the byte order mark says.
+            delimiter: Character between the fields of a .csv or .tsv file. Default: detected.
+            quoting: "none" or "minimal" (quotes enclose fields), in a .csv or .tsv file. Default: detected.
+            no_header: The first row of a table is data.
+            columns: All columns of a table without a header, in order. Default: "1", "2", …
             progress: Called with the number of rows done, and of all rows.
             **options: Names of columns (``label_column="stars"``), and how to search, as ``predict`` takes it.
 
@@ -246,14 +255,16 @@ class Model:
         Raises:
             DataError: The rows cannot be read, or have an answer that the model does not know.
         """
-        columns = {name: value for name, value in options.items() if name in self._task.columns}
-        generation = {name: value for name, value in options.items() if name not in columns}
+        reading = Reading(encoding, delimiter, quoting, no_header, tuple(columns))
+        reading.check()
+        named = {name: value for name, value in options.items() if name in self._task.columns}
+        generation = {name: value for name, value in options.items() if name not in named}
         self._task.override(self.task, generation)  # raises UsageError for parameters that the task does not have
         several = {field.name for field in dataclasses.fields(self._task.options()) if isinstance(field.default, tuple)}
-        columns = {k: (v,) if k in several and isinstance(v, str) else v for k, v in columns.items()}
+        named = {k: (v,) if k in several and isinstance(v, str) else v for k, v in named.items()}
         with _as_file(rows) as source:
             return self._task.evaluate(
-                self.predictor, source, split=split, encoding=encoding, columns=columns, generation=generation,
+                self.predictor, source, split=split, reading=reading, columns=named, generation=generation,
                 progress=progress or _uncounted,
             )  # fmt: skip
 

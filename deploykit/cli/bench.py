@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     FORCE,
     NUM_PROMPTS,
     SERVER_URL,
@@ -18,9 +17,11 @@ from deploykit.cli.common import (
     deploykit_command,
     generation_options,
     option,
+    reading_options,
     refuse_columns,
     say,
 )
+from deploykit.data.reading import Reading
 from deploykit.errors import ArtifactError, UsageError
 
 
@@ -31,6 +32,7 @@ from deploykit.errors import ArtifactError, UsageError
 @click.argument("targets", nargs=-1)
 @click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), hidden=True)
 @click.option("--data", help="Rows to send; if they have labels or translations, accuracy is measured too.")
+@reading_options
 @column_options()
 @click.option(
     "--engine",
@@ -63,7 +65,6 @@ from deploykit.errors import ArtifactError, UsageError
         help="File to write the full result to, as JSON.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path), help="File to write a self-contained HTML page to.")
 @generation_options
-@ENCODING
 @FORCE
 @SERVER_URL
 @THREADS
@@ -82,7 +83,7 @@ def command(
     out: Path | None,
     report: Path | None,
     generation: dict[str, Any],
-    encoding: str | None,
+    reading: Reading,
     force: bool,
     **settings: Any,
 ) -> Result:
@@ -112,7 +113,7 @@ def command(
         data,
         task,
         columns=columns,
-        encoding=encoding,
+        reading=reading,
         most=max_rows,
         seed=settings["seed"],
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from deploykit.data.reading import QUOTINGS, Reading
 from deploykit.errors import DeploykitError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
 
@@ -164,7 +165,6 @@ PRECISION = click.option(
     help="Precision: auto (INT8 if available), int8, int4, fp16, bf16 or fp32.",
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads (default: all CPUs).")
-ENCODING = click.option("--encoding", help="Encoding of text files (default: UTF-8, or as the byte order mark says).")
 METHODS = click.Choice(
     ["minmax", "entropy", "percentile", "mse"]
 )  # as in quantization.calibration, which is slow to import
@@ -232,6 +232,49 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
     return run
 
 
+class _Names(click.ParamType):  # type: ignore[type-arg]
+    """Names separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+def _tab(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    r"""Return a delimiter; a tab for \t, as shells leave it."""
+    return "\t" if value == r"\t" else value
+
+
+_READING: Mapping[str, Mapping[str, Any]] = {
+    "encoding": {"help": "Encoding of text files (default: UTF-8, or as the byte order mark says)."},
+    "delimiter": {"callback": _tab, "help": r"Character between the fields of .csv and .tsv files; \t is a tab (default: detected)."},
+    "quoting": {"type": click.Choice(QUOTINGS), "help": "Quotes in .csv and .tsv files are characters like others (none), or enclose fields (minimal; "
+                "default: detected)."},
+    "no_header": {"is_flag": True, "help": "The first row of .csv, .tsv and .xlsx files is data; columns are 1, 2, …, or --columns."},
+    "columns": {"type": _Names(), "default": (), "metavar": "NAME,NAME", "help": "All columns of a file without a header, in order."},
+}  # fmt: skip
+
+
+def reading_fields(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Add the options that say how to read files of rows; they come as the fields of ``Reading``."""
+    for name, attributes in reversed(list(_READING.items())):
+        function = click.option(f"--{name.replace('_', '-')}", name, **attributes)(function)
+    return function
+
+
+def reading_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Add the same options, and pass them as one ``Reading``. Stands above ``column_options``, which passes ``columns``."""
+
+    @functools.wraps(function)
+    def run(**options: Any) -> Result:
+        reading = Reading(**{name: options.pop(name) for name in _READING})
+        reading.check()
+        return function(reading=reading, **options)
+
+    return reading_fields(run)
+
+
 _COLUMNS: Mapping[str, Mapping[str, Any]] = {
     "text_column": {"multiple": True, "help": "Text column (default: the training columns, or detected)."},
     "source_column": {"help": "Source column (default: the training column, or detected)."},
@@ -278,12 +321,16 @@ def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[s
             raise UsageError(f"--{name.replace('_', '-')} does not apply to a model that {task.does}", "leave it out")
 
 
-def check_asked(command: str, what: str, texts: tuple[str, ...], source: str | None, output: Path | None) -> None:
+def check_asked(
+    command: str, what: str, texts: tuple[str, ...], source: str | None, output: Path | None, reading: Reading
+) -> None:
     """Raise UsageError unless there are texts, or --input with --output. ``what`` is a text for the remedy."""
     if bool(texts) == bool(source):
         raise UsageError("give texts, or --input with --output", f'deploykit {command} TARGET "{what}"')
     if bool(source) != bool(output):
         raise UsageError("--input and --output go together", "name both")
+    if source is None:
+        reading.refuse("the texts of the command line")
 
 
 def answered_record(output: Path, done: Answered) -> dict[str, Any]:

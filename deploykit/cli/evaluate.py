@@ -5,7 +5,6 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     ENGINE,
     PRECISION,
     SERVER_URL,
@@ -16,8 +15,10 @@ from deploykit.cli.common import (
     generation_options,
     option,
     progress_bar,
+    reading_options,
     refuse_columns,
 )
+from deploykit.data.reading import Reading
 
 
 @deploykit_command(
@@ -26,6 +27,7 @@ from deploykit.cli.common import (
 @click.argument("target")
 @click.option("--data", required=True, help="Rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
               "TMX, .po, .mo, or two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
+@reading_options
 @column_options()
 @click.option("--answer-regex", help="Compare only the last match of this (its first group) in generated answers.")
 @click.option("--syntax", type=click.Choice(["bash", "python", "json"]), help="Count the generated answers that parse.")
@@ -33,7 +35,6 @@ from deploykit.cli.common import (
     "--dataset-split", "split", aliases=["--split"], default="test", show_default=True, help="Split of an HF dataset."
 )
 @generation_options
-@ENCODING
 @SERVER_URL
 @ENGINE
 @PRECISION
@@ -47,7 +48,7 @@ def command(
     syntax: str | None,
     split: str,
     generation: dict[str, Any],
-    encoding: str | None,
+    reading: Reading,
     **where: Any,
 ) -> Result:
     from deploykit.tasks.opening import open_predictor
@@ -60,7 +61,7 @@ def command(
         refuse_columns(task, columns, generation)
         with progress_bar("rows") as progress:
             done = task.evaluate(
-                predictor, data, split=split, encoding=encoding, columns=columns, generation=generation,
+                predictor, data, split=split, reading=reading, columns=columns, generation=generation,
                 progress=progress,
             )  # fmt: skip
     finally:

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     FORCE,
     METHODS,
     OUTPUT_DIR,
     Result,
     deploykit_command,
     option,
+    reading_fields,
     say,
 )
 from deploykit.errors import UsageError
@@ -109,7 +109,7 @@ def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
     type=int,
     help="Vocabulary size with --from-config; smaller if there is little text (default: the preset's).",
 )
-@ENCODING
+@reading_fields
 @_option("--validation-fraction", type=float, help="Share of the rows for validation, without --validation.")
 @_option("--test-fraction", type=float, help="Share of the rows for the test, without --test.")
 @_option("--held-out-rows", type=int, help="Maximum rows to split off for validation, and for the test.")

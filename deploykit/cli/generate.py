@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     FORCE,
     PRECISION,
     THREADS,
@@ -16,7 +15,9 @@ from deploykit.cli.common import (
     check_asked,
     deploykit_command,
     progress_bar,
+    reading_options,
 )
+from deploykit.data.reading import Reading
 from deploykit.errors import DataError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
 
@@ -45,16 +46,16 @@ from deploykit.runtime.serving_settings import DEFAULT_URL
 @click.option("--stop", multiple=True, help="Text that ends an answer; may be repeated.")
 @click.option("--n", type=int, help="Number of answers to each prompt. [default: 1]")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log-probability.")
-@ENCODING
+@reading_options
 @FORCE
 @PRECISION
 @THREADS
 def command(
     *, model: str, texts: tuple[str, ...], source: str | None, output: Path | None, prompt_column: str | None,
-    system: str | None, raw: bool, logprobs: bool, encoding: str | None, force: bool, precision: str,
+    system: str | None, raw: bool, logprobs: bool, reading: Reading, force: bool, precision: str,
     threads: int | None, stop: tuple[str, ...], **sampling: Any,
 ) -> Result:  # fmt: skip
-    check_asked("generate", "some prompt", texts, source, output)
+    check_asked("generate", "some prompt", texts, source, output, reading)
     if raw and system is not None:
         raise UsageError("--raw and --system exclude each other", "leave one out")
 
@@ -76,7 +77,7 @@ def command(
         with progress_bar("rows") as progress:
             done = generate_file(
                 generator, source, output, how, identity=f"{identity_of(model, generator)} {where}", column=prompt_column,
-                encoding=encoding, force=force, progress=progress,
+                reading=reading, force=force, progress=progress,
             )  # fmt: skip
     finally:
         generator.close()

@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     ENGINE,
     FORCE,
     PRECISION,
@@ -20,9 +19,11 @@ from deploykit.cli.common import (
     deploykit_command,
     generation_options,
     progress_bar,
+    reading_options,
     refuse_columns,
     target_and_texts,
 )
+from deploykit.data.reading import Reading
 from deploykit.errors import DataError
 
 
@@ -36,9 +37,9 @@ from deploykit.errors import DataError
     help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet; for questions SQuAD's JSON.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
+@reading_options
 @column_options(inputs_only=True)
 @generation_options
-@ENCODING
 @FORCE
 @SERVER_URL
 @ENGINE
@@ -52,11 +53,11 @@ def command(
     output: Path | None,
     columns: dict[str, Any],
     generation: dict[str, Any],
-    encoding: str | None,
+    reading: Reading,
     force: bool,
     **where: Any,
 ) -> Result:
-    check_asked("predict", "some text", texts, source, output)
+    check_asked("predict", "some text", texts, source, output, reading)
 
     from deploykit.tasks.answering import answer_rows, answer_source, rows_of
     from deploykit.tasks.opening import identity_of, open_predictor
@@ -81,7 +82,7 @@ def command(
                 identity=f"{identity_of(model, predictor)} {where}",
                 columns=columns,
                 generation=search,
-                encoding=encoding,
+                reading=reading,
                 force=force,
                 progress=progress,
             )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     ENGINE,
     FORCE,
     LONG_INPUT_HELP,
@@ -22,8 +21,10 @@ from deploykit.cli.common import (
     deploykit_command,
     generation_options,
     progress_bar,
+    reading_options,
     target_and_texts,
 )
+from deploykit.data.reading import Reading
 from deploykit.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--split", type=click.Choice(["sentence", "paragraph", "none"]), default="sentence", show_default=True,
               help=SPLIT_HELP)  # fmt: skip
 @generation_options
-@ENCODING
+@reading_options
 @FORCE
 @SERVER_URL
 @ENGINE
@@ -58,11 +59,11 @@ def command(
     long_input: LongInput,
     split: Split,
     generation: dict[str, Any],
-    encoding: str | None,
+    reading: Reading,
     force: bool,
     **where: Any,
 ) -> Result:
-    check_asked("translate", "some text", texts, source, output)
+    check_asked("translate", "some text", texts, source, output, reading)
 
     from deploykit.data.texts import TextRow
     from deploykit.runtime.generation import override
@@ -90,7 +91,7 @@ def command(
                 how,
                 identity=f"{identity_of(model, translator)} {where}",
                 column=source_column,
-                encoding=encoding,
+                reading=reading,
                 force=force,
                 progress=progress,
             )

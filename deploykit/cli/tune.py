@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     FORCE,
     MODEL_REPOSITORY,
     NUM_PROMPTS,
@@ -16,9 +15,11 @@ from deploykit.cli.common import (
     column_options,
     deploykit_command,
     option,
+    reading_options,
     refuse_columns,
     say,
 )
+from deploykit.data.reading import Reading
 
 
 @deploykit_command(
@@ -34,6 +35,7 @@ from deploykit.cli.common import (
 @click.option("--engine", "engines", multiple=True, help="Engine to try; repeat. [default: all that run here]")
 @click.option("--precision", "precisions", multiple=True, help="Precision to try; repeat. [default: all in the export]")
 @click.option("--data", help="Rows to send. [default: the export's test rows]")
+@reading_options
 @column_options(inputs_only=True)
 @NUM_PROMPTS
 @click.option("--time", "budget", default="10m", show_default=True, help="Time limit for measuring.")
@@ -42,7 +44,6 @@ from deploykit.cli.common import (
 )
 @option("--output", "out", aliases=["--out"], type=click.Path(path_type=Path), metavar="FILE.json",
         help="File for all measurements; an .html page is written beside it. [default: tune-TARGET.json]")  # fmt: skip
-@ENCODING
 @FORCE
 def command(
     *,
@@ -59,7 +60,7 @@ def command(
     budget: str,
     seconds: float,
     out: Path | None,
-    encoding: str | None,
+    reading: Reading,
     force: bool,
 ) -> Result:
     from deploykit.artifacts import SAMPLES
@@ -90,7 +91,7 @@ def command(
         data,
         task,
         columns=columns,
-        encoding=encoding,
+        reading=reading,
         most=max_rows,
         seed=0,
     )

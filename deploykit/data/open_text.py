@@ -44,6 +44,10 @@ _MAGIC = (
     (b"SQLite format 3", "an SQLite database"),
     (b"\x80\x04\x95", "a Python pickle"),
 )
+ROW_ENDS = "row ends"
+"""Where ``read_lines`` ends a line: at ``\n``, so that a lone ``\r`` stays in its text; in a file that begins without
+``\n``, also at ``\r``, as old Macs wrote it."""
+
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 """Suffixes of compressed files; a .zip holds one file."""
 
@@ -70,7 +74,7 @@ def read_lines(path: Path, encoding: str | None, *, newline: str | None = None) 
     Args:
         path: a text file, or one compressed as its suffix says (``COMPRESSED``).
         encoding: None is UTF-8, or what a byte order mark says.
-        newline: as in ``open``.
+        newline: as in ``open``, or ``ROW_ENDS``.
 
     Raises:
         DataError: the file cannot be read, is damaged, is not text, or is not in ``encoding``.
@@ -138,6 +142,9 @@ def _open_text(path: Path, encoding: str | None, newline: str | None) -> tuple[T
         sample = file.read(_SAMPLE_BYTES)
     used = encoding or next((name for mark, name in _BYTE_ORDER_MARKS if sample.startswith(mark)), "utf-8-sig")
     try:
+        if newline == ROW_ENDS:
+            begin = sample.decode(used, "ignore")
+            newline = "" if "\r" in begin and "\n" not in begin else "\n"
         if codecs.lookup(used).name == "utf-8":
             used = "utf-8-sig"  # utf-8-sig, so that a byte order mark does not become part of the first column's name.
         with contextlib.ExitStack() as unless_opened:

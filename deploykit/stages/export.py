@@ -114,7 +114,8 @@ def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
             if field.name in _TRTEXEC:
                 words.append(f"{_TRTEXEC[field.name]}{value}")
             else:
-                words += [option] if value is True else [option, str(value)]
+                given = ",".join(value) if isinstance(value, tuple) else str(value)
+                words += [option] if value is True else [option, given]
     return shlex.join(words)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from deploykit.data.answer_file import (
     too_long,
 )
 from deploykit.data.answer_table import TABLES
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import TextRow, row_columns
 from deploykit.errors import DataError, RequestError, UsageError
 from deploykit.tasks.protocol import Answer, Predictor, Progress
@@ -81,7 +82,7 @@ def answer_source(
     identity: str,
     columns: Mapping[str, Any],
     generation: Any = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     force: bool = False,
     progress: Progress,
 ) -> Answered:
@@ -100,24 +101,24 @@ def answer_source(
     task = task_of(predictor.task)
 
     def rows() -> Iterator[TextRow]:
-        return task.read_inputs(source, predictor.task, encoding=encoding, columns=columns)
+        return task.read_inputs(source, predictor.task, reading=reading, columns=columns)
 
     if suffix in TABLES:
-        _check_rows(rows(), source, encoding, out)
+        _check_rows(rows(), source, reading, out)
 
     def answer(part: Sequence[TextRow]) -> list[Line]:
         return [json_line(row.to_json()) for row in answer_rows(predictor, part, generation)]
 
-    key = artifacts.digest_of(source_digest(source), dict(columns), repr(generation), encoding, identity)
-    table = (lambda: row_columns(source, encoding)) if suffix in TABLES else None
+    key = artifacts.digest_of(source_digest(source), dict(columns), repr(generation), asdict(reading), identity)
+    table = (lambda: row_columns(source, reading)) if suffix in TABLES else None
     return answer_file(rows, answer, out, key=key, failed=is_error, force=force, progress=progress, table=table)
 
 
-def _check_rows(rows: Iterator[TextRow], source: str, encoding: str | None, out: Path) -> None:
+def _check_rows(rows: Iterator[TextRow], source: str, reading: Reading, out: Path) -> None:
     """Raise UsageError if ``source`` is not a table whose rows are those to answer, as SQuAD's JSON is not."""
     count = sum(1 for _ in rows)
     try:
-        same = count == sum(1 for _ in row_columns(source, encoding))
+        same = count == sum(1 for _ in row_columns(source, reading))
     except DataError:
         same = False
     if not same:

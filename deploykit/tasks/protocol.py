@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from deploykit.tasks.types import Answer, Evaluation, Grade, GraphKind, Options, Predictor, Progress, TaskFacts
 
 if TYPE_CHECKING:
+    from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
@@ -101,11 +102,11 @@ class Measuring(Protocol):
     input_columns: tuple[str, ...]
     """The options among them that name a text's columns."""
 
-    def read_inputs(self, source: str, facts: Any, *, encoding: str | None, columns: Options) -> Iterator[TextRow]:
+    def read_inputs(self, source: str, facts: Any, *, reading: Reading, columns: Options) -> Iterator[TextRow]:
         """Stream the texts to answer: a row for every row of ``source``, with its text or the problem with it."""
 
     def read_texts(
-        self, source: str, facts: Any, *, encoding: str | None, columns: Options
+        self, source: str, facts: Any, *, reading: Reading, columns: Options
     ) -> list[tuple[str, str | None]]:
         """Read texts, and their correct answers if the source has them."""
 
@@ -118,7 +119,7 @@ class Measuring(Protocol):
     def grade(self, predictor: Any, texts: Sequence[str], truth: Sequence[str], generation: Any) -> Grade:
         """Answer all texts in calls of a usual size, and grade them. Raises DataError for truth that no answer can equal."""
 
-    def evaluate(self, predictor: Any, source: str, *, split: str, encoding: str | None, columns: Options,
+    def evaluate(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options,
                  generation: Options, progress: Progress) -> Evaluation:  # fmt: skip
         """Measure on the labelled rows of ``source``. ``columns`` are options of ``columns``, given or None."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 
 RENAMED: Mapping[str, str] = {
@@ -29,15 +30,14 @@ Hugging Face's, from ``TrainingArguments``, its example scripts, ``LoraConfig`` 
 
 
 @dataclass(frozen=True)
-class FinetuneOptions:
-    """What every run chooses. Rates and fractions are of 1; lengths are tokens; 0 turns the optional ones off."""
+class FinetuneOptions(Reading):
+    """What every run chooses: how its rows are read (``Reading``), and how it trains. Rates and fractions are of 1; lengths are tokens; 0 turns the optional ones off."""
 
     model: str | None = None
     train: str = ""
     task: str = ""
     validation: str | None = None
     test: str | None = None
-    encoding: str | None = None
     validation_fraction: float = 0.1
     test_fraction: float = 0.1
     max_train_samples: int = 0
@@ -99,6 +99,7 @@ class FinetuneOptions:
 
     def check(self) -> None:
         """Raise UsageError for the first value that makes no sense."""
+        super().check()
         for name, (low, high) in self.ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -71,7 +71,7 @@ def read_rows(kind: RowSource[Raw, Row, Columns], options: FinetuneOptions, say:
         raw, columns = kind.load(source, own_split, columns)
         splits[name], cleaning[name] = kind.clean(raw)
         say(f"{name}: {source}")
-        for line in reading_notes(source, options.encoding):
+        for line in reading_notes(source, options):
             say(f"  {line}")
         for line in cleaning[name].lines():
             say(f"  {line}")

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploykit.artifacts import load_manifest
+from deploykit.data.reading import Reading
 from deploykit.data.texts import read_texts
 from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.find_graphs import find_graphs
@@ -285,7 +286,7 @@ def test_tokenizing_gives_the_ids_of_the_checkpoints_own_tokenizer(
 
     reference = TorchClassifier.load(checkpoint)
     tokenizer = TextTokenizer(exported / "tokenizer.json", reference.task.max_length)
-    real = [row.text for row in read_texts(str(tweets), ("text",), encoding="latin-1") if row.text][:8000]
+    real = [row.text for row in read_texts(str(tweets), ("text",), reading=Reading("latin-1")) if row.text][:8000]
     assert tokenizer.encode([normalize(t) for t in real]) == reference.encode(real)
 
     @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))

@@ -96,7 +96,7 @@ def test_a_tsv_without_quoting_keeps_each_line_a_row(tmp_path_factory, texts):
     path = write(tmp_path_factory.mktemp("h") / "a.tsv", "text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows))
     found = values(path)
     assert len(found) == len(rows)
-    if find_layout(path, None).quoting == "none":
+    if find_layout(path).quoting == "none":
         assert found == rows
 
 

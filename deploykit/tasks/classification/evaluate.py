@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import read_texts, unanswered
 from deploykit.errors import DataError
 from deploykit.tasks.classification.facts import Classification
@@ -35,7 +36,7 @@ def labelled_rows(
     *,
     text_columns: Sequence[str] = (),
     label_column: str | None = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     split: str = "test",
 ) -> LabelledRows:
     """Read rows whose labels the model knows.
@@ -52,7 +53,7 @@ def labelled_rows(
         multi_label=task.multi_label,
         labels=task.labels,
         label_separator=task.label_separator,
-        encoding=encoding,
+        reading=reading,
         split=split,
     )
     examples = [
@@ -105,14 +106,14 @@ def grade(predictor: TextClassifier, texts: Sequence[str], labels: Sequence[str]
 
 
 def texts_and_labels(
-    source: str, task: Classification, text_columns: Sequence[str], label_column: str | None, encoding: str | None
+    source: str, task: Classification, text_columns: Sequence[str], label_column: str | None, reading: Reading
 ) -> list[tuple[str, str | None]]:
     """Read texts, and their labels where the source has them."""
     try:
-        rows = labelled_rows(source, task, text_columns=text_columns, label_column=label_column, encoding=encoding)
+        rows = labelled_rows(source, task, text_columns=text_columns, label_column=label_column, reading=reading)
         return [(e.text, e.label) for e in rows.examples]
     except DataError as no_labels:
         if label_column is not None:
             raise
-        texts = read_texts(source, text_columns or None, task.text_separator, encoding=encoding)
+        texts = read_texts(source, text_columns or None, task.text_separator, reading=reading)
         return unanswered([row.text for row in texts], no_labels)

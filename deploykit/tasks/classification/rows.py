@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deploykit.data.read import read_records
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
 from deploykit.data.texts import (
     LABEL_COLUMNS,
@@ -67,7 +68,7 @@ def load_examples(
     multi_label: bool = False,
     labels: Sequence[str] = (),
     label_separator: str | None = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     split: str = "train",
 ) -> tuple[list[RawExample], Columns]:
     """Read every row of ``source`` (see ``read_records``).
@@ -81,7 +82,7 @@ def load_examples(
         DataError: an unreadable source, no rows, no such column, a list where one label is wanted, lists of 0 and 1
             without ``labels``, cells with commas but no separator.
     """
-    records = read_records(source, encoding=encoding, split=split)
+    records = read_records(source, reading, split=split)
     records, names = peek(records, source)
     if prefer is not None:
         taken = {*text_columns, label_column}

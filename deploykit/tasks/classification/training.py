@@ -78,7 +78,7 @@ class ClassificationStage:
             multi_label=options.multi_label,
             labels=options.label_order,
             label_separator=options.label_separator,
-            encoding=options.encoding,
+            reading=options,
             split=split,
         )
 

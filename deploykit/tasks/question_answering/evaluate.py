@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.errors import DataError
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.question_answering.clean import clean
@@ -26,9 +27,9 @@ class LabelledQuestions:
     skipped: int
 
 
-def labelled_questions(source: str, *, encoding: str | None = None, split: str = "test") -> LabelledQuestions:
+def labelled_questions(source: str, *, reading: Reading = AS_FOUND, split: str = "test") -> LabelledQuestions:
     """Read questions with right answers, or without any. Raises DataError when none is left after cleaning."""
-    examples, report = clean(read_rows(source, encoding=encoding, split=split))
+    examples, report = clean(read_rows(source, reading=reading, split=split))
     if not examples:
         raise DataError(
             f"{source}: no row has a question, a context and an answer that stands in it", "; ".join(report.lines())
@@ -64,9 +65,9 @@ def grade(predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str]) -
     return Grade(None, answers, answer_metrics(predictor.task, found, examples))
 
 
-def texts_and_answers(source: str, encoding: str | None) -> list[tuple[str, str | None]]:
+def texts_and_answers(source: str, reading: Reading) -> list[tuple[str, str | None]]:
     """Read questions with contexts as texts, and their right answers, a JSON list, where the source has them."""
-    raw = list(read_rows(source, encoding=encoding, split="test"))
+    raw = list(read_rows(source, reading=reading, split="test"))
     if any(row.labelled for row in raw):
         examples, _ = clean(raw)
         if examples:

@@ -10,6 +10,7 @@ from typing import Any
 
 from deploykit.data.open_text import read_lines
 from deploykit.data.read import read_records
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
 from deploykit.data.texts import TextRow, listed, peek, scalar
 from deploykit.errors import DataError
@@ -58,17 +59,18 @@ class Example:
             object.__setattr__(self, "answers", Answers(*(tuple(v) for v in self.answers.values())))
 
 
-def read_rows(source: str, *, encoding: str | None = None, split: str = "train") -> Iterator[RawRow]:
+def read_rows(source: str, *, reading: Reading = AS_FOUND, split: str = "train") -> Iterator[RawRow]:
     """Stream the rows of ``source`` (see ``read_records``), or of a .json file as SQuAD versions 1 and 2 write it.
 
     Raises DataError naming file, row and field of what is not as it should be.
     """
     if Path(source).suffix.lower() == ".json" and Path(source).is_file():
-        text = "".join(read_lines(Path(source), encoding, newline=""))
+        text = "".join(read_lines(Path(source), reading.encoding, newline=""))
         if text.lstrip().startswith("{") and not _is_json_lines(text):
+            reading.allow(source)
             yield from _squad(source, text)
             return
-    records, names = peek(read_records(source, encoding=encoding, split=split), source)
+    records, names = peek(read_records(source, reading, split=split), source)
     for column in ("question", "context"):
         if column not in names:
             raise DataError(f"{source}: has no column {column!r}; {listed(names)}", _COLUMNS)
@@ -86,9 +88,9 @@ def _is_json_lines(text: str) -> bool:
         return False
 
 
-def read_inputs(source: str, *, encoding: str | None = None) -> Iterator[TextRow]:
+def read_inputs(source: str, reading: Reading = AS_FOUND) -> Iterator[TextRow]:
     """Stream questions with their contexts as texts (``as_text``), a row for every row of ``source``."""
-    for row in read_rows(source, encoding=encoding):
+    for row in read_rows(source, reading=reading):
         missing = next((name for name in ("question", "context") if getattr(row, name) is None), None)
         if row.question is None or row.context is None:
             yield TextRow(row.origin, None, f"the {missing} is missing")

@@ -16,6 +16,7 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.question_answering.facts import QuestionAnswering, from_text
 
 if TYPE_CHECKING:
+    from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
@@ -104,26 +105,26 @@ class _QuestionAnswering:
         return grade(predictor, texts, truth)
 
     def evaluate(
-        self, predictor: TextAnswerer, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        self, predictor: TextAnswerer, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
         generation: Mapping[str, Any], progress: Progress,
     ) -> Evaluation:  # fmt: skip
         from deploykit.tasks.question_answering.evaluate import evaluate, labelled_questions
 
-        return evaluate(predictor, labelled_questions(source, encoding=encoding, split=split), progress=progress)
+        return evaluate(predictor, labelled_questions(source, reading=reading, split=split), progress=progress)
 
     def read_inputs(
-        self, source: str, facts: QuestionAnswering, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: QuestionAnswering, *, reading: Reading, columns: Mapping[str, Any]
     ) -> Iterator[TextRow]:
         from deploykit.tasks.question_answering.rows import read_inputs
 
-        return read_inputs(source, encoding=encoding)
+        return read_inputs(source, reading)
 
     def read_texts(
-        self, source: str, facts: QuestionAnswering, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: QuestionAnswering, *, reading: Reading, columns: Mapping[str, Any]
     ) -> list[tuple[str, str | None]]:
         from deploykit.tasks.question_answering.evaluate import texts_and_answers
 
-        return texts_and_answers(source, encoding)
+        return texts_and_answers(source, reading)
 
     def tensors(self, text: str) -> Mapping[str, str]:
         question, context = from_text(text)

@@ -46,7 +46,7 @@ class QuestionAnsweringStage:
 
     def load(self, source: str, split: str, columns: tuple[()] | None) -> tuple[list[RawRow], tuple[()]]:
         """Read the rows; there are no columns to choose."""
-        return list(read_rows(source, encoding=self._options.encoding, split=split)), ()
+        return list(read_rows(source, reading=self._options, split=split)), ()
 
     def clean(self, raw: Sequence[RawRow]) -> tuple[list[Example], CleaningReport]:
         return clean(raw)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deploykit.data.reading import Reading
 from deploykit.data.sample import evenly
 from deploykit.data.texts import read_texts, unanswered
 from deploykit.errors import DataError, UsageError
@@ -66,13 +67,13 @@ def ask(tokenizer: ChatTokenizer, rows: Sequence[Row], max_length: int) -> tuple
 
 
 def read_asked(
-    source: str, generator: LocalGenerator, *, split: str, encoding: str | None, columns: Mapping[str, Any]
+    source: str, generator: LocalGenerator, *, split: str, reading: Reading, columns: Mapping[str, Any]
 ) -> tuple[Asked, int]:
     """Read a file's rows in the format that the training rows had, or that its columns show. Returns also how many rows
     could not be used. Raises DataError when none can."""
     raw, _ = load_rows(
         source, prompt_column=columns.get("prompt_column"), completion_column=columns.get("completion_column"),
-        prefer=columns_of(generator.task), encoding=encoding, split=split,
+        prefer=columns_of(generator.task), reading=reading, split=split,
     )  # fmt: skip
     usable = [r.row for r in raw if r.problem is None and (r.row.text or role_problem(r.row.messages) is None)]
     asked, refused = ask(generator.tokenizer, usable, generator.task.max_length)
@@ -122,11 +123,11 @@ def room_for(tokenizer: ChatTokenizer, asked: Asked) -> int:
 
 
 def evaluate_file(
-    generator: LocalGenerator, source: str, sampling: Sampling, *, split: str, encoding: str | None,
+    generator: LocalGenerator, source: str, sampling: Sampling, *, split: str, reading: Reading,
     columns: Mapping[str, Any], progress: Callable[[int, int], None],
 ) -> Evaluation:  # fmt: skip
     """Measure on the rows of a file."""
-    asked, skipped = read_asked(source, generator, split=split, encoding=encoding, columns=columns)
+    asked, skipped = read_asked(source, generator, split=split, reading=reading, columns=columns)
     metrics, _ = evaluate(
         generator,
         asked,
@@ -159,14 +160,14 @@ def grade(
 
 
 def texts_and_references(
-    source: str, generation: TextGeneration, encoding: str | None, columns: Mapping[str, Any]
+    source: str, generation: TextGeneration, reading: Reading, columns: Mapping[str, Any]
 ) -> list[tuple[str, str | None]]:
     """Read prompts, and their answers where the source has them: of dialogs, the first message of the user."""
     try:
         raw, _ = load_rows(
             source, prompt_column=columns.get("prompt_column"), completion_column=columns.get("completion_column"),
-            prefer=columns_of(generation), encoding=encoding, split="test",
+            prefer=columns_of(generation), reading=reading, split="test",
         )  # fmt: skip
     except DataError as no_answers:
-        return unanswered([row.text for row in read_texts(source, encoding=encoding, split="test")], no_answers)
+        return unanswered([row.text for row in read_texts(source, reading=reading, split="test")], no_answers)
     return [(r.row.prompt, r.row.answer) for r in raw if r.problem is None and len(r.row.messages) == 2]

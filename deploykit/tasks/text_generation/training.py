@@ -78,7 +78,7 @@ class TextGenerationStage:
         options = self._options
         raw, found = load_rows(
             source, prompt_column=options.prompt_column, completion_column=options.completion_column, prefer=columns,
-            encoding=options.encoding, split=split,
+            reading=options, split=split,
         )  # fmt: skip
         # An error that is the checkpoint's or the template's must not pass as one of the rows.
         dialogs = any(item.row.messages for item in raw)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import unanswered
 from deploykit.errors import DataError
 from deploykit.runtime.generation import Generation
@@ -33,7 +34,7 @@ def translated_rows(
     *,
     source_column: str | None = None,
     target_column: str | None = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     split: str = "test",
 ) -> TranslatedRows:
     """Read pairs in the task's languages, translations as they are given: not even NFC is applied to what is measured.
@@ -47,7 +48,7 @@ def translated_rows(
         source_column=source_column,
         target_column=target_column,
         prefer=PairColumns(task.source_column, task.target_column),
-        encoding=encoding,
+        reading=reading,
         split=split,
     )
     pairs = [
@@ -92,18 +93,16 @@ def grade(
 
 
 def texts_and_references(
-    source: str, task: Translation, source_column: str | None, target_column: str | None, encoding: str | None
+    source: str, task: Translation, source_column: str | None, target_column: str | None, reading: Reading
 ) -> list[tuple[str, str | None]]:
     """Read texts, and their translations where the source has them."""
     try:
-        rows = translated_rows(
-            source, task, source_column=source_column, target_column=target_column, encoding=encoding
-        )
+        rows = translated_rows(source, task, source_column=source_column, target_column=target_column, reading=reading)
         return [(pair.source, pair.target) for pair in rows.pairs]
     except DataError as no_references:
         if target_column is not None:
             raise
         texts = read_sources(
-            source, column=source_column, source=task.source, prefer=task.source_column, encoding=encoding
+            source, column=source_column, source=task.source, prefer=task.source_column, reading=reading
         )
         return unanswered([row.text for row in texts], no_references)

@@ -87,7 +87,7 @@ class TranslationStage:
             source_column=options.source_column,
             target_column=options.target_column,
             prefer=columns,
-            encoding=options.encoding,
+            reading=options,
             split=split,
         )
 

@@ -19,6 +19,7 @@ from deploykit.data.answer_file import (
     source_digest,
     too_long,
 )
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import TextRow
 from deploykit.errors import DataError, RequestError, UsageError
 from deploykit.runtime.generation import Generation
@@ -72,7 +73,7 @@ def translate_file(
     *,
     identity: str,
     column: str | None = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     force: bool = False,
     progress: Callable[[int, int], None],
 ) -> tuple[Answered, Counter[str]]:
@@ -87,7 +88,7 @@ def translate_file(
     task = translator.task
 
     def rows() -> Iterator[TextRow]:
-        return read_sources(source, column=column, source=task.source, prefer=task.source_column, encoding=encoding)
+        return read_sources(source, column=column, source=task.source, prefer=task.source_column, reading=reading)
 
     finish: Counter[str] = Counter()
 
@@ -98,7 +99,9 @@ def translate_file(
             return [json_line(record) for record in records]
         return [Line(one_line(record.get("translation", "")), "error" in record) for record in records]
 
-    key = artifacts.digest_of(source_digest(source), column, encoding, identity, dataclasses.asdict(how))
+    key = artifacts.digest_of(
+        source_digest(source), column, dataclasses.asdict(reading), identity, dataclasses.asdict(how)
+    )
     failed = is_error if as_json else lambda line: False
     done = answer_file(rows, answer, out, key=key, failed=failed, force=force, progress=progress, chunk=_CHUNK)
     return done, finish

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deploykit.data.reading import Reading
 from deploykit.data.texts import unanswered
 from deploykit.errors import DataError
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
@@ -25,10 +26,10 @@ class LabelledRows:
 
 
 def labelled_rows(
-    source: str, task: TokenClassification, words: str | None, labels: str | None, encoding: str | None, split: str
+    source: str, task: TokenClassification, words: str | None, labels: str | None, reading: Reading, split: str
 ) -> LabelledRows:
     """Read rows whose labels the model knows. Raises DataError for another label, or no usable row."""
-    raw, _ = load_examples(source, words, labels, encoding=encoding, split=split)
+    raw, _ = load_examples(source, words, labels, reading=reading, split=split)
     examples = [
         Example(" ".join(row.words), " ".join(row.labels), row.origin)
         for row in raw
@@ -41,16 +42,16 @@ def labelled_rows(
 
 
 def texts_and_labels(
-    source: str, task: TokenClassification, words: str | None, labels: str | None, encoding: str | None
+    source: str, task: TokenClassification, words: str | None, labels: str | None, reading: Reading
 ) -> list[tuple[str, str | None]]:
     """Read texts, and their labels where the source has them."""
     try:
-        rows = labelled_rows(source, task, words, labels, encoding, "test")
+        rows = labelled_rows(source, task, words, labels, reading, "test")
         return [(row.words, row.labels) for row in rows.examples]
     except DataError as no_labels:
         if labels is not None:
             raise
-        return unanswered([row.text for row in read_inputs(source, words, task.words_column, encoding)], no_labels)
+        return unanswered([row.text for row in read_inputs(source, words, task.words_column, reading)], no_labels)
 
 
 def answers(tagger: TextTagger, texts: Sequence[str]) -> list[Answer]:

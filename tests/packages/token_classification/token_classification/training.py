@@ -55,7 +55,7 @@ class TokenClassificationStage:
     def load(self, source: str, split: str, columns: Columns | None) -> tuple[list[RawExample], Columns]:
         options = self._options
         words, labels = (columns.words, columns.labels) if columns else (options.words_column, options.label_column)
-        return load_examples(source, words, labels, encoding=options.encoding, split=split)
+        return load_examples(source, words, labels, reading=options, split=split)
 
     def clean(self, raw: Sequence[RawExample]) -> tuple[list[Example], CleaningReport]:
         return clean(raw)
