@@ -14,11 +14,11 @@ from deploykit.cli.common import (
     Result,
     WithItsWords,
     column_options,
+    columns_for,
     deploykit_command,
     generation_options,
     option,
     reading_options,
-    refuse_columns,
     say,
 )
 from deploykit.data.reading import Reading
@@ -32,7 +32,7 @@ from deploykit.errors import ArtifactError, UsageError
 @click.argument("targets", nargs=-1)
 @click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), hidden=True)
 @click.option("--data", help="Rows to send; if they have labels or translations, accuracy is measured too.")
-@reading_options
+@reading_options()
 @column_options()
 @click.option(
     "--engine",
@@ -108,7 +108,7 @@ def command(
         if path is not None and path.exists() and not force:
             raise ArtifactError(f"{path}: already exists", "choose another name, or pass --force to replace it")
     task = facts_of(targets[0], url=settings["url"])
-    refuse_columns(task_of(task), columns, generation)
+    columns = columns_for(task_of(task), columns, generation)
     texts, truth = read_rows(
         data,
         task,

@@ -11,12 +11,14 @@ from deploykit.cli.common import (
     THREADS,
     Result,
     column_options,
+    columns_for,
     deploykit_command,
+    failed_rows,
     generation_options,
     option,
     progress_bar,
     reading_options,
-    refuse_columns,
+    say,
 )
 from deploykit.data.reading import Reading
 
@@ -27,7 +29,7 @@ from deploykit.data.reading import Reading
 @click.argument("target")
 @click.option("--data", required=True, help="Rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
               "TMX, .po, .mo, or two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
-@reading_options
+@reading_options(on_error="skip")
 @column_options()
 @click.option("--answer-regex", help="Compare only the last match of this (its first group) in generated answers.")
 @click.option("--syntax", type=click.Choice(["bash", "python", "json"]), help="Count the generated answers that parse.")
@@ -58,7 +60,7 @@ def command(
     predictor = open_predictor(target, **where)
     try:
         task = task_of(predictor.task)
-        refuse_columns(task, columns, generation)
+        columns = columns_for(task, columns, generation)
         with progress_bar("rows") as progress:
             done = task.evaluate(
                 predictor, data, split=split, reading=reading, columns=columns, generation=generation,
@@ -66,6 +68,13 @@ def command(
             )  # fmt: skip
     finally:
         predictor.close()
-    skipped = f" ({done.skipped:,} skipped: incomplete)" if done.skipped else ""
+    reading.stop_at(done.problems)
+    for note in done.notes:
+        say(note)
+    skipped = f" ({done.skipped:,} skipped)" if done.skipped else ""
     text = f"{target} on {done.rows:,} rows of {data}{skipped}\n{task.metrics_text(done.metrics)}"
-    return {"target": target, "rows": done.rows, "skipped": done.skipped, "metrics": done.metrics}, text
+    return (
+        {"target": target, "rows": done.rows, "skipped": done.skipped, "metrics": done.metrics},
+        text,
+        (failed_rows(done.problems)),
+    )

@@ -92,7 +92,12 @@ def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
 @_option("--test", help="Rows that the result is measured on (default: split off --train).")
 @OUTPUT_DIR
 @_option("--text-column", multiple=True, help="Text column; repeat to join several, in this order (default: detected).")
-@_option("--label-column", help="Label column (default: detected).")
+@_option(
+    "--label-column",
+    multiple=True,
+    help="Label column (default: detected); with --multi-label repeat it for columns of 0 and 1 that "
+    "are named after their labels.",
+)
 @_option("--text-separator", help="Separator of several text columns.")
 @_option("--multi-label", is_flag=True, help="Allow any number of labels per row: a list, or names separated by |.")
 @_option(
@@ -169,11 +174,12 @@ def command(
     options = make_options({name: value for name, value in given.items() if value not in (None, ())})
 
     from deploykit.stages.finetune import finetune
+    from deploykit.training.rows import held_out
 
     done = finetune(options, out, force=force, restart=restart, say=say)
     metrics = done.manifest.metrics
-    held_out = "test" if "test" in metrics else "validation"
-    own, text = task_of(done.manifest.task).result(done.manifest.task, metrics, held_out)
+    measured = held_out(metrics)
+    own, text = task_of(done.manifest.task).result(done.manifest.task, metrics, measured)
     record = {
         "out": str(out),
         "reused": done.reused,
@@ -181,7 +187,9 @@ def command(
         **own,
         "rows": metrics["rows"],
         "cleaning": metrics["cleaning"],
-        "metrics": metrics[held_out],
+        "metrics": metrics.get(measured),
     }
     head = f"{out}: {'reused, made before from the same inputs' if done.reused else 'written'}"
-    return record, f"{head}\non {metrics['rows'][held_out]:,} {held_out} rows:\n{text}"
+    if not measured:
+        return record, f"{head}\nno rows were held out: nothing was measured"
+    return record, f"{head}\non {metrics['rows'][measured]:,} {measured} rows:\n{text}"

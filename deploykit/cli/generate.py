@@ -14,11 +14,13 @@ from deploykit.cli.common import (
     answered_text,
     check_asked,
     deploykit_command,
+    failed_rows,
+    failed_texts,
     progress_bar,
     reading_options,
 )
 from deploykit.data.reading import Reading
-from deploykit.errors import DataError, UsageError
+from deploykit.errors import UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
 
 
@@ -46,7 +48,7 @@ from deploykit.runtime.serving_settings import DEFAULT_URL
 @click.option("--stop", multiple=True, help="Text that ends an answer; may be repeated.")
 @click.option("--n", type=int, help="Number of answers to each prompt. [default: 1]")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log-probability.")
-@reading_options
+@reading_options(on_error="skip")
 @FORCE
 @PRECISION
 @THREADS
@@ -70,10 +72,8 @@ def command(
         how = How(override(generator.task.sampling, given), raw, system, logprobs)
         if source is None or output is None:
             records = answers(generator, [Question(f"text {i}", p) for i, p in enumerate(texts, start=1)], how)
-            if all("error" in record for record in records):
-                remedy = "give another prompt"
-                raise DataError("\n".join(f"{record['origin']}: {record['error']}" for record in records), remedy)
-            return {"results": records}, "\n".join(map(_told, records))
+            code = failed_texts(records, stop=reading.on_error == "stop", remedy="give another prompt")
+            return {"results": records}, "\n".join(map(_told, records)), code
         with progress_bar("rows") as progress:
             done = generate_file(
                 generator, source, output, how, identity=f"{identity_of(model, generator)} {where}", column=prompt_column,
@@ -81,7 +81,8 @@ def command(
             )  # fmt: skip
     finally:
         generator.close()
-    return answered_record(output, done), answered_text(output, done, "could not be answered")
+    text = answered_text(output, done, "could not be answered")
+    return answered_record(output, done), text, failed_rows(done.problems)
 
 
 def _told(record: dict[str, Any]) -> str:

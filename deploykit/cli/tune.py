@@ -13,10 +13,10 @@ from deploykit.cli.common import (
     Result,
     WithItsWords,
     column_options,
+    columns_for,
     deploykit_command,
     option,
     reading_options,
-    refuse_columns,
     say,
 )
 from deploykit.data.reading import Reading
@@ -35,7 +35,7 @@ from deploykit.data.reading import Reading
 @click.option("--engine", "engines", multiple=True, help="Engine to try; repeat. [default: all that run here]")
 @click.option("--precision", "precisions", multiple=True, help="Precision to try; repeat. [default: all in the export]")
 @click.option("--data", help="Rows to send. [default: the export's test rows]")
-@reading_options
+@reading_options()
 @column_options(inputs_only=True)
 @NUM_PROMPTS
 @click.option("--time", "budget", default="10m", show_default=True, help="Time limit for measuring.")
@@ -86,7 +86,7 @@ def command(
             raise UsageError("there are no rows to send", "give --data FILE, or an --export that keeps test rows")
         data = str(export / SAMPLES)
     task = subject.manifest.task
-    refuse_columns(task_of(task), columns)
+    columns = columns_for(task_of(task), columns)
     texts, _ = read_rows(
         data,
         task,

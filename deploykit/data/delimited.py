@@ -19,7 +19,7 @@ from typing import Literal
 
 from deploykit.data.open_text import ROW_ENDS, plain_suffix, read_lines
 from deploykit.data.reading import AS_FOUND, Reading
-from deploykit.data.record import Record
+from deploykit.data.record import Record, malformed
 from deploykit.errors import DataError
 from deploykit.text import normalize
 
@@ -87,7 +87,10 @@ def read_delimited(path: Path, reading: Reading = AS_FOUND) -> Iterator[Record]:
     layout = find_layout(path, reading)
     name = normalize(path.name)
     for start, row in _rows(path, reading.encoding, layout):
-        yield Record(f"{name}:{start}", dict(itertools.zip_longest(layout.columns, row[: len(layout.columns)])))
+        if len(row) > len(layout.columns) + layout.unnamed:
+            yield malformed(f"{name}:{start}", _too_many(path, start, row, layout), reading, named=path)
+        else:
+            yield Record(f"{name}:{start}", dict(itertools.zip_longest(layout.columns, row[: len(layout.columns)])))
 
 
 def find_layout(path: Path, reading: Reading = AS_FOUND) -> Layout:
@@ -162,21 +165,22 @@ def check_header(path: Path, header: Sequence[str]) -> None:
 
 def _rows(path: Path, encoding: str | None, layout: Layout) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows below the header, each with the line it begins at; repeated headers are left out."""
-    width = len(layout.columns) + layout.unnamed
     rows = _raw_rows(path, encoding, layout)
     if layout.header:
         next(rows)
     for start, row in rows:
-        if len(row) > width:
-            first = "header" if layout.header else "first row"
-            raise DataError(
-                f"{path}: the row at line {start} has {len(row)} fields, the {first} has {width}",
-                f"write no {layout.delimiter!r} inside a field"
-                if layout.quoting == "none"
-                else f"put fields that hold {layout.delimiter!r} in double quotes",
-            )
         if row and not _is_header(row, layout):
             yield start, row
+
+
+def _too_many(path: Path, start: int, row: Sequence[str], layout: Layout) -> DataError:
+    first = "header" if layout.header else "first row"
+    return DataError(
+        f"{path}: the row at line {start} has {len(row)} fields, the {first} has {len(layout.columns) + layout.unnamed}",
+        f"write no {layout.delimiter!r} inside a field"
+        if layout.quoting == "none"
+        else f"put fields that hold {layout.delimiter!r} in double quotes",
+    )
 
 
 def _is_header(row: Sequence[str], layout: Layout) -> bool:
@@ -203,19 +207,21 @@ def _raw_rows(path: Path, encoding: str | None, layout: Layout) -> Iterator[tupl
         try:
             row = next(rows, None)
         except csv.Error as error:
-            raise DataError(f"{path}: the row at line {start} is malformed: {error}", _remedy(error)) from None
+            raise _malformed(path, start, error) from None
         if row is None:
             return
         yield start, row
         start = layout.above + rows.line_num + 1
 
 
-def _remedy(error: csv.Error) -> str:
-    if "NUL" in str(error):
-        return "remove the NUL bytes, or use Python 3.11 or newer"
-    if "new-line character" in str(error):
-        return "put the field in double quotes, or remove the carriage return (\\r) in it"
-    return 'write a quote inside a quoted field as "", and close every quote; --quoting none if quotes are characters'
+def _malformed(path: Path, start: int, error: csv.Error) -> DataError:
+    reason, remedy = str(error), 'write a quote inside a quoted field as "", and close every quote'
+    remedy += "; --quoting none if quotes are characters"
+    if "NUL" in reason:
+        remedy = "remove the NUL bytes, or use Python 3.11 or newer"
+    if "new-line character" in reason:
+        reason, remedy = "a carriage return stands outside quotes", "put the field in double quotes, or remove it"
+    return DataError(f"{path}: the row at line {start} is malformed: {reason}", remedy)
 
 
 def _doubled(line: str) -> str:

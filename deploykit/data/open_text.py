@@ -19,6 +19,7 @@ from deploykit.data.packages import import_data_package
 from deploykit.errors import DataError, UsageError
 
 _SAMPLE_BYTES = 8192
+_BLOCK = 1 << 16
 _C0_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 # UTF-32 first, because its little-endian mark begins with that of UTF-16.
 _BYTE_ORDER_MARKS = (
@@ -103,12 +104,46 @@ def _open_bytes(path: Path) -> IO[bytes]:
     if suffix == ".xz":
         return lzma.open(path, "rb")
     if suffix == ".zst":
-        zstandard: Any = import_data_package("zstandard")
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
+        return io.BufferedReader(_ZstdFile(path))
     if suffix == ".zip":
         archive = _zip(path)
         return archive.open(_only_member(path, archive))
     return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """A .zst file, decompressed. Raises EOFError for one that is damaged or was cut: zstandard's reader ends silently there."""
+
+    def __init__(self, path: Path) -> None:
+        self._package: Any = import_data_package("zstandard")
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            whole = self._frame is None or self._frame.eof
+            block = (self._frame.unused_data if self._frame is not None and whole else b"") or self._file.read(_BLOCK)
+            if not block:
+                if whole:
+                    return 0
+                raise EOFError("it ends before its last frame does")
+            if whole:
+                self._frame = self._package.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = self._frame.decompress(block)
+            except self._package.ZstdError as error:
+                raise EOFError(str(error)) from None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _zip(path: Path) -> zipfile.ZipFile:

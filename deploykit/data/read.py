@@ -15,7 +15,7 @@ from deploykit.data.folders import folder_files, texts_by_folder
 from deploykit.data.open_text import COMPRESSED, plain_suffix, read_lines
 from deploykit.data.packages import import_data_package
 from deploykit.data.reading import AS_FOUND, Reading
-from deploykit.data.record import Record
+from deploykit.data.record import Record, malformed
 from deploykit.errors import DataError
 from deploykit.text import normalize
 
@@ -34,7 +34,7 @@ def read_records(source: str, reading: Reading = AS_FOUND, *, split: str = "trai
         split: of a dataset that has several; a file or a single dataset is read whole.
 
     Raises:
-        DataError: the source cannot be read, or the row named in the message is malformed.
+        DataError: the source cannot be read, or the row named in the message is malformed, and ``reading`` does not skip it.
         UsageError: an option of ``reading`` does not fit the source.
         MissingDependencyError: a package that this kind of source needs is not installed.
     """
@@ -97,8 +97,12 @@ def _jsonl(path: Path, reading: Reading) -> Iterator[Record]:
     # Only \n ends a line: JSON allows U+2028 and others inside strings.
     for number, line in enumerate(read_lines(path, reading.encoding, newline="\n"), start=1):
         if line.strip():
-            record = _parse_json(path, line, f"line {number}")
-            yield Record(f"{normalize(path.name)}:{number}", _object(path, record, f"line {number}"))
+            origin, where = f"{normalize(path.name)}:{number}", f"line {number}"
+            try:
+                # Concatenated files may have a byte order mark inside.
+                yield Record(origin, _object(path, _parse_json(path, line.removeprefix("\ufeff"), where), where))
+            except DataError as error:
+                yield malformed(origin, error, reading, named=path)
 
 
 def _json(path: Path, reading: Reading) -> Iterator[Record]:
@@ -111,7 +115,11 @@ def _json(path: Path, reading: Reading) -> Iterator[Record]:
             f"{path}: is not a JSON array", "give an array of objects; name a file with one object per line .jsonl"
         )
     for number, record in enumerate(records, start=1):
-        yield Record(f"{normalize(path.name)}:{number}", _object(path, record, f"row {number}"))
+        origin = f"{normalize(path.name)}:{number}"
+        try:
+            yield Record(origin, _object(path, record, f"row {number}"))
+        except DataError as error:
+            yield malformed(origin, error, reading, named=path)
 
 
 def _holds_lines(path: Path, encoding: str | None) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deploykit.errors import UsageError
+from deploykit.errors import DataError, UsageError
 
 QUOTINGS = ("none", "minimal")
+ON_ERROR = ("stop", "skip")
 _TABLE_OPTIONS = ("delimiter", "quoting", "no_header", "columns")
 _OPTIONS = ("encoding", *_TABLE_OPTIONS)
 
@@ -21,6 +23,7 @@ class Reading:
         quoting: of a .csv or .tsv file. "minimal": quotes enclose fields; "none": a quote is a character like others.
         no_header: the first row of a table is data.
         columns: names of the columns of a table without a header. (): "1", "2", …
+        on_error: "stop" at a row that is malformed or cannot be used, or "skip" it and go on.
     """
 
     encoding: str | None = None
@@ -28,6 +31,7 @@ class Reading:
     quoting: str | None = None
     no_header: bool = False
     columns: tuple[str, ...] = ()
+    on_error: str = "stop"
 
     @property
     def is_table(self) -> bool:
@@ -43,6 +47,8 @@ class Reading:
             )
         if self.quoting not in (None, *QUOTINGS):
             raise UsageError(f"--quoting is {self.quoting!r}", f"choose one of: {', '.join(QUOTINGS)}")
+        if self.on_error not in ON_ERROR:
+            raise UsageError(f"--on-error is {self.on_error!r}", f"choose one of: {', '.join(ON_ERROR)}")
         if self.columns and not self.no_header:
             raise UsageError(
                 "--columns names the columns of a file without a header",
@@ -51,10 +57,20 @@ class Reading:
         if not all(map(str.strip, self.columns)) or len(set(self.columns)) < len(self.columns):
             raise UsageError(f"--columns is {','.join(self.columns)!r}", "give each column a name of its own")
 
+    def key(self) -> tuple[object, ...]:
+        """Return what determines the rows that are read, for digests."""
+        return (self.encoding, self.delimiter, self.quoting, self.no_header, self.columns)
+
     def refuse(self, what: str) -> None:
         """Raise UsageError if an option is given, because ``what`` is read is no file."""
         if given := next((name for name in _OPTIONS if getattr(self, name)), None):
             raise UsageError(f"{_flag(given)} is for a file of rows, not {what}", "leave it out")
+
+    def stop_at(self, problems: Sequence[str]) -> None:
+        """Raise DataError for the first of ``problems``, a line for each row that cannot be used, unless rows are skipped."""
+        if self.on_error == "stop" and problems:
+            others = f" ({len(problems) - 1:,} more rows cannot be used)" if len(problems) > 1 else ""
+            raise DataError(f"{problems[0]}{others}", "correct the row, or give --on-error skip")
 
     def allow(self, source: str, *names: str) -> None:
         """Raise UsageError for the first option for tables that is given, except ``names``: ``source`` is none."""

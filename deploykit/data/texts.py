@@ -37,7 +37,7 @@ _ROWS_FOR_COLUMNS = 100
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text to predict; None with a ``problem`` if the row has no usable text."""
+    """A text to predict; None with a ``problem`` if the row has none. An empty text is one."""
 
     origin: str
     text: str | None
@@ -63,9 +63,12 @@ def read_texts(
     records, names = peek(read_records(source, reading, split=split), source)
     if columns:
         require_columns(columns, names, source, "--text-column")
-    used = tuple(columns or ()) or (detect_text_column(names, None, source),)
+    used = tuple(columns or ()) or (detect_text_column(names, (), source),)
     for record in records:
-        yield _text_row(record.origin, joined(record, used, separator))
+        if record.problem:
+            yield TextRow(record.origin, None, record.problem)
+        else:
+            yield _text_row(record.origin, joined(record, used, separator))
 
 
 def is_text_file(source: str) -> bool:
@@ -113,7 +116,10 @@ def peek(records: Iterator[Record], source: str) -> tuple[Iterator[Record], list
     head = list(itertools.islice(records, _ROWS_FOR_COLUMNS))
     if not head:
         raise DataError(f"{source}: has no rows", "give a file with rows")
-    return itertools.chain(head, records), list(dict.fromkeys(name for record in head for name in record.values))
+    names = list(dict.fromkeys(name for record in head for name in record.values))
+    if not names:
+        raise DataError(f"{source}: {head[0].problem or 'its rows have no columns'}", "give rows with a text")
+    return itertools.chain(head, records), names
 
 
 def require_columns(given: Sequence[str], names: Sequence[str], source: str, option: str) -> None:
@@ -122,13 +128,14 @@ def require_columns(given: Sequence[str], names: Sequence[str], source: str, opt
             raise DataError(f"{source}: has no column {name!r}; {listed(names)}", f"give {option} one of these")
 
 
-def detect_text_column(names: Sequence[str], label: str | None, source: str) -> str:
-    rest = [n for n in names if n != label]
+def detect_text_column(names: Sequence[str], labels: Sequence[str], source: str) -> str:
+    """Choose the column with a usual name, or the only one beside the ``labels``. Raises DataError if there is none."""
+    rest = [n for n in names if n not in labels]
     found = first_usual(TEXT_COLUMNS, rest)
-    if found is None and len(names) <= 2:
-        other = label or first_usual(LABEL_COLUMNS, names)
-        rest = [n for n in names if n != other]
-        found = rest[0] if len(rest) == 1 and (other or len(names) == 1) else None
+    if found is None and (len(names) <= 2 or len(labels) > 1):
+        others = labels or [n for n in (first_usual(LABEL_COLUMNS, names),) if n]
+        rest = [n for n in names if n not in others]
+        found = rest[0] if len(rest) == 1 and (others or len(names) == 1) else None
     if found is None:
         raise DataError(f"{source}: no column is recognized as the text; {listed(names)}", "give --text-column")
     return found
@@ -146,8 +153,7 @@ def listed(names: Sequence[str]) -> str:
 def _text_row(origin: str, text: str | None) -> TextRow:
     if text is None:
         return TextRow(origin, None, "the text is missing")
-    text = normalize(text)
-    return TextRow(origin, text, None) if text else TextRow(origin, None, "the text is empty")
+    return TextRow(origin, normalize(text), None)
 
 
 def joined(record: Record, columns: Sequence[str], separator: str) -> str | None:

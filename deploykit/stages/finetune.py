@@ -37,7 +37,8 @@ class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
 class Finetuned:
     """The checkpoint that a run left at ``path``; ``reused`` when equal inputs had made it before.
 
-    ``manifest.metrics`` has the metrics of the held-out rows under "test", or "validation" where there are no test rows.
+    ``manifest.metrics`` has the metrics of the held-out rows under "test", or "validation" where there are no test rows;
+    neither if no rows were held out.
     """
 
     path: Path

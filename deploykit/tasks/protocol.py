@@ -43,10 +43,10 @@ class Training(Protocol):
     def model_card(
         self, facts: Any, origin: str, metrics: Mapping[str, Any], held_out: str, rows: int
     ) -> tuple[list[str], list[str]]:
-        """Return two parts of a checkpoint's README.md: its head with the hub's metadata, and its results."""
+        """Return a checkpoint's README.md: its head, and its results on the split ``held_out`` ([] if that is "")."""
 
     def result(self, facts: Any, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
-        """Return the task's part of the report of ``finetune``: for --json, and as lines for a terminal."""
+        """Return the task's part of the report of ``finetune``: for --json, and as lines ("" if ``held_out`` is "")."""
 
 
 class Exporting(Protocol):

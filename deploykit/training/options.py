@@ -87,6 +87,11 @@ class FinetuneOptions(Reading):
         assert self.model is not None
         return self.model
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation rows: steps are evaluated on them, and the best is kept."""
+        return self.validation is not None or self.validation_fraction > 0
+
     @classmethod
     def preset(cls, name: str | None) -> Mapping[str, Any]:
         """Return the options that a new model of the preset ``name`` trains well by."""
@@ -106,13 +111,35 @@ class FinetuneOptions(Reading):
                 raise UsageError(f"{flag(name)} is {value}", f"give a value from {low} to {high}")
         if not self.train:
             raise UsageError("--train is missing", "name the rows to train on")
-        if self.validation_fraction == 0 and self.validation is None:
-            raise UsageError("--validation-fraction is 0 and there is no --validation", "a run needs validation rows")
+        if self.early_stopping_patience and not self.validates:
+            raise UsageError(
+                "--early-stopping-patience needs validation rows, and --validation-fraction is 0",
+                "give --validation, or leave --early-stopping-patience out",
+            )
 
 
 def flag(name: str) -> str:
     """A field as it is typed: ``max_length`` is ``--max-length``."""
     return f"--{name.replace('_', '-')}"
+
+
+def fit_multiple(kind: type[FinetuneOptions], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with a tuple for each that may be repeated, and one value for each other that came as a tuple.
+
+    Raises UsageError for an option that was repeated and may not be.
+    """
+    several = {field.name for field in dataclasses.fields(kind) if isinstance(field.default, tuple)}
+    fitted: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in several:
+            fitted[name] = (value,) if isinstance(value, str) else () if value is None else tuple(value)
+        elif isinstance(value, tuple | list):
+            if len(value) > 1:
+                raise UsageError(f"{flag(name)} is given {len(value)} times", "give one")
+            fitted[name] = value[0] if value else None
+        else:
+            fitted[name] = value
+    return fitted
 
 
 def write_toml(options: FinetuneOptions, path: Path) -> None:

@@ -59,7 +59,7 @@ class _Classification:
     ) -> tuple[list[str], list[str]]:
         from deploykit.tasks.classification import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows)
+        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows) if held_out else []
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.classification import export
@@ -110,8 +110,9 @@ class _Classification:
 
         rows = labelled_rows(
             source, predictor.task, text_columns=columns.get("text_column") or (),
-            label_column=columns.get("label_column"), reading=reading, split=split,
+            label_columns=columns.get("label_column") or (), reading=reading, split=split,
         )  # fmt: skip
+        reading.stop_at(rows.problems)
         return evaluate(predictor, rows, progress=progress)
 
     def read_inputs(
@@ -127,7 +128,9 @@ class _Classification:
     ) -> list[tuple[str, str | None]]:
         from deploykit.tasks.classification.evaluate import texts_and_labels
 
-        return texts_and_labels(source, facts, columns.get("text_column") or (), columns.get("label_column"), reading)
+        return texts_and_labels(
+            source, facts, columns.get("text_column") or (), columns.get("label_column") or (), reading
+        )
 
     def tensors(self, text: str) -> Mapping[str, str]:
         return {"TEXT": text}
@@ -147,7 +150,7 @@ class _Classification:
     def result(self, facts: Classification, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         from deploykit.tasks.classification.metrics_text import qat_text
 
-        record, text = {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out])
+        record, text = {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out]) if held_out else ""
         if "qat" not in metrics:
             return record, text
         return {**record, "qat": metrics["qat"]}, f"{text}\n\n{qat_text(metrics['qat'])}"

@@ -21,20 +21,21 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class LabelledQuestions:
-    """Questions to measure on. ``skipped`` rows were dropped in cleaning."""
+    """Questions to measure on, each once. ``problems`` as in ``Evaluation``."""
 
     examples: list[Example]
-    skipped: int
+    problems: tuple[str, ...] = ()
 
 
 def labelled_questions(source: str, *, reading: Reading = AS_FOUND, split: str = "test") -> LabelledQuestions:
     """Read questions with right answers, or without any. Raises DataError when none is left after cleaning."""
-    examples, report = clean(read_rows(source, reading=reading, split=split))
+    problems: list[str] = []
+    examples, report = clean(read_rows(source, reading=reading, split=split), problems.append)
     if not examples:
         raise DataError(
             f"{source}: no row has a question, a context and an answer that stands in it", "; ".join(report.lines())
         )
-    return LabelledQuestions(examples, report.rows_read - report.rows_kept)
+    return LabelledQuestions(examples, tuple(problems))
 
 
 def evaluate(
@@ -42,7 +43,7 @@ def evaluate(
 ) -> Evaluation:
     """Answer every question and compare. A question that cannot be asked counts as one without an answer."""
     found = found_for(predictor, [(e.question, e.context) for e in rows.examples], progress)
-    return Evaluation(answer_metrics(predictor.task, found, rows.examples), len(rows.examples), rows.skipped)
+    return Evaluation(answer_metrics(predictor.task, found, rows.examples), len(rows.examples), rows.problems)
 
 
 def found_for(

@@ -62,7 +62,7 @@ class _QuestionAnswering:
     ) -> tuple[list[str], list[str]]:
         from deploykit.tasks.question_answering import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows)
+        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows) if held_out else []
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.question_answering import export
@@ -110,7 +110,9 @@ class _QuestionAnswering:
     ) -> Evaluation:  # fmt: skip
         from deploykit.tasks.question_answering.evaluate import evaluate, labelled_questions
 
-        return evaluate(predictor, labelled_questions(source, reading=reading, split=split), progress=progress)
+        rows = labelled_questions(source, reading=reading, split=split)
+        reading.stop_at(rows.problems)
+        return evaluate(predictor, rows, progress=progress)
 
     def read_inputs(
         self, source: str, facts: QuestionAnswering, *, reading: Reading, columns: Mapping[str, Any]
@@ -144,7 +146,7 @@ class _QuestionAnswering:
 
     def result(self, facts: QuestionAnswering, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         record = {"whole_words": facts.whole_words, "no_answer_threshold": facts.no_answer_threshold}
-        return record, self.metrics_text(metrics[held_out])
+        return record, self.metrics_text(metrics[held_out]) if held_out else ""
 
     def describe(self, facts: QuestionAnswering) -> str:
         threshold = facts.no_answer_threshold

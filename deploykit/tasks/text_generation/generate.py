@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
-from deploykit.data.answer_file import JSON_LINES, Answered, Line, answer_file, is_error, json_line, source_digest
+from deploykit.data.answer_file import JSON_LINES, Answered, answer_file, source_digest
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
@@ -124,6 +124,8 @@ def prompt_column(task: TextGeneration) -> str:
 
 
 def _of_record(record: Record, column: str) -> Question:
+    if record.problem:
+        return Question(record.origin, problem=record.problem)
     value = record.values.get(column)
     if not isinstance(value, list):
         return _question(record.origin, value)
@@ -136,8 +138,8 @@ def _of_record(record: Record, column: str) -> Question:
 
 
 def _question(origin: str, value: object) -> Question:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return Question(origin, problem="the prompt is empty")
+    if value is None:
+        return Question(origin, problem="the prompt is missing")
     if not isinstance(value, str):
         return Question(origin, problem="the prompt is no text")
     return Question(origin, without_surrogates(value))
@@ -154,10 +156,10 @@ def generate_file(
     def rows() -> Iterator[Any]:
         return read_questions(source, column=column, prefer=prompt_column(generator.task), reading=reading)
 
-    def answer(part: Sequence[Any]) -> list[Line]:
-        return [json_line(record) for record in answers(generator, part, how)]
+    def answer(part: Sequence[Any]) -> list[dict[str, Any]]:
+        return answers(generator, part, how)
 
-    key = artifacts.digest_of(
-        source_digest(source), column, dataclasses.asdict(reading), identity, dataclasses.asdict(how)
+    key = artifacts.digest_of(source_digest(source), column, reading.key(), identity, dataclasses.asdict(how))
+    return answer_file(
+        rows, answer, out, key=key, on_error=reading.on_error, force=force, progress=progress, chunk=_CHUNK
     )
-    return answer_file(rows, answer, out, key=key, failed=is_error, force=force, progress=progress, chunk=_CHUNK)

@@ -140,6 +140,8 @@ def _columns(
 
 def _read(record: Record, columns: Columns) -> RawRow:
     values, origin = record.values, record.origin
+    if record.problem:
+        return RawRow(Row(origin=origin), record.problem)
     try:
         if columns.format == "text":
             return RawRow(Row(text=_text(values.get(columns.prompt)), origin=origin))

@@ -62,7 +62,7 @@ class _TextGeneration:
     ) -> tuple[list[str], list[str]]:
         from deploykit.tasks.text_generation import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics, held_out)
+        return model_card.head(facts, origin), model_card.results(metrics, held_out) if held_out else []
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.text_generation import export
@@ -160,7 +160,7 @@ class _TextGeneration:
         from deploykit.tasks.text_generation.metrics_text import result_text
 
         record = {"before": metrics.get("before", {}).get(held_out), "samples": metrics["samples"]}
-        return record, result_text(metrics, held_out)
+        return record, result_text(metrics, held_out) if held_out else ""
 
     def describe(self, facts: TextGeneration) -> str:
         return (

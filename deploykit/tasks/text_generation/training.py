@@ -123,18 +123,18 @@ class TextGenerationStage:
         model.generation_config.eos_token_id = list(facts.eos_token_ids)
         model.generation_config.pad_token_id = facts.pad_token_id
         generator = TorchGenerator(model, tokenizer, facts)
-        shown = "test" if rows.splits["test"] else "validation"
+        shown = rows.held_out
         asked = {
             name: ask(self._tokenizer, rows.splits[name], self._facts.max_length)[0] for name in ("validation", "test")
         }
-        if not asked[shown].rows:
+        if shown and not asked[shown].rows:
             raise DataError(
                 f"no {shown} row fits the model's context of {self._facts.max_length:,} tokens",
                 "give other held-out rows",
             )
-        before = self._measured(generator, asked[shown], work / "before.json", say)
+        before = self._measured(generator, asked[shown], work / "before.json", say) if shown else None
         validation = self._encoded(rows.splits["validation"])
-        if not train_set or not validation:
+        if not train_set or (rows.splits["validation"] and not validation):
             raise DataError("no row with a supervised token is left to train or to validate on", "raise --max-length")
         say(
             f"training on {len(train_set):,} rows, {sum(len(row.ids) for row in train_set):,} tokens an epoch, "
@@ -148,8 +148,10 @@ class TextGenerationStage:
         for name in ("validation", "test"):
             if asked[name].rows:
                 metrics[name], answers[name] = self._evaluated(generator, asked[name])
-        metrics["before"] = {shown: before["metrics"]}
-        metrics["samples"] = _samples(asked[shown].some(options.eval_rows), answers[shown], before["answers"])
+        metrics["samples"] = []
+        if before is not None:
+            metrics["before"] = {shown: before["metrics"]}
+            metrics["samples"] = _samples(asked[shown].some(options.eval_rows), answers[shown], before["answers"])
         return Trained(facts, model, tokenizer, metrics)
 
     def _eos(self) -> list[int]:
@@ -258,7 +260,7 @@ def _train(
     model: Any, rows: Sequence[EncodedRow], validation: Sequence[EncodedRow], facts: TextGeneration,
     options: TextGenerationOptions, work: Path, say: Say,
 ) -> Any:  # fmt: skip
-    """Return the model as it was at the lowest validation loss, an adapter merged into it."""
+    """Return the model as it was at the lowest validation loss, if there are validation rows, an adapter merged into it."""
     attention = model.config._attn_implementation
     if type(model)._supports_sdpa:
         model.set_attn_implementation("sdpa")  # keeps no scores for the backward pass

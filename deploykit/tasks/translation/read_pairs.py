@@ -6,13 +6,14 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from deploykit.data.open_text import ROW_ENDS, plain_suffix, read_lines
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
-from deploykit.data.texts import TEXT_COLUMNS, TextRow, is_text_file, text_lines
+from deploykit.data.texts import TEXT_COLUMNS, TextRow, is_text_file, peek, text_lines
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.catalogs import CATALOGS, read_catalog, read_catalog_sources
 from deploykit.tasks.translation.languages import closest, distance
@@ -23,8 +24,6 @@ from deploykit.text import normalize
 # "1" and "2" are the columns of a table without a header.
 SOURCE_COLUMNS = ("source", "src", "source_text", "src_text", "source_sentence", "original", "1")
 TARGET_COLUMNS = ("target", "tgt", "trg", "target_text", "tgt_text", "target_sentence", "translation", "reference", "2")
-# JSON rows may leave keys out, so the first row alone does not tell the columns.
-_ROWS_FOR_COLUMNS = 100
 _TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".xlsx")
 
 
@@ -85,9 +84,12 @@ def load_pairs(
             names, source=source, target=target, source_column=source_column, target_column=target_column, path=path
         )
         rows = (
-            RawPair(_cell(record.values.get(columns.source)), _cell(record.values.get(columns.target)), record.origin)
+            RawPair(
+                _cell(record.values.get(columns.source)), _cell(record.values.get(columns.target)), record.origin,
+                problem=record.problem,
+            )
             for record in records
-        )
+        )  # fmt: skip
     pairs = list(rows)
     if not pairs:
         raise DataError(f"{path}: has no rows", "give a file with rows")
@@ -127,10 +129,18 @@ def read_sources(
         records, names = _table(path, (column,), (prefer,), (source,), reading, split)
         used = column or (prefer if prefer in names else None) or _source_column(names, source, path)
         _require(used, names, path, "--source-column")
-        texts = ((record.origin, _cell(record.values.get(used))) for record in records)
+        yield from (_source_row(record, used) for record in records)
+        return
     clean = one_line if lines else normalize  # what the reader of lines left in one is no line break
     for origin, text in texts:
         yield TextRow(origin, None, "the text is missing") if text is None else TextRow(origin, clean(text), None)
+
+
+def _source_row(record: Record, column: str) -> TextRow:
+    text = _cell(record.values.get(column))
+    if text is None:
+        return TextRow(record.origin, None, record.problem or "the text is missing")
+    return TextRow(record.origin, normalize(text), None)
 
 
 def detect_pair_columns(
@@ -231,12 +241,9 @@ def _table(
     if not reading.is_table and plain_suffix(Path(path)) == ".tsv" and Path(path).is_file():
         first = next((line for line in read_lines(Path(path), reading.encoding, newline=ROW_ENDS) if line.strip()), "")
         if _has_no_header(first, given, preferred, languages):
-            reading = Reading(reading.encoding, "\t", "none", no_header=True)
-    records = (Record(r.origin, _flat(r.values)) for r in read_records(path, reading, split=split))
-    head = list(itertools.islice(records, _ROWS_FOR_COLUMNS))
-    if not head:
-        raise DataError(f"{path}: has no rows", "give a file with rows")
-    return itertools.chain(head, records), list(dict.fromkeys(name for record in head for name in record.values))
+            reading = replace(reading, delimiter="\t", quoting="none", no_header=True)
+    records = (Record(r.origin, _flat(r.values), r.problem) for r in read_records(path, reading, split=split))
+    return peek(records, path)
 
 
 def _has_no_header(

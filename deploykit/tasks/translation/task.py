@@ -59,7 +59,7 @@ class _Translation:
     ) -> tuple[list[str], list[str]]:
         from deploykit.tasks.translation import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics, held_out)
+        return model_card.head(facts, origin), model_card.results(metrics, held_out) if held_out else []
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.translation import export
@@ -130,6 +130,7 @@ class _Translation:
             source, predictor.task, source_column=columns.get("source_column"),
             target_column=columns.get("target_column"), reading=reading, split=split,
         )  # fmt: skip
+        reading.stop_at(pairs.problems)
         return evaluate_translator(predictor, pairs, self.override(predictor.task, generation), progress=progress)
 
     def read_inputs(
@@ -172,7 +173,7 @@ class _Translation:
         from deploykit.tasks.translation.metrics_text import result_text
 
         record = {"before": metrics.get("before", {}).get(held_out), "samples": metrics["samples"]}
-        return record, result_text(metrics, held_out)
+        return record, result_text(metrics, held_out) if held_out else ""
 
     def describe(self, facts: Translation) -> str:
         search = "greedy search" if facts.generation.beam_size == 1 else f"{facts.generation.beam_size} beams"

@@ -19,10 +19,10 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Rows to measure on, duplicates included. ``skipped`` rows lacked words or labels."""
+    """Rows to measure on, duplicates included. ``problems`` name the rows without."""
 
     examples: list[Example]
-    skipped: int
+    problems: tuple[str, ...]
 
 
 def labelled_rows(
@@ -38,7 +38,9 @@ def labelled_rows(
     if not examples:
         raise DataError(f"{source}: no row has both words and as many labels", "give a file of labelled rows")
     check_labels(examples, task.labels, source)
-    return LabelledRows(examples, len(raw) - len(examples))
+    used = {example.origin for example in examples}
+    problems = tuple(f"{row.origin}: words or labels are missing" for row in raw if row.origin not in used)
+    return LabelledRows(examples, problems)
 
 
 def texts_and_labels(
@@ -83,4 +85,4 @@ def evaluate(tagger: TextTagger, rows: LabelledRows, progress: Progress) -> Eval
     """Label every row and compare."""
     examples = rows.examples
     graded = grade(tagger, [row.words for row in examples], [row.labels for row in examples], progress)
-    return Evaluation(dict(graded.metrics), len(examples), rows.skipped)
+    return Evaluation(dict(graded.metrics), len(examples), rows.problems)

@@ -62,12 +62,12 @@ class _TokenClassification:
     ) -> tuple[list[str], list[str]]:
         from token_classification import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows)
+        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows) if held_out else []
 
     def result(
         self, facts: TokenClassification, metrics: Mapping[str, Any], held_out: str
     ) -> tuple[dict[str, Any], str]:
-        return {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out])
+        return {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out]) if held_out else ""
 
     def export_steps(self) -> ModuleType:
         from token_classification import export
