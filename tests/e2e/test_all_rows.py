@@ -11,6 +11,7 @@ import pytest
 import tiny_answerer
 
 from deploykit.artifacts import load_manifest
+from deploykit.tasks.text_generation.chat_template import CHATML
 
 Deploykit = Callable[..., tuple[int, str, str]]
 
@@ -28,7 +29,7 @@ def _base_and_rows(task: str, folder: Path, make_tiny_checkpoint: Callable[..., 
         tiny_answerer.write_checkpoint(folder / "base")
         return [folder / "base", "--max-length", 48, "--doc-stride", 12], rows
     if task == "text-generation":
-        language_models.write_checkpoint(folder / "base")
+        language_models.write_checkpoint(folder / "base", template=CHATML)
         return [folder / "base", "--mixed-precision", "no", "--batch-tokens", 512], language_models.write_rows(rows)
     names = [f"{deed}\t{done}" for deed, done in zip("abcdefghijklmnop", "bcdefghijklmnopq")]
     lines = [f"Open the file {a}.\tOuvrir le fichier {b}." for a, b in (name.split("\t") for name in names)]

@@ -305,10 +305,10 @@ def test_predictions_stream_in_order_and_resume(
     words = ("predict", exported, "--input", rows, "--json")
     code, out, err = deploykit(*words, "--output", tmp_path / "a.jsonl")
     assert code == 0, err
-    assert json.loads(out) == {"output": str(tmp_path / "a.jsonl"), "rows": 902, "errors": 1, "resumed": 0}
+    assert json.loads(out) == {"output": str(tmp_path / "a.jsonl"), "rows": 902, "errors": 0, "resumed": 0}
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert [json.loads(line)["origin"] for line in lines[:2]] == ["rows.csv:2", "rows.csv:3"]
-    assert json.loads(lines[900])["error"]
+    assert (json.loads(lines[900])["text"], json.loads(lines[900])["label"] != "") == ("", True)
     assert json.loads(lines[901])["label"]
 
     # A kill leaves whole lines and perhaps half of one.
@@ -328,7 +328,7 @@ def _partial_name(folder: Path, deploykit: Deploykit, words: tuple[object, ...])
     seen: list[Path] = []
     original = answers._appending
 
-    def spy(partial: Path, failed: object) -> object:
+    def spy(partial: Path) -> object:
         seen.append(partial)
         raise KeyboardInterrupt
 
