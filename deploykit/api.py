@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from deploykit.data.reading import Reading
 from deploykit.errors import DataError, DeploykitError, ServerError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL, ServingSettings
 
@@ -208,7 +209,7 @@ class Model:
             of question answering ``answer``, ``start``, ``end`` and ``score``.
 
         Raises:
-            DataError: A text is empty, too long, or refused; the message has its number, from 1.
+            DataError: A text is too long, or refused; the message has its number, from 1. An empty text is answered.
             UsageError: An option of ``generation`` is unknown, or the model does not generate.
         """
         from deploykit.tasks.answering import answer_rows, rows_of
@@ -229,6 +230,11 @@ class Model:
         *,
         split: str = "test",
         encoding: str | None = None,
+        delimiter: str | None = None,
+        quoting: str | None = None,
+        no_header: bool = False,
+        columns: Sequence[str] = (),
+        on_error: str = "skip",
         progress: Callable[[int, int], None] | None = None,
         **options: Any,
     ) -> Evaluation:
@@ -239,25 +245,35 @@ class Model:
                 themselves, each a mapping from column to value: ``[{"text": "What a film!", "label": "positive"}]``.
             split: Split of a dataset.
             encoding: Encoding of a text file. Default: UTF-8, or as the byte order mark says.
+            delimiter: Character between the fields of a .csv or .tsv file. Default: detected.
+            quoting: "none" or "minimal" (quotes enclose fields), in a .csv or .tsv file. Default: detected.
+            no_header: The first row of a table is data.
+            columns: All columns of a table without a header, in order. Default: "1", "2", …
+            on_error: "skip" rows that are malformed, incomplete or refused by the model, or "stop" at the first.
             progress: Called with the number of rows done, and of all rows.
             **options: Names of columns (``label_column="stars"``), and how to search, as ``predict`` takes it.
 
         Returns:
-            ``metrics`` by name, and the number of ``rows``; ``skipped`` rows lacked a text or a right answer.
+            ``metrics`` by name, and the number of ``rows``; ``problems`` names each row that was skipped, and says why.
 
         Raises:
             DataError: The rows cannot be read, or have an answer that the model does not know.
         """
-        columns = {name: value for name, value in options.items() if name in self._task.columns}
-        generation = {name: value for name, value in options.items() if name not in columns}
+        from deploykit.training.options import fit_multiple
+
+        reading = Reading(encoding, delimiter, quoting, no_header, tuple(columns), on_error)
+        reading.check()
+        named = {name: value for name, value in options.items() if name in self._task.columns}
+        generation = {name: value for name, value in options.items() if name not in named}
         self._task.override(self.task, generation)  # raises UsageError for parameters that the task does not have
-        several = {field.name for field in dataclasses.fields(self._task.options()) if isinstance(field.default, tuple)}
-        columns = {k: (v,) if k in several and isinstance(v, str) else v for k, v in columns.items()}
+        named = fit_multiple(self._task.options(), named)
         with _as_file(rows) as source:
-            return self._task.evaluate(
-                self.predictor, source, split=split, encoding=encoding, columns=columns, generation=generation,
+            done = self._task.evaluate(
+                self.predictor, source, split=split, reading=reading, columns=named, generation=generation,
                 progress=progress or _uncounted,
             )  # fmt: skip
+        reading.stop_at(done.problems)
+        return done
 
     def close(self) -> None:
         """Release connections."""

@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     ENGINE,
     FORCE,
     PRECISION,
@@ -15,9 +14,13 @@ from deploykit.cli.common import (
     Result,
     answered_record,
     deploykit_command,
+    failed_rows,
+    failed_texts,
     progress_bar,
+    reading_options,
 )
-from deploykit.errors import DataError, UsageError
+from deploykit.data.reading import Reading
+from deploykit.errors import UsageError
 
 
 @deploykit_command(help="Answer questions about a text with TARGET: a checkpoint, an export, a packaged model, or a served model's "
@@ -30,7 +33,7 @@ from deploykit.errors import DataError, UsageError
 @click.option("--top-k", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers to a question.")
 @click.option("--page", type=click.Path(path_type=Path), help="HTML page of the answers to --input in their contexts, "
               "wrong ones first.")  # fmt: skip
-@ENCODING
+@reading_options(on_error="skip")
 @FORCE
 @SERVER_URL
 @ENGINE
@@ -45,7 +48,7 @@ def command(
     output: Path | None,
     top_k: int,
     page: Path | None,
-    encoding: str | None,
+    reading: Reading,
     force: bool,
     **where: Any,
 ) -> Result:
@@ -66,33 +69,36 @@ def command(
     predictor: Any = open_for("question-answering", target, **where)
     try:
         if context is not None:
-            text = "".join(read_lines(context, encoding, newline=""))
+            reading.allow(str(context))
+            text = "".join(read_lines(context, reading.encoding, newline=""))
             rows = [TextRow(f"question {i}", as_text(q, text), None) for i, q in enumerate(questions, start=1)]
             records = [row.to_json() for row in answer_rows(predictor, rows, top_k)]
             lines = [_line(record) for record in records]
-            if all("error" in record for record in records):
-                raise DataError("\n".join(lines), "give another question or another context")
-            return {"results": records}, "\n".join(lines)
+            remedy = "give another question or another context"
+            code = failed_texts(records, stop=reading.on_error == "stop", remedy=remedy)
+            return {"results": records}, "\n".join(lines), code
         assert source is not None
         record: dict[str, Any] = {}
+        problems: tuple[str, ...] = ()
         lines = []
         with progress_bar("questions") as progress:
             if output is not None:
                 done = answer_source(
                     predictor, source, output, identity=f"{identity_of(target, predictor)} {where}", columns={},
-                    generation=top_k, encoding=encoding, force=force, progress=progress,
+                    generation=top_k, reading=reading, force=force, progress=progress,
                 )  # fmt: skip
                 record |= answered_record(output, done)
+                problems = done.problems
                 lines.append(
                     f"{output}: {done.rows:,} rows" + (f"; {done.errors:,} have an error" if done.errors else "")
                 )
             if page is not None:
-                shown = write_page(predictor, target, source, page, encoding=encoding, progress=progress)
+                shown = write_page(predictor, target, source, page, reading=reading, progress=progress)
                 record |= {"page": str(page), "questions": shown}
                 lines.append(f"{page}: {shown:,} questions")
     finally:
         predictor.close()
-    return record, "\n".join(lines)
+    return record, "\n".join(lines), failed_rows(problems)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     FORCE,
     NUM_PROMPTS,
     SERVER_URL,
@@ -15,12 +14,14 @@ from deploykit.cli.common import (
     RecordedCommand,
     Result,
     column_options,
+    columns_for,
     deploykit_command,
     generation_options,
     option,
-    refuse_columns,
+    reading_options,
     say,
 )
+from deploykit.data.reading import Reading
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.text_table import text_table
 
@@ -32,6 +33,7 @@ from deploykit.text_table import text_table
 @click.argument("targets", nargs=-1)
 @click.option("--compare", "compared", nargs=2, type=click.Path(path_type=Path), hidden=True)
 @click.option("--data", help="Rows to send; if they have labels or translations, accuracy is measured too.")
+@reading_options()
 @column_options()
 @click.option(
     "--engine",
@@ -64,7 +66,6 @@ from deploykit.text_table import text_table
         help="File to write the full result to, as JSON.")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path), help="File to write a self-contained HTML page to.")
 @generation_options
-@ENCODING
 @FORCE
 @SERVER_URL
 @THREADS
@@ -83,7 +84,7 @@ def command(
     out: Path | None,
     report: Path | None,
     generation: dict[str, Any],
-    encoding: str | None,
+    reading: Reading,
     force: bool,
     **settings: Any,
 ) -> Result:
@@ -108,12 +109,12 @@ def command(
         if path is not None and path.exists() and not force:
             raise ArtifactError(f"{path}: already exists", "choose another name, or pass --force to replace it")
     task = facts_of(targets[0], url=settings["url"])
-    refuse_columns(task_of(task), columns, generation)
+    columns = columns_for(task_of(task), columns, generation)
     texts, truth = read_rows(
         data,
         task,
         columns=columns,
-        encoding=encoding,
+        reading=reading,
         most=max_rows,
         seed=settings["seed"],
     )

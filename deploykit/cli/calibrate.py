@@ -10,7 +10,6 @@ from deploykit.cli.common import (
     CALIBRATION_DATA,
     CALIBRATION_ROWS,
     CALIBRATION_SPLIT,
-    ENCODING,
     FORCE,
     OUTPUT_DIR,
     SOURCE_LANG,
@@ -18,6 +17,7 @@ from deploykit.cli.common import (
     Result,
     deploykit_command,
     option,
+    reading_fields,
     say,
     with_calibration,
 )
@@ -34,7 +34,7 @@ from deploykit.cli.common import (
 @CALIBRATION_ROWS
 @SOURCE_LANG
 @option("--target-lang", aliases=["--target"], help=TARGET_LANG_HELP)
-@ENCODING
+@reading_fields
 @FORCE
 def command(*, path: Path, out: Path, force: bool, **values: Any) -> Result:
     from deploykit.graphs.export_options import CalibrationOptions

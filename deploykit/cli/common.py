@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shlex
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from deploykit.errors import DeploykitError, UsageError
+from deploykit.data.reading import ON_ERROR, QUOTINGS, Reading
+from deploykit.errors import DataError, DeploykitError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
 
 if TYPE_CHECKING:
@@ -21,8 +23,12 @@ if TYPE_CHECKING:
     from deploykit.tasks.protocol import Task
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Result = tuple[Mapping[str, Any], str]
-"""The result of a command: the object that --json prints, and the text that is printed without it."""
+Result = tuple[Mapping[str, Any], str] | tuple[Mapping[str, Any], str, int]
+"""The result of a command: the object that --json prints, the text that is printed without it, and the exit code if some rows
+failed."""
+
+
+_REPORTED = 10
 
 
 def say(message: str) -> None:
@@ -52,7 +58,7 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
             try:
                 # Libraries may print to stdout, which is reserved for the result.
                 with contextlib.redirect_stdout(sys.stderr):
-                    result, text = function(**options)
+                    result, text, *code = function(**options)
             except DeploykitError as error:
                 if debug:
                     raise
@@ -67,6 +73,8 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
                 what = str(error).strip() or type(error).__name__
                 _fail(f"{type(error).__name__}: {what}", "run it again with --debug for details", 1, as_json=as_json)
             click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+            if any(code):
+                sys.exit(code[0])
 
         run = click.option("--debug", is_flag=True, help="Show a traceback on errors.")(run)
         run = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")(run)
@@ -164,7 +172,6 @@ PRECISION = click.option(
     help="Precision: auto (INT8 if available), int8, int4, fp16, bf16 or fp32.",
 )
 THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU threads (default: all CPUs).")
-ENCODING = click.option("--encoding", help="Encoding of text files (default: UTF-8, or as the byte order mark says).")
 METHODS = click.Choice(
     ["minmax", "entropy", "percentile", "mse"]
 )  # as in quantization.calibration, which is slow to import
@@ -232,8 +239,59 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
     return run
 
 
+class _Names(click.ParamType):  # type: ignore[type-arg]
+    """Names separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else tuple(value)
+
+
+def _tab(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    r"""Return a delimiter; a tab for \t, as shells leave it."""
+    return "\t" if value == r"\t" else value
+
+
+_READING: Mapping[str, Mapping[str, Any]] = {
+    "encoding": {"help": "Encoding of text files (default: UTF-8, or as the byte order mark says)."},
+    "delimiter": {"callback": _tab, "help": r"Character between the fields of .csv and .tsv files; \t is a tab (default: detected)."},
+    "quoting": {"type": click.Choice(QUOTINGS), "help": "Quotes in .csv and .tsv files are characters like others (none), or enclose fields (minimal; "
+                "default: detected)."},
+    "no_header": {"is_flag": True, "help": "The first row of .csv, .tsv and .xlsx files is data; columns are 1, 2, …, or --columns."},
+    "columns": {"type": _Names(), "default": (), "metavar": "NAME,NAME", "help": "All columns of a file without a header, in order."},
+}  # fmt: skip
+
+
+def reading_fields(function: Callable[..., Result], on_error: str = "stop") -> Callable[..., Result]:
+    """Add the options that say how to read files of rows; they come as the fields of ``Reading``."""
+    function = click.option(
+        "--on-error", type=click.Choice(ON_ERROR), default=on_error, show_default=True,
+        help="Stop at a row that is malformed or cannot be used, or skip and report it.",
+    )(function)  # fmt: skip
+    for name, attributes in reversed(list(_READING.items())):
+        function = click.option(f"--{name.replace('_', '-')}", name, **attributes)(function)
+    return function
+
+
+def reading_options(*, on_error: str = "stop") -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Add the same options, and pass them as one ``Reading``. Stands above ``column_options``, which passes ``columns``."""
+
+    def declare(function: Callable[..., Result]) -> Callable[..., Result]:
+        @functools.wraps(function)
+        def run(**options: Any) -> Result:
+            reading = Reading(**{field.name: options.pop(field.name) for field in dataclasses.fields(Reading)})
+            reading.check()
+            return function(reading=reading, **options)
+
+        return reading_fields(run, on_error)
+
+    return declare
+
+
 _COLUMNS: Mapping[str, Mapping[str, Any]] = {
     "text_column": {"multiple": True, "help": "Text column (default: the training columns, or detected)."},
+    "label_column": {"multiple": True, "help": "Label column (default: the training columns, or detected)."},
     "source_column": {"help": "Source column (default: the training column, or detected)."},
     "target_column": {"help": "Target column (default: the training column, or detected)."},
     "prompt_column": {"help": "Prompt column (default: the training column, or detected)."},
@@ -269,21 +327,47 @@ def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Resu
     return declare
 
 
-def refuse_columns(task: Task, columns: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> None:
-    """Raise UsageError if a column or search option does not apply to a model of ``task``."""
+def columns_for(task: Task, columns: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Return the options that a model of ``task`` has. Raises UsageError if a column or search option does not apply to it."""
+    from deploykit.training.options import fit_multiple
+
     searches = task.facts.graph_kind != "encoder"
     given = {name: value for name, value in columns.items() if name not in task.columns}
     for name, value in {**given, **({} if searches else generation)}.items():
         if value not in (None, ()):
             raise UsageError(f"--{name.replace('_', '-')} does not apply to a model that {task.does}", "leave it out")
+    return fit_multiple(task.options(), {name: value for name, value in columns.items() if name in task.columns})
 
 
-def check_asked(command: str, what: str, texts: tuple[str, ...], source: str | None, output: Path | None) -> None:
+def check_asked(
+    command: str, what: str, texts: tuple[str, ...], source: str | None, output: Path | None, reading: Reading
+) -> None:
     """Raise UsageError unless there are texts, or --input with --output. ``what`` is a text for the remedy."""
     if bool(texts) == bool(source):
         raise UsageError("give texts, or --input with --output", f'deploykit {command} TARGET "{what}"')
     if bool(source) != bool(output):
         raise UsageError("--input and --output go together", "name both")
+    if source is None:
+        reading.refuse("the texts of the command line")
+
+
+def failed_rows(problems: Sequence[str]) -> int:
+    """Report rows that failed on stderr, a line each, the first of many. Returns the exit code."""
+    for problem in problems[:_REPORTED]:
+        say(problem)
+    if len(problems) > _REPORTED:
+        say(f"… and {len(problems) - _REPORTED:,} more rows")
+    return 1 if problems else 0
+
+
+def failed_texts(records: Sequence[Mapping[str, Any]], *, stop: bool, remedy: str) -> int:
+    """``failed_rows`` for the records of texts. Raises DataError if all failed, or one did and ``stop`` is set."""
+    from deploykit.data.answer_file import problem_of
+
+    problems = [problem for record in records if (problem := problem_of(record))]
+    if problems and (stop or len(problems) == len(records)):
+        raise DataError("\n".join(problems), remedy)
+    return failed_rows(problems)
 
 
 def answered_record(output: Path, done: Answered) -> dict[str, Any]:

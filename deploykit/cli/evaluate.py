@@ -5,19 +5,22 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     ENGINE,
     PRECISION,
     SERVER_URL,
     THREADS,
     Result,
     column_options,
+    columns_for,
     deploykit_command,
+    failed_rows,
     generation_options,
     option,
     progress_bar,
-    refuse_columns,
+    reading_options,
+    say,
 )
+from deploykit.data.reading import Reading
 from deploykit.tasks.text_generation.syntax import SYNTAXES
 
 
@@ -27,6 +30,7 @@ from deploykit.tasks.text_generation.syntax import SYNTAXES
 @click.argument("target")
 @click.option("--data", required=True, help="Rows: csv, tsv, jsonl, parquet, HF dataset folder or hub id; for translation also "
               "TMX, .po, .mo, or two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
+@reading_options(on_error="skip")
 @column_options()
 @click.option("--answer-regex", help="Compare only the last match of this (its first group) in generated answers.")
 @click.option("--syntax", type=click.Choice(SYNTAXES), help="Count the generated answers that parse.")
@@ -34,7 +38,6 @@ from deploykit.tasks.text_generation.syntax import SYNTAXES
     "--dataset-split", "split", aliases=["--split"], default="test", show_default=True, help="Split of an HF dataset."
 )
 @generation_options
-@ENCODING
 @SERVER_URL
 @ENGINE
 @PRECISION
@@ -48,7 +51,7 @@ def command(
     syntax: str | None,
     split: str,
     generation: dict[str, Any],
-    encoding: str | None,
+    reading: Reading,
     **where: Any,
 ) -> Result:
     from deploykit.tasks.opening import open_predictor
@@ -58,14 +61,21 @@ def command(
     predictor = open_predictor(target, **where)
     try:
         task = task_of(predictor.task)
-        refuse_columns(task, columns, generation)
+        columns = columns_for(task, columns, generation)
         with progress_bar("rows") as progress:
             done = task.evaluate(
-                predictor, data, split=split, encoding=encoding, columns=columns, generation=generation,
+                predictor, data, split=split, reading=reading, columns=columns, generation=generation,
                 progress=progress,
             )  # fmt: skip
     finally:
         predictor.close()
-    skipped = f" ({done.skipped:,} skipped: incomplete)" if done.skipped else ""
+    reading.stop_at(done.problems)
+    for note in done.notes:
+        say(note)
+    skipped = f" ({done.skipped:,} skipped)" if done.skipped else ""
     text = f"{target} on {done.rows:,} rows of {data}{skipped}\n{task.metrics_text(done.metrics)}"
-    return {"target": target, "rows": done.rows, "skipped": done.skipped, "metrics": done.metrics}, text
+    return (
+        {"target": target, "rows": done.rows, "skipped": done.skipped, "metrics": done.metrics},
+        text,
+        (failed_rows(done.problems)),
+    )

@@ -11,7 +11,6 @@ from deploykit.cli.common import (
     CALIBRATION_DATA,
     CALIBRATION_ROWS,
     CALIBRATION_SPLIT,
-    ENCODING,
     FORCE,
     METHODS,
     OUTPUT_DIR,
@@ -21,6 +20,7 @@ from deploykit.cli.common import (
     deploykit_command,
     human_bytes,
     option,
+    reading_fields,
     say,
     with_calibration,
 )
@@ -78,7 +78,7 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @SOURCE_LANG
 @click.option("--target-lang", help=TARGET_LANG_HELP)
 @click.option("--target", "targets", multiple=True, hidden=True)
-@ENCODING
+@reading_fields
 @FORCE
 def command(
     *, checkpoint: Path, out: Path, force: bool, trt: bool, precisions: tuple[str, ...], min_shapes: tuple[str, ...],

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import FORCE, OUTPUT_DIR, Option, Result, deploykit_command, say
+from deploykit.cli.common import FORCE, OUTPUT_DIR, Option, Result, deploykit_command, reading_fields, say
+from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 from deploykit.stages.finetune_options import OPTIONS, make_options, read_toml
 from deploykit.tasks.registry import DEFAULT, task_of
@@ -48,7 +49,8 @@ def _field_options(function: Callable[..., Result]) -> Callable[..., Result]:
     """Declare an option for each field of the tasks' options, those of other packages' tasks included."""
     kinds: list[type[FinetuneOptions]] = [FinetuneOptions, *OPTIONS.values()]
     names = dict.fromkeys(field.name for kind in kinds for field in fields(kind))
-    for name in reversed([name for name in names if name not in ("model", "task")]):
+    declared = {"model", "task", *(field.name for field in fields(Reading))}
+    for name in reversed([name for name in names if name not in declared]):
         function = _field_option(name)(function)
     return function
 
@@ -73,7 +75,7 @@ def _field_option(name: str) -> Callable[[Callable[..., Result]], Callable[..., 
         typed += f"/--no-{typed[2:]}" if field.default else ""
     elif metadata.get("choices"):
         attributes["type"] = click.Choice(metadata["choices"])
-    elif isinstance(field.default, tuple):
+    elif any(isinstance(own.default, tuple) for own in owners.values()):
         attributes["multiple"] = True
     elif kind in ("int", "float"):
         attributes["type"] = {"int": int, "float": float}[kind]
@@ -107,6 +109,7 @@ def _help(text: str, defaults: Mapping[str, Any]) -> str:
               help="TOML file of these options; the command line wins.")  # fmt: skip
 @click.option("--task", type=click.Choice(list(OPTIONS)), default=DEFAULT, show_default=True)
 @OUTPUT_DIR
+@reading_fields
 @click.option("--restart", is_flag=True, help="Start over instead of continuing a killed run.")
 @FORCE
 @_field_options
@@ -119,11 +122,12 @@ def command(
     options = make_options({name: value for name, value in given.items() if value not in (None, ())})
 
     from deploykit.stages.finetune import finetune
+    from deploykit.training.rows import held_out
 
     done = finetune(options, out, force=force, restart=restart, say=say)
     metrics = done.manifest.metrics
-    held_out = "test" if "test" in metrics else "validation"
-    own, text = task_of(done.manifest.task).result(done.manifest.task, metrics, held_out)
+    measured = held_out(metrics)
+    own, text = task_of(done.manifest.task).result(done.manifest.task, metrics, measured)
     record = {
         "out": str(out),
         "reused": done.reused,
@@ -131,7 +135,9 @@ def command(
         **own,
         "rows": metrics["rows"],
         "cleaning": metrics["cleaning"],
-        "metrics": metrics[held_out],
+        "metrics": metrics.get(measured),
     }
     head = f"{out}: {'reused, made before from the same inputs' if done.reused else 'written'}"
-    return record, f"{head}\non {metrics['rows'][held_out]:,} {held_out} rows:\n{text}"
+    if not measured:
+        return record, f"{head}\nno rows were held out: nothing was measured"
+    return record, f"{head}\non {metrics['rows'][measured]:,} {measured} rows:\n{text}"

@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     FORCE,
     PRECISION,
     THREADS,
@@ -15,9 +14,13 @@ from deploykit.cli.common import (
     answered_text,
     check_asked,
     deploykit_command,
+    failed_rows,
+    failed_texts,
     progress_bar,
+    reading_options,
 )
-from deploykit.errors import DataError, UsageError
+from deploykit.data.reading import Reading
+from deploykit.errors import UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
 
 
@@ -45,16 +48,16 @@ from deploykit.runtime.serving_settings import DEFAULT_URL
 @click.option("--stop", multiple=True, help="Text that ends an answer; may be repeated.")
 @click.option("--n", type=int, help="Number of answers to each prompt. [default: 1]")
 @click.option("--logprobs", is_flag=True, help="Also give each token's log-probability.")
-@ENCODING
+@reading_options(on_error="skip")
 @FORCE
 @PRECISION
 @THREADS
 def command(
     *, model: str, texts: tuple[str, ...], source: str | None, output: Path | None, prompt_column: str | None,
-    system: str | None, raw: bool, logprobs: bool, encoding: str | None, force: bool, precision: str,
+    system: str | None, raw: bool, logprobs: bool, reading: Reading, force: bool, precision: str,
     threads: int | None, stop: tuple[str, ...], **sampling: Any,
 ) -> Result:  # fmt: skip
-    check_asked("generate", "some prompt", texts, source, output)
+    check_asked("generate", "some prompt", texts, source, output, reading)
     if raw and system is not None:
         raise UsageError("--raw and --system exclude each other", "leave one out")
 
@@ -69,18 +72,17 @@ def command(
         how = How(override(generator.task.sampling, given), raw, system, logprobs)
         if source is None or output is None:
             records = answers(generator, [Question(f"text {i}", p) for i, p in enumerate(texts, start=1)], how)
-            if all("error" in record for record in records):
-                remedy = "give another prompt"
-                raise DataError("\n".join(f"{record['origin']}: {record['error']}" for record in records), remedy)
-            return {"results": records}, "\n".join(map(_told, records))
+            code = failed_texts(records, stop=reading.on_error == "stop", remedy="give another prompt")
+            return {"results": records}, "\n".join(map(_told, records)), code
         with progress_bar("rows") as progress:
             done = generate_file(
                 generator, source, output, how, identity=f"{identity_of(model, generator)} {where}", column=prompt_column,
-                encoding=encoding, force=force, progress=progress,
+                reading=reading, force=force, progress=progress,
             )  # fmt: skip
     finally:
         generator.close()
-    return answered_record(output, done), answered_text(output, done, "could not be answered")
+    text = answered_text(output, done, "could not be answered")
+    return answered_record(output, done), text, failed_rows(done.problems)
 
 
 def _told(record: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     ENGINE,
     FORCE,
     PRECISION,
@@ -17,13 +16,16 @@ from deploykit.cli.common import (
     answered_text,
     check_asked,
     column_options,
+    columns_for,
     deploykit_command,
+    failed_rows,
+    failed_texts,
     generation_options,
     progress_bar,
-    refuse_columns,
+    reading_options,
     target_and_texts,
 )
-from deploykit.errors import DataError
+from deploykit.data.reading import Reading
 
 
 @deploykit_command(
@@ -36,9 +38,9 @@ from deploykit.errors import DataError
     help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet; for questions SQuAD's JSON.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
+@reading_options(on_error="skip")
 @column_options(inputs_only=True)
 @generation_options
-@ENCODING
 @FORCE
 @SERVER_URL
 @ENGINE
@@ -52,11 +54,11 @@ def command(
     output: Path | None,
     columns: dict[str, Any],
     generation: dict[str, Any],
-    encoding: str | None,
+    reading: Reading,
     force: bool,
     **where: Any,
 ) -> Result:
-    check_asked("predict", "some text", texts, source, output)
+    check_asked("predict", "some text", texts, source, output, reading)
 
     from deploykit.tasks.answering import answer_rows, answer_source, rows_of
     from deploykit.tasks.opening import identity_of, open_predictor
@@ -65,14 +67,13 @@ def command(
     predictor = open_predictor(model, **where)
     try:
         task = task_of(predictor.task)
-        refuse_columns(task, columns, generation)
+        columns = columns_for(task, columns, generation)
         search = task.override(predictor.task, generation) if generation else None
         if source is None or output is None:
             answered = answer_rows(predictor, rows_of(texts), search)
-            lines = "\n".join(row.line() for row in answered)
-            if all(row.answer is None for row in answered):
-                raise DataError(lines, "give another text")
-            return {"results": [row.to_json() for row in answered]}, lines
+            records = [row.to_json() for row in answered]
+            code = failed_texts(records, stop=reading.on_error == "stop", remedy="give another text")
+            return {"results": records}, "\n".join(row.line() for row in answered), code
         with progress_bar("rows") as progress:
             done = answer_source(
                 predictor,
@@ -81,10 +82,11 @@ def command(
                 identity=f"{identity_of(model, predictor)} {where}",
                 columns=columns,
                 generation=search,
-                encoding=encoding,
+                reading=reading,
                 force=force,
                 progress=progress,
             )
     finally:
         predictor.close()
-    return answered_record(output, done), answered_text(output, done, 'could not be answered, see their "error"')
+    text = answered_text(output, done, 'could not be answered, see their "error"')
+    return answered_record(output, done), text, failed_rows(done.problems)

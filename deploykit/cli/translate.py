@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     ENGINE,
     FORCE,
     LONG_INPUT_HELP,
@@ -20,11 +19,14 @@ from deploykit.cli.common import (
     answered_text,
     check_asked,
     deploykit_command,
+    failed_rows,
+    failed_texts,
     generation_options,
     progress_bar,
+    reading_options,
     target_and_texts,
 )
-from deploykit.errors import DataError
+from deploykit.data.reading import Reading
 
 if TYPE_CHECKING:
     from deploykit.runtime.serving_settings import LongInput, Split
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--split", type=click.Choice(["sentence", "paragraph", "none"]), default="sentence", show_default=True,
               help=SPLIT_HELP)  # fmt: skip
 @generation_options
-@ENCODING
+@reading_options(on_error="skip")
 @FORCE
 @SERVER_URL
 @ENGINE
@@ -58,11 +60,11 @@ def command(
     long_input: LongInput,
     split: Split,
     generation: dict[str, Any],
-    encoding: str | None,
+    reading: Reading,
     force: bool,
     **where: Any,
 ) -> Result:
-    check_asked("translate", "some text", texts, source, output)
+    check_asked("translate", "some text", texts, source, output, reading)
 
     from deploykit.data.texts import TextRow
     from deploykit.runtime.generation import override
@@ -76,12 +78,12 @@ def command(
             rows = [TextRow(f"text {i}", text, None) for i, text in enumerate(texts, start=1)]
             records = translations(translator, rows, how)
             lines = [r["translation"] if "translation" in r else f"{r['origin']}: {r['error']}" for r in records]
-            if all("error" in r for r in records):
-                raise DataError("\n".join(lines), "give another text, or another --long-input")
+            remedy = "give another text, or another --long-input"
+            code = failed_texts(records, stop=reading.on_error == "stop", remedy=remedy)
             finish = Counter(r["finish"] for r in records if "finish" in r)
             if finish["length"]:
                 click.echo(f"{cut_off(finish, how)} (see --max-new-tokens)", err=True)
-            return {"results": records, "finish": finish}, "\n".join(lines)
+            return {"results": records, "finish": finish}, "\n".join(lines), code
         with progress_bar("texts") as progress:
             done, finish = translate_file(
                 translator,
@@ -90,7 +92,7 @@ def command(
                 how,
                 identity=f"{identity_of(model, translator)} {where}",
                 column=source_column,
-                encoding=encoding,
+                reading=reading,
                 force=force,
                 progress=progress,
             )
@@ -99,4 +101,4 @@ def command(
     text = answered_text(output, done, "could not be translated")
     if finish["length"]:
         text += f"; {cut_off(finish, how)}"
-    return {**answered_record(output, done), "finish": finish}, text
+    return {**answered_record(output, done), "finish": finish}, text, failed_rows(done.problems)

@@ -7,18 +7,19 @@ from typing import Any
 import click
 
 from deploykit.cli.common import (
-    ENCODING,
     FORCE,
     MODEL_REPOSITORY,
     NUM_PROMPTS,
     RecordedCommand,
     Result,
     column_options,
+    columns_for,
     deploykit_command,
     option,
-    refuse_columns,
+    reading_options,
     say,
 )
+from deploykit.data.reading import Reading
 from deploykit.text_table import text_table
 
 
@@ -35,6 +36,7 @@ from deploykit.text_table import text_table
 @click.option("--engine", "engines", multiple=True, help="Engine to try; repeat. [default: all that run here]")
 @click.option("--precision", "precisions", multiple=True, help="Precision to try; repeat. [default: all in the export]")
 @click.option("--data", help="Rows to send. [default: the export's test rows]")
+@reading_options()
 @column_options(inputs_only=True)
 @NUM_PROMPTS
 @click.option("--time", "budget", default="10m", show_default=True, help="Time limit for measuring.")
@@ -43,7 +45,6 @@ from deploykit.text_table import text_table
 )
 @option("--output", "out", aliases=["--out"], type=click.Path(path_type=Path), metavar="FILE.json",
         help="File for all measurements; an .html page is written beside it. [default: tune-TARGET.json]")  # fmt: skip
-@ENCODING
 @FORCE
 def command(
     *,
@@ -60,7 +61,7 @@ def command(
     budget: str,
     seconds: float,
     out: Path | None,
-    encoding: str | None,
+    reading: Reading,
     force: bool,
 ) -> Result:
     from deploykit.artifacts import SAMPLES
@@ -86,12 +87,12 @@ def command(
             raise UsageError("there are no rows to send", "give --data FILE, or an --export that keeps test rows")
         data = str(export / SAMPLES)
     task = subject.manifest.task
-    refuse_columns(task_of(task), columns)
+    columns = columns_for(task_of(task), columns)
     texts, _ = read_rows(
         data,
         task,
         columns=columns,
-        encoding=encoding,
+        reading=reading,
         most=max_rows,
         seed=0,
     )

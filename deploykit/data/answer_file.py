@@ -8,52 +8,52 @@ import glob
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
-from deploykit.data.answer_table import Rows, write_table
 from deploykit.data.texts import TextRow
-from deploykit.errors import ArtifactError
-from deploykit.text import MAX_TEXT_CHARS
+from deploykit.errors import ArtifactError, DataError
+from deploykit.text import MAX_TEXT_CHARS, without_surrogates
 
 _CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Answered:
-    """``rows`` counts answered and failed rows; ``resumed`` of them were there from an earlier run."""
+    """``rows`` counts answered and failed rows; ``resumed`` of them were there from an earlier run. ``problems`` has a line
+    for each row that failed: its name, and why."""
 
     rows: int
-    errors: int
     resumed: int
+    problems: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the output, without its end. ``failed``: it holds an error instead of an answer."""
-
-    text: str
-    failed: bool
+    @property
+    def errors(self) -> int:
+        """The number of rows that failed."""
+        return len(self.problems)
 
 
 def answer_file(
     rows: Callable[[], Iterator[TextRow]],
-    answer: Callable[[Sequence[TextRow]], Iterable[Line]],
+    answer: Callable[[Sequence[TextRow]], Iterable[Mapping[str, Any]]],
     out: Path,
     *,
     key: str,
-    failed: Callable[[bytes], bool],
+    on_error: str,
     force: bool,
     progress: Callable[[int, int], None],
-    table: Rows | None = None,
+    finish: Callable[[Path, Path], None] | None = None,
     chunk: int = _CHUNK,
 ) -> Answered:
-    """Write a line for each row to ``out``, in order. ``failed`` recognizes lines of an earlier run that hold an error.
+    """Write a record for each row to ``out``, in order: a JSON object a line, with "error" for a row that fails.
 
-    With ``table``, which gives the columns of each row, the lines are JSON objects and ``out`` becomes a table.
+    With ``finish``, called with a file of such lines and ``out``, that writes ``out``.
+
+    Raises DataError for the first row that fails if ``on_error`` is "stop": for one that is malformed or has no text,
+    before any work.
 
     Until it is whole the file has a temporary name beside ``out``; a run with the same ``key`` (all that
     determines the answers: the model's digest too) continues it. Raises ArtifactError when a run with another key has
@@ -63,24 +63,45 @@ def answer_file(
         raise ArtifactError(f"{out}: already exists", "choose another --output, or pass --force to replace it")
     partial = out.with_name(f".{out.name}.{key[:16]}.partial")
     _check_others(out, partial, force=force)
-    total = sum(1 for _ in rows())
-    with artifacts.explained(out), _appending(partial, failed) as (file, resumed):
-        done, errors = resumed.rows, resumed.errors
+    total = _count(rows(), stop=on_error == "stop")
+    with artifacts.explained(out), _appending(partial) as (file, resumed):
+        done, problems = resumed.rows, list(resumed.problems)
         progress(done, total)
         for part in _chunks(itertools.islice(rows(), done, None), chunk):
-            lines = list(answer(part))
-            file.writelines(line.text.encode() + b"\n" for line in lines)
+            for record in answer(part):
+                if problem := problem_of(record):
+                    if on_error == "stop":
+                        raise _stopped(problem)
+                    problems.append(problem)
+                file.write(without_surrogates(json.dumps(record, ensure_ascii=False)).encode() + b"\n")
+                done += 1
             file.flush()
-            errors += sum(line.failed for line in lines)
-            done += len(lines)
             progress(done, total)
         os.fsync(file.fileno())
-        if table is None:
+        if finish is None:
             os.replace(partial, out)
         else:
-            write_table(partial, table, out)
+            finish(partial, out)
             partial.unlink()
-    return Answered(done, errors, resumed.rows)
+    return Answered(done, resumed.rows, tuple(problems))
+
+
+def problem_of(record: Mapping[str, Any]) -> str:
+    """Return the name of a row that failed, and why; "" for one that was answered."""
+    return f"{record['origin']}: {record['error']}" if "error" in record else ""
+
+
+def _count(rows: Iterable[Any], *, stop: bool) -> int:
+    count = 0
+    for row in rows:
+        if stop and row.problem:
+            raise _stopped(f"{row.origin}: {row.problem}")
+        count += 1
+    return count
+
+
+def _stopped(problem: str) -> DataError:
+    return DataError(problem, "correct the row, or give --on-error skip")
 
 
 def _check_others(out: Path, own: Path, *, force: bool) -> None:
@@ -107,20 +128,23 @@ def _lock(file: Any, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _appending(partial: Path, failed: Callable[[bytes], bool]) -> Iterator[tuple[Any, Answered]]:
+def _appending(partial: Path) -> Iterator[tuple[Any, Answered]]:
     """Open an unfinished file after its last complete line. Yields the file and what it contains."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("a+b") as file:
         _lock(file, partial)
         file.seek(0)
-        rows = errors = end = 0
+        rows = end = 0
+        problems = []
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            rows, errors, end = rows + 1, errors + failed(line), end + len(line)
+            rows, end = rows + 1, end + len(line)
+            if b'"error"' in line and (problem := problem_of(json.loads(line))):
+                problems.append(problem)
         file.truncate(end)
         file.seek(end)
-        yield file, Answered(rows, errors, rows)
+        yield file, Answered(rows, rows, tuple(problems))
 
 
 def _chunks(rows: Iterable[TextRow], size: int) -> Iterator[list[TextRow]]:
@@ -131,15 +155,6 @@ def _chunks(rows: Iterable[TextRow], size: int) -> Iterator[list[TextRow]]:
 
 JSON_LINES = (".jsonl", ".ndjson")
 """Suffixes of JSON lines files."""
-
-
-def json_line(record: dict[str, Any]) -> Line:
-    return Line(json.dumps(record, ensure_ascii=False), "error" in record)
-
-
-def is_error(line: bytes) -> bool:
-    """Return whether a line of ``json_line`` holds an error."""
-    return b'"error"' in line and "error" in json.loads(line)
 
 
 def source_digest(source: str) -> str:

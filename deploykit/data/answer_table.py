@@ -6,9 +6,11 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from deploykit.data.packages import import_data_package
+from deploykit.text import without_surrogates
 
 TABLES = (".csv", ".tsv", ".parquet")
 """The suffixes of tables."""
@@ -36,7 +38,9 @@ def write_table(answers: Path, rows: Rows, out: Path) -> None:
         _write_parquet(header, table(), answers.with_suffix(".table"))
     else:
         with answers.with_suffix(".table").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, delimiter="\t" if out.suffix.lower() == ".tsv" else ",", lineterminator="\n")
+            # The writer quotes carriage returns only if they are part of the line end.
+            lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+            writer = csv.writer(lines, delimiter="\t" if out.suffix.lower() == ".tsv" else ",", lineterminator="\r\n")
             writer.writerow(header)
             writer.writerows(["" if cell is None else cell for cell in row] for row in table())
     answers.with_suffix(".table").replace(out)
@@ -49,9 +53,9 @@ def _read(answers: Path) -> Iterator[dict[str, Any]]:
 
 def _cell(value: object) -> object:
     """Return a value that every kind of table can store."""
-    if value is None or isinstance(value, (str, int, float)):
+    if value is None or isinstance(value, (int, float)):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return without_surrogates(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _write_parquet(header: Sequence[str], rows: Iterator[list[object]], path: Path) -> None:

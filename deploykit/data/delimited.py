@@ -15,10 +15,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from deploykit.data.open_text import plain_suffix, read_lines
-from deploykit.data.record import Record
+from deploykit.data.open_text import ROW_ENDS, plain_suffix, read_lines
+from deploykit.data.reading import AS_FOUND, Reading
+from deploykit.data.record import Record, malformed
 from deploykit.errors import DataError
 from deploykit.text import normalize
 
@@ -31,11 +32,6 @@ Quoting = Literal["minimal", "escaped", "none"]
 _ESCAPE = re.compile(r'\\(["\\])')
 _DELIMITERS = (";", "\t", "|")
 _DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
-_DIALECTS: dict[Quoting, dict[str, Any]] = {
-    "minimal": {"strict": True},
-    "escaped": {"strict": True},  # after _doubled: the csv module checks nothing in a dialect without doubled quotes
-    "none": {"quoting": csv.QUOTE_NONE, "quotechar": None},
-}
 # A column with more distinct values cannot show whether a line is a separate row.
 _MOST_VALUES = 1000
 
@@ -44,14 +40,16 @@ _MOST_VALUES = 1000
 class Layout:
     """How to read a delimited file, and what was found while looking.
 
-    ``above`` counts blank lines before the header. ``columns`` are the named ones; further cells are only counted in
-    ``beyond``. ``spanning`` rows have a field of several lines; the first begins at line ``first_spanning``.
+    ``above`` counts blank lines before the first row, which is the ``header`` unless that is False. ``columns`` are the
+    named ones; further cells are only counted in ``beyond``. ``spanning`` rows have a field of several lines; the first
+    begins at line ``first_spanning``.
     """
 
     delimiter: str
     quoting: Quoting
     above: int
     columns: tuple[str, ...]
+    header: bool = True
     unnamed: int = 0
     rows: int = 0
     spanning: int = 0
@@ -70,6 +68,8 @@ class Layout:
         if self.delimiter != "," or self.quoting != "minimal":
             separated = _DELIMITER_NAMES.get(self.delimiter, repr(self.delimiter))
             lines.append(f"fields separated by {separated}{quotes[self.quoting]}")
+        if not self.header:
+            lines.append(f"no header; the columns are {', '.join(map(repr, self.columns))}")
         if self.spanning:
             lines.append(
                 f"{self.spanning:,} rows have a field of several lines (the first at line {self.first_spanning:,})"
@@ -82,39 +82,46 @@ class Layout:
         return lines
 
 
-def read_delimited(path: Path, encoding: str | None) -> Iterator[Record]:
+def read_delimited(path: Path, reading: Reading = AS_FOUND) -> Iterator[Record]:
     """Stream the rows of a delimited file. Raises DataError for a malformed row, naming its line."""
-    layout = find_layout(path, encoding)
+    layout = find_layout(path, reading)
     name = normalize(path.name)
-    for start, row in _rows(path, encoding, layout):
-        yield Record(f"{name}:{start}", dict(itertools.zip_longest(layout.columns, row[: len(layout.columns)])))
+    for start, row in _rows(path, reading.encoding, layout):
+        if len(row) > len(layout.columns) + layout.unnamed:
+            yield malformed(f"{name}:{start}", _too_many(path, start, row, layout), reading, named=path)
+        else:
+            yield Record(f"{name}:{start}", dict(itertools.zip_longest(layout.columns, row[: len(layout.columns)])))
 
 
-def find_layout(path: Path, encoding: str | None) -> Layout:
-    """Find the layout of a delimited file from all of its rows.
+def find_layout(path: Path, reading: Reading = AS_FOUND) -> Layout:
+    """Find what ``reading`` does not say of the layout of a delimited file, from all of its rows.
 
-    Raises DataError for a file without a header, or a header that names a column twice. Malformed rows are reported
-    when they are read.
+    Raises DataError for a file without a header, or a header that names a column twice; UsageError for column names
+    that are not as many as the fields. Malformed rows are reported when they are read.
     """
     status = path.stat() if path.exists() else None
-    return _find_layout(path, encoding, (status.st_mtime_ns, status.st_size) if status else None)
+    return _find_layout(path, reading, (status.st_mtime_ns, status.st_size) if status else None)
 
 
 @lru_cache(maxsize=64)
-def _find_layout(path: Path, encoding: str | None, version: object) -> Layout:
+def _find_layout(path: Path, reading: Reading, version: object) -> Layout:
+    encoding = reading.encoding
     above, first = next(
-        ((n, line) for n, line in enumerate(read_lines(path, encoding, newline="")) if line.strip()), (0, "")
+        ((n, line) for n, line in enumerate(read_lines(path, encoding, newline=ROW_ENDS)) if line.strip()), (0, "")
     )
     if not first:
-        raise DataError(f"{path}: is empty", "give a file with a header and rows")
-    delimiter = "\t" if plain_suffix(path) == ".tsv" else ","
-    if delimiter not in first:
-        delimiter = next((d for d in _DELIMITERS if d in first), delimiter)
-    minimal = _header(path, Layout(delimiter, "minimal", above, ()), encoding)
+        raise DataError(
+            f"{path}: is empty", "give a file with rows" if reading.no_header else "give a file with a header and rows"
+        )
+    delimiter = reading.delimiter or _delimiter(path, first)
+    if reading.quoting == "none":
+        given = _named(path, Layout(delimiter, "none", above, ()), reading)
+        return _scan(path, encoding, given) or given
+    minimal = _named(path, Layout(delimiter, "minimal", above, ()), reading)
     found = _scan(path, encoding, minimal)
-    if found is not None and not found.spanning:
+    if found is not None and (not found.spanning or reading.quoting == "minimal"):
         return found
-    plain = _scan_plain(path, encoding, minimal)
+    plain = _scan_plain(path, encoding, minimal) if reading.quoting is None else None
     if found is not None:
         return plain.layout if plain is not None and plain.is_likelier else found
     if (escaped := _scan(path, encoding, replace(minimal, quoting="escaped"))) is not None:
@@ -123,15 +130,28 @@ def _find_layout(path: Path, encoding: str | None, version: object) -> Layout:
     return plain.layout if plain is not None and delimiter != "," else minimal
 
 
-def _header(path: Path, layout: Layout, encoding: str | None) -> Layout:
-    for _, row in _raw_rows(path, encoding, layout):
-        header = [column.strip() for column in row]
-        named = len(header)
-        while named > 1 and not header[named - 1]:
-            named -= 1
-        check_header(path, header[:named])
-        return replace(layout, columns=tuple(header[:named]), unnamed=len(header) - named)
-    raise AssertionError("a line that is not blank was seen")
+def _delimiter(path: Path, first: str) -> str:
+    """Return the delimiter of the file's suffix; another one if only that is in the first line."""
+    usual = "\t" if plain_suffix(path) == ".tsv" else ","
+    return usual if usual in first else next((d for d in _DELIMITERS if d in first), usual)
+
+
+def _named(path: Path, layout: Layout, reading: Reading) -> Layout:
+    """Return the layout with the columns that the first row names, or those of a file without a header."""
+    first = _first_row(path, reading.encoding, layout)
+    if reading.no_header:
+        columns = reading.named(len(first), str(path))
+        return replace(layout, columns=tuple(columns), header=False)
+    header = [column.strip() for column in first]
+    named = len(header)
+    while named > 1 and not header[named - 1]:
+        named -= 1
+    check_header(path, header[:named])
+    return replace(layout, columns=tuple(header[:named]), unnamed=len(header) - named)
+
+
+def _first_row(path: Path, encoding: str | None, layout: Layout) -> list[str]:
+    return next(row for _, row in _raw_rows(path, encoding, layout))
 
 
 def check_header(path: Path, header: Sequence[str]) -> None:
@@ -145,48 +165,67 @@ def check_header(path: Path, header: Sequence[str]) -> None:
 
 def _rows(path: Path, encoding: str | None, layout: Layout) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows below the header, each with the line it begins at; repeated headers are left out."""
-    width = len(layout.columns) + layout.unnamed
     rows = _raw_rows(path, encoding, layout)
-    next(rows)
+    if layout.header:
+        next(rows)
     for start, row in rows:
-        if len(row) > width:
-            raise DataError(
-                f"{path}: the row at line {start} has {len(row)} fields, the header has {width}",
-                f"put fields that hold {layout.delimiter!r} in double quotes",
-            )
         if row and not _is_header(row, layout):
             yield start, row
 
 
+def _too_many(path: Path, start: int, row: Sequence[str], layout: Layout) -> DataError:
+    first = "header" if layout.header else "first row"
+    return DataError(
+        f"{path}: the row at line {start} has {len(row)} fields, the {first} has {len(layout.columns) + layout.unnamed}",
+        f"write no {layout.delimiter!r} inside a field"
+        if layout.quoting == "none"
+        else f"put fields that hold {layout.delimiter!r} in double quotes",
+    )
+
+
 def _is_header(row: Sequence[str], layout: Layout) -> bool:
-    """Return whether a row repeats the header, as in concatenated files."""
-    return len(row) >= len(layout.columns) and all(
-        cell.strip().removeprefix("\ufeff") == column for cell, column in zip(row, layout.columns)
+    """Return whether a row is the header, which concatenated files repeat."""
+    return (
+        layout.header
+        and len(row) >= len(layout.columns)
+        and all(cell.strip().removeprefix("\ufeff") == column for cell, column in zip(row, layout.columns))
     )
 
 
 def _raw_rows(path: Path, encoding: str | None, layout: Layout) -> Iterator[tuple[int, list[str]]]:
-    lines: Iterator[str] = itertools.islice(read_lines(path, encoding, newline=""), layout.above, None)
-    if layout.quoting == "escaped":
-        lines = map(_doubled, lines)
-    rows = csv.reader(lines, delimiter=layout.delimiter, **_DIALECTS[layout.quoting])
+    lines = itertools.islice(read_lines(path, encoding, newline=ROW_ENDS), layout.above, None)
+    if layout.quoting == "none":
+        for number, line in enumerate(lines, start=layout.above + 1):
+            text = line.rstrip("\r\n")
+            yield number, text.split(layout.delimiter) if text else []
+        return
+    rows = csv.reader(
+        map(_doubled, lines) if layout.quoting == "escaped" else lines, delimiter=layout.delimiter, strict=True
+    )
     start = layout.above + 1
     while True:
         try:
             row = next(rows, None)
         except csv.Error as error:
-            remedy = 'write a quote inside a quoted field as "", and close every quote'
-            if "NUL" in str(error):
-                remedy = "remove the NUL bytes, or use Python 3.11 or newer"
-            raise DataError(f"{path}: the row at line {start} is malformed: {error}", remedy) from None
+            raise _malformed(path, start, error) from None
         if row is None:
             return
         yield start, row
         start = layout.above + rows.line_num + 1
 
 
+def _malformed(path: Path, start: int, error: csv.Error) -> DataError:
+    reason, remedy = str(error), 'write a quote inside a quoted field as "", and close every quote'
+    remedy += "; --quoting none if quotes are characters"
+    if "NUL" in reason:
+        remedy = "remove the NUL bytes, or use Python 3.11 or newer"
+    if "new-line character" in reason:
+        reason, remedy = "a carriage return stands outside quotes", "put the field in double quotes, or remove it"
+    return DataError(f"{path}: the row at line {start} is malformed: {reason}", remedy)
+
+
 def _doubled(line: str) -> str:
-    r"""Write \" as "" and \\ as \."""
+    r"""Write \" as "" and \\ as \: the csv module checks nothing in a dialect without doubled quotes."""
     return _ESCAPE.sub(lambda found: '""' if found[1] == '"' else found[1], line)
 
 
@@ -209,7 +248,12 @@ def _scan(path: Path, encoding: str | None, layout: Layout) -> Layout | None:
     except DataError:
         return None
     return replace(
-        layout, rows=rows, spanning=spanning, first_spanning=first_spanning, beyond=beyond, repeated_headers=headers - 1
+        layout,
+        rows=rows,
+        spanning=spanning,
+        first_spanning=first_spanning,
+        beyond=beyond,
+        repeated_headers=headers - layout.header,
     )
 
 
@@ -225,7 +269,7 @@ def _scan_plain(path: Path, encoding: str | None, minimal: Layout) -> _Plain | N
     """Scan with quotes as ordinary characters; None if a line then has another number of fields than the header."""
     layout = replace(minimal, quoting="none")
     width = len(layout.columns)
-    if width < 2 or any('"' in column for column in _plain_header(path, encoding, layout)):
+    if width < 2 or (layout.header and any('"' in column for column in _first_row(path, encoding, layout))):
         return None
     inside = _lines_of_long_rows(path, encoding, minimal)
     values: dict[int, set[str]] = defaultdict(set)
@@ -246,7 +290,7 @@ def _scan_plain(path: Path, encoding: str | None, minimal: Layout) -> _Plain | N
         for column, cell in enumerate(row[:width]):
             if len(values[column]) <= _MOST_VALUES:
                 values[column].add(cell)
-    found = replace(layout, rows=rows, repeated_headers=headers - 1)
+    found = replace(layout, rows=rows, repeated_headers=headers - layout.header)
     # A label inside a quoted field of several lines would be one by chance: then each line is a row.
     repeats = any(
         len(known) <= min(_MOST_VALUES, max(1, (rows - len(enclosed)) // 2))
@@ -254,10 +298,6 @@ def _scan_plain(path: Path, encoding: str | None, minimal: Layout) -> _Plain | N
         for c, known in values.items()
     )
     return _Plain(found, repeats or layout.delimiter == "\t")
-
-
-def _plain_header(path: Path, encoding: str | None, layout: Layout) -> list[str]:
-    return next(row for _, row in _raw_rows(path, encoding, layout))
 
 
 def _lines_of_long_rows(path: Path, encoding: str | None, minimal: Layout) -> set[int]:

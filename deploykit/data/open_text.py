@@ -19,6 +19,7 @@ from deploykit.data.packages import import_data_package
 from deploykit.errors import DataError, UsageError
 
 _SAMPLE_BYTES = 8192
+_BLOCK = 1 << 16
 _C0_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
 # UTF-32 first, because its little-endian mark begins with that of UTF-16.
 _BYTE_ORDER_MARKS = (
@@ -44,6 +45,10 @@ _MAGIC = (
     (b"SQLite format 3", "an SQLite database"),
     (b"\x80\x04\x95", "a Python pickle"),
 )
+ROW_ENDS = "row ends"
+"""Where ``read_lines`` ends a line: at ``\n``, so that a lone ``\r`` stays in its text; in a file that begins without
+``\n``, also at ``\r``, as old Macs wrote it."""
+
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 """Suffixes of compressed files; a .zip holds one file."""
 
@@ -70,7 +75,7 @@ def read_lines(path: Path, encoding: str | None, *, newline: str | None = None) 
     Args:
         path: a text file, or one compressed as its suffix says (``COMPRESSED``).
         encoding: None is UTF-8, or what a byte order mark says.
-        newline: as in ``open``.
+        newline: as in ``open``, or ``ROW_ENDS``.
 
     Raises:
         DataError: the file cannot be read, is damaged, is not text, or is not in ``encoding``.
@@ -99,12 +104,46 @@ def _open_bytes(path: Path) -> IO[bytes]:
     if suffix == ".xz":
         return lzma.open(path, "rb")
     if suffix == ".zst":
-        zstandard: Any = import_data_package("zstandard")
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
+        return io.BufferedReader(_ZstdFile(path))
     if suffix == ".zip":
         archive = _zip(path)
         return archive.open(_only_member(path, archive))
     return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """A .zst file, decompressed. Raises EOFError for one that is damaged or was cut: zstandard's reader ends silently there."""
+
+    def __init__(self, path: Path) -> None:
+        self._package: Any = import_data_package("zstandard")
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            whole = self._frame is None or self._frame.eof
+            block = (self._frame.unused_data if self._frame is not None and whole else b"") or self._file.read(_BLOCK)
+            if not block:
+                if whole:
+                    return 0
+                raise EOFError("it ends before its last frame does")
+            if whole:
+                self._frame = self._package.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = self._frame.decompress(block)
+            except self._package.ZstdError as error:
+                raise EOFError(str(error)) from None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _zip(path: Path) -> zipfile.ZipFile:
@@ -138,6 +177,9 @@ def _open_text(path: Path, encoding: str | None, newline: str | None) -> tuple[T
         sample = file.read(_SAMPLE_BYTES)
     used = encoding or next((name for mark, name in _BYTE_ORDER_MARKS if sample.startswith(mark)), "utf-8-sig")
     try:
+        if newline == ROW_ENDS:
+            begin = sample.decode(used, "ignore")
+            newline = "" if "\r" in begin and "\n" not in begin else "\n"
         if codecs.lookup(used).name == "utf-8":
             used = "utf-8-sig"  # utf-8-sig, so that a byte order mark does not become part of the first column's name.
         with contextlib.ExitStack() as unless_opened:

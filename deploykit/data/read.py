@@ -14,7 +14,8 @@ from deploykit.data.delimited import check_header, find_layout, read_delimited
 from deploykit.data.folders import folder_files, texts_by_folder
 from deploykit.data.open_text import COMPRESSED, plain_suffix, read_lines
 from deploykit.data.packages import import_data_package
-from deploykit.data.record import Record
+from deploykit.data.reading import AS_FOUND, Reading
+from deploykit.data.record import Record, malformed
 from deploykit.errors import DataError
 from deploykit.text import normalize
 
@@ -22,44 +23,45 @@ _BATCH = 1000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-def read_records(source: str, *, encoding: str | None = None, split: str = "train") -> Iterator[Record]:
+def read_records(source: str, reading: Reading = AS_FOUND, *, split: str = "train") -> Iterator[Record]:
     """Stream the rows of ``source``; only a .json array and a workbook are held in memory whole.
 
     Args:
         source: a .csv, .tsv, .jsonl, .ndjson, .json (array of objects), .parquet or .xlsx file; a text file compressed
             (.gz, .bz2, .xz, .zst, a .zip of one file); a folder: what ``Dataset.save_to_disk`` wrote, a cloned dataset
             repository, or a folder of .txt files for each label; or the id of a dataset on the Hugging Face hub.
-        encoding: of text files; None is UTF-8, or what a byte order mark says.
+        reading: what is known of the file.
         split: of a dataset that has several; a file or a single dataset is read whole.
 
     Raises:
-        DataError: the source cannot be read, or the row named in the message is malformed.
-        UsageError: ``encoding`` is not the name of a text encoding.
+        DataError: the source cannot be read, or the row named in the message is malformed, and ``reading`` does not skip it.
+        UsageError: an option of ``reading`` does not fit the source.
         MissingDependencyError: a package that this kind of source needs is not installed.
     """
     if os.path.isdir(source):
-        yield from _folder(Path(source), split, encoding)
+        yield from _folder(Path(source), split, reading)
     elif not os.path.exists(source) and not _has_known_suffix(source) and _HUB_ID.fullmatch(source):
+        reading.allow(source)
         yield from _hub_dataset(source, split)
     else:
         if not os.path.exists(source):
             raise DataError(f"{source}: no such file", "check the path")
-        yield from _reader(Path(source))(Path(source), encoding)
+        yield from _file(Path(source), reading)
 
 
-def reading_notes(source: str, encoding: str | None = None) -> list[str]:
+def reading_notes(source: str, reading: Reading = AS_FOUND) -> list[str]:
     """Return notes for the user on how ``source`` is read: delimiter, quoting, repeated headers."""
     path = Path(source)
     if not path.is_file() or _READERS.get(plain_suffix(path)) is not read_delimited:
         return []
-    return find_layout(path, encoding).lines()
+    return find_layout(path, reading).lines()
 
 
 def _has_known_suffix(source: str) -> bool:
     return Path(source).suffix.lower() in (*_READERS, *COMPRESSED)
 
 
-def _reader(path: Path) -> Callable[[Path, str | None], Iterator[Record]]:
+def _file(path: Path, reading: Reading) -> Iterator[Record]:
     suffix = plain_suffix(path)
     compressed = path.suffix.lower() in COMPRESSED
     if suffix not in _READERS or (compressed and suffix in _BINARY):
@@ -68,16 +70,20 @@ def _reader(path: Path) -> Callable[[Path, str | None], Iterator[Record]]:
             f"give one of {', '.join(_READERS)} (text also as {', '.join(COMPRESSED)}), a dataset's folder, or the id of a "
             "dataset on the hub",
         )
-    return _READERS[suffix]
+    if suffix not in (".csv", ".tsv"):
+        reading.allow(str(path), *(("no_header", "columns") if suffix == ".xlsx" else ()))
+    return _READERS[suffix](path, reading)
 
 
-def _folder(folder: Path, split: str, encoding: str | None) -> Iterator[Record]:
+def _folder(folder: Path, split: str, reading: Reading) -> Iterator[Record]:
     if any((folder / name).exists() for name in ("state.json", "dataset_dict.json", "dataset_info.json")):
+        reading.allow(str(folder))
         yield from _saved_dataset(str(folder), split)
     elif files := folder_files(folder, split, tuple(_READERS)):
         for path in files:
-            yield from _reader(path)(path, encoding)
-    elif (texts := texts_by_folder(folder, split, encoding)) is not None:
+            yield from _file(path, reading)
+    elif (texts := texts_by_folder(folder, split, reading.encoding)) is not None:
+        reading.allow(str(folder))
         yield from texts
     else:
         raise DataError(
@@ -87,25 +93,33 @@ def _folder(folder: Path, split: str, encoding: str | None) -> Iterator[Record]:
         )
 
 
-def _jsonl(path: Path, encoding: str | None) -> Iterator[Record]:
+def _jsonl(path: Path, reading: Reading) -> Iterator[Record]:
     # Only \n ends a line: JSON allows U+2028 and others inside strings.
-    for number, line in enumerate(read_lines(path, encoding, newline="\n"), start=1):
+    for number, line in enumerate(read_lines(path, reading.encoding, newline="\n"), start=1):
         if line.strip():
-            record = _parse_json(path, line, f"line {number}")
-            yield Record(f"{normalize(path.name)}:{number}", _object(path, record, f"line {number}"))
+            origin, where = f"{normalize(path.name)}:{number}", f"line {number}"
+            try:
+                # Concatenated files may have a byte order mark inside.
+                yield Record(origin, _object(path, _parse_json(path, line.removeprefix("\ufeff"), where), where))
+            except DataError as error:
+                yield malformed(origin, error, reading, named=path)
 
 
-def _json(path: Path, encoding: str | None) -> Iterator[Record]:
-    if _holds_lines(path, encoding):
-        yield from _jsonl(path, encoding)
+def _json(path: Path, reading: Reading) -> Iterator[Record]:
+    if _holds_lines(path, reading.encoding):
+        yield from _jsonl(path, reading)
         return
-    records = _parse_json(path, "".join(read_lines(path, encoding)), "the file")
+    records = _parse_json(path, "".join(read_lines(path, reading.encoding)), "the file")
     if not isinstance(records, list):
         raise DataError(
             f"{path}: is not a JSON array", "give an array of objects; name a file with one object per line .jsonl"
         )
     for number, record in enumerate(records, start=1):
-        yield Record(f"{normalize(path.name)}:{number}", _object(path, record, f"row {number}"))
+        origin = f"{normalize(path.name)}:{number}"
+        try:
+            yield Record(origin, _object(path, record, f"row {number}"))
+        except DataError as error:
+            yield malformed(origin, error, reading, named=path)
 
 
 def _holds_lines(path: Path, encoding: str | None) -> bool:
@@ -131,7 +145,7 @@ def _object(path: Path, record: object, where: str) -> dict[str, object]:
     return record
 
 
-def _parquet(path: Path, encoding: str | None) -> Iterator[Record]:
+def _parquet(path: Path, reading: Reading) -> Iterator[Record]:
     pyarrow, parquet = import_data_package("pyarrow"), import_data_package("pyarrow.parquet")
     name, done = normalize(path.name), 0
     try:
@@ -171,7 +185,7 @@ def _named(names: list[str] | None, value: object) -> object:
     return value
 
 
-def _xlsx(path: Path, encoding: str | None) -> Iterator[Record]:
+def _xlsx(path: Path, reading: Reading) -> Iterator[Record]:
     """Read the first sheet of a workbook: a header, then rows. Formulas have their last saved values."""
     openpyxl = import_data_package("openpyxl")
     try:
@@ -183,16 +197,20 @@ def _xlsx(path: Path, encoding: str | None) -> Iterator[Record]:
     first = next((n for n, row in enumerate(rows) if any(cell is not None for cell in row)), None)
     if first is None:
         raise DataError(f"{path}: is empty", "give a sheet with a header and rows")
-    header = ["" if cell is None else str(cell).strip() for cell in rows[first]]
-    while len(header) > 1 and not header[-1]:
-        header.pop()
-    check_header(path, header)
-    for number, row in enumerate(rows[first + 1 :], start=first + 2):
+    if reading.no_header:
+        header = reading.named(len(rows[first]), str(path))
+    else:
+        header = ["" if cell is None else str(cell).strip() for cell in rows[first]]
+        while len(header) > 1 and not header[-1]:
+            header.pop()
+        check_header(path, header)
+        first += 1
+    for number, row in enumerate(rows[first:], start=first + 1):
         if any(cell is not None for cell in row):
             yield Record(f"{normalize(path.name)}:{number}", dict(itertools.zip_longest(header, row[: len(header)])))
 
 
-_READERS: Mapping[str, Callable[[Path, str | None], Iterator[Record]]] = {
+_READERS: Mapping[str, Callable[[Path, Reading], Iterator[Record]]] = {
     ".csv": read_delimited,
     ".tsv": read_delimited,
     ".jsonl": _jsonl,

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 
-from deploykit.data.open_text import read_lines
+from deploykit.data.open_text import ROW_ENDS, plain_suffix, read_lines
 from deploykit.data.read import read_records
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
 from deploykit.errors import DataError
 from deploykit.text import normalize
@@ -36,7 +37,7 @@ _ROWS_FOR_COLUMNS = 100
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text to predict; None with a ``problem`` if the row has no usable text."""
+    """A text to predict; None with a ``problem`` if the row has none. An empty text is one."""
 
     origin: str
     text: str | None
@@ -48,28 +49,46 @@ def read_texts(
     columns: Sequence[str] | None = None,
     separator: str = " ",
     *,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     split: str = "train",
 ) -> Iterator[TextRow]:
     """Stream the normalized texts of ``source``, or of a .txt file with one text per line.
 
     Every row is yielded, so that answers can be matched to rows. Raises like ``load_examples``.
     """
-    if Path(source).suffix.lower() == ".txt":
-        name = normalize(Path(source).name)
-        for number, line in enumerate(read_lines(Path(source), encoding), start=1):
-            yield _text_row(f"{name}:{number}", line)
+    if is_text_file(source):
+        for origin, line in text_lines(source, reading):
+            yield _text_row(origin, line)
         return
-    records, names = peek(read_records(source, encoding=encoding, split=split), source)
+    records, names = peek(read_records(source, reading, split=split), source)
     if columns:
         require_columns(columns, names, source, "--text-column")
-    used = tuple(columns or ()) or (detect_text_column(names, None, source),)
+    used = tuple(columns or ()) or (detect_text_column(names, (), source),)
     for record in records:
-        yield _text_row(record.origin, joined(record, used, separator))
+        if record.problem:
+            yield TextRow(record.origin, None, record.problem)
+        else:
+            yield _text_row(record.origin, joined(record, used, separator))
+
+
+def is_text_file(source: str) -> bool:
+    """Return whether ``source`` is a .txt file, compressed or not, which has a text on each line."""
+    return plain_suffix(Path(source)) == ".txt"
+
+
+def text_lines(source: str, reading: Reading = AS_FOUND) -> Iterator[tuple[str, str]]:
+    """Yield the lines of a text file without their ends, each after its name in messages: ("notes.txt:1", "…").
+
+    Raises UsageError for an option of ``reading`` that is for tables.
+    """
+    reading.allow(source)
+    name = normalize(Path(source).name)
+    for number, line in enumerate(read_lines(Path(source), reading.encoding, newline=ROW_ENDS), start=1):
+        yield f"{name}:{number}", line.rstrip("\r\n")
 
 
 def trained_columns(
-    source: str, given: Sequence[str], trained: Sequence[str], encoding: str | None = None
+    source: str, given: Sequence[str], trained: Sequence[str], reading: Reading = AS_FOUND
 ) -> tuple[str, ...]:
     """Return the columns ``given``; else those the model was ``trained`` on, if the source has them; else none, to detect.
 
@@ -78,18 +97,18 @@ def trained_columns(
     if given:
         return tuple(given)
     try:
-        next(iter(read_texts(source, trained, encoding=encoding)), None)
+        next(iter(read_texts(source, trained, reading=reading)), None)
     except DataError:
         return ()
     return tuple(trained)
 
 
-def row_columns(source: str, encoding: str | None) -> Iterator[Mapping[str, object]]:
+def row_columns(source: str, reading: Reading) -> Iterator[Mapping[str, object]]:
     """Yield the columns of each row that ``read_texts`` gives; of a .txt file, the text alone."""
-    if Path(source).suffix.lower() == ".txt":
-        yield from ({"text": line.rstrip("\r\n")} for line in read_lines(Path(source), encoding))
+    if is_text_file(source):
+        yield from ({"text": line} for _, line in text_lines(source, reading))
     else:
-        yield from (record.values for record in read_records(source, encoding=encoding))
+        yield from (record.values for record in read_records(source, reading))
 
 
 def peek(records: Iterator[Record], source: str) -> tuple[Iterator[Record], list[str]]:
@@ -97,7 +116,10 @@ def peek(records: Iterator[Record], source: str) -> tuple[Iterator[Record], list
     head = list(itertools.islice(records, _ROWS_FOR_COLUMNS))
     if not head:
         raise DataError(f"{source}: has no rows", "give a file with rows")
-    return itertools.chain(head, records), list(dict.fromkeys(name for record in head for name in record.values))
+    names = list(dict.fromkeys(name for record in head for name in record.values))
+    if not names:
+        raise DataError(f"{source}: {head[0].problem or 'its rows have no columns'}", "give rows with a text")
+    return itertools.chain(head, records), names
 
 
 def require_columns(given: Sequence[str], names: Sequence[str], source: str, option: str) -> None:
@@ -106,13 +128,14 @@ def require_columns(given: Sequence[str], names: Sequence[str], source: str, opt
             raise DataError(f"{source}: has no column {name!r}; {listed(names)}", f"give {option} one of these")
 
 
-def detect_text_column(names: Sequence[str], label: str | None, source: str) -> str:
-    rest = [n for n in names if n != label]
+def detect_text_column(names: Sequence[str], labels: Sequence[str], source: str) -> str:
+    """Choose the column with a usual name, or the only one beside the ``labels``. Raises DataError if there is none."""
+    rest = [n for n in names if n not in labels]
     found = first_usual(TEXT_COLUMNS, rest)
-    if found is None and len(names) <= 2:
-        other = label or first_usual(LABEL_COLUMNS, names)
-        rest = [n for n in names if n != other]
-        found = rest[0] if len(rest) == 1 and (other or len(names) == 1) else None
+    if found is None and (len(names) <= 2 or len(labels) > 1):
+        others = labels or [n for n in (first_usual(LABEL_COLUMNS, names),) if n]
+        rest = [n for n in names if n not in others]
+        found = rest[0] if len(rest) == 1 and (others or len(names) == 1) else None
     if found is None:
         raise DataError(f"{source}: no column is recognized as the text; {listed(names)}", "give --text-column")
     return found
@@ -130,8 +153,7 @@ def listed(names: Sequence[str]) -> str:
 def _text_row(origin: str, text: str | None) -> TextRow:
     if text is None:
         return TextRow(origin, None, "the text is missing")
-    text = normalize(text)
-    return TextRow(origin, text, None) if text else TextRow(origin, None, "the text is empty")
+    return TextRow(origin, normalize(text), None)
 
 
 def joined(record: Record, columns: Sequence[str], separator: str) -> str | None:

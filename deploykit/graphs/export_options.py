@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploykit import artifacts
+from deploykit.data.reading import Reading
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
 from deploykit.graphs.gguf_file import GGUF_TYPES
@@ -37,17 +38,21 @@ _SAMPLES = 64
 
 
 @dataclass(frozen=True)
-class CalibrationOptions:
-    """What INT8 is calibrated on: ``calibration_rows`` of the run's own split ``calibration_split``, or of the data file
+class CalibrationOptions(Reading):
+    """How files of rows are read (``Reading``), and what INT8 is calibrated on: ``calibration_rows`` of the run's own split ``calibration_split``, or of the data file
     ``calibration_data``. ``source_lang`` and ``target_lang`` are the languages of a translation checkpoint that was
     trained elsewhere."""
 
     calibration_split: str = "train"
     calibration_data: str | None = None
     calibration_rows: int = 512
-    encoding: str | None = None
     source_lang: str | None = None
     target_lang: str | None = None
+
+    @property
+    def row_files(self) -> tuple[str, ...]:
+        """The files of rows that are named."""
+        return (self.calibration_data,) if self.calibration_data else ()
 
     @property
     def calibration(self) -> str:
@@ -55,6 +60,9 @@ class CalibrationOptions:
         return self.calibration_data or self.calibration_split
 
     def check(self) -> None:
+        super().check()
+        if not self.row_files:
+            self.refuse("the rows of a run")
         if self.calibration_split not in SPLITS:
             raise UsageError(
                 f"--calibration-split is {self.calibration_split!r}",
@@ -86,6 +94,10 @@ class ExportOptions(CalibrationOptions):
     smooth_quant: float | None = None
     trt: EngineOptions | None = None
     optimum: bool = False
+
+    @property
+    def row_files(self) -> tuple[str, ...]:
+        return (*super().row_files, *((self.data,) if self.data else ()))
 
     def with_precisions(self) -> ExportOptions:
         """Return the options with default precisions of engines, and with INT8 if an engine needs it."""

@@ -120,7 +120,9 @@ def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
             if field.name in _TRTEXEC:
                 words.append(f"{_TRTEXEC[field.name]}{value}")
             else:
-                given = value if isinstance(value, tuple) else (value,)
+                given = (
+                    (",".join(value),) if field.name == "columns" else value if isinstance(value, tuple) else (value,)
+                )
                 words += [option] if value is True else [word for one in given for word in (option, str(one))]
     return shlex.join(words)
 

@@ -37,7 +37,8 @@ class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
 class Finetuned:
     """The checkpoint at ``path``; ``reused`` if it already existed, made from the same inputs.
 
-    ``manifest.metrics`` has the metrics of the held-out rows under "test", or "validation" where there are no test rows.
+    ``manifest.metrics`` has the metrics of the held-out rows under "test", or "validation" where there are no test rows;
+    neither if no rows were held out.
     """
 
     path: Path

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from deploykit.artifacts import load_manifest
 from deploykit.errors import UsageError
 from deploykit.tasks.registry import DEFAULT, get_task, task_names
-from deploykit.training.options import RENAMED, FinetuneOptions, flag, option_names
+from deploykit.training.options import RENAMED, FinetuneOptions, fit_multiple, flag, option_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,9 +40,7 @@ def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
     for name in given:
         if name not in option_names(kind):
             raise _unknown(name)
-    several = {field.name for field in fields(kind) if isinstance(field.default, tuple)}
-    values = {k: _as_tuple(v) if k in several else v for k, v in given.items()}
-    return kind(**{**kind.preset(given.get("from_config")), **values})
+    return kind(**{**kind.preset(given.get("from_config")), **fit_multiple(kind, given)})
 
 
 def _unknown(name: str) -> UsageError:
@@ -50,10 +48,6 @@ def _unknown(name: str) -> UsageError:
         return UsageError(f"{flag(name)} is for --task {' or '.join(owners)}", "leave it out")
     known = ", ".join(sorted({name for kind in OPTIONS.values() for name in option_names(kind)}))
     return UsageError(f"unknown option {name!r}", f"write {RENAMED[name]}" if name in RENAMED else f"known: {known}")
-
-
-def _as_tuple(value: str | Iterable[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _with_rows_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,4 +83,5 @@ def read_toml(path: Path) -> dict[str, Any]:
     for key in options:
         if key not in known:
             raise UsageError(f"{path}: unknown option {key!r}", f"known options: {', '.join(sorted(known))}")
-    return options
+    several = {field.name for kind in OPTIONS.values() for field in fields(kind) if isinstance(field.default, tuple)}
+    return {key: [value] if key in several and isinstance(value, str) else value for key, value in options.items()}

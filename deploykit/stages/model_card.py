@@ -9,6 +9,7 @@ from typing import Any
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of
 from deploykit.training.options import FinetuneOptions
+from deploykit.training.rows import held_out
 
 
 def render(
@@ -19,13 +20,17 @@ def render(
     metrics: Mapping[str, Any],
 ) -> str:
     """Return Markdown with the hub's metadata header (hub documentation, "Model Cards")."""
-    held_out = "test" if "test" in metrics else "validation"
+    measured = held_out(metrics)
     origin = Path(options.origin).name
-    head, results = task_of(task).model_card(task, origin, metrics, held_out, rows[held_out])
+    head, results = task_of(task).model_card(task, origin, metrics, measured, rows.get(measured, 0))
+    if measured:
+        title = f"Results on the {measured} rows ({rows[measured]:,}, none of them seen in training)"
+    else:
+        title = "Results: not measured, it was trained on all rows"
     lines = [
         *head,
         "",
-        f"## Results on the {held_out} rows ({rows[held_out]:,}, none of them seen in training)",
+        f"## {title}",
         "",
         *results,
         "",

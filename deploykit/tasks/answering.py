@@ -8,19 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
-from deploykit.data.answer_file import (
-    JSON_LINES,
-    Answered,
-    Line,
-    answer_file,
-    is_error,
-    json_line,
-    source_digest,
-    too_long,
-)
-from deploykit.data.answer_table import TABLES
+from deploykit.data.answer_file import JSON_LINES, Answered, answer_file, source_digest, too_long
+from deploykit.data.answer_table import TABLES, write_table
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import TextRow, row_columns
-from deploykit.errors import DataError, RequestError, UsageError
+from deploykit.errors import DataError, UsageError
+from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Answer, Predictor, Progress
 from deploykit.tasks.registry import task_of
 from deploykit.text import printable
@@ -51,25 +44,23 @@ class AnsweredRow:
 
 
 def rows_of(texts: Sequence[str]) -> list[TextRow]:
-    """Return texts as rows, named by their numbers from 1; one without a character has a problem."""
-    return [
-        TextRow(f"text {i}", text or None, None if text else "the text is empty")
-        for i, text in enumerate((printable(text).strip() for text in texts), start=1)
-    ]
+    """Return texts as rows, named by their numbers from 1."""
+    return [TextRow(f"text {i}", printable(text).strip(), None) for i, text in enumerate(texts, start=1)]
 
 
 def answer_rows(predictor: Predictor, rows: Sequence[TextRow], generation: Any = None) -> list[AnsweredRow]:
     """Answer each row. A row that has a problem, is too long or is refused fails alone."""
     problems = [row.problem or too_long(row.text, predictor.task.max_chars) for row in rows]
     good = [row.text or "" for row, problem in zip(rows, problems) if problem is None]
-    answers = iter(_answer(predictor, good, generation) if good else ())
+    task = task_of(predictor.task)
+    answers = iter(answer_each(lambda texts: task.answer(predictor, texts, generation), good))
     found = []
     for row, problem in zip(rows, problems):
-        answer = problem if problem is not None else next(answers)
-        if isinstance(answer, str):
-            found.append(AnsweredRow(row.origin, row.text or "", error=answer))
-        else:
+        answer = None if problem is not None else next(answers)
+        if isinstance(answer, Answer):
             found.append(AnsweredRow(row.origin, row.text or "", answer))
+        else:
+            found.append(AnsweredRow(row.origin, row.text or "", error=answer.message if answer else problem or ""))
     return found
 
 
@@ -81,7 +72,7 @@ def answer_source(
     identity: str,
     columns: Mapping[str, Any],
     generation: Any = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     force: bool = False,
     progress: Progress,
 ) -> Answered:
@@ -100,40 +91,32 @@ def answer_source(
     task = task_of(predictor.task)
 
     def rows() -> Iterator[TextRow]:
-        return task.read_inputs(source, predictor.task, encoding=encoding, columns=columns)
+        return task.read_inputs(source, predictor.task, reading=reading, columns=columns)
 
     if suffix in TABLES:
-        _check_rows(rows(), source, encoding, out)
+        _check_rows(rows(), source, reading, out)
 
-    def answer(part: Sequence[TextRow]) -> list[Line]:
-        return [json_line(row.to_json()) for row in answer_rows(predictor, part, generation)]
+    def answer(part: Sequence[TextRow]) -> list[dict[str, Any]]:
+        return [row.to_json() for row in answer_rows(predictor, part, generation)]
 
-    key = artifacts.digest_of(source_digest(source), dict(columns), repr(generation), encoding, identity)
-    table = (lambda: row_columns(source, encoding)) if suffix in TABLES else None
-    return answer_file(rows, answer, out, key=key, failed=is_error, force=force, progress=progress, table=table)
+    def finish(answers: Path, out: Path) -> None:
+        write_table(answers, lambda: row_columns(source, reading), out)
+
+    key = artifacts.digest_of(source_digest(source), dict(columns), repr(generation), reading.key(), identity)
+    return answer_file(
+        rows, answer, out, key=key, on_error=reading.on_error, force=force, progress=progress,
+        finish=finish if suffix in TABLES else None,
+    )  # fmt: skip
 
 
-def _check_rows(rows: Iterator[TextRow], source: str, encoding: str | None, out: Path) -> None:
+def _check_rows(rows: Iterator[TextRow], source: str, reading: Reading, out: Path) -> None:
     """Raise UsageError if ``source`` is not a table whose rows are those to answer, as SQuAD's JSON is not."""
     count = sum(1 for _ in rows)
     try:
-        same = count == sum(1 for _ in row_columns(source, encoding))
+        same = count == sum(1 for _ in row_columns(source, reading))
     except DataError:
         same = False
     if not same:
         raise UsageError(
             f"--output {out}: {source} is not a table with a row for each text", "give it a name that ends in .jsonl"
         )
-
-
-def _answer(predictor: Predictor, texts: Sequence[str], generation: Any) -> list[Answer | str]:
-    """Return answers, or why there is none: a text that is refused fails alone."""
-    try:
-        return list(task_of(predictor.task).answer(predictor, texts, generation))
-    except (DataError, RequestError) as error:
-        if isinstance(error, RequestError) and error.status != 400:
-            raise
-        if len(texts) == 1:
-            return [error.message]
-        half = len(texts) // 2
-        return [*_answer(predictor, texts[:half], generation), *_answer(predictor, texts[half:], generation)]

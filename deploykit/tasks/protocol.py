@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from deploykit.tasks.types import Answer, Evaluation, Grade, GraphKind, Options, Predictor, Progress, TaskFacts
 
 if TYPE_CHECKING:
+    from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
@@ -42,10 +43,10 @@ class Training(Protocol):
     def model_card(
         self, facts: Any, origin: str, metrics: Mapping[str, Any], held_out: str, rows: int
     ) -> tuple[list[str], list[str]]:
-        """Return two parts of a checkpoint's README.md: its head with the hub's metadata, and its results."""
+        """Return a checkpoint's README.md: its head, and its results on the split ``held_out`` ([] if that is "")."""
 
     def result(self, facts: Any, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
-        """Return the task's part of the report of ``finetune``: for --json, and as lines for a terminal."""
+        """Return the task's part of the report of ``finetune``: for --json, and as lines ("" if ``held_out`` is "")."""
 
 
 class Exporting(Protocol):
@@ -101,11 +102,11 @@ class Measuring(Protocol):
     input_columns: tuple[str, ...]
     """The options among them that name a text's columns."""
 
-    def read_inputs(self, source: str, facts: Any, *, encoding: str | None, columns: Options) -> Iterator[TextRow]:
+    def read_inputs(self, source: str, facts: Any, *, reading: Reading, columns: Options) -> Iterator[TextRow]:
         """Stream the texts to answer: a row for every row of ``source``, with its text or the problem with it."""
 
     def read_texts(
-        self, source: str, facts: Any, *, encoding: str | None, columns: Options
+        self, source: str, facts: Any, *, reading: Reading, columns: Options
     ) -> list[tuple[str, str | None]]:
         """Read texts, and their correct answers if the source has them."""
 
@@ -118,7 +119,7 @@ class Measuring(Protocol):
     def grade(self, predictor: Any, texts: Sequence[str], truth: Sequence[str], generation: Any) -> Grade:
         """Answer all texts in batches, and grade them. Raises DataError for a ``truth`` that no answer can match."""
 
-    def evaluate(self, predictor: Any, source: str, *, split: str, encoding: str | None, columns: Options,
+    def evaluate(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options,
                  generation: Options, progress: Progress) -> Evaluation:  # fmt: skip
         """Measure on the labelled rows of ``source``. ``columns`` are options of ``columns``, given or None."""
 

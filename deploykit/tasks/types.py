@@ -68,11 +68,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of ``rows`` rows; ``skipped`` rows lacked a text or a right answer."""
+    """The metrics of ``rows`` rows.
+
+    ``problems`` has a line for each row that was skipped, because it lacks a text or a right answer or the model refused
+    it: "tweets.csv:17: the label is missing". ``notes`` tell what else was made of the rows.
+    """
 
     metrics: dict[str, Any]
     rows: int
-    skipped: int
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def skipped(self) -> int:
+        """The number of rows that were skipped."""
+        return len(self.problems)
 
 
 @dataclass(frozen=True)

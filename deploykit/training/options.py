@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 
 RENAMED: Mapping[str, str] = {
@@ -37,8 +38,11 @@ def described(default: Any, help_text: str = "", choices: Iterable[str] = ()) ->
 
 
 @dataclass(frozen=True)
-class FinetuneOptions:
-    """Options of every run. Rates and fractions are of 1, lengths are tokens, and 0 turns an optional one off."""
+class FinetuneOptions(Reading):
+    """Options of every run: how its rows are read (``Reading``), and how it trains.
+
+    Rates and fractions are of 1, lengths are tokens, and 0 turns an optional one off.
+    """
 
     model: str | None = None
     task: str = ""
@@ -49,8 +53,9 @@ class FinetuneOptions:
     )
     validation: str | None = described(None, "Rows that the best step is chosen by (default: split off --train).")
     test: str | None = described(None, "Rows that the result is measured on (default: split off --train).")
-    encoding: str | None = described(None, "Encoding of text files (default: UTF-8, or as the byte order mark says).")
-    validation_fraction: float = described(0.1, "Share of the rows for validation, without --validation.")
+    validation_fraction: float = described(
+        0.1, "Share of the rows for validation, without --validation; 0: train on all rows."
+    )
     test_fraction: float = described(0.1, "Share of the rows for the test, without --test.")
     max_train_samples: int = described(0, "Maximum training rows; 0: all.")
     max_length: int = described(
@@ -107,6 +112,11 @@ class FinetuneOptions:
         assert self.model is not None
         return self.model
 
+    @property
+    def validates(self) -> bool:
+        """Whether there are validation rows: steps are evaluated on them, and the best is kept."""
+        return self.validation is not None or self.validation_fraction > 0
+
     @classmethod
     def preset(cls, name: str | None) -> Mapping[str, Any]:
         """Return the options that a new model of the preset ``name`` trains well by."""
@@ -119,19 +129,42 @@ class FinetuneOptions:
 
     def check(self) -> None:
         """Raise UsageError for the first value that makes no sense."""
+        super().check()
         for name, (low, high) in self.ranges.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{flag(name)} is {value}", f"give a value from {low} to {high}")
         if not self.train:
             raise UsageError("--train is missing", "name the rows to train on")
-        if self.validation_fraction == 0 and self.validation is None:
-            raise UsageError("--validation-fraction is 0 and there is no --validation", "a run needs validation rows")
+        if self.early_stopping_patience and not self.validates:
+            raise UsageError(
+                "--early-stopping-patience needs validation rows, and --validation-fraction is 0",
+                "give --validation, or leave --early-stopping-patience out",
+            )
 
 
 def flag(name: str) -> str:
     """A field as it is typed: ``max_length`` is ``--max-length``."""
     return f"--{name.replace('_', '-')}"
+
+
+def fit_multiple(kind: type[FinetuneOptions], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with a tuple for each that may be repeated, and one value for each other that came as a tuple.
+
+    Raises UsageError for an option that was repeated and may not be.
+    """
+    several = {field.name for field in dataclasses.fields(kind) if isinstance(field.default, tuple)}
+    fitted: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in several:
+            fitted[name] = (value,) if isinstance(value, str) else () if value is None else tuple(value)
+        elif isinstance(value, tuple | list):
+            if len(value) > 1:
+                raise UsageError(f"{flag(name)} is given {len(value)} times", "give one")
+            fitted[name] = value[0] if value else None
+        else:
+            fitted[name] = value
+    return fitted
 
 
 def write_toml(options: FinetuneOptions, path: Path) -> None:

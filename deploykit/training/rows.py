@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -57,6 +57,16 @@ class Rows(Generic[Row, Columns]):
     cleaning: dict[str, Report]
     leaks: int
 
+    @property
+    def held_out(self) -> str:
+        """The split that the result is measured on; "" if no rows are held out."""
+        return held_out({name for name, rows in self.splits.items() if rows})
+
+
+def held_out(splits: Container[str]) -> str:
+    """Return the split among ``splits`` that a result is measured on: "test", else "validation", else ""."""
+    return next((name for name in ("test", "validation") if name in splits), "")
+
 
 def read_rows(kind: RowSource[Raw, Row, Columns], options: FinetuneOptions, say: Say) -> Rows[Row, Columns]:
     """Read the files that ``options`` name, clean them, and split off what was not given."""
@@ -71,7 +81,7 @@ def read_rows(kind: RowSource[Raw, Row, Columns], options: FinetuneOptions, say:
         raw, columns = kind.load(source, own_split, columns)
         splits[name], cleaning[name] = kind.clean(raw)
         say(f"{name}: {source}")
-        for line in reading_notes(source, options.encoding):
+        for line in reading_notes(source, options):
             say(f"  {line}")
         for line in cleaning[name].lines():
             say(f"  {line}")
@@ -97,6 +107,8 @@ def read_rows(kind: RowSource[Raw, Row, Columns], options: FinetuneOptions, say:
     )
     splits = {"train": train, "validation": splits["validation"] or validation, "test": splits["test"] or test}
     say("splits: " + ", ".join(f"{name} {len(rows):,}" for name, rows in splits.items()))
+    if not splits["validation"]:
+        say("no validation rows: no step is evaluated, training does not stop early, and the last step is kept")
     return Rows(columns, splits, cleaning, leaks)
 
 

@@ -47,7 +47,8 @@ def arguments(
 ) -> TrainingArguments:
     """``options`` in Trainer's words; ``batches`` is how many an epoch has, ``own`` what a task adds.
 
-    The best evaluation is the one with the highest metric "selection". Checkpoints go to ``work``.
+    The best evaluation is the one with the highest metric "selection"; without validation rows there is none. Checkpoints
+    go to ``work``.
     """
     steps_per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
     total = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
@@ -71,14 +72,14 @@ def arguments(
         fp16=options.mixed_precision == "fp16",
         use_cpu=not torch.cuda.is_available(),
         seed=options.seed,
-        eval_strategy="steps",
-        eval_steps=every,
+        eval_strategy="steps" if options.validates else "no",
+        eval_steps=every if options.validates else None,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
         logging_steps=max(1, min(50, total // 20)),
-        load_best_model_at_end=True,
-        metric_for_best_model="selection",
+        load_best_model_at_end=options.validates,
+        metric_for_best_model="selection" if options.validates else None,
         greater_is_better=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -108,7 +109,8 @@ def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
 
 
 def run(trainer: Any) -> Any:
-    """Train, from the last checkpoint where there is one, and return the model as it was at its best evaluation.
+    """Train, from the last checkpoint where there is one, and return the model as it was at its best evaluation, or at its
+    last step if there are no evaluations.
 
     It comes back in fp32, on the CPU, in eval mode.
     """

@@ -131,7 +131,7 @@ def test_generate_answers_prompts_and_files(deploykit: Deploykit, export: Path, 
     prompt, *others = (row["prompt"] for row in command_rows())
     code, out, err = deploykit("generate", export, prompt, "x " * 300, "--max-new-tokens", 20,
                                "--logprobs", "--json")  # fmt: skip
-    assert code == 0, err
+    assert (code, "text 2: the prompt has" in err) == (1, True), err
     answered, refused = json.loads(out)["results"]
     assert len(answered["logprobs"]) == answered["tokens"]
     assert "tokens, and the model's context holds 256" in refused["error"]
@@ -167,7 +167,7 @@ def test_predict_answers_texts_and_tables(deploykit: Deploykit, export: Path, tm
     table.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in rows), encoding="utf-8")
     answers = tmp_path / "answers.jsonl"
     code, _, err = deploykit("predict", export, "--input", table, "--output", answers, "--max-new-tokens", 20)
-    assert code == 0, err
+    assert (code, "rows.jsonl:2: the dialog has several messages" in err) == (1, True), err
     one, several = map(json.loads, answers.read_text(encoding="utf-8").splitlines())
     assert one["answer"] == expected
     assert "use deploykit generate" in several["error"]

@@ -235,7 +235,8 @@ def test_a_file_is_answered_in_order_and_shown_wrong_ones_first(run: Path, folde
             {"question": "after <b>w3</b> ?", "context": "<script>w3</script> w4"}]  # fmt: skip
     (folder / "ask.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, _, err = deploykit("answer", run, "--input", folder / "ask.jsonl", "--output", folder / "out.jsonl")
-    assert code == 0, err
+    assert code == 1, err
+    assert "ask.jsonl:2: the question is empty" in err
     answered = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [("answer" in a, a.get("error")) for a in answered] == [
         (True, None), (False, "the question is empty"), (False, "the question is missing"), (True, None)

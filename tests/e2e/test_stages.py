@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deploykit.artifacts import load_manifest
+from deploykit.data.reading import Reading
 from deploykit.data.texts import read_texts
 from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.find_graphs import find_graphs
@@ -285,7 +286,7 @@ def test_tokenizing_gives_the_ids_of_the_checkpoints_own_tokenizer(
 
     reference = TorchClassifier.load(checkpoint)
     tokenizer = TextTokenizer(exported / "tokenizer.json", reference.task.max_length)
-    real = [row.text for row in read_texts(str(tweets), ("text",), encoding="latin-1") if row.text][:8000]
+    real = [row.text for row in read_texts(str(tweets), ("text",), reading=Reading("latin-1")) if row.text][:8000]
     assert tokenizer.encode([normalize(t) for t in real]) == reference.encode(real)
 
     @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
@@ -304,10 +305,10 @@ def test_predictions_stream_in_order_and_resume(
     words = ("predict", exported, "--input", rows, "--json")
     code, out, err = deploykit(*words, "--output", tmp_path / "a.jsonl")
     assert code == 0, err
-    assert json.loads(out) == {"output": str(tmp_path / "a.jsonl"), "rows": 902, "errors": 1, "resumed": 0}
+    assert json.loads(out) == {"output": str(tmp_path / "a.jsonl"), "rows": 902, "errors": 0, "resumed": 0}
     lines = (tmp_path / "a.jsonl").read_text().splitlines()
     assert [json.loads(line)["origin"] for line in lines[:2]] == ["rows.csv:2", "rows.csv:3"]
-    assert json.loads(lines[900])["error"]
+    assert (json.loads(lines[900])["text"], json.loads(lines[900])["label"] != "") == ("", True)
     assert json.loads(lines[901])["label"]
 
     # A killed process leaves whole lines and possibly a partial one.
@@ -327,7 +328,7 @@ def _partial_name(folder: Path, deploykit: Deploykit, words: tuple[object, ...])
     seen: list[Path] = []
     original = answers._appending
 
-    def spy(partial: Path, failed: object) -> object:
+    def spy(partial: Path) -> object:
         seen.append(partial)
         raise KeyboardInterrupt
 

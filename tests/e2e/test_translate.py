@@ -147,7 +147,8 @@ def test_a_long_text_is_split_or_refused(deploykit: Deploykit, translator: Path,
     source.write_text(f"short\n{'word ' * 10_000}\nalso short\n")
     code, out, err = deploykit("translate", translator, "--input", source, "--output", tmp_path / "o.jsonl",
                                "--long-input", "refuse", "--json")  # fmt: skip
-    assert code == 0, err
+    assert code == 1, err
+    assert "lines.txt:2: " in err
     assert json.loads(out)["errors"] == 1
     records = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert ["error" in record for record in records] == [False, True, False]
@@ -201,7 +202,8 @@ def test_evaluate_counts_placeholders(deploykit: Deploykit, translator: Path, tm
     rows = tmp_path / "rows.tsv"
     rows.write_text("en\tfr\nDelete %s?\tSupprimer %s ?\nSave {name}\tEnregistrer {name}\n\tvide\n")
     code, out, err = deploykit("evaluate", translator, "--data", rows, "--json")
-    assert code == 0, err
+    assert code == 1
+    assert "rows.tsv:4: the text is missing" in err
     record = json.loads(out)
     assert (record["rows"], record["skipped"]) == (2, 1)
     assert set(record["metrics"]) == {"bleu", "chrf", "signatures", "placeholders"}

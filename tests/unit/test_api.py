@@ -110,9 +110,18 @@ def test_translate_is_predict_of_a_translator(tiny_translation: Path) -> None:
             model.predict(texts, beams=2)
 
 
+def test_an_empty_text_has_the_answer_of_the_model(tiny_export: Path) -> None:
+    with deploykit.load(tiny_export) as model:
+        (empty, blank, _) = model.predict(["", " \n", "w1"])
+        assert empty == blank
+        assert list(empty.fields["scores"].values()) == pytest.approx(
+            model.predictor.scores([""])[0].tolist(), abs=1e-6
+        )
+
+
 def test_rows_are_evaluated_from_a_file_or_as_they_are(tiny_export: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [{"text": f"w{i} w{i + 1}", "label": "positive"} for i in range(6)] + [
-        {"text": "", "label": "x"}
+        {"text": None, "label": "x"}
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with deploykit.load(tiny_export) as model:
@@ -131,7 +140,7 @@ def test_rows_are_evaluated_from_a_file_or_as_they_are(tiny_export: Path, tmp_pa
     ("call", "kind", "says"),
     [
         (lambda model: model.predict("w1"), errors.UsageError, "one string"),
-        (lambda model: model.predict(["w1", ""]), errors.DataError, "text 2: the text is empty"),
+        (lambda model: model.predict(["w1", "w" * 1_000_001]), errors.DataError, "text 2: the text has 1,000,001"),
         (
             lambda model: model.predict(["w1"], num_beams=2),
             errors.UsageError,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deploykit.data.grouping import duplicate_key
@@ -50,6 +50,30 @@ class CleaningReport:
         return [*lines, f"{self.rows_kept:,} rows kept"]
 
 
+def has_label_a_row(examples: Iterable[Example]) -> bool:
+    """Return whether no row of a multi-label file has two labels: then a text with two has two rows."""
+    return not any(LABEL_SEPARATOR in example.label for example in examples)
+
+
+def join_label_rows(examples: Sequence[Example]) -> list[Example]:
+    """Return the rows of a multi-label file that has a row for each label as a row for each text, with all its labels.
+
+    Other files' rows are returned as they are: duplicates are kept.
+    """
+    by_key: dict[str, list[Example]] = {}
+    for example in examples:
+        by_key.setdefault(duplicate_key(example.text), []).append(example)
+    if not has_label_a_row(examples) or all(len({e.label for e in same}) == 1 for same in by_key.values()):
+        return list(examples)
+    return [_joined(same) for same in by_key.values()]
+
+
+def _joined(same: Sequence[Example]) -> Example:
+    """Return the first of the rows of one text, with the labels of all."""
+    labels = {example.label for example in same} - {""}
+    return dataclasses.replace(same[0], label=LABEL_SEPARATOR.join(sorted(labels)))
+
+
 def clean(raw: Iterable[RawExample], *, multi_label: bool) -> tuple[list[Example], CleaningReport]:
     """Normalize the texts; drop rows without text or label, and duplicates.
 
@@ -72,12 +96,11 @@ def clean(raw: Iterable[RawExample], *, multi_label: bool) -> tuple[list[Example
             by_key.setdefault(duplicate_key(text), []).append(Example(text, row.label, row.origin))
     kept: list[Example] = []
     exact = conflicting = joined = 0
-    # Where no row has two labels, a text with two has two rows.
-    one_each = multi_label and not any(LABEL_SEPARATOR in e.label for same in by_key.values() for e in same)
+    one_each = multi_label and has_label_a_row(e for same in by_key.values() for e in same)
     for same in by_key.values():
         labels = {example.label for example in same} - {""}
         if one_each and len(labels) > 1:
-            kept.append(dataclasses.replace(same[0], label=LABEL_SEPARATOR.join(sorted(labels))))
+            kept.append(_joined(same))
             joined += len(labels) - 1
             exact += len(same) - len(labels)
         elif all(example.label == same[0].label for example in same):

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import read_texts, unanswered
 from deploykit.errors import DataError
+from deploykit.tasks.classification.clean import join_label_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.classification.rows import Columns, Example, check_labels, check_numbers, load_examples
+from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.text import normalize
 
@@ -23,10 +26,11 @@ _GRADED = 256
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Rows to measure on: as they are, duplicates included. ``skipped`` rows had no text or no label."""
+    """Rows to measure on: as they are, duplicates included. ``problems`` and ``notes`` as in ``Evaluation``."""
 
     examples: list[Example]
-    skipped: int
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def labelled_rows(
@@ -34,8 +38,8 @@ def labelled_rows(
     task: Classification,
     *,
     text_columns: Sequence[str] = (),
-    label_column: str | None = None,
-    encoding: str | None = None,
+    label_columns: Sequence[str] = (),
+    reading: Reading = AS_FOUND,
     split: str = "test",
 ) -> LabelledRows:
     """Read rows whose labels the model knows.
@@ -46,44 +50,58 @@ def labelled_rows(
     raw, _ = load_examples(
         source,
         text_columns=text_columns,
-        label_column=label_column,
-        prefer=Columns(task.text_columns, task.label_column),
+        label_columns=label_columns,
+        prefer=Columns(task.text_columns, task.label_columns),
         separator=task.text_separator,
         multi_label=task.multi_label,
         labels=task.labels,
         label_separator=task.label_separator,
-        encoding=encoding,
+        reading=reading,
         split=split,
     )
-    examples = [
-        Example(text, row.label, row.origin)
-        for row in raw
-        if row.text is not None
-        and row.label is not None
-        and (row.label or task.multi_label)
-        and (text := normalize(row.text))
-    ]
+    examples, problems = [], []
+    for row in raw:
+        if row.text is None:
+            problems.append(f"{row.origin}: {row.problem or 'the text is missing'}")
+        elif row.label is None or not (row.label or task.multi_label):
+            problems.append(f"{row.origin}: the label is missing")
+        else:
+            examples.append(Example(normalize(row.text), row.label, row.origin))
     if not examples:
         raise DataError(f"{source}: no row has both a text and a label", "give a file of labelled rows")
     if task.regression:
         check_numbers(examples, source)
     else:
         check_labels(examples, task.labels, source, multi_label=task.multi_label)
-    return LabelledRows(examples, len(raw) - len(examples))
+    notes: tuple[str, ...] = ()
+    if task.multi_label and len(joined := join_label_rows(examples)) < len(examples):
+        notes = (f"{len(examples):,} rows with a label each are {len(joined):,} texts with all their labels",)
+        examples = joined
+    return LabelledRows(examples, tuple(problems), notes)
 
 
 def evaluate(
     predictor: TextClassifier, rows: LabelledRows, *, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> Evaluation:
-    """Answer every row and compare. ``progress`` is called with (rows done, rows in all)."""
-    examples = rows.examples
-    scores = []
-    for start in range(0, len(examples), _CHUNK):
-        scores.append(predictor.scores([e.text for e in examples[start : start + _CHUNK]]))
-        progress(min(start + _CHUNK, len(examples)), len(examples))
-    truth = predictor.task.targets([e.label for e in examples])
-    metrics = classification_metrics(predictor.task, truth, np.concatenate(scores))
-    return Evaluation(metrics, len(examples), rows.skipped)
+    """Answer every row and compare. ``progress`` is called with (rows done, rows in all).
+
+    Raises DataError when the model refuses every text.
+    """
+    answered, scores, refused = [], [], []
+    for start in range(0, len(rows.examples), _CHUNK):
+        part = rows.examples[start : start + _CHUNK]
+        for example, found in zip(part, answer_each(predictor.scores, [e.text for e in part])):
+            if isinstance(found, np.ndarray):
+                answered.append(example)
+                scores.append(found)
+            else:
+                refused.append(f"{example.origin}: {found.message}")
+        progress(min(start + _CHUNK, len(rows.examples)), len(rows.examples))
+    if not answered:
+        raise DataError(refused[0], "give other texts")
+    truth = predictor.task.targets([e.label for e in answered])
+    metrics = classification_metrics(predictor.task, truth, np.array(scores, np.float32))
+    return Evaluation(metrics, len(answered), (*rows.problems, *refused), rows.notes)
 
 
 def grade(predictor: TextClassifier, texts: Sequence[str], labels: Sequence[str]) -> Grade:
@@ -105,14 +123,14 @@ def grade(predictor: TextClassifier, texts: Sequence[str], labels: Sequence[str]
 
 
 def texts_and_labels(
-    source: str, task: Classification, text_columns: Sequence[str], label_column: str | None, encoding: str | None
+    source: str, task: Classification, text_columns: Sequence[str], label_columns: Sequence[str], reading: Reading
 ) -> list[tuple[str, str | None]]:
     """Read texts, and their labels where the source has them."""
     try:
-        rows = labelled_rows(source, task, text_columns=text_columns, label_column=label_column, encoding=encoding)
+        rows = labelled_rows(source, task, text_columns=text_columns, label_columns=label_columns, reading=reading)
         return [(e.text, e.label) for e in rows.examples]
     except DataError as no_labels:
-        if label_column is not None:
+        if label_columns:
             raise
-        texts = read_texts(source, text_columns or None, task.text_separator, encoding=encoding)
+        texts = read_texts(source, text_columns or None, task.text_separator, reading=reading)
         return unanswered([row.text for row in texts], no_labels)

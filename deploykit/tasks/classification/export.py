@@ -232,6 +232,7 @@ def _rows(
     """Labelled rows from a file, or from the splits of the run in ``folder``."""
 
     def read_file(path: str, part: str) -> list[Example]:
-        return labelled_rows(path, task, encoding=options.encoding, split=part).examples
+        rows = labelled_rows(path, task, reading=options, split=part).examples
+        return [row for row in rows if row.text]
 
     return pick_rows(folder, source, split, Example, read_file)

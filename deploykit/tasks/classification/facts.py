@@ -21,8 +21,9 @@ class Classification:
     """One label a text, with ``multi_label`` any number of them, or with ``regression`` a number.
 
     ``labels`` is the order of the model's outputs. ``max_length`` counts tokens, special ones
-    included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``.
-    In data files ``label_separator`` stands between the labels of a multi-label row; None is ``|``.
+    included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``. Several label columns have
+    0 or 1 for the label that each is named after. In data files ``label_separator`` stands between the labels of a
+    multi-label row; None is ``|``.
     """
 
     name: ClassVar[str] = "classification"
@@ -35,10 +36,15 @@ class Classification:
     multi_label: bool = False
     text_columns: tuple[str, ...] = ("text",)
     text_separator: str = " "
-    label_column: str = "label"
+    label_column: str | tuple[str, ...] = "label"
     threshold: float = 0.5
     label_separator: str | None = None
     regression: bool = False
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """``label_column`` as a tuple, also if it is one."""
+        return (self.label_column,) if isinstance(self.label_column, str) else self.label_column
 
     @property
     def shape_limits(self) -> Mapping[str, int]:

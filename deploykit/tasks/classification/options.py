@@ -23,7 +23,11 @@ class ClassificationOptions(FinetuneOptions):
     text_column: tuple[str, ...] = described(
         (), "Text column; repeat to join several, in this order (default: detected)."
     )
-    label_column: str | None = described(None, "Label column (default: detected).")
+    label_column: tuple[str, ...] = described(
+        (),
+        "Label column (default: detected); with --multi-label repeat it for columns of 0 and 1 that are named after their "
+        "labels.",
+    )
     text_separator: str = described(" ", "Separator of several text columns.")
     multi_label: bool = described(False, "Allow any number of labels per row: a list, or names separated by |.")
     regression: bool = described(False, "The label is a number: train on the squared error.")
@@ -58,11 +62,16 @@ class ClassificationOptions(FinetuneOptions):
         """The labels that ``--labels`` names, in the order of the model's outputs; () where it is not given."""
         return tuple(normalize(label) for label in self.labels.split(",")) if self.labels is not None else ()
 
+    @property
+    def named_labels(self) -> tuple[str, ...]:
+        """The labels that the options name: by ``--labels``, or by several ``--label-column``; () if they name none."""
+        return self.label_order or (tuple(map(normalize, self.label_column)) if len(self.label_column) > 1 else ())
+
     @classmethod
     def of_run(cls, facts: Classification) -> Mapping[str, Any]:
         return {
             "text_column": ("text",),
-            "label_column": "label",
+            "label_column": ("label",),
             "encoding": "utf-8",
             "multi_label": facts.multi_label,
             "regression": facts.regression,
@@ -84,6 +93,15 @@ class ClassificationOptions(FinetuneOptions):
                     raise UsageError(f"{flag(name)} is for labels, and --regression for numbers", "leave one out")
             if self.class_weights != "none":
                 raise UsageError("--class-weights is for labels, and --regression for numbers", "leave one out")
+        if len(self.label_column) > 1:
+            if not self.multi_label:
+                raise UsageError(
+                    "several --label-column are for several labels a row", "add --multi-label, or give one"
+                )
+            if self.label_separator is not None:
+                raise UsageError(
+                    "--label-separator is for labels in one column", "leave it out, or give one --label-column"
+                )
         if self.label_separator is not None and not self.multi_label:
             raise UsageError("--label-separator is for several labels a row", "add --multi-label")
         if self.model is None:
@@ -96,6 +114,8 @@ class ClassificationOptions(FinetuneOptions):
                 "--label-smoothing-factor and --class-weights are for one label a text",
                 "leave them out with --multi-label",
             )
+        if self.qat and not self.validates and self.test is None and not self.test_fraction:
+            raise UsageError("--qat measures before and after, and no rows are held out", "give --validation or --test")
         if self.qat and self.lora_r:
             raise UsageError("--qat trains the weights that are rounded, and --lora-r others", "leave one out")
         if not self.qat and self.qat_method != type(self).qat_method:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deploykit.data.read import read_records
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
 from deploykit.data.texts import (
     LABEL_COLUMNS,
@@ -28,24 +29,27 @@ from deploykit.tasks.classification.facts import LABEL_SEPARATOR
 from deploykit.text import normalize
 
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,15}\.0+|[+-]?[0-9]{1,15}")
+_ONE_HOT = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where text and label stand in a source; several text columns are joined."""
+    """Where text and labels stand in a source. Several text columns are joined; several label columns have 0 or 1 for the
+    label that each is named after."""
 
     text: tuple[str, ...]
-    label: str
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class RawExample:
-    """A row as read; None is a missing text or label."""
+    """A row as read; None is a missing text or label. One with a ``problem`` is malformed."""
 
     text: str | None
     label: str | None
     origin: str
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,13 @@ def load_examples(
     source: str,
     *,
     text_columns: Sequence[str] = (),
-    label_column: str | None = None,
+    label_columns: Sequence[str] = (),
     prefer: Columns | None = None,
     separator: str = " ",
     multi_label: bool = False,
     labels: Sequence[str] = (),
     label_separator: str | None = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     split: str = "train",
 ) -> tuple[list[RawExample], Columns]:
     """Read every row of ``source`` (see ``read_records``).
@@ -75,67 +79,78 @@ def load_examples(
     Columns not given are those of ``prefer`` where the source has them, else detected. Numbers become text: 1 and 1.0 are
     both "1". NaN, null and nested values are missing. A multi-label cell is a list of names (also written as text, as in
     "['a', 'b']"), names separated by ``label_separator`` (None: by ``|``), or a list of 0 and 1 with one for each of
-    ``labels``. Labels that differ only as 0 and 0.0 or True and true do are one.
+    ``labels``. Several ``label_columns`` have 0 or 1 (or false and true) each. Labels that differ only as 0 and 0.0 or True
+    and true do are one.
 
     Raises:
         DataError: an unreadable source, no rows, no such column, a list where one label is wanted, lists of 0 and 1
-            without ``labels``, cells with commas but no separator.
+            without ``labels``, cells with commas but no separator, a cell of several label columns that is neither 0 nor 1.
+        UsageError: several label columns, and not ``multi_label``.
     """
-    records = read_records(source, encoding=encoding, split=split)
+    records = read_records(source, reading, split=split)
     records, names = peek(records, source)
     if prefer is not None:
-        taken = {*text_columns, label_column}
-        if not text_columns and taken.isdisjoint(prefer.text) and set(prefer.text) <= set(names):
+        if not text_columns and set(label_columns).isdisjoint(prefer.text) and set(prefer.text) <= set(names):
             text_columns = prefer.text
-        if label_column is None and prefer.label in names and prefer.label not in text_columns:
-            label_column = prefer.label
-    columns = detect_columns(names, text=text_columns, label=label_column, source=source)
+        if not label_columns and set(prefer.labels) <= set(names) and set(prefer.labels).isdisjoint(text_columns):
+            label_columns = prefer.labels
+    columns = detect_columns(names, text=text_columns, labels=label_columns, source=source)
     rows = list(records)
-    if multi_label:
-        cells = [_cell(record.values.get(columns.label)) for record in rows]
+    if len(columns.labels) > 1:
+        if not multi_label:
+            raise UsageError("several --label-column are for several labels a row", "give one")
+        named = [_one_hot(record, columns.labels) for record in rows]
+    elif multi_label:
+        where = f"column {columns.labels[0]!r}"
+        cells = [_cell(record.values.get(columns.labels[0])) for record in rows]
         if width := _indicator_width(cells):
-            named = _indicated(cells, width, labels, f"{source}: column {columns.label!r}")
+            named = _indicated(cells, width, labels, f"{source}: {where}")
         else:
             if label_separator is None:
-                _refuse_commas(cells, f"{source}: column {columns.label!r}")
+                _refuse_commas(cells, f"{source}: {where}")
             named = [
-                _names(cell, label_separator or LABEL_SEPARATOR, f"{record.origin}: column {columns.label!r}")
+                _names(cell, label_separator or LABEL_SEPARATOR, f"{record.origin}: {where}")
                 for record, cell in zip(rows, cells)
             ]
     else:
-        named = [_label(record, columns.label) for record in rows]
+        named = [_label(record, columns.labels[0]) for record in rows]
     spelled = _one_spelling({name for label in named for name in label or ()})
     examples = [
         RawExample(
             joined(record, columns.text, separator),
             None if label is None else LABEL_SEPARATOR.join(sorted({spelled[name] for name in label})),
             record.origin,
+            record.problem,
         )
         for record, label in zip(rows, named)
     ]
     return examples, columns
 
 
-def detect_columns(names: Sequence[str], *, text: Sequence[str] = (), label: str | None = None, source: str) -> Columns:
+def detect_columns(
+    names: Sequence[str], *, text: Sequence[str] = (), labels: Sequence[str] = (), source: str
+) -> Columns:
     """Choose the columns that are not given by their usual names, in any case.
 
     With two columns, one of which is known, the other takes the other role. Raises DataError listing
     the columns when a given one does not exist or none can be chosen.
     """
     require_columns(text, names, source, "--text-column")
-    require_columns([label] if label is not None else [], names, source, "--label-column")
-    if label is not None and label in text:
-        raise UsageError(f"column {label!r} is given as text and as label", "choose another --label-column")
-    if label is None:
-        label = first_usual(LABEL_COLUMNS, [n for n in names if n not in text])
+    require_columns(labels, names, source, "--label-column")
+    if len(set(labels)) < len(labels):
+        raise UsageError(f"--label-column is given twice with one name: {', '.join(labels)}", "name each column once")
+    if both := next((label for label in labels if label in text), None):
+        raise UsageError(f"column {both!r} is given as text and as label", "choose another --label-column")
+    if not labels and (usual := first_usual(LABEL_COLUMNS, [n for n in names if n not in text])):
+        labels = (usual,)
     if not text:
-        text = (detect_text_column(names, label, source),)
-    if label is None:
+        text = (detect_text_column(names, labels, source),)
+    if not labels:
         rest = [n for n in names if n not in text]
         if len(names) != 2 or len(rest) != 1:
             raise DataError(f"{source}: no column is recognized as the label; {listed(names)}", "give --label-column")
-        label = rest[0]
-    return Columns(tuple(text), label)
+        labels = rest
+    return Columns(tuple(text), tuple(labels))
 
 
 def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
@@ -205,6 +220,24 @@ def _label(record: Record, column: str) -> tuple[str, ...] | None:
         raise DataError(f"{record.origin}: column {column!r} holds a list of labels", "give --multi-label")
     label = normalize(scalar(value) or "")
     return (label,) if label else None
+
+
+def _one_hot(record: Record, columns: Sequence[str]) -> tuple[str, ...] | None:
+    """Return the names of the columns that have 1; None if one of them has nothing."""
+    found = []
+    for column in columns:
+        name, cell = normalize(column), (scalar(record.values.get(column)) or "").strip().lower()
+        if LABEL_SEPARATOR in name:
+            raise DataError(f"column {name!r} has {LABEL_SEPARATOR!r}, which separates labels", "rename the column")
+        if not cell:
+            return None
+        if cell not in _ONE_HOT:
+            raise DataError(
+                f"{record.origin}: column {column!r} has {cell!r}, and a label column of several has 0 or 1",
+                "correct the row, or give another --label-column",
+            )
+        found += [name] if _ONE_HOT[cell] else []
+    return tuple(found)
 
 
 def _cell(value: object) -> object:

@@ -13,6 +13,7 @@ from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 
 if TYPE_CHECKING:
+    from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
@@ -58,7 +59,7 @@ class _Classification:
     ) -> tuple[list[str], list[str]]:
         from deploykit.tasks.classification import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows)
+        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows) if held_out else []
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.classification import export
@@ -102,31 +103,34 @@ class _Classification:
         return grade(predictor, texts, truth)
 
     def evaluate(
-        self, predictor: TextClassifier, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        self, predictor: TextClassifier, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
         generation: Mapping[str, Any], progress: Progress,
     ) -> Evaluation:  # fmt: skip
         from deploykit.tasks.classification.evaluate import evaluate, labelled_rows
 
         rows = labelled_rows(
             source, predictor.task, text_columns=columns.get("text_column") or (),
-            label_column=columns.get("label_column"), encoding=encoding, split=split,
+            label_columns=columns.get("label_column") or (), reading=reading, split=split,
         )  # fmt: skip
+        reading.stop_at(rows.problems)
         return evaluate(predictor, rows, progress=progress)
 
     def read_inputs(
-        self, source: str, facts: Classification, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: Classification, *, reading: Reading, columns: Mapping[str, Any]
     ) -> Iterator[TextRow]:
         from deploykit.data.texts import read_texts, trained_columns
 
-        chosen = trained_columns(source, columns.get("text_column") or (), facts.text_columns, encoding)
-        return read_texts(source, chosen, facts.text_separator, encoding=encoding)
+        chosen = trained_columns(source, columns.get("text_column") or (), facts.text_columns, reading)
+        return read_texts(source, chosen, facts.text_separator, reading=reading)
 
     def read_texts(
-        self, source: str, facts: Classification, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: Classification, *, reading: Reading, columns: Mapping[str, Any]
     ) -> list[tuple[str, str | None]]:
         from deploykit.tasks.classification.evaluate import texts_and_labels
 
-        return texts_and_labels(source, facts, columns.get("text_column") or (), columns.get("label_column"), encoding)
+        return texts_and_labels(
+            source, facts, columns.get("text_column") or (), columns.get("label_column") or (), reading
+        )
 
     def tensors(self, text: str) -> Mapping[str, str]:
         return {"TEXT": text}
@@ -146,7 +150,7 @@ class _Classification:
     def result(self, facts: Classification, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         from deploykit.tasks.classification.metrics_text import qat_text
 
-        record, text = {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out])
+        record, text = {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out]) if held_out else ""
         if "qat" not in metrics:
             return record, text
         return {**record, "qat": metrics["qat"]}, f"{text}\n\n{qat_text(metrics['qat'])}"

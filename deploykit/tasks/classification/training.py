@@ -73,12 +73,12 @@ class ClassificationStage:
         return load_examples(
             source,
             text_columns=columns.text if columns else options.text_column,
-            label_column=columns.label if columns else options.label_column,
+            label_columns=columns.labels if columns else options.label_column,
             separator=options.text_separator,
             multi_label=options.multi_label,
             labels=options.label_order,
             label_separator=options.label_separator,
-            encoding=options.encoding,
+            reading=options,
             split=split,
         )
 
@@ -101,11 +101,9 @@ class ClassificationStage:
                     "--qat goes on training a classifier of these labels: fine-tune it without --qat first",
                 )
         labels = label_names(splits["train"], multi_label=multi_label)
-        if self._options.label_order:
-            check_labels(
-                splits["train"], self._options.label_order, f"{self._options.train}, --labels", multi_label=multi_label
-            )
-            labels = self._options.label_order
+        if named := self._options.named_labels:
+            check_labels(splits["train"], named, f"{self._options.train}, --labels", multi_label=multi_label)
+            labels = named
         for name in ("validation", "test"):
             check_labels(splits[name], labels, str(getattr(self._options, name)), multi_label=multi_label)
 
@@ -139,10 +137,10 @@ class ClassificationStage:
             for name, examples in rows.splits.items()
             if examples
         }
-        say(f"training on {len(encoded['train']):,} rows, validating on {len(encoded['validation']):,}")
+        say(f"training on {len(encoded['train']):,} rows, validating on {len(rows.splits['validation']):,}")
         if self._options.qat:
             return self._train_rounded(classifier, rows, encoded, work, say)
-        model = _train(model, encoded["train"], encoded["validation"], self._options, work, say)
+        model = _train(model, encoded["train"], encoded.get("validation"), self._options, work, say)
         say("measuring on the held-out rows")
         return Trained(task, model, self._tokenizer, self._measure(TorchClassifier(model, self._tokenizer, task), rows))
 
@@ -158,13 +156,13 @@ class ClassificationStage:
         from deploykit.training.qat import FakeQuantization
 
         options, task = self._options, classifier.task
-        held_out = "test" if rows.splits["test"] else "validation"
+        held_out = rows.held_out
         before = {"fp32": _metrics(classifier, rows.splits[held_out])}
         token_ids = evenly(encoded["train"].token_ids, _CALIBRATION_ROWS)
         say(f"calibrating on {len(token_ids):,} rows ({options.qat_method})")
         rounded = FakeQuantization(classifier.model, token_ids, options.qat_method)
         before["int8"] = _metrics(classifier, rows.splits[held_out])
-        model = _train(classifier.model, encoded["train"], encoded["validation"], options, work, say)
+        model = _train(classifier.model, encoded["train"], encoded.get("validation"), options, work, say)
         say("measuring on the held-out rows")
         classifier = TorchClassifier(model, self._tokenizer, task)
         int8 = _metrics(classifier, rows.splits[held_out])
@@ -180,9 +178,9 @@ class ClassificationStage:
         options = self._options
         if options.qat:
             return dataclasses.replace(self._trained_for, max_length=self._max_length)
-        labels = options.label_order or label_names(rows.splits["train"], multi_label=options.multi_label)
+        labels = options.named_labels or label_names(rows.splits["train"], multi_label=options.multi_label)
         if options.regression:
-            labels = (rows.columns.label,)
+            labels = rows.columns.labels
         return Classification(
             labels=labels if options.label_order else kept_order(labels, self._head) or labels,
             regression=options.regression,
@@ -191,7 +189,7 @@ class ClassificationStage:
             multi_label=options.multi_label,
             text_columns=rows.columns.text,
             text_separator=options.text_separator,
-            label_column=rows.columns.label,
+            label_column=rows.columns.labels if len(rows.columns.labels) > 1 else rows.columns.labels[0],
             label_separator=options.label_separator,
         )
 
@@ -289,12 +287,12 @@ def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str,
 def _train(
     model: Any,
     train_set: EncodedTexts,
-    validation_set: EncodedTexts,
+    validation_set: EncodedTexts | None,
     options: ClassificationOptions,
     work: Path,
     say: Say,
 ) -> Any:
-    """``model`` as it was at its best evaluation: highest macro-F1, among equals the lowest loss."""
+    """``model`` as it was at its best evaluation, if there are any: highest macro-F1, among equals the lowest loss."""
     task = train_set._task
     return trainer.run(
         Trainer(

@@ -40,9 +40,10 @@ class BundledAnswerer:
         return ServingSettings(token_budget=most * min(self.shortest, self._task.max_length))
 
     def read(self, source: str, *, kept: bool) -> Iterable[str | None]:
+        from deploykit.data.reading import AS_FOUND
         from deploykit.tasks.question_answering.evaluate import texts_and_answers
 
-        return (text for text, _ in texts_and_answers(source, None))
+        return (text for text, _ in texts_and_answers(source, AS_FOUND))
 
     def load(self, folder: Path, files: Sequence[str], engine: str, parameters: Mapping[str, str]) -> Predictor:
         loaded = load_engine(engine, folder / files[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -84,10 +84,13 @@ class _Counts:
         return stripped, first
 
 
-def clean(raw: Iterable[RawRow]) -> tuple[list[Example], CleaningReport]:
+def clean(
+    raw: Iterable[RawRow], tell: Callable[[str], None] = lambda problem: None
+) -> tuple[list[Example], CleaningReport]:
     """Drop rows that cannot teach anything, and answers that cannot be placed; join the answers of duplicate questions.
 
-    A row whose answers all have no place is dropped: it is not a question without an answer.
+    A row whose answers all have no place is dropped: it is not a question without an answer. ``tell`` is called with the
+    name of each row that is dropped, duplicates aside, and the reason.
     """
     counts = _Counts()
     repaired_context = cache(printable)  # many questions share a context
@@ -97,21 +100,26 @@ def clean(raw: Iterable[RawRow]) -> tuple[list[Example], CleaningReport]:
         rows_read += 1
         if row.question is None or row.context is None:
             missing += 1
+            tell(f"{row.origin}: {row.problem or f'the {_missing(row)} is missing'}")
             continue
         question, context = printable(row.question), repaired_context(row.context)
         if not question.strip() or not context.strip():
             empty += 1
+            tell(f"{row.origin}: the question or the context is empty")
             continue
         if len(context) > MAX_CONTEXT_CHARS:
             too_long += 1
+            tell(f"{row.origin}: the context has {len(context):,} characters, more than {MAX_CONTEXT_CHARS:,}")
             continue
         if not row.labelled:
             unlabelled += 1
+            tell(f"{row.origin}: it says nothing about an answer")
             continue
         placed = [counts.place(context, printable(text), start) for text, start in row.answers]
         found = list(dict.fromkeys(answer for answer in placed if answer is not None))
         if row.answers and not found:
             misplaced += 1
+            tell(f"{row.origin}: the answer does not stand at its place, nor once elsewhere")
             continue
         repaired += question != row.question or context != row.context
         answers = Answers(tuple(text for text, _ in found), tuple(start for _, start in found))
@@ -122,6 +130,8 @@ def clean(raw: Iterable[RawRow]) -> tuple[list[Example], CleaningReport]:
     for same in by_question.values():
         if len({bool(example.answers.text) for example in same}) > 1:
             conflicting += len(same)
+            for example in same:
+                tell(f"{example.origin}: the question is asked twice, once with an answer and once without")
             continue
         kept.append(_joined(same))
         duplicates += len(same) - 1
@@ -140,6 +150,10 @@ def clean(raw: Iterable[RawRow]) -> tuple[list[Example], CleaningReport]:
         unicode_repaired=repaired,
         without_answer=sum(not example.answers.text for example in kept),
     )
+
+
+def _missing(row: RawRow) -> str:
+    return "question" if row.question is None else "context"
 
 
 def _joined(same: Sequence[Example]) -> Example:

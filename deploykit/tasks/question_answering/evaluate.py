@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.errors import DataError
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.question_answering.clean import clean
@@ -20,20 +21,21 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class LabelledQuestions:
-    """Questions to measure on. ``skipped`` rows were dropped in cleaning."""
+    """Questions to measure on, each once. ``problems`` as in ``Evaluation``."""
 
     examples: list[Example]
-    skipped: int
+    problems: tuple[str, ...] = ()
 
 
-def labelled_questions(source: str, *, encoding: str | None = None, split: str = "test") -> LabelledQuestions:
+def labelled_questions(source: str, *, reading: Reading = AS_FOUND, split: str = "test") -> LabelledQuestions:
     """Read questions with right answers, or without any. Raises DataError when none is left after cleaning."""
-    examples, report = clean(read_rows(source, encoding=encoding, split=split))
+    problems: list[str] = []
+    examples, report = clean(read_rows(source, reading=reading, split=split), problems.append)
     if not examples:
         raise DataError(
             f"{source}: no row has a question, a context and an answer that stands in it", "; ".join(report.lines())
         )
-    return LabelledQuestions(examples, report.rows_read - report.rows_kept)
+    return LabelledQuestions(examples, tuple(problems))
 
 
 def evaluate(
@@ -41,7 +43,7 @@ def evaluate(
 ) -> Evaluation:
     """Answer every question and compare. A question that is refused counts as answered with "no answer"."""
     found = found_for(predictor, [(e.question, e.context) for e in rows.examples], progress)
-    return Evaluation(answer_metrics(predictor.task, found, rows.examples), len(rows.examples), rows.skipped)
+    return Evaluation(answer_metrics(predictor.task, found, rows.examples), len(rows.examples), rows.problems)
 
 
 def found_for(
@@ -65,9 +67,9 @@ def grade(predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str]) -
     return Grade(None, answers, answer_metrics(predictor.task, found, examples))
 
 
-def texts_and_answers(source: str, encoding: str | None) -> list[tuple[str, str | None]]:
+def texts_and_answers(source: str, reading: Reading) -> list[tuple[str, str | None]]:
     """Read questions with contexts as texts, and their right answers, a JSON list, where the source has them."""
-    raw = list(read_rows(source, encoding=encoding, split="test"))
+    raw = list(read_rows(source, reading=reading, split="test"))
     if any(row.labelled for row in raw):
         examples, _ = clean(raw)
         if examples:

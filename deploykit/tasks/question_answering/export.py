@@ -169,6 +169,6 @@ def _rows(folder: Path, source: str | None, split: str, options: CalibrationOpti
     """Return questions from a file, or from the splits of the run in ``folder``."""
 
     def read_file(path: str, part: str) -> list[Example]:
-        return labelled_questions(path, encoding=options.encoding, split=part).examples
+        return labelled_questions(path, reading=options, split=part).examples
 
     return pick_rows(folder, source, split, Example, read_file)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from deploykit.artifacts import new_file
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.tasks.question_answering.evaluate import found_for, labelled_questions
 from deploykit.tasks.question_answering.metrics import answer_metrics, scores
 from deploykit.tasks.question_answering.predictor import TextAnswerer
@@ -37,14 +38,14 @@ def write_page(
     source: str,
     out: Path,
     *,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> int:
     """Answer the labelled questions of ``source`` and write at most 500 of them, lowest F1 first.
 
     Answers are highlighted, right answers underlined. Returns the number of questions shown.
     """
-    examples = labelled_questions(source, encoding=encoding).examples
+    examples = labelled_questions(source, reading=reading).examples
     found = found_for(predictor, [(e.question, e.context) for e in examples], progress)
     spans = [each.decide(predictor.task.no_answer_threshold) for each in found]
     _, overlap = scores(predictor.task, [span.text for span in spans], [e.answers.text for e in examples])

@@ -11,7 +11,8 @@ from typing import Any
 
 from deploykit.data.open_text import read_lines
 from deploykit.data.read import read_records
-from deploykit.data.record import Record
+from deploykit.data.reading import AS_FOUND, Reading
+from deploykit.data.record import Record, malformed
 from deploykit.data.texts import TextRow, listed, peek, scalar
 from deploykit.errors import DataError
 from deploykit.tasks.question_answering.facts import as_text
@@ -34,7 +35,7 @@ class Answers:
 @dataclass(frozen=True)
 class RawRow:
     """A row as read. ``answers`` are texts with their places, None where the row tells none; ``labelled`` is False when
-    the source says nothing about answers."""
+    the source says nothing about answers. A row with a ``problem`` is malformed."""
 
     question: str | None
     context: str | None
@@ -42,6 +43,7 @@ class RawRow:
     labelled: bool
     id: str
     origin: str
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,28 @@ class Example:
             object.__setattr__(self, "answers", Answers(*(tuple(v) for v in self.answers.values())))
 
 
-def read_rows(source: str, *, encoding: str | None = None, split: str = "train") -> Iterator[RawRow]:
+def read_rows(source: str, *, reading: Reading = AS_FOUND, split: str = "train") -> Iterator[RawRow]:
     """Stream the rows of ``source`` (see ``read_records``), or of a .json file as SQuAD versions 1 and 2 write it.
 
     Raises DataError naming file, row and field of a malformed value.
     """
     if Path(source).suffix.lower() == ".json" and Path(source).is_file():
-        text = "".join(read_lines(Path(source), encoding, newline=""))
+        text = "".join(read_lines(Path(source), reading.encoding, newline=""))
         if text.lstrip().startswith("{") and not _is_json_lines(text):
+            reading.allow(source)
             yield from _squad(source, text)
             return
-    records, names = peek(read_records(source, encoding=encoding, split=split), source)
+    records, names = peek(read_records(source, reading, split=split), source)
     for column in ("question", "context"):
         if column not in names:
             raise DataError(f"{source}: has no column {column!r}; {listed(names)}", _COLUMNS)
     labelled = "answers" in names or "answer" in names
     for record in records:
-        yield _row(record, labelled)
+        try:
+            yield _row(record, labelled)
+        except DataError as error:
+            bad = malformed(record.origin, error, reading, named=record.origin)
+            yield RawRow(None, None, (), labelled, "", bad.origin, bad.problem)
 
 
 def _is_json_lines(text: str) -> bool:
@@ -87,12 +94,12 @@ def _is_json_lines(text: str) -> bool:
         return False
 
 
-def read_inputs(source: str, *, encoding: str | None = None) -> Iterator[TextRow]:
+def read_inputs(source: str, reading: Reading = AS_FOUND) -> Iterator[TextRow]:
     """Stream questions with their contexts as texts (``as_text``), a row for every row of ``source``."""
-    for row in read_rows(source, encoding=encoding):
+    for row in read_rows(source, reading=reading):
         missing = next((name for name in ("question", "context") if getattr(row, name) is None), None)
         if row.question is None or row.context is None:
-            yield TextRow(row.origin, None, f"the {missing} is missing")
+            yield TextRow(row.origin, None, row.problem or f"the {missing} is missing")
         else:
             yield TextRow(row.origin, as_text(row.question, row.context), None)
 
@@ -134,7 +141,7 @@ def _row(record: Record, labelled: bool) -> RawRow:
         answers = ((text, _place(start, origin)),) if text else ()
     return RawRow(
         scalar(values.get("question")), scalar(values.get("context")), answers, labelled,
-        scalar(values.get("id")) or "", origin,
+        scalar(values.get("id")) or "", origin, record.problem,
     )  # fmt: skip
 
 

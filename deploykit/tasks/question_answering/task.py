@@ -16,6 +16,7 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.question_answering.facts import QuestionAnswering, from_text
 
 if TYPE_CHECKING:
+    from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
@@ -61,7 +62,7 @@ class _QuestionAnswering:
     ) -> tuple[list[str], list[str]]:
         from deploykit.tasks.question_answering import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows)
+        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows) if held_out else []
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.question_answering import export
@@ -104,26 +105,28 @@ class _QuestionAnswering:
         return grade(predictor, texts, truth)
 
     def evaluate(
-        self, predictor: TextAnswerer, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        self, predictor: TextAnswerer, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
         generation: Mapping[str, Any], progress: Progress,
     ) -> Evaluation:  # fmt: skip
         from deploykit.tasks.question_answering.evaluate import evaluate, labelled_questions
 
-        return evaluate(predictor, labelled_questions(source, encoding=encoding, split=split), progress=progress)
+        rows = labelled_questions(source, reading=reading, split=split)
+        reading.stop_at(rows.problems)
+        return evaluate(predictor, rows, progress=progress)
 
     def read_inputs(
-        self, source: str, facts: QuestionAnswering, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: QuestionAnswering, *, reading: Reading, columns: Mapping[str, Any]
     ) -> Iterator[TextRow]:
         from deploykit.tasks.question_answering.rows import read_inputs
 
-        return read_inputs(source, encoding=encoding)
+        return read_inputs(source, reading)
 
     def read_texts(
-        self, source: str, facts: QuestionAnswering, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: QuestionAnswering, *, reading: Reading, columns: Mapping[str, Any]
     ) -> list[tuple[str, str | None]]:
         from deploykit.tasks.question_answering.evaluate import texts_and_answers
 
-        return texts_and_answers(source, encoding)
+        return texts_and_answers(source, reading)
 
     def tensors(self, text: str) -> Mapping[str, str]:
         question, context = from_text(text)
@@ -143,7 +146,7 @@ class _QuestionAnswering:
 
     def result(self, facts: QuestionAnswering, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         record = {"whole_words": facts.whole_words, "no_answer_threshold": facts.no_answer_threshold}
-        return record, self.metrics_text(metrics[held_out])
+        return record, self.metrics_text(metrics[held_out]) if held_out else ""
 
     def describe(self, facts: QuestionAnswering) -> str:
         threshold = facts.no_answer_threshold

@@ -46,7 +46,7 @@ class QuestionAnsweringStage:
 
     def load(self, source: str, split: str, columns: tuple[()] | None) -> tuple[list[RawRow], tuple[()]]:
         """Read the rows; there are no columns to choose."""
-        return list(read_rows(source, encoding=self._options.encoding, split=split)), ()
+        return list(read_rows(source, reading=self._options, split=split)), ()
 
     def clean(self, raw: Sequence[RawRow]) -> tuple[list[Example], CleaningReport]:
         return clean(raw)
@@ -105,8 +105,17 @@ class QuestionAnsweringStage:
         )  # fmt: skip
 
     def _decided(self, answerer: TorchAnswerer, rows: Rows[Example, tuple[()]], say: Say) -> QuestionAnswering:
-        """Return the facts with what only the validation rows can tell: whole words or not, and the threshold."""
+        """Return the facts with what only the validation rows can tell: whole words or not, and the threshold.
+
+        Without them, answers are whole words unless the options say otherwise, and the threshold is 0, as in Hugging Face's
+        run_qa.py, where some training rows have no answer.
+        """
         validation, task = rows.splits["validation"], answerer.task
+        if not validation:
+            if all(example.answers.text for example in rows.splits["train"]):
+                return task
+            say("threshold for no answer, without validation rows: 0")
+            return dataclasses.replace(task, no_answer_threshold=0.0)
         forms = [task]
         if self._options.whole_words == "auto":
             forms.append(dataclasses.replace(task, whole_words=False))
@@ -229,7 +238,8 @@ def _train(
     work: Path,
     say: Say,
 ) -> Any:
-    """Return the model as it was at its best evaluation: highest F1, among equals the highest exact match."""
+    """Return the model as it was at its best evaluation, if there are any: highest F1, among equals the highest exact
+    match."""
 
     def evaluate(model: Any) -> dict[str, float]:
         metrics = measure(TorchAnswerer(model, answerer.hub_tokenizer, answerer.task), validation)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deploykit.data.reading import Reading
 from deploykit.data.sample import evenly
 from deploykit.data.texts import read_texts, unanswered
 from deploykit.errors import DataError
@@ -48,37 +49,46 @@ class Asked:
         )
 
 
-def ask(tokenizer: ChatTokenizer, rows: Sequence[Row], max_length: int) -> tuple[Asked, int]:
-    """Encode rows; return those that fit the context of ``max_length`` tokens, and how many do not or are refused by the
-    template."""
-    kept, encoded, prompts = [], [], []
+def ask(tokenizer: ChatTokenizer, rows: Sequence[Row], max_length: int) -> tuple[Asked, list[str]]:
+    """Encode rows; return those that fit the context of ``max_length`` tokens, and a line for each other row: its name, and
+    that it does not fit or why the template refuses it."""
+    kept, encoded, prompts, problems = [], [], [], []
     for row in rows:
         try:
             ids = tokenizer.encode_row(row)
             prompt = [] if row.text is not None else tokenizer.encode_prompt(row.messages[:-1], row.tools)
-        except DataError:
+        except DataError as error:
+            problems.append(f"{row.origin}: {error.message}")
             continue
         if len(ids.ids) <= max_length and len(prompt) < max_length and ids.supervised[1:].any():
             kept.append(row)
             encoded.append(ids)
             prompts += [prompt] if row.text is None else []
-    return Asked(kept, encoded, prompts), len(rows) - len(kept)
+        else:
+            problems.append(f"{row.origin}: prompt and answer do not fit {max_length:,} tokens, or the answer is empty")
+    return Asked(kept, encoded, prompts), problems
 
 
 def read_asked(
-    source: str, generator: LocalGenerator, *, split: str, encoding: str | None, columns: Mapping[str, Any]
-) -> tuple[Asked, int]:
-    """Read a file's rows in the format that the training rows had, or that its columns show. Returns also how many rows
-    could not be used. Raises DataError when none can."""
+    source: str, generator: LocalGenerator, *, split: str, reading: Reading, columns: Mapping[str, Any]
+) -> tuple[Asked, list[str]]:
+    """Read a file's rows in the format that the training rows had, or that its columns show. Returns also a line for each
+    row that cannot be used. Raises DataError when none can."""
     raw, _ = load_rows(
         source, prompt_column=columns.get("prompt_column"), completion_column=columns.get("completion_column"),
-        prefer=columns_of(generator.task), encoding=encoding, split=split,
+        prefer=columns_of(generator.task), reading=reading, split=split,
     )  # fmt: skip
-    usable = [r.row for r in raw if r.problem is None and (r.row.text or role_problem(r.row.messages) is None)]
+    usable, problems = [], []
+    for item in raw:
+        problem = item.problem or (None if item.row.text else role_problem(item.row.messages))
+        if problem is None:
+            usable.append(item.row)
+        else:
+            problems.append(f"{item.row.origin}: {problem}")
     asked, refused = ask(generator.tokenizer, usable, generator.task.max_length)
     if not asked.rows:
         raise DataError(f"{source}: no row has a prompt and an answer that fit the context", "give other rows")
-    return asked, len(raw) - len(usable) + refused
+    return asked, problems + refused
 
 
 def columns_of(task: TextGeneration) -> Columns | None:
@@ -123,11 +133,12 @@ def room_for(tokenizer: ChatTokenizer, asked: Asked) -> int:
 
 
 def evaluate_file(
-    generator: LocalGenerator, source: str, sampling: Sampling, *, split: str, encoding: str | None,
+    generator: LocalGenerator, source: str, sampling: Sampling, *, split: str, reading: Reading,
     columns: Mapping[str, Any], progress: Callable[[int, int], None],
 ) -> Evaluation:  # fmt: skip
     """Measure on the rows of a file."""
-    asked, skipped = read_asked(source, generator, split=split, encoding=encoding, columns=columns)
+    asked, problems = read_asked(source, generator, split=split, reading=reading, columns=columns)
+    reading.stop_at(problems)
     metrics, _ = evaluate(
         generator,
         asked,
@@ -136,7 +147,7 @@ def evaluate_file(
         syntax=columns.get("syntax"),
         progress=progress,
     )
-    return Evaluation(metrics, len(asked.rows), skipped)
+    return Evaluation(metrics, len(asked.rows), tuple(problems))
 
 
 def prompts_of(generator: LocalGenerator, texts: Sequence[str]) -> list[list[int]]:
@@ -160,14 +171,14 @@ def grade(
 
 
 def texts_and_references(
-    source: str, generation: TextGeneration, encoding: str | None, columns: Mapping[str, Any]
+    source: str, generation: TextGeneration, reading: Reading, columns: Mapping[str, Any]
 ) -> list[tuple[str, str | None]]:
     """Read prompts, and their answers where the source has them: of dialogs, the first message of the user."""
     try:
         raw, _ = load_rows(
             source, prompt_column=columns.get("prompt_column"), completion_column=columns.get("completion_column"),
-            prefer=columns_of(generation), encoding=encoding, split="test",
+            prefer=columns_of(generation), reading=reading, split="test",
         )  # fmt: skip
     except DataError as no_answers:
-        return unanswered([row.text for row in read_texts(source, encoding=encoding, split="test")], no_answers)
+        return unanswered([row.text for row in read_texts(source, reading=reading, split="test")], no_answers)
     return [(r.row.prompt, r.row.answer) for r in raw if r.problem is None and len(r.row.messages) == 2]

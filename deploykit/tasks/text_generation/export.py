@@ -153,7 +153,7 @@ def _facts_of_run(checkpoint: Path, reference: TorchGenerator) -> TextGeneration
 
 def _rows(checkpoint: Path, task: TextGeneration, options: ExportOptions) -> list[Row]:
     def read_file(path: str, split: str) -> list[Row]:
-        raw, _ = load_rows(path, prefer=columns_of(task), encoding=options.encoding, split=split)
+        raw, _ = load_rows(path, prefer=columns_of(task), reading=options, split=split)
         return [r.row for r in raw if r.problem is None and (r.row.text or role_problem(r.row.messages) is None)]
 
     rows = pick_rows(checkpoint, options.data, "test", Row, read_file)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
-from deploykit.data.answer_file import JSON_LINES, Answered, Line, answer_file, is_error, json_line, source_digest
-from deploykit.data.open_text import read_lines
+from deploykit.data.answer_file import JSON_LINES, Answered, answer_file, source_digest
 from deploykit.data.read import read_records
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
-from deploykit.data.texts import TextRow, listed, peek
+from deploykit.data.texts import TextRow, is_text_file, listed, peek, text_lines
 from deploykit.errors import DataError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.facts import TextGeneration
@@ -87,17 +87,17 @@ def _record(found: Sequence[Generated], how: How) -> dict[str, Any]:
 
 
 def read_questions(
-    source: str, *, column: str | None = None, prefer: str = "", encoding: str | None = None
+    source: str, *, column: str | None = None, prefer: str = "", reading: Reading = AS_FOUND
 ) -> Iterator[Question]:
     """Stream the prompts of a .txt file (a prompt a line) or a table: a column of texts, or ``messages``.
 
     The column is ``column``; without it ``prefer``, if there is such a column; otherwise it is detected.
     """
-    if Path(source).suffix.lower() == ".txt":
-        for number, line in enumerate(read_lines(Path(source), encoding), start=1):
-            yield _question(f"{Path(source).name}:{number}", line.rstrip("\r\n"))
+    if is_text_file(source):
+        for origin, line in text_lines(source, reading):
+            yield _question(origin, line)
         return
-    records, names = peek(read_records(source, encoding=encoding), source)
+    records, names = peek(read_records(source, reading), source)
     used = column or next((name for name in (prefer, *_PROMPT_COLUMNS) if name in names), None)
     if used is None or used not in names:
         what = "no column is recognized as the prompt" if column is None else f"has no column {column!r}"
@@ -106,9 +106,9 @@ def read_questions(
         yield _of_record(record, used)
 
 
-def read_inputs(source: str, task: TextGeneration, column: str | None, encoding: str | None) -> Iterator[TextRow]:
+def read_inputs(source: str, task: TextGeneration, column: str | None, reading: Reading) -> Iterator[TextRow]:
     """Stream prompts as texts. A dialog of one message of the user is its text; one of several has a problem."""
-    for question in read_questions(source, column=column, prefer=prompt_column(task), encoding=encoding):
+    for question in read_questions(source, column=column, prefer=prompt_column(task), reading=reading):
         if isinstance(question.prompt, str):
             text = None if question.problem else question.prompt
             yield TextRow(question.origin, text, question.problem)
@@ -124,6 +124,8 @@ def prompt_column(task: TextGeneration) -> str:
 
 
 def _of_record(record: Record, column: str) -> Question:
+    if record.problem:
+        return Question(record.origin, problem=record.problem)
     value = record.values.get(column)
     if not isinstance(value, list):
         return _question(record.origin, value)
@@ -136,8 +138,8 @@ def _of_record(record: Record, column: str) -> Question:
 
 
 def _question(origin: str, value: object) -> Question:
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return Question(origin, problem="the prompt is empty")
+    if value is None:
+        return Question(origin, problem="the prompt is missing")
     if not isinstance(value, str):
         return Question(origin, problem="the prompt is no text")
     return Question(origin, without_surrogates(value))
@@ -145,17 +147,19 @@ def _question(origin: str, value: object) -> Question:
 
 def generate_file(
     generator: LocalGenerator, source: str, out: Path, how: How, *, identity: str, column: str | None = None,
-    encoding: str | None = None, force: bool = False, progress: Callable[[int, int], None],
+    reading: Reading = AS_FOUND, force: bool = False, progress: Callable[[int, int], None],
 ) -> Answered:  # fmt: skip
     """Write a line of JSON for each row of ``source`` to ``out``; see ``answer_file``."""
     if out.suffix.lower() not in JSON_LINES:
         raise UsageError(f"--output {out}: does not end in .jsonl", "give it such a name")
 
     def rows() -> Iterator[Any]:
-        return read_questions(source, column=column, prefer=prompt_column(generator.task), encoding=encoding)
+        return read_questions(source, column=column, prefer=prompt_column(generator.task), reading=reading)
 
-    def answer(part: Sequence[Any]) -> list[Line]:
-        return [json_line(record) for record in answers(generator, part, how)]
+    def answer(part: Sequence[Any]) -> list[dict[str, Any]]:
+        return answers(generator, part, how)
 
-    key = artifacts.digest_of(source_digest(source), column, encoding, identity, dataclasses.asdict(how))
-    return answer_file(rows, answer, out, key=key, failed=is_error, force=force, progress=progress, chunk=_CHUNK)
+    key = artifacts.digest_of(source_digest(source), column, reading.key(), identity, dataclasses.asdict(how))
+    return answer_file(
+        rows, answer, out, key=key, on_error=reading.on_error, force=force, progress=progress, chunk=_CHUNK
+    )

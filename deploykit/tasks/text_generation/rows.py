@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from deploykit.data.read import read_records
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
 from deploykit.data.texts import listed, peek
 from deploykit.errors import DataError, UsageError
@@ -86,7 +87,7 @@ class Columns:
 
 def load_rows(
     source: str, *, prompt_column: str | None = None, completion_column: str | None = None, prefer: Columns | None = None,
-    encoding: str | None = None, split: str = "train",
+    reading: Reading = AS_FOUND, split: str = "train",
 ) -> tuple[list[RawRow], Columns]:  # fmt: skip
     """Read every row of ``source``, in the format that its columns show.
 
@@ -94,7 +95,7 @@ def load_rows(
     ``instruction``, ``input``, ``output`` (``system``, ``history``), ``prompt`` and ``completion``, two named columns,
     or ``text``. Raises DataError when no format is recognized or a named column is missing.
     """
-    records, names = peek(read_records(source, encoding=encoding, split=split), source)
+    records, names = peek(read_records(source, reading, split=split), source)
     columns = _columns(source, names, prompt_column, completion_column, prefer)
     return [_read(record, columns) for record in records], columns
 
@@ -139,6 +140,8 @@ def _columns(
 
 def _read(record: Record, columns: Columns) -> RawRow:
     values, origin = record.values, record.origin
+    if record.problem:
+        return RawRow(Row(origin=origin), record.problem)
     try:
         if columns.format == "text":
             return RawRow(Row(text=_text(values.get(columns.prompt)), origin=origin))

@@ -13,6 +13,7 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.text_generation.facts import TextGeneration
 
 if TYPE_CHECKING:
+    from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
@@ -61,7 +62,7 @@ class _TextGeneration:
     ) -> tuple[list[str], list[str]]:
         from deploykit.tasks.text_generation import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics, held_out)
+        return model_card.head(facts, origin), model_card.results(metrics, held_out) if held_out else []
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.text_generation import export
@@ -117,29 +118,29 @@ class _TextGeneration:
         return grade(predictor, texts, truth, generation)
 
     def evaluate(
-        self, predictor: LocalGenerator, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        self, predictor: LocalGenerator, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
         generation: Mapping[str, Any], progress: Progress,
     ) -> Evaluation:  # fmt: skip
         from deploykit.tasks.text_generation.evaluate import evaluate_file
 
         sampling = self.override(predictor.task, generation)
         return evaluate_file(
-            predictor, source, sampling, split=split, encoding=encoding, columns=columns, progress=progress
+            predictor, source, sampling, split=split, reading=reading, columns=columns, progress=progress
         )
 
     def read_inputs(
-        self, source: str, facts: TextGeneration, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: TextGeneration, *, reading: Reading, columns: Mapping[str, Any]
     ) -> Iterator[TextRow]:
         from deploykit.tasks.text_generation.generate import read_inputs
 
-        return read_inputs(source, facts, columns.get("prompt_column"), encoding)
+        return read_inputs(source, facts, columns.get("prompt_column"), reading)
 
     def read_texts(
-        self, source: str, facts: TextGeneration, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: TextGeneration, *, reading: Reading, columns: Mapping[str, Any]
     ) -> list[tuple[str, str | None]]:
         from deploykit.tasks.text_generation.evaluate import texts_and_references
 
-        return texts_and_references(source, facts, encoding, columns)
+        return texts_and_references(source, facts, reading, columns)
 
     def tensors(self, text: str) -> Mapping[str, str]:
         raise UsageError(_NOT_SERVED, _REMEDY)
@@ -159,7 +160,7 @@ class _TextGeneration:
         from deploykit.tasks.text_generation.metrics_text import result_text
 
         record = {"before": metrics.get("before", {}).get(held_out), "samples": metrics["samples"]}
-        return record, result_text(metrics, held_out)
+        return record, result_text(metrics, held_out) if held_out else ""
 
     def describe(self, facts: TextGeneration) -> str:
         return (

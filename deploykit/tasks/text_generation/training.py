@@ -72,7 +72,7 @@ class TextGenerationStage:
         options = self._options
         raw, found = load_rows(
             source, prompt_column=options.prompt_column, completion_column=options.completion_column, prefer=columns,
-            encoding=options.encoding, split=split,
+            reading=options, split=split,
         )  # fmt: skip
         # An error that is the checkpoint's or the template's must not pass as one of the rows.
         dialogs = any(item.row.messages for item in raw)
@@ -117,18 +117,18 @@ class TextGenerationStage:
         model.generation_config.eos_token_id = list(facts.eos_token_ids)
         model.generation_config.pad_token_id = facts.pad_token_id
         generator = TorchGenerator(model, tokenizer, facts)
-        shown = "test" if rows.splits["test"] else "validation"
+        shown = rows.held_out
         asked = {
             name: ask(self._tokenizer, rows.splits[name], self._facts.max_length)[0] for name in ("validation", "test")
         }
-        if not asked[shown].rows:
+        if shown and not asked[shown].rows:
             raise DataError(
                 f"no {shown} row fits the model's context of {self._facts.max_length:,} tokens",
                 "give other held-out rows",
             )
-        before = self._measured(generator, asked[shown], work / "before.json", say)
+        before = self._measured(generator, asked[shown], work / "before.json", say) if shown else None
         validation = self._encoded(rows.splits["validation"])
-        if not train_set or not validation:
+        if not train_set or (rows.splits["validation"] and not validation):
             raise DataError("no row with a supervised token is left to train or to validate on", "raise --max-length")
         say(
             f"training on {len(train_set):,} rows, {sum(len(row.ids) for row in train_set):,} tokens an epoch, "
@@ -149,13 +149,15 @@ class TextGenerationStage:
         for name in ("validation", "test"):
             if asked[name].rows:
                 metrics[name], answers[name] = self._evaluated(generator, asked[name])
-        metrics["before"] = {shown: before["metrics"]}
         metrics["history"] = history
         metrics["questions"] = [
             {"prompt": row.prompt, "reference": row.answer} for row in questions.rows if row.text is None
         ]
         metrics["lengths"] = length_bins([len(row.ids) for row in train_set])
-        metrics["samples"] = _samples(asked[shown].some(options.eval_rows), answers[shown], before["answers"])
+        metrics["samples"] = []
+        if before is not None:
+            metrics["before"] = {shown: before["metrics"]}
+            metrics["samples"] = _samples(asked[shown].some(options.eval_rows), answers[shown], before["answers"])
         title = f"{Path(options.origin).name}, fine-tuned"
         return Trained(
             facts, model, tokenizer, metrics, write_page=lambda run: write_run_page(title, metrics, run / FILE)

@@ -59,7 +59,7 @@ class BundledTranslator:
         from deploykit.tasks.translation.rows import read_sources
 
         language, column = self._task.source, self._task.source_column
-        rows = read_sources(source, source=language, **({"column": "source"} if kept else {"prefer": column}))
+        rows = read_sources(source, source=language, column="source" if kept else None, prefer=None if kept else column)
         return (row.text for row in rows)
 
     def load(self, folder: Path, files: Sequence[str], engine: str, parameters: Mapping[str, str]) -> Predictor:

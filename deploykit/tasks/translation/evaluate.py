@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import unanswered
 from deploykit.errors import DataError
 from deploykit.runtime.generation import Generation
+from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.metrics import translation_metrics
 from deploykit.tasks.translation.predictor import TextTranslator
 from deploykit.tasks.translation.read_pairs import read_sources
 from deploykit.tasks.translation.rows import Pair, PairColumns, load_pairs, one_line
+from deploykit.tasks.translation.translated import Translated
 from deploykit.text import is_blank
 
 _TRANSLATED_AT_A_TIME = 256
@@ -21,10 +24,10 @@ _TRANSLATED_AT_A_TIME = 256
 
 @dataclass(frozen=True)
 class TranslatedRows:
-    """Pairs to measure on: as they are, duplicates included. ``skipped`` rows lacked a side."""
+    """Pairs to measure on: as they are, duplicates included. ``problems`` as in ``Evaluation``."""
 
     pairs: list[Pair]
-    skipped: int
+    problems: tuple[str, ...] = ()
 
 
 def translated_rows(
@@ -33,7 +36,7 @@ def translated_rows(
     *,
     source_column: str | None = None,
     target_column: str | None = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     split: str = "test",
 ) -> TranslatedRows:
     """Read pairs in the task's languages. References are left as they are, not even normalized to NFC.
@@ -47,17 +50,23 @@ def translated_rows(
         source_column=source_column,
         target_column=target_column,
         prefer=PairColumns(task.source_column, task.target_column),
-        encoding=encoding,
+        reading=reading,
         split=split,
     )
-    pairs = [
-        Pair(text, row.target.strip(), row.origin)
-        for row in raw
-        if not row.unusable and row.target and not is_blank(row.target) and (text := one_line(row.source or ""))
-    ]
+    pairs, problems = [], []
+    for row in raw:
+        text = one_line(row.source or "")
+        if row.problem:
+            problems.append(f"{row.origin}: {row.problem}")
+        elif row.unusable:
+            problems.append(f"{row.origin}: the entry is {row.unusable}")
+        elif not text or not row.target or is_blank(row.target):
+            problems.append(f"{row.origin}: the {'translation' if text else 'text'} is missing")
+        else:
+            pairs.append(Pair(text, row.target.strip(), row.origin))
     if not pairs:
         raise DataError(f"{source}: no row has both a text and its translation", "give a file of translated rows")
-    return TranslatedRows(pairs, len(raw) - len(pairs))
+    return TranslatedRows(pairs, tuple(problems))
 
 
 def evaluate_translator(
@@ -67,16 +76,27 @@ def evaluate_translator(
     *,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Evaluation:
-    """Translate every row and compare. ``progress`` is called with (rows done, rows in all)."""
-    pairs = rows.pairs
-    hypotheses: list[str] = []
-    for start in range(0, len(pairs), _TRANSLATED_AT_A_TIME):
-        part = [pair.source for pair in pairs[start : start + _TRANSLATED_AT_A_TIME]]
-        hypotheses += [translated.text for translated in translator.translate(part, generation)]
-        progress(len(hypotheses), len(pairs))
+    """Translate every row and compare. ``progress`` is called with (rows done, rows in all).
+
+    Raises DataError when the model refuses every text.
+    """
+    pairs: list[Pair] = []
+    hypotheses, refused = [], []
+    for start in range(0, len(rows.pairs), _TRANSLATED_AT_A_TIME):
+        part = rows.pairs[start : start + _TRANSLATED_AT_A_TIME]
+        found = answer_each(lambda texts: translator.translate(texts, generation), [pair.source for pair in part])
+        for pair, translated in zip(part, found):
+            if isinstance(translated, Translated):
+                pairs.append(pair)
+                hypotheses.append(translated.text)
+            else:
+                refused.append(f"{pair.origin}: {translated.message}")
+        progress(start + len(part), len(rows.pairs))
+    if not pairs:
+        raise DataError(refused[0], "give other texts")
     references, sources = [pair.target for pair in pairs], [pair.source for pair in pairs]
     metrics = translation_metrics(hypotheses, references, sources, translator.task.target)
-    return Evaluation(metrics, len(pairs), rows.skipped)
+    return Evaluation(metrics, len(pairs), (*rows.problems, *refused))
 
 
 def grade(
@@ -92,18 +112,16 @@ def grade(
 
 
 def texts_and_references(
-    source: str, task: Translation, source_column: str | None, target_column: str | None, encoding: str | None
+    source: str, task: Translation, source_column: str | None, target_column: str | None, reading: Reading
 ) -> list[tuple[str, str | None]]:
     """Read texts, with their translations if the source has them."""
     try:
-        rows = translated_rows(
-            source, task, source_column=source_column, target_column=target_column, encoding=encoding
-        )
+        rows = translated_rows(source, task, source_column=source_column, target_column=target_column, reading=reading)
         return [(pair.source, pair.target) for pair in rows.pairs]
     except DataError as no_references:
         if target_column is not None:
             raise
         texts = read_sources(
-            source, column=source_column, source=task.source, prefer=task.source_column, encoding=encoding
+            source, column=source_column, source=task.source, prefer=task.source_column, reading=reading
         )
         return unanswered([row.text for row in texts], no_references)

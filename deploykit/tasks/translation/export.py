@@ -358,7 +358,7 @@ def _rows(folder: Path, task: Translation, source: str | None, split: str, optio
     """Return cleaned pairs of a file, or pairs of the splits of the run in ``folder``."""
 
     def read_file(path: str, part: str) -> list[Pair]:
-        raw, _ = load_pairs(path, source=task.source, target=task.target, encoding=options.encoding, split=part)
+        raw, _ = load_pairs(path, source=task.source, target=task.target, reading=options, split=part)
         return clean_pairs(raw, source=task.source, target=task.target)[0]
 
     return pick_rows(folder, source, split, Pair, read_file)

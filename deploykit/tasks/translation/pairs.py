@@ -16,7 +16,7 @@ class RawPair:
     """A row as read; a missing text is None.
 
     ``unusable``: a catalog's entry that is marked so. ``inline_codes``: whether reading left out codes of TMX that stood
-    within a text, as a placeholder does.
+    within a text, as a placeholder does. ``problem``: why the row is malformed; empty if it is not.
     """
 
     source: str | None
@@ -24,6 +24,7 @@ class RawPair:
     origin: str
     unusable: Literal["fuzzy", "obsolete"] | None = None
     inline_codes: bool = False
+    problem: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,14 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from deploykit.data.open_text import read_lines
+from deploykit.data.open_text import ROW_ENDS, plain_suffix, read_lines
 from deploykit.data.read import read_records
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
-from deploykit.data.texts import TEXT_COLUMNS, TextRow
+from deploykit.data.texts import TEXT_COLUMNS, TextRow, is_text_file, peek, text_lines
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.catalogs import CATALOGS, read_catalog, read_catalog_sources
 from deploykit.tasks.translation.languages import closest, distance
@@ -22,9 +24,7 @@ from deploykit.text import normalize
 # "1" and "2" name the columns of a table without a header.
 SOURCE_COLUMNS = ("source", "src", "source_text", "src_text", "source_sentence", "original", "1")
 TARGET_COLUMNS = ("target", "tgt", "trg", "target_text", "tgt_text", "target_sentence", "translation", "reference", "2")
-# JSON rows may leave keys out, so the first row may lack columns.
-_ROWS_FOR_COLUMNS = 100
-_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".xlsx")
 
 
 def load_pairs(
@@ -35,7 +35,7 @@ def load_pairs(
     source_column: str | None = None,
     target_column: str | None = None,
     prefer: PairColumns | None = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     split: str = "train",
 ) -> tuple[list[RawPair], PairColumns]:
     """Read every row of ``path``, with texts in the languages ``source`` and ``target`` (codes).
@@ -54,26 +54,28 @@ def load_pairs(
         UsageError: one column is given for both sides.
     """
     suffix = Path(path).suffix.lower()
+    if suffix == ".tmx" or suffix in CATALOGS:
+        reading.allow(path)
     if files := _paired_files(path, source, target):
-        rows: Iterable[RawPair] = _paired_lines(*files, encoding)
+        rows: Iterable[RawPair] = _paired_lines(*files, reading)
         columns = PairColumns(source, target)
     elif suffix == ".tmx":
         name = normalize(Path(path).name)
-        units = read_tmx(_existing(path), (source, target), encoding)
+        units = read_tmx(_existing(path), (source, target), reading.encoding)
         rows = (RawPair(unit.texts[0], unit.texts[1], f"{name}:{unit.line}", None, unit.inline_codes) for unit in units)
         columns = PairColumns(source, target)
     elif suffix in CATALOGS:
-        rows = read_catalog(_existing(path), target, encoding)
+        rows = read_catalog(_existing(path), target, reading.encoding)
         columns = PairColumns("msgid", "msgstr")
     else:
-        if Path(path).is_file() and suffix not in _TABLES:
+        if Path(path).is_file() and plain_suffix(Path(path)) not in _TABLES:
             raise DataError(
                 f"{path}: files of type {suffix!r} are not read as pairs",
                 f"give one of {', '.join(_TABLES)}, .tmx, .po, .mo, or two text files: source.txt,target.txt",
             )
         preferred = (prefer.source, prefer.target) if prefer else ()
         given = (source_column, target_column)
-        records, names = _table(path, given, preferred, (source, target), encoding, split)
+        records, names = _table(path, given, preferred, (source, target), reading, split)
         if prefer is not None:
             source_column = source_column or _preferred(prefer.source, target_column, names)
             target_column = target_column or _preferred(prefer.target, source_column, names)
@@ -81,9 +83,12 @@ def load_pairs(
             names, source=source, target=target, source_column=source_column, target_column=target_column, path=path
         )
         rows = (
-            RawPair(_cell(record.values.get(columns.source)), _cell(record.values.get(columns.target)), record.origin)
+            RawPair(
+                _cell(record.values.get(columns.source)), _cell(record.values.get(columns.target)), record.origin,
+                problem=record.problem,
+            )
             for record in records
-        )
+        )  # fmt: skip
     pairs = list(rows)
     if not pairs:
         raise DataError(f"{path}: has no rows", "give a file with rows")
@@ -96,7 +101,7 @@ def read_sources(
     column: str | None = None,
     source: str,
     prefer: str | None = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     split: str = "train",
 ) -> Iterator[TextRow]:
     """Stream the texts to translate, in the language ``source``, their line breaks kept.
@@ -107,21 +112,34 @@ def read_sources(
     ``load_pairs``.
     """
     suffix = Path(path).suffix.lower()
-    if suffix == ".txt":
-        texts: Iterable[tuple[str, str | None]] = _lines(_existing(path), encoding)
+    lines = is_text_file(path)
+    if suffix == ".tmx" or suffix in CATALOGS:
+        reading.allow(path)
+    if lines:
+        texts: Iterable[tuple[str, str | None]] = text_lines(str(_existing(path)), reading)
     elif suffix == ".tmx":
         name = normalize(Path(path).name)
-        texts = ((f"{name}:{unit.line}", unit.texts[0]) for unit in read_tmx(_existing(path), (source,), encoding))
+        texts = (
+            (f"{name}:{unit.line}", unit.texts[0]) for unit in read_tmx(_existing(path), (source,), reading.encoding)
+        )
     elif suffix in CATALOGS:
-        texts = read_catalog_sources(_existing(path), encoding)
+        texts = read_catalog_sources(_existing(path), reading.encoding)
     else:
-        records, names = _table(path, (column,), (prefer,), (source,), encoding, split)
+        records, names = _table(path, (column,), (prefer,), (source,), reading, split)
         used = column or (prefer if prefer in names else None) or _source_column(names, source, path)
         _require(used, names, path, "--source-column")
-        texts = ((record.origin, _cell(record.values.get(used))) for record in records)
-    clean = one_line if suffix == ".txt" else normalize  # what the reader of lines left in one is no line break
+        yield from (_source_row(record, used) for record in records)
+        return
+    clean = one_line if lines else normalize  # what the reader of lines left in one is no line break
     for origin, text in texts:
         yield TextRow(origin, None, "the text is missing") if text is None else TextRow(origin, clean(text), None)
+
+
+def _source_row(record: Record, column: str) -> TextRow:
+    text = _cell(record.values.get(column))
+    if text is None:
+        return TextRow(record.origin, None, record.problem or "the text is missing")
+    return TextRow(record.origin, normalize(text), None)
 
 
 def detect_pair_columns(
@@ -215,19 +233,16 @@ def _table(
     given: Sequence[str | None],
     preferred: Sequence[str | None],
     languages: Sequence[str],
-    encoding: str | None,
+    reading: Reading,
     split: str,
 ) -> tuple[Iterator[Record], list[str]]:
     """Records with nested fields beside the others, and the columns that the first of them have."""
-    if Path(path).suffix.lower() == ".tsv" and Path(path).is_file():
-        first = next((line for line in read_lines(Path(path), encoding, newline="\n") if line.strip()), "")
+    if not reading.is_table and plain_suffix(Path(path)) == ".tsv" and Path(path).is_file():
+        first = next((line for line in read_lines(Path(path), reading.encoding, newline=ROW_ENDS) if line.strip()), "")
         if _has_no_header(first, given, preferred, languages):
-            return _bare_rows(Path(path), encoding), [str(n) for n, _ in enumerate(first.split("\t"), start=1)]
-    records = (Record(r.origin, _flat(r.values)) for r in read_records(path, encoding=encoding, split=split))
-    head = list(itertools.islice(records, _ROWS_FOR_COLUMNS))
-    if not head:
-        raise DataError(f"{path}: has no rows", "give a file with rows")
-    return itertools.chain(head, records), list(dict.fromkeys(name for record in head for name in record.values))
+            reading = replace(reading, delimiter="\t", quoting="none", no_header=True)
+    records = (Record(r.origin, _flat(r.values), r.problem) for r in read_records(path, reading, split=split))
+    return peek(records, path)
 
 
 def _has_no_header(
@@ -243,21 +258,6 @@ def _has_no_header(
     if all(any(_candidates(names, code, usual, None)) for code, usual in zip(languages, sides)):
         return False
     return len(names) == 2 or (len(names) > 2 and bool(preferred) and all(n and n.isdecimal() for n in preferred))
-
-
-def _bare_rows(path: Path, encoding: str | None) -> Iterator[Record]:
-    name, fields = normalize(path.name), 0
-    for number, line in enumerate(read_lines(path, encoding, newline="\n"), start=1):
-        if not line.strip():
-            continue
-        cells = line.rstrip("\r\n").split("\t")
-        fields = fields or len(cells)
-        if len(cells) != fields:
-            raise DataError(
-                f"{path}: line {number} has {len(cells)} fields, the first has {fields}",
-                "separate source and target by one tab, and write none inside a text",
-            )
-        yield Record(f"{name}:{number}", {str(n): cell for n, cell in enumerate(cells, start=1)})
 
 
 def _flat(values: Mapping[str, object]) -> Mapping[str, object]:
@@ -301,23 +301,17 @@ def _escaped(name: str) -> str:
     return re.sub(r"([\[*?])", r"[\1]", name)
 
 
-def _paired_lines(source: Path, target: Path, encoding: str | None) -> Iterator[RawPair]:
-    name, counts = normalize(source.name), [0, 0]
-    files = (read_lines(file, encoding, newline="\n") for file in (source, target))
-    for number, (one, other) in enumerate(itertools.zip_longest(*files), start=1):
-        counts = [counts[0] + (one is not None), counts[1] + (other is not None)]
-        yield RawPair(one and one.rstrip("\r\n"), other and other.rstrip("\r\n"), f"{name}:{number}")
+def _paired_lines(source: Path, target: Path, reading: Reading) -> Iterator[RawPair]:
+    counts = [0, 0]
+    files = (text_lines(str(file), reading) for file in (source, target))
+    for one, other in itertools.zip_longest(*files, fillvalue=("", None)):
+        counts = [counts[0] + (one[1] is not None), counts[1] + (other[1] is not None)]
+        yield RawPair(one[1], other[1], one[0] or other[0])
     if counts[0] != counts[1]:
         raise DataError(
             f"{source} has {counts[0]:,} lines and {target} has {counts[1]:,}",
             "line n of one must be the translation of line n of the other; find where they come apart",
         )
-
-
-def _lines(path: Path, encoding: str | None) -> Iterator[tuple[str, str]]:
-    name = normalize(path.name)
-    for number, line in enumerate(read_lines(path, encoding, newline="\n"), start=1):
-        yield f"{name}:{number}", line.rstrip("\r\n")
 
 
 def _existing(path: str) -> Path:

@@ -13,6 +13,7 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.translation.facts import Translation
 
 if TYPE_CHECKING:
+    from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
@@ -58,7 +59,7 @@ class _Translation:
     ) -> tuple[list[str], list[str]]:
         from deploykit.tasks.translation import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics, held_out)
+        return model_card.head(facts, origin), model_card.results(metrics, held_out) if held_out else []
 
     def export_steps(self) -> ModuleType:
         from deploykit.tasks.translation import export
@@ -120,19 +121,20 @@ class _Translation:
         return grade(predictor, texts, truth, generation)
 
     def evaluate(
-        self, predictor: TextTranslator, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        self, predictor: TextTranslator, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
         generation: Mapping[str, Any], progress: Progress,
     ) -> Evaluation:  # fmt: skip
         from deploykit.tasks.translation.evaluate import evaluate_translator, translated_rows
 
         pairs = translated_rows(
             source, predictor.task, source_column=columns.get("source_column"),
-            target_column=columns.get("target_column"), encoding=encoding, split=split,
+            target_column=columns.get("target_column"), reading=reading, split=split,
         )  # fmt: skip
+        reading.stop_at(pairs.problems)
         return evaluate_translator(predictor, pairs, self.override(predictor.task, generation), progress=progress)
 
     def read_inputs(
-        self, source: str, facts: Translation, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: Translation, *, reading: Reading, columns: Mapping[str, Any]
     ) -> Iterator[TextRow]:
         from deploykit.tasks.translation.read_pairs import read_sources
 
@@ -141,15 +143,15 @@ class _Translation:
             column=columns.get("source_column"),
             source=facts.source,
             prefer=facts.source_column,
-            encoding=encoding,
+            reading=reading,
         )
 
     def read_texts(
-        self, source: str, facts: Translation, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: Translation, *, reading: Reading, columns: Mapping[str, Any]
     ) -> list[tuple[str, str | None]]:
         from deploykit.tasks.translation.evaluate import texts_and_references
 
-        return texts_and_references(source, facts, columns.get("source_column"), columns.get("target_column"), encoding)
+        return texts_and_references(source, facts, columns.get("source_column"), columns.get("target_column"), reading)
 
     def tensors(self, text: str) -> Mapping[str, str]:
         return {"TEXT": text}
@@ -171,7 +173,7 @@ class _Translation:
         from deploykit.tasks.translation.metrics_text import result_text
 
         record = {"before": metrics.get("before", {}).get(held_out), "samples": metrics["samples"]}
-        return record, result_text(metrics, held_out)
+        return record, result_text(metrics, held_out) if held_out else ""
 
     def describe(self, facts: Translation) -> str:
         search = "greedy search" if facts.generation.beam_size == 1 else f"{facts.generation.beam_size} beams"

@@ -87,7 +87,7 @@ class TranslationStage:
             source_column=options.source_column,
             target_column=options.target_column,
             prefer=columns,
-            encoding=options.encoding,
+            reading=options,
             split=split,
         )
 
@@ -127,8 +127,10 @@ class TranslationStage:
         )
         task = dataclasses.replace(task, source_column=rows.columns.source, target_column=rows.columns.target)
         translator = TorchTranslator(model, tokenizer, task)
-        shown = "test" if rows.splits["test"] else "validation"
-        before = _before(translator, rows.splits[shown], work / "before.json", say) if options.model else None
+        shown = rows.held_out
+        before = None
+        if options.model and shown:
+            before = _before(translator, rows.splits[shown], work / "before.json", say)
         train_set = EncodedPairs(translator, rows.splits["train"], max_length=options.max_length)
         if left_out := len(rows.splits["train"]) - len(train_set):
             say(f"  - {left_out:,} training rows left out: longer than --max-length {options.max_length}")
@@ -146,7 +148,7 @@ class TranslationStage:
         }
         if before is not None:
             metrics["before"] = {shown: _metrics(before, rows.splits[shown], task.target)}
-        metrics["samples"] = _samples(rows.splits[shown], after[shown], before)
+        metrics["samples"] = _samples(rows.splits[shown], after[shown], before) if shown else []
         return Trained(task, model, tokenizer, metrics)
 
     def _from_checkpoint(self) -> tuple[Any, Any, Translation]:
@@ -326,12 +328,13 @@ def _train(
     work: Path,
     say: Say,
 ) -> Any:
-    """The model as it was at its best evaluation: highest chrF of greedy search, among equals the lowest loss."""
+    """The model as it was at its best evaluation, if there are any: highest chrF of greedy search, among equals the lowest
+    loss."""
     model, task = translator.model, translator.task
     validation = sorted(validation, key=lambda pair: len(pair.source))  # evaluated in this order, so padded little
-    validation_set = EncodedPairs(translator, validation)
+    validation_set = EncodedPairs(translator, validation) if validation else None
     batches = TokenBatches([max(map(len, row)) for row in train_set.rows], options.batch_tokens, options.seed)
-    longest = max(len(target) for _, target in validation_set.rows)
+    longest = max(len(target) for _, target in validation_set.rows) if validation_set else 0
     own = model.generation_config
     # An untrained model generates no end token: limit the length to what is worth measuring.
     greedy = dataclasses.replace(task.generation, beam_size=1, max_length=min(2 * longest + 8, task.max_target_length))

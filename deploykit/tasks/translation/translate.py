@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
-from deploykit.data.answer_file import (
-    JSON_LINES,
-    Answered,
-    Line,
-    answer_file,
-    is_error,
-    json_line,
-    source_digest,
-    too_long,
-)
+from deploykit.data.answer_file import JSON_LINES, Answered, answer_file, source_digest, too_long
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import TextRow
-from deploykit.errors import DataError, RequestError, UsageError
+from deploykit.errors import UsageError
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.serving_settings import LongInput, Split
+from deploykit.tasks.one_by_one import Refusal, answer_each
 from deploykit.tasks.translation.predictor import TextTranslator
 from deploykit.tasks.translation.rows import one_line, read_sources
 from deploykit.tasks.translation.translated import Translated
@@ -50,12 +44,16 @@ def translations(
     """
     problems = [row.problem or too_long(row.text) for row in rows]
     good = [row.text or "" for row, problem in zip(rows, problems) if problem is None]
-    answered = iter(_translate(translator, good, how, scored=scored))
+
+    def translate(texts: Sequence[str]) -> list[Translated]:
+        return translator.translate(texts, how.generation, long_input=how.long_input, split=how.split, scored=scored)
+
+    answered = iter(answer_each(translate, good))
     records: list[dict[str, Any]] = []
     for row, problem in zip(rows, problems):
-        answer = problem if problem is not None else next(answered)
-        if isinstance(answer, str):
-            records.append({"origin": row.origin, "error": answer})
+        answer = None if problem is not None else next(answered)
+        if not isinstance(answer, Translated):
+            records.append({"origin": row.origin, "error": problem or _told(answer)})
             continue
         fields = dataclasses.asdict(answer)
         translation, score = fields.pop("text"), round(fields.pop("score"), 6)
@@ -73,7 +71,7 @@ def translate_file(
     *,
     identity: str,
     column: str | None = None,
-    encoding: str | None = None,
+    reading: Reading = AS_FOUND,
     force: bool = False,
     progress: Callable[[int, int], None],
 ) -> tuple[Answered, Counter[str]]:
@@ -88,21 +86,31 @@ def translate_file(
     task = translator.task
 
     def rows() -> Iterator[TextRow]:
-        return read_sources(source, column=column, source=task.source, prefer=task.source_column, encoding=encoding)
+        return read_sources(source, column=column, source=task.source, prefer=task.source_column, reading=reading)
 
     finish: Counter[str] = Counter()
 
-    def answer(part: Sequence[TextRow]) -> list[Line]:
+    def answer(part: Sequence[TextRow]) -> list[dict[str, Any]]:
         records = translations(translator, part, how, scored=as_json)
         finish.update(record["finish"] for record in records if "finish" in record)
-        if as_json:
-            return [json_line(record) for record in records]
-        return [Line(one_line(record.get("translation", "")), "error" in record) for record in records]
+        return records
 
-    key = artifacts.digest_of(source_digest(source), column, encoding, identity, dataclasses.asdict(how))
-    failed = is_error if as_json else lambda line: False
-    done = answer_file(rows, answer, out, key=key, failed=failed, force=force, progress=progress, chunk=_CHUNK)
+    key = artifacts.digest_of(source_digest(source), column, reading.key(), identity, dataclasses.asdict(how))
+    done = answer_file(
+        rows, answer, out, key=key, on_error=reading.on_error, force=force, progress=progress, chunk=_CHUNK,
+        finish=None if as_json else _write_text,
+    )  # fmt: skip
     return done, finish
+
+
+def _write_text(answers: Path, out: Path) -> None:
+    """Write the translations of a file of JSON lines to ``out``, a line each; an empty one for a row that failed."""
+    with (
+        answers.open(encoding="utf-8") as lines,
+        artifacts.new_file(out) as path,
+        path.open("w", encoding="utf-8") as file,
+    ):
+        file.writelines(one_line(json.loads(line).get("translation", "")) + "\n" for line in lines)
 
 
 def cut_off(finish: Mapping[str, int], how: How) -> str:
@@ -111,15 +119,8 @@ def cut_off(finish: Mapping[str, int], how: How) -> str:
     return f"{finish['length']:,} of {sum(finish.values()):,} translations were cut off at the length limit{limit}"
 
 
-def _translate(translator: TextTranslator, texts: Sequence[str], how: How, *, scored: bool) -> list[Translated | str]:
-    """Translations, or why there is none: a text that is refused fails alone."""
-    try:
-        return list(
-            translator.translate(texts, how.generation, long_input=how.long_input, split=how.split, scored=scored)
-        )
-    except (DataError, RequestError) as error:
-        if isinstance(error, RequestError) and error.status != 400:
-            raise
-        if len(texts) == 1:
-            return [f"{error.message.removeprefix('text 0: ')} ({error.remedy})" if error.remedy else error.message]
-        return [answer for text in texts for answer in _translate(translator, [text], how, scored=scored)]
+def _told(error: Refusal | None) -> str:
+    """Return why a text was refused, with the remedy."""
+    assert error is not None
+    message = error.message.removeprefix("text 0: ")
+    return f"{message} ({error.remedy})" if error.remedy else message

@@ -6,7 +6,7 @@ import pytest
 
 from deploykit.data.answer_table import write_table
 
-ROWS = [{"id": 7, "text": 'a "b", c', "label": "old"}, {"id": 8, "text": "x\ny", "tags": [1]}]
+ROWS = [{"id": 7, "text": 'a "b", c', "label": "old"}, {"id": 8, "text": "x\ry\ud800", "tags": [1]}]
 ANSWERS = [
     {"origin": "f:1", "text": "a", "label": "pos", "score": 0.75, "scores": {"pos": 0.75}},
     {"origin": "f:2", "error": "the text is empty"},
@@ -30,7 +30,7 @@ def test_answers_stand_beside_the_columns_of_their_rows(tmp_path, name, delimite
         "scores": '{"pos": 0.75}', "error": "",
     }  # fmt: skip
     assert (second["text"], second["tags"], second["predicted_label"], second["error"]) == (
-        "x\ny", "[1]", "", "the text is empty",
+        "x\ry\ufffd", "[1]", "", "the text is empty",
     )  # fmt: skip
 
 

@@ -96,7 +96,7 @@ def test_a_tsv_without_quoting_keeps_each_line_a_row(tmp_path_factory, texts):
     path = write(tmp_path_factory.mktemp("h") / "a.tsv", "text\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows))
     found = values(path)
     assert len(found) == len(rows)
-    if find_layout(path, None).quoting == "none":
+    if find_layout(path).quoting == "none":
         assert found == rows
 
 
@@ -196,3 +196,16 @@ def test_a_folder_of_texts_for_each_label(tmp_path):
         write(tmp_path / "train" / label / "1.txt", f"{label}\ntext")
     assert values(tmp_path) == [("neg\ntext", "neg"), ("pos\ntext", "pos")]
     assert [r.origin for r in read_records(str(tmp_path))] == ["train/neg/1.txt", "train/pos/1.txt"]
+
+
+def test_a_zst_file_that_is_damaged_or_cut_is_refused_and_frames_are_joined(tmp_path):
+    compress = pytest.importorskip("zstandard").ZstdCompressor().compress
+    rows = b"".join(b"%d\tx\n" % number for number in range(50_000))
+    whole = compress(b"text\tlabel\n" + rows) + compress(b"last\tx\n")
+    path = tmp_path / "a.tsv.zst"
+    path.write_bytes(whole)
+    assert len(values(path)) == 50_001
+    for content in (whole[:5000], b"text\tlabel\na\tx\n"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="is damaged"):
+            values(path)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploykit.data.read import read_records
+from deploykit.data.reading import Reading
 from deploykit.errors import DataError, MissingDependencyError, UsageError
 
 
@@ -134,13 +135,13 @@ def test_wrong_encoding_is_cured_by_the_option(tmp_path):
     path = write(tmp_path / "a.csv", "text\ncafé\n".encode("latin-1"))
     with pytest.raises(DataError, match="--encoding latin-1"):
         rows(path)
-    assert rows(path, encoding="latin-1")[0][1] == {"text": "café"}
+    assert rows(path, reading=Reading("latin-1"))[0][1] == {"text": "café"}
 
 
 @pytest.mark.parametrize("encoding", ["no-such", "rot13", "base64", "a\0b"])
 def test_unknown_encoding_is_a_usage_error(tmp_path, encoding):
     with pytest.raises(UsageError, match="is not a known text encoding"):
-        rows(write(tmp_path / "a.csv", "text\nx\n"), encoding=encoding)
+        rows(write(tmp_path / "a.csv", "text\nx\n"), reading=Reading(encoding))
 
 
 def test_file_is_read_whole_for_any_split(tmp_path):

@@ -50,7 +50,7 @@ def test_an_option_of_the_other_task_is_refused(given: dict[str, Any], owner: st
         ({"from_config": "marian-tiny", "lora_r": 4}, "--lora-r is for a checkpoint"),
         ({"from_config": "marian-tiny", "batch_tokens": 1}, "--batch-tokens"),
         ({"model": "m", "label_smoothing_factor": 1.5}, "--label-smoothing-factor is 1.5"),
-        ({"model": "m", "validation_fraction": 0}, "--validation"),
+        ({"model": "m", "validation_fraction": 0, "early_stopping_patience": 2}, "--early-stopping-patience needs"),
         ({"model": "m", "train": ""}, "--train is missing"),
     ],
 )

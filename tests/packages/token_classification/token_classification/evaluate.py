@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deploykit.data.reading import Reading
 from deploykit.data.texts import unanswered
 from deploykit.errors import DataError
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
@@ -18,17 +19,17 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Rows to measure on, duplicates included. ``skipped`` rows lacked words or labels."""
+    """Rows to measure on, duplicates included. ``problems`` name the rows without."""
 
     examples: list[Example]
-    skipped: int
+    problems: tuple[str, ...]
 
 
 def labelled_rows(
-    source: str, task: TokenClassification, words: str | None, labels: str | None, encoding: str | None, split: str
+    source: str, task: TokenClassification, words: str | None, labels: str | None, reading: Reading, split: str
 ) -> LabelledRows:
     """Read rows whose labels the model knows. Raises DataError for another label, or no usable row."""
-    raw, _ = load_examples(source, words, labels, encoding=encoding, split=split)
+    raw, _ = load_examples(source, words, labels, reading=reading, split=split)
     examples = [
         Example(" ".join(row.words), " ".join(row.labels), row.origin)
         for row in raw
@@ -37,20 +38,22 @@ def labelled_rows(
     if not examples:
         raise DataError(f"{source}: no row has both words and as many labels", "give a file of labelled rows")
     check_labels(examples, task.labels, source)
-    return LabelledRows(examples, len(raw) - len(examples))
+    used = {example.origin for example in examples}
+    problems = tuple(f"{row.origin}: words or labels are missing" for row in raw if row.origin not in used)
+    return LabelledRows(examples, problems)
 
 
 def texts_and_labels(
-    source: str, task: TokenClassification, words: str | None, labels: str | None, encoding: str | None
+    source: str, task: TokenClassification, words: str | None, labels: str | None, reading: Reading
 ) -> list[tuple[str, str | None]]:
     """Read texts, with their labels if the source has them."""
     try:
-        rows = labelled_rows(source, task, words, labels, encoding, "test")
+        rows = labelled_rows(source, task, words, labels, reading, "test")
         return [(row.words, row.labels) for row in rows.examples]
     except DataError as no_labels:
         if labels is not None:
             raise
-        return unanswered([row.text for row in read_inputs(source, words, task.words_column, encoding)], no_labels)
+        return unanswered([row.text for row in read_inputs(source, words, task.words_column, reading)], no_labels)
 
 
 def answers(tagger: TextTagger, texts: Sequence[str]) -> list[Answer]:
@@ -82,4 +85,4 @@ def evaluate(tagger: TextTagger, rows: LabelledRows, progress: Progress) -> Eval
     """Label every row and compare."""
     examples = rows.examples
     graded = grade(tagger, [row.words for row in examples], [row.labels for row in examples], progress)
-    return Evaluation(dict(graded.metrics), len(examples), rows.skipped)
+    return Evaluation(dict(graded.metrics), len(examples), rows.problems)

@@ -158,6 +158,6 @@ def _rows(
     """Return labelled rows from a file, or from the splits of the run in ``folder``."""
 
     def read_file(path: str, part: str) -> list[Example]:
-        return labelled_rows(path, task, None, None, options.encoding, part).examples
+        return labelled_rows(path, task, None, None, options, part).examples
 
     return pick_rows(folder, source, split, Example, read_file)

@@ -11,6 +11,7 @@ from pathlib import Path
 from deploykit.data.grouping import group_key
 from deploykit.data.open_text import read_lines
 from deploykit.data.read import read_records
+from deploykit.data.reading import Reading
 from deploykit.data.texts import TextRow, first_usual, peek, read_texts, require_columns, scalar
 from deploykit.errors import DataError
 from deploykit.text import normalize
@@ -72,12 +73,12 @@ class CleaningReport:
 
 
 def load_examples(
-    source: str, words: str | None, labels: str | None, *, encoding: str | None, split: str
+    source: str, words: str | None, labels: str | None, *, reading: Reading, split: str
 ) -> tuple[list[RawExample], Columns]:
     """Read every row of a CoNLL file, or of a source for ``read_records``. Raises DataError."""
     if Path(source).suffix.lower() in CONLL:
-        return list(_conll(Path(source), encoding)), Columns(words or _WORDS[0], labels or _LABELS[0])
-    records, names = peek(read_records(source, encoding=encoding, split=split), source)
+        return list(_conll(Path(source), reading)), Columns(words or _WORDS[0], labels or _LABELS[0])
+    records, names = peek(read_records(source, reading, split=split), source)
     columns = Columns(
         _column(words, _WORDS, names, source, "--words-column"),
         _column(labels, _LABELS, names, source, "--label-column"),
@@ -88,15 +89,15 @@ def load_examples(
     return rows, columns
 
 
-def read_inputs(source: str, words: str | None, trained: str, encoding: str | None) -> Iterator[TextRow]:
+def read_inputs(source: str, words: str | None, trained: str, reading: Reading) -> Iterator[TextRow]:
     """Stream the words of every row, joined by spaces; of a .txt file a line is a row."""
     if Path(source).suffix.lower() == ".txt":
-        yield from read_texts(source, encoding=encoding)
+        yield from read_texts(source, reading=reading)
     elif Path(source).suffix.lower() in CONLL:
-        for row in _conll(Path(source), encoding):
+        for row in _conll(Path(source), reading):
             yield TextRow(row.origin, " ".join(row.words or ()), None)
     else:
-        records, names = peek(read_records(source, encoding=encoding), source)
+        records, names = peek(read_records(source, reading), source)
         column = _column(words, (trained, *_WORDS), names, source, "--words-column")
         for record in records:
             text = " ".join(_parts(record.values.get(column)) or ())
@@ -152,11 +153,11 @@ def split_rows(rows: Sequence[Example], *, validation: float, test: float, seed:
     return parts
 
 
-def _conll(path: Path, encoding: str | None) -> Iterator[RawExample]:
+def _conll(path: Path, reading: Reading) -> Iterator[RawExample]:
     words: list[str] = []
     labels: list[str] = []
     start = 0
-    for number, line in enumerate([*read_lines(path, encoding), ""], start=1):
+    for number, line in enumerate([*read_lines(path, reading.encoding), ""], start=1):
         cells = normalize(line).split()
         if cells and cells[0] != "-DOCSTART-":
             if len(cells) < 2:

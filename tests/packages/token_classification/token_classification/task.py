@@ -13,6 +13,7 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from token_classification.facts import TokenClassification
 
 if TYPE_CHECKING:
+    from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
@@ -61,12 +62,12 @@ class _TokenClassification:
     ) -> tuple[list[str], list[str]]:
         from token_classification import model_card
 
-        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows)
+        return model_card.head(facts, origin), model_card.results(metrics[held_out], rows) if held_out else []
 
     def result(
         self, facts: TokenClassification, metrics: Mapping[str, Any], held_out: str
     ) -> tuple[dict[str, Any], str]:
-        return {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out])
+        return {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out]) if held_out else ""
 
     def export_steps(self) -> ModuleType:
         from token_classification import export
@@ -104,18 +105,18 @@ class _TokenClassification:
         return ServedTagger(name, url)
 
     def read_inputs(
-        self, source: str, facts: TokenClassification, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: TokenClassification, *, reading: Reading, columns: Mapping[str, Any]
     ) -> Iterator[TextRow]:
         from token_classification.rows import read_inputs
 
-        return read_inputs(source, columns.get("words_column"), facts.words_column, encoding)
+        return read_inputs(source, columns.get("words_column"), facts.words_column, reading)
 
     def read_texts(
-        self, source: str, facts: TokenClassification, *, encoding: str | None, columns: Mapping[str, Any]
+        self, source: str, facts: TokenClassification, *, reading: Reading, columns: Mapping[str, Any]
     ) -> list[tuple[str, str | None]]:
         from token_classification.evaluate import texts_and_labels
 
-        return texts_and_labels(source, facts, columns.get("words_column"), columns.get("label_column"), encoding)
+        return texts_and_labels(source, facts, columns.get("words_column"), columns.get("label_column"), reading)
 
     def answer(self, predictor: TextTagger, texts: Sequence[str], generation: None = None) -> list[Answer]:
         from token_classification.evaluate import answers
@@ -128,13 +129,13 @@ class _TokenClassification:
         return grade(predictor, texts, truth)
 
     def evaluate(
-        self, predictor: TextTagger, source: str, *, split: str, encoding: str | None, columns: Mapping[str, Any],
+        self, predictor: TextTagger, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
         generation: Mapping[str, Any], progress: Progress,
     ) -> Evaluation:  # fmt: skip
         from token_classification.evaluate import evaluate, labelled_rows
 
         rows = labelled_rows(
-            source, predictor.task, columns.get("words_column"), columns.get("label_column"), encoding, split
+            source, predictor.task, columns.get("words_column"), columns.get("label_column"), reading, split
         )
         return evaluate(predictor, rows, progress)
 

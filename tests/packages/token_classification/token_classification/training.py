@@ -55,7 +55,7 @@ class TokenClassificationStage:
     def load(self, source: str, split: str, columns: Columns | None) -> tuple[list[RawExample], Columns]:
         options = self._options
         words, labels = (columns.words, columns.labels) if columns else (options.words_column, options.label_column)
-        return load_examples(source, words, labels, encoding=options.encoding, split=split)
+        return load_examples(source, words, labels, reading=options, split=split)
 
     def clean(self, raw: Sequence[RawExample]) -> tuple[list[Example], CleaningReport]:
         return clean(raw)
@@ -95,7 +95,7 @@ class TokenClassificationStage:
             model = trainer.with_adapter(model, options, "TOKEN_CLS", loaded.new)
         tagger = TorchTagger(model, self._tokenizer, task)
         encoded = {name: EncodedRows(tagger, split) for name, split in rows.splits.items() if split}
-        say(f"training on {len(encoded['train']):,} rows, validating on {len(encoded['validation']):,}")
+        say(f"training on {len(encoded['train']):,} rows, validating on {len(rows.splits['validation']):,}")
         model = trainer.run(
             Trainer(
                 model=model,
@@ -104,7 +104,7 @@ class TokenClassificationStage:
                     per_device_train_batch_size=options.per_device_train_batch_size, label_smoothing_factor=options.label_smoothing_factor,
                 ),
                 train_dataset=encoded["train"],
-                eval_dataset=encoded["validation"],
+                eval_dataset=encoded.get("validation"),
                 data_collator=encoded["train"].collate,
                 compute_metrics=lambda given: _measure(task, given.predictions, given.label_ids),
                 callbacks=trainer.callbacks(options, work / "tensorboard", say),

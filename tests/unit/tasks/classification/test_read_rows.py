@@ -23,11 +23,11 @@ def jsonl(path, *rows):
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["sentiment", "confidence", "text"], Columns(("text",), "sentiment")),
-        (["Tweet", "CLASS"], Columns(("Tweet",), "CLASS")),
-        (["title", "body", "stars", "labels"], Columns(("body",), "labels")),
-        (["utterance", "intent"], Columns(("utterance",), "intent")),
-        (["y", "text"], Columns(("text",), "y")),
+        (["sentiment", "confidence", "text"], Columns(("text",), ("sentiment",))),
+        (["Tweet", "CLASS"], Columns(("Tweet",), ("CLASS",))),
+        (["title", "body", "stars", "labels"], Columns(("body",), ("labels",))),
+        (["utterance", "intent"], Columns(("utterance",), ("intent",))),
+        (["y", "text"], Columns(("text",), ("y",))),
     ],
 )
 def test_usual_columns_are_detected(names, expected):
@@ -36,8 +36,8 @@ def test_usual_columns_are_detected(names, expected):
 
 def test_given_columns_win_over_usual_ones():
     names = ["text", "label", "a", "b"]
-    assert detect_columns(names, text=["a", "b"], label="text", source="s") == Columns(("a", "b"), "text")
-    assert detect_columns(["text", "other"], label="text", source="s") == Columns(("other",), "text")
+    assert detect_columns(names, text=["a", "b"], labels=["text"], source="s") == Columns(("a", "b"), ("text",))
+    assert detect_columns(["text", "other"], labels=["text"], source="s") == Columns(("other",), ("text",))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_given_columns_win_over_usual_ones():
         (["text"], {}, "as the label"),
         (["a", "label", "c"], {}, "as the text"),
         (["text", "label"], {"text": ["Text"]}, "no column 'Text'; its columns are 'text', 'label'"),
-        (["text", "label"], {"label": "y"}, "no column 'y'"),
+        (["text", "label"], {"labels": ["y"]}, "no column 'y'"),
     ],
 )
 def test_columns_not_found_are_an_error_with_the_list(names, options, message):
@@ -58,7 +58,7 @@ def test_columns_not_found_are_an_error_with_the_list(names, options, message):
 
 def test_one_column_cannot_be_text_and_label():
     with pytest.raises(UsageError):
-        detect_columns(["text", "label"], text=["text"], label="text", source="s")
+        detect_columns(["text", "label"], text=["text"], labels=["text"], source="s")
 
 
 @pytest.mark.parametrize(
@@ -79,15 +79,15 @@ def test_text_cells(tmp_path, value, text):
 
 def test_preferred_columns_are_used_where_the_source_has_them(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", {"text": "t", "label": "l", "a": "x", "y": "z"})
-    assert load_examples(source, prefer=Columns(("a",), "y"))[1] == Columns(("a",), "y")
-    assert load_examples(source, prefer=Columns(("a", "none"), "none"))[1] == Columns(("text",), "label")
-    assert load_examples(source, label_column="a", prefer=Columns(("a",), "y"))[1] == Columns(("text",), "a")
+    assert load_examples(source, prefer=Columns(("a",), ("y",)))[1] == Columns(("a",), ("y",))
+    assert load_examples(source, prefer=Columns(("a", "none"), ("none",)))[1] == Columns(("text",), ("label",))
+    assert load_examples(source, label_columns=["a"], prefer=Columns(("a",), ("y",)))[1] == Columns(("text",), ("a",))
 
 
 def test_columns_may_first_appear_in_a_later_json_row(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", {"text": "a"}, {"text": "b", "label": "x"})
     examples, columns = load_examples(source)
-    assert columns == Columns(("text",), "label")
+    assert columns == Columns(("text",), ("label",))
     assert [(e.origin, e.label) for e in examples] == [("a.jsonl:1", None), ("a.jsonl:2", "x")]
 
 
@@ -96,7 +96,7 @@ def test_text_columns_are_joined_without_the_missing_ones(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", *({**row, "label": 1} for row in rows))
     examples, columns = load_examples(source, text_columns=["a", "b"], separator=" / ")
     assert [e.text for e in examples] == ["x / y", "y", "x", None]
-    assert columns == Columns(("a", "b"), "label")
+    assert columns == Columns(("a", "b"), ("label",))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_texts_are_read_without_labels_and_every_row_is_answered_for(tmp_path):
     assert list(read_texts(source)) == [
         TextRow("a.jsonl:1", "a b", None),
         TextRow("a.jsonl:2", None, "the text is missing"),
-        TextRow("a.jsonl:3", None, "the text is empty"),
+        TextRow("a.jsonl:3", "", None),
     ]
     assert next(read_texts(jsonl(tmp_path / "b.jsonl", {"only": "x"}))).text == "x"
     with pytest.raises(DataError, match="no column 'y'"):
@@ -145,7 +145,7 @@ def test_text_file_has_one_text_a_line(tmp_path):
     path.write_bytes("one, two\r\n\nثلاثة".encode())
     assert [(r.origin, r.text) for r in read_texts(str(path))] == [
         ("a.txt:1", "one, two"),
-        ("a.txt:2", None),
+        ("a.txt:2", ""),
         ("a.txt:3", "ثلاثة"),
     ]
     path.write_bytes(b"ok\n\xe9\n")

@@ -4,10 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from deploykit.errors import DataError
+from deploykit.errors import DataError, UsageError
+from deploykit.stages.finetune_options import make_options
 from deploykit.tasks.classification.clean import clean
-from deploykit.tasks.classification.rows import Example, check_labels, load_examples
+from deploykit.tasks.classification.evaluate import labelled_rows
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.options import ClassificationOptions
+from deploykit.tasks.classification.rows import Columns, Example, check_labels, load_examples
 from deploykit.tasks.classification.training import kept_order, trained_labels
+from deploykit.tasks.registry import task_to_json
 
 
 def labels_of(folder: Path, cells: list[object], **options: object) -> list[str | None]:
@@ -75,3 +80,63 @@ def test_only_a_checkpoint_with_a_head_has_trained_labels():
     assert trained_labels(config) == ()
     config.architectures = ["BertForSequenceClassification"]
     assert trained_labels(config) == ("LABEL_0",)
+
+
+ONE_HOT = "text,sport,news,rare\na,1,0,0\nb,True,1.0,0\nc,0,0,0\nd,1,,0\n"
+
+
+def test_columns_of_0_and_1_are_labels_where_several_are_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(ONE_HOT)
+    examples, columns = load_examples(str(path), label_columns=("sport", "news", "rare"), multi_label=True)
+    assert columns == Columns(("text",), ("sport", "news", "rare"))
+    assert [(e.text, e.label) for e in examples] == [("a", "sport"), ("b", "news|sport"), ("c", ""), ("d", None)]
+    named = ClassificationOptions(model="m", train="a.csv", multi_label=True, label_column=("sport", "news", "rare"))
+    named.check()
+    assert named.named_labels == ("sport", "news", "rare")  # a label that no row has, too
+
+
+def test_columns_of_other_values_are_refused_with_the_row(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,sport,news\na,1,0\nb,1,maybe\n")
+    with pytest.raises(DataError, match=r"a.csv:3: column 'news' has 'maybe'"):
+        load_examples(str(path), label_columns=("sport", "news"), multi_label=True)
+    with pytest.raises(UsageError, match="several --label-column are for several labels"):
+        load_examples(str(path), label_columns=("sport", "news"))
+    with pytest.raises(UsageError, match="--multi-label"):
+        ClassificationOptions(model="m", train="a.csv", label_column=("sport", "news")).check()
+
+
+def test_a_model_of_several_label_columns_is_measured_by_them(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(ONE_HOT)
+    task = Classification(("news", "rare", "sport"), 8, 0, multi_label=True, label_column=("sport", "news", "rare"))
+    rows = labelled_rows(str(path), task)
+    assert [e.label for e in rows.examples] == ["sport", "news|sport", ""]
+    assert rows.problems == ("a.csv:5: the label is missing",)
+
+
+def test_rows_of_one_label_each_are_measured_as_texts_with_all_their_labels(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\ngoal,sport\nvote,news\nGoal ,news\n")
+    rows = labelled_rows(str(path), Classification(("news", "sport"), 8, 0, multi_label=True))
+    assert [(e.text, e.label) for e in rows.examples] == [("goal", "news|sport"), ("vote", "news")]
+    assert rows.notes == ("3 rows with a label each are 2 texts with all their labels",)
+
+
+def test_a_manifest_holds_one_label_column_as_it_did_before_there_were_several():
+    facts = Classification(("a", "b"), 8, 0, label_column="stars")
+    assert task_to_json(facts)["label_column"] == "stars"
+    assert facts.label_columns == ("stars",)
+
+
+def test_an_option_for_one_value_may_not_be_repeated():
+    assert make_options({"model": "m", "train": "a", "label_column": "x"}).label_column == ("x",)
+    with pytest.raises(UsageError, match="--source-column is given 2 times"):
+        make_options({"task": "translation", "model": "m", "train": "a", "source_column": ("a", "b")})
+
+
+def test_training_for_int8_needs_held_out_rows():
+    options = ClassificationOptions(model="m", train="a", qat=True, validation_fraction=0, test_fraction=0)
+    with pytest.raises(UsageError, match="--qat measures before and after, and no rows are held out"):
+        options.check()

@@ -4,6 +4,7 @@ import tracemalloc
 import polib
 import pytest
 
+from deploykit.data.reading import Reading
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.rows import PairColumns, RawPair, clean_pairs, load_pairs, read_sources
 from deploykit.tasks.translation.tmx import read_tmx
@@ -100,7 +101,7 @@ def test_encoding_is_the_headers_unless_given(tmp_path):
     assert rows[0].target == "Ouvrir le %s où"
     with pytest.raises(DataError, match=r"a.po: line 12, byte offset [0-9]+, is not utf-8"):
         load(write(tmp_path / "a.po", PO.replace("« %s »", "où"), "latin-1"))
-    assert load(str(tmp_path / "a.po"), encoding="latin-1")[0][0].target == "Ouvrir où"
+    assert load(str(tmp_path / "a.po"), reading=Reading("latin-1"))[0][0].target == "Ouvrir où"
 
 
 @pytest.mark.parametrize(("header", "target"), [("de", "fr"), ("fr", "pt_BR"), ("en", "fra_Latn")])
@@ -193,9 +194,9 @@ def test_old_lang_attribute_and_other_encodings_are_read(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "latin-1", "cp1252"):
         declared = text.replace('version="1.0"', f'version="1.0" encoding="{encoding.removesuffix("-sig")}"')
         assert load(write(tmp_path / "a.tmx", declared, encoding))[0] == [RawPair("summer", "été", "a.tmx:3")], encoding
-    assert load(write(tmp_path / "a.tmx", text, "latin-1"), encoding="latin-1")[0][0].target == "été"
+    assert load(write(tmp_path / "a.tmx", text, "latin-1"), reading=Reading("latin-1"))[0][0].target == "été"
     with pytest.raises(UsageError, match="not a known"):
-        load(str(tmp_path / "a.tmx"), encoding="klingon")
+        load(str(tmp_path / "a.tmx"), reading=Reading("klingon"))
 
 
 def test_inline_codes_are_left_out(tmp_path):

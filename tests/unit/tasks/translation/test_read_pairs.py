@@ -162,7 +162,7 @@ def test_numbers_choose_columns_of_a_wider_tsv_without_a_header(tmp_path):
 
 
 def test_line_with_another_number_of_fields_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"a.tsv: line 3 has 3 fields, the first has 2"):
+    with pytest.raises(DataError, match=r"a.tsv: the row at line 3 has 3 fields, the first row has 2"):
         load(write(tmp_path / "a.tsv", "a\tb\nc\td\ne\tf\tg\n"))
 
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deploykit.data.answer_file import answer_file, is_error, json_line
+from deploykit.data.answer_file import answer_file
 from deploykit.data.texts import TextRow
 from deploykit.errors import ArtifactError, DataError
 from deploykit.runtime.generation import Generation
@@ -184,10 +184,10 @@ def test_unfinished_output_of_another_model_is_refused_and_replaced_with_force(t
         def answer(part: Any) -> Any:
             if stop is not None and part[0].origin == f"r{stop}":
                 raise KeyboardInterrupt
-            return [json_line({"origin": row.origin, "by": model}) for row in part]
+            return [{"origin": row.origin, "by": model} for row in part]
 
         return answer_file(
-            lambda: iter(rows), answer, out, key=model * 20, failed=is_error, force=force, progress=lambda *_: None
+            lambda: iter(rows), answer, out, key=model * 20, on_error="skip", force=force, progress=lambda *_: None
         )
 
     with pytest.raises(KeyboardInterrupt):
