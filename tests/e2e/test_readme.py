@@ -55,7 +55,8 @@ def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, 
     (tmp_path / "pairs.tsv").symlink_to(pairs)
     write_checkpoint(tmp_path / "smollm2", template=CHATML)
     write_rows(tmp_path / "commands.jsonl")
-    script = ["set -euo pipefail"]
+    # Each command is shown with the second at which it begins. Servers end with the script, else it would not end.
+    script = ["set -euo pipefail", "trap 'kill $(jobs -p) 2>/dev/null || true' EXIT", "PS4='[$SECONDS s] '; set -x"]
     for language, block in _docs_blocks():
         script.append(block if language == "bash" else f"python - <<'PYTHON'\n{block}PYTHON")
     # Wait by process id: the shell forgets a job that ends during another wait.

@@ -17,6 +17,8 @@ from paths import ROOT
 
 import deploykit
 from deploykit import errors
+from deploykit.graphs.export_options import ExportOptions
+from deploykit.stages.finetune_options import make_options
 from deploykit.tasks.types import Answer
 
 
@@ -83,6 +85,15 @@ def test_the_wheel_says_that_it_is_typed() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "py.typed" in done.stdout
     assert (ROOT / "deploykit" / "py.typed").is_file()
+
+
+def test_numbers_are_the_same_options_as_those_of_a_command() -> None:
+    typed = make_options({"train": "a.csv", "num_train_epochs": 1.0, "warmup_ratio": 0.0, "max_length": 64})
+    called = make_options({"train": "a.csv", "num_train_epochs": 1, "warmup_ratio": 0, "max_length": 64})
+    assert json.dumps(dataclasses.asdict(called)) == json.dumps(dataclasses.asdict(typed))
+    assert json.dumps(dataclasses.asdict(ExportOptions(max_drop=3))) == json.dumps(
+        dataclasses.asdict(ExportOptions(max_drop=3.0))
+    )
 
 
 def test_predict_answers_with_every_field(tiny_export: Path) -> None:
