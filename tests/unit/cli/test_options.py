@@ -34,6 +34,8 @@ SHARED = {
     "--seed": "of the random choices that the help names",
     "--top-k": "how many candidates: tokens to sample from, or answers to give",
     "--input": "rows to answer; the formats are those of the task",
+    "--answer-regex": "of the answers to held-out rows, or to the rows given",
+    "--syntax": "as --answer-regex",
 }
 """Options whose type or help differs between commands on purpose, and the one meaning that they have."""
 
