@@ -52,8 +52,10 @@ class TextGenerationOptions(FinetuneOptions):
     use_rslora: bool = _told("Scale an adapter by the root of its rank (rsLoRA).", False)
     neftune_noise_alpha: float = _told("Noise on the embeddings while training (NEFTune); 0: off.", 0.0)
     gradient_checkpointing: bool = _told("Recompute activations: less memory for more time.", False)
-    answer_regex: str | None = _told("Compare only the last match of this (its first group) in held-out answers.", None)
-    syntax: str | None = _told("Count the held-out answers that parse.", None, SYNTAXES)
+    answer_regex: str | None = _told(
+        "Compare only the last match of this (its first group) in generated answers.", None
+    )
+    syntax: str | None = _told("Count the generated answers that parse.", None, SYNTAXES)
     eval_rows: int = 32
     held_out_rows: int = 500
 
