@@ -9,7 +9,7 @@ BIN := .venv/bin
 help:
 	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
 	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
-	@echo "make demo-generation   fine-tune a small language model to write shell commands, to INT8 (half an hour)"
+	@echo "make demo-generation   fine-tune a small language model to write shell commands, to INT8"
 	@echo "make test   all tests that need no GPU"
 	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, in environments of their own (minutes)"
 	@echo "make bench  measure both demos' models against other tools, on a quiet machine (an hour)"

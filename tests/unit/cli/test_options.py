@@ -28,14 +28,14 @@ SHARED = {
     "--target-column": "as --text-column",
     "--prompt-column": "as --text-column",
     "--completion-column": "as --text-column",
+    "--answer-regex": "of generated answers; in a training run those of one task",
+    "--syntax": "as --answer-regex",
     "--num-beams": "of one search, or of the model that is trained",
     "--source-lang": "of the pairs to train on, or of a checkpoint that was trained elsewhere",
     "--target-lang": "as --source-lang",
     "--seed": "of the random choices that the help names",
     "--top-k": "how many candidates: tokens to sample from, or answers to give",
     "--input": "rows to answer; the formats are those of the task",
-    "--answer-regex": "of the answers to held-out rows, or to the rows given",
-    "--syntax": "as --answer-regex",
 }
 """Options whose type or help differs between commands on purpose, and the one meaning that they have."""
 
