@@ -30,6 +30,7 @@ Quoting = Literal["minimal", "escaped", "none"]
 """How a quote is meant: it encloses a field and "" stands for one inside; the same with \\" inside; or a character."""
 
 _ESCAPE = re.compile(r'\\(["\\])')
+_SEP_LINE = re.compile(r"sep=(.)", re.IGNORECASE)  # with which Excel's users begin a file
 _DELIMITERS = (";", "\t", "|")
 _DELIMITER_NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "pipes"}
 # A column with more distinct values cannot show whether a line is a separate row.
@@ -40,7 +41,7 @@ _MOST_VALUES = 1000
 class Layout:
     """How to read a delimited file, and what was found while looking.
 
-    ``above`` counts blank lines before the first row, which is the ``header`` unless that is False. ``columns`` are the
+    ``above`` counts the lines before the first row, which is the ``header`` unless that is False. ``columns`` are the
     named ones; further cells are only counted in ``beyond``. ``spanning`` rows have a field of several lines; the first
     begins at line ``first_spanning``.
     """
@@ -106,14 +107,15 @@ def find_layout(path: Path, reading: Reading = AS_FOUND) -> Layout:
 @lru_cache(maxsize=64)
 def _find_layout(path: Path, reading: Reading, version: object) -> Layout:
     encoding = reading.encoding
-    above, first = next(
-        ((n, line) for n, line in enumerate(read_lines(path, encoding, newline=ROW_ENDS)) if line.strip()), (0, "")
-    )
+    lines = ((n, line) for n, line in enumerate(read_lines(path, encoding, newline=ROW_ENDS)) if line.strip())
+    above, first = next(lines, (0, ""))
+    if told := _SEP_LINE.fullmatch(first.rstrip("\r\n")):
+        above, first = next(lines, (0, ""))
     if not first:
         raise DataError(
             f"{path}: is empty", "give a file with rows" if reading.no_header else "give a file with a header and rows"
         )
-    delimiter = reading.delimiter or _delimiter(path, first)
+    delimiter = reading.delimiter or (told[1] if told else _delimiter(path, first))
     if reading.quoting == "none":
         given = _named(path, Layout(delimiter, "none", above, ()), reading)
         return _scan(path, encoding, given) or given

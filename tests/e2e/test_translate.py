@@ -121,8 +121,9 @@ def test_a_killed_translation_of_a_file_is_resumed(
 
     original = answers._appending
 
-    def killed(partial: Path, failed: Callable[[bytes], bool]) -> object:
-        partial.write_text("".join(line + "\n" for line in whole.splitlines()[:25]) + "half a li")
+    def killed(partial: Path) -> object:
+        records = [json.dumps({"translation": line}) for line in whole.splitlines()[:25]]
+        partial.write_text("\n".join([*records, '{"half a li']))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(answers, "_appending", killed)

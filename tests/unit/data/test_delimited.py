@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from deploykit.data.delimited import find_layout
 from deploykit.data.read import read_records, reading_notes
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.errors import DataError
 
 
-def values(path: Path) -> list[tuple[object, ...]]:
-    return [tuple(record.values.values()) for record in read_records(str(path))]
+def values(path: Path, reading: Reading = AS_FOUND) -> list[tuple[object, ...]]:
+    return [tuple(record.values.values()) for record in read_records(str(path), reading)]
 
 
 def write(path: Path, text: str) -> Path:
@@ -53,6 +54,11 @@ def test_backslash_escaped_quotes(tmp_path):
 
 def test_pipes_separate(tmp_path):
     assert values(write(tmp_path / "a.csv", "text|label\na, b|x\n")) == [("a, b", "x")]
+
+
+def test_a_line_that_tells_excel_the_separator_is_no_header(tmp_path):
+    assert values(write(tmp_path / "a.csv", "sep=;\ntext;label\na, b;x\n")) == [("a, b", "x")]
+    assert values(write(tmp_path / "b.csv", "sep=;\r\n\r\na, b;x\r\n"), Reading(no_header=True)) == [("a, b", "x")]
 
 
 def test_repeated_headers_are_dropped_and_counted(tmp_path):
