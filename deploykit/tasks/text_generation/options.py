@@ -48,9 +48,9 @@ class TextGenerationOptions(FinetuneOptions):
     neftune_noise_alpha: float = described(0.0, "Noise on the embeddings while training (NEFTune); 0: off.")
     gradient_checkpointing: bool = described(False, "Recompute activations: less memory for more time.")
     answer_regex: str | None = described(
-        None, "Compare only the last match of this (its first group) in held-out answers."
+        None, "Compare only the last match of this (its first group) in generated answers."
     )
-    syntax: str | None = described(None, "Count the held-out answers that parse.", SYNTAXES)
+    syntax: str | None = described(None, "Count the generated answers that parse.", SYNTAXES)
     eval_rows: int = 32
     held_out_rows: int = 500
 
