@@ -16,7 +16,7 @@ from translators import FAMILIES, LONGEST, SEARCHES, Case, case, decode, generat
 
 from deploykit.errors import CorruptArtifactError, EngineError
 from deploykit.graphs.families import read_architecture
-from deploykit.graphs.native_writer import native_lacks, save_native
+from deploykit.graphs.native_writer import save_native
 from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
 from deploykit.runtime.choice import select
 from deploykit.runtime.decoding import Decoder, Sentence
@@ -31,9 +31,6 @@ from deploykit.runtime.generation import Generation
 pytestmark = pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
 __all__ = ["case"]
 
-RUN = [family for family in FAMILIES if family != "marian, heads of 12"]
-"""The families that native runs."""
-
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -45,7 +42,7 @@ def logits_of(model: Any, sources: Sequence[Sequence[int]]) -> Floats:
     return found
 
 
-@pytest.mark.parametrize("family", RUN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_ranges_only_embedding_and_caches_are_rounded(family: str, tmp_path: Path) -> None:
     """All else is float32. T5 has the weights that it is begun with: the larger ones of other tests make so much of a
     rounded key that nothing could be told."""
@@ -62,13 +59,7 @@ def test_without_ranges_only_embedding_and_caches_are_rounded(family: str, tmp_p
     assert np.abs(found - expected).mean() / expected.std() < 0.02
 
 
-def test_heads_of_another_size_are_refused() -> None:
-    assert native_lacks(read_architecture(FAMILIES["marian"]())) is None
-    lacks_it = native_lacks(read_architecture(FAMILIES["marian, heads of 12"]()))
-    assert lacks_it == "its heads have 12 values, and native takes 4 or a multiple of 8"
-
-
-@pytest.mark.parametrize("family", RUN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_in_int8_it_is_as_near_to_fp32_as_onnx_runtime_is(case: Callable[[str], Case], family: str) -> None:
     c = case(family)
     sources = c.sources[:8]
@@ -123,6 +114,22 @@ def test_it_chooses_what_its_logits_say(case: Callable[[str], Case], search: str
     found = results(decode(c, generation, engine=open_engine(c, "native", 1), max_rows=16))
     assert [ids for ids, _ in found] == [ids for ids, _ in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4, rel=1e-4)
+
+
+def test_a_penalty_in_the_company_moves_no_bit_of_another_row(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    others = [generation_of(SEARCHES[name]) for name in ("greedy", "early stopping")]
+    penalized = [
+        Generation(max_length=LONGEST, repetition_penalty=1.5),
+        Generation(beam_size=2, max_length=LONGEST, repetition_penalty=0.7),
+    ]
+    kinds = [*others, *penalized]
+    alone = [Sentence(source, kinds[i % 4]) for i, source in enumerate(c.sources)]
+    for sentence in alone:
+        Decoder(open_engine(c, "native", 1), c.task).run([sentence])
+    together = [Sentence(source, kinds[i % 4]) for i, source in enumerate(c.sources)]
+    Decoder(open_engine(c, "native", 1), c.task, max_rows=24).run(together)
+    assert results(together) == results(alone)
 
 
 def test_beams_change_hands_while_other_searches_come_and_go(case: Callable[[str], Case]) -> None:

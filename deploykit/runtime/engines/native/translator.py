@@ -243,18 +243,28 @@ class NativeModel:
 
         The array is the model's own: the next step overwrites it, and the caller may change it.
         """
-        if len(self._logits) < self.rows:
-            self._logits = np.empty((self._capacity, self.vocabulary), np.float32)
-        self._choice, self._choice_of = _Choice(logits=self._logits.ctypes.data), None
+        self._choice, self._choice_of = _Choice(logits=self._room_for_logits().ctypes.data), None
         self._step(tokens)
         return self._logits[: self.rows]
 
+    def _room_for_logits(self) -> Floats:
+        if len(self._logits) < self.rows:
+            self._logits = np.empty((self._capacity, self.vocabulary), np.float32)
+        return self._logits
+
     def choose(self, tokens: Ints, choice: Choice) -> tuple[Floats, Ints]:
         """Feed each row its next token; returns what ``select`` does of the logits."""
-        if choice.penalties or choice.best > _MOST_BEST:
+        if choice.best > _MOST_BEST:
             return select(self.step(tokens), choice, self.best)
         values, ids = self._lay(choice)
+        if not choice.penalties:
+            self._step(tokens)
+            return values, ids
+        # The library knows no penalties. It answers every row, so that others' scores are to the bit what they are alone.
+        self._choice.logits, self._choice_of = self._room_for_logits().ctypes.data, None
         self._step(tokens)
+        rows = sorted({row for row, _, _ in choice.penalties})
+        values[rows], ids[rows] = select(self._logits[rows], choice.of_rows(rows), self.best)
         return values, ids
 
     def run_greedily(self, texts: Texts, choice: Choice, most: int) -> int:
