@@ -91,9 +91,13 @@ def _other_options(function: Callable[..., Result]) -> Callable[..., Result]:
 @_option("--validation", help="Rows that the best step is chosen by (default: split off --train).")
 @_option("--test", help="Rows that the result is measured on (default: split off --train).")
 @OUTPUT_DIR
-@_option("--text-column", multiple=True, help="Text column; repeat to join several, in this order (default: detected).")
+@_option(
+    "--text-column",
+    multiple=True,
+    help="Text column (default: detected). Two are a pair: the tokenizer reads both, with its separator between.",
+)
 @_option("--label-column", help="Label column (default: detected).")
-@_option("--text-separator", help="Separator of several text columns.")
+@_option("--text-separator", help="Join the text columns into one text, with this between.")
 @_option("--multi-label", is_flag=True, help="Allow any number of labels per row: a list, or names separated by |.")
 @_option(
     "--labels",

@@ -23,7 +23,7 @@ from deploykit.cli.common import (
     refuse_columns,
     target_and_texts,
 )
-from deploykit.errors import DataError
+from deploykit.errors import DataError, UsageError
 
 
 @deploykit_command(
@@ -34,6 +34,9 @@ from deploykit.errors import DataError
     "--input",
     "source",
     help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet; for questions SQuAD's JSON.",
+)
+@click.option(
+    "--text-pair", "pairs", multiple=True, help="Second text of the pair that a text begins; one for each text."
 )
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
 @column_options(inputs_only=True)
@@ -50,6 +53,7 @@ def command(
     model: str,
     source: str | None,
     output: Path | None,
+    pairs: tuple[str, ...],
     columns: dict[str, Any],
     generation: dict[str, Any],
     encoding: str | None,
@@ -68,7 +72,12 @@ def command(
         refuse_columns(task, columns, generation)
         search = task.override(predictor.task, generation) if generation else None
         if source is None or output is None:
-            answered = answer_rows(predictor, rows_of(texts), search)
+            asked = list(zip(texts, pairs)) if pairs else texts
+            if pairs and len(pairs) != len(texts):
+                raise UsageError(
+                    f"there are {len(texts)} texts and {len(pairs)} of --text-pair", "give as many of each"
+                )
+            answered = answer_rows(predictor, rows_of(asked, predictor.task), search)
             lines = "\n".join(row.line() for row in answered)
             if all(row.answer is None for row in answered):
                 raise DataError(lines, "give another text")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from deploykit.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of texts, unpadded, and the types of the tokens: 1 for those of a pair's second text."""
+
+    ids: list[list[int]]
+    types: list[list[int]]
 
 
 class TextTokenizer:
@@ -28,6 +37,7 @@ class TextTokenizer:
         saved = self._tokenizer.truncation or {}
         self._tokenizer.enable_truncation(max_length, direction=saved.get("direction", "right"))
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+    def encode(self, texts: Sequence[tuple[str, ...]]) -> Encoded:
+        """Return the tokens of each text, or pair of texts."""
+        found = self._tokenizer.encode_batch_fast([text if len(text) > 1 else text[0] for text in texts])
+        return Encoded([encoding.ids for encoding in found], [encoding.type_ids for encoding in found])

@@ -21,7 +21,7 @@ from deploykit.data.answer_file import (
 from deploykit.data.answer_table import TABLES
 from deploykit.data.texts import TextRow, row_columns
 from deploykit.errors import DataError, RequestError, UsageError
-from deploykit.tasks.protocol import Answer, Predictor, Progress
+from deploykit.tasks.protocol import Answer, Predictor, Progress, TaskFacts
 from deploykit.tasks.registry import task_of
 from deploykit.text import printable
 
@@ -50,11 +50,16 @@ class AnsweredRow:
         return self.answer.text if score is None else f"{self.answer.text or '-':<16} {score:.4f}  {asked}"
 
 
-def rows_of(texts: Sequence[str]) -> list[TextRow]:
-    """Return texts as rows, named by their numbers from 1; one without a character has a problem."""
+def rows_of(texts: Sequence[str | tuple[str, str]], facts: TaskFacts) -> list[TextRow]:
+    """Return texts as rows, named by their numbers from 1; one without a character has a problem.
+
+    Two texts are one input of a model of pairs. Raises UsageError where the model reads one.
+    """
+    task = task_of(facts)
+    asked = (text if isinstance(text, str) else task.as_text(facts, *text) for text in texts)
     return [
         TextRow(f"text {i}", text or None, None if text else "the text is empty")
-        for i, text in enumerate((printable(text).strip() for text in texts), start=1)
+        for i, text in enumerate((printable(text).strip() for text in asked), start=1)
     ]
 
 

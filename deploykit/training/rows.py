@@ -119,12 +119,21 @@ def absolute(source: str) -> str:
 
 
 def write_splits(folder: Path, splits: Mapping[str, Sequence[Any]]) -> None:
-    """Each split that has rows as a file of JSON lines, a line the fields of a row."""
+    """Write each split that has rows as a file of JSON lines."""
     folder.mkdir()
     for name, rows in splits.items():
         if rows:
-            lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows)
+            lines = (json.dumps(row_record(row), ensure_ascii=False) for row in rows)
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def row_record(row: Any) -> dict[str, Any]:
+    """Return the fields of a row, without those that are None by default and here."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(row)
+        if (value := getattr(row, field.name)) is not None or field.default is not None
+    }
 
 
 def read_split(checkpoint: Path, name: str, kind: type[Row]) -> list[Row]:

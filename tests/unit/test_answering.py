@@ -82,6 +82,6 @@ def test_a_record_shows_the_question_without_its_context() -> None:
 
 
 def test_texts_keep_the_places_of_their_characters() -> None:
-    (accent, control, empty) = rows_of(["e\u0301t\u00e9", "a\x00b", " \x00 "])
+    (accent, control, empty) = rows_of(["e\u0301t\u00e9", "a\x00b", " \x00 "], Classification(("no", "yes"), 8, 0))
     assert (accent.text, control.text, empty.text) == ("e\u0301t\u00e9", "a b", None)
     assert empty.problem == "the text is empty"

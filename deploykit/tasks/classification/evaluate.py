@@ -12,10 +12,10 @@ from deploykit.data.texts import read_texts, unanswered
 from deploykit.errors import DataError
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
+from deploykit.tasks.classification.pairs import read_pairs
 from deploykit.tasks.classification.predictor import TextClassifier
-from deploykit.tasks.classification.rows import Columns, Example, check_labels, check_numbers, load_examples
+from deploykit.tasks.classification.rows import Columns, Example, check_labels, check_numbers, load_examples, usable
 from deploykit.tasks.protocol import Evaluation, Grade
-from deploykit.text import normalize
 
 _CHUNK = 1024
 _GRADED = 256
@@ -49,6 +49,7 @@ def labelled_rows(
         label_column=label_column,
         prefer=Columns(task.text_columns, task.label_column),
         separator=task.text_separator,
+        pair=task.pair,
         multi_label=task.multi_label,
         labels=task.labels,
         label_separator=task.label_separator,
@@ -56,12 +57,12 @@ def labelled_rows(
         split=split,
     )
     examples = [
-        Example(text, row.label, row.origin)
+        example
         for row in raw
         if row.text is not None
         and row.label is not None
         and (row.label or task.multi_label)
-        and (text := normalize(row.text))
+        and (example := usable(row, row.label)) is not None
     ]
     if not examples:
         raise DataError(f"{source}: no row has both a text and a label", "give a file of labelled rows")
@@ -79,7 +80,7 @@ def evaluate(
     examples = rows.examples
     scores = []
     for start in range(0, len(examples), _CHUNK):
-        scores.append(predictor.scores([e.text for e in examples[start : start + _CHUNK]]))
+        scores.append(predictor.scores([e.asked for e in examples[start : start + _CHUNK]]))
         progress(min(start + _CHUNK, len(examples)), len(examples))
     truth = predictor.task.targets([e.label for e in examples])
     metrics = classification_metrics(predictor.task, truth, np.concatenate(scores))
@@ -110,9 +111,12 @@ def texts_and_labels(
     """Read texts, and their labels where the source has them."""
     try:
         rows = labelled_rows(source, task, text_columns=text_columns, label_column=label_column, encoding=encoding)
-        return [(e.text, e.label) for e in rows.examples]
+        return [(e.asked, e.label) for e in rows.examples]
     except DataError as no_labels:
         if label_column is not None:
             raise
-        texts = read_texts(source, text_columns or None, task.text_separator, encoding=encoding)
+        if task.pair:
+            texts = read_pairs(source, text_columns, encoding)
+        else:
+            texts = read_texts(source, text_columns or None, task.text_separator, encoding=encoding)
         return unanswered([row.text for row in texts], no_labels)

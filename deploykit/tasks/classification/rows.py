@@ -24,7 +24,8 @@ from deploykit.data.texts import (
     scalar,
 )
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.classification.facts import LABEL_SEPARATOR
+from deploykit.tasks.classification.facts import LABEL_SEPARATOR, as_text
+from deploykit.tasks.classification.pairs import detect_pair, paired
 from deploykit.text import normalize
 
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,15}\.0+|[+-]?[0-9]{1,15}")
@@ -33,7 +34,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class Columns:
-    """Where text and label stand in a source; several text columns are joined."""
+    """Where text and label stand in a source; several text columns are joined, or two are a pair."""
 
     text: tuple[str, ...]
     label: str
@@ -41,20 +42,30 @@ class Columns:
 
 @dataclass(frozen=True)
 class RawExample:
-    """A row as read; None is a missing text or label."""
+    """A row as read; None is a missing text or label. ``text_pair`` is the second text of a pair."""
 
     text: str | None
     label: str | None
     origin: str
+    text_pair: str | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """A usable row. A multi-label ``label`` is its sorted unique names joined by ``|``, "" for none."""
+    """A usable row. A multi-label ``label`` is its sorted unique names joined by ``|``, "" for none.
+
+    ``text_pair`` is the second text of a pair.
+    """
 
     text: str
     label: str
     origin: str
+    text_pair: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """What a model is asked: the text, or the pair as one text."""
+        return self.text if self.text_pair is None else as_text(self.text, self.text_pair)
 
 
 def load_examples(
@@ -64,6 +75,7 @@ def load_examples(
     label_column: str | None = None,
     prefer: Columns | None = None,
     separator: str = " ",
+    pair: bool = False,
     multi_label: bool = False,
     labels: Sequence[str] = (),
     label_separator: str | None = None,
@@ -75,7 +87,7 @@ def load_examples(
     Columns not given are those of ``prefer`` where the source has them, else detected. Numbers become text: 1 and 1.0 are
     both "1". NaN, null and nested values are missing. A multi-label cell is a list of names (also written as text, as in
     "['a', 'b']"), names separated by ``label_separator`` (None: by ``|``), or a list of 0 and 1 with one for each of
-    ``labels``. Labels that differ only as 0 and 0.0 or True and true do are one.
+    ``labels``. With ``pair`` two text columns are the two texts of a pair, and one holds pairs as JSON. Labels that differ only as 0 and 0.0 or True and true do are one.
 
     Raises:
         DataError: an unreadable source, no rows, no such column, a list where one label is wanted, lists of 0 and 1
@@ -89,6 +101,8 @@ def load_examples(
             text_columns = prefer.text
         if label_column is None and prefer.label in names and prefer.label not in text_columns:
             label_column = prefer.label
+    if pair and not text_columns:
+        text_columns = detect_pair(names)
     columns = detect_columns(names, text=text_columns, label=label_column, source=source)
     rows = list(records)
     if multi_label:
@@ -105,15 +119,22 @@ def load_examples(
     else:
         named = [_label(record, columns.label) for record in rows]
     spelled = _one_spelling({name for label in named for name in label or ()})
-    examples = [
-        RawExample(
-            joined(record, columns.text, separator),
-            None if label is None else LABEL_SEPARATOR.join(sorted({spelled[name] for name in label})),
-            record.origin,
-        )
-        for record, label in zip(rows, named)
-    ]
+    examples = []
+    for record, names_of in zip(rows, named):
+        label = None if names_of is None else LABEL_SEPARATOR.join(sorted({spelled[name] for name in names_of}))
+        if pair:
+            text, text_pair = paired(record, columns.text) or (None, None)
+        else:
+            text, text_pair = joined(record, columns.text, separator), None
+        examples.append(RawExample(text, label, record.origin, text_pair))
     return examples, columns
+
+
+def usable(row: RawExample, label: str) -> Example | None:
+    """Return a row with its texts normalized and ``label``; None where no text is left."""
+    assert row.text is not None
+    text, text_pair = normalize(row.text), None if row.text_pair is None else normalize(row.text_pair)
+    return Example(text, label, row.origin, text_pair) if text or text_pair else None
 
 
 def detect_columns(names: Sequence[str], *, text: Sequence[str] = (), label: str | None = None, source: str) -> Columns:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit.errors import UsageError
 from deploykit.runtime.protobuf_text import quoted
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
-from deploykit.tasks.question_answering.facts import QuestionAnswering, from_text
+from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text, from_text
 
 if TYPE_CHECKING:
     from deploykit.data.texts import TextRow
@@ -92,6 +92,9 @@ class _QuestionAnswering:
 
         return QUESTION_ANSWERING.substitute(values, task=quoted(record))
 
+    def as_text(self, facts: QuestionAnswering, first: str, second: str) -> str:
+        return as_text(first, second)
+
     def answer(self, predictor: TextAnswerer, texts: Sequence[str], generation: int | None = None) -> list[Answer]:
         """``generation`` is the number of answers to each question."""
         from deploykit.tasks.question_answering.answers import answers
@@ -125,7 +128,7 @@ class _QuestionAnswering:
 
         return texts_and_answers(source, encoding)
 
-    def tensors(self, text: str) -> Mapping[str, str]:
+    def tensors(self, facts: QuestionAnswering, text: str) -> Mapping[str, str]:
         question, context = from_text(text)
         return {"QUESTION": question, "CONTEXT": context}
 

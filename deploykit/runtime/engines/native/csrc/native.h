@@ -76,7 +76,7 @@ typedef struct {
 } Batch;
 
 typedef struct {
-    float *logits;              /* [rows][vocabulary], if all are wanted; else NULL, and: */
+    float *logits;              /* [rows][vocabulary], if all are wanted, or NULL; and unless ``best`` is 0: */
     const int32_t *forced;      /* [rows]: a token that must come, or -1 */
     const int32_t *forbidden;   /* tokens of each row in turn, ascending */
     const int32_t *begin;       /* [rows + 1]: where each row's forbidden ones begin */
@@ -159,6 +159,7 @@ struct Context {
     const Batch *batch;
     const Choice *choice;
     const int64_t *ids;
+    const int32_t *places; /* [tokens]: of each in a classifier's ``positions`` */
     const int32_t *starts; /* [texts + 1] */
     int8_t **cross;
     int texts, rows;
