@@ -24,7 +24,14 @@ from deploykit.triton.in_process import InProcessModel
 from deploykit.triton.kserve import KServeServer
 from deploykit.triton.repository import package, read_config
 
-PAIRS = [("w1 w2 w3", "w1"), ("w1", "w1 w2 w3"), ("", "w5"), ("w9 " * 40, "w7 " * 40), ('w3 "w4" | w5', "w6\nw7")]
+PAIRS = [
+    ("w1 w2 w3", "w1"),
+    ("w1", "w1 w2 w3"),
+    ("", "w5"),
+    ("w9 " * 40, "w7 " * 40),
+    ("w9 w1 " * 300, "w7 w8 w2 " * 200),
+    ('w3 "w4" | w5', "w6\nw7"),
+]
 
 
 def run(*words: object) -> tuple[int, str]:
