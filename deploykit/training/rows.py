@@ -129,11 +129,8 @@ def write_splits(folder: Path, splits: Mapping[str, Sequence[Any]]) -> None:
 
 def row_record(row: Any) -> dict[str, Any]:
     """Return the fields of a row, without those that are None by default and here."""
-    return {
-        field.name: value
-        for field in dataclasses.fields(row)
-        if (value := getattr(row, field.name)) is not None or field.default is not None
-    }
+    optional = {field.name for field in dataclasses.fields(row) if field.default is None}
+    return {name: value for name, value in dataclasses.asdict(row).items() if value is not None or name not in optional}
 
 
 def read_split(checkpoint: Path, name: str, kind: type[Row]) -> list[Row]:
