@@ -253,7 +253,7 @@ def _quantize_by_nncf(subject: Subject, texts: Sequence[str], out: Path) -> None
     import openvino as ov
 
     tokenizer = TextTokenizer(subject.export / "tokenizer.json", subject.task.max_length)
-    rows = [np.array([ids], np.int64) for ids in tokenizer.encode([normalize(text) for text in texts])]
+    rows = [np.array([ids], np.int64) for ids in tokenizer.encode([(normalize(text),) for text in texts]).ids]
     inputs = [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in rows]
     model = ov.Core().read_model(subject.export / "model.onnx")
     quantized = nncf.quantize(model, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER)

@@ -162,7 +162,7 @@ def token_counter(export: Path, task: TaskFacts) -> Callable[[str], int]:
     """Return a function that counts a text's tokens, special tokens included, before truncation."""
     if isinstance(task, Classification):
         tokenizer = TextTokenizer(export / "tokenizer.json", _UNLIMITED)
-        return lambda text: len(tokenizer.encode([normalize(text)])[0])
+        return lambda text: len(tokenizer.encode([(normalize(text),)]).ids[0])
     translation = load_translation_tokenizer(export, task.source, task.target)
     return lambda text: len(translation.encode([normalize(text)])[0])
 

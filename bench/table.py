@@ -114,6 +114,42 @@ def render_methods(result: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_architectures(result: Record) -> str:
+    """Return Markdown: the types that are served, by the engines that run them, and those that are refused, with the reason."""
+    found = result["architectures"]
+    served: dict[str, list[str]] = {}
+    for name, record in found.items():
+        if record["outcome"] == "served":
+            served.setdefault(_engines(record["engines"]), []).append(f"`{name}`")
+    rest = {
+        name: f"{record['outcome']}: {record['message']}"
+        for name, record in found.items()
+        if record["outcome"] != "served"
+    }
+    lines = [
+        f"{result['started'][:10]}, transformers {result['transformers']}: each model type that classifies texts, tiny and with "
+        "random weights, trained for two steps and exported. The exports give PyTorch's answers.",
+        "",
+        "| runs on | model types |",
+        "|---|---|",
+        *(_row([engines, ", ".join(names)]) for engines, names in served.items()),
+        "",
+        "| other types | |",
+        "|---|---|",
+        *(_row([f"`{name}`", message.replace("|", "\\|")]) for name, message in rest.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _engines(engines: Mapping[str, list[str]]) -> str:
+    titles = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "native": "native"}
+    parts = [
+        f"{precision.replace('int', 'INT')} on {', '.join(titles[e] for e in engines[precision])}"
+        for precision in engines
+    ]
+    return "; ".join(parts)
+
+
 def _subject(at_once: Record, offline: Record) -> Iterator[str]:
     base = next((c for c in at_once["candidates"] if c["name"] == BASE), at_once["candidates"][0])
     everything = {c["name"]: c for c in offline["candidates"]}
@@ -215,6 +251,7 @@ def _row(cells: list[str]) -> str:
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
+    "architectures": ("architectures", render_architectures),
     "classification": ("classification", render_classification),
     "exactness": ("exactness", render_exactness),
     "methods": ("methods", render_methods),

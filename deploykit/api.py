@@ -196,11 +196,12 @@ class Model:
         """The facts of the model: labels, languages, lengths."""
         return self.predictor.task
 
-    def predict(self, texts: Sequence[str], **generation: Any) -> list[Answer]:
+    def predict(self, texts: Sequence[str | tuple[str, str]], **generation: Any) -> list[Answer]:
         """Answer texts, in their order.
 
         Args:
-            texts: A list of texts. For question answering, each is JSON: ``{"question": "...", "context": "..."}``.
+            texts: A list of texts; for a classifier of pairs, of ``(text, other text)``; for question answering, of
+                ``(question, context)`` or JSON: ``{"question": "...", "context": "..."}``.
             **generation: Search parameters, for a model that generates: ``num_beams=4``, ``max_new_tokens=40``.
 
         Returns:
@@ -218,7 +219,7 @@ class Model:
             raise UsageError("texts is one string", "give a list: predict([text])")
         search = self._task.override(self.task, generation) if generation else None
         answers = []
-        for row in answer_rows(self.predictor, rows_of(texts), search):
+        for row in answer_rows(self.predictor, rows_of(texts, self.task), search):
             if row.answer is None:
                 raise DataError(f"{row.origin}: {row.error}", "correct that text, or leave it out")
             answers.append(row.answer)

@@ -52,7 +52,7 @@ def ask_server(
     task = task_of(server.task)
     generations: Sequence[Generation | None] = server.generations or [generation] * len(texts)
     parameters = [task.request_parameters(server.task, each) for each in generations]
-    inputs = [task.tensors(text) for text in texts]
+    inputs = [task.tensors(server.task, text) for text in texts]
     requests = encode_requests(address, server.model, inputs, task.outputs, parameters)
     generator = _Generator(address.partition("/")[0], tls, requests, rows, timeout_s)
     if isinstance(load, int):

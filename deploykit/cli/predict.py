@@ -26,6 +26,7 @@ from deploykit.cli.common import (
     target_and_texts,
 )
 from deploykit.data.reading import Reading
+from deploykit.errors import UsageError
 
 
 @deploykit_command(
@@ -36,6 +37,9 @@ from deploykit.data.reading import Reading
     "--input",
     "source",
     help="Rows to answer: .txt (a text a line), csv, tsv, jsonl, parquet; for questions SQuAD's JSON.",
+)
+@click.option(
+    "--text-pair", "pairs", multiple=True, help="Second text of the pair that a text begins; one for each text."
 )
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
 @reading_options(on_error="skip")
@@ -52,6 +56,7 @@ def command(
     model: str,
     source: str | None,
     output: Path | None,
+    pairs: tuple[str, ...],
     columns: dict[str, Any],
     generation: dict[str, Any],
     reading: Reading,
@@ -70,7 +75,12 @@ def command(
         columns = columns_for(task, columns, generation)
         search = task.override(predictor.task, generation) if generation else None
         if source is None or output is None:
-            answered = answer_rows(predictor, rows_of(texts), search)
+            asked = list(zip(texts, pairs)) if pairs else texts
+            if pairs and len(pairs) != len(texts):
+                raise UsageError(
+                    f"there are {len(texts)} texts and {len(pairs)} of --text-pair", "give as many of each"
+                )
+            answered = answer_rows(predictor, rows_of(asked, predictor.task), search)
             records = [row.to_json() for row in answered]
             code = failed_texts(records, stop=reading.on_error == "stop", remedy="give another text")
             return {"results": records}, "\n".join(row.line() for row in answered), code

@@ -19,7 +19,7 @@ from deploykit.quantization.grading import Grader
 from deploykit.quantization.tables import render
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tensorrt.build import EngineOptions
-from deploykit.training.rows import read_split
+from deploykit.training.rows import read_split, row_record
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -181,5 +181,5 @@ def pick_rows(
 
 def keep_samples(directory: Path, rows: Sequence[DataclassInstance]) -> None:
     """Write some of the measured rows to the export, so that later artifacts can be compared on them."""
-    samples = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
+    samples = (json.dumps(row_record(row), ensure_ascii=False) for row in evenly(rows, _SAMPLES))
     (directory / artifacts.SAMPLES).write_text("\n".join(samples) + "\n", encoding="utf-8")

@@ -27,16 +27,6 @@ _ZERO = 128  # the engine adds it to S8 activations, to make them unsigned
 _TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}
 
 
-def native_lacks(a: Architecture) -> str | None:
-    """Return the reason why the engine ``native`` cannot run a translator, or None.
-
-    Its attention is correct for head sizes of 4 and multiples of 8; with 12 it was off by 15 % of the logits'
-    deviation.
-    """
-    size = a.encoder_layers[0].attention.query.weight.shape[1] // a.encoder_heads
-    return f"its heads have {size} values, and native takes 4 or a multiple of 8" if size > 4 and size % 8 else None
-
-
 def save_native(path: Path, architecture: Architecture, ranges: Ranges) -> None:
     """Write ``architecture``, with the layers that have ``ranges`` (by the names of ``build_encoder``) in INT8."""
     writer = NativeWriter(ranges)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import json
+import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,21 @@ class Signature:
     outputs: Mapping[str, tuple[str, ...]]
 
 
-def export_classifier(model: Any, path: Path) -> None:
+_INPUTS = ("input_ids", "attention_mask")
+
+
+def export_classifier(model: Any, path: Path, inputs: Sequence[str] = _INPUTS) -> None:
     """Write the fp32 graph of a model that classifies texts or their tokens.
 
-    Inputs: input_ids and attention_mask, int64 [batch, tokens]. Output: logits, float32 [batch, labels] or [batch,
-    tokens, labels]. Otherwise as ``export_encoder``.
+    ``inputs``: int64 [batch, tokens] each. Output: logits, float32 [batch, labels] or [batch, tokens, labels]. Otherwise
+    as ``export_encoder``.
     """
-    export_encoder(model, path, _classifier_signature(model))
+    export_encoder(model, path, _classifier_signature(model, inputs))
 
 
-def export_half_classifier(model: Any, path: Path, kind: torch.dtype) -> None:
+def export_half_classifier(model: Any, path: Path, kind: torch.dtype, inputs: Sequence[str] = _INPUTS) -> None:
     """Write the graph of ``export_classifier`` in ``kind``, float16 or bfloat16; logits are still float32."""
-    export_half_encoder(model, path, kind, _classifier_signature(model))
+    export_half_encoder(model, path, kind, _classifier_signature(model, inputs))
 
 
 def export_encoder(model: Any, path: Path, signature: Signature) -> None:
@@ -85,11 +89,10 @@ def save_hub_files(model: Any, tokenizer: Any, directory: Path) -> None:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _classifier_signature(model: Any) -> Signature:
-    inputs = ("input_ids", "attention_mask")
+def _classifier_signature(model: Any, inputs: Sequence[str]) -> Signature:
     with _explained(model), torch.no_grad():
-        logits = model.eval()(**dict(zip(inputs, _examples(model, 2)))).logits
-    return Signature(inputs, {"logits": ("batch", "tokens") if logits.ndim == 3 else ("batch",)})
+        logits = model.eval()(**dict(zip(inputs, _examples(model, len(inputs))))).logits
+    return Signature(tuple(inputs), {"logits": ("batch", "tokens") if logits.ndim == 3 else ("batch",)})
 
 
 def _examples(model: Any, count: int) -> tuple[torch.Tensor, ...]:
@@ -102,7 +105,7 @@ def _examples(model: Any, count: int) -> tuple[torch.Tensor, ...]:
 
 
 def _trace(model: Any, path: Path, opset: int, signature: Signature) -> None:
-    with _explained(model), torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+    with _explained(model), torch.no_grad(), _silenced():
         torch.onnx.export(
             _OutputsOnly(model, signature).eval(),
             _examples(model, len(signature.inputs)),
@@ -116,6 +119,20 @@ def _trace(model: Any, path: Path, opset: int, signature: Signature) -> None:
                 **{name: dict(enumerate(axes)) for name, axes in signature.outputs.items()},
             },
         )
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Keep the exporter from printing: over an error it writes the whole graph, from C++."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            os.dup2(nowhere.fileno(), 1)
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextlib.contextmanager
@@ -152,7 +169,13 @@ def _fold_constants(source: Path, target: Path) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)
     options.log_severity_level = 3
-    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    try:
+        ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no common base
+        raise ExportError(
+            f"ONNX Runtime cannot load the graph that PyTorch exported: {str(error).strip().splitlines()[0]}",
+            "this architecture is not supported; see the page 'What has been run where' in the docs",
+        ) from error
     model = onnx.load(target)
     standard = [entry for entry in model.opset_import if entry.domain == ""]
     del model.opset_import[:]  # ONNX Runtime adds its own domains, which other engines refuse

@@ -9,6 +9,7 @@ Source: ONNX operator specification, QuantizeLinear/DequantizeLinear (opset 13 a
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,6 +83,7 @@ def quantize(
     graph = quantized.graph
     layers = {layer.node: layer for layer in linear_layers(quantized) if layer.activation in ranges}
     weights = {i.name: i for i in graph.initializer}
+    uses = Counter((layer.weight, layer.transposed) for layer in layers.values())
 
     dequantized: dict[str, str] = {}
     done_weights: dict[tuple[str, bool], str] = {}
@@ -101,7 +103,9 @@ def quantize(
             if key not in done_weights:
                 weight = numpy_helper.to_array(weights[layer.weight])
                 weight = weight.T if layer.transposed else weight
-                nodes.append(_weight_dq(graph, layer.weight, weight.astype(np.float32), kind))
+                # For CPUs without VNNI, ONNX Runtime makes S8 weights U8, and fails over one that two layers share.
+                unsigned = scheme == "u8s8" and uses[key] > 1
+                nodes.append(_weight_dq(graph, layer.weight, weight.astype(np.float32), kind, unsigned=unsigned))
                 done_weights[key] = nodes[-1].output[0]
                 dequantize_nodes += 1
             nodes += _matmul(node, dequantized[layer.activation], done_weights[key])
@@ -153,12 +157,17 @@ def _as_scale(scale: NDArray[np.float32], kind: np.dtype[Any]) -> NDArray[Any]:
     return np.maximum(scale, np.finfo(kind).tiny).astype(kind)
 
 
-def _weight_dq(graph: onnx.GraphProto, name: str, weight: NDArray[np.float32], kind: np.dtype[Any]) -> onnx.NodeProto:
-    """Store a weight [in, out] in INT8, with a scale for each output channel (axis 1)."""
+def _weight_dq(
+    graph: onnx.GraphProto, name: str, weight: NDArray[np.float32], kind: np.dtype[Any], *, unsigned: bool
+) -> onnx.NodeProto:
+    """Store a weight [in, out] in INT8, with a scale for each output channel (axis 1); ``unsigned``: as U8, 128 for 0."""
     values, scale = quantize_weight(weight, axis=1)
-    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(values), f"{name}/q"))
+    stored, zero = (
+        ((values.astype(np.int16) + 128).astype(np.uint8), np.uint8(128)) if unsigned else (values, np.int8(0))
+    )
+    graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(stored), f"{name}/q"))
     graph.initializer.append(numpy_helper.from_array(_as_scale(scale, kind), f"{name}/scale"))
-    graph.initializer.append(numpy_helper.from_array(np.zeros(len(scale), np.int8), f"{name}/zero_point"))
+    graph.initializer.append(numpy_helper.from_array(np.full(len(scale), zero), f"{name}/zero_point"))
     inputs = [f"{name}/q", f"{name}/scale", f"{name}/zero_point"]
     return helper.make_node("DequantizeLinear", inputs, [f"{name}/dq"], f"{name}/DequantizeLinear", axis=1)
 

@@ -60,6 +60,16 @@ def batches(
             start += size
 
 
+def padded_types(
+    input_ids: NDArray[np.int64], types: Sequence[Sequence[int]], rows: Sequence[int] | NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Return the token types of ``rows``, padded with 0 to the shape of their ``input_ids``."""
+    padded = np.zeros_like(input_ids)
+    for i, row in enumerate(rows):
+        padded[i, : len(types[row])] = types[row]
+    return padded
+
+
 def _pad(token_ids: Sequence[Sequence[int]], rows: Sequence[int], length: int, pad_token_id: int) -> Batch:
     input_ids = np.full((len(rows), length), pad_token_id, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)

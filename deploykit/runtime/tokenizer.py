@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from deploykit.errors import ArtifactError
+
+_MARGIN = 16  # tokens beside a cut, which may be others than in the whole text
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of texts, unpadded, and the types of the tokens: 1 for those of a pair's second text."""
+
+    ids: list[list[int]]
+    types: list[list[int]]
 
 
 class TextTokenizer:
@@ -26,8 +37,23 @@ class TextTokenizer:
             ) from error
         self._tokenizer.no_padding()
         saved = self._tokenizer.truncation or {}
-        self._tokenizer.enable_truncation(max_length, direction=saved.get("direction", "right"))
+        self._max_length, self._side = max_length, saved.get("direction", "right")
+        self._whole = Tokenizer.from_str(self._tokenizer.to_str())
+        self._whole.no_truncation()
+        self._tokenizer.enable_truncation(max_length, direction=self._side)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+    def encode(self, texts: Sequence[tuple[str, ...]]) -> Encoded:
+        """Return the tokens of each text, or pair of texts."""
+        asked = [tuple(map(self._shortened, text)) if len(text) > 1 else text[0] for text in texts]
+        found = self._tokenizer.encode_batch_fast(asked)
+        return Encoded([encoding.ids for encoding in found], [encoding.type_ids for encoding in found])
+
+    def _shortened(self, text: str) -> str:
+        """Cut from a pair's text what truncation would drop anyway: its time is quadratic in the lengths of a pair."""
+        most = self._max_length + _MARGIN
+        if len(text) <= most:
+            return text
+        offsets = self._whole.encode(text, add_special_tokens=False).offsets
+        if len(offsets) <= most:
+            return text
+        return text[: offsets[most - 1][1]] if self._side == "right" else text[offsets[-most][0] :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,23 +46,27 @@ class FailedError(RefusedError):
 class Rows:
     """The texts of one request in the input ``name``, with an error ("" for none) for each row.
 
-    Raises RefusedError when no row is valid.
+    With ``pair``, the name of a second input, a row is the two texts that ``join`` makes one. Raises RefusedError when no
+    row is valid.
     """
 
-    def __init__(self, request: Any, name: str = INPUT["name"]) -> None:
+    def __init__(
+        self,
+        request: Any,
+        name: str = INPUT["name"],
+        *,
+        pair: str = "",
+        join: Callable[[str, str], str] = "{}{}".format,
+    ) -> None:
         self._name = name
-        self.errors: list[str] = []
-        self._texts: list[str] = []
-        for value in pb_utils.get_input_tensor_by_name(request, name).as_numpy().reshape(-1):
-            text = error = ""
-            try:
-                text = value.decode()
-                if len(text) > MAX_TEXT_CHARS:
-                    error = f"the text has {len(text)} characters, the most accepted is {MAX_TEXT_CHARS}"
-            except UnicodeDecodeError as fault:
-                error = f"the text is not UTF-8: byte {value[fault.start]:#04x} at position {fault.start}"
-            self._texts.append(text)
-            self.errors.append(error)
+        found = _texts(request, name)
+        if pair:
+            others = _texts(request, pair)
+            if len(others) != len(found):
+                raise RefusedError(f"{name} has {len(found)} rows and {pair} {len(others)}")
+            found = [(join(text, other), one or two) for (text, one), (other, two) in zip(found, others)]
+        self._texts = [text for text, _ in found]
+        self.errors = [error for _, error in found]
         self._require_one()
 
     @property
@@ -86,6 +90,24 @@ class Rows:
             raise RefusedError(
                 f"row 0 of {self._name}: {self.errors[0]}" if self.errors else f"{self._name} has no rows"
             )
+
+
+def _texts(request: Any, name: str) -> list[tuple[str, str]]:
+    """The texts of an input, each with "" or why it is refused. Raises RefusedError for a request without the input."""
+    tensor = pb_utils.get_input_tensor_by_name(request, name)
+    if tensor is None:
+        raise RefusedError(f"the input {name} is missing")
+    found = []
+    for value in tensor.as_numpy().reshape(-1):
+        text = error = ""
+        try:
+            text = value.decode()
+            if len(text) > MAX_TEXT_CHARS:
+                error = f"the text has {len(text)} characters, the most accepted is {MAX_TEXT_CHARS}"
+        except UnicodeDecodeError as fault:
+            error = f"the text is not UTF-8: byte {value[fault.start]:#04x} at position {fault.start}"
+        found.append((text, error))
+    return found
 
 
 def parameters_of(request: Any) -> dict[str, Any]:

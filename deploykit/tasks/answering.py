@@ -14,7 +14,7 @@ from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import TextRow, row_columns
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.one_by_one import answer_each
-from deploykit.tasks.protocol import Answer, Predictor, Progress
+from deploykit.tasks.protocol import Answer, Predictor, Progress, TaskFacts
 from deploykit.tasks.registry import task_of
 from deploykit.text import printable
 
@@ -43,9 +43,14 @@ class AnsweredRow:
         return self.answer.text if score is None else f"{self.answer.text or '-':<16} {score:.4f}  {asked}"
 
 
-def rows_of(texts: Sequence[str]) -> list[TextRow]:
-    """Return texts as rows, named by their numbers from 1."""
-    return [TextRow(f"text {i}", printable(text).strip(), None) for i, text in enumerate(texts, start=1)]
+def rows_of(texts: Sequence[str | tuple[str, str]], facts: TaskFacts) -> list[TextRow]:
+    """Return texts as rows, named by their numbers from 1.
+
+    Two texts are one input of a model of pairs. Raises UsageError if the model reads one text.
+    """
+    task = task_of(facts)
+    asked = (text if isinstance(text, str) else task.as_text(facts, *text) for text in texts)
+    return [TextRow(f"text {i}", printable(text).strip(), None) for i, text in enumerate(asked, start=1)]
 
 
 def answer_rows(predictor: Predictor, rows: Sequence[TextRow], generation: Any = None) -> list[AnsweredRow]:

@@ -110,8 +110,11 @@ class Measuring(Protocol):
     ) -> list[tuple[str, str | None]]:
         """Read texts, and their correct answers if the source has them."""
 
-    def tensors(self, text: str) -> Mapping[str, str]:
+    def tensors(self, facts: Any, text: str) -> Mapping[str, str]:
         """Return what a request to Triton has in each of its input tensors to ask for ``text``. Raises DataError."""
+
+    def as_text(self, facts: Any, first: str, second: str) -> str:
+        """Write two texts that are one input as the one text that stages pass on. Raises UsageError if there are none such."""
 
     def answer(self, predictor: Any, texts: Sequence[str], generation: Any = None) -> list[Answer]:
         """Answer all texts in one call."""

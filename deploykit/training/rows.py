@@ -131,12 +131,18 @@ def absolute(source: str) -> str:
 
 
 def write_splits(folder: Path, splits: Mapping[str, Sequence[Any]]) -> None:
-    """Each split that has rows as a file of JSON lines, a line the fields of a row."""
+    """Write each split that has rows as a file of JSON lines."""
     folder.mkdir()
     for name, rows in splits.items():
         if rows:
-            lines = (json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows)
+            lines = (json.dumps(row_record(row), ensure_ascii=False) for row in rows)
             (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def row_record(row: Any) -> dict[str, Any]:
+    """Return the fields of a row, without those that are None by default and here."""
+    optional = {field.name for field in dataclasses.fields(row) if field.default is None}
+    return {name: value for name, value in dataclasses.asdict(row).items() if value is not None or name not in optional}
 
 
 def read_split(checkpoint: Path, name: str, kind: type[Row]) -> list[Row]:

@@ -132,12 +132,16 @@ def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Coll
 
     # Heads are trained whole. Of "all-linear" peft leaves out a classifier's by itself, but not those of tokens.
     heads = [name for name in ("classifier", "score", "qa_outputs") if hasattr(model, name)]
+    # A head of several layers is saved as one: peft does so itself, and does not find what is saved within it.
+    modules = {key.rpartition(".")[0] for key in new}
+    whole = sorted({head if (head := name.split(".")[0]) in heads else name for name in modules})
+    excluded = [*whole, *(heads if task_type in ("TOKEN_CLS", "QUESTION_ANS") else ())]
     adapter = LoraConfig(
         task_type=TaskType[task_type],
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
-        modules_to_save=sorted({key.rpartition(".")[0] for key in new}) or None,
-        exclude_modules=heads if task_type in ("TOKEN_CLS", "QUESTION_ANS") else None,
+        modules_to_save=whole or None,
+        exclude_modules=excluded or None,
         **{"lora_dropout": 0.05, "target_modules": "all-linear", **own},
     )
     with warnings.catch_warnings():

@@ -287,12 +287,12 @@ def test_tokenizing_gives_the_ids_of_the_checkpoints_own_tokenizer(
     reference = TorchClassifier.load(checkpoint)
     tokenizer = TextTokenizer(exported / "tokenizer.json", reference.task.max_length)
     real = [row.text for row in read_texts(str(tweets), ("text",), reading=Reading("latin-1")) if row.text][:8000]
-    assert tokenizer.encode([normalize(t) for t in real]) == reference.encode(real)
+    assert tokenizer.encode([(normalize(t),) for t in real]) == reference.encode(real)
 
     @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.text(st.characters(exclude_categories=()), max_size=80))
     def hostile(text: str) -> None:
-        assert tokenizer.encode([normalize(text)]) == reference.encode([text])
+        assert tokenizer.encode([(normalize(text),)]) == reference.encode([text])
 
     hostile()
 

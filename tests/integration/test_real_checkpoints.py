@@ -78,7 +78,10 @@ def test_an_export_with_other_answers_is_refused_with_both(
     folder = make_tiny_checkpoint(tmp_path / "c")
     from deploykit.runtime import tokenizer
 
-    monkeypatch.setattr(tokenizer.TextTokenizer, "encode", lambda self, texts: [[2, 5, 3] for _ in texts])
+    def encoded_alike(self: Any, texts: list[Any]) -> tokenizer.Encoded:
+        return tokenizer.Encoded([[2, 5, 3] for _ in texts], [[0, 0, 0] for _ in texts])
+
+    monkeypatch.setattr(tokenizer.TextTokenizer, "encode", encoded_alike)
     code, out = run("export", folder, "--output-dir", tmp_path / "e", "--data", rows)
     assert code == 1
     assert "answers otherwise than PyTorch" in out
@@ -184,3 +187,30 @@ def test_a_model_whose_answers_padding_changes_is_refused_before_training(
     assert "training on" not in out.split("error:")[1]
     assert not (tmp_path / "r").exists()
     shutil.rmtree(folder)
+
+
+def test_an_adapter_is_refused_as_a_base_to_train_on(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    words = ("--train", rows, "--max-steps", 1)
+    code, out = run("finetune", folder, *words, "--lora-r", 2, "--output-dir", tmp_path / "r")
+    assert code == 0, out
+    code, out = run("finetune", tmp_path / "r", *words, "--output-dir", tmp_path / "again")
+    assert code == 2
+    assert f"is an adapter of {folder}" in out
+    assert "merge_and_unload" in out
+
+
+def test_a_token_without_an_embedding_is_named_before_training_and_export(
+    make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {"extra": 204, "another": 205}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    words = ("--output-dir", tmp_path / "o")
+    for command in (("finetune", folder, "--train", rows, *words), ("export", folder, "--data", rows, *words)):
+        code, out = run(*command)
+        assert code == 1
+        assert "gives 'extra' the id 204, and the model has embeddings for ids below 204; 1 more" in out

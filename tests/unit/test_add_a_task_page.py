@@ -32,7 +32,7 @@ def test_the_table_lists_the_members_of_each_part(part: str) -> None:
 
 def test_the_protocol_is_short_and_each_member_is_documented() -> None:
     text = Path(protocol.__file__).read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 150
+    assert len(text.splitlines()) < 155
     for part in (protocol.Training, protocol.Exporting, protocol.Serving, protocol.Measuring, protocol.Task):
         assert part.__doc__
         assert all(getattr(part, name).__doc__ for name in _members(part) if callable(getattr(part, name, None)))

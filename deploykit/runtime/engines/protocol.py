@@ -201,6 +201,18 @@ class TokenSelection:
     penalties: list[tuple[int, Ints, float]] = field(default_factory=list)
     changed: int = 0
 
+    def of_rows(self, rows: Sequence[int]) -> TokenSelection:
+        """Return the selection of some ``rows``, which are ascending."""
+        parts = [self.forbidden[self.begin[row] : self.begin[row + 1]] for row in rows]
+        begin = np.zeros(len(rows) + 1, np.int32)
+        np.cumsum([len(part) for part in parts], out=begin[1:])
+        number = {row: i for i, row in enumerate(rows)}
+        penalties = [(number[row], tokens, penalty) for row, tokens, penalty in self.penalties if row in number]
+        return TokenSelection(
+            self.best, self.forced[rows], np.concatenate(parts), begin, self.scored[rows], self.before[rows],
+            self.of_probabilities[rows], penalties,
+        )  # fmt: skip
+
 
 @dataclass
 class SearchState:

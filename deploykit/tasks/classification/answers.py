@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deploykit.tasks.classification.facts import from_text
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.protocol import Answer
 
@@ -20,6 +21,7 @@ def answers(predictor: TextClassifier, texts: Sequence[str]) -> list[Answer]:
                 "score": round(float(row.max()), 6),
                 "scores": {name: round(float(score), 6) for name, score in zip(names, row)},
             },
+            asked=" | ".join(from_text(text)) if predictor.task.pair else "",
         )
-        for label, row in zip(predictor.task.decide(scores), scores)
+        for label, row, text in zip(predictor.task.decide(scores), scores, texts)
     ]

@@ -14,7 +14,7 @@ from deploykit.tasks.bundle import Verdict, share
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.predictor import Classifier, load_classifier
 from deploykit.tasks.protocol import Predictor
-from deploykit.tensorrt.build import CLASSIFIER_INPUTS, GRAPHS, Inputs
+from deploykit.tensorrt.build import GRAPHS, Inputs
 
 # How far from ONNX Runtime's answers with the same graph an engine's may be, by precision: fused and reordered sums
 # round otherwise, and near a boundary INT8 takes the next step. Chosen well above what such rounding does and well
@@ -38,7 +38,7 @@ class BundledClassifier:
         return (GRAPHS[precision],)
 
     def inputs(self, graph: Path) -> Inputs:
-        return CLASSIFIER_INPUTS
+        return dict.fromkeys(self._task.inputs, ("batch", "tokens"))
 
     def settings(self, most: int) -> ServingSettings:
         # Short texts would fill the default budget with more rows.
@@ -46,7 +46,10 @@ class BundledClassifier:
 
     def read(self, source: str, *, kept: bool) -> Iterable[str | None]:
         from deploykit.data.texts import read_texts
+        from deploykit.tasks.classification.pairs import read_pairs
 
+        if self._task.pair:
+            return (row.text for row in read_pairs(source, () if kept else self._task.text_columns))
         columns: Sequence[str] | None = ("text",) if kept else self._task.text_columns
         return (row.text for row in read_texts(source, columns, self._task.text_separator))
 

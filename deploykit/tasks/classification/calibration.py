@@ -10,7 +10,6 @@ from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.encoder import GRAPH, TokenRows, calibrate_encoder
 from deploykit.runtime.tokenizer import TextTokenizer
 from deploykit.tasks.classification.facts import Classification
-from deploykit.text import normalize
 
 
 def calibrate(folder: Path, task: Classification, texts: Sequence[str]) -> Calibration:
@@ -21,4 +20,5 @@ def calibrate(folder: Path, task: Classification, texts: Sequence[str]) -> Calib
 def token_rows(folder: Path, task: Classification, texts: Sequence[str]) -> TokenRows:
     """The token ids of ``texts`` as the export in ``folder`` is served them."""
     tokenizer = TextTokenizer(folder / "tokenizer.json", task.max_length)
-    return TokenRows(tokenizer.encode([normalize(text) for text in texts]), digest_of(list(texts)))
+    encoded = tokenizer.encode([task.read(text) for text in texts])
+    return TokenRows(encoded.ids, digest_of(list(texts)), encoded.types if task.token_types else None)

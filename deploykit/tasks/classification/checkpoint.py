@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from numpy.typing import NDArray
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError
 from deploykit.runtime.batching import batches
+from deploykit.runtime.tokenizer import Encoded
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.predictor import graph_inputs
 from deploykit.tasks.protocol import TaskFacts
-from deploykit.text import normalize
 from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id, quiet
 
 
@@ -41,6 +44,40 @@ def task_of(path: Path, tokenizer: Any, config: Any) -> Classification:
     )
 
 
+def takes_token_types(model: Any, tokenizer: Any, *, pair: bool) -> bool:
+    """Return whether the types that the tokenizer gives to tokens change what ``model``, in eval mode, computes."""
+    types = "token_type_ids"
+    if types not in tokenizer.model_input_names or types not in inspect.signature(model.forward).parameters:
+        return False
+    known = getattr(model.config, "type_vocab_size", None)
+    if known is not None and known < 2:
+        return False
+    encoded = tokenizer(*(("a", "a") if pair else ("a",)), return_tensors="pt")
+    if encoded[types].any():
+        return True
+    with torch.inference_mode():
+        return not torch.equal(model(**encoded).logits, model(**{**encoded, types: None}).logits)
+
+
+def separates(tokenizer: Any) -> bool:
+    """Return whether the tokenizer puts a token between the two texts of a pair."""
+    members = tokenizer("a", "a").sequence_ids(0)
+    return None in members[members.index(0) if 0 in members else 0 : members.index(1)] if 1 in members else False
+
+
+def check_vocabulary(model: Any, tokenizer: Any, origin: str) -> None:
+    """Raise ArtifactError for a token that has no embedding."""
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if known and number >= known)
+    if beyond:
+        number, token = beyond[0]
+        raise ArtifactError(
+            f"{origin}: its tokenizer gives {token!r} the id {number}, and the model has embeddings for ids below {known}"
+            + (f"; {len(beyond) - 1:,} more tokens have none" if len(beyond) > 1 else ""),
+            "use the tokenizer that belongs to the model, or save the model after resize_token_embeddings",
+        )
+
+
 class TorchClassifier:
     """A checkpoint run by PyTorch: the reference every export is compared with."""
 
@@ -53,33 +90,47 @@ class TorchClassifier:
     def load(cls, path: Path) -> TorchClassifier:
         quiet()
         tokenizer, model = load_tokenizer(str(path)), load_model(str(path))
+        check_vocabulary(model, tokenizer, str(path))
         task = task_of(path, tokenizer, model.config)
         if model.config.pad_token_id is None:  # a decoder's head reads the last token that is no padding
             model.config.pad_token_id = task.pad_token_id
+        if not (path / MANIFEST).exists():
+            task = dataclasses.replace(task, token_types=takes_token_types(model, tokenizer, pair=task.pair))
         return cls(model, tokenizer, task)
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids as training and serving see them."""
-        encoded = self.tokenizer([normalize(text) for text in texts], truncation=True, max_length=self.task.max_length)
-        return [list(ids) for ids in encoded["input_ids"]]
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Tokens as training and serving see them."""
+        if not texts:
+            return Encoded([], [])
+        columns = zip(*(self.task.read(text) for text in texts))
+        encoded = self.tokenizer(
+            *(list(column) for column in columns), truncation=True, max_length=self.task.max_length,
+            return_token_type_ids=True,
+        )  # fmt: skip
+        return Encoded(
+            [list(ids) for ids in encoded["input_ids"]], [list(types) for types in encoded["token_type_ids"]]
+        )
 
-    def logits(self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Raw outputs, float32 [rows, labels], of one padded batch (int64 [rows, tokens])."""
+    def logits(self, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
+        """Raw outputs, float32 [rows, labels], of one padded batch (int64 [rows, tokens] by name)."""
         with torch.inference_mode():
-            output = self.model(input_ids=torch.from_numpy(input_ids), attention_mask=torch.from_numpy(attention_mask))
+            output = self.model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
         return np.asarray(output.logits.numpy(), np.float32)
 
     def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Probabilities, float32 [texts, labels]."""
         logits = np.empty((len(texts), len(self.task.labels)), np.float32)
-        for batch in batches(self.encode(texts), self.task.pad_token_id, max_length=self.task.max_length):
-            logits[batch.rows] = self.logits(batch.input_ids, batch.attention_mask)
+        encoded = self.encode(texts)
+        for batch in batches(encoded.ids, self.task.pad_token_id, max_length=self.task.max_length):
+            logits[batch.rows] = self.logits(graph_inputs(self.task, encoded, batch))
         return self.task.scores(logits)
 
     def logits_alone(self, text: str) -> NDArray[np.float32]:
         """Logits, float32 [1, labels], as a user of transformers gets them: no batch, no padding, and all that the
         checkpoint's tokenizer gives (token types, say) goes into the model."""
-        encoded = self.tokenizer(normalize(text), truncation=True, max_length=self.task.max_length, return_tensors="pt")
+        # In lists: transformers takes an empty second text for none, unless it is in one.
+        parts = ([part] for part in self.task.read(text))
+        encoded = self.tokenizer(*parts, truncation=True, max_length=self.task.max_length, return_tensors="pt")
         with torch.inference_mode():
             return np.asarray(self.model(**encoded).logits.float().numpy(), np.float32)
 

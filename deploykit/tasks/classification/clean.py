@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from deploykit.data.grouping import duplicate_key
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR
-from deploykit.tasks.classification.rows import Example, RawExample
-from deploykit.text import normalize
+from deploykit.tasks.classification.rows import Example, RawExample, as_example
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,12 @@ def clean(raw: Iterable[RawExample], *, multi_label: bool) -> tuple[list[Example
             missing_text += 1
         elif row.label is None or not (row.label or multi_label):
             missing_label += 1
-        elif not (text := normalize(row.text)):
+        elif not ((example := as_example(row, row.label)).text or example.text_pair):
             empty_text += 1
         else:
-            unicode_repaired += text != row.text.strip()
-            by_key.setdefault(duplicate_key(text), []).append(Example(text, row.label, row.origin))
+            given = (row.text, row.text_pair or "")
+            unicode_repaired += (example.text, example.text_pair or "") != tuple(text.strip() for text in given)
+            by_key.setdefault(duplicate_key(example.asked), []).append(example)
     kept: list[Example] = []
     exact = conflicting = joined = 0
     one_each = multi_label and has_label_a_row(e for same in by_key.values() for e in same)

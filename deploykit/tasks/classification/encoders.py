@@ -29,8 +29,8 @@ from deploykit.runtime.engines.native.weights import LARGEST_HEAD
 class EncoderClassifier:
     """All that determines the function of an encoder classifier.
 
-    ``embedding`` is [vocabulary, hidden]; ``positions`` [length, hidden], row 0 for the first token, with whatever else is
-    added to every token. Logits are out(activation(dense(hidden state of the first token))).
+    ``embedding`` is [vocabulary, hidden]; ``positions`` [types x length, hidden], row 0 for the first token, with whatever
+    else is added to every token, for each of the ``types`` of tokens. Logits are out(activation(dense(hidden state of the first token))).
     """
 
     heads: int
@@ -42,6 +42,7 @@ class EncoderClassifier:
     activation: str
     out: Linear
     bias: RelativeBias | None = None
+    types: int = 1
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ _DISTILBERT_EPSILON = 1e-12  # its config has no field for it
 _POSITION_TYPES = ("absolute", None)
 
 
-def read_encoder(model: Any) -> EncoderClassifier:
-    """What ``model`` (a Hugging Face sequence classifier, on the CPU) computes.
+def read_encoder(model: Any, *, typed: bool = False) -> EncoderClassifier:
+    """What ``model`` (a Hugging Face sequence classifier, on the CPU) computes; with ``typed``, of tokens of every type.
 
     Raises ExportError for one that computes something else than ``EncoderClassifier`` can say.
     """
@@ -107,8 +108,9 @@ def read_encoder(model: Any) -> EncoderClassifier:
         if family.skips_padding:
             positions = positions[config.pad_token_id + 1 :]
         token_types = f"{family.base}.embeddings.token_type_embeddings.weight"
-        if token_types in state:
-            positions = positions + weights[token_types][0]
+        distances = positions
+        types = weights[token_types][: None if typed else 1] if token_types in state else positions[:1] * 0
+        positions = np.concatenate([positions + kind_of_token for kind_of_token in types])
         found = EncoderClassifier(
             heads=sizes.num_attention_heads,
             embedding=weights[f"{family.base}.embeddings.word_embeddings.weight"],
@@ -131,10 +133,11 @@ def read_encoder(model: Any) -> EncoderClassifier:
             activation=family.activation,
             out=weights.linear(family.out),
             bias=_relative_bias(
-                getattr(model, family.base).encoder, weights[f"{family.base}.{family.relative}"], positions
+                getattr(model, family.base).encoder, weights[f"{family.base}.{family.relative}"], distances
             )
             if family.relative
             else None,
+            types=len(types),
         )
     except KeyError as error:
         raise ExportError(f"this {kind} lacks {error.args[0]}") from error

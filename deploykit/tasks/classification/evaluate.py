@@ -14,11 +14,11 @@ from deploykit.errors import DataError
 from deploykit.tasks.classification.clean import join_label_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
+from deploykit.tasks.classification.pairs import read_pairs
 from deploykit.tasks.classification.predictor import TextClassifier
-from deploykit.tasks.classification.rows import Columns, Example, check_labels, check_numbers, load_examples
+from deploykit.tasks.classification.rows import Columns, Example, as_example, check_labels, check_numbers, load_examples
 from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Evaluation, Grade
-from deploykit.text import normalize
 
 _CHUNK = 1024
 _GRADED = 256
@@ -53,6 +53,7 @@ def labelled_rows(
         label_columns=label_columns,
         prefer=Columns(task.text_columns, task.label_columns),
         separator=task.text_separator,
+        pair=task.pair,
         multi_label=task.multi_label,
         labels=task.labels,
         label_separator=task.label_separator,
@@ -66,7 +67,7 @@ def labelled_rows(
         elif row.label is None or not (row.label or task.multi_label):
             problems.append(f"{row.origin}: the label is missing")
         else:
-            examples.append(Example(normalize(row.text), row.label, row.origin))
+            examples.append(as_example(row, row.label))
     if not examples:
         raise DataError(f"{source}: no row has both a text and a label", "give a file of labelled rows")
     if task.regression:
@@ -90,7 +91,7 @@ def evaluate(
     answered, scores, refused = [], [], []
     for start in range(0, len(rows.examples), _CHUNK):
         part = rows.examples[start : start + _CHUNK]
-        for example, found in zip(part, answer_each(predictor.scores, [e.text for e in part])):
+        for example, found in zip(part, answer_each(predictor.scores, [e.asked for e in part])):
             if isinstance(found, np.ndarray):
                 answered.append(example)
                 scores.append(found)
@@ -128,9 +129,12 @@ def texts_and_labels(
     """Read texts, and their labels where the source has them."""
     try:
         rows = labelled_rows(source, task, text_columns=text_columns, label_columns=label_columns, reading=reading)
-        return [(e.text, e.label) for e in rows.examples]
+        return [(e.asked, e.label) for e in rows.examples]
     except DataError as no_labels:
         if label_columns:
             raise
-        texts = read_texts(source, text_columns or None, task.text_separator, reading=reading)
+        if task.pair:
+            texts = read_pairs(source, text_columns, reading)
+        else:
+            texts = read_texts(source, text_columns or None, task.text_separator, reading=reading)
         return unanswered([row.text for row in texts], no_labels)

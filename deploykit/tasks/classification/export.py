@@ -84,7 +84,7 @@ def write(
     _write_fp32(reference, directory)
     keep_samples(directory, rows)
     engine = load_engine("onnxruntime", directory / GRAPH)
-    texts = [row.text for row in rows]
+    texts = [row.asked for row in rows]
     parity = check_parity(reference, engine, texts)
     say(
         f"parity with PyTorch: logits differ by at most {parity.max_difference:.1e} (mean {parity.mean_difference:.1e}), "
@@ -96,7 +96,7 @@ def write(
     grader.grade_checkpoint(reference)
     for name in engines_for("fp32"):
         grader.grade("fp32", name)
-    check_answers(reference, load_classifier(directory, task, engine), probes(texts))
+    check_answers(reference, load_classifier(directory, task, engine), probes(task, texts))
     ranges: Ranges = {}
     smoothing: Scales = {}
     if options.int8:
@@ -115,8 +115,8 @@ def write(
         )  # fmt: skip
     if options.trt is not None:
         metrics["engines"] = build_engines(
-            directory, functools.partial(export_half_classifier, reference.model), task.shape_limits, options,
-            options.trt, ranges, smoothing, grader, say,
+            directory, functools.partial(export_half_classifier, reference.model, inputs=task.inputs), task.shape_limits,
+            options, options.trt, ranges, smoothing, grader, say, dict.fromkeys(task.inputs, ("batch", "tokens")),
         )  # fmt: skip
     return graded(task, metrics, grader, say)
 
@@ -129,7 +129,7 @@ def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -
 
 
 def _write_fp32(reference: TorchClassifier, directory: Path) -> None:
-    export_classifier(reference.model, directory / GRAPH)
+    export_classifier(reference.model, directory / GRAPH, reference.task.inputs)
     # Serving machines read the truncation side from tokenizer.json.
     reference.tokenizer.backend_tokenizer.enable_truncation(
         reference.task.max_length, direction=reference.tokenizer.truncation_side
@@ -140,7 +140,7 @@ def _write_fp32(reference: TorchClassifier, directory: Path) -> None:
 def calibration_texts(source: Path, task: Classification, options: CalibrationOptions) -> list[str]:
     """Rows of a file, or of the splits of the checkpoint ``source``."""
     rows = _rows(source, task, options.calibration, options.calibration, options)
-    return [row.text for row in evenly(rows, options.calibration_rows)]
+    return [row.asked for row in evenly(rows, options.calibration_rows)]
 
 
 class _Grader(EncoderGrader[NDArray[np.float32]]):
@@ -151,7 +151,7 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
     def __init__(self, directory: Path, task: Classification, rows: Sequence[Example]) -> None:
         super().__init__(directory)
         self._task = task
-        self._texts = [row.text for row in rows]
+        self._texts = [row.asked for row in rows]
         self._truth = task.targets([row.label for row in rows])
         if task.regression:
             self.figures, self.limited = ("pearson", "rmse"), ("pearson",)
@@ -218,7 +218,9 @@ def _ranges(
 def _native(reference: TorchClassifier, directory: Path, say: Say) -> dict[str, Quantizer]:
     """Write the weights of deploykit's own engine; {}, and a word of it, for a model that it does not run."""
     try:
-        quantizer = _NativeQuantizer(read_encoder(reference.model), directory / NATIVE_FILE)
+        quantizer = _NativeQuantizer(
+            read_encoder(reference.model, typed=reference.task.token_types), directory / NATIVE_FILE
+        )
     except ExportError as error:
         say(f"nothing for the engine native: {error.message}")
         return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,11 +10,31 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.errors import DataError
 from deploykit.tasks.protocol import GraphKind
-from deploykit.text import MAX_TEXT_CHARS
+from deploykit.text import MAX_TEXT_CHARS, normalize
 
 LABEL_SEPARATOR = "|"
 """Between the labels of one row of a multi-label model, in data files and in answers."""
+
+
+def as_text(first: str, second: str) -> str:
+    """Write a pair of texts as one, where a stage asks with texts: a JSON list of both, normalized; "" if both are empty."""
+    both = (normalize(first), normalize(second))
+    return json.dumps(both, ensure_ascii=False) if any(both) else ""
+
+
+def from_text(text: str) -> tuple[str, str]:
+    """Return the pair that ``as_text`` wrote, normalized. Raises DataError."""
+    if not text:
+        return "", ""
+    try:
+        first, second = json.loads(text)
+        return normalize(first), normalize(second)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise DataError(
+            f"{text[:40]!r} is no pair of texts, and the model reads pairs", 'give a pair as JSON: ["one", "other"]'
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -21,9 +42,10 @@ class Classification:
     """One label a text, with ``multi_label`` any number of them, or with ``regression`` a number.
 
     ``labels`` is the order of the model's outputs. ``max_length`` counts tokens, special ones
-    included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``. Several label columns have
-    0 or 1 for the label that each is named after. In data files ``label_separator`` stands between the labels of a
-    multi-label row; None is ``|``.
+    included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``, or with ``pair`` are two texts
+    that the tokenizer reads as a pair. ``token_types``: the graph also reads which text each token is of. Several label
+    columns have 0 or 1 for the label that each is named after. In data files ``label_separator`` stands between the
+    labels of a multi-label row; None is ``|``.
     """
 
     name: ClassVar[str] = "classification"
@@ -40,6 +62,13 @@ class Classification:
     threshold: float = 0.5
     label_separator: str | None = None
     regression: bool = False
+    pair: bool = False
+    token_types: bool = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The graph's inputs, in its order."""
+        return ("input_ids", "attention_mask", *(("token_type_ids",) if self.token_types else ()))
 
     @property
     def label_columns(self) -> tuple[str, ...]:
@@ -62,6 +91,10 @@ class Classification:
             if self.multi_label
             else "single_label_classification",
         }
+
+    def read(self, text: str) -> tuple[str, ...]:
+        """Return the one or two texts that the tokenizer reads, normalized. Raises DataError for what is no pair."""
+        return from_text(text) if self.pair else (normalize(text),)
 
     def scores(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probabilities, float32 [rows, labels], of logits of that shape; of a regression, the numbers themselves."""

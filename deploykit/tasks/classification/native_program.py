@@ -27,7 +27,8 @@ def save_native_classifier(path: Path, encoder: EncoderClassifier, int8: Collect
     stack = {
         "hidden": e.embedding.shape[1],
         "vocabulary": len(e.embedding),
-        "longest": len(e.positions),
+        "longest": len(e.positions) // e.types,
+        "types": e.types,
         "pre_norm": False,
         "embedding": writer.keep(values),
         "embedding_scale": writer.keep(scales),

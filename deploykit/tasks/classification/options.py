@@ -21,14 +21,14 @@ class ClassificationOptions(FinetuneOptions):
 
     task: str = Classification.name
     text_column: tuple[str, ...] = described(
-        (), "Text column; repeat to join several, in this order (default: detected)."
+        (), "Text column (default: detected). Two are a pair: the tokenizer reads both, with its separator between."
     )
     label_column: tuple[str, ...] = described(
         (),
         "Label column (default: detected); with --multi-label repeat it for columns of 0 and 1 that are named after their "
         "labels.",
     )
-    text_separator: str = described(" ", "Separator of several text columns.")
+    text_separator: str | None = described(None, "Join the text columns into one text, with this between.")
     multi_label: bool = described(False, "Allow any number of labels per row: a list, or names separated by |.")
     regression: bool = described(False, "The label is a number: train on the squared error.")
     labels: str | None = described(
@@ -58,6 +58,11 @@ class ClassificationOptions(FinetuneOptions):
     }
 
     @property
+    def pair(self) -> bool:
+        """Whether the two text columns are given to the tokenizer as a pair."""
+        return len(self.text_column) == 2 and self.text_separator is None
+
+    @property
     def label_order(self) -> tuple[str, ...]:
         """The labels that ``--labels`` names, in the order of the model's outputs; () where it is not given."""
         return tuple(normalize(label) for label in self.labels.split(",")) if self.labels is not None else ()
@@ -70,7 +75,7 @@ class ClassificationOptions(FinetuneOptions):
     @classmethod
     def of_run(cls, facts: Classification) -> Mapping[str, Any]:
         return {
-            "text_column": ("text",),
+            "text_column": ("text", "text_pair") if facts.pair else ("text",),
             "label_column": ("label",),
             "encoding": "utf-8",
             "multi_label": facts.multi_label,
@@ -82,6 +87,11 @@ class ClassificationOptions(FinetuneOptions):
 
     def check(self) -> None:
         super().check()
+        if len(self.text_column) > 2 and self.text_separator is None:
+            raise UsageError(
+                f"{len(self.text_column)} text columns are given, and a model reads one text or a pair",
+                "join them into one text: --text-separator ' '",
+            )
         if 0 < self.max_length < 3:
             raise UsageError(f"--max-length is {self.max_length}", "give at least 3 tokens, or 0 for the default")
         labels = self.label_order

@@ -13,9 +13,10 @@ from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
 from deploykit.runtime.batching import batches
 from deploykit.runtime.engines.protocol import Engine
+from deploykit.runtime.tokenizer import Encoded
 from deploykit.tasks.classification.checkpoint import TorchClassifier
-from deploykit.tasks.classification.facts import Classification
-from deploykit.tasks.classification.predictor import TextClassifier
+from deploykit.tasks.classification.facts import Classification, as_text
+from deploykit.tasks.classification.predictor import TextClassifier, graph_inputs
 
 BATCH_SIZES = (1, 4, 32)
 _ROWS = 64
@@ -58,24 +59,25 @@ def check_parity(reference: TorchClassifier, engine: Engine, texts: Sequence[str
 
     The texts are spread over all lengths, and joined texts reach the model's longest input.
     """
-    token_ids = _spread(reference, texts)
     task = reference.task
+    encoded = _spread(reference, texts)
     differences, agreed = [], []
     for size in BATCH_SIZES:
-        for batch in batches(token_ids, task.pad_token_id, max_length=task.max_length, token_budget=1 << 30):
+        for batch in batches(encoded.ids, task.pad_token_id, max_length=task.max_length, token_budget=1 << 30):
+            whole = graph_inputs(task, encoded, batch)
             for start in range(0, len(batch.rows), size):
-                ids, mask = batch.input_ids[start : start + size], batch.attention_mask[start : start + size]
-                expected = reference.logits(ids, mask)
-                actual = engine.run({"input_ids": ids, "attention_mask": mask})[0]
+                inputs = {name: array[start : start + size] for name, array in whole.items()}
+                expected = reference.logits(inputs)
+                actual = engine.run(inputs)[0]
                 difference = np.abs(expected - actual)
                 differences.append(difference)
                 # Two labels that PyTorch itself puts closer than the tolerance are a tie.
                 answers, gap = actual.argmax(axis=1), expected.max(axis=1)
                 agreed.append(gap - np.take_along_axis(expected, answers[:, None], axis=1)[:, 0] <= _TOLERANCE)
     all_differences = np.concatenate([d.ravel() for d in differences])
-    lengths = [len(ids) for ids in token_ids]
+    lengths = [len(ids) for ids in encoded.ids]
     parity = Parity(
-        rows=len(token_ids),
+        rows=len(encoded.ids),
         batch_sizes=BATCH_SIZES,
         shortest=min(lengths),
         longest=max(lengths),
@@ -92,11 +94,17 @@ def check_parity(reference: TorchClassifier, engine: Engine, texts: Sequence[str
     return parity
 
 
-def probes(texts: Sequence[str]) -> list[str]:
-    """Return texts that tokenizers are known to treat differently: empty, long, other scripts; and some real ones."""
-    rows = evenly(list(texts), _ROWS)
-    numbered = " ".join(f"{text} {i}" for i, text in enumerate([*texts[:64], *_WRITING] * 8))
-    return [*_WRITING, " ".join(texts[:64]), numbered, *rows]
+def probes(task: Classification, texts: Sequence[str]) -> list[str]:
+    """Return texts that tokenizers are known to treat differently: empty, long, other scripts; and some real ones.
+
+    Of a model of pairs, they are pairs: each of these texts before and after another one.
+    """
+    rows, parts = evenly(list(texts), _ROWS), [part for text in texts[:64] for part in task.read(text)]
+    numbered = " ".join(f"{part} {i}" for i, part in enumerate([*parts, *_WRITING] * 8))
+    odd = [*_WRITING, " ".join(parts), numbered]
+    if task.pair:
+        odd = [as_text(one, other) for one, other in zip([*odd, *odd], [*odd[1:], odd[0], *odd])]
+    return [text for text in (*odd, *rows) if text or not task.pair]
 
 
 def check_answers(reference: TorchClassifier, exported: TextClassifier, texts: Sequence[str]) -> None:
@@ -105,7 +113,7 @@ def check_answers(reference: TorchClassifier, exported: TextClassifier, texts: S
     Raises ExportError with both answers to the text whose scores differ most, when they differ by more than 1e-3.
     """
     # A text without a token has no answer in transformers: models without special tokens refuse it.
-    asked = [text for text, ids in zip(texts, reference.encode(texts)) if ids]
+    asked = [text for text, ids in zip(texts, reference.encode(texts).ids) if ids]
     expected = reference.task.scores(np.concatenate([reference.logits_alone(text) for text in asked]))
     require_equal(reference.task, asked, expected, exported.scores(asked), "the export")
 
@@ -135,6 +143,11 @@ def require_equal(
     )
 
 
-def _spread(reference: TorchClassifier, texts: Sequence[str]) -> list[list[int]]:
-    sample = sorted(reference.encode(list(texts[: 8 * _ROWS])), key=len)
-    return evenly(sample, _ROWS) + reference.encode(["a", " ".join(texts[:64])])
+def _spread(reference: TorchClassifier, texts: Sequence[str]) -> Encoded:
+    """Tokens of texts of all lengths: of some of ``texts``, of a short one, and of one as long as the model reads."""
+    sample = list(texts[: 8 * _ROWS])
+    lengths = [len(ids) for ids in reference.encode(sample).ids]
+    sample = evenly([sample[i] for i in np.argsort(lengths, kind="stable")], _ROWS)
+    columns = list(zip(*(reference.task.read(text) for text in texts[:64])))
+    ends = [("a",) * len(columns), tuple(" ".join(column) for column in columns)]
+    return reference.encode([*sample, *(as_text(*end) if reference.task.pair else end[0] for end in ends)])

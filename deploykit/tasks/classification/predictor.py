@@ -9,11 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.batching import batches
+from deploykit.runtime.batching import Batch, batches, padded_types
 from deploykit.runtime.engines.protocol import Engine
-from deploykit.runtime.tokenizer import TextTokenizer
+from deploykit.runtime.tokenizer import Encoded, TextTokenizer
 from deploykit.tasks.classification.facts import Classification
-from deploykit.text import normalize
 
 
 class Classifier:
@@ -35,19 +34,27 @@ class Classifier:
     def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Probabilities, float32 [texts, labels], in the order of ``texts`` and ``task.labels``.
 
-        A text's scores do not depend on the texts beside it.
+        A text's scores do not depend on the texts beside it. A pair is written as one text (``facts.as_text``). Raises
+        DataError for a text that is no pair, or has no token.
         """
-        token_ids = self._tokenizer.encode([normalize(text) for text in texts])
+        encoded = self._tokenizer.encode([self.task.read(text) for text in texts])
         logits = np.empty((len(texts), len(self.task.labels)), np.float32)
         for batch in batches(
-            token_ids, self.task.pad_token_id, max_length=self.task.max_length, token_budget=self._token_budget
+            encoded.ids, self.task.pad_token_id, max_length=self.task.max_length, token_budget=self._token_budget
         ):
-            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-            logits[batch.rows] = self._engine.run(inputs)[0]
+            logits[batch.rows] = self._engine.run(graph_inputs(self.task, encoded, batch))[0]
         return self.task.scores(logits)
 
     def close(self) -> None:
         """Nothing to release: the engine goes with the object."""
+
+
+def graph_inputs(task: Classification, encoded: Encoded, batch: Batch) -> dict[str, NDArray[np.int64]]:
+    """Return the graph's inputs of a batch of ``encoded``, int64 [rows, bucket length] each, by name."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    if task.token_types:
+        inputs["token_type_ids"] = padded_types(batch.input_ids, encoded.types, batch.rows)
+    return inputs
 
 
 def load_classifier(folder: Path, task: Classification, engine: Engine, *, token_budget: int = 0) -> Classifier:

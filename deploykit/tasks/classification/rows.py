@@ -25,7 +25,8 @@ from deploykit.data.texts import (
     scalar,
 )
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.classification.facts import LABEL_SEPARATOR
+from deploykit.tasks.classification.facts import LABEL_SEPARATOR, as_text
+from deploykit.tasks.classification.pairs import detect_pair, paired
 from deploykit.text import normalize
 
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,15}\.0+|[+-]?[0-9]{1,15}")
@@ -35,8 +36,8 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class Columns:
-    """Where text and labels stand in a source. Several text columns are joined; several label columns have 0 or 1 for the
-    label that each is named after."""
+    """Where texts and labels stand in a source. Several text columns are joined, or two are a pair; several label columns
+    have 0 or 1 for the label that each is named after."""
 
     text: tuple[str, ...]
     labels: tuple[str, ...]
@@ -44,21 +45,32 @@ class Columns:
 
 @dataclass(frozen=True)
 class RawExample:
-    """A row as read; None is a missing text or label. One with a ``problem`` is malformed."""
+    """A row as read; None is a missing text or label. ``text_pair`` is the second text of a pair. One with a ``problem`` is
+    malformed."""
 
     text: str | None
     label: str | None
     origin: str
     problem: str = ""
+    text_pair: str | None = None
 
 
 @dataclass(frozen=True)
 class Example:
-    """A usable row. A multi-label ``label`` is its sorted unique names joined by ``|``, "" for none."""
+    """A usable row. A multi-label ``label`` is its sorted unique names joined by ``|``, "" for none.
+
+    ``text_pair`` is the second text of a pair.
+    """
 
     text: str
     label: str
     origin: str
+    text_pair: str | None = None
+
+    @property
+    def asked(self) -> str:
+        """What a model is asked: the text, or the pair as one text."""
+        return self.text if self.text_pair is None else as_text(self.text, self.text_pair)
 
 
 def load_examples(
@@ -68,6 +80,7 @@ def load_examples(
     label_columns: Sequence[str] = (),
     prefer: Columns | None = None,
     separator: str = " ",
+    pair: bool = False,
     multi_label: bool = False,
     labels: Sequence[str] = (),
     label_separator: str | None = None,
@@ -79,8 +92,8 @@ def load_examples(
     Columns not given are those of ``prefer`` where the source has them, else detected. Numbers become text: 1 and 1.0 are
     both "1". NaN, null and nested values are missing. A multi-label cell is a list of names (also written as text, as in
     "['a', 'b']"), names separated by ``label_separator`` (None: by ``|``), or a list of 0 and 1 with one for each of
-    ``labels``. Several ``label_columns`` have 0 or 1 (or false and true) each. Labels that differ only as 0 and 0.0 or True
-    and true do are one.
+    ``labels``. Several ``label_columns`` have 0 or 1 (or false and true) each. With ``pair`` two text columns are the two
+    texts of a pair, and one holds pairs as JSON. Labels that differ only as 0 and 0.0 or True and true do are one.
 
     Raises:
         DataError: an unreadable source, no rows, no such column, a list where one label is wanted, lists of 0 and 1
@@ -94,6 +107,8 @@ def load_examples(
             text_columns = prefer.text
         if not label_columns and set(prefer.labels) <= set(names) and set(prefer.labels).isdisjoint(text_columns):
             label_columns = prefer.labels
+    if pair and not text_columns:
+        text_columns = detect_pair(names)
     columns = detect_columns(names, text=text_columns, labels=label_columns, source=source)
     rows = list(records)
     if len(columns.labels) > 1:
@@ -115,16 +130,22 @@ def load_examples(
     else:
         named = [_label(record, columns.labels[0]) for record in rows]
     spelled = _one_spelling({name for label in named for name in label or ()})
-    examples = [
-        RawExample(
-            joined(record, columns.text, separator),
-            None if label is None else LABEL_SEPARATOR.join(sorted({spelled[name] for name in label})),
-            record.origin,
-            record.problem,
-        )
-        for record, label in zip(rows, named)
-    ]
+    examples = []
+    for record, names_of in zip(rows, named):
+        label = None if names_of is None else LABEL_SEPARATOR.join(sorted({spelled[name] for name in names_of}))
+        if pair:
+            text, text_pair = paired(record, columns.text) or (None, None)
+        else:
+            text, text_pair = joined(record, columns.text, separator), None
+        examples.append(RawExample(text, label, record.origin, record.problem, text_pair))
     return examples, columns
+
+
+def as_example(row: RawExample, label: str) -> Example:
+    """Return a row with its texts normalized and ``label``."""
+    assert row.text is not None
+    text_pair = None if row.text_pair is None else normalize(row.text_pair)
+    return Example(normalize(row.text), label, row.origin, text_pair)
 
 
 def detect_columns(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from deploykit.errors import UsageError
 from deploykit.runtime.served import DEFAULT_URL, ServedModel, require_all
-from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.facts import Classification, from_text
 from deploykit.tasks.registry import task_of
 
 
@@ -48,10 +48,16 @@ class ServedClassifier(ServedModel):
         nothing = np.zeros(len(self.task.labels), np.float32)
 
         def infer(chunk: list[bytes]) -> list[RowResult]:
-            labels, scores, errors = self._infer({"TEXT": chunk}, ("LABEL", "SCORES", "ERROR"))
+            labels, scores, errors = self._infer(self._tensors(chunk), ("LABEL", "SCORES", "ERROR"))
             return [
                 RowResult(label.decode(), row, error.decode())
                 for label, row, error in zip(labels.reshape(-1), scores, errors.reshape(-1))
             ]
 
         return self._rows(texts, infer, lambda error: RowResult("", nothing, error))
+
+    def _tensors(self, chunk: list[bytes]) -> dict[str, list[bytes]]:
+        if not self.task.pair:
+            return {"TEXT": chunk}
+        firsts, seconds = zip(*(from_text(text.decode()) for text in chunk))
+        return {"TEXT": [text.encode() for text in firsts], "TEXT_PAIR": [text.encode() for text in seconds]}

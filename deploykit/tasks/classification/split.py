@@ -95,8 +95,8 @@ def split(
 
 def drop_leaks(train: Sequence[Example], held_out: Iterable[Example]) -> tuple[list[Example], int]:
     """Training rows without those whose ``group_key`` a held-out row has, and how many those were."""
-    held = {group_key(example.text) for example in held_out}
-    kept = [example for example in train if group_key(example.text) not in held] if held else list(train)
+    held = {group_key(example.asked) for example in held_out}
+    kept = [example for example in train if group_key(example.asked) not in held] if held else list(train)
     return kept, len(train) - len(kept)
 
 
@@ -104,9 +104,9 @@ def _groups(examples: Sequence[Example], seed: int) -> list[list[Example]]:
     """Examples by ``group_key``, in an order drawn by the seed that does not depend on theirs."""
     by_key: dict[str, list[Example]] = {}
     for example in examples:
-        by_key.setdefault(group_key(example.text), []).append(example)
+        by_key.setdefault(group_key(example.asked), []).append(example)
 
     def drawn(key: str) -> bytes:
         return hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
-    return [sorted(by_key[key], key=lambda e: (e.text, e.label, e.origin)) for key in sorted(by_key, key=drawn)]
+    return [sorted(by_key[key], key=lambda e: (e.asked, e.label, e.origin)) for key in sorted(by_key, key=drawn)]

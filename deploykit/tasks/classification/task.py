@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import UsageError
 from deploykit.runtime.protobuf_text import quoted
-from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.facts import Classification, as_text
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 
 if TYPE_CHECKING:
@@ -86,11 +86,19 @@ class _Classification:
         yield "tokenizer.json"
 
     def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
-        from deploykit.tasks.classification.triton_config import CLASSIFICATION
+        from deploykit.tasks.classification.triton_config import CLASSIFICATION, PAIR
 
         labels = record["labels"]
         rest = {name: value for name, value in record.items() if name != "labels"}
-        return CLASSIFICATION.substitute(values, num_labels=len(labels), labels=quoted(labels), task=quoted(rest))
+        pair = PAIR if record.get("pair") else ""
+        return CLASSIFICATION.substitute(
+            values, pair=pair, num_labels=len(labels), labels=quoted(labels), task=quoted(rest)
+        )
+
+    def as_text(self, facts: Classification, first: str, second: str) -> str:
+        if not facts.pair:
+            raise UsageError("the model reads one text, and two are given", "give texts, not pairs")
+        return as_text(first, second)
 
     def answer(self, predictor: TextClassifier, texts: Sequence[str], generation: None = None) -> list[Answer]:
         from deploykit.tasks.classification.answers import answers
@@ -119,8 +127,11 @@ class _Classification:
         self, source: str, facts: Classification, *, reading: Reading, columns: Mapping[str, Any]
     ) -> Iterator[TextRow]:
         from deploykit.data.texts import read_texts, trained_columns
+        from deploykit.tasks.classification.pairs import read_pairs
 
         chosen = trained_columns(source, columns.get("text_column") or (), facts.text_columns, reading)
+        if facts.pair:
+            return read_pairs(source, chosen, reading)
         return read_texts(source, chosen, facts.text_separator, reading=reading)
 
     def read_texts(
@@ -132,8 +143,8 @@ class _Classification:
             source, facts, columns.get("text_column") or (), columns.get("label_column") or (), reading
         )
 
-    def tensors(self, text: str) -> Mapping[str, str]:
-        return {"TEXT": text}
+    def tensors(self, facts: Classification, text: str) -> Mapping[str, str]:
+        return dict(zip(("TEXT", "TEXT_PAIR"), facts.read(text))) if facts.pair else {"TEXT": text}
 
     def request_parameters(self, facts: Classification, generation: None) -> dict[str, Any]:
         return {}
@@ -157,9 +168,9 @@ class _Classification:
 
     def describe(self, facts: Classification) -> str:
         if facts.regression:
-            return f"gives    a number, {facts.labels[0]}; at most {facts.max_length} tokens"
-        multi = " (multi-label)" if facts.multi_label else ""
-        return f"labels   {', '.join(facts.labels)}{multi}; at most {facts.max_length} tokens"
+            return f"gives    a number, {facts.labels[0]}; {'pairs of texts, ' if facts.pair else ''}at most {facts.max_length} tokens"
+        multi, pairs = " (multi-label)" if facts.multi_label else "", "pairs of texts, " if facts.pair else ""
+        return f"labels   {', '.join(facts.labels)}{multi}; {pairs}at most {facts.max_length} tokens"
 
     def bundle(self, facts: Classification) -> BundledTask:
         from deploykit.tasks.classification.bundle import BundledClassifier

@@ -3,46 +3,93 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from deploykit.errors import ExportError, UsageError
+from deploykit.graphs.encoder_export import engines_for
 from deploykit.graphs.onnx_export import export_classifier
-from deploykit.tasks.classification.checkpoint import TorchClassifier
+from deploykit.quantization.encoder import GRAPH
+from deploykit.runtime.batching import Batch, batches
+from deploykit.runtime.engines import load_engine
+from deploykit.tasks.classification.checkpoint import TorchClassifier, check_vocabulary, takes_token_types
+from deploykit.tasks.classification.facts import as_text
+from deploykit.tasks.classification.predictor import graph_inputs
 from deploykit.training.padding import padded
 
 _TEXTS = ("good", "The quick brown fox jumps over the lazy dog, and 3 more words.")
+_LONG = " ".join(f"{_TEXTS[1]} {i}" for i in range(20))
+_LONGEST = 96  # tokens that the graph is tried with: longer ones take seconds, and find nothing new
 _TOLERANCE = 1e-3
 
 
-def check_trainable(classifier: TorchClassifier, origin: str) -> None:
-    """Run a model on texts of two lengths, alone and padded to one batch, and trace a small copy of it to ONNX.
+def trainable(classifier: TorchClassifier, origin: str) -> TorchClassifier:
+    """Return the classifier with ``token_types`` in its facts, if its model needs them, once it has been tried.
 
-    Raises UsageError naming the model's type when it does not run, when padding changes its answers, or when it has no
-    ONNX graph.
+    The model is run on texts of two lengths, alone and padded to one batch; then a small copy of it as a graph, on each
+    engine, at those lengths and a longer one. Raises UsageError naming the model's type when it does not run, when padding
+    changes its answers, or when a graph does not give its answers.
     """
     kind = f"{origin}: models of type {classifier.model.config.model_type}"
     remedy = "start from another model; docs: Fine-tune, architectures"
-    training = classifier.model.training
-    classifier.model.eval()
+    model, tokenizer, task = classifier.model, classifier.tokenizer, classifier.task
+    check_vocabulary(model, tokenizer, origin)
+    training = model.training
+    model.eval()
+    texts = [as_text(text, text) if task.pair else text for text in _TEXTS]
     try:
-        ids, mask = padded(classifier.encode(_TEXTS), classifier.task.pad_token_id)
-        together = classifier.logits(ids.numpy(), mask.numpy())
-        alone = np.concatenate([classifier.logits_alone(text) for text in _TEXTS])
+        task = dataclasses.replace(task, token_types=takes_token_types(model, tokenizer, pair=task.pair))
+        classifier = TorchClassifier(model, tokenizer, task)
+        encoded = classifier.encode(texts)
+        ids, mask = padded(encoded.ids, task.pad_token_id)
+        batch = Batch(np.arange(len(texts)), ids.numpy(), mask.numpy())
+        together = classifier.logits(graph_inputs(task, encoded, batch))
+        alone = np.concatenate([classifier.logits_alone(text) for text in texts])
     except Exception as error:  # whatever the architecture raises, it cannot classify texts like these
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UsageError(f"{kind} do not run on a short text: {first}", remedy) from error
-    if not np.abs(together - alone).max() <= _TOLERANCE * max(1.0, float(np.abs(alone).max())):
+        raise UsageError(f"{kind} do not run on a short text: {_first_line(error)}", remedy) from error
+    if not _same(alone, together):
         raise UsageError(f"{kind} answer otherwise when a text is padded, so they cannot be served in batches", remedy)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            export_classifier(_small_copy(classifier.model), Path(folder) / "model.onnx")
+        _check_graph(classifier)
     except ExportError as error:
         raise UsageError(f"{kind} cannot be exported: {error.message}", remedy) from error
-    classifier.model.train(training)
+    model.train(training)
+    return classifier
+
+
+def _check_graph(classifier: TorchClassifier) -> None:
+    """Raise ExportError when the graph of a small copy does not run on an engine, or does not give PyTorch's answers."""
+    task = dataclasses.replace(classifier.task, max_length=min(classifier.task.max_length, _LONGEST))
+    small = TorchClassifier(_small_copy(classifier.model), classifier.tokenizer, task)
+    encoded = small.encode([as_text(text, text) if task.pair else text for text in (*_TEXTS, _LONG)])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / GRAPH
+        export_classifier(small.model, path, task.inputs)
+        for name in engines_for("fp32"):
+            try:
+                engine = load_engine(name, path, 1)
+                for batch in batches(encoded.ids, task.pad_token_id, max_length=task.max_length):
+                    inputs = graph_inputs(task, encoded, batch)
+                    expected, actual = small.logits(inputs), engine.run(inputs)[0]
+                    if not _same(expected, actual):
+                        raise ExportError(f"its graph gives other answers than PyTorch on {name}", "")
+            except ExportError:
+                raise
+            except Exception as error:  # engines' exceptions have no common base
+                raise ExportError(f"its graph does not run on {name}: {_first_line(error)}", "") from error
+
+
+def _same(expected: Any, actual: Any) -> bool:
+    return bool(np.abs(expected - actual).max() <= _TOLERANCE * max(1.0, float(np.abs(expected).max())))
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _small_copy(model: Any) -> Any:
@@ -50,8 +97,9 @@ def _small_copy(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     try:
         config.num_hidden_layers = 2
-        small = type(model)(config)
+        with torch.random.fork_rng():
+            small = type(model)(config)
     except Exception:  # a configuration that lists its layers, say
         return model
     small.set_attn_implementation("eager")
-    return small
+    return small.eval()

@@ -17,7 +17,8 @@ from transformers import AutoConfig, Trainer
 
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.classification.checkpoint import TorchClassifier, task_of
+from deploykit.runtime.tokenizer import Encoded
+from deploykit.tasks.classification.checkpoint import TorchClassifier, separates, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
@@ -34,7 +35,7 @@ from deploykit.tasks.classification.rows import (
     validate,
 )
 from deploykit.tasks.classification.split import drop_leaks, split
-from deploykit.tasks.classification.trainable import check_trainable
+from deploykit.tasks.classification.trainable import trainable
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
 from deploykit.training.padding import padded
@@ -60,6 +61,11 @@ class ClassificationStage:
                 f"--max-length is {options.max_length}, but {options.origin} takes at most {limit} tokens",
                 f"give --max-length {limit} or less",
             )
+        if options.pair and not separates(self._tokenizer):
+            raise UsageError(
+                f"the tokenizer of {options.origin} puts nothing between the two texts of a pair",
+                r"join the columns into one text, with a separator of your choice: --text-separator ' '",
+            )
         if options.qat:
             self._trained_for = task_of(Path(options.origin), self._tokenizer, config)
             if self._trained_for.multi_label != options.multi_label:
@@ -74,7 +80,8 @@ class ClassificationStage:
             source,
             text_columns=columns.text if columns else options.text_column,
             label_columns=columns.labels if columns else options.label_column,
-            separator=options.text_separator,
+            separator=options.text_separator or " ",
+            pair=options.pair,
             multi_label=options.multi_label,
             labels=options.label_order,
             label_separator=options.label_separator,
@@ -127,12 +134,11 @@ class ClassificationStage:
         return train, validated, tested
 
     def train(self, rows: Rows[Example, Columns], work: Path, say: Say) -> Trained:
-        task = self._task(rows)
-        model = self._model(task, say)
-        classifier = TorchClassifier(model, self._tokenizer, task)
+        classifier = self._classifier(self._task(rows), say)
+        model, task = classifier.model, classifier.task
         encoded = {
             name: EncodedTexts(
-                classifier.encode([e.text for e in examples]), task.targets([e.label for e in examples]), task
+                classifier.encode([e.asked for e in examples]), task.targets([e.label for e in examples]), task
             )
             for name, examples in rows.splits.items()
             if examples
@@ -158,7 +164,7 @@ class ClassificationStage:
         options, task = self._options, classifier.task
         held_out = rows.held_out
         before = {"fp32": _metrics(classifier, rows.splits[held_out])}
-        token_ids = evenly(encoded["train"].token_ids, _CALIBRATION_ROWS)
+        token_ids = evenly(encoded["train"].encoded.ids, _CALIBRATION_ROWS)
         say(f"calibrating on {len(token_ids):,} rows ({options.qat_method})")
         rounded = FakeQuantization(classifier.model, token_ids, options.qat_method)
         before["int8"] = _metrics(classifier, rows.splits[held_out])
@@ -188,12 +194,13 @@ class ClassificationStage:
             pad_token_id=pad_token_id(self._tokenizer),
             multi_label=options.multi_label,
             text_columns=rows.columns.text,
-            text_separator=options.text_separator,
+            text_separator=options.text_separator or " ",
+            pair=options.pair,
             label_column=rows.columns.labels if len(rows.columns.labels) > 1 else rows.columns.labels[0],
             label_separator=options.label_separator,
         )
 
-    def _model(self, task: Classification, say: Say) -> torch.nn.Module:
+    def _classifier(self, task: Classification, say: Say) -> TorchClassifier:
         """Load the checkpoint with a head for the labels: its own where it has one for them, in its order."""
         options = self._options
         config: dict[str, Any] = dict(task.model_config)
@@ -201,7 +208,7 @@ class ClassificationStage:
         if options.dropout is not None:
             config |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), options.dropout)
         loaded = load_for_training(options.origin, **config)
-        model: torch.nn.Module = loaded.model
+        model = loaded.model
         new = set(loaded.new)
         if (
             self._head
@@ -213,30 +220,36 @@ class ClassificationStage:
                 f"{', '.join(task.labels)}"
             )
             new |= _initialize_head(model)
-        check_trainable(TorchClassifier(model, self._tokenizer, task), options.origin)
-        return trainer.with_adapter(model, options, "SEQ_CLS", new) if options.lora_r else model
+        classifier = trainable(TorchClassifier(model, self._tokenizer, task), options.origin)
+        if options.lora_r:
+            classifier.model = trainer.with_adapter(model, options, "SEQ_CLS", new)
+        return classifier
 
 
 class EncodedTexts(Dataset):  # type: ignore[misc]
     """Token ids and targets of a split; padded to the longest of each batch by ``collate``."""
 
-    def __init__(self, token_ids: Sequence[list[int]], targets: NDArray[Any], task: Classification) -> None:
-        self.token_ids = token_ids
+    def __init__(self, encoded: Encoded, targets: NDArray[Any], task: Classification) -> None:
+        self.encoded = encoded
         self.targets = targets
         self._task = task
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.encoded.ids)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        return {"input_ids": self.token_ids[row], "target": self.targets[row]}
+        types = {"token_type_ids": self.encoded.types[row]} if self._task.token_types else {}
+        return {"input_ids": self.encoded.ids[row], **types, "target": self.targets[row]}
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, attention_mask = padded([row["input_ids"] for row in rows], self._task.pad_token_id)
         targets = torch.from_numpy(np.stack([row["target"] for row in rows]))
         several = self._task.multi_label or self._task.regression
         labels = targets.float() if several else targets.long().argmax(dim=1)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if self._task.token_types:
+            batch["token_type_ids"], _ = padded([row["token_type_ids"] for row in rows], 0)
+        return batch
 
 
 def by_tenths(rows: Sequence[Example]) -> list[Example]:
@@ -368,4 +381,4 @@ def _evaluate(task: Classification, logits: NDArray[np.float32], labels: NDArray
 
 def _metrics(classifier: TorchClassifier, examples: Sequence[Example]) -> dict[str, Any]:
     truth = classifier.task.targets([e.label for e in examples])
-    return classification_metrics(classifier.task, truth, classifier.scores([e.text for e in examples]))
+    return classification_metrics(classifier.task, truth, classifier.scores([e.asked for e in examples]))

@@ -26,7 +26,7 @@ from deploykit.runtime.triton_requests import (
     parameters_of,
     strings,
 )
-from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.facts import Classification, as_text
 from deploykit.tasks.classification.predictor import load_classifier
 
 
@@ -51,7 +51,7 @@ class ClassificationBackend:
         self._labels = np.array([label.encode() for label in task.labels], np.object_)
         # Short, middling and longest texts: engines compile kernels when they first meet a shape.
         for words in (1, task.max_length // 4, task.max_length):
-            self._classifier.scores(["a " * words])
+            self._classifier.scores([as_text("a " * words, "a") if task.pair else "a " * words])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         """Answer a dynamic batch: one run of the engine, whatever the number of requests."""
@@ -61,7 +61,7 @@ class ClassificationBackend:
             try:
                 if request.is_cancelled():
                     raise CancelledError
-                accepted.append((i, Rows(request), self._top_k(request)))
+                accepted.append((i, self._rows(request), self._top_k(request)))
             except RefusedError as refusal:
                 responses[i] = refusal.response()
         answers = self._scores([rows.texts for _, rows, _ in accepted])
@@ -79,6 +79,9 @@ class ClassificationBackend:
 
     def close(self) -> None:
         """Nothing to end: no request outlives its ``execute``."""
+
+    def _rows(self, request: Any) -> Rows:
+        return Rows(request, pair="TEXT_PAIR", join=as_text) if self._classifier.task.pair else Rows(request)
 
     def _scores(self, groups: list[list[str]]) -> Sequence[NDArray[np.float32] | RefusedError | DataError]:
         """Scores of each request's texts, all in one run; should that fail, each request in its own."""

@@ -6,6 +6,11 @@ from string import Template
 
 from deploykit.runtime.triton_batching import batched
 
+PAIR = """\
+# The second text of the pair that TEXT begins.
+input { name: "TEXT_PAIR" data_type: TYPE_STRING dims: [ 1 ] }
+"""
+
 CLASSIFICATION = Template(
     """\
 # Written by `deploykit package`. Yours to edit: packaging again keeps it and checks that it fits.
@@ -15,7 +20,7 @@ max_batch_size: $max_batch_size
 
 # A text. The backend tokenizes the whole batch: Triton would not merge token tensors of unequal length.
 input { name: "TEXT" data_type: TYPE_STRING dims: [ 1 ] }
-
+$pair
 output { name: "LABEL" data_type: TYPE_STRING dims: [ 1 ] }
 # Probabilities, in the order of the parameter labels below.
 output { name: "SCORES" data_type: TYPE_FP32 dims: [ $num_labels ] }

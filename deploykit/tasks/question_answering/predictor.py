@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import DataError
-from deploykit.runtime.batching import batches
+from deploykit.runtime.batching import batches, padded_types
 from deploykit.runtime.engines.protocol import Engine
 from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS, QuestionAnswering
 from deploykit.tasks.question_answering.spans import Candidates, Collector, Found, Span, candidates
@@ -163,10 +163,7 @@ def with_types(
     """Return the graph's inputs for ``rows`` of the windows, with token types if the graph has them."""
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if task.token_types:
-        types = np.zeros_like(input_ids)
-        for i, row in enumerate(rows):
-            types[i, : len(windows[row].types)] = windows[row].types
-        inputs["token_type_ids"] = types
+        inputs["token_type_ids"] = padded_types(input_ids, [window.types for window in windows], rows)
     return inputs
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit.errors import UsageError
 from deploykit.runtime.protobuf_text import quoted
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
-from deploykit.tasks.question_answering.facts import QuestionAnswering, from_text
+from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text, from_text
 
 if TYPE_CHECKING:
     from deploykit.data.reading import Reading
@@ -93,6 +93,9 @@ class _QuestionAnswering:
 
         return QUESTION_ANSWERING.substitute(values, task=quoted(record))
 
+    def as_text(self, facts: QuestionAnswering, first: str, second: str) -> str:
+        return as_text(first, second)
+
     def answer(self, predictor: TextAnswerer, texts: Sequence[str], generation: int | None = None) -> list[Answer]:
         """Answer questions; ``generation`` is the number of answers to each."""
         from deploykit.tasks.question_answering.answers import answers
@@ -128,7 +131,7 @@ class _QuestionAnswering:
 
         return texts_and_answers(source, reading)
 
-    def tensors(self, text: str) -> Mapping[str, str]:
+    def tensors(self, facts: QuestionAnswering, text: str) -> Mapping[str, str]:
         question, context = from_text(text)
         return {"QUESTION": question, "CONTEXT": context}
 

@@ -91,6 +91,9 @@ class _TextGeneration:
     def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
         raise UsageError(_NOT_SERVED, _REMEDY)
 
+    def as_text(self, facts: TextGeneration, first: str, second: str) -> str:
+        raise UsageError("the model reads one text, and two are given", "give texts, not pairs")
+
     def answer(
         self, predictor: LocalGenerator, texts: Sequence[str], generation: Sampling | None = None
     ) -> list[Answer]:
@@ -142,7 +145,7 @@ class _TextGeneration:
 
         return texts_and_references(source, facts, reading, columns)
 
-    def tensors(self, text: str) -> Mapping[str, str]:
+    def tensors(self, facts: TextGeneration, text: str) -> Mapping[str, str]:
         raise UsageError(_NOT_SERVED, _REMEDY)
 
     def request_parameters(self, facts: TextGeneration, generation: Sampling | None) -> dict[str, Any]:

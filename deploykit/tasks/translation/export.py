@@ -25,7 +25,7 @@ from deploykit.graphs.export_options import (
     pick_rows,
 )
 from deploykit.graphs.families import read_architecture
-from deploykit.graphs.native_writer import native_lacks, save_native
+from deploykit.graphs.native_writer import save_native
 from deploykit.graphs.seq2seq import Standard, build_decoder, build_encoder, save_graphs
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import MeasurementLog
@@ -174,15 +174,12 @@ def _quantize(
     ranges = calibration.ranges(options.method)
     calibration.save_ranges(directory, options.method, ranges)
     quantize_nodes = 0
-    if (reason := native_lacks(architecture)) is not None:
-        say(f"nothing for the engine native: {reason}")
 
     def save(some: Ranges) -> None:
         nonlocal quantize_nodes
         encoder, decoder = build_encoder(architecture, some), build_decoder(architecture, some)
         save_graphs(directory, encoder, decoder, TRANSLATION_FILES["int8"])
-        if reason is None:
-            save_native(directory / NATIVE_FILE, architecture, some)
+        save_native(directory / NATIVE_FILE, architecture, some)
         quantize_nodes = sum(
             node.op_type == "QuantizeLinear" for g in (encoder, decoder) for node in g.model.graph.node
         )

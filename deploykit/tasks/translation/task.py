@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from deploykit.errors import UsageError
 from deploykit.runtime.generation import Generation, override
 from deploykit.runtime.protobuf_text import quoted
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
@@ -95,6 +96,9 @@ class _Translation:
             return STREAM.substitute(streams=streams, task=quoted(record))
         return TRANSLATION.substitute(values, task=quoted(record))
 
+    def as_text(self, facts: Translation, first: str, second: str) -> str:
+        raise UsageError("the model reads one text, and two are given", "give texts, not pairs")
+
     def answer(
         self, predictor: TextTranslator, texts: Sequence[str], generation: Generation | None = None
     ) -> list[Answer]:
@@ -153,7 +157,7 @@ class _Translation:
 
         return texts_and_references(source, facts, columns.get("source_column"), columns.get("target_column"), reading)
 
-    def tensors(self, text: str) -> Mapping[str, str]:
+    def tensors(self, facts: Translation, text: str) -> Mapping[str, str]:
         return {"TEXT": text}
 
     def request_parameters(self, facts: Translation, generation: Generation | None) -> dict[str, Any]:

@@ -82,9 +82,12 @@ def test_a_record_shows_the_question_without_its_context() -> None:
 
 
 def test_texts_keep_the_places_of_their_characters() -> None:
-    (accent, control, empty) = rows_of(["e\u0301t\u00e9", "a\x00b", " \x00 "])
+    facts = Classification(("no", "yes"), 8, 0)
+    (accent, control, empty) = rows_of(["e\u0301t\u00e9", "a\x00b", " \x00 "], facts)
     assert (accent.text, control.text, empty.text) == ("e\u0301t\u00e9", "a b", "")
 
 
 def test_an_empty_text_is_answered_like_any_other() -> None:
-    assert [row.answer is not None for row in answer_rows(Refusing(400), rows_of(["", " ", "fine"]))] == [True] * 3
+    facts = Classification(("no", "yes"), 8, 0)
+    answered = answer_rows(Refusing(400), rows_of(["", " ", "fine"], facts))
+    assert [row.answer is not None for row in answered] == [True] * 3

@@ -20,7 +20,7 @@ def _library() -> ctypes.CDLL:
     library = open_library()
     library.deploykit_new_classifier.restype = c_void_p
     library.deploykit_new_classifier.argtypes = (POINTER(StackStruct), POINTER(HeadStruct), ctypes.c_int)
-    library.deploykit_classify.argtypes = (c_void_p, c_void_p, c_void_p, ctypes.c_int, c_void_p)
+    library.deploykit_classify.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, ctypes.c_int, c_void_p)
     return library
 
 
@@ -50,10 +50,13 @@ class NativeEngine:
         lengths = mask.sum(axis=1)
         starts = np.zeros(len(mask) + 1, np.int32)
         np.cumsum(lengths, out=starts[1:])
-        self._check(ids, lengths)
+        types = inputs["token_type_ids"][mask] if "token_type_ids" in inputs else np.zeros_like(ids)
+        self._check(ids, lengths, types)
+        position = (np.cumsum(mask, axis=1) - 1)[mask]
+        places = (position + types * self._weights.longest).astype(np.int32)
         logits = np.empty((len(mask), self._weights.labels), np.float32)
         if not self._library.deploykit_classify(
-            self._context, ids.ctypes.data, starts.ctypes.data, len(mask), logits.ctypes.data
+            self._context, ids.ctypes.data, places.ctypes.data, starts.ctypes.data, len(mask), logits.ctypes.data
         ):
             raise EngineError("there is no memory for this batch", "close other programs")
         return [logits]
@@ -61,9 +64,11 @@ class NativeEngine:
     def int8_kernels(self) -> int:
         return self._weights.int8_layers
 
-    def _check(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+    def _check(self, ids: NDArray[np.int64], lengths: NDArray[np.int64], types: NDArray[np.int64]) -> None:
         """The library looks tokens and positions up unchecked."""
         w = self._weights
+        if not 0 <= types.min(initial=0) <= types.max(initial=0) < w.types:
+            raise EngineError(f"a token's type is not one of the model's {w.types}", "export the model again")
         if lengths.min() < 1 or lengths.max() > w.longest:
             raise EngineError(f"the model knows texts of 1 to {w.longest} tokens", "lower max_length")
         if not 0 <= ids.min() <= ids.max() < w.vocabulary:

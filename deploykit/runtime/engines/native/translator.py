@@ -243,18 +243,28 @@ class NativeModel:
 
         The array belongs to the model: the next step overwrites it. The caller may change it.
         """
-        if len(self._logits) < self.rows:
-            self._logits = np.empty((self._capacity, self.vocabulary), np.float32)
-        self._choice, self._selection_of = _Selection(logits=self._logits.ctypes.data), None
+        self._choice, self._selection_of = _Selection(logits=self._room_for_logits().ctypes.data), None
         self._step(tokens)
         return self._logits[: self.rows]
 
+    def _room_for_logits(self) -> Floats:
+        if len(self._logits) < self.rows:
+            self._logits = np.empty((self._capacity, self.vocabulary), np.float32)
+        return self._logits
+
     def choose(self, tokens: Ints, selection: TokenSelection) -> tuple[Floats, Ints]:
         """Feed each row its next token, and apply ``select`` to the logits. Returns its result."""
-        if selection.penalties or selection.best > _MOST_BEST:
+        if selection.best > _MOST_BEST:
             return select(self.step(tokens), selection, self.best)
         values, ids = self._prepare_selection(selection)
+        if not selection.penalties:
+            self._step(tokens)
+            return values, ids
+        # The library knows no penalties. It answers every row, so that the others' scores are the same bits as without.
+        self._choice.logits, self._selection_of = self._room_for_logits().ctypes.data, None
         self._step(tokens)
+        rows = sorted({row for row, _, _ in selection.penalties})
+        values[rows], ids[rows] = select(self._logits[rows], selection.of_rows(rows), self.best)
         return values, ids
 
     def run_greedily(self, state: SearchState, selection: TokenSelection, most: int) -> int:

@@ -102,7 +102,7 @@ class _File(ABC):
         return StackStruct(
             embedding=self._at(model["embedding"], np.int8, tokens * model["hidden"]),
             embedding_scale=self._at(model["embedding_scale"], np.float32, tokens),
-            positions=self._at(model["positions"], np.float32, model["hidden"] * (model["longest"] or 0)),
+            positions=self._at(model["positions"], np.float32, model["hidden"] * (model["longest"] or 0) * model.get("types", 1)),
             bias=self._at(model["bias"], np.float32, model["heads"] * model["distances"]),
             layer=layers,
             embedding_norm=self._norm(model["embedding_norm"], model["hidden"]),
@@ -169,7 +169,7 @@ class Weights(_File):
 
 
 class ClassifierWeights(_File):
-    """The encoder of a classifier, and its head. ``longest``: positions that it knows."""
+    """The encoder of a classifier, and its head. ``longest``: positions that it knows, of each of its ``types`` of tokens."""
 
     def _lay(self, model: Mapping[str, Any]) -> None:
         encoder, head = model["encoder"], model["head"]
@@ -177,6 +177,7 @@ class ClassifierWeights(_File):
         self.head = HeadStruct(self._linear(head["out"]), _ACTIVATIONS.index(head["activation"]))
         self.vocabulary: int = encoder["vocabulary"]
         self.longest: int = encoder["longest"]
+        self.types: int = encoder.get("types", 1)
         self.labels: int = head["out"]["out"]
         if head["out"]["in"] != encoder["last"]["out"]:
             raise ValueError("the head's layers do not fit")

@@ -118,6 +118,9 @@ class _TokenClassification:
 
         return texts_and_labels(source, facts, columns.get("words_column"), columns.get("label_column"), reading)
 
+    def as_text(self, facts: TokenClassification, first: str, second: str) -> str:
+        raise UsageError("the model reads one text, and two are given", "give texts, not pairs")
+
     def answer(self, predictor: TextTagger, texts: Sequence[str], generation: None = None) -> list[Answer]:
         from token_classification.evaluate import answers
 
@@ -148,7 +151,7 @@ class _TokenClassification:
         if generation:
             raise UsageError(f"{next(iter(generation))} is for a model that generates", "leave it out")
 
-    def tensors(self, text: str) -> Mapping[str, str]:
+    def tensors(self, facts: TokenClassification, text: str) -> Mapping[str, str]:
         return {"TEXT": text}
 
     def request_parameters(self, facts: TokenClassification, generation: None) -> dict[str, Any]:

@@ -79,9 +79,9 @@ static void finish_rows(Context *c, const Stack *s, const Layer *l, const float 
     }
 }
 
-static void look_up(Context *c, const Stack *s, int row, int64_t token, int position) {
+static void look_up(Context *c, const Stack *s, int row, int64_t token, int place) {
     float *x = c->x + (int64_t)row * filled(s->hidden);
-    c->kernels->embed_row(s, token, s->positions + (int64_t)position * s->hidden, x);
+    c->kernels->embed_row(s, token, s->positions + (int64_t)place * s->hidden, x);
     c->kernels->normalize(&s->embedding_norm, x, x, s->hidden);
     c->kernels->give_row(buffer(c, 0), &s->layer->qkv, row, x, 1.0f);
 }
@@ -129,13 +129,10 @@ static void finish_texts(Context *c, int number, const Stack *s, float *packed) 
 /* Each thread computes a layer for some of the rows, and waits for the others before attention. */
 void classify(Context *c, int number) {
     const Stack *s = c->encoder;
-    int first, last, width = s->heads * s->head_size, text = 0, panels = filled(3 * width) / PANEL;
+    int first, last, width = s->heads * s->head_size, panels = filled(3 * width) / PANEL;
     int64_t wide = filled(3 * width), read = filled(s->hidden);
     share(c->rows, c->threads, number, &first, &last);
-    for (int row = first; row < last; row++) {
-        while (c->starts[text + 1] <= row) text++;
-        look_up(c, s, row, c->ids[row], row - c->starts[text]);
-    }
+    for (int row = first; row < last; row++) look_up(c, s, row, c->ids[row], c->places[row]);
     for (int i = 0; i < s->layers; i++) {
         int end = i == s->layers - 1;
         float *packed = c->packed + (i % 2) * c->capacity * wide; /* other threads may still read the previous layer's */

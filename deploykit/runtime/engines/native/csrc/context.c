@@ -125,7 +125,8 @@ API Context *deploykit_new_classifier(const Stack *encoder, const Head *head, in
 }
 
 /* ids of ``texts`` texts one after another; ``logits``: [texts][labels]. Returns 0 when there is no memory. */
-API int deploykit_classify(Context *c, const int64_t *ids, const int32_t *starts, int texts, float *logits) {
+API int deploykit_classify(Context *c, const int64_t *ids, const int32_t *places, const int32_t *starts, int texts,
+                           float *logits) {
     int most = TOKENS_PER_CLASSIFICATION * c->threads, longest = 0, rows = 0, labels = c->head->out.out;
     int32_t relative[TOKENS_PER_CLASSIFICATION + 1];
     for (int first = 0, last; first < texts; first = last) {
@@ -139,6 +140,7 @@ API int deploykit_classify(Context *c, const int64_t *ids, const int32_t *starts
         }
         if (!reserve(c, rows, longest)) return 0;
         c->ids = ids + starts[first];
+        c->places = places + starts[first];
         c->starts = relative;
         c->texts = last - first;
         c->rows = rows;
@@ -169,7 +171,7 @@ API int deploykit_step(Context *c, const Batch *batch, const Choice *choice) {
     for (int i = 0; i < batch->rows; i++)
         if (batch->source[i] > longest) longest = batch->source[i];
     if (!reserve(c, batch->rows, longest)) return 0;
-    if (batch->rows > c->best_rows && !choice->logits) {
+    if (batch->rows > c->best_rows && choice->best) {
         c->best_rows = 0;
         if (!(c->found = room(c->found, (int64_t)sizeof(Found) * CHUNKS * batch->rows))) return 0;
         c->best_rows = batch->rows;

@@ -76,7 +76,7 @@ typedef struct {
 } Batch;
 
 typedef struct {
-    float *logits;              /* [rows][vocabulary] for all logits; NULL to select tokens by: */
+    float *logits;              /* [rows][vocabulary] for all logits, or NULL; and unless ``best`` is 0: */
     const int32_t *forced;      /* [rows]: a forced token, or -1 */
     const int32_t *forbidden;   /* tokens of all rows, ascending within a row */
     const int32_t *begin;       /* [rows + 1]: index of each row's first forbidden token */
@@ -159,6 +159,7 @@ struct Context {
     const Batch *batch;
     const Choice *choice;
     const int64_t *ids;
+    const int32_t *places; /* [tokens]: of each in a classifier's ``positions`` */
     const int32_t *starts; /* [texts + 1] */
     int8_t **cross;
     int texts, rows;

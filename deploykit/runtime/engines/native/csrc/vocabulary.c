@@ -66,7 +66,7 @@ void choose(Context *c, int number, const Stack *s) {
         int panel, last;
         Found *found = c->found + (int64_t)mine * rows;
         share(panels, chunks, mine, &panel, &last);
-        for (int row = 0; row < rows && !choice->logits; row++) { /* start from the threshold of this thread's earlier chunks */
+        for (int row = 0; row < rows && choice->best; row++) { /* start from the threshold of this thread's earlier chunks */
             float threshold = mine > first_chunk ? (found - rows)[row].threshold : -INFINITY;
             found[row].highest = -INFINITY;
             memset(found[row].sums, 0, sizeof(found[row].sums));
@@ -80,11 +80,8 @@ void choose(Context *c, int number, const Stack *s) {
                 float of_panel[MOST_ROWS][PANEL], *logits = of_panel[0];
                 c->kernels->tile(buffer(c, 0), l, g, panel, 0, logits, PANEL);
                 for (int row = g.row; row < g.row + g.rows; row++, logits += PANEL) {
-                    if (choice->logits) {
-                        memcpy(choice->logits + (int64_t)row * l->out + first, logits, sizeof(float) * n);
-                        continue;
-                    }
-                    if (choice->forced[row] >= 0) continue;
+                    if (choice->logits) memcpy(choice->logits + (int64_t)row * l->out + first, logits, sizeof(float) * n);
+                    if (!choice->best || choice->forced[row] >= 0) continue;
                     const int32_t *forbidden = choice->forbidden + choice->begin[row];
                     int count = choice->begin[row + 1] - choice->begin[row], low = 0, high = count, scored = choice->scored[row];
                     while (low < high) { /* binary search for the first one from here on */
@@ -105,7 +102,7 @@ void choose(Context *c, int number, const Stack *s) {
         }
     }
     barrier(c);
-    if (choice->logits) return;
+    if (!choice->best) return;
     int row;
     share(rows, c->threads, number, &row, &end);
     for (; row < end; row++) answer(c, row, chunks);

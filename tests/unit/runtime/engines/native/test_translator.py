@@ -16,7 +16,7 @@ from translators import FAMILIES, LONGEST, SEARCHES, Case, case, decode, generat
 
 from deploykit.errors import CorruptArtifactError, EngineError
 from deploykit.graphs.families import read_architecture
-from deploykit.graphs.native_writer import native_lacks, save_native
+from deploykit.graphs.native_writer import save_native
 from deploykit.graphs.seq2seq import build_decoder, build_encoder, save_graphs
 from deploykit.runtime.decoding import Decoder, Sentence
 from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
@@ -31,9 +31,6 @@ from deploykit.runtime.token_selection import select
 pytestmark = pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
 __all__ = ["case"]
 
-RUN = [family for family in FAMILIES if family != "marian, heads of 12"]
-"""The families that native runs."""
-
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -45,7 +42,7 @@ def logits_of(model: Any, sources: Sequence[Sequence[int]]) -> Floats:
     return found
 
 
-@pytest.mark.parametrize("family", RUN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_ranges_only_embedding_and_caches_are_rounded(family: str, tmp_path: Path) -> None:
     """The rest is float32. T5 has its initial weights: the larger ones of other tests amplify a rounded key too much
     for a comparison."""
@@ -62,13 +59,7 @@ def test_without_ranges_only_embedding_and_caches_are_rounded(family: str, tmp_p
     assert np.abs(found - expected).mean() / expected.std() < 0.02
 
 
-def test_heads_of_another_size_are_refused() -> None:
-    assert native_lacks(read_architecture(FAMILIES["marian"]())) is None
-    lacks_it = native_lacks(read_architecture(FAMILIES["marian, heads of 12"]()))
-    assert lacks_it == "its heads have 12 values, and native takes 4 or a multiple of 8"
-
-
-@pytest.mark.parametrize("family", RUN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_int8_is_as_close_to_fp32_as_onnx_runtimes(case: Callable[[str], Case], family: str) -> None:
     c = case(family)
     sources = c.sources[:8]
@@ -123,6 +114,22 @@ def test_its_selection_matches_its_logits(case: Callable[[str], Case], search: s
     found = results(decode(c, generation, engine=open_engine(c, "native", 1), max_rows=16))
     assert [ids for ids, _ in found] == [ids for ids, _ in expected]
     assert [score for _, score in found] == pytest.approx([score for _, score in expected], abs=1e-4, rel=1e-4)
+
+
+def test_a_penalty_in_another_row_changes_no_bit(case: Callable[[str], Case]) -> None:
+    c = case("marian")
+    others = [generation_of(SEARCHES[name]) for name in ("greedy", "early stopping")]
+    penalized = [
+        Generation(max_length=LONGEST, repetition_penalty=1.5),
+        Generation(beam_size=2, max_length=LONGEST, repetition_penalty=0.7),
+    ]
+    kinds = [*others, *penalized]
+    alone = [Sentence(source, kinds[i % 4]) for i, source in enumerate(c.sources)]
+    for sentence in alone:
+        Decoder(open_engine(c, "native", 1), c.task).run([sentence])
+    together = [Sentence(source, kinds[i % 4]) for i, source in enumerate(c.sources)]
+    Decoder(open_engine(c, "native", 1), c.task, max_rows=24).run(together)
+    assert results(together) == results(alone)
 
 
 def test_beams_are_handed_over_while_other_searches_join_and_leave(case: Callable[[str], Case]) -> None:

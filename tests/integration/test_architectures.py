@@ -1,0 +1,91 @@
+"""Architectures of transformers, tiny: served as PyTorch answers, or refused before training. See bench/architectures.py."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from deploykit.artifacts import load_manifest
+from deploykit.cli import main
+
+ROOT = Path(__file__).parents[2]
+ENGINES = ["openvino", "onnxruntime"]
+RECORDED = sorted((ROOT / "bench" / "results").glob("*-architectures.json"))
+
+
+@pytest.fixture
+def architectures(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    return importlib.import_module("architectures")
+
+
+@pytest.mark.parametrize("model_type", ["albert", "distilbert", "gpt2", "modernbert"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_architecture_is_trained_exported_and_answers_as_pytorch(
+    architectures: Any, model_type: str, tmp_path: Path
+) -> None:
+    """Layers that share weights; one that native runs; a decoder; two kinds of attention."""
+    found = architectures.try_architecture(model_type, tmp_path)
+    assert found["outcome"] == "served", found
+    int8 = found["engines"]["int8"]
+    assert found["engines"]["fp32"] == [name for name in int8 if name != "native"] == ENGINES
+    assert ("native" in int8) == (model_type == "distilbert")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"), [("funnel", "cannot be exported"), ("convbert", "when a text is padded")]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_an_architecture_that_cannot_be_served_is_refused_before_training(
+    architectures: Any, model_type: str, reason: str, tmp_path: Path
+) -> None:
+    found = architectures.try_architecture(model_type, tmp_path)
+    assert found["outcome"] == "refused", found
+    assert reason in found["message"]
+    assert "\n" not in found["message"]
+
+
+@pytest.mark.skipif(not RECORDED, reason="bench/architectures.py was not run")
+def test_every_type_was_tried_and_none_failed_after_training(architectures: Any) -> None:
+    recorded = json.loads(RECORDED[-1].read_text())["architectures"]
+    assert sorted(recorded) == architectures.architectures()
+    assert {record["outcome"] for record in recorded.values()} <= {"served", "refused", "not built"}
+
+
+def train_and_export(folder: Path, *options: str) -> None:
+    """Train the checkpoint c in ``folder`` on its rows.csv for two steps, and export it."""
+    steps = ("--max-steps", "2", "--per-device-train-batch-size", "4", *options)
+    for words in (
+        ("finetune", f"{folder}/c", "--train", f"{folder}/rows.csv", *steps, "--output-dir", f"{folder}/r"),
+        ("export", f"{folder}/r", "--output-dir", f"{folder}/e"),
+    ):
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, (result.output, result.exception)
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "roberta"])
+@pytest.mark.filterwarnings("ignore")
+def test_heads_of_several_layers_are_trained_with_lora(architectures: Any, model_type: str, tmp_path: Path) -> None:
+    architectures.write_rows(tmp_path / "rows.csv")
+    architectures.write_checkpoint(model_type, tmp_path / "c")
+    config = tmp_path / "c" / "config.json"
+    names = {"id2label": {"0": "ham", "1": "spam"}, "label2id": {"ham": 0, "spam": 1}}  # so that the head is made anew
+    config.write_text(json.dumps({**json.loads(config.read_text()), **names}))
+    train_and_export(tmp_path, "--lora-r", "2")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_decoder_without_a_pad_token_is_padded_with_its_end_token(architectures: Any, tmp_path: Path) -> None:
+    architectures.write_rows(tmp_path / "rows.csv")
+    architectures.write_checkpoint("gpt2", tmp_path / "c")
+    for name in ("tokenizer_config.json", "config.json"):
+        settings = json.loads((tmp_path / "c" / name).read_text())
+        settings = {key: value for key, value in settings.items() if key not in ("pad_token", "pad_token_id")}
+        (tmp_path / "c" / name).write_text(json.dumps({**settings, "eos_token": "[UNK]"}))
+    train_and_export(tmp_path)
+    assert load_manifest(tmp_path / "e").task.pad_token_id == 1
