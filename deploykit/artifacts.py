@@ -78,12 +78,18 @@ class Manifest:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+    recorded_task: Mapping[str, Any] | None = None
+    """The task as the file has it: an earlier version of deploykit may have written fewer fields."""
 
     @property
     def digest(self) -> str:
         """Digest of the contents: task and files, but not time and versions."""
         files = {name: record.sha256 for name, record in self.files.items()}
-        return digest_of(self.kind, task_to_json(self.task), files)
+        return digest_of(self.kind, self._task_json, files)
+
+    @property
+    def _task_json(self) -> Mapping[str, Any]:
+        return task_to_json(self.task) if self.recorded_task is None else self.recorded_task
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of manifest.json."""
@@ -93,7 +99,7 @@ class Manifest:
             "digest": self.digest,
             "inputs": self.inputs,
             "parent": self.parent,
-            "task": task_to_json(self.task),
+            "task": self._task_json,
             "options": dict(self.options),
             "metrics": dict(self.metrics),
             "versions": dict(self.versions),
@@ -156,6 +162,7 @@ def load_manifest(path: Path, kind: Kind | None = None, *, verify: bool = True) 
             metrics=record["metrics"],
             versions=record["versions"],
             created=record["created"],
+            recorded_task=record["task"],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifactError(f"{path / MANIFEST}: has no {error}", _again(kind)) from error

@@ -125,7 +125,7 @@ def classify(step: Step) -> None:
     deploykit("export", checkpoint, "--output-dir", export_to)
     reference = TorchClassifier.load(checkpoint)
     texts = step.texts(256)
-    ids = [row[:64] for row in reference.encode(texts)]
+    ids = [row[:64] for row in reference.encode(texts).ids]
     engine = load_engine("cuda" if step.device == "cuda" else "onnxruntime", export_to / "model.onnx")
 
     def padded(rows: Sequence[list[int]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ def write(out: Path, content: bytes = b"weights", inputs: str = "i") -> artifact
 
 def test_a_manifest_reads_back_equal(tmp_path: Path) -> None:
     written = write(tmp_path / "a")
-    assert artifacts.load_manifest(tmp_path / "a", "export") == written
+    assert dataclasses.replace(artifacts.load_manifest(tmp_path / "a", "export"), recorded_task=None) == written
 
 
 def test_the_digest_is_of_contents_not_of_time(tmp_path: Path) -> None:
@@ -55,6 +56,19 @@ def test_an_edited_manifest_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(record))
     with pytest.raises(CorruptArtifactError, match="digest"):
         artifacts.load_manifest(tmp_path / "a")
+
+
+def test_an_artifact_of_an_earlier_version_has_fewer_facts_and_its_own_digest(tmp_path: Path) -> None:
+    write(tmp_path / "a")
+    path = tmp_path / "a" / "manifest.json"
+    record = json.loads(path.read_text())
+    record["task"] = {name: record["task"][name] for name in ("name", "labels", "max_length", "pad_token_id")}
+    files = {name: file["sha256"] for name, file in record["files"].items()}
+    record["digest"] = artifacts.digest_of("export", record["task"], files)
+    path.write_text(json.dumps(record))
+    manifest = artifacts.load_manifest(tmp_path / "a")
+    assert manifest.task == TASK
+    assert manifest.to_json()["task"] == record["task"]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"format": 1}', '{"format": 1, "task": 3}'])

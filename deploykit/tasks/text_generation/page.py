@@ -29,16 +29,10 @@ def write_run_page(
     MissingDependencyError without matplotlib.
     """
     figures.require_matplotlib()
-    held_out = "test" if "test" in metrics else "validation"
-    columns = columns_of(metrics, held_out)
     history = metrics["history"]
-    rows = [[escape(name), *(cell(values, key) for values in columns.values())] for key, name in shown(columns)]
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
-        section(
-            f"On the {held_out} rows", "None was seen in training. In brackets: bootstrap 95 % intervals over rows.",
-            table(("", *columns), rows),
-        ),
+        *(_held_out(metrics, name) for name in [n for n in ("test", "validation") if n in metrics][:1]),
         figure(
             "Loss", "Of a supervised token. Step 0 is the checkpoint as it came.",
             training_figures.loss_curves(
@@ -56,10 +50,17 @@ def write_run_page(
     write_page(out, page(title, parts))
 
 
+def _held_out(metrics: Mapping[str, Any], split: str) -> str:
+    columns = columns_of(metrics, split)
+    rows = [[escape(name), *(cell(values, key) for values in columns.values())] for key, name in shown(columns)]
+    note = "None was seen in training. In brackets: bootstrap 95 % intervals over rows."
+    return section(f"On the {split} rows", note, table(("", *columns), rows))
+
+
 def _training(history: Mapping[str, Any]) -> list[tuple[str, str]]:
     speeds = [step["tokens_per_second"] for step in history["steps"]]
     return [
-        ("Steps", f"{history['evaluations'][-1]['step']:,}"),
+        ("Steps", f"{max(entry['step'] for entry in (*history['steps'], *history['evaluations'])):,}"),
         ("Tokens/s", f"{median(speeds):,.0f} (median; {min(speeds):,.0f} to {max(speeds):,.0f}), evaluations included"),
     ]
 

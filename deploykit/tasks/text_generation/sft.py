@@ -162,7 +162,7 @@ def train(
     arguments = trainer.arguments(
         options, len(batches), work / "trainer", neftune_noise_alpha=options.neftune_noise_alpha or None,
         # A run that is taken up again has been evaluated there, and early stopping has counted it.
-        eval_on_start=not any((work / "trainer").glob("checkpoint-*")),
+        eval_on_start=bool(validation) and not any((work / "trainer").glob("checkpoint-*")),
     )  # fmt: skip
     sft = SftTrainer(
         model=trained,

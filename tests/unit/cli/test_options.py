@@ -28,8 +28,6 @@ SHARED = {
     "--target-column": "as --text-column",
     "--prompt-column": "as --text-column",
     "--completion-column": "as --text-column",
-    "--answer-regex": "of generated answers; in a training run those of one task",
-    "--syntax": "as --answer-regex",
     "--num-beams": "of one search, or of the model that is trained",
     "--source-lang": "of the pairs to train on, or of a checkpoint that was trained elsewhere",
     "--target-lang": "as --source-lang",

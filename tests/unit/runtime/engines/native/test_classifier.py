@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, ExportError
+from deploykit.graphs import encoder_export
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.runtime.engines import NATIVE_FILE
 from deploykit.runtime.engines.native.classifier import NativeEngine
 from deploykit.runtime.engines.native.loader import VARIABLE, instruction_sets, lacks
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.stages.export import export
-from deploykit.tasks.classification import export as classification
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.encoders import FAMILIES, read_encoder
 from deploykit.tasks.classification.native_program import linear_parts, save_native_classifier
@@ -181,7 +181,7 @@ def test_layers_that_int8_ruins_stay_float32(
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": text, "label": label}) for text, label in zip(texts, answers)))
     monkeypatch.setattr(
-        classification, "_engines", lambda precision: ["native" if precision == "int8" else "onnxruntime"]
+        encoder_export, "engines_for", lambda precision: ["native" if precision == "int8" else "onnxruntime"]
     )
     options = ExportOptions(calibration_data=str(rows), int8=True, max_drop=15, data=str(rows))
     quantization = export(checkpoint, tmp_path / "out", options, say=lambda line: None).manifest.metrics["quantization"]
