@@ -20,10 +20,11 @@ from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.predictor import load_generator
 
 PYTHON = Path(os.environ.get("OPTIMUM_VENV", "/tmp/deploykit-optimum")) / "bin" / "python"
-# optimum-onnx 0.1 makes empty caches from the config, and takes no head size for Qwen3 and no number of key heads for Phi-3.
+# optimum-onnx 0.1 makes empty caches from the config, and ignores the head size of Qwen3 and Gemma 2
+# and the number of key heads of Phi-3 and Gemma 2.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen3": {"head_dim": 16}, "gemma3_text": {}, "gpt2": {}, "mistral": {}, "phi3": {"num_key_value_heads": 4},
-    "smollm3": {}, "qwen2": {}, "gemma2": {},
+    "smollm3": {}, "qwen2": {}, "gemma2": {"num_key_value_heads": 4, "head_dim": 16},
 }  # fmt: skip
 """Families that both tools open, with the settings that they need."""
 TOKENS = 24
