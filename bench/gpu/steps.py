@@ -81,7 +81,7 @@ class Step:
         return self.checkpoint(
             f"translator-{precision}{'-cpu' * hide_gpu}", "--task", "translation", "--from-config", "marian-small", "--train",
             self.payload / "pairs.tsv", "--source-lang", "en", "--target-lang", "fr", "--max-train-samples", self.size.rows, "--max-steps", self.size.steps,
-            "--held-out-rows", 64, "--eval-rows", 32, "--mixed-precision", precision,
+            "--held-out-rows", self.size.rows // 16, "--eval-rows", self.size.rows // 32, "--mixed-precision", precision,
             hide_gpu=hide_gpu,
         )  # fmt: skip
 
