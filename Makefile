@@ -35,7 +35,9 @@ demo-generation: $(READY)
 
 test: $(READY)
 	@bash setup.sh --browser
-	@$(BIN)/python -m pytest
+	@# Unit tests use one core each; the others start servers and train with all cores.
+	@$(BIN)/python -m pytest tests/e2e tests/integration
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
 OPTIMUM_VENV ?= /tmp/deploykit-optimum
 LLAMA_VENV ?= /tmp/deploykit-llama
@@ -68,7 +70,7 @@ docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
 check: lint
-	@$(BIN)/python -m pytest tests/unit
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
 clean:
 	rm -rf .venv demo
