@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_oracle import LABELS, TEXTS, Oracle
 from click.testing import CliRunner, Result
 from paths import ROOT
 
@@ -27,8 +28,6 @@ def spread(middle: float, half: float = 0.0) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def measured() -> Record:
     """A real record of three rounds, whose scenario figures tests overwrite."""
-    from test_bench_run import LABELS, TEXTS, Oracle
-
     candidates = [Candidate("model", Oracle("a"), peak_memory_mb=100.0)]
     settings: Any = {"rounds": 3, "seconds": 0.05, "warmup_s": 0}
     record: Record = json.loads(json.dumps(run_bench(candidates, TEXTS, LABELS, [ClosedLoop(4)], **settings).to_json()))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bench_oracle import LABELS, TEXTS, Oracle
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
@@ -17,31 +18,6 @@ from deploykit.bench.scenarios import ClosedLoop, Poisson
 from deploykit.bench.targets import bench_targets
 from deploykit.cli import main
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.classification.facts import Classification
-
-TEXTS = ["yes", "no", "yes yes", "no no"]
-LABELS = ["yes", "no", "yes", "no"]
-
-
-class Oracle:
-    """A predictor that answers yes or no; the shared list ``calls`` records calls."""
-
-    task = Classification(("no", "yes"), max_length=8, pad_token_id=0)
-
-    def __init__(self, name: str, calls: list[str] | None = None, *, change: bool = False) -> None:
-        self._name, self._calls, self._change = name, calls if calls is not None else [], change
-        self._asked = 0
-
-    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        self._calls.append(self._name)
-        self._asked += 1
-        yes = np.array(["yes" in text for text in texts], np.float32)
-        if self._change and self._asked > 1:
-            yes = 1 - yes
-        return np.stack([1 - yes, yes], axis=1)
-
-    def close(self) -> None:
-        pass
 
 
 def run(*candidates: Candidate, labels: Sequence[str] | None = LABELS, rounds: int = 2) -> BenchResult:
