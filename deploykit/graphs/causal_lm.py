@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -56,13 +55,6 @@ def build_causal_lm(
 ) -> onnx.ModelProto:
     """Return the graph in fp32, or with linear layers of ``bits``; ``kept`` parts (``parts_of``) stay in fp32."""
     return _CausalWriter("model", cast(Any, None), None, a=architecture, bits=bits, kept=frozenset(kept)).build()
-
-
-def save_causal_lm(model: onnx.ModelProto, path: Path) -> None:
-    """Write the graph, and its weights to a separate file, because protobuf is limited to 2 GB."""
-    location = f"{path.name}_data"
-    (path.parent / location).unlink(missing_ok=True)  # onnx would append to it
-    onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=1024)
 
 
 @dataclass

@@ -5,7 +5,6 @@ Source: optimum-onnx 0.1, ``ORTModelForSeq2SeqLM`` and ``optimum-cli export onnx
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +12,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from deploykit.graphs.architecture import Architecture, Attention, RelativeBias
-from deploykit.graphs.onnx_export import HALF_OPSET
-from deploykit.graphs.seq2seq import side_by_side
+from deploykit.graphs.architecture import Architecture, RelativeBias
+from deploykit.graphs.seq2seq import decode, encode, side_by_side
 from deploykit.graphs.standard_writer import StandardWriter
-from deploykit.quantization.qdq import Ranges, quantize
+from deploykit.graphs.writer import save_with_weights
+from deploykit.quantization.qdq import Ranges
 
 FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")
 """Names of the graphs, without suffix: encoder; decoder of the first tokens; decoder of a token after others."""
-_IR = 9
 
 
 def save_optimum(folder: Path, architecture: Architecture, ranges: Ranges | None = None) -> list[str]:
@@ -37,30 +35,13 @@ def save_optimum(folder: Path, architecture: Architecture, ranges: Ranges | None
     )
     names = [f"{name}{suffix}.onnx" for name in FILES]
     for name, model in zip(names, graphs):
-        weights = f"{name}_data"
-        (folder / weights).unlink(missing_ok=True)  # onnx appends to a file that exists
-        onnx.save(model, folder / name, save_as_external_data=True, location=weights, size_threshold=1024)
+        save_with_weights(model, folder / name)
     return names
 
 
 @dataclass
 class _Writer(StandardWriter):
-    """Writes attention over several tokens at once, with caches that grow by these tokens."""
-
-    def build(self) -> onnx.ModelProto:
-        model = self.model({"": HALF_OPSET}, _IR)
-        if self.ranges is not None:
-            ranges = {tensor: self.ranges[name] for name, tensor in self.activations.items() if name in self.ranges}
-            model, _ = quantize(model, ranges, "u8s8", embeddings=False)
-        return model
-
-    def by_head(self, x: str, heads: int) -> str:
-        """Reshape [batch, tokens, heads x head size] to [batch, heads, tokens, head size]."""
-        return self.op("Transpose", self.op("Reshape", x, self.integers(0, 0, heads, -1)), perm=[0, 2, 1, 3])
-
-    def attend(self, query: str, key: str, value: str, visible: str, bias: str, scale: float) -> str:
-        attended = self._attention(query, key, value, visible, bias, scale)
-        return self.op("Reshape", self.op("Transpose", attended, perm=[0, 2, 1, 3]), self.integers(0, 0, -1))
+    """Writes what the inputs of optimum's graphs need."""
 
     def mask_of(self, attention_mask: str) -> str:
         """Return bool [batch, 1, 1, tokens] of an int64 [batch, tokens]: True for tokens."""
@@ -80,39 +61,19 @@ class _Writer(StandardWriter):
 
 
 def _encoder(a: Architecture, ranges: Ranges | None) -> onnx.ModelProto:
-    g = _Writer("encoder", a, ranges)
+    g = _Writer("encoder", a, ranges, scheme="u8s8")
     ids = g.input("input_ids", TensorProto.INT64, ["batch_size", "encoder_sequence_length"])
     visible = g.mask_of(g.input("attention_mask", TensorProto.INT64, ["batch_size", "encoder_sequence_length"]))
     length = g.length(ids, 1)
-    hidden = g.embed(ids, a.encoder_embedding, a.embedding_scale)
-    if a.encoder_positions is not None:
-        zero = g.integers(0)
-        hidden = g.op("Add", hidden, g.op("Slice", g.constant(a.encoder_positions), zero, length, zero))
-    if a.encoder_embedding_norm is not None:
-        hidden = g.norm(hidden, a.encoder_embedding_norm)
-    bias = g.encoder_bias(a.encoder_bias, length) if a.encoder_bias is not None else ""
-
-    def attention(name: str, part: Attention) -> Callable[[str], str]:
-        def block(x: str) -> str:
-            packed = g.split(g.linear(x, side_by_side(part.query, part.key, part.value), f"{name}.qkv"), num_outputs=3)
-            query, key, value = (g.by_head(tensor, a.encoder_heads) for tensor in packed)
-            return g.linear(g.attend(query, key, value, visible, bias, a.encoder_scale), part.out, f"{name}.out")
-
-        return block
-
-    blocks = []
-    for i, layer in enumerate(a.encoder_layers):
-        blocks.append((attention(f"encoder.{i}.self", layer.attention), layer.attention_norm))
-        blocks.append((g.feed_forward(f"encoder.{i}.feed_forward", layer.feed_forward), layer.feed_forward_norm))
-    hidden = g.residual(hidden, blocks, a.encoder_norm, pre_norm=a.pre_norm)
+    hidden = encode(g, ids, visible, length)
     g.op("Identity", hidden, output="last_hidden_state")
     g.output("last_hidden_state", ["batch_size", "encoder_sequence_length", a.encoder_embedding.shape[1]])
-    return g.build()
+    return g.finish().model
 
 
 def _decoder(a: Architecture, ranges: Ranges | None, *, past: bool) -> onnx.ModelProto:
     """Build the decoder of the first tokens, or of tokens with a ``past``."""
-    g = _Writer("decoder_with_past" if past else "decoder", a, ranges)
+    g = _Writer("decoder_with_past" if past else "decoder", a, ranges, scheme="u8s8")
     readable = g.mask_of(
         g.input("encoder_attention_mask", TensorProto.INT64, ["batch_size", "encoder_sequence_length"])
     )
@@ -159,32 +120,19 @@ def _decoder(a: Architecture, ranges: Ranges | None, *, past: bool) -> onnx.Mode
         hidden = g.norm(hidden, a.decoder_embedding_norm)
     bias = g.distance_bias(a.decoder_bias, g.op("Sub", columns, rows)) if a.decoder_bias is not None else ""
 
-    def self_attention(i: int, part: Attention) -> Callable[[str], str]:
-        def block(x: str) -> str:
-            linear = g.linear(x, side_by_side(part.query, part.key, part.value), f"decoder.{i}.self.qkv")
-            query, key, value = (g.by_head(tensor, a.heads) for tensor in g.split(linear, num_outputs=3))
-            if past:
-                key, value = (g.op("Concat", old, new, axis=2) for old, new in zip(own[i], (key, value)))
-            give(i, "decoder", "total_decoder_sequence_length", (key, value))
-            if not past:
-                give(i, "encoder", "encoder_sequence_length", cross[i])
-            return g.linear(g.attend(query, key, value, causal, bias, a.scale), part.out, f"decoder.{i}.self.out")
+    def self_attention(i: int, packed: str) -> str:
+        query, key, value = (g.by_head(tensor, a.heads) for tensor in g.split(packed, num_outputs=3))
+        if past:
+            key, value = (g.op("Concat", old, new, axis=2) for old, new in zip(own[i], (key, value)))
+        give(i, "decoder", "total_decoder_sequence_length", (key, value))
+        if not past:
+            give(i, "encoder", "encoder_sequence_length", cross[i])
+        return g.attend(query, key, value, causal, bias, a.scale)
 
-        return block
+    def cross_attention(i: int, query: str) -> str:
+        return g.attend(g.by_head(query, a.heads), *cross[i], readable, "", a.scale)
 
-    def cross_attention(i: int, part: Attention) -> Callable[[str], str]:
-        def block(x: str) -> str:
-            query = g.by_head(g.linear(x, part.query, f"decoder.{i}.cross.query"), a.heads)
-            return g.linear(g.attend(query, *cross[i], readable, "", a.scale), part.out, f"decoder.{i}.cross.out")
-
-        return block
-
-    blocks = []
-    for i, layer in enumerate(a.decoder_layers):
-        blocks.append((self_attention(i, layer.attention), layer.attention_norm))
-        blocks.append((cross_attention(i, layer.cross), layer.cross_norm))
-        blocks.append((g.feed_forward(f"decoder.{i}.feed_forward", layer.feed_forward), layer.feed_forward_norm))
-    hidden = g.residual(hidden, blocks, a.decoder_norm, pre_norm=a.pre_norm)
+    hidden = decode(g, hidden, self_attention, cross_attention)
     if a.output_scale != 1.0:
         hidden = g.op("Mul", hidden, g.scalar(a.output_scale))
     g.activations["decoder.projection"] = hidden
@@ -194,4 +142,4 @@ def _decoder(a: Architecture, ranges: Ranges | None, *, past: bool) -> onnx.Mode
     g.op("Identity", logits, output="logits")
     g.output("logits", ["batch_size", "decoder_sequence_length", a.vocabulary])
     g.outputs.insert(0, g.outputs.pop())  # optimum reads the outputs in order
-    return g.build()
+    return g.finish().model

@@ -54,6 +54,21 @@ def build_encoder(
     lengths = g.input("lengths", TensorProto.INT32, ["batch"])
     length = g.op("Shape", ids, start=1, end=2)
     mask = g.padding_mask(lengths, length)
+    hidden = encode(g, ids, mask, length)
+    parts = [part for layer in a.decoder_layers for part in (layer.cross.key, layer.cross.value)]
+    g.give_cross(hidden, side_by_side(*parts))
+    return g.finish()
+
+
+def encode(g: Writer, ids: str, mask: str, length: str) -> str:
+    """Write the encoder. Returns its hidden states, [batch, source, hidden].
+
+    Args:
+        ids: int64 [batch, source].
+        mask: of the tokens, as ``g.encoder_attention`` takes it.
+        length: int64 [1], the size of ``source``.
+    """
+    a = g.architecture
     hidden = g.embed(ids, a.encoder_embedding, a.embedding_scale)
     if a.encoder_positions is not None:
         zero = g.integers(0)
@@ -73,11 +88,38 @@ def build_encoder(
     for i, layer in enumerate(a.encoder_layers):
         blocks.append((self_attention(f"encoder.{i}.self", layer.attention), layer.attention_norm))
         blocks.append((g.feed_forward(f"encoder.{i}.feed_forward", layer.feed_forward), layer.feed_forward_norm))
-    hidden = g.residual(hidden, blocks, a.encoder_norm, pre_norm=a.pre_norm)
+    return g.residual(hidden, blocks, a.encoder_norm, pre_norm=a.pre_norm)
 
-    parts = [part for layer in a.decoder_layers for part in (layer.cross.key, layer.cross.value)]
-    g.give_cross(hidden, side_by_side(*parts))
-    return g.finish()
+
+def decode(
+    g: Writer, hidden: str, self_attention: Callable[[int, str], str], cross_attention: Callable[[int, str], str]
+) -> str:
+    """Write the decoder's layers. Returns hidden states in the shape of ``hidden``.
+
+    ``self_attention`` takes a layer's number and its packed queries, keys and values; ``cross_attention`` its queries.
+    """
+    a = g.architecture
+
+    def self_block(i: int, part: Attention) -> Callable[[str], str]:
+        def block(x: str) -> str:
+            packed = g.linear(x, side_by_side(part.query, part.key, part.value), f"decoder.{i}.self.qkv")
+            return g.linear(self_attention(i, packed), part.out, f"decoder.{i}.self.out")
+
+        return block
+
+    def cross_block(i: int, part: Attention) -> Callable[[str], str]:
+        def block(x: str) -> str:
+            query = g.linear(x, part.query, f"decoder.{i}.cross.query")
+            return g.linear(cross_attention(i, query), part.out, f"decoder.{i}.cross.out")
+
+        return block
+
+    blocks = []
+    for i, layer in enumerate(a.decoder_layers):
+        blocks.append((self_block(i, layer.attention), layer.attention_norm))
+        blocks.append((cross_block(i, layer.cross), layer.cross_norm))
+        blocks.append((g.feed_forward(f"decoder.{i}.feed_forward", layer.feed_forward), layer.feed_forward_norm))
+    return g.residual(hidden, blocks, a.decoder_norm, pre_norm=a.pre_norm)
 
 
 def build_decoder(
@@ -110,26 +152,12 @@ def build_decoder(
         hidden = g.norm(hidden, a.decoder_embedding_norm)
     bias = g.decoder_bias(a.decoder_bias, past, total) if a.decoder_bias is not None else ""
 
-    def self_attention(i: int, part: Attention) -> Callable[[str], str]:
-        def block(x: str) -> str:
-            packed = g.linear(x, side_by_side(part.query, part.key, part.value), f"decoder.{i}.self.qkv")
-            return g.linear(g.self_attention(packed, i, past, total, bias), part.out, f"decoder.{i}.self.out")
-
-        return block
-
-    def cross_attention(i: int, part: Attention) -> Callable[[str], str]:
-        def block(x: str) -> str:
-            query = g.linear(x, part.query, f"decoder.{i}.cross.query")
-            return g.linear(g.cross_attention(query, i, source_last), part.out, f"decoder.{i}.cross.out")
-
-        return block
-
-    blocks = []
-    for i, layer in enumerate(a.decoder_layers):
-        blocks.append((self_attention(i, layer.attention), layer.attention_norm))
-        blocks.append((cross_attention(i, layer.cross), layer.cross_norm))
-        blocks.append((g.feed_forward(f"decoder.{i}.feed_forward", layer.feed_forward), layer.feed_forward_norm))
-    hidden = g.residual(hidden, blocks, a.decoder_norm, pre_norm=a.pre_norm)
+    hidden = decode(
+        g,
+        hidden,
+        lambda i, packed: g.self_attention(packed, i, past, total, bias),
+        lambda i, query: g.cross_attention(query, i, source_last),
+    )
     hidden = g.op("Squeeze", hidden, g.integers(1))
     if a.output_scale != 1.0:
         hidden = g.op("Mul", hidden, g.scalar(a.output_scale))

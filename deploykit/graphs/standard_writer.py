@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from deploykit.graphs.architecture import Array, Linear
 from deploykit.graphs.onnx_export import HALF_OPSET
 from deploykit.graphs.writer import Graph, Writer
-from deploykit.quantization.qdq import quantize
+from deploykit.quantization.qdq import Scheme, quantize
 
 _HIDDEN = -65504.0  # fp16's lowest value, whose softmax weight is 0 in every type
 
@@ -24,14 +24,17 @@ _HIDDEN = -65504.0  # fp16's lowest value, whose softmax weight is 0 in every ty
 class StandardWriter(Writer):
     """Writer of standard ONNX.
 
-    With ``ranges``, linear layers have S8 activations with a fixed scale and S8 weights with a scale per channel.
+    With ``ranges``, linear layers have activations with a fixed scale and S8 weights with a scale per channel, of the types
+    in ``scheme``.
     """
+
+    scheme: Scheme = "s8s8"
 
     def finish(self) -> Graph:
         model = self.model({"": HALF_OPSET}, ir_version=9)
         if self.ranges is not None:
             ranges = {tensor: self.ranges[name] for name, tensor in self.activations.items() if name in self.ranges}
-            model, _ = quantize(model, ranges, "s8s8", embeddings=False)
+            model, _ = quantize(model, ranges, self.scheme, embeddings=False)
         return Graph(model, self.activations)
 
     def project(self, x: str, table: Array, bias: Array | None, name: str, *, output: str) -> None:
@@ -53,11 +56,16 @@ class StandardWriter(Writer):
 
     def encoder_attention(self, packed: str, mask: str, bias: str) -> str:
         a = self.architecture
-        query, key, value = (
-            self.op("Transpose", self.op("Reshape", part, self.integers(0, 0, a.encoder_heads, -1)), perm=[0, 2, 1, 3])
-            for part in self.split(packed, num_outputs=3)
-        )
-        attended = self._attention(query, key, value, mask, bias, a.encoder_scale)
+        query, key, value = (self.by_head(part, a.encoder_heads) for part in self.split(packed, num_outputs=3))
+        return self.attend(query, key, value, mask, bias, a.encoder_scale)
+
+    def by_head(self, x: str, heads: int) -> str:
+        """Reshape [batch, tokens, heads x head size] to [batch, heads, tokens, head size]."""
+        return self.op("Transpose", self.op("Reshape", x, self.integers(0, 0, heads, -1)), perm=[0, 2, 1, 3])
+
+    def attend(self, query: str, key: str, value: str, visible: str, bias: str, scale: float) -> str:
+        """Return attention, [batch, tokens, heads x head size], of queries, keys and values ``by_head``."""
+        attended = self._attention(query, key, value, visible, bias, scale)
         return self.op("Reshape", self.op("Transpose", attended, perm=[0, 2, 1, 3]), self.integers(0, 0, -1))
 
     def begin_decoder(self) -> str:

@@ -10,6 +10,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -272,3 +273,10 @@ class Writer(ABC):
             return self.op("Unsqueeze", gathered, self.integers(0))
         by_row = self.op("Transpose", gathered, perm=[1, 0, 2])
         return self.op("Unsqueeze", by_row, self.integers(2))
+
+
+def save_with_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Write a graph, and its weights to a file beside it, because protobuf is limited to 2 GB."""
+    location = f"{path.name}_data"
+    (path.parent / location).unlink(missing_ok=True)  # onnx would append to it
+    onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=1024)

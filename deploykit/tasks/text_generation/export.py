@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, ExportError, UsageError
 from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
-from deploykit.graphs.causal_lm import Bits, build_causal_lm, parts_of, save_causal_lm
+from deploykit.graphs.causal_lm import Bits, build_causal_lm, parts_of
 from deploykit.graphs.export_options import (
     CalibrationOptions,
     ExportOptions,
@@ -26,6 +26,7 @@ from deploykit.graphs.export_options import (
     pick_rows,
 )
 from deploykit.graphs.gguf_file import GgufType, check_gguf, gguf_name, write_gguf
+from deploykit.graphs.writer import save_with_weights
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
@@ -163,7 +164,7 @@ def _rows(checkpoint: Path, task: TextGeneration, options: ExportOptions) -> lis
 
 
 def _save(model: onnx.ModelProto, directory: Path, precision: Precision) -> None:
-    save_causal_lm(model, directory / LANGUAGE_MODEL_FILES[precision][0])
+    save_with_weights(model, directory / LANGUAGE_MODEL_FILES[precision][0])
 
 
 def _save_tokenizer(reference: TorchGenerator, directory: Path) -> None:

@@ -14,7 +14,8 @@ from language_models import FAMILIES, random_model, tokenizer
 
 from deploykit.errors import ArtifactError, DataError, ExportError
 from deploykit.graphs.causal_architecture import check_supported, read_causal_architecture
-from deploykit.graphs.causal_lm import BLOCK, build_causal_lm, parts_of, quantize_blocks, save_causal_lm
+from deploykit.graphs.causal_lm import BLOCK, build_causal_lm, parts_of, quantize_blocks
+from deploykit.graphs.writer import save_with_weights
 from deploykit.runtime.engines.causal_lm import OnnxCausalLm
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.chat_template import CHATML
@@ -46,7 +47,7 @@ def reference(name: str = "llama") -> TorchGenerator:
 
 def exported(generator: TorchGenerator, folder: Path, bits: Any = None) -> LocalGenerator:
     path = folder / f"model{bits}.onnx"
-    save_causal_lm(build_causal_lm(read_causal_architecture(generator.torch_model), bits), path)
+    save_with_weights(build_causal_lm(read_causal_architecture(generator.torch_model), bits), path)
     return LocalGenerator(generator.task, generator.tokenizer, OnnxCausalLm(path, 2))
 
 
@@ -75,7 +76,7 @@ def test_the_graph_has_optimums_names(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [o.name for o in model.graph.output] == ["logits", *(f"present.{name}" for name in caches)]
     for _ in range(2):  # the second replaces the first
-        save_causal_lm(build_causal_lm(read_causal_architecture(random_model("llama"))), tmp_path / "model.onnx")
+        save_with_weights(build_causal_lm(read_causal_architecture(random_model("llama"))), tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx").stat().st_size < 100_000 < (tmp_path / "model.onnx_data").stat().st_size < 700_000
 
 
