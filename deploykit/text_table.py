@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from io import StringIO
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> str:
@@ -10,8 +11,6 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collect
 
     Columns are as wide as their widest cell; a Chinese character is two columns wide. Lines are never broken.
     """
-    from io import StringIO
-
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -21,7 +20,6 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collect
         table.add_column(Text(title), justify="left" if i in left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console(file=StringIO(), width=100_000, color_system=None)
-    console.print(table)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in lines)
+    text = StringIO()
+    Console(file=text, width=100_000, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

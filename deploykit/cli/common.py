@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
-from deploykit.data.reading import ON_ERROR, QUOTINGS, Reading
+from deploykit.data.reading import ON_ERROR, QUOTINGS, Reading, flag
 from deploykit.errors import DataError, DeploykitError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
 
@@ -235,7 +235,7 @@ def generation_options(function: Callable[..., Result]) -> Callable[..., Result]
         return function(generation={name: value for name, value in values.items() if value is not None}, **options)
 
     for name, attributes in reversed(list(_SEARCH.items())):
-        run = option(f"--{name.replace('_', '-')}", name, **attributes)(run)
+        run = option(flag(name), name, **attributes)(run)
     return run
 
 
@@ -270,7 +270,7 @@ def reading_fields(function: Callable[..., Result], on_error: str = "stop") -> C
         help="Stop at a row that is malformed or cannot be used, or skip and report it.",
     )(function)  # fmt: skip
     for name, attributes in reversed(list(_READING.items())):
-        function = click.option(f"--{name.replace('_', '-')}", name, **attributes)(function)
+        function = click.option(flag(name), name, **attributes)(function)
     return function
 
 
@@ -321,7 +321,7 @@ def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Resu
             attributes = _COLUMNS.get(
                 name, {"help": "Column of that name (default: the training column, or detected)."}
             )
-            run = click.option(f"--{name.replace('_', '-')}", name, **attributes)(run)
+            run = click.option(flag(name), name, **attributes)(run)
         return run
 
     return declare
@@ -335,7 +335,7 @@ def columns_for(task: Task, columns: Mapping[str, Any], generation: Mapping[str,
     given = {name: value for name, value in columns.items() if name not in task.columns}
     for name, value in {**given, **({} if searches else generation)}.items():
         if value not in (None, ()):
-            raise UsageError(f"--{name.replace('_', '-')} does not apply to a model that {task.does}", "leave it out")
+            raise UsageError(f"{flag(name)} does not apply to a model that {task.does}", "leave it out")
     return fit_multiple(task.options(), {name: value for name, value in columns.items() if name in task.columns})
 
 

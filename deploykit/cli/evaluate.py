@@ -77,5 +77,5 @@ def command(
     return (
         {"target": target, "rows": done.rows, "skipped": done.skipped, "metrics": done.metrics},
         text,
-        (failed_rows(done.problems)),
+        failed_rows(done.problems),
     )

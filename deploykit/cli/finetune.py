@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from deploykit.cli.common import FORCE, OUTPUT_DIR, Option, Result, deploykit_command, reading_fields, say
-from deploykit.data.reading import Reading
+from deploykit.data.reading import Reading, flag
 from deploykit.errors import UsageError
 from deploykit.stages.finetune_options import OPTIONS, make_options, read_toml
 from deploykit.tasks.registry import DEFAULT, task_of
-from deploykit.training.options import RENAMED, FinetuneOptions, flag
+from deploykit.training.options import RENAMED, FinetuneOptions
 
 
 def _load_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:

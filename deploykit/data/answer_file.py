@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
+from deploykit.data.reading import stopped
 from deploykit.data.texts import TextRow
-from deploykit.errors import ArtifactError, DataError
+from deploykit.errors import ArtifactError
 from deploykit.text import MAX_TEXT_CHARS, without_surrogates
 
 _CHUNK = 256
@@ -71,7 +72,7 @@ def answer_file(
             for record in answer(part):
                 if problem := problem_of(record):
                     if on_error == "stop":
-                        raise _stopped(problem)
+                        raise stopped(problem)
                     problems.append(problem)
                 file.write(without_surrogates(json.dumps(record, ensure_ascii=False)).encode() + b"\n")
                 done += 1
@@ -95,13 +96,9 @@ def _count(rows: Iterable[Any], *, stop: bool) -> int:
     count = 0
     for row in rows:
         if stop and row.problem:
-            raise _stopped(f"{row.origin}: {row.problem}")
+            raise stopped(f"{row.origin}: {row.problem}")
         count += 1
     return count
-
-
-def _stopped(problem: str) -> DataError:
-    return DataError(problem, "correct the row, or give --on-error skip")
 
 
 def _check_others(out: Path, own: Path, *, force: bool) -> None:

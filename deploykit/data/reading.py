@@ -71,20 +71,20 @@ class Reading:
     def refuse(self, what: str) -> None:
         """Raise UsageError if an option is given, because ``what`` is read is no file."""
         if given := next((name for name in _OPTIONS if getattr(self, name)), None):
-            raise UsageError(f"{_flag(given)} is for a file of rows, not {what}", "leave it out")
+            raise UsageError(f"{flag(given)} is for a file of rows, not {what}", "leave it out")
 
     def stop_at(self, problems: Sequence[str]) -> None:
         """Raise DataError for the first of ``problems``, a line for each row that cannot be used, unless rows are skipped."""
         if self.on_error == "stop" and problems:
             others = f" ({len(problems) - 1:,} more rows cannot be used)" if len(problems) > 1 else ""
-            raise DataError(f"{problems[0]}{others}", "correct the row, or give --on-error skip")
+            raise stopped(f"{problems[0]}{others}")
 
     def allow(self, source: str, *names: str) -> None:
         """Raise UsageError for the first option for tables that is given, except ``names``: ``source`` is none."""
         for name in _TABLE_OPTIONS:
             if getattr(self, name) and name not in names:
                 kinds = ".csv and .tsv files" if name in ("delimiter", "quoting") else ".csv, .tsv and .xlsx files"
-                raise UsageError(f"{_flag(name)} is for {kinds}, not {source}", "leave it out")
+                raise UsageError(f"{flag(name)} is for {kinds}, not {source}", "leave it out")
 
     def named(self, fields_of_row: int, source: str) -> list[str]:
         """Return the columns of a table without a header. Raises UsageError if ``columns`` are not as many as its fields."""
@@ -96,8 +96,14 @@ class Reading:
         return list(self.columns) or [str(number) for number in range(1, fields_of_row + 1)]
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Return an option as it is typed: ``max_length`` is ``--max-length``."""
     return f"--{name.replace('_', '-')}"
+
+
+def stopped(problem: str) -> DataError:
+    """Return the error of a row that cannot be used; ``problem`` names it, and says why."""
+    return DataError(problem, "correct the row, or give --on-error skip")
 
 
 AS_FOUND = Reading()

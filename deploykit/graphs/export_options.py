@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deploykit import artifacts
-from deploykit.data.reading import Reading
+from deploykit.data.reading import Reading, flag
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
 from deploykit.graphs.gguf_file import GGUF_TYPES
@@ -119,9 +119,7 @@ class ExportOptions(CalibrationOptions):
         if self.calib is not None:
             for name in ("calibration_split", "calibration_data", "calibration_rows"):
                 if getattr(self, name) != getattr(CalibrationOptions, name):
-                    raise UsageError(
-                        f"--{name.replace('_', '-')} is for rows, and --calib has collected its own", "leave it out"
-                    )
+                    raise UsageError(f"{flag(name)} is for rows, and --calib has collected its own", "leave it out")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")
         if self.smooth_quant is not None:

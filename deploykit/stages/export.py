@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploykit import artifacts
+from deploykit.data.reading import flag
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.graphs.export_options import CalibrationOptions, ExportOptions, Say, Written
 from deploykit.measurement_log import MeasurementLog
@@ -116,7 +117,7 @@ def command_of(checkpoint: Path, out: Path, options: ExportOptions) -> str:
         settings += [(f, getattr(options.trt, f.name)) for f in dataclasses.fields(options.trt) if f.name in _TRTEXEC]
     for field, value in settings:
         if value != field.default:
-            option = f"--{field.name.replace('_', '-')}"
+            option = flag(field.name)
             if field.name in _TRTEXEC:
                 words.append(f"{_TRTEXEC[field.name]}{value}")
             else:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.artifacts import load_manifest
+from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 from deploykit.tasks.registry import DEFAULT, get_task, task_names
-from deploykit.training.options import RENAMED, FinetuneOptions, fit_multiple, flag, option_names
+from deploykit.training.options import RENAMED, FinetuneOptions, fit_multiple, option_names
 
 if sys.version_info >= (3, 11):
     import tomllib

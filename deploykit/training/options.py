@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from deploykit.data.reading import Reading
+from deploykit.data.reading import Reading, flag
 from deploykit.errors import UsageError
 
 RENAMED: Mapping[str, str] = {
@@ -141,11 +141,6 @@ class FinetuneOptions(Reading):
                 "--early-stopping-patience needs validation rows, and --validation-fraction is 0",
                 "give --validation, or leave --early-stopping-patience out",
             )
-
-
-def flag(name: str) -> str:
-    """A field as it is typed: ``max_length`` is ``--max-length``."""
-    return f"--{name.replace('_', '-')}"
 
 
 def fit_multiple(kind: type[FinetuneOptions], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR, Classification
 from deploykit.text import normalize
-from deploykit.training.options import FinetuneOptions, described, flag
+from deploykit.training.options import FinetuneOptions, described
 
 if TYPE_CHECKING:
     from deploykit.quantization.calibration import Method

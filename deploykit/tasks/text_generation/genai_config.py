@@ -21,14 +21,14 @@ _TYPES = {
 
 def write_genai_config(
     directory: Path, architecture: CausalArchitecture, config: Any, task: TextGeneration, graph: str
-) -> bool:
-    """Write the file for ``graph``, an export's file. Returns False if onnxruntime-genai has no such model type.
+) -> None:
+    """Write the file for ``graph``, an export's file, unless onnxruntime-genai has no such model type.
 
     ``config`` is the checkpoint's Hugging Face configuration.
     """
     kind = _TYPES.get(config.model_type)
     if kind is None:
-        return False
+        return
     ends = list(task.eos_token_ids)
     first = getattr(config, "bos_token_id", None)
     decoder = {
@@ -64,4 +64,3 @@ def write_genai_config(
     search = {"do_sample": False, "max_length": task.max_length, "past_present_share_buffer": False}
     record = {"model": model, "search": search}
     (directory / "genai_config.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return True

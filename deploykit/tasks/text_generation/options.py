@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, cast, get_args
 
+from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 from deploykit.tasks.text_generation.encode import LossOn, OnLong
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.metrics import compiled
 from deploykit.tasks.text_generation.syntax import SYNTAXES, check_syntax
-from deploykit.training.options import FinetuneOptions, described, flag
+from deploykit.training.options import FinetuneOptions, described
 
 DEFAULT_LENGTH = 1024
 

@@ -12,6 +12,7 @@ from deploykit.report import figures, training_figures
 from deploykit.report.html import figure, page, section, table, word_table, write_page
 from deploykit.report.pages import bench_parts
 from deploykit.tasks.text_generation.metrics_text import cell, columns_of, shown
+from deploykit.training.rows import held_out
 
 FILE = "report.html"
 """Of a run."""
@@ -32,7 +33,7 @@ def write_run_page(
     history = metrics["history"]
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
-        *(_held_out(metrics, name) for name in [n for n in ("test", "validation") if n in metrics][:1]),
+        *([_held_out(metrics, split)] if (split := held_out(metrics)) else []),
         figure(
             "Loss", "Of a supervised token. Step 0 is the checkpoint as it came.",
             training_figures.loss_curves(

@@ -135,8 +135,9 @@ class TextGenerationStage:
             f"{sum(int(row.supervised.sum()) for row in train_set):,} supervised; validating on {len(validation):,}"
         )
         questions = asked["validation"].some(_ANSWERED)
+        with_answers = [row for row in questions.rows if row.text is None]
         while_training = Answers(
-            [row.prompt for row in questions.rows if row.text is None],
+            [row.prompt for row in with_answers],
             lambda model: self._answers(TorchGenerator(model, tokenizer, facts), questions),
             work / "answers.json",
             say,
@@ -150,9 +151,7 @@ class TextGenerationStage:
             if asked[name].rows:
                 metrics[name], answers[name] = self._evaluated(generator, asked[name])
         metrics["history"] = history
-        metrics["questions"] = [
-            {"prompt": row.prompt, "reference": row.answer} for row in questions.rows if row.text is None
-        ]
+        metrics["questions"] = [{"prompt": row.prompt, "reference": row.answer} for row in with_answers]
         metrics["lengths"] = length_bins([len(row.ids) for row in train_set])
         metrics["samples"] = []
         if before is not None:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.presets import PRESETS
-from deploykit.training.options import FinetuneOptions, described, flag
+from deploykit.training.options import FinetuneOptions, described
 
 
 @dataclass(frozen=True)
