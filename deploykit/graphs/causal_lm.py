@@ -54,11 +54,11 @@ def build_causal_lm(
     architecture: CausalArchitecture, bits: Bits | None = None, *, kept: Collection[str] = ()
 ) -> onnx.ModelProto:
     """Return the graph in fp32, or with linear layers of ``bits``; ``kept`` parts (``parts_of``) stay in fp32."""
-    return _CausalWriter("model", cast(Any, None), None, a=architecture, bits=bits, kept=frozenset(kept)).build()
+    return CausalWriter("model", cast(Any, None), None, a=architecture, bits=bits, kept=frozenset(kept)).build()
 
 
 @dataclass
-class _CausalWriter(StandardWriter):
+class CausalWriter(StandardWriter):
     a: CausalArchitecture = field(kw_only=True)
     bits: Bits | None = None
     kept: frozenset[str] = frozenset()
@@ -66,14 +66,14 @@ class _CausalWriter(StandardWriter):
     def build(self) -> onnx.ModelProto:
         a = self.a
         ids = self.input("input_ids", TensorProto.INT64, ["batch", "tokens"])
-        mask = self.input("attention_mask", TensorProto.INT64, ["batch", "total"])
+        self.input("attention_mask", TensorProto.INT64, ["batch", "total"])
         positions = self.input("position_ids", TensorProto.INT64, ["batch", "tokens"])
         hidden = self.embed(ids, a.embedding, a.embedding_scale)
         if a.positions is not None:
             hidden = self.op("Add", hidden, self.op("Gather", self.constant(a.positions), positions))
         for i, layer in enumerate(a.layers):
-            hidden = self._layer(i, layer, hidden, mask, positions)
-        self._logits(self.norm(hidden, a.norm))
+            hidden = self.layer(i, layer, hidden)
+        self.logits(self.norm(hidden, a.norm), ["batch", "tokens"])
         opsets = {"": _OPSET} if self.bits is None else {"": _OPSET, "com.microsoft": 1}
         model = self.model(opsets, _IR)
         onnx.checker.check_model(model)
@@ -113,11 +113,11 @@ class _CausalWriter(StandardWriter):
             block_size=BLOCK, accuracy_level=_INT8_COMPUTE,
         )  # fmt: skip
 
-    def _layer(self, i: int, layer: CausalLayer, hidden: str, mask: str, positions: str) -> str:
+    def layer(self, i: int, layer: CausalLayer, hidden: str) -> str:
         def normed(x: str, norm: Norm | None) -> str:
             return x if norm is None else self.norm(x, norm)
 
-        attended = self._attend(i, layer, self.norm(hidden, layer.attention_norm), mask, positions)
+        attended = self.attention(i, layer, self.norm(hidden, layer.attention_norm))
         attended = normed(attended, layer.after_attention)
         feed_forward: Callable[[str], str] = self.feed_forward(f"layers.{i}.feed_forward", layer.feed_forward)
         if layer.parallel:
@@ -127,7 +127,8 @@ class _CausalWriter(StandardWriter):
         added = normed(feed_forward(self.norm(hidden, layer.feed_forward_norm)), layer.after_feed_forward)
         return self.op("Add", hidden, added)
 
-    def _attend(self, i: int, layer: CausalLayer, x: str, mask: str, positions: str) -> str:
+    def attention(self, i: int, layer: CausalLayer, x: str) -> str:
+        """Let each token attend to those before it. ``x``: [batch, tokens, hidden], and so is the result."""
         a, part = self.a, layer.attention
 
         def heads(linear: Linear, name: str, norm: Norm | None, rope: Rope | None) -> str:
@@ -136,7 +137,7 @@ class _CausalWriter(StandardWriter):
             if norm is not None:
                 y = self.norm(y, norm)
             y = self.op("Transpose", y, perm=[0, 2, 1, 3])
-            return y if rope is None else self._rotate(y, rope, positions)
+            return y if rope is None else self._rotate(y, rope)
 
         query = heads(part.query, "query", layer.query_norm, layer.rope)
         new = heads(part.key, "key", layer.key_norm, layer.rope), heads(part.value, "value", None, None)
@@ -147,7 +148,7 @@ class _CausalWriter(StandardWriter):
         scores = self.op("MatMul", grouped, self.op("Transpose", key, perm=[0, 1, 3, 2]))
         if a.attention_cap:
             scores = self._capped(scores, a.attention_cap)
-        bias = self._visibility(mask, layer.window)
+        bias = self._visibility(layer.window)
         shape = self.op("Shape", bias, start=2, end=4)
         if a.heads != a.key_heads:
             split = self.op("Concat", self.integers(0, a.key_heads, a.heads // a.key_heads), shape, axis=0)
@@ -172,10 +173,10 @@ class _CausalWriter(StandardWriter):
         self.output(present, ["batch", a.key_heads, "total", a.head_size], TensorProto.FLOAT)
         return present
 
-    def _rotate(self, x: str, rope: Rope, positions: str) -> str:
+    def _rotate(self, x: str, rope: Rope) -> str:
         """Rotate the first channels of each head, [batch, heads, tokens, head size], by their positions."""
         half = len(rope.frequencies)
-        steps = self.op("Cast", self.op("Unsqueeze", positions, self.integers(1, 3)), to=TensorProto.FLOAT)
+        steps = self.op("Cast", self.op("Unsqueeze", "position_ids", self.integers(1, 3)), to=TensorProto.FLOAT)
         angles = self.op("Mul", steps, self.constant(rope.frequencies[None, None, None]))
         cosine, sine = self.op("Cos", angles), self.op("Sin", angles)
         if rope.scale != 1.0:
@@ -192,11 +193,11 @@ class _CausalWriter(StandardWriter):
         rest = [channels(2 * half, self.a.head_size)] if 2 * half < self.a.head_size else []
         return self.op("Concat", *rotated, *rest, axis=3)
 
-    def _visibility(self, mask: str, window: int | None) -> str:
+    def _visibility(self, window: int | None) -> str:
         """Return the attention bias, float32 [batch, 1, tokens, total]: 0 where a token attends, else a huge negative
         number."""
         tokens = self.op("Squeeze", self.op("Shape", "input_ids", start=1, end=2))
-        total = self.op("Squeeze", self.op("Shape", mask, start=1, end=2))
+        total = self.op("Squeeze", self.op("Shape", "attention_mask", start=1, end=2))
         keys = self.positions(total)
         queries = self.op("Add", self.positions(tokens), self.op("Sub", total, tokens))
         queries = self.op("Unsqueeze", queries, self.integers(1))
@@ -204,14 +205,15 @@ class _CausalWriter(StandardWriter):
         if window is not None:
             nearest = self.op("Greater", keys, self.op("Sub", queries, self.constant(np.array(window, np.int64))))
             visible = self.op("And", visible, nearest)
-        real = self.op("Cast", self.op("Unsqueeze", mask, self.integers(1, 2)), to=TensorProto.BOOL)
+        real = self.op("Cast", self.op("Unsqueeze", "attention_mask", self.integers(1, 2)), to=TensorProto.BOOL)
         visible = self.op("And", self.op("Unsqueeze", visible, self.integers(0, 1)), real)
         return self.op("Where", visible, self.scalar(0.0), self.scalar(_HIDDEN))
 
     def _capped(self, x: str, cap: float) -> str:
         return self.op("Mul", self.op("Tanh", self.op("Div", x, self.scalar(cap))), self.scalar(cap))
 
-    def _logits(self, hidden: str) -> None:
+    def logits(self, hidden: str, shape: list[int | str]) -> None:
+        """Write the output ``logits``, [*shape, vocabulary], of the normed ``hidden`` state, [*shape, hidden]."""
         a = self.a
         vocabulary, width = a.head.shape
         last = "" if a.logit_cap else "logits"
@@ -227,12 +229,12 @@ class _CausalWriter(StandardWriter):
             if a.head_bias is not None:
                 inputs.append(self.constant(a.head_bias))
             product = self.op("Gemm", *inputs, transB=1)
-            shape = self.op("Concat", self.op("Shape", hidden, start=0, end=2), self.integers(vocabulary), axis=0)
-            logits = self.op("Reshape", product, shape, output=last)
+            sizes = self.op("Concat", self.op("Shape", hidden, end=-1), self.integers(vocabulary), axis=0)
+            logits = self.op("Reshape", product, sizes, output=last)
         if a.logit_cap:
             cap = self.scalar(a.logit_cap)
             self.op("Mul", self.op("Tanh", self.op("Div", logits, cap)), cap, output="logits")
-        self.output("logits", ["batch", "tokens", vocabulary], TensorProto.FLOAT)
+        self.output("logits", [*shape, vocabulary], TensorProto.FLOAT)
         logit = self.outputs.pop()
         self.outputs.insert(0, logit)
 

@@ -23,12 +23,12 @@ from deploykit.quantization.qdq import activation_parameters, quantize_weight
 from deploykit.runtime.engines.seq2seq import CROSS_SCALES, cache_names
 
 OPSET = 17
-_CONTRIB = "com.microsoft"
-_ACTIVATIONS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
+CONTRIB = "com.microsoft"
+ORT_ACTIVATIONS: Mapping[str, tuple[str, str, dict[str, Any]]] = {
     "relu": ("Relu", "", {}),
-    "silu": ("QuickGelu", _CONTRIB, {"alpha": 1.0}),
-    "gelu": ("Gelu", _CONTRIB, {}),
-    "gelu by tanh": ("FastGelu", _CONTRIB, {}),
+    "silu": ("QuickGelu", CONTRIB, {"alpha": 1.0}),
+    "gelu": ("Gelu", CONTRIB, {}),
+    "gelu by tanh": ("FastGelu", CONTRIB, {}),
 }
 
 
@@ -43,7 +43,7 @@ class OnnxRuntimeWriter(Writer):
     quantized: dict[str, tuple[str, str, str, float]] = field(default_factory=dict)
 
     def finish(self) -> Graph:
-        return Graph(self.model({"": OPSET, _CONTRIB: 1}, ir_version=8), self.activations)
+        return Graph(self.model({"": OPSET, CONTRIB: 1}, ir_version=8), self.activations)
 
     def embed(self, ids: str, table: Array, scale: float) -> str:
         """Look up rows of the embedding, times ``scale``. In INT8, each row has its own scale."""
@@ -63,7 +63,7 @@ class OnnxRuntimeWriter(Writer):
         inputs += [] if layer.bias is None else [self.constant(layer.bias)]
         while not inputs[-1]:
             inputs.pop()
-        return self.op("MatMulIntegerToFloat", *inputs, domain=_CONTRIB, output=output)
+        return self.op("MatMulIntegerToFloat", *inputs, domain=CONTRIB, output=output)
 
     def project(self, x: str, table: Array, bias: Array | None, name: str, *, output: str) -> None:
         if self.ranges is None or name not in self.ranges:
@@ -76,7 +76,7 @@ class OnnxRuntimeWriter(Writer):
         inputs.append(self.constant(np.zeros(len(scales), np.int8)))
         if bias is not None:  # rounded to quantization steps of the product: 1/10,000 of INT8's rounding error
             inputs.append(self.constant(np.clip(np.rint(bias / (scales * step)), -(2**30), 2**30).astype(np.int32)))
-        self.op("QGemm", *inputs, domain=_CONTRIB, transB=1, output=output)
+        self.op("QGemm", *inputs, domain=CONTRIB, transB=1, output=output)
 
     def _quantize(self, x: str, name: str) -> tuple[str, str, str, float]:
         assert self.ranges is not None
@@ -118,7 +118,7 @@ class OnnxRuntimeWriter(Writer):
     def encoder_attention(self, packed: str, mask: str, bias: str) -> str:
         a = self.architecture
         inputs = [*self.split(packed), "", mask, *([bias] if bias else [])]
-        return self.op("MultiHeadAttention", *inputs, domain=_CONTRIB, num_heads=a.encoder_heads, scale=a.encoder_scale)
+        return self.op("MultiHeadAttention", *inputs, domain=CONTRIB, num_heads=a.encoder_heads, scale=a.encoder_scale)
 
     def begin_decoder(self) -> str:
         self.input("source_total", TensorProto.INT32, [])
@@ -149,14 +149,14 @@ class OnnxRuntimeWriter(Writer):
         self.nodes.append(
             helper.make_node(
                 "GroupQueryAttention", inputs, [f"t{self.count}", *names],
-                f"{self.name}/GroupQueryAttention/{self.count}", domain=_CONTRIB,
+                f"{self.name}/GroupQueryAttention/{self.count}", domain=CONTRIB,
                 num_heads=a.heads, kv_num_heads=a.heads, scale=a.scale, **quantization,
             )
         )  # fmt: skip
         return f"t{self.count}"
 
     def activation(self, name: str, x: str) -> str:
-        kind, domain, attributes = _ACTIVATIONS[name]
+        kind, domain, attributes = ORT_ACTIVATIONS[name]
         return self.op(kind, x, domain=domain, **attributes)
 
     def root_mean_square_norm(self, x: str, gamma: str, epsilon: float) -> str:

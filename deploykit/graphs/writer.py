@@ -275,8 +275,30 @@ class Writer(ABC):
         return self.op("Unsqueeze", by_row, self.integers(2))
 
 
+_EXTERNAL_BYTES = 1024
+"""Smaller weights are stored in the graph itself."""
+
+
 def save_with_weights(model: onnx.ModelProto, path: Path) -> None:
     """Write a graph, and its weights to a file beside it, because protobuf is limited to 2 GB."""
     location = f"{path.name}_data"
     (path.parent / location).unlink(missing_ok=True)  # onnx would append to it
-    onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=1024)
+    onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=_EXTERNAL_BYTES)
+
+
+def save_with_weights_of(model: onnx.ModelProto, path: Path, other: Path) -> None:
+    """Write a graph whose weights are those that ``other``, a graph in the same folder, has in its file.
+
+    Weights that ``other`` lacks are stored in the graph itself.
+    """
+    stored = {
+        tensor.name: tensor.external_data
+        for tensor in onnx.load(other, load_external_data=False).graph.initializer
+        if tensor.data_location == TensorProto.EXTERNAL
+    }
+    for tensor in model.graph.initializer:
+        if tensor.name in stored:
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            tensor.external_data.extend(stored[tensor.name])
+    path.write_bytes(model.SerializeToString())

@@ -42,6 +42,7 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     n: int = 1
+    logprobs: int | None = None
 
 
 _RANGES: Mapping[str, tuple[float, float]] = {

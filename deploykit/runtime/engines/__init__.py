@@ -72,11 +72,11 @@ TRANSLATION_FILES: Mapping[Precision, tuple[str, str, str]] = {
 TRANSLATION_ENGINE = "onnxruntime"
 """The engine that translates on every machine. Calibration and parity checks use it."""
 LANGUAGE_MODEL_FILES: Mapping[Precision, tuple[str, str]] = {
-    "fp32": ("model.onnx", "model.onnx_data"),
-    "int8": ("model.int8.onnx", "model.int8.onnx_data"),
-    "int4": ("model.int4.onnx", "model.int4.onnx_data"),
+    "fp32": ("decoder.onnx", "model.onnx_data"),
+    "int8": ("decoder.int8.onnx", "model.int8.onnx_data"),
+    "int4": ("decoder.int4.onnx", "model.int4.onnx_data"),
 }
-"""Files of a language model for ONNX Runtime: graph and weights."""
+"""Files of a language model for ONNX Runtime: the graph that deploykit decodes with, and the weights."""
 NATIVE_FILE = "native.int8.safetensors"
 
 # In the order in which "auto" prefers them. OpenVINO runs encoders faster than ONNX Runtime on every x86 CPU measured,

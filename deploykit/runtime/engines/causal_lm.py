@@ -1,60 +1,232 @@
-"""A decoder-only language model on ONNX Runtime: graphs in the layout of optimum's ``text-generation-with-past``.
+"""A decoder-only language model on ONNX Runtime, with rows that join and leave its batch, each with its own caches.
 
-Source: optimum documentation, "Export a model to ONNX", task text-generation-with-past.
+A prompt is read into the prompt area, and ``admit`` copies its keys and values to a new row. The rows in use are always
+the first ones: when a row leaves, the last one takes its place.
+
+Caches of a row are memory that is reserved for the longest text and becomes real page by page as tokens come, so that
+the operating system does the paging. Memory of rows that left is given back when the limit would be passed. The idea is
+that of vAttention (arXiv 2405.04437).
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from deploykit.runtime.engines.onnxruntime import open_session, session_options
+from deploykit.runtime.engines.onnxruntime import bind_array, open_session, session_options
+from deploykit.runtime.engines.rows import Ints, power_of_two, without
+
+Logits = NDArray[np.float32]
+Block = NDArray[np.float32]
+"""Keys and values of some tokens: [2 x layers, key heads, tokens, head size]."""
+
+MAX_ROWS = 32
+MAX_CACHE_BYTES = 1 << 30
+_LEAST_PROMPT = 64
+_NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names from 3.11 on
 
 
 class CausalLm(Protocol):
-    """A decoder-only language model with a KV cache.
+    """A decoder-only language model. One caller at a time.
 
-    ``run`` feeds some tokens of each row after those of ``cache`` (None: an empty cache).
+    ``rows`` are in use, of ``max_rows``. ``max_tokens``: most tokens in the caches of all rows.
     """
 
-    def run(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64], cache: Any, *, last: bool
-    ) -> tuple[NDArray[np.float32], Any]:
-        """Return logits, float32 [rows, tokens, vocabulary], or [rows, 1, vocabulary] of the ``last`` token only, and
-        the cache with these tokens. ``ids`` and ``positions``: [rows, tokens]; ``mask``: [rows, past + tokens], 0 for
-        padding, which is on the left."""
+    rows: int
+    max_rows: int
+    max_tokens: int
 
-    def keep(self, cache: Any, rows: Sequence[int]) -> Any:
-        """Return a cache with only these rows, in this order; a row may be repeated."""
+    def begin(self) -> None:
+        """Empty the prompt area."""
+
+    def feed(self, ids: Sequence[int], wanted: Sequence[int]) -> Logits:
+        """Append tokens to the prompt area. Returns the logits of those at the places ``wanted`` in ``ids``, float32
+        [wanted, vocabulary]. The array is overwritten by the next call."""
+
+    def saved(self, start: int, end: int) -> Any:
+        """Return a copy of the caches of the tokens ``start`` to ``end`` in the prompt area."""
+
+    def restore(self, block: Any) -> None:
+        """Append tokens whose caches were ``saved`` after the same tokens to the prompt area."""
+
+    def admit(self, reserved: int) -> None:
+        """Append a row with the prompt area's tokens. ``reserved``: the tokens that all rows in use may come to have."""
+
+    def step(self, tokens: Ints) -> Logits:
+        """Feed each row its next token, int64 [rows]. Returns logits, float32 [rows, vocabulary]. The array is
+        overwritten by the next call."""
+
+    def remove(self, gone: Ints) -> Ints:
+        """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
 
 
 class OnnxCausalLm:
-    """``CausalLm`` on CPU threads. A cache is a list of OrtValues: keys and values of each layer in turn."""
+    """``CausalLm`` on CPU threads, for texts of up to ``context`` tokens. Raises EngineError for an unusable graph."""
 
-    def __init__(self, graph: Path, threads: int) -> None:
-        self._session = open_session(graph, session_options(threads))
-        caches = [i for i in self._session.get_inputs() if i.name.startswith("past_key_values.")]
-        self._pasts = [i.name for i in caches]
-        self._presents = [name.replace("past_key_values", "present") for name in self._pasts]
-        self._heads, self._size = (int(n) for n in (caches[0].shape[1], caches[0].shape[3]))
+    def __init__(
+        self, graph: Path, threads: int, *, context: int, max_rows: int = MAX_ROWS, max_cache_bytes: int = MAX_CACHE_BYTES
+    ) -> None:
+        self._session = open_session(graph, session_options(threads, spin=True))
+        inputs = {i.name: i.shape for i in self._session.get_inputs()}
+        self._caches = [name for name in inputs if name.startswith("past.")]
+        _, self._heads, _, self._size = inputs[self._caches[0]]
+        self.vocabulary = int(self._session.get_outputs()[0].shape[1])
+        token_bytes = len(self._caches) * self._heads * self._size * 4
+        self.max_rows, self.max_tokens = max_rows, max_cache_bytes // token_bytes
+        self.rows = 0
+        self._prompt = self._empty_prompt(_LEAST_PROMPT)
+        self._length = 0
+        self._maps = [
+            _RowCaches(max_rows, self._heads, min(context, max(self.max_tokens, 1)), self._size) for _ in self._caches
+        ]
+        self._past = np.zeros(max_rows, np.int32)
+        self._touched = np.zeros(max_rows, np.int64)  # tokens for which a row's memory became real
+        self._tokens = np.zeros((max_rows, 1), np.int64)
+        self._numbers = np.arange(max_rows)
+        self._total = np.zeros((), np.int32)
+        self._logits: Logits = np.empty((max_rows, self.vocabulary), np.float32)
+        self._read: Logits = np.empty((1, self.vocabulary), np.float32)
+        self._step = self._session.io_binding()
+        self._bound = 0
+        self._logits.fill(0)  # memory becomes real now, and not while the first requests wait
+        self._least = 1 if max_rows == 1 or self._same_alone() else 2
 
-    def run(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64], cache: Any, *, last: bool
-    ) -> tuple[NDArray[np.float32], list[ort.OrtValue]]:
-        if cache is None:
-            empty = np.zeros((len(ids), self._heads, 0, self._size), np.float32)
-            cache = [ort.OrtValue.ortvalue_from_numpy(empty)] * len(self._pasts)
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for name, v in inputs.items()}
-        values.update(zip(self._pasts, cache))
-        logits, *presents = self._session.run_with_ort_values(["logits", *self._presents], values)
-        array = logits.numpy()
-        return (array[:, -1:] if last else array), presents
+    def begin(self) -> None:
+        self._length = 0
 
-    def keep(self, cache: list[ort.OrtValue], rows: Sequence[int]) -> list[ort.OrtValue]:
-        return [ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value.numpy()[list(rows)])) for value in cache]
+    def feed(self, ids: Sequence[int], wanted: Sequence[int]) -> Logits:
+        n = len(ids)
+        self._fit_prompt(self._length + n)
+        if len(self._read) < len(wanted):
+            self._read = np.empty((power_of_two(len(wanted)), self.vocabulary), np.float32)
+        places = np.array(wanted or [0], np.int64)
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": np.array([ids], np.int64),
+            "past_lengths": np.array([self._length], np.int32),
+            "total": np.array(self._length + n, np.int32),
+            "wanted": places,
+        }
+        binding = self._session.io_binding()
+        self._bind(binding, inputs, self._prompt, self._read[: len(places)])
+        self._session.run_with_iobinding(binding)
+        self._length += n
+        return self._read[: len(wanted)]
+
+    def saved(self, start: int, end: int) -> Block:
+        return np.stack([cache[0, :, start:end] for cache in self._prompt])
+
+    def restore(self, block: Block) -> None:
+        end = self._length + block.shape[2]
+        self._fit_prompt(end)
+        for cache, values in zip(self._prompt, block):
+            cache[0, :, self._length : end] = values
+        self._length = end
+
+    def admit(self, reserved: int) -> None:
+        growth = reserved - int(self._past[: self.rows].sum())
+        if int(self._touched.sum()) + growth > self.max_tokens:
+            self._give_back()
+        row = self.rows
+        for rows, cache in zip(self._maps, self._prompt):
+            rows.view[row, :, : self._length] = cache[0, :, : self._length]
+        self._past[row] = self._length
+        self._touched[row] = max(self._touched[row], self._length)
+        self.rows += 1
+
+    def step(self, tokens: Ints) -> Logits:
+        rows = max(self.rows, self._least)
+        self._past[self.rows : rows] = 0
+        if rows != self._bound:
+            inputs = {
+                "input_ids": self._tokens[:rows],
+                "past_lengths": self._past[:rows],
+                "total": self._total,
+                "wanted": self._numbers[:rows],
+            }
+            self._step = self._session.io_binding()
+            self._bind(self._step, inputs, [cache.view[:rows] for cache in self._maps], self._logits[:rows])
+            self._bound = rows
+        self._tokens[: self.rows, 0] = tokens
+        self._total[...] = int(self._past[:rows].max()) + 1
+        self._session.run_with_iobinding(self._step)
+        self._past[:rows] += 1
+        np.maximum(self._touched[:rows], self._past[:rows], out=self._touched[:rows])
+        return self._logits[: self.rows]
+
+    def remove(self, gone: Ints) -> Ints:
+        order, holes, movers = without(self.rows, gone)
+        for to, row in zip(holes, movers):
+            length = int(self._past[row])
+            for cache in self._maps:
+                cache.view[to, :, :length] = cache.view[row, :, :length]
+            self._past[to] = length
+            self._touched[to] = max(self._touched[to], length)
+        self.rows = len(order)
+        return order
+
+    def _same_alone(self) -> bool:
+        """Return whether a row gets the same bits alone as beside others: kernels for one row may round differently."""
+        self._least = 1
+        self.feed([0, 0], [])
+        for _ in range(2):
+            self.admit(0)
+        beside = self.step(np.zeros(2, np.int64))[0].tobytes()
+        self.rows = 0
+        self.admit(0)
+        alone = self.step(np.zeros(1, np.int64))[0].tobytes()
+        self.rows = 0
+        return alone == beside
+
+    def _give_back(self) -> None:
+        """Give the memory past each row's tokens back to the operating system."""
+        for row in range(self.max_rows):
+            length = int(self._past[row]) if row < self.rows else 0
+            if self._touched[row] > length:
+                for cache in self._maps:
+                    cache.give_back(row, length, int(self._touched[row]))
+                self._touched[row] = length
+
+    def _empty_prompt(self, positions: int) -> list[Block]:
+        return [np.zeros((1, self._heads, positions, self._size), np.float32) for _ in self._caches]
+
+    def _fit_prompt(self, length: int) -> None:
+        if length > self._prompt[0].shape[2]:
+            larger = self._empty_prompt(power_of_two(length))
+            for to, cache in zip(larger, self._prompt):
+                to[:, :, : self._length] = cache[:, :, : self._length]
+            self._prompt = larger
+
+    def _bind(
+        self, binding: Any, inputs: dict[str, NDArray[Any]], caches: Sequence[NDArray[Any]], logits: Logits
+    ) -> None:
+        for name, array in inputs.items():
+            bind_array(binding.bind_input, name, array)
+        bind_array(binding.bind_output, "logits", logits)
+        for name, cache in zip(self._caches, caches):
+            bind_array(binding.bind_input, name, cache)
+            bind_array(binding.bind_output, name.replace("past", "present"), cache)
+
+
+class _RowCaches:
+    """Keys or values of one layer: ``view``, float32 [rows, heads, positions, head size], zeros until written."""
+
+    def __init__(self, rows: int, heads: int, positions: int, size: int) -> None:
+        self._memory = mmap.mmap(
+            -1, max(1, rows * heads * positions * size * 4), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+        )
+        self.view: NDArray[np.float32] = np.frombuffer(self._memory, np.float32).reshape(rows, heads, positions, size)
+
+    def give_back(self, row: int, start: int, end: int) -> None:
+        """Give back the whole pages of a row's positions ``start`` to ``end``; they read as zeros again."""
+        _, heads, positions, size = self.view.shape
+        for head in range(heads):
+            first = (row * heads + head) * positions * size * 4
+            begin = -(-(first + start * size * 4) // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (first + end * size * 4) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+            if length > 0:
+                self._memory.madvise(mmap.MADV_DONTNEED, begin, length)

@@ -44,6 +44,11 @@ def open_session(graph: Path, options: ort.SessionOptions, **settings: Any) -> o
         raise EngineError(f"{graph}: ONNX Runtime cannot load it: {error}", "export the model again") from error
 
 
+def bind_array(bind: Any, name: str, array: NDArray[Any]) -> None:
+    """Bind an input or output (``bind``: a method of an IOBinding) to the memory of ``array``, which must stay alive."""
+    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
 def int8_kernels(graph: Path, **settings: Any) -> int:
     """Return the number of INT8 matrix kernels in the graph that ONNX Runtime optimized ``graph`` to."""
     import onnx  # only export counts kernels; a serving machine has no onnx

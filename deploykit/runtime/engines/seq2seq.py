@@ -18,7 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from deploykit.runtime.engines.best_tokens import BestTokens
-from deploykit.runtime.engines.onnxruntime import open_session, session_options
+from deploykit.runtime.engines.onnxruntime import bind_array, open_session, session_options
 from deploykit.runtime.engines.protocol import TokenSelection
 from deploykit.runtime.engines.rows import power_of_two, without
 from deploykit.runtime.token_selection import select
@@ -274,16 +274,12 @@ class Seq2SeqModel:
                 own, cross = self._self.view[2 * layer + j, :rows], self._cross.view[2 * layer + j, :rows]
                 inputs[f"past.{layer}.{part}"] = own
                 # In place in standard ONNX too: its Where node has read the past before it writes.
-                _bind(binding.bind_output, f"present.{layer}.{part}", own)
+                bind_array(binding.bind_output, f"present.{layer}.{part}", own)
                 inputs[f"cross.{layer}.{part}"] = cross
                 if (last := f"cross.{layer}.last_{part}") in self._inputs:
                     inputs[last] = self._last[2 * layer + j, :rows]
-                    _bind(binding.bind_output, f"cross_present.{layer}.{part}", cross)
+                    bind_array(binding.bind_output, f"cross_present.{layer}.{part}", cross)
         for name in self._inputs:
-            _bind(binding.bind_input, name, inputs[name])
-        _bind(binding.bind_output, "logits", self._logits[:rows])
+            bind_array(binding.bind_input, name, inputs[name])
+        bind_array(binding.bind_output, "logits", self._logits[:rows])
         self._bound = (rows, self._self.positions, self._cross.positions)
-
-
-def _bind(bind: Any, name: str, array: NDArray[Any]) -> None:
-    bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from deploykit.errors import ArtifactError, MissingDependencyError, UsageError
 from deploykit.graphs.causal_architecture import check_supported
 from deploykit.tasks.text_generation.chat_template import CHATML, CHATML_TOKENS
-from deploykit.tasks.text_generation.encode import ChatTokenizer
+from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.rows import Row
@@ -29,35 +29,113 @@ from deploykit.training.weights import read_generation_config
 _PROBE = Row(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
 
 
+_ROWS = 16
+_SCORED_TOKENS = 2048
+"""Most padded tokens of rows that are scored side by side, unless one row has more."""
+
+
 class TorchCausalLm:
-    """``CausalLm`` in PyTorch. A cache is transformers' ``DynamicCache``."""
+    """``CausalLm`` in PyTorch. Rows are padded on the left to the longest."""
+
+    rows = 0
+    max_rows = _ROWS
+    max_tokens = 1 << 62  # not limited
 
     def __init__(self, model: Any) -> None:
         self.model = model
+        self._lengths = np.zeros(0, np.int64)
+        self._batch = DynamicCache()
+        self.begin()
+
+    def begin(self) -> None:
+        self._prompt, self._read = DynamicCache(), 0
+
+    def feed(self, ids: Sequence[int], wanted: Sequence[int]) -> NDArray[np.float32]:
+        positions = torch.arange(self._read, self._read + len(ids))[None]
+        self._read += len(ids)
+        mask = torch.ones(1, self._read, dtype=torch.int64)
+        logits = self._run(torch.tensor([list(ids)]), mask, positions, self._prompt, torch.tensor(wanted or [0]))
+        return logits[0, : len(wanted)]
+
+    def saved(self, start: int, end: int) -> Any:
+        return [(layer.keys[:, :, start:end], layer.values[:, :, start:end]) for layer in self._prompt.layers]
+
+    def restore(self, block: Any) -> None:
+        for i, (keys, values) in enumerate(block):
+            self._prompt.update(keys, values, i)
+        self._read += block[0][0].shape[2]
+
+    def admit(self, reserved: int) -> None:
+        if not self.rows:
+            self._batch = DynamicCache()
+        longest = max(int(self._lengths.max(initial=0)), self._read)
+        for i, layer in enumerate(self._prompt.layers):
+            old = self._batch.layers[i] if self.rows else None
+            for name in ("keys", "values"):
+                rows = [_padded(getattr(layer, name), longest)]
+                if old is not None:
+                    setattr(old, name, torch.cat([_padded(getattr(old, name), longest), *rows]))
+                else:
+                    setattr(layer, name, rows[0])
+            if old is None:
+                self._batch.update(layer.keys, layer.values, i)
+        self._lengths = np.append(self._lengths, self._read)
+        self.rows += 1
+
+    def step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        positions = torch.from_numpy(self._lengths)[:, None]
+        self._lengths = self._lengths + 1
+        longest = int(self._lengths.max())
+        mask = (torch.arange(longest) >= longest - positions - 1).long()
+        return self._run(torch.from_numpy(tokens)[:, None], mask, positions, self._batch, 1)[:, 0]
+
+    def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
+        order = np.delete(np.arange(self.rows), gone)
+        self._lengths, self.rows = self._lengths[order], len(order)
+        if self.rows:
+            longest = int(self._lengths.max())
+            for layer in self._batch.layers:
+                layer.keys, layer.values = (x[torch.from_numpy(order), :, -longest:] for x in (layer.keys, layer.values))
+        return order
+
+    def padded_logits(self, rows: Sequence[EncodedRow], pad: int) -> Iterator[NDArray[np.float32]]:
+        """Return the logits of all tokens of rows that are computed side by side: [tokens, vocabulary] for each row."""
+        longest = max(len(row.ids) for row in rows)
+        ids, mask = np.full((len(rows), longest), pad, np.int64), np.zeros((len(rows), longest), np.int64)
+        for i, row in enumerate(rows):
+            ids[i, longest - len(row.ids) :], mask[i, longest - len(row.ids) :] = row.ids, 1
+        positions = np.maximum(mask.cumsum(1) - 1, 0)
+        logits = self._run(*map(torch.from_numpy, (ids, mask, positions)), None, 0)
+        yield from (values[longest - len(row.ids) :] for row, values in zip(rows, logits))
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def run(
-        self, ids: NDArray[np.int64], mask: NDArray[np.int64], positions: NDArray[np.int64], cache: Any, *, last: bool
-    ) -> tuple[NDArray[np.float32], Any]:
-        cache = DynamicCache() if cache is None else cache
+    def _run(self, ids: Any, mask: Any, positions: Any, cache: Any, kept: Any) -> NDArray[np.float32]:
         outputs = self.model(
-            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
-            position_ids=torch.from_numpy(positions), past_key_values=cache, use_cache=True,
-            logits_to_keep=1 if last else 0,
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None,
+            logits_to_keep=kept,
         )  # fmt: skip
-        return outputs.logits.float().numpy(), cache
+        logits: NDArray[np.float32] = outputs.logits.float().numpy()
+        return logits
 
-    def keep(self, cache: Any, rows: Sequence[int]) -> Any:
-        cache.batch_select_indices(torch.tensor(list(rows)))
-        return cache
+
+def _padded(cache: Any, length: int) -> Any:
+    """Pad [rows, heads, positions, size] with zeros on the left to ``length`` positions."""
+    return torch.nn.functional.pad(cache, (0, 0, length - cache.shape[2], 0))
 
 
 class TorchGenerator(LocalGenerator):
     """A checkpoint that answers."""
 
+    model: TorchCausalLm
+
     def __init__(self, model: Any, hf_tokenizer: Any, task: TextGeneration) -> None:
         super().__init__(task, chat_tokenizer(hf_tokenizer, task.eos_token_ids), TorchCausalLm(model.eval()))
         self.torch_model, self.hf_tokenizer = model, hf_tokenizer
+
+    def supervised_logits(self, rows: Sequence[EncodedRow]) -> Iterator[NDArray[np.float32]]:
+        for part in _side_by_side(rows):
+            for row, logits in zip(part, self.model.padded_logits(part, self.task.pad_token_id)):
+                yield logits[:-1][row.supervised[1:]]
 
     @classmethod
     def load(cls, path: Path) -> TorchGenerator:
@@ -66,6 +144,20 @@ class TorchGenerator(LocalGenerator):
         tokenizer = load_base_tokenizer(str(path))
         model = load_base(str(path))
         return cls(model, tokenizer, checkpoint_facts(model.config, model.generation_config, tokenizer))
+
+
+def _side_by_side(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
+    """Consecutive rows that fit ``_SCORED_TOKENS``."""
+    part: list[EncodedRow] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row.ids))
+        if part and (len(part) + 1) * longest > _SCORED_TOKENS:
+            yield part
+            part, longest = [], len(row.ids)
+        part.append(row)
+    if part:
+        yield part
 
 
 def load_base(source: str) -> Any:

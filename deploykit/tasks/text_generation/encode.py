@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from deploykit.errors import ArtifactError, UsageError
+from deploykit.runtime.stream_text import TokenDecoder
 from deploykit.tasks.text_generation.chat_template import FILE, ChatTemplate, Message
 from deploykit.tasks.text_generation.rows import Row
 from deploykit.text import without_surrogates
@@ -52,6 +53,7 @@ class ChatTokenizer:
         self.tokenizer.no_truncation()
         self.template = None if template is None else ChatTemplate(template, special_tokens)
         self.eos_token_ids = tuple(eos_token_ids)
+        self.text_decoder = TokenDecoder(tokenizer)
 
     @classmethod
     def load(cls, folder: Path, special_tokens: Mapping[str, str], eos_token_ids: Sequence[int]) -> ChatTokenizer:
@@ -81,7 +83,7 @@ class ChatTokenizer:
         return list(self._encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return self.text_decoder(ids)
 
     def encode_row(self, row: Row, loss_on: LossOn = "completion") -> EncodedRow:
         """Return the ids of a row to train on or to measure. Raises DataError when the template refuses the dialog."""

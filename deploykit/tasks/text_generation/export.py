@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, ExportError, UsageError
 from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
+from deploykit.graphs.causal_decoder import build_causal_decoder
 from deploykit.graphs.causal_lm import Bits, build_causal_lm, parts_of
 from deploykit.graphs.export_options import (
     CalibrationOptions,
@@ -26,13 +27,14 @@ from deploykit.graphs.export_options import (
     pick_rows,
 )
 from deploykit.graphs.gguf_file import GgufType, check_gguf, gguf_name, write_gguf
-from deploykit.graphs.writer import save_with_weights
+from deploykit.graphs.writer import save_with_weights, save_with_weights_of
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.grading import Grader, Line
 from deploykit.quantization.search import Search, hold_limit
 from deploykit.runtime.engines import LANGUAGE_MODEL_FILES
+from deploykit.runtime.engines.onnxruntime import open_session, session_options
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator
@@ -79,9 +81,9 @@ def write(
     keep_samples(directory, asked.rows)
     say("writing the graph")
     architecture = read_causal_architecture(reference.torch_model)
-    _save(build_causal_lm(architecture), directory, "fp32")
+    _save(architecture, None, (), directory, "fp32")
     _save_tokenizer(reference, directory)
-    write_genai_config(directory, architecture, reference.torch_model.config, task, LANGUAGE_MODEL_FILES["fp32"][0])
+    write_genai_config(directory, architecture, reference.torch_model.config, task, _standard_graph(directory, "fp32").name)
     parity = _check_parity(directory, reference, task, asked, say)
     metrics: dict[str, Any] = {"rows": len(asked.rows), "parity": dataclasses.asdict(parity)}
     say(f"measuring on {len(asked.rows):,} rows")
@@ -163,8 +165,19 @@ def _rows(checkpoint: Path, task: TextGeneration, options: ExportOptions) -> lis
     return rows
 
 
-def _save(model: onnx.ModelProto, directory: Path, precision: Precision) -> None:
-    save_with_weights(model, directory / LANGUAGE_MODEL_FILES[precision][0])
+def _save(
+    architecture: CausalArchitecture, bits: Bits | None, kept: Collection[str], directory: Path, precision: Precision
+) -> None:
+    """Write the graph in optimum's layout, and the one that deploykit decodes with, which shares its weights."""
+    standard = _standard_graph(directory, precision)
+    save_with_weights(build_causal_lm(architecture, bits, kept=kept), standard)
+    decoder = build_causal_decoder(architecture, bits, kept=kept)
+    save_with_weights_of(decoder, directory / LANGUAGE_MODEL_FILES[precision][0], standard)
+
+
+def _standard_graph(directory: Path, precision: Precision) -> Path:
+    """The graph that optimum and onnxruntime-genai open."""
+    return directory / LANGUAGE_MODEL_FILES[precision][1].removesuffix("_data")
 
 
 def _save_tokenizer(reference: TorchGenerator, directory: Path) -> None:
@@ -198,8 +211,13 @@ def _check_parity(directory: Path, reference: TorchGenerator, task: TextGenerati
                 f"{row.origin}: the tokenizer cuts this row differently from the checkpoint's", "report it"
             )
     graph = load_generator(directory, task, LANGUAGE_MODEL_FILES["fp32"][0], available_cpus())
-    pairs = zip(reference.supervised_logits(some.encoded), graph.supervised_logits(some.encoded))
-    difference = max(float(np.abs(theirs - ours).max() / np.abs(theirs).max()) for theirs, ours in pairs)
+    standard = _StandardGraph(_standard_graph(directory, "fp32"))
+    difference = 0.0
+    for row, theirs, ours in zip(
+        some.encoded, reference.supervised_logits(some.encoded), graph.supervised_logits(some.encoded)
+    ):
+        for found in (ours, standard.supervised_logits(row)):
+            difference = max(difference, float(np.abs(theirs - found).max() / np.abs(theirs).max()))
     prompts = some.prompts or [row.ids[: max(1, len(row.ids) // 2)].tolist() for row in some.encoded]
     tokens, equal, ties = _greedy_parity(reference, graph, prompts)
     parity = Parity(len(some.rows), difference, tokens, equal, ties)
@@ -213,6 +231,32 @@ def _check_parity(directory: Path, reference: TorchGenerator, task: TextGenerati
             "this architecture is not exported right: report the checkpoint",
         )
     return parity
+
+
+class _StandardGraph:
+    """The graph in optimum's layout, to be compared."""
+
+    def __init__(self, path: Path) -> None:
+        self._session = open_session(path, session_options(available_cpus()))
+        self._caches = {i.name: i.shape for i in self._session.get_inputs() if i.name.startswith("past_key_values.")}
+
+    def supervised_logits(self, row: EncodedRow) -> NDArray[np.float32]:
+        """Return the logits that predict a row's supervised tokens. The row is read in two parts: the second needs the
+        caches of the first."""
+        cache = {n: np.zeros((1, heads, 0, size), np.float32) for n, (_, heads, _, size) in self._caches.items()}
+        found = []
+        for part in np.array_split(np.arange(len(row.ids)), 2):
+            if len(part):
+                inputs = {
+                    "input_ids": row.ids[None, part],
+                    "attention_mask": np.ones((1, part[-1] + 1), np.int64),
+                    "position_ids": part[None].astype(np.int64),
+                }
+                logits, *presents = self._session.run(None, {**inputs, **cache})
+                cache = dict(zip(self._caches, presents))
+                found.append(logits[0])
+        supervised: NDArray[np.float32] = np.concatenate(found)[:-1][row.supervised[1:]]
+        return supervised
 
 
 def _as_transformers(reference: TorchGenerator, row: Row, encoded: EncodedRow) -> bool:
@@ -334,7 +378,7 @@ def _quantize(
     parts = parts_of(architecture)
 
     def save(kept: Collection[str]) -> None:
-        _save(build_causal_lm(architecture, bits, kept=kept), directory, precision)
+        _save(architecture, bits, kept, directory, precision)
 
     def write(kept: Collection[str]) -> Line:
         save(kept)

@@ -80,7 +80,7 @@ def _encoded(generator: LocalGenerator, question: Question, how: How) -> list[in
 def _record(found: Sequence[Generated], how: How) -> dict[str, Any]:
     def one(answer: Generated) -> dict[str, Any]:
         record = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
-        return {**record, "logprobs": [round(p, 6) for p in answer.logprobs]} if how.logprobs else record
+        return {**record, "logprobs": [round(p.logprob, 6) for p in answer.logprobs]} if how.logprobs else record
 
     own = one(found[0]) if how.sampling.n == 1 else {"answers": [one(answer) for answer in found]}
     return {**own, "prompt_tokens": found[0].prompt_tokens}

@@ -14,6 +14,7 @@ from language_models import FAMILIES, random_model, tokenizer
 
 from deploykit.errors import ArtifactError, DataError, ExportError
 from deploykit.graphs.causal_architecture import check_supported, read_causal_architecture
+from deploykit.graphs.causal_decoder import build_causal_decoder
 from deploykit.graphs.causal_lm import BLOCK, build_causal_lm, parts_of, quantize_blocks
 from deploykit.graphs.writer import save_with_weights
 from deploykit.runtime.engines.causal_lm import OnnxCausalLm
@@ -46,9 +47,9 @@ def reference(name: str = "llama") -> TorchGenerator:
 
 
 def exported(generator: TorchGenerator, folder: Path, bits: Any = None) -> LocalGenerator:
-    path = folder / f"model{bits}.onnx"
-    save_with_weights(build_causal_lm(read_causal_architecture(generator.torch_model), bits), path)
-    return LocalGenerator(generator.task, generator.tokenizer, OnnxCausalLm(path, 2))
+    path = folder / f"decoder{bits}.onnx"
+    save_with_weights(build_causal_decoder(read_causal_architecture(generator.torch_model), bits), path)
+    return LocalGenerator(generator.task, generator.tokenizer, OnnxCausalLm(path, 2, context=256))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -90,7 +91,7 @@ def test_other_architectures_and_rope_scalings_are_refused_by_name() -> None:
         check_supported(scaled, "b")
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize(
     "sampling", [Sampling(max_new_tokens=10), Sampling(max_new_tokens=10, temperature=1.5, seed=3)]
 )

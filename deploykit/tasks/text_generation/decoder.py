@@ -1,0 +1,291 @@
+"""Decode the answers to many prompts together: requests join and leave the batch between two steps.
+
+A row's answer is the same in any company. Each row attends to its own caches only, and matrix products treat the tokens of
+a call alike if there are at least two (tested to the bit). So a prompt of several tokens is never read one token at a time,
+whatever part of it is found in the cache of prefixes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.errors import DataError
+from deploykit.runtime.engines.causal_lm import CausalLm, Logits
+from deploykit.runtime.sampling import Sampler, Sampling
+from deploykit.runtime.stream_text import StreamText
+from deploykit.tasks.text_generation.encode import ChatTokenizer
+from deploykit.tasks.text_generation.facts import TextGeneration
+
+Finish = Literal["eos", "stop", "length"]
+
+PREFIX_BLOCK = 32
+"""Tokens that the cache of prefixes stores and finds together."""
+_PREFIX_SHARE = 4  # a quarter of the caches' tokens
+_PROMPT_TOKENS = 512
+"""Most tokens of prompts that are read between two steps while no row waits for the next one."""
+_PROMPT_TOKENS_BETWEEN = 64
+"""The same while rows wait."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's log-probability before any rule of sampling, and those of the likeliest tokens, most likely first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False)
+class Answer:
+    """An answer that is being generated. ``text`` grows by whole characters, and never holds a part of a stop string."""
+
+    query: Query
+    number: int
+    sampler: Sampler
+    stream: StreamText
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: Finish | None = None
+
+
+@dataclass(eq=False)
+class Query:
+    """A prompt, and the answers that are generated to it. ``on_tokens`` is called after a step that brought tokens.
+
+    ``prompt_logprobs``: also find those of the prompt's tokens, of which the first has none.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    on_tokens: Callable[[Query], None] | None = None
+    prompt_logprobs: bool = False
+    cancelled: bool = False
+    answers: list[Answer] = field(default_factory=list)
+    of_prompt: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return self.sampling.n
+
+
+class Decoder:
+    """The ``waiting`` queries, and the answers that are ``running``: one for each row of the model. One caller at a time.
+
+    ``tokens`` counts those generated since the decoder was made.
+    """
+
+    def __init__(self, model: CausalLm, task: TextGeneration, tokenizer: ChatTokenizer) -> None:
+        self.waiting: deque[Query] = deque()
+        self.running: list[Answer] = []
+        self.tokens = 0
+        self.max_rows = model.max_rows
+        self._model, self._task, self._tokenizer = model, task, tokenizer
+        self._eos = frozenset(task.eos_token_ids)
+        self._prefixes = _Prefixes(model.max_tokens // _PREFIX_SHARE)
+        self._most_tokens = model.max_tokens - self._prefixes.most_tokens
+        self._reading: Query | None = None  # its prompt is in the model's prompt area, up to ``_read``
+        self._read = 0
+        model.remove(np.arange(model.rows))
+
+    @property
+    def claimed(self) -> int:
+        """Number of rows that the running and waiting queries take."""
+        reading = [] if self._reading is None else [self._reading]
+        return len(self.running) + sum(query.rows for query in (*reading, *self.waiting))
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.running or self._reading)
+
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Raise DataError for a query that could never run."""
+        if not prompt:
+            raise DataError("the prompt is empty", "give a text")
+        if len(prompt) >= self._task.max_length:
+            raise DataError(
+                f"the prompt has {len(prompt):,} tokens, and the model's context holds {self._task.max_length:,}, answer included",
+                "shorten the prompt",
+            )
+        if sampling.n > self.max_rows:
+            raise DataError(f"n is {sampling.n}, and the model decodes {self.max_rows} answers at once", "lower n")
+        needed = self._reserved(prompt, sampling)
+        if needed > self._most_tokens:
+            raise DataError(
+                f"prompt and answers may take {needed:,} tokens, and the model's caches hold {self._most_tokens:,}",
+                "lower max_new_tokens, or package with a larger --max-cache-mb",
+            )
+
+    def add(self, query: Query) -> None:
+        """Append a query that was checked to the waiting ones."""
+        self.waiting.append(query)
+
+    def step(self) -> list[Query]:
+        """Read parts of prompts, give every row a token, and return the queries that are done."""
+        self._remove([i for i, answer in enumerate(self.running) if answer.query.cancelled])
+        grown: dict[Query, None] = {}  # a set in order
+        if self.running:
+            logits = self._model.step(np.array([answer.ids[-1] for answer in self.running], np.int64))
+            for answer, values in zip(self.running, logits):
+                self._extend(answer, values)
+                grown[answer.query] = None
+            self._remove([i for i, answer in enumerate(self.running) if answer.finish is not None])
+        for query in self._read_prompts():
+            grown[query] = None
+        for query in grown:
+            if query.on_tokens is not None:
+                query.on_tokens(query)
+        return [query for query in grown if all(answer.finish is not None for answer in query.answers)]
+
+    def _read_prompts(self) -> Iterator[Query]:
+        """Read some tokens of waiting prompts. Yields those that were read whole: each has its answers' first tokens."""
+        left = _PROMPT_TOKENS_BETWEEN if self.running else _PROMPT_TOKENS
+        while left > 0:
+            query = self._reading or self._begin()
+            if query is None:
+                return
+            prompt = query.prompt
+            rest = len(prompt) - self._read
+            count = rest if rest <= max(left, 2) + 1 else max(left, 2)
+            whole = count == rest
+            part = prompt[self._read : self._read + count]
+            if query.prompt_logprobs:
+                logits = self._model.feed(part, range(count))
+                following = prompt[self._read + 1 : self._read + count + 1]
+                for token, values in zip(following, logits):
+                    query.of_prompt.append(token_logprob(token, values, query.sampling.logprobs or 0))
+            else:
+                logits = self._model.feed(part, [count - 1] if whole else [])
+            self._read += count
+            left -= count
+            if query.cancelled:
+                self._reading = None
+            elif whole:
+                self._prefixes.store(self._model, prompt)
+                self._reading = None
+                self._answer(query, logits[-1].copy())
+                yield query
+
+    def _begin(self) -> Query | None:
+        """Move the first waiting query to the prompt area, if there is room for its answers."""
+        while self.waiting and self.waiting[0].cancelled:
+            self.waiting.popleft()
+        if not self.waiting or len(self.running) + self.waiting[0].rows > self.max_rows:
+            return None
+        query = self.waiting[0]
+        if self._running_tokens() + self._reserved(query.prompt, query.sampling) > self._most_tokens:
+            return None
+        self._reading = self.waiting.popleft()
+        self._model.begin()
+        self._read = 0 if query.prompt_logprobs else self._prefixes.restore(self._model, query.prompt)
+        return query
+
+    def _answer(self, query: Query, logits: Logits) -> None:
+        """Begin the answers to a prompt that was read; ``logits``, [vocabulary], are of their first tokens."""
+        sampling = query.sampling
+        reserved = self._running_tokens() + self._reserved(query.prompt, sampling)
+        for number in range(sampling.n):
+            sampler = Sampler(sampling, query.prompt, number)
+            answer = Answer(query, number, sampler, StreamText(self._tokenizer.text_decoder, sampling.stop))
+            query.answers.append(answer)
+            self._extend(answer, logits)
+            if answer.finish is None:
+                self._model.admit(reserved)
+                self.running.append(answer)
+
+    def _extend(self, answer: Answer, logits: NDArray[np.float32]) -> None:
+        """Choose the next token of an answer, and see whether it ends the answer."""
+        sampling, ids = answer.query.sampling, answer.ids
+        token = answer.sampler.choose(logits)
+        ids.append(token)
+        self.tokens += 1
+        if sampling.logprobs is not None:
+            answer.logprobs.append(token_logprob(token, logits, sampling.logprobs))
+        if token in self._eos:
+            answer.finish = "eos"
+        else:
+            answer.text += answer.stream.add(token)
+            if answer.stream.stopped:
+                answer.finish = "stop"
+            elif len(ids) >= sampling.max_new_tokens or len(answer.query.prompt) + len(ids) >= self._task.max_length:
+                answer.finish = "length"
+        if answer.finish is not None:
+            answer.text += answer.stream.finish()
+            if answer.stream.stopped:
+                answer.finish = "stop"
+
+    def _remove(self, rows: Sequence[int]) -> None:
+        if rows:
+            order = self._model.remove(np.array(rows, np.int64))
+            self.running = [self.running[i] for i in order]
+
+    def _reserved(self, prompt: Sequence[int], sampling: Sampling) -> int:
+        """Tokens that the answers to a prompt may come to have in the caches, the prompt included."""
+        return sampling.n * min(len(prompt) + sampling.max_new_tokens, self._task.max_length)
+
+    def _running_tokens(self) -> int:
+        return sum(self._reserved(answer.query.prompt, answer.query.sampling) // answer.query.rows for answer in self.running)
+
+
+class _Prefixes:
+    """Caches of the prompts' beginnings, by blocks of tokens; those used least recently make room for new ones."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self.most_tokens = most_tokens // PREFIX_BLOCK * PREFIX_BLOCK
+        self._blocks: OrderedDict[bytes, Any] = OrderedDict()
+
+    def restore(self, model: CausalLm, prompt: Sequence[int]) -> int:
+        """Put the known beginning of ``prompt`` into the prompt area. Returns the number of its tokens.
+
+        At least two tokens are left to read.
+        """
+        read = 0
+        for end, key in _keys(prompt[: max(0, len(prompt) - 2)]):
+            if key not in self._blocks:
+                break
+            self._blocks.move_to_end(key)
+            model.restore(self._blocks[key])
+            read = end
+        return read
+
+    def store(self, model: CausalLm, prompt: Sequence[int]) -> None:
+        """Store what the prompt area holds, the caches of ``prompt``."""
+        for end, key in _keys(prompt[: self.most_tokens]):
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
+                continue
+            while (len(self._blocks) + 1) * PREFIX_BLOCK > self.most_tokens:
+                self._blocks.popitem(last=False)
+            self._blocks[key] = model.saved(end - PREFIX_BLOCK, end)
+
+
+def _keys(prompt: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+    """Yield the end of each whole block of ``prompt``, and a key of all tokens up to there."""
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, len(prompt) - PREFIX_BLOCK + 1, PREFIX_BLOCK):
+        digest.update(np.array(prompt[start : start + PREFIX_BLOCK], np.int64).tobytes())
+        yield start + PREFIX_BLOCK, digest.digest()
+
+
+def token_logprob(token: int, logits: NDArray[np.float32], top: int) -> TokenLogprob:
+    """Return the log-probability of ``token`` by ``logits``, [vocabulary], and of the ``top`` likeliest tokens."""
+    total = log_sum(logits)
+    best: list[int] = []
+    if top:
+        found = np.argpartition(-logits, top - 1)[:top] if top < len(logits) else np.arange(len(logits))
+        best = sorted(found.tolist(), key=lambda i: (-logits[i], i))
+    return TokenLogprob(token, float(logits[token] - total), tuple((i, float(logits[i] - total)) for i in best))
+
+
+def log_sum(logits: NDArray[np.float32]) -> Any:
+    """log(sum(exp(logits))) over the last axis, float64 [...]."""
+    most = logits.max(-1)
+    return most + np.log(np.exp((logits - most[..., None]).astype(np.float64)).sum(-1))
