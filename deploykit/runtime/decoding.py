@@ -49,6 +49,11 @@ class Sentence:
     beam: Beam | None = None
     held: HeldBeam | None = None  # the beam, while the model holds it
 
+    @property
+    def claims(self) -> int:
+        """Number of rows that the sentence takes."""
+        return self.generation.beam_size
+
 
 @dataclass
 class Seconds:
@@ -122,6 +127,7 @@ class Decoder:
             deque()
         )  # already encoded; they take over the rows of finished sentences
         self.seconds = Seconds()
+        self.tokens = 0  # one for each sentence and step
         self.max_rows = max_rows
         self._model = model
         self._step_s = _MULTI_STEP_S  # duration of the last step
@@ -256,6 +262,7 @@ class Decoder:
         self.seconds.encoder += encoded - started
         self.seconds.decoder += stepped - encoded
         self.seconds.search += time.perf_counter() - stepped
+        self.tokens += len(self.running)
         self._leave(done if plan.beams else self._reuse_rows(plan, done))
         return done
 

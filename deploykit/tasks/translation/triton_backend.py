@@ -9,7 +9,6 @@ Source: Triton Python backend README, "Decoupled mode".
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,12 @@ import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest
 from deploykit.errors import DataError, DeploykitError, QueueFullError, UsageError
-from deploykit.runtime.decoding import MAX_CACHE_BYTES
+from deploykit.runtime.decode_loop import DecodeLoop
+from deploykit.runtime.decoding import MAX_CACHE_BYTES, longest_first
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, RENAMED, Generation, override
 from deploykit.runtime.serving_settings import LongInput, Split
+from deploykit.runtime.triton_decoding import LoadMetrics, log_error, send_last
 from deploykit.runtime.triton_requests import (
     INPUT,
     CancelledError,
@@ -37,7 +38,6 @@ from deploykit.runtime.triton_requests import (
     strings,
     text_parameter,
 )
-from deploykit.tasks.translation.decode_loop import DecodeLoop, Load
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import Job, Translator, load_translator
 from deploykit.tasks.translation.translated import Translated
@@ -83,8 +83,8 @@ class TranslationBackend:
             lambda: _warmed_up(load()),
             max_queue=number_parameter(config, "max_queue", 1024),
             in_flight=number_parameter(config, "in_flight", 1) > 0,
-            report=_Metrics(str(config["name"])).report,
-            log_error=_log_error,
+            report=LoadMetrics(str(config["name"]), "sentences").report,
+            log_error=log_error,
         )
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -93,10 +93,10 @@ class TranslationBackend:
             try:
                 self._submit(request)
             except RefusedError as refusal:
-                _send(request.get_response_sender(), refusal.response())
+                send_last(request.get_response_sender(), refusal.response())
             except Exception as error:
-                _log_error(error)
-                _send(request.get_response_sender(), FailedError(error).response())
+                log_error(error)
+                send_last(request.get_response_sender(), FailedError(error).response())
 
     def close(self) -> None:
         self._loop.close()
@@ -106,7 +106,7 @@ class TranslationBackend:
         generation, long_input, split = self._search(parameters_of(request))
         scored = "SCORE" in request.requested_output_names()
         begin = partial(
-            self._loop.translator.begin, generation=generation, long_input=long_input, split=split, scored=scored
+            self._loop.model.begin, generation=generation, long_input=long_input, split=split, scored=scored
         )
         jobs: list[Job] = []
         errors: dict[int, str] = {}
@@ -117,7 +117,8 @@ class TranslationBackend:
                 errors[row] = f"{error.message.removeprefix('text 0: ')} ({error.remedy})"
         rows.fail(errors)
         try:
-            self._loop.submit(_Client(request, rows), jobs)
+            sentences = [sentence for job in jobs for sentence in job.sentences]
+            self._loop.submit(_Client(request, rows, jobs, self._loop.model), longest_first(sentences))
         except QueueFullError as full:
             raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
 
@@ -136,7 +137,7 @@ class TranslationBackend:
             for name in _NOT_WHOLE:
                 if isinstance(given.get(name), str):
                     given[name] = _number(given[name])
-            translator = self._loop.translator
+            translator = self._loop.model
             return override(translator.task, given, max_beams=translator.decoder.max_rows), long_input, split
         except UsageError as error:
             raise RefusedError(f"{error.message}: {error.remedy}") from None
@@ -145,7 +146,8 @@ class TranslationBackend:
 class _Client:
     """The client of one Triton request."""
 
-    def __init__(self, request: Any, rows: Rows) -> None:
+    def __init__(self, request: Any, rows: Rows, jobs: Sequence[Job], translator: Translator) -> None:
+        self._jobs, self._translator = jobs, translator
         self._request = request
         self._sender = request.get_response_sender()
         self._wanted = frozenset(request.requested_output_names())
@@ -154,7 +156,8 @@ class _Client:
     def is_cancelled(self) -> bool:
         return bool(self._request.is_cancelled())
 
-    def answer(self, translations: Sequence[Translated]) -> None:
+    def answer(self) -> None:
+        translations = [self._translator.result(job) for job in self._jobs]
         by_row: list[Translated | None] = [None] * len(self._rows.errors)
         for row, translated in zip(self._rows.good, translations):
             by_row[row] = translated
@@ -166,41 +169,11 @@ class _Client:
             strings("FINISH", [t.finish if t else "" for t in by_row]),
             strings("ERROR", self._rows.errors),
         ]
-        _send(self._sender, pb_utils.InferenceResponse([o for o in outputs if o.name() in self._wanted]))
+        send_last(self._sender, pb_utils.InferenceResponse([o for o in outputs if o.name() in self._wanted]))
 
     def fail(self, error: Exception | None) -> None:
         refusal = CancelledError() if error is None else FailedError(error)
-        _send(self._sender, refusal.response())
-
-
-class _Metrics:
-    """Triton metrics of the model ``name``, in addition to the standard ones."""
-
-    def __init__(self, name: str) -> None:
-        def metric(kind: int, what: str, description: str) -> Any:
-            family = pb_utils.MetricFamily(name=f"deploykit_{what}", description=description, kind=kind)
-            self._families.append(family)  # keep the family alive: its metrics die with it
-            return family.Metric(labels={"model": name})
-
-        gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
-        self._families: list[Any] = []
-        self._running = metric(gauge, "running_sentences", "Sentences being decoded")
-        self._waiting = metric(gauge, "waiting_sentences", "Sentences that wait for room in the batch")
-        self._tokens = metric(counter, "generated_tokens", "Tokens generated, one a sentence and step")
-        self._cancelled = metric(counter, "cancelled_requests", "Requests whose client left before the answer")
-        self._reported = Load(0, 0, 0, 0)
-
-    def report(self, load: Load) -> None:
-        last, self._reported = self._reported, load
-        # Report changes, not values: instances of one model share its metrics.
-        for metric, change in (
-            (self._running, load.running - last.running),
-            (self._waiting, load.waiting - last.waiting),
-            (self._tokens, load.tokens - last.tokens),
-            (self._cancelled, load.cancelled - last.cancelled),
-        ):
-            if change:
-                metric.increment(change)
+        send_last(self._sender, refusal.response())
 
 
 def _warmed_up(translator: Translator) -> Translator:
@@ -230,12 +203,3 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _send(sender: Any, response: Any) -> None:
-    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
-def _log_error(error: Exception) -> None:
-    """Log an error for the operator."""
-    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))

@@ -1,7 +1,8 @@
 """In-flight batching: a decoder runs in its own thread, and requests join and leave its batch between steps.
 
-Waiting requests take turns, one sentence each, so that a long document does not block a short text behind it. Answers
-are sent from another thread: Triton is slow to take an answer, and the running batch should not wait for it.
+A request is one or more units of work: the sentences of texts, or a prompt. Waiting requests take turns, one unit each, so
+that a long document does not block a short text behind it. Answers are sent from another thread: Triton is slow to take an
+answer, and the running batch should not wait for it.
 """
 
 from __future__ import annotations
@@ -9,20 +10,60 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
 
 from deploykit.errors import QueueFullError
-from deploykit.runtime.decoding import Sentence
-from deploykit.tasks.translation.predictor import Job, Translator
-from deploykit.tasks.translation.translated import Translated
 
-_CHECK_INTERVAL_S = (
-    0.005  # asking Triton whether a request was cancelled takes 0.1 ms (measured), so ask after one at a time
-)
+_CHECK_INTERVAL_S = 0.005
 _REPORT_INTERVAL_S = 0.1
+
+
+class Unit(Protocol):
+    """What a decoder works on. ``cancelled`` may be set at any time: the unit then leaves without a result."""
+
+    cancelled: bool
+
+    @property
+    def claims(self) -> int:
+        """Number of rows that it takes."""
+
+
+class UnitDecoder(Protocol):
+    """The part of a decoder that the loop knows. ``tokens``: number of those generated."""
+
+    max_rows: int
+    tokens: int
+
+    @property
+    def running(self) -> Sized: ...
+
+    @property
+    def waiting(self) -> Sized: ...
+
+    @property
+    def claimed(self) -> int:
+        """Number of rows that the running and waiting units take."""
+
+    def add(self, unit: Any) -> None:
+        """Append a unit to the waiting ones."""
+
+    def step(self) -> Sequence[Any]:
+        """Let units join, decode one or more tokens of each, and return those that are done."""
+
+
+class Decoding(Protocol):
+    """A model with a decoder: a translator, or a generator of text."""
+
+    @property
+    def decoder(self) -> Any:
+        """Its ``UnitDecoder``."""
+
+
+Model = TypeVar("Model", bound=Decoding)
 
 
 class Client(Protocol):
@@ -31,8 +72,8 @@ class Client(Protocol):
     def is_cancelled(self) -> bool:
         """Return whether the request was cancelled."""
 
-    def answer(self, translations: Sequence[Translated]) -> None:
-        """Send the translations, one for each job."""
+    def answer(self) -> None:
+        """Send the answer: all units are done."""
 
     def fail(self, error: Exception | None) -> None:
         """Send an error instead of an answer; None if the request was cancelled."""
@@ -40,8 +81,8 @@ class Client(Protocol):
 
 @dataclass(frozen=True)
 class Load:
-    """Sentences in the decoder and in the queue; tokens generated (one per sentence and step) and requests cancelled
-    since the loop began."""
+    """Rows in the decoder, or its sentences, and units in the queue; tokens generated and requests cancelled since the
+    loop began."""
 
     running: int
     waiting: int
@@ -50,39 +91,39 @@ class Load:
 
 
 class _Request:
-    """A submitted request. ``waiting`` sentences are not in the decoder yet; ``left`` counts those that are not
-    done."""
+    """A submitted request. ``waiting`` units are not in the decoder yet; ``left`` counts those that are not done."""
 
-    def __init__(self, client: Client, jobs: Sequence[Job]) -> None:
+    def __init__(self, client: Client, units: Sequence[Unit]) -> None:
         self.client = client
-        self.jobs = jobs
-        self.sentences = [sentence for job in jobs for sentence in job.sentences]
-        # Long sentences first, so that short ones fill the rows that get free at the end.
-        self.waiting = deque(sorted(self.sentences, key=lambda s: -len(s.token_ids)))
-        self.left = len(self.sentences)
+        self.units = units
+        self.waiting = deque(units)
+        self.left = len(units)
 
 
-class DecodeLoop:
+class DecodeLoop(Generic[Model]):
     """A thread that decodes submitted requests. Call ``submit`` from any thread; answers come from another one.
 
-    ``max_queue`` limits the waiting sentences: a request beyond it is refused, unless the queue is empty. Without
-    ``in_flight`` no sentence joins until the whole batch is done. ``load`` loads the translator, and again after a
-    failed step. ``report`` is called with the load from time to time.
+    ``max_queue`` limits the waiting units: a request beyond it is refused, unless the queue is empty. Without
+    ``in_flight`` no unit joins until the whole batch is done. ``load`` loads the model, and again after a failed step.
+    ``checks``: number of requests that are checked for cancellation every 5 ms; asking Triton takes 0.1 ms each
+    (measured). ``report`` is called with the load from time to time.
     """
 
     def __init__(
         self,
-        load: Callable[[], Translator],
+        load: Callable[[], Model],
         *,
         max_queue: int,
         in_flight: bool = True,
+        checks: int = 1,
         report: Callable[[Load], None] = lambda load: None,
         log_error: Callable[[Exception], None] = lambda error: None,
     ) -> None:
-        self.translator = load()
+        self.model = load()
         self._load = load
         self._max_queue = max_queue
         self._in_flight = in_flight
+        self._checks = checks
         self._report = report
         self._log_error = log_error
         # Shared with the threads that submit, guarded by ``_changed``.
@@ -94,20 +135,21 @@ class DecodeLoop:
         # Used by the loop's thread only.
         self._queue: deque[_Request] = deque()
         self._requests: deque[_Request] = deque()  # the first is the next to be checked for cancellation
-        self._request_by_sentence: dict[int, _Request] = {}  # by id() of a sentence in the decoder
-        self._tokens = self._cancelled_count = 0
+        self._request_by_unit: dict[int, _Request] = {}  # by id() of a unit in the decoder
+        self._tokens = 0  # of models that failed
+        self._cancelled_count = 0
         self._checked = self._reported = 0.0
         self._checking = False  # reset by the clients' thread
         self._clients = ThreadPoolExecutor(1, "clients")
         self._thread = threading.Thread(target=self._run, name="decode-loop")
         self._thread.start()
 
-    def submit(self, client: Client, jobs: Sequence[Job]) -> None:
-        """Queue ``jobs`` for translation; ``client`` is answered later. Raises QueueFullError."""
-        request = _Request(client, jobs)
+    def submit(self, client: Client, units: Sequence[Unit]) -> None:
+        """Queue ``units``, which join the batch in this order; ``client`` is answered later. Raises QueueFullError."""
+        request = _Request(client, units)
         with self._changed:
             if self._waiting and self._waiting + request.left > self._max_queue:
-                raise QueueFullError("the queue of sentences is full")
+                raise QueueFullError("the queue is full")
             self._waiting += request.left
             self._inbox.append(request)
             self._changed.notify()
@@ -125,11 +167,10 @@ class DecodeLoop:
             try:
                 self._check_cancelled()
                 self._fill_rows()
-                done = self.translator.decoder.step()
+                done = self.model.decoder.step()
             except Exception as error:
                 self._recover(error)
             else:
-                self._tokens += len(self.translator.decoder.running) + len(done)
                 self._finish(done)
         self._report_load()
 
@@ -146,7 +187,7 @@ class DecodeLoop:
                 self._requests.append(request)
                 self._queue.append(request)
             else:
-                self._call_in_client_thread(self._answer, request)
+                self.call_in_client_thread(self._answer, request)
         for request in cancelled:
             if request in self._requests:
                 self._cancelled_count += 1
@@ -157,37 +198,39 @@ class DecodeLoop:
         return bool(self._inbox or self._requests or self._closing)
 
     def _check_cancelled(self) -> None:
-        """Check one request for cancellation and report the load, if it is time to."""
+        """Check some requests for cancellation and report the load, if it is time to."""
         now = time.monotonic()
         if self._requests and not self._checking and now > self._checked + _CHECK_INTERVAL_S:
             self._checked, self._checking = now, True
-            self._call_in_client_thread(self._note_if_cancelled, self._requests[0])
-            self._requests.rotate(-1)
+            checked = list(islice(self._requests, self._checks))
+            self.call_in_client_thread(self._note_cancelled, checked)
+            self._requests.rotate(-len(checked))
         if now > self._reported + _REPORT_INTERVAL_S:
             self._reported = now
             self._report_load()
 
-    def _note_if_cancelled(self, request: _Request) -> None:
+    def _note_cancelled(self, requests: Sequence[_Request]) -> None:
         try:
-            if request.client.is_cancelled():
+            cancelled = [request for request in requests if request.client.is_cancelled()]
+            if cancelled:
                 with self._changed:
-                    self._cancelled_requests.append(request)
+                    self._cancelled_requests += cancelled
         finally:
             self._checking = False
 
     def _fill_rows(self) -> None:
-        """Pass waiting sentences to the decoder while it has free rows."""
-        decoder = self.translator.decoder
+        """Pass waiting units to the decoder while it has free rows."""
+        decoder = self.model.decoder
         if decoder.running and not self._in_flight:
             return
         room = decoder.max_rows - decoder.claimed
         fed = 0
         while self._queue and room > 0:
             request = self._queue.popleft()
-            sentence = request.waiting.popleft()
-            self._request_by_sentence[id(sentence)] = request
-            decoder.add(sentence)
-            room -= sentence.generation.beam_size
+            unit = request.waiting.popleft()
+            self._request_by_unit[id(unit)] = request
+            decoder.add(unit)
+            room -= unit.claims
             fed += 1
             if request.waiting:
                 self._queue.append(request)
@@ -195,19 +238,19 @@ class DecodeLoop:
             with self._changed:
                 self._waiting -= fed
 
-    def _finish(self, done: Sequence[Sentence]) -> None:
-        for sentence in done:
-            request = self._request_by_sentence.pop(id(sentence), None)
+    def _finish(self, done: Sequence[Unit]) -> None:
+        for unit in done:
+            request = self._request_by_unit.pop(id(unit), None)
             if request is None:
                 continue  # its request failed with an earlier step
             request.left -= 1
             if not request.left:
                 self._requests.remove(request)
-                self._call_in_client_thread(self._answer, request)
+                self.call_in_client_thread(self._answer, request)
 
     def _answer(self, request: _Request) -> None:
         try:
-            request.client.answer([self.translator.result(job) for job in request.jobs])
+            request.client.answer()
         except Exception as error:
             self._log_error(error)
             request.client.fail(error)
@@ -219,27 +262,29 @@ class DecodeLoop:
         self._requests.remove(request)
         if request.waiting:
             self._queue.remove(request)
-        for sentence in request.sentences:
-            sentence.cancelled = True
-            self._request_by_sentence.pop(id(sentence), None)
-        self._call_in_client_thread(request.client.fail, error)
+        for unit in request.units:
+            unit.cancelled = True
+            self._request_by_unit.pop(id(unit), None)
+        self.call_in_client_thread(request.client.fail, error)
 
     def _recover(self, error: Exception) -> None:
-        """Answer requests with sentences in the decoder with ``error``, and load a new translator."""
+        """Answer requests with units in the decoder with ``error``, and load a new model."""
         self._log_error(error)
-        for request in set(self._request_by_sentence.values()):
+        for request in set(self._request_by_unit.values()):
             self._fail(request, error)
+        self._tokens += self.model.decoder.tokens
         try:
-            self.translator = self._load()
+            self.model = self._load()
         except Exception as failure:  # the next step fails too, and tries again
             self._log_error(failure)
 
     def _report_load(self) -> None:
-        decoder = self.translator.decoder
-        load = Load(len(decoder.running), self._waiting + len(decoder.waiting), self._tokens, self._cancelled_count)
-        self._call_in_client_thread(self._report, load)
+        decoder = self.model.decoder
+        tokens = self._tokens + decoder.tokens
+        load = Load(len(decoder.running), self._waiting + len(decoder.waiting), tokens, self._cancelled_count)
+        self.call_in_client_thread(self._report, load)
 
-    def _call_in_client_thread(self, call: Callable[..., None], *arguments: object) -> None:
+    def call_in_client_thread(self, call: Callable[..., None], *arguments: object) -> None:
         """Run a call in the clients' thread. A failure is only logged, so that it does not affect other requests."""
 
         def logged() -> None:

@@ -7,26 +7,29 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import QueueFullError
+from deploykit.runtime.decode_loop import DecodeLoop, Load
+from deploykit.runtime.decoding import longest_first
 from deploykit.runtime.generation import override
 from deploykit.tasks.opening import open_graph
-from deploykit.tasks.translation.decode_loop import DecodeLoop, Load
-from deploykit.tasks.translation.predictor import Translator
+from deploykit.tasks.translation.predictor import Job, Translator
 from deploykit.tasks.translation.translated import Translated
 
 LONG: dict[str, Any] = {"min_new_tokens": 127}
+Client = TypeVar("Client", bound="FakeClient")
 SHORT: dict[str, Any] = {"max_new_tokens": 2}
 
 
 class FakeClient:
     """A client that keeps its answer. ``answered`` lists all clients in the order of their answers."""
 
-    def __init__(self, answered: list[FakeClient]) -> None:
+    def __init__(self, answered: list[FakeClient], translator: Translator, jobs: Sequence[Job]) -> None:
+        self.translator, self.jobs = translator, jobs
         self.cancelled = False
         self.answers: Sequence[Translated] | None = None
         self.error: Exception | None = None
@@ -36,8 +39,8 @@ class FakeClient:
     def is_cancelled(self) -> bool:
         return self.cancelled
 
-    def answer(self, translations: Sequence[Translated]) -> None:
-        self.answers = translations
+    def answer(self) -> None:
+        self.answers = [self.translator.result(job) for job in self.jobs]
         self._end()
 
     def fail(self, error: Exception | None) -> None:
@@ -81,9 +84,15 @@ class Gated:
         return translator
 
     def submit(self, texts: Sequence[str], parameters: dict[str, Any]) -> FakeClient:
-        caller = FakeClient(self.answered)
-        generation = override(self.loop.translator.task, parameters)
-        self.loop.submit(caller, self.loop.translator.begin(texts, generation))
+        return self.submit_as(FakeClient, self.begin(texts, parameters))
+
+    def begin(self, texts: Sequence[str], parameters: dict[str, Any]) -> list[Job]:
+        translator = self.loop.model
+        return translator.begin(texts, override(translator.task, parameters))
+
+    def submit_as(self, kind: Callable[..., Client], jobs: Sequence[Job]) -> Client:
+        caller = kind(self.answered, self.loop.model, jobs)
+        self.loop.submit(caller, longest_first(sentence for job in jobs for sentence in job.sentences))
         return caller
 
     def steps(self, count: int) -> None:
@@ -158,7 +167,7 @@ def test_cancelled_requests_are_no_longer_decoded(tiny_translation: Path) -> Non
         gated.open()
         assert leaver.done.wait(10)
         assert stayer.done.wait(10)
-        decoder = gated.loop.translator.decoder
+        decoder = gated.loop.model.decoder
     assert (leaver.answers, leaver.error) == (None, None)
     assert len(stayer.answers or ()) == 1
     assert decoder.running == []
@@ -180,7 +189,7 @@ def test_a_failed_step_fails_its_own_requests_only(tiny_translation: Path) -> No
 
 
 class Unreachable(FakeClient):
-    def answer(self, translations: Sequence[Translated]) -> None:
+    def answer(self) -> None:
         raise ConnectionError("nobody there")
 
     def fail(self, error: Exception | None) -> None:
@@ -191,37 +200,32 @@ class Unreachable(FakeClient):
 def test_a_client_that_cannot_be_answered_does_not_stop_the_loop(tiny_translation: Path) -> None:
     with opened(Gated(tiny_translation)) as gated:
         gated.open()
-        caller = Unreachable(gated.answered)
-        gated.loop.submit(caller, gated.loop.translator.begin(["fox"]))
+        caller = gated.submit_as(Unreachable, gated.begin(["fox"], {}))
         assert gated.submit(["fox"], SHORT).done.wait(30)
         assert caller.done.wait(30)
     assert str(caller.error) == "nobody there"
 
 
 class Slow(FakeClient):
-    def __init__(self, answered: list[FakeClient]) -> None:
-        super().__init__(answered)
-        self.taking = threading.Event()
+    taking = threading.Event()
 
-    def answer(self, translations: Sequence[Translated]) -> None:
+    def answer(self) -> None:
         self.taking.wait(30)
-        super().answer(translations)
+        super().answer()
 
 
 def test_a_client_slow_to_take_its_answer_delays_no_step(tiny_translation: Path) -> None:
     with opened(Gated(tiny_translation)) as gated:
         gated.open()
-        slow, translator = Slow(gated.answered), gated.loop.translator
-        gated.loop.submit(slow, translator.begin(["fox"], override(translator.task, SHORT)))
-        (job,) = translator.begin(["the fox"], override(translator.task, LONG))
-        other = FakeClient(gated.answered)
-        gated.loop.submit(other, [job])
+        slow = gated.submit_as(Slow, gated.begin(["fox"], SHORT))
+        (job,) = gated.begin(["the fox"], LONG)
+        other = gated.submit_as(FakeClient, [job])
         deadline = time.monotonic() + 30
         while not job.done and time.monotonic() < deadline:
             time.sleep(0.001)
         assert job.done
         assert not slow.done.is_set()
-        slow.taking.set()
+        Slow.taking.set()
         assert other.done.wait(30)
     assert gated.answered == [slow, other]
 

@@ -1,0 +1,53 @@
+"""Parts of the Triton backend common to tasks that decode: metrics of the load, and answers that are sent later."""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from deploykit.runtime.decode_loop import Load
+
+
+class LoadMetrics:
+    """Triton metrics of the model ``name``, in addition to the standard ones; ``units``: what is decoded, in their names."""
+
+    def __init__(self, name: str, units: str) -> None:
+        def metric(kind: int, what: str, description: str) -> Any:
+            family = pb_utils.MetricFamily(name=f"deploykit_{what}", description=description, kind=kind)
+            self._families.append(family)  # keep the family alive: its metrics die with it
+            return family.Metric(labels={"model": name})
+
+        gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
+        self._families: list[Any] = []
+        self._running = metric(gauge, f"running_{units}", f"{units.capitalize()} being decoded")
+        self._waiting = metric(gauge, f"waiting_{units}", f"{units.capitalize()} that wait for room in the batch")
+        self._tokens = metric(counter, "generated_tokens", "Tokens generated")
+        self._cancelled = metric(counter, "cancelled_requests", "Requests whose client left before the answer")
+        self._reported = Load(0, 0, 0, 0)
+
+    def report(self, load: Load) -> None:
+        last, self._reported = self._reported, load
+        # Report changes, not values: instances of one model share its metrics.
+        for metric, change in (
+            (self._running, load.running - last.running),
+            (self._waiting, load.waiting - last.waiting),
+            (self._tokens, load.tokens - last.tokens),
+            (self._cancelled, load.cancelled - last.cancelled),
+        ):
+            if change:
+                metric.increment(change)
+
+
+def send_last(sender: Any, response: Any = None) -> None:
+    """Send a request's last response; None: only that no more will come."""
+    if response is None:
+        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    else:
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def log_error(error: Exception) -> None:
+    """Log an error for the operator."""
+    pb_utils.Logger.log_error("".join(traceback.format_exception(error)))
