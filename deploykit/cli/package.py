@@ -28,7 +28,9 @@ _DEFAULT = ServingSettings()
 @MODEL_REPOSITORY
 @ENGINE
 @PRECISION
-@click.option("--instances", type=int, help="Number of model processes. [default: 2; 1 for translation]")
+@click.option(
+    "--instances", type=int, help="Number of model processes. [default: 2; 1 for translation and text generation]"
+)
 @option(
     "--instance-threads",
     "threads",
@@ -47,10 +49,10 @@ _DEFAULT = ServingSettings()
     "max_rows",
     aliases=["--max-rows"],
     type=int,
-    help=f"[translation] Maximum rows (texts x beams) of a decode step. [default: {_DEFAULT.max_rows}]",
+    help=f"[translation, text generation] Maximum rows (texts x beams, answers) of a decode step. [default: {_DEFAULT.max_rows}]",
 )
 @click.option("--max-cache-mb", type=int,
-              help=f"[translation] Maximum memory of the key-value caches, in MiB. [default: {_DEFAULT.max_cache_mb}]")  # fmt: skip
+              help=f"[translation, text generation] Maximum memory of the key-value caches, in MiB. [default: {_DEFAULT.max_cache_mb}]")  # fmt: skip
 @click.option("--long-input", type=click.Choice(["split", "refuse"]), show_default="split", help=LONG_INPUT_HELP)
 @click.option("--split", type=click.Choice(["sentence", "paragraph", "none"]), show_default="sentence",
               help=SPLIT_HELP)  # fmt: skip

@@ -104,7 +104,9 @@ class _DecoderWriter(CausalWriter):
         The operator looks up cosines by position. It gets those of these tokens only, numbered through all rows.
         """
         half = len(rope.frequencies)
-        steps = self.op("Cast", self.op("Reshape", self.positions_of_tokens, self.integers(-1, 1)), to=TensorProto.FLOAT)
+        steps = self.op(
+            "Cast", self.op("Reshape", self.positions_of_tokens, self.integers(-1, 1)), to=TensorProto.FLOAT
+        )
         angles = self.op("Mul", steps, self.constant(rope.frequencies[None]))
         tables = [self.op("Cos", angles), self.op("Sin", angles)]
         if rope.scale != 1.0:

@@ -23,7 +23,7 @@ from deploykit.runtime.engines.protocol import DecodeModel, HeldBeam, MultiStepM
 from deploykit.runtime.generation import MAX_ROWS, DecodedTask, Generation
 from deploykit.runtime.search import NEVER, Beam, Continuations, Finished, Floats, Ints, Rules, candidates
 
-MAX_CACHE_BYTES = 512 << 20
+MAX_CACHE_BYTES = 1 << 30
 _TOKENS_PER_ENCODE = 2048
 _MULTI_STEP_S = 0.002  # how long a model may take steps by itself; requests that arrive meanwhile have to wait
 _JOIN_SHARE = 8  # a full batch admits sentences when an eighth of its rows is free: encoding them one by one is slow

@@ -33,6 +33,12 @@ _RELOADING = re.compile(r"is not healthy|is not found|no available versions|is n
 Row = TypeVar("Row")
 
 
+class _RefusedStreamError(Exception):
+    def __init__(self, status: int, answer: bytes) -> None:
+        super().__init__(status)
+        self.status, self.answer = status, answer
+
+
 class _Connection:
     """One keep-alive HTTP connection that any thread may use and close.
 
@@ -54,6 +60,16 @@ class _Connection:
         response = self._connection.getresponse()
         size = response.headers.get("Inference-Header-Content-Length")
         return response.status, None if size is None else int(size), response.read()
+
+    def events(self, path: str, body: bytes) -> Iterator[bytes]:
+        """POST ``body`` and yield the data of each server-sent event. Raises _RefusedStreamError for a status other than 200."""
+        self._connection.request("POST", f"{self._path}{path}", body, {"Accept": "text/event-stream"})
+        response = self._connection.getresponse()
+        if response.status != 200:
+            raise _RefusedStreamError(response.status, response.read())
+        for line in response:
+            if line.startswith(b"data: "):
+                yield line[6:].strip()
 
     @property
     def kept(self) -> bool:
@@ -194,6 +210,27 @@ class ServedModel:
                 raise self._refusal(status, message)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, 1.0)
+
+    def _events(self, what: str, body: bytes) -> Iterator[Any]:
+        """Request a stream of this model, and yield its events, parsed JSON. Its end closes the connection, which cancels
+        a request that is not done. Raises ServerError."""
+        connection = None
+        try:
+            connection = _Connection(self._address, self._ssl, self._timeout)
+            for data in connection.events(f"/v2/models/{quote(self._name)}/{what}", body):
+                event = json.loads(data)
+                if "error" in event:
+                    raise self._refusal(400, str(event["error"]))
+                yield event
+        except _RefusedStreamError as refused:
+            raise self._refusal(refused.status, error_text(refused.answer)) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(
+                f"the server at {self._url} ended the stream ({_reason(error)})", "see the server's log, or try again"
+            ) from None
+        finally:
+            if connection is not None:
+                connection.close()
 
     def _send(self, method: str, path: str, body: bytes, json_size: int | None) -> tuple[int, int | None, bytes]:
         """Send one request. Returns the status, the size of the JSON part if a binary part follows, and the body."""

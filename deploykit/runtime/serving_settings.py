@@ -31,8 +31,8 @@ class ServingSettings:
     engine's default); ``preferred_batch_size`` is the batch size, the rest being left to another instance (0: up to
     ``max_batch_size``).
 
-    Translation: ``max_rows`` limits texts x beams of one step, ``max_cache_mb`` (MiB) their keys and values;
-    ``long_input`` and ``split`` are the model's defaults; without ``in_flight`` a text waits until the running batch is
+    Translation and text generation: ``max_rows`` limits the rows of one step (texts x beams, answers), ``max_cache_mb``
+    (MiB) their keys and values. Translation: ``long_input`` and ``split`` are the model's defaults; without ``in_flight`` a text waits until the running batch is
     done.
     """
 
@@ -45,7 +45,7 @@ class ServingSettings:
     queue_timeout_us: int = 10_000_000
     preferred_batch_size: int = 0
     max_rows: int = 64
-    max_cache_mb: int = 512
+    max_cache_mb: int = 1024
     long_input: LongInput = "split"
     split: Split = "sentence"
     in_flight: bool = True

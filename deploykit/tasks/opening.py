@@ -14,7 +14,7 @@ from deploykit.tasks.registry import get_task, task_of, task_of_checkpoint
 
 if TYPE_CHECKING:
     from deploykit.tasks.classification.predictor import TextClassifier
-    from deploykit.tasks.text_generation.generator import LocalGenerator
+    from deploykit.tasks.text_generation.generator import TextGenerator
     from deploykit.tasks.translation.predictor import TextTranslator
 
 
@@ -69,8 +69,8 @@ def open_translator(target: str, **where: Any) -> TextTranslator:
     return cast("TextTranslator", open_for("translation", target, **where))
 
 
-def open_generator(target: str, **where: Any) -> LocalGenerator:
-    return cast("LocalGenerator", open_for("text-generation", target, **where))
+def open_generator(target: str, **where: Any) -> TextGenerator:
+    return cast("TextGenerator", open_for("text-generation", target, **where))
 
 
 def open_graph(

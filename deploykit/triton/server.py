@@ -253,7 +253,7 @@ class TritonServer:
             log.info("model %s was packaged as %s", model.name, manifest.options["name"])
         if "engine" in manifest.options:
             check_engine(str(manifest.options["engine"]))
-        if manifest.task.graph_kind == "encoder-decoder":
+        if manifest.task.graph_kind != "encoder":
             self._answering_later.add(model.name)
         if "streams" in manifest.options:
             self._streaming.add(model.name)

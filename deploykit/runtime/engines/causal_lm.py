@@ -25,7 +25,7 @@ Logits = NDArray[np.float32]
 Block = NDArray[np.float32]
 """Keys and values of some tokens: [2 x layers, key heads, tokens, head size]."""
 
-MAX_ROWS = 32
+MAX_ROWS = 64
 MAX_CACHE_BYTES = 1 << 30
 _LEAST_PROMPT = 64
 _NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names from 3.11 on
@@ -69,7 +69,13 @@ class OnnxCausalLm:
     """``CausalLm`` on CPU threads, for texts of up to ``context`` tokens. Raises EngineError for an unusable graph."""
 
     def __init__(
-        self, graph: Path, threads: int, *, context: int, max_rows: int = MAX_ROWS, max_cache_bytes: int = MAX_CACHE_BYTES
+        self,
+        graph: Path,
+        threads: int,
+        *,
+        context: int,
+        max_rows: int = MAX_ROWS,
+        max_cache_bytes: int = MAX_CACHE_BYTES,
     ) -> None:
         self._session = open_session(graph, session_options(threads, spin=True))
         inputs = {i.name: i.shape for i in self._session.get_inputs()}
@@ -142,7 +148,7 @@ class OnnxCausalLm:
         rows = max(self.rows, self._least)
         self._past[self.rows : rows] = 0
         if rows != self._bound:
-            inputs = {
+            inputs: dict[str, NDArray[Any]] = {
                 "input_ids": self._tokens[:rows],
                 "past_lengths": self._past[:rows],
                 "total": self._total,
@@ -180,7 +186,7 @@ class OnnxCausalLm:
         self.admit(0)
         alone = self.step(np.zeros(1, np.int64))[0].tobytes()
         self.rows = 0
-        return alone == beside
+        return bool(alone == beside)
 
     def _give_back(self) -> None:
         """Give the memory past each row's tokens back to the operating system."""

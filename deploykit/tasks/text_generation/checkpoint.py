@@ -55,7 +55,8 @@ class TorchCausalLm:
         self._read += len(ids)
         mask = torch.ones(1, self._read, dtype=torch.int64)
         logits = self._run(torch.tensor([list(ids)]), mask, positions, self._prompt, torch.tensor(wanted or [0]))
-        return logits[0, : len(wanted)]
+        found: NDArray[np.float32] = logits[0, : len(wanted)]
+        return found
 
     def saved(self, start: int, end: int) -> Any:
         return [(layer.keys[:, :, start:end], layer.values[:, :, start:end]) for layer in self._prompt.layers]
@@ -87,7 +88,8 @@ class TorchCausalLm:
         self._lengths = self._lengths + 1
         longest = int(self._lengths.max())
         mask = (torch.arange(longest) >= longest - positions - 1).long()
-        return self._run(torch.from_numpy(tokens)[:, None], mask, positions, self._batch, 1)[:, 0]
+        logits: NDArray[np.float32] = self._run(torch.from_numpy(tokens)[:, None], mask, positions, self._batch, 1)
+        return logits[:, 0]
 
     def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
         order = np.delete(np.arange(self.rows), gone)
@@ -95,7 +97,9 @@ class TorchCausalLm:
         if self.rows:
             longest = int(self._lengths.max())
             for layer in self._batch.layers:
-                layer.keys, layer.values = (x[torch.from_numpy(order), :, -longest:] for x in (layer.keys, layer.values))
+                layer.keys, layer.values = (
+                    x[torch.from_numpy(order), :, -longest:] for x in (layer.keys, layer.values)
+                )
         return order
 
     def padded_logits(self, rows: Sequence[EncodedRow], pad: int) -> Iterator[NDArray[np.float32]]:
@@ -279,6 +283,7 @@ def checkpoint_facts(config: Any, generation: Any, tokenizer: Any, columns: Sequ
         eos_token_ids=tuple(dict.fromkeys(eos)),
         special_tokens=special_tokens(tokenizer),
         columns=tuple(columns),
+        chat=tokenizer.chat_template is not None,
     )
 
 

@@ -73,7 +73,8 @@ class Query:
     of_prompt: list[TokenLogprob] = field(default_factory=list)
 
     @property
-    def rows(self) -> int:
+    def claims(self) -> int:
+        """Number of rows that its answers take."""
         return self.sampling.n
 
 
@@ -100,7 +101,7 @@ class Decoder:
     def claimed(self) -> int:
         """Number of rows that the running and waiting queries take."""
         reading = [] if self._reading is None else [self._reading]
-        return len(self.running) + sum(query.rows for query in (*reading, *self.waiting))
+        return len(self.running) + sum(query.claims for query in (*reading, *self.waiting))
 
     @property
     def idle(self) -> bool:
@@ -178,7 +179,7 @@ class Decoder:
         """Move the first waiting query to the prompt area, if there is room for its answers."""
         while self.waiting and self.waiting[0].cancelled:
             self.waiting.popleft()
-        if not self.waiting or len(self.running) + self.waiting[0].rows > self.max_rows:
+        if not self.waiting or len(self.running) + self.waiting[0].claims > self.max_rows:
             return None
         query = self.waiting[0]
         if self._running_tokens() + self._reserved(query.prompt, query.sampling) > self._most_tokens:
@@ -232,7 +233,9 @@ class Decoder:
         return sampling.n * min(len(prompt) + sampling.max_new_tokens, self._task.max_length)
 
     def _running_tokens(self) -> int:
-        return sum(self._reserved(answer.query.prompt, answer.query.sampling) // answer.query.rows for answer in self.running)
+        return sum(
+            self._reserved(answer.query.prompt, answer.query.sampling) // answer.query.claims for answer in self.running
+        )
 
 
 class _Prefixes:

@@ -11,12 +11,12 @@ import numpy as np
 from deploykit.data.reading import Reading
 from deploykit.data.sample import evenly
 from deploykit.data.texts import read_texts, unanswered
-from deploykit.errors import DataError
+from deploykit.errors import DataError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.generator import Generated, LocalGenerator
+from deploykit.tasks.text_generation.generator import Generated, LocalGenerator, Prompt, TextGenerator
 from deploykit.tasks.text_generation.metrics import answer_metrics, compiled, scored_metrics
 from deploykit.tasks.text_generation.rows import Columns, Row, load_rows, role_problem
 from deploykit.tasks.text_generation.syntax import check_syntax
@@ -133,10 +133,12 @@ def room_for(tokenizer: ChatTokenizer, asked: Asked) -> int:
 
 
 def evaluate_file(
-    generator: LocalGenerator, source: str, sampling: Sampling, *, split: str, reading: Reading,
+    generator: TextGenerator, source: str, sampling: Sampling, *, split: str, reading: Reading,
     columns: Mapping[str, Any], progress: Callable[[int, int], None],
 ) -> Evaluation:  # fmt: skip
-    """Measure on the rows of a file."""
+    """Measure on the rows of a file. Raises UsageError for a served model, which scores no given answers."""
+    if not isinstance(generator, LocalGenerator):
+        raise UsageError("a served language model cannot be evaluated", "give the export or the packaged version")
     asked, problems = read_asked(source, generator, split=split, reading=reading, columns=columns)
     reading.stop_at(problems)
     metrics, _ = evaluate(
@@ -150,20 +152,20 @@ def evaluate_file(
     return Evaluation(metrics, len(asked.rows), tuple(problems))
 
 
-def prompts_of(generator: LocalGenerator, texts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of prompts: the user's message where the model has a chat template, otherwise a text to continue."""
-    tokenizer = generator.tokenizer
-    if tokenizer.template is None:
-        return [tokenizer.encode_prompt(text) for text in texts]
-    return [tokenizer.encode_prompt([{"role": "user", "content": text}]) for text in texts]
-
-
-def answers_to(generator: LocalGenerator, texts: Sequence[str], sampling: Sampling | None) -> list[Generated]:
-    return [found[0] for found in generator.generate(prompts_of(generator, texts), sampling)]
+def answers_to(generator: TextGenerator, texts: Sequence[str], sampling: Sampling | None) -> list[Generated]:
+    """Answer each text: the user's message where the model has a chat template, otherwise a text to continue. Raises
+    DataError for the first that is refused."""
+    prompts: list[Prompt] = [[{"role": "user", "content": text}] if generator.has_template else text for text in texts]
+    answers = []
+    for found in generator.reply(prompts, sampling):
+        if isinstance(found, DataError):
+            raise found
+        answers.append(found[0])
+    return answers
 
 
 def grade(
-    generator: LocalGenerator, texts: Sequence[str], references: Sequence[str], sampling: Sampling | None
+    generator: TextGenerator, texts: Sequence[str], references: Sequence[str], sampling: Sampling | None
 ) -> Grade:
     """Answer every text and compare."""
     answers = [answer.text for answer in answers_to(generator, texts, sampling)]

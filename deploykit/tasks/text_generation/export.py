@@ -83,7 +83,9 @@ def write(
     architecture = read_causal_architecture(reference.torch_model)
     _save(architecture, None, (), directory, "fp32")
     _save_tokenizer(reference, directory)
-    write_genai_config(directory, architecture, reference.torch_model.config, task, _standard_graph(directory, "fp32").name)
+    write_genai_config(
+        directory, architecture, reference.torch_model.config, task, _standard_graph(directory, "fp32").name
+    )
     parity = _check_parity(directory, reference, task, asked, say)
     metrics: dict[str, Any] = {"rows": len(asked.rows), "parity": dataclasses.asdict(parity)}
     say(f"measuring on {len(asked.rows):,} rows")
@@ -213,10 +215,9 @@ def _check_parity(directory: Path, reference: TorchGenerator, task: TextGenerati
     graph = load_generator(directory, task, LANGUAGE_MODEL_FILES["fp32"][0], available_cpus())
     standard = _StandardGraph(_standard_graph(directory, "fp32"))
     difference = 0.0
-    for row, theirs, ours in zip(
-        some.encoded, reference.supervised_logits(some.encoded), graph.supervised_logits(some.encoded)
-    ):
-        for found in (ours, standard.supervised_logits(row)):
+    logits = zip(some.encoded, reference.supervised_logits(some.encoded), graph.supervised_logits(some.encoded))
+    for ids, theirs, ours in logits:
+        for found in (ours, standard.supervised_logits(ids)):
             difference = max(difference, float(np.abs(theirs - found).max() / np.abs(theirs).max()))
     prompts = some.prompts or [row.ids[: max(1, len(row.ids) // 2)].tolist() for row in some.encoded]
     tokens, equal, ties = _greedy_parity(reference, graph, prompts)

@@ -17,7 +17,7 @@ class TextGeneration:
 
     ``family`` is the Hugging Face model type; ``max_length`` the context in tokens, prompt and answer together.
     ``eos_token_ids`` end an answer. ``special_tokens`` are those that a chat template may name: ``bos_token``, say.
-    ``columns`` are those of the training rows, for files of rows that come later.
+    ``columns`` are those of the training rows, for files of rows that come later. ``chat``: it has a chat template.
     """
 
     name: ClassVar[str] = "text-generation"
@@ -32,6 +32,7 @@ class TextGeneration:
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     sampling: Sampling = field(default_factory=Sampling)
     columns: tuple[str, ...] = ()
+    chat: bool = False
 
     @property
     def shape_limits(self) -> Mapping[str, int]:

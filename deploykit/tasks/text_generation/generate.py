@@ -16,7 +16,7 @@ from deploykit.data.texts import TextRow, is_text_file, listed, peek, text_lines
 from deploykit.errors import DataError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.generator import Generated, LocalGenerator
+from deploykit.tasks.text_generation.generator import Generated, Prompt, TextGenerator
 from deploykit.text import without_surrogates
 
 _CHUNK = 64
@@ -43,38 +43,33 @@ class Question:
 
 
 def answers(
-    generator: LocalGenerator,
+    generator: TextGenerator,
     questions: Sequence[Question],
     how: How,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[dict[str, Any]]:
     """Return a record for each question: origin, prompt, answer (``answers`` where several are wanted), finish and the
     counts of tokens; or origin and error."""
-    encoded: list[list[int] | str] = [_encoded(generator, question, how) for question in questions]
-    good = [ids for ids in encoded if not isinstance(ids, str)]
-    found = iter(generator.generate(good, how.sampling, progress=progress))
-    return [
-        {"origin": question.origin, "error": ids}
-        if isinstance(ids, str)
-        else {"origin": question.origin, "prompt": question.prompt, **_record(next(found), how)}
-        for question, ids in zip(questions, encoded)
-    ]
+    sampling = dataclasses.replace(how.sampling, logprobs=0) if how.logprobs else how.sampling
+    good = [_asked(generator, question.prompt, how) for question in questions if question.problem is None]
+    found = iter(generator.reply(good, sampling, progress=progress))
+    records: list[dict[str, Any]] = []
+    for question in questions:
+        answer = question.problem or next(found)
+        if isinstance(answer, str | DataError):
+            reason = answer if isinstance(answer, str) else answer.message
+            records.append({"origin": question.origin, "error": reason})
+        else:
+            records.append({"origin": question.origin, "prompt": question.prompt, **_record(answer, how)})
+    return records
 
 
-def _encoded(generator: LocalGenerator, question: Question, how: How) -> list[int] | str:
-    """The ids of a prompt, or why there are none."""
-    if question.problem is not None:
-        return question.problem
-    try:
-        prompt: Any = question.prompt
-        if isinstance(prompt, str) and not how.raw and generator.tokenizer.template is not None:
-            system = [] if how.system is None else [{"role": "system", "content": how.system}]
-            prompt = [*system, {"role": "user", "content": prompt}]
-        ids = generator.tokenizer.encode_prompt(prompt)
-        generator.check(ids)
-    except DataError as error:
-        return error.message
-    return ids
+def _asked(generator: TextGenerator, prompt: Prompt, how: How) -> Prompt:
+    """Return a text as the user's message, for a model with a chat template."""
+    if not isinstance(prompt, str) or how.raw or not generator.has_template:
+        return prompt
+    system = [] if how.system is None else [{"role": "system", "content": how.system}]
+    return [*system, {"role": "user", "content": prompt}]
 
 
 def _record(found: Sequence[Generated], how: How) -> dict[str, Any]:
@@ -146,7 +141,7 @@ def _question(origin: str, value: object) -> Question:
 
 
 def generate_file(
-    generator: LocalGenerator, source: str, out: Path, how: How, *, identity: str, column: str | None = None,
+    generator: TextGenerator, source: str, out: Path, how: How, *, identity: str, column: str | None = None,
     reading: Reading = AS_FOUND, force: bool = False, progress: Callable[[int, int], None],
 ) -> Answered:  # fmt: skip
     """Write a line of JSON for each row of ``source`` to ``out``; see ``answer_file``."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.errors import DataError
 from deploykit.runtime.engines.causal_lm import CausalLm
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.decoder import Decoder, Finish, Query, TokenLogprob, log_sum
@@ -36,21 +37,22 @@ class Generated:
 
 
 class TextGenerator(Protocol):
-    """A language model that answers: a checkpoint, an export, or a served model."""
+    """A language model that answers: a checkpoint, an export, or a served model. ``has_template``: it takes dialogs."""
 
     @property
     def task(self) -> TextGeneration: ...
 
     @property
-    def tokenizer(self) -> ChatTokenizer: ...
+    def has_template(self) -> bool: ...
 
-    def generate(
-        self, prompts: Sequence[list[int]], sampling: Sampling | None = None, *, progress: Callable[[int], None] = ...
-    ) -> list[list[Generated]]:
-        """Return ``sampling.n`` answers to each prompt (token ids)."""
+    def reply(
+        self, prompts: Sequence[Prompt], sampling: Sampling | None = None, *, progress: Callable[[int], None] = ...
+    ) -> list[list[Generated] | DataError]:
+        """Return ``sampling.n`` answers to each prompt, in order, or why the prompt alone is refused. ``progress`` is
+        called with the number of answers that came."""
 
-    def score(self, rows: Sequence[EncodedRow]) -> Iterator[RowScore]:
-        """Return the log-probabilities of each row's supervised tokens, in order."""
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+        """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
 
     def close(self) -> None: ...
 
@@ -73,8 +75,52 @@ class LocalGenerator:
     def _new_decoder(self) -> None:
         self.decoder = Decoder(self.model, self.task, self.tokenizer)
 
+    @property
+    def has_template(self) -> bool:
+        return self.tokenizer.template is not None
+
     def close(self) -> None:
         """Nothing to release."""
+
+    def reply(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling | None = None,
+        *,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[list[Generated] | DataError]:
+        """Return the answers to each prompt, or why it is refused; see ``TextGenerator``."""
+        encoded = [self._encoded(prompt, sampling) for prompt in prompts]
+        good = [ids for ids in encoded if not isinstance(ids, DataError)]
+        found = iter(self.generate(good, sampling, progress=progress))
+        return [ids if isinstance(ids, DataError) else next(found) for ids in encoded]
+
+    def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
+        """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
+        sampling = sampling or self.task.sampling
+        ids = self.tokenizer.encode_prompt(prompt)
+        self.check(ids, sampling)
+        query = Query(ids, sampling)
+        self.decoder.add(query)
+        sent = 0
+        try:
+            while not self.decoder.idle:
+                self.decoder.step()
+                for answer in query.answers:
+                    if len(answer.text) > sent:
+                        yield answer.text[sent:]
+                        sent = len(answer.text)
+        finally:
+            query.cancelled = True
+            self.decoder.step()  # an answer that is not done leaves
+
+    def _encoded(self, prompt: Prompt, sampling: Sampling | None) -> list[int] | DataError:
+        try:
+            ids = self.tokenizer.encode_prompt(prompt)
+            self.check(ids, sampling)
+        except DataError as error:
+            return error
+        return ids
 
     def generate(
         self,
@@ -134,7 +180,12 @@ def generated(query: Query) -> list[Generated]:
         assert answer.finish is not None
         answers.append(
             Generated(
-                answer.text, answer.finish, len(query.prompt), len(answer.ids), tuple(answer.ids), tuple(answer.logprobs)
+                answer.text,
+                answer.finish,
+                len(query.prompt),
+                len(answer.ids),
+                tuple(answer.ids),
+                tuple(answer.logprobs),
             )
         )
     return answers

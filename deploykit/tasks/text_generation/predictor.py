@@ -10,9 +10,7 @@ from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import LocalGenerator
 
 
-def load_generator(
-    directory: Path, task: TextGeneration, file: str, threads: int, **limits: int
-) -> LocalGenerator:
+def load_generator(directory: Path, task: TextGeneration, file: str, threads: int, **limits: int) -> LocalGenerator:
     """Open the decoder ``file`` of an export; ``limits`` are those of ``OnnxCausalLm``."""
     tokenizer = ChatTokenizer.load(directory, task.special_tokens, task.eos_token_ids)
     return LocalGenerator(task, tokenizer, OnnxCausalLm(directory / file, threads, context=task.max_length, **limits))

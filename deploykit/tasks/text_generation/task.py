@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import UsageError
+from deploykit.runtime.protobuf_text import quoted
 from deploykit.runtime.sampling import Sampling, override
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.text_generation.facts import TextGeneration
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
     from deploykit.runtime.engines.protocol import DecodeLimits
     from deploykit.runtime.find_graphs import Graphs
     from deploykit.tasks.bundle import BundledTask
-    from deploykit.tasks.text_generation.generator import LocalGenerator
+    from deploykit.tasks.text_generation.generator import LocalGenerator, TextGenerator
     from deploykit.tasks.text_generation.options import TextGenerationOptions
     from deploykit.tasks.text_generation.training import TextGenerationStage
 
-_NOT_SERVED = "language models are not served yet"
-_REMEDY = "answer with deploykit generate, which opens the export itself"
+_NOT_LOADED = "the load on a served language model is not measured by this command"
+_REMEDY = "use a load generator for language models, such as aiperf or guidellm, on deploykit serve --openai-port"
 
 
 class _TextGeneration:
@@ -35,12 +36,12 @@ class _TextGeneration:
     heads = ("ForCausalLM", "LMHeadModel")
     model_types: tuple[str, ...] = ()
     shared_types: tuple[str, ...] = ()
-    triton_backend = ""
-    outputs: tuple[str, ...] = ()
+    triton_backend = "deploykit.tasks.text_generation.triton_backend:TextGenerationBackend"
+    outputs = ("text_output", "num_output_tokens")
     headline = "chrf"
     columns = ("prompt_column", "completion_column", "answer_regex", "syntax")
     input_columns = ("prompt_column",)
-    settings: tuple[str, ...] = ()
+    settings = ("max_rows", "max_cache_mb")
     instances = 1
     stream_backend = ""
 
@@ -80,8 +81,10 @@ class _TextGeneration:
 
         return load_generator(path, facts, graphs.files[0], threads or available_cpus())
 
-    def open_served(self, name: str, url: str) -> LocalGenerator:
-        raise UsageError(_NOT_SERVED, _REMEDY)
+    def open_served(self, name: str, url: str) -> TextGenerator:
+        from deploykit.tasks.text_generation.served import ServedGenerator
+
+        return ServedGenerator(name, url)
 
     def tokenizer_files(self, files: Sequence[str]) -> Iterator[str]:
         from deploykit.tasks.text_generation.chat_template import FILE
@@ -89,13 +92,15 @@ class _TextGeneration:
         yield from (file for file in ("tokenizer.json", FILE) if file in files)
 
     def config_text(self, values: Mapping[str, Any], record: Mapping[str, Any], streams: str | None) -> str:
-        raise UsageError(_NOT_SERVED, _REMEDY)
+        from deploykit.tasks.text_generation.triton_config import TEXT_GENERATION
+
+        return TEXT_GENERATION.substitute(values, task=quoted(record))
 
     def as_text(self, facts: TextGeneration, first: str, second: str) -> str:
         raise UsageError("the model reads one text, and two are given", "give texts, not pairs")
 
     def answer(
-        self, predictor: LocalGenerator, texts: Sequence[str], generation: Sampling | None = None
+        self, predictor: TextGenerator, texts: Sequence[str], generation: Sampling | None = None
     ) -> list[Answer]:
         from deploykit.tasks.text_generation.evaluate import answers_to
 
@@ -114,14 +119,14 @@ class _TextGeneration:
         ]
 
     def grade(
-        self, predictor: LocalGenerator, texts: Sequence[str], truth: Sequence[str], generation: Sampling | None
+        self, predictor: TextGenerator, texts: Sequence[str], truth: Sequence[str], generation: Sampling | None
     ) -> Grade:
         from deploykit.tasks.text_generation.evaluate import grade
 
         return grade(predictor, texts, truth, generation)
 
     def evaluate(
-        self, predictor: LocalGenerator, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
+        self, predictor: TextGenerator, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
         generation: Mapping[str, Any], progress: Progress,
     ) -> Evaluation:  # fmt: skip
         from deploykit.tasks.text_generation.evaluate import evaluate_file
@@ -146,10 +151,10 @@ class _TextGeneration:
         return texts_and_references(source, facts, reading, columns)
 
     def tensors(self, facts: TextGeneration, text: str) -> Mapping[str, str]:
-        raise UsageError(_NOT_SERVED, _REMEDY)
+        raise UsageError(_NOT_LOADED, _REMEDY)
 
     def request_parameters(self, facts: TextGeneration, generation: Sampling | None) -> dict[str, Any]:
-        raise UsageError(_NOT_SERVED, _REMEDY)
+        raise UsageError(_NOT_LOADED, _REMEDY)
 
     def override(self, facts: TextGeneration, generation: Mapping[str, Any]) -> Sampling:
         return override(facts.sampling, generation)
@@ -172,7 +177,7 @@ class _TextGeneration:
         )
 
     def bundle(self, facts: TextGeneration) -> BundledTask:
-        raise UsageError("language models are not bundled for a Jetson yet", _REMEDY)
+        raise UsageError("language models are not bundled for a Jetson yet", "package the export, and serve it")
 
     def within(self, facts: TextGeneration, limits: DecodeLimits) -> TextGeneration:
         return facts

@@ -1,0 +1,304 @@
+"""Serve a language model in Triton: requests join the running batch, and answers are sent whole or piece by piece.
+
+The names of inputs and outputs are those of Triton's vLLM backend. Pieces are sent from a thread of their own: those of a
+client that is slow to be answered grow longer, and nothing waits for it.
+
+Source: Triton vLLM backend README; Triton Python backend README, "Decoupled mode".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from deploykit.artifacts import Manifest
+from deploykit.errors import DeploykitError, QueueFullError
+from deploykit.runtime.decode_loop import DecodeLoop
+from deploykit.runtime.engines.causal_lm import MAX_CACHE_BYTES, MAX_ROWS
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.sampling import Sampling, override
+from deploykit.runtime.triton_decoding import LoadMetrics, log_error, send_last
+from deploykit.runtime.triton_requests import CancelledError, FailedError, RefusedError, cpu_threads, number_parameter
+from deploykit.tasks.text_generation.decoder import Answer, Query, TokenLogprob
+from deploykit.tasks.text_generation.encode import ChatTokenizer
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.generator import LocalGenerator
+from deploykit.tasks.text_generation.messages import checked_messages, checked_tools
+from deploykit.tasks.text_generation.predictor import load_generator
+from deploykit.text import MAX_TEXT_CHARS
+
+_CHECKS = 8
+"""Requests that are checked for cancellation every 5 ms: all rows within a step or two."""
+_WARM_UP_TOKENS = 4
+_NOTHING = (0, 0, False)
+
+
+def _optional(name: str, kind: str) -> Mapping[str, Any]:
+    return {"name": name, "data_type": kind, "dims": [1], "optional": True}
+
+
+class TextGenerationBackend:
+    inputs: Sequence[Mapping[str, Any]] = (
+        _optional("text_input", "TYPE_STRING"),
+        _optional("messages", "TYPE_STRING"),
+        _optional("stream", "TYPE_BOOL"),
+        _optional("sampling_parameters", "TYPE_STRING"),
+        _optional("exclude_input_in_output", "TYPE_BOOL"),
+        _optional("return_finish_reason", "TYPE_BOOL"),
+        _optional("return_cumulative_logprob", "TYPE_BOOL"),
+        _optional("return_logprobs", "TYPE_BOOL"),
+        _optional("return_num_input_tokens", "TYPE_BOOL"),
+        _optional("return_num_output_tokens", "TYPE_BOOL"),
+    )
+    outputs: Sequence[Mapping[str, Any]] = (
+        {"name": "text_output", "data_type": "TYPE_STRING", "dims": [-1]},
+        {"name": "finish_reason", "data_type": "TYPE_STRING", "dims": [-1]},
+        {"name": "cumulative_logprob", "data_type": "TYPE_FP32", "dims": [-1]},
+        {"name": "logprobs", "data_type": "TYPE_STRING", "dims": [-1]},
+        {"name": "num_input_tokens", "data_type": "TYPE_UINT32", "dims": [1]},
+        {"name": "num_output_tokens", "data_type": "TYPE_UINT32", "dims": [-1]},
+    )
+
+    def __init__(self, config: Mapping[str, Any], folder: Path, manifest: Manifest, device: int) -> None:
+        task = manifest.task
+        assert isinstance(task, TextGeneration)
+        max_rows = number_parameter(config, "max_rows", MAX_ROWS)
+        max_cache_mb = number_parameter(config, "max_cache_mb", MAX_CACHE_BYTES >> 20)
+        if not max_rows or not max_cache_mb:
+            raise DeploykitError("config.pbtxt: parameters max_rows and max_cache_mb are 1 or more", "correct them")
+        graphs = find_graphs(folder, manifest, engine="auto", precision="auto")
+        load = partial(
+            load_generator,
+            folder,
+            task,
+            graphs.files[0],
+            cpu_threads(config),
+            max_rows=max_rows,
+            max_cache_bytes=max_cache_mb << 20,
+        )
+        self._loop: DecodeLoop[LocalGenerator] = DecodeLoop(
+            lambda: _warmed_up(load()),
+            max_queue=number_parameter(config, "max_queue", 1024),
+            checks=_CHECKS,
+            report=LoadMetrics(str(config["name"]), "answers").report,
+            log_error=log_error,
+        )
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Submit the requests to the decode loop, which answers them later."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._submit(request, sender)
+            except RefusedError as refusal:
+                send_last(sender, refusal.response())
+            except DeploykitError as refused:
+                send_last(sender, RefusedError(f"{refused.message}: {refused.remedy}").response())
+            except Exception as error:
+                log_error(error)
+                send_last(sender, FailedError(error).response())
+
+    def close(self) -> None:
+        self._loop.close()
+
+    def _submit(self, request: Any, sender: Any) -> None:
+        generator = self._loop.model
+        asked = _Asked(request)
+        sampling = asked.sampling(generator.task)
+        prompt = asked.prompt_ids(generator.tokenizer)
+        generator.check(prompt, sampling)
+        client = _Client(request, sender, asked, generator.tokenizer, self._loop.call_in_client_thread)
+        query = Query(prompt, sampling, client.tell, prompt_logprobs=asked.echo)
+        client.query = query
+        try:
+            self._loop.submit(client, [query])
+        except QueueFullError as full:
+            raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
+
+
+class _Asked:
+    """The inputs of a request."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+        self.text = self._text("text_input")
+        self._messages = self._json("messages")
+        if (self.text is None) == (self._messages is None):
+            raise RefusedError("give either text_input or messages")
+        given = self._json("sampling_parameters") or {}
+        if not isinstance(given, dict):
+            raise RefusedError("sampling_parameters is not a JSON object")
+        self.echo = self._given_flag(given, "echo")
+        self._given = given
+        self.stream = self._flag("stream")
+        self.with_input = self.text is not None and not (self._flag("exclude_input_in_output") or self.stream)
+        self.wanted = frozenset(
+            name
+            for name in ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
+            if self._flag(f"return_{name}")
+        )
+
+    def sampling(self, task: TextGeneration) -> Sampling:
+        """Return the sampling options. Raises UsageError naming the first that is unknown or out of range."""
+        given = dict(self._given)
+        if self.wanted & {"logprobs", "cumulative_logprob"} or self.echo:
+            given.setdefault("logprobs", 0)
+        return override(task.sampling, given)
+
+    def prompt_ids(self, tokenizer: ChatTokenizer) -> list[int]:
+        if self.text is not None:
+            return tokenizer.encode_prompt(self.text)
+        dialog = self._messages if isinstance(self._messages, dict) else {"messages": self._messages}
+        return tokenizer.encode_prompt(
+            checked_messages(dialog.get("messages")), tools=checked_tools(dialog.get("tools"))
+        )
+
+    def _text(self, name: str) -> str | None:
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        if tensor is None:
+            return None
+        value = tensor.as_numpy().reshape(-1)[0]
+        try:
+            text = str(value.decode())
+        except UnicodeDecodeError as fault:
+            raise RefusedError(
+                f"{name} is not UTF-8: byte {value[fault.start]:#04x} at position {fault.start}"
+            ) from None
+        if len(text) > MAX_TEXT_CHARS:
+            raise RefusedError(f"{name} has {len(text):,} characters, the most accepted is {MAX_TEXT_CHARS:,}")
+        return text
+
+    def _json(self, name: str) -> Any:
+        text = self._text(name)
+        if not text:
+            return None
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RefusedError(f"{name} is not JSON: {error}") from None
+
+    def _flag(self, name: str) -> bool:
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        return tensor is not None and bool(tensor.as_numpy().reshape(-1)[0])
+
+    def _given_flag(self, given: dict[str, Any], name: str) -> bool:
+        value = given.pop(name, False)
+        if not isinstance(value, bool):
+            raise RefusedError(f"{name} is {value!r}: give true or false")
+        return value
+
+
+class _Client:
+    """The client of one request. ``tell`` is called in the loop's thread, all else in the clients' thread."""
+
+    query: Query
+
+    def __init__(
+        self, request: Any, sender: Any, asked: _Asked, tokenizer: ChatTokenizer, call: Callable[..., None]
+    ) -> None:
+        self._request, self._sender, self._asked, self._tokenizer, self._call = request, sender, asked, tokenizer, call
+        self._told = False  # whether a call of ``_send_piece`` is on its way
+        self._sent: dict[int, tuple[int, int, bool]] = {}  # by answer: characters, tokens, and whether its end was sent
+        self._ended = False
+
+    def is_cancelled(self) -> bool:
+        return bool(self._request.is_cancelled())
+
+    def tell(self, query: Query) -> None:
+        """Send what is new soon, if the answer is streamed."""
+        if self._asked.stream and not self._told:
+            self._told = True
+            self._call(self._send_piece)
+
+    def answer(self) -> None:
+        if self._asked.stream:
+            self._send_piece()
+            send_last(self._sender)
+        else:
+            send_last(self._sender, self._response())
+
+    def fail(self, error: Exception | None) -> None:
+        self._ended = True
+        refusal = CancelledError() if error is None else FailedError(error)
+        send_last(self._sender, refusal.response())
+
+    def _send_piece(self) -> None:
+        self._told = False
+        if not self._ended and any(self._is_new(answer) for answer in self.query.answers):
+            self._ended = all(answer.finish is not None for answer in self.query.answers)
+            self._sender.send(self._response())
+
+    def _is_new(self, answer: Answer) -> bool:
+        text, tokens, ended = self._sent.get(answer.number, _NOTHING)
+        more_tokens = "logprobs" in self._asked.wanted and len(answer.ids) > tokens
+        return len(answer.text) > text or more_tokens or (answer.finish is not None and not ended)
+
+    def _response(self) -> Any:
+        """Return what is new of each answer. The loop's thread may append to them meanwhile."""
+        texts, finishes, logprobs, sums, counts = [], [], [], [], []
+        for answer in list(self.query.answers):
+            sent_text, sent_tokens, ended = self._sent.get(answer.number, _NOTHING)
+            # In this order: an answer that has its end has all of its text.
+            finish = answer.finish
+            tokens, text = len(answer.ids), answer.text
+            self._sent[answer.number] = len(text), tokens, finish is not None
+            texts.append((self._asked.text or "" if self._asked.with_input else "") + text[sent_text:])
+            finishes.append("" if ended or finish is None else "length" if finish == "length" else "stop")
+            new = answer.logprobs[sent_tokens:tokens]
+            before = self.query.of_prompt if self._asked.echo and not sent_tokens else []
+            logprobs.append(self._logprobs(before, new))
+            sums.append(sum(found.logprob for found in answer.logprobs[:tokens]))
+            counts.append(tokens - sent_tokens)
+        tensors = {
+            "text_output": _strings(texts),
+            "finish_reason": _strings(finishes),
+            "cumulative_logprob": np.array(sums, np.float32),
+            "logprobs": _strings(logprobs) if "logprobs" in self._asked.wanted else None,
+            "num_input_tokens": np.array([len(self.query.prompt)], np.uint32),
+            "num_output_tokens": np.array(counts, np.uint32),
+        }
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor(name, value)
+                for name, value in tensors.items()
+                if name == "text_output" or name in self._asked.wanted
+            ]
+        )
+
+    def _logprobs(self, of_prompt: Sequence[TokenLogprob], of_answer: Sequence[TokenLogprob]) -> str:
+        records = [self._record(found) for found in of_answer]
+        if of_prompt:
+            first = {"token": self._token(self.query.prompt[0]), "token_id": self.query.prompt[0], "logprob": None}
+            records = [first, *map(self._record, of_prompt), *records]
+        return json.dumps(records, ensure_ascii=False)
+
+    def _record(self, found: TokenLogprob) -> dict[str, Any]:
+        top = [{"token": self._token(i), "token_id": i, "logprob": round(p, 6)} for i, p in found.top]
+        return {
+            "token": self._token(found.token),
+            "token_id": found.token,
+            "logprob": round(found.logprob, 6),
+            "top": top,
+        }
+
+    def _token(self, token_id: int) -> str:
+        return str(self._tokenizer.tokenizer.decode([token_id], skip_special_tokens=False))
+
+
+def _strings(values: Sequence[str]) -> Any:
+    return np.array([value.encode() for value in values], np.object_)
+
+
+def _warmed_up(generator: LocalGenerator) -> LocalGenerator:
+    """Generate a little: the engine prepares kernels and memory at the first use of a shape."""
+    some = Sampling(max_new_tokens=min(_WARM_UP_TOKENS, generator.task.max_length - 1))
+    prompt = [generator.task.eos_token_ids[0]]
+    for rows in {1, min(2, generator.model.max_rows)}:
+        generator.generate([prompt] * rows, some)
+    return generator
