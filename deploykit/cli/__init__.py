@@ -24,6 +24,7 @@ _COMMANDS: Mapping[str, str] = {
     "answer": "Answer questions about a text, with their places in it.",
     "translate": "Translate texts with a served or local model.",
     "generate": "Answer prompts with a language model.",
+    "chat": "Talk with a language model.",
     "bench": "Measure speed and memory under load.",
     "compare": "Print what became faster or slower between two measurements.",
     "tune": "Find the fastest serving settings within a latency limit.",

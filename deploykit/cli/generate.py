@@ -8,6 +8,7 @@ import click
 from deploykit.cli.common import (
     FORCE,
     PRECISION,
+    SERVER_URL,
     THREADS,
     Result,
     answered_record,
@@ -21,14 +22,14 @@ from deploykit.cli.common import (
 )
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
-from deploykit.runtime.serving_settings import DEFAULT_URL
 
 
 @deploykit_command(
-    help="Answer TEXTS, or the rows of a file, with TARGET, the folder of a language model: a checkpoint or an export."
+    help="Answer TEXTS, or the rows of a file, with TARGET, a language model: a checkpoint, an export, or a served model."
 )
 @click.argument("model", metavar="TARGET")
 @click.argument("texts", nargs=-1)
+@SERVER_URL
 @click.option(
     "--input", "source", help="Prompts: .txt (a prompt a line), csv, tsv, jsonl, parquet; also dialogs in 'messages'."
 )
@@ -53,7 +54,7 @@ from deploykit.runtime.serving_settings import DEFAULT_URL
 @PRECISION
 @THREADS
 def command(
-    *, model: str, texts: tuple[str, ...], source: str | None, output: Path | None, prompt_column: str | None,
+    *, model: str, texts: tuple[str, ...], url: str, source: str | None, output: Path | None, prompt_column: str | None,
     system: str | None, raw: bool, logprobs: bool, reading: Reading, force: bool, precision: str,
     threads: int | None, stop: tuple[str, ...], **sampling: Any,
 ) -> Result:  # fmt: skip
@@ -67,7 +68,7 @@ def command(
 
     given = {name: value for name, value in {**sampling, "stop": stop}.items() if value not in (None, ())}
     where = {"precision": precision, "threads": threads}
-    generator = open_generator(model, url=DEFAULT_URL, **where)
+    generator = open_generator(model, url=url, **where)
     try:
         how = How(override(generator.task.sampling, given), raw, system, logprobs)
         if source is None or output is None:

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deploykit.cli.common import PRECISION, SERVER_URL, THREADS, Result, deploykit_command, say
+from deploykit.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from deploykit.tasks.text_generation.generator import TextGenerator
+
+_HELP = "Ctrl-C stops an answer; /reset begins a new dialog; /exit or Ctrl-D ends"
+
+
+@deploykit_command(help="Talk with TARGET, a language model: a checkpoint, an export, or a served model.")
+@click.argument("model", metavar="TARGET")
+@SERVER_URL
+@click.option("--system", help="Text of the system message.")
+@PRECISION
+@THREADS
+def command(
+    *, model: str, url: str, system: str | None, precision: str, threads: int | None, **sampling: Any
+) -> Result:
+    from deploykit.runtime.sampling import override
+    from deploykit.tasks.opening import open_generator
+
+    given = {name: value for name, value in sampling.items() if value not in (None, ())}
+    generator = open_generator(model, url=url, precision=precision, threads=threads)
+    try:
+        if not generator.has_template:
+            raise UsageError(f"{model} has no chat template", "continue texts with deploykit generate --raw")
+        chosen = override(generator.task.sampling, given)
+        say(_HELP)
+        turns = _talk(generator, chosen, [] if system is None else [{"role": "system", "content": system}])
+    finally:
+        generator.close()
+    return {"turns": turns}, ""
+
+
+def _talk(generator: TextGenerator, sampling: Any, opening: list[dict[str, str]]) -> int:
+    """Read and answer lines until the input ends. Returns the number of answers."""
+    out = sys.__stdout__
+    assert out is not None
+    messages, turns = [*opening], 0
+    while True:
+        try:
+            text = click.prompt("", prompt_suffix="> ", err=True, default="", show_default=False).strip()
+        except (click.Abort, EOFError):
+            return turns
+        if text in ("/exit", "/quit"):
+            return turns
+        if text == "/reset":
+            messages = [*opening]
+            say("a new dialog")
+            continue
+        if text.startswith("/"):
+            say(f"{text.split()[0]} is no command; {_HELP}")
+            continue
+        if not text:
+            continue
+        asked = [*messages, {"role": "user", "content": text}]
+        answer = ""
+        try:
+            with _interruptible() as interrupted:
+                for piece in generator.stream(asked, sampling):
+                    out.write(piece)
+                    out.flush()
+                    answer += piece
+                    if interrupted():
+                        break
+        except DataError as error:
+            say(f"error: {error.message}\nremedy: {error.remedy}, or /reset")
+            continue
+        out.write("\n")
+        out.flush()
+        messages = [*asked, {"role": "assistant", "content": answer}]
+        turns += 1
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Yield a function that says whether Ctrl-C was pressed, which ends nothing else meanwhile."""
+    pressed: list[bool] = []
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
