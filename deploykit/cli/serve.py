@@ -1,15 +1,23 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socket
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from deploykit.cli.common import MODEL_REPOSITORY, Result, deploykit_command, say
 from deploykit.errors import UsageError
+
+if TYPE_CHECKING:
+    from deploykit.triton.server import TritonServer
 
 
 @deploykit_command(help="Serve a model repository with the embedded Triton, until Ctrl-C.")
@@ -26,6 +34,20 @@ from deploykit.errors import UsageError
 @click.option("--grpc-port", type=click.IntRange(0, 65535), default=8001, show_default=True, help="gRPC port.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), default=8002, show_default=True, help="Metrics port.")
 @click.option(
+    "--openai-port",
+    type=click.IntRange(0, 65535),
+    help="Port for OpenAI's API, such as 9000; 0: a free one (default: no such port).",
+)
+@click.option(
+    "--api-key",
+    "api_keys",
+    multiple=True,
+    envvar="DEPLOYKIT_API_KEY",
+    show_envvar=True,
+    metavar="KEY",
+    help="Key that requests to the OpenAI port must have; may be given several times (default: none is needed).",
+)
+@click.option(
     "--ready-timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for the models to load."
 )
 @click.option(
@@ -38,24 +60,46 @@ from deploykit.errors import UsageError
     type=click.Path(path_type=Path),
     help="File to write the addresses to, as JSON, once the server is ready.",
 )
-def command(*, repository: Path, ready_file: Path | None, ready_timeout: float, drain: float, **options: Any) -> Result:
+def command(
+    *,
+    repository: Path,
+    host: str,
+    openai_port: int | None,
+    api_keys: tuple[str, ...],
+    ready_file: Path | None,
+    ready_timeout: float,
+    drain: float,
+    **options: Any,
+) -> Result:
     from deploykit.artifacts import new_file
+    from deploykit.triton.preflight import listen, resolve
     from deploykit.triton.server import TritonServer
 
     if ready_timeout <= 0 or drain < 0:
         raise UsageError("--ready-timeout must be above 0 and --drain at least 0", "give seconds")
+    if (
+        openai_port is None
+        and click.get_current_context().get_parameter_source("api_keys") == ParameterSource.COMMANDLINE
+    ):
+        raise UsageError("--api-key is for the OpenAI port", "give --openai-port too, or leave it out")
+    if not all(key.isascii() and key.isprintable() and key == key.strip() and key for key in api_keys):
+        raise UsageError(
+            "an API key is empty, or has white space at an end or other than ASCII letters", "give another"
+        )
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    server = TritonServer(repository, ready_timeout=ready_timeout, drain=drain, **options)
+    listener = None if openai_port is None else listen("openai", resolve(host), openai_port)
+    server = TritonServer(repository, host=host, ready_timeout=ready_timeout, drain=drain, **options)
     say(f"starting Triton on {repository}")
-    with server:
+    with server, _openai(server, listener, api_keys) as openai:
         for note in server.notes:
             say(note)
-        record = {"models": list(server.models), **server.urls.__dict__, "pid": server.pid}
+        record = {"models": list(server.models), **server.urls.__dict__, **openai, "pid": server.pid}
         say(
             f"ready: {', '.join(server.models)}\n"
             f"  HTTP     {server.urls.http}\n  gRPC     {server.urls.grpc}\n  metrics  {server.urls.metrics}\n"
+            f"{''.join(f'  OpenAI   {url}' + chr(10) for url in openai.values())}"
             "stop with Ctrl-C"
         )
         if ready_file is not None:
@@ -68,3 +112,40 @@ def command(*, repository: Path, ready_file: Path | None, ready_timeout: float, 
             if ready_file is not None:
                 ready_file.unlink(missing_ok=True)
     return record, "stopped"
+
+
+@contextlib.contextmanager
+def _openai(
+    server: TritonServer, listener: socket.socket | None, api_keys: tuple[str, ...]
+) -> Iterator[dict[str, str]]:
+    """Serve OpenAI's API on ``listener``, if there is one. Yields its address as ``openai``.
+
+    Its open requests and then Triton's share the time to drain.
+    """
+    if listener is None:
+        yield {}
+        return
+    from deploykit.openai.app import create_app
+    from deploykit.openai.server import OpenAIServer
+    from deploykit.openai.triton_generator import TritonGenerator
+    from deploykit.tasks.opening import open_served
+
+    if api_keys and not server.urls.http.startswith("http://127."):
+        say("note: only the OpenAI port needs the key; Triton's own ports answer anyone who reaches them")
+    app = create_app(
+        server.tasks,
+        TritonGenerator(server.urls.grpc),
+        lambda name: open_served(name, server.urls.http),
+        created=int(time.time()),
+        metrics_url=server.urls.metrics,
+        api_keys=api_keys,
+    )
+    until = 0.0
+    try:
+        with OpenAIServer(app, listener, drain=server.drain) as openai:
+            try:
+                yield {"openai": openai.url}
+            finally:
+                until = time.monotonic() + server.drain
+    finally:
+        server.drain = max(0.0, until - time.monotonic())

@@ -126,21 +126,27 @@ def take_ports(address: str, wanted: Sequence[tuple[str, int]]) -> list[int]:
 
     Raises ServerError naming a port in use and, if visible, the process that uses it.
     """
-    sockets = []
+    sockets: list[socket.socket] = []
     try:
-        for protocol, port in wanted:
-            listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            sockets.append(listener)  # all stay open until the end, so that two zeros give different ports
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                listener.bind((address, port))
-                listener.listen(1)
-            except (OSError, OverflowError) as error:
-                raise _cannot_listen(protocol, address, port, error) from None
+        for protocol, port in wanted:  # all stay open until the end, so that two zeros give different ports
+            sockets.append(listen(protocol, address, port))
         return [listener.getsockname()[1] for listener in sockets]
     finally:
         for listener in sockets:
             listener.close()
+
+
+def listen(protocol: str, address: str, port: int) -> socket.socket:
+    """Return a listening socket for ``protocol``; port 0 takes a free one. Raises ServerError as ``take_ports`` does."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((address, port))
+        listener.listen()
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise _cannot_listen(protocol, address, port, error) from None
+    return listener
 
 
 def _cannot_listen(protocol: str, address: str, port: int, error: Exception) -> ServerError:

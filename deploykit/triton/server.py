@@ -28,6 +28,7 @@ from typing import IO, TYPE_CHECKING
 
 from deploykit.errors import ServerError
 from deploykit.runtime.engines import check_engine
+from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import added_packages
 from deploykit.triton.backends import assemble_backends
 from deploykit.triton.preflight import EmbeddedTriton, find_triton, resolve, take_ports
@@ -83,6 +84,8 @@ class TritonServer:
         drain: float = 30.0,
     ) -> None:
         self.models: tuple[str, ...] = ()
+        self.tasks: dict[str, TaskFacts] = {}
+        """The facts of each model that answers by itself: not of those that stream another's answers."""
         self.notes: list[str] = []
         self.urls = Urls("", "", "")
         # Models that answer later: if their process dies, Triton does not notice that answers are lost.
@@ -95,7 +98,7 @@ class TritonServer:
         self._log_file = log_file
         self._verbose = verbose
         self._ready_timeout = ready_timeout
-        self._drain = drain
+        self.drain = drain
         self._admin_key = secrets.token_hex(16)
         self._shm_prefix = f"deploykit_{os.getpid()}_{secrets.token_hex(4)}_"
         self._command: list[str] = []
@@ -151,7 +154,7 @@ class TritonServer:
             if process.poll() is None:
                 # On SIGTERM, Triton waits for idle connections for its whole exit timeout. So unload the models first:
                 # an unloaded model's stub ends with its last request.
-                deadline = time.monotonic() + self._drain
+                deadline = time.monotonic() + self.drain
                 if self._stubs:
                     self._unload(
                         self._streaming, deadline
@@ -257,6 +260,8 @@ class TritonServer:
             self._answering_later.add(model.name)
         if "streams" in manifest.options:
             self._streaming.add(model.name)
+        else:
+            self.tasks[model.name] = manifest.task
 
     def _prepare(self, triton: EmbeddedTriton) -> None:
         """Create the folder that Triton runs in, and its command line."""
@@ -281,7 +286,7 @@ class TritonServer:
             "model-control-mode": "explicit",
             "http-restricted-api": f"{_RESTRICTED}:{_ADMIN_HEADER}={self._admin_key}",
             "grpc-restricted-protocol": f"{_RESTRICTED}:{_ADMIN_HEADER}={self._admin_key}",
-            "exit-timeout-secs": max(1, round(self._drain)),
+            "exit-timeout-secs": max(1, round(self.drain)),
             "log-verbose": int(self._verbose),
             **{f"{protocol}-port": port for protocol, port in self._ports.items()},
             **{f"{protocol}-address": self._address for protocol in self._ports},

@@ -1,0 +1,236 @@
+"""The routes. ``create_app`` builds them for the models of one Triton server."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import http.client
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from deploykit.openai.answers import event
+from deploykit.openai.chat import chat_completion, chat_events
+from deploykit.openai.chat_request import ChatBody
+from deploykit.openai.completion_request import CompletionBody
+from deploykit.openai.completions import completion, completion_events
+from deploykit.openai.disconnect import event_stream, while_connected
+from deploykit.openai.errors import ApiError
+from deploykit.openai.generator import Generator
+from deploykit.openai.predictors import Predictors, TextsBody
+from deploykit.openai.read_body import read_body
+from deploykit.tasks.protocol import Predictor, Task, TaskFacts
+from deploykit.tasks.registry import get_task, task_names, task_of
+
+log = logging.getLogger(__name__)
+
+_HEALTH = "/health"
+_CLIENT_CLOSED_REQUEST = 499
+
+
+def create_app(
+    models: Mapping[str, TaskFacts],
+    generator: Generator,
+    open_model: Callable[[str], Predictor],
+    *,
+    created: int,
+    metrics_url: str = "",
+    api_keys: Sequence[str] = (),
+) -> FastAPI:
+    """Return the app. ``models`` are those served, ``created`` the time they were started, in seconds since 1970.
+
+    ``generator`` answers for language models; ``open_model`` connects to a model of another task. With ``api_keys``,
+    every route but /health needs one of them.
+    """
+    predictors = Predictors(open_model)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await generator.close()
+        await asyncio.to_thread(predictors.close)
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    _add_errors(app)
+    if api_keys:
+        app.add_middleware(_KeyRequired, keys=api_keys)
+
+    def listed(name: str) -> dict[str, Any]:
+        facts = models[name]
+        return {"id": name, "object": "model", "created": created, "owned_by": "deploykit", "task": facts.name}
+
+    def require(name: str, route: str, verb: str) -> None:
+        if name not in models:
+            raise _unknown_model(name)
+        task = task_of(models[name])
+        if route not in _routes(task):
+            where = f"ask it at {' or '.join(_routes(task))}"
+            raise ApiError(
+                f"the model {name} {task.does}, it does not {verb}; {where}", param="model", code="wrong_task"
+            )
+
+    @app.get(_HEALTH)
+    async def health() -> Response:
+        ready = await generator.ready()
+        return _json({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await asyncio.to_thread(_get, metrics_url), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def list_models() -> Response:
+        return _json({"object": "list", "data": [listed(name) for name in models]})
+
+    @app.get("/v1/models/{name:path}")
+    async def show_model(name: str) -> Response:
+        if name not in models:
+            raise _unknown_model(name)
+        return _json(listed(name))
+
+    @app.post(_CHAT)
+    async def chat(request: Request) -> Response:
+        body = await read_body(request, ChatBody)
+        require(body.model, _CHAT, "generate text")
+        pieces = generator.generate(body.asked())
+        if body.stream:
+            return await event_stream(request, _with_errors(chat_events(body, pieces)))
+        return _json(await while_connected(request.receive, chat_completion(body, pieces)))
+
+    @app.post(_COMPLETIONS)
+    async def complete(request: Request) -> Response:
+        body = await read_body(request, CompletionBody)
+        require(body.model, _COMPLETIONS, "generate text")
+        prompts = [generator.generate(asked) for asked in body.asked()]
+        if body.stream:
+            return await event_stream(request, _with_errors(completion_events(body, prompts)))
+        return _json(await while_connected(request.receive, completion(body, prompts)))
+
+    def answers(task: Task, route: str) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            body = await read_body(request, TextsBody)
+            require(body.model, route, task.verb)
+            return _json(await predictors.answer(body))
+
+        return answer
+
+    for task in map(get_task, task_names()):
+        if not _generates(task):
+            for route in _routes(task):
+                app.add_api_route(route, answers(task, route), methods=["POST"])
+    return app
+
+
+_CHAT, _COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def _generates(task: Task) -> bool:
+    return task.facts.graph_kind == "decoder"
+
+
+def _routes(task: Task) -> tuple[str, ...]:
+    """Return the routes of a task: /v1/classify for one whose verb is "classify"."""
+    return (_CHAT, _COMPLETIONS) if _generates(task) else (f"/v1/{task.verb.replace(' ', '-')}",)
+
+
+async def _with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """Yield ``events``, and an error after the first as the last event. An error before it is raised."""
+    begun = False
+    async with aclosing(events):
+        try:
+            async for one in events:
+                yield one
+                begun = True
+        except ApiError as error:
+            if not begun:
+                raise
+            yield event(error.body())
+        except Exception:
+            if not begun:
+                raise
+            log.exception("a stream failed")
+            yield event(ApiError("the server failed", 500).body())
+
+
+def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=float).encode(errors="replace")
+    return Response(body, status, media_type="application/json", headers=headers)
+
+
+def _unknown_model(name: str) -> ApiError:
+    return ApiError(
+        f"the model {name!r} is not served here; GET /v1/models lists those that are",
+        404,
+        param="model",
+        code="model_not_found",
+    )
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Give every error the API's form."""
+
+    async def refuse(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        headers = {"retry-after": "1"} if error.status in (429, 503) else None
+        return _json(error.body(), error.status, headers)
+
+    async def no_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        fault = ApiError(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
+        return _json(fault.body(), error.status_code, error.headers)
+
+    async def fail(request: Request, error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _json(ApiError("the server failed", 500).body(), 500)
+
+    async def closed(request: Request, error: Exception) -> Response:
+        return Response(status_code=_CLIENT_CLOSED_REQUEST)  # no one receives it
+
+    app.add_exception_handler(ApiError, refuse)
+    app.add_exception_handler(HTTPException, no_route)
+    app.add_exception_handler(ClientDisconnect, closed)
+    app.add_exception_handler(Exception, fail)
+
+
+class _KeyRequired:
+    """Answer requests without one of ``keys`` with status 401."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == _HEALTH or self._admits(scope):
+            await self._app(scope, receive, send)
+            return
+        fault = ApiError("give a valid API key, as the header Authorization: Bearer KEY", 401, code="invalid_api_key")
+        await _json(fault.body(), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
+
+    def _admits(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        kind, _, key = given.partition(b" ")
+        # Compare with every key in constant time, so that the time tells nothing of them.
+        same = [hmac.compare_digest(key.strip(), each) for each in self._keys]
+        return kind.lower() == b"bearer" and any(same)
+
+
+def _get(url: str) -> bytes:
+    """Return what Triton's metrics port answers. Raises ApiError."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=5.0)
+    try:
+        connection.request("GET", parts.path)
+        return connection.getresponse().read()
+    except (OSError, http.client.HTTPException) as error:
+        raise ApiError(f"the metrics port of Triton does not answer: {error}", 503) from None
+    finally:
+        connection.close()

@@ -1,0 +1,78 @@
+"""Answer /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from deploykit.openai.answers import DONE, Answer, Pieces, Usage, collect_all, event, head, merged
+from deploykit.openai.completion_request import CompletionBody
+from deploykit.openai.generator import Piece
+from deploykit.openai.logprobs import completion_logprobs
+
+
+async def completion(body: CompletionBody, prompts: Sequence[Pieces]) -> dict[str, Any]:
+    """Return the whole response; the choices of a prompt stand together, in the order of the prompts."""
+    usage = Usage()
+    choices: list[dict[str, Any]] = []
+    for prompt, answers in zip(body.prompt, await collect_all(prompts, usage)):
+        best = sorted(answers, key=_mean_logprob, reverse=True)[: body.n] if body.ranked else answers
+        for answer in best:
+            choice = _Choice(body, len(choices), prompt)
+            choices.append(choice.new(answer.text, answer.finish or "stop", answer.logprobs))
+    return {**head("text_completion", "cmpl", body.model), "choices": choices, "usage": usage.to_json()}
+
+
+async def completion_events(body: CompletionBody, prompts: Sequence[Pieces]) -> AsyncGenerator[str, None]:
+    """Yield the response as server-sent events, those of one piece together."""
+    top = head("text_completion", "cmpl", body.model)
+    usage = Usage()
+    unknown = {"usage": None} if body.include_usage else {}
+    prompt_tokens = [0] * len(prompts)
+    choices = [_Choice(body, index, body.prompt[index // body.n]) for index in range(body.n * len(prompts))]
+    pieces = merged(prompts)
+    async with aclosing(pieces):
+        async for number, piece in pieces:
+            prompt_tokens[number] = piece.prompt_tokens or prompt_tokens[number]
+            usage.completion += sum(piece.tokens)
+            chunks = _chunks(choices[number * body.n :], piece)
+            if chunks:
+                yield "".join(event({**top, "choices": [chunk], **unknown}) for chunk in chunks)
+    if body.include_usage:
+        usage.prompt = sum(prompt_tokens)
+        yield event({**top, "choices": [], "usage": usage.to_json()})
+    yield DONE
+
+
+def _chunks(choices: Sequence[_Choice], piece: Piece) -> list[dict[str, Any]]:
+    """Return the chunks for what is new in the answers to one prompt."""
+    found = []
+    for index, (text, finish) in enumerate(zip(piece.texts, piece.finishes)):
+        tokens = piece.logprobs[index] if piece.logprobs else ()
+        if not choices[index].ended and (text or finish or tokens):
+            found.append(choices[index].new(text, finish, tokens))
+    return found
+
+
+class _Choice:
+    """One answer to ``prompt``, as its parts are sent."""
+
+    def __init__(self, body: CompletionBody, index: int, prompt: str) -> None:
+        self.ended = False
+        self._index = index
+        self._unsent = prompt if body.echo else ""
+        self._with_logprobs = body.logprobs is not None
+        self._offset = 0  # characters of the tokens sent
+
+    def new(self, text: str, finish: str, tokens: Sequence[Any]) -> dict[str, Any]:
+        """Return the next part; ``finish`` is "" while the answer goes on."""
+        logprobs = completion_logprobs(tokens, self._offset) if self._with_logprobs else None
+        self._offset += sum(len(token["token"]) for token in tokens)
+        whole, self._unsent = self._unsent + text, ""
+        self.ended = bool(finish)
+        return {"index": self._index, "text": whole, "logprobs": logprobs, "finish_reason": finish or None}
+
+
+def _mean_logprob(answer: Answer) -> float:
+    return answer.score / max(answer.tokens, 1)

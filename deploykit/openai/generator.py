@@ -1,0 +1,58 @@
+"""The interface between the routes and the language models that they ask."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt for ``model``: a ``text``, or ``messages`` as JSON (the other is None).
+
+    ``sampling`` has deploykit's names. ``stream``: send each new piece of text. ``logprobs``: send those of the tokens;
+    ``scores``: send the sum of each answer's log probabilities.
+    """
+
+    model: str
+    sampling: Mapping[str, Any]
+    text: str | None = None
+    messages: str | None = None
+    stream: bool = False
+    logprobs: bool = False
+    scores: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A response of the model: what is new in each of the n answers.
+
+    ``finishes`` are "stop", "length" or "" while an answer goes on. ``logprobs`` has a list of tokens an answer, each
+    ``{"token", "token_id", "bytes", "logprob", "top"}``; it and ``scores`` are empty unless asked for. ``tokens``
+    counts the new tokens of each answer.
+    """
+
+    texts: Sequence[str]
+    finishes: Sequence[str]
+    prompt_tokens: int
+    tokens: Sequence[int]
+    logprobs: Sequence[Sequence[Mapping[str, Any]]] = ()
+    scores: Sequence[float] = ()
+
+
+class Generator(Protocol):
+    """Language models that answer prompts. Closing the generator of pieces cancels the request at once."""
+
+    def generate(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of the answers: one if they are not streamed.
+
+        Raises ApiError: status 400 naming the field, 429 if the queue is full, 503 with ``restarting`` if the model was
+        lost.
+        """
+
+    async def ready(self) -> bool:
+        """Return whether the models answer."""
+
+    async def close(self) -> None:
+        """Close the connection."""

@@ -1,0 +1,115 @@
+"""Ask models of the other tasks: a list of texts in, an answer to each out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from deploykit.errors import RequestError, ServerError, UsageError
+from deploykit.openai.errors import ApiError, overloaded, restarting
+from deploykit.openai.read_body import Body
+from deploykit.tasks.answering import AnsweredRow, answer_rows, rows_of
+from deploykit.tasks.protocol import Predictor
+
+MAX_TEXTS = 2048
+PATIENCE_S = 5.0
+_PAUSE_S = 0.1
+_THREADS = 16
+_MOST_WAITING = 256
+
+
+class TextsBody(Body):
+    """Texts for a model; a pair of texts is one input of a model of pairs."""
+
+    model: str = Field(min_length=1, max_length=256)
+    input: list[str | Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(
+        min_length=1, max_length=MAX_TEXTS
+    )
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _texts(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class Predictors:
+    """Clients of served models. ``open_model`` connects to the model of a name.
+
+    A client is used by one thread at a time, and kept for the next request.
+    """
+
+    def __init__(self, open_model: Callable[[str], Predictor]) -> None:
+        self._open = open_model
+        self._idle: dict[str, deque[Predictor]] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, "deploykit-openai")
+        self._waiting = 0
+
+    async def answer(self, body: TextsBody) -> dict[str, Any]:
+        """Return the response: an object for each text, with the columns of its answer, or an ``error``.
+
+        Raises ApiError if the only text is refused, if too many requests wait, or if the server is lost.
+        """
+        if self._waiting >= _MOST_WAITING:
+            raise overloaded("too many requests wait")
+        self._waiting += 1
+        try:
+            texts = [text if isinstance(text, str) else (text[0], text[1]) for text in body.input]
+            rows = await asyncio.get_running_loop().run_in_executor(self._threads, self._answer, body.model, texts)
+        finally:
+            self._waiting -= 1
+        if len(rows) == 1 and rows[0].error:
+            raise ApiError(f"input: {rows[0].error}", param="input", code="invalid_value")
+        data = [
+            {"index": i, "error": row.error} if row.answer is None else {"index": i, **row.answer.columns}
+            for i, row in enumerate(rows)
+        ]
+        return {"object": "list", "model": body.model, "data": data}
+
+    def close(self) -> None:
+        """Wait for requests, and close all connections."""
+        self._threads.shutdown()
+        for clients in self._idle.values():
+            for client in clients:
+                client.close()
+        self._idle.clear()
+
+    def _answer(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[AnsweredRow]:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self._try(model, texts)
+            except UsageError as error:
+                raise ApiError(f"input: {error.message}", param="input", code="invalid_value") from error
+            except RequestError as error:
+                if error.status == 503:
+                    raise overloaded(error.message) from error
+                if error.status == 400:
+                    raise ApiError(error.message, code="invalid_value") from error
+                fault: ServerError = error
+            except ServerError as error:
+                fault = error
+            if time.monotonic() > deadline:
+                raise restarting(fault.message) from fault
+            time.sleep(_PAUSE_S)
+
+    def _try(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[AnsweredRow]:
+        idle = self._idle.setdefault(model, deque())
+        try:
+            client = idle.pop()
+        except IndexError:
+            client = self._open(model)
+        try:
+            rows = answer_rows(client, rows_of(texts, client.task))
+        except BaseException:
+            with contextlib.suppress(Exception):
+                client.close()
+            raise
+        idle.append(client)
+        return rows

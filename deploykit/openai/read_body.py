@@ -1,0 +1,110 @@
+"""Read the JSON body of a request into a pydantic model. Every fault is an ApiError that names the field."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from starlette.requests import Request
+
+from deploykit.openai.errors import ApiError
+
+MAX_BODY_BYTES = 8 << 20
+MAX_DEPTH = 64
+"""Deepest nesting of lists and objects in a body."""
+
+
+class Body(BaseModel):
+    """A JSON object of a request. A field that is null counts as left out; a field that is not declared is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+Read = TypeVar("Read", bound=Body)
+
+
+async def read_body(request: Request, kind: type[Read]) -> Read:
+    """Return the body of ``request``. Raises ApiError with status 400, or 413 for a body over ``MAX_BODY_BYTES``."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MAX_BODY_BYTES:
+            raise ApiError(f"the body has more than {MAX_BODY_BYTES:,} bytes", 413, code="body_too_large")
+        parts.append(part)
+    return parse_body(b"".join(parts), kind)
+
+
+def parse_body(raw: bytes, kind: type[Read]) -> Read:
+    """Return ``raw`` as a ``kind``. Raises ApiError."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as fault:
+        raise ApiError(f"the body is not UTF-8: byte {raw[fault.start]:#04x} at position {fault.start}") from None
+    try:
+        data = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"the body is not JSON: {error or 'nested too deeply'}") from None
+    if not isinstance(data, dict):
+        raise ApiError("the body must be a JSON object")
+    _check(data, escapes="\\u" in text)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _check(data: Any, *, escapes: bool) -> None:
+    """Raise ApiError for values nested too deeply and, if there are ``escapes``, strings with half a surrogate pair."""
+    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, dict):
+            if escapes:
+                waiting += ((place, name) for name in value)
+            waiting += (((*place, name), item) for name, item in value.items())
+        elif isinstance(value, list):
+            waiting += (((*place, index), item) for index, item in enumerate(value))
+        elif escapes and isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+            param = field_name(place)
+            raise ApiError(f"{param}: the text has half a surrogate pair, so it is not Unicode", param=param)
+        if len(place) > MAX_DEPTH:
+            param = field_name(place[:1])
+            raise ApiError(f"{param}: nested more than {MAX_DEPTH} levels deep", param=param)
+
+
+def field_name(place: tuple[str | int, ...]) -> str:
+    """Return the place of a field as in OpenAI's errors: messages[0].content."""
+    name = ""
+    for part in place:
+        name += f"[{part}]" if isinstance(part, int) else f".{_printable(part)}" if name else _printable(part)
+    return name
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="replace").decode()[:100]
+
+
+def _refusal(error: ValidationError) -> ApiError:
+    """Return the first fault as an ApiError."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    param = field_name(fault["loc"]) or None
+    if fault["type"] == "extra_forbidden":
+        return ApiError(f"{param}: this field is not supported", param=param, code="unsupported_parameter")
+    if fault["type"] == "missing":
+        return ApiError(f"{param}: this field is missing", param=param, code="missing_required_parameter")
+    if param is None:  # a rule on several fields: it names them, the one at fault first
+        message = fault["msg"].removeprefix("Value error, ")
+        return ApiError(message, param=message.partition(":")[0], code="invalid_value")
+    message = fault["msg"].removeprefix("Value error, ").replace("Input should", "the value should")
+    return ApiError(f"{param}: {message}", param=param, code="invalid_value")

@@ -1,0 +1,163 @@
+"""Ask the language models of a Triton server over gRPC, each prompt as a stream of its own.
+
+The models are decoupled, with the tensors of Triton's vLLM backend.
+
+Source: Triton, "vLLM backend: Additional Outputs"; "Inference Protocols: GRPC, triton_grpc_error".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+import numpy as np
+import tritonclient.grpc.aio as triton
+from numpy.typing import NDArray
+
+from deploykit.openai.errors import ApiError, overloaded, restarting
+from deploykit.openai.generator import Asked, Piece
+from deploykit.openai.sampling_fields import FIELD_OF
+
+PATIENCE_S = 5.0
+"""How long a request that has no answer yet is tried again while Triton is restarted."""
+_PAUSE_S = 0.1
+_CHANNEL = (
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+)
+_OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
+_RELOADING = re.compile(r"is not healthy|unknown model|no available versions|is not ready|unloaded")
+_ID = "[request id: <id_unknown>] "  # Triton's prefix for a request without an id
+_FIRST_WORD = re.compile(r"\W*(\w+)")
+_COMPOUND = re.compile(r"\b(" + "|".join(name for name in FIELD_OF if "_" in name) + r")\b")
+
+
+class TritonGenerator:
+    """The models on the Triton server whose gRPC address is ``address``; satisfies ``Generator``.
+
+    All requests share one connection, which belongs to the event loop of the first.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._client: Any = None
+
+    async def generate(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of the answers. See ``Generator``."""
+        deadline = time.monotonic() + PATIENCE_S
+        begun = False
+        while not begun:
+            try:
+                async with aclosing(self._stream(asked)) as pieces:
+                    async for piece in pieces:
+                        begun = True
+                        yield piece
+                if not begun:
+                    raise ApiError("the model ended the request without an answer", 500)
+            except ApiError as error:
+                if begun or not error.restarting or time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
+
+    async def ready(self) -> bool:
+        """Return whether all models answer."""
+        try:
+            return bool(await self._connection().is_server_ready(client_timeout=1.0))
+        except triton.InferenceServerException:
+            return False
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._client is not None:
+            await self._client.close()
+            self._client = None
+
+    def _connection(self) -> Any:
+        if self._client is None:
+            self._client = triton.InferenceServerClient(self._address, channel_args=list(_CHANNEL))
+        return self._client
+
+    async def _stream(self, asked: Asked) -> AsyncGenerator[Piece, None]:
+        # With this header an error has its status code, and ends the stream.
+        call = self._connection().stream_infer(_request(asked), headers={"triton_grpc_error": "true"})
+        try:
+            async for result, error in call:
+                if error is not None:
+                    raise _api_error(None, error.message())
+                yield _piece(result, asked)
+        except grpc.aio.AioRpcError as error:
+            raise _api_error(error.code(), error.details() or "") from None
+        finally:
+            call.cancel()  # no effect on a stream that has ended
+
+
+async def _request(asked: Asked) -> AsyncIterator[dict[str, Any]]:
+    """Yield the one request of a stream."""
+    flags = {
+        "stream": asked.stream,
+        "exclude_input_in_output": True,
+        "return_finish_reason": True,
+        "return_num_input_tokens": True,
+        "return_num_output_tokens": True,
+        "return_logprobs": asked.logprobs,
+        "return_cumulative_logprob": asked.scores,
+    }
+    texts = {"text_input": asked.text, "messages": asked.messages, "sampling_parameters": json.dumps(asked.sampling)}
+    inputs = [
+        _input(name, "BYTES", np.array([text.encode()], np.object_)) for name, text in texts.items() if text is not None
+    ]
+    inputs += [_input(name, "BOOL", np.array([value])) for name, value in flags.items()]
+    wanted = [*_OUTPUTS, *(["logprobs"] if asked.logprobs else []), *(["cumulative_logprob"] if asked.scores else [])]
+    outputs = [triton.InferRequestedOutput(name) for name in wanted]
+    yield {"model_name": asked.model, "inputs": inputs, "outputs": outputs}
+
+
+def _input(name: str, datatype: str, values: NDArray[Any]) -> Any:
+    tensor = triton.InferInput(name, [1], datatype)
+    tensor.set_data_from_numpy(values)
+    return tensor
+
+
+def _piece(result: Any, asked: Asked) -> Piece:
+    def column(name: str) -> list[Any]:
+        return list(result.as_numpy(name).reshape(-1).tolist())
+
+    return Piece(
+        [text.decode() for text in column("text_output")],
+        [finish.decode() for finish in column("finish_reason")],
+        column("num_input_tokens")[0],
+        column("num_output_tokens"),
+        [json.loads(tokens) for tokens in column("logprobs")] if asked.logprobs else (),
+        column("cumulative_logprob") if asked.scores else (),
+    )
+
+
+def _api_error(code: grpc.StatusCode | None, message: str) -> ApiError:
+    """Return the error for one of Triton's; ``code`` is None if the server has not sent it."""
+    message = message.removeprefix(_ID).strip()
+    if "queue" in message and code in (None, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
+        return overloaded(message)
+    lost = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)
+    if lost or _RELOADING.search(message):
+        return restarting(f"the model does not answer now ({message})")
+    if code in (None, grpc.StatusCode.INVALID_ARGUMENT):
+        param = _field(message)
+        return ApiError(message, param=param, code="invalid_value")
+    return ApiError(f"the model failed: {message}", 500)
+
+
+def _field(message: str) -> str | None:
+    """Return the field of the request that an error of the model is about: its first word, or a name in it."""
+    first = _FIRST_WORD.match(message)
+    name = _COMPOUND.search(message) if first is None or first[1] not in FIELD_OF else first
+    return FIELD_OF[name[1]] if name is not None else None
