@@ -1,8 +1,9 @@
 """Decode the answers to many prompts together: requests join and leave the batch between two steps.
 
-A row's answer is the same in any company. Each row attends to its own caches only, and matrix products treat the tokens of
-a call alike if there are at least two (tested to the bit). So a prompt of several tokens is never read one token at a time,
-whatever part of it is found in the cache of prefixes.
+A row's answer is the same in any company, to the bit. Each row attends to its own caches only, and matrix products treat
+the tokens of a call alike if there are at least two. ONNX Runtime's attention computes queries in blocks, of a multiple of
+16 tokens (twice the head size), and one that is left over would be treated as one alone. So a prompt is never read in parts
+of 1, 17, 33, ... tokens, unless it has only one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from deploykit.errors import DataError
 from deploykit.runtime.engines.causal_lm import CausalLm, Logits
 from deploykit.runtime.sampling import Sampler, Sampling
 from deploykit.runtime.stream_text import StreamText
+from deploykit.runtime.token_distribution import top_tokens
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
 
@@ -27,6 +29,7 @@ Finish = Literal["eos", "stop", "length"]
 
 PREFIX_BLOCK = 32
 """Tokens that the cache of prefixes stores and finds together."""
+_QUERY_BLOCK = 16
 _PREFIX_SHARE = 4  # a quarter of the caches' tokens
 _PROMPT_TOKENS = 512
 """Most tokens of prompts that are read between two steps while no row waits for the next one."""
@@ -45,7 +48,10 @@ class TokenLogprob:
 
 @dataclass(eq=False)
 class Answer:
-    """An answer that is being generated. ``text`` grows by whole characters, and never holds a part of a stop string."""
+    """An answer that is being generated. ``text`` grows by whole characters, and never holds a part of a stop string.
+
+    ``total_logprob`` is the sum of its tokens' log-probabilities, if these or ``best_of`` were asked for.
+    """
 
     query: Query
     number: int
@@ -54,6 +60,7 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    total_logprob: float = 0.0
     finish: Finish | None = None
 
 
@@ -75,7 +82,13 @@ class Query:
     @property
     def claims(self) -> int:
         """Number of rows that its answers take."""
-        return self.sampling.n
+        return self.sampling.candidates
+
+    def kept(self) -> list[Answer]:
+        """Return the answers, once they are done: of more than ``n`` those of the highest mean log-probability."""
+        if len(self.answers) <= self.sampling.n:
+            return self.answers
+        return sorted(self.answers, key=lambda answer: -answer.total_logprob / len(answer.ids))[: self.sampling.n]
 
 
 class Decoder:
@@ -116,8 +129,12 @@ class Decoder:
                 f"the prompt has {len(prompt):,} tokens, and the model's context holds {self._task.max_length:,}, answer included",
                 "shorten the prompt",
             )
-        if sampling.n > self.max_rows:
-            raise DataError(f"n is {sampling.n}, and the model decodes {self.max_rows} answers at once", "lower n")
+        if sampling.candidates > self.max_rows:
+            raise DataError(
+                f"{_named(sampling)} is {sampling.candidates}, and the model decodes {self.max_rows} answers at once",
+                "lower it, or package with a larger --max-num-seqs",
+            )
+        sampling.check_tokens(self._task.vocabulary)
         needed = self._reserved(prompt, sampling)
         if needed > self._most_tokens:
             raise DataError(
@@ -154,9 +171,8 @@ class Decoder:
             if query is None:
                 return
             prompt = query.prompt
-            rest = len(prompt) - self._read
-            count = rest if rest <= max(left, 2) + 1 else max(left, 2)
-            whole = count == rest
+            count = _part(len(prompt) - self._read, max(left // PREFIX_BLOCK, 1) * PREFIX_BLOCK)
+            whole = self._read + count == len(prompt)
             part = prompt[self._read : self._read + count]
             if query.prompt_logprobs:
                 logits = self._model.feed(part, range(count))
@@ -193,9 +209,10 @@ class Decoder:
         """Begin the answers to a prompt that was read; ``logits``, [vocabulary], are of their first tokens."""
         sampling = query.sampling
         reserved = self._running_tokens() + self._reserved(query.prompt, sampling)
-        for number in range(sampling.n):
-            sampler = Sampler(sampling, query.prompt, number)
-            answer = Answer(query, number, sampler, StreamText(self._tokenizer.text_decoder, sampling.stop))
+        for number in range(sampling.candidates):
+            sampler = Sampler(sampling, query.prompt, number, ends=self._task.eos_token_ids)
+            stream = StreamText(self._tokenizer.text_decoder, sampling.stop, sampling.min_new_tokens)
+            answer = Answer(query, number, sampler, stream)
             query.answers.append(answer)
             self._extend(answer, logits)
             if answer.finish is None:
@@ -208,9 +225,12 @@ class Decoder:
         token = answer.sampler.choose(logits)
         ids.append(token)
         self.tokens += 1
-        if sampling.logprobs is not None:
-            answer.logprobs.append(token_logprob(token, logits, sampling.logprobs))
-        if token in self._eos:
+        if sampling.logprobs is not None or sampling.candidates > sampling.n:
+            found = token_logprob(token, logits, sampling.logprobs or 0)
+            answer.total_logprob += found.logprob
+            if sampling.logprobs is not None:
+                answer.logprobs.append(found)
+        if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             answer.finish = "eos"
         else:
             answer.text += answer.stream.add(token)
@@ -230,7 +250,7 @@ class Decoder:
 
     def _reserved(self, prompt: Sequence[int], sampling: Sampling) -> int:
         """Tokens that the answers to a prompt may come to have in the caches, the prompt included."""
-        return sampling.n * min(len(prompt) + sampling.max_new_tokens, self._task.max_length)
+        return sampling.candidates * min(len(prompt) + sampling.max_new_tokens, self._task.max_length)
 
     def _running_tokens(self) -> int:
         return sum(
@@ -270,6 +290,17 @@ class _Prefixes:
             self._blocks[key] = model.saved(end - PREFIX_BLOCK, end)
 
 
+def _part(rest: int, most: int) -> int:
+    """Return how many of the ``rest`` tokens of a prompt to read now: about ``most``, a multiple of ``PREFIX_BLOCK``."""
+    if rest > most:
+        return most if rest > most + 1 else most - 2
+    return rest - 2 if rest % _QUERY_BLOCK == 1 and rest > 1 else rest
+
+
+def _named(sampling: Sampling) -> str:
+    return "n" if sampling.best_of is None else "best_of"
+
+
 def _keys(prompt: Sequence[int]) -> Iterator[tuple[int, bytes]]:
     """Yield the end of each whole block of ``prompt``, and a key of all tokens up to there."""
     digest = hashlib.blake2b(digest_size=16)
@@ -281,10 +312,7 @@ def _keys(prompt: Sequence[int]) -> Iterator[tuple[int, bytes]]:
 def token_logprob(token: int, logits: NDArray[np.float32], top: int) -> TokenLogprob:
     """Return the log-probability of ``token`` by ``logits``, [vocabulary], and of the ``top`` likeliest tokens."""
     total = log_sum(logits)
-    best: list[int] = []
-    if top:
-        found = np.argpartition(-logits, top - 1)[:top] if top < len(logits) else np.arange(len(logits))
-        best = sorted(found.tolist(), key=lambda i: (-logits[i], i))
+    best = top_tokens(logits, top).tolist() if top else []
     return TokenLogprob(token, float(logits[token] - total), tuple((i, float(logits[i] - total)) for i in best))
 
 

@@ -176,7 +176,7 @@ class LocalGenerator:
 def generated(query: Query) -> list[Generated]:
     """Return the answers of a query that is done."""
     answers = []
-    for answer in query.answers:
+    for answer in query.kept():
         assert answer.finish is not None
         answers.append(
             Generated(

@@ -230,30 +230,37 @@ class _Client:
 
     def _send_piece(self) -> None:
         self._told = False
-        if not self._ended and any(self._is_new(answer) for answer in self.query.answers):
+        if not self._ended and any(self._is_new(*numbered) for numbered in enumerate(self._answers())):
             self._ended = all(answer.finish is not None for answer in self.query.answers)
             self._sender.send(self._response())
 
-    def _is_new(self, answer: Answer) -> bool:
-        text, tokens, ended = self._sent.get(answer.number, _NOTHING)
+    def _answers(self) -> list[Answer]:
+        """The answers to send: those of ``best_of`` are known when all are done."""
+        query = self.query
+        if query.sampling.candidates > query.sampling.n and not all(answer.finish for answer in query.answers):
+            return []
+        return list(query.kept())
+
+    def _is_new(self, number: int, answer: Answer) -> bool:
+        text, tokens, ended = self._sent.get(number, _NOTHING)
         more_tokens = "logprobs" in self._asked.wanted and len(answer.ids) > tokens
         return len(answer.text) > text or more_tokens or (answer.finish is not None and not ended)
 
     def _response(self) -> Any:
         """Return what is new of each answer. The loop's thread may append to them meanwhile."""
         texts, finishes, logprobs, sums, counts = [], [], [], [], []
-        for answer in list(self.query.answers):
-            sent_text, sent_tokens, ended = self._sent.get(answer.number, _NOTHING)
+        for number, answer in enumerate(self._answers()):
+            sent_text, sent_tokens, ended = self._sent.get(number, _NOTHING)
             # In this order: an answer that has its end has all of its text.
             finish = answer.finish
             tokens, text = len(answer.ids), answer.text
-            self._sent[answer.number] = len(text), tokens, finish is not None
+            self._sent[number] = len(text), tokens, finish is not None
             texts.append((self._asked.text or "" if self._asked.with_input else "") + text[sent_text:])
             finishes.append("" if ended or finish is None else "length" if finish == "length" else "stop")
             new = answer.logprobs[sent_tokens:tokens]
             before = self.query.of_prompt if self._asked.echo and not sent_tokens else []
             logprobs.append(self._logprobs(before, new))
-            sums.append(sum(found.logprob for found in answer.logprobs[:tokens]))
+            sums.append(answer.total_logprob)
             counts.append(tokens - sent_tokens)
         tensors = {
             "text_output": _strings(texts),
@@ -274,7 +281,12 @@ class _Client:
     def _logprobs(self, of_prompt: Sequence[TokenLogprob], of_answer: Sequence[TokenLogprob]) -> str:
         records = [self._record(found) for found in of_answer]
         if of_prompt:
-            first = {"token": self._token(self.query.prompt[0]), "token_id": self.query.prompt[0], "logprob": None}
+            first = {
+                "token": self._token(self.query.prompt[0]),
+                "token_id": self.query.prompt[0],
+                "logprob": None,
+                "top": [],
+            }
             records = [first, *map(self._record, of_prompt), *records]
         return json.dumps(records, ensure_ascii=False)
 
