@@ -1,6 +1,7 @@
 """Sample the next token of an answer with numpy, by the options of a request.
 
-The order of the rules is that of Hugging Face's ``generate``: penalties, temperature, top-k, top-p, min-p.
+The order of the rules is that of Hugging Face's ``generate``: logit bias, penalties, tokens that cannot come next, and
+the rules of ``token_distribution``.
 """
 
 from __future__ import annotations
@@ -9,26 +10,36 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import UsageError
+from deploykit.runtime.token_distribution import distribution, draw
 
 Logits = NDArray[np.float32]
 
 _MOST_ANSWERS = 128
+_MOST_STOPS = 1024
+_MOST_STOP_CHARS = 100_000
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling options. ``temperature`` 0 is greedy search; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 are off.
+    """Sampling options. ``temperature`` 0 is greedy search; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``typical_p`` 1
+    are off.
 
-    ``repetition_penalty`` divides the positive logits of tokens in the prompt or the answer, and multiplies the
-    negative ones. ``presence_penalty`` and ``frequency_penalty`` are subtracted from the logits of tokens in the
-    answer, once and once per occurrence. ``stop``: texts that end an answer, and are cut off. ``n``: answers to each
-    prompt.
+    ``logit_bias``: pairs of a token id and what is added to its logit. ``repetition_penalty`` divides the positive
+    logits of tokens in the prompt or the answer, and multiplies the negative ones. ``presence_penalty`` and
+    ``frequency_penalty`` are subtracted from the logits of tokens in the answer, once and once per occurrence.
+    ``stop``: texts that end an answer, and are cut off; ``stop_token_ids``: tokens that end it as the model's own end
+    tokens do, which ``ignore_eos`` does not heed. Among the first ``min_new_tokens`` none of these ends it.
+    ``n``: answers to each prompt, the likeliest per token of ``best_of`` if that is given. ``logprobs``: number of
+    likeliest tokens to report at each position, besides the chosen one; None reports nothing.
+
+    At most one of ``json_schema`` (True: any JSON object), ``regex``, ``choice`` and ``grammar`` (Lark) is given: the
+    answer then matches it.
     """
 
     max_new_tokens: int = 256
@@ -42,113 +53,258 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     n: int = 1
+    typical_p: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    best_of: int | None = None
+    json_schema: Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: str | None = None
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Sampling:
+        """Read what ``dataclasses.asdict`` gave, after JSON: its tuples are lists, and an earlier version wrote fewer
+        fields."""
+        lists = {name: tuple(record.get(name, ())) for name in ("stop", "stop_token_ids", "choice")}
+        bias = tuple((int(token), float(value)) for token, value in record.get("logit_bias", ()))
+        return cls(**{**record, **lists, "logit_bias": bias})
+
+    @property
+    def candidates(self) -> int:
+        """Answers to generate for each prompt, of which ``n`` are kept."""
+        return max(self.n, self.best_of or 0)
+
+    def check_tokens(self, vocabulary: int) -> None:
+        """Raise UsageError for a token id that a model with so many tokens does not have."""
+        for name, ids in (
+            ("logit_bias", [token for token, _ in self.logit_bias]),
+            ("stop_token_ids", self.stop_token_ids),
+        ):
+            for token in ids:
+                if token >= vocabulary:
+                    raise UsageError(
+                        f"{name} names token {token}, and the model has {vocabulary:,} tokens",
+                        f"give ids from 0 to {vocabulary - 1}",
+                    )
 
 
 _RANGES: Mapping[str, tuple[float, float]] = {
     "max_new_tokens": (1, 1_000_000),
+    "min_new_tokens": (0, 1_000_000),
     "temperature": (0, 100),
     "top_k": (0, 1_000_000_000),
     "top_p": (1e-6, 1),
     "min_p": (0, 1),
+    "typical_p": (1e-6, 1),
     "repetition_penalty": (0.01, 100),
     "presence_penalty": (-100, 100),
     "frequency_penalty": (-100, 100),
     "seed": (0, 2**63 - 1),
     "n": (1, _MOST_ANSWERS),
+    "best_of": (1, _MOST_ANSWERS),
+    "logprobs": (0, 20),
 }
+_FRACTIONS = (
+    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
+)  # fmt: skip
 PARAMETERS = tuple(field.name for field in dataclasses.fields(Sampling))
 """Request parameters and command line options."""
+ALIASES: Mapping[str, str] = {
+    "max_tokens": "max_new_tokens",
+    "max_completion_tokens": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+}
+"""Names of vLLM and OpenAI -> Hugging Face's."""
+STRUCTURES = ("json_schema", "regex", "choice", "grammar")
+"""Parameters that an answer has to match: one at most."""
 
 
 def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
     """Return ``default`` with the ``given`` values. Raises UsageError naming the first that is unknown or out of
     range."""
     changes: dict[str, Any] = {}
-    for name, value in given.items():
+    for written, value in given.items():
+        name = ALIASES.get(written, written)
         if name not in PARAMETERS:
-            raise UsageError(f"unknown parameter {name}", f"known ones: {', '.join(PARAMETERS)}")
-        if name == "stop":
-            texts = (value,) if isinstance(value, str) else tuple(value)
-            if not all(isinstance(text, str) and text for text in texts):
-                raise UsageError("stop holds an empty text", "give texts that end an answer")
-            changes[name] = texts
-            continue
-        low, high = _RANGES[name]
-        whole = isinstance(getattr(default, name), int)
-        kinds = (int,) if whole else (int, float)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, kinds)
-            or not math.isfinite(value)
-            or not low <= value <= high
-        ):
-            raise UsageError(
-                f"{name} is {value!r}", f"give a {'whole number' if whole else 'number'} from {low:g} to {high:g}"
-            )
-        changes[name] = int(value) if whole else float(value)
-    return dataclasses.replace(default, **changes)
+            raise UsageError(f"unknown parameter {written}", f"known ones: {', '.join((*PARAMETERS, *ALIASES))}")
+        if name in changes:
+            raise UsageError(f"{name} is given twice, also as {written}", "give one of them")
+        changes[name] = _checked(written, name, value)
+    structures = [name for name in STRUCTURES if changes.get(name)]
+    if len(structures) > 1:
+        raise UsageError(f"{' and '.join(structures)} exclude each other", "give one of them")
+    if structures:  # it replaces the default's
+        changes = {**{name: getattr(Sampling(), name) for name in STRUCTURES}, **changes}
+    found = dataclasses.replace(default, **changes)
+    if found.best_of is not None and found.best_of < found.n:
+        raise UsageError(f"best_of is {found.best_of}, and n is {found.n}", "give a best_of that is no less than n")
+    if found.min_new_tokens > found.max_new_tokens:
+        raise UsageError(
+            f"min_new_tokens is {found.min_new_tokens}, and max_new_tokens is {found.max_new_tokens}",
+            "give a smaller min_new_tokens",
+        )
+    return found
+
+
+def _checked(written: str, name: str, value: Any) -> Any:
+    """The value of parameter ``name``, which the request calls ``written``."""
+    if name in _RANGES:
+        return None if value is None and getattr(Sampling(), name) is None else _number(written, name, value)
+    if name == "ignore_eos":
+        if not isinstance(value, bool):
+            raise UsageError(f"{written} is {value!r}", "give true or false")
+        return value
+    if name == "stop":
+        return _stops(value)
+    if name == "stop_token_ids":
+        if isinstance(value, str) or not isinstance(value, Sequence) or not all(_is_token(token) for token in value):
+            raise UsageError(f"{written} is {value!r}", "give a list of token ids")
+        return tuple(value)
+    if name == "logit_bias":
+        return _bias(value)
+    return _structure(name, value)
+
+
+def _number(written: str, name: str, value: Any) -> float | int:
+    low, high = _RANGES[name]
+    whole = name not in _FRACTIONS
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not low <= value <= high:
+        raise UsageError(
+            f"{written} is {value!r}", f"give a {'whole number' if whole else 'number'} from {low:g} to {high:g}"
+        )
+    return int(value) if whole else float(value)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ("",)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise UsageError("stop holds an empty text", "give texts that end an answer")
+    if len(texts) > _MOST_STOPS or sum(map(len, texts)) > _MOST_STOP_CHARS:
+        raise UsageError(
+            f"stop holds {len(texts):,} texts of {sum(map(len, texts)):,} characters",
+            f"give at most {_MOST_STOPS:,} texts of {_MOST_STOP_CHARS:,} characters together",
+        )
+    return texts
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _bias(value: Any) -> tuple[tuple[int, float], ...]:
+    """``value``: token id (in JSON, its digits as text) -> number from -100 to 100."""
+    if not isinstance(value, Mapping):
+        raise UsageError(f"logit_bias is {value!r}", "give an object of token ids and numbers")
+    pairs: dict[int, float] = {}
+    for token, bias in value.items():
+        if not (isinstance(token, str) and token.isascii() and token.isdigit()) and not _is_token(token):
+            raise UsageError(f"logit_bias names token {token!r}", "give token ids")
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+            raise UsageError(f"logit_bias of token {token} is {bias!r}", "give a number from -100 to 100")
+        pairs[int(token)] = float(bias)
+    return tuple(sorted(pairs.items()))
+
+
+def _structure(name: str, value: Any) -> Any:
+    if name == "choice":
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise UsageError(f"choice is {value!r}", "give a list of texts")
+        if not all(isinstance(text, str) and text for text in value):
+            raise UsageError("choice holds an empty text", "give texts to choose from")
+        return tuple(value)
+    if value is None:
+        return None
+    if name == "json_schema":
+        if value is not True and not isinstance(value, Mapping):
+            raise UsageError(f"json_schema is {value!r}", "give an object, or true for any JSON object")
+        return value
+    if not isinstance(value, str) or not value:
+        raise UsageError(f"{name} is {value!r}", "give a text")
+    return value
+
+
+class Constraint(Protocol):
+    """What may be written next, such as a grammar."""
+
+    def mask(self, logits: Logits) -> Logits:
+        """Return a copy of float32 [vocabulary] with -inf at the tokens that may not come next."""
+
+    def advance(self, token_id: int) -> None:
+        """Take the token that was chosen."""
 
 
 class Sampler:
-    """A sampler of one answer. Its random numbers depend only on seed, prompt and answer number, not on other rows."""
+    """A sampler of one answer. Its random numbers depend only on seed, prompt and answer number, not on other rows.
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], answer: int = 0) -> None:
+    ``ends``: tokens that end an answer, which cannot occur among the first ``min_new_tokens``.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        answer: int = 0,
+        *,
+        ends: Sequence[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
         self._sampling = sampling
-        self._seen = np.unique(np.asarray(prompt, np.int64))
+        self._seen = np.unique(np.asarray(prompt, np.int64)) if sampling.repetition_penalty != 1 else None
         self._counts: dict[int, int] = {}
+        self._chosen = 0
+        self._bias = dict(sampling.logit_bias)
+        self._ends = np.array(sorted({*ends, *sampling.stop_token_ids}), np.int64)
+        self._constraint = constraint
         self._random = np.random.default_rng((sampling.seed, answer, *prompt[-64:]))
 
     def choose(self, logits: Logits) -> int:
         """Return the next token's id. ``logits``: float32 [vocabulary]."""
         s = self._sampling
-        changed = self._penalized(logits)
+        changed = self._without_ends(self._allowed(self._penalized(logits)))
         token = int(changed.argmax()) if s.temperature == 0 else self._drawn(changed)
         self._counts[token] = self._counts.get(token, 0) + 1
+        self._chosen += 1
+        if self._constraint is not None:
+            self._constraint.advance(token)
         return token
 
     def _penalized(self, logits: Logits) -> Logits:
         s = self._sampling
-        if s.repetition_penalty == 1 and s.presence_penalty == 0 and s.frequency_penalty == 0:
+        penalizes = s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
+        if not penalizes and not self._bias:
             return logits
         logits = logits.copy()
+        if self._bias:
+            logits[np.fromiter(self._bias, np.int64)] += np.fromiter(self._bias.values(), np.float32)
         answered = np.fromiter(self._counts, np.int64, len(self._counts))
-        if s.repetition_penalty != 1:
+        if self._seen is not None:
             seen = np.union1d(self._seen, answered)
             values = logits[seen]
             logits[seen] = np.where(values < 0, values * s.repetition_penalty, values / s.repetition_penalty)
-        if len(answered):
+        if penalizes and len(answered):
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             logits[answered] -= s.presence_penalty + s.frequency_penalty * counts
         return logits
 
+    def _allowed(self, logits: Logits) -> Logits:
+        return logits if self._constraint is None else self._constraint.mask(logits)
+
+    def _without_ends(self, logits: Logits) -> Logits:
+        if self._chosen >= self._sampling.min_new_tokens or not len(self._ends):
+            return logits
+        banned = logits.copy()
+        banned[self._ends] = -np.inf
+        # A constraint that is fulfilled may allow the end alone.
+        return banned if np.isfinite(banned.max()) else logits
+
     def _drawn(self, logits: Logits) -> int:
-        kept, probabilities = distribution(logits, self._sampling)
-        # Draw from the cumulative sum: ``Generator.choice`` renormalizes and is slower.
-        cumulative = np.cumsum(probabilities)
-        index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
-        return int(kept[min(index, len(kept) - 1)])
-
-
-def distribution(logits: Logits, sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the tokens kept by temperature, top-k, top-p and min-p, most probable first, and their probabilities.
-
-    Of equal logits the lower id comes first. Ids are int64 [kept], probabilities float64 [kept], with sum 1.
-    """
-    scaled = logits.astype(np.float64) / sampling.temperature
-    if 0 < sampling.top_k < len(scaled):
-        candidates = np.flatnonzero(scaled >= np.partition(scaled, -sampling.top_k)[-sampling.top_k])
-    else:
-        candidates = np.arange(len(scaled))
-    order = candidates[np.argsort(-scaled[candidates], kind="stable")]
-    values = scaled[order]
-    probabilities = np.exp(values - values[0])
-    probabilities /= probabilities.sum()
-    if sampling.top_p < 1:
-        # The smallest set of the most probable tokens whose probabilities reach top-p.
-        count = int(np.searchsorted(np.cumsum(probabilities), sampling.top_p, side="left")) + 1
-        order, probabilities = order[:count], probabilities[:count]
-        probabilities = probabilities / probabilities.sum()
-    if sampling.min_p > 0:
-        keep = probabilities >= sampling.min_p * probabilities[0]
-        order, probabilities = order[keep], probabilities[keep]
-    return order, probabilities / probabilities.sum()
+        s = self._sampling
+        kept, shares = distribution(
+            logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, typical_p=s.typical_p
+        )
+        return int(kept[draw(shares, self._random.random())])

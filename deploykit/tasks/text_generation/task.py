@@ -45,7 +45,7 @@ class _TextGeneration:
     stream_backend = ""
 
     def read_facts(self, record: Mapping[str, Any]) -> TextGeneration:
-        return TextGeneration(**{**record, "sampling": Sampling(**record["sampling"])})
+        return TextGeneration(**{**record, "sampling": Sampling.from_record(record["sampling"])})
 
     def options(self) -> type[TextGenerationOptions]:
         from deploykit.tasks.text_generation.options import TextGenerationOptions
