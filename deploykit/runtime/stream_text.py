@@ -96,7 +96,9 @@ class TokenDecoder:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> _Stream:
-        return {"bytes": _Bytes, "tokens": _Tokens, "whole": _Whole}[self.kind](self)
+        if self.kind == "bytes":
+            return _Bytes(self)
+        return _Tokens(self) if self.kind == "tokens" else _Whole(self)
 
     @cached_property
     def kind(self) -> Literal["bytes", "tokens", "whole"]:

@@ -90,7 +90,8 @@ def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     else:
         ids = np.arange(len(logits))
     values = logits[ids]
-    return ids[values >= np.partition(values, -k)[-k]]
+    found: NDArray[np.int64] = ids[values >= np.partition(values, -k)[-k]]
+    return found
 
 
 def _top_p(shares: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
