@@ -87,6 +87,25 @@ def write_checkpoint(folder: Path, name: str = "llama", template: str | None = N
     return folder
 
 
+def write_export(folder: Path, name: str = "llama", template: str | None = None, **settings: Any) -> Path:
+    """A whole export of a random model, to be served."""
+    from deploykit.artifacts import write_manifest
+    from deploykit.graphs.causal_architecture import read_causal_architecture
+    from deploykit.graphs.causal_decoder import build_causal_decoder
+    from deploykit.graphs.causal_lm import build_causal_lm
+    from deploykit.graphs.writer import save_with_weights, save_with_weights_of
+    from deploykit.tasks.text_generation.checkpoint import checkpoint_facts
+
+    model, own = random_model(name, **settings), tokenizer(template)
+    folder.mkdir(parents=True)
+    own.save_pretrained(folder)
+    architecture = read_causal_architecture(model)
+    save_with_weights(build_causal_lm(architecture), folder / "model.onnx")
+    save_with_weights_of(build_causal_decoder(architecture), folder / "decoder.onnx", folder / "model.onnx")
+    write_manifest(folder, "export", checkpoint_facts(model.config, model.generation_config, own), inputs=name)
+    return folder
+
+
 def command_rows() -> list[dict[str, str]]:
     """96 prompts and answers that can be learned: words of a command by words of its description."""
     deeds = {"list": "ls", "delete": "rm", "show": "cat", "copy": "cp"}

@@ -131,7 +131,8 @@ class _Asked:
         self._messages = self._json("messages")
         if (self.text is None) == (self._messages is None):
             raise RefusedError("give either text_input or messages")
-        given = self._json("sampling_parameters") or {}
+        given = self._json("sampling_parameters")
+        given = {} if given is None else given
         if not isinstance(given, dict):
             raise RefusedError("sampling_parameters is not a JSON object")
         self.echo = self._given_flag(given, "echo")

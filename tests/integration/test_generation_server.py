@@ -1,0 +1,310 @@
+"""Language models on a real Triton, asked by HTTP, gRPC and the OpenAI API: same answers, streams, cancellation, faults."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import tritonclient.grpc as grpc
+from language_models import command_rows, write_export
+from served import start, wait_until
+
+from deploykit.artifacts import load_manifest
+from deploykit.errors import DataError, UsageError
+from deploykit.openai.app import create_app
+from deploykit.openai.measure import ask
+from deploykit.openai.server import OpenAIServer
+from deploykit.openai.triton_generator import TritonGenerator
+from deploykit.runtime.sampling import Sampling
+from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.tasks.opening import open_graph, open_served
+from deploykit.tasks.text_generation.chat_template import CHATML
+from deploykit.tasks.text_generation.generator import LocalGenerator
+from deploykit.tasks.text_generation.served import ServedGenerator
+from deploykit.triton.preflight import listen
+from deploykit.triton.repository import package
+from deploykit.triton.server import TritonServer
+
+ENDLESS: dict[str, Any] = {"max_new_tokens": 2000, "ignore_eos": True}
+DIALOG = [{"role": "user", "content": "list the file here"}]
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_export(tmp_path_factory.mktemp("lm") / "export", template=CHATML, max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="module")
+def local(export: Path) -> LocalGenerator:
+    """The same model in this process."""
+    generator = open_graph(export, load_manifest(export), threads=1)
+    assert isinstance(generator, LocalGenerator)
+    return generator
+
+
+@pytest.fixture(scope="module")
+def server(export: Path, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    repository = tmp_path_factory.mktemp("repository")
+    package(export, "lm", repository, settings=ServingSettings(threads=1, max_rows=8, max_queue_size=32))
+    package(tiny_export, "tiny", repository, engine="onnxruntime", precision="fp32")
+    with start(repository) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def openai_port(server: TritonServer) -> Iterator[str]:
+    app = create_app(
+        server.tasks, TritonGenerator(server.urls.grpc), lambda name: open_served(name, server.urls.http), created=1
+    )
+    with OpenAIServer(app, listen("openai", "127.0.0.1", 0), drain=5.0) as opened:
+        yield opened.url
+
+
+@pytest.fixture(scope="module")
+def url(server: TritonServer) -> Iterator[str]:
+    with openai_port(server) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def running(server: TritonServer) -> tuple[float, float]:
+    """The answers that are decoded and the prompts that wait, as the metrics say."""
+    text = urllib.request.urlopen(server.urls.metrics, timeout=10).read().decode()
+    found = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines() if line.startswith("deploykit_")}
+    return found["deploykit_running_answers"], found["deploykit_waiting_answers"]
+
+
+def idle(server: TritonServer) -> bool:
+    return wait_until(lambda: running(server) == (0, 0), 20)
+
+
+def test_answers_are_those_in_process(server: TritonServer, local: LocalGenerator, client: openai.OpenAI) -> None:
+    served = open_served("lm", server.urls.http)
+    assert isinstance(served, ServedGenerator)
+    prompts = [[{"role": "user", "content": row["prompt"]}] for row in command_rows()[:12]] + ["list the", "copy"]
+    for sampling in (Sampling(max_new_tokens=12, logprobs=0), Sampling(max_new_tokens=9, temperature=1.0, seed=5, n=3)):
+        expected = local.reply(prompts, sampling)
+        for ours, theirs in zip(served.reply(prompts, sampling), expected):
+            assert not isinstance(ours, DataError)
+            assert not isinstance(theirs, DataError)
+            assert [(a.text, a.finish == "length", a.tokens) for a in ours] == [
+                (a.text, a.finish == "length", a.tokens) for a in theirs
+            ]
+    [plain] = local.reply([DIALOG], Sampling(max_new_tokens=12))
+    assert not isinstance(plain, DataError)
+    assert "".join(served.stream(DIALOG, Sampling(max_new_tokens=12))) == plain[0].text
+    answer = client.chat.completions.create(model="lm", messages=DIALOG, max_tokens=12)  # type: ignore[arg-type]
+    assert answer.choices[0].message.content == plain[0].text
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (plain[0].prompt_tokens, plain[0].tokens)
+    with pytest.raises(DataError, match="messages"):
+        list(served.stream([]))
+    served.close()
+
+
+def test_many_streams_at_once_do_not_mix(url: str, local: LocalGenerator) -> None:
+    prompts = [row["prompt"] for row in command_rows()[:24]]
+    answers, figures = ask(url, "lm", prompts, concurrency=24, max_tokens=20)
+    dialogs = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    expected = local.reply(dialogs, Sampling(max_new_tokens=20))
+    assert [answer.text for answer in answers] == [a[0].text for a in expected if not isinstance(a, DataError)]
+    assert figures.tokens == sum(answer.tokens for answer in answers) > 24
+    assert max(len(answer.pieces) for answer in answers) > 3
+
+
+def test_log_probabilities_of_prompt_and_answer(client: openai.OpenAI, local: LocalGenerator) -> None:
+    answer = client.completions.create(model="lm", prompt="list the file", max_tokens=3, logprobs=2, echo=True).choices[
+        0
+    ]
+    [[expected]] = local.generate(
+        [local.tokenizer.encode_prompt("list the file")], Sampling(max_new_tokens=3, logprobs=2)
+    )
+    assert answer.logprobs is not None
+    assert answer.logprobs.token_logprobs is not None
+    count = expected.prompt_tokens
+    assert answer.logprobs.token_logprobs[0] is None
+    assert len(answer.logprobs.token_logprobs) == count + 3
+    assert answer.logprobs.token_logprobs[count:] == pytest.approx([p.logprob for p in expected.logprobs], abs=1e-5)
+    assert answer.text.startswith("list the file")
+
+
+@pytest.mark.parametrize("asked", ["openai stream", "openai", "http stream", "grpc stream"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_client_that_goes_frees_its_row(server: TritonServer, url: str, asked: str, begun: bool) -> None:
+    assert idle(server)
+    if asked.startswith("openai"):
+        _leave_openai(server, url, stream=asked.endswith("stream"), begun=begun)
+    elif asked == "http stream":
+        _leave_http(server, begun=begun)
+    else:
+        _leave_grpc(server, begun=begun)
+    assert idle(server), "2,000 tokens were not decoded to their end"
+
+
+def _seen(server: TritonServer, *, begun: bool) -> None:
+    if begun:
+        assert wait_until(lambda: running(server)[0] > 0, 10)
+
+
+def _leave_openai(server: TritonServer, url: str, *, stream: bool, begun: bool) -> None:
+    address, path = url.removeprefix("http://").split("/", 1)
+    connection = http.client.HTTPConnection(address, timeout=30)
+    body = {"model": "lm", "messages": DIALOG, "stream": stream, "max_tokens": 2000, "ignore_eos": True}
+    connection.request("POST", f"/{path}/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    _seen(server, begun=begun)
+    if stream and begun:
+        connection.getresponse().readline()
+    assert connection.sock is not None
+    connection.sock.close()
+    connection.close()
+
+
+def _leave_http(server: TritonServer, *, begun: bool) -> None:
+    connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=30)
+    body = {"messages": json.dumps(DIALOG), "stream": True, "sampling_parameters": json.dumps(ENDLESS)}
+    connection.request("POST", "/v2/models/lm/generate_stream", json.dumps(body))
+    _seen(server, begun=begun)
+    if begun:
+        connection.getresponse().readline()
+    assert connection.sock is not None
+    connection.sock.close()
+    connection.close()
+
+
+def _leave_grpc(server: TritonServer, *, begun: bool) -> None:
+    client = grpc.InferenceServerClient(server.urls.grpc)
+    came = threading.Event()
+    client.start_stream(lambda result, error: came.set())
+    tensors = []
+    for name, kind, value in (
+        ("messages", "BYTES", json.dumps(DIALOG).encode()),
+        ("sampling_parameters", "BYTES", json.dumps(ENDLESS).encode()),
+        ("stream", "BOOL", True),
+    ):
+        tensors.append(grpc.InferInput(name, [1], kind))
+        tensors[-1].set_data_from_numpy(np.array([value], np.object_ if kind == "BYTES" else np.bool_))
+    client.async_stream_infer("lm", tensors)
+    if begun:
+        assert came.wait(20)
+    client.stop_stream(cancel_requests=True)
+    client.close()
+
+
+def test_a_full_queue_refuses_some_and_answers_the_others_right(url: str, local: LocalGenerator) -> None:
+    prompts = [f"{row['prompt']} {i}" for i in range(3) for row in command_rows()[:40]]
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+
+        def one(prompt: str) -> str | None:
+            try:
+                answer = client.chat.completions.create(
+                    model="lm", messages=[{"role": "user", "content": prompt}], max_tokens=60
+                )
+            except openai.RateLimitError:
+                return None
+            return answer.choices[0].message.content
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(one, prompts))
+    assert any(answer is None for answer in answers), "120 at once, 8 rows and a queue of 32"
+    answered = [(prompt, answer) for prompt, answer in zip(prompts, answers) if answer is not None]
+    assert len(answered) >= 40
+    dialogs = [[{"role": "user", "content": prompt}] for prompt, _ in answered]
+    expected = local.reply(dialogs, Sampling(max_new_tokens=60))
+    assert [answer for _, answer in answered] == [a[0].text for a in expected if not isinstance(a, DataError)]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "give either text_input or messages"),
+        ({"text_input": "a", "messages": "[]"}, "give either text_input or messages"),
+        ({"messages": "[]"}, "messages is not a list of at least one message"),
+        ({"messages": "{"}, "messages is not JSON"),
+        ({"messages": json.dumps([{"role": "robot", "content": "a"}])}, "messages[0].role is 'robot'"),
+        (
+            {"messages": json.dumps([{"role": "user", "content": [{"type": "image_url"}]}])},
+            "messages[0].content[0] is no text",
+        ),
+        ({"messages": json.dumps([{"role": "user", "content": None}])}, "messages[0].content is not a text"),
+        ({"text_input": "a", "sampling_parameters": "[]"}, "sampling_parameters is not a JSON object"),
+        ({"text_input": "a", "sampling_parameters": '{"temperature": -1}'}, "temperature is -1"),
+        ({"text_input": "a", "sampling_parameters": '{"tempo": 1}'}, "unknown parameter tempo"),
+        ({"text_input": "a", "sampling_parameters": '{"n": 9}'}, "n is 9, and the model decodes 8 answers at once"),
+        ({"text_input": "a " * 5000}, "tokens, and the model's context holds 4,096"),
+        ({"text_input": ""}, "the prompt is empty"),
+    ],
+)
+def test_bad_input_is_refused_by_field(server: TritonServer, inputs: dict[str, Any], message: str) -> None:
+    connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=30)
+    connection.request("POST", "/v2/models/lm/generate", json.dumps({"stream": False, **inputs}))
+    response = connection.getresponse()
+    assert response.status == 400
+    assert message in json.loads(response.read())["error"]
+    connection.close()
+
+
+def test_other_tasks_answer_on_their_own_routes(url: str, client: openai.OpenAI) -> None:
+    assert {model.id for model in client.models.list()} == {"lm", "tiny"}
+    request = urllib.request.Request(
+        f"{url}/classify",
+        json.dumps({"model": "tiny", "input": ["w1 w2"]}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        assert response.status == 200
+        assert "positive" in response.read().decode()
+    with pytest.raises(openai.BadRequestError, match="it does not generate text"):
+        client.chat.completions.create(model="tiny", messages=DIALOG)  # type: ignore[arg-type]
+
+
+def test_a_served_language_model_is_not_evaluated(server: TritonServer, tmp_path: Path) -> None:
+    from deploykit.api import load
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(command_rows()[0]) + "\n")
+    with load("lm", url=server.urls.http) as model:
+        assert model.predict(["list the file"], max_new_tokens=4)[0].fields["tokens"] <= 4
+        with pytest.raises(UsageError, match="cannot be evaluated"):
+            model.evaluate(rows)
+
+
+def test_a_killed_process_ends_its_streams_and_is_replaced(export: Path, tmp_path: Path) -> None:
+    package(export, "lm", tmp_path, settings=ServingSettings(threads=1))
+    stop = threading.Event()
+    with start(tmp_path) as server, openai_port(server) as url:
+        healing = threading.Thread(target=server.supervise, args=(stop, 0.1))
+        healing.start()
+        try:
+            with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
+                stream = client.chat.completions.create(
+                    model="lm", messages=DIALOG, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}  # type: ignore[arg-type]
+                )  # fmt: skip
+                next(iter(stream))
+                server._stubs[0][0].kill()
+                killed = time.monotonic()
+                with pytest.raises(openai.APIError):
+                    for _ in stream:
+                        pass
+                stream.close()
+                answer = client.chat.completions.create(model="lm", messages=DIALOG, max_tokens=4)  # type: ignore[arg-type]
+                assert answer.choices[0].finish_reason
+                assert time.monotonic() - killed < 30
+        finally:
+            stop.set()
+            healing.join()
