@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
 from deploykit.errors import ArtifactError, UsageError
+from deploykit.runtime.stream_text import TokenDecoder
 from deploykit.tasks.text_generation.chat_template import FILE, ChatTemplate, Message
 from deploykit.tasks.text_generation.rows import Row
 from deploykit.text import without_surrogates
@@ -80,8 +81,12 @@ class ChatTokenizer:
         text = self._chat().render(messages, add_generation_prompt=True, tools=tools)
         return list(self._encode(text, add_special_tokens=False).ids)
 
+    @cached_property
+    def text_decoder(self) -> TokenDecoder:
+        return TokenDecoder(self.tokenizer)
+
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return self.text_decoder(ids)
 
     def encode_row(self, row: Row, loss_on: LossOn = "completion") -> EncodedRow:
         """Return the ids of a row to train on or to measure. Raises DataError when the template refuses the dialog."""

@@ -30,7 +30,6 @@ class How:
     sampling: Sampling
     raw: bool = False
     system: str | None = None
-    logprobs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +55,7 @@ def answers(
     return [
         {"origin": question.origin, "error": ids}
         if isinstance(ids, str)
-        else {"origin": question.origin, "prompt": question.prompt, **_record(next(found), how)}
+        else {"origin": question.origin, "prompt": question.prompt, **_record(next(found), generator, how)}
         for question, ids in zip(questions, encoded)
     ]
 
@@ -77,10 +76,17 @@ def _encoded(generator: LocalGenerator, question: Question, how: How) -> list[in
     return ids
 
 
-def _record(found: Sequence[Generated], how: How) -> dict[str, Any]:
+def _record(found: Sequence[Generated], generator: LocalGenerator, how: How) -> dict[str, Any]:
     def one(answer: Generated) -> dict[str, Any]:
-        record = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
-        return {**record, "logprobs": [round(p, 6) for p in answer.logprobs]} if how.logprobs else record
+        record: dict[str, Any] = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
+        if how.sampling.logprobs is not None:
+            record["logprobs"] = [round(p, 6) for p in answer.logprobs]
+        if how.sampling.logprobs:
+            token = generator.tokenizer.tokenizer.id_to_token
+            record["top_logprobs"] = [
+                [{"id": i, "token": token(i), "logprob": round(p, 6)} for i, p in top] for top in answer.top_logprobs
+            ]
+        return record
 
     own = one(found[0]) if how.sampling.n == 1 else {"answers": [one(answer) for answer in found]}
     return {**own, "prompt_tokens": found[0].prompt_tokens}

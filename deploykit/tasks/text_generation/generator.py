@@ -18,8 +18,12 @@ from numpy.typing import NDArray
 from deploykit.errors import DataError
 from deploykit.runtime.engines.causal_lm import CausalLm
 from deploykit.runtime.sampling import Sampler, Sampling
+from deploykit.runtime.stream_text import StreamText
+from deploykit.runtime.token_distribution import top_tokens
+from deploykit.tasks.text_generation.best_of import likeliest
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.grammar import Constraint, Grammars
 
 Finish = Literal["eos", "stop", "length"]
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -37,7 +41,8 @@ _CHUNK = 512
 @dataclass(frozen=True)
 class Generated:
     """One answer. ``tokens`` counts the generated ones, the end token included. ``finish`` is "length" where
-    ``max_new_tokens`` or the context ended it. ``logprobs`` are of its tokens, before any rule of sampling."""
+    ``max_new_tokens`` or the context ended it. ``logprobs`` are of its tokens, before any rule of sampling;
+    ``top_logprobs`` pairs of id and log-probability of the likeliest tokens at each position, if asked for."""
 
     text: str
     finish: Finish
@@ -45,6 +50,7 @@ class Generated:
     tokens: int
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class TextGenerator(Protocol):
@@ -81,9 +87,12 @@ class _Row:
 
     prompt: Sequence[int]
     sampler: Sampler
+    stream: StreamText
+    constraint: Constraint | None
     place: tuple[int, int]
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish: Finish | None = None
     text: str = ""
 
@@ -93,6 +102,7 @@ class LocalGenerator:
 
     def __init__(self, task: TextGeneration, tokenizer: ChatTokenizer, model: CausalLm) -> None:
         self.task, self.tokenizer, self.model = task, tokenizer, model
+        self.grammars = Grammars(tokenizer.tokenizer, task.vocabulary, task.eos_token_ids)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -111,21 +121,29 @@ class LocalGenerator:
         sampling = sampling or self.task.sampling
         for prompt in prompts:
             self.check(prompt)
+        sampling.check_tokens(self.task.vocabulary)
         rows = [
-            _Row(prompt, Sampler(sampling, prompt, answer), (i, answer))
+            self._row(prompt, sampling, (i, answer))
             for i, prompt in enumerate(prompts)
-            for answer in range(sampling.n)
+            for answer in range(sampling.candidates)
         ]
-        found: list[list[Generated | None]] = [[None] * sampling.n for _ in prompts]
+        found: list[list[Generated | None]] = [[None] * sampling.candidates for _ in prompts]
         for group in _groups(rows):
             for row in self._decode(group, sampling):
                 assert row.finish is not None
                 i, answer = row.place
                 found[i][answer] = Generated(
-                    row.text, row.finish, len(row.prompt), len(row.ids), tuple(row.ids), tuple(row.logprobs)
-                )
+                    row.text, row.finish, len(row.prompt), len(row.ids), tuple(row.ids), tuple(row.logprobs),
+                    tuple(row.top_logprobs),
+                )  # fmt: skip
                 progress(1)
-        return [[answer for answer in answers if answer is not None] for answers in found]
+        return [likeliest([answer for answer in answers if answer is not None], sampling.n) for answers in found]
+
+    def _row(self, prompt: Sequence[int], sampling: Sampling, place: tuple[int, int]) -> _Row:
+        constraint = self.grammars.constraint(sampling)
+        sampler = Sampler(sampling, prompt, place[1], ends=self.task.eos_token_ids, constraint=constraint)
+        stream = StreamText(self.tokenizer.text_decoder, sampling.stop, sampling.min_new_tokens)
+        return _Row(prompt, sampler, stream, constraint, place)
 
     def check(self, prompt: Sequence[int]) -> None:
         """Raise DataError for a prompt that cannot be answered."""
@@ -169,17 +187,22 @@ class LocalGenerator:
         """Choose the next token of a row, and see whether it ends the answer."""
         token = row.sampler.choose(logits)
         row.ids.append(token)
-        row.logprobs.append(float(logits[token] - _log_sum(logits)))
-        if token in self.task.eos_token_ids:
+        log_sum = _log_sum(logits)
+        row.logprobs.append(float(logits[token] - log_sum))
+        if sampling.logprobs:
+            top = top_tokens(logits, sampling.logprobs)
+            row.top_logprobs.append(tuple((int(i), float(logits[i] - log_sum)) for i in top))
+        if token in sampling.stop_token_ids or (token in self.task.eos_token_ids and not sampling.ignore_eos):
             row.finish = "eos"
+        elif row.constraint is not None and row.constraint.done:
+            row.finish = "stop"
         elif len(row.ids) >= sampling.max_new_tokens or len(row.prompt) + len(row.ids) >= self.task.max_length:
             row.finish = "length"
-        if row.finish is None and not sampling.stop:
-            return
-        row.text = self.tokenizer.decode(row.ids)
-        cuts = [at for text in sampling.stop if (at := row.text.find(text)) >= 0]
-        if cuts:
-            row.text, row.finish = row.text[: min(cuts)], "stop"
+        row.text += row.stream.add(token)
+        if row.finish is not None:
+            row.text += row.stream.finish()
+        if row.stream.stopped:
+            row.finish = "stop"
 
     def score(self, rows: Sequence[EncodedRow]) -> Iterator[RowScore]:
         """Return the log-probabilities of each row's supervised tokens, in order."""
