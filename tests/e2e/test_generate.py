@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -130,10 +131,12 @@ def test_every_form_of_the_model_is_measured_alike(deploykit: Deploykit, run: Pa
 def test_generate_answers_prompts_and_files(deploykit: Deploykit, export: Path, rows: Path, tmp_path: Path) -> None:
     prompt, *others = (row["prompt"] for row in command_rows())
     code, out, err = deploykit("generate", export, prompt, "x " * 300, "--max-new-tokens", 20,
-                               "--logprobs", "--json")  # fmt: skip
+                               "--logprobs", 2, "--json")  # fmt: skip
     assert (code, "text 2: the prompt has" in err) == (1, True), err
     answered, refused = json.loads(out)["results"]
-    assert len(answered["logprobs"]) == answered["tokens"]
+    assert len(answered["logprobs"]) == len(answered["top_logprobs"]) == answered["tokens"]
+    best, second = answered["top_logprobs"][0]
+    assert best["logprob"] == answered["logprobs"][0] > second["logprob"]
     assert "tokens, and the model's context holds 256" in refused["error"]
     answers = tmp_path / "answers.jsonl"
     words = ("generate", export, "--input", rows, "--output", answers, "--temperature", 0.8, "--seed", 3, "--n", 2,
@@ -150,6 +153,39 @@ def test_generate_answers_prompts_and_files(deploykit: Deploykit, export: Path, 
     assert again.read_bytes() == whole, "the same seed gives the same answers"
     code, _, err = deploykit(*words)
     assert (code, "exists" in err) == (1, True)
+
+
+def test_generate_constrains_answers(deploykit: Deploykit, export: Path, tmp_path: Path) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, '
+                      '"required": ["n"], "additionalProperties": false, "x-guidance": {"whitespace_pattern": " "}}')  # fmt: skip
+    grammar = tmp_path / "answer.lark"
+    grammar.write_text('start: "ls" | "rm"')
+    for words, pattern in (
+        (("--json-schema", schema), r'\{ ?"n" ?: ?[0-9] ?\}'),
+        (("--json-schema", schema.read_text()), r'\{ ?"n" ?: ?[0-9] ?\}'),
+        (("--regex", "[0-9]{3}"), r"[0-9]{3}"),
+        (("--choice", "日本", "--choice", "😀"), "日本|😀"),
+        (("--grammar", grammar), "ls|rm"),
+    ):
+        code, out, err = deploykit("generate", export, "list", "--temperature", 1, "--n", 3, "--best-of", 4,
+                                   "--min-new-tokens", 1, "--json", *words)  # fmt: skip
+        assert code == 0, err
+        for answer in json.loads(out)["results"][0]["answers"]:
+            assert re.fullmatch(pattern, answer["answer"]), answer
+            assert answer["finish"] in ("stop", "eos")
+    for words, told in (
+        (("--json-schema", tmp_path / "none.json"), "cannot be read"),
+        (("--json-schema", "{"), "is not JSON"),
+        (("--json-schema", '{"type": "strin"}'), "Invalid type: strin"),
+        (("--regex", "a", "--choice", "a"), "regex and choice exclude each other"),
+        (("--logit-bias", "x=1"), "logit_bias names token 'x'"),
+        (("--logit-bias", "1"), "is not a token id"),
+        (("--logit-bias", "100000=1"), "logit_bias names token 100000"),
+        (("--stop-token-ids", 100000), "stop_token_ids names token 100000"),
+    ):
+        code, _, err = deploykit("generate", export, "list", *words)
+        assert (code, told in err) == (2, True), err
 
 
 def test_predict_answers_texts_and_tables(deploykit: Deploykit, export: Path, tmp_path: Path) -> None:

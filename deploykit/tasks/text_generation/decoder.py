@@ -24,6 +24,7 @@ from deploykit.runtime.stream_text import StreamText
 from deploykit.runtime.token_distribution import top_tokens
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.grammar import Constraint
 
 Finish = Literal["eos", "stop", "length"]
 
@@ -45,6 +46,15 @@ class TokenLogprob:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
 
+    def record(self, tokenizer: ChatTokenizer) -> dict[str, Any]:
+        """Return it as JSON: ``token`` (text), ``token_id``, ``logprob``, and the same of each in ``top``."""
+        top = [_token_record(tokenizer, token, logprob) for token, logprob in self.top]
+        return {**_token_record(tokenizer, self.token, self.logprob), "top": top}
+
+
+def _token_record(tokenizer: ChatTokenizer, token: int, logprob: float) -> dict[str, Any]:
+    return {"token": tokenizer.token_text(token), "token_id": token, "logprob": round(logprob, 6)}
+
 
 @dataclass(eq=False)
 class Answer:
@@ -57,6 +67,7 @@ class Answer:
     number: int
     sampler: Sampler
     stream: StreamText
+    constraint: Constraint | None = None
     ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -66,13 +77,15 @@ class Answer:
 
 @dataclass(eq=False)
 class Query:
-    """A prompt, and the answers that are generated to it. ``on_tokens`` is called after a step that brought tokens.
+    """A prompt, and the answers that are generated to it, each with one of the ``constraints`` if there are any.
+    ``on_tokens`` is called after a step that brought tokens.
 
     ``prompt_logprobs``: also find those of the prompt's tokens, of which the first has none.
     """
 
     prompt: Sequence[int]
     sampling: Sampling
+    constraints: Sequence[Constraint] = ()
     on_tokens: Callable[[Query], None] | None = None
     prompt_logprobs: bool = False
     cancelled: bool = False
@@ -210,9 +223,10 @@ class Decoder:
         sampling = query.sampling
         reserved = self._running_tokens() + self._reserved(query.prompt, sampling)
         for number in range(sampling.candidates):
-            sampler = Sampler(sampling, query.prompt, number, ends=self._task.eos_token_ids)
+            constraint = query.constraints[number] if query.constraints else None
+            sampler = Sampler(sampling, query.prompt, number, ends=self._task.eos_token_ids, constraint=constraint)
             stream = StreamText(self._tokenizer.text_decoder, sampling.stop, sampling.min_new_tokens)
-            answer = Answer(query, number, sampler, stream)
+            answer = Answer(query, number, sampler, stream, constraint)
             query.answers.append(answer)
             self._extend(answer, logits)
             if answer.finish is None:
@@ -230,14 +244,13 @@ class Decoder:
             answer.total_logprob += found.logprob
             if sampling.logprobs is not None:
                 answer.logprobs.append(found)
+        answer.text += answer.stream.add(token)
         if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             answer.finish = "eos"
-        else:
-            answer.text += answer.stream.add(token)
-            if answer.stream.stopped:
-                answer.finish = "stop"
-            elif len(ids) >= sampling.max_new_tokens or len(answer.query.prompt) + len(ids) >= self._task.max_length:
-                answer.finish = "length"
+        elif answer.stream.stopped or (answer.constraint is not None and answer.constraint.done):
+            answer.finish = "stop"
+        elif len(ids) >= sampling.max_new_tokens or len(answer.query.prompt) + len(ids) >= self._task.max_length:
+            answer.finish = "length"
         if answer.finish is not None:
             answer.text += answer.stream.finish()
             if answer.stream.stopped:

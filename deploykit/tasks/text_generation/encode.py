@@ -82,8 +82,16 @@ class ChatTokenizer:
         text = self._chat().render(messages, add_generation_prompt=True, tools=tools)
         return list(self._encode(text, add_special_tokens=False).ids)
 
+    @cached_property
+    def text_decoder(self) -> TokenDecoder:
+        return TokenDecoder(self.tokenizer)
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.text_decoder(ids)
+
+    def token_text(self, token_id: int) -> str:
+        """Return the text of one token, special ones included; U+FFFD for a part of a character."""
+        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
 
     def encode_row(self, row: Row, loss_on: LossOn = "completion") -> EncodedRow:
         """Return the ids of a row to train on or to measure. Raises DataError when the template refuses the dialog."""

@@ -30,7 +30,6 @@ class How:
     sampling: Sampling
     raw: bool = False
     system: str | None = None
-    logprobs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +49,8 @@ def answers(
 ) -> list[dict[str, Any]]:
     """Return a record for each question: origin, prompt, answer (``answers`` where several are wanted), finish and the
     counts of tokens; or origin and error."""
-    sampling = dataclasses.replace(how.sampling, logprobs=0) if how.logprobs else how.sampling
     good = [_asked(generator, question.prompt, how) for question in questions if question.problem is None]
-    found = iter(generator.reply(good, sampling, progress=progress))
+    found = iter(generator.reply(good, how.sampling, progress=progress))
     records: list[dict[str, Any]] = []
     for question in questions:
         answer = question.problem or next(found)
@@ -74,8 +72,12 @@ def _asked(generator: TextGenerator, prompt: Prompt, how: How) -> Prompt:
 
 def _record(found: Sequence[Generated], how: How) -> dict[str, Any]:
     def one(answer: Generated) -> dict[str, Any]:
-        record = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
-        return {**record, "logprobs": [round(p.logprob, 6) for p in answer.logprobs]} if how.logprobs else record
+        record: dict[str, Any] = {"answer": answer.text, "finish": answer.finish, "tokens": answer.tokens}
+        if how.sampling.logprobs is not None:
+            record["logprobs"] = [found["logprob"] for found in answer.logprobs]
+        if how.sampling.logprobs:
+            record["top_logprobs"] = [found["top"] for found in answer.logprobs]
+        return record
 
     own = one(found[0]) if how.sampling.n == 1 else {"answers": [one(answer) for answer in found]}
     return {**own, "prompt_tokens": found[0].prompt_tokens}

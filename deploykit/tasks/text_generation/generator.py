@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from deploykit.errors import DataError
 from deploykit.runtime.engines.causal_lm import CausalLm
 from deploykit.runtime.sampling import Sampling
-from deploykit.tasks.text_generation.decoder import Decoder, Finish, Query, TokenLogprob, log_sum
+from deploykit.tasks.text_generation.decoder import Decoder, Finish, Query, log_sum
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.grammar import Grammars
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text to continue, or the messages of a dialog to answer."""
@@ -26,14 +27,15 @@ _CHUNK = 512
 @dataclass(frozen=True)
 class Generated:
     """One answer. ``tokens`` counts the generated ones, the end token included. ``finish`` is "length" where
-    ``max_new_tokens`` or the context ended it. ``logprobs`` are of its tokens, if ``Sampling.logprobs`` asks for them."""
+    ``max_new_tokens`` or the context ended it. ``logprobs`` has a record for each token (``TokenLogprob.record``), if
+    ``Sampling.logprobs`` asks for them."""
 
     text: str
     finish: Finish
     prompt_tokens: int
     tokens: int
     ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
+    logprobs: tuple[Mapping[str, Any], ...] = ()
 
 
 class TextGenerator(Protocol):
@@ -70,6 +72,7 @@ class LocalGenerator:
 
     def __init__(self, task: TextGeneration, tokenizer: ChatTokenizer, model: CausalLm) -> None:
         self.task, self.tokenizer, self.model = task, tokenizer, model
+        self.grammars = Grammars(tokenizer.tokenizer, task.vocabulary, task.eos_token_ids)
         self._new_decoder()
 
     def _new_decoder(self) -> None:
@@ -99,8 +102,7 @@ class LocalGenerator:
         """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
         sampling = sampling or self.task.sampling
         ids = self.tokenizer.encode_prompt(prompt)
-        self.check(ids, sampling)
-        query = Query(ids, sampling)
+        query = self.query(ids, sampling)
         self.decoder.add(query)
         sent = 0
         try:
@@ -134,9 +136,7 @@ class LocalGenerator:
         Raises DataError for a prompt that is empty or leaves no room in the context for an answer.
         """
         sampling = sampling or self.task.sampling
-        for prompt in prompts:
-            self.check(prompt, sampling)
-        queries = [Query(prompt, sampling) for prompt in prompts]
+        queries = [self.query(prompt, sampling) for prompt in prompts]
         for query in queries:
             self.decoder.add(query)
         try:
@@ -146,11 +146,18 @@ class LocalGenerator:
         except BaseException:
             self._new_decoder()  # its queries are of no use to the next call
             raise
-        return [generated(query) for query in queries]
+        return [generated(query, self.tokenizer) for query in queries]
 
     def check(self, prompt: Sequence[int], sampling: Sampling | None = None) -> None:
         """Raise DataError for a prompt that cannot be answered."""
         self.decoder.check(prompt, sampling or self.task.sampling)
+
+    def query(self, prompt: Sequence[int], sampling: Sampling, **more: Any) -> Query:
+        """Return a query for the decoder. Raises DataError as ``check`` does, and UsageError for sampling options that
+        do not fit the model, or that no text fits."""
+        self.check(prompt, sampling)
+        constraints = [self.grammars.constraint(sampling) for _ in range(sampling.candidates)]
+        return Query(prompt, sampling, [found for found in constraints if found is not None], **more)
 
     def score(self, rows: Sequence[EncodedRow]) -> Iterator[RowScore]:
         """Return the log-probabilities of each row's supervised tokens, in order."""
@@ -173,7 +180,7 @@ class LocalGenerator:
             yield np.concatenate(found)
 
 
-def generated(query: Query) -> list[Generated]:
+def generated(query: Query, tokenizer: ChatTokenizer) -> list[Generated]:
     """Return the answers of a query that is done."""
     answers = []
     for answer in query.kept():
@@ -185,7 +192,7 @@ def generated(query: Query) -> list[Generated]:
                 len(query.prompt),
                 len(answer.ids),
                 tuple(answer.ids),
-                tuple(answer.logprobs),
+                tuple(found.record(tokenizer) for found in answer.logprobs),
             )
         )
     return answers

@@ -11,7 +11,7 @@ from deploykit.errors import DataError, RequestError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.served import DEFAULT_URL, ServedModel
 from deploykit.tasks.registry import task_of
-from deploykit.tasks.text_generation.decoder import Finish, TokenLogprob
+from deploykit.tasks.text_generation.decoder import Finish
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import Generated, Prompt
 
@@ -103,7 +103,7 @@ def _generated(answer: Any) -> list[Generated]:
             int(answer["num_input_tokens"]),
             int(tokens),
             tuple(found["token_id"] for found in row),
-            tuple(TokenLogprob(found["token_id"], found["logprob"]) for found in row),
+            tuple(row),
         )
         for text, finish, tokens, row in zip(texts, finishes, counts, logprobs)
     ]

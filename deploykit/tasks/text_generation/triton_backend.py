@@ -112,10 +112,8 @@ class TextGenerationBackend:
         asked = _Asked(request)
         sampling = asked.sampling(generator.task)
         prompt = asked.prompt_ids(generator.tokenizer)
-        generator.check(prompt, sampling)
         client = _Client(request, sender, asked, generator.tokenizer, self._loop.call_in_client_thread)
-        query = Query(prompt, sampling, client.tell, prompt_logprobs=asked.echo)
-        client.query = query
+        query = client.query = generator.query(prompt, sampling, on_tokens=client.tell, prompt_logprobs=asked.echo)
         try:
             self._loop.submit(client, [query])
         except QueueFullError as full:
@@ -280,28 +278,11 @@ class _Client:
         )
 
     def _logprobs(self, of_prompt: Sequence[TokenLogprob], of_answer: Sequence[TokenLogprob]) -> str:
-        records = [self._record(found) for found in of_answer]
+        records = [found.record(self._tokenizer) for found in of_answer]
         if of_prompt:
-            first = {
-                "token": self._token(self.query.prompt[0]),
-                "token_id": self.query.prompt[0],
-                "logprob": None,
-                "top": [],
-            }
-            records = [first, *map(self._record, of_prompt), *records]
+            first = TokenLogprob(self.query.prompt[0], 0.0).record(self._tokenizer) | {"logprob": None}
+            records = [first, *(found.record(self._tokenizer) for found in of_prompt), *records]
         return json.dumps(records, ensure_ascii=False)
-
-    def _record(self, found: TokenLogprob) -> dict[str, Any]:
-        top = [{"token": self._token(i), "token_id": i, "logprob": round(p, 6)} for i, p in found.top]
-        return {
-            "token": self._token(found.token),
-            "token_id": found.token,
-            "logprob": round(found.logprob, 6),
-            "top": top,
-        }
-
-    def _token(self, token_id: int) -> str:
-        return str(self._tokenizer.tokenizer.decode([token_id], skip_special_tokens=False))
 
 
 def _strings(values: Sequence[str]) -> Any:

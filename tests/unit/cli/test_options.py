@@ -33,6 +33,7 @@ SHARED = {
     "--target-lang": "as --source-lang",
     "--seed": "of the random choices that the help names",
     "--top-k": "how many candidates: tokens to sample from, or answers to give",
+    "--min-new-tokens": "of a translation, or of an answer of a language model",
     "--input": "rows to answer; the formats are those of the task",
 }
 """Options whose type or help differs between commands on purpose, and the one meaning that they have."""

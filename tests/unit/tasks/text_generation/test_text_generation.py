@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from language_models import FAMILIES, random_model, tokenizer
 
-from deploykit.errors import ArtifactError, DataError, ExportError
+from deploykit.errors import ArtifactError, DataError, ExportError, UsageError
 from deploykit.graphs.causal_architecture import check_supported, read_causal_architecture
 from deploykit.graphs.causal_decoder import build_causal_decoder
 from deploykit.graphs.causal_lm import BLOCK, build_causal_lm, parts_of, quantize_blocks
@@ -119,6 +120,40 @@ def test_several_answers_stop_texts_and_limits(tmp_path: Path) -> None:
         generator.generate([[7] * 256])
     with pytest.raises(DataError, match="empty"):
         generator.generate([[]])
+
+
+def test_what_ends_an_answer(tmp_path: Path) -> None:
+    generator = exported(reference(), tmp_path)
+
+    def answer(**given: Any) -> Any:
+        return generator.generate(prompts()[1:2], Sampling(max_new_tokens=8, **given))[0][0]
+
+    plain = answer()
+    second = plain.ids[1]
+    assert second != plain.ids[0]
+    stopped = answer(stop_token_ids=(second,))
+    assert (stopped.ids, stopped.finish) == (plain.ids[:2], "eos")
+    assert second not in answer(stop_token_ids=(second,), min_new_tokens=8).ids
+    forced = answer(logit_bias=((2, 100.0),))
+    assert (forced.ids, forced.finish, forced.text) == ((2,), "eos", "")
+    assert answer(logit_bias=((2, 100.0),), ignore_eos=True).ids == (2,) * 8
+    word = plain.text[:2]
+    assert answer(stop=(word,)).text == ""
+    assert answer(stop=(word,), min_new_tokens=8).text == plain.text
+    with pytest.raises(UsageError, match="stop_token_ids names token 400"):
+        answer(stop_token_ids=(400,))
+
+
+def test_best_of_keeps_the_likeliest_per_token(tmp_path: Path) -> None:
+    generator = exported(reference(), tmp_path)
+    sampling = Sampling(max_new_tokens=6, temperature=1.5, n=5, logprobs=0)
+    [found] = generator.generate(prompts()[:1], sampling)
+    [best] = generator.generate(prompts()[:1], replace(sampling, n=2, best_of=5))
+    assert best == sorted(found, key=lambda answer: -np.mean([found["logprob"] for found in answer.logprobs]))[:2]
+    [[answer]] = generator.generate(prompts()[:1], replace(sampling, n=1, logprobs=3, temperature=0.0))
+    for token, found in zip(answer.ids, answer.logprobs):
+        assert found["token_id"] == found["top"][0]["token_id"] == token
+        assert found["logprob"] == found["top"][0]["logprob"] >= found["top"][1]["logprob"] >= found["top"][2]["logprob"]
 
 
 def test_int8_and_int4_blocks_are_what_onnx_runtime_multiplies_by(tmp_path: Path) -> None:

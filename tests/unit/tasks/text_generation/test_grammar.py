@@ -1,0 +1,138 @@
+"""Structured output: answers of a random model fit what they are constrained to."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from language_models import random_model, tokenizer
+from tokenizers import Tokenizer, decoders, models
+
+from deploykit.errors import EngineError, MissingDependencyError, UsageError
+from deploykit.runtime.sampling import Sampling, override
+from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
+from deploykit.tasks.text_generation.generator import Generated
+from deploykit.tasks.text_generation.grammar import Grammars
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "kind": {"enum": ["a", "日本"]},
+        "counts": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "kind", "counts"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_pattern": " "},  # a random model writes much white space
+}
+CHOICES = ["はい", "いいえ", "😀", "👩‍👩‍👧", "a", "ab", 'say "no"\\\n']
+
+
+@cache
+def generator() -> TorchGenerator:
+    model, own = random_model("llama"), tokenizer()
+    return TorchGenerator(model, own, checkpoint_facts(model.config, model.generation_config, own))
+
+
+def answers(given: dict[str, Any], seeds: int = 50) -> list[Generated]:
+    sampling = override(Sampling(temperature=1.0, max_new_tokens=120, n=seeds), given)
+    [found] = generator().generate([[7, 8, 9]], sampling)
+    whole = [answer for answer in found if answer.finish != "length"]
+    assert len(whole) > seeds / 2
+    return whole
+
+
+def test_answers_fit_a_json_schema() -> None:
+    for answer in answers({"json_schema": SCHEMA}):
+        value = json.loads(answer.text)
+        assert set(value) == {"name", "kind", "counts"}
+        assert value["kind"] in ("a", "日本")
+        assert len(value["counts"]) <= 3
+        assert all(isinstance(count, int) and 0 <= count <= 99 for count in value["counts"])
+        assert answer.finish == "stop"
+
+
+def test_answers_match_a_regex() -> None:
+    pattern = r"(GET|POST) /[a-z]{1,5}(\?[a-z]=[0-9é]{1,3})?"
+    for answer in answers({"regex": pattern}):
+        assert re.fullmatch(pattern, answer.text), answer.text
+
+
+def test_answers_are_one_of_the_choices() -> None:
+    found = {answer.text for answer in answers({"choice": CHOICES})}
+    assert found <= set(CHOICES)
+    assert len(found) > 2
+
+
+def test_answers_match_a_lark_grammar() -> None:
+    for answer in answers({"grammar": 'start: term ("+" term)?\nterm: /[0-9]{1,3}/ | "(" start ")"'}, 20):
+        assert re.fullmatch(r"[0-9+()]+", answer.text)
+        assert answer.text.count("(") == answer.text.count(")")
+
+
+def test_any_json_object() -> None:
+    sampling = Sampling(temperature=1.0, max_new_tokens=200, n=20, json_schema=True)
+    [found] = generator().generate([[7]], sampling)
+    for answer in found:
+        assert answer.text.startswith("{")
+        if answer.finish != "length":
+            assert isinstance(json.loads(answer.text), dict)
+
+
+def test_a_constrained_answer_is_the_same_in_any_company() -> None:
+    sampling = Sampling(temperature=1.0, max_new_tokens=40, json_schema=SCHEMA, seed=3)
+    together = generator().generate([[7, 8], [9], [10, 11, 12]], sampling)
+    assert together[1][0].ids == generator().generate([[9]], sampling)[0][0].ids
+
+
+def test_what_other_rules_ask_does_not_break_the_answer() -> None:
+    for given in (
+        {"min_new_tokens": 60}, {"ignore_eos": True}, {"logit_bias": {2: 100}}, {"top_k": 1}, {"top_p": 0.1}, {"temperature": 0},
+    ):  # fmt: skip
+        for answer in answers({"choice": CHOICES, **given}, 4):
+            assert answer.text in CHOICES
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"json_schema": {"type": "integer", "minimum": 5, "maximum": 3}}, "json_schema cannot be used: Unsatisfiable"),
+        ({"json_schema": {"not": {"type": "string"}}}, r"json_schema cannot be used: Unimplemented keys: \[\"not\"\]"),
+        ({"json_schema": {"type": "strin"}}, "json_schema cannot be used: Invalid type: strin"),
+        ({"regex": "(a"}, "regex cannot be used: .*unclosed group"),
+        ({"regex": "a(?=b)"}, "look-ahead"),
+        ({"regex": r"[^\s\S]"}, "regex cannot be used: no text"),
+        ({"grammar": "start: foo"}, "grammar cannot be used: .*unknown name"),
+    ],
+)
+def test_what_cannot_be_followed_is_named_with_the_reason(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=re.compile(told, re.DOTALL)):
+        generator().grammars.constraint(override(Sampling(), given))
+
+
+def test_a_mask_has_the_width_of_the_logits() -> None:
+    constraint = generator().grammars.constraint(Sampling(choice=("a",)))
+    assert constraint is not None
+    masked = constraint.mask(np.zeros(450, np.float32))
+    a = generator().tokenizer.tokenizer.token_to_id("a")
+    assert np.flatnonzero(np.isfinite(masked)).tolist() == [a]
+    with pytest.raises(EngineError, match=f"token {a + 1} does not fit"):
+        generator().grammars.constraint(Sampling(choice=("a",))).advance(a + 1)  # type: ignore[union-attr]
+    constraint.advance(a)
+    assert constraint.done
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = Tokenizer(models.WordPiece({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    own.decoder = decoders.WordPiece()
+    with pytest.raises(UsageError, match="does not support the model's tokenizer"):
+        Grammars(own, 2, [1]).constraint(Sampling(regex="a"))
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(MissingDependencyError, match="llguidance") as raised:
+        Grammars(own, 2, [1]).constraint(Sampling(regex="a"))
+    assert "deploykit[serve]" in str(raised.value)
