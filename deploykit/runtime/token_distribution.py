@@ -34,7 +34,8 @@ def distribution(
         logits = logits[ids]
     else:
         ids = np.arange(len(logits))
-    shares = np.exp((logits - logits.max()) / np.float32(temperature))
+    with np.errstate(over="ignore"):  # a low temperature leaves the likeliest token alone
+        shares = np.exp((logits - logits.max()) / np.float32(max(temperature, 1e-30)))
 
     def keep(places: NDArray[np.int64]) -> None:
         nonlocal ids, shares

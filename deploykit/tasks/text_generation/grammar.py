@@ -62,13 +62,17 @@ class Grammars:
         tokenizer = self._tokenizer
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(tokenizer, _GRAMMARS[name](value), log_level=0)
-        if matcher.is_error():
-            reason = _reason(matcher)
-        elif Constraint(matcher.deep_copy(), name).can_begin():
-            return matcher
+        try:
+            matcher = LLMatcher(tokenizer, _GRAMMARS[name](value), log_level=0)
+        except ValueError as error:  # nested too deeply, or no Unicode text
+            reason = str(error)
         else:
-            reason = "no text of the model's tokens fits it"
+            if matcher.is_error():
+                reason = _reason(matcher)
+            elif Constraint(matcher.deep_copy(), name).can_begin():
+                return matcher
+            else:
+                reason = "no text of the model's tokens fits it"
         raise UsageError(f"{name} cannot be used: {reason}", f"change {name}")
 
     @cached_property

@@ -82,6 +82,19 @@ def test_processors_come_in_the_order_of_transformers() -> None:
         ids.append(expected)
 
 
+def test_a_low_temperature_and_tokens_that_cannot_come_leave_the_rest() -> None:
+    for temperature in (1e-300, 1e-3):
+        kept, shares = distribution(LOGITS, temperature=temperature)
+        assert (kept[shares.argmax()], shares.max()) == (LOGITS.argmax(), 1)
+        assert shares.sum() == pytest.approx(1)
+    logits = np.full(3000, -np.inf, np.float32)
+    logits[[5, 7]] = 1
+    for given in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"typical_p": 0.9}):
+        kept, shares = distribution(logits, temperature=1.0, **given)  # type: ignore[arg-type]
+        assert kept.tolist() == [5, 7]
+        assert shares.tolist() == [1, 1]
+
+
 def test_equal_probabilities_are_cut_by_id() -> None:
     kept, _ = distribution(np.zeros(5000, np.float32), temperature=1.0, top_p=0.5)
     assert kept.tolist() == list(range(2500))

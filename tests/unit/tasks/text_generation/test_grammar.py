@@ -33,6 +33,13 @@ SCHEMA = {
 CHOICES = ["はい", "いいえ", "😀", "👩‍👩‍👧", "a", "ab", 'say "no"\\\n']
 
 
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth):
+        schema = {"properties": {"a": schema}}
+    return schema
+
+
 @cache
 def generator() -> TorchGenerator:
     model, own = random_model("llama"), tokenizer()
@@ -107,6 +114,10 @@ def test_what_other_rules_ask_does_not_break_the_answer() -> None:
         ({"regex": "(a"}, "regex cannot be used: .*unclosed group"),
         ({"regex": "a(?=b)"}, "look-ahead"),
         ({"regex": r"[^\s\S]"}, "regex cannot be used: no text"),
+        ({"regex": "\ud800"}, "regex cannot be used: .*surrogates"),
+        ({"json_schema": nested(300)}, "json_schema cannot be used: recursion limit"),
+        ({"json_schema": nested(5000)}, "json_schema is no JSON: maximum recursion"),
+        ({"json_schema": {"enum": [{1}]}}, "json_schema is no JSON: .*set"),
         ({"grammar": "start: foo"}, "grammar cannot be used: .*unknown name"),
     ],
 )
