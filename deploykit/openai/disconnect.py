@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import TypeVar
@@ -59,7 +60,8 @@ class _EventStream(Response):
         self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await while_connected(receive, self._send(send))
+        with contextlib.suppress(ClientDisconnect):
+            await while_connected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
         async with aclosing(self._events):

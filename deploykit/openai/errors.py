@@ -40,7 +40,7 @@ class ApiError(RequestError):
 
 def overloaded(message: str) -> ApiError:
     """Return the error for a full queue."""
-    return ApiError(f"{message}; send fewer requests at once, or try again later", 429, code="queue_full")
+    return ApiError(f"{message}; send fewer requests at once", 429, code="queue_full")
 
 
 def restarting(message: str) -> ApiError:

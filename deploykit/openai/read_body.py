@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -11,6 +13,8 @@ from starlette.requests import Request
 from deploykit.openai.errors import ApiError
 
 MAX_BODY_BYTES = 8 << 20
+_LARGE_BYTES = 256 << 10
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 MAX_DEPTH = 64
 """Deepest nesting of lists and objects in a body."""
 
@@ -38,7 +42,9 @@ async def read_body(request: Request, kind: type[Read]) -> Read:
         if size > MAX_BODY_BYTES:
             raise ApiError(f"the body has more than {MAX_BODY_BYTES:,} bytes", 413, code="body_too_large")
         parts.append(part)
-    return parse_body(b"".join(parts), kind)
+    raw = b"".join(parts)
+    # A large body would hold up all other requests.
+    return parse_body(raw, kind) if size < _LARGE_BYTES else await asyncio.to_thread(parse_body, raw, kind)
 
 
 def parse_body(raw: bytes, kind: type[Read]) -> Read:
@@ -69,18 +75,20 @@ def _check(data: Any, *, escapes: bool) -> None:
     waiting: list[tuple[tuple[str | int, ...], Any]] = [((), data)]
     while waiting:
         place, value = waiting.pop()
-        if isinstance(value, dict):
-            if escapes:
-                waiting += ((place, name) for name in value)
-            waiting += (((*place, name), item) for name, item in value.items())
-        elif isinstance(value, list):
-            waiting += (((*place, index), item) for index, item in enumerate(value))
-        elif escapes and isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-            param = field_name(place)
-            raise ApiError(f"{param}: the text has half a surrogate pair, so it is not Unicode", param=param)
         if len(place) > MAX_DEPTH:
             param = field_name(place[:1])
             raise ApiError(f"{param}: nested more than {MAX_DEPTH} levels deep", param=param)
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            if isinstance(item, dict | list):
+                waiting.append(((*place, name), item))
+            if escapes and (_broken(item) or _broken(name)):
+                param = field_name((*place, name))
+                raise ApiError(f"{param}: the text has half a surrogate pair, so it is not Unicode", param=param)
+
+
+def _broken(value: Any) -> bool:
+    return isinstance(value, str) and not value.isascii() and _SURROGATE.search(value) is not None
 
 
 def field_name(place: tuple[str | int, ...]) -> str:
@@ -92,13 +100,13 @@ def field_name(place: tuple[str | int, ...]) -> str:
 
 
 def _printable(name: str) -> str:
-    return name.encode(errors="replace").decode()[:100]
+    return name.encode(errors="replace").decode()[:100] or '""'
 
 
 def _refusal(error: ValidationError) -> ApiError:
     """Return the first fault as an ApiError."""
     fault = error.errors(include_url=False, include_input=False)[0]
-    param = field_name(fault["loc"]) or None
+    param = field_name(fault["loc"]) if fault["loc"] else None
     if fault["type"] == "extra_forbidden":
         return ApiError(f"{param}: this field is not supported", param=param, code="unsupported_parameter")
     if fault["type"] == "missing":

@@ -36,6 +36,7 @@ class ToolCallParser:
     def __init__(self, functions: Collection[str]) -> None:
         self._functions = functions
         self._held = ""
+        self._opening = ""  # the tag of the call being read, and the white space before it
         self._where: Literal["start", "text", "call", "json"] = "start"
         self._called = False
 
@@ -51,8 +52,10 @@ class ToolCallParser:
             elif self._where == "text":
                 before, tag, after = self._held.partition(_OPEN)
                 if tag:
-                    if before.strip():
-                        yield before.rstrip()
+                    certain = len(before.rstrip())
+                    if certain:
+                        yield before[:certain]
+                    self._opening = before[certain:] + tag
                     self._held, self._where = after, "call"
                     continue
                 certain = _certain(self._held)
@@ -64,7 +67,7 @@ class ToolCallParser:
                 inner, tag, after = self._held.partition(_CLOSE)
                 if not tag:
                     return
-                yield from self._calls(inner) or [f"{_OPEN}{inner}{_CLOSE}"]
+                yield from self._calls(inner) or [self._opening + inner + tag]
                 self._held, self._where = after, "text"
             else:
                 return
@@ -74,7 +77,7 @@ class ToolCallParser:
         if self._where == "json":
             yield from self._calls(self._held) or [self._held]
         elif self._where == "call":
-            yield from self._calls(self._held) or [_OPEN + self._held]
+            yield from self._calls(self._held) or [self._opening + self._held]
         elif self._held and not (self._called and self._held.isspace()):
             yield self._held
         self._held = ""

@@ -138,7 +138,8 @@ def take_ports(address: str, wanted: Sequence[tuple[str, int]]) -> list[int]:
 
 def listen(protocol: str, address: str, port: int) -> socket.socket:
     """Return a listening socket for ``protocol``; port 0 takes a free one. Raises ServerError as ``take_ports`` does."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    # asyncio sets TCP_NODELAY only on sockets that name their protocol; without it each answer takes 40 ms more.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((address, port))

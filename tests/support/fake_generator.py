@@ -7,12 +7,13 @@ import json
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from deploykit.openai.errors import ApiError, overloaded, restarting
+from deploykit.openai.errors import ApiError, restarting
 from deploykit.openai.generator import Asked, Piece
 
-ENDLESS, HANGS, FULL, LOST, BREAKS, TOO_LONG = "endless", "hangs", "full", "lost", "breaks", "too long"
-"""Prompts that make the model go on forever, give no first token, have a full queue, be restarting, die after the first
-token, and refuse the prompt."""
+ENDLESS, SLOW, HANGS, FULL = "endless", "slow", "hangs", "full"
+"""Prompts that make the model go on forever, take a second, give no first token, and have a full queue."""
+LOST, BREAKS, TOO_LONG = "lost", "breaks", "too long"
+"""Prompts that make it be restarting, die after the first token, and refuse the prompt."""
 
 
 class FakeGenerator:
@@ -45,7 +46,7 @@ class FakeGenerator:
             self.lost_for = max(0, self.lost_for - 1)
             raise restarting("the server is being restarted")
         if prompt == FULL:
-            raise overloaded("the queue is full")
+            raise ApiError("the queue is full", 429)
         if prompt == TOO_LONG:
             raise ApiError("text_input has 9000 tokens, the context is 2048", param="prompt")
         if prompt == HANGS:
@@ -59,7 +60,7 @@ class FakeGenerator:
                 yield self._piece(asked, prompt, answers, step)
                 if prompt == BREAKS:
                     raise restarting("the connection was lost")
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.15 if prompt == SLOW else 0)
         elif prompt == ENDLESS:
             await asyncio.Event().wait()
         else:

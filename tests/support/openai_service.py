@@ -1,0 +1,56 @@
+"""A server of OpenAI's API on a real port, in front of a fake Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from fake_triton import FakeTriton
+
+from deploykit.errors import RequestError
+from deploykit.openai.app import create_app
+from deploykit.openai.server import OpenAIServer
+from deploykit.openai.triton_generator import TritonGenerator
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.protocol import TaskFacts
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.triton.preflight import listen
+
+MODELS: dict[str, TaskFacts] = {
+    "writer": TextGeneration("llama", 100, 2048, 0, (1,)),
+    "tweets": Classification(("bad", "good"), max_length=64, pad_token_id=0),
+}
+
+
+class Tweets:
+    """A classifier: a text is good if it says so. It refuses a text that says "refuse"; "full" finds its queue full."""
+
+    task = MODELS["tweets"]
+
+    def scores(self, texts: Sequence[str]) -> Any:
+        if "full" in texts:
+            raise RequestError("the queue is full", 503)
+        if any("refuse" in text for text in texts):
+            raise RequestError("this text is refused", 400)
+        return np.array([[0.25, 0.75] if "good" in text else [0.75, 0.25] for text in texts], np.float32)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """``url`` ends with /v1; ``triton`` is what the server asks."""
+
+    url: str
+    triton: FakeTriton
+
+
+def serve(triton: FakeTriton, *, drain: float = 5.0, **options: Any) -> OpenAIServer:
+    """Return a server on a free port that asks ``triton``."""
+    app = create_app(
+        MODELS, TritonGenerator(triton.address), lambda name: Tweets(), created=1_790_000_000, **options
+    )  # fmt: skip
+    return OpenAIServer(app, listen("openai", "127.0.0.1", 0), drain=drain)

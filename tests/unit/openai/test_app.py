@@ -1,0 +1,355 @@
+"""Routes, faults and clients that go away, over real sockets: uvicorn, gRPC, a fake Triton."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from fake_generator import BREAKS, ENDLESS, FULL, HANGS, LOST, SLOW, TOO_LONG
+from fake_triton import FakeTriton
+from openai_service import Service, serve
+from served import wait_until
+
+from deploykit.errors import ServerError
+from deploykit.openai import triton_generator
+from deploykit.openai.read_body import MAX_BODY_BYTES
+from deploykit.triton.preflight import listen
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=service.url, timeout=10) as client:
+        yield client
+
+
+def complete(client: httpx.Client, prompt: str, **fields: Any) -> httpx.Response:
+    return client.post("/completions", json={"model": "writer", "prompt": prompt, **fields})
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """Return the contents of the response's events, the last one as text if it is [DONE]."""
+    parts = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    return [part if part == "[DONE]" else json.loads(part) for part in parts]
+
+
+# Routes
+
+
+def test_models_of_all_tasks_are_listed(client: httpx.Client) -> None:
+    listed = client.get("/models").json()
+    assert [(model["id"], model["task"]) for model in listed["data"]] == [
+        ("writer", "text-generation"),
+        ("tweets", "classification"),
+    ]
+    assert client.get("/models/tweets").json() == listed["data"][1]
+
+
+def test_texts_are_classified_and_a_refused_one_fails_alone(client: httpx.Client) -> None:
+    answer = client.post("/classify", json={"model": "tweets", "input": ["good day", "refuse this", "rain"]})
+    assert answer.status_code == 200
+    good, refused, bad = answer.json()["data"]
+    assert (good["index"], good["label"], good["score"]) == (0, "good", 0.75)
+    assert refused == {"index": 1, "error": "this text is refused"}
+    assert bad["label"] == "bad"
+    only = client.post("/classify", json={"model": "tweets", "input": "refuse this"})
+    assert only.status_code == 400
+    assert only.json()["error"]["param"] == "input"
+
+
+def test_a_pair_is_refused_by_a_model_of_single_texts(client: httpx.Client) -> None:
+    answer = client.post("/classify", json={"model": "tweets", "input": [["a", "b"]]})
+    assert answer.status_code == 400
+    assert "the model reads one text" in answer.json()["error"]["message"]
+
+
+def test_a_full_queue_of_a_classifier_is_429(client: httpx.Client) -> None:
+    assert client.post("/classify", json={"model": "tweets", "input": "full"}).status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("route", "model", "fields"),
+    [("translate", "tweets", {"input": "x"}), ("classify", "writer", {"input": "x"}),
+     ("chat/completions", "tweets", {"messages": MESSAGES}), ("completions", "tweets", {"prompt": "x"})],
+)  # fmt: skip
+def test_a_model_on_a_route_of_another_task_is_refused(
+    client: httpx.Client, route: str, model: str, fields: dict[str, Any]
+) -> None:
+    answer = client.post(f"/{route}", json={"model": model, **fields})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "wrong_task")
+    unknown = client.post(f"/{route}", json={"model": "nobody", **fields})
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_health_follows_triton(service: Service, client: httpx.Client) -> None:
+    root = service.url.removesuffix("/v1")
+    assert client.get(f"{root}/health").status_code == 200
+    service.triton.model.lost_for = 1
+    assert client.get(f"{root}/health").status_code == 503
+    service.triton.model.lost_for = 0
+
+
+def test_metrics_are_tritons(service: Service) -> None:
+    with FakeTriton() as triton, serve(triton, metrics_url=f"{service.url}/models") as server:
+        answer = httpx.get(f"{server.url.removesuffix('/v1')}/metrics")
+    assert answer.json()["object"] == "list"
+    assert answer.headers["content-type"].startswith("text/plain")
+
+
+def test_unknown_routes_and_methods_have_errors_of_the_apis_form(client: httpx.Client) -> None:
+    for answer, status in ((client.get("/no/such"), 404), (client.get("/completions"), 405)):
+        assert answer.status_code == status
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+# What is sent to the model
+
+
+def test_fields_reach_the_model_under_its_names(service: Service, client: httpx.Client) -> None:
+    complete(client, "x", max_tokens=3, min_tokens=1, top_k=5, min_p=0.1, typical_p=0.9, seed=4, stop="!", n=2,
+             logit_bias={"7": -100}, presence_penalty=1, repetition_penalty=1.2, ignore_eos=True, stop_token_ids=[3],
+             user="me", metadata={"a": 1}, temperature=None, response_format={"type": "text"})  # fmt: skip
+    assert service.triton.model.asked[-1].sampling == {
+        "max_new_tokens": 3, "min_new_tokens": 1, "top_k": 5, "min_p": 0.1, "typical_p": 0.9, "seed": 4, "stop": ["!"],
+        "n": 2, "logit_bias": {"7": -100}, "presence_penalty": 1, "repetition_penalty": 1.2, "ignore_eos": True,
+        "stop_token_ids": [3],
+    }  # fmt: skip
+    client.post("/chat/completions", json={"model": "writer", "messages": MESSAGES})
+    assert service.triton.model.asked[-1].sampling == {"n": 1}
+
+
+def test_messages_are_written_as_templates_read_them(service: Service, client: httpx.Client) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+    messages = [
+        {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": [{"type": "text", "text": "Wea"}, {"type": "text", "text": "ther?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c1", "content": "Sunny"},
+    ]
+    body = {"model": "writer", "messages": messages, "tools": [TOOL]}
+    assert client.post("/chat/completions", json=body).status_code == 200
+    sent = json.loads(service.triton.model.asked[-1].messages or "")
+    assert sent["tools"] == [TOOL]
+    assert [m["role"] for m in sent["messages"]] == ["system", "user", "assistant", "tool"]
+    assert [m["content"] for m in sent["messages"]] == ["Be short.", "Weather?", "", "Sunny"]
+    assert sent["messages"][2]["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+    client.post("/chat/completions", json={**body, "tool_choice": "none"})
+    assert isinstance(json.loads(service.triton.model.asked[-1].messages or ""), list)
+
+
+def test_best_of_keeps_the_answers_with_the_highest_mean_log_probability(client: httpx.Client) -> None:
+    answer = complete(client, "x", temperature=1, best_of=4, n=2).json()
+    # The fake model's last answers are its best.
+    assert ["answer 3" in answer["choices"][0]["text"], "answer 2" in answer["choices"][1]["text"]] == [True, True]
+    assert answer["usage"]["completion_tokens"] == 4 * 6
+
+
+def test_a_call_in_hermes_form_is_streamed_as_a_call(client: httpx.Client) -> None:
+    body = {"model": "writer", "messages": [{"role": "user", "content": "weather?"}], "tools": [TOOL]}
+    message = client.post("/chat/completions", json=body).json()["choices"][0]["message"]
+    assert message["content"] == "I look it up."
+    assert message["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Oslo"}'}
+    *chunks, done = events(client.post("/chat/completions", json={**body, "stream": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert done == "[DONE]"
+    assert "".join(delta.get("content") or "" for delta in deltas) == message["content"]
+    (call,) = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert call["function"] == message["tool_calls"][0]["function"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+# Faults
+
+
+def test_a_full_queue_is_429(client: httpx.Client) -> None:
+    for stream in (False, True):
+        answer = complete(client, FULL, stream=stream)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+        assert "retry-after" in answer.headers
+
+
+def test_a_refusal_of_the_model_names_the_field(client: httpx.Client) -> None:
+    answer = complete(client, TOO_LONG, stream=True)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompt")
+    assert "2048" in answer.json()["error"]["message"]
+
+
+def test_a_stream_whose_model_dies_ends_with_an_error(client: httpx.Client) -> None:
+    first, last = events(complete(client, BREAKS, stream=True))
+    assert first["choices"][0]["text"] == "Paris"
+    assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "model_restarting")
+
+
+def test_one_failed_prompt_ends_the_request(service: Service, client: httpx.Client) -> None:
+    body = {"model": "writer", "prompt": [ENDLESS, BREAKS], "stream": True}
+    assert "error" in events(client.post("/completions", json=body))[-1]
+    full = client.post("/completions", json={**body, "prompt": [HANGS, FULL]})
+    assert full.status_code == 429
+    assert wait_until(lambda: service.triton.model.running == 0, 5)
+
+
+def test_a_new_request_waits_while_triton_restarts(client: httpx.Client, service: Service) -> None:
+    service.triton.model.lost_for = 2
+    assert complete(client, "x").status_code == 200
+    assert service.triton.model.lost_for == 0
+
+
+def test_a_model_that_stays_away_is_503(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_generator, "PATIENCE_S", 0.3)
+    for stream in (False, True):
+        answer = complete(client, LOST, stream=stream)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_restarting")
+
+
+def test_requests_are_answered_again_after_the_server_was_replaced() -> None:
+    with FakeTriton() as first, serve(first) as server, httpx.Client(base_url=server.url, timeout=10) as client:
+        assert complete(client, "x").status_code == 200
+        port = int(first.address.rpartition(":")[2])
+        with client.stream(
+            "POST", "/completions", json={"model": "writer", "prompt": ENDLESS, "stream": True}
+        ) as open_:
+            lines = open_.iter_lines()
+            next(lines)
+            first.kill()
+            assert "model_restarting" in list(filter(None, lines))[-1]
+        answers: list[int] = []
+        waiting = threading.Thread(target=lambda: answers.append(complete(client, "x").status_code))
+        waiting.start()
+        with FakeTriton(port):
+            waiting.join()
+        assert answers == [200]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", [HANGS, ENDLESS])
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+def test_a_client_that_goes_away_cancels_its_request(service: Service, route: str, prompt: str, stream: bool) -> None:
+    before = len(service.triton.model.asked)
+    fields = (
+        {"prompt": [prompt, prompt]} if route == "completions" else {"messages": [{"role": "user", "content": prompt}]}
+    )
+    content = json.dumps({"model": "writer", "stream": stream, **fields}).encode()
+    address = urlsplit(service.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        head = f"POST /v1/{route} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
+        if stream and prompt == ENDLESS:
+            assert b"200 OK" in connection.recv(1000)
+        assert wait_until(lambda: len(service.triton.model.asked) > before and service.triton.model.running > 0, 5)
+    assert wait_until(lambda: service.triton.model.running == 0, 5)
+
+
+def test_a_client_that_reads_nothing_stops_nobody(service: Service, client: httpx.Client) -> None:
+    content = json.dumps({"model": "writer", "stream": True, "prompt": ENDLESS}).encode()
+    address = urlsplit(service.url)
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+        )
+        connection.sendall(content)
+        assert wait_until(lambda: service.triton.model.running > 0, 5)
+        time.sleep(0.5)  # its buffers fill
+        assert complete(client, "x").status_code == 200
+    assert wait_until(lambda: service.triton.model.running == 0, 5)
+
+
+# Bodies
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "told"),
+    [
+        (b"", 400, "not JSON"), (b"{", 400, "not JSON"), (b"[]", 400, "JSON object"), (b"\xff{}", 400, "byte 0xff at position 0"),
+        (b'{"seed": NaN}', 400, "NaN"), (b"[" * 100_000, 400, "not JSON"), (b'{"seed": ' + b"9" * 5000 + b"}", 400, "not JSON"),
+        (b'{"metadata": ' + b"[" * 70 + b"]" * 70 + b"}", 400, "metadata: nested"),
+        (b'{"model": "writer", "prompt": "\\ud800"}', 400, "prompt: the text has half a surrogate"),
+        (b'{"model": "writer", "prompt": "x", "metadata": {"\\udc00": 1}}', 400, "metadata: the text has half"),
+        (b'{"a": "' + b"x" * MAX_BODY_BYTES + b'"}', 413, "more than 8,388,608 bytes"),
+    ],
+)  # fmt: skip
+def test_a_body_that_is_no_request_is_refused(client: httpx.Client, content: bytes, status: int, told: str) -> None:
+    answer = client.post("/completions", content=content)
+    assert (answer.status_code, told in answer.json()["error"]["message"]) == (status, True), answer.text
+
+
+# Keys
+
+
+def test_every_route_but_health_needs_a_key() -> None:
+    with FakeTriton() as triton, serve(triton, api_keys=["first", "second"]) as server:
+        root = server.url.removesuffix("/v1")
+        with httpx.Client(base_url=root) as client:
+            assert client.get("/health").status_code == 200
+            for headers in (
+                {},
+                {"authorization": "Bearer wrong"},
+                {"authorization": "first"},
+                {"authorization": b"Bearer \xff"},
+            ):
+                for method, route in (
+                    ("GET", "/v1/models"),
+                    ("GET", "/metrics"),
+                    ("POST", "/v1/chat/completions"),
+                    ("GET", "/no"),
+                ):
+                    answer = client.request(method, route, headers=headers)  # type: ignore[arg-type]
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+            for key in ("first", "second"):
+                assert client.get("/v1/models", headers={"authorization": f"bearer {key}"}).status_code == 200
+
+
+# Stopping
+
+
+def test_a_stop_lets_streams_finish_and_accepts_no_more() -> None:
+    with FakeTriton() as triton:
+        answers: list[str] = []
+        with serve(triton, drain=10.0) as server:
+            body = {"model": "writer", "prompt": SLOW, "stream": True}
+            asking = threading.Thread(
+                target=lambda: answers.append(httpx.post(f"{server.url}/completions", json=body, timeout=20).text)
+            )
+            asking.start()
+            assert wait_until(lambda: triton.model.running > 0, 5)
+        asking.join()
+        assert answers[0].endswith("data: [DONE]\n\n")
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/models")
+
+
+def test_a_stop_cancels_what_outlives_the_drain_time() -> None:
+    with FakeTriton() as triton:
+        with serve(triton, drain=0.5) as server:
+            asking = threading.Thread(target=ask_forever, args=(server.url,))
+            asking.start()
+            assert wait_until(lambda: triton.model.running > 0, 5)
+        asking.join()
+        assert wait_until(lambda: triton.model.running == 0, 5)
+
+
+def ask_forever(url: str) -> None:
+    with pytest.raises(httpx.HTTPError):
+        httpx.post(f"{url}/completions", json={"model": "writer", "prompt": ENDLESS, "stream": True}, timeout=20)
+
+
+def test_answers_do_not_wait_for_the_clients_acknowledgement() -> None:
+    with listen("openai", "127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # what asyncio needs in order to set TCP_NODELAY
+
+
+def test_a_port_in_use_is_named_with_its_option() -> None:
+    with (
+        listen("openai", "127.0.0.1", 0) as used,
+        pytest.raises(ServerError, match=r"openai port .* is in use") as raised,
+    ):
+        listen("openai", "127.0.0.1", used.getsockname()[1])
+    assert "--openai-port" in (raised.value.remedy or "")
