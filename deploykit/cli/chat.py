@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from deploykit.cli.common import PRECISION, SERVER_URL, THREADS, Result, deploykit_command, say
+from deploykit.cli.sampling_options import given_sampling, sampling_options
 from deploykit.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ _HELP = "Ctrl-C stops an answer; /reset begins a new dialog; /exit or Ctrl-D end
 @click.argument("model", metavar="TARGET")
 @SERVER_URL
 @click.option("--system", help="Text of the system message.")
+@sampling_options
 @PRECISION
 @THREADS
 def command(
@@ -29,12 +31,11 @@ def command(
     from deploykit.runtime.sampling import override
     from deploykit.tasks.opening import open_generator
 
-    given = {name: value for name, value in sampling.items() if value not in (None, ())}
     generator = open_generator(model, url=url, precision=precision, threads=threads)
     try:
         if not generator.has_template:
             raise UsageError(f"{model} has no chat template", "continue texts with deploykit generate --raw")
-        chosen = override(generator.task.sampling, given)
+        chosen = override(generator.task.sampling, given_sampling(sampling))
         say(_HELP)
         turns = _talk(generator, chosen, [] if system is None else [{"role": "system", "content": system}])
     finally:

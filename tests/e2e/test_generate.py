@@ -293,7 +293,6 @@ def test_what_cannot_be_done_is_refused_before_training(
          "takes at most 256 tokens"),
         (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--lora-r", 2, "--lora-target-modules",
           "nothing"), 2, "--lora-target-modules nothing"),
-        (("package", export, "--name", "lm", "--model-repository", tmp_path / "models"), 2, "not served yet"),
         (("calibrate", base, "--output-dir", tmp_path / "c"), 2, "needs no calibration"),
         (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--smooth-quant", "--int8"), 2, "--smooth-quant is not"),
         (("export", export / "model.gguf", "--output-dir", tmp_path / "e"), 1, "no such model folder"),

@@ -140,7 +140,7 @@ def test_log_probabilities_of_prompt_and_answer(client: openai.OpenAI, local: Lo
     count = expected.prompt_tokens
     assert answer.logprobs.token_logprobs[0] is None
     assert len(answer.logprobs.token_logprobs) == count + 3
-    assert answer.logprobs.token_logprobs[count:] == pytest.approx([p.logprob for p in expected.logprobs], abs=1e-5)
+    assert answer.logprobs.token_logprobs[count:] == pytest.approx([p["logprob"] for p in expected.logprobs], abs=1e-5)
     assert answer.text.startswith("list the file")
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.errors import EngineError
 from deploykit.runtime.engines.onnxruntime import bind_array, open_session, session_options
 from deploykit.runtime.engines.rows import Ints, power_of_two, without
 
@@ -25,7 +26,7 @@ Logits = NDArray[np.float32]
 Block = NDArray[np.float32]
 """Keys and values of some tokens: [2 x layers, key heads, tokens, head size]."""
 
-MAX_ROWS = 64
+MAX_ROWS = 128
 MAX_CACHE_BYTES = 1 << 30
 _LEAST_PROMPT = 64
 _NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names from 3.11 on
@@ -222,9 +223,14 @@ class _RowCaches:
     """Keys or values of one layer: ``view``, float32 [rows, heads, positions, head size], zeros until written."""
 
     def __init__(self, rows: int, heads: int, positions: int, size: int) -> None:
-        self._memory = mmap.mmap(
-            -1, max(1, rows * heads * positions * size * 4), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-        )
+        length = max(1, rows * heads * positions * size * 4)
+        try:
+            self._memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        except OSError as error:
+            raise EngineError(
+                f"{length / 1e9:.1f} GB of address space for caches cannot be reserved: {error}",
+                "lower --max-num-seqs or --max-cache-mb, or allow overcommit (vm.overcommit_memory 0 or 1)",
+            ) from error
         self.view: NDArray[np.float32] = np.frombuffer(self._memory, np.float32).reshape(rows, heads, positions, size)
 
     def give_back(self, row: int, start: int, end: int) -> None:

@@ -29,7 +29,7 @@ from deploykit.training.weights import read_generation_config
 _PROBE = Row(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
 
 
-_ROWS = 16
+_ROWS = 128
 _SCORED_TOKENS = 2048
 """Most padded tokens of rows that are scored side by side, unless one row has more."""
 

@@ -153,7 +153,9 @@ def test_best_of_keeps_the_likeliest_per_token(tmp_path: Path) -> None:
     [[answer]] = generator.generate(prompts()[:1], replace(sampling, n=1, logprobs=3, temperature=0.0))
     for token, found in zip(answer.ids, answer.logprobs):
         assert found["token_id"] == found["top"][0]["token_id"] == token
-        assert found["logprob"] == found["top"][0]["logprob"] >= found["top"][1]["logprob"] >= found["top"][2]["logprob"]
+        assert (
+            found["logprob"] == found["top"][0]["logprob"] >= found["top"][1]["logprob"] >= found["top"][2]["logprob"]
+        )
 
 
 def test_int8_and_int4_blocks_are_what_onnx_runtime_multiplies_by(tmp_path: Path) -> None:
