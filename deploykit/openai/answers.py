@@ -18,12 +18,11 @@ DONE = "data: [DONE]\n\n"
 
 @dataclass
 class Answer:
-    """One answer so far. ``finish`` is "" while it goes on; ``score`` is the sum of its log probabilities."""
+    """One answer so far. ``finish`` is "" while it goes on."""
 
     text: str = ""
     finish: str = ""
     tokens: int = 0
-    score: float = 0.0
     logprobs: list[Any] = field(default_factory=list)
 
 
@@ -57,8 +56,6 @@ async def collect(pieces: Pieces, usage: Usage) -> list[Answer]:
                 answer.tokens += piece.tokens[index]
                 if piece.logprobs:
                     answer.logprobs += piece.logprobs[index]
-                if piece.scores:
-                    answer.score = piece.scores[index]
     usage.prompt += prompt
     usage.completion += sum(answer.tokens for answer in answers)
     return answers

@@ -33,23 +33,17 @@ class CompletionBody(GenerationBody):
     def _consistent(self) -> CompletionBody:
         if self.best_of is not None and self.best_of < self.n:
             raise ValueError("best_of: it should be at least n")
-        if self.ranked and self.stream:
-            raise ValueError("best_of: answers cannot be ranked while they are streamed; set it to n")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 needs echo")
         if "" in self.prompt:
             raise ValueError("prompt: it is empty")
         return self
 
-    @property
-    def ranked(self) -> bool:
-        """Whether more answers are generated than are returned."""
-        return (self.best_of or self.n) > self.n
-
     def asked(self) -> list[Asked]:
         """Return the request for each prompt."""
         sampling = self.sampling()
-        sampling["n"] = self.best_of or self.n
+        if self.best_of is not None:
+            sampling["best_of"] = self.best_of
         if self.logprobs is not None:
             sampling["logprobs"] = self.logprobs
             if self.echo:
@@ -61,7 +55,6 @@ class CompletionBody(GenerationBody):
                 text=prompt,
                 stream=self.stream,
                 logprobs=self.logprobs is not None,
-                scores=self.ranked,
             )
             for prompt in self.prompt
         ]

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from deploykit.openai.answers import DONE, Answer, Pieces, Usage, collect_all, event, head, merged
+from deploykit.openai.answers import DONE, Pieces, Usage, collect_all, event, head, merged
 from deploykit.openai.completion_request import CompletionBody
 from deploykit.openai.generator import Piece
 from deploykit.openai.logprobs import completion_logprobs
@@ -17,8 +17,7 @@ async def completion(body: CompletionBody, prompts: Sequence[Pieces]) -> dict[st
     usage = Usage()
     choices: list[dict[str, Any]] = []
     for prompt, answers in zip(body.prompt, await collect_all(prompts, usage)):
-        best = sorted(answers, key=_mean_logprob, reverse=True)[: body.n] if body.ranked else answers
-        for answer in best:
+        for answer in answers:
             choice = _Choice(body, len(choices), prompt)
             choices.append(choice.new(answer.text, answer.finish or "stop", answer.logprobs))
     return {**head("text_completion", "cmpl", body.model), "choices": choices, "usage": usage.to_json()}
@@ -72,7 +71,3 @@ class _Choice:
         whole, self._unsent = self._unsent + text, ""
         self.ended = bool(finish)
         return {"index": self._index, "text": whole, "logprobs": logprobs, "finish_reason": finish or None}
-
-
-def _mean_logprob(answer: Answer) -> float:
-    return answer.score / max(answer.tokens, 1)

@@ -11,8 +11,7 @@ from typing import Any, Protocol
 class Asked:
     """A prompt for ``model``: a ``text``, or ``messages`` as JSON (the other is None).
 
-    ``sampling`` has deploykit's names. ``stream``: send each new piece of text. ``logprobs``: send those of the tokens;
-    ``scores``: send the sum of each answer's log probabilities.
+    ``sampling`` has deploykit's names. ``stream``: send each new piece of text. ``logprobs``: send those of the tokens.
     """
 
     model: str
@@ -21,7 +20,6 @@ class Asked:
     messages: str | None = None
     stream: bool = False
     logprobs: bool = False
-    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Piece:
     """A response of the model: what is new in each of the n answers.
 
     ``finishes`` are "stop", "length" or "" while an answer goes on. ``logprobs`` has a list of tokens an answer, each
-    ``{"token", "token_id", "bytes", "logprob", "top"}``; it and ``scores`` are empty unless asked for. ``tokens``
+    ``{"token", "token_id", "bytes", "logprob", "top"}``; it is empty unless asked for. ``tokens``
     counts the new tokens of each answer.
     """
 
@@ -38,7 +36,6 @@ class Piece:
     prompt_tokens: int
     tokens: Sequence[int]
     logprobs: Sequence[Sequence[Mapping[str, Any]]] = ()
-    scores: Sequence[float] = ()
 
 
 class Generator(Protocol):

@@ -18,7 +18,7 @@ def _entry(token: Token) -> dict[str, Any]:
     return {
         "token": text,
         "logprob": token["logprob"],
-        "bytes": token["bytes"] if "bytes" in token else list(text.encode()),
+        "bytes": token["bytes"],
     }
 
 

@@ -110,14 +110,13 @@ async def _request(asked: Asked) -> AsyncIterator[dict[str, Any]]:
         "return_num_input_tokens": True,
         "return_num_output_tokens": True,
         "return_logprobs": asked.logprobs,
-        "return_cumulative_logprob": asked.scores,
     }
     texts = {"text_input": asked.text, "messages": asked.messages, "sampling_parameters": json.dumps(asked.sampling)}
     inputs = [
         _input(name, "BYTES", np.array([text.encode()], np.object_)) for name, text in texts.items() if text is not None
     ]
     inputs += [_input(name, "BOOL", np.array([value])) for name, value in flags.items()]
-    wanted = [*_OUTPUTS, *(["logprobs"] if asked.logprobs else []), *(["cumulative_logprob"] if asked.scores else [])]
+    wanted = [*_OUTPUTS, *(["logprobs"] if asked.logprobs else [])]
     outputs = [triton.InferRequestedOutput(name) for name in wanted]
     yield {"model_name": asked.model, "inputs": inputs, "outputs": outputs}
 
@@ -138,7 +137,6 @@ def _piece(result: Any, asked: Asked) -> Piece:
         column("num_input_tokens")[0],
         column("num_output_tokens"),
         [json.loads(tokens) for tokens in column("logprobs")] if asked.logprobs else (),
-        column("cumulative_logprob") if asked.scores else (),
     )
 
 

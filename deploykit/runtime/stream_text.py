@@ -125,6 +125,13 @@ class TokenDecoder:
                 return token_id, len(text)
         raise ArtifactError("tokenizer.json: no token is a letter or a digit", "copy the tokenizer again")
 
+    def single(self, token_id: int) -> tuple[str, bytes]:
+        """Return one token's text, special tokens included, and its bytes. The text has U+FFFD for a part of a
+        character; the bytes of a byte-level token are exact."""
+        text = str(self.tokenizer.decode([token_id], skip_special_tokens=False))
+        token = self.tokenizer.id_to_token(token_id)
+        return text, _bytes(token) if self.kind == "bytes" and token is not None else text.encode()
+
     def token(self, token_id: int) -> str | None:
         """Return the token as the vocabulary writes it; None for one that gives no text."""
         token = self.tokenizer.id_to_token(token_id)
@@ -144,13 +151,7 @@ class _Bytes:
 
     def add(self, token_id: int) -> str:
         token = self._token(token_id)
-        if token is None:
-            return ""
-        try:
-            data = bytes(_BYTES[character] for character in token)
-        except KeyError:  # an added token is text as it is
-            data = token.encode()
-        return self._utf8.decode(data)
+        return "" if token is None else self._utf8.decode(_bytes(token))
 
     def finish(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -195,6 +196,14 @@ class _Whole:
 
     def finish(self) -> str:
         return self._decoder(self._ids)
+
+
+def _bytes(token: str) -> bytes:
+    """Return the bytes of a token of a byte-level vocabulary."""
+    try:
+        return bytes(_BYTES[character] for character in token)
+    except KeyError:  # an added token is text as it is
+        return token.encode()
 
 
 def _is_byte(token: str) -> bool:

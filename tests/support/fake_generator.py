@@ -73,7 +73,6 @@ class FakeGenerator:
                 [[row for piece in tokens for row in piece.logprobs[i]] for i in range(len(answers))]
                 if asked.logprobs
                 else (),
-                tokens[-1].scores,
             )
 
     def _piece(self, asked: Asked, prompt: str, answers: Sequence[tuple[list[str], str]], step: int) -> Piece:
@@ -90,12 +89,13 @@ class FakeGenerator:
             len(split(prompt)),
             [len(tokens) for tokens in new],
             rows if asked.logprobs else (),
-            # The last answer is the best.
-            [-float(len(answers) - i) for i in range(len(answers))] if asked.scores else (),
         )
 
     def _row(self, token: str, asked: Asked) -> dict[str, Any]:
-        top = [{"token": f"t{i}", "token_id": i, "logprob": -1.0 - i} for i in range(asked.sampling.get("logprobs", 0))]
+        top = [
+            {"token": f"t{i}", "token_id": i, "bytes": list(b"t%d" % i), "logprob": -1.0 - i}
+            for i in range(asked.sampling.get("logprobs", 0))
+        ]
         return {"token": token, "token_id": len(token), "bytes": list(token.encode()), "logprob": -0.5, "top": top}
 
 

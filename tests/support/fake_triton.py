@@ -18,8 +18,10 @@ from deploykit.openai.errors import ApiError
 from deploykit.openai.generator import Asked, Piece
 
 _CODES = {400: grpc.StatusCode.INVALID_ARGUMENT, 429: grpc.StatusCode.UNAVAILABLE, 503: grpc.StatusCode.UNAVAILABLE}
-_DTYPES: dict[str, tuple[str, type]] = {"num_input_tokens": ("UINT32", np.uint32), "num_output_tokens": ("UINT32", np.uint32),
-                                        "cumulative_logprob": ("FP32", np.float32)}  # fmt: skip
+_DTYPES: dict[str, tuple[str, type]] = {
+    "num_input_tokens": ("UINT32", np.uint32),
+    "num_output_tokens": ("UINT32", np.uint32),
+}
 
 
 class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -88,7 +90,6 @@ def read(request: Any) -> Asked:
         values.get("messages"),
         values["stream"],
         values["return_logprobs"],
-        values["return_cumulative_logprob"],
     )
 
 
@@ -99,7 +100,6 @@ def write(piece: Piece, wanted: list[str]) -> Any:
         "finish_reason": list(piece.finishes),
         "num_input_tokens": [piece.prompt_tokens],
         "num_output_tokens": list(piece.tokens),
-        "cumulative_logprob": list(piece.scores),
         "logprobs": [json.dumps(rows) for rows in piece.logprobs],
     }
     response = service_pb2.ModelInferResponse(model_name="m")

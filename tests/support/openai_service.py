@@ -16,11 +16,14 @@ from deploykit.openai.triton_generator import TritonGenerator
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.translated import Translated
 from deploykit.triton.preflight import listen
 
 MODELS: dict[str, TaskFacts] = {
     "writer": TextGeneration("llama", 100, 2048, 0, (1,)),
     "tweets": Classification(("bad", "good"), max_length=64, pad_token_id=0),
+    "en-fr": Translation("en", "fr", "marian", 100, 64, 64, 0, (1,), 0),
 }
 
 
@@ -40,6 +43,18 @@ class Tweets:
         """Do nothing."""
 
 
+class EnFr:
+    """A translator that writes texts in capitals."""
+
+    task = MODELS["en-fr"]
+
+    def translate(self, texts: Sequence[str], generation: Any = None, **options: Any) -> list[Translated]:
+        return [Translated(text.upper(), 0.0, 1, 2, "eos") for text in texts]
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 @dataclass(frozen=True)
 class Service:
     """``url`` ends with /v1; ``triton`` is what the server asks."""
@@ -51,6 +66,6 @@ class Service:
 def serve(triton: FakeTriton, *, drain: float = 5.0, **options: Any) -> OpenAIServer:
     """Return a server on a free port that asks ``triton``."""
     app = create_app(
-        MODELS, TritonGenerator(triton.address), lambda name: Tweets(), created=1_790_000_000, **options
+        MODELS, TritonGenerator(triton.address), lambda name: EnFr() if name == "en-fr" else Tweets(), created=1_790_000_000, **options
     )  # fmt: skip
     return OpenAIServer(app, listen("openai", "127.0.0.1", 0), drain=drain)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.errors import DataError
+from deploykit.errors import DataError, DeploykitError
 from deploykit.runtime.engines.causal_lm import CausalLm, Logits
 from deploykit.runtime.sampling import Sampler, Sampling
 from deploykit.runtime.stream_text import StreamText
@@ -47,13 +47,14 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
     def record(self, tokenizer: ChatTokenizer) -> dict[str, Any]:
-        """Return it as JSON: ``token`` (text), ``token_id``, ``logprob``, and the same of each in ``top``."""
+        """Return it as JSON: ``token`` (text), ``token_id``, ``bytes``, ``logprob``, and the same of each in ``top``."""
         top = [_token_record(tokenizer, token, logprob) for token, logprob in self.top]
         return {**_token_record(tokenizer, self.token, self.logprob), "top": top}
 
 
 def _token_record(tokenizer: ChatTokenizer, token: int, logprob: float) -> dict[str, Any]:
-    return {"token": tokenizer.token_text(token), "token_id": token, "logprob": round(logprob, 6)}
+    text, data = tokenizer.text_decoder.single(token)
+    return {"token": text, "token_id": token, "bytes": list(data), "logprob": round(logprob, 6)}
 
 
 @dataclass(eq=False)
@@ -80,6 +81,7 @@ class Query:
     """A prompt, and the answers that are generated to it, each with one of the ``constraints`` if there are any.
     ``on_tokens`` is called after a step that brought tokens.
 
+    ``error``: why it has no answers: its constraint became too complex to follow.
     ``prompt_logprobs``: also find those of the prompt's tokens, of which the first has none.
     """
 
@@ -89,6 +91,7 @@ class Query:
     on_tokens: Callable[[Query], None] | None = None
     prompt_logprobs: bool = False
     cancelled: bool = False
+    error: DeploykitError | None = None
     answers: list[Answer] = field(default_factory=list)
     of_prompt: list[TokenLogprob] = field(default_factory=list)
 
@@ -101,7 +104,9 @@ class Query:
         """Return the answers, once they are done: of more than ``n`` those of the highest mean log-probability."""
         if len(self.answers) <= self.sampling.n:
             return self.answers
-        return sorted(self.answers, key=lambda answer: -answer.total_logprob / len(answer.ids))[: self.sampling.n]
+        return sorted(self.answers, key=lambda answer: -answer.total_logprob / max(len(answer.ids), 1))[
+            : self.sampling.n
+        ]
 
 
 class Decoder:
@@ -228,7 +233,10 @@ class Decoder:
             stream = StreamText(self._tokenizer.text_decoder, sampling.stop, sampling.min_new_tokens)
             answer = Answer(query, number, sampler, stream, constraint)
             query.answers.append(answer)
-            self._extend(answer, logits)
+            if sampling.max_new_tokens:
+                self._extend(answer, logits)
+            else:  # only the prompt's log-probabilities are wanted
+                answer.finish = "length"
             if answer.finish is None:
                 self._model.admit(reserved)
                 self.running.append(answer)
@@ -236,7 +244,11 @@ class Decoder:
     def _extend(self, answer: Answer, logits: NDArray[np.float32]) -> None:
         """Choose the next token of an answer, and see whether it ends the answer."""
         sampling, ids = answer.query.sampling, answer.ids
-        token = answer.sampler.choose(logits)
+        try:
+            token = answer.sampler.choose(logits)
+        except DeploykitError as error:
+            answer.query.error, answer.finish = error, "stop"
+            return
         ids.append(token)
         self.tokens += 1
         if sampling.logprobs is not None or sampling.candidates > sampling.n:

@@ -89,10 +89,6 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.text_decoder(ids)
 
-    def token_text(self, token_id: int) -> str:
-        """Return the text of one token, special ones included; U+FFFD for a part of a character."""
-        return str(self.tokenizer.decode([token_id], skip_special_tokens=False))
-
     def encode_row(self, row: Row, loss_on: LossOn = "completion") -> EncodedRow:
         """Return the ids of a row to train on or to measure. Raises DataError when the template refuses the dialog."""
         if row.text is not None:

@@ -181,7 +181,9 @@ class LocalGenerator:
 
 
 def generated(query: Query, tokenizer: ChatTokenizer) -> list[Generated]:
-    """Return the answers of a query that is done."""
+    """Return the answers of a query that is done. Raises its error, if it has one."""
+    if query.error is not None:
+        raise query.error
     answers = []
     for answer in query.kept():
         assert answer.finish is not None

@@ -8,6 +8,7 @@ Source: Triton vLLM backend README; Triton Python backend README, "Decoupled mod
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -148,7 +149,12 @@ class _Asked:
         given = dict(self._given)
         if self.wanted & {"logprobs", "cumulative_logprob"} or self.echo:
             given.setdefault("logprobs", 0)
-        return override(task.sampling, given)
+        # Who wants the prompt's log-probabilities alone asks for no tokens.
+        scored_only = self.echo and given.get("max_new_tokens") == 0
+        if scored_only:
+            del given["max_new_tokens"]
+        found = override(task.sampling, given)
+        return dataclasses.replace(found, max_new_tokens=0, min_new_tokens=0) if scored_only else found
 
     def prompt_ids(self, tokenizer: ChatTokenizer) -> list[int]:
         if self.text is not None:
@@ -216,7 +222,9 @@ class _Client:
             self._call(self._send_piece)
 
     def answer(self) -> None:
-        if self._asked.stream:
+        if (error := self.query.error) is not None:
+            send_last(self._sender, RefusedError(f"{error.message}: {error.remedy}").response())
+        elif self._asked.stream:
             self._send_piece()
             send_last(self._sender)
         else:
