@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import signal
 import socket
@@ -14,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from deploykit.cli.common import MODEL_REPOSITORY, Result, deploykit_command, say
-from deploykit.errors import UsageError
+from deploykit.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from deploykit.triton.server import TritonServer
@@ -72,7 +73,7 @@ def command(
     **options: Any,
 ) -> Result:
     from deploykit.artifacts import new_file
-    from deploykit.triton.preflight import listen, resolve
+    from deploykit.triton.preflight import SERVE_EXTRA, listen, resolve
     from deploykit.triton.server import TritonServer
 
     if ready_timeout <= 0 or drain < 0:
@@ -86,6 +87,8 @@ def command(
         raise UsageError(
             "an API key is empty, or has white space at an end or other than ASCII letters", "give another"
         )
+    if openai_port is not None and not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
+        raise MissingDependencyError("FastAPI and uvicorn, which --openai-port needs, are not installed", SERVE_EXTRA)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

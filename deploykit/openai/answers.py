@@ -75,6 +75,11 @@ async def merged(prompts: Sequence[Pieces]) -> AsyncGenerator[tuple[int, Piece],
 
     The first failure ends all. Closing it closes all.
     """
+    if len(prompts) == 1:  # without the cost of a task and a queue
+        async with aclosing(prompts[0]) as only:
+            async for piece in only:
+                yield 0, piece
+        return
     ready: asyncio.Queue[tuple[int, Piece | BaseException | None]] = asyncio.Queue(maxsize=1)
 
     async def pass_on(number: int, pieces: Pieces) -> None:
