@@ -149,7 +149,7 @@ class _Asked:
         given = dict(self._given)
         if self.wanted & {"logprobs", "cumulative_logprob"} or self.echo:
             given.setdefault("logprobs", 0)
-        # Who wants the prompt's log-probabilities alone asks for no tokens.
+        # A client that wants only the prompt's log-probabilities asks for no tokens.
         scored_only = self.echo and given.get("max_new_tokens") == 0
         if scored_only:
             del given["max_new_tokens"]
