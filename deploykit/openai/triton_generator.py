@@ -88,7 +88,8 @@ class TritonGenerator:
         return self._client
 
     async def _stream(self, asked: Asked) -> AsyncGenerator[Piece, None]:
-        # With this header an error has its status code, and ends the stream.
+        # With this header an error has its status code, and ends the stream. The model must send the error with the flag
+        # of the last response in one call: Triton 2.51 crashes if the flag follows alone.
         call = self._connection().stream_infer(_request(asked), headers={"triton_grpc_error": "true"})
         try:
             async for result, error in call:
