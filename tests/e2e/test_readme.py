@@ -46,7 +46,7 @@ def _commands(block: str) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(960)  # the commands of all pages
 def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, tmp_path: Path) -> None:
-    for port in (8000, 8001, 8002, 8010, 8011, 8012, 9000):
+    for port in (8000, 8001, 8002, 8010, 8011, 8012, 8020, 8021, 8022, 8030, 8031, 8032, 9000, 9030):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 pytest.skip(f"port {port}, which the docs use, is taken on this machine")

@@ -363,7 +363,9 @@ def test_a_client_needs_no_engine() -> None:
 # Streams
 
 
-def stream(server: TritonServer, text: str, parameters: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+def stream(
+    server: TritonServer, text: str, parameters: dict[str, Any] | None = None, headers: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Return a gRPC stream's responses to one document, a dictionary for each sentence. Raises the server's errors."""
     import tritonclient.grpc as triton
 
@@ -376,7 +378,7 @@ def stream(server: TritonServer, text: str, parameters: dict[str, Any] | None = 
             done.set()
 
     with triton.InferenceServerClient(server.urls.grpc) as client:
-        client.start_stream(receive)
+        client.start_stream(receive, headers=headers)
         client.async_stream_infer("fr_stream", [grpc_text([text], (1,))], parameters=parameters or {})
         assert done.wait(60)
         client.stop_stream()
@@ -449,6 +451,8 @@ def test_a_stream_refuses_as_its_model_does(server: TritonServer) -> None:
         stream(server, DOCUMENT, {"beam_size": 0})
     with pytest.raises(Exception, match="the text has 1000001 characters"):
         stream(server, "x" * 1_000_001)
+    with pytest.raises(Exception, match="beam_size is 0: give a whole number"):  # it crashed Triton
+        stream(server, DOCUMENT, {"beam_size": 0}, {"triton_grpc_error": "true"})
     assert stream(server, "The fox.")[-1]["FINAL"]
 
 

@@ -21,6 +21,7 @@ import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest
 from deploykit.errors import DataError
+from deploykit.runtime.triton_decoding import send_last
 from deploykit.runtime.triton_requests import INPUT, CancelledError, FailedError, RefusedError, Rows, parameters_of
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.sentences import split_sentences
@@ -56,14 +57,17 @@ class StreamBackend:
 
     async def _answer(self, request: Any) -> None:
         sender = request.get_response_sender()
+        failed = None
         try:
             await self._stream(request, sender)
         except RefusedError as refusal:
-            sender.send(refusal.response())
+            failed = refusal
         except Exception as error:
             pb_utils.Logger.log_error(traceback.format_exc())
-            sender.send(FailedError(error).response())
-        sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            failed = FailedError(error)
+        # An error is the last response: one that is followed by another crashes Triton 2.51 where the client asks for
+        # gRPC's own status codes (the header triton_grpc_error).
+        send_last(sender, failed and failed.response())
 
     async def _stream(self, request: Any, sender: Any) -> None:
         [text] = Rows(request).texts

@@ -18,7 +18,11 @@ def check(folder: Path, url: str) -> list[str]:
     for model in sorted(path.parent.name for path in folder.glob("*/config.pbtxt")):
         try:
             config = _call(f"{url}/v2/models/{model}/config")
-            if not config.get("model_transaction_policy", {}).get("decoupled"):
+            names = [tensor["name"] for tensor in config["input"]]
+            if "text_input" in names:  # a language model
+                body = {"text_input": "a", "sampling_parameters": '{"max_new_tokens": 1}'}
+                _call(f"{url}/v2/models/{model}/generate", json.dumps(body).encode())
+            elif not config.get("model_transaction_policy", {}).get("decoupled"):
                 inputs = [
                     {"name": t["name"], "datatype": "BYTES", "shape": [1, 1], "data": ["a"]} for t in config["input"]
                 ]
