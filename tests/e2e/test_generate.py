@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,6 +154,50 @@ def test_generate_answers_prompts_and_files(deploykit: Deploykit, export: Path, 
     assert again.read_bytes() == whole, "the same seed gives the same answers"
     code, _, err = deploykit(*words)
     assert (code, "exists" in err) == (1, True)
+
+
+def test_chat_remembers_the_dialog(export: Path, run: Path) -> None:
+    def chat(text: str, *words: object) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "deploykit", "chat", *map(str, words)], input=text, capture_output=True, text=True,
+            check=False, timeout=300,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    prompt = command_rows()[0]["prompt"]
+    generator = TorchGenerator.load(run)
+    asked = [{"role": "user", "content": prompt}]
+    sampling = Sampling(max_new_tokens=20)
+    answers = []
+    for _ in range(2):
+        [[answer]] = generator.reply([asked], sampling)  # type: ignore[misc]
+        answers.append(answer.text)
+        asked = [*asked, {"role": "assistant", "content": answer.text}, {"role": "user", "content": prompt}]
+    code, out, err = chat(f"{prompt}\n{prompt}\n/reset\n{prompt}\n/nonsense\n/exit\n", export, "--max-new-tokens", 20)
+    assert code == 0, err
+    assert out.splitlines() == [*answers, answers[0], ""]
+    assert "/nonsense is no command" in err
+    code, _, err = chat(f"{'x ' * 300}\n", export)
+    assert (code, "tokens, and the model's context holds 256" in err) == (0, True)
+    code, _, err = chat("", export, "--temperature", -1)
+    assert (code, "temperature is -1.0" in err) == (2, True)
+
+
+def test_ctrl_c_stops_only_the_answer(export: Path) -> None:
+    words = [sys.executable, "-u", "-m", "deploykit", "chat", str(export), "--max-new-tokens", "100000", "--ignore-eos"]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(b"list the file here\n")
+    process.stdin.flush()
+    assert process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b"/exit\n")
+    process.stdin.close()
+    assert process.wait(60) == 0
+    process.stdout.close()
+    assert process.stderr is not None
+    process.stderr.close()
 
 
 def test_generate_constrains_answers(deploykit: Deploykit, export: Path, tmp_path: Path) -> None:

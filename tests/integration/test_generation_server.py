@@ -207,7 +207,7 @@ def _leave_grpc(server: TritonServer, *, begun: bool) -> None:
 
 
 def test_a_full_queue_refuses_some_and_answers_the_others_right(url: str, local: LocalGenerator) -> None:
-    prompts = [f"{row['prompt']} {i}" for i in range(3) for row in command_rows()[:40]]
+    prompts = [f"{row['prompt']} {i}" for i in range(4) for row in command_rows()[:50]]
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
 
         def one(prompt: str) -> str | None:
@@ -221,12 +221,28 @@ def test_a_full_queue_refuses_some_and_answers_the_others_right(url: str, local:
 
         with ThreadPoolExecutor(len(prompts)) as pool:
             answers = list(pool.map(one, prompts))
-    assert any(answer is None for answer in answers), "120 at once, 8 rows and a queue of 32"
+    assert any(answer is None for answer in answers), "200 at once, 8 rows and a queue of 32"
     answered = [(prompt, answer) for prompt, answer in zip(prompts, answers) if answer is not None]
     assert len(answered) >= 40
     dialogs = [[{"role": "user", "content": prompt}] for prompt, _ in answered]
     expected = local.reply(dialogs, Sampling(max_new_tokens=60))
     assert [answer for _, answer in answered] == [a[0].text for a in expected if not isinstance(a, DataError)]
+
+
+def test_a_client_that_reads_nothing_stops_nobody(server: TritonServer, url: str, client: openai.OpenAI) -> None:
+    assert idle(server)
+    address, path = url.removeprefix("http://").split("/", 1)
+    silent = [http.client.HTTPConnection(address, timeout=30) for _ in range(4)]
+    body = {"model": "lm", "messages": DIALOG, "stream": True, "max_tokens": 1000, "ignore_eos": True}
+    for connection in silent:
+        connection.request("POST", f"/{path}/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    assert wait_until(lambda: running(server)[0] == 4, 10)
+    answer = client.chat.completions.create(model="lm", messages=DIALOG, max_tokens=5)  # type: ignore[arg-type]
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 5
+    assert wait_until(lambda: running(server) == (0, 0), 60), "the others are decoded to their end"
+    for connection in silent:
+        connection.close()
 
 
 @pytest.mark.parametrize(

@@ -164,8 +164,12 @@ class Decoder:
         """Append a query that was checked to the waiting ones."""
         self.waiting.append(query)
 
-    def step(self) -> list[Query]:
-        """Read parts of prompts, give every row a token, and return the queries that are done."""
+    def step(self, *, steadily: bool = True) -> list[Query]:
+        """Read parts of prompts, give every row a token, and return the queries that are done.
+
+        ``steadily``: read little of the prompts while rows run, so that their tokens come at an even pace. Otherwise
+        rows are filled first, so that fewer steps are needed in all.
+        """
         self._remove([i for i, answer in enumerate(self.running) if answer.query.cancelled])
         grown: dict[Query, None] = {}  # a set in order
         if self.running:
@@ -174,16 +178,16 @@ class Decoder:
                 self._extend(answer, values)
                 grown[answer.query] = None
             self._remove([i for i, answer in enumerate(self.running) if answer.finish is not None])
-        for query in self._read_prompts():
+        for query in self._read_prompts(_PROMPT_TOKENS_BETWEEN if steadily and self.running else _PROMPT_TOKENS):
             grown[query] = None
         for query in grown:
             if query.on_tokens is not None:
                 query.on_tokens(query)
         return [query for query in grown if all(answer.finish is not None for answer in query.answers)]
 
-    def _read_prompts(self) -> Iterator[Query]:
-        """Read some tokens of waiting prompts. Yields those that were read whole: each has its answers' first tokens."""
-        left = _PROMPT_TOKENS_BETWEEN if self.running else _PROMPT_TOKENS
+    def _read_prompts(self, left: int) -> Iterator[Query]:
+        """Read about ``left`` tokens of waiting prompts. Yields those that were read whole: each has its answers' first
+        tokens."""
         while left > 0:
             query = self._reading or self._begin()
             if query is None:

@@ -141,7 +141,7 @@ class LocalGenerator:
             self.decoder.add(query)
         try:
             while not self.decoder.idle:
-                for query in self.decoder.step():
+                for query in self.decoder.step(steadily=False):
                     progress(len(query.answers))
         except BaseException:
             self._new_decoder()  # its queries are of no use to the next call

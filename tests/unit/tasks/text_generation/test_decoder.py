@@ -179,6 +179,52 @@ def test_a_failure_leaves_the_generator_usable(graph: Path, monkeypatch: pytest.
     assert ours.generate([prompt(10)], LONG) == expected
 
 
+def test_ten_thousand_requests_leave_nothing_behind(graph: Path) -> None:
+    import threading
+
+    import psutil
+
+    from deploykit.runtime.decode_loop import DecodeLoop
+
+    class Client:
+        """Half of the clients go before their answer."""
+
+        def __init__(self, number: int) -> None:
+            self.gone, self.done = number % 2 == 1, 0
+
+        def is_cancelled(self) -> bool:
+            return self.gone
+
+        def answer(self) -> None:
+            self.done += 1
+            finished.release()
+
+        def fail(self, error: Exception | None) -> None:
+            self.done += 1
+            finished.release()
+
+    finished = threading.Semaphore(0)
+    loop = DecodeLoop(lambda: generator(graph, max_rows=32), max_queue=20_000, checks=64)
+    process, memory = psutil.Process(), []
+    try:
+        for _ in range(4):
+            clients = [Client(i) for i in range(2_500)]
+            for i, client in enumerate(clients):
+                sampling = Sampling(max_new_tokens=1 + i % 3, n=1 + i % 2, stop=("x",) if i % 5 else ())
+                loop.submit(client, [loop.model.query(prompt(1 + i % 40, i), sampling)])
+            for _client in clients:
+                assert finished.acquire(timeout=120)
+            assert {client.done for client in clients} == {1}
+            memory.append(process.memory_info().rss)
+    finally:
+        loop.close()
+    assert [len(found) for found in (loop._requests, loop._queue, loop._request_by_unit, loop._inbox)] == [0] * 4
+    assert loop._waiting == 0
+    assert loop.model.decoder.idle
+    assert loop.model.decoder.claimed == loop.model.model.rows == 0
+    assert memory[-1] - memory[1] < 30 << 20
+
+
 def test_a_stream_is_the_answer_in_pieces(graph: Path) -> None:
     ours = generator(graph)
     messages = [{"role": "user", "content": "list the files"}]
