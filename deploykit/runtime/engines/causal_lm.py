@@ -28,6 +28,8 @@ Block = NDArray[np.float32]
 
 MAX_ROWS = 128
 MAX_CACHE_BYTES = 1 << 30
+_PREFIX_SHARE = 4
+_LONG = 8192
 _LEAST_PROMPT = 64
 _NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names from 3.11 on
 
@@ -35,12 +37,14 @@ _NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names from 3.
 class CausalLm(Protocol):
     """A decoder-only language model. One caller at a time.
 
-    ``rows`` are in use, of ``max_rows``. ``max_tokens``: most tokens in the caches of all rows.
+    ``rows`` are in use, of ``max_rows``. ``max_tokens``: most tokens in the caches of all rows. ``prefix_tokens``: most
+    tokens of prompts whose caches may be ``saved``.
     """
 
     rows: int
     max_rows: int
     max_tokens: int
+    prefix_tokens: int
 
     def begin(self) -> None:
         """Empty the prompt area."""
@@ -67,7 +71,11 @@ class CausalLm(Protocol):
 
 
 class OnnxCausalLm:
-    """``CausalLm`` on CPU threads, for texts of up to ``context`` tokens. Raises EngineError for an unusable graph."""
+    """``CausalLm`` on CPU threads, for texts of up to ``context`` tokens. Raises EngineError for an unusable graph.
+
+    ``max_cache_bytes`` limits the caches of rows and of saved prompts, which get a quarter of it. None: 1 GiB, or more
+    where a row of 8,192 tokens needs it.
+    """
 
     def __init__(
         self,
@@ -76,7 +84,7 @@ class OnnxCausalLm:
         *,
         context: int,
         max_rows: int = MAX_ROWS,
-        max_cache_bytes: int = MAX_CACHE_BYTES,
+        max_cache_bytes: int | None = None,
     ) -> None:
         self._session = open_session(graph, session_options(threads, spin=True))
         inputs = {i.name: i.shape for i in self._session.get_inputs()}
@@ -84,7 +92,10 @@ class OnnxCausalLm:
         _, self._heads, _, self._size = inputs[self._caches[0]]
         self.vocabulary = int(self._session.get_outputs()[0].shape[1])
         token_bytes = len(self._caches) * self._heads * self._size * 4
-        self.max_rows, self.max_tokens = max_rows, max_cache_bytes // token_bytes
+        if max_cache_bytes is None:
+            max_cache_bytes = max(MAX_CACHE_BYTES, token_bytes * min(context, _LONG) * 4 // 3)
+        self.prefix_tokens = max_cache_bytes // token_bytes // _PREFIX_SHARE
+        self.max_rows, self.max_tokens = max_rows, max_cache_bytes // token_bytes - self.prefix_tokens
         self.rows = 0
         self._prompt = self._empty_prompt(_LEAST_PROMPT)
         self._length = 0

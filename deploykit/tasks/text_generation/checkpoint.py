@@ -40,6 +40,7 @@ class TorchCausalLm:
     rows = 0
     max_rows = _ROWS
     max_tokens = 1 << 62  # not limited
+    prefix_tokens = 2048
 
     def __init__(self, model: Any) -> None:
         self.model = model

@@ -31,7 +31,6 @@ Finish = Literal["eos", "stop", "length"]
 PREFIX_BLOCK = 32
 """Tokens that the cache of prefixes stores and finds together."""
 _QUERY_BLOCK = 16
-_PREFIX_SHARE = 4  # a quarter of the caches' tokens
 _PROMPT_TOKENS = 512
 """Most tokens of prompts that are read between two steps while no row waits for the next one."""
 _PROMPT_TOKENS_BETWEEN = 64
@@ -122,8 +121,7 @@ class Decoder:
         self.max_rows = model.max_rows
         self._model, self._task, self._tokenizer = model, task, tokenizer
         self._eos = frozenset(task.eos_token_ids)
-        self._prefixes = _Prefixes(model.max_tokens // _PREFIX_SHARE)
-        self._most_tokens = model.max_tokens - self._prefixes.most_tokens
+        self._prefixes = _Prefixes(model.prefix_tokens)
         self._reading: Query | None = None  # its prompt is in the model's prompt area, up to ``_read``
         self._read = 0
         model.remove(np.arange(model.rows))
@@ -154,9 +152,9 @@ class Decoder:
             )
         sampling.check_tokens(self._task.vocabulary)
         needed = self._reserved(prompt, sampling)
-        if needed > self._most_tokens:
+        if needed > self._model.max_tokens:
             raise DataError(
-                f"prompt and answers may take {needed:,} tokens, and the model's caches hold {self._most_tokens:,}",
+                f"prompt and answers may take {needed:,} tokens, and the model's caches hold {self._model.max_tokens:,}",
                 "lower max_new_tokens, or package with a larger --max-cache-mb",
             )
 
@@ -220,7 +218,7 @@ class Decoder:
         if not self.waiting or len(self.running) + self.waiting[0].claims > self.max_rows:
             return None
         query = self.waiting[0]
-        if self._running_tokens() + self._reserved(query.prompt, query.sampling) > self._most_tokens:
+        if self._running_tokens() + self._reserved(query.prompt, query.sampling) > self._model.max_tokens:
             return None
         self._reading = self.waiting.popleft()
         self._model.begin()
