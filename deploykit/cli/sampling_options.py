@@ -39,6 +39,9 @@ _OPTIONS = (
         "--min-new-tokens", type=int, help="Number of tokens before which nothing ends an answer. [default: 0]"
     ),
     click.option("--ignore-eos", is_flag=True, help="Go on after the model's end tokens."),
+    click.option("--num-beams", type=int, help="Beam search with this many beams; 1: none."),
+    click.option("--length-penalty", type=float, help="Exponent of the length that scores of beams are divided by."),
+    click.option("--early-stopping", help="When beam search ends: true, false or never, as in Hugging Face."),
     click.option("--n", type=int, help="Number of answers to each prompt. [default: 1]"),
     click.option("--best-of", type=int, help="Generate this many answers and keep the --n likeliest per token."),
     click.option(

@@ -35,6 +35,7 @@ class Sampling:
     ``frequency_penalty`` are subtracted from the logits of tokens in the answer, once and once per occurrence.
     ``stop``: texts that end an answer, and are cut off; ``stop_token_ids``: tokens that end it as the model's own end
     tokens do, which ``ignore_eos`` does not heed. Among the first ``min_new_tokens`` none of these ends it.
+    ``num_beams`` above 1 is beam search, with ``length_penalty`` and ``early_stopping`` as Hugging Face defines them.
     ``n``: answers to each prompt, the likeliest per token of ``best_of`` if that is given. ``logprobs``: number of
     likeliest tokens to report at each position, besides the chosen one; None reports nothing.
 
@@ -60,6 +61,9 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None
     best_of: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     json_schema: Mapping[str, Any] | bool | None = None
     regex: str | None = None
     choice: tuple[str, ...] = ()
@@ -75,8 +79,8 @@ class Sampling:
 
     @property
     def candidates(self) -> int:
-        """Answers to generate for each prompt, of which ``n`` are kept."""
-        return max(self.n, self.best_of or 0)
+        """Rows that a prompt takes: the answers to generate, of which ``n`` are kept, or the beams."""
+        return max(self.n, self.best_of or 0, self.num_beams)
 
     def check_tokens(self, vocabulary: int) -> None:
         """Raise UsageError for a token id that a model with so many tokens does not have."""
@@ -106,10 +110,12 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
     "n": (1, _MOST_ANSWERS),
     "best_of": (1, _MOST_ANSWERS),
+    "num_beams": (1, _MOST_ANSWERS),
+    "length_penalty": (-10, 10),
     "logprobs": (0, 20),
 }
 _FRACTIONS = (
-    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
+    "length_penalty", "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"
 )  # fmt: skip
 PARAMETERS = tuple(field.name for field in dataclasses.fields(Sampling))
 """Request parameters and command line options."""
@@ -142,6 +148,7 @@ def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
     found = dataclasses.replace(default, **changes)
     if found.best_of is not None and found.best_of < found.n:
         raise UsageError(f"best_of is {found.best_of}, and n is {found.n}", "give a best_of that is no less than n")
+    _check_beams(found)
     if found.min_new_tokens > found.max_new_tokens:
         raise UsageError(
             f"min_new_tokens is {found.min_new_tokens}, and max_new_tokens is {found.max_new_tokens}",
@@ -150,10 +157,28 @@ def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
     return found
 
 
+def _check_beams(found: Sampling) -> None:
+    """Raise UsageError for options that do not go with beam search."""
+    if found.num_beams == 1:
+        return
+    if found.n > found.num_beams:
+        raise UsageError(f"n is {found.n}, and num_beams is {found.num_beams}", "give an n of no more than num_beams")
+    plain = Sampling()
+    with_beams = ("max_new_tokens", "min_new_tokens", "n", "num_beams", "length_penalty", "early_stopping", "stop_token_ids",
+                  "ignore_eos", "seed")  # fmt: skip
+    for name in PARAMETERS:
+        if name not in with_beams and getattr(found, name) != getattr(plain, name):
+            raise UsageError(f"num_beams does not go with {name}", "leave one of them out")
+
+
 def _checked(written: str, name: str, value: Any) -> Any:
     """The value of parameter ``name``, which the request calls ``written``."""
     if name in _RANGES:
         return None if value is None and getattr(Sampling(), name) is None else _number(written, name, value)
+    if name == "early_stopping":
+        if value not in (True, False, "never", "true", "false"):
+            raise UsageError(f"{written} is {value!r}", 'give true, false or "never"')
+        return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
     if name == "ignore_eos":
         if not isinstance(value, bool):
             raise UsageError(f"{written} is {value!r}", "give true or false")

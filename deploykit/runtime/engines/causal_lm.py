@@ -66,6 +66,10 @@ class CausalLm(Protocol):
         """Feed each row its next token, int64 [rows]. Returns logits, float32 [rows, vocabulary]. The array is
         overwritten by the next call."""
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int], begin: int) -> None:
+        """Copy the caches of the rows ``sources`` to the rows ``targets``, which have as many tokens and share the first
+        ``begin``. No row is in both."""
+
     def remove(self, gone: Ints) -> Ints:
         """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
 
@@ -175,6 +179,12 @@ class OnnxCausalLm:
         self._past[:rows] += 1
         np.maximum(self._touched[:rows], self._past[:rows], out=self._touched[:rows])
         return self._logits[: self.rows]
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], begin: int) -> None:
+        for source, target in zip(sources, targets):
+            end = int(self._past[source])
+            for cache in self._maps:
+                cache.view[target, :, begin:end] = cache.view[source, :, begin:end]
 
     def remove(self, gone: Ints) -> Ints:
         order, holes, movers = without(self.rows, gone)

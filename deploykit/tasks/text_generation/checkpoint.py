@@ -92,6 +92,12 @@ class TorchCausalLm:
         logits: NDArray[np.float32] = self._run(torch.from_numpy(tokens)[:, None], mask, positions, self._batch, 1)
         return logits[:, 0]
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def copy(self, sources: Sequence[int], targets: Sequence[int], begin: int) -> None:
+        for layer in self._batch.layers:
+            layer.keys[list(targets)] = layer.keys[list(sources)]
+            layer.values[list(targets)] = layer.values[list(sources)]
+
     def remove(self, gone: NDArray[np.int64]) -> NDArray[np.int64]:
         order = np.delete(np.arange(self.rows), gone)
         self._lengths, self.rows = self._lengths[order], len(order)

@@ -22,6 +22,7 @@ from deploykit.runtime.engines.causal_lm import CausalLm, Logits
 from deploykit.runtime.sampling import Sampler, Sampling
 from deploykit.runtime.stream_text import StreamText
 from deploykit.runtime.token_distribution import top_tokens
+from deploykit.tasks.text_generation.beam import BeamSearch, rearranged
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.grammar import Constraint
@@ -58,7 +59,7 @@ def _token_record(tokenizer: ChatTokenizer, token: int, logprob: float) -> dict[
 
 @dataclass(eq=False)
 class Answer:
-    """An answer that is being generated. ``text`` grows by whole characters, and never holds a part of a stop string.
+    """An answer that is being generated, or one hypothesis of a beam search, of which all share ``beams``. ``text`` grows by whole characters, and never holds a part of a stop string.
 
     ``total_logprob`` is the sum of its tokens' log-probabilities, if these or ``best_of`` were asked for.
     """
@@ -68,6 +69,7 @@ class Answer:
     sampler: Sampler
     stream: StreamText
     constraint: Constraint | None = None
+    beams: BeamSearch | None = None
     ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -98,6 +100,10 @@ class Query:
     def claims(self) -> int:
         """Number of rows that its answers take."""
         return self.sampling.candidates
+
+    @property
+    def done(self) -> bool:
+        return bool(self.answers) and all(answer.finish is not None for answer in self.answers)
 
     def kept(self) -> list[Answer]:
         """Return the answers, once they are done: of more than ``n`` those of the highest mean log-probability."""
@@ -172,8 +178,11 @@ class Decoder:
         grown: dict[Query, None] = {}  # a set in order
         if self.running:
             logits = self._model.step(np.array([answer.ids[-1] for answer in self.running], np.int64))
-            for answer, values in zip(self.running, logits):
-                self._extend(answer, values)
+            for row, answer in enumerate(self.running):
+                if answer.beams is None:
+                    self._extend(answer, logits[row])
+                elif answer.query not in grown:
+                    self._advance(answer.query, logits)
                 grown[answer.query] = None
             self._remove([i for i, answer in enumerate(self.running) if answer.finish is not None])
         for query in self._read_prompts(_PROMPT_TOKENS_BETWEEN if steadily and self.running else _PROMPT_TOKENS):
@@ -181,7 +190,7 @@ class Decoder:
         for query in grown:
             if query.on_tokens is not None:
                 query.on_tokens(query)
-        return [query for query in grown if all(answer.finish is not None for answer in query.answers)]
+        return [query for query in grown if query.done]
 
     def _read_prompts(self, left: int) -> Iterator[Query]:
         """Read about ``left`` tokens of waiting prompts. Yields those that were read whole: each has its answers' first
@@ -229,6 +238,9 @@ class Decoder:
         """Begin the answers to a prompt that was read; ``logits``, [vocabulary], are of their first tokens."""
         sampling = query.sampling
         reserved = self._running_tokens() + self._reserved(query.prompt, sampling)
+        if sampling.num_beams > 1:
+            self._begin_beams(query, logits, reserved)
+            return
         for number in range(sampling.candidates):
             constraint = query.constraints[number] if query.constraints else None
             sampler = Sampler(sampling, query.prompt, number, ends=self._task.eos_token_ids, constraint=constraint)
@@ -242,6 +254,54 @@ class Decoder:
             if answer.finish is None:
                 self._model.admit(reserved)
                 self.running.append(answer)
+
+    def _begin_beams(self, query: Query, logits: Logits, reserved: int) -> None:
+        sampling = query.sampling
+        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos)}
+        most = min(sampling.max_new_tokens, self._task.max_length - len(query.prompt))
+        beams = BeamSearch(sampling, ends, most)
+        moves = beams.advance(np.repeat(logits[None], sampling.num_beams, 0))
+        self.tokens += sampling.num_beams
+        if moves is None:
+            self._finish_beams(query, beams)
+            return
+        for number, token in enumerate(moves.tokens):
+            self._model.admit(reserved)
+            self.running.append(self._hypothesis(query, number, beams, [token]))
+
+    def _hypothesis(self, query: Query, number: int, beams: BeamSearch, ids: list[int]) -> Answer:
+        stream = StreamText(self._tokenizer.text_decoder)
+        return Answer(query, number, Sampler(query.sampling, query.prompt), stream, beams=beams, ids=ids)
+
+    def _advance(self, query: Query, logits: Logits) -> None:
+        """Advance the beam search of a query; ``logits`` are of all rows."""
+        rows = sorted(
+            (row for row, a in enumerate(self.running) if a.query is query), key=lambda r: self.running[r].number
+        )
+        beams = self.running[rows[0]].beams
+        assert beams is not None
+        moves = beams.advance(logits[rows])
+        self.tokens += len(rows)
+        if moves is None:
+            for row in rows:
+                self.running[row].finish = "eos"  # it leaves
+            self._finish_beams(query, beams)
+            return
+        places, sources, targets = rearranged(moves.parents)
+        self._model.copy([rows[i] for i in sources], [rows[i] for i in targets], len(query.prompt))
+        for number, (place, token) in enumerate(zip(places, moves.tokens)):
+            hypothesis = self.running[rows[place]]
+            hypothesis.number, hypothesis.ids = number, [token]
+
+    def _finish_beams(self, query: Query, beams: BeamSearch) -> None:
+        """Make the best hypotheses the answers."""
+        ends = {*query.sampling.stop_token_ids, *(() if query.sampling.ignore_eos else self._eos)}
+        for number, found in enumerate(beams.finished[: query.sampling.n]):
+            answer = self._hypothesis(query, number, beams, found.tokens.tolist())
+            answer.finish = "eos" if answer.ids[-1] in ends else "length"
+            answer.text = self._tokenizer.decode(answer.ids)
+            answer.total_logprob = found.score
+            query.answers.append(answer)
 
     def _extend(self, answer: Answer, logits: NDArray[np.float32]) -> None:
         """Choose the next token of an answer, and see whether it ends the answer."""

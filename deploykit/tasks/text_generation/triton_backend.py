@@ -238,13 +238,13 @@ class _Client:
     def _send_piece(self) -> None:
         self._told = False
         if not self._ended and any(self._is_new(*numbered) for numbered in enumerate(self._answers())):
-            self._ended = all(answer.finish is not None for answer in self.query.answers)
+            self._ended = self.query.done
             self._sender.send(self._response())
 
     def _answers(self) -> list[Answer]:
         """The answers to send: those of ``best_of`` are known when all are done."""
         query = self.query
-        if query.sampling.candidates > query.sampling.n and not all(answer.finish for answer in query.answers):
+        if query.sampling.candidates > query.sampling.n and not query.done:
             return []
         return list(query.kept())
 

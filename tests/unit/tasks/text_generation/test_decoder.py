@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from language_models import random_model, tokenizer
 
-from deploykit.errors import DataError
+from deploykit.errors import DataError, UsageError
 from deploykit.graphs.causal_architecture import read_causal_architecture
 from deploykit.graphs.causal_decoder import build_causal_decoder
 from deploykit.graphs.writer import save_with_weights
 from deploykit.runtime.engines.causal_lm import OnnxCausalLm
-from deploykit.runtime.sampling import Sampling
+from deploykit.runtime.sampling import Sampling, override
 from deploykit.tasks.text_generation.chat_template import CHATML
-from deploykit.tasks.text_generation.checkpoint import chat_tokenizer, checkpoint_facts
+from deploykit.tasks.text_generation.checkpoint import TorchGenerator, chat_tokenizer, checkpoint_facts
 from deploykit.tasks.text_generation.decoder import PREFIX_BLOCK, Decoder, Query
 from deploykit.tasks.text_generation.generator import LocalGenerator
 
@@ -167,6 +169,64 @@ def test_caches_stay_within_their_limit_and_memory_is_given_back(graph: Path) ->
         ours.check(prompt(100), Sampling(max_new_tokens=70, n=2))
     with pytest.raises(DataError, match="n is 17, and the model decodes 16 answers at once"):
         ours.check(prompt(3), Sampling(max_new_tokens=1, n=17))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"num_beams": 4, "length_penalty": 0.3, "n": 3},
+        {"num_beams": 3, "early_stopping": True, "length_penalty": 2.0},
+        {"num_beams": 3, "early_stopping": "never", "min_new_tokens": 6},
+    ],
+)
+@pytest.mark.parametrize("torch_too", [False, True])
+def test_beam_search_gives_the_tokens_of_generate(graph: Path, options: dict[str, Any], torch_too: bool) -> None:
+    import torch
+
+    ours = generator(graph)
+    model = random_model("llama")
+    # Some frequent tokens end an answer, so that hypotheses of different lengths compete.
+    ends = (2, *range(6, 390, 8))
+    facts = dataclasses.replace(ours.task, eos_token_ids=ends)
+    if torch_too:
+        ours = TorchGenerator(model, tokenizer(CHATML), facts)
+    else:
+        ours = LocalGenerator(facts, ours.tokenizer, ours.model)
+    prompts = [prompt(length, 9) for length in (3, 20, 33, 50, 7)]
+    sampling = override(Sampling(max_new_tokens=14), options)
+    lengths = set()
+    for text, found in zip(prompts, ours.generate(prompts, sampling)):
+        expected = model.generate(
+            torch.tensor([text]), attention_mask=torch.ones(1, len(text), dtype=torch.long), do_sample=False,
+            eos_token_id=list(ends), pad_token_id=5, max_new_tokens=14, num_return_sequences=sampling.n,
+            **{name: value for name, value in options.items() if name != "n"},
+        )  # fmt: skip
+        for answer, row in zip(found, expected.tolist()):
+            generated = row[len(text) :]
+            while generated[-1] == 5:
+                generated.pop()
+            assert list(answer.ids) == generated
+            assert answer.finish == ("eos" if generated[-1] in ends else "length")
+            lengths.add(len(generated))
+    assert ours.decoder.idle
+    assert ours.model.rows == 0
+    assert len(lengths) > 1 or options.get("early_stopping") == "never"
+
+
+def test_beams_beside_other_answers_change_nothing(graph: Path) -> None:
+    ours = generator(graph, max_rows=9)
+    beams = Sampling(max_new_tokens=10, num_beams=4)
+    queries = [ours.query(prompt(20 + i, i), beams if i % 2 else LONG) for i in range(8)]
+    run(ours.decoder, queries)
+    for query in queries:
+        alone = ours.query(query.prompt, query.sampling)
+        run(ours.decoder, [alone])
+        assert ids(alone) == ids(query)
+    with pytest.raises(UsageError, match="num_beams does not go with temperature"):
+        override(beams, {"temperature": 1.0})
+    with pytest.raises(UsageError, match="n is 5, and num_beams is 4"):
+        override(beams, {"n": 5})
 
 
 def test_a_failure_leaves_the_generator_usable(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
