@@ -33,6 +33,8 @@ SHARED = {
     "--target-lang": "as --source-lang",
     "--seed": "of the random choices that the help names",
     "--top-k": "how many candidates: tokens to sample from, or answers to give",
+    "--length-penalty": "of the beams of a translation, or of an answer of a language model",
+    "--early-stopping": "as --length-penalty",
     "--min-new-tokens": "of a translation, or of an answer of a language model",
     "--input": "rows to answer; the formats are those of the task",
 }
