@@ -181,7 +181,7 @@ class Model:
     """A model of any task, in this process or on a server. One caller at a time; use as a context manager, or
     ``close``.
 
-    ``predict`` has a second name for each task: ``classify``, ``translate``.
+    ``predict`` has a second name for each task: ``classify``, ``translate``, ``answer``, ``generate``.
     """
 
     def __init__(self, predictor: Predictor) -> None:
@@ -224,6 +224,25 @@ class Model:
                 raise DataError(f"{row.origin}: {row.error}", "correct that text, or leave it out")
             answers.append(row.answer)
         return answers
+
+    def stream(self, prompt: str | Sequence[Mapping[str, Any]], **generation: Any) -> Iterator[str]:
+        """Answer one prompt piece by piece; joined, the pieces are the answer.
+
+        Args:
+            prompt: A text (the user's message, if the model has a chat template), or messages:
+                ``[{"role": "user", "content": "..."}]``.
+            **generation: Sampling options: ``max_new_tokens=40, temperature=0.7``.
+
+        Raises:
+            DataError: The prompt is too long, or its messages are malformed.
+            UsageError: An option of ``generation`` is unknown, or the model is no language model.
+        """
+        stream = getattr(self.predictor, "stream", None)
+        if stream is None:
+            raise UsageError(f"a model that {self._task.does} gives no streams", "use predict")
+        chat = isinstance(prompt, str) and self.predictor.has_template  # type: ignore[attr-defined]
+        asked = [{"role": "user", "content": prompt}] if chat else prompt
+        yield from stream(asked, self._task.override(self.task, generation))
 
     def evaluate(
         self,
@@ -283,7 +302,7 @@ class Model:
     def __getattr__(self, name: str) -> Callable[..., list[Answer]]:
         """Return ``predict`` under the task's verb, such as ``translate``."""
         task = self.__dict__.get("_task")
-        if task is not None and name == task.verb:
+        if task is not None and name == task.verb.split()[0]:
             return self.predict
         what = f"a model that {task.does}" if task is not None else type(self).__name__
         raise AttributeError(f"{what} has no {name!r}; it has predict, evaluate and close")

@@ -139,7 +139,7 @@ def _generates(task: Task) -> bool:
 
 def _routes(task: Task) -> tuple[str, ...]:
     """Return the routes of a task: /v1/classify for one whose verb is "classify"."""
-    return (_CHAT, _COMPLETIONS) if _generates(task) else (f"/v1/{task.verb.replace(' ', '-')}",)
+    return (_CHAT, _COMPLETIONS) if _generates(task) else (f"/v1/{task.verb.split()[0]}",)
 
 
 async def _with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from language_models import write_export
 from paths import ROOT
 
 import deploykit
+from deploykit.tasks.text_generation.chat_template import CHATML
 
 PAGE = ROOT / "docs" / "python-api.md"
 MOODS = ("negative", "neutral", "positive")
@@ -38,6 +40,7 @@ def test_the_page_on_the_python_api_works(
 ) -> None:
     make_tiny_checkpoint(tmp_path / "minilm", positions=80)
     make_tiny_translation(tmp_path / "exports" / "fr")
+    write_export(tmp_path / "exports" / "lm", template=CHATML)
     _write_tweets(tmp_path / "tweets.csv")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from language_models import write_export
 from paths import ROOT
 
 import deploykit
 from deploykit import errors
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.stages.finetune_options import make_options
+from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.types import Answer
 
 
@@ -119,6 +121,19 @@ def test_translate_is_predict_of_a_translator(tiny_translation: Path) -> None:
             model.classify(texts)
         with pytest.raises(deploykit.UsageError, match="unknown parameter beams"):
             model.predict(texts, beams=2)
+
+
+def test_a_language_model_generates_and_streams(tmp_path: Path, tiny_export: Path) -> None:
+    with deploykit.load(write_export(tmp_path / "lm", template=CHATML)) as model:
+        [answer] = model.generate(["list the file"], max_new_tokens=9)
+        assert answer.fields["tokens"] <= 9
+        assert "".join(model.stream("list the file", max_new_tokens=9)) == answer.text
+        messages = [{"role": "user", "content": "list the file"}]
+        assert "".join(model.stream(messages, max_new_tokens=9)) == answer.text
+        with pytest.raises(deploykit.UsageError, match="temperature is -1"):
+            list(model.stream(messages, temperature=-1))
+    with deploykit.load(tiny_export) as model, pytest.raises(deploykit.UsageError, match="classifies gives no streams"):
+        list(model.stream("w1"))
 
 
 def test_an_empty_text_has_the_answer_of_the_model(tiny_export: Path) -> None:
