@@ -7,7 +7,7 @@ the rules of ``token_distribution``.
 from __future__ import annotations
 
 import dataclasses
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ Logits = NDArray[np.float32]
 _MOST_ANSWERS = 128
 _MOST_STOPS = 1024
 _MOST_STOP_CHARS = 100_000
+_TOKEN_DIGITS = re.compile(r"[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _number(written: str, name: str, value: Any) -> float | int:
     low, high = _RANGES[name]
     whole = name not in _FRACTIONS
     kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:  # no NaN is
         raise UsageError(
             f"{written} is {value!r}", f"give a {'whole number' if whole else 'number'} from {low:g} to {high:g}"
         )
@@ -227,7 +228,7 @@ def _bias(value: Any) -> tuple[tuple[int, float], ...]:
         raise UsageError(f"logit_bias is {value!r}", "give an object of token ids and numbers")
     pairs: dict[int, float] = {}
     for token, bias in value.items():
-        if not (isinstance(token, str) and token.isascii() and token.isdigit()) and not _is_token(token):
+        if not (isinstance(token, str) and _TOKEN_DIGITS.fullmatch(token)) and not _is_token(token):
             raise UsageError(f"logit_bias names token {token!r}", "give token ids")
         if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
             raise UsageError(f"logit_bias of token {token} is {bias!r}", "give a number from -100 to 100")

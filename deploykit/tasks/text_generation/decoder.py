@@ -175,6 +175,8 @@ class Decoder:
         rows are filled first, so that fewer steps are needed in all.
         """
         self._remove([i for i, answer in enumerate(self.running) if answer.query.cancelled])
+        if self._reading is not None and self._reading.cancelled:
+            self._reading = None
         grown: dict[Query, None] = {}  # a set in order
         if self.running:
             logits = self._model.step(np.array([answer.ids[-1] for answer in self.running], np.int64))
@@ -184,7 +186,7 @@ class Decoder:
                 elif answer.query not in grown:
                     self._advance(answer.query, logits)
                 grown[answer.query] = None
-            self._remove([i for i, answer in enumerate(self.running) if answer.finish is not None])
+            self._remove_finished()
         for query in self._read_prompts(_PROMPT_TOKENS_BETWEEN if steadily and self.running else _PROMPT_TOKENS):
             grown[query] = None
         for query in grown:
@@ -212,9 +214,7 @@ class Decoder:
                 logits = self._model.feed(part, [count - 1] if whole else [])
             self._read += count
             left -= count
-            if query.cancelled:
-                self._reading = None
-            elif whole:
+            if whole:
                 self._prefixes.store(self._model, prompt)
                 self._reading = None
                 self._answer(query, logits[-1].copy())
@@ -251,6 +251,9 @@ class Decoder:
                 self._extend(answer, logits)
             else:  # only the prompt's log-probabilities are wanted
                 answer.finish = "length"
+            if query.error is not None:
+                self._remove_finished()
+                return
             if answer.finish is None:
                 self._model.admit(reserved)
                 self.running.append(answer)
@@ -305,11 +308,15 @@ class Decoder:
 
     def _extend(self, answer: Answer, logits: NDArray[np.float32]) -> None:
         """Choose the next token of an answer, and see whether it ends the answer."""
-        sampling, ids = answer.query.sampling, answer.ids
+        query, sampling, ids = answer.query, answer.query.sampling, answer.ids
+        if query.error is not None:
+            return
         try:
             token = answer.sampler.choose(logits)
         except DeploykitError as error:
-            answer.query.error, answer.finish = error, "stop"
+            query.error = error
+            for each in query.answers:
+                each.finish = "stop"
             return
         ids.append(token)
         self.tokens += 1
@@ -323,7 +330,7 @@ class Decoder:
             answer.finish = "eos"
         elif answer.stream.stopped or (answer.constraint is not None and answer.constraint.done):
             answer.finish = "stop"
-        elif len(ids) >= sampling.max_new_tokens or len(answer.query.prompt) + len(ids) >= self._task.max_length:
+        elif len(ids) >= sampling.max_new_tokens or len(query.prompt) + len(ids) >= self._task.max_length:
             answer.finish = "length"
         if answer.finish is not None:
             answer.text += answer.stream.finish()
@@ -334,6 +341,9 @@ class Decoder:
         if rows:
             order = self._model.remove(np.array(rows, np.int64))
             self.running = [self.running[i] for i in order]
+
+    def _remove_finished(self) -> None:
+        self._remove([i for i, answer in enumerate(self.running) if answer.finish is not None])
 
     def _reserved(self, prompt: Sequence[int], sampling: Sampling) -> int:
         """Tokens that the answers to a prompt may come to have in the caches, the prompt included."""

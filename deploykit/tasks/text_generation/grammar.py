@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from deploykit.errors import EngineError, MissingDependencyError, UsageError
+from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.runtime.sampling import STRUCTURES, Sampling
 
 if TYPE_CHECKING:
@@ -121,15 +121,19 @@ class Constraint:
         return masked
 
     def advance(self, token_id: int) -> None:
-        """Take the token that was chosen. Raises EngineError for one that ``mask`` does not allow."""
+        """Take the token that was chosen. Raises UsageError where the constraint is too complex to follow, or does not
+        allow the token."""
         if not self._matcher.consume_token(token_id):
-            raise EngineError(f"{self._name}: token {token_id} does not fit")
+            raise self._error()
 
     def _bits(self) -> NDArray[np.bool_]:
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise UsageError(f"{self._name} cannot be followed: {_reason(self._matcher)}", f"make {self._name} simpler")
+            raise self._error()
         return np.unpackbits(packed, bitorder="little").view(np.bool_)
+
+    def _error(self) -> UsageError:
+        return UsageError(f"{self._name} cannot be followed: {_reason(self._matcher)}", f"make {self._name} simpler")
 
 
 def _reason(matcher: LLMatcher) -> str:

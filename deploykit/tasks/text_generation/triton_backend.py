@@ -239,7 +239,9 @@ class _Client:
         self._told = False
         if not self._ended and any(self._is_new(*numbered) for numbered in enumerate(self._answers())):
             self._ended = self.query.done
-            self._sender.send(self._response())
+            response = self._response()
+            if self.query.error is None:  # ``answer`` sends it, and the answers have no end
+                self._sender.send(response)
 
     def _answers(self) -> list[Answer]:
         """The answers to send: those of ``best_of`` are known when all are done."""

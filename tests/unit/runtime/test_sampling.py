@@ -150,7 +150,9 @@ def test_samples_follow_the_distribution_and_the_seed() -> None:
      ("max_tokens", 0), ("min_p", float("nan")), ("beams", 3), ("typical_p", 0), ("logprobs", 21), ("best_of", 0),
      ("logit_bias", {3: 101}), ("logit_bias", {"x": 1}), ("logit_bias", [3]), ("stop_token_ids", [-1]),
      ("stop_token_ids", "3"), ("ignore_eos", 1), ("stop", ("",)), ("stop", 3), ("stop", ["x"] * 2000),
-     ("min_new_tokens", 257), ("choice", "a"), ("choice", [""]), ("regex", 3), ("json_schema", "x")],
+     ("min_new_tokens", 257), ("choice", "a"), ("choice", [""]), ("regex", 3), ("json_schema", "x"),
+     ("temperature", 10**400), ("n", 10**400), ("top_p", float("-inf")), ("logit_bias", {"9" * 5000: 1}),
+     ("logit_bias", {"3": 10**400})],
 )  # fmt: skip
 def test_a_bad_option_is_named(name: str, value: Any) -> None:
     with pytest.raises(UsageError, match=name):

@@ -104,6 +104,67 @@ def test_a_cancelled_query_leaves_at_the_next_step(graph: Path) -> None:
     assert ours.decoder.claimed == ours.model.rows == 0
 
 
+def test_queries_that_are_all_cancelled_leave_in_one_step(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploykit.tasks.text_generation.decoder._PROMPT_TOKENS", 64)  # less than the prompts have
+    ours = generator(graph, max_rows=3)
+    queries = [Query(prompt(length, length), LONG) for length in (20, 250, 249)]
+    for query in queries:
+        ours.decoder.add(query)
+    while len(ours.decoder.running) < 2:
+        ours.decoder.step()
+    queries += [Query(prompt(200, seed), LONG) for seed in range(6)]
+    for query in queries[3:]:
+        ours.decoder.add(query)
+    for query in queries:
+        query.cancelled = True
+    assert ours.decoder.step() == []
+    assert ours.decoder.idle
+    assert ours.decoder.claimed == 0
+
+
+class _Complex:
+    """A constraint that can no longer be followed after some tokens."""
+
+    done = False
+
+    def __init__(self, tokens: int) -> None:
+        self.left = tokens
+
+    def mask(self, logits: np.ndarray) -> np.ndarray:
+        if not self.left:
+            raise UsageError("json_schema cannot be followed: too complex", "make it simpler")
+        return logits
+
+    def advance(self, token_id: int) -> None:
+        self.left -= 1
+
+
+@pytest.mark.parametrize("tokens", [(9, 3, 9), (9, 9, 0), (0, 9, 9)])
+def test_a_constraint_that_becomes_too_complex_ends_its_own_query_at_once(
+    graph: Path, tokens: tuple[int, ...]
+) -> None:
+    ours = generator(graph, max_rows=5)
+    beside = [Query(prompt(20, seed), LONG) for seed in range(2)]
+    constraints: list[Any] = [_Complex(each) for each in tokens]
+    failing = Query(prompt(20, 9), Sampling(max_new_tokens=40, ignore_eos=True, n=3), constraints)
+    for query in (beside[0], failing, beside[1]):
+        ours.decoder.add(query)
+    done: list[Query] = []
+    while failing not in done:
+        done += ours.decoder.step()
+    assert str(failing.error).startswith("json_schema cannot be followed")
+    assert max(len(answer.ids) for answer in failing.answers) <= min(tokens) + 1, "the others go no further"
+    assert all(answer.query is not failing for answer in ours.decoder.running)
+    while not ours.decoder.idle:
+        done += ours.decoder.step()
+    assert done.count(failing) == 1
+    assert ours.model.rows == 0
+    for query in beside:
+        alone = Query(query.prompt, LONG)
+        run(generator(graph).decoder, [alone])
+        assert ids(query) == ids(alone)
+
+
 def test_a_known_beginning_is_not_read_again_and_changes_no_bit(graph: Path) -> None:
     ours = generator(graph)
     read: list[int] = []

@@ -13,7 +13,7 @@ import pytest
 from language_models import random_model, tokenizer
 from tokenizers import Tokenizer, decoders, models
 
-from deploykit.errors import EngineError, MissingDependencyError, UsageError
+from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.runtime.sampling import Sampling, override
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
 from deploykit.tasks.text_generation.generator import Generated
@@ -132,10 +132,18 @@ def test_a_mask_has_the_width_of_the_logits() -> None:
     masked = constraint.mask(np.zeros(450, np.float32))
     a = generator().tokenizer.tokenizer.token_to_id("a")
     assert np.flatnonzero(np.isfinite(masked)).tolist() == [a]
-    with pytest.raises(EngineError, match=f"token {a + 1} does not fit"):
+    with pytest.raises(UsageError, match=r"choice cannot be followed: .*doesn't satisfy the grammar"):
         generator().grammars.constraint(Sampling(choice=("a",))).advance(a + 1)  # type: ignore[union-attr]
     constraint.advance(a)
     assert constraint.done
+
+
+def test_an_alternative_too_many_is_named_with_the_reason() -> None:
+    kinds = [{"type": "object", "properties": {f"k{i}": {"type": "integer"}, "z": {"type": "string"}}} for i in range(300)]
+    constraint = generator().grammars.constraint(Sampling(json_schema={"anyOf": kinds}))
+    assert constraint is not None
+    with pytest.raises(UsageError, match=r"json_schema cannot be followed: .*Current row has .* items"):
+        constraint.advance(int(constraint.mask(np.zeros(400, np.float32)).argmax()))
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
