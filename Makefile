@@ -35,9 +35,8 @@ demo-generation: $(READY)
 
 test: $(READY)
 	@bash setup.sh --browser
-	@# Unit tests use one core each; the others start servers and train with all cores.
-	@$(BIN)/python -m pytest tests/e2e tests/integration
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	@# Files start in the order of collection. One thread per process: more would wait for each other on two cores.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 OPTIMUM_VENV ?= /tmp/deploykit-optimum
 LLAMA_VENV ?= /tmp/deploykit-llama

@@ -17,6 +17,11 @@ WORDS = tuple(f"w{i}" for i in range(200))
 """Words that the tiny tokenizer knows; everything else is [UNK]."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the docs' commands first: of two processes, the one that runs them is busy longest."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session")
 def tiny_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export of a random three-label classifier, to be read only."""

@@ -6,10 +6,8 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from killed_run import kill_at_step
 
 from deploykit.artifacts import load_manifest
 from deploykit.data.reading import Reading
@@ -116,31 +115,24 @@ def test_multi_label_works_in_every_stage(deploykit: Deploykit, minilm: Path, tm
     assert set(json.loads(out)["metrics"]["confusion_matrix"]) == {"cat", "dog"}
 
 
-@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_end(
-    deploykit: Deploykit, minilm: Path, small_csv: Path, tmp_path: Path
+    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], small_csv: Path, tmp_path: Path
 ) -> None:
-    words = ("finetune", minilm, "--train", small_csv, "--max-train-samples", 300, "--max-steps", 12, "--eval-steps", 3,
-             "--per-device-train-batch-size", 8, "--max-length", 32, "--json")  # fmt: skip
+    model = make_tiny_checkpoint(tmp_path / "model")
+    words = ("finetune", model, "--train", small_csv, "--max-train-samples", 300, "--max-steps", 12, "--eval-steps", 3,
+             "--per-device-train-batch-size", 8, "--json")  # fmt: skip
     code, out, err = deploykit(*words, "--output-dir", tmp_path / "whole")
     assert code == 0, err
     whole = json.loads(out)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deploykit", *map(str, words), "--output-dir", str(tmp_path / "killed")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".killed.*.training/trainer/checkpoint-6/trainer_state.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_at_step(7, *words, "--output-dir", tmp_path / "killed")
+    assert list(tmp_path.glob(".killed.*.training/trainer/checkpoint-6/trainer_state.json"))
     assert not (tmp_path / "killed").exists(), "nothing that looks finished"
     code, out, err = deploykit(*words, "--output-dir", tmp_path / "killed")
     assert code == 0, err
     assert "continuing the unfinished run" in err
     assert json.loads(out)["metrics"] == whole["metrics"]
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert weights[0] == weights[1], "bit for bit"
     assert not list(tmp_path.glob(".killed*")), "the work directory is gone"
 
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from killed_run import kill_at_step
 
 from deploykit.artifacts import SAMPLES, load_manifest
 from deploykit.quantization.qdq import quantize
@@ -261,24 +258,14 @@ def test_a_corpus_of_two_text_files(deploykit: Deploykit, pairs: Path, tmp_path:
     assert "corpus" in err
 
 
-@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, pairs: Path, tmp_path: Path) -> None:
     words = ("finetune", *LANGUAGES, "--from-config", "marian-tiny", "--train", pairs, "--max-steps", 12, "--eval-steps", 3,
              "--max-length", 32, "--batch-tokens", 512, "--json")  # fmt: skip
     code, out, err = deploykit(*words, "--output-dir", tmp_path / "whole")
     assert code == 0, err
     whole = json.loads(out)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deploykit", *map(str, words), "--output-dir", str(tmp_path / "killed")],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob(".killed.*.training/trainer/checkpoint-6/trainer_state.json")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_at_step(7, *words, "--output-dir", tmp_path / "killed")
+    assert list(tmp_path.glob(".killed.*.training/trainer/checkpoint-6/trainer_state.json"))
     assert not (tmp_path / "killed").exists(), "nothing that looks finished"
     code, out, err = deploykit(*words, "--output-dir", tmp_path / "killed")
     assert code == 0, err
