@@ -125,7 +125,7 @@ def test_many_streams_at_once_do_not_mix(url: str, local: LocalGenerator) -> Non
     expected = local.reply(dialogs, Sampling(max_new_tokens=20))
     assert [answer.text for answer in answers] == [a[0].text for a in expected if not isinstance(a, DataError)]
     assert figures.tokens == sum(answer.tokens for answer in answers) > 24
-    assert max(len(answer.pieces) for answer in answers) > 3
+    assert all(answer.pieces for answer in answers if answer.text)
 
 
 def test_log_probabilities_of_prompt_and_answer(client: openai.OpenAI, local: LocalGenerator) -> None:
