@@ -79,6 +79,11 @@ class Sampling:
         """Answers to generate for each prompt, of which ``n`` are kept."""
         return max(self.n, self.best_of or 0)
 
+    @property
+    def structured(self) -> bool:
+        """Whether an answer has to match something."""
+        return any(getattr(self, name) for name in STRUCTURES)
+
     def check_tokens(self, vocabulary: int) -> None:
         """Raise UsageError for a token id that a model with so many tokens does not have."""
         for name, ids in (
