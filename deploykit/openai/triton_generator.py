@@ -25,7 +25,7 @@ from deploykit.openai.generator import Asked, Piece
 from deploykit.openai.sampling_fields import FIELD_OF
 
 PATIENCE_S = 5.0
-"""How long a request that has no answer yet is tried again while Triton is restarted."""
+"""How long a request that has no answer yet is tried again after it was lost, while Triton is restarted."""
 _PAUSE_S = 0.1
 _CHANNEL = (
     ("grpc.max_send_message_length", -1),
@@ -54,7 +54,7 @@ class TritonGenerator:
 
     async def generate(self, asked: Asked) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of the answers. See ``Generator``."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline: float | None = None
         begun = False
         while not begun:
             try:
@@ -65,7 +65,11 @@ class TritonGenerator:
                 if not begun:
                     raise ApiError("the model ended the request without an answer", 500)
             except ApiError as error:
-                if begun or not error.restarting or time.monotonic() > deadline:
+                if begun or not error.restarting:
+                    raise
+                now = time.monotonic()
+                deadline = deadline or now + PATIENCE_S
+                if now > deadline:
                     raise
                 await asyncio.sleep(_PAUSE_S)
 

@@ -83,6 +83,11 @@ class Sampling:
         """Rows that a prompt takes: the answers to generate, of which ``n`` are kept, or the beams."""
         return max(self.n, self.best_of or 0, self.num_beams)
 
+    @property
+    def structured(self) -> bool:
+        """Whether an answer has to match something."""
+        return any(getattr(self, name) for name in STRUCTURES)
+
     def check_tokens(self, vocabulary: int) -> None:
         """Raise UsageError for a token id that a model with so many tokens does not have."""
         for name, ids in (

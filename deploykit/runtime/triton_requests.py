@@ -16,6 +16,9 @@ from deploykit.text import MAX_TEXT_CHARS
 
 INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": [1]}
 
+_MOST_CHARS = 2000
+"""Of an error's message: gRPC clients lose an error of more than 8 KiB, which comes in trailing metadata."""
+
 
 class RefusedError(ServerError):
     """Raised for a request that gets an error response. Other requests of the batch are not affected."""
@@ -25,8 +28,12 @@ class RefusedError(ServerError):
         self._code = pb_utils.TritonError.INVALID_ARG if code is None else code
 
     def response(self) -> Any:
-        """Return the error response."""
-        return pb_utils.InferenceResponse([], error=pb_utils.TritonError(str(self), self._code))
+        """Return the error response. Its message may quote the request, which can hold anything."""
+        message = str(self)
+        half = _MOST_CHARS // 2
+        shown = message if len(message) <= _MOST_CHARS else f"{message[:half]} … {message[-half:]}"
+        text = shown.encode(errors="backslashreplace").decode()
+        return pb_utils.InferenceResponse([], error=pb_utils.TritonError(text, self._code))
 
 
 class CancelledError(RefusedError):

@@ -264,6 +264,10 @@ def test_a_client_that_reads_nothing_stops_nobody(server: TritonServer, url: str
         ({"text_input": "a", "sampling_parameters": '{"n": 9}'}, "n is 9, and the model decodes 8 answers at once"),
         ({"text_input": "a " * 5000}, "tokens, and the model's context holds 4,096"),
         ({"text_input": ""}, "the prompt is empty"),
+        ({"text_input": "a", "sampling_parameters": '{"\\ud800": 1}'}, "unknown parameter \\ud800"),
+        ({"text_input": "a", "tempo": 1}, "unknown parameter tempo"),
+        ({"text_input": "a", "max_tokens": 1, "sampling_parameters": '{"max_new_tokens": 2}'}, "is given twice"),
+        ({"messages": "[" * 200 + "]" * 200}, "messages is nested more than 64 levels deep"),
     ],
 )
 def test_bad_input_is_refused_by_field(server: TritonServer, inputs: dict[str, Any], message: str) -> None:
@@ -273,6 +277,53 @@ def test_bad_input_is_refused_by_field(server: TritonServer, inputs: dict[str, A
     assert response.status == 400
     assert message in json.loads(response.read())["error"]
     connection.close()
+
+
+def test_parameters_of_the_request_are_those_of_sampling(server: TritonServer, local: LocalGenerator) -> None:
+    """As Triton's vLLM backend is asked."""
+    for body in (
+        {"parameters": {"max_tokens": 3, "temperature": 0.5, "seed": 4, "exclude_input_in_output": True}},
+        {"max_tokens": 3, "temperature": 0.5, "seed": 4, "exclude_input_in_output": True},
+    ):
+        request = urllib.request.Request(
+            f"{server.urls.http}/v2/models/lm/generate", json.dumps({"text_input": "list the", **body}).encode()
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            answer = json.loads(response.read())
+        [expected] = local.reply(["list the"], Sampling(max_new_tokens=3, temperature=0.5, seed=4))
+        assert not isinstance(expected, DataError)
+        assert answer["text_output"] == expected[0].text
+
+
+def test_an_error_that_quotes_much_of_the_request_arrives(client: openai.OpenAI) -> None:
+    """gRPC loses a status whose message is longer than 8 KiB."""
+    with pytest.raises(
+        openai.BadRequestError, match=r"regex cannot be used: .* invalid regex (?s:.*)change regex"
+    ) as raised:
+        client.chat.completions.create(
+            model="lm", messages=DIALOG, extra_body={"structured_outputs": {"regex": "(" + "a" * 50_000}}  # type: ignore[arg-type]
+        )  # fmt: skip
+    assert raised.value.body["param"] == "structured_outputs.regex"  # type: ignore[index]
+
+
+def test_compiling_large_schemas_delays_only_those_who_sent_them(client: openai.OpenAI) -> None:
+    def ask(number: int | None) -> int | None:
+        """Return the tokens of an answer; None if its schema proves to be too complex."""
+        kinds = [{"type": "object", "properties": {f"k{number}.{i}": {}, "z": {}}} for i in range(1000)]
+        format = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"anyOf": kinds}}}
+        with contextlib.suppress(openai.BadRequestError):
+            answer = client.chat.completions.create(  # type: ignore[call-overload]
+                model="lm", messages=DIALOG, max_tokens=2,
+                extra_body={} if number is None else {"response_format": format},
+            )  # fmt: skip
+            return int(answer.usage.completion_tokens)
+        return None
+
+    with ThreadPoolExecutor(6) as pool:
+        large = [pool.submit(ask, number) for number in range(6)]
+        assert wait_until(lambda: any(each.done() for each in large), 60)
+        assert ask(None) == 2
+        assert not all(each.done() for each in large), "their schemas wait for each other"
 
 
 def test_other_tasks_answer_on_their_own_routes(url: str, client: openai.OpenAI) -> None:

@@ -78,9 +78,9 @@ class ChatTokenizer:
     ) -> list[int]:
         """Return the ids of a prompt: a dialog that the model has to go on with, or a plain text that it continues."""
         if isinstance(messages, str):
-            return list(self._encode(messages).ids)
+            return self._prompt_ids(messages)
         text = self._chat().render(messages, add_generation_prompt=True, tools=tools)
-        return list(self._encode(text, add_special_tokens=False).ids)
+        return self._prompt_ids(text, add_special_tokens=False)
 
     @cached_property
     def text_decoder(self) -> TokenDecoder:
@@ -129,6 +129,11 @@ class ChatTokenizer:
 
     def _encode(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
         return self.tokenizer.encode(without_surrogates(text), add_special_tokens=add_special_tokens)
+
+    def _prompt_ids(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        # Of a batch, since a long text takes a second and Python's other threads run meanwhile; fast: without offsets.
+        texts = [without_surrogates(text)]
+        return list(self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)[0].ids)
 
     def _chat(self) -> ChatTemplate:
         if self.template is None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _CACHED = 32
 """Most grammars that are kept compiled."""
+_MOST_CHARS = 100_000
+"""Largest grammar: it is compiled in about half a second."""
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 """Without a limit a model may write white space up to ``max_new_tokens``."""
 
@@ -52,6 +54,11 @@ class Grammars:
             key = name, json.dumps(value)
         except (TypeError, ValueError, RecursionError) as error:
             raise UsageError(f"{name} is no JSON: {error}", "give an object of JSON") from error
+        if len(key[1]) > _MOST_CHARS:
+            raise UsageError(
+                f"{name} cannot be used: it has {len(key[1]):,} characters as JSON, the most accepted is {_MOST_CHARS:,}",
+                f"give a smaller {name}",
+            )
         if key not in self._compiled:
             if len(self._compiled) >= _CACHED:
                 self._compiled.pop(next(iter(self._compiled)))

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,14 @@ from deploykit.runtime.engines.causal_lm import MAX_CACHE_BYTES, MAX_ROWS
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.sampling import Sampling, override
 from deploykit.runtime.triton_decoding import LoadMetrics, log_error, send_last
-from deploykit.runtime.triton_requests import CancelledError, FailedError, RefusedError, cpu_threads, number_parameter
+from deploykit.runtime.triton_requests import (
+    CancelledError,
+    FailedError,
+    RefusedError,
+    cpu_threads,
+    number_parameter,
+    parameters_of,
+)
 from deploykit.tasks.text_generation.decoder import Answer, Query, TokenLogprob
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
@@ -38,6 +47,8 @@ _CHECKS = 8
 """Requests that are checked for cancellation every 5 ms: all rows within a step or two."""
 _WARM_UP_TOKENS = 4
 _NOTHING = (0, 0, False)
+_MOST_LEVELS = 64
+"""Deepest nesting of lists and objects in JSON: what reads them goes deeper with each level."""
 
 
 def _optional(name: str, kind: str) -> Mapping[str, Any]:
@@ -83,9 +94,13 @@ class TextGenerationBackend:
             max_rows=max_rows,
             max_cache_bytes=max_cache_mb << 20,
         )
+        max_queue = number_parameter(config, "max_queue", 1024)
+        # Compiling a grammar may take a second, and only requests with one should wait for it.
+        self._compiling = ThreadPoolExecutor(1, "grammars")
+        self._uncompiled = threading.BoundedSemaphore(max(max_queue, 1))
         self._loop: DecodeLoop[LocalGenerator] = DecodeLoop(
             lambda: _warmed_up(load()),
-            max_queue=number_parameter(config, "max_queue", 1024),
+            max_queue=max_queue,
             checks=_CHECKS,
             report=LoadMetrics(str(config["name"]), "answers").report,
             log_error=log_error,
@@ -95,18 +110,23 @@ class TextGenerationBackend:
         """Submit the requests to the decode loop, which answers them later."""
         for request in requests:
             sender = request.get_response_sender()
-            try:
-                self._submit(request, sender)
-            except RefusedError as refusal:
-                send_last(sender, refusal.response())
-            except DeploykitError as refused:
-                send_last(sender, RefusedError(f"{refused.message}: {refused.remedy}").response())
-            except Exception as error:
-                log_error(error)
-                send_last(sender, FailedError(error).response())
+            self._try(sender, partial(self._submit, request, sender))
 
     def close(self) -> None:
+        self._compiling.shutdown()
         self._loop.close()
+
+    def _try(self, sender: Any, submit: Callable[[], None]) -> None:
+        """Submit a request, or answer with the error that prevents it."""
+        try:
+            submit()
+        except RefusedError as refusal:
+            send_last(sender, refusal.response())
+        except DeploykitError as refused:
+            send_last(sender, RefusedError(f"{refused.message}: {refused.remedy}").response())
+        except Exception as error:
+            log_error(error)
+            send_last(sender, FailedError(error).response())
 
     def _submit(self, request: Any, sender: Any) -> None:
         generator = self._loop.model
@@ -114,11 +134,27 @@ class TextGenerationBackend:
         sampling = asked.sampling(generator.task)
         prompt = asked.prompt_ids(generator.tokenizer)
         client = _Client(request, sender, asked, generator.tokenizer, self._loop.call_in_client_thread)
-        query = client.query = generator.query(prompt, sampling, on_tokens=client.tell, prompt_logprobs=asked.echo)
-        try:
-            self._loop.submit(client, [query])
-        except QueueFullError as full:
-            raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
+
+        def join() -> None:
+            query = client.query = generator.query(prompt, sampling, on_tokens=client.tell, prompt_logprobs=asked.echo)
+            try:
+                self._loop.submit(client, [query])
+            except QueueFullError as full:
+                raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
+
+        if not sampling.structured:
+            join()
+        elif self._uncompiled.acquire(blocking=False):
+            self._compiling.submit(self._compile, client, sender, join)
+        else:
+            raise RefusedError("the queue is full", pb_utils.TritonError.UNAVAILABLE)
+
+    def _compile(self, client: _Client, sender: Any, join: Callable[[], None]) -> None:
+        self._uncompiled.release()
+        if client.is_cancelled():
+            send_last(sender, CancelledError().response())
+        else:
+            self._try(sender, join)
 
 
 class _Asked:
@@ -134,6 +170,9 @@ class _Asked:
         given = {} if given is None else given
         if not isinstance(given, dict):
             raise RefusedError("sampling_parameters is not a JSON object")
+        # Triton makes parameters of what /generate gets besides the inputs; some are its own.
+        other = {name: value for name, value in parameters_of(request).items() if not name.startswith("triton_")}
+        given = {**other, **given}
         self.echo = self._given_flag(given, "echo")
         self._given = given
         self.stream = self._flag("stream")
@@ -184,9 +223,12 @@ class _Asked:
         if not text:
             return None
         try:
-            return json.loads(text)
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise RefusedError(f"{name} is not JSON: {error}") from None
+        if _levels_exceed(value, _MOST_LEVELS):
+            raise RefusedError(f"{name} is nested more than {_MOST_LEVELS} levels deep")
+        return value
 
     def _flag(self, name: str) -> bool:
         tensor = pb_utils.get_input_tensor_by_name(self._request, name)
@@ -293,6 +335,16 @@ class _Client:
             first = TokenLogprob(self.query.prompt[0], 0.0).record(self._tokenizer) | {"logprob": None}
             records = [first, *(found.record(self._tokenizer) for found in of_prompt), *records]
         return json.dumps(records, ensure_ascii=False)
+
+
+def _levels_exceed(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most + 1):
+        level = [one for one in level if isinstance(one, dict | list)]
+        if not level:
+            return False
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+    return True
 
 
 def _strings(values: Sequence[str]) -> Any:

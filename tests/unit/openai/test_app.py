@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -232,6 +233,24 @@ def test_requests_are_answered_again_after_the_server_was_replaced() -> None:
         with FakeTriton(port):
             waiting.join()
         assert answers == [200]
+
+
+def test_a_request_that_waited_long_is_tried_again_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_generator, "PATIENCE_S", 2.0)
+    with (
+        FakeTriton() as first, serve(first) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client, ThreadPoolExecutor(1) as pool,
+    ):  # fmt: skip
+        waiting = pool.submit(complete, client, HANGS)
+        assert wait_until(lambda: first.model.running == 1, 5)
+        time.sleep(2.1)  # longer than a lost one is tried again
+        port = int(first.address.rpartition(":")[2])
+        first.kill()
+        with FakeTriton(port) as second:
+            assert wait_until(lambda: second.model.running == 1 or waiting.done(), 10)
+            assert not waiting.done()
+            second.kill()
+        assert waiting.result().status_code == 503
 
 
 @pytest.mark.parametrize("stream", [False, True])

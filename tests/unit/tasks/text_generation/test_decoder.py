@@ -140,9 +140,7 @@ class _Complex:
 
 
 @pytest.mark.parametrize("tokens", [(9, 3, 9), (9, 9, 0), (0, 9, 9)])
-def test_a_constraint_that_becomes_too_complex_ends_its_own_query_at_once(
-    graph: Path, tokens: tuple[int, ...]
-) -> None:
+def test_a_constraint_that_becomes_too_complex_ends_its_own_query_at_once(graph: Path, tokens: tuple[int, ...]) -> None:
     ours = generator(graph, max_rows=5)
     beside = [Query(prompt(20, seed), LONG) for seed in range(2)]
     constraints: list[Any] = [_Complex(each) for each in tokens]

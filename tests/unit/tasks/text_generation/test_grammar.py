@@ -118,6 +118,7 @@ def test_what_other_rules_ask_does_not_break_the_answer() -> None:
         ({"json_schema": nested(300)}, "json_schema cannot be used: recursion limit"),
         ({"json_schema": nested(5000)}, "json_schema is no JSON: maximum recursion"),
         ({"json_schema": {"enum": [{1}]}}, "json_schema is no JSON: .*set"),
+        ({"regex": "a" * 100_001}, "regex cannot be used: it has 100,003 characters"),
         ({"grammar": "start: foo"}, "grammar cannot be used: .*unknown name"),
     ],
 )
@@ -139,7 +140,9 @@ def test_a_mask_has_the_width_of_the_logits() -> None:
 
 
 def test_an_alternative_too_many_is_named_with_the_reason() -> None:
-    kinds = [{"type": "object", "properties": {f"k{i}": {"type": "integer"}, "z": {"type": "string"}}} for i in range(300)]
+    kinds = [
+        {"type": "object", "properties": {f"k{i}": {"type": "integer"}, "z": {"type": "string"}}} for i in range(300)
+    ]
     constraint = generator().grammars.constraint(Sampling(json_schema={"anyOf": kinds}))
     assert constraint is not None
     with pytest.raises(UsageError, match=r"json_schema cannot be followed: .*Current row has .* items"):
