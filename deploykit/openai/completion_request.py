@@ -10,13 +10,13 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from deploykit.openai.generator import Asked
-from deploykit.openai.sampling_fields import MAX_ANSWERS, MAX_TOP_LOGPROBS, MOST_TOKENS, GenerationBody
+from deploykit.openai.sampling_fields import MAX_ANSWERS, MAX_TOP_LOGPROBS, MOST_ID, MOST_TOKENS, GenerationBody
 
 MAX_PROMPTS = 64
 
 
 class CompletionBody(GenerationBody):
-    prompt: list[str] = Field(min_length=1, max_length=MAX_PROMPTS)
+    prompt: list[str | list[int]] = Field(min_length=1, max_length=MAX_PROMPTS)
     max_tokens: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     best_of: int | None = Field(default=None, ge=1, le=MAX_ANSWERS)
     echo: bool = False
@@ -24,10 +24,11 @@ class CompletionBody(GenerationBody):
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _texts(cls, value: Any) -> Any:
-        if isinstance(value, list) and any(isinstance(item, int | list) for item in value):
-            raise ValueError("token ids are not accepted; the value should be a string or a list of strings")
-        return [value] if isinstance(value, str) else value
+    def _prompts(cls, value: Any) -> Any:
+        prompts = value if isinstance(value, list) and not _is_prompt(value) else [value]
+        if not all(map(_is_prompt, prompts)):
+            raise ValueError("the value should be a text, a list of token ids, or a list of these")
+        return prompts
 
     @model_validator(mode="after")
     def _consistent(self) -> CompletionBody:
@@ -35,7 +36,7 @@ class CompletionBody(GenerationBody):
             raise ValueError("best_of: it should be at least n")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 needs echo")
-        if "" in self.prompt:
+        if not all(self.prompt):
             raise ValueError("prompt: it is empty")
         return self
 
@@ -46,15 +47,23 @@ class CompletionBody(GenerationBody):
             sampling["best_of"] = self.best_of
         if self.logprobs is not None:
             sampling["logprobs"] = self.logprobs
-            if self.echo:
-                sampling["echo"] = True
+        if self.echo:
+            sampling["echo"] = True
         return [
             Asked(
                 self.model,
                 sampling,
-                text=prompt,
+                text=prompt if isinstance(prompt, str) else None,
+                ids=None if isinstance(prompt, str) else prompt,
                 stream=self.stream,
                 logprobs=self.logprobs is not None,
             )
             for prompt in self.prompt
         ]
+
+
+def _is_prompt(value: Any) -> bool:
+    """Return whether ``value`` is a text, or a list of at least one token id."""
+    if isinstance(value, list):
+        return bool(value) and all(type(item) is int and 0 <= item <= MOST_ID for item in value)
+    return isinstance(value, str)

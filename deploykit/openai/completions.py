@@ -16,9 +16,9 @@ async def completion(body: CompletionBody, prompts: Sequence[Pieces]) -> dict[st
     """Return the whole response; the choices of a prompt stand together, in the order of the prompts."""
     usage = Usage()
     choices: list[dict[str, Any]] = []
-    for prompt, answers in zip(body.prompt, await collect_all(prompts, usage)):
+    for answers in await collect_all(prompts, usage):
         for answer in answers:
-            choice = _Choice(body, len(choices), prompt)
+            choice = _Choice(body, len(choices))
             choices.append(choice.new(answer.text, answer.finish or "stop", answer.logprobs))
     return {**head("text_completion", "cmpl", body.model), "choices": choices, "usage": usage.to_json()}
 
@@ -29,7 +29,7 @@ async def completion_events(body: CompletionBody, prompts: Sequence[Pieces]) -> 
     usage = Usage()
     unknown = {"usage": None} if body.include_usage else {}
     prompt_tokens = [0] * len(prompts)
-    choices = [_Choice(body, index, body.prompt[index // body.n]) for index in range(body.n * len(prompts))]
+    choices = [_Choice(body, index) for index in range(body.n * len(prompts))]
     pieces = merged(prompts)
     async with aclosing(pieces):
         async for number, piece in pieces:
@@ -55,12 +55,11 @@ def _chunks(choices: Sequence[_Choice], piece: Piece) -> list[dict[str, Any]]:
 
 
 class _Choice:
-    """One answer to ``prompt``, as its parts are sent."""
+    """One answer to a prompt, as its parts are sent."""
 
-    def __init__(self, body: CompletionBody, index: int, prompt: str) -> None:
+    def __init__(self, body: CompletionBody, index: int) -> None:
         self.ended = False
         self._index = index
-        self._unsent = prompt if body.echo else ""
         self._with_logprobs = body.logprobs is not None
         self._offset = 0  # characters of the tokens sent
 
@@ -68,6 +67,5 @@ class _Choice:
         """Return the next part; ``finish`` is "" while the answer goes on."""
         logprobs = completion_logprobs(tokens, self._offset) if self._with_logprobs else None
         self._offset += sum(len(token["token"]) for token in tokens)
-        whole, self._unsent = self._unsent + text, ""
         self.ended = bool(finish)
-        return {"index": self._index, "text": whole, "logprobs": logprobs, "finish_reason": finish or None}
+        return {"index": self._index, "text": text, "logprobs": logprobs, "finish_reason": finish or None}

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt for ``model``: a ``text``, or ``messages`` as JSON (the other is None).
+    """A prompt for ``model``: a ``text``, token ``ids``, or ``messages`` as JSON (the others are None).
 
-    ``sampling`` has deploykit's names. ``stream``: send each new piece of text. ``logprobs``: send those of the tokens.
+    ``sampling`` has deploykit's names; with its ``echo`` an answer begins with the prompt. ``stream``: send each new
+    piece of text. ``logprobs``: send those of the tokens.
     """
 
     model: str
@@ -20,6 +21,7 @@ class Asked:
     messages: str | None = None
     stream: bool = False
     logprobs: bool = False
+    ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ MAX_STOP_CHARS = 1000
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
 MOST_TOKENS = 1_000_000
-_MOST_ID = 2**31 - 1
+MOST_ID = 2**31 - 1
 
-TokenId = Annotated[int, Field(ge=0, le=_MOST_ID)]
+TokenId = Annotated[int, Field(ge=0, le=MOST_ID)]
 
 _SAMPLING = {
     "temperature": "temperature",
@@ -39,6 +39,7 @@ _SAMPLING = {
 }
 FIELD_OF = {ours: theirs for theirs, ours in _SAMPLING.items()} | {
     "text_input": "prompt",
+    "input_ids": "prompt",
     "messages": "messages",
     "json_schema": "response_format",
     "regex": "structured_outputs.regex",
@@ -72,7 +73,7 @@ class GenerationBody(Body):
     n: int = Field(default=1, ge=1, le=MAX_ANSWERS)
     response_format: ResponseFormat | None = None
 
-    top_k: int | None = Field(default=None, ge=0, le=_MOST_ID)
+    top_k: int | None = Field(default=None, ge=0, le=MOST_ID)
     min_p: float | None = Field(default=None, ge=0, le=1)
     typical_p: float | None = Field(default=None, gt=0, le=1)
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=100)
@@ -97,7 +98,7 @@ class GenerationBody(Body):
     @classmethod
     def _token_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for name in value or ():
-            if not (name.isascii() and name.isdigit() and len(name) <= 10 and int(name) <= _MOST_ID):
+            if not (name.isascii() and name.isdigit() and len(name) <= 10 and int(name) <= MOST_ID):
                 raise ValueError("the names should be token ids: whole numbers, 0 or more")
         return value
 

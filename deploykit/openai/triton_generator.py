@@ -120,6 +120,8 @@ async def _request(asked: Asked) -> AsyncIterator[dict[str, Any]]:
     inputs = [
         _input(name, "BYTES", np.array([text.encode()], np.object_)) for name, text in texts.items() if text is not None
     ]
+    if asked.ids is not None:
+        inputs.append(_input("input_ids", "INT64", np.array(asked.ids, np.int64)))
     inputs += [_input(name, "BOOL", np.array([value])) for name, value in flags.items()]
     wanted = [*_OUTPUTS, *(["logprobs"] if asked.logprobs else [])]
     outputs = [triton.InferRequestedOutput(name) for name in wanted]
@@ -127,7 +129,7 @@ async def _request(asked: Asked) -> AsyncIterator[dict[str, Any]]:
 
 
 def _input(name: str, datatype: str, values: NDArray[Any]) -> Any:
-    tensor = triton.InferInput(name, [1], datatype)
+    tensor = triton.InferInput(name, list(values.shape), datatype)
     tensor.set_data_from_numpy(values)
     return tensor
 

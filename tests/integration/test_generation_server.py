@@ -142,6 +142,16 @@ def test_log_probabilities_of_prompt_and_answer(client: openai.OpenAI, local: Lo
     assert len(answer.logprobs.token_logprobs) == count + 3
     assert answer.logprobs.token_logprobs[count:] == pytest.approx([p["logprob"] for p in expected.logprobs], abs=1e-5)
     assert answer.text.startswith("list the file")
+    ids = local.tokenizer.encode_prompt("list the file")
+    again = client.completions.create(model="lm", prompt=[ids, ids[:1]], max_tokens=3, logprobs=2, echo=True)
+    assert again.choices[0].text == answer.text
+    assert again.choices[0].logprobs == answer.logprobs
+    alone = again.choices[1].logprobs
+    assert alone is not None
+    assert alone.token_logprobs is not None
+    assert (alone.token_logprobs[0], len(alone.token_logprobs)) == (None, 4), "one token has none before it"
+    parts = client.completions.create(model="lm", prompt=[ids], max_tokens=3, echo=True, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == answer.text
 
 
 @pytest.mark.parametrize("asked", ["openai stream", "openai", "http stream", "grpc stream"])
@@ -248,8 +258,8 @@ def test_a_client_that_reads_nothing_stops_nobody(server: TritonServer, url: str
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({}, "give either text_input or messages"),
-        ({"text_input": "a", "messages": "[]"}, "give either text_input or messages"),
+        ({}, "give one of text_input, input_ids and messages"),
+        ({"text_input": "a", "messages": "[]"}, "give one of text_input, input_ids and messages"),
         ({"messages": "[]"}, "messages is not a list of at least one message"),
         ({"messages": "{"}, "messages is not JSON"),
         ({"messages": json.dumps([{"role": "robot", "content": "a"}])}, "messages[0].role is 'robot'"),
@@ -268,6 +278,9 @@ def test_a_client_that_reads_nothing_stops_nobody(server: TritonServer, url: str
         ({"text_input": "a", "tempo": 1}, "unknown parameter tempo"),
         ({"text_input": "a", "max_tokens": 1, "sampling_parameters": '{"max_new_tokens": 2}'}, "is given twice"),
         ({"messages": "[" * 200 + "]" * 200}, "messages is nested more than 64 levels deep"),
+        ({"input_ids": []}, "the prompt is empty"),
+        ({"input_ids": [5, 400]}, "input_ids[1] is 400, and the model has 400 tokens"),
+        ({"input_ids": [-1]}, "input_ids[0] is -1"),
     ],
 )
 def test_bad_input_is_refused_by_field(server: TritonServer, inputs: dict[str, Any], message: str) -> None:

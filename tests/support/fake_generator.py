@@ -83,8 +83,9 @@ class FakeGenerator:
             first = [self._row(word, asked) for word in split(prompt)]
             first[0] = {**first[0], "logprob": None, "top": []}
             rows = [[*first, *row] for row in rows]
+        before = prompt if asked.sampling.get("echo") and step == 0 else ""
         return Piece(
-            ["".join(tokens) for tokens in new],
+            [before + "".join(tokens) for tokens in new],
             [finish if end else "" for end, (_, finish) in zip(last, answers)],
             len(split(prompt)),
             [len(tokens) for tokens in new],
@@ -100,9 +101,11 @@ class FakeGenerator:
 
 
 def prompt_of(asked: Asked) -> str:
-    """Return the text prompt, or the last message's content."""
+    """Return the text prompt, a word for each token id, or the last message's content."""
     if asked.text is not None:
         return asked.text
+    if asked.ids is not None:
+        return " ".join(f"w{token}" for token in asked.ids)
     assert asked.messages is not None
     found = json.loads(asked.messages)
     content: str = (found["messages"] if isinstance(found, dict) else found)[-1]["content"]

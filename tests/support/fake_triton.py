@@ -76,13 +76,17 @@ def read(request: Any) -> Asked:
     """Return what the tensors of a request ask for."""
     values: dict[str, Any] = {}
     for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
+        if tensor.name == "input_ids":
+            values[tensor.name] = np.frombuffer(raw, np.int64).tolist()
+            assert list(tensor.shape) == [len(values[tensor.name])]
+            continue
         assert list(tensor.shape) == [1]
         if tensor.datatype == "BYTES":
             values[tensor.name] = deserialize_bytes_tensor(raw)[0].decode()
         else:
             values[tensor.name] = bool(np.frombuffer(raw, np.bool_)[0])
     assert values["exclude_input_in_output"]
-    assert ("text_input" in values) != ("messages" in values)
+    assert len(values.keys() & {"text_input", "input_ids", "messages"}) == 1
     return Asked(
         request.model_name,
         json.loads(values["sampling_parameters"]),
@@ -90,6 +94,7 @@ def read(request: Any) -> Asked:
         values.get("messages"),
         values["stream"],
         values["return_logprobs"],
+        values.get("input_ids"),
     )
 
 

@@ -44,6 +44,7 @@ class TextGenerationOptions(FinetuneOptions):
     show_rows: int = described(1, "Training rows to print, supervised tokens in green.")
     lora_target_modules: str = described("all-linear", "Layers to adapt, joined by commas, or all-linear.")
     lora_dropout: float = described(0.05, "Dropout of the adapter.")
+    init_adapter: str | None = described(None, "Go on from this LoRA adapter of TARGET, a folder that peft saved.")
     use_dora: bool = described(False, "Adapt directions and magnitudes of weights separately (DoRA).")
     use_rslora: bool = described(False, "Scale an adapter by the root of its rank (rsLoRA).")
     neftune_noise_alpha: float = described(0.0, "Noise on the embeddings while training (NEFTune); 0: off.")
@@ -71,7 +72,7 @@ class TextGenerationOptions(FinetuneOptions):
         if self.model is None:
             raise UsageError("TARGET is missing", "give the folder of a checkpoint, a hub id, or a .gguf file")
         for name in ("use_dora", "use_rslora"):
-            if getattr(self, name) and not self.lora_r:
+            if getattr(self, name) and not self.adapts:
                 raise UsageError(f"{flag(name)} is a kind of adapter", "add --lora-r")
         if self.syntax is not None:
             check_syntax(self.syntax)
@@ -84,6 +85,11 @@ class TextGenerationOptions(FinetuneOptions):
             raise UsageError("--label-smoothing-factor is not for --task text-generation", "leave it out")
         if self.dropout is not None:
             raise UsageError("--dropout is not for --task text-generation", "leave it out")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether an adapter is trained, not all weights."""
+        return self.lora_r > 0 or self.init_adapter is not None
 
     @property
     def long_rows(self) -> OnLong:

@@ -20,7 +20,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from deploykit.errors import ExportError, UsageError
+from deploykit.errors import ExportError
+from deploykit.tasks.text_generation.adapter import with_adapter
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.options import TextGenerationOptions
@@ -152,8 +153,8 @@ def train(
         [len(row.ids) for row in validation], options.batch_tokens, packed=options.packing, seed=None
     )
     trained = model
-    if options.lora_r:
-        trained = _with_adapter(model, options)
+    if options.adapts:
+        trained = with_adapter(model, options, say)
     if options.gradient_checkpointing:
         # Its name before transformers 5.23 is deprecated.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -176,7 +177,7 @@ def train(
         callbacks=trainer.callbacks(options, work / "tensorboard", say),
     )
     result = trainer.run(sft)
-    if options.lora_r:
+    if options.adapts:
         result = _merged(result, rows[0], say)
     result.set_attn_implementation(attention)
     return result, _history(sft.state.log_history, {} if answers is None else answers.by_step)
@@ -189,21 +190,6 @@ def _history(logs: Sequence[Mapping[str, Any]], answers: Mapping[int, Sequence[s
         "steps": steps,
         "evaluations": [{"step": n, "loss": loss, "answers": answers.get(n, [])} for n, loss in losses.items()],
     }
-
-
-def _with_adapter(model: Any, options: TextGenerationOptions) -> Any:
-    names = [name.strip() for name in options.lora_target_modules.split(",")]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return trainer.with_adapter(
-                model, options, "CAUSAL_LM", lora_dropout=options.lora_dropout, use_dora=options.use_dora,
-                use_rslora=options.use_rslora, target_modules="all-linear" if names == ["all-linear"] else names,
-            )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(
-            f"--lora-target-modules {options.lora_target_modules}: {error}", "give all-linear, or names of layers"
-        ) from error
 
 
 def _merged(adapted: Any, row: EncodedRow, say: Say) -> Any:

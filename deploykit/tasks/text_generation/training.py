@@ -11,6 +11,7 @@ from typing import Any
 
 from deploykit.errors import DataError, UsageError
 from deploykit.runtime.sampling import Sampling
+from deploykit.tasks.text_generation.adapter import read_adapter
 from deploykit.tasks.text_generation.chat_template import read_template
 from deploykit.tasks.text_generation.checkpoint import (
     TorchGenerator,
@@ -54,7 +55,9 @@ class TextGenerationStage:
         if options.chat_template is not None:
             template = read_template(options.chat_template)
             self._added = set_template(self._hf_tokenizer, template, self._eos(), needed=False)
-        if self._added and options.lora_r:
+        if options.init_adapter is not None:
+            read_adapter(options)
+        if self._added and options.adapts:
             raise UsageError(
                 f"the chat template adds tokens ({', '.join(self._added)}), whose embeddings a LoRA adapter does not train",
                 "train all weights (--lora-r 0), or give --chat-template alpaca",

@@ -51,13 +51,14 @@ _MOST_LEVELS = 64
 """Deepest nesting of lists and objects in JSON: what reads them goes deeper with each level."""
 
 
-def _optional(name: str, kind: str) -> Mapping[str, Any]:
-    return {"name": name, "data_type": kind, "dims": [1], "optional": True}
+def _optional(name: str, kind: str, size: int = 1) -> Mapping[str, Any]:
+    return {"name": name, "data_type": kind, "dims": [size], "optional": True}
 
 
 class TextGenerationBackend:
     inputs: Sequence[Mapping[str, Any]] = (
         _optional("text_input", "TYPE_STRING"),
+        _optional("input_ids", "TYPE_INT64", -1),
         _optional("messages", "TYPE_STRING"),
         _optional("stream", "TYPE_BOOL"),
         _optional("sampling_parameters", "TYPE_STRING"),
@@ -132,11 +133,13 @@ class TextGenerationBackend:
         generator = self._loop.model
         asked = _Asked(request)
         sampling = asked.sampling(generator.task)
-        prompt = asked.prompt_ids(generator.tokenizer)
+        prompt = asked.prompt_ids(generator.tokenizer, generator.task)
         client = _Client(request, sender, asked, generator.tokenizer, self._loop.call_in_client_thread)
 
         def join() -> None:
-            query = client.query = generator.query(prompt, sampling, on_tokens=client.tell, prompt_logprobs=asked.echo)
+            query = client.query = generator.query(
+                prompt, sampling, on_tokens=client.tell, prompt_logprobs=asked.prompt_logprobs
+            )
             try:
                 self._loop.submit(client, [query])
             except QueueFullError as full:
@@ -163,9 +166,10 @@ class _Asked:
     def __init__(self, request: Any) -> None:
         self._request = request
         self.text = self._text("text_input")
+        self._ids = self._int_list("input_ids")
         self._messages = self._json("messages")
-        if (self.text is None) == (self._messages is None):
-            raise RefusedError("give either text_input or messages")
+        if [self.text, self._ids, self._messages].count(None) != 2:
+            raise RefusedError("give one of text_input, input_ids and messages")
         given = self._json("sampling_parameters")
         given = {} if given is None else given
         if not isinstance(given, dict):
@@ -176,26 +180,36 @@ class _Asked:
         self.echo = self._given_flag(given, "echo")
         self._given = given
         self.stream = self._flag("stream")
-        self.with_input = self.text is not None and not (self._flag("exclude_input_in_output") or self.stream)
+        excluded = self._flag("exclude_input_in_output") or self.stream
+        self.with_input = self._messages is None and (self.echo or not excluded)
         self.wanted = frozenset(
             name
             for name in ("finish_reason", "cumulative_logprob", "logprobs", "num_input_tokens", "num_output_tokens")
             if self._flag(f"return_{name}")
         )
 
+    @property
+    def prompt_logprobs(self) -> bool:
+        return self.echo and "logprobs" in self.wanted
+
     def sampling(self, task: TextGeneration) -> Sampling:
         """Return the sampling options. Raises UsageError naming the first that is unknown or out of range."""
         given = dict(self._given)
-        if self.wanted & {"logprobs", "cumulative_logprob"} or self.echo:
+        if self.wanted & {"logprobs", "cumulative_logprob"}:
             given.setdefault("logprobs", 0)
-        # A client that wants only the prompt's log-probabilities asks for no tokens.
+        # A client that wants only the prompt, or its log-probabilities, asks for no tokens.
         scored_only = self.echo and given.get("max_new_tokens") == 0
         if scored_only:
             del given["max_new_tokens"]
         found = override(task.sampling, given)
         return dataclasses.replace(found, max_new_tokens=0, min_new_tokens=0) if scored_only else found
 
-    def prompt_ids(self, tokenizer: ChatTokenizer) -> list[int]:
+    def prompt_ids(self, tokenizer: ChatTokenizer, task: TextGeneration) -> list[int]:
+        if self._ids is not None:
+            for place, token in enumerate(self._ids):
+                if not 0 <= token < task.vocabulary:
+                    raise RefusedError(f"input_ids[{place}] is {token}, and the model has {task.vocabulary:,} tokens")
+            return self._ids
         if self.text is not None:
             return tokenizer.encode_prompt(self.text)
         dialog = self._messages if isinstance(self._messages, dict) else {"messages": self._messages}
@@ -217,6 +231,10 @@ class _Asked:
         if len(text) > MAX_TEXT_CHARS:
             raise RefusedError(f"{name} has {len(text):,} characters, the most accepted is {MAX_TEXT_CHARS:,}")
         return text
+
+    def _int_list(self, name: str) -> list[int] | None:
+        tensor = pb_utils.get_input_tensor_by_name(self._request, name)
+        return None if tensor is None else [int(value) for value in tensor.as_numpy().reshape(-1)]
 
     def _json(self, name: str) -> Any:
         text = self._text(name)
@@ -301,16 +319,16 @@ class _Client:
         """Return what is new of each answer. The loop's thread may append to them meanwhile."""
         texts, finishes, logprobs, sums, counts = [], [], [], [], []
         for number, answer in enumerate(self._answers()):
+            first = number not in self._sent
             sent_text, sent_tokens, ended = self._sent.get(number, _NOTHING)
             # In this order: an answer that has its end has all of its text.
             finish = answer.finish
             tokens, text = len(answer.ids), answer.text
             self._sent[number] = len(text), tokens, finish is not None
-            texts.append((self._asked.text or "" if self._asked.with_input else "") + text[sent_text:])
+            texts.append((self._input_text() if first and self._asked.with_input else "") + text[sent_text:])
             finishes.append("" if ended or finish is None else "length" if finish == "length" else "stop")
             new = answer.logprobs[sent_tokens:tokens]
-            before = self.query.of_prompt if self._asked.echo and not sent_tokens else []
-            logprobs.append(self._logprobs(before, new))
+            logprobs.append(self._logprobs(new, with_prompt=first and self._asked.prompt_logprobs))
             sums.append(answer.total_logprob)
             counts.append(tokens - sent_tokens)
         tensors = {
@@ -329,11 +347,17 @@ class _Client:
             ]
         )
 
-    def _logprobs(self, of_prompt: Sequence[TokenLogprob], of_answer: Sequence[TokenLogprob]) -> str:
+    def _input_text(self) -> str:
+        """Return the prompt, special tokens included."""
+        if self._asked.text is not None:
+            return self._asked.text
+        return str(self._tokenizer.tokenizer.decode(list(self.query.prompt), skip_special_tokens=False))
+
+    def _logprobs(self, of_answer: Sequence[TokenLogprob], *, with_prompt: bool) -> str:
         records = [found.record(self._tokenizer) for found in of_answer]
-        if of_prompt:
+        if with_prompt:
             first = TokenLogprob(self.query.prompt[0], 0.0).record(self._tokenizer) | {"logprob": None}
-            records = [first, *(found.record(self._tokenizer) for found in of_prompt), *records]
+            records = [first, *(found.record(self._tokenizer) for found in self.query.of_prompt), *records]
         return json.dumps(records, ensure_ascii=False)
 
 

@@ -12,14 +12,15 @@ backend: "deploykit"
 max_batch_size: 0
 model_transaction_policy { decoupled: true }
 
-# A text to continue, or the messages of a dialog, as JSON: a list, or an object with messages and tools.
+# A text to continue, its token ids, or the messages of a dialog, as JSON: a list, or an object with messages and tools.
 input { name: "text_input" data_type: TYPE_STRING dims: [ 1 ] optional: true }
+input { name: "input_ids" data_type: TYPE_INT64 dims: [ -1 ] optional: true }
 input { name: "messages" data_type: TYPE_STRING dims: [ 1 ] optional: true }
 # Send the answer piece by piece.
 input { name: "stream" data_type: TYPE_BOOL dims: [ 1 ] optional: true }
 # A JSON object: max_new_tokens, temperature, ...
 input { name: "sampling_parameters" data_type: TYPE_STRING dims: [ 1 ] optional: true }
-# Without it, an answer that is not streamed begins with text_input.
+# Without it, an answer that is not streamed begins with the text of text_input or input_ids.
 input { name: "exclude_input_in_output" data_type: TYPE_BOOL dims: [ 1 ] optional: true }
 input { name: "return_finish_reason" data_type: TYPE_BOOL dims: [ 1 ] optional: true }
 input { name: "return_cumulative_logprob" data_type: TYPE_BOOL dims: [ 1 ] optional: true }

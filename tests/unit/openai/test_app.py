@@ -134,6 +134,16 @@ def test_fields_reach_the_model_under_its_names(service: Service, client: httpx.
     assert service.triton.model.asked[-1].sampling == {"n": 1}
 
 
+def test_prompts_may_be_token_ids(service: Service, client: httpx.Client) -> None:
+    for given, sent in (([7, 8], [[7, 8]]), ([[7, 8], [9]], [[7, 8], [9]])):
+        body = {"model": "writer", "prompt": given, "echo": True, "max_tokens": 0}
+        choices = client.post("/completions", json=body).json()["choices"]
+        asked = service.triton.model.asked[-len(sent) :]
+        assert sorted((one.ids for one in asked), key=str) == sent
+        assert all(one.text is None for one in asked)
+        assert [choice["text"] for choice in choices] == [" ".join(f"w{i}" for i in ids) for ids in sent]
+
+
 def test_messages_are_written_as_templates_read_them(service: Service, client: httpx.Client) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
     messages = [

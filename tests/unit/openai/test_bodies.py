@@ -85,8 +85,11 @@ def test_a_refused_field_of_a_chat_is_named(fields: dict[str, Any], param: str, 
 @pytest.mark.parametrize(
     ("fields", "param", "told"),
     [
-        ({"prompt": [1, 2, 3]}, "prompt", "token ids"),
-        ({"prompt": [[1, 2], [3]]}, "prompt", "token ids"),
+        ({"prompt": [1, -2, 3]}, "prompt", "token ids"),
+        ({"prompt": [1, True]}, "prompt", "token ids"),
+        ({"prompt": ["a", [1, "b"]]}, "prompt", "token ids"),
+        ({"prompt": [[1], []]}, "prompt", "token ids"),
+        ({"prompt": [[2**31]]}, "prompt", "token ids"),
         ({"prompt": []}, "prompt", "at least 1"),
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": ["x"] * 65}, "prompt", "at most 64"),
