@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from language_models import random_model, tokenizer
 
 from deploykit.errors import DataError
@@ -15,7 +16,7 @@ from deploykit.graphs.writer import save_with_weights
 from deploykit.runtime.engines.causal_lm import OnnxCausalLm
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.chat_template import CHATML
-from deploykit.tasks.text_generation.checkpoint import chat_tokenizer, checkpoint_facts
+from deploykit.tasks.text_generation.checkpoint import TorchGenerator, chat_tokenizer, checkpoint_facts
 from deploykit.tasks.text_generation.decoder import PREFIX_BLOCK, Decoder, Query
 from deploykit.tasks.text_generation.generator import LocalGenerator
 
@@ -190,3 +191,15 @@ def test_a_stream_is_the_answer_in_pieces(graph: Path) -> None:
     next(stream)
     stream.close()
     assert ours.decoder.idle
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_checkpoint_answers_on_the_device_that_it_trains_on(graph: Path, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    model, own = random_model("llama"), tokenizer(CHATML)
+    facts = checkpoint_facts(model.config, model.generation_config, own)
+    sampling = Sampling(max_new_tokens=8, ignore_eos=True)
+    prompts = [prompt(5), prompt(30)]
+    found = TorchGenerator(model.to(device), own, facts).generate(prompts, sampling)
+    assert [a.ids for (a,) in found] == [a.ids for (a,) in generator(graph).generate(prompts, sampling)]
