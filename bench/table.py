@@ -141,6 +141,27 @@ def render_architectures(result: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_gpu(result: Record) -> str:
+    """Return Markdown: each step of bench/gpu/run.sh, its outcome, seconds, and the figures that it found."""
+    lines = [
+        f"{result['started'][:10]}, {result['card']}: `bench/gpu/run.sh {result['device']}`.",
+        "",
+        "| step | outcome | seconds | found |",
+        "|---|---|---:|---|",
+    ]
+    for name, step in result["steps"].items():
+        found = {} if name == "doctor" else step.get("result", {})
+        figures = "<br>".join(f"{key}: {_figures(value)}" for key, value in found.items())
+        lines.append(_row([name, step["status"], f"{step['seconds']:.0f}", figures]))
+    return "\n".join(lines) + "\n"
+
+
+def _figures(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {_figures(of)}" for key, of in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
 def _engines(engines: Mapping[str, list[str]]) -> str:
     titles = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "native": "native"}
     parts = [
@@ -254,6 +275,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "architectures": ("architectures", render_architectures),
     "classification": ("classification", render_classification),
     "exactness": ("exactness", render_exactness),
+    "gpu": ("gpu-*", render_gpu),
     "methods": ("methods", render_methods),
     "translation": ("translation", render_translation),
 }

@@ -3,87 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import json
-import os
+import hashlib
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from step import SIZES, WINDOW, Step, Training, deploykit, median, percentile, timed
+
 NEW_TOKENS = 32
-"""Largest number of tokens of a translation: a model trained for a few steps generates no end token."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """Amount of training and measuring: rows, optimizer steps, seconds per rate, and batch sizes."""
-
-    rows: int
-    steps: int
-    seconds: float
-    batches: tuple[int, ...] = (1, 32, 256)
-
-
-SIZES: Mapping[str, Size] = {"cuda": Size(1024, 20, 1.5), "cpu": Size(256, 6, 1.0), "quick": Size(96, 2, 0.05, (1, 8))}
-"""Sizes by device; tests use "quick"."""
-
-
-@dataclass
-class Step:
-    """A running step: its inputs, and its result, which is written at each change."""
-
-    device: str
-    payload: Path
-    work: Path
-    path: Path
-    size: Size
-    found: dict[str, Any] = field(default_factory=dict)
-
-    def tell(self, **found: Any) -> None:
-        self.found.update(found)
-        self.path.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
-
-    def texts(self, count: int) -> list[str]:
-        return [row[0] for row in self.tweets(count)]
-
-    def tweets(self, count: int) -> list[tuple[str, str]]:
-        """Return (text, label) of real tweets, always the same ones."""
-        with next((self.payload / "tweets").glob("*.csv")).open(encoding="latin-1", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [(row["text"], row["sentiment"]) for row in rows[:: max(1, len(rows) // count)][:count]]
-
-    def checkpoint(self, name: str, *words: object, hide_gpu: bool) -> tuple[Path, dict[str, Any], float]:
-        """Fine-tune unless an earlier step did. Returns the folder, the --json output and the duration in seconds."""
-        out = self.work / name
-        started = time.monotonic()
-        record = deploykit("finetune", *words, "--output-dir", out, hide_gpu=hide_gpu)
-        return out, record, time.monotonic() - started
-
-    def classifier(self, precision: str, *, hide_gpu: bool = False) -> tuple[Path, dict[str, Any], float]:
-        rows = self.work / "tweets.csv"
-        if not rows.exists():
-            self.work.mkdir(parents=True, exist_ok=True)
-            with rows.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([("text", "label"), *self.tweets(self.size.rows)])
-        return self.checkpoint(
-            f"classifier-{precision}{'-cpu' * hide_gpu}", self.payload / "minilm", "--train", rows, "--max-steps", self.size.steps,
-            "--per-device-train-batch-size", 32, "--max-length", 64, "--learning-rate", 1e-4, "--mixed-precision", precision,
-            hide_gpu=hide_gpu,
-        )  # fmt: skip
-
-    def translator(self, precision: str, *, hide_gpu: bool = False) -> tuple[Path, dict[str, Any], float]:
-        return self.checkpoint(
-            f"translator-{precision}{'-cpu' * hide_gpu}", "--task", "translation", "--from-config", "marian-small", "--train",
-            self.payload / "pairs.tsv", "--source-lang", "en", "--target-lang", "fr", "--max-train-samples", self.size.rows, "--max-steps", self.size.steps,
-            "--held-out-rows", self.size.rows // 16, "--eval-rows", self.size.rows // 32, "--mixed-precision", precision,
-            hide_gpu=hide_gpu,
-        )  # fmt: skip
+"""Largest number of tokens of a translation or answer: a model trained for a few steps generates no end token."""
+PROMPT_TOKENS = 128
 
 
 def doctor(step: Step) -> None:
@@ -92,7 +26,9 @@ def doctor(step: Step) -> None:
 
 def tests(step: Step) -> None:
     """Run the tests that need a GPU; on a CPU they are skipped, and counted."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/unit"]
+    # Other test files import packages that the GPU machine lacks.
+    files = [str(path) for path in Path("tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
     step.tell(summary=done.stdout.strip().splitlines()[-1])
@@ -101,15 +37,23 @@ def tests(step: Step) -> None:
 
 
 def finetune(step: Step) -> None:
-    """Train both tasks in each precision of the device, and in fp32 on the CPU, whose loss is the reference."""
-    runs = [("no", True), *(((p, False) for p in ("no", "bf16", "fp16")) if step.device == "cuda" else ())]
-    for task, train in (("classifier", step.classifier), ("translator", step.translator)):
-        for precision, hide_gpu in runs:
-            out, record, seconds = train(precision, hide_gpu=hide_gpu)
-            name = f"{task} {'fp32' if precision == 'no' else precision} on {'cpu' if hide_gpu else 'cuda'}"
-            step.tell(**{name: {
-                "seconds": round(seconds, 1), "metrics": headline(record["metrics"]), **training_log(out),
-            }})  # fmt: skip
+    """Train classifier and translator in each precision of the device, and in fp32 on the CPU."""
+    train(step, "classifier", step.classifier, ("no", *step.precisions))
+    train(step, "translator", step.translator, ("no", *step.precisions))
+
+
+def train(step: Step, name: str, fit: Callable[..., Training], precisions: Sequence[str]) -> Path:
+    """Train on the GPU, and at the same time in fp32 on the CPU, whose loss is the reference. Returns the CPU's
+    checkpoint."""
+    with ThreadPoolExecutor(1) as beside:
+        reference = beside.submit(fit)
+        if step.device == "cuda":
+            for precision in precisions:
+                label = f"{name} {'fp32' if precision == 'no' else precision} on cuda"
+                step.tell(**{label: fit(precision, hide_gpu=False).record()})
+        trained = reference.result()
+    step.tell(**{f"{name} fp32 on cpu": trained.record()})
+    return trained.folder
 
 
 def classify(step: Step) -> None:
@@ -120,13 +64,12 @@ def classify(step: Step) -> None:
     from deploykit.runtime.engines import load_engine
     from deploykit.tasks.classification.checkpoint import TorchClassifier
 
-    checkpoint, _, _ = step.classifier("no", hide_gpu=True)
-    export_to = step.work / "classifier-export"
-    deploykit("export", checkpoint, "--output-dir", export_to)
+    checkpoint = step.classifier().folder
+    exported = step.exported(checkpoint)
     reference = TorchClassifier.load(checkpoint)
     texts = step.texts(256)
-    ids = [row[:64] for row in reference.encode(texts).ids]
-    engine = load_engine("cuda" if step.device == "cuda" else "onnxruntime", export_to / "model.onnx")
+    ids = [row[:WINDOW] for row in reference.encode(texts).ids]
+    engine = load_engine("cuda" if step.device == "cuda" else "onnxruntime", exported / "model.onnx")
 
     def padded(rows: Sequence[list[int]]) -> dict[str, Any]:
         width = max(map(len, rows))
@@ -170,7 +113,7 @@ def classify(step: Step) -> None:
             seconds = timed(lambda run=run, inputs=inputs: run(inputs), step.size.seconds)
             found["texts per second"][str(rows)] = round(rows / median(seconds), 1)
             if rows == 1:
-                found["one caller, ms"] = {f"p{p}": round(1e3 * percentile(seconds, p), 3) for p in (50, 99)}
+                found["one caller, ms"] = {f"p{p}": round(1e3 * percentile(p, seconds), 3) for p in (50, 99)}
         step.tell(**{name: found})
 
 
@@ -178,7 +121,7 @@ def translate(step: Step) -> None:
     """Measure translation with PyTorch on the device; deploykit's translators run only on CPUs and TensorRT."""
     from deploykit.tasks.translation.checkpoint import TorchTranslator
 
-    checkpoint, _, _ = step.translator("no", hide_gpu=True)
+    checkpoint = step.translator().folder
     translator = TorchTranslator.load(checkpoint)
     translator.model.to(step.device)
     lines = (step.payload / "pairs.tsv").read_text(encoding="utf-8").splitlines()[1:257]
@@ -190,21 +133,111 @@ def translate(step: Step) -> None:
         answers = translator.generate_ids(part, generation)
         seconds = time.perf_counter() - begun
         step.tell(**{f"torch generate, {rows} rows": {"tokens per second": round(sum(map(len, answers)) / seconds, 1)}})
-    step.tell(onnxruntime="not built: the engine cuda runs classifiers alone")
+    step.tell(onnxruntime="not built: the engine cuda runs classifiers and question answering")
+
+
+def answer(step: Step) -> None:
+    """Fine-tune for question answering, and compare ONNX Runtime with PyTorch: spans, questions/s by batch size."""
+    import torch
+
+    from deploykit.tasks.opening import open_predictor
+    from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
+
+    checkpoint = train(step, "answerer", step.answerer, step.precisions)
+    exported = step.exported(checkpoint)
+    pairs = [(row["question"], row["context"]) for row in step.questions(256)]
+
+    def on_torch(dtype: torch.dtype) -> Any:
+        answerer = TorchAnswerer.load(checkpoint)
+        answerer.model.to(step.device, dtype)
+        return answerer
+
+    engine = "cuda" if step.device == "cuda" else "onnxruntime"
+    makers: dict[str, Callable[[], Any]] = {
+        "onnxruntime": lambda: open_predictor(str(exported), url="", engine=engine, precision="fp32"),
+        "torch eager fp32": lambda: on_torch(torch.float32),
+    }
+    if step.device == "cuda":
+        makers["torch eager bf16"] = lambda: on_torch(torch.bfloat16)
+    asked = pairs[: step.size.batches[-1]]
+    expected = spans(TorchAnswerer.load(checkpoint), asked)
+    for name, make in makers.items():
+        answerer = make()
+        found = spans(answerer, asked)
+        rates = {}
+        for rows in step.size.batches:
+            seconds = timed(lambda rows=rows, ask=answerer.try_all: ask((pairs * rows)[:rows]), step.size.seconds)
+            rates[str(rows)] = round(rows / median(seconds), 1)
+        same = sum(ours == theirs for ours, theirs in zip(found, expected)) / len(expected)
+        step.tell(**{name: {"same span as the CPU's": same, "questions per second": rates}})
+
+
+def spans(answerer: Any, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, int]]:
+    """Return the place of the best answer to each question."""
+    return [(best.start, best.end) for best, *_ in (found.answers(None, 1) for found in answerer.find(pairs))]
+
+
+def generate(step: Step) -> None:
+    """Fine-tune a language model, and measure prefill and decode with PyTorch on the device."""
+    import torch
+
+    from deploykit.tasks.text_generation.checkpoint import load_base, load_base_tokenizer
+
+    source = step.payload / "smollm2"
+    source = next(source.glob("*.gguf"), source)
+    base, tokenizer = load_base(str(source)), load_base_tokenizer(str(source))
+    if step.size.layers:  # all of them take minutes on a CPU
+        base.model.layers = base.model.layers[: step.size.layers]
+        base.config.num_hidden_layers = step.size.layers
+    base.save_pretrained(step.work / "base")
+    tokenizer.save_pretrained(step.work / "base")
+    checkpoint = train(step, "language model", step.language_model, step.precisions)
+    text = (step.payload / "commands.jsonl").read_text(encoding="utf-8")
+    ids = torch.tensor(tokenizer(text)["input_ids"], device=step.device)
+    prompt = min(PROMPT_TOKENS, base.config.max_position_embeddings - NEW_TOKENS)
+    expected: dict[int, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16)[: 2 if step.device == "cuda" else 1]:
+        model = load_base(str(checkpoint)).to(step.device, dtype)
+        for rows in step.size.batches:
+            prompts = ids[: rows * prompt].reshape(rows, prompt)
+            prefill, _ = generated(model, prompts, 1)
+            whole, answers = generated(model, prompts, NEW_TOKENS)
+            expected.setdefault(rows, answers)
+            step.tell(**{f"torch eager {str(dtype).removeprefix('torch.')}, {rows} rows": {
+                "prefill tokens per second": round(rows * prompt / prefill, 1),
+                "decode tokens per second": round(rows * (NEW_TOKENS - 1) / max(whole - prefill, 1e-9), 1),
+                "same tokens as fp32": float((answers == expected[rows]).float().mean()),
+            }})  # fmt: skip
+    step.tell(onnxruntime="not built: the engine cuda runs classifiers and question answering")
+
+
+def generated(model: Any, prompts: Any, tokens: int) -> tuple[float, Any]:
+    """Generate greedily, once to warm up and once measured. Returns seconds and the new tokens, [rows, tokens]."""
+    import torch
+
+    for _ in range(2):
+        begun = time.perf_counter()
+        found = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+        )[:, prompts.shape[1] :].cpu()
+        seconds = time.perf_counter() - begun
+    return seconds, found
 
 
 def export(step: Step) -> None:
     """Export on this machine, and again with the GPU hidden: the graphs must be equal."""
-    checkpoint, _, _ = step.classifier("no", hide_gpu=True)
-    digests = []
-    for name, hidden in (("here", False), ("cpu", True)):
-        with tempfile.TemporaryDirectory() as folder:
-            deploykit("export", checkpoint, "--output-dir", Path(folder) / "export", hide_gpu=hidden)
-            files = json.loads((Path(folder) / "export" / "manifest.json").read_text())["files"]
-        digests.append(files["model.onnx"]["sha256"])
-        step.tell(**{name: digests[-1]})
-    step.tell(equal=digests[0] == digests[1])
-    if digests[0] != digests[1]:
+    checkpoint = step.classifier().folder
+    again = step.work / "classifier-export-cpu"
+    deploykit("export", checkpoint, "--output-dir", again, hide_gpu=True)
+    here, cpu = (
+        hashlib.sha256((f / "model.onnx").read_bytes()).hexdigest() for f in (step.exported(checkpoint), again)
+    )
+    step.tell(here=here, cpu=cpu, equal=here == cpu)
+    if here != cpu:
         raise SystemExit("the GPU machine's graph is not the CPU's")
 
 
@@ -217,7 +250,7 @@ def tensorrt(step: Step) -> None:
     from deploykit.tasks.classification.checkpoint import TorchClassifier
     from deploykit.tensorrt.build import EngineOptions, plan
 
-    checkpoint, _, _ = step.classifier("no", hide_gpu=True)
+    checkpoint = step.classifier().folder
     reference = TorchClassifier.load(checkpoint)
     graph = step.work / "half.onnx"
     export_half_classifier(reference.model, graph, torch.float16)
@@ -227,60 +260,9 @@ def tensorrt(step: Step) -> None:
               "TensorRT's wheels on PyPI are placeholders, and TensorRT-RTX 1.7 does not target SM90")  # fmt: skip
 
 
-def deploykit(*words: object, hide_gpu: bool = False) -> dict[str, Any]:
-    """Run a command and return its --json."""
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})}
-    command = [sys.executable, "-m", "deploykit", *map(str, words), "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {done.stdout[-2000:]}")
-    record: dict[str, Any] = json.loads(done.stdout)
-    return record
-
-
-def training_log(checkpoint: Path) -> dict[str, float]:
-    """Return the trainer's last log: training loss, samples per second."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logged: dict[str, float] = {}
-    for folder in {path.parent for path in (checkpoint / "tensorboard").rglob("events.out.*")}:
-        events = EventAccumulator(str(folder))
-        events.Reload()
-        for tag in events.Tags()["scalars"]:
-            if tag in ("train/train_loss", "train/train_samples_per_second", "train/loss"):
-                logged[tag.removeprefix("train/")] = round(events.Scalars(tag)[-1].value, 4)
-    return logged
-
-
-def headline(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: round(metrics[name], 4) for name in ("accuracy", "macro_f1", "bleu", "chrf") if name in metrics}
-
-
-def timed(run: Callable[[], Any], seconds: float) -> list[float]:
-    """Call ``run`` for ``seconds`` after two uncounted calls. Returns the duration of each call in seconds."""
-    for _ in range(2):
-        run()
-    return list(_calls(run, seconds))
-
-
-def _calls(run: Callable[[], Any], seconds: float) -> Iterator[float]:
-    end = time.perf_counter() + seconds
-    while (begun := time.perf_counter()) < end:
-        run()
-        yield time.perf_counter() - begun
-
-
-def median(seconds: Sequence[float]) -> float:
-    return percentile(seconds, 50)
-
-
-def percentile(seconds: Sequence[float], percent: int) -> float:
-    ordered = sorted(seconds)
-    return ordered[min(len(ordered) - 1, len(ordered) * percent // 100)]
-
-
 ALL: Mapping[str, Callable[[Step], None]] = {
-    function.__name__: function for function in (doctor, tests, finetune, classify, translate, export, tensorrt)
+    function.__name__: function
+    for function in (doctor, tests, finetune, classify, translate, answer, generate, export, tensorrt)
 }
 
 
@@ -294,7 +276,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     size = SIZES["quick" if options.quick else options.device]
-    ALL[options.step](Step(options.device, options.payload, options.work, options.result, size))
+    step = Step(options.device, options.payload, options.work, options.result, size)
+    step.prepare()
+    ALL[options.step](step)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from language_models import write_checkpoint, write_rows
 from paths import ROOT
 
+from deploykit.tasks.text_generation.chat_template import CHATML
+
 SCRIPTS = ROOT / "bench" / "gpu"
-NEEDS_NO_PYTEST = ["doctor", "finetune", "classify", "translate", "export", "tensorrt"]
+NEEDS_NO_PYTEST = ["doctor", "finetune", "classify", "translate", "answer", "generate", "export", "tensorrt"]
 
 
 @pytest.mark.slow
@@ -25,6 +28,8 @@ def test_every_step_runs_on_the_cpu_and_is_recorded(minilm: Path, tweets: Path, 
     (payload / "tweets" / tweets.name).symlink_to(tweets)
     (payload / "minilm").symlink_to(minilm)
     (payload / "pairs.tsv").symlink_to(pairs)
+    write_checkpoint(payload / "smollm2", template=CHATML)
+    write_rows(payload / "commands.jsonl")
     steps = [word for step in NEEDS_NO_PYTEST for word in ("--step", step)]
     run(SCRIPTS / "run.sh", "cpu", payload, out, "--quick", *steps)
     record = json.loads((out / "gpu.json").read_text())
@@ -33,7 +38,11 @@ def test_every_step_runs_on_the_cpu_and_is_recorded(minilm: Path, tweets: Path, 
     assert results["classify"]["onnxruntime"]["same answer"] == 1.0
     assert results["classify"]["onnxruntime"]["largest difference of a logit"] < 1e-4
     assert results["finetune"]["classifier fp32 on cpu"]["train_loss"] > 0
-    assert results["translate"]["torch generate, 8 rows"]["tokens per second"] > 0
+    assert results["translate"]["torch generate, 4 rows"]["tokens per second"] > 0
+    assert results["answer"]["answerer fp32 on cpu"]["train_samples_per_second"] > 0
+    assert results["answer"]["onnxruntime"]["same span as the CPU's"] == 1.0
+    assert results["generate"]["language model fp32 on cpu"]["tokens_per_second"] > 0
+    assert results["generate"]["torch eager float32, 4 rows"]["prefill tokens per second"] > 0
     assert results["export"]["equal"] is True
     assert results["tensorrt"]["graph_bytes"] > 1_000_000
     assert record["device"] == "cpu"

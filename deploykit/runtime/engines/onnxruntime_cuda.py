@@ -1,4 +1,4 @@
-"""ONNX Runtime on an NVIDIA GPU, for classifiers in fp32.
+"""ONNX Runtime on an NVIDIA GPU, for classifiers and question answering in fp32.
 
 Without its CUDA provider, ONNX Runtime silently runs a graph on the CPU. This engine raises EngineError instead.
 

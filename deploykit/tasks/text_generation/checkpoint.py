@@ -121,11 +121,12 @@ class TorchCausalLm:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _run(self, ids: Any, mask: Any, positions: Any, cache: Any, kept: Any) -> NDArray[np.float32]:
+        ids, mask, positions = (x.to(self.model.device) for x in (ids, mask, positions))  # a GPU while it trains on one
         outputs = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None,
             logits_to_keep=kept,
         )  # fmt: skip
-        logits: NDArray[np.float32] = outputs.logits.float().numpy()
+        logits: NDArray[np.float32] = outputs.logits.float().cpu().numpy()
         return logits
 
 

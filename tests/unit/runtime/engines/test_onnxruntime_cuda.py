@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_answerer import squad, write_checkpoint
 
 from deploykit.errors import EngineError, MissingDependencyError
+from deploykit.graphs.export_options import CalibrationOptions
 from deploykit.runtime import engines
 from deploykit.runtime.engines import load_engine
 from deploykit.runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
 from deploykit.tasks.opening import open_classifier
+from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
+from deploykit.tasks.question_answering.export import write_fp32
+from deploykit.tasks.question_answering.predictor import load_answerer
 
 TEXTS = ["w1 w2 w3", "w4", "", "unknown words w9 " * 8, "w5 w6 w7 w8"]
 needs_gpu = pytest.mark.skipif(engines.ENGINES["cuda"].lacks is not None, reason="needs an NVIDIA GPU")
@@ -51,6 +56,18 @@ def test_texts_are_classified_on_the_gpu_as_on_the_cpu(tiny_export: Path) -> Non
     on_gpu = open_classifier(str(tiny_export), url="", engine="cuda")
     on_cpu = open_classifier(str(tiny_export), url="", engine="onnxruntime", precision="fp32")
     np.testing.assert_allclose(on_gpu.scores(TEXTS * 9), on_cpu.scores(TEXTS * 9), atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+def test_an_answerer_finds_the_spans_that_pytorch_finds(engine: str, tmp_path: Path) -> None:
+    reference = TorchAnswerer.load(write_checkpoint(tmp_path / "base", sharp=True))
+    write_fp32(tmp_path / "base", tmp_path, CalibrationOptions())
+    answerer = load_answerer(tmp_path, reference.task, load_engine(engine, tmp_path / "model.onnx", 1))
+    pairs = [(q["question"], p["context"]) for p in squad(20)["data"][0]["paragraphs"] for q in p["qas"]]
+    places = [
+        [(found.decide(None).start, found.decide(None).end) for found in a.find(pairs)] for a in (answerer, reference)
+    ]
+    assert places[0] == places[1]
 
 
 @pytest.mark.gpu

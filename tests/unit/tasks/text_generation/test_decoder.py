@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from language_models import random_model, tokenizer
 
 from deploykit.errors import DataError, UsageError
@@ -355,3 +356,15 @@ def test_a_stream_is_the_answer_in_pieces(graph: Path) -> None:
     next(stream)
     stream.close()
     assert ours.decoder.idle
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_checkpoint_answers_on_the_device_that_it_trains_on(graph: Path, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    model, own = random_model("llama"), tokenizer(CHATML)
+    facts = checkpoint_facts(model.config, model.generation_config, own)
+    sampling = Sampling(max_new_tokens=8, ignore_eos=True)
+    prompts = [prompt(5), prompt(30)]
+    found = TorchGenerator(model.to(device), own, facts).generate(prompts, sampling)
+    assert [a.ids for (a,) in found] == [a.ids for (a,) in generator(graph).generate(prompts, sampling)]
