@@ -11,8 +11,7 @@ import argparse
 import contextlib
 import datetime
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,18 +55,12 @@ class Plan:
     clients: tuple[int, ...] = (1, 8, 32)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one round: for the first token of each of ``rows`` answers, for the whole answers, and for the first
-    token after a long prompt."""
+def decode_tokens_per_s(rows: int, new_tokens: int, first_s: float, whole_s: float) -> float | None:
+    """Return the speed of the tokens after the first of all ``rows``: how much longer ``new_tokens`` tokens take than one.
 
-    rows: int
-    first_s: float
-    whole_s: float
-
-    def decode_tokens_per_s(self, new_tokens: int) -> float:
-        """Tokens after the first of all rows, by the time that they add. Raises DataError where they add none."""
-        return self.rows * (new_tokens - 1) / max(self.whole_s - self.first_s, 1e-9)
+    None where they took no longer, so that noise is larger than what is measured.
+    """
+    return rows * (new_tokens - 1) / (whole_s - first_s) if whole_s > first_s else None
 
 
 def main() -> None:
@@ -138,8 +131,10 @@ def measure_processes(
                     workers.remove(worker)
                     continue
                 found.setdefault(worker, {"rounds": []})["rounds"].append(one)
-                shown = ", ".join(f"{n}: {value:.0f}" for n, value in one["decode"].items())
-                say(f"round {number + 1}: {worker.contender.name}: prefill {one['prefill']:.0f}, decode {shown} tokens/s")
+                shown = ", ".join(f"{n}: {value or 0:.0f}" for n, value in one["decode"].items())
+                say(
+                    f"round {number + 1}: {worker.contender.name}: prefill {one['prefill']:.0f}, decode {shown} tokens/s"
+                )
         return summary({worker: found[worker]["rounds"] for worker in workers})
 
 
@@ -158,17 +153,19 @@ def summary(found: dict[Worker, list[dict[str, Any]]]) -> dict[str, Any]:
                 "open_s": worker.open_s,
                 "peak_memory_mb": worker.peak_memory_mb,
                 "prefill_tokens_per_s": spread([one["prefill"] for one in rounds]),
-                "decode_tokens_per_s": {
-                    str(n): spread([one["decode"][n] for one in rounds]) for n in rounds[0]["decode"]
-                },
-                "whole_tokens_per_s": {
-                    str(n): spread([one["whole"][n] for one in rounds]) for n in rounds[0]["whole"]
-                },
+                "decode_tokens_per_s": _spreads([one["decode"] for one in rounds]),
+                "whole_tokens_per_s": _spreads([one["whole"] for one in rounds]),
                 "tokens_as_base": None if base is None else equal_share(rounds, base),
             }
             for worker, rounds in found.items()
         ],
     }
+
+
+def _spreads(rounds: Sequence[Mapping[int, float | None]]) -> dict[str, dict[str, float] | None]:
+    """Return the figures of all rounds by the number of rows; None where no round has one."""
+    found = {n: [value for one in rounds if (value := one[n]) is not None] for n in rounds[0]}
+    return {str(n): spread(values) if values else None for n, values in found.items()}
 
 
 def equal_share(rounds: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> float:
@@ -204,7 +201,7 @@ def _round(worker: Worker, long: list[list[int]], asked: dict[int, Any], plan: P
         whole_s, ids = worker.generate(whole, plan.new_tokens)
         if any(len(answer) != plan.new_tokens for answer in ids):
             raise DeploykitError(f"an answer has {min(map(len, ids))} tokens, not {plan.new_tokens}")
-        one["decode"][rows] = Timing(rows, first_s, whole_s).decode_tokens_per_s(plan.new_tokens)
+        one["decode"][rows] = decode_tokens_per_s(rows, plan.new_tokens, first_s, whole_s)
         one["whole"][rows] = rows * plan.new_tokens / whole_s
         one["ids"] += ids
     return one

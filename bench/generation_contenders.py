@@ -124,7 +124,7 @@ def convert(contender: Contender, subject: Subject) -> dict[str, Any]:
     engine, precision = contender.engine, contender.precision
     if engine == TRANSFORMERS:
         return {"folder": str(subject.checkpoint), "size_mb": _size(subject.checkpoint.glob("*.safetensors"))}
-    if engine == DEPLOYKIT or engine == GENAI:
+    if engine in (DEPLOYKIT, GENAI):
         decoder, weights = LANGUAGE_MODEL_FILES["int8" if precision == "int8" else "fp32"]
         file = decoder if engine == DEPLOYKIT else weights.removesuffix("_data")
         return {"folder": str(subject.export), "file": file, "size_mb": _size([subject.export / weights])}
@@ -177,16 +177,20 @@ class Worker:
 
     def __init__(self, contender: Contender, files: Mapping[str, Any], threads: int, context: int) -> None:
         self.contender, self.size_mb = contender, files["size_mb"]
-        self.peak_memory_mb = 0.0
+        self.peak_memory_mb: float | None = None
         python = sys.executable if contender.engine not in _PACKAGES else str(PEERS_PYTHON)
-        self._printed = tempfile.TemporaryFile("w+")
+        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [python, str(Path(__file__).with_name("generation_worker.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         job = {"engine": contender.engine, "precision": contender.precision, "threads": threads, "context": context}
-        opened = self._ask({**job, **files})
+        try:
+            opened = self._ask({**job, **files})
+        except DeploykitError:
+            self.close()
+            raise
         self.open_s, self.note = opened["open_s"], opened["note"]
 
     def generate(self, prompts: Sequence[list[int]], new: int) -> tuple[float, list[list[int]]]:

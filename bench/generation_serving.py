@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
-import statistics
-import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
