@@ -164,8 +164,8 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[s
         with served(say, repository) as urls:
             url = urls["http"]
             _deploykit(say, recipe.ask, name, "--url", url, *recipe.sentences)
-            served = _deploykit(say, "evaluate", name, "--url", url, "--data", rows)
-            result["served_metrics"] = headline(served["metrics"])
+            graded = _deploykit(say, "evaluate", name, "--url", url, "--data", rows)
+            result["served_metrics"] = headline(graded["metrics"])
             measured = _deploykit(say, "bench", run, export, name, "--url", url, *measure, "--report", report)
     say("\nstopped cleanly")
     return {

@@ -81,6 +81,27 @@ def test_a_worker_that_fails_tells_its_last_line(bench: Any, tmp_path: Path) -> 
         contenders.Worker(contenders.CONTENDERS[-1], files, 1, 64)
 
 
+def test_the_table_has_ratios_to_transformers_and_says_when_the_machine_was_busy(bench: Any) -> None:
+    generation, serving, table = map(bench, ("generation", "generation_serving", "table"))
+    base, other = Opened(generation.BASE), Opened(generation.CONTENDERS[0])
+    load = serving.StreamLoad(8, 16, 1024, 50.0, 100.0, 200.0, 20.0, 30.0)
+    suite = {
+        "started": "2026-01-02T00:00:00", "machine": {"cpu": "CPU", "cpus_usable": 2}, "threads": 2,
+        "settings": {"rounds": 3, "batches": [8], "prefill_tokens": 512, "prompt_tokens": 32, "new_tokens": 64},
+        "load_before": [{"cpu_percent": 3.0}],
+        "workloads": [
+            generation.summary({base: rounds(4.0, 6.0, 5.0), other: rounds(10.0, 5.0)}),
+            {"key": "served", "loads": [serving.summary("int8", [load, load])]},
+        ],
+    }  # fmt: skip
+    text = table.render_generation(suite)
+    assert "| transformers fp32 | 10 (10 to 10) tokens/s | 5 (4 to 6) tokens/s | 100% | 1.5 | 100 |" in text
+    assert "| deploykit int8 | 1.00 (1.00 to 1.00) | 1.50 (1.00 to 2.00) | 100% | 1.5 | 100 |" in text
+    assert "| deploykit int8, 8 clients | 50 (50 to 50) | 100 | 200 | 20 | 30 |" in text
+    assert "no final figures" not in text
+    assert "no final figures" in table.render_generation({**suite, "load_before": [{"cpu_percent": 99.0}]})
+
+
 def samples(bench: Any, memory: list[float], files: list[int] | None = None, left: int = 0) -> list[Any]:
     """One a minute, and a last one with ``left`` answers still running."""
     sample = bench("generation_load").Sample
