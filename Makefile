@@ -4,7 +4,7 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-translation demo-generation test interop bench lint check docs clean
+.PHONY: help setup demo demo-translation demo-generation test interop generation-peers bench lint check docs clean
 
 help:
 	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
@@ -12,7 +12,8 @@ help:
 	@echo "make demo-generation   fine-tune a small language model to write shell commands, to INT8"
 	@echo "make test   all tests that need no GPU"
 	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, in environments of their own (minutes)"
-	@echo "make bench  measure both demos' models against other tools, on a quiet machine (an hour)"
+	@echo "make generation-peers   the engines that bench/generation.py compares with, in an environment of their own (minutes)"
+	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour and a half)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
 	@echo "make docs   build the docs into build/docs"
@@ -49,12 +50,19 @@ interop: $(READY)
 	@OPTIMUM_VENV=$(OPTIMUM_VENV) LLAMA_VENV=$(LLAMA_VENV) $(BIN)/python -m pytest tests/integration/test_optimum.py \
 	  tests/integration/test_language_model_interop.py tests/integration/test_llama_cpp.py
 
-bench: $(READY)
+GENERATION_VENV ?= /tmp/deploykit-generation
+generation-peers: $(READY)
+	@test -x $(GENERATION_VENV)/bin/python || ($(BIN)/python -m venv $(GENERATION_VENV) && \
+	  $(GENERATION_VENV)/bin/pip install --quiet 'openvino-genai==2026.4.1' 'onnxruntime-genai==0.18.0' \
+	  'xllamacpp==2026.10.11549')
+
+bench: $(READY) generation-peers
 	@$(BIN)/python bench/articles.py
 	@$(BIN)/python bench/classification.py
 	@$(BIN)/python bench/exactness.py
 	@# Keep freed memory in the process: on virtual machines, getting it back makes all contenders several times slower.
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 $(BIN)/python bench/translation.py
+	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 GENERATION_VENV=$(GENERATION_VENV) $(BIN)/python bench/generation.py
 	@$(BIN)/python bench/table.py
 
 lint: $(READY)

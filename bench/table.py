@@ -12,6 +12,8 @@ from deploykit.metric_titles import TITLES
 ROOT = Path(__file__).parents[1]
 PEER = "CTranslate2 int8"
 BASE = "ONNX Runtime fp32"
+GENERATION_BASE = "transformers fp32"
+_BUSY = 10.0  # percent of the CPUs, as BUSY_PERCENT of deploykit.bench.run
 _SUBJECTS = {
     "tweets": "The demo's classifier, {rows} of its test tweets",
     "articles": "A topic classifier, {rows} BBC articles of up to 512 tokens",
@@ -74,6 +76,58 @@ def render_translation(suite: Record) -> str:
         if key in suite:
             lines += ["", f"**{title}**", "", *_serving(suite[key])]
     return "\n".join(lines) + "\n"
+
+
+def render_generation(suite: Record) -> str:
+    """Return Markdown: tokens/s in process as ratios to transformers fp32 in the same run; then the server's figures."""
+    settings = suite["settings"]
+    busy = max(load["cpu_percent"] for load in suite["load_before"])
+    lines = [
+        f"{_when_and_where(suite)}, {suite['threads']} threads, SmolLM2-135M-Instruct, greedy, {settings['rounds']} rounds. Tokens/s are multiples "
+        f"of {GENERATION_BASE} in the same run, which has the tokens/s in its row: the median round (lowest to highest round)."
+        + (f" Other programs used up to {busy:.0f}% of the CPUs: these are no final figures." if busy > _BUSY else ""),
+    ]
+    for workload in suite["workloads"]:
+        rows = _generation if workload["key"] == "process" else _streams
+        lines += ["", *rows(workload, settings)]
+    return "\n".join(lines) + "\n"
+
+
+def _generation(workload: Record, settings: Record) -> Iterator[str]:
+    contenders = workload["contenders"]
+    base = next((c for c in contenders if c["name"] == GENERATION_BASE), None)
+    columns = [f"decode, {n} row{'s' * (n > 1)}" for n in settings["batches"]]
+    yield from _head(f"prefill, {settings['prefill_tokens']} tokens", *columns, "same tokens", "size MB", "memory MB")
+    for c in contenders:
+        cells = [
+            _multiple(_speeds(c)[i], None if base is None or c is base else _speeds(base)[i])
+            for i in range(len(columns) + 1)
+        ]
+        same = "-" if c["tokens_as_base"] is None else f"{c['tokens_as_base']:.0%}"
+        yield _row([c["name"], *cells, same, _whole(c["size_mb"]), _whole(c["peak_memory_mb"])])
+
+
+def _speeds(contender: Record) -> list[Record | None]:
+    return [contender["prefill_tokens_per_s"], *contender["decode_tokens_per_s"].values()]
+
+
+def _multiple(spread: Record | None, base: Record | None) -> str:
+    if spread is None:
+        return "-"
+    if base is None:
+        return f"{_spread(spread)} tokens/s"
+    middle, low, high = (spread[of] / base["median"] for of in ("median", "min", "max"))
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _streams(workload: Record, settings: Record) -> Iterator[str]:
+    yield f"Streaming clients of the server, prompts of {settings['prompt_tokens']} tokens and the template, {settings['new_tokens']} new tokens:"
+    yield ""
+    yield from _head("tokens/s", "first token ms p50", "p99", "between tokens ms p50", "p99")
+    for load in workload["loads"]:
+        times = ("first_token_p50_ms", "first_token_p99_ms", "between_tokens_p50_ms", "between_tokens_p99_ms")
+        name = f"deploykit {load['precision']}, {load['clients']} client{'s' * (load['clients'] > 1)}"
+        yield _row([name, _spread(load["tokens_per_s"]), *(f"{load[key]['median']:.0f}" for key in times)])
 
 
 def render_exactness(result: Record) -> str:
@@ -276,6 +330,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "classification": ("classification", render_classification),
     "exactness": ("exactness", render_exactness),
     "gpu": ("gpu-*", render_gpu),
+    "generation": ("generation", render_generation),
     "methods": ("methods", render_methods),
     "translation": ("translation", render_translation),
 }

@@ -152,7 +152,7 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[s
     if recipe.answer_tokens:
         measured = _deploykit(say, "bench", run, export, *measure)
         packaged = _deploykit(say, "package", export, "--name", name, "--model-repository", repository)
-        with _served(say, repository, "--openai-port", "0") as urls:
+        with served(say, repository, "--openai-port", "0") as urls:
             loads = _ask_by_openai(say, urls["openai"], name, recipe.sentences, rows, recipe.answer_tokens)
         result["served"] = [asdict(load) for load in loads]
         write_run_page(
@@ -161,11 +161,11 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[s
         )  # fmt: skip
     else:
         packaged = _deploykit(say, "package", export, "--name", name, "--model-repository", repository)
-        with _served(say, repository) as urls:
+        with served(say, repository) as urls:
             url = urls["http"]
             _deploykit(say, recipe.ask, name, "--url", url, *recipe.sentences)
-            served = _deploykit(say, "evaluate", name, "--url", url, "--data", rows)
-            result["served_metrics"] = headline(served["metrics"])
+            graded = _deploykit(say, "evaluate", name, "--url", url, "--data", rows)
+            result["served_metrics"] = headline(graded["metrics"])
             measured = _deploykit(say, "bench", run, export, name, "--url", url, *measure, "--report", report)
     say("\nstopped cleanly")
     return {
@@ -240,8 +240,8 @@ def _summary(command: str, record: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def _served(say: Say, repository: Path, *options: str) -> Iterator[dict[str, str]]:
-    """Run ``deploykit serve`` on free ports in a separate process. Yields its addresses."""
+def served(say: Say, repository: Path, *options: str) -> Iterator[dict[str, Any]]:
+    """Run ``deploykit serve`` on free ports in a separate process. Yields its addresses and its ``pid``."""
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.json"
         words = [

@@ -74,12 +74,12 @@ class ScenarioResult:
             stages.update(measurement.seconds or {})
         return {
             "scenario": self.scenario.to_json(),
-            "throughput_per_s": _spread([m.throughput_per_s for m in self.rounds]),
-            "tokens_per_s": _spread([m.tokens_per_s for m in self.rounds])
+            "throughput_per_s": spread([m.throughput_per_s for m in self.rounds]),
+            "tokens_per_s": spread([m.tokens_per_s for m in self.rounds])
             if any(m.tokens for m in self.rounds)
             else None,
             "latency_ms": {
-                key: _spread([s[key] for s in summaries]) if summaries else None
+                key: spread([s[key] for s in summaries]) if summaries else None
                 for key in ("p50", "p90", "p99", "mean", "max")
             },
             "few_samples": any(m.few_samples for m in self.rounds),
@@ -87,10 +87,10 @@ class ScenarioResult:
             "requests": sum(m.requests for m in self.rounds),
             "errors": self.errors,
             "error_examples": dict(errors.most_common(_ERROR_EXAMPLES)),
-            "duration_s": _spread([m.duration_s for m in self.rounds]),
-            "achieved_rate_per_s": _spread([m.requests / m.duration_s for m in self.rounds]),
+            "duration_s": spread([m.duration_s for m in self.rounds]),
+            "achieved_rate_per_s": spread([m.requests / m.duration_s for m in self.rounds]),
             "peak_memory_mb": max((m.peak_memory_mb for m in self.rounds if m.peak_memory_mb), default=None),
-            "generator_cpu_ms": _spread([m.generator_cpu_ms for m in self.rounds]),
+            "generator_cpu_ms": spread([m.generator_cpu_ms for m in self.rounds]),
             "send_lag_ms": max((m.send_lag_ms for m in self.rounds if m.send_lag_ms is not None), default=None),
             "seconds": dict(stages) or None,
         }
@@ -338,7 +338,8 @@ def _summary_line(m: Measurement) -> str:
     return line + (f", {m.errors} errors" if m.errors else "")
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return median, least and most of the rounds' ``values``."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 

@@ -1,0 +1,69 @@
+"""Measure deploykit's server as streaming clients see it, and optionally let guidellm measure it too."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from suite import say
+
+from deploykit.bench.run import spread
+from deploykit.demo import served
+from deploykit.openai.measure import StreamLoad, ask
+from deploykit.triton.repository import package
+
+if TYPE_CHECKING:
+    from generation import Plan, Prompts
+
+MODEL = "model"
+PRECISIONS = ("int8", "fp32")
+_REQUESTS = 2
+"""Requests of each client in a round."""
+_FIGURES = (
+    "tokens_per_s", "first_token_p50_ms", "first_token_p99_ms", "between_tokens_p50_ms", "between_tokens_p99_ms"
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def running_server(export: Path, precision: str) -> Iterator[dict[str, Any]]:
+    """Serve an export with the OpenAI port. Yields its addresses and pid."""
+    with tempfile.TemporaryDirectory() as repository:
+        package(export, MODEL, Path(repository), precision=precision)
+        with served(say, Path(repository), "--openai-port", "0") as addresses:
+            yield addresses
+
+
+def measure_served(export: Path, prompts: Prompts, plan: Plan) -> dict[str, Any]:
+    """Return the figures of each precision and number of streaming clients; the servers take turns."""
+    loads: dict[tuple[str, int], list[StreamLoad]] = {}
+    with contextlib.ExitStack() as stack:
+        urls = {p: stack.enter_context(running_server(export, p))["openai"] for p in PRECISIONS}
+        for number in range(-1, plan.rounds):  # the first is a warm-up
+            for clients in plan.clients:
+                for precision, url in urls.items():
+                    texts = prompts.texts(max(_REQUESTS * clients, 4), plan.prompt_tokens)
+                    _, load = ask(
+                        url, MODEL, texts, concurrency=clients, max_tokens=plan.new_tokens,
+                        extra_body={"ignore_eos": True},
+                    )  # fmt: skip
+                    if number >= 0:
+                        loads.setdefault((precision, clients), []).append(load)
+                        say(f"round {number + 1}: {precision}, {clients} clients: {load.tokens_per_s:.0f} tokens/s")
+    return {"key": "served", "loads": [summary(precision, load) for (precision, _), load in loads.items()]}
+
+
+def summary(precision: str, rounds: Sequence[StreamLoad]) -> dict[str, Any]:
+    """Return the figures of one load: median, least and most of all rounds."""
+    figures = [asdict(load) for load in rounds]
+    found = {name: spread([one[name] for one in figures]) for name in _FIGURES}
+    return {
+        "precision": precision,
+        "clients": rounds[0].concurrency,
+        "requests": sum(load.requests for load in rounds),
+        "tokens": sum(load.tokens for load in rounds),
+        **found,
+    }
