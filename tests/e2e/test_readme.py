@@ -44,7 +44,7 @@ def _commands(block: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(960)  # the commands of all pages
+@pytest.mark.timeout(1860)  # the commands of all pages
 def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, tmp_path: Path) -> None:
     for port in (8000, 8001, 8002, 8010, 8011, 8012, 8020, 8021, 8022, 8030, 8031, 8032, 9000, 9030):
         with socket.socket() as probe:
@@ -52,7 +52,8 @@ def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, 
                 pytest.skip(f"port {port}, which the docs use, is taken on this machine")
     (tmp_path / "minilm").symlink_to(minilm)
     rows = _write_some(tweets, tmp_path / "tweets.csv")
-    (tmp_path / "pairs.tsv").symlink_to(pairs)
+    head, *lines = pairs.read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "pairs.tsv").write_text("".join([head, *lines[::3]]), encoding="utf-8")
     write_checkpoint(tmp_path / "smollm2", template=CHATML)
     write_rows(tmp_path / "commands.jsonl")
     # Each command is shown with the second at which it begins. Servers end with the script, else it would not end.
@@ -67,7 +68,7 @@ def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, 
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=900)
+        output, _ = process.communicate(timeout=1800)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
@@ -85,11 +86,11 @@ def test_every_block_of_the_docs_works(minilm: Path, tweets: Path, pairs: Path, 
 
 
 def _write_some(tweets: Path, out: Path) -> int:
-    """Write every eighth tweet, because answering all takes minutes. Returns their number."""
+    """Write every 19th tweet, 2,009 of them, because training and answering take minutes. Returns their number."""
     with tweets.open(encoding="latin-1", newline="") as source, out.open("w", encoding="latin-1", newline="") as target:
         head, *rows = csv.reader(source)
-        csv.writer(target).writerows([head, *rows[::8]])
-    return len(rows[::8])
+        csv.writer(target).writerows([head, *rows[::19]])
+    return len(rows[::19])
 
 
 def _end_session(leader: int) -> None:

@@ -146,7 +146,7 @@ def test_an_export_reports_its_checks(deploykit: Deploykit, checkpoint: Path, ex
     assert record["parity"]["argmax_agreement"] == 1
     assert record["quantization"]["quantize_nodes"] > 0
     kernels = {line["engine"]: line["int8_kernels"] for line in record["accuracy"] if line["precision"] == "int8"}
-    assert kernels == {"openvino": 36, "onnxruntime": 36, **({"native": 24} if lacks() is None else {})}
+    assert kernels == {"openvino": 12, "onnxruntime": 12, **({"native": 8} if lacks() is None else {})}
     manifest = load_manifest(exported)
     assert (find_graphs(exported, manifest, engine="auto", precision="auto").engine == "native") == (lacks() is None)
     assert record["size_bytes"]["model.s8s8.onnx"] < record["size_bytes"]["model.onnx"] / 3
@@ -163,9 +163,9 @@ def test_an_export_builds_tensorrt_engines(deploykit: Deploykit, checkpoint: Pat
     record = json.loads(out)
     half, whole = record["engines"]
     assert (half["precision"], half["int8_gemms"]) == ("bf16", 0)
-    assert sum(count for kind, count in half["layers"].items() if kind.endswith("BFloat16")) > 20
+    assert sum(count for kind, count in half["layers"].items() if kind.endswith("BFloat16")) > 6
     assert whole["precision"] == "int8"
-    assert whole["int8_gemms"] >= 24, "queries, keys and values are one product"
+    assert whole["int8_gemms"] >= 8, "queries, keys and values are one product"
     assert whole["profiles"] == ["batch=1:4:8,length=8:16:32"]
     manifest = load_manifest(tmp_path / "e")
     assert manifest.files[whole["graph"]].sha256 == whole["graph_digest"]
@@ -190,7 +190,7 @@ def calibration(
     words = ("calibrate", exported, "--calibration-data", small_csv, "--calibration-rows", 48, "--output-dir", out)
     code, text, err = deploykit(*words)
     assert code == 0, err
-    assert "48 rows, 24 tensors" in text
+    assert "48 rows, 8 tensors" in text
     assert any(line.split()[-4:] == ["minmax", "entropy", "percentile", "mse"] for line in text.splitlines())
     code, text, err = deploykit(*words, "--json")
     assert code == 0, err
@@ -209,7 +209,7 @@ def test_a_calibration_is_an_artifact_of_the_checkpoint(
     code, out, _ = deploykit("inspect", calibration)
     assert code == 0
     assert "calibration for classification, verified" in out
-    assert "48 rows, 24 tensors" in out
+    assert "48 rows, 8 tensors" in out
     assert load_manifest(calibration).parent == load_manifest(checkpoint).digest
     code, _, err = deploykit(
         "calibrate",
