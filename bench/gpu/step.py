@@ -89,7 +89,7 @@ class Step:
         self.work.mkdir(parents=True)
         with (self.work / "tweets.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "label"), *self.tweets(self.size.rows)])
-        lines = (json.dumps(row) + "\n" for row in self.questions(self.size.rows))
+        lines = (json.dumps(row) + "\n" for row in self.questions(self.size.rows // 4))
         (self.work / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def train(self, name: str, words: Sequence[object], precision: str = "no", *, hide_gpu: bool = True) -> Training:
