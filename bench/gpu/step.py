@@ -89,7 +89,7 @@ class Step:
         self.work.mkdir(parents=True)
         with (self.work / "tweets.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "label"), *self.tweets(self.size.rows)])
-        lines = (json.dumps(row) + "\n" for row in self.questions(self.size.rows))
+        lines = (json.dumps(row) + "\n" for row in self.questions(self.size.rows // 4))
         (self.work / "questions.jsonl").write_text("".join(lines), encoding="utf-8")
 
     def train(self, name: str, words: Sequence[object], precision: str = "no", *, hide_gpu: bool = True) -> Training:
@@ -99,7 +99,7 @@ class Step:
         if not done.exists():
             words = ("finetune", *words, "--mixed-precision", precision, "--output-dir", out)
             started = time.monotonic()
-            metrics = deploykit(*words, hide_gpu=hide_gpu, memory=memory)["metrics"]
+            metrics = deploykit(*words, hide_gpu=hide_gpu, memory=memory)["metrics"] or {}
             found = {"metrics": metrics, "seconds": time.monotonic() - started, "memory": int(memory.read_text())}
             done.write_text(json.dumps(found), encoding="utf-8")
         return Training(out, **json.loads(done.read_text(encoding="utf-8")))
@@ -137,7 +137,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
-    """A fine-tuned checkpoint: its folder, metrics, seconds of the command, and peak memory in bytes."""
+    """A fine-tuned checkpoint: its folder, metrics on held-out rows, seconds of the command, and peak memory in bytes."""
 
     folder: Path
     metrics: Mapping[str, Any]
@@ -148,9 +148,9 @@ class Training:
         shown = ("accuracy", "macro_f1", "bleu", "chrf", "exact_match", "f1")
         found: dict[str, Any] = {"seconds": round(self.seconds, 1), "peak memory MB": self.memory >> 20, **self._log()}
         found["metrics"] = {name: round(self.metrics[name], 4) for name in shown if name in self.metrics}
-        if "history" in self.metrics:
-            rates = [step["tokens_per_second"] for step in self.metrics["history"]["steps"]]
-            found["tokens_per_second"] = round(median(rates), 1)
+        history = json.loads((self.folder / "metrics.json").read_text(encoding="utf-8")).get("history")
+        if history is not None:
+            found["tokens_per_second"] = round(median([step["tokens_per_second"] for step in history["steps"]]), 1)
         return found
 
     def _log(self) -> dict[str, float]:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from tiny_answerer import squad, write_checkpoint
 
-from deploykit.errors import EngineError, MissingDependencyError
+from deploykit.artifacts import load_manifest
+from deploykit.errors import EngineError, MissingDependencyError, UsageError
 from deploykit.graphs.export_options import CalibrationOptions
 from deploykit.runtime import engines
 from deploykit.runtime.engines import load_engine
 from deploykit.runtime.engines.onnxruntime_cuda import PROVIDER, OnnxRuntimeCudaEngine
+from deploykit.runtime.find_graphs import find_graphs
 from deploykit.tasks.opening import open_classifier
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
 from deploykit.tasks.question_answering.export import write_fp32
@@ -48,6 +50,12 @@ def test_without_a_gpu_the_engine_says_so(tiny_export: Path) -> None:
 def test_auto_prefers_the_cpus_engines_until_cuda_is_measured() -> None:
     names = list(engines.ENGINES)
     assert names.index("cuda") > names.index("onnxruntime")
+
+
+def test_translators_are_refused_before_a_gpu_is_looked_for(tiny_translation: Path) -> None:
+    with pytest.raises(UsageError, match="cuda does not run translation") as refused:
+        find_graphs(tiny_translation, load_manifest(tiny_translation), engine="cuda", precision="auto")
+    assert "--engine tensorrt or native or onnxruntime" in str(refused.value.remedy)
 
 
 @pytest.mark.gpu
