@@ -113,7 +113,7 @@ def test_answers_are_those_in_process(server: TritonServer, local: LocalGenerato
     assert answer.choices[0].message.content == plain[0].text
     assert answer.usage is not None
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (plain[0].prompt_tokens, plain[0].tokens)
-    with pytest.raises(DataError, match="messages"):
+    with pytest.raises(DataError, match=r"^messages is not a list"):
         list(served.stream([]))
     served.close()
 
@@ -125,7 +125,7 @@ def test_many_streams_at_once_do_not_mix(url: str, local: LocalGenerator) -> Non
     expected = local.reply(dialogs, Sampling(max_new_tokens=20))
     assert [answer.text for answer in answers] == [a[0].text for a in expected if not isinstance(a, DataError)]
     assert figures.tokens == sum(answer.tokens for answer in answers) > 24
-    assert max(len(answer.pieces) for answer in answers) > 3
+    assert max(len(answer.pieces) for answer in answers) > 1
 
 
 def test_log_probabilities_of_prompt_and_answer(client: openai.OpenAI, local: LocalGenerator) -> None:
