@@ -307,9 +307,10 @@ def parse_url(url: str) -> tuple[str, bool]:
 
 
 def error_text(answer: bytes) -> str:
-    """Return the message of an error response: Triton's, or the beginning of a proxy's."""
+    """Return the message of an error response: Triton's, an event of its if a stream was asked for, or the beginning of a
+    proxy's."""
     try:
-        return str(json.loads(answer)["error"])
+        return str(json.loads(answer.removeprefix(b"data: "))["error"])
     except (ValueError, LookupError, TypeError):
         return answer[:200].decode(errors="replace")
 
