@@ -27,7 +27,7 @@ from deploykit.tasks.text_generation.syntax import SYNTAXES
 
 
 @deploykit_command(
-    help="Measure the accuracy of TARGET (checkpoint, export, packaged model, or a served model's name) on labelled rows."
+    help="Measure the accuracy of TARGET (checkpoint folder or .gguf file, export, packaged model, or a served model's name) on labelled rows."
 )
 @click.argument("target")
 @click.option("--baseline", metavar="TARGET", help="Measure this model on the same rows, and print both.")
