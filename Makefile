@@ -11,9 +11,9 @@ help:
 	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
 	@echo "make demo-generation   fine-tune a small language model to write shell commands, to INT8"
 	@echo "make test   all tests that need no GPU"
-	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, in environments of their own (minutes)"
 	@echo "make generation-peers   the engines that bench/generation.py compares with, in an environment of their own (minutes)"
 	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour and a half)"
+	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, and ask lm-eval, in environments of their own (minutes)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
 	@echo "make docs   build the docs into build/docs"
@@ -39,6 +39,7 @@ test: $(READY)
 	@# Files start in the order of collection. One thread per process: more would wait for each other on two cores.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+LMEVAL_VENV ?= /tmp/deploykit-lmeval
 OPTIMUM_VENV ?= /tmp/deploykit-optimum
 LLAMA_VENV ?= /tmp/deploykit-llama
 interop: $(READY)
@@ -47,8 +48,11 @@ interop: $(READY)
 	  'onnxruntime-genai==0.18.0' sentencepiece)
 	@test -x $(LLAMA_VENV)/bin/python || ($(BIN)/python -m venv $(LLAMA_VENV) && \
 	  $(LLAMA_VENV)/bin/pip install --quiet 'xllamacpp==2026.10.11549')
-	@OPTIMUM_VENV=$(OPTIMUM_VENV) LLAMA_VENV=$(LLAMA_VENV) $(BIN)/python -m pytest tests/integration/test_optimum.py \
-	  tests/integration/test_language_model_interop.py tests/integration/test_llama_cpp.py
+	@test -x $(LMEVAL_VENV)/bin/lm_eval || ($(BIN)/python -m venv $(LMEVAL_VENV) && \
+	  $(LMEVAL_VENV)/bin/pip install --quiet 'lm-eval[api]==0.4.13' transformers)
+	@OPTIMUM_VENV=$(OPTIMUM_VENV) LLAMA_VENV=$(LLAMA_VENV) LMEVAL_VENV=$(LMEVAL_VENV) $(BIN)/python -m pytest \
+	  tests/integration/test_optimum.py tests/integration/test_language_model_interop.py tests/integration/test_llama_cpp.py \
+	  tests/integration/test_lm_eval.py
 
 GENERATION_VENV ?= /tmp/deploykit-generation
 generation-peers: $(READY)

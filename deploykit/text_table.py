@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import StringIO
 
 
@@ -23,3 +23,8 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Collect
     text = StringIO()
     Console(file=text, width=100_000, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def stacked(texts: Mapping[str, str]) -> str:
+    """Return texts one below another, each under its name; a name that is empty is left out."""
+    return "\n\n".join(f"{name}\n{text}" if name else text for name, text in texts.items())

@@ -31,7 +31,7 @@ from deploykit.tensorrt.build import BUILDERS, GPU, PRECISIONS, EngineOptions, p
 _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 
 
-@deploykit_command(help="Export the checkpoint TARGET to ONNX, optionally calibrated INT8.")
+@deploykit_command(help="Export the checkpoint TARGET, a folder or a .gguf file, to ONNX, optionally calibrated INT8.")
 @click.argument("checkpoint", metavar="TARGET", type=click.Path(path_type=Path))
 @OUTPUT_DIR
 @click.option("--int8", is_flag=True, help="Also write INT8 graphs, calibrated and checked.")

@@ -26,7 +26,7 @@ from deploykit.errors import UsageError
 
 
 @deploykit_command(
-    help="Answer TEXTS, or the rows of a file, with TARGET, a language model: a checkpoint, an export, or a served model."
+    help="Answer TEXTS, or the rows of a file, with TARGET, a language model: a checkpoint (also a .gguf file), an export, or a served model."
 )
 @click.argument("model", metavar="TARGET")
 @click.argument("texts", nargs=-1)

@@ -26,7 +26,7 @@ def open_predictor(
     precision: str = "auto",
     threads: int | None = None,
 ) -> Predictor:
-    """Open the directory ``target``, or the model of that name on the server at ``url``."""
+    """Open the directory or GGUF file ``target``, or the model of that name on the server at ``url``."""
     path = Path(target)
     if not path.exists():
         if "/" in target:
@@ -34,6 +34,8 @@ def open_predictor(
                 f"{target}: no such directory", "check the path; a served model is named without slashes"
             )
         return open_served(target, url)
+    if path.suffix == ".gguf" and path.is_file():
+        return task_of_checkpoint(path).open_checkpoint(path)
     if path.is_dir() and not (path / "manifest.json").exists() and (path / "config.json").exists():
         return task_of_checkpoint(path).open_checkpoint(path)
     manifest = load_manifest(path)

@@ -126,8 +126,8 @@ class Measuring(Protocol):
                  generation: Options, progress: Progress) -> Evaluation:  # fmt: skip
         """Measure on the labelled rows of ``source``. ``columns`` are options of ``columns``, given or None."""
 
-    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
-        """Return metrics as lines for a terminal."""
+    def metrics_text(self, columns: Mapping[str, Mapping[str, Any]]) -> str:
+        """Return the metrics of models as lines for a terminal, each under its name, or one model's under ""."""
 
     def override(self, facts: Any, generation: Mapping[str, Any]) -> Any:
         """Return the search parameters for options of ``generation``; None for a task that does not generate."""

@@ -85,8 +85,11 @@ def task_of_checkpoint(checkpoint: Path) -> Task:
     """Determine a checkpoint's task from deploykit's manifest, else from the head in ``architectures``, else from the
     task that optimum infers for that class, else from the model type.
 
-    A folder with neither manifest.json nor config.json is a LoRA adapter of a classifier.
+    A folder with neither manifest.json nor config.json is a LoRA adapter of a classifier. A GGUF file holds a language
+    model.
     """
+    if checkpoint.suffix == ".gguf":
+        return next(task for task in map(get_task, task_names()) if task.auto_model == "AutoModelForCausalLM")
     if name := _json(checkpoint / "manifest.json").get("task", {}).get("name"):
         return get_task(name)
     config = _json(checkpoint / "config.json")

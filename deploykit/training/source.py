@@ -33,7 +33,7 @@ def check_source(model: str, task: str | None = None) -> None:
         if model.startswith((".", "/", "~")) or model.count("/") > 1 or len(path.parts) > 2:
             raise ArtifactError(f"{model}: no such model folder", "check the path, or give a hub id such as org/name")
         return
-    if task is not None and path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and path.is_file():
         _check_gguf(path, task)
         return
     if path.is_dir() and (path / MANIFEST).exists():
@@ -61,8 +61,8 @@ def check_source(model: str, task: str | None = None) -> None:
         )
 
 
-def _check_gguf(path: Path, task: str) -> None:
-    if get_task(task).auto_model != "AutoModelForCausalLM":
+def _check_gguf(path: Path, task: str | None) -> None:
+    if task is not None and get_task(task).auto_model != "AutoModelForCausalLM":
         raise ArtifactError(f"{path}: is a GGUF file, which holds a language model", "give a checkpoint's folder")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":

@@ -153,15 +153,16 @@ class _Classification:
         if generation:
             raise UsageError(f"{next(iter(generation))} is for a model that generates", "leave it out")
 
-    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+    def metrics_text(self, columns: Mapping[str, Mapping[str, Any]]) -> str:
         from deploykit.tasks.classification.metrics_text import metrics_text
+        from deploykit.text_table import stacked
 
-        return metrics_text(metrics)
+        return stacked({name: metrics_text(metrics) for name, metrics in columns.items()})
 
     def result(self, facts: Classification, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         from deploykit.tasks.classification.metrics_text import qat_text
 
-        record, text = {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out]) if held_out else ""
+        record, text = {"labels": list(facts.labels)}, self.metrics_text({"": metrics[held_out]}) if held_out else ""
         if "qat" not in metrics:
             return record, text
         return {**record, "qat": metrics["qat"]}, f"{text}\n\n{qat_text(metrics['qat'])}"

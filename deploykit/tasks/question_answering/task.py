@@ -142,14 +142,15 @@ class _QuestionAnswering:
         if generation:
             raise UsageError(f"{next(iter(generation))} is for a model that generates", "leave it out")
 
-    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+    def metrics_text(self, columns: Mapping[str, Mapping[str, Any]]) -> str:
         from deploykit.tasks.question_answering.metrics_text import metrics_text
+        from deploykit.text_table import stacked
 
-        return metrics_text(metrics)
+        return stacked({name: metrics_text(metrics) for name, metrics in columns.items()})
 
     def result(self, facts: QuestionAnswering, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         record = {"whole_words": facts.whole_words, "no_answer_threshold": facts.no_answer_threshold}
-        return record, self.metrics_text(metrics[held_out]) if held_out else ""
+        return record, self.metrics_text({"": metrics[held_out]}) if held_out else ""
 
     def describe(self, facts: QuestionAnswering) -> str:
         threshold = facts.no_answer_threshold

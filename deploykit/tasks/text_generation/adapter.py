@@ -48,7 +48,9 @@ def read_adapter(options: TextGenerationOptions) -> Any:
     except Exception as error:  # peft raises whatever the JSON makes its classes raise
         raise ArtifactError(f"{folder / ADAPTER}: cannot be read: {error}", "save the adapter again") from error
     if not isinstance(config, LoraConfig):
-        raise ArtifactError(f"--init-adapter {folder}: is an adapter of type {config.peft_type}", "give a LoRA adapter")
+        raise ArtifactError(
+            f"--init-adapter {folder}: is an adapter of type {config.peft_type.value}", "give a LoRA adapter"
+        )
     if config.modules_to_save or config.trainable_token_indices:
         raise ArtifactError(
             f"--init-adapter {folder}: holds whole modules or embeddings besides LoRA's matrices",

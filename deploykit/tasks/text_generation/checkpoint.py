@@ -150,11 +150,18 @@ class TorchGenerator(LocalGenerator):
                 yield logits[:-1][row.supervised[1:]]
 
     @classmethod
-    def load(cls, path: Path) -> TorchGenerator:
-        """Load a checkpoint of deploykit's or anyone's. Raises ArtifactError or ExportError for one that is unusable."""
+    def load(cls, path: Path, rotary: Any = None) -> TorchGenerator:
+        """Load a checkpoint of deploykit's or anyone's. Raises ArtifactError or ExportError for one that is unusable.
+
+        ``rotary``: the rotary embedding of a GGUF file's model, which knows its RoPE scaling.
+        """
         quiet()
+        if rotary is None:
+            check_rope(str(path))
         tokenizer = load_base_tokenizer(str(path))
         model = load_base(str(path))
+        if rotary is not None:
+            model.model.rotary_emb = rotary
         return cls(model, tokenizer, checkpoint_facts(model.config, model.generation_config, tokenizer))
 
 
@@ -208,6 +215,7 @@ def load_base_tokenizer(source: str) -> Any:
 def load_base_config(source: str) -> tuple[Any, Any]:
     """Return model and generation configuration. Raises ExportError for an architecture that cannot be exported."""
     if source.endswith(".gguf"):
+        check_rope(source)
         with _reading_gguf(source) as (folder, file):
             config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
     else:
@@ -219,6 +227,21 @@ def load_base_config(source: str) -> tuple[Any, Any]:
     if source.endswith(".gguf"):
         return config, GenerationConfig.from_model_config(config)
     return config, read_generation_config(source)
+
+
+def check_rope(source: str) -> None:
+    """Raise ArtifactError for a GGUF file with RoPE scaling: transformers would leave the scaling out."""
+    if not source.endswith(".gguf"):
+        return
+    with _reading_gguf(source) as (folder, file):
+        reader = _read_gguf(str(Path(folder) / file))
+        kinds = {f.contents() for name, f in reader.fields.items() if name.endswith(".rope.scaling.type")}
+        scaled = bool(kinds - {"none"}) or any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
+    if scaled:
+        raise ArtifactError(
+            f"{source}: its model has RoPE scaling, which is not read from GGUF files",
+            "give the folder of the Hugging Face checkpoint",
+        )
 
 
 @contextlib.contextmanager

@@ -129,10 +129,7 @@ def _write_gguf(
 
 def reopened_gguf(path: Path, model: Any) -> TorchGenerator:
     """Open the GGUF file that was written of ``model``, with the numbers that it holds."""
-    again = TorchGenerator.load(path)
-    # transformers does not read RoPE scaling from GGUF.
-    again.torch_model.model.rotary_emb = model.model.rotary_emb
-    return again
+    return TorchGenerator.load(path, model.model.rotary_emb)
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> TextGeneration:

@@ -159,10 +159,10 @@ class _TextGeneration:
     def override(self, facts: TextGeneration, generation: Mapping[str, Any]) -> Sampling:
         return override(facts.sampling, generation)
 
-    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+    def metrics_text(self, columns: Mapping[str, Mapping[str, Any]]) -> str:
         from deploykit.tasks.text_generation.metrics_text import metrics_text
 
-        return metrics_text({"": metrics})
+        return metrics_text(columns)
 
     def result(self, facts: TextGeneration, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         from deploykit.tasks.text_generation.metrics_text import result_text

@@ -168,10 +168,10 @@ class _Translation:
     def override(self, facts: Translation, generation: Mapping[str, Any]) -> Generation:
         return override(facts, generation)
 
-    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+    def metrics_text(self, columns: Mapping[str, Mapping[str, Any]]) -> str:
         from deploykit.tasks.translation.metrics_text import metrics_text
 
-        return metrics_text({"": metrics})
+        return metrics_text(columns)
 
     def result(self, facts: Translation, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         from deploykit.tasks.translation.metrics_text import result_text

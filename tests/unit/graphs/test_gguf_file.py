@@ -9,9 +9,10 @@ import pytest
 import torch
 from language_models import random_model, tokenizer
 
-from deploykit.errors import ExportError
+from deploykit.errors import ArtifactError, ExportError
 from deploykit.graphs.gguf_file import GGUF_TYPES, check_gguf, pre_tokenizer_name, write_gguf
 from deploykit.tasks.text_generation.chat_template import CHATML
+from deploykit.tasks.text_generation.checkpoint import TorchGenerator, load_base_config
 from deploykit.tasks.text_generation.export import reopened_gguf
 
 IDS = torch.arange(6, 60)[None]
@@ -45,6 +46,16 @@ def test_llama_3s_rope_scaling_is_written_as_factors(tmp_path: Path) -> None:
     np.testing.assert_allclose(plain / factors, model.model.rotary_emb.inv_freq.numpy(), rtol=1e-5)
     assert factors.min() == pytest.approx(1, rel=1e-5)
     assert factors.max() == pytest.approx(8, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama linear"])
+def test_a_file_whose_rope_scaling_would_be_lost_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    settings = {"mlp_bias": False, "tie_word_embeddings": True} if name == "llama linear" else {}
+    write_gguf(random_model(name, **settings), tokenizer(CHATML), (2, 4), "f16", path)
+    for refused in (TorchGenerator.load, lambda file: load_base_config(str(file))):
+        with pytest.raises(ArtifactError, match="RoPE scaling, which is not read from GGUF"):
+            refused(path)
 
 
 @pytest.mark.parametrize(

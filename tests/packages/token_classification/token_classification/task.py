@@ -67,7 +67,7 @@ class _TokenClassification:
     def result(
         self, facts: TokenClassification, metrics: Mapping[str, Any], held_out: str
     ) -> tuple[dict[str, Any], str]:
-        return {"labels": list(facts.labels)}, self.metrics_text(metrics[held_out]) if held_out else ""
+        return {"labels": list(facts.labels)}, self.metrics_text({"": metrics[held_out]}) if held_out else ""
 
     def export_steps(self) -> ModuleType:
         from token_classification import export
@@ -142,10 +142,11 @@ class _TokenClassification:
         )
         return evaluate(predictor, rows, progress)
 
-    def metrics_text(self, metrics: Mapping[str, Any]) -> str:
+    def metrics_text(self, columns: Mapping[str, Mapping[str, Any]]) -> str:
+        from deploykit.text_table import stacked
         from token_classification.entities import metrics_text
 
-        return metrics_text(metrics)
+        return stacked({name: metrics_text(metrics) for name, metrics in columns.items()})
 
     def override(self, facts: TokenClassification, generation: Mapping[str, Any]) -> None:
         if generation:
