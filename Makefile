@@ -13,7 +13,7 @@ help:
 	@echo "make test   all tests that need no GPU"
 	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, in environments of their own (minutes)"
 	@echo "make generation-peers   the engines that bench/generation.py compares with, in an environment of their own (minutes)"
-	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour and a half)"
+	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour, without generation.py)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
 	@echo "make docs   build the docs into build/docs"
