@@ -9,10 +9,10 @@ BIN := .venv/bin
 help:
 	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
 	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
-	@echo "make demo-generation   fine-tune a small language model to write shell commands, to INT8"
+	@echo "make demo-generation   fine-tune a small language model to write shell commands, and serve it in INT8"
 	@echo "make test   all tests that need no GPU"
 	@echo "make generation-peers   the engines that bench/generation.py compares with, in an environment of their own (minutes)"
-	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour and a half)"
+	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour, without generation.py)"
 	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, and ask lm-eval, in environments of their own (minutes)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"

@@ -85,7 +85,7 @@ def main() -> None:
     if "served" in options.parts:
         from generation_serving import measure_served
 
-        suite["workloads"].append(measure_served(subject.export, options.folder, prompts, plan))
+        suite["workloads"].append(measure_served(subject.export, prompts, plan))
     write(suite, options.out)
 
 
