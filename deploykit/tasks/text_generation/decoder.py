@@ -8,8 +8,7 @@ of 1, 17, 33, ... tokens, unless it has only one.
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,11 +25,10 @@ from deploykit.tasks.text_generation.beam import BeamSearch, rearranged
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.grammar import Constraint
+from deploykit.tasks.text_generation.prefixes import PREFIX_BLOCK, Prefixes
 
 Finish = Literal["eos", "stop", "length"]
 
-PREFIX_BLOCK = 32
-"""Tokens that the cache of prefixes stores and finds together."""
 _QUERY_BLOCK = 16
 _PROMPT_TOKENS = 512
 """Most tokens of prompts that are read between two steps while no row waits for the next one."""
@@ -127,7 +125,7 @@ class Decoder:
         self.max_rows = model.max_rows
         self._model, self._task, self._tokenizer = model, task, tokenizer
         self._eos = frozenset(task.eos_token_ids)
-        self._prefixes = _Prefixes(model.prefix_tokens)
+        self._prefixes = Prefixes(model.prefix_tokens)
         self._reading: Query | None = None  # its prompt is in the model's prompt area, up to ``_read``
         self._read = 0
         model.remove(np.arange(model.rows))
@@ -355,38 +353,6 @@ class Decoder:
         )
 
 
-class _Prefixes:
-    """Caches of the prompts' beginnings, by blocks of tokens; those used least recently make room for new ones."""
-
-    def __init__(self, most_tokens: int) -> None:
-        self.most_tokens = most_tokens // PREFIX_BLOCK * PREFIX_BLOCK
-        self._blocks: OrderedDict[bytes, Any] = OrderedDict()
-
-    def restore(self, model: CausalLm, prompt: Sequence[int]) -> int:
-        """Put the known beginning of ``prompt`` into the prompt area. Returns the number of its tokens.
-
-        At least two tokens are left to read.
-        """
-        read = 0
-        for end, key in _keys(prompt[: max(0, len(prompt) - 2)]):
-            if key not in self._blocks:
-                break
-            self._blocks.move_to_end(key)
-            model.restore(self._blocks[key])
-            read = end
-        return read
-
-    def store(self, model: CausalLm, prompt: Sequence[int]) -> None:
-        """Store what the prompt area holds, the caches of ``prompt``."""
-        for end, key in _keys(prompt[: self.most_tokens]):
-            if key in self._blocks:
-                self._blocks.move_to_end(key)
-                continue
-            while (len(self._blocks) + 1) * PREFIX_BLOCK > self.most_tokens:
-                self._blocks.popitem(last=False)
-            self._blocks[key] = model.saved(end - PREFIX_BLOCK, end)
-
-
 def _part(rest: int, most: int) -> int:
     """Return how many of the ``rest`` tokens of a prompt to read now: about ``most``, a multiple of ``PREFIX_BLOCK``."""
     if rest > most:
@@ -396,14 +362,6 @@ def _part(rest: int, most: int) -> int:
 
 def _named(sampling: Sampling) -> str:
     return "n" if sampling.best_of is None else "best_of"
-
-
-def _keys(prompt: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-    """Yield the end of each whole block of ``prompt``, and a key of all tokens up to there."""
-    digest = hashlib.blake2b(digest_size=16)
-    for start in range(0, len(prompt) - PREFIX_BLOCK + 1, PREFIX_BLOCK):
-        digest.update(np.array(prompt[start : start + PREFIX_BLOCK], np.int64).tobytes())
-        yield start + PREFIX_BLOCK, digest.digest()
 
 
 def token_logprob(token: int, logits: NDArray[np.float32], top: int) -> TokenLogprob:

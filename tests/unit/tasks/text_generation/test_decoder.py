@@ -19,8 +19,9 @@ from deploykit.runtime.engines.causal_lm import OnnxCausalLm
 from deploykit.runtime.sampling import Sampling, override
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, chat_tokenizer, checkpoint_facts
-from deploykit.tasks.text_generation.decoder import PREFIX_BLOCK, Decoder, Query
+from deploykit.tasks.text_generation.decoder import Decoder, Query
 from deploykit.tasks.text_generation.generator import LocalGenerator
+from deploykit.tasks.text_generation.prefixes import PREFIX_BLOCK
 
 LONG = Sampling(max_new_tokens=40, ignore_eos=True)
 _LAYERS, _HEADS, _SIZE = 2, 2, 16
