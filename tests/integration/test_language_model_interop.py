@@ -80,15 +80,15 @@ def test_another_tool_opens_an_export_and_gives_the_same_tokens(exported: Path, 
     if script is _GENAI and "gpt2" in str(exported):
         assert not (exported / "genai_config.json").exists()
         pytest.skip("onnxruntime-genai wants other caches for GPT-2")
-    file = LANGUAGE_MODEL_FILES[precision][0]
+    decoder, weights = LANGUAGE_MODEL_FILES[precision]
     task = load_manifest(exported, "export").task
-    generator = load_generator(exported, task, file, 1)
+    generator = load_generator(exported, task, decoder, 1)
     prompts = [
         generator.tokenizer.encode_prompt([{"role": "user", "content": row["prompt"]}]) for row in command_rows()[:8]
     ]
     ours = [answer.ids for [answer] in generator.generate(prompts, Sampling(max_new_tokens=TOKENS))]
     done = subprocess.run(
-        (str(PYTHON), "-c", script, str(exported), file, str(TOKENS)), input=json.dumps(prompts), capture_output=True,
+        (str(PYTHON), "-c", script, str(exported), weights.removesuffix("_data"), str(TOKENS)), input=json.dumps(prompts), capture_output=True,
         text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
