@@ -33,12 +33,6 @@ _RELOADING = re.compile(r"is not healthy|is not found|no available versions|is n
 Row = TypeVar("Row")
 
 
-class _RefusedStreamError(Exception):
-    def __init__(self, status: int, answer: bytes) -> None:
-        super().__init__(status)
-        self.status, self.answer = status, answer
-
-
 class _Connection:
     """One keep-alive HTTP connection that any thread may use and close.
 
@@ -61,15 +55,10 @@ class _Connection:
         size = response.headers.get("Inference-Header-Content-Length")
         return response.status, None if size is None else int(size), response.read()
 
-    def events(self, path: str, body: bytes) -> Iterator[bytes]:
-        """POST ``body`` and yield the data of each server-sent event. Raises _RefusedStreamError for a status other than 200."""
+    def post(self, path: str, body: bytes) -> http.client.HTTPResponse:
+        """Send a request whose answer is read as a stream."""
         self._connection.request("POST", f"{self._path}{path}", body, {"Accept": "text/event-stream"})
-        response = self._connection.getresponse()
-        if response.status != 200:
-            raise _RefusedStreamError(response.status, response.read())
-        for line in response:
-            if line.startswith(b"data: "):
-                yield line[6:].strip()
+        return self._connection.getresponse()
 
     @property
     def kept(self) -> bool:
@@ -217,13 +206,15 @@ class ServedModel:
         connection = None
         try:
             connection = _Connection(self._address, self._ssl, self._timeout)
-            for data in connection.events(f"/v2/models/{quote(self._name)}/{what}", body):
-                event = json.loads(data)
-                if "error" in event:
-                    raise self._refusal(400, str(event["error"]))
-                yield event
-        except _RefusedStreamError as refused:
-            raise self._refusal(refused.status, error_text(refused.answer)) from None
+            response = connection.post(f"/v2/models/{quote(self._name)}/{what}", body)
+            if response.status != 200:
+                raise self._refusal(response.status, error_text(response.read()))
+            for line in response:
+                if line.startswith(b"data: "):
+                    event = json.loads(line[6:])
+                    if "error" in event:
+                        raise self._refusal(400, str(event["error"]))
+                    yield event
         except (OSError, http.client.HTTPException) as error:
             raise ServerError(
                 f"the server at {self._url} ended the stream ({_reason(error)})", "see the server's log, or try again"

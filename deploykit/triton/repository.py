@@ -6,7 +6,7 @@ again adds a version and only checks that the config still fits.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import re
 import shlex
@@ -27,7 +27,7 @@ from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.served import check_name
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.protocol import TaskFacts
-from deploykit.tasks.registry import get_task, task_from_json, task_names, task_of, task_to_json
+from deploykit.tasks.registry import get_task, task_names, task_of, task_to_json
 from deploykit.triton.backends import BACKEND
 
 CONFIG = "config.pbtxt"
@@ -216,16 +216,29 @@ def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine
     record, expected = _json_parameter(config, "task"), _json_parameter(wanted, "task")
     if not isinstance(record, dict):
         raise ArtifactError(f"{path}: parameter task is {_shown(record)}, not the model's task", OVERWRITE)
-    with contextlib.suppress(
-        ArtifactError
-    ):  # a config of an earlier version lacks newer facts, which have their defaults
-        record = json.loads(json.dumps(task_to_json(task_from_json(record))))
+    # A config of an earlier version lacks newer facts, which then have their defaults.
+    defaults = json.loads(json.dumps(_defaults(task)))
     for key, value in expected.items():
-        given = record.get(key)
+        given, default = record.get(key, defaults.get(key)), defaults.get(key)
+        if isinstance(given, dict) and isinstance(default, dict):
+            given = {**default, **given}
         if given != value:
             raise ArtifactError(
                 f"{path}: parameter task has {key} {_shown(given)}, the model {_shown(value)}", OVERWRITE
             )
+
+
+def _defaults(task: TaskFacts) -> dict[str, Any]:
+    """Return the defaults of a task's facts, those of dataclasses as dictionaries."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(task):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+            nested = dataclasses.is_dataclass(default) and not isinstance(default, type)
+            found[field.name] = dataclasses.asdict(default) if nested else default
+    return found
 
 
 def _kind(engine: str | None) -> str:

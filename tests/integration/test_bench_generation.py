@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(script: str, folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
     out = folder / f"{script}.json"
     command = [sys.executable, str(ROOT / "bench" / script), "--checkpoint", str(folder / "checkpoint"),
-               "--folder", str(folder / "forms"), "--out", str(out), *words]  # fmt: skip
+               "--folder", str(folder / script), "--out", str(out), *words]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GENERATION_VENV": str(folder / "nowhere")}
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert "Traceback" not in done.stderr, done.stderr

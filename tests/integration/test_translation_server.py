@@ -327,7 +327,7 @@ def test_a_full_queue_refuses_some_and_answers_the_others_right(server: TritonSe
     assert {status for status, _ in answers} == {200, 503}
     for (status, answer), wanted in zip(answers, expected):
         if status == 503:
-            assert "queue of sentences is full" in answer["error"]
+            assert "queue is full" in answer["error"]
         else:
             assert_same(translated(answer), [wanted])
 

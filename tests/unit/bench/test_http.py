@@ -139,7 +139,10 @@ def test_a_translator_is_asked_for_translations_and_their_tokens() -> None:
     fake = FakeTriton("ok", "503", "no answer", task=TRANSLATION)
     m = ask(fake, ClosedLoop(2), generation=override(TRANSLATION, {"beam_size": 4, "length_penalty": 0.5}))
     assert fake.parameters == {"beam_size": 4, "length_penalty": "0.5"}
-    assert set(m.error_examples) == {"503 queue is full", "the answer has neither LABEL nor TRANSLATION nor ANSWER"}
+    assert set(m.error_examples) == {
+        "503 queue is full",
+        "the answer has neither LABEL nor TRANSLATION nor ANSWER nor text_output",
+    }
     assert set(m.answers.values()) <= {"good", "bad", "表情 😀", 'quote " and \\ and \ufffd'}
     assert m.tokens == 3 * len(m.latencies_ms) > 0
     assert m.tokens_per_s == pytest.approx(3 * m.throughput_per_s)
@@ -164,7 +167,7 @@ def test_refusals_and_lost_connections_are_errors_with_their_message() -> None:
     assert set(m.error_examples) == {
         "503 queue is full",
         "the server closed the connection without an answer",
-        "the answer has neither LABEL nor TRANSLATION nor ANSWER",
+        "the answer has neither LABEL nor TRANSLATION nor ANSWER nor text_output",
     }
     assert m.requests - m.errors == fake.sent_ok
     assert m.requests == len(fake.asked)
