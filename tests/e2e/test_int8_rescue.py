@@ -66,7 +66,7 @@ def kept(deploykit: Deploykit, run: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def with_outliers(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint without manifest that computes the same with two values of each attention 300 times as large."""
+    """A checkpoint without manifest that computes the same with two values of each attention 3,000 times as large."""
     folder = tmp_path_factory.mktemp("outliers") / "model"
     folder.mkdir()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -75,8 +75,8 @@ def with_outliers(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for layer in range(2):
         block = f"bert.encoder.layer.{layer}.attention"
         for name in ("weight", "bias"):
-            weights[f"{block}.self.value.{name}"][[1, 20]] *= 300
-        weights[f"{block}.output.dense.weight"][:, [1, 20]] /= 300
+            weights[f"{block}.self.value.{name}"][[1, 20]] *= 3000
+        weights[f"{block}.output.dense.weight"][:, [1, 20]] /= 3000
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
