@@ -183,7 +183,7 @@ def _ask_by_openai(
         say(f"{prompt}  ->  {answer.text}")
     held_out = [json.loads(line)["messages"][0]["content"] for line in rows.read_text(encoding="utf-8").splitlines()]
     loads = [alone]
-    for concurrency in _CLIENTS:
+    for concurrency in sorted({min(clients, len(held_out)) for clients in _CLIENTS}):
         loads.append(ask(url, name, held_out[: 2 * concurrency], concurrency=concurrency, max_tokens=answer_tokens)[1])
     for load in loads:
         say(
