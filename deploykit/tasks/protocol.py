@@ -30,9 +30,8 @@ class Training(Protocol):
     heads: tuple[str, ...]
     """Suffixes of the class names in a checkpoint's ``architectures``: "ForSequenceClassification"."""
     model_types: tuple[str, ...]
-    """Model types of this task only; empty: every type that no other task claims."""
     shared_types: tuple[str, ...]
-    """Model types that this task shares with other tasks."""
+    """Model types of this task only (empty: every type that no other task claims), and those that it shares."""
 
     def options(self) -> type[Any]:
         """Return the dataclass of options (``FinetuneOptions``); its new fields become options of ``finetune``."""
@@ -69,9 +68,8 @@ class Serving(Protocol):
     """Members that open and serve a model. Only ``open_checkpoint`` may import torch or transformers."""
 
     triton_backend: str
-    """The class that answers Triton's requests, as "module:class"; its ``outputs`` name the tensors."""
     stream_backend: str
-    """The class behind NAME_stream, which sends an answer in parts; empty: there is no such model."""
+    """The classes that answer Triton's requests, as "module:class", for NAME and for NAME_stream (empty: there is none)."""
     outputs: tuple[str, ...]
     """The output tensors that a client needs, the answer's text first; ``TARGET_TOKENS`` counts what was generated."""
     settings: tuple[str, ...]
@@ -98,9 +96,8 @@ class Measuring(Protocol):
     headline: str
     """The metric for comparing two models: "macro_f1"."""
     columns: tuple[str, ...]
-    """The options that name columns of a data file ("text_column", "label_column"), and others of ``evaluate``."""
     input_columns: tuple[str, ...]
-    """The options among them that name a text's columns."""
+    """Options that name columns of a file ("label_column") and others of ``evaluate``; those that name a text's columns."""
 
     def read_inputs(self, source: str, facts: Any, *, reading: Reading, columns: Options) -> Iterator[TextRow]:
         """Stream the texts to answer: a row for every row of ``source``, with its text or the problem with it."""
