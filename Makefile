@@ -81,7 +81,7 @@ docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
 check: lint
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
 
 clean:
 	rm -rf .venv demo
