@@ -78,6 +78,14 @@ class Sampling:
         bias = tuple((int(token), float(value)) for token, value in record.get("logit_bias", ()))
         return cls(**{**record, **lists, "logit_bias": bias})
 
+    def parameters(self, default: Sampling) -> dict[str, Any]:
+        """Return what ``override`` makes of ``default`` this: the values that differ, as JSON has them."""
+        own = dataclasses.asdict(default)
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value != own[name]}
+        if "logit_bias" in given:
+            given["logit_bias"] = {str(token): value for token, value in self.logit_bias}
+        return given
+
     @property
     def candidates(self) -> int:
         """Rows that a prompt takes: the answers to generate, of which ``n`` are kept, or the beams."""

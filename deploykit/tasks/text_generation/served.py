@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -76,10 +75,8 @@ class ServedGenerator(ServedModel):
             raise DataError(error.message, "correct the prompt") from None
 
     def _body(self, prompt: Prompt, sampling: Sampling, *, stream: bool = False) -> bytes:
-        own = dataclasses.asdict(self.task.sampling)
-        given = {name: value for name, value in dataclasses.asdict(sampling).items() if value != own[name]}
         record: dict[str, Any] = {
-            "sampling_parameters": json.dumps(given),
+            "sampling_parameters": json.dumps(sampling.parameters(self.task.sampling)),
             "exclude_input_in_output": True,
             "stream": stream,
             **dict.fromkeys(_WANTED, True),

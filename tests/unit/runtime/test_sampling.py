@@ -180,3 +180,19 @@ def test_options_of_other_tools_and_of_json() -> None:
     assert Sampling.from_record(json.loads(json.dumps(dataclasses.asdict(sampling)))) == sampling
     earlier = {"max_new_tokens": 9, "temperature": 0.0, "stop": ["a"], "n": 1}
     assert Sampling.from_record(earlier) == Sampling(max_new_tokens=9, stop=("a",))
+
+
+def test_the_parameters_of_a_request_make_the_sampling_again() -> None:
+    default = Sampling(max_new_tokens=40, temperature=0.5)
+    wanted = Sampling(
+        logit_bias=((3, -1.5), (7, 100.0)),
+        stop=("a", "b"),
+        stop_token_ids=(2,),
+        n=2,
+        logprobs=1,
+        choice=("x", "y"),
+        seed=5,
+    )
+    sent = json.loads(json.dumps(wanted.parameters(default)))
+    assert override(default, sent) == wanted
+    assert default.parameters(default) == {}
