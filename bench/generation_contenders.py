@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from contender import Contender
 from suite import say
 
 from deploykit.artifacts import load_manifest, new_directory
@@ -33,18 +34,6 @@ DEPLOYKIT, TRANSFORMERS, LLAMA, GENAI, OPENVINO, CTRANSLATE2 = (
 PEERS_PYTHON = Path(os.environ.get("GENERATION_VENV", "/tmp/deploykit-generation")) / "bin" / "python"
 _PACKAGES = {LLAMA: "xllamacpp", GENAI: "onnxruntime-genai", OPENVINO: "openvino-genai"}
 """Peers that need a virtual environment of their own, and their packages there."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """``engine`` running the weights in ``precision``, by the engine's own name for it."""
-
-    engine: str
-    precision: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.engine} {self.precision}"
 
 
 BASE = Contender(TRANSFORMERS, "fp32")

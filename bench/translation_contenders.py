@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contender import Contender
 
 from deploykit.runtime.decoding import Decoder, Seconds, Sentence, longest_first
 from deploykit.runtime.engines import ENGINES, load_decode_model
@@ -45,18 +46,6 @@ class Subject:
     converted: Path
     task: Translation
     tokenizer: bool
-
-
-@dataclass(frozen=True)
-class Contender:
-    """``engine`` running the weights in ``precision``, by the engine's own name for it."""
-
-    engine: str
-    precision: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.engine} {self.precision}"
 
 
 CONTENDERS = (

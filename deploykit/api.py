@@ -240,8 +240,9 @@ class Model:
         stream = getattr(self.predictor, "stream", None)
         if stream is None:
             raise UsageError(f"a model that {self._task.does} gives no streams", "use predict")
-        chat = isinstance(prompt, str) and self.predictor.has_template  # type: ignore[attr-defined]
-        asked = [{"role": "user", "content": prompt}] if chat else prompt
+        from deploykit.tasks.text_generation.generator import as_prompt
+
+        asked = as_prompt(self.predictor, prompt)  # type: ignore[arg-type]
         yield from stream(asked, self._task.override(self.task, generation))
 
     def evaluate(

@@ -38,6 +38,12 @@ class ApiError(RequestError):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+PATIENCE_S = 5.0
+"""How long a request that has no answer yet is tried again after it was lost, while Triton is restarted."""
+PAUSE_S = 0.1
+"""The pause before it is tried again."""
+
+
 def overloaded(message: str) -> ApiError:
     """Return the error for a full queue."""
     return ApiError(f"{message}; send fewer requests at once", 429, code="queue_full")

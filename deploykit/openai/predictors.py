@@ -13,14 +13,12 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator
 
 from deploykit.errors import RequestError, ServerError, UsageError
-from deploykit.openai.errors import ApiError, overloaded, restarting
+from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError, overloaded, restarting
 from deploykit.openai.read_body import Body
 from deploykit.tasks.answering import AnsweredRow, answer_rows, rows_of
 from deploykit.tasks.protocol import Predictor
 
 MAX_TEXTS = 2048
-PATIENCE_S = 5.0
-_PAUSE_S = 0.1
 _THREADS = 16
 _MOST_WAITING = 256
 
@@ -97,7 +95,7 @@ class Predictors:
                 fault = error
             if time.monotonic() > deadline:
                 raise restarting(fault.message) from fault
-            time.sleep(_PAUSE_S)
+            time.sleep(PAUSE_S)
 
     def _try(self, model: str, texts: Sequence[str | tuple[str, str]]) -> list[AnsweredRow]:
         idle = self._idle.setdefault(model, deque())

@@ -20,13 +20,10 @@ import numpy as np
 import tritonclient.grpc.aio as triton
 from numpy.typing import NDArray
 
-from deploykit.openai.errors import ApiError, overloaded, restarting
+from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError, overloaded, restarting
 from deploykit.openai.generator import Asked, Piece
 from deploykit.openai.sampling_fields import FIELD_OF
 
-PATIENCE_S = 5.0
-"""How long a request that has no answer yet is tried again after it was lost, while Triton is restarted."""
-_PAUSE_S = 0.1
 _CHANNEL = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -71,7 +68,7 @@ class TritonGenerator:
                 deadline = deadline or now + PATIENCE_S
                 if now > deadline:
                     raise
-                await asyncio.sleep(_PAUSE_S)
+                await asyncio.sleep(PAUSE_S)
 
     async def ready(self) -> bool:
         """Return whether all models answer."""

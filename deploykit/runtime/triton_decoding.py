@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from deploykit.runtime.decode_loop import Load
+from deploykit.errors import QueueFullError
+from deploykit.runtime.decode_loop import Client, DecodeLoop, Load, Unit
+from deploykit.runtime.triton_requests import CancelledError, FailedError, RefusedError
 
 
 class LoadMetrics:
@@ -46,6 +49,19 @@ def send_last(sender: Any, response: Any = None) -> None:
         sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
     else:
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def send_failure(sender: Any, error: Exception | None) -> None:
+    """Send ``error`` as a request's last response; None: the client cancelled it."""
+    send_last(sender, (CancelledError() if error is None else FailedError(error)).response())
+
+
+def submit(loop: DecodeLoop[Any], client: Client, units: Sequence[Unit]) -> None:
+    """Queue ``units``. Raises RefusedError when the queue is full."""
+    try:
+        loop.submit(client, units)
+    except QueueFullError as full:
+        raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
 
 
 def log_error(error: Exception) -> None:

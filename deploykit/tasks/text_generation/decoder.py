@@ -57,8 +57,9 @@ def _token_record(tokenizer: ChatTokenizer, token: int, logprob: float) -> dict[
 
 @dataclass(eq=False)
 class Answer:
-    """An answer that is being generated, or one hypothesis of a beam search, of which all share ``beams``. ``text`` grows by whole characters, and never holds a part of a stop string.
+    """An answer that is being generated, or one hypothesis of a beam search, of which all share ``beams``.
 
+    ``text`` grows by whole characters, and never holds a part of a stop string.
     ``total_logprob`` is the sum of its tokens' log-probabilities, if these or ``best_of`` were asked for.
     """
 
@@ -258,9 +259,8 @@ class Decoder:
 
     def _begin_beams(self, query: Query, logits: Logits, reserved: int) -> None:
         sampling = query.sampling
-        ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos)}
         most = min(sampling.max_new_tokens, self._task.max_length - len(query.prompt))
-        beams = BeamSearch(sampling, ends, most)
+        beams = BeamSearch(sampling, self._ends(sampling), most)
         moves = beams.advance(np.repeat(logits[None], sampling.num_beams, 0))
         self.tokens += sampling.num_beams
         if moves is None:
@@ -296,7 +296,7 @@ class Decoder:
 
     def _finish_beams(self, query: Query, beams: BeamSearch) -> None:
         """Make the best hypotheses the answers."""
-        ends = {*query.sampling.stop_token_ids, *(() if query.sampling.ignore_eos else self._eos)}
+        ends = self._ends(query.sampling)
         for number, found in enumerate(beams.finished[: query.sampling.n]):
             answer = self._hypothesis(query, number, beams, found.tokens.tolist())
             answer.finish = "eos" if answer.ids[-1] in ends else "length"
@@ -324,7 +324,7 @@ class Decoder:
             if sampling.logprobs is not None:
                 answer.logprobs.append(found)
         answer.text += answer.stream.add(token)
-        if (token in self._eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
+        if token in self._ends(sampling):
             answer.finish = "eos"
         elif answer.stream.stopped or (answer.constraint is not None and answer.constraint.done):
             answer.finish = "stop"
@@ -334,6 +334,11 @@ class Decoder:
             answer.text += answer.stream.finish()
             if answer.stream.stopped:
                 answer.finish = "stop"
+
+    def _ends(self, sampling: Sampling) -> frozenset[int]:
+        """Tokens that end an answer."""
+        own = frozenset() if sampling.ignore_eos else self._eos
+        return own.union(sampling.stop_token_ids) if sampling.stop_token_ids else own
 
     def _remove(self, rows: Sequence[int]) -> None:
         if rows:

@@ -16,7 +16,7 @@ from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.generator import Generated, LocalGenerator, Prompt, TextGenerator
+from deploykit.tasks.text_generation.generator import Generated, LocalGenerator, TextGenerator, as_prompt
 from deploykit.tasks.text_generation.metrics import answer_metrics, compiled, scored_metrics
 from deploykit.tasks.text_generation.rows import Columns, Row, load_rows, role_problem
 from deploykit.tasks.text_generation.syntax import check_syntax
@@ -155,9 +155,8 @@ def evaluate_file(
 def answers_to(generator: TextGenerator, texts: Sequence[str], sampling: Sampling | None) -> list[Generated]:
     """Answer each text: the user's message where the model has a chat template, otherwise a text to continue. Raises
     DataError for the first that is refused."""
-    prompts: list[Prompt] = [[{"role": "user", "content": text}] if generator.has_template else text for text in texts]
     answers = []
-    for found in generator.reply(prompts, sampling):
+    for found in generator.reply([as_prompt(generator, text) for text in texts], sampling):
         if isinstance(found, DataError):
             raise found
         answers.append(found[0])

@@ -16,7 +16,7 @@ from deploykit.data.texts import TextRow, is_text_file, listed, peek, text_lines
 from deploykit.errors import DataError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.generator import Generated, Prompt, TextGenerator
+from deploykit.tasks.text_generation.generator import Generated, TextGenerator, as_prompt
 from deploykit.text import without_surrogates
 
 _CHUNK = 64
@@ -49,7 +49,11 @@ def answers(
 ) -> list[dict[str, Any]]:
     """Return a record for each question: origin, prompt, answer (``answers`` where several are wanted), finish and the
     counts of tokens; or origin and error."""
-    good = [_asked(generator, question.prompt, how) for question in questions if question.problem is None]
+    good = [
+        question.prompt if how.raw else as_prompt(generator, question.prompt, how.system)
+        for question in questions
+        if question.problem is None
+    ]
     found = iter(generator.reply(good, how.sampling, progress=progress))
     records: list[dict[str, Any]] = []
     for question in questions:
@@ -60,14 +64,6 @@ def answers(
         else:
             records.append({"origin": question.origin, "prompt": question.prompt, **_record(answer, how)})
     return records
-
-
-def _asked(generator: TextGenerator, prompt: Prompt, how: How) -> Prompt:
-    """Return a text as the user's message, for a model with a chat template."""
-    if not isinstance(prompt, str) or how.raw or not generator.has_template:
-        return prompt
-    system = [] if how.system is None else [{"role": "system", "content": how.system}]
-    return [*system, {"role": "user", "content": prompt}]
 
 
 def _record(found: Sequence[Generated], how: How) -> dict[str, Any]:

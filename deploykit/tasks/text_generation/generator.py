@@ -59,6 +59,14 @@ class TextGenerator(Protocol):
     def close(self) -> None: ...
 
 
+def as_prompt(generator: TextGenerator, prompt: Prompt, system: str | None = None) -> Prompt:
+    """Return a text as the user's message, after the ``system`` message, where the model has a chat template."""
+    if not isinstance(prompt, str) or not generator.has_template:
+        return prompt
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, {"role": "user", "content": prompt}]
+
+
 @dataclass(frozen=True)
 class RowScore:
     """``logprobs`` float32 [supervised tokens] of one row, and whether each was the likeliest token (``best``)."""

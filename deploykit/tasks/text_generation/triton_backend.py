@@ -21,14 +21,13 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest
-from deploykit.errors import DeploykitError, QueueFullError
+from deploykit.errors import DeploykitError
 from deploykit.runtime.decode_loop import DecodeLoop
 from deploykit.runtime.engines.causal_lm import MAX_CACHE_BYTES, MAX_ROWS
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.sampling import Sampling, override
-from deploykit.runtime.triton_decoding import LoadMetrics, log_error, send_last
+from deploykit.runtime.triton_decoding import LoadMetrics, log_error, send_failure, send_last, submit
 from deploykit.runtime.triton_requests import (
-    CancelledError,
     FailedError,
     RefusedError,
     cpu_threads,
@@ -117,10 +116,10 @@ class TextGenerationBackend:
         self._compiling.shutdown()
         self._loop.close()
 
-    def _try(self, sender: Any, submit: Callable[[], None]) -> None:
+    def _try(self, sender: Any, work: Callable[[], None]) -> None:
         """Submit a request, or answer with the error that prevents it."""
         try:
-            submit()
+            work()
         except RefusedError as refusal:
             send_last(sender, refusal.response())
         except DeploykitError as refused:
@@ -140,10 +139,7 @@ class TextGenerationBackend:
             query = client.query = generator.query(
                 prompt, sampling, on_tokens=client.tell, prompt_logprobs=asked.prompt_logprobs
             )
-            try:
-                self._loop.submit(client, [query])
-            except QueueFullError as full:
-                raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
+            submit(self._loop, client, [query])
 
         if not sampling.structured:
             join()
@@ -155,7 +151,7 @@ class TextGenerationBackend:
     def _compile(self, client: _Client, sender: Any, join: Callable[[], None]) -> None:
         self._uncompiled.release()
         if client.is_cancelled():
-            send_last(sender, CancelledError().response())
+            send_failure(sender, None)
         else:
             self._try(sender, join)
 
@@ -292,8 +288,7 @@ class _Client:
 
     def fail(self, error: Exception | None) -> None:
         self._ended = True
-        refusal = CancelledError() if error is None else FailedError(error)
-        send_last(self._sender, refusal.response())
+        send_failure(self._sender, error)
 
     def _send_piece(self) -> None:
         self._told = False

@@ -18,16 +18,15 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest
-from deploykit.errors import DataError, DeploykitError, QueueFullError, UsageError
+from deploykit.errors import DataError, DeploykitError, UsageError
 from deploykit.runtime.decode_loop import DecodeLoop
 from deploykit.runtime.decoding import MAX_CACHE_BYTES, longest_first
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, RENAMED, Generation, override
 from deploykit.runtime.serving_settings import LongInput, Split
-from deploykit.runtime.triton_decoding import LoadMetrics, log_error, send_last
+from deploykit.runtime.triton_decoding import LoadMetrics, log_error, send_failure, send_last, submit
 from deploykit.runtime.triton_requests import (
     INPUT,
-    CancelledError,
     FailedError,
     RefusedError,
     Rows,
@@ -116,11 +115,8 @@ class TranslationBackend:
             except DataError as error:
                 errors[row] = f"{error.message.removeprefix('text 0: ')} ({error.remedy})"
         rows.fail(errors)
-        try:
-            sentences = [sentence for job in jobs for sentence in job.sentences]
-            self._loop.submit(_Client(request, rows, jobs, self._loop.model), longest_first(sentences))
-        except QueueFullError as full:
-            raise RefusedError(full.message, pb_utils.TritonError.UNAVAILABLE) from None
+        sentences = [sentence for job in jobs for sentence in job.sentences]
+        submit(self._loop, _Client(request, rows, jobs, self._loop.model), longest_first(sentences))
 
     def _search(self, given: dict[str, Any]) -> tuple[Generation, LongInput, Split]:
         """Parse the request parameters. Raises RefusedError naming the first that is unknown or wrong."""
@@ -172,8 +168,7 @@ class _Client:
         send_last(self._sender, pb_utils.InferenceResponse([o for o in outputs if o.name() in self._wanted]))
 
     def fail(self, error: Exception | None) -> None:
-        refusal = CancelledError() if error is None else FailedError(error)
-        send_last(self._sender, refusal.response())
+        send_failure(self._sender, error)
 
 
 def _warmed_up(translator: Translator) -> Translator:
