@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -52,8 +53,10 @@ def test_every_step_runs_on_the_cpu_and_is_recorded(
 
 
 def test_a_step_that_does_not_end_is_stopped_and_recorded(tmp_path: Path) -> None:
+    shutil.copy(SCRIPTS / "run.py", tmp_path)
+    (tmp_path / "steps.py").write_text("import time\ntime.sleep(600)\n")
     program = (
-        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import run; run.STEPS = {{'doctor': 0.01}}\n"
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import run; run.STEPS = {{'doctor': 0.01}}\n"
         f"sys.argv = ['run.py', '--device', 'cpu', '--payload', '.', '--out', {str(tmp_path)!r}]; run.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

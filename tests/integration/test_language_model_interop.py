@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 from pathlib import Path
@@ -28,6 +29,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Families that both tools open, with the settings that they need."""
 TOKENS = 24
+NEAR_TIE = 0.1
+"""Difference of log-probabilities below which 8-bit activations of two engines may choose different tokens."""
 pytestmark = pytest.mark.skipif(
     not PYTHON.is_file(), reason=f"no {PYTHON}: `make interop` makes that environment, from a package registry"
 )
@@ -86,15 +89,16 @@ def test_another_tool_opens_an_export_and_gives_the_same_tokens(exported: Path, 
     prompts = [
         generator.tokenizer.encode_prompt([{"role": "user", "content": row["prompt"]}]) for row in command_rows()[:8]
     ]
-    ours = [answer.ids for [answer] in generator.generate(prompts, Sampling(max_new_tokens=TOKENS))]
+    ours = [answer for [answer] in generator.generate(prompts, Sampling(max_new_tokens=TOKENS, logprobs=5))]
     done = subprocess.run(
         (str(PYTHON), "-c", script, str(exported), weights.removesuffix("_data"), str(TOKENS)), input=json.dumps(prompts), capture_output=True,
         text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    ends = set(task.eos_token_ids)
-    theirs = [
-        answer[: next((i for i, token in enumerate(answer) if token in ends), len(answer))]
-        for answer in json.loads(done.stdout.splitlines()[-1])
-    ]
-    assert theirs == [[token for token in ids if token not in ends] for ids in ours]
+    for answer, their in zip(ours, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        step = next((i for i, (a, b) in enumerate(zip(answer.ids, their, strict=False)) if a != b), None)
+        if step is not None:
+            assert precision != "fp32"
+            # Another order of sums rounds some activation to the next of its 256 values, and a near tie falls otherwise.
+            top = {token["token_id"]: token["logprob"] for token in answer.logprobs[step]["top"]}
+            assert top.get(their[step], -math.inf) > answer.logprobs[step]["logprob"] - NEAR_TIE
