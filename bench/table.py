@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 PEER = "CTranslate2 int8"
 BASE = "ONNX Runtime fp32"
 GENERATION_BASE = "transformers fp32"
+TRAINING_BASE = "transformers Trainer"
 _BUSY = 10.0  # percent of the CPUs, as BUSY_PERCENT of deploykit.bench.run
 _SUBJECTS = {
     "tweets": "The demo's classifier, {rows} of its test tweets",
@@ -83,7 +84,7 @@ def render_generation(suite: Record) -> str:
     settings = suite["settings"]
     busy = max(load["cpu_percent"] for load in suite["load_before"])
     lines = [
-        f"{_when_and_where(suite)}, {suite['threads']} threads, SmolLM2-135M-Instruct, greedy, {settings['rounds']} rounds. Tokens/s are multiples "
+        f"{_when_and_where(suite)}, {suite['threads']} threads, SmolLM2-135M-Instruct, greedy, {_rounds(settings['rounds'])}. Tokens/s are multiples "
         f"of {GENERATION_BASE} in the same run, which has the tokens/s in its row: the median round (lowest to highest round)."
         + (f" Other programs used up to {busy:.0f}% of the CPUs: these are no final figures." if busy > _BUSY else ""),
     ]
@@ -117,7 +118,7 @@ def _multiple(spread: Record | None, base: Record | None) -> str:
     if base is None:
         return f"{_spread(spread)} tokens/s"
     middle, low, high = (spread[of] / base["median"] for of in ("median", "min", "max"))
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})" if low < high else f"{middle:.2f}"
 
 
 def _streams(workload: Record, settings: Record) -> Iterator[str]:
@@ -128,6 +129,29 @@ def _streams(workload: Record, settings: Record) -> Iterator[str]:
         times = ("first_token_p50_ms", "first_token_p99_ms", "between_tokens_p50_ms", "between_tokens_p99_ms")
         name = f"deploykit {load['precision']}, {load['clients']} client{'s' * (load['clients'] > 1)}"
         yield _row([name, _spread(load["tokens_per_s"]), *(f"{load[key]['median']:.0f}" for key in times)])
+
+
+def render_finetuning(suite: Record) -> str:
+    """Return Markdown: tokens/s of training and the loss that it leads to, with the ratio to transformers' Trainer."""
+    (workload,) = suite["workloads"]
+    contenders = workload["contenders"]
+    base = next((c for c in contenders if c["name"] == TRAINING_BASE), None)
+    busy = max(load["cpu_percent"] for load in suite["load_before"])
+    lines = [
+        f"{_when_and_where(suite)}, {suite['threads']} threads, SmolLM2-135M-Instruct, {contenders[0]['tokens']:,} tokens of the demo's rows, one epoch at "
+        f"the same learning rate, {_rounds(suite['settings']['rounds'])}. The loss is that of a validation token, {contenders[0]['loss_before']:.2f} before training."
+        + (f" Other programs used up to {busy:.0f}% of the CPUs: these are no final figures." if busy > _BUSY else ""),
+        "",
+        *_head("tokens/s", f"against {TRAINING_BASE}", "loss"),
+    ]
+    for c in contenders:
+        ratio = "-" if base is None else f"{c['tokens_per_s']['median'] / base['tokens_per_s']['median']:.2f}"
+        lines.append(_row([c["name"], _spread(c["tokens_per_s"]), ratio, f"{c['loss']['median']:.2f}"]))
+    return "\n".join(lines) + "\n"
+
+
+def _rounds(count: int) -> str:
+    return f"{count} round{'s' * (count > 1)}"
 
 
 def render_exactness(result: Record) -> str:
@@ -301,7 +325,7 @@ def _ratio(candidate: Record, base: Record, scenario: str, key: str) -> str:
     if not ours or not theirs:
         return "-"  # nothing was answered
     middle, low, high = (ours[of] / theirs["median"] for of in ("median", "min", "max"))
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})" if low < high else f"{middle:.2f}"
 
 
 def _median(candidate: Record, scenario: str, key: str) -> float:
@@ -310,7 +334,8 @@ def _median(candidate: Record, scenario: str, key: str) -> float:
 
 
 def _spread(values: Record) -> str:
-    return f"{values['median']:.0f} ({values['min']:.0f} to {values['max']:.0f})"
+    middle, low, high = (f"{values[of]:.0f}" for of in ("median", "min", "max"))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def _whole(value: float | None) -> str:
@@ -329,6 +354,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "architectures": ("architectures", render_architectures),
     "classification": ("classification", render_classification),
     "exactness": ("exactness", render_exactness),
+    "finetuning": ("finetuning", render_finetuning),
     "gpu": ("gpu-*", render_gpu),
     "generation": ("generation", render_generation),
     "methods": ("methods", render_methods),

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from deploykit.errors import ExportError
+from deploykit.tasks.text_generation import packed_attention
 from deploykit.tasks.text_generation.adapter import with_adapter
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
@@ -143,8 +144,24 @@ def train(
     "evaluations", with the validation loss at each; both by "step".
     """
     attention = model.config._attn_implementation
+    sft = sft_trainer(model, rows, validation, facts, options, work, say, answers)
+    result = trainer.run(sft)
+    if options.adapts:
+        result = _merged(result, rows[0], say)
+    result.set_attn_implementation(attention)
+    return result, _history(sft.state.log_history, {} if answers is None else answers.by_step)
+
+
+def sft_trainer(
+    model: Any, rows: Sequence[EncodedRow], validation: Sequence[EncodedRow], facts: TextGeneration,
+    options: TextGenerationOptions, work: Path, say: Say, answers: Answers | None = None,
+) -> SftTrainer:  # fmt: skip
+    """Return the trainer of ``model``, to which an adapter is added if ``options`` ask for one."""
     if type(model)._supports_sdpa:
-        model.set_attn_implementation("sdpa")  # keeps no scores for the backward pass
+        packed_attention.register()
+        by_rows = options.packing and not torch.cuda.is_available()
+        # Neither keeps scores for the backward pass.
+        model.set_attn_implementation(packed_attention.NAME if by_rows else "sdpa")
     collate = pack if options.packing else partial(pad, pad_token_id=facts.pad_token_id)
     batches = TokenBatches(
         [len(row.ids) for row in rows], options.batch_tokens, packed=options.packing, seed=options.seed
@@ -165,7 +182,7 @@ def train(
         # A run that is taken up again has been evaluated there, and early stopping has counted it.
         eval_on_start=bool(validation) and not any((work / "trainer").glob("checkpoint-*")),
     )  # fmt: skip
-    sft = SftTrainer(
+    return SftTrainer(
         model=trained,
         args=arguments,
         batches=batches,
@@ -176,11 +193,6 @@ def train(
         data_collator=collate,
         callbacks=trainer.callbacks(options, work / "tensorboard", say),
     )
-    result = trainer.run(sft)
-    if options.adapts:
-        result = _merged(result, rows[0], say)
-    result.set_attn_implementation(attention)
-    return result, _history(sft.state.log_history, {} if answers is None else answers.by_step)
 
 
 def _history(logs: Sequence[Mapping[str, Any]], answers: Mapping[int, Sequence[str]]) -> dict[str, Any]:

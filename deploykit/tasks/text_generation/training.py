@@ -45,16 +45,19 @@ _ANSWERED = 3
 
 
 class TextGenerationStage:
-    """One run, from the checks that need no rows to the measured model."""
+    """One run, from the checks that need no rows to the measured model.
+
+    ``hf_tokenizer`` has the chat template of the run; ``facts`` are those of the checkpoint that is trained.
+    """
 
     def __init__(self, options: TextGenerationOptions) -> None:
         self._options = options
         config, generation = load_base_config(options.origin)
-        self._hf_tokenizer = load_base_tokenizer(options.origin)
+        self.hf_tokenizer = load_base_tokenizer(options.origin)
         self._added = []
         if options.chat_template is not None:
             template = read_template(options.chat_template)
-            self._added = set_template(self._hf_tokenizer, template, self._eos(), needed=False)
+            self._added = set_template(self.hf_tokenizer, template, self._eos(), needed=False)
         if options.init_adapter is not None:
             read_adapter(options)
         if self._added and options.adapts:
@@ -62,13 +65,13 @@ class TextGenerationStage:
                 f"the chat template adds tokens ({', '.join(self._added)}), whose embeddings a LoRA adapter does not train",
                 "train all weights (--lora-r 0), or give --chat-template alpaca",
             )
-        self._facts = checkpoint_facts(config, generation, self._hf_tokenizer)
-        self._tokenizer = chat_tokenizer(self._hf_tokenizer, self._facts.eos_token_ids)
-        self._max_length = options.max_length or min(DEFAULT_LENGTH, self._facts.max_length)
-        if self._max_length > self._facts.max_length:
+        self.facts = checkpoint_facts(config, generation, self.hf_tokenizer)
+        self._tokenizer = chat_tokenizer(self.hf_tokenizer, self.facts.eos_token_ids)
+        self._max_length = options.max_length or min(DEFAULT_LENGTH, self.facts.max_length)
+        if self._max_length > self.facts.max_length:
             raise UsageError(
-                f"--max-length is {self._max_length}, but {options.origin} takes at most {self._facts.max_length} tokens",
-                f"give --max-length {self._facts.max_length} or less",
+                f"--max-length is {self._max_length}, but {options.origin} takes at most {self.facts.max_length} tokens",
+                f"give --max-length {self.facts.max_length} or less",
             )
 
     def load(self, source: str, split: str, columns: Columns | None) -> tuple[list[RawRow], Columns]:
@@ -79,7 +82,7 @@ class TextGenerationStage:
         )  # fmt: skip
         # An error that is the checkpoint's or the template's must not pass as one of the rows.
         dialogs = any(item.row.messages for item in raw)
-        set_template(self._hf_tokenizer, None, self._eos(), needed=dialogs)
+        set_template(self.hf_tokenizer, None, self._eos(), needed=dialogs)
         return raw, found
 
     def clean(self, raw: Sequence[RawRow]) -> tuple[list[Row], CleaningReport]:
@@ -106,14 +109,14 @@ class TextGenerationStage:
         options = self._options
         columns = rows.columns
         say(f"format: {columns.told()}")
-        train_set = self._encoded(rows.splits["train"])
+        train_set = self.encoded(rows.splits["train"])
         for row in train_set[: options.show_rows]:
             say(f"a row as the model reads it, supervised tokens in ⟦ ⟧:\n{show_row(self._tokenizer, row)}")
         if rewritten := sum(row.rewritten for row in train_set):
             say(f"{rewritten:,} answers of earlier turns are not supervised: the chat template rewrites them later on")
         model = load_base(options.origin)
         self._fit_vocabulary(model)
-        tokenizer = self._hf_tokenizer
+        tokenizer = self.hf_tokenizer
         facts = checkpoint_facts(
             model.config, model.generation_config, tokenizer, (columns.format, columns.prompt, columns.completion)
         )
@@ -122,15 +125,15 @@ class TextGenerationStage:
         generator = TorchGenerator(model, tokenizer, facts)
         shown = rows.held_out
         asked = {
-            name: ask(self._tokenizer, rows.splits[name], self._facts.max_length)[0] for name in ("validation", "test")
+            name: ask(self._tokenizer, rows.splits[name], self.facts.max_length)[0] for name in ("validation", "test")
         }
         if shown and not asked[shown].rows:
             raise DataError(
-                f"no {shown} row fits the model's context of {self._facts.max_length:,} tokens",
+                f"no {shown} row fits the model's context of {self.facts.max_length:,} tokens",
                 "give other held-out rows",
             )
         before = self._measured(generator, asked[shown], work / "before.json", say) if shown else None
-        validation = self._encoded(rows.splits["validation"])
+        validation = self.encoded(rows.splits["validation"])
         if not train_set or (rows.splits["validation"] and not validation):
             raise DataError("no row with a supervised token is left to train or to validate on", "raise --max-length")
         say(
@@ -165,20 +168,21 @@ class TextGenerationStage:
             facts, model, tokenizer, metrics, write_page=lambda run: write_run_page(title, metrics, run / FILE)
         )
 
-    def _eos(self) -> list[int]:
-        return [] if self._hf_tokenizer.eos_token_id is None else [self._hf_tokenizer.eos_token_id]
-
-    def _encoded(self, rows: Sequence[Row]) -> list[EncodedRow]:
+    def encoded(self, rows: Sequence[Row]) -> list[EncodedRow]:
+        """Return rows as token ids, those that are too long handled as the options say."""
         options = self._options
         encoded = (self._tokenizer.encode_row(row, options.supervised) for row in rows)
         return [part for row in encoded for part in fit(row, self._max_length, options.long_rows)]
 
+    def _eos(self) -> list[int]:
+        return [] if self.hf_tokenizer.eos_token_id is None else [self.hf_tokenizer.eos_token_id]
+
     def _fit_vocabulary(self, model: Any) -> None:
         """Make room for the tokens that the chat template added: new rows are drawn about the mean of the others."""
-        if self._added and len(self._hf_tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        if self._added and len(self.hf_tokenizer) > model.get_input_embeddings().weight.shape[0]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                model.resize_token_embeddings(len(self._hf_tokenizer), mean_resizing=True)
+                model.resize_token_embeddings(len(self.hf_tokenizer), mean_resizing=True)
 
     def _evaluated(self, generator: TorchGenerator, asked: Asked) -> tuple[dict[str, Any], list[str]]:
         sampling = Sampling(max_new_tokens=room_for(self._tokenizer, asked))

@@ -20,6 +20,7 @@ from deploykit.graphs.causal_lm import BLOCK, build_causal_lm, parts_of, quantiz
 from deploykit.graphs.writer import save_with_weights
 from deploykit.runtime.engines.causal_lm import OnnxCausalLm
 from deploykit.runtime.sampling import Sampling
+from deploykit.tasks.text_generation import packed_attention
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts, load_base_config
 from deploykit.tasks.text_generation.encode import EncodedRow
@@ -183,7 +184,8 @@ def test_int8_and_int4_blocks_are_what_onnx_runtime_multiplies_by(tmp_path: Path
 def test_packed_rows_do_not_see_each_other(name: str) -> None:
     model = random_model(name).eval()
     some = rows(20, 3, 33, 12)
-    for implementation in ("eager", "sdpa"):
+    packed_attention.register()
+    for implementation in ("eager", "sdpa", packed_attention.NAME):
         model.set_attn_implementation(implementation)
         with torch.inference_mode():
             alone = [supervised_loss(model, pack([row])) for row in some]
@@ -193,6 +195,21 @@ def test_packed_rows_do_not_see_each_other(name: str) -> None:
         expected = float(sum(loss for loss, _ in alone))
         assert float(packed) == pytest.approx(expected, rel=1e-5)
         assert float(padded) == pytest.approx(expected, rel=1e-5), "what is padding goes by position, not by its id"
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
+def test_attention_row_by_row_has_the_gradients_of_all_pairs(name: str) -> None:
+    model = random_model(name, sliding_window=6) if name != "llama" else random_model(name)
+    packed_attention.register()
+    batch = pack(rows(20, 3, 33, 12))
+    found = []
+    for implementation in ("eager", packed_attention.NAME):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        supervised_loss(model, batch)[0].backward()
+        found.append({key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None})
+    for key, expected in found[0].items():
+        torch.testing.assert_close(found[1][key], expected, rtol=1e-3, atol=1e-5, msg=key)
 
 
 def test_the_loss_is_that_of_all_logits() -> None:
