@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import AutoConfig, Trainer
 
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
 from deploykit.runtime.tokenizer import Encoded
+from deploykit.tasks.classification.augment import augmented
 from deploykit.tasks.classification.checkpoint import TorchClassifier, separates, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
+from deploykit.tasks.classification.evaluate import LabelledRows, answer_rows
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.inspection.confidence import fit_temperature
+from deploykit.tasks.classification.losses import divergence, summed_loss
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.options import ClassificationOptions
+from deploykit.tasks.classification.resampling import metrics_with_intervals
 from deploykit.tasks.classification.rows import (
     Columns,
     Example,
@@ -38,6 +42,7 @@ from deploykit.tasks.classification.split import drop_leaks, split
 from deploykit.tasks.classification.trainable import trainable
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
+from deploykit.training.levers import optimizers
 from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
@@ -136,17 +141,24 @@ class ClassificationStage:
     def train(self, rows: Rows[Example, Columns], work: Path, say: Say) -> Trained:
         classifier = self._classifier(self._task(rows), say)
         model, task = classifier.model, classifier.task
+        noisy = augmented(rows.splits["train"], self._options.augment, self._options.seed)
+        for example in noisy[:: max(1, len(noisy) // 3)][:3]:
+            say(f"  {example.origin}: {example.text}")
         encoded = {
             name: EncodedTexts(
                 classifier.encode([e.asked for e in examples]), task.targets([e.label for e in examples]), task
             )
-            for name, examples in rows.splits.items()
+            for name, examples in {**rows.splits, "train": [*rows.splits["train"], *noisy]}.items()
             if examples
         }
         say(f"training on {len(encoded['train']):,} rows, validating on {len(rows.splits['validation']):,}")
         if self._options.qat:
             return self._train_rounded(classifier, rows, encoded, work, say)
         model = _train(model, encoded["train"], encoded.get("validation"), self._options, work, say)
+        if self._options.temperature_scaling:
+            found = answer_rows(TorchClassifier(model, self._tokenizer, task), LabelledRows(rows.splits["validation"]))
+            task = dataclasses.replace(task, temperature=fit_temperature(task, found.truth, found.scores))
+            say(f"temperature of the logits: {task.temperature:g}")
         say("measuring on the held-out rows")
         return Trained(task, model, self._tokenizer, self._measure(TorchClassifier(model, self._tokenizer, task), rows))
 
@@ -205,8 +217,10 @@ class ClassificationStage:
         options = self._options
         config: dict[str, Any] = dict(task.model_config)
         config["pad_token_id"] = task.pad_token_id
-        if options.dropout is not None:
-            config |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), options.dropout)
+        config |= options.dropout_config
+        head = options.dropout if options.classifier_dropout is None else options.classifier_dropout
+        if head is not None:
+            config |= dict.fromkeys(("classifier_dropout", "seq_classif_dropout"), head)
         loaded = load_for_training(options.origin, **config)
         model = loaded.model
         new = set(loaded.new)
@@ -308,7 +322,7 @@ def _train(
     """``model`` as it was at its best evaluation, if there are any: highest macro-F1, among equals the lowest loss."""
     task = train_set._task
     return trainer.run(
-        Trainer(
+        (_TwicePassed if options.r_drop else Trainer)(
             model=model,
             args=trainer.arguments(
                 options,
@@ -323,8 +337,18 @@ def _train(
             compute_loss_func=_loss(task, train_set.targets, options),
             compute_metrics=lambda prediction: _evaluate(task, _logits(prediction.predictions), prediction.label_ids),
             callbacks=trainer.callbacks(options, work / "tensorboard", say),
+            optimizers=optimizers(model, options),
         )
     )
+
+
+class _TwicePassed(Trainer):  # type: ignore[misc]
+    """Passes each training batch twice, through different dropouts, for R-Drop."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *words: Any, **named: Any) -> Any:
+        if model.training:
+            inputs = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+        return super().compute_loss(model, inputs, *words, **named)
 
 
 def _logits(predictions: Any) -> NDArray[np.float32]:
@@ -341,22 +365,14 @@ def _loss(task: Classification, targets: NDArray[Any], options: ClassificationOp
 
     def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
         logits = outputs["logits"].float()
+        twice = bool(options.r_drop and torch.is_grad_enabled())
         # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
-        items = num_items_in_batch if num_items_in_batch is not None else labels.numel()
-        if task.regression:
-            return functional.mse_loss(logits, labels, reduction="sum") / items
-        if task.multi_label:
-            return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / items
-        return (
-            functional.cross_entropy(
-                logits,
-                labels,
-                weight=None if weights is None else weights.to(logits.device),
-                label_smoothing=options.label_smoothing_factor,
-                reduction="sum",
-            )
-            / items
-        )
+        items = num_items_in_batch if num_items_in_batch is not None else labels.numel() // (1 + twice)
+        own = None if weights is None else weights.to(logits.device)
+        summed = summed_loss(task, logits, labels, options, own)
+        if twice:
+            summed = summed / 2 + options.r_drop * divergence(task, *logits.chunk(2))
+        return summed / items
 
     return loss
 
@@ -381,4 +397,4 @@ def _evaluate(task: Classification, logits: NDArray[np.float32], labels: NDArray
 
 def _metrics(classifier: TorchClassifier, examples: Sequence[Example]) -> dict[str, Any]:
     truth = classifier.task.targets([e.label for e in examples])
-    return classification_metrics(classifier.task, truth, classifier.scores([e.asked for e in examples]))
+    return metrics_with_intervals(classifier.task, truth, classifier.scores([e.asked for e in examples]))
