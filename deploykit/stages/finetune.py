@@ -156,7 +156,7 @@ def inputs_digest(options: FinetuneOptions) -> str:
     """Return a digest of everything that determines the run: options, and the contents of the files they name."""
     values = dataclasses.asdict(options)
     for name in ROWS:
-        if values[name] and (paths := named_paths(values[name])):
+        if values.get(name) and (paths := named_paths(values[name])):
             values[name] = [artifacts.digest_path(path) for path in paths]
     return artifacts.digest_of("finetune", values)
 

@@ -45,3 +45,15 @@ def divergence(task: Classification, first: torch.Tensor, second: torch.Tensor) 
         first, second = (torch.stack([logits, torch.zeros_like(logits)], dim=-1) for logits in (first, second))
     a, b = first.log_softmax(dim=-1), second.log_softmax(dim=-1)
     return 0.5 * ((a.exp() - b.exp()) * (a - b)).sum()
+
+
+def distillation(task: Classification, logits: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the sum over rows of the Kullback-Leibler divergence of the student from the teacher, both at
+    ``temperature``, times its square (Hinton et al., 2015); of numbers, the squared difference."""
+    if task.regression:
+        return functional.mse_loss(logits, teacher, reduction="sum")
+    logits, teacher = logits / temperature, teacher / temperature
+    if task.multi_label:
+        logits, teacher = (torch.stack([each, torch.zeros_like(each)], dim=-1) for each in (logits, teacher))
+    ours, theirs = logits.log_softmax(dim=-1), teacher.log_softmax(dim=-1)
+    return temperature**2 * functional.kl_div(ours, theirs, log_target=True, reduction="sum")

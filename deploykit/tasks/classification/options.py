@@ -51,6 +51,13 @@ class ClassificationOptions(FinetuneOptions):
     r_drop: float = described(
         0.0, "R-Drop: weight of the divergence of two passes of a batch through different dropouts; 0: off."
     )
+    teacher: str | None = described(
+        None,
+        "Distillation: also learn the probabilities of this model, a checkpoint, an export or a served model's name.",
+    )
+    distill_alpha: float = described(0.5, "Share of the teacher in the loss; the rest is that of the labels.")
+    distill_temperature: float = described(2.0, "Temperature of teacher and student in the loss.")
+    student_layers: int = described(0, "Keep this many layers of TARGET, evenly spaced; 0: all.")
     augment: tuple[str, ...] = described(
         (),
         "Also train on a copy of each training row with noise, as typos=0.1: a rate of the words. Noises: typos, case, "
@@ -77,6 +84,9 @@ class ClassificationOptions(FinetuneOptions):
         "classifier_dropout": (0, 0.99),
         "focal_gamma": (0, 20),
         "r_drop": (0, 100),
+        "distill_alpha": (0, 1),
+        "distill_temperature": (0.01, 100),
+        "student_layers": (0, 1000),
     }
 
     @property
@@ -150,6 +160,12 @@ class ClassificationOptions(FinetuneOptions):
             raise UsageError("--qat measures before and after, and no rows are held out", "give --validation or --test")
         for noise in self.augment:
             parse_noise(noise)
+        if self.qat and (self.teacher or self.student_layers):
+            raise UsageError("--qat goes on training a checkpoint as it is", "leave out --teacher and --student-layers")
+        if self.student_layers and self.lora_r:
+            raise UsageError(
+                "--student-layers changes the checkpoint that an adapter of --lora-r is for", "leave one out"
+            )
         if self.temperature_scaling and (self.qat or self.regression or not self.validates):
             reason = (
                 "--qat keeps it" if self.qat else "numbers have none" if self.regression else "it is fitted on them"
