@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,4 +124,8 @@ def command(
     if output is not None:
         write_explanations(target, found, output, by_answer=source is not None)
         lines.append(f"{output}: written")
-    return {**record, "output": None if output is None else str(output)}, "\n".join(lines)
+    text = "\n".join(lines)  # click removes colours where no terminal is
+    return (
+        {**record, "output": None if output is None else str(output)},
+        click.unstyle(text) if os.environ.get("NO_COLOR") else text,
+    )

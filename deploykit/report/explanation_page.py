@@ -51,7 +51,7 @@ def deletion_curve(deletion: Deletion) -> str:
         share = [100 * value for value in deletion.shares]
         axes.plot(share, deletion.top, "-o", color=colour_of(0), label="without the top words")
         axes.plot(share, deletion.random, "--s", color=colour_of(8), label="without random words")
-        axes.set(xlabel="words removed, %", ylabel="mean probability of the answer")
+        axes.set(xlabel="words removed, %", ylabel="mean probability of the answer, or its number")
         add_legend(figure)
 
     return to_svg("deletion", draw, (8.0, 3.2))

@@ -54,7 +54,7 @@ class EncodedTexts(Dataset):  # type: ignore[misc]
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if self.task.token_types:
             batch["token_type_ids"], _ = padded([row["token_type_ids"] for row in rows], 0)
-        if self._teacher is not None:
+        if "teacher" in rows[0]:  # not in those that Trainer evaluates with this collator
             batch["teacher"] = torch.from_numpy(np.stack([row["teacher"] for row in rows]))
         return batch
 
