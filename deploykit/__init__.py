@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deploykit.api import finetune as finetune
     from deploykit.api import load as load
     from deploykit.api import package as package
+    from deploykit.attribution.explain import Explanation as Explanation
     from deploykit.errors import ArtifactError as ArtifactError
     from deploykit.errors import CorruptArtifactError as CorruptArtifactError
     from deploykit.errors import DataError as DataError
@@ -61,6 +62,7 @@ _MODULES: Mapping[str, str] = {
     "Answer": "deploykit.tasks.types",
     "EngineOptions": "deploykit.tensorrt.build",
     "Evaluation": "deploykit.tasks.types",
+    "Explanation": "deploykit.attribution.explain",
     "Exported": "deploykit.stages.export",
     "Finetuned": "deploykit.stages.finetune",
     "Packaged": "deploykit.triton.repository",
@@ -74,6 +76,7 @@ __all__ = [
     "EngineError",
     "EngineOptions",
     "Evaluation",
+    "Explanation",
     "ExportError",
     "Exported",
     "Finetuned",

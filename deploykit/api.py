@@ -24,6 +24,7 @@ from deploykit.errors import DataError, DeploykitError, ServerError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL, ServingSettings
 
 if TYPE_CHECKING:
+    from deploykit.attribution.explain import Explanation
     from deploykit.stages.export import Exported
     from deploykit.stages.finetune import Finetuned
     from deploykit.tasks.types import Answer, Evaluation, Predictor, TaskFacts
@@ -47,12 +48,15 @@ def finetune(
     test: StrPath | None = None,
     force: bool = False,
     restart: bool = False,
+    folds: int = 0,
+    learning_curve: bool = False,
     progress: Say | None = None,
     **options: Any,
 ) -> Finetuned:
     """Fine-tune a Hugging Face checkpoint on labelled rows, and write it to ``output_dir``.
 
-    A run with the same inputs as an earlier one is reused. A killed run is continued, unless ``restart`` is set.
+    A run with the same inputs as an earlier one is reused. A killed run is continued, unless ``restart`` is set. With
+    ``search=20`` that many runs are trained with other options each, and the best one is written.
 
     Args:
         model: Folder of a checkpoint, or a hub id. None for ``from_config``, which trains a new model.
@@ -63,6 +67,8 @@ def finetune(
         test: Rows that the result is measured on. Default: split off ``train``.
         force: Replace existing content of ``output_dir``.
         restart: Start over instead of continuing a killed run.
+        folds: Also cross-validate: train on all folds of the rows but one, that often. The result has ``folds``.
+        learning_curve: Also train on 10 to 75 % of the rows. The result has ``learning_curve``.
         progress: Called with each message, a line.
         **options: All other options of ``deploykit finetune``: ``num_train_epochs=1``, ``text_column=("title",
         "body")``.
@@ -72,14 +78,31 @@ def finetune(
         DataError: The rows cannot be read, or there are too few.
         ArtifactError: ``model`` is not a checkpoint, or ``output_dir`` has other content.
     """
+    from deploykit.hyperparameters.options import SearchOptions
     from deploykit.stages.finetune import finetune as run
     from deploykit.stages.finetune_options import make_options
+    from deploykit.stages.repeated_runs import check_repeats, repeat
 
+    names = {field.name for field in dataclasses.fields(SearchOptions)}
+    searched = SearchOptions(**{name: value for name, value in options.items() if name in names})
+    options = {name: value for name, value in options.items() if name not in names}
     files = {"model": model, "train": train, "validation": validation, "test": test}
     given = {name: str(path) for name, path in files.items() if path is not None}
     named = {"task": task} if task is not None else {}
     chosen = make_options({**given, **named, **{k: v for k, v in options.items() if v is not None}})
-    return run(chosen, Path(output_dir), force=force, restart=restart, say=progress or _quiet)
+    searched.check(chosen)
+    check_repeats(chosen, folds, learning_curve)
+    out, say = Path(output_dir), progress or _quiet
+    if searched.search:
+        from deploykit.hyperparameters.run import search
+
+        if folds or learning_curve:
+            raise UsageError(
+                "--search has runs of its own", "give folds and learning_curve with the best run's options"
+            )
+        return search(chosen, searched, out, force=force, restart=restart, say=say).best
+    done = run(chosen, out, force=force, restart=restart, say=say)
+    return repeat(chosen, done, out, folds=folds, curve=learning_curve, say=say)
 
 
 def export(
@@ -224,6 +247,32 @@ class Model:
                 raise DataError(f"{row.origin}: {row.error}", "correct that text, or leave it out")
             answers.append(row.answer)
         return answers
+
+    def explain(
+        self, texts: Sequence[str | tuple[str, str]], *, method: str = "auto", label: str | None = None
+    ) -> list[Explanation]:
+        """Say which words the answers to texts come from.
+
+        Args:
+            texts: As ``predict`` takes them.
+            method: "gradients" (integrated gradients; a classifier's checkpoint), "occlusion" (the effect of removing
+                each word; any model that classifies or answers questions), or "auto".
+            label: Explain this label of a classifier. Default: its answer.
+
+        Returns:
+            An explanation for each text, with the weight of each word, and a check by deletion for the first 50.
+
+        Raises:
+            UsageError: The model's task has no explanations, or ``method`` or ``label`` does not fit it.
+            DataError: The model refuses a text.
+        """
+        from deploykit.stages.explain import explain_texts
+        from deploykit.tasks.answering import rows_of
+
+        if isinstance(texts, str):
+            raise UsageError("texts is one string", "give a list: explain([text])")
+        asked = [row.text or "" for row in rows_of(texts, self.task)]
+        return explain_texts(self.predictor, asked, method=method, answer=label)
 
     def stream(self, prompt: str | Sequence[Mapping[str, Any]], **generation: Any) -> Iterator[str]:
         """Answer one prompt piece by piece; joined, the pieces are the answer.

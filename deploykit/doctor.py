@@ -36,6 +36,7 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "predict": (("tritonclient",), ""),
     "translate": (("tritonclient", "sentencepiece"), ""),
     "evaluate": (("tritonclient",), ""),
+    "explain": (("tritonclient",), ""),
     "bench": (("matplotlib", "psutil"), "bench"),
     "tune": (("tritonclient", "google.protobuf", "matplotlib", "psutil"), "bench"),
     "inspect": ((), ""),
@@ -78,7 +79,7 @@ def _commands() -> dict[str, Need]:
         remedy = f"pip install 'deploykit[{extra}]'" if extra else "pip install deploykit"
         needs[command] = Need(not missing, ", ".join(missing), remedy if missing else "")
     if not any(info.installed for info in ENGINES.values()):
-        for command in ("predict", "translate", "evaluate", "bench", "tune"):
+        for command in ("predict", "translate", "evaluate", "explain", "bench", "tune"):
             if needs[command].ready:
                 needs[command] = Need(
                     False, "an engine (not for served models)", "pip install 'deploykit[cpu,openvino]'"

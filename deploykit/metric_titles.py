@@ -26,6 +26,9 @@ POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0, "los
 if lower; a point of it is 1 % of perplexity.
 """
 
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae", "expected_calibration_error"})
+"""Metrics of errors."""
+
 
 def title_of(metric: str) -> str:
     """Return the title of a metric; a metric of another package's task has its own name as title."""
@@ -40,3 +43,19 @@ def points_of(metric: str) -> float:
 def shown_metrics(metrics: Mapping[str, Any], headline: str) -> dict[str, str]:
     """Return the metrics to show in a table, those with a title and the ``headline``, with their titles."""
     return {name: title_of(name) for name in (*TITLES, headline) if name in metrics}
+
+
+def flat_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the numbers among metrics, under dotted names: per_class.spam.f1."""
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            found |= flat_metrics(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[prefix + name] = float(value)
+    return found
+
+
+def main_metric(metrics: Mapping[str, float], headline: str) -> str:
+    """Return the metric to judge a run by: the task's ``headline``, or, where it was not measured, RMSE or the loss."""
+    return next(name for name in (headline, "rmse", "loss", *metrics) if name in metrics)

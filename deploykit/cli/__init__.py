@@ -14,6 +14,7 @@ from deploykit.errors import DeploykitError
 _COMMANDS: Mapping[str, str] = {
     "finetune": "Fine-tune a Hugging Face checkpoint on labelled text.",
     "evaluate": "Measure a checkpoint, an export or a served model on labelled rows.",
+    "explain": "Show which words an answer comes from.",
     "calibrate": "Collect the activation ranges that INT8 needs, from real rows.",
     "export": "Export a checkpoint to ONNX, optionally calibrated INT8.",
     "package": "Write an export as a Triton model.",

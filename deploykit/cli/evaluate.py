@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
 
 from deploykit.cli.common import (
     ENGINE,
+    FORCE,
     PRECISION,
     SERVER_URL,
     THREADS,
@@ -22,8 +25,11 @@ from deploykit.cli.common import (
 )
 from deploykit.data.reading import Reading
 from deploykit.errors import DataError, UsageError
+from deploykit.metric_titles import title_of
 from deploykit.tasks.protocol import Evaluation, Task
 from deploykit.tasks.text_generation.syntax import SYNTAXES
+from deploykit.tasks.types import Reporting, ReportOptions
+from deploykit.text_table import text_table
 
 
 @deploykit_command(
@@ -35,6 +41,15 @@ from deploykit.tasks.text_generation.syntax import SYNTAXES
               "TMX, .po, .mo, or two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
 @reading_options(on_error="skip")
 @column_options()
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="Page of what lies behind a classifier's metrics: "
+              "slices, calibration, likely label errors, words, flips.")  # fmt: skip
+@click.option(
+    "--slice", "slices", multiple=True, metavar="COLUMN", help="Also report the slices by this column of --data."
+)
+@click.option("--against", metavar="FILE", help="Also report how these new rows, labelled or not, differ.")
+@click.option("--swaps", type=click.Path(path_type=Path), metavar="FILE.toml", help="Words to swap for the flips (default: English names, "
+              "genders, origins, religions).")  # fmt: skip
+@FORCE
 @click.option("--answer-regex", help="Compare only the last match of this (its first group) in generated answers.")
 @click.option("--syntax", type=click.Choice(SYNTAXES), help="Count the generated answers that parse.")
 @option(
@@ -51,6 +66,11 @@ def command(
     baseline: str | None,
     data: str,
     columns: dict[str, Any],
+    report: Path | None,
+    slices: tuple[str, ...],
+    against: str | None,
+    swaps: Path | None,
+    force: bool,
     answer_regex: str | None,
     syntax: str | None,
     split: str,
@@ -58,10 +78,18 @@ def command(
     reading: Reading,
     **where: Any,
 ) -> Result:
+    from deploykit.report.figures import require_matplotlib
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
 
     columns = {**columns, "answer_regex": answer_regex, "syntax": syntax}
+    if report is None and (slices or against or swaps):
+        raise UsageError("--slice, --against and --swaps are for a report", "add --report FILE.html, or leave them out")
+    if report is not None:
+        if report.exists() and not force:
+            raise UsageError(f"{report}: already exists", "choose another --report, or pass --force to replace it")
+        require_matplotlib()
+    reported: dict[str, Any] = {}
 
     def measure(name: str, wanted: Task | None = None) -> tuple[Task, Evaluation]:
         predictor = open_predictor(name, **where)
@@ -71,9 +99,20 @@ def command(
                 raise UsageError(f"{name} {task.does}, and {target} {wanted.does}", "give two models of one task")
             own = columns_for(task, columns, generation)
             with progress_bar("rows") as progress:
-                found = task.evaluate(
-                    predictor, data, split=split, reading=reading, columns=own, generation=generation, progress=progress
-                )
+                if report is not None and wanted is None:
+                    if not isinstance(task, Reporting):
+                        raise UsageError(f"a model that {task.does} has no report", "leave out --report")
+                    found, behind = task.report(
+                        predictor, data, split=split, reading=reading, columns=own,
+                        options=ReportOptions(slices, against, swaps), progress=progress,
+                    )  # fmt: skip
+                    task.write_report(f"{name} on {data}", behind, report)
+                    reported.update(behind)
+                else:
+                    found = task.evaluate(
+                        predictor, data, split=split, reading=reading, columns=own, generation=generation,
+                        progress=progress,
+                    )  # fmt: skip
         finally:
             predictor.close()
         reading.stop_at(found.problems)
@@ -84,16 +123,35 @@ def command(
     if baseline == target:
         raise UsageError(f"--baseline is {target}, as TARGET", "give another model")
     task, done = measure(target)
-    record = {"target": target, "rows": done.rows, "skipped": done.skipped, "metrics": done.metrics}
+    record: dict[str, Any] = {"target": target, "rows": done.rows, "skipped": done.skipped, "metrics": done.metrics}
+    if report is not None:
+        record["report"] = {"file": str(report), **{k: v for k, v in reported.items() if k not in ("metrics", "rows")}}
     sides = {"": done.metrics}
     if baseline is not None:
         _, base = measure(baseline, task)
         _check_same_rows(target, done, baseline, base)
         record["baseline"] = {"target": baseline, "metrics": base.metrics}
         sides = {baseline: base.metrics, target: done.metrics}
+        if done.measure is not None and base.measure is not None:
+            from deploykit.bootstrap import differences
+
+            record["differences"] = differences(done.measure, base.measure, done.rows)
     skipped = f" ({done.skipped:,} skipped)" if done.skipped else ""
     text = f"{target} on {done.rows:,} rows of {data}{skipped}\n{task.metrics_text(sides)}"
+    if "differences" in record:
+        text += f"\n\n{target} against {baseline} (paired bootstrap, 95 %):\n{_differences_text(record['differences'])}"
+    if report is not None:
+        text += f"\n\n{report}: written"
     return record, text, failed_rows(done.problems)
+
+
+def _differences_text(differences: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, found in differences.items():
+        low, high = found["interval"]
+        verdict = "beyond noise" if found["beyond_noise"] else "within noise"
+        rows.append([title_of(name), f"{found['difference']:+.4f}", f"[{low:+.4f}, {high:+.4f}]", verdict])
+    return text_table(["", "difference", "interval", ""], rows, left=(0, 3))
 
 
 def _check_same_rows(target: str, done: Evaluation, baseline: str, base: Evaluation) -> None:

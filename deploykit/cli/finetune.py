@@ -1,18 +1,24 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from deploykit.cli.common import FORCE, OUTPUT_DIR, Option, Result, deploykit_command, reading_fields, say
 from deploykit.data.reading import Reading, flag
 from deploykit.errors import UsageError
+from deploykit.hyperparameters.options import SearchOptions
+from deploykit.metric_titles import shown_metrics, title_of
 from deploykit.stages.finetune_options import OPTIONS, make_options, read_toml
 from deploykit.tasks.registry import DEFAULT, task_of
+from deploykit.text_table import text_table
 from deploykit.training.options import RENAMED, FinetuneOptions
+
+if TYPE_CHECKING:
+    from deploykit.stages.finetune import Finetuned
 
 
 def _load_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
@@ -84,6 +90,21 @@ def _field_option(name: str) -> Callable[[Callable[..., Result]], Callable[..., 
     return click.option(typed, name, cls=_FieldOption, section=section, help=text, **attributes)
 
 
+def _search_options(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Declare an option for each field of ``SearchOptions``."""
+    for field in reversed(fields(SearchOptions)):
+        metadata, default = field.metadata, field.default or None
+        attributes: dict[str, Any] = {"type": click.Choice(metadata["choices"])} if metadata["choices"] else {}
+        if isinstance(field.default, int):
+            attributes = {"type": int, "metavar": "N"}
+        shown = f"  [default: {default}]" if default is not None else ""
+        function = click.option(
+            flag(field.name), field.name, cls=_FieldOption, section="Options of a search", help=metadata["help"] + shown,
+            **attributes,
+        )(function)  # fmt: skip
+    return function
+
+
 def _help(text: str, defaults: Mapping[str, Any]) -> str:
     """Return the help of an option whose tasks have these defaults."""
     if 1 < len(defaults) < len(OPTIONS):
@@ -112,19 +133,64 @@ def _help(text: str, defaults: Mapping[str, Any]) -> str:
 @reading_fields
 @click.option("--restart", is_flag=True, help="Start over instead of continuing a killed run.")
 @FORCE
+@click.option(
+    "--folds",
+    type=int,
+    default=0,
+    metavar="K",
+    help="Also cross-validate: train on all folds of the rows but one, K times.",
+)
+@click.option(
+    "--learning-curve",
+    "curve",
+    is_flag=True,
+    help="Also train on 10 to 75 % of the rows, and say what more rows would bring.",
+)
+@_search_options
 @_field_options
 def command(
-    *, out: Path, force: bool, restart: bool, model: str | None, earlier_model: str | None, **values: Any
+    *,
+    out: Path,
+    force: bool,
+    restart: bool,
+    folds: int,
+    curve: bool,
+    model: str | None,
+    earlier_model: str | None,
+    **values: Any,
 ) -> Result:
     if model is not None and earlier_model is not None:
         raise UsageError(f"two checkpoints are given: {model} and {earlier_model}", "name one")
     given = {**values, "model": model if earlier_model is None else earlier_model}
-    options = make_options({name: value for name, value in given.items() if value not in (None, ())})
+    given = {name: value for name, value in given.items() if value not in (None, ())}
+    chosen = SearchOptions(
+        **{field.name: given.pop(field.name) for field in fields(SearchOptions) if field.name in given}
+    )
+    options = make_options(given)
+    chosen.check(options)
+    if chosen.search and (folds or curve):
+        raise UsageError(
+            "--search has runs of its own", "give --folds and --learning-curve with the best run's options"
+        )
 
-    from deploykit.stages.finetune import finetune
+    from deploykit.stages.repeated_runs import check_repeats, repeat
     from deploykit.training.rows import held_out
 
-    done = finetune(options, out, force=force, restart=restart, say=say)
+    check_repeats(options, folds, curve)
+    more: dict[str, Any] = {}
+    if chosen.search:
+        from deploykit.hyperparameters.run import PAGE, search
+
+        found = search(options, chosen, out, force=force, restart=restart, say=say)
+        done, more = found.best, {"search": {**found.record, "folder": str(found.folder)}}
+        say(f"{found.folder / PAGE}: {len(found.record['runs'])} runs, the best is run {found.record['best']}")
+    else:
+        from deploykit.stages.finetune import finetune
+
+        done = finetune(options, out, force=force, restart=restart, say=say)
+        done = repeat(options, done, out, folds=folds, curve=curve, say=say)
+        repeats = {"folds": done.folds, "learning_curve": done.learning_curve}
+        more = {name: value for name, value in repeats.items() if value is not None}
     metrics = done.manifest.metrics
     measured = held_out(metrics)
     own, text = task_of(done.manifest.task).result(done.manifest.task, metrics, measured)
@@ -136,8 +202,25 @@ def command(
         "rows": metrics["rows"],
         "cleaning": metrics["cleaning"],
         "metrics": metrics.get(measured),
+        **more,
     }
     head = f"{out}: {'reused, made before from the same inputs' if done.reused else 'written'}"
     if not measured:
-        return record, f"{head}\nno rows were held out: nothing was measured"
-    return record, f"{head}\non {metrics['rows'][measured]:,} {measured} rows:\n{text}"
+        text = "no rows were held out: nothing was measured"
+    else:
+        text = f"on {metrics['rows'][measured]:,} {measured} rows:\n{text}"
+    return record, "\n".join([head, text, *_repeats_text(done, task_of(done.manifest.task).headline)])
+
+
+def _repeats_text(done: Finetuned, headline: str) -> Iterator[str]:
+    """Yield lines on cross-validation and the learning curve, if there are any."""
+    if done.folds is not None:
+        yield f"\n{len(done.folds['folds'])} folds, mean ± standard deviation:"
+        for name, title in shown_metrics(done.folds["mean"], headline).items():
+            yield f"{title} {done.folds['mean'][name]:.4f} ± {done.folds['deviation'][name]:.4f}"
+    if done.learning_curve is not None:
+        curve = done.learning_curve
+        points = [[f"{point['rows']:,}", f"{point['value']:.4f}"] for point in curve["points"]]
+        if curve["expected"] is not None:
+            points.append([f"{2 * curve['points'][-1]['rows']:,} (expected)", f"{curve['expected']:.4f}"])
+        yield f"\n{text_table(['training rows', title_of(curve['metric'])], points)}"

@@ -68,12 +68,13 @@ def command(
     from deploykit.bench.rows import read_rows
     from deploykit.errors import ArtifactError, UsageError
     from deploykit.tasks.registry import task_of
-    from deploykit.tune.limits import parse_memory, parse_slo, parse_time
+    from deploykit.tune.limits import parse_slo
     from deploykit.tune.run import open_subject, tune
     from deploykit.tune.search import Limits
+    from deploykit.units import parse_size, parse_time
 
-    memory = parse_memory(max_memory) if max_memory is not None else None
-    limits = Limits(parse_slo(slo), memory, parse_time(budget))
+    memory = parse_size("--max-memory", max_memory) if max_memory is not None else None
+    limits = Limits(parse_slo(slo), memory, parse_time("--time", budget))
     out = out or Path(f"tune-{name}.json")
     page = out.with_suffix(".html")
     if out.suffix != ".json":

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
 from typing import Any
 
-from deploykit.report.figures import add_legend, colour_of, to_svg
+from deploykit.metric_titles import title_of
+from deploykit.report.figures import add_legend, colour_of, require_matplotlib, to_svg
+from deploykit.report.html import figure, page, section, table, write_page
 
 
 def loss_curves(training: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> str:
@@ -37,3 +41,37 @@ def length_histogram(lengths: Mapping[str, Sequence[float]]) -> str:
         axes.set(xlabel="tokens of a row", ylabel="rows")
 
     return to_svg("lengths", draw, (8.0, 2.8))
+
+
+def write_learning_curve(curve: Mapping[str, Any], out: Path) -> None:
+    """Write the page of a learning curve (``deploykit.stages.repeated_runs``) to ``out``.
+
+    Raises MissingDependencyError without matplotlib.
+    """
+    require_matplotlib()
+    title = f"{title_of(curve['metric'])} by training rows"
+    points = [(point["rows"], point["value"]) for point in curve["points"]]
+    expected = None if curve["expected"] is None else (2 * points[-1][0], curve["expected"])
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot(*zip(*points), "-o", color=colour_of(0), label="measured")
+        if expected is not None:
+            axes.plot(*zip(points[-1], expected), ":", color=colour_of(1))
+            axes.plot(
+                *zip(expected), "o", color=colour_of(1), fillstyle="none", label="expected, by a power law of the error"
+            )
+        axes.set_xscale("log")
+        axes.set(xlabel="training rows (log scale)", ylabel=title_of(curve["metric"]))
+        add_legend(figure)
+
+    rows = [[f"{count:,}", f"{value:.4f}"] for count, value in points]
+    if expected is not None:
+        rows.append([f"{expected[0]:,} (expected)", f"{expected[1]:.4f}"])
+    note = "On the same held-out rows. One run a point: small differences are noise."
+    parts = [
+        f"<header><h1>{escape(title)}</h1></header>",
+        figure("Learning curve", note, to_svg("curve", draw, (8.0, 3.8))),
+        section("Points", "", table(("training rows", title_of(curve["metric"])), rows)),
+    ]
+    write_page(out, page(title, parts))

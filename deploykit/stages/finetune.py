@@ -7,11 +7,11 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deploykit import artifacts
 from deploykit.errors import ArtifactError, MissingDependencyError, UsageError
@@ -23,7 +23,7 @@ from deploykit.training.rows import Columns, Raw, Row, Rows, RowSource, Say, nam
 from deploykit.training.source import ADAPTER, check_source
 
 if TYPE_CHECKING:
-    from deploykit.training.trainer import Trained
+    from deploykit.training.trainer import Trained, Watch
 
 
 class Stage(RowSource[Raw, Row, Columns], Protocol[Raw, Row, Columns]):
@@ -38,12 +38,15 @@ class Finetuned:
     """The checkpoint at ``path``; ``reused`` if it already existed, made from the same inputs.
 
     ``manifest.metrics`` has the metrics of the held-out rows under "test", or "validation" where there are no test rows;
-    neither if no rows were held out.
+    neither if no rows were held out. ``folds`` and ``learning_curve`` are what ``cross_validate`` and ``learning_curve``
+    of ``deploykit.stages.repeated_runs`` return, if they were asked for.
     """
 
     path: Path
     manifest: artifacts.Manifest
     reused: bool
+    folds: Mapping[str, Any] | None = None
+    learning_curve: Mapping[str, Any] | None = None
 
 
 def finetune(
@@ -53,14 +56,16 @@ def finetune(
     force: bool = False,
     restart: bool = False,
     say: Say,
+    watch: Watch | None = None,
 ) -> Finetuned:
     """Read, clean, split, train, measure, and write the checkpoint to ``out``.
 
-    A killed run continues when it is started again with the same options, unless ``restart`` is set.
+    A killed run continues when it is started again with the same options, unless ``restart`` is set. ``watch`` is
+    called after each evaluation, and may raise to end the run.
     """
     options.check()
     _check_machine(options)
-    inputs = _digest(options)
+    inputs = inputs_digest(options)
     if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
         return Finetuned(out, manifest, reused=True)
     # These imports take seconds, so they happen only when there is something to train.
@@ -68,7 +73,7 @@ def finetune(
 
     quiet()
     stage = get_task(options.task).training_stage(options)
-    return _run(stage, options, out, inputs, restart=restart, say=say)
+    return _run(stage, options, out, inputs, restart=restart, say=say, watch=watch)
 
 
 def _check_machine(options: FinetuneOptions) -> None:
@@ -101,13 +106,17 @@ def _run(
     *,
     restart: bool,
     say: Say,
+    watch: Watch | None,
 ) -> Finetuned:
     from transformers import set_seed
+
+    from deploykit.training.trainer import watched
 
     rows = read_rows(stage, options, say)
     with _work_directory(out, inputs, restart=restart, say=say) as work:
         set_seed(options.seed)
-        trained = stage.train(rows, work, say)
+        with watched(watch):
+            trained = stage.train(rows, work, say)
         counts = {name: len(examples) for name, examples in rows.splits.items()}
         cleaning = {name: report.to_json() for name, report in rows.cleaning.items()}
         with artifacts.new_directory(out) as directory:
@@ -143,11 +152,11 @@ def _run(
     return Finetuned(out, manifest, reused=False)
 
 
-def _digest(options: FinetuneOptions) -> str:
+def inputs_digest(options: FinetuneOptions) -> str:
     """Return a digest of everything that determines the run: options, and the contents of the files they name."""
     values = dataclasses.asdict(options)
     for name in ROWS:
-        if values[name] and (paths := named_paths(values[name])):
+        if values.get(name) and (paths := named_paths(values[name])):
             values[name] = [artifacts.digest_path(path) for path in paths]
     return artifacts.digest_of("finetune", values)
 

@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 
-ROWS = ("model", "train", "validation", "test")
+ROWS = ("model", "train", "validation", "test", "teacher")
 """Options that name files, or a repository on the hub."""
 
 OPTIONS: Mapping[str, type[FinetuneOptions]] = {name: get_task(name).options() for name in task_names()}

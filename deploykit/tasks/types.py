@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from deploykit.attribution.explain import ExplainedText
+    from deploykit.bootstrap import Measure
+    from deploykit.data.reading import Reading
 
 GraphKind = Literal["encoder", "encoder-decoder", "decoder"]
 """Graphs of an export: one encoder, an encoder with a decoder that generates token by token, or one decoder-only
@@ -45,6 +51,37 @@ class Predictor(Protocol):
         """Release connections."""
 
 
+@runtime_checkable
+class Explaining(Protocol):
+    """A task whose answers ``deploykit explain`` can explain. A task need not be one."""
+
+    def explained_text(self, predictor: Any, text: str, answer: str | None, method: str) -> ExplainedText:
+        """Return ``text`` with the answer to explain, the model's own for None, by ``method``: "auto", "gradients" or
+        "occlusion". Raises UsageError if the method or the answer does not fit, DataError if the text is refused."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report of ``evaluate`` shows: ``slices`` by these columns, drift ``against`` a file of new rows, and flips
+    of answers by the words of the file ``swaps`` (None: English ones)."""
+
+    slices: tuple[str, ...] = ()
+    against: str | None = None
+    swaps: Path | None = None
+
+
+@runtime_checkable
+class Reporting(Protocol):
+    """A task that ``deploykit evaluate --report`` writes a page for. A task need not be one."""
+
+    def report(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options,
+               options: ReportOptions, progress: Progress) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
+        """Measure as ``evaluate`` does, and say what lies behind the metrics, as JSON."""
+
+    def write_report(self, title: str, record: Mapping[str, Any], out: Path) -> None:
+        """Write the page of what ``report`` returned. Raises MissingDependencyError without matplotlib."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """An answer to one text.
@@ -71,13 +108,15 @@ class Evaluation:
     """The metrics of ``rows`` rows.
 
     ``problems`` has a line for each row that was skipped, because it lacks a text or a right answer or the model refused
-    it: "tweets.csv:17: the label is missing". ``notes`` tell what else was made of the rows.
+    it: "tweets.csv:17: the label is missing". ``notes`` tell what else was made of the rows. ``measure`` gives the
+    metrics for other weights of the rows, if the task can: two models are compared by it.
     """
 
     metrics: dict[str, Any]
     rows: int
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    measure: Measure | None = field(default=None, repr=False, compare=False)
 
     @property
     def skipped(self) -> int:

@@ -71,8 +71,28 @@ class FinetuneOptions(Reading):
     lr_scheduler_type: str = described("linear", "Schedule of the learning rate.", choices=_SCHEDULES)
     warmup_ratio: float = described(0.1, "Share of the steps with a rising learning rate.")
     weight_decay: float = described(0.01, "Decay of the weights per step, times the learning rate.")
+    l1: float = described(
+        0.0, "Move each weight by this times the learning rate towards 0 per step (proximal L1); 0: off."
+    )
+    l2: float = described(
+        0.0, "Add this times the weights to the gradient (coupled L2; --weight-decay is decoupled); 0: off."
+    )
+    layerwise_lr_decay: float = described(
+        1.0, "Multiply the learning rate by this from each layer to the one below; 1: off."
+    )
+    freeze_layers: int = described(0, "Keep the embeddings and this many of the lowest layers as they are; 0: off.")
+    gradual_unfreezing: float = described(
+        0.0, "Unfreeze the layers from the top, one by one, in this share of the run; 0: off."
+    )
+    ema_decay: float = described(
+        0.0, "Use an exponential average of the weights, of which each step keeps this share, such as 0.99; 0: off."
+    )
+    swa_start: float = described(
+        0.0, "Use the mean of the weights of all steps after this share of the run (SWA), such as 0.75; 0: off."
+    )
     max_grad_norm: float = described(1.0, "Clip gradients; 0: off.")
     dropout: float | None = described(None, "Dropout (default: the checkpoint's; 0.1 with --from-config).")
+    attention_dropout: float | None = described(None, "Dropout of attention weights (default: the checkpoint's).")
     label_smoothing_factor: float = described(
         0.0, "Share of the target probability that is spread over all classes or tokens."
     )
@@ -91,7 +111,15 @@ class FinetuneOptions(Reading):
         "test_fraction": (0, 0.9),
         "warmup_ratio": (0, 1),
         "weight_decay": (0, 1),
+        "l1": (0, 100),
+        "l2": (0, 100),
+        "layerwise_lr_decay": (0.01, 1),
+        "freeze_layers": (0, 1000),
+        "gradual_unfreezing": (0, 1),
+        "ema_decay": (0, 0.999999),
+        "swa_start": (0, 0.99),
         "label_smoothing_factor": (0, 0.99),
+        "attention_dropout": (0, 0.99),
         "dropout": (0, 0.99),
         "learning_rate": (1e-12, 10),
         "num_train_epochs": (1e-6, 1e6),
@@ -111,6 +139,13 @@ class FinetuneOptions(Reading):
         """The checkpoint or the preset that the run starts from."""
         assert self.model is not None
         return self.model
+
+    @property
+    def dropout_config(self) -> dict[str, float]:
+        """The dropouts that are given, under the names that an encoder's configuration may have for them."""
+        given = {("hidden_dropout_prob", "dropout"): self.dropout,
+                 ("attention_probs_dropout_prob", "attention_dropout"): self.attention_dropout}  # fmt: skip
+        return {name: value for names, value in given.items() if value is not None for name in names}
 
     @property
     def validates(self) -> bool:
@@ -136,6 +171,8 @@ class FinetuneOptions(Reading):
                 raise UsageError(f"{flag(name)} is {value}", f"give a value from {low} to {high}")
         if not self.train:
             raise UsageError("--train is missing", "name the rows to train on")
+        if self.ema_decay and self.swa_start:
+            raise UsageError("--ema-decay and --swa-start are two averages of the weights", "leave one out")
         if self.early_stopping_patience and not self.validates:
             raise UsageError(
                 "--early-stopping-patience needs validation rows, and --validation-fraction is 0",

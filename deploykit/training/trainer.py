@@ -6,19 +6,21 @@ import ctypes
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from deploykit.tasks.protocol import TaskFacts
+from deploykit.training.levers import lever_callbacks
 from deploykit.training.options import FinetuneOptions
 from deploykit.training.progress import Progress
 from deploykit.training.rows import Say
@@ -26,6 +28,11 @@ from deploykit.training.rows import Say
 if TYPE_CHECKING:
     from deploykit.training.qat import TrainedScales
 
+Watch = Callable[[float, float], None]
+"""Called after each evaluation with the share of the run that is done and the metric "selection"; may raise to end the run."""
+
+# A variable of the context, and not an argument, so that the training of each task need not pass it on.
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 _MOST_EVALUATIONS = 30
@@ -104,9 +111,30 @@ def computes_bf16() -> bool:
     return re.search(r"\b(avx512_bf16|amx_bf16)\b", flags) is not None
 
 
+@contextmanager
+def watched(watch: Watch | None) -> Iterator[None]:
+    """Call ``watch`` after each evaluation of the runs in this block."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+class _Watcher(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
+        self._watch(state.global_step / state.max_steps, metrics["eval_selection"])
+
+
 def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
-    """TensorBoard's logs, progress, and early stopping where it is asked for."""
+    """TensorBoard's logs, progress, and early stopping, levers and ``watched`` where they are asked for."""
     found: list[Any] = [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
+    found += lever_callbacks(options)
+    if (watch := _watch.get()) is not None:
+        found.append(_Watcher(watch))
     if options.early_stopping_patience:
         found.append(EarlyStoppingCallback(options.early_stopping_patience))
     return found

@@ -28,7 +28,7 @@ def test_the_public_names_are_these() -> None:
     assert sorted(deploykit.__all__) == deploykit.__all__ == sorted(dir(deploykit))
     assert set(deploykit.__all__) == {
         "Answer", "ArtifactError", "CorruptArtifactError", "DataError", "DeploykitError", "EngineError", "EngineOptions",
-        "Evaluation", "ExportError", "Exported", "Finetuned", "MissingDependencyError", "Model", "Packaged", "RequestError",
+        "Evaluation", "Explanation", "ExportError", "Exported", "Finetuned", "MissingDependencyError", "Model", "Packaged", "RequestError",
         "Server", "ServerError", "UsageError", "__version__", "export", "finetune", "load", "package",
     }  # fmt: skip
 
@@ -40,7 +40,14 @@ def test_every_public_name_exists_and_is_documented() -> None:
         assert inspect.isfunction(value) == name.islower()
         if name.islower():
             assert "Raises:" in inspect.getdoc(value), name
-    results = (deploykit.Answer, deploykit.Evaluation, deploykit.Exported, deploykit.Finetuned, deploykit.Packaged)
+    results = (
+        deploykit.Answer,
+        deploykit.Evaluation,
+        deploykit.Explanation,
+        deploykit.Exported,
+        deploykit.Finetuned,
+        deploykit.Packaged,
+    )
     for result in results:
         assert dataclasses.is_dataclass(result)
         assert result.__dataclass_params__.frozen  # type: ignore[attr-defined]

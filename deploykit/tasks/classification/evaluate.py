@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.pairs import read_pairs
 from deploykit.tasks.classification.predictor import TextClassifier
+from deploykit.tasks.classification.resampling import measure_of, metrics_with_intervals
 from deploykit.tasks.classification.rows import Columns, Example, as_example, check_labels, check_numbers, load_examples
 from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Evaluation, Grade
@@ -81,6 +83,17 @@ def labelled_rows(
     return LabelledRows(examples, tuple(problems), notes)
 
 
+@dataclass(frozen=True)
+class AnsweredRows:
+    """Rows that the model answered, with their ``truth`` (``Classification.targets``) and ``scores``, float32
+    [rows, labels]; and what it says of those that it ``refused``."""
+
+    examples: list[Example]
+    truth: NDArray[Any]
+    scores: NDArray[np.float32]
+    refused: tuple[str, ...]
+
+
 def evaluate(
     predictor: TextClassifier, rows: LabelledRows, *, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> Evaluation:
@@ -88,6 +101,20 @@ def evaluate(
 
     Raises DataError when the model refuses every text.
     """
+    return evaluation(predictor.task, rows, answer_rows(predictor, rows, progress))
+
+
+def evaluation(task: Classification, rows: LabelledRows, answered: AnsweredRows) -> Evaluation:
+    """Return the metrics of answered rows."""
+    metrics = metrics_with_intervals(task, answered.truth, answered.scores)
+    measure = measure_of(task, answered.truth, answered.scores)
+    return Evaluation(metrics, len(answered.examples), (*rows.problems, *answered.refused), rows.notes, measure)
+
+
+def answer_rows(
+    predictor: TextClassifier, rows: LabelledRows, progress: Callable[[int, int], None] = lambda done, of: None
+) -> AnsweredRows:
+    """Answer every row. Raises DataError when the model refuses every text."""
     answered, scores, refused = [], [], []
     for start in range(0, len(rows.examples), _CHUNK):
         part = rows.examples[start : start + _CHUNK]
@@ -101,8 +128,7 @@ def evaluate(
     if not answered:
         raise DataError(refused[0], "give other texts")
     truth = predictor.task.targets([e.label for e in answered])
-    metrics = classification_metrics(predictor.task, truth, np.array(scores, np.float32))
-    return Evaluation(metrics, len(answered), (*rows.problems, *refused), rows.notes)
+    return AnsweredRows(answered, truth, np.array(scores, np.float32), tuple(refused))
 
 
 def grade(predictor: TextClassifier, texts: Sequence[str], labels: Sequence[str]) -> Grade:

@@ -45,7 +45,7 @@ class Classification:
     included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``, or with ``pair`` are two texts
     that the tokenizer reads as a pair. ``token_types``: the graph also reads which text each token is of. Several label
     columns have 0 or 1 for the label that each is named after. In data files ``label_separator`` stands between the
-    labels of a multi-label row; None is ``|``.
+    labels of a multi-label row; None is ``|``. ``temperature`` divides the logits before they become probabilities.
     """
 
     name: ClassVar[str] = "classification"
@@ -64,6 +64,7 @@ class Classification:
     regression: bool = False
     pair: bool = False
     token_types: bool = False
+    temperature: float = 1.0
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -100,7 +101,7 @@ class Classification:
         """Probabilities, float32 [rows, labels], of logits of that shape; of a regression, the numbers themselves."""
         if self.regression:
             return np.asarray(logits, np.float32)
-        exact = logits.astype(np.float64)
+        exact = logits.astype(np.float64) / self.temperature
         if self.multi_label:
             probabilities = 1.0 / (1.0 + np.exp(-exact))
         else:

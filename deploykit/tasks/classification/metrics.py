@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from deploykit.tasks.classification.facts import Classification
 
-_CALIBRATION_BINS = 15
+CALIBRATION_BINS = 15
 
 
 def classification_metrics(task: Classification, truth: NDArray[Any], scores: NDArray[np.float32]) -> dict[str, Any]:
@@ -27,23 +27,17 @@ def classification_metrics(task: Classification, truth: NDArray[Any], scores: ND
     """
     if task.regression:
         return regression_metrics(truth[:, 0].astype(np.float64), scores[:, 0].astype(np.float64))
-    if task.multi_label:
-        answers = scores >= task.threshold
-        confidence, correct = np.maximum(scores, 1 - scores).ravel(), (answers == truth).ravel()
-    else:
-        answers = np.zeros_like(truth)
-        answers[np.arange(len(scores)), scores.argmax(axis=1)] = True
-        confidence, correct = scores.max(axis=1), (answers & truth).any(axis=1)
+    answers, confidence, correct = decided(task, truth, scores)
     hits, answered, actual = (answers & truth).sum(axis=0), answers.sum(axis=0), truth.sum(axis=0)
-    precision, recall = _ratio(hits, answered), _ratio(hits, actual)
-    f1 = _ratio(2 * hits, answered + actual)
+    precision, recall = ratio(hits, answered), ratio(hits, actual)
+    f1 = ratio(2 * hits, answered + actual)
     seen = (answered + actual) > 0
     return {
         "accuracy": float((answers == truth).all(axis=1).mean()),
         "macro_precision": float(precision[seen].mean()),
         "macro_recall": float(recall[seen].mean()),
         "macro_f1": float(f1[seen].mean()),
-        "micro_f1": float(_ratio(2 * hits.sum(), answered.sum() + actual.sum())),
+        "micro_f1": float(ratio(2 * hits.sum(), answered.sum() + actual.sum())),
         "expected_calibration_error": _calibration_error(confidence, correct),
         "per_class": {
             label: {
@@ -58,6 +52,18 @@ def classification_metrics(task: Classification, truth: NDArray[Any], scores: ND
     }
 
 
+def decided(
+    task: Classification, truth: NDArray[np.bool_], scores: NDArray[np.float32]
+) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the answers [rows, labels], and the confidence and correctness of each: [rows], multi-label [rows x labels]."""
+    if task.multi_label:
+        answers = scores >= task.threshold
+        return answers, np.maximum(scores, 1 - scores).ravel(), (answers == truth).ravel()
+    answers = np.zeros_like(truth)
+    answers[np.arange(len(scores)), scores.argmax(axis=1)] = True
+    return answers, scores.max(axis=1), (answers & truth).any(axis=1)
+
+
 def regression_metrics(truth: NDArray[np.float64], answers: NDArray[np.float64]) -> dict[str, Any]:
     """Return mae and rmse in the unit of the numbers, and pearson and spearman, from -1 to 1, of float64 [rows] each.
 
@@ -68,7 +74,7 @@ def regression_metrics(truth: NDArray[np.float64], answers: NDArray[np.float64])
         "mae": float(np.abs(errors).mean()),
         "rmse": float(np.sqrt(np.square(errors).mean())),
         "pearson": _correlation(truth, answers),
-        "spearman": _correlation(_ranks(truth), _ranks(answers)),
+        "spearman": _correlation(ranks(truth), ranks(answers)),
     }
 
 
@@ -78,7 +84,8 @@ def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
     return float((a * b).sum() / size) if size else 0.0
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the ranks of values from 1; equal ones share their ranks' mean."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     middle: NDArray[np.float64] = ends - (counts - 1) / 2.0
@@ -97,17 +104,23 @@ def _confusion(task: Classification, truth: NDArray[np.bool_], answers: NDArray[
     }
 
 
+def calibration_bins(confidence: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the number of the equal bin, of 15, that each confidence falls in."""
+    return np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
+
+
 def _calibration_error(confidence: NDArray[np.float32], correct: NDArray[np.bool_]) -> float:
-    bins = np.minimum((confidence * _CALIBRATION_BINS).astype(int), _CALIBRATION_BINS - 1)
+    bins = calibration_bins(confidence)
     error = 0.0
-    for b in range(_CALIBRATION_BINS):
+    for b in range(CALIBRATION_BINS):
         inside = bins == b
         if inside.any():
             error += float(inside.mean() * abs(correct[inside].mean() - confidence[inside].mean()))
     return error
 
 
-def _ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
+def ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:
+    """Divide; what has nothing in its denominator is 0."""
     return np.divide(
         numerator, denominator, out=np.zeros(np.shape(numerator), np.float64), where=np.asarray(denominator) > 0
     )

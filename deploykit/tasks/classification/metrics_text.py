@@ -9,21 +9,43 @@ from deploykit.text_table import text_table
 
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """Return precision, recall and F1 of each label as a small table; of a regression, its errors and correlations."""
+    """Return precision, recall and F1 of each label as a small table; of a regression, its errors and correlations.
+
+    Metrics that were measured with intervals have them in brackets.
+    """
     if "rmse" in metrics:
         return (
-            f"mean absolute error {metrics['mae']:.4g}, root mean squared error {metrics['rmse']:.4g}\n"
-            f"correlation: Pearson {metrics['pearson']:.4f}, Spearman {metrics['spearman']:.4f}"
+            f"mean absolute error {_value(metrics, 'mae', '.4g')}, root mean squared error {_value(metrics, 'rmse', '.4g')}\n"
+            f"correlation: Pearson {_value(metrics, 'pearson')}, Spearman {_value(metrics, 'spearman')}{_note(metrics)}"
         )
     names = ("precision", "recall", "f1")
+    told = "intervals" in metrics
     rows = [
-        [label, *(f"{m[name]:.4f}" for name in names), f"{m['support']:,}"] for label, m in metrics["per_class"].items()
-    ]
-    rows.append(["macro", *(f"{metrics[f'macro_{name}']:.4f}" for name in names), ""])
+        [label, *(f"{m[name]:.4f}" for name in names), *([interval(metrics, f"per_class.{label}.f1")] if told else []),
+         f"{m['support']:,}"]
+        for label, m in metrics["per_class"].items()
+    ]  # fmt: skip
+    macro = [f"{metrics[f'macro_{name}']:.4f}" for name in names]
+    rows.append(["macro", *macro, *([interval(metrics, "macro_f1")] if told else []), ""])
+    head = ["label", "precision", "recall", "F1", *(["95 %"] if told else []), "rows"]
     return (
-        f"{text_table(['label', 'precision', 'recall', 'F1', 'rows'], rows)}\n"
-        f"accuracy {metrics['accuracy']:.4f}, expected calibration error {metrics['expected_calibration_error']:.4f}"
+        f"{text_table(head, rows)}\naccuracy {_value(metrics, 'accuracy')}, expected calibration error "
+        f"{_value(metrics, 'expected_calibration_error')}{_note(metrics)}"
     )
+
+
+def interval(metrics: Mapping[str, Any], name: str, form: str = ".4f") -> str:
+    """Return the interval of a metric as text: [0.8123, 0.8456]."""
+    low, high = metrics["intervals"][name]
+    return f"[{low:{form}}, {high:{form}}]"
+
+
+def _value(metrics: Mapping[str, Any], name: str, form: str = ".4f") -> str:
+    return f"{metrics[name]:{form}}" + (f" {interval(metrics, name, form)}" if "intervals" in metrics else "")
+
+
+def _note(metrics: Mapping[str, Any]) -> str:
+    return "\n(in brackets bootstrap 95 % intervals over rows)" if "intervals" in metrics else ""
 
 
 def qat_text(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.metrics_text import interval
 
 
 def head(task: Classification, origin: str) -> list[str]:
@@ -45,4 +46,12 @@ def results(result: Mapping[str, Any], rows: int) -> list[str]:
         f"| macro | {result['macro_precision']:.3f} | {result['macro_recall']:.3f} | {result['macro_f1']:.3f} | {rows:,} |",
         "",
         f"Accuracy {result['accuracy']:.3f}; expected calibration error {result['expected_calibration_error']:.3f}.",
+        *(
+            [
+                f"95 % intervals over rows (bootstrap): macro F1 {interval(result, 'macro_f1', '.3f')}, accuracy "
+                f"{interval(result, 'accuracy', '.3f')}."
+            ]
+            if "intervals" in result
+            else []
+        ),
     ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from deploykit.data.noise import parse_noise
 from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR, Classification
@@ -41,6 +42,30 @@ class ClassificationOptions(FinetuneOptions):
     class_weights: str = described(
         "none", "Weight classes by their inverse frequency (balanced), or not.", choices=("none", "balanced")
     )
+    classifier_dropout: float | None = described(
+        None, "Dropout before the head (default: --dropout, or the checkpoint's)."
+    )
+    focal_gamma: float = described(
+        0.0, "Focal loss: weight a row by (1 - the probability of its label) to this power; 0: off."
+    )
+    r_drop: float = described(
+        0.0, "R-Drop: weight of the divergence of two passes of a batch through different dropouts; 0: off."
+    )
+    teacher: str | None = described(
+        None,
+        "Distillation: also learn the probabilities of this model, a checkpoint, an export or a served model's name.",
+    )
+    distill_alpha: float = described(0.5, "Share of the teacher in the loss; the rest is that of the labels.")
+    distill_temperature: float = described(2.0, "Temperature of teacher and student in the loss.")
+    student_layers: int = described(0, "Keep this many layers of TARGET, evenly spaced; 0: all.")
+    augment: tuple[str, ...] = described(
+        (),
+        "Also train on a copy of each training row with noise, as typos=0.1: a rate of the words. Noises: typos, case, "
+        "punctuation, swap, delete. Repeat for several.",
+    )
+    temperature_scaling: bool = described(
+        False, "Divide the logits by the temperature that fits the validation rows, in the checkpoint and its exports."
+    )
     qat: bool = described(
         False,
         "Quantization-aware training: continue a fine-tuned checkpoint with its linear layers rounded to INT8, if `export "
@@ -56,6 +81,12 @@ class ClassificationOptions(FinetuneOptions):
         **FinetuneOptions.ranges,
         "per_device_train_batch_size": (1, 100_000),
         "max_length": (0, 100_000),
+        "classifier_dropout": (0, 0.99),
+        "focal_gamma": (0, 20),
+        "r_drop": (0, 100),
+        "distill_alpha": (0, 1),
+        "distill_temperature": (0.01, 100),
+        "student_layers": (0, 1000),
     }
 
     @property
@@ -99,7 +130,7 @@ class ClassificationOptions(FinetuneOptions):
         if not all(labels) or len(set(labels)) < len(labels) or any(LABEL_SEPARATOR in label for label in labels):
             raise UsageError(f"--labels is {self.labels!r}", "name each label once, with commas between, without '|'")
         if self.regression:
-            for name in ("multi_label", "labels", "qat", "label_smoothing_factor"):
+            for name in ("multi_label", "labels", "qat", "label_smoothing_factor", "focal_gamma"):
                 if getattr(self, name):
                     raise UsageError(f"{flag(name)} is for labels, and --regression for numbers", "leave one out")
             if self.class_weights != "none":
@@ -127,6 +158,20 @@ class ClassificationOptions(FinetuneOptions):
             )
         if self.qat and not self.validates and self.test is None and not self.test_fraction:
             raise UsageError("--qat measures before and after, and no rows are held out", "give --validation or --test")
+        for noise in self.augment:
+            parse_noise(noise)
+        if self.qat and (self.teacher or self.student_layers):
+            raise UsageError("--qat goes on training a checkpoint as it is", "leave out --teacher and --student-layers")
+        if self.student_layers and self.lora_r:
+            raise UsageError(
+                "--student-layers changes the checkpoint that an adapter of --lora-r is for", "leave one out"
+            )
+        if self.temperature_scaling and (self.qat or self.regression or not self.validates):
+            reason = (
+                "--qat keeps it" if self.qat else "numbers have none" if self.regression else "it is fitted on them"
+            )
+            what = "validation rows" if not (self.qat or self.regression) else "labels without --qat"
+            raise UsageError(f"--temperature-scaling needs {what}: {reason}", "leave it out")
         if self.qat and self.lora_r:
             raise UsageError("--qat trains the weights that are rounded, and --lora-r others", "leave one out")
         if not self.qat and self.qat_method != type(self).qat_method:

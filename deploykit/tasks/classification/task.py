@@ -13,6 +13,7 @@ from deploykit.tasks.classification.facts import Classification, as_text
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 
 if TYPE_CHECKING:
+    from deploykit.attribution.explain import ExplainedText
     from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from deploykit.tasks.classification.options import ClassificationOptions
     from deploykit.tasks.classification.predictor import TextClassifier
     from deploykit.tasks.classification.training import ClassificationStage
+    from deploykit.tasks.types import ReportOptions
 
 
 class _Classification:
@@ -105,6 +107,11 @@ class _Classification:
 
         return answers(predictor, texts)
 
+    def explained_text(self, predictor: TextClassifier, text: str, answer: str | None, method: str) -> ExplainedText:
+        from deploykit.tasks.classification.explain import explained_text
+
+        return explained_text(predictor, text, answer, method)
+
     def grade(self, predictor: TextClassifier, texts: Sequence[str], truth: Sequence[str], generation: None) -> Grade:
         from deploykit.tasks.classification.evaluate import grade
 
@@ -122,6 +129,21 @@ class _Classification:
         )  # fmt: skip
         reading.stop_at(rows.problems)
         return evaluate(predictor, rows, progress=progress)
+
+    def report(
+        self, predictor: TextClassifier, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
+        options: ReportOptions, progress: Progress,
+    ) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
+        from deploykit.tasks.classification.inspection.report import report
+
+        return report(
+            predictor, source, split=split, reading=reading, columns=columns, options=options, progress=progress
+        )
+
+    def write_report(self, title: str, record: Mapping[str, Any], out: Path) -> None:
+        from deploykit.tasks.classification.inspection.page import write_report
+
+        write_report(title, record, out)
 
     def read_inputs(
         self, source: str, facts: Classification, *, reading: Reading, columns: Mapping[str, Any]

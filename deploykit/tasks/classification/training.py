@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn import functional
-from torch.utils.data import Dataset
-from transformers import AutoConfig, Trainer
+from transformers import AutoConfig
 
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
-from deploykit.runtime.tokenizer import Encoded
+from deploykit.tasks.classification.augment import augmented
 from deploykit.tasks.classification.checkpoint import TorchClassifier, separates, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
+from deploykit.tasks.classification.distill import Teacher, keep_layers
+from deploykit.tasks.classification.evaluate import LabelledRows, answer_rows
 from deploykit.tasks.classification.facts import Classification
-from deploykit.tasks.classification.metrics import classification_metrics
+from deploykit.tasks.classification.fitting import EncodedTexts, fit
+from deploykit.tasks.classification.inspection.confidence import fit_temperature
 from deploykit.tasks.classification.options import ClassificationOptions
+from deploykit.tasks.classification.resampling import metrics_with_intervals
 from deploykit.tasks.classification.rows import (
     Columns,
     Example,
@@ -38,7 +38,6 @@ from deploykit.tasks.classification.split import drop_leaks, split
 from deploykit.tasks.classification.trainable import trainable
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
-from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 
@@ -136,19 +135,33 @@ class ClassificationStage:
     def train(self, rows: Rows[Example, Columns], work: Path, say: Say) -> Trained:
         classifier = self._classifier(self._task(rows), say)
         model, task = classifier.model, classifier.task
+        noisy = augmented(rows.splits["train"], self._options.augment, self._options.seed)
+        for example in noisy[:: max(1, len(noisy) // 3)][:3]:
+            say(f"  {example.origin}: {example.text}")
+        training_rows = [*rows.splits["train"], *noisy]
+        teacher = None if self._options.teacher is None else Teacher(self._options.teacher, task)
         encoded = {
             name: EncodedTexts(
-                classifier.encode([e.asked for e in examples]), task.targets([e.label for e in examples]), task
+                classifier.encode([e.asked for e in examples]), task.targets([e.label for e in examples]), task,
+                teacher.logits([e.asked for e in examples]) if teacher is not None and name == "train" else None,
             )
-            for name, examples in rows.splits.items()
+            for name, examples in {**rows.splits, "train": training_rows}.items()
             if examples
-        }
+        }  # fmt: skip
         say(f"training on {len(encoded['train']):,} rows, validating on {len(rows.splits['validation']):,}")
         if self._options.qat:
             return self._train_rounded(classifier, rows, encoded, work, say)
-        model = _train(model, encoded["train"], encoded.get("validation"), self._options, work, say)
+        model = fit(model, encoded["train"], encoded.get("validation"), self._options, work, say)
+        if self._options.temperature_scaling:
+            found = answer_rows(TorchClassifier(model, self._tokenizer, task), LabelledRows(rows.splits["validation"]))
+            task = dataclasses.replace(task, temperature=fit_temperature(task, found.truth, found.scores))
+            say(f"temperature of the logits: {task.temperature:g}")
         say("measuring on the held-out rows")
-        return Trained(task, model, self._tokenizer, self._measure(TorchClassifier(model, self._tokenizer, task), rows))
+        metrics = self._measure(TorchClassifier(model, self._tokenizer, task), rows)
+        if teacher is not None:
+            metrics["teacher"] = {name: teacher.measured(rows.splits[name]) for name in metrics}
+            teacher.close()
+        return Trained(task, model, self._tokenizer, metrics)
 
     def _train_rounded(
         self,
@@ -168,7 +181,7 @@ class ClassificationStage:
         say(f"calibrating on {len(token_ids):,} rows ({options.qat_method})")
         rounded = FakeQuantization(classifier.model, token_ids, options.qat_method)
         before["int8"] = _metrics(classifier, rows.splits[held_out])
-        model = _train(classifier.model, encoded["train"], encoded.get("validation"), options, work, say)
+        model = fit(classifier.model, encoded["train"], encoded.get("validation"), options, work, say)
         say("measuring on the held-out rows")
         classifier = TorchClassifier(model, self._tokenizer, task)
         int8 = _metrics(classifier, rows.splits[held_out])
@@ -205,10 +218,14 @@ class ClassificationStage:
         options = self._options
         config: dict[str, Any] = dict(task.model_config)
         config["pad_token_id"] = task.pad_token_id
-        if options.dropout is not None:
-            config |= dict.fromkeys(("hidden_dropout_prob", "dropout", "classifier_dropout"), options.dropout)
+        config |= options.dropout_config
+        head = options.dropout if options.classifier_dropout is None else options.classifier_dropout
+        if head is not None:
+            config |= dict.fromkeys(("classifier_dropout", "seq_classif_dropout"), head)
         loaded = load_for_training(options.origin, **config)
         model = loaded.model
+        if options.student_layers:
+            say(f"the student has the layers {keep_layers(model, options.student_layers)} of {options.origin}, from 0")
         new = set(loaded.new)
         if (
             self._head
@@ -224,32 +241,6 @@ class ClassificationStage:
         if options.lora_r:
             classifier.model = trainer.with_adapter(model, options, "SEQ_CLS", new)
         return classifier
-
-
-class EncodedTexts(Dataset):  # type: ignore[misc]
-    """Token ids and targets of a split; padded to the longest of each batch by ``collate``."""
-
-    def __init__(self, encoded: Encoded, targets: NDArray[Any], task: Classification) -> None:
-        self.encoded = encoded
-        self.targets = targets
-        self._task = task
-
-    def __len__(self) -> int:
-        return len(self.encoded.ids)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        types = {"token_type_ids": self.encoded.types[row]} if self._task.token_types else {}
-        return {"input_ids": self.encoded.ids[row], **types, "target": self.targets[row]}
-
-    def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids, attention_mask = padded([row["input_ids"] for row in rows], self._task.pad_token_id)
-        targets = torch.from_numpy(np.stack([row["target"] for row in rows]))
-        several = self._task.multi_label or self._task.regression
-        labels = targets.float() if several else targets.long().argmax(dim=1)
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        if self._task.token_types:
-            batch["token_type_ids"], _ = padded([row["token_type_ids"] for row in rows], 0)
-        return batch
 
 
 def by_tenths(rows: Sequence[Example]) -> list[Example]:
@@ -297,88 +288,6 @@ def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str,
     return sort_labels({name for e in examples for name in label_parts(e.label, multi_label=multi_label)})
 
 
-def _train(
-    model: Any,
-    train_set: EncodedTexts,
-    validation_set: EncodedTexts | None,
-    options: ClassificationOptions,
-    work: Path,
-    say: Say,
-) -> Any:
-    """``model`` as it was at its best evaluation, if there are any: highest macro-F1, among equals the lowest loss."""
-    task = train_set._task
-    return trainer.run(
-        Trainer(
-            model=model,
-            args=trainer.arguments(
-                options,
-                math.ceil(len(train_set) / options.per_device_train_batch_size),
-                work / "trainer",
-                per_device_train_batch_size=options.per_device_train_batch_size,
-                train_sampling_strategy="group_by_length",
-            ),
-            train_dataset=train_set,
-            eval_dataset=validation_set,
-            data_collator=train_set.collate,
-            compute_loss_func=_loss(task, train_set.targets, options),
-            compute_metrics=lambda prediction: _evaluate(task, _logits(prediction.predictions), prediction.label_ids),
-            callbacks=trainer.callbacks(options, work / "tensorboard", say),
-        )
-    )
-
-
-def _logits(predictions: Any) -> NDArray[np.float32]:
-    """Return the logits among a model's outputs, where hidden states come with them."""
-    logits: NDArray[np.float32] = predictions[0] if isinstance(predictions, tuple) else predictions
-    return logits
-
-
-def _loss(task: Classification, targets: NDArray[Any], options: ClassificationOptions) -> Callable[..., torch.Tensor]:
-    weights = None
-    if options.class_weights == "balanced":
-        counts = targets.sum(axis=0)
-        weights = torch.tensor(len(targets) / (len(counts) * np.maximum(counts, 1)), dtype=torch.float32)
-
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        logits = outputs["logits"].float()
-        # Trainer adds up the micro-batches of a step as they are: each must be its share of the step's mean.
-        items = num_items_in_batch if num_items_in_batch is not None else labels.numel()
-        if task.regression:
-            return functional.mse_loss(logits, labels, reduction="sum") / items
-        if task.multi_label:
-            return functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum") / items
-        return (
-            functional.cross_entropy(
-                logits,
-                labels,
-                weight=None if weights is None else weights.to(logits.device),
-                label_smoothing=options.label_smoothing_factor,
-                reduction="sum",
-            )
-            / items
-        )
-
-    return loss
-
-
-def _evaluate(task: Classification, logits: NDArray[np.float32], labels: NDArray[Any]) -> dict[str, float]:
-    scores = task.scores(logits)
-    if task.regression:
-        numbers = classification_metrics(task, labels, scores)
-        return {"rmse": numbers["rmse"], "pearson": numbers["pearson"], "selection": -numbers["rmse"]}
-    truth = labels > 0.5 if task.multi_label else np.eye(len(task.labels), dtype=bool)[labels]
-    metrics = classification_metrics(task, truth, scores)
-    likelihood = np.where(truth, scores, 1 - scores if task.multi_label else 1.0)
-    log_loss = float(-np.log(np.maximum(likelihood, 1e-7)).sum(axis=1).mean())
-    return {
-        "accuracy": metrics["accuracy"],
-        "macro_f1": metrics["macro_f1"],
-        "log_loss": log_loss,
-        # Small validation sets tie often; among equals, Trainer would keep the first and least trained.
-        "selection": round(metrics["macro_f1"], 4) - 1e-5 * log_loss,
-    }
-
-
 def _metrics(classifier: TorchClassifier, examples: Sequence[Example]) -> dict[str, Any]:
     truth = classifier.task.targets([e.label for e in examples])
-    return classification_metrics(classifier.task, truth, classifier.scores([e.asked for e in examples]))
+    return metrics_with_intervals(classifier.task, truth, classifier.scores([e.asked for e in examples]))

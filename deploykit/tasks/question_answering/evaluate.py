@@ -11,7 +11,7 @@ from deploykit.errors import DataError
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.question_answering.clean import clean
 from deploykit.tasks.question_answering.facts import as_text, from_text
-from deploykit.tasks.question_answering.metrics import answer_metrics
+from deploykit.tasks.question_answering.metrics import answer_metrics, measure_of
 from deploykit.tasks.question_answering.predictor import TextAnswerer
 from deploykit.tasks.question_answering.rows import Answers, Example, read_rows
 from deploykit.tasks.question_answering.spans import Found
@@ -43,7 +43,9 @@ def evaluate(
 ) -> Evaluation:
     """Answer every question and compare. A question that is refused counts as answered with "no answer"."""
     found = found_for(predictor, [(e.question, e.context) for e in rows.examples], progress)
-    return Evaluation(answer_metrics(predictor.task, found, rows.examples), len(rows.examples), rows.problems)
+    metrics = answer_metrics(predictor.task, found, rows.examples)
+    measure = measure_of(predictor.task, found, rows.examples)
+    return Evaluation(metrics, len(rows.examples), rows.problems, measure=measure)
 
 
 def found_for(

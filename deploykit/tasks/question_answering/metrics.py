@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.bootstrap import Measure
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.rows import Example
 from deploykit.tasks.question_answering.spans import Found
@@ -133,6 +134,18 @@ def answer_metrics(task: QuestionAnswering, found: Sequence[Found], examples: Se
     metrics["best_exact_match"], _ = best_threshold(none, best_exact, answerable)
     metrics["best_f1"], metrics["best_f1_threshold"] = best_threshold(none, best_f1, answerable)
     return metrics
+
+
+def measure_of(task: QuestionAnswering, found: Sequence[Found], examples: Sequence[Example]) -> Measure:
+    """Return exact match and F1 as functions of the questions' weights."""
+    answers = [each.decide(task.no_answer_threshold).text for each in found]
+    exact, overlap = scores(task, answers, [example.answers.text for example in examples])
+
+    def measure(weights: NDArray[np.float64]) -> dict[str, Any]:
+        total = weights.sum(axis=-1)
+        return {"exact_match": weights @ exact / total, "f1": weights @ overlap / total}
+
+    return measure
 
 
 def best_threshold(

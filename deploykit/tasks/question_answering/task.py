@@ -16,6 +16,7 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text, from_text
 
 if TYPE_CHECKING:
+    from deploykit.attribution.explain import ExplainedText
     from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
@@ -101,6 +102,11 @@ class _QuestionAnswering:
         from deploykit.tasks.question_answering.answers import answers
 
         return answers(predictor, texts, generation)
+
+    def explained_text(self, predictor: TextAnswerer, text: str, answer: str | None, method: str) -> ExplainedText:
+        from deploykit.tasks.question_answering.explain import explained_text
+
+        return explained_text(predictor, text, answer, method)
 
     def grade(self, predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str], generation: None) -> Grade:
         from deploykit.tasks.question_answering.evaluate import grade

@@ -25,6 +25,7 @@ from deploykit.tasks.question_answering.split import drop_leaks, split, take
 from deploykit.tasks.question_answering.windows import EncodedContext, PairTokenizer, Window
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens
+from deploykit.training.levers import optimizers
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 from deploykit.training.weights import Loaded
@@ -91,9 +92,7 @@ class QuestionAnsweringStage:
         return Trained(task, model, self._tokenizer, metrics)
 
     def _model(self) -> Loaded:
-        dropout = self._options.dropout
-        config = {} if dropout is None else dict.fromkeys(("hidden_dropout_prob", "dropout"), dropout)
-        return load_for_training(self._options.origin, QuestionAnswering.name, **config)
+        return load_for_training(self._options.origin, QuestionAnswering.name, **self._options.dropout_config)
 
     def _task(self, model: Any, train: Sequence[Example]) -> QuestionAnswering:
         options = self._options
@@ -265,6 +264,7 @@ def _train(
             data_collator=train_set.collate,
             compute_loss_func=_loss(options),
             callbacks=trainer.callbacks(options, work / "tensorboard", say),
+            optimizers=optimizers(answerer.model, options),
         )
     )
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.bootstrap import Measure, intervals
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.tasks.text_generation.generator import RowScore
 from deploykit.tasks.text_generation.syntax import Syntax, parses
@@ -136,12 +137,10 @@ def _chrf(answers: Sequence[str], references: Sequence[str]) -> tuple[float, lis
     return round(float(found.score), 4), [round(float(value), 4) for value in interval]
 
 
-def _with_intervals(measure: Any, rows: int) -> dict[str, Any]:
+def _with_intervals(measure: Measure, rows: int) -> dict[str, Any]:
     """``measure`` takes weights of the rows, [rows] or [resamples, rows], and returns values by name."""
     whole = measure(np.ones(rows))
-    drawn = measure(np.random.default_rng(0).multinomial(rows, [1 / rows] * rows, _RESAMPLES).astype(float))
-    intervals = {name: [_round(v) for v in np.percentile(values, (2.5, 97.5))] for name, values in drawn.items()}
-    return {**{name: _round(value) for name, value in whole.items()}, "intervals": intervals}
+    return {**{name: _round(value) for name, value in whole.items()}, "intervals": intervals(measure, rows)}
 
 
 def _round(value: Any) -> float:

@@ -83,8 +83,9 @@ class TextGenerationOptions(FinetuneOptions):
                 raise UsageError(f"{flag(name)} is {getattr(self, name)!r}", f"give {', '.join(get_args(kind))}")
         if self.label_smoothing_factor:
             raise UsageError("--label-smoothing-factor is not for --task text-generation", "leave it out")
-        if self.dropout is not None:
-            raise UsageError("--dropout is not for --task text-generation", "leave it out")
+        for name in ("dropout", "attention_dropout"):
+            if getattr(self, name) is not None:
+                raise UsageError(f"{flag(name)} is not for --task text-generation", "leave it out")
 
     @property
     def adapts(self) -> bool:

@@ -28,6 +28,7 @@ from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.options import TextGenerationOptions
 from deploykit.tasks.text_generation.packing import IGNORED, EncodedRows, TokenBatches, pack, pad
 from deploykit.training import trainer
+from deploykit.training.levers import optimizers
 from deploykit.training.rows import Say
 
 _SHOWN = 100
@@ -192,6 +193,7 @@ def sft_trainer(
         eval_dataset=EncodedRows(validation),
         data_collator=collate,
         callbacks=trainer.callbacks(options, work / "tensorboard", say),
+        optimizers=optimizers(trained, options),
     )
 
 

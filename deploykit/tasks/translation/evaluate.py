@@ -12,7 +12,7 @@ from deploykit.runtime.generation import Generation
 from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.translation.facts import Translation
-from deploykit.tasks.translation.metrics import translation_metrics
+from deploykit.tasks.translation.metrics import measure_of, metrics_with_intervals, translation_metrics
 from deploykit.tasks.translation.predictor import TextTranslator
 from deploykit.tasks.translation.read_pairs import read_sources
 from deploykit.tasks.translation.rows import Pair, PairColumns, load_pairs, one_line
@@ -95,8 +95,10 @@ def evaluate_translator(
     if not pairs:
         raise DataError(refused[0], "give other texts")
     references, sources = [pair.target for pair in pairs], [pair.source for pair in pairs]
-    metrics = translation_metrics(hypotheses, references, sources, translator.task.target)
-    return Evaluation(metrics, len(pairs), (*rows.problems, *refused))
+    target = translator.task.target
+    metrics = metrics_with_intervals(hypotheses, references, sources, target)
+    measure = measure_of(hypotheses, references, target)
+    return Evaluation(metrics, len(pairs), (*rows.problems, *refused), measure=measure)
 
 
 def grade(

@@ -9,6 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.bootstrap import Measure, intervals
 from deploykit.errors import MissingDependencyError
 from deploykit.tasks.translation.languages import parse_language
 
@@ -47,6 +51,34 @@ def translation_metrics(
         "signatures": {name: str(metric.get_signature()) for name, metric in metrics.items()},
         "placeholders": _placeholders(hypotheses, sources),
     }
+
+
+def metrics_with_intervals(
+    hypotheses: Sequence[str], references: Sequence[str], sources: Sequence[str], target: str
+) -> dict[str, Any]:
+    """Return ``translation_metrics`` with "intervals": bleu and chrf -> low and high."""
+    metrics = translation_metrics(hypotheses, references, sources, target)
+    return {**metrics, "intervals": intervals(measure_of(hypotheses, references, target), len(references))}
+
+
+def measure_of(hypotheses: Sequence[str], references: Sequence[str], target: str) -> Measure:
+    """Return BLEU and chrF as functions of the rows' weights."""
+    metrics = _sacrebleu(target, references)
+    # The counts of matches of each sentence, from which sacrebleu's own bootstrap goes on too.
+    counts = {
+        name: np.array(metric._extract_corpus_statistics(list(hypotheses), [list(references)]))
+        for name, metric in metrics.items()
+    }
+
+    def measure(weights: NDArray[np.float64]) -> dict[str, Any]:
+        found = {}
+        for name, metric in metrics.items():
+            sums = (np.atleast_2d(weights) @ counts[name]).astype(np.int64).tolist()
+            scores = np.array([metric._compute_score_from_stats(of_rows).score for of_rows in sums])
+            found[name] = scores if weights.ndim > 1 else scores[0]
+        return found
+
+    return measure
 
 
 def bleu_and_chrf(hypotheses: Sequence[str], references: Sequence[str], target: str) -> dict[str, float]:

@@ -9,13 +9,20 @@ from deploykit.text_table import text_table
 
 
 def metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return metrics in columns, each under its name."""
+    """Return metrics in columns, each under its name, with the 95 % intervals that were measured."""
     kept = [f"{m['placeholders']['kept']:,} of {m['placeholders']['checked']:,}" for m in columns.values()]
-    rows = [[name, *(f"{m[name.lower()]:.2f}" for m in columns.values())] for name in ("BLEU", "chrF")]
+    rows = [[name, *(_value(m, name.lower()) for m in columns.values())] for name in ("BLEU", "chrF")]
     lines = [text_table(["", *columns], [*rows, ["placeholders kept", *kept]])]
     for name, signature in next(iter(columns.values())).get("signatures", {}).items():
         lines.append(f"{name} signature: {signature}")
     return "\n".join(lines)
+
+
+def _value(metrics: Mapping[str, Any], name: str) -> str:
+    if "intervals" not in metrics:
+        return f"{metrics[name]:.2f}"
+    low, high = metrics["intervals"][name]
+    return f"{metrics[name]:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def result_text(metrics: Mapping[str, Any], held_out: str) -> str:

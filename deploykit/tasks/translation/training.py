@@ -28,7 +28,7 @@ from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.checkpoint import TorchTranslator, translation_task
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.generation_config import generation_config
-from deploykit.tasks.translation.metrics import bleu_and_chrf, translation_metrics
+from deploykit.tasks.translation.metrics import bleu_and_chrf, metrics_with_intervals
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS, Preset
 from deploykit.tasks.translation.rows import (
@@ -45,6 +45,7 @@ from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_model, load_tokenizer, not_loadable
+from deploykit.training.levers import optimizers
 from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.source import check_family
@@ -154,8 +155,12 @@ class TranslationStage:
     def _from_checkpoint(self) -> tuple[Any, Any, Translation]:
         """Load the checkpoint, set up for ``options``."""
         options, task = self._options, self._task
-        dropout = "dropout_rate" if task.family in ("t5", "mt5") else "dropout"
-        config = {} if options.dropout is None else {dropout: options.dropout}
+        if task.family in ("t5", "mt5"):  # one rate for all
+            if options.attention_dropout is not None:
+                raise UsageError(f"a {task.family} has one dropout", "give --dropout")
+            config = {} if options.dropout is None else {"dropout_rate": options.dropout}
+        else:
+            config = options.dropout_config
         assert options.model is not None
         model = load_model(options.model, Translation.name, **config)
         model.generation_config = generation_config(task, task.generation)
@@ -358,6 +363,7 @@ def _train(
                 compute_loss_func=_loss(options.label_smoothing_factor),
                 compute_metrics=_evaluation(translator, [pair.target for pair in validation]),
                 callbacks=trainer.callbacks(options, work / "tensorboard", say),
+                optimizers=optimizers(model, options),
             )
         )
     finally:
@@ -405,7 +411,8 @@ def _translations(translator: TorchTranslator, pairs: Sequence[Pair]) -> list[st
 
 
 def _metrics(translations: Sequence[str], pairs: Sequence[Pair], target: str) -> dict[str, Any]:
-    return translation_metrics(translations, [pair.target for pair in pairs], [pair.source for pair in pairs], target)
+    sources, references = [pair.source for pair in pairs], [pair.target for pair in pairs]
+    return metrics_with_intervals(translations, references, sources, target)
 
 
 def _samples(pairs: Sequence[Pair], after: Sequence[str], before: Sequence[str] | None) -> list[dict[str, str]]:

@@ -36,6 +36,8 @@ SHARED = {
     "--length-penalty": "of the beams of a translation, or of an answer of a language model",
     "--early-stopping": "as --length-penalty",
     "--min-new-tokens": "of a translation, or of an answer of a language model",
+    "--method": "how: to calibrate, or to explain",
+    "--report": "a page of what the command measured",
     "--input": "rows to answer; the formats are those of the task",
 }
 """Options whose type or help differs between commands on purpose, and the one meaning that they have."""
@@ -73,7 +75,7 @@ def test_the_model_is_the_first_argument_of_every_command() -> None:
         expected = {
             "finetune": ["[TARGET]"], "bench": ["TARGETS"], "compare": ["OLD", "NEW"], "unpack": ["BUNDLE"], "serve": [],
             "doctor": [], "demo": [], "predict": ["TARGET", "TEXTS"], "translate": ["TARGET", "TEXTS"],
-            "generate": ["TARGET", "TEXTS"],
+            "generate": ["TARGET", "TEXTS"], "explain": ["TARGET", "TEXTS"],
         }.get(name, ["TARGET"])  # fmt: skip
         assert shown == expected, name
 

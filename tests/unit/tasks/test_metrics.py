@@ -12,7 +12,12 @@ from sklearn import metrics as sk
 from deploykit.errors import MissingDependencyError
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
-from deploykit.tasks.translation.metrics import placeholders, translation_metrics
+from deploykit.tasks.translation.metrics import (
+    measure_of,
+    metrics_with_intervals,
+    placeholders,
+    translation_metrics,
+)
 from deploykit.tasks.translation.metrics_text import metrics_text
 
 
@@ -49,6 +54,21 @@ def test_multi_label_metrics_agree_with_scikit_learn(seed: int) -> None:
     assert ours["micro_f1"] == pytest.approx(sk.f1_score(truth, answers, average="micro", zero_division=0))
     expected = sk.multilabel_confusion_matrix(truth, answers)
     assert [ours["confusion_matrix"][label] for label in task.labels] == expected.tolist()
+
+
+def test_intervals_of_translations_are_those_of_sacrebleus_bootstrap() -> None:
+    random = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(30)]
+    references = [" ".join(random.choice(words, 8)) for _ in range(60)]
+    hypotheses = [" ".join(word if random.random() < 0.8 else "x" for word in text.split()) for text in references]
+    metrics = metrics_with_intervals(hypotheses, references, references, "fr")
+    measured = measure_of(hypotheses, references, "fr")(np.ones(60))
+    for name, metric in (("bleu", sacrebleu.BLEU()), ("chrf", sacrebleu.CHRF())):
+        assert measured[name] == pytest.approx(metrics[name], abs=1e-4)
+        theirs = metric.corpus_score(hypotheses, [references], n_bootstrap=1000)
+        low, high = metrics["intervals"][name]
+        assert (low, high) == pytest.approx((theirs._mean - theirs._ci, theirs._mean + theirs._ci), abs=theirs._ci / 4)
+    assert f"[{metrics['intervals']['bleu'][0]:.2f}, " in metrics_text({"": metrics})
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:

@@ -19,8 +19,9 @@ from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.runtime.tuned_settings import read_tuned, write_tuned
 from deploykit.tasks.protocol import TaskFacts
-from deploykit.tune.limits import Slo, parse_memory, parse_slo, parse_time
+from deploykit.tune.limits import Slo, parse_slo
 from deploykit.tune.search import Configuration, Limits, Round, Trial, choose, search, verdict
+from deploykit.units import parse_size, parse_time
 
 GRAPHS = [("openvino", "int8"), ("openvino", "fp32"), ("onnxruntime", "int8"), ("onnxruntime", "fp32")]
 PRESENT = Configuration("onnxruntime", "int8", ServingSettings(instances=2))
@@ -207,16 +208,16 @@ def test_the_page_says_what_was_chosen_and_needs_no_network(tuning: dict[str, An
 def test_limits_as_they_are_typed() -> None:
     assert parse_slo("p99=50ms") == Slo("p99", 50.0)
     assert parse_slo(" P50=0.2s") == Slo("p50", 200.0)
-    assert [parse_memory(text) for text in ("1GB", "512MiB", "1.5 gb")] == [1000.0, 536.870912, 1500.0]
-    assert [parse_time(text) for text in ("90s", "10m", ".5h")] == [90.0, 600.0, 1800.0]
+    assert [parse_size("--max-memory", text) for text in ("1GB", "512MiB", "1.5 gb")] == [1000.0, 536.870912, 1500.0]
+    assert [parse_time("--time", text) for text in ("90s", "10m", ".5h")] == [90.0, 600.0, 1800.0]
     for text in ("p98=50ms", "p99", "p99=", "p99=50", "p99=0ms", "p99=-3ms", "p99=fast", "mean=1ms", "p99=11s"):
         with pytest.raises(UsageError, match="--slo"):
             parse_slo(text)
     for text in ("1", "GB", "0GB", "1 kg", "nan GB"):
         with pytest.raises(UsageError, match="--max-memory"):
-            parse_memory(text)
+            parse_size("--max-memory", text)
     with pytest.raises(UsageError, match="--time '10' is not a time"):
-        parse_time("10")
+        parse_time("--time", "10")
 
 
 def test_engine_auto_uses_the_measurement_of_this_machine(

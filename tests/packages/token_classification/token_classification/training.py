@@ -16,6 +16,7 @@ from deploykit.data.grouping import group_key
 from deploykit.errors import DataError, UsageError
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
+from deploykit.training.levers import optimizers
 from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
@@ -108,6 +109,7 @@ class TokenClassificationStage:
                 data_collator=encoded["train"].collate,
                 compute_metrics=lambda given: _measure(task, given.predictions, given.label_ids),
                 callbacks=trainer.callbacks(options, work / "tensorboard", say),
+                optimizers=optimizers(model, options),
             )
         )  # fmt: skip
         say("measuring on the held-out rows")

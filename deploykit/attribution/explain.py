@@ -1,0 +1,154 @@
+"""Attributions by occlusion, and a check of any attributions by deletion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.attribution.words import Span
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
+"""Shares of the words that the deletion check removes."""
+_RANDOM_ORDERS = 5
+
+
+class ExplainedText(Protocol):
+    """A text and a model's answer to it."""
+
+    text: str
+    words: Sequence[Span]
+    """The words that may be removed, as places in ``text``."""
+    answer: str
+    is_number: bool
+    """Whether the answer is a number, and ``values`` are numbers and not log-odds."""
+
+    def values(self, removed: Sequence[Collection[int]]) -> NDArray[np.float64]:
+        """Return the log-odds of the same answer, or the model's number, for each set of words to remove."""
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """An explained text of a model whose gradients are known."""
+
+    def gradients(self) -> list[float]:
+        """Return each word's share of the value, by integrated gradients."""
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word at ``text[start:end]``. ``weight``: by how much it raises the log-odds of the answer, or the number."""
+
+    text: str
+    start: int
+    end: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class Deletion:
+    """What removing words does to the answer's probability, or to the number.
+
+    ``top`` is without the ``shares`` of the words with the highest weights, ``random`` the mean without as many random
+    words.
+    """
+
+    shares: tuple[float, ...]
+    top: tuple[float, ...]
+    random: tuple[float, ...]
+
+    @property
+    def gain(self) -> float:
+        """The mean of ``random`` - ``top``: above 0 if the words with the highest weights move the answer most."""
+        return float(np.mean(np.subtract(self.random, self.top)[1:]))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a model answers ``answer`` to ``text``: the weight of each word.
+
+    ``score`` is the answer's probability, or the number of a regression. ``method`` is "integrated gradients" or
+    "occlusion".
+    """
+
+    text: str
+    answer: str
+    score: float
+    words: tuple[Word, ...]
+    method: str
+    deletion: Deletion | None = None
+
+
+def explain(explained: ExplainedText, method: str, *, check: bool, seed: int = 0) -> Explanation:
+    """Explain one answer by ``method``: "gradients", or "occlusion" (log-odds lost when the word is removed)."""
+    if method == "gradients":
+        assert isinstance(explained, Differentiable)
+        base, weights = float(explained.values([()])[0]), explained.gradients()
+    else:
+        base, *others = explained.values([(), *((i,) for i in range(len(explained.words)))]).tolist()
+        weights = [base - other for other in others]
+    words = tuple(
+        Word(explained.text[first:last], first, last, float(weight))
+        for (first, last), weight in zip(explained.words, weights)
+    )
+    score = base if explained.is_number else probability(base)
+    deletion = _deletion(explained, weights, seed) if check and words else None
+    named = "integrated gradients" if method == "gradients" else "occlusion"
+    return Explanation(explained.text, explained.answer, score, words, named, deletion)
+
+
+def _deletion(explained: ExplainedText, weights: Sequence[float], seed: int) -> Deletion:
+    random = np.random.default_rng(seed)
+    orders = [np.argsort(-np.asarray(weights), kind="stable")]
+    orders += [random.permutation(len(weights)) for _ in range(_RANDOM_ORDERS)]
+    removed = [tuple(order[: math.ceil(share * len(weights))].tolist()) for order in orders for share in SHARES]
+    values = explained.values(removed)
+    if not explained.is_number:
+        values = np.array([probability(value) for value in values])
+    curves = values.reshape(len(orders), len(SHARES))
+    return Deletion(SHARES, tuple(curves[0].tolist()), tuple(curves[1:].mean(axis=0).tolist()))
+
+
+def mean_deletion(explanations: Sequence[Explanation]) -> Deletion | None:
+    """Return the mean curves of the explanations that were checked; None if none was."""
+    checked = [explanation.deletion for explanation in explanations if explanation.deletion is not None]
+    if not checked:
+        return None
+    top, random = (np.mean([getattr(d, name) for d in checked], axis=0).tolist() for name in ("top", "random"))
+    return Deletion(SHARES, tuple(top), tuple(random))
+
+
+def words_of_answers(explanations: Sequence[Explanation], most: int = 20) -> dict[str, list[tuple[str, float, int]]]:
+    """Return for each answer the words that push most towards it: word, mean weight, and number of occurrences.
+
+    The order is by the sum of weights / (occurrences + 2), so that a rare word is not first by chance.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for explanation in explanations:
+        weights = found.setdefault(explanation.answer, {})
+        for word in explanation.words:
+            if any(character.isalnum() for character in word.text):
+                weights.setdefault(word.text.lower(), []).append(word.weight)
+    return {
+        answer: [
+            (word, float(np.mean(values)), len(values))
+            for word, values in sorted(words.items(), key=lambda item: -sum(item[1]) / (len(item[1]) + 2))[:most]
+            if sum(values) > 0
+        ]
+        for answer, words in sorted(found.items())
+    }
+
+
+def log_odds(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return ln p/(1 - p), of probabilities clipped to 1e-7 from 0 and 1."""
+    clipped = np.clip(probability, 1e-7, 1 - 1e-7)
+    return np.asarray(np.log(clipped) - np.log1p(-clipped), np.float64)
+
+
+def probability(value: float) -> float:
+    """Return the probability with these log-odds."""
+    return 1 / (1 + math.exp(-value)) if value >= 0 else 1 - 1 / (1 + math.exp(value))

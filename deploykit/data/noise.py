@@ -1,0 +1,89 @@
+"""Write texts as people and keyboards do: with typos, in another case, with other punctuation, words swapped or lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from random import Random
+
+from deploykit.errors import UsageError
+
+_NEIGHBOURS: Mapping[str, str] = {
+    "q": "wa", "w": "qes", "e": "wrd", "r": "etf", "t": "ryg", "y": "tuh", "u": "yij", "i": "uok", "o": "ipl", "p": "ol",
+    "a": "qsz", "s": "adwx", "d": "sfec", "f": "dgrv", "g": "fhtb", "h": "gjyn", "j": "hkum", "k": "jli", "l": "kop",
+    "z": "ax", "x": "zcs", "c": "xvd", "v": "cbf", "b": "vng", "n": "bmh", "m": "nj",
+}  # fmt: skip
+"""Keys beside a key of an English keyboard."""
+_MARKS = re.compile(r"[^\w\s]")
+_UNUSUAL = ("…", "!!", "??", " -", ";", "~")
+
+Noise = Callable[[str, float, Random], str]
+
+
+def typos(text: str, rate: float, random: Random) -> str:
+    """Mistype a letter in this share of the words: a neighbouring key, two letters swapped, one lost or doubled."""
+    return " ".join(_mistyped(word, random) if random.random() < rate else word for word in text.split())
+
+
+def case(text: str, rate: float, random: Random) -> str:
+    """Write this share of the words in the other case, in capitals or in lower case."""
+    return " ".join(
+        (word.lower() if word != word.lower() else word.upper()) if random.random() < rate else word
+        for word in text.split()
+    )
+
+
+def punctuation(text: str, rate: float, random: Random) -> str:
+    """Leave out this share of the marks, and add an unusual one after this share of the words."""
+    text = _MARKS.sub(lambda mark: "" if random.random() < rate else mark.group(), text)
+    return " ".join(word + random.choice(_UNUSUAL) if random.random() < rate else word for word in text.split())
+
+
+def swap(text: str, rate: float, random: Random) -> str:
+    """Swap this share of the words with the next one."""
+    words = text.split()
+    for i in range(len(words) - 1):
+        if random.random() < rate:
+            words[i], words[i + 1] = words[i + 1], words[i]
+    return " ".join(words)
+
+
+def delete(text: str, rate: float, random: Random) -> str:
+    """Delete this share of the words, but never all."""
+    words = text.split()
+    kept = [word for word in words if random.random() >= rate]
+    return " ".join(kept or words[:1])
+
+
+NOISES: Mapping[str, Noise] = {
+    "typos": typos, "case": case, "punctuation": punctuation, "swap": swap, "delete": delete,
+}  # fmt: skip
+
+
+def parse_noise(text: str) -> tuple[str, float]:
+    """Parse ``typos=0.1`` to a name and a rate. Raises UsageError."""
+    name, _, rate = text.partition("=")
+    try:
+        number = float(rate)
+    except ValueError:
+        number = 0.0
+    if name not in NOISES or not 0 < number <= 1:
+        raise UsageError(
+            f"--augment {text!r} is no noise with a rate", f"write NAME=RATE, as typos=0.1; names: {', '.join(NOISES)}"
+        )
+    return name, number
+
+
+def _mistyped(word: str, random: Random) -> str:
+    letters = [i for i, character in enumerate(word) if character.lower() in _NEIGHBOURS]
+    if not letters:
+        return word
+    i, kind = random.choice(letters), random.randrange(4)
+    if kind == 0:
+        key = random.choice(_NEIGHBOURS[word[i].lower()])
+        return word[:i] + (key.upper() if word[i].isupper() else key) + word[i + 1 :]
+    if kind == 1 and i + 1 < len(word):
+        return word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+    if kind == 2 and len(word) > 1:
+        return word[:i] + word[i + 1 :]
+    return word[:i] + word[i] + word[i:]

@@ -1,0 +1,48 @@
+"""Explain a model's answers by the words of the texts. The steps are the same for every task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deploykit.attribution.explain import Differentiable, Explanation, explain
+from deploykit.errors import UsageError
+from deploykit.tasks.protocol import Predictor, Progress
+from deploykit.tasks.registry import task_of
+from deploykit.tasks.types import Explaining
+
+METHODS = ("auto", "gradients", "occlusion")
+_CHECKED = 50
+"""Texts whose explanations are checked by deletion, at most: a check asks the model 30 times."""
+
+
+def explain_texts(
+    predictor: Predictor,
+    texts: Sequence[str],
+    *,
+    method: str = "auto",
+    answer: str | None = None,
+    progress: Progress = lambda done, of: None,
+) -> list[Explanation]:
+    """Explain the model's answer to each text, or why it would give ``answer``.
+
+    "gradients" are integrated gradients, of a classifier's checkpoint; "occlusion" removes one word after the other,
+    with any model; "auto" takes gradients where they are known. The first 50 explanations are checked by deletion.
+
+    Raises UsageError if the task has no explanations, or ``method`` or ``answer`` does not fit the model, DataError if
+    the model refuses a text.
+    """
+    task: Any = task_of(predictor.task)
+    if not isinstance(task, Explaining):
+        raise UsageError(
+            f"a model that {task.does} has no explanations", "give a model that classifies or answers questions"
+        )
+    if method not in METHODS:
+        raise UsageError(f"--method is {method!r}", f"choose one of: {', '.join(METHODS)}")
+    found = []
+    for number, text in enumerate(texts):
+        explained = task.explained_text(predictor, text, answer, method)
+        chosen = "gradients" if isinstance(explained, Differentiable) else "occlusion"
+        found.append(explain(explained, chosen, check=number < _CHECKED, seed=number))
+        progress(number + 1, len(texts))
+    return found

@@ -1,0 +1,98 @@
+"""Learn from a teacher: its logits, and its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from deploykit.artifacts import load_manifest
+from deploykit.errors import UsageError
+from deploykit.runtime.find_graphs import find_graphs
+from deploykit.runtime.served import DEFAULT_URL
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.resampling import metrics_with_intervals
+from deploykit.tasks.classification.rows import Example
+from deploykit.tasks.registry import get_task
+
+_AT_ONCE = 256
+
+
+class Teacher:
+    """A classifier whose answers a student learns: a checkpoint, an export, or the name of a served model."""
+
+    def __init__(self, target: str, task: Classification) -> None:
+        """Raises UsageError if the teacher does not give the labels of ``task``."""
+        own: Any = get_task(Classification.name)
+        path = Path(target)
+        if not path.exists():
+            self._predictor = own.open_served(target, DEFAULT_URL)
+        elif (path / "config.json").is_file() and not any(path.glob("*.onnx")):
+            self._predictor = own.open_checkpoint(path)
+        else:
+            manifest = load_manifest(path)
+            graphs = find_graphs(path, manifest, engine="auto", precision="auto")
+            self._predictor = own.open_graphs(path, manifest.task, graphs, None)
+        found = self._predictor.task
+        if (
+            sorted(found.labels) != sorted(task.labels)
+            or found.multi_label != task.multi_label
+            or (found.regression != task.regression or found.pair != task.pair)
+        ):
+            raise UsageError(
+                f"--teacher {target} answers {', '.join(found.labels)}, and the student {', '.join(task.labels)}",
+                "give a teacher that was trained on the same labels",
+            )
+        self._task = task
+        self._order = [found.labels.index(label) for label in task.labels]
+
+    def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return logits, float32 [texts, labels], in the student's order; of a regression the numbers."""
+        scores = self._scores(texts)
+        if self._task.regression:
+            return scores
+        exact = np.clip(scores.astype(np.float64), 1e-7, 1 - 1e-7)
+        logits = np.log(exact) - np.log1p(-exact) if self._task.multi_label else np.log(exact)
+        return np.asarray(logits, np.float32)
+
+    def measured(self, rows: Sequence[Example]) -> dict[str, Any]:
+        """Return the teacher's own metrics."""
+        truth = self._task.targets([row.label for row in rows])
+        return metrics_with_intervals(self._task, truth, self._scores([row.asked for row in rows]))
+
+    def close(self) -> None:
+        """Release connections."""
+        self._predictor.close()
+
+    def _scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        parts = [self._predictor.scores(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)]
+        found: NDArray[np.float32] = np.concatenate(parts)[:, self._order]
+        return found
+
+
+def keep_layers(model: Any, count: int) -> list[int]:
+    """Keep ``count`` layers of a model, evenly spaced from the first to the last. Returns their numbers.
+
+    Raises UsageError if the model has not more layers than that.
+    """
+    layers = getattr(model.config, "num_hidden_layers", 0)
+    lists = [
+        (parent, name, module)
+        for parent in model.modules()
+        for name, module in parent.named_children()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    if len(lists) != 1 or count >= layers:
+        raise UsageError(
+            f"--student-layers is {count}, and the model has {layers or 'no known'} layers",
+            "give a lower number, or leave it out",
+        )
+    kept = [round(i) for i in np.linspace(0, layers - 1, count)] if count > 1 else [0]
+    parent, name, module = lists[0]
+    setattr(parent, name, nn.ModuleList(module[i] for i in kept))
+    model.config.num_hidden_layers = count
+    return kept

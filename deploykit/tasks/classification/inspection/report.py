@@ -1,0 +1,102 @@
+"""Say what lies behind a classifier's metrics: slices, calibration, labels, words, flips and drift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.data.read import read_records
+from deploykit.data.reading import Reading
+from deploykit.data.texts import scalar
+from deploykit.errors import DataError
+from deploykit.tasks.classification.augment import robustness
+from deploykit.tasks.classification.evaluate import AnsweredRows, answer_rows, evaluation, labelled_rows
+from deploykit.tasks.classification.inspection.confidence import calibration
+from deploykit.tasks.classification.inspection.drift import drift
+from deploykit.tasks.classification.inspection.flips import ENGLISH, count_flips, read_swaps
+from deploykit.tasks.classification.inspection.label_errors import likely_label_errors, tied_words
+from deploykit.tasks.classification.inspection.slices import check_columns, sliced_metrics
+from deploykit.tasks.classification.predictor import TextClassifier
+from deploykit.tasks.one_by_one import answer_each
+from deploykit.tasks.protocol import Evaluation, Progress
+from deploykit.tasks.registry import get_task
+from deploykit.tasks.types import ReportOptions
+
+_CHUNK = 1024
+
+
+def report(
+    predictor: TextClassifier,
+    source: str,
+    *,
+    split: str,
+    reading: Reading,
+    columns: Mapping[str, Any],
+    options: ReportOptions,
+    progress: Progress,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Measure, and return what lies behind the metrics.
+
+    Keys: labels, metrics, rows, slices, robustness, and of labels also calibration, label_errors, tied_words, flips; with
+    ``options.against`` drift. Raises DataError for a column to slice by that the rows do not have.
+    """
+    task = predictor.task
+    swaps = ENGLISH if options.swaps is None else read_swaps(options.swaps)
+    rows = labelled_rows(
+        source, task, text_columns=columns.get("text_column") or (), label_columns=columns.get("label_column") or (),
+        reading=reading, split=split,
+    )  # fmt: skip
+    reading.stop_at(rows.problems)
+    answered = answer_rows(predictor, rows, progress)
+    found = evaluation(task, rows, answered)
+    examples, truth, scores = answered.examples, answered.truth, answered.scores
+    values = _values(source, options.slices, answered, reading, split)
+    record: dict[str, Any] = {
+        "labels": list(task.labels),
+        "metrics": found.metrics,
+        "rows": found.rows,
+        "slices": sliced_metrics(task, examples, truth, scores, values),
+        "robustness": robustness(predictor, examples, truth, scores),
+    }
+    if not task.regression:
+        record["calibration"] = calibration(task, truth, scores)
+        record["tied_words"] = tied_words(task, examples)
+        record["flips"] = count_flips(predictor, examples, task.decide(scores), swaps)
+        if not task.multi_label:
+            record["label_errors"] = likely_label_errors(task, examples, truth, scores)
+    if options.against is not None:
+        texts, new_scores = _new_rows(predictor, options.against, reading, columns)
+        record["drift"] = drift(task, [e.asked for e in examples], scores, texts, new_scores)
+    return found, record
+
+
+def _values(
+    source: str, names: tuple[str, ...], answered: AnsweredRows, reading: Reading, split: str
+) -> dict[str, list[str]]:
+    """Return the values of columns to slice by, of each answered row."""
+    if not names:
+        return {}
+    records = {record.origin: record.values for record in read_records(source, reading, split=split)}
+    check_columns(names, list(dict.fromkeys(name for values in records.values() for name in values)), source)
+    return {name: [scalar(records[e.origin].get(name)) or "" for e in answered.examples] for name in names}
+
+
+def _new_rows(
+    predictor: TextClassifier, source: str, reading: Reading, columns: Mapping[str, Any]
+) -> tuple[list[str], NDArray[np.float32]]:
+    task: Any = get_task(predictor.task.name)
+    inputs = task.read_inputs(source, predictor.task, reading=reading, columns=columns)
+    texts = [row.text for row in inputs if row.text]
+    kept, scores = [], []
+    for start in range(0, len(texts), _CHUNK):
+        part = texts[start : start + _CHUNK]
+        for text, found in zip(part, answer_each(predictor.scores, part)):
+            if isinstance(found, np.ndarray):
+                kept.append(text)
+                scores.append(found)
+    if not kept:
+        raise DataError(f"{source}: has no text that the model answers", "give --against new rows with texts")
+    return kept, np.array(scores, np.float32)

@@ -1,0 +1,91 @@
+"""``deploykit explain`` on a trained classifier and on a model that answers questions."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_answerer import write_checkpoint
+
+Deploykit = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def sharp(deploykit: Deploykit, minilm: Path, small_csv: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier of tweets that learned enough to be sure of some answers."""
+    out = tmp_path_factory.mktemp("runs") / "sharp"
+    code, _, err = deploykit(
+        "finetune", minilm, "--train", small_csv, "--output-dir", out, "--max-steps", 60, "--per-device-train-batch-size", 16,
+        "--max-length", 32, "--learning-rate", 1e-3,
+    )  # fmt: skip
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.parametrize("method", ["auto", "occlusion"])
+def test_top_words_move_the_answer_more_than_random_ones(
+    method: str, deploykit: Deploykit, sharp: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    words = (
+        "explain",
+        sharp,
+        "--rows",
+        sharp / "splits" / "test.jsonl",
+        "--num-prompts",
+        24,
+        "--output",
+        page,
+        "--method",
+        method,
+    )
+    code, out, err = deploykit(*words, "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    assert len(record["explanations"]) == 24
+    assert record["explanations"][0]["method"] == {"auto": "integrated gradients"}.get(method, method)
+    curves = [one["deletion"] for one in record["explanations"]]
+    gains = [sum(r - t for r, t in zip(curve["random"], curve["top"])) / 4 for curve in curves]
+    assert record["deletion"]["gain"] == pytest.approx(statistics.mean(gains))
+    assert statistics.mean(gains) > 3 * statistics.stdev(gains) / len(gains) ** 0.5, "beyond chance"
+    assert record["deletion"]["top"][-1] < record["deletion"]["random"][-1]
+    assert page.read_text(encoding="utf-8").count("<svg") == 1
+    assert set(record["words"]) <= {"negative", "neutral", "positive"}
+    code, _, err = deploykit(*words)
+    assert code == 2
+    assert "already exists" in err
+
+
+def test_the_context_of_an_answer_is_explained(deploykit: Deploykit, tmp_path: Path) -> None:
+    model, context = write_checkpoint(tmp_path / "m", sharp=True), tmp_path / "context.txt"
+    context.write_text("w1 w2 w3 w4 w5 w6 w7 w8")
+    code, out, err = deploykit("explain", model, "which w9", "--context", context, "--json")
+    assert code == 0, err
+    record = json.loads(out)
+    (found,) = record["explanations"]
+    explained = [word["text"] for word in found["words"]]
+    assert explained[:2] == ["which", "w9"]
+    assert not {*explained[2:]} & {*found["answer"].split()}, "the answer itself stays"
+    assert {*explained[2:], *found["answer"].split()} == {f"w{i}" for i in range(1, 9)}
+    assert record["deletion"]["gain"] > 0
+    code, _, err = deploykit("explain", model, "which", "--context", context, "--label", "w1")
+    assert code == 2
+    assert "--label is for classifiers" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "give texts, or --rows"),
+        (("a", "--rows", "b.csv"), "give texts, or --rows"),
+        (("a", "--text-pair", "b", "--text-pair", "c"), "1 texts and 2 of --text-pair"),
+        (("a", "--text-pair", "b", "--context", "c"), "--context is for questions"),
+    ],
+)
+def test_arguments_without_sense_are_refused(words: tuple[str, ...], says: str, deploykit: Deploykit) -> None:
+    code, _, err = deploykit("explain", "m", *words)
+    assert code == 2
+    assert says in err

@@ -1,0 +1,56 @@
+"""All levers against overfitting at once, through the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Deploykit = Callable[..., tuple[int, str, str]]
+
+
+def test_a_run_takes_all_levers(
+    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], small_csv: Path, tmp_path: Path
+) -> None:
+    # A teacher with the labels of the tweets.
+    model, teacher = make_tiny_checkpoint(tmp_path / "m"), tmp_path / "teacher"
+    code, _, err = deploykit(
+        "finetune", model, "--train", small_csv, "--output-dir", teacher, "--max-train-samples", 160, "--max-steps", 2
+    )
+    assert code == 0, err
+    code, out, err = deploykit(
+        "finetune", model, "--teacher", teacher, "--train", small_csv, "--output-dir", tmp_path / "r",
+        "--max-train-samples", 160, "--max-steps", 4, "--l1", 1e-3, "--l2", 1e-3, "--layerwise-lr-decay", 0.8,
+        "--freeze-layers", 1, "--gradual-unfreezing", 0.5, "--attention-dropout", 0.2, "--classifier-dropout", 0.3, "--focal-gamma", 2,
+        "--augment", "typos=0.3", "--augment", "case=1", "--r-drop", 1, "--gradient-accumulation-steps", 2, "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["accuracy"] > 0
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert set(metrics["teacher"]) == {"validation", "test"}
+    assert "with typos: " in err
+    splits = [(tmp_path / "r" / "splits" / f"{name}.jsonl").read_text() for name in ("train", "validation", "test")]
+    assert "with typos" not in "".join(splits), "only the training sees the copies"
+    config = json.loads((tmp_path / "r" / "config.json").read_text())
+    assert (config["attention_probs_dropout_prob"], config["classifier_dropout"]) == (0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--layerwise-lr-decay", 0), "--layerwise-lr-decay is 0"),
+        (("--student-layers", 2, "--lora-r", 4), "--student-layers changes the checkpoint"),
+        (("--qat", "--teacher", "m"), "--qat goes on training a checkpoint as it is"),
+        (("--augment", "typos"), "--augment 'typos' is no noise with a rate"),
+        (("--r-drop", -1), "--r-drop is -1"),
+        (("--regression", "--focal-gamma", 2), "--focal-gamma is for labels"),
+    ],
+)
+def test_levers_without_sense_are_refused(
+    words: tuple[object, ...], says: str, deploykit: Deploykit, tmp_path: Path
+) -> None:
+    code, _, err = deploykit("finetune", "m", "--train", "x.csv", "--output-dir", tmp_path / "r", *words)
+    assert code == 2
+    assert says in err

@@ -1,0 +1,53 @@
+"""``finetune --search`` on a small model: killed, continued, within limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from killed_run import kill_at_step
+
+import deploykit as api
+from deploykit.artifacts import load_manifest
+from deploykit.stages.finetune_options import read_toml
+
+Deploykit = Callable[..., tuple[int, str, str]]
+
+
+def test_a_killed_search_goes_on_and_writes_its_best_run(
+    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], small_csv: Path, tmp_path: Path
+) -> None:
+    model, out = make_tiny_checkpoint(tmp_path / "model"), tmp_path / "best"
+    space = tmp_path / "space.toml"
+    space.write_text("learning_rate = [3e-3, 1e-5]\n")
+    words = ("finetune", model, "--train", small_csv, "--max-train-samples", 300, "--max-steps", 12, "--eval-steps", 3,
+             "--per-device-train-batch-size", 8, "--learning-rate", 3e-3, "--output-dir", out, "--search-space", space,
+             "--search", 2, "--search-max-size", "50MB", "--json")  # fmt: skip
+    kill_at_step(7, *words)
+    assert not out.exists()
+    code, stdout, err = deploykit(*words)
+    assert code == 0, err
+    assert "run 0, continued: --learning-rate 0.003" in err
+    found = json.loads(stdout)["search"]
+    assert [run["state"] for run in found["runs"]] == ["complete", "complete"]
+    best = max(found["runs"], key=lambda run: run["value"])
+    assert found["best"] == best["run"]
+    assert all(0 < run["size_mb"] < 50 and run["p50_ms"] > 0 for run in found["runs"])
+    assert (tmp_path / "best.search" / "report.html").is_file()
+    assert [p.name for p in (tmp_path / "best.search").glob("run-*") if p.is_dir()] == [f"run-{best['run']:04}"]
+    manifest = load_manifest(out, "checkpoint")
+    assert manifest.metrics["validation"]["macro_f1"] == best["value"]
+    assert read_toml(out / "finetune.toml")["learning_rate"] == best["options"]["learning_rate"]
+    code, stdout, err = deploykit("finetune", "--config", out / "finetune.toml", "--output-dir", out, "--json")
+    assert json.loads(stdout)["reused"], "the best run is an ordinary run"
+
+    again = api.finetune(
+        model, train=small_csv, max_train_samples=300, max_steps=12, eval_steps=3, per_device_train_batch_size=8,
+        learning_rate=3e-3, output_dir=out, search_space={"learning_rate": [3e-3, 1e-5]}, search=2, search_max_size="50MB",
+    )  # fmt: skip
+    assert again.reused
+    assert again.manifest.inputs == manifest.inputs
+    code, _, err = deploykit(*words, "--search-objective", "recall")
+    assert code == 1
+    assert "is a search with other options" in err

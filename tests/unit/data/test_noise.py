@@ -1,0 +1,55 @@
+"""Noise in texts: how much of it, and that nothing else changes."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+import pytest
+
+from deploykit.data.noise import NOISES, parse_noise
+from deploykit.errors import UsageError
+from deploykit.tasks.classification.augment import augmented
+from deploykit.tasks.classification.rows import Example
+
+TEXT = " ".join(f"Word{chr(97 + i % 26)} is" for i in range(500))
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("typos", 0.17, 0.23), ("case", 0.17, 0.23), ("punctuation", 0.17, 0.23)]
+)
+def test_a_share_of_the_words_changes(name: str, low: float, high: float) -> None:
+    words, noisy = TEXT.split(), NOISES[name](TEXT, 0.2, Random(0)).split()
+    if name == "punctuation":  # " -" is a word of its own
+        noisy = [word for word in noisy if word != "-"]
+        low -= 0.05
+    assert len(noisy) == len(words)
+    assert low < np.mean([a != b for a, b in zip(words, noisy)]) < high
+    if name == "typos":
+        assert all(abs(len(a) - len(b)) <= 1 for a, b in zip(words, noisy))
+
+
+def test_words_are_swapped_and_deleted() -> None:
+    words = [str(i) for i in range(1000)]
+    swapped = NOISES["swap"](" ".join(words), 0.1, Random(0)).split()
+    assert sorted(swapped) == sorted(words)
+    assert swapped != words
+    assert 850 < len(NOISES["delete"](" ".join(words), 0.1, Random(0)).split()) < 950
+    assert NOISES["delete"]("only one", 1.0, Random(0)) == "only"
+
+
+def test_copies_name_their_row_and_keep_its_label() -> None:
+    rows = [Example(f"Some words of row {i}", "a", f"x.csv:{i}", "A pair") for i in range(20)]
+    copies = augmented(rows, ["case=1", "typos=0.5"], seed=0)
+    assert copies[3].origin == "x.csv:3 with case"
+    assert copies[3].text == "some WORDS OF ROW 3"
+    assert copies[3].text_pair == "a PAIR"
+    assert {copy.label for copy in copies} == {"a"}
+    assert copies == augmented(rows, ["case=1", "typos=0.5"], seed=0)
+    assert copies != augmented(rows, ["case=1", "typos=0.5"], seed=1)
+
+
+@pytest.mark.parametrize("text", ["typos", "typos=0", "typos=2", "typo=0.1", "typos=much", ""])
+def test_a_noise_without_sense_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no noise with a rate"):
+        parse_noise(text)

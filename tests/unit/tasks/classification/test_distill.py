@@ -1,0 +1,89 @@
+"""Learning from a teacher: its logits and its layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deploykit.errors import UsageError
+from deploykit.tasks.classification.checkpoint import TorchClassifier
+from deploykit.tasks.classification.distill import Teacher, keep_layers
+from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.fitting import EncodedTexts, fit
+from deploykit.tasks.classification.losses import distillation
+from deploykit.tasks.classification.options import ClassificationOptions
+
+TASK = Classification(("bad", "good"), 16, 0)
+
+
+def test_the_loss_is_zero_at_the_teacher_and_its_gradient_that_of_soft_targets() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(6, 2, requires_grad=True), torch.randn(6, 2)
+    assert float(distillation(TASK, teacher, teacher, 3.0)) == pytest.approx(0, abs=1e-6)
+    distillation(TASK, student, teacher, 3.0).backward()
+    expected = 3.0 * ((student / 3).softmax(1) - (teacher / 3).softmax(1))  # Hinton et al., equation 2, times T²
+    assert student.grad is not None
+    assert torch.allclose(student.grad, expected.detach(), atol=1e-5)
+    several = dataclasses.replace(TASK, multi_label=True)
+    assert float(distillation(several, teacher, teacher, 2.0)) == pytest.approx(0, abs=1e-6)
+    numbers = dataclasses.replace(TASK, regression=True)
+    assert float(distillation(numbers, student.detach()[:, :1], teacher[:, :1], 2.0)) > 0
+
+
+def test_a_student_learns_its_teacher_where_the_labels_are_noise(
+    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_tiny_checkpoint(tmp_path / "teacher")
+    random = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in random.integers(0, 200, 6)) for _ in range(160)]
+    teacher = Teacher(str(path), TASK)
+    wanted = teacher.logits(texts)
+    student = TorchClassifier.load(path)
+    assert keep_layers(student.model, 1) == [0]
+    truth = np.eye(2, dtype=bool)[random.integers(0, 2, 160)]
+    rows = EncodedTexts(student.encode(texts), truth, TASK, wanted)
+
+    def distance() -> float:
+        return float(np.abs(student.scores(texts) - np.exp(wanted)).mean())
+
+    before = distance()
+    options = ClassificationOptions(
+        model="m", train="x.csv", max_steps=30, learning_rate=3e-3, per_device_train_batch_size=32, distill_alpha=1.0,
+        validation_fraction=0.0, teacher="m",
+    )  # fmt: skip
+    student.model = fit(student.model, rows, None, options, tmp_path / "work", lambda _: None)
+    assert distance() < before / 2
+    teacher.close()
+
+
+def test_layers_are_kept_evenly_and_the_student_can_be_loaded(
+    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    student = TorchClassifier.load(make_tiny_checkpoint(tmp_path / "m"))
+    second = student.model.bert.encoder.layer[1].attention.self.query.weight.detach().clone()
+    student.model.bert.encoder.layer.append(student.model.bert.encoder.layer[1])
+    student.model.config.num_hidden_layers = 3
+    assert keep_layers(student.model, 2) == [0, 2]
+    assert torch.equal(student.model.bert.encoder.layer[1].attention.self.query.weight, second)
+    assert student.model.config.num_hidden_layers == 2
+    with pytest.raises(UsageError, match="--student-layers is 2, and the model has 2 layers"):
+        keep_layers(student.model, 2)
+
+
+def test_a_teacher_of_other_labels_is_refused(make_tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_tiny_checkpoint(tmp_path / "teacher")
+    with pytest.raises(UsageError, match="answers bad, good, and the student a, b"):
+        Teacher(str(path), dataclasses.replace(TASK, labels=("a", "b")))
+    swapped = Teacher(str(path), dataclasses.replace(TASK, labels=("good", "bad")))
+    assert np.array_equal(swapped.logits(["w1"]), Teacher(str(path), TASK).logits(["w1"])[:, ::-1])
+
+
+def test_an_exported_teacher_gives_its_probabilities(tiny_export: Path) -> None:
+    task = dataclasses.replace(TASK, labels=("negative", "neutral", "positive"))
+    logits = Teacher(str(tiny_export), task).logits(["w1 w2", "w3"])
+    assert np.exp(logits).sum(axis=1) == pytest.approx(1, abs=1e-5)
