@@ -11,9 +11,11 @@ from deploykit.cli.common import (
     CALIBRATION_ROWS,
     CALIBRATION_SPLIT,
     FORCE,
+    LABEL_COLUMN,
     OUTPUT_DIR,
     SOURCE_LANG,
     TARGET_LANG_HELP,
+    TEXT_COLUMN,
     Result,
     deploykit_command,
     option,
@@ -32,6 +34,8 @@ from deploykit.cli.common import (
 @CALIBRATION_DATA
 @CALIBRATION
 @CALIBRATION_ROWS
+@TEXT_COLUMN
+@LABEL_COLUMN
 @SOURCE_LANG
 @option("--target-lang", aliases=["--target"], help=TARGET_LANG_HELP)
 @reading_fields

@@ -192,6 +192,16 @@ SOURCE_LANG = option(
     aliases=["--source"],
     help="Source language, if deploykit did not train the translation checkpoint.",
 )
+TEXT_COLUMN = click.option(
+    "--text-column", multiple=True,
+    help="Text column of a classifier's rows (default: the training columns, or detected). Two of a checkpoint that deploykit did not "
+    "train are a pair: the tokenizer reads both.",
+)  # fmt: skip
+LABEL_COLUMN = click.option(
+    "--label-column",
+    multiple=True,
+    help="Label column of a classifier's rows (default: the training columns, or detected).",
+)
 TARGET_LANG_HELP = "Target language, in the same case."
 OUTPUT_DIR = option("--output-dir", "out", aliases=["--out"], required=True, type=click.Path(path_type=Path),
                     help="Folder to write to.")  # fmt: skip

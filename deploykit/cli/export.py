@@ -12,10 +12,12 @@ from deploykit.cli.common import (
     CALIBRATION_ROWS,
     CALIBRATION_SPLIT,
     FORCE,
+    LABEL_COLUMN,
     METHODS,
     OUTPUT_DIR,
     SOURCE_LANG,
     TARGET_LANG_HELP,
+    TEXT_COLUMN,
     Result,
     deploykit_command,
     human_bytes,
@@ -75,6 +77,8 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @click.option("--builder", type=click.Choice(BUILDERS), default="auto", show_default=True,
               help="Engine builder. auto: TensorRT if there is a GPU, else TensorRT-RTX.")  # fmt: skip
 @click.option("--gpu", help="GPU of an engine: this-gpu, or one like sm_86 [default: portable].")
+@TEXT_COLUMN
+@LABEL_COLUMN
 @SOURCE_LANG
 @click.option("--target-lang", help=TARGET_LANG_HELP)
 @click.option("--target", "targets", multiple=True, hidden=True)

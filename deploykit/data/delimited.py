@@ -190,7 +190,7 @@ def _is_header(row: Sequence[str], layout: Layout) -> bool:
     return (
         layout.header
         and len(row) >= len(layout.columns)
-        and all(cell.strip().removeprefix("\ufeff") == column for cell, column in zip(row, layout.columns))
+        and all(cell.strip() == column for cell, column in zip(row, layout.columns))
     )
 
 

@@ -28,6 +28,7 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_GIT_LFS = b"version https://git-lfs"
 _MAGIC = (
     (b"\x89PNG\r\n", "a PNG image"),
     (b"\xff\xd8\xff", "a JPEG image"),
@@ -44,6 +45,7 @@ _MAGIC = (
     (b"\x28\xb5\x2f\xfd", "a zstd file"),
     (b"SQLite format 3", "an SQLite database"),
     (b"\x80\x04\x95", "a Python pickle"),
+    (_GIT_LFS, "a Git LFS pointer in place of the file (fetch it with git lfs pull)"),
 )
 ROW_ENDS = "row ends"
 """Where ``read_lines`` ends a line: at ``\n``, so that a lone ``\r`` stays in its text; in a file that begins without
@@ -70,7 +72,7 @@ def plain_suffix(path: Path) -> str:
 
 
 def read_lines(path: Path, encoding: str | None, *, newline: str | None = None) -> Iterator[str]:
-    """Stream the lines of a text file, ends included.
+    """Stream the lines of a text file, ends included, without byte order marks: concatenated files have them inside.
 
     Args:
         path: a text file, or one compressed as its suffix says (``COMPRESSED``).
@@ -86,7 +88,7 @@ def read_lines(path: Path, encoding: str | None, *, newline: str | None = None) 
         file, used = _open_text(path, encoding, newline)
         with file:
             try:
-                yield from file
+                yield from filter(None, (line.lstrip("\ufeff") for line in file))
             except UnicodeError:
                 raise _not_decodable(path, used) from None
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zipfile.BadZipFile) as error:
@@ -165,6 +167,12 @@ def _only_member(path: Path, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
     if members[0].flag_bits & 0x1:
         raise DataError(f"{path}: is encrypted", "unpack it with its password, and name the file")
     return members[0]
+
+
+def is_git_lfs_pointer(path: Path) -> bool:
+    """Return whether a file is what Git leaves in the place of one that Git LFS stores, until ``git lfs pull``."""
+    with path.open("rb") as file:
+        return file.read(len(_GIT_LFS)) == _GIT_LFS
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from deploykit.data.delimited import check_header, find_layout, read_delimited
 from deploykit.data.folders import folder_files, texts_by_folder
-from deploykit.data.open_text import COMPRESSED, plain_suffix, read_lines
+from deploykit.data.open_text import COMPRESSED, is_git_lfs_pointer, plain_suffix, read_lines
 from deploykit.data.packages import import_data_package
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record, malformed
@@ -42,7 +42,7 @@ def read_records(source: str, reading: Reading = AS_FOUND, *, split: str = "trai
         yield from _folder(Path(source), split, reading)
     elif not os.path.exists(source) and not _has_known_suffix(source) and _HUB_ID.fullmatch(source):
         reading.allow(source)
-        yield from _hub_dataset(source, split)
+        yield from _hub_dataset(source, split, reading)
     else:
         if not os.path.exists(source):
             raise DataError(f"{source}: no such file", "check the path")
@@ -78,7 +78,7 @@ def _file(path: Path, reading: Reading) -> Iterator[Record]:
 def _folder(folder: Path, split: str, reading: Reading) -> Iterator[Record]:
     if any((folder / name).exists() for name in ("state.json", "dataset_dict.json", "dataset_info.json")):
         reading.allow(str(folder))
-        yield from _saved_dataset(str(folder), split)
+        yield from _saved_dataset(str(folder), split, reading)
     elif files := folder_files(folder, split, tuple(_READERS)):
         for path in files:
             yield from _file(path, reading)
@@ -99,8 +99,7 @@ def _jsonl(path: Path, reading: Reading) -> Iterator[Record]:
         if line.strip():
             origin, where = f"{normalize(path.name)}:{number}", f"line {number}"
             try:
-                # Concatenated files may have a byte order mark inside.
-                yield Record(origin, _object(path, _parse_json(path, line.removeprefix("\ufeff"), where), where))
+                yield Record(origin, _object(path, _parse_json(path, line, where), where))
             except DataError as error:
                 yield malformed(origin, error, reading, named=path)
 
@@ -155,8 +154,10 @@ def _parquet(path: Path, reading: Reading) -> Iterator[Record]:
             for batch in file.iter_batches(batch_size=_BATCH):
                 for values in batch.to_pylist():
                     done += 1
-                    yield Record(f"{name}:{done}", {c: _named(names.get(c), value) for c, value in values.items()})
+                    yield _row(f"{name}:{done}", values, names, reading)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if is_git_lfs_pointer(path):
+            raise DataError(f"{path}: is a Git LFS pointer in place of the file", "fetch it: git lfs pull") from error
         raise DataError(f"{path}: cannot be read after row {done}: {_first_line(error)}", "write it again") from error
 
 
@@ -174,13 +175,27 @@ def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]
     return found
 
 
-def _named(names: list[str] | None, value: object) -> object:
+def _row(origin: str, values: Mapping[str, object], names: Mapping[str, list[str]], reading: Reading) -> Record:
+    """Return a row with the ``names`` of its ClassLabel columns for their numbers; one without a name is malformed."""
+    found = dict(values)
+    for column, known in names.items():
+        try:
+            found[column] = _named(known, values.get(column))
+        except IndexError:
+            error = DataError(
+                f"{origin}: column {column!r} has {values[column]!r}, and its ClassLabel has {len(known)} names: "
+                f"{', '.join(known)}",
+                "correct the row, or the names in the data set's features",
+            )
+            return malformed(origin, error, reading, named=origin)
+    return Record(origin, found)
+
+
+def _named(names: list[str], value: object) -> object:
     """Replace a ClassLabel's numbers, single or in a list, by names; -1 (no label) becomes None."""
-    if names is None:
-        return value
     if isinstance(value, list):
         return [_named(names, item) for item in value]
-    if isinstance(value, int) and value < len(names):
+    if isinstance(value, int):
         return names[value] if value >= 0 else None
     return value
 
@@ -222,7 +237,7 @@ _READERS: Mapping[str, Callable[[Path, Reading], Iterator[Record]]] = {
 _BINARY = (".parquet", ".xlsx")
 
 
-def _saved_dataset(source: str, split: str) -> Iterator[Record]:
+def _saved_dataset(source: str, split: str, reading: Reading) -> Iterator[Record]:
     datasets = import_data_package("datasets")
     try:
         loaded = datasets.load_from_disk(source)
@@ -234,10 +249,10 @@ def _saved_dataset(source: str, split: str) -> Iterator[Record]:
         if split not in loaded:
             raise DataError(f"{source}: has no split {split!r}", f"it has {', '.join(map(str, loaded))}")
         loaded = loaded[split]
-    yield from _dataset_rows(loaded, source)
+    yield from _dataset_rows(loaded, source, reading)
 
 
-def _hub_dataset(source: str, split: str) -> Iterator[Record]:
+def _hub_dataset(source: str, split: str, reading: Reading) -> Iterator[Record]:
     datasets = import_data_package("datasets")
     try:
         loaded = datasets.load_dataset(source, split=split)
@@ -246,19 +261,20 @@ def _hub_dataset(source: str, split: str) -> Iterator[Record]:
             f"{source}: is not a file, and its split {split!r} cannot be loaded from the hub: {_first_line(error)}",
             "check the path; for a hub dataset, check its id, the split and the network",
         ) from error
-    yield from _dataset_rows(loaded, source)
+    yield from _dataset_rows(loaded, source, reading)
 
 
-def _dataset_rows(dataset: Any, source: str) -> Iterator[Record]:
+def _dataset_rows(dataset: Any, source: str, reading: Reading) -> Iterator[Record]:
     name, done = normalize(Path(source).name), 0
     features = {c: getattr(feature, "feature", feature) for c, feature in dataset.features.items()}
     names = {c: list(feature.names) for c, feature in features.items() if hasattr(feature, "int2str")}
     try:
         for batch in dataset.with_format(None).iter(batch_size=_BATCH):
-            columns = [[_named(names.get(column), value) for value in values] for column, values in batch.items()]
-            for row in zip(*columns):
+            for row in zip(*batch.values()):
                 done += 1
-                yield Record(f"{name}:{done}", dict(zip(batch, row)))
+                yield _row(f"{name}:{done}", dict(zip(batch, row)), names, reading)
+    except DataError:
+        raise
     except Exception as error:  # Decoding a column may fail in any library.
         raise DataError(f"{source}: cannot be read after row {done}: {_first_line(error)}", "save it again") from error
 

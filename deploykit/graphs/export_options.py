@@ -17,7 +17,7 @@ from deploykit.graphs.gguf_file import GGUF_TYPES
 from deploykit.quantization.calibration import METHODS, Method
 from deploykit.quantization.grading import Grader
 from deploykit.quantization.tables import render
-from deploykit.tasks.protocol import TaskFacts
+from deploykit.tasks.protocol import Task, TaskFacts
 from deploykit.tensorrt.build import EngineOptions
 from deploykit.training.rows import read_split, row_record
 
@@ -41,13 +41,16 @@ _SAMPLES = 64
 class CalibrationOptions(Reading):
     """How files of rows are read (``Reading``), and what INT8 is calibrated on: ``calibration_rows`` of the run's own split ``calibration_split``, or of the data file
     ``calibration_data``. ``source_lang`` and ``target_lang`` are the languages of a translation checkpoint that was
-    trained elsewhere."""
+    trained elsewhere; ``text_column`` and ``label_column`` are a classifier's columns in files of rows, and two of
+    ``text_column`` say that a checkpoint trained elsewhere reads pairs of texts."""
 
     calibration_split: str = "train"
     calibration_data: str | None = None
     calibration_rows: int = 512
     source_lang: str | None = None
     target_lang: str | None = None
+    text_column: tuple[str, ...] = ()
+    label_column: tuple[str, ...] = ()
 
     @property
     def row_files(self) -> tuple[str, ...]:
@@ -58,6 +61,12 @@ class CalibrationOptions(Reading):
     def calibration(self) -> str:
         """The name of the split, or the data file."""
         return self.calibration_data or self.calibration_split
+
+    def check_task(self, task: Task, checkpoint: Path) -> None:
+        """Raise UsageError for columns that rows of ``task`` do not have."""
+        for name in ("text_column", "label_column"):
+            if getattr(self, name) and name not in task.columns:
+                raise UsageError(f"{flag(name)} is for classifiers, and {checkpoint} {task.does}", "leave it out")
 
     def check(self) -> None:
         super().check()

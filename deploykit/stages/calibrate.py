@@ -37,11 +37,12 @@ def calibrate(source: Path, out: Path, options: CalibrationOptions, *, force: bo
     exported = _export_at(source)
     if exported is None:
         check_source(str(source))
+    task_here = task_of_checkpoint(source) if exported is None else task_of(exported.task)
+    options.check_task(task_here, source)
     parent = parent_digest(source) if exported is None else exported.parent
     inputs = artifacts.digest_of("calibration", parent, identity(options))
     if (manifest := artifacts.existing(out, "calibration", inputs, force=force)) is not None:
         return Calibrated(out, manifest, reused=True)
-    task_here = task_of_checkpoint(source) if exported is None else task_of(exported.task)
     module = task_here.export_steps()
     with artifacts.new_directory(out) as directory:
         with tempfile.TemporaryDirectory(dir=directory) as temporary:

@@ -52,6 +52,7 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     options.check()
     check_source(str(checkpoint))
     task = task_of_checkpoint(checkpoint)
+    options.check_task(task, checkpoint)
     for option, given, remedy in (("--int4", options.int4, "use --int8"), ("--gguf", options.gguf, "leave it out")):
         if given and task.facts.graph_kind != "decoder":
             raise UsageError(f"{option} is for language models, and {checkpoint} {task.does}", remedy)

@@ -19,6 +19,10 @@ from deploykit.training.source import ADAPTER, check_family, check_source
 from deploykit.training.weights import Loaded, load_reported, saved_keys, shown_keys
 
 _DEFAULT_MAX_LENGTH = 512
+_POSITIONS_AFTER_PADDING = frozenset((
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+))  # fmt: skip
 
 
 def quiet() -> None:
@@ -45,6 +49,14 @@ def load_tokenizer(model: str, *, fast: bool = True) -> Any:
     return tokenizer
 
 
+def load_config(model: str, **config: Any) -> Any:
+    """Return a checkpoint's configuration, with fields replaced by ``config``. Raises ArtifactError if it has none."""
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=False, **config)
+    except Exception as error:  # transformers raises whatever its loaders raise
+        raise not_loadable(model, error) from error
+
+
 def load_model(model: str, task: str = DEFAULT, **config: Any) -> Any:
     """The trained model of a checkpoint in fp32, in eval mode; ``config`` overrides its configuration.
 
@@ -65,7 +77,7 @@ def _load(model: str, task: str, config: dict[str, Any], *, new_head: bool) -> L
     try:
         if adapter.is_file():
             return Loaded(_load_merged(Path(model), json.loads(adapter.read_text())))
-        settings = AutoConfig.from_pretrained(model, trust_remote_code=False, **config)
+        settings = load_config(model, **config)
         check_family(model, settings.model_type, task)
         return load_reported(get_task(task).auto_model, model, settings, new_head=new_head)
     except ArtifactError:
@@ -79,12 +91,18 @@ def max_tokens(tokenizer: Any, config: Any) -> int:
     limits = []
     if 0 < tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
         limits.append(tokenizer.model_max_length)
-    positions = getattr(config, "max_position_embeddings", None)
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's
     if positions and positions > 0:  # XLNet writes -1 for no limit
-        # RoBERTa and its descendants count positions from pad_token_id + 1.
-        offset = config.pad_token_id + 1 if "roberta" in config.model_type or config.model_type == "camembert" else 0
-        limits.append(positions - offset)
+        limits.append(positions - _positions_before_text(config))
     return int(min(limits, default=_DEFAULT_MAX_LENGTH))
+
+
+def _positions_before_text(config: Any) -> int:
+    """Return how many rows of the table of positions no text uses: RoBERTa and its descendants count from the padding id."""
+    if config.model_type == "mpnet":
+        return 2  # whatever its padding id
+    return int(config.pad_token_id) + 1 if config.model_type in _POSITIONS_AFTER_PADDING else 0
 
 
 def pad_token_id(tokenizer: Any) -> int:

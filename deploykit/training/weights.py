@@ -52,7 +52,7 @@ def load_reported(auto_model: str, checkpoint: str, config: Any, *, new_head: bo
 
     With ``new_head`` the head and the pooler may be missing or of another size: they are made anew, and ``Loaded.new``
     lists them. Raises ArtifactError, with the keys and the likely cause, when any other weight is missing, has another
-    shape, or is in the file without a place in the model.
+    shape, is in the file without a place in the model, or is not finite.
     """
     folder = local_folder(checkpoint)
     weights, file = read_weights(folder, checkpoint)
@@ -77,13 +77,19 @@ def load_reported(auto_model: str, checkpoint: str, config: Any, *, new_head: bo
     if model.can_generate():
         model.generation_config = read_generation_config(str(folder))
     found = _compare(model, weights, report)
-    head = _head_test(model)
+    head, parts = _head_test(model), {_parent(key) for key in weights}
     new = {key for key in (*found.missing, *found.mismatched) if new_head and head(key)}
+    new -= {key for key in found.missing if _parent(key) in parts}  # a part of a layer is missing, not the head
     unused = {key for key in found.unexpected if found.changes_nothing(key, model) or (new_head and head(key))}
     if found.keys() - new - unused:
         raise _refusal(checkpoint, file, model, found.without(new))
     if unused and not new_head:
         _LOG.warning("%s: left out weights that the model has no use for: %s", checkpoint, shown_keys(unused))
+    if broken := [key for key, value in model.named_parameters() if not value.isfinite().all()]:
+        raise ArtifactError(
+            f"{checkpoint}: weights are not finite numbers (NaN or infinite): {shown_keys(broken)}",
+            "take an earlier checkpoint: the training that wrote this one diverged, or the file is damaged",
+        )
     return Loaded(model.eval(), tuple(sorted(new)))
 
 
@@ -237,6 +243,10 @@ def _holds(weights: Mapping[str, torch.Tensor], model: Any, key: str) -> bool:
     return key in weights or _below(model, key) in weights
 
 
+def _parent(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
 def _first(key: str) -> str:
     return key.split(".", 1)[0]
 
@@ -274,6 +284,11 @@ def _cause(model: Any, found: _Differences) -> tuple[str, str]:
         return (
             f"Keys begin with {prefix!r}: the model was saved as a part of another",
             f"save the {kind} alone, or rename the keys",
+        )
+    if found.mismatched and all(head(key) for key in found.mismatched):
+        return (
+            f"Its config.json names {model.config.num_labels} labels, and the head has another number",
+            "correct num_labels, id2label and label2id in config.json",
         )
     if found.mismatched:
         return "Its config.json is of a model of another size", "copy the config.json that belongs to the weights"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,38 @@ def test_a_server_takes_two_inputs(work: Path, tmp_path: Path) -> None:
         found = model.scores([as_text(*pair) for pair in PAIRS])
         model.close()
     np.testing.assert_allclose(found, of_transformers(work / "r"), atol=1e-4)
+
+
+def test_a_checkpoint_of_pairs_trained_elsewhere_is_exported_and_served_with_two_inputs(
+    work: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(work / "r", tmp_path / "c", ignore=shutil.ignore_patterns("manifest.json", "splits"))
+    columns = ("--text-column", "premise", "--text-column", "hypothesis")
+    for command in ("evaluate", "export"):  # without the columns nothing says which texts it reads
+        more = ("--output-dir", tmp_path / "none") if command == "export" else ()
+        code, out = run(command, tmp_path / "c", "--data", work / "rows.csv", *more)
+        assert code == 1
+        assert "no column is recognized as the text" in out
+    code, out = run("evaluate", tmp_path / "c", "--data", work / "rows.csv", *columns)
+    assert code == 2
+    assert "the model reads one text, and 2 text columns are given" in out
+    code, out = run("export", tmp_path / "c", "--data", work / "rows.csv", *columns, "--output-dir", tmp_path / "e")
+    assert code == 0, out
+    facts = load_manifest(tmp_path / "e").task
+    assert (facts.pair, facts.token_types, facts.text_columns) == (True, True, ("premise", "hypothesis"))
+    np.testing.assert_allclose(scores(tmp_path / "e", precision="fp32"), of_transformers(work / "r"), atol=1e-4)
+    code, out = run("evaluate", tmp_path / "e", "--data", work / "rows.csv")
+    assert code == 0, out
+    package(tmp_path / "e", "pairs", tmp_path, engine="onnxruntime", precision="fp32")
+    config = MessageToDict(read_config(tmp_path / "pairs" / "config.pbtxt"), preserving_proto_field_name=True)
+    assert [tensor["name"] for tensor in config["input"]] == ["TEXT", "TEXT_PAIR"]
+
+
+def test_text_columns_are_for_classifiers(make_tiny_translation: Callable[..., Path], tmp_path: Path) -> None:
+    make_tiny_translation(tmp_path / "t", keep_checkpoint=tmp_path / "c")
+    code, out = run("export", tmp_path / "c", "--text-column", "a", "--output-dir", tmp_path / "e")
+    assert code == 2
+    assert "--text-column is for classifiers" in out
 
 
 @pytest.mark.parametrize("pair", [("", ""), ("a", "b"), ('"[', "\\ \n"), ("e\u0301", "\U0001f389")])

@@ -13,17 +13,20 @@ import torch
 from numpy.typing import NDArray
 
 from deploykit.artifacts import MANIFEST, load_manifest
-from deploykit.errors import ArtifactError
+from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.batching import batches
 from deploykit.runtime.tokenizer import Encoded
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.pairs import check_columns
 from deploykit.tasks.classification.predictor import graph_inputs
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id, quiet
 
+_PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
-def task_of(path: Path, tokenizer: Any, config: Any) -> Classification:
-    """The task in a checkpoint's manifest, or, for one trained elsewhere, what its config says."""
+
+def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str] = ()) -> Classification:
+    """The task in a checkpoint's manifest, or, for one trained elsewhere, what its config says, and ``text_columns``."""
     if (path / MANIFEST).exists():
         task: TaskFacts = load_manifest(path, "checkpoint", verify=False).task
         assert isinstance(task, Classification), "load_model refuses others"
@@ -34,14 +37,35 @@ def task_of(path: Path, tokenizer: Any, config: Any) -> Classification:
             f"{path}: its head gives {config.num_labels} numbers (problem_type regression), and one is served",
             "fine-tune the checkpoint with --regression",
         )
-    labels = tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    labels = labels_of(config)
+    if config.problem_type not in (None, *_PROBLEM_TYPES):
+        raise ArtifactError(
+            f"{path}: the problem_type {config.problem_type!r} in its config.json is unknown",
+            f"correct it: {', '.join(_PROBLEM_TYPES)}",
+        )
+    if not labels or len(set(labels)) < len(labels):
+        raise ArtifactError(
+            f"{path}: id2label in its config.json does not name each output once: {config.id2label}",
+            "give each output, from 0 on, a name of its own",
+        )
+    pair = len(text_columns) == 2
+    if pair:
+        check_separates(tokenizer, str(path))
     return Classification(
         labels=labels,
         max_length=max_tokens(tokenizer, config),
         pad_token_id=pad_token_id(tokenizer),
         multi_label=config.problem_type == "multi_label_classification",
         regression=regression,
+        text_columns=tuple(text_columns) if pair else ("text",),
+        pair=pair,
     )
+
+
+def labels_of(config: Any) -> tuple[str, ...]:
+    """Return the names of a head's outputs, in their order; () where some have none."""
+    names = [config.id2label.get(i) for i in range(config.num_labels)]
+    return () if None in names else tuple(map(str, names))
 
 
 def takes_token_types(model: Any, tokenizer: Any, *, pair: bool) -> bool:
@@ -59,15 +83,23 @@ def takes_token_types(model: Any, tokenizer: Any, *, pair: bool) -> bool:
         return not torch.equal(model(**encoded).logits, model(**{**encoded, types: None}).logits)
 
 
-def separates(tokenizer: Any) -> bool:
-    """Return whether the tokenizer puts a token between the two texts of a pair."""
+def check_separates(tokenizer: Any, origin: str) -> None:
+    """Raise UsageError for a tokenizer that puts no token between the two texts of a pair."""
     members = tokenizer("a", "a").sequence_ids(0)
-    return None in members[members.index(0) if 0 in members else 0 : members.index(1)] if 1 in members else False
+    first = members.index(0) if 0 in members else 0
+    if 1 not in members or None not in members[first : members.index(1)]:
+        raise UsageError(
+            f"the tokenizer of {origin} puts nothing between the two texts of a pair",
+            "join the columns into one text, with a separator of your choice (finetune: --text-separator ' ')",
+        )
 
 
 def check_vocabulary(model: Any, tokenizer: Any, origin: str) -> None:
     """Raise ArtifactError for a token that has no embedding."""
-    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    try:
+        known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # CANINE computes embeddings from the characters' numbers
+        return
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if known and number >= known)
     if beyond:
         number, token = beyond[0]
@@ -87,12 +119,16 @@ class TorchClassifier:
         self.tokenizer = tokenizer
 
     @classmethod
-    def load(cls, path: Path) -> TorchClassifier:
+    def load(cls, path: Path, text_columns: Sequence[str] = ()) -> TorchClassifier:
+        """Load a checkpoint. One trained elsewhere reads pairs if it is given two ``text_columns``."""
         quiet()
         tokenizer, model = load_tokenizer(str(path)), load_model(str(path))
         check_vocabulary(model, tokenizer, str(path))
-        task = task_of(path, tokenizer, model.config)
-        if model.config.pad_token_id is None:  # a decoder's head reads the last token that is no padding
+        task = task_of(path, tokenizer, model.config, text_columns)
+        check_columns(task, text_columns)
+        if (
+            getattr(model.config, "pad_token_id", None) is None
+        ):  # a decoder's head reads the last token that is no padding
             model.config.pad_token_id = task.pad_token_id
         if not (path / MANIFEST).exists():
             task = dataclasses.replace(task, token_types=takes_token_types(model, tokenizer, pair=task.pair))

@@ -144,6 +144,8 @@ def read_encoder(model: Any, *, typed: bool = False) -> EncoderClassifier:
     if unread := sorted(set(state) - weights.read):
         raise ExportError(f"this {kind} has {unread[0]} besides what it knows")
     width, hidden = found.layers[0].attention.query.weight.shape[1], found.embedding.shape[1]
+    if kind == "mpnet" and config.pad_token_id != 1:
+        raise ExportError("this mpnet does not pad with the token 1, by which an mpnet counts positions")
     if width != hidden or width % found.heads:
         raise ExportError(f"this {kind} has attention of another width than its hidden states")
     if width // found.heads > LARGEST_HEAD:

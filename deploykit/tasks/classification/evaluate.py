@@ -15,7 +15,7 @@ from deploykit.errors import DataError
 from deploykit.tasks.classification.clean import join_label_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
-from deploykit.tasks.classification.pairs import read_pairs
+from deploykit.tasks.classification.pairs import check_columns, read_pairs
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.classification.resampling import measure_of, metrics_with_intervals
 from deploykit.tasks.classification.rows import Columns, Example, as_example, check_labels, check_numbers, load_examples
@@ -49,6 +49,7 @@ def labelled_rows(
     Columns not given are those that the model was trained on where the source has them, and
     otherwise detected. Raises DataError for a label never seen in training, or no usable row.
     """
+    check_columns(task, text_columns)
     raw, _ = load_examples(
         source,
         text_columns=text_columns,
@@ -58,6 +59,7 @@ def labelled_rows(
         pair=task.pair,
         multi_label=task.multi_label,
         labels=task.labels,
+        known=None if task.regression else task.labels,
         label_separator=task.label_separator,
         reading=reading,
         split=split,

@@ -64,7 +64,7 @@ def write(
     say: Say,
 ) -> Written:
     """Write the graphs of a classifier and what serving them needs to ``directory``; without ``saved``, calibrate."""
-    reference = TorchClassifier.load(checkpoint)
+    reference = TorchClassifier.load(checkpoint, options.text_column)
     task = reference.task
     trained = TrainedScales.load(checkpoint)
     if trained is not None and (
@@ -123,7 +123,7 @@ def write(
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> Classification:
     """Write what ``calibrate`` reads of a checkpoint."""
-    reference = TorchClassifier.load(checkpoint)
+    reference = TorchClassifier.load(checkpoint, options.text_column)
     _write_fp32(reference, directory)
     return reference.task
 
@@ -234,7 +234,14 @@ def _rows(
     """Labelled rows from a file, or from the splits of the run in ``folder``."""
 
     def read_file(path: str, part: str) -> list[Example]:
-        rows = labelled_rows(path, task, reading=options, split=part).examples
+        rows = labelled_rows(
+            path,
+            task,
+            text_columns=options.text_column,
+            label_columns=options.label_column,
+            reading=options,
+            split=part,
+        ).examples
         return [row for row in rows if row.text]
 
     return pick_rows(folder, source, split, Example, read_file)

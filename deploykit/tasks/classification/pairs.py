@@ -9,8 +9,8 @@ from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
 from deploykit.data.texts import TextRow, detect_text_column, peek, read_texts, require_columns, scalar
-from deploykit.errors import DataError
-from deploykit.tasks.classification.facts import as_text, from_text
+from deploykit.errors import DataError, UsageError
+from deploykit.tasks.classification.facts import Classification, as_text, from_text
 
 PAIR_COLUMNS = (
     ("text", "text_pair"),
@@ -28,6 +28,16 @@ def detect_pair(names: Sequence[str]) -> tuple[str, ...]:
     by_lower = {name.lower(): name for name in reversed(names)}
     found: tuple[str, ...] = next((pair for pair in PAIR_COLUMNS if set(pair) <= set(by_lower)), ())
     return tuple(by_lower[name] for name in found)
+
+
+def check_columns(facts: Classification, given: Sequence[str]) -> None:
+    """Raise UsageError for more text columns than the model reads texts; those of joined texts may be any number."""
+    if not facts.pair and len(facts.text_columns) == 1 < len(given):
+        raise UsageError(
+            f"the model reads one text, and {len(given)} text columns are given",
+            "give one --text-column; a checkpoint of pairs that deploykit did not train is told by deploykit export "
+            "--text-column A --text-column B",
+        )
 
 
 def paired(record: Record, columns: Sequence[str]) -> tuple[str, str] | None:

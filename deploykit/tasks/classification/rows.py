@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from deploykit.data.read import read_records
@@ -29,8 +30,12 @@ from deploykit.tasks.classification.facts import LABEL_SEPARATOR, as_text
 from deploykit.tasks.classification.pairs import detect_pair, paired
 from deploykit.text import normalize
 
+_LOG = logging.getLogger(__name__)
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,15}\.0+|[+-]?[0-9]{1,15}")
 _ONE_HOT = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
+# In a list as text: strings without a comma between them, and words with anything between them.
+_JOINED_STRINGS = re.compile(r"""(?<=[\w'"])(['"])\s*(['"])(?=[\w'"])""")
+_SEVERAL_WORDS = re.compile(r"\w['\"]?[\s,;]+['\"]?\w")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 
@@ -83,6 +88,7 @@ def load_examples(
     pair: bool = False,
     multi_label: bool = False,
     labels: Sequence[str] = (),
+    known: Collection[str] | None = (),
     label_separator: str | None = None,
     reading: Reading = AS_FOUND,
     split: str = "train",
@@ -93,7 +99,8 @@ def load_examples(
     both "1". NaN, null and nested values are missing. A multi-label cell is a list of names (also written as text, as in
     "['a', 'b']"), names separated by ``label_separator`` (None: by ``|``), or a list of 0 and 1 with one for each of
     ``labels``. Several ``label_columns`` have 0 or 1 (or false and true) each. With ``pair`` two text columns are the two
-    texts of a pair, and one holds pairs as JSON. Labels that differ only as 0 and 0.0 or True and true do are one.
+    texts of a pair, and one holds pairs as JSON. Labels that differ only as 0 and 0.0 or True and true do are one, which
+    is logged: written as in ``known``, or else as the shortest of them. ``known`` is None where labels are numbers.
 
     Raises:
         DataError: an unreadable source, no rows, no such column, a list where one label is wanted, lists of 0 and 1
@@ -117,8 +124,8 @@ def load_examples(
         named = [_one_hot(record, columns.labels) for record in rows]
     elif multi_label:
         where = f"column {columns.labels[0]!r}"
-        cells = [_cell(record.values.get(columns.labels[0])) for record in rows]
-        if width := _indicator_width(cells):
+        cells = [_cell(record, columns.labels[0], label_separator) for record in rows]
+        if width := _indicator_width(cells, labels, f"{source}: {where}"):
             named = _indicated(cells, width, labels, f"{source}: {where}")
         else:
             if label_separator is None:
@@ -129,7 +136,10 @@ def load_examples(
             ]
     else:
         named = [_label(record, columns.labels[0]) for record in rows]
-    spelled = _one_spelling({name for label in named for name in label or ()})
+    names_found = {name for label in named for name in label or ()}
+    spelled = {name: name for name in names_found} if known is None else _one_spelling(names_found, known)
+    if other := [f"{name!r} is {used!r}" for name, used in sorted(spelled.items()) if name != used]:
+        _LOG.warning("%s: labels that mean the same are one: %s", source, ", ".join(other))
     examples = []
     for record, names_of in zip(rows, named):
         label = None if names_of is None else LABEL_SEPARATOR.join(sorted({spelled[name] for name in names_of}))
@@ -261,14 +271,28 @@ def _one_hot(record: Record, columns: Sequence[str]) -> tuple[str, ...] | None:
     return tuple(found)
 
 
-def _cell(value: object) -> object:
-    """Return a multi-label cell as it is, or the list that its text writes: '["a", "b"]', "['a', 'b']"."""
-    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
-        for parse in (json.loads, ast.literal_eval):
+def _cell(record: Record, column: str, separator: str | None) -> object:
+    """Return a multi-label cell as it is, or the list that its text writes: '["a", "b"]', "['a', 'b']".
+
+    Raises DataError for a text in brackets of several words that writes no list, such as NumPy's "['a' 'b']", unless a
+    ``separator`` says how the cell is read.
+    """
+    value = record.values.get(column)
+    text = value.strip() if isinstance(value, str) else ""
+    if not (text.startswith("[") and text.endswith("]")):
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        # Python joins the strings of "['a' 'b']".
+        if parse is json.loads or not _JOINED_STRINGS.search(text):
             with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                parsed = parse(value.strip())
+                parsed = parse(text)
                 if isinstance(parsed, list):
                     return parsed
+    if separator is None and _SEVERAL_WORDS.search(text):
+        raise DataError(
+            f"{record.origin}: column {column!r} has {text[:60]!r}, which is no list that Python or JSON reads",
+            'write ["one", "other"] or one|other; give --label-separator \'|\' if the brackets are part of a label',
+        )
     return value
 
 
@@ -287,15 +311,30 @@ def _names(cell: object, separator: str, where: str) -> tuple[str, ...] | None:
     return tuple(name for name in map(normalize, names) if name)
 
 
-def _indicator_width(cells: Sequence[object]) -> int:
-    """Return how many labels the cells tell by 0 and 1 for each, as in [0, 1, 0]; 0 where they hold names."""
+def _indicator_width(cells: Sequence[object], labels: Sequence[str], where: str) -> int:
+    """Return how many labels the cells tell by 0 and 1 for each, as in [0, 1, 0]; 0 where they hold names.
+
+    Raises DataError for lists of 0 and 1 of different lengths, and for lists of shares, such as [0.3, 0.7].
+    """
     lists = [cell for cell in cells if isinstance(cell, list)]
-    widths = {len(cell) for cell in lists}
-    if len(widths) != 1 or not all(item in (0, 1) for cell in lists for item in cell):
+    items = [item for cell in lists for item in cell]
+    if share := next((item for item in items if isinstance(item, float) and not item.is_integer()), None):
+        raise DataError(
+            f"{where} holds lists of numbers such as {share}, and a row has a label or not", "write 0 and 1, or names"
+        )
+    if not items or not all(item in (0, 1) for item in items):
         return 0
-    width = widths.pop()
+    widths = {len(cell) for cell in lists}
     # Names stand in a list once; [0], [1] may be the names of two labels.
-    return width if width > 2 or any(len(set(cell)) < width for cell in lists) else 0
+    told = any(len(set(cell)) < len(cell) for cell in lists) or any(isinstance(item, bool) for item in items)
+    if told and len(widths) > 1:
+        raise DataError(
+            f"{where} holds lists of 0 and 1 that have {', '.join(map(str, sorted(widths)))} numbers",
+            "write one number for each label in every row",
+        )
+    (width, *others) = widths
+    named = len(labels) == width and not {"0", "1"}.issuperset(labels)
+    return width if not others and (told or width > 2 or (named and width > 1)) else 0
 
 
 def _indicated(cells: Sequence[object], width: int, labels: Sequence[str], where: str) -> list[tuple[str, ...] | None]:
@@ -331,12 +370,16 @@ def _refuse_commas(cells: Sequence[object], where: str) -> None:
         )
 
 
-def _one_spelling(labels: set[str]) -> dict[str, str]:
-    """Return one spelling for labels that mean the same: 0 for 0.0, true for True. Others stay as they are."""
+def _one_spelling(labels: set[str], known: Collection[str]) -> dict[str, str]:
+    """Return one spelling for labels that mean the same: 0 for 0.0, true for True, or the ``known`` one. Others stay as
+    they are."""
     by_meaning: dict[object, list[str]] = {}
-    for label in labels:
+    for label in sorted(labels.union(known)):
         meaning: object = label.lower() if label.lower() in ("true", "false") else label
         if _DECIMAL.fullmatch(label):
             meaning = float(label)
         by_meaning.setdefault(meaning, []).append(label)
-    return {label: min(same, key=lambda s: (len(s), s.swapcase())) for same in by_meaning.values() for label in same}
+    one = {
+        meaning: min(same, key=lambda s: (s not in known, len(s), s.swapcase())) for meaning, same in by_meaning.items()
+    }
+    return {label: one[meaning] for meaning, same in by_meaning.items() for label in same if label in labels}

@@ -99,7 +99,10 @@ class _Classification:
 
     def as_text(self, facts: Classification, first: str, second: str) -> str:
         if not facts.pair:
-            raise UsageError("the model reads one text, and two are given", "give texts, not pairs")
+            raise UsageError(
+                "the model reads one text, and two are given",
+                "give texts; export a checkpoint of pairs with two --text-column",
+            )
         return as_text(first, second)
 
     def answer(self, predictor: TextClassifier, texts: Sequence[str], generation: None = None) -> list[Answer]:
@@ -149,8 +152,9 @@ class _Classification:
         self, source: str, facts: Classification, *, reading: Reading, columns: Mapping[str, Any]
     ) -> Iterator[TextRow]:
         from deploykit.data.texts import read_texts, trained_columns
-        from deploykit.tasks.classification.pairs import read_pairs
+        from deploykit.tasks.classification.pairs import check_columns, read_pairs
 
+        check_columns(facts, columns.get("text_column") or ())
         chosen = trained_columns(source, columns.get("text_column") or (), facts.text_columns, reading)
         if facts.pair:
             return read_pairs(source, chosen, reading)

@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.classification.augment import augmented
-from deploykit.tasks.classification.checkpoint import TorchClassifier, separates, task_of
+from deploykit.tasks.classification.checkpoint import TorchClassifier, check_separates, labels_of, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
 from deploykit.tasks.classification.distill import Teacher, keep_layers
 from deploykit.tasks.classification.evaluate import LabelledRows, answer_rows
@@ -37,7 +36,7 @@ from deploykit.tasks.classification.rows import (
 from deploykit.tasks.classification.split import drop_leaks, split
 from deploykit.tasks.classification.trainable import trainable
 from deploykit.training import trainer
-from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens, pad_token_id
+from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens, pad_token_id
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 
@@ -51,8 +50,9 @@ class ClassificationStage:
     def __init__(self, options: ClassificationOptions) -> None:
         self._options = options
         self._tokenizer = load_tokenizer(options.origin)
-        config = AutoConfig.from_pretrained(options.origin, trust_remote_code=False)
+        config = load_config(options.origin)
         self._head = trained_labels(config)
+        self._known_labels = {*self._head, *options.named_labels}
         limit = max_tokens(self._tokenizer, config)
         self._max_length = options.max_length or min(_DEFAULT_LENGTH, limit)
         if options.max_length > limit:
@@ -60,11 +60,8 @@ class ClassificationStage:
                 f"--max-length is {options.max_length}, but {options.origin} takes at most {limit} tokens",
                 f"give --max-length {limit} or less",
             )
-        if options.pair and not separates(self._tokenizer):
-            raise UsageError(
-                f"the tokenizer of {options.origin} puts nothing between the two texts of a pair",
-                r"join the columns into one text, with a separator of your choice: --text-separator ' '",
-            )
+        if options.pair:
+            check_separates(self._tokenizer, options.origin)
         if options.qat:
             self._trained_for = task_of(Path(options.origin), self._tokenizer, config)
             if self._trained_for.multi_label != options.multi_label:
@@ -75,7 +72,7 @@ class ClassificationStage:
 
     def load(self, source: str, split: str, columns: Columns | None) -> tuple[list[RawExample], Columns]:
         options = self._options
-        return load_examples(
+        raw, found = load_examples(
             source,
             text_columns=columns.text if columns else options.text_column,
             label_columns=columns.labels if columns else options.label_column,
@@ -83,10 +80,16 @@ class ClassificationStage:
             pair=options.pair,
             multi_label=options.multi_label,
             labels=options.label_order,
+            known=None if options.regression else self._known_labels,
             label_separator=options.label_separator,
             reading=options,
             split=split,
         )
+        if columns is None:  # the training rows
+            self._known_labels |= {
+                n for row in raw if row.label for n in label_parts(row.label, multi_label=options.multi_label)
+            }
+        return raw, found
 
     def clean(self, raw: Sequence[RawExample]) -> tuple[list[Example], CleaningReport]:
         return clean(raw, multi_label=self._options.multi_label)
@@ -254,7 +257,7 @@ def trained_labels(config: Any) -> tuple[str, ...]:
     """Return what the trained head of a checkpoint answers, in the order of its outputs; () where there is no head."""
     if not any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
         return ()
-    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return labels_of(config)
 
 
 def kept_order(labels: Sequence[str], head: Sequence[str]) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.utils.data import Dataset
-from transformers import AutoConfig, Trainer
+from transformers import Trainer
 
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer, facts_of
@@ -24,7 +24,7 @@ from deploykit.tasks.question_answering.rows import Example, RawRow, read_rows
 from deploykit.tasks.question_answering.split import drop_leaks, split, take
 from deploykit.tasks.question_answering.windows import EncodedContext, PairTokenizer, Window
 from deploykit.training import trainer
-from deploykit.training.checkpoint import load_for_training, load_tokenizer, max_tokens
+from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens
 from deploykit.training.levers import optimizers
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
@@ -37,7 +37,7 @@ class QuestionAnsweringStage:
     def __init__(self, options: QuestionAnsweringOptions) -> None:
         self._options = options
         self._tokenizer = load_tokenizer(options.origin)
-        config = AutoConfig.from_pretrained(options.origin, trust_remote_code=False)
+        config = load_config(options.origin)
         limit = max_tokens(self._tokenizer, config)
         if options.max_length > limit:
             raise UsageError(

@@ -23,7 +23,7 @@ from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.rows import Row
-from deploykit.training.checkpoint import load_model, load_tokenizer, not_loadable, quiet
+from deploykit.training.checkpoint import load_config, load_model, load_tokenizer, not_loadable, quiet
 from deploykit.training.weights import read_generation_config
 
 _PROBE = Row(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
@@ -219,10 +219,7 @@ def load_base_config(source: str) -> tuple[Any, Any]:
         with _reading_gguf(source) as (folder, file):
             config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
     else:
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever its dozen loaders raise
-            raise not_loadable(source, error) from error
+        config = load_config(source)
     check_supported(config, source)
     if source.endswith(".gguf"):
         return config, GenerationConfig.from_model_config(config)

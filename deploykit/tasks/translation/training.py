@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import (
-    AutoConfig,
     GenerationConfig,
     MarianConfig,
     MarianMTModel,
@@ -44,7 +43,7 @@ from deploykit.tasks.translation.rows import (
 from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.training import trainer
-from deploykit.training.checkpoint import load_model, load_tokenizer, not_loadable
+from deploykit.training.checkpoint import load_config, load_model, load_tokenizer, not_loadable
 from deploykit.training.levers import optimizers
 from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
@@ -190,8 +189,8 @@ class TranslationStage:
 def checkpoint_task(options: TranslationOptions, tokenizer: Any) -> Translation:
     """Return the task of the checkpoint in ``options``, without reading its weights."""
     model = options.origin
+    config = load_config(model)
     try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         generation = read_generation_config(model)
     except Exception as error:  # transformers' loaders raise exceptions of many classes
         raise not_loadable(model, error) from error

@@ -67,6 +67,13 @@ def test_repeated_headers_are_dropped_and_counted(tmp_path):
     assert reading_notes(str(path)) == ["2 repeated header lines dropped"]
 
 
+def test_byte_order_marks_of_concatenated_files_are_no_text(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('\ufeff\ufefftext,label\na,x\n\ufefftext,label\nb,y\n\ufeff"c, d",x\n', encoding="utf-8")
+    assert values(path) == [("a", "x"), ("b", "y"), ("c, d", "x")]
+    assert find_layout(path).repeated_headers == 1
+
+
 def test_columns_without_a_name_at_the_end_are_left_out_and_told(tmp_path):
     path = write(tmp_path / "spam.csv", "v1,v2,,,\nham,hello,,,\nspam,win,now,,\n")
     assert [dict(r.values) for r in read_records(str(path))] == [
@@ -162,6 +169,19 @@ def test_class_labels_of_parquet_keep_their_names(tmp_path):
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features).to_parquet(tmp_path / "a.parquet")
     assert values(tmp_path / "a.parquet") == [("a", "pos"), ("b", None)]
+
+
+def test_a_number_without_a_class_label_is_refused_or_skipped(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    table = pyarrow.table({"text": ["a", "b"], "label": [1, 2]}, schema=features.arrow_schema)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a.parquet:2: column 'label' has 2, and its ClassLabel has 2 names: neg, pos"):
+        values(tmp_path / "a.parquet")
+    first, second = read_records(str(tmp_path / "a.parquet"), Reading(on_error="skip"))
+    assert (first.values["label"], second.values) == ("pos", {})
+    assert second.problem.startswith("column 'label' has 2")
 
 
 def test_a_cloned_dataset_has_its_splits(tmp_path):

@@ -92,6 +92,8 @@ def test_json_array(tmp_path):
         ("a.csv", 'a,b\n"x" y,2\n', "row at line 2 is malformed"),
         ("a.csv", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "is not text: it seems to be a PNG image"),
         ("a.csv", b"PK\x03\x04" + b"\0" * 50, "Excel workbook"),
+        ("a.csv", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
         ("a.jsonl", b"PAR1" + b"\0" * 50, "a Parquet file"),
         ("a.csv", bytes(range(256)) * 8, "is not text"),
         ("a.csv", "text,label\nhello,x\n".encode("utf-16-le"), "give --encoding utf-16-le"),

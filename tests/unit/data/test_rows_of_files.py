@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -13,6 +14,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -64,12 +66,17 @@ ODD = [
 WORDS = [f"w{i}" for i in range(9)]
 LETTERS = st.characters(codec="utf-8", exclude_characters="\ufeff" if sys.version_info >= (3, 11) else "\0\ufeff")
 TEXTS = st.lists(st.one_of(st.sampled_from([*ODD, *WORDS]), st.text(LETTERS, max_size=4)), max_size=6).map("".join)
+NOT_IN_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
 }
+with contextlib.suppress(ImportError):  # the extra zst
+    import zstandard
+
+    COMPRESS[".zst"] = zstandard.compress
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Refusing:
 
 @st.composite
 def tables(draw: st.DrawFn) -> Table:
-    kind = draw(st.sampled_from(["csv", "tsv", "plain", "jsonl", "json", "parquet", "txt"]))
+    kind = draw(st.sampled_from(["csv", "tsv", "plain", "jsonl", "json", "parquet", "xlsx", "txt"]))
     texts: list[str | None] = list(draw(st.lists(TEXTS, min_size=1, max_size=9)))
     encoding = draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
     compression = draw(st.sampled_from([*COMPRESS, ".zip"]))
@@ -113,6 +120,9 @@ def tables(draw: st.DrawFn) -> Table:
         texts = [None if i in gaps and len(texts) > 2 else text for i, text in enumerate(texts)]
     if kind == "parquet":
         return Table("a.parquet", _parquet(texts), Reading(on_error="skip"), texts)
+    if kind == "xlsx":
+        texts = [NOT_IN_XML.sub(" ", text or "").replace("\r", " ") or None for text in texts]
+        return Table("a.xlsx", _workbook(texts), Reading(on_error="skip"), texts)
     header = draw(st.booleans())
     reading = Reading(on_error="skip")
     if kind in ("csv", "tsv"):
@@ -155,6 +165,20 @@ def _parquet(texts: Sequence[str | None]) -> bytes:
     whole = io.BytesIO()
     table = pyarrow.table({"n": [str(i) for i in range(len(texts))], "text": pyarrow.array(texts, pyarrow.string())})
     parquet.write_table(table, whole)
+    return whole.getvalue()
+
+
+def _workbook(texts: Sequence[str | None]) -> bytes:
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active.append(["n", "text"])
+    for i, text in enumerate(texts):
+        book.active.append([str(i), None])
+        if text is not None:
+            cell = book.active.cell(i + 2, 2, text)
+            cell.data_type = "s"  # and no formula
+    whole = io.BytesIO()
+    book.save(whole)
     return whole.getvalue()
 
 
@@ -223,7 +247,7 @@ def _table(path: Path, suffix: str) -> list[dict[str, Any]]:
 @FUZZ
 @given(
     content=st.one_of(st.binary(max_size=200), st.lists(TEXTS, max_size=8).map(lambda texts: "\n".join(texts).encode())),
-    suffix=st.sampled_from([".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet", ".csv.gz", ".txt.zip", ".xlsx", ".csv.xz"]),
+    suffix=st.sampled_from([".csv", ".tsv", ".txt", ".jsonl", ".json", ".parquet", ".csv.gz", ".txt.zip", ".xlsx", ".csv.xz", ".csv.zst"]),
     reading=st.builds(
         Reading,
         encoding=st.sampled_from([None, "latin-1", "utf-16", "utf-8"]),

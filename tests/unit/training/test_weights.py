@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from deploykit.artifacts import write_manifest
 from deploykit.errors import ArtifactError
 from deploykit.stages.finetune_options import make_options
+from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.facts import Classification
-from deploykit.training.checkpoint import load_for_training, load_model, quiet
+from deploykit.training.checkpoint import load_config, load_for_training, load_model, quiet
 from deploykit.training.source import check_source
 from deploykit.training.trainer import with_adapter
 from deploykit.training.weights import local_folder
@@ -164,7 +166,61 @@ def test_weights_without_effect_are_ignored_and_named(
 
 def test_a_head_of_another_size_than_the_config_says_is_refused(bert: Path, rewrite: Rewrite) -> None:
     folder = rewrite(bert, lambda w: {**w, "classifier.bias": w["classifier.bias"][:1]})
-    assert "classifier.bias (1,) for (2,)" in refusal(folder, "classification")
+    message = refusal(folder, "classification")
+    assert "classifier.bias (1,) for (2,)" in message
+    assert "names 2 labels, and the head has another number" in message
+
+
+def test_a_head_without_one_of_its_tensors_is_not_made_anew(bert: Path, rewrite: Rewrite) -> None:
+    folder = rewrite(bert, lambda w: {key: value for key, value in w.items() if key != "classifier.bias"})
+    with pytest.raises(ArtifactError, match=r"missing from model.safetensors: classifier.bias"):
+        load_for_training(str(folder))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_refused_by_key(bert: Path, rewrite: Rewrite, value: float) -> None:
+    key = "bert.embeddings.word_embeddings.weight"
+    folder = rewrite(bert, lambda w: {**w, key: torch.cat([torch.full((1, 32), value), w[key][1:]])})
+    assert f"not finite numbers (NaN or infinite): {key}" in refusal(folder, "classification")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_type_become_fp32(bert: Path, rewrite: Rewrite, dtype: torch.dtype) -> None:
+    folder = rewrite(bert, lambda w: {key: value.to(dtype) for key, value in w.items()})
+    loaded, exact = load_model(str(folder)).state_dict(), load_model(str(bert)).state_dict()
+    assert all(torch.equal(loaded[key], exact[key].to(dtype).float()) for key in exact)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_named(bert: Path, rewrite: Rewrite, name: str) -> None:
+    folder = rewrite(bert, dict)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert f"{name}: is a Git LFS pointer" in refusal(folder, "classification")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label in its config.json does not name each output once"),
+        ({"id2label": {"0": "a", "1": "a"}}, "id2label in its config.json does not name each output once"),
+        ({"problem_type": "token_classification"}, "problem_type 'token_classification' in its config.json is unknown"),
+    ],
+)
+def test_a_config_that_does_not_say_what_the_head_answers_is_refused(
+    bert: Path, rewrite: Rewrite, fields: dict[str, Any], message: str
+) -> None:
+    folder = rewrite(bert, dict)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    with pytest.raises(ArtifactError, match=re.escape(message)):
+        TorchClassifier.load(folder)
+
+
+def test_an_unknown_model_type_is_refused_by_every_task(bert: Path, rewrite: Rewrite) -> None:
+    folder = rewrite(bert, dict)
+    (folder / "config.json").write_text('{"model_type": "llama99"}')
+    with pytest.raises(ArtifactError, match="has model type `llama99`"):
+        load_config(str(folder))
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

@@ -53,6 +53,35 @@ def test_spellings_of_one_label_are_one(tmp_path):
     assert labels_of(tmp_path, ["1.5", "Yes", "yes", "00"]) == ["1.5", "Yes", "yes", "00"]
 
 
+def test_labels_are_spelled_as_the_model_does_and_that_is_said(tmp_path, caplog):
+    assert labels_of(tmp_path, ["0", "TRUE", "x"], known=("0.0", "True")) == ["0.0", "True", "x"]
+    assert "labels that mean the same are one: '0' is '0.0', 'TRUE' is 'True'" in caplog.text
+    assert labels_of(tmp_path, ["1.0", "1"], known=None) == ["1.0", "1"]
+
+
+@pytest.mark.parametrize("cell", ["['a' 'b']", "[a, b]", "[0 0 1]"])
+def test_text_that_only_looks_like_a_list_is_refused(tmp_path, cell):
+    with pytest.raises(DataError, match=r'a.jsonl:1: .* is no list that Python or JSON reads\n.*\["one", "other"\]'):
+        labels_of(tmp_path, [cell], multi_label=True)
+    assert labels_of(tmp_path, [cell, "[OC]|x"], multi_label=True, label_separator="|") == [cell, "[OC]|x"]
+
+
+def test_two_numbers_for_two_named_labels_tell_which_a_row_has(tmp_path):
+    cells = [[0.0, 1.0], [1, 0], []]
+    assert labels_of(tmp_path, cells[:2], multi_label=True, labels=("x", "y")) == ["y", "x"]
+    assert labels_of(tmp_path, cells, multi_label=True) == ["0|1", "0|1", ""]  # may be names
+    with pytest.raises(DataError, match="nothing names the labels"):
+        labels_of(tmp_path, [[False, True]], multi_label=True)
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"), [([[0, 0, 1], [1, 1]], "that have 2, 3 numbers"), ([[0.3, 0.7]], "numbers such as 0.3")]
+)
+def test_lists_of_numbers_that_tell_no_labels_are_refused(tmp_path, cells, message):
+    with pytest.raises(DataError, match=message):
+        labels_of(tmp_path, cells, multi_label=True)
+
+
 def test_rows_of_one_label_each_are_the_labels_of_their_text(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("text,label\nhello,a\nother,b\nhello,c\nhello,a\n")
