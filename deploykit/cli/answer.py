@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from deploykit.errors import UsageError
 @click.option("--input", "source", help="Questions with contexts: SQuAD's JSON, csv, tsv, jsonl, parquet.")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
 @click.option("--top-k", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers to a question.")
+@click.option("--no-answer-threshold", type=float, help="There is no answer if the log-odds of that, against the best span, "
+              "exceed this (default: the model's threshold).")  # fmt: skip
 @click.option("--page", type=click.Path(path_type=Path), help="HTML page of the answers to --input in their contexts, "
               "wrong ones first.")  # fmt: skip
 @reading_options(on_error="skip")
@@ -47,6 +50,7 @@ def command(
     source: str | None,
     output: Path | None,
     top_k: int,
+    no_answer_threshold: float | None,
     page: Path | None,
     reading: Reading,
     force: bool,
@@ -58,6 +62,8 @@ def command(
         )
     if bool(source) != bool(output or page):
         raise UsageError("--input needs --output or --page, and they need it", "name both")
+    if no_answer_threshold is not None and math.isnan(no_answer_threshold):
+        raise UsageError("--no-answer-threshold is nan", "give a number")
 
     from deploykit.data.open_text import read_lines
     from deploykit.data.texts import TextRow
@@ -67,6 +73,8 @@ def command(
     from deploykit.tasks.question_answering.page import write_page
 
     predictor: Any = open_for("question-answering", target, **where)
+    if no_answer_threshold is not None:
+        predictor = predictor.with_threshold(no_answer_threshold)
     try:
         if context is not None:
             reading.allow(str(context))
@@ -84,7 +92,7 @@ def command(
         with progress_bar("questions") as progress:
             if output is not None:
                 done = answer_source(
-                    predictor, source, output, identity=f"{identity_of(target, predictor)} {where}", columns={},
+                    predictor, source, output, identity=f"{identity_of(target, predictor)} {where} {no_answer_threshold}", columns={},
                     generation=top_k, reading=reading, force=force, progress=progress,
                 )  # fmt: skip
                 record |= answered_record(output, done)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,11 +15,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc
 import tritonclient.http as triton
+from killed_run import kill_at_step
+from safetensors.torch import load_file, save_file
 from tiny_answerer import WORDS, squad, write_checkpoint, write_squad
 
-from deploykit.artifacts import SAMPLES, load_manifest
+from deploykit.api import load
+from deploykit.artifacts import SAMPLES, load_manifest, write_manifest
 from deploykit.errors import RequestError, UsageError
+from deploykit.runtime.engines.native.loader import lacks
 from deploykit.tasks.opening import open_for, open_predictor
 from deploykit.tasks.question_answering.rows import read_rows
 from deploykit.tasks.question_answering.served import ServedAnswerer
@@ -65,8 +73,18 @@ def exported(deploykit: Deploykit, run: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def server(deploykit: Deploykit, exported: Path, folder: Path) -> Iterator[TritonServer]:
-    for name, engine in (("qa", "onnxruntime"), ("qa-openvino", "openvino")):
-        words = ("--name", name, "--engine", engine, "--precision", "fp32", "--model-repository", folder / "repository")
+    served = [("qa", "onnxruntime", "fp32"), ("qa-openvino", "openvino", "fp32")]
+    for name, engine, precision in (*served, *([] if lacks() else [("qa-native", "native", "int8")])):
+        words = (
+            "--name",
+            name,
+            "--engine",
+            engine,
+            "--precision",
+            precision,
+            "--model-repository",
+            folder / "repository",
+        )
         done = deploykit("package", exported, *words)
         assert done.code == 0, done.err
     with TritonServer(folder / "repository", http_port=0, grpc_port=0, metrics_port=0) as server:
@@ -114,6 +132,19 @@ def test_lora_trains_an_adapter_that_answers(deploykit: Deploykit, folder: Path)
     assert predictor.answer("after w1 ?", "w0 w1 w2")[0].text
 
 
+def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, folder: Path) -> None:
+    words = ("finetune", "--task", "question-answering", folder / "base", "--train", folder / "squad.json",
+             "--max-length", 48, "--doc-stride", 12, "--max-steps", 6, "--eval-steps", 2)  # fmt: skip
+    code, _, err = deploykit(*words, "--output-dir", folder / "whole")
+    assert code == 0, err
+    kill_at_step(5, *words, "--output-dir", folder / "killed")
+    code, _, err = deploykit(*words, "--output-dir", folder / "killed")
+    assert code == 0, err
+    assert "continuing the unfinished run" in err
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert weights[0] == weights[1], "bit for bit"
+
+
 def test_every_engine_and_precision_answers_as_the_table_says(
     exported: Path, folder: Path, deploykit: Deploykit
 ) -> None:
@@ -122,13 +153,51 @@ def test_every_engine_and_precision_answers_as_the_table_says(
     assert {("pytorch", "fp32"), ("onnxruntime", "fp32"), ("onnxruntime", "int8"), ("openvino", "int8")} <= set(lines)
     assert lines["onnxruntime", "fp32"]["agreement"] == 1
     assert lines["openvino", "int8"]["int8_kernels"] > 0
+    native = [] if lacks() else [("native", "int8")]
+    assert all(lines[each]["int8_kernels"] == 8 for each in native)
     test = folder / "run" / "splits" / "test.jsonl"
-    for engine, precision in (("onnxruntime", "fp32"), ("openvino", "int8")):
+    for engine, precision in (("onnxruntime", "fp32"), ("openvino", "int8"), *native):
         code, out, err = deploykit(
             "evaluate", exported, "--data", test, "--engine", engine, "--precision", precision, "--json"
         )
         assert code == 0, err
         assert json.loads(out)["metrics"]["f1"] == pytest.approx(lines[engine, precision]["f1"])
+
+
+def test_int8_that_loses_f1_leaves_layers_in_fp32(run: Path, folder: Path, deploykit: Deploykit) -> None:
+    """Two values of each attention are so large that one quantization step exceeds all others."""
+    ruined = folder / "ruined"
+    ruined.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(run / name, ruined / name)
+    weights = load_file(run / "model.safetensors")
+    for layer in range(2):
+        block = f"bert.encoder.layer.{layer}.attention"
+        for name in ("weight", "bias"):
+            weights[f"{block}.self.value.{name}"][[1, 20]] *= 3e4
+        weights[f"{block}.output.dense.weight"][:, [1, 20]] /= 3e4
+    save_file(weights, ruined / "model.safetensors", metadata={"format": "pt"})
+    rows = ("--data", run / "splits" / "test.jsonl", "--calibration-data", run / "splits" / "train.jsonl")
+    code, out, err = deploykit(
+        "export", ruined, "--output-dir", folder / "held", "--int8", "--max-drop", 3, *rows, "--json"
+    )
+    assert code == 0, err
+    record = json.loads(out)
+    f1 = {(line["engine"], line["precision"]): line["f1"] for line in record["accuracy"]}
+    for engine in ("onnxruntime", "openvino"):
+        assert record["quantization"]["search"][engine]["kept"], "it lost more, with all layers in INT8"
+        assert f1[engine, "int8"] > f1[engine, "fp32"] - 0.03
+
+
+def test_tensorrt_engines_are_built_as_for_classifiers(run: Path, folder: Path, deploykit: Deploykit) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+    code, out, err = deploykit(
+        "export", run, "--output-dir", folder / "trt", "--int8", "--max-drop", 100, "--calibration-rows", 8, "--trt",
+        "--builder", "rtx", "--precision", "int8", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    (engine,) = json.loads(out)["engines"]
+    assert (engine["precision"], engine["int8_gemms"] > 0) == ("int8", True)
 
 
 def test_the_graph_has_optimums_names(exported: Path) -> None:
@@ -156,6 +225,19 @@ def test_a_served_model_gives_the_spans_of_pytorch(server: TritonServer, run: Pa
             assert all(context[s.start : s.end] == s.text for s in ours.spans)
             assert ours.none == pytest.approx(theirs.none, abs=1e-2)
         served.close()
+
+
+@pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
+def test_native_answers_windows_of_many_questions_as_one_alone(
+    server: TritonServer, exported: Path, folder: Path
+) -> None:
+    local: Any = open_predictor(str(exported), url="", engine="native")
+    pairs = [*_pairs(folder / "squad.json"), ("w1 ?", "w1 😀 " * 200), ("after w3 ?", "w3 e\u0301 w4\r\nw5")]
+    together = local.try_all(pairs, top_k=3)
+    assert [local.try_all([pair], top_k=3)[0] for pair in pairs[-5:]] == together[-5:], "in any company"
+    with contextlib.closing(ServedAnswerer("qa-native", server.urls.http)) as served:
+        for ours, theirs in zip(served.try_all(pairs, top_k=3), together, strict=True):
+            assert [(s.text, s.start, s.end) for s in ours.spans] == [(s.text, s.start, s.end) for s in theirs.spans]
 
 
 def _ask(server: TritonServer, questions: list[str], contexts: list[str], **parameters: Any) -> dict[str, Any]:
@@ -188,6 +270,44 @@ def test_any_client_of_triton_asks_with_a_context_once_for_many_questions(server
     ]
     with pytest.raises(Exception, match="top_k must be an integer"):
         _ask(server, ["w1"], ["w1"], top_k=0)
+
+
+def test_a_client_of_grpc_asks_too(server: TritonServer) -> None:
+    client = tritonclient.grpc.InferenceServerClient(server.urls.grpc)
+    inputs = []
+    for name, values in (("QUESTION", ["after w1 ?", "after w9 ?"]), ("CONTEXT", [" ".join(WORDS), ""])):
+        inputs.append(tritonclient.grpc.InferInput(name, [2, 1], "BYTES"))
+        inputs[-1].set_data_from_numpy(np.array([[value.encode()] for value in values], np.object_))
+    answer = client.infer("qa", inputs, parameters={"top_k": 2})
+    client.close()
+    expected = _ask(server, ["after w1 ?", "after w9 ?"], [" ".join(WORDS), ""], top_k=2)
+    assert answer.as_numpy("ANSWER").tolist() == expected["ANSWER"].tolist()
+    assert answer.as_numpy("TOP_STARTS").tolist() == expected["TOP_STARTS"].tolist()
+
+
+def test_a_caller_chooses_the_threshold_for_no_answer(
+    server: TritonServer, run: Path, folder: Path, deploykit: Deploykit
+) -> None:
+    (folder / "short.txt").write_text("w0 w1 w2")
+    for target, where in ((run, ()), ("qa", ("--url", server.urls.http))):
+        for threshold, answered in ((-1000, False), (1000, True)):
+            code, out, err = deploykit(
+                "answer", target, "--question", "after w1 ?", "--context", folder / "short.txt", *where, "--json",
+                "--no-answer-threshold", threshold,
+            )  # fmt: skip
+            assert code == 0, err
+            (record,) = json.loads(out)["results"]
+            assert bool(record["answer"]) == answered
+    with pytest.raises(Exception, match="no_answer_threshold must be a number, not 'much'"):
+        _ask(server, ["w1"], ["w1"], no_answer_threshold="much")
+
+
+def test_python_asks_the_loaded_model(server: TritonServer, exported: Path) -> None:
+    pairs = [("after w1 ?", "w0 w1 w2"), ("after w3 ?", "w3 w4")]
+    with load(exported, engine="onnxruntime", precision="fp32") as local, load("qa", url=server.urls.http) as served:
+        for ours, theirs in zip(local.answer(pairs, top_k=2), served.answer(pairs, top_k=2), strict=True):
+            assert ours.fields["answer"] == theirs.fields["answer"]
+            assert len(ours.fields["answers"]) == 2
 
 
 def test_refused_questions_have_an_error(server: TritonServer, folder: Path) -> None:
@@ -278,6 +398,27 @@ def test_predict_answers_as_answer_does(run: Path, folder: Path, deploykit: Depl
     assert (code, "is not a table" in err) == (2, True), err
 
 
+def test_an_export_becomes_a_bundle_for_a_jetson(exported: Path, folder: Path, deploykit: Deploykit) -> None:
+    copy = Path(shutil.copytree(exported, folder / "for-jetson"))
+    shutil.copyfile(copy / "model.onnx", copy / "model.qdq.onnx")
+    write_manifest(copy, "export", load_manifest(exported).task, inputs="with TensorRT's graph")
+    code, out, err = deploykit(
+        "bundle", copy, "--device", "orin-nx", "--jetpack", "6.2", "--output", folder / "qa.tar.gz", "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["precisions"] == ["int8"]
+    code, _, err = deploykit("unpack", folder / "qa.tar.gz", "--output-dir", folder / "device")
+    assert code == 0, err
+    (bundle,) = (folder / "device").iterdir()
+    for step, says in (("build", "onnxruntime, int8"), ("verify", "100% of the answers equal the recorded ones")):
+        done = subprocess.run(
+            [bundle / "run.sh", step, "--engine", "onnxruntime"], capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHON": sys.executable},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert says in done.stdout
+
+
 def test_a_bundle_compares_spans_with_the_recorded_ones(exported: Path) -> None:
     facts = load_manifest(exported, "export").task
     bundled = task_of(facts).bundle(facts)
@@ -293,6 +434,7 @@ def test_a_bundle_compares_spans_with_the_recorded_ones(exported: Path) -> None:
     ("words", "code", "message"),
     [
         (("--question", "q"), 2, "give --question with --context"),
+        (("--question", "q", "--context", "c.txt", "--no-answer-threshold", "nan"), 2, "--no-answer-threshold is nan"),
         (("--input", "ask.jsonl"), 2, "--input needs --output or --page"),
         (("--question", "q", "--context", "absent.txt"), 1, "absent.txt: cannot be read"),
         (("--input", "ask.jsonl", "--output", "out.txt"), 2, "files of type '.txt' are not written"),

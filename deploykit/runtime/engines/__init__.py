@@ -91,7 +91,7 @@ ENGINES: Mapping[str, EngineInfo] = {
         gpu=True,
     ),
     "native": EngineInfo(
-        "deploykit.runtime.engines.native.classifier:NativeEngine",
+        "deploykit.runtime.engines.native.encoder:NativeEngine",
         graphs={"int8": NATIVE_FILE},
         decoder="deploykit.runtime.engines.native.translator:NativeModel",
         translators={"int8": (NATIVE_FILE,)},

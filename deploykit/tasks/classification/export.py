@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.data.sample import evenly
-from deploykit.errors import ExportError, UsageError
+from deploykit.errors import UsageError
 from deploykit.graphs.encoder_export import (
     EncoderGrader,
     build_engines,
@@ -29,22 +29,21 @@ from deploykit.graphs.export_options import (
     keep_samples,
     pick_rows,
 )
+from deploykit.graphs.native_encoder import write_native
 from deploykit.graphs.onnx_export import export_classifier, export_half_classifier, save_hub_files
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
-from deploykit.quantization.encoder import GRAPH, Calibrated, Quantizer
+from deploykit.quantization.encoder import GRAPH, Calibrated
 from deploykit.quantization.qdq import Ranges
 from deploykit.quantization.search import SAMPLE
 from deploykit.quantization.smooth_quant import Scales
-from deploykit.runtime.engines import NATIVE_FILE, load_engine
+from deploykit.runtime.engines import load_engine
 from deploykit.runtime.engines.protocol import Engine
 from deploykit.tasks.classification.calibration import calibrate, token_rows
 from deploykit.tasks.classification.checkpoint import TorchClassifier
-from deploykit.tasks.classification.encoders import EncoderClassifier, read_encoder
 from deploykit.tasks.classification.evaluate import labelled_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
-from deploykit.tasks.classification.native_program import linear_parts, save_native_classifier
 from deploykit.tasks.classification.parity import check_answers, check_parity, probes, require_equal
 from deploykit.tasks.classification.predictor import TextClassifier, load_classifier
 from deploykit.tasks.classification.rows import Example
@@ -111,7 +110,7 @@ def write(
         method, ranges = _ranges(found, trained, reference, options, say)
         metrics["quantization"], ranges = quantize_graphs(
             found, method, ranges, directory, options, grader, _remedy(checkpoint, trained), trace, say,
-            others=lambda: _native(reference, directory, say),
+            others=lambda: write_native(reference.model, directory, say, typed=task.token_types),
         )  # fmt: skip
     if options.trt is not None:
         metrics["engines"] = build_engines(
@@ -183,17 +182,6 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
         return load_classifier(self._directory, self._task, engine).scores(texts)
 
 
-class _NativeQuantizer:
-    """Writes the weights of deploykit's own engine. Its parts are layers; it needs no ranges."""
-
-    def __init__(self, encoder: EncoderClassifier, path: Path) -> None:
-        self._encoder, self._path = encoder, path
-        self.parts = linear_parts(encoder)
-
-    def write(self, parts: Collection[str]) -> None:
-        save_native_classifier(self._path, self._encoder, parts)
-
-
 def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
     """What else to try where INT8 loses too much."""
     train = f"deploykit finetune {shlex.quote(str(checkpoint))} --qat --output-dir RUN"
@@ -213,19 +201,6 @@ def _ranges(
     ranges = trained_ranges(trained, reference.model, found.model, ranges)
     say(f"{len(ranges)} activations have the ranges that the checkpoint was trained with")
     return "trained", ranges
-
-
-def _native(reference: TorchClassifier, directory: Path, say: Say) -> dict[str, Quantizer]:
-    """Write the weights of deploykit's own engine; {}, and a word of it, for a model that it does not run."""
-    try:
-        quantizer = _NativeQuantizer(
-            read_encoder(reference.model, typed=reference.task.token_types), directory / NATIVE_FILE
-        )
-    except ExportError as error:
-        say(f"nothing for the engine native: {error.message}")
-        return {}
-    quantizer.write(quantizer.parts)
-    return {NATIVE_FILE: quantizer}
 
 
 def _rows(

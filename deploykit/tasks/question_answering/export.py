@@ -27,6 +27,7 @@ from deploykit.graphs.export_options import (
     keep_samples,
     pick_rows,
 )
+from deploykit.graphs.native_encoder import write_native
 from deploykit.graphs.onnx_export import Signature, export_encoder, export_half_encoder, save_hub_files
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
@@ -49,6 +50,8 @@ from deploykit.tensorrt.build import plan
 
 __all__ = ["calibrate", "calibration_texts", "write", "write_fp32"]
 
+_TOKEN_HEAD = "qa_outputs"
+"""The linear layer of start and end logits, in every encoder of transformers."""
 _REMEDY = "another --method, --smooth-quant, more --calibration-rows"
 
 
@@ -98,8 +101,11 @@ def write(
         say(found.calibration.told(options.method))
         ranges = found.calibration.ranges(options.method)
         metrics["quantization"], ranges = quantize_graphs(
-            found, options.method, ranges, directory, options, grader, _REMEDY, trace, say
-        )
+            found, options.method, ranges, directory, options, grader, _REMEDY, trace, say,
+            others=lambda: write_native(
+                reference.model, directory, say, typed=task.token_types, token_head=_TOKEN_HEAD
+            ),
+        )  # fmt: skip
     if options.trt is not None:
         signature = signature_of(task)
         metrics["engines"] = build_engines(

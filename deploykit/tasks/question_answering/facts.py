@@ -13,6 +13,9 @@ from deploykit.tasks.protocol import GraphKind
 MAX_CONTEXT_CHARS = 16_000_000
 """Longest context that is accepted: a book has about a million characters."""
 
+MOST_ANSWERS = 100
+"""Most answers to one question."""
+
 
 @dataclass(frozen=True)
 class QuestionAnswering:

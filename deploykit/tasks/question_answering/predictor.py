@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -52,6 +53,12 @@ class Answerer:
         self.tokenizer = tokenizer
         self._read = read
         self._token_budget = token_budget
+
+    def with_threshold(self, threshold: float) -> Answerer:
+        """Return an answerer with the same model and another threshold for no answer (log-odds)."""
+        other = copy.copy(self)
+        other.task = replace(self.task, no_answer_threshold=threshold)
+        return other
 
     def answer(self, question: str, context: str, *, top_k: int = 1) -> list[Span]:
         """Return up to ``top_k`` answers, best first; the first has an empty text if there is no answer.
@@ -196,6 +203,9 @@ class TextAnswerer(Protocol):
     """An answerer in this process or on a server."""
 
     task: QuestionAnswering
+
+    def with_threshold(self, threshold: float) -> TextAnswerer:
+        """Return an answerer with another threshold for no answer; see ``Answerer``."""
 
     def answer(self, question: str, context: str, *, top_k: int = 1) -> list[Span]:
         """Return up to ``top_k`` answers, best first; see ``Answerer``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from deploykit.errors import DataError, UsageError
@@ -29,6 +31,14 @@ class ServedAnswerer(ServedModel):
                 f"{name} {task_of(self.facts).does}, it does not answer questions", "use deploykit predict"
             )
         self.task: QuestionAnswering = self.facts
+        self._parameters: dict[str, Any] = {}
+
+    def with_threshold(self, threshold: float) -> ServedAnswerer:
+        """Return an answerer with another threshold for no answer, over the same connections; see ``Answerer``."""
+        other = copy.copy(self)
+        other.task = replace(self.task, no_answer_threshold=threshold)
+        other._parameters = {"no_answer_threshold": str(threshold)}
+        return other
 
     def answer(self, question: str, context: str, *, top_k: int = 1) -> list[Span]:
         """Return up to ``top_k`` answers, best first; see ``Answerer``."""
@@ -49,7 +59,7 @@ class ServedAnswerer(ServedModel):
                 for row, context in enumerate(contexts)
             ]
             inputs = {"QUESTION": [q.encode() for q in questions], "CONTEXT": [c.encode() for c in sent]}
-            outputs = dict(zip(_OUTPUTS, self._infer(inputs, _OUTPUTS, {"top_k": top_k})))
+            outputs = dict(zip(_OUTPUTS, self._infer(inputs, _OUTPUTS, {"top_k": top_k, **self._parameters})))
             return [_found({name: array[row] for name, array in outputs.items()}) for row in range(len(chunk))]
 
         texts = [as_text(question, context) for question, context in pairs]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from deploykit.errors import UsageError
 from deploykit.runtime.protobuf_text import quoted
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
-from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text, from_text
+from deploykit.tasks.question_answering.facts import MOST_ANSWERS, QuestionAnswering, as_text, from_text
 
 if TYPE_CHECKING:
     from deploykit.attribution.explain import ExplainedText
@@ -144,9 +144,16 @@ class _QuestionAnswering:
     def request_parameters(self, facts: QuestionAnswering, generation: None) -> dict[str, Any]:
         return {}
 
-    def override(self, facts: QuestionAnswering, generation: Mapping[str, Any]) -> None:
-        if generation:
-            raise UsageError(f"{next(iter(generation))} is for a model that generates", "leave it out")
+    def override(self, facts: QuestionAnswering, generation: Mapping[str, Any]) -> int | None:
+        """Return the number of answers, ``top_k``, where it is given."""
+        if unknown := [name for name in generation if name != "top_k"]:
+            raise UsageError(f"{unknown[0]} is for a model that generates", "leave it out, or give top_k")
+        top_k = generation.get("top_k")
+        if top_k is not None and (
+            isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= MOST_ANSWERS
+        ):
+            raise UsageError(f"top_k is {top_k!r}", f"give a whole number from 1 to {MOST_ANSWERS}")
+        return top_k
 
     def metrics_text(self, columns: Mapping[str, Mapping[str, Any]]) -> str:
         from deploykit.tasks.question_answering.metrics_text import metrics_text

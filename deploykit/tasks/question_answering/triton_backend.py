@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,11 +26,10 @@ from deploykit.runtime.triton_requests import (
     parameters_of,
     strings,
 )
-from deploykit.tasks.question_answering.facts import QuestionAnswering
-from deploykit.tasks.question_answering.predictor import Pair, load_answerer
+from deploykit.tasks.question_answering.facts import MOST_ANSWERS, QuestionAnswering
+from deploykit.tasks.question_answering.predictor import Answerer, Pair, load_answerer
 from deploykit.tasks.question_answering.spans import Found, Span
 
-_MOST_ANSWERS = 100
 _OUTPUTS = (
     ("ANSWER", "TYPE_STRING", 1),
     ("START", "TYPE_INT32", 1),
@@ -65,22 +65,24 @@ class QuestionAnsweringBackend:
             self._answerer.try_all([("a", "a " * words)])
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answer a dynamic batch. Requests with the same ``top_k`` run together."""
+        """Answer a dynamic batch. Requests with the same parameters run together."""
         responses: list[Any] = [None] * len(requests)
-        accepted: dict[int, list[tuple[int, Rows, list[Pair]]]] = {}
+        accepted: dict[tuple[int, float | None], list[tuple[int, Rows, list[Pair]]]] = {}
         for i, request in enumerate(requests):
             try:
                 if request.is_cancelled():
                     raise CancelledError
                 rows = Rows(request, "QUESTION")
                 pairs = _pairs(request, rows)
-                accepted.setdefault(_top_k(request), []).append((i, rows, pairs))
+                accepted.setdefault((_top_k(request), _threshold(request)), []).append((i, rows, pairs))
             except RefusedError as refusal:
                 responses[i] = refusal.response()
-        for top_k, group in accepted.items():
-            for (i, rows, _), found in zip(group, self._find([pairs for _, _, pairs in group], top_k)):
+        for (top_k, threshold), group in accepted.items():
+            answerer = self._answerer if threshold is None else self._answerer.with_threshold(threshold)
+            for (i, rows, _), found in zip(group, _find(answerer, [pairs for _, _, pairs in group], top_k)):
                 try:
-                    responses[i] = self._respond(rows, found, top_k, requests[i].requested_output_names())
+                    wanted = requests[i].requested_output_names()
+                    responses[i] = _respond(rows, found, top_k, answerer.task.no_answer_threshold, wanted)
                 except RefusedError as refusal:
                     responses[i] = refusal.response()
         return responses
@@ -88,44 +90,50 @@ class QuestionAnsweringBackend:
     def close(self) -> None:
         """Do nothing: no request outlives its ``execute``."""
 
-    def _find(self, groups: list[list[Pair]], top_k: int) -> Sequence[list[Found | DataError] | RefusedError]:
-        """Answer the pairs of all requests in one run; if that fails, run each request alone."""
-        try:
-            found = self._answerer.try_all([pair for group in groups for pair in group], top_k=top_k)
-        except Exception as error:
-            if len(groups) > 1:
-                return [answer for group in groups for answer in self._find([group], top_k)]
-            pb_utils.Logger.log_error(traceback.format_exc())  # for the operator
-            return [FailedError(error)]
-        ends = np.cumsum([len(group) for group in groups])
-        return [found[end - len(group) : end] for group, end in zip(groups, ends)]
 
-    def _respond(
-        self, rows: Rows, found: list[Found | DataError] | RefusedError, top_k: int, wanted: Sequence[str]
-    ) -> Any:
-        if isinstance(found, RefusedError):
-            raise found
-        good = rows.good
-        rows.fail({row: one.message for row, one in zip(good, found) if isinstance(one, DataError)})
-        results = [_NOTHING] * len(rows.errors)
-        for row, one in zip(good, found):
-            if isinstance(one, Found):
-                results[row] = one
-        best = [one.decide(self._answerer.task.no_answer_threshold) for one in results]
-        top = [[*one.spans, *[_PADDING] * (top_k - len(one.spans))] for one in results]
-        tensors: dict[str, Callable[[], Any]] = {
-            "ANSWER": lambda: strings("ANSWER", [span.text for span in best]),
-            "START": lambda: numbers("START", [span.start for span in best], np.int32),
-            "END": lambda: numbers("END", [span.end for span in best], np.int32),
-            "SCORE": lambda: numbers("SCORE", [span.score for span in best], np.float32),
-            "NONE": lambda: numbers("NONE", [one.none for one in results], np.float32),
-            "ERROR": lambda: strings("ERROR", rows.errors),
-            "TOP_ANSWERS": lambda: _matrix("TOP_ANSWERS", [[s.text.encode() for s in row] for row in top], np.object_),
-            "TOP_STARTS": lambda: _matrix("TOP_STARTS", [[s.start for s in row] for row in top], np.int32),
-            "TOP_ENDS": lambda: _matrix("TOP_ENDS", [[s.end for s in row] for row in top], np.int32),
-            "TOP_SCORES": lambda: _matrix("TOP_SCORES", [[s.score for s in row] for row in top], np.float32),
-        }
-        return pb_utils.InferenceResponse([make() for name, make in tensors.items() if name in wanted])
+def _find(answerer: Answerer, groups: list[list[Pair]], top_k: int) -> Sequence[list[Found | DataError] | RefusedError]:
+    """Answer the pairs of all requests in one run; if that fails, run each request alone."""
+    try:
+        found = answerer.try_all([pair for group in groups for pair in group], top_k=top_k)
+    except Exception as error:
+        if len(groups) > 1:
+            return [answer for group in groups for answer in _find(answerer, [group], top_k)]
+        pb_utils.Logger.log_error(traceback.format_exc())  # for the operator
+        return [FailedError(error)]
+    ends = np.cumsum([len(group) for group in groups])
+    return [found[end - len(group) : end] for group, end in zip(groups, ends)]
+
+
+def _respond(
+    rows: Rows,
+    found: list[Found | DataError] | RefusedError,
+    top_k: int,
+    threshold: float | None,
+    wanted: Sequence[str],
+) -> Any:
+    if isinstance(found, RefusedError):
+        raise found
+    good = rows.good
+    rows.fail({row: one.message for row, one in zip(good, found) if isinstance(one, DataError)})
+    results = [_NOTHING] * len(rows.errors)
+    for row, one in zip(good, found):
+        if isinstance(one, Found):
+            results[row] = one
+    best = [one.decide(threshold) for one in results]
+    top = [[*one.spans, *[_PADDING] * (top_k - len(one.spans))] for one in results]
+    tensors: dict[str, Callable[[], Any]] = {
+        "ANSWER": lambda: strings("ANSWER", [span.text for span in best]),
+        "START": lambda: numbers("START", [span.start for span in best], np.int32),
+        "END": lambda: numbers("END", [span.end for span in best], np.int32),
+        "SCORE": lambda: numbers("SCORE", [span.score for span in best], np.float32),
+        "NONE": lambda: numbers("NONE", [one.none for one in results], np.float32),
+        "ERROR": lambda: strings("ERROR", rows.errors),
+        "TOP_ANSWERS": lambda: _matrix("TOP_ANSWERS", [[s.text.encode() for s in row] for row in top], np.object_),
+        "TOP_STARTS": lambda: _matrix("TOP_STARTS", [[s.start for s in row] for row in top], np.int32),
+        "TOP_ENDS": lambda: _matrix("TOP_ENDS", [[s.end for s in row] for row in top], np.int32),
+        "TOP_SCORES": lambda: _matrix("TOP_SCORES", [[s.score for s in row] for row in top], np.float32),
+    }
+    return pb_utils.InferenceResponse([make() for name, make in tensors.items() if name in wanted])
 
 
 def _matrix(name: str, rows: Sequence[Sequence[Any]], dtype: type[np.generic]) -> Any:
@@ -154,6 +162,20 @@ def _pairs(request: Any, rows: Rows) -> list[Pair]:
 def _top_k(request: Any) -> int:
     """Return the request parameter ``top_k``, by default 1."""
     given = parameters_of(request).get("top_k", 1)
-    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= _MOST_ANSWERS:
-        raise RefusedError(f"parameter top_k must be an integer from 1 to {_MOST_ANSWERS}, not {given!r}")
+    if isinstance(given, bool) or not isinstance(given, int) or not 1 <= given <= MOST_ANSWERS:
+        raise RefusedError(f"parameter top_k must be an integer from 1 to {MOST_ANSWERS}, not {given!r}")
     return given
+
+
+def _threshold(request: Any) -> float | None:
+    """Return the request parameter ``no_answer_threshold``, a number or its decimal text; None for the model's own."""
+    given = parameters_of(request).get("no_answer_threshold")
+    if given is None:
+        return None
+    try:
+        value = float("nan") if isinstance(given, bool) else float(given)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if math.isnan(value):
+        raise RefusedError(f"parameter no_answer_threshold must be a number, not {given!r}")
+    return value

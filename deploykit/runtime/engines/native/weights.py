@@ -168,21 +168,28 @@ class Weights(_File):
             raise ValueError("encoder and decoder do not fit")
 
 
-class ClassifierWeights(_File):
-    """The encoder of a classifier, and its head. ``longest``: positions that it knows, of each of its ``types`` of tokens."""
+class EncoderWeights(_File):
+    """An encoder and its head.
+
+    ``longest``: positions that it knows, of each of its ``types`` of tokens. ``by_token``: the head gives ``labels`` logits
+    for every token, otherwise for each text.
+    """
 
     def _lay(self, model: Mapping[str, Any]) -> None:
         encoder, head = model["encoder"], model["head"]
         self.encoder = self._stack(encoder)
-        self.head = HeadStruct(self._linear(head["out"]), _ACTIVATIONS.index(head["activation"]))
+        self.by_token = head is None
+        self.head = HeadStruct()
+        if head is not None:
+            self.head = HeadStruct(self._linear(head["out"]), _ACTIVATIONS.index(head["activation"]))
         self.vocabulary: int = encoder["vocabulary"]
         self.longest: int = encoder["longest"]
         self.types: int = encoder.get("types", 1)
-        self.labels: int = head["out"]["out"]
-        if head["out"]["in"] != encoder["last"]["out"]:
+        self.labels: int = encoder["last"]["out"] if head is None else head["out"]["out"]
+        if head is not None and head["out"]["in"] != encoder["last"]["out"]:
             raise ValueError("the head's layers do not fit")
         if encoder["pre_norm"] or not (self.longest and encoder["embedding_norm"]):
-            raise ValueError("is not a classifier's encoder")
+            raise ValueError("is not an encoder of this kind")
 
     @property
     def int8_layers(self) -> int:

@@ -1,4 +1,4 @@
-/* Encoder classifiers. */
+/* Encoders of BERT's kind, with a head that reads each text's first token (classifiers), or every token. */
 #include <math.h>
 #include <string.h>
 
@@ -58,8 +58,8 @@ static void attend_rows(Context *c, int number, const Stack *s, float *packed, i
     }
 }
 
-/* The rest of a layer after attention, for the rows ``first`` to ``last``, up to the next layer's input. */
-static void finish_rows(Context *c, const Stack *s, const Layer *l, const float *packed, int first, int last) {
+/* The rest of a layer after attention, for the rows ``first`` to ``last``, up to the input of ``next``. */
+static void finish_rows(Context *c, const Stack *s, const Layer *l, const Linear *next, const float *packed, int first, int last) {
     int64_t hidden = filled(s->hidden), wide = filled(3 * s->heads * s->head_size), inner = filled(l->up.out);
     Rows own = {c->given[1] + first * c->widest, c->quantized[1] + first * c->widest, c->step[1] + first};
     float *x = c->x + first * hidden, *middle = c->middle + first * inner;
@@ -75,7 +75,7 @@ static void finish_rows(Context *c, const Stack *s, const Layer *l, const float 
     linear_of(c, own, &l->down, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
     for (int r = 0; r < rows; r++) {
         c->kernels->normalize(&l->feed_forward_norm, x + r * hidden, x + r * hidden, s->hidden);
-        c->kernels->give_row(buffer(c, 0), &l[1].qkv, first + r, x + r * hidden, 1.0f);
+        c->kernels->give_row(buffer(c, 0), next, first + r, x + r * hidden, 1.0f);
     }
 }
 
@@ -126,23 +126,34 @@ static void finish_texts(Context *c, int number, const Stack *s, float *packed) 
             memcpy(c->logits + (int64_t)text * labels, c->middle + (int64_t)text * filled(labels), sizeof(float) * labels);
 }
 
+/* The head of every token, for the rows ``first`` to ``last``. */
+static void finish_tokens(Context *c, const Stack *s, int first, int last) {
+    int64_t read = filled(s->hidden), wide = filled(s->last.out), labels = s->last.out;
+    Rows from = {c->given[0] + first * read, c->quantized[0] + first * read, c->step[0] + first};
+    float *out = c->given[1] + first * c->widest; /* these rows' own */
+    linear_of(c, from, &s->last, last - first, 0, (int)wide / PANEL, (Then){.out = out});
+    for (int row = first; row < last; row++)
+        memcpy(c->logits + row * labels, out + (row - first) * wide, sizeof(float) * labels);
+}
+
 /* Each thread computes a layer for some of the rows, and waits for the others before attention. */
 void classify(Context *c, int number) {
     const Stack *s = c->encoder;
-    int first, last, width = s->heads * s->head_size, panels = filled(3 * width) / PANEL;
+    int first, last, width = s->heads * s->head_size, panels = filled(3 * width) / PANEL, tokens = !c->head->out.weight;
     int64_t wide = filled(3 * width), read = filled(s->hidden);
     share(c->rows, c->threads, number, &first, &last);
     for (int row = first; row < last; row++) look_up(c, s, row, c->ids[row], c->places[row]);
     for (int i = 0; i < s->layers; i++) {
-        int end = i == s->layers - 1;
+        int end = i == s->layers - 1, first_only = end && !tokens;
         float *packed = c->packed + (i % 2) * c->capacity * wide; /* other threads may still read the previous layer's */
         Rows from = {c->given[0] + first * read, c->quantized[0] + first * read, c->step[0] + first};
-        linear_of(c, from, &s->layer[i].qkv, last - first, end ? width / PANEL : 0, panels, (Then){.out = packed + first * wide});
+        linear_of(c, from, &s->layer[i].qkv, last - first, first_only ? width / PANEL : 0, panels, (Then){.out = packed + first * wide});
         barrier(c);
-        if (end) finish_texts(c, number, s, packed);
+        if (first_only) finish_texts(c, number, s, packed);
         else if (first < last) {
             attend_rows(c, number, s, packed, first, last);
-            finish_rows(c, s, &s->layer[i], packed, first, last);
+            finish_rows(c, s, &s->layer[i], end ? &s->last : &s->layer[i + 1].qkv, packed, first, last);
         }
     }
+    if (tokens && first < last) finish_tokens(c, s, first, last);
 }

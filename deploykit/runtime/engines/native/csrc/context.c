@@ -124,10 +124,11 @@ API Context *deploykit_new_classifier(const Stack *encoder, const Head *head, in
     return c;
 }
 
-/* ids of ``texts`` texts one after another; ``logits``: [texts][labels]. Returns 0 when there is no memory. */
+/* ids of ``texts`` texts one after another; ``logits``: [texts][labels], or of a head of every token [tokens][labels].
+ * Returns 0 when there is no memory. */
 API int deploykit_classify(Context *c, const int64_t *ids, const int32_t *places, const int32_t *starts, int texts,
                            float *logits) {
-    int most = TOKENS_PER_CLASSIFICATION * c->threads, longest = 0, rows = 0, labels = c->head->out.out;
+    int most = TOKENS_PER_CLASSIFICATION * c->threads, longest = 0, rows = 0, tokens = !c->head->out.weight;
     int32_t relative[TOKENS_PER_CLASSIFICATION + 1];
     for (int first = 0, last; first < texts; first = last) {
         relative[0] = rows = 0;
@@ -144,7 +145,7 @@ API int deploykit_classify(Context *c, const int64_t *ids, const int32_t *places
         c->starts = relative;
         c->texts = last - first;
         c->rows = rows;
-        c->logits = logits + (int64_t)first * labels;
+        c->logits = logits + (tokens ? (int64_t)starts[first] * c->encoder->last.out : (int64_t)first * c->head->out.out);
         run(c, classify);
     }
     return 1;

@@ -1,6 +1,6 @@
 /* Types and functions common to the files of the engine ``native``.
  *
- * The engine runs encoder classifiers, and encoders and decoders of translators, in INT8 on CPUs.
+ * The engine runs encoders with a head for a text or for each token, and encoders and decoders of translators, in INT8 on CPUs.
  *
  * Linear layers multiply S8 activations, with one scale per row, by S8 weights, with one scale per column. Keys and values
  * are stored as S8, each vector with its own scale; the decoder multiplies them by 16-bit queries and probabilities.
@@ -57,8 +57,9 @@ typedef struct {
     int32_t layers, hidden, heads, head_size, pre_norm, activation, distances, zero_distance;
 } Stack;
 
+/* A classifier's head, after the encoder's ``last``. */
 typedef struct {
-    Linear out;
+    Linear out;         /* weight NULL: none, and ``last`` is the head of every token */
     int32_t activation; /* before it */
 } Head;
 
@@ -141,7 +142,7 @@ typedef void (*Work)(Context *, int);
 
 struct Context {
     const Kernels *kernels;
-    const Stack *encoder, *decoder; /* decoder NULL: a classifier, with the head below */
+    const Stack *encoder, *decoder; /* decoder NULL: an encoder alone, with the head below */
     const Head *head;
     int threads, stop;
     pthread_t *thread;
@@ -164,7 +165,7 @@ struct Context {
     int8_t **cross;
     int texts, rows;
     int64_t stepping, choosing; /* nanoseconds spent in steps, and of that in the vocabulary */
-    float *logits;              /* [texts][labels] */
+    float *logits;              /* [texts or tokens][labels] */
 };
 
 INLINE int filled(int n) { return (n + PANEL - 1) / PANEL * PANEL; }

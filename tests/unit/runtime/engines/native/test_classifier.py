@@ -11,57 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from native_encoders import VOCABULARY, padded, random_model, runs_here, texts_of
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from deploykit.errors import ArtifactError, CorruptArtifactError, EngineError, ExportError
 from deploykit.graphs import encoder_export
+from deploykit.graphs.encoders import FAMILIES, read_encoder
 from deploykit.graphs.export_options import ExportOptions
+from deploykit.graphs.native_encoder import linear_parts, save_native_encoder
 from deploykit.runtime.engines import NATIVE_FILE
-from deploykit.runtime.engines.native.classifier import NativeEngine
-from deploykit.runtime.engines.native.loader import VARIABLE, instruction_sets, lacks
+from deploykit.runtime.engines.native.encoder import NativeEngine
+from deploykit.runtime.engines.native.loader import VARIABLE, instruction_sets
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.stages.export import export
 from deploykit.tasks.classification.checkpoint import TorchClassifier
-from deploykit.tasks.classification.encoders import FAMILIES, read_encoder
-from deploykit.tasks.classification.native_program import linear_parts, save_native_classifier
 
-runs_here = pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
-
-VOCABULARY, LONGEST, PAD = 119, 200, 1
-SHAPES = {"bert": (48, 4), "distilbert": (80, 2), "mpnet": (128, 1), "electra": (64, 2)}
-"""Hidden size and heads, of 12 to 128 values; 32 and 4 where nothing is said."""
+LONGEST = 200
 
 
 @cache
 def model_of(family: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    hidden, heads = SHAPES.get(family, (32, 4))
-    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_hidden_layers": 3, "intermediate_size": 72}
-    if family == "distilbert":
-        sizes = {"dim": hidden, "n_heads": heads, "n_layers": 3, "hidden_dim": 72}
-    extra = {"embedding_size": hidden} if family == "electra" else {}
-    config = AutoConfig.for_model(
-        family, vocab_size=VOCABULARY, max_position_embeddings=LONGEST + 2, pad_token_id=PAD, initializer_range=0.1,
-        num_labels=3, attn_implementation="eager", **{**sizes, **extra, **settings},
-    )  # fmt: skip
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    if family == "mpnet":  # whose biases are to matter
-        model.mpnet.encoder.relative_attention_bias.weight.data *= 20
-    return model
-
-
-def texts_of(*lengths: int) -> list[list[int]]:
-    random = np.random.default_rng(0)
-    return [random.integers(PAD + 1, VOCABULARY, n).tolist() for n in lengths]
-
-
-def padded(texts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    ids = np.full((len(texts), max(map(len, texts))), PAD, np.int64)
-    mask = np.zeros_like(ids)
-    for i, text in enumerate(texts):
-        ids[i, : len(text)], mask[i, : len(text)] = text, 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return random_model(AutoModelForSequenceClassification, family, layers=3, longest=LONGEST, num_labels=3, **settings)
 
 
 def by_torch(model: Any, texts: Sequence[Sequence[int]]) -> Any:
@@ -74,7 +45,7 @@ def save(folder: Path, family: str, int8: Sequence[str] | None = None) -> Path:
     encoder = read_encoder(model_of(family))
     parts = linear_parts(encoder) if int8 is None else int8
     path = folder / f"{family}-{len(parts)}.safetensors"  # do not overwrite a mapped file
-    save_native_classifier(path, encoder, parts)
+    save_native_encoder(path, encoder, parts)
     return path
 
 

@@ -1,7 +1,7 @@
-"""Families of encoder classifiers that deploykit's own engine runs: what their weights are.
+"""Families of encoders that deploykit's own engine runs: what their weights are.
 
 The encoder is BERT's in all of them: embeddings with a norm, layers with a norm after attention and after feed-forward, and a
-head that reads the first token.
+head that reads the first token (classifiers) or every token.
 
 Adding a family: a line in ``FAMILIES``.
 
@@ -26,11 +26,21 @@ from deploykit.runtime.engines.native.weights import LARGEST_HEAD
 
 
 @dataclass(frozen=True)
-class EncoderClassifier:
-    """All that determines the function of an encoder classifier.
+class TextHead:
+    """A classifier's head: out(activation(dense(hidden state of the first token)))."""
+
+    dense: Linear
+    activation: str
+    out: Linear
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """All that determines the function of an encoder with a head.
 
     ``embedding`` is [vocabulary, hidden]; ``positions`` [types x length, hidden], row 0 for the first token, with whatever
-    else is added to every token, for each of the ``types`` of tokens. Logits are out(activation(dense(hidden state of the first token))).
+    else is added to every token, for each of the ``types`` of tokens. A linear layer as ``head`` is applied to the hidden
+    state of every token.
     """
 
     heads: int
@@ -38,9 +48,7 @@ class EncoderClassifier:
     positions: Array
     embedding_norm: Norm
     layers: tuple[EncoderLayer, ...]
-    dense: Linear
-    activation: str
-    out: Linear
+    head: TextHead | Linear
     bias: RelativeBias | None = None
     types: int = 1
 
@@ -48,7 +56,7 @@ class EncoderClassifier:
 @dataclass(frozen=True)
 class _Family:
     """Names of a family's weights. ``layer`` has those of query, key, value, output and the norm after it, of feed-forward's
-    two layers and the norm after them. ``dense``, ``activation`` and ``out`` are the head."""
+    two layers and the norm after them. ``dense``, ``activation`` and ``out`` are a classifier's head."""
 
     base: str
     dense: str
@@ -87,10 +95,11 @@ _DISTILBERT_EPSILON = 1e-12  # its config has no field for it
 _POSITION_TYPES = ("absolute", None)
 
 
-def read_encoder(model: Any, *, typed: bool = False) -> EncoderClassifier:
-    """What ``model`` (a Hugging Face sequence classifier, on the CPU) computes; with ``typed``, of tokens of every type.
+def read_encoder(model: Any, *, typed: bool = False, token_head: str | None = None) -> Encoder:
+    """Return what ``model`` (a Hugging Face model, on the CPU) computes; with ``typed``, of tokens of every type.
 
-    Raises ExportError for one that computes something else than ``EncoderClassifier`` can say.
+    ``token_head`` names the linear layer that every token goes through; without it the model is a sequence classifier.
+    Raises ExportError for a model that computes something else than an ``Encoder`` can say.
     """
     config = model.config
     if (kind := config.model_type) not in FAMILIES:
@@ -111,7 +120,7 @@ def read_encoder(model: Any, *, typed: bool = False) -> EncoderClassifier:
         distances = positions
         types = weights[token_types][: None if typed else 1] if token_types in state else positions[:1] * 0
         positions = np.concatenate([positions + kind_of_token for kind_of_token in types])
-        found = EncoderClassifier(
+        found = Encoder(
             heads=sizes.num_attention_heads,
             embedding=weights[f"{family.base}.embeddings.word_embeddings.weight"],
             positions=positions,
@@ -129,9 +138,9 @@ def read_encoder(model: Any, *, typed: bool = False) -> EncoderClassifier:
                 )
                 for i in range(sizes.num_layers)
             ),
-            dense=weights.linear(family.dense),
-            activation=family.activation,
-            out=weights.linear(family.out),
+            head=weights.linear(token_head)
+            if token_head
+            else TextHead(weights.linear(family.dense), family.activation, weights.linear(family.out)),
             bias=_relative_bias(
                 getattr(model, family.base).encoder, weights[f"{family.base}.{family.relative}"], distances
             )

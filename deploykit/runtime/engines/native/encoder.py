@@ -1,4 +1,4 @@
-"""Run INT8 classifiers with deploykit's own engine, the C code in ``csrc/``."""
+"""Run INT8 encoders (classifiers, question answering) with deploykit's own engine, the C code in ``csrc/``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
 from deploykit.runtime.engines.native.loader import open_library
-from deploykit.runtime.engines.native.weights import ClassifierWeights, HeadStruct, StackStruct
+from deploykit.runtime.engines.native.weights import EncoderWeights, HeadStruct, StackStruct
 
 
 def _library() -> ctypes.CDLL:
@@ -25,14 +25,18 @@ def _library() -> ctypes.CDLL:
 
 
 class NativeEngine:
-    """A classifier on the engine ``native``. It does not compute padding. A text's result depends neither on the rest
-    of the batch nor on the number of threads."""
+    """An encoder on the engine ``native``. It does not compute padding. A text's result depends neither on the rest of the
+    batch nor on the number of threads.
+
+    ``run`` returns logits [texts, labels]; of a head of every token an array [texts, padded length] for each of its outputs,
+    0 at padding.
+    """
 
     token_budget = 1024  # more is not faster, and would take hundreds of MB for intermediate results
 
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._library = _library()
-        self._weights = ClassifierWeights(graph)
+        self._weights = EncoderWeights(graph)
         self._context = self._library.deploykit_new_classifier(
             byref(self._weights.encoder), byref(self._weights.head), threads
         )
@@ -54,12 +58,16 @@ class NativeEngine:
         self._check(ids, lengths, types)
         position = (np.cumsum(mask, axis=1) - 1)[mask]
         places = (position + types * self._weights.longest).astype(np.int32)
-        logits = np.empty((len(mask), self._weights.labels), np.float32)
+        logits = np.empty((len(ids) if self._weights.by_token else len(mask), self._weights.labels), np.float32)
         if not self._library.deploykit_classify(
             self._context, ids.ctypes.data, places.ctypes.data, starts.ctypes.data, len(mask), logits.ctypes.data
         ):
             raise EngineError("there is no memory for this batch", "close other programs")
-        return [logits]
+        if not self._weights.by_token:
+            return [logits]
+        padded = np.zeros((self._weights.labels, *mask.shape), np.float32)
+        padded[:, mask] = logits.T
+        return list(padded)
 
     def int8_kernels(self) -> int:
         return self._weights.int8_layers
