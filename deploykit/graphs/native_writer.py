@@ -24,7 +24,7 @@ from deploykit.quantization.qdq import Ranges, quantize_weight
 from deploykit.runtime.engines.native.weights import ALIGNMENT, FORMAT, PANEL
 
 _ZERO = 128  # the engine adds it to S8 activations, to make them unsigned
-_TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}
+_TYPES = {"int8": "I8", "uint8": "U8", "uint16": "U16", "int32": "I32", "float32": "F32"}
 
 
 def save_native(path: Path, architecture: Architecture, ranges: Ranges) -> None:

@@ -209,7 +209,7 @@ def _check_parity(directory: Path, reference: TorchGenerator, task: TextGenerati
             raise ExportError(
                 f"{row.origin}: the tokenizer cuts this row differently from the checkpoint's", "report it"
             )
-    graph = load_generator(directory, task, LANGUAGE_MODEL_FILES["fp32"][0], available_cpus())
+    graph = load_generator(directory, task, _ENGINE, LANGUAGE_MODEL_FILES["fp32"][0], available_cpus())
     standard = _StandardGraph(_standard_graph(directory, "fp32"))
     difference = 0.0
     logits = zip(some.encoded, reference.supervised_logits(some.encoded), graph.supervised_logits(some.encoded))
