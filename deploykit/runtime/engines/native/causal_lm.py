@@ -66,7 +66,10 @@ class NativeCausalLm:
         groups = -(-min(context, max(self.max_tokens, 1)) // _TOGETHER)
         self._longest = groups * _TOGETHER
         slots = (max_rows + 1, weights.layers, weights.key_heads)
-        self._caches = [ReservedArray((*slots, groups, size * _TOGETHER), np.uint16), ReservedArray((*slots, self._longest, size), np.uint16)]
+        self._caches = [
+            ReservedArray((*slots, groups, size * _TOGETHER), np.uint16),
+            ReservedArray((*slots, self._longest, size), np.uint16),
+        ]
         self._keys, self._values = (cache.view for cache in self._caches)
         self._touched = np.zeros(max_rows + 1, np.int64)  # tokens for which a slot's memory became real
         self._free = list(range(max_rows, 0, -1))
@@ -162,7 +165,12 @@ class NativeCausalLm:
         return self._weights.quantized_matrices
 
     def _compute(
-        self, tokens: Ints, positions: NDArray[np.int32], slots: NDArray[np.int32], places: NDArray[np.int32], logits: Logits
+        self,
+        tokens: Ints,
+        positions: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        places: NDArray[np.int32],
+        logits: Logits,
     ) -> None:
         """Check what the library does not check, and let it compute. ``logits``: [places, vocabulary]."""
         rows = len(tokens)
@@ -172,7 +180,9 @@ class NativeCausalLm:
             raise EngineError(f"a token is not one of the model's {self.vocabulary}", "export the model again")
         last = int(positions.max())
         if last >= self._longest:
-            raise EngineError(f"the caches hold {self._longest} tokens of a row", "raise --max-cache-mb, or give shorter texts")
+            raise EngineError(
+                f"the caches hold {self._longest} tokens of a row", "raise --max-cache-mb, or give shorter texts"
+            )
         if self._tables and last >= len(self._tables[0]):
             self._rotate(min(power_of_two(last + 1), self._longest))
         self._tokens[:rows] = tokens
@@ -188,7 +198,9 @@ class NativeCausalLm:
         self._tables = []
         for frequencies, scale in self._weights.ropes:
             angles = (np.arange(positions, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
-            self._tables.append((np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32) * np.float32(scale)))
+            self._tables.append(
+                np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32) * np.float32(scale)
+            )
         self._rope = (c_void_p * max(1, len(self._tables)))(*(table.ctypes.data for table in self._tables))
 
     def _copy(self, source: int, target: int, begin: int, end: int) -> None:

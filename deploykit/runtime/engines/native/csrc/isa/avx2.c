@@ -419,6 +419,9 @@ INLINE const char *prefetch(const char *at, int lines) {
 
 INLINE void put(float *to, __m256 v, int add) { _mm256_storeu_ps(to, add ? _mm256_add_ps(v, _mm256_loadu_ps(to)) : v); }
 
+/* Keep the compiler from adding products of several steps first, which needs more registers than there are. */
+#define IN_ORDER(x) __asm__("" : "+x"(x))
+
 INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
                         int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     const __m128i *w = (const __m128i *)((const int8_t *)m->weight + panel * panel_bytes(m));
@@ -438,6 +441,8 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
                 __m256i v = _mm256_set1_epi32(two);
                 s[r][0] = _mm256_add_epi32(s[r][0], _mm256_madd_epi16(w0, v));
                 s[r][1] = _mm256_add_epi32(s[r][1], _mm256_madd_epi16(w1, v));
+                IN_ORDER(s[r][0]);
+                IN_ORDER(s[r][1]);
             }
         }
     }
@@ -476,8 +481,10 @@ INLINE void half_nibbles(const int rows, int half, const uint8_t *x, int64_t str
                 int32_t four;
                 memcpy(&four, x + r * stride + 4 * k, 4);
                 s[r] = _mm256_add_epi16(s[r], _mm256_maddubs_epi16(low, _mm256_set1_epi32(four)));
+                IN_ORDER(s[r]);
                 memcpy(&four, x + r * stride + 16 + 4 * k, 4);
                 s[r] = _mm256_add_epi16(s[r], _mm256_maddubs_epi16(high, _mm256_set1_epi32(four)));
+                IN_ORDER(s[r]);
             }
         }
         __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)scales)), 16);
