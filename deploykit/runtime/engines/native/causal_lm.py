@@ -100,6 +100,7 @@ class NativeCausalLm:
             self._read = np.empty((power_of_two(len(wanted)), self.vocabulary), np.float32)
         places = np.array(sorted(wanted), np.int32)
         done = 0
+        self._make_room(self._length + len(ids) - int(self._touched[self._prompt]))
         for start in range(0, len(ids), _READ):
             part = np.array(ids[start : start + _READ], np.int64)
             here = places[(places >= start) & (places < start + len(part))] - start
@@ -120,6 +121,7 @@ class NativeCausalLm:
     def restore(self, block: Block) -> None:
         keys, values = block
         first, end = self._length // _TOGETHER, self._length + values.shape[2]
+        self._make_room(end - int(self._touched[self._prompt]))
         self._keys[self._prompt, :, :, first : first + keys.shape[2]] = keys
         self._values[self._prompt, :, :, self._length : end] = values
         self._length = end
@@ -127,9 +129,7 @@ class NativeCausalLm:
 
     def admit(self, reserved: int) -> None:
         slot = self._free.pop() if self._admitted else self._prompt
-        growth = reserved - int(self._past[: self.rows].sum())
-        if int(self._touched.sum()) + growth > self.max_tokens:
-            self._give_back()
+        self._make_room(reserved - int(self._past[: self.rows].sum()))
         if self._admitted:
             self._copy(self._prompt, slot, 0, self._length)
         self._admitted = True
@@ -209,8 +209,10 @@ class NativeCausalLm:
         self._values[target, :, :, begin:end] = self._values[source, :, :, begin:end]
         self._touched[target] = max(self._touched[target], end)
 
-    def _give_back(self) -> None:
-        """Give the memory past each slot's tokens back to the operating system."""
+    def _make_room(self, tokens: int) -> None:
+        """If ``tokens`` more would pass the limit, give the memory past each slot's tokens back to the system."""
+        if int(self._touched.sum()) + tokens <= self.max_tokens:
+            return
         held = np.zeros(len(self._touched), np.int64)
         held[self._prompt] = self._length
         held[self._slots[: self.rows]] = np.maximum(held[self._slots[: self.rows]], self._past[: self.rows])

@@ -106,6 +106,8 @@ class CausalWeights(WeightFile):
         layer.rope, layer.window = int(given["rope"]), int(given["window"])
         layer.gated, layer.parallel = int(given["gated"]), int(given["parallel"])
         layer.activation = ACTIVATIONS.index(given["activation"])
+        if layer.rope >= len(self.ropes):
+            raise ValueError(f"there is no table {layer.rope} of rotations")
         if layer.rope >= 0:
             layer.turned = len(self.ropes[layer.rope][0])
             if 2 * layer.turned > head_size:

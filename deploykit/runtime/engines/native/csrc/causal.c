@@ -7,8 +7,7 @@
 
 #include "kernels.h"
 
-#define LOCAL_BYTES 131072 /* of weights, that several groups of rows are multiplied by while they are in the L2 cache */
-#define AHEAD 4096         /* bytes to prefetch ahead in a panel that is read once */
+#define LOCAL_BYTES 32768 /* of weights, that all groups of rows are multiplied by while they are in a cache */
 
 typedef struct Causal {
     const CausalModel *model;
@@ -52,22 +51,26 @@ static void look_up(const CausalModel *model, int64_t token, int position, float
     for (int i = 0; positions && i < model->hidden; i++) x[i] += positions[i];
 }
 
-/* Multiply all rows by some of the panels. Groups of rows read weights from the cache, except for the first. */
+/* The weights to prefetch while ``group`` is multiplied by a panel: its share of the panel ``local`` panels later. A single group
+ * streams through the weights, which the CPU prefetches better by itself. */
+static Ahead ahead_of(const Matrix *m, int panel, int local, int group, int groups) {
+    int64_t bytes = panel_bytes(m), lines = bytes / blocks_of(m->in) / 64;
+    if (groups == 1 || group >= lines) return (Ahead){NULL, 0};
+    return (Ahead){(const char *)m->weight + (panel + local) * bytes + bytes * group / groups, (int)((lines + groups - 1) / groups)};
+}
+
+INLINE int local_panels(const Matrix *m) { return panel_bytes(m) < LOCAL_BYTES ? (int)(LOCAL_BYTES / panel_bytes(m)) : 1; }
+
+/* Multiply all rows by some of the panels. */
 static void product(Context *c, int number, const Given *from, const Matrix *m, int rows, int add, float *out, int64_t stride) {
-    int first, last, groups = groups_of(rows);
-    int64_t bytes = panel_bytes(m);
-    int local = bytes < LOCAL_BYTES ? (int)(LOCAL_BYTES / bytes) : 1, lines = (int)(bytes / blocks_of(m->in) / 64);
+    int first, last, groups = groups_of(rows), local = local_panels(m);
     share(panels_of(m->out), c->threads, number, &first, &last);
-    if (groups == 1) local = last - first;
-    for (int begin = first; begin < last; begin += local) {
-        int end = begin + local < last ? begin + local : last;
+    for (int begin = first; begin < last; begin += local)
         for (int g = 0; g < groups; g++) {
             Group some = group(rows, g);
-            for (int panel = begin; panel < end; panel++) {
-                const char *weight = (const char *)m->weight + panel * bytes;
-                Ahead ahead = {weight + AHEAD, lines};
+            for (int panel = begin; panel < begin + local && panel < last; panel++) {
+                Ahead ahead = ahead_of(m, panel, local, g, groups);
                 float rest[MOST_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
-                if (groups > 1) ahead = (Ahead){weight + local * bytes + bytes * g / groups, g < lines ? (lines + groups - 1) / groups : 0};
                 if ((panel + 1) * COLUMNS <= stride) {
                     c->kernels->multiply(from, m, some.row, some.rows, panel, add, to, stride, ahead);
                     continue;
@@ -77,35 +80,26 @@ static void product(Context *c, int number, const Given *from, const Matrix *m, 
                     memcpy(to + r * stride, rest + r * COLUMNS, sizeof(float) * (size_t)(stride - panel * COLUMNS));
             }
         }
-    }
 }
 
 /* Multiply by up (and gate), and apply the activation. */
 static void widen(Context *c, int number, const Given *from, const CausalLayer *layer, int rows, float *out, int64_t stride) {
     const Matrix *m = &layer->up;
-    int first, last, each = layer->gated ? 2 : 1, groups = groups_of(rows);
-    int64_t bytes = panel_bytes(m);
-    int local = bytes * each < LOCAL_BYTES ? (int)(LOCAL_BYTES / (bytes * each)) : 1, lines = (int)(bytes / blocks_of(m->in) / 64);
+    int first, last, each = layer->gated ? 2 : 1, groups = groups_of(rows), local = (local_panels(m) + each - 1) / each;
     share(panels_of(m->out) / each, c->threads, number, &first, &last);
-    if (groups == 1) local = last - first;
-    for (int begin = first; begin < last; begin += local) {
-        int end = begin + local < last ? begin + local : last;
+    for (int begin = first; begin < last; begin += local)
         for (int g = 0; g < groups; g++) {
             Group some = group(rows, g);
-            for (int panel = begin; panel < end; panel++) {
+            for (int panel = begin; panel < begin + local && panel < last; panel++) {
                 float gate[MOST_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
                 for (int i = 0; i < each; i++) {
-                    const char *weight = (const char *)m->weight + (panel * each + i) * bytes;
-                    Ahead ahead = {weight + AHEAD, lines};
-                    if (groups > 1) ahead = (Ahead){weight + local * each * bytes + bytes * g / groups, g < lines ? (lines + groups - 1) / groups : 0};
-                    int is_gate = layer->gated && i == 0;
-                    c->kernels->multiply(from, m, some.row, some.rows, panel * each + i, 0, is_gate ? gate : to,
-                                         is_gate ? COLUMNS : stride, ahead);
+                    int is_gate = i < each - 1, number_of_panel = panel * each + i;
+                    c->kernels->multiply(from, m, some.row, some.rows, number_of_panel, 0, is_gate ? gate : to,
+                                         is_gate ? COLUMNS : stride, ahead_of(m, number_of_panel, local * each, g, groups));
                 }
                 c->kernels->pass_gate(layer->activation, layer->gated ? gate : NULL, to, some.rows, stride);
             }
         }
-    }
 }
 
 /* Prepare all rows of ``x`` (of ``places``, if given), normed, as the input of ``next``. A single row is prepared by each thread
@@ -166,32 +160,51 @@ static void keep_rows(Context *c, int number, int layer_number, int64_t stride) 
     }
 }
 
-static void attend_rows(Context *c, int number, int layer_number, int64_t stride, int64_t out_stride) {
+/* Attention of ``heads`` heads, which share keys and values, of ``rows`` rows of one slot. */
+static void attend(Context *c, int number, int layer_number, int row, int rows, int head, int heads, int64_t stride,
+                   int64_t out_stride) {
     Causal *l = c->causal;
     const CausalModel *m = l->model;
     const CausalBatch *b = l->batch;
-    const CausalLayer *layer = &m->layer[layer_number];
-    int first, last, size = m->head_size, shared = m->heads / m->key_heads, many = b->rows >= 4 * c->threads;
+    int count = 0, size = m->head_size, window = m->layer[layer_number].window;
     int64_t region = b->positions_of_slot * padded_head(size);
-    if (many) { /* rows by turns, because those of a prompt see more and more */
-        first = 0;
-        last = (b->rows - number + c->threads - 1) / c->threads * m->heads;
-    } else {
+    int64_t at = (((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + head / (m->heads / m->key_heads)) * region;
+    Seen seen = {b->keys + at, b->values + at, size, m->scale, m->attention_cap};
+    SeenBy by[MOST_QUERIES];
+    for (int r = row; r < row + rows; r++)
+        for (int h = head; h < head + heads; h++) {
+            int n = b->positions[r] + 1;
+            by[count++] = (SeenBy){l->packed + r * stride + h * size, l->attended + r * out_stride + h * size,
+                                   window && n > window ? n - window : 0, n};
+        }
+    c->kernels->attend_seen(&seen, count, by, l->scores[number]);
+}
+
+static void attend_rows(Context *c, int number, int layer_number, int64_t stride, int64_t out_stride) {
+    const CausalModel *m = c->causal->model;
+    const CausalBatch *b = c->causal->batch;
+    int shared = m->heads / m->key_heads, most = shared < MOST_QUERIES ? shared : MOST_QUERIES, first, last;
+    if (b->rows < 4 * c->threads) { /* split the heads of each row */
         share(b->rows * m->heads, c->threads, number, &first, &last);
+        for (int unit = first, heads; unit < last; unit += heads) {
+            int head = unit % m->heads;
+            heads = shared - head % shared;
+            if (heads > last - unit) heads = last - unit;
+            if (heads > most) heads = most;
+            attend(c, number, layer_number, unit / m->heads, 1, head, heads, stride, out_stride);
+        }
+        return;
     }
-    for (int unit = first, heads; unit < last; unit += heads) {
-        int row = unit / m->heads, head = unit % m->heads;
-        if (many) row = row * c->threads + number;
-        heads = shared - head % shared;
-        if (heads > last - unit) heads = last - unit;
-        if (heads > MOST_HEADS) heads = MOST_HEADS;
-        int n = b->positions[row] + 1;
-        int64_t at = (((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + head / shared) * region;
-        Seen seen = {b->keys + at, b->values + at, layer->window && n > layer->window ? n - layer->window : 0, n, size, m->scale,
-                     m->attention_cap};
-        c->kernels->attend_seen(&seen, heads, l->packed + row * stride + head * size, l->scores[number],
-                                l->attended + row * out_stride + head * size);
-    }
+    /* Rows by turns, because those of a prompt see more and more. Rows of one slot are computed together. */
+    int together = MOST_QUERIES / most;
+    for (int row = number * together; row < b->rows; row += c->threads * together)
+        for (int from = row, rows; from < row + together && from < b->rows; from += rows) {
+            for (rows = 1; from + rows < row + together && from + rows < b->rows && b->slots[from + rows] == b->slots[from];) rows++;
+            for (int head = 0, heads; head < m->heads; head += heads) {
+                heads = shared - head % shared < most ? shared - head % shared : most;
+                attend(c, number, layer_number, from, rows, head, heads, stride, out_stride);
+            }
+        }
 }
 
 /* Add a block's output, normed if it has a norm, to the residual. */
@@ -277,7 +290,7 @@ static int make_room(Context *c, int rows, int positions) {
     if (positions > l->room) {
         l->room = 0;
         for (int i = 0; i < c->threads; i++)
-            if (!(l->scores[i] = room(l->scores[i], (int64_t)sizeof(float) * MOST_HEADS * (positions + 32)))) return 0;
+            if (!(l->scores[i] = room(l->scores[i], (int64_t)sizeof(float) * MOST_QUERIES * (positions + 32)))) return 0;
         l->room = positions;
     }
     return 1;

@@ -63,12 +63,21 @@ typedef struct {
     int64_t stride, apart;
 } Given;
 
-/* What a query attends to: the positions from ``first`` up to ``n``. */
+/* A head's keys and values in a slot. */
 typedef struct {
     const uint16_t *keys, *values;
-    int32_t first, n, size;
+    int32_t size;
     float scale, cap;
 } Seen;
+
+#define MOST_QUERIES 6 /* that share keys and values, computed together */
+
+/* A query of a head that attends to the positions from ``first`` up to ``n``. */
+typedef struct {
+    const float *query;
+    float *out;
+    int32_t first, n;
+} SeenBy;
 
 /* Memory to prefetch: ``lines`` cache lines for each 32 inputs of a product. */
 typedef struct {

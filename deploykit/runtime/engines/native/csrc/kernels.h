@@ -95,9 +95,9 @@ struct Kernels {
     void (*cap_values)(float *x, int n, float cap);
     /* Write a head's key and value at ``position`` as float16. */
     void (*keep_halves)(const float *key, const float *value, int size, int position, uint16_t *keys, uint16_t *values);
-    /* Attention of ``heads`` heads (up to MOST_HEADS) of a row, ``size`` floats apart, that share keys and values. ``scores``
-     * has room for each position of each head. */
-    void (*attend_seen)(const Seen *s, int heads, const float *query, float *scores, float *out);
+    /* Attention of ``queries`` queries (up to MOST_QUERIES) that share keys and values. ``scores`` has room for each position
+     * of each query. */
+    void (*attend_seen)(const Seen *s, int queries, const SeenBy *q, float *scores);
 };
 
 enum { NONE, RELU, SILU, GELU, GELU_TANH, TANH };

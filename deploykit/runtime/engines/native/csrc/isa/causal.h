@@ -80,59 +80,91 @@ static void keep_halves(const float *key, const float *value, int size, int posi
     }
 }
 
-INLINE void attend_few(const int heads, const Seen *s, const float *query, float *scores, float *out) {
-    int size = s->size, padded = padded_head(size), begin = s->first / 16 * 16, n = s->n;
-    int64_t apart = (n - begin + 15) / 16 * 16;
-    Floats highest[MOST_HEADS], sum[MOST_HEADS];
-    EACH_HEAD {
+#define EACH_QUERY _Pragma("GCC unroll 6") for (int g = 0; g < queries; g++) /* unrolled, so that sums stay in registers */
+
+/* The positions among 16 from ``t`` on that a query sees. */
+INLINE uint32_t seen_from(const SeenBy *q, int t) { return tail(q->n - t) & ~tail(q->first - t); }
+
+/* Write the scores of ``spans`` times 16 positions, and update the highest ones. */
+INLINE void score(const int queries, const int spans, const Seen *s, const SeenBy *q, int t, float *scores, int64_t apart,
+                  Floats *highest) {
+    int64_t span = 16 * padded_head(s->size);
+    const uint16_t *keys = s->keys + t / 16 * span;
+    Floats sums[MOST_QUERIES];
+    for (int g = 0; g < queries * spans; g++) sums[g] = f_zero();
+    for (int i = 0; i < s->size; i++, keys += 16)
+#pragma GCC unroll 6
+        for (int j = 0; j < spans; j++) {
+            Floats key = f_load_halves(keys + j * span);
+            EACH_QUERY sums[j * queries + g] = f_fma(key, f_set(q[g].query[i]), sums[j * queries + g]);
+        }
+#pragma GCC unroll 6
+    for (int j = 0; j < spans; j++)
+        EACH_QUERY {
+            Floats x = f_mul(sums[j * queries + g], f_set(s->scale));
+            if (s->cap > 0.0f) x = capped(x, s->cap);
+            x = f_select(seen_from(&q[g], t + 16 * j), f_set(-INFINITY), x);
+            highest[g] = f_max(highest[g], x);
+            f_store(scores + g * apart + 16 * j, x);
+        }
+}
+
+/* Write ``spans`` times 16 values of a head: those of the positions from ``begin`` to ``end``, weighed by ``shares``. */
+INLINE void weigh(const int queries, const int spans, const Seen *s, const SeenBy *q, int begin, int end, int i,
+                  const float *shares, int64_t apart, const Floats *whole) {
+    int padded = padded_head(s->size);
+    const uint16_t *values = s->values + (int64_t)begin * padded + i;
+    Floats sums[MOST_QUERIES];
+    for (int g = 0; g < queries * spans; g++) sums[g] = f_zero();
+    for (int t = begin; t < end; t++, values += padded, shares++)
+#pragma GCC unroll 6
+        for (int j = 0; j < spans; j++) {
+            Floats value = f_load_halves(values + 16 * j);
+            EACH_QUERY sums[j * queries + g] = f_fma(value, f_set(shares[g * apart]), sums[j * queries + g]);
+        }
+#pragma GCC unroll 6
+    for (int j = 0; j < spans; j++)
+        EACH_QUERY f_store_some(q[g].out + i + 16 * j, f_mul(sums[j * queries + g], whole[g]), s->size - i - 16 * j);
+}
+
+/* Positions that one query sees and another does not have a share of 0, which changes no sum. */
+INLINE void attend_few(const int queries, const Seen *s, const SeenBy *q, float *scores) {
+    const int spans = MOST_QUERIES / queries;
+    int begin = q->first, end = q->n, padded = padded_head(s->size), t, i;
+    for (int g = 1; g < queries; g++) {
+        if (q[g].first < begin) begin = q[g].first;
+        if (q[g].n > end) end = q[g].n;
+    }
+    int start = begin / 16 * 16;
+    int64_t apart = (end - start + 15) / 16 * 16;
+    Floats highest[MOST_QUERIES], sum[MOST_QUERIES], whole[MOST_QUERIES];
+    EACH_QUERY {
         highest[g] = f_set(-INFINITY);
         sum[g] = f_zero();
     }
-    for (int t = begin; t < n; t += 16) {
-        const uint16_t *keys = s->keys + (int64_t)t * padded;
-        uint32_t seen = tail(n - t) & ~tail(s->first - t);
-        Floats score[MOST_HEADS];
-        EACH_HEAD score[g] = f_zero();
-        for (int i = 0; i < size; i++, keys += 16) {
-            Floats key = f_load_halves(keys);
-            EACH_HEAD score[g] = f_fma(key, f_set(query[g * size + i]), score[g]);
-        }
-        EACH_HEAD {
-            score[g] = f_mul(score[g], f_set(s->scale));
-            if (s->cap > 0.0f) score[g] = capped(score[g], s->cap);
-            score[g] = f_select(seen, f_set(-INFINITY), score[g]);
-            highest[g] = f_max(highest[g], score[g]);
-            f_store(scores + g * apart + t - begin, score[g]);
-        }
-    }
-    EACH_HEAD highest[g] = f_set(f_highest(highest[g]));
-    for (int t = begin; t < n; t += 16) {
-        uint32_t seen = tail(n - t) & ~tail(s->first - t);
-        EACH_HEAD {
-            float *at = scores + g * apart + t - begin;
-            Floats e = f_select(seen, f_zero(), exponential(f_sub(f_load(at), highest[g])));
+    for (t = start; t + 16 * spans <= end; t += 16 * spans) score(queries, spans, s, q, t, scores + t - start, apart, highest);
+    for (; t < end; t += 16) score(queries, 1, s, q, t, scores + t - start, apart, highest);
+    EACH_QUERY highest[g] = f_set(f_highest(highest[g]));
+    for (t = start; t < end; t += 16)
+        EACH_QUERY {
+            float *at = scores + g * apart + t - start;
+            Floats e = f_select(seen_from(&q[g], t), f_zero(), exponential(f_sub(f_load(at), highest[g])));
             f_store(at, e);
             sum[g] = f_add(sum[g], e);
         }
-    }
-    Floats whole[MOST_HEADS];
-    EACH_HEAD whole[g] = f_set(1.0f / f_sum(sum[g]));
-    for (int i = 0; i < padded; i += 16) {
-        const uint16_t *values = s->values + (int64_t)s->first * padded + i;
-        EACH_HEAD sum[g] = f_zero();
-        for (int t = s->first; t < n; t++, values += padded) {
-            Floats value = f_load_halves(values);
-            EACH_HEAD sum[g] = f_fma(value, f_set(scores[g * apart + t - begin]), sum[g]);
-        }
-        EACH_HEAD f_store_some(out + g * size + i, f_mul(sum[g], whole[g]), size - i);
-    }
+    EACH_QUERY whole[g] = f_set(1.0f / f_sum(sum[g]));
+    scores += begin - start;
+    for (i = 0; i + 16 * spans <= padded; i += 16 * spans) weigh(queries, spans, s, q, begin, end, i, scores, apart, whole);
+    for (; i < padded; i += 16) weigh(queries, 1, s, q, begin, end, i, scores, apart, whole);
 }
 
-static void attend_seen(const Seen *s, int heads, const float *query, float *scores, float *out) {
-    switch (heads) {
-    case 1: attend_few(1, s, query, scores, out); break;
-    case 2: attend_few(2, s, query, scores, out); break;
-    case 3: attend_few(3, s, query, scores, out); break;
-    default: attend_few(4, s, query, scores, out);
+static void attend_seen(const Seen *s, int queries, const SeenBy *q, float *scores) {
+    switch (queries) {
+    case 1: attend_few(1, s, q, scores); break;
+    case 2: attend_few(2, s, q, scores); break;
+    case 3: attend_few(3, s, q, scores); break;
+    case 4: attend_few(4, s, q, scores); break;
+    case 5: attend_few(5, s, q, scores); break;
+    default: attend_few(6, s, q, scores);
     }
 }
