@@ -23,13 +23,13 @@ from deploykit.data.pypi_archives import fetch
 from deploykit.demo import SMOLLM2
 from deploykit.errors import DeploykitError
 from deploykit.graphs.export_options import ExportOptions
-from deploykit.runtime.engines import LANGUAGE_MODEL_FILES
+from deploykit.runtime.engines import ENGINES, LANGUAGE_MODEL_FILES
 from deploykit.stages.export import export
 from deploykit.tasks.text_generation.facts import TextGeneration
 
 ROOT = Path(__file__).parents[1]
-DEPLOYKIT, TRANSFORMERS, LLAMA, GENAI, OPENVINO, CTRANSLATE2 = (
-    "deploykit", "transformers", "llama.cpp", "onnxruntime-genai", "OpenVINO GenAI", "CTranslate2",
+DEPLOYKIT, NATIVE, TRANSFORMERS, LLAMA, GENAI, OPENVINO, CTRANSLATE2 = (
+    "deploykit", "deploykit native", "transformers", "llama.cpp", "onnxruntime-genai", "OpenVINO GenAI", "CTranslate2",
 )  # fmt: skip
 PEERS_PYTHON = Path(os.environ.get("GENERATION_VENV", "/tmp/deploykit-generation")) / "bin" / "python"
 _PACKAGES = {LLAMA: "xllamacpp", GENAI: "onnxruntime-genai", OPENVINO: "openvino-genai"}
@@ -39,6 +39,8 @@ _PACKAGES = {LLAMA: "xllamacpp", GENAI: "onnxruntime-genai", OPENVINO: "openvino
 BASE = Contender(TRANSFORMERS, "fp32")
 """Ratios are to its speed, and its tokens are what others are compared with."""
 CONTENDERS = (
+    Contender(NATIVE, "int8"),
+    Contender(NATIVE, "int4"),
     Contender(DEPLOYKIT, "int8"),
     Contender(DEPLOYKIT, "fp32"),
     BASE,
@@ -89,13 +91,15 @@ def prepare(checkpoint: Path, folder: Path, texts: Sequence[str]) -> Subject:
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": text, "completion": text}) + "\n" for text in texts))
-    export(checkpoint, folder / "export", ExportOptions(int8=True, data=str(rows), max_drop=100), say=say)
+    export(checkpoint, folder / "export", ExportOptions(int8=True, int4=True, data=str(rows), max_drop=100), say=say)
     return Subject(checkpoint, folder / "export", folder)
 
 
 def missing(contender: Contender, python: Path = PEERS_PYTHON) -> str | None:
     """Return why a contender cannot run here, or None."""
     package = _PACKAGES.get(contender.engine)
+    if contender.engine == NATIVE:
+        return ENGINES["native"].lacks
     if package is None:
         wanted = {CTRANSLATE2: "ctranslate2"}.get(contender.engine, "transformers")
         found = importlib.util.find_spec(wanted) is not None
@@ -113,10 +117,17 @@ def convert(contender: Contender, subject: Subject) -> dict[str, Any]:
     engine, precision = contender.engine, contender.precision
     if engine == TRANSFORMERS:
         return {"folder": str(subject.checkpoint), "size_mb": _size(subject.checkpoint.glob("*.safetensors"))}
+    if engine == NATIVE:
+        (file,) = ENGINES["native"].language_models[precision]  # type: ignore[index]
+        return {
+            "folder": str(subject.export), "file": file, "runs": "native", "size_mb": _size([subject.export / file])
+        }  # fmt: skip
     if engine in (DEPLOYKIT, GENAI):
         decoder, weights = LANGUAGE_MODEL_FILES["int8" if precision == "int8" else "fp32"]
         file = decoder if engine == DEPLOYKIT else weights.removesuffix("_data")
-        return {"folder": str(subject.export), "file": file, "size_mb": _size([subject.export / weights])}
+        return {
+            "folder": str(subject.export), "file": file, "runs": "onnxruntime", "size_mb": _size([subject.export / weights])
+        }  # fmt: skip
     if engine == CTRANSLATE2:
         folder = subject.folder / f"ctranslate2-{precision}"
         if not folder.exists():

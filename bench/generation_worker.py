@@ -53,13 +53,13 @@ def open_deploykit(job: Mapping[str, Any]) -> tuple[Generate, str]:
     folder = Path(job["folder"])
     task = load_manifest(folder, "export").task
     assert isinstance(task, TextGeneration)
-    generator = load_generator(folder, task, job["file"], job["threads"])
+    generator = load_generator(folder, task, job["runs"], job["file"], job["threads"])
 
     def generate(prompts: Sequence[Ids], new: int) -> list[Ids]:
         sampling = Sampling(max_new_tokens=new, ignore_eos=True)
         return [list(answer.ids) for (answer,) in generator.generate(list(prompts), sampling)]
 
-    return generate, "onnxruntime"
+    return generate, job["runs"]
 
 
 def open_transformers(job: Mapping[str, Any]) -> tuple[Generate, str]:
@@ -169,6 +169,7 @@ def open_ctranslate2(job: Mapping[str, Any]) -> tuple[Generate, str]:
 
 ENGINES: Mapping[str, Callable[[Mapping[str, Any]], tuple[Generate, str]]] = {
     "deploykit": open_deploykit,
+    "deploykit native": open_deploykit,
     "transformers": open_transformers,
     "llama.cpp": open_llama,
     "onnxruntime-genai": open_onnxruntime_genai,

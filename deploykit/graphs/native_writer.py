@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from deploykit.quantization.qdq import Ranges, quantize_weight
 from deploykit.runtime.engines.native.weights import ALIGNMENT, FORMAT, PANEL
 
 _ZERO = 128  # the engine adds it to S8 activations, to make them unsigned
-_TYPES = {"int8": "I8", "int32": "I32", "float32": "F32"}
+_TYPES = {"int8": "I8", "uint8": "U8", "uint16": "U16", "int32": "I32", "float32": "F32"}
 
 
 def save_native(path: Path, architecture: Architecture, ranges: Ranges) -> None:
@@ -79,6 +79,22 @@ def save_native(path: Path, architecture: Architecture, ranges: Ranges) -> None:
     writer.save(path, stacks)
 
 
+def write_weights(path: Path, tensors: Mapping[str, NDArray[Any]], model: Mapping[str, Any]) -> None:
+    """Write a weight file: ``tensors`` by name, each at a multiple of 64 bytes, and the record ``model``."""
+    header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "model": json.dumps(model)}}
+    offset = 0
+    for name, array in tensors.items():
+        end = offset + array.nbytes
+        header[name] = {"dtype": _TYPES[array.dtype.name], "shape": list(array.shape), "data_offsets": [offset, end]}
+        offset = end + -end % ALIGNMENT
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in tensors.values():
+            file.write(array.tobytes() + bytes(-array.nbytes % ALIGNMENT))
+
+
 class NativeWriter:
     """Collects tensors by name; equal tensors are stored once. The linear layers named in ``int8`` become INT8."""
 
@@ -87,21 +103,7 @@ class NativeWriter:
         self._tensors: dict[str, NDArray[Any]] = {}
 
     def save(self, path: Path, stacks: dict[str, Any]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": FORMAT, "model": json.dumps(stacks)}}
-        offset = 0
-        for name, array in self._tensors.items():
-            header[name] = {
-                "dtype": _TYPES[array.dtype.name],
-                "shape": list(array.shape),
-                "data_offsets": [offset, offset + array.nbytes],
-            }
-            offset += array.nbytes
-        text = json.dumps(header).encode()
-        text += b" " * (-(len(text) + 8) % ALIGNMENT)
-        with path.open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for array in self._tensors.values():
-                file.write(array.tobytes())
+        write_weights(path, self._tensors, stacks)
 
     def stack(
         self, a: Architecture, embedding: Array, positions: Array | None, norm: Norm | None, bias: RelativeBias | None

@@ -53,6 +53,7 @@ def hold_limit(
     trace: MeasurementLog,
     say: Callable[[str], None],
     remedy: str = "another --method, more --calibration-rows",
+    instead: str = "fp32",
 ) -> Search | None:
     """Quantize all ``parts`` of a model or, if that loses more than ``limit`` points, all but the most sensitive ones.
 
@@ -61,6 +62,7 @@ def hold_limit(
         write: writes the graph with some parts left in fp32, and grades it.
         sample: outputs for some rows when only this part is INT8, or none is. It may overwrite the graph.
         remedy: the error's suggestion.
+        instead: the precision of the parts that are left.
 
     The last graph written is the result. Returns None if all parts are INT8. Raises ExportError with the measured table
     if half of the parts in fp32 do not hold the limit.
@@ -70,7 +72,7 @@ def hold_limit(
         return None
     table = grader.table
     loss = f"{name} loses {drop:.2f} points of {grader.judged}"
-    say(f"{loss}: measuring which of its {len(parts)} parts need fp32")
+    say(f"{loss}: measuring which of its {len(parts)} parts need {instead}")
     expected = sample(None)
 
     def change(part: str) -> float:
@@ -91,11 +93,11 @@ def hold_limit(
 
     def trial(kept: Sequence[str]) -> float:
         trials.append(Trial(len(kept), **trace.measured(f"{name}: {len(kept)} kept", partial(measure, kept))))
-        say(f"with {len(kept)} of {len(order)} parts in fp32 it loses {trials[-1].drop:.2f} points")
+        say(f"with {len(kept)} of {len(order)} parts in {instead} it loses {trials[-1].drop:.2f} points")
         return trials[-1].drop
 
     try:
-        kept = fewest(order, trial, limit)
+        kept = fewest(order, trial, limit, instead)
     except ExportError as error:
         trace.remove()
         raise ExportError(
@@ -108,8 +110,10 @@ def hold_limit(
     return Search(tuple(kept), tuple(order), tuple(sensitivity[part] for part in order), tuple(trials))
 
 
-def fewest(order: Sequence[str], drop: Callable[[Sequence[str]], float], limit: float) -> Sequence[str]:
-    """Return the shortest beginning of ``order`` that, left in fp32, keeps ``drop`` within ``limit``.
+def fewest(
+    order: Sequence[str], drop: Callable[[Sequence[str]], float], limit: float, instead: str = "fp32"
+) -> Sequence[str]:
+    """Return the shortest beginning of ``order`` that, left in a higher precision (``instead``), keeps ``drop`` within ``limit``.
 
     It doubles the length, then bisects. Raises ExportError if half of ``order`` is not enough.
     """
@@ -124,7 +128,7 @@ def fewest(order: Sequence[str], drop: Callable[[Sequence[str]], float], limit: 
     too_few, enough = 0, 1
     while not holds(min(enough, most)):
         if enough >= most:
-            raise ExportError(f"even with {most} of {len(order)} parts in fp32 it loses {drops[most]:.2f}")
+            raise ExportError(f"even with {most} of {len(order)} parts in {instead} it loses {drops[most]:.2f}")
         too_few, enough = enough, 2 * enough
     enough = min(enough, most)
     while enough - too_few > 1:

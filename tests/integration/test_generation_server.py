@@ -26,6 +26,8 @@ from deploykit.openai.app import create_app
 from deploykit.openai.measure import ask
 from deploykit.openai.server import OpenAIServer
 from deploykit.openai.triton_generator import TritonGenerator
+from deploykit.runtime.engines.native.causal_lm import NativeCausalLm
+from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.opening import open_graph, open_served
@@ -54,8 +56,17 @@ def local(export: Path) -> LocalGenerator:
 
 
 @pytest.fixture(scope="module")
-def server(export: Path, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def native_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_export(tmp_path_factory.mktemp("native") / "export", "gemma3_text", CHATML, native=True)
+
+
+@pytest.fixture(scope="module")
+def server(
+    export: Path, native_export: Path, tiny_export: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
     repository = tmp_path_factory.mktemp("repository")
+    if lacks() is None:
+        package(native_export, "native", repository, engine="native", settings=ServingSettings(threads=1, max_rows=8))
     package(export, "lm", repository, settings=ServingSettings(threads=1, max_rows=8, max_queue_size=32))
     package(tiny_export, "tiny", repository, engine="onnxruntime", precision="fp32")
     with start(repository) as server:
@@ -115,6 +126,25 @@ def test_answers_are_those_in_process(server: TritonServer, local: LocalGenerato
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (plain[0].prompt_tokens, plain[0].tokens)
     with pytest.raises(DataError, match=r"^messages is not a list"):
         list(served.stream([]))
+    served.close()
+
+
+@pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
+def test_the_engine_native_answers_as_in_process(server: TritonServer, native_export: Path) -> None:
+    ours = open_graph(native_export, load_manifest(native_export), engine="native", threads=1)
+    assert isinstance(ours, LocalGenerator)
+    assert isinstance(ours.model, NativeCausalLm)
+    served = open_served("native", server.urls.http)
+    assert isinstance(served, ServedGenerator)
+    prompts = [row["prompt"] for row in command_rows()[:24]]
+    for sampling in (
+        Sampling(max_new_tokens=40, logprobs=0, ignore_eos=True), Sampling(max_new_tokens=9, temperature=1.0, n=3),
+        Sampling(max_new_tokens=9, num_beams=3),
+    ):  # fmt: skip
+        for answers, expected in zip(served.reply(prompts, sampling), ours.reply(prompts, sampling)):
+            assert not isinstance(answers, DataError)
+            assert not isinstance(expected, DataError)
+            assert [(a.text, a.tokens) for a in answers] == [(a.text, a.tokens) for a in expected]
     served.close()
 
 

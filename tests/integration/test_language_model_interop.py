@@ -85,7 +85,7 @@ def test_another_tool_opens_an_export_and_gives_the_same_tokens(exported: Path, 
         pytest.skip("onnxruntime-genai wants other caches for GPT-2")
     decoder, weights = LANGUAGE_MODEL_FILES[precision]
     task = load_manifest(exported, "export").task
-    generator = load_generator(exported, task, decoder, 1)
+    generator = load_generator(exported, task, "onnxruntime", decoder, 1)
     prompts = [
         generator.tokenizer.encode_prompt([{"role": "user", "content": row["prompt"]}]) for row in command_rows()[:8]
     ]

@@ -87,13 +87,17 @@ def write_checkpoint(folder: Path, name: str = "llama", template: str | None = N
     return folder
 
 
-def write_export(folder: Path, name: str = "llama", template: str | None = None, **settings: Any) -> Path:
-    """A whole export of a random model, to be served."""
+def write_export(
+    folder: Path, name: str = "llama", template: str | None = None, *, native: bool = False, **settings: Any
+) -> Path:
+    """A whole export of a random model, to be served; with ``native``, also in INT8 for that engine."""
     from deploykit.artifacts import write_manifest
     from deploykit.graphs.causal_architecture import read_causal_architecture
     from deploykit.graphs.causal_decoder import build_causal_decoder
     from deploykit.graphs.causal_lm import build_causal_lm
+    from deploykit.graphs.native_causal import NativeCausalWriter
     from deploykit.graphs.writer import save_with_weights, save_with_weights_of
+    from deploykit.runtime.engines import NATIVE_FILE
     from deploykit.tasks.text_generation.checkpoint import checkpoint_facts
 
     model, own = random_model(name, **settings), tokenizer(template)
@@ -102,6 +106,8 @@ def write_export(folder: Path, name: str = "llama", template: str | None = None,
     architecture = read_causal_architecture(model)
     save_with_weights(build_causal_lm(architecture), folder / "model.onnx")
     save_with_weights_of(build_causal_decoder(architecture), folder / "decoder.onnx", folder / "model.onnx")
+    if native:
+        NativeCausalWriter(architecture).save(folder / NATIVE_FILE, 8)
     write_manifest(folder, "export", checkpoint_facts(model.config, model.generation_config, own), inputs=name)
     return folder
 

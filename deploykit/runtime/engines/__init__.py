@@ -10,13 +10,16 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import EngineError, MissingDependencyError, UsageError
 from deploykit.hardware import available_cpus
 from deploykit.runtime.cuda import has_gpu
 from deploykit.runtime.engines.native.loader import lacks as native_lacks
 from deploykit.runtime.engines.protocol import DecodeModel, Engine, Precision
+
+if TYPE_CHECKING:
+    from deploykit.runtime.engines.causal_lm import CausalLm
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class EngineInfo:
 
     - ``location``: its ``Engine``, which runs ``graphs`` (classifiers); empty if it has none.
     - ``decoder``: its ``DecodeModel``, which runs ``translators``; empty if it has none.
-    - ``language_models``: the graphs of language models that it runs.
+    - ``language_model``: its ``CausalLm``, which runs ``language_models``; empty if it has none.
     - ``packages``: any one of these is enough; ``extra`` installs one.
     - ``built``: the export's manifest lists the engines built for it.
     - ``provider``: the execution provider that ONNX Runtime must have.
@@ -37,6 +40,7 @@ class EngineInfo:
     graphs: Mapping[Precision, str] = field(default_factory=dict)
     decoder: str = ""
     translators: Mapping[Precision, tuple[str, ...]] = field(default_factory=dict)
+    language_model: str = ""
     language_models: Mapping[Precision, tuple[str, ...]] = field(default_factory=dict)
     built: bool = False
     gpu: bool = False
@@ -78,6 +82,7 @@ LANGUAGE_MODEL_FILES: Mapping[Precision, tuple[str, str]] = {
 }
 """Files of a language model for ONNX Runtime: the graph that deploykit decodes with, and the weights."""
 NATIVE_FILE = "native.int8.safetensors"
+NATIVE_LANGUAGE_MODELS: Mapping[Precision, tuple[str]] = {"int8": (NATIVE_FILE,), "int4": ("native.int4.safetensors",)}
 
 # In the order in which "auto" prefers them. OpenVINO runs encoders faster than ONNX Runtime on every x86 CPU measured,
 # and native is faster than both.
@@ -95,6 +100,8 @@ ENGINES: Mapping[str, EngineInfo] = {
         graphs={"int8": NATIVE_FILE},
         decoder="deploykit.runtime.engines.native.translator:NativeModel",
         translators={"int8": (NATIVE_FILE,)},
+        language_model="deploykit.runtime.engines.native.causal_lm:NativeCausalLm",
+        language_models=NATIVE_LANGUAGE_MODELS,
     ),
     "openvino": EngineInfo(
         "deploykit.runtime.engines.openvino:OpenVinoEngine",
@@ -109,6 +116,7 @@ ENGINES: Mapping[str, EngineInfo] = {
         {"fp32": "model.onnx", "int8": "model.u8s8.onnx"},
         "deploykit.runtime.engines.seq2seq:Seq2SeqModel",
         TRANSLATION_FILES,
+        "deploykit.runtime.engines.causal_lm:OnnxCausalLm",
         LANGUAGE_MODEL_FILES,
     ),
     # Last, so that "auto" does not choose it: it has not been measured on a GPU yet.
@@ -168,6 +176,12 @@ def load_decode_model(
     """Load encoder and decoder, the first two of ``files`` in ``folder``, as ``load_engine`` does."""
     model: type[DecodeModel] = _class(name, ENGINES[name].decoder, *(folder / file for file in files[:2]))
     return model(folder, files, threads or available_cpus(), device)
+
+
+def load_language_model(name: str, file: Path, threads: int, *, context: int, **limits: int) -> CausalLm:
+    """Open a language model's ``file`` with the engine ``name``; ``limits`` are those of ``CausalLm``."""
+    model: type[CausalLm] = _class(name, ENGINES[name].language_model, file)
+    return model(file, threads, context=context, **limits)
 
 
 def _class(name: str, location: str, *graphs: Path) -> Any:

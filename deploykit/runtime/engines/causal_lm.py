@@ -10,7 +10,6 @@ that of vAttention (arXiv 2405.04437).
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.errors import EngineError
 from deploykit.runtime.engines.onnxruntime import bind_array, open_session, session_options
+from deploykit.runtime.engines.reserved_memory import ReservedArray
 from deploykit.runtime.engines.rows import Ints, power_of_two, without
 
 Logits = NDArray[np.float32]
@@ -31,7 +30,15 @@ MAX_CACHE_BYTES = 1 << 30
 _PREFIX_SHARE = 4
 _LONG = 8192
 _LEAST_PROMPT = 64
-_NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python's mmap names from 3.11 on
+
+
+def cached_tokens(max_cache_bytes: int | None, token_bytes: int, context: int) -> tuple[int, int]:
+    """Return how many tokens fit the caches of rows, and of saved prompts, which get a quarter of ``max_cache_bytes``.
+    None: 1 GiB, or more where a row of 8,192 tokens needs it."""
+    if max_cache_bytes is None:
+        max_cache_bytes = max(MAX_CACHE_BYTES, token_bytes * min(context, _LONG) * 4 // 3)
+    all_tokens = max_cache_bytes // token_bytes
+    return all_tokens - all_tokens // _PREFIX_SHARE, all_tokens // _PREFIX_SHARE
 
 
 class CausalLm(Protocol):
@@ -45,6 +52,18 @@ class CausalLm(Protocol):
     max_rows: int
     max_tokens: int
     prefix_tokens: int
+
+    def __init__(
+        self,
+        file: Path,
+        threads: int,
+        *,
+        context: int,
+        max_rows: int = MAX_ROWS,
+        max_cache_bytes: int | None = None,
+    ) -> None:
+        """Open ``file``, to run on CPU ``threads``, for texts of up to ``context`` tokens. ``max_cache_bytes`` limits the
+        caches; see ``cached_tokens``. Raises EngineError naming the file that cannot be used."""
 
     def begin(self) -> None:
         """Empty the prompt area."""
@@ -77,8 +96,7 @@ class CausalLm(Protocol):
 class OnnxCausalLm:
     """``CausalLm`` on CPU threads, for texts of up to ``context`` tokens. Raises EngineError for an unusable graph.
 
-    ``max_cache_bytes`` limits the caches of rows and of saved prompts, which get a quarter of it. None: 1 GiB, or more
-    where a row of 8,192 tokens needs it.
+    ``max_cache_bytes`` limits the caches; see ``cached_tokens``.
     """
 
     def __init__(
@@ -96,10 +114,8 @@ class OnnxCausalLm:
         _, self._heads, _, self._size = inputs[self._caches[0]]
         self.vocabulary = int(self._session.get_outputs()[0].shape[1])
         token_bytes = len(self._caches) * self._heads * self._size * 4
-        if max_cache_bytes is None:
-            max_cache_bytes = max(MAX_CACHE_BYTES, token_bytes * min(context, _LONG) * 4 // 3)
-        self.prefix_tokens = max_cache_bytes // token_bytes // _PREFIX_SHARE
-        self.max_rows, self.max_tokens = max_rows, max_cache_bytes // token_bytes - self.prefix_tokens
+        self.max_rows = max_rows
+        self.max_tokens, self.prefix_tokens = cached_tokens(max_cache_bytes, token_bytes, context)
         self.rows = 0
         self._prompt = self._empty_prompt(_LEAST_PROMPT)
         self._length = 0
@@ -244,22 +260,12 @@ class _RowCaches:
     """Keys or values of one layer: ``view``, float32 [rows, heads, positions, head size], zeros until written."""
 
     def __init__(self, rows: int, heads: int, positions: int, size: int) -> None:
-        length = max(1, rows * heads * positions * size * 4)
-        try:
-            self._memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
-        except OSError as error:
-            raise EngineError(
-                f"{length / 1e9:.1f} GB of address space for caches cannot be reserved: {error}",
-                "lower --max-num-seqs or --max-cache-mb, or allow overcommit (vm.overcommit_memory 0 or 1)",
-            ) from error
-        self.view: NDArray[np.float32] = np.frombuffer(self._memory, np.float32).reshape(rows, heads, positions, size)
+        self._memory = ReservedArray((rows, heads, positions, size), np.float32)
+        self.view: NDArray[np.float32] = self._memory.view
 
     def give_back(self, row: int, start: int, end: int) -> None:
         """Give back the whole pages of a row's positions ``start`` to ``end``; they read as zeros again."""
         _, heads, positions, size = self.view.shape
         for head in range(heads):
             first = (row * heads + head) * positions * size * 4
-            begin = -(-(first + start * size * 4) // mmap.PAGESIZE) * mmap.PAGESIZE
-            length = (first + end * size * 4) // mmap.PAGESIZE * mmap.PAGESIZE - begin
-            if length > 0:
-                self._memory.madvise(mmap.MADV_DONTNEED, begin, length)
+            self._memory.give_back(first + start * size * 4, first + end * size * 4)

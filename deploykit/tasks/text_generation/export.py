@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, ExportError, UsageError
-from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
-from deploykit.graphs.causal_decoder import build_causal_decoder
-from deploykit.graphs.causal_lm import Bits, build_causal_lm, parts_of
+from deploykit.graphs.causal_architecture import read_causal_architecture
+from deploykit.graphs.causal_lm import parts_of
 from deploykit.graphs.export_options import (
     CalibrationOptions,
     ExportOptions,
@@ -27,35 +25,30 @@ from deploykit.graphs.export_options import (
     pick_rows,
 )
 from deploykit.graphs.gguf_file import GgufType, check_gguf, gguf_name, write_gguf
-from deploykit.graphs.writer import save_with_weights, save_with_weights_of
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
-from deploykit.quantization.grading import Grader, Line
-from deploykit.quantization.search import Search, hold_limit
 from deploykit.runtime.engines import LANGUAGE_MODEL_FILES
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
-from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.evaluate import Asked, ask, columns_of
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.genai_config import write_genai_config
-from deploykit.tasks.text_generation.generator import LocalGenerator, RowScore
-from deploykit.tasks.text_generation.metrics import scored_metrics
+from deploykit.tasks.text_generation.generator import LocalGenerator
+from deploykit.tasks.text_generation.grading import ENGINE, LanguageModelGrader, scored
 from deploykit.tasks.text_generation.predictor import load_generator
+from deploykit.tasks.text_generation.quantized import quantize, quantized_forms, save_graphs, standard_graph
 from deploykit.tasks.text_generation.rows import Row, load_rows, role_problem
 
 _MEASURED_ROWS = 100  # each is scored by PyTorch, and by every form of the model
 _PARITY_ROWS = 16
 _PARITY_TOKENS = 32
-_SEARCH_ROWS = 16
 _LOGIT_DIFFERENCE = 1e-3
 """Of logits, relative to the largest."""
 _TIE = 1e-4
 """Where the two likeliest tokens are closer than that, relative to the largest logit, rounding may choose either."""
-_ENGINE = "onnxruntime"
 
 
 def write(
@@ -81,32 +74,32 @@ def write(
     keep_samples(directory, asked.rows)
     say("writing the graph")
     architecture = read_causal_architecture(reference.torch_model)
-    _save(architecture, None, (), directory, "fp32")
+    save_graphs(architecture, None, directory=directory, precision="fp32")
     _save_tokenizer(reference, directory)
     write_genai_config(
-        directory, architecture, reference.torch_model.config, task, _standard_graph(directory, "fp32").name
+        directory, architecture, reference.torch_model.config, task, standard_graph(directory, "fp32").name
     )
     parity = _check_parity(directory, reference, task, asked, say)
     metrics: dict[str, Any] = {"rows": len(asked.rows), "parity": dataclasses.asdict(parity)}
     say(f"measuring on {len(asked.rows):,} rows")
-    grader = _Grader(directory, task, reference.tokenizer, asked.encoded)
-    grader.enter("fp32", "pytorch", list(_scored(reference, asked.encoded)))
-    grader.grade("fp32")
-    wanted: list[tuple[Precision, Bits, bool]] = [("int8", 8, options.int8), ("int4", 4, options.int4)]
-    for precision, bits, asked_for in wanted:
-        if asked_for:
-            record, search = _quantize(architecture, precision, bits, directory, options, grader, trace, say)
-            found = metrics.setdefault("quantization", {"search": {}})
-            found[precision] = record
-            if search is not None:
-                found["search"][f"{_ENGINE} {precision}"] = dataclasses.asdict(search)
+    grader = LanguageModelGrader(directory, task, reference.tokenizer, asked.encoded)
+    grader.enter("fp32", "pytorch", list(scored(reference, asked.encoded)))
+    grader.grade("fp32", ENGINE)
+    forms = quantized_forms(architecture, directory, options)
+    if forms:
+        metrics["quantization"] = quantize(forms, parts_of(architecture), options, grader, trace, say)
     for kind in options.gguf:
         _write_gguf(reference, directory, kind, options, grader, say)  # type: ignore[arg-type]
     return graded(task, metrics, grader, say)
 
 
 def _write_gguf(
-    reference: TorchGenerator, directory: Path, kind: GgufType, options: ExportOptions, grader: _Grader, say: Say
+    reference: TorchGenerator,
+    directory: Path,
+    kind: GgufType,
+    options: ExportOptions,
+    grader: LanguageModelGrader,
+    say: Say,
 ) -> None:
     """Write a GGUF file, and measure it as transformers reads it, which is not by the code that wrote it."""
     path = directory / gguf_name(kind)
@@ -123,7 +116,7 @@ def _write_gguf(
             raise ExportError(
                 f"{path.name}: its tokenizer cuts {text!r} differently from the checkpoint's", "report it"
             )
-    line = grader.enter(kind, "gguf", list(_scored(again, grader.rows, reference)))
+    line = grader.enter(kind, "gguf", list(scored(again, grader.rows, reference)))
     grader.refuse_loss(line, f"GGUF {kind}", options.max_drop, "leave this --gguf out")
 
 
@@ -164,21 +157,6 @@ def _rows(checkpoint: Path, task: TextGeneration, options: ExportOptions) -> lis
     return rows
 
 
-def _save(
-    architecture: CausalArchitecture, bits: Bits | None, kept: Collection[str], directory: Path, precision: Precision
-) -> None:
-    """Write the graph in optimum's layout, and the one that deploykit decodes with, which shares its weights."""
-    standard = _standard_graph(directory, precision)
-    save_with_weights(build_causal_lm(architecture, bits, kept=kept), standard)
-    decoder = build_causal_decoder(architecture, bits, kept=kept)
-    save_with_weights_of(decoder, directory / LANGUAGE_MODEL_FILES[precision][0], standard)
-
-
-def _standard_graph(directory: Path, precision: Precision) -> Path:
-    """The graph that optimum and onnxruntime-genai open."""
-    return directory / LANGUAGE_MODEL_FILES[precision][1].removesuffix("_data")
-
-
 def _save_tokenizer(reference: TorchGenerator, directory: Path) -> None:
     """What transformers and optimum open the export with, and what deploykit does."""
     reference.hf_tokenizer.save_pretrained(directory)
@@ -209,8 +187,8 @@ def _check_parity(directory: Path, reference: TorchGenerator, task: TextGenerati
             raise ExportError(
                 f"{row.origin}: the tokenizer cuts this row differently from the checkpoint's", "report it"
             )
-    graph = load_generator(directory, task, LANGUAGE_MODEL_FILES["fp32"][0], available_cpus())
-    standard = _StandardGraph(_standard_graph(directory, "fp32"))
+    graph = load_generator(directory, task, ENGINE, LANGUAGE_MODEL_FILES["fp32"][0], available_cpus())
+    standard = _StandardGraph(standard_graph(directory, "fp32"))
     difference = 0.0
     logits = zip(some.encoded, reference.supervised_logits(some.encoded), graph.supervised_logits(some.encoded))
     for ids, theirs, ours in logits:
@@ -290,112 +268,3 @@ def _greedy_parity(
             ties += int(tie)
             tokens += int(not tie)
     return tokens, equal, ties
-
-
-@dataclass(frozen=True)
-class _Scored(RowScore):
-    """``tokens`` int64 [supervised]: the likeliest token at each place; ``divergence`` float64 [supervised]: the
-    Kullback-Leibler divergence of the next token's distribution from that of fp32, in nats."""
-
-    tokens: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
-    divergence: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.empty(0))
-
-
-def _scored(
-    generator: LocalGenerator, rows: Sequence[EncodedRow], reference: LocalGenerator | None = None
-) -> Iterator[_Scored]:
-    expected = iter(()) if reference is None else reference.supervised_logits(rows)
-    for row, logits in zip(rows, generator.supervised_logits(rows)):
-        targets = row.ids[1:][row.supervised[1:]]
-        log = _log_softmax(logits)
-        best = logits.argmax(1)
-        divergence = np.zeros(0)
-        if reference is not None:
-            right = _log_softmax(next(expected))
-            divergence = (np.exp(right) * (right - log)).sum(1)
-        yield _Scored(log[np.arange(len(targets)), targets].astype(np.float32), best == targets, best, divergence)
-
-
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    shifted = (logits - logits.max(-1, keepdims=True)).astype(np.float64)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
-
-
-class _Grader(Grader[list[_Scored]]):
-    """Scores of right answers, token by token; ``agreement`` is of the likeliest tokens."""
-
-    figures = ("loss", "perplexity", "token_accuracy")
-    limited = ("loss",)
-
-    def __init__(
-        self, directory: Path, task: TextGeneration, tokenizer: ChatTokenizer, rows: Sequence[EncodedRow]
-    ) -> None:
-        super().__init__()
-        self._directory, self._task, self.rows = directory, task, rows
-        self._texts = [tokenizer.decode(row.ids[row.supervised].tolist()) for row in rows]
-
-    def measure(self, raw: list[_Scored]) -> dict[str, Any]:
-        metrics = scored_metrics(raw, self._texts)
-        divergence = np.concatenate([row.divergence for row in raw])
-        if len(divergence):
-            metrics["kl_mean"], metrics["kl_p99"] = float(divergence.mean()), float(np.percentile(divergence, 99))
-        return metrics
-
-    def answers(self, raw: list[_Scored]) -> list[str]:
-        return [str(token) for row in raw for token in row.tokens]
-
-    def grade(self, precision: Precision) -> Line:
-        reference = None if precision == "fp32" else self._load("fp32")
-        raw = list(_scored(self._load(precision), self.rows, reference))
-        return self.enter(precision, _ENGINE, raw, _kernels(self._directory / LANGUAGE_MODEL_FILES[precision][0]))
-
-    def sample(self, precision: Precision) -> NDArray[np.float32]:
-        """Log-probabilities of the right tokens of some rows, float32 [tokens]."""
-        rows = evenly(self.rows, _SEARCH_ROWS)
-        return np.concatenate([score.logprobs for score in self._load(precision).score(rows)])
-
-    def _load(self, precision: Precision) -> LocalGenerator:
-        return load_generator(self._directory, self._task, LANGUAGE_MODEL_FILES[precision][0], available_cpus())
-
-
-def _kernels(graph: Path) -> int:
-    """The linear layers of a graph that are quantized: ONNX Runtime has one kernel for them, and runs each in it."""
-    return sum(node.op_type == "MatMulNBits" for node in onnx.load(graph, load_external_data=False).graph.node)
-
-
-def _quantize(
-    architecture: CausalArchitecture, precision: Precision, bits: Bits, directory: Path, options: ExportOptions,
-    grader: _Grader, trace: MeasurementLog, say: Say,
-) -> tuple[dict[str, Any], Search | None]:  # fmt: skip
-    """Write a quantized graph; where it loses too much, with the most sensitive parts of the model left in fp32.
-
-    Returns what the manifest says of it.
-    """
-    name = precision.upper()
-    parts = parts_of(architecture)
-
-    def save(kept: Collection[str]) -> None:
-        _save(architecture, bits, kept, directory, precision)
-
-    def write(kept: Collection[str]) -> Line:
-        save(kept)
-        return grader.grade(precision)
-
-    def sample(part: str | None) -> NDArray[np.float32]:
-        if part is None:
-            return grader.sample("fp32")
-        save({*parts} - {part})
-        return grader.sample(precision)
-
-    search = hold_limit(name, parts, write, sample, grader, options.max_drop, trace, say, "a larger --max-drop")
-    line = grader.metrics[f"{_ENGINE}-{precision}"]
-    ratio = line["perplexity"] / grader.metrics[f"{_ENGINE}-fp32"]["perplexity"]
-    say(
-        f"{name}: perplexity x {ratio:.4f}, KL divergence of the next token {line['kl_mean']:.4f} on average and "
-        f"{line['kl_p99']:.4f} at the 99th percentile"
-    )
-    layers = _kernels(directory / LANGUAGE_MODEL_FILES[precision][0])
-    return {
-        "linear_layers": layers, "perplexity_ratio": ratio, "kl_mean": line["kl_mean"], "kl_p99": line["kl_p99"]
-    }, search  # fmt: skip

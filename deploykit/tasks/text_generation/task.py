@@ -79,7 +79,7 @@ class _TextGeneration:
         from deploykit.hardware import available_cpus
         from deploykit.tasks.text_generation.predictor import load_generator
 
-        return load_generator(path, facts, graphs.files[0], threads or available_cpus())
+        return load_generator(path, facts, graphs.engine, graphs.files[0], threads or available_cpus())
 
     def open_served(self, name: str, url: str) -> TextGenerator:
         from deploykit.tasks.text_generation.served import ServedGenerator

@@ -89,6 +89,7 @@ class TextGenerationBackend:
             load_generator,
             folder,
             task,
+            graphs.engine,
             graphs.files[0],
             cpu_threads(config),
             max_rows=max_rows,

@@ -23,8 +23,8 @@ FORMAT = "deploykit-native-1"
 PANEL = 64
 """Number of a linear layer's columns that are stored together."""
 ALIGNMENT = 64
-_TYPES = {"I8": np.int8, "I32": np.int32, "F32": np.float32}
-_ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh", "tanh")
+_TYPES = {"I8": np.int8, "U8": np.uint8, "U16": np.uint16, "I32": np.int32, "F32": np.float32}
+ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu by tanh", "tanh")
 LARGEST_HEAD = 256
 
 
@@ -60,7 +60,7 @@ class HeadStruct(ctypes.Structure):
     _fields_ = (("out", LinearStruct), ("activation", c_int32))
 
 
-class _File(ABC):
+class WeightFile(ABC):
     """A memory-mapped weight file. Raises EngineError or CorruptArtifactError naming the file that cannot be read."""
 
     def __init__(self, path: Path) -> None:
@@ -108,7 +108,7 @@ class _File(ABC):
             embedding_norm=self._norm(model["embedding_norm"], model["hidden"]),
             last_norm=self._norm(model["last_norm"], model["hidden"]),
             last=self._linear(model["last"]),
-            activation=_ACTIVATIONS.index(model["layers"][0]["activation"]),
+            activation=ACTIVATIONS.index(model["layers"][0]["activation"]),
             layers=len(layers),
             **{
                 name: model[name]
@@ -154,7 +154,7 @@ class _File(ABC):
         return address
 
 
-class Weights(_File):
+class Weights(WeightFile):
     """Encoder and decoder of a translator. ``longest``: largest number of positions, None for any."""
 
     def _lay(self, model: Mapping[str, Any]) -> None:
@@ -168,7 +168,7 @@ class Weights(_File):
             raise ValueError("encoder and decoder do not fit")
 
 
-class EncoderWeights(_File):
+class EncoderWeights(WeightFile):
     """An encoder and its head.
 
     ``longest``: positions that it knows, of each of its ``types`` of tokens. ``by_token``: the head gives ``labels`` logits
@@ -181,7 +181,7 @@ class EncoderWeights(_File):
         self.by_token = head is None
         self.head = HeadStruct()
         if head is not None:
-            self.head = HeadStruct(self._linear(head["out"]), _ACTIVATIONS.index(head["activation"]))
+            self.head = HeadStruct(self._linear(head["out"]), ACTIVATIONS.index(head["activation"]))
         self.vocabulary: int = encoder["vocabulary"]
         self.longest: int = encoder["longest"]
         self.types: int = encoder.get("types", 1)

@@ -14,8 +14,10 @@ from language_models import random_model, tokenizer
 from deploykit.errors import DataError, UsageError
 from deploykit.graphs.causal_architecture import read_causal_architecture
 from deploykit.graphs.causal_decoder import build_causal_decoder
+from deploykit.graphs.native_causal import NativeCausalWriter
 from deploykit.graphs.writer import save_with_weights
-from deploykit.runtime.engines.causal_lm import OnnxCausalLm
+from deploykit.runtime.engines import load_language_model
+from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.sampling import Sampling, override
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, chat_tokenizer, checkpoint_facts
@@ -25,21 +27,32 @@ from deploykit.tasks.text_generation.prefixes import PREFIX_BLOCK
 
 LONG = Sampling(max_new_tokens=40, ignore_eos=True)
 _LAYERS, _HEADS, _SIZE = 2, 2, 16
-TOKEN_BYTES = 2 * _LAYERS * _HEADS * _SIZE * 4
+BYTES = {"onnxruntime": 4, "native": 2}
+"""Of a number in the caches."""
 
 
-@pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("graph") / "decoder.onnx"
-    save_with_weights(build_causal_decoder(read_causal_architecture(random_model("llama"))), path)
-    return path
+@pytest.fixture(scope="module", params=BYTES)
+def graph(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in fp32, in a folder named for the engine that runs it."""
+    folder = tmp_path_factory.mktemp("graph") / request.param
+    folder.mkdir()
+    architecture = read_causal_architecture(random_model("llama"))
+    if request.param == "native":
+        if lacks() is not None:
+            pytest.skip(f"the engine native does not run here: {lacks()}")
+        NativeCausalWriter(architecture).save(folder / "model", None)
+    else:
+        save_with_weights(build_causal_decoder(architecture), folder / "model")
+    return folder / "model"
 
 
 def generator(graph: Path, **limits: int) -> LocalGenerator:
     model, own = random_model("llama"), tokenizer(CHATML)
     facts = checkpoint_facts(model.config, model.generation_config, own)
     tokens = chat_tokenizer(own, facts.eos_token_ids)
-    return LocalGenerator(facts, tokens, OnnxCausalLm(graph, 1, context=facts.max_length, **limits))
+    return LocalGenerator(
+        facts, tokens, load_language_model(graph.parent.name, graph, 1, context=facts.max_length, **limits)
+    )
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -210,8 +223,8 @@ def test_log_probabilities_of_the_prompt_are_those_of_scoring(graph: Path) -> No
 
 
 def test_caches_stay_within_their_limit_and_memory_is_given_back(graph: Path) -> None:
-    ours = generator(graph, max_rows=16, max_cache_bytes=400 * TOKEN_BYTES)
-    assert isinstance(ours.model, OnnxCausalLm)
+    token_bytes = 2 * _LAYERS * _HEADS * _SIZE * BYTES[graph.parent.name]
+    ours = generator(graph, max_rows=16, max_cache_bytes=400 * token_bytes)
     assert (ours.model.max_tokens, ours.model.prefix_tokens) == (300, 100)
     queries = [Query(prompt(60 + seed, seed), LONG) for seed in range(12)]
     for query in queries:
@@ -220,7 +233,7 @@ def test_caches_stay_within_their_limit_and_memory_is_given_back(graph: Path) ->
     while not ours.decoder.idle:
         ours.decoder.step()
         most = max(most, len(ours.decoder.running))
-        assert int(ours.model._touched.sum()) <= 300
+        assert int(ours.model._touched.sum()) <= 300  # type: ignore[attr-defined]
     assert most == 2, "three quarters of the tokens are for rows, a quarter for beginnings of prompts"
     for query in queries:
         alone = Query(query.prompt, LONG)

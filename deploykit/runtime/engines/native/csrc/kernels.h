@@ -2,7 +2,7 @@
  *
  * All tables give the same bits: float32 sums are in the order that isa/scalar.c defines. */
 #pragma once
-#include "native.h"
+#include "causal.h"
 
 /* Keys or values of heads in a decoder's attention; heads are ``apart`` positions apart. */
 typedef struct {
@@ -82,6 +82,22 @@ struct Kernels {
     /* Attention of ``rows`` queries, up to MOST_ROWS, of the tokens from ``from`` on, in the head quantized last. */
     void (*attend_head)(Attention *h, const Stack *s, int head, const float *query, int64_t wide, int from, int rows,
                         float *out, int64_t out_wide);
+
+    /* Write row ``row`` of ``to``, the input of the matrix ``next``. */
+    void (*give)(const Given *to, const Matrix *next, int row, const float *x);
+    /* Compute ``rows`` rows of ``from`` (up to MOST_ROWS) from ``row`` on times a panel, + bias. Write them to ``out``, whose
+     * rows are ``stride`` floats apart, or add them to it if ``add``. */
+    void (*multiply)(const Given *from, const Matrix *m, int row, int rows, int panel, int add, float *out, int64_t stride,
+                     Ahead ahead);
+    /* Compute activation(x), or with a ``gate``, [rows][16], activation(gate) * x, on 16 columns of ``x``. */
+    void (*pass_gate)(int activation, const float *gate, float *x, int rows, int64_t stride);
+    /* Compute cap * tanh(x / cap). */
+    void (*cap_values)(float *x, int n, float cap);
+    /* Write a head's key and value at ``position`` as float16. */
+    void (*keep_halves)(const float *key, const float *value, int size, int position, uint16_t *keys, uint16_t *values);
+    /* Attention of ``queries`` queries (up to MOST_QUERIES) that share keys and values. ``scores`` has room for each position
+     * of each query. */
+    void (*attend_seen)(const Seen *s, int queries, const SeenBy *q, float *scores);
 };
 
 enum { NONE, RELU, SILU, GELU, GELU_TANH, TANH };

@@ -166,6 +166,7 @@ struct Context {
     int texts, rows;
     int64_t stepping, choosing; /* nanoseconds spent in steps, and of that in the vocabulary */
     float *logits;              /* [texts or tokens][labels] */
+    struct Causal *causal;      /* a language model, or NULL */
 };
 
 INLINE int filled(int n) { return (n + PANEL - 1) / PANEL * PANEL; }
@@ -226,4 +227,6 @@ int64_t attention_room(const Stack *s, int positions);
 /* context.c */
 int reserve(Context *c, int rows, int positions);
 void *room(void *old, int64_t bytes);
+API Context *deploykit_new(const Stack *encoder, const Stack *decoder, int threads);
+API void deploykit_free(Context *c);
 API int deploykit_step(Context *c, const Batch *batch, const Choice *choice);

@@ -4,10 +4,12 @@
  * - Floats and Ints, 16 float32 or int32 values, and the operations f_* and i_* on them, as in scalar.c;
  * - ZERO, tile_int8, tile_float: products of linear layers;
  * - Query, put_query, key_products, COUNT_BYTES, put_counts, gather: products of a decoder's attention;
- * - value_sums: products of a classifier's attention. */
+ * - value_sums: products of a classifier's attention;
+ * - tile_shorts, tile_nibbles, tile_floats: products of a language model's matrices. */
 #include "rows.h"
 #include "attention.h"
 #include "text_attention.h"
+#include "causal.h"
 
 static void find(Found *f, const float *logits, int first, int n, int best, int scored) {
     if (scored) {
@@ -57,4 +59,10 @@ const Kernels TABLE = {
     .find = find,
     .take_head = take_head,
     .attend_head = attend_head,
+    .give = give,
+    .multiply = multiply,
+    .pass_gate = pass_gate,
+    .cap_values = cap_values,
+    .keep_halves = keep_halves,
+    .attend_seen = attend_seen,
 };

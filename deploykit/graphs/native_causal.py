@@ -1,0 +1,227 @@
+"""Write a language model's weights for the engine ``native``, in INT8, INT4 or fp32.
+
+INT8: a scale for each output channel. INT4: a scale and a zero point for each 32 inputs of a channel; embedding and head are
+INT8. The layout is that of ``csrc/causal.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.graphs.architecture import Array, Linear, Norm
+from deploykit.graphs.causal_architecture import CausalArchitecture, CausalLayer, Rope
+from deploykit.graphs.causal_lm import EMBEDDING, HEAD, Bits
+from deploykit.graphs.native_writer import write_weights
+from deploykit.graphs.seq2seq import side_by_side
+from deploykit.graphs.writer import activation_of
+from deploykit.runtime.engines.native.causal_weights import BLOCK, COLUMNS
+
+_LEVELS = 32767
+_LARGEST_SUM = 2**31 - 1
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Shares of a block's range that INT4 tries to cover; values outside are cut off."""
+_NORMS = ("attention_norm", "feed_forward_norm", "query_norm", "key_norm", "after_attention", "after_feed_forward")
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    kind: str
+    levels: int
+    tensors: Mapping[str, NDArray[Any]]
+
+
+class NativeCausalWriter:
+    """Writes weight files of one model. It keeps what it has quantized: a search writes many files."""
+
+    def __init__(self, architecture: CausalArchitecture) -> None:
+        self._a = architecture
+        self._quantized: dict[tuple[str, Bits], _Matrix] = {}
+        self._begin(None, frozenset())
+
+    def save(self, path: Path, bits: Bits | None, *, kept: Collection[str] = ()) -> None:
+        """Write a file with linear layers of ``bits`` (None: fp32).
+
+        ``kept`` parts (``parts_of``) stay in fp32, or beside INT4 in INT8.
+        """
+        a = self._a
+        self._begin(bits, frozenset(kept))
+        layers = [self._layer(i, layer) for i, layer in enumerate(a.layers)]
+        tied = a.head is a.embedding and a.head_bias is None and self._bits_of(EMBEDDING, 8) == self._bits_of(HEAD, 8)
+        model = {
+            "layers": layers,
+            "embedding": self._matrix(EMBEDDING, EMBEDDING, Linear(a.embedding.T), least=8),
+            "head": self._matrix(HEAD, EMBEDDING if tied else HEAD, Linear(a.head.T, a.head_bias), least=8),
+            "norm": self._norm("norm", a.norm),
+            "positions": None if a.positions is None else self._keep("positions", a.positions),
+            "longest": None if a.positions is None else len(a.positions),
+            "ropes": [{"frequencies": rope.frequencies.tolist(), "scale": rope.scale} for rope in self._ropes],
+            "vocabulary": len(a.head),
+            "hidden": a.embedding.shape[1],
+            "inner": a.layers[0].feed_forward.up.weight.shape[1],
+            "heads": a.heads,
+            "key_heads": a.key_heads,
+            "head_size": a.head_size,
+            "scale": a.scale,
+            "embedding_scale": a.embedding_scale,
+            "attention_cap": a.attention_cap or 0.0,
+            "logit_cap": a.logit_cap or 0.0,
+        }
+        write_weights(path, self._tensors, {"causal": model})
+        self._begin(None, frozenset())
+
+    def _begin(self, bits: Bits | None, kept: frozenset[str]) -> None:
+        self._bits, self._kept = bits, kept
+        self._tensors: dict[str, NDArray[Any]] = {}
+        self._ropes: list[Rope] = []
+
+    def _layer(self, i: int, layer: CausalLayer) -> dict[str, Any]:
+        attention, feed = layer.attention, layer.feed_forward
+        a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
+        up = feed.up if feed.gate is None else _by_turns(feed.gate, feed.up)
+        return {
+            "qkv": self._matrix(a, f"{a}.qkv", side_by_side(attention.query, attention.key, attention.value)),
+            "out": self._matrix(a, f"{a}.out", attention.out),
+            "up": self._matrix(f, f"{f}.up", up),
+            "down": self._matrix(f, f"{f}.down", feed.down),
+            **{name: self._norm(f"layers.{i}.{name}", getattr(layer, name)) for name in _NORMS},
+            "rope": self._rope(layer.rope),
+            "window": layer.window or 0,
+            "gated": feed.gate is not None,
+            "parallel": layer.parallel,
+            "activation": activation_of(feed.activation),
+        }
+
+    def _rope(self, rope: Rope | None) -> int:
+        if rope is None:
+            return -1
+        for i, known in enumerate(self._ropes):
+            if known.scale == rope.scale and np.array_equal(known.frequencies, rope.frequencies):
+                return i
+        self._ropes.append(rope)
+        return len(self._ropes) - 1
+
+    def _bits_of(self, part: str, least: Bits) -> Bits | None:
+        if part in self._kept:
+            return 8 if self._bits == 4 else None
+        return None if self._bits is None else max(self._bits, least)
+
+    def _matrix(self, part: str, name: str, layer: Linear, least: Bits = 4) -> dict[str, Any]:
+        """Add a matrix. Those of one ``name`` are equal, and stored once."""
+        bits = self._bits_of(part, least)
+        inputs, outputs = layer.weight.shape
+        matrix = _matrix(layer, None) if bits is None else self._quantized.get((name, bits))
+        if matrix is None:
+            assert bits is not None
+            matrix = self._quantized[name, bits] = _matrix(layer, bits)
+        kept = {each: self._keep(f"{name}.{each}.{matrix.kind}", array) for each, array in matrix.tensors.items()}
+        return {"in": inputs, "out": outputs, "kind": matrix.kind, "levels": matrix.levels, **kept}
+
+    def _norm(self, name: str, norm: Norm | None) -> dict[str, Any] | None:
+        if norm is None:
+            return None
+        beta = None if norm.beta is None else self._keep(f"{name}.beta", norm.beta)
+        return {"gamma": self._keep(f"{name}.gamma", norm.gamma), "beta": beta, "epsilon": norm.epsilon}
+
+    def _keep(self, name: str, array: NDArray[Any]) -> str:
+        self._tensors[name] = array
+        return name
+
+
+def _matrix(layer: Linear, bits: Bits | None) -> _Matrix:
+    weight = _padded(layer.weight)
+    bias = np.zeros(weight.shape[1], np.float32)
+    if layer.bias is not None:
+        bias[: len(layer.bias)] = layer.bias
+    if bits is None:
+        return _Matrix("fp32", 0, {"weight": _panels(weight, 1), "bias": bias})
+    if bits == 8:
+        values, scales = quantize_channels(weight)
+        largest = int(np.abs(values, dtype=np.int16).sum(0, dtype=np.int64).max())
+        levels = min(_LEVELS, _LARGEST_SUM // max(1, largest))
+        return _Matrix("int8", levels, {"weight": _panels(values, 2), "scale": scales, "bias": bias})
+    nibbles, steps, zeros = quantize_nibbles(weight)
+    tensors = {"weight": _packed(nibbles), "scale": _by_panel(steps), "zero": _by_panel(zeros), "bias": bias}
+    return _Matrix("int4", 0, tensors)
+
+
+def _by_turns(gate: Linear, up: Linear) -> Linear:
+    """Merge two layers: panels of one and of the other by turns."""
+    columns = -(-up.weight.shape[1] // COLUMNS) * COLUMNS
+
+    def panels(parts: Sequence[Array]) -> Array:
+        wide = [np.pad(part, ((0, 0), (0, columns - part.shape[1]))) for part in parts]
+        turns: Array = np.stack([part.reshape(len(part), -1, COLUMNS) for part in wide], 2)
+        return turns.reshape(len(wide[0]), 2 * columns)
+
+    if gate.bias is None and up.bias is None:
+        return Linear(panels([gate.weight, up.weight]))
+    biases = [np.zeros(up.weight.shape[1], np.float32) if part.bias is None else part.bias for part in (gate, up)]
+    return Linear(panels([gate.weight, up.weight]), panels([bias[None] for bias in biases])[0])
+
+
+def _padded(weight: Array) -> Array:
+    return np.pad(weight, [(0, -size % to) for size, to in zip(weight.shape, (BLOCK, COLUMNS))])
+
+
+def quantize_channels(weight: Array) -> tuple[NDArray[np.int8], Array]:
+    """Quantize [in, out] with a scale for each column."""
+    scales = np.abs(weight).max(0) / np.float32(127)
+    scales = np.where(scales == 0, np.float32(1), scales).astype(np.float32)
+    values: NDArray[np.int8] = np.rint(weight / scales).astype(np.int8)
+    return values, scales
+
+
+def quantize_nibbles(weight: Array) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint8]]:
+    """Quantize [in, out] to 0 ... 15 in blocks of 32 inputs.
+
+    Returns values uint8 [in, out], and bfloat16 scales and zero points [in / 32, out]: a weight is (value - zero) * scale. Of
+    some ranges, the one with the least squared error is taken for each block.
+    """
+    blocks = weight.reshape(-1, BLOCK, weight.shape[1])
+    low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
+    values = np.zeros(blocks.shape, np.uint8)
+    steps, zeros = np.zeros(low.shape, np.uint16), np.zeros(low.shape, np.uint8)
+    least = np.full(low.shape, np.inf, np.float32)
+    for shrink in _SHRINK:
+        bits = _bfloat16((high - low) * np.float32(shrink / 15))
+        scale = (bits.astype(np.uint32) << 16).view(np.float32)
+        safe = np.where(scale == 0, np.float32(1), scale)
+        zero = np.clip(np.rint(-low * np.float32(shrink) / safe), 0, 15)
+        found = np.clip(np.rint(blocks / safe[:, None]) + zero[:, None], 0, 15)
+        error = np.square((found - zero[:, None]) * scale[:, None] - blocks).sum(1)
+        better = error < least
+        least = np.where(better, error, least)
+        steps[better], zeros[better] = bits[better], zero[better].astype(np.uint8)
+        values = np.where(better[:, None], found.astype(np.uint8), values)
+    return values.reshape(weight.shape), steps, zeros
+
+
+def _bfloat16(x: Array) -> NDArray[np.uint16]:
+    """Round up to bfloat16."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
+
+
+def _panels(weight: NDArray[Any], together: int) -> NDArray[Any]:
+    """Rearrange [in, out] to [out / 16][in / together][16][together]."""
+    inputs, outputs = weight.shape
+    return weight.reshape(inputs // together, together, outputs // COLUMNS, COLUMNS).transpose(2, 0, 3, 1)
+
+
+def _by_panel(values: NDArray[Any]) -> NDArray[Any]:
+    """Rearrange [blocks, out] to [out / 16][blocks][16]."""
+    return values.reshape(len(values), -1, COLUMNS).transpose(1, 0, 2)
+
+
+def _packed(values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Rearrange 4-bit values [in, out] to [out / 16][in / 32][4][16][4] bytes of two each."""
+    inputs, outputs = values.shape
+    parts = values.reshape(inputs // BLOCK, 2, 4, 4, outputs // COLUMNS, COLUMNS)
+    pairs: NDArray[np.uint8] = parts[:, 0] | (parts[:, 1] << np.uint8(4))
+    return pairs.transpose(3, 0, 1, 4, 2)

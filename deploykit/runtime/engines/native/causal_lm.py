@@ -1,0 +1,227 @@
+"""Run language models with deploykit's own engine, the C code in ``csrc/``.
+
+A row has a slot of the caches, whose memory is reserved for the longest text and becomes real as tokens come. The prompt
+area is a slot too, and becomes that of the first row that is admitted with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_void_p
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.errors import EngineError
+from deploykit.runtime.engines.causal_lm import MAX_ROWS, Logits, cached_tokens
+from deploykit.runtime.engines.native.causal_weights import CausalBatchStruct, CausalModelStruct, CausalWeights
+from deploykit.runtime.engines.native.loader import open_library
+from deploykit.runtime.engines.reserved_memory import ReservedArray
+from deploykit.runtime.engines.rows import Ints, power_of_two, without
+
+_TOGETHER = 16
+"""Positions whose keys are stored together."""
+_LEAST_ROTATIONS = 512
+_READ = 512
+"""Most tokens of a prompt that are computed at once."""
+
+Block = tuple[NDArray[np.uint16], NDArray[np.uint16]]
+"""Keys of whole groups of 16 positions, and values of some tokens."""
+
+
+def _library() -> ctypes.CDLL:
+    library = open_library()
+    library.deploykit_new_causal.restype = c_void_p
+    library.deploykit_new_causal.argtypes = (POINTER(CausalModelStruct), ctypes.c_int)
+    library.deploykit_free_causal.argtypes = (c_void_p,)
+    library.deploykit_free_causal.restype = None
+    library.deploykit_step_causal.argtypes = (c_void_p, POINTER(CausalBatchStruct))
+    return library
+
+
+class NativeCausalLm:
+    """``CausalLm`` on the engine ``native``, with float16 caches. A token's logits depend neither on other rows, nor on the
+    parts that a prompt is read in, nor on the number of threads, to the bit."""
+
+    def __init__(
+        self,
+        file: Path,
+        threads: int,
+        *,
+        context: int,
+        max_rows: int = MAX_ROWS,
+        max_cache_bytes: int | None = None,
+    ) -> None:
+        self._library = _library()
+        self._weights = weights = CausalWeights(file)
+        if weights.longest is not None and context > weights.longest:
+            raise EngineError(f"{file}: the model knows {weights.longest} positions, not {context}", "export it again")
+        self.vocabulary = weights.vocabulary
+        size = -(-weights.head_size // 16) * 16
+        token_bytes = 2 * weights.layers * weights.key_heads * size * 2
+        self.max_rows, self.rows = max_rows, 0
+        self.max_tokens, self.prefix_tokens = cached_tokens(max_cache_bytes, token_bytes, context)
+        groups = -(-min(context, max(self.max_tokens, 1)) // _TOGETHER)
+        self._longest = groups * _TOGETHER
+        slots = (max_rows + 1, weights.layers, weights.key_heads)
+        self._caches = [
+            ReservedArray((*slots, groups, size * _TOGETHER), np.uint16),
+            ReservedArray((*slots, self._longest, size), np.uint16),
+        ]
+        self._keys, self._values = (cache.view for cache in self._caches)
+        self._touched = np.zeros(max_rows + 1, np.int64)  # tokens for which a slot's memory became real
+        self._free = list(range(max_rows, 0, -1))
+        self._prompt, self._length, self._admitted = 0, 0, False
+        self._tables: list[NDArray[np.float32]] = []
+        self._rotate(min(_LEAST_ROTATIONS, self._longest))
+        most = max(max_rows, _READ)
+        self._tokens, self._numbers = np.zeros(most, np.int64), np.arange(most, dtype=np.int32)
+        self._past, self._slots = np.zeros(max_rows, np.int32), np.zeros(max_rows, np.int32)
+        self._logits: Logits = np.zeros((max_rows, self.vocabulary), np.float32)
+        self._read: Logits = np.empty((1, self.vocabulary), np.float32)
+        self._context = self._library.deploykit_new_causal(byref(weights.model), threads)
+        if not self._context:
+            raise EngineError("there is no memory for another model", "close other programs")
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None):
+            self._library.deploykit_free_causal(self._context)
+            self._context = None
+
+    def begin(self) -> None:
+        if self._admitted:
+            self._prompt, self._admitted = self._free.pop(), False
+        self._length = 0
+
+    def feed(self, ids: Sequence[int], wanted: Sequence[int]) -> Logits:
+        if len(self._read) < len(wanted):
+            self._read = np.empty((power_of_two(len(wanted)), self.vocabulary), np.float32)
+        places = np.array(sorted(wanted), np.int32)
+        done = 0
+        self._make_room(self._length + len(ids) - int(self._touched[self._prompt]))
+        for start in range(0, len(ids), _READ):
+            part = np.array(ids[start : start + _READ], np.int64)
+            here = places[(places >= start) & (places < start + len(part))] - start
+            positions = np.arange(self._length, self._length + len(part), dtype=np.int32)
+            self._compute(
+                part, positions, np.full(len(part), self._prompt, np.int32), here, self._read[done : done + len(here)]
+            )
+            self._length += len(part)
+            done += len(here)
+        self._touched[self._prompt] = max(self._touched[self._prompt], self._length)
+        found = self._read[: len(wanted)]
+        return found if places.tolist() == list(wanted) else found[np.searchsorted(places, wanted)]
+
+    def saved(self, start: int, end: int) -> Block:
+        groups = slice(start // _TOGETHER, -(-end // _TOGETHER))
+        return self._keys[self._prompt, :, :, groups].copy(), self._values[self._prompt, :, :, start:end].copy()
+
+    def restore(self, block: Block) -> None:
+        keys, values = block
+        first, end = self._length // _TOGETHER, self._length + values.shape[2]
+        self._make_room(end - int(self._touched[self._prompt]))
+        self._keys[self._prompt, :, :, first : first + keys.shape[2]] = keys
+        self._values[self._prompt, :, :, self._length : end] = values
+        self._length = end
+        self._touched[self._prompt] = max(self._touched[self._prompt], end)
+
+    def admit(self, reserved: int) -> None:
+        slot = self._free.pop() if self._admitted else self._prompt
+        self._make_room(reserved - int(self._past[: self.rows].sum()))
+        if self._admitted:
+            self._copy(self._prompt, slot, 0, self._length)
+        self._admitted = True
+        self._slots[self.rows], self._past[self.rows] = slot, self._length
+        self.rows += 1
+
+    def step(self, tokens: Ints) -> Logits:
+        rows = self.rows
+        slots, past, logits = self._slots[:rows], self._past[:rows], self._logits[:rows]
+        self._compute(tokens, past, slots, self._numbers[:rows], logits)
+        past += 1
+        self._touched[slots] = np.maximum(self._touched[slots], past)
+        return logits
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int], begin: int) -> None:
+        for source, target in zip(sources, targets):
+            self._copy(int(self._slots[source]), int(self._slots[target]), begin, int(self._past[source]))
+
+    def remove(self, gone: Ints) -> Ints:
+        order, holes, movers = without(self.rows, gone)
+        for slot in self._slots[gone].tolist():
+            if slot == self._prompt:
+                self._admitted = False
+            else:
+                self._free.append(slot)
+        for array in (self._slots, self._past):
+            array[holes] = array[movers]
+        self.rows = len(order)
+        return order
+
+    def int8_kernels(self) -> int:
+        """Return the number of INT8 and INT4 matrices."""
+        return self._weights.quantized_matrices
+
+    def _compute(
+        self,
+        tokens: Ints,
+        positions: NDArray[np.int32],
+        slots: NDArray[np.int32],
+        places: NDArray[np.int32],
+        logits: Logits,
+    ) -> None:
+        """Check what the library does not check, and let it compute. ``logits``: [places, vocabulary]."""
+        rows = len(tokens)
+        if not rows:
+            return
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary:
+            raise EngineError(f"a token is not one of the model's {self.vocabulary}", "export the model again")
+        last = int(positions.max())
+        if last >= self._longest:
+            raise EngineError(
+                f"the caches hold {self._longest} tokens of a row", "raise --max-cache-mb, or give shorter texts"
+            )
+        if self._tables and last >= len(self._tables[0]):
+            self._rotate(min(power_of_two(last + 1), self._longest))
+        self._tokens[:rows] = tokens
+        batch = CausalBatchStruct(
+            rows, len(places), self._tokens.ctypes.data, positions.ctypes.data, slots.ctypes.data, places.ctypes.data,
+            ctypes.addressof(self._rope), self._keys.ctypes.data, self._values.ctypes.data, self._longest, logits.ctypes.data,
+        )  # fmt: skip
+        if not self._library.deploykit_step_causal(self._context, byref(batch)):
+            raise EngineError("there is no memory for this batch", "lower --max-num-seqs, or close other programs")
+
+    def _rotate(self, positions: int) -> None:
+        """Compute the rotations of the first ``positions``."""
+        self._tables = []
+        for frequencies, scale in self._weights.ropes:
+            angles = (np.arange(positions, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
+            self._tables.append(
+                np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32) * np.float32(scale)
+            )
+        self._rope = (c_void_p * max(1, len(self._tables)))(*(table.ctypes.data for table in self._tables))
+
+    def _copy(self, source: int, target: int, begin: int, end: int) -> None:
+        groups = slice(begin // _TOGETHER, -(-end // _TOGETHER))
+        self._keys[target, :, :, groups] = self._keys[source, :, :, groups]
+        self._values[target, :, :, begin:end] = self._values[source, :, :, begin:end]
+        self._touched[target] = max(self._touched[target], end)
+
+    def _make_room(self, tokens: int) -> None:
+        """If ``tokens`` more would pass the limit, give the memory past each slot's tokens back to the system."""
+        if int(self._touched.sum()) + tokens <= self.max_tokens:
+            return
+        held = np.zeros(len(self._touched), np.int64)
+        held[self._prompt] = self._length
+        held[self._slots[: self.rows]] = np.maximum(held[self._slots[: self.rows]], self._past[: self.rows])
+        held = -(-held // _TOGETHER) * _TOGETHER
+        _, layers, heads, _, size = self._values.shape
+        token, regions = 2 * size, layers * heads
+        for slot in np.flatnonzero(self._touched > held).tolist():
+            for region in range(slot * regions, (slot + 1) * regions):
+                first = region * self._longest * token
+                for cache in self._caches:
+                    cache.give_back(first + int(held[slot]) * token, first + self._longest * token)
+            self._touched[slot] = held[slot]

@@ -1,0 +1,353 @@
+/* Decoder-only language models: one step over any tokens of any rows.
+ *
+ * A token's result depends on what its own row has in the caches alone: neither on the other tokens of the step, nor on the number
+ * of threads, to the bit. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define LOCAL_BYTES 32768 /* of weights, that all groups of rows are multiplied by while they are in a cache */
+
+typedef struct Causal {
+    const CausalModel *model;
+    const CausalBatch *batch;
+    int capacity, room;            /* rows, and positions of scores */
+    float *x, *y, *packed, *attended, *middle;
+    Given given;                   /* rows of the batch */
+    Given *own;                    /* [threads]: of each, for the single row of a batch */
+    float **normed, **scores;      /* [threads] */
+} Causal;
+
+INLINE int inner_of(const CausalModel *m) { return wide(m->inner); }
+
+static int widest_of(const CausalModel *m) {
+    int widest = wide(m->hidden), width = wide(m->heads * m->head_size), inner = inner_of(m);
+    if (width > widest) widest = width;
+    return inner > widest ? inner : widest;
+}
+
+static int new_given(Given *g, int rows, int widest) {
+    g->stride = (int64_t)widest * sizeof(float);
+    g->apart = 2 * blocks_of(widest);
+    g->rows = room(g->rows, rows * g->stride);
+    g->steps = room(g->steps, rows * g->apart * (int64_t)sizeof(float));
+    return g->rows && g->steps;
+}
+
+/* Read a column of a matrix: a token's embedding. */
+static void look_up(const CausalModel *model, int64_t token, int position, float *x) {
+    const Matrix *m = &model->embedding;
+    int64_t panel = token / COLUMNS;
+    int lane = (int)(token % COLUMNS), n = wide(m->in);
+    const char *weight = (const char *)m->weight + panel * panel_bytes(m);
+    const float *positions = model->positions ? model->positions + (int64_t)position * model->hidden : NULL;
+    if (m->kind == FLOAT32) {
+        for (int i = 0; i < n; i++) x[i] = ((const float *)weight)[i * COLUMNS + lane] * model->embedding_scale;
+    } else {
+        float scale = ((const float *)m->scale)[token] * model->embedding_scale;
+        for (int i = 0; i < n; i++) x[i] = (float)((const int8_t *)weight)[(i / 2 * COLUMNS + lane) * 2 + i % 2] * scale;
+    }
+    for (int i = 0; positions && i < model->hidden; i++) x[i] += positions[i];
+}
+
+/* The weights to prefetch while ``group`` is multiplied by a panel: its share of the panel ``local`` panels later. A single group
+ * streams through the weights, which the CPU prefetches better by itself. */
+static Ahead ahead_of(const Matrix *m, int panel, int local, int group, int groups) {
+    int64_t bytes = panel_bytes(m), lines = bytes / blocks_of(m->in) / 64;
+    if (groups == 1 || group >= lines) return (Ahead){NULL, 0};
+    return (Ahead){(const char *)m->weight + (panel + local) * bytes + bytes * group / groups, (int)((lines + groups - 1) / groups)};
+}
+
+INLINE int local_panels(const Matrix *m) { return panel_bytes(m) < LOCAL_BYTES ? (int)(LOCAL_BYTES / panel_bytes(m)) : 1; }
+
+/* Multiply all rows by some of the panels. */
+static void product(Context *c, int number, const Given *from, const Matrix *m, int rows, int add, float *out, int64_t stride) {
+    int first, last, groups = groups_of(rows), local = local_panels(m);
+    share(panels_of(m->out), c->threads, number, &first, &last);
+    for (int begin = first; begin < last; begin += local)
+        for (int g = 0; g < groups; g++) {
+            Group some = group(rows, g);
+            for (int panel = begin; panel < begin + local && panel < last; panel++) {
+                Ahead ahead = ahead_of(m, panel, local, g, groups);
+                float rest[MOST_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
+                if ((panel + 1) * COLUMNS <= stride) {
+                    c->kernels->multiply(from, m, some.row, some.rows, panel, add, to, stride, ahead);
+                    continue;
+                }
+                c->kernels->multiply(from, m, some.row, some.rows, panel, 0, rest, COLUMNS, ahead); /* the vocabulary's end */
+                for (int r = 0; r < some.rows; r++)
+                    memcpy(to + r * stride, rest + r * COLUMNS, sizeof(float) * (size_t)(stride - panel * COLUMNS));
+            }
+        }
+}
+
+/* Multiply by up (and gate), and apply the activation. */
+static void widen(Context *c, int number, const Given *from, const CausalLayer *layer, int rows, float *out, int64_t stride) {
+    const Matrix *m = &layer->up;
+    int first, last, each = layer->gated ? 2 : 1, groups = groups_of(rows), local = (local_panels(m) + each - 1) / each;
+    share(panels_of(m->out) / each, c->threads, number, &first, &last);
+    for (int begin = first; begin < last; begin += local)
+        for (int g = 0; g < groups; g++) {
+            Group some = group(rows, g);
+            for (int panel = begin; panel < begin + local && panel < last; panel++) {
+                float gate[MOST_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
+                for (int i = 0; i < each; i++) {
+                    int is_gate = i < each - 1, number_of_panel = panel * each + i;
+                    c->kernels->multiply(from, m, some.row, some.rows, number_of_panel, 0, is_gate ? gate : to,
+                                         is_gate ? COLUMNS : stride, ahead_of(m, number_of_panel, local * each, g, groups));
+                }
+                c->kernels->pass_gate(layer->activation, layer->gated ? gate : NULL, to, some.rows, stride);
+            }
+        }
+}
+
+/* Prepare all rows of ``x`` (of ``places``, if given), normed, as the input of ``next``. A single row is prepared by each thread
+ * for itself: that is faster than to wait for each other. */
+static const Given *prepare(Context *c, int number, const float *x, int64_t stride, const int32_t *places, int rows,
+                            const Norm *norm, const Matrix *next) {
+    Causal *l = c->causal;
+    int first = 0, last = rows;
+    const Given *to = rows == 1 ? &l->own[number] : &l->given;
+    if (rows > 1) share(rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++) {
+        const float *from = x + (places ? places[row] : row) * stride;
+        if (norm) c->kernels->normalize(norm, from, l->normed[number], next->in);
+        c->kernels->give(to, next, row, norm ? l->normed[number] : from);
+    }
+    if (rows > 1) barrier(c);
+    return to;
+}
+
+/* Norm and rotate a head's query or key: [size] padded to 16. */
+static void turn(Context *c, const CausalLayer *layer, const Norm *norm, const float *angles, int size, const float *x, float *to) {
+    int half = layer->turned;
+    memcpy(to, x, sizeof(float) * (size_t)size);
+    memset(to + size, 0, sizeof(float) * (size_t)(padded_head(size) - size));
+    if (norm->gamma) c->kernels->normalize(norm, to, to, size);
+    if (!angles) return;
+    for (int i = 0; i < half; i++) {
+        float a = to[i], b = to[half + i], cosine = angles[i], sine = angles[half + i];
+        to[i] = a * cosine - b * sine;
+        to[half + i] = b * cosine + a * sine;
+    }
+}
+
+/* Write the rows' keys and values to the caches, and turn the queries in place. */
+static void keep_rows(Context *c, int number, int layer_number, int64_t stride) {
+    Causal *l = c->causal;
+    const CausalModel *m = l->model;
+    const CausalBatch *b = l->batch;
+    const CausalLayer *layer = &m->layer[layer_number];
+    int first, last, size = m->head_size, all = m->heads + m->key_heads;
+    int64_t region = b->positions_of_slot * padded_head(size);
+    float turned[LARGEST_HEAD];
+    share(b->rows * all, c->threads, number, &first, &last);
+    for (int unit = first; unit < last; unit++) {
+        int row = unit / all, head = unit % all, position = b->positions[row];
+        float *packed = l->packed + row * stride;
+        const float *angles = layer->rope < 0 ? NULL : b->rope[layer->rope] + (int64_t)position * 2 * layer->turned;
+        if (head < m->heads) {
+            if (!layer->query_norm.gamma && !angles) continue;
+            turn(c, layer, &layer->query_norm, angles, size, packed + head * size, turned);
+            memcpy(packed + head * size, turned, sizeof(float) * (size_t)size);
+            continue;
+        }
+        const float *value = packed + (m->key_heads + head) * size;
+        int64_t at = (((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + head - m->heads) * region;
+        turn(c, layer, &layer->key_norm, angles, size, packed + head * size, turned);
+        c->kernels->keep_halves(turned, value, size, position, b->keys + at, b->values + at);
+    }
+}
+
+/* Attention of ``heads`` heads, which share keys and values, of ``rows`` rows of one slot. */
+static void attend(Context *c, int number, int layer_number, int row, int rows, int head, int heads, int64_t stride,
+                   int64_t out_stride) {
+    Causal *l = c->causal;
+    const CausalModel *m = l->model;
+    const CausalBatch *b = l->batch;
+    int count = 0, size = m->head_size, window = m->layer[layer_number].window;
+    int64_t region = b->positions_of_slot * padded_head(size);
+    int64_t at = (((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + head / (m->heads / m->key_heads)) * region;
+    Seen seen = {b->keys + at, b->values + at, size, m->scale, m->attention_cap};
+    SeenBy by[MOST_QUERIES];
+    for (int r = row; r < row + rows; r++)
+        for (int h = head; h < head + heads; h++) {
+            int n = b->positions[r] + 1;
+            by[count++] = (SeenBy){l->packed + r * stride + h * size, l->attended + r * out_stride + h * size,
+                                   window && n > window ? n - window : 0, n};
+        }
+    c->kernels->attend_seen(&seen, count, by, l->scores[number]);
+}
+
+static void attend_rows(Context *c, int number, int layer_number, int64_t stride, int64_t out_stride) {
+    const CausalModel *m = c->causal->model;
+    const CausalBatch *b = c->causal->batch;
+    int shared = m->heads / m->key_heads, most = shared < MOST_QUERIES ? shared : MOST_QUERIES, first, last;
+    if (b->rows < 4 * c->threads) { /* split the heads of each row */
+        share(b->rows * m->heads, c->threads, number, &first, &last);
+        for (int unit = first, heads; unit < last; unit += heads) {
+            int head = unit % m->heads;
+            heads = shared - head % shared;
+            if (heads > last - unit) heads = last - unit;
+            if (heads > most) heads = most;
+            attend(c, number, layer_number, unit / m->heads, 1, head, heads, stride, out_stride);
+        }
+        return;
+    }
+    /* Rows by turns, because those of a prompt see more and more. Rows of one slot are computed together. */
+    int together = MOST_QUERIES / most;
+    for (int row = number * together; row < b->rows; row += c->threads * together)
+        for (int from = row, rows; from < row + together && from < b->rows; from += rows) {
+            for (rows = 1; from + rows < row + together && from + rows < b->rows && b->slots[from + rows] == b->slots[from];) rows++;
+            for (int head = 0, heads; head < m->heads; head += heads) {
+                heads = shared - head % shared < most ? shared - head % shared : most;
+                attend(c, number, layer_number, from, rows, head, heads, stride, out_stride);
+            }
+        }
+}
+
+/* Add a block's output, normed if it has a norm, to the residual. */
+static void add_block(Context *c, int number, const Norm *norm, int rows) {
+    Causal *l = c->causal;
+    int first, last, hidden = l->model->hidden, stride = wide(hidden);
+    share(rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++) {
+        float *x = l->x + (int64_t)row * stride, *y = l->y + (int64_t)row * stride;
+        if (norm->gamma) c->kernels->normalize(norm, y, y, hidden);
+        for (int i = 0; i < hidden; i++) x[i] += y[i];
+    }
+}
+
+static void step_causal(Context *c, int number) {
+    Causal *l = c->causal;
+    const CausalModel *m = l->model;
+    const CausalBatch *b = l->batch;
+    int first, last, rows = b->rows, width = wide(m->heads * m->head_size);
+    int64_t hidden = wide(m->hidden), packed = wide((m->heads + 2 * m->key_heads) * m->head_size), inner = inner_of(m);
+    const Given *given;
+    share(rows, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++) look_up(m, b->tokens[row], b->positions[row], l->x + row * hidden);
+    barrier(c);
+    for (int i = 0; i < m->layers; i++) {
+        const CausalLayer *layer = &m->layer[i];
+        given = prepare(c, number, l->x, hidden, NULL, rows, &layer->attention_norm, &layer->qkv);
+        product(c, number, given, &layer->qkv, rows, 0, l->packed, packed);
+        barrier(c);
+        keep_rows(c, number, i, packed);
+        barrier(c);
+        attend_rows(c, number, i, packed, width);
+        barrier(c);
+        int aside = layer->parallel || layer->after_attention.gamma;
+        given = prepare(c, number, l->attended, width, NULL, rows, NULL, &layer->out);
+        product(c, number, given, &layer->out, rows, !aside, aside ? l->y : l->x, hidden);
+        barrier(c);
+        if (aside && !layer->parallel) {
+            add_block(c, number, &layer->after_attention, rows);
+            barrier(c);
+        }
+        given = prepare(c, number, l->x, hidden, NULL, rows, &layer->feed_forward_norm, &layer->up);
+        if (layer->parallel) {
+            barrier(c);
+            add_block(c, number, &layer->after_attention, rows);
+        }
+        widen(c, number, given, layer, rows, l->middle, inner);
+        barrier(c);
+        aside = layer->after_feed_forward.gamma != NULL;
+        given = prepare(c, number, l->middle, inner, NULL, rows, NULL, &layer->down);
+        product(c, number, given, &layer->down, rows, !aside, aside ? l->y : l->x, hidden);
+        barrier(c);
+        if (aside) {
+            add_block(c, number, &layer->after_feed_forward, rows);
+            barrier(c);
+        }
+    }
+    if (!b->wanted) return;
+    given = prepare(c, number, l->x, hidden, b->places, b->wanted, &m->norm, &m->head);
+    product(c, number, given, &m->head, b->wanted, 0, b->logits, m->head.out);
+    if (m->logit_cap <= 0.0f) return;
+    barrier(c);
+    share(b->wanted, c->threads, number, &first, &last);
+    for (int row = first; row < last; row++)
+        c->kernels->cap_values(b->logits + (int64_t)row * m->head.out, m->head.out, m->logit_cap);
+}
+
+/* Make room for ``rows`` rows that see ``positions`` positions. Returns 0 if out of memory. */
+static int make_room(Context *c, int rows, int positions) {
+    Causal *l = c->causal;
+    const CausalModel *m = l->model;
+    int64_t size = sizeof(float) * (int64_t)rows;
+    if (rows > l->capacity) {
+        l->capacity = 0;
+        l->x = room(l->x, size * wide(m->hidden));
+        l->y = room(l->y, size * wide(m->hidden));
+        l->packed = room(l->packed, size * wide((m->heads + 2 * m->key_heads) * m->head_size));
+        l->attended = room(l->attended, size * wide(m->heads * m->head_size));
+        l->middle = room(l->middle, size * inner_of(m));
+        if (!(l->x && l->y && l->packed && l->attended && l->middle && new_given(&l->given, rows, widest_of(m)))) return 0;
+        l->capacity = rows;
+    }
+    if (positions > l->room) {
+        l->room = 0;
+        for (int i = 0; i < c->threads; i++)
+            if (!(l->scores[i] = room(l->scores[i], (int64_t)sizeof(float) * MOST_QUERIES * (positions + 32)))) return 0;
+        l->room = positions;
+    }
+    return 1;
+}
+
+API void deploykit_free_causal(Context *c) {
+    Causal *l = c->causal;
+    for (int i = 0; i < c->threads && l->own && l->normed && l->scores; i++) {
+        free(l->own[i].rows);
+        free(l->own[i].steps);
+        free(l->normed[i]);
+        free(l->scores[i]);
+    }
+    free(l->x);
+    free(l->y);
+    free(l->packed);
+    free(l->attended);
+    free(l->middle);
+    free(l->given.rows);
+    free(l->given.steps);
+    free(l->own);
+    free(l->normed);
+    free(l->scores);
+    deploykit_free(c);
+    free(l);
+}
+
+API Context *deploykit_new_causal(const CausalModel *model, int threads) {
+    Context *c = deploykit_new(NULL, NULL, threads);
+    Causal *l = calloc(1, sizeof(Causal));
+    if (!c || !l) {
+        free(l);
+        if (c) deploykit_free(c);
+        return NULL;
+    }
+    c->causal = l;
+    l->model = model;
+    l->own = calloc((size_t)c->threads, sizeof(Given));
+    l->normed = calloc((size_t)c->threads, sizeof(float *));
+    l->scores = calloc((size_t)c->threads, sizeof(float *));
+    int there = l->own && l->normed && l->scores;
+    for (int i = 0; there && i < c->threads; i++) {
+        there = new_given(&l->own[i], 1, widest_of(model));
+        there = (l->normed[i] = room(NULL, (int64_t)sizeof(float) * wide(model->hidden))) && there;
+    }
+    if (there) return c;
+    deploykit_free_causal(c);
+    return NULL;
+}
+
+/* Compute the tokens of ``batch``. Returns 0 if out of memory. */
+API int deploykit_step_causal(Context *c, const CausalBatch *batch) {
+    int longest = 0;
+    for (int i = 0; i < batch->rows; i++)
+        if (batch->positions[i] >= longest) longest = batch->positions[i] + 1;
+    if (!make_room(c, batch->rows, longest)) return 0;
+    c->causal->batch = batch;
+    run(c, step_causal);
+    return 1;
+}

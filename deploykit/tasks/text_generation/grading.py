@@ -1,0 +1,108 @@
+"""Measure how a form of a language model scores right answers, beside the checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from deploykit.data.sample import evenly
+from deploykit.hardware import available_cpus
+from deploykit.quantization.grading import Grader, Line
+from deploykit.runtime.engines import ENGINES
+from deploykit.runtime.engines.native.causal_weights import CausalWeights
+from deploykit.runtime.engines.protocol import Precision
+from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.generator import LocalGenerator, RowScore
+from deploykit.tasks.text_generation.metrics import scored_metrics
+from deploykit.tasks.text_generation.predictor import load_generator
+
+ENGINE = "onnxruntime"
+"""The engine that runs language models on every machine. Parity is checked with it."""
+_SEARCH_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Scored(RowScore):
+    """``tokens`` int64 [supervised]: the likeliest token at each place; ``divergence`` float64 [supervised]: the
+    Kullback-Leibler divergence of the next token's distribution from that of fp32, in nats."""
+
+    tokens: NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
+    divergence: NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.empty(0))
+
+
+def scored(
+    generator: LocalGenerator, rows: Sequence[EncodedRow], reference: LocalGenerator | None = None
+) -> Iterator[Scored]:
+    expected = iter(()) if reference is None else reference.supervised_logits(rows)
+    for row, logits in zip(rows, generator.supervised_logits(rows)):
+        targets = row.ids[1:][row.supervised[1:]]
+        log = _log_softmax(logits)
+        best = logits.argmax(1)
+        divergence = np.zeros(0)
+        if reference is not None:
+            right = _log_softmax(next(expected))
+            divergence = (np.exp(right) * (right - log)).sum(1)
+        yield Scored(log[np.arange(len(targets)), targets].astype(np.float32), best == targets, best, divergence)
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    shifted = (logits - logits.max(-1, keepdims=True)).astype(np.float64)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+class LanguageModelGrader(Grader[list[Scored]]):
+    """Scores of right answers, token by token; ``agreement`` is of the likeliest tokens."""
+
+    figures = ("loss", "perplexity", "token_accuracy")
+    limited = ("loss",)
+
+    def __init__(
+        self, directory: Path, task: TextGeneration, tokenizer: ChatTokenizer, rows: Sequence[EncodedRow]
+    ) -> None:
+        super().__init__()
+        self._directory, self._task, self.rows = directory, task, rows
+        self._texts = [tokenizer.decode(row.ids[row.supervised].tolist()) for row in rows]
+
+    def measure(self, raw: list[Scored]) -> dict[str, Any]:
+        metrics = scored_metrics(raw, self._texts)
+        divergence = np.concatenate([row.divergence for row in raw])
+        if len(divergence):
+            metrics["kl_mean"], metrics["kl_p99"] = float(divergence.mean()), float(np.percentile(divergence, 99))
+        return metrics
+
+    def answers(self, raw: list[Scored]) -> list[str]:
+        return [str(token) for row in raw for token in row.tokens]
+
+    def grade(self, precision: Precision, engine: str) -> Line:
+        reference = None if precision == "fp32" else self._load("fp32", ENGINE)
+        raw = list(scored(self._load(precision, engine), self.rows, reference))
+        return self.enter(precision, engine, raw, quantized_matrices(self._directory / _file(precision, engine)))
+
+    def sample(self, precision: Precision, engine: str) -> NDArray[np.float32]:
+        """Log-probabilities of the right tokens of some rows, float32 [tokens]."""
+        rows = evenly(self.rows, _SEARCH_ROWS)
+        return np.concatenate([score.logprobs for score in self._load(precision, engine).score(rows)])
+
+    def _load(self, precision: Precision, engine: str) -> LocalGenerator:
+        return load_generator(self._directory, self._task, engine, _file(precision, engine), available_cpus())
+
+
+def _file(precision: Precision, engine: str) -> str:
+    return ENGINES[engine].language_models[precision][0]
+
+
+def quantized_matrices(file: Path) -> int:
+    """Return the number of quantized matrices of a graph, or of a weights file of ``native``: each engine has one kernel
+    for them."""
+    if file.suffix != ".onnx":
+        return CausalWeights(file).quantized_matrices
+    return sum(node.op_type == "MatMulNBits" for node in onnx.load(file, load_external_data=False).graph.node)

@@ -1,0 +1,225 @@
+"""Language models on the engine ``native``: compared with transformers, with themselves in other company, and with the plain C
+kernels; and its errors for broken files."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from language_models import FAMILIES, random_model
+
+from deploykit.errors import CorruptArtifactError, DeploykitError, EngineError
+from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
+from deploykit.graphs.causal_lm import Bits
+from deploykit.graphs.native_causal import NativeCausalWriter, quantize_channels, quantize_nibbles
+from deploykit.runtime.engines.native import loader
+from deploykit.runtime.engines.native.causal_lm import NativeCausalLm
+from deploykit.runtime.engines.native.causal_weights import BLOCK, CausalWeights
+
+runs_here = pytest.mark.skipif(
+    loader.lacks() is not None, reason=f"the engine native does not run here: {loader.lacks()}"
+)
+
+PRECISIONS: tuple[Bits | None, ...] = (None, 8, 4)
+IDS = np.random.default_rng(0).integers(6, 390, 70).tolist()
+ODD: dict[str, Any] = {"hidden_size": 40, "head_dim": 20, "intermediate_size": 72, "vocab_size": 393}
+"""Sizes that are no multiples of the kernels'."""
+
+
+@cache
+def architecture(name: str, **settings: Any) -> tuple[Any, CausalArchitecture]:
+    model = random_model(name, **settings)
+    return model, read_causal_architecture(model)
+
+
+def opened(folder: Path, name: str, bits: Bits | None, threads: int = 2, **settings: Any) -> NativeCausalLm:
+    file = folder / "model.safetensors"
+    NativeCausalWriter(architecture(name, **settings)[1]).save(file, bits)
+    return NativeCausalLm(file, threads, context=256, max_rows=8)
+
+
+def read(model: NativeCausalLm, *parts: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the logits of all tokens of a prompt, read in parts."""
+    model.begin()
+    return np.concatenate([model.feed(part, range(len(part))).copy() for part in parts])
+
+
+@runs_here
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    with torch.inference_mode():
+        expected = architecture(name)[0](torch.tensor([IDS])).logits[0].numpy()
+    most = np.abs(expected).max()
+    # The caches are float16. Of these random models, INT4 is only to be near.
+    for bits, tolerance, agreement in zip(PRECISIONS, (1e-3, 0.05, 0.5), (0.98, 0.8, 0.4)):
+        found = read(opened(tmp_path, name, bits), IDS)
+        np.testing.assert_allclose(found, expected, atol=tolerance * most)
+        assert (found.argmax(1) == expected.argmax(1)).mean() > agreement
+
+
+@runs_here
+@pytest.mark.parametrize("bits", PRECISIONS)
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt2", "gpt_neox"])
+def test_no_bit_depends_on_company_parts_or_threads(tmp_path: Path, name: str, bits: Bits | None) -> None:
+    model = opened(tmp_path, name, bits)
+    whole = read(model, IDS)
+    np.testing.assert_array_equal(read(model, IDS[:1], IDS[1:20], IDS[20:37], IDS[37:]), whole)
+    np.testing.assert_array_equal(read(opened(tmp_path, name, bits, threads=1), IDS), whole)
+    model.begin()
+    model.feed(IDS[:33], [])
+    saved = model.saved(0, 33)
+    for _ in range(4):
+        model.admit(0)
+    for begin in (1, 17, 50):  # rows of other lengths join
+        model.begin()
+        model.feed(IDS[:begin], [])
+        model.admit(0)
+    model.begin()
+    model.restore(saved)
+    model.admit(0)
+    lengths = np.array([33, 33, 33, 33, 1, 17, 50, 33])
+    for step in range(10):
+        logits = model.step(np.array(IDS)[lengths])
+        np.testing.assert_array_equal(logits, whole[lengths])
+        lengths += 1
+        if step == 4:
+            model.copy([0], [7], 33)
+            lengths = lengths[model.remove(np.array([0, 5]))]
+    model.remove(np.arange(model.rows))
+    np.testing.assert_array_equal(read(model, IDS), whole)
+
+
+@runs_here
+@pytest.mark.parametrize(
+    "isa", [name for name in loader.instruction_sets() if name != loader.SLOW] if loader.lacks() is None else []
+)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_all_instruction_sets_give_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, isa: str
+) -> None:
+    settings = ODD if name == "llama" else {}
+    for bits in PRECISIONS:
+        found = []
+        for each in (loader.SLOW, isa):
+            monkeypatch.setenv(loader.VARIABLE, each)
+            model = opened(tmp_path, name, bits, **settings)
+            found.append(read(model, IDS[:23]))
+            for _ in range(7):
+                model.admit(0)
+            found[-1] = np.concatenate([found[-1], model.step(np.array(IDS[30:37]))])
+        assert not np.isnan(found[0]).any()
+        np.testing.assert_array_equal(found[0], found[1])
+
+
+@runs_here
+def test_the_largest_sums_do_not_overflow(tmp_path: Path) -> None:
+    """Weights and activations of one sign, all as large as they can be, in the widest sum that 32 bits hold only if
+    activations get fewer levels."""
+    model, _ = architecture("gpt2", n_inner=4096)
+    for layer in model.transformer.h:
+        layer.mlp.c_fc.weight.data.abs_()
+        layer.mlp.c_proj.weight.data.fill_(1.0)
+    changed = read_causal_architecture(model)
+    NativeCausalWriter(changed).save(tmp_path / "model", 8)
+    ours = NativeCausalLm(tmp_path / "model", 1, context=256)
+    levels = CausalWeights(tmp_path / "model").model.layer[0].down.levels
+    assert levels == (2**31 - 1) // (4096 * 127)
+    with torch.inference_mode():
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+    np.testing.assert_allclose(read(ours, IDS), expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_quantized_weights_are_near() -> None:
+    weight = np.random.default_rng(0).normal(0, 1, (64, 32)).astype(np.float32) * np.float32(1e-3)
+    weight[:, 3] = 0
+    values, scales = quantize_channels(weight)
+    assert np.abs(values * scales - weight).max() <= np.abs(weight).max() / 127 * 0.51
+    nibbles, steps, zeros = quantize_nibbles(weight)
+    assert nibbles.max() <= 15
+    assert zeros.max() <= 15
+    scale = (steps.astype(np.uint32) << 16).view(np.float32).repeat(BLOCK, 0)
+    restored = (nibbles.astype(np.float32) - zeros.astype(np.float32).repeat(BLOCK, 0)) * scale
+    assert np.sqrt(np.square(restored - weight).mean()) < 0.1 * weight.std()
+    assert not restored[:, 3].any()
+
+
+@runs_here
+def test_a_file_has_one_tensor_for_embedding_and_head_if_they_are_tied(tmp_path: Path) -> None:
+    for name, tied in (("llama yarn", True), ("llama", False)):
+        opened(tmp_path, name, 4)
+        weights = CausalWeights(tmp_path / "model.safetensors").model
+        assert (weights.embedding.weight == weights.head.weight) is tied
+        NativeCausalWriter(architecture(name)[1]).save(tmp_path / "model.safetensors", 4, kept={"layers.0.attention"})
+        weights = CausalWeights(tmp_path / "model.safetensors").model
+        assert (weights.layer[0].qkv.kind, weights.layer[0].up.kind, weights.layer[1].qkv.kind) == (2, 3, 3)
+
+
+@runs_here
+def test_broken_files_are_refused_by_name(tmp_path: Path) -> None:
+    opened(tmp_path, "gemma3_text", 8)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    for data in (b"", whole[:100], whole[: length + 40], whole[:-1], b"\xff" * len(whole)):
+        file.write_bytes(data)
+        with pytest.raises(DeploykitError, match=str(file)):
+            NativeCausalLm(file, 1, context=256)
+    header = json.loads(whole[8 : 8 + length])
+
+    def with_model(**changes: Any) -> None:
+        model = json.loads(header["__metadata__"]["model"])["causal"]
+        text = json.dumps(
+            {
+                **header,
+                "__metadata__": {**header["__metadata__"], "model": json.dumps({"causal": {**model, **changes}})},
+            }
+        )
+        text += " " * (-(len(text) + 8) % 64)
+        file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + whole[8 + length :])
+
+    for changes in (
+        {"hidden": 96},
+        {"heads": 3},
+        {"head_size": 512},
+        {"vocabulary": 401},
+        {"ropes": []},
+        {"layers": [{}]},
+    ):
+        with_model(**changes)
+        with pytest.raises(CorruptArtifactError, match=str(file)):
+            NativeCausalLm(file, 1, context=256)
+    with pytest.raises(EngineError, match="knows 256 positions, not 257"):
+        NativeCausalLm(opened_file(tmp_path, "gpt2"), 1, context=257)
+
+
+def opened_file(folder: Path, name: str) -> Path:
+    opened(folder, name, 8)
+    return folder / "model.safetensors"
+
+
+@runs_here
+def test_tokens_and_lengths_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model = opened(tmp_path, "llama", 8)
+    for ids in ([400], [-1]):
+        with pytest.raises(EngineError, match="not one of the model's 400"):
+            model.feed(ids, [])
+    with pytest.raises(EngineError, match="the caches hold 256 tokens of a row"):
+        model.feed(IDS * 4, [])
+
+
+def test_structures_have_the_library_s_fields() -> None:
+    """Sizes of the C structures, as a 64-bit compiler lays them out."""
+    from deploykit.runtime.engines.native.causal_weights import CausalBatchStruct, CausalLayerStruct, MatrixStruct
+
+    assert [ctypes.sizeof(s) for s in (MatrixStruct, CausalLayerStruct, CausalBatchStruct)] == [
+        48,
+        4 * 48 + 6 * 24 + 24,
+        80,
+    ]
