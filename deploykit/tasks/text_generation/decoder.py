@@ -270,7 +270,8 @@ class Decoder:
             constraint = query.constraints[number] if query.constraints else None
             sampler = Sampler(sampling, query.prompt, number, ends=self._task.eos_token_ids, constraint=constraint)
             stream = StreamText(self._tokenizer.text_decoder, sampling.stop, sampling.min_new_tokens)
-            answer = Answer(query, number, sampler, stream, constraint, lookup=PromptLookup(query.prompt))
+            lookup = PromptLookup(() if self._guessing is None else query.prompt)
+            answer = Answer(query, number, sampler, stream, constraint, lookup=lookup)
             query.answers.append(answer)
             if sampling.max_new_tokens:
                 self._extend(answer, logits)
