@@ -18,6 +18,7 @@ import torch
 from language_models import command_rows, random_model, tokenizer, write_checkpoint, write_rows
 
 from deploykit.artifacts import load_manifest
+from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
@@ -107,17 +108,23 @@ def test_transformers_opens_the_checkpoint_and_answers_the_same(run: Path) -> No
 def test_every_form_of_the_model_is_measured_alike(deploykit: Deploykit, run: Path, export: Path) -> None:
     data = run / "splits" / "test.jsonl"
     found = {}
-    for target, precision in ((run, "auto"), (export, "fp32"), (export, "int8"), (export, "int4")):
-        code, out, err = deploykit("evaluate", target, "--data", data, "--precision", precision, "--json",
+    native = "native" if lacks() is None else "onnxruntime"
+    forms = ((run, "auto", ()), (export, "fp32", ()), (export, "int8", ("--engine", "onnxruntime")),
+             (export, "int4", ("--engine", "onnxruntime")), (export, "int8", ("--engine", native)),
+             (export, "int4", ("--engine", native)))  # fmt: skip
+    for target, precision, engine in forms:
+        code, out, err = deploykit("evaluate", target, "--data", data, "--precision", precision, *engine, "--json",
                                    "--max-new-tokens", 20, "--syntax", "bash", "--answer-regex", r"^\w+")  # fmt: skip
         assert code == 0, err
-        found[target, precision] = json.loads(out)["metrics"]
-    plain, fp32, int8, int4 = found.values()
+        found[target, precision, engine] = json.loads(out)["metrics"]
+    plain, fp32, int8, int4, *natives = found.values()
     assert fp32["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-5)
     assert fp32["exact_match"] == plain["exact_match"]
     assert int8["loss"] == pytest.approx(plain["loss"], abs=0.05)
     assert int4["loss"] == pytest.approx(plain["loss"], abs=1)
     assert int4["loss"] != int8["loss"]
+    for metrics, tolerance in zip(natives, (0.05, 1)):
+        assert metrics["loss"] == pytest.approx(plain["loss"], abs=tolerance)
     assert plain["parses"] == 1.0
     assert set(plain["intervals"]) == {
         "loss", "perplexity", "bits_per_byte", "token_accuracy", "exact_match", "token_f1", "first_word", "rouge_l",
@@ -127,6 +134,10 @@ def test_every_form_of_the_model_is_measured_alike(deploykit: Deploykit, run: Pa
     assert manifest["parity"]["tokens"] == manifest["parity"]["equal"] > 0
     assert manifest["quantization"]["int8"]["perplexity_ratio"] < 1.05
     assert 0 <= manifest["quantization"]["int8"]["kl_mean"] < manifest["quantization"]["int4"]["kl_mean"]
+    if lacks() is None:
+        own = manifest["quantization"]["native"]
+        assert own["int8"]["perplexity_ratio"] < 1.05
+        assert 0 <= own["int8"]["kl_mean"] < own["int4"]["kl_mean"]
 
 
 def test_generate_answers_prompts_and_files(deploykit: Deploykit, export: Path, rows: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,23 @@ class CausalLm(Protocol):
 
     def remove(self, gone: Ints) -> Ints:
         """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
+
+
+@runtime_checkable
+class GuessingCausalLm(Protocol):
+    """A ``CausalLm`` that computes several tokens of a row in one step, to check guesses.
+
+    ``tokens_of_a_step``: tokens of all rows that take little longer than one.
+    """
+
+    tokens_of_a_step: int
+
+    def try_tokens(self, tokens: Sequence[Sequence[int]]) -> Logits:
+        """Feed each row some tokens. Returns the logits of each, float32 [tokens of all rows, vocabulary]; the array is
+        overwritten by the next call."""
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """Keep only the first ``counts`` of the tokens that each row was fed by ``try_tokens``."""
 
 
 class OnnxCausalLm:

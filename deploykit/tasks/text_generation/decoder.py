@@ -11,21 +11,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import DataError, DeploykitError
-from deploykit.runtime.engines.causal_lm import CausalLm, Logits
+from deploykit.runtime.engines.causal_lm import CausalLm, GuessingCausalLm, Logits
 from deploykit.runtime.sampling import Sampler, Sampling
 from deploykit.runtime.stream_text import StreamText
-from deploykit.runtime.token_distribution import top_tokens
 from deploykit.tasks.text_generation.beam import BeamSearch, rearranged
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.grammar import Constraint
+from deploykit.tasks.text_generation.logprobs import TokenLogprob, token_logprob
 from deploykit.tasks.text_generation.prefixes import PREFIX_BLOCK, Prefixes
+from deploykit.tasks.text_generation.prompt_lookup import PromptLookup
 
 Finish = Literal["eos", "stop", "length"]
 
@@ -34,25 +35,6 @@ _PROMPT_TOKENS = 512
 """Most tokens of prompts that are read between two steps while no row waits for the next one."""
 _PROMPT_TOKENS_BETWEEN = 64
 """The same while rows wait."""
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token's log-probability before any rule of sampling, and those of the likeliest tokens, most likely first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-    def record(self, tokenizer: ChatTokenizer) -> dict[str, Any]:
-        """Return it as JSON: ``token`` (text), ``token_id``, ``bytes``, ``logprob``, and the same of each in ``top``."""
-        top = [_token_record(tokenizer, token, logprob) for token, logprob in self.top]
-        return {**_token_record(tokenizer, self.token, self.logprob), "top": top}
-
-
-def _token_record(tokenizer: ChatTokenizer, token: int, logprob: float) -> dict[str, Any]:
-    text, data = tokenizer.text_decoder.single(token)
-    return {"token": text, "token_id": token, "bytes": list(data), "logprob": round(logprob, 6)}
 
 
 @dataclass(eq=False)
@@ -69,6 +51,7 @@ class Answer:
     stream: StreamText
     constraint: Constraint | None = None
     beams: BeamSearch | None = None
+    lookup: PromptLookup = field(default_factory=lambda: PromptLookup(()))
     ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -127,6 +110,7 @@ class Decoder:
         self._model, self._task, self._tokenizer = model, task, tokenizer
         self._eos = frozenset(task.eos_token_ids)
         self._prefixes = Prefixes(model.prefix_tokens)
+        self._guessing = model if isinstance(model, GuessingCausalLm) else None
         self._reading: Query | None = None  # its prompt is in the model's prompt area, up to ``_read``
         self._read = 0
         model.remove(np.arange(model.rows))
@@ -178,13 +162,8 @@ class Decoder:
             self._reading = None
         grown: dict[Query, None] = {}  # a set in order
         if self.running:
-            logits = self._model.step(np.array([answer.ids[-1] for answer in self.running], np.int64))
-            for row, answer in enumerate(self.running):
-                if answer.beams is None:
-                    self._extend(answer, logits[row])
-                elif answer.query not in grown:
-                    self._advance(answer.query, logits)
-                grown[answer.query] = None
+            self._step_rows()
+            grown = dict.fromkeys(answer.query for answer in self.running)
             self._remove_finished()
         for query in self._read_prompts(_PROMPT_TOKENS_BETWEEN if steadily and self.running else _PROMPT_TOKENS):
             grown[query] = None
@@ -192,6 +171,53 @@ class Decoder:
             if query.on_tokens is not None:
                 query.on_tokens(query)
         return [query for query in grown if query.done]
+
+    def _step_rows(self) -> None:
+        """Give every row a token, and more where guesses of the next ones are right."""
+        guesses = self._guesses()
+        if any(guesses):
+            self._try(guesses)
+            return
+        logits = self._model.step(np.array([answer.ids[-1] for answer in self.running], np.int64))
+        searched = set()
+        for row, answer in enumerate(self.running):
+            if answer.beams is None:
+                self._extend(answer, logits[row])
+            elif answer.query not in searched:
+                searched.add(answer.query)
+                self._advance(answer.query, logits)
+
+    def _guesses(self) -> list[list[int]]:
+        """Return tokens that may come next in each row; none where a step with them would take much longer."""
+        if self._guessing is None or any(answer.beams is not None for answer in self.running):
+            return []
+        left, found = self._guessing.tokens_of_a_step - len(self.running), []
+        for answer in self.running:
+            prompt, most = len(answer.query.prompt), answer.query.sampling.max_new_tokens
+            room = min(prompt + most, self._task.max_length) - prompt - len(answer.ids) - 1
+            guess = answer.lookup.guess(min(left, room)) if left > 0 and room > 0 else []
+            left -= len(guess)
+            found.append(guess)
+        return found
+
+    def _try(self, guesses: Sequence[list[int]]) -> None:
+        """Give each row the tokens that it chooses itself after those of its guess that it has chosen itself.
+
+        Its logits do not depend on what is computed beside them, so it gets the same tokens as without guesses.
+        """
+        assert self._guessing is not None
+        logits = self._guessing.try_tokens([[a.ids[-1], *guess] for a, guess in zip(self.running, guesses)])
+        start, kept = 0, []
+        for answer, guess in zip(self.running, guesses):
+            right = 0
+            self._extend(answer, logits[start])
+            while answer.finish is None and right < len(guess) and answer.ids[-1] == guess[right]:
+                right += 1
+                self._extend(answer, logits[start + right])
+            answer.lookup.learn(len(guess), right)
+            kept.append(1 + right)
+            start += 1 + len(guess)
+        self._guessing.keep(kept)
 
     def _read_prompts(self, left: int) -> Iterator[Query]:
         """Read about ``left`` tokens of waiting prompts. Yields those that were read whole: each has its answers' first
@@ -244,7 +270,8 @@ class Decoder:
             constraint = query.constraints[number] if query.constraints else None
             sampler = Sampler(sampling, query.prompt, number, ends=self._task.eos_token_ids, constraint=constraint)
             stream = StreamText(self._tokenizer.text_decoder, sampling.stop, sampling.min_new_tokens)
-            answer = Answer(query, number, sampler, stream, constraint)
+            lookup = PromptLookup(() if self._guessing is None else query.prompt)
+            answer = Answer(query, number, sampler, stream, constraint, lookup=lookup)
             query.answers.append(answer)
             if sampling.max_new_tokens:
                 self._extend(answer, logits)
@@ -317,6 +344,7 @@ class Decoder:
                 each.finish = "stop"
             return
         ids.append(token)
+        answer.lookup.add([token])
         self.tokens += 1
         if sampling.logprobs is not None or sampling.candidates > sampling.n:
             found = token_logprob(token, logits, sampling.logprobs or 0)
@@ -367,16 +395,3 @@ def _part(rest: int, most: int) -> int:
 
 def _named(sampling: Sampling) -> str:
     return "n" if sampling.best_of is None else "best_of"
-
-
-def token_logprob(token: int, logits: NDArray[np.float32], top: int) -> TokenLogprob:
-    """Return the log-probability of ``token`` by ``logits``, [vocabulary], and of the ``top`` likeliest tokens."""
-    total = log_sum(logits)
-    best = top_tokens(logits, top).tolist() if top else []
-    return TokenLogprob(token, float(logits[token] - total), tuple((i, float(logits[i] - total)) for i in best))
-
-
-def log_sum(logits: NDArray[np.float32]) -> Any:
-    """log(sum(exp(logits))) over the last axis, float64 [...]."""
-    most = logits.max(-1)
-    return most + np.log(np.exp((logits - most[..., None]).astype(np.float64)).sum(-1))

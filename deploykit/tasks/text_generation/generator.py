@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from deploykit.errors import DataError
 from deploykit.runtime.engines.causal_lm import CausalLm
 from deploykit.runtime.sampling import Sampling
-from deploykit.tasks.text_generation.decoder import Decoder, Finish, Query, log_sum
+from deploykit.tasks.text_generation.decoder import Decoder, Finish, Query
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.grammar import Grammars
+from deploykit.tasks.text_generation.logprobs import log_sum
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text to continue, or the messages of a dialog to answer."""

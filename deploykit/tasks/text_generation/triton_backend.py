@@ -34,10 +34,11 @@ from deploykit.runtime.triton_requests import (
     number_parameter,
     parameters_of,
 )
-from deploykit.tasks.text_generation.decoder import Answer, Query, TokenLogprob
+from deploykit.tasks.text_generation.decoder import Answer, Query
 from deploykit.tasks.text_generation.encode import ChatTokenizer
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import LocalGenerator
+from deploykit.tasks.text_generation.logprobs import TokenLogprob
 from deploykit.tasks.text_generation.messages import checked_messages, checked_tools
 from deploykit.tasks.text_generation.predictor import load_generator
 from deploykit.text import MAX_TEXT_CHARS

@@ -45,6 +45,8 @@ class NativeCausalLm:
     """``CausalLm`` on the engine ``native``, with float16 caches. A token's logits depend neither on other rows, nor on the
     parts that a prompt is read in, nor on the number of threads, to the bit."""
 
+    tokens_of_a_step = 6  # the library multiplies so many rows by weights that it reads once
+
     def __init__(
         self,
         file: Path,
@@ -79,7 +81,7 @@ class NativeCausalLm:
         most = max(max_rows, _READ)
         self._tokens, self._numbers = np.zeros(most, np.int64), np.arange(most, dtype=np.int32)
         self._past, self._slots = np.zeros(max_rows, np.int32), np.zeros(max_rows, np.int32)
-        self._logits: Logits = np.zeros((max_rows, self.vocabulary), np.float32)
+        self._logits: Logits = np.zeros((max(max_rows, self.tokens_of_a_step), self.vocabulary), np.float32)
         self._read: Logits = np.empty((1, self.vocabulary), np.float32)
         self._context = self._library.deploykit_new_causal(byref(weights.model), threads)
         if not self._context:
@@ -143,6 +145,20 @@ class NativeCausalLm:
         past += 1
         self._touched[slots] = np.maximum(self._touched[slots], past)
         return logits
+
+    def try_tokens(self, tokens: Sequence[Sequence[int]]) -> Logits:
+        counts = np.array([len(each) for each in tokens])
+        slots, past = self._slots[: self.rows], self._past[: self.rows]
+        flat = np.array([token for each in tokens for token in each], np.int64)
+        starts = np.repeat(counts.cumsum() - counts, counts)
+        positions = (np.repeat(past, counts) + np.arange(len(flat)) - starts).astype(np.int32)
+        logits = self._logits[: len(flat)]
+        self._compute(flat, positions, np.repeat(slots, counts), self._numbers[: len(flat)], logits)
+        self._touched[slots] = np.maximum(self._touched[slots], past + counts)
+        return logits
+
+    def keep(self, counts: Sequence[int]) -> None:
+        self._past[: self.rows] += np.array(counts, np.int32)
 
     def copy(self, sources: Sequence[int], targets: Sequence[int], begin: int) -> None:
         for source, target in zip(sources, targets):

@@ -24,6 +24,7 @@ from deploykit.tasks.text_generation.checkpoint import TorchGenerator, chat_toke
 from deploykit.tasks.text_generation.decoder import Decoder, Query
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.prefixes import PREFIX_BLOCK
+from deploykit.tasks.text_generation.prompt_lookup import PromptLookup
 
 LONG = Sampling(max_new_tokens=40, ignore_eos=True)
 _LAYERS, _HEADS, _SIZE = 2, 2, 16
@@ -206,6 +207,43 @@ def test_a_known_beginning_is_not_read_again_and_changes_no_bit(graph: Path) -> 
     read.clear()
     run(ours.decoder, [Query(again, LONG)])
     assert sum(read) == PREFIX_BLOCK
+
+
+def test_guessed_tokens_save_steps_and_change_no_bit(graph: Path) -> None:
+    if graph.parent.name != "native":
+        pytest.skip("this engine takes no guesses")
+    text = prompt(12) * 4
+    samplings = [Sampling(max_new_tokens=60, ignore_eos=True, logprobs=2),
+                 Sampling(max_new_tokens=60, temperature=0.7, seed=3, n=2, repetition_penalty=1.1, logprobs=0)]  # fmt: skip
+    steps: dict[bool, int] = {}
+    found: dict[bool, list[Any]] = {}
+    for guesses in (False, True):
+        ours = generator(graph, max_rows=4)
+        if not guesses:
+            ours.decoder._guessing = None
+        steps[guesses] = 0
+        queries = [Query(text, sampling) for sampling in samplings]
+        for query in queries:
+            ours.decoder.add(query)
+            while not query.done:
+                ours.decoder.step()
+                steps[guesses] += 1
+        found[guesses] = [(answer.ids, answer.text, answer.logprobs) for query in queries for answer in query.answers]
+    assert found[True] == found[False]
+    assert steps[True] < 0.9 * steps[False], "some guesses are right"
+
+
+def test_guessing_rests_where_guesses_are_wrong() -> None:
+    lookup = PromptLookup([1, 2, 3, 4, 5, 9, 1, 2, 3])
+    assert lookup.guess(2) == [4, 5]
+    assert lookup.guess(20) == [4, 5, 9, 1, 2, 3]
+    lookup.add([7])
+    assert lookup.guess(5) == []
+    lookup.add([1, 2, 3])
+    assert lookup.guess(1) == [7], "the latest place counts"
+    for _ in range(20):
+        lookup.learn(5, 0)
+    assert [bool(lookup.guess(1)) for _ in range(40)].index(True) == 32
 
 
 def test_log_probabilities_of_the_prompt_are_those_of_scoring(graph: Path) -> None:

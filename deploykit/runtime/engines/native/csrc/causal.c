@@ -1,7 +1,7 @@
 /* Decoder-only language models: one step over any tokens of any rows.
  *
- * A token's result depends on what its own row has in the caches alone: neither on the other tokens of the step, nor on the number
- * of threads, to the bit. */
+ * A token's result depends on what its own row has in the caches alone: neither on the other tokens of the step, nor on the
+ * number of threads, to the bit. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -51,12 +51,13 @@ static void look_up(const CausalModel *model, int64_t token, int position, float
     for (int i = 0; positions && i < model->hidden; i++) x[i] += positions[i];
 }
 
-/* The weights to prefetch while ``group`` is multiplied by a panel: its share of the panel ``local`` panels later. A single group
- * streams through the weights, which the CPU prefetches better by itself. */
+/* The weights to prefetch while ``group`` is multiplied by a panel: its share of the panel ``local`` panels later. A single
+ * group streams through the weights, which the CPU prefetches better by itself. */
 static Ahead ahead_of(const Matrix *m, int panel, int local, int group, int groups) {
     int64_t bytes = panel_bytes(m), lines = bytes / blocks_of(m->in) / 64;
     if (groups == 1 || group >= lines) return (Ahead){NULL, 0};
-    return (Ahead){(const char *)m->weight + (panel + local) * bytes + bytes * group / groups, (int)((lines + groups - 1) / groups)};
+    const char *later = (const char *)m->weight + (panel + local) * bytes;
+    return (Ahead){later + bytes * group / groups, (int)((lines + groups - 1) / groups)};
 }
 
 INLINE int local_panels(const Matrix *m) { return panel_bytes(m) < LOCAL_BYTES ? (int)(LOCAL_BYTES / panel_bytes(m)) : 1; }
@@ -102,8 +103,8 @@ static void widen(Context *c, int number, const Given *from, const CausalLayer *
         }
 }
 
-/* Prepare all rows of ``x`` (of ``places``, if given), normed, as the input of ``next``. A single row is prepared by each thread
- * for itself: that is faster than to wait for each other. */
+/* Prepare all rows of ``x`` (of ``places``, if given), normed, as the input of ``next``. A single row is prepared by each
+ * thread for itself: that is faster than to wait for each other. */
 static const Given *prepare(Context *c, int number, const float *x, int64_t stride, const int32_t *places, int rows,
                             const Norm *norm, const Matrix *next) {
     Causal *l = c->causal;
@@ -120,7 +121,8 @@ static const Given *prepare(Context *c, int number, const float *x, int64_t stri
 }
 
 /* Norm and rotate a head's query or key: [size] padded to 16. */
-static void turn(Context *c, const CausalLayer *layer, const Norm *norm, const float *angles, int size, const float *x, float *to) {
+static void turn(Context *c, const CausalLayer *layer, const Norm *norm, const float *angles, int size, const float *x,
+                 float *to) {
     int half = layer->turned;
     memcpy(to, x, sizeof(float) * (size_t)size);
     memset(to + size, 0, sizeof(float) * (size_t)(padded_head(size) - size));
@@ -166,9 +168,9 @@ static void attend(Context *c, int number, int layer_number, int row, int rows, 
     Causal *l = c->causal;
     const CausalModel *m = l->model;
     const CausalBatch *b = l->batch;
-    int count = 0, size = m->head_size, window = m->layer[layer_number].window;
+    int count = 0, size = m->head_size, window = m->layer[layer_number].window, key_head = head / (m->heads / m->key_heads);
     int64_t region = b->positions_of_slot * padded_head(size);
-    int64_t at = (((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + head / (m->heads / m->key_heads)) * region;
+    int64_t at = (((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + key_head) * region;
     Seen seen = {b->keys + at, b->values + at, size, m->scale, m->attention_cap};
     SeenBy by[MOST_QUERIES];
     for (int r = row; r < row + rows; r++)
@@ -197,14 +199,16 @@ static void attend_rows(Context *c, int number, int layer_number, int64_t stride
     }
     /* Rows by turns, because those of a prompt see more and more. Rows of one slot are computed together. */
     int together = MOST_QUERIES / most;
-    for (int row = number * together; row < b->rows; row += c->threads * together)
-        for (int from = row, rows; from < row + together && from < b->rows; from += rows) {
-            for (rows = 1; from + rows < row + together && from + rows < b->rows && b->slots[from + rows] == b->slots[from];) rows++;
+    for (int row = number * together; row < b->rows; row += c->threads * together) {
+        int end = row + together < b->rows ? row + together : b->rows;
+        for (int from = row, rows; from < end; from += rows) {
+            for (rows = 1; from + rows < end && b->slots[from + rows] == b->slots[from];) rows++;
             for (int head = 0, heads; head < m->heads; head += heads) {
                 heads = shared - head % shared < most ? shared - head % shared : most;
                 attend(c, number, layer_number, from, rows, head, heads, stride, out_stride);
             }
         }
+    }
 }
 
 /* Add a block's output, normed if it has a norm, to the residual. */

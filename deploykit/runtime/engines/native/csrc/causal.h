@@ -1,5 +1,5 @@
-/* Structures of decoder-only language models. causal_weights.py and causal_lm.py fill them, and must have the same fields in the
- * same order.
+/* Structures of decoder-only language models. causal_weights.py and causal_lm.py fill them, and must have the same fields in
+ * the same order.
  *
  * Matrices are stored in panels of 16 columns, with inputs padded with zeros to 32:
  * - float32: [panels][inputs][16];

@@ -405,7 +405,8 @@ INLINE void value_sums(int rows, const int16_t *shares, int64_t keys, const int3
 /* ---- a language model's matrices and caches ---- */
 
 INLINE Floats f_load_halves(const uint16_t *x) {
-    return (Floats){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)x + 1))};
+    const __m128i *halves = (const __m128i *)x;
+    return (Floats){_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
 }
 INLINE void f_store_halves(uint16_t *to, Floats x) {
     _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));

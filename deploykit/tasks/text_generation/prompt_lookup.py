@@ -1,0 +1,48 @@
+"""Guess an answer's next tokens from repetitions in prompt and answer.
+
+Where the last tokens occurred before, what came after them is the guess. Source: Saxena, "Prompt Lookup Decoding" (2023),
+the idea behind ``prompt_lookup_num_tokens`` of Hugging Face's ``generate``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_GRAM = 3
+"""Tokens that must occur again."""
+_LEAST_SHARE = 0.1
+"""Of guessed tokens that were right; below it guessing rests, since a step with guesses takes longer."""
+_REST = 32
+"""Tokens for which guessing rests."""
+
+
+class PromptLookup:
+    """The guesses for one answer. ``tokens``: the prompt and the answer so far."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}  # a gram's last place but the newest one
+        self._share, self._rests = 0.5, 0
+        self.add(prompt)
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Append tokens to the text."""
+        for token in tokens:
+            if len(self._tokens) >= _GRAM:
+                self._after[tuple(self._tokens[-_GRAM:])] = len(self._tokens)
+            self._tokens.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """Return up to ``most`` tokens that may come next."""
+        if self._rests:
+            self._rests -= 1
+            return []
+        place = self._after.get(tuple(self._tokens[-_GRAM:]))
+        return [] if place is None else self._tokens[place : place + most]
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Take note of how many of the ``guessed`` tokens were ``right``."""
+        if guessed:
+            self._share += 0.25 * (right / guessed - self._share)
+            if self._share < _LEAST_SHARE:
+                self._share, self._rests = 0.5, _REST
