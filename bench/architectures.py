@@ -1,4 +1,4 @@
-"""Try each architecture that transformers classifies texts with: train two steps, export, quantize, compare texts.
+"""Try each architecture that transformers classifies or translates with: train two steps, export, quantize, compare texts.
 
 Models are tiny, with random weights. Each is either served as PyTorch answers, on every engine and in INT8, or refused
 before it is trained. Writes bench/results/<date>-architectures.json, from which bench/table.py writes the docs' table.
@@ -11,10 +11,11 @@ import datetime
 import json
 import os
 import random
+import resource
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 WORDS = tuple(f"w{i}" for i in range(200))
 LABELS = ("bad", "good")
 MOST_PARAMETERS = 20_000_000
-_LIMIT_S = 300
+_LIMIT_S = 300  # of CPU time
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _SIZES: Mapping[str, Any] = {
@@ -37,19 +38,44 @@ _SIZES: Mapping[str, Any] = {
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 40),
-    "num_key_value_heads": 2, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "vocab_size": len(WORDS) + 4,
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "mm_tokens_per_image"), 4),
+    "num_key_value_heads": 2, "image_size": 32, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "vocab_size": len(WORDS) + 4,
     "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.3, "layer_types": None,
 }  # fmt: skip
 # What a type needs otherwise; ... leaves a field as it is.
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_LATENT = {"num_key_value_heads": 4}  # attention through a latent vector has no groups of heads
 _OWN: Mapping[str, Mapping[str, Any]] = {
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "axk1": {**_LATENT, "n_group": 2, "topk_group": 2},
+    "axk2": _LATENT,
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), _ROPE),
+    },
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": {**_LATENT, "n_group": 2, "topk_group": 2},
     "esmc": {"num_key_value_heads": 4},
     "falcon": {"head_dim": ...},
     "funnel": {"num_hidden_layers": ..., "block_sizes": [1, 1]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "jamba": {"layer_types": ...},
+    "gptj": {"rotary_dim": 4},
+    "jamba": {"layer_types": ..., "attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},  # four coordinates and two sizes make a hidden state
+    "lilt": {"hidden_size": 48},  # six parts make a hidden state
     "luke": {"entity_vocab_size": 10},
+    "minicpm3": {**_LATENT, "dim_model_base": 32},
+    "mistral4": {**_LATENT, "head_dim": ...},  # which follows from the two of qk
     "perceiver": {"num_latents": 8, "d_latents": 32, "num_self_attends_per_block": 2},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"]},
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "reformer": {
+        "num_hidden_layers": ...,
+        "attn_layers": ["local", "lsh"],
+        "axial_pos_shape": [8, 8],
+        "axial_pos_embds_dim": [16, 16],
+    },
+    "xlnet": {"max_position_embeddings": ...},
+    "zamba": {"num_hidden_layers": 3, "layer_types": ["linear_attention", "hybrid", "hybrid"]},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
 }
 
@@ -63,13 +89,7 @@ def write_checkpoint(model_type: str, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-    own = _OWN.get(model_type, {})
-    default = AutoConfig.for_model(model_type)
-    sizes = {
-        key: value
-        for key, value in {**_SIZES, **own}.items()
-        if value is not ... and (key in own or hasattr(default, key))
-    }
+    sizes = _sizes_of(AutoConfig.for_model(model_type), _OWN.get(model_type, {}))
     names = dict(enumerate(LABELS))
     config = AutoConfig.for_model(model_type, **sizes, id2label=names, label2id={n: i for i, n in names.items()})
     with torch.device("meta"):
@@ -91,6 +111,19 @@ def write_checkpoint(model_type: str, folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+def _sizes_of(config: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of ``config`` that make it small, also those of the configs inside it."""
+    sizes = {
+        key: value
+        for key, value in {**_SIZES, **own}.items()
+        if value is not ... and (key in own or hasattr(config, key))
+    }
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            sizes[name] = {"model_type": part.model_type, **_sizes_of(part, _OWN.get(part.model_type, {}))}
+    return sizes
+
+
 def write_rows(path: Path) -> None:
     """Write 160 texts of up to 20 words, whose label their words tell."""
     draw = random.Random(0)
@@ -108,10 +141,44 @@ def try_architecture(model_type: str, folder: Path) -> dict[str, Any]:
     Needs an absolute ``folder``, which is empty. A served one has the ``engines`` that gave PyTorch's answers in fp32, and those that run it in INT8. The others have
     the ``message``.
     """
+    checkpoint, rows = folder / "checkpoint", folder / "rows.csv"
+    try:
+        write_checkpoint(model_type, checkpoint)
+    except Exception as error:
+        message = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:300]
+        return {"outcome": "not built", "message": message}
+    write_rows(rows)
+    return _train_and_export(folder, model_type, rows, "--per-device-train-batch-size", 4)
+
+
+def try_translator(model_type: str, folder: Path) -> dict[str, Any]:
+    """Return what becomes of a type of encoder-decoder, as ``try_architecture`` does."""
+    import torch
+    from tiny_translators import FAMILIES, write_pairs
+    from transformers import AutoConfig
+
+    checkpoint, rows = folder / "checkpoint", folder / "rows.tsv"
+    checkpoint.mkdir()
+    torch.manual_seed(0)
+    write, source, target = FAMILIES.get(model_type, (None, "en", "fr"))
+    if write is not None:
+        write(checkpoint)
+    else:  # what is looked for before a checkpoint is refused for its type
+        AutoConfig.for_model(model_type).save_pretrained(checkpoint)
+        for name in ("model.safetensors", "tokenizer.json"):
+            (checkpoint / name).touch()
+    write_pairs(rows, source, target)
+    words = ("--task", "translation", "--source-lang", source, "--target-lang", target, "--max-length", 38)
+    return _train_and_export(folder, model_type, rows, *words)
+
+
+def _train_and_export(folder: Path, model_type: str, rows: Path, *options: object) -> dict[str, Any]:
     from click.testing import CliRunner
 
     from deploykit.artifacts import load_manifest
     from deploykit.cli import main
+
+    checkpoint, trained, exported = (folder / name for name in ("checkpoint", "run", "export"))
 
     def run(*words: object) -> str:
         """Return "" or the error."""
@@ -124,14 +191,7 @@ def try_architecture(model_type: str, folder: Path) -> dict[str, Any]:
             message = message.replace(noise, "")
         return message if result.exit_code else ""
 
-    checkpoint, trained, exported, rows = (folder / name for name in ("checkpoint", "run", "export", "rows.csv"))
-    try:
-        write_checkpoint(model_type, checkpoint)
-    except Exception as error:
-        return {"outcome": "not built", "message": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    write_rows(rows)
-    steps = ("--max-steps", 2, "--per-device-train-batch-size", 4)
-    if message := run("finetune", checkpoint, "--train", rows, *steps, "--output-dir", trained):
+    if message := run("finetune", checkpoint, "--train", rows, "--max-steps", 2, *options, "--output-dir", trained):
         began = any(folder.glob(".run.*.training/trainer/*")) or message.startswith("traceback")
         return {"outcome": "failed" if began else "refused", "message": message}
     words = ("--int8", "--calibration-rows", 16, "--max-drop", 100)
@@ -152,23 +212,26 @@ def architectures() -> list[str]:
     return sorted(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 
 
-def _try_alone(model_type: str) -> dict[str, Any]:
-    """Return ``try_architecture`` of a process of its own, which may crash."""
+def translators() -> list[str]:
+    """Return the types in transformers' mapping for text to text."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _try_alone(try_type: Callable[[str, Path], dict[str, Any]], model_type: str) -> dict[str, Any]:
+    """Return ``try_type`` of a process of its own, which may crash."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         child = os.fork()
         if not child:
+            resource.setrlimit(resource.RLIMIT_CPU, (_LIMIT_S, _LIMIT_S))
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
             os.dup2(sys.stdout.fileno(), 2)
-            result = try_architecture(model_type, Path(folder))
+            result = try_type(model_type, Path(folder))
             (Path(folder) / "result.json").write_text(json.dumps(result))
             os._exit(0)
-        while not os.waitpid(child, os.WNOHANG)[0]:
-            if time.monotonic() - begun > _LIMIT_S:
-                os.kill(child, 9)
-                os.waitpid(child, 0)
-                break
-            time.sleep(0.1)
+        os.waitpid(child, 0)
         path = Path(folder) / "result.json"
         if not path.exists():
             return {"outcome": "failed", "message": "the process ended"}
@@ -178,7 +241,8 @@ def _try_alone(model_type: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types (default: all)")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--translators", action="store_true", help="of translators, not of classifiers")
+    parser.add_argument("--out", type=Path, help="results; those of other types are kept")
     options = parser.parse_args()
     out = options.out or ROOT / "bench/results" / f"{datetime.date.today()}-architectures.json"
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -193,18 +257,21 @@ def main() -> None:
     from deploykit.artifacts import new_file
 
     torch.set_num_threads(1)
-    found = {}
-    for model_type in options.types or architectures():
-        found[model_type] = _try_alone(model_type)
+    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    key, types, try_type = (
+        ("translators", translators(), try_translator)
+        if options.translators
+        else ("architectures", architectures(), try_architecture)
+    )
+    result = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    result |= {"schema": 1, "started": started, "transformers": transformers.__version__}
+    found = result.get(key, {})
+    for model_type in options.types or types:
+        found[model_type] = _try_alone(try_type, model_type)
         print(model_type, json.dumps(found[model_type]), flush=True)
-    result = {
-        "schema": 1,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "transformers": transformers.__version__,
-        "architectures": found,
-    }
-    with new_file(out) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        result[key] = dict(sorted(found.items()))
+        with new_file(out) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

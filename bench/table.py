@@ -15,6 +15,7 @@ BASE = "ONNX Runtime fp32"
 GENERATION_BASE = "transformers fp32"
 TRAINING_BASE = "transformers Trainer"
 _BUSY = 10.0  # percent of the CPUs, as BUSY_PERCENT of deploykit.bench.run
+_SHOWN = 160  # characters of a message
 _SUBJECTS = {
     "tweets": "The demo's classifier, {rows} of its test tweets",
     "articles": "A topic classifier, {rows} BBC articles of up to 512 tokens",
@@ -194,27 +195,36 @@ def render_methods(result: Record) -> str:
 
 def render_architectures(result: Record) -> str:
     """Return Markdown: the types that are served, by the engines that run them, and those that are refused, with the reason."""
-    found = result["architectures"]
+    return _types(result, result["architectures"], "classifies texts", "The exports give PyTorch's answers.")
+
+
+def render_translators(result: Record) -> str:
+    """Return the same of the types that turn texts into texts; "" where they were not tried."""
+    tokens = "The exports give the tokens of `generate`."
+    return _types(result, result["translators"], "turns texts into texts", tokens) if "translators" in result else ""
+
+
+def _types(result: Record, found: Mapping[str, Record], does: str, same: str) -> str:
     served: dict[str, list[str]] = {}
+    rest: dict[str, list[str]] = {}
     for name, record in found.items():
         if record["outcome"] == "served":
             served.setdefault(_engines(record["engines"]), []).append(f"`{name}`")
-    rest = {
-        name: f"{record['outcome']}: {record['message']}"
-        for name, record in found.items()
-        if record["outcome"] != "served"
-    }
+        else:
+            what = f"{record['outcome']}: {record['message'].replace(f'is of type {name}', 'is of a type')}"
+            short = what if len(what) <= _SHOWN else f"{what[: _SHOWN - 1].rstrip()}…"
+            rest.setdefault(short.replace("|", "\\|").replace("<", "&lt;"), []).append(f"`{name}`")
     lines = [
-        f"{result['started'][:10]}, transformers {result['transformers']}: each model type that classifies texts, tiny and with "
-        "random weights, trained for two steps and exported. The exports give PyTorch's answers.",
+        f"{result['started'][:10]}, transformers {result['transformers']}: each model type that {does}, tiny and with "
+        f"random weights, trained for two steps and exported. {same}",
         "",
         "| runs on | model types |",
         "|---|---|",
         *(_row([engines, ", ".join(names)]) for engines, names in served.items()),
         "",
-        "| other types | |",
+        "| other model types | |",
         "|---|---|",
-        *(_row([f"`{name}`", message.replace("|", "\\|")]) for name, message in rest.items()),
+        *(_row([", ".join(names), message]) for message, names in rest.items()),
     ]
     return "\n".join(lines) + "\n"
 
@@ -359,6 +369,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "generation": ("generation", render_generation),
     "methods": ("methods", render_methods),
     "translation": ("translation", render_translation),
+    "translators": ("architectures", render_translators),
 }
 """Marker name in a page -> (suffix of the result files, function that renders the table)."""
 

@@ -12,8 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from google.protobuf.json_format import MessageToDict
 
+from deploykit.artifacts import load_manifest, write_manifest
 from deploykit.cli import main
+from deploykit.tasks.classification.served import ServedClassifier
+from deploykit.triton.in_process import InProcessModel
+from deploykit.triton.kserve import KServeServer
+from deploykit.triton.repository import package, read_config
 
 
 def run(*words: object) -> tuple[int, str]:
@@ -155,6 +161,59 @@ def test_a_regression_is_trained_measured_exported_and_answers_numbers(
     code, out = run("evaluate", tmp_path / "e", "--data", table, "--json")
     assert code == 0, out
     assert json.loads(out[out.index("{") :])["metrics"]["rmse"] < 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels"),
+    [
+        ({"problem_type": "multi_label_classification"}, "good|bad"),
+        ({"problem_type": None, "id2label": {"0": "stars"}, "label2id": {"stars": 0}}, "1.5"),
+        ({"problem_type": "regression", "id2label": {"0": "stars"}, "label2id": {"stars": 0}}, "1.5"),
+    ],
+)
+def test_what_the_config_says_of_the_head_is_honoured(
+    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path, fields: dict[str, Any], labels: str
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    folder = make_tiny_checkpoint(tmp_path / "c")
+    edit(folder / "config.json", **fields)
+    if "id2label" in fields:
+        weights = load_file(folder / "model.safetensors")
+        for name in ("classifier.weight", "classifier.bias"):
+            weights[name] = weights[name][:1].clone()
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"w{i} w{i + 1},{labels}\n" for i in range(12)))
+    code, out = run("export", folder, "--output-dir", tmp_path / "e", "--data", rows)
+    assert code == 0, out
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        logits = model(**tokenizer(["w1 w2"], return_tensors="pt")).logits
+    expected = logits.sigmoid() if "multi" in str(fields["problem_type"]) else logits
+    np.testing.assert_allclose(predicted(tmp_path / "e", ["w1 w2"]), expected.numpy(), atol=1e-5)
+
+
+def test_a_text_without_tokens_fails_alone_when_it_is_served(
+    make_tiny_export: Callable[..., Path], tmp_path: Path
+) -> None:
+    """GPT-2's tokenizer makes no token of an empty text."""
+    exported = make_tiny_export(tmp_path / "e")
+    edit(exported / "tokenizer.json", post_processor=None)
+    write_manifest(exported, "export", load_manifest(exported, verify=False).task, inputs="no special tokens")
+    package(exported, "m", tmp_path, engine="onnxruntime", precision="fp32")
+    config = MessageToDict(read_config(tmp_path / "m" / "config.pbtxt"), preserving_proto_field_name=True)
+    with KServeServer(InProcessModel("m", tmp_path / "m", "1", config), "127.0.0.1", 0) as server:
+        model = ServedClassifier("m", server.url)
+        first, empty, last = model.predict_rows(["w1", "", "w2 w3"])
+        (alone,) = model.predict_rows(["w2 w3"])
+        model.close()
+    assert (first.error, last.error) == ("", "")
+    assert "has no token" in empty.error
+    np.testing.assert_array_equal(last.scores, alone.scores)
 
 
 def test_a_label_that_is_no_number_is_named(

@@ -81,7 +81,8 @@ def _check_graph(classifier: TorchClassifier) -> None:
             except ExportError:
                 raise
             except Exception as error:  # engines' exceptions have no common base
-                raise ExportError(f"its graph does not run on {name}: {_first_line(error)}", "") from error
+                reason = _first_line(error).replace(f"{path}: ", "")
+                raise ExportError(f"its graph does not run on {name}: {reason}", "") from error
 
 
 def _same(expected: Any, actual: Any) -> bool:

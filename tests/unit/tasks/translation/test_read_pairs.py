@@ -141,6 +141,13 @@ def test_tsv_with_a_header_is_quoted_like_csv(tmp_path):
     assert load(path) == ([('say "hi"', "deux\nlignes")], PairColumns("en", "fr"))
 
 
+def test_stray_quotes_in_a_tsv_with_a_header_merge_no_pairs(tmp_path):
+    rows = [(f"line {i}", f"ligne {i}") for i in range(120)]
+    rows[7], rows[40] = ('"Save as', "« Enregistrer sous"), ('a 5" disk', 'un disque de 5"')
+    path = write(tmp_path / "a.tsv", "en\tfr\n" + "".join(f"{en}\t{fr}\n" for en, fr in rows))
+    assert load(path) == (rows, PairColumns("en", "fr"))
+
+
 def test_tsv_without_a_header_is_read_as_plain_lines(tmp_path):
     path = write(tmp_path / "a.tsv", '"Hello," he said.\t« Bonjour », dit-il.\n\n"Open\tOuvrir "\r\nlast\tdernier')
     rows = [('"Hello," he said.', "« Bonjour », dit-il."), ('"Open', 'Ouvrir "'), ("last", "dernier")]
