@@ -4,13 +4,14 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-translation demo-generation test interop generation-peers bench lint check docs clean
+.PHONY: help setup demo demo-translation demo-generation test interop optimum-peers generation-peers bench lint check docs clean
 
 help:
 	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
 	@echo "make demo-translation   the same for a translator of software strings (15 minutes)"
 	@echo "make demo-generation   fine-tune a small language model to write shell commands, and serve it in INT8"
 	@echo "make test   all tests that need no GPU"
+	@echo "make optimum-peers   transformers 4, optimum-onnx and OpenVINO, which bench/answering.py compares with, in an environment of their own"
 	@echo "make generation-peers   the engines that bench/generation.py compares with, in an environment of their own (minutes)"
 	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour, without generation.py)"
 	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, and ask lm-eval, in environments of their own (minutes)"
@@ -42,17 +43,19 @@ test: $(READY)
 LMEVAL_VENV ?= /tmp/deploykit-lmeval
 OPTIMUM_VENV ?= /tmp/deploykit-optimum
 LLAMA_VENV ?= /tmp/deploykit-llama
-interop: $(READY)
+optimum-peers: $(READY)
 	@test -x $(OPTIMUM_VENV)/bin/python || ($(BIN)/python -m venv $(OPTIMUM_VENV) && \
 	  $(OPTIMUM_VENV)/bin/pip install --quiet 'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6' \
-	  'onnxruntime-genai==0.18.0' sentencepiece)
+	  'onnxruntime-genai==0.18.0' 'openvino==2026.4.1' sentencepiece)
+
+interop: optimum-peers
 	@test -x $(LLAMA_VENV)/bin/python || ($(BIN)/python -m venv $(LLAMA_VENV) && \
 	  $(LLAMA_VENV)/bin/pip install --quiet 'xllamacpp==2026.10.11549')
 	@test -x $(LMEVAL_VENV)/bin/lm_eval || ($(BIN)/python -m venv $(LMEVAL_VENV) && \
 	  $(LMEVAL_VENV)/bin/pip install --quiet 'lm-eval[api]==0.4.13' transformers)
 	@OPTIMUM_VENV=$(OPTIMUM_VENV) LLAMA_VENV=$(LLAMA_VENV) LMEVAL_VENV=$(LMEVAL_VENV) $(BIN)/python -m pytest \
-	  tests/integration/test_optimum.py tests/integration/test_language_model_interop.py tests/integration/test_llama_cpp.py \
-	  tests/integration/test_lm_eval.py
+	  tests/integration/test_optimum.py tests/integration/test_question_answering_interop.py \
+	  tests/integration/test_language_model_interop.py tests/integration/test_llama_cpp.py tests/integration/test_lm_eval.py
 
 GENERATION_VENV ?= /tmp/deploykit-generation
 generation-peers: $(READY)
@@ -60,10 +63,11 @@ generation-peers: $(READY)
 	  $(GENERATION_VENV)/bin/pip install --quiet 'openvino-genai==2026.4.1' 'onnxruntime-genai==0.18.0' \
 	  'xllamacpp==2026.10.11549')
 
-bench: $(READY) generation-peers
+bench: $(READY) optimum-peers generation-peers
 	@$(BIN)/python bench/articles.py
 	@$(BIN)/python bench/classification.py
 	@$(BIN)/python bench/exactness.py
+	@OPTIMUM_VENV=$(OPTIMUM_VENV) $(BIN)/python bench/answering.py
 	@# Keep freed memory in the process: on virtual machines, getting it back makes all contenders several times slower.
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 $(BIN)/python bench/translation.py
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 GENERATION_VENV=$(GENERATION_VENV) $(BIN)/python bench/generation.py

@@ -12,7 +12,7 @@ from deploykit.metric_titles import TITLES
 ROOT = Path(__file__).parents[1]
 PEER = "CTranslate2 int8"
 BASE = "ONNX Runtime fp32"
-GENERATION_BASE = "transformers fp32"
+GENERATION_BASE = ANSWERING_BASE = "transformers fp32"
 TRAINING_BASE = "transformers Trainer"
 _BUSY = 10.0  # percent of the CPUs, as BUSY_PERCENT of deploykit.bench.run
 _SHOWN = 160  # characters of a message
@@ -153,6 +153,76 @@ def render_finetuning(suite: Record) -> str:
 
 def _rounds(count: int) -> str:
     return f"{count} round{'s' * (count > 1)}"
+
+
+def render_answering(suite: Record) -> str:
+    """Return Markdown: F1 beside a plain Trainer's, speed as ratios to transformers' pipeline, and the equal spans."""
+    lines = [
+        f"Question answering: {_when_and_where(suite)}, {suite['threads']} threads, windows of 384 tokens that share 128."
+    ]
+    if "training" in suite:
+        lines += ["", *_training(suite["training"])]
+    if "short" in suite:
+        short = suite["short"]
+        lines += [
+            "",
+            f"**{short['questions']} questions on {short['contexts']} paragraphs of XQuAD, in one call**",
+            "",
+            *_head("exact match", "F1", "questions/s", "multiple of transformers"),
+            *_answerers(short, "questions_per_s", ("exact_match", "f1")),
+        ]
+    if "article" in suite:
+        article = suite["article"]
+        lines += [
+            "",
+            f"**Questions on an article of {article['characters']:,} characters, one a call; then {article['questions']} in one call**",
+            "",
+            *_head("p50 ms", "questions/s", "multiple of transformers"),
+            *_answerers(article, "questions_per_s", (), "p50_ms"),
+        ]
+    if "spans" in suite:
+        lines += ["", *_spans(suite["spans"])]
+    return "\n".join(lines) + "\n"
+
+
+def _training(found: Record) -> Iterator[str]:
+    low, high = found["deploykit"]["f1_interval"]
+    yield (
+        f"MiniLM trained on {found['train_rows']} questions of XQuAD (two epochs), tested on {found['rows']}; both runs give the same "
+        f"answer to {found['same_answers']:.1%} of them:"
+    )
+    yield ""
+    yield from _head("exact match", "F1")
+    interval = f" ({low:.1f} to {high:.1f})"
+    for name, key in (
+        ("`deploykit finetune` (95 % interval)", "deploykit"),
+        ("a plain transformers Trainer", "trainer"),
+    ):
+        shown = f"{found[key]['f1']:.1f}{interval if key == 'deploykit' else ''}"
+        yield _row([name, f"{found[key]['exact_match']:.1f}", shown])
+
+
+def _answerers(workload: Record, key: str, metrics: tuple[str, ...], latency: str = "") -> Iterator[str]:
+    base = next((c for c in workload["contenders"] if c["name"] == ANSWERING_BASE), workload["contenders"][0])
+    for c in workload["contenders"]:
+        cells = [f"{c[metric]:.1f}" for metric in metrics]
+        cells += [_spread(c[latency])] if latency else []
+        middle, low, high = (c[key][of] / base[key]["median"] for of in ("median", "min", "max"))
+        yield _row([c["name"], *cells, f"{c[key]['median']:.3g}", f"{middle:.2f} ({low:.2f} to {high:.2f})"])
+
+
+def _spans(found: list[Record]) -> Iterator[str]:
+    equal, asked = (sum(each[key] for each in found) for key in ("equal", "questions"))
+    data = list(dict.fromkeys(each["data"] for each in found))
+    yield (
+        f"{equal:,} of {asked:,} spans ({equal / asked:.2%}) of random models equal those of transformers 4.57's "
+        "`QuestionAnsweringPipeline`:"
+    )
+    yield ""
+    yield from _head(*data)
+    by_place = {(each["family"], each["data"]): f"{each['equal']:,} of {each['questions']:,}" for each in found}
+    for family in dict.fromkeys(each["family"] for each in found):
+        yield _row([family, *(by_place[family, name] for name in data)])
 
 
 def render_exactness(result: Record) -> str:
@@ -361,6 +431,7 @@ def _row(cells: list[str]) -> str:
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
+    "answering": ("answering", render_answering),
     "architectures": ("architectures", render_architectures),
     "classification": ("classification", render_classification),
     "exactness": ("exactness", render_exactness),

@@ -80,7 +80,7 @@ def _tokenizer(family: str) -> tuple[Any, tuple[str, str, str, str]]:
         tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 3), ("<s>", 2), trim_offsets=True)
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 3), ("<s>", 2), add_prefix_space=False)
         return tokenizer, special
     special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
     if family == "deberta-v2":

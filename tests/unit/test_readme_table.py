@@ -16,7 +16,16 @@ def test_the_figures_of_readme_and_docs_are_those_of_the_newest_results() -> Non
 
 def test_without_a_result_there_is_no_table() -> None:
     emptied = [TABLE["with_tables"](page, {}) for page in PAGES]
-    for name in ("architectures", "classification", "exactness", "gpu", "methods", "translation", "summary"):
+    for name in (
+        "answering",
+        "architectures",
+        "classification",
+        "exactness",
+        "gpu",
+        "methods",
+        "translation",
+        "summary",
+    ):
         assert sum(f"<!-- {name}:start -->\n<!-- {name}:end -->" in page for page in emptied) == 1
     assert [TABLE["with_tables"](page, {}) for page in emptied] == emptied
 

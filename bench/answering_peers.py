@@ -1,0 +1,176 @@
+"""The contenders of bench/answering.py, each in a process of its own (``answering_worker.py``)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from contender import Contender
+
+from deploykit.artifacts import load_manifest
+from deploykit.errors import DeploykitError
+from deploykit.runtime.engines import ENGINES
+from deploykit.tasks.question_answering.calibration import sample_windows
+from deploykit.tasks.question_answering.facts import QuestionAnswering
+from deploykit.tasks.question_answering.rows import Example
+from deploykit.tasks.question_answering.windows import PairTokenizer
+from deploykit.training.rows import read_split
+
+PYTHON = Path(os.environ.get("OPTIMUM_VENV", "/tmp/deploykit-optimum")) / "bin" / "python"
+"""Python with transformers 4 (5 has no QuestionAnsweringPipeline), optimum-onnx and OpenVINO."""
+TRANSFORMERS, OPTIMUM, OPENVINO = "transformers", "optimum ONNX Runtime", "OpenVINO"
+CONTENDERS = (
+    Contender(TRANSFORMERS, "fp32"),
+    Contender(OPTIMUM, "fp32"),
+    Contender(OPTIMUM, "dynamic int8"),
+    Contender(OPENVINO, "int8 (NNCF)"),
+    Contender("deploykit onnxruntime", "int8"),
+    Contender("deploykit openvino", "int8"),
+    Contender("deploykit native", "int8"),
+)
+_CALIBRATION_WINDOWS = 300
+
+Answers = list[tuple[str, int, int]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run, its export, and the folder of what is made for peers."""
+
+    run: Path
+    export: Path
+    made: Path
+
+    @property
+    def task(self) -> QuestionAnswering:
+        task = load_manifest(self.export, "export").task
+        assert isinstance(task, QuestionAnswering)
+        return task
+
+
+def missing(contender: Contender) -> str | None:
+    """Return why a contender cannot run here, or None."""
+    if contender.engine.startswith("deploykit"):
+        return ENGINES[contender.engine.split()[1]].lacks
+    if not PYTHON.is_file():
+        return f"there is no {PYTHON}: `make optimum-peers` makes it"
+    if contender.engine == OPENVINO:
+        if importlib.util.find_spec("nncf") is None:
+            return "nncf is not installed: pip install 'deploykit[peers]'"
+        probe = [str(PYTHON), "-c", "from importlib.metadata import version; version('openvino')"]
+        if subprocess.run(probe, capture_output=True, check=False).returncode:
+            return f"openvino is not installed in {PYTHON.parents[1]}: {PYTHON.with_name('pip')} install openvino"
+    return None
+
+
+def job_of(contender: Contender, subject: Subject) -> dict[str, Any]:
+    """Return what the worker needs for a contender; make its files unless they are there."""
+    if contender.engine.startswith("deploykit"):
+        _, runs = contender.engine.split()
+        return {"engine": "deploykit", "runs": runs, "precision": contender.precision, "folder": str(subject.export)}
+    if contender.engine == TRANSFORMERS:
+        return {"engine": "transformers", "folder": str(subject.run), "tokenizer": str(subject.export)}
+    if contender.engine == OPTIMUM:
+        folder = subject.export if contender.precision == "fp32" else _dynamic_int8(subject)
+        return {"engine": "optimum", "folder": str(folder), "file": "model.onnx", "tokenizer": str(subject.export)}
+    return {"engine": "OpenVINO", "folder": str(subject.export), "file": str(_by_nncf(subject))}
+
+
+class Peer:
+    """A worker, from the start until ``close``. Raises DeploykitError if it cannot open or fails."""
+
+    def __init__(self, name: str, job: Mapping[str, Any], task: QuestionAnswering, threads: int) -> None:
+        self.name = name
+        ours = str(job["engine"]).startswith("deploykit")
+        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            [sys.executable if ours else str(PYTHON), str(Path(__file__).with_name("answering_worker.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        sizes = {name: getattr(task, name) for name in ("max_length", "doc_stride", "max_answer_length")}
+        try:
+            self.open_s: float = self._ask({"threads": threads, "tokenizer": job["folder"], **sizes, **job})["open_s"]
+        except DeploykitError:
+            self.close()
+            raise
+
+    def answer(self, calls: Sequence[Sequence[tuple[str, str]]]) -> tuple[list[float], Answers]:
+        """Ask the pairs of each call; returns seconds of the calls, and the answers one after another."""
+        told = self._ask({"calls": calls})
+        return told["seconds"], [(text, start, end) for text, start, end in told["answers"]]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._printed.close()
+
+    def _ask(self, request: Mapping[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            self._printed.seek(0)
+            told = (self._printed.read().strip().splitlines() or [f"exit status {status}"])[-1]
+            raise DeploykitError(f"{self.name}: {told}", "run bench/answering_worker.py to see more")
+        return json.loads(line)
+
+
+@contextlib.contextmanager
+def opened(name: str, job: Mapping[str, Any], task: QuestionAnswering, threads: int) -> Iterator[Peer]:
+    peer = Peer(name, job, task, threads)
+    try:
+        yield peer
+    finally:
+        peer.close()
+
+
+def _dynamic_int8(subject: Subject) -> Path:
+    """Quantize as optimum's documentation shows for a CPU with AVX2: dynamically, per channel, in 7 bits."""
+    folder = subject.made / "dynamic"
+    if not (folder / "model.onnx").exists():
+        from onnxruntime.quantization import quantize_dynamic
+
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(subject.export / "config.json", folder)
+        quantize_dynamic(subject.export / "model.onnx", folder / "model.onnx", per_channel=True, reduce_range=True)
+    return folder
+
+
+def _by_nncf(subject: Subject) -> Path:
+    """Quantize as NNCF's documentation shows for a transformer: post-training, on windows of the training rows."""
+    folder = subject.made / "nncf"
+    if not folder.exists():
+        import nncf
+        import openvino as ov
+
+        task = subject.task
+        rows = read_split(subject.run, "train", Example)
+        windows = sample_windows(
+            PairTokenizer.load(subject.export / "tokenizer.json", task), [(row.question, row.context) for row in rows],
+            _CALIBRATION_WINDOWS,
+        )  # fmt: skip
+        inputs = [
+            {"input_ids": np.array([w.ids]), "attention_mask": np.ones((1, len(w.ids)), np.int64),
+             **({"token_type_ids": np.array([w.types])} if task.token_types else {})} for w in windows
+        ]  # fmt: skip
+        model = ov.Core().read_model(subject.export / "model.onnx")
+        quantized = nncf.quantize(model, nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER)
+        folder.mkdir(parents=True)
+        ov.save_model(quantized, folder / "model.xml")
+    return folder / "model.xml"
