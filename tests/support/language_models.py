@@ -93,7 +93,8 @@ def write_export(folder: Path, name: str = "llama", template: str | None = None,
     from deploykit.graphs.causal_architecture import read_causal_architecture
     from deploykit.graphs.causal_decoder import build_causal_decoder
     from deploykit.graphs.causal_lm import build_causal_lm
-    from deploykit.graphs.writer import save_with_weights, save_with_weights_of
+    from deploykit.graphs.writer import save_with_weights_of
+    from deploykit.quantization.onnx_files import save_with_weights
     from deploykit.tasks.text_generation.checkpoint import checkpoint_facts
 
     model, own = random_model(name, **settings), tokenizer(template)

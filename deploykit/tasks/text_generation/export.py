@@ -27,11 +27,12 @@ from deploykit.graphs.export_options import (
     pick_rows,
 )
 from deploykit.graphs.gguf_file import GgufType, check_gguf, gguf_name, write_gguf
-from deploykit.graphs.writer import save_with_weights, save_with_weights_of
+from deploykit.graphs.writer import save_with_weights_of
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
 from deploykit.quantization.grading import Grader, Line
+from deploykit.quantization.onnx_files import save_with_weights
 from deploykit.quantization.search import Search, hold_limit
 from deploykit.runtime.engines import LANGUAGE_MODEL_FILES
 from deploykit.runtime.engines.onnxruntime import open_session, session_options

@@ -14,7 +14,7 @@ from language_models import random_model, tokenizer
 from deploykit.errors import DataError, UsageError
 from deploykit.graphs.causal_architecture import read_causal_architecture
 from deploykit.graphs.causal_decoder import build_causal_decoder
-from deploykit.graphs.writer import save_with_weights
+from deploykit.quantization.onnx_files import save_with_weights
 from deploykit.runtime.engines.causal_lm import OnnxCausalLm
 from deploykit.runtime.sampling import Sampling, override
 from deploykit.tasks.text_generation.chat_template import CHATML
