@@ -26,7 +26,7 @@ POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0, "los
 if lower; a point of it is 1 % of perplexity.
 """
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "mae", "expected_calibration_error"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "rmse", "mae", "expected_calibration_error"})
 """Metrics of errors."""
 
 

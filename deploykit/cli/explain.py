@@ -17,12 +17,13 @@ from deploykit.cli.common import (
     column_options,
     columns_for,
     deploykit_command,
+    failed_rows,
     option,
     progress_bar,
     reading_options,
 )
 from deploykit.data.reading import Reading
-from deploykit.errors import UsageError
+from deploykit.errors import DataError, UsageError
 
 
 @deploykit_command(
@@ -72,6 +73,8 @@ def command(
 ) -> Result:
     if bool(texts) == bool(source):
         raise UsageError("give texts, or --rows", f'deploykit explain {target} "some text"')
+    if source is None and any(columns.values()):
+        raise UsageError("columns are those of --rows", "leave them out, or give --rows")
     if pairs and len(pairs) != len(texts):
         raise UsageError(f"there are {len(texts)} texts and {len(pairs)} of --text-pair", "give as many of each")
     if context is not None and (source or pairs):
@@ -90,6 +93,7 @@ def command(
 
     if output is not None:
         require_matplotlib()
+    refused: list[str] = []
     predictor = open_predictor(target, **where)
     try:
         task, facts = task_of(predictor.task), predictor.task
@@ -103,9 +107,14 @@ def command(
         else:
             asked = [task.as_text(facts, *pair) for pair in zip(texts, pairs)] if pairs else list(texts)
         with progress_bar("texts") as progress:
-            found = explain_texts(predictor, asked, method=method, answer=label, progress=progress)
+            found = explain_texts(
+                predictor, asked, method=method, answer=label, refused=refused if source else None, progress=progress
+            )
     finally:
         predictor.close()
+    reading.stop_at(refused)
+    if source and not found:
+        raise DataError(f"{source}: the model refuses all rows, the first one: {refused[0]}", "give other rows")
     lines = [*answer_lines(found)] if source else [line for one in found for line in explanation_lines(one)]
     record: dict[str, Any] = {"target": target, "explanations": [dataclasses.asdict(one) for one in found]}
     if source:
@@ -128,4 +137,5 @@ def command(
     return (
         {**record, "output": None if output is None else str(output)},
         click.unstyle(text) if os.environ.get("NO_COLOR") else text,
+        failed_rows(refused),
     )

@@ -19,6 +19,8 @@ import onnxruntime as ort
 import torch
 
 from deploykit.errors import ExportError
+from deploykit.quantization import onnx_files
+from deploykit.quantization.onnx_files import data_file, save_graph
 
 OPSET = 17
 """The newest operator set that every target reads: TensorRT 8.5 and ONNX Runtime 1.12 and later."""
@@ -72,7 +74,7 @@ def export_half_encoder(model: Any, path: Path, kind: torch.dtype, signature: Si
     constants here.
     """
     _trace(copy.deepcopy(model).to(kind), path, HALF_OPSET, signature)
-    onnx.checker.check_model(onnx.load(path))
+    onnx.checker.check_model(str(path))
 
 
 def save_hub_files(model: Any, tokenizer: Any, directory: Path) -> None:
@@ -169,6 +171,9 @@ def _fold_constants(source: Path, target: Path) -> None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(target)
     options.log_severity_level = 3
+    weights = data_file(target)
+    if sum(file.stat().st_size for file in source.parent.iterdir()) > onnx_files.LARGEST:
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", weights.name)
     try:
         ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
@@ -183,5 +188,4 @@ def _fold_constants(source: Path, target: Path) -> None:
     foreign = {node.op_type for node in model.graph.node if node.domain not in ("", "ai.onnx")}
     if foreign:
         raise ExportError(f"the graph holds operators that are not standard ONNX: {', '.join(sorted(foreign))}")
-    onnx.checker.check_model(model)
-    onnx.save(model, target)
+    save_graph(model, target)

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from deploykit.graphs.architecture import Architecture, RelativeBias
 from deploykit.graphs.seq2seq import decode, encode, side_by_side
 from deploykit.graphs.standard_writer import StandardWriter
-from deploykit.graphs.writer import save_with_weights
+from deploykit.quantization.onnx_files import save_with_weights
 from deploykit.quantization.qdq import Ranges
 
 FILES = ("encoder_model", "decoder_model", "decoder_with_past_model")

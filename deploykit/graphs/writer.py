@@ -275,17 +275,6 @@ class Writer(ABC):
         return self.op("Unsqueeze", by_row, self.integers(2))
 
 
-_EXTERNAL_BYTES = 1024
-"""Smaller weights are stored in the graph itself."""
-
-
-def save_with_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Write a graph, and its weights to a file beside it, because protobuf is limited to 2 GB."""
-    location = f"{path.name}_data"
-    (path.parent / location).unlink(missing_ok=True)  # onnx would append to it
-    onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=_EXTERNAL_BYTES)
-
-
 def save_with_weights_of(model: onnx.ModelProto, path: Path, other: Path) -> None:
     """Write a graph whose weights are those that ``other``, a graph in the same folder, has in its file.
 

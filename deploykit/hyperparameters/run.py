@@ -97,6 +97,9 @@ def search(
         except optuna.TrialPruned:
             study.end(run, pruned=True)
             say(f"run {run.number}: ended early, worse than the others at this point")
+        except BaseException:
+            study.release(run)
+            raise
     return _publish(study, options, chosen, space, out, force=force)
 
 
@@ -126,7 +129,7 @@ def _train(study: SharedStudy, run: TakenRun, options: FinetuneOptions, chosen: 
         return
     seconds = time.monotonic() - begun
     study.end(run, value, metric=metric, inputs=trained.manifest.inputs, seconds=seconds, **facts)
-    say(f"run {run.number}: {metric} {abs(value):.4f}, {seconds:.0f} s")
+    say(f"run {run.number}: {metric} {sign_of(metric) * value:.4f}, {seconds:.0f} s")
 
 
 def _check_rows(study: SharedStudy, trained: Finetuned) -> None:
@@ -150,8 +153,13 @@ def _objective(trained: Finetuned, name: str | None) -> tuple[str, float]:
         raise UsageError(f"--search-objective {name} is no metric of this task", f"known: {', '.join(metrics)}")
     value = metrics[name]
     if not math.isfinite(value):
-        raise RuntimeError(f"{name} is {value}: the run diverged")
-    return name, -value if name.rpartition(".")[2] in LOWER_IS_BETTER else value
+        raise DeploykitError(f"{name} is {value}: the run diverged", "lower --learning-rate")
+    return name, sign_of(name) * value
+
+
+def sign_of(metric: str) -> int:
+    """Return -1 for a metric that is better if lower, else 1: the study maximizes their product."""
+    return -1 if metric.rpartition(".")[2] in LOWER_IS_BETTER else 1
 
 
 def _within_limits(study: SharedStudy, run: TakenRun, chosen: SearchOptions, say: Say) -> dict[str, Any]:
@@ -194,7 +202,7 @@ def _publish(
             raise _no_run(record)
         source = study.path(best.number)
         manifest = artifacts.load_manifest(source, "checkpoint", verify=False)
-        own = {run.user_attrs.get("inputs") for run in study.runs}
+        own = {run.user_attrs["inputs"] for run in study.runs if "inputs" in run.user_attrs}
         if not force and _inputs(out) in own:
             if _inputs(out) == manifest.inputs:
                 return Searched(Finetuned(out, manifest, reused=True), study.folder, record)
@@ -231,11 +239,14 @@ def _record(study: SharedStudy, options: FinetuneOptions, chosen: SearchOptions,
     from deploykit.hyperparameters.study import fits
 
     best = study.best
+    metric = next(
+        (run.user_attrs["metric"] for run in study.runs if "metric" in run.user_attrs), chosen.search_objective
+    )
     runs = [
         {
             "run": run.number,
             "state": run.state.name.lower(),
-            "value": None if run.value is None or "metric" not in run.user_attrs else abs(run.value),
+            "value": None if run.value is None or "metric" not in run.user_attrs else sign_of(str(metric)) * run.value,
             "selections": {str(tenth): value for tenth, value in run.intermediate_values.items()},
             "options": run.params,
             "fits": fits(run),
@@ -243,13 +254,10 @@ def _record(study: SharedStudy, options: FinetuneOptions, chosen: SearchOptions,
         }
         for run in study.runs
     ]
-    metric = next(
-        (run.user_attrs["metric"] for run in study.runs if "metric" in run.user_attrs), chosen.search_objective
-    )
     return {
         "task": options.task,
         "objective": metric,
-        "lower_is_better": str(metric).rpartition(".")[2] in LOWER_IS_BETTER,
+        "lower_is_better": sign_of(str(metric)) < 0,
         "pruner": chosen.search_pruner,
         "limits": {"size_mb": chosen.max_size_mb, "p50_ms": chosen.max_p50_ms},
         "space": {name: dataclasses.asdict(entry) for name, entry in space.items()},

@@ -76,11 +76,13 @@ def default_space(options: FinetuneOptions) -> Space:
     """Return the space around ``options`` that is searched without ``--search-space``."""
     space: dict[str, Range | Values] = {
         "learning_rate": Range(options.learning_rate / 10, options.learning_rate * 10, log=True),
-        "warmup_ratio": Range(0.0, 0.2),
-        "weight_decay": Range(0.0, 0.1),
+        "warmup_ratio": Range(0.0, max(0.2, options.warmup_ratio)),
+        "weight_decay": Range(0.0, max(0.1, options.weight_decay)),
     }
     if not options.max_steps:
-        space["num_train_epochs"] = Range(1.0, max(2.0, 2 * round(options.num_train_epochs)), step=1.0)
+        epochs = options.num_train_epochs
+        whole = epochs == int(epochs)
+        space["num_train_epochs"] = Range(min(1.0, epochs), max(2.0, 2 * epochs), step=1.0 if whole else None)
     if (batch := getattr(options, "per_device_train_batch_size", None)) is not None:
         space["per_device_train_batch_size"] = Values(tuple(sorted({*_BATCH_SIZES, batch})))
     return space

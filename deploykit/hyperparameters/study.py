@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,11 @@ class SharedStudy:
                     shutil.rmtree(path, ignore_errors=True)
                 (self.folder / f"run-{ended.number:04}.lock").unlink(missing_ok=True)
         os.close(run.lock)
+
+    def release(self, run: TakenRun) -> None:
+        """Let a run be taken again, by this process too. It may have ended."""
+        with suppress(OSError):
+            os.close(run.lock)
 
     def importance(self) -> dict[str, float]:
         """Return the share of each searched option in the differences between runs (fANOVA; Hutter et al., ICML 2014);

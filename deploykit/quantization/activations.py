@@ -11,6 +11,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from deploykit.quantization.calibration import Observe, equal_length_rows
+from deploykit.quantization.onnx_files import is_large, remove_graph, save_with_weights
 from deploykit.quantization.qdq import linear_layers
 
 
@@ -41,7 +42,14 @@ def _session_with_activations(graph: Path) -> tuple[ort.InferenceSession, list[s
         model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]), names
+    provider = ["CPUExecutionProvider"]
+    if not is_large(model):
+        return ort.InferenceSession(model.SerializeToString(), options, providers=provider), names
+    temporary = graph.with_name("activations.onnx")
+    save_with_weights(model, temporary)
+    session = ort.InferenceSession(str(temporary), options, providers=provider)
+    remove_graph(temporary)
+    return session, names
 
 
 def _activations(

@@ -12,6 +12,7 @@ import onnx
 from deploykit.errors import ExportError
 from deploykit.quantization.activations import show_activations
 from deploykit.quantization.calibration import Calibration, collect
+from deploykit.quantization.onnx_files import remove_graph, save_graph
 from deploykit.quantization.qdq import QuantizedCount, Ranges, Scheme, linear_layers, quantize
 from deploykit.quantization.smooth_quant import Scales, SmoothedCount, smooth, smoothing_scales
 from deploykit.runtime.engines import ENGINES
@@ -50,7 +51,7 @@ class GraphQuantizer:
     def write(self, parts: Collection[str]) -> QuantizedCount:
         ranges = {name: self._ranges[name] for name in self._ranges if name in parts}
         quantized, count = quantize(self._model, ranges, self._scheme, embeddings=self._embeddings)
-        onnx.save(quantized, self._path)
+        save_graph(quantized, self._path)
         return count
 
 
@@ -100,7 +101,7 @@ def calibrate_smoothed(graph: Path, rows: TokenRows, alpha: float | None, say: C
     model, count = smooth(onnx.load(graph), scales)
     say(f"SmoothQuant: {count.folded} activations by the norm before them, {count.multiplied} by a Mul of their own")
     smoothed = graph.with_name("smoothed.onnx")
-    onnx.save(model, smoothed)
-    calibration = calibrate_encoder(smoothed, rows)
-    smoothed.unlink()
+    save_graph(model, smoothed)
+    calibration, model = calibrate_encoder(smoothed, rows), onnx.load(smoothed)
+    remove_graph(smoothed)
     return Calibrated(model, calibration, scales, count)

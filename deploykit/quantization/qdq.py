@@ -117,7 +117,6 @@ def quantize(
     del graph.node[:]
     graph.node.extend(nodes)
     drop_unused_initializers(graph)
-    onnx.checker.check_model(quantized)
     return quantized, QuantizedCount(len(layers), quantize_nodes, dequantize_nodes, tables)
 
 

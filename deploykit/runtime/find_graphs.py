@@ -96,7 +96,8 @@ def _files(manifest: Manifest, engine: str) -> Mapping[Precision, tuple[str, ...
         return info.translators
     if manifest.task.graph_kind == "decoder":
         return info.language_models
-    return {precision: (graph,) for precision, graph in info.graphs.items()}
+    # A graph of more than 2 GB has its weights in a file beside it.
+    return {p: (graph, *({f"{graph}_data"} & set(manifest.files))) for p, graph in info.graphs.items()}
 
 
 def _built(file: str) -> bool:

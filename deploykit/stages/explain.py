@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from deploykit.attribution.explain import Differentiable, Explanation, explain
-from deploykit.errors import UsageError
+from deploykit.errors import DataError, UsageError
 from deploykit.tasks.protocol import Predictor, Progress
 from deploykit.tasks.registry import task_of
 from deploykit.tasks.types import Explaining
 
 METHODS = ("auto", "gradients", "occlusion")
+_SHOWN = 80
+"""Characters of a text in the reason why it is left out."""
 _CHECKED = 50
 """Texts whose explanations are checked by deletion, at most: a check asks the model 30 times."""
 
@@ -22,6 +24,7 @@ def explain_texts(
     *,
     method: str = "auto",
     answer: str | None = None,
+    refused: list[str] | None = None,
     progress: Progress = lambda done, of: None,
 ) -> list[Explanation]:
     """Explain the model's answer to each text, or why it would give ``answer``.
@@ -29,8 +32,10 @@ def explain_texts(
     "gradients" are integrated gradients, of a classifier's checkpoint; "occlusion" removes one word after the other,
     with any model; "auto" takes gradients where they are known. The first 50 explanations are checked by deletion.
 
+    Texts that the model refuses are left out, and added to ``refused`` with the reason if that is given.
+
     Raises UsageError if the task has no explanations, or ``method`` or ``answer`` does not fit the model, DataError if
-    the model refuses a text.
+    the model refuses a text and there is no ``refused``.
     """
     task: Any = task_of(predictor.task)
     if not isinstance(task, Explaining):
@@ -41,7 +46,14 @@ def explain_texts(
         raise UsageError(f"--method is {method!r}", f"choose one of: {', '.join(METHODS)}")
     found = []
     for number, text in enumerate(texts):
-        explained = task.explained_text(predictor, text, answer, method)
+        try:
+            explained = task.explained_text(predictor, text, answer, method)
+        except DataError as error:
+            if refused is None:
+                raise
+            refused.append(f"{text[:_SHOWN]!r}: {error.message}")
+            progress(number + 1, len(texts))
+            continue
         chosen = "gradients" if isinstance(explained, Differentiable) else "occlusion"
         found.append(explain(explained, chosen, check=number < _CHECKED, seed=number))
         progress(number + 1, len(texts))

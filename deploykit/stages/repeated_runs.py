@@ -55,19 +55,26 @@ def cross_validate(options: FinetuneOptions, folds: int, out: Path, say: Say) ->
     stage: Stage[Any, Any, Any] = get_task(options.task).training_stage(options)
     whole = dataclasses.replace(options, validation_fraction=0.0, test_fraction=0.0)
     rows: Rows[Any, Any] = read_rows(stage, whole, say)
+    # Folds have all rows, however few of them a task holds out otherwise.
+    uncapped: dict[str, Any] = {"held_out_rows": len(rows.splits["train"])} if hasattr(options, "held_out_rows") else {}
+    splitter: Stage[Any, Any, Any] = get_task(options.task).training_stage(dataclasses.replace(options, **uncapped))
     parts, left = [], rows.splits["train"]
     for number in range(folds, 1, -1):
-        left, _, part = stage.split(left, validation=0, test=1 / number)
+        left, _, part = splitter.split(left, validation=0, test=1 / number)
         parts.append(part)
     parts.append(left)
     log = MeasurementLog(
         out.with_name(f"{out.name}.folds.json"), artifacts.digest_of(inputs_digest(options), folds), say
     )
-    measured = []
+    runs = []
     for i, held_out in enumerate(parts):
         rest = [row for j, part in enumerate(parts) if j != i for row in part]
         train, validation, _ = stage.split(rest, validation=options.validation_fraction, test=0)
-        fold = dataclasses.replace(rows, splits={"train": train, "validation": validation, "test": held_out})
+        runs.append(dataclasses.replace(rows, splits={"train": train, "validation": validation, "test": held_out}))
+        stage.check(runs[-1].splits)
+    measured = []
+    for i, fold in enumerate(runs):
+        train, held_out = fold.splits["train"], fold.splits["test"]
         say(f"fold {i + 1} of {folds}: training on {len(train):,} rows, measuring on {len(held_out):,}")
         measured.append(log.measured(f"fold {i + 1}", partial(_metrics, options, fold, out, "test")))
     names = [name for name in measured[0] if all(name in metrics for metrics in measured)]
@@ -102,8 +109,10 @@ def learning_curve(options: FinetuneOptions, whole: Finetuned, out: Path, say: S
     every = flat_metrics(whole.manifest.metrics[rows.held_out])
     metric = main_metric(every, get_task(options.task).headline)
     points = []
-    for count in counts:
-        part = dataclasses.replace(rows, splits={**rows.splits, "train": stage.take(train, count)})
+    parts = [dataclasses.replace(rows, splits={**rows.splits, "train": stage.take(train, n)}) for n in counts]
+    for part in parts:
+        stage.check(part.splits)
+    for count, part in zip(counts, parts):
         say(f"learning curve: training on {count:,} of {len(train):,} rows")
         found = log.measured(str(count), partial(_metrics, options, part, out, rows.held_out))
         points.append({"rows": count, "value": found[metric]})

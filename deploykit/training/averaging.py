@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from deploykit.errors import ArtifactError
+
 _FILE = "average.safetensors"
 
 
@@ -27,7 +29,9 @@ class Averaging(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         saved = _path(args, state.global_step)
-        self._average = load_file(saved) if state.global_step and saved.is_file() else _copies(model)
+        if state.global_step and not saved.is_file():  # killed after the checkpoint and before its average
+            raise ArtifactError(f"{saved.parent}: has no average of the weights", "start over: --restart")
+        self._average = load_file(saved) if state.global_step else _copies(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         kept = self._kept(state.global_step, state.max_steps)

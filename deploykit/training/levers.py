@@ -31,12 +31,20 @@ def count_layers(model: Any) -> int:
     return max(numbers, default=-1) + 1
 
 
+def known_layers(model: Any, option: str) -> int:
+    """Return the number of layers. Raises UsageError naming ``option`` if the model's parameters are not named by layer."""
+    layers = count_layers(model)
+    if not layers:
+        raise UsageError(f"{option}: the layers of a {model.config.model_type} are not known", "leave it out")
+    return layers
+
+
 def optimizers(model: Any, options: FinetuneOptions) -> tuple[Any, None]:
     """Return the optimizer for ``Trainer(optimizers=...)``: None for its own, or with ``layerwise_lr_decay`` one whose
     learning rate is multiplied by it from each layer to the one below (Howard and Ruder, ACL 2018)."""
     if options.layerwise_lr_decay == 1:
         return None, None
-    layers = count_layers(model)
+    layers = known_layers(model, "--layerwise-lr-decay")
     groups: dict[tuple[int, bool], list[Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -91,6 +99,7 @@ class _Freezing(TrainerCallback):  # type: ignore[misc]
                 parameter.requires_grad_(depth_of(name, layers) > lowest)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        known_layers(model, "--freeze-layers" if self._lowest else "--gradual-unfreezing")
         # An adapter's run trains few of the parameters: the others stay frozen.
         self._own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 

@@ -106,6 +106,12 @@ class FinetuneOptions(Reading):
     seed: int = described(0, "Seed for splits, shuffling and new weights.")
 
     # option -> lowest and highest value
+    dropouts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "dropout": ("hidden_dropout_prob", "dropout", "hidden_dropout", "mlp_dropout", "embd_pdrop", "resid_pdrop"),
+        "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"),
+    }
+    """Option -> the names that configurations of models have for it."""
+
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         "validation_fraction": (0, 0.9),
         "test_fraction": (0, 0.9),
@@ -140,12 +146,20 @@ class FinetuneOptions(Reading):
         assert self.model is not None
         return self.model
 
-    @property
-    def dropout_config(self) -> dict[str, float]:
-        """The dropouts that are given, under the names that an encoder's configuration may have for them."""
-        given = {("hidden_dropout_prob", "dropout"): self.dropout,
-                 ("attention_probs_dropout_prob", "attention_dropout"): self.attention_dropout}  # fmt: skip
-        return {name: value for names, value in given.items() if value is not None for name in names}
+    def dropout_config(self, config: Any) -> dict[str, float]:
+        """Return the dropouts that are given, under the names that ``config`` has for them.
+
+        Raises UsageError if it has none for one that is given.
+        """
+        found: dict[str, float] = {}
+        for option, names in self.dropouts.items():
+            if (value := getattr(self, option)) is None:
+                continue
+            known = [name for name in names if hasattr(config, name)]
+            if not known:
+                raise UsageError(f"{flag(option)}: a {config.model_type} has no such dropout", "leave it out")
+            found |= dict.fromkeys(known, value)
+        return found
 
     @property
     def validates(self) -> bool:

@@ -96,7 +96,8 @@ def write_export(
     from deploykit.graphs.causal_decoder import build_causal_decoder
     from deploykit.graphs.causal_lm import build_causal_lm
     from deploykit.graphs.native_causal import NativeCausalWriter
-    from deploykit.graphs.writer import save_with_weights, save_with_weights_of
+    from deploykit.graphs.writer import save_with_weights_of
+    from deploykit.quantization.onnx_files import save_with_weights
     from deploykit.runtime.engines import NATIVE_FILE
     from deploykit.tasks.text_generation.checkpoint import checkpoint_facts
 

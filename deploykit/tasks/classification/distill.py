@@ -17,7 +17,7 @@ from deploykit.runtime.served import DEFAULT_URL
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.resampling import metrics_with_intervals
 from deploykit.tasks.classification.rows import Example
-from deploykit.tasks.registry import get_task
+from deploykit.tasks.registry import get_task, task_of
 
 _AT_ONCE = 256
 
@@ -38,11 +38,14 @@ class Teacher:
             graphs = find_graphs(path, manifest, engine="auto", precision="auto")
             self._predictor = own.open_graphs(path, manifest.task, graphs, None)
         found = self._predictor.task
-        if (
-            sorted(found.labels) != sorted(task.labels)
-            or found.multi_label != task.multi_label
-            or (found.regression != task.regression or found.pair != task.pair)
-        ):
+        if not isinstance(found, Classification):
+            raise UsageError(f"--teacher {target} {task_of(found).does}", "give a classifier")
+        if (found.pair, found.multi_label, found.regression) != (task.pair, task.multi_label, task.regression):
+            raise UsageError(
+                f"--teacher {target} was trained with other options than the student",
+                "give one trained with the same number of text columns, --multi-label and --regression",
+            )
+        if sorted(found.labels) != sorted(task.labels):
             raise UsageError(
                 f"--teacher {target} answers {', '.join(found.labels)}, and the student {', '.join(task.labels)}",
                 "give a teacher that was trained on the same labels",
@@ -94,5 +97,7 @@ def keep_layers(model: Any, count: int) -> list[int]:
     kept = [round(i) for i in np.linspace(0, layers - 1, count)] if count > 1 else [0]
     parent, name, module = lists[0]
     setattr(parent, name, nn.ModuleList(module[i] for i in kept))
+    if (types := getattr(model.config, "layer_types", None)) is not None:  # sliding or full attention
+        model.config.layer_types = [types[i] for i in kept]
     model.config.num_hidden_layers = count
     return kept

@@ -81,7 +81,7 @@ class DifferentiableText(ClassifiedText):
 
         def value(input_ids: Any) -> Any:
             inputs = {name: tensor.expand(len(input_ids), -1) for name, tensor in encoded.items()}
-            logits = model(input_ids=input_ids, **inputs).logits.float()
+            logits = model(input_ids=input_ids, **inputs).logits.float() / task.temperature
             own = logits[:, self._index]
             if task.multi_label or task.regression:
                 return own

@@ -77,6 +77,11 @@ class ClassificationOptions(FinetuneOptions):
         ("minmax", "entropy", "percentile", "mse"),
     )
 
+    dropouts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **FinetuneOptions.dropouts,
+        "classifier_dropout": ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "cls_dropout"),
+    }
+
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,
         "per_device_train_batch_size": (1, 100_000),
@@ -158,6 +163,9 @@ class ClassificationOptions(FinetuneOptions):
             )
         if self.qat and not self.validates and self.test is None and not self.test_fraction:
             raise UsageError("--qat measures before and after, and no rows are held out", "give --validation or --test")
+        for name in ("distill_alpha", "distill_temperature"):
+            if self.teacher is None and getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"{flag(name)} is for --teacher", "add --teacher, or leave it out")
         for noise in self.augment:
             parse_noise(noise)
         if self.qat and (self.teacher or self.student_layers):

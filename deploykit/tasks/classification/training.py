@@ -221,10 +221,11 @@ class ClassificationStage:
         options = self._options
         config: dict[str, Any] = dict(task.model_config)
         config["pad_token_id"] = task.pad_token_id
-        config |= options.dropout_config
-        head = options.dropout if options.classifier_dropout is None else options.classifier_dropout
-        if head is not None:
-            config |= dict.fromkeys(("classifier_dropout", "seq_classif_dropout"), head)
+        original = load_config(options.origin)
+        if options.dropout is not None:  # the head's too, if it has one and nothing else is given
+            heads = (name for name in options.dropouts["classifier_dropout"] if hasattr(original, name))
+            config |= dict.fromkeys(heads, options.dropout)
+        config |= options.dropout_config(original)
         loaded = load_for_training(options.origin, **config)
         model = loaded.model
         if options.student_layers:

@@ -92,7 +92,9 @@ class QuestionAnsweringStage:
         return Trained(task, model, self._tokenizer, metrics)
 
     def _model(self) -> Loaded:
-        return load_for_training(self._options.origin, QuestionAnswering.name, **self._options.dropout_config)
+        options = self._options
+        dropouts = options.dropout_config(load_config(options.origin))
+        return load_for_training(options.origin, QuestionAnswering.name, **dropouts)
 
     def _task(self, model: Any, train: Sequence[Example]) -> QuestionAnswering:
         options = self._options

@@ -17,11 +17,13 @@ from deploykit.graphs.causal_decoder import build_causal_decoder
 from deploykit.graphs.causal_lm import Bits, build_causal_lm
 from deploykit.graphs.export_options import ExportOptions, Say
 from deploykit.graphs.native_causal import NativeCausalWriter
-from deploykit.graphs.writer import save_with_weights, save_with_weights_of
+from deploykit.graphs.writer import save_with_weights_of
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.grading import Line
+from deploykit.quantization.onnx_files import save_with_weights
 from deploykit.quantization.search import Search, hold_limit
 from deploykit.runtime.engines import ENGINES, LANGUAGE_MODEL_FILES, NATIVE_LANGUAGE_MODELS
+from deploykit.runtime.engines.native.weights import LARGEST_HEAD
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.tasks.text_generation.grading import ENGINE, LanguageModelGrader, quantized_matrices
 
@@ -48,12 +50,13 @@ class Form:
 
 
 def quantized_forms(architecture: CausalArchitecture, directory: Path, options: ExportOptions) -> list[Form]:
-    """Return the forms that ``options`` ask for. Those of ``native`` are left out where it does not run: they could not be
-    measured."""
+    """Return the forms that ``options`` ask for. Those of ``native`` are left out where it does not run, or
+    not this model: they could not be measured."""
     wanted: list[tuple[Precision, Bits]] = []
     wanted += [("int8", 8)] if options.int8 else []
     wanted += [("int4", 4)] if options.int4 else []
-    native = NativeCausalWriter(architecture) if ENGINES[NATIVE].installed else None
+    runs = ENGINES[NATIVE].installed and architecture.head_size <= LARGEST_HEAD
+    native = NativeCausalWriter(architecture) if runs else None
     forms = []
     for precision, bits in wanted:
         graph = directory / LANGUAGE_MODEL_FILES[precision][0]

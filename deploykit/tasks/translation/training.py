@@ -159,7 +159,7 @@ class TranslationStage:
                 raise UsageError(f"a {task.family} has one dropout", "give --dropout")
             config = {} if options.dropout is None else {"dropout_rate": options.dropout}
         else:
-            config = options.dropout_config
+            config = options.dropout_config(load_config(options.origin))
         assert options.model is not None
         model = load_model(options.model, Translation.name, **config)
         model.generation_config = generation_config(task, task.generation)
@@ -217,6 +217,7 @@ def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> A
         activation_function="swish",
         scale_embedding=True,
         dropout=options.dropout or 0.0,
+        attention_dropout=options.attention_dropout or 0.0,
         # With this scale, embeddings (once multiplied) and logits have a variance of 1.
         init_std=preset.d_model**-0.5,
         pad_token_id=pad,

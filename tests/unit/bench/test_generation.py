@@ -31,7 +31,7 @@ def test_decoding_is_what_more_tokens_take_longer_than_one(bench: Any) -> None:
 
 def test_a_record_has_median_and_range_of_all_rounds(bench: Any) -> None:
     generation = bench("generation")
-    base, other = Opened(generation.BASE), Opened(generation.CONTENDERS[0])
+    base, other = Opened(generation.BASE), Opened(next(c for c in generation.CONTENDERS if c.name == "deploykit int8"))
     record = generation.summary({base: rounds(4.0, 6.0, 5.0), other: rounds(None, 9.0, None, ids=((1, 2, 4),))})
     assert record["key"] == "process"
     first, second = record["contenders"]
@@ -62,7 +62,8 @@ def test_peers_without_their_environment_are_missing_with_the_remedy(bench: Any,
     reasons = {c.name: contenders.missing(c, tmp_path / "python") for c in contenders.CONTENDERS}
     assert "make generation-peers" in reasons["llama.cpp q8_0"]
     assert reasons["deploykit int8"] is None
-    assert "xllamacpp is not installed" in contenders.missing(contenders.CONTENDERS[4], Path(sys.executable))
+    llama = next(c for c in contenders.CONTENDERS if c.engine == contenders.LLAMA)
+    assert "xllamacpp is not installed" in contenders.missing(llama, Path(sys.executable))
 
 
 def test_a_worker_that_fails_tells_its_last_line(bench: Any, tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ def test_a_worker_that_fails_tells_its_last_line(bench: Any, tmp_path: Path) -> 
 
 def test_the_table_has_ratios_to_transformers_and_says_when_the_machine_was_busy(bench: Any) -> None:
     generation, serving, table = map(bench, ("generation", "generation_serving", "table"))
-    base, other = Opened(generation.BASE), Opened(generation.CONTENDERS[0])
+    base, other = Opened(generation.BASE), Opened(next(c for c in generation.CONTENDERS if c.name == "deploykit int8"))
     load = serving.StreamLoad(8, 16, 1024, 50.0, 100.0, 200.0, 20.0, 30.0)
     suite = {
         "started": "2026-01-02T00:00:00", "machine": {"cpu": "CPU", "cpus_usable": 2}, "threads": 2,

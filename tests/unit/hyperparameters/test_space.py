@@ -76,6 +76,12 @@ def test_the_default_space_has_the_given_options_in_it() -> None:
     assert "num_train_epochs" not in default_space(ClassificationOptions(model="m", train="x", max_steps=5))
 
 
+def test_the_first_run_of_the_default_space_has_all_given_options() -> None:
+    options = ClassificationOptions(model="m", train="x", warmup_ratio=0.3, weight_decay=0.2, num_train_epochs=0.5)
+    space = default_space(options)
+    assert starting_values(space, options) == {name: getattr(options, name) for name in space}
+
+
 def test_a_starting_value_outside_of_the_space_is_left_to_the_search() -> None:
     assert starting_values({"learning_rate": Range(1.0, 2.0), "seed": Values((0, 1))}, OPTIONS) == {"seed": 0}
 

@@ -24,6 +24,17 @@ def _open(folder: Path, key: str = "key", **given: Any) -> SharedStudy:
     )
 
 
+def test_a_run_that_was_interrupted_can_be_taken_again_by_the_same_process(tmp_path: Path) -> None:
+    study = _open(tmp_path, runs=1)
+    first = study.take()
+    assert first is not None
+    assert study.take() is None
+    study.release(first)
+    again = study.take()
+    assert again is not None
+    assert (again.number, again.continued, again.values) == (0, True, first.values)
+
+
 def test_processes_share_the_runs_and_none_takes_anothers(tmp_path: Path) -> None:
     ours, theirs = _open(tmp_path), _open(tmp_path)
     first, second, third = ours.take(), theirs.take(), ours.take()

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from language_models import write_checkpoint, write_rows
 
-from deploykit.errors import UsageError
+from deploykit.errors import DataError, UsageError
 from deploykit.report.training_figures import write_learning_curve
 from deploykit.stages import repeated_runs
 from deploykit.stages.finetune import Finetuned
 from deploykit.stages.finetune_options import make_options
 from deploykit.stages.repeated_runs import check_repeats, cross_validate, expected, learning_curve
+from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.training.options import FinetuneOptions
 
 
@@ -35,11 +37,40 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, set[str]]]:
 
     def metrics(options: FinetuneOptions, rows: Any, out: Path, split: str) -> dict[str, float]:
         assert all(rows.splits.values())
-        runs.append({name: {row.text for row in part} for name, part in rows.splits.items()})
+        runs.append(
+            {name: {getattr(row, "prompt", None) or row.text for row in part} for name, part in rows.splits.items()}
+        )
         return {"macro_f1": 1 - 1 / len(rows.splits["train"]), "accuracy": 0.5 + 0.1 * len(runs)}
 
     monkeypatch.setattr(repeated_runs, "_metrics", metrics)
     return runs
+
+
+def test_folds_have_all_rows_of_a_task_that_holds_out_few(trained: list[dict[str, set[str]]], tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "model", template=CHATML)
+    write_rows(tmp_path / "rows.jsonl")
+    options = make_options(
+        {
+            "task": "text-generation",
+            "model": str(tmp_path / "model"),
+            "train": str(tmp_path / "rows.jsonl"),
+            "held_out_rows": 2,
+        }
+    )
+    cross_validate(options, 4, tmp_path / "out", lambda _: None)
+    sizes = [len(run["test"]) for run in trained]
+    assert max(sizes) - min(sizes) <= 3
+    assert min(sizes) > 2
+
+
+def test_a_label_that_a_fold_cannot_learn_is_named_before_training(
+    options: FinetuneOptions, trained: list[dict[str, set[str]]], tmp_path: Path
+) -> None:
+    with (tmp_path / "rows.csv").open("a") as file:
+        file.write("w150 w151 w152,rare\n")
+    with pytest.raises(DataError, match="rare"):
+        cross_validate(options, 5, tmp_path / "out", lambda _: None)
+    assert trained == []
 
 
 def test_each_row_is_tested_on_in_one_fold_and_trained_on_in_the_others(

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 from transformers import TrainerCallback
 
-from deploykit.errors import UsageError
+from deploykit.errors import ArtifactError, UsageError
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.losses import divergence, summed_loss
 from deploykit.tasks.classification.options import ClassificationOptions
@@ -213,3 +213,30 @@ def test_averages_are_evaluated_kept_and_continued(
         train(first, "killed", stop=3)
         train(first, "killed", resume=True)
     assert torch.equal(_head(first), _head(model)), "a killed run ends the same"
+
+
+@pytest.mark.parametrize("levers", [{"layerwise_lr_decay": 0.8}, {"gradual_unfreezing": 0.5}, {"freeze_layers": 1}])
+def test_levers_by_layer_are_refused_where_layers_are_not_known(levers: dict[str, Any], tmp_path: Path) -> None:
+    from transformers import AlbertConfig, AlbertForSequenceClassification
+
+    config = AlbertConfig(vocab_size=20, embedding_size=8, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+    with pytest.raises(UsageError, match="the layers of a albert are not known"):
+        _train(AlbertForSequenceClassification(config), tmp_path, **levers)
+
+
+def test_dropouts_go_by_the_names_of_the_configuration() -> None:
+    from transformers import AlbertConfig, DebertaV2Config, ModernBertConfig, XLNetConfig
+
+    options = dataclasses.replace(OPTIONS, dropout=0.3, classifier_dropout=0.5)
+    assert options.dropout_config(AlbertConfig())["classifier_dropout_prob"] == 0.5
+    assert options.dropout_config(DebertaV2Config(cls_dropout=0.1))["cls_dropout"] == 0.5
+    assert options.dropout_config(ModernBertConfig())["mlp_dropout"] == 0.3
+    with pytest.raises(UsageError, match="--classifier-dropout: a xlnet has no such dropout"):
+        options.dropout_config(XLNetConfig())
+
+
+def test_an_average_that_was_not_saved_before_a_kill_is_missed(tmp_path: Path) -> None:
+    (averaging,) = lever_callbacks(dataclasses.replace(OPTIONS, ema_decay=0.9))
+    state, arguments = SimpleNamespace(global_step=4), SimpleNamespace(output_dir=str(tmp_path))
+    with pytest.raises(ArtifactError, match="checkpoint-4: has no average of the weights"):
+        averaging.on_train_begin(arguments, state, None, model=torch.nn.Linear(1, 1))

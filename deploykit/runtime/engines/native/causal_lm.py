@@ -195,7 +195,7 @@ class NativeCausalLm:
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocabulary:
             raise EngineError(f"a token is not one of the model's {self.vocabulary}", "export the model again")
         last = int(positions.max())
-        if last >= self._longest:
+        if last >= min(self._longest, self._weights.longest or self._longest):
             raise EngineError(
                 f"the caches hold {self._longest} tokens of a row", "raise --max-cache-mb, or give shorter texts"
             )

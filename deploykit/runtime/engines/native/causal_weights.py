@@ -17,6 +17,7 @@ COLUMNS = 16
 BLOCK = 32
 """Inputs that share a scale in INT4, and to whose multiple all matrices are padded."""
 _KINDS = {"fp32": 1, "int8": 2, "int4": 3}
+_PARTS = {"fp32": ("weight", "bias"), "int8": ("weight", "bias", "scale"), "int4": ("weight", "bias", "scale", "zero")}
 
 
 class MatrixStruct(ctypes.Structure):
@@ -70,6 +71,8 @@ class CausalWeights(WeightFile):
         self.ropes: list[tuple[NDArray[np.float32], float]] = [
             (np.array(rope["frequencies"], np.float32), float(rope["scale"])) for rope in model["ropes"]
         ]
+        if model["norm"] is None or (model["positions"] is None) != (self.longest is None):
+            raise ValueError("the last norm or the learned positions are incomplete")
         layers = (CausalLayerStruct * self.layers)()
         for layer, given in zip(layers, model["layers"]):
             self._lay_layer(layer, given, **sizes)
@@ -118,6 +121,8 @@ class CausalWeights(WeightFile):
             raise ValueError(f"a matrix is {given['in']} x {given['out']}, not {inputs} x {outputs}")
         rows, columns = -(-inputs // BLOCK) * BLOCK, -(-outputs // COLUMNS) * COLUMNS
         kind = given["kind"]
+        if any(given[part] is None for part in _PARTS[kind]):
+            raise ValueError("a matrix lacks a part")
         matrix = MatrixStruct(in_=inputs, out=outputs, kind=_KINDS[kind], levels=int(given["levels"]))
         matrix.bias = self._at(given["bias"], np.float32, columns)
         if kind == "fp32":

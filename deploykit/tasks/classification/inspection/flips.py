@@ -70,7 +70,7 @@ def read_swaps(path: Path) -> Swaps:
         if (
             len(lists) < 2
             or not all(isinstance(one, list) and one for one in lists)
-            or not all(isinstance(w, str) for w in words)
+            or not all(isinstance(w, str) and w.strip() for w in words)
         ):
             raise UsageError(
                 f"{path}: the group {name!r} does not have two members or more with a list of words each",
@@ -97,7 +97,7 @@ def count_flips(
     for group, members in swaps.items():
         for source, words in members.items():
             for target in (other for other in members if other != source):
-                counterparts = dict(zip(words, members[target]))
+                counterparts = dict(reversed([*zip(words, members[target])]))  # of equal words the first counts
                 swapped = {i: text for i, e in enumerate(examples) if (text := _swapped(e, counterparts)) is not None}
                 if not swapped:
                     continue
@@ -116,7 +116,8 @@ def _swapped(example: Example, counterparts: Mapping[str, str]) -> str | None:
     pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, counterparts))})(?!\w)", re.IGNORECASE)
 
     def replace(match: re.Match[str]) -> str:
-        word, other = match.group(), counterparts[match.group().lower()]
+        word = match.group()
+        other = counterparts.get(word.lower(), word)  # IGNORECASE takes more letters for equal than lower() does
         return other.upper() if len(word) > 1 and word.isupper() else other.capitalize() if word[0].isupper() else other
 
     parts = [example.text, *([] if example.text_pair is None else [example.text_pair])]

@@ -71,6 +71,12 @@ def test_layers_are_kept_evenly_and_the_student_can_be_loaded(
     assert keep_layers(student.model, 2) == [0, 2]
     assert torch.equal(student.model.bert.encoder.layer[1].attention.self.query.weight, second)
     assert student.model.config.num_hidden_layers == 2
+    student.model.save_pretrained(tmp_path / "student")
+    loaded = type(student.model).from_pretrained(tmp_path / "student").eval()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    with torch.inference_mode():
+        expected = student.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
     with pytest.raises(UsageError, match="--student-layers is 2, and the model has 2 layers"):
         keep_layers(student.model, 2)
 
@@ -87,3 +93,16 @@ def test_an_exported_teacher_gives_its_probabilities(tiny_export: Path) -> None:
     task = dataclasses.replace(TASK, labels=("negative", "neutral", "positive"))
     logits = Teacher(str(tiny_export), task).logits(["w1 w2", "w3"])
     assert np.exp(logits).sum(axis=1) == pytest.approx(1, abs=1e-5)
+
+
+def test_layers_keep_their_kind_of_attention() -> None:
+    from transformers import AutoModelForSequenceClassification, ModernBertConfig
+
+    config = ModernBertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, pad_token_id=0,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert keep_layers(model, 3) == [0, 2, 3]
+    assert model.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
+    assert model.config.num_hidden_layers == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -133,6 +133,7 @@ def test_answers_that_depend_on_gender_flip(tmp_path: Path) -> None:
         ("a = 1", "the group 'a' does not have two members"),
         ('[a]\nb = ["x"]', "the group 'a' does not have two members"),
         ('[a]\nb = ["x"]\nc = ["y", "z"]', "have 1, 2 words"),
+        ('[a]\nb = [""]\nc = ["y"]', "the group 'a' does not have two members"),
     ],
 )
 def test_a_file_of_swaps_without_sense_is_refused(text: str, says: str, tmp_path: Path) -> None:
@@ -140,6 +141,28 @@ def test_a_file_of_swaps_without_sense_is_refused(text: str, says: str, tmp_path
     with pytest.raises(UsageError) as refused:
         read_swaps(tmp_path / "swaps.toml")
     assert says in str(refused.value)
+
+
+def test_of_equal_words_the_first_counterpart_is_taken_and_letters_that_match_without_case_are_left() -> None:
+    examples = [Example("A Chinese cook", "good", "1"), Example("KIZ geldi", "good", "2")]
+    swaps = {
+        "origin": {"c": ("chinese", "chinese"), "g": ("german", "germans")},
+        "kin": {"a": ("kız",), "b": ("oğlan",)},
+    }
+    (line, *_) = count_flips(_Recorded(), examples, ["good", "good"], swaps)  # type: ignore[arg-type]
+    assert (line["from"], line["texts"]) == ("c", 1)
+    assert _Recorded.texts[0] == "A German cook"
+
+
+class _Recorded:
+    """Answers "good" to all, and keeps what it was asked."""
+
+    task = TASK
+    texts: ClassVar[list[str]] = []
+
+    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        self.texts.extend(texts)
+        return np.float32([[0.2, 0.8]] * len(texts))
 
 
 def test_the_built_in_swaps_are_counterparts() -> None:

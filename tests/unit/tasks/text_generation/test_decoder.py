@@ -15,7 +15,7 @@ from deploykit.errors import DataError, UsageError
 from deploykit.graphs.causal_architecture import read_causal_architecture
 from deploykit.graphs.causal_decoder import build_causal_decoder
 from deploykit.graphs.native_causal import NativeCausalWriter
-from deploykit.graphs.writer import save_with_weights
+from deploykit.quantization.onnx_files import save_with_weights
 from deploykit.runtime.engines import load_language_model
 from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.sampling import Sampling, override

@@ -17,7 +17,7 @@ from deploykit.errors import ArtifactError, DataError, ExportError, UsageError
 from deploykit.graphs.causal_architecture import check_supported, read_causal_architecture
 from deploykit.graphs.causal_decoder import build_causal_decoder
 from deploykit.graphs.causal_lm import BLOCK, build_causal_lm, parts_of, quantize_blocks
-from deploykit.graphs.writer import save_with_weights
+from deploykit.quantization.onnx_files import save_with_weights
 from deploykit.runtime.engines.causal_lm import OnnxCausalLm
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation import packed_attention

@@ -1,0 +1,48 @@
+"""Write ONNX graphs of any size: protobuf is limited to 2 GB, so a larger graph keeps its weights in a file beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+LARGEST = 2**31 - 2**26
+"""Bytes of weights that a graph's own file holds at most."""
+_EXTERNAL_BYTES = 1024
+"""Smaller weights are stored in the graph itself."""
+
+
+def data_file(graph: Path) -> Path:
+    """Return the file of weights beside a graph."""
+    return graph.with_name(f"{graph.name}_data")
+
+
+def is_large(model: onnx.ModelProto) -> bool:
+    """Return whether the weights of a graph, all of which are in memory, need a file of their own."""
+    return sum(len(tensor.raw_data) for tensor in model.graph.initializer) > LARGEST
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Check and write a graph. One that ``is_large`` loses its weights in memory to the file beside it.
+
+    Raises onnx.checker.ValidationError.
+    """
+    if is_large(model):
+        save_with_weights(model, path)
+    else:
+        data_file(path).unlink(missing_ok=True)
+        onnx.save(model, path)
+    onnx.checker.check_model(str(path))
+
+
+def save_with_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Write a graph, and its weights to a file beside it. They leave the memory."""
+    data_file(path).unlink(missing_ok=True)  # onnx would append to it
+    location = data_file(path).name
+    onnx.save(model, path, save_as_external_data=True, location=location, size_threshold=_EXTERNAL_BYTES)
+
+
+def remove_graph(path: Path) -> None:
+    """Delete a graph, and its file of weights if there is one."""
+    path.unlink()
+    data_file(path).unlink(missing_ok=True)
