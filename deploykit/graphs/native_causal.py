@@ -1,7 +1,7 @@
 """Write a language model's weights for the engine ``native``, in INT8, INT4 or fp32.
 
-INT8: a scale for each output channel. INT4: a scale and a zero point for each 32 inputs of a channel; embedding and head are
-INT8. The layout is that of ``csrc/causal.h``.
+INT8: a scale for each output channel. INT4: a scale and a minimum for each 32 inputs of a channel; embedding and head are INT8.
+The layout is that of ``csrc/causal.h``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from deploykit.runtime.engines.native.causal_weights import BLOCK, COLUMNS
 
 _LEVELS = 32767
 _LARGEST_SUM = 2**31 - 1
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
+_SHRINK = (1.0, 0.9, 0.8)
 """Shares of a block's range that INT4 tries to cover; values outside are cut off."""
 _NORMS = ("attention_norm", "feed_forward_norm", "query_norm", "key_norm", "after_attention", "after_feed_forward")
 
@@ -145,8 +145,8 @@ def _matrix(layer: Linear, bits: Bits | None) -> _Matrix:
         largest = int(np.abs(values, dtype=np.int16).sum(0, dtype=np.int64).max())
         levels = min(_LEVELS, _LARGEST_SUM // max(1, largest))
         return _Matrix("int8", levels, {"weight": _panels(values, 2), "scale": scales, "bias": bias})
-    nibbles, steps, zeros = quantize_nibbles(weight)
-    tensors = {"weight": _packed(nibbles), "scale": _by_panel(steps), "zero": _by_panel(zeros), "bias": bias}
+    nibbles, scales4, lows = quantize_nibbles(weight)
+    tensors = {"weight": _packed(nibbles), "scale": _by_panel(scales4), "low": _by_panel(lows), "bias": bias}
     return _Matrix("int4", 0, tensors)
 
 
@@ -177,35 +177,55 @@ def quantize_channels(weight: Array) -> tuple[NDArray[np.int8], Array]:
     return values, scales
 
 
-def quantize_nibbles(weight: Array) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint8]]:
+def quantize_nibbles(weight: Array) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
     """Quantize [in, out] to 0 ... 15 in blocks of 32 inputs.
 
-    Returns values uint8 [in, out], and bfloat16 scales and zero points [in / 32, out]: a weight is (value - zero) * scale. Of
-    some ranges, the one with the least squared error is taken for each block.
+    Returns values uint8 [in, out], and bfloat16 scales and minimums [in / 32, out]: a weight is value * scale + minimum. Each
+    block starts from some ranges, of which it takes the one with the least squared error after a linear fit.
     """
     blocks = weight.reshape(-1, BLOCK, weight.shape[1])
-    low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
+    low, high = blocks.min(1), blocks.max(1)
     values = np.zeros(blocks.shape, np.uint8)
-    steps, zeros = np.zeros(low.shape, np.uint16), np.zeros(low.shape, np.uint8)
+    scales, lows = np.zeros(low.shape, np.uint16), np.zeros(low.shape, np.uint16)
     least = np.full(low.shape, np.inf, np.float32)
+    found = np.zeros(blocks.shape, np.float32)
     for shrink in _SHRINK:
-        bits = _bfloat16((high - low) * np.float32(shrink / 15))
-        scale = (bits.astype(np.uint32) << 16).view(np.float32)
-        safe = np.where(scale == 0, np.float32(1), scale)
-        zero = np.clip(np.rint(-low * np.float32(shrink) / safe), 0, 15)
-        found = np.clip(np.rint(blocks / safe[:, None]) + zero[:, None], 0, 15)
-        error = np.square((found - zero[:, None]) * scale[:, None] - blocks).sum(1)
-        better = error < least
-        least = np.where(better, error, least)
-        steps[better], zeros[better] = bits[better], zero[better].astype(np.uint8)
-        values = np.where(better[:, None], found.astype(np.uint8), values)
-    return values.reshape(weight.shape), steps, zeros
+        cut = (high - low) * np.float32((1 - shrink) / 2)
+        begin, step = low + cut, (high - low - 2 * cut) / np.float32(15)
+        for fits in range(2):
+            if fits:
+                begin, step = _fit(blocks, found, begin, step)
+            bits, low_bits = _bfloat16(step), _bfloat16(begin)
+            step, begin = _float32(bits), _float32(low_bits)
+            safe = np.where(step == 0, np.float32(1), step)
+            found = np.clip(np.rint((blocks - begin[:, None]) / safe[:, None]), 0, 15)
+            error = np.square(found * step[:, None] + begin[:, None] - blocks).sum(1)
+            better = error < least
+            least = np.where(better, error, least)
+            scales[better], lows[better] = bits[better], low_bits[better]
+            values = np.where(better[:, None], found.astype(np.uint8), values)
+    return values.reshape(weight.shape), scales, lows
+
+
+def _fit(blocks: Array, values: Array, begin: Array, step: Array) -> tuple[Array, Array]:
+    """Return the minimum and scale with which ``values`` come nearest to ``blocks``; the given ones where any would do."""
+    mean, center = values.mean(1), blocks.mean(1)
+    spread = np.square(values - mean[:, None]).sum(1)
+    together = ((values - mean[:, None]) * (blocks - center[:, None])).sum(1)
+    fits = (spread > 0) & (together > 0)
+    slope = np.where(fits, together / np.where(fits, spread, 1), step)
+    return np.where(fits, center - slope * mean, begin), slope
 
 
 def _bfloat16(x: Array) -> NDArray[np.uint16]:
-    """Round up to bfloat16."""
+    """Round to the nearest bfloat16."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
+    return ((bits + np.uint32(0x8000)) >> np.uint32(16)).astype(np.uint16)
+
+
+def _float32(bits: NDArray[np.uint16]) -> Array:
+    """Return the values of bfloat16 ``bits``."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def _panels(weight: NDArray[Any], together: int) -> NDArray[Any]:

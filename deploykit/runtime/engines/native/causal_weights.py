@@ -22,7 +22,7 @@ _PARTS = {"fp32": ("weight", "bias"), "int8": ("weight", "bias", "scale"), "int4
 
 class MatrixStruct(ctypes.Structure):
     _fields_ = (
-        ("weight", c_void_p), ("scale", c_void_p), ("zero", c_void_p), ("bias", c_void_p),
+        ("weight", c_void_p), ("scale", c_void_p), ("low", c_void_p), ("bias", c_void_p),
         ("in_", c_int32), ("out", c_int32), ("kind", c_int32), ("levels", c_int32),
     )  # fmt: skip
 
@@ -135,7 +135,7 @@ class CausalWeights(WeightFile):
         else:
             matrix.weight = self._at(given["weight"], np.uint8, rows * columns // 2)
             matrix.scale = self._at(given["scale"], np.uint16, rows * columns // BLOCK)
-            matrix.zero = self._at(given["zero"], np.uint8, rows * columns // BLOCK)
+            matrix.low = self._at(given["low"], np.uint16, rows * columns // BLOCK)
         return matrix
 
     @property

@@ -6,8 +6,8 @@
  * - INT8: [panels][inputs / 2][16][2], with a scale for each column. Rows are rounded to 16 bits with one scale each, to at
  *   most ``levels``, so that no sum overflows: activations cost no accuracy;
  * - INT4: [panels][inputs / 32][4][16][4], where byte j of step s has the input 4 s + j in its low bits and 16 + 4 s + j in its
- *   high ones. Each 32 inputs of a column have a bfloat16 scale and a zero point. Rows are rounded to 8 bits with a scale for
- *   each 32 inputs.
+ *   high ones. Each 32 inputs of a column have a bfloat16 scale and minimum. Rows are rounded to 8 bits with a scale for each
+ *   32 inputs.
  *
  * Keys and values are float16: keys [positions / 16][head size][16], values [positions][head size], each head padded to 16. */
 #pragma once
@@ -22,7 +22,7 @@ enum { FLOAT32 = 1, INT8, INT4 };
 typedef struct {
     const void *weight;
     const void *scale;    /* INT8: float32 [columns]; INT4: bfloat16 [panels][blocks][16] */
-    const uint8_t *zero;  /* INT4: [panels][blocks][16] */
+    const uint16_t *low;  /* INT4: the minimum, as the scale */
     const float *bias;    /* [columns] */
     int32_t in, out, kind, levels;
 } Matrix;

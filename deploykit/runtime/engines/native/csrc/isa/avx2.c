@@ -457,19 +457,22 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
     }
 }
 
+INLINE __m256 eight_bfloat16(const uint16_t *x) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16));
+}
+
 /* The sum of 8 products of up to 15 by up to 127, two of which are added, fits 16 bits. */
 INLINE void half_nibbles(const int rows, int half, const uint8_t *x, int64_t stride, const float *steps, int64_t apart,
                          const Matrix *m, int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     int blocks = blocks_of(m->in);
     int64_t first = (int64_t)panel * blocks * COLUMNS + 8 * half;
     const __m256i *w = (const __m256i *)((const uint8_t *)m->weight + panel * panel_bytes(m)) + half;
-    const uint16_t *scales = (const uint16_t *)m->scale + first;
-    const uint8_t *zeros = m->zero + first;
+    const uint16_t *scales = (const uint16_t *)m->scale + first, *lows = m->low + first;
     const char *next = ahead.at;
     const __m256i mask = _mm256_set1_epi8(15);
     __m256 sum[MOST_ROWS];
     for (int r = 0; r < rows; r++) sum[r] = _mm256_setzero_ps();
-    for (int b = 0; b < blocks; b++, w += 8, x += BLOCK, scales += COLUMNS, zeros += COLUMNS) {
+    for (int b = 0; b < blocks; b++, w += 8, x += BLOCK, scales += COLUMNS, lows += COLUMNS) {
         __m256i s[MOST_ROWS];
         next = prefetch(next, ahead.lines);
         for (int r = 0; r < rows; r++) s[r] = _mm256_setzero_si256();
@@ -488,15 +491,12 @@ INLINE void half_nibbles(const int rows, int half, const uint8_t *x, int64_t str
                 IN_ORDER(s[r]);
             }
         }
-        __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)scales)), 16);
-        __m256 scale = _mm256_castsi256_ps(bits);
-        __m256 zero = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)zeros)));
-        zero = _mm256_mul_ps(zero, _mm256_xor_ps(scale, _mm256_set1_ps(-0.0f)));
+        __m256 scale = eight_bfloat16(scales), minimum = eight_bfloat16(lows);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             __m256 product = _mm256_cvtepi32_ps(_mm256_madd_epi16(s[r], _mm256_set1_epi16(1)));
             sum[r] = _mm256_fmadd_ps(_mm256_mul_ps(product, scale), _mm256_set1_ps(steps[r * apart + b]), sum[r]);
-            sum[r] = _mm256_fmadd_ps(zero, _mm256_set1_ps(steps[r * apart + blocks + b]), sum[r]);
+            sum[r] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(steps[r * apart + blocks + b]), sum[r]);
         }
     }
     __m256 bias = _mm256_loadu_ps(m->bias + panel * COLUMNS + 8 * half);

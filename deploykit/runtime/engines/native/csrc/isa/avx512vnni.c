@@ -281,6 +281,10 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
     }
 }
 
+INLINE __m512 sixteen_bfloat16(const uint16_t *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+
 INLINE void tile_nibbles(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
                          int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     int blocks = blocks_of(m->in);
@@ -305,14 +309,11 @@ INLINE void tile_nibbles(const int rows, const uint8_t *x, int64_t stride, const
                 s[r] = _mm512_dpbusd_epi32(s[r], high, _mm512_set1_epi32(four));
             }
         }
-        __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)m->scale + first));
-        __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-        __m512 zero = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(m->zero + first))));
-        zero = _mm512_mul_ps(zero, _mm512_xor_ps(scale, _mm512_set1_ps(-0.0f)));
+        __m512 scale = sixteen_bfloat16((const uint16_t *)m->scale + first), minimum = sixteen_bfloat16(m->low + first);
         for (int r = 0; r < rows; r++) {
             __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(s[r]), scale);
             sum[r] = _mm512_fmadd_ps(product, _mm512_set1_ps(steps[r * apart + b]), sum[r]);
-            sum[r] = _mm512_fmadd_ps(zero, _mm512_set1_ps(steps[r * apart + blocks + b]), sum[r]);
+            sum[r] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(steps[r * apart + blocks + b]), sum[r]);
         }
     }
     __m512 bias = _mm512_loadu_ps(m->bias + panel * COLUMNS);

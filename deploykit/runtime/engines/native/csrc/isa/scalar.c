@@ -216,6 +216,13 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
         }
 }
 
+INLINE float float_of_bfloat16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
 INLINE void tile_nibbles(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
                          int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     int blocks = blocks_of(m->in);
@@ -227,16 +234,14 @@ INLINE void tile_nibbles(const int rows, const uint8_t *x, int64_t stride, const
             const int8_t *row = (const int8_t *)(x + r * stride);
             float sum = 0.0f, *to = out + r * out_stride + j;
             for (int b = 0; b < blocks; b++) {
-                uint32_t bits = (uint32_t)((const uint16_t *)m->scale)[first + b * COLUMNS + j] << 16;
+                int64_t at = first + b * COLUMNS + j;
                 int32_t product = 0;
-                float scale;
-                memcpy(&scale, &bits, 4);
                 for (int k = 0; k < BLOCK; k++) {
                     uint8_t two = w[((b * 4 + k % 16 / 4) * COLUMNS + j) * 4 + k % 4];
                     product += row[b * BLOCK + k] * (k < 16 ? two & 15 : two >> 4);
                 }
-                sum = fmaf((float)product * scale, steps[r * apart + b], sum);
-                sum = fmaf((float)m->zero[first + b * COLUMNS + j] * -scale, steps[r * apart + blocks + b], sum);
+                sum = fmaf((float)product * float_of_bfloat16(((const uint16_t *)m->scale)[at]), steps[r * apart + b], sum);
+                sum = fmaf(float_of_bfloat16(m->low[at]), steps[r * apart + blocks + b], sum);
             }
             sum += m->bias[panel * COLUMNS + j];
             *to = add ? sum + *to : sum;
