@@ -31,7 +31,8 @@ def tests(step: Step) -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
-    step.tell(summary=done.stdout.strip().splitlines()[-1])
+    printed = f"{done.stderr}\n{done.stdout}".strip().splitlines()
+    step.tell(summary=printed[-1] if printed else f"pytest printed nothing and ended with {done.returncode}")
     if done.returncode:
         raise SystemExit(1)
 

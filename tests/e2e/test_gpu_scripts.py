@@ -64,6 +64,21 @@ def test_a_step_that_does_not_end_is_stopped_and_recorded(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "gpu.json").read_text())["steps"]["doctor"]["status"] == "timed out"
 
 
+def test_the_tests_for_a_gpu_are_collected_without_tensorrt() -> None:
+    program = (
+        "import sys; sys.modules['tensorrt_rtx'] = None; import pytest; "
+        "sys.exit(pytest.main(['-m', 'gpu', '-q', '--collect-only', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+    )
+    files = [
+        str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *files], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "test_onnxruntime_cuda.py" in done.stdout
+
+
 def test_all_steps_together_end_within_six_minutes() -> None:
     program = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import run; print(sum(run.STEPS.values()))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
