@@ -41,7 +41,8 @@ def check_source(model: str, task: str | None = None) -> None:
         made_for = load_manifest(path, "checkpoint").task.name
         if task is not None and made_for != task:
             raise ArtifactError(f"{model}: is a checkpoint for {made_for}, not {task}", f"give --task {made_for}")
-    if pointer := next((file for file in sorted(path.iterdir()) if file.is_file() and is_git_lfs_pointer(file)), None):
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    if pointer := next((file for file in files if file.is_file() and is_git_lfs_pointer(file)), None):
         raise ArtifactError(f"{pointer}: is a Git LFS pointer in place of the file", "fetch it: git lfs pull")
     if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
         raise ArtifactError(f"{model}: has no config.json", "pass the folder of a Hugging Face checkpoint")

@@ -17,7 +17,7 @@ COLUMNS = 16
 BLOCK = 32
 """Inputs that share a scale in INT4, and to whose multiple all matrices are padded."""
 _KINDS = {"fp32": 1, "int8": 2, "int4": 3}
-_PARTS = {"fp32": ("weight", "bias"), "int8": ("weight", "bias", "scale"), "int4": ("weight", "bias", "scale", "zero")}
+_PARTS = {"fp32": ("weight", "bias"), "int8": ("weight", "bias", "scale"), "int4": ("weight", "bias", "scale", "low")}
 
 
 class MatrixStruct(ctypes.Structure):

@@ -196,6 +196,9 @@ def test_broken_files_are_refused_by_name(tmp_path: Path) -> None:
         {"vocabulary": 401},
         {"ropes": []},
         {"layers": [{}]},
+        {"norm": None},
+        {"longest": 100},
+        {"head": {**json.loads(header["__metadata__"]["model"])["causal"]["head"], "bias": None}},
     ):
         with_model(**changes)
         with pytest.raises(CorruptArtifactError, match=str(file)):
