@@ -207,7 +207,7 @@ def test_evaluate_counts_placeholders(deploykit: Deploykit, translator: Path, tm
     assert "rows.tsv:4: the text is missing" in err
     record = json.loads(out)
     assert (record["rows"], record["skipped"]) == (2, 1)
-    assert set(record["metrics"]) == {"bleu", "chrf", "signatures", "placeholders"}
+    assert set(record["metrics"]) == {"bleu", "chrf", "intervals", "signatures", "placeholders"}
     assert record["metrics"]["placeholders"]["checked"] == 2
     code, _, err = deploykit("evaluate", translator, "--data", rows, "--label-column", "x")
     assert code == 2

@@ -370,7 +370,7 @@ def test_compiling_large_schemas_delays_only_those_who_sent_them(client: openai.
 
 
 def test_other_tasks_answer_on_their_own_routes(url: str, client: openai.OpenAI) -> None:
-    assert {model.id for model in client.models.list()} == {"lm", "tiny"}
+    assert {model.id for model in client.models.list()} == {"lm", "native", "tiny"}
     request = urllib.request.Request(
         f"{url}/classify",
         json.dumps({"model": "tiny", "input": ["w1 w2"]}).encode(),

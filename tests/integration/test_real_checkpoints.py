@@ -147,7 +147,7 @@ def test_a_regression_is_trained_measured_exported_and_answers_numbers(
     assert "Pearson" in out
     assert "is made anew" in out
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())["test"]
-    assert set(metrics) == {"mae", "rmse", "pearson", "spearman"}
+    assert set(metrics) == {"mae", "rmse", "pearson", "spearman", "intervals"}
     assert metrics["pearson"] > 0.5, "it learned something"
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert (config["problem_type"], config["id2label"]) == ("regression", {"0": "stars"})

@@ -244,6 +244,7 @@ def test_empty_lines_are_empty_texts_and_missing_cells_are_problems(tmp_path):
 @example(["a\rb", "\x85", "\u2028", "\x1c"], True)
 def test_line_count_in_is_line_count_out(tmp_path, lines, ends):
     data = ("\n".join(lines) + ("\n" if ends else "")).encode(errors="ignore").decode().lstrip("\ufeff")
+    assume("\n" in data or "\r" not in data)  # without any \n, \r ends lines, as old Macs wrote them
     expected = data.count("\n") + bool(data and not data.endswith("\n"))
     (tmp_path / "a.txt").write_bytes(data.encode())
     try:
