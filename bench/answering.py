@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 from answering_families import FAMILIES, write_family
-from answering_peers import CONTENDERS, Answers, Peer, Subject, job_of, missing, opened
+from answering_peers import CONTENDERS, Answers, Peer, Subject, job_of, missing
 from answering_training import OPTIONS, ROOT, compare, graded, train, train_plainly
-from suite import begin, say
+from suite import begin, say, write_record
 
-from deploykit.artifacts import new_file
 from deploykit.bench.machine import other_load
 from deploykit.bench.run import spread
 from deploykit.data.sample import evenly
@@ -50,25 +49,25 @@ def main() -> None:
         suite["earlier"] = [*earlier.get("earlier", ()), {key: earlier[key] for key in ("started", "command")}]
     if "spans" in options.parts:
         suite["spans"] = compare_spans(options.data, options.folder, options.every, options.threads)
-        write(suite, options.out)
+        write_record(suite, options.out)
     if {"training", "short", "article"} & {*options.parts}:
         export = train(options.model, options.data / "xquad.en.json", options.folder)
         subject = Subject(options.folder / "run", export, options.folder)
         if "training" in options.parts:
             plain = train_plainly(options.model, options.folder)
             suite["training"] = compare(subject, plain, options.threads)
-            write(suite, options.out)
+            write_record(suite, options.out)
         able = [c for c in CONTENDERS if c.name not in skipped]
         with contextlib.ExitStack() as stack:
             peers = [
-                stack.enter_context(opened(c.name, job_of(c, subject), subject.task, options.threads))
+                stack.enter_context(Peer(c.name, job_of(c, subject), subject.task, options.threads))
                 for c in (able if {"short", "article"} & {*options.parts} else ())
             ]
             if "short" in options.parts:
                 suite["short"] = measure_short(peers, subject, options.rounds, options.max_rows)
             if "article" in options.parts:
                 suite["article"] = measure_article(peers, options.data, options.rounds)
-    write(suite, options.out)
+    write_record(suite, options.out)
 
 
 def compare_spans(data: Path, folder: Path, every: dict[str, int], threads: int) -> list[dict[str, Any]]:
@@ -100,7 +99,7 @@ def compare_spans(data: Path, folder: Path, every: dict[str, int], threads: int)
 
 def stack_of_answers(engine: str, checkpoint: Path, asked: dict[str, Pairs], threads: int) -> dict[str, Answers]:
     """Return the answers to each data set's questions by one engine."""
-    with opened(engine, {"engine": engine, "folder": str(checkpoint)}, WINDOWS, threads) as peer:
+    with Peer(engine, {"engine": engine, "folder": str(checkpoint)}, WINDOWS, threads) as peer:
         return {name: peer.answer([pairs])[1] for name, pairs in asked.items()}
 
 
@@ -182,12 +181,6 @@ def measure_article(peers: Sequence[Peer], data: Path, rounds: int, questions: i
 def _pairs(path: Path) -> Pairs:
     rows: Iterator[tuple[str | None, str | None]] = ((row.question, row.context) for row in read_rows(str(path)))
     return [(question, context) for question, context in rows if question and context and question.strip()]
-
-
-def write(suite: dict[str, Any], out: Path) -> None:
-    with new_file(out) as file:
-        file.write_text(json.dumps(suite, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"{out}: written")
 
 
 def _options() -> argparse.Namespace:

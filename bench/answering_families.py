@@ -12,11 +12,24 @@ _VOCABULARY = 4000
 
 def write_family(folder: Path, family: str, texts: Sequence[str], *, length: int = 384) -> Path:
     """Write a two-layer model of ``family`` with random weights and sharp logits, and its tokenizer, to ``folder``."""
+    tokenizer, special = _trained(family, texts)
+    write_answerer(folder, family, tokenizer, special, length=length, sharp=True)
+    settings = folder / "tokenizer_config.json"  # with the class name that transformers 4 and 5 both know
+    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    return folder
+
+
+def write_answerer(
+    folder: Path, family: str, tokenizer: Any, special: Sequence[str], *, length: int, sharp: bool
+) -> None:
+    """Write a random two-layer model for windows of up to ``length`` tokens, and its ``tokenizer``.
+
+    ``special``: the tokens for padding, unknown pieces, the beginning and the separator. ``sharp`` spreads the logits.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForQuestionAnswering, PreTrainedTokenizerFast
 
     folder.mkdir(parents=True)
-    tokenizer, special = _trained(family, texts)
     tokenizer.save(str(folder / "tokenizer.json"))
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special))
     types = ["token_type_ids"] if family in ("bert", "electra") else []
@@ -24,8 +37,6 @@ def write_family(folder: Path, family: str, texts: Sequence[str], *, length: int
         tokenizer_file=str(folder / "tokenizer.json"), model_max_length=length, **names,
         model_input_names=["input_ids", *types, "attention_mask"],
     ).save_pretrained(folder)  # fmt: skip
-    settings = folder / "tokenizer_config.json"  # with the class name that transformers 4 and 5 both know
-    settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     sizes: dict[str, Any] = {
         "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "intermediate_size": 64, "max_position_embeddings": length + 8, "pad_token_id": 0, "initializer_range": 0.3,
@@ -39,10 +50,10 @@ def write_family(folder: Path, family: str, texts: Sequence[str], *, length: int
                   "position_biased_input": False}  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForQuestionAnswering.from_config(AutoConfig.for_model(family, **sizes))
-    with torch.no_grad():
-        model.qa_outputs.weight *= 4
+    if sharp:
+        with torch.no_grad():
+            model.qa_outputs.weight *= 4
     model.save_pretrained(folder)
-    return folder
 
 
 def _trained(family: str, texts: Sequence[str]) -> tuple[Any, tuple[str, str, str, str]]:

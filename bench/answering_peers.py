@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from contender import Contender
+from worker_process import WorkerProcess
 
 from deploykit.artifacts import load_manifest
-from deploykit.errors import DeploykitError
 from deploykit.runtime.engines import ENGINES
 from deploykit.tasks.question_answering.calibration import sample_windows
 from deploykit.tasks.question_answering.facts import QuestionAnswering
@@ -87,57 +84,22 @@ def job_of(contender: Contender, subject: Subject) -> dict[str, Any]:
     return {"engine": "OpenVINO", "folder": str(subject.export), "file": str(_by_nncf(subject))}
 
 
-class Peer:
-    """A worker, from the start until ``close``. Raises DeploykitError if it cannot open or fails."""
+class Peer(WorkerProcess):
+    """A contender in a process of its own."""
 
     def __init__(self, name: str, job: Mapping[str, Any], task: QuestionAnswering, threads: int) -> None:
-        self.name = name
         ours = str(job["engine"]).startswith("deploykit")
-        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable if ours else str(PYTHON), str(Path(__file__).with_name("answering_worker.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
         sizes = {name: getattr(task, name) for name in ("max_length", "doc_stride", "max_answer_length")}
-        try:
-            self.open_s: float = self._ask({"threads": threads, "tokenizer": job["folder"], **sizes, **job})["open_s"]
-        except DeploykitError:
-            self.close()
-            raise
+        super().__init__(
+            name, sys.executable if ours else str(PYTHON), "answering_worker.py", threads,
+            {"threads": threads, "tokenizer": job["folder"], **sizes, **job},
+        )  # fmt: skip
+        self.open_s: float = self.opened["open_s"]
 
     def answer(self, calls: Sequence[Sequence[tuple[str, str]]]) -> tuple[list[float], Answers]:
         """Ask the pairs of each call; returns seconds of the calls, and the answers one after another."""
-        told = self._ask({"calls": calls})
+        told = self.ask({"calls": calls})
         return told["seconds"], [(text, start, end) for text, start, end in told["answers"]]
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._printed.close()
-
-    def _ask(self, request: Mapping[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            status = self._process.wait()
-            self._printed.seek(0)
-            told = (self._printed.read().strip().splitlines() or [f"exit status {status}"])[-1]
-            raise DeploykitError(f"{self.name}: {told}", "run bench/answering_worker.py to see more")
-        return json.loads(line)
-
-
-@contextlib.contextmanager
-def opened(name: str, job: Mapping[str, Any], task: QuestionAnswering, threads: int) -> Iterator[Peer]:
-    peer = Peer(name, job, task, threads)
-    try:
-        yield peer
-    finally:
-        peer.close()
 
 
 def _dynamic_int8(subject: Subject) -> Path:

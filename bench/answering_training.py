@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from answering_peers import Answers, Subject, opened
+from answering_peers import Answers, Peer, Subject
 from suite import say
 
 from deploykit.artifacts import load_manifest
@@ -61,7 +61,7 @@ def compare(subject: Subject, plain: Path, threads: int) -> dict[str, Any]:
     answers = []
     for folder in (subject.run, plain):
         job = {"engine": "transformers", "folder": str(folder), "tokenizer": str(subject.export)}
-        with opened("transformers", job, subject.task, threads) as peer:
+        with Peer("transformers", job, subject.task, threads) as peer:
             answers.append(peer.answer([pairs])[1])
     exact, f1 = graded(subject.task, answers[1], rows)
     return {

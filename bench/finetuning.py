@@ -20,9 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from generation import write
 from generation_contenders import ROOT, smollm2
-from suite import begin, say
+from suite import begin, say, write_record
 
 from deploykit.bench.machine import other_load
 from deploykit.bench.run import spread
@@ -56,7 +55,7 @@ def main() -> None:
             one = found[-1]
             say(f"round {number + 1}: {name}: {one['tokens_per_s']:.0f} tokens/s, validation loss {one['loss']:.4f}")
     suite["workloads"].append({"key": "demo", "contenders": summary(rounds)})
-    write(suite, options.out)
+    write_record(suite, options.out)
 
 
 def summary(rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

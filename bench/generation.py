@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,10 +29,9 @@ from generation_contenders import (
     smollm2,
     versions,
 )
-from suite import begin, say
+from suite import begin, say, write_record
 from tokenizers import Tokenizer
 
-from deploykit.artifacts import new_file
 from deploykit.bench.machine import other_load
 from deploykit.bench.run import spread
 from deploykit.errors import DeploykitError
@@ -81,12 +79,12 @@ def main() -> None:
     able = [c for c in chosen if c.name not in suite["skipped"]]
     if "process" in options.parts:
         suite["workloads"].append(measure_processes(subject, able, prompts, plan, suite))
-        write(suite, options.out)  # save now: the next part takes long, and may fail
+        write_record(suite, options.out)  # save now: the next part takes long, and may fail
     if "served" in options.parts:
         from generation_serving import measure_served
 
         suite["workloads"].append(measure_served(subject.export, prompts, plan))
-    write(suite, options.out)
+    write_record(suite, options.out)
 
 
 class Prompts:
@@ -205,12 +203,6 @@ def _round(worker: Worker, long: list[list[int]], asked: dict[int, Any], plan: P
         one["whole"][rows] = rows * plan.new_tokens / whole_s
         one["ids"] += ids
     return one
-
-
-def write(suite: dict[str, Any], out: Path) -> None:
-    with new_file(out) as file:
-        file.write_text(json.dumps(suite, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"{out}: written")
 
 
 def _options() -> argparse.Namespace:

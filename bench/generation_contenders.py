@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from contender import Contender
 from suite import say
+from worker_process import WorkerProcess
 
 from deploykit.artifacts import load_manifest, new_directory
 from deploykit.data.pypi_archives import fetch
 from deploykit.demo import SMOLLM2
-from deploykit.errors import DeploykitError
 from deploykit.graphs.export_options import ExportOptions
 from deploykit.runtime.engines import ENGINES, LANGUAGE_MODEL_FILES
 from deploykit.stages.export import export
@@ -172,57 +169,22 @@ def _convert_to_ctranslate2(checkpoint: Path, precision: str, folder: Path) -> N
         spec.save(str(directory))
 
 
-class Worker:
-    """A contender in a process of its own, from the start until ``close``. Raises DeploykitError if it cannot open."""
+class Worker(WorkerProcess):
+    """A contender in a process of its own."""
 
     def __init__(self, contender: Contender, files: Mapping[str, Any], threads: int, context: int) -> None:
         self.contender, self.size_mb = contender, files["size_mb"]
         self.peak_memory_mb: float | None = None
         python = sys.executable if contender.engine not in _PACKAGES else str(PEERS_PYTHON)
-        self._printed = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("generation_worker.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
         job = {"engine": contender.engine, "precision": contender.precision, "threads": threads, "context": context}
-        try:
-            opened = self._ask({**job, **files})
-        except DeploykitError:
-            self.close()
-            raise
-        self.open_s, self.note = opened["open_s"], opened["note"]
+        super().__init__(contender.name, python, "generation_worker.py", threads, {**job, **files})
+        self.open_s, self.note = self.opened["open_s"], self.opened["note"]
 
     def generate(self, prompts: Sequence[list[int]], new: int) -> tuple[float, list[list[int]]]:
         """Return seconds, and ``new`` tokens for each prompt. Raises DeploykitError where the engine fails."""
-        told = self._ask({"prompts": prompts, "new": new})
+        told = self.ask({"prompts": prompts, "new": new})
         self.peak_memory_mb = told["peak_memory_mb"]
         return told["seconds"], told["ids"]
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._printed.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def _ask(self, request: Mapping[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            status = self._process.wait()
-            self._printed.seek(0)
-            told = (self._printed.read().strip().splitlines() or [f"exit status {status}"])[-1]
-            raise DeploykitError(f"{self.contender.name}: {told}", "run bench/generation_worker.py to see more")
-        return json.loads(line)
 
 
 def versions(python: Path = PEERS_PYTHON) -> dict[str, str]:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from generation import Prompts, write
+from generation import Prompts
 from generation_contenders import ROOT, prepare, smollm2
 from generation_serving import MODEL, running_server
-from suite import begin, say
+from suite import begin, say, write_record
 
 from deploykit.errors import ServerError
 from deploykit.hardware import available_cpus
@@ -70,7 +70,7 @@ def main() -> None:
     suite["outcomes"] = dict(load.outcomes)
     suite["samples"] = [asdict(sample) for sample in samples]
     suite["verdict"] = verdict(samples, load.outcomes)
-    write(suite, options.out)
+    write_record(suite, options.out)
     for line in suite["verdict"]["reasons"] or ["level"]:
         say(line)
     raise SystemExit(1 if suite["verdict"]["reasons"] else 0)

@@ -17,9 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from suite import begin, say
+from suite import begin, say, write_record
 
-from deploykit.artifacts import new_file
 from deploykit.hardware import available_cpus
 from deploykit.quantization.calibration import METHODS
 
@@ -49,9 +48,7 @@ def main() -> None:
         if run.is_dir():
             with tempfile.TemporaryDirectory(prefix="methods-") as folder:
                 result["workloads"].append({"key": run.name, **measure(run, Path(folder), options)})
-    with new_file(options.out) as file:
-        file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    say(f"{options.out}: written")
+    write_record(result, options.out)
 
 
 def measure(run: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:

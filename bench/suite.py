@@ -94,6 +94,13 @@ def candidate(
     )
 
 
+def write_record(suite: Mapping[str, Any], out: Path) -> None:
+    """Write a record that has no page."""
+    with new_file(out) as file:
+        file.write_text(json.dumps(suite, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    say(f"{out}: written")
+
+
 def write(suite: Mapping[str, Any], out: Path) -> None:
     """Write ``out`` and, beside it, the page that shows it."""
     with new_file(out) as file:

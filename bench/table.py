@@ -83,11 +83,10 @@ def render_translation(suite: Record) -> str:
 def render_generation(suite: Record) -> str:
     """Return Markdown: tokens/s in process as ratios to transformers fp32 in the same run; then the server's figures."""
     settings = suite["settings"]
-    busy = max(load["cpu_percent"] for load in suite["load_before"])
     lines = [
         f"{_when_and_where(suite)}, {suite['threads']} threads, SmolLM2-135M-Instruct, greedy, {_rounds(settings['rounds'])}. Tokens/s are multiples "
         f"of {GENERATION_BASE} in the same run, which has the tokens/s in its row: the median round (lowest to highest round)."
-        + (f" Other programs used up to {busy:.0f}% of the CPUs: these are no final figures." if busy > _BUSY else ""),
+        + _load_told(suite),
     ]
     for workload in suite["workloads"]:
         if any(c["name"].startswith("deploykit native") for c in workload.get("contenders", ())):
@@ -142,11 +141,10 @@ def render_finetuning(suite: Record) -> str:
     (workload,) = suite["workloads"]
     contenders = workload["contenders"]
     base = next((c for c in contenders if c["name"] == TRAINING_BASE), None)
-    busy = max(load["cpu_percent"] for load in suite["load_before"])
     lines = [
         f"{_when_and_where(suite)}, {suite['threads']} threads, SmolLM2-135M-Instruct, {contenders[0]['tokens']:,} tokens of the demo's rows, one epoch at "
         f"the same learning rate, {_rounds(suite['settings']['rounds'])}. The loss is that of a validation token, {contenders[0]['loss_before']:.2f} before training."
-        + (f" Other programs used up to {busy:.0f}% of the CPUs: these are no final figures." if busy > _BUSY else ""),
+        + _load_told(suite),
         "",
         *_head("tokens/s", f"against {TRAINING_BASE}", "loss"),
     ]
@@ -154,6 +152,12 @@ def render_finetuning(suite: Record) -> str:
         ratio = "-" if base is None else f"{c['tokens_per_s']['median'] / base['tokens_per_s']['median']:.2f}"
         lines.append(_row([c["name"], _spread(c["tokens_per_s"]), ratio, f"{c['loss']['median']:.2f}"]))
     return "\n".join(lines) + "\n"
+
+
+def _load_told(suite: Record) -> str:
+    """Return a sentence if other programs made the figures unreliable."""
+    busy = max(load["cpu_percent"] for load in suite["load_before"])
+    return f" Other programs used up to {busy:.0f}% of the CPUs: these are no final figures." if busy > _BUSY else ""
 
 
 def _rounds(count: int) -> str:

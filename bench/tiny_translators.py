@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 TEXTS = [f"Open the {thing} number {i}." for i in range(6) for thing in ("file", "folder", "</s> user", "café")]
 SHAPE = {
@@ -58,28 +59,30 @@ def write_mbart(folder: Path) -> None:
 
 def write_mt5(folder: Path) -> None:
     import torch
-    from transformers import MT5Config, MT5ForConditionalGeneration, T5Tokenizer
+    from transformers import MT5Config, MT5ForConditionalGeneration
 
-    tokenizer = T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *unigrams()], extra_ids=0)
-    tokenizer.save_pretrained(folder)
-    config = MT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-                       decoder_start_token_id=0, initializer_factor=1.5)  # fmt: skip
-    model = MT5ForConditionalGeneration(config)
-    model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(len(tokenizer), 32))
-    model.generation_config.update(max_new_tokens=10, no_repeat_ngram_size=2)
+    model = _new_t5(folder, MT5Config, MT5ForConditionalGeneration)
+    model.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(model.config.vocab_size, 32))
     model.save_pretrained(folder)
 
 
 def write_t5(folder: Path) -> None:
-    from transformers import T5Config, T5ForConditionalGeneration, T5Tokenizer
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    _new_t5(folder, T5Config, T5ForConditionalGeneration).save_pretrained(folder)
+
+
+def _new_t5(folder: Path, config_class: Any, model_class: Any) -> Any:
+    """Return a new model, and write its tokenizer to ``folder``."""
+    from transformers import T5Tokenizer
 
     tokenizer = T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *unigrams()], extra_ids=0)
     tokenizer.save_pretrained(folder)
-    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-                      decoder_start_token_id=0, initializer_factor=1.5)  # fmt: skip
-    model = T5ForConditionalGeneration(config)
+    config = config_class(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                          decoder_start_token_id=0, initializer_factor=1.5)  # fmt: skip
+    model = model_class(config)
     model.generation_config.update(max_new_tokens=10, no_repeat_ngram_size=2)
-    model.save_pretrained(folder)
+    return model
 
 
 def write_marian(folder: Path) -> None:

@@ -91,15 +91,11 @@ def finetune(
     named = {"task": task} if task is not None else {}
     chosen = make_options({**given, **named, **{k: v for k, v in options.items() if v is not None}})
     searched.check(chosen)
-    check_repeats(chosen, folds, learning_curve)
+    check_repeats(chosen, folds, learning_curve, searches=bool(searched.search))
     out, say = Path(output_dir), progress or _quiet
     if searched.search:
         from deploykit.hyperparameters.run import search
 
-        if folds or learning_curve:
-            raise UsageError(
-                "--search has runs of its own", "give folds and learning_curve with the best run's options"
-            )
         return search(chosen, searched, out, force=force, restart=restart, say=say).best
     done = run(chosen, out, force=force, restart=restart, say=say)
     return repeat(chosen, done, out, folds=folds, curve=learning_curve, say=say)

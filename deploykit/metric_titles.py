@@ -30,6 +30,11 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "rmse", "mae
 """Metrics of errors."""
 
 
+def lower_is_better(metric: str) -> bool:
+    """Return whether a metric, named with or without dots, is an error."""
+    return metric.rpartition(".")[2] in LOWER_IS_BETTER
+
+
 def title_of(metric: str) -> str:
     """Return the title of a metric; a metric of another package's task has its own name as title."""
     return TITLES.get(metric, metric.replace("_", " "))

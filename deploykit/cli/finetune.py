@@ -168,15 +168,11 @@ def command(
     )
     options = make_options(given)
     chosen.check(options)
-    if chosen.search and (folds or curve):
-        raise UsageError(
-            "--search has runs of its own", "give --folds and --learning-curve with the best run's options"
-        )
 
     from deploykit.stages.repeated_runs import check_repeats, repeat
     from deploykit.training.rows import held_out
 
-    check_repeats(options, folds, curve)
+    check_repeats(options, folds, curve, searches=bool(chosen.search))
     more: dict[str, Any] = {}
     if chosen.search:
         from deploykit.hyperparameters.run import PAGE, search

@@ -17,7 +17,7 @@ from deploykit.data.reading import flag
 from deploykit.errors import ArtifactError, DeploykitError, ExportError, MissingDependencyError, UsageError
 from deploykit.hyperparameters.options import SearchOptions
 from deploykit.hyperparameters.space import Space, default_space, read_space, starting_values
-from deploykit.metric_titles import LOWER_IS_BETTER, flat_metrics, main_metric
+from deploykit.metric_titles import flat_metrics, lower_is_better, main_metric
 from deploykit.report.figures import require_matplotlib
 from deploykit.stages.finetune import Finetuned, finetune, inputs_digest
 from deploykit.tasks.registry import get_task
@@ -159,7 +159,7 @@ def _objective(trained: Finetuned, name: str | None) -> tuple[str, float]:
 
 def sign_of(metric: str) -> int:
     """Return -1 for a metric that is better if lower, else 1: the study maximizes their product."""
-    return -1 if metric.rpartition(".")[2] in LOWER_IS_BETTER else 1
+    return -1 if lower_is_better(metric) else 1
 
 
 def _within_limits(study: SharedStudy, run: TakenRun, chosen: SearchOptions, say: Say) -> dict[str, Any]:
@@ -203,8 +203,9 @@ def _publish(
         source = study.path(best.number)
         manifest = artifacts.load_manifest(source, "checkpoint", verify=False)
         own = {run.user_attrs["inputs"] for run in study.runs if "inputs" in run.user_attrs}
-        if not force and _inputs(out) in own:
-            if _inputs(out) == manifest.inputs:
+        there = _inputs(out)
+        if not force and there in own:
+            if there == manifest.inputs:
                 return Searched(Finetuned(out, manifest, reused=True), study.folder, record)
         else:
             artifacts.existing(out, "checkpoint", manifest.inputs, force=force)
@@ -257,7 +258,7 @@ def _record(study: SharedStudy, options: FinetuneOptions, chosen: SearchOptions,
     return {
         "task": options.task,
         "objective": metric,
-        "lower_is_better": sign_of(str(metric)) < 0,
+        "lower_is_better": lower_is_better(str(metric)),
         "pruner": chosen.search_pruner,
         "limits": {"size_mb": chosen.max_size_mb, "p50_ms": chosen.max_p50_ms},
         "space": {name: dataclasses.asdict(entry) for name, entry in space.items()},

@@ -15,7 +15,7 @@ import numpy as np
 from deploykit import artifacts
 from deploykit.errors import DataError, MissingDependencyError, UsageError
 from deploykit.measurement_log import MeasurementLog
-from deploykit.metric_titles import LOWER_IS_BETTER, flat_metrics, main_metric, points_of
+from deploykit.metric_titles import flat_metrics, lower_is_better, main_metric, points_of
 from deploykit.report.training_figures import write_learning_curve
 from deploykit.stages.finetune import Finetuned, Stage, inputs_digest
 from deploykit.tasks.registry import get_task
@@ -27,8 +27,12 @@ SHARES = (0.1, 0.25, 0.5, 0.75)
 _MOST_FOLDS = 100
 
 
-def check_repeats(options: FinetuneOptions, folds: int, curve: bool) -> None:
-    """Raise UsageError if ``--folds`` or ``--learning-curve`` does not fit the options of the run."""
+def check_repeats(options: FinetuneOptions, folds: int, curve: bool, *, searches: bool = False) -> None:
+    """Raise UsageError if ``--folds`` or ``--learning-curve`` does not fit the options of the run, or a search."""
+    if searches and (folds or curve):
+        raise UsageError(
+            "--search has runs of its own", "give --folds and --learning-curve with the best run's options"
+        )
     if folds and not 2 <= folds <= _MOST_FOLDS:
         raise UsageError(f"--folds is {folds}", f"give a number from 2 to {_MOST_FOLDS}")
     if folds and (options.validation is not None or options.test is not None):
@@ -128,7 +132,7 @@ def learning_curve(options: FinetuneOptions, whole: Finetuned, out: Path, say: S
 def expected(points: Sequence[Mapping[str, float]], metric: str, rows: int) -> float | None:
     """Return the value of a metric with ``rows`` rows, by a power law through the errors at ``points``; None if they do not
     fall with the rows."""
-    lower = metric.rpartition(".")[2] in LOWER_IS_BETTER
+    lower = lower_is_better(metric)
     best = 0.0 if lower else 100 / points_of(metric)
     errors = [point["value"] if lower else best - point["value"] for point in points]
     if min(errors) <= 0:

@@ -83,25 +83,25 @@ class _Freezing(TrainerCallback):  # type: ignore[misc]
         self._lowest = lowest
         self._share = share
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        layers = count_layers(model)
-        if self._lowest > layers:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._layers = known_layers(model, "--freeze-layers" if self._lowest else "--gradual-unfreezing")
+        if self._lowest > self._layers:
             raise UsageError(
-                f"--freeze-layers is {self._lowest}", f"the model has {layers} layers: give at most as many"
+                f"--freeze-layers is {self._lowest}", f"the model has {self._layers} layers: give at most as many"
             )
+        # An adapter's run trains few of the parameters: the others stay frozen.
+        self._own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        layers = self._layers
         lowest = self._lowest if self._lowest else -1
         if self._share:
             done = state.global_step / state.max_steps / self._share
             # The head learns from the first step on, the embeddings come last.
             lowest = max(lowest, layers - int(min(done, 1.0) * (layers + 1)))
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point() and (not hasattr(self, "_own") or name in self._own):
+            if parameter.is_floating_point() and name in self._own:
                 parameter.requires_grad_(depth_of(name, layers) > lowest)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        known_layers(model, "--freeze-layers" if self._lowest else "--gradual-unfreezing")
-        # An adapter's run trains few of the parameters: the others stay frozen.
-        self._own = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 class _Penalties(TrainerCallback):  # type: ignore[misc]

@@ -105,13 +105,13 @@ class FinetuneOptions(Reading):
     lora_alpha: int = described(16, "Scale of a LoRA adapter: its output is multiplied by alpha / rank.")
     seed: int = described(0, "Seed for splits, shuffling and new weights.")
 
-    # option -> lowest and highest value
     dropouts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "dropout": ("hidden_dropout_prob", "dropout", "hidden_dropout", "mlp_dropout", "embd_pdrop", "resid_pdrop"),
         "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"),
     }
     """Option -> the names that configurations of models have for it."""
 
+    # option -> lowest and highest value
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         "validation_fraction": (0, 0.9),
         "test_fraction": (0, 0.9),

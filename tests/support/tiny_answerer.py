@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from answering_families import write_answerer
+
 WORDS = tuple(f"w{i}" for i in range(200))
 FAMILIES = ("bert", "distilbert", "electra", "roberta", "deberta-v2")
 CONTEXT = "The w1 river 😀 rises in w2. Ein Café steht dort — e\u0301tape  w3!\r\n它在北京。 １２３ end w4"
@@ -14,36 +16,8 @@ CONTEXT = "The w1 river 😀 rises in w2. Ein Café steht dort — e\u0301tape  
 
 def write_checkpoint(folder: Path, family: str = "bert", *, sharp: bool = False, length: int = 64) -> Path:
     """Write a random two-layer model of ``family`` for windows of up to ``length`` tokens; ``sharp`` spreads its logits."""
-    import torch
-    from transformers import AutoConfig, AutoModelForQuestionAnswering, PreTrainedTokenizerFast
-
-    folder.mkdir(parents=True)
     tokenizer, special = _tokenizer(family)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), special))
-    types = family in ("bert", "electra")
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"), model_max_length=length, **names,
-        model_input_names=["input_ids", *(["token_type_ids"] if types else []), "attention_mask"],
-    ).save_pretrained(folder)  # fmt: skip
-    torch.manual_seed(0)
-    vocabulary = tokenizer.get_vocab_size()
-    sizes: dict[str, Any] = {
-        "vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "intermediate_size": 64, "max_position_embeddings": length + 8, "pad_token_id": 0, "initializer_range": 0.3,
-    }  # fmt: skip
-    if family == "distilbert":
-        sizes |= {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
-    if family == "electra":
-        sizes["embedding_size"] = 32
-    if family == "deberta-v2":
-        sizes |= {"type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"],
-                  "position_biased_input": False}  # fmt: skip
-    model = AutoModelForQuestionAnswering.from_config(AutoConfig.for_model(family, **sizes))
-    if sharp:
-        with torch.no_grad():
-            model.qa_outputs.weight *= 4
-    model.save_pretrained(folder)
+    write_answerer(folder, family, tokenizer, special, length=length, sharp=sharp)
     return folder
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from deploykit.artifacts import load_manifest
+from deploykit.attribution.explain import log_odds
 from deploykit.errors import UsageError
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.served import DEFAULT_URL
@@ -58,8 +59,8 @@ class Teacher:
         scores = self._scores(texts)
         if self._task.regression:
             return scores
-        exact = np.clip(scores.astype(np.float64), 1e-7, 1 - 1e-7)
-        logits = np.log(exact) - np.log1p(-exact) if self._task.multi_label else np.log(exact)
+        exact = scores.astype(np.float64)
+        logits = log_odds(exact) if self._task.multi_label else np.log(np.clip(exact, 1e-7, 1 - 1e-7))
         return np.asarray(logits, np.float32)
 
     def measured(self, rows: Sequence[Example]) -> dict[str, Any]:

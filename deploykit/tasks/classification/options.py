@@ -122,6 +122,14 @@ class ClassificationOptions(FinetuneOptions):
             "test_fraction": 0.0,  # none of the rows that the run was trained on
         }
 
+    def dropout_config(self, config: Any) -> dict[str, float]:
+        """Return the dropouts that are given. The head's is ``dropout`` if it has one and nothing else is given."""
+        found = super().dropout_config(config)
+        if self.dropout is None:
+            return found
+        heads = (name for name in self.dropouts["classifier_dropout"] if hasattr(config, name))
+        return {**dict.fromkeys(heads, self.dropout), **found}
+
     def check(self) -> None:
         super().check()
         if len(self.text_column) > 2 and self.text_separator is None:

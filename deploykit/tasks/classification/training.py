@@ -50,7 +50,7 @@ class ClassificationStage:
     def __init__(self, options: ClassificationOptions) -> None:
         self._options = options
         self._tokenizer = load_tokenizer(options.origin)
-        config = load_config(options.origin)
+        self._config = config = load_config(options.origin)
         self._head = trained_labels(config)
         self._known_labels = {*self._head, *options.named_labels}
         limit = max_tokens(self._tokenizer, config)
@@ -221,11 +221,7 @@ class ClassificationStage:
         options = self._options
         config: dict[str, Any] = dict(task.model_config)
         config["pad_token_id"] = task.pad_token_id
-        original = load_config(options.origin)
-        if options.dropout is not None:  # the head's too, if it has one and nothing else is given
-            heads = (name for name in options.dropouts["classifier_dropout"] if hasattr(original, name))
-            config |= dict.fromkeys(heads, options.dropout)
-        config |= options.dropout_config(original)
+        config |= options.dropout_config(self._config)
         loaded = load_for_training(options.origin, **config)
         model = loaded.model
         if options.student_layers:

@@ -37,7 +37,7 @@ class QuestionAnsweringStage:
     def __init__(self, options: QuestionAnsweringOptions) -> None:
         self._options = options
         self._tokenizer = load_tokenizer(options.origin)
-        config = load_config(options.origin)
+        self._config = config = load_config(options.origin)
         limit = max_tokens(self._tokenizer, config)
         if options.max_length > limit:
             raise UsageError(
@@ -93,7 +93,7 @@ class QuestionAnsweringStage:
 
     def _model(self) -> Loaded:
         options = self._options
-        dropouts = options.dropout_config(load_config(options.origin))
+        dropouts = options.dropout_config(self._config)
         return load_for_training(options.origin, QuestionAnswering.name, **dropouts)
 
     def _task(self, model: Any, train: Sequence[Example]) -> QuestionAnswering:

@@ -51,7 +51,7 @@ class Answer:
     stream: StreamText
     constraint: Constraint | None = None
     beams: BeamSearch | None = None
-    lookup: PromptLookup = field(default_factory=lambda: PromptLookup(()))
+    lookup: PromptLookup | None = None
     ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -192,7 +192,10 @@ class Decoder:
         if self._guessing is None or any(answer.beams is not None for answer in self.running):
             return []
         left, found = self._guessing.tokens_of_a_step - len(self.running), []
+        if left <= 0:
+            return []
         for answer in self.running:
+            assert answer.lookup is not None
             prompt, most = len(answer.query.prompt), answer.query.sampling.max_new_tokens
             room = min(prompt + most, self._task.max_length) - prompt - len(answer.ids) - 1
             guess = answer.lookup.guess(min(left, room)) if left > 0 and room > 0 else []
@@ -214,6 +217,7 @@ class Decoder:
             while answer.finish is None and right < len(guess) and answer.ids[-1] == guess[right]:
                 right += 1
                 self._extend(answer, logits[start + right])
+            assert answer.lookup is not None
             answer.lookup.learn(len(guess), right)
             kept.append(1 + right)
             start += 1 + len(guess)
@@ -270,7 +274,7 @@ class Decoder:
             constraint = query.constraints[number] if query.constraints else None
             sampler = Sampler(sampling, query.prompt, number, ends=self._task.eos_token_ids, constraint=constraint)
             stream = StreamText(self._tokenizer.text_decoder, sampling.stop, sampling.min_new_tokens)
-            lookup = PromptLookup(() if self._guessing is None else query.prompt)
+            lookup = None if self._guessing is None else PromptLookup(query.prompt)
             answer = Answer(query, number, sampler, stream, constraint, lookup=lookup)
             query.answers.append(answer)
             if sampling.max_new_tokens:
@@ -344,7 +348,8 @@ class Decoder:
                 each.finish = "stop"
             return
         ids.append(token)
-        answer.lookup.add([token])
+        if answer.lookup is not None:
+            answer.lookup.add([token])
         self.tokens += 1
         if sampling.logprobs is not None or sampling.candidates > sampling.n:
             found = token_logprob(token, logits, sampling.logprobs or 0)

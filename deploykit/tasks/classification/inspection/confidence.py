@@ -34,9 +34,7 @@ def fit_temperature(task: Classification, truth: NDArray[Any], scores: NDArray[n
 
     ``scores`` are probabilities at the temperature of ``task``; the result is to divide the logits by in its place.
     """
-    logs = np.log(np.clip(scores.astype(np.float64), 1e-12, 1.0))
-    if task.multi_label:
-        logs -= np.log(np.clip(1.0 - scores.astype(np.float64), 1e-12, 1.0))
+    logs = _logits(task, scores)
 
     def loss(log_temperature: float) -> float:
         logits = logs / np.exp(log_temperature)
@@ -52,13 +50,18 @@ def fit_temperature(task: Classification, truth: NDArray[Any], scores: NDArray[n
     return round(task.temperature * float(np.exp((low + high) / 2)), 4)
 
 
+def _logits(task: Classification, scores: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return logits, float64 [rows, labels], that give the probabilities ``scores``."""
+    exact = scores.astype(np.float64)
+    logs: NDArray[np.float64] = np.log(np.clip(exact, 1e-12, 1.0))
+    return logs - np.log(np.clip(1.0 - exact, 1e-12, 1.0)) if task.multi_label else logs
+
+
 def rescaled(task: Classification, scores: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
     """Return probabilities as they are with the temperature times ``factor``."""
-    logs = np.log(np.clip(scores.astype(np.float64), 1e-12, 1.0))
+    logs = _logits(task, scores) / factor
     if task.multi_label:
-        logs -= np.log(np.clip(1.0 - scores.astype(np.float64), 1e-12, 1.0))
-        return np.asarray(1 / (1 + np.exp(-logs / factor)), np.float32)
-    logs /= factor
+        return np.asarray(1 / (1 + np.exp(-logs)), np.float32)
     return np.asarray(np.exp(logs - np.logaddexp.reduce(logs, axis=1)[:, None]), np.float32)
 
 

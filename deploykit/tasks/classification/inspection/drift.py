@@ -90,7 +90,7 @@ def _unknown(words: set[str], known: set[str]) -> float:
 def _risen(known: Sequence[set[str]], found: Sequence[set[str]]) -> list[dict[str, Any]]:
     """Return the words whose share of texts rose most, in standard deviations of chance."""
     before, after = (Counter(word for words in texts for word in words) for texts in (known, found))
-    risen = []
+    risen: list[dict[str, Any]] = []
     for word, count in after.items():
         if count < _LEAST_TEXTS:
             continue
@@ -99,4 +99,4 @@ def _risen(known: Sequence[set[str]], found: Sequence[set[str]]) -> list[dict[st
         z = (b - a) / math.sqrt(max(both * (1 - both) * (1 / len(known) + 1 / len(found)), 1e-12))
         if z > 3:
             risen.append({"word": word, "before": a, "after": b, "z": round(z, 2)})
-    return sorted(risen, key=lambda one: -float(str(one["z"])))[:_MOST_WORDS]
+    return sorted(risen, key=lambda one: -one["z"])[:_MOST_WORDS]

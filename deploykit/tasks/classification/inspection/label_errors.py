@@ -62,7 +62,7 @@ def tied_words(task: Classification, examples: Sequence[Example]) -> list[dict[s
         for word in words:
             totals[word] += 1
             texts[word].update(label_parts(example.label, multi_label=task.multi_label))
-    found = []
+    found: list[dict[str, Any]] = []
     for word, total in totals.items():
         if total < _LEAST_TEXTS or not any(character.isalnum() for character in word):
             continue
@@ -72,4 +72,4 @@ def tied_words(task: Classification, examples: Sequence[Example]) -> list[dict[s
             if z > _LEAST_Z:
                 found.append({"word": word, "label": label, "texts": total, "share": count / total, "chance": chance,
                               "z": round(z, 2)})  # fmt: skip
-    return sorted(found, key=lambda one: -float(str(one["z"])))[:_MOST]
+    return sorted(found, key=lambda one: -one["z"])[:_MOST]
