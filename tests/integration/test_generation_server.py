@@ -95,9 +95,10 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 def running(server: TritonServer) -> tuple[float, float]:
-    """The answers that are decoded and the prompts that wait, as the metrics say."""
+    """The answers of "lm" that are decoded and its prompts that wait, as the metrics say."""
     text = urllib.request.urlopen(server.urls.metrics, timeout=10).read().decode()
-    found = {line.split("{")[0]: float(line.split()[-1]) for line in text.splitlines() if line.startswith("deploykit_")}
+    lines = [line for line in text.splitlines() if line.startswith("deploykit_") and 'model="lm"' in line]
+    found = {line.split("{")[0]: float(line.split()[-1]) for line in lines}
     return found["deploykit_running_answers"], found["deploykit_waiting_answers"]
 
 
@@ -206,25 +207,25 @@ def _leave_openai(server: TritonServer, url: str, *, stream: bool, begun: bool) 
     address, path = url.removeprefix("http://").split("/", 1)
     connection = http.client.HTTPConnection(address, timeout=30)
     body = {"model": "lm", "messages": DIALOG, "stream": stream, "max_tokens": 2000, "ignore_eos": True}
-    connection.request("POST", f"/{path}/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
-    _seen(server, begun=begun)
-    if stream and begun:
-        connection.getresponse().readline()
-    assert connection.sock is not None
-    connection.sock.close()
-    connection.close()
+    with contextlib.closing(connection):
+        connection.request("POST", f"/{path}/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        _seen(server, begun=begun)
+        if stream and begun:
+            connection.getresponse().readline()
+        assert connection.sock is not None
+        connection.sock.close()
 
 
 def _leave_http(server: TritonServer, *, begun: bool) -> None:
     connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=30)
     body = {"messages": json.dumps(DIALOG), "stream": True, "sampling_parameters": json.dumps(ENDLESS)}
-    connection.request("POST", "/v2/models/lm/generate_stream", json.dumps(body))
-    _seen(server, begun=begun)
-    if begun:
-        connection.getresponse().readline()
-    assert connection.sock is not None
-    connection.sock.close()
-    connection.close()
+    with contextlib.closing(connection):
+        connection.request("POST", "/v2/models/lm/generate_stream", json.dumps(body))
+        _seen(server, begun=begun)
+        if begun:
+            connection.getresponse().readline()
+        assert connection.sock is not None
+        connection.sock.close()
 
 
 def _leave_grpc(server: TritonServer, *, begun: bool) -> None:
