@@ -45,11 +45,16 @@ def main() -> None:
     suite["load_before"] = other_load().to_json()
     if options.add:
         earlier = json.loads(options.out.read_text(encoding="utf-8"))
-        suite |= {part: earlier[part] for part in PARTS if part in earlier and part not in options.parts}
+        suite |= {
+            part: earlier[part] for part in PARTS if part in earlier and (part not in options.parts or part == "spans")
+        }
         suite["earlier"] = [*earlier.get("earlier", ()), {key: earlier[key] for key in ("started", "command")}]
     if "spans" in options.parts:
-        suite["spans"] = compare_spans(options.data, options.folder, options.every, options.threads)
-        write_record(suite, options.out)
+        kept = [line for line in suite.get("spans", ()) if line["family"] not in options.families]
+        for family in options.families:
+            kept += compare_spans(family, options.data, options.folder, options.every, options.threads)
+            suite["spans"] = kept
+            write_record(suite, options.out)
     if {"training", "short", "article"} & {*options.parts}:
         export = train(options.model, options.data / "xquad.en.json", options.folder)
         subject = Subject(options.folder / "run", export, options.folder)
@@ -70,30 +75,31 @@ def main() -> None:
     write_record(suite, options.out)
 
 
-def compare_spans(data: Path, folder: Path, every: dict[str, int], threads: int) -> list[dict[str, Any]]:
-    """Ask random models of each family with transformers' pipeline and with deploykit on PyTorch.
+def compare_spans(
+    family: str, data: Path, folder: Path, every: dict[str, int], threads: int
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Ask a random model of ``family`` with transformers' pipeline and with deploykit on PyTorch.
 
-    Returns, for each family and data set, the number of questions and of equal spans, and some that differ.
+    Returns, for each data set, the number of questions and of equal spans, and some that differ.
     """
     asked = {name: _pairs(data / f"{name}.json")[:: every[name]] for name in DATA}
     texts = sorted({context for name in DATA[:3] for _, context in _pairs(data / f"{name}.json")})
     found = []
-    for family in FAMILIES:
-        checkpoint = folder / "families" / family
-        if not checkpoint.exists():
-            write_family(checkpoint, family, texts, length=WINDOWS.max_length)
-        theirs, ours = (
-            stack_of_answers(engine, checkpoint, asked, threads) for engine in ("transformers", "deploykit checkpoint")
-        )
-        for name, pairs in asked.items():
-            differ = [
-                {"question": question, "pipeline": a, "deploykit": b}
-                for (question, context), a, b in zip(pairs, theirs[name], ours[name], strict=True)
-                if trimmed(a, context) != b[1:]
-            ]
-            say(f"{family}, {name}: {len(pairs) - len(differ)} of {len(pairs)} spans equal")
-            found.append({"family": family, "data": name, "questions": len(pairs),
-                          "equal": len(pairs) - len(differ), "differ": differ[:5]})  # fmt: skip
+    checkpoint = folder / "families" / family
+    if not checkpoint.exists():
+        write_family(checkpoint, family, texts, length=WINDOWS.max_length)
+    theirs, ours = (
+        stack_of_answers(engine, checkpoint, asked, threads) for engine in ("transformers", "deploykit checkpoint")
+    )
+    for name, pairs in asked.items():
+        differ = [
+            {"question": question, "pipeline": a, "deploykit": b}
+            for (question, context), a, b in zip(pairs, theirs[name], ours[name], strict=True)
+            if trimmed(a, context) != b[1:]
+        ]
+        say(f"{family}, {name}: {len(pairs) - len(differ)} of {len(pairs)} spans equal")
+        found.append({"family": family, "data": name, "questions": len(pairs),
+                      "equal": len(pairs) - len(differ), "differ": differ[:5]})  # fmt: skip
     return found
 
 
@@ -195,6 +201,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max-rows", type=int, default=240, help="part short: questions of the test split")
     parser.add_argument("--every", type=int, nargs=len(DATA), default=(3, 3, 3, 12), metavar="N",
                         help=f"part spans: ask every N-th question of {', '.join(DATA)}")  # fmt: skip
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES,
+                        help="part spans: --add keeps the record's other families")  # fmt: skip
     default = ROOT / "bench" / "results" / f"{datetime.date.today()}-answering.json"
     parser.add_argument("--out", type=Path, default=default)
     options = parser.parse_args()

@@ -35,7 +35,7 @@ def train(model: Path, data: Path, folder: Path) -> Path:
     )  # fmt: skip
     _deploykit(
         "export", folder / "run", "--output-dir", folder / "export", "--int8", "--max-drop", 100,
-        "--calibration-rows", 64,
+        "--calibration-rows", 64, "--measure-rows", 100,  # the parts measure themselves
     )  # fmt: skip
     return folder / "export"
 

@@ -9,7 +9,7 @@ from functools import cache
 
 from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS
 from deploykit.tasks.question_answering.rows import Answers, Example, RawRow
-from deploykit.text import printable
+from deploykit.text import is_blank, printable
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def clean(
             tell(f"{row.origin}: {row.problem or f'the {_missing(row)} is missing'}")
             continue
         question, context = printable(row.question), repaired_context(row.context)
-        if not question.strip() or not context.strip():
+        if is_blank(question) or is_blank(context):
             empty += 1
             tell(f"{row.origin}: the question or the context is empty")
             continue

@@ -15,6 +15,7 @@ from deploykit.tasks.question_answering.metrics import answer_metrics, measure_o
 from deploykit.tasks.question_answering.predictor import TextAnswerer
 from deploykit.tasks.question_answering.rows import Answers, Example, read_rows
 from deploykit.tasks.question_answering.spans import Found
+from deploykit.text import is_blank
 
 _CHUNK = 256
 
@@ -80,7 +81,7 @@ def texts_and_answers(source: str, reading: Reading) -> list[tuple[str, str | No
     texts: list[tuple[str, str | None]] = [
         (as_text(question, context), None)
         for question, context in pairs
-        if question and context and question.strip() and context.strip()
+        if question and context and not is_blank(question) and not is_blank(context)
     ]
     if not texts:
         raise DataError(f"{source}: no row has a question and a context", "name the columns question and context")

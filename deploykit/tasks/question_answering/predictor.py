@@ -17,7 +17,7 @@ from deploykit.runtime.engines.protocol import Engine
 from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS, QuestionAnswering
 from deploykit.tasks.question_answering.spans import Candidates, Collector, Found, Span, candidates
 from deploykit.tasks.question_answering.windows import PairTokenizer, Window
-from deploykit.text import printable
+from deploykit.text import is_blank, printable
 
 _WINDOWS_AT_ONCE = 256
 _MORE_CANDIDATES = 10  # extra candidates, because some become equal when extended to whole words
@@ -132,7 +132,7 @@ class Answerer:
             for row in rows:
                 question = printable(pairs[row][0])
                 try:
-                    if not question.strip():
+                    if is_blank(question):
                         raise DataError("the question is empty", "give a question")
                     tokens = self.tokenizer.question(question)
                     self.tokenizer.check(tokens, context)
@@ -180,7 +180,7 @@ def context_problem(context: str) -> DataError | None:
         return DataError(
             f"the context has {len(context):,} characters, more than {MAX_CONTEXT_CHARS:,}", "ask about parts of it"
         )
-    if not printable(context).strip():
+    if is_blank(context):
         return DataError("the context is empty", "give a text that may hold the answer")
     return None
 

@@ -2,8 +2,11 @@
 
 Within a window, a span's probability is the probability of its first token as start times that of its last as end. Each
 is a softmax over the context's tokens and the window's first token, which stands for "no answer". Spans with the same
-text, ignoring case, are one answer: their probabilities are summed over positions and windows, and the position is the
-first one found. The probability of no answer is the lowest of all windows.
+text, ignoring case and outer white space, are one answer: their probabilities are summed over positions and windows, and
+the position is the first one found. The probability of no answer is the lowest of all windows.
+
+The pipeline keeps a word with and without the space before it apart. With tokenizers that make a token of the space
+(SentencePiece's), it so splits a word's probability by where windows begin.
 
 Source: transformers 4.57, pipelines/question_answering.py (transformers 5 has no such pipeline).
 """

@@ -265,7 +265,7 @@ def test_refused_questions_name_the_lengths_and_the_others_are_answered(
 ) -> None:
     answerer = answerer_of("bert")
     long, context = " ".join(WORDS[:80]), " ".join(WORDS)
-    pairs = [("w1 ?", "w2"), ("", "w2"), ("w1", " \x00 "), (long, "w2"), (" ".join(WORDS[:50]), context),
+    pairs = [("w1 ?", "w2"), ("\u200b ", "w2"), ("w1", " \x00\u200b "), (long, "w2"), (" ".join(WORDS[:50]), context),
              ("w1", "x" * (MAX_CONTEXT_CHARS + 1)), ("<b>w1</b>\x00", "<script>w3</script>\x00 &amp;")]  # fmt: skip
     found = answerer.try_all(pairs)
     told = [f.message if isinstance(f, DataError) else "" for f in found]
@@ -308,6 +308,18 @@ def test_facts_choose_whole_words_and_the_threshold(answerer_of: Callable[[str],
     assert first is not None
     assert context.place(0, 2, 0, len(context.ids), whole_words=True) == (0, 11)
     assert context.place(0, 2, 0, len(context.ids), whole_words=False) == (0, 3)
+
+
+def test_a_space_before_a_word_makes_no_second_answer() -> None:
+    """A window that begins after SentencePiece's token of the space has the word alone; transformers' pipeline takes
+    the word with and without its space for two answers."""
+    context = EncodedContext("in Rome", *(np.array(a, np.int32) for a in ([5, 6, 7], [0, 2, 3], [2, 3, 7], [0, 1, 1])))
+    collector = Collector(context, QuestionAnswering(16, 2, 0))
+    for begin in (1, 2):
+        last = np.array([2 - begin])
+        collector.add(Window([], [], 0, begin, 3), Candidates(last, last, np.array([0.25]), 0.0))
+    (span,) = collector.result(top_k=5).spans
+    assert (span.text, span.start, span.end, span.score) == ("Rome", 3, 7, 1.0)
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
