@@ -249,15 +249,15 @@ def tensorrt(step: Step) -> None:
 
     from deploykit.graphs.onnx_export import export_half_classifier
     from deploykit.tasks.classification.checkpoint import TorchClassifier
-    from deploykit.tensorrt.build import EngineOptions, plan
+    from deploykit.tensorrt.build import EngineOptions, profiles_of
 
     checkpoint = step.classifier().folder
     reference = TorchClassifier.load(checkpoint)
     graph = step.work / "half.onnx"
     export_half_classifier(reference.model, graph, torch.float16)
     onnx.checker.check_model(str(graph))
-    builder, profiles = plan(EngineOptions(), reference.task.shape_limits)
-    step.tell(builder=builder, graph_bytes=graph.stat().st_size, profiles=[str(profile) for profile in profiles], engine="not built: "
+    profiles = profiles_of(EngineOptions(), reference.task.shape_limits)
+    step.tell(graph_bytes=graph.stat().st_size, profiles=[str(profile) for profile in profiles], engine="not built: "
               "TensorRT's wheels on PyPI are placeholders, and TensorRT-RTX 1.7 does not target SM90")  # fmt: skip
 
 

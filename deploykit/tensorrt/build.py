@@ -258,9 +258,14 @@ def plan(options: EngineOptions, limits: Limits) -> tuple[str, list[Profile]]:
         )
     if options.gpu == "this-gpu" and not has_gpu():
         raise UsageError("--gpu this-gpu: there is no NVIDIA driver here", "give portable, or one like sm_86")
+    return builder, profiles_of(options, limits)
+
+
+def profiles_of(options: EngineOptions, limits: Limits) -> list[Profile]:
+    """Parse the profiles of ``options``, or make the default one. Raises UsageError for one that exceeds ``limits``."""
     default = {axis: (1, min(64, most), most) for axis, most in limits.items()}
     profiles = [parse_profile(text, limits) for text in options.profiles]
-    return builder, profiles or [Profile({"batch": (1, 8, 32), **default})]
+    return profiles or [Profile({"batch": (1, 8, 32), **default})]
 
 
 def build_engine(
