@@ -22,7 +22,7 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt setup.sh setup.py $(shell find deploykit/runtime/engines/native/csrc -name "*.[ch]")
+$(READY): pyproject.toml constraints.txt setup.sh setup.py $(shell find deploykit/runtime/engines/native/csrc deploykit/triton/guard -name "*.[ch]")
 	@bash setup.sh .venv
 	@touch $@
 

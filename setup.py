@@ -1,6 +1,7 @@
-"""Compiles the engine ``native``, by Zig's C compiler: a Python package, so that no machine needs a compiler of its own.
+"""Compiles the engine ``native`` and the guard in front of Triton, by Zig's C compiler: a Python package, so that no
+machine needs a compiler of its own.
 
-Where it cannot be compiled for, the package goes without that engine.
+Where they cannot be compiled for, the package goes without.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ FLAGS = (
 
 
 class BuildNative(build_ext):
-    """Build a shared library that ctypes loads: it has no Python in it."""
+    """Build shared libraries that have no Python in them."""
 
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name))
@@ -38,7 +39,7 @@ class BuildNative(build_ext):
             cpu = CPU_OF_ISA[source.stem] if source.parent.name == "isa" else CPU
             objects.append(temporary / f"{source.stem}.o")
             self._compile(f"-mcpu={cpu}", "-c", str(source), "-o", str(objects[-1]))
-        self._compile("-shared", *map(str, objects), "-o", str(out), "-lm", "-lpthread")
+        self._compile("-shared", *map(str, objects), "-o", str(out), "-lm", "-lpthread", "-ldl")
 
     def _compile(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *arguments]
@@ -53,5 +54,12 @@ native = Extension(
     py_limited_api=True,
     optional=True,
 )
+guard = Extension(
+    "deploykit.triton.guard._guard",
+    ["deploykit/triton/guard/guard.c"],
+    depends=["deploykit/triton/guard/triton.h"],
+    py_limited_api=True,
+    optional=True,
+)
 here = sys.platform == "linux" and platform.machine() == "x86_64"
-setup(ext_modules=[native] if here else [], cmdclass={"build_ext": BuildNative})
+setup(ext_modules=[native, guard] if here else [], cmdclass={"build_ext": BuildNative})

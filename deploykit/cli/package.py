@@ -59,6 +59,8 @@ _DEFAULT = ServingSettings()
 @click.option("--in-flight/--no-in-flight", default=None,
               help="[translation] Let requests join the running batch, or wait until it is done. [default: in-flight]")  # fmt: skip
 @click.option("--no-stream", is_flag=True, help="[translation] Do not write NAME_stream.")
+@click.option("--kubernetes", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+              help="Also write Kubernetes manifests, a Helm chart and KServe's resources for NVIDIA's container to DIR.")  # fmt: skip
 @click.option("--overwrite-config", is_flag=True, help="Replace an existing config.pbtxt. [default: keep it]")
 def command(
     *,
@@ -69,6 +71,7 @@ def command(
     precision: str,
     overwrite_config: bool,
     no_stream: bool,
+    kubernetes: Path | None,
     **settings: Any,
 ) -> Result:
     from deploykit.triton.repository import CONFIG, container_command, package, refuse_ignored
@@ -103,6 +106,12 @@ def command(
     if (container := container_command(done)) is not None:
         record["container"] = container
         text += f"\nto serve it in NVIDIA's container: {container}"
+    if kubernetes is not None:
+        from deploykit.triton.kubernetes import write_kubernetes
+
+        write_kubernetes(f"deploykit-{name}", kubernetes, gpus=1 if "container" in record else 0)
+        record["kubernetes"] = str(kubernetes)
+        text += f"\n{kubernetes}: manifests for kubectl apply -k, kserve/ and a Helm chart, chart/"
     return {**record, "config_kept": done.config_kept, "size_bytes": size, "digest": done.manifest.digest}, text
 
 

@@ -98,18 +98,22 @@ def command(
     with server, _openai(server, listener, api_keys) as openai:
         for note in server.notes:
             say(note)
-        record = {"models": list(server.models), **server.urls.__dict__, **openai, "pid": server.pid}
         say(
             f"ready: {', '.join(server.models)}\n"
             f"  HTTP     {server.urls.http}\n  gRPC     {server.urls.grpc}\n  metrics  {server.urls.metrics}\n"
             f"{''.join(f'  OpenAI   {url}' + chr(10) for url in openai.values())}"
             "stop with Ctrl-C"
         )
-        if ready_file is not None:
-            with new_file(ready_file) as file:
-                file.write_text(json.dumps(record))
+
+        def write_ready_file() -> None:
+            if ready_file is not None:
+                with new_file(ready_file) as file:
+                    file.write_text(json.dumps({**record, "pid": server.pid}))
+
+        record = {"models": list(server.models), **server.urls.__dict__, **openai, "pid": server.pid}
+        write_ready_file()
         try:
-            server.supervise(stop)
+            server.supervise(stop, restarted=write_ready_file)
         finally:
             say("waiting for requests in flight")
             if ready_file is not None:

@@ -1,7 +1,7 @@
 """Launch, supervise, heal and stop the embedded Triton server.
 
 When a model's process dies, Triton does not restart it and still reports the model as ready. The supervision here
-restarts it.
+restarts it, and Triton itself when it ends.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,7 @@ from deploykit.runtime.engines import check_engine
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import added_packages
 from deploykit.triton.backends import assemble_backends
+from deploykit.triton.guard import LIBRARY as GUARD
 from deploykit.triton.preflight import EmbeddedTriton, find_triton, resolve, take_ports
 from deploykit.triton.repository import RepositoryModel, list_models, verify_version
 
@@ -42,15 +44,24 @@ log = logging.getLogger(__name__)
 _ADMIN_HEADER = "deploykit-admin"
 # Callers of these APIs can replace models, map this machine's memory, or write files on it.
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
-# Executes the program in its arguments, which the kernel sends SIGTERM if this process is killed. It is a separate
-# program because code between fork and exec can deadlock in a process with threads.
+# Executes the program in its arguments, which the kernel sends SIGTERM if this process is killed, with the library in the
+# first argument. It is a separate program because code between fork and exec can deadlock in a process with threads.
 _EXEC_BOUND = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-os.execv(sys.argv[1], sys.argv[1:])
+guard, *command = sys.argv[1:]
+if guard:
+    os.environ["LD_PRELOAD"] = ":".join(filter(None, (guard, os.environ.get("LD_PRELOAD"))))
+os.execv(command[0], command)
 """
+_NO_GUARD = (
+    "the guard against hostile requests was not built, so a small request can take much memory; reinstall deploykit"
+)
 _RETRY_LOAD_S = 5.0
+_MAX_PAUSE_S = 30.0
+_STABLE_S = 60.0
+"""A server that ran for so long is restarted without a pause when it ends."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,8 @@ class TritonServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._stubs: list[tuple[psutil.Process, str]] = []
         self._retry_at: dict[str, float] = {}
+        self._ready_since = 0.0
+        self._failures = 0  # ends and failed starts in a row
         self._folder: Path | None = None
         self._output: IO[bytes] | None = None
 
@@ -178,29 +191,47 @@ class TritonServer:
         for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
 
-    def supervise(self, stop: threading.Event, interval: float = 0.5) -> None:
-        """Heal models until ``stop`` is set. Raises ServerError if the server itself is lost."""
+    def supervise(
+        self, stop: threading.Event, interval: float = 0.5, restarted: Callable[[], None] = lambda: None
+    ) -> None:
+        """Heal models, and restart Triton when it ends, until ``stop`` is set. Calls ``restarted`` after each restart.
+
+        While Triton is away, its ports refuse connections. The pauses between restarts grow to 30 s.
+        """
+        pid = self.pid
         while not stop.wait(interval):
-            self.heal()
+            try:
+                if (how := self._end()) is None:
+                    self.heal()
+                elif stop.wait(self._pause_before_restart(how)):
+                    return
+                else:
+                    self._restart()
+            except ServerError as error:
+                log.error("Triton could not be started again: %s", error)
+            if self.pid != pid and self._stubs:
+                pid = self.pid
+                restarted()
 
     def heal(self) -> list[str]:
         """Reload models whose process died. Returns their names.
 
         If such a process may have had unanswered requests, restarts Triton, because nothing else closes the connections
-        of the waiting clients. Raises ServerError if the server itself is lost.
+        of the waiting clients. Raises ServerError if that fails.
         """
         self._running()
         lost = sorted({model for stub, model in self._stubs if not _alive(stub)} | self._retry_at.keys())
         if owing := self._answering_later.intersection(lost):
             log.warning("model %s: its process died while requests waited for it; restarting Triton", min(owing))
-            self._launch_again()
-            log.warning("all models are ready again")
+            self._restart()
             return lost
         healed = []
         for model in lost:
             if time.monotonic() < self._retry_at.get(model, 0.0):
                 continue
             log.warning("model %s: its process died; loading it again", model)
+            # Those of its processes that live end with their last request: that they do is no reason to load it again.
+            leaving = {stub for stub, name in self._stubs if name == model}
             self._stubs = [(stub, name) for stub, name in self._stubs if name != model]
             try:
                 self._control(model, "unload")
@@ -211,7 +242,7 @@ class TritonServer:
                 self._retry_at[model] = time.monotonic() + _RETRY_LOAD_S
                 continue
             self._retry_at.pop(model, None)
-            self._stubs += [(stub, name) for stub, name in self._find_stubs() if name == model]
+            self._stubs += [(stub, name) for stub, name in self._find_stubs() if name == model and stub not in leaving]
             log.warning("model %s: ready again", model)
             healed.append(model)
         return healed
@@ -271,6 +302,11 @@ class TritonServer:
             tempfile.mkdtemp(prefix="deploykit-triton-", dir=temporary if temporary.isascii() else "/tmp")
         )
         (self._folder / "repository").symlink_to(self._repository.resolve())
+        guard = ""
+        if GUARD.is_file():
+            guard = str(shutil.copy(GUARD, self._folder / "guard.so"))  # LD_PRELOAD takes no path with spaces or colons
+        else:
+            self.notes.append(_NO_GUARD)
         backends = self._folder / "backends"
         assemble_backends(backends, triton.python_backend, triton.stub, added_packages())
         try:
@@ -296,7 +332,7 @@ class TritonServer:
         command += [f"--load-model={model}" for model in self.models]
         command += [f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}"]
         command += [f"--backend-config=python,stub-timeout-seconds={max(1, round(self._ready_timeout))}"]
-        self._command = [sys.executable, "-IS", "-c", _EXEC_BOUND, *command]
+        self._command = [sys.executable, "-IS", "-c", _EXEC_BOUND, guard, *command]
         self._environment = triton.environment
 
     def _launch(self) -> None:
@@ -311,18 +347,53 @@ class TritonServer:
             start_new_session=True,  # Ctrl-C must reach only this process, which lets requests finish first
         )
         self._wait_until_ready()
+        self._ready_since = time.monotonic()
         self._stubs = self._find_stubs()
 
-    def _launch_again(self) -> None:
-        """End Triton, which breaks the connections of all waiting clients, and start it again."""
+    def _end(self) -> str | None:
+        """Return how Triton ended, or None while it runs. It also ended if someone else told it to stop."""
+        code = self._running().poll()
+        if code is not None:
+            return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        if all(_alive(stub) for stub, _ in self._stubs):
+            return None
+        # A server that stops ends its models first, then waits for connections, and takes no more requests.
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            if self._call("GET", "/v2/health/live", timeout=1.0)[0] == 200:
+                return None
+        return "it was told to stop"
+
+    def _pause_before_restart(self, how: str) -> float:
+        """Close the ports of a server that ended, and return how long to wait before it starts again, in seconds."""
+        self._kill_all()
+        if time.monotonic() - self._ready_since > _STABLE_S:
+            self._failures = 0
+        pause = min(2.0**self._failures - 1.0, _MAX_PAUSE_S)
+        self._failures += 1
+        log.warning("Triton ended (%s); starting it again%s", how, f" in {pause:g} s" if pause else "")
+        return pause
+
+    def _restart(self) -> None:
+        """End Triton, and start it again. Raises ServerError, and then it is ended."""
+        self._kill_all()
+        try:
+            self._launch()
+        except ServerError:
+            self._kill_all()
+            raise
+        log.warning("all models are ready again")
+
+    def _kill_all(self) -> None:
+        """End Triton and its stubs at once. Stubs hold Triton's sockets: until they end, clients wait instead of seeing
+        their connections close."""
         process = self._running()
+        stubs = [stub for stub, _ in self._stubs] + _children(process.pid)
         process.kill()
         process.wait()
-        for stub, _ in self._stubs:
+        for stub in stubs:
             _kill(stub)
         self._stubs = []
         self._retry_at.clear()
-        self._launch()
 
     def _wait_until_ready(self) -> None:
         process = self._running()
@@ -360,16 +431,6 @@ class TritonServer:
         """Return the server's process. Raises ServerError if it is not running."""
         if self._process is None:
             raise ServerError("the server is not running", "start it first")
-        code = self._process.poll()
-        if code is not None and self._stubs:
-            # Stubs hold the server's sockets too: until they end, clients wait instead of seeing the connection close.
-            for stub, _ in self._stubs:
-                _kill(stub)
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            raise ServerError(
-                f"Triton ended unexpectedly ({how})",
-                "start it again; after SIGKILL, check dmesg: the machine may have run out of memory",
-            )
         return self._process
 
     def _find_stubs(self) -> list[tuple[psutil.Process, str]]:

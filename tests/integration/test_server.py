@@ -6,10 +6,8 @@ import dataclasses
 import http.client
 import importlib.util
 import json
-import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -137,7 +135,7 @@ def test_plain_json_is_answered(server: TritonServer, expected: np.ndarray[Any, 
         ({"inputs": [{"name": "TEXT", "datatype": "INT64", "shape": [1, 1], "data": [1]}]}, {400}, "TEXT"),
         (body([]), {400}, "TEXT"),
         (body(["a"] * 65), {400}, "batch-size must be <= 64"),
-        (b'{"inputs": [', {400, 500}, "parse"),
+        (b'{"inputs": [', {400}, "parse"),
         (body(["x" * 1_000_001]), {400}, "row 0 of TEXT: the text has 1000001 characters"),
         (body(["a"], parameters={"top_k": 0}), {400}, "top_k must be an integer from 1, not 0"),
         (body(["a"], parameters={"top_k": "many"}), {400}, "top_k"),
@@ -323,22 +321,6 @@ def test_a_killed_stub_is_replaced_and_requests_are_answered_again(
             stop.set()
             supervision.join()
             client.close()
-
-
-def test_a_killed_server_is_reported_and_its_clients_get_an_error(own_repository: Path) -> None:
-    with start(own_repository) as server:
-        client = ServedClassifier("tiny", server.urls.http)
-        processes = family(server)
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(client.scores, LONG * 4)
-            time.sleep(0.2)
-            os.kill(server.pid, signal.SIGKILL)
-            with pytest.raises(ServerError, match=r"Triton ended unexpectedly \(killed by SIGKILL\)"):
-                server.supervise(threading.Event(), 0.1)
-            with pytest.raises(ServerError, match=r"no server answers|is not a Triton server"):
-                answer.result(timeout=20)
-        client.close()
-    assert all(gone(process) for process in processes)
 
 
 def test_stop_finishes_requests_and_leaves_nothing_behind(own_repository: Path) -> None:

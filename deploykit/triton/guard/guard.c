@@ -1,0 +1,94 @@
+// A shared library that `deploykit serve` loads into Triton before Triton's own (LD_PRELOAD). It takes the place of three
+// functions, so that it sees each request on HTTP and gRPC where Triton reads it, at no cost:
+//
+// TRITONSERVER_InferenceRequestAddInput: Triton 2.51 makes room for the shape that a request declares before it counts the
+//   values it sends, so 100 bytes could take gigabytes. A shape of more than MAX_TENSOR_BYTES, or one that is no shape, is
+//   refused here.
+// inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here.
+// TRITONSERVER_ErrorCode: Triton calls some errors internal that are the client's, and a model that is being loaded again
+//   internal or not found. They get the code that clients understand: 400, or 503, after which they try again.
+
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "triton.h"
+
+#define EXPORTED __attribute__((visibility("default")))
+
+enum { MAX_TENSOR_BYTES = 8 << 20, MAX_RATIO = 64, ALWAYS_ALLOWED = 1 << 20 };
+
+// The model processes must not have this library: they may unpack what they like. Triton passes its environment on.
+__attribute__((constructor)) static void leave_the_environment(void) {
+  const char *preload = getenv("LD_PRELOAD");
+  const char *others = preload == NULL ? NULL : strchr(preload, ':');  // this library is the first
+  if (others != NULL) {
+    setenv("LD_PRELOAD", others + 1, 1);
+  } else {
+    unsetenv("LD_PRELOAD");
+  }
+}
+
+// Bytes of a tensor with values of `size` bytes, -1 if `shape` has a negative dimension, INT64_MAX if they cannot be counted.
+static int64_t tensor_bytes(const int64_t *shape, uint64_t dimensions, int64_t size) {
+  int64_t bytes = size;
+  for (uint64_t i = 0; i < dimensions; i++) {
+    if (shape[i] < 0) return -1;
+    if (__builtin_mul_overflow(bytes, shape[i], &bytes)) return INT64_MAX;
+  }
+  return bytes;
+}
+
+EXPORTED Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int datatype, const int64_t *shape,
+                                                      uint64_t dimensions) {
+  static Error *(*next)(void *, const char *, int, const int64_t *, uint64_t);
+  static uint32_t (*size_of)(int);
+  static Error *(*new_error)(int, const char *);
+  if (next == NULL) {
+    new_error = (Error * (*)(int, const char *)) dlsym(RTLD_NEXT, "TRITONSERVER_ErrorNew");
+    size_of = (uint32_t(*)(int))dlsym(RTLD_NEXT, "TRITONSERVER_DataTypeByteSize");
+    next = (Error * (*)(void *, const char *, int, const int64_t *, uint64_t)) dlsym(RTLD_NEXT, __func__);
+  }
+  // Texts have size 0 here: Triton makes room for those that are sent. Their number must still be a number.
+  int64_t size = size_of(datatype);
+  int64_t bytes = tensor_bytes(shape, dimensions, size == 0 ? 1 : size);
+  if (bytes < 0) {
+    return new_error(INVALID_ARGUMENT, "an input's shape has a negative dimension");
+  }
+  if (bytes == INT64_MAX || (size > 0 && bytes > MAX_TENSOR_BYTES)) {
+    return new_error(INVALID_ARGUMENT, "an input's shape is too large: its numbers may take 8 MiB");
+  }
+  return next(request, name, datatype, shape, dimensions);
+}
+
+// Triton heeds no error of inflate but STREAM_ERROR.
+EXPORTED int inflate(ZStream *stream, int flush) {
+  static int (*next)(ZStream *, int);
+  if (next == NULL) next = (int (*)(ZStream *, int))dlsym(RTLD_NEXT, __func__);
+  int result = next(stream, flush);
+  if (stream->total_out > ALWAYS_ALLOWED && stream->total_out / MAX_RATIO > stream->total_in) return STREAM_ERROR;
+  return result;
+}
+
+static int has(const char *message, const char *part) { return strstr(message, part) != NULL; }
+
+EXPORTED int TRITONSERVER_ErrorCode(Error *error) {
+  static int (*next)(Error *);
+  static const char *(*message_of)(Error *);
+  if (next == NULL) {
+    message_of = (const char *(*)(Error *))dlsym(RTLD_NEXT, "TRITONSERVER_ErrorMessage");
+    next = (int (*)(Error *))dlsym(RTLD_NEXT, __func__);
+  }
+  int code = next(error);
+  if (code != INTERNAL && code != NOT_FOUND) return code;
+  const char *message = message_of(error);
+  if (code == NOT_FOUND) return has(message, "has no available versions") ? UNAVAILABLE : code;
+  if (has(message, "failed to parse the request JSON") || has(message, "Unable to parse '") ||
+      has(message, "attempt to access JSON non-") ||
+      has(message, "inconsistent stream state during decompression")) {
+    return INVALID_ARGUMENT;
+  }
+  return has(message, "Stub process '") && has(message, "is not healthy") ? UNAVAILABLE : code;
+}

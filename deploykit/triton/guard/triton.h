@@ -1,0 +1,26 @@
+// What the guard needs of triton/core/tritonserver.h and zlib.h, whose interfaces are stable.
+
+#pragma once
+
+#include <stdint.h>
+
+typedef struct Error Error;
+
+enum { INTERNAL = 1, NOT_FOUND = 2, INVALID_ARGUMENT = 3, UNAVAILABLE = 4 };  // TRITONSERVER_Error_Code
+
+Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int datatype, const int64_t *shape,
+                                             uint64_t dimensions);
+int TRITONSERVER_ErrorCode(Error *error);
+
+enum { STREAM_ERROR = -2 };  // Z_STREAM_ERROR
+
+typedef struct {  // the beginning of z_stream
+  const unsigned char *next_in;
+  unsigned int avail_in;
+  unsigned long total_in;
+  unsigned char *next_out;
+  unsigned int avail_out;
+  unsigned long total_out;
+} ZStream;
+
+int inflate(ZStream *stream, int flush);

@@ -1,0 +1,62 @@
+"""Write the Kubernetes manifests and the Helm chart of a model repository in NVIDIA's container.
+
+Both come from the templates in this folder: in the chart, the values are Helm's expressions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from deploykit.artifacts import new_file
+
+_VALUES = {
+    "image": "deploykit-triton:26.06",
+    "claim": "models",
+    "gpus": 0,
+    "cpu": 2,
+    "memory": "4Gi",
+    "min_replicas": 2,
+    "max_replicas": 8,
+    "queue_us": 20000,
+}
+_KINDS = ("deployment", "service", "autoscaler", "disruption-budget", "network-policy", "service-monitor")
+_KSERVE = ("serving-runtime", "inference-service")
+
+
+def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
+    """Write the manifests of the deployment ``name`` to ``folder``, and its Helm chart to ``folder/chart``.
+
+    Each pod asks for ``gpus`` GPUs. Returns the files. Files that are there already are replaced.
+    """
+    values = {**_VALUES, "gpus": gpus}
+    expressions = {key: f"{{{{ .Values.{_camel(key)} }}}}" for key in values}
+    defaults = "".join(f"{_camel(key)}: {value}\n" for key, value in values.items())
+    chart = f"apiVersion: v2\nname: {name}\nversion: 1.0.0\ndescription: A deploykit model repository on Triton\n"
+    resources = "".join(f"  - {kind}.yaml\n" for kind in _KINDS)
+    image = values["image"].partition(":")[0] if isinstance(values["image"], str) else ""
+    files = {
+        "kustomization.yaml": "# kubectl apply -k FOLDER. Name your image here.\n"
+        f"resources:\n{resources}images:\n  - name: {image}\n    newName: {image}\n",
+        "chart/Chart.yaml": chart,
+        "chart/values.yaml": f"# The image that compose.yaml builds, in your registry; the claim that holds the models.\n{defaults}",
+    }
+    templates = Environment(
+        loader=PackageLoader(__name__, ""), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
+    )
+    for kind in (*_KINDS, *_KSERVE):
+        template = templates.get_template(f"{kind}.yaml.j2")
+        plain = f"kserve/{kind}.yaml" if kind in _KSERVE else f"{kind}.yaml"
+        files[plain] = template.render(values, name=name)
+        if kind in _KINDS:
+            files[f"chart/templates/{kind}.yaml"] = template.render(expressions, name="{{ .Release.Name }}")
+    for path, text in files.items():
+        with new_file(folder / path) as file:
+            file.write_text(text, encoding="utf-8")
+    return [folder / path for path in files]
+
+
+def _camel(key: str) -> str:
+    first, *rest = key.split("_")
+    return first + "".join(map(str.capitalize, rest))

@@ -1,0 +1,168 @@
+"""A server whose processes are killed or told to stop answers again by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from served import body, family, gone, outputs, post, start, wait_until
+
+from deploykit.errors import ServerError
+from deploykit.runtime.served import parse_url
+from deploykit.tasks.classification.served import ServedClassifier
+from deploykit.triton.repository import package
+from deploykit.triton.server import TritonServer
+
+LONG = 64 * ["w1 w2 w3 w4 " * 10_000]
+
+
+@pytest.fixture(scope="module")
+def repository(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("repository")
+    package(tiny_export, "tiny", repository, engine="onnxruntime", precision="fp32")
+    return repository
+
+
+@contextmanager
+def supervised(server: TritonServer) -> Iterator[list[int]]:
+    """Supervise ``server``. Yields the process ids after each restart. The end of it may end a restarted Triton."""
+    stop = threading.Event()
+    pids: list[int] = []
+    supervision = threading.Thread(target=server.supervise, args=(stop, 0.1, lambda: pids.append(server.pid)))
+    supervision.start()
+    try:
+        yield pids
+    finally:
+        stop.set()
+        supervision.join()
+
+
+@dataclass
+class Supervised:
+    server: TritonServer
+    restarts: list[int]
+
+
+@pytest.fixture(scope="module")
+def running(repository: Path) -> Iterator[Supervised]:
+    with start(repository, drain=2.0) as server, supervised(server) as restarts:
+        yield Supervised(server, restarts)
+
+
+@pytest.fixture
+def fresh(running: Supervised) -> Supervised:
+    """The server, as if it had run for long."""
+    running.server._failures = 0
+    running.restarts.clear()
+    return running
+
+
+def _refuses(server: TritonServer) -> bool:
+    host, port = parse_url(server.urls.http)[0].split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_triton_that_ends_is_started_again(fresh: Supervised, number: signal.Signals) -> None:
+    server = fresh.server
+    expected = outputs(post(server, body(["w1"]))[1])
+    processes = family(server)
+    os.kill(server.pid, number)
+    assert wait_until(lambda: _refuses(server), 10), "clients must see at once that the server is away"
+    assert wait_until(lambda: len(fresh.restarts) == 1, 20)
+    assert outputs(post(server, body(["w1"]))[1]) == expected
+    assert fresh.restarts == [server.pid]
+    assert all(gone(process) for process in processes)
+
+
+def test_clients_of_a_killed_server_get_an_error_not_silence(fresh: Supervised) -> None:
+    client = ServedClassifier("tiny", fresh.server.urls.http)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.scores, LONG * 4)
+        time.sleep(0.2)
+        os.kill(fresh.server.pid, signal.SIGKILL)
+        with pytest.raises(ServerError, match=r"no server answers|is not a Triton server"):
+            answer.result(timeout=20)
+        assert wait_until(lambda: len(fresh.restarts) == 1, 20)
+    client.close()
+
+
+def test_a_server_that_cannot_start_is_tried_again_with_growing_pauses(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    with start(repository, ready_timeout=5.0) as server:
+        before = server._pause_before_restart
+        monkeypatch.setattr(server, "_pause_before_restart", lambda how: pauses.append(before(how)) or 0.0)
+        os.kill(server.pid, signal.SIGKILL)
+        assert wait_until(lambda: _refuses(server), 10) or not server._stubs
+        with socket.create_server(("127.0.0.1", server._ports["grpc"])) as other, supervised(server) as pids:
+            assert wait_until(lambda: len(pauses) >= 3, 30)
+            other.close()
+            assert wait_until(lambda: len(pids) == 1, 20)
+    assert pauses == [min(2.0**i - 1, 30.0) for i in range(len(pauses))]
+
+
+def test_no_request_is_answered_wrong_or_500_while_model_processes_are_killed(fresh: Supervised) -> None:
+    server = fresh.server
+    expected = outputs(post(server, body(["w1 w2"]))[1])
+    stop = threading.Event()
+
+    def ask() -> list[tuple[int, Any]]:
+        found = []
+        while not stop.is_set():
+            found.append(post(server, body(["w1 w2"])))
+        return found
+
+    with ThreadPoolExecutor(16) as pool:
+        clients = [pool.submit(ask) for _ in range(16)]
+        for _ in range(2):
+            time.sleep(0.5)
+            family(server)[1].kill()
+            time.sleep(2.0)
+        stop.set()
+        answers = [answer for client in clients for answer in client.result()]
+    assert {status for status, _ in answers} <= {200, 503}, [
+        answer for answer in answers if answer[0] not in (200, 503)
+    ][:3]
+    assert all(outputs(answer) == expected for status, answer in answers if status == 200)
+
+
+def test_serve_writes_the_new_process_to_the_ready_file(repository: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
+    command = [sys.executable, "-m", "deploykit", "serve", "--model-repository", str(repository), *ports]
+    with subprocess.Popen(
+        [*command, "--ready-file", str(ready)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as run:
+        try:
+            assert wait_until(ready.exists, 60)
+            first = json.loads(ready.read_text())["pid"]
+            os.kill(first, signal.SIGKILL)
+            assert wait_until(lambda: json.loads(ready.read_text())["pid"] != first, 20)
+            assert psutil.pid_exists(json.loads(ready.read_text())["pid"])
+        finally:
+            run.send_signal(signal.SIGTERM)
+            _, errors = run.communicate(timeout=60)
+    assert run.returncode == 0
+    assert b"Triton ended (killed by SIGKILL); starting it again" in errors
+    assert b"Traceback" not in errors
+    assert not ready.exists()

@@ -1,0 +1,71 @@
+"""The Kubernetes files parse, keep to safe settings, and agree with the Helm chart."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploykit.triton.kubernetes import write_kubernetes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_kubernetes("tweets", tmp_path, gpus=1)
+    return tmp_path
+
+
+def _load(path: Path) -> dict[str, Any]:
+    found = yaml.safe_load(path.read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def test_every_manifest_of_the_kustomization_is_there(folder: Path) -> None:
+    listed = _load(folder / "kustomization.yaml")["resources"]
+    kinds = {_load(folder / name)["kind"] for name in listed}
+    assert kinds == {
+        "Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy", "ServiceMonitor",
+    }  # fmt: skip
+
+
+def test_pods_are_locked_down_and_drain(folder: Path) -> None:
+    pod = _load(folder / "deployment.yaml")["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    assert pod["terminationGracePeriodSeconds"] > pause + 30
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert "health.py" in container[probe]["exec"]["command"][1]
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_the_chart_with_its_own_values_is_the_manifests(folder: Path) -> None:
+    values = _load(folder / "chart/values.yaml")
+    for template in (folder / "chart/templates").iterdir():
+        text = template.read_text().replace("{{ .Release.Name }}", "tweets")
+        text = re.sub(r"\{\{ \.Values\.(\w+) \}\}", lambda found: str(values[found[1]]), text)
+        assert yaml.safe_load(text) == _load(folder / template.name)
+
+
+def test_the_manifests_fit_the_schemas(folder: Path) -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    for path in folder.glob("*.yaml"):
+        if path.stem not in ("kustomization", "service-monitor"):
+            validate.validate(_load(path), validate.latest_version(), strict=True)
+
+
+def test_kserves_runtime_reads_the_models_where_kserve_puts_them(folder: Path) -> None:
+    runtime, service = (_load(folder / "kserve" / f"{name}.yaml") for name in ("serving-runtime", "inference-service"))
+    [container] = runtime["spec"]["containers"]
+    assert container["env"] == [{"name": "MODEL_REPOSITORY", "value": "/mnt/models"}]
+    model = service["spec"]["predictor"]["model"]
+    assert model["runtime"] == runtime["metadata"]["name"]
+    assert model["modelFormat"] in runtime["spec"]["supportedModelFormats"]
