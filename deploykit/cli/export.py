@@ -53,7 +53,7 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @click.option("--max-drop", type=float, default=0.5, show_default=True,
               help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose; for a language model, percent of its perplexity.")  # fmt: skip
 @click.option("--smooth-quant", type=float, is_flag=False, flag_value=0.5, metavar="[ALPHA]",
-              help="Move outliers of a classifier's activations into the weights before INT8. ALPHA: 0 to 1 (default: 0.5).")  # fmt: skip
+              help="Move outliers of activations into the weights before INT8; not for translators. ALPHA: 0 to 1 (default: 0.5).")  # fmt: skip
 @click.option("--data", help="Rows to measure on (default: the run's test rows).")
 @click.option(
     "--measure-rows", type=int, default=0, help="Maximum rows to measure on. [default: all; 500 for translation]"

@@ -24,15 +24,20 @@ from deploykit.graphs.architecture import Linear, Norm
 from deploykit.graphs.causal_architecture import CausalArchitecture, CausalLayer, Rope
 from deploykit.graphs.causal_lm import Bits, CausalWriter
 from deploykit.graphs.onnxruntime_writer import CONTRIB, ORT_ACTIVATIONS
+from deploykit.quantization.qdq import Ranges
 
 _OPSET, _IR = 19, 9
 
 
 def build_causal_decoder(
-    architecture: CausalArchitecture, bits: Bits | None = None, *, kept: Collection[str] = ()
+    architecture: CausalArchitecture,
+    bits: Bits | None = None,
+    *,
+    ranges: Ranges | None = None,
+    kept: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """Return the graph in fp32, or with linear layers of ``bits``; ``kept`` parts (``parts_of``) stay in fp32."""
-    return _DecoderWriter("decoder", cast(Any, None), None, a=architecture, bits=bits, kept=frozenset(kept)).build()
+    """Return the graph in fp32, or with linear layers of ``bits``; see ``build_causal_lm``."""
+    return _DecoderWriter("decoder", cast(Any, None), ranges, a=architecture, bits=bits, kept=frozenset(kept)).build()
 
 
 @dataclass

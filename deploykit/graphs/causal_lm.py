@@ -8,6 +8,10 @@ Quantized linear layers are ONNX Runtime's MatMulNBits: weights in blocks of 32 
 INT4 if the CPU has kernels for it, activations are rounded to INT8 too, block by block of each token. So a token's
 result does not depend on other tokens, and no calibration is needed. Source: ONNX Runtime, "Contrib operators",
 com.microsoft.MatMulNBits.
+
+With calibrated ``ranges``, INT8 layers of the blocks are MatMulIntegerToFloat instead: U8 activations with one fixed scale,
+S8 weights with a scale per output channel. Embedding and head stay as above. Source: the same page,
+com.microsoft.MatMulIntegerToFloat.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from deploykit.graphs.architecture import Array, Linear, Norm
 from deploykit.graphs.causal_architecture import CausalArchitecture, CausalLayer, Rope
 from deploykit.graphs.standard_writer import StandardWriter
 from deploykit.graphs.writer import Graph
+from deploykit.quantization.qdq import Ranges, activation_parameters, quantize_weight
 
 Bits = Literal[4, 8]
 BLOCK = 32
@@ -51,10 +56,17 @@ def parts_of(architecture: CausalArchitecture) -> list[str]:
 
 
 def build_causal_lm(
-    architecture: CausalArchitecture, bits: Bits | None = None, *, kept: Collection[str] = ()
+    architecture: CausalArchitecture,
+    bits: Bits | None = None,
+    *,
+    ranges: Ranges | None = None,
+    kept: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """Return the graph in fp32, or with linear layers of ``bits``; ``kept`` parts (``parts_of``) stay in fp32."""
-    return CausalWriter("model", cast(Any, None), None, a=architecture, bits=bits, kept=frozenset(kept)).build()
+    """Return the graph in fp32, or with linear layers of ``bits``; ``kept`` parts (``parts_of``) stay in fp32.
+
+    ``ranges``: of the inputs of INT8 layers, by the layer's name; without them activations are rounded as they come.
+    """
+    return CausalWriter("model", cast(Any, None), ranges, a=architecture, bits=bits, kept=frozenset(kept)).build()
 
 
 @dataclass
@@ -85,8 +97,18 @@ class CausalWriter(StandardWriter):
     def linear(self, x: str, layer: Linear, name: str, *, output: str = "") -> str:
         if self.bits is None or part_of(name) in self.kept:
             return super().linear(x, layer, name, output=output)
-        product = self._quantized(x, layer.weight.T, self.bits)
+        if self.ranges is not None and name in self.ranges:
+            product = self._static(x, layer.weight, self.ranges[name])
+        else:
+            product = self._quantized(x, layer.weight.T, self.bits)
         return product if layer.bias is None else self.op("Add", product, self.constant(layer.bias), output=output)
+
+    def _static(self, x: str, weight: Array, limits: tuple[float, float]) -> str:
+        """Compute x @ weight, of [in, out], in INT8; ``limits``: the range of x."""
+        step, zero = (self.constant(np.asarray(value)) for value in activation_parameters(*limits, "u8s8"))
+        values, scales = quantize_weight(weight, axis=1)
+        inputs = [self.op("QuantizeLinear", x, step, zero), self.constant(values), step, self.constant(scales), zero]
+        return self.op("MatMulIntegerToFloat", *inputs, domain="com.microsoft")
 
     def embed(self, ids: str, table: Array, scale: float) -> str:
         """Look up the embedding, which is stored in 8 bits like a tied head, independently of the linear layers."""

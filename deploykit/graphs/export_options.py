@@ -105,6 +105,16 @@ class ExportOptions(CalibrationOptions):
     optimum: bool = False
 
     @property
+    def calibrates(self) -> bool:
+        """Whether an option of calibration is given: a language model is calibrated only then."""
+        given = any(
+            getattr(self, field.name) != field.default
+            for field in dataclasses.fields(ExportOptions)
+            if field.name in ("calibration_split", "calibration_data", "calibration_rows", "calib", "method")
+        )
+        return given or self.smooth_quant is not None
+
+    @property
     def row_files(self) -> tuple[str, ...]:
         return (*super().row_files, *((self.data,) if self.data else ()))
 

@@ -58,7 +58,7 @@ def smoothing_scales(
     show_activations(graph, token_ids, widen, token_types)
     weights = {i.name: i for i in model.graph.initializer}
     return {
-        name: _scales(maxima[name], _weight_maxima(layers, weights), alpha)
+        name: channel_scales(maxima[name], _weight_maxima(layers, weights), alpha)
         for name, layers in readers.items()
         if name in maxima
     }
@@ -154,7 +154,8 @@ def _weight_maxima(layers: Sequence[LinearLayer], weights: Mapping[str, onnx.Ten
     return np.asarray(np.max(maxima, axis=0), np.float32)
 
 
-def _scales(activation: NDArray[np.float32], weight: NDArray[np.float32], alpha: float) -> NDArray[np.float32]:
+def channel_scales(activation: NDArray[np.float32], weight: NDArray[np.float32], alpha: float) -> NDArray[np.float32]:
+    """Return the divisors of channels, float32 [channels], from the largest magnitudes of activation and weights."""
     live = (activation > 0) & (weight > 0)
     scales = np.ones_like(activation)
     scales[live] = activation[live] ** alpha / weight[live] ** (1 - alpha)

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from language_models import command_rows, random_model, tokenizer, write_checkpoint, write_rows
@@ -299,6 +300,29 @@ def test_an_adapter_is_merged_and_a_template_is_kept(deploykit: Deploykit, rows:
     )
 
 
+def test_int8_with_calibrated_activations(deploykit: Deploykit, run: Path, rows: Path, tmp_path: Path) -> None:
+    code, out, err = deploykit("calibrate", run, "--calibration-rows", 40, "--output-dir", tmp_path / "calibration")
+    assert code == 0, err
+    assert "layers.0.attention.query" in out + err
+    ways = {"saved": ("--calib", tmp_path / "calibration", "--method", "mse"),
+            "smoothed": ("--smooth-quant", "--calibration-data", rows)}  # fmt: skip
+    for name, options in ways.items():
+        code, _, err = deploykit("export", run, "--output-dir", tmp_path / name, "--int8", *options, "--max-drop", 10)
+        assert code == 0, err
+        quantization = load_manifest(tmp_path / name, "export").metrics["quantization"]
+        assert quantization["calibration"]["rows"] == (40 if name == "saved" else 96)
+        assert quantization["smooth_quant"] == (None if name == "saved" else 0.5)
+        assert quantization["int8"]["perplexity_ratio"] < 1.1
+        kinds = {
+            node.op_type
+            for node in onnx.load(tmp_path / name / "decoder.int8.onnx", load_external_data=False).graph.node
+        }
+        assert {"MatMulIntegerToFloat", "MatMulNBits"} <= kinds
+        code, _, err = deploykit("evaluate", tmp_path / name, "--data", run / "splits" / "test.jsonl", "--engine", "onnxruntime",
+                                 "--precision", "int8")  # fmt: skip
+        assert code == 0, err
+
+
 def test_dora_is_merged_as_well(deploykit: Deploykit, base: Path, rows: Path, tmp_path: Path) -> None:
     words = ("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "run", "--max-steps", 3,
              "--learning-rate", 1e-2, "--use-dora", "--use-rslora", "--neftune-noise-alpha", 5, "--gradient-checkpointing")  # fmt: skip
@@ -349,8 +373,10 @@ def test_what_cannot_be_done_is_refused_before_training(
          "takes at most 256 tokens"),
         (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--lora-r", 2, "--lora-target-modules",
           "nothing"), 2, "--lora-target-modules nothing"),
-        (("calibrate", base, "--output-dir", tmp_path / "c"), 2, "needs no calibration"),
-        (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--smooth-quant", "--int8"), 2, "--smooth-quant is not"),
+        (("calibrate", base, "--output-dir", tmp_path / "c"), 1, "--calibration-data"),
+        (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--method", "mse"), 2, "add --int8"),
+        (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--int8", "--calibration-rows", 3), 1,
+         "has no train rows"),
         (("export", export / "model.gguf", "--output-dir", tmp_path / "e"), 1, "no such model folder"),
         (("generate", export), 2, "give texts"),
         (("generate", export, "a", "--temperature", "-1"), 2, "temperature is -1.0"),

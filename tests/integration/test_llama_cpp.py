@@ -48,6 +48,7 @@ print(json.dumps({"answers": answers}), flush=True)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama linear": {"mlp_bias": False},
+    "mistral": {"sliding_window": 256},  # the whole context: a shorter one is refused
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"head_dim": 128},
 }
@@ -57,7 +58,15 @@ TIE = 0.02
 
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [("llama", "f16"), ("llama", "q8_0"), ("llama linear", "f16"), ("qwen2", "f16"), ("qwen3", "f16")],
+    [
+        ("llama", "f16"),
+        ("llama", "q8_0"),
+        ("llama", "q4_0"),
+        ("llama linear", "f16"),
+        ("mistral", "f16"),
+        ("qwen2", "f16"),
+        ("qwen3", "f16"),
+    ],
 )
 def test_llama_cpp_gives_the_same_prompts_and_tokens(family: str, kind: str, tmp_path: Path) -> None:
     if not PYTHON.is_file():

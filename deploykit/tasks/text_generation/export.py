@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, ExportError, UsageError
-from deploykit.graphs.causal_architecture import read_causal_architecture
+from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
 from deploykit.graphs.causal_lm import parts_of
 from deploykit.graphs.export_options import (
     CalibrationOptions,
@@ -31,6 +32,13 @@ from deploykit.quantization.calibration import Calibration
 from deploykit.runtime.engines import LANGUAGE_MODEL_FILES
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
 from deploykit.runtime.sampling import Sampling
+from deploykit.tasks.text_generation.calibration import (
+    StaticInt8,
+    activations_of,
+    calibrate_graph,
+    smoothed,
+    static_int8,
+)
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.evaluate import Asked, ask, columns_of
@@ -59,15 +67,19 @@ def write(
     trace: MeasurementLog,
     say: Say,
 ) -> Written:
-    """Write the graphs of a language model and what serving them needs to ``directory``. INT8 needs no calibration."""
-    if options.smooth_quant is not None or options.trt is not None or saved is not None:
-        option = "--smooth-quant" if options.smooth_quant is not None else "--trt" if options.trt else "--calib"
-        raise UsageError(f"{option} is not for language models, and {checkpoint} is one", "leave it out")
+    """Write the graphs of a language model and what serving them needs to ``directory``.
+
+    INT8 rounds activations as they come; with an option of calibration, by ranges of ``saved`` or of calibration rows.
+    """
+    if options.trt is not None:
+        raise UsageError(f"--trt is not for language models, and {checkpoint} is one", "leave it out")
+    if options.calibrates and not options.int8:
+        raise UsageError(f"options of calibration are for INT8, and {checkpoint} is exported without", "add --int8")
     reference = TorchGenerator.load(checkpoint)
     if options.gguf:
         check_gguf(reference.torch_model.config, str(checkpoint))
     task = _facts_of_run(checkpoint, reference)
-    rows = evenly(_rows(checkpoint, task, options), options.measure_rows or _MEASURED_ROWS)
+    rows = evenly(_rows(checkpoint, task, options.data, "test", options), options.measure_rows or _MEASURED_ROWS)
     asked, _ = ask(reference.tokenizer, rows, task.max_length)
     if not asked.rows:
         raise DataError("no row to measure on fits the model's context", "give other rows with --data")
@@ -85,9 +97,15 @@ def write(
     grader = LanguageModelGrader(directory, task, reference.tokenizer, asked.encoded)
     grader.enter("fp32", "pytorch", list(scored(reference, asked.encoded)))
     grader.grade("fp32", ENGINE)
-    forms = quantized_forms(architecture, directory, options)
+    static: StaticInt8 | None = None
+    of_calibration: dict[str, Any] = {}
+    if options.calibrates:
+        calibration_rows = [] if saved else calibration_texts(checkpoint, task, options)
+        static, of_calibration = _calibrated(architecture, directory, task, calibration_rows, saved, options, say)
+    forms = quantized_forms(architecture, directory, options, static)
     if forms:
-        metrics["quantization"] = quantize(forms, parts_of(architecture), options, grader, trace, say)
+        found = quantize(forms, parts_of(architecture), options, grader, trace, say)
+        metrics["quantization"] = {**found, **of_calibration}
     for kind in options.gguf:
         _write_gguf(reference, directory, kind, options, grader, say)  # type: ignore[arg-type]
     return graded(task, metrics, grader, say)
@@ -126,13 +144,60 @@ def reopened_gguf(path: Path, model: Any) -> TorchGenerator:
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> TextGeneration:
-    """Refuse: INT8 of a language model rounds activations by ranges that are found as they come."""
-    raise UsageError("a language model needs no calibration", "use deploykit export --int8")
+    """Write the fp32 graph that ``calibrate`` runs, and its tokenizer."""
+    reference = TorchGenerator.load(checkpoint)
+    save_graphs(read_causal_architecture(reference.torch_model), None, directory=directory, precision="fp32")
+    _save_tokenizer(reference, directory)
+    return _facts_of_run(checkpoint, reference)
 
 
-def calibration_texts(source: Path, task: TextGeneration, options: CalibrationOptions) -> list[str]:
-    """Return none; see ``write_fp32``."""
-    return []
+def calibration_texts(source: Path, task: TextGeneration, options: CalibrationOptions) -> list[Row]:
+    """Return calibration rows from a file, or from the splits of the checkpoint ``source``."""
+    return evenly(_rows(source, task, options.calibration, options.calibration, options), options.calibration_rows)
+
+
+def calibrate(folder: Path, task: TextGeneration, texts: Sequence[Row]) -> Calibration:
+    """Read ``texts`` with the fp32 graph in ``folder``, and record the inputs of its linear layers."""
+    return calibrate_graph(standard_graph(folder, "fp32"), _token_ids(folder, task, texts))
+
+
+def _token_ids(folder: Path, task: TextGeneration, rows: Sequence[Row]) -> list[list[int]]:
+    """Return the token ids of rows, each cut at the model's context."""
+    tokenizer = ChatTokenizer.load(folder, task.special_tokens, task.eos_token_ids)
+    return [tokenizer.encode_row(row).ids[: task.max_length].tolist() for row in rows]
+
+
+def _calibrated(
+    architecture: CausalArchitecture,
+    directory: Path,
+    task: TextGeneration,
+    rows: Sequence[Row],
+    saved: Calibration | None,
+    options: ExportOptions,
+    say: Say,
+) -> tuple[StaticInt8, dict[str, Any]]:
+    """Calibrate the fp32 graph, after SmoothQuant if that is asked for. Returns also what the manifest says of it."""
+    graph = standard_graph(directory, "fp32")
+    activations = set(activations_of(graph).values())
+    if saved is None:
+        say(f"calibrating on {len(rows):,} rows of {options.calibration}")
+        ids = _token_ids(directory, task, rows)
+        if options.smooth_quant is None:
+            saved = calibrate_graph(graph, ids)
+        else:
+            architecture = smoothed(architecture, graph, ids, options.smooth_quant)
+            say(f"SmoothQuant: {2 * len(architecture.layers)} activations by the norm before them")
+            with tempfile.TemporaryDirectory(dir=directory) as temporary:
+                other = standard_graph(Path(temporary), "fp32")
+                save_graphs(architecture, None, directory=Path(temporary), precision="fp32")
+                saved = calibrate_graph(other, ids)
+    saved.check(activations)
+    say(saved.told(options.method))
+    ranges = saved.ranges(options.method)
+    saved.save(directory)
+    saved.save_ranges(directory, options.method, ranges)
+    record = {"method": options.method, "calibration": saved.to_json(), "smooth_quant": options.smooth_quant}
+    return static_int8(architecture, graph, ranges), record
 
 
 def _facts_of_run(checkpoint: Path, reference: TorchGenerator) -> TextGeneration:
@@ -146,14 +211,18 @@ def _facts_of_run(checkpoint: Path, reference: TorchGenerator) -> TextGeneration
     return dataclasses.replace(reference.task, columns=facts.columns)
 
 
-def _rows(checkpoint: Path, task: TextGeneration, options: ExportOptions) -> list[Row]:
+def _rows(
+    checkpoint: Path, task: TextGeneration, source: str | None, of: str, options: CalibrationOptions
+) -> list[Row]:
+    """Return the rows of ``source``, a file or a split, or of the split ``of``."""
+
     def read_file(path: str, split: str) -> list[Row]:
         raw, _ = load_rows(path, prefer=columns_of(task), reading=options, split=split)
         return [r.row for r in raw if r.problem is None and (r.row.text or role_problem(r.row.messages) is None)]
 
-    rows = pick_rows(checkpoint, options.data, "test", Row, read_file)
+    rows = pick_rows(checkpoint, source, of, Row, read_file)
     if not rows:
-        raise DataError(f"{options.data}: has no usable rows", "give rows with a prompt and an answer")
+        raise DataError(f"{source}: has no usable rows", "give rows with a prompt and an answer")
     return rows
 
 

@@ -27,6 +27,8 @@ from deploykit.tasks.text_generation.predictor import load_generator
 ENGINE = "onnxruntime"
 """The engine that runs language models on every machine. Parity is checked with it."""
 _SEARCH_ROWS = 16
+_KERNELS = ("MatMulNBits", "MatMulIntegerToFloat")
+"""ONNX Runtime's operators of quantized matrices."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,7 @@ def _file(precision: Precision, engine: str) -> str:
 
 
 def quantized_matrices(file: Path) -> int:
-    """Return the number of quantized matrices of a graph, or of a weights file of ``native``: each engine has one kernel
-    for them."""
+    """Return the number of quantized matrices of a graph, or of a weights file of ``native``."""
     if file.suffix != ".onnx":
         return CausalWeights(file).quantized_matrices
-    return sum(node.op_type == "MatMulNBits" for node in onnx.load(file, load_external_data=False).graph.node)
+    return sum(node.op_type in _KERNELS for node in onnx.load(file, load_external_data=False).graph.node)

@@ -21,10 +21,12 @@ from deploykit.graphs.writer import save_with_weights_of
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.grading import Line
 from deploykit.quantization.onnx_files import save_with_weights
+from deploykit.quantization.qdq import Ranges
 from deploykit.quantization.search import Search, hold_limit
 from deploykit.runtime.engines import ENGINES, LANGUAGE_MODEL_FILES, NATIVE_LANGUAGE_MODELS
 from deploykit.runtime.engines.native.weights import LARGEST_HEAD
 from deploykit.runtime.engines.protocol import Precision
+from deploykit.tasks.text_generation.calibration import StaticInt8
 from deploykit.tasks.text_generation.grading import ENGINE, LanguageModelGrader, quantized_matrices
 
 NATIVE = "native"
@@ -49,8 +51,10 @@ class Form:
         return self.precision.upper() if self.engine == ENGINE else f"{self.precision.upper()} of {self.engine}"
 
 
-def quantized_forms(architecture: CausalArchitecture, directory: Path, options: ExportOptions) -> list[Form]:
-    """Return the forms that ``options`` ask for. Those of ``native`` are left out where it does not run, or
+def quantized_forms(
+    architecture: CausalArchitecture, directory: Path, options: ExportOptions, static: StaticInt8 | None = None
+) -> list[Form]:
+    """Return the forms that ``options`` ask for. With ``static``, INT8 graphs have calibrated activations. Those of ``native`` are left out where it does not run, or
     not this model: they could not be measured."""
     wanted: list[tuple[Precision, Bits]] = []
     wanted += [("int8", 8)] if options.int8 else []
@@ -60,14 +64,9 @@ def quantized_forms(architecture: CausalArchitecture, directory: Path, options: 
     forms = []
     for precision, bits in wanted:
         graph = directory / LANGUAGE_MODEL_FILES[precision][0]
-        forms.append(
-            Form(
-                ENGINE,
-                precision,
-                graph,
-                partial(save_graphs, architecture, bits, directory=directory, precision=precision),
-            )
-        )
+        model, ranges = (architecture, None) if static is None or bits != 8 else (static.architecture, static.ranges)
+        save = partial(save_graphs, model, bits, directory=directory, precision=precision, ranges=ranges)
+        forms.append(Form(ENGINE, precision, graph, save))
         if native is not None:
             file = directory / NATIVE_LANGUAGE_MODELS[precision][0]
             forms.append(Form(NATIVE, precision, file, partial(native.save, file, bits)))
@@ -80,12 +79,13 @@ def save_graphs(
     *,
     directory: Path,
     precision: Precision,
+    ranges: Ranges | None = None,
     kept: Collection[str] = (),
 ) -> None:
     """Write the graph in optimum's layout, and the one that deploykit decodes with, which shares its weights."""
     standard = standard_graph(directory, precision)
-    save_with_weights(build_causal_lm(architecture, bits, kept=kept), standard)
-    decoder = build_causal_decoder(architecture, bits, kept=kept)
+    save_with_weights(build_causal_lm(architecture, bits, ranges=ranges, kept=kept), standard)
+    decoder = build_causal_decoder(architecture, bits, ranges=ranges, kept=kept)
     save_with_weights_of(decoder, directory / LANGUAGE_MODEL_FILES[precision][0], standard)
 
 
