@@ -75,9 +75,7 @@ def main() -> None:
     write_record(suite, options.out)
 
 
-def compare_spans(
-    family: str, data: Path, folder: Path, every: dict[str, int], threads: int
-) -> list[dict[str, Any]]:  # fmt: skip
+def compare_spans(family: str, data: Path, folder: Path, every: dict[str, int], threads: int) -> list[dict[str, Any]]:
     """Ask a random model of ``family`` with transformers' pipeline and with deploykit on PyTorch.
 
     Returns, for each data set, the number of questions and of equal spans, and some that differ.

@@ -237,7 +237,6 @@ class TritonServer:
                 self._control(model, "unload")
                 self._control(model, "load")
             except (ServerError, OSError, http.client.HTTPException) as error:
-                self._running()
                 log.error("model %s: could not be loaded again: %s", model, error)
                 self._retry_at[model] = time.monotonic() + _RETRY_LOAD_S
                 continue

@@ -12,14 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from served import body, family, gone, outputs, post, start, wait_until
+from served import body, family, gone, outputs, post, start, supervised, wait_until
 
 from deploykit.errors import ServerError
 from deploykit.runtime.served import parse_url
@@ -35,20 +34,6 @@ def repository(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     repository = tmp_path_factory.mktemp("repository")
     package(tiny_export, "tiny", repository, engine="onnxruntime", precision="fp32")
     return repository
-
-
-@contextmanager
-def supervised(server: TritonServer) -> Iterator[list[int]]:
-    """Supervise ``server``. Yields the process ids after each restart. The end of it may end a restarted Triton."""
-    stop = threading.Event()
-    pids: list[int] = []
-    supervision = threading.Thread(target=server.supervise, args=(stop, 0.1, lambda: pids.append(server.pid)))
-    supervision.start()
-    try:
-        yield pids
-    finally:
-        stop.set()
-        supervision.join()
 
 
 @dataclass

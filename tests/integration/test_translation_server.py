@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -21,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
-from served import body, outputs, post, start, wait_until
+from served import body, outputs, post, start, supervised, wait_until
 
 from deploykit.artifacts import load_manifest, write_manifest
 from deploykit.cli import main
@@ -459,27 +460,6 @@ def test_a_stream_refuses_as_its_model_does(server: TritonServer) -> None:
 # Operators
 
 
-def test_clients_of_a_killed_process_get_an_error_and_it_is_replaced(own_repository: Path, local: Translator) -> None:
-    with start(own_repository) as server:
-        client = ServedTranslator("fr", server.urls.http)
-        stop = threading.Event()
-        supervision = threading.Thread(target=server.supervise, args=(stop, 0.2))
-        supervision.start()
-        try:
-            with ThreadPoolExecutor(1) as pool:
-                answer = pool.submit(client.translate, ["the fox"] * 64, search(local, LONG))
-                assert wait_until(lambda: busy(server), 10)
-                stub_of(server, "fr").send_signal(signal.SIGKILL)
-                with pytest.raises(ServerError):
-                    answer.result(timeout=20)
-
-            assert wait_until(lambda: answers_right(client, local), 30)
-        finally:
-            stop.set()
-            supervision.join()
-            client.close()
-
-
 def answers_right(client: ServedTranslator, local: Translator) -> bool:
     """Return whether the server answers. Fails if it answers something else than ``local``."""
     try:
@@ -489,24 +469,22 @@ def answers_right(client: ServedTranslator, local: Translator) -> bool:
     return True
 
 
-def test_a_server_killed_while_it_translates_is_started_again(own_repository: Path, local: Translator) -> None:
-    stop = threading.Event()
-    with start(own_repository) as server:
-        client = ServedTranslator("fr", server.urls.http)
-        supervision = threading.Thread(target=server.supervise, args=(stop, 0.1))
-        supervision.start()
-        try:
-            with ThreadPoolExecutor(1) as pool:
-                answer = pool.submit(client.translate, ["the fox"] * 64, search(local, LONG))
-                assert wait_until(lambda: busy(server), 10)
-                psutil.Process(server.pid).kill()
-                with pytest.raises(ServerError):
-                    answer.result(timeout=20)
-            assert wait_until(lambda: answers_right(client, local), 30)
-        finally:
-            stop.set()
-            supervision.join()
-            client.close()
+@pytest.mark.parametrize("killed", ["model", "triton"])
+def test_clients_of_a_killed_process_get_an_error_and_it_is_replaced(
+    own_repository: Path, local: Translator, killed: str
+) -> None:
+    with (
+        start(own_repository) as server,
+        supervised(server),
+        contextlib.closing(ServedTranslator("fr", server.urls.http)) as client,
+    ):
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.translate, ["the fox"] * 64, search(local, LONG))
+            assert wait_until(lambda: busy(server), 10)
+            (stub_of(server, "fr") if killed == "model" else psutil.Process(server.pid)).send_signal(signal.SIGKILL)
+            with pytest.raises(ServerError):
+                answer.result(timeout=20)
+        assert wait_until(lambda: answers_right(client, local), 30)
 
 
 def test_stop_finishes_running_translations(own_repository: Path) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,20 @@ def post(server: TritonServer, content: Any, model: str = "tiny") -> tuple[int, 
 
 def outputs(answer: Any) -> dict[str, Any]:
     return {output["name"]: output["data"] for output in answer["outputs"]}
+
+
+@contextmanager
+def supervised(server: TritonServer) -> Iterator[list[int]]:
+    """Supervise ``server``. Yields the process ids after each restart. The end of it may end a restarted Triton."""
+    stop = threading.Event()
+    pids: list[int] = []
+    supervision = threading.Thread(target=server.supervise, args=(stop, 0.1, lambda: pids.append(server.pid)))
+    supervision.start()
+    try:
+        yield pids
+    finally:
+        stop.set()
+        supervision.join()
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:

@@ -54,8 +54,10 @@ class Form:
 def quantized_forms(
     architecture: CausalArchitecture, directory: Path, options: ExportOptions, static: StaticInt8 | None = None
 ) -> list[Form]:
-    """Return the forms that ``options`` ask for. With ``static``, INT8 graphs have calibrated activations. Those of ``native`` are left out where it does not run, or
-    not this model: they could not be measured."""
+    """Return the forms that ``options`` ask for. With ``static``, INT8 graphs have calibrated activations.
+
+    Those of ``native`` are left out where it does not run, or not this model: they could not be measured.
+    """
     wanted: list[tuple[Precision, Bits]] = []
     wanted += [("int8", 8)] if options.int8 else []
     wanted += [("int4", 4)] if options.int4 else []

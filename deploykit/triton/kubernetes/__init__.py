@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deploykit.artifacts import new_file
 
+_IMAGE = "deploykit-triton"
 _VALUES = {
-    "image": "deploykit-triton:26.06",
+    "image": f"{_IMAGE}:26.06",
     "claim": "models",
     "gpus": 0,
     "cpu": 2,
@@ -35,10 +36,9 @@ def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
     defaults = "".join(f"{_camel(key)}: {value}\n" for key, value in values.items())
     chart = f"apiVersion: v2\nname: {name}\nversion: 1.0.0\ndescription: A deploykit model repository on Triton\n"
     resources = "".join(f"  - {kind}.yaml\n" for kind in _KINDS)
-    image = values["image"].partition(":")[0] if isinstance(values["image"], str) else ""
     files = {
         "kustomization.yaml": "# kubectl apply -k FOLDER. Name your image here.\n"
-        f"resources:\n{resources}images:\n  - name: {image}\n    newName: {image}\n",
+        f"resources:\n{resources}images:\n  - name: {_IMAGE}\n    newName: {_IMAGE}\n",
         "chart/Chart.yaml": chart,
         "chart/values.yaml": f"# The image that compose.yaml builds, in your registry; the claim that holds the models.\n{defaults}",
     }
