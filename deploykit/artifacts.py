@@ -34,12 +34,19 @@ FORMAT = 1
 _REFUSALS: Mapping[int | None, tuple[str, str]] = {
     errno.ENOSPC: ("no space left on its disk", "free some space, or write to another disk"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, or write to another disk"),
+    errno.EFBIG: (
+        "it would be larger than its file system or this user's limit allows",
+        "write to another disk; see ulimit -f",
+    ),
     errno.EROFS: ("its file system is read-only", "write to another folder"),
     errno.EACCES: ("permission denied", "write to a folder you own"),
     errno.EPERM: ("permission denied", "write to a folder you own"),
     errno.EEXIST: ("a file is in the place of a folder", "check the path"),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "check the path"),
 }
+
+# Libraries wrap "no space left" in exceptions of their own; torch.save says only that its file is too short.
+_NO_SPACE = (os.strerror(errno.ENOSPC), "inline_container.cc", "PytorchStreamWriter failed writing")
 
 Kind = Literal["checkpoint", "calibration", "export", "model"]
 
@@ -287,14 +294,21 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if os.strerror(errno.ENOSPC) in str(error):  # libraries wrap it in their own exceptions
-            number = errno.ENOSPC
-        if number not in _REFUSALS:
-            raise
-        what, remedy = _REFUSALS[number]
-        named = error.filename if isinstance(error, OSError) else None
-        raise ArtifactError(f"{named or path}: cannot be written: {what}", remedy) from error
+        if refused := write_refusal(error, path):
+            raise refused from error
+        raise
+
+
+def write_refusal(error: BaseException, path: Path | None = None) -> ArtifactError | None:
+    """Return what to tell the user of the operating system's refusal to write a file, or None if ``error`` is none."""
+    number = error.errno if isinstance(error, OSError) else None
+    if any(words in str(error) for words in _NO_SPACE):
+        number = errno.ENOSPC
+    if number not in _REFUSALS:
+        return None
+    what, remedy = _REFUSALS[number]
+    named = (error.filename2 or error.filename) if isinstance(error, OSError) else None  # filename2: a copy's target
+    return ArtifactError(f"{named or path or 'a file'}: cannot be written: {what}", remedy)
 
 
 def replace_directory(new: Path, out: Path) -> None:

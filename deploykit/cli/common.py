@@ -8,12 +8,14 @@ import functools
 import json
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
+from deploykit.artifacts import write_refusal
 from deploykit.data.reading import ON_ERROR, QUOTINGS, Reading, flag
 from deploykit.errors import DataError, DeploykitError, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
@@ -57,7 +59,7 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
         def run(*, as_json: bool, debug: bool, **options: Any) -> None:
             try:
                 # Libraries may print to stdout, which is reserved for the result.
-                with contextlib.redirect_stdout(sys.stderr):
+                with contextlib.redirect_stdout(sys.stderr), _short_thread_errors(not debug):
                     result, text, *code = function(**options)
             except DeploykitError as error:
                 if debug:
@@ -70,6 +72,8 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
             except Exception as error:
                 if debug:
                     raise
+                if refused := write_refusal(error):
+                    _fail(refused.message, refused.remedy, refused.exit_code, as_json=as_json)
                 what = str(error).strip() or type(error).__name__
                 _fail(f"{type(error).__name__}: {what}", "run it again with --debug for details", 1, as_json=as_json)
             click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
@@ -82,6 +86,20 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
         return command
 
     return declare
+
+
+@contextlib.contextmanager
+def _short_thread_errors(short: bool) -> Iterator[None]:
+    """Report in one line what ends a thread: a library's, such as the one that writes TensorBoard's file."""
+    before = threading.excepthook
+    if short:
+        threading.excepthook = lambda failed: click.echo(
+            f"warning: a thread ended: {failed.exc_type.__name__}: {failed.exc_value}", err=True
+        )
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) -> NoReturn:

@@ -18,6 +18,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
+from deploykit.artifacts import write_refusal
 from deploykit.errors import ExportError
 from deploykit.quantization import onnx_files
 from deploykit.quantization.onnx_files import data_file, save_graph
@@ -145,6 +146,8 @@ def _explained(model: Any) -> Iterator[None]:
             warnings.simplefilter("ignore")  # the tracer warns of each Python branch; the parity check covers that
             yield
     except Exception as error:  # the exporter raises many types
+        if write_refusal(error):
+            raise
         raise ExportError(
             f"PyTorch cannot export {type(model).__name__} to ONNX: {str(error).strip().splitlines()[0]}",
             "this architecture is not supported; see the page 'What has been run where' in the docs",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deploykit.artifacts import explained
 from deploykit.errors import ExportError, UsageError
 from deploykit.graphs.encoder_export import engines_for
 from deploykit.graphs.onnx_export import export_classifier
@@ -67,7 +68,7 @@ def _check_graph(classifier: TorchClassifier) -> None:
     task = dataclasses.replace(classifier.task, max_length=min(classifier.task.max_length, _LONGEST))
     small = TorchClassifier(_small_copy(classifier.model), classifier.tokenizer, task)
     encoded = small.encode([as_text(text, text) if task.pair else text for text in (*_TEXTS, _LONG)])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, explained(Path(folder)):
         path = Path(folder) / GRAPH
         export_classifier(small.model, path, task.inputs)
         for name in engines_for("fp32"):

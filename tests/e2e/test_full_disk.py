@@ -1,0 +1,74 @@
+"""A command whose disk is full says so, names the file or folder, and leaves nothing that looks whole."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+ROOM = 6000
+"""Bytes that a file may have: the operating system refuses the rest, as it does on a full disk."""
+
+
+def run(*words: object, room: int = ROOM) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deploykit", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, room)),
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("made") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "rows.csv"
+    lines = [f"w{i % 40} w{i * 7 % 40} number {i},{('bad', 'good')[i % 2]}" for i in range(600)]
+    path.write_text("\n".join(["text,label", *lines]))
+    return path
+
+
+def command(name: str, checkpoint: Path, export: Path, rows: Path, out: Path) -> list[object]:
+    return {
+        "finetune": ["finetune", "--model", checkpoint, "--train", rows, "--output-dir", out, "--max-steps", 1],
+        "export": ["export", checkpoint, "--data", rows, "--output-dir", out],
+        "calibrate": ["calibrate", checkpoint, "--calibration-data", rows, "--output-dir", out],
+        "package": ["package", export, "--name", "tiny", "--model-repository", out],
+        "predict": ["predict", export, "--input", rows, "--output", out],
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["finetune", "export", "calibrate", "package", "predict"])
+def test_a_command_that_cannot_write_says_so_and_leaves_nothing_whole(
+    name: str, checkpoint: Path, tiny_export: Path, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / ("out.csv" if name == "predict" else "out")
+    failed = run(*command(name, checkpoint, tiny_export, rows, out))
+    assert failed.returncode == 1, failed.stderr
+    assert "cannot be written: it would be larger than" in failed.stderr
+    assert "remedy: write to another disk" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert not list(tmp_path.rglob("manifest.json"))
+    assert out.exists() == (name == "package"), "the folder of the repository, with no version in it"
+
+
+def test_the_earlier_answers_stay_and_the_next_run_goes_on(tiny_export: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "answers.csv"
+    words = command("predict", tiny_export, tiny_export, rows, out)
+    out.write_text("mine\n")
+    assert run(*words, "--force").returncode == 1
+    assert out.read_text() == "mine\n"
+    done = run(*words, "--force", room=10**7)
+    assert done.returncode == 0, done.stderr
+    assert len(out.read_text().splitlines()) == 601
