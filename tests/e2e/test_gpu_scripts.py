@@ -23,13 +23,11 @@ NEEDS_NO_PYTEST = ["doctor", "finetune", "classify", "translate", "answer", "gen
 
 
 @pytest.mark.slow
-def test_every_step_runs_on_the_cpu_and_is_recorded(
-    whole_minilm: Path, tweets: Path, pairs: Path, tmp_path: Path
-) -> None:
+def test_every_step_runs_on_the_cpu_and_is_recorded(minilm: Path, tweets: Path, pairs: Path, tmp_path: Path) -> None:
     payload, out = tmp_path / "payload", tmp_path / "out"
     (payload / "tweets").mkdir(parents=True)
     (payload / "tweets" / tweets.name).symlink_to(tweets)
-    (payload / "minilm").symlink_to(whole_minilm)
+    (payload / "minilm").symlink_to(minilm)
     (payload / "pairs.tsv").symlink_to(pairs)
     write_checkpoint(payload / "smollm2", template=CHATML)
     write_rows(payload / "commands.jsonl")
