@@ -49,7 +49,8 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @click.option("--calib", help="Folder of a calibration that deploykit calibrate wrote, in place of calibrating.")
 @CALIBRATION
 @CALIBRATION_ROWS
-@click.option("--method", type=METHODS, default="minmax", show_default=True)
+@click.option("--method", type=METHODS,
+              help="How to find ranges of activations; given, it calibrates a language model too.  [default: minmax]")  # fmt: skip
 @click.option("--max-drop", type=float, default=0.5, show_default=True,
               help="Points of macro-F1, or of BLEU and of chrF, that INT8 may lose; for a language model, percent of its perplexity.")  # fmt: skip
 @click.option("--smooth-quant", type=float, is_flag=False, flag_value=0.5, metavar="[ALPHA]",

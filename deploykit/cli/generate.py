@@ -32,7 +32,9 @@ from deploykit.errors import UsageError
 @click.argument("texts", nargs=-1)
 @SERVER_URL
 @click.option(
-    "--input", "source", help="Prompts: .txt (a prompt a line), csv, tsv, jsonl, parquet; also dialogs in 'messages'."
+    "--input",
+    "source",
+    help="Prompts: .txt (a prompt a line), csv, tsv, jsonl, parquet; also dialogs in 'messages', with 'tools'.",
 )
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
 @click.option("--prompt-column", help="Prompt column (default: the training column, or detected).")

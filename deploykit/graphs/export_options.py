@@ -31,6 +31,9 @@ Say = Callable[[str], None]
 Row = TypeVar("Row")
 
 
+DEFAULT_METHOD: Method = "minmax"
+
+
 SPLITS = ("train", "validation", "test")
 
 
@@ -87,7 +90,7 @@ class CalibrationOptions(Reading):
 class ExportOptions(CalibrationOptions):
     """``calib`` is the folder of a calibration that ``deploykit calibrate`` wrote. ``data`` is a file of rows to
     measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
-    ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language model's perplexity.
+    ``method`` finds the ranges (None: ``DEFAULT_METHOD``). ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language model's perplexity.
     ``int4`` and ``gguf`` (types of weights, ``GGUF_TYPES``) are for language models. ``smooth_quant`` is SmoothQuant's
     alpha (None: without). ``trt``: also build TensorRT engines. ``optimum``: also write a translator's graphs as optimum
     lays them out."""
@@ -96,13 +99,18 @@ class ExportOptions(CalibrationOptions):
     int4: bool = False
     gguf: tuple[str, ...] = ()
     calib: str | None = None
-    method: Method = "minmax"
+    method: Method | None = None
     max_drop: float = 0.5
     data: str | None = None
     measure_rows: int = 0
     smooth_quant: float | None = None
     trt: EngineOptions | None = None
     optimum: bool = False
+
+    @property
+    def range_method(self) -> Method:
+        """The method that finds ranges."""
+        return self.method or DEFAULT_METHOD
 
     @property
     def calibrates(self) -> bool:
@@ -128,7 +136,7 @@ class ExportOptions(CalibrationOptions):
 
     def check(self) -> None:
         super().check()
-        if self.method not in METHODS:
+        if self.range_method not in METHODS:
             raise UsageError(f"unknown --method {self.method!r}", f"choose one of: {', '.join(METHODS)}")
         for kind in self.gguf:
             if kind not in GGUF_TYPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shutil
@@ -11,17 +12,20 @@ import sys
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from killed_run import kill_at_step
 from language_models import command_rows, random_model, tokenizer, write_checkpoint, write_rows
 
 from deploykit.artifacts import load_manifest
 from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.sampling import Sampling
-from deploykit.tasks.text_generation.chat_template import CHATML
+from deploykit.tasks.text_generation import generate
+from deploykit.tasks.text_generation.chat_template import CHATML, ChatTemplate
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.options import TextGenerationOptions
@@ -374,7 +378,7 @@ def test_what_cannot_be_done_is_refused_before_training(
         (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--lora-r", 2, "--lora-target-modules",
           "nothing"), 2, "--lora-target-modules nothing"),
         (("calibrate", base, "--output-dir", tmp_path / "c"), 1, "--calibration-data"),
-        (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--method", "mse"), 2, "add --int8"),
+        (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--method", "minmax"), 2, "add --int8"),
         (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--int8", "--calibration-rows", 3), 1,
          "has no train rows"),
         (("export", export / "model.gguf", "--output-dir", tmp_path / "e"), 1, "no such model folder"),
@@ -387,6 +391,80 @@ def test_what_cannot_be_done_is_refused_before_training(
     for words, code, told in cases:
         done = deploykit(*words)
         assert (done[0], told in done[2]) == (code, True), (words, done)
+
+
+def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, base: Path, rows: Path, tmp_path: Path) -> None:
+    words = ("finetune", *QUICK, base, "--train", rows, "--max-steps", 6, "--eval-steps", 2)
+    code, _, err = deploykit(*words, "--output-dir", tmp_path / "whole")
+    assert code == 0, err
+    kill_at_step(5, *words, "--output-dir", tmp_path / "killed")
+    code, _, err = deploykit(*words, "--output-dir", tmp_path / "killed")
+    assert code == 0, err
+    assert "continuing the unfinished run" in err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert weights[0] == weights[1], "bit for bit"
+    history = [load_manifest(tmp_path / name, "checkpoint").metrics["history"] for name in ("killed", "whole")]
+    assert history[0]["evaluations"] == history[1]["evaluations"], "losses and answers, those before the kill too"
+
+
+def test_answers_that_were_interrupted_go_on(
+    deploykit: Deploykit, export: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("generate", export, "--input", rows, "--max-new-tokens", 4, "--json", "--output")
+    code, _, err = deploykit(*words, tmp_path / "whole.jsonl")
+    assert code == 0, err
+    with monkeypatch.context() as patched:
+        parts = iter([generate.answers])  # the second part of the rows is not answered
+
+        def answers(*arguments: Any, **named: Any) -> Any:
+            part = next(parts, None)
+            if part is None:
+                raise KeyboardInterrupt
+            return part(*arguments, **named)
+
+        patched.setattr(generate, "answers", answers)
+        assert deploykit(*words, tmp_path / "again.jsonl")[0] == 130
+    assert not (tmp_path / "again.jsonl").exists()
+    code, out, err = deploykit(*words, tmp_path / "again.jsonl")
+    assert code == 0, err
+    assert json.loads(out)["resumed"] == 64
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_odd_rows_to_answer(deploykit: Deploykit, run: Path, tmp_path: Path) -> None:
+    generator = TorchGenerator.load(run)
+    asked = [{"role": "user", "content": "list the file here"}]
+    generator.tokenizer.template = ChatTemplate("{{ tools | tojson }}{{ messages[0].content }}", {})
+    tools = [{"type": "function", "function": {"name": "ls"}}]
+    with_tools, without = generator.generate(
+        [generator.tokenizer.encode_prompt(asked, given) for given in (tools, None)], Sampling(max_new_tokens=4)
+    )
+    found = generator.reply([{"messages": asked, "tools": tools}, asked], Sampling(max_new_tokens=4))
+    assert found == [with_tools, without]
+    assert with_tools[0].prompt_tokens > without[0].prompt_tokens
+    table = tmp_path / "rows.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["messages", "tools"])
+        writer.writerows(
+            [
+                [json.dumps(asked), json.dumps(tools)],
+                [json.dumps([{"role": "user", "content": [{"type": "image_url"}]}]), ""],
+                [json.dumps([{"role": "narrator", "content": "a"}]), ""],
+                ["no json", ""],
+                [json.dumps(asked), '["ls"]'],
+            ]
+        )
+    code, _, _ = deploykit("generate", run, "--input", table, "--output", tmp_path / "out.jsonl", "--max-new-tokens", 4)
+    assert code == 1
+    first, *others = map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines())
+    assert first["prompt"] == {"messages": asked, "tools": tools}
+    for record, told in zip(
+        others,
+        ("messages[0].content[0] is no text", "messages[0].role is 'narrator'", "should hold JSON", "tools[0] has no"),
+        strict=True,
+    ):
+        assert told in record["error"]
 
 
 def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {}, "qwen2": {}, "gemma2": {"num_key_value_heads": 4, "head_dim": 16},
 }  # fmt: skip
 """Families that both tools open, with the settings that they need."""
+CALIBRATED = " calibrated"
 TOKENS = 24
 NEAR_TIE = 0.1
 """Difference of log-probabilities below which 8-bit activations of two engines may choose different tokens."""
@@ -68,12 +69,14 @@ print(json.dumps(answers))
 """
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, f"llama{CALIBRATED}"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
-    name = request.param
+    name = request.param.removesuffix(CALIBRATED)
+    calibrated = {"calibration_data": str(write_rows(folder / "calibration.jsonl")), "smooth_quant": 0.5}
     checkpoint = write_checkpoint(folder / "checkpoint", name, template=CHATML, **FAMILIES[name])
-    options = ExportOptions(int8=True, int4=True, data=str(write_rows(folder / "rows.jsonl")), max_drop=100)
+    options = ExportOptions(int8=True, int4=True, data=str(write_rows(folder / "rows.jsonl")), max_drop=100,
+                            **(calibrated if name != request.param else {}))  # fmt: skip
     return export(checkpoint, folder / "export", options, say=lambda line: None).path
 
 

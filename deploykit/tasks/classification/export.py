@@ -66,9 +66,7 @@ def write(
     reference = TorchClassifier.load(checkpoint, options.text_column)
     task = reference.task
     trained = TrainedScales.load(checkpoint)
-    if trained is not None and (
-        saved is not None or options.smooth_quant is not None or options.method != ExportOptions.method
-    ):
+    if trained is not None and (saved is not None or options.smooth_quant is not None or options.method is not None):
         raise UsageError(
             f"{checkpoint}: was trained for INT8 with ranges of its own, for which --method, --smooth-quant and --calib "
             "do nothing",
@@ -194,10 +192,10 @@ def _ranges(
     found: Calibrated, trained: TrainedScales | None, reference: TorchClassifier, options: ExportOptions, say: Say
 ) -> tuple[str, Ranges]:
     """Return the method that INT8 takes its ranges by, and the ranges."""
-    ranges = found.calibration.ranges(options.method)
+    ranges = found.calibration.ranges(options.range_method)
     if trained is None:
-        say(found.calibration.told(options.method))
-        return str(options.method), ranges
+        say(found.calibration.told(options.range_method))
+        return options.range_method, ranges
     ranges = trained_ranges(trained, reference.model, found.model, ranges)
     say(f"{len(ranges)} activations have the ranges that the checkpoint was trained with")
     return "trained", ranges

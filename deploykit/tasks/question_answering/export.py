@@ -98,10 +98,10 @@ def write(
             say,
         )
         smoothing = found.smoothing
-        say(found.calibration.told(options.method))
-        ranges = found.calibration.ranges(options.method)
+        say(found.calibration.told(options.range_method))
+        ranges = found.calibration.ranges(options.range_method)
         metrics["quantization"], ranges = quantize_graphs(
-            found, options.method, ranges, directory, options, grader, _REMEDY, trace, say,
+            found, options.range_method, ranges, directory, options, grader, _REMEDY, trace, say,
             others=lambda: write_native(
                 reference.model, directory, say, typed=task.token_types, token_head=_TOKEN_HEAD
             ),

@@ -96,6 +96,18 @@ def _new(model: Any, options: TextGenerationOptions) -> Any:
         ) from error
 
 
+def moved(adapted: Any, model: Any) -> Any:
+    """Return ``model`` with the adapter of ``adapted``, which was trained beside other numbers of the same weights."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = adapted.peft_config["default"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft and transformers about each other's next release
+        found = get_peft_model(model, config)
+        set_peft_model_state_dict(found, get_peft_model_state_dict(adapted))
+    return found.eval()
+
+
 def _loaded(model: Any, options: TextGenerationOptions, say: Say) -> Any:
     from peft import get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -22,7 +22,8 @@ _MOST_BINS = 40
 
 @dataclass(frozen=True)
 class CleaningReport:
-    """How many rows were read, dropped for each reason, and kept; their tokens, in all and supervised."""
+    """How many rows were read, dropped for each reason, and kept; their tokens, in all and supervised. ``first``: the
+    first row that was dropped for some reasons, and what is wrong with it."""
 
     read: int
     unreadable: int
@@ -36,6 +37,7 @@ class CleaningReport:
     tokens: int
     supervised_tokens: int
     lengths: tuple[int, ...] = ()
+    first: Mapping[str, str] = field(default_factory=dict)
 
     def lines(self) -> Iterable[str]:
         yield f"{self.read:,} rows read, {self.kept:,} kept"
@@ -49,12 +51,17 @@ class CleaningReport:
             ("nothing_supervised", "without a supervised token"),
         ):
             if count := getattr(self, name):
-                yield f"- {count:,} dropped: {told}"
+                first = f" (the first is {self.first[name]})" if name in self.first else ""
+                yield f"- {count:,} dropped: {told}{first}"
         yield f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
         yield from histogram(self.lengths)
 
     def to_json(self) -> dict[str, int]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "lengths"}
+        return {name: getattr(self, name) for name in _counts()}
+
+
+def _counts() -> list[str]:
+    return [f.name for f in fields(CleaningReport) if f.name not in ("lengths", "first")]
 
 
 def histogram(lengths: Sequence[int]) -> Iterable[str]:
@@ -85,14 +92,17 @@ def clean_rows(
     Of rows that say the same (but for case and white space) the first is kept; so it is of rows that answer the same
     prompt differently. Raises DataError for a long row if ``on_long`` is "error".
     """
-    dropped = dict.fromkeys((f.name for f in fields(CleaningReport) if f.name != "lengths"), 0)
+    dropped = dict.fromkeys(_counts(), 0)
+    first: dict[str, str] = {}
     answers: dict[str, str] = {}
     kept: list[Row] = []
     tokens = supervised = 0
     lengths = []
     for item in raw:
         row = item.row
-        reason, encoded = _judge(item, tokenizer, loss_on)
+        reason, problem, encoded = _judge(item, tokenizer, loss_on)
+        if reason is not None and problem:
+            first.setdefault(reason, f"{row.origin}: {problem}")
         if reason is None:
             key = _prompt_key(row)
             answer = duplicate_key(row.answer)
@@ -117,24 +127,25 @@ def clean_rows(
         if reason is not None:
             dropped[reason] += 1
     counts = {**dropped, "read": len(raw), "kept": len(kept), "tokens": tokens, "supervised_tokens": supervised}
-    return kept, CleaningReport(**counts, lengths=tuple(lengths))
+    return kept, CleaningReport(**counts, lengths=tuple(lengths), first=first)
 
 
-def _judge(item: RawRow, tokenizer: ChatTokenizer, loss_on: LossOn) -> tuple[str | None, EncodedRow | None]:
+def _judge(item: RawRow, tokenizer: ChatTokenizer, loss_on: LossOn) -> tuple[str | None, str, EncodedRow | None]:
+    """Return why a row is dropped, what is wrong with it, and the row's ids where nothing is."""
     row = item.row
     if item.problem is not None:
-        return "unreadable", None
+        return "unreadable", item.problem, None
     if row.text is not None:
-        return ("empty", None) if not row.text.strip() else (None, tokenizer.encode_row(row, loss_on))
+        return ("empty", "", None) if not row.text.strip() else (None, "", tokenizer.encode_row(row, loss_on))
     last = row.messages[-1] if row.messages else {}
     if not row.prompt.strip() or not (row.answer.strip() or last.get("tool_calls")):
-        return "empty", None
-    if role_problem(row.messages) is not None:
-        return "wrong_role_order", None
+        return "empty", "", None
+    if (problem := role_problem(row.messages)) is not None:
+        return "wrong_role_order", problem, None
     try:
-        return None, tokenizer.encode_row(row, loss_on)
-    except DataError:
-        return "wrong_role_order", None
+        return None, "", tokenizer.encode_row(row, loss_on)
+    except DataError as error:
+        return "wrong_role_order", error.message, None
 
 
 def _prompt_key(row: Row) -> str:

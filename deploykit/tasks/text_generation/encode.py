@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from deploykit.errors import ArtifactError, UsageError
+from deploykit.errors import ArtifactError, DataError, UsageError
 from deploykit.runtime.stream_text import TokenDecoder
 from deploykit.tasks.text_generation.chat_template import FILE, ChatTemplate, Message
 from deploykit.tasks.text_generation.rows import Row
@@ -101,22 +101,39 @@ class ChatTokenizer:
         if loss_on != "all":
             answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
             for i in answers if loss_on == "completion" else answers[-1:]:
-                span = self._answer(row, i, text)
-                if span is None:
+                tokens = self._answer(row, i, text, encoding)
+                if tokens is None:
                     rewritten += 1
                 else:
-                    supervised[self._tokens(encoding, *span)] = True
+                    supervised[tokens] = True
         return EncodedRow(np.array(encoding.ids, np.int64), supervised, rewritten)
 
-    def _answer(self, row: Row, index: int, text: str) -> tuple[int, int] | None:
-        """Where in ``text``, a rendered dialog, the answer ``index`` stands: after the prompt that the model would be
-        given for it. None where the text does not begin with that prompt."""
+    def _answer(self, row: Row, index: int, text: str, encoding: Encoding) -> slice | None:
+        """The tokens of ``text``, a rendered dialog, that are the answer ``index`` and the end of its turn: after the
+        prompt that the model would be given for it. None where the text does not begin with that prompt."""
         chat = self._chat()
         prompt = chat.render(row.messages[:index], add_generation_prompt=True, tools=row.tools)
         answered = chat.render(row.messages[: index + 1], tools=row.tools)
-        if not answered.startswith(prompt) or not text.startswith(answered):
+        if not answered.startswith(prompt):
             return None
-        return len(prompt), len(answered)
+        # Phi-3's template ends a turn with one token, and a dialog that does not go on with another after it.
+        ends = (self._end_of_turn(row, index, answered), len(answered))
+        found = [
+            self._tokens(encoding, len(prompt), end) for end in dict.fromkeys(ends) if text.startswith(answered[:end])
+        ]
+        ended = (
+            tokens for tokens in found if encoding.ids[tokens][-1:] and encoding.ids[tokens][-1] in self.special_ids
+        )
+        return next(ended, found[-1] if found and text.startswith(answered) else None)
+
+    def _end_of_turn(self, row: Row, index: int, answered: str) -> int:
+        """Return up to where ``answered``, the dialog up to an answer, is written whether or not it goes on."""
+        try:
+            going_on = self._chat().render(row.messages[: index + 1], add_generation_prompt=True, tools=row.tools)
+        except DataError:  # it wants another role's message next
+            return len(answered)
+        equal = (a == b for a, b in zip(answered, going_on))
+        return next((i for i, same in enumerate(equal) if not same), min(len(answered), len(going_on)))
 
     def _tokens(self, encoding: Encoding, start: int, end: int) -> slice:
         """The tokens of characters ``start`` to ``end``, up to the token that ends the turn."""

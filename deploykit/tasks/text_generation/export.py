@@ -192,11 +192,11 @@ def _calibrated(
                 save_graphs(architecture, None, directory=Path(temporary), precision="fp32")
                 saved = calibrate_graph(other, ids)
     saved.check(activations)
-    say(saved.told(options.method))
-    ranges = saved.ranges(options.method)
+    say(saved.told(options.range_method))
+    ranges = saved.ranges(options.range_method)
     saved.save(directory)
-    saved.save_ranges(directory, options.method, ranges)
-    record = {"method": options.method, "calibration": saved.to_json(), "smooth_quant": options.smooth_quant}
+    saved.save_ranges(directory, options.range_method, ranges)
+    record = {"method": options.range_method, "calibration": saved.to_json(), "smooth_quant": options.smooth_quant}
     return static_int8(architecture, graph, ranges), record
 
 

@@ -16,11 +16,14 @@ from deploykit.data.texts import TextRow, is_text_file, listed, peek, text_lines
 from deploykit.errors import DataError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.generator import Generated, TextGenerator, as_prompt
+from deploykit.tasks.text_generation.generator import Generated, Prompt, TextGenerator, as_prompt
+from deploykit.tasks.text_generation.messages import checked_messages, checked_tools
+from deploykit.tasks.text_generation.rows import parsed_cell
 from deploykit.text import without_surrogates
 
 _CHUNK = 64
-_PROMPT_COLUMNS = ("messages", "prompt", "question", "instruction", "query", "input", "text")
+_MESSAGES = "messages"
+_PROMPT_COLUMNS = (_MESSAGES, "prompt", "question", "instruction", "query", "input", "text")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +37,10 @@ class How:
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt, a text or a dialog's messages, or the ``problem`` that keeps it from being one."""
+    """A prompt, or the ``problem`` that keeps it from being one."""
 
     origin: str
-    prompt: str | tuple[Mapping[str, Any], ...] = ""
+    prompt: Prompt = ""
     problem: str | None = None
 
 
@@ -105,10 +108,10 @@ def read_inputs(source: str, task: TextGeneration, column: str | None, reading: 
         if isinstance(question.prompt, str):
             text = None if question.problem else question.prompt
             yield TextRow(question.origin, text, question.problem)
-        elif [m["role"] for m in question.prompt] == ["user"] and isinstance(question.prompt[0].get("content"), str):
+        elif not isinstance(question.prompt, Mapping) and [m["role"] for m in question.prompt] == ["user"]:
             yield TextRow(question.origin, question.prompt[0]["content"], None)
         else:
-            yield TextRow(question.origin, None, "the dialog has several messages: use deploykit generate")
+            yield TextRow(question.origin, None, "the dialog has several messages, or tools: use deploykit generate")
 
 
 def prompt_column(task: TextGeneration) -> str:
@@ -120,14 +123,20 @@ def _of_record(record: Record, column: str) -> Question:
     if record.problem:
         return Question(record.origin, problem=record.problem)
     value = record.values.get(column)
-    if not isinstance(value, list):
-        return _question(record.origin, value)
-    messages = [m for m in value if isinstance(m, Mapping) and isinstance(m.get("role"), str)]
-    if len(messages) < len(value) or not messages:
-        return Question(record.origin, problem="the messages are no list of objects with a role")
-    if messages[-1]["role"] == "assistant":  # a row to train on: what it answers is asked again
-        messages = messages[:-1]
-    return Question(record.origin, tuple(messages))
+    try:
+        if column == _MESSAGES:
+            value = parsed_cell(value)
+        if not isinstance(value, list):
+            return _question(record.origin, value)
+        if value and isinstance(value[-1], Mapping) and value[-1].get("role") == "assistant":
+            value = value[:-1]  # a row to train on: what it answers is asked again
+        messages = checked_messages(value)
+        tools = checked_tools(parsed_cell(record.values.get("tools")))
+    except ValueError as error:
+        return Question(record.origin, problem=str(error))
+    except DataError as error:
+        return Question(record.origin, problem=error.message)
+    return Question(record.origin, messages if tools is None else {_MESSAGES: messages, "tools": tools})
 
 
 def _question(origin: str, value: object) -> Question:

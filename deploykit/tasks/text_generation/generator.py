@@ -18,8 +18,8 @@ from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.grammar import Grammars
 from deploykit.tasks.text_generation.logprobs import log_sum
 
-Prompt = str | Sequence[Mapping[str, Any]]
-"""A text to continue, or the messages of a dialog to answer."""
+Prompt = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+"""A text to continue, the messages of a dialog to answer, or an object of such ``messages`` and of ``tools``."""
 
 _CHUNK = 512
 """Most tokens of a row that one call reads: their logits over the whole vocabulary are in memory at once."""
@@ -110,7 +110,7 @@ class LocalGenerator:
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
         """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
         sampling = sampling or self.task.sampling
-        ids = self.tokenizer.encode_prompt(prompt)
+        ids = self._ids(prompt)
         query = self.query(ids, sampling)
         self.decoder.add(query)
         sent = 0
@@ -125,9 +125,14 @@ class LocalGenerator:
             query.cancelled = True
             self.decoder.step()  # an answer that is not done leaves
 
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, Mapping):
+            return self.tokenizer.encode_prompt(prompt["messages"], prompt.get("tools"))
+        return self.tokenizer.encode_prompt(prompt)
+
     def _encoded(self, prompt: Prompt, sampling: Sampling | None) -> list[int] | DataError:
         try:
-            ids = self.tokenizer.encode_prompt(prompt)
+            ids = self._ids(prompt)
             self.check(ids, sampling)
         except DataError as error:
             return error

@@ -45,6 +45,7 @@ class TextGenerationOptions(FinetuneOptions):
     lora_target_modules: str = described("all-linear", "Layers to adapt, joined by commas, or all-linear.")
     lora_dropout: float = described(0.05, "Dropout of the adapter.")
     init_adapter: str | None = described(None, "Go on from this LoRA adapter of TARGET, a folder that peft saved.")
+    load_in_4bit: bool = described(False, "Train the adapter beside weights of 4 bits (QLoRA), on an NVIDIA GPU.")
     use_dora: bool = described(False, "Adapt directions and magnitudes of weights separately (DoRA).")
     use_rslora: bool = described(False, "Scale an adapter by the root of its rank (rsLoRA).")
     neftune_noise_alpha: float = described(0.0, "Noise on the embeddings while training (NEFTune); 0: off.")
@@ -74,6 +75,14 @@ class TextGenerationOptions(FinetuneOptions):
         for name in ("use_dora", "use_rslora"):
             if getattr(self, name) and not self.adapts:
                 raise UsageError(f"{flag(name)} is a kind of adapter", "add --lora-r")
+        if self.load_in_4bit:
+            if not self.adapts:
+                raise UsageError("--load-in-4bit trains an adapter", "add --lora-r")
+            if self.origin.endswith(".gguf"):
+                raise UsageError(
+                    f"--load-in-4bit does not read GGUF files, and {self.origin} is one",
+                    "give the folder of the Hugging Face checkpoint",
+                )
         if self.syntax is not None:
             check_syntax(self.syntax)
         if self.answer_regex is not None:

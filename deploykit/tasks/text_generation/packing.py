@@ -1,12 +1,13 @@
 """Batches of rows: packed one after another without padding, or padded side by side.
 
 Packed rows do not see each other: positions begin anew with each row, and transformers builds the attention mask from
-them (``find_packed_sequence_indices``), for sliding windows as well.
+them (``find_packed_sequence_indices``), for sliding windows as well. Where the rows of a batch begin alike, as the system
+message makes them, that beginning can stand in it once, and the mask says who sees it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -86,6 +87,16 @@ def _padded(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     yield list(range(start, len(lengths)))
 
 
+def row_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Return how many tokens the rows of a batch have, without padding; a shared beginning counts in each row."""
+    if "position_ids" not in batch:
+        return int(batch["attention_mask"].sum())
+    positions = batch["position_ids"][0]
+    last = torch.ones_like(positions, dtype=torch.bool)
+    last[:-1] = positions[1:] <= positions[:-1]
+    return int((positions[last] + 1).sum())
+
+
 def labels_of(row: EncodedRow) -> list[int]:
     """The ids of supervised tokens, ``IGNORED`` elsewhere. The first token has nothing before it that predicts it."""
     labels = np.where(row.supervised, row.ids, IGNORED)
@@ -100,6 +111,37 @@ def pack(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
         "position_ids": torch.cat([torch.arange(len(row.ids)) for row in rows])[None],
         "labels": torch.tensor([label for row in rows for label in labels_of(row)])[None],
     }
+
+
+def pack_sharing(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
+    """``pack``, but that a beginning which all rows have stands once: ``attention_mask``, bool [1, 1, tokens, tokens], is
+    true where a token sees another. Loss and gradients are those of ``pack``."""
+    shared = shared_beginning(rows)
+    if not shared:
+        return pack(rows)
+    ends = np.cumsum([len(row.ids) - shared for row in rows]) + shared
+    starts = np.array([shared, *ends[:-1]])
+    row = np.concatenate([np.zeros(shared, np.int64), np.repeat(np.arange(1, len(rows) + 1), ends - starts)])
+    seen = torch.from_numpy((row[:, None] == row) | (row == 0)).tril()
+    return {
+        "input_ids": torch.from_numpy(np.concatenate([rows[0].ids[:shared], *(row.ids[shared:] for row in rows)]))[
+            None
+        ],
+        "position_ids": torch.cat([torch.arange(shared), *(torch.arange(shared, len(row.ids)) for row in rows)])[None],
+        "labels": torch.tensor([IGNORED] * shared + [label for row in rows for label in labels_of(row)[shared:]])[None],
+        "attention_mask": seen[None, None],
+    }
+
+
+def shared_beginning(rows: Sequence[EncodedRow]) -> int:
+    """Return how many tokens all rows begin with alike, up to the one before the first that is supervised in any: that
+    one is predicted within its own row."""
+    most = min(int(row.supervised.argmax()) if row.supervised.any() else len(row.ids) for row in rows) - 1
+    first = rows[0].ids[: max(most, 0)]
+    for row in rows if len(rows) > 1 else ():
+        differs = np.flatnonzero(row.ids[: len(first)] != first)
+        first = first[: differs[0]] if len(differs) else first
+    return len(first) if len(rows) > 1 else 0
 
 
 def pad(rows: Sequence[EncodedRow], pad_token_id: int) -> dict[str, torch.Tensor]:

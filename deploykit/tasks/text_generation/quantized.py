@@ -34,17 +34,26 @@ NATIVE = "native"
 
 @dataclass(frozen=True)
 class Form:
-    """A quantized form of a model. ``save(kept=parts)`` writes ``file`` with some parts in a higher precision."""
+    """A quantized form of a model. ``save(kept=parts)`` writes ``file`` with some parts in a higher precision.
+    ``calibrated``: its activations have fixed ranges."""
 
     engine: str
     precision: Precision
     file: Path
     save: Callable[..., None]
+    calibrated: bool = False
 
     @property
     def instead(self) -> str:
         """The precision of the parts that are kept."""
         return "INT8" if (self.engine, self.precision) == (NATIVE, "int4") else "fp32"
+
+    @property
+    def remedy(self) -> str:
+        """What to try where it loses too much."""
+        if not self.calibrated:
+            return "a larger --max-drop"
+        return "--smooth-quant, another --method, more --calibration-rows, none of these options, a larger --max-drop"
 
     @property
     def name(self) -> str:
@@ -68,7 +77,7 @@ def quantized_forms(
         graph = directory / LANGUAGE_MODEL_FILES[precision][0]
         model, ranges = (architecture, None) if static is None or bits != 8 else (static.architecture, static.ranges)
         save = partial(save_graphs, model, bits, directory=directory, precision=precision, ranges=ranges)
-        forms.append(Form(ENGINE, precision, graph, save))
+        forms.append(Form(ENGINE, precision, graph, save, calibrated=ranges is not None))
         if native is not None:
             file = directory / NATIVE_LANGUAGE_MODELS[precision][0]
             forms.append(Form(NATIVE, precision, file, partial(native.save, file, bits)))
@@ -131,9 +140,7 @@ def _hold_limit(
         form.save(kept={*parts} - {part})
         return grader.sample(form.precision, form.engine)
 
-    return hold_limit(
-        form.name, parts, write, sample, grader, options.max_drop, trace, say, "a larger --max-drop", form.instead
-    )
+    return hold_limit(form.name, parts, write, sample, grader, options.max_drop, trace, say, form.remedy, form.instead)
 
 
 def _record(form: Form, grader: LanguageModelGrader, say: Say) -> dict[str, Any]:

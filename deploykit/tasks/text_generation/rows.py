@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -148,10 +149,10 @@ def _read(record: Record, columns: Columns) -> RawRow:
         if columns.format in ("messages", "conversations"):
             if values.get("text") is not None and not values.get("messages"):
                 return RawRow(Row(text=_text(values["text"]), origin=origin))
-            messages = _messages(_parsed(values.get(columns.format)))
+            messages = _messages(parsed_cell(values.get(columns.format)))
             if columns.format == "conversations" and isinstance(values.get("system"), str):
                 messages = [_message("system", str(values["system"])), *messages]
-            tools = _parsed(values.get("tools")) or None
+            tools = parsed_cell(values.get("tools")) or None
             if tools is not None and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
                 return RawRow(Row(origin=origin), "its tools are no list of JSON objects")
             return RawRow(Row(tuple(messages), tools=None if tools is None else tuple(tools), origin=origin))
@@ -169,7 +170,7 @@ def _pair(values: Mapping[str, object], columns: Columns) -> list[dict[str, Any]
     if columns.format == "alpaca":
         if _text(values.get("input")).strip():
             question = f"{question}\n\n{_text(values.get('input'))}"
-        for turn in _parsed(values.get("history")) or ():
+        for turn in parsed_cell(values.get("history")) or ():
             if not (isinstance(turn, list) and len(turn) == 2):
                 raise ValueError("its history is no list of pairs")
             messages += [_message("user", _text(turn[0])), _message("assistant", _text(turn[1]))]
@@ -189,15 +190,29 @@ def _messages(value: object) -> list[dict[str, Any]]:
         if not isinstance(role, str):
             raise ValueError("a message has no role")
         rest = {k: v for k, v in message.items() if k not in ("role", "from", "content", "value") and v is not None}
-        found.append({**_message(_ROLES.get(role, role), content), **rest})
+        found.append({**_message(_ROLES.get(role, role), _content(content, rest)), **rest})
     return found
 
 
-def _message(role: str, content: object) -> dict[str, Any]:
-    return {"role": role, "content": without_surrogates(content) if isinstance(content, str) else content}
+def _content(content: object, rest: Mapping[str, Any]) -> str:
+    """Return a message's content as a text: its parts joined, and empty beside calls of tools."""
+    if isinstance(content, list):
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a message has a part that is no text")
+        return "".join(map(str, texts))
+    if content is None and rest.get("tool_calls"):
+        return ""
+    if not isinstance(content, str):
+        raise ValueError("a message has no text")
+    return content
 
 
-def _parsed(value: object) -> Any:
+def _message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": without_surrogates(content)}
+
+
+def parsed_cell(value: object) -> Any:
     """A cell of a CSV may hold JSON."""
     if not isinstance(value, str):
         return value
@@ -208,7 +223,7 @@ def _parsed(value: object) -> Any:
 
 
 def _text(value: object) -> str:
-    if value is None:
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # an empty cell, in pandas' words
         return ""
     if isinstance(value, bool | int | float):
         return str(value)

@@ -86,7 +86,7 @@ class ServedGenerator(ServedModel):
         if isinstance(prompt, str):
             record["text_input"] = prompt
         else:
-            record["messages"] = json.dumps(list(prompt), ensure_ascii=False)
+            record["messages"] = json.dumps(prompt, ensure_ascii=False)
         return json.dumps(record, ensure_ascii=False).encode(errors="replace")
 
 

@@ -22,11 +22,20 @@ from transformers import Trainer
 
 from deploykit.errors import ExportError
 from deploykit.tasks.text_generation import packed_attention
-from deploykit.tasks.text_generation.adapter import with_adapter
+from deploykit.tasks.text_generation.adapter import moved, with_adapter
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.four_bit import load_four_bit
 from deploykit.tasks.text_generation.options import TextGenerationOptions
-from deploykit.tasks.text_generation.packing import IGNORED, EncodedRows, TokenBatches, pack, pad
+from deploykit.tasks.text_generation.packing import (
+    IGNORED,
+    EncodedRows,
+    TokenBatches,
+    pack,
+    pack_sharing,
+    pad,
+    row_tokens,
+)
 from deploykit.training import trainer
 from deploykit.training.levers import optimizers
 from deploykit.training.rows import Say
@@ -84,7 +93,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        self._seen_tokens += int(inputs["input_ids"].numel())
+        self._seen_tokens += row_tokens(inputs)
         total, count = supervised_loss(model, inputs)
         items = count if num_items_in_batch is None else num_items_in_batch
         loss = total / items
@@ -145,8 +154,11 @@ def train(
     "evaluations", with the validation loss at each; both by "step".
     """
     attention = model.config._attn_implementation
-    sft = sft_trainer(model, rows, validation, facts, options, work, say, answers)
+    base = load_four_bit(options.origin) if options.load_in_4bit else model
+    sft = sft_trainer(base, rows, validation, facts, options, work, say, answers)
     result = trainer.run(sft)
+    if options.load_in_4bit:
+        result = moved(result, model)  # weights of 4 bits would be rounded a second time after a merge
     if options.adapts:
         result = _merged(result, rows[0], say)
     result.set_attn_implementation(attention)
@@ -163,7 +175,8 @@ def sft_trainer(
         by_rows = options.packing and not torch.cuda.is_available()
         # Neither keeps scores for the backward pass.
         model.set_attn_implementation(packed_attention.NAME if by_rows else "sdpa")
-    collate = pack if options.packing else partial(pad, pad_token_id=facts.pad_token_id)
+    longest = max(len(row.ids) for row in (*rows, *validation))
+    collate = _collate(model, longest, options, facts)
     batches = TokenBatches(
         [len(row.ids) for row in rows], options.batch_tokens, packed=options.packing, seed=options.seed
     )
@@ -195,6 +208,17 @@ def sft_trainer(
         callbacks=trainer.callbacks(options, work / "tensorboard", say),
         optimizers=optimizers(trained, options),
     )
+
+
+def _collate(
+    model: Any, longest: int, options: TextGenerationOptions, facts: TextGeneration
+) -> Callable[[Sequence[EncodedRow]], dict[str, torch.Tensor]]:
+    """Return what makes a batch of rows of at most ``longest`` tokens."""
+    if not options.packing:
+        return partial(pad, pad_token_id=facts.pad_token_id)
+    # All layers get one mask, which knows no sliding window.
+    window = getattr(model.config, "sliding_window", None)
+    return pack_sharing if type(model)._supports_sdpa and (window is None or longest <= window) else pack
 
 
 def _history(logs: Sequence[Mapping[str, Any]], answers: Mapping[int, Sequence[str]]) -> dict[str, Any]:

@@ -32,12 +32,13 @@ from deploykit.tasks.text_generation.clean_rows import (
 )
 from deploykit.tasks.text_generation.encode import EncodedRow, fit
 from deploykit.tasks.text_generation.evaluate import Asked, ask, evaluate, room_for
+from deploykit.tasks.text_generation.four_bit import check_four_bit
 from deploykit.tasks.text_generation.options import DEFAULT_LENGTH, TextGenerationOptions
 from deploykit.tasks.text_generation.page import FILE, write_run_page
 from deploykit.tasks.text_generation.rows import Columns, RawRow, Row, load_rows
 from deploykit.tasks.text_generation.sft import Answers, train
 from deploykit.training.rows import Rows, Say
-from deploykit.training.trainer import Trained
+from deploykit.training.trainer import Trained, keep_memory
 
 _SAMPLES = 5
 _ANSWERED = 3
@@ -52,6 +53,8 @@ class TextGenerationStage:
 
     def __init__(self, options: TextGenerationOptions) -> None:
         self._options = options
+        if options.load_in_4bit:
+            check_four_bit()
         config, generation = load_base_config(options.origin)
         self.hf_tokenizer = load_base_tokenizer(options.origin)
         self._added = []
@@ -114,6 +117,7 @@ class TextGenerationStage:
             say(f"a row as the model reads it, supervised tokens in ⟦ ⟧:\n{show_row(self._tokenizer, row)}")
         if rewritten := sum(row.rewritten for row in train_set):
             say(f"{rewritten:,} answers of earlier turns are not supervised: the chat template rewrites them later on")
+        keep_memory()  # each token that is answered copies the caches of all rows
         model = load_base(options.origin)
         self._fit_vocabulary(model)
         tokenizer = self.hf_tokenizer

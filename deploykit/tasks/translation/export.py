@@ -169,10 +169,10 @@ def _quantize(
 
     Return the manifest's record, and the ranges of the layers in INT8.
     """
-    say(calibration.told(options.method))
+    say(calibration.told(options.range_method))
     calibration.save(directory)
-    ranges = calibration.ranges(options.method)
-    calibration.save_ranges(directory, options.method, ranges)
+    ranges = calibration.ranges(options.range_method)
+    calibration.save_ranges(directory, options.range_method, ranges)
     quantize_nodes = 0
 
     def save(some: Ranges) -> None:
@@ -195,7 +195,7 @@ def _quantize(
         "linear_layers": len(layers),
         "caches": len(written) - len(layers),
         "quantize_nodes": quantize_nodes,
-        "method": options.method,
+        "method": options.range_method,
         "calibration": calibration.to_json(),
         "search": {TRANSLATION_ENGINE: dataclasses.asdict(search)} if search else {},
     }

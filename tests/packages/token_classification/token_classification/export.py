@@ -74,9 +74,9 @@ def write(
             options,
             say,
         )
-        ranges = found.calibration.ranges(options.method)
+        ranges = found.calibration.ranges(options.range_method)
         metrics["quantization"], _ = quantize_graphs(
-            found, options.method, ranges, directory, options, grader, _REMEDY, trace, say
+            found, options.range_method, ranges, directory, options, grader, _REMEDY, trace, say
         )
     return graded(task, metrics, grader, say)
 

@@ -12,12 +12,19 @@ from language_models import random_model, tokenizer
 
 from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
 from deploykit.graphs.causal_lm import parts_of
-from deploykit.tasks.text_generation.calibration import activations_of, calibrate_graph, smoothed, static_int8
+from deploykit.graphs.export_options import ExportOptions
+from deploykit.tasks.text_generation.calibration import (
+    StaticInt8,
+    activations_of,
+    calibrate_graph,
+    smoothed,
+    static_int8,
+)
 from deploykit.tasks.text_generation.checkpoint import checkpoint_facts
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.grading import quantized_matrices
 from deploykit.tasks.text_generation.predictor import load_generator
-from deploykit.tasks.text_generation.quantized import save_graphs, standard_graph
+from deploykit.tasks.text_generation.quantized import quantized_forms, save_graphs, standard_graph
 
 IDS = [np.random.default_rng(i).integers(6, 390, 10 + i % 5).tolist() for i in range(12)]
 
@@ -72,6 +79,17 @@ def test_smoothing_keeps_the_function_and_int8_is_near_it(family: str, tmp_path:
     kept = [part for part in parts_of(architecture) if part != "layers.0.attention"]
     save_graphs(static.architecture, 8, directory=tmp_path, precision="int8", ranges=static.ranges, kept=kept)
     assert quantized_matrices(tmp_path / "decoder.int8.onnx") == 4
+
+
+def test_an_explicit_option_calibrates_and_a_missed_limit_names_what_to_try(tmp_path: Path) -> None:
+    assert not ExportOptions(int8=True).calibrates
+    assert ExportOptions(int8=True, method="minmax").calibrates
+    assert ExportOptions(int8=True, calibration_data="rows.jsonl").calibrates
+    architecture = read_causal_architecture(random_model("llama"))
+    static = StaticInt8(architecture, {})
+    [plain, fixed] = (quantized_forms(architecture, tmp_path, ExportOptions(int8=True), s)[0] for s in (None, static))
+    assert plain.remedy == "a larger --max-drop"
+    assert all(option in fixed.remedy for option in ("--smooth-quant", "--method", "--calibration-rows", "--max-drop"))
 
 
 def test_smoothing_helps_where_a_channel_is_an_outlier(tmp_path: Path) -> None:

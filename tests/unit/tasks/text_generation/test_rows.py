@@ -38,6 +38,35 @@ THINKS = (
     "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """After Qwen3's: only the last answer keeps its reasoning."""
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
+    "{{ '<|im_start|>' + role + '\\n' + message['content'] | trim + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}"
+)
+"""After Gemma's: BOS, the assistant is called model, and a system message is refused."""
+PHI3 = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+"""After Phi-3's: a dialog that is over ends with one more token."""
+SMOLLM = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '<|im_start|>system\\nYou are "
+    "helpful<|im_end|>\\n' }}{% endif %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""After SmolLM's: a system message of its own, where there is none."""
+QWEN2 = (
+    "{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n' }}{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}"
+    "{{- '<|im_end|>\\n' }}{%- endif %}{%- for message in messages %}{%- if message.role == 'tool' %}"
+    "{{- '<|im_start|>user\\n<tool_response>' + message.content + '</tool_response>' }}{%- else %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content }}{%- for call in message.tool_calls or [] %}"
+    "{%- set call = call.function if call.function is defined else call %}"
+    "{{- '<tool_call>' + call.name + ' ' + (call.arguments | tojson) + '</tool_call>' }}{%- endfor %}{%- endif %}"
+    "{{- '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+"""After Qwen2.5's: tools in the system message, calls and their results."""
+CALL = {"type": "function", "function": {"name": "ls", "arguments": {"path": "ü <b>"}}}
 DIALOG = (
     {"role": "user", "content": "list the file here"},
     {"role": "assistant", "content": "ls -f ."},
@@ -60,11 +89,11 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("template", [CHATML, ALPACA, LLAMA3, BRACKETS, THINKS])
+@pytest.mark.parametrize("template", [CHATML, ALPACA, LLAMA3, BRACKETS, THINKS, GEMMA, PHI3, SMOLLM, QWEN2])
 @pytest.mark.parametrize("prompt_only", [False, True])
 def test_ids_are_those_of_apply_chat_template(template: str, prompt_only: bool) -> None:
     ours, theirs = chat(template), tokenizer(template)
-    tools = [{"type": "function", "function": {"name": "naïve <b>"}}] if template == THINKS else None
+    tools = [{"type": "function", "function": {"name": "naïve <b>"}}] if template in (THINKS, QWEN2) else None
     messages = [dict(m) for m in (DIALOG[:3] if prompt_only else DIALOG)]
     if not prompt_only and template == THINKS:
         messages[-1]["thinking"] = "hm"
@@ -86,12 +115,33 @@ def test_ids_are_those_of_apply_chat_template(template: str, prompt_only: bool) 
         (ALPACA, "ls -f .</s>cp -l ..</s>"),
         (LLAMA3, "ls -f .<|im_end|>cp -l ..<|im_end|>"),
         (BRACKETS, " ls -f .</s> cp -l ..</s>"),
+        (GEMMA, "ls -f .<|im_end|>cp -l ..<|im_end|>"),
+        (PHI3, "ls -f .<|im_end|>cp -l ..<|im_end|>"),
+        (SMOLLM, "ls -f .<|im_end|>cp -l ..<|im_end|>"),
+        (QWEN2, "ls -f .<|im_end|>cp -l ..<|im_end|>"),
     ],
 )
 def test_answers_and_the_tokens_that_end_them_are_supervised(template: str, expected: str) -> None:
     assert supervised_text(chat(template), Row(DIALOG)) == expected
     last = supervised_text(chat(template), Row(DIALOG), "last-turn")
     assert last == expected[expected.index("cp") - (template == BRACKETS) :]
+
+
+def test_calls_of_tools_are_supervised_and_their_results_are_not() -> None:
+    messages = (
+        {"role": "user", "content": "list"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "a b"},
+        {"role": "assistant", "content": "two"},
+    )
+    own, tools = chat(QWEN2), (CALL,)
+    assert supervised_text(own, Row(messages, tools=tools)) == (
+        '<tool_call>ls {"path": "ü <b>"}</tool_call><|im_end|>two<|im_end|>'
+    )
+    expected = tokenizer(QWEN2).apply_chat_template(
+        [dict(m) for m in messages], tools=[CALL], tokenize=True, return_dict=False
+    )
+    assert own.encode_row(Row(messages, tools=tools)).ids.tolist() == expected
 
 
 def test_an_answer_that_the_template_rewrites_later_is_not_supervised() -> None:
@@ -209,6 +259,45 @@ def test_rows_are_dropped_and_counted_by_reason(tmp_path: Path) -> None:
     assert report.supervised_tokens == chat(CHATML).encode_row(Row(DIALOG)).supervised.sum()
     with pytest.raises(DataError, match=r"rows.jsonl:6: the row has .* tokens, more than --max-length 100"):
         clean_rows(raw, chat(CHATML), max_length=100, on_long="error", loss_on="completion")
+
+
+def test_odd_messages_are_joined_or_dropped_and_the_first_is_named(tmp_path: Path) -> None:
+    question, answer = DIALOG[:2]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "ls"}}]}
+    texts = [{"type": "text", "text": "list the "}, {"type": "text", "text": "file here"}]
+    path = write(
+        tmp_path / "rows.jsonl",
+        {"messages": [{"role": "user", "content": texts}, answer], "tools": '[{"type": "function"}]'},
+        {"messages": [{"role": "user", "content": "use a tool"}, call]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, answer]},
+        {"messages": [question, {"role": "assistant", "content": None}]},
+        {"messages": [question, {"role": "assistant", "content": float("nan")}]},
+        {"messages": [{"from": "narrator", "value": "Once."}, question, answer]},
+        {"messages": [question, answer], "tools": ["ls"]},
+    )
+    raw, _ = load_rows(path)
+    kept, report = clean_rows(raw, chat(CHATML), max_length=100, on_long="drop", loss_on="completion")
+    assert [row.origin for row in kept] == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert kept[0].messages == (question, answer)
+    assert kept[0].tools == ({"type": "function"},)
+    assert (report.unreadable, report.wrong_role_order) == (4, 1)
+    told = "\n".join(report.lines())
+    assert "4 dropped: of a wrong form (the first is rows.jsonl:3: a message has a part that is no text)" in told
+    assert "(the first is rows.jsonl:6: unknown role 'narrator')" in told
+
+
+def test_a_cell_that_is_not_a_number_is_empty(tmp_path: Path) -> None:
+    nan = float("nan")
+    path = write(
+        tmp_path / "rows.jsonl",
+        {"prompt": "a", "completion": nan},
+        {"prompt": nan, "completion": "b"},
+        {"prompt": 1.5, "completion": 2},
+    )
+    raw, _ = load_rows(path)
+    kept, report = clean_rows(raw, chat(CHATML), max_length=100, on_long="drop", loss_on="completion")
+    assert [(row.prompt, row.answer) for row in kept] == [("1.5", "2")]
+    assert report.empty == 2
 
 
 def test_a_cut_row_without_a_supervised_token_is_not_trained_on() -> None:

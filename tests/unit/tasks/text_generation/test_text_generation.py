@@ -26,7 +26,15 @@ from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoin
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.metrics import answer_metrics, extracted, parses, scored_metrics, token_f1
-from deploykit.tasks.text_generation.packing import IGNORED, TokenBatches, pack, pad
+from deploykit.tasks.text_generation.packing import (
+    IGNORED,
+    TokenBatches,
+    pack,
+    pack_sharing,
+    pad,
+    row_tokens,
+    shared_beginning,
+)
 from deploykit.tasks.text_generation.sft import supervised_loss
 from deploykit.training.source import check_source
 
@@ -210,6 +218,54 @@ def test_attention_row_by_row_has_the_gradients_of_all_pairs(name: str) -> None:
         found.append({key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None})
     for key, expected in found[0].items():
         torch.testing.assert_close(found[1][key], expected, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def rows_that_begin_alike(supervised_from: int = 12) -> list[EncodedRow]:
+    beginning = RANDOM.integers(6, 390, 9)
+    found = []
+    for n in (20, 6, 33, 7):
+        ids = np.append(beginning, RANDOM.integers(6, 390, n))
+        found.append(EncodedRow(ids, np.arange(len(ids)) >= supervised_from))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "supervised_from"),
+    # Gemma 2 trains with eager attention, and shares nothing.
+    [("llama", 5), *((name, 12) for name in FAMILIES if name != "gemma2")],
+)
+def test_a_shared_beginning_changes_neither_loss_nor_gradients(name: str, supervised_from: int) -> None:
+    window = {} if "sliding_window" not in FAMILIES[name] else {"sliding_window": 64}
+    model = random_model(name, **window)
+    packed_attention.register()
+    some = rows_that_begin_alike(supervised_from)
+    plain, sharing = pack(some), pack_sharing(some)
+    shared = min(9, supervised_from - 1)
+    assert sharing["input_ids"].shape[1] == plain["input_ids"].shape[1] - 3 * shared
+    assert row_tokens(sharing) == row_tokens(plain) == row_tokens(pad(some, 5)) == 102
+    found = []
+    for implementation, batch in (("eager", plain), ("sdpa", sharing), (packed_attention.NAME, sharing)):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        loss, count = supervised_loss(model, batch)
+        assert count == sum(int(row.supervised.sum()) for row in some)
+        loss.backward()
+        grads = {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
+        found.append((float(loss.detach()), grads))
+    for loss, grads in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        for key, expected in found[0][1].items():
+            torch.testing.assert_close(grads[key], expected, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_rows_share_nothing_that_is_supervised_or_differs() -> None:
+    some = rows_that_begin_alike()
+    assert shared_beginning(some) == 9
+    assert shared_beginning(some[:1]) == 0
+    assert shared_beginning([*some, EncodedRow(some[0].ids, np.ones(len(some[0].ids), bool))]) == 0
+    assert shared_beginning([some[0], EncodedRow(some[0].ids[1:], some[0].supervised[1:])]) == 0
+    assert shared_beginning([some[0], some[0]]) == 11
+    assert pack_sharing(rows(20, 9)).keys() == pack(rows(20, 9)).keys()
 
 
 def test_the_loss_is_that_of_all_logits() -> None:
