@@ -332,7 +332,7 @@ def _figures(value: Any) -> str:
 def _engines(engines: Mapping[str, list[str]]) -> str:
     titles = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "native": "native"}
     parts = [
-        f"{precision.replace('int', 'INT')} on {', '.join(titles[e] for e in engines[precision])}"
+        f"{precision.replace('int', 'INT')} on {', '.join(titles[e] for e in engines[precision]) or 'none: no layer can be quantized'}"
         for precision in engines
     ]
     return "; ".join(parts)
