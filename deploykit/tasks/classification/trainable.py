@@ -81,7 +81,9 @@ def _check_graph(classifier: TorchClassifier) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    # The message of a KeyError is the key alone.
+    return line if line and not isinstance(error, LookupError) else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def _small_copy(model: Any) -> Any:
