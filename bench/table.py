@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -290,7 +291,10 @@ def _types(result: Record, found: Mapping[str, Record], does: str, same: str) ->
         if record["outcome"] == "served":
             served.setdefault(_engines(record["engines"]), []).append(f"`{name}`")
         else:
-            what = f"{record['outcome']}: {record['message'].replace(f'is of type {name}', 'is of a type')}"
+            message = record["message"].replace(f"is of type {name}, which ", "").replace(f"is of type {name},", "is")
+            # Types with one reason share a line.
+            message = re.sub(r"\w+ForSequenceClassification", "the model", message)
+            what = f"{record['outcome']}: {message}"
             short = what if len(what) <= _SHOWN else f"{what[: _SHOWN - 1].rstrip()}…"
             rest.setdefault(short.replace("|", "\\|").replace("<", "&lt;"), []).append(f"`{name}`")
     lines = [
@@ -332,7 +336,7 @@ def _figures(value: Any) -> str:
 def _engines(engines: Mapping[str, list[str]]) -> str:
     titles = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "native": "native"}
     parts = [
-        f"{precision.replace('int', 'INT')} on {', '.join(titles[e] for e in engines[precision])}"
+        f"{precision.replace('int', 'INT')} on {', '.join(titles[e] for e in engines[precision]) or 'none: no layer can be quantized'}"
         for precision in engines
     ]
     return "; ".join(parts)

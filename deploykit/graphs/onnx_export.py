@@ -180,8 +180,9 @@ def _fold_constants(source: Path, target: Path) -> None:
     try:
         ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
+        reason = str(error).strip().splitlines()[0].replace(f"{source.parent}/", "")
         raise ExportError(
-            f"ONNX Runtime cannot load the graph that PyTorch exported: {str(error).strip().splitlines()[0]}",
+            f"ONNX Runtime cannot load the graph that PyTorch exported: {reason}",
             "this architecture is not supported; see the page 'What has been run where' in the docs",
         ) from error
     model = onnx.load(target)

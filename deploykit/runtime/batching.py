@@ -38,12 +38,18 @@ def bucket(length: int) -> int:
 
 
 def batches(
-    token_ids: Sequence[Sequence[int]], pad_token_id: int, *, max_length: int, token_budget: int = DEFAULT_TOKEN_BUDGET
+    token_ids: Sequence[Sequence[int]],
+    pad_token_id: int,
+    *,
+    max_length: int,
+    token_budget: int = DEFAULT_TOKEN_BUDGET,
+    pad_left: bool = False,
 ) -> Iterator[Batch]:
     """Group texts by bucket, and split each group so that no batch holds more than ``token_budget`` tokens.
 
     Short texts come first. A single text may exceed the budget. ``max_length`` is the model's limit, which a bucket
-    must not exceed. Raises DataError for a text without tokens.
+    must not exceed. Padding follows a text's tokens, or with ``pad_left`` stands before them. Raises DataError for a text
+    without tokens.
     """
     by_bucket: dict[int, list[int]] = defaultdict(list)
     for row, ids in enumerate(token_ids):
@@ -54,26 +60,37 @@ def batches(
         start = 0
         while start < len(rows):
             size = min(len(rows) - start, max(1, token_budget // length))
-            yield _pad(
-                [token_ids[r] for r in rows[start : start + size]], rows[start : start + size], length, pad_token_id
-            )
+            some = rows[start : start + size]
+            yield _pad([token_ids[r] for r in some], some, length, pad_token_id, pad_left)
             start += size
 
 
 def padded_types(
-    input_ids: NDArray[np.int64], types: Sequence[Sequence[int]], rows: Sequence[int] | NDArray[np.int64]
+    input_ids: NDArray[np.int64],
+    types: Sequence[Sequence[int]],
+    rows: Sequence[int] | NDArray[np.int64],
+    *,
+    pad_left: bool = False,
 ) -> NDArray[np.int64]:
     """Return the token types of ``rows``, padded with 0 to the shape of their ``input_ids``."""
     padded = np.zeros_like(input_ids)
     for i, row in enumerate(rows):
-        padded[i, : len(types[row])] = types[row]
+        padded[i, _place(len(types[row]), input_ids.shape[1], pad_left)] = types[row]
     return padded
 
 
-def _pad(token_ids: Sequence[Sequence[int]], rows: Sequence[int], length: int, pad_token_id: int) -> Batch:
+def _place(tokens: int, length: int, pad_left: bool) -> slice:
+    """Return the columns of a text of so many tokens, padded to ``length``."""
+    return slice(length - tokens, length) if pad_left else slice(tokens)
+
+
+def _pad(
+    token_ids: Sequence[Sequence[int]], rows: Sequence[int], length: int, pad_token_id: int, pad_left: bool
+) -> Batch:
     input_ids = np.full((len(rows), length), pad_token_id, np.int64)
     attention_mask = np.zeros((len(rows), length), np.int64)
     for i, ids in enumerate(token_ids):
-        input_ids[i, : len(ids)] = ids
-        attention_mask[i, : len(ids)] = 1
+        place = _place(len(ids), length, pad_left)
+        input_ids[i, place] = ids
+        attention_mask[i, place] = 1
     return Batch(np.asarray(rows, np.int64), input_ids, attention_mask)

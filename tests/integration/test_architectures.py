@@ -24,12 +24,12 @@ def architectures(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("architectures")
 
 
-@pytest.mark.parametrize("model_type", ["albert", "distilbert", "gpt2", "modernbert"])
+@pytest.mark.parametrize("model_type", ["albert", "bart", "distilbert", "gpt2", "modernbert", "xlnet"])
 @pytest.mark.filterwarnings("ignore")
 def test_an_architecture_is_trained_exported_and_answers_as_pytorch(
     architectures: Any, model_type: str, tmp_path: Path
 ) -> None:
-    """Layers that share weights; one that native runs; a decoder; two kinds of attention."""
+    """Layers that share weights; an encoder with a decoder; one that native runs; a decoder; two kinds of attention; padding on the left."""
     found = architectures.try_architecture(model_type, tmp_path)
     assert found["outcome"] == "served", found
     int8 = found["engines"]["int8"]

@@ -17,6 +17,7 @@ from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.batching import batches
 from deploykit.runtime.tokenizer import Encoded
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.padding import pads_left
 from deploykit.tasks.classification.pairs import check_columns
 from deploykit.tasks.classification.predictor import graph_inputs
 from deploykit.tasks.protocol import TaskFacts
@@ -132,6 +133,8 @@ class TorchClassifier:
             model.config.pad_token_id = task.pad_token_id
         if not (path / MANIFEST).exists():
             task = dataclasses.replace(task, token_types=takes_token_types(model, tokenizer, pair=task.pair))
+            if tokenizer.padding_side == "left":  # export compares the answers, and refuses where None is returned
+                task = dataclasses.replace(task, pad_left=bool(pads_left(cls(model, tokenizer, task))))
         return cls(model, tokenizer, task)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -157,7 +160,9 @@ class TorchClassifier:
         """Probabilities, float32 [texts, labels]."""
         logits = np.empty((len(texts), len(self.task.labels)), np.float32)
         encoded = self.encode(texts)
-        for batch in batches(encoded.ids, self.task.pad_token_id, max_length=self.task.max_length):
+        for batch in batches(
+            encoded.ids, self.task.pad_token_id, max_length=self.task.max_length, pad_left=self.task.pad_left
+        ):
             logits[batch.rows] = self.logits(graph_inputs(self.task, encoded, batch))
         return self.task.scores(logits)
 

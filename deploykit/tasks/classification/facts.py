@@ -43,7 +43,8 @@ class Classification:
 
     ``labels`` is the order of the model's outputs. ``max_length`` counts tokens, special ones
     included; longer texts are truncated. ``text_columns`` are joined by ``text_separator``, or with ``pair`` are two texts
-    that the tokenizer reads as a pair. ``token_types``: the graph also reads which text each token is of. Several label
+    that the tokenizer reads as a pair. ``token_types``: the graph also reads which text each token is of.
+    ``pad_left``: padding stands before the tokens, as XLNet needs, which reads the last one. Several label
     columns have 0 or 1 for the label that each is named after. In data files ``label_separator`` stands between the
     labels of a multi-label row; None is ``|``. ``temperature`` divides the logits before they become probabilities.
     """
@@ -65,6 +66,7 @@ class Classification:
     pair: bool = False
     token_types: bool = False
     temperature: float = 1.0
+    pad_left: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -47,13 +47,15 @@ class EncodedTexts(Dataset):  # type: ignore[misc]
         return {"input_ids": self.encoded.ids[row], **types, **taught, "target": self.targets[row]}
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids, attention_mask = padded([row["input_ids"] for row in rows], self.task.pad_token_id)
+        input_ids, attention_mask = padded(
+            [row["input_ids"] for row in rows], self.task.pad_token_id, left=self.task.pad_left
+        )
         targets = torch.from_numpy(np.stack([row["target"] for row in rows]))
         several = self.task.multi_label or self.task.regression
         labels = targets.float() if several else targets.long().argmax(dim=1)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if self.task.token_types:
-            batch["token_type_ids"], _ = padded([row["token_type_ids"] for row in rows], 0)
+            batch["token_type_ids"], _ = padded([row["token_type_ids"] for row in rows], 0, left=self.task.pad_left)
         if "teacher" in rows[0]:  # not in those that Trainer evaluates with this collator
             batch["teacher"] = torch.from_numpy(np.stack([row["teacher"] for row in rows]))
         return batch

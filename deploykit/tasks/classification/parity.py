@@ -63,7 +63,9 @@ def check_parity(reference: TorchClassifier, engine: Engine, texts: Sequence[str
     encoded = _spread(reference, texts)
     differences, agreed = [], []
     for size in BATCH_SIZES:
-        for batch in batches(encoded.ids, task.pad_token_id, max_length=task.max_length, token_budget=1 << 30):
+        for batch in batches(
+            encoded.ids, task.pad_token_id, max_length=task.max_length, token_budget=1 << 30, pad_left=task.pad_left
+        ):
             whole = graph_inputs(task, encoded, batch)
             for start in range(0, len(batch.rows), size):
                 inputs = {name: array[start : start + size] for name, array in whole.items()}

@@ -40,8 +40,9 @@ class Classifier:
         encoded = self._tokenizer.encode([self.task.read(text) for text in texts])
         logits = np.empty((len(texts), len(self.task.labels)), np.float32)
         for batch in batches(
-            encoded.ids, self.task.pad_token_id, max_length=self.task.max_length, token_budget=self._token_budget
-        ):
+            encoded.ids, self.task.pad_token_id, max_length=self.task.max_length, token_budget=self._token_budget,
+            pad_left=self.task.pad_left,
+        ):  # fmt: skip
             logits[batch.rows] = self._engine.run(graph_inputs(self.task, encoded, batch))[0]
         return self.task.scores(logits)
 
@@ -53,7 +54,7 @@ def graph_inputs(task: Classification, encoded: Encoded, batch: Batch) -> dict[s
     """Return the graph's inputs of a batch of ``encoded``, int64 [rows, bucket length] each, by name."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if task.token_types:
-        inputs["token_type_ids"] = padded_types(batch.input_ids, encoded.types, batch.rows)
+        inputs["token_type_ids"] = padded_types(batch.input_ids, encoded.types, batch.rows, pad_left=task.pad_left)
     return inputs
 
 

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
@@ -247,7 +248,9 @@ def validate(examples: Sequence[Example], source: str, *, multi_label: bool = Fa
 
 def _label(record: Record, column: str) -> tuple[str, ...] | None:
     value = record.values.get(column)
-    if isinstance(value, list):
+    cells = value if isinstance(value, list) else _written_list(value) or ()
+    # In text, numbers in brackets may also be one label: an interval.
+    if value is cells or any(isinstance(c, str) for c in cells) or (len(cells) > 1 and {0, 1}.issuperset(cells)):
         raise DataError(f"{record.origin}: column {column!r} holds a list of labels", "give --multi-label")
     label = normalize(scalar(value) or "")
     return (label,) if label else None
@@ -278,22 +281,32 @@ def _cell(record: Record, column: str, separator: str | None) -> object:
     ``separator`` says how the cell is read.
     """
     value = record.values.get(column)
-    text = value.strip() if isinstance(value, str) else ""
-    if not (text.startswith("[") and text.endswith("]")):
-        return value
-    for parse in (json.loads, ast.literal_eval):
-        # Python joins the strings of "['a' 'b']".
-        if parse is json.loads or not _JOINED_STRINGS.search(text):
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                parsed = parse(text)
-                if isinstance(parsed, list):
-                    return parsed
-    if separator is None and _SEVERAL_WORDS.search(text):
+    if (written := _written_list(value)) is not None:
+        return written
+    if separator is None and _in_brackets(value) and _SEVERAL_WORDS.search(value):
         raise DataError(
-            f"{record.origin}: column {column!r} has {text[:60]!r}, which is no list that Python or JSON reads",
+            f"{record.origin}: column {column!r} has {value.strip()[:60]!r}, which is no list that Python or JSON reads",
             'write ["one", "other"] or one|other; give --label-separator \'|\' if the brackets are part of a label',
         )
     return value
+
+
+def _in_brackets(cell: object) -> TypeGuard[str]:
+    return isinstance(cell, str) and cell.strip().startswith("[") and cell.strip().endswith("]")
+
+
+def _written_list(cell: object) -> list[object] | None:
+    """Return the list that a text writes in JSON or in Python."""
+    if not _in_brackets(cell):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        # Python joins the strings of "['a' 'b']".
+        if parse is json.loads or not _JOINED_STRINGS.search(cell):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                parsed = parse(cell.strip())
+                if isinstance(parsed, list):
+                    return parsed
+    return None
 
 
 def _names(cell: object, separator: str, where: str) -> tuple[str, ...] | None:

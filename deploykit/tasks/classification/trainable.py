@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from deploykit.artifacts import explained
@@ -16,21 +15,19 @@ from deploykit.errors import ExportError, UsageError
 from deploykit.graphs.encoder_export import engines_for
 from deploykit.graphs.onnx_export import export_classifier
 from deploykit.quantization.encoder import GRAPH
-from deploykit.runtime.batching import Batch, batches
+from deploykit.runtime.batching import batches
 from deploykit.runtime.engines import load_engine
 from deploykit.tasks.classification.checkpoint import TorchClassifier, check_vocabulary, takes_token_types
 from deploykit.tasks.classification.facts import as_text
+from deploykit.tasks.classification.padding import TEXTS, pads_left, same_answers
 from deploykit.tasks.classification.predictor import graph_inputs
-from deploykit.training.padding import padded
 
-_TEXTS = ("good", "The quick brown fox jumps over the lazy dog, and 3 more words.")
-_LONG = " ".join(f"{_TEXTS[1]} {i}" for i in range(20))
+_LONG = " ".join(f"{TEXTS[1]} {i}" for i in range(20))
 _LONGEST = 96  # tokens that the graph is tried with: longer ones take seconds, and find nothing new
-_TOLERANCE = 1e-3
 
 
 def trainable(classifier: TorchClassifier, origin: str) -> TorchClassifier:
-    """Return the classifier with ``token_types`` in its facts, if its model needs them, once it has been tried.
+    """Return the classifier with ``token_types`` and ``pad_left`` in its facts, if its model needs them, once tried.
 
     The model is run on texts of two lengths, alone and padded to one batch; then a small copy of it as a graph, on each
     engine, at those lengths and a longer one. Raises UsageError naming the model's type when it does not run, when padding
@@ -42,19 +39,15 @@ def trainable(classifier: TorchClassifier, origin: str) -> TorchClassifier:
     check_vocabulary(model, tokenizer, origin)
     training = model.training
     model.eval()
-    texts = [as_text(text, text) if task.pair else text for text in _TEXTS]
     try:
         task = dataclasses.replace(task, token_types=takes_token_types(model, tokenizer, pair=task.pair))
         classifier = TorchClassifier(model, tokenizer, task)
-        encoded = classifier.encode(texts)
-        ids, mask = padded(encoded.ids, task.pad_token_id)
-        batch = Batch(np.arange(len(texts)), ids.numpy(), mask.numpy())
-        together = classifier.logits(graph_inputs(task, encoded, batch))
-        alone = np.concatenate([classifier.logits_alone(text) for text in texts])
+        left = pads_left(classifier)
     except Exception as error:  # whatever the architecture raises, it cannot classify texts like these
         raise UsageError(f"{kind} do not run on a short text: {_first_line(error)}", remedy) from error
-    if not _same(alone, together):
+    if left is None:
         raise UsageError(f"{kind} answer otherwise when a text is padded, so they cannot be served in batches", remedy)
+    classifier = TorchClassifier(model, tokenizer, dataclasses.replace(task, pad_left=left))
     try:
         _check_graph(classifier)
     except ExportError as error:
@@ -67,17 +60,19 @@ def _check_graph(classifier: TorchClassifier) -> None:
     """Raise ExportError when the graph of a small copy does not run on an engine, or does not give PyTorch's answers."""
     task = dataclasses.replace(classifier.task, max_length=min(classifier.task.max_length, _LONGEST))
     small = TorchClassifier(_small_copy(classifier.model), classifier.tokenizer, task)
-    encoded = small.encode([as_text(text, text) if task.pair else text for text in (*_TEXTS, _LONG)])
+    encoded = small.encode([as_text(text, text) if task.pair else text for text in (*TEXTS, _LONG)])
     with tempfile.TemporaryDirectory() as folder, explained(Path(folder)):
         path = Path(folder) / GRAPH
         export_classifier(small.model, path, task.inputs)
         for name in engines_for("fp32"):
             try:
                 engine = load_engine(name, path, 1)
-                for batch in batches(encoded.ids, task.pad_token_id, max_length=task.max_length):
+                for batch in batches(
+                    encoded.ids, task.pad_token_id, max_length=task.max_length, pad_left=task.pad_left
+                ):
                     inputs = graph_inputs(task, encoded, batch)
                     expected, actual = small.logits(inputs), engine.run(inputs)[0]
-                    if not _same(expected, actual):
+                    if not same_answers(expected, actual):
                         raise ExportError(f"its graph gives other answers than PyTorch on {name}", "")
             except ExportError:
                 raise
@@ -86,12 +81,10 @@ def _check_graph(classifier: TorchClassifier) -> None:
                 raise ExportError(f"its graph does not run on {name}: {reason}", "") from error
 
 
-def _same(expected: Any, actual: Any) -> bool:
-    return bool(np.abs(expected - actual).max() <= _TOLERANCE * max(1.0, float(np.abs(expected).max())))
-
-
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    # The message of a KeyError is the key alone.
+    return line if line and not isinstance(error, LookupError) else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def _small_copy(model: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploykit.runtime.batching import batches, bucket
+from deploykit.runtime.batching import batches, bucket, padded_types
 from deploykit.text import normalize
 
 
@@ -56,6 +56,14 @@ def test_a_texts_padded_length_does_not_depend_on_its_batch_mates(length: int, o
         raise AssertionError
 
     assert padded([length]) == padded([length, *others]) == min(bucket(length), 600)
+
+
+def test_padding_stands_before_the_tokens_where_that_is_asked_for() -> None:
+    (batch,) = batches([[5, 6], [7, 8, 9]], 1, max_length=4, pad_left=True)
+    assert batch.input_ids.tolist() == [[1, 1, 5, 6], [1, 7, 8, 9]]
+    assert batch.attention_mask.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
+    types = padded_types(batch.input_ids, [[0, 2], [0, 1, 2]], batch.rows, pad_left=True)
+    assert types.tolist() == [[0, 0, 0, 2], [0, 0, 1, 2]]
 
 
 def test_the_runtime_imports_neither_torch_nor_transformers() -> None:

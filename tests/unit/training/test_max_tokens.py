@@ -34,5 +34,6 @@ def test_other_names_and_no_limit() -> None:
     from transformers import AutoConfig
 
     assert max_tokens(NO_LIMIT, AutoConfig.for_model("mpt", max_seq_len=40)) == 40
+    assert max_tokens(NO_LIMIT, AutoConfig.for_model("modernbert")) == 8192
     assert max_tokens(NO_LIMIT, AutoConfig.for_model("xlnet")) == 512
     assert max_tokens(SimpleNamespace(model_max_length=30), AutoConfig.for_model("xlnet")) == 30

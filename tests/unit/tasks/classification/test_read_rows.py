@@ -111,6 +111,11 @@ def test_multi_label_cells_become_sorted_unique_names(tmp_path, value, label):
 def test_list_without_multi_label_and_separator_in_a_name_are_errors(tmp_path):
     with pytest.raises(DataError, match=r"a.jsonl:1: column 'label' holds a list.*\n.*--multi-label"):
         load_examples(jsonl(tmp_path / "a.jsonl", {"text": "t", "label": ["a"]}))
+    for cell in ("['a', 'b']", '["a"]', "[0, 1, 0]"):
+        with pytest.raises(DataError, match=r"c.jsonl:1: column 'label' holds a list.*\n.*--multi-label"):
+            load_examples(jsonl(tmp_path / "c.jsonl", {"text": "t", "label": cell}))
+    for cell in ("[18, 25]", "[LOC]", "[]", "['a' 'b']"):
+        assert load_examples(jsonl(tmp_path / "c.jsonl", {"text": "t", "label": cell}))[0][0].label == cell
     with pytest.raises(DataError, match=r"b.jsonl:1: column 'label' has the label 'a\|b'"):
         load_examples(jsonl(tmp_path / "b.jsonl", {"text": "t", "label": ["a|b"]}), multi_label=True)
 

@@ -83,6 +83,7 @@ def written(draw: st.DrawFn) -> Written:
         lines = "".join(f"{en}\t{fr}\n" for en, fr in [("en", "fr"), *rows])
         return Written({"a.tsv": lines.encode()}, "a.tsv", rows, Reading(quoting="none"))
     if kind == "headerless tsv":
+        assume(any(text.strip() for row in rows for text in row))  # blank lines alone are refused as an empty file
         return Written({"a.tsv": "".join(f"{en}\t{fr}\n" for en, fr in rows).encode()}, "a.tsv", rows)
     if kind == "lines":
         sides = ("".join(f"{row[side]}\n" for row in rows).encode() for side in (0, 1))
@@ -174,7 +175,8 @@ def test_pairs_are_read_as_written_and_translated_in_their_rows(folder: Path, fi
 def _answers(path: Path) -> list[str]:
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
-            return [row["translation"] for row in csv.DictReader(file)]
+            # A table whose rows all failed has no such column.
+            return [row.get("translation", "") for row in csv.DictReader(file)]
         return [json.loads(line).get("translation", "") for line in file.read().split("\n")[:-1]]
 
 
