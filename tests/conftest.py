@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import shutil
@@ -20,6 +21,19 @@ WORDS = tuple(f"w{i}" for i in range(200))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the docs' commands first: of two processes, the one that runs them is busy longest."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A fake GPU; fails if memory or other resources are not released."""
+    # The GPU machine collects these tests, and has no tensorrt_rtx, which the fake needs.
+    from fake_gpu import FakeDriver, install_driver
+
+    fake = FakeDriver()
+    install_driver(monkeypatch, fake)
+    yield fake
+    gc.collect()
+    assert fake.in_use == 0
 
 
 @pytest.fixture(scope="session")
