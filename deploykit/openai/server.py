@@ -4,27 +4,54 @@ from __future__ import annotations
 
 import math
 import socket
+import ssl
 import threading
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
 
-from deploykit.errors import ServerError
+from deploykit.errors import ServerError, UsageError
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate chain and its private key, PEM files. Raises UsageError if they cannot be used."""
+
+    certfile: Path
+    keyfile: Path
+
+    def __post_init__(self) -> None:
+        def encrypted() -> NoReturn:
+            raise UsageError(f"{self.keyfile}: the key is encrypted", "give a key without a passphrase")
+
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certfile, self.keyfile, encrypted)
+        except OSError as error:  # SSLError is one
+            raise UsageError(
+                f"--ssl-certfile {self.certfile}, --ssl-keyfile {self.keyfile}: {error}",
+                "give a certificate and its private key, as PEM files",
+            ) from error
+
 
 _KEEP_ALIVE_S = 75
 _START_S = 30.0
 
 
 class OpenAIServer:
-    """Serves ``app`` on the listening socket ``listener`` while the block runs.
+    """Serves ``app`` on the listening socket ``listener`` while the block runs, with TLS if there is a certificate.
 
     ``drain`` is the time for open requests when stopping, in seconds. After that they are cancelled.
     """
 
-    def __init__(self, app: FastAPI, listener: socket.socket, *, drain: float) -> None:
+    def __init__(
+        self, app: FastAPI, listener: socket.socket, *, drain: float, certificate: Certificate | None = None
+    ) -> None:
         address, port = listener.getsockname()[:2]
-        self.url = f"http://{address}:{port}/v1"
+        self.url = f"http{'s' if certificate else ''}://{address}:{port}/v1"
         self._listener = listener
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -34,6 +61,8 @@ class OpenAIServer:
                 ws="none",
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=math.ceil(drain),
+                ssl_certfile=certificate.certfile if certificate else None,
+                ssl_keyfile=certificate.keyfile if certificate else None,
             )
         )
         self._thread = threading.Thread(
