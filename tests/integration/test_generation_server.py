@@ -18,7 +18,7 @@ import openai
 import pytest
 import tritonclient.grpc as grpc
 from language_models import command_rows, write_export
-from served import start, wait_until
+from served import family, start, supervised, wait_until
 
 from deploykit.artifacts import load_manifest
 from deploykit.errors import DataError, UsageError
@@ -397,25 +397,22 @@ def test_a_served_language_model_is_not_evaluated(server: TritonServer, tmp_path
 
 def test_a_killed_process_ends_its_streams_and_is_replaced(export: Path, tmp_path: Path) -> None:
     package(export, "lm", tmp_path, settings=ServingSettings(threads=1))
-    stop = threading.Event()
-    with start(tmp_path) as server, openai_port(server) as url:
-        healing = threading.Thread(target=server.supervise, args=(stop, 0.1))
-        healing.start()
-        try:
-            with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client:
-                stream = client.chat.completions.create(
-                    model="lm", messages=DIALOG, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}  # type: ignore[arg-type]
-                )  # fmt: skip
-                next(iter(stream))
-                server._stubs[0][0].kill()
-                killed = time.monotonic()
-                with pytest.raises(openai.APIError):
-                    for _ in stream:
-                        pass
-                stream.close()
-                answer = client.chat.completions.create(model="lm", messages=DIALOG, max_tokens=4)  # type: ignore[arg-type]
-                assert answer.choices[0].finish_reason
-                assert time.monotonic() - killed < 30
-        finally:
-            stop.set()
-            healing.join()
+    with (
+        start(tmp_path) as server,
+        openai_port(server) as url,
+        supervised(server),
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        stream = client.chat.completions.create(
+            model="lm", messages=DIALOG, max_tokens=4000, stream=True, extra_body={"ignore_eos": True}  # type: ignore[arg-type]
+        )  # fmt: skip
+        next(iter(stream))
+        family(server)[1].kill()
+        killed = time.monotonic()
+        with pytest.raises(openai.APIError):
+            for _ in stream:
+                pass
+        stream.close()
+        answer = client.chat.completions.create(model="lm", messages=DIALOG, max_tokens=4)  # type: ignore[arg-type]
+        assert answer.choices[0].finish_reason
+        assert time.monotonic() - killed < 30

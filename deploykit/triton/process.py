@@ -1,0 +1,233 @@
+"""A running Triton: its processes, its HTTP port, its log, and its end."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from deploykit.errors import ServerError
+
+if TYPE_CHECKING:
+    import psutil
+
+ADMIN_HEADER = "deploykit-admin"
+# Executes the program in its arguments, which the kernel sends SIGTERM if this process is killed, with the library in the
+# first argument. It is a separate program because code between fork and exec can deadlock in a process with threads.
+_EXEC_BOUND = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+guard, *command = sys.argv[1:]
+if guard:
+    os.environ["LD_PRELOAD"] = ":".join(filter(None, (guard, os.environ.get("LD_PRELOAD"))))
+os.execv(command[0], command)
+"""
+REFUSALS = (ServerError, OSError, http.client.HTTPException)
+"""What calls of a Triton raise that does not answer, or refuses."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How Triton is started, again and again: on the same ports, with the same key."""
+
+    command: list[str]
+    environment: Mapping[str, str]
+    guard: str
+    """A library that is loaded into Triton before its own, or an empty string."""
+    folder: Path
+    """Triton's working folder. ``repository`` in it is a link to ``repository``."""
+    repository: Path
+    output: IO[bytes]
+    address: str
+    ports: Mapping[str, int]
+    mark: str
+    """Stands in the command line of Triton and of each of its stubs, and in no other."""
+    admin_key: str
+
+
+class TritonProcess:
+    """One run of Triton and of its stubs, which each run a model. The thread that makes it must outlive it."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.stubs: list[tuple[psutil.Process, str]] = []
+        """The stubs that should be alive, each with its model."""
+        self._launch = launch
+        self._popen = subprocess.Popen(
+            [sys.executable, "-IS", "-c", _EXEC_BOUND, launch.guard, *launch.command],
+            stdin=subprocess.DEVNULL,
+            stdout=launch.output,
+            stderr=subprocess.STDOUT,
+            env=dict(launch.environment),
+            cwd=launch.folder,
+            start_new_session=True,  # Ctrl-C must reach only this process, which lets requests finish first
+        )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs, and less than 0 if a signal ended it."""
+        return self._popen.poll()
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Return when every model answers and all ports are open. Raises ServerError after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.exit_code is not None:
+                raise self._start_failure(f"Triton ended with exit code {self.exit_code}")
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self.call("GET", "/v2/health/ready", timeout=1.0)[0] == 200:
+                    for port in self._launch.ports.values():  # the metrics port opens last, after Triton announces it
+                        socket.create_connection((self._own_address, port), timeout=1.0).close()
+                    self.stubs = self.find_stubs()
+                    return
+            time.sleep(0.05)
+        raise self._start_failure(f"Triton was not ready within {timeout:g} s")
+
+    def find_stubs(self) -> list[tuple[psutil.Process, str]]:
+        """Return the living stubs, each with the model that it runs."""
+        import psutil
+
+        found = []
+        for stub in _children(self.pid):
+            with contextlib.suppress(psutil.Error):
+                command = stub.cmdline()
+                # triton_python_backend_stub REPOSITORY/MODEL/VERSION/model.py ...
+                if len(command) > 1 and command[0].endswith("triton_python_backend_stub") and alive(stub):
+                    found.append((stub, Path(command[1]).parent.parent.name))
+        return found
+
+    def control(self, model: str, action: str, *, timeout: float) -> None:
+        """Make Triton load ``model``, or begin to unload it. Raises one of ``REFUSALS``."""
+        status, answer = self.call(
+            "POST",
+            f"/v2/repository/models/{model}/{action}",
+            timeout=timeout,
+            headers={ADMIN_HEADER: self._launch.admin_key},
+        )
+        if status != 200:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                answer = json.loads(answer)["error"]
+            raise ServerError(f"Triton refused to {action} {model}: {answer}")
+
+    def unload(self, models: Iterable[str], until: float = 0.0) -> None:
+        """Begin to unload ``models``, and wait until ``until`` for their last requests."""
+        models = set(models)
+        for model in models:
+            with contextlib.suppress(*REFUSALS):
+                self.control(model, "unload", timeout=5.0)
+        while time.monotonic() < until and any(alive(stub) for stub, model in self.stubs if model in models):
+            time.sleep(0.05)
+
+    def terminate(self, until: float) -> None:
+        """Ask Triton to end, and wait until ``until``, or until it has nothing left to wait for.
+
+        Triton itself would also wait for idle connections, and for every stub that died during a request, even a
+        replaced one.
+        """
+        stubs = [stub for stub, _ in self.stubs] + _children(self.pid)
+        self._popen.terminate()
+        last_alive = time.monotonic()
+        while self.exit_code is None and time.monotonic() < min(until + 5.0, last_alive + 2.0):
+            if any(alive(stub) for stub in stubs):
+                last_alive = time.monotonic()
+            time.sleep(0.05)
+
+    def kill(self) -> None:
+        """End Triton and its stubs at once, also one that it has only just started.
+
+        Stubs hold Triton's sockets: until they end, clients wait instead of seeing their connections close.
+        """
+        import psutil
+
+        self._popen.kill()
+        self._popen.wait()
+        self.stubs = []
+        for process in psutil.process_iter():  # Triton has ended, so it starts no more
+            with contextlib.suppress(psutil.Error):
+                if any(self._launch.mark in word for word in process.cmdline()):
+                    process.kill()
+                    process.wait(5.0)
+
+    def memory_mb(self) -> float:
+        """Memory of Triton and its stubs, in MiB. Shared pages count once (PSS)."""
+        import psutil
+
+        total = 0
+        for process in [psutil.Process(self.pid), *(stub for stub, _ in self.stubs)]:
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_full_info().pss
+        return total / 2**20
+
+    def call(
+        self, method: str, path: str, *, timeout: float, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, str]:
+        """Send a request to the HTTP port. Returns status and body."""
+        connection = http.client.HTTPConnection(self._own_address, self._launch.ports["http"], timeout=timeout)
+        try:
+            connection.request(method, path, headers=dict(headers or {}))
+            response = connection.getresponse()
+            return response.status, response.read().decode(errors="replace")
+        finally:
+            connection.close()
+
+    @property
+    def _own_address(self) -> str:
+        return "127.0.0.1" if self._launch.address == "0.0.0.0" else self._launch.address
+
+    def _start_failure(self, what: str) -> ServerError:
+        """Return the most specific error in the log: a model's own message, or else Triton's error lines."""
+        launch = self._launch
+        launch.output.seek(0)
+        text = launch.output.read().decode(errors="replace")
+        lines = text.replace(f"{launch.folder}/repository/", f"{launch.repository}/").splitlines()
+        for model, message in _load_failures(lines):
+            message, _, remedy = message.partition("\n  remedy: ")
+            return ServerError(f"model {model} cannot be loaded: {message}", remedy or None)
+        # Every machine without a GPU logs errors about it.
+        errors = [line for line in lines if re.match(r"E\d|error:", line) and "Cuda" not in line][-10:]
+        shown = "".join(f"\n  {line}" for line in errors)
+        remedy = "raise --ready-timeout, or start with --verbose --log-file triton.log and read that file"
+        return ServerError(f"{what}{shown}", remedy)
+
+
+def _load_failures(lines: list[str]) -> list[tuple[str, str]]:
+    """Return (model, message) for every model that failed to load according to the log."""
+    failures = []
+    for line in lines:
+        match = re.search(r"\"failed to load '([^']+)' version \d+: (?:[A-Z][a-z ]+: )?(.*)\"$", line)
+        if match:
+            message = match[2].removeprefix("TritonModelException: ").replace("\\n", "\n").replace('\\"', '"')
+            message = message.partition("\n\nAt:\n")[0]  # below it are Python frames
+            failures.append((match[1], re.sub(r"\n\s*\n+", "\n", message).strip()))
+    return failures
+
+
+def alive(process: psutil.Process) -> bool:
+    import psutil
+
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+def _children(pid: int) -> list[psutil.Process]:
+    import psutil
+
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.Error:
+        return []
