@@ -19,7 +19,9 @@ from deploykit.cli.common import MODEL_REPOSITORY, Result, deploykit_command, sa
 from deploykit.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
+    from deploykit.openai.calls import AccessLog
     from deploykit.openai.limits import Keys
+    from deploykit.openai.metrics import PortMetrics
     from deploykit.openai.server import Certificate
     from deploykit.triton.server import TritonServer
 
@@ -69,6 +71,11 @@ if TYPE_CHECKING:
 )
 @click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Private key of the certificate, PEM.")
 @click.option(
+    "--access-log",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="File for a JSON line about each request to the OpenAI port, without its text; -: stderr.",
+)
+@click.option(
     "--triton-routes",
     is_flag=True,
     help="Answer Triton's HTTP API, /v2, on the OpenAI port too, with its keys, limits and TLS; Triton's own ports then listen on loopback only.",
@@ -99,6 +106,7 @@ def command(
     limits: str,
     ssl_certfile: Path | None,
     ssl_keyfile: Path | None,
+    access_log: Path | None,
     triton_routes: bool,
     **options: Any,
 ) -> Result:
@@ -112,7 +120,7 @@ def command(
         _refuse_openai_options()
         front = None
     else:
-        front = _front(api_keys, api_key_file, limits, ssl_certfile, ssl_keyfile, triton_routes)
+        front = _front(api_keys, api_key_file, limits, ssl_certfile, ssl_keyfile, access_log, triton_routes)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -135,10 +143,15 @@ def command(
                 with new_file(ready_file) as file:
                     file.write_text(json.dumps({**record, "pid": server.pid}))
 
+        def restarted() -> None:
+            write_ready_file()
+            if front is not None:
+                front.metrics.triton_restarts.add(1)
+
         record = {"models": list(server.models), **server.urls.__dict__, **openai, "pid": server.pid}
         write_ready_file()
         try:
-            server.supervise(stop, restarted=write_ready_file)
+            server.supervise(stop, restarted=restarted)
         finally:
             say("waiting for requests in flight")
             if ready_file is not None:
@@ -152,13 +165,15 @@ class _Front:
 
     keys: Keys
     certificate: Certificate | None
+    access_log: AccessLog | None
+    metrics: PortMetrics
     triton_routes: bool
 
 
 def _refuse_openai_options() -> None:
     """Raise UsageError for an option of the OpenAI port on the command line."""
     context = click.get_current_context()
-    for name in ("api_keys", "api_key_file", "limits", "ssl_certfile", "ssl_keyfile", "triton_routes"):
+    for name in ("api_keys", "api_key_file", "limits", "ssl_certfile", "ssl_keyfile", "access_log", "triton_routes"):
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
             option = next(one.opts[0] for one in context.command.params if one.name == name)
             raise UsageError(f"{option} is for the OpenAI port", "give --openai-port too, or leave it out")
@@ -170,6 +185,7 @@ def _front(
     limits: str,
     ssl_certfile: Path | None,
     ssl_keyfile: Path | None,
+    access_log: Path | None,
     triton_routes: bool,
 ) -> _Front:
     """Check the options of the OpenAI port. Raises UsageError, DataError or MissingDependencyError."""
@@ -177,7 +193,9 @@ def _front(
         from deploykit.triton.preflight import SERVE_EXTRA
 
         raise MissingDependencyError("FastAPI and uvicorn, which --openai-port needs, are not installed", SERVE_EXTRA)
+    from deploykit.openai.calls import AccessLog
     from deploykit.openai.limits import Keys, Limits
+    from deploykit.openai.metrics import PortMetrics
     from deploykit.openai.server import Certificate
 
     if not all(key.isascii() and key.isprintable() and key == key.strip() and key for key in api_keys):
@@ -187,7 +205,8 @@ def _front(
     if (ssl_certfile is None) != (ssl_keyfile is None):
         raise UsageError("--ssl-certfile and --ssl-keyfile go together", "give both")
     certificate = Certificate(ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None
-    return _Front(Keys(api_keys, api_key_file, Limits().replaced(limits)), certificate, triton_routes)
+    keys = Keys(api_keys, api_key_file, Limits().replaced(limits))
+    return _Front(keys, certificate, AccessLog(access_log) if access_log else None, PortMetrics(), triton_routes)
 
 
 @contextlib.contextmanager
@@ -218,6 +237,8 @@ def _openai(server: TritonServer, listener: socket.socket | None, front: _Front 
         metrics_url=server.urls.metrics,
         keys=front.keys,
         triton=TritonRoutes(server.urls.http, server.models, generating) if front.triton_routes else None,
+        metrics=front.metrics,
+        access_log=front.access_log,
     )
     until = 0.0
     try:

@@ -10,8 +10,8 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import Request
 
+from deploykit.openai.calls import call_of
 from deploykit.openai.errors import ApiError
-from deploykit.openai.front import caller_of
 
 BODY_S = 60.0
 """Time that a body may take to arrive."""
@@ -44,7 +44,7 @@ async def read_body(request: Request, kind: type[Read]) -> Read:
 
 async def read_bytes(request: Request) -> bytes:
     """Return the body as it is. Raises ApiError: status 413 if it is over the caller's limit, 408 if it comes slowly."""
-    most = caller_of(request).limits.max_body_bytes
+    most = call_of(request).limits.max_body_bytes
 
     async def read() -> bytes:
         parts: list[bytes] = []

@@ -21,10 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from deploykit.openai.calls import Call, call_of
 from deploykit.openai.disconnect import while_connected
 from deploykit.openai.errors import ApiError
-from deploykit.openai.front import caller_of
-from deploykit.openai.limits import Limits
 from deploykit.openai.read_body import read_bytes
 
 _ABOUT_SERVER = re.compile(r"/v2(/health/(live|ready)|/models/stats)?")
@@ -62,15 +61,18 @@ class TritonRoutes:
 
     async def _get(self, request: Request) -> Response:
         path = request.url.path
+        call = call_of(request)
         if _ABOUT_SERVER.fullmatch(path):
+            call.route = path
             return await self._forward(request, path)
-        return await self._forward(request, self._of_model(_ABOUT_MODEL.fullmatch(path), path))
+        return await self._forward(request, self._of_model(_ABOUT_MODEL.fullmatch(path), path, call))
 
     async def _post(self, request: Request) -> Response:
         path = request.url.path
         found = _ASK.fullmatch(path)
-        target = self._of_model(found, path)
-        limits = caller_of(request).limits
+        call = call_of(request)
+        target = self._of_model(found, path, call)
+        limits = call.limits
         assert found is not None
         if found["model"] in self._generating and (limits.max_rows or limits.max_tokens):
             raise ApiError(f"{path}: your key has a limit of answers or tokens; ask /v1/completions", 403)
@@ -78,15 +80,17 @@ class TritonRoutes:
             raise ApiError(f"{path}: send the body without compression", 415)
         body = await read_bytes(request)
         if limits.max_rows is not None and found["what"] == "/infer":
-            _check_rows(body, request.headers.get(_JSON_LENGTH), limits)
+            call.rows = _rows(body, request.headers.get(_JSON_LENGTH))
+            limits.check_rows(call.rows, "inputs")
         return await self._forward(request, target, body)
 
-    def _of_model(self, found: re.Match[str] | None, path: str) -> str:
+    def _of_model(self, found: re.Match[str] | None, path: str, call: Call) -> str:
         """Return the path at Triton. Raises ApiError for a route that is not answered here."""
         if found is None:
             raise ApiError(f"{path}: there is no such route here", 404)
         if found["model"] not in self._models:
             raise ApiError(f"Request for unknown model: '{found['model']}' is not found", 404)
+        call.model, call.route = found["model"], f"/v2/models/NAME{found['what'] or ''}"
         return f"/v2/models/{quote(found['model'])}{found['version'] or ''}{found['what'] or ''}"
 
     async def _forward(self, request: Request, path: str, body: bytes | None = None) -> Response:
@@ -130,8 +134,8 @@ class _PassedOn(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _check_rows(body: bytes, json_length: str | None, limits: Limits) -> None:
-    """Raise ApiError if an input has more rows than the caller may send, or if they cannot be counted."""
+def _rows(body: bytes, json_length: str | None) -> int:
+    """Return the rows of the longest input of a request. Raises ApiError if they cannot be counted."""
     if json_length is not None and not (
         json_length.isascii() and json_length.isdigit() and int(json_length) <= len(body)
     ):
@@ -139,10 +143,9 @@ def _check_rows(body: bytes, json_length: str | None, limits: Limits) -> None:
     try:
         text = body if json_length is None else body[: int(json_length)]
         request = json.loads(text, object_pairs_hook=_unique)
-        rows = max(int(tensor["shape"][0]) for tensor in request["inputs"])
+        return max(int(tensor["shape"][0]) for tensor in request["inputs"])
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ApiError(f"failed to parse the request JSON buffer: {error or 'nested too deeply'}") from None
-    limits.check_rows(rows, "inputs")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:

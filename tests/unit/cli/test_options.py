@@ -38,6 +38,7 @@ SHARED = {
     "--min-new-tokens": "of a translation, or of an answer of a language model",
     "--method": "how: to calibrate, or to explain",
     "--report": "a page of what the command measured",
+    "--api-key": "of the OpenAI port: those that it takes, or the one to send",
     "--input": "rows to answer; the formats are those of the task",
 }
 """Options whose type or help differs between commands on purpose, and the one meaning that they have."""

@@ -14,15 +14,18 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from certificates import certificate
-from fake_generator import ENDLESS, HANGS
+from fake_generator import BREAKS, ENDLESS, HANGS, TOO_LONG
 from fake_triton import FakeTriton
 from openai_service import Service, serve
 from served import wait_until
 
 from deploykit.errors import DataError, UsageError
 from deploykit.openai import read_body
+from deploykit.openai.calls import AccessLog
 from deploykit.openai.limits import Keys, Limits, digest
+from deploykit.openai.metrics import PortMetrics
 from deploykit.openai.server import Certificate
+from deploykit.triton.load import parse
 
 
 def line(name: str, key: str, limits: str = "") -> str:
@@ -173,6 +176,55 @@ def test_a_body_that_comes_slowly_is_408(service: Service, monkeypatch: pytest.M
             answer += part
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"timeout"' in answer
+
+
+# What is seen of requests
+
+
+def test_requests_are_counted_and_logged_without_their_text(tmp_path: Path) -> None:
+    path, metrics = tmp_path / "access.jsonl", PortMetrics()
+    with (
+        FakeTriton() as triton,
+        serve(triton, keys=Keys(["k"]), metrics=metrics, access_log=AccessLog(path)) as server,
+    ):
+        ask(server.url, "/completions", "k", model="writer", prompt="secret", stream=True)
+        ask(server.url, "/completions", "k", model="writer", prompt=["secret", "secret b"], max_tokens=2)
+        ask(server.url, "/completions", "k", model="writer", prompt=TOO_LONG, max_tokens=2)
+        ask(server.url, "/completions", "k", model="writer", prompt=BREAKS, stream=True)
+        ask(server.url, "/classify", "k", model="tweets", input=["secret", "good"])
+        ask(server.url, "/classify", "k", model="secret", input=["x"])
+        ask(server.url, "/secret?secret", "k")
+        ask(server.url, "/classify", "secret", model="tweets", input=["x"])
+        assert wait_until(lambda: len(path.read_text().splitlines()) == 8, 5)
+    assert "secret" not in path.read_text()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    seen = [(row["route"], row["model"], row["status"], row["error"], row["rows"]) for row in rows]
+    assert seen == [
+        ("/v1/completions", "writer", 200, "", 1),
+        ("/v1/completions", "writer", 200, "", 2),
+        ("/v1/completions", "writer", 400, "invalid_value", 1),
+        ("/v1/completions", "writer", 200, "model_restarting", 1),
+        ("/v1/classify", "tweets", 200, "", 2),
+        ("/v1/classify", "", 404, "model_not_found", 0),
+        ("", "", 404, "404", 0),
+        ("", "", 401, "invalid_api_key", 0),
+    ]
+    assert [row["key"] for row in rows] == ["api-key-1"] * 7 + [""]
+    assert rows[0]["stream"]
+    assert 0 < rows[0]["first_token_seconds"] <= rows[0]["seconds"]
+    assert [row["completion_tokens"] for row in rows[1:3]] == [4, 0]
+
+    text = metrics.text()
+    assert "secret" not in text
+    counted = {(sample.name, *sample.labels.values()): sample.value for sample in parse(text)}
+    assert counted["deploykit_http_requests_total", "/v1/completions", "writer", "200"] == 3
+    assert counted["deploykit_http_errors_total", "/v1/classify", "", "model_not_found"] == 1
+    assert counted["deploykit_http_errors_total", "", "", "invalid_api_key"] == 1
+    tokens = sum(row["completion_tokens"] for row in rows)
+    assert counted["deploykit_http_completion_tokens_total", "writer"] == tokens
+    assert counted["deploykit_http_time_to_first_token_seconds_count", "writer"] == 2
+    assert counted["deploykit_http_request_seconds_bucket", "/v1/classify", "tweets", "+Inf"] == 1
+    assert counted["deploykit_http_requests_in_flight",] == 0
 
 
 # TLS
