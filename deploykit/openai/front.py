@@ -10,7 +10,6 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from starlette.responses import Response
@@ -66,16 +65,17 @@ class Front:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if scope["path"] in _OPEN:
-            caller: Caller | None = Caller("", replace(self._keys.limits, max_concurrent=None))
-        else:
-            caller = self._keys.caller(_bearer(scope))
+        opened = scope["path"] in _OPEN
+        anyone = Caller("", self._keys.limits)
+        caller = anyone if opened else self._keys.caller(_bearer(scope))
         client = scope["client"][0] if scope["client"] else ""
-        call = scope[SCOPE] = Call(caller or Caller("", self._keys.limits), client, scope["method"])
+        call = scope[SCOPE] = Call(caller or anyone, client, scope["method"])
         watched = _Watched(send, call)
         self._metrics.in_flight.add(1)
         try:
-            if caller is None:
+            if opened:
+                await self._app(scope, receive, watched)
+            elif caller is None:
                 await self._refuse(_NO_KEY, scope, receive, watched)
             else:
                 await self._admit(caller, scope, receive, watched)

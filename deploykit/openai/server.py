@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import socket
 import ssl
@@ -13,6 +14,7 @@ from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from deploykit.errors import ServerError, UsageError
 
@@ -37,8 +39,33 @@ class Certificate:
             ) from error
 
 
+_HEADER_S = 60.0
 _KEEP_ALIVE_S = 75
 _START_S = 30.0
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1, which closes a connection on which no whole header arrives within ``_HEADER_S``."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_header()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_header()
+
+    def _expect_header(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(_HEADER_S, self._close_without_header, self.cycle)
+
+    def _close_without_header(self, last: RequestResponseCycle | None) -> None:
+        """Close the connection if no request came after ``last``, which is answered."""
+        if self.cycle is last and (last is None or last.response_complete):
+            self.transport.close()
 
 
 class OpenAIServer:
@@ -56,6 +83,7 @@ class OpenAIServer:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=_Protocol,
                 log_config=None,
                 access_log=False,
                 ws="none",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import os
 import signal
 import ssl
 import subprocess
@@ -22,7 +23,9 @@ import tritonclient.http as triton
 from certificates import certificate
 from served import body, wait_until
 
+from deploykit.errors import RequestError
 from deploykit.openai.limits import digest
+from deploykit.tasks.opening import open_served
 from deploykit.triton.repository import package
 
 KEY, FEW = "a-key", "a-key-for-few"
@@ -49,11 +52,13 @@ def served(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     certfile, keyfile = certificate(folder)
     options = ("--openai-port", "0", "--api-key-file", str(keys), "--ready-file", str(ready), "--drain", "5", "--triton-routes",
                "--ssl-certfile", str(certfile), "--ssl-keyfile", str(keyfile))  # fmt: skip
-    process = subprocess.Popen(command(repository, *options), stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "DEPLOYKIT_API_KEY": "another"}
+    process = subprocess.Popen(command(repository, *options), stderr=subprocess.PIPE, text=True, env=environment)
     try:
         assert wait_until(lambda: ready.exists() or process.poll() is not None, 90)
         assert ready.exists(), process.communicate()[1]
-        yield {**json.loads(ready.read_text()), "verify": ssl.create_default_context(cafile=certfile)}
+        yield {**json.loads(ready.read_text()), "certfile": str(certfile),
+               "verify": ssl.create_default_context(cafile=certfile)}  # fmt: skip
         process.send_signal(signal.SIGTERM)
         _, printed = process.communicate(timeout=30)
         assert process.returncode == 0, printed
@@ -132,6 +137,23 @@ def test_tritonclient_asks_in_binary_with_tls_and_key(served: dict[str, Any]) ->
         assert answer.as_numpy("SCORES").shape == (2, 3)
         with pytest.raises(triton.InferenceServerException, match="give a valid API key"):
             client.infer("tiny", [text])
+
+
+def test_deploykits_own_client_asks_with_tls_and_key(served: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    url = served["openai"].removesuffix("/v1")
+    monkeypatch.setenv("SSL_CERT_FILE", served["certfile"])
+    monkeypatch.setenv("DEPLOYKIT_API_KEY", KEY)
+    with contextlib.closing(open_served("tiny", url)) as model:
+        assert model.scores(["w1 w2"]).shape == (1, 3)
+    monkeypatch.delenv("DEPLOYKIT_API_KEY")
+    with pytest.raises(RequestError, match="needs an API key"):
+        open_served("tiny", url)
+
+
+def test_tritons_processes_do_not_have_the_keys(served: dict[str, Any]) -> None:
+    processes = [psutil.Process(served["pid"]), *psutil.Process(served["pid"]).children(recursive=True)]
+    assert len(processes) > 1
+    assert all("DEPLOYKIT_API_KEY" not in process.environ() for process in processes)
 
 
 def test_a_key_is_held_to_its_limits_on_tritons_routes(served: dict[str, Any]) -> None:

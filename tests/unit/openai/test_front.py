@@ -21,6 +21,7 @@ from served import wait_until
 
 from deploykit.errors import DataError, UsageError
 from deploykit.openai import read_body
+from deploykit.openai import server as openai_server
 from deploykit.openai.calls import AccessLog
 from deploykit.openai.limits import Keys, Limits, digest
 from deploykit.openai.metrics import PortMetrics
@@ -135,9 +136,9 @@ def test_a_key_is_held_to_its_limits_of_size_rows_and_tokens(tmp_path: Path) -> 
 
 def test_requests_over_the_time_limit_get_504_and_streams_end_with_an_error() -> None:
     with FakeTriton() as triton, serve(triton, keys=Keys(limits=Limits(timeout=0.5))) as server:
-        answer = ask(server.url, "/completions", "", model="writer", prompt=HANGS)
+        answer = ask(server.url, "/completions", "none", model="writer", prompt=HANGS)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
-        answer = ask(server.url, "/completions", "", model="writer", prompt=ENDLESS, stream=True)
+        answer = ask(server.url, "/completions", "none", model="writer", prompt=ENDLESS, stream=True)
         events = [part.removeprefix("data: ") for part in answer.text.split("\n\n") if part]
         assert answer.status_code == 200
         assert json.loads(events[0])["choices"]
@@ -176,6 +177,19 @@ def test_a_body_that_comes_slowly_is_408(service: Service, monkeypatch: pytest.M
             answer += part
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"timeout"' in answer
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /hea"])
+def test_a_connection_without_a_whole_header_is_closed(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(openai_server, "_HEADER_S", 0.3)
+    with FakeTriton() as triton, serve(triton) as server:
+        address = urlsplit(server.url)
+        with socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as idle:
+            idle.sendall(sent)
+            answer = b""
+            while part := idle.recv(4096):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 200 ") == (len(sent) > 20)
 
 
 # What is seen of requests
