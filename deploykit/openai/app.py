@@ -66,6 +66,8 @@ def create_app(
         await generator.close()
         if triton is not None:
             await triton.close()
+        if access_log is not None:
+            access_log.close()
         await asyncio.to_thread(predictors.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

@@ -78,6 +78,10 @@ class AccessLog:
         except OSError as error:
             raise UsageError(f"{path}: cannot be written: {error.strerror}", "choose another --access-log") from error
 
+    def close(self) -> None:
+        if self._file is not sys.stderr:
+            self._file.close()
+
     def write(self, call: Call) -> None:
         record = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),

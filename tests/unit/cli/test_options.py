@@ -75,7 +75,7 @@ def test_the_model_is_the_first_argument_of_every_command() -> None:
         shown = [a.metavar or (a.name or "").upper() for a in arguments]
         expected = {
             "finetune": ["[TARGET]"], "bench": ["TARGETS"], "compare": ["OLD", "NEW"], "unpack": ["BUNDLE"], "serve": [],
-            "doctor": [], "demo": [], "predict": ["TARGET", "TEXTS"], "translate": ["TARGET", "TEXTS"],
+            "doctor": [], "demo": [], "top": ["URL"], "predict": ["TARGET", "TEXTS"], "translate": ["TARGET", "TEXTS"],
             "generate": ["TARGET", "TEXTS"], "explain": ["TARGET", "TEXTS"],
         }.get(name, ["TARGET"])  # fmt: skip
         assert shown == expected, name

@@ -156,7 +156,8 @@ def test_more_open_requests_than_the_limit_are_429_for_this_key_alone(tmp_path: 
         httpx.Client(base_url=server.url, headers={"authorization": "Bearer 1"}) as client,
     ):
         with client.stream("POST", "/completions", json={"model": "writer", "prompt": ENDLESS, "stream": True}) as open:
-            next(open.iter_lines())
+            lines = open.iter_lines()  # it closes the stream when it is collected
+            next(lines)
             second = pool.submit(ask, server.url, "/completions", "1", model="writer", prompt="a").result()
             assert (second.status_code, second.json()["error"]["code"]) == (429, "too_many_requests")
             assert second.headers["retry-after"] == "1"
