@@ -21,6 +21,7 @@ _COMMANDS: Mapping[str, str] = {
     "bundle": "Pack an export into one file that a Jetson builds and serves.",
     "unpack": "Verify and unpack such a file.",
     "serve": "Serve a model repository with Triton.",
+    "top": "Show what the models of a running server do.",
     "predict": "Answer texts with a served or local model of any task.",
     "answer": "Answer questions about a text, with their places in it.",
     "translate": "Translate texts with a served or local model.",

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,10 @@ from deploykit.cli.common import MODEL_REPOSITORY, Result, deploykit_command, sa
 from deploykit.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
+    from deploykit.openai.calls import AccessLog
+    from deploykit.openai.limits import Keys
+    from deploykit.openai.metrics import PortMetrics
+    from deploykit.openai.server import Certificate
     from deploykit.triton.server import TritonServer
 
 
@@ -49,6 +54,33 @@ if TYPE_CHECKING:
     help="Key that requests to the OpenAI port must have; may be given several times (default: none is needed).",
 )
 @click.option(
+    "--api-key-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File of keys, a line NAME:SHA256[:LIMITS] each; it is read again when it changes.",
+)
+@click.option(
+    "--limits",
+    default="",
+    metavar="NAME=VALUE,...",
+    help="What a caller of the OpenAI port may ask: max_body_bytes (default 8388608), max_rows, max_tokens, timeout (seconds), max_concurrent.",
+)
+@click.option(
+    "--ssl-certfile",
+    type=click.Path(path_type=Path),
+    help="Certificate chain of the OpenAI port, PEM; it then has TLS.",
+)
+@click.option("--ssl-keyfile", type=click.Path(path_type=Path), help="Private key of the certificate, PEM.")
+@click.option(
+    "--access-log",
+    type=click.Path(path_type=Path, dir_okay=False, allow_dash=True),
+    help="File for a JSON line about each request to the OpenAI port, without its text; -: stderr.",
+)
+@click.option(
+    "--triton-routes",
+    is_flag=True,
+    help="Answer Triton's HTTP API, /v2, on the OpenAI port too, with its keys, limits and TLS; Triton's own ports then listen on loopback only.",
+)
+@click.option(
     "--ready-timeout", type=float, default=60.0, show_default=True, help="Seconds to wait for the models to load."
 )
 @click.option(
@@ -66,36 +98,37 @@ def command(
     repository: Path,
     host: str,
     openai_port: int | None,
-    api_keys: tuple[str, ...],
     ready_file: Path | None,
     ready_timeout: float,
     drain: float,
+    api_keys: tuple[str, ...],
+    api_key_file: Path | None,
+    limits: str,
+    ssl_certfile: Path | None,
+    ssl_keyfile: Path | None,
+    access_log: Path | None,
+    triton_routes: bool,
     **options: Any,
 ) -> Result:
     from deploykit.artifacts import new_file
-    from deploykit.triton.preflight import SERVE_EXTRA, listen, resolve
+    from deploykit.triton.preflight import listen, resolve
     from deploykit.triton.server import TritonServer
 
     if ready_timeout <= 0 or drain < 0:
         raise UsageError("--ready-timeout must be above 0 and --drain at least 0", "give seconds")
-    if (
-        openai_port is None
-        and click.get_current_context().get_parameter_source("api_keys") == ParameterSource.COMMANDLINE
-    ):
-        raise UsageError("--api-key is for the OpenAI port", "give --openai-port too, or leave it out")
-    if not all(key.isascii() and key.isprintable() and key == key.strip() and key for key in api_keys):
-        raise UsageError(
-            "an API key is empty, or has white space at an end or other than ASCII letters", "give another"
-        )
-    if openai_port is not None and not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
-        raise MissingDependencyError("FastAPI and uvicorn, which --openai-port needs, are not installed", SERVE_EXTRA)
+    if openai_port is None:
+        _refuse_openai_options()
+        front = None
+    else:
+        front = _front(api_keys, api_key_file, limits, ssl_certfile, ssl_keyfile, access_log, triton_routes)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     listener = None if openai_port is None else listen("openai", resolve(host), openai_port)
-    server = TritonServer(repository, host=host, ready_timeout=ready_timeout, drain=drain, **options)
+    own_host = "127.0.0.1" if triton_routes else host
+    server = TritonServer(repository, host=own_host, ready_timeout=ready_timeout, drain=drain, **options)
     say(f"starting Triton on {repository}")
-    with server, _openai(server, listener, api_keys) as openai:
+    with server, _openai(server, listener, front) as openai:
         for note in server.notes:
             say(note)
         say(
@@ -110,10 +143,15 @@ def command(
                 with new_file(ready_file) as file:
                     file.write_text(json.dumps({**record, "pid": server.pid}))
 
+        def restarted() -> None:
+            write_ready_file()
+            if front is not None:
+                front.metrics.triton_restarts.add(1)
+
         record = {"models": list(server.models), **server.urls.__dict__, **openai, "pid": server.pid}
         write_ready_file()
         try:
-            server.supervise(stop, restarted=write_ready_file)
+            server.supervise(stop, restarted=restarted)
         finally:
             say("waiting for requests in flight")
             if ready_file is not None:
@@ -121,35 +159,90 @@ def command(
     return record, "stopped"
 
 
+@dataclass(frozen=True)
+class _Front:
+    """How the OpenAI port admits requests."""
+
+    keys: Keys
+    certificate: Certificate | None
+    access_log: AccessLog | None
+    metrics: PortMetrics
+    triton_routes: bool
+
+
+def _refuse_openai_options() -> None:
+    """Raise UsageError for an option of the OpenAI port on the command line."""
+    context = click.get_current_context()
+    for name in ("api_keys", "api_key_file", "limits", "ssl_certfile", "ssl_keyfile", "access_log", "triton_routes"):
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
+            option = next(one.opts[0] for one in context.command.params if one.name == name)
+            raise UsageError(f"{option} is for the OpenAI port", "give --openai-port too, or leave it out")
+
+
+def _front(
+    api_keys: tuple[str, ...],
+    api_key_file: Path | None,
+    limits: str,
+    ssl_certfile: Path | None,
+    ssl_keyfile: Path | None,
+    access_log: Path | None,
+    triton_routes: bool,
+) -> _Front:
+    """Check the options of the OpenAI port. Raises UsageError, DataError or MissingDependencyError."""
+    if not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
+        from deploykit.triton.preflight import SERVE_EXTRA
+
+        raise MissingDependencyError("FastAPI and uvicorn, which --openai-port needs, are not installed", SERVE_EXTRA)
+    from deploykit.openai.calls import AccessLog
+    from deploykit.openai.limits import Keys, Limits
+    from deploykit.openai.metrics import PortMetrics
+    from deploykit.openai.server import Certificate
+
+    if not all(key.isascii() and key.isprintable() and key == key.strip() and key for key in api_keys):
+        raise UsageError(
+            "an API key is empty, or has white space at an end or other than ASCII letters", "give another"
+        )
+    if (ssl_certfile is None) != (ssl_keyfile is None):
+        raise UsageError("--ssl-certfile and --ssl-keyfile go together", "give both")
+    certificate = Certificate(ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None
+    keys = Keys(api_keys, api_key_file, Limits().replaced(limits))
+    return _Front(keys, certificate, AccessLog(access_log) if access_log else None, PortMetrics(), triton_routes)
+
+
 @contextlib.contextmanager
-def _openai(
-    server: TritonServer, listener: socket.socket | None, api_keys: tuple[str, ...]
-) -> Iterator[dict[str, str]]:
+def _openai(server: TritonServer, listener: socket.socket | None, front: _Front | None) -> Iterator[dict[str, str]]:
     """Serve OpenAI's API on ``listener``, if there is one. Yields its address as ``openai``.
 
     Its open requests and then Triton's share the time to drain.
     """
-    if listener is None:
+    if listener is None or front is None:
         yield {}
         return
     from deploykit.openai.app import create_app
     from deploykit.openai.server import OpenAIServer
     from deploykit.openai.triton_generator import TritonGenerator
+    from deploykit.openai.triton_routes import TritonRoutes
     from deploykit.tasks.opening import open_served
 
-    if api_keys and not server.urls.http.startswith("http://127."):
+    if front.keys.needed and not server.urls.http.startswith("http://127."):
         say("note: only the OpenAI port needs the key; Triton's own ports answer anyone who reaches them")
+    if front.keys.needed and front.certificate is None and not listener.getsockname()[0].startswith("127."):
+        say("note: keys are sent in the clear without --ssl-certfile")
+    generating = [name for name, facts in server.tasks.items() if facts.name == "text-generation"]
     app = create_app(
         server.tasks,
         TritonGenerator(server.urls.grpc),
         lambda name: open_served(name, server.urls.http),
         created=int(time.time()),
         metrics_url=server.urls.metrics,
-        api_keys=api_keys,
+        keys=front.keys,
+        triton=TritonRoutes(server.urls.http, server.models, generating) if front.triton_routes else None,
+        metrics=front.metrics,
+        access_log=front.access_log,
     )
     until = 0.0
     try:
-        with OpenAIServer(app, listener, drain=server.drain) as openai:
+        with OpenAIServer(app, listener, drain=server.drain, certificate=front.certificate) as openai:
             try:
                 yield {"openai": openai.url}
             finally:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import http.client
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,24 +15,29 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deploykit.openai.answers import event
+from deploykit.openai.calls import AccessLog, Call, call_of
 from deploykit.openai.chat import chat_completion, chat_events
 from deploykit.openai.chat_request import ChatBody
 from deploykit.openai.completion_request import CompletionBody
 from deploykit.openai.completions import completion, completion_events
 from deploykit.openai.disconnect import event_stream, while_connected
 from deploykit.openai.errors import ApiError
-from deploykit.openai.generator import Generator
+from deploykit.openai.front import HEALTH, Front, error_response, json_response
+from deploykit.openai.generator import Asked, Generator, Piece
+from deploykit.openai.limits import Keys, Limits
+from deploykit.openai.metrics import PortMetrics
 from deploykit.openai.predictors import Predictors, TextsBody
 from deploykit.openai.read_body import read_body
+from deploykit.openai.sampling_fields import MOST_TOKENS
+from deploykit.openai.triton_routes import TritonRoutes
 from deploykit.tasks.protocol import Predictor, Task, TaskFacts
 from deploykit.tasks.registry import get_task, task_names, task_of
+from deploykit.tasks.text_generation.facts import TextGeneration
 
 log = logging.getLogger(__name__)
 
-_HEALTH = "/health"
 _CLIENT_CLOSED_REQUEST = 499
 
 
@@ -44,12 +48,15 @@ def create_app(
     *,
     created: int,
     metrics_url: str = "",
-    api_keys: Sequence[str] = (),
+    keys: Keys | None = None,
+    triton: TritonRoutes | None = None,
+    metrics: PortMetrics | None = None,
+    access_log: AccessLog | None = None,
 ) -> FastAPI:
     """Return the app. ``models`` are those served, ``created`` the time they were started, in seconds since 1970.
 
-    ``generator`` answers for language models; ``open_model`` connects to a model of another task. With ``api_keys``,
-    every route but /health needs one of them.
+    ``generator`` answers for language models; ``open_model`` connects to a model of another task. ``keys`` say who may
+    ask what. With ``triton``, the routes of Triton's HTTP API are answered too. Requests are counted in ``metrics``.
     """
     predictors = Predictors(open_model)
 
@@ -57,20 +64,27 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await generator.close()
+        if triton is not None:
+            await triton.close()
+        if access_log is not None:
+            access_log.close()
         await asyncio.to_thread(predictors.close)
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     _add_errors(app)
-    if api_keys:
-        app.add_middleware(_KeyRequired, keys=api_keys)
+    counted = metrics or PortMetrics()
+    app.add_middleware(Front, keys=keys or Keys(), metrics=counted, log=access_log)
+    if triton is not None:
+        triton.add_to(app)
 
     def listed(name: str) -> dict[str, Any]:
         facts = models[name]
         return {"id": name, "object": "model", "created": created, "owned_by": "deploykit", "task": facts.name}
 
-    def require(name: str, route: str, verb: str) -> None:
+    def require(call: Call, name: str, route: str, verb: str) -> None:
         if name not in models:
             raise _unknown_model(name)
+        call.model = name
         task = task_of(models[name])
         if route not in _routes(task):
             where = f"ask it at {' or '.join(_routes(task))}"
@@ -78,48 +92,62 @@ def create_app(
                 f"the model {name} {task.does}, it does not {verb}; {where}", param="model", code="wrong_task"
             )
 
-    @app.get(_HEALTH)
+    def ask(call: Call, prompts: Sequence[Asked], rows: int, param: str) -> list[AsyncGenerator[Piece, None]]:
+        """Ask a language model for ``rows`` answers, within the caller's limits."""
+        call.rows = rows
+        call.limits.check_rows(rows, param)
+        limited = [_limited(asked, call.limits, models[asked.model]) for asked in prompts]
+        return [call.counted(generator.generate(asked)) for asked in limited]
+
+    @app.get(HEALTH)
     async def health() -> Response:
         ready = await generator.ready()
-        return _json({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
+        return json_response({"status": "ok" if ready else "not ready"}, 200 if ready else 503)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(await asyncio.to_thread(_get, metrics_url), media_type="text/plain; version=0.0.4")
+    async def show_metrics() -> Response:
+        tritons = await asyncio.to_thread(_get, metrics_url)
+        counted.triton_up.set(1 if tritons else 0)
+        return Response(tritons + counted.text().encode(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return _json({"object": "list", "data": [listed(name) for name in models]})
+        return json_response({"object": "list", "data": [listed(name) for name in models]})
 
     @app.get("/v1/models/{name:path}")
     async def show_model(name: str) -> Response:
         if name not in models:
             raise _unknown_model(name)
-        return _json(listed(name))
+        return json_response(listed(name))
 
     @app.post(_CHAT)
     async def chat(request: Request) -> Response:
         body = await read_body(request, ChatBody)
-        require(body.model, _CHAT, "generate text")
-        pieces = generator.generate(body.asked())
+        call = call_of(request)
+        require(call, body.model, _CHAT, "generate text")
+        [pieces] = ask(call, [body.asked()], body.n, "n")
         if body.stream:
-            return await event_stream(request, _with_errors(chat_events(body, pieces)))
-        return _json(await while_connected(request.receive, chat_completion(body, pieces)))
+            return await event_stream(request, _with_errors(call, chat_events(body, pieces)))
+        return json_response(await while_connected(request.receive, chat_completion(body, pieces)))
 
     @app.post(_COMPLETIONS)
     async def complete(request: Request) -> Response:
         body = await read_body(request, CompletionBody)
-        require(body.model, _COMPLETIONS, "generate text")
-        prompts = [generator.generate(asked) for asked in body.asked()]
+        call = call_of(request)
+        require(call, body.model, _COMPLETIONS, "generate text")
+        prompts = ask(call, body.asked(), len(body.prompt) * max(body.n, body.best_of or 1), "prompt")
         if body.stream:
-            return await event_stream(request, _with_errors(completion_events(body, prompts)))
-        return _json(await while_connected(request.receive, completion(body, prompts)))
+            return await event_stream(request, _with_errors(call, completion_events(body, prompts)))
+        return json_response(await while_connected(request.receive, completion(body, prompts)))
 
     def answers(task: Task, route: str) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             body = await read_body(request, TextsBody)
-            require(body.model, route, task.verb)
-            return _json(await predictors.answer(body))
+            call = call_of(request)
+            require(call, body.model, route, task.verb)
+            call.rows = len(body.input)
+            call.limits.check_rows(call.rows, "input")
+            return json_response(await predictors.answer(body))
 
         return answer
 
@@ -142,7 +170,14 @@ def _routes(task: Task) -> tuple[str, ...]:
     return (_CHAT, _COMPLETIONS) if _generates(task) else (f"/v1/{task.verb.split()[0]}",)
 
 
-async def _with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+def _limited(asked: Asked, limits: Limits, facts: TaskFacts) -> Asked:
+    """Return ``asked`` with the most tokens that the caller may have. Raises ApiError if it asks for more."""
+    default = facts.sampling.max_new_tokens if isinstance(facts, TextGeneration) else MOST_TOKENS
+    most = limits.most_tokens(asked.sampling.get("max_new_tokens"), default)
+    return asked if most is None else replace(asked, sampling={**asked.sampling, "max_new_tokens": most})
+
+
+async def _with_errors(call: Call, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
     """Yield ``events``, and an error after the first as the last event. An error before it is raised."""
     begun = False
     async with aclosing(events):
@@ -153,17 +188,14 @@ async def _with_errors(events: AsyncGenerator[str, None]) -> AsyncGenerator[str,
         except ApiError as error:
             if not begun:
                 raise
+            call.error = error.code or str(error.status)
             yield event(error.body())
         except Exception:
             if not begun:
                 raise
             log.exception("a stream failed")
+            call.error = "500"
             yield event(ApiError("the server failed", 500).body())
-
-
-def _json(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), default=float).encode(errors="replace")
-    return Response(body, status, media_type="application/json", headers=headers)
 
 
 def _unknown_model(name: str) -> ApiError:
@@ -180,17 +212,17 @@ def _add_errors(app: FastAPI) -> None:
 
     async def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        headers = {"retry-after": "1"} if error.status in (429, 503) else None
-        return _json(error.body(), error.status, headers)
+        call_of(request).error = error.code or ""
+        return error_response(request.url.path, error)
 
     async def no_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         fault = ApiError(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
-        return _json(fault.body(), error.status_code, error.headers)
+        return error_response(request.url.path, fault, error.headers)
 
     async def fail(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return _json(ApiError("the server failed", 500).body(), 500)
+        return error_response(request.url.path, ApiError("the server failed", 500))
 
     async def closed(request: Request, error: Exception) -> Response:
         return Response(status_code=_CLIENT_CLOSED_REQUEST)  # no one receives it
@@ -201,36 +233,14 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, fail)
 
 
-class _KeyRequired:
-    """Answer requests without one of ``keys`` with status 401."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app = app
-        self._keys = [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == _HEALTH or self._admits(scope):
-            await self._app(scope, receive, send)
-            return
-        fault = ApiError("give a valid API key, as the header Authorization: Bearer KEY", 401, code="invalid_api_key")
-        await _json(fault.body(), 401, {"www-authenticate": "Bearer"})(scope, receive, send)
-
-    def _admits(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        kind, _, key = given.partition(b" ")
-        # Compare with every key in constant time, so that the time tells nothing of them.
-        same = [hmac.compare_digest(key.strip(), each) for each in self._keys]
-        return kind.lower() == b"bearer" and any(same)
-
-
 def _get(url: str) -> bytes:
-    """Return what Triton's metrics port answers. Raises ApiError."""
+    """Return what Triton's metrics port answers; b"" while there is no Triton."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.netloc, timeout=5.0)
     try:
         connection.request("GET", parts.path)
         return connection.getresponse().read()
-    except (OSError, http.client.HTTPException) as error:
-        raise ApiError(f"the metrics port of Triton does not answer: {error}", 503) from None
+    except (OSError, http.client.HTTPException):
+        return b""
     finally:
         connection.close()

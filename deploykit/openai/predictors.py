@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -47,21 +48,20 @@ class Predictors:
         self._open = open_model
         self._idle: dict[str, deque[Predictor]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, "deploykit-openai")
-        self._waiting = 0
+        self._room = threading.BoundedSemaphore(_MOST_WAITING)
 
     async def answer(self, body: TextsBody) -> dict[str, Any]:
         """Return the response: an object for each text, with the columns of its answer, or an ``error``.
 
         Raises ApiError if the only text is refused, if too many requests wait, or if the server is lost.
         """
-        if self._waiting >= _MOST_WAITING:
+        if not self._room.acquire(blocking=False):
             raise overloaded("too many requests wait")
-        self._waiting += 1
-        try:
-            texts = [text if isinstance(text, str) else (text[0], text[1]) for text in body.input]
-            rows = await asyncio.get_running_loop().run_in_executor(self._threads, self._answer, body.model, texts)
-        finally:
-            self._waiting -= 1
+        texts = [text if isinstance(text, str) else (text[0], text[1]) for text in body.input]
+        work = self._threads.submit(self._answer, body.model, texts)
+        # It counts until its thread is free again, which may be after the request's time is over.
+        work.add_done_callback(lambda _: self._room.release())
+        rows = await asyncio.wrap_future(work)
         if len(rows) == 1 and rows[0].error:
             raise ApiError(f"input: {rows[0].error}", param="input", code="invalid_value")
         data = [

@@ -10,9 +10,11 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import Request
 
+from deploykit.openai.calls import call_of
 from deploykit.openai.errors import ApiError
 
-MAX_BODY_BYTES = 8 << 20
+BODY_S = 60.0
+"""Time that a body may take to arrive."""
 _LARGE_BYTES = 256 << 10
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 MAX_DEPTH = 64
@@ -34,17 +36,30 @@ Read = TypeVar("Read", bound=Body)
 
 
 async def read_body(request: Request, kind: type[Read]) -> Read:
-    """Return the body of ``request``. Raises ApiError with status 400, or 413 for a body over ``MAX_BODY_BYTES``."""
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise ApiError(f"the body has more than {MAX_BODY_BYTES:,} bytes", 413, code="body_too_large")
-        parts.append(part)
-    raw = b"".join(parts)
+    """Return the body of ``request``. Raises ApiError: status 400, or as ``read_bytes`` does."""
+    raw = await read_bytes(request)
     # A large body would hold up all other requests.
-    return parse_body(raw, kind) if size < _LARGE_BYTES else await asyncio.to_thread(parse_body, raw, kind)
+    return parse_body(raw, kind) if len(raw) < _LARGE_BYTES else await asyncio.to_thread(parse_body, raw, kind)
+
+
+async def read_bytes(request: Request) -> bytes:
+    """Return the body as it is. Raises ApiError: status 413 if it is over the caller's limit, 408 if it comes slowly."""
+    most = call_of(request).limits.max_body_bytes
+
+    async def read() -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise ApiError(f"the body has more than {most:,} bytes", 413, code="body_too_large")
+            parts.append(part)
+        return b"".join(parts)
+
+    try:
+        return await asyncio.wait_for(read(), BODY_S)
+    except asyncio.TimeoutError:
+        raise ApiError(f"the body did not arrive within {BODY_S:g} s", 408, code="timeout") from None
 
 
 def parse_body(raw: bytes, kind: type[Read]) -> Read:

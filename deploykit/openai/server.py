@@ -2,38 +2,95 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import socket
+import ssl
 import threading
 import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from deploykit.errors import ServerError
+from deploykit.errors import ServerError, UsageError
 
+
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate chain and its private key, PEM files. Raises UsageError if they cannot be used."""
+
+    certfile: Path
+    keyfile: Path
+
+    def __post_init__(self) -> None:
+        def encrypted() -> NoReturn:
+            raise UsageError(f"{self.keyfile}: the key is encrypted", "give a key without a passphrase")
+
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certfile, self.keyfile, encrypted)
+        except OSError as error:  # SSLError is one
+            raise UsageError(
+                f"--ssl-certfile {self.certfile}, --ssl-keyfile {self.keyfile}: {error}",
+                "give a certificate and its private key, as PEM files",
+            ) from error
+
+
+_HEADER_S = 60.0
 _KEEP_ALIVE_S = 75
 _START_S = 30.0
 
 
+class _Protocol(H11Protocol):
+    """HTTP/1.1, which closes a connection on which no whole header arrives within ``_HEADER_S``."""
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_header()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_header()
+
+    def _expect_header(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(_HEADER_S, self._close_without_header, self.cycle)
+
+    def _close_without_header(self, last: RequestResponseCycle | None) -> None:
+        """Close the connection if no request came after ``last``, which is answered."""
+        if self.cycle is last and (last is None or last.response_complete):
+            self.transport.close()
+
+
 class OpenAIServer:
-    """Serves ``app`` on the listening socket ``listener`` while the block runs.
+    """Serves ``app`` on the listening socket ``listener`` while the block runs, with TLS if there is a certificate.
 
     ``drain`` is the time for open requests when stopping, in seconds. After that they are cancelled.
     """
 
-    def __init__(self, app: FastAPI, listener: socket.socket, *, drain: float) -> None:
+    def __init__(
+        self, app: FastAPI, listener: socket.socket, *, drain: float, certificate: Certificate | None = None
+    ) -> None:
         address, port = listener.getsockname()[:2]
-        self.url = f"http://{address}:{port}/v1"
+        self.url = f"http{'s' if certificate else ''}://{address}:{port}/v1"
         self._listener = listener
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app,
+                http=_Protocol,
                 log_config=None,
                 access_log=False,
                 ws="none",
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=math.ceil(drain),
+                ssl_certfile=certificate.certfile if certificate else None,
+                ssl_keyfile=certificate.keyfile if certificate else None,
             )
         )
         self._thread = threading.Thread(

@@ -48,6 +48,10 @@ class UnitDecoder(Protocol):
     def claimed(self) -> int:
         """Number of rows that the running and waiting units take."""
 
+    @property
+    def cache_use(self) -> float:
+        """Share of the key-value caches that the running units may come to need, 0 to 1."""
+
     def add(self, unit: Any) -> None:
         """Append a unit to the waiting ones."""
 
@@ -82,12 +86,13 @@ class Client(Protocol):
 @dataclass(frozen=True)
 class Load:
     """Rows in the decoder, or its sentences, and units in the queue; tokens generated and requests cancelled since the
-    loop began."""
+    loop began; the share of the key-value caches in use."""
 
     running: int
     waiting: int
     tokens: int
     cancelled: int
+    cache_use: float
 
 
 class _Request:
@@ -281,7 +286,13 @@ class DecodeLoop(Generic[Model]):
     def _report_load(self) -> None:
         decoder = self.model.decoder
         tokens = self._tokens + decoder.tokens
-        load = Load(len(decoder.running), self._waiting + len(decoder.waiting), tokens, self._cancelled_count)
+        load = Load(
+            len(decoder.running),
+            self._waiting + len(decoder.waiting),
+            tokens,
+            self._cancelled_count,
+            decoder.cache_use,
+        )
         self.call_in_client_thread(self._report, load)
 
     def call_in_client_thread(self, call: Callable[..., None], *arguments: object) -> None:

@@ -158,6 +158,11 @@ class Decoder:
         """Number of rows that the running and waiting sentences take."""
         return self._model.rows + len(self._successors) + sum(s.generation.beam_size for s in self.waiting)
 
+    @property
+    def cache_use(self) -> float:
+        """Share of the memory for caches that the running sentences take, 0 to 1."""
+        return self._cache_bytes() / self._max_cache_bytes if self.running else 0.0
+
     def add(self, sentence: Sentence) -> None:
         """Append ``sentence`` to the waiting ones."""
         self.waiting.append(sentence)
@@ -380,15 +385,17 @@ class Decoder:
 
     def _make_room(self) -> None:
         """Move the youngest sentences back to the queue while the caches of this step are too large."""
-        while len(self.running) > 1:
-            rows = self._model.rows
-            longest = int(self._lengths[:rows].max())
-            source = max(len(s.token_ids) for s in self.running)
-            if self._model.cache_bytes(rows, longest, source) <= self._max_cache_bytes:
-                return
+        while len(self.running) > 1 and self._cache_bytes() > self._max_cache_bytes:
             youngest = self.running[-1]
             self._leave([youngest])
             self.waiting.appendleft(youngest)
+
+    def _cache_bytes(self) -> int:
+        """Return the size of the caches of this step."""
+        rows = self._model.rows
+        longest = int(self._lengths[:rows].max())
+        source = max(len(s.token_ids) for s in self.running)
+        return self._model.cache_bytes(rows, longest, source)
 
     def _update_selection(self, plan: _Plan) -> int:
         """Update ``plan.selection`` for this step. Returns the number of steps for which it stays valid."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import re
 import time
@@ -23,7 +24,8 @@ from deploykit.runtime.serving_settings import DEFAULT_URL as DEFAULT_URL
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of_parameters
 
-_MAX_REQUEST_BYTES = 8 << 20  # well below Triton's limit of 64 MiB for a request's body
+_MAX_REQUEST_BYTES = 4 << 20  # with all else in it well below the OpenAI port's limit of 8 MiB, and Triton's of 64
+API_KEY_VARIABLE = "DEPLOYKIT_API_KEY"
 _FIRST_ROW = re.compile(r"row 0 of [A-Z]+: ")  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # Triton's messages while it reloads a model whose process died.
@@ -42,6 +44,8 @@ class _Connection:
     def __init__(self, address: str, tls: bool, timeout: float) -> None:
         host, _, path = address.partition("/")
         self._path = f"/{path}" if path else ""
+        keys = os.environ.get(API_KEY_VARIABLE, "").split()
+        self._key = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
         self._connection = kind(host, timeout=min(10.0, timeout))
         self._connection.connect()
@@ -50,14 +54,14 @@ class _Connection:
     def send(self, method: str, path: str, body: bytes, json_size: int | None) -> tuple[int, int | None, bytes]:
         """Send a request. See ``ServedModel._send``."""
         headers = {} if json_size is None else {"Inference-Header-Content-Length": str(json_size)}
-        self._connection.request(method, f"{self._path}{path}", body, headers)
+        self._connection.request(method, f"{self._path}{path}", body, {**self._key, **headers})
         response = self._connection.getresponse()
         size = response.headers.get("Inference-Header-Content-Length")
         return response.status, None if size is None else int(size), response.read()
 
     def post(self, path: str, body: bytes) -> http.client.HTTPResponse:
         """Send a request whose answer is read as a stream."""
-        self._connection.request("POST", f"{self._path}{path}", body, {"Accept": "text/event-stream"})
+        self._connection.request("POST", f"{self._path}{path}", body, {**self._key, "Accept": "text/event-stream"})
         return self._connection.getresponse()
 
     @property
@@ -194,7 +198,7 @@ class ServedModel:
             message = (
                 error_text(answer).removeprefix("[request id: <id_unknown>] ").strip()
             )  # Triton's prefix for a request without an id
-            busy = status == 503 or (status in (400, 404, 500) and _RELOADING.search(message) is not None)
+            busy = status in (429, 503) or (status in (400, 404, 500) and _RELOADING.search(message) is not None)
             if not busy or time.monotonic() > deadline:
                 raise self._refusal(status, message)
             time.sleep(pause * random.uniform(0.5, 1.0))
@@ -248,7 +252,7 @@ class ServedModel:
 
     def _refusal(self, status: int, message: str) -> ServerError:
         where = f"model {self._name} at {self._url}"
-        if status == 503:
+        if status in (429, 503):
             return RequestError(
                 f"{where}: overloaded: {message}", 503, "send fewer requests at once, or try again later"
             )
@@ -256,7 +260,13 @@ class ServedModel:
             return RequestError(
                 f"{where}: the server has no such model", 404, "use a name that deploykit serve printed when it started"
             )
-        if status in (401, 403, 405, 502, 504):
+        if status == 401:
+            return RequestError(
+                f"{where}: the server needs an API key",
+                401,
+                f"set {API_KEY_VARIABLE} to one that its operator gave you",
+            )
+        if status in (403, 405, 502, 504):
             return self._not_triton(f"HTTP status {status}")
         if status == 400:
             return RequestError(message, 400, "correct the request")

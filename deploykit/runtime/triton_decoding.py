@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -14,21 +14,23 @@ from deploykit.runtime.triton_requests import CancelledError, FailedError, Refus
 
 
 class LoadMetrics:
-    """Triton metrics of the model ``name``, in addition to the standard ones; ``units``: what is decoded, in their names."""
+    """Triton metrics of the model with this ``config``, in addition to the standard ones."""
 
-    def __init__(self, name: str, units: str) -> None:
+    def __init__(self, config: Mapping[str, Any]) -> None:
         def metric(kind: int, what: str, description: str) -> Any:
             family = pb_utils.MetricFamily(name=f"deploykit_{what}", description=description, kind=kind)
             self._families.append(family)  # keep the family alive: its metrics die with it
-            return family.Metric(labels={"model": name})
+            return family.Metric(labels={"model": str(config["name"])})
 
         gauge, counter = pb_utils.MetricFamily.GAUGE, pb_utils.MetricFamily.COUNTER
         self._families: list[Any] = []
-        self._running = metric(gauge, f"running_{units}", f"{units.capitalize()} being decoded")
-        self._waiting = metric(gauge, f"waiting_{units}", f"{units.capitalize()} that wait for room in the batch")
-        self._tokens = metric(counter, "generated_tokens", "Tokens generated")
-        self._cancelled = metric(counter, "cancelled_requests", "Requests whose client left before the answer")
-        self._reported = Load(0, 0, 0, 0)
+        self._running = metric(gauge, "running_sequences", "Sentences or answers being decoded")
+        self._waiting = metric(gauge, "waiting_sequences", "Sentences or answers that wait for room in the batch")
+        self._cache_use = metric(gauge, "kv_cache_usage_ratio", "Share of the key-value caches in use, 0 to 1")
+        self._tokens = metric(counter, "generated_tokens_total", "Tokens generated")
+        self._cancelled = metric(counter, "cancelled_requests_total", "Requests whose client left before the answer")
+        self._instances = sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in config["instance_group"])
+        self._reported = Load(0, 0, 0, 0, 0.0)
 
     def report(self, load: Load) -> None:
         last, self._reported = self._reported, load
@@ -36,6 +38,7 @@ class LoadMetrics:
         for metric, change in (
             (self._running, load.running - last.running),
             (self._waiting, load.waiting - last.waiting),
+            (self._cache_use, (load.cache_use - last.cache_use) / self._instances),
             (self._tokens, load.tokens - last.tokens),
             (self._cancelled, load.cancelled - last.cancelled),
         ):

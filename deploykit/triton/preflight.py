@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploykit.errors import MissingDependencyError, ServerError, UsageError
+from deploykit.runtime.served import API_KEY_VARIABLE
 
 SERVE_EXTRA = "pip install 'deploykit[serve]'"
 CONTAINER = "serve the repository with NVIDIA's Triton container, 26.06 or newer"
@@ -36,9 +37,10 @@ class EmbeddedTriton:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return the environment for Triton's process: this one's, without variables that would mislead Triton's
-        Python."""
-        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONHOME", "PYTHONPATH")}
+        """Return the environment for Triton's process: this one's, without keys, and without variables that would mislead
+        Triton's Python."""
+        left_out = ("PYTHONHOME", "PYTHONPATH", API_KEY_VARIABLE)
+        environment = {key: value for key, value in os.environ.items() if key not in left_out}
         environment["LD_LIBRARY_PATH"] = self.library_path
         # The stub gets its prefix, and so its packages, from the first python3 on PATH.
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"

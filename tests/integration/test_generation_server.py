@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import re
 import threading
 import time
 import urllib.request
@@ -13,14 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
 import tritonclient.grpc as grpc
+from click.testing import CliRunner
 from language_models import command_rows, write_export
 from served import family, start, supervised, wait_until
 
 from deploykit.artifacts import load_manifest
+from deploykit.cli import main
 from deploykit.errors import DataError, UsageError
 from deploykit.openai.app import create_app
 from deploykit.openai.measure import ask
@@ -34,6 +38,8 @@ from deploykit.tasks.opening import open_graph, open_served
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.generator import LocalGenerator
 from deploykit.tasks.text_generation.served import ServedGenerator
+from deploykit.triton.load import parse
+from deploykit.triton.monitoring import ALERTS, DASHBOARD
 from deploykit.triton.preflight import listen
 from deploykit.triton.repository import package
 from deploykit.triton.server import TritonServer
@@ -76,8 +82,9 @@ def server(
 @contextlib.contextmanager
 def openai_port(server: TritonServer) -> Iterator[str]:
     app = create_app(
-        server.tasks, TritonGenerator(server.urls.grpc), lambda name: open_served(name, server.urls.http), created=1
-    )
+        server.tasks, TritonGenerator(server.urls.grpc), lambda name: open_served(name, server.urls.http), created=1,
+        metrics_url=server.urls.metrics,
+    )  # fmt: skip
     with OpenAIServer(app, listen("openai", "127.0.0.1", 0), drain=5.0) as opened:
         yield opened.url
 
@@ -99,7 +106,7 @@ def running(server: TritonServer) -> tuple[float, float]:
     text = urllib.request.urlopen(server.urls.metrics, timeout=10).read().decode()
     lines = [line for line in text.splitlines() if line.startswith("deploykit_") and 'model="lm"' in line]
     found = {line.split("{")[0]: float(line.split()[-1]) for line in lines}
-    return found["deploykit_running_answers"], found["deploykit_waiting_answers"]
+    return found["deploykit_running_sequences"], found["deploykit_waiting_sequences"]
 
 
 def idle(server: TritonServer) -> bool:
@@ -368,6 +375,38 @@ def test_compiling_large_schemas_delays_only_those_who_sent_them(client: openai.
         assert wait_until(lambda: any(each.done() for each in large), 60)
         assert ask(None) == 2
         assert not all(each.done() for each in large), "their schemas wait for each other"
+
+
+def test_every_metric_of_the_dashboard_and_the_rules_is_there(
+    server: TritonServer, url: str, client: openai.OpenAI
+) -> None:
+    for _ in client.chat.completions.create(
+        model="lm", messages=[{"role": "user", "content": "Hi"}], max_tokens=2, stream=True
+    ):
+        pass
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("none")
+    text = httpx.get(f"{url.removesuffix('/v1')}/metrics").text
+    there = {re.sub("_(bucket|sum|count)$", "", sample.name) for sample in parse(text)} | {s.name for s in parse(text)}
+    asked = set(re.findall(r"\b(?:nv|deploykit)_\w+", DASHBOARD.read_text() + ALERTS.read_text()))
+    assert len(asked) > 15
+    assert not asked - there
+    own = {sample.name for sample in parse(text) if sample.name.startswith("deploykit_")}
+    own = {re.sub("_(bucket|sum|count)$", "", name) for name in own}
+    assert not {name for name in own if not any(name in one for one in asked)}, "metrics that the dashboard leaves out"
+
+
+def test_top_shows_the_models(url: str, server: TritonServer) -> None:
+    for address in (server.urls.metrics, url):
+        done = CliRunner().invoke(main, ["top", address, "--json", "--interval", "0.1"])
+        assert done.exit_code == 0, done.output
+        record = json.loads(done.stdout)
+        assert {"lm", "tiny"} <= {model["model"] for model in record["models"]}
+        assert ("port" in record) == (address == url)
+    done = CliRunner().invoke(main, ["top", url, "--once", "--interval", "0.1"])
+    assert done.exit_code == 0
+    assert done.stdout.startswith("model")
+    assert "OpenAI port: " in done.stdout
 
 
 def test_other_tasks_answer_on_their_own_routes(url: str, client: openai.OpenAI) -> None:

@@ -128,7 +128,7 @@ def metric(server: TritonServer, name: str, model: str = "fr") -> float:
 
 
 def busy(server: TritonServer, model: str = "fr") -> bool:
-    return metric(server, "running_sentences", model) > 0
+    return metric(server, "running_sequences", model) > 0
 
 
 def grpc_text(texts: Sequence[str], shape: Sequence[int]) -> Any:
@@ -297,15 +297,15 @@ def test_a_batch_at_a_time_gives_the_same_answers(server: TritonServer, local: T
 def test_a_cancelled_request_is_no_longer_decoded(server: TritonServer) -> None:
     import tritonclient.grpc as triton
 
-    before = metric(server, "generated_tokens"), metric(server, "cancelled_requests")
+    before = metric(server, "generated_tokens_total"), metric(server, "cancelled_requests_total")
     with triton.InferenceServerClient(server.urls.grpc) as client:
         call = client.async_infer("fr", [grpc_text(["the fox"] * 64, (64, 1))], lambda *_: None, parameters=LONG)
         assert wait_until(lambda: busy(server), 10)
         call.cancel()
-        assert wait_until(lambda: metric(server, "cancelled_requests") == before[1] + 1, 10)
+        assert wait_until(lambda: metric(server, "cancelled_requests_total") == before[1] + 1, 10)
         assert wait_until(lambda: not busy(server), 10)
-    assert metric(server, "generated_tokens") - before[0] < 64 * 127
-    assert metric(server, "waiting_sentences") == 0
+    assert metric(server, "generated_tokens_total") - before[0] < 64 * 127
+    assert metric(server, "waiting_sequences") == 0
 
 
 def test_a_client_that_disconnects_does_not_disturb_others(
@@ -429,7 +429,7 @@ def test_a_document_is_streamed_over_http(server: TritonServer, local: Translato
 def test_an_unread_stream_requests_no_more_sentences(server: TritonServer) -> None:
     import tritonclient.grpc as triton
 
-    before = metric(server, "generated_tokens")
+    before = metric(server, "generated_tokens_total")
     first = threading.Event()
     with triton.InferenceServerClient(server.urls.grpc) as client:
         client.start_stream(lambda result, error: first.set())
@@ -438,7 +438,7 @@ def test_an_unread_stream_requests_no_more_sentences(server: TritonServer) -> No
         assert first.wait(30)
         client.stop_stream(cancel_requests=True)
     assert wait_until(lambda: not busy(server), 10)
-    assert metric(server, "generated_tokens") - before < 2_000 * 20 / 2
+    assert metric(server, "generated_tokens_total") - before < 2_000 * 20 / 2
 
 
 @pytest.mark.parametrize("text", ["", " \n\t ", "\x00"])

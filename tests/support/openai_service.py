@@ -11,7 +11,7 @@ from fake_triton import FakeTriton
 
 from deploykit.errors import RequestError
 from deploykit.openai.app import create_app
-from deploykit.openai.server import OpenAIServer
+from deploykit.openai.server import Certificate, OpenAIServer
 from deploykit.openai.triton_generator import TritonGenerator
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.protocol import TaskFacts
@@ -63,9 +63,11 @@ class Service:
     triton: FakeTriton
 
 
-def serve(triton: FakeTriton, *, drain: float = 5.0, **options: Any) -> OpenAIServer:
+def serve(
+    triton: FakeTriton, *, drain: float = 5.0, certificate: Certificate | None = None, **options: Any
+) -> OpenAIServer:
     """Return a server on a free port that asks ``triton``."""
     app = create_app(
         MODELS, TritonGenerator(triton.address), lambda name: EnFr() if name == "en-fr" else Tweets(), created=1_790_000_000, **options
     )  # fmt: skip
-    return OpenAIServer(app, listen("openai", "127.0.0.1", 0), drain=drain)
+    return OpenAIServer(app, listen("openai", "127.0.0.1", 0), drain=drain, certificate=certificate)

@@ -122,6 +122,11 @@ class Decoder:
         return len(self.running) + sum(query.claims for query in (*reading, *self.waiting))
 
     @property
+    def cache_use(self) -> float:
+        """Share of the caches that is reserved for the running answers, 0 to 1."""
+        return self._running_tokens() / self._model.max_tokens
+
+    @property
     def idle(self) -> bool:
         return not (self.waiting or self.running or self._reading)
 

@@ -104,7 +104,7 @@ class TextGenerationBackend:
             lambda: _warmed_up(load()),
             max_queue=max_queue,
             checks=_CHECKS,
-            report=LoadMetrics(str(config["name"]), "answers").report,
+            report=LoadMetrics(config).report,
             log_error=log_error,
         )
 

@@ -82,7 +82,7 @@ class TranslationBackend:
             lambda: _warmed_up(load()),
             max_queue=number_parameter(config, "max_queue", 1024),
             in_flight=number_parameter(config, "in_flight", 1) > 0,
-            report=LoadMetrics(str(config["name"]), "sentences").report,
+            report=LoadMetrics(config).report,
             log_error=log_error,
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from deploykit.artifacts import new_file
+from deploykit.triton.monitoring import ALERTS, DASHBOARD
 
 _IMAGE = "deploykit-triton"
 _VALUES = {
@@ -22,7 +23,18 @@ _VALUES = {
     "max_replicas": 8,
     "queue_us": 20000,
 }
-_KINDS = ("deployment", "service", "autoscaler", "disruption-budget", "network-policy", "service-monitor")
+_KINDS = (
+    "deployment",
+    "service",
+    "autoscaler",
+    "disruption-budget",
+    "network-policy",
+    "service-monitor",
+    "alerts",
+    "dashboard",
+)
+# Helm would take the dashboard's own braces for expressions.
+_FILE_IN_CHART = '{{ .Files.Get "dashboard.json" | nindent 4 | trim }}'
 _KSERVE = ("serving-runtime", "inference-service")
 
 
@@ -32,6 +44,8 @@ def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
     Each pod asks for ``gpus`` GPUs. Returns the files. Files that are there already are replaced.
     """
     values = {**_VALUES, "gpus": gpus}
+    dashboard = DASHBOARD.read_text(encoding="utf-8").rstrip()
+    contents = {"alerts": ALERTS.read_text(encoding="utf-8").rstrip(), "dashboard": dashboard}
     expressions = {key: f"{{{{ .Values.{_camel(key)} }}}}" for key in values}
     defaults = "".join(f"{_camel(key)}: {value}\n" for key, value in values.items())
     chart = f"apiVersion: v2\nname: {name}\nversion: 1.0.0\ndescription: A deploykit model repository on Triton\n"
@@ -40,6 +54,7 @@ def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
         "kustomization.yaml": "# kubectl apply -k FOLDER. Name your image here.\n"
         f"resources:\n{resources}images:\n  - name: {_IMAGE}\n    newName: {_IMAGE}\n",
         "chart/Chart.yaml": chart,
+        "chart/dashboard.json": f"{dashboard}\n",
         "chart/values.yaml": f"# The image that compose.yaml builds, in your registry; the claim that holds the models.\n{defaults}",
     }
     templates = Environment(
@@ -48,9 +63,11 @@ def write_kubernetes(name: str, folder: Path, *, gpus: int) -> list[Path]:
     for kind in (*_KINDS, *_KSERVE):
         template = templates.get_template(f"{kind}.yaml.j2")
         plain = f"kserve/{kind}.yaml" if kind in _KSERVE else f"{kind}.yaml"
-        files[plain] = template.render(values, name=name)
+        files[plain] = template.render(values, name=name, **contents)
         if kind in _KINDS:
-            files[f"chart/templates/{kind}.yaml"] = template.render(expressions, name="{{ .Release.Name }}")
+            files[f"chart/templates/{kind}.yaml"] = template.render(
+                expressions, name="{{ .Release.Name }}", **{**contents, "dashboard": _FILE_IN_CHART}
+            )
     for path, text in files.items():
         with new_file(folder / path) as file:
             file.write_text(text, encoding="utf-8")

@@ -38,6 +38,7 @@ SHARED = {
     "--min-new-tokens": "of a translation, or of an answer of a language model",
     "--method": "how: to calibrate, or to explain",
     "--report": "a page of what the command measured",
+    "--api-key": "of the OpenAI port: those that it takes, or the one to send",
     "--input": "rows to answer; the formats are those of the task",
 }
 """Options whose type or help differs between commands on purpose, and the one meaning that they have."""
@@ -74,7 +75,7 @@ def test_the_model_is_the_first_argument_of_every_command() -> None:
         shown = [a.metavar or (a.name or "").upper() for a in arguments]
         expected = {
             "finetune": ["[TARGET]"], "bench": ["TARGETS"], "compare": ["OLD", "NEW"], "unpack": ["BUNDLE"], "serve": [],
-            "doctor": [], "demo": [], "predict": ["TARGET", "TEXTS"], "translate": ["TARGET", "TEXTS"],
+            "doctor": [], "demo": [], "top": ["URL"], "predict": ["TARGET", "TEXTS"], "translate": ["TARGET", "TEXTS"],
             "generate": ["TARGET", "TEXTS"], "explain": ["TARGET", "TEXTS"],
         }.get(name, ["TARGET"])  # fmt: skip
         assert shown == expected, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from deploykit.triton.kubernetes import write_kubernetes
+from deploykit.triton.monitoring import ALERTS, DASHBOARD
 
 
 @pytest.fixture
@@ -29,6 +31,7 @@ def test_every_manifest_of_the_kustomization_is_there(folder: Path) -> None:
     kinds = {_load(folder / name)["kind"] for name in listed}
     assert kinds == {
         "Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget", "NetworkPolicy", "ServiceMonitor",
+        "PrometheusRule", "ConfigMap",
     }  # fmt: skip
 
 
@@ -51,6 +54,8 @@ def test_the_chart_with_its_own_values_is_the_manifests(folder: Path) -> None:
     values = _load(folder / "chart/values.yaml")
     for template in (folder / "chart/templates").iterdir():
         text = template.read_text().replace("{{ .Release.Name }}", "tweets")
+        dashboard = (folder / "chart/dashboard.json").read_text().strip()
+        text = text.replace('{{ .Files.Get "dashboard.json" | nindent 4 | trim }}', dashboard.replace("\n", "\n    "))
         text = re.sub(r"\{\{ \.Values\.(\w+) \}\}", lambda found: str(values[found[1]]), text)
         assert yaml.safe_load(text) == _load(folder / template.name)
 
@@ -58,8 +63,15 @@ def test_the_chart_with_its_own_values_is_the_manifests(folder: Path) -> None:
 def test_the_manifests_fit_the_schemas(folder: Path) -> None:
     validate = pytest.importorskip("kubernetes_validate")
     for path in folder.glob("*.yaml"):
-        if path.stem not in ("kustomization", "service-monitor"):
+        if path.stem not in ("kustomization", "service-monitor", "alerts"):
             validate.validate(_load(path), validate.latest_version(), strict=True)
+
+
+def test_the_dashboard_and_the_rules_are_those_of_the_package(folder: Path) -> None:
+    assert _load(folder / "alerts.yaml")["spec"] == yaml.safe_load(ALERTS.read_text())
+    [(name, text)] = _load(folder / "dashboard.yaml")["data"].items()
+    assert name == "deploykit.json"
+    assert json.loads(text) == json.loads(DASHBOARD.read_text())
 
 
 def test_kserves_runtime_reads_the_models_where_kserve_puts_them(folder: Path) -> None:

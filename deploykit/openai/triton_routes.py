@@ -1,0 +1,156 @@
+"""Answer the routes of Triton's HTTP API under /v2 by passing requests on to Triton.
+
+Only the routes of inference, health and metadata are there. Those that load models, map memory or change the logging
+are not.
+
+Source: KServe Open Inference Protocol v2, REST; Triton, "Generate Extension" and "Binary Tensor Data Extension".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from deploykit.openai.calls import Call, call_of
+from deploykit.openai.disconnect import while_connected
+from deploykit.openai.errors import ApiError
+from deploykit.openai.read_body import read_bytes
+
+_ABOUT_SERVER = re.compile(r"/v2(/health/(live|ready)|/models/stats)?")
+_ABOUT_MODEL = re.compile(r"/v2/models/(?P<model>[^/]+)(?P<version>/versions/[0-9]+)?(?P<what>/ready|/config|/stats)?")
+_ASK = re.compile(
+    r"/v2/models/(?P<model>[^/]+)(?P<version>/versions/[0-9]+)?(?P<what>/infer|/generate|/generate_stream)"
+)
+_JSON_LENGTH = "inference-header-content-length"
+_SENT = ("accept", "accept-encoding", "content-type", _JSON_LENGTH)
+_RETURNED = ("content-type", "content-encoding", "content-length", _JSON_LENGTH)
+
+
+class TritonRoutes:
+    """The routes for the ``models`` of the Triton server at ``url``. ``generating`` are those models that write text.
+
+    Their answers over these routes are not counted, so a caller with a limit of rows or tokens has to ask OpenAI's routes.
+    """
+
+    def __init__(self, url: str, models: Collection[str], generating: Collection[str]) -> None:
+        self._url = url
+        self._models = frozenset(models)
+        self._generating = frozenset(generating)
+        self._session: aiohttp.ClientSession | None = None
+
+    def add_to(self, app: FastAPI) -> None:
+        app.add_api_route("/v2", self._get, methods=["GET"])
+        app.add_api_route("/v2/{path:path}", self._get, methods=["GET"])
+        app.add_api_route("/v2/{path:path}", self._post, methods=["POST"])
+
+    async def close(self) -> None:
+        """Close all connections to Triton."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _get(self, request: Request) -> Response:
+        path = request.url.path
+        call = call_of(request)
+        if _ABOUT_SERVER.fullmatch(path):
+            call.route = path
+            return await self._forward(request, path)
+        return await self._forward(request, self._of_model(_ABOUT_MODEL.fullmatch(path), path, call))
+
+    async def _post(self, request: Request) -> Response:
+        path = request.url.path
+        found = _ASK.fullmatch(path)
+        call = call_of(request)
+        target = self._of_model(found, path, call)
+        limits = call.limits
+        assert found is not None
+        if found["model"] in self._generating and (limits.max_rows or limits.max_tokens):
+            raise ApiError(f"{path}: your key has a limit of answers or tokens; ask /v1/completions", 403)
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise ApiError(f"{path}: send the body without compression", 415)
+        body = await read_bytes(request)
+        if limits.max_rows is not None and found["what"] == "/infer":
+            call.rows = _rows(body, request.headers.get(_JSON_LENGTH))
+            limits.check_rows(call.rows, "inputs")
+        return await self._forward(request, target, body)
+
+    def _of_model(self, found: re.Match[str] | None, path: str, call: Call) -> str:
+        """Return the path at Triton. Raises ApiError for a route that is not answered here."""
+        if found is None:
+            raise ApiError(f"{path}: there is no such route here", 404)
+        if found["model"] not in self._models:
+            raise ApiError(f"Request for unknown model: '{found['model']}' is not found", 404)
+        call.model, call.route = found["model"], f"/v2/models/NAME{found['what'] or ''}"
+        return f"/v2/models/{quote(found['model'])}{found['version'] or ''}{found['what'] or ''}"
+
+    async def _forward(self, request: Request, path: str, body: bytes | None = None) -> Response:
+        if self._session is None:
+            # Encoded answers are passed on as they are; whoever waits sets the limit of time.
+            self._session = aiohttp.ClientSession(
+                auto_decompress=False,
+                connector=aiohttp.TCPConnector(limit=0),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
+                skip_auto_headers=("accept-encoding", "user-agent", "content-type"),
+            )
+        if body is None:
+            await read_bytes(request)
+        headers = {name: value for name in _SENT if (value := request.headers.get(name)) is not None}
+        asked = self._session.request(request.method, f"{self._url}{path}", data=body, headers=headers)
+        try:
+            answer = await while_connected(request.receive, asked)
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+            raise ApiError(f"Triton does not answer now ({error}); try again in some seconds", 503) from None
+        return _PassedOn(answer)
+
+
+class _PassedOn(Response):
+    """An answer of Triton, sent piece by piece as it comes."""
+
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        kept = {name: answer.headers[name] for name in _RETURNED if name in answer.headers}
+        super().__init__(status_code=answer.status, headers=kept)
+        if "content-length" not in kept:
+            del self.headers["content-length"]
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._answer:
+            await while_connected(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for piece in self._answer.content.iter_any():
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _rows(body: bytes, json_length: str | None) -> int:
+    """Return the rows of the longest input of a request. Raises ApiError if they cannot be counted."""
+    if json_length is not None and not (
+        json_length.isascii() and json_length.isdigit() and int(json_length) <= len(body)
+    ):
+        raise ApiError(f"{_JSON_LENGTH}: is not a length of this body")
+    try:
+        text = body if json_length is None else body[: int(json_length)]
+        request = json.loads(text, object_pairs_hook=_unique)
+        return max(int(tensor["shape"][0]) for tensor in request["inputs"])
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ApiError(f"failed to parse the request JSON buffer: {error or 'nested too deeply'}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
+    """Return a JSON object. Triton takes the first of two values with one name, Python the last, so they are refused."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
