@@ -71,7 +71,7 @@ def main() -> None:
             if "short" in options.parts:
                 suite["short"] = measure_short(peers, subject, options.rounds, options.max_rows)
             if "article" in options.parts:
-                suite["article"] = measure_article(peers, options.data, options.rounds)
+                suite["article"] = measure_article(peers, options.data, options.rounds, options.questions)
     write_record(suite, options.out)
 
 
@@ -145,7 +145,7 @@ def measure_short(peers: Sequence[Peer], subject: Subject, rounds: int, most: in
     }
 
 
-def measure_article(peers: Sequence[Peer], data: Path, rounds: int, questions: int = 4) -> dict[str, Any]:
+def measure_article(peers: Sequence[Peer], data: Path, rounds: int, questions: int) -> dict[str, Any]:
     """Ask questions on the article whose length is nearest to the mean, one a call: median time; then in one call."""
     by_article: dict[str, Pairs] = {}
     for pair in _pairs(data / "covidqa.json"):
@@ -197,6 +197,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-rows", type=int, default=240, help="part short: questions of the test split")
+    parser.add_argument("--questions", type=int, default=4, help="part article: questions on the article")
     parser.add_argument("--every", type=int, nargs=len(DATA), default=(3, 3, 3, 12), metavar="N",
                         help=f"part spans: ask every N-th question of {', '.join(DATA)}")  # fmt: skip
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,10 @@ def train_plainly(model: Path, folder: Path) -> Path:
 
 
 def compare(subject: Subject, plain: Path, threads: int) -> dict[str, Any]:
-    """Return exact match and F1, in percent, of our run by ``deploykit evaluate``, and of the plain one by transformers'
-    pipeline; and how many answers are equal."""
+    """Return exact match and F1, in percent, of our run as it measured itself, and of the plain one by transformers'
+    pipeline; and how many answers of the pipeline are equal."""
     rows = read_split(subject.run, "test", Example)
-    ours = _deploykit("evaluate", subject.run, "--data", subject.run / "splits" / "test.jsonl", "--json")["metrics"]
+    ours = json.loads((subject.run / "metrics.json").read_text(encoding="utf-8"))["test"]
     pairs = [(row.question, row.context) for row in rows]
     answers = []
     for folder in (subject.run, plain):
@@ -80,8 +80,7 @@ def graded(task: QuestionAnswering, answers: Answers, rows: Sequence[Example]) -
     return 100 * float(exact.mean()), 100 * float(f1.mean())
 
 
-def _deploykit(*words: object) -> Mapping[str, Any]:
+def _deploykit(*words: object) -> None:
     command = [sys.executable, "-m", "deploykit", *map(str, words)]
     say(f"$ {' '.join(command[2:])}")
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout)) if "--json" in words else {}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

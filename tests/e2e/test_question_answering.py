@@ -354,14 +354,16 @@ def test_answer_evaluate_and_bench_take_the_served_model(
 
 def test_a_file_is_answered_in_order_and_shown_wrong_ones_first(run: Path, folder: Path, deploykit: Deploykit) -> None:
     rows = [{"question": "after w1 ?", "context": "w0 w1 w2"}, {"question": "", "context": "w1"}, {"context": "w1"},
-            {"question": "after <b>w3</b> ?", "context": "<script>w3</script> w4"}]  # fmt: skip
+            {"question": "after <b>w3</b> ?", "context": "<script>w3</script> w4"}, {"question": "q", "context": ["w1"]},
+            {"question": "after w1 ?", "context": "w0 w1 w2", "answer": "w2", "answer_start": 99}]  # fmt: skip
     (folder / "ask.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, _, err = deploykit("answer", run, "--input", folder / "ask.jsonl", "--output", folder / "out.jsonl")
     assert code == 1, err
     assert "ask.jsonl:2: the question is empty" in err
     answered = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [("answer" in a, a.get("error")) for a in answered] == [
-        (True, None), (False, "the question is empty"), (False, "the question is missing"), (True, None)
+        (True, None), (False, "the question is empty"), (False, "the question is missing"), (True, None),
+        (False, "context is a list, not a text"), (True, None),
     ]  # fmt: skip
     labelled = [{"question": "<i>q</i>", "context": "<b>w1</b> w2", "answer": "w2", "answer_start": 10}]
     labelled += [

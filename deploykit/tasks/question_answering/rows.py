@@ -140,9 +140,18 @@ def _row(record: Record, labelled: bool) -> RawRow:
             raise DataError(f"{origin}: answer is no text", "give one text, or a column answers")
         answers = ((text, _place(start, origin)),) if text else ()
     return RawRow(
-        scalar(values.get("question")), scalar(values.get("context")), answers, labelled,
+        _cell(values, "question", origin), _cell(values, "context", origin), answers, labelled,
         scalar(values.get("id")) or "", origin, record.problem,
     )  # fmt: skip
+
+
+def _cell(values: Mapping[str, Any], name: str, origin: str) -> str | None:
+    """Return a cell as text; None if it is missing. Raises DataError for a list or an object."""
+    value = values.get(name)
+    if isinstance(value, list | Mapping):
+        found = "a list" if isinstance(value, list) else "an object"
+        raise DataError(f"{origin}: {name} is {found}, not a text", f"write one text as {name}")
+    return scalar(value)
 
 
 def _answers(value: Any, origin: str) -> tuple[tuple[str, int | None], ...]:

@@ -32,11 +32,12 @@ class NativeEngine:
     0 at padding.
     """
 
-    token_budget = 1024  # more is not faster, and would take hundreds of MB for intermediate results
-
     def __init__(self, graph: Path, threads: int, device: int = 0) -> None:
         self._library = _library()
         self._weights = EncoderWeights(graph)
+        # With a head for every token, each thread computes whole texts, and has little left to wait for at a call's end. Other
+        # calls are not faster with more tokens, which would take hundreds of MB for intermediate results.
+        self.token_budget = 16384 if self._weights.by_token else 1024
         self._context = self._library.deploykit_new_classifier(
             byref(self._weights.encoder), byref(self._weights.head), threads
         )

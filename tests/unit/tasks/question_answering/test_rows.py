@@ -182,6 +182,8 @@ def test_the_dirt_in_real_data_is_found(name: str, questions: int, wrong: int) -
         ),
         ('{"data": [', "is not JSON"),
         ('[{"question": "q"}]', "no column 'context'"),
+        ('[{"question": "q", "context": ["c"]}]', "a.json:1: context is a list, not a text"),
+        ('[{"question": {"text": "q"}, "context": "c"}]', "a.json:1: question is an object, not a text"),
         ('[{"question": "q", "context": "c", "answers": 5}]', "answers is neither"),
         ('[{"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": []}}]', "of one length"),
         ('[{"question": "q", "context": "c", "answer": "c", "answer_start": "x"}]', "a.json:1: answer_start is 'x'"),

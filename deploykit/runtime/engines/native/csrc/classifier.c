@@ -36,13 +36,14 @@ static Attention attention_of(Context *c, int number, const Stack *s, int n) {
     return h;
 }
 
-/* Attention of the rows ``first`` to ``last`` of all texts; results overwrite the queries. */
-static void attend_rows(Context *c, int number, const Stack *s, float *packed, int first, int last) {
-    int size = s->head_size, width = s->heads * size, text = 0;
+/* Attention of the rows ``first`` to ``last``, which are those of ``text`` and texts after it; results overwrite the queries.
+ * A text's rows begin at its start plus ``shift``. */
+static void attend_rows(Context *c, int number, const Stack *s, float *packed, int text, int first, int last, int shift) {
+    int size = s->head_size, width = s->heads * size;
     int64_t wide = filled(3 * width);
-    while (c->starts[text + 1] <= first) text++;
-    for (; text < c->texts && c->starts[text] < last; text++) {
-        int start = c->starts[text], n = c->starts[text + 1] - start;
+    while (c->starts[text + 1] + shift <= first) text++;
+    for (; text < c->texts && c->starts[text] + shift < last; text++) {
+        int start = c->starts[text] + shift, n = c->starts[text + 1] - c->starts[text];
         int begin = first > start ? first : start, end = last < start + n ? last : start + n;
         Attention h = attention_of(c, number, s, n);
         for (int head = 0; head < s->heads; head++) {
@@ -127,33 +128,57 @@ static void finish_texts(Context *c, int number, const Stack *s, float *packed) 
 }
 
 /* The head of every token, for the rows ``first`` to ``last``. */
-static void finish_tokens(Context *c, const Stack *s, int first, int last) {
+static void finish_tokens(Context *c, const Stack *s, int first, int last, int shift) {
     int64_t read = filled(s->hidden), wide = filled(s->last.out), labels = s->last.out;
     Rows from = {c->given[0] + first * read, c->quantized[0] + first * read, c->step[0] + first};
     float *out = c->given[1] + first * c->widest; /* these rows' own */
     linear_of(c, from, &s->last, last - first, 0, (int)wide / PANEL, (Then){.out = out});
     for (int row = first; row < last; row++)
-        memcpy(c->logits + row * labels, out + (row - first) * wide, sizeof(float) * labels);
+        memcpy(c->logits + (row - shift) * labels, out + (row - first) * wide, sizeof(float) * labels);
 }
 
-/* Each thread computes a layer for some of the rows, and waits for the others before attention. */
-void classify(Context *c, int number) {
+/* Compute the rows ``first`` to ``last``; their texts are as in attend_rows. Threads that have rows ``together`` wait for the
+ * others' keys and values before attention. */
+static void encode_rows(Context *c, int number, int text, int first, int last, int shift, int together) {
     const Stack *s = c->encoder;
-    int first, last, width = s->heads * s->head_size, panels = filled(3 * width) / PANEL, tokens = !c->head->out.weight;
+    int width = s->heads * s->head_size, panels = filled(3 * width) / PANEL, tokens = !c->head->out.weight;
     int64_t wide = filled(3 * width), read = filled(s->hidden);
-    share(c->rows, c->threads, number, &first, &last);
-    for (int row = first; row < last; row++) look_up(c, s, row, c->ids[row], c->places[row]);
+    for (int row = first; row < last; row++) look_up(c, s, row, c->ids[row - shift], c->places[row - shift]);
     for (int i = 0; i < s->layers; i++) {
         int end = i == s->layers - 1, first_only = end && !tokens;
         float *packed = c->packed + (i % 2) * c->capacity * wide; /* other threads may still read the previous layer's */
         Rows from = {c->given[0] + first * read, c->quantized[0] + first * read, c->step[0] + first};
         linear_of(c, from, &s->layer[i].qkv, last - first, first_only ? width / PANEL : 0, panels, (Then){.out = packed + first * wide});
-        barrier(c);
+        if (together) barrier(c);
         if (first_only) finish_texts(c, number, s, packed);
         else if (first < last) {
-            attend_rows(c, number, s, packed, first, last);
+            attend_rows(c, number, s, packed, text, first, last, shift);
             finish_rows(c, s, &s->layer[i], end ? &s->last : &s->layer[i + 1].qkv, packed, first, last);
         }
     }
-    if (tokens && first < last) finish_tokens(c, s, first, last);
+    if (tokens && first < last) finish_tokens(c, s, first, last, shift);
+}
+
+/* Take the next texts, of up to TOKENS_PER_THREAD tokens (or one longer text). Returns the one after the last. */
+static int take_texts(Context *c, int *first) {
+    pthread_mutex_lock(&c->mutex);
+    int last = *first = c->next;
+    while (last < c->texts && (last == *first || c->starts[last + 1] - c->starts[*first] <= TOKENS_PER_THREAD)) last++;
+    c->next = last;
+    pthread_mutex_unlock(&c->mutex);
+    return last;
+}
+
+/* Threads split the rows; or if there are many, each takes whole texts, so that none waits for another. */
+void classify(Context *c, int number) {
+    int first, last;
+    if (!c->apart) {
+        share(c->rows, c->threads, number, &first, &last);
+        encode_rows(c, number, 0, first, last, 0, 1);
+        return;
+    }
+    while ((last = take_texts(c, &first)) > first) {
+        int begin = c->apart * number, start = c->starts[first];
+        encode_rows(c, number, first, begin, begin + c->starts[last] - start, begin - start, 0);
+    }
 }

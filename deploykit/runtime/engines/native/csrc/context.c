@@ -116,23 +116,40 @@ API void deploykit_free(Context *c) {
 /* The vocabulary's share of the time in steps, from 0 to 1. */
 API double deploykit_projection_share(const Context *c) { return c->stepping ? (double)c->choosing / (double)c->stepping : 0.0; }
 
-#define TOKENS_PER_CLASSIFICATION 256 /* per thread; weights are read once for all of them */
-
 API Context *deploykit_new_classifier(const Stack *encoder, const Head *head, int threads) {
     Context *c = deploykit_new(encoder, NULL, threads);
     if (c) c->head = head;
     return c;
 }
 
+/* deploykit_classify of so many tokens that each thread gets several texts of its own. */
+static int classify_texts(Context *c, const int64_t *ids, const int32_t *places, const int32_t *starts, int texts, float *logits) {
+    int longest = TOKENS_PER_THREAD;
+    for (int i = 0; i < texts; i++)
+        if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
+    if (!reserve(c, longest * c->threads, longest)) return 0;
+    c->ids = ids;
+    c->places = places;
+    c->starts = starts;
+    c->texts = texts;
+    c->logits = logits;
+    c->next = 0;
+    c->apart = longest;
+    run(c, classify);
+    c->apart = 0;
+    return 1;
+}
+
 /* ids of ``texts`` texts one after another; ``logits``: [texts][labels], or of a head of every token [tokens][labels].
  * Returns 0 when there is no memory. */
 API int deploykit_classify(Context *c, const int64_t *ids, const int32_t *places, const int32_t *starts, int texts,
                            float *logits) {
-    int most = TOKENS_PER_CLASSIFICATION * c->threads, longest = 0, rows = 0, tokens = !c->head->out.weight;
-    int32_t relative[TOKENS_PER_CLASSIFICATION + 1];
+    int most = TOKENS_PER_THREAD * c->threads, longest = 0, rows = 0, tokens = !c->head->out.weight;
+    int32_t relative[TOKENS_PER_THREAD + 1];
+    if (tokens && starts[texts] >= 4 * most) return classify_texts(c, ids, places, starts, texts, logits);
     for (int first = 0, last; first < texts; first = last) {
         relative[0] = rows = 0;
-        for (last = first; last < texts && last - first < TOKENS_PER_CLASSIFICATION; last++) {
+        for (last = first; last < texts && last - first < TOKENS_PER_THREAD; last++) {
             int n = starts[last + 1] - starts[last];
             if (last > first && rows + n > most) break;
             rows += n;

@@ -22,6 +22,7 @@
 #define MOST_BEST 64
 #define QUERIES 4    /* of an encoder's attention, computed together to read keys once */
 #define MOST_HEADS 4 /* of a decoder's attention, computed together to hide latency */
+#define TOKENS_PER_THREAD 256 /* of a classifier; weights are read once for all of them */
 #define API __attribute__((visibility("default"))) /* called by Python */
 #define INLINE static inline __attribute__((always_inline))
 
@@ -164,6 +165,7 @@ struct Context {
     const int32_t *starts; /* [texts + 1] */
     int8_t **cross;
     int texts, rows;
+    int apart, next; /* classifiers: rows between the threads' own texts (0: they split the rows), and the next text */
     int64_t stepping, choosing; /* nanoseconds spent in steps, and of that in the vocabulary */
     float *logits;              /* [texts or tokens][labels] */
     struct Causal *causal;      /* a language model, or NULL */

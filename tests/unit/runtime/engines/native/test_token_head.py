@@ -62,7 +62,7 @@ def test_every_token_has_pytorchs_logits(family: str, tmp_path: Path) -> None:
 def test_a_texts_bits_depend_on_neither_batch_nor_threads_nor_instruction_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, texts = save(tmp_path, model_of("bert")), texts_of(*range(1, 30), 399, 7, 64, 256, 3, 300, 128)
+    path, texts = save(tmp_path, model_of("bert")), texts_of(*range(1, 30), 399, 7, 64, 256, 3, 300, 128, 310, 200)
     alone = [NativeEngine(path, 1).run(padded([text])) for text in texts]
     for name in instruction_sets():
         monkeypatch.setenv(VARIABLE, name)
