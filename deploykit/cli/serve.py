@@ -146,7 +146,7 @@ def command(
         def restarted() -> None:
             write_ready_file()
             if front is not None:
-                front.metrics.triton_restarts.add(1)
+                front.metrics.triton_restarts.inc()
 
         record = {"models": list(server.models), **server.urls.__dict__, **openai, "pid": server.pid}
         write_ready_file()

@@ -6,10 +6,11 @@ Neither the log nor the metrics have any text of a request: no prompt, no answer
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +20,8 @@ from starlette.requests import Request
 from deploykit.errors import UsageError
 from deploykit.openai.generator import Piece
 from deploykit.openai.limits import Caller, Limits
+
+logger = logging.getLogger(__name__)
 
 SCOPE = "deploykit.call"
 
@@ -80,7 +83,8 @@ class AccessLog:
 
     def close(self) -> None:
         if self._file is not sys.stderr:
-            self._file.close()
+            with suppress(OSError):  # what a full disk did not take
+                self._file.close()
 
     def write(self, call: Call) -> None:
         record = {
@@ -99,4 +103,7 @@ class AccessLog:
             "completion_tokens": call.completion_tokens,
             "first_token_seconds": None if call.first_token_seconds is None else round(call.first_token_seconds, 6),
         }
-        self._file.write(json.dumps(record) + "\n")
+        try:
+            self._file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a full disk must not end the request
+            logger.error("the access log cannot be written: %s", error.strerror)

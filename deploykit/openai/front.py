@@ -71,7 +71,7 @@ class Front:
         client = scope["client"][0] if scope["client"] else ""
         call = scope[SCOPE] = Call(caller or anyone, client, scope["method"])
         watched = _Watched(send, call)
-        self._metrics.in_flight.add(1)
+        self._metrics.in_flight.inc()
         try:
             if opened:
                 await self._app(scope, receive, watched)
@@ -80,7 +80,7 @@ class Front:
             else:
                 await self._admit(caller, scope, receive, watched)
         finally:
-            self._metrics.in_flight.add(-1)
+            self._metrics.in_flight.dec()
             self._record(call, scope)
 
     async def _admit(self, caller: Caller, scope: Scope, receive: Receive, send: _Watched) -> None:
@@ -132,15 +132,15 @@ class Front:
         if call.status >= 400:
             call.error = call.error or str(call.status)
         metrics, of_request = self._metrics, (call.route, call.model)
-        metrics.requests.add(1, *of_request, str(call.status))
-        metrics.seconds.observe(call.seconds, *of_request)
+        metrics.requests.labels(*of_request, call.status).inc()
+        metrics.seconds.labels(*of_request).observe(call.seconds)
         if call.error:
-            metrics.errors.add(1, *of_request, call.error)
+            metrics.errors.labels(*of_request, call.error).inc()
         if call.prompt_tokens:
-            metrics.prompt_tokens.add(call.prompt_tokens, call.model)
-            metrics.completion_tokens.add(call.completion_tokens, call.model)
+            metrics.prompt_tokens.labels(call.model).inc(call.prompt_tokens)
+            metrics.completion_tokens.labels(call.model).inc(call.completion_tokens)
         if call.stream and call.first_token_seconds is not None:
-            metrics.first_token.observe(call.first_token_seconds, call.model)
+            metrics.first_token.labels(call.model).observe(call.first_token_seconds)
         if self._log is not None:
             self._log.write(call)
 

@@ -231,7 +231,8 @@ def test_requests_are_counted_and_logged_without_their_text(tmp_path: Path) -> N
 
     text = metrics.text()
     assert "secret" not in text
-    counted = {(sample.name, *sample.labels.values()): sample.value for sample in parse(text)}
+    order = ("route", "model", "status", "error", "le")
+    counted = {(s.name, *(s.labels[name] for name in order if name in s.labels)): s.value for s in parse(text)}
     assert counted["deploykit_http_requests_total", "/v1/completions", "writer", "200"] == 3
     assert counted["deploykit_http_errors_total", "/v1/classify", "", "model_not_found"] == 1
     assert counted["deploykit_http_errors_total", "", "", "invalid_api_key"] == 1
@@ -240,6 +241,12 @@ def test_requests_are_counted_and_logged_without_their_text(tmp_path: Path) -> N
     assert counted["deploykit_http_time_to_first_token_seconds_count", "writer"] == 2
     assert counted["deploykit_http_request_seconds_bucket", "/v1/classify", "tweets", "+Inf"] == 1
     assert counted["deploykit_http_requests_in_flight",] == 0
+
+
+def test_a_full_disk_does_not_end_requests() -> None:
+    with FakeTriton() as triton, serve(triton, access_log=AccessLog(Path("/dev/full"))) as server:
+        for _ in range(2):
+            assert httpx.get(f"{server.url}/models").status_code == 200
 
 
 # TLS

@@ -15,10 +15,10 @@ def reading(time: float, requests: int, seconds: tuple[float, ...] = ()) -> Read
     """A server whose model "m" answered so many requests, each of 2 rows, one in two rows a batch."""
     port = PortMetrics()
     for one in seconds:
-        port.seconds.observe(one, "/v1/classify", "m")
-        port.requests.add(1, "/v1/classify", "m", "200")
-    port.errors.add(requests, "/v1/classify", "m", "queue_full")
-    port.in_flight.add(3)
+        port.seconds.labels("/v1/classify", "m").observe(one)
+        port.requests.labels("/v1/classify", "m", 200).inc()
+    port.errors.labels("/v1/classify", "m", "queue_full").inc(requests)
+    port.in_flight.set(3)
     tritons = f"""# HELP nv_inference_request_success Number
 nv_inference_request_success{{model="m",version="1"}} {requests}
 nv_inference_request_failure{{model="m",reason="REJECTED",version="1"}} 0
@@ -48,11 +48,11 @@ def test_a_server_that_started_again_counts_from_zero() -> None:
     assert math.isnan(load.p99_seconds)
 
 
-def test_label_values_are_escaped() -> None:
+def test_escaped_label_values_are_read() -> None:
     port = PortMetrics()
-    port.prompt_tokens.add(2, 'a "b"\n\\')
-    [line] = [line for line in port.text().splitlines() if line.startswith("deploykit_http_prompt")]
-    assert line == r'deploykit_http_prompt_tokens_total{model="a \"b\"\n\\"} 2'
+    port.prompt_tokens.labels('a "b"').inc(2)
+    [sample] = [sample for sample in parse(port.text()) if sample.name == "deploykit_http_prompt_tokens_total"]
+    assert (sample.labels["model"], sample.value) == (r"a \"b\"", 2), "as it is written"
 
 
 def test_no_server_is_an_error() -> None:
