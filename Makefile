@@ -4,7 +4,7 @@ SHELL := /bin/bash
 READY := .venv/.ready
 BIN := .venv/bin
 
-.PHONY: help setup demo demo-translation demo-generation test interop optimum-peers generation-peers bench lint check docs clean
+.PHONY: help setup demo demo-translation demo-generation test wheels interop optimum-peers generation-peers bench lint check docs clean
 
 help:
 	@echo "make demo   train, quantize and serve a classifier on real tweets, with a report (minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make generation-peers   the engines that bench/generation.py compares with, in an environment of their own (minutes)"
 	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour, without generation.py)"
 	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, and ask lm-eval, in environments of their own (minutes)"
+	@echo "make wheels   a wheel for Linux on x86-64 and one on Arm, in build/wheels (minutes)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
 	@echo "make docs   build the docs into build/docs"
@@ -37,6 +38,7 @@ demo-generation: $(READY)
 
 test: $(READY)
 	@bash setup.sh --browser
+	@bash setup.sh --emulator
 	@# Files start in the order of collection. One thread per process: more would wait for each other on two cores.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -72,6 +74,11 @@ bench: $(READY) optimum-peers generation-peers
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 $(BIN)/python bench/translation.py
 	@MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 GENERATION_VENV=$(GENERATION_VENV) $(BIN)/python bench/generation.py
 	@$(BIN)/python bench/table.py
+
+wheels: $(READY)
+	@for target in linux-x86_64 linux-aarch64; do \
+	  DEPLOYKIT_TARGET=$$target $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheels . || exit 1; \
+	done
 
 lint: $(READY)
 	@$(BIN)/ruff check .

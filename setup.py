@@ -1,65 +1,128 @@
 """Compiles the engine ``native`` and the guard in front of Triton, by Zig's C compiler: a Python package, so that no
 machine needs a compiler of its own.
 
-Where they cannot be compiled for, the package goes without.
+Where they cannot be compiled for, the package goes without. ``DEPLOYKIT_TARGET``, a key of ``TARGETS``, compiles for another
+machine, as ``make wheels`` does.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-TARGET = "x86_64-linux-gnu.2.17"
 CSRC = Path("deploykit/runtime/engines/native/csrc")
-CPU = "x86_64"
-CPU_OF_ISA = {"avx512vnni": "x86_64_v4+avx512vnni", "avx2": "x86_64_v3", "scalar": CPU}
-"""What the compiler may use in a file of csrc/isa/. The library runs on any CPU: it looks which of them the CPU has."""
+CPUS = {
+    "x86_64": {"scalar": "x86_64", "avx2": "x86_64_v3", "avx512vnni": "x86_64_v4+avx512vnni"},
+    "aarch64": {"scalar": "generic", "neon": "generic", "dotprod": "generic+dotprod", "i8mm": "generic+dotprod+i8mm"},
+}
+"""What the compiler may use in each file of csrc/isa/; in all others, the same as in scalar.c. The library runs on any CPU of
+its architecture: it looks which instruction sets the CPU has."""
+
+
+class Target(NamedTuple):
+    """A machine to compile for: its architecture, Zig's name for it, and the platform in the names of wheels."""
+
+    architecture: str
+    zig: str
+    wheel: str
+
+
+TARGETS = {
+    "linux-x86_64": Target("x86_64", "x86_64-linux-gnu.2.17", "manylinux_2_17_x86_64.manylinux2014_x86_64"),
+    "linux-aarch64": Target("aarch64", "aarch64-linux-gnu.2.17", "manylinux_2_17_aarch64.manylinux2014_aarch64"),
+}
 FLAGS = (
-    "-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden", "-g0", "-target", TARGET,
+    "-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden", "-g0",
     "-ffp-contract=off",  # a compiler that fuses products and sums where it can would round differently for each CPU
 )  # fmt: skip
+
+
+def compiler(target: str, cpu: str) -> tuple[str, ...]:
+    """Return the command that compiles for a target of Zig's and a CPU."""
+    return (sys.executable, "-m", "ziglang", "cc", *FLAGS, "-target", target, f"-mcpu={cpu}")
+
+
+def native_sources(architecture: str) -> dict[str, str]:
+    """Return the engine's files for an architecture, and the CPU to compile each for."""
+    cpus = CPUS[architecture]
+    return {str(file): cpus["scalar"] for file in sorted(CSRC.glob("*.c"))} | {
+        str(CSRC / "isa" / f"{name}.c"): cpu for name, cpu in cpus.items()
+    }
+
+
+def chosen_target() -> str:
+    return os.environ.get("DEPLOYKIT_TARGET") or f"{sys.platform}-{platform.machine()}"
 
 
 class BuildNative(build_ext):
     """Build shared libraries that have no Python in them."""
 
     def build_extension(self, ext: Extension) -> None:
+        target = TARGETS[chosen_target()]
+        cpus = native_sources(target.architecture)
         out = Path(self.get_ext_fullpath(ext.name))
-        temporary = Path(self.build_temp)
+        temporary = Path(self.build_temp) / chosen_target()
         for folder in (out.parent, temporary):
             folder.mkdir(parents=True, exist_ok=True)
         objects = []
-        for source in map(Path, ext.sources):
-            cpu = CPU_OF_ISA[source.stem] if source.parent.name == "isa" else CPU
-            objects.append(temporary / f"{source.stem}.o")
-            self._compile(f"-mcpu={cpu}", "-c", str(source), "-o", str(objects[-1]))
-        self._compile("-shared", *map(str, objects), "-o", str(out), "-lm", "-lpthread", "-ldl")
-
-    def _compile(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "ziglang", "cc", *FLAGS, *arguments]
-        if subprocess.run(command, check=False).returncode:
-            raise CompileError(f"{' '.join(command)} failed")
+        plain = compiler(target.zig, CPUS[target.architecture]["scalar"])
+        for source in ext.sources:
+            objects.append(str(temporary / f"{Path(source).stem}.o"))
+            command = compiler(target.zig, cpus[source]) if source in cpus else plain
+            _run(*command, "-c", source, "-o", objects[-1])
+        _run(*plain, "-shared", *objects, "-o", str(out), "-lm", "-lpthread", "-ldl")
 
 
-native = Extension(
-    "deploykit.runtime.engines.native._native",
-    sorted(map(str, CSRC.rglob("*.c"))),
-    depends=sorted(map(str, CSRC.rglob("*.h"))),
-    py_limited_api=True,
-    optional=True,
-)
-guard = Extension(
-    "deploykit.triton.guard._guard",
-    ["deploykit/triton/guard/guard.c"],
-    depends=["deploykit/triton/guard/triton.h"],
-    py_limited_api=True,
-    optional=True,
-)
-here = sys.platform == "linux" and platform.machine() == "x86_64"
-setup(ext_modules=[native, guard] if here else [], cmdclass={"build_ext": BuildNative})
+class NameWheel(bdist_wheel):
+    """Name wheels by the machine that they are compiled for. They suit every version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        target = TARGETS.get(chosen_target())
+        return ("py3", "none", target.wheel if target else "any")
+
+
+def _run(*command: str) -> None:
+    if subprocess.run(command, check=False).returncode:
+        raise CompileError(f"{' '.join(command)} failed")
+
+
+def extensions() -> list[Extension]:
+    name = chosen_target()
+    asked = "DEPLOYKIT_TARGET" in os.environ
+    if asked and name not in TARGETS:
+        raise SystemExit(f"DEPLOYKIT_TARGET={name}: unknown; choose one of: {', '.join(TARGETS)}")
+    if name not in TARGETS:
+        return []
+    native = Extension(
+        "deploykit.runtime.engines.native._native",
+        list(native_sources(TARGETS[name].architecture)),
+        depends=sorted(map(str, CSRC.rglob("*.h"))),
+        py_limited_api=True,
+        optional=not asked,
+    )
+    guard = Extension(
+        "deploykit.triton.guard._guard",
+        ["deploykit/triton/guard/guard.c"],
+        depends=["deploykit/triton/guard/triton.h"],
+        py_limited_api=True,
+        optional=not asked,
+    )
+    return [native, guard] if name == "linux-x86_64" else [native]  # the embedded Triton runs there only
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": NameWheel},
+        # In one folder, a wheel would have what was built for another target.
+        options={"build": {"build_base": f"build/{chosen_target()}"}},
+    )

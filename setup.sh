@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Creates the virtual environment $1 with deploykit and all its extras; with --browser, installs a browser for the tests.
+# Creates the virtual environment $1 with deploykit and all its extras; with --browser, installs a browser for the tests,
+# and with --emulator, an emulator of Arm CPUs and a linker for them.
 # Run by `make`. As root, it installs missing system packages; otherwise it prints the command that does.
 set -euo pipefail
-venv=${1:?usage: setup.sh VENV | --browser}
+venv=${1:?usage: setup.sh VENV | --browser | --emulator}
 
-system_package() { # NAME WHY
+system_package() { # NAMES WHY
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "installing the system package $1 ($2)"
-    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$1"; } >/dev/null && return
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $1; } >/dev/null && return
   fi
   echo "error: the system package $1 is missing ($2)" >&2
   echo "remedy: sudo apt-get install $1" >&2
@@ -17,6 +18,14 @@ system_package() { # NAME WHY
 if [ "$venv" = --browser ]; then
   [ -n "$(type -P chromium-headless-shell chromium chrome-headless-shell google-chrome chromium-browser)" ] ||
     (system_package chromium-headless-shell "a test opens the reports in it") || echo "continuing without it: that test is skipped" >&2
+  exit
+fi
+
+if [ "$venv" = --emulator ]; then
+  if [ -z "$(type -P qemu-aarch64-static qemu-aarch64)" ] || [ -z "$(type -P aarch64-linux-gnu-gcc)" ]; then
+    (system_package "qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross" "tests run the kernels for Arm in it") ||
+      echo "continuing without it: those tests are skipped" >&2
+  fi
   exit
 fi
 

@@ -16,13 +16,15 @@ VARIABLE = "DEPLOYKIT_NATIVE_ISA"
 """Environment variable that replaces the CPU's fastest instruction set."""
 SLOW = "scalar"
 """The reference in plain C. It runs on every CPU, but is used only if ``VARIABLE`` names it."""
+BUILT_FOR = (("linux", "x86_64"), ("linux", "aarch64"))
+"""``sys.platform`` and ``platform.machine()`` of the machines that setup.py compiles the library for."""
 
 
 @cache
 def lacks() -> str | None:
     """Return a missing requirement on this machine, or None."""
-    if platform.machine() != "x86_64" or sys.platform != "linux":
-        return "no x86-64 Linux"
+    if (sys.platform, platform.machine()) not in BUILT_FOR:
+        return "no Linux on x86-64 or 64-bit Arm"
     if library_file() is None:
         return "not built: pip install -v deploykit shows the compiler's error"
     try:

@@ -32,6 +32,23 @@ static int has_avx512vnni(void) {
     if (!has_avx2() || (saved_state() & AVX512_STATE) != AVX512_STATE) return 0;
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & wanted) == wanted && (c & bit_AVX512VNNI);
 }
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+
+/* On a CPU with cores of several kinds, Linux tells what all of them have. */
+static int has_dotprod(void) { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+static int has_i8mm(void) { return has_dotprod() && (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+static int has(const char *feature) {
+    int found = 0;
+    size_t size = sizeof(found);
+    return sysctlbyname(feature, &found, &size, NULL, 0) == 0 && found;
+}
+static int has_dotprod(void) { return has("hw.optional.arm.FEAT_DotProd"); }
+static int has_i8mm(void) { return has_dotprod() && has("hw.optional.arm.FEAT_I8MM"); }
 #endif
 
 static int always(void) { return 1; }
@@ -44,6 +61,10 @@ static const struct {
 #if defined(__x86_64__)
     {&kernels_avx512vnni, has_avx512vnni},
     {&kernels_avx2, has_avx2},
+#elif defined(__aarch64__)
+    {&kernels_i8mm, has_i8mm},
+    {&kernels_dotprod, has_dotprod},
+    {&kernels_neon, always},
 #endif
     {&kernels_scalar, always},
 };

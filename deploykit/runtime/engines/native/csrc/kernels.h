@@ -102,7 +102,7 @@ struct Kernels {
 
 enum { NONE, RELU, SILU, GELU, GELU_TANH, TANH };
 
-extern const Kernels kernels_avx512vnni, kernels_avx2, kernels_scalar;
+extern const Kernels kernels_avx512vnni, kernels_avx2, kernels_i8mm, kernels_dotprod, kernels_neon, kernels_scalar;
 
 /* cpu.c: the table for new contexts. */
 const Kernels *chosen_kernels(void);

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,23 +12,47 @@ import pytest
 
 from deploykit.runtime.engines.native import loader
 
+ROOT = Path(__file__).parents[5]
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="it is built for x86-64 Linux")
+needs_library = pytest.mark.skipif(
+    (sys.platform, platform.machine()) not in loader.BUILT_FOR, reason="it is not built for this machine"
+)
+
+
+@needs_library
 def test_the_installation_has_built_the_library() -> None:
     assert loader.library_file() is not None, "the compiler failed: pip install -v -e . shows its error"
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="it is built for x86-64 Linux")
+@needs_library
 def test_a_missing_library_is_reported_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "library_file", lambda: None)
     assert str(loader.lacks.__wrapped__()).startswith("not built")
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="it is built for x86-64 Linux")
-def test_it_runs_on_every_cpu_with_avx2() -> None:
-    flags = set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split())
-    expected = ["avx512vnni"] * ({"avx512bw", "avx512vl", "avx512_vnni"} <= flags) + ["avx2"] * (
-        {"avx2", "fma"} <= flags
-    )
+@needs_library
+def test_it_finds_what_the_cpu_has() -> None:
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    flags = set(re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)[1].split())  # type: ignore[index]
+    if platform.machine() == "aarch64":
+        needs = {"i8mm": {"asimddp", "i8mm"}, "dotprod": {"asimddp"}, "neon": {"asimd"}}
+    else:
+        needs = {"avx512vnni": {"avx512bw", "avx512vl", "avx512_vnni"}, "avx2": {"avx2", "fma"}}
+    expected = [name for name, wanted in needs.items() if wanted <= flags]
     assert loader.instruction_sets() == (*expected, "scalar")
     assert (loader.lacks() is None) == bool(expected)
+
+
+def test_every_file_in_c_is_compiled_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    build = runpy.run_path("setup.py")
+    compiled = {file for architecture in build["CPUS"] for file in build["native_sources"](architecture)}
+    assert compiled == set(map(str, build["CSRC"].rglob("*.c")))
+    assert {target.architecture for target in build["TARGETS"].values()} == set(build["CPUS"])
+
+
+def test_an_unknown_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DEPLOYKIT_TARGET", "linux-riscv64")
+    with pytest.raises(SystemExit, match="linux-riscv64: unknown; choose one of: linux-x86_64, linux-aarch64"):
+        runpy.run_path("setup.py")["extensions"]()
