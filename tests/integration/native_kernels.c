@@ -1,11 +1,11 @@
 /* Compare the kernels of every instruction set that this CPU has with those in plain C, bit for bit, on random small shapes.
- * Prints the instruction sets, fastest first. test_arm.py compiles this with the engine for other CPUs, and emulates them. */
+ * Prints the instruction sets, fastest first. test_native_on_arm.py compiles this with the engine for other CPUs, and emulates them. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "../../../../../deploykit/runtime/engines/native/csrc/kernels.h"
+#include "../../deploykit/runtime/engines/native/csrc/kernels.h"
 
 #define ROUNDS 25 /* of each case, with other shapes and values */
 #define MEMORY (4 << 20)

@@ -1,4 +1,4 @@
-"""Kernels for Arm give the same bits as plain C, on emulated CPUs: kernels.c, with the engine, run by qemu."""
+"""Kernels for Arm give the same bits as plain C, on emulated CPUs: native_kernels.c, with the engine, run by qemu."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[5]
+ROOT = Path(__file__).parents[2]
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 LINKER = shutil.which("aarch64-linux-gnu-gcc")
 """It has a C library for Arm, which Zig would have to compile first."""
@@ -29,11 +29,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compile kernels.c and the engine for Arm, as setup.py does. That takes a minute of a CPU, and later a
+    """Compile native_kernels.c and the engine for Arm, as setup.py does. That takes a minute of a CPU, and later a
     second: Zig keeps what it compiled."""
     folder = tmp_path_factory.mktemp("arm")
     build = runpy.run_path(str(ROOT / "setup.py"))
-    sources = {**build["native_sources"]("aarch64"), str(Path(__file__).with_name("kernels.c")): "generic"}
+    sources = {**build["native_sources"]("aarch64"), str(Path(__file__).with_name("native_kernels.c")): "generic"}
 
     def compiled(source: str) -> str:
         out = str(folder / f"{Path(source).stem}.o")
