@@ -109,7 +109,7 @@ def test_metrics_are_tritons_and_the_ports(service: Service) -> None:
     with FakeTriton() as triton, serve(triton, metrics_url=f"{service.url}/models") as server:
         answer = httpx.get(f"{server.url.removesuffix('/v1')}/metrics")
     assert answer.text.startswith('{"object":"list"')
-    assert "\ndeploykit_triton_up 1\n" in answer.text
+    assert "\ndeploykit_triton_up 1.0\n" in answer.text
     assert answer.headers["content-type"].startswith("text/plain")
 
 
@@ -117,7 +117,7 @@ def test_metrics_say_that_triton_is_away() -> None:
     with FakeTriton() as triton, serve(triton, metrics_url="http://127.0.0.1:1/metrics") as server:
         answer = httpx.get(f"{server.url.removesuffix('/v1')}/metrics")
     assert answer.status_code == 200
-    assert "\ndeploykit_triton_up 0\n" in answer.text
+    assert "\ndeploykit_triton_up 0.0\n" in answer.text
 
 
 def test_unknown_routes_and_methods_have_errors_of_the_apis_form(client: httpx.Client) -> None:
