@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from deploykit.openai.server import Certificate
     from deploykit.triton.server import TritonServer
 
+_OPENAI_OPTIONS = (
+    "api_keys", "api_key_file", "limits", "ssl_certfile", "ssl_keyfile", "access_log", "triton_routes",
+)  # fmt: skip
+
 
 @deploykit_command(help="Serve a model repository with the embedded Triton, until Ctrl-C.")
 @MODEL_REPOSITORY
@@ -101,13 +105,6 @@ def command(
     ready_file: Path | None,
     ready_timeout: float,
     drain: float,
-    api_keys: tuple[str, ...],
-    api_key_file: Path | None,
-    limits: str,
-    ssl_certfile: Path | None,
-    ssl_keyfile: Path | None,
-    access_log: Path | None,
-    triton_routes: bool,
     **options: Any,
 ) -> Result:
     from deploykit.artifacts import new_file
@@ -116,16 +113,17 @@ def command(
 
     if ready_timeout <= 0 or drain < 0:
         raise UsageError("--ready-timeout must be above 0 and --drain at least 0", "give seconds")
+    of_openai_port = {name: options.pop(name) for name in _OPENAI_OPTIONS}
     if openai_port is None:
         _refuse_openai_options()
         front = None
     else:
-        front = _front(api_keys, api_key_file, limits, ssl_certfile, ssl_keyfile, access_log, triton_routes)
+        front = _front(**of_openai_port)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     listener = None if openai_port is None else listen("openai", resolve(host), openai_port)
-    own_host = "127.0.0.1" if triton_routes else host
+    own_host = "127.0.0.1" if front is not None and front.triton_routes else host
     server = TritonServer(repository, host=own_host, ready_timeout=ready_timeout, drain=drain, **options)
     say(f"starting Triton on {repository}")
     with server, _openai(server, listener, front) as openai:
@@ -173,13 +171,14 @@ class _Front:
 def _refuse_openai_options() -> None:
     """Raise UsageError for an option of the OpenAI port on the command line."""
     context = click.get_current_context()
-    for name in ("api_keys", "api_key_file", "limits", "ssl_certfile", "ssl_keyfile", "access_log", "triton_routes"):
+    for name in _OPENAI_OPTIONS:
         if context.get_parameter_source(name) == ParameterSource.COMMANDLINE:
             option = next(one.opts[0] for one in context.command.params if one.name == name)
             raise UsageError(f"{option} is for the OpenAI port", "give --openai-port too, or leave it out")
 
 
 def _front(
+    *,
     api_keys: tuple[str, ...],
     api_key_file: Path | None,
     limits: str,

@@ -91,7 +91,6 @@ class TritonServer:
         self._verbose = verbose
         self._ready_timeout = ready_timeout
         self.drain = drain
-        self._admin_key = secrets.token_hex(16)
         self._shm_prefix = f"deploykit_{os.getpid()}_{secrets.token_hex(4)}_"
         self._launch: Launch | None = None
         self._triton: TritonProcess | None = None
@@ -273,13 +272,15 @@ class TritonServer:
             raise ServerError(
                 f"{self._log_file}: cannot be written: {error.strerror}", "choose another --log-file"
             ) from error
+        admin_key = secrets.token_hex(16)
+        restricted = f"{_RESTRICTED}:{ADMIN_HEADER}={admin_key}"
         options = {
             "model-repository": self._folder / "repository",
             "backend-directory": backends,
             "cache-directory": triton.caches,
             "model-control-mode": "explicit",
-            "http-restricted-api": f"{_RESTRICTED}:{ADMIN_HEADER}={self._admin_key}",
-            "grpc-restricted-protocol": f"{_RESTRICTED}:{ADMIN_HEADER}={self._admin_key}",
+            "http-restricted-api": restricted,
+            "grpc-restricted-protocol": restricted,
             "exit-timeout-secs": max(1, round(self.drain)),
             "log-verbose": int(self._verbose),
             **{f"{protocol}-port": port for protocol, port in self._ports.items()},
@@ -300,7 +301,7 @@ class TritonServer:
             address=self._address,
             ports=self._ports,
             mark=self._shm_prefix,
-            admin_key=self._admin_key,
+            admin_key=admin_key,
         )
 
     def _start_triton(self) -> None:

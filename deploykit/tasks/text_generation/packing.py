@@ -136,12 +136,14 @@ def pack_sharing(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
 def shared_beginning(rows: Sequence[EncodedRow]) -> int:
     """Return how many tokens all rows begin with alike, up to the one before the first that is supervised in any: that
     one is predicted within its own row."""
+    if len(rows) == 1:
+        return 0
     most = min(int(row.supervised.argmax()) if row.supervised.any() else len(row.ids) for row in rows) - 1
     first = rows[0].ids[: max(most, 0)]
-    for row in rows if len(rows) > 1 else ():
+    for row in rows[1:]:
         differs = np.flatnonzero(row.ids[: len(first)] != first)
         first = first[: differs[0]] if len(differs) else first
-    return len(first) if len(rows) > 1 else 0
+    return len(first)
 
 
 def pad(rows: Sequence[EncodedRow], pad_token_id: int) -> dict[str, torch.Tensor]:
