@@ -224,6 +224,12 @@ TARGET_LANG_HELP = "Target language, in the same case."
 OUTPUT_DIR = option("--output-dir", "out", aliases=["--out"], required=True, type=click.Path(path_type=Path),
                     help="Folder to write to.")  # fmt: skip
 MODEL_REPOSITORY_HELP = "Model repository: the folder of packaged models."
+REQUIRE_SIGNATURE = click.option(
+    "--require-signature",
+    metavar="PUBLIC_KEY",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Refuse what deploykit sign has not signed with the private key of this public key (PEM).",
+)
 MODEL_REPOSITORY = option(
     "--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),
     default=Path("model_repository"), show_default=True, help=MODEL_REPOSITORY_HELP,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from deploykit.cli.common import MODEL_REPOSITORY, Result, deploykit_command, say
+from deploykit.cli.common import MODEL_REPOSITORY, REQUIRE_SIGNATURE, Result, deploykit_command, say
 from deploykit.errors import MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ _OPENAI_OPTIONS = (
 @click.option(
     "--drain", type=float, default=30.0, show_default=True, help="Seconds to wait for requests in flight when stopping."
 )
+@REQUIRE_SIGNATURE
 @click.option("--log-file", type=click.Path(path_type=Path), help="Triton's own log (default: a temporary file).")
 @click.option("--verbose", is_flag=True, help="Write a verbose Triton log.")
 @click.option(
