@@ -374,7 +374,7 @@ def columns_for(task: Task, columns: Mapping[str, Any], generation: Mapping[str,
 
 
 def check_asked(
-    command: str, what: str, texts: tuple[str, ...], source: str | None, output: Path | None, reading: Reading
+    command: str, what: str, texts: tuple[str, ...], source: str | None, output: str | None, reading: Reading
 ) -> None:
     """Raise UsageError unless there are texts, or --input with --output. ``what`` is a text for the remedy."""
     if bool(texts) == bool(source):
@@ -404,12 +404,12 @@ def failed_texts(records: Sequence[Mapping[str, Any]], *, stop: bool, remedy: st
     return failed_rows(problems)
 
 
-def answered_record(output: Path, done: Answered) -> dict[str, Any]:
+def answered_record(output: str, done: Answered) -> dict[str, Any]:
     """Return what --json tells of a file of answers."""
     return {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
 
 
-def answered_text(output: Path, done: Answered, failed: str) -> str:
+def answered_text(output: str, done: Answered, failed: str) -> str:
     """Return the same as a line for a terminal; ``failed`` says what rows with an error could not be."""
     text = f"{output}: {done.rows:,} rows"
     if done.resumed:
