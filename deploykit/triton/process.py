@@ -135,14 +135,18 @@ class TritonProcess:
         """Ask Triton to end, and wait until ``until``, or until it has nothing left to wait for.
 
         Triton itself would also wait for idle connections, and for every stub that died during a request, even a
-        replaced one.
+        replaced one. The others of a replaced model may still answer, but do not end while that one is waited for: of
+        them, only those that compute are waited for.
         """
-        stubs = [stub for stub, _ in self.stubs] + _children(self.pid)
+        stubs = [stub for stub, _ in self.stubs]
+        seconds = {child: _cpu_seconds(child) for child in _children(self.pid) if child not in stubs}
         self._popen.terminate()
-        last_alive = time.monotonic()
-        while self.exit_code is None and time.monotonic() < min(until + 5.0, last_alive + 2.0):
-            if any(alive(stub) for stub in stubs):
-                last_alive = time.monotonic()
+        last_busy = time.monotonic()
+        while self.exit_code is None and time.monotonic() < min(until + 5.0, last_busy + 2.0):
+            now = {child: _cpu_seconds(child) for child in seconds}
+            if now != seconds or any(alive(stub) for stub in stubs):
+                last_busy = time.monotonic()
+            seconds = now
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -222,6 +226,16 @@ def alive(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    import psutil
+
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
 
 
 def _children(pid: int) -> list[psutil.Process]:

@@ -6,7 +6,6 @@ restarts it, and Triton itself when it ends.
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import logging
 import os
@@ -319,13 +318,14 @@ class TritonServer:
         triton = self._running()
         if (code := triton.exit_code) is not None:
             return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        if not self._retry_at and all(alive(stub) for stub, _ in triton.stubs):
-            return None
         # A server that stops ends its models first, then waits for connections, and takes no more requests.
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            if triton.call("GET", "/v2/health/live", timeout=1.0)[0] == 200:
-                return None
-        return "it was told to stop"
+        try:
+            lives = triton.call("GET", "/v2/health/live", timeout=1.0)[0] == 200
+        except ConnectionRefusedError:
+            lives = False
+        except (OSError, http.client.HTTPException):  # a server under load may be late
+            lives = not self._retry_at and all(alive(stub) for stub, _ in triton.stubs)
+        return None if lives else "it was told to stop"
 
     def _pause_before_restart(self, how: str) -> float:
         """Close the ports of a server that ended, and return how long to wait before it starts again, in seconds."""
