@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -23,8 +24,9 @@ from starlette.types import Receive, Scope, Send
 
 from deploykit.openai.calls import Call, call_of
 from deploykit.openai.disconnect import while_connected
-from deploykit.openai.errors import ApiError
+from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError
 from deploykit.openai.read_body import read_bytes
+from deploykit.runtime.served import LOST, RELOADING
 
 _ABOUT_SERVER = re.compile(r"/v2(/health/(live|ready)|/models/stats)?")
 _ABOUT_MODEL = re.compile(r"/v2/models/(?P<model>[^/]+)(?P<version>/versions/[0-9]+)?(?P<what>/ready|/config|/stats)?")
@@ -82,7 +84,7 @@ class TritonRoutes:
         if limits.max_rows is not None and found["what"] == "/infer":
             call.rows = _rows(body, request.headers.get(_JSON_LENGTH))
             limits.check_rows(call.rows, "inputs")
-        return await self._forward(request, target, body)
+        return await self._forward(request, target, body, again=found["version"] is None)
 
     def _of_model(self, found: re.Match[str] | None, path: str, call: Call) -> str:
         """Return the path at Triton. Raises ApiError for a route that is not answered here."""
@@ -93,7 +95,10 @@ class TritonRoutes:
         call.model, call.route = found["model"], f"/v2/models/NAME{found['what'] or ''}"
         return f"/v2/models/{quote(found['model'])}{found['version'] or ''}{found['what'] or ''}"
 
-    async def _forward(self, request: Request, path: str, body: bytes | None = None) -> Response:
+    async def _forward(
+        self, request: Request, path: str, body: bytes | None = None, *, again: bool = False
+    ) -> Response:
+        """Pass a request on. With ``again``, one that a dying model process loses is asked again."""
         if self._session is None:
             # Encoded answers are passed on as they are; whoever waits sets the limit of time.
             self._session = aiohttp.ClientSession(
@@ -105,19 +110,28 @@ class TritonRoutes:
         if body is None:
             await read_bytes(request)
         headers = {name: value for name in _SENT if (value := request.headers.get(name)) is not None}
-        asked = self._session.request(request.method, f"{self._url}{path}", data=body, headers=headers)
-        try:
-            answer = await while_connected(request.receive, asked)
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-            raise ApiError(f"Triton does not answer now ({error}); try again in some seconds", 503) from None
-        return _PassedOn(answer)
+        deadline = time.monotonic() + (PATIENCE_S if again else 0.0)
+        while True:
+            asked = self._session.request(request.method, f"{self._url}{path}", data=body, headers=headers)
+            try:
+                answer = await while_connected(request.receive, asked)
+                if not again or answer.status not in LOST:
+                    return _PassedOn(answer)
+                refusal = await while_connected(request.receive, answer.read())
+            except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                if time.monotonic() > deadline:
+                    raise ApiError(f"Triton does not answer now ({error}); try again in some seconds", 503) from None
+            else:
+                if time.monotonic() > deadline or not RELOADING.search(refusal.decode(errors="replace")):
+                    return Response(refusal, answer.status, _kept(answer))
+            await while_connected(request.receive, asyncio.sleep(PAUSE_S))
 
 
 class _PassedOn(Response):
     """An answer of Triton, sent piece by piece as it comes."""
 
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
-        kept = {name: answer.headers[name] for name in _RETURNED if name in answer.headers}
+        kept = _kept(answer)
         super().__init__(status_code=answer.status, headers=kept)
         if "content-length" not in kept:
             del self.headers["content-length"]
@@ -132,6 +146,10 @@ class _PassedOn(Response):
         async for piece in self._answer.content.iter_any():
             await send({"type": "http.response.body", "body": piece, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _kept(answer: aiohttp.ClientResponse) -> dict[str, str]:
+    return {name: answer.headers[name] for name in _RETURNED if name in answer.headers}
 
 
 def _rows(body: bytes, json_length: str | None) -> int:

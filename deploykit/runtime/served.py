@@ -28,8 +28,9 @@ from deploykit.tasks.registry import task_of_parameters
 _MAX_REQUEST_BYTES = 4 << 20  # with all else in it well below the OpenAI port's limit of 8 MiB, and Triton's of 64
 _FIRST_ROW = re.compile(r"row 0 of [A-Z]+: ")  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-# Triton's messages while it reloads a model whose process died.
-_RELOADING = re.compile(r"is not healthy|is not found|no available versions|is not ready|unloaded|UNAVAILABLE")
+RELOADING = re.compile(r"is not healthy|is not found|no available versions|is not ready|unloaded|UNAVAILABLE")
+"""Triton's messages, with a status of ``LOST``, while it reloads a model whose process died."""
+LOST = (400, 404, 500, 503)
 
 
 Row = TypeVar("Row")
@@ -198,7 +199,7 @@ class ServedModel:
             message = (
                 error_text(answer).removeprefix("[request id: <id_unknown>] ").strip()
             )  # Triton's prefix for a request without an id
-            busy = status in (429, 503) or (status in (400, 404, 500) and _RELOADING.search(message) is not None)
+            busy = status in (429, 503) or (status in LOST and RELOADING.search(message) is not None)
             if not busy or time.monotonic() > deadline:
                 raise self._refusal(status, message)
             time.sleep(pause * random.uniform(0.5, 1.0))

@@ -10,7 +10,10 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,15 @@ def test_health_and_metrics_are_tritons(served: dict[str, Any], client: httpx.Cl
 
 
 # Triton's API on the same port
+
+
+def stubs_of(served: dict[str, Any]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(served["pid"]).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any("/tiny/" in word for word in process.cmdline()):
+                found.append(process)
+    return found
 
 
 def infer(client: httpx.Client, content: Any, **options: Any) -> httpx.Response:
@@ -196,12 +208,36 @@ def test_other_routes_of_triton_are_closed(
     assert (answer.status_code, list(answer.json())) == (404, ["error"])
 
 
+def test_no_client_of_tritons_routes_sees_a_model_process_die(served: dict[str, Any]) -> None:
+    stop = threading.Event()
+
+    def ask(_: int) -> list[int]:
+        statuses = []
+        with asking(served, KEY) as client:
+            while not stop.is_set():
+                answer = infer(client, body(["w1 w2"]))
+                statuses.append(answer.status_code)
+        return statuses
+
+    with ThreadPoolExecutor(64) as clients:
+        asked = clients.map(ask, range(64))
+        try:
+            first, *others = stubs_of(served)
+            assert others
+            time.sleep(1.0)
+            first.kill()
+            assert wait_until(lambda: len({*stubs_of(served)} - {first, *others}) == 2, 30)
+        finally:
+            stop.set()
+        statuses = [status for of_client in asked for status in of_client]
+    assert len(statuses) > 64
+    assert set(statuses) == {200}
+
+
 def test_a_model_whose_process_is_killed_answers_again(served: dict[str, Any], client: httpx.Client) -> None:
     body = {"model": "tiny", "input": "w1 w2"}
     before = client.post("/classify", json=body).json()["data"]
-    stubs = [
-        p for p in psutil.Process(served["pid"]).children(recursive=True) if any("/tiny/" in a for a in p.cmdline())
-    ]
+    stubs = stubs_of(served)
     for stub in stubs:
         stub.kill()
     assert stubs
