@@ -92,6 +92,11 @@ _OPENAI_OPTIONS = (
     "--drain", type=float, default=30.0, show_default=True, help="Seconds to wait for requests in flight when stopping."
 )
 @REQUIRE_SIGNATURE
+@click.option(
+    "--otlp-endpoint",
+    metavar="URL",
+    help="Send traces to this OpenTelemetry collector, by OTLP over HTTP, such as http://localhost:4318.",
+)
 @click.option("--log-file", type=click.Path(path_type=Path), help="Triton's own log (default: a temporary file).")
 @click.option("--verbose", is_flag=True, help="Write a verbose Triton log.")
 @click.option(
@@ -107,6 +112,7 @@ def command(
     ready_file: Path | None,
     ready_timeout: float,
     drain: float,
+    otlp_endpoint: str | None,
     **options: Any,
 ) -> Result:
     from deploykit.artifacts import new_file
@@ -115,6 +121,11 @@ def command(
 
     if ready_timeout <= 0 or drain < 0:
         raise UsageError("--ready-timeout must be above 0 and --drain at least 0", "give seconds")
+    traces = None
+    if otlp_endpoint is not None:
+        from deploykit.runtime.tracing import tracer_provider
+
+        traces = tracer_provider(otlp_endpoint, "deploykit")
     of_openai_port = {name: options.pop(name) for name in _OPENAI_OPTIONS}
     if openai_port is None:
         _refuse_openai_options()
@@ -126,9 +137,11 @@ def command(
         signal.signal(number, lambda *_: stop.set())
     listener = None if openai_port is None else listen("openai", resolve(host), openai_port)
     own_host = "127.0.0.1" if front is not None and front.triton_routes else host
-    server = TritonServer(repository, host=own_host, ready_timeout=ready_timeout, drain=drain, **options)
+    server = TritonServer(
+        repository, host=own_host, ready_timeout=ready_timeout, drain=drain, otlp_endpoint=otlp_endpoint, **options
+    )
     say(f"starting Triton on {repository}")
-    with server, _openai(server, listener, front) as openai:
+    with server, _openai(server, listener, front, traces) as openai:
         for note in server.notes:
             say(note)
         say(
@@ -213,7 +226,9 @@ def _front(
 
 
 @contextlib.contextmanager
-def _openai(server: TritonServer, listener: socket.socket | None, front: _Front | None) -> Iterator[dict[str, str]]:
+def _openai(
+    server: TritonServer, listener: socket.socket | None, front: _Front | None, traces: Any
+) -> Iterator[dict[str, str]]:
     """Serve OpenAI's API on ``listener``, if there is one. Yields its address as ``openai``.
 
     Its open requests and then Triton's share the time to drain.
@@ -242,6 +257,7 @@ def _openai(server: TritonServer, listener: socket.socket | None, front: _Front 
         triton=TritonRoutes(server.urls.http, server.models, generating) if front.triton_routes else None,
         metrics=front.metrics,
         access_log=front.access_log,
+        traces=traces,
     )
     until = 0.0
     try:

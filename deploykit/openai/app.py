@@ -39,6 +39,7 @@ from deploykit.tasks.text_generation.facts import TextGeneration
 log = logging.getLogger(__name__)
 
 _CLIENT_CLOSED_REQUEST = 499
+_ONLY_TRACES = {"metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
 
 
 def create_app(
@@ -52,11 +53,13 @@ def create_app(
     triton: TritonRoutes | None = None,
     metrics: PortMetrics | None = None,
     access_log: AccessLog | None = None,
+    traces: Any = None,
 ) -> FastAPI:
     """Return the app. ``models`` are those served, ``created`` the time they were started, in seconds since 1970.
 
     ``generator`` answers for language models; ``open_model`` connects to a model of another task. ``keys`` say who may
-    ask what. With ``triton``, the routes of Triton's HTTP API are answered too. Requests are counted in ``metrics``.
+    ask what. With ``triton``, the routes of Triton's HTTP API are answered too. Requests are counted in ``metrics``, and
+    traced with ``traces``, a TracerProvider.
     """
     predictors = Predictors(open_model)
 
@@ -69,8 +72,11 @@ def create_app(
         if access_log is not None:
             access_log.close()
         await asyncio.to_thread(predictors.close)
+        if traces is not None:
+            await asyncio.to_thread(traces.shutdown)
 
-    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    tracing: dict[str, Any] = {} if traces is None else {"telemetry": {**_ONLY_TRACES, "tracer_provider": traces}}
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, **tracing)
     _add_errors(app)
     counted = metrics or PortMetrics()
     app.add_middleware(Front, keys=keys or Keys(), metrics=counted, log=access_log)

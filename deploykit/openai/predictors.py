@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import time
 from collections import deque
@@ -58,7 +59,7 @@ class Predictors:
         if not self._room.acquire(blocking=False):
             raise overloaded("too many requests wait")
         texts = [text if isinstance(text, str) else (text[0], text[1]) for text in body.input]
-        work = self._threads.submit(self._answer, body.model, texts)
+        work = self._threads.submit(contextvars.copy_context().run, self._answer, body.model, texts)
         # It counts until its thread is free again, which may be after the request's time is over.
         work.add_done_callback(lambda _: self._room.release())
         rows = await asyncio.wrap_future(work)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError, overloaded, restarting
 from deploykit.openai.generator import Asked, Piece
 from deploykit.openai.sampling_fields import FIELD_OF
+from deploykit.runtime.tracing import trace_headers
 
 _CHANNEL = (
     ("grpc.max_send_message_length", -1),
@@ -91,7 +92,9 @@ class TritonGenerator:
     async def _stream(self, asked: Asked) -> AsyncGenerator[Piece, None]:
         # With this header an error has its status code, and ends the stream. The model must send the error with the flag
         # of the last response in one call: Triton 2.51 crashes if the flag follows alone.
-        call = self._connection().stream_infer(_request(asked), headers={"triton_grpc_error": "true"})
+        call = self._connection().stream_infer(
+            _request(asked), headers={"triton_grpc_error": "true", **trace_headers()}
+        )
         try:
             async for result, error in call:
                 if error is not None:

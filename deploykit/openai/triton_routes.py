@@ -27,6 +27,7 @@ from deploykit.openai.disconnect import while_connected
 from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError
 from deploykit.openai.read_body import read_bytes
 from deploykit.runtime.served import LOST, RELOADING
+from deploykit.runtime.tracing import trace_headers
 
 _ABOUT_SERVER = re.compile(r"/v2(/health/(live|ready)|/models/stats)?")
 _ABOUT_MODEL = re.compile(r"/v2/models/(?P<model>[^/]+)(?P<version>/versions/[0-9]+)?(?P<what>/ready|/config|/stats)?")
@@ -110,6 +111,7 @@ class TritonRoutes:
         if body is None:
             await read_bytes(request)
         headers = {name: value for name in _SENT if (value := request.headers.get(name)) is not None}
+        headers |= trace_headers()
         deadline = time.monotonic() + (PATIENCE_S if again else 0.0)
         while True:
             asked = self._session.request(request.method, f"{self._url}{path}", data=body, headers=headers)

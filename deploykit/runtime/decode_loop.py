@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any, Generic, Protocol, TypeVar
 
 from deploykit.errors import QueueFullError
+from deploykit.runtime.tracing import Stage
 
 _CHECK_INTERVAL_S = 0.005
 _REPORT_INTERVAL_S = 0.1
@@ -103,6 +104,8 @@ class _Request:
         self.units = units
         self.waiting = deque(units)
         self.left = len(units)
+        self.submitted = time.time_ns()
+        self.joined = self.done = 0  # when its first unit joined the batch, and when the last was done
 
 
 class DecodeLoop(Generic[Model]):
@@ -111,7 +114,7 @@ class DecodeLoop(Generic[Model]):
     ``max_queue`` limits the waiting units: a request beyond it is refused, unless the queue is empty. Without
     ``in_flight`` no unit joins until the whole batch is done. ``load`` loads the model, and again after a failed step.
     ``checks``: number of requests that are checked for cancellation every 5 ms; asking Triton takes 0.1 ms each
-    (measured). ``report`` is called with the load from time to time.
+    (measured). ``report`` is called with the load from time to time, and ``trace`` with the stages of each answered request.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class DecodeLoop(Generic[Model]):
         checks: int = 1,
         report: Callable[[Load], None] = lambda load: None,
         log_error: Callable[[Exception], None] = lambda error: None,
+        trace: Callable[[Any, Sequence[Stage]], None] = lambda client, stages: None,
     ) -> None:
         self.model = load()
         self._load = load
@@ -131,6 +135,7 @@ class DecodeLoop(Generic[Model]):
         self._checks = checks
         self._report = report
         self._log_error = log_error
+        self._trace = trace
         # Shared with the threads that submit, guarded by ``_changed``.
         self._changed = threading.Condition()
         self._inbox: list[_Request] = []
@@ -233,6 +238,7 @@ class DecodeLoop(Generic[Model]):
         while self._queue and room > 0:
             request = self._queue.popleft()
             unit = request.waiting.popleft()
+            request.joined = request.joined or time.time_ns()
             self._request_by_unit[id(unit)] = request
             decoder.add(unit)
             room -= unit.claims
@@ -250,15 +256,26 @@ class DecodeLoop(Generic[Model]):
                 continue  # its request failed with an earlier step
             request.left -= 1
             if not request.left:
+                request.done = time.time_ns()
                 self._requests.remove(request)
                 self.call_in_client_thread(self._answer, request)
 
     def _answer(self, request: _Request) -> None:
+        begin = time.time_ns()
         try:
             request.client.answer()
         except Exception as error:
             self._log_error(error)
             request.client.fail(error)
+        if request.done:
+            self._trace(
+                request.client,
+                [
+                    ("queue", request.submitted, request.joined),
+                    ("decode", request.joined, request.done),
+                    ("detokenize", begin, time.time_ns()),
+                ],
+            )
 
     def _fail(self, request: _Request, error: Exception | None) -> None:
         """Remove a request that is not done, and answer it with an error."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import http.client
 import json
 import os
@@ -22,6 +23,7 @@ from deploykit.artifacts import digest_of
 from deploykit.errors import DeploykitError, RequestError, ServerError, UsageError
 from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 from deploykit.runtime.serving_settings import DEFAULT_URL as DEFAULT_URL
+from deploykit.runtime.tracing import trace_headers
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of_parameters
 
@@ -55,14 +57,16 @@ class _Connection:
     def send(self, method: str, path: str, body: bytes, json_size: int | None) -> tuple[int, int | None, bytes]:
         """Send a request. See ``ServedModel._send``."""
         headers = {} if json_size is None else {"Inference-Header-Content-Length": str(json_size)}
-        self._connection.request(method, f"{self._path}{path}", body, {**self._key, **headers})
+        self._connection.request(method, f"{self._path}{path}", body, {**self._key, **trace_headers(), **headers})
         response = self._connection.getresponse()
         size = response.headers.get("Inference-Header-Content-Length")
         return response.status, None if size is None else int(size), response.read()
 
     def post(self, path: str, body: bytes) -> http.client.HTTPResponse:
         """Send a request whose answer is read as a stream."""
-        self._connection.request("POST", f"{self._path}{path}", body, {**self._key, "Accept": "text/event-stream"})
+        self._connection.request(
+            "POST", f"{self._path}{path}", body, {**self._key, **trace_headers(), "Accept": "text/event-stream"}
+        )
         return self._connection.getresponse()
 
     @property
@@ -138,7 +142,9 @@ class ServedModel:
                 return [row for one in chunk for row in ask([one])]
 
         raw = [_SURROGATE.sub("\ufffd", text).encode() for text in texts]
-        answers = self._pool.map(ask, self._chunks(raw, most_bytes))
+        # Each request belongs to the caller's trace.
+        contexts = iter(contextvars.copy_context, None)  # without end
+        answers = self._pool.map(lambda chunk, own: own.run(ask, chunk), self._chunks(raw, most_bytes), contexts)
         return [row for rows in answers for row in rows]
 
     def _chunks(self, raw: Sequence[bytes], most_bytes: int) -> Iterator[list[bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import triton_python_backend_utils as pb_utils
 
 from deploykit.errors import QueueFullError
 from deploykit.runtime.decode_loop import Client, DecodeLoop, Load, Unit
+from deploykit.runtime.tracing import Stage, stage_spans
 from deploykit.runtime.triton_requests import CancelledError, FailedError, RefusedError
 
 
@@ -44,6 +46,19 @@ class LoadMetrics:
         ):
             if change:
                 metric.increment(change)
+
+
+class Trace:
+    """The trace of a request that is answered later. Its first stage begins with it."""
+
+    def __init__(self, request: Any) -> None:
+        self._parent = stage_spans().parent_of(request)
+        self._begin = time.time_ns()
+
+    def add(self, stages: Sequence[Stage]) -> None:
+        """Make the decode loop's stages spans, after "tokenize", all before them."""
+        _, submitted, _ = stages[0]
+        stage_spans().add(self._parent, [("tokenize", self._begin, submitted), *stages])
 
 
 def send_last(sender: Any, response: Any = None) -> None:

@@ -23,6 +23,7 @@ from typing import IO
 
 from deploykit.errors import ServerError
 from deploykit.runtime.engines import check_engine
+from deploykit.runtime.tracing import ENDPOINT_VARIABLE
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import added_packages
 from deploykit.triton.backends import assemble_backends
@@ -58,7 +59,8 @@ class TritonServer:
 
     Use it as a context manager. A port of 0 takes a free one. ``ready_timeout`` is the time until all models must
     answer and ``drain`` the time for requests in flight when stopping, in seconds. With ``require_signature``, a public
-    key, each model's folder must be signed with its private key. Start it in a thread that outlives
+    key, each model's folder must be signed with its private key. ``otlp_endpoint`` is the URL of a collector of traces.
+    Start it in a thread that outlives
     the server: the kernel ends the server with the thread that started it.
     """
 
@@ -75,6 +77,7 @@ class TritonServer:
         ready_timeout: float = 60.0,
         drain: float = 30.0,
         require_signature: Path | None = None,
+        otlp_endpoint: str | None = None,
     ) -> None:
         self.models: tuple[str, ...] = ()
         self.tasks: dict[str, TaskFacts] = {}
@@ -91,6 +94,7 @@ class TritonServer:
         self._log_file = log_file
         self._verbose = verbose
         self._require_signature = require_signature
+        self._otlp_endpoint = otlp_endpoint
         self._ready_timeout = ready_timeout
         self.drain = drain
         self._shm_prefix = f"deploykit_{os.getpid()}_{secrets.token_hex(4)}_"
@@ -293,9 +297,17 @@ class TritonServer:
         command += [f"--load-model={model}" for model in self.models]
         command += [f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}"]
         command += [f"--backend-config=python,stub-timeout-seconds={max(1, round(self._ready_timeout))}"]
+        environment = triton.environment
+        if self._otlp_endpoint is not None:
+            url = f"{self._otlp_endpoint.rstrip('/')}/v1/traces"
+            command += [f"--trace-config={option}" for option in (
+                "mode=opentelemetry", "level=TIMESTAMPS", "rate=1", f"opentelemetry,url={url}",
+                "opentelemetry,resource=service.name=triton",
+            )]  # fmt: skip
+            environment[ENDPOINT_VARIABLE] = self._otlp_endpoint
         self._launch = Launch(
             command=command,
-            environment=triton.environment,
+            environment=environment,
             guard=guard,
             folder=self._folder,
             repository=self._repository,

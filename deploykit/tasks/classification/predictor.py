@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from deploykit.runtime.batching import Batch, batches, padded_types
 from deploykit.runtime.engines.protocol import Engine
 from deploykit.runtime.tokenizer import Encoded, TextTokenizer
+from deploykit.runtime.tracing import stage
 from deploykit.tasks.classification.facts import Classification
 
 
@@ -37,13 +38,15 @@ class Classifier:
         A text's scores do not depend on the texts beside it. A pair is written as one text (``facts.as_text``). Raises
         DataError for a text that is no pair, or has no token.
         """
-        encoded = self._tokenizer.encode([self.task.read(text) for text in texts])
+        with stage("tokenize"):
+            encoded = self._tokenizer.encode([self.task.read(text) for text in texts])
         logits = np.empty((len(texts), len(self.task.labels)), np.float32)
         for batch in batches(
             encoded.ids, self.task.pad_token_id, max_length=self.task.max_length, token_budget=self._token_budget,
             pad_left=self.task.pad_left,
         ):  # fmt: skip
-            logits[batch.rows] = self._engine.run(graph_inputs(self.task, encoded, batch))[0]
+            with stage("encode"):
+                logits[batch.rows] = self._engine.run(graph_inputs(self.task, encoded, batch))[0]
         return self.task.scores(logits)
 
     def close(self) -> None:

@@ -26,7 +26,7 @@ from deploykit.runtime.decode_loop import DecodeLoop
 from deploykit.runtime.engines.causal_lm import MAX_CACHE_BYTES, MAX_ROWS
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.sampling import Sampling, override
-from deploykit.runtime.triton_decoding import LoadMetrics, log_error, send_failure, send_last, submit
+from deploykit.runtime.triton_decoding import LoadMetrics, Trace, log_error, send_failure, send_last, submit
 from deploykit.runtime.triton_requests import (
     FailedError,
     RefusedError,
@@ -106,6 +106,7 @@ class TextGenerationBackend:
             checks=_CHECKS,
             report=LoadMetrics(config).report,
             log_error=log_error,
+            trace=lambda client, stages: client.trace.add(stages),
         )
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -131,11 +132,12 @@ class TextGenerationBackend:
             send_last(sender, FailedError(error).response())
 
     def _submit(self, request: Any, sender: Any) -> None:
+        trace = Trace(request)
         generator = self._loop.model
         asked = _Asked(request)
         sampling = asked.sampling(generator.task)
         prompt = asked.prompt_ids(generator.tokenizer, generator.task)
-        client = _Client(request, sender, asked, generator.tokenizer, self._loop.call_in_client_thread)
+        client = _Client(request, sender, asked, generator.tokenizer, self._loop.call_in_client_thread, trace)
 
         def join() -> None:
             query = client.query = generator.query(
@@ -263,8 +265,15 @@ class _Client:
     query: Query
 
     def __init__(
-        self, request: Any, sender: Any, asked: _Asked, tokenizer: ChatTokenizer, call: Callable[..., None]
+        self,
+        request: Any,
+        sender: Any,
+        asked: _Asked,
+        tokenizer: ChatTokenizer,
+        call: Callable[..., None],
+        trace: Trace,
     ) -> None:
+        self.trace = trace
         self._request, self._sender, self._asked, self._tokenizer, self._call = request, sender, asked, tokenizer, call
         self._told = False  # whether a call of ``_send_piece`` is on its way
         self._sent: dict[int, tuple[int, int, bool]] = {}  # by answer: characters, tokens, and whether its end was sent

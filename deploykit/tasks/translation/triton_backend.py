@@ -24,7 +24,7 @@ from deploykit.runtime.decoding import MAX_CACHE_BYTES, longest_first
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.generation import MAX_ROWS, PARAMETERS, RENAMED, Generation, override
 from deploykit.runtime.serving_settings import LongInput, Split
-from deploykit.runtime.triton_decoding import LoadMetrics, log_error, send_failure, send_last, submit
+from deploykit.runtime.triton_decoding import LoadMetrics, Trace, log_error, send_failure, send_last, submit
 from deploykit.runtime.triton_requests import (
     INPUT,
     FailedError,
@@ -84,6 +84,7 @@ class TranslationBackend:
             in_flight=number_parameter(config, "in_flight", 1) > 0,
             report=LoadMetrics(config).report,
             log_error=log_error,
+            trace=lambda client, stages: client.trace.add(stages),
         )
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -101,6 +102,7 @@ class TranslationBackend:
         self._loop.close()
 
     def _submit(self, request: Any) -> None:
+        trace = Trace(request)
         rows = Rows(request)
         generation, long_input, split = self._search(parameters_of(request))
         scored = "SCORE" in request.requested_output_names()
@@ -116,7 +118,7 @@ class TranslationBackend:
                 errors[row] = f"{error.message.removeprefix('text 0: ')} ({error.remedy})"
         rows.fail(errors)
         sentences = [sentence for job in jobs for sentence in job.sentences]
-        submit(self._loop, _Client(request, rows, jobs, self._loop.model), longest_first(sentences))
+        submit(self._loop, _Client(request, rows, jobs, self._loop.model, trace), longest_first(sentences))
 
     def _search(self, given: dict[str, Any]) -> tuple[Generation, LongInput, Split]:
         """Parse the request parameters. Raises RefusedError naming the first that is unknown or wrong."""
@@ -142,7 +144,8 @@ class TranslationBackend:
 class _Client:
     """The client of one Triton request."""
 
-    def __init__(self, request: Any, rows: Rows, jobs: Sequence[Job], translator: Translator) -> None:
+    def __init__(self, request: Any, rows: Rows, jobs: Sequence[Job], translator: Translator, trace: Trace) -> None:
+        self.trace = trace
         self._jobs, self._translator = jobs, translator
         self._request = request
         self._sender = request.get_response_sender()

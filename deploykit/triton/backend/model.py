@@ -22,6 +22,7 @@ import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest, load_manifest
 from deploykit.errors import DeploykitError
+from deploykit.runtime.tracing import stage_spans
 from deploykit.runtime.triton_requests import text_parameter
 from deploykit.tasks.protocol import Task
 from deploykit.tasks.registry import DEFAULT, get_task, task_of
@@ -76,6 +77,7 @@ class TritonPythonModel:
         try:
             manifest = load_manifest(folder, "model")
             backend = _backend(task_of(manifest.task), "streams" in manifest.options)
+            stage_spans()
             self._backend = backend(config, folder, manifest, int(args.get("model_instance_device_id", 0)))
         except DeploykitError as error:
             raise pb_utils.TritonModelException(str(error)) from None
@@ -86,10 +88,12 @@ class TritonPythonModel:
             ) from None
 
     def execute(self, requests: Sequence[Any]) -> Any:
-        return self._backend.execute(requests)
+        with stage_spans().of(requests):
+            return self._backend.execute(requests)
 
     def finalize(self) -> None:
         self._backend.close()
+        stage_spans().close()
 
 
 def _backend(task: Task, streams: bool) -> type[Backend]:

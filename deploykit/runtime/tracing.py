@@ -1,0 +1,115 @@
+"""OpenTelemetry: pass the context of a trace on, and record the stages of an answer as spans."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from deploykit.errors import MissingDependencyError, UsageError
+
+ENDPOINT_VARIABLE = "DEPLOYKIT_OTLP_ENDPOINT"
+"""Environment variable that tells Triton's stubs where to send their spans."""
+Stage = tuple[str, int, int]
+"""Name, begin and end, in ns since 1970."""
+
+_local = threading.local()
+
+
+def trace_headers() -> dict[str, str]:
+    """Return the headers that make the receiver of a request part of the caller's trace (W3C Trace Context)."""
+    headers: dict[str, str] = {}
+    if propagate := sys.modules.get("opentelemetry.propagate"):  # else nothing can have begun a trace
+        propagate.inject(headers)
+    return headers
+
+
+def tracer_provider(endpoint: str, service: str) -> Any:
+    """Return a provider whose spans go to the collector at ``endpoint`` by OTLP over HTTP. Raises UsageError for an
+    endpoint that is no URL; MissingDependencyError.
+
+    Its ``shutdown`` sends those that are left.
+    """
+    if not endpoint.startswith(("http://", "https://")):
+        raise UsageError(f"--otlp-endpoint {endpoint}: is not an HTTP address", "write it like http://localhost:4318")
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise MissingDependencyError("OpenTelemetry is not installed", "pip install 'deploykit[otel]'") from error
+    provider = TracerProvider(resource=Resource.create({"service.name": service}), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")))
+    return provider
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Note begin and end of the block, if this thread records its stages."""
+    stages: list[Stage] | None = getattr(_local, "stages", None)
+    if stages is None:
+        yield
+        return
+    begin = time.time_ns()
+    try:
+        yield
+    finally:
+        stages.append((name, begin, time.time_ns()))
+
+
+class StageSpans:
+    """The spans of a model's process. It makes none unless ``ENDPOINT_VARIABLE`` is set."""
+
+    def __init__(self) -> None:
+        endpoint = os.environ.get(ENDPOINT_VARIABLE)
+        self._provider = tracer_provider(endpoint, "deploykit-model") if endpoint else None
+
+    @contextlib.contextmanager
+    def of(self, requests: Sequence[Any]) -> Iterator[None]:
+        """Make each stage of the block a span of every traced request: they are answered together."""
+        parents = [parent for request in requests if (parent := self.parent_of(request))]
+        if not parents:
+            yield
+            return
+        _local.stages = []
+        try:
+            yield
+        finally:
+            stages, _local.stages = _local.stages, None
+            for parent in parents:
+                self.add(parent, stages)
+
+    def parent_of(self, request: Any) -> Mapping[str, str]:
+        """Return the headers of Triton's span of a request; none if it is not traced."""
+        if self._provider is None:
+            return {}
+        context = request.trace().get_context()
+        return dict(json.loads(context)) if context else {}
+
+    def add(self, parent: Mapping[str, str], stages: Sequence[Stage]) -> None:
+        """Make each stage of a request a span; none if it has no ``parent``."""
+        if self._provider is None or not parent:
+            return
+        from opentelemetry import propagate
+
+        tracer, context = self._provider.get_tracer("deploykit"), propagate.extract(parent)
+        for name, begin, end in stages:
+            tracer.start_span(name, context=context, start_time=begin).end(end)
+
+    def close(self) -> None:
+        """Send the spans that are left."""
+        if self._provider is not None:
+            self._provider.shutdown()
+
+
+@functools.cache
+def stage_spans() -> StageSpans:
+    """Return those of this process."""
+    return StageSpans()
