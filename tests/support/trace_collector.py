@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Span:
 @contextmanager
 def collector() -> Iterator[tuple[str, list[Span]]]:
     """Yield the address of a collector, and the spans that came."""
+    from google.protobuf.json_format import MessageToDict
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
     spans: list[Span] = []
@@ -34,16 +38,11 @@ def collector() -> Iterator[tuple[str, list[Span]]]:
         def do_POST(self) -> None:
             length = self.headers.get("Content-Length")
             body = self.rfile.read(int(length)) if length else _chunks(self.rfile)
-            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-                names = {one.key: one.value.string_value for one in resource.resource.attributes}
-                for span in (span for scope in resource.scope_spans for span in scope.spans):
-                    spans.append(
-                        Span(
-                            names["service.name"], span.name, span.trace_id.hex(), span.span_id.hex(),
-                            span.parent_span_id.hex(), span.start_time_unix_nano, span.end_time_unix_nano,
-                            tuple(event.name for event in span.events),
-                        )
-                    )  # fmt: skip
+            if "json" in self.headers["Content-Type"]:  # as Triton sends them, with ids in hex
+                spans.extend(_spans(json.loads(body), lambda digits: digits))
+            else:
+                record = MessageToDict(ExportTraceServiceRequest.FromString(body))
+                spans.extend(_spans(record, lambda text: base64.b64decode(text).hex()))
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -58,6 +57,17 @@ def collector() -> Iterator[tuple[str, list[Span]]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def _spans(record: Any, hex_of: Callable[[str], str]) -> Iterator[Span]:
+    for resource in record["resourceSpans"]:
+        names = {one["key"]: one["value"].get("stringValue", "") for one in resource["resource"]["attributes"]}
+        for span in (span for scope in resource["scopeSpans"] for span in scope["spans"]):
+            yield Span(
+                names["service.name"], span["name"], hex_of(span["traceId"]), hex_of(span["spanId"]),
+                hex_of(span.get("parentSpanId", "")), int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"]),
+                tuple(event["name"] for event in span.get("events", ())),
+            )  # fmt: skip
 
 
 def _chunks(file) -> bytes:  # type: ignore[no-untyped-def]
