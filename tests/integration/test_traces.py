@@ -71,7 +71,7 @@ def test_spans_join_the_trace_of_the_caller(tiny_export: Path, tiny_translation:
 
     for trace, front in (
         (by_port, "POST /v1/classify"),
-        (by_route, "POST /v2/{path:path}"),
+        (by_route, "POST /v2/{path}"),
         (by_http, ""),
         (by_grpc, ""),
     ):
