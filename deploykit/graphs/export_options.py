@@ -18,7 +18,7 @@ from deploykit.quantization.calibration import METHODS, Method
 from deploykit.quantization.grading import Grader
 from deploykit.quantization.tables import render
 from deploykit.tasks.protocol import Task, TaskFacts
-from deploykit.tensorrt.build import EngineOptions
+from deploykit.tensorrt.options import EngineOptions
 from deploykit.training.rows import read_split, row_record
 
 if TYPE_CHECKING:

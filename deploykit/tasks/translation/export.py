@@ -53,7 +53,8 @@ from deploykit.tasks.translation.predictor import TextTranslator, Translator, lo
 from deploykit.tasks.translation.read_pairs import load_pairs
 from deploykit.tasks.translation.source_prefix import source_prefix
 from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
-from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, EngineOptions, build_engine, plan, read_inputs
+from deploykit.tensorrt.build import build_engine, plan, read_inputs
+from deploykit.tensorrt.options import TRANSLATOR_GRAPHS, EngineOptions
 from deploykit.text import normalize
 
 _PARITY_ROWS = 128
