@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
@@ -41,6 +42,7 @@ FIELD_OF = {ours: theirs for theirs, ours in _SAMPLING.items()} | {
     "text_input": "prompt",
     "input_ids": "prompt",
     "messages": "messages",
+    "tools": "tools",
     "json_schema": "response_format",
     "regex": "structured_outputs.regex",
     "choice": "structured_outputs.choice",
@@ -115,8 +117,10 @@ class GenerationBody(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self) -> dict[str, Any]:
-        """Return the given fields under deploykit's names; what is left out is the model's own."""
+        """Return the given fields under deploykit's names; what is left out is the model's own, but for the seed."""
         given = {ours: getattr(self, theirs) for theirs, ours in _SAMPLING.items()}
+        if self.seed is None:  # who asks again for another answer gets one
+            given["seed"] = secrets.randbelow(2**32)
         format = self.structured_outputs or self.response_format
         constraint = format.constraint() if format is not None else {}
         return {**{name: value for name, value in given.items() if value is not None}, **constraint}
