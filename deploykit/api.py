@@ -134,6 +134,7 @@ def package(
     precision: str = "auto",
     overwrite_config: bool = False,
     stream: bool = True,
+    require_signature: StrPath | None = None,
     **settings: Any,
 ) -> Packaged:
     """Add an export to a Triton model repository, as the next version of the model ``name``.
@@ -146,11 +147,12 @@ def package(
         precision: "auto" (INT8 if there is one), "int8", "fp16", "bf16" or "fp32".
         overwrite_config: Replace an existing config.pbtxt; by default it is kept.
         stream: Also write NAME_stream, for tasks that have one.
+        require_signature: Public key (PEM) that the export must be signed with.
         **settings: Fields of ``ServingSettings``: ``instances=2``, ``max_batch_size=32``.
 
     Raises:
         UsageError: A name or a setting is not allowed, or the settings would have no effect because config.pbtxt is
-        kept. ArtifactError: The export has no such graph, or an existing config.pbtxt does not fit it.
+        kept. ArtifactError: The export has no such graph or is not signed, or an existing config.pbtxt does not fit it.
     """
     from deploykit.triton.repository import package as run
     from deploykit.triton.repository import refuse_ignored
@@ -166,6 +168,7 @@ def package(
         settings=_make(ServingSettings, settings) if settings else None,
         overwrite_config=overwrite_config,
         stream=stream,
+        require_signature=None if require_signature is None else Path(require_signature),
     )
 
 
@@ -374,8 +377,10 @@ class Server:
         ready_timeout: Seconds to wait for all models to load.
         drain: Seconds to wait for requests in flight when stopping.
         log_file: Triton's own log. Default: a temporary file.
+        require_signature: Public key (PEM) that each model's folder must be signed with.
 
     Raises:
+        ArtifactError: A model is damaged, or not signed.
         ServerError: A port is taken, a model cannot be loaded, or the server ended unexpectedly.
     """
 
@@ -390,12 +395,14 @@ class Server:
         ready_timeout: float = 60.0,
         drain: float = 30.0,
         log_file: StrPath | None = None,
+        require_signature: StrPath | None = None,
     ) -> None:
         from deploykit.triton.server import TritonServer
 
         self._server: TritonServer = TritonServer(
             Path(model_repository), host=host, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port,
             ready_timeout=ready_timeout, drain=drain, log_file=None if log_file is None else Path(log_file),
+            require_signature=None if require_signature is None else Path(require_signature),
         )  # fmt: skip
         self._ending = threading.Event()
         self._supervisor: threading.Thread | None = None

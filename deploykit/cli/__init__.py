@@ -18,6 +18,7 @@ _COMMANDS: Mapping[str, str] = {
     "calibrate": "Collect the activation ranges that INT8 needs, from real rows.",
     "export": "Export a checkpoint to ONNX, optionally calibrated INT8.",
     "package": "Write an export as a Triton model.",
+    "sign": "Sign an export, a model or a bundle with a private key.",
     "bundle": "Pack an export into one file that a Jetson builds and serves.",
     "unpack": "Verify and unpack such a file.",
     "serve": "Serve a model repository with Triton.",

@@ -20,6 +20,8 @@ from deploykit.cli.common import (
     progress_bar,
     reading_options,
 )
+from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray, spread_over
+from deploykit.data.answer_file import Answered
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 
@@ -30,7 +32,8 @@ from deploykit.errors import UsageError
 @click.option("--question", "questions", multiple=True, help="May be repeated.")
 @click.option("--context", type=click.Path(path_type=Path), help="File of the text.")
 @click.option("--input", "source", help="Questions with contexts: SQuAD's JSON, csv, tsv, jsonl, parquet.")
-@click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
+@OUTPUT
+@RAY
 @click.option("--top-k", type=click.IntRange(1, 100), default=1, show_default=True, help="Answers to a question.")
 @click.option("--no-answer-threshold", type=float, help="There is no answer if the log-odds of that, against the best span, "
               "exceed this (default: the model's threshold).")  # fmt: skip
@@ -48,7 +51,8 @@ def command(
     questions: tuple[str, ...],
     context: Path | None,
     source: str | None,
-    output: Path | None,
+    output: str | None,
+    ray: str | None,
     top_k: int,
     no_answer_threshold: float | None,
     page: Path | None,
@@ -62,6 +66,10 @@ def command(
         )
     if bool(source) != bool(output or page):
         raise UsageError("--input needs --output or --page, and they need it", "name both")
+    if output is None:
+        refuse_ray(ray)
+    elif no_answer_threshold is not None and ray is not None:
+        raise UsageError("--no-answer-threshold is not for --ray", "leave one out")
     if no_answer_threshold is not None and math.isnan(no_answer_threshold):
         raise UsageError("--no-answer-threshold is nan", "give a number")
 
@@ -89,12 +97,18 @@ def command(
         record: dict[str, Any] = {}
         problems: tuple[str, ...] = ()
         lines = []
-        with progress_bar("questions") as progress:
+        digest = identity_of(target, predictor)
+        with spread_over(ray, target, where, digest) as spread, progress_bar("questions") as progress:
             if output is not None:
-                done = answer_source(
-                    predictor, source, output, identity=f"{identity_of(target, predictor)} {where} {no_answer_threshold}", columns={},
-                    generation=top_k, reading=reading, force=force, progress=progress,
-                )  # fmt: skip
+
+                def answer(source: str, out: Path) -> Answered:
+                    return answer_source(
+                        predictor, source, out, identity=f"{digest} {where} {no_answer_threshold}", columns={},
+                        generation=top_k, reading=reading, force=force, progress=progress, spread=spread,
+                    )  # fmt: skip
+
+                settings = f"{digest} {where} {no_answer_threshold} {top_k} {reading.key()}"
+                done = answer_all(source, output, answer, settings=settings, force=force)
                 record |= answered_record(output, done)
                 problems = done.problems
                 lines.append(

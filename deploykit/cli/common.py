@@ -224,6 +224,12 @@ TARGET_LANG_HELP = "Target language, in the same case."
 OUTPUT_DIR = option("--output-dir", "out", aliases=["--out"], required=True, type=click.Path(path_type=Path),
                     help="Folder to write to.")  # fmt: skip
 MODEL_REPOSITORY_HELP = "Model repository: the folder of packaged models."
+REQUIRE_SIGNATURE = click.option(
+    "--require-signature",
+    metavar="PUBLIC_KEY",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Refuse what deploykit sign has not signed with the private key of this public key (PEM).",
+)
 MODEL_REPOSITORY = option(
     "--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),
     default=Path("model_repository"), show_default=True, help=MODEL_REPOSITORY_HELP,
@@ -368,7 +374,7 @@ def columns_for(task: Task, columns: Mapping[str, Any], generation: Mapping[str,
 
 
 def check_asked(
-    command: str, what: str, texts: tuple[str, ...], source: str | None, output: Path | None, reading: Reading
+    command: str, what: str, texts: tuple[str, ...], source: str | None, output: str | None, reading: Reading
 ) -> None:
     """Raise UsageError unless there are texts, or --input with --output. ``what`` is a text for the remedy."""
     if bool(texts) == bool(source):
@@ -398,12 +404,12 @@ def failed_texts(records: Sequence[Mapping[str, Any]], *, stop: bool, remedy: st
     return failed_rows(problems)
 
 
-def answered_record(output: Path, done: Answered) -> dict[str, Any]:
+def answered_record(output: str, done: Answered) -> dict[str, Any]:
     """Return what --json tells of a file of answers."""
     return {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
 
 
-def answered_text(output: Path, done: Answered, failed: str) -> str:
+def answered_text(output: str, done: Answered, failed: str) -> str:
     """Return the same as a line for a terminal; ``failed`` says what rows with an error could not be."""
     text = f"{output}: {done.rows:,} rows"
     if done.resumed:

@@ -20,7 +20,9 @@ from deploykit.cli.common import (
     progress_bar,
     reading_options,
 )
+from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray, spread_over
 from deploykit.cli.sampling_options import given_sampling, sampling_options
+from deploykit.data.answer_file import Answered
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 
@@ -36,7 +38,8 @@ from deploykit.errors import UsageError
     "source",
     help="Prompts: .txt (a prompt a line), csv, tsv, jsonl, parquet; also dialogs in 'messages', with 'tools'.",
 )
-@click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
+@OUTPUT
+@RAY
 @click.option("--prompt-column", help="Prompt column (default: the training column, or detected).")
 @click.option("--system", help="Text of the system message.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
@@ -46,8 +49,8 @@ from deploykit.errors import UsageError
 @PRECISION
 @THREADS
 def command(
-    *, model: str, texts: tuple[str, ...], url: str, source: str | None, output: Path | None, prompt_column: str | None,
-    system: str | None, raw: bool, reading: Reading, force: bool, precision: str, threads: int | None, **sampling: Any,
+    *, model: str, texts: tuple[str, ...], url: str, source: str | None, output: str | None, ray: str | None,
+    prompt_column: str | None,    system: str | None, raw: bool, reading: Reading, force: bool, precision: str, threads: int | None, **sampling: Any,
 ) -> Result:  # fmt: skip
     check_asked("generate", "some prompt", texts, source, output, reading)
     if raw and system is not None:
@@ -63,14 +66,21 @@ def command(
     try:
         how = How(override(generator.task.sampling, given), raw, system)
         if source is None or output is None:
+            refuse_ray(ray)
             records = answers(generator, [Question(f"text {i}", p) for i, p in enumerate(texts, start=1)], how)
             code = failed_texts(records, stop=reading.on_error == "stop", remedy="give another prompt")
             return {"results": records}, "\n".join(map(_told, records)), code
-        with progress_bar("rows") as progress:
-            done = generate_file(
-                generator, source, output, how, identity=f"{identity_of(model, generator)} {where}", column=prompt_column,
-                reading=reading, force=force, progress=progress,
-            )  # fmt: skip
+        digest = identity_of(model, generator)
+        with spread_over(ray, model, {**where, "url": url}, digest) as spread, progress_bar("rows") as progress:
+
+            def answer(source: str, out: Path) -> Answered:
+                return generate_file(
+                    generator, source, out, how, identity=f"{digest} {where}", column=prompt_column, reading=reading,
+                    force=force, progress=progress, spread=spread,
+                )  # fmt: skip
+
+            settings = f"{digest} {where} {prompt_column} {how} {reading.key()}"
+            done = answer_all(source, output, answer, settings=settings, force=force)
     finally:
         generator.close()
     text = answered_text(output, done, "could not be answered")

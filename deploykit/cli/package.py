@@ -11,6 +11,7 @@ from deploykit.cli.common import (
     MODEL_REPOSITORY,
     NAME_HELP,
     PRECISION,
+    REQUIRE_SIGNATURE,
     SPLIT_HELP,
     Result,
     deploykit_command,
@@ -61,6 +62,7 @@ _DEFAULT = ServingSettings()
 @click.option("--no-stream", is_flag=True, help="[translation] Do not write NAME_stream.")
 @click.option("--kubernetes", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
               help="Also write Kubernetes manifests, a Helm chart and KServe's resources for NVIDIA's container to DIR.")  # fmt: skip
+@REQUIRE_SIGNATURE
 @click.option("--overwrite-config", is_flag=True, help="Replace an existing config.pbtxt. [default: keep it]")
 def command(
     *,
@@ -72,6 +74,7 @@ def command(
     overwrite_config: bool,
     no_stream: bool,
     kubernetes: Path | None,
+    require_signature: Path | None,
     **settings: Any,
 ) -> Result:
     from deploykit.triton.repository import CONFIG, container_command, package, refuse_ignored
@@ -88,6 +91,7 @@ def command(
         settings=ServingSettings(**given),
         overwrite_config=overwrite_config,
         stream=not no_stream,
+        require_signature=require_signature,
     )
     size = sum(record.bytes for record in done.manifest.files.values())
     options = done.manifest.options

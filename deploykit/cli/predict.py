@@ -25,6 +25,8 @@ from deploykit.cli.common import (
     reading_options,
     target_and_texts,
 )
+from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray, spread_over
+from deploykit.data.answer_file import Answered
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 
@@ -41,7 +43,8 @@ from deploykit.errors import UsageError
 @click.option(
     "--text-pair", "pairs", multiple=True, help="Second text of the pair that a text begins; one for each text."
 )
-@click.option("--output", type=click.Path(path_type=Path), help="JSON lines, one for each row of --input, in order.")
+@OUTPUT
+@RAY
 @reading_options(on_error="skip")
 @column_options(inputs_only=True)
 @generation_options
@@ -55,7 +58,8 @@ def command(
     texts: tuple[str, ...],
     model: str,
     source: str | None,
-    output: Path | None,
+    output: str | None,
+    ray: str | None,
     pairs: tuple[str, ...],
     columns: dict[str, Any],
     generation: dict[str, Any],
@@ -75,6 +79,7 @@ def command(
         columns = columns_for(task, columns, generation)
         search = task.override(predictor.task, generation) if generation else None
         if source is None or output is None:
+            refuse_ray(ray)
             asked = list(zip(texts, pairs)) if pairs else texts
             if pairs and len(pairs) != len(texts):
                 raise UsageError(
@@ -84,18 +89,25 @@ def command(
             records = [row.to_json() for row in answered]
             code = failed_texts(records, stop=reading.on_error == "stop", remedy="give another text")
             return {"results": records}, "\n".join(row.line() for row in answered), code
-        with progress_bar("rows") as progress:
-            done = answer_source(
-                predictor,
-                source,
-                output,
-                identity=f"{identity_of(model, predictor)} {where}",
-                columns=columns,
-                generation=search,
-                reading=reading,
-                force=force,
-                progress=progress,
-            )
+        digest = identity_of(model, predictor)
+        with spread_over(ray, model, where, digest) as spread, progress_bar("rows") as progress:
+
+            def answer(source: str, out: Path) -> Answered:
+                return answer_source(
+                    predictor,
+                    source,
+                    out,
+                    identity=f"{digest} {where}",
+                    columns=columns,
+                    generation=search,
+                    reading=reading,
+                    force=force,
+                    progress=progress,
+                    spread=spread,
+                )
+
+            settings = f"{digest} {where} {columns} {search} {reading.key()}"
+            done = answer_all(source, output, answer, settings=settings, force=force)
     finally:
         predictor.close()
     text = answered_text(output, done, 'could not be answered, see their "error"')

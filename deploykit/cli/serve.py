@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from deploykit.cli.common import MODEL_REPOSITORY, Result, deploykit_command, say
+from deploykit.cli.common import MODEL_REPOSITORY, REQUIRE_SIGNATURE, Result, deploykit_command, say
 from deploykit.errors import MissingDependencyError, UsageError
+from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from deploykit.openai.calls import AccessLog
@@ -52,7 +53,7 @@ _OPENAI_OPTIONS = (
     "--api-key",
     "api_keys",
     multiple=True,
-    envvar="DEPLOYKIT_API_KEY",
+    envvar=API_KEY_VARIABLE,
     show_envvar=True,
     metavar="KEY",
     help="Key that requests to the OpenAI port must have; may be given several times (default: none is needed).",
@@ -90,6 +91,7 @@ _OPENAI_OPTIONS = (
 @click.option(
     "--drain", type=float, default=30.0, show_default=True, help="Seconds to wait for requests in flight when stopping."
 )
+@REQUIRE_SIGNATURE
 @click.option("--log-file", type=click.Path(path_type=Path), help="Triton's own log (default: a temporary file).")
 @click.option("--verbose", is_flag=True, help="Write a verbose Triton log.")
 @click.option(
@@ -188,10 +190,12 @@ def _front(
     triton_routes: bool,
 ) -> _Front:
     """Check the options of the OpenAI port. Raises UsageError, DataError or MissingDependencyError."""
-    if not all(map(importlib.util.find_spec, ("fastapi", "uvicorn"))):
+    if not all(map(importlib.util.find_spec, ("fastapi", "prometheus_client", "uvicorn"))):
         from deploykit.triton.preflight import SERVE_EXTRA
 
-        raise MissingDependencyError("FastAPI and uvicorn, which --openai-port needs, are not installed", SERVE_EXTRA)
+        raise MissingDependencyError(
+            "FastAPI, prometheus-client or uvicorn, which --openai-port needs, is not installed", SERVE_EXTRA
+        )
     from deploykit.openai.calls import AccessLog
     from deploykit.openai.limits import Keys, Limits
     from deploykit.openai.metrics import PortMetrics

@@ -12,6 +12,7 @@ import click
 
 from deploykit.cli.common import Result, deploykit_command
 from deploykit.errors import ServerError
+from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 from deploykit.text_table import text_table
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _HEAD = (
 @click.argument("url", default="http://localhost:8002/metrics")
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True, help="Seconds between readings.")  # fmt: skip
 @click.option("--once", is_flag=True, help="Print one table and end, as --json and a pipe do; else the table is renewed until Ctrl-C.")  # fmt: skip
-@click.option("--api-key", envvar="DEPLOYKIT_API_KEY", show_envvar=True, metavar="KEY", help="Key of the OpenAI port, if URL is one.")  # fmt: skip
+@click.option("--api-key", envvar=API_KEY_VARIABLE, show_envvar=True, metavar="KEY", help="Key of the OpenAI port, if URL is one.")  # fmt: skip
 def command(*, url: str, interval: float, once: bool, api_key: str | None) -> Result:
     from deploykit.triton.load import model_loads, port_load, read_metrics
 

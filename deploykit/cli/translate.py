@@ -26,6 +26,8 @@ from deploykit.cli.common import (
     reading_options,
     target_and_texts,
 )
+from deploykit.cli.many_rows import RAY, answer_all, refuse_ray, spread_over
+from deploykit.data.answer_file import Answered
 from deploykit.data.reading import Reading
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
 )
 @target_and_texts
 @click.option("--input", "source", help="Texts to translate: .txt (a text a line), csv, tsv, jsonl, parquet, po, tmx.")
-@click.option("--output", type=click.Path(path_type=Path), help=".txt (a line for each of --input) or .jsonl.")
+@click.option("--output", metavar="FILE|FOLDER", help=".txt (a line for each of --input) or .jsonl; for a folder or bucket of files, a "
+              "folder or bucket.")  # fmt: skip
+@RAY
 @click.option("--source-column", help="Of --input (default: the training column, or detected).")
 @click.option("--long-input", type=click.Choice(["split", "refuse"]), default="split", show_default=True,
               help=LONG_INPUT_HELP)  # fmt: skip
@@ -55,7 +59,8 @@ def command(
     texts: tuple[str, ...],
     model: str,
     source: str | None,
-    output: Path | None,
+    output: str | None,
+    ray: str | None,
     source_column: str | None,
     long_input: LongInput,
     split: Split,
@@ -75,6 +80,7 @@ def command(
     try:
         how = How(override(translator.task, generation), long_input, split)
         if source is None or output is None:
+            refuse_ray(ray)
             rows = [TextRow(f"text {i}", text, None) for i, text in enumerate(texts, start=1)]
             records = translations(translator, rows, how)
             lines = [r["translation"] if "translation" in r else f"{r['origin']}: {r['error']}" for r in records]
@@ -84,18 +90,27 @@ def command(
             if finish["length"]:
                 click.echo(f"{cut_off(finish, how)} (see --max-new-tokens)", err=True)
             return {"results": records, "finish": finish}, "\n".join(lines), code
-        with progress_bar("texts") as progress:
-            done, finish = translate_file(
-                translator,
-                source,
-                output,
-                how,
-                identity=f"{identity_of(model, translator)} {where}",
-                column=source_column,
-                reading=reading,
-                force=force,
-                progress=progress,
-            )
+        digest, finish = identity_of(model, translator), Counter()
+        with spread_over(ray, model, where, digest) as spread, progress_bar("texts") as progress:
+
+            def answer(source: str, out: Path) -> Answered:
+                done, found = translate_file(
+                    translator,
+                    source,
+                    out,
+                    how,
+                    identity=f"{digest} {where}",
+                    column=source_column,
+                    reading=reading,
+                    force=force,
+                    progress=progress,
+                    spread=spread,
+                )
+                finish.update(found)
+                return done
+
+            settings = f"{digest} {where} {source_column} {how} {reading.key()}"
+            done = answer_all(source, output, answer, settings=settings, force=force)
     finally:
         translator.close()
     text = answered_text(output, done, "could not be translated")

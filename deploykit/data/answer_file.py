@@ -21,6 +21,14 @@ from deploykit.text import MAX_TEXT_CHARS, without_surrogates
 
 _CHUNK = 256
 
+Part = Sequence[Any]
+"""Rows that are answered together."""
+Records = Sequence[Mapping[str, Any]]
+Function = Callable[[Any, Part], Records]
+"""Answers a part with a model."""
+Spread = Callable[[Function, Iterator[Part]], Iterator[Records]]
+"""Applies a function to a model and each part, in their order."""
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -39,7 +47,7 @@ class Answered:
 
 def answer_file(
     rows: Callable[[], Iterator[TextRow]],
-    answer: Callable[[Sequence[TextRow]], Iterable[Mapping[str, Any]]],
+    answer: Callable[[Iterator[Part]], Iterator[Records]],
     out: Path,
     *,
     key: str,
@@ -50,6 +58,8 @@ def answer_file(
     chunk: int = _CHUNK,
 ) -> Answered:
     """Write a record for each row to ``out``, in order: a JSON object a line, with "error" for a row that fails.
+
+    ``answer`` yields the records of each part of the rows, in order; a part has at most ``chunk`` rows.
 
     With ``finish``, called with a file of such lines and ``out``, that writes ``out``.
 
@@ -68,8 +78,8 @@ def answer_file(
     with artifacts.explained(out), _appending(partial) as (file, resumed):
         done, problems = resumed.rows, list(resumed.problems)
         progress(done, total)
-        for part in _chunks(itertools.islice(rows(), done, None), chunk):
-            for record in answer(part):
+        for records in answer(_chunks(itertools.islice(rows(), done, None), chunk)):
+            for record in records:
                 if problem := problem_of(record):
                     if on_error == "stop":
                         raise stopped(problem)
@@ -85,6 +95,11 @@ def answer_file(
             finish(partial, out)
             partial.unlink()
     return Answered(done, resumed.rows, tuple(problems))
+
+
+def in_process(model: Any) -> Spread:
+    """Return what answers each part with ``model`` in this process."""
+    return lambda function, parts: (function(model, part) for part in parts)
 
 
 def problem_of(record: Mapping[str, Any]) -> str:
@@ -131,20 +146,26 @@ def _appending(partial: Path) -> Iterator[tuple[Any, Answered]]:
     with partial.open("a+b") as file:
         _lock(file, partial)
         file.seek(0)
-        rows = end = 0
-        problems = []
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            rows, end = rows + 1, end + len(line)
-            if b'"error"' in line and (problem := problem_of(json.loads(line))):
-                problems.append(problem)
+        end = sum(len(line) for line in file if line.endswith(b"\n"))
         file.truncate(end)
+        file.seek(0)
+        answered = read_answered(file)
         file.seek(end)
-        yield file, Answered(rows, rows, tuple(problems))
+        yield file, answered
 
 
-def _chunks(rows: Iterable[TextRow], size: int) -> Iterator[list[TextRow]]:
+def read_answered(lines: Iterable[bytes]) -> Answered:
+    """Return what a file of answers contains, all of it resumed."""
+    rows = 0
+    problems = []
+    for line in lines:
+        rows += 1
+        if b'"error"' in line and (problem := problem_of(json.loads(line))):
+            problems.append(problem)
+    return Answered(rows, rows, tuple(problems))
+
+
+def _chunks(rows: Iterable[TextRow], size: int) -> Iterator[Part]:
     iterator = iter(rows)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk

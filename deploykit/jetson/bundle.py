@@ -7,9 +7,7 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -41,6 +39,7 @@ from deploykit.runtime.engines.protocol import DecodeLimits
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.served import check_name
 from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.signatures import sign, signature_of, verify_signature
 from deploykit.tasks.bundle import BundledTask
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of
@@ -149,8 +148,8 @@ def bundle(
     with new_file(out) as file:
         _write_archive(file, f"{name}-{board}", files)
         if key is not None:
-            _model_signing("sign", "key", str(file), f"--private_key={key}", f"--signature={_signature(out)}")
-    signature = _signature(out) if key is not None else None
+            sign(file, key, signature_of(out))
+    signature = signature_of(out) if key is not None else None
     return Bundled(out, description, len(files), out.stat().st_size, hash_file(out), signature)
 
 
@@ -172,7 +171,7 @@ def unpack(archive: Path, out: Path, *, public_key: Path | None = None) -> Path:
             "this Python unpacks archives without a filter", "use Python 3.10.12, 3.11.4 or newer"
         )
     if public_key is not None:
-        _verify_signature(archive, public_key)
+        verify_signature(archive, public_key, remedy="copy the bundle and its .sig file again")
     with new_directory(out) as folder:
         try:
             with tarfile.open(archive, "r:gz") as tar:
@@ -335,28 +334,6 @@ def _write_archive(path: Path, top: str, files: Mapping[str, bytes | Path]) -> N
 
 def _digest(content: bytes | Path) -> str:
     return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else hash_file(content)
-
-
-def _signature(archive: Path) -> Path:
-    return archive.with_name(f"{archive.name}.sig")
-
-
-def _verify_signature(archive: Path, public_key: Path) -> None:
-    signature = _signature(archive)
-    if not signature.is_file():
-        raise ArtifactError(f"{archive}: has no signature ({signature.name})", "copy it beside the bundle")
-    _model_signing("verify", "key", str(archive), f"--public_key={public_key}", f"--signature={signature}")
-
-
-def _model_signing(*words: str) -> None:
-    """Run OpenSSF's model-signing. Raises MissingDependencyError; ArtifactError with its message."""
-    command = shutil.which("model_signing", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}")
-    if command is None:
-        raise MissingDependencyError("OpenSSF's model-signing is not installed", "pip install 'deploykit[sign]'")
-    done = subprocess.run([command, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = " ".join(done.stderr.split())[:200] or "no message"
-        raise ArtifactError(f"{words[2]}: cannot {words[0]} it: {said}", "check the key, and the file")
 
 
 def fitted(facts: TaskFacts, board: Board) -> TaskFacts:

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from deploykit.artifacts import digest_of
 from deploykit.errors import DeploykitError, RequestError, ServerError, UsageError
+from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 from deploykit.runtime.serving_settings import DEFAULT_URL as DEFAULT_URL
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of_parameters
 
 _MAX_REQUEST_BYTES = 4 << 20  # with all else in it well below the OpenAI port's limit of 8 MiB, and Triton's of 64
-API_KEY_VARIABLE = "DEPLOYKIT_API_KEY"
 _FIRST_ROW = re.compile(r"row 0 of [A-Z]+: ")  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 # Triton's messages while it reloads a model whose process died.

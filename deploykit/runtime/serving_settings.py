@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 from deploykit.errors import UsageError
 
+API_KEY_VARIABLE = "DEPLOYKIT_API_KEY"
+"""Environment variable of the OpenAI port's key."""
 DEFAULT_URL = "http://127.0.0.1:8000"
 """HTTP address of a server on this machine."""
 LongInput = Literal["split", "refuse"]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
-from deploykit.data.answer_file import JSON_LINES, Answered, answer_file, source_digest, too_long
+from deploykit.data.answer_file import (
+    JSON_LINES,
+    Answered,
+    Part,
+    Records,
+    Spread,
+    answer_file,
+    in_process,
+    source_digest,
+    too_long,
+)
 from deploykit.data.answer_table import TABLES, write_table
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import TextRow, row_columns
@@ -80,12 +91,14 @@ def answer_source(
     reading: Reading = AS_FOUND,
     force: bool = False,
     progress: Progress,
+    spread: Spread | None = None,
 ) -> Answered:
     """Write a record for each row of ``source`` to ``out``; see ``answer_file``.
 
     A .jsonl file has one object per line. A .csv, .tsv or .parquet file has the columns of ``source`` and the answer's.
 
     ``identity`` identifies the model: an unfinished file with the same identity, source and options is continued.
+    ``spread`` answers the rows with other processes' models, which must have that identity too.
     """
     suffix = out.suffix.lower()
     if suffix not in (*JSON_LINES, *TABLES):
@@ -101,8 +114,7 @@ def answer_source(
     if suffix in TABLES:
         _check_rows(rows(), source, reading, out)
 
-    def answer(part: Sequence[TextRow]) -> list[dict[str, Any]]:
-        return [row.to_json() for row in answer_rows(predictor, part, generation)]
+    answer = functools.partial(spread or in_process(predictor), functools.partial(_records, generation=generation))
 
     def finish(answers: Path, out: Path) -> None:
         write_table(answers, lambda: row_columns(source, reading), out)
@@ -112,6 +124,10 @@ def answer_source(
         rows, answer, out, key=key, on_error=reading.on_error, force=force, progress=progress,
         finish=finish if suffix in TABLES else None,
     )  # fmt: skip
+
+
+def _records(predictor: Predictor, part: Part, generation: Any) -> Records:
+    return [row.to_json() for row in answer_rows(predictor, part, generation)]
 
 
 def _check_rows(rows: Iterator[TextRow], source: str, reading: Reading, out: Path) -> None:

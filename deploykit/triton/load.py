@@ -15,6 +15,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from deploykit.errors import ServerError, UsageError
+from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 
 _SAMPLE = re.compile(r"(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -85,7 +86,7 @@ def read_metrics(url: str, api_key: str | None = None) -> Reading:
             text = answer.read().decode()
     except HTTPError as error:
         if error.code == 401:
-            raise UsageError(f"{address}: needs an API key", "give --api-key, or set DEPLOYKIT_API_KEY") from None
+            raise UsageError(f"{address}: needs an API key", f"give --api-key, or set {API_KEY_VARIABLE}") from None
         raise ServerError(
             f"{address}: answers status {error.code}", "give the metrics port or the OpenAI port"
         ) from None

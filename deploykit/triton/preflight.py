@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploykit.errors import MissingDependencyError, ServerError, UsageError
-from deploykit.runtime.served import API_KEY_VARIABLE
+from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 
 SERVE_EXTRA = "pip install 'deploykit[serve]'"
 CONTAINER = "serve the repository with NVIDIA's Triton container, 26.06 or newer"

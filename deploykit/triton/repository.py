@@ -26,6 +26,7 @@ from deploykit.runtime.engines.tensorrt import read_record
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.served import check_name
 from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.signatures import verify_signature
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import get_task, task_names, task_of, task_to_json
 from deploykit.triton.backends import BACKEND
@@ -70,14 +71,18 @@ def package(
     settings: ServingSettings | None = None,
     overwrite_config: bool = False,
     stream: bool = True,
+    require_signature: Path | None = None,
 ) -> Packaged:
     """Add an export to a model repository as the next version of ``name``.
 
     Unless ``stream`` is off, a translation model gets a second model beside it, NAME_stream, which sends the sentences
-    of a document as each is translated. Raises UsageError for a bad name or setting, ArtifactError when the export
-    lacks the graph or an existing config.pbtxt does not fit the model.
+    of a document as each is translated. With ``require_signature``, a public key, the export must be signed with its
+    private key. Raises UsageError for a bad name or setting, ArtifactError when the export lacks the graph or is not
+    signed, or an existing config.pbtxt does not fit the model.
     """
     check_name(name)
+    if require_signature is not None:
+        verify_signature(export_dir, require_signature)
     export = load_manifest(export_dir, "export")
     settings = settings or ServingSettings()
     _check_settings(export.task, settings)
@@ -130,8 +135,13 @@ def list_models(repository: Path) -> list[RepositoryModel]:
     return found
 
 
-def verify_version(model: RepositoryModel) -> Manifest:
-    """Check the newest version's files against their hashes, and config.pbtxt against its task."""
+def verify_version(model: RepositoryModel, require_signature: Path | None = None) -> Manifest:
+    """Check the newest version's files against their hashes, and config.pbtxt against its task.
+
+    With ``require_signature``, a public key, first check the signature of the model's folder.
+    """
+    if require_signature is not None:
+        verify_signature(model.path, require_signature)
     manifest = load_manifest(model.path / str(model.versions[-1]), "model")
     check_config(model.path / CONFIG, manifest.task, manifest.options.get("streams"), manifest.options.get("engine"))
     return manifest

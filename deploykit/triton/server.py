@@ -58,7 +58,8 @@ class TritonServer:
     """All packaged models of ``repository`` on one Triton server, from ``start`` to ``stop``.
 
     Use it as a context manager. A port of 0 takes a free one. ``ready_timeout`` is the time until all models must
-    answer and ``drain`` the time for requests in flight when stopping, in seconds. Start it in a thread that outlives
+    answer and ``drain`` the time for requests in flight when stopping, in seconds. With ``require_signature``, a public
+    key, each model's folder must be signed with its private key. Start it in a thread that outlives
     the server: the kernel ends the server with the thread that started it.
     """
 
@@ -74,6 +75,7 @@ class TritonServer:
         verbose: bool = False,
         ready_timeout: float = 60.0,
         drain: float = 30.0,
+        require_signature: Path | None = None,
     ) -> None:
         self.models: tuple[str, ...] = ()
         self.tasks: dict[str, TaskFacts] = {}
@@ -89,6 +91,7 @@ class TritonServer:
         self._ports = {"http": http_port, "grpc": grpc_port, "metrics": metrics_port}
         self._log_file = log_file
         self._verbose = verbose
+        self._require_signature = require_signature
         self._ready_timeout = ready_timeout
         self.drain = drain
         self._shm_prefix = f"deploykit_{os.getpid()}_{secrets.token_hex(4)}_"
@@ -239,7 +242,7 @@ class TritonServer:
         return names
 
     def _check(self, model: RepositoryModel) -> None:
-        manifest = verify_version(model)
+        manifest = verify_version(model, self._require_signature)
         if manifest.options.get("name", model.name) != model.name:
             log.info("model %s was packaged as %s", model.name, manifest.options["name"])
         if "engine" in manifest.options:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
-from deploykit.data.answer_file import JSON_LINES, Answered, answer_file, source_digest
+from deploykit.data.answer_file import JSON_LINES, Answered, Spread, answer_file, in_process, source_digest
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
@@ -149,7 +150,7 @@ def _question(origin: str, value: object) -> Question:
 
 def generate_file(
     generator: TextGenerator, source: str, out: Path, how: How, *, identity: str, column: str | None = None,
-    reading: Reading = AS_FOUND, force: bool = False, progress: Callable[[int, int], None],
+    reading: Reading = AS_FOUND, force: bool = False, progress: Callable[[int, int], None], spread: Spread | None = None,
 ) -> Answered:  # fmt: skip
     """Write a line of JSON for each row of ``source`` to ``out``; see ``answer_file``."""
     if out.suffix.lower() not in JSON_LINES:
@@ -158,9 +159,7 @@ def generate_file(
     def rows() -> Iterator[Any]:
         return read_questions(source, column=column, prefer=prompt_column(generator.task), reading=reading)
 
-    def answer(part: Sequence[Any]) -> list[dict[str, Any]]:
-        return answers(generator, part, how)
-
+    answer = functools.partial(spread or in_process(generator), functools.partial(answers, how=how))
     key = artifacts.digest_of(source_digest(source), column, reading.key(), identity, dataclasses.asdict(how))
     return answer_file(
         rows, answer, out, key=key, on_error=reading.on_error, force=force, progress=progress, chunk=_CHUNK

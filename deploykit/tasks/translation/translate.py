@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from deploykit import artifacts
-from deploykit.data.answer_file import JSON_LINES, Answered, answer_file, source_digest, too_long
+from deploykit.data.answer_file import (
+    JSON_LINES,
+    Answered,
+    Part,
+    Records,
+    Spread,
+    answer_file,
+    in_process,
+    source_digest,
+    too_long,
+)
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.texts import TextRow
 from deploykit.errors import UsageError
@@ -74,6 +85,7 @@ def translate_file(
     reading: Reading = AS_FOUND,
     force: bool = False,
     progress: Callable[[int, int], None],
+    spread: Spread | None = None,
 ) -> tuple[Answered, Counter[str]]:
     """Write a translation for each row of ``source``, as JSON lines or as lines of a .txt file; see ``answer_file``.
 
@@ -90,10 +102,11 @@ def translate_file(
 
     finish: Counter[str] = Counter()
 
-    def answer(part: Sequence[TextRow]) -> list[dict[str, Any]]:
-        records = translations(translator, part, how, scored=as_json)
-        finish.update(record["finish"] for record in records if "finish" in record)
-        return records
+    def answer(parts: Iterator[Part]) -> Iterator[Records]:
+        function = functools.partial(translations, how=how, scored=as_json)
+        for records in (spread or in_process(translator))(function, parts):
+            finish.update(record["finish"] for record in records if "finish" in record)
+            yield records
 
     key = artifacts.digest_of(source_digest(source), column, reading.key(), identity, dataclasses.asdict(how))
     done = answer_file(

@@ -187,7 +187,13 @@ def test_unfinished_output_of_another_model_is_refused_and_replaced_with_force(t
             return [{"origin": row.origin, "by": model} for row in part]
 
         return answer_file(
-            lambda: iter(rows), answer, out, key=model * 20, on_error="skip", force=force, progress=lambda *_: None
+            lambda: iter(rows),
+            lambda parts: map(answer, parts),
+            out,
+            key=model * 20,
+            on_error="skip",
+            force=force,
+            progress=lambda *_: None,
         )
 
     with pytest.raises(KeyboardInterrupt):
