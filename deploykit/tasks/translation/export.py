@@ -128,7 +128,7 @@ def _write_fp32(checkpoint: Path, reference: TorchTranslator, directory: Path) -
 def calibration_texts(source: Path, task: Translation, options: CalibrationOptions) -> list[str]:
     """Return calibration texts from a file, or from the splits of the checkpoint ``source``."""
     pairs = _rows(source, task, options.calibration, options.calibration, options)
-    return [pair.source for pair in evenly(pairs, options.calibration_rows)]
+    return [pair.source for pair in evenly(pairs, options.rows_to_calibrate)]
 
 
 def _check(directory: Path, reference: TorchTranslator, texts: Sequence[str], say: Say) -> Parity:
