@@ -45,7 +45,8 @@ def main() -> None:
     suite = begin("finetuning.py", options.threads, missing, ["trl", "peft", "datasets"])
     checkpoint = options.checkpoint or smollm2(options.folder)
     pairs = fetch_command_pairs(options.folder / "commands")
-    suite["settings"] = {"rounds": options.rounds, "max_rows": options.max_rows, "batch_rows": _PLAIN_BATCH}
+    suite["settings"] = {"rounds": options.rounds, "max_rows": options.max_rows, "batch_rows": _PLAIN_BATCH,
+                         "batch_tokens": options.batch_tokens}  # fmt: skip
     suite["load_before"] = []
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in options.contenders if name not in missing}
     for number in range(options.rounds):
@@ -76,7 +77,7 @@ def summary(rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 def _in_process(name: str, options: argparse.Namespace, checkpoint: Path, pairs: Path) -> dict[str, Any]:
     words = ["--worker", name, "--checkpoint", str(checkpoint), "--pairs", str(pairs), "--max-rows", str(options.max_rows),
-             "--threads", str(options.threads)]  # fmt: skip
+             "--threads", str(options.threads), "--batch-tokens", str(options.batch_tokens)]  # fmt: skip
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
     record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return record
@@ -98,7 +99,8 @@ def train(name: str, options: argparse.Namespace) -> None:
     chosen = TextGenerationOptions(
         model=str(options.checkpoint), train=str(options.pairs), max_train_samples=options.max_rows,
         validation_fraction=0.05, test_fraction=0.07, learning_rate=_LORA_RATE if name == LORA else _RATE,
-        lora_r=32 if name == LORA else 0, eval_steps=100_000,
+        lora_r=32 if name == LORA else 0, eval_steps=100_000, batch_tokens=options.batch_tokens,
+        lr_scheduler_type="cosine", warmup_ratio=0, weight_decay=0,  # as the others' arguments are
     )  # fmt: skip
     stage = TextGenerationStage(chosen)
     rows = read_rows(stage, chosen, say=lambda line: None)
@@ -196,6 +198,8 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--contenders", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--max-rows", type=int, default=0, help="rows to read (default: all)")
+    parser.add_argument("--batch-tokens", type=int, default=TextGenerationOptions.batch_tokens,
+                        help="deploykit's tokens a step; 448 gives it about as many steps as the others take")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)

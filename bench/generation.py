@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,6 +74,8 @@ def main() -> None:
     suite["machine"]["packages"] |= versions()
     suite["settings"] = asdict(plan)
     suite["load_before"] = [other_load().to_json()]
+    if options.add:
+        keep_other_parts(suite, json.loads(options.out.read_text(encoding="utf-8")), options.parts)
     checkpoint = options.checkpoint or smollm2(options.folder)
     prompts = Prompts(checkpoint)
     subject = prepare(checkpoint, options.folder, prompts.texts(8, plan.prompt_tokens))
@@ -84,7 +87,22 @@ def main() -> None:
         from generation_serving import measure_served
 
         suite["workloads"].append(measure_served(subject.export, prompts, plan))
+        write_record(suite, options.out)
+    if options.guidellm is not None:
+        from generation_serving import measure_by_guidellm
+
+        report = options.out.with_name(f"{options.out.stem}-guidellm.json")
+        measure_by_guidellm(options.guidellm, subject.export, checkpoint, plan, report)
     write_record(suite, options.out)
+
+
+def keep_other_parts(suite: dict[str, Any], earlier: dict[str, Any], parts: Sequence[str]) -> None:
+    """Copy the parts of ``earlier`` that are not in ``parts`` to ``suite``, and record their origin."""
+    suite["workloads"] += [each for each in earlier["workloads"] if each["key"] not in parts]
+    suite["skipped"] = earlier["skipped"] | suite["skipped"]
+    suite["machine"]["packages"] = earlier["machine"]["packages"] | suite["machine"]["packages"]
+    suite["load_before"] = [*earlier["load_before"], *suite["load_before"]]
+    suite["earlier"] = [*earlier.get("earlier", ()), {key: earlier[key] for key in ("started", "command")}]
 
 
 class Prompts:
@@ -212,6 +230,13 @@ def _options() -> argparse.Namespace:
         "--folder", type=Path, default=ROOT / "demo/generation-bench", help="where its other forms are made and kept"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--add", action="store_true", help="to the record in --out, which keeps its other parts")
+    parser.add_argument(
+        "--guidellm",
+        type=Path,
+        metavar="PROGRAM",
+        help="also let guidellm ask the server; its report is kept beside ours",
+    )
     parser.add_argument("--contenders", nargs="+", choices=[c.name for c in CONTENDERS], help="default: all")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--rounds", type=int, default=3)

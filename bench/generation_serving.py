@@ -1,8 +1,11 @@
-"""Measure deploykit's server as streaming clients see it, and optionally let guidellm measure it too."""
+"""Measure deploykit's server as streaming clients see it; guidellm can measure it too."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -54,6 +57,28 @@ def measure_served(export: Path, prompts: Prompts, plan: Plan) -> dict[str, Any]
                         loads.setdefault((precision, clients), []).append(load)
                         say(f"round {number + 1}: {precision}, {clients} clients: {load.tokens_per_s:.0f} tokens/s")
     return {"key": "served", "loads": [summary(precision, load) for (precision, _), load in loads.items()]}
+
+
+def measure_by_guidellm(program: Path, export: Path, checkpoint: Path, plan: Plan, report: Path) -> None:
+    """Let guidellm ask the server with INT8, on loopback, with the checkpoint's tokenizer, and write its own report."""
+    text = {"kind": "synthetic_text", "prompt_tokens": plan.prompt_tokens, "output_tokens": plan.new_tokens}
+    with running_server(export, PRECISIONS[0]) as addresses, tempfile.TemporaryDirectory() as folder:
+        spec = {
+            "backend": {"kind": "openai_http", "target": addresses["openai"].removesuffix("/v1"), "model": MODEL},
+            "profile": {"kind": "concurrent", "streams": list(plan.clients)},
+            "constraints": [{"kind": "max_requests", "count": [_REQUESTS * max(n, 2) for n in plan.clients]}],
+            "tokenizer": {"kind": "huggingface_auto", "model": str(checkpoint)},
+            "data": [text],
+            "outputs": [{"kind": "json", "path": str(report)}],
+            "metrics": {"kind": "generative", "sample_size": 0},
+        }
+        scenario = Path(folder, "scenario.json")
+        scenario.write_text(json.dumps({"spec": spec}))
+        subprocess.run(
+            [str(program), "run", "--config", str(scenario), "--disable-console"],
+            check=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
 
 
 def summary(precision: str, rounds: Sequence[StreamLoad]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from deploykit.stages.finetune import Finetuned as Finetuned
     from deploykit.tasks.types import Answer as Answer
     from deploykit.tasks.types import Evaluation as Evaluation
-    from deploykit.tensorrt.build import EngineOptions as EngineOptions
+    from deploykit.tensorrt.options import EngineOptions as EngineOptions
     from deploykit.triton.repository import Packaged as Packaged
 
 _MODULES: Mapping[str, str] = {

@@ -128,7 +128,7 @@ def generation(out: Path, *, max_rows: int, say: Say) -> Recipe:
     pairs = fetch_command_pairs(out / "commands")
     words = (out / "smollm2" / SMOLLM2.inside.rpartition("/")[2], "--task", "text-generation", "--train", pairs,
              "--max-train-samples", max_rows, "--num-train-epochs", 1, "--learning-rate", 1e-4, "--test-fraction", 0.07,
-             "--validation-fraction", 0.05, "--eval-rows", 100, "--syntax", "bash")  # fmt: skip
+             "--validation-fraction", 0.05, "--eval-rows", 60, "--syntax", "bash")  # fmt: skip
     bench = ("--num-prompts", 32, "--max-concurrency", 1, "--max-concurrency", 32, "--max-new-tokens", 32)
     return Recipe("commands", words, "generate", COMMANDS, bench, ("--max-drop", 1), answer_tokens=48)
 

@@ -232,7 +232,7 @@ def write_tiny_translation(
     from deploykit.tasks.translation.facts import Translation
     from deploykit.tasks.translation.generation_config import generation_config
     from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
-    from deploykit.tensorrt.build import TRANSLATOR_GRAPHS
+    from deploykit.tensorrt.options import TRANSLATOR_GRAPHS
 
     folder.mkdir(parents=True)
     checkpoint = folder / "checkpoint"

@@ -249,7 +249,7 @@ def tensorrt(step: Step) -> None:
 
     from deploykit.graphs.onnx_export import export_half_classifier
     from deploykit.tasks.classification.checkpoint import TorchClassifier
-    from deploykit.tensorrt.build import EngineOptions, profiles_of
+    from deploykit.tensorrt.options import EngineOptions, profiles_of
 
     checkpoint = step.classifier().folder
     reference = TorchClassifier.load(checkpoint)

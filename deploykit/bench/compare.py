@@ -18,8 +18,8 @@ from typing import Any
 
 from deploykit.errors import ArtifactError
 from deploykit.metric_titles import points_of, shown_metrics, title_of
-from deploykit.report.figures import fraction, number
 from deploykit.report.record import Record, results_of
+from deploykit.report.svg import fraction, number
 from deploykit.tasks.registry import get_task
 
 LEAST_CHANGE = 0.05

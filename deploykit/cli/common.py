@@ -193,9 +193,7 @@ THREADS = click.option("--threads", type=click.IntRange(1), help="Number of CPU 
 METHODS = click.Choice(
     ["minmax", "entropy", "percentile", "mse"]
 )  # as in quantization.calibration, which is slow to import
-CALIBRATION_SPLIT = click.option(
-    "--calibration-split", default="train", show_default=True, help="Split of the run to calibrate on."
-)
+CALIBRATION_SPLIT = click.option("--calibration-split", show_default="train", help="Split of the run to calibrate on.")
 CALIBRATION_DATA = click.option(
     "--calibration-data", help="File of rows to calibrate on, instead of a split of the run."
 )
@@ -203,7 +201,7 @@ CALIBRATION = click.option(
     "--calibration", hidden=True
 )  # the earlier option for a split, a file or a saved calibration
 CALIBRATION_ROWS = click.option(
-    "--calibration-rows", type=int, default=512, show_default=True, help="Number of calibration rows to use, at most."
+    "--calibration-rows", type=int, show_default="512", help="Number of calibration rows to use, at most."
 )
 SOURCE_LANG = option(
     "--source-lang",

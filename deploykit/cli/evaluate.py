@@ -78,7 +78,7 @@ def command(
     reading: Reading,
     **where: Any,
 ) -> Result:
-    from deploykit.report.figures import require_matplotlib
+    from deploykit.report.svg import require_matplotlib
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
 

@@ -86,7 +86,7 @@ def command(
     from deploykit.bench.rows import read_rows
     from deploykit.data.open_text import read_lines
     from deploykit.report.explanation_page import answer_lines, explanation_lines, write_explanations
-    from deploykit.report.figures import require_matplotlib
+    from deploykit.report.svg import require_matplotlib
     from deploykit.stages.explain import explain_texts
     from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of

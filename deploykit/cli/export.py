@@ -28,7 +28,7 @@ from deploykit.cli.common import (
 )
 from deploykit.errors import UsageError
 from deploykit.graphs.gguf_file import GGUF_TYPES
-from deploykit.tensorrt.build import BUILDERS, GPU, PRECISIONS, EngineOptions, profiles_of_shapes, workspace_of_pools
+from deploykit.tensorrt.options import BUILDERS, GPU, PRECISIONS, EngineOptions, profiles_of_shapes, workspace_of_pools
 
 _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 

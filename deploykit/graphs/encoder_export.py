@@ -35,7 +35,8 @@ from deploykit.quantization.smooth_quant import Scales, smooth
 from deploykit.runtime.engines import ENGINES, load_engine
 from deploykit.runtime.engines.protocol import Engine, Precision
 from deploykit.runtime.engines.tensorrt import EngineRecord, runs_here
-from deploykit.tensorrt.build import CLASSIFIER_INPUTS, GRAPHS, EngineOptions, Inputs, Limits, build_engine
+from deploykit.tensorrt.build import CLASSIFIER_INPUTS, Inputs, build_engine
+from deploykit.tensorrt.options import GRAPHS, EngineOptions, Limits
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -18,7 +18,7 @@ from deploykit.quantization.calibration import METHODS, Method
 from deploykit.quantization.grading import Grader
 from deploykit.quantization.tables import render
 from deploykit.tasks.protocol import Task, TaskFacts
-from deploykit.tensorrt.build import EngineOptions
+from deploykit.tensorrt.options import EngineOptions
 from deploykit.training.rows import read_split, row_record
 
 if TYPE_CHECKING:
@@ -38,18 +38,20 @@ SPLITS = ("train", "validation", "test")
 
 
 _SAMPLES = 64
+_CALIBRATION_ROWS = 512
+_OF_ROWS = ("calibration_split", "calibration_data", "calibration_rows")
 
 
 @dataclass(frozen=True)
 class CalibrationOptions(Reading):
-    """How files of rows are read (``Reading``), and what INT8 is calibrated on: ``calibration_rows`` of the run's own split ``calibration_split``, or of the data file
-    ``calibration_data``. ``source_lang`` and ``target_lang`` are the languages of a translation checkpoint that was
+    """How files of rows are read (``Reading``), and what INT8 is calibrated on: ``calibration_rows`` (None: 512) of the
+    run's own split ``calibration_split`` (None: train), or of the data file ``calibration_data``. ``source_lang`` and ``target_lang`` are the languages of a translation checkpoint that was
     trained elsewhere; ``text_column`` and ``label_column`` are a classifier's columns in files of rows, and two of
     ``text_column`` say that a checkpoint trained elsewhere reads pairs of texts."""
 
-    calibration_split: str = "train"
+    calibration_split: str | None = None
     calibration_data: str | None = None
-    calibration_rows: int = 512
+    calibration_rows: int | None = None
     source_lang: str | None = None
     target_lang: str | None = None
     text_column: tuple[str, ...] = ()
@@ -63,7 +65,12 @@ class CalibrationOptions(Reading):
     @property
     def calibration(self) -> str:
         """The name of the split, or the data file."""
-        return self.calibration_data or self.calibration_split
+        return self.calibration_data or self.calibration_split or "train"
+
+    @property
+    def rows_to_calibrate(self) -> int:
+        """Most rows to calibrate on."""
+        return _CALIBRATION_ROWS if self.calibration_rows is None else self.calibration_rows
 
     def check_task(self, task: Task, checkpoint: Path) -> None:
         """Raise UsageError for columns that rows of ``task`` do not have."""
@@ -75,14 +82,14 @@ class CalibrationOptions(Reading):
         super().check()
         if not self.row_files:
             self.refuse("the rows of a run")
-        if self.calibration_split not in SPLITS:
+        if self.calibration_split is not None and self.calibration_split not in SPLITS:
             raise UsageError(
                 f"--calibration-split is {self.calibration_split!r}",
                 f"choose one of: {', '.join(SPLITS)}; a file of rows is --calibration-data",
             )
-        if self.calibration_data is not None and self.calibration_split != CalibrationOptions.calibration_split:
+        if self.calibration_data is not None and self.calibration_split is not None:
             raise UsageError("--calibration-split and --calibration-data are both given", "leave one out")
-        if self.calibration_rows < 1:
+        if self.rows_to_calibrate < 1:
             raise UsageError(f"--calibration-rows is {self.calibration_rows}", "give 1 or more")
 
 
@@ -115,12 +122,8 @@ class ExportOptions(CalibrationOptions):
     @property
     def calibrates(self) -> bool:
         """Whether an option of calibration is given: a language model is calibrated only then."""
-        given = any(
-            getattr(self, field.name) != field.default
-            for field in dataclasses.fields(ExportOptions)
-            if field.name in ("calibration_split", "calibration_data", "calibration_rows", "calib", "method")
-        )
-        return given or self.smooth_quant is not None
+        of_calibration = (*_OF_ROWS, "calib", "method", "smooth_quant")
+        return any(getattr(self, name) is not None for name in of_calibration)
 
     @property
     def row_files(self) -> tuple[str, ...]:
@@ -144,8 +147,8 @@ class ExportOptions(CalibrationOptions):
         if self.measure_rows < 0:
             raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
         if self.calib is not None:
-            for name in ("calibration_split", "calibration_data", "calibration_rows"):
-                if getattr(self, name) != getattr(CalibrationOptions, name):
+            for name in _OF_ROWS:
+                if getattr(self, name) is not None:
                     raise UsageError(f"{flag(name)} is for rows, and --calib has collected its own", "leave it out")
         if not 0 <= self.max_drop <= 100:
             raise UsageError(f"--max-drop is {self.max_drop}", "give points from 0 to 100")

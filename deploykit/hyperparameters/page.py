@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.metric_titles import title_of
-from deploykit.report.figures import INK, add_legend, colour_of, fraction, number, shown, to_svg
 from deploykit.report.html import figure, page, section, table, word_table, write_page
+from deploykit.report.svg import INK, add_legend, colour_of, fraction, number, shown, to_svg
 
 Record = Mapping[str, Any]
 

@@ -18,7 +18,7 @@ from deploykit.errors import ArtifactError, DeploykitError, ExportError, Missing
 from deploykit.hyperparameters.options import SearchOptions
 from deploykit.hyperparameters.space import Space, default_space, read_space, starting_values
 from deploykit.metric_titles import flat_metrics, lower_is_better, main_metric
-from deploykit.report.figures import require_matplotlib
+from deploykit.report.svg import require_matplotlib
 from deploykit.stages.finetune import Finetuned, finetune, inputs_digest
 from deploykit.tasks.registry import get_task
 from deploykit.training.options import FinetuneOptions

@@ -43,7 +43,7 @@ from deploykit.signatures import sign, signature_of, verify_signature
 from deploykit.tasks.bundle import BundledTask
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of
-from deploykit.tensorrt.build import Limits, Profile
+from deploykit.tensorrt.options import Limits, Profile
 from deploykit.triton.repository import CONFIG, STREAM_SUFFIX, config_text, validate_config
 
 Say = Callable[[str], None]

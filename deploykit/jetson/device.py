@@ -29,7 +29,8 @@ from deploykit.jetson.contents import (
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.registry import task_of
-from deploykit.tensorrt.build import EngineOptions, build_engine, choose_builder
+from deploykit.tensorrt.build import build_engine, choose_builder
+from deploykit.tensorrt.options import EngineOptions
 from deploykit.triton.backends import InstalledTriton, assemble_backends, find_installed_triton
 
 STEPS = ("check", "build", "verify", "serve", "bench")

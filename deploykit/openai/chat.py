@@ -37,7 +37,6 @@ async def chat_events(body: ChatBody, pieces: Pieces) -> AsyncGenerator[str, Non
     """Yield the response as server-sent events, those of one piece together."""
     top = head("chat.completion.chunk", "chatcmpl", body.model)
     usage = Usage()
-    unknown = {"usage": None} if body.include_usage else {}
     choices: list[_Choice] = []
     async with aclosing(pieces):
         async for piece in pieces:
@@ -48,7 +47,8 @@ async def chat_events(body: ChatBody, pieces: Pieces) -> AsyncGenerator[str, Non
             for choice, text, finish in zip(choices, piece.texts, piece.finishes):
                 chunks += choice.chunks(text, finish, piece.logprobs[choice.index] if piece.logprobs else ())
             if chunks:
-                yield "".join(event({**top, "choices": [chunk], **unknown}) for chunk in chunks)
+                known = body.chunk_usage(usage)
+                yield "".join(event({**top, "choices": [chunk], **known}) for chunk in chunks)
     if body.include_usage:
         yield event({**top, "choices": [], "usage": usage.to_json()})
     yield DONE

@@ -64,7 +64,7 @@ class Message(Body):
             text = part.get("text") if isinstance(part, dict) else None
             if kind != "text" or not isinstance(text, str):
                 shown = kind if isinstance(kind, str) and kind != "text" else "something else"
-                message = "part {index} should be {{type: text, text: …}}, it is {shown}: the model reads only text"
+                message = "part {index} should be {type: text, text: …}, it is {shown}: the model reads only text"
                 raise PydanticCustomError("content_part", message, {"index": index, "shown": shown[:40]})
             texts.append(text)
         return "".join(texts)

@@ -27,19 +27,19 @@ async def completion_events(body: CompletionBody, prompts: Sequence[Pieces]) -> 
     """Yield the response as server-sent events, those of one piece together."""
     top = head("text_completion", "cmpl", body.model)
     usage = Usage()
-    unknown = {"usage": None} if body.include_usage else {}
     prompt_tokens = [0] * len(prompts)
     choices = [_Choice(body, index) for index in range(body.n * len(prompts))]
     pieces = merged(prompts)
     async with aclosing(pieces):
         async for number, piece in pieces:
             prompt_tokens[number] = piece.prompt_tokens or prompt_tokens[number]
+            usage.prompt = sum(prompt_tokens)
             usage.completion += sum(piece.tokens)
             chunks = _chunks(choices[number * body.n :], piece)
             if chunks:
-                yield "".join(event({**top, "choices": [chunk], **unknown}) for chunk in chunks)
+                known = body.chunk_usage(usage)
+                yield "".join(event({**top, "choices": [chunk], **known}) for chunk in chunks)
     if body.include_usage:
-        usage.prompt = sum(prompt_tokens)
         yield event({**top, "choices": [], "usage": usage.to_json()})
     yield DONE
 

@@ -36,7 +36,12 @@ class TextsBody(Body):
     @field_validator("input", mode="before")
     @classmethod
     def _texts(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        texts = [value] if isinstance(value, str) else value
+        for index, text in enumerate(texts if isinstance(texts, list) else ()):
+            parts = text if isinstance(text, list) and len(text) == 2 else [text]
+            if not all(isinstance(part, str) for part in parts):
+                raise ValueError(f"item {index} should be a text, or a pair of texts")
+        return texts
 
 
 class Predictors:

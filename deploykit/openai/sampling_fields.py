@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
+from deploykit.openai.answers import Usage
 from deploykit.openai.read_body import Body
 from deploykit.openai.structured import ResponseFormat, StructuredOutputs
 
@@ -41,6 +43,7 @@ FIELD_OF = {ours: theirs for theirs, ours in _SAMPLING.items()} | {
     "text_input": "prompt",
     "input_ids": "prompt",
     "messages": "messages",
+    "tools": "tools",
     "json_schema": "response_format",
     "regex": "structured_outputs.regex",
     "choice": "structured_outputs.choice",
@@ -51,6 +54,7 @@ FIELD_OF = {ours: theirs for theirs, ours in _SAMPLING.items()} | {
 
 class StreamOptions(Body):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's, which load generators ask for
     include_obfuscation: bool = False
 
 
@@ -114,9 +118,18 @@ class GenerationBody(Body):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    def chunk_usage(self, usage: Usage) -> dict[str, Any]:
+        """Return the field ``usage`` of a chunk with a part of the answer, if it has one: null, or the tokens so far."""
+        if not self.include_usage:
+            return {}
+        assert self.stream_options is not None
+        return {"usage": usage.to_json() if self.stream_options.continuous_usage_stats else None}
+
     def sampling(self) -> dict[str, Any]:
-        """Return the given fields under deploykit's names; what is left out is the model's own."""
+        """Return the given fields under deploykit's names; what is left out is the model's own, but for the seed."""
         given = {ours: getattr(self, theirs) for theirs, ours in _SAMPLING.items()}
+        if self.seed is None:  # who asks again for another answer gets one
+            given["seed"] = secrets.randbelow(2**32)
         format = self.structured_outputs or self.response_format
         constraint = format.constraint() if format is not None else {}
         return {**{name: value for name, value in given.items() if value is not None}, **constraint}

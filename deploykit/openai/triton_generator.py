@@ -98,10 +98,10 @@ class TritonGenerator:
         try:
             async for result, error in call:
                 if error is not None:
-                    raise _api_error(None, error.message())
+                    raise _api_error(None, error.message(), asked)
                 yield _piece(result, asked)
         except grpc.aio.AioRpcError as error:
-            raise _api_error(error.code(), error.details() or "") from None
+            raise _api_error(error.code(), error.details() or "", asked) from None
         finally:
             call.cancel()  # no effect on a stream that has ended
 
@@ -147,7 +147,7 @@ def _piece(result: Any, asked: Asked) -> Piece:
     )
 
 
-def _api_error(code: grpc.StatusCode | None, message: str) -> ApiError:
+def _api_error(code: grpc.StatusCode | None, message: str, asked: Asked) -> ApiError:
     """Return the error for one of Triton's; ``code`` is None if the server has not sent it."""
     message = message.removeprefix(_ID).strip()
     if "queue" in message and code in (None, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
@@ -156,13 +156,15 @@ def _api_error(code: grpc.StatusCode | None, message: str) -> ApiError:
     if lost or _RELOADING.search(message):
         return restarting(f"the model does not answer now ({message})")
     if code in (None, grpc.StatusCode.INVALID_ARGUMENT):
-        param = _field(message)
+        param = _field(message, asked)
         return ApiError(message, param=param, code="invalid_value")
     return ApiError(f"the model failed: {message}", 500)
 
 
-def _field(message: str) -> str | None:
+def _field(message: str, asked: Asked) -> str | None:
     """Return the field of the request that an error of the model is about: its first word, or a name in it."""
+    if message.startswith(("the prompt ", "the chat template ")):
+        return "prompt" if asked.messages is None else "messages"
     first = _FIRST_WORD.match(message)
     name = _COMPOUND.search(message) if first is None or first[1] not in FIELD_OF else first
     return FIELD_OF[name[1]] if name is not None else None

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.attribution.explain import Deletion, Explanation, Word, mean_deletion, words_of_answers
-from deploykit.report.figures import add_legend, colour_of, to_svg
 from deploykit.report.html import figure, page, section, table, write_page
+from deploykit.report.svg import add_legend, colour_of, to_svg
 
 _FOR, _AGAINST = (18, 161, 80), (217, 48, 37)
 _SHOWN = 100

@@ -1,75 +1,20 @@
-"""Draw the figures of a report as SVG from a bench result in JSON.
-
-Text stays text, so that the browser picks fonts with the glyphs, and lines use the page's colour, so that figures adapt
-to dark mode.
-"""
+"""Draw the figures of a report from a bench result in JSON."""
 
 from __future__ import annotations
 
-import io
-import re
-import unicodedata
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from deploykit.errors import MissingDependencyError
 from deploykit.metric_titles import points_of, title_of
-from deploykit.peak_memory import BENCH_EXTRA
+from deploykit.report.svg import INK, add_legend, colour_of, marker_of, number, shown, to_svg
 from deploykit.tasks.registry import get_task
 
 Record = Mapping[str, Any]
 
 MAX_MATRICES = 12
-NOTHING = "–"
-INK, _FAINT = "#010203", "#010204"  # placeholders, replaced by the page's colours
-COLOURS = (
-    "#2f6fed",
-    "#e8710a",
-    "#12a150",
-    "#c026d3",
-    "#d93025",
-    "#00a3a3",
-    "#8a6d00",
-    "#7c5cff",
-    "#5f6b7a",
-    "#e0407b",
-    "#a3a800",
-    "#b4714f",
-)
-_MARKERS = "osv^Dph<>X*"  # coprime to the number of colours, so that no two candidates share both
-_RC = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": _FAINT,
-    "axes.grid": True,
-    "axes.labelcolor": INK,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 72,
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "savefig.transparent": True,
-    "svg.fonttype": "none",
-    "text.color": INK,
-    "text.parse_math": False,  # a label may contain a dollar sign
-    "xtick.color": INK,
-    "ytick.color": INK,
-}
-
-
-def require_matplotlib() -> None:
-    """Raise MissingDependencyError if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise MissingDependencyError("matplotlib, which draws the report, is not installed", BENCH_EXTRA) from None
 
 
 def throughput_bars(result: Record) -> str | None:
@@ -150,7 +95,7 @@ def scaling(axis: str, lines: Sequence[Scaling]) -> str:
                     [spread["median"] - spread["min"] for _, spread in points],
                     [spread["max"] - spread["median"] for _, spread in points],
                 ]
-                style = {"color": colour_of(i), "marker": _marker(i), "linewidth": 1.8, "capsize": 3}
+                style = {"color": colour_of(i), "marker": marker_of(i), "linewidth": 1.8, "capsize": 3}
                 label = shown(line.name) if axes is left else None
                 axes.errorbar([x for x, _ in points], middle, yerr=reach, label=label, **style)
             axes.set_xscale("log", base=2)
@@ -202,7 +147,7 @@ def throughput_latency(result: Record) -> str | None:
             for s in candidate["scenarios"]:
                 if s["latency_ms"]["p99"]:
                     (closed if s["scenario"]["kind"] == "closed_loop" else random).append(s)
-            for points, style in ((closed, f"-{_marker(i)}"), (random, "D:")):
+            for points, style in ((closed, f"-{marker_of(i)}"), (random, "D:")):
                 if not points:
                     continue
                 x = [s["throughput_per_s"]["median"] for s in points]
@@ -247,7 +192,7 @@ def accuracy_speed(result: Record) -> str | None:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         for i, name, x, y in points:
-            axes.plot([x], [y], _marker(i), color=colour_of(i), markersize=10, label=shown(name))
+            axes.plot([x], [y], marker_of(i), color=colour_of(i), markersize=10, label=shown(name))
         values = [y for *_, y in points]
         # Show at least two points: zoomed in further, noise would look like a difference.
         point = 1.0 / points_of(metric)
@@ -360,7 +305,7 @@ def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, flo
             for i, (engine, found) in enumerate(searches.items()):
                 trials = sorted(found["trials"], key=lambda trial: trial["kept"])
                 points = [trial["kept"] for trial in trials], [trial["metrics"][metric] for trial in trials]
-                axes.plot(*points, f"-{_marker(i)}", color=colour_of(i), label=shown(engine) if named else None)
+                axes.plot(*points, f"-{marker_of(i)}", color=colour_of(i), label=shown(engine) if named else None)
             axes.xaxis.set_major_locator(_locator(8))
             axes.set(xlabel="parts left in fp32", ylabel=title_of(metric))
         add_legend(figure)
@@ -382,7 +327,7 @@ def frontier(tuning: Record) -> str:
         axes = figure.subplots()
         for i, graph in enumerate(graphs):
             of_graph = [t for t in trials if (t["engine"], t["precision"]) == graph]
-            for holds, style in ((True, _marker(i)), (False, "x")):
+            for holds, style in ((True, marker_of(i)), (False, "x")):
                 points = [t for t in of_graph if t["holds"] is holds]
                 label = shown(" ".join(graph) + ("" if holds else ", outside the limits")) if points else None
                 x, y = [t["memory_mb"] for t in points], [t["rate_per_s"] or 0.0 for t in points]
@@ -422,54 +367,6 @@ def headline(candidate: Record) -> Record:
     """Return the scenario that a candidate's summary figures come from."""
     found: Record = next(s for s in candidate["scenarios"] if s["scenario"]["name"] == candidate["headline"])
     return found
-
-
-def shown(text: str, most: int = 36) -> str:
-    """Return a name fit for a figure: one line, not too long, without characters that XML cannot contain."""
-    text = text.encode("utf-8", "replace").decode()
-    text = " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cn", "Co") else c for c in text).split())
-    text = text if len(text) <= most else text[: most - 1] + "…"
-    text = text or "?"
-    return f"\u200b{text}" if text.startswith("_") else text  # matplotlib hides names that begin with an underscore
-
-
-def number(value: float | None) -> str:
-    """Format to about three digits."""
-    if value is None:
-        return NOTHING
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
-
-
-def fraction(value: float | None) -> str:
-    """Format an accuracy, of 1 or of 100."""
-    return NOTHING if value is None else f"{value:.4f}" if abs(value) <= 1 else f"{value:.2f}"
-
-
-def apart(html: str, name: str) -> str:
-    """Return ``html`` with ``name`` before each of its ids, so that several figures can share a page."""
-    return re.sub(r'(?<= id=")|(?<=url\(#)|(?<=href="#)', f"{name}-", html)
-
-
-def to_svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (8.0, 4.6)) -> str:
-    """Draw a figure. ``name`` makes its ids unique on the page."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    text = io.StringIO()
-    with mpl.rc_context({**_RC, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the font is only used for measuring, so missing glyphs do not matter
-        figure = Figure(figsize=size)
-        FigureCanvasSVG(figure)
-        draw(figure)
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = svg.replace(INK, "currentColor").replace(_FAINT, "var(--faint)")
-    svg = apart(svg, name)
-    # At most as wide as drawn, so that text has one size on the whole page.
-    fluid = f'<svg style="max-width: {size[0] * 120:.0f}px"'
-    return re.sub(r' (width|height)="[^"]*pt"', "", svg, count=2).replace("<svg", fluid, 1)
 
 
 def _matrix(axes: Any, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
@@ -531,15 +428,3 @@ def _write_beside(axes: Any, texts: Sequence[tuple[str, tuple[float, float], str
                 place = {"textcoords": "offset points", "ha": "center", "va": "center", "color": colour}
                 axes.annotate(text, at, (0, offset), fontsize=9, **place)
                 break
-
-
-def add_legend(figure: Any) -> None:
-    figure.legend(loc="outside upper left", ncols=2, fontsize=10, labelcolor=INK)
-
-
-def colour_of(i: int) -> str:
-    return COLOURS[i % len(COLOURS)]
-
-
-def _marker(i: int) -> str:
-    return _MARKERS[i % len(_MARKERS)]

@@ -10,9 +10,9 @@ from pathlib import Path
 from deploykit.errors import ArtifactError
 from deploykit.metric_titles import shown_metrics, title_of
 from deploykit.report import figures
-from deploykit.report.figures import NOTHING, fraction, number
 from deploykit.report.html import figure, page, section, table, warning_box, word_table, write_page
 from deploykit.report.record import Record, results_of
+from deploykit.report.svg import NOTHING, apart, fraction, number, require_matplotlib
 from deploykit.tasks.registry import get_task
 
 
@@ -22,7 +22,7 @@ def write_report(record: Record, out: Path) -> None:
     Its keys ``command`` and ``threads`` are shown as the way to repeat the measurement. The same record gives the same
     bytes. Raises MissingDependencyError without matplotlib, ArtifactError for another JSON.
     """
-    figures.require_matplotlib()
+    require_matplotlib()
     try:
         page = _suite(record) if "workloads" in record else _bench(record)
     except (KeyError, TypeError, StopIteration) as error:
@@ -38,7 +38,7 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
     ``searches`` are by engine, as in the export's manifest; ``limits`` are, for each metric, the checkpoint's and the
     lowest allowed. Raises MissingDependencyError without matplotlib.
     """
-    figures.require_matplotlib()
+    require_matplotlib()
     title = "Which layers stay in fp32"
     note = "All parts are INT8 except the most sensitive ones. The export leaves as few as possible in fp32."
     parts = [
@@ -67,7 +67,7 @@ def write_tuning(record: Record, out: Path) -> None:
 
     Raises MissingDependencyError without matplotlib.
     """
-    figures.require_matplotlib()
+    require_matplotlib()
     chosen, present = (record["trials"][record[key]] for key in ("chosen", "present"))
     slo, texts = record["slo"], record["texts"]
     title = f"Tuning {record['name']}: {slo['figure']} within {slo['limit_ms']:g} ms"
@@ -134,7 +134,7 @@ def _suite(suite: Record) -> str:
             parts[workload["key"]] = _scaling(workload) + parts[workload["key"]]
     body = []
     for i, (name, part) in enumerate(parts.items()):
-        body += [f'<h2 class="part" id="part{i}">{escape(name)}</h2>', figures.apart(part, f"part{i}")]
+        body += [f'<h2 class="part" id="part{i}">{escape(name)}</h2>', apart(part, f"part{i}")]
     links = " · ".join(f'<a href="#part{i}">{escape(name)}</a>' for i, name in enumerate(parts))
     header = _header(suite, ", ".join(parts))
     return page(f"Bench: {', '.join(parts)}", [header, f"<nav>{links}</nav>", _skipped(suite), *body, _machine(suite)])

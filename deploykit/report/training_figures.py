@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.metric_titles import title_of
-from deploykit.report.figures import add_legend, colour_of, require_matplotlib, to_svg
 from deploykit.report.html import figure, page, section, table, write_page
+from deploykit.report.svg import add_legend, colour_of, require_matplotlib, to_svg
 
 
 def loss_curves(training: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]]) -> str:

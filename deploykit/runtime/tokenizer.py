@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from deploykit.errors import ArtifactError
 
-_MARGIN = 16  # tokens beside a cut, which may be others than in the whole text
+_MARGIN = 16  # The tokens beside a cut may differ from those of the whole text.
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,21 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[tuple[str, ...]]) -> Encoded:
         """Return the tokens of each text, or pair of texts."""
-        asked = [tuple(map(self._shortened, text)) if len(text) > 1 else text[0] for text in texts]
+        most = self._max_length + _MARGIN
+        asked = [
+            tuple(shortened(self._whole, part, most, self._side) for part in text) if len(text) > 1 else text[0]
+            for text in texts
+        ]
         found = self._tokenizer.encode_batch_fast(asked)
         return Encoded([encoding.ids for encoding in found], [encoding.type_ids for encoding in found])
 
-    def _shortened(self, text: str) -> str:
-        """Cut from a pair's text what truncation would drop anyway: its time is quadratic in the lengths of a pair."""
-        most = self._max_length + _MARGIN
-        if len(text) <= most:
-            return text
-        offsets = self._whole.encode(text, add_special_tokens=False).offsets
-        if len(offsets) <= most:
-            return text
-        return text[: offsets[most - 1][1]] if self._side == "right" else text[offsets[-most][0] :]
+
+def shortened(whole: Tokenizer, text: str, most: int, side: str) -> str:
+    """Cut one text of a pair to ``most`` tokens of ``whole``, a tokenizer that does not truncate; ``side`` is the end
+    that truncation drops. The time that truncation takes is quadratic in the lengths of a pair."""
+    if len(text) <= most:
+        return text
+    offsets = whole.encode(text, add_special_tokens=False).offsets
+    if len(offsets) <= most:
+        return text
+    return text[: offsets[most - 1][1]] if side == "right" else text[offsets[-most][0] :]

@@ -18,7 +18,7 @@ from deploykit.quantization.calibration import load_calibration
 from deploykit.quantization.tables import SEARCH_PAGE, render_searches
 from deploykit.runtime.engines import ENGINES
 from deploykit.tasks.registry import task_of_checkpoint
-from deploykit.tensorrt.build import shapes_of_profile
+from deploykit.tensorrt.options import shapes_of_profile
 from deploykit.training.source import check_source
 
 if TYPE_CHECKING:

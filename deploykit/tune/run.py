@@ -20,8 +20,8 @@ from deploykit.errors import ArtifactError, DeploykitError, MissingDependencyErr
 from deploykit.hardware import available_cpus, cpu_name
 from deploykit.measurement_log import MeasurementLog
 from deploykit.peak_memory import require_psutil
-from deploykit.report.figures import require_matplotlib
 from deploykit.report.pages import write_tuning
+from deploykit.report.svg import require_matplotlib
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.find_graphs import find_graphs

@@ -83,6 +83,13 @@ def test_many_inputs_together_take_no_more_than_their_size(server: TritonServer)
     assert status == 400
 
 
+def test_a_large_body_that_is_called_a_form_is_read_as_json(server: TritonServer) -> None:
+    """curl -d calls any body so."""
+    content = json.dumps(body(["w1"], id="x" * (9 << 20))).encode()
+    status, answer = _send(server, content, {"Content-Type": "application/x-www-form-urlencoded"})
+    assert status == 200, answer[:1000]
+
+
 @pytest.mark.parametrize("datatype", ["INT64", "BYTES"])
 @pytest.mark.parametrize("declared", [4, 10**12, -1])
 @pytest.mark.usefixtures("peak")

@@ -15,9 +15,9 @@ from paths import ROOT
 
 from deploykit.bench.scenarios import ClosedLoop, Poisson, Scenario, Within
 from deploykit.bench.targets import bench_targets
-from deploykit.report.figures import COLOURS
 from deploykit.report.pages import write_report, write_tuning
 from deploykit.report.record import results_of
+from deploykit.report.svg import COLOURS
 
 # By what a figure says it is: its box, texts that stick out of it, and what is drawn in a candidate's colour, by tag.
 FIGURES = """[...document.querySelectorAll('svg')].map(svg => {

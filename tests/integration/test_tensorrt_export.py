@@ -30,17 +30,13 @@ from deploykit.quantization.qdq import quantize
 from deploykit.runtime.engines.tensorrt import read_record
 from deploykit.stages import export as run
 from deploykit.tensorrt import build as tensorrt
-from deploykit.tensorrt.build import (
+from deploykit.tensorrt.build import build_engine, choose_builder, count_layers, read_inputs, trtexec_command
+from deploykit.tensorrt.options import (
     EngineOptions,
-    build_engine,
-    choose_builder,
-    count_layers,
     parse_profile,
     parse_size,
     profiles_of_shapes,
-    read_inputs,
     shapes_of_profile,
-    trtexec_command,
     workspace_of_pools,
 )
 

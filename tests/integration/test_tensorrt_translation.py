@@ -32,7 +32,8 @@ from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.opening import open_translator
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import Translator, load_translator
-from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, EngineOptions, Profile, build_engine, parse_profile, read_inputs
+from deploykit.tensorrt.build import build_engine, read_inputs
+from deploykit.tensorrt.options import TRANSLATOR_GRAPHS, EngineOptions, Profile, parse_profile
 from deploykit.triton.repository import config_text, read_config
 from deploykit.triton.server import TritonServer
 

@@ -14,7 +14,8 @@ from deploykit.tasks.bundle import Verdict, share
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.predictor import Classifier, load_classifier
 from deploykit.tasks.protocol import Predictor
-from deploykit.tensorrt.build import GRAPHS, Inputs
+from deploykit.tensorrt.build import Inputs
+from deploykit.tensorrt.options import GRAPHS
 
 # How far from ONNX Runtime's answers with the same graph an engine's may be, by precision: fused and reordered sums
 # round otherwise, and near a boundary INT8 takes the next step. Chosen well above what such rounding does and well

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.batching import batches
-from deploykit.runtime.tokenizer import Encoded
+from deploykit.runtime.tokenizer import Encoded, shortened
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.padding import pads_left
 from deploykit.tasks.classification.pairs import check_columns
@@ -23,6 +25,9 @@ from deploykit.tasks.classification.predictor import graph_inputs
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id, quiet
 
+_LONGEST_OF_PAIR = 4
+"""Each text of a pair is cut to so many times the longest input before it is tokenized as transformers does: a cut far
+from the one that serving makes, so that a fault of the latter shows."""
 _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 
@@ -141,7 +146,7 @@ class TorchClassifier:
         """Tokens as training and serving see them."""
         if not texts:
             return Encoded([], [])
-        columns = zip(*(self.task.read(text) for text in texts))
+        columns = zip(*map(self._parts, texts))
         encoded = self.tokenizer(
             *(list(column) for column in columns), truncation=True, max_length=self.task.max_length,
             return_token_type_ids=True,
@@ -149,6 +154,23 @@ class TorchClassifier:
         return Encoded(
             [list(ids) for ids in encoded["input_ids"]], [list(types) for types in encoded["token_type_ids"]]
         )
+
+    def _parts(self, text: str) -> tuple[str, ...]:
+        """Return what the tokenizer reads: one text, or two without what truncation drops from each in any case."""
+        parts = self.task.read(text)
+        if self._whole is None or len(parts) == 1:
+            return parts
+        most = _LONGEST_OF_PAIR * self.task.max_length
+        return tuple(shortened(self._whole, part, most, self.tokenizer.truncation_side) for part in parts)
+
+    @cached_property
+    def _whole(self) -> Tokenizer | None:
+        """The tokenizer without truncation; None if it is one in Python."""
+        if not self.tokenizer.is_fast:
+            return None
+        whole = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
+        whole.no_truncation()
+        return whole
 
     def logits(self, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
         """Raw outputs, float32 [rows, labels], of one padded batch (int64 [rows, tokens] by name)."""
@@ -170,7 +192,7 @@ class TorchClassifier:
         """Logits, float32 [1, labels], as a user of transformers gets them: no batch, no padding, and all that the
         checkpoint's tokenizer gives (token types, say) goes into the model."""
         # In lists: transformers takes an empty second text for none, unless it is in one.
-        parts = ([part] for part in self.task.read(text))
+        parts = ([part] for part in self._parts(text))
         encoded = self.tokenizer(*parts, truncation=True, max_length=self.task.max_length, return_tensors="pt")
         with torch.inference_mode():
             return np.asarray(self.model(**encoded).logits.float().numpy(), np.float32)

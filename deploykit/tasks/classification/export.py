@@ -137,7 +137,7 @@ def _write_fp32(reference: TorchClassifier, directory: Path) -> None:
 def calibration_texts(source: Path, task: Classification, options: CalibrationOptions) -> list[str]:
     """Rows of a file, or of the splits of the checkpoint ``source``."""
     rows = _rows(source, task, options.calibration, options.calibration, options)
-    return [row.asked for row in evenly(rows, options.calibration_rows)]
+    return [row.asked for row in evenly(rows, options.rows_to_calibrate)]
 
 
 class _Grader(EncoderGrader[NDArray[np.float32]]):

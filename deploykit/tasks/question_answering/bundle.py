@@ -13,7 +13,8 @@ from deploykit.tasks.bundle import Verdict, share
 from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.question_answering.facts import QuestionAnswering, from_text
 from deploykit.tasks.question_answering.predictor import Answerer, load_answerer
-from deploykit.tensorrt.build import GRAPHS, Inputs
+from deploykit.tensorrt.build import Inputs
+from deploykit.tensorrt.options import GRAPHS
 
 SAME_ANSWERS: Mapping[str, float] = {"fp32": 0.98, "fp16": 0.95, "int8": 0.9}
 """Least share of questions that must get the same answer as from ONNX Runtime with the same graph."""

@@ -125,7 +125,7 @@ def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -
 def calibration_texts(source: Path, task: QuestionAnswering, options: CalibrationOptions) -> list[str]:
     """Return rows of a file, or of the splits of the checkpoint ``source``, as texts."""
     rows = _rows(source, options.calibration, options.calibration, options)
-    return [as_text(row.question, row.context) for row in evenly(rows, options.calibration_rows)]
+    return [as_text(row.question, row.context) for row in evenly(rows, options.rows_to_calibrate)]
 
 
 def signature_of(task: QuestionAnswering) -> Signature:

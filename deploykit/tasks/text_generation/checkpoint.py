@@ -21,7 +21,7 @@ from deploykit.graphs.causal_architecture import check_supported
 from deploykit.tasks.text_generation.chat_template import CHATML, CHATML_TOKENS
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.generator import LocalGenerator
+from deploykit.tasks.text_generation.generator import LocalGenerator, RowScore
 from deploykit.tasks.text_generation.rows import Row
 from deploykit.training.checkpoint import load_config, load_model, load_tokenizer, not_loadable, quiet
 from deploykit.training.weights import read_generation_config
@@ -109,15 +109,20 @@ class TorchCausalLm:
                 )
         return order
 
-    def padded_logits(self, rows: Sequence[EncodedRow], pad: int) -> Iterator[NDArray[np.float32]]:
-        """Return the logits of all tokens of rows that are computed side by side: [tokens, vocabulary] for each row."""
+    def supervised_logits(self, rows: Sequence[EncodedRow], pad: int) -> Iterator[NDArray[np.float32]]:
+        """Return the logits that predict supervised tokens of rows that are computed side by side: [supervised,
+        vocabulary] for each row."""
         longest = max(len(row.ids) for row in rows)
         ids, mask = np.full((len(rows), longest), pad, np.int64), np.zeros((len(rows), longest), np.int64)
+        wanted = np.zeros((len(rows), longest), np.bool_)
         for i, row in enumerate(rows):
-            ids[i, longest - len(row.ids) :], mask[i, longest - len(row.ids) :] = row.ids, 1
+            own = slice(longest - len(row.ids), None)
+            ids[i, own], mask[i, own] = row.ids, 1
+            wanted[i, longest - len(row.ids) : -1] = row.supervised[1:]  # a logit predicts the token after its own
         positions = np.maximum(mask.cumsum(1) - 1, 0)
-        logits = self._run(*map(torch.from_numpy, (ids, mask, positions)), None, 0)
-        yield from (values[longest - len(row.ids) :] for row, values in zip(rows, logits))
+        kept = np.flatnonzero(wanted.any(0))
+        logits = self._run(*map(torch.from_numpy, (ids, mask, positions)), None, torch.from_numpy(kept))
+        yield from (values[own] for values, own in zip(logits, wanted[:, kept]))
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _run(self, ids: Any, mask: Any, positions: Any, cache: Any, kept: Any) -> NDArray[np.float32]:
@@ -144,10 +149,17 @@ class TorchGenerator(LocalGenerator):
         super().__init__(task, chat_tokenizer(hf_tokenizer, task.eos_token_ids), TorchCausalLm(model.eval()))
         self.torch_model, self.hf_tokenizer = model, hf_tokenizer
 
+    def score(self, rows: Sequence[EncodedRow]) -> Iterator[RowScore]:
+        for start in range(0, len(rows), _ROWS):
+            part = rows[start : start + _ROWS]
+            # Rows of about one length side by side: padding took half of the time.
+            order = sorted(range(len(part)), key=lambda i: len(part[i].ids))
+            found = dict(zip(order, super().score([part[i] for i in order])))
+            yield from (found[i] for i in range(len(part)))
+
     def supervised_logits(self, rows: Sequence[EncodedRow]) -> Iterator[NDArray[np.float32]]:
         for part in _side_by_side(rows):
-            for row, logits in zip(part, self.model.padded_logits(part, self.task.pad_token_id)):
-                yield logits[:-1][row.supervised[1:]]
+            yield from self.model.supervised_logits(part, self.task.pad_token_id)
 
     @classmethod
     def load(cls, path: Path, rotary: Any = None) -> TorchGenerator:

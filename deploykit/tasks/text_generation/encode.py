@@ -76,10 +76,16 @@ class ChatTokenizer:
     def encode_prompt(
         self, messages: Sequence[Message] | str, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[int]:
-        """Return the ids of a prompt: a dialog that the model has to go on with, or a plain text that it continues."""
+        """Return the ids of a prompt: a dialog that the model has to go on with, or a plain text that it continues.
+
+        Raises DataError when the template refuses the dialog, or would leave out the tools.
+        """
         if isinstance(messages, str):
             return self._prompt_ids(messages)
-        text = self._chat().render(messages, add_generation_prompt=True, tools=tools)
+        chat = self._chat()
+        if tools and "tools" not in chat.source:
+            raise DataError("tools are given, and the model's chat template does not write them", "leave them out")
+        text = chat.render(messages, add_generation_prompt=True, tools=tools)
         return self._prompt_ids(text, add_special_tokens=False)
 
     @cached_property

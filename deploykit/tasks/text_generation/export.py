@@ -153,7 +153,7 @@ def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -
 
 def calibration_texts(source: Path, task: TextGeneration, options: CalibrationOptions) -> list[Row]:
     """Return calibration rows from a file, or from the splits of the checkpoint ``source``."""
-    return evenly(_rows(source, task, options.calibration, options.calibration, options), options.calibration_rows)
+    return evenly(_rows(source, task, options.calibration, options.calibration, options), options.rows_to_calibrate)
 
 
 def calibrate(folder: Path, task: TextGeneration, texts: Sequence[Row]) -> Calibration:

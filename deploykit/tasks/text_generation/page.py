@@ -8,9 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from deploykit.report import figures, training_figures
+from deploykit.report import training_figures
 from deploykit.report.html import figure, page, section, table, word_table, write_page
 from deploykit.report.pages import bench_parts
+from deploykit.report.svg import require_matplotlib
 from deploykit.tasks.text_generation.metrics_text import cell, columns_of, shown
 from deploykit.training.rows import held_out
 
@@ -29,7 +30,7 @@ def write_run_page(
     ``export`` are the metrics of an export's manifest, ``bench`` the record of ``deploykit bench`` (speeds), ``served``
     the loads (``StreamLoad``) that a server was asked under. Raises MissingDependencyError without matplotlib.
     """
-    figures.require_matplotlib()
+    require_matplotlib()
     history = metrics["history"]
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",

@@ -19,7 +19,8 @@ from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import Translator, load_translator
 from deploykit.tasks.translation.translated import Translated
-from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, Inputs, read_inputs
+from deploykit.tensorrt.build import Inputs, read_inputs
+from deploykit.tensorrt.options import TRANSLATOR_GRAPHS
 
 # How much an engine's answers may differ from ONNX Runtime's with the same graph, by precision. Fused and reordered
 # sums round differently, and INT8 values near a boundary move to the next step. The limits are well above the effect of

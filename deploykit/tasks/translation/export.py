@@ -53,7 +53,8 @@ from deploykit.tasks.translation.predictor import TextTranslator, Translator, lo
 from deploykit.tasks.translation.read_pairs import load_pairs
 from deploykit.tasks.translation.source_prefix import source_prefix
 from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
-from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, EngineOptions, build_engine, plan, read_inputs
+from deploykit.tensorrt.build import build_engine, plan, read_inputs
+from deploykit.tensorrt.options import TRANSLATOR_GRAPHS, EngineOptions
 from deploykit.text import normalize
 
 _PARITY_ROWS = 128
@@ -127,7 +128,7 @@ def _write_fp32(checkpoint: Path, reference: TorchTranslator, directory: Path) -
 def calibration_texts(source: Path, task: Translation, options: CalibrationOptions) -> list[str]:
     """Return calibration texts from a file, or from the splits of the checkpoint ``source``."""
     pairs = _rows(source, task, options.calibration, options.calibration, options)
-    return [pair.source for pair in evenly(pairs, options.calibration_rows)]
+    return [pair.source for pair in evenly(pairs, options.rows_to_calibrate)]
 
 
 def _check(directory: Path, reference: TorchTranslator, texts: Sequence[str], say: Say) -> Parity:

@@ -1,4 +1,4 @@
-// A shared library that `deploykit serve` loads into Triton before Triton's own (LD_PRELOAD). It takes the place of three
+// A shared library that `deploykit serve` loads into Triton before Triton's own (LD_PRELOAD). It takes the place of some
 // functions, so that it sees each request on HTTP and gRPC where Triton reads it, at no cost:
 //
 // TRITONSERVER_InferenceRequestAddInput: Triton 2.51 makes room for the shape that a request declares before it counts the
@@ -7,12 +7,20 @@
 // inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here.
 // TRITONSERVER_ErrorCode: Triton calls some errors internal that are the client's, and a model that is being loaded again
 //   internal or not found. They get the code that clients understand: 400, or 503, after which they try again.
+// strncasecmp: Triton copies the body of a form, as `curl -d` calls what it sends, to the stack. One of 4 MB ended Triton.
+//   No body is a form here.
+// syscall, TRITONSERVER_ServerInferAsync, TRITONSERVER_InferenceRequestDelete: Triton does not look at a connection on HTTP
+//   until it answers. A request whose client closes the connection is cancelled here, as Triton does on gRPC.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
+#include <sys/epoll.h>
+#include <sys/syscall.h>
 
 #include "triton.h"
 
@@ -91,4 +99,85 @@ EXPORTED int TRITONSERVER_ErrorCode(Error *error) {
     return INVALID_ARGUMENT;
   }
   return has(message, "Stub process '") && has(message, "is not healthy") ? UNAVAILABLE : code;
+}
+
+EXPORTED int strncasecmp(const char *a, const char *b, size_t length) {
+  static int (*next)(const char *, const char *, size_t);
+  if (next == NULL) next = (int (*)(const char *, const char *, size_t))dlsym(RTLD_NEXT, __func__);
+  return strcmp(b, "application/x-www-form-urlencoded") == 0 ? 1 : next(a, b, length);
+}
+
+enum { MAX_CONNECTIONS = 1 << 16 };
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;  // of the next two
+static void *request_of[MAX_CONNECTIONS];                 // the request on a connection, until its client has gone
+static int connections;                                   // the highest connection so far, and 1
+static int closings = -1;                                 // an epoll of these connections
+static __thread int paused = -1;  // Triton's HTTP thread stops reading a connection before it submits the request
+
+// How Triton's libevent calls epoll_ctl.
+EXPORTED long syscall(long number, long a, long b, long c, long d, long e, long f) {
+  static long (*next)(long, ...);
+  if (next == NULL) next = (long (*)(long, ...))dlsym(RTLD_NEXT, __func__);
+  if (number == SYS_epoll_ctl && a != closings) {
+    const struct epoll_event *event = (const struct epoll_event *)d;
+    paused = b == EPOLL_CTL_DEL || !(event->events & EPOLLIN) ? (int)c : -1;
+  }
+  return next(number, a, b, c, d, e, f);
+}
+
+static void *cancel_requests_without_client(void *unused) {
+  Error *(*cancel)(void *) = (Error * (*)(void *)) dlsym(RTLD_DEFAULT, "TRITONSERVER_InferenceRequestCancel");
+  void (*delete_error)(Error *) = (void (*)(Error *))dlsym(RTLD_DEFAULT, "TRITONSERVER_ErrorDelete");
+  for (;;) {
+    struct epoll_event event;
+    if (epoll_wait(closings, &event, 1, -1) != 1) continue;
+    pthread_mutex_lock(&lock);
+    void **request = &request_of[event.data.fd];
+    Error *error = *request == NULL ? NULL : cancel(*request);
+    if (error != NULL) delete_error(error);
+    *request = NULL;
+    pthread_mutex_unlock(&lock);
+  }
+  return unused;
+}
+
+static void begin_watching(void) {
+  pthread_t thread;
+  closings = epoll_create1(EPOLL_CLOEXEC);
+  if (closings >= 0 && pthread_create(&thread, NULL, cancel_requests_without_client, NULL) != 0) closings = -1;
+}
+
+EXPORTED Error *TRITONSERVER_ServerInferAsync(void *server, void *request, void *trace) {
+  static Error *(*next)(void *, void *, void *);
+  static pthread_once_t begun = PTHREAD_ONCE_INIT;
+  if (next == NULL) next = (Error * (*)(void *, void *, void *)) dlsym(RTLD_NEXT, __func__);
+  int connection = paused;
+  paused = -1;
+  if (connection < 0 || connection >= MAX_CONNECTIONS) return next(server, request, trace);  // on gRPC
+  pthread_once(&begun, begin_watching);
+  pthread_mutex_lock(&lock);
+  request_of[connection] = request;
+  if (connection >= connections) connections = connection + 1;
+  pthread_mutex_unlock(&lock);
+  Error *error = next(server, request, trace);  // undoes a cancellation that came before
+  pthread_mutex_lock(&lock);
+  if (error == NULL && request_of[connection] == request) {
+    struct epoll_event event = {.events = EPOLLRDHUP | EPOLLONESHOT, .data.fd = connection};
+    epoll_ctl(closings, EPOLL_CTL_ADD, connection, &event);
+  }
+  pthread_mutex_unlock(&lock);
+  return error;
+}
+
+EXPORTED Error *TRITONSERVER_InferenceRequestDelete(void *request) {
+  static Error *(*next)(void *);
+  if (next == NULL) next = (Error * (*)(void *)) dlsym(RTLD_NEXT, __func__);
+  pthread_mutex_lock(&lock);
+  for (int connection = 0; connection < connections; connection++) {
+    if (request_of[connection] != request) continue;
+    request_of[connection] = NULL;
+    epoll_ctl(closings, EPOLL_CTL_DEL, connection, NULL);
+  }
+  pthread_mutex_unlock(&lock);
+  return next(request);
 }

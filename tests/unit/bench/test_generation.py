@@ -130,3 +130,20 @@ def test_answers_left_behind_and_wrong_answers_fail(bench: Any) -> None:
     assert found["reasons"] == [
         "1 answers run and 0 wait after the last client left", "2 requests: bad: status 500: oh"
     ]  # fmt: skip
+
+
+def test_a_part_is_added_to_a_record(bench: Any) -> None:
+    def record(key: str, package: str) -> dict[str, Any]:
+        return {"workloads": [{"key": key}], "skipped": {key: "why"}, "machine": {"packages": {package: "1"}},
+                "load_before": [{"cpu_percent": 0.0}], "started": f"when {key}", "command": key}  # fmt: skip
+
+    keep = bench("generation").keep_other_parts
+    suite = record("served", "b") | {"workloads": []}
+    keep(suite, record("process", "a"), ("served",))
+    assert suite["workloads"] == [{"key": "process"}]
+    assert suite["machine"]["packages"] == {"a": "1", "b": "1"}
+    assert len(suite["load_before"]) == 2
+    assert suite["earlier"] == [{"started": "when process", "command": "process"}]
+    again = record("process", "a") | {"workloads": []}
+    keep(again, suite, ("process",))
+    assert [each["started"] for each in again["earlier"]] == ["when process", "when served"]

@@ -30,7 +30,8 @@ from deploykit.runtime.batching import batches
 from deploykit.runtime.engines import TRANSLATION_FILES
 from deploykit.tasks.opening import open_graph
 from deploykit.tasks.translation.facts import Translation
-from deploykit.tensorrt.build import TRANSLATOR_GRAPHS, parse_profile, read_inputs
+from deploykit.tensorrt.build import read_inputs
+from deploykit.tensorrt.options import TRANSLATOR_GRAPHS, parse_profile
 from deploykit.triton.repository import check_config, list_models, verify_version
 
 WHEELS = (

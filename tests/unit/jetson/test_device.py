@@ -27,7 +27,8 @@ from deploykit.runtime.engines.seq2seq import Seq2SeqModel
 from deploykit.tasks.classification import bundle as classifier_bundle
 from deploykit.tasks.translation import bundle as translator_bundle
 from deploykit.tasks.translation.predictor import load_translator
-from deploykit.tensorrt.build import EngineOptions, Inputs, Limits
+from deploykit.tensorrt.build import Inputs
+from deploykit.tensorrt.options import EngineOptions, Limits
 
 
 def description(target: str = "orin-nano", jetpack: str = "6.2", *, wheels: bool = False) -> Description:

@@ -138,8 +138,16 @@ def test_fields_reach_the_model_under_its_names(service: Service, client: httpx.
         "n": 2, "logit_bias": {"7": -100}, "presence_penalty": 1, "repetition_penalty": 1.2, "ignore_eos": True,
         "stop_token_ids": [3],
     }  # fmt: skip
-    client.post("/chat/completions", json={"model": "writer", "messages": MESSAGES})
-    assert service.triton.model.asked[-1].sampling == {"n": 1}
+
+
+def test_without_a_seed_each_request_draws_its_own(service: Service, client: httpx.Client) -> None:
+    seeds = set()
+    for _ in range(3):
+        client.post("/chat/completions", json={"model": "writer", "messages": MESSAGES})
+        sampling = service.triton.model.asked[-1].sampling
+        assert sampling.keys() == {"n", "seed"}
+        seeds.add(sampling["seed"])
+    assert len(seeds) == 3
 
 
 def test_prompts_may_be_token_ids(service: Service, client: httpx.Client) -> None:

@@ -39,7 +39,7 @@ def refusal(kind: type[Body], body: dict[str, Any]) -> ApiError:
         ({"messages": "Hello"}, "messages", "list"),
         ({"messages": [{**USER, "role": "wizard"}]}, "messages[0].role", "'user'"),
         ({"messages": [USER, {"role": "user"}]}, "messages[1]", "content is missing"),
-        ({"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content", "image_url"),
+        ({"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages[0].content", "part 0 should be {type: text, text: …}, it is image_url"),
         ({"messages": [{**USER, "content": [{"type": "text", "text": 1}]}]}, "messages[0].content", "part 0"),
         ({"messages": [{**USER, "tool_calls": [CALL]}]}, "messages[0].tool_calls[0].function.arguments", "JSON object"),
         ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
@@ -107,7 +107,7 @@ def test_a_refused_field_of_a_completion_is_named(fields: dict[str, Any], param:
 @pytest.mark.parametrize("given", [None, 5, [], [5], [["a"]], [["a", "b", "c"]], {"a": 1}])
 def test_texts_that_are_none_are_refused(given: Any) -> None:
     error = refusal(TextsBody, {"model": "tweets", "input": given})
-    assert (error.param or "").startswith("input")
+    assert error.param == "input"
 
 
 VALUES = st.recursive(

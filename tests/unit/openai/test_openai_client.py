@@ -52,6 +52,20 @@ def test_a_completion_streamed_is_the_completion_not_streamed(client: openai.Ope
     assert whole.choices[1].text.startswith("Two two.")
 
 
+def test_usage_may_be_in_every_chunk(client: openai.OpenAI, model: str) -> None:
+    """As guidellm asks for it."""
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    asked: Any = {"model": model, "max_tokens": 4, "stream": True, "stream_options": options}
+    for chunks in (
+        list(client.completions.create(prompt="Say", **asked)),
+        list(client.chat.completions.create(messages=MESSAGES, **asked)),
+    ):
+        counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]
+        assert len(counts) == len(chunks)
+        assert counts == sorted(counts)
+        assert counts[0] <= counts[-1] <= 4
+
+
 def test_max_tokens_ends_an_answer(client: openai.OpenAI, model: str) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         options: Any = {name: 2}

@@ -19,7 +19,7 @@ from deploykit.cli import main
 from deploykit.errors import ArtifactError, MissingDependencyError
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.opening import open_classifier
-from deploykit.tensorrt.build import parse_profile
+from deploykit.tensorrt.options import parse_profile
 from deploykit.triton.preflight import find_triton
 from deploykit.triton.repository import COMPOSE, config_text, package, read_config
 from deploykit.triton.server import TritonServer

@@ -9,8 +9,8 @@ from typing import Any
 
 from deploykit.metric_titles import title_of
 from deploykit.report import figures
-from deploykit.report.figures import INK, add_legend, colour_of, number, shown, to_svg
 from deploykit.report.html import figure, page, section, table, word_table, write_page
+from deploykit.report.svg import INK, add_legend, colour_of, number, require_matplotlib, shown, to_svg
 
 Record = Mapping[str, Any]
 
@@ -19,7 +19,7 @@ _SHOWN_SLICES = 40
 
 def write_report(title: str, record: Record, out: Path) -> None:
     """Write ``record``, of ``report``, to the HTML file ``out``. Raises MissingDependencyError without matplotlib."""
-    figures.require_matplotlib()
+    require_matplotlib()
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
         section("Metrics", f"On {record['rows']:,} rows. In brackets: bootstrap 95 % intervals over rows.", _metrics(record)),

@@ -91,7 +91,7 @@ def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -
 def calibration_texts(source: Path, task: TokenClassification, options: CalibrationOptions) -> list[str]:
     """Return rows of a file, or of the splits of the checkpoint ``source``."""
     rows = _rows(source, task, options.calibration, options.calibration, options)
-    return [row.words for row in evenly(rows, options.calibration_rows)]
+    return [row.words for row in evenly(rows, options.rows_to_calibrate)]
 
 
 def calibrate(folder: Path, task: TokenClassification, texts: Sequence[str]) -> Calibration:

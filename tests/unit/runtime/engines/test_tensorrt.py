@@ -40,7 +40,8 @@ from deploykit.runtime.engines.tensorrt import BINDINGS, read_record, record_pat
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.tasks.classification.rows import Example
 from deploykit.tasks.opening import open_classifier
-from deploykit.tensorrt.build import EngineOptions, build_engine, parse_profile
+from deploykit.tensorrt.build import build_engine
+from deploykit.tensorrt.options import EngineOptions, parse_profile
 
 VERSION = "10.13.3"
 PROFILES = ("batch=1:2:4,length=16:32:64", "batch=1:8:16,length=16:16:32")

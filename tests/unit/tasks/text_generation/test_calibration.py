@@ -85,6 +85,9 @@ def test_an_explicit_option_calibrates_and_a_missed_limit_names_what_to_try(tmp_
     assert not ExportOptions(int8=True).calibrates
     assert ExportOptions(int8=True, method="minmax").calibrates
     assert ExportOptions(int8=True, calibration_data="rows.jsonl").calibrates
+    assert ExportOptions(
+        int8=True, calibration_split="train", calibration_rows=512
+    ).calibrates  # the defaults, but asked for
     architecture = read_causal_architecture(random_model("llama"))
     static = StaticInt8(architecture, {})
     [plain, fixed] = (quantized_forms(architecture, tmp_path, ExportOptions(int8=True), s)[0] for s in (None, static))
