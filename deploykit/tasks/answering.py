@@ -105,7 +105,7 @@ def answer_source(
         return [row.to_json() for row in answer_rows(predictor, part, generation)]
 
     def finish(answers: Path, out: Path) -> None:
-        write_table(answers, lambda: row_columns(source, reading), out)
+        write_table(answers, lambda: row_columns(source, reading), out, task.answer_columns)
 
     key = artifacts.digest_of(source_digest(source), dict(columns), repr(generation), reading.key(), identity)
     return answer_file(
