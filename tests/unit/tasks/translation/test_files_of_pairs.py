@@ -180,7 +180,8 @@ def test_pairs_are_read_as_written_and_translated_in_their_rows(folder: Path, fi
 def _answers(path: Path) -> list[str]:
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
-            return [row["translation"] for row in csv.DictReader(file)]
+            # Rows of nested JSON lines have a column "translation" of their own.
+            return [row.get("predicted_translation", row["translation"]) for row in csv.DictReader(file)]
         return [json.loads(line).get("translation", "") for line in file.read().split("\n")[:-1]]
 
 
