@@ -18,15 +18,16 @@ TABLES = (".csv", ".tsv", ".parquet")
 Rows = Callable[[], Iterable[Mapping[str, object]]]
 
 
-def write_table(answers: Path, rows: Rows, out: Path) -> None:
+def write_table(answers: Path, rows: Rows, out: Path, columns: Sequence[str]) -> None:
     """Write the answers of a file of JSON lines to the table ``out``, each beside the columns of its row.
 
     An answer column whose name the rows already have is called "predicted_NAME". Values other than text and numbers,
     such as the scores of all labels, are written as JSON. ``rows`` returns the rows, one for each line, each time it is
-    called.
+    called. ``columns`` are those that every answer has; the table has them even if every row failed.
     """
     own = list(dict.fromkeys(name for row in rows() for name in row))
-    found = list(dict.fromkeys(name for record in _read(answers) for name in record if name not in ("origin", "text")))
+    written = (name for record in _read(answers) for name in record if name not in ("origin", "text"))
+    found = list(dict.fromkeys((*columns, *written)))
     names = {name: f"predicted_{name}" if name in own else name for name in sorted(found, key=lambda n: n == "error")}
 
     def table() -> Iterator[list[object]]:

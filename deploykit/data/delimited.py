@@ -107,7 +107,9 @@ def find_layout(path: Path, reading: Reading = AS_FOUND) -> Layout:
 @lru_cache(maxsize=64)
 def _find_layout(path: Path, reading: Reading, version: object) -> Layout:
     encoding = reading.encoding
-    lines = ((n, line) for n, line in enumerate(read_lines(path, encoding, newline=ROW_ENDS)) if line.strip())
+    every = enumerate(read_lines(path, encoding, newline=ROW_ENDS))
+    # Empty cells between tabs are a row, but no header.
+    lines = ((n, line) for n, line in every if line.strip() or (reading.no_header and _usual_delimiter(path) in line))
     above, first = next(lines, (0, ""))
     if told := _SEP_LINE.fullmatch(first.rstrip("\r\n")):
         above, first = next(lines, (0, ""))
@@ -134,8 +136,12 @@ def _find_layout(path: Path, reading: Reading, version: object) -> Layout:
 
 def _delimiter(path: Path, first: str) -> str:
     """Return the delimiter of the file's suffix; another one if only that is in the first line."""
-    usual = "\t" if plain_suffix(path) == ".tsv" else ","
+    usual = _usual_delimiter(path)
     return usual if usual in first else next((d for d in _DELIMITERS if d in first), usual)
+
+
+def _usual_delimiter(path: Path) -> str:
+    return "\t" if plain_suffix(path) == ".tsv" else ","
 
 
 def _named(path: Path, layout: Layout, reading: Reading) -> Layout:

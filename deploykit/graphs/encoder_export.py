@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from deploykit import artifacts
-from deploykit.errors import ExportError
+from deploykit.artifacts import write_refusal
+from deploykit.errors import DeploykitError, ExportError
 from deploykit.graphs.export_options import ExportOptions, Say
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
@@ -62,13 +64,14 @@ class EncoderGrader(Grader[Raw]):
     def grade(self, precision: Precision, name: str) -> Line:
         """Raises ExportError when ``check_fp32`` does, or no layer of an INT8 graph runs in INT8."""
         graph = self._directory / ENGINES[name].graphs[precision]
-        engine = load_engine(name, graph)
+        with running(graph.name, name):
+            engine = load_engine(name, graph)
+            outputs = self.outputs(engine)
         kernels = engine.int8_kernels() if precision == "int8" else 0
         if precision == "int8" and kernels == 0:
             raise ExportError(
                 f"{graph.name}: {name} runs none of its layers in INT8", "this engine version ignores Q/DQ: upgrade it"
             )
-        outputs = self.outputs(engine)
         if precision == "fp32":
             self.check_fp32(outputs, f"{graph.name} on {name}")
         return self.enter(precision, name, outputs, kernels)
@@ -86,6 +89,20 @@ class EncoderGrader(Grader[Raw]):
     def sample(self, precision: Precision, name: str) -> NDArray[np.float32]:
         """Return ``sample_outputs`` of the graph in ``precision`` on the engine ``name``."""
         return self.sample_outputs(load_engine(name, self._directory / ENGINES[name].graphs[precision]))
+
+
+@contextlib.contextmanager
+def running(graph: str, engine: str) -> Iterator[None]:
+    """Raise ExportError for whatever an engine raises because it cannot load or run a graph."""
+    try:
+        yield
+    except Exception as error:  # engines' exceptions have no common base
+        if isinstance(error, (DeploykitError, MemoryError)) or write_refusal(error):
+            raise
+        raise ExportError(
+            f"{graph} does not run on {engine}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}",
+            "this architecture is not supported; see the page 'What has been run where' in the docs",
+        ) from error
 
 
 def engines_for(precision: Precision) -> list[str]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
@@ -65,6 +66,7 @@ def export_encoder(model: Any, path: Path, signature: Signature) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         traced = Path(folder) / "traced.onnx"
         _trace(model, traced, OPSET, signature)
+        _name_squeezed_axes(traced)
         _fold_constants(traced, path)
 
 
@@ -163,6 +165,23 @@ class _OutputsOnly(torch.nn.Module):  # type: ignore[misc]
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = self.model(**dict(zip(self._signature.inputs, tensors)))
         return tuple(getattr(outputs, name).float() for name in self._signature.outputs)
+
+
+def _name_squeezed_axes(path: Path) -> None:
+    """Give each Squeeze that removes all axes of length 1 the axes it removes: OpenVINO runs none of dynamic rank."""
+    model = onnx.load(path, load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == "Squeeze" and len(node.input) == 1]
+    if not nodes:
+        return
+    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in inferred}
+    for number, node in enumerate(nodes):
+        axes = [axis for axis, size in enumerate(shapes.get(node.input[0], ())) if size.dim_value == 1]
+        if axes:
+            name = f"squeezed_axes_{number}"
+            model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(axes, np.int64), name))
+            node.input.append(name)
+    onnx.save(model, path)
 
 
 def _fold_constants(source: Path, target: Path) -> None:

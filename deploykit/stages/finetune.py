@@ -20,7 +20,7 @@ from deploykit.stages.finetune_options import ROWS
 from deploykit.tasks.registry import get_task
 from deploykit.training.options import FinetuneOptions, write_toml
 from deploykit.training.rows import Columns, Raw, Row, Rows, RowSource, Say, named_paths, read_rows, write_splits
-from deploykit.training.source import ADAPTER, check_source
+from deploykit.training.source import check_source, refuse_adapter
 
 if TYPE_CHECKING:
     from deploykit.training.trainer import Trained, Watch
@@ -85,17 +85,8 @@ def _check_machine(options: FinetuneOptions) -> None:
             raise UsageError("--mixed-precision fp16 needs a GPU", "use bf16, or leave it out")
     if options.model is not None:
         check_source(options.model, options.task)
-        _refuse_adapter(Path(options.model))
-
-
-def _refuse_adapter(model: Path) -> None:
-    """Raise UsageError for the folder of an adapter: one trained on top of it would not fit the base that it names."""
-    if (model / ADAPTER).is_file() and not (model / "config.json").is_file():
-        base = json.loads((model / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise UsageError(
-            f"{model}: is an adapter of {base}, not a whole checkpoint",
-            "merge it first: PeftModel.merge_and_unload, then save_pretrained of the model and the tokenizer; or train its base",
-        )
+        # One trained on top of an adapter would not fit the base that the adapter names.
+        refuse_adapter(Path(options.model))
 
 
 def _run(

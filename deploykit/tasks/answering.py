@@ -117,7 +117,7 @@ def answer_source(
     answer = functools.partial(spread or in_process(predictor), functools.partial(_records, generation=generation))
 
     def finish(answers: Path, out: Path) -> None:
-        write_table(answers, lambda: row_columns(source, reading), out)
+        write_table(answers, lambda: row_columns(source, reading), out, task.answer_columns)
 
     key = artifacts.digest_of(source_digest(source), dict(columns), repr(generation), reading.key(), identity)
     return answer_file(

@@ -97,14 +97,14 @@ class Measuring(Protocol):
     """The metric for comparing two models: "macro_f1"."""
     columns: tuple[str, ...]
     input_columns: tuple[str, ...]
-    """Options that name columns of a file ("label_column") and others of ``evaluate``; those that name a text's columns."""
+    answer_columns: tuple[str, ...]
+    """Options that name columns of a file ("label_column") and others of ``evaluate``; those of texts; what all answers have."""
 
     def read_inputs(self, source: str, facts: Any, *, reading: Reading, columns: Options) -> Iterator[TextRow]:
         """Stream the texts to answer: a row for every row of ``source``, with its text or the problem with it."""
 
-    def read_texts(
-        self, source: str, facts: Any, *, reading: Reading, columns: Options
-    ) -> list[tuple[str, str | None]]:
+    def read_texts(self, source: str, facts: Any, *, reading: Reading,
+                   columns: Options) -> list[tuple[str, str | None]]:  # fmt: skip
         """Read texts, and their correct answers if the source has them."""
 
     def tensors(self, facts: Any, text: str) -> Mapping[str, str]:

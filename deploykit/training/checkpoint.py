@@ -52,7 +52,8 @@ def load_tokenizer(model: str, *, fast: bool = True) -> Any:
 def load_config(model: str, **config: Any) -> Any:
     """Return a checkpoint's configuration, with fields replaced by ``config``. Raises ArtifactError if it has none."""
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False, **config)
+        # What is exported and compared reads outputs by name, whatever form the checkpoint's config asks for.
+        return AutoConfig.from_pretrained(model, trust_remote_code=False, return_dict=True, **config)
     except Exception as error:  # transformers raises whatever its loaders raise
         raise not_loadable(model, error) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deploykit.artifacts import MANIFEST, load_manifest
 from deploykit.data.open_text import is_git_lfs_pointer
-from deploykit.errors import ArtifactError
+from deploykit.errors import ArtifactError, UsageError
 from deploykit.tasks.registry import get_task, owner_of
 
 ADAPTER = "adapter_config.json"
@@ -44,6 +44,8 @@ def check_source(model: str, task: str | None = None) -> None:
     files = sorted(path.iterdir()) if path.is_dir() else []
     if pointer := next((file for file in files if file.is_file() and is_git_lfs_pointer(file)), None):
         raise ArtifactError(f"{pointer}: is a Git LFS pointer in place of the file", "fetch it: git lfs pull")
+    if not (path / MANIFEST).exists():
+        refuse_adapter(path)
     if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
         raise ArtifactError(f"{model}: has no config.json", "pass the folder of a Hugging Face checkpoint")
     if not any(path.glob("*.safetensors")) and not any(path.glob("*_model*.bin")):  # pytorch_model, adapter_model
@@ -62,6 +64,19 @@ def check_source(model: str, task: str | None = None) -> None:
         raise ArtifactError(
             f"{model}: has no {', '.join(missing) or 'tokenizer'}",
             f"copy {', '.join(missing) or 'tokenizer.json'} beside config.json",
+        )
+
+
+def refuse_adapter(model: Path) -> None:
+    """Raise UsageError for the folder of a LoRA adapter. Only deploykit's manifest says what the adapter's head answers."""
+    if (model / ADAPTER).is_file() and not (model / "config.json").is_file():
+        try:
+            base = json.loads((model / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (ValueError, KeyError, TypeError):
+            base = "an unknown base"
+        raise UsageError(
+            f"{model}: is an adapter of {base}, not a whole checkpoint",
+            "merge it first: PeftModel.merge_and_unload, then save_pretrained of the model and the tokenizer; or train its base",
         )
 
 

@@ -24,7 +24,7 @@ def architectures(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("architectures")
 
 
-@pytest.mark.parametrize("model_type", ["albert", "bart", "distilbert", "gpt2", "modernbert", "xlnet"])
+@pytest.mark.parametrize("model_type", ["albert", "mbart", "distilbert", "gpt2", "modernbert", "xlnet"])
 @pytest.mark.filterwarnings("ignore")
 def test_an_architecture_is_trained_exported_and_answers_as_pytorch(
     architectures: Any, model_type: str, tmp_path: Path
@@ -38,16 +38,23 @@ def test_an_architecture_is_trained_exported_and_answers_as_pytorch(
 
 
 @pytest.mark.parametrize(
-    ("model_type", "reason"), [("funnel", "cannot be exported"), ("convbert", "when a text is padded")]
+    ("model_type", "reason"),
+    [("longformer", "cannot be exported"), ("convbert", "when a text is padded"), ("canine", "on a short text")],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_an_architecture_that_cannot_be_served_is_refused_before_training(
+def test_an_architecture_that_cannot_be_served_is_refused_before_training_and_by_export(
     architectures: Any, model_type: str, reason: str, tmp_path: Path
 ) -> None:
     found = architectures.try_architecture(model_type, tmp_path)
     assert found["outcome"] == "refused", found
     assert reason in found["message"]
     assert "\n" not in found["message"]
+    words = ["export", f"{tmp_path}/checkpoint", "--data", f"{tmp_path}/rows.csv", "--output-dir", f"{tmp_path}/e"]
+    result = CliRunner().invoke(main, words)
+    assert isinstance(result.exception, SystemExit)
+    assert "error: " in result.stderr
+    assert "--debug" not in result.stderr  # the remedy for what nobody thought of
+    assert not (tmp_path / "e").exists()
 
 
 @pytest.mark.skipif(not RECORDED, reason="bench/architectures.py was not run")

@@ -226,11 +226,11 @@ def test_a_label_that_is_no_number_is_named(
     assert "rows.csv:" in out
 
 
-def test_hidden_states_beside_the_logits_do_no_harm(
+def test_hidden_states_beside_the_logits_and_outputs_without_names_do_no_harm(
     make_tiny_checkpoint: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:
     folder = make_tiny_checkpoint(tmp_path / "c")
-    edit(folder / "config.json", output_hidden_states=True)
+    edit(folder / "config.json", output_hidden_states=True, return_dict=False)
     code, out = run("finetune", folder, "--train", rows, "--max-steps", 1, "--output-dir", tmp_path / "r")
     assert code == 0, out
     assert run("export", tmp_path / "r", "--output-dir", tmp_path / "e")[0] == 0
@@ -245,6 +245,9 @@ def test_a_model_whose_answers_padding_changes_is_refused_before_training(
     assert "models of type convbert answer otherwise when a text is padded" in out
     assert "training on" not in out.split("error:")[1]
     assert not (tmp_path / "r").exists()
+    code, out = run("predict", folder, "good")
+    assert code == 2
+    assert "models of type convbert answer otherwise when a text is padded" in out
     shutil.rmtree(folder)
 
 

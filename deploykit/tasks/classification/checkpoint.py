@@ -25,6 +25,8 @@ from deploykit.tasks.classification.predictor import graph_inputs
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id, quiet
 
+ANOTHER_MODEL = "start from another model; docs: Fine-tune, architectures"
+"""What to do about a model that cannot be served."""
 _LONGEST_OF_PAIR = 4
 """Each text of a pair is cut to so many times the longest input before it is tokenized as transformers does: a cut far
 from the one that serving makes, so that a fault of the latter shows."""
@@ -137,9 +139,7 @@ class TorchClassifier:
         ):  # a decoder's head reads the last token that is no padding
             model.config.pad_token_id = task.pad_token_id
         if not (path / MANIFEST).exists():
-            task = dataclasses.replace(task, token_types=takes_token_types(model, tokenizer, pair=task.pair))
-            if tokenizer.padding_side == "left":  # export compares the answers, and refuses where None is returned
-                task = dataclasses.replace(task, pad_left=bool(pads_left(cls(model, tokenizer, task))))
+            return tried(cls(model, tokenizer, task), str(path))
         return cls(model, tokenizer, task)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -199,3 +199,28 @@ class TorchClassifier:
 
     def close(self) -> None:
         """Nothing to release: the model goes with the object."""
+
+
+def tried(classifier: TorchClassifier, origin: str) -> TorchClassifier:
+    """Return the classifier with ``token_types`` and ``pad_left`` in its facts, if its model needs them.
+
+    The model, in eval mode, is run on texts of two lengths, alone and padded to one batch. Raises UsageError naming the
+    model's type when it does not run, or when padding changes its answers.
+    """
+    model, tokenizer, task = classifier.model, classifier.tokenizer, classifier.task
+    kind = f"{origin}: models of type {model.config.model_type}"
+    try:
+        task = dataclasses.replace(task, token_types=takes_token_types(model, tokenizer, pair=task.pair))
+        left = pads_left(TorchClassifier(model, tokenizer, task))
+    except Exception as error:  # whatever the architecture raises, it cannot classify texts like these
+        raise UsageError(f"{kind} do not run on a short text: {first_line(error)}", ANOTHER_MODEL) from error
+    if left is None:
+        problem = f"{kind} answer otherwise when a text is padded, so they cannot be served in batches"
+        raise UsageError(problem, ANOTHER_MODEL)
+    return TorchClassifier(model, tokenizer, dataclasses.replace(task, pad_left=left))
+
+
+def first_line(error: Exception) -> str:
+    line = next((line for line in str(error).splitlines() if line.strip()), "")
+    # The message of a KeyError is the key alone.
+    return line if line and not isinstance(error, LookupError) else f"{type(error).__name__}: {line}".removesuffix(": ")

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
+from deploykit.graphs.encoder_export import running
+from deploykit.quantization.encoder import GRAPH
 from deploykit.runtime.batching import batches
 from deploykit.runtime.engines.protocol import Engine
 from deploykit.runtime.tokenizer import Encoded
@@ -70,7 +72,8 @@ def check_parity(reference: TorchClassifier, engine: Engine, texts: Sequence[str
             for start in range(0, len(batch.rows), size):
                 inputs = {name: array[start : start + size] for name, array in whole.items()}
                 expected = reference.logits(inputs)
-                actual = engine.run(inputs)[0]
+                with running(GRAPH, "onnxruntime"):
+                    actual = engine.run(inputs)[0]
                 difference = np.abs(expected - actual)
                 differences.append(difference)
                 # Two labels that PyTorch itself puts closer than the tolerance are a tie.

@@ -39,6 +39,7 @@ class _Classification:
     headline = "macro_f1"
     columns = ("text_column", "label_column")
     input_columns = ("text_column",)
+    answer_columns = ("label", "score", "scores")
     settings = ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us")
     instances = 2
     stream_backend = ""

@@ -17,9 +17,15 @@ from deploykit.graphs.onnx_export import export_classifier
 from deploykit.quantization.encoder import GRAPH
 from deploykit.runtime.batching import batches
 from deploykit.runtime.engines import load_engine
-from deploykit.tasks.classification.checkpoint import TorchClassifier, check_vocabulary, takes_token_types
+from deploykit.tasks.classification.checkpoint import (
+    ANOTHER_MODEL,
+    TorchClassifier,
+    check_vocabulary,
+    first_line,
+    tried,
+)
 from deploykit.tasks.classification.facts import as_text
-from deploykit.tasks.classification.padding import TEXTS, pads_left, same_answers
+from deploykit.tasks.classification.padding import TEXTS, same_answers
 from deploykit.tasks.classification.predictor import graph_inputs
 
 _LONG = " ".join(f"{TEXTS[1]} {i}" for i in range(20))
@@ -33,25 +39,16 @@ def trainable(classifier: TorchClassifier, origin: str) -> TorchClassifier:
     engine, at those lengths and a longer one. Raises UsageError naming the model's type when it does not run, when padding
     changes its answers, or when a graph does not give its answers.
     """
-    kind = f"{origin}: models of type {classifier.model.config.model_type}"
-    remedy = "start from another model; docs: Fine-tune, architectures"
-    model, tokenizer, task = classifier.model, classifier.tokenizer, classifier.task
-    check_vocabulary(model, tokenizer, origin)
+    model = classifier.model
+    check_vocabulary(model, classifier.tokenizer, origin)
     training = model.training
     model.eval()
-    try:
-        task = dataclasses.replace(task, token_types=takes_token_types(model, tokenizer, pair=task.pair))
-        classifier = TorchClassifier(model, tokenizer, task)
-        left = pads_left(classifier)
-    except Exception as error:  # whatever the architecture raises, it cannot classify texts like these
-        raise UsageError(f"{kind} do not run on a short text: {_first_line(error)}", remedy) from error
-    if left is None:
-        raise UsageError(f"{kind} answer otherwise when a text is padded, so they cannot be served in batches", remedy)
-    classifier = TorchClassifier(model, tokenizer, dataclasses.replace(task, pad_left=left))
+    classifier = tried(classifier, origin)
     try:
         _check_graph(classifier)
     except ExportError as error:
-        raise UsageError(f"{kind} cannot be exported: {error.message}", remedy) from error
+        kind = f"{origin}: models of type {model.config.model_type}"
+        raise UsageError(f"{kind} cannot be exported: {error.message}", ANOTHER_MODEL) from error
     model.train(training)
     return classifier
 
@@ -77,14 +74,8 @@ def _check_graph(classifier: TorchClassifier) -> None:
             except ExportError:
                 raise
             except Exception as error:  # engines' exceptions have no common base
-                reason = _first_line(error).replace(f"{path}: ", "")
+                reason = first_line(error).replace(f"{path}: ", "")
                 raise ExportError(f"its graph does not run on {name}: {reason}", "") from error
-
-
-def _first_line(error: Exception) -> str:
-    line = next((line for line in str(error).splitlines() if line.strip()), "")
-    # The message of a KeyError is the key alone.
-    return line if line and not isinstance(error, LookupError) else f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 def _small_copy(model: Any) -> Any:

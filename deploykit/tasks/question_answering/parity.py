@@ -10,6 +10,8 @@ import numpy as np
 
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError
+from deploykit.graphs.encoder_export import running
+from deploykit.quantization.encoder import GRAPH
 from deploykit.runtime.batching import batches
 from deploykit.runtime.engines.protocol import Engine
 from deploykit.tasks.question_answering.calibration import sample_windows
@@ -57,7 +59,9 @@ def check_parity(reference: TorchAnswerer, engine: Engine, exported: Answerer, p
                 part = slice(start, start + size)
                 mask = batch.attention_mask[part]
                 inputs = with_types(task, batch.input_ids[part], mask, sample, batch.rows[part])
-                for expected, actual in zip(reference.run(inputs), engine.run(inputs)):
+                with running(GRAPH, "onnxruntime"):
+                    found = engine.run(inputs)
+                for expected, actual in zip(reference.run(inputs), found):
                     differences.append(np.abs(expected - actual)[mask == 1])
     all_differences = np.concatenate(differences)
     same = []

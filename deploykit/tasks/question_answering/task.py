@@ -41,6 +41,7 @@ class _QuestionAnswering:
     headline = "f1"
     columns: tuple[str, ...] = ()
     input_columns: tuple[str, ...] = ()
+    answer_columns = ("answer", "start", "end", "score")
     settings = ("token_budget", "preferred_batch_size", "max_queue_delay_us", "queue_timeout_us")
     instances = 2
     stream_backend = ""

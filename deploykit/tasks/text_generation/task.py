@@ -41,6 +41,7 @@ class _TextGeneration:
     headline = "chrf"
     columns = ("prompt_column", "completion_column", "answer_regex", "syntax")
     input_columns = ("prompt_column",)
+    answer_columns = ("answer", "finish", "tokens", "prompt_tokens")
     settings = ("max_rows", "max_cache_mb")
     instances = 1
     stream_backend = ""

@@ -271,7 +271,7 @@ class _LanguageChecks:
             if wrong >= _ROWS_FOR_VERDICT and 2 * wrong > self._rows:
                 raise DataError(
                     f"{wrong:,} {side} texts of {self._rows:,} are not in the script of {code!r}",
-                    f"correct --{side} or --{side}-column",
+                    f"correct --{side}-lang or --{side}-column",
                 )
         for side, code, language, seems in zip(
             ("source", "target"), self._codes, self._languages, self._language_counts
@@ -283,5 +283,5 @@ class _LanguageChecks:
                 raise DataError(
                     f"the {side} texts seem to be in {likely!r}, not in {code!r}: {texts:,} by their words, against "
                     f"{seems[language.base]:,}",
-                    f"correct --{side} or --{side}-column",
+                    f"correct --{side}-lang or --{side}-column",
                 )

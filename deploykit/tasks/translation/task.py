@@ -38,6 +38,7 @@ class _Translation:
     headline = "chrf"
     columns = ("source_column", "target_column")
     input_columns = ("source_column",)
+    answer_columns = ("translation", "source_tokens", "target_tokens", "finish")
     settings = ("max_rows", "max_cache_mb", "long_input", "split", "in_flight")
     instances = 1
     stream_backend = "deploykit.tasks.translation.triton_stream:StreamBackend"

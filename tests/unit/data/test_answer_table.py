@@ -16,7 +16,7 @@ ANSWERS = [
 def written(folder: Path, name: str) -> Path:
     answers = folder / ".partial"
     answers.write_text("".join(json.dumps(record) + "\n" for record in ANSWERS))
-    write_table(answers, lambda: iter(ROWS), folder / name)
+    write_table(answers, lambda: iter(ROWS), folder / name, ("label", "score"))
     assert {path.name for path in folder.iterdir()} == {".partial", name}
     return folder / name
 
@@ -46,5 +46,13 @@ def test_parquet_keeps_numbers(tmp_path):
 def test_as_many_answers_as_rows_or_nothing_is_written(tmp_path):
     (tmp_path / ".partial").write_text(json.dumps(ANSWERS[0]) + "\n")
     with pytest.raises(ValueError, match="shorter"):
-        write_table(tmp_path / ".partial", lambda: iter(ROWS), tmp_path / "a.csv")
+        write_table(tmp_path / ".partial", lambda: iter(ROWS), tmp_path / "a.csv", ("label",))
     assert not (tmp_path / "a.csv").exists()
+
+
+def test_a_table_whose_rows_all_failed_has_the_columns_of_answers(tmp_path):
+    (tmp_path / ".partial").write_text(json.dumps(ANSWERS[1]) + "\n")
+    write_table(tmp_path / ".partial", lambda: iter(ROWS[1:]), tmp_path / "a.csv", ("label", "score"))
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["label"], row["score"], row["error"]) == ("", "", "the text is empty")

@@ -56,6 +56,11 @@ def test_pipes_separate(tmp_path):
     assert values(write(tmp_path / "a.csv", "text|label\na, b|x\n")) == [("a, b", "x")]
 
 
+def test_empty_cells_that_open_a_file_without_a_header_are_a_row(tmp_path):
+    path = write(tmp_path / "a.tsv", "\n\t\na\tb\n")
+    assert values(path, Reading(no_header=True)) == [("", ""), ("a", "b")]
+
+
 def test_a_line_that_tells_excel_the_separator_is_no_header(tmp_path):
     assert values(write(tmp_path / "a.csv", "sep=;\ntext;label\na, b;x\n")) == [("a, b", "x")]
     assert values(write(tmp_path / "b.csv", "sep=;\r\n\r\na, b;x\r\n"), Reading(no_header=True)) == [("a, b", "x")]

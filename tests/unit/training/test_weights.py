@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deploykit.artifacts import write_manifest
-from deploykit.errors import ArtifactError
+from deploykit.errors import ArtifactError, UsageError
 from deploykit.stages.finetune_options import make_options
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.facts import Classification
@@ -313,6 +313,14 @@ def adapter(bert: Path, rewrite: Rewrite, tmp_path: Path) -> tuple[Path, Any]:
 def test_an_adapter_has_all_new_weights(adapter: tuple[Path, Any]) -> None:
     folder, trained = adapter
     assert equal(load_model(str(folder)), trained.merge_and_unload())
+
+
+def test_an_adapter_that_peft_saved_elsewhere_is_refused_with_what_to_do(adapter: tuple[Path, Any]) -> None:
+    folder, _ = adapter
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UsageError, match="is an adapter of") as refused:
+        check_source(str(folder))
+    assert "merge_and_unload" in refused.value.remedy
 
 
 def test_an_adapter_without_the_new_pooler_is_refused(adapter: tuple[Path, Any]) -> None:

@@ -40,6 +40,7 @@ class _TokenClassification:
     headline = "entity_f1"
     columns = ("words_column", "label_column")
     input_columns = ("words_column",)
+    answer_columns = ("words", "labels", "entities")
 
     def read_facts(self, record: Mapping[str, Any]) -> TokenClassification:
         return TokenClassification(**record)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import itertools
 import json
@@ -25,9 +24,11 @@ from deploykit.errors import DataError, DeploykitError
 from deploykit.runtime.generation import Generation
 from deploykit.tasks.answering import answer_source
 from deploykit.tasks.translation.facts import Translation
+from deploykit.tasks.translation.pairs import one_line
 from deploykit.tasks.translation.read_pairs import load_pairs, read_sources
 from deploykit.tasks.translation.translated import Translated
 from deploykit.text import normalize
+from tests.support.compressed import COMPRESSIONS, compressed
 
 FILES = 2000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 40
 FUZZ = settings(max_examples=FILES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=FILES < 2000)
@@ -75,10 +76,9 @@ def written(draw: st.DrawFn) -> Written:
         table = io.StringIO()
         writer = csv.writer(table, delimiter="\t" if kind == "tsv" else ",", quoting=csv.QUOTE_ALL)
         writer.writerows([("en", "fr"), *rows])
-        content, reading = table.getvalue().encode(), Reading(quoting="minimal")
-        if draw(st.booleans()):
-            return Written({f"a.{kind}.gz": gzip.compress(content)}, f"a.{kind}.gz", rows, reading)
-        return Written({f"a.{kind}": content}, f"a.{kind}", rows, reading)
+        suffix = draw(st.sampled_from(COMPRESSIONS))
+        content = compressed(table.getvalue().encode(), suffix, f"a.{kind}")
+        return Written({f"a.{kind}{suffix}": content}, f"a.{kind}{suffix}", rows, Reading(quoting="minimal"))
     if kind == "plain tsv":
         lines = "".join(f"{en}\t{fr}\n" for en, fr in [("en", "fr"), *rows])
         return Written({"a.tsv": lines.encode()}, "a.tsv", rows, Reading(quoting="none"))
@@ -91,7 +91,9 @@ def written(draw: st.DrawFn) -> Written:
     if kind in ("jsonl", "nested jsonl"):
         records = [{"en": en, "fr": fr} for en, fr in rows]
         lines = "".join(json.dumps({"translation": r} if kind != "jsonl" else r) + "\n" for r in records)
-        return Written({"a.jsonl": lines.encode()}, "a.jsonl", rows)
+        suffix = draw(st.sampled_from(COMPRESSIONS))
+        content = compressed(lines.encode(), suffix, "a.jsonl")
+        return Written({f"a.jsonl{suffix}": content}, f"a.jsonl{suffix}", rows)
     if kind == "parquet":
         pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         whole = io.BytesIO()
@@ -156,12 +158,15 @@ def test_pairs_are_read_as_written_and_translated_in_their_rows(folder: Path, fi
     raw, _ = load_pairs(source, source="en", target="fr", reading=file.reading)
     expected = [tuple(_cell(text, file.source) for text in row) for row in file.rows]
     assert [(_cell(row.source or "", file.source), _cell(row.target or "", file.source)) for row in raw] == expected
-    out = ".csv" if table and file.source.startswith("a.") and file.reading != AS_FOUND else ".jsonl"
+    is_table = file.reading != AS_FOUND or file.source.startswith(("a.jsonl", "a.parquet", "a.xlsx"))
+    out = ".csv" if table and is_table else ".jsonl"
     texts = str(here / "a.en") if file.source == "a" else source
     if file.source == "a":
         os.rename(here / "a.en", texts := str(here / "a.txt"))
     rows = list(read_sources(texts, source="en", reading=file.reading))
-    assert [_cell(row.text or "", file.source) for row in rows] == [en for en, _ in expected]
+    # A line of text is translated as one line.
+    sources = [one_line(en or "") if file.source == "a" else en for en, _ in expected]
+    assert [_cell(row.text or "", file.source) for row in rows] == sources
     done = answer_source(
         Reversing(), texts, here / f"out{out}", identity="reversing", columns={},
         reading=replace(file.reading, on_error="skip"),
@@ -175,8 +180,8 @@ def test_pairs_are_read_as_written_and_translated_in_their_rows(folder: Path, fi
 def _answers(path: Path) -> list[str]:
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
-            # A table whose rows all failed has no such column.
-            return [row.get("translation", "") for row in csv.DictReader(file)]
+            # Rows of nested JSON lines have a column "translation" of their own.
+            return [row.get("predicted_translation", row["translation"]) for row in csv.DictReader(file)]
         return [json.loads(line).get("translation", "") for line in file.read().split("\n")[:-1]]
 
 
