@@ -11,6 +11,9 @@ _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("
             "p50_ms": ("p50 ms", 2), "p99_ms": ("p99 ms", 2), "sentences_per_s": ("sentences/s", 0),
             "size_mb": ("size MB", 1), "memory_mb": ("memory MB", 0)}  # fmt: skip
 
+_ROWS = {"sentiment": 8_000, "translation": 0, "generation": 1_300}
+"""Recipe -> rows that two cores train on in some minutes; 0: all of them."""
+
 
 @deploykit_command(help="Run all stages on real data, to a measured INT8 classifier, translator or language model.")
 @click.option("--recipe", type=click.Choice(["sentiment", "translation", "generation"]), default="sentiment", show_default=True,
@@ -20,15 +23,13 @@ _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("
 @option("--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),
         show_default="OUTPUT_DIR/model_repository", help=MODEL_REPOSITORY_HELP)  # fmt: skip
 @option("--max-train-samples", "max_rows", aliases=["--max-rows"], type=int,
-        show_default="8000 tweets; otherwise all", help="Maximum training rows; 0: all.")  # fmt: skip
+        show_default="8000 tweets, 1300 commands; otherwise all", help="Maximum training rows; 0: all.")  # fmt: skip
 def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None) -> Result:
     from deploykit.demo import check_dependencies, generation, run_demo, sentiment, translation
 
     check_dependencies()
-    if recipe == "sentiment":
-        chosen = sentiment(out, max_rows=8_000 if max_rows is None else max_rows, say=say)
-    else:
-        chosen = {"translation": translation, "generation": generation}[recipe](out, max_rows=max_rows or 0, say=say)
+    make = {"sentiment": sentiment, "translation": translation, "generation": generation}[recipe]
+    chosen = make(out, max_rows=_ROWS[recipe] if max_rows is None else max_rows, say=say)
     result = run_demo(chosen, out, repository or out / "model_repository", say=say)
     columns = {key: shown for key, shown in _COLUMNS.items() if key in result["table"][0]}
     rows = (
