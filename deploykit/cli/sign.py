@@ -10,7 +10,7 @@ from deploykit.cli.common import Result, deploykit_command
 @deploykit_command(
     help="Sign each TARGET: an export, a model's folder in a repository, or a bundle. The signature goes to TARGET/model.sig, or beside a file to TARGET.sig."
 )
-@click.argument("targets", metavar="TARGET...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("targets", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--key", metavar="PRIVATE_KEY", type=click.Path(path_type=Path, dir_okay=False), required=True,
               help="Private key of an elliptic curve (PEM).")  # fmt: skip
 def command(*, targets: tuple[Path, ...], key: Path) -> Result:

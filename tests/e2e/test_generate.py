@@ -448,6 +448,7 @@ def test_odd_rows_to_answer(deploykit: Deploykit, run: Path, tmp_path: Path) -> 
         writer.writerow(["messages", "tools"])
         writer.writerows(
             [
+                [json.dumps(asked), ""],
                 [json.dumps(asked), json.dumps(tools)],
                 [json.dumps([{"role": "user", "content": [{"type": "image_url"}]}]), ""],
                 [json.dumps([{"role": "narrator", "content": "a"}]), ""],
@@ -458,10 +459,16 @@ def test_odd_rows_to_answer(deploykit: Deploykit, run: Path, tmp_path: Path) -> 
     code, _, _ = deploykit("generate", run, "--input", table, "--output", tmp_path / "out.jsonl", "--max-new-tokens", 4)
     assert code == 1
     first, *others = map(json.loads, (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines())
-    assert first["prompt"] == {"messages": asked, "tools": tools}
+    assert first["prompt"] == asked
     for record, told in zip(
         others,
-        ("messages[0].content[0] is no text", "messages[0].role is 'narrator'", "should hold JSON", "tools[0] has no"),
+        (
+            "template does not write them",
+            "messages[0].content[0] is no text",
+            "messages[0].role is 'narrator'",
+            "should hold JSON",
+            "tools[0] has no",
+        ),
         strict=True,
     ):
         assert told in record["error"]

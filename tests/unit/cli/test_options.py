@@ -74,7 +74,7 @@ def test_the_model_is_the_first_argument_of_every_command() -> None:
         arguments = [p for p in command.params if isinstance(p, click.Argument)]
         shown = [a.metavar or (a.name or "").upper() for a in arguments]
         expected = {
-            "finetune": ["[TARGET]"], "bench": ["TARGETS"], "compare": ["OLD", "NEW"], "unpack": ["BUNDLE"], "serve": [],
+            "finetune": ["[TARGET]"], "bench": ["TARGETS"], "sign": ["TARGETS"], "compare": ["OLD", "NEW"], "unpack": ["BUNDLE"], "serve": [],
             "doctor": [], "demo": [], "top": ["URL"], "predict": ["TARGET", "TEXTS"], "translate": ["TARGET", "TEXTS"],
             "generate": ["TARGET", "TEXTS"], "explain": ["TARGET", "TEXTS"],
         }.get(name, ["TARGET"])  # fmt: skip
