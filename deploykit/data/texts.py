@@ -157,8 +157,16 @@ def _text_row(origin: str, text: str | None) -> TextRow:
 
 
 def joined(record: Record, columns: Sequence[str], separator: str) -> str | None:
+    """Return the texts of ``columns`` as one; None where all are missing, or one is no text."""
+    if any(is_composite(record.values.get(column)) for column in columns):
+        return None
     present = [text for column in columns if (text := scalar(record.values.get(column))) is not None]
     return separator.join(text for text in present if text.strip()) if present else None
+
+
+def is_composite(value: object) -> bool:
+    """Return whether a cell holds several values, and so is no text."""
+    return isinstance(value, list | tuple | Mapping)
 
 
 def scalar(value: object) -> str | None:

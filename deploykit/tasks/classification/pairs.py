@@ -8,7 +8,7 @@ from pathlib import Path
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
-from deploykit.data.texts import TextRow, detect_text_column, peek, read_texts, require_columns, scalar
+from deploykit.data.texts import TextRow, detect_text_column, is_composite, peek, read_texts, require_columns, scalar
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.classification.facts import Classification, as_text, from_text
 
@@ -57,6 +57,8 @@ def paired(record: Record, columns: Sequence[str]) -> tuple[str, str] | None:
                 f"{record.origin}: column {columns[0]!r}: {error.message}",
                 "name the two columns: --text-column A --text-column B",
             ) from None
+    if any(map(is_composite, cells)):
+        raise DataError(f"{record.origin}: a text of the pair is a list or an object", "give each text as a string")
     texts = [scalar(cell) for cell in cells]
     if all(text is None for text in texts):
         return None

@@ -169,3 +169,13 @@ def test_training_for_int8_needs_held_out_rows():
     options = ClassificationOptions(model="m", train="a", qat=True, validation_fraction=0, test_fraction=0)
     with pytest.raises(UsageError, match="--qat measures before and after, and no rows are held out"):
         options.check()
+
+
+@pytest.mark.parametrize("cell", [["x"], {"x": 1}])
+def test_a_list_or_an_object_is_no_text(tmp_path, cell):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"a": "one", "b": cell, "label": "x"}))
+    (row,), _ = load_examples(str(path), text_columns=("a", "b"))
+    assert row.text is None
+    with pytest.raises(DataError, match=r"a\.jsonl:1: a text of the pair is a list or an object"):
+        load_examples(str(path), text_columns=("a", "b"), pair=True)
