@@ -84,3 +84,8 @@ class QueueFullError(ServerError):
         self, message: str = "the queue is full", remedy: str | None = "send fewer requests at once, or try later"
     ) -> None:
         super().__init__(message, remedy)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's message; the error's type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

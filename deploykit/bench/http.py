@@ -21,7 +21,8 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.bench.scenarios import LoadResult, Server, first_line
+from deploykit.bench.scenarios import LoadResult, Server
+from deploykit.errors import first_line
 from deploykit.runtime.generation import Generation
 from deploykit.runtime.served import error_text, parse_url
 from deploykit.tasks.protocol import Answer

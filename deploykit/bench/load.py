@@ -22,9 +22,8 @@ from deploykit.bench.scenarios import (
     Scenario,
     Server,
     Within,
-    first_line,
 )
-from deploykit.errors import UsageError
+from deploykit.errors import UsageError, first_line
 from deploykit.peak_memory import PeakMemory
 from deploykit.runtime.generation import Generation
 from deploykit.tasks.protocol import Answer, Predictor

@@ -110,7 +110,3 @@ class LoadResult:
     tokens: int = 0
     errors: Mapping[str, int] = field(default_factory=dict)
     send_lag_ms: NDArray[np.float64] | None = None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

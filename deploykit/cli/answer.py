@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,9 +21,11 @@ from deploykit.cli.common import (
     reading_options,
 )
 from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray, spread_over
-from deploykit.data.answer_file import Answered
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
+
+if TYPE_CHECKING:
+    from deploykit.data.answer_file import Answered
 
 
 @deploykit_command(help="Answer questions about a text with TARGET: a checkpoint, an export, a packaged model, or a served model's "

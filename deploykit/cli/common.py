@@ -404,7 +404,7 @@ def failed_texts(records: Sequence[Mapping[str, Any]], *, stop: bool, remedy: st
 
 def answered_record(output: str, done: Answered) -> dict[str, Any]:
     """Return what --json tells of a file of answers."""
-    return {"output": str(output), "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
+    return {"output": output, "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
 
 
 def answered_text(output: str, done: Answered, failed: str) -> str:

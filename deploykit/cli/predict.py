@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,9 +26,11 @@ from deploykit.cli.common import (
     target_and_texts,
 )
 from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray, spread_over
-from deploykit.data.answer_file import Answered
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
+
+if TYPE_CHECKING:
+    from deploykit.data.answer_file import Answered
 
 
 @deploykit_command(

@@ -27,10 +27,10 @@ from deploykit.cli.common import (
     target_and_texts,
 )
 from deploykit.cli.many_rows import RAY, answer_all, refuse_ray, spread_over
-from deploykit.data.answer_file import Answered
 from deploykit.data.reading import Reading
 
 if TYPE_CHECKING:
+    from deploykit.data.answer_file import Answered
     from deploykit.runtime.serving_settings import LongInput, Split
 
 

@@ -16,7 +16,7 @@ from deploykit.data.open_text import COMPRESSED, is_git_lfs_pointer, plain_suffi
 from deploykit.data.packages import import_data_package
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record, malformed
-from deploykit.errors import DataError
+from deploykit.errors import DataError, first_line
 from deploykit.text import normalize
 
 _BATCH = 1000
@@ -158,7 +158,7 @@ def _parquet(path: Path, reading: Reading) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if is_git_lfs_pointer(path):
             raise DataError(f"{path}: is a Git LFS pointer in place of the file", "fetch it: git lfs pull") from error
-        raise DataError(f"{path}: cannot be read after row {done}: {_first_line(error)}", "write it again") from error
+        raise DataError(f"{path}: cannot be read after row {done}: {first_line(error)}", "write it again") from error
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
@@ -208,7 +208,7 @@ def _xlsx(path: Path, reading: Reading) -> Iterator[Record]:
         rows = [list(row) for row in book.worksheets[0].iter_rows(values_only=True)]
         book.close()
     except Exception as error:  # what a damaged workbook raises is not documented
-        raise DataError(f"{path}: is not a workbook that can be read: {_first_line(error)}", "save it again") from error
+        raise DataError(f"{path}: is not a workbook that can be read: {first_line(error)}", "save it again") from error
     first = next((n for n, row in enumerate(rows) if any(cell is not None for cell in row)), None)
     if first is None:
         raise DataError(f"{path}: is empty", "give a sheet with a header and rows")
@@ -243,7 +243,7 @@ def _saved_dataset(source: str, split: str, reading: Reading) -> Iterator[Record
         loaded = datasets.load_from_disk(source)
     except Exception as error:  # The exceptions for a damaged directory are not documented.
         raise DataError(
-            f"{source}: is not a saved dataset: {_first_line(error)}", "give a file, or what save_to_disk wrote"
+            f"{source}: is not a saved dataset: {first_line(error)}", "give a file, or what save_to_disk wrote"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
@@ -258,7 +258,7 @@ def _hub_dataset(source: str, split: str, reading: Reading) -> Iterator[Record]:
         loaded = datasets.load_dataset(source, split=split)
     except Exception as error:  # Offline, not found, gated, unknown split, wrong format: each has its own class.
         raise DataError(
-            f"{source}: is not a file, and its split {split!r} cannot be loaded from the hub: {_first_line(error)}",
+            f"{source}: is not a file, and its split {split!r} cannot be loaded from the hub: {first_line(error)}",
             "check the path; for a hub dataset, check its id, the split and the network",
         ) from error
     yield from _dataset_rows(loaded, source, reading)
@@ -276,8 +276,4 @@ def _dataset_rows(dataset: Any, source: str, reading: Reading) -> Iterator[Recor
     except DataError:
         raise
     except Exception as error:  # Decoding a column may fail in any library.
-        raise DataError(f"{source}: cannot be read after row {done}: {_first_line(error)}", "save it again") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"{source}: cannot be read after row {done}: {first_line(error)}", "save it again") from error

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deploykit import artifacts
 from deploykit.artifacts import write_refusal
-from deploykit.errors import DeploykitError, ExportError
+from deploykit.errors import DeploykitError, ExportError, first_line
 from deploykit.graphs.export_options import ExportOptions, Say
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
@@ -100,7 +100,7 @@ def running(graph: str, engine: str) -> Iterator[None]:
         if isinstance(error, (DeploykitError, MemoryError)) or write_refusal(error):
             raise
         raise ExportError(
-            f"{graph} does not run on {engine}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}",
+            f"{graph} does not run on {engine}: {first_line(error)}",
             "this architecture is not supported; see the page 'What has been run where' in the docs",
         ) from error
 

@@ -30,6 +30,11 @@ def trace_headers() -> dict[str, str]:
     return headers
 
 
+def traces_url(endpoint: str) -> str:
+    """Return where the collector at ``endpoint`` takes spans by OTLP over HTTP."""
+    return f"{endpoint.rstrip('/')}/v1/traces"
+
+
 def tracer_provider(endpoint: str, service: str) -> Any:
     """Return a provider whose spans go to the collector at ``endpoint`` by OTLP over HTTP. Raises UsageError for an
     endpoint that is no URL; MissingDependencyError.
@@ -46,7 +51,7 @@ def tracer_provider(endpoint: str, service: str) -> Any:
     except ImportError as error:
         raise MissingDependencyError("OpenTelemetry is not installed", "pip install 'deploykit[otel]'") from error
     provider = TracerProvider(resource=Resource.create({"service.name": service}), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces")))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(traces_url(endpoint))))
     return provider
 
 

@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer
 
 from deploykit.artifacts import load_manifest
-from deploykit.errors import ArtifactError, MissingDependencyError
+from deploykit.errors import ArtifactError, MissingDependencyError, first_line
 from deploykit.tasks.registry import DEFAULT, get_task
 from deploykit.training.source import ADAPTER, check_family, check_source
 from deploykit.training.weights import Loaded, load_reported, saved_keys, shown_keys
@@ -112,13 +112,13 @@ def pad_token_id(tokenizer: Any) -> int:
 
 def not_loadable(model: str, error: Exception) -> ArtifactError:
     """What transformers raised over ``model``, as an error that says what to do."""
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = first_line(error)
     if not Path(model).exists():
         return ArtifactError(
-            f"{model}: is no folder here and could not be fetched from the hub: {first_line}",
+            f"{model}: is no folder here and could not be fetched from the hub: {reason}",
             "check the name and the network, or give the folder of a checkpoint",
         )
-    return ArtifactError(f"{model}: cannot be loaded: {first_line}", "check that the checkpoint is whole")
+    return ArtifactError(f"{model}: cannot be loaded: {reason}", "check that the checkpoint is whole")
 
 
 def _load_merged(path: Path, adapter: dict[str, Any]) -> Any:

@@ -23,7 +23,7 @@ from typing import IO
 
 from deploykit.errors import ServerError
 from deploykit.runtime.engines import check_engine
-from deploykit.runtime.tracing import ENDPOINT_VARIABLE
+from deploykit.runtime.tracing import ENDPOINT_VARIABLE, traces_url
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import added_packages
 from deploykit.triton.backends import assemble_backends
@@ -299,9 +299,8 @@ class TritonServer:
         command += [f"--backend-config=python,stub-timeout-seconds={max(1, round(self._ready_timeout))}"]
         environment = triton.environment
         if self._otlp_endpoint is not None:
-            url = f"{self._otlp_endpoint.rstrip('/')}/v1/traces"
             command += [f"--trace-config={option}" for option in (
-                "mode=opentelemetry", "level=TIMESTAMPS", "rate=1", f"opentelemetry,url={url}",
+                "mode=opentelemetry", "level=TIMESTAMPS", "rate=1", f"opentelemetry,url={traces_url(self._otlp_endpoint)}",
                 "opentelemetry,resource=service.name=triton",
             )]  # fmt: skip
             environment[ENDPOINT_VARIABLE] = self._otlp_endpoint

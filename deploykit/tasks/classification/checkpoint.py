@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from deploykit.artifacts import MANIFEST, load_manifest
-from deploykit.errors import ArtifactError, UsageError
+from deploykit.errors import ArtifactError, UsageError, first_line
 from deploykit.runtime.batching import batches
 from deploykit.runtime.tokenizer import Encoded, shortened
 from deploykit.tasks.classification.facts import Classification
@@ -158,7 +158,7 @@ class TorchClassifier:
     def _parts(self, text: str) -> tuple[str, ...]:
         """Return what the tokenizer reads: one text, or two without what truncation drops from each in any case."""
         parts = self.task.read(text)
-        if self._whole is None or len(parts) == 1:
+        if len(parts) == 1 or self._whole is None:
             return parts
         most = _LONGEST_OF_PAIR * self.task.max_length
         return tuple(shortened(self._whole, part, most, self.tokenizer.truncation_side) for part in parts)
@@ -213,14 +213,15 @@ def tried(classifier: TorchClassifier, origin: str) -> TorchClassifier:
         task = dataclasses.replace(task, token_types=takes_token_types(model, tokenizer, pair=task.pair))
         left = pads_left(TorchClassifier(model, tokenizer, task))
     except Exception as error:  # whatever the architecture raises, it cannot classify texts like these
-        raise UsageError(f"{kind} do not run on a short text: {first_line(error)}", ANOTHER_MODEL) from error
+        raise UsageError(f"{kind} do not run on a short text: {reason_of(error)}", ANOTHER_MODEL) from error
     if left is None:
         problem = f"{kind} answer otherwise when a text is padded, so they cannot be served in batches"
         raise UsageError(problem, ANOTHER_MODEL)
     return TorchClassifier(model, tokenizer, dataclasses.replace(task, pad_left=left))
 
 
-def first_line(error: Exception) -> str:
-    line = next((line for line in str(error).splitlines() if line.strip()), "")
+def reason_of(error: Exception) -> str:
+    """Return what an architecture's or an engine's error says, in a line."""
+    line = first_line(error)
     # The message of a KeyError is the key alone.
-    return line if line and not isinstance(error, LookupError) else f"{type(error).__name__}: {line}".removesuffix(": ")
+    return f"{type(error).__name__}: {line}" if isinstance(error, LookupError) and str(error).strip() else line

@@ -21,7 +21,7 @@ from deploykit.tasks.classification.checkpoint import (
     ANOTHER_MODEL,
     TorchClassifier,
     check_vocabulary,
-    first_line,
+    reason_of,
     tried,
 )
 from deploykit.tasks.classification.facts import as_text
@@ -74,7 +74,7 @@ def _check_graph(classifier: TorchClassifier) -> None:
             except ExportError:
                 raise
             except Exception as error:  # engines' exceptions have no common base
-                reason = first_line(error).replace(f"{path}: ", "")
+                reason = reason_of(error).replace(f"{path}: ", "")
                 raise ExportError(f"its graph does not run on {name}: {reason}", "") from error
 
 

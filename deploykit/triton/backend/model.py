@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import triton_python_backend_utils as pb_utils
 
 from deploykit.artifacts import Manifest, load_manifest
-from deploykit.errors import DeploykitError
+from deploykit.errors import DeploykitError, first_line
 from deploykit.runtime.tracing import stage_spans
 from deploykit.runtime.triton_requests import text_parameter
 from deploykit.tasks.protocol import Task
@@ -84,7 +84,7 @@ class TritonPythonModel:
         except Exception as error:
             pb_utils.Logger.log_error(traceback.format_exc())
             raise pb_utils.TritonModelException(
-                f"{folder}: cannot be loaded: {_first_line(error)}\n  remedy: package the model again"
+                f"{folder}: cannot be loaded: {first_line(error)}\n  remedy: package the model again"
             ) from None
 
     def execute(self, requests: Sequence[Any]) -> Any:
@@ -100,7 +100,3 @@ def _backend(task: Task, streams: bool) -> type[Backend]:
     module, class_name = (task.stream_backend if streams else task.triton_backend).split(":")
     found: type[Backend] = getattr(importlib.import_module(module), class_name)
     return found
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
