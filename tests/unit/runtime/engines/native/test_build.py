@@ -37,7 +37,14 @@ def test_it_finds_what_the_cpu_has() -> None:
     if platform.machine() == "aarch64":
         needs = {"i8mm": {"asimddp", "i8mm"}, "dotprod": {"asimddp"}, "neon": {"asimd"}}
     else:
-        needs = {"avx512vnni": {"avx512bw", "avx512vl", "avx512_vnni"}, "avx2": {"avx2", "fma"}}
+        avx512 = {"avx512bw", "avx512vl"}
+        needs = {
+            "amx": avx512 | {"avx512_vnni", "amx_tile", "amx_int8"},
+            "avx512vnni": avx512 | {"avx512_vnni"},
+            "avx512": avx512,
+            "avxvnni": {"avx2", "fma", "avx_vnni"},
+            "avx2": {"avx2", "fma"},
+        }
     expected = [name for name, wanted in needs.items() if wanted <= flags]
     assert loader.instruction_sets() == (*expected, "scalar")
     assert (loader.lacks() is None) == bool(expected)
