@@ -7,9 +7,7 @@ void linear_of(const Context *c, Rows from, const Linear *l, int rows, int first
     for (int panel = first; panel < last; panel++)
         for (int number = 0; number < groups; number++) {
             Group g = group_of(c->kernels, rows, number);
-            int64_t at = (int64_t)g.row * wide + panel * PANEL;
-            Then here = {then.add, then.activation, then.factor ? then.factor + at : NULL, then.out + at};
-            c->kernels->tile(from, l, g, panel, here, wide);
+            c->kernels->tile(from, l, g, panel, then_at(then, (int64_t)g.row * wide + panel * PANEL), wide);
         }
 }
 

@@ -211,6 +211,9 @@ void *serve(void *argument);
 typedef struct { Context *context; int number; } Thread;
 
 /* linear.c */
+INLINE Then then_at(Then then, int64_t at) {
+    return (Then){then.add, then.activation, then.factor ? then.factor + at : NULL, then.out + at};
+}
 INLINE Rows buffer(const Context *c, int number) { return (Rows){c->given[number], c->quantized[number], c->step[number]}; }
 void linear_of(const Context *c, Rows from, const Linear *l, int rows, int first, int last, Then then);
 void linear(Context *c, int number, int from, const Linear *l, int rows, Then then);

@@ -40,79 +40,32 @@ static void release(void) {
     configured = 0;
 }
 
-/* Products of 32 rows by 32 columns, or of 16 rows by 64 columns, and what becomes of them. */
-typedef struct {
-    _Alignas(64) int32_t sums[32 * 32];
-    int row, rows, column, columns; /* there are ``rows`` rows, from ``row`` on; the others are not wanted */
-    int written;                    /* rows so far */
-} Block;
-
-typedef struct {
-    const float *scale, *bias, *step;
-    Then then;
-    int64_t stride;
-} Writing;
-
-INLINE void write_as(const int activation, const Writing *to, Block *b, int end) {
-    for (; b->written < end; b->written++) {
-        int row = b->row + b->written;
-        int64_t at = row * to->stride + b->column;
-        for (int j = 0; j < b->columns; j += 16) {
-            Floats worth = f_mul(f_load(to->scale + b->column + j), f_set(to->step[row]));
-            Floats v = f_fma(f_from(_mm512_load_si512(b->sums + b->written * b->columns + j)), worth, f_load(to->bias + b->column + j));
-            if (to->then.add) v = f_add(v, f_load(to->then.out + at + j));
-            v = activated(activation, v);
-            if (to->then.factor) v = f_mul(v, f_load(to->then.factor + at + j));
-            f_store(to->then.out + at + j, v);
-        }
-    }
-}
-
-/* Write up to ``rows`` more rows of a block. */
-static void write_rows(const Writing *to, Block *b, int rows) {
-    int end = b->written + rows < b->rows ? b->written + rows : b->rows;
-    switch (to->then.activation) {
-#define CASE(kind) case kind: write_as(kind, to, b, end); break
-    CASE(RELU);
-    CASE(SILU);
-    CASE(GELU);
-    CASE(GELU_TANH);
-    CASE(TANH);
-    default: write_as(NONE, to, b, end);
-#undef CASE
-    }
-}
-
-/* A panel's weights: ``steps`` whole steps, then ``end``, a step padded with zeros, if that is not NULL. */
+/* A panel's weights: ``steps`` whole steps, then ``end``, a step padded with zeros, if that is not NULL. ``start``, [64], are
+ * the sums to begin with. */
 typedef struct {
     const int8_t *weights, *end;
-    const int32_t *start; /* [64] */
+    const int32_t *start;
     int steps;
 } Panel;
 
-/* The CPU multiplies tiles while it does other things, if they follow closely: so some rows of the block before are written
- * after each step. */
-#define EACH_STEP(PRODUCTS) \
-    const int8_t *w = panel->weights + 4 * b->column; \
-    int each = before ? (before->rows + panel->steps) / (panel->steps + 1) : 0; \
-    for (int k = 0; k < panel->steps; k++, x += STEP, w += STEP * PANEL) { \
-        PRODUCTS; \
-        if (before) write_rows(to, before, each); \
-    } \
-    w = panel->end + 4 * b->column; \
-    if (panel->end) { \
+#define EACH_STEP(column, PRODUCTS) \
+    const int8_t *w = p->weights + 4 * (column); \
+    for (int k = 0; k < p->steps; k++, x += STEP, w += STEP * PANEL) { \
         PRODUCTS; \
     } \
-    if (before) write_rows(to, before, before->rows)
+    if (p->end) { \
+        w = p->end + 4 * (column); \
+        PRODUCTS; \
+    }
 
-/* Multiply 32 rows of ``x`` by 32 columns. */
-INLINE void two_by_two(const uint8_t *x, int64_t wide, const Panel *panel, Block *b, const Writing *to, Block *before) {
-    const int32_t *start = panel->start + b->column;
+/* Multiply 32 rows of ``x`` by the 32 columns from ``column`` on. */
+INLINE void two_by_two(const uint8_t *x, int64_t wide, const Panel *p, int column, int32_t *sums) {
+    const int32_t *start = p->start + column;
     _tile_loadd(0, start, 0); /* the same row 16 times */
     _tile_loadd(1, start + 16, 0);
     _tile_loadd(2, start, 0);
     _tile_loadd(3, start + 16, 0);
-    EACH_STEP({
+    EACH_STEP(column, {
         _tile_loadd(4, x, wide);
         _tile_loadd(6, w, 4 * PANEL);
         _tile_loadd(7, w + 64, 4 * PANEL);
@@ -122,20 +75,19 @@ INLINE void two_by_two(const uint8_t *x, int64_t wide, const Panel *panel, Block
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
     });
-    _tile_stored(0, b->sums, 128);
-    _tile_stored(1, b->sums + 16, 128);
-    _tile_stored(2, b->sums + 512, 128);
-    _tile_stored(3, b->sums + 528, 128);
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    _tile_stored(2, sums + 512, 128);
+    _tile_stored(3, sums + 528, 128);
 }
 
 /* Multiply 16 rows by a panel. */
-INLINE void one_by_four(const uint8_t *x, int64_t wide, const Panel *panel, Block *b, const Writing *to, Block *before) {
-    const int32_t *start = panel->start;
-    _tile_loadd(0, start, 0);
-    _tile_loadd(1, start + 16, 0);
-    _tile_loadd(2, start + 32, 0);
-    _tile_loadd(3, start + 48, 0);
-    EACH_STEP({
+INLINE void one_by_four(const uint8_t *x, int64_t wide, const Panel *p, int32_t *sums) {
+    _tile_loadd(0, p->start, 0);
+    _tile_loadd(1, p->start + 16, 0);
+    _tile_loadd(2, p->start + 32, 0);
+    _tile_loadd(3, p->start + 48, 0);
+    EACH_STEP(0, {
         _tile_loadd(4, x, wide);
         _tile_loadd(5, w, 4 * PANEL);
         _tile_loadd(6, w + 64, 4 * PANEL);
@@ -146,10 +98,26 @@ INLINE void one_by_four(const uint8_t *x, int64_t wide, const Panel *panel, Bloc
         _tile_dpbusd(2, 4, 5);
         _tile_dpbusd(3, 4, 6);
     });
-    _tile_stored(0, b->sums, 256);
-    _tile_stored(1, b->sums + 16, 256);
-    _tile_stored(2, b->sums + 32, 256);
-    _tile_stored(3, b->sums + 48, 256);
+    _tile_stored(0, sums, 256);
+    _tile_stored(1, sums + 16, 256);
+    _tile_stored(2, sums + 32, 256);
+    _tile_stored(3, sums + 48, 256);
+}
+
+/* Write ``rows`` rows of ``sums``, [rows][columns], as float32. */
+INLINE void write_as(const int activation, const int32_t *sums, int rows, int columns, const float *scale, const float *bias,
+                     const float *step, Then then, int64_t stride) {
+    for (int j = 0; j < columns; j += 16) {
+        Floats scales = f_load(scale + j), biases = f_load(bias + j);
+        for (int r = 0; r < rows; r++) {
+            int64_t at = r * stride + j;
+            Floats v = f_fma(f_from(_mm512_load_si512(sums + r * columns + j)), f_mul(scales, f_set(step[r])), biases);
+            if (then.add) v = f_add(v, f_load(then.out + at));
+            v = activated(activation, v);
+            if (then.factor) v = f_mul(v, f_load(then.factor + at));
+            f_store(then.out + at, v);
+        }
+    }
 }
 
 /* Compute tile for up to MOST_TILE_ROWS rows. Rows after the last, up to a multiple of 16, are read and multiplied too. */
@@ -157,20 +125,16 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
     if (l->is_float || g.rows < LEAST_TILE_ROWS) {
         for (int i = 0; i < groups_of(g.rows, MOST_ROWS); i++) {
             Group some = group(g.rows, MOST_ROWS, 1, i);
-            int64_t at = some.row * stride;
-            Then its = {then.add, then.activation, then.factor ? then.factor + at : NULL, then.out + at};
-            tile(from, l, (Group){g.row + some.row, some.rows, g.number, g.of}, panel, its, stride);
+            tile(from, l, (Group){g.row + some.row, some.rows, g.number, g.of}, panel, then_at(then, some.row * stride), stride);
         }
         return;
     }
-    int64_t wide = filled(l->in), quads = (l->in + 3) / 4, first = panel * PANEL;
-    int steps = (int)(quads * 4 / STEP), left = (int)(quads * 4 % STEP);
+    int64_t wide = filled(l->in), quads = (l->in + 3) / 4;
+    int steps = (int)(quads * 4 / STEP), left = (int)(quads * 4 % STEP), first = panel * PANEL;
     const int8_t *w = (const int8_t *)l->weight + first * quads * 4;
-    _Alignas(64) int32_t start[PANEL];
+    _Alignas(64) int32_t start[PANEL], sums[32 * 32];
     _Alignas(64) int8_t end[STEP * PANEL];
-    Block blocks[2], *block = blocks, *before = NULL;
-    Panel its = {w, left ? end : NULL, start, steps};
-    Writing to = {l->scale + first, l->bias + first, from.step + g.row, then, stride};
+    Panel p = {w, left ? end : NULL, start, steps};
     for (int j = 0; j < PANEL; j += 16) i_store(start + j, _mm512_sub_epi32(i_zero(), _mm512_loadu_si512(l->offset + first + j)));
     if (left) {
         memcpy(end, w + (int64_t)steps * STEP * PANEL, (size_t)left * PANEL);
@@ -179,20 +143,25 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
     configure();
     for (int row = 0; row < g.rows; row += 32) {
         const uint8_t *x = from.quantized + (g.row + row) * wide;
+        const float *step = from.step + g.row + row;
         int rows = g.rows - row < 32 ? g.rows - row : 32, columns = rows > 16 ? 32 : 64;
         for (int column = 0; column < PANEL; column += columns) {
-            block->row = row;
-            block->rows = rows;
-            block->column = column;
-            block->columns = columns;
-            block->written = 0;
-            if (columns == 64) one_by_four(x, wide, &its, block, &to, before);
-            else two_by_two(x, wide, &its, block, &to, before);
-            before = block;
-            block = block == blocks ? blocks + 1 : blocks;
+            const float *scale = l->scale + first + column, *bias = l->bias + first + column;
+            Then to = then_at(then, row * stride + column);
+            if (columns == 64) one_by_four(x, wide, &p, sums);
+            else two_by_two(x, wide, &p, column, sums);
+            switch (then.activation) {
+#define CASE(kind) case kind: write_as(kind, sums, rows, columns, scale, bias, step, to, stride); break
+            CASE(RELU);
+            CASE(SILU);
+            CASE(GELU);
+            CASE(GELU_TANH);
+            CASE(TANH);
+            default: write_as(NONE, sums, rows, columns, scale, bias, step, to, stride);
+#undef CASE
+            }
         }
     }
-    write_rows(&to, before, before->rows);
 }
 
 #include "causal512.h"
