@@ -12,8 +12,6 @@
 #include "products512.h"
 #include "rows.h"
 
-#define LEAST_TILE_ROWS 4 /* with fewer, AVX-512 is as fast */
-#define LEAST_MATRIX_ROWS 6
 #define STEP 64        /* inputs of a product of tiles */
 #define MOST_STEPS 512 /* of a language model's matrix: 512 KB on the stack */
 
@@ -120,31 +118,38 @@ INLINE void write_as(const int activation, const int32_t *sums, int rows, int co
     }
 }
 
+/* Of ``left`` rows, those that are computed together: up to MOST_ROWS by AVX-512, which is faster for so few, or 16 or 32 by
+ * AMX, of which some may be missing. */
+INLINE int rows_of_block(int left, int is_float) {
+    if (left <= MOST_ROWS || is_float) return left < MOST_ROWS ? left : MOST_ROWS;
+    if (left <= 16 + MOST_ROWS) return left < 16 ? left : 16;
+    return left < 32 ? left : 32;
+}
+
 /* Compute tile for up to MOST_TILE_ROWS rows. Rows after the last, up to a multiple of 16, are read and multiplied too. */
 static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then, int64_t stride) {
-    if (l->is_float || g.rows < LEAST_TILE_ROWS) {
-        for (int i = 0; i < groups_of(g.rows, MOST_ROWS); i++) {
-            Group some = group(g.rows, MOST_ROWS, 1, i);
-            tile(from, l, (Group){g.row + some.row, some.rows, g.number, g.of}, panel, then_at(then, some.row * stride), stride);
-        }
-        return;
-    }
     int64_t wide = filled(l->in), quads = (l->in + 3) / 4;
     int steps = (int)(quads * 4 / STEP), left = (int)(quads * 4 % STEP), first = panel * PANEL;
     const int8_t *w = (const int8_t *)l->weight + first * quads * 4;
     _Alignas(64) int32_t start[PANEL], sums[32 * 32];
     _Alignas(64) int8_t end[STEP * PANEL];
     Panel p = {w, left ? end : NULL, start, steps};
-    for (int j = 0; j < PANEL; j += 16) i_store(start + j, _mm512_sub_epi32(i_zero(), _mm512_loadu_si512(l->offset + first + j)));
-    if (left) {
+    for (int j = 0; j < PANEL && !l->is_float; j += 16)
+        i_store(start + j, _mm512_sub_epi32(i_zero(), _mm512_loadu_si512(l->offset + first + j)));
+    if (left && !l->is_float) {
         memcpy(end, w + (int64_t)steps * STEP * PANEL, (size_t)left * PANEL);
         memset(end + left * PANEL, 0, sizeof(end) - (size_t)left * PANEL);
     }
-    configure();
-    for (int row = 0; row < g.rows; row += 32) {
+    for (int row = 0, rows; row < g.rows; row += rows) {
         const uint8_t *x = from.quantized + (g.row + row) * wide;
         const float *step = from.step + g.row + row;
-        int rows = g.rows - row < 32 ? g.rows - row : 32, columns = rows > 16 ? 32 : 64;
+        rows = rows_of_block(g.rows - row, l->is_float);
+        if (rows <= MOST_ROWS) {
+            tile(from, l, (Group){g.row + row, rows, g.number, g.of}, panel, then_at(then, row * stride), stride);
+            continue;
+        }
+        int columns = rows > 16 ? 32 : 64;
+        configure();
         for (int column = 0; column < PANEL; column += columns) {
             const float *scale = l->scale + first + column, *bias = l->bias + first + column;
             Then to = then_at(then, row * stride + column);
@@ -211,7 +216,7 @@ INLINE void shorts_by_bytes(const int both, const uint8_t *high, const uint8_t *
 static void multiply_many(const Given *from, const Matrix *m, int row, int rows, int panel, int add, float *out, int64_t stride,
                           Ahead ahead) {
     int blocks = blocks_of(m->in), steps = (blocks + 1) / 2;
-    if (m->kind != INT8 || rows < LEAST_MATRIX_ROWS || steps > MOST_STEPS) {
+    if (m->kind != INT8 || rows <= MOST_ROWS || steps > MOST_STEPS) {
         for (int i = 0; i < groups_of(rows, MOST_ROWS); i++) {
             Group some = group(rows, MOST_ROWS, 1, i);
             multiply(from, m, row + some.row, some.rows, panel, add, out + some.row * stride, stride, i ? (Ahead){NULL, 0} : ahead);
