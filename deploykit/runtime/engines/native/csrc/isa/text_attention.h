@@ -16,12 +16,11 @@ static void take_head(Attention *h, const Stack *s, const float *key, const floa
             }
             h->key_scale[j] = highest / 127.0f;
             h->key_offset[j] = 128 * i_sum(sum);
-        } else {
-            memset(four, 0, sizeof(four));
+            for (int i = 0; i < quads; i++) panels[((int64_t)(j / PANEL) * quads + i) * PANEL + j % PANEL] = four[i];
+        } else { /* scores of such keys are not read */
             h->key_scale[j] = 0.0f;
             h->key_offset[j] = 0;
         }
-        for (int i = 0; i < quads; i++) panels[((int64_t)(j / PANEL) * quads + i) * PANEL + j % PANEL] = four[i];
     }
     for (int i = 0; i < padded; i += 16) {
         Floats most = f_zero();
