@@ -41,13 +41,10 @@ def main() -> None:
         models = {name: _open(export, name, options.threads) for name in dict.fromkeys((*sets, options.reference))}
         rows = [json.loads(line) for line in (export / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
         for label, call in _calls([_text(row) for row in rows], generates="messages" in rows[0]):
-            record = {
-                "export": export.name,
-                "calls": label,
-                **_compare(models, call, options.reference, options.seconds),
-            }
+            task = type(next(iter(models.values())).task).__name__
+            record = {"task": task, "calls": label, **_compare(models, call, options.reference, options.seconds)}
             suite["workloads"].append(record)
-            say(f"{export.name}, {label}: " + "; ".join(
+            say(f"{task}, {label}: " + "; ".join(
                 f"{name} {found['p50_ms']:.1f} ms, x{found['ratio']['median']:.2f}" for name, found in record["sets"].items()
             ))  # fmt: skip
     write_record(suite, options.out or ROOT / f"bench/results/{datetime.date.today()}-instruction-sets-{sets[0]}.json")
@@ -70,14 +67,18 @@ def _calls(texts: list[str], *, generates: bool) -> Iterator[tuple[str, Call]]:
         yield f"prompt of {WORDS} words", lambda model, round_: model.predict([f"{round_} {long[0]}"], max_new_tokens=1)
         for n in (8, 1):
             yield (
-                f"{n} prompts, 32 tokens each",
+                f"{n} x 32 tokens",
                 lambda model, round_, n=n: model.predict(  # type: ignore[misc]
                     [f"{round_} {text}" for text in texts[:n]], max_new_tokens=32, ignore_eos=True
                 ),
             )
     else:
-        for some, label in ((texts[:64], ""), (long, f" of {WORDS} words"), (texts[:1], "")):
-            yield f"{len(some)} texts{label}", lambda model, _, some=some: model.predict(some)  # type: ignore[misc]
+        for some, label in (
+            (texts[:64], "64 texts"),
+            (long, f"{len(long)} texts of {WORDS} words"),
+            (texts[:1], "1 text"),
+        ):
+            yield label, lambda model, _, some=some: model.predict(some)  # type: ignore[misc]
 
 
 def _compare(models: dict[str, deploykit.Model], call: Call, reference: str, seconds: float) -> dict[str, Any]:
