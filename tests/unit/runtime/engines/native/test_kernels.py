@@ -201,8 +201,8 @@ def run_activation(kind: int, rows: int, *, factor: bool) -> Run:
     """Run a layer of one input, whose results are its weights."""
 
     def run(k: Kernels, random: np.random.Generator) -> list[Array]:
-        weight, by, zeros = floats(random, PANEL) * np.float32(8), floats(random, rows, PANEL), aligned(np.zeros(PANEL, np.float32))
-        weight = aligned(weight)
+        weight, by = aligned(floats(random, PANEL) * np.float32(8)), floats(random, rows, PANEL)
+        zeros = aligned(np.zeros(PANEL, np.float32))
         weight[:8] = [0, -0.0, 88, -88, 100, -100, 1e30, -1e30]
         struct = LinearStruct(weight.ctypes.data, None, None, zeros.ctypes.data, 1, PANEL, 1)
         ones, out = aligned(np.ones((rows, PANEL), np.float32)), empty(rows, PANEL)
