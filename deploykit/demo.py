@@ -230,8 +230,7 @@ def _summary(command: str, record: Mapping[str, Any]) -> Iterator[str]:
     elif command == "generate":
         for asked, result in zip(COMMANDS, record["results"]):
             yield f"{asked}  ->  {result['answer']}"
-    elif command == "export" and "perplexity_ratio" in record["quantization"]["int8"]:
-        lost = record["quantization"]["int8"]
+    elif command == "export" and "perplexity_ratio" in (lost := record["quantization"].get("int8", {})):
         yield f"INT8 on {record['rows']} rows: perplexity x {lost['perplexity_ratio']:.4f}, mean KL {lost['kl_mean']:.4f}"
         for line in record["accuracy"]:
             yield f"{line['engine']:<12}{line['precision']:<6}top-1 agreement {line['agreement']:.4f}"
