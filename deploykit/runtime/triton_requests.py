@@ -16,8 +16,9 @@ from deploykit.text import MAX_TEXT_CHARS
 
 INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": [1]}
 
-_MOST_CHARS = 2000
-"""Of an error's message: gRPC clients lose an error of more than 8 KiB, which comes in trailing metadata."""
+_MOST_BYTES = 2000
+"""Of an error's message: gRPC clients lose an error of more than 8 KiB, which comes in trailing metadata, with three bytes
+for each that is not ASCII."""
 
 
 class RefusedError(ServerError):
@@ -29,10 +30,11 @@ class RefusedError(ServerError):
 
     def response(self) -> Any:
         """Return the error response. Its message may quote the request, which can hold anything."""
-        message = str(self)
-        half = _MOST_CHARS // 2
-        shown = message if len(message) <= _MOST_CHARS else f"{message[:half]} … {message[-half:]}"
-        text = shown.encode(errors="backslashreplace").decode()
+        message = str(self).encode(errors="backslashreplace")
+        if len(message) > _MOST_BYTES:
+            half = _MOST_BYTES // 2
+            message = b"%b \xe2\x80\xa6 %b" % (message[:half], message[-half:])
+        text = message.decode(errors="ignore")  # half a character at a cut
         return pb_utils.InferenceResponse([], error=pb_utils.TritonError(text, self._code))
 
 
