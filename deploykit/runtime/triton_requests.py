@@ -120,8 +120,11 @@ def _texts(request: Any, name: str) -> list[tuple[str, str]]:
 
 
 def parameters_of(request: Any) -> dict[str, Any]:
-    """Return the request parameters that the client sent."""
-    given: dict[str, Any] = json.loads(request.parameters() or "{}")
+    """Return the request parameters that the client sent. Raises RefusedError if they are not UTF-8."""
+    try:
+        given: dict[str, Any] = json.loads(request.parameters() or "{}")
+    except UnicodeDecodeError as fault:
+        raise RefusedError(f"the name or the text of a parameter is not UTF-8: {fault.reason}") from None
     return given
 
 

@@ -7,7 +7,8 @@
 // inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here.
 // TRITONSERVER_ErrorCode: Triton calls some errors internal that are the client's, and a model that is being loaded again
 //   internal or not found. They get the code that clients understand: 400, or 503, after which they try again.
-// TRITONSERVER_ErrorMessage: an error may quote a whole request, and gRPC loses one of more than 8 KiB. Long ones are cut.
+// TRITONSERVER_ErrorMessage: an error may quote a whole request, and gRPC loses one of more than 8 KiB. Long ones lose their middle.
+//   One names the body that it is about.
 // "triton_grpc_error": with this header on gRPC, an error in a stream may crash Triton 2.51 (the stream's end and the error
 //   release the same state). Triton is made to look for a header that no client can send.
 // strncasecmp: Triton copies the body of a form, as `curl -d` calls what it sends, to the stack. One of 4 MB ended Triton.
@@ -130,16 +131,20 @@ EXPORTED int TRITONSERVER_ErrorCode(Error *error) {
   return has(message, "Stub process '") && has(message, "is not healthy") ? UNAVAILABLE : code;
 }
 
+#define ELLIPSIS " … "
+
 EXPORTED const char *TRITONSERVER_ErrorMessage(Error *error) {
   static const char *(*next)(Error *);
-  static __thread char shown[MAX_MESSAGE + sizeof "…"];
+  static __thread char shown[MAX_MESSAGE + sizeof ELLIPSIS];
   if (next == NULL) next = (const char *(*)(Error *))dlsym(RTLD_NEXT, __func__);
   const char *message = next(error);
-  if (strnlen(message, MAX_MESSAGE + 1) <= MAX_MESSAGE) return message;
-  size_t length = MAX_MESSAGE;
-  while (length > 0 && (message[length] & 0xC0) == 0x80) length--;  // not within a character
-  memcpy(shown, message, length);
-  strcpy(shown + length, "…");
+  if (strcmp(message, "attempt to get members for non-object") == 0) return "the body is not a JSON object";
+  size_t length = strlen(message), head = MAX_MESSAGE / 2, tail = length - MAX_MESSAGE / 2;
+  if (length <= MAX_MESSAGE) return message;
+  while (head > 0 && (message[head] & 0xC0) == 0x80) head--;  // no cut within a character
+  while ((message[tail] & 0xC0) == 0x80) tail++;
+  memcpy(shown, message, head);
+  strcpy(stpcpy(shown + head, ELLIPSIS), message + tail);
   return shown;
 }
 
