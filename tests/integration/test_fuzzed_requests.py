@@ -23,16 +23,15 @@ import pytest
 from language_models import write_export
 from mutated import Mutator, Request, Tensor
 from served import start
-from tiny_answerer import CONTEXT, write_checkpoint, write_squad
+from tiny_answerer import CONTEXT
+from tiny_answerer import write_export as write_answerer_export
 from tritonclient.grpc import service_pb2_grpc
 
-from deploykit.graphs.export_options import ExportOptions
 from deploykit.openai.app import create_app
 from deploykit.openai.server import OpenAIServer
 from deploykit.openai.triton_generator import TritonGenerator
 from deploykit.openai.triton_routes import TritonRoutes
 from deploykit.runtime.serving_settings import ServingSettings
-from deploykit.stages.export import export
 from deploykit.tasks.opening import open_served
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.triton.preflight import listen
@@ -96,11 +95,9 @@ class Served:
 def served(tiny_export: Path, tiny_translation: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("fuzzed")
     repository = folder / "repository"
-    answerer, rows = write_checkpoint(folder / "qa", sharp=True), str(write_squad(folder / "rows.json"))
-    answers = export(answerer, folder / "qa-export", ExportOptions(data=rows, max_drop=100), say=lambda line: None).path
     package(tiny_export, "tiny", repository, engine="onnxruntime", precision="fp32")
     package(tiny_translation, "fr", repository, settings=ServingSettings(threads=1))
-    package(answers, "qa", repository, engine="onnxruntime", precision="fp32")
+    package(write_answerer_export(folder / "qa"), "qa", repository, engine="onnxruntime", precision="fp32")
     package(
         write_export(folder / "lm", template=WITH_TOOLS, max_position_embeddings=256), "lm", repository,
         settings=ServingSettings(threads=1, max_rows=8),
