@@ -192,7 +192,7 @@ def of_triton(status: int, answer: bytes) -> Answer:
 
 
 NAMED = re.compile(
-    r"'.*'|value type for|JSON|parameter|row \d|shape|version|input|header size|\b(is|has|names|holds|exclude|go|differs) |give one of"
+    r"'.*'|value type for|JSON|parameter|row \d|shape|version|input|header size|\b(is|has|names|holds|exclude|go|differs|cannot) |give one of"
 )
 """A name in quotes, or before a verb as in "top_k is -1"; or what else is wrong with the body."""
 
