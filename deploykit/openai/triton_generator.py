@@ -2,7 +2,7 @@
 
 The models are decoupled, with the tensors of Triton's vLLM backend.
 
-Source: Triton, "vLLM backend: Additional Outputs"; "Inference Protocols: GRPC, triton_grpc_error".
+Source: Triton, "vLLM backend: Additional Outputs"; "Inference Protocols: GRPC".
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ _CHANNEL = (
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 _OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
-_RELOADING = re.compile(r"is not healthy|unknown model|no available versions|is not ready|unloaded")
+_FULL = re.compile(r"the queue is full$|Exceeds maximum queue size")
+_RELOADING = re.compile(
+    r"(Stub process|Request for|Model|Server)\b.*(is not healthy|unknown model|is not ready|unloaded)"
+)
+_FAILED = "the model failed on this request"
+"""Beginnings of errors, which have no code in a stream."""
 _ID = "[request id: <id_unknown>] "  # Triton's prefix for a request without an id
 _FIRST_WORD = re.compile(r"\W*(\w+)")
 _COMPOUND = re.compile(r"\b(" + "|".join(name for name in FIELD_OF if "_" in name) + r")\b")
@@ -90,11 +95,7 @@ class TritonGenerator:
         return self._client
 
     async def _stream(self, asked: Asked) -> AsyncGenerator[Piece, None]:
-        # With this header an error has its status code, and ends the stream. The model must send the error with the flag
-        # of the last response in one call: Triton 2.51 crashes if the flag follows alone.
-        call = self._connection().stream_infer(
-            _request(asked), headers={"triton_grpc_error": "true", **trace_headers()}
-        )
+        call = self._connection().stream_infer(_request(asked), headers=trace_headers())
         try:
             async for result, error in call:
                 if error is not None:
@@ -148,17 +149,15 @@ def _piece(result: Any, asked: Asked) -> Piece:
 
 
 def _api_error(code: grpc.StatusCode | None, message: str, asked: Asked) -> ApiError:
-    """Return the error for one of Triton's; ``code`` is None if the server has not sent it."""
+    """Return the error for one of Triton's; ``code`` is that of the stream, None for an error in the stream."""
     message = message.removeprefix(_ID).strip()
-    if "queue" in message and code in (None, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
+    if _FULL.match(message) or code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return overloaded(message)
-    lost = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND)
-    if lost or _RELOADING.search(message):
+    if code == grpc.StatusCode.UNAVAILABLE or _RELOADING.match(message):
         return restarting(f"the model does not answer now ({message})")
-    if code in (None, grpc.StatusCode.INVALID_ARGUMENT):
-        param = _field(message, asked)
-        return ApiError(message, param=param, code="invalid_value")
-    return ApiError(f"the model failed: {message}", 500)
+    if code is not None or message.startswith(_FAILED):
+        return ApiError(f"the model failed: {message.removeprefix('the model failed ')}", 500)
+    return ApiError(message, param=_field(message, asked), code="invalid_value")
 
 
 def _field(message: str, asked: Asked) -> str | None:

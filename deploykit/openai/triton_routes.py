@@ -9,6 +9,7 @@ Source: KServe Open Inference Protocol v2, REST; Triton, "Generate Extension" an
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 import time
@@ -114,7 +115,8 @@ class TritonRoutes:
         headers |= trace_headers()
         deadline = time.monotonic() + (PATIENCE_S if again else 0.0)
         while True:
-            asked = self._session.request(request.method, f"{self._url}{path}", data=body, headers=headers)
+            data = None if body is None else io.BytesIO(body)  # of plain bytes, aiohttp warns if they are many
+            asked = self._session.request(request.method, f"{self._url}{path}", data=data, headers=headers)
             try:
                 answer = await while_connected(request.receive, asked)
                 if not again or answer.status not in LOST:

@@ -16,8 +16,9 @@ from deploykit.text import MAX_TEXT_CHARS
 
 INPUT: Mapping[str, Any] = {"name": "TEXT", "data_type": "TYPE_STRING", "dims": [1]}
 
-_MOST_CHARS = 2000
-"""Of an error's message: gRPC clients lose an error of more than 8 KiB, which comes in trailing metadata."""
+_MOST_BYTES = 2000
+"""Of an error's message: gRPC clients lose an error of more than 8 KiB, which comes in trailing metadata, with three bytes
+for each that is not ASCII."""
 
 
 class RefusedError(ServerError):
@@ -29,10 +30,11 @@ class RefusedError(ServerError):
 
     def response(self) -> Any:
         """Return the error response. Its message may quote the request, which can hold anything."""
-        message = str(self)
-        half = _MOST_CHARS // 2
-        shown = message if len(message) <= _MOST_CHARS else f"{message[:half]} … {message[-half:]}"
-        text = shown.encode(errors="backslashreplace").decode()
+        message = str(self).encode(errors="backslashreplace")
+        if len(message) > _MOST_BYTES:
+            half = _MOST_BYTES // 2
+            message = b"%b \xe2\x80\xa6 %b" % (message[:half], message[-half:])
+        text = message.decode(errors="ignore")  # half a character at a cut
         return pb_utils.InferenceResponse([], error=pb_utils.TritonError(text, self._code))
 
 
@@ -118,8 +120,11 @@ def _texts(request: Any, name: str) -> list[tuple[str, str]]:
 
 
 def parameters_of(request: Any) -> dict[str, Any]:
-    """Return the request parameters that the client sent."""
-    given: dict[str, Any] = json.loads(request.parameters() or "{}")
+    """Return the request parameters that the client sent. Raises RefusedError if they are not UTF-8."""
+    try:
+        given: dict[str, Any] = json.loads(request.parameters() or "{}")
+    except UnicodeDecodeError as fault:
+        raise RefusedError(f"the name or the text of a parameter is not UTF-8: {fault.reason}") from None
     return given
 
 

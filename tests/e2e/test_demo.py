@@ -19,7 +19,8 @@ def test_the_demo_ends_with_predictions_a_table_and_a_report(tmp_path: Path, who
     shown = done.stdout + done.stderr
     assert all(sentence in shown for sentence in SENTENCES)
     report = tmp_path / "report.html"
-    assert f"open {report}" in done.stdout and "sentences/s" in done.stdout
+    assert f"open {report}" in done.stdout
+    assert "sentences/s" in done.stdout
     for model in ("checkpoint fp32", "int8", "served"):
         assert model in done.stdout
     assert "</html>" in report.read_text(encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -174,6 +175,41 @@ def test_a_compressed_message_that_grows_without_end_is_refused_over_grpc(server
     options = [("grpc.max_send_message_length", -1)]
     with grpc.insecure_channel(server.urls.grpc, options=options) as channel, pytest.raises(grpc.RpcError):
         service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, compression=grpc.Compression.Gzip)
+
+
+def test_errors_of_streams_that_ask_for_codes_do_not_end_triton(server: TritonServer) -> None:
+    """Without the guard, the first or second ends Triton 2.51."""
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    tensor = service_pb2.ModelInferRequest.InferInputTensor(name="TEXT", datatype="BYTES", shape=[1, 1])
+    requests = [
+        service_pb2.ModelInferRequest(model_name="tiny", inputs=[tensor], raw_input_contents=[raw])
+        for raw in (b"\x09\0\0\0a", b"\x01\0\0\0\xff", b"\x01\0\0\0a")
+    ]
+    with grpc.insecure_channel(server.urls.grpc) as channel:
+        ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
+        for _ in range(20):
+            told = [
+                [
+                    answer.error_message
+                    for answer in ask(iter([one]), timeout=20, metadata=[("triton_grpc_error", "true")])
+                ]
+                for one in requests
+            ]
+            assert [bool(message) for [message] in told] == [True, True, False]
+
+
+def test_an_error_that_quotes_a_long_request_arrives_over_grpc(server: TritonServer) -> None:
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    with grpc.insecure_channel(server.urls.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+        service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(
+            service_pb2.ModelInferRequest(model_name="tiny", id="é" * 9000), timeout=20
+        )
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert re.fullmatch("(?s)\\[request id: é+ … é+\\] .*TEXT.*", caught.value.details())
 
 
 def test_the_models_processes_do_not_have_the_guard(server: TritonServer) -> None:

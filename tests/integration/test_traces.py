@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 from served import body, wait_until
+from tiny_answerer import write_export
 from trace_collector import Span, collector
 
 from deploykit.triton.repository import package
@@ -37,9 +38,10 @@ def _ask_grpc(address: str, headers: dict[str, str]) -> None:
 def test_spans_join_the_trace_of_the_caller(tiny_export: Path, tiny_translation: Path, tmp_path: Path) -> None:
     package(tiny_export, "tiny", tmp_path / "models", engine="onnxruntime", precision="fp32")
     package(tiny_translation, "fr", tmp_path / "models", engine="onnxruntime", stream=False)
+    package(write_export(tmp_path / "qa"), "qa", tmp_path / "models", engine="onnxruntime", precision="fp32")
     ready = tmp_path / "ready.json"
     by_route, by_port, by_http, by_grpc = (digit * 32 for digit in "abcd")
-    translated = "e" * 32
+    translated, answered = "e" * 32, "f" * 32
     with collector() as (endpoint, spans):
         server = subprocess.Popen(
             [sys.executable, "-m", "deploykit", "serve", "--model-repository", str(tmp_path / "models"), "--http-port", "0",
@@ -57,6 +59,7 @@ def test_spans_join_the_trace_of_the_caller(tiny_export: Path, tiny_translation:
                 for url, trace, content in (
                     (f"{urls['openai']}/classify", by_port, asked),
                     (f"{urls['openai']}/translate", translated, {"model": "fr", "input": ["a b c"]}),
+                    (f"{urls['openai']}/answer", answered, {"model": "qa", "input": [["which w1 ?", "w2 w3 w1"]]}),
                     (f"{urls['openai'].removesuffix('v1')}{infer}", by_route, body(["w1"])),
                     (f"{urls['http']}/{infer}", by_http, body(["w1"])),
                 ):
@@ -88,11 +91,14 @@ def test_spans_join_the_trace_of_the_caller(tiny_export: Path, tiny_translation:
             assert stage.parent in {span.id for span in mine if span.service == "triton"}
             assert request.begin <= stage.begin < stage.end <= request.end
 
-    stages = {span.name: span for span in spans if (span.trace, span.service) == (translated, "deploykit-model")}
-    assert list(stages) == ["tokenize", "queue", "decode", "detokenize"]
-    in_order = list(stages.values())
-    assert all(one.begin <= one.end <= following.begin for one, following in itertools.pairwise(in_order))
-    assert len({span.parent for span in in_order} & {span.id for span in spans if span.service == "triton"}) == 1
+    for trace, expected in (
+        (translated, ["tokenize", "queue", "decode", "detokenize"]),
+        (answered, ["tokenize", "encode", "spans"]),
+    ):
+        stages = [span for span in spans if (span.trace, span.service) == (trace, "deploykit-model")]
+        assert [span.name for span in stages] == expected
+        assert all(one.begin <= one.end <= following.begin for one, following in itertools.pairwise(stages))
+        assert len({span.parent for span in stages} & {span.id for span in spans if span.service == "triton"}) == 1
 
 
 def _below(span: Span, spans: list[Span]) -> set[str]:

@@ -21,6 +21,17 @@ def write_checkpoint(folder: Path, family: str = "bert", *, sharp: bool = False,
     return folder
 
 
+def write_export(folder: Path) -> Path:
+    """Export a random BERT, in fp32."""
+    from deploykit.graphs.export_options import ExportOptions
+    from deploykit.stages.export import export
+
+    folder.mkdir()
+    checkpoint, rows = write_checkpoint(folder / "checkpoint", sharp=True), write_squad(folder / "rows.json")
+    options = ExportOptions(data=str(rows), max_drop=100)
+    return export(checkpoint, folder / "export", options, say=lambda line: None).path
+
+
 def squad(contexts: int = 8, questions: int = 2) -> dict[str, Any]:
     """Return questions whose answer is the one word of the context that is among the last ten, in SQuAD's JSON."""
     chosen = random.Random(0)

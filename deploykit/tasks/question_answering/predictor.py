@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from deploykit.errors import DataError
 from deploykit.runtime.batching import batches, padded_types
 from deploykit.runtime.engines.protocol import Engine
+from deploykit.runtime.tracing import stage
 from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS, QuestionAnswering
 from deploykit.tasks.question_answering.spans import Candidates, Collector, Found, Span, candidates
 from deploykit.tasks.question_answering.windows import PairTokenizer, Window
@@ -125,29 +126,37 @@ class Answerer:
         for row, (_, text) in enumerate(pairs):
             by_context.setdefault(text, []).append(row)
         for text, rows in by_context.items():
-            if (problem := context_problem(text)) is not None:
-                yield from ((row, problem) for row in rows)
+            with stage("tokenize"):
+                found = list(self._of_context(text, [(row, pairs[row][0]) for row in rows]))
+            yield from found
+
+    def _of_context(
+        self, text: str, questions: Sequence[tuple[int, str]]
+    ) -> Iterator[_PendingQuestion | tuple[int, DataError]]:
+        """Yield the windows of each of the ``questions``, with their row numbers, about one context."""
+        if (problem := context_problem(text)) is not None:
+            yield from ((row, problem) for row, _ in questions)
+            return
+        context = self.tokenizer.context(printable(text))
+        for row, question in questions:
+            try:
+                if is_blank(printable(question)):
+                    raise DataError("the question is empty", "give a question")
+                tokens = self.tokenizer.question(printable(question))
+                self.tokenizer.check(tokens, context)
+            except DataError as error:
+                yield row, error
                 continue
-            context = self.tokenizer.context(printable(text))
-            for row in rows:
-                question = printable(pairs[row][0])
-                try:
-                    if is_blank(question):
-                        raise DataError("the question is empty", "give a question")
-                    tokens = self.tokenizer.question(question)
-                    self.tokenizer.check(tokens, context)
-                except DataError as error:
-                    yield row, error
-                    continue
-                yield _PendingQuestion(row, Collector(context, self.task), self.tokenizer.windows(tokens, context))
+            yield _PendingQuestion(row, Collector(context, self.task), self.tokenizer.windows(tokens, context))
 
     def _candidates(self, windows: Sequence[Window], top_k: int) -> list[Candidates]:
         found: list[Candidates | None] = [None] * len(windows)
         for rows, start, end in self.logits(windows):
-            chosen = candidates(
-                start, end, [windows[row] for row in rows], most=2 * top_k + _MORE_CANDIDATES,
-                longest=self.task.max_answer_length, with_none=self.tokenizer.marks_no_answer,
-            )  # fmt: skip
+            with stage("spans"):
+                chosen = candidates(
+                    start, end, [windows[row] for row in rows], most=2 * top_k + _MORE_CANDIDATES,
+                    longest=self.task.max_answer_length, with_none=self.tokenizer.marks_no_answer,
+                )  # fmt: skip
             for row, of_window in zip(rows, chosen):
                 found[row] = of_window
         return [of_window for of_window in found if of_window is not None]
@@ -159,7 +168,8 @@ class Answerer:
         for batch in batches(
             [w.ids for w in windows], task.pad_token_id, max_length=task.max_length, token_budget=self._token_budget
         ):
-            start, end = self._read(with_types(task, batch.input_ids, batch.attention_mask, windows, batch.rows))
+            with stage("encode"):
+                start, end = self._read(with_types(task, batch.input_ids, batch.attention_mask, windows, batch.rows))
             yield batch.rows, start, end
 
 

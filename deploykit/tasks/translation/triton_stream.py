@@ -65,8 +65,8 @@ class StreamBackend:
         except Exception as error:
             pb_utils.Logger.log_error(traceback.format_exc())
             failed = FailedError(error)
-        # An error is the last response: one that is followed by another crashes Triton 2.51 where the client asks for
-        # gRPC's own status codes (the header triton_grpc_error).
+        # An error is the last response: one that is followed by another crashes Triton 2.51, without the guard, where the
+        # client asks for gRPC's own status codes (the header triton_grpc_error).
         send_last(sender, failed and failed.response())
 
     async def _stream(self, request: Any, sender: Any) -> None:

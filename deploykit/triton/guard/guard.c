@@ -7,6 +7,10 @@
 // inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here.
 // TRITONSERVER_ErrorCode: Triton calls some errors internal that are the client's, and a model that is being loaded again
 //   internal or not found. They get the code that clients understand: 400, or 503, after which they try again.
+// TRITONSERVER_ErrorMessage: an error may quote a whole request, and gRPC loses one of more than 8 KiB. Long ones lose their middle.
+//   One names the body that it is about.
+// "triton_grpc_error": with this header on gRPC, an error in a stream may crash Triton 2.51 (the stream's end and the error
+//   release the same state). Triton is made to look for a header that no client can send.
 // strncasecmp: Triton copies the body of a form, as `curl -d` calls what it sends, to the stack. One of 4 MB ended Triton.
 //   No body is a form here.
 // syscall, TRITONSERVER_ServerInferAsync, TRITONSERVER_InferenceRequestDelete: Triton does not look at a connection on HTTP
@@ -14,19 +18,22 @@
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <link.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/auxv.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 
 #include "triton.h"
 
 #define EXPORTED __attribute__((visibility("default")))
 
-enum { MAX_TENSOR_BYTES = 8 << 20, MAX_RATIO = 64, ALWAYS_ALLOWED = 1 << 20 };
+enum { MAX_TENSOR_BYTES = 8 << 20, MAX_RATIO = 64, ALWAYS_ALLOWED = 1 << 20, MAX_MESSAGE = 2500 };
 
 // The model processes must not have this library: they may unpack what they like. Triton passes its environment on.
 __attribute__((constructor)) static void leave_the_environment(void) {
@@ -38,6 +45,28 @@ __attribute__((constructor)) static void leave_the_environment(void) {
     unsetenv("LD_PRELOAD");
   }
 }
+
+#define GRPC_ERROR "triton_grpc_error"
+
+// Make the header that Triton looks for "Triton_grpc_error": HTTP/2 has no capitals in the names of headers.
+static int disable_grpc_error(struct dl_phdr_info *program, size_t size, void *data) {
+  (void)size, (void)data;
+  for (int i = 0; i < program->dlpi_phnum; i++) {
+    const ElfW(Phdr) *part = &program->dlpi_phdr[i];
+    if (part->p_type != PT_LOAD || part->p_flags != PF_R) continue;
+    char *begin = (char *)(program->dlpi_addr + part->p_vaddr);
+    // With the zeros around it: messages name it too.
+    char *found = memmem(begin, part->p_memsz, "\0" GRPC_ERROR, sizeof GRPC_ERROR + 1);
+    if (found == NULL) continue;
+    uintptr_t page = (uintptr_t)(found + 1) & ~(uintptr_t)(getauxval(AT_PAGESZ) - 1);
+    if (mprotect((void *)page, 1 + (uintptr_t)(found + 1) - page, PROT_READ | PROT_WRITE) != 0) continue;
+    found[1] = 'T';
+    mprotect((void *)page, 1 + (uintptr_t)(found + 1) - page, PROT_READ);
+  }
+  return 1;  // Triton is the first of the programs; the others are its libraries
+}
+
+__attribute__((constructor)) static void find_grpc_error(void) { dl_iterate_phdr(disable_grpc_error, NULL); }
 
 // Bytes of a tensor with values of `size` bytes, -1 if `shape` has a negative dimension, INT64_MAX if they cannot be counted.
 static int64_t tensor_bytes(const int64_t *shape, uint64_t dimensions, int64_t size) {
@@ -93,12 +122,30 @@ EXPORTED int TRITONSERVER_ErrorCode(Error *error) {
   if (code != INTERNAL && code != NOT_FOUND) return code;
   const char *message = message_of(error);
   if (code == NOT_FOUND) return has(message, "has no available versions") ? UNAVAILABLE : code;
-  if (has(message, "failed to parse the request JSON") || has(message, "Unable to parse '") ||
-      has(message, "attempt to access JSON non-") ||
-      has(message, "inconsistent stream state during decompression")) {
-    return INVALID_ARGUMENT;
+  static const char *const of_client[] = {"failed to parse the request JSON", "Unable to parse '", "attempt to access JSON non-",
+                                          "attempt to get members for non-object", "was not found in the JSON",
+                                          "inconsistent stream state during decompression"};
+  for (size_t i = 0; i < sizeof of_client / sizeof *of_client; i++) {
+    if (has(message, of_client[i])) return INVALID_ARGUMENT;
   }
   return has(message, "Stub process '") && has(message, "is not healthy") ? UNAVAILABLE : code;
+}
+
+#define ELLIPSIS " … "
+
+EXPORTED const char *TRITONSERVER_ErrorMessage(Error *error) {
+  static const char *(*next)(Error *);
+  static __thread char shown[MAX_MESSAGE + sizeof ELLIPSIS];
+  if (next == NULL) next = (const char *(*)(Error *))dlsym(RTLD_NEXT, __func__);
+  const char *message = next(error);
+  if (strcmp(message, "attempt to get members for non-object") == 0) return "the body is not a JSON object";
+  size_t length = strlen(message), head = MAX_MESSAGE / 2, tail = length - MAX_MESSAGE / 2;
+  if (length <= MAX_MESSAGE) return message;
+  while (head > 0 && (message[head] & 0xC0) == 0x80) head--;  // no cut within a character
+  while ((message[tail] & 0xC0) == 0x80) tail++;
+  memcpy(shown, message, head);
+  strcpy(stpcpy(shown + head, ELLIPSIS), message + tail);
+  return shown;
 }
 
 EXPORTED int strncasecmp(const char *a, const char *b, size_t length) {

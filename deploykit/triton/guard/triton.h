@@ -11,6 +11,7 @@ enum { INTERNAL = 1, NOT_FOUND = 2, INVALID_ARGUMENT = 3, UNAVAILABLE = 4 };  //
 Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char *name, int datatype, const int64_t *shape,
                                              uint64_t dimensions);
 int TRITONSERVER_ErrorCode(Error *error);
+const char *TRITONSERVER_ErrorMessage(Error *error);
 
 enum { STREAM_ERROR = -2 };  // Z_STREAM_ERROR
 
