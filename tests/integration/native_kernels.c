@@ -263,7 +263,7 @@ static void run_case(int number, int round, const Kernels *k) {
 int main(void) {
     int sets = 0, wrong = 0;
     uint8_t *expected = malloc(MEMORY);
-    if (!expected || !(shown = malloc(MEMORY)) || posix_memalign((void **)&memory, 64, MEMORY)) return 2;
+    if (!expected || !(shown = malloc(MEMORY)) || !(memory = room(NULL, MEMORY))) return 2;
     for (; deploykit_kernels(sets); sets++) printf("%s%s", sets ? " " : "", deploykit_kernels(sets)->name);
     printf("\n");
     for (int number = 0; number < (int)(sizeof(CASES) / sizeof(CASES[0])); number++)
