@@ -22,7 +22,14 @@ from setuptools.errors import CompileError
 
 CSRC = Path("deploykit/runtime/engines/native/csrc")
 CPUS = {
-    "x86_64": {"scalar": "x86_64", "avx2": "x86_64_v3", "avx512vnni": "x86_64_v4+avx512vnni"},
+    "x86_64": {
+        "scalar": "x86_64",
+        "avx2": "x86_64_v3",
+        "avxvnni": "x86_64_v3+avxvnni",
+        "avx512": "x86_64_v4",
+        "avx512vnni": "x86_64_v4+avx512vnni",
+        "amx": "x86_64_v4+avx512vnni+amx_tile+amx_int8",
+    },
     "aarch64": {"scalar": "generic", "neon": "generic", "dotprod": "generic+dotprod", "i8mm": "generic+dotprod+i8mm"},
 }
 """What the compiler may use in each file of csrc/isa/; in all others, the same as in scalar.c. The library runs on any CPU of

@@ -50,8 +50,8 @@ static void attend_rows(Context *c, int number, const Stack *s, float *packed, i
             float *query = packed + head * size;
             const float *key = query + start * wide + width;
             c->kernels->take_head(&h, s, key, key + width, wide);
-            for (int number = 0; number < groups_of(end - begin); number++) {
-                Group g = group(end - begin, number);
+            for (int number = 0; number < groups_of(end - begin, MOST_ROWS); number++) {
+                Group g = group(end - begin, MOST_ROWS, 1, number);
                 float *q = query + (begin + g.row) * wide;
                 c->kernels->attend_head(&h, s, head, q, wide, begin + g.row - start, g.rows, q, wide);
             }

@@ -58,7 +58,7 @@ int reserve(Context *c, int rows, int positions) {
         int there = c->x && c->normed && c->packed && c->query && c->middle;
         for (int i = 0; i < 2; i++) {
             c->given[i] = room(c->given[i], size * given);
-            c->quantized[i] = room(c->quantized[i], rows * given);
+            c->quantized[i] = room(c->quantized[i], (rows + TILE_UNIT) * given);
             c->step[i] = room(c->step[i], size);
             there = there && c->given[i] && c->quantized[i] && c->step[i];
         }

@@ -7,7 +7,15 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 
-enum { AVX_STATE = 0x6, AVX512_STATE = 0xe6 };
+enum { AVX_STATE = 0x6, AVX512_STATE = 0xe6, TILE_STATE = 0x60000 };
+enum { AVX_VNNI = 1 << 4, AMX = 1 << 24 | 1 << 25 }; /* tiles, and products of bytes */
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
+#endif
 
 /* The registers that the operating system saves (XCR0). */
 static uint64_t saved_state(void) {
@@ -26,11 +34,33 @@ static int has_avx2(void) {
     return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & seventh) == seventh;
 }
 
-/* isa/avx512vnni.c is compiled for x86-64-v4. */
-static int has_avx512vnni(void) {
+static int has_avxvnni(void) {
+    uint32_t a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & AVX_VNNI);
+}
+
+/* isa/avx512.c is compiled for x86-64-v4. */
+static int has_avx512(void) {
     uint32_t a, b, c, d, wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512CD | bit_AVX512DQ | bit_AVX512VL;
     if (!has_avx2() || (saved_state() & AVX512_STATE) != AVX512_STATE) return 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & wanted) == wanted && (c & bit_AVX512VNNI);
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & wanted) == wanted;
+}
+
+static int has_avx512vnni(void) {
+    uint32_t a, b, c, d;
+    return has_avx512() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & bit_AVX512VNNI);
+}
+
+/* Linux saves tile registers only for a process that asked for it. Old kernels do not know the question. */
+static int has_amx(void) {
+#if defined(__linux__)
+    uint32_t a, b, c, d;
+    if (!has_avx512vnni() || (saved_state() & TILE_STATE) != TILE_STATE) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & AMX) != AMX) return 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
 }
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -59,7 +89,10 @@ static const struct {
     int (*runs)(void);
 } TABLES[] = {
 #if defined(__x86_64__)
+    {&kernels_amx, has_amx},
     {&kernels_avx512vnni, has_avx512vnni},
+    {&kernels_avx512, has_avx512},
+    {&kernels_avxvnni, has_avxvnni},
     {&kernels_avx2, has_avx2},
 #elif defined(__aarch64__)
     {&kernels_i8mm, has_i8mm},

@@ -49,6 +49,10 @@ typedef struct {
 struct Kernels {
     const char *name;
     int32_t zero; /* added to quantized activations: 128 if products need unsigned ones */
+    int32_t rows; /* that tile and multiply take at most, up to MOST_TILE_ROWS */
+    int32_t unit; /* groups of rows begin at multiples of it */
+    /* Give up the thread's tile registers, after its part of a job; may be NULL. */
+    void (*release)(void);
 
     /* Write row ``row`` of ``to``, the input of ``next``: ``x`` times ``scale``. */
     void (*give_row)(Rows to, const Linear *next, int row, const float *x, float scale);
@@ -85,7 +89,7 @@ struct Kernels {
 
     /* Write row ``row`` of ``to``, the input of the matrix ``next``. */
     void (*give)(const Given *to, const Matrix *next, int row, const float *x);
-    /* Compute ``rows`` rows of ``from`` (up to MOST_ROWS) from ``row`` on times a panel, + bias. Write them to ``out``, whose
+    /* Compute ``rows`` rows of ``from`` from ``row`` on times a panel, + bias. Write them to ``out``, whose
      * rows are ``stride`` floats apart, or add them to it if ``add``. */
     void (*multiply)(const Given *from, const Matrix *m, int row, int rows, int panel, int add, float *out, int64_t stride,
                      Ahead ahead);
@@ -100,9 +104,13 @@ struct Kernels {
     void (*attend_seen)(const Seen *s, int queries, const SeenBy *q, float *scores);
 };
 
+/* Group ``number`` of the rows of a product. */
+INLINE Group group_of(const Kernels *k, int rows, int number) { return group(rows, k->rows, k->unit, number); }
+
 enum { NONE, RELU, SILU, GELU, GELU_TANH, TANH };
 
-extern const Kernels kernels_avx512vnni, kernels_avx2, kernels_i8mm, kernels_dotprod, kernels_neon, kernels_scalar;
+extern const Kernels kernels_amx, kernels_avx512vnni, kernels_avx512, kernels_avxvnni, kernels_avx2;
+extern const Kernels kernels_i8mm, kernels_dotprod, kernels_neon, kernels_scalar;
 
 /* cpu.c: the table for new contexts. */
 const Kernels *chosen_kernels(void);

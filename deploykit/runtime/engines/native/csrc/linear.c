@@ -3,10 +3,10 @@
 
 /* Compute ``rows`` rows for the columns of the panels ``first`` to ``last``. */
 void linear_of(const Context *c, Rows from, const Linear *l, int rows, int first, int last, Then then) {
-    int wide = filled(l->out), groups = groups_of(rows);
+    int wide = filled(l->out), groups = groups_of(rows, c->kernels->rows);
     for (int panel = first; panel < last; panel++)
         for (int number = 0; number < groups; number++) {
-            Group g = group(rows, number);
+            Group g = group_of(c->kernels, rows, number);
             int64_t at = (int64_t)g.row * wide + panel * PANEL;
             c->kernels->tile(from, l, g, panel, then.add, then.out + at, wide);
             if (then.activation || then.factor)

@@ -17,7 +17,9 @@
 #include <stdint.h>
 
 #define PANEL 64
-#define MOST_ROWS 6  /* of a tile */
+#define MOST_ROWS 6  /* of a tile in registers */
+#define MOST_TILE_ROWS 32 /* of any tile */
+#define TILE_UNIT 16 /* buffers of quantized rows have so many more, because AMX reads them by 16 */
 #define CHUNKS 32    /* fixed parts of the vocabulary, searched by different threads */
 #define MOST_BEST 64
 #define QUERIES 4    /* of an encoder's attention, computed together to read keys once */
@@ -187,11 +189,14 @@ INLINE void share(int n, int of, int number, int *first, int *last) {
 /* Group ``number`` of ``of``: rows of a tile for which weights are read once. */
 typedef struct { int row, rows, number, of; } Group;
 
-INLINE int groups_of(int rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
+INLINE int groups_of(int rows, int most) { return (rows + most - 1) / most; }
 
-INLINE Group group(int rows, int number) {
-    int row, end, of = groups_of(rows);
-    share(rows, of, number, &row, &end);
+/* Group ``number`` of ``rows`` rows in groups of up to ``most`` rows, which begin at multiples of ``unit``. */
+INLINE Group group(int rows, int most, int unit, int number) {
+    int row, end, of = groups_of(rows, most);
+    share((rows + unit - 1) / unit, of, number, &row, &end);
+    row *= unit;
+    end = end * unit < rows ? end * unit : rows;
     return (Group){row, end - row, number, of};
 }
 

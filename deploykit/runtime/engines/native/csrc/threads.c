@@ -2,7 +2,7 @@
 #include <sched.h>
 #include <stdlib.h>
 
-#include "native.h"
+#include "kernels.h"
 
 #define SPINS 3000 /* about 50 us, then yield: the other thread may need this CPU */
 
@@ -28,6 +28,11 @@ void barrier(Context *c) {
     }
 }
 
+static void work_on(Context *c, Work work, int number) {
+    work(c, number);
+    if (c->kernels->release) c->kernels->release();
+}
+
 void *serve(void *argument) {
     Thread *t = argument;
     Context *c = t->context;
@@ -42,7 +47,7 @@ void *serve(void *argument) {
         }
         seen++;
         if (c->stop) return NULL;
-        c->work(c, number);
+        work_on(c, c->work, number);
         atomic_fetch_sub_explicit(&c->working, 1, memory_order_release);
     }
 }
@@ -56,7 +61,7 @@ void run(Context *c, Work work) {
         pthread_cond_broadcast(&c->wake);
         pthread_mutex_unlock(&c->mutex);
     }
-    if (work) work(c, 0);
+    if (work) work_on(c, work, 0);
     for (int n = 0; c->threads > 1 && !c->stop && atomic_load_explicit(&c->working, memory_order_acquire); n++) {
         if (n < SPINS) PAUSE();
         else sched_yield();

@@ -60,7 +60,7 @@ void choose(Context *c, int number, const Stack *s) {
     const Linear *l = &s->last;
     const Choice *choice = c->choice;
     int rows = c->rows, panels = filled(l->out) / PANEL, chunks = (panels + 7) / 8 < CHUNKS ? (panels + 7) / 8 : CHUNKS;
-    int groups = groups_of(rows), mine, end;
+    int groups = groups_of(rows, c->kernels->rows), mine, end;
     share(chunks, c->threads, number, &mine, &end);
     for (const int first_chunk = mine; mine < end; mine++) {
         int panel, last;
@@ -76,8 +76,8 @@ void choose(Context *c, int number, const Stack *s) {
         for (; panel < last; panel++) {
             int first = panel * PANEL, n = l->out - first < PANEL ? l->out - first : PANEL;
             for (int number = 0; number < groups; number++) {
-                Group g = group(rows, number);
-                float of_panel[MOST_ROWS][PANEL], *logits = of_panel[0];
+                Group g = group_of(c->kernels, rows, number);
+                float of_panel[MOST_TILE_ROWS][PANEL], *logits = of_panel[0];
                 c->kernels->tile(buffer(c, 0), l, g, panel, 0, logits, PANEL);
                 for (int row = g.row; row < g.row + g.rows; row++, logits += PANEL) {
                     if (choice->logits) memcpy(choice->logits + (int64_t)row * l->out + first, logits, sizeof(float) * n);

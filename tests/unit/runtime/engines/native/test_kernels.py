@@ -17,7 +17,7 @@ from deploykit.runtime.engines.native.weights import LinearStruct, NormStruct, S
 if loader.lacks() is not None:
     pytest.skip(f"the engine native does not run here: {loader.lacks()}", allow_module_level=True)
 
-PANEL, MOST_ROWS, MOST_HEADS = 64, 6, 4
+PANEL, MOST_ROWS, MOST_HEADS, TILE_UNIT = 64, 6, 4, 16
 FASTER = [name for name in loader.instruction_sets() if name != loader.SLOW]
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -63,7 +63,7 @@ class Found(ctypes.Structure):
 
 class Kernels(ctypes.Structure):
     _fields_ = (
-        ("name", c_char_p), ("zero", c_int32),
+        ("name", c_char_p), ("zero", c_int32), ("rows", c_int32), ("unit", c_int32), ("release", CFUNCTYPE(None)),
         ("give_row", CFUNCTYPE(None, Rows, POINTER(LinearStruct), c_int, c_void_p, c_float)),
         ("normalize", CFUNCTYPE(None, POINTER(NormStruct), c_void_p, c_void_p, c_int)),
         ("tile", CFUNCTYPE(None, Rows, POINTER(LinearStruct), Group, c_int, c_int, c_void_p, c_int64)),
@@ -151,11 +151,11 @@ def quantized_rows(
 ) -> tuple[Rows, list[Array]]:
     wide = filled(struct.in_)
     x = floats(random, rows, wide)
-    given, quantized, step = empty(rows, wide), empty(rows, wide, dtype=np.uint8), empty(rows)
+    given, quantized, step = empty(rows, wide), empty(rows + TILE_UNIT, wide, dtype=np.uint8), empty(rows)
     to = Rows(given.ctypes.data, quantized.ctypes.data, step.ctypes.data)
     for row in range(rows):
         k.give_row(to, byref(struct), row, x[row].ctypes.data, 0.37)
-    return to, [given, quantized, step]
+    return to, [given, quantized[:rows], step]
 
 
 def run_linear(inputs: int, columns: int, rows: int, *, is_float: bool, add: int) -> Run:
@@ -164,12 +164,15 @@ def run_linear(inputs: int, columns: int, rows: int, *, is_float: bool, add: int
         to, (given, quantized, step) = quantized_rows(k, random, struct, rows)
         wide = filled(columns)
         out = floats(random, rows, wide)
-        groups = -(-rows // MOST_ROWS)
+        groups, units = -(-rows // k.rows), -(-rows // k.unit)
         for number in range(groups):
-            first, last = rows * number // groups, rows * (number + 1) // groups
+            first, last = (units * n // groups * k.unit for n in (number, number + 1))
+            last = min(last, rows)
             for panel in range(wide // PANEL):
                 at = out[first, panel * PANEL :].ctypes.data
                 k.tile(to, byref(struct), Group(first, last - first, number, groups), panel, add, at, wide)
+        if k.release:
+            k.release()
         read = [given] if is_float else [(quantized - np.uint8(k.zero)), step]
         return [out, *read]
 
@@ -305,7 +308,8 @@ CASES: dict[str, Run] = {
     **{
         f"int8 linear {i}x{o}, {r} rows{', added' * add}": run_linear(i, o, r, is_float=False, add=add)
         for i, o, r, add in ((1, 1, 1, 0), (3, 64, 2, 1), (30, 65, 3, 0), (64, 128, 4, 1), (97, 130, 5, 0), (200, 70, 6, 1),
-                             (768, 64, 13, 0), (2048, 64, 7, 0))
+                             (768, 64, 13, 0), (2048, 64, 7, 0), (64, 64, 16, 1), (100, 130, 17, 0), (768, 64, 33, 1), (384, 128, 75, 0),
+                             (3, 64, 32, 0))
     },
     **{
         f"float linear {i}x{o}, {r} rows{', added' * add}": run_linear(i, o, r, is_float=True, add=add)

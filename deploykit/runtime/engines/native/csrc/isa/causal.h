@@ -1,4 +1,5 @@
 /* Kernels of language models: rounding of rows, products, and attention over float16 caches. */
+#pragma once
 
 INLINE int blocks_given(const Matrix *m) { return blocks_of(m->in); }
 

@@ -1,4 +1,5 @@
 /* Kernels on float32 rows (quantization, norms, activations, embeddings), and the switch over a tile's rows. */
+#pragma once
 
 #define LEAST_GROUPS 3 /* that each prefetch part of the next panel: with fewer, memory is too slow */
 

@@ -5,7 +5,8 @@
  * - ZERO, tile_int8, tile_float: products of linear layers;
  * - Query, put_query, key_products, COUNT_BYTES, put_counts, gather: products of a decoder's attention;
  * - value_sums: products of a classifier's attention;
- * - tile_shorts, tile_nibbles, tile_floats: products of a language model's matrices. */
+ * - tile_shorts, tile_nibbles, tile_floats: products of a language model's matrices;
+ * - if it has products of more than MOST_ROWS rows, TILES: their part of the table. */
 #include "rows.h"
 #include "attention.h"
 #include "text_attention.h"
@@ -44,12 +45,16 @@ static void find(Found *f, const float *logits, int first, int n, int best, int 
     }
 }
 
+#ifndef TILES
+#define TILES .rows = MOST_ROWS, .unit = 1, .tile = tile, .multiply = multiply
+#endif
+
 const Kernels TABLE = {
     .name = NAME,
     .zero = ZERO,
+    TILES,
     .give_row = give_row,
     .normalize = normalize,
-    .tile = tile,
     .activate = activate,
     .embed_column = embed_column,
     .embed_row = embed_row,
@@ -60,7 +65,6 @@ const Kernels TABLE = {
     .take_head = take_head,
     .attend_head = attend_head,
     .give = give,
-    .multiply = multiply,
     .pass_gate = pass_gate,
     .cap_values = cap_values,
     .keep_halves = keep_halves,

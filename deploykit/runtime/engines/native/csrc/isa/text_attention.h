@@ -59,7 +59,7 @@ static void attend_head(Attention *h, const Stack *s, int head, const float *que
     float sums[MOST_ROWS];
     for (int r = 0; r < rows; r++) give_row(h->queries, &h->layer, r, query + r * wide, s->scale * 1.44269504f);
     for (int panel = 0; panel < keys / PANEL; panel++)
-        tile(h->queries, &h->layer, group(rows, 0), panel, 0, h->scores + panel * PANEL, keys);
+        tile(h->queries, &h->layer, group(rows, MOST_ROWS, 1, 0), panel, 0, h->scores + panel * PANEL, keys);
     for (int r = 0; r < rows; r++) {
         float *scores = h->scores + r * keys;
         for (int t = 0; bias && t < n; t += 16)

@@ -1,4 +1,4 @@
-/* Products of a language model's matrices, and float16 caches, for avx512vnni.c. */
+/* Products of a language model's matrices, and float16 caches, for instruction sets with AVX-512. */
 
 INLINE Floats f_load_halves(const uint16_t *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
 INLINE void f_store_halves(uint16_t *to, Floats x) {
@@ -25,8 +25,8 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
             for (int r = 0; r < rows; r++) {
                 int32_t two[2];
                 memcpy(two, x + r * stride, 8);
-                s[r][0] = _mm512_dpwssd_epi32(s[r][0], w0, _mm512_set1_epi32(two[0]));
-                s[r][1] = _mm512_dpwssd_epi32(s[r][1], w1, _mm512_set1_epi32(two[1]));
+                s[r][0] = dot_shorts(s[r][0], w0, _mm512_set1_epi32(two[0]));
+                s[r][1] = dot_shorts(s[r][1], w1, _mm512_set1_epi32(two[1]));
             }
         }
     }
@@ -61,9 +61,9 @@ INLINE void tile_nibbles(const int rows, const uint8_t *x, int64_t stride, const
             for (int r = 0; r < rows; r++) {
                 int32_t four;
                 memcpy(&four, x + r * stride + 4 * k, 4);
-                s[r] = _mm512_dpbusd_epi32(s[r], low, _mm512_set1_epi32(four));
+                s[r] = dot_nibbles(s[r], low, _mm512_set1_epi32(four));
                 memcpy(&four, x + r * stride + 16 + 4 * k, 4);
-                s[r] = _mm512_dpbusd_epi32(s[r], high, _mm512_set1_epi32(four));
+                s[r] = dot_nibbles(s[r], high, _mm512_set1_epi32(four));
             }
         }
         __m512 scale = sixteen_bfloat16((const uint16_t *)m->scale + first), minimum = sixteen_bfloat16(m->low + first);

@@ -1,4 +1,4 @@
-/* Products of a language model's matrices, and float16 caches, for avx2.c. */
+/* Products of a language model's matrices, and float16 caches, for instruction sets with AVX2. */
 
 INLINE Floats f_load_halves(const uint16_t *x) {
     const __m128i *halves = (const __m128i *)x;
@@ -36,8 +36,8 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
                 int32_t two;
                 memcpy(&two, x + r * stride, 4);
                 __m256i v = _mm256_set1_epi32(two);
-                s[r][0] = _mm256_add_epi32(s[r][0], _mm256_madd_epi16(w0, v));
-                s[r][1] = _mm256_add_epi32(s[r][1], _mm256_madd_epi16(w1, v));
+                s[r][0] = dot_shorts(s[r][0], w0, v);
+                s[r][1] = dot_shorts(s[r][1], w1, v);
                 IN_ORDER(s[r][0]);
                 IN_ORDER(s[r][1]);
             }
@@ -57,7 +57,6 @@ INLINE __m256 eight_bfloat16(const uint16_t *x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16));
 }
 
-/* The sum of 8 products of up to 15 by up to 127, two of which are added, fits 16 bits. */
 INLINE void half_nibbles(const int rows, int half, const uint8_t *x, int64_t stride, const float *steps, int64_t apart,
                          const Matrix *m, int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     int blocks = blocks_of(m->in);
@@ -80,17 +79,17 @@ INLINE void half_nibbles(const int rows, int half, const uint8_t *x, int64_t str
             for (int r = 0; r < rows; r++) {
                 int32_t four;
                 memcpy(&four, x + r * stride + 4 * k, 4);
-                s[r] = _mm256_add_epi16(s[r], _mm256_maddubs_epi16(low, _mm256_set1_epi32(four)));
+                s[r] = dot_nibbles(s[r], low, _mm256_set1_epi32(four));
                 IN_ORDER(s[r]);
                 memcpy(&four, x + r * stride + 16 + 4 * k, 4);
-                s[r] = _mm256_add_epi16(s[r], _mm256_maddubs_epi16(high, _mm256_set1_epi32(four)));
+                s[r] = dot_nibbles(s[r], high, _mm256_set1_epi32(four));
                 IN_ORDER(s[r]);
             }
         }
         __m256 scale = eight_bfloat16(scales), minimum = eight_bfloat16(lows);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
-            __m256 product = _mm256_cvtepi32_ps(_mm256_madd_epi16(s[r], _mm256_set1_epi16(1)));
+            __m256 product = _mm256_cvtepi32_ps(nibble_sums(s[r]));
             sum[r] = _mm256_fmadd_ps(_mm256_mul_ps(product, scale), _mm256_set1_ps(steps[r * apart + b]), sum[r]);
             sum[r] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(steps[r * apart + blocks + b]), sum[r]);
         }
