@@ -9,6 +9,7 @@
 
 #define ROUNDS 25 /* of each case, with other shapes and values */
 #define MEMORY (4 << 20)
+#define THREADS 3
 
 const Kernels *deploykit_kernels(int number);
 
@@ -56,11 +57,11 @@ static int8_t *signed_bytes(int64_t n) {
 }
 
 static void linear_layer(const Kernels *k) {
-    int in = from_to(1, 210), out = from_to(1, 130), rows = from_to(1, 13), add = from_to(0, 1), wide = filled(out), read = filled(in);
-    int quads = (in + 3) / 4, groups = groups_of(rows);
+    int in = from_to(1, 210), out = from_to(1, 130), rows = from_to(1, 40), add = from_to(0, 1), wide = filled(out), read = filled(in);
+    int quads = (in + 3) / 4, groups = groups_of(rows, k->rows);
     int32_t *offset = take(4 * wide);
     Linear l = {.scale = floats(wide), .offset = offset, .bias = floats(wide), .in = in, .out = out, .is_float = draw() % 3 == 0};
-    Rows to = {take(4 * rows * read), take(rows * read), take(4 * rows)};
+    Rows to = {take(4 * rows * read), take((rows + TILE_UNIT) * read), take(4 * rows)};
     float *x = floats(rows * read), *y = floats(rows * wide);
     if (l.is_float) {
         l.weight = floats((int64_t)wide * in);
@@ -72,7 +73,7 @@ static void linear_layer(const Kernels *k) {
     }
     for (int row = 0; row < rows; row++) k->give_row(to, &l, row, x + row * read, 0.37f);
     for (int number = 0; number < groups; number++) {
-        Group g = group(rows, number);
+        Group g = group_of(k, rows, number);
         for (int panel = 0; panel < wide / PANEL; panel++) k->tile(to, &l, g, panel, add, y + g.row * wide + panel * PANEL, wide);
     }
     if (l.is_float) {
@@ -195,7 +196,7 @@ static void matrix(const Kernels *k) {
     Matrix m = {.in = from_to(1, 300), .out = from_to(1, 70), .kind = from_to(FLOAT32, INT4), .levels = 32767};
     padded = panels_of(m.out) * COLUMNS, blocks = blocks_of(m.in);
     Given g = {.stride = wide(m.in) * 4, .apart = 2 * blocks};
-    g.rows = take(rows * g.stride), g.steps = take(4 * rows * g.apart);
+    g.rows = take((rows + TILE_UNIT) * g.stride), g.steps = take(4 * rows * g.apart);
     float *x = floats(rows * wide(m.in)), *y = floats(rows * padded);
     m.bias = floats(padded);
     if (m.kind == FLOAT32) {
@@ -260,6 +261,25 @@ static void run_case(int number, int round, const Kernels *k) {
     CASES[number].run(k);
 }
 
+/* Each thread adds its number to the counts of all others, one after another. */
+static int64_t counts[THREADS];
+static void add_all(Context *c, int number) {
+    for (int i = 0; i < c->threads; i++) {
+        counts[(number + i) % c->threads] += number + 1;
+        barrier(c);
+    }
+}
+
+static int threads_meet(void) {
+    Context *c = deploykit_new(NULL, NULL, THREADS);
+    if (!c || c->threads != THREADS) return 0;
+    for (int i = 0; i < ROUNDS; i++) run(c, add_all);
+    deploykit_free(c);
+    for (int i = 0; i < THREADS; i++)
+        if (counts[i] != ROUNDS * THREADS * (THREADS + 1) / 2) return 0;
+    return 1;
+}
+
 int main(void) {
     int sets = 0, wrong = 0;
     uint8_t *expected = malloc(MEMORY);
@@ -281,5 +301,6 @@ int main(void) {
                 wrong = 1;
             }
         }
+    if (!threads_meet()) wrong = fprintf(stderr, "threads do not wait for each other\n") > 0;
     return wrong;
 }

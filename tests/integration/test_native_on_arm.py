@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import runpy
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from native_builds import KERNELS, compile_engine
 
-ROOT = Path(__file__).parents[2]
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 LINKER = shutil.which("aarch64-linux-gnu-gcc")
 """It has a C library for Arm, which Zig would have to compile first."""
@@ -29,20 +27,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Compile native_kernels.c and the engine for Arm, as setup.py does. That takes a minute of a CPU, and later a
-    second: Zig keeps what it compiled."""
     folder = tmp_path_factory.mktemp("arm")
-    build = runpy.run_path(str(ROOT / "setup.py"))
-    sources = {**build["native_sources"]("aarch64"), str(Path(__file__).with_name("native_kernels.c")): "generic"}
-
-    def compiled(source: str) -> str:
-        out = str(folder / f"{Path(source).stem}.o")
-        compiler = build["compiler"](build["TARGETS"]["linux-aarch64"].zig, sources[source])
-        subprocess.run((*compiler, "-c", source, "-o", out), cwd=ROOT, check=True)
-        return out
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sources))
+    objects = compile_engine(folder, "linux-aarch64", KERNELS)
     subprocess.run((LINKER, "-static", *objects, "-o", str(folder / "kernels"), "-lm", "-lpthread"), check=True)
     return folder / "kernels"
 
