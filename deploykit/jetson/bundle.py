@@ -54,7 +54,11 @@ _ROWS = 64
 _TIME = 315532800  # 1980, the earliest time that every archive format can store
 # ONNX Runtime can replace TensorRT; 1.23 is its last release for Python 3.10.
 _WHEELS = ("numpy==1.26.4", "psutil==7.2.2")
-_MODULE_WHEELS = {"tokenizers": "tokenizers==0.23.3", "sentencepiece": "sentencepiece==0.2.3"}
+_MODULE_WHEELS = {
+    "tokenizers": "tokenizers==0.23.3",
+    "sentencepiece": "sentencepiece==0.2.3",
+    "typing_extensions": "typing_extensions==4.16.0",
+}
 _ONNXRUNTIME = {"3.10": "onnxruntime==1.23.2", "3.12": "onnxruntime==1.31.1"}
 _LEAST_GLIBC = 17  # lowest minor version in tags of aarch64 wheels
 
