@@ -155,6 +155,22 @@ def render_finetuning(suite: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
+def render_instruction_sets(suite: Record) -> str:
+    """Return Markdown: how many times faster each instruction set of ``native`` is than the reference."""
+    names = list(suite["workloads"][0]["sets"])
+    lines = [
+        f"{_when_and_where(suite)}, {suite['threads']} threads. How many times faster than `{suite['reference']}`: the median of "
+        "neighbouring calls (the middle half of them). Tokenization is part of a call.",
+        "",
+        *_head(*(f"`{name}`" for name in names if name != suite["reference"])),
+    ]
+    for workload in suite["workloads"]:
+        found = [workload["sets"][name]["ratio"] for name in names if name != suite["reference"]]
+        ratios = [f"{ratio['median']:.2f} ({ratio['p25']:.2f} to {ratio['p75']:.2f})" for ratio in found]
+        lines.append(_row([f"{workload['task']}: {workload['calls']}", *ratios]))
+    return "\n".join(lines) + "\n"
+
+
 def _load_told(suite: Record) -> str:
     """Return a sentence if other programs made the figures unreliable."""
     busy = max(load["cpu_percent"] for load in suite["load_before"])
@@ -451,6 +467,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "finetuning": ("finetuning", render_finetuning),
     "gpu": ("gpu-*", render_gpu),
     "generation": ("generation", render_generation),
+    "instruction-sets": ("instruction-sets-*", render_instruction_sets),
     "methods": ("methods", render_methods),
     "translation": ("translation", render_translation),
     "translators": ("architectures", render_translators),

@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,16 @@ def examine() -> dict[str, Any]:
     ``native`` is None if that engine does not run. Raises UsageError if the environment names an unknown instruction
     set.
     """
+    cpu = _cpu()
     return {
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu,
         "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 1_000_000,
         "gpu": _gpu(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "engines": {name: info.installed for name, info in ENGINES.items()},
-        "native": _native(),
+        "native": _native(cpu["features"]),
         "commands": {name: need.__dict__ for name, need in _commands().items()},
     }
 
@@ -113,11 +114,13 @@ def _cpu() -> dict[str, Any]:
     return {"model": model, "cores": available_cpus(), "features": [flag for flag in _CPU_FLAGS if flag in flags]}
 
 
-def _native() -> dict[str, Any] | None:
-    """Return the instruction set that the engine ``native`` uses, and all that it can use."""
+def _native(features: Sequence[str]) -> dict[str, Any] | None:
+    """Return the instruction set that the engine ``native`` uses, all that it can use, and what of the CPU's is refused."""
     if native.lacks():
         return None
-    return {"instruction_set": native.instruction_set(), "available": list(native.instruction_sets())}
+    available = list(native.instruction_sets())
+    refused = "Linux does not give AMX to this process" if "amx_int8" in features and "amx" not in available else None
+    return {"instruction_set": native.instruction_set(), "available": available, "refused": refused}
 
 
 def _gpu() -> dict[str, Any]:

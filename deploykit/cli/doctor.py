@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from deploykit.cli.common import Result, deploykit_command
 
 
@@ -20,7 +23,7 @@ def command() -> Result:
         "packages  " + ", ".join(f"{name} {version}" for name, version in found["packages"].items() if version),
         "lacking   " + ", ".join(name for name, version in found["packages"].items() if version is None),
         "engines   " + ", ".join(f"{name} ({info.lacks})" if info.lacks else name for name, info in ENGINES.items()),
-        *([f"native    {native['instruction_set']}; this CPU runs {', '.join(native['available'])}"] if native else []),
+        *([_native_line(native)] if native else []),
         "",
     ]
     for name, need in found["commands"].items():
@@ -29,3 +32,8 @@ def command() -> Result:
         else:
             lines += [f"{name:<12} needs {need['missing']}", f"{'':<12} remedy: {need['remedy']}"]
     return found, "\n".join(lines)
+
+
+def _native_line(native: Mapping[str, Any]) -> str:
+    line = f"native    {native['instruction_set']}; this CPU runs {', '.join(native['available'])}"
+    return f"{line} ({native['refused']})" if native["refused"] else line

@@ -58,11 +58,12 @@ static int8_t *signed_bytes(int64_t n) {
 
 static void linear_layer(const Kernels *k) {
     int in = from_to(1, 210), out = from_to(1, 130), rows = from_to(1, 40), add = from_to(0, 1), wide = filled(out), read = filled(in);
+    int activation = draw() % 2 ? from_to(NONE, TANH) : NONE;
     int quads = (in + 3) / 4, groups = groups_of(rows, k->rows);
     int32_t *offset = take(4 * wide);
     Linear l = {.scale = floats(wide), .offset = offset, .bias = floats(wide), .in = in, .out = out, .is_float = draw() % 3 == 0};
     Rows to = {take(4 * rows * read), take((rows + TILE_UNIT) * read), take(4 * rows)};
-    float *x = floats(rows * read), *y = floats(rows * wide);
+    float *x = floats(rows * read), *y = floats(rows * wide), *factor = draw() % 2 ? floats(rows * wide) : NULL;
     if (l.is_float) {
         l.weight = floats((int64_t)wide * in);
     } else {
@@ -73,8 +74,11 @@ static void linear_layer(const Kernels *k) {
     }
     for (int row = 0; row < rows; row++) k->give_row(to, &l, row, x + row * read, 0.37f);
     for (int number = 0; number < groups; number++) {
-        Group g = group_of(k, rows, number);
-        for (int panel = 0; panel < wide / PANEL; panel++) k->tile(to, &l, g, panel, add, y + g.row * wide + panel * PANEL, wide);
+        Group g = group(rows, k->rows, k->unit, number);
+        for (int panel = 0; panel < wide / PANEL; panel++) {
+            int64_t at = g.row * wide + panel * PANEL;
+            k->tile(to, &l, g, panel, (Then){add, activation, factor ? factor + at : NULL, y + at}, wide);
+        }
     }
     if (l.is_float) {
         show(to.given, 4 * rows * read);
@@ -97,9 +101,8 @@ static void norm(const Kernels *k) {
 static void activation(const Kernels *k) {
     static const float ODD[8] = {0.0f, -0.0f, 88.0f, -88.0f, 100.0f, -100.0f, 1e30f, -1e30f};
     int rows = from_to(1, 6), kind = from_to(NONE, TANH);
-    float *x = floats(rows * 2 * PANEL), *factor = floats(rows * 2 * PANEL), *gate = floats(rows * COLUMNS);
-    memcpy(x + 3, ODD, sizeof(ODD));
-    k->activate(kind, draw() % 2 ? factor : NULL, x, rows, 2 * PANEL);
+    float *x = floats(rows * 2 * PANEL), *gate = floats(rows * COLUMNS);
+    memcpy(x + PANEL + 3, ODD, sizeof(ODD));
     k->pass_gate(kind, draw() % 2 ? gate : NULL, x + PANEL, rows, 2 * PANEL);
     k->cap_values(x + 3, from_to(1, PANEL), 30.0f);
     show(x, 4 * rows * 2 * PANEL);

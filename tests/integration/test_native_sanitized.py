@@ -28,7 +28,14 @@ from deploykit.graphs.native_writer import save_native
 CSRC = ROOT / "deploykit/runtime/engines/native/csrc"
 FLAGS = ("-g1", "-std=gnu11", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 SANITIZERS = ("-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-MARCH = {"scalar": "x86-64", "avx2": "x86-64-v3", "avx512vnni": "x86-64-v4"}
+CPUS = {
+    "scalar": ("x86-64",),
+    "avx2": ("x86-64-v3",),
+    "avxvnni": ("x86-64-v3", "-mavxvnni"),
+    "avx512": ("x86-64-v4",),
+    "avx512vnni": ("x86-64-v4", "-mavx512vnni"),
+    "amx": ("x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
+}
 ROUNDS = 150
 
 pytestmark = [
@@ -42,18 +49,15 @@ pytestmark = [
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sanitized")
 
-    def compile_file(source: Path, march: str) -> Path:
+    def compile_file(source: Path, cpu: tuple[str, ...]) -> Path:
         target = folder / f"{source.stem}.o"
         # Optimized and sanitized, the scalar kernels take gcc minutes; those of vectors cannot be compiled in either way.
-        if march != MARCH["scalar"]:
-            how = ("-O1", f"-march={march}", *(["-mavx512vnni"] if source.stem == "avx512vnni" else []))
-        else:
-            how = ("-O0" if source.stem == "scalar" else "-O1", f"-march={march}", *SANITIZERS)
-        subprocess.run(["gcc", *FLAGS, *how, "-c", source, "-o", target], check=True)
+        how = ("-O0" if source.stem == "scalar" else "-O1", *(SANITIZERS if cpu == CPUS["scalar"] else ()))
+        subprocess.run(["gcc", *FLAGS, f"-march={cpu[0]}", *cpu[1:], *how, "-c", source, "-o", target], check=True)
         return target
 
-    sources = dict.fromkeys(CSRC.glob("*.c"), MARCH["scalar"])
-    sources |= {CSRC / "isa" / f"{name}.c": march for name, march in MARCH.items()}
+    sources = dict.fromkeys(CSRC.glob("*.c"), CPUS["scalar"])
+    sources |= {CSRC / "isa" / f"{name}.c": cpu for name, cpu in CPUS.items()}
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_file, sources, sources.values()))
     out = folder / "native.so"

@@ -30,7 +30,7 @@ static int widest_of(const CausalModel *m) {
 static int new_given(Given *g, int rows, int widest) {
     g->stride = (int64_t)widest * sizeof(float);
     g->apart = 2 * blocks_of(widest);
-    g->rows = room(g->rows, rows * g->stride);
+    g->rows = room(g->rows, (rows + TILE_UNIT) * g->stride);
     g->steps = room(g->steps, rows * g->apart * (int64_t)sizeof(float));
     return g->rows && g->steps;
 }
@@ -64,14 +64,14 @@ INLINE int local_panels(const Matrix *m) { return panel_bytes(m) < LOCAL_BYTES ?
 
 /* Multiply all rows by some of the panels. */
 static void product(Context *c, int number, const Given *from, const Matrix *m, int rows, int add, float *out, int64_t stride) {
-    int first, last, groups = groups_of(rows, c->kernels->rows), local = local_panels(m);
+    int first, last, groups = groups_of(rows, c->kernels->matrix_rows), local = local_panels(m);
     share(panels_of(m->out), c->threads, number, &first, &last);
     for (int begin = first; begin < last; begin += local)
         for (int g = 0; g < groups; g++) {
-            Group some = group_of(c->kernels, rows, g);
+            Group some = group(rows, c->kernels->matrix_rows, c->kernels->unit, g);
             for (int panel = begin; panel < begin + local && panel < last; panel++) {
                 Ahead ahead = ahead_of(m, panel, local, g, groups);
-                float rest[MOST_TILE_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
+                float rest[MATRIX_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
                 if ((panel + 1) * COLUMNS <= stride) {
                     c->kernels->multiply(from, m, some.row, some.rows, panel, add, to, stride, ahead);
                     continue;
@@ -86,13 +86,13 @@ static void product(Context *c, int number, const Given *from, const Matrix *m, 
 /* Multiply by up (and gate), and apply the activation. */
 static void widen(Context *c, int number, const Given *from, const CausalLayer *layer, int rows, float *out, int64_t stride) {
     const Matrix *m = &layer->up;
-    int first, last, each = layer->gated ? 2 : 1, groups = groups_of(rows, c->kernels->rows), local = (local_panels(m) + each - 1) / each;
+    int first, last, each = layer->gated ? 2 : 1, groups = groups_of(rows, c->kernels->matrix_rows), local = (local_panels(m) + each - 1) / each;
     share(panels_of(m->out) / each, c->threads, number, &first, &last);
     for (int begin = first; begin < last; begin += local)
         for (int g = 0; g < groups; g++) {
-            Group some = group_of(c->kernels, rows, g);
+            Group some = group(rows, c->kernels->matrix_rows, c->kernels->unit, g);
             for (int panel = begin; panel < begin + local && panel < last; panel++) {
-                float gate[MOST_TILE_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
+                float gate[MATRIX_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
                 for (int i = 0; i < each; i++) {
                     int is_gate = i < each - 1, number_of_panel = panel * each + i;
                     c->kernels->multiply(from, m, some.row, some.rows, number_of_panel, 0, is_gate ? gate : to,

@@ -16,6 +16,7 @@
 #define COLUMNS 16
 #define BLOCK 32
 #define LARGEST_HEAD 256
+#define MATRIX_ROWS 256 /* most rows of a product by a panel */
 
 enum { FLOAT32 = 1, INT8, INT4 };
 
@@ -58,7 +59,7 @@ typedef struct {
 
 /* The input rows of a matrix, in the type that it multiplies. */
 typedef struct {
-    uint8_t *rows; /* ``stride`` bytes apart */
+    uint8_t *rows; /* ``stride`` bytes apart: 4 for each input of the widest matrix */
     float *steps;  /* INT8: the scale; INT4: a scale for each block, then scale x sum for each; ``apart`` floats apart */
     int64_t stride, apart;
 } Given;

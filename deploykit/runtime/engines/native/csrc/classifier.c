@@ -4,6 +4,8 @@
 
 #include "kernels.h"
 
+#define LOCAL_ROWS 64 /* whose intermediate results stay in the L2 cache, beside a layer's weights */
+
 /* Lay out ``h`` in ``memory`` (NULL to compute the size only). Returns the size in bytes. */
 static int64_t lay_attention(Attention *h, const Stack *s, int n, char *memory) {
     int64_t keys = filled(n), size = s->head_size, bytes = 0;
@@ -59,11 +61,13 @@ static void attend_rows(Context *c, int number, const Stack *s, float *packed, i
     }
 }
 
-/* The rest of a layer after attention, for the rows ``first`` to ``last``, up to the input of ``next``. */
-static void finish_rows(Context *c, const Stack *s, const Layer *l, const Linear *next, const float *packed, int first, int last) {
+/* The rest of a layer after attention, for the rows ``first`` to ``last``, up to the input of ``next``. Intermediate results are
+ * those of the rows from ``scratch`` on. */
+static void finish_rows(Context *c, const Stack *s, const Layer *l, const Linear *next, const float *packed, int scratch,
+                        int first, int last) {
     int64_t hidden = filled(s->hidden), wide = filled(3 * s->heads * s->head_size), inner = filled(l->up.out);
-    Rows own = {c->given[1] + first * c->widest, c->quantized[1] + first * c->widest, c->step[1] + first};
-    float *x = c->x + first * hidden, *middle = c->middle + first * inner;
+    Rows own = {c->given[1] + scratch * c->widest, c->quantized[1] + scratch * c->widest, c->step[1] + scratch};
+    float *x = c->x + first * hidden, *middle = c->middle + scratch * inner;
     int rows = last - first;
     for (int r = 0; r < rows; r++) c->kernels->give_row(own, &l->out, r, packed + (first + r) * wide, 1.0f);
     linear_of(c, own, &l->out, rows, 0, (int)hidden / PANEL, (Then){.add = 1, .out = x});
@@ -153,7 +157,9 @@ static void encode_rows(Context *c, int number, int text, int first, int last, i
         if (first_only) finish_texts(c, number, s, packed);
         else if (first < last) {
             attend_rows(c, number, s, packed, text, first, last, shift);
-            finish_rows(c, s, &s->layer[i], end ? &s->last : &s->layer[i + 1].qkv, packed, first, last);
+            for (int row = first; row < last; row += LOCAL_ROWS)
+                finish_rows(c, s, &s->layer[i], end ? &s->last : &s->layer[i + 1].qkv, packed, first, row,
+                            row + LOCAL_ROWS < last ? row + LOCAL_ROWS : last);
         }
     }
     if (tokens && first < last) finish_tokens(c, s, first, last, shift);

@@ -49,8 +49,8 @@ typedef struct {
 struct Kernels {
     const char *name;
     int32_t zero; /* added to quantized activations: 128 if products need unsigned ones */
-    int32_t rows; /* that tile and multiply take at most, up to MOST_TILE_ROWS */
-    int32_t unit; /* groups of rows begin at multiples of it */
+    int32_t rows, matrix_rows; /* that tile (up to MOST_TILE_ROWS) and multiply (up to MATRIX_ROWS) take at most */
+    int32_t unit;              /* groups of rows begin at multiples of it */
     /* Give up the thread's tile registers, after its part of a job; may be NULL. */
     void (*release)(void);
 
@@ -58,11 +58,9 @@ struct Kernels {
     void (*give_row)(Rows to, const Linear *next, int row, const float *x, float scale);
     /* Normalize ``x`` to ``y``; both have rows padded to 16. */
     void (*normalize)(const Norm *norm, const float *x, float *y, int n);
-    /* Compute rows of ``from`` @ weight + bias for a panel's columns and the rows of ``g``. Write them to ``out``, whose rows
-     * are ``stride`` floats apart, or add them to it if ``add``. */
-    void (*tile)(Rows from, const Linear *l, Group g, int panel, int add, float *out, int64_t stride);
-    /* Compute activation(x) * factor on a panel's columns of ``rows`` rows. */
-    void (*activate)(int activation, const float *factor, float *x, int rows, int64_t stride);
+    /* Compute rows of ``from`` @ weight + bias for a panel's columns and the rows of ``g``, then activation(...) * factor. The
+     * rows of ``then.out`` are ``stride`` floats apart. */
+    void (*tile)(Rows from, const Linear *l, Group g, int panel, Then then, int64_t stride);
     /* Compute x = embedding of a token, a column of panels, + positions (may be NULL). */
     void (*embed_column)(const Stack *s, int64_t token, const float *positions, float *x);
     /* Do the same with a row of the embedding, with one rounding. */
@@ -104,7 +102,7 @@ struct Kernels {
     void (*attend_seen)(const Seen *s, int queries, const SeenBy *q, float *scores);
 };
 
-/* Group ``number`` of the rows of a product. */
+/* Group ``number`` of the rows of a linear layer. */
 INLINE Group group_of(const Kernels *k, int rows, int number) { return group(rows, k->rows, k->unit, number); }
 
 enum { NONE, RELU, SILU, GELU, GELU_TANH, TANH };

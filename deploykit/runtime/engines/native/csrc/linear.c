@@ -7,10 +7,7 @@ void linear_of(const Context *c, Rows from, const Linear *l, int rows, int first
     for (int panel = first; panel < last; panel++)
         for (int number = 0; number < groups; number++) {
             Group g = group_of(c->kernels, rows, number);
-            int64_t at = (int64_t)g.row * wide + panel * PANEL;
-            c->kernels->tile(from, l, g, panel, then.add, then.out + at, wide);
-            if (then.activation || then.factor)
-                c->kernels->activate(then.activation, then.factor ? then.factor + at : NULL, then.out + at, g.rows, wide);
+            c->kernels->tile(from, l, g, panel, then_at(then, (int64_t)g.row * wide + panel * PANEL), wide);
         }
 }
 

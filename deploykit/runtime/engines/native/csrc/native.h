@@ -18,8 +18,8 @@
 
 #define PANEL 64
 #define MOST_ROWS 6  /* of a tile in registers */
-#define MOST_TILE_ROWS 32 /* of any tile */
-#define TILE_UNIT 16 /* buffers of quantized rows have so many more, because AMX reads them by 16 */
+#define MOST_TILE_ROWS 256 /* of any tile */
+#define TILE_UNIT 16       /* buffers of quantized rows have so many more, because AMX reads rows by 16 */
 #define CHUNKS 32    /* fixed parts of the vocabulary, searched by different threads */
 #define MOST_BEST 64
 #define QUERIES 4    /* of an encoder's attention, computed together to read keys once */
@@ -143,6 +143,14 @@ typedef struct {
     float *step;
 } Rows;
 
+/* What becomes of a linear layer's results; ``factor`` and ``out`` have the same strides. */
+typedef struct {
+    int add;             /* to the present values */
+    int activation;
+    const float *factor; /* multiplied by, or NULL */
+    float *out;
+} Then;
+
 typedef struct Context Context;
 typedef struct Kernels Kernels;
 typedef void (*Work)(Context *, int);
@@ -207,12 +215,9 @@ void *serve(void *argument);
 typedef struct { Context *context; int number; } Thread;
 
 /* linear.c */
-typedef struct {
-    int add;             /* to the present values */
-    int activation;
-    const float *factor; /* multiplied by, or NULL */
-    float *out;
-} Then;
+INLINE Then then_at(Then then, int64_t at) {
+    return (Then){then.add, then.activation, then.factor ? then.factor + at : NULL, then.out + at};
+}
 INLINE Rows buffer(const Context *c, int number) { return (Rows){c->given[number], c->quantized[number], c->step[number]}; }
 void linear_of(const Context *c, Rows from, const Linear *l, int rows, int first, int last, Then then);
 void linear(Context *c, int number, int from, const Linear *l, int rows, Then then);

@@ -78,7 +78,7 @@ void choose(Context *c, int number, const Stack *s) {
             for (int number = 0; number < groups; number++) {
                 Group g = group_of(c->kernels, rows, number);
                 float of_panel[MOST_TILE_ROWS][PANEL], *logits = of_panel[0];
-                c->kernels->tile(buffer(c, 0), l, g, panel, 0, logits, PANEL);
+                c->kernels->tile(buffer(c, 0), l, g, panel, (Then){.out = logits}, PANEL);
                 for (int row = g.row; row < g.row + g.rows; row++, logits += PANEL) {
                     if (choice->logits) memcpy(choice->logits + (int64_t)row * l->out + first, logits, sizeof(float) * n);
                     if (!choice->best || choice->forced[row] >= 0) continue;

@@ -31,6 +31,10 @@ class Group(ctypes.Structure):
     _fields_ = (("row", c_int), ("rows", c_int), ("number", c_int), ("of", c_int))
 
 
+class Then(ctypes.Structure):
+    _fields_ = (("add", c_int), ("activation", c_int), ("factor", c_void_p), ("out", c_void_p))
+
+
 class Kept(ctypes.Structure):
     _fields_ = (("bytes", c_void_p), ("scale", c_void_p), ("apart", c_int64))
 
@@ -63,11 +67,11 @@ class Found(ctypes.Structure):
 
 class Kernels(ctypes.Structure):
     _fields_ = (
-        ("name", c_char_p), ("zero", c_int32), ("rows", c_int32), ("unit", c_int32), ("release", CFUNCTYPE(None)),
+        ("name", c_char_p), ("zero", c_int32), ("rows", c_int32), ("matrix_rows", c_int32),
+        ("unit", c_int32), ("release", CFUNCTYPE(None)),
         ("give_row", CFUNCTYPE(None, Rows, POINTER(LinearStruct), c_int, c_void_p, c_float)),
         ("normalize", CFUNCTYPE(None, POINTER(NormStruct), c_void_p, c_void_p, c_int)),
-        ("tile", CFUNCTYPE(None, Rows, POINTER(LinearStruct), Group, c_int, c_int, c_void_p, c_int64)),
-        ("activate", CFUNCTYPE(None, c_int, c_void_p, c_void_p, c_int, c_int64)),
+        ("tile", CFUNCTYPE(None, Rows, POINTER(LinearStruct), Group, c_int, Then, c_int64)),
         ("embed_column", CFUNCTYPE(None, POINTER(StackStruct), c_int64, c_void_p, c_void_p)),
         ("embed_row", CFUNCTYPE(None, POINTER(StackStruct), c_int64, c_void_p, c_void_p)),
         ("keep", CFUNCTYPE(c_float, c_void_p, c_void_p, c_int, c_int, c_int)),
@@ -158,19 +162,22 @@ def quantized_rows(
     return to, [given, quantized[:rows], step]
 
 
-def run_linear(inputs: int, columns: int, rows: int, *, is_float: bool, add: int) -> Run:
+def run_linear(
+    inputs: int, columns: int, rows: int, *, is_float: bool, add: int = 0, activation: int = 0, factor: bool = False
+) -> Run:
     def run(k: Kernels, random: np.random.Generator) -> list[Array]:
         struct, _weights = linear(random, inputs, columns, is_float)
         to, (given, quantized, step) = quantized_rows(k, random, struct, rows)
         wide = filled(columns)
-        out = floats(random, rows, wide)
+        out, by = floats(random, rows, wide), floats(random, rows, wide)
         groups, units = -(-rows // k.rows), -(-rows // k.unit)
         for number in range(groups):
             first, last = (units * n // groups * k.unit for n in (number, number + 1))
             last = min(last, rows)
             for panel in range(wide // PANEL):
-                at = out[first, panel * PANEL :].ctypes.data
-                k.tile(to, byref(struct), Group(first, last - first, number, groups), panel, add, at, wide)
+                begin = (first, slice(panel * PANEL, None))
+                then = Then(add, activation, by[begin].ctypes.data if factor else None, out[begin].ctypes.data)
+                k.tile(to, byref(struct), Group(first, last - first, number, groups), panel, then, wide)
         if k.release:
             k.release()
         read = [given] if is_float else [(quantized - np.uint8(k.zero)), step]
@@ -191,12 +198,17 @@ def run_norm(n: int, *, mean: bool) -> Run:
 
 
 def run_activation(kind: int, rows: int, *, factor: bool) -> Run:
+    """Run a layer of one input, whose results are its weights."""
+
     def run(k: Kernels, random: np.random.Generator) -> list[Array]:
-        stride = 2 * PANEL
-        x, by = floats(random, rows, stride) * np.float32(8), floats(random, rows, stride)
-        x[0, :8] = [0, -0.0, 88, -88, 100, -100, 1e30, -1e30]
-        k.activate(kind, by.ctypes.data if factor else None, x.ctypes.data, rows, stride)
-        return [x]
+        weight, by = aligned(floats(random, PANEL) * np.float32(8)), floats(random, rows, PANEL)
+        zeros = aligned(np.zeros(PANEL, np.float32))
+        weight[:8] = [0, -0.0, 88, -88, 100, -100, 1e30, -1e30]
+        struct = LinearStruct(weight.ctypes.data, None, None, zeros.ctypes.data, 1, PANEL, 1)
+        ones, out = aligned(np.ones((rows, PANEL), np.float32)), empty(rows, PANEL)
+        then = Then(0, kind, by.ctypes.data if factor else None, out.ctypes.data)
+        k.tile(Rows(ones.ctypes.data, None, None), byref(struct), Group(0, rows, 0, 1), 0, then, PANEL)
+        return [out]
 
     return run
 
@@ -309,7 +321,11 @@ CASES: dict[str, Run] = {
         f"int8 linear {i}x{o}, {r} rows{', added' * add}": run_linear(i, o, r, is_float=False, add=add)
         for i, o, r, add in ((1, 1, 1, 0), (3, 64, 2, 1), (30, 65, 3, 0), (64, 128, 4, 1), (97, 130, 5, 0), (200, 70, 6, 1),
                              (768, 64, 13, 0), (2048, 64, 7, 0), (64, 64, 16, 1), (100, 130, 17, 0), (768, 64, 33, 1), (384, 128, 75, 0),
-                             (3, 64, 32, 0))
+                             (3, 64, 32, 0), (64, 64, 300, 1))
+    },
+    **{
+        f"int8 linear, {r} rows, activation {a}{', factor' * f}": run_linear(70, 130, r, is_float=False, activation=a, factor=f)
+        for a in range(6) for r, f in ((5, False), (40, True))
     },
     **{
         f"float linear {i}x{o}, {r} rows{', added' * add}": run_linear(i, o, r, is_float=True, add=add)
@@ -351,7 +367,7 @@ def test_the_reference_computes_products_and_norms() -> None:
     to, (_, quantized, step) = quantized_rows(k, random, struct, 3)
     out = empty(3, 192)
     for panel in range(3):
-        k.tile(to, byref(struct), Group(0, 3, 0, 1), panel, 0, out[0, panel * PANEL :].ctypes.data, 192)
+        k.tile(to, byref(struct), Group(0, 3, 0, 1), panel, Then(out=out[0, panel * PANEL :].ctypes.data), 192)
     columns = weight.transpose(1, 3, 0, 2).reshape(100, 192).astype(np.int64)
     sums = quantized.view(np.int8)[:, :100].astype(np.int64) @ columns
     np.testing.assert_allclose(out, sums * step[:, None] * scale + bias, rtol=1e-5, atol=1e-6)

@@ -24,8 +24,9 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
     const __m128i *w = (const __m128i *)((const int8_t *)m->weight + panel * panel_bytes(m));
     const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
     const char *next = ahead.at;
-    __m256i s[MOST_ROWS][2];
-    for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
+    const int chains = rows <= 2 ? 2 : 1; /* to hide the latency of VPDPWSSD */
+    __m256i s[MOST_ROWS][4];
+    for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = s[r][2] = s[r][3] = _mm256_setzero_si256();
     for (int b = 0; b < blocks_of(m->in); b++) {
         next = prefetch(next, ahead.lines);
 #pragma GCC unroll 4
@@ -36,10 +37,11 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
                 int32_t two;
                 memcpy(&two, x + r * stride, 4);
                 __m256i v = _mm256_set1_epi32(two);
-                s[r][0] = dot_shorts(s[r][0], w0, v);
-                s[r][1] = dot_shorts(s[r][1], w1, v);
-                IN_ORDER(s[r][0]);
-                IN_ORDER(s[r][1]);
+                __m256i *sums = s[r] + k % chains * 2;
+                sums[0] = dot_shorts(sums[0], w0, v);
+                sums[1] = dot_shorts(sums[1], w1, v);
+                IN_ORDER(sums[0]);
+                IN_ORDER(sums[1]);
             }
         }
     }
@@ -48,7 +50,8 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             __m256 worth = _mm256_mul_ps(factor, _mm256_set1_ps(steps[r * apart]));
-            put(out + r * out_stride + 8 * j, _mm256_fmadd_ps(_mm256_cvtepi32_ps(s[r][j]), worth, more), add);
+            __m256i sum = chains == 2 ? _mm256_add_epi32(s[r][j], s[r][2 + j]) : s[r][j];
+            put(out + r * out_stride + 8 * j, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), worth, more), add);
         }
     }
 }

@@ -46,7 +46,7 @@ static void find(Found *f, const float *logits, int first, int n, int best, int 
 }
 
 #ifndef TILES
-#define TILES .rows = MOST_ROWS, .unit = 1, .tile = tile, .multiply = multiply
+#define TILES .rows = MOST_ROWS, .matrix_rows = MOST_ROWS, .unit = 1, .tile = tile, .give = give, .multiply = multiply
 #endif
 
 const Kernels TABLE = {
@@ -55,7 +55,6 @@ const Kernels TABLE = {
     TILES,
     .give_row = give_row,
     .normalize = normalize,
-    .activate = activate,
     .embed_column = embed_column,
     .embed_row = embed_row,
     .keep = keep,
@@ -64,7 +63,6 @@ const Kernels TABLE = {
     .find = find,
     .take_head = take_head,
     .attend_head = attend_head,
-    .give = give,
     .pass_gate = pass_gate,
     .cap_values = cap_values,
     .keep_halves = keep_halves,

@@ -16,12 +16,11 @@ static void take_head(Attention *h, const Stack *s, const float *key, const floa
             }
             h->key_scale[j] = highest / 127.0f;
             h->key_offset[j] = 128 * i_sum(sum);
-        } else {
-            memset(four, 0, sizeof(four));
+            for (int i = 0; i < quads; i++) panels[((int64_t)(j / PANEL) * quads + i) * PANEL + j % PANEL] = four[i];
+        } else { /* scores of such keys are not read */
             h->key_scale[j] = 0.0f;
             h->key_offset[j] = 0;
         }
-        for (int i = 0; i < quads; i++) panels[((int64_t)(j / PANEL) * quads + i) * PANEL + j % PANEL] = four[i];
     }
     for (int i = 0; i < padded; i += 16) {
         Floats most = f_zero();
@@ -59,7 +58,7 @@ static void attend_head(Attention *h, const Stack *s, int head, const float *que
     float sums[MOST_ROWS];
     for (int r = 0; r < rows; r++) give_row(h->queries, &h->layer, r, query + r * wide, s->scale * 1.44269504f);
     for (int panel = 0; panel < keys / PANEL; panel++)
-        tile(h->queries, &h->layer, group(rows, MOST_ROWS, 1, 0), panel, 0, h->scores + panel * PANEL, keys);
+        tile(h->queries, &h->layer, group(rows, MOST_ROWS, 1, 0), panel, (Then){.out = h->scores + panel * PANEL}, keys);
     for (int r = 0; r < rows; r++) {
         float *scores = h->scores + r * keys;
         for (int t = 0; bias && t < n; t += 16)
