@@ -15,7 +15,7 @@ help:
 	@echo "make generation-peers   the engines that bench/generation.py compares with, in an environment of their own (minutes)"
 	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour, without generation.py)"
 	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, and ask lm-eval, in environments of their own (minutes)"
-	@echo "make wheels   a wheel for Linux on x86-64 and one on Arm, in build/wheels (minutes)"
+	@echo "make wheels   a wheel each for Linux, macOS and Windows on x86-64, and for Linux and macOS on Arm, in build/wheels (minutes)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
 	@echo "make docs   build the docs into build/docs"
@@ -76,7 +76,7 @@ bench: $(READY) optimum-peers generation-peers
 	@$(BIN)/python bench/table.py
 
 wheels: $(READY)
-	@for target in linux-x86_64 linux-aarch64; do \
+	@for target in linux-x86_64 linux-aarch64 darwin-arm64 darwin-x86_64 win32-AMD64; do \
 	  DEPLOYKIT_TARGET=$$target $(BIN)/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheels . || exit 1; \
 	done
 

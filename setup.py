@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,16 +37,22 @@ its architecture: it looks which instruction sets the CPU has."""
 
 
 class Target(NamedTuple):
-    """A machine to compile for: its architecture, Zig's name for it, and the platform in the names of wheels."""
+    """A machine to compile for: its architecture, Zig's name for it, the platform in the names of wheels, and how names of
+    extension modules end there."""
 
     architecture: str
     zig: str
     wheel: str
+    suffix: str = ".abi3.so"
 
 
+# By sys.platform and platform.machine().
 TARGETS = {
     "linux-x86_64": Target("x86_64", "x86_64-linux-gnu.2.17", "manylinux_2_17_x86_64.manylinux2014_x86_64"),
     "linux-aarch64": Target("aarch64", "aarch64-linux-gnu.2.17", "manylinux_2_17_aarch64.manylinux2014_aarch64"),
+    "darwin-arm64": Target("aarch64", "aarch64-macos.11.0", "macosx_11_0_arm64"),
+    "darwin-x86_64": Target("x86_64", "x86_64-macos.10.13", "macosx_10_13_x86_64"),
+    "win32-AMD64": Target("x86_64", "x86_64-windows-gnu", "win_amd64", ".pyd"),
 }
 FLAGS = (
     "-O3", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fPIC", "-fvisibility=hidden", "-g0",
@@ -73,6 +80,9 @@ def chosen_target() -> str:
 class BuildNative(build_ext):
     """Build shared libraries that have no Python in them."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + TARGETS[chosen_target()].suffix
+
     def build_extension(self, ext: Extension) -> None:
         target = TARGETS[chosen_target()]
         cpus = native_sources(target.architecture)
@@ -86,7 +96,10 @@ class BuildNative(build_ext):
             objects.append(str(temporary / f"{Path(source).stem}.o"))
             command = compiler(target.zig, cpus[source]) if source in cpus else plain
             _run(*command, "-c", source, "-o", objects[-1])
-        _run(*plain, "-shared", *objects, "-o", str(out), "-lm", "-lpthread", "-ldl")
+        # Beside a library for Windows, the linker writes files that are not part of the wheel.
+        linked = temporary / out.name
+        _run(*plain, "-shared", *objects, "-o", str(linked), *(f"-l{name}" for name in ext.libraries))
+        shutil.copy(linked, out)
 
 
 class NameWheel(bdist_wheel):
@@ -113,6 +126,7 @@ def extensions() -> list[Extension]:
         "deploykit.runtime.engines.native._native",
         list(native_sources(TARGETS[name].architecture)),
         depends=sorted(map(str, CSRC.rglob("*.h"))),
+        libraries=["m", "pthread"],
         py_limited_api=True,
         optional=not asked,
     )
@@ -120,6 +134,7 @@ def extensions() -> list[Extension]:
         "deploykit.triton.guard._guard",
         ["deploykit/triton/guard/guard.c"],
         depends=["deploykit/triton/guard/triton.h"],
+        libraries=["dl", "pthread"],
         py_limited_api=True,
         optional=not asked,
     )

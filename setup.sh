@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Creates the virtual environment $1 with deploykit and all its extras; with --browser, installs a browser for the tests,
-# and with --emulator, an emulator of Arm CPUs and a linker for them.
+# and with --emulator, an emulator of Arm CPUs, a linker and a Python for them.
 # Run by `make`. As root, it installs missing system packages; otherwise it prints the command that does.
 set -euo pipefail
 venv=${1:?usage: setup.sh VENV | --browser | --emulator}
@@ -15,6 +15,23 @@ system_package() { # NAMES WHY
   exit 1
 }
 
+arm_python() { # FOLDER: unpacks Debian's Python for Arm with numpy, beside this system's packages
+  command -v apt-get >/dev/null && [ -n "$(type -P qemu-aarch64-static)" ] || return 1
+  echo "unpacking a Python for Arm into $1 (tests run whole models in it)"
+  local parts version
+  parts=$(mktemp -d) && mkdir -p "$parts"/lists/partial "$parts"/archives/partial && touch "$parts"/status
+  printf '%s\n' 'APT::Architecture "arm64";' 'APT::Architectures "arm64";' 'APT::Sandbox::User "root";' "Dir::State::Lists \"$parts/lists\";" \
+    "Dir::State::status \"$parts/status\";" "Dir::Cache \"$parts\";" >"$parts/apt.conf"
+  APT_CONFIG=$parts/apt.conf apt-get update -qq &&
+    APT_CONFIG=$parts/apt.conf apt-get install -y -qq --download-only --no-install-recommends python3 libstdc++6 >/dev/null || return 1
+  rm -rf "$1.partial" && mkdir -p "$1.partial"
+  for package in "$parts"/archives/*.deb; do dpkg-deb -x "$package" "$1.partial" || return 1; done
+  version=$(qemu-aarch64-static -L "$1.partial" "$1.partial/usr/bin/python3" -c 'import sys; print("%d.%d" % sys.version_info[:2])') &&
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version "$version" \
+      --platform manylinux2014_aarch64 --target "$1.partial/site" --constraint constraints.txt numpy || return 1
+  rm -rf "$parts" && mv "$1.partial" "$1"
+}
+
 if [ "$venv" = --browser ]; then
   [ -n "$(type -P chromium-headless-shell chromium chrome-headless-shell google-chrome chromium-browser)" ] ||
     (system_package chromium-headless-shell "a test opens the reports in it") || echo "continuing without it: that test is skipped" >&2
@@ -26,6 +43,8 @@ if [ "$venv" = --emulator ]; then
     (system_package "qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross" "tests run the kernels for Arm in it") ||
       echo "continuing without it: those tests are skipped" >&2
   fi
+  [ -x build/arm-python/usr/bin/python3 ] || arm_python build/arm-python ||
+    echo "continuing without a Python for Arm: the tests of whole models there are skipped" >&2
   exit
 fi
 

@@ -55,12 +55,13 @@ def command(
         f"{out}: written ({human_bytes(done.size_bytes)}, {done.files} files)",
         f"for {d.target}, JetPack {d.jetpack} (TensorRT {d.tensorrt}, Python {d.python}); builds {' or '.join(d.graphs)}, "
         f"{d.profile}, workspace {d.workspace_mib} MiB; {'with' if d.wheels else 'without'} wheels",
+        "without TensorRT, native runs it on the board's CPU" if done.native else "without native for the board's CPU",
         f"sha256 {done.sha256}",
         *([f"{done.signature}: written"] if done.signature else []),
         f"on the device: tar -xzf {out.name} && {d.name}-{d.target}/run.sh",
     ]
     record = {"out": str(out), "name": d.name, "target": d.target, "jetpack": d.jetpack, "tensorrt": d.tensorrt,
               "python": d.python, "precisions": list(d.graphs), "profile": d.profile, "workspace_mib": d.workspace_mib,
-              "wheels": d.wheels, "files": done.files, "size_bytes": done.size_bytes, "sha256": done.sha256,
+              "wheels": d.wheels, "native": done.native, "files": done.files, "size_bytes": done.size_bytes, "sha256": done.sha256,
               "signature": str(done.signature) if done.signature else None}  # fmt: skip
     return record, "\n".join(text)

@@ -34,6 +34,7 @@ from deploykit.errors import ArtifactError, CorruptArtifactError, DeploykitError
 from deploykit.jetson import contents
 from deploykit.jetson.boards import BOARDS, Board, JetPack, find_board, find_jetpack
 from deploykit.jetson.contents import Description, RecordedRows
+from deploykit.jetson.library import LIBRARY, library_for_arm
 from deploykit.jetson.run_script import run_sh
 from deploykit.runtime.engines.protocol import DecodeLimits
 from deploykit.runtime.find_graphs import find_graphs
@@ -53,17 +54,23 @@ _ROWS = 64
 _TIME = 315532800  # 1980, the earliest time that every archive format can store
 # ONNX Runtime can replace TensorRT; 1.23 is its last release for Python 3.10.
 _WHEELS = ("numpy==1.26.4", "psutil==7.2.2")
-_MODULE_WHEELS = {"tokenizers": "tokenizers==0.23.3", "sentencepiece": "sentencepiece==0.2.3"}
+_MODULE_WHEELS = {
+    "tokenizers": "tokenizers==0.23.3",
+    "sentencepiece": "sentencepiece==0.2.3",
+    "typing_extensions": "typing_extensions==4.16.0",
+}
 _ONNXRUNTIME = {"3.10": "onnxruntime==1.23.2", "3.12": "onnxruntime==1.31.1"}
 _LEAST_GLIBC = 17  # lowest minor version in tags of aarch64 wheels
 
 
 @dataclass(frozen=True)
 class Bundled:
-    """Result. ``files`` is their number in the bundle; ``signature`` is the path of its signature, if it is signed."""
+    """Result. ``files`` is their number in the bundle; ``native``: whether it has the engine for the board's CPU;
+    ``signature`` is the path of its signature, if it is signed."""
 
     out: Path
     description: Description
+    native: bool
     files: int
     size_bytes: int
     sha256: str
@@ -88,7 +95,8 @@ def bundle(
 
     ``precision`` is the device's default (auto: INT8 if the export has that graph). ``data`` is a file of
     texts to verify engines with, instead of the rows in the export. ``wheels`` is a folder of wheels for the device,
-    which are included; missing ones are downloaded into it. ``key``, a private key in PEM, signs ``out``.
+    which are included; missing ones are downloaded into it. ``key``, a private key in PEM, signs ``out``. The engine
+    ``native`` is included if the export has its file, it runs here too, and ``library_for_arm`` finds its library.
 
     Raises UsageError, ArtifactError, MissingDependencyError or DeploykitError, leaving nothing at ``out``.
     """
@@ -123,7 +131,17 @@ def bundle(
         workspace_mib=BOARDS[board].workspace_mib,
         wheels=wheels is not None,
     )
-    runs = (*graphs.values(), find_graphs(export_dir, export, engine="onnxruntime", precision="auto").files)
+    runs = [("onnxruntime", files) for files in graphs.values()]
+    runs.append(("onnxruntime", find_graphs(export_dir, export, engine="onnxruntime", precision="auto").files))
+    library = None
+    if native := _native_files(export_dir, export):
+        library = library_for_arm(wheels)
+        if library is None:
+            say(
+                "without the engine native for the board's CPU: put deploykit's wheel for aarch64 into the folder of --wheels"
+            )
+        else:
+            runs.append(("native", native))
     texts = _texts(export_dir, part, data)
     say(f"recording the answers to {len(texts)} rows")
     rows = _record(export_dir, part, runs, texts)
@@ -137,9 +155,11 @@ def bundle(
         f"{contents.REPOSITORY}/{name}/{CONFIG}": config.encode(),
         "wheels.txt": _wheel_list(release, part).encode(),
         **(_streamer(export, name) if part.streams else {}),
-        **_export_files(export_dir, export, [*tokenizer, *(file for run in runs for file in run)]),
+        **_export_files(export_dir, export, [*tokenizer, *(file for _, run in runs for file in run)]),
         **_own_source(),
     }
+    if library is not None:
+        files[f"lib/{LIBRARY}"] = library
     if wheels is not None:
         files.update({f"wheels/{path.name}": path for path in _wheels(wheels, release, part, say)})
     sums = {path: _digest(content) for path, content in files.items()}
@@ -150,7 +170,7 @@ def bundle(
         if key is not None:
             sign(file, key, signature_of(out))
     signature = signature_of(out) if key is not None else None
-    return Bundled(out, description, len(files), out.stat().st_size, hash_file(out), signature)
+    return Bundled(out, description, library is not None, len(files), out.stat().st_size, hash_file(out), signature)
 
 
 def unpack(archive: Path, out: Path, *, public_key: Path | None = None) -> Path:
@@ -224,8 +244,18 @@ def _texts(export_dir: Path, part: BundledTask, data: str | None) -> list[str]:
     return evenly(texts, _ROWS)
 
 
-def _record(export_dir: Path, part: BundledTask, runs: Sequence[Sequence[str]], texts: Sequence[str]) -> RecordedRows:
-    answers = {files[0]: part.answers(part.load(export_dir, files, "onnxruntime", {}), texts) for files in runs}
+def _native_files(export_dir: Path, export: Manifest) -> tuple[str, ...]:
+    """Return the files of the engine ``native``, none if the export has none or the engine does not run here."""
+    try:
+        return find_graphs(export_dir, export, engine="native", precision="auto").files
+    except (ArtifactError, MissingDependencyError):
+        return ()
+
+
+def _record(
+    export_dir: Path, part: BundledTask, runs: Sequence[tuple[str, Sequence[str]]], texts: Sequence[str]
+) -> RecordedRows:
+    answers = {files[0]: part.answers(part.load(export_dir, files, engine, {}), texts) for engine, files in runs}
     return RecordedRows(tuple(texts), answers)
 
 

@@ -17,8 +17,11 @@ from typing import Literal
 
 from deploykit.jetson.boards import BOARDS
 from deploykit.jetson.contents import Description
+from deploykit.runtime.engines.native import loader
 
 _LEAST_TENSORRT = (10, 3)
+_NAMES = {"native": "deploykit's engine native", "onnxruntime": "ONNX Runtime"}
+_WITHOUT_TENSORRT = "the model runs on the CPU; for the GPU: sudo apt-get install nvidia-jetpack"
 _FLASH = "install that JetPack, or make the bundle again with this device's --jetpack"
 
 
@@ -51,14 +54,17 @@ def examine(description: Description, engine: str, graph_bytes: int, root: Path 
                 f"not a Jetson: no {root / 'etc/nv_tegra_release'}",
                 "a Jetson" if on_jetson else "",
                 "problem" if on_jetson else "note",
-                f"run it on a Jetson {BOARDS[description.target].model}, or give --engine onnxruntime"
+                f"run it on a Jetson {BOARDS[description.target].model}, or give --engine native or --engine onnxruntime"
                 if on_jetson
-                else f"ONNX Runtime on this CPU takes the place of a Jetson {BOARDS[description.target].model}'s TensorRT",
+                else f"{_NAMES[engine]} on this CPU takes the place of a Jetson {BOARDS[description.target].model}'s TensorRT",
             )
         )
     else:
         findings += [_board(description, root), _jetpack(description), _l4t(description, release), _power(root)]
-    findings.append(_tensorrt(description) if on_jetson else _onnxruntime(description))
+        if not on_jetson and tensorrt_version() is None:
+            findings.append(Finding("TensorRT", "not installed", description.tensorrt, "note", _WITHOUT_TENSORRT))
+    needed = {"tensorrt": _tensorrt, "native": _native, "onnxruntime": _onnxruntime}
+    findings.append(needed[engine](description))
     findings.append(_python(description))
     findings.append(_memory(description, engine, graph_bytes, root))
     return findings
@@ -152,6 +158,15 @@ def _onnxruntime(description: Description) -> Finding:
     if description.wheels:
         remedy = f"the bundle's wheels are for Python {description.python} on aarch64; here: {remedy}"
     return Finding("ONNX Runtime", "not installed", "", "problem", remedy)
+
+
+def _native(description: Description) -> Finding:
+    lacks = loader.lacks()
+    if lacks is None:
+        return Finding("native", loader.instruction_set())
+    return Finding(
+        "native", lacks, "", "problem", "give --engine onnxruntime, or make the bundle again from an INT8 export"
+    )
 
 
 def _python(description: Description) -> Finding:

@@ -54,7 +54,8 @@ class Description:
 
 @dataclass(frozen=True)
 class RecordedRows:
-    """Real texts, and ONNX Runtime's answers to them by name of the (first) graph; see ``BundledTask.answers``."""
+    """Real texts, and the answers to them by name of the (first) graph, of ONNX Runtime or, for its file, ``native``; see
+    ``BundledTask.answers``."""
 
     texts: tuple[str, ...]
     answers: Mapping[str, Sequence[Any]]

@@ -26,6 +26,7 @@ from deploykit.jetson.contents import (
     read_description,
     read_rows,
 )
+from deploykit.runtime.engines.native import loader
 from deploykit.runtime.find_graphs import find_graphs
 from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.registry import task_of
@@ -61,7 +62,7 @@ class Bundle:
 
     def graphs(self, export: Manifest) -> tuple[str, tuple[str, ...]]:
         """Return (precision, files) of the model's graphs. Raises DeploykitError."""
-        if self.engine == "onnxruntime":
+        if self.engine != "tensorrt":
             chosen = find_graphs(self.export, export, engine=self.engine, precision=self.precision)
             return chosen.precision, chosen.files
         graphs = self.description.graphs
@@ -79,9 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("step", nargs="?", choices=STEPS)
     parser.add_argument(
         "--engine",
-        choices=("tensorrt", "onnxruntime"),
-        default="tensorrt",
-        help="engine to build or run (default: tensorrt)",
+        choices=("auto", "tensorrt", "native", "onnxruntime"),
+        default="auto",
+        help="engine to build or run (default: TensorRT; if it is not installed and the bundle has native, native on the CPU)",
     )
     parser.add_argument("--precision", default="auto", help="precision of the graph (default: INT8 if available)")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: 127.0.0.1)")
@@ -96,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = Path.cwd()
     os.environ["PATH"] += f"{os.pathsep}{_TRTEXEC}"  # JetPack does not put it on PATH
     try:
-        bundle = Bundle(root, read_description(root), given.engine, given.precision)
+        engine = choose_engine(root) if given.engine == "auto" else given.engine
+        bundle = Bundle(root, read_description(root), engine, given.precision)
         for step in (given.step,) if given.step else ("check", "build", "serve"):
             if step == "check":
                 check(bundle)
@@ -114,6 +116,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"remedy: {error.remedy}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def choose_engine(root: Path) -> str:
+    """Return TensorRT, or ``native`` if TensorRT is missing and the bundle in ``root`` has ``native`` for this CPU."""
+    if tensorrt_version() is None and loader.lacks() is None:
+        try:
+            find_graphs(root / EXPORT, load_manifest(root / EXPORT, "export"), engine="native", precision="auto")
+        except ArtifactError:
+            return "tensorrt"
+        say(f"TensorRT is not installed: the engine native runs the model on the CPU ({loader.instruction_set()})")
+        return "native"
+    return "tensorrt"
 
 
 def say(message: str) -> None:

@@ -9,6 +9,7 @@
 
 #define ROUNDS 25 /* of each case, with other shapes and values */
 #define MEMORY (4 << 20)
+#define THREADS 3
 
 const Kernels *deploykit_kernels(int number);
 
@@ -198,7 +199,7 @@ static void matrix(const Kernels *k) {
     Matrix m = {.in = from_to(1, 300), .out = from_to(1, 70), .kind = from_to(FLOAT32, INT4), .levels = 32767};
     padded = panels_of(m.out) * COLUMNS, blocks = blocks_of(m.in);
     Given g = {.stride = wide(m.in) * 4, .apart = 2 * blocks};
-    g.rows = take(rows * g.stride), g.steps = take(4 * rows * g.apart);
+    g.rows = take((rows + TILE_UNIT) * g.stride), g.steps = take(4 * rows * g.apart);
     float *x = floats(rows * wide(m.in)), *y = floats(rows * padded);
     m.bias = floats(padded);
     if (m.kind == FLOAT32) {
@@ -263,10 +264,29 @@ static void run_case(int number, int round, const Kernels *k) {
     CASES[number].run(k);
 }
 
+/* Each thread adds its number to the counts of all others, one after another. */
+static int64_t counts[THREADS];
+static void add_all(Context *c, int number) {
+    for (int i = 0; i < c->threads; i++) {
+        counts[(number + i) % c->threads] += number + 1;
+        barrier(c);
+    }
+}
+
+static int threads_meet(void) {
+    Context *c = deploykit_new(NULL, NULL, THREADS);
+    if (!c || c->threads != THREADS) return 0;
+    for (int i = 0; i < ROUNDS; i++) run(c, add_all);
+    deploykit_free(c);
+    for (int i = 0; i < THREADS; i++)
+        if (counts[i] != ROUNDS * THREADS * (THREADS + 1) / 2) return 0;
+    return 1;
+}
+
 int main(void) {
     int sets = 0, wrong = 0;
     uint8_t *expected = malloc(MEMORY);
-    if (!expected || !(shown = malloc(MEMORY)) || posix_memalign((void **)&memory, 64, MEMORY)) return 2;
+    if (!expected || !(shown = malloc(MEMORY)) || !(memory = room(NULL, MEMORY))) return 2;
     for (; deploykit_kernels(sets); sets++) printf("%s%s", sets ? " " : "", deploykit_kernels(sets)->name);
     printf("\n");
     for (int number = 0; number < (int)(sizeof(CASES) / sizeof(CASES[0])); number++)
@@ -284,5 +304,6 @@ int main(void) {
                 wrong = 1;
             }
         }
+    if (!threads_meet()) wrong = fprintf(stderr, "threads do not wait for each other\n") > 0;
     return wrong;
 }

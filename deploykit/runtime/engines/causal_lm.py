@@ -17,7 +17,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.engines.onnxruntime import bind_array, open_session, session_options
 from deploykit.runtime.engines.reserved_memory import ReservedArray
 from deploykit.runtime.engines.rows import Ints, power_of_two, without
 
@@ -125,6 +124,9 @@ class OnnxCausalLm:
         max_rows: int = MAX_ROWS,
         max_cache_bytes: int | None = None,
     ) -> None:
+        # Here, because other engines' language models need no ONNX Runtime.
+        from deploykit.runtime.engines.onnxruntime import open_session, session_options
+
         self._session = open_session(graph, session_options(threads, spin=True))
         inputs = {i.name: i.shape for i in self._session.get_inputs()}
         self._caches = [name for name in inputs if name.startswith("past.")]
@@ -265,6 +267,8 @@ class OnnxCausalLm:
     def _bind(
         self, binding: Any, inputs: dict[str, NDArray[Any]], caches: Sequence[NDArray[Any]], logits: Logits
     ) -> None:
+        from deploykit.runtime.engines.onnxruntime import bind_array
+
         for name, array in inputs.items():
             bind_array(binding.bind_input, name, array)
         bind_array(binding.bind_output, "logits", logits)

@@ -40,7 +40,7 @@ _CHRF_ORDER, _CHRF_BETA = 6, 2
 class BundledTranslator:
     """A translator's part of a bundle; an answer is a ``Translated``."""
 
-    modules: tuple[str, ...] = ("tokenizers", "sentencepiece")
+    modules: tuple[str, ...] = ("tokenizers", "sentencepiece", "typing_extensions")
     shortest = 1
     streams = True
 

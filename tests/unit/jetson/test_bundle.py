@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from jetson_bundles import silent, with_tensorrt_graphs
 from key_pairs import make_key_pair
 
+import deploykit
 from deploykit.artifacts import SAMPLES, load_manifest, write_manifest
 from deploykit.errors import (
     ArtifactError,
@@ -23,11 +25,13 @@ from deploykit.errors import (
     MissingDependencyError,
     UsageError,
 )
+from deploykit.jetson import library
 from deploykit.jetson.boards import BOARDS, JETPACKS
 from deploykit.jetson.bundle import bundle, fits, unpack
 from deploykit.jetson.contents import read_config, read_description, read_rows, verify_sums
 from deploykit.runtime.batching import batches
-from deploykit.runtime.engines import TRANSLATION_FILES
+from deploykit.runtime.engines import NATIVE_FILE, TRANSLATION_FILES
+from deploykit.runtime.engines.native import loader
 from deploykit.tasks.opening import open_graph
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tensorrt.build import read_inputs
@@ -163,7 +167,9 @@ def test_a_translators_bundle_has_graphs_stream_and_recorded_answers(
     description = read_description(folder)
     assert list(description.graphs) == ["int8", "fp16"]
     assert tuple(description.graphs["int8"]) == TRANSLATOR_GRAPHS["int8"]
-    runs = (TRANSLATOR_GRAPHS["int8"], TRANSLATOR_GRAPHS["fp16"], TRANSLATION_FILES["int8"])
+    runs = [TRANSLATOR_GRAPHS["int8"], TRANSLATOR_GRAPHS["fp16"], TRANSLATION_FILES["int8"]]
+    if loader.lacks() is None:
+        runs.append((NATIVE_FILE,))
     part = load_manifest(folder / "export", "export")
     assert set(part.files) == {*description.tokenizer, *(file for files in runs for file in files)}
     assert "source.spm" in description.tokenizer
@@ -186,6 +192,18 @@ def test_a_translators_bundle_has_graphs_stream_and_recorded_answers(
     check_config(models[0].path / "config.pbtxt", task)
     assert read_config(folder)["parameters"]["max_rows"]["string_value"] == "16", "no more than the profile"
     assert verify_version(models[1]).options["streams"] == "fr"
+
+
+def test_the_library_for_arm_comes_from_deploykits_wheel_or_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"deploykit-{deploykit.__version__}-py3-none-manylinux_2_17_aarch64.manylinux2014_aarch64.whl"
+    with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+        wheel.writestr(library.LIBRARY, b"for Arm")
+    assert library.library_for_arm(tmp_path) == b"for Arm"
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    assert library.library_for_arm(None) is None
 
 
 def test_rows_to_verify_a_translator_with(tiny_translation_to_bundle: Path, tmp_path: Path) -> None:

@@ -16,7 +16,9 @@ VARIABLE = "DEPLOYKIT_NATIVE_ISA"
 """Environment variable that replaces the CPU's fastest instruction set."""
 SLOW = "scalar"
 """The reference in plain C. It runs on every CPU, but is used only if ``VARIABLE`` names it."""
-BUILT_FOR = (("linux", "x86_64"), ("linux", "aarch64"))
+BUILT_FOR = (
+    ("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64"), ("darwin", "x86_64"), ("win32", "AMD64"),
+)  # fmt: skip
 """``sys.platform`` and ``platform.machine()`` of the machines that setup.py compiles the library for."""
 
 
@@ -24,7 +26,7 @@ BUILT_FOR = (("linux", "x86_64"), ("linux", "aarch64"))
 def lacks() -> str | None:
     """Return a missing requirement on this machine, or None."""
     if (sys.platform, platform.machine()) not in BUILT_FOR:
-        return "no Linux on x86-64 or 64-bit Arm"
+        return "it is built for x86-64, and for 64-bit Arm on Linux and macOS"
     if library_file() is None:
         return "not built: pip install -v deploykit shows the compiler's error"
     try:

@@ -303,18 +303,18 @@ static int make_room(Context *c, int rows, int positions) {
 API void deploykit_free_causal(Context *c) {
     Causal *l = c->causal;
     for (int i = 0; i < c->threads && l->own && l->normed && l->scores; i++) {
-        free(l->own[i].rows);
-        free(l->own[i].steps);
-        free(l->normed[i]);
-        free(l->scores[i]);
+        give_up(l->own[i].rows);
+        give_up(l->own[i].steps);
+        give_up(l->normed[i]);
+        give_up(l->scores[i]);
     }
-    free(l->x);
-    free(l->y);
-    free(l->packed);
-    free(l->attended);
-    free(l->middle);
-    free(l->given.rows);
-    free(l->given.steps);
+    give_up(l->x);
+    give_up(l->y);
+    give_up(l->packed);
+    give_up(l->attended);
+    give_up(l->middle);
+    give_up(l->given.rows);
+    give_up(l->given.steps);
     free(l->own);
     free(l->normed);
     free(l->scores);

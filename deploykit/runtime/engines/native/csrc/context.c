@@ -4,12 +4,23 @@
 
 #include "kernels.h"
 
+#if defined(_WIN32)
+#include <malloc.h>
+
+static void *aligned(int64_t bytes) { return _aligned_malloc(bytes, 64); }
+void give_up(void *room) { _aligned_free(room); }
+#else
+static void *aligned(int64_t bytes) {
+    void *new;
+    return posix_memalign(&new, 64, bytes) ? NULL : new;
+}
+void give_up(void *room) { free(room); }
+#endif
+
 void *room(void *old, int64_t bytes) {
-    void *new = NULL;
-    free(old);
-    if (posix_memalign(&new, 64, bytes < 64 ? 64 : bytes)) return NULL;
-    memset(new, 0, bytes);
-    return new;
+    give_up(old);
+    void *new = aligned(bytes < 64 ? 64 : bytes);
+    return new ? memset(new, 0, bytes) : NULL;
 }
 
 /* Allocate scratch memory for ``rows`` rows in ``stack``, and scores of ``positions``. Returns 0 if out of memory. */
@@ -94,18 +105,18 @@ API void deploykit_free(Context *c) {
     c->stop = 1;
     run(c, NULL);
     for (int i = 1; i < c->threads; i++) pthread_join(c->thread[i], NULL);
-    for (int i = 0; i < c->threads; i++) free(c->scores[i]);
+    for (int i = 0; i < c->threads; i++) give_up(c->scores[i]);
     for (int i = 0; i < 2; i++) {
-        free(c->given[i]);
-        free(c->quantized[i]);
-        free(c->step[i]);
+        give_up(c->given[i]);
+        give_up(c->quantized[i]);
+        give_up(c->step[i]);
     }
-    free(c->x);
-    free(c->normed);
-    free(c->packed);
-    free(c->query);
-    free(c->middle);
-    free(c->found);
+    give_up(c->x);
+    give_up(c->normed);
+    give_up(c->packed);
+    give_up(c->query);
+    give_up(c->middle);
+    give_up(c->found);
     free(c->scores);
     free(c->thread);
     pthread_mutex_destroy(&c->mutex);

@@ -25,7 +25,11 @@
 #define QUERIES 4    /* of an encoder's attention, computed together to read keys once */
 #define MOST_HEADS 4 /* of a decoder's attention, computed together to hide latency */
 #define TOKENS_PER_THREAD 256 /* of a classifier; weights are read once for all of them */
-#define API __attribute__((visibility("default"))) /* called by Python */
+#if defined(_WIN32)
+#define API __declspec(dllexport) /* called by Python */
+#else
+#define API __attribute__((visibility("default")))
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
 /* translator.py and weights.py fill the structures up to ``Search``, and must have the same fields in the same order. */
@@ -238,7 +242,8 @@ int64_t attention_room(const Stack *s, int positions);
 
 /* context.c */
 int reserve(Context *c, int rows, int positions);
-void *room(void *old, int64_t bytes);
+void *room(void *old, int64_t bytes); /* of zeros, aligned to 64; instead of ``old`` */
+void give_up(void *room);
 API Context *deploykit_new(const Stack *encoder, const Stack *decoder, int threads);
 API void deploykit_free(Context *c);
 API int deploykit_step(Context *c, const Batch *batch, const Choice *choice);

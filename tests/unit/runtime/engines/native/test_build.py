@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import platform
 import re
 import runpy
@@ -10,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from native_builds import BUILD
+from paths import ROOT
 
 from deploykit.runtime.engines.native import loader
 
-ROOT = Path(__file__).parents[5]
+CPUINFO = Path("/proc/cpuinfo")
 
 needs_library = pytest.mark.skipif(
     (sys.platform, platform.machine()) not in loader.BUILT_FOR, reason="it is not built for this machine"
@@ -31,10 +34,28 @@ def test_a_missing_library_is_reported_on_every_cpu(monkeypatch: pytest.MonkeyPa
     assert str(loader.lacks.__wrapped__()).startswith("not built")
 
 
-@needs_library
+@pytest.mark.parametrize(
+    ("target", "suffixes"),
+    [
+        ("linux-aarch64", [".cpython-311-aarch64-linux-gnu.so", ".abi3.so", ".so"]),
+        ("darwin-arm64", [".cpython-311-darwin.so", ".abi3.so", ".so"]),
+        ("win32-AMD64", [".cp311-win_amd64.pyd", ".pyd"]),
+    ],
+)
+def test_the_library_is_found_by_each_systems_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, suffixes: list[str]
+) -> None:
+    monkeypatch.setattr(importlib.machinery, "EXTENSION_SUFFIXES", suffixes)
+    monkeypatch.setattr(loader, "__file__", str(tmp_path / "loader.py"))
+    assert loader.library_file() is None
+    library = tmp_path / f"_native{BUILD['TARGETS'][target].suffix}"
+    library.touch()
+    assert loader.library_file() == library
+
+
+@pytest.mark.skipif(not CPUINFO.exists(), reason="only Linux lists the CPU's features there")
 def test_it_finds_what_the_cpu_has() -> None:
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    flags = set(re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo, re.M)[1].split())  # type: ignore[index]
+    flags = set(re.search(r"^(?:flags|Features)\s*:(.*)$", CPUINFO.read_text(), re.M)[1].split())  # type: ignore[index]
     if platform.machine() == "aarch64":
         needs = {"i8mm": {"asimddp", "i8mm"}, "dotprod": {"asimddp"}, "neon": {"asimd"}}
     else:
@@ -73,10 +94,13 @@ def test_without_tiles_the_next_instruction_set_is_used_and_doctor_says_so() -> 
 
 def test_every_file_in_c_is_compiled_for_an_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    build = runpy.run_path("setup.py")
-    compiled = {file for architecture in build["CPUS"] for file in build["native_sources"](architecture)}
-    assert compiled == set(map(str, build["CSRC"].rglob("*.c")))
-    assert {target.architecture for target in build["TARGETS"].values()} == set(build["CPUS"])
+    compiled = {file for architecture in BUILD["CPUS"] for file in BUILD["native_sources"](architecture)}
+    assert compiled == set(map(str, BUILD["CSRC"].rglob("*.c")))
+    assert {target.architecture for target in BUILD["TARGETS"].values()} == set(BUILD["CPUS"])
+
+
+def test_the_library_is_expected_where_it_is_built() -> None:
+    assert {"-".join(system) for system in loader.BUILT_FOR} == set(BUILD["TARGETS"])
 
 
 def test_an_unknown_target_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
