@@ -43,15 +43,15 @@ class Rounding:
         return self._done[name, block]
 
 
-def factor(squares: NDArray[np.float64]) -> Array:
+def factor(squares: Array) -> Array:
     """Return what ``compensated`` needs of a layer's inputs: from the sums of their products, [in, in], the upper
     Cholesky factor of the inverse."""
-    squares = squares.copy()
+    exact = squares.astype(np.float64)
     diagonal = np.diagonal(squares)
     unused = diagonal == 0
-    squares[unused, unused] = 1
-    squares[np.diag_indices_from(squares)] += _DAMPING * diagonal.mean()
-    upper: Array = np.linalg.cholesky(np.linalg.inv(squares)).T.astype(np.float32)
+    exact[unused, unused] = 1
+    exact[np.diag_indices_from(exact)] += _DAMPING * diagonal.mean()
+    upper: Array = np.linalg.cholesky(np.linalg.inv(exact)).T.astype(np.float32)
     return upper
 
 

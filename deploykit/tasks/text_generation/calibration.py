@@ -59,12 +59,12 @@ def calibrate_graph(graph: Path, token_ids: Sequence[Sequence[int]]) -> Calibrat
 def input_factors(graph: Path, token_ids: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
     """Run rows of token ids through the fp32 ``graph``. Returns what compensated rounding needs of the inputs of its linear
     layers, by the layer's name; none of layers with more than ``_WIDEST`` inputs, where it would take too long."""
-    squares: dict[str, NDArray[np.float64]] = {}
+    squares: dict[str, NDArray[np.float32]] = {}
 
     def add(name: str, values: NDArray[np.float32]) -> None:
         rows = values.reshape(-1, values.shape[-1])
         if rows.shape[1] <= _WIDEST:
-            squares[name] = squares.get(name, 0.0) + rows.T @ rows
+            squares[name] = squares.get(name, np.float32(0)) + rows.T @ rows
 
     _show(graph, token_ids, add)
     found = {name: factor(squares.pop(name)) for name in [*squares]}

@@ -18,7 +18,7 @@ def correlated(rows: int, inputs: int) -> np.ndarray:
 def test_errors_of_an_output_are_smaller_than_those_of_rounding_to_nearest(inputs: int, block: int) -> None:
     x, weight = correlated(400, inputs), RANDOM.normal(0, 1, (inputs, 24)).astype(np.float32)
     weight[:, 3] = 0
-    values, scales = compensated(weight, factor((x.T @ x).astype(np.float64)), block)
+    values, scales = compensated(weight, factor(x.T @ x), block)
     assert scales.shape == (-(-inputs // block), 24)
     each = scales.repeat(block, 0)[:inputs]
     assert np.abs(values * each - weight).max() < 5 * each.max(), "weights stay near"
@@ -32,7 +32,7 @@ def test_inputs_that_are_never_used_change_nothing_and_nothing_is_divided_by_zer
     x = correlated(50, 64)
     x[:, 5] = 0
     weight = RANDOM.normal(0, 1, (64, 8)).astype(np.float32)
-    values, scales = compensated(weight, factor((x.T @ x).astype(np.float64)), 32)
+    values, scales = compensated(weight, factor(x.T @ x), 32)
     assert np.isfinite(scales).all()
     assert np.abs(values[5] * scales[0] - weight[5]).max() <= 5 * scales[0].max()
 
