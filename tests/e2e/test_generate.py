@@ -30,6 +30,7 @@ from deploykit.tasks.text_generation.chat_template import CHATML, ChatTemplate
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.options import TextGenerationOptions
+from deploykit.tasks.text_generation.page import write_run_page
 from deploykit.tasks.text_generation.sft import train
 
 Deploykit = Callable[..., tuple[int, str, str]]
@@ -406,6 +407,15 @@ def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, base: Path
     assert weights[0] == weights[1], "bit for bit"
     history = [load_manifest(tmp_path / name, "checkpoint").metrics["history"] for name in ("killed", "whole")]
     assert history[0]["evaluations"] == history[1]["evaluations"], "losses and answers, those before the kill too"
+
+
+def test_a_page_shows_the_forms_of_an_export(run: Path, export: Path, tmp_path: Path) -> None:
+    metrics = load_manifest(export, "export").metrics
+    write_run_page("Demo", load_manifest(run, "checkpoint").metrics, tmp_path / "page.html", export=metrics)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    ratios = [metrics["quantization"][name]["perplexity_ratio"] for name in ("int8", "int4")]
+    ratios += [found["perplexity_ratio"] for found in metrics["quantization"].get("native", {}).values()]
+    assert all(f"perplexity × {ratio:.4f}" in text for ratio in ratios)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

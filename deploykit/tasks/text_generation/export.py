@@ -110,8 +110,8 @@ def write(
     forms = quantized_forms(architecture, directory, options, static, rounding)
     if forms:
 
-        def compensate() -> bool:
-            return not rounding.compensates and _learn_inputs(rounding, checkpoint, directory, task, options, say)
+        def compensate(loss: str) -> bool:
+            return not rounding.compensates and _learn_inputs(rounding, checkpoint, directory, task, options, loss, say)
 
         found = quantize(forms, parts_of(architecture), options, grader, trace, say, compensate)
         metrics["quantization"] = {**found, **of_calibration, "compensated": rounding.compensates}
@@ -177,13 +177,19 @@ def _token_ids(folder: Path, task: TextGeneration, rows: Sequence[Row]) -> list[
 
 
 def _learn_inputs(
-    rounding: Rounding, checkpoint: Path, directory: Path, task: TextGeneration, options: ExportOptions, say: Say
+    rounding: Rounding,
+    checkpoint: Path,
+    directory: Path,
+    task: TextGeneration,
+    options: ExportOptions,
+    loss: str,
+    say: Say,
 ) -> bool:
     """Have ``rounding`` compensate errors on calibration rows. Returns whether there are any: those to measure on are none."""
     if options.calibration in SPLITS and not (checkpoint / "splits" / f"{options.calibration}.jsonl").is_file():
         return False
     rows = evenly(calibration_texts(checkpoint, task, options), _COMPENSATED_ROWS)
-    say(f"rounding weights so that errors compensate each other (GPTQ) on {len(rows):,} rows of {options.calibration}")
+    say(f"{loss}: rounding weights so that errors compensate each other on {len(rows):,} rows of {options.calibration}")
     rounding.learn(input_factors(standard_graph(directory, "fp32"), _token_ids(directory, task, rows)))
     return True
 

@@ -116,11 +116,12 @@ def standard_graph(directory: Path, precision: Precision) -> Path:
 
 def quantize(
     forms: Sequence[Form], parts: Sequence[str], options: ExportOptions, grader: LanguageModelGrader,
-    trace: MeasurementLog, say: Say, compensate: Callable[[], bool],
+    trace: MeasurementLog, say: Say, compensate: Callable[[str], bool],
 ) -> dict[str, Any]:  # fmt: skip
     """Write the forms. Returns what the manifest says of them, by precision; those of ``native`` are under its name.
 
-    ``compensate`` has INT8 weights rounded by the layers' inputs, and returns whether that changed anything.
+    ``compensate`` has INT8 weights rounded by the layers' inputs, for the loss that it is given in words, and returns whether
+    that changed anything.
     """
     found: dict[str, Any] = {"search": {}}
     for form in forms:
@@ -139,7 +140,7 @@ def _hold_limit(
     grader: LanguageModelGrader,
     trace: MeasurementLog,
     say: Say,
-    compensate: Callable[[], bool],
+    compensate: Callable[[str], bool],
 ) -> Search | None:
     """Write a form; where it loses too much, with weights rounded by the layers' inputs, and if that is not enough, with the
     most sensitive parts of the model in a higher precision."""
@@ -154,7 +155,7 @@ def _hold_limit(
         form.save(kept={*parts} - {part})
         return grader.sample(form.precision, form.engine)
 
-    improve = compensate if form.precision == "int8" and not form.calibrated else lambda: False
+    improve = compensate if form.precision == "int8" and not form.calibrated else lambda loss: False
     return hold_limit(
         form.name, parts, write, sample, grader, options.max_drop, trace, say, form.remedy, form.instead, improve
     )

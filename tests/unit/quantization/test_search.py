@@ -70,7 +70,7 @@ class Model:
         self.sampled.append(part)
         return np.full(3, 0.0 if part not in self.bad else 1.0 + self.bad.index(part), np.float32)
 
-    def search(self, limit: float = 0.5, improve: Callable[[], bool] = lambda: False) -> Search | None:
+    def search(self, limit: float = 0.5, improve: Callable[[str], bool] = lambda loss: False) -> Search | None:
         return hold_limit(
             "INT8", PARTS, self.write, self.sample, self.grader, limit, self.trace, self.said.append, improve=improve
         )
@@ -103,7 +103,8 @@ def test_a_model_within_the_limit_is_not_searched(tmp_path: Path) -> None:
 def test_better_rounding_is_tried_before_parts_are_left_in_fp32(tmp_path: Path, enough: bool) -> None:
     model = Model(["part7", "part3"], trace_at(tmp_path / "t.json"))
 
-    def improve() -> bool:
+    def improve(loss: str) -> bool:
+        assert loss == "INT8 loses 2.00 points of macro-F1"
         model.bad = [] if enough else ["part7"]
         return True
 
