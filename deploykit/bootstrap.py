@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,23 @@ _AT_ONCE = 20_000_000  # weights in memory
 def intervals(measure: Measure, rows: int) -> dict[str, list[float]]:
     """Return a low and a high value for each metric."""
     return {name: _interval(values) for name, values in _drawn(rows, measure).items()}
+
+
+def sacrebleu_score(
+    metric: Any, answers: Sequence[str], references: Sequence[str]
+) -> Callable[[NDArray[np.float64]], Any]:
+    """Return the score of a ``metric`` of sacrebleu as a function of the rows' weights.
+
+    It adds up the counts of matches of each row, as sacrebleu's own bootstrap does.
+    """
+    counts = np.array(metric._extract_corpus_statistics(list(answers), [list(references)]))
+
+    def score(weights: NDArray[np.float64]) -> Any:
+        sums = (np.atleast_2d(weights) @ counts).astype(np.int64).tolist()
+        scores = np.array([metric._compute_score_from_stats(of_rows).score for of_rows in sums])
+        return scores if weights.ndim > 1 else scores[0]
+
+    return score
 
 
 def differences(measure: Measure, baseline: Measure, rows: int) -> dict[str, dict[str, Any]]:

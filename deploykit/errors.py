@@ -34,6 +34,14 @@ class DeploykitError(Exception):
         return f"{self.message}\n  remedy: {self.remedy}" if self.remedy else self.message
 
 
+class Interrupted(KeyboardInterrupt):
+    """Raised in place of KeyboardInterrupt by work that can go on later; the message says from where."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
 class UsageError(DeploykitError):
     exit_code = 2
 

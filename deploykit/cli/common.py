@@ -17,7 +17,7 @@ import click
 
 from deploykit.artifacts import write_refusal
 from deploykit.data.reading import ON_ERROR, QUOTINGS, Reading, flag
-from deploykit.errors import DataError, DeploykitError, UsageError
+from deploykit.errors import DataError, DeploykitError, Interrupted, UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], cl
                 _fail(error.message, error.remedy, error.exit_code, as_json=as_json)
             except (click.ClickException, click.exceptions.Exit, click.Abort):
                 raise
+            except Interrupted as stop:
+                _fail(str(stop), None, stop.exit_code, as_json=as_json)
             except KeyboardInterrupt:
                 _fail("interrupted", None, 130, as_json=as_json)
             except Exception as error:

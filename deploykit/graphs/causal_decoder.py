@@ -24,6 +24,7 @@ from deploykit.graphs.architecture import Linear, Norm
 from deploykit.graphs.causal_architecture import CausalArchitecture, CausalLayer, Rope
 from deploykit.graphs.causal_lm import Bits, CausalWriter
 from deploykit.graphs.onnxruntime_writer import CONTRIB, ORT_ACTIVATIONS
+from deploykit.quantization.compensated import Rounding
 from deploykit.quantization.qdq import Ranges
 
 _OPSET, _IR = 19, 9
@@ -35,9 +36,12 @@ def build_causal_decoder(
     *,
     ranges: Ranges | None = None,
     kept: Collection[str] = (),
+    rounding: Rounding | None = None,
 ) -> onnx.ModelProto:
     """Return the graph in fp32, or with linear layers of ``bits``; see ``build_causal_lm``."""
-    return _DecoderWriter("decoder", cast(Any, None), ranges, a=architecture, bits=bits, kept=frozenset(kept)).build()
+    return _DecoderWriter(
+        "decoder", cast(Any, None), ranges, a=architecture, bits=bits, kept=frozenset(kept), rounding=rounding
+    ).build()
 
 
 @dataclass

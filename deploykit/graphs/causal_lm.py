@@ -29,6 +29,7 @@ from deploykit.graphs.architecture import Array, Linear, Norm
 from deploykit.graphs.causal_architecture import CausalArchitecture, CausalLayer, Rope
 from deploykit.graphs.standard_writer import StandardWriter
 from deploykit.graphs.writer import Graph
+from deploykit.quantization.compensated import Rounding
 from deploykit.quantization.qdq import Ranges, activation_parameters, quantize_weight
 
 Bits = Literal[4, 8]
@@ -61,12 +62,16 @@ def build_causal_lm(
     *,
     ranges: Ranges | None = None,
     kept: Collection[str] = (),
+    rounding: Rounding | None = None,
 ) -> onnx.ModelProto:
     """Return the graph in fp32, or with linear layers of ``bits``; ``kept`` parts (``parts_of``) stay in fp32.
 
     ``ranges``: of the inputs of INT8 layers, by the layer's name; without them activations are rounded as they come.
+    ``rounding``: of INT8 weights in blocks; without it each goes to the nearest.
     """
-    return CausalWriter("model", cast(Any, None), ranges, a=architecture, bits=bits, kept=frozenset(kept)).build()
+    return CausalWriter(
+        "model", cast(Any, None), ranges, a=architecture, bits=bits, kept=frozenset(kept), rounding=rounding
+    ).build()
 
 
 @dataclass
@@ -74,6 +79,7 @@ class CausalWriter(StandardWriter):
     a: CausalArchitecture = field(kw_only=True)
     bits: Bits | None = None
     kept: frozenset[str] = frozenset()
+    rounding: Rounding | None = None
 
     def build(self) -> onnx.ModelProto:
         a = self.a
@@ -100,7 +106,7 @@ class CausalWriter(StandardWriter):
         if self.ranges is not None and name in self.ranges:
             product = self._static(x, layer.weight, self.ranges[name])
         else:
-            product = self._quantized(x, layer.weight.T, self.bits)
+            product = self._quantized(x, layer.weight.T, self.bits, name)
         return product if layer.bias is None else self.op("Add", product, self.constant(layer.bias), output=output)
 
     def _static(self, x: str, weight: Array, limits: tuple[float, float]) -> str:
@@ -123,10 +129,11 @@ class CausalWriter(StandardWriter):
             rows = self.op("Slice", rows, self.integers(0), self.integers(table.shape[1]), self.integers(2))
         return rows if scale == 1.0 else self.op("Mul", rows, self.scalar(scale))
 
-    def _quantized(self, x: str, weight: Array, bits: Bits, output: str = "") -> str:
-        """Compute x @ weight.T with quantized ``weight`` [out, in]."""
+    def _quantized(self, x: str, weight: Array, bits: Bits, name: str, output: str = "") -> str:
+        """Compute x @ weight.T with quantized ``weight`` [out, in] of the layer ``name``."""
         rows, columns = weight.shape
-        values, scales, zeros = quantize_blocks(weight, bits)
+        known = None if self.rounding is None or bits != 8 else self.rounding.rounded(name, weight.T, BLOCK)
+        values, scales, zeros = quantize_blocks(weight, bits) if known is None else (*_as_blocks(*known), None)
         inputs = [x, self.constant(values), self.constant(scales.ravel())]
         if zeros is not None:
             inputs.append(self.constant(zeros.ravel()))
@@ -242,7 +249,7 @@ class CausalWriter(StandardWriter):
         if self.bits is not None and HEAD not in self.kept:
             biased = a.head_bias is not None
             # Always eight bits: the head decides between nearly equal tokens.
-            logits = self._quantized(hidden, a.head, 8, output="" if biased else last)
+            logits = self._quantized(hidden, a.head, 8, HEAD, output="" if biased else last)
             if a.head_bias is not None:
                 logits = self.op("Add", logits, self.constant(a.head_bias), output=last)
         else:
@@ -259,6 +266,13 @@ class CausalWriter(StandardWriter):
         self.output("logits", [*shape, vocabulary], TensorProto.FLOAT)
         logit = self.outputs.pop()
         self.outputs.insert(0, logit)
+
+
+def _as_blocks(values: NDArray[np.int8], scales: Array) -> tuple[NDArray[np.uint8], Array]:
+    """Return rounded weights [in, out] and scales [blocks, out] as MatMulNBits stores them (see ``quantize_blocks``)."""
+    padded = np.pad(values, ((0, -len(values) % BLOCK), (0, 0)))
+    stored = (padded.T.astype(np.int16) + 128).astype(np.uint8)
+    return stored.reshape(len(stored), -1, BLOCK), np.ascontiguousarray(scales.T)
 
 
 def quantize_blocks(

@@ -20,6 +20,7 @@ from deploykit.graphs.causal_lm import EMBEDDING, HEAD, Bits
 from deploykit.graphs.native_writer import write_weights
 from deploykit.graphs.seq2seq import side_by_side
 from deploykit.graphs.writer import activation_of
+from deploykit.quantization.compensated import Rounding
 from deploykit.runtime.engines.native.causal_weights import BLOCK, COLUMNS
 
 _LEVELS = 32767
@@ -37,11 +38,13 @@ class _Matrix:
 
 
 class NativeCausalWriter:
-    """Writes weight files of one model. It keeps what it has quantized: a search writes many files."""
+    """Writes weight files of one model, INT8 weights by ``rounding``. It keeps what it has quantized: a search writes many
+    files."""
 
-    def __init__(self, architecture: CausalArchitecture) -> None:
+    def __init__(self, architecture: CausalArchitecture, rounding: Rounding | None = None) -> None:
         self._a = architecture
-        self._quantized: dict[tuple[str, Bits], _Matrix] = {}
+        self._rounding = Rounding() if rounding is None else rounding
+        self._quantized: dict[tuple[str, Bits | None, bool], _Matrix] = {}
         self._begin(None, frozenset())
 
     def save(self, path: Path, bits: Bits | None, *, kept: Collection[str] = ()) -> None:
@@ -85,7 +88,9 @@ class NativeCausalWriter:
         a, f = f"layers.{i}.attention", f"layers.{i}.feed_forward"
         up = feed.up if feed.gate is None else _by_turns(feed.gate, feed.up)
         return {
-            "qkv": self._matrix(a, f"{a}.qkv", side_by_side(attention.query, attention.key, attention.value)),
+            "qkv": self._matrix(
+                a, f"{a}.qkv", side_by_side(attention.query, attention.key, attention.value), f"{a}.query"
+            ),
             "out": self._matrix(a, f"{a}.out", attention.out),
             "up": self._matrix(f, f"{f}.up", up),
             "down": self._matrix(f, f"{f}.down", feed.down),
@@ -111,14 +116,16 @@ class NativeCausalWriter:
             return 8 if self._bits == 4 else None
         return None if self._bits is None else max(self._bits, least)
 
-    def _matrix(self, part: str, name: str, layer: Linear, least: Bits = 4) -> dict[str, Any]:
-        """Add a matrix. Those of one ``name`` are equal, and stored once."""
+    def _matrix(self, part: str, name: str, layer: Linear, of: str = "", least: Bits = 4) -> dict[str, Any]:
+        """Add a matrix. Those of one ``name`` are equal, and stored once. Its inputs are those of the layer ``of``."""
         bits = self._bits_of(part, least)
         inputs, outputs = layer.weight.shape
-        matrix = _matrix(layer, None) if bits is None else self._quantized.get((name, bits))
+        key = (name, bits, self._rounding.compensates)
+        matrix = _matrix(layer, None) if bits is None else self._quantized.get(key)
         if matrix is None:
             assert bits is not None
-            matrix = self._quantized[name, bits] = _matrix(layer, bits)
+            rounded = self._rounding.rounded(of or name, layer.weight, inputs) if bits == 8 else None
+            matrix = self._quantized[key] = _matrix(layer, bits, rounded)
         kept = {each: self._keep(f"{name}.{each}.{matrix.kind}", array) for each, array in matrix.tensors.items()}
         return {"in": inputs, "out": outputs, "kind": matrix.kind, "levels": matrix.levels, **kept}
 
@@ -133,7 +140,8 @@ class NativeCausalWriter:
         return name
 
 
-def _matrix(layer: Linear, bits: Bits | None) -> _Matrix:
+def _matrix(layer: Linear, bits: Bits | None, rounded: tuple[NDArray[np.int8], Array] | None = None) -> _Matrix:
+    """``rounded``: values [in, out] and scales [1, out] in INT8; without them each weight goes to the nearest."""
     weight = _padded(layer.weight)
     bias = np.zeros(weight.shape[1], np.float32)
     if layer.bias is not None:
@@ -141,7 +149,7 @@ def _matrix(layer: Linear, bits: Bits | None) -> _Matrix:
     if bits is None:
         return _Matrix("fp32", 0, {"weight": _panels(weight, 1), "bias": bias})
     if bits == 8:
-        values, scales = quantize_channels(weight)
+        values, scales = quantize_channels(weight) if rounded is None else (_padded(rounded[0]), _padded(rounded[1])[0])
         largest = int(np.abs(values, dtype=np.int16).sum(0, dtype=np.int64).max())
         levels = min(_LEVELS, _LARGEST_SUM // max(1, largest))
         return _Matrix("int8", levels, {"weight": _panels(values, 2), "scale": scales, "bias": bias})
@@ -165,7 +173,7 @@ def _by_turns(gate: Linear, up: Linear) -> Linear:
     return Linear(panels([gate.weight, up.weight]), panels([bias[None] for bias in biases])[0])
 
 
-def _padded(weight: Array) -> Array:
+def _padded(weight: NDArray[Any]) -> NDArray[Any]:
     return np.pad(weight, [(0, -size % to) for size, to in zip(weight.shape, (BLOCK, COLUMNS))])
 
 

@@ -54,6 +54,7 @@ def hold_limit(
     say: Callable[[str], None],
     remedy: str = "another --method, more --calibration-rows",
     instead: str = "fp32",
+    improve: Callable[[str], bool] = lambda loss: False,
 ) -> Search | None:
     """Quantize all ``parts`` of a model or, if that loses more than ``limit`` points, all but the most sensitive ones.
 
@@ -63,11 +64,14 @@ def hold_limit(
         sample: outputs for some rows when only this part is INT8, or none is. It may overwrite the graph.
         remedy: the error's suggestion.
         instead: the precision of the parts that are left.
+        improve: takes the loss in words, and has ``write`` round better, if that can be; tried before any part is left.
 
     The last graph written is the result. Returns None if all parts are INT8. Raises ExportError with the measured table
     if half of the parts in fp32 do not hold the limit.
     """
     whole = write(())
+    if grader.drop(whole) > limit and improve(f"{name} loses {grader.drop(whole):.2f} points of {grader.judged}"):
+        whole = write(())
     if (drop := grader.drop(whole)) <= limit:
         return None
     table = grader.table

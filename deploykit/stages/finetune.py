@@ -101,12 +101,13 @@ def _run(
 ) -> Finetuned:
     from transformers import set_seed
 
+    from deploykit.training.interruption import interruptible
     from deploykit.training.trainer import watched
 
     rows = read_rows(stage, options, say)
     with _work_directory(out, inputs, restart=restart, say=say) as work:
         set_seed(options.seed)
-        with watched(watch):
+        with watched(watch), interruptible(work, say):
             trained = stage.train(rows, work, say)
         counts = {name: len(examples) for name, examples in rows.splits.items()}
         cleaning = {name: report.to_json() for name, report in rows.cleaning.items()}

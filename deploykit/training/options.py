@@ -61,7 +61,8 @@ class FinetuneOptions(Reading):
     max_length: int = described(
         128,
         "Maximum tokens of a text; longer texts are truncated, or read in windows (question answering), longer pairs "
-        "dropped. 0: 128, or the model's limit if that is lower (classification).",
+        "dropped, language models' rows handled as --on-long says. 0: 128 (classification) or 1024 (text-generation), or the "
+        "model's limit if that is lower.",
     )
     num_train_epochs: float = described(3.0, "Number of epochs.")
     max_steps: int = described(0, "Optimizer steps; overrides --num-train-epochs; 0: off.")

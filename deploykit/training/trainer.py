@@ -20,6 +20,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from deploykit.tasks.protocol import TaskFacts
+from deploykit.training.interruption import interruption_callbacks
 from deploykit.training.levers import lever_callbacks
 from deploykit.training.options import FinetuneOptions
 from deploykit.training.progress import Progress
@@ -132,7 +133,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
     """TensorBoard's logs, progress, and early stopping, levers and ``watched`` where they are asked for."""
     found: list[Any] = [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
-    found += lever_callbacks(options)
+    found += [*lever_callbacks(options), *interruption_callbacks()]
     if (watch := _watch.get()) is not None:
         found.append(_Watcher(watch))
     if options.early_stopping_patience:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from killed_run import kill_at_step
+from killed_run import kill_at_step, signal_at_step
 from language_models import command_rows, random_model, tokenizer, write_checkpoint, write_rows
 
 from deploykit.artifacts import load_manifest
@@ -29,6 +30,7 @@ from deploykit.tasks.text_generation.chat_template import CHATML, ChatTemplate
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.options import TextGenerationOptions
+from deploykit.tasks.text_generation.page import write_run_page
 from deploykit.tasks.text_generation.sft import train
 
 Deploykit = Callable[..., tuple[int, str, str]]
@@ -405,6 +407,48 @@ def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, base: Path
     assert weights[0] == weights[1], "bit for bit"
     history = [load_manifest(tmp_path / name, "checkpoint").metrics["history"] for name in ("killed", "whole")]
     assert history[0]["evaluations"] == history[1]["evaluations"], "losses and answers, those before the kill too"
+
+
+def test_a_page_shows_the_forms_of_an_export(run: Path, export: Path, tmp_path: Path) -> None:
+    metrics = load_manifest(export, "export").metrics
+    write_run_page("Demo", load_manifest(run, "checkpoint").metrics, tmp_path / "page.html", export=metrics)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    ratios = [metrics["quantization"][name]["perplexity_ratio"] for name in ("int8", "int4")]
+    ratios += [found["perplexity_ratio"] for found in metrics["quantization"].get("native", {}).values()]
+    assert all(f"perplexity × {ratio:.4f}" in text for ratio in ratios)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(
+    deploykit: Deploykit, base: Path, rows: Path, tmp_path: Path, number: int
+) -> None:
+    words = ("finetune", *QUICK, base, "--train", rows, "--max-steps", 6, "--eval-steps", 6, "--output-dir")
+    code, told = signal_at_step(number, 2, *words, tmp_path / "stopped")
+    assert code == 128 + number, told
+    assert told.splitlines()[-1].endswith("interrupted: the same command continues from step 3 (--restart starts over)")
+    assert not (tmp_path / "stopped").exists()
+    for name in ("stopped", "whole"):
+        code, _, err = deploykit(*words, tmp_path / name)
+        assert code == 0, err
+        assert ("continuing the unfinished run" in err) == (name == "stopped")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("stopped", "whole")]
+    assert weights[0] == weights[1], "bit for bit"
+
+
+def test_a_run_interrupted_before_its_first_step_says_that_it_starts_over(
+    deploykit: Deploykit, base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("deploykit.tasks.text_generation.training.train", interrupt)
+    code, _, err = deploykit(
+        "finetune", *QUICK, base, "--train", rows, "--max-steps", 6, "--output-dir", tmp_path / "a"
+    )
+    assert code == 143
+    assert err.splitlines()[-1] == "error: interrupted before the first checkpoint: the same command starts over"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_answers_that_were_interrupted_go_on(

@@ -17,9 +17,12 @@ from deploykit.graphs.causal_architecture import CausalArchitecture, CausalLayer
 from deploykit.graphs.seq2seq import read_graph, with_activations
 from deploykit.hardware import available_cpus
 from deploykit.quantization.calibration import Calibration, Observe, collect, equal_length_batches
+from deploykit.quantization.compensated import factor
 from deploykit.quantization.qdq import Ranges
 from deploykit.quantization.smooth_quant import channel_scales
 from deploykit.runtime.engines.onnxruntime import session_options
+
+_WIDEST = 4096
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,21 @@ def calibrate_graph(graph: Path, token_ids: Sequence[Sequence[int]]) -> Calibrat
     """Run rows of token ids, unpadded, through the fp32 ``graph``, and collect the inputs of its linear layers. Each
     tensor has the name of the first layer that reads it."""
     return collect(lambda observe: _show(graph, token_ids, observe), len(token_ids), digest_of(list(token_ids)))
+
+
+def input_factors(graph: Path, token_ids: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
+    """Run rows of token ids through the fp32 ``graph``. Returns what compensated rounding needs of the inputs of its linear
+    layers, by the layer's name; none of layers with more than ``_WIDEST`` inputs, where it would take too long."""
+    squares: dict[str, NDArray[np.float32]] = {}
+
+    def add(name: str, values: NDArray[np.float32]) -> None:
+        rows = values.reshape(-1, values.shape[-1])
+        if rows.shape[1] <= _WIDEST:
+            squares[name] = squares.get(name, np.float32(0)) + rows.T @ rows
+
+    _show(graph, token_ids, add)
+    found = {name: factor(squares.pop(name)) for name in [*squares]}
+    return {layer: found[first] for layer, first in activations_of(graph).items() if first in found}
 
 
 def static_int8(architecture: CausalArchitecture, graph: Path, ranges: Ranges) -> StaticInt8:

@@ -31,11 +31,13 @@ class EncodedRow:
 
     ``rewritten``: answers of earlier turns that are not supervised, because the template writes them otherwise once the
     dialog goes on (it drops their reasoning, say), so that the model never has to write them like that.
+    ``joined``: whether the first token of an answer begins in the prompt, so that it is not supervised.
     """
 
     ids: NDArray[np.int64]
     supervised: NDArray[np.bool_]
     rewritten: int = 0
+    joined: bool = False
 
 
 class ChatTokenizer:
@@ -103,7 +105,7 @@ class ChatTokenizer:
         text = self._chat().render(row.messages, tools=row.tools)
         encoding = self._encode(text, add_special_tokens=False)
         supervised = np.full(len(encoding.ids), loss_on == "all")
-        rewritten = 0
+        rewritten, joined = 0, False
         if loss_on != "all":
             answers = [i for i, message in enumerate(row.messages) if message["role"] == "assistant"]
             for i in answers if loss_on == "completion" else answers[-1:]:
@@ -112,13 +114,19 @@ class ChatTokenizer:
                     rewritten += 1
                 else:
                     supervised[tokens] = True
-        return EncodedRow(np.array(encoding.ids, np.int64), supervised, rewritten)
+                    start = len(self._prompt(row, i))
+                    joined |= any(a < start < b for a, b in encoding.offsets)
+        return EncodedRow(np.array(encoding.ids, np.int64), supervised, rewritten, joined)
+
+    def _prompt(self, row: Row, index: int) -> str:
+        """What the model would be given to write the answer ``index``."""
+        return self._chat().render(row.messages[:index], add_generation_prompt=True, tools=row.tools)
 
     def _answer(self, row: Row, index: int, text: str, encoding: Encoding) -> slice | None:
         """The tokens of ``text``, a rendered dialog, that are the answer ``index`` and the end of its turn: after the
         prompt that the model would be given for it. None where the text does not begin with that prompt."""
         chat = self._chat()
-        prompt = chat.render(row.messages[:index], add_generation_prompt=True, tools=row.tools)
+        prompt = self._prompt(row, index)
         answered = chat.render(row.messages[: index + 1], tools=row.tools)
         if not answered.startswith(prompt):
             return None

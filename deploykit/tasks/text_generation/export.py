@@ -17,6 +17,7 @@ from deploykit.errors import DataError, ExportError, UsageError
 from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
 from deploykit.graphs.causal_lm import parts_of
 from deploykit.graphs.export_options import (
+    SPLITS,
     CalibrationOptions,
     ExportOptions,
     Say,
@@ -29,6 +30,7 @@ from deploykit.graphs.gguf_file import GgufType, check_gguf, gguf_name, write_gg
 from deploykit.hardware import available_cpus
 from deploykit.measurement_log import MeasurementLog
 from deploykit.quantization.calibration import Calibration
+from deploykit.quantization.compensated import Rounding
 from deploykit.runtime.engines import LANGUAGE_MODEL_FILES
 from deploykit.runtime.engines.onnxruntime import open_session, session_options
 from deploykit.runtime.sampling import Sampling
@@ -36,6 +38,7 @@ from deploykit.tasks.text_generation.calibration import (
     StaticInt8,
     activations_of,
     calibrate_graph,
+    input_factors,
     smoothed,
     static_int8,
 )
@@ -51,6 +54,7 @@ from deploykit.tasks.text_generation.quantized import quantize, quantized_forms,
 from deploykit.tasks.text_generation.rows import Row, load_rows, role_problem
 
 _MEASURED_ROWS = 100  # each is scored by PyTorch, and by every form of the model
+_COMPENSATED_ROWS = 128
 _PARITY_ROWS = 16
 _PARITY_TOKENS = 32
 _LOGIT_DIFFERENCE = 1e-3
@@ -102,10 +106,15 @@ def write(
     if options.calibrates:
         calibration_rows = [] if saved else calibration_texts(checkpoint, task, options)
         static, of_calibration = _calibrated(architecture, directory, task, calibration_rows, saved, options, say)
-    forms = quantized_forms(architecture, directory, options, static)
+    rounding = Rounding()
+    forms = quantized_forms(architecture, directory, options, static, rounding)
     if forms:
-        found = quantize(forms, parts_of(architecture), options, grader, trace, say)
-        metrics["quantization"] = {**found, **of_calibration}
+
+        def compensate(loss: str) -> bool:
+            return not rounding.compensates and _learn_inputs(rounding, checkpoint, directory, task, options, loss, say)
+
+        found = quantize(forms, parts_of(architecture), options, grader, trace, say, compensate)
+        metrics["quantization"] = {**found, **of_calibration, "compensated": rounding.compensates}
     for kind in options.gguf:
         _write_gguf(reference, directory, kind, options, grader, say)  # type: ignore[arg-type]
     return graded(task, metrics, grader, say)
@@ -134,7 +143,7 @@ def _write_gguf(
             raise ExportError(
                 f"{path.name}: its tokenizer cuts {text!r} differently from the checkpoint's", "report it"
             )
-    line = grader.enter(kind, "gguf", list(scored(again, grader.rows, reference)))
+    line = grader.enter(kind, "gguf", list(scored(again, grader.rows, reference.supervised_logits(grader.rows))))
     grader.refuse_loss(line, f"GGUF {kind}", options.max_drop, "leave this --gguf out")
 
 
@@ -165,6 +174,24 @@ def _token_ids(folder: Path, task: TextGeneration, rows: Sequence[Row]) -> list[
     """Return the token ids of rows, each cut at the model's context."""
     tokenizer = ChatTokenizer.load(folder, task.special_tokens, task.eos_token_ids)
     return [tokenizer.encode_row(row).ids[: task.max_length].tolist() for row in rows]
+
+
+def _learn_inputs(
+    rounding: Rounding,
+    checkpoint: Path,
+    directory: Path,
+    task: TextGeneration,
+    options: ExportOptions,
+    loss: str,
+    say: Say,
+) -> bool:
+    """Have ``rounding`` compensate errors on calibration rows. Returns whether there are any: those to measure on are none."""
+    if options.calibration in SPLITS and not (checkpoint / "splits" / f"{options.calibration}.jsonl").is_file():
+        return False
+    rows = evenly(calibration_texts(checkpoint, task, options), _COMPENSATED_ROWS)
+    say(f"{loss}: rounding weights so that errors compensate each other on {len(rows):,} rows of {options.calibration}")
+    rounding.learn(input_factors(standard_graph(directory, "fp32"), _token_ids(directory, task, rows)))
+    return True
 
 
 def _calibrated(

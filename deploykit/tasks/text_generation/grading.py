@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from deploykit.tasks.text_generation.predictor import load_generator
 ENGINE = "onnxruntime"
 """The engine that runs language models on every machine. Parity is checked with it."""
 _SEARCH_ROWS = 16
+_KEPT_LOGITS = 250_000_000
 _KERNELS = ("MatMulNBits", "MatMulIntegerToFloat")
 """ONNX Runtime's operators of quantized matrices."""
 
@@ -41,9 +42,10 @@ class Scored(RowScore):
 
 
 def scored(
-    generator: LocalGenerator, rows: Sequence[EncodedRow], reference: LocalGenerator | None = None
+    generator: LocalGenerator, rows: Sequence[EncodedRow], reference: Iterable[NDArray[np.float32]] | None = None
 ) -> Iterator[Scored]:
-    expected = iter(()) if reference is None else reference.supervised_logits(rows)
+    """Score ``rows``, also against the logits of ``reference``."""
+    expected = iter(() if reference is None else reference)
     for row, logits in zip(rows, generator.supervised_logits(rows)):
         targets = row.ids[1:][row.supervised[1:]]
         log = _log_softmax(logits)
@@ -72,6 +74,7 @@ class LanguageModelGrader(Grader[list[Scored]]):
     ) -> None:
         super().__init__()
         self._directory, self._task, self.rows = directory, task, rows
+        self._kept: list[NDArray[np.float32]] | None = None
         self._texts = [tokenizer.decode(row.ids[row.supervised].tolist()) for row in rows]
 
     def measure(self, raw: list[Scored]) -> dict[str, Any]:
@@ -85,7 +88,7 @@ class LanguageModelGrader(Grader[list[Scored]]):
         return [str(token) for row in raw for token in row.tokens]
 
     def grade(self, precision: Precision, engine: str) -> Line:
-        reference = None if precision == "fp32" else self._load("fp32", ENGINE)
+        reference = None if precision == "fp32" else self._reference_logits()
         raw = list(scored(self._load(precision, engine), self.rows, reference))
         return self.enter(precision, engine, raw, quantized_matrices(self._directory / _file(precision, engine)))
 
@@ -93,6 +96,16 @@ class LanguageModelGrader(Grader[list[Scored]]):
         """Log-probabilities of the right tokens of some rows, float32 [tokens]."""
         rows = evenly(self.rows, _SEARCH_ROWS)
         return np.concatenate([score.logprobs for score in self._load(precision, engine).score(rows)])
+
+    def _reference_logits(self) -> Iterable[NDArray[np.float32]]:
+        """Logits of the fp32 graph, kept where they fit into memory: a search compares many forms with them."""
+        if self._kept is not None:
+            return self._kept
+        logits = self._load("fp32", ENGINE).supervised_logits(self.rows)
+        if self._task.vocabulary * sum(int(row.supervised.sum()) for row in self.rows) > _KEPT_LOGITS:
+            return logits
+        self._kept = list(logits)
+        return self._kept
 
     def _load(self, precision: Precision, engine: str) -> LocalGenerator:
         return load_generator(self._directory, self._task, engine, _file(precision, engine), available_cpus())

@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.bootstrap import Measure, intervals
+from deploykit.bootstrap import Measure, intervals, sacrebleu_score
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.tasks.text_generation.generator import RowScore
 from deploykit.tasks.text_generation.syntax import Syntax, parses
-
-_RESAMPLES = 1000
 
 
 def scored_metrics(scores: Sequence[RowScore], texts: Sequence[str]) -> dict[str, Any]:
@@ -69,13 +67,11 @@ def answer_metrics(
     if syntax is not None:
         rows["parses"] = [float(parses(answer, syntax)) for answer in answers]
     values = {name: np.array(per_row) for name, per_row in rows.items()}
-    measured = _with_intervals(
-        lambda weights: {name: weights @ v / weights.sum(-1) for name, v in values.items()}, len(answers)
+    chrf = sacrebleu_score(_chrf(), answers, references)
+    return _with_intervals(
+        lambda weights: {**{name: weights @ v / weights.sum(-1) for name, v in values.items()}, "chrf": chrf(weights)},
+        len(answers),
     )
-    chrf, interval = _chrf(answers, references)
-    measured["chrf"] = chrf
-    measured["intervals"]["chrf"] = interval
-    return measured
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -122,19 +118,14 @@ def _rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:
     return [float(scorer.score(r, a)["rougeL"].fmeasure) for a, r in zip(answers, references)]
 
 
-def _chrf(answers: Sequence[str], references: Sequence[str]) -> tuple[float, list[float]]:
+def _chrf() -> Any:
     try:
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
         raise MissingDependencyError(
             "chrF needs sacrebleu, which is not installed", "pip install 'deploykit[finetune]'"
         ) from error
-    if len(answers) < 2:
-        score = round(float(CHRF().corpus_score(list(answers), [list(references)]).score), 4)
-        return score, [score, score]
-    found = CHRF().corpus_score(list(answers), [list(references)], n_bootstrap=_RESAMPLES)
-    interval = [found._mean - found._ci, found._mean + found._ci]
-    return round(float(found.score), 4), [round(float(value), 4) for value in interval]
+    return CHRF()
 
 
 def _with_intervals(measure: Measure, rows: int) -> dict[str, Any]:

@@ -106,14 +106,16 @@ def _quantization(export: Mapping[str, Any]) -> list[str]:
         [escape(f"{line['precision']} ({line['engine']})"), *(f"{line[name]:.4f}" for name in _FORMS[1:])]
         for line in lines
     ]
+    quantized = export.get("quantization", {})
+    forms = [(name.upper(), quantized[name]) for name in ("int8", "int4") if name in quantized]
+    forms += [(f"{name.upper()} of native", found) for name, found in quantized.get("native", {}).items()]
     losses = [
         (
-            precision.upper(),
+            name,
             f"perplexity × {found['perplexity_ratio']:.4f}, KL divergence of the next token {found['kl_mean']:.4f} nats on "
             f"average and {found['kl_p99']:.4f} at the 99th percentile",
         )
-        for precision, found in export.get("quantization", {}).items()
-        if precision != "search"
+        for name, found in forms
     ]
     note = f"On {export['rows']:,} rows. Agreement: how often the likeliest next token is the checkpoint's."
     return [section("Exports", note, table(head, rows) + word_table(losses))]

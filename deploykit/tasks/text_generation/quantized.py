@@ -19,6 +19,7 @@ from deploykit.graphs.export_options import ExportOptions, Say
 from deploykit.graphs.native_causal import NativeCausalWriter
 from deploykit.graphs.writer import save_with_weights_of
 from deploykit.measurement_log import MeasurementLog
+from deploykit.quantization.compensated import Rounding
 from deploykit.quantization.grading import Line
 from deploykit.quantization.onnx_files import save_with_weights
 from deploykit.quantization.qdq import Ranges
@@ -61,9 +62,14 @@ class Form:
 
 
 def quantized_forms(
-    architecture: CausalArchitecture, directory: Path, options: ExportOptions, static: StaticInt8 | None = None
+    architecture: CausalArchitecture,
+    directory: Path,
+    options: ExportOptions,
+    static: StaticInt8 | None = None,
+    rounding: Rounding | None = None,
 ) -> list[Form]:
-    """Return the forms that ``options`` ask for. With ``static``, INT8 graphs have calibrated activations.
+    """Return the forms that ``options`` ask for. With ``static``, INT8 graphs have calibrated activations. ``rounding`` is
+    of INT8 weights, but for those of ``static``.
 
     Those of ``native`` are left out where it does not run, or not this model: they could not be measured.
     """
@@ -71,12 +77,14 @@ def quantized_forms(
     wanted += [("int8", 8)] if options.int8 else []
     wanted += [("int4", 4)] if options.int4 else []
     runs = ENGINES[NATIVE].installed and architecture.head_size <= LARGEST_HEAD
-    native = NativeCausalWriter(architecture) if runs else None
+    native = NativeCausalWriter(architecture, rounding) if runs else None
     forms = []
     for precision, bits in wanted:
         graph = directory / LANGUAGE_MODEL_FILES[precision][0]
         model, ranges = (architecture, None) if static is None or bits != 8 else (static.architecture, static.ranges)
-        save = partial(save_graphs, model, bits, directory=directory, precision=precision, ranges=ranges)
+        save = partial(
+            save_graphs, model, bits, directory=directory, precision=precision, ranges=ranges, rounding=rounding
+        )
         forms.append(Form(ENGINE, precision, graph, save, calibrated=ranges is not None))
         if native is not None:
             file = directory / NATIVE_LANGUAGE_MODELS[precision][0]
@@ -92,11 +100,12 @@ def save_graphs(
     precision: Precision,
     ranges: Ranges | None = None,
     kept: Collection[str] = (),
+    rounding: Rounding | None = None,
 ) -> None:
     """Write the graph in optimum's layout, and the one that deploykit decodes with, which shares its weights."""
     standard = standard_graph(directory, precision)
-    save_with_weights(build_causal_lm(architecture, bits, ranges=ranges, kept=kept), standard)
-    decoder = build_causal_decoder(architecture, bits, ranges=ranges, kept=kept)
+    save_with_weights(build_causal_lm(architecture, bits, ranges=ranges, kept=kept, rounding=rounding), standard)
+    decoder = build_causal_decoder(architecture, bits, ranges=ranges, kept=kept, rounding=rounding)
     save_with_weights_of(decoder, directory / LANGUAGE_MODEL_FILES[precision][0], standard)
 
 
@@ -107,12 +116,16 @@ def standard_graph(directory: Path, precision: Precision) -> Path:
 
 def quantize(
     forms: Sequence[Form], parts: Sequence[str], options: ExportOptions, grader: LanguageModelGrader,
-    trace: MeasurementLog, say: Say,
+    trace: MeasurementLog, say: Say, compensate: Callable[[str], bool],
 ) -> dict[str, Any]:  # fmt: skip
-    """Write the forms. Returns what the manifest says of them, by precision; those of ``native`` are under its name."""
+    """Write the forms. Returns what the manifest says of them, by precision; those of ``native`` are under its name.
+
+    ``compensate`` has INT8 weights rounded by the layers' inputs, for the loss that it is given in words, and returns whether
+    that changed anything.
+    """
     found: dict[str, Any] = {"search": {}}
     for form in forms:
-        search = _hold_limit(form, parts, options, grader, trace, say)
+        search = _hold_limit(form, parts, options, grader, trace, say, compensate)
         place = found if form.engine == ENGINE else found.setdefault(form.engine, {})
         place[form.precision] = _record(form, grader, say)
         if search is not None:
@@ -127,8 +140,10 @@ def _hold_limit(
     grader: LanguageModelGrader,
     trace: MeasurementLog,
     say: Say,
+    compensate: Callable[[str], bool],
 ) -> Search | None:
-    """Write a form; where it loses too much, with the most sensitive parts of the model in a higher precision."""
+    """Write a form; where it loses too much, with weights rounded by the layers' inputs, and if that is not enough, with the
+    most sensitive parts of the model in a higher precision."""
 
     def write(kept: Collection[str]) -> Line:
         form.save(kept=kept)
@@ -140,7 +155,10 @@ def _hold_limit(
         form.save(kept={*parts} - {part})
         return grader.sample(form.precision, form.engine)
 
-    return hold_limit(form.name, parts, write, sample, grader, options.max_drop, trace, say, form.remedy, form.instead)
+    improve = compensate if form.precision == "int8" and not form.calibrated else lambda loss: False
+    return hold_limit(
+        form.name, parts, write, sample, grader, options.max_drop, trace, say, form.remedy, form.instead, improve
+    )
 
 
 def _record(form: Form, grader: LanguageModelGrader, say: Say) -> dict[str, Any]:

@@ -117,6 +117,11 @@ class TextGenerationStage:
             say(f"a row as the model reads it, supervised tokens in ⟦ ⟧:\n{show_row(self._tokenizer, row)}")
         if rewritten := sum(row.rewritten for row in train_set):
             say(f"{rewritten:,} answers of earlier turns are not supervised: the chat template rewrites them later on")
+        if joined := sum(row.joined for row in train_set):
+            say(
+                f"warning: in {joined:,} rows the first token of an answer begins in the prompt, and is not learned: have the "
+                "chat template end the prompt with a token of its own, or with a line break, not with a space"
+            )
         keep_memory()  # each token that is answered copies the caches of all rows
         model = load_base(options.origin)
         self._fit_vocabulary(model)

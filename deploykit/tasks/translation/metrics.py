@@ -9,10 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from deploykit.bootstrap import Measure, intervals
+from deploykit.bootstrap import Measure, intervals, sacrebleu_score
 from deploykit.errors import MissingDependencyError
 from deploykit.tasks.translation.languages import parse_language
 
@@ -63,22 +60,10 @@ def metrics_with_intervals(
 
 def measure_of(hypotheses: Sequence[str], references: Sequence[str], target: str) -> Measure:
     """Return BLEU and chrF as functions of the rows' weights."""
-    metrics = _sacrebleu(target, references)
-    # The counts of matches of each sentence, from which sacrebleu's own bootstrap goes on too.
-    counts = {
-        name: np.array(metric._extract_corpus_statistics(list(hypotheses), [list(references)]))
-        for name, metric in metrics.items()
+    scores = {
+        name: sacrebleu_score(metric, hypotheses, references) for name, metric in _sacrebleu(target, references).items()
     }
-
-    def measure(weights: NDArray[np.float64]) -> dict[str, Any]:
-        found = {}
-        for name, metric in metrics.items():
-            sums = (np.atleast_2d(weights) @ counts[name]).astype(np.int64).tolist()
-            scores = np.array([metric._compute_score_from_stats(of_rows).score for of_rows in sums])
-            found[name] = scores if weights.ndim > 1 else scores[0]
-        return found
-
-    return measure
+    return lambda weights: {name: score(weights) for name, score in scores.items()}
 
 
 def bleu_and_chrf(hypotheses: Sequence[str], references: Sequence[str], target: str) -> dict[str, float]:

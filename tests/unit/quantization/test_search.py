@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,10 @@ class Model:
         self.sampled.append(part)
         return np.full(3, 0.0 if part not in self.bad else 1.0 + self.bad.index(part), np.float32)
 
-    def search(self, limit: float = 0.5) -> Search | None:
-        return hold_limit("INT8", PARTS, self.write, self.sample, self.grader, limit, self.trace, self.said.append)
+    def search(self, limit: float = 0.5, improve: Callable[[str], bool] = lambda loss: False) -> Search | None:
+        return hold_limit(
+            "INT8", PARTS, self.write, self.sample, self.grader, limit, self.trace, self.said.append, improve=improve
+        )
 
 
 def trace_at(path: Path, key: str = "k") -> MeasurementLog:
@@ -95,6 +97,21 @@ def test_a_model_within_the_limit_is_not_searched(tmp_path: Path) -> None:
     assert model.search(limit=1.5) is None
     assert (model.written, model.sampled) == ([()], [])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_better_rounding_is_tried_before_parts_are_left_in_fp32(tmp_path: Path, enough: bool) -> None:
+    model = Model(["part7", "part3"], trace_at(tmp_path / "t.json"))
+
+    def improve(loss: str) -> bool:
+        assert loss == "INT8 loses 2.00 points of macro-F1"
+        model.bad = [] if enough else ["part7"]
+        return True
+
+    found = model.search(limit=0.5, improve=improve)
+    assert (found is None) == enough
+    assert model.written[:2] == [(), ()]
+    assert found is None or (found.kept, found.trials[0].drop) == (("part7",), pytest.approx(1.0))
 
 
 def test_a_refusal_shows_the_table_and_leaves_no_trace(tmp_path: Path) -> None:

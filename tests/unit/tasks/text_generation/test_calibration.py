@@ -13,10 +13,12 @@ from language_models import random_model, tokenizer
 from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
 from deploykit.graphs.causal_lm import parts_of
 from deploykit.graphs.export_options import ExportOptions
+from deploykit.quantization.compensated import Rounding
 from deploykit.tasks.text_generation.calibration import (
     StaticInt8,
     activations_of,
     calibrate_graph,
+    input_factors,
     smoothed,
     static_int8,
 )
@@ -29,13 +31,13 @@ from deploykit.tasks.text_generation.quantized import quantized_forms, save_grap
 IDS = [np.random.default_rng(i).integers(6, 390, 10 + i % 5).tolist() for i in range(12)]
 
 
-def logits(model: object, folder: Path, file: str) -> np.ndarray:
+def logits(model: object, folder: Path, file: str, engine: str = "onnxruntime") -> np.ndarray:
     own = tokenizer()
     own.save_pretrained(folder)
     facts = checkpoint_facts(model.config, model.generation_config, own)  # type: ignore[attr-defined]
     rows = [EncodedRow(np.array(ids, np.int64), np.arange(len(ids)) > 0) for ids in IDS]
     return np.concatenate(
-        list(load_generator(folder, facts, "onnxruntime", file, 1).supervised_logits(rows))  # type: ignore[arg-type]
+        list(load_generator(folder, facts, engine, file, 1).supervised_logits(rows))  # type: ignore[arg-type]
     )
 
 
@@ -79,6 +81,29 @@ def test_smoothing_keeps_the_function_and_int8_is_near_it(family: str, tmp_path:
     kept = [part for part in parts_of(architecture) if part != "layers.0.attention"]
     save_graphs(static.architecture, 8, directory=tmp_path, precision="int8", ranges=static.ranges, kept=kept)
     assert quantized_matrices(tmp_path / "decoder.int8.onnx") == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
+def test_rounding_by_the_inputs_brings_int8_nearer(family: str, tmp_path: Path) -> None:
+    model = random_model(family, scale=1.0)
+    architecture = read_causal_architecture(model)
+    save_graphs(architecture, None, directory=tmp_path, precision="fp32")
+    graph = standard_graph(tmp_path, "fp32")
+    rounding = Rounding()
+    forms = quantized_forms(architecture, tmp_path, ExportOptions(int8=True), rounding=rounding)
+    factors = input_factors(graph, IDS)
+    assert set(factors) == set(activations_of(graph))
+    expected = logits(model, tmp_path, "decoder.onnx")
+    errors = {}
+    for learned in (False, True):
+        if learned:
+            rounding.learn(factors)
+        for form in forms:
+            form.save(kept=("embedding", "head"))  # which are rounded to the nearest
+            found = logits(model, tmp_path, form.file.name, form.engine)
+            errors[form.engine, learned] = float(np.square(found - expected).mean())
+    for form in forms:
+        assert errors[form.engine, True] < 0.9 * errors[form.engine, False], errors
 
 
 def test_an_explicit_option_calibrates_and_a_missed_limit_names_what_to_try(tmp_path: Path) -> None:

@@ -151,6 +151,15 @@ def test_an_answer_that_the_template_rewrites_later_is_not_supervised() -> None:
     assert supervised_text(chat(THINKS), Row(messages)) == "<think>hm</think>cp -l ..<|im_end|>"
 
 
+def test_an_answer_whose_first_token_begins_in_the_prompt_is_told_of() -> None:
+    ends_in = "{% for m in messages %}[{{ m.role }}]X{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]X{% endif %}"
+    row = Row(({"role": "user", "content": "list"}, {"role": "assistant", "content": "cat f"}))
+    space, line = (chat(ends_in.replace("X", end)) for end in (" ", "\n"))
+    assert space.encode_row(row).joined
+    assert not line.encode_row(row).joined
+    assert supervised_text(line, row).startswith("cat f")
+
+
 def test_a_lone_surrogate_is_read_as_the_replacement_character(tmp_path: Path) -> None:
     [raw], _ = load_rows(write(tmp_path / "rows.jsonl", {"prompt": "a\ud800b", "completion": "ok"}))
     messages = raw.row.messages
