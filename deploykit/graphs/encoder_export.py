@@ -179,8 +179,8 @@ def _hold_limit(
         quantizer.write(set(quantizer.parts) - set(kept))
         return grader.grade("int8", engine)
 
-    def sample(part: str | None) -> NDArray[np.float32]:
-        quantizer.write([] if part is None else [part])
+    def sample(parts: Collection[str]) -> NDArray[np.float32]:
+        quantizer.write(parts)
         return grader.sample("int8", engine)
 
     return hold_limit(f"INT8 on {engine}", quantizer.parts, write, sample, grader, options.max_drop, trace, say, remedy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ class Search:
     """Result of a search.
 
     The first parts of ``order`` stay in fp32 (``kept``). ``sensitivity`` is, in that order, how much the model's
-    outputs change when that part alone is INT8. ``trials`` are in the order they were made.
+    outputs change when that part alone, or it and those sampled with it, are INT8. ``trials`` are in the order they were made.
     """
 
     kept: tuple[str, ...]
@@ -47,7 +47,7 @@ def hold_limit(
     name: str,
     parts: Sequence[str],
     write: Callable[[Sequence[str]], Line],
-    sample: Callable[[str | None], NDArray[Any]],
+    sample: Callable[[Collection[str]], NDArray[Any]],
     grader: Grader[Any],
     limit: float,
     trace: MeasurementLog,
@@ -55,16 +55,18 @@ def hold_limit(
     remedy: str = "another --method, more --calibration-rows",
     instead: str = "fp32",
     improve: Callable[[str], bool] = lambda loss: False,
+    most_samples: int = 1000,
 ) -> Search | None:
     """Quantize all ``parts`` of a model or, if that loses more than ``limit`` points, all but the most sensitive ones.
 
     Args:
         name: the model's form, for messages and the trace.
         write: writes the graph with some parts left in fp32, and grades it.
-        sample: outputs for some rows when only this part is INT8, or none is. It may overwrite the graph.
+        sample: outputs for some rows when only these parts are INT8. It may overwrite the graph.
         remedy: the error's suggestion.
         instead: the precision of the parts that are left.
         improve: takes the loss in words, and has ``write`` round better, if that can be; tried before any part is left.
+        most_samples: if there are more parts, neighbours are sampled together, and have the same sensitivity.
 
     The last graph written is the result. Returns None if all parts are INT8. Raises ExportError with the measured table
     if half of the parts in fp32 do not hold the limit.
@@ -76,16 +78,20 @@ def hold_limit(
         return None
     table = grader.table
     loss = f"{name} loses {drop:.2f} points of {grader.judged}"
+    count = min(len(parts), most_samples)
+    groups = [parts[len(parts) * i // count : len(parts) * (i + 1) // count] for i in range(count)]
     say(f"{loss}: measuring which of its {len(parts)} parts need {instead}")
-    expected = sample(None)
+    expected = sample(())
 
-    def change(part: str) -> float:
-        return float(np.abs(sample(part) - expected).mean())
+    def change(group: Sequence[str]) -> float:
+        return float(np.abs(sample(group) - expected).mean())
 
     sensitivity = {}
-    for i, part in enumerate(parts, 1):
-        sensitivity[part] = trace.measured(f"{name}: {part} alone", partial(change, part))
-        say(f"{i} of {len(parts)}: {part} alone in INT8 changes the outputs by {sensitivity[part]:.2g}")
+    for i, group in enumerate(groups, 1):
+        name_of_group = group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}"
+        found = trace.measured(f"{name}: {name_of_group} alone", partial(change, group))
+        say(f"{i} of {count}: {name_of_group} alone in INT8 changes the outputs by {found:.2g}")
+        sensitivity |= dict.fromkeys(group, found)
     order = sorted(parts, key=lambda part: -sensitivity[part])
     trials = [Trial(0, drop, whole.judged)]
     written: list[Sequence[str]] = []

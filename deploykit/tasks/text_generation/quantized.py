@@ -31,6 +31,8 @@ from deploykit.tasks.text_generation.calibration import StaticInt8
 from deploykit.tasks.text_generation.grading import ENGINE, LanguageModelGrader, quantized_matrices
 
 NATIVE = "native"
+_MOST_SAMPLES = 16
+"""For each, graphs of the whole model are written."""
 
 
 @dataclass(frozen=True)
@@ -149,16 +151,17 @@ def _hold_limit(
         form.save(kept=kept)
         return grader.grade(form.precision, form.engine)
 
-    def sample(part: str | None) -> NDArray[np.float32]:
-        if part is None:
+    def sample(some: Collection[str]) -> NDArray[np.float32]:
+        if not some:
             return grader.sample("fp32", ENGINE)
-        form.save(kept={*parts} - {part})
+        form.save(kept={*parts} - {*some})
         return grader.sample(form.precision, form.engine)
 
     improve = compensate if form.precision == "int8" and not form.calibrated else lambda loss: False
     return hold_limit(
-        form.name, parts, write, sample, grader, options.max_drop, trace, say, form.remedy, form.instead, improve
-    )
+        form.name, parts, write, sample, grader, options.max_drop, trace, say, form.remedy, form.instead, improve,
+        _MOST_SAMPLES,
+    )  # fmt: skip
 
 
 def _record(form: Form, grader: LanguageModelGrader, say: Say) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +58,21 @@ class Model:
         self.grader.enter("fp32", "pytorch", 0.9)
         self.said: list[str] = []
         self.written: list[tuple[str, ...]] = []
-        self.sampled: list[str | None] = []
+        self.sampled: list[tuple[str, ...]] = []
 
     def write(self, kept: Sequence[str]) -> Line:
         self.written.append(tuple(kept))
         return self.grader.enter("int8", "engine", 0.9 - 0.01 * sum(part not in kept for part in self.bad), 4)
 
-    def sample(self, part: str | None) -> NDArray[np.float32]:
+    def sample(self, parts: Collection[str]) -> NDArray[np.float32]:
         if len(self.sampled) + len(self.written) >= self.dies_at:
             raise KeyboardInterrupt
-        self.sampled.append(part)
-        return np.full(3, 0.0 if part not in self.bad else 1.0 + self.bad.index(part), np.float32)
+        self.sampled.append(tuple(parts))
+        return np.full(3, sum(1.0 + self.bad.index(part) for part in parts if part in self.bad), np.float32)
 
-    def search(self, limit: float = 0.5, improve: Callable[[str], bool] = lambda loss: False) -> Search | None:
+    def search(self, limit: float = 0.5, **options: Any) -> Search | None:
         return hold_limit(
-            "INT8", PARTS, self.write, self.sample, self.grader, limit, self.trace, self.said.append, improve=improve
+            "INT8", PARTS, self.write, self.sample, self.grader, limit, self.trace, self.said.append, **options
         )
 
 
@@ -90,6 +90,17 @@ def test_the_parts_that_change_the_outputs_most_alone_stay_in_fp32(tmp_path: Pat
     assert model.grader.table[-1].figures["macro_f1"] == pytest.approx(0.89), "and it is what the table has"
     assert [(t.kept, round(t.drop, 6)) for t in found.trials] == [(0, 3.0), (1, 2.0), (2, 1.0)]
     assert "24 of 24: part23 alone in INT8 changes the outputs by 0" in model.said
+
+
+def test_neighbours_are_sampled_together_if_there_are_many_parts(tmp_path: Path) -> None:
+    model = Model(["part7", "part3", "part19"], trace_at(tmp_path / "t.json"))
+    found = model.search(limit=1.5, most_samples=10)
+    assert found is not None
+    assert [len(parts) for parts in model.sampled] == [0, 2, 2, 3, 2, 3, 2, 2, 3, 2, 3]
+    assert [part for parts in model.sampled for part in parts] == PARTS
+    assert found.order[:3] == ("part19", "part20", "part2"), "groups by sensitivity, their parts as the model has them"
+    assert found.kept == model.written[-1] == ("part19", "part20", "part2", "part3")
+    assert "9 of 10: part19 to part20 alone in INT8 changes the outputs by 3" in model.said
 
 
 def test_a_model_within_the_limit_is_not_searched(tmp_path: Path) -> None:
