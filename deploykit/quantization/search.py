@@ -86,7 +86,7 @@ def hold_limit(
     def change(group: Sequence[str]) -> float:
         return float(np.abs(sample(group) - expected).mean())
 
-    sensitivity = {}
+    sensitivity: dict[str, float] = {}
     for i, group in enumerate(groups, 1):
         name_of_group = group[0] if len(group) == 1 else f"{group[0]} to {group[-1]}"
         found = trace.measured(f"{name}: {name_of_group} alone", partial(change, group))

@@ -217,10 +217,10 @@ def _quantize_within_limit(
         save(_without(ranges, kept))
         return grade()
 
-    def sample(part: str | None) -> NDArray[np.float32]:
-        if part is None:
+    def sample(some: Collection[str]) -> NDArray[np.float32]:
+        if not some:
             return grader.sample(TRANSLATION_FILES["fp32"])
-        save(_without(ranges, set(parts) - {part}))
+        save(_without(ranges, set(parts) - set(some)))
         return grader.sample(files)
 
     return hold_limit(name, parts, write, sample, grader, options.max_drop, trace, say)
