@@ -21,6 +21,6 @@ def test_the_demo_ends_with_predictions_a_table_and_a_report(tmp_path: Path, who
     report = tmp_path / "report.html"
     assert f"open {report}" in done.stdout
     assert "sentences/s" in done.stdout
-    for model in ("checkpoint fp32", "int8", "served"):
+    for model in ("checkpoint fp32 (", "export INT8 (", "served INT8 ("):
         assert model in done.stdout
     assert "</html>" in report.read_text(encoding="utf-8")

@@ -18,6 +18,10 @@
 #define DOT_BY_UNSIGNED(sum, bytes, by, lane) vdotq_laneq_s32(sum, bytes, lowered(by), lane)
 #endif
 
+/* Unrolled, so that sums stay in registers; and in order, because more weights loaded ahead need more registers than there are. */
+#define EACH_ROW _Pragma("GCC unroll 6") for (int r = 0; r < rows; r++)
+#define IN_ORDER(x) __asm__("" : "+w"(x))
+
 INLINE int8x16_t lowered(uint8x16_t x) { return vreinterpretq_s8_u8(veorq_u8(x, vdupq_n_u8(128))); }
 INLINE int32x4_t raised(int32x4_t sum, int32x4_t others) { return UNSIGNED ? sum : vaddq_s32(sum, vshlq_n_s32(others, 7)); }
 
@@ -31,26 +35,29 @@ INLINE void columns_dot(const int rows, const int vectors, int part, const int8_
     const int8_t *w = (const int8_t *)l->weight + (int64_t)first * quads * 4 + 4 * column;
     int32x4_t s[MOST_ROWS][16];
     int8x16_t sixteen[MOST_ROWS];
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < vectors; j++) s[r][j] = vdupq_n_s32(0);
+    EACH_ROW
+        _Pragma("GCC unroll 16") for (int j = 0; j < vectors; j++) s[r][j] = vdupq_n_s32(0);
 #define QUAD(lane) \
     __builtin_prefetch(ahead + (int64_t)k * apart); \
-    for (int j = 0; j < vectors; j++) { \
+    _Pragma("GCC unroll 16") for (int j = 0; j < vectors; j++) { \
         int8x16_t four = vld1q_s8(w + 16 * j); \
-        for (int r = 0; r < rows; r++) s[r][j] = vdotq_laneq_s32(s[r][j], four, sixteen[r], lane); \
+        EACH_ROW { \
+            s[r][j] = vdotq_laneq_s32(s[r][j], four, sixteen[r], lane); \
+            IN_ORDER(s[r][j]); \
+        } \
     } \
     k++, w += 4 * PANEL;
     while (k + 4 <= quads) {
-        for (int r = 0; r < rows; r++) sixteen[r] = vld1q_s8(x + r * wide + 4 * k);
+        EACH_ROW sixteen[r] = vld1q_s8(x + r * wide + 4 * k);
         EACH_LANE(QUAD)
     }
     while (k < quads) {
-        for (int r = 0; r < rows; r++) sixteen[r] = vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)(x + r * wide) + k));
+        EACH_ROW sixteen[r] = vreinterpretq_s8_s32(vld1q_dup_s32((const int32_t *)(x + r * wide) + k));
         QUAD(0)
     }
 #undef QUAD
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < vectors; j++) {
+    EACH_ROW
+        _Pragma("GCC unroll 16") for (int j = 0; j < vectors; j++) {
             int at = column + 4 * j;
             put_products(out + r * stride + at, s[r][j], l->scale + first + at, l->bias + first + at, step[r], add);
         }
@@ -150,23 +157,23 @@ INLINE void half_shorts(const int rows, const int halves, int half, const uint8_
     const char *next = ahead.at;
     int32x4_t h[MOST_ROWS][4], l[MOST_ROWS][4], all[4];
     EACH all[i] = vdupq_n_s32(0);
-    for (int r = 0; r < rows; r++) EACH h[r][i] = l[r][i] = vdupq_n_s32(0);
+    EACH_ROW EACH h[r][i] = l[r][i] = vdupq_n_s32(0);
     for (int b = 0; b < blocks_of(m->in); b++) {
         next = prefetch(next, ahead.lines);
         for (int k = 0; k < BLOCK / 8; k++, w += 8 * COLUMNS, x += 16) {
             int8x16_t high[MOST_ROWS];
             uint8x16_t low[MOST_ROWS];
-            for (int r = 0; r < rows; r++) {
+            EACH_ROW {
                 int8x16_t eight = vld1q_s8((const int8_t *)(x + r * stride));
                 low[r] = vreinterpretq_u8_s8(vuzp1q_s8(eight, eight));
                 high[r] = vuzp2q_s8(eight, eight);
             }
 #define QUAD(lane) \
-    for (int j = 0; j < halves; j++) { \
+    _Pragma("GCC unroll 2") for (int j = 0; j < halves; j++) { \
         int8x16x2_t fours = join_pairs(w + 4 * COLUMNS * lane + 16 * j); \
-        for (int i = 0; i < 2; i++) { \
+        _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) { \
             if (!UNSIGNED) all[2 * j + i] = vdotq_s32(all[2 * j + i], fours.val[i], ones); \
-            for (int r = 0; r < rows; r++) { \
+            EACH_ROW { \
                 h[r][2 * j + i] = vdotq_laneq_s32(h[r][2 * j + i], fours.val[i], high[r], lane); \
                 l[r][2 * j + i] = DOT_BY_UNSIGNED(l[r][2 * j + i], fours.val[i], low[r], lane); \
             } \
@@ -177,19 +184,22 @@ INLINE void half_shorts(const int rows, const int halves, int half, const uint8_
 #undef QUAD
         }
     }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < 2 * halves; j++) {
+    EACH_ROW
+        _Pragma("GCC unroll 4") for (int j = 0; j < 2 * halves; j++) {
             int at = 8 * half + 4 * j;
             int32x4_t sum = raised(vaddq_s32(vshlq_n_s32(h[r][j], 8), l[r][j]), all[j]);
             put_products(out + r * out_stride + at, sum, scale + at, bias + at, steps[r * apart], add);
         }
 }
 
+/* Sums and activations of three rows are all that the registers hold. */
 INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
                         int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
     const int halves = rows <= 2 ? 2 : 1;
-    for (int half = 0; half < 2; half += halves, ahead.lines = 0)
-        half_shorts(rows, halves, half, x, stride, steps, apart, m, panel, add, out, out_stride, ahead);
+    for (int half = 0; half < 2; half += halves)
+        _Pragma("GCC unroll 2") for (int r = 0; r < rows; r += 3, ahead.lines = 0)
+            half_shorts(rows - r < 3 ? rows - r : 3, halves, half, x + r * stride, stride, steps + r * apart, apart, m, panel, add,
+                        out + r * out_stride, out_stride, ahead);
 }
 
 /* Compute 4 columns for each of ``vectors`` vectors from ``part`` on. */
