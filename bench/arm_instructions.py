@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from suite import begin, say, write_record
 
@@ -37,7 +36,10 @@ def main() -> None:
             programs = {loop: _program(folder, objects, isa, loop, flags) for loop, flags in LOOPS.items()}
             for layer, title in LAYERS.items():
                 for rows in ROWS:
-                    found = {loop: _count(folder, program, cpu, isa, "plain", layer, rows) for loop, program in programs.items()}
+                    found = {
+                        loop: _count(folder, program, cpu, isa, "plain", layer, rows)
+                        for loop, program in programs.items()
+                    }
                     ours = _count(folder, programs["plain"], cpu, isa, "engine", layer, rows)
                     ratios = {loop: round(count / ours, 2) for loop, count in found.items()}
                     suite["workloads"].append(
@@ -53,7 +55,9 @@ def _program(folder: Path, objects: list[str], isa: str, loop: str, flags: tuple
     out = folder / f"{isa}-{len(flags)}"
     compiler = BUILD["compiler"](BUILD["TARGETS"]["linux-aarch64"].zig, BUILD["CPUS"]["aarch64"][isa])
     subprocess.run((*compiler, *flags, f"-I{csrc}", "-c", str(PROGRAM), "-o", f"{out}.o"), check=True)
-    subprocess.run(("aarch64-linux-gnu-gcc", "-static", f"{out}.o", *objects, "-o", str(out), "-lm", "-lpthread"), check=True)
+    subprocess.run(
+        ("aarch64-linux-gnu-gcc", "-static", f"{out}.o", *objects, "-o", str(out), "-lm", "-lpthread"), check=True
+    )
     return out
 
 
