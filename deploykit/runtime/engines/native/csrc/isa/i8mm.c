@@ -9,6 +9,8 @@
 
 #include "dotprod.h"
 
+#define EACH_PAIR _Pragma("GCC unroll 3") for (int p = 0; p < pairs; p++)
+
 /* Compute 16 columns from ``part`` on, for ``rows`` rows in pairs; the last row is its own pair if they are odd. */
 INLINE void columns_matrix(const int rows, int part, const int8_t *x, int64_t wide, const float *step, const Linear *l,
                            int first, int add, float *out, int64_t stride, const int8_t *ahead, int apart) {
@@ -16,27 +18,35 @@ INLINE void columns_matrix(const int rows, int part, const int8_t *x, int64_t wi
     int quads = (l->in + 3) / 4, column = 16 * part;
     const int8_t *w = (const int8_t *)l->weight + (int64_t)first * quads * 4 + 4 * column;
     int32x4_t s[MOST_ROWS / 2][8]; /* two columns of the first row, then of the second */
-    for (int p = 0; p < pairs; p++)
-        for (int j = 0; j < 8; j++) s[p][j] = vdupq_n_s32(0);
-    for (int k = 0; k < quads; k += 2, w += 8 * PANEL) {
-        int8x16_t two[MOST_ROWS / 2];
+    int8x16_t two[MOST_ROWS / 2];
+    EACH_PAIR
+        _Pragma("GCC unroll 8") for (int j = 0; j < 8; j++) s[p][j] = vdupq_n_s32(0);
+    int k = 0;
+#define EIGHT_INPUTS(last_four) \
+    EACH_PAIR { \
+        const int8_t *row = x + 2 * p * wide + 4 * k; /* rows are padded to 64 */ \
+        two[p] = vcombine_s8(vld1_s8(row), vld1_s8(2 * p + 1 < rows ? row + wide : row)); \
+    } \
+    EACH { \
+        int32x4_t a = vreinterpretq_s32_s8(vld1q_s8(w + 16 * i)), b = last_four; \
+        int8x16_t low = vreinterpretq_s8_s32(vzip1q_s32(a, b)), high = vreinterpretq_s8_s32(vzip2q_s32(a, b)); \
+        EACH_PAIR { \
+            s[p][2 * i] = vmmlaq_s32(s[p][2 * i], two[p], low); \
+            s[p][2 * i + 1] = vmmlaq_s32(s[p][2 * i + 1], two[p], high); \
+            IN_ORDER(s[p][2 * i]); \
+            IN_ORDER(s[p][2 * i + 1]); \
+        } \
+    }
+    for (; k + 2 <= quads; k += 2, w += 8 * PANEL) {
         __builtin_prefetch(ahead + (int64_t)k * apart);
         __builtin_prefetch(ahead + (int64_t)(k + 1) * apart);
-        for (int p = 0; p < pairs; p++) {
-            const int8_t *row = x + 2 * p * wide + 4 * k; /* rows are padded to 64 */
-            two[p] = vcombine_s8(vld1_s8(row), vld1_s8(2 * p + 1 < rows ? row + wide : row));
-        }
-        EACH {
-            int32x4_t a = vreinterpretq_s32_s8(vld1q_s8(w + 16 * i)), b = vdupq_n_s32(0);
-            if (k + 1 < quads) b = vreinterpretq_s32_s8(vld1q_s8(w + 4 * PANEL + 16 * i));
-            int8x16_t low = vreinterpretq_s8_s32(vzip1q_s32(a, b)), high = vreinterpretq_s8_s32(vzip2q_s32(a, b));
-            for (int p = 0; p < pairs; p++) {
-                s[p][2 * i] = vmmlaq_s32(s[p][2 * i], two[p], low);
-                s[p][2 * i + 1] = vmmlaq_s32(s[p][2 * i + 1], two[p], high);
-            }
-        }
+        EIGHT_INPUTS(vreinterpretq_s32_s8(vld1q_s8(w + 4 * PANEL + 16 * i)))
     }
-    for (int r = 0; r < rows; r++)
+    if (k < quads) {
+        EIGHT_INPUTS(vdupq_n_s32(0))
+    }
+#undef EIGHT_INPUTS
+    EACH_ROW
         EACH {
             int at = column + 4 * i;
             int64x2_t a = vreinterpretq_s64_s32(s[r / 2][2 * i]), b = vreinterpretq_s64_s32(s[r / 2][2 * i + 1]);
