@@ -121,7 +121,7 @@ def test_a_dialog_is_remembered_until_reset_and_ctrl_d_ends_it(terminal: Termina
 def test_an_answer_streams_and_ctrl_c_stops_it_alone(terminal: Terminal) -> None:
     begin = len(terminal.shown)
     terminal.type(f"{LINE}\n")
-    for _ in range(5):
+    while len(terminal.shown) - begin < len(LINE) + 40:
         assert terminal.read(), "pieces come while the answer is written"
     assert not PROMPT.search(terminal.shown)
     terminal.type(CTRL_C)
