@@ -128,6 +128,10 @@ INLINE int rows_of_block(int left, int is_float) {
 
 /* Compute tile for up to MOST_TILE_ROWS rows. Rows after the last, up to a multiple of 16, are read and multiplied too. */
 static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then, int64_t stride) {
+    if (g.rows <= MOST_ROWS) { /* nothing to prepare */
+        tile(from, l, g, panel, then, stride);
+        return;
+    }
     int64_t wide = filled(l->in), quads = (l->in + 3) / 4;
     int steps = (int)(quads * 4 / STEP), left = (int)(quads * 4 % STEP), first = panel * PANEL;
     const int8_t *w = (const int8_t *)l->weight + first * quads * 4;
