@@ -134,7 +134,7 @@ def bundle(
     runs = [("onnxruntime", files) for files in graphs.values()]
     runs.append(("onnxruntime", find_graphs(export_dir, export, engine="onnxruntime", precision="auto").files))
     library = None
-    if native := _native_files(export_dir, export):
+    if native := contents.native_files(export_dir, export):
         library = library_for_arm(wheels)
         if library is None:
             say(
@@ -242,14 +242,6 @@ def _texts(export_dir: Path, part: BundledTask, data: str | None) -> list[str]:
     if not texts:
         raise ArtifactError(f"{source}: has no texts", "give another file with --data")
     return evenly(texts, _ROWS)
-
-
-def _native_files(export_dir: Path, export: Manifest) -> tuple[str, ...]:
-    """Return the files of the engine ``native``, none if the export has none or the engine does not run here."""
-    try:
-        return find_graphs(export_dir, export, engine="native", precision="auto").files
-    except (ArtifactError, MissingDependencyError):
-        return ()
 
 
 def _record(

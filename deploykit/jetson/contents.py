@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.artifacts import hash_file
-from deploykit.errors import CorruptArtifactError
+from deploykit.artifacts import Manifest, hash_file
+from deploykit.errors import ArtifactError, CorruptArtifactError, MissingDependencyError
+from deploykit.runtime.find_graphs import find_graphs
 from deploykit.tensorrt.build import Inputs
 
 DESCRIPTION, ROWS, CONFIG_JSON, SUMS = "bundle.json", "rows.json", "config.json", "SHA256SUMS"
@@ -70,6 +71,14 @@ def read_description(bundle: Path) -> Description:
         return Description(**_read(bundle / DESCRIPTION))
     except TypeError as error:
         raise CorruptArtifactError(f"{bundle / DESCRIPTION}: {error}", "unpack the bundle again") from error
+
+
+def native_files(folder: Path, export: Manifest) -> tuple[str, ...]:
+    """Return the files of the engine ``native`` in an export, none if it has none or the engine does not run here."""
+    try:
+        return find_graphs(folder, export, engine="native", precision="auto").files
+    except (ArtifactError, MissingDependencyError):
+        return ()
 
 
 def read_rows(bundle: Path) -> RecordedRows:

@@ -22,6 +22,7 @@ from deploykit.jetson.contents import (
     REPOSITORY,
     VERSION,
     Description,
+    native_files,
     read_config,
     read_description,
     read_rows,
@@ -120,11 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def choose_engine(root: Path) -> str:
     """Return TensorRT, or ``native`` if TensorRT is missing and the bundle in ``root`` has ``native`` for this CPU."""
-    if tensorrt_version() is None and loader.lacks() is None:
-        try:
-            find_graphs(root / EXPORT, load_manifest(root / EXPORT, "export"), engine="native", precision="auto")
-        except ArtifactError:
-            return "tensorrt"
+    if tensorrt_version() is None and native_files(root / EXPORT, load_manifest(root / EXPORT, "export")):
         say(f"TensorRT is not installed: the engine native runs the model on the CPU ({loader.instruction_set()})")
         return "native"
     return "tensorrt"
