@@ -33,7 +33,7 @@ def main() -> None:
         folder = Path(made)
         objects = compile_engine(folder, "linux-aarch64")
         for cpu, isa in CPUS.items():
-            programs = {loop: _program(folder, objects, isa, loop, flags) for loop, flags in LOOPS.items()}
+            programs = {loop: _program(folder, objects, isa, flags) for loop, flags in LOOPS.items()}
             for layer, title in LAYERS.items():
                 for rows in ROWS:
                     found = {
@@ -49,7 +49,7 @@ def main() -> None:
     write_record(suite, ROOT / f"bench/results/{datetime.date.today()}-arm-instructions.json")
 
 
-def _program(folder: Path, objects: list[str], isa: str, loop: str, flags: tuple[str, ...]) -> Path:
+def _program(folder: Path, objects: list[str], isa: str, flags: tuple[str, ...]) -> Path:
     """Compile the program for the CPU, so that the plain loop may use its instructions too."""
     csrc = ROOT / BUILD["CSRC"]
     out = folder / f"{isa}-{len(flags)}"

@@ -1,4 +1,5 @@
-/* Multiply a row, or rows, by a matrix, for arm_instructions.py: arguments are engine or plain, the kind of layer, rows, repeats.
+/* Multiply rows by a matrix, for arm_instructions.py: arguments are engine or plain, the kind of layer, rows (up to MOST_ROWS),
+ * repeats.
  *
  * "plain" is the loop that a programmer writes first. The compiler may use the instructions of the same CPU for it. */
 #include <stdio.h>
@@ -17,21 +18,16 @@ static void *take(size_t bytes) {
     return memset(memory, 1, bytes);
 }
 
-__attribute__((noinline)) static void plain_bytes(const int8_t *x, const int8_t *w, float scale, float *out) {
-    for (int o = 0; o < OUT; o++) {
-        int32_t sum = 0;
-        for (int i = 0; i < IN; i++) sum += x[i] * w[o * IN + i];
-        out[o] = (float)sum * scale;
+#define PLAIN(name, type) \
+    __attribute__((noinline)) static void name(const type *x, const int8_t *w, float scale, float *out) { \
+        for (int o = 0; o < OUT; o++) { \
+            int32_t sum = 0; \
+            for (int i = 0; i < IN; i++) sum += x[i] * w[o * IN + i]; \
+            out[o] = (float)sum * scale; \
+        } \
     }
-}
-
-__attribute__((noinline)) static void plain_shorts(const int16_t *x, const int8_t *w, float scale, float *out) {
-    for (int o = 0; o < OUT; o++) {
-        int32_t sum = 0;
-        for (int i = 0; i < IN; i++) sum += x[i] * w[o * IN + i];
-        out[o] = (float)sum * scale;
-    }
-}
+PLAIN(plain_bytes, int8_t)
+PLAIN(plain_shorts, int16_t)
 
 int main(int count, char **given) {
     if (count != 5) return 2;
@@ -44,19 +40,15 @@ int main(int count, char **given) {
     Linear l = {w, scale, offset, bias, IN, OUT, 0};
     Matrix m = {.weight = w, .scale = scale, .bias = bias, .in = IN, .out = OUT, .kind = INT8, .levels = 32767};
     Given from = {(uint8_t *)x, step, IN * sizeof(float), 1};
-    for (int n = 0; n < repeats; n++)
-        for (int row = 0; row < rows; row += MOST_ROWS) {
-            int some = rows - row < MOST_ROWS ? rows - row : MOST_ROWS;
-            float *to = out + row * OUT;
-            for (int r = 0; plain && r < some; r++) {
-                if (shorts) plain_shorts((int16_t *)(x + (row + r) * from.stride), w, scale[0], to + r * OUT);
-                else plain_bytes(x + (row + r) * IN, w, scale[0], to + r * OUT);
-            }
-            for (int panel = 0; !plain && shorts && panel < OUT / COLUMNS; panel++)
-                k->multiply(&from, &m, row, some, panel, 0, to + panel * COLUMNS, OUT, (Ahead){NULL, 0});
-            if (!plain && !shorts)
-                k->tile((Rows){NULL, (uint8_t *)x, step}, &l, (Group){row, some, 0, 1}, 0, (Then){.out = to}, OUT);
+    for (int n = 0; n < repeats; n++) {
+        for (int r = 0; plain && r < rows; r++) {
+            if (shorts) plain_shorts((int16_t *)(x + r * from.stride), w, scale[0], out + r * OUT);
+            else plain_bytes(x + r * IN, w, scale[0], out + r * OUT);
         }
+        for (int panel = 0; !plain && shorts && panel < OUT / COLUMNS; panel++)
+            k->multiply(&from, &m, 0, rows, panel, 0, out + panel * COLUMNS, OUT, (Ahead){NULL, 0});
+        if (!plain && !shorts) k->tile((Rows){NULL, (uint8_t *)x, step}, &l, (Group){0, rows, 0, 1}, 0, (Then){.out = out}, OUT);
+    }
     puts(k->name);
     return 0;
 }
