@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record
-from deploykit.data.texts import listed, peek
+from deploykit.data.texts import is_text_file, listed, peek, text_lines
 from deploykit.errors import DataError, UsageError
 from deploykit.text import MAX_TEXT_CHARS, without_surrogates
 
@@ -94,11 +95,21 @@ def load_rows(
 
     Formats: ``messages`` (roles system, user, assistant, tool; ``tools``), ShareGPT's ``conversations``, Alpaca's
     ``instruction``, ``input``, ``output`` (``system``, ``history``), ``prompt`` and ``completion``, two named columns,
-    or ``text``. Raises DataError when no format is recognized or a named column is missing.
+    or ``text``. A .txt file has a ``text`` for each of its paragraphs or lines. Raises DataError when no format is
+    recognized or a named column is missing.
     """
-    records, names = peek(read_records(source, reading, split=split), source)
+    found = _documents(source, reading) if is_text_file(source) else read_records(source, reading, split=split)
+    records, names = peek(found, source)
     columns = _columns(source, names, prompt_column, completion_column, prefer)
     return [_read(record, columns) for record in records], columns
+
+
+def _documents(source: str, reading: Reading) -> Iterator[Record]:
+    """Yield the documents of a .txt file: its paragraphs if blank lines separate them, else its lines."""
+    lines = itertools.groupby(text_lines(source, reading), key=lambda line: bool(line[1].strip()))
+    blocks = [list(block) for text, block in lines if text]
+    for block in [[line] for line in blocks[0]] if len(blocks) == 1 else blocks:
+        yield Record(block[0][0], {"text": "\n".join(line for _, line in block)})
 
 
 def _columns(

@@ -15,7 +15,7 @@ from deploykit.tasks.text_generation.chat_template import ALPACA, CHATML, ChatTe
 from deploykit.tasks.text_generation.checkpoint import chat_tokenizer, checkpoint_facts, set_template
 from deploykit.tasks.text_generation.clean_rows import clean_rows, drop_leaks, split_rows
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow, fit
-from deploykit.tasks.text_generation.rows import Row, load_rows, role_problem
+from deploykit.tasks.text_generation.rows import Columns, Row, load_rows, role_problem
 
 LLAMA3 = (
     "{% for message in messages %}{% set content = '<|im_start|>' + message['role'] + '\\n\\n' + message['content'] | trim"
@@ -230,6 +230,23 @@ def test_the_columns_show_the_format(row: dict[str, Any], format: str, roles: st
     assert columns.format == format
     assert " ".join(m["role"] for m in raw.row.messages) == roles
     assert role_problem(raw.row.messages) is None or raw.row.text == "a b"
+
+
+@pytest.mark.parametrize(
+    ("content", "documents"),
+    [
+        ("one\ntwo\n\n \nthree\r\nfour\n", {"a.txt:1": "one\ntwo", "a.txt:5": "three\nfour"}),
+        ("\none\ntwo", {"a.txt:2": "one", "a.txt:3": "two"}),
+    ],
+)
+def test_a_text_file_has_paragraphs_or_lines(content: str, documents: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    raw, columns = load_rows(str(tmp_path / "a.txt"))
+    assert columns == Columns("text", "text")
+    assert {row.row.origin: row.row.text for row in raw} == documents
+    (tmp_path / "a.txt").write_text("\n \n")
+    with pytest.raises(DataError, match="has no rows"):
+        load_rows(str(tmp_path / "a.txt"))
 
 
 def test_named_columns_and_an_unknown_format(tmp_path: Path) -> None:
