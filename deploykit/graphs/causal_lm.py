@@ -16,7 +16,7 @@ com.microsoft.MatMulIntegerToFloat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -29,7 +29,7 @@ from deploykit.graphs.architecture import Array, Linear, Norm
 from deploykit.graphs.causal_architecture import CausalArchitecture, CausalLayer, Rope
 from deploykit.graphs.standard_writer import StandardWriter
 from deploykit.graphs.writer import Graph
-from deploykit.quantization.compensated import Rounding
+from deploykit.quantization.compensated import Fit, Levels, Rounding, int8_levels
 from deploykit.quantization.qdq import Ranges, activation_parameters, quantize_weight
 
 Bits = Literal[4, 8]
@@ -67,7 +67,7 @@ def build_causal_lm(
     """Return the graph in fp32, or with linear layers of ``bits``; ``kept`` parts (``parts_of``) stay in fp32.
 
     ``ranges``: of the inputs of INT8 layers, by the layer's name; without them activations are rounded as they come.
-    ``rounding``: of INT8 weights in blocks; without it each goes to the nearest.
+    ``rounding``: of weights in blocks; without it each goes to the nearest.
     """
     return CausalWriter(
         "model", cast(Any, None), ranges, a=architecture, bits=bits, kept=frozenset(kept), rounding=rounding
@@ -132,8 +132,12 @@ class CausalWriter(StandardWriter):
     def _quantized(self, x: str, weight: Array, bits: Bits, name: str, output: str = "") -> str:
         """Compute x @ weight.T with quantized ``weight`` [out, in] of the layer ``name``."""
         rows, columns = weight.shape
-        known = None if self.rounding is None or bits != 8 else self.rounding.rounded(name, weight.T, BLOCK)
-        values, scales, zeros = quantize_blocks(weight, bits) if known is None else (*_as_blocks(*known), None)
+        known = None if self.rounding is None else self.rounding.rounded(name, weight.T, BLOCK, _FITS[bits])
+        if known is None:
+            values, scales, zeros = quantize_blocks(weight, bits)
+        else:
+            rounded = _in_blocks(known.values.astype(np.int16))
+            values, scales, zeros = _stored(rounded, known.scales, known.minimums, bits)
         inputs = [x, self.constant(values), self.constant(scales.ravel())]
         if zeros is not None:
             inputs.append(self.constant(zeros.ravel()))
@@ -268,11 +272,15 @@ class CausalWriter(StandardWriter):
         self.outputs.insert(0, logit)
 
 
-def _as_blocks(values: NDArray[np.int8], scales: Array) -> tuple[NDArray[np.uint8], Array]:
-    """Return rounded weights [in, out] and scales [blocks, out] as MatMulNBits stores them (see ``quantize_blocks``)."""
-    padded = np.pad(values, ((0, -len(values) % BLOCK), (0, 0)))
-    stored = (padded.T.astype(np.int16) + 128).astype(np.uint8)
-    return stored.reshape(len(stored), -1, BLOCK), np.ascontiguousarray(scales.T)
+def int4_levels(block: Array) -> Levels:
+    """Return 16 levels of which 0 is one."""
+    low, high = np.minimum(block.min(0), 0), np.maximum(block.max(0), 0)
+    scale = (high - low) / np.float32(15)
+    scale = np.where(scale == 0, np.float32(1), scale).astype(np.float32)
+    return Levels(scale, -np.clip(np.rint(-low / scale), 0, 15) * scale, 0, 15)
+
+
+_FITS: Mapping[Bits, Fit] = {8: int8_levels, 4: int4_levels}
 
 
 def quantize_blocks(
@@ -283,23 +291,29 @@ def quantize_blocks(
     Returns values uint8 [out, blocks, bytes], scales float32 [out, blocks] and, for 4 bits, zero points, packed uint8
     [out, bytes]. 8 bits are symmetric about 128; 4 bits have one zero point per block.
     """
-    rows, columns = weight.shape
-    blocks = -(-columns // BLOCK)
-    padded = np.zeros((rows, blocks * BLOCK), np.float32)
-    padded[:, :columns] = weight
-    parts = padded.reshape(rows, blocks, BLOCK)
+    parts = _in_blocks(weight.T)
+    levels = _FITS[bits](parts)
+    return _stored(levels.round(parts), levels.scale, levels.minimum, bits)
+
+
+def _in_blocks(weight: NDArray[Any]) -> NDArray[Any]:
+    """Return weights [in, out] as [BLOCK, blocks, out], zeros after the last."""
+    padded = np.pad(weight, ((0, -len(weight) % BLOCK), (0, 0)))
+    return padded.reshape(-1, BLOCK, weight.shape[1]).transpose(1, 0, 2)
+
+
+def _stored(
+    values: NDArray[Any], scales: Array, minimums: Array, bits: Bits
+) -> tuple[NDArray[np.uint8], Array, NDArray[np.uint8] | None]:
+    """Return ``values`` [BLOCK, blocks, out] and ``scales`` and ``minimums`` [blocks, out] as ``quantize_blocks`` does."""
+    numbers, scales = np.ascontiguousarray(values.transpose(2, 1, 0)), np.ascontiguousarray(scales.T)
     if bits == 8:
-        scales = np.abs(parts).max(2) / 127
-        scales = np.where(scales == 0, 1, scales).astype(np.float32)
-        values = np.rint(parts / scales[:, :, None]) + 128
-        return values.astype(np.uint8), scales, None
-    low, high = np.minimum(parts.min(2), 0), np.maximum(parts.max(2), 0)
-    scales = (high - low) / 15
-    scales = np.where(scales == 0, 1, scales).astype(np.float32)
-    zeros = np.clip(np.rint(-low / scales), 0, 15)
-    values = np.clip(np.rint(parts / scales[:, :, None]) + zeros[:, :, None], 0, 15).astype(np.uint8)
-    odd = np.zeros((rows, blocks + blocks % 2), np.uint8)
-    odd[:, :blocks] = zeros
-    packed: NDArray[np.uint8] = values[:, :, ::2] | (values[:, :, 1::2] << np.uint8(4))
-    zero_points: NDArray[np.uint8] = odd[:, ::2] | (odd[:, 1::2] << np.uint8(4))
-    return packed, scales, zero_points
+        return (numbers + 128).astype(np.uint8), scales, None
+    zeros = np.rint(-minimums.T / scales).astype(np.uint8)
+    zeros = np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))
+    return _in_pairs(numbers.astype(np.uint8)), scales, _in_pairs(zeros)
+
+
+def _in_pairs(nibbles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    packed: NDArray[np.uint8] = nibbles[..., ::2] | (nibbles[..., 1::2] << np.uint8(4))
+    return packed

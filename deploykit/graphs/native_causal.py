@@ -20,7 +20,7 @@ from deploykit.graphs.causal_lm import EMBEDDING, HEAD, Bits
 from deploykit.graphs.native_writer import write_weights
 from deploykit.graphs.seq2seq import side_by_side
 from deploykit.graphs.writer import activation_of
-from deploykit.quantization.compensated import Rounding
+from deploykit.quantization.compensated import Levels, Rounded, Rounding, int8_levels
 from deploykit.runtime.engines.native.causal_weights import BLOCK, COLUMNS
 
 _LEVELS = 32767
@@ -38,7 +38,7 @@ class _Matrix:
 
 
 class NativeCausalWriter:
-    """Writes weight files of one model, INT8 weights by ``rounding``. It keeps what it has quantized: a search writes many
+    """Writes weight files of one model, quantized weights by ``rounding``. It keeps what it has quantized: a search writes many
     files."""
 
     def __init__(self, architecture: CausalArchitecture, rounding: Rounding | None = None) -> None:
@@ -124,7 +124,8 @@ class NativeCausalWriter:
         matrix = _matrix(layer, None) if bits is None else self._quantized.get(key)
         if matrix is None:
             assert bits is not None
-            rounded = self._rounding.rounded(of or name, layer.weight, inputs) if bits == 8 else None
+            block, fit = (inputs, int8_levels) if bits == 8 else (BLOCK, nibble_levels)
+            rounded = self._rounding.rounded(of or name, layer.weight, block, fit)
             matrix = self._quantized[key] = _matrix(layer, bits, rounded)
         kept = {each: self._keep(f"{name}.{each}.{matrix.kind}", array) for each, array in matrix.tensors.items()}
         return {"in": inputs, "out": outputs, "kind": matrix.kind, "levels": matrix.levels, **kept}
@@ -140,8 +141,8 @@ class NativeCausalWriter:
         return name
 
 
-def _matrix(layer: Linear, bits: Bits | None, rounded: tuple[NDArray[np.int8], Array] | None = None) -> _Matrix:
-    """``rounded``: values [in, out] and scales [1, out] in INT8; without them each weight goes to the nearest."""
+def _matrix(layer: Linear, bits: Bits | None, rounded: Rounded | None = None) -> _Matrix:
+    """``rounded``: the weights in ``bits``; without it each goes to the nearest."""
     weight = _padded(layer.weight)
     bias = np.zeros(weight.shape[1], np.float32)
     if layer.bias is not None:
@@ -149,12 +150,19 @@ def _matrix(layer: Linear, bits: Bits | None, rounded: tuple[NDArray[np.int8], A
     if bits is None:
         return _Matrix("fp32", 0, {"weight": _panels(weight, 1), "bias": bias})
     if bits == 8:
-        values, scales = quantize_channels(weight) if rounded is None else (_padded(rounded[0]), _padded(rounded[1])[0])
+        if rounded is None:
+            values, scales = quantize_channels(weight)
+        else:
+            values, scales = _padded(rounded.values), _wide(rounded.scales)[0]
         largest = int(np.abs(values, dtype=np.int16).sum(0, dtype=np.int64).max())
         levels = min(_LEVELS, _LARGEST_SUM // max(1, largest))
         return _Matrix("int8", levels, {"weight": _panels(values, 2), "scale": scales, "bias": bias})
-    nibbles, scales4, lows = quantize_nibbles(weight)
-    tensors = {"weight": _packed(nibbles), "scale": _by_panel(scales4), "low": _by_panel(lows), "bias": bias}
+    if rounded is None:
+        nibbles, steps, lows = quantize_nibbles(weight)
+    else:
+        nibbles = _padded(rounded.values.astype(np.uint8))
+        steps, lows = (_bfloat16(_wide(each)) for each in (rounded.scales, rounded.minimums))
+    tensors = {"weight": _packed(nibbles), "scale": _by_panel(steps), "low": _by_panel(lows), "bias": bias}
     return _Matrix("int4", 0, tensors)
 
 
@@ -175,6 +183,11 @@ def _by_turns(gate: Linear, up: Linear) -> Linear:
 
 def _padded(weight: NDArray[Any]) -> NDArray[Any]:
     return np.pad(weight, [(0, -size % to) for size, to in zip(weight.shape, (BLOCK, COLUMNS))])
+
+
+def _wide(values: Array) -> Array:
+    """Add outputs of zeros to [blocks, out], as ``_padded`` does."""
+    return np.pad(values, ((0, 0), (0, -values.shape[1] % COLUMNS)))
 
 
 def quantize_channels(weight: Array) -> tuple[NDArray[np.int8], Array]:
@@ -213,6 +226,12 @@ def quantize_nibbles(weight: Array) -> tuple[NDArray[np.uint8], NDArray[np.uint1
             scales[better], lows[better] = bits[better], low_bits[better]
             values = np.where(better[:, None], found.astype(np.uint8), values)
     return values.reshape(weight.shape), scales, lows
+
+
+def nibble_levels(block: Array) -> Levels:
+    """Return the levels of ``quantize_nibbles`` for one block of up to 32 inputs."""
+    _, steps, lows = quantize_nibbles(np.pad(block, ((0, -len(block) % BLOCK), (0, 0))))
+    return Levels(_float32(steps[0]), _float32(lows[0]), 0, 15)
 
 
 def _fit(blocks: Array, values: Array, begin: Array, step: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Round weights to INT8 such that a layer's errors compensate each other on real inputs (GPTQ; Frantar et al., ICLR 2023).
+"""Round weights to INT8 or INT4 such that a layer's errors compensate each other on real inputs (GPTQ; Frantar et al., ICLR 2023).
 
 Weights of a linear layer are rounded input by input; what rounding changes in the layer's output is made up for by the
 weights of the inputs that are still to be rounded.
@@ -6,7 +6,8 @@ weights of the inputs that are still to be rounded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,12 +19,51 @@ _DAMPING = 0.01
 _AT_ONCE = 32
 
 
+@dataclass(frozen=True)
+class Levels:
+    """What a block of weights can become: ``scale`` times a whole number from ``least`` to ``most``, plus ``minimum``.
+
+    ``scale`` and ``minimum`` are the block's shape without its inputs, the first axis.
+    """
+
+    scale: Array
+    minimum: Array
+    least: int
+    most: int
+
+    def round(self, weights: Array) -> Array:
+        """Return the whole numbers that come nearest to ``weights``, whose last axes are those of ``scale``."""
+        safe = np.where(self.scale == 0, np.float32(1), self.scale)
+        numbers: Array = np.clip(np.rint((weights - self.minimum) / safe), self.least, self.most)
+        return numbers
+
+
+Fit = Callable[[Array], Levels]
+"""Chooses the levels of a block of weights [inputs, ...]."""
+
+
+def int8_levels(block: Array) -> Levels:
+    """Return levels that are symmetric about 0."""
+    scale = np.abs(block).max(0) / np.float32(127)
+    scale = np.where(scale == 0, np.float32(1), scale)
+    return Levels(scale, np.zeros_like(scale), -127, 127)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Weights [in, out] as ``values`` from -127 to 127, with ``scales`` and ``minimums`` [blocks, out]; see ``Levels``."""
+
+    values: NDArray[np.int8]
+    scales: Array
+    minimums: Array
+
+
 class Rounding:
     """Rounds the layers whose inputs are known, each once: a search writes many files of one model."""
 
     def __init__(self) -> None:
         self._factors: Mapping[str, Array] = {}
-        self._done: dict[tuple[str, int], tuple[NDArray[np.int8], Array]] = {}
+        self._done: dict[tuple[str, int, Fit], Rounded] = {}
 
     @property
     def compensates(self) -> bool:
@@ -33,14 +73,15 @@ class Rounding:
         """Take the ``factor`` of the inputs of each linear layer, by its name."""
         self._factors = factors
 
-    def rounded(self, name: str, weight: Array, block: int) -> tuple[NDArray[np.int8], Array] | None:
+    def rounded(self, name: str, weight: Array, block: int, fit: Fit) -> Rounded | None:
         """Return ``compensated`` weights of the layer ``name``; None if its inputs are not known."""
         factor = self._factors.get(name)
         if factor is None:
             return None
-        if (name, block) not in self._done:
-            self._done[name, block] = compensated(weight, factor, block)
-        return self._done[name, block]
+        key = (name, block, fit)
+        if key not in self._done:
+            self._done[key] = compensated(weight, factor, block, fit)
+        return self._done[key]
 
 
 def factor(squares: Array) -> Array:
@@ -55,26 +96,24 @@ def factor(squares: Array) -> Array:
     return upper
 
 
-def compensated(weight: Array, factor: Array, block: int) -> tuple[NDArray[np.int8], Array]:
-    """Round ``weight`` [in, out] to INT8 with a scale for each ``block`` inputs of an output.
-
-    Returns values [in, out] and scales [in / block, out].
-    """
+def compensated(weight: Array, factor: Array, block: int, fit: Fit) -> Rounded:
+    """Round ``weight`` [in, out], to the levels that ``fit`` chooses for each ``block`` inputs of an output."""
     left = weight.astype(np.float32)
     inputs = len(left)
-    values, scales = np.empty(left.shape, np.int8), []
+    values, scales, minimums = np.empty(left.shape, np.int8), [], []
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
-        scale = np.abs(left[start:stop]).max(0) / np.float32(127)
-        scale = np.where(scale == 0, np.float32(1), scale)
-        scales.append(scale)
+        levels = fit(left[start:stop])
+        scales.append(levels.scale)
+        minimums.append(levels.minimum)
         for begin in range(start, stop, _AT_ONCE):
             end = min(begin + _AT_ONCE, stop)
             part, inner = left[begin:end], factor[begin:end, begin:end]
             errors = np.empty_like(part)
             for i, row in enumerate(part):
-                values[begin + i] = np.clip(np.rint(row / scale), -127, 127)
-                errors[i] = (row - values[begin + i] * scale) / inner[i, i]
+                numbers = levels.round(row)
+                values[begin + i] = numbers
+                errors[i] = (row - numbers * levels.scale - levels.minimum) / inner[i, i]
                 part[i + 1 :] -= inner[i, i + 1 :, None] * errors[i]
             left[end:] -= factor[begin:end, end:].T @ errors
-    return values, np.stack(scales)
+    return Rounded(values, np.stack(scales), np.stack(minimums))

@@ -70,8 +70,8 @@ def quantized_forms(
     static: StaticInt8 | None = None,
     rounding: Rounding | None = None,
 ) -> list[Form]:
-    """Return the forms that ``options`` ask for. With ``static``, INT8 graphs have calibrated activations. ``rounding`` is
-    of INT8 weights, but for those of ``static``.
+    """Return the forms that ``options`` ask for. With ``static``, INT8 graphs have calibrated activations, and ``rounding``
+    is not theirs.
 
     Those of ``native`` are left out where it does not run, or not this model: they could not be measured.
     """
@@ -122,8 +122,8 @@ def quantize(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the forms. Returns what the manifest says of them, by precision; those of ``native`` are under its name.
 
-    ``compensate`` has INT8 weights rounded by the layers' inputs, for the loss that it is given in words, and returns whether
-    that changed anything.
+    ``compensate`` has weights rounded by the layers' inputs, for the loss that it is given in words, and returns whether that
+    changed anything.
     """
     found: dict[str, Any] = {"search": {}}
     for form in forms:
@@ -157,7 +157,7 @@ def _hold_limit(
         form.save(kept={*parts} - {*some})
         return grader.sample(form.precision, form.engine)
 
-    improve = compensate if form.precision == "int8" and not form.calibrated else lambda loss: False
+    improve = (lambda loss: False) if form.calibrated else compensate
     return hold_limit(
         form.name, parts, write, sample, grader, options.max_drop, trace, say, form.remedy, form.instead, improve,
         _MOST_SAMPLES,

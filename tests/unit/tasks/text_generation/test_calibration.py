@@ -84,13 +84,14 @@ def test_smoothing_keeps_the_function_and_int8_is_near_it(family: str, tmp_path:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_rounding_by_the_inputs_brings_int8_nearer(family: str, tmp_path: Path) -> None:
+def test_rounding_by_the_inputs_brings_quantized_forms_nearer(family: str, tmp_path: Path) -> None:
     model = random_model(family, scale=1.0)
     architecture = read_causal_architecture(model)
     save_graphs(architecture, None, directory=tmp_path, precision="fp32")
     graph = standard_graph(tmp_path, "fp32")
     rounding = Rounding()
-    forms = quantized_forms(architecture, tmp_path, ExportOptions(int8=True), rounding=rounding)
+    forms = quantized_forms(architecture, tmp_path, ExportOptions(int8=True, int4=True), rounding=rounding)
+    assert len(forms) == 4
     factors = input_factors(graph, IDS)
     assert set(factors) == set(activations_of(graph))
     expected = logits(model, tmp_path, "decoder.onnx")
@@ -101,9 +102,9 @@ def test_rounding_by_the_inputs_brings_int8_nearer(family: str, tmp_path: Path) 
         for form in forms:
             form.save(kept=("embedding", "head"))  # which are rounded to the nearest
             found = logits(model, tmp_path, form.file.name, form.engine)
-            errors[form.engine, learned] = float(np.square(found - expected).mean())
+            errors[form.name, learned] = float(np.square(found - expected).mean())
     for form in forms:
-        assert errors[form.engine, True] < 0.9 * errors[form.engine, False], errors
+        assert errors[form.name, True] < 0.9 * errors[form.name, False], errors
 
 
 def test_an_explicit_option_calibrates_and_a_missed_limit_names_what_to_try(tmp_path: Path) -> None:
