@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.errors import UsageError
+from deploykit.errors import EngineError, UsageError
+from deploykit.runtime.engines.native.sampling import native_draw
 from deploykit.runtime.token_distribution import distribution, draw
 
 Logits = NDArray[np.float32]
@@ -342,8 +343,17 @@ class Sampler:
         return banned if np.isfinite(banned.max()) else logits
 
     def _drawn(self, logits: Logits) -> int:
-        s = self._sampling
-        kept, shares = distribution(
-            logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, typical_p=s.typical_p
-        )
-        return int(kept[draw(shares, self._random.random())])
+        s, uniform = self._sampling, self._random.random()
+        fast = native_draw() if s.typical_p == 1 else None
+        if fast is not None:
+            token = fast(logits, s.temperature, s.top_k, s.top_p, s.min_p, uniform)
+        elif np.isfinite(logits.max()):
+            kept, shares = distribution(
+                logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, typical_p=s.typical_p
+            )
+            token = int(kept[draw(shares, uniform)])
+        else:
+            token = -1
+        if token < 0:
+            raise EngineError("the model's logits are not finite", "export the model again, in another precision")
+        return token

@@ -194,6 +194,22 @@ static void best_tokens(const Kernels *k) {
     show(found, sizeof(Found));
 }
 
+static void vocabulary(const Kernels *k) {
+    int n = from_to(1, 3 * SHARES), some = from_to(0, 5);
+    float *x = floats(n), *shares = take(4 * n), slope = (float)from_to(1, 2000) / 100.0f;
+    int32_t *places = take(4 * n);
+    double *sums = take(8 * 4);
+    while (some--) x[from_to(0, n - 1)] = -INFINITY;
+    float highest = k->highest_of(x, n);
+    k->shares_of(x, n, highest, slope, shares, sums);
+    int found = k->find_over(x, n, x[from_to(0, n - 1)], places);
+    show(&highest, 4);
+    show(shares, 4 * n);
+    show(sums, 8 * ((n + SHARES - 1) / SHARES));
+    show(&found, 4);
+    show(places, 4 * found);
+}
+
 static void matrix(const Kernels *k) {
     int rows = from_to(1, MOST_ROWS), add = from_to(0, 1), blocks, padded;
     Matrix m = {.in = from_to(1, 300), .out = from_to(1, 70), .kind = from_to(FLOAT32, INT4), .levels = 32767};
@@ -254,8 +270,8 @@ static const struct {
 } CASES[] = {
     {"linear layer", linear_layer}, {"norm", norm}, {"activation", activation}, {"embedding", embedding},
     {"attention to a cache", cached_attention}, {"attention of an encoder", text_attention},
-    {"attention of a classifier", classifier_attention}, {"best tokens", best_tokens}, {"matrix", matrix},
-    {"attention to float16", half_attention},
+    {"attention of a classifier", classifier_attention}, {"best tokens", best_tokens}, {"vocabulary", vocabulary},
+    {"matrix", matrix}, {"attention to float16", half_attention},
 };
 
 static void run_case(int number, int round, const Kernels *k) {

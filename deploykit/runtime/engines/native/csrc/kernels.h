@@ -20,6 +20,7 @@ typedef struct {
 } Places;
 
 #define MOST_VALUE 1023
+#define SHARES 256 /* of a vocabulary, summed together */
 
 /* A thread's data for attention to the ``n`` tokens of a classifier's text. A head's keys are laid out as a layer's weights. */
 typedef struct {
@@ -100,6 +101,13 @@ struct Kernels {
     /* Attention of ``queries`` queries (up to MOST_QUERIES) that share keys and values. ``scores`` has room for each position
      * of each query. */
     void (*attend_seen)(const Seen *s, int queries, const SeenBy *q, float *scores);
+
+    /* Return the largest of ``n`` values. */
+    float (*highest_of)(const float *x, int n);
+    /* Compute 2^((x - highest) * slope), and the sum of each SHARES of them. */
+    void (*shares_of)(const float *x, int n, float highest, float slope, float *shares, double *sums);
+    /* Write the places of the values over ``limit``, ascending. Returns how many there are. */
+    int (*find_over)(const float *x, int n, float limit, int32_t *places);
 };
 
 /* Group ``number`` of the rows of a linear layer. */

@@ -11,6 +11,7 @@
 #include "attention.h"
 #include "text_attention.h"
 #include "causal.h"
+#include "sampling.h"
 
 static void find(Found *f, const float *logits, int first, int n, int best, int scored) {
     if (scored) {
@@ -67,4 +68,7 @@ const Kernels TABLE = {
     .cap_values = cap_values,
     .keep_halves = keep_halves,
     .attend_seen = attend_seen,
+    .highest_of = highest_of,
+    .shares_of = shares_of,
+    .find_over = find_over,
 };

@@ -1,0 +1,163 @@
+/* Draw a token from logits, by the rules of runtime/token_distribution.py. */
+#include <math.h>
+
+#include "kernels.h"
+
+/* Values and places of which some are kept; all of them have room for the whole vocabulary. */
+typedef struct {
+    float *shares, *values;
+    int32_t *ids, *places;
+    double *sums;
+} Room;
+
+static void swap(float *a, float *b) {
+    float held = *a;
+    *a = *b;
+    *b = held;
+}
+
+/* A value that is neither the largest nor the smallest of three. */
+static float middle(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
+
+/* Move the values over ``pivot`` to the front. Returns how many there are, and their sum. */
+static int move_over(float *x, int n, float pivot, double *sum) {
+    int over = 0;
+    *sum = 0;
+    for (int i = 0; i < n; i++)
+        if (x[i] > pivot) {
+            *sum += (double)x[i];
+            swap(x + i, x + over++);
+        }
+    return over;
+}
+
+static int move_equal(float *x, int n, float pivot) {
+    int equal = 0;
+    for (int i = 0; i < n; i++)
+        if (x[i] == pivot) swap(x + i, x + equal++);
+    return equal;
+}
+
+/* Return the largest value such that ``count`` values are no smaller, or ``share`` is reached by the sum of those that are no
+ * smaller, whichever needs more: a quickselect. Changes the order of ``x``. */
+static float boundary(float *x, int n, int count, double share) {
+    for (;;) {
+        double sum;
+        float pivot = middle(x[0], x[n / 2], x[n - 1]);
+        int over = move_over(x, n, pivot, &sum);
+        if (over >= count && sum >= share && over) {
+            n = over;
+            continue;
+        }
+        int equal = move_equal(x + over, n - over, pivot), end = over + equal;
+        sum += (double)pivot * equal;
+        if (!equal || end == n || (end >= count && sum >= share)) return pivot; /* none is equal to a NaN */
+        x += end, n -= end, count -= end, share -= sum;
+    }
+}
+
+/* Keep the ``count`` tokens with the highest logits, and those that equal the last. Returns how many. */
+static int keep_best(const Kernels *k, const float *logits, int n, int count, Room r) {
+    int width = n / 8 / count, found = 0, kept = 0;
+    float limit = -INFINITY;
+    if (width > 1) { /* that many logits reach the limit, and few others do */
+        for (int i = 0; i < 8 * count; i++) r.values[i] = k->highest_of(logits + i * width, width);
+        limit = boundary(r.values, 8 * count, count, -INFINITY);
+    }
+    found = k->find_over(logits, n, nextafterf(limit, -INFINITY), r.ids);
+    if (found <= count) return found;
+    for (int i = 0; i < found; i++) r.values[i] = logits[r.ids[i]];
+    limit = boundary(r.values, found, count, -INFINITY);
+    for (int i = 0; i < found; i++)
+        if (logits[r.ids[i]] >= limit) r.ids[kept++] = r.ids[i];
+    return kept;
+}
+
+/* Keep the places of the smallest set of the largest shares that reaches ``top_p`` of all. Returns how many. */
+static int keep_largest(const Kernels *k, int n, double top_p, Room r) {
+    double total = 0, sum = 0;
+    for (int i = 0; i < (n + SHARES - 1) / SHARES; i++) total += r.sums[i];
+    /* The tokens below this mean share have no more than 1 - top_p together. */
+    float mean = (float)((1 - top_p) * total / n);
+    int found = k->find_over(r.shares, n, nextafterf(mean, -INFINITY), r.places), kept = 0, equal = 0, spare = 0;
+    if (!found) return 0;
+    for (int i = 0; i < found; i++) r.values[i] = r.shares[r.places[i]];
+    float limit = boundary(r.values, found, 1, top_p * total);
+    for (int i = 0; i < found; i++) {
+        float share = r.shares[r.places[i]];
+        if (share < limit) continue;
+        sum += (double)share;
+        equal += share == limit;
+        r.places[kept++] = r.places[i];
+    }
+    double excess = sum - top_p * total;
+    if (limit > 0 && excess >= (double)limit) spare = (int)fmin(equal - 1, excess / (double)limit);
+    if (!spare) return kept;
+    found = kept, kept = 0, equal -= spare;
+    for (int i = 0; i < found; i++) { /* of equal ones, the lower ids stay */
+        int32_t place = r.places[i];
+        if (r.shares[place] != limit || equal-- > 0) r.places[kept++] = place;
+    }
+    return kept;
+}
+
+/* Draw one of ``n`` shares, those at ``places`` or, if that is NULL, all. Returns -1 if none is over 0. */
+static int draw(const float *shares, const int32_t *places, int n, double uniform) {
+    double total = 0, sum = 0;
+    int last = -1;
+    for (int i = 0; i < n; i++) total += (double)shares[places ? places[i] : i];
+    for (int i = 0; i < n; i++) {
+        float share = shares[places ? places[i] : i];
+        if (!(share > 0)) continue;
+        sum += (double)share;
+        last = i;
+        if (sum > uniform * total) break;
+    }
+    return last;
+}
+
+/* Return the bytes of room that deploykit_draw needs for a vocabulary of ``n``. */
+API int64_t deploykit_draw_room(int32_t n) { return 4 * sizeof(float) * (int64_t)n + sizeof(double) * (n / SHARES + 1); }
+
+/* Draw a token of ``n``, by the rules in this order: temperature, top-k (0: none), top-p (1: none), min-p (0: none).
+ * ``uniform`` is from [0, 1). Returns -1 if no logit is finite. */
+API int32_t deploykit_draw(const float *logits, int32_t n, double temperature, int32_t top_k, double top_p, double min_p,
+                           double uniform, void *room) {
+    const Kernels *k = chosen_kernels();
+    double *sums = room;
+    float *shares = (float *)(sums + n / SHARES + 1);
+    Room r = {shares, shares + n, (int32_t *)shares + 2 * (int64_t)n, (int32_t *)shares + 3 * (int64_t)n, sums};
+    const float *x = logits;
+    int picks = top_k > 0 && top_k < n, kept = 0, first = 0, place;
+    if (picks) {
+        n = keep_best(k, logits, n, top_k, r);
+        for (int i = 0; i < n; i++) r.values[i] = logits[r.ids[i]];
+        x = r.values;
+    }
+    float highest = k->highest_of(x, n);
+    if (!(highest > -INFINITY && highest < INFINITY)) return -1;
+    k->shares_of(x, n, highest, (float)(1.44269504088896 / fmax(temperature, 1e-30)), r.shares, r.sums);
+    if (top_p < 1) {
+        kept = keep_largest(k, n, top_p, r);
+        int found = kept;
+        kept = 0;
+        for (int i = 0; i < found; i++)
+            if ((double)r.shares[r.places[i]] >= min_p) r.places[kept++] = r.places[i];
+    } else if (min_p > 0) {
+        kept = k->find_over(r.shares, n, nextafterf((float)min_p, -INFINITY), r.places);
+    } else { /* find the part of the vocabulary first */
+        double total = 0, before = 0;
+        int part = 0, parts = (n + SHARES - 1) / SHARES;
+        for (int i = 0; i < parts; i++) total += r.sums[i];
+        for (double left = uniform * total; part < parts - 1 && before + r.sums[part] <= left; part++) before += r.sums[part];
+        while (part > 0 && !(r.sums[part] > 0)) before -= r.sums[--part];
+        first = part * SHARES;
+        r.places = NULL;
+        kept = n - first < SHARES ? n - first : SHARES;
+        uniform = (uniform * total - before) / r.sums[part];
+    }
+    place = draw(r.shares + first, r.places, kept, uniform);
+    if (place < 0) return -1;
+    place = r.places ? r.places[place] : first + place;
+    return picks ? r.ids[place] : place;
+}
