@@ -18,6 +18,7 @@ from deploykit.errors import DeploykitError
 from deploykit.runtime.engines.native import loader, weights
 from deploykit.runtime.engines.native.causal_lm import NativeCausalLm
 from deploykit.runtime.engines.native.encoder import NativeEngine
+from deploykit.runtime.engines.native.sampling import native_draw
 from deploykit.runtime.engines.native.translator import NativeModel
 
 
@@ -41,6 +42,11 @@ def run_causal(path: Path) -> None:
     model = NativeCausalLm(path, 2, context=64)
     model.begin()
     model.feed([5, 6, 7], range(3))
+    model.admit(8)
+    logits, draw = model.step(np.array([8]))[0].copy(), native_draw()
+    assert draw is not None
+    for top_k, top_p, min_p in ((0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.9, 0.1), (150, 0.5, 0.0)):
+        assert -1 <= draw(logits, 0.8, top_k, top_p, min_p, 0.7) < len(logits)
 
 
 def run_translator(path: Path) -> None:
