@@ -37,7 +37,6 @@ from deploykit.demo import MINILM, TWEETS
 from deploykit.measurement_log import MeasurementLog
 from deploykit.runtime.tokenizer import Encoded
 from deploykit.tasks.classification.checkpoint import TorchClassifier, tried
-from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.resampling import measure_of, metrics_with_intervals

@@ -57,14 +57,16 @@ def choose(facts: Facts, *, batch: int = 0, accumulation: int = 1) -> Recipe:
 def kind_of(config: Any) -> Kind:
     """Return what a model is, by its configuration: a decoder if transformers has a causal but no masked language model of
     its type."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
-    )
+    from transformers.models.auto import modeling_auto as known
 
     if config.is_encoder_decoder:
         return "encoder-decoder"
-    return "decoder" if config.model_type in CAUSAL and config.model_type not in MASKED else "encoder"
+    return (
+        "decoder"
+        if config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        and config.model_type not in known.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        else "encoder"
+    )
 
 
 def _rate(facts: Facts) -> Choice:
