@@ -86,6 +86,8 @@ def _silent(line: str) -> None:
 
 def _check_machine(options: FinetuneOptions) -> None:
     """Raise an error for a model or options that cannot be trained on this machine, before the slow imports."""
+    if processes.count() > 1 and not options.shares_batches:
+        raise UsageError(f"--task {options.task} trains in one process", "leave out --processes, or the launcher")
     if options.mixed_precision == "fp16":
         import torch
 

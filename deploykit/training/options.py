@@ -112,6 +112,9 @@ class FinetuneOptions(Reading):
     }
     """Option -> the names that configurations of models have for it."""
 
+    shares_batches: ClassVar[bool] = False
+    """Whether several processes can train a model of the task together."""
+
     # option -> lowest and highest value
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         "validation_fraction": (0, 0.9),

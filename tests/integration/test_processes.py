@@ -125,6 +125,7 @@ def test_an_interruption_ends_all(words: list[str], tmp_path: Path, number: sign
         (("--processes", 0), 2, "--processes is 0"),
         (("--processes", 2, "--folds", 2), 2, "--processes is for one run"),
         (("--processes", 2, "--max-length", 5000), 2, "takes at most 32 tokens"),
+        (("--processes", 2, "--task", "question-answering"), 2, "--task question-answering trains in one process"),
     ],
 )
 def test_an_error_is_told_once(

@@ -79,6 +79,8 @@ class ClassificationOptions(FinetuneOptions):
         ("minmax", "entropy", "percentile", "mse"),
     )
 
+    shares_batches: ClassVar[bool] = True
+
     dropouts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **FinetuneOptions.dropouts,
         "classifier_dropout": ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "cls_dropout"),
