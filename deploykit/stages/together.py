@@ -83,9 +83,9 @@ def _run(words: Sequence[str], count: int, folder: Path, say: Say) -> dict[str, 
             progress = threading.Thread(target=_tell, args=(started[0].stderr, say), daemon=True)
             progress.start()
             _wait(started, folder)
-            progress.join()
         finally:
             _end(started)
+        progress.join()
     found: dict[str, Any] = json.loads((folder / "0.out").read_text())
     return found
 
