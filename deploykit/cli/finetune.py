@@ -209,6 +209,7 @@ def command(
         **own,
         "rows": metrics["rows"],
         "cleaning": metrics["cleaning"],
+        "recipe": metrics.get("recipe", {}),
         "metrics": metrics.get(measured),
         **more,
     }

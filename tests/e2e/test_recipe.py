@@ -58,6 +58,7 @@ def test_a_run_without_options_chooses_says_and_keeps_them(
         code, stdout, err = deploykit(*again, "--json")
         assert code == 0, err
         assert json.loads(stdout)["reused"]
+        assert json.loads(stdout)["recipe"] == recipe
     code, _, err = deploykit(*words, "--learning-rate", "1e-3")
     assert code == 1
     assert "made from other inputs or options" in err
