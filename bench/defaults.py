@@ -50,6 +50,9 @@ _PROGRAMS = ("find", "echo", "cat", "sudo", "ls", "mkdir")
 _MOST_FIND = 1500
 """Rows of the program that two thirds of all commands start with."""
 
+_DRAWN = 3
+"""Runs of a search that are drawn at random, and never ended early."""
+
 Texts = Iterator[tuple[str, str]]
 
 
@@ -189,7 +192,7 @@ def compare(key: str, options: argparse.Namespace) -> dict[str, Any]:
     runs = options.runs or chosen.runs
     subject = Subject(chosen, options.folder)
     log = MeasurementLog(
-        options.folder / f"defaults-{key}.log.json", digest_of("defaults", dataclasses.asdict(subject.whole), runs), say
+        options.folder / f"defaults-{key}.log.json", digest_of("defaults", dataclasses.asdict(subject.whole)), say
     )
     ours = log.measured(f"default {sorted(values_of(subject).items())}", partial(subject.train, {}))
     score = subject.metrics("test", ours["test"])
@@ -228,8 +231,8 @@ def values_of(subject: Subject) -> dict[str, Any]:
 def search(subject: Subject, chosen: SmallSet, runs: int, log: MeasurementLog) -> list[dict[str, Any]]:
     """Train ``runs`` times. Each run has values, the selection of its best evaluation, scores, and whether it was ended early."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=1, n_startup_trials=max(3, runs // 3)),
-                                pruner=optuna.pruners.MedianPruner(n_startup_trials=3))  # fmt: skip
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=1, n_startup_trials=_DRAWN),
+                                pruner=optuna.pruners.MedianPruner(n_startup_trials=_DRAWN))  # fmt: skip
     found = []
     for number in range(runs):
         trial = study.ask()

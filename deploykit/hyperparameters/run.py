@@ -53,8 +53,9 @@ def search(
 ) -> Searched:
     """Train ``chosen.search`` runs in all, in the folder OUT.search, and copy the best one to ``out``.
 
-    The first run has the ``options`` as they are given, and those that are left to it as a run without a search. A killed search goes on when it is started again with the same
-    options, and several processes with the same options share the runs.
+    The first run has the ``options`` as they are given, and those that are left to it as a run without a search. A
+    killed search goes on when it is started again with the same options, and several processes with the same options
+    share the runs.
 
     Raises MissingDependencyError without optuna or matplotlib, ArtifactError if OUT has other content, and
     DeploykitError if no run came to an end within the limits.

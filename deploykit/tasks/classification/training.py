@@ -147,6 +147,8 @@ class ClassificationStage:
                 accumulation=options.gradient_accumulation_steps,
             )  # fmt: skip
             chosen = {name: choices[name] for name in options.unset}
+            if options.qat and "max_length" in chosen:
+                chosen["max_length"] = Choice(self._trained_for.max_length, "as the checkpoint was trained")
             if options.warmup_ratio == choices["warmup_ratio"].value:
                 chosen["warmup_ratio"] = choices["warmup_ratio"]
             values = {name: choice.value for name, choice in chosen.items()}
@@ -154,12 +156,12 @@ class ClassificationStage:
         return self._options, chosen
 
     def _facts(self, rows: Rows[Example, Columns]) -> Facts:
-        options, train = self._options, rows.splits["train"]
+        options, train, config = self._options, rows.splits["train"], self._config.get_text_config()
         task = dataclasses.replace(self.task(rows), max_length=self._limit)
         texts = [example.asked for example in evenly(train, _MEASURED_ROWS)]
         return Facts(
             kind=kind_of(self._config),
-            hidden=self._config.get_text_config().hidden_size,
+            hidden=getattr(config, "hidden_size", None) or config.d_model,
             limit=self._limit,
             rows=len(train) * (1 + len(options.augment)),
             lengths=[len(ids) for ids in TorchClassifier(None, self.tokenizer, task).encode(texts).ids],
