@@ -63,7 +63,8 @@ def test_two_processes_train_as_one_does(words: list[str], tmp_path: Path) -> No
     assert "16 of 2 processes" in together.stderr, "the batch that the recipe chooses is shared"
     assert together.stderr.count("splits: ") == 1, "one process prints"
     assert len(losses(alone.stderr)) >= 20
-    one = load_file(tmp_path / "one" / "model.safetensors")
+    # A key's bias changes no answer (softmax), so its gradient is rounding noise, which Adam scales up.
+    one = {k: v for k, v in load_file(tmp_path / "one" / "model.safetensors").items() if not k.endswith("key.bias")}
     for done, name in ((together, "two"), (by_torchrun, "three")):
         assert losses(done.stderr) == losses(alone.stderr)
         weights = load_file(tmp_path / name / "model.safetensors")
