@@ -50,6 +50,7 @@ def finetune(
     restart: bool = False,
     folds: int = 0,
     learning_curve: bool = False,
+    processes: int = 1,
     progress: Say | None = None,
     **options: Any,
 ) -> Finetuned:
@@ -69,6 +70,7 @@ def finetune(
         restart: Start over instead of continuing a killed run.
         folds: Also cross-validate: train on all folds of the rows but one, that often. The result has ``folds``.
         learning_curve: Also train on 10 to 75 % of the rows. The result has ``learning_curve``.
+        processes: Train in so many processes that share each batch.
         progress: Called with each message, a line.
         **options: All other options of ``deploykit finetune``: ``num_train_epochs=1``, ``text_column=("title",
         "body")``.
@@ -82,6 +84,7 @@ def finetune(
     from deploykit.stages.finetune import finetune as run
     from deploykit.stages.finetune_options import make_options
     from deploykit.stages.repeated_runs import check_repeats, repeat
+    from deploykit.stages.together import check_processes, finetune_together
 
     names = {field.name for field in dataclasses.fields(SearchOptions)}
     searched = SearchOptions(**{name: value for name, value in options.items() if name in names})
@@ -92,7 +95,10 @@ def finetune(
     chosen = make_options({**given, **named, **{k: v for k, v in options.items() if v is not None}})
     searched.check(chosen)
     check_repeats(chosen, folds, learning_curve, searches=bool(searched.search))
+    check_processes(processes, alone=not (searched.search or folds or learning_curve))
     out, say = Path(output_dir), progress or _quiet
+    if processes > 1:
+        return finetune_together(chosen, processes, out, force=force, restart=restart, say=say)
     if searched.search:
         from deploykit.hyperparameters.run import search
 

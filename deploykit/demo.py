@@ -99,7 +99,7 @@ def sentiment(out: Path, *, max_rows: int, say: Say) -> Recipe:
     tweets = out / "tweets" / Path(TWEETS.inside).name
     words = (out / "minilm", "--task", "classification", "--train", tweets, "--encoding", "latin-1",
              "--max-train-samples", max_rows, "--num-train-epochs", 1, "--learning-rate", 1e-4, "--max-length", 128,
-             "--mixed-precision", "auto")  # fmt: skip
+             "--per-device-train-batch-size", 32, "--mixed-precision", "auto")  # fmt: skip
     return Recipe("sentiment", words, "predict", SENTENCES, ("--max-concurrency", 1, "--max-concurrency", 32))
 
 

@@ -146,6 +146,13 @@ def _help(text: str, defaults: Mapping[str, Any]) -> str:
     is_flag=True,
     help="Also train on 10 to 75 % of the rows, and say what more rows would bring.",
 )
+@click.option(
+    "--processes",
+    type=int,
+    default=1,
+    metavar="N",
+    help="Train in N processes that share each batch (classification); on GPUs, one for each.",
+)
 @_search_options
 @_field_options
 def command(
@@ -155,6 +162,7 @@ def command(
     restart: bool,
     folds: int,
     curve: bool,
+    processes: int,
     model: str | None,
     earlier_model: str | None,
     **values: Any,
@@ -170,9 +178,11 @@ def command(
     chosen.check(options)
 
     from deploykit.stages.repeated_runs import check_repeats, repeat
+    from deploykit.stages.together import check_processes, finetune_together
     from deploykit.training.rows import held_out
 
     check_repeats(options, folds, curve, searches=bool(chosen.search))
+    check_processes(processes, alone=not (chosen.search or folds or curve))
     more: dict[str, Any] = {}
     if chosen.search:
         from deploykit.hyperparameters.run import PAGE, search
@@ -180,6 +190,8 @@ def command(
         found = search(options, chosen, out, force=force, restart=restart, say=say)
         done, more = found.best, {"search": {**found.record, "folder": str(found.folder)}}
         say(f"{found.folder / PAGE}: {len(found.record['runs'])} runs, the best is run {found.record['best']}")
+    elif processes > 1:
+        done = finetune_together(options, processes, out, force=force, restart=restart, say=say)
     else:
         from deploykit.stages.finetune import finetune
 
@@ -197,6 +209,7 @@ def command(
         **own,
         "rows": metrics["rows"],
         "cleaning": metrics["cleaning"],
+        "recipe": metrics.get("recipe", {}),
         "metrics": metrics.get(measured),
         **more,
     }

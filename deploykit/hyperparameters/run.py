@@ -19,10 +19,10 @@ from deploykit.hyperparameters.options import SearchOptions
 from deploykit.hyperparameters.space import Space, default_space, read_space, starting_values
 from deploykit.metric_titles import flat_metrics, lower_is_better, main_metric
 from deploykit.report.svg import require_matplotlib
-from deploykit.stages.finetune import Finetuned, finetune, inputs_digest
+from deploykit.stages.finetune import Finetuned, completed, finetune, inputs_digest
 from deploykit.tasks.registry import get_task
 from deploykit.training.options import FinetuneOptions
-from deploykit.training.rows import Say
+from deploykit.training.rows import Say, read_rows
 
 if TYPE_CHECKING:
     from deploykit.hyperparameters.study import SharedStudy, TakenRun
@@ -53,8 +53,9 @@ def search(
 ) -> Searched:
     """Train ``chosen.search`` runs in all, in the folder OUT.search, and copy the best one to ``out``.
 
-    The first run has the ``options`` as they are given. A killed search goes on when it is started again with the same
-    options, and several processes with the same options share the runs.
+    The first run has the ``options`` as they are given, and those that are left to it as a run without a search. A
+    killed search goes on when it is started again with the same options, and several processes with the same options
+    share the runs.
 
     Raises MissingDependencyError without optuna or matplotlib, ArtifactError if OUT has other content, and
     DeploykitError if no run came to an end within the limits.
@@ -70,7 +71,8 @@ def search(
     require_matplotlib()
     from deploykit.hyperparameters.study import SharedStudy
 
-    space = default_space(options) if chosen.search_space is None else read_space(chosen.search_space, options)
+    whole = _completed(options)
+    space = default_space(whole) if chosen.search_space is None else read_space(chosen.search_space, options)
     folder = out.with_name(f"{out.name}.search")
     if restart:
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,7 +83,7 @@ def search(
         chosen.search_objective, chosen.max_size_mb, chosen.max_p50_ms,
     )  # fmt: skip
     study = SharedStudy(
-        folder, key, space=space, start=starting_values(space, options), pruner=chosen.search_pruner,
+        folder, key, space=space, start=starting_values(space, whole), pruner=chosen.search_pruner,
         runs=chosen.search, seed=options.seed,
     )  # fmt: skip
     deadline = math.inf if chosen.time_s is None else time.monotonic() + chosen.time_s
@@ -101,6 +103,17 @@ def search(
             study.release(run)
             raise
     return _publish(study, options, chosen, space, out, force=force)
+
+
+def _completed(options: FinetuneOptions) -> FinetuneOptions:
+    """Return the options with the values that a run without a search would choose for those that are left to it."""
+    if not options.unset:
+        return options
+    from deploykit.training.checkpoint import quiet
+
+    quiet()
+    stage = get_task(options.task).training_stage(options)
+    return completed(stage, options, read_rows(stage, options, lambda _: None))[0]
 
 
 def _train(study: SharedStudy, run: TakenRun, options: FinetuneOptions, chosen: SearchOptions, say: Say) -> None:

@@ -18,7 +18,9 @@ from deploykit.errors import ArtifactError, MissingDependencyError, UsageError
 from deploykit.stages import model_card
 from deploykit.stages.finetune_options import ROWS
 from deploykit.tasks.registry import get_task
+from deploykit.training import processes
 from deploykit.training.options import FinetuneOptions, write_toml
+from deploykit.training.recipe import GIVEN, Recipe, recipe_lines, recipe_of
 from deploykit.training.rows import Columns, Raw, Row, Rows, RowSource, Say, named_paths, read_rows, write_splits
 from deploykit.training.source import check_source, refuse_adapter
 
@@ -65,19 +67,27 @@ def finetune(
     """
     options.check()
     _check_machine(options)
-    inputs = inputs_digest(options)
+    inputs = inputs_digest(as_chosen_before(options, out))
     if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
         return Finetuned(out, manifest, reused=True)
     # These imports take seconds, so they happen only when there is something to train.
     from deploykit.training.checkpoint import quiet
 
     quiet()
+    if not processes.is_first():
+        say = _silent
     stage = get_task(options.task).training_stage(options)
-    return _run(stage, options, out, inputs, restart=restart, say=say, watch=watch)
+    return _run(stage, options, out, restart=restart, say=say, watch=watch)
+
+
+def _silent(line: str) -> None:
+    """Print nothing: the first of several processes does."""
 
 
 def _check_machine(options: FinetuneOptions) -> None:
     """Raise an error for a model or options that cannot be trained on this machine, before the slow imports."""
+    if processes.count() > 1 and not options.shares_batches:
+        raise UsageError(f"--task {options.task} trains in one process", "leave out --processes, or the launcher")
     if options.mixed_precision == "fp16":
         import torch
 
@@ -93,7 +103,6 @@ def _run(
     stage: Stage[Raw, Row, Columns],
     options: FinetuneOptions,
     out: Path,
-    inputs: str,
     *,
     restart: bool,
     say: Say,
@@ -105,6 +114,11 @@ def _run(
     from deploykit.training.trainer import watched
 
     rows = read_rows(stage, options, say)
+    options, chosen = completed(stage, options, rows)
+    recipe = recipe_of(options, chosen)
+    for line in recipe_lines(recipe):
+        say(line)
+    inputs = inputs_digest(options)
     with _work_directory(out, inputs, restart=restart, say=say) as work:
         set_seed(options.seed)
         with watched(watch), interruptible(work, say):
@@ -138,10 +152,35 @@ def _run(
                 trained.task,
                 inputs=inputs,
                 options={k: v for k, v in dataclasses.asdict(options).items() if v is not None},
-                metrics={"rows": counts, "cleaning": cleaning, "leaks_dropped": rows.leaks, **trained.metrics},
+                metrics={
+                    "rows": counts,
+                    "cleaning": cleaning,
+                    "leaks_dropped": rows.leaks,
+                    "recipe": {name: dataclasses.asdict(choice) for name, choice in recipe.items()},
+                    **trained.metrics,
+                },
             )
         shutil.rmtree(work)
     return Finetuned(out, manifest, reused=False)
+
+
+def completed(stage: Any, options: FinetuneOptions, rows: Rows[Row, Columns]) -> tuple[FinetuneOptions, Recipe]:
+    """Return the options with those that are left to the run, and what was chosen for them."""
+    found: tuple[FinetuneOptions, Recipe] = stage.complete(rows) if options.unset else (options, {})
+    return found
+
+
+def as_chosen_before(options: FinetuneOptions, out: Path) -> FinetuneOptions:
+    """Return the options with those that are left to the run as the one at ``out`` has chosen them, if there is one."""
+    if not options.unset or not (out / artifacts.MANIFEST).is_file():
+        return options
+    try:
+        manifest = artifacts.load_manifest(out, "checkpoint", verify=False)
+    except ArtifactError:
+        return options
+    recipe = manifest.metrics.get("recipe", {})
+    chosen = [name for name in options.unset if recipe.get(name, {}).get("reason", GIVEN) != GIVEN]
+    return dataclasses.replace(options, **{name: recipe[name]["value"] for name in chosen})
 
 
 def inputs_digest(options: FinetuneOptions) -> str:
@@ -157,18 +196,20 @@ def inputs_digest(options: FinetuneOptions) -> str:
 def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Iterator[Path]:
     """Yield the folder for checkpoints of an unfinished run, next to ``out``, one for each set of inputs."""
     work = out.absolute().with_name(f".{out.name}.{inputs[:12]}.training")
-    with artifacts.explained(work):
-        if restart:
+    with processes.first_alone(), artifacts.explained(work):
+        if restart and processes.is_first():
             shutil.rmtree(work, ignore_errors=True)
         continued = (work / "trainer").exists() and any((work / "trainer").glob("checkpoint-*"))
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ArtifactError(
-            f"{out}: another deploykit process is training it", "wait for it, or choose another --output-dir"
-        ) from None
+        try:
+            if processes.is_first():
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise ArtifactError(
+                f"{out}: another deploykit process is training it", "wait for it, or choose another --output-dir"
+            ) from None
     try:
         if continued:
             say(f"continuing the unfinished run in {work} (--restart starts over)")

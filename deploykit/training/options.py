@@ -61,13 +61,13 @@ class FinetuneOptions(Reading):
     max_length: int = described(
         128,
         "Maximum tokens of a text; longer texts are truncated, or read in windows (question answering), longer pairs "
-        "dropped, language models' rows handled as --on-long says. 0: 128 (classification) or 1024 (text-generation), or the "
-        "model's limit if that is lower.",
+        "dropped, language models' rows handled as --on-long says. 0: chosen from the rows (classification), or 1024 or the "
+        "model's limit if that is lower (text-generation).",
     )
-    num_train_epochs: float = described(3.0, "Number of epochs.")
+    num_train_epochs: float = described(3.0, "Number of epochs; 0: chosen from the rows (classification).")
     max_steps: int = described(0, "Optimizer steps; overrides --num-train-epochs; 0: off.")
     gradient_accumulation_steps: int = described(1, "Batches per optimizer step.")
-    learning_rate: float = described(5e-5, "Peak learning rate.")
+    learning_rate: float = described(5e-5, "Peak learning rate; 0: chosen from the model (classification).")
     optimizer: str = described("adamw", "Optimizer.", choices=("adamw", "sgd"))
     lr_scheduler_type: str = described("linear", "Schedule of the learning rate.", choices=_SCHEDULES)
     warmup_ratio: float = described(0.1, "Share of the steps with a rising learning rate.")
@@ -111,6 +111,9 @@ class FinetuneOptions(Reading):
         "attention_dropout": ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop"),
     }
     """Option -> the names that configurations of models have for it."""
+
+    shares_batches: ClassVar[bool] = False
+    """Whether several processes can train a model of the task together."""
 
     # option -> lowest and highest value
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
@@ -161,6 +164,11 @@ class FinetuneOptions(Reading):
                 raise UsageError(f"{flag(option)}: a {config.model_type} has no such dropout", "leave it out")
             found |= dict.fromkeys(known, value)
         return found
+
+    @property
+    def unset(self) -> tuple[str, ...]:
+        """The options that the run chooses from its model and rows. A task that has some has a stage with ``complete``."""
+        return ()
 
     @property
     def validates(self) -> bool:

@@ -17,9 +17,11 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from deploykit.tasks.protocol import TaskFacts
+from deploykit.training import processes
 from deploykit.training.interruption import interruption_callbacks
 from deploykit.training.levers import lever_callbacks
 from deploykit.training.options import FinetuneOptions
@@ -57,12 +59,12 @@ class Trained:
 def arguments(
     options: FinetuneOptions, batches: int, work: Path, kind: type = TrainingArguments, **own: Any
 ) -> TrainingArguments:
-    """``options`` in Trainer's words; ``batches`` is how many an epoch has, ``own`` what a task adds.
+    """``options`` in Trainer's words; ``batches`` is how many an epoch has, of all processes, ``own`` what a task adds.
 
     The best evaluation is the one with the highest metric "selection"; without validation rows there is none. Checkpoints
     go to ``work``.
     """
-    steps_per_epoch = math.ceil(batches / options.gradient_accumulation_steps)
+    steps_per_epoch = math.ceil(math.ceil(batches / processes.count()) / options.gradient_accumulation_steps)
     total = options.max_steps or math.ceil(steps_per_epoch * options.num_train_epochs)
     every = options.eval_steps or max(
         math.ceil(total / _MOST_EVALUATIONS),
@@ -132,7 +134,9 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 
 def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
     """TensorBoard's logs, progress, and early stopping, levers and ``watched`` where they are asked for."""
-    found: list[Any] = [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
+    found: list[Any] = []
+    if processes.is_first():
+        found += [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
     found += [*lever_callbacks(options), *interruption_callbacks()]
     if (watch := _watch.get()) is not None:
         found.append(_Watcher(watch))
@@ -145,15 +149,37 @@ def run(trainer: Any) -> Any:
     """Train, from the last checkpoint where there is one, and return the model as it was at its best evaluation, or at its
     last step if there are no evaluations.
 
-    It comes back in fp32, on the CPU, in eval mode.
+    It comes back in fp32, on the CPU, in eval mode, to the first process. The others end here.
     """
     work = trainer.args.output_dir
     keep_memory()
     trainer.remove_callback(PrinterCallback)  # it prints its dictionaries as they are
     trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if Path(work).exists() else None)
+    if not processes.is_first():
+        raise SystemExit(0)
     # Mixed precision leaves its casts around the model's forward pass.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return model.to("cpu").float().eval()
+
+
+class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
+    """Rows in an order drawn anew for each epoch, texts of about the same length together.
+
+    The order depends on seed, epoch and the rows of a step alone, so that several processes train as one does.
+    """
+
+    def __init__(self, args: TrainingArguments, lengths: list[int]) -> None:
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        super().__init__(rows, lengths=lengths, generator=torch.Generator())
+        self._seed, self._epoch = args.seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self._seed + self._epoch)
+        found: Iterator[int] = super().__iter__()
+        return found
 
 
 def keep_memory() -> None:

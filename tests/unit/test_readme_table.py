@@ -20,6 +20,7 @@ def test_without_a_result_there_is_no_table() -> None:
         "answering",
         "architectures",
         "classification",
+        "defaults",
         "exactness",
         "gpu",
         "methods",

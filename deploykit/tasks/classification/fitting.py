@@ -80,7 +80,6 @@ def fit(
                 math.ceil(len(train_set) / options.per_device_train_batch_size),
                 work / "trainer",
                 per_device_train_batch_size=options.per_device_train_batch_size,
-                train_sampling_strategy="group_by_length",
             ),
             train_dataset=train_set,
             eval_dataset=validation_set,
@@ -100,6 +99,9 @@ class _Fitting(Trainer):  # type: ignore[misc]
         super().__init__(*words, **named)
         self._options = options
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return trainer.GroupedByLength(self.args, [len(ids) for ids in self.train_dataset.encoded.ids])
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -114,7 +116,10 @@ class _Fitting(Trainer):  # type: ignore[misc]
             taught = distillation(
                 self.train_dataset.task, logits, teacher.repeat(passes, 1), options.distill_temperature
             )
-            loss = (1 - options.distill_alpha) * loss + options.distill_alpha * taught / (passes * items)
+            taught = taught / (passes * items)
+            if num_items_in_batch is not None:  # of all processes, whose gradients are averaged
+                taught = taught * self.accelerator.num_processes
+            loss = (1 - options.distill_alpha) * loss + options.distill_alpha * taught
         return (loss, outputs) if return_outputs else loss
 
 

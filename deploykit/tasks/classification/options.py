@@ -38,7 +38,9 @@ class ClassificationOptions(FinetuneOptions):
     )
     label_separator: str | None = described(None, "Separator of a row's labels with --multi-label (default: |).")
     max_length: int = 0
-    per_device_train_batch_size: int = described(32, "Rows of a batch.")
+    num_train_epochs: float = 0.0
+    learning_rate: float = 0.0
+    per_device_train_batch_size: int = described(0, "Rows of a batch; 0: chosen from the rows (classification).")
     class_weights: str = described(
         "none", "Weight classes by their inverse frequency (balanced), or not.", choices=("none", "balanced")
     )
@@ -77,6 +79,8 @@ class ClassificationOptions(FinetuneOptions):
         ("minmax", "entropy", "percentile", "mse"),
     )
 
+    shares_batches: ClassVar[bool] = True
+
     dropouts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         **FinetuneOptions.dropouts,
         "classifier_dropout": ("classifier_dropout", "classifier_dropout_prob", "seq_classif_dropout", "cls_dropout"),
@@ -84,7 +88,9 @@ class ClassificationOptions(FinetuneOptions):
 
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,
-        "per_device_train_batch_size": (1, 100_000),
+        "per_device_train_batch_size": (0, 100_000),
+        "learning_rate": (0, 10),
+        "num_train_epochs": (0, 1e6),
         "max_length": (0, 100_000),
         "classifier_dropout": (0, 0.99),
         "focal_gamma": (0, 20),
@@ -93,6 +99,11 @@ class ClassificationOptions(FinetuneOptions):
         "distill_temperature": (0.01, 100),
         "student_layers": (0, 1000),
     }
+
+    @property
+    def unset(self) -> tuple[str, ...]:
+        names = ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "max_length")
+        return tuple(name for name in names if not getattr(self, name))
 
     @property
     def pair(self) -> bool:

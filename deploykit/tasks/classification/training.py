@@ -21,6 +21,7 @@ from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
 from deploykit.tasks.classification.inspection.confidence import fit_temperature
 from deploykit.tasks.classification.options import ClassificationOptions
+from deploykit.tasks.classification.recipe import Facts, choose, kind_of
 from deploykit.tasks.classification.resampling import metrics_with_intervals
 from deploykit.tasks.classification.rows import (
     Columns,
@@ -35,13 +36,15 @@ from deploykit.tasks.classification.rows import (
 )
 from deploykit.tasks.classification.split import drop_leaks, split
 from deploykit.tasks.classification.trainable import trainable
-from deploykit.training import trainer
+from deploykit.training import processes, trainer
 from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens, pad_token_id
+from deploykit.training.recipe import Choice, Recipe
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 
 _CALIBRATION_ROWS = 512
-_DEFAULT_LENGTH = 128
+_MEASURED_ROWS = 2000
+"""Training rows whose lengths are measured."""
 
 
 class ClassificationStage:
@@ -49,21 +52,20 @@ class ClassificationStage:
 
     def __init__(self, options: ClassificationOptions) -> None:
         self._options = options
-        self._tokenizer = load_tokenizer(options.origin)
+        self.tokenizer = load_tokenizer(options.origin)
         self._config = config = load_config(options.origin)
         self._head = trained_labels(config)
         self._known_labels = {*self._head, *options.named_labels}
-        limit = max_tokens(self._tokenizer, config)
-        self._max_length = options.max_length or min(_DEFAULT_LENGTH, limit)
+        self._limit = limit = max_tokens(self.tokenizer, config)
         if options.max_length > limit:
             raise UsageError(
                 f"--max-length is {options.max_length}, but {options.origin} takes at most {limit} tokens",
                 f"give --max-length {limit} or less",
             )
         if options.pair:
-            check_separates(self._tokenizer, options.origin)
+            check_separates(self.tokenizer, options.origin)
         if options.qat:
-            self._trained_for = task_of(Path(options.origin), self._tokenizer, config)
+            self._trained_for = task_of(Path(options.origin), self.tokenizer, config)
             if self._trained_for.multi_label != options.multi_label:
                 raise UsageError(
                     f"{options.origin} gives {'any number of labels' if self._trained_for.multi_label else 'one label'} a text",
@@ -135,8 +137,42 @@ class ClassificationStage:
         )
         return train, validated, tested
 
+    def complete(self, rows: Rows[Example, Columns]) -> tuple[ClassificationOptions, Recipe]:
+        """Choose the options that are left to the run. Returns the whole options, and what was chosen."""
+        options = self._options
+        chosen: dict[str, Choice] = {}
+        if options.unset:
+            choices = choose(
+                self._facts(rows), batch=options.per_device_train_batch_size,
+                accumulation=options.gradient_accumulation_steps,
+            )  # fmt: skip
+            chosen = {name: choices[name] for name in options.unset}
+            if options.qat and "max_length" in chosen:
+                chosen["max_length"] = Choice(self._trained_for.max_length, "as the checkpoint was trained")
+            if options.warmup_ratio == choices["warmup_ratio"].value:
+                chosen["warmup_ratio"] = choices["warmup_ratio"]
+            values = {name: choice.value for name, choice in chosen.items()}
+            self._options = dataclasses.replace(options, **values)
+        return self._options, chosen
+
+    def _facts(self, rows: Rows[Example, Columns]) -> Facts:
+        options, train, config = self._options, rows.splits["train"], self._config.get_text_config()
+        task = dataclasses.replace(self.task(rows), max_length=self._limit)
+        texts = [example.asked for example in evenly(train, _MEASURED_ROWS)]
+        return Facts(
+            kind=kind_of(self._config),
+            hidden=getattr(config, "hidden_size", None) or config.d_model,
+            limit=self._limit,
+            rows=len(train) * (1 + len(options.augment)),
+            lengths=[len(ids) for ids in TorchClassifier(None, self.tokenizer, task).encode(texts).ids],
+            adapter=bool(options.lora_r),
+            rounded=options.qat,
+            processes=processes.count(),
+        )
+
     def train(self, rows: Rows[Example, Columns], work: Path, say: Say) -> Trained:
-        classifier = self._classifier(self._task(rows), say)
+        self.complete(rows)
+        classifier = self._classifier(self.task(rows), say)
         model, task = classifier.model, classifier.task
         noisy = augmented(rows.splits["train"], self._options.augment, self._options.seed)
         for example in noisy[:: max(1, len(noisy) // 3)][:3]:
@@ -156,15 +192,15 @@ class ClassificationStage:
             return self._train_rounded(classifier, rows, encoded, work, say)
         model = fit(model, encoded["train"], encoded.get("validation"), self._options, work, say)
         if self._options.temperature_scaling:
-            found = answer_rows(TorchClassifier(model, self._tokenizer, task), LabelledRows(rows.splits["validation"]))
+            found = answer_rows(TorchClassifier(model, self.tokenizer, task), LabelledRows(rows.splits["validation"]))
             task = dataclasses.replace(task, temperature=fit_temperature(task, found.truth, found.scores))
             say(f"temperature of the logits: {task.temperature:g}")
         say("measuring on the held-out rows")
-        metrics = self._measure(TorchClassifier(model, self._tokenizer, task), rows)
+        metrics = self._measure(TorchClassifier(model, self.tokenizer, task), rows)
         if teacher is not None:
             metrics["teacher"] = {name: teacher.measured(rows.splits[name]) for name in metrics}
             teacher.close()
-        return Trained(task, model, self._tokenizer, metrics)
+        return Trained(task, model, self.tokenizer, metrics)
 
     def _train_rounded(
         self,
@@ -186,28 +222,28 @@ class ClassificationStage:
         before["int8"] = _metrics(classifier, rows.splits[held_out])
         model = fit(classifier.model, encoded["train"], encoded.get("validation"), options, work, say)
         say("measuring on the held-out rows")
-        classifier = TorchClassifier(model, self._tokenizer, task)
+        classifier = TorchClassifier(model, self.tokenizer, task)
         int8 = _metrics(classifier, rows.splits[held_out])
         scales = rounded.remove()
         metrics = self._measure(classifier, rows)
         metrics["qat"] = {"before": before, "after": {"fp32": metrics[held_out], "int8": int8}}
-        return Trained(task, model, self._tokenizer, metrics, scales)
+        return Trained(task, model, self.tokenizer, metrics, scales)
 
     def _measure(self, classifier: TorchClassifier, rows: Rows[Example, Columns]) -> dict[str, Any]:
         return {name: _metrics(classifier, rows.splits[name]) for name in ("validation", "test") if rows.splits[name]}
 
-    def _task(self, rows: Rows[Example, Columns]) -> Classification:
+    def task(self, rows: Rows[Example, Columns]) -> Classification:
         options = self._options
         if options.qat:
-            return dataclasses.replace(self._trained_for, max_length=self._max_length)
+            return dataclasses.replace(self._trained_for, max_length=self._options.max_length)
         labels = options.named_labels or label_names(rows.splits["train"], multi_label=options.multi_label)
         if options.regression:
             labels = rows.columns.labels
         return Classification(
             labels=labels if options.label_order else kept_order(labels, self._head) or labels,
             regression=options.regression,
-            max_length=self._max_length,
-            pad_token_id=pad_token_id(self._tokenizer),
+            max_length=self._options.max_length,
+            pad_token_id=pad_token_id(self.tokenizer),
             multi_label=options.multi_label,
             text_columns=rows.columns.text,
             text_separator=options.text_separator or " ",
@@ -237,7 +273,7 @@ class ClassificationStage:
                 f"{', '.join(task.labels)}"
             )
             new |= _initialize_head(model)
-        classifier = trainable(TorchClassifier(model, self._tokenizer, task), options.origin)
+        classifier = trainable(TorchClassifier(model, self.tokenizer, task), options.origin)
         if options.lora_r:
             classifier.model = trainer.with_adapter(model, options, "SEQ_CLS", new)
         return classifier

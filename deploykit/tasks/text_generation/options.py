@@ -97,6 +97,10 @@ class TextGenerationOptions(FinetuneOptions):
                 raise UsageError(f"{flag(name)} is not for --task text-generation", "leave it out")
 
     @property
+    def unset(self) -> tuple[str, ...]:
+        return () if self.max_length else ("max_length",)
+
+    @property
     def adapts(self) -> bool:
         """Whether an adapter is trained, not all weights."""
         return self.lora_r > 0 or self.init_adapter is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import warnings
@@ -37,6 +38,7 @@ from deploykit.tasks.text_generation.options import DEFAULT_LENGTH, TextGenerati
 from deploykit.tasks.text_generation.page import FILE, write_run_page
 from deploykit.tasks.text_generation.rows import Columns, RawRow, Row, load_rows
 from deploykit.tasks.text_generation.sft import Answers, train
+from deploykit.training.recipe import Choice, Recipe
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained, keep_memory
 
@@ -76,6 +78,11 @@ class TextGenerationStage:
                 f"--max-length is {self._max_length}, but {options.origin} takes at most {self.facts.max_length} tokens",
                 f"give --max-length {self.facts.max_length} or less",
             )
+
+    def complete(self, _: object) -> tuple[TextGenerationOptions, Recipe]:
+        """Choose the length, which is left to the run. Returns the whole options, and what was chosen."""
+        length = Choice(self._max_length, f"{DEFAULT_LENGTH:,}, or the model's context if that is shorter")
+        return dataclasses.replace(self._options, max_length=self._max_length), {"max_length": length}
 
     def load(self, source: str, split: str, columns: Columns | None) -> tuple[list[RawRow], Columns]:
         options = self._options
