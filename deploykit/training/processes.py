@@ -13,9 +13,14 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def number() -> int:
+    """Return the number of this process among those that train together, from 0 on."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
     """Return whether this process, of those that train together, is the one that prints, measures and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    return number() == 0
 
 
 @contextmanager

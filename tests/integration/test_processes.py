@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from language_models import write_checkpoint, write_rows
 from safetensors.numpy import load_file
 
 from deploykit.artifacts import load_manifest
+from deploykit.tasks.text_generation.chat_template import CHATML
 
 MakeCheckpoint = Callable[..., Path]
 TIMEOUT_S = 300
@@ -74,6 +76,26 @@ def test_two_processes_train_as_one_does(words: list[str], tmp_path: Path) -> No
         ]
         assert metrics[0] == metrics[1]
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing is left behind"
+
+
+def test_two_processes_train_a_language_model_as_one_that_accumulates(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "lm", template=CHATML)
+    write_rows(tmp_path / "rows.jsonl")
+    words = [sys.executable, "-m", "deploykit", "finetune", str(tmp_path / "lm"), "--task", "text-generation", "--train",
+             str(tmp_path / "rows.jsonl"), "--num-train-epochs", "2", "--batch-tokens", "200", "--learning-rate", "1e-3",
+             "--eval-rows", "2", "--mixed-precision", "no"]  # fmt: skip
+    alone = run(words, "--gradient-accumulation-steps", 2, "--output-dir", tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    together = run(words, "--processes", 2, "--output-dir", tmp_path / "two")
+    assert together.returncode == 0, together.stderr
+    assert len(losses(alone.stderr)) >= 8
+    assert losses(together.stderr) == losses(alone.stderr)
+    assert together.stderr.count("splits: ") == 1, "one process prints"
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert max(float(abs(two[key] - one[key]).max()) for key in one) < 1e-4
+    samples = [load_manifest(tmp_path / name, "checkpoint").metrics["samples"] for name in ("one", "two")]
+    assert samples[0] == samples[1]
+    assert len(samples[0]) == 2
 
 
 def begun(words: list[str], out: Path) -> tuple[subprocess.Popen[str], list[int]]:

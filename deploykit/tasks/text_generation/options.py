@@ -57,6 +57,8 @@ class TextGenerationOptions(FinetuneOptions):
     eval_rows: int = 32
     held_out_rows: int = 500
 
+    shares_batches: ClassVar[bool] = True
+
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,
         "max_length": (0, 10_000_000),

@@ -7,6 +7,7 @@ message makes them, that beginning can stand in it once, and the mask says who s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ IGNORED = -100
 
 
 class EncodedRows(Dataset):  # type: ignore[misc]
-    """Rows as they were encoded."""
+    """Rows as they were encoded. ``~row`` is a row of which no token is supervised."""
 
     def __init__(self, rows: Sequence[EncodedRow]) -> None:
         self.rows = rows
@@ -29,28 +30,35 @@ class EncodedRows(Dataset):  # type: ignore[misc]
         return len(self.rows)
 
     def __getitem__(self, row: int) -> EncodedRow:
-        return self.rows[row]
+        if row >= 0:
+            return self.rows[row]
+        found = self.rows[~row]
+        return dataclasses.replace(found, supervised=np.zeros_like(found.supervised))
 
 
 class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
     """Batches of at most ``most`` tokens, unless one row has more; padding counts unless they are ``packed``.
 
     How many rows of which length stand in a batch is the same in every epoch; which rows, and the order of the batches,
-    is drawn anew.
+    is drawn anew. Of ``processes`` that train together, each has a turn's ``process``-th batch; where the last turn has too
+    few, one that changes nothing.
     """
 
-    def __init__(self, lengths: Sequence[int], most: int, *, packed: bool, seed: int | None) -> None:
+    def __init__(
+        self, lengths: Sequence[int], most: int, *, packed: bool, seed: int | None, process: int = 0, processes: int = 1
+    ) -> None:
         self._lengths = np.asarray(lengths)
         self._seed = seed
         self._epoch = 0
         longest_first = np.sort(self._lengths)[::-1].tolist()
         self._batches = list(_packed(longest_first, most) if packed else _padded(longest_first, most))
+        self._process, self._processes = process, processes
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return -(-len(self._batches) // self._processes)
 
     def __iter__(self) -> Iterator[list[int]]:
         rows = np.arange(len(self._lengths))
@@ -59,8 +67,11 @@ class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
             random_numbers = np.random.default_rng((self._seed, self._epoch))
             rows, order = random_numbers.permutation(rows), random_numbers.permutation(order)
         longest_first = rows[np.argsort(-self._lengths[rows], kind="stable")]
-        for i in order:
+        own = order[self._process :: self._processes]
+        for i in own:
             yield longest_first[self._batches[i]].tolist()
+        if len(own) < len(self):
+            yield [~int(longest_first[-1])]
 
 
 def _packed(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

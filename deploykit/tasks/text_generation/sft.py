@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -36,7 +37,7 @@ from deploykit.tasks.text_generation.packing import (
     pad,
     row_tokens,
 )
-from deploykit.training import trainer
+from deploykit.training import processes, trainer
 from deploykit.training.levers import optimizers
 from deploykit.training.rows import Say
 
@@ -88,7 +89,10 @@ class SftTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         loader = DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        # The batches are those of this process already.
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -123,7 +127,8 @@ class SftTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *arguments: Any, **named: Any) -> None:
         if "loss" in logs:
             now = time.monotonic()
-            logs["tokens_per_second"] = self._seen_tokens / max(now - self._since, 1e-9)
+            seen = self.accelerator.reduce(torch.tensor(self._seen_tokens, device=self.args.device))
+            logs["tokens_per_second"] = int(seen) / max(now - self._since, 1e-9)
             self._seen_tokens, self._since = 0, now
         super().log(logs, *arguments, **named)
 
@@ -178,8 +183,9 @@ def sft_trainer(
     longest = max(len(row.ids) for row in (*rows, *validation))
     collate = _collate(model, longest, options, facts)
     batches = TokenBatches(
-        [len(row.ids) for row in rows], options.batch_tokens, packed=options.packing, seed=options.seed
-    )
+        [len(row.ids) for row in rows], options.batch_tokens, packed=options.packing, seed=options.seed,
+        process=processes.number(), processes=processes.count(),
+    )  # fmt: skip
     held_out = TokenBatches(
         [len(row.ids) for row in validation], options.batch_tokens, packed=options.packing, seed=None
     )
@@ -192,7 +198,7 @@ def sft_trainer(
         enable()
         model.enable_input_require_grads()
     arguments = trainer.arguments(
-        options, len(batches), work / "trainer", neftune_noise_alpha=options.neftune_noise_alpha or None,
+        options, len(batches) * processes.count(), work / "trainer", neftune_noise_alpha=options.neftune_noise_alpha or None,
         # A run that is taken up again has been evaluated there, and early stopping has counted it.
         eval_on_start=bool(validation) and not any((work / "trainer").glob("checkpoint-*")),
     )  # fmt: skip
@@ -201,7 +207,7 @@ def sft_trainer(
         args=arguments,
         batches=batches,
         validation=DataLoader(EncodedRows(validation), batch_sampler=held_out, collate_fn=collate),
-        answers=answers,
+        answers=answers if processes.is_first() else None,
         train_dataset=EncodedRows(rows),
         eval_dataset=EncodedRows(validation),
         data_collator=collate,

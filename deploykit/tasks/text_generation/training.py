@@ -38,6 +38,7 @@ from deploykit.tasks.text_generation.options import DEFAULT_LENGTH, TextGenerati
 from deploykit.tasks.text_generation.page import FILE, write_run_page
 from deploykit.tasks.text_generation.rows import Columns, RawRow, Row, load_rows
 from deploykit.tasks.text_generation.sft import Answers, train
+from deploykit.training import processes
 from deploykit.training.recipe import Choice, Recipe
 from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained, keep_memory
@@ -148,7 +149,8 @@ class TextGenerationStage:
                 f"no {shown} row fits the model's context of {self.facts.max_length:,} tokens",
                 "give other held-out rows",
             )
-        before = self._measured(generator, asked[shown], work / "before.json", say) if shown else None
+        measured = shown and processes.is_first()
+        before = self._measured(generator, asked[shown], work / "before.json", say) if measured else None
         validation = self.encoded(rows.splits["validation"])
         if not train_set or (rows.splits["validation"] and not validation):
             raise DataError("no row with a supervised token is left to train or to validate on", "raise --max-length")
