@@ -187,11 +187,39 @@ def test_the_dirt_in_real_data_is_found(name: str, questions: int, wrong: int) -
         ('[{"question": "q", "context": "c", "answers": 5}]', "answers is neither"),
         ('[{"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": []}}]', "of one length"),
         ('[{"question": "q", "context": "c", "answer": "c", "answer_start": "x"}]', "a.json:1: answer_start is 'x'"),
+        ('[{"question": "q", "context": "c", "answer": "c", "answer_start": [0]}]', r"answer_start is \[0\]"),
+        ('[{"question": "q", "context": "c", "answer": "c", "answer_start": "0.5"}]', "answer_start is '0.5'"),
+        ('[{"question": "q", "context": "c", "answers": "{\'text\': [\'c\']}"}]', "which is not JSON"),
+        (
+            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "is_impossible": "false"}]}]}]}',
+            "is_impossible is 'false'",
+        ),
     ],
 )
 def test_a_malformed_file_is_refused_by_its_place(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         list(read_rows(str(_write(tmp_path / "a.json", content))))
+
+
+def test_a_table_may_hold_a_start_as_float_and_answers_as_json(tmp_path: Path) -> None:
+    context = "Ann lives in Rome."
+    starts = f"question,context,answer,answer_start\na,{context},Rome,13.0\nb,{context},,\nc,{context},Rome,-5\n"
+    answers = 'question,context,answers\na,{c},"{{""text"": [""Rome""], ""answer_start"": [13]}}"\nb,{c},[]\nc,{c},\n'
+    for content, last in ((starts, ("Rome",)), (answers.format(c=context), ())):
+        found = _examples(_write(tmp_path / "rows.csv", content))
+        assert [e.answers.text for e in found] == [("Rome",), (), last]
+        assert found[0].answers.answer_start == (13,)
+    nan = '[{"question": "q", "context": "Ann lives in Rome.", "answer": "Rome", "answer_start": NaN}]'
+    assert _examples(_write(tmp_path / "rows.json", nan))[0].answers.answer_start == (13,)
+
+
+def test_rows_of_one_id_are_rows_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        {"id": "1", "question": q, "context": "Ann lives in Rome.", "answer": a}
+        for q, a in (("q", "Rome"), ("r", "Ann"))
+    ]
+    found = _examples(_write(tmp_path / "rows.json", rows))
+    assert [(e.id, e.answers.text) for e in found] == [("1", ("Rome",)), ("1", ("Ann",))]
 
 
 def _example(context: str, question: str) -> Example:
