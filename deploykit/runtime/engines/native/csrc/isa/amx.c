@@ -7,6 +7,7 @@
  * Source: Intel, "Intel 64 and IA-32 Architectures Software Developer's Manual", LDTILECFG, TILELOADD, TDPBUSD. */
 #define NAME "amx"
 #define TABLE kernels_amx
+#define TEXT_ATTENTION "text_attention_amx.h"
 
 #include "vnni512.h"
 #include "products512.h"
