@@ -461,6 +461,7 @@ def _row(cells: list[str]) -> str:
 
 TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "answering": ("answering", render_answering),
+    "answering-amx": ("answering-amx", render_answering),
     "architectures": ("architectures", render_architectures),
     "classification": ("classification", render_classification),
     "exactness": ("exactness", render_exactness),
