@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from deploykit.freed_memory import keep_memory
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.training.interruption import interruption_callbacks
 from deploykit.training.levers import lever_callbacks
@@ -37,8 +37,6 @@ _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 _MOST_EVALUATIONS = 30
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt (malloc.h)."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +152,6 @@ def run(trainer: Any) -> Any:
     # Mixed precision leaves its casts around the model's forward pass.
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return model.to("cpu").float().eval()
-
-
-def keep_memory() -> None:
-    """Have glibc keep freed memory: a step needs what the last one freed, and fresh pages cost 8% of it (measured)."""
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Collection[str] = (), **own: Any) -> Any:
