@@ -347,7 +347,7 @@ CASES: dict[str, Run] = {
        for size, n in ((3, 1), (12, 5), (16, 16), (64, 33), (72, 50))},
     **{f"int8 attention of {size} in {n}, {rows} rows": run_head(size, n, rows, bias=n % 2 == 0)
        for size, n, rows in ((5, 2, 1), (12, 17, 3), (16, 64, 6), (64, 130, 6), (65, 33, 5), (64, 511, 1), (32, 3, 2),
-                             (32, 384, 16), (33, 70, 17), (128, 100, 40))},
+                             (32, 384, 16), (33, 200, 17), (128, 260, 40))},
     **{f"best {best} of {n}{', scored' * scored}": run_find(n, best, scored=scored)
        for n, best, scored in ((64, 4, 0), (64, 1, 1), (50, 64, 1), (3, 5, 0), (17, 0, 1))},
 }  # fmt: skip

@@ -4,7 +4,7 @@
  * - Floats and Ints, 16 float32 or int32 values, and the operations f_* and i_* on them, as in scalar.c;
  * - ZERO, tile_int8, tile_float: products of linear layers;
  * - Query, put_query, key_products, COUNT_BYTES, put_counts, gather: products of a decoder's attention;
- * - value_sums: products of a classifier's attention; or TEXT_ATTENTION, a file with that attention;
+ * - value_sums: products of a classifier's attention;
  * - tile_shorts, tile_nibbles, tile_floats: products of a language model's matrices;
  * - if it has products of more than MOST_ROWS rows, TILES: their part of the table. */
 #include "rows.h"
@@ -46,7 +46,9 @@ static void find(Found *f, const float *logits, int first, int n, int best, int 
 }
 
 #ifndef TILES
-#define TILES .rows = MOST_ROWS, .matrix_rows = MOST_ROWS, .unit = 1, .tile = tile, .give = give, .multiply = multiply
+#define TILES \
+    .rows = MOST_ROWS, .matrix_rows = MOST_ROWS, .unit = 1, .queries = MOST_ROWS, .tile = tile, .take_head = take_head, \
+    .attend_head = attend_head, .give = give, .multiply = multiply
 #endif
 
 const Kernels TABLE = {
@@ -61,9 +63,6 @@ const Kernels TABLE = {
     .attend = attend,
     .attend_text = attend_text,
     .find = find,
-    .queries = QUERIES_AT_ONCE,
-    .take_head = take_head,
-    .attend_head = attend_head,
     .pass_gate = pass_gate,
     .cap_values = cap_values,
     .keep_halves = keep_halves,

@@ -1,4 +1,5 @@
 /* Attention of classifiers, within a text, in INT8 and INT16. */
+#pragma once
 
 /* Quantize a head's keys to panels, as a layer's weights. */
 INLINE void take_keys(Attention *h, int size, const float *key, int64_t wide) {
@@ -32,11 +33,6 @@ INLINE Floats take_value_scale(Attention *h, int size, int i, const float *value
     f_store(h->value_scale + i, f_div(most, f_set(MOST_VALUE)));
     return f_where_positive(most, f_div(f_set(MOST_VALUE), most));
 }
-
-#ifdef TEXT_ATTENTION
-#include TEXT_ATTENTION
-#else
-#define QUERIES_AT_ONCE MOST_ROWS
 
 static void take_head(Attention *h, const Stack *s, const float *key, const float *value, int64_t wide) {
     int size = s->head_size, padded = padded_values(size), n = h->n;
@@ -91,4 +87,3 @@ static void attend_head(Attention *h, const Stack *s, int head, const float *que
             }
     }
 }
-#endif

@@ -1,5 +1,10 @@
-/* Attention of classifiers by AMX, for 16 queries at once. The 16 bits of shares and values are split into bytes. */
-#define QUERIES_AT_ONCE TEXT_QUERIES
+/* Attention of classifiers by AMX, for 16 queries at once. The 16 bits of shares and values are split into bytes. Texts of
+ * fewer than LEAST_KEYS tokens are faster without. */
+#pragma once
+#include "attention.h"
+#include "text_attention.h"
+
+#define LEAST_KEYS 192
 #define BLOCK_KEYS 64 /* of a product of shares and values */
 
 /* Return 16 vectors' low bytes, and their second bytes: of ``a``, ``c``, ``b`` and ``d`` by turns, which is how shares and
@@ -12,9 +17,13 @@ INLINE Ints high_bytes(Ints a, Ints b, Ints c, Ints d) {
 }
 
 /* Of each value, ``h->values`` has the signed high bytes, [keys / 64][16][head size][4], and then the signed low bytes. */
-static void take_head(Attention *h, const Stack *s, const float *key, const float *value, int64_t wide) {
+static void take_text_head(Attention *h, const Stack *s, const float *key, const float *value, int64_t wide) {
     int size = s->head_size, padded = padded_values(size), n = h->n;
     int8_t *high = (int8_t *)h->values, *low = high + filled(n) * padded;
+    if (n < LEAST_KEYS) {
+        take_head(h, s, key, value, wide);
+        return;
+    }
     take_keys(h, size, key, wide);
     for (int i = 0; i < padded; i += 16) {
         Floats inverse = take_value_scale(h, size, i, value, wide);
@@ -114,8 +123,15 @@ INLINE void value_sums_of_bytes(const uint8_t *high, const uint8_t *low, int key
     _tile_stored(3, sums + 768, 64);
 }
 
-static void attend_head(Attention *h, const Stack *s, int head, const float *query, int64_t wide, int from, int rows,
-                        float *out, int64_t out_wide) {
+static void attend_text_head(Attention *h, const Stack *s, int head, const float *query, int64_t wide, int from, int rows,
+                             float *out, int64_t out_wide) {
+    if (h->n < LEAST_KEYS) {
+        for (int number = 0; number < groups_of(rows, MOST_ROWS); number++) {
+            Group g = group(rows, MOST_ROWS, 1, number);
+            attend_head(h, s, head, query + g.row * wide, wide, from + g.row, g.rows, out + g.row * out_wide, out_wide);
+        }
+        return;
+    }
     int size = s->head_size, padded = padded_values(size), keys = filled(h->n), in = filled(size);
     const float *bias = s->bias ? s->bias + (int64_t)head * s->distances : NULL;
     uint8_t *high = (uint8_t *)h->shares, *low = high + TEXT_QUERIES * keys;
