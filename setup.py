@@ -25,15 +25,16 @@ CPUS = {
     "x86_64": {
         "scalar": "x86_64",
         "avx2": "x86_64_v3",
-        "avxvnni": "x86_64_v3+avxvnni",
+        "avxvnni": "x86_64_v3+avxvnni+fast_dpwssd",
         "avx512": "x86_64_v4",
-        "avx512vnni": "x86_64_v4+avx512vnni",
-        "amx": "x86_64_v4+avx512vnni+amx_tile+amx_int8",
+        "avx512vnni": "x86_64_v4+avx512vnni+fast_dpwssd",
+        "amx": "x86_64_v4+avx512vnni+amx_tile+amx_int8+fast_dpwssd",
     },
     "aarch64": {"scalar": "generic", "neon": "generic", "dotprod": "generic+dotprod", "i8mm": "generic+dotprod+i8mm"},
 }
 """What the compiler may use in each file of csrc/isa/; in all others, the same as in scalar.c. The library runs on any CPU of
-its architecture: it looks which instruction sets the CPU has."""
+its architecture: it looks which instruction sets the CPU has. Without fast_dpwssd, the compiler replaces most VPDPWSSD by two
+instructions."""
 
 
 class Target(NamedTuple):

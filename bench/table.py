@@ -500,6 +500,7 @@ def _points(run: Record) -> str:
 
 TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "answering": ("answering", render_answering),
+    "answering-amx": ("answering-amx", render_answering),
     "architectures": ("architectures", render_architectures),
     "classification": ("classification", render_classification),
     "defaults": ("defaults", render_defaults),

@@ -259,7 +259,8 @@ def _hub_dataset(source: str, split: str, reading: Reading) -> Iterator[Record]:
     except Exception as error:  # Offline, not found, gated, unknown split, wrong format: each has its own class.
         raise DataError(
             f"{source}: is not a file, and its split {split!r} cannot be loaded from the hub: {first_line(error)}",
-            "check the path; for a hub dataset, check its id, the split and the network",
+            "check the path; for a hub dataset, check its id, the split and the network. For a machine without one, run "
+            f"elsewhere `hf download --repo-type dataset {source} --local-dir FOLDER`, and give that folder",
         ) from error
     yield from _dataset_rows(loaded, source, reading)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
+from deploykit.freed_memory import keep_memory
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.training import processes
 from deploykit.training.interruption import interruption_callbacks
@@ -39,8 +39,6 @@ _watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "sgd": "sgd"}
 _MOST_STEPS_BETWEEN_CHECKPOINTS = 500
 _MOST_EVALUATIONS = 30
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt (malloc.h)."""
 
 
 @dataclass(frozen=True)
@@ -180,14 +178,6 @@ class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
         self.generator.manual_seed(self._seed + self._epoch)
         found: Iterator[int] = super().__iter__()
         return found
-
-
-def keep_memory() -> None:
-    """Have glibc keep freed memory: a step needs what the last one freed, and fresh pages cost 8% of it (measured)."""
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Collection[str] = (), **own: Any) -> Any:

@@ -157,18 +157,19 @@ static void text_attention(const Kernels *k) {
 }
 
 static void classifier_attention(const Kernels *k) {
-    int size = from_to(1, 80), n = from_to(2, 150), rows = from_to(1, n < MOST_ROWS ? n : MOST_ROWS), wide = filled(3 * size);
+    int size = from_to(1, 80), n = draw() % 2 ? from_to(2, 150) : from_to(190, 300); /* AMX has a way for many keys */
+    int rows = from_to(1, n < 20 ? n - 1 : 20), wide = filled(3 * size);
     int keys = filled(n), padded = padded_values(size);
     Attention h = {
-        .queries = {NULL, take(MOST_ROWS * filled(size)), take(4 * MOST_ROWS)},
-        .keys = take(keys * up_to(size, 4)),
+        .queries = {NULL, take(TEXT_QUERIES * filled(size)), take(4 * TEXT_QUERIES)},
+        .keys = take(keys * up_to(size, 4) + KEYS_AFTER),
         .key_scale = take(4 * keys),
         .zeros = memset(take(4 * keys), 0, 4 * (size_t)keys),
         .key_offset = take(4 * keys),
         .values = take(4 * keys / 2 * padded),
         .value_scale = take(4 * padded),
-        .scores = take(4 * MOST_ROWS * keys),
-        .shares = take(2 * MOST_ROWS * keys),
+        .scores = take(4 * TEXT_QUERIES * keys),
+        .shares = take(2 * TEXT_QUERIES * keys),
         .most = log2f(fminf(32767.0f, (float)(INT32_MAX / MOST_VALUE / n))),
         .n = n,
     };
@@ -176,9 +177,12 @@ static void classifier_attention(const Kernels *k) {
     float *packed = floats(n * wide), *bias = floats(7), *out = take(4 * rows * filled(size));
     Stack s = {.scale = 0.2f, .head_size = size, .distances = 7, .zero_distance = 3, .bias = draw() % 2 ? bias : NULL};
     k->take_head(&h, &s, packed + size, packed + 2 * size, wide);
-    k->attend_head(&h, &s, 0, packed, wide, 1, rows, out, filled(size));
+    for (int number = 0; number < groups_of(rows, k->queries); number++) {
+        Group g = group(rows, k->queries, 1, number);
+        k->attend_head(&h, &s, 0, packed + g.row * wide, wide, 1 + g.row, g.rows, out + g.row * filled(size), filled(size));
+    }
     show(h.keys, keys * up_to(size, 4));
-    show(h.values, 4 * ((n + 1) / 2) * padded);
+    show(h.value_scale, 4 * padded);
     show(out, 4 * rows * filled(size));
 }
 

@@ -18,6 +18,7 @@ def test_without_a_result_there_is_no_table() -> None:
     emptied = [TABLE["with_tables"](page, {}) for page in PAGES]
     for name in (
         "answering",
+        "answering-amx",
         "architectures",
         "classification",
         "defaults",

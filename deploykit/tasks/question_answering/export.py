@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.data.sample import evenly
+from deploykit.freed_memory import keep_memory
 from deploykit.graphs.encoder_export import (
     EncoderGrader,
     build_engines,
@@ -64,6 +65,7 @@ def write(
     say: Say,
 ) -> Written:
     """Write the graphs of an answerer and the files for serving to ``directory``; calibrate if ``saved`` is None."""
+    keep_memory()
     reference = TorchAnswerer.load(checkpoint)
     task = reference.task
     if options.trt is not None:

@@ -4,6 +4,7 @@ Parquet."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,9 @@ def _squad(source: str, text: str) -> Iterator[RawRow]:
                 number += 1
                 origin = f"{name}:{number}"
                 question = _string(_field(qa, "question", origin), f"{origin}: question")
-                impossible = bool(qa.get("is_impossible", False))
+                impossible = qa.get("is_impossible", False)
+                if not isinstance(impossible, bool):
+                    raise DataError(f"{origin}: is_impossible is {impossible!r}", "write true or false")
                 answers = () if impossible else _answers(qa.get("answers", []), origin)
                 yield RawRow(question, context, answers, "answers" in qa or impossible, str(qa.get("id", "")), origin)
 
@@ -155,7 +158,16 @@ def _cell(values: Mapping[str, Any], name: str, origin: str) -> str | None:
 
 
 def _answers(value: Any, origin: str) -> tuple[tuple[str, int | None], ...]:
-    """Parse {"text": [...], "answer_start": [...]}, or a list of {"text": ..., "answer_start": ...} or of texts."""
+    """Parse {"text": [...], "answer_start": [...]}, or a list of {"text": ..., "answer_start": ...} or of texts; in a table's
+    cell, the JSON of either."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value.strip() or "[]")
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"{origin}: answers is {value[:40]!r}, which is not JSON",
+                "save the rows as JSON lines or Parquet, or give the columns answer and answer_start",
+            ) from None
     if isinstance(value, Mapping):
         texts = value.get("text", [])
         starts = value.get("answer_start", [None] * len(texts) if isinstance(texts, list) else None)
@@ -173,13 +185,13 @@ def _answers(value: Any, origin: str) -> tuple[tuple[str, int | None], ...]:
 
 
 def _place(value: object, origin: str) -> int | None:
-    text = scalar(value)
-    if text is None or text == "":
+    if value is None or value == "" or value != value:  # NaN: pandas writes columns of integers with gaps as float
         return None
-    try:
-        return int(text)
-    except ValueError:
-        raise DataError(f"{origin}: answer_start is {text!r}", "give the number of code points before it") from None
+    text = scalar(value) or ""
+    number = re.fullmatch(r"\s*([+-]?\d{1,18})(\.0*)?\s*", text)
+    if number is None:
+        raise DataError(f"{origin}: answer_start is {value!r}", "give the number of code points before it")
+    return int(number[1])
 
 
 def _field(value: Any, key: str, where: str) -> Any:

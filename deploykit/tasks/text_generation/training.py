@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploykit.errors import DataError, UsageError
+from deploykit.freed_memory import keep_memory
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.adapter import read_adapter
 from deploykit.tasks.text_generation.chat_template import read_template
@@ -41,7 +42,7 @@ from deploykit.tasks.text_generation.sft import Answers, train
 from deploykit.training import processes
 from deploykit.training.recipe import Choice, Recipe
 from deploykit.training.rows import Rows, Say
-from deploykit.training.trainer import Trained, keep_memory
+from deploykit.training.trainer import Trained
 
 _SAMPLES = 5
 _ANSWERED = 3

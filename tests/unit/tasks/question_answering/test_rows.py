@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,21 +61,91 @@ def test_squad_versions_1_and_2_hub_rows_csv_and_json_lines_are_the_same_rows(tm
         assert len(found[0].answers.text) == (1 if path.suffix == ".csv" else 2)
 
 
-def test_rows_of_the_hubs_squad_are_read_from_a_saved_dataset_and_from_parquet(tmp_path: Path) -> None:
+_CARD = """---
+configs:
+- config_name: plain_text
+  data_files:
+  - {split: train, path: plain_text/train-*}
+  - {split: validation, path: plain_text/validation-*}
+---
+"""
+
+
+def _hub_rows(split: str, count: int) -> Any:
+    """Return rows with the columns of the hub's ``squad_v2``; every third has no answer."""
     import datasets
 
-    answers = [{"text": ["Rome"], "answer_start": [13]}, {"text": [], "answer_start": []}]
-    columns = {
-        "id": ["a", "b"],
-        "title": ["t", "t"],
-        "context": ["Ann lives in Rome."] * 2,
-        "question": ["Where?", "When?"],
-    }
-    rows = datasets.Dataset.from_dict({**columns, "answers": answers})
-    rows.save_to_disk(str(tmp_path / "squad"))
+    context = "Ann lives in Rome."
+    full, none = {"text": ["Rome"], "answer_start": [13]}, {"text": [], "answer_start": []}
+    return datasets.Dataset.from_dict(
+        {
+            "id": [f"{split}-{i}" for i in range(count)], "title": ["t"] * count, "context": [context] * count,
+            "question": [f"Where, {i}?" for i in range(count)],
+            "answers": [none if i % 3 == 2 else full for i in range(count)],
+        }
+    )  # fmt: skip
+
+
+def _check_hub_rows(found: list[Example], count: int) -> None:
+    assert [e.id for e in found] == [f"train-{i}" for i in range(count)]
+    assert [e.answers for e in found[:3]] == [Answers(("Rome",), (13,))] * 2 + [Answers()]
+
+
+def test_rows_of_the_hubs_squad_are_read_whole_from_what_a_user_may_have(tmp_path: Path) -> None:
+    """A saved dataset, one with splits, a file, and the repository as `hf download` writes it."""
+    import datasets
+
+    count = 2500  # more than two batches of 1,000
+    rows, others = _hub_rows("train", count), _hub_rows("validation", 5)
+    rows.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"train": rows, "validation": others}).save_to_disk(str(tmp_path / "splits"))
+    folder = tmp_path / "squad"
+    (folder / "plain_text").mkdir(parents=True)
+    (folder / "README.md").write_text(_CARD)
+    rows.select(range(2000)).to_parquet(str(folder / "plain_text/train-00000-of-00002.parquet"))
+    rows.select(range(2000, count)).to_parquet(str(folder / "plain_text/train-00001-of-00002.parquet"))
+    others.to_parquet(str(folder / "plain_text/validation-00000-of-00001.parquet"))
     rows.to_parquet(str(tmp_path / "squad.parquet"))
-    for path in (tmp_path / "squad", tmp_path / "squad.parquet"):
-        assert [e.answers for e in _examples(path)] == [Answers(("Rome",), (13,)), Answers()]
+    for path in (tmp_path / "saved", tmp_path / "splits", folder, tmp_path / "squad.parquet"):
+        _check_hub_rows(_examples(path), count)
+    assert len(list(read_rows(str(folder), split="validation"))) == 5
+
+
+def test_squad_by_its_hub_id_is_read_from_the_cache_without_a_network(tmp_path: Path) -> None:
+    """The datasets library keeps what it loaded as ``cache/id/configuration/version/hash``."""
+    from datasets import DatasetInfo
+    from datasets.arrow_writer import ArrowWriter
+
+    folder = tmp_path / "cache" / "squad" / "plain_text" / "0.0.0" / "a1b2"
+    folder.mkdir(parents=True)
+    rows = _hub_rows("train", 4)
+    with ArrowWriter(path=str(folder / "squad-train.arrow"), features=rows.features) as writer:
+        writer.write_table(rows.data.table)
+        writer.finalize()
+    splits: Any = {"train": {"name": "train", "num_examples": 4, "dataset_name": "squad"}}
+    info = DatasetInfo(features=rows.features, builder_name="parquet", dataset_name="squad", config_name="plain_text",
+                       version="0.0.0", splits=splits)  # fmt: skip
+    info.write_to_directory(str(folder))
+    script = (
+        "import sys; from deploykit.tasks.question_answering.rows import read_rows; from deploykit.errors import DataError\n"
+        "try: print(*(row.id for row in read_rows(sys.argv[1])))\n"
+        "except DataError as error: print(error, error.remedy)"
+    )
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path),
+    }
+
+    def read(source: str) -> str:
+        words = (sys.executable, "-c", script, source)
+        return subprocess.run(words, capture_output=True, text=True, check=True, env=environment).stdout
+
+    assert read("squad").split() == [f"train-{i}" for i in range(4)]
+    told = read("squad_v2")
+    assert "its split 'train' cannot be loaded from the hub" in told
+    assert "`hf download --repo-type dataset squad_v2 --local-dir FOLDER`" in told
 
 
 def test_a_kept_split_reads_back_as_it_was(tmp_path: Path) -> None:
@@ -187,11 +260,39 @@ def test_the_dirt_in_real_data_is_found(name: str, questions: int, wrong: int) -
         ('[{"question": "q", "context": "c", "answers": 5}]', "answers is neither"),
         ('[{"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": []}}]', "of one length"),
         ('[{"question": "q", "context": "c", "answer": "c", "answer_start": "x"}]', "a.json:1: answer_start is 'x'"),
+        ('[{"question": "q", "context": "c", "answer": "c", "answer_start": [0]}]', r"answer_start is \[0\]"),
+        ('[{"question": "q", "context": "c", "answer": "c", "answer_start": "0.5"}]', "answer_start is '0.5'"),
+        ('[{"question": "q", "context": "c", "answers": "{\'text\': [\'c\']}"}]', "which is not JSON"),
+        (
+            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "is_impossible": "false"}]}]}]}',
+            "is_impossible is 'false'",
+        ),
     ],
 )
 def test_a_malformed_file_is_refused_by_its_place(content: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         list(read_rows(str(_write(tmp_path / "a.json", content))))
+
+
+def test_a_table_may_hold_a_start_as_float_and_answers_as_json(tmp_path: Path) -> None:
+    context = "Ann lives in Rome."
+    starts = f"question,context,answer,answer_start\na,{context},Rome,13.0\nb,{context},,\nc,{context},Rome,-5\n"
+    answers = 'question,context,answers\na,{c},"{{""text"": [""Rome""], ""answer_start"": [13]}}"\nb,{c},[]\nc,{c},\n'
+    for content, last in ((starts, ("Rome",)), (answers.format(c=context), ())):
+        found = _examples(_write(tmp_path / "rows.csv", content))
+        assert [e.answers.text for e in found] == [("Rome",), (), last]
+        assert found[0].answers.answer_start == (13,)
+    nan = '[{"question": "q", "context": "Ann lives in Rome.", "answer": "Rome", "answer_start": NaN}]'
+    assert _examples(_write(tmp_path / "rows.json", nan))[0].answers.answer_start == (13,)
+
+
+def test_rows_of_one_id_are_rows_of_their_own(tmp_path: Path) -> None:
+    rows = [
+        {"id": "1", "question": q, "context": "Ann lives in Rome.", "answer": a}
+        for q, a in (("q", "Rome"), ("r", "Ann"))
+    ]
+    found = _examples(_write(tmp_path / "rows.json", rows))
+    assert [(e.id, e.answers.text) for e in found] == [("1", ("Rome",)), ("1", ("Ann",))]
 
 
 def _example(context: str, question: str) -> Example:

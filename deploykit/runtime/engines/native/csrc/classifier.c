@@ -10,16 +10,16 @@
 static int64_t lay_attention(Attention *h, const Stack *s, int n, char *memory) {
     int64_t keys = filled(n), size = s->head_size, bytes = 0;
 #define LAY(field, count) h->field = (void *)(memory + bytes), bytes += filled(sizeof(*h->field) * (int64_t)(count))
-    LAY(keys, keys * ((size + 3) / 4 * 4));
+    LAY(keys, keys * ((size + 3) / 4 * 4) + KEYS_AFTER);
     LAY(key_scale, keys);
     LAY(zeros, keys);
     LAY(key_offset, keys);
     LAY(values, (keys / 2) * padded_values(size));
     LAY(value_scale, padded_values(size));
-    LAY(scores, MOST_ROWS * keys);
-    LAY(shares, MOST_ROWS * keys);
-    LAY(queries.quantized, MOST_ROWS * filled(size));
-    LAY(queries.step, MOST_ROWS);
+    LAY(scores, TEXT_QUERIES * keys);
+    LAY(shares, TEXT_QUERIES * keys);
+    LAY(queries.quantized, TEXT_QUERIES * filled(size));
+    LAY(queries.step, TEXT_QUERIES);
     h->layer = (Linear){h->keys, h->key_scale, h->key_offset, h->zeros, s->head_size, n, 0};
     h->most = log2f(fminf(32767.0f, (float)(INT32_MAX / MOST_VALUE / n)));
     h->n = n;
@@ -52,8 +52,8 @@ static void attend_rows(Context *c, int number, const Stack *s, float *packed, i
             float *query = packed + head * size;
             const float *key = query + start * wide + width;
             c->kernels->take_head(&h, s, key, key + width, wide);
-            for (int number = 0; number < groups_of(end - begin, MOST_ROWS); number++) {
-                Group g = group(end - begin, MOST_ROWS, 1, number);
+            for (int number = 0, most = c->kernels->queries; number < groups_of(end - begin, most); number++) {
+                Group g = group(end - begin, most, 1, number);
                 float *q = query + (begin + g.row) * wide;
                 c->kernels->attend_head(&h, s, head, q, wide, begin + g.row - start, g.rows, q, wide);
             }

@@ -25,14 +25,14 @@ typedef struct {
 /* A thread's data for attention to the ``n`` tokens of a classifier's text. A head's keys are laid out as a layer's weights. */
 typedef struct {
     Linear layer;
-    Rows queries; /* MOST_ROWS */
+    Rows queries; /* TEXT_QUERIES */
     int8_t *keys;
     float *key_scale, *zeros;
     int32_t *key_offset;
     int32_t *values;    /* [keys / 2][head size]: of two keys, int16 each */
     float *value_scale; /* [head size] */
-    float *scores;      /* [MOST_ROWS][keys] */
-    int16_t *shares;    /* [MOST_ROWS][keys] */
+    float *scores;      /* [TEXT_QUERIES][keys] */
+    int16_t *shares;    /* [TEXT_QUERIES][keys] */
     float most;         /* 2^most is the highest share, so that sums of shares times values fit an int32 */
     int n;
 } Attention;
@@ -52,6 +52,7 @@ struct Kernels {
     int32_t zero; /* added to quantized activations: 128 if products need unsigned ones */
     int32_t rows, matrix_rows; /* that tile (up to MOST_TILE_ROWS) and multiply (up to MATRIX_ROWS) take at most */
     int32_t unit;              /* groups of rows begin at multiples of it */
+    int32_t queries;           /* that attend_head takes at most, up to TEXT_QUERIES */
     /* Give up the thread's tile registers, after its part of a job; may be NULL. */
     void (*release)(void);
 
@@ -82,7 +83,7 @@ struct Kernels {
 
     /* Quantize a head's keys and values for attend_head. */
     void (*take_head)(Attention *h, const Stack *s, const float *key, const float *value, int64_t wide);
-    /* Attention of ``rows`` queries, up to MOST_ROWS, of the tokens from ``from`` on, in the head quantized last. */
+    /* Attention of ``rows`` queries, up to ``queries``, of the tokens from ``from`` on, in the head quantized last. */
     void (*attend_head)(Attention *h, const Stack *s, int head, const float *query, int64_t wide, int from, int rows,
                         float *out, int64_t out_wide);
 

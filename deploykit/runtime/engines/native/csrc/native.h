@@ -22,6 +22,8 @@
 #define TILE_UNIT 16       /* buffers of quantized rows have so many more, because AMX reads rows by 16 */
 #define CHUNKS 32    /* fixed parts of the vocabulary, searched by different threads */
 #define MOST_BEST 64
+#define TEXT_QUERIES 16 /* of a classifier's attention, computed together at most */
+#define KEYS_AFTER 4096 /* bytes after its keys that AMX reads, times zeros */
 #define QUERIES 4    /* of an encoder's attention, computed together to read keys once */
 #define MOST_HEADS 4 /* of a decoder's attention, computed together to hide latency */
 #define TOKENS_PER_THREAD 256 /* of a classifier; weights are read once for all of them */

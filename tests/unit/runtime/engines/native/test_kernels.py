@@ -17,7 +17,7 @@ from deploykit.runtime.engines.native.weights import LinearStruct, NormStruct, S
 if loader.lacks() is not None:
     pytest.skip(f"the engine native does not run here: {loader.lacks()}", allow_module_level=True)
 
-PANEL, MOST_ROWS, MOST_HEADS, TILE_UNIT = 64, 6, 4, 16
+PANEL, MOST_HEADS, TILE_UNIT, TEXT_QUERIES, KEYS_AFTER = 64, 4, 16, 16, 4096
 FASTER = [name for name in loader.instruction_sets() if name != loader.SLOW]
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -68,7 +68,7 @@ class Found(ctypes.Structure):
 class Kernels(ctypes.Structure):
     _fields_ = (
         ("name", c_char_p), ("zero", c_int32), ("rows", c_int32), ("matrix_rows", c_int32),
-        ("unit", c_int32), ("release", CFUNCTYPE(None)),
+        ("unit", c_int32), ("queries", c_int32), ("release", CFUNCTYPE(None)),
         ("give_row", CFUNCTYPE(None, Rows, POINTER(LinearStruct), c_int, c_void_p, c_float)),
         ("normalize", CFUNCTYPE(None, POINTER(NormStruct), c_void_p, c_void_p, c_int)),
         ("tile", CFUNCTYPE(None, Rows, POINTER(LinearStruct), Group, c_int, Then, c_int64)),
@@ -281,13 +281,13 @@ def run_head(size: int, n: int, rows: int, *, bias: bool) -> Run:
     def run(k: Kernels, random: np.random.Generator) -> list[Array]:
         keys, padded, quads, wide = filled(n), filled(size, 32), filled(size, 4), filled(3 * size)
         named = {
-            "keys": np.zeros(keys * quads, np.int8), "key_scale": np.zeros(keys, np.float32),
+            "keys": np.zeros(keys * quads + KEYS_AFTER, np.int8), "key_scale": np.zeros(keys, np.float32),
             "zeros": np.zeros(keys, np.float32), "key_offset": np.zeros(keys, np.int32),
             "values": np.zeros((keys // 2, padded), np.int32), "value_scale": np.zeros(padded, np.float32),
-            "scores": np.zeros((MOST_ROWS, keys), np.float32), "shares": np.zeros((MOST_ROWS, keys), np.int16),
+            "scores": np.zeros((TEXT_QUERIES, keys), np.float32), "shares": np.zeros((TEXT_QUERIES, keys), np.int16),
         }  # fmt: skip
         named = {name: aligned(array) for name, array in named.items()}
-        quantized, step = empty(MOST_ROWS, filled(size), dtype=np.uint8), empty(MOST_ROWS)
+        quantized, step = empty(TEXT_QUERIES, filled(size), dtype=np.uint8), empty(TEXT_QUERIES)
         at = {name: array.ctypes.data for name, array in named.items()}
         h = Attention(
             layer=LinearStruct(at["keys"], at["key_scale"], at["key_offset"], at["zeros"], size, n, 0),
@@ -298,8 +298,11 @@ def run_head(size: int, n: int, rows: int, *, bias: bool) -> Run:
         biases = floats(random, distances)
         s = stack(head_size=size, scale=0.2, distances=distances, zero_distance=3, **({"bias": biases} if bias else {}))
         k.take_head(byref(h), byref(s), packed[0, size:].ctypes.data, packed[0, 2 * size :].ctypes.data, wide)
-        k.attend_head(byref(h), byref(s), 0, packed.ctypes.data, wide, 1, rows, out.ctypes.data, out.shape[1])
-        return [out, named["keys"], named["key_scale"], named["values"][: (n + 1) // 2], named["value_scale"]]
+        for first in range(0, rows, k.queries):
+            some = min(k.queries, rows - first)
+            query, result = packed[first].ctypes.data, out[first].ctypes.data
+            k.attend_head(byref(h), byref(s), 0, query, wide, 1 + first, some, result, out.shape[1])
+        return [out, named["keys"], named["key_scale"], named["value_scale"]]
 
     return run
 
@@ -343,7 +346,8 @@ CASES: dict[str, Run] = {
     **{f"attention of {size} in {n}": run_text_attention(size, n, bias=n % 2 == 0)
        for size, n in ((3, 1), (12, 5), (16, 16), (64, 33), (72, 50))},
     **{f"int8 attention of {size} in {n}, {rows} rows": run_head(size, n, rows, bias=n % 2 == 0)
-       for size, n, rows in ((5, 2, 1), (12, 17, 3), (16, 64, 6), (64, 130, 6), (65, 33, 5), (64, 511, 1), (32, 3, 2))},
+       for size, n, rows in ((5, 2, 1), (12, 17, 3), (16, 64, 6), (64, 130, 6), (65, 33, 5), (64, 511, 1), (32, 3, 2),
+                             (32, 384, 16), (33, 200, 17), (128, 260, 40))},
     **{f"best {best} of {n}{', scored' * scored}": run_find(n, best, scored=scored)
        for n, best, scored in ((64, 4, 0), (64, 1, 1), (50, 64, 1), (3, 5, 0), (17, 0, 1))},
 }  # fmt: skip

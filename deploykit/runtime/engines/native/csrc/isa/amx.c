@@ -173,6 +173,7 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
     }
 }
 
+#include "text_attention_amx.h"
 #include "causal512.h"
 #include "causal.h"
 
@@ -253,5 +254,6 @@ static void multiply_many(const Given *from, const Matrix *m, int row, int rows,
 
 #define TILES \
     .rows = MOST_TILE_ROWS, .matrix_rows = MATRIX_ROWS, .unit = TILE_UNIT, .release = release, .tile = tile_many, \
-    .give = give_bytes, .multiply = multiply_many
+    .queries = TEXT_QUERIES, .take_head = take_text_head, .attend_head = attend_text_head, .give = give_bytes, \
+    .multiply = multiply_many
 #include "table.h"

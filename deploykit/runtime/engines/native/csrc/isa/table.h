@@ -47,7 +47,9 @@ static void find(Found *f, const float *logits, int first, int n, int best, int 
 }
 
 #ifndef TILES
-#define TILES .rows = MOST_ROWS, .matrix_rows = MOST_ROWS, .unit = 1, .tile = tile, .give = give, .multiply = multiply
+#define TILES \
+    .rows = MOST_ROWS, .matrix_rows = MOST_ROWS, .unit = 1, .queries = MOST_ROWS, .tile = tile, .take_head = take_head, \
+    .attend_head = attend_head, .give = give, .multiply = multiply
 #endif
 
 const Kernels TABLE = {
@@ -62,8 +64,6 @@ const Kernels TABLE = {
     .attend = attend,
     .attend_text = attend_text,
     .find = find,
-    .take_head = take_head,
-    .attend_head = attend_head,
     .pass_gate = pass_gate,
     .cap_values = cap_values,
     .keep_halves = keep_halves,

@@ -1,7 +1,9 @@
 /* Attention of classifiers, within a text, in INT8 and INT16. */
+#pragma once
 
-static void take_head(Attention *h, const Stack *s, const float *key, const float *value, int64_t wide) {
-    int size = s->head_size, quads = (size + 3) / 4, padded = padded_values(size), n = h->n;
+/* Quantize a head's keys to panels, as a layer's weights. */
+INLINE void take_keys(Attention *h, int size, const float *key, int64_t wide) {
+    int quads = (size + 3) / 4, n = h->n;
     int32_t *panels = (int32_t *)h->keys, four[64] = {0};
     for (int j = 0; j < filled(n); j++) {
         const float *k = key + j * wide;
@@ -22,11 +24,21 @@ static void take_head(Attention *h, const Stack *s, const float *key, const floa
             h->key_offset[j] = 0;
         }
     }
+}
+
+/* Set the scale of 16 values of a head, from ``i`` on. Returns what they are multiplied by. */
+INLINE Floats take_value_scale(Attention *h, int size, int i, const float *value, int64_t wide) {
+    Floats most = f_zero();
+    for (int j = 0; j < h->n; j++) most = f_max(most, f_abs(f_load_some(value + j * wide + i, size - i)));
+    f_store(h->value_scale + i, f_div(most, f_set(MOST_VALUE)));
+    return f_where_positive(most, f_div(f_set(MOST_VALUE), most));
+}
+
+static void take_head(Attention *h, const Stack *s, const float *key, const float *value, int64_t wide) {
+    int size = s->head_size, padded = padded_values(size), n = h->n;
+    take_keys(h, size, key, wide);
     for (int i = 0; i < padded; i += 16) {
-        Floats most = f_zero();
-        for (int j = 0; j < n; j++) most = f_max(most, f_abs(f_load_some(value + j * wide + i, size - i)));
-        Floats inverse = f_where_positive(most, f_div(f_set(MOST_VALUE), most));
-        f_store(h->value_scale + i, f_div(most, f_set(MOST_VALUE)));
+        Floats inverse = take_value_scale(h, size, i, value, wide);
         for (int j = 0; j < n; j += 2) {
             Ints a = i_round(f_mul(f_load_some(value + j * wide + i, size - i), inverse)), b = i_zero();
             if (j + 1 < n) b = i_round(f_mul(f_load_some(value + (j + 1) * wide + i, size - i), inverse));

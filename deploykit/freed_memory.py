@@ -1,0 +1,20 @@
+"""Keep the memory that this process frees."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Parameters of glibc's mallopt (malloc.h)."""
+
+
+def keep_memory() -> None:
+    """Have glibc keep freed memory, for work whose next step needs what the last one freed.
+
+    Fresh pages cost 8% of a training step, and 5.9 s of system time in an export of question answering in place of 2.5 s
+    (measured)."""
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
