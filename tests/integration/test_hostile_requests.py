@@ -132,9 +132,7 @@ SIZE = len(CONTENT)
     ],
 )
 @pytest.mark.usefixtures("peak")
-def test_a_body_that_does_not_end_ends_its_connection(
-    server: TritonServer, headers: list[str], content: bytes
-) -> None:
+def test_a_body_that_does_not_end_ends_its_connection(server: TritonServer, headers: list[str], content: bytes) -> None:
     assert _send_raw(server, headers, content, until=b"more than comes") == b""
 
 
@@ -169,7 +167,9 @@ def _send_raw(server: TritonServer, headers: list[str], content: bytes, until: b
     host, port = server.urls.http.removeprefix("http://").split(":")
     answer = b""
     with socket.create_connection((host, int(port)), timeout=30) as client:
-        client.sendall("\r\n".join(["POST /v2/models/tiny/infer HTTP/1.1", "host: x", *headers, "\r\n"]).encode() + content)
+        client.sendall(
+            "\r\n".join(["POST /v2/models/tiny/infer HTTP/1.1", "host: x", *headers, "\r\n"]).encode() + content
+        )
         while until not in answer and (part := client.recv(4096)):
             answer += part
     return answer

@@ -7,6 +7,8 @@
 // inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here.
 // TRITONSERVER_ErrorCode: Triton calls some errors internal that are the client's, and a model that is being loaded again
 //   internal or not found. They get the code that clients understand: 400, or 503, after which they try again.
+// TRITONSERVER_ErrorDelete: Triton asks for the code of an answer's error on /generate after it has deleted the error, so any
+//   such answer had status 400. The last error of a thread is kept until the next one is deleted.
 // TRITONSERVER_ErrorMessage: an error may quote a whole request, and gRPC loses one of more than 8 KiB. Long ones lose their middle.
 //   Some name what they are about: the body, or the inputs that may have a value of the wrong type on /generate.
 // "triton_grpc_error": with this header on gRPC, an error in a stream may crash Triton 2.51 (the stream's end and the error
@@ -135,6 +137,14 @@ EXPORTED int TRITONSERVER_ErrorCode(Error *error) {
     if (has(message, of_client[i])) return INVALID_ARGUMENT;
   }
   return has(message, "Stub process '") && has(message, "is not healthy") ? UNAVAILABLE : code;
+}
+
+EXPORTED void TRITONSERVER_ErrorDelete(Error *error) {
+  static void (*next)(Error *);
+  static __thread Error *last;
+  if (next == NULL) next = (void (*)(Error *))dlsym(RTLD_NEXT, __func__);
+  if (last != NULL) next(last);
+  last = error;
 }
 
 #define ELLIPSIS " … "
