@@ -266,6 +266,28 @@ def test_errors_of_streams_that_ask_for_codes_do_not_end_triton(server: TritonSe
             assert [bool(message) for [message] in told] == [True, True, False]
 
 
+@pytest.mark.parametrize(("output", "answered"), [("SCORES", True), ("LABEL", False)])
+def test_classes_of_texts_are_refused(server: TritonServer, output: str, answered: bool) -> None:
+    """Without the guard, Triton 2.51 divides by zero."""
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    wanted = [{"name": output, "parameters": {"classification": 1}}]
+    assert (post(server, body(["w1"], outputs=wanted))[0] == 200) == answered
+    request = service_pb2.ModelInferRequest(model_name="tiny", raw_input_contents=[b"\x02\0\0\0w1"])
+    request.inputs.add(name="TEXT", datatype="BYTES", shape=[1, 1])
+    request.outputs.add(name=output).parameters["classification"].int64_param = 1
+    with grpc.insecure_channel(server.urls.grpc) as channel:
+        ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+        if answered:
+            assert ask(request).outputs[0].name == output
+        else:
+            with pytest.raises(grpc.RpcError, match="class result not available for output") as caught:
+                ask(request)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert post(server, body(["w1"]))[0] == 200, "others are answered"
+
+
 def test_an_error_that_quotes_a_long_request_arrives_over_grpc(server: TritonServer) -> None:
     import grpc
     from tritonclient.grpc import service_pb2, service_pb2_grpc

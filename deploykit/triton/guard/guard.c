@@ -4,6 +4,9 @@
 // TRITONSERVER_InferenceRequestAddInput: Triton 2.51 makes room for the shape that a request declares before it counts the
 //   values it sends, so 100 bytes could take gigabytes. A shape of more than MAX_TENSOR_BYTES, or one that is no shape, is
 //   refused here.
+// TRITONSERVER_DataTypeByteSize, TRITONSERVER_InferenceResponseOutput, TRITONSERVER_InferenceRequestNew: asked for the classes
+//   of an output that holds texts (the parameter "classification"), Triton divides by the size of a text, 0, and ends. While it
+//   writes an answer the size is 1 here; it then says that there are no classes.
 // inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here.
 // TRITONSERVER_ErrorCode: Triton calls some errors internal that are the client's, and a model that is being loaded again
 //   internal or not found. They get the code that clients understand: 400, or 503, after which they try again.
@@ -106,6 +109,32 @@ EXPORTED Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char 
     return new_error(INVALID_ARGUMENT, "an input's shape is too large: its numbers may take 8 MiB");
   }
   return next(request, name, datatype, shape, dimensions);
+}
+
+static __thread int answering;  // this thread writes the outputs of an answer
+
+EXPORTED Error *TRITONSERVER_InferenceRequestNew(void **request, void *server, const char *model, int64_t version) {
+  static Error *(*next)(void **, void *, const char *, int64_t);
+  if (next == NULL) next = (Error * (*)(void **, void *, const char *, int64_t)) dlsym(RTLD_NEXT, __func__);
+  answering = 0;
+  return next(request, server, model, version);
+}
+
+EXPORTED Error *TRITONSERVER_InferenceResponseOutput(void *response, uint32_t index, const char **name, int *datatype,
+                                                     const int64_t **shape, uint64_t *dimensions, const void **base,
+                                                     size_t *bytes, int *memory, int64_t *memory_id, void **user) {
+  static Error *(*next)(void *, uint32_t, const char **, int *, const int64_t **, uint64_t *, const void **, size_t *, int *,
+                        int64_t *, void **);
+  if (next == NULL) *(void **)&next = dlsym(RTLD_NEXT, __func__);
+  answering = 1;
+  return next(response, index, name, datatype, shape, dimensions, base, bytes, memory, memory_id, user);
+}
+
+EXPORTED uint32_t TRITONSERVER_DataTypeByteSize(int datatype) {
+  static uint32_t (*next)(int);
+  if (next == NULL) next = (uint32_t(*)(int))dlsym(RTLD_NEXT, __func__);
+  uint32_t size = next(datatype);
+  return size == 0 && answering ? 1 : size;
 }
 
 // Triton heeds no error of inflate but STREAM_ERROR.
