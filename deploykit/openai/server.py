@@ -59,6 +59,11 @@ class _Protocol(H11Protocol):
         super().connection_made(transport)
         self._expect_header()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:  # it holds the last request
+            self._timer.cancel()
+
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, if no answer has begun, and close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -233,6 +234,18 @@ def test_a_connection_without_a_whole_header_is_closed(monkeypatch: pytest.Monke
             while part := idle.recv(4096):
                 answer += part
         assert answer.startswith(b"HTTP/1.1 200 ") == (len(sent) > 20)
+
+
+def test_a_closed_connection_leaves_nothing_behind() -> None:
+    def connections() -> int:
+        gc.collect()
+        return sum(isinstance(each, openai_server._Protocol) for each in gc.get_objects())
+
+    before = connections()
+    with FakeTriton() as triton, serve(triton) as server:
+        for _ in range(10):
+            assert httpx.get(f"{server.url}/models").status_code == 200
+        assert wait_until(lambda: connections() <= before, 5)
 
 
 # What is seen of requests
