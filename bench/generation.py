@@ -78,7 +78,10 @@ def main() -> None:
         keep_other_parts(suite, json.loads(options.out.read_text(encoding="utf-8")), options.parts)
     checkpoint = options.checkpoint or smollm2(options.folder)
     prompts = Prompts(checkpoint)
-    subject = prepare(checkpoint, options.folder, prompts.texts(8, plan.prompt_tokens))
+    if options.export is not None:
+        subject = Subject(checkpoint, options.export, options.folder)
+    else:
+        subject = prepare(checkpoint, options.folder, prompts.texts(8, plan.prompt_tokens))
     able = [c for c in chosen if c.name not in suite["skipped"]]
     if "process" in options.parts:
         suite["workloads"].append(measure_processes(subject, able, prompts, plan, suite))
@@ -229,6 +232,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "demo/generation-bench", help="where its other forms are made and kept"
     )
+    parser.add_argument("--export", type=Path, help="folder of an export of that model, instead of one made now")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--add", action="store_true", help="to the record in --out, which keeps its other parts")
     parser.add_argument(

@@ -59,14 +59,12 @@ class Sample:
 def main() -> None:
     options = _options()
     suite = begin("generation_load.py", available_cpus(), {}, ())
-    checkpoint = options.checkpoint or smollm2(options.folder)
-    prompts = Prompts(checkpoint)
-    subject = prepare(checkpoint, options.folder, prompts.texts(8, 32))
-    seconds = 60 * options.minutes
-    with running_server(subject.export, options.precision) as addresses:
-        load = Load(addresses["openai"], prompts, options.longest, options.seed)
-        samples = asyncio.run(load.run(addresses, seconds, options.clients, options.every))
-    suite["settings"] = {"minutes": options.minutes, "clients": options.clients, "precision": options.precision}
+    prompts, export = _prompts_and_export(options)
+    with running_server(export, options.precision) as addresses:
+        load = Load(addresses["openai"], prompts, options.longest, options.pause, options.seed)
+        samples = asyncio.run(load.run(addresses, 60 * options.minutes, options.clients, options.every))
+    names = ("minutes", "clients", "pause", "precision")
+    suite["settings"] = {name: getattr(options, name) for name in names}
     suite["outcomes"] = dict(load.outcomes)
     suite["samples"] = [asdict(sample) for sample in samples]
     suite["verdict"] = verdict(samples, load.outcomes)
@@ -76,12 +74,21 @@ def main() -> None:
     raise SystemExit(1 if suite["verdict"]["reasons"] else 0)
 
 
-class Load:
-    """Clients of the server at ``url``. ``outcomes`` counts what became of the requests, by kind."""
+def _prompts_and_export(options: argparse.Namespace) -> tuple[Prompts, Path]:
+    if options.export:
+        return Prompts(options.export), options.export
+    checkpoint = options.checkpoint or smollm2(options.folder)
+    prompts = Prompts(checkpoint)
+    return prompts, prepare(checkpoint, options.folder, prompts.texts(8, 32)).export
 
-    def __init__(self, url: str, prompts: Prompts, longest: int, seed: int) -> None:
+
+class Load:
+    """Clients of the server at ``url``; each waits ``pause`` seconds on average before a request. ``outcomes`` counts
+    what became of the requests, by kind."""
+
+    def __init__(self, url: str, prompts: Prompts, longest: int, pause: float, seed: int) -> None:
         self.outcomes: Counter[str] = Counter()
-        self._url, self._prompts, self._longest = url, prompts, longest
+        self._url, self._prompts, self._longest, self._pause = url, prompts, longest, pause
         self._random = np.random.default_rng(seed)
 
     async def run(self, addresses: Mapping[str, Any], seconds: float, clients: int, every: float) -> list[Sample]:
@@ -104,7 +111,10 @@ class Load:
         return samples
 
     async def _ask_until(self, client: Any, end: float) -> None:
-        while time.monotonic() < end:
+        while True:
+            await asyncio.sleep(self._random.exponential(self._pause))
+            if time.monotonic() >= end:
+                return
             kind = str(self._random.choice(KINDS, p=_SHARES))
             try:
                 outcome = await self._ask(client, kind)
@@ -203,10 +213,14 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument(
+        "--pause", type=float, default=0.0, metavar="SECONDS", help="before a client's next request, on average"
+    )
     parser.add_argument("--every", type=float, default=10.0, metavar="SECONDS", help="between two samples")
     parser.add_argument("--longest", type=int, default=1000, metavar="TOKENS", help="of a prompt")
     parser.add_argument("--precision", choices=("int8", "fp32"), default="int8")
     parser.add_argument("--checkpoint", type=Path, help="folder of another language model (default: SmolLM2, fetched)")
+    parser.add_argument("--export", type=Path, help="folder of an export to serve, instead of one of a checkpoint")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "demo/generation-bench", help="where its other forms are made and kept"
     )

@@ -223,7 +223,11 @@ def _add_errors(app: FastAPI) -> None:
 
     async def no_route(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        fault = ApiError(f"{request.method} {request.url.path}: {error.detail}", error.status_code)
+        told = f"{request.method} {request.url.path}: {error.detail}"
+        if error.status_code == 404:
+            routes = sorted(path for path in {getattr(route, "path", "") for route in app.routes} if "{" not in path)
+            told += f"; the routes here are {', '.join(routes)}"
+        fault = ApiError(told, error.status_code)
         return error_response(request.url.path, fault, error.headers)
 
     async def fail(request: Request, error: Exception) -> Response:

@@ -24,6 +24,7 @@ from deploykit.openai.metrics import PortMetrics
 HEALTH = "/health"
 _OPEN = (HEALTH, "/v2/health/live", "/v2/health/ready")
 _NO_KEY = ApiError("give a valid API key, as the header Authorization: Bearer KEY", 401, code="invalid_api_key")
+_TWO_LENGTHS = ApiError("Content-Length: it does not go with Transfer-Encoding; send one of them")
 _LAST_EVENT_S = 1.0
 
 
@@ -73,7 +74,10 @@ class Front:
         watched = _Watched(send, call)
         self._metrics.in_flight.inc()
         try:
-            if opened:
+            if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+                # A proxy may have read another body than we would.
+                await self._refuse(_TWO_LENGTHS, scope, receive, watched)
+            elif opened:
                 await self._app(scope, receive, watched)
             elif caller is None:
                 await self._refuse(_NO_KEY, scope, receive, watched)
@@ -122,8 +126,8 @@ class Front:
                 )
 
     async def _refuse(self, fault: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[SCOPE].error = fault.code
-        headers = {"www-authenticate": "Bearer"} if fault is _NO_KEY else {}
+        scope[SCOPE].error = fault.code or ""
+        headers = {_NO_KEY: {"www-authenticate": "Bearer"}, _TWO_LENGTHS: {"connection": "close"}}.get(fault)
         await error_response(scope["path"], fault, headers)(scope, receive, send)
 
     def _record(self, call: Call, scope: Scope) -> None:

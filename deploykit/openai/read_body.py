@@ -45,6 +45,7 @@ async def read_body(request: Request, kind: type[Read]) -> Read:
 async def read_bytes(request: Request) -> bytes:
     """Return the body as it is. Raises ApiError: status 413 if it is over the caller's limit, 408 if it comes slowly."""
     most = call_of(request).limits.max_body_bytes
+    too_large = ApiError(f"the body has more than {most:,} bytes", 413, code="body_too_large")
 
     async def read() -> bytes:
         parts: list[bytes] = []
@@ -52,10 +53,12 @@ async def read_bytes(request: Request) -> bytes:
         async for part in request.stream():
             size += len(part)
             if size > most:
-                raise ApiError(f"the body has more than {most:,} bytes", 413, code="body_too_large")
+                raise too_large
             parts.append(part)
         return b"".join(parts)
 
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_large
     try:
         return await asyncio.wait_for(read(), BODY_S)
     except asyncio.TimeoutError:

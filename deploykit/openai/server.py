@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from deploykit.errors import ServerError, UsageError
+from deploykit.openai.errors import ApiError
+from deploykit.openai.front import error_response
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Certificate:
 _HEADER_S = 60.0
 _KEEP_ALIVE_S = 75
 _START_S = 30.0
+_NO_HTTP = ApiError(
+    "this is no request of HTTP/1.1: its first line, a header, its Content-Length or a chunk is malformed"
+)
 
 
 class _Protocol(H11Protocol):
@@ -52,6 +58,20 @@ class _Protocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._timer is not None:  # it holds the last request
+            self._timer.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, if no answer has begun, and close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            answer = error_response("", _NO_HTTP, {"connection": "close"})
+            head = h11.Response(status_code=answer.status_code, headers=answer.raw_headers)
+            for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -29,6 +29,7 @@ from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError
 from deploykit.openai.read_body import read_bytes
 from deploykit.runtime.served import LOST, RELOADING
 from deploykit.runtime.tracing import trace_headers
+from deploykit.tasks.text_generation.triton_config import TEXT_GENERATION
 
 _ABOUT_SERVER = re.compile(r"/v2(/health/(live|ready)|/models/stats)?")
 _ABOUT_MODEL = re.compile(r"/v2/models/(?P<model>[^/]+)(?P<version>/versions/[0-9]+)?(?P<what>/ready|/config|/stats)?")
@@ -37,6 +38,11 @@ _ASK = re.compile(
 )
 _JSON_LENGTH = "inference-header-content-length"
 _SENT = ("accept", "accept-encoding", "content-type", _JSON_LENGTH)
+_KINDS = {"STRING": (str, "a text"), "BOOL": (bool, "true or false"), "INT64": (int, "whole numbers")}
+_INPUTS = {
+    name: _KINDS[kind]
+    for name, kind in re.findall(r'input { name: "(\w+)" data_type: TYPE_(\w+)', TEXT_GENERATION.template)
+}
 _RETURNED = ("content-type", "content-encoding", "content-length", _JSON_LENGTH)
 
 
@@ -86,6 +92,8 @@ class TritonRoutes:
         if limits.max_rows is not None and found["what"] == "/infer":
             call.rows = _rows(body, request.headers.get(_JSON_LENGTH))
             limits.check_rows(call.rows, "inputs")
+        if found["model"] in self._generating:
+            _check_kinds(body)
         return await self._forward(request, target, body, again=found["version"] is None)
 
     def _of_model(self, found: re.Match[str] | None, path: str, call: Call) -> str:
@@ -168,6 +176,20 @@ def _rows(body: bytes, json_length: str | None) -> int:
         return max(int(tensor["shape"][0]) for tensor in request["inputs"])
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ApiError(f"failed to parse the request JSON buffer: {error or 'nested too deeply'}") from None
+
+
+def _check_kinds(body: bytes) -> None:
+    """Raise ApiError for an input of a language model that has a value of the wrong type: Triton does not name it."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return  # Triton says what is wrong
+    for name, given in request.items() if isinstance(request, dict) else ():
+        if name not in _INPUTS:
+            continue
+        kind, wanted = _INPUTS[name]
+        if any(type(value) is not kind for value in (given if isinstance(given, list) else [given])):
+            raise ApiError(f"{name} has a value of another type: give {wanted}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:

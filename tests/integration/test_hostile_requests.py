@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import http.client
 import json
 import re
+import socket
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +32,10 @@ MOST_MB = 128
 def server(tiny_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     repository = tmp_path_factory.mktemp("repository")
     package(tiny_export, "tiny", repository, engine="onnxruntime", precision="fp32")
-    with start(repository) as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DEPLOYKIT_GUARD_READ_S", "3")
+        with start(repository) as server:
+            yield server
 
 
 @pytest.fixture
@@ -107,6 +112,66 @@ def test_a_binary_request_that_lies_of_its_size_is_refused(server: TritonServer,
 def test_a_header_length_that_lies_is_refused(server: TritonServer, length: str) -> None:
     status, answer = _send(server, json.dumps(body(["a"])).encode(), {"Inference-Header-Content-Length": length})
     assert status == 400, answer
+
+
+CONTENT = json.dumps(body(["w1"])).encode()
+SIZE = len(CONTENT)
+
+
+@pytest.mark.parametrize(
+    ("headers", "content"),
+    [
+        ([f"content-length: {SIZE + 9}"], CONTENT),
+        ([f"content-length: {2**64 - 1}"], CONTENT),
+        ([f"content-length: {10**30}"], CONTENT),
+        (["content-length: -5"], CONTENT),
+        (["content-length: ten"], CONTENT),
+        ([f"content-length: {SIZE}", "transfer-encoding: chunked"], CONTENT),
+        (["transfer-encoding: chunked"], b"%x\r\n%s" % (SIZE + 9, CONTENT)),
+        (["transfer-encoding: chunked"], b"FFFFFFFFFFFFFFFFFF\r\n" + CONTENT),
+    ],
+)
+@pytest.mark.usefixtures("peak")
+def test_a_body_that_does_not_end_ends_its_connection(server: TritonServer, headers: list[str], content: bytes) -> None:
+    assert _send_raw(server, headers, content, until=b"more than comes") == b""
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status"),
+    [
+        ([f"content-length: {SIZE - 9}"], CONTENT, b"400"),
+        ([f"content-length: {SIZE}"] * 2, CONTENT, b"200"),
+        (["transfer-encoding: chunked"], b"%x\r\n%s\r\n0\r\n\r\n" % (SIZE, CONTENT), b"200"),
+    ],
+)
+def test_a_body_that_is_shorter_than_it_came_is_answered(
+    server: TritonServer, headers: list[str], content: bytes, status: bytes
+) -> None:
+    assert _send_raw(server, headers, content, until=b"\r\n").split()[1] == status
+
+
+def test_a_connection_that_waits_for_its_next_request_stays_open(server: TritonServer) -> None:
+    connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=60)
+    with contextlib.closing(connection):
+        for route in ("/v2/health/ready", "/v2/models/tiny/infer", "/v2/models/tiny"):
+            connection.request("GET" if route != "/v2/models/tiny/infer" else "POST", route, CONTENT)
+            used = connection.sock
+            assert connection.getresponse().read() is not None
+            time.sleep(5)
+            assert connection.sock is used
+
+
+def _send_raw(server: TritonServer, headers: list[str], content: bytes, until: bytes) -> bytes:
+    """Return what comes, up to ``until`` or the end of the connection."""
+    host, port = server.urls.http.removeprefix("http://").split(":")
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=30) as client:
+        client.sendall(
+            "\r\n".join(["POST /v2/models/tiny/infer HTTP/1.1", "host: x", *headers, "\r\n"]).encode() + content
+        )
+        while until not in answer and (part := client.recv(4096)):
+            answer += part
+    return answer
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
@@ -198,6 +263,28 @@ def test_errors_of_streams_that_ask_for_codes_do_not_end_triton(server: TritonSe
                 for one in requests
             ]
             assert [bool(message) for [message] in told] == [True, True, False]
+
+
+@pytest.mark.parametrize(("output", "answered"), [("SCORES", True), ("LABEL", False)])
+def test_classes_of_texts_are_refused(server: TritonServer, output: str, answered: bool) -> None:
+    """Without the guard, Triton 2.51 divides by zero."""
+    import grpc
+    from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+    wanted = [{"name": output, "parameters": {"classification": 1}}]
+    assert (post(server, body(["w1"], outputs=wanted))[0] == 200) == answered
+    request = service_pb2.ModelInferRequest(model_name="tiny", raw_input_contents=[b"\x02\0\0\0w1"])
+    request.inputs.add(name="TEXT", datatype="BYTES", shape=[1, 1])
+    request.outputs.add(name=output).parameters["classification"].int64_param = 1
+    with grpc.insecure_channel(server.urls.grpc) as channel:
+        ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
+        if answered:
+            assert ask(request).outputs[0].name == output
+        else:
+            with pytest.raises(grpc.RpcError, match="class result not available for output") as caught:
+                ask(request)
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert post(server, body(["w1"]))[0] == 200, "others are answered"
 
 
 def test_an_error_that_quotes_a_long_request_arrives_over_grpc(server: TritonServer) -> None:

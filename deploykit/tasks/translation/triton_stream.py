@@ -9,6 +9,7 @@ Source: Triton Python backend README, "Business Logic Scripting" and "Decoupled 
 from __future__ import annotations
 
 import asyncio
+import re
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,9 @@ from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.text import normalize
 
 _AHEAD = 32  # most sentences of a document in the other model's queue, which all requests share
+_BUSY = re.compile(
+    r"Exceeds maximum queue size|the queue is full|is not healthy|is not ready|no available versions|unloaded"
+)
 _OF_SENTENCE = ("TRANSLATION", "SCORE", "SOURCE_TOKENS", "TARGET_TOKENS", "FINISH")
 
 
@@ -110,8 +114,16 @@ class StreamBackend:
         )
         answer = await ask.async_exec()
         if answer.has_error():
-            raise RefusedError(answer.error().message(), answer.error().code())
+            raise RefusedError(answer.error().message(), _code(answer.error().message()))
         return {name: pb_utils.get_output_tensor_by_name(answer, name).as_numpy().reshape(-1) for name in wanted}
+
+
+def _code(message: str) -> Any:
+    """Return the code for an error of the other model: Triton 2.51 calls all of them internal."""
+    if message.startswith("the model failed"):
+        return pb_utils.TritonError.INTERNAL
+    busy = _BUSY.search(message) is not None
+    return pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INVALID_ARG
 
 
 def _sendable(value: Any) -> Any:

@@ -4,22 +4,30 @@
 // TRITONSERVER_InferenceRequestAddInput: Triton 2.51 makes room for the shape that a request declares before it counts the
 //   values it sends, so 100 bytes could take gigabytes. A shape of more than MAX_TENSOR_BYTES, or one that is no shape, is
 //   refused here.
+// TRITONSERVER_DataTypeByteSize, TRITONSERVER_InferenceResponseOutput, TRITONSERVER_InferenceRequestNew: asked for the classes
+//   of an output that holds texts (the parameter "classification"), Triton divides by the size of a text, 0, and ends. While it
+//   writes an answer the size is 1 here; it then says that there are no classes.
 // inflate: Triton unpacks a compressed request whole. One that grows past MAX_RATIO times its size is refused here.
 // TRITONSERVER_ErrorCode: Triton calls some errors internal that are the client's, and a model that is being loaded again
 //   internal or not found. They get the code that clients understand: 400, or 503, after which they try again.
+// TRITONSERVER_ErrorDelete: Triton asks for the code of an answer's error on /generate after it has deleted the error, so any
+//   such answer had status 400. The last error of a thread is kept until the next one is deleted.
 // TRITONSERVER_ErrorMessage: an error may quote a whole request, and gRPC loses one of more than 8 KiB. Long ones lose their middle.
-//   One names the body that it is about.
+//   Some name what they are about: the body, or the inputs that may have a value of the wrong type on /generate.
 // "triton_grpc_error": with this header on gRPC, an error in a stream may crash Triton 2.51 (the stream's end and the error
 //   release the same state). Triton is made to look for a header that no client can send.
 // strncasecmp: Triton copies the body of a form, as `curl -d` calls what it sends, to the stack. One of 4 MB ended Triton.
 //   No body is a form here.
 // syscall, TRITONSERVER_ServerInferAsync, TRITONSERVER_InferenceRequestDelete: Triton does not look at a connection on HTTP
 //   until it answers. A request whose client closes the connection is cancelled here, as Triton does on gRPC.
+// readv, syscall: Triton waits for the rest of a request without end, as for a body shorter than its Content-Length. A
+//   connection on HTTP is closed if a part of a request came and then nothing for 60 s (DEPLOYKIT_GUARD_READ_S).
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <link.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,7 +35,10 @@
 #include <sys/auxv.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
+#include <time.h>
 
 #include "triton.h"
 
@@ -100,6 +111,32 @@ EXPORTED Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char 
   return next(request, name, datatype, shape, dimensions);
 }
 
+static __thread int answering;  // this thread writes the outputs of an answer
+
+EXPORTED Error *TRITONSERVER_InferenceRequestNew(void **request, void *server, const char *model, int64_t version) {
+  static Error *(*next)(void **, void *, const char *, int64_t);
+  if (next == NULL) next = (Error * (*)(void **, void *, const char *, int64_t)) dlsym(RTLD_NEXT, __func__);
+  answering = 0;
+  return next(request, server, model, version);
+}
+
+EXPORTED Error *TRITONSERVER_InferenceResponseOutput(void *response, uint32_t index, const char **name, int *datatype,
+                                                     const int64_t **shape, uint64_t *dimensions, const void **base,
+                                                     size_t *bytes, int *memory, int64_t *memory_id, void **user) {
+  static Error *(*next)(void *, uint32_t, const char **, int *, const int64_t **, uint64_t *, const void **, size_t *, int *,
+                        int64_t *, void **);
+  if (next == NULL) *(void **)&next = dlsym(RTLD_NEXT, __func__);
+  answering = 1;
+  return next(response, index, name, datatype, shape, dimensions, base, bytes, memory, memory_id, user);
+}
+
+EXPORTED uint32_t TRITONSERVER_DataTypeByteSize(int datatype) {
+  static uint32_t (*next)(int);
+  if (next == NULL) next = (uint32_t(*)(int))dlsym(RTLD_NEXT, __func__);
+  uint32_t size = next(datatype);
+  return size == 0 && answering ? 1 : size;
+}
+
 // Triton heeds no error of inflate but STREAM_ERROR.
 EXPORTED int inflate(ZStream *stream, int flush) {
   static int (*next)(ZStream *, int);
@@ -131,14 +168,36 @@ EXPORTED int TRITONSERVER_ErrorCode(Error *error) {
   return has(message, "Stub process '") && has(message, "is not healthy") ? UNAVAILABLE : code;
 }
 
+EXPORTED void TRITONSERVER_ErrorDelete(Error *error) {
+  static void (*next)(Error *);
+  static __thread Error *last;
+  if (next == NULL) next = (void (*)(Error *))dlsym(RTLD_NEXT, __func__);
+  if (last != NULL) next(last);
+  last = error;
+}
+
 #define ELLIPSIS " … "
+
+static const char *const clearer[][2] = {
+    {"attempt to get members for non-object", "the body is not a JSON object"},
+    {"Unable to parse JSON bytes array: attempt to access JSON non-string as string",
+     "an input that takes a text ('text_input', 'messages' or 'sampling_parameters' of a language model) has another value: "
+     "give a string"},
+    {"Unable to parse 'data': attempt to access JSON non-boolean as boolean",
+     "an input that is a flag ('stream', 'exclude_input_in_output' or 'return_…' of a language model) has another value: give "
+     "true or false"},
+    {"Unable to parse 'data': attempt to access JSON non-signed-integer as signed-integer",
+     "an input of integers ('input_ids' of a language model) has another value: give whole numbers"},
+};
 
 EXPORTED const char *TRITONSERVER_ErrorMessage(Error *error) {
   static const char *(*next)(Error *);
   static __thread char shown[MAX_MESSAGE + sizeof ELLIPSIS];
   if (next == NULL) next = (const char *(*)(Error *))dlsym(RTLD_NEXT, __func__);
   const char *message = next(error);
-  if (strcmp(message, "attempt to get members for non-object") == 0) return "the body is not a JSON object";
+  for (size_t i = 0; i < sizeof clearer / sizeof *clearer; i++) {
+    if (strcmp(message, clearer[i][0]) == 0) return clearer[i][1];
+  }
   size_t length = strlen(message), head = MAX_MESSAGE / 2, tail = length - MAX_MESSAGE / 2;
   if (length <= MAX_MESSAGE) return message;
   while (head > 0 && (message[head] & 0xC0) == 0x80) head--;  // no cut within a character
@@ -161,13 +220,56 @@ static int connections;                                   // the highest connect
 static int closings = -1;                                 // an epoll of these connections
 static __thread int paused = -1;  // Triton's HTTP thread stops reading a connection before it submits the request
 
-// How Triton's libevent calls epoll_ctl.
+static _Atomic int64_t read_at[MAX_CONNECTIONS];  // when a part of a request came on a connection, in s; 0: there is none
+
+static int64_t seconds(void) {
+  struct timespec now;
+  clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+  return now.tv_sec;
+}
+
+static void *close_stalled(void *unused) {
+  const char *given = getenv("DEPLOYKIT_GUARD_READ_S");
+  int64_t most = given == NULL ? 60 : atoi(given);
+  for (const struct timespec pause = {.tv_sec = 1};; nanosleep(&pause, NULL)) {
+    int64_t latest = seconds() - most;
+    for (int connection = 0; connection < MAX_CONNECTIONS; connection++) {
+      int64_t at = read_at[connection];
+      if (at != 0 && at <= latest && atomic_compare_exchange_strong(&read_at[connection], &at, 0)) {
+        shutdown(connection, SHUT_RDWR);
+      }
+    }
+  }
+  return unused;
+}
+
+static void begin_closing(void) {
+  pthread_t thread;
+  pthread_create(&thread, NULL, close_stalled, NULL);
+}
+
+// How Triton's libevent reads.
+EXPORTED ssize_t readv(int connection, const struct iovec *parts, int count) {
+  static ssize_t (*next)(int, const struct iovec *, int);
+  static pthread_once_t begun = PTHREAD_ONCE_INIT;
+  if (next == NULL) next = (ssize_t(*)(int, const struct iovec *, int))dlsym(RTLD_NEXT, __func__);
+  ssize_t result = next(connection, parts, count);
+  if (result > 0 && connection < MAX_CONNECTIONS) {
+    pthread_once(&begun, begin_closing);
+    read_at[connection] = seconds();
+  }
+  return result;
+}
+
+// How Triton's libevent calls epoll_ctl. It does so before it answers a request, before it submits one, and at the end of a
+// connection.
 EXPORTED long syscall(long number, long a, long b, long c, long d, long e, long f) {
   static long (*next)(long, ...);
   if (next == NULL) next = (long (*)(long, ...))dlsym(RTLD_NEXT, __func__);
   if (number == SYS_epoll_ctl && a != closings) {
     const struct epoll_event *event = (const struct epoll_event *)d;
     paused = b == EPOLL_CTL_DEL || !(event->events & EPOLLIN) ? (int)c : -1;
+    if (c >= 0 && c < MAX_CONNECTIONS) read_at[c] = 0;
   }
   return next(number, a, b, c, d, e, f);
 }

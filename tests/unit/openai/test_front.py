@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -180,6 +181,48 @@ def test_a_body_that_comes_slowly_is_408(service: Service, monkeypatch: pytest.M
     assert b'"code":"timeout"' in answer
 
 
+REQUEST = b'{"model": "writer", "prompt": "a"}'
+LENGTH = len(REQUEST)
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "status"),
+    [
+        ([f"content-length: {LENGTH + 9}"], REQUEST, b"408"),
+        ([f"content-length: {2**64 - 1}"], REQUEST, b"413"),
+        ([f"content-length: {LENGTH - 9}"], REQUEST, b"400"),
+        (["content-length: -5"], REQUEST, b"400"),
+        (["content-length: ten"], REQUEST, b"400"),
+        (["content-length: 1e3"], REQUEST, b"400"),
+        (["content-length: "], REQUEST, b"400"),
+        ([f"content-length: {10**30}"], REQUEST, b"400"),
+        ([f"content-length: {LENGTH}", "content-length: 5"], REQUEST, b"400"),
+        ([f"content-length: {LENGTH}", f"content-length: {LENGTH}"], REQUEST, b"200"),
+        ([f"content-length: {LENGTH}", "transfer-encoding: chunked"], b"%x\r\n%s\r\n0\r\n\r\n" % (LENGTH, REQUEST), b"400"),
+        (["transfer-encoding: chunked"], b"%x\r\n%s\r\n0\r\n\r\n" % (LENGTH, REQUEST), b"200"),
+        (["transfer-encoding: chunked"], b"%x\r\n%s\r\n0\r\n\r\n" % (LENGTH - 9, REQUEST), b"400"),
+        (["transfer-encoding: chunked"], b"-5\r\n%s\r\n0\r\n\r\n" % REQUEST, b"400"),
+        (["transfer-encoding: chunked"], b"%x\r\n%s" % (LENGTH + 9, REQUEST), b"408"),
+        (["transfer-encoding: chunked"], REQUEST, b"408"),
+        (["transfer-encoding: gzip"], REQUEST, b"400"),
+        ([], REQUEST, b"400"),
+    ],
+)  # fmt: skip
+def test_a_body_of_another_length_than_said_is_refused_and_ends_the_connection(
+    service: Service, monkeypatch: pytest.MonkeyPatch, headers: list[str], content: bytes, status: bytes
+) -> None:
+    monkeypatch.setattr(read_body, "BODY_S", 0.5)
+    monkeypatch.setattr(openai_server, "_HEADER_S", 0.5)
+    address = urlsplit(service.url)
+    with socket.create_connection((address.hostname or "", address.port or 0), timeout=10) as client:
+        client.sendall("\r\n".join(["POST /v1/completions HTTP/1.1", "host: x", *headers, "\r\n"]).encode() + content)
+        answer = b""
+        while part := client.recv(4096):  # the server closes the connection
+            answer += part
+    assert answer.split()[1] == status, answer
+    assert status == b"200" or b'{"error":{"message":"' in answer
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /hea"])
 def test_a_connection_without_a_whole_header_is_closed(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
     monkeypatch.setattr(openai_server, "_HEADER_S", 0.3)
@@ -191,6 +234,18 @@ def test_a_connection_without_a_whole_header_is_closed(monkeypatch: pytest.Monke
             while part := idle.recv(4096):
                 answer += part
         assert answer.startswith(b"HTTP/1.1 200 ") == (len(sent) > 20)
+
+
+def test_a_closed_connection_leaves_nothing_behind() -> None:
+    def connections() -> int:
+        gc.collect()
+        return sum(isinstance(each, openai_server._Protocol) for each in gc.get_objects())
+
+    before = connections()
+    with FakeTriton() as triton, serve(triton) as server:
+        for _ in range(10):
+            assert httpx.get(f"{server.url}/models").status_code == 200
+        assert wait_until(lambda: connections() <= before, 5)
 
 
 # What is seen of requests
