@@ -272,22 +272,9 @@ class CausalWriter(StandardWriter):
         self.outputs.insert(0, logit)
 
 
-_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Shares of a block's range that INT4 tries to cover; values outside are cut off."""
-
-
 def int4_levels(block: Array) -> Levels:
-    """Return 16 levels of which 0 is one: of those for some ranges, the ones with the least squared error."""
+    """Return 16 levels of which 0 is one."""
     low, high = np.minimum(block.min(0), 0), np.maximum(block.max(0), 0)
-    tried = [_levels_between(low * np.float32(share), high * np.float32(share)) for share in _SHRINK]
-    best = np.argmin(
-        [np.square(each.round(block) * each.scale + each.minimum - block).sum(0) for each in tried], axis=0
-    )
-    scale, minimum = (np.choose(best, parts) for parts in zip(*((each.scale, each.minimum) for each in tried)))
-    return Levels(scale, minimum, 0, 15)
-
-
-def _levels_between(low: Array, high: Array) -> Levels:
     scale = (high - low) / np.float32(15)
     scale = np.where(scale == 0, np.float32(1), scale).astype(np.float32)
     return Levels(scale, -np.clip(np.rint(-low / scale), 0, 15) * scale, 0, 15)
