@@ -8,6 +8,8 @@ message makes them, that beginning can stand in it once, and the mask says who s
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -16,6 +18,8 @@ from torch.utils.data import Dataset, Sampler
 
 from deploykit.tasks.text_generation.encode import EncodedRow
 
+_GROWTH = 1.02
+"""Of the number of batches, where some have no room for their rows."""
 IGNORED = -100
 """The label of a token that is not supervised."""
 
@@ -51,7 +55,7 @@ class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
         self._seed = seed
         self._epoch = 0
         longest_first = np.sort(self._lengths)[::-1].tolist()
-        self._batches = list(_packed(longest_first, most) if packed else _padded(longest_first, most))
+        self._batches = _packed(longest_first, most) if packed else list(_padded(longest_first, most))
         self._process, self._processes = process, processes
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,19 +78,22 @@ class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
             yield [~int(longest_first[-1])]
 
 
-def _packed(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """First fit: each row goes to the first batch with room for it. ``lengths`` descend."""
-    batches: list[list[int]] = []
-    room = np.empty(0, np.int64)
-    for i, length in enumerate(lengths):
-        fits = np.flatnonzero(room >= length)
-        if len(fits):
-            batches[fits[0]].append(i)
-            room[fits[0]] -= length
-        else:
-            batches.append([i])
-            room = np.append(room, most - length)
-    yield from batches
+def _packed(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Batches of about as many tokens, each of long and of short rows. ``lengths`` descend.
+
+    Batches of rows of one length learn less in as many steps.
+    """
+    count = max(1, math.ceil(sum(lengths) / most))
+    while True:
+        batches: list[list[int]] = [[] for _ in range(count)]
+        emptiest = [(0, batch) for batch in range(count)]
+        for i, length in enumerate(lengths):
+            tokens, batch = emptiest[0]
+            batches[batch].append(i)
+            heapq.heapreplace(emptiest, (tokens + length, batch))
+        if all(tokens <= most or len(batches[batch]) == 1 for tokens, batch in emptiest):
+            return [batch for batch in batches if batch]
+        count = max(count + 1, int(count * _GROWTH))
 
 
 def _padded(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
