@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deploykit.graphs.architecture import Array, Linear, Norm
 from deploykit.graphs.causal_architecture import CausalArchitecture, CausalLayer, Rope
-from deploykit.graphs.causal_lm import EMBEDDING, HEAD, Bits
+from deploykit.graphs.causal_lm import EMBEDDING, HEAD, Bits, int4_levels
 from deploykit.graphs.native_writer import write_weights
 from deploykit.graphs.seq2seq import side_by_side
 from deploykit.graphs.writer import activation_of
@@ -229,9 +229,14 @@ def quantize_nibbles(weight: Array) -> tuple[NDArray[np.uint8], NDArray[np.uint1
 
 
 def nibble_levels(block: Array) -> Levels:
-    """Return the levels of ``quantize_nibbles`` for one block of up to 32 inputs."""
-    _, steps, lows = quantize_nibbles(np.pad(block, ((0, -len(block) % BLOCK), (0, 0))))
-    return Levels(_float32(steps[0]), _float32(lows[0]), 0, 15)
+    """Return ``int4_levels`` with scales and minimums in bfloat16.
+
+    Those of ``quantize_nibbles`` would be nearer. But where a checkpoint was trained from weights of such 4 bits, they are
+    these very weights, and errors that should compensate each other undo the training.
+    """
+    levels = int4_levels(block)
+    scale = _float32(_bfloat16(levels.scale))
+    return Levels(scale, _float32(_bfloat16(np.rint(levels.minimum / levels.scale) * scale)), 0, 15)
 
 
 def _fit(blocks: Array, values: Array, begin: Array, step: Array) -> tuple[Array, Array]:
