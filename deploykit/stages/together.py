@@ -104,12 +104,14 @@ def _wait(started: Sequence[subprocess.Popen[str]], folder: Path) -> None:
     """Wait until all have ended. Raises DeploykitError as soon as one fails."""
     while True:
         codes = [process.poll() for process in started]
-        failed = next((rank for rank, code in enumerate(codes) if code), None)
-        if failed is not None:
+        if any(codes):
             with suppress(subprocess.TimeoutExpired):
                 started[0].wait(_GRACE_S)
-            # What is wrong with the options or rows, each process finds: the first one tells it.
-            rank = 0 if started[0].returncode and started[0].returncode > 0 else failed
+            codes = [process.poll() for process in started]
+            # The others fail after one that a signal has ended. What is wrong with the options or rows, each process finds:
+            # the first one tells it.
+            killed = [rank for rank, code in enumerate(codes) if code and code < 0]
+            rank = [*killed, *(rank for rank, code in enumerate(codes) if code)][0]
             raise _error(rank, len(started), started[rank].returncode, folder)
         if all(code == 0 for code in codes):
             return

@@ -121,6 +121,7 @@ def test_no_request_is_answered_wrong_or_500_while_model_processes_are_killed(fr
         clients = [pool.submit(ask) for _ in range(16)]
         for _ in range(2):
             time.sleep(0.5)
+            assert wait_until(lambda: len(family(server)) > 1, 20), "the model's processes are there again"
             family(server)[1].kill()
             time.sleep(2.0)
         stop.set()
