@@ -506,6 +506,7 @@ TABLES: Mapping[str, tuple[str, Callable[[Record], str]]] = {
     "defaults": ("defaults", render_defaults),
     "exactness": ("exactness", render_exactness),
     "finetuning": ("finetuning", render_finetuning),
+    "finetuning-amx": ("finetuning-amx", render_finetuning),
     "gpu": ("gpu-*", render_gpu),
     "generation": ("generation", render_generation),
     "generation-amx": ("generation-amx", render_generation),
