@@ -3,7 +3,7 @@
 
 #include "kernels.h"
 
-/* Values and places of which some are kept; all of them have room for the whole vocabulary. */
+/* Memory for values and places, each for a whole vocabulary. */
 typedef struct {
     float *shares, *values;
     int32_t *ids, *places;
