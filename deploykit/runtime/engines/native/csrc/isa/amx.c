@@ -39,7 +39,7 @@ static void release(void) {
 }
 
 /* A panel's weights: ``steps`` whole steps, then ``end``, a step padded with zeros, if that is not NULL. ``start``, [64], are
- * the sums to begin with. */
+ * the sums to begin with; NULL: zeros. */
 typedef struct {
     const int8_t *weights, *end;
     const int32_t *start;
@@ -55,6 +55,13 @@ typedef struct {
         w = p->end + 4 * (column); \
         PRODUCTS; \
     }
+
+INLINE void clear_sums(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
 
 /* Multiply 32 rows of ``x`` by the 32 columns from ``column`` on. */
 INLINE void two_by_two(const uint8_t *x, int64_t wide, const Panel *p, int column, int32_t *sums) {
@@ -79,27 +86,33 @@ INLINE void two_by_two(const uint8_t *x, int64_t wide, const Panel *p, int colum
     _tile_stored(3, sums + 528, 128);
 }
 
-/* Multiply 16 rows by a panel. */
-INLINE void one_by_four(const uint8_t *x, int64_t wide, const Panel *p, int32_t *sums) {
-    _tile_loadd(0, p->start, 0);
-    _tile_loadd(1, p->start + 16, 0);
-    _tile_loadd(2, p->start + 32, 0);
-    _tile_loadd(3, p->start + 48, 0);
+/* Multiply 16 rows, signed or not, by a panel. Rows of ``sums`` are ``stride`` bytes apart. */
+INLINE void one_by_four(const int is_signed, const uint8_t *x, int64_t wide, const Panel *p, int32_t *sums, int64_t stride) {
+#define PRODUCT(to, weights) \
+    if (is_signed) _tile_dpbssd(to, 4, weights); \
+    else _tile_dpbusd(to, 4, weights)
+    if (p->start) {
+        _tile_loadd(0, p->start, 0);
+        _tile_loadd(1, p->start + 16, 0);
+        _tile_loadd(2, p->start + 32, 0);
+        _tile_loadd(3, p->start + 48, 0);
+    } else clear_sums();
     EACH_STEP(0, {
         _tile_loadd(4, x, wide);
         _tile_loadd(5, w, 4 * PANEL);
         _tile_loadd(6, w + 64, 4 * PANEL);
-        _tile_dpbusd(0, 4, 5);
-        _tile_dpbusd(1, 4, 6);
+        PRODUCT(0, 5);
+        PRODUCT(1, 6);
         _tile_loadd(5, w + 128, 4 * PANEL);
         _tile_loadd(6, w + 192, 4 * PANEL);
-        _tile_dpbusd(2, 4, 5);
-        _tile_dpbusd(3, 4, 6);
+        PRODUCT(2, 5);
+        PRODUCT(3, 6);
     });
-    _tile_stored(0, sums, 256);
-    _tile_stored(1, sums + 16, 256);
-    _tile_stored(2, sums + 32, 256);
-    _tile_stored(3, sums + 48, 256);
+#undef PRODUCT
+    _tile_stored(0, sums, stride);
+    _tile_stored(1, sums + 16, stride);
+    _tile_stored(2, sums + 32, stride);
+    _tile_stored(3, sums + 48, stride);
 }
 
 /* Write ``rows`` rows of ``sums``, [rows][columns], as float32. */
@@ -157,7 +170,7 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
         for (int column = 0; column < PANEL; column += columns) {
             const float *scale = l->scale + first + column, *bias = l->bias + first + column;
             Then to = then_at(then, row * stride + column);
-            if (columns == 64) one_by_four(x, wide, &p, sums);
+            if (columns == 64) one_by_four(0, x, wide, &p, sums, 4 * PANEL);
             else two_by_two(x, wide, &p, column, sums);
             switch (then.activation) {
 #define CASE(kind) case kind: write_as(kind, sums, rows, columns, scale, bias, step, to, stride); break
@@ -193,10 +206,7 @@ static void give_bytes(const Given *to, const Matrix *next, int row, const float
 /* Multiply 16 rows, or 32 if ``both``, by 16 columns. */
 INLINE void shorts_by_bytes(const int both, const uint8_t *high, const uint8_t *low, int64_t stride, const int8_t *w, int steps,
                             int32_t *sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sums();
     for (int k = 0; k < steps; k++, high += STEP, low += STEP, w += STEP * COLUMNS) {
         _tile_loadd(4, high, stride);
         _tile_loadd(6, w, STEP);

@@ -42,32 +42,12 @@ static void take_text_head(Attention *h, const Stack *s, const float *key, const
     }
 }
 
-/* Multiply 16 queries by all keys. */
+/* Multiply 16 queries by all keys. After the last input, zeros are multiplied by other bytes. */
 INLINE void key_sums(const Attention *h, int size, int32_t *sums) {
-    int quads = (size + 3) / 4, steps = (size + STEP - 1) / STEP, keys = filled(h->n);
+    int quads = (size + 3) / 4, keys = filled(h->n);
     for (int panel = 0; panel < keys / PANEL; panel++) {
-        const uint8_t *q = h->queries.quantized;
-        const int8_t *w = h->keys + (int64_t)panel * quads * 4 * PANEL;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int k = 0; k < steps; k++, q += STEP, w += STEP * PANEL) { /* after the last input, zeros times other bytes */
-            _tile_loadd(4, q, filled(size));
-            _tile_loadd(5, w, 4 * PANEL);
-            _tile_loadd(6, w + 64, 4 * PANEL);
-            _tile_dpbssd(0, 4, 5);
-            _tile_dpbssd(1, 4, 6);
-            _tile_loadd(5, w + 128, 4 * PANEL);
-            _tile_loadd(6, w + 192, 4 * PANEL);
-            _tile_dpbssd(2, 4, 5);
-            _tile_dpbssd(3, 4, 6);
-        }
-        int32_t *to = sums + panel * PANEL;
-        _tile_stored(0, to, 4 * keys);
-        _tile_stored(1, to + 16, 4 * keys);
-        _tile_stored(2, to + 32, 4 * keys);
-        _tile_stored(3, to + 48, 4 * keys);
+        Panel p = {h->keys + (int64_t)panel * quads * 4 * PANEL, NULL, NULL, (size + STEP - 1) / STEP};
+        one_by_four(1, h->queries.quantized, filled(size), &p, sums + panel * PANEL, 4 * keys);
     }
 }
 
@@ -103,10 +83,7 @@ INLINE int take_share_bytes(const float *scores, int keys, float highest, uint8_
 /* Multiply the shares of 16 queries by 16 values, whose high and low bytes are ``padded`` apart. */
 INLINE void value_sums_of_bytes(const uint8_t *high, const uint8_t *low, int keys, const int8_t *high_values,
                                 const int8_t *low_values, int padded, int32_t *sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    clear_sums();
     for (int t = 0; t < keys; t += BLOCK_KEYS) {
         _tile_loadd(4, high + t, keys);
         _tile_loadd(5, high_values + t * padded, 4 * padded);
