@@ -88,11 +88,11 @@ def train(name: str, options: argparse.Namespace) -> None:
     import torch
     from transformers import set_seed
 
+    from deploykit.freed_memory import keep_memory
     from deploykit.tasks.text_generation.checkpoint import load_base
     from deploykit.tasks.text_generation.training import TextGenerationStage
     from deploykit.training.checkpoint import quiet
     from deploykit.training.rows import read_rows
-    from deploykit.training.trainer import keep_memory
 
     quiet()
     torch.set_num_threads(options.threads)

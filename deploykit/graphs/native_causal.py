@@ -192,10 +192,8 @@ def _wide(values: Array) -> Array:
 
 def quantize_channels(weight: Array) -> tuple[NDArray[np.int8], Array]:
     """Quantize [in, out] with a scale for each column."""
-    scales = np.abs(weight).max(0) / np.float32(127)
-    scales = np.where(scales == 0, np.float32(1), scales).astype(np.float32)
-    values: NDArray[np.int8] = np.rint(weight / scales).astype(np.int8)
-    return values, scales
+    levels = int8_levels(weight)
+    return levels.round(weight).astype(np.int8), levels.scale
 
 
 def quantize_nibbles(weight: Array) -> tuple[NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint16]]:
