@@ -12,8 +12,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ from deploykit.stages.finetune import Finetuned
 from deploykit.training import processes
 from deploykit.training.options import FinetuneOptions, write_toml
 from deploykit.training.rows import Say
+from deploykit.training.signals import handled
 
 _POLL_S = 0.1
 _GRACE_S = 2.0
@@ -66,7 +67,7 @@ def finetune_together(
 def _run(words: Sequence[str], count: int, folder: Path, say: Say) -> dict[str, Any]:
     """Run the command in ``count`` processes. Returns the result of the first."""
     started: list[subprocess.Popen[str]] = []
-    with _one_signal():
+    with handled(_interrupt):
         try:
             environment = _environment(count)
             for rank in range(count):
@@ -149,25 +150,10 @@ def _end(started: Sequence[subprocess.Popen[str]]) -> None:
             process.wait()
 
 
-@contextmanager
-def _one_signal() -> Iterator[None]:
-    """Raise Interrupted in this block on Ctrl-C, and on SIGTERM if nothing else handles it."""
-
-    def interrupt(number: int, _: Any) -> None:
-        raise Interrupted(
-            "interrupted: the same command continues from the last checkpoint (--restart starts over)", number
-        )
-
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    main = threading.current_thread() is threading.main_thread()
-    replaced = {number: handler for number, handler in usual.items() if main and signal.getsignal(number) is handler}
-    for number in replaced:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in replaced.items():
-            signal.signal(number, handler)
+def _interrupt(number: int, _: Any) -> None:
+    raise Interrupted(
+        "interrupted: the same command continues from the last checkpoint (--restart starts over)", number
+    )
 
 
 def _end_with_parent() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from deploykit.errors import Interrupted
+from deploykit.training import processes
 from deploykit.training.rows import Say
-
-_SIGNALS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-"""Signal -> the handler that is replaced. Where a program has set another one, it stays."""
+from deploykit.training.signals import handled
 
 # As in ``trainer``: the training of each task need not pass it on.
 _running: ContextVar[Interruption | None] = ContextVar("interruption", default=None)
@@ -62,25 +59,21 @@ def interruptible(work: Path, say: Say) -> Iterator[None]:
     Of several processes (``accelerate launch``) none waits for a step, which needs the others.
     """
     interruption = Interruption(say)
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 and threading.current_thread() is threading.main_thread()
-    replaced = [number for number, usual in _SIGNALS.items() if alone and signal.getsignal(number) is usual]
-    for number in replaced:
-        signal.signal(number, interruption.handle)
     token = _running.set(interruption)
     try:
-        yield
-    except KeyboardInterrupt as error:
-        kept = get_last_checkpoint(str(work / "trainer")) if (work / "trainer").is_dir() else None
-        what = (
-            "interrupted before the first checkpoint: the same command starts over"
-            if kept is None
-            else f"interrupted: the same command continues from step {int(kept.rpartition('-')[2]):,} (--restart starts over)"
-        )
-        raise Interrupted(what, interruption.signal or signal.SIGINT) from error
+        with handled(interruption.handle) if processes.count() == 1 else nullcontext():
+            try:
+                yield
+            except KeyboardInterrupt as error:
+                kept = get_last_checkpoint(str(work / "trainer")) if (work / "trainer").is_dir() else None
+                what = (
+                    "interrupted before the first checkpoint: the same command starts over"
+                    if kept is None
+                    else f"interrupted: the same command continues from step {int(kept.rpartition('-')[2]):,} (--restart starts over)"
+                )
+                raise Interrupted(what, interruption.signal or signal.SIGINT) from error
     finally:
         _running.reset(token)
-        for number in replaced:
-            signal.signal(number, _SIGNALS[number])
 
 
 def interruption_callbacks() -> list[Any]:
