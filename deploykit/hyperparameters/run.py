@@ -19,7 +19,7 @@ from deploykit.hyperparameters.options import SearchOptions
 from deploykit.hyperparameters.space import Space, default_space, read_space, starting_values
 from deploykit.metric_titles import flat_metrics, lower_is_better, main_metric
 from deploykit.report.svg import require_matplotlib
-from deploykit.stages.finetune import Finetuned, completed, finetune, inputs_digest
+from deploykit.stages.finetune import Finetuned, completed, file_digests, finetune, inputs_digest
 from deploykit.tasks.registry import get_task
 from deploykit.training.options import FinetuneOptions
 from deploykit.training.rows import Say, read_rows
@@ -79,7 +79,7 @@ def search(
     if not (folder / "study.db").exists():
         artifacts.existing(out, "checkpoint", "none yet", force=force)
     key = artifacts.digest_of(
-        inputs_digest(options), {name: dataclasses.asdict(entry) for name, entry in space.items()},
+        inputs_digest(options, file_digests(options)), {name: dataclasses.asdict(entry) for name, entry in space.items()},
         chosen.search_objective, chosen.max_size_mb, chosen.max_p50_ms,
     )  # fmt: skip
     study = SharedStudy(

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +67,8 @@ def finetune(
     """
     options.check()
     _check_machine(options)
-    inputs = inputs_digest(as_chosen_before(options, out))
+    files = file_digests(options)
+    inputs = inputs_digest(as_chosen_before(options, out), files)
     if (manifest := artifacts.existing(out, "checkpoint", inputs, force=force)) is not None:
         return Finetuned(out, manifest, reused=True)
     # These imports take seconds, so they happen only when there is something to train.
@@ -77,7 +78,7 @@ def finetune(
     if not processes.is_first():
         say = _silent
     stage = get_task(options.task).training_stage(options)
-    return _run(stage, options, out, restart=restart, say=say, watch=watch)
+    return _run(stage, options, out, files, restart=restart, say=say, watch=watch)
 
 
 def _silent(line: str) -> None:
@@ -103,6 +104,7 @@ def _run(
     stage: Stage[Raw, Row, Columns],
     options: FinetuneOptions,
     out: Path,
+    files: Mapping[str, Sequence[str]],
     *,
     restart: bool,
     say: Say,
@@ -118,7 +120,7 @@ def _run(
     recipe = recipe_of(options, chosen)
     for line in recipe_lines(recipe):
         say(line)
-    inputs = inputs_digest(options)
+    inputs = inputs_digest(options, files)
     with _work_directory(out, inputs, restart=restart, say=say) as work:
         set_seed(options.seed)
         with watched(watch), interruptible(work, say):
@@ -183,13 +185,16 @@ def as_chosen_before(options: FinetuneOptions, out: Path) -> FinetuneOptions:
     return dataclasses.replace(options, **{name: recipe[name]["value"] for name in chosen})
 
 
-def inputs_digest(options: FinetuneOptions) -> str:
-    """Return a digest of everything that determines the run: options, and the contents of the files they name."""
-    values = dataclasses.asdict(options)
-    for name in ROWS:
-        if values.get(name) and (paths := named_paths(values[name])):
-            values[name] = [artifacts.digest_path(path) for path in paths]
-    return artifacts.digest_of("finetune", values)
+def file_digests(options: FinetuneOptions) -> Mapping[str, Sequence[str]]:
+    """Return option -> the digests of the files of rows that it names on this machine."""
+    named = {name: getattr(options, name, None) for name in ROWS}
+    found = {name: named_paths(source) for name, source in named.items() if source}
+    return {name: [artifacts.digest_path(path) for path in paths] for name, paths in found.items() if paths}
+
+
+def inputs_digest(options: FinetuneOptions, files: Mapping[str, Sequence[str]]) -> str:
+    """Return a digest of everything that determines the run: options, and the contents of the ``files`` they name."""
+    return artifacts.digest_of("finetune", {**dataclasses.asdict(options), **files})
 
 
 @contextmanager

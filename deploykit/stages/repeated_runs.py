@@ -17,7 +17,7 @@ from deploykit.errors import DataError, MissingDependencyError, UsageError
 from deploykit.measurement_log import MeasurementLog
 from deploykit.metric_titles import flat_metrics, lower_is_better, main_metric, points_of
 from deploykit.report.training_figures import write_learning_curve
-from deploykit.stages.finetune import Finetuned, Stage, inputs_digest
+from deploykit.stages.finetune import Finetuned, Stage, file_digests, inputs_digest
 from deploykit.tasks.registry import get_task
 from deploykit.training.options import FinetuneOptions
 from deploykit.training.rows import Rows, Say, read_rows
@@ -68,7 +68,9 @@ def cross_validate(options: FinetuneOptions, folds: int, out: Path, say: Say) ->
         parts.append(part)
     parts.append(left)
     log = MeasurementLog(
-        out.with_name(f"{out.name}.folds.json"), artifacts.digest_of(inputs_digest(options), folds), say
+        out.with_name(f"{out.name}.folds.json"),
+        artifacts.digest_of(inputs_digest(options, file_digests(options)), folds),
+        say,
     )
     runs = []
     for i, held_out in enumerate(parts):
@@ -108,7 +110,9 @@ def learning_curve(options: FinetuneOptions, whole: Finetuned, out: Path, say: S
             f"{options.train}: 10 % of {len(train)} training rows are too few to train on", "give more rows"
         )
     log = MeasurementLog(
-        out.with_name(f"{out.name}.curve.json"), artifacts.digest_of(inputs_digest(options), counts), say
+        out.with_name(f"{out.name}.curve.json"),
+        artifacts.digest_of(inputs_digest(options, file_digests(options)), counts),
+        say,
     )
     every = flat_metrics(whole.manifest.metrics[rows.held_out])
     metric = main_metric(every, get_task(options.task).headline)
