@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,6 +10,7 @@ import click
 from deploykit.cli.common import PRECISION, SERVER_URL, THREADS, Result, deploykit_command, say
 from deploykit.cli.sampling_options import given_sampling, sampling_options
 from deploykit.errors import DataError, UsageError
+from deploykit.signals import handled
 
 if TYPE_CHECKING:
     from deploykit.tasks.text_generation.generator import TextGenerator
@@ -67,12 +67,13 @@ def _talk(generator: TextGenerator, sampling: Any, opening: list[dict[str, str]]
         asked = [*messages, {"role": "user", "content": text}]
         answer = ""
         try:
-            with _interruptible() as interrupted:
+            stop = threading.Event()
+            with handled(lambda *_, stop=stop: stop.set(), [signal.SIGINT]):
                 for piece in generator.stream(asked, sampling):
                     out.write(piece)
                     out.flush()
                     answer += piece
-                    if interrupted():
+                    if stop.is_set():
                         break
         except DataError as error:
             say(f"error: {error.message}\nremedy: {error.remedy}, or /reset")
@@ -81,14 +82,3 @@ def _talk(generator: TextGenerator, sampling: Any, opening: list[dict[str, str]]
         out.flush()
         messages = [*asked, {"role": "assistant", "content": answer}]
         turns += 1
-
-
-@contextmanager
-def _interruptible() -> Iterator[Any]:
-    """Yield a function that says whether Ctrl-C was pressed, which ends nothing else meanwhile."""
-    pressed: list[bool] = []
-    before = signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
-    try:
-        yield lambda: bool(pressed)
-    finally:
-        signal.signal(signal.SIGINT, before)

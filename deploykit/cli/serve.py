@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import signal
 import socket
 import threading
 import time
@@ -18,6 +17,7 @@ from click.core import ParameterSource
 from deploykit.cli.common import MODEL_REPOSITORY, REQUIRE_SIGNATURE, Result, deploykit_command, say
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.runtime.serving_settings import API_KEY_VARIABLE
+from deploykit.signals import handled
 
 if TYPE_CHECKING:
     from deploykit.openai.calls import AccessLog
@@ -133,15 +133,13 @@ def command(
     else:
         front = _front(**of_openai_port)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     listener = None if openai_port is None else listen("openai", resolve(host), openai_port)
     own_host = "127.0.0.1" if front is not None and front.triton_routes else host
     server = TritonServer(
         repository, host=own_host, ready_timeout=ready_timeout, drain=drain, otlp_endpoint=otlp_endpoint, **options
     )
     say(f"starting Triton on {repository}")
-    with server, _openai(server, listener, front, traces) as openai:
+    with handled(lambda *_: stop.set()), server, _openai(server, listener, front, traces) as openai:
         for note in server.notes:
             say(note)
         say(

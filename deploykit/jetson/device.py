@@ -6,10 +6,10 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +29,7 @@ from deploykit.jetson.contents import (
 )
 from deploykit.runtime.engines.native import loader
 from deploykit.runtime.find_graphs import find_graphs
+from deploykit.signals import handled
 from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.registry import task_of
 from deploykit.tensorrt.build import build_engine, choose_builder
@@ -259,17 +260,13 @@ def serve(bundle: Bundle, host: str, port: int) -> None:
     from deploykit.triton.kserve import KServeServer
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    model = InProcessModel(bundle.description.name, bundle.model, VERSION, read_config(bundle.root))
-    try:
-        with KServeServer(model, host, port) as server:
+    with handled(lambda *_: stop.set()):
+        model = InProcessModel(bundle.description.name, bundle.model, VERSION, read_config(bundle.root))
+        with closing(model), KServeServer(model, host, port) as server:
             say(
                 f"serving {model.name} at {server.url} (in this process, because Triton is not installed); stop with Ctrl-C"
             )
             stop.wait()
-    finally:
-        model.close()
 
 
 def _exec_triton(bundle: Bundle, triton: InstalledTriton, host: str, port: int) -> NoReturn:

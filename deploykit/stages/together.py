@@ -20,11 +20,11 @@ from typing import IO, Any
 from deploykit.artifacts import load_manifest
 from deploykit.errors import DeploykitError, Interrupted, UsageError
 from deploykit.hardware import available_cpus
+from deploykit.signals import handled, unhandled
 from deploykit.stages.finetune import Finetuned
 from deploykit.training import processes
 from deploykit.training.options import FinetuneOptions, write_toml
 from deploykit.training.rows import Say
-from deploykit.training.signals import handled
 
 _POLL_S = 0.1
 _GRACE_S = 2.0
@@ -67,7 +67,7 @@ def finetune_together(
 def _run(words: Sequence[str], count: int, folder: Path, say: Say) -> dict[str, Any]:
     """Run the command in ``count`` processes. Returns the result of the first."""
     started: list[subprocess.Popen[str]] = []
-    with handled(_interrupt):
+    with handled(_interrupt, unhandled()):
         try:
             environment = _environment(count)
             for rank in range(count):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from deploykit.errors import Interrupted
+from deploykit.signals import handled, unhandled
 from deploykit.training import processes
 from deploykit.training.rows import Say
-from deploykit.training.signals import handled
 
 # As in ``trainer``: the training of each task need not pass it on.
 _running: ContextVar[Interruption | None] = ContextVar("interruption", default=None)
@@ -61,7 +61,7 @@ def interruptible(work: Path, say: Say) -> Iterator[None]:
     interruption = Interruption(say)
     token = _running.set(interruption)
     try:
-        with handled(interruption.handle) if processes.count() == 1 else nullcontext():
+        with handled(interruption.handle, unhandled() if processes.count() == 1 else ()):
             try:
                 yield
             except KeyboardInterrupt as error:

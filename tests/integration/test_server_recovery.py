@@ -62,6 +62,8 @@ def _refuses(server: TritonServer) -> bool:
         socket.create_connection((host, int(port)), timeout=1.0).close()
     except ConnectionRefusedError:
         return True
+    except ConnectionResetError:  # it ended between the two packets of the handshake
+        pass
     return False
 
 
