@@ -39,14 +39,14 @@ int main(int count, char **given) {
     float *out = take((size_t)rows * OUT * sizeof(float));
     Linear l = {w, scale, offset, bias, IN, OUT, 0};
     Matrix m = {.weight = w, .scale = scale, .bias = bias, .in = IN, .out = OUT, .kind = INT8, .levels = 32767};
-    Given from = {(uint8_t *)x, step, IN * sizeof(float), 1};
+    Given from = {(uint8_t *)x, step, IN * sizeof(float), 1, NULL};
     for (int n = 0; n < repeats; n++) {
         for (int r = 0; plain && r < rows; r++) {
             if (shorts) plain_shorts((int16_t *)(x + r * from.stride), w, scale[0], out + r * OUT);
             else plain_bytes(x + r * IN, w, scale[0], out + r * OUT);
         }
         for (int panel = 0; !plain && shorts && panel < OUT / COLUMNS; panel++)
-            k->multiply(&from, &m, 0, rows, panel, 0, out + panel * COLUMNS, OUT, (Ahead){NULL, 0});
+            k->multiply(&from, &m, 0, rows, panel, 1, 0, out + panel * COLUMNS, OUT, (Ahead){NULL, 0});
         if (!plain && !shorts) k->tile((Rows){NULL, (uint8_t *)x, step}, &l, (Group){0, rows, 0, 1}, 0, (Then){.out = out}, OUT);
     }
     puts(k->name);

@@ -2,7 +2,7 @@
 
 All train SmolLM2-135M-Instruct on the same rows of the demo (descriptions and shell commands) for one epoch with the same
 learning rate and schedule, and compute the same loss: of the answers' tokens. Each runs in a process of its own, and they
-take turns. Tokens/s count the tokens of the rows, not the padding; the time is that of the training loop alone. Writes
+take turns. Each round has another seed, of the split as of the order of the rows, the same for all. Tokens/s count the tokens of the rows, not the padding; the time is that of the training loop alone. Writes
 bench/results/<date>-finetuning.json.
 """
 
@@ -52,7 +52,7 @@ def main() -> None:
     for number in range(options.rounds):
         suite["load_before"].append(other_load().to_json())
         for name, found in rounds.items():
-            found.append(_in_process(name, options, checkpoint, pairs))
+            found.append(_in_process(name, options, checkpoint, pairs, number))
             one = found[-1]
             say(f"round {number + 1}: {name}: {one['tokens_per_s']:.0f} tokens/s, validation loss {one['loss']:.4f}")
     suite["workloads"].append({"key": "demo", "contenders": summary(rounds)})
@@ -67,6 +67,7 @@ def summary(rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             "tokens_per_s": spread([one["tokens_per_s"] for one in found]),
             "seconds": spread([one["seconds"] for one in found]),
             "loss": spread([one["loss"] for one in found]),
+            "losses": [one["loss"] for one in found],
             "loss_before": found[0]["loss_before"],
             "tokens": found[0]["tokens"],
             "steps": found[0]["steps"],
@@ -75,9 +76,9 @@ def summary(rounds: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     ]
 
 
-def _in_process(name: str, options: argparse.Namespace, checkpoint: Path, pairs: Path) -> dict[str, Any]:
+def _in_process(name: str, options: argparse.Namespace, checkpoint: Path, pairs: Path, seed: int) -> dict[str, Any]:
     words = ["--worker", name, "--checkpoint", str(checkpoint), "--pairs", str(pairs), "--max-rows", str(options.max_rows),
-             "--threads", str(options.threads), "--batch-tokens", str(options.batch_tokens)]  # fmt: skip
+             "--threads", str(options.threads), "--batch-tokens", str(options.batch_tokens), "--seed", str(seed)]  # fmt: skip
     done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
     record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return record
@@ -100,7 +101,7 @@ def train(name: str, options: argparse.Namespace) -> None:
         model=str(options.checkpoint), train=str(options.pairs), max_train_samples=options.max_rows,
         validation_fraction=0.05, test_fraction=0.07, learning_rate=_LORA_RATE if name == LORA else _RATE,
         lora_r=32 if name == LORA else 0, eval_steps=100_000, batch_tokens=options.batch_tokens,
-        lr_scheduler_type="cosine", warmup_ratio=0, weight_decay=0,  # as the others' arguments are
+        lr_scheduler_type="cosine", warmup_ratio=0, weight_decay=0, seed=options.seed,  # as the others' arguments are
     )  # fmt: skip
     stage = TextGenerationStage(chosen)
     rows = read_rows(stage, chosen, say=lambda line: None)
@@ -204,6 +205,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--worker", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     default = ROOT / "bench" / "results" / f"{datetime.date.today()}-finetuning.json"
     parser.add_argument("--out", type=Path, default=default)
     return parser.parse_args()

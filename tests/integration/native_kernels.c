@@ -101,9 +101,9 @@ static void norm(const Kernels *k) {
 static void activation(const Kernels *k) {
     static const float ODD[8] = {0.0f, -0.0f, 88.0f, -88.0f, 100.0f, -100.0f, 1e30f, -1e30f};
     int rows = from_to(1, 6), kind = from_to(NONE, TANH);
-    float *x = floats(rows * 2 * PANEL), *gate = floats(rows * COLUMNS);
-    memcpy(x + PANEL + 3, ODD, sizeof(ODD));
-    k->pass_gate(kind, draw() % 2 ? gate : NULL, x + PANEL, rows, 2 * PANEL);
+    float *x = floats(rows * 2 * PANEL), *gated = floats(rows * 2 * COLUMNS);
+    memcpy(gated + 3, ODD, sizeof(ODD));
+    k->pass_gate(kind, draw() % 2, gated, 2 * COLUMNS, rows, x + PANEL, 2 * PANEL);
     k->cap_values(x + 3, from_to(1, PANEL), 30.0f);
     show(x, 4 * rows * 2 * PANEL);
 }
@@ -215,11 +215,12 @@ static void vocabulary(const Kernels *k) {
 }
 
 static void matrix(const Kernels *k) {
-    int rows = from_to(1, MOST_ROWS), add = from_to(0, 1), blocks, padded;
-    Matrix m = {.in = from_to(1, 300), .out = from_to(1, 70), .kind = from_to(FLOAT32, INT4), .levels = 32767};
+    int rows = from_to(1, draw() % 2 ? MOST_ROWS : 70), add = from_to(0, 1), blocks, padded;
+    Matrix m = {.in = from_to(1, draw() % 4 ? 300 : 2000), .out = from_to(1, 70), .kind = from_to(FLOAT32, INT4), .levels = 32767};
     padded = panels_of(m.out) * COLUMNS, blocks = blocks_of(m.in);
     Given g = {.stride = wide(m.in) * 4, .apart = 2 * blocks};
-    g.rows = take((rows + TILE_UNIT) * g.stride), g.steps = take(4 * rows * g.apart);
+    g.rows = take(rows * g.stride), g.steps = take(4 * rows * g.apart);
+    g.tiles = rows > MOST_ROWS ? take((rows + TILE_UNIT) * (wide(m.in) + TILE_BYTES) * 2) : NULL;
     float *x = floats(rows * wide(m.in)), *y = floats(rows * padded);
     m.bias = floats(padded);
     if (m.kind == FLOAT32) {
@@ -243,10 +244,15 @@ static void matrix(const Kernels *k) {
         show(g.steps + r * g.apart, m.kind == FLOAT32 ? 0 : m.kind == INT8 ? 4 : 4 * g.apart);
     }
     Ahead ahead = {m.weight, from_to(0, 2)};
-    int row = from_to(0, rows - 1);
-    for (int panel = 0; panel < panels_of(m.out); panel++) {
-        k->multiply(&g, &m, 0, rows, panel, add, y + panel * COLUMNS, padded, ahead);
-        k->multiply(&g, &m, row, 1, panel, 1, y + row * padded + panel * COLUMNS, padded, ahead);
+    int row = from_to(0, rows - 1), each = from_to(1, MOST_PANELS);
+    if (each > k->panels) each = k->panels;
+    for (int panel = 0; panel < panels_of(m.out); panel += each) {
+        int panels = panels_of(m.out) - panel < each ? panels_of(m.out) - panel : each;
+        for (int i = 0; i < groups_of(rows, k->matrix_rows); i++) {
+            Group some = group(rows, k->matrix_rows, k->unit, i);
+            k->multiply(&g, &m, some.row, some.rows, panel, panels, add, y + some.row * padded + panel * COLUMNS, padded, ahead);
+        }
+        k->multiply(&g, &m, row, 1, panel, panels, 1, y + row * padded + panel * COLUMNS, padded, ahead);
     }
     show(y, 4 * rows * padded);
 }
@@ -262,7 +268,11 @@ static void half_attention(const Kernels *k) {
         by[g] = (SeenBy){floats(padded), out + g * padded, from_to(0, last - 1), last};
     }
     Seen s = {keys, values, size, 0.3f, draw() % 2 ? 20.0f : 0.0f};
-    k->attend_seen(&s, queries, by, take(4 * queries * up_to(n + 32, 16)));
+    float *scores = take(4 * queries * up_to(n + 32, 16));
+    for (int g = 0, some; g < queries; g += some) {
+        some = queries - g < k->seen_queries ? queries - g : k->seen_queries;
+        k->attend_seen(&s, some, by + g, scores);
+    }
     show(keys, 2 * up_to(n, 16) * padded);
     show(values, 2 * n * padded);
     show(out, 4 * queries * padded);

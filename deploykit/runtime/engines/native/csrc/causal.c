@@ -30,9 +30,10 @@ static int widest_of(const CausalModel *m) {
 static int new_given(Given *g, int rows, int widest) {
     g->stride = (int64_t)widest * sizeof(float);
     g->apart = 2 * blocks_of(widest);
-    g->rows = room(g->rows, (rows + TILE_UNIT) * g->stride);
+    g->rows = room(g->rows, rows * g->stride);
     g->steps = room(g->steps, rows * g->apart * (int64_t)sizeof(float));
-    return g->rows && g->steps;
+    if (rows > MOST_ROWS) g->tiles = room(g->tiles, (rows + TILE_UNIT) * (int64_t)(widest + TILE_BYTES) * 2);
+    return g->rows && g->steps && (rows <= MOST_ROWS || g->tiles);
 }
 
 /* Read a column of a matrix: a token's embedding. */
@@ -64,23 +65,28 @@ INLINE int local_panels(const Matrix *m) { return panel_bytes(m) < LOCAL_BYTES ?
 
 /* Multiply all rows by some of the panels. */
 static void product(Context *c, int number, const Given *from, const Matrix *m, int rows, int add, float *out, int64_t stride) {
-    int first, last, groups = groups_of(rows, c->kernels->matrix_rows), local = local_panels(m);
+    int first, last, end, groups = groups_of(rows, c->kernels->matrix_rows), local = local_panels(m), whole = (int)(stride / COLUMNS);
     share(panels_of(m->out), c->threads, number, &first, &last);
-    for (int begin = first; begin < last; begin += local)
+    if (local < c->kernels->panels) local = c->kernels->panels;
+    for (int begin = first; begin < last; begin = end) {
+        end = begin + local < last ? begin + local : last;
         for (int g = 0; g < groups; g++) {
             Group some = group(rows, c->kernels->matrix_rows, c->kernels->unit, g);
-            for (int panel = begin; panel < begin + local && panel < last; panel++) {
+            for (int panel = begin, panels; panel < end; panel += panels) {
                 Ahead ahead = ahead_of(m, panel, local, g, groups);
                 float rest[MATRIX_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
-                if ((panel + 1) * COLUMNS <= stride) {
-                    c->kernels->multiply(from, m, some.row, some.rows, panel, add, to, stride, ahead);
+                int left = (panel < whole && end > whole ? whole : end) - panel;
+                panels = left < c->kernels->panels ? left : c->kernels->panels;
+                if (panel < whole) {
+                    c->kernels->multiply(from, m, some.row, some.rows, panel, panels, add, to, stride, ahead);
                     continue;
                 }
-                c->kernels->multiply(from, m, some.row, some.rows, panel, 0, rest, COLUMNS, ahead); /* the vocabulary's end */
+                c->kernels->multiply(from, m, some.row, some.rows, panel, 1, 0, rest, COLUMNS, ahead); /* the vocabulary's end */
                 for (int r = 0; r < some.rows; r++)
                     memcpy(to + r * stride, rest + r * COLUMNS, sizeof(float) * (size_t)(stride - panel * COLUMNS));
             }
         }
+    }
 }
 
 /* Multiply by up (and gate), and apply the activation. */
@@ -92,13 +98,13 @@ static void widen(Context *c, int number, const Given *from, const CausalLayer *
         for (int g = 0; g < groups; g++) {
             Group some = group(rows, c->kernels->matrix_rows, c->kernels->unit, g);
             for (int panel = begin; panel < begin + local && panel < last; panel++) {
-                float gate[MATRIX_ROWS * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
-                for (int i = 0; i < each; i++) {
-                    int is_gate = i < each - 1, number_of_panel = panel * each + i;
-                    c->kernels->multiply(from, m, some.row, some.rows, number_of_panel, 0, is_gate ? gate : to,
-                                         is_gate ? COLUMNS : stride, ahead_of(m, number_of_panel, local * each, g, groups));
+                float wide[MATRIX_ROWS * 2 * COLUMNS], *to = out + some.row * stride + panel * COLUMNS;
+                int panels = c->kernels->panels < each ? 1 : each, apart = each * COLUMNS;
+                for (int i = 0; i < each; i += panels) {
+                    Ahead ahead = ahead_of(m, panel * each + i, local * each, g, groups);
+                    c->kernels->multiply(from, m, some.row, some.rows, panel * each + i, panels, 0, wide + i * COLUMNS, apart, ahead);
                 }
-                c->kernels->pass_gate(layer->activation, layer->gated ? gate : NULL, to, some.rows, stride);
+                c->kernels->pass_gate(layer->activation, layer->gated, wide, apart, some.rows, to, stride);
             }
         }
 }
@@ -185,7 +191,8 @@ static void attend(Context *c, int number, int layer_number, int row, int rows, 
 static void attend_rows(Context *c, int number, int layer_number, int64_t stride, int64_t out_stride) {
     const CausalModel *m = c->causal->model;
     const CausalBatch *b = c->causal->batch;
-    int shared = m->heads / m->key_heads, most = shared < MOST_QUERIES ? shared : MOST_QUERIES, first, last;
+    int shared = m->heads / m->key_heads, at_once = c->kernels->seen_queries, most = shared < at_once ? shared : at_once;
+    int first, last;
     if (b->rows < 4 * c->threads) { /* split the heads of each row */
         share(b->rows * m->heads, c->threads, number, &first, &last);
         for (int unit = first, heads; unit < last; unit += heads) {
@@ -198,7 +205,7 @@ static void attend_rows(Context *c, int number, int layer_number, int64_t stride
         return;
     }
     /* Rows by turns, because those of a prompt see more and more. Rows of one slot are computed together. */
-    int together = MOST_QUERIES / most;
+    int together = at_once / most;
     for (int row = number * together; row < b->rows; row += c->threads * together) {
         int end = row + together < b->rows ? row + together : b->rows;
         for (int from = row, rows; from < end; from += rows) {
@@ -315,6 +322,7 @@ API void deploykit_free_causal(Context *c) {
     give_up(l->middle);
     give_up(l->given.rows);
     give_up(l->given.steps);
+    give_up(l->given.tiles);
     free(l->own);
     free(l->normed);
     free(l->scores);

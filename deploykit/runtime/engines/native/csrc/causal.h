@@ -17,6 +17,7 @@
 #define BLOCK 32
 #define LARGEST_HEAD 256
 #define MATRIX_ROWS 256 /* most rows of a product by a panel */
+#define MOST_PANELS 2
 
 enum { FLOAT32 = 1, INT8, INT4 };
 
@@ -62,6 +63,7 @@ typedef struct {
     uint8_t *rows; /* ``stride`` bytes apart: 4 for each input of the widest matrix */
     float *steps;  /* INT8: the scale; INT4: a scale for each block, then scale x sum for each; ``apart`` floats apart */
     int64_t stride, apart;
+    uint8_t *tiles; /* INT8, for AMX: [rows / 16][inputs / 64][high bytes, low bytes][16][64]; NULL: never many rows */
 } Given;
 
 /* A head's keys and values in a slot. */
@@ -71,7 +73,7 @@ typedef struct {
     float scale, cap;
 } Seen;
 
-#define MOST_QUERIES 6 /* that share keys and values, computed together */
+#define MOST_QUERIES 12 /* that share keys and values, computed together */
 
 /* A query of a head that attends to the positions from ``first`` up to ``n``. */
 typedef struct {

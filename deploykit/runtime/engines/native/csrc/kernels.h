@@ -52,7 +52,9 @@ struct Kernels {
     int32_t zero; /* added to quantized activations: 128 if products need unsigned ones */
     int32_t rows, matrix_rows; /* that tile (up to MOST_TILE_ROWS) and multiply (up to MATRIX_ROWS) take at most */
     int32_t unit;              /* groups of rows begin at multiples of it */
+    int32_t panels;            /* that multiply takes at most, up to MOST_PANELS */
     int32_t queries;           /* that attend_head takes at most, up to TEXT_QUERIES */
+    int32_t seen_queries;      /* that attend_seen takes at most, up to MOST_QUERIES */
     /* Give up the thread's tile registers, after its part of a job; may be NULL. */
     void (*release)(void);
 
@@ -89,17 +91,18 @@ struct Kernels {
 
     /* Write row ``row`` of ``to``, the input of the matrix ``next``. */
     void (*give)(const Given *to, const Matrix *next, int row, const float *x);
-    /* Compute ``rows`` rows of ``from`` from ``row`` on times a panel, + bias. Write them to ``out``, whose
-     * rows are ``stride`` floats apart, or add them to it if ``add``. */
-    void (*multiply)(const Given *from, const Matrix *m, int row, int rows, int panel, int add, float *out, int64_t stride,
-                     Ahead ahead);
-    /* Compute activation(x), or with a ``gate``, [rows][16], activation(gate) * x, on 16 columns of ``x``. */
-    void (*pass_gate)(int activation, const float *gate, float *x, int rows, int64_t stride);
+    /* Compute ``rows`` rows of ``from`` from ``row`` on times ``panels`` panels from ``panel`` on, + bias. Write them to
+     * ``out``, whose rows are ``stride`` floats apart, or add them to it if ``add``. */
+    void (*multiply)(const Given *from, const Matrix *m, int row, int rows, int panel, int panels, int add, float *out,
+                     int64_t stride, Ahead ahead);
+    /* Compute activation(x) of 16 columns, or if ``gated`` activation(gate) * x of 16 columns of a gate and the 16 after them.
+     * Rows of ``x`` are ``apart``, those of ``out`` ``stride`` floats apart. */
+    void (*pass_gate)(int activation, int gated, const float *x, int64_t apart, int rows, float *out, int64_t stride);
     /* Compute cap * tanh(x / cap). */
     void (*cap_values)(float *x, int n, float cap);
     /* Write a head's key and value at ``position`` as float16. */
     void (*keep_halves)(const float *key, const float *value, int size, int position, uint16_t *keys, uint16_t *values);
-    /* Attention of ``queries`` queries (up to MOST_QUERIES) that share keys and values. ``scores`` has room for each position
+    /* Attention of ``queries`` queries (up to ``seen_queries``) that share keys and values. ``scores`` has room for each position
      * of each query. */
     void (*attend_seen)(const Seen *s, int queries, const SeenBy *q, float *scores);
 

@@ -19,6 +19,7 @@
 #define PANEL 64
 #define MOST_ROWS 6  /* of a tile in registers */
 #define MOST_TILE_ROWS 256 /* of any tile */
+#define TILE_BYTES 64
 #define TILE_UNIT 16       /* buffers of quantized rows have so many more, because AMX reads rows by 16 */
 #define CHUNKS 32    /* fixed parts of the vocabulary, searched by different threads */
 #define MOST_BEST 64

@@ -68,7 +68,7 @@ class Found(ctypes.Structure):
 class Kernels(ctypes.Structure):
     _fields_ = (
         ("name", c_char_p), ("zero", c_int32), ("rows", c_int32), ("matrix_rows", c_int32),
-        ("unit", c_int32), ("queries", c_int32), ("release", CFUNCTYPE(None)),
+        ("unit", c_int32), ("panels", c_int32), ("queries", c_int32), ("seen_queries", c_int32), ("release", CFUNCTYPE(None)),
         ("give_row", CFUNCTYPE(None, Rows, POINTER(LinearStruct), c_int, c_void_p, c_float)),
         ("normalize", CFUNCTYPE(None, POINTER(NormStruct), c_void_p, c_void_p, c_int)),
         ("tile", CFUNCTYPE(None, Rows, POINTER(LinearStruct), Group, c_int, Then, c_int64)),

@@ -12,8 +12,9 @@
 #include "products512.h"
 #include "rows.h"
 
-#define STEP 64        /* inputs of a product of tiles */
-#define MOST_STEPS 512 /* of a language model's matrix: 512 KB on the stack */
+#define STEP 64       /* inputs of a product of tiles */
+#define TILE 1024     /* bytes */
+#define MOST_STEPS 12 /* of a language model's matrix, laid out at once */
 
 /* Positions of 16-bit values: those of the first and of the second half by turns. */
 static const int16_t BY_TURNS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
@@ -37,6 +38,9 @@ static void release(void) {
     if (configured) _tile_release();
     configured = 0;
 }
+
+/* Finish all stores before tiles are loaded: GCC does not know that _tile_loadd reads memory. */
+INLINE void settle(void) { __asm__ volatile("" ::: "memory"); }
 
 /* A panel's weights: ``steps`` whole steps, then ``end``, a step padded with zeros, if that is not NULL. ``start``, [64], are
  * the sums to begin with; NULL: zeros. */
@@ -157,6 +161,7 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
         memcpy(end, w + (int64_t)steps * STEP * PANEL, (size_t)left * PANEL);
         memset(end + left * PANEL, 0, sizeof(end) - (size_t)left * PANEL);
     }
+    settle();
     for (int row = 0, rows; row < g.rows; row += rows) {
         const uint8_t *x = from.quantized + (g.row + row) * wide;
         const float *step = from.step + g.row + row;
@@ -190,34 +195,42 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
 #include "causal512.h"
 #include "causal.h"
 
-/* Tiles have bytes, so the 16 bits of an INT8 matrix's activations are split: a row has its signed high bytes after half of its
- * room, and its unsigned low bytes after three quarters. */
+INLINE int tile_steps(const Matrix *m) { return (m->in + STEP - 1) / STEP; }
+
+/* Tiles have bytes, so the 16 bits of an INT8 matrix's activations are split into signed high and unsigned low bytes. */
 static void give_bytes(const Given *to, const Matrix *next, int row, const float *x) {
     give(to, next, row, x);
-    if (next->kind != INT8) return;
-    uint8_t *y = to->rows + row * to->stride;
+    if (next->kind != INT8 || !to->tiles) return;
+    const uint8_t *shorts = to->rows + row * to->stride;
+    uint8_t *tiles = to->tiles + row / 16 * tile_steps(next) * (2 * TILE) + row % 16 * STEP;
     for (int i = 0; i < wide(next->in); i += BLOCK) {
-        Ints shorts = _mm512_loadu_si512(y + 2 * i);
-        _mm256_storeu_si256((__m256i *)(y + to->stride / 2 + i), _mm512_cvtepi16_epi8(_mm512_srai_epi16(shorts, 8)));
-        _mm256_storeu_si256((__m256i *)(y + to->stride / 4 * 3 + i), _mm512_cvtepi16_epi8(shorts));
+        Ints v = _mm512_loadu_si512(shorts + 2 * i);
+        uint8_t *at = tiles + i / STEP * (2 * TILE) + i % STEP;
+        _mm256_storeu_si256((__m256i *)at, _mm512_cvtepi16_epi8(_mm512_srai_epi16(v, 8)));
+        _mm256_storeu_si256((__m256i *)(at + TILE), _mm512_cvtepi16_epi8(v));
     }
 }
 
-/* Multiply 16 rows, or 32 if ``both``, by 16 columns. */
-INLINE void shorts_by_bytes(const int both, const uint8_t *high, const uint8_t *low, int64_t stride, const int8_t *w, int steps,
-                            int32_t *sums) {
-    clear_sums();
-    for (int k = 0; k < steps; k++, high += STEP, low += STEP, w += STEP * COLUMNS) {
-        _tile_loadd(4, high, stride);
+/* Multiply 16 rows by a panel, or two if ``both``: products of the high bytes, then of the low ones. ``more``: add to the sums. */
+INLINE void shorts_by_bytes(const int both, const uint8_t *x, const int8_t *w, int steps, int more, int32_t *sums) {
+    if (more) {
+        _tile_loadd(0, sums, STEP);
+        _tile_loadd(1, sums + 256, STEP);
+        if (both) {
+            _tile_loadd(2, sums + 512, STEP);
+            _tile_loadd(3, sums + 768, STEP);
+        }
+    } else clear_sums();
+    for (int k = 0; k < steps; k++, x += 2 * TILE, w += TILE) {
+        _tile_loadd(4, x, STEP);
         _tile_loadd(6, w, STEP);
-        _tile_loadd(5, low, stride);
+        _tile_loadd(5, x + TILE, STEP);
         _tile_dpbssd(0, 4, 6);
         _tile_dpbusd(1, 5, 6);
         if (!both) continue;
-        _tile_loadd(4, high + 16 * stride, stride);
-        _tile_loadd(5, low + 16 * stride, stride);
-        _tile_dpbssd(2, 4, 6);
-        _tile_dpbusd(3, 5, 6);
+        _tile_loadd(7, w + MOST_STEPS * TILE, STEP);
+        _tile_dpbssd(2, 4, 7);
+        _tile_dpbusd(3, 5, 7);
     }
     _tile_stored(0, sums, STEP);
     _tile_stored(1, sums + 256, STEP);
@@ -226,44 +239,65 @@ INLINE void shorts_by_bytes(const int both, const uint8_t *high, const uint8_t *
     _tile_stored(3, sums + 768, STEP);
 }
 
-/* Compute multiply for up to MATRIX_ROWS rows. The weights, two inputs of each column side by side, are laid out for tiles,
- * four inputs side by side, once for all rows. */
-static void multiply_many(const Given *from, const Matrix *m, int row, int rows, int panel, int add, float *out, int64_t stride,
-                          Ahead ahead) {
-    int blocks = blocks_of(m->in), steps = (blocks + 1) / 2;
-    if (m->kind != INT8 || rows <= MOST_ROWS || steps > MOST_STEPS) {
+/* Lay out ``steps`` steps of a panel, two inputs of each column side by side, for tiles, four inputs side by side. Inputs after
+ * the first ``quads`` times 4 are zeros. Prefetches the weights ``ahead`` bytes after them. */
+INLINE void lay_out(const int8_t *w, int quads, int steps, int64_t ahead, int8_t *laid) {
+    Ints turned = _mm512_loadu_si512(BY_TURNS);
+    int k = 0;
+    for (; k < quads && k < steps * STEP / 4; k++) {
+        _mm_prefetch(w + 64 * k + ahead, _MM_HINT_T0);
+        _mm512_store_si512(laid + 64 * k, _mm512_permutexvar_epi16(turned, _mm512_load_si512(w + 64 * k)));
+    }
+    for (; k < steps * STEP / 4; k++) _mm512_store_si512(laid + 64 * k, i_zero());
+    settle();
+}
+
+/* Write up to 16 rows of a panel's products as float32. */
+INLINE void put_sums(const Given *from, const Matrix *m, int row, int rows, int panel, const int32_t *sums, int add, float *out,
+                     int64_t stride) {
+    Floats scale = f_load((const float *)m->scale + panel * COLUMNS), bias = f_load(m->bias + panel * COLUMNS);
+    const float *step = from->steps + row * from->apart;
+    for (int r = 0; r < rows && r < 16; r++, sums += 16) {
+        Ints sum = i_add(_mm512_slli_epi32(_mm512_load_si512(sums), 8), _mm512_load_si512(sums + 256));
+        put(out + r * stride, f_fma(f_from(sum), f_mul(scale, f_set(step[r * from->apart])), bias), add);
+    }
+}
+
+/* Compute multiply for up to MATRIX_ROWS rows: MOST_STEPS steps of the weights, while they are in a cache, by all rows. */
+static void multiply_many(const Given *from, const Matrix *m, int row, int rows, int panel, int panels, int add, float *out,
+                          int64_t stride, Ahead ahead) {
+    if (m->kind != INT8 || rows <= MOST_ROWS) {
         for (int i = 0; i < groups_of(rows, MOST_ROWS); i++) {
             Group some = group(rows, MOST_ROWS, 1, i);
-            multiply(from, m, row + some.row, some.rows, panel, add, out + some.row * stride, stride, i ? (Ahead){NULL, 0} : ahead);
+            multiply(from, m, row + some.row, some.rows, panel, panels, add, out + some.row * stride, stride,
+                     i ? (Ahead){NULL, 0} : ahead);
         }
         return;
     }
-    _Alignas(64) int8_t laid[MOST_STEPS * STEP * COLUMNS];
-    _Alignas(64) int32_t sums[4 * 256];
-    const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m);
-    int quads = blocks * BLOCK / 4;
-    Ints turned = _mm512_loadu_si512(BY_TURNS);
-    for (int k = 0; k < quads; k++)
-        _mm512_store_si512(laid + 64 * k, _mm512_permutexvar_epi16(turned, _mm512_load_si512(w + 64 * k)));
-    for (int k = quads; k < steps * STEP / 4; k++) _mm512_store_si512(laid + 64 * k, i_zero());
-    Floats scale = f_load((const float *)m->scale + panel * COLUMNS), bias = f_load(m->bias + panel * COLUMNS);
+    _Alignas(64) int8_t laid[2 * MOST_STEPS * TILE];
+    _Alignas(64) int32_t sums[MATRIX_ROWS / 16 * 4 * 256];
+    int64_t bytes = panel_bytes(m);
+    const int8_t *w = (const int8_t *)m->weight + panel * bytes;
+    int all = tile_steps(m), quads = blocks_of(m->in) * BLOCK / 4;
+    const uint8_t *x = from->tiles + row / 16 * all * (2 * TILE);
     configure();
-    for (int first = 0; first < rows; first += 32) {
-        const uint8_t *x = from->rows + (row + first) * from->stride, *high = x + from->stride / 2, *low = x + from->stride / 4 * 3;
-        const float *step = from->steps + (row + first) * from->apart;
-        int some = rows - first < 32 ? rows - first : 32;
-        if (some > 16) shorts_by_bytes(1, high, low, from->stride, laid, steps, sums);
-        else shorts_by_bytes(0, high, low, from->stride, laid, steps, sums);
-        for (int r = 0; r < some; r++) {
-            const int32_t *at = sums + r / 16 * 512 + r % 16 * 16;
-            Ints sum = i_add(_mm512_slli_epi32(_mm512_load_si512(at), 8), _mm512_load_si512(at + 256));
-            put(out + (first + r) * stride, f_fma(f_from(sum), f_mul(scale, f_set(step[r * from->apart])), bias), add);
+    for (int first = 0; first < all; first += MOST_STEPS) {
+        int steps = all - first < MOST_STEPS ? all - first : MOST_STEPS;
+        for (int i = 0; i < panels; i++)
+            lay_out(w + i * bytes + first * TILE, quads - first * STEP / 4, steps, panels * bytes, laid + i * MOST_STEPS * TILE);
+        for (int i = 0; i < rows; i += 16) {
+            const uint8_t *at = x + (i / 16 * all + first) * (2 * TILE);
+            int32_t *sum = sums + i / 16 * 1024;
+            if (panels == 2) shorts_by_bytes(1, at, laid, steps, first, sum);
+            else shorts_by_bytes(0, at, laid, steps, first, sum);
+            for (int j = 0; j < panels && first + steps == all; j++)
+                put_sums(from, m, row + i, rows - i, panel + j, sum + 512 * j, add, out + i * stride + j * COLUMNS, stride);
         }
     }
 }
 
 #define TILES \
-    .rows = MOST_TILE_ROWS, .matrix_rows = MATRIX_ROWS, .unit = TILE_UNIT, .release = release, .tile = tile_many, \
+    .rows = MOST_TILE_ROWS, .matrix_rows = MATRIX_ROWS, .unit = TILE_UNIT, .panels = MOST_PANELS, .release = release, .tile = tile_many, \
     .queries = TEXT_QUERIES, .take_head = take_text_head, .attend_head = attend_text_head, .give = give_bytes, \
     .multiply = multiply_many
 #include "table.h"

@@ -9,6 +9,8 @@
 typedef __m512 Floats;
 typedef __m512i Ints;
 
+#define SEEN_QUERIES 12
+
 INLINE __mmask16 first_of(int left) { return left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0; }
 
 INLINE Floats f_zero(void) { return _mm512_setzero_ps(); }

@@ -1,6 +1,10 @@
 /* Kernels of language models: rounding of rows, products, and attention over float16 caches. */
 #pragma once
 
+#ifndef SEEN_QUERIES
+#define SEEN_QUERIES 6 /* of attend_seen, whose sums stay in registers */
+#endif
+
 INLINE int blocks_given(const Matrix *m) { return blocks_of(m->in); }
 
 static void give(const Given *to, const Matrix *next, int row, const float *x) {
@@ -29,8 +33,8 @@ static void give(const Given *to, const Matrix *next, int row, const float *x) {
     }
 }
 
-static void multiply(const Given *from, const Matrix *m, int row, int rows, int panel, int add, float *out, int64_t stride,
-                     Ahead ahead) {
+INLINE void multiply_panel(const Given *from, const Matrix *m, int row, int rows, int panel, int add, float *out,
+                           int64_t stride, Ahead ahead) {
     const uint8_t *x = from->rows + row * from->stride;
     const float *steps = from->steps + row * from->apart;
 #define ROWS(n) \
@@ -49,15 +53,15 @@ static void multiply(const Given *from, const Matrix *m, int row, int rows, int 
 #undef ROWS
 }
 
-/* Set a panel of ``x`` to its activation, or with a ``gate`` to activation(gate) * x. */
-static void pass_gate(int activation, const float *gate, float *x, int rows, int64_t stride) {
-    for (; rows--; x += stride) {
-        if (gate) {
-            f_store(x, f_mul(activated(activation, f_load(gate)), f_load(x)));
-            gate += COLUMNS;
-        } else {
-            f_store(x, activated(activation, f_load(x)));
-        }
+static void multiply(const Given *from, const Matrix *m, int row, int rows, int panel, int panels, int add, float *out,
+                     int64_t stride, Ahead ahead) {
+    for (int i = 0; i < panels; i++) multiply_panel(from, m, row, rows, panel + i, add, out + i * COLUMNS, stride, ahead);
+}
+
+static void pass_gate(int activation, int gated, const float *x, int64_t apart, int rows, float *out, int64_t stride) {
+    for (; rows--; x += apart, out += stride) {
+        Floats v = activated(activation, f_load(x));
+        f_store(out, gated ? f_mul(v, f_load(x + COLUMNS)) : v);
     }
 }
 
@@ -81,7 +85,7 @@ static void keep_halves(const float *key, const float *value, int size, int posi
     }
 }
 
-#define EACH_QUERY _Pragma("GCC unroll 6") for (int g = 0; g < queries; g++) /* unrolled, so that sums stay in registers */
+#define EACH_QUERY _Pragma("GCC unroll 12") for (int g = 0; g < queries; g++) /* unrolled, so that sums stay in registers */
 
 /* The positions among 16 from ``t`` on that a query sees. */
 INLINE uint32_t seen_from(const SeenBy *q, int t) { return tail(q->n - t) & ~tail(q->first - t); }
@@ -91,15 +95,15 @@ INLINE void score(const int queries, const int spans, const Seen *s, const SeenB
                   Floats *highest) {
     int64_t span = 16 * padded_head(s->size);
     const uint16_t *keys = s->keys + t / 16 * span;
-    Floats sums[MOST_QUERIES];
+    Floats sums[SEEN_QUERIES];
     for (int g = 0; g < queries * spans; g++) sums[g] = f_zero();
     for (int i = 0; i < s->size; i++, keys += 16)
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int j = 0; j < spans; j++) {
             Floats key = f_load_halves(keys + j * span);
             EACH_QUERY sums[j * queries + g] = f_fma(key, f_set(q[g].query[i]), sums[j * queries + g]);
         }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int j = 0; j < spans; j++)
         EACH_QUERY {
             Floats x = f_mul(sums[j * queries + g], f_set(s->scale));
@@ -115,22 +119,22 @@ INLINE void weigh(const int queries, const int spans, const Seen *s, const SeenB
                   const float *shares, int64_t apart, const Floats *whole) {
     int padded = padded_head(s->size);
     const uint16_t *values = s->values + (int64_t)begin * padded + i;
-    Floats sums[MOST_QUERIES];
+    Floats sums[SEEN_QUERIES];
     for (int g = 0; g < queries * spans; g++) sums[g] = f_zero();
     for (int t = begin; t < end; t++, values += padded, shares++)
-#pragma GCC unroll 6
+#pragma GCC unroll 12
         for (int j = 0; j < spans; j++) {
             Floats value = f_load_halves(values + 16 * j);
             EACH_QUERY sums[j * queries + g] = f_fma(value, f_set(shares[g * apart]), sums[j * queries + g]);
         }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int j = 0; j < spans; j++)
         EACH_QUERY f_store_some(q[g].out + i + 16 * j, f_mul(sums[j * queries + g], whole[g]), s->size - i - 16 * j);
 }
 
 /* Positions that one query sees and another does not have a share of 0, which changes no sum. */
 INLINE void attend_few(const int queries, const Seen *s, const SeenBy *q, float *scores) {
-    const int spans = MOST_QUERIES / queries;
+    const int spans = SEEN_QUERIES / queries;
     int begin = q->first, end = q->n, padded = padded_head(s->size), t, i;
     for (int g = 1; g < queries; g++) {
         if (q[g].first < begin) begin = q[g].first;
@@ -138,7 +142,7 @@ INLINE void attend_few(const int queries, const Seen *s, const SeenBy *q, float 
     }
     int start = begin / 16 * 16;
     int64_t apart = (end - start + 15) / 16 * 16;
-    Floats highest[MOST_QUERIES], sum[MOST_QUERIES], whole[MOST_QUERIES];
+    Floats highest[SEEN_QUERIES], sum[SEEN_QUERIES], whole[SEEN_QUERIES];
     EACH_QUERY {
         highest[g] = f_set(-INFINITY);
         sum[g] = f_zero();
@@ -161,11 +165,21 @@ INLINE void attend_few(const int queries, const Seen *s, const SeenBy *q, float 
 
 static void attend_seen(const Seen *s, int queries, const SeenBy *q, float *scores) {
     switch (queries) {
-    case 1: attend_few(1, s, q, scores); break;
-    case 2: attend_few(2, s, q, scores); break;
-    case 3: attend_few(3, s, q, scores); break;
-    case 4: attend_few(4, s, q, scores); break;
-    case 5: attend_few(5, s, q, scores); break;
-    default: attend_few(6, s, q, scores);
+#define CASE(n) case n: attend_few(n, s, q, scores); break
+    CASE(1);
+    CASE(2);
+    CASE(3);
+    CASE(4);
+    CASE(5);
+    CASE(6);
+#if SEEN_QUERIES > 6
+    CASE(7);
+    CASE(8);
+    CASE(9);
+    CASE(10);
+    CASE(11);
+    CASE(12);
+#endif
+#undef CASE
     }
 }

@@ -48,14 +48,15 @@ static void find(Found *f, const float *logits, int first, int n, int best, int 
 
 #ifndef TILES
 #define TILES \
-    .rows = MOST_ROWS, .matrix_rows = MOST_ROWS, .unit = 1, .queries = MOST_ROWS, .tile = tile, .take_head = take_head, \
-    .attend_head = attend_head, .give = give, .multiply = multiply
+    .rows = MOST_ROWS, .matrix_rows = MOST_ROWS, .unit = 1, .panels = 1, .queries = MOST_ROWS, .tile = tile, \
+    .take_head = take_head, .attend_head = attend_head, .give = give, .multiply = multiply
 #endif
 
 const Kernels TABLE = {
     .name = NAME,
     .zero = ZERO,
     TILES,
+    .seen_queries = SEEN_QUERIES,
     .give_row = give_row,
     .normalize = normalize,
     .embed_column = embed_column,

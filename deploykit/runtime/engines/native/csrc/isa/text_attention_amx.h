@@ -45,6 +45,7 @@ static void take_text_head(Attention *h, const Stack *s, const float *key, const
 /* Multiply 16 queries by all keys. After the last input, zeros are multiplied by other bytes. */
 INLINE void key_sums(const Attention *h, int size, int32_t *sums) {
     int quads = (size + 3) / 4, keys = filled(h->n);
+    settle();
     for (int panel = 0; panel < keys / PANEL; panel++) {
         Panel p = {h->keys + (int64_t)panel * quads * 4 * PANEL, NULL, NULL, (size + STEP - 1) / STEP};
         one_by_four(1, h->queries.quantized, filled(size), &p, sums + panel * PANEL, 4 * keys);
@@ -83,6 +84,7 @@ INLINE int take_share_bytes(const float *scores, int keys, float highest, uint8_
 /* Multiply the shares of 16 queries by 16 values, whose high and low bytes are ``padded`` apart. */
 INLINE void value_sums_of_bytes(const uint8_t *high, const uint8_t *low, int keys, const int8_t *high_values,
                                 const int8_t *low_values, int padded, int32_t *sums) {
+    settle();
     clear_sums();
     for (int t = 0; t < keys; t += BLOCK_KEYS) {
         _tile_loadd(4, high + t, keys);
