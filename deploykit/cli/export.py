@@ -28,6 +28,7 @@ from deploykit.cli.common import (
 )
 from deploykit.errors import UsageError
 from deploykit.graphs.gguf_file import GGUF_TYPES
+from deploykit.runtime.engines.native.causal_weights import CACHES
 from deploykit.tensorrt.options import BUILDERS, GPU, PRECISIONS, EngineOptions, profiles_of_shapes, workspace_of_pools
 
 _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
@@ -44,6 +45,8 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
     type=click.Choice(GGUF_TYPES),
     help="Also write a language model as GGUF, for llama.cpp; repeat.",
 )
+@click.option("--kv-cache-dtype", type=click.Choice(CACHES),
+              help=f"Type of a language model's keys and values in the engine native.  [default: {CACHES[0]}]")  # fmt: skip
 @CALIBRATION_SPLIT
 @CALIBRATION_DATA
 @click.option("--calib", help="Folder of a calibration that deploykit calibrate wrote, in place of calibrating.")

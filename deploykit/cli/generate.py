@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 )
 @click.argument("model", metavar="TARGET")
 @click.argument("texts", nargs=-1)
+@click.option("--prompt", "prompts", multiple=True, help="A prompt, as one of TEXTS; may be repeated.")
 @SERVER_URL
 @click.option(
     "--input",
@@ -51,9 +52,10 @@ if TYPE_CHECKING:
 @PRECISION
 @THREADS
 def command(
-    *, model: str, texts: tuple[str, ...], url: str, source: str | None, output: str | None, ray: str | None,
+    *, model: str, texts: tuple[str, ...], prompts: tuple[str, ...], url: str, source: str | None, output: str | None, ray: str | None,
     prompt_column: str | None,    system: str | None, raw: bool, reading: Reading, force: bool, precision: str, threads: int | None, **sampling: Any,
 ) -> Result:  # fmt: skip
+    texts += prompts
     check_asked("generate", "some prompt", texts, source, output, reading)
     if raw and system is not None:
         raise UsageError("--raw and --system exclude each other", "leave one out")

@@ -17,6 +17,7 @@ from deploykit.graphs.gguf_file import GGUF_TYPES
 from deploykit.quantization.calibration import METHODS, Method
 from deploykit.quantization.grading import Grader
 from deploykit.quantization.tables import render
+from deploykit.runtime.engines.native.causal_weights import CACHES
 from deploykit.tasks.protocol import Task, TaskFacts
 from deploykit.tensorrt.options import EngineOptions
 from deploykit.training.rows import read_split, row_record
@@ -98,13 +99,15 @@ class ExportOptions(CalibrationOptions):
     """``calib`` is the folder of a calibration that ``deploykit calibrate`` wrote. ``data`` is a file of rows to
     measure on (default: the run's test rows), of which ``measure_rows`` are used (0: all, or 500 to translate).
     ``method`` finds the ranges (None: ``DEFAULT_METHOD``). ``max_drop`` is in points (of 100) of macro-F1, or of BLEU and of chrF, or in percent of a language model's perplexity.
-    ``int4`` and ``gguf`` (types of weights, ``GGUF_TYPES``) are for language models. ``smooth_quant`` is SmoothQuant's
+    ``int4``, ``gguf`` (types of weights, ``GGUF_TYPES``) and ``kv_cache_dtype`` (of keys and values in the engine ``native``;
+    None: the first of ``CACHES``) are for language models. ``smooth_quant`` is SmoothQuant's
     alpha (None: without). ``trt``: also build TensorRT engines. ``optimum``: also write a translator's graphs as optimum
     lays them out."""
 
     int8: bool = False
     int4: bool = False
     gguf: tuple[str, ...] = ()
+    kv_cache_dtype: str | None = None
     calib: str | None = None
     method: Method | None = None
     max_drop: float = 0.5
@@ -118,6 +121,11 @@ class ExportOptions(CalibrationOptions):
     def range_method(self) -> Method:
         """The method that finds ranges."""
         return self.method or DEFAULT_METHOD
+
+    @property
+    def kv_cache(self) -> str:
+        """The type of keys and values in the engine ``native``."""
+        return self.kv_cache_dtype or CACHES[0]
 
     @property
     def calibrates(self) -> bool:
@@ -144,6 +152,13 @@ class ExportOptions(CalibrationOptions):
         for kind in self.gguf:
             if kind not in GGUF_TYPES:
                 raise UsageError(f"--gguf is {kind!r}", f"choose from: {', '.join(GGUF_TYPES)}")
+        if self.kv_cache_dtype is not None:
+            if self.kv_cache_dtype not in CACHES:
+                raise UsageError(f"--kv-cache-dtype is {self.kv_cache_dtype!r}", f"choose one of: {', '.join(CACHES)}")
+            if not (self.int8 or self.int4):
+                raise UsageError(
+                    "--kv-cache-dtype is for the engine native, which runs INT8 and INT4", "add --int8 or --int4"
+                )
         if self.measure_rows < 0:
             raise UsageError(f"--measure-rows is {self.measure_rows}", "give 0 for all, or more")
         if self.calib is not None:

@@ -21,7 +21,7 @@ from deploykit.graphs.native_writer import write_weights
 from deploykit.graphs.seq2seq import side_by_side
 from deploykit.graphs.writer import activation_of
 from deploykit.quantization.compensated import Levels, Rounded, Rounding, int8_levels
-from deploykit.runtime.engines.native.causal_weights import BLOCK, COLUMNS
+from deploykit.runtime.engines.native.causal_weights import BLOCK, CACHES, COLUMNS
 
 _LEVELS = 32767
 _LARGEST_SUM = 2**31 - 1
@@ -41,8 +41,12 @@ class NativeCausalWriter:
     """Writes weight files of one model, quantized weights by ``rounding``. It keeps what it has quantized: a search writes many
     files."""
 
-    def __init__(self, architecture: CausalArchitecture, rounding: Rounding | None = None) -> None:
+    def __init__(
+        self, architecture: CausalArchitecture, rounding: Rounding | None = None, cache: str = CACHES[0]
+    ) -> None:
+        """``cache``: type of keys and values, one of CACHES."""
         self._a = architecture
+        self._cache = cache
         self._rounding = Rounding() if rounding is None else rounding
         self._quantized: dict[tuple[str, Bits | None, bool], _Matrix] = {}
         self._begin(None, frozenset())
@@ -70,6 +74,7 @@ class NativeCausalWriter:
             "heads": a.heads,
             "key_heads": a.key_heads,
             "head_size": a.head_size,
+            "cache": self._cache,
             "scale": a.scale,
             "embedding_scale": a.embedding_scale,
             "attention_cap": a.attention_cap or 0.0,

@@ -53,7 +53,11 @@ def export(checkpoint: Path, out: Path, options: ExportOptions, *, force: bool =
     check_source(str(checkpoint))
     task = task_of_checkpoint(checkpoint)
     options.check_task(task, checkpoint)
-    for option, given, remedy in (("--int4", options.int4, "use --int8"), ("--gguf", options.gguf, "leave it out")):
+    for option, given, remedy in (
+        ("--int4", options.int4, "use --int8"),
+        ("--gguf", options.gguf, "leave it out"),
+        ("--kv-cache-dtype", options.kv_cache_dtype, "leave it out"),
+    ):
         if given and task.facts.graph_kind != "decoder":
             raise UsageError(f"{option} is for language models, and {checkpoint} {task.does}", remedy)
     if options.optimum and task.facts.graph_kind != "encoder-decoder":

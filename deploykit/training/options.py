@@ -21,11 +21,12 @@ RENAMED: Mapping[str, str] = {
     "label_smoothing": "label_smoothing_factor",
     "early_stopping": "early_stopping_patience",
     "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
     "source": "source_lang",
     "target": "target_lang",
     "beam": "num_beams",
 }
-"""Earlier names of options, which the command line and TOML files written before still have, and those of today:
+"""Other names of options, mostly earlier ones, which the command line and TOML files written before still have, and those of today:
 Hugging Face's, from ``TrainingArguments``, its example scripts, ``LoraConfig`` and ``GenerationConfig``."""
 
 

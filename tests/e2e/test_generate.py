@@ -22,6 +22,7 @@ from killed_run import kill_at_step, signal_at_step
 from language_models import command_rows, random_model, tokenizer, write_checkpoint, write_rows
 
 from deploykit.artifacts import load_manifest
+from deploykit.runtime.engines.native.causal_weights import CausalWeights
 from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation import generate
@@ -68,6 +69,21 @@ def export(deploykit: Deploykit, run: Path, tmp_path_factory: pytest.TempPathFac
     assert code == 0, err
     assert "parity with PyTorch" in err
     return out
+
+
+def test_an_export_with_int8_caches_is_measured_and_answers(deploykit: Deploykit, run: Path, tmp_path: Path) -> None:
+    for cache in ("fp32", "int8"):
+        out = tmp_path / cache
+        code, told, err = deploykit(
+            "export", run, "--output-dir", out, "--int8", "--kv-cache-dtype", cache, "--max-drop", 100, "--json"
+        )
+        assert code == 0, err
+        assert CausalWeights(out / "native.int8.safetensors").cache == cache
+        assert json.loads(told)["quantization"]["native"]["int8"]["perplexity_ratio"] == pytest.approx(1, abs=0.05)
+    code, told, err = deploykit("generate", out, "--prompt", "list files", "--max-new-tokens", 4)
+    assert code == 0, err
+    code, _, err = deploykit("export", run, "--output-dir", tmp_path / "x", "--kv-cache-dtype", "int8")
+    assert (code, "add --int8 or --int4" in err) == (2, True)
 
 
 def test_a_run_learns_to_answer_and_to_stop(run: Path) -> None:

@@ -257,24 +257,26 @@ static void matrix(const Kernels *k) {
     show(y, 4 * rows * padded);
 }
 
-static void half_attention(const Kernels *k) {
+static void seen_attention(const Kernels *k) {
     int size = from_to(1, 80), n = from_to(1, 100), queries = from_to(1, MOST_QUERIES), padded = padded_head(size);
-    uint16_t *keys = take(2 * up_to(n, 16) * padded), *values = take(2 * up_to(n, 16) * padded);
+    int kinds[3] = {FLOAT16, FLOAT32, INT8}, kind = kinds[from_to(0, 2)];
+    int of_keys = up_to(n, 16) / 16 * (int)key_bytes(kind, padded), of_values = up_to(n, 16) * (int)value_bytes(kind, padded);
+    uint8_t *keys = take(of_keys), *values = take(of_values);
     SeenBy by[MOST_QUERIES];
     float *out = take(4 * queries * padded);
-    for (int t = 0; t < n; t++) k->keep_halves(floats(size), floats(size), size, t, keys, values);
+    for (int t = 0; t < n; t++) k->keep_seen(kind, floats(size), floats(size), size, t, keys, values);
     for (int g = 0; g < queries; g++) {
         int last = from_to(1, n);
         by[g] = (SeenBy){floats(padded), out + g * padded, from_to(0, last - 1), last};
     }
-    Seen s = {keys, values, size, 0.3f, draw() % 2 ? 20.0f : 0.0f};
+    Seen s = {keys, values, kind, size, 0.3f, draw() % 2 ? 20.0f : 0.0f};
     float *scores = take(4 * queries * up_to(n + 32, 16));
     for (int g = 0, some; g < queries; g += some) {
         some = queries - g < k->seen_queries ? queries - g : k->seen_queries;
         k->attend_seen(&s, some, by + g, scores);
     }
-    show(keys, 2 * up_to(n, 16) * padded);
-    show(values, 2 * n * padded);
+    show(keys, of_keys);
+    show(values, of_values);
     show(out, 4 * queries * padded);
 }
 
@@ -285,7 +287,7 @@ static const struct {
     {"linear layer", linear_layer}, {"norm", norm}, {"activation", activation}, {"embedding", embedding},
     {"attention to a cache", cached_attention}, {"attention of an encoder", text_attention},
     {"attention of a classifier", classifier_attention}, {"best tokens", best_tokens}, {"vocabulary", vocabulary},
-    {"matrix", matrix}, {"attention to float16", half_attention},
+    {"matrix", matrix}, {"attention to float16", seen_attention},
 };
 
 static void run_case(int number, int round, const Kernels *k) {

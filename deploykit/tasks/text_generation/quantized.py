@@ -79,7 +79,7 @@ def quantized_forms(
     wanted += [("int8", 8)] if options.int8 else []
     wanted += [("int4", 4)] if options.int4 else []
     runs = ENGINES[NATIVE].installed and architecture.head_size <= LARGEST_HEAD
-    native = NativeCausalWriter(architecture, rounding) if runs else None
+    native = NativeCausalWriter(architecture, rounding, options.kv_cache) if runs else None
     forms = []
     for precision, bits in wanted:
         graph = directory / LANGUAGE_MODEL_FILES[precision][0]

@@ -27,8 +27,11 @@ _LEAST_ROTATIONS = 512
 _READ = 512
 """Most tokens of a prompt that are computed at once."""
 
-Block = tuple[NDArray[np.uint16], NDArray[np.uint16]]
-"""Keys of whole groups of 16 positions, and values of some tokens."""
+Block = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""Keys of whole groups of 16 positions, and values of some tokens, in the bytes of ``csrc/causal.h``."""
+_CACHE_BYTES = {"fp16": 2, "int8": 1, "fp32": 4}
+_SCALE_BYTES = 8
+"""Of a key and a value in INT8."""
 
 
 def _library() -> ctypes.CDLL:
@@ -42,7 +45,7 @@ def _library() -> ctypes.CDLL:
 
 
 class NativeCausalLm:
-    """``CausalLm`` on the engine ``native``, with float16 caches. A token's logits depend neither on other rows, nor on the
+    """``CausalLm`` on the engine ``native``. A token's logits depend neither on other rows, nor on the
     parts that a prompt is read in, nor on the number of threads, to the bit."""
 
     tokens_of_a_step = 6  # the library multiplies so many rows by weights that it reads once
@@ -62,15 +65,17 @@ class NativeCausalLm:
             raise EngineError(f"{file}: the model knows {weights.longest} positions, not {context}", "export it again")
         self.vocabulary = weights.vocabulary
         size = -(-weights.head_size // 16) * 16
-        token_bytes = 2 * weights.layers * weights.key_heads * size * 2
+        value_bytes = size * _CACHE_BYTES[weights.cache]
+        key_bytes = value_bytes + (_SCALE_BYTES if weights.cache == "int8" else 0)
+        token_bytes = weights.layers * weights.key_heads * (key_bytes + value_bytes)
         self.max_rows, self.rows = max_rows, 0
         self.max_tokens, self.prefix_tokens = cached_tokens(max_cache_bytes, token_bytes, context)
         groups = -(-min(context, max(self.max_tokens, 1)) // _TOGETHER)
         self._longest = groups * _TOGETHER
         slots = (max_rows + 1, weights.layers, weights.key_heads)
         self._caches = [
-            ReservedArray((*slots, groups, size * _TOGETHER), np.uint16),
-            ReservedArray((*slots, self._longest, size), np.uint16),
+            ReservedArray((*slots, groups, key_bytes * _TOGETHER), np.uint8),
+            ReservedArray((*slots, self._longest, value_bytes), np.uint8),
         ]
         self._keys, self._values = (cache.view for cache in self._caches)
         self._touched = np.zeros(max_rows + 1, np.int64)  # tokens for which a slot's memory became real
@@ -233,11 +238,11 @@ class NativeCausalLm:
         held[self._prompt] = self._length
         held[self._slots[: self.rows]] = np.maximum(held[self._slots[: self.rows]], self._past[: self.rows])
         held = -(-held // _TOGETHER) * _TOGETHER
-        _, layers, heads, _, size = self._values.shape
-        token, regions = 2 * size, layers * heads
+        _, layers, heads, _, value_bytes = self._values.shape
+        of_token, regions = (self._keys.shape[-1] // _TOGETHER, value_bytes), layers * heads
         for slot in np.flatnonzero(self._touched > held).tolist():
             for region in range(slot * regions, (slot + 1) * regions):
-                first = region * self._longest * token
-                for cache in self._caches:
+                for cache, token in zip(self._caches, of_token):
+                    first = region * self._longest * token
                     cache.give_back(first + int(held[slot]) * token, first + self._longest * token)
             self._touched[slot] = held[slot]

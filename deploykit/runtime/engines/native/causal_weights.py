@@ -16,7 +16,9 @@ COLUMNS = 16
 """Columns of a matrix that are stored together."""
 BLOCK = 32
 """Inputs that share a scale in INT4, and to whose multiple all matrices are padded."""
-_KINDS = {"fp32": 1, "int8": 2, "int4": 3}
+_KINDS = {"fp32": 1, "int8": 2, "int4": 3, "fp16": 4}
+CACHES = ("fp16", "int8", "fp32")
+"""Types of keys and values."""
 _PARTS = {"fp32": ("weight", "bias"), "int8": ("weight", "bias", "scale"), "int4": ("weight", "bias", "scale", "low")}
 
 
@@ -43,7 +45,7 @@ class CausalModelStruct(ctypes.Structure):
     _fields_ = (
         ("layer", POINTER(CausalLayerStruct)), ("embedding", MatrixStruct), ("head", MatrixStruct), ("norm", NormStruct),
         ("positions", c_void_p),
-        *((name, c_int32) for name in ("layers", "hidden", "inner", "heads", "key_heads", "head_size")),
+        *((name, c_int32) for name in ("layers", "hidden", "inner", "heads", "key_heads", "head_size", "cache")),
         *((name, c_float) for name in ("scale", "embedding_scale", "attention_cap", "logit_cap")),
     )  # fmt: skip
 
@@ -58,7 +60,7 @@ class CausalBatchStruct(ctypes.Structure):
 
 class CausalWeights(WeightFile):
     """A language model. ``longest``: positions that it has learned, None for any. ``ropes``: frequencies, float32
-    [channels / 2], and the scale of each table of rotations."""
+    [channels / 2], and the scale of each table of rotations. ``cache``: type of keys and values, one of CACHES."""
 
     def _lay(self, model: Mapping[str, Any]) -> None:
         model = model["causal"]
@@ -71,6 +73,9 @@ class CausalWeights(WeightFile):
         self.ropes: list[tuple[NDArray[np.float32], float]] = [
             (np.array(rope["frequencies"], np.float32), float(rope["scale"])) for rope in model["ropes"]
         ]
+        self.cache = model.get("cache", "fp16")  # which files of before lack
+        if self.cache not in CACHES:
+            raise ValueError(f"keys and values are {self.cache!r}")
         if model["norm"] is None or (model["positions"] is None) != (self.longest is None):
             raise ValueError("the last norm or the learned positions are incomplete")
         layers = (CausalLayerStruct * self.layers)()
@@ -84,6 +89,7 @@ class CausalWeights(WeightFile):
             norm=self._norm(model["norm"], hidden),
             positions=self._at(model["positions"], np.float32, hidden * (self.longest or 0)),
             layers=self.layers,
+            cache=_KINDS[self.cache],
             **sizes,
             **{name: model[name] for name in ("scale", "embedding_scale", "attention_cap", "logit_cap")},
         )

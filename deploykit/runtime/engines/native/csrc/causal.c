@@ -148,7 +148,8 @@ static void keep_rows(Context *c, int number, int layer_number, int64_t stride) 
     const CausalBatch *b = l->batch;
     const CausalLayer *layer = &m->layer[layer_number];
     int first, last, size = m->head_size, all = m->heads + m->key_heads;
-    int64_t region = b->positions_of_slot * padded_head(size);
+    int64_t of_keys = b->positions_of_slot / 16 * key_bytes(m->cache, padded_head(size));
+    int64_t of_values = b->positions_of_slot * value_bytes(m->cache, padded_head(size));
     float turned[LARGEST_HEAD];
     share(b->rows * all, c->threads, number, &first, &last);
     for (int unit = first; unit < last; unit++) {
@@ -162,9 +163,9 @@ static void keep_rows(Context *c, int number, int layer_number, int64_t stride) 
             continue;
         }
         const float *value = packed + (m->key_heads + head) * size;
-        int64_t at = (((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + head - m->heads) * region;
+        int64_t at = ((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + head - m->heads;
         turn(c, layer, &layer->key_norm, angles, size, packed + head * size, turned);
-        c->kernels->keep_halves(turned, value, size, position, b->keys + at, b->values + at);
+        c->kernels->keep_seen(m->cache, turned, value, size, position, b->keys + at * of_keys, b->values + at * of_values);
     }
 }
 
@@ -175,9 +176,10 @@ static void attend(Context *c, int number, int layer_number, int row, int rows, 
     const CausalModel *m = l->model;
     const CausalBatch *b = l->batch;
     int count = 0, size = m->head_size, window = m->layer[layer_number].window, key_head = head / (m->heads / m->key_heads);
-    int64_t region = b->positions_of_slot * padded_head(size);
-    int64_t at = (((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + key_head) * region;
-    Seen seen = {b->keys + at, b->values + at, size, m->scale, m->attention_cap};
+    int64_t at = ((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + key_head;
+    const uint8_t *keys = b->keys + at * (b->positions_of_slot / 16) * key_bytes(m->cache, padded_head(size));
+    const uint8_t *values = b->values + at * b->positions_of_slot * value_bytes(m->cache, padded_head(size));
+    Seen seen = {keys, values, m->cache, size, m->scale, m->attention_cap};
     SeenBy by[MOST_QUERIES];
     for (int r = row; r < row + rows; r++)
         for (int h = head; h < head + heads; h++) {

@@ -9,7 +9,8 @@
  *   high ones. Each 32 inputs of a column have a bfloat16 scale and minimum. Rows are rounded to 8 bits with a scale for each
  *   32 inputs.
  *
- * Keys and values are float16: keys [positions / 16][head size][16], values [positions][head size], each head padded to 16. */
+ * Keys and values are float16, float32, or INT8 with a scale for each vector: keys [positions / 16][head size][16], values
+ * [positions][head size], each head padded to 16. INT8: after each 16 keys are their scales, then those of their values. */
 #pragma once
 #include "native.h"
 
@@ -19,7 +20,7 @@
 #define MATRIX_ROWS 256 /* most rows of a product by a panel */
 #define MOST_PANELS 2
 
-enum { FLOAT32 = 1, INT8, INT4 };
+enum { FLOAT32 = 1, INT8, INT4, FLOAT16 };
 
 typedef struct {
     const void *weight;
@@ -42,6 +43,7 @@ typedef struct {
     Norm norm;
     const float *positions; /* [length][hidden] or NULL */
     int32_t layers, hidden, inner, heads, key_heads, head_size;
+    int32_t cache; /* FLOAT16, FLOAT32 or INT8 */
     float scale, embedding_scale, attention_cap, logit_cap; /* a cap of 0: none */
 } CausalModel;
 
@@ -53,7 +55,7 @@ typedef struct {
     const int32_t *slots;     /* [rows] */
     const int32_t *places;    /* [wanted]: the rows whose logits are written */
     const float *const *rope; /* [tables]: [positions][cosines, then sines] */
-    uint16_t *keys, *values;  /* [slot][layer][key head][positions x padded head size] */
+    uint8_t *keys, *values;   /* [slot][layer][key head][positions] */
     int64_t positions_of_slot;
     float *logits; /* [wanted][vocabulary] */
 } CausalBatch;
@@ -68,8 +70,8 @@ typedef struct {
 
 /* A head's keys and values in a slot. */
 typedef struct {
-    const uint16_t *keys, *values;
-    int32_t size;
+    const uint8_t *keys, *values;
+    int32_t kind, size;
     float scale, cap;
 } Seen;
 
@@ -91,6 +93,10 @@ typedef struct {
 INLINE int blocks_of(int n) { return (n + BLOCK - 1) / BLOCK; }
 INLINE int wide(int n) { return blocks_of(n) * BLOCK; }
 INLINE int panels_of(int n) { return (n + COLUMNS - 1) / COLUMNS; }
+
+/* Bytes of 16 keys, and of a value, of a head that is padded to ``size``. */
+INLINE int64_t key_bytes(int cache, int size) { return 16 * (cache == FLOAT32 ? 4 * size : cache == INT8 ? size + 8 : 2 * size); }
+INLINE int64_t value_bytes(int cache, int size) { return cache == FLOAT32 ? 4 * size : cache == INT8 ? size : 2 * size; }
 
 /* Bytes of a panel. */
 INLINE int64_t panel_bytes(const Matrix *m) {

@@ -100,8 +100,8 @@ struct Kernels {
     void (*pass_gate)(int activation, int gated, const float *x, int64_t apart, int rows, float *out, int64_t stride);
     /* Compute cap * tanh(x / cap). */
     void (*cap_values)(float *x, int n, float cap);
-    /* Write a head's key and value at ``position`` as float16. */
-    void (*keep_halves)(const float *key, const float *value, int size, int position, uint16_t *keys, uint16_t *values);
+    /* Write a head's key and value at ``position`` of caches of a ``kind``. */
+    void (*keep_seen)(int kind, const float *key, const float *value, int size, int position, uint8_t *keys, uint8_t *values);
     /* Attention of ``queries`` queries (up to ``seen_queries``) that share keys and values. ``scores`` has room for each position
      * of each query. */
     void (*attend_seen)(const Seen *s, int queries, const SeenBy *q, float *scores);

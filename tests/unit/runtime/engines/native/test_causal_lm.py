@@ -4,9 +4,9 @@ kernels; and its errors for broken files."""
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import struct
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from deploykit.graphs.causal_lm import Bits
 from deploykit.graphs.native_causal import NativeCausalWriter, quantize_channels, quantize_nibbles
 from deploykit.runtime.engines.native import loader
 from deploykit.runtime.engines.native.causal_lm import NativeCausalLm
-from deploykit.runtime.engines.native.causal_weights import BLOCK, CausalWeights
+from deploykit.runtime.engines.native.causal_weights import BLOCK, CACHES, CausalWeights
 
 runs_here = pytest.mark.skipif(
     loader.lacks() is not None, reason=f"the engine native does not run here: {loader.lacks()}"
@@ -33,15 +33,17 @@ ODD: dict[str, Any] = {"hidden_size": 40, "head_dim": 20, "intermediate_size": 7
 """Sizes that are no multiples of the kernels'."""
 
 
-@cache
+@functools.cache
 def architecture(name: str, **settings: Any) -> tuple[Any, CausalArchitecture]:
     model = random_model(name, **settings)
     return model, read_causal_architecture(model)
 
 
-def opened(folder: Path, name: str, bits: Bits | None, threads: int = 2, **settings: Any) -> NativeCausalLm:
+def opened(
+    folder: Path, name: str, bits: Bits | None, threads: int = 2, cache: str = CACHES[0], **settings: Any
+) -> NativeCausalLm:
     file = folder / "model.safetensors"
-    NativeCausalWriter(architecture(name, **settings)[1]).save(file, bits)
+    NativeCausalWriter(architecture(name, **settings)[1], cache=cache).save(file, bits)
     return NativeCausalLm(file, threads, context=256, max_rows=8)
 
 
@@ -65,13 +67,33 @@ def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
 
 
 @runs_here
-@pytest.mark.parametrize("bits", PRECISIONS)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_types_of_caches_change_logits_little(tmp_path: Path, name: str) -> None:
+    expected = read(opened(tmp_path, name, None, cache="fp32"), IDS)
+    for cache, tolerance in (("fp16", 1e-3), ("int8", 0.03)):
+        found = read(opened(tmp_path, name, None, cache=cache), IDS)
+        assert 0 < np.abs(found - expected).max() < tolerance * np.abs(expected).max()
+
+
+@runs_here
+def test_caches_in_int8_hold_more_tokens_in_the_same_memory(tmp_path: Path) -> None:
+    tokens = []
+    for cache in ("fp32", "fp16", "int8"):
+        opened(tmp_path, "llama", 8, cache=cache, head_dim=64)
+        model = NativeCausalLm(tmp_path / "model.safetensors", 1, context=256, max_cache_bytes=1 << 20)
+        tokens.append(model.max_tokens)
+    assert tokens[1] == pytest.approx(2 * tokens[0], rel=0.01)
+    assert tokens[2] == pytest.approx(2 * tokens[1] * 64 / 68, rel=0.01)  # two scales of 4 bytes for 128 values
+
+
+@runs_here
+@pytest.mark.parametrize(("bits", "cache"), [(None, "fp32"), (8, "fp16"), (8, "int8"), (4, "fp16")])
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gpt2", "gpt_neox"])
-def test_no_bit_depends_on_company_parts_or_threads(tmp_path: Path, name: str, bits: Bits | None) -> None:
-    model = opened(tmp_path, name, bits)
+def test_no_bit_depends_on_company_parts_or_threads(tmp_path: Path, name: str, bits: Bits | None, cache: str) -> None:
+    model = opened(tmp_path, name, bits, cache=cache)
     whole = read(model, IDS)
     np.testing.assert_array_equal(read(model, IDS[:1], IDS[1:20], IDS[20:37], IDS[37:]), whole)
-    np.testing.assert_array_equal(read(opened(tmp_path, name, bits, threads=1), IDS), whole)
+    np.testing.assert_array_equal(read(opened(tmp_path, name, bits, threads=1, cache=cache), IDS), whole)
     model.begin()
     model.feed(IDS[:33], [])
     saved = model.saved(0, 33)
@@ -105,11 +127,11 @@ def test_all_instruction_sets_give_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, isa: str
 ) -> None:
     settings = {"llama": ODD, "gpt2": {"n_inner": 2100}}.get(name, {})
-    for bits in PRECISIONS:
+    for bits, cache in zip(PRECISIONS, CACHES):
         found = []
         for each in (loader.SLOW, isa):
             monkeypatch.setenv(loader.VARIABLE, each)
-            model = opened(tmp_path, name, bits, **settings)
+            model = opened(tmp_path, name, bits, cache=cache, **settings)
             found.append(read(model, IDS[:53]))
             for _ in range(7):
                 model.admit(0)

@@ -1,4 +1,4 @@
-/* Kernels of language models: rounding of rows, products, and attention over float16 caches. */
+/* Kernels of language models: rounding of rows, products, and attention over caches. */
 #pragma once
 
 #ifndef SEEN_QUERIES
@@ -71,18 +71,48 @@ static void cap_values(float *x, int n, float cap) {
     for (int i = 0; i < n; i += 16) f_store_some(x + i, capped(f_load_some(x + i, n - i), cap), n - i);
 }
 
-/* Write a head's key and value at a position. */
-static void keep_halves(const float *key, const float *value, int size, int position, uint16_t *keys, uint16_t *values) {
-    int padded = padded_head(size);
-    Floats most = f_set(65504.0f), least = f_set(-65504.0f); /* of float16 */
-    uint16_t *to = keys + (int64_t)(position / 16 * 16) * padded + position % 16;
-    values += (int64_t)position * padded;
-    for (int i = 0; i < padded; i += 16, to += 256) {
-        uint16_t halves[16];
-        f_store_halves(halves, f_max(f_min(f_load_some(key + i, size - i), most), least));
-        for (int j = 0; j < 16; j++) to[16 * j] = halves[j];
-        f_store_halves(values + i, f_max(f_min(f_load_some(value + i, size - i), most), least));
+/* Round ``size`` values to bytes, ``apart`` bytes apart. Returns their scale. */
+INLINE float keep_bytes(const float *x, int size, int8_t *to, int apart) {
+    float highest = largest_of(x, size);
+    Floats inverse = f_set(highest > 1e-30f ? 127.0f / highest : 0.0f);
+    for (int i = 0; i < padded_head(size); i += 16) {
+        int8_t bytes[16];
+        i_put_bytes(bytes, i_round(f_mul(f_load_some(x + i, size - i), inverse)));
+        for (int j = 0; j < 16; j++) to[(i + j) * apart] = bytes[j];
     }
+    return highest / 127.0f;
+}
+
+static void keep_seen(int kind, const float *key, const float *value, int size, int position, uint8_t *keys, uint8_t *values) {
+    int padded = padded_head(size), lane = position % 16;
+    keys += position / 16 * key_bytes(kind, padded);
+    values += position * value_bytes(kind, padded);
+    if (kind == INT8) {
+        float *scales = (float *)(keys + 16 * padded) + lane;
+        scales[0] = keep_bytes(key, size, (int8_t *)keys + lane, 16);
+        scales[16] = keep_bytes(value, size, (int8_t *)values, 1);
+        return;
+    }
+    Floats most = f_set(65504.0f), least = f_set(-65504.0f); /* of float16 */
+    for (int i = 0; i < padded; i += 16) {
+        Floats k = f_load_some(key + i, size - i), v = f_load_some(value + i, size - i);
+        if (kind == FLOAT32) {
+            float some[16];
+            f_store(some, k);
+            for (int j = 0; j < 16; j++) ((float *)keys)[16 * (i + j) + lane] = some[j];
+            f_store((float *)values + i, v);
+        } else {
+            uint16_t some[16];
+            f_store_halves(some, f_max(f_min(k, most), least));
+            for (int j = 0; j < 16; j++) ((uint16_t *)keys)[16 * (i + j) + lane] = some[j];
+            f_store_halves((uint16_t *)values + i, f_max(f_min(v, most), least));
+        }
+    }
+}
+
+INLINE Floats load_seen(const int kind, const uint8_t *x) {
+    if (kind == FLOAT32) return f_load((const float *)x);
+    return kind == INT8 ? f_from(i_load_bytes((const int8_t *)x, 16)) : f_load_halves((const uint16_t *)x);
 }
 
 #define EACH_QUERY _Pragma("GCC unroll 12") for (int g = 0; g < queries; g++) /* unrolled, so that sums stay in registers */
@@ -91,22 +121,24 @@ static void keep_halves(const float *key, const float *value, int size, int posi
 INLINE uint32_t seen_from(const SeenBy *q, int t) { return tail(q->n - t) & ~tail(q->first - t); }
 
 /* Write the scores of ``spans`` times 16 positions, and update the highest ones. */
-INLINE void score(const int queries, const int spans, const Seen *s, const SeenBy *q, int t, float *scores, int64_t apart,
-                  Floats *highest) {
-    int64_t span = 16 * padded_head(s->size);
-    const uint16_t *keys = s->keys + t / 16 * span;
+INLINE void score(const int kind, const int queries, const int spans, const Seen *s, const SeenBy *q, int t, float *scores,
+                  int64_t apart, Floats *highest) {
+    int padded = padded_head(s->size);
+    int64_t span = key_bytes(kind, padded), sixteen = value_bytes(kind, 16);
+    const uint8_t *group = s->keys + t / 16 * span, *keys = group;
     Floats sums[SEEN_QUERIES];
     for (int g = 0; g < queries * spans; g++) sums[g] = f_zero();
-    for (int i = 0; i < s->size; i++, keys += 16)
+    for (int i = 0; i < s->size; i++, keys += sixteen)
 #pragma GCC unroll 12
         for (int j = 0; j < spans; j++) {
-            Floats key = f_load_halves(keys + j * span);
+            Floats key = load_seen(kind, keys + j * span);
             EACH_QUERY sums[j * queries + g] = f_fma(key, f_set(q[g].query[i]), sums[j * queries + g]);
         }
 #pragma GCC unroll 12
     for (int j = 0; j < spans; j++)
         EACH_QUERY {
             Floats x = f_mul(sums[j * queries + g], f_set(s->scale));
+            if (kind == INT8) x = f_mul(x, f_load((const float *)(group + j * span + 16 * padded)));
             if (s->cap > 0.0f) x = capped(x, s->cap);
             x = f_select(seen_from(&q[g], t + 16 * j), f_set(-INFINITY), x);
             highest[g] = f_max(highest[g], x);
@@ -115,16 +147,16 @@ INLINE void score(const int queries, const int spans, const Seen *s, const SeenB
 }
 
 /* Write ``spans`` times 16 values of a head: those of the positions from ``begin`` to ``end``, weighed by ``shares``. */
-INLINE void weigh(const int queries, const int spans, const Seen *s, const SeenBy *q, int begin, int end, int i,
-                  const float *shares, int64_t apart, const Floats *whole) {
-    int padded = padded_head(s->size);
-    const uint16_t *values = s->values + (int64_t)begin * padded + i;
+INLINE void weigh(const int kind, const int queries, const int spans, const Seen *s, const SeenBy *q, int begin, int end,
+                  int i, const float *shares, int64_t apart, const Floats *whole) {
+    int64_t bytes = value_bytes(kind, padded_head(s->size));
+    const uint8_t *values = s->values + begin * bytes + value_bytes(kind, i);
     Floats sums[SEEN_QUERIES];
     for (int g = 0; g < queries * spans; g++) sums[g] = f_zero();
-    for (int t = begin; t < end; t++, values += padded, shares++)
+    for (int t = begin; t < end; t++, values += bytes, shares++)
 #pragma GCC unroll 12
         for (int j = 0; j < spans; j++) {
-            Floats value = f_load_halves(values + 16 * j);
+            Floats value = load_seen(kind, values + value_bytes(kind, 16 * j));
             EACH_QUERY sums[j * queries + g] = f_fma(value, f_set(shares[g * apart]), sums[j * queries + g]);
         }
 #pragma GCC unroll 12
@@ -132,8 +164,9 @@ INLINE void weigh(const int queries, const int spans, const Seen *s, const SeenB
         EACH_QUERY f_store_some(q[g].out + i + 16 * j, f_mul(sums[j * queries + g], whole[g]), s->size - i - 16 * j);
 }
 
-/* Positions that one query sees and another does not have a share of 0, which changes no sum. */
-INLINE void attend_few(const int queries, const Seen *s, const SeenBy *q, float *scores) {
+/* Positions that one query sees and another does not have a share of 0, which changes no sum. INT8: shares are multiplied by the
+ * values' scales. */
+INLINE void attend_few(const int kind, const int queries, const Seen *s, const SeenBy *q, float *scores) {
     const int spans = SEEN_QUERIES / queries;
     int begin = q->first, end = q->n, padded = padded_head(s->size), t, i;
     for (int g = 1; g < queries; g++) {
@@ -141,45 +174,57 @@ INLINE void attend_few(const int queries, const Seen *s, const SeenBy *q, float 
         if (q[g].n > end) end = q[g].n;
     }
     int start = begin / 16 * 16;
-    int64_t apart = (end - start + 15) / 16 * 16;
+    int64_t apart = (end - start + 15) / 16 * 16, span = key_bytes(kind, padded);
+    const float *value_scales = (const float *)(s->keys + 16 * padded) + 16;
     Floats highest[SEEN_QUERIES], sum[SEEN_QUERIES], whole[SEEN_QUERIES];
     EACH_QUERY {
         highest[g] = f_set(-INFINITY);
         sum[g] = f_zero();
     }
-    for (t = start; t + 16 * spans <= end; t += 16 * spans) score(queries, spans, s, q, t, scores + t - start, apart, highest);
-    for (; t < end; t += 16) score(queries, 1, s, q, t, scores + t - start, apart, highest);
+    for (t = start; t + 16 * spans <= end; t += 16 * spans) score(kind, queries, spans, s, q, t, scores + t - start, apart, highest);
+    for (; t < end; t += 16) score(kind, queries, 1, s, q, t, scores + t - start, apart, highest);
     EACH_QUERY highest[g] = f_set(f_highest(highest[g]));
     for (t = start; t < end; t += 16)
         EACH_QUERY {
             float *at = scores + g * apart + t - start;
             Floats e = f_select(seen_from(&q[g], t), f_zero(), exponential(f_sub(f_load(at), highest[g])));
-            f_store(at, e);
             sum[g] = f_add(sum[g], e);
+            if (kind == INT8) e = f_mul(e, f_load(value_scales + t / 16 * (span / 4)));
+            f_store(at, e);
         }
     EACH_QUERY whole[g] = f_set(1.0f / f_sum(sum[g]));
     scores += begin - start;
-    for (i = 0; i + 16 * spans <= padded; i += 16 * spans) weigh(queries, spans, s, q, begin, end, i, scores, apart, whole);
-    for (; i < padded; i += 16) weigh(queries, 1, s, q, begin, end, i, scores, apart, whole);
+    for (i = 0; i + 16 * spans <= padded; i += 16 * spans) weigh(kind, queries, spans, s, q, begin, end, i, scores, apart, whole);
+    for (; i < padded; i += 16) weigh(kind, queries, 1, s, q, begin, end, i, scores, apart, whole);
 }
 
+#define CASE(kind, n) case n: attend_few(kind, n, s, q, scores); break;
+#define SIX_CASES(kind) CASE(kind, 1) CASE(kind, 2) CASE(kind, 3) CASE(kind, 4) CASE(kind, 5) CASE(kind, 6)
+#define ATTEND(name, kind) \
+    static void name(const Seen *s, int queries, const SeenBy *q, float *scores) { \
+        switch (queries) { SIX_CASES(kind) } \
+    }
+ATTEND(attend_floats, FLOAT32)
+ATTEND(attend_bytes, INT8)
+
 static void attend_seen(const Seen *s, int queries, const SeenBy *q, float *scores) {
+    for (int some; s->kind != FLOAT16 && queries; queries -= some, q += some) { /* by six: less code for what is rare */
+        some = queries < 6 ? queries : 6;
+        if (s->kind == INT8) attend_bytes(s, some, q, scores);
+        else attend_floats(s, some, q, scores);
+    }
     switch (queries) {
-#define CASE(n) case n: attend_few(n, s, q, scores); break
-    CASE(1);
-    CASE(2);
-    CASE(3);
-    CASE(4);
-    CASE(5);
-    CASE(6);
-#if SEEN_QUERIES > 6
-    CASE(7);
-    CASE(8);
-    CASE(9);
-    CASE(10);
-    CASE(11);
-    CASE(12);
+        SIX_CASES(FLOAT16)
+#if SEEN_QUERIES == 12
+        CASE(FLOAT16, 7)
+        CASE(FLOAT16, 8)
+        CASE(FLOAT16, 9)
+        CASE(FLOAT16, 10)
+        CASE(FLOAT16, 11)
+        CASE(FLOAT16, 12)
 #endif
-#undef CASE
     }
 }
+#undef ATTEND
+#undef SIX_CASES
+#undef CASE
