@@ -32,9 +32,12 @@ Hugging Face's, from ``TrainingArguments``, its example scripts, ``LoraConfig`` 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 
 
-def described(default: Any, help_text: str = "", choices: Iterable[str] = ()) -> Any:
-    """Declare a field with what ``deploykit finetune --help`` says of it. A class may give it another default."""
-    return field(default=default, metadata={"help": help_text, "choices": tuple(choices)})
+def described(default: Any, help_text: str = "", choices: Iterable[str] = (), count: int = 1) -> Any:
+    """Declare a field with what ``deploykit finetune --help`` says of it. A class may give it another default.
+
+    ``count`` values follow the option.
+    """
+    return field(default=default, metadata={"help": help_text, "choices": tuple(choices), "count": count})
 
 
 @dataclass(frozen=True)

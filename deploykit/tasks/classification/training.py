@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from deploykit.data.noise import BACK_TRANSLATION, parse_noise
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.classification.augment import augmented
+from deploykit.tasks.classification.augment import augmented, rewriters
 from deploykit.tasks.classification.checkpoint import TorchClassifier, check_separates, labels_of, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
 from deploykit.tasks.classification.distill import Teacher, keep_layers
@@ -43,6 +44,8 @@ from deploykit.training.rows import Rows, Say
 from deploykit.training.trainer import Trained
 
 _CALIBRATION_ROWS = 512
+_SAMPLES = 2
+"""Copies of each noise that are shown."""
 _MEASURED_ROWS = 2000
 """Training rows whose lengths are measured."""
 
@@ -163,7 +166,7 @@ class ClassificationStage:
             kind=kind_of(self._config),
             hidden=getattr(config, "hidden_size", None) or config.d_model,
             limit=self._limit,
-            rows=len(train) * (1 + len(options.augment)),
+            rows=int(len(train) * (1 + sum(map(copies, options.augment)))),
             lengths=[len(ids) for ids in TorchClassifier(None, self.tokenizer, task).encode(texts).ids],
             adapter=bool(options.lora_r),
             rounded=options.qat,
@@ -174,10 +177,8 @@ class ClassificationStage:
         self.complete(rows)
         classifier = self._classifier(self.task(rows), say)
         model, task = classifier.model, classifier.task
-        noisy = augmented(rows.splits["train"], self._options.augment, self._options.seed)
-        for example in noisy[:: max(1, len(noisy) // 3)][:3]:
-            say(f"  {example.origin}: {example.text}")
-        training_rows = [*rows.splits["train"], *noisy]
+        noisy = self._augmented(rows, work, say)
+        training_rows = [*rows.splits["train"], *(row for copies in noisy.values() for row in copies)]
         teacher = None if self._options.teacher is None else Teacher(self._options.teacher, task)
         encoded = {
             name: EncodedTexts(
@@ -200,7 +201,23 @@ class ClassificationStage:
         if teacher is not None:
             metrics["teacher"] = {name: teacher.measured(rows.splits[name]) for name in metrics}
             teacher.close()
+        if noisy:
+            metrics["augmented"] = {noise: len(copies) for noise, copies in noisy.items()}
         return Trained(task, model, self.tokenizer, metrics)
+
+    def _augmented(self, rows: Rows[Example, Columns], work: Path, say: Say) -> dict[str, list[Example]]:
+        """Return noise -> copies of the training rows with it; none of them has the text of a held-out row."""
+        options = self._options
+        held_out = [*rows.splits["validation"], *rows.splits["test"]]
+        with rewriters(options, work, say) as known:
+            found = augmented(rows.splits["train"], options.augment, options.seed, known)
+        for noise, copies in found.items():
+            found[noise], leaks = drop_leaks(copies, held_out)
+            told = f", {leaks:,} dropped: the same text is held out" if leaks else ""
+            say(f"{noise}: {len(found[noise]):,} copies of training rows{told}")
+            for row in evenly(found[noise], _SAMPLES):
+                say(f"  {row.origin}: {row.text}{'' if row.text_pair is None else f' | {row.text_pair}'}")
+        return found
 
     def _train_rounded(
         self,
@@ -277,6 +294,12 @@ class ClassificationStage:
         if options.lora_r:
             classifier.model = trainer.with_adapter(model, options, "SEQ_CLS", new)
         return classifier
+
+
+def copies(noise: str) -> float:
+    """Return the share of the rows that a noise makes copies of."""
+    name, rate = parse_noise(noise)
+    return rate if name == BACK_TRANSLATION else 1.0
 
 
 def by_tenths(rows: Sequence[Example]) -> list[Example]:
