@@ -59,6 +59,11 @@ class ClassificationOptions(FinetuneOptions):
     )
     distill_alpha: float = described(0.5, "Share of the teacher in the loss; the rest is that of the labels.")
     distill_temperature: float = described(2.0, "Temperature of teacher and student in the loss.")
+    distill_hidden: float = described(
+        0.0,
+        "Also learn the hidden states of a teacher that is a checkpoint with the student's tokenizer, layer by layer, with "
+        "this weight; 0: off.",
+    )
     student_layers: int = described(0, "Keep this many layers of TARGET, evenly spaced; 0: all.")
     augment: tuple[str, ...] = described(
         (),
@@ -112,6 +117,7 @@ class ClassificationOptions(FinetuneOptions):
         "r_drop": (0, 100),
         "distill_alpha": (0, 1),
         "distill_temperature": (0.01, 100),
+        "distill_hidden": (0, 1000),
         "student_layers": (0, 1000),
     }
 
@@ -197,7 +203,7 @@ class ClassificationOptions(FinetuneOptions):
             )
         if self.qat and not self.validates and self.test is None and not self.test_fraction:
             raise UsageError("--qat measures before and after, and no rows are held out", "give --validation or --test")
-        for name in ("distill_alpha", "distill_temperature"):
+        for name in ("distill_alpha", "distill_temperature", "distill_hidden"):
             if self.teacher is None and getattr(self, name) != getattr(type(self), name):
                 raise UsageError(f"{flag(name)} is for --teacher", "add --teacher, or leave it out")
         self._check_noises()

@@ -20,6 +20,7 @@ from deploykit.tasks.classification.distill import Teacher, keep_layers
 from deploykit.tasks.classification.evaluate import LabelledRows, answer_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
+from deploykit.tasks.classification.hidden_states import HiddenTeacher
 from deploykit.tasks.classification.inspection.confidence import fit_temperature
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.recipe import Facts, choose, kind_of
@@ -46,6 +47,7 @@ from deploykit.training.trainer import Trained
 _CALIBRATION_ROWS = 512
 _SAMPLES = 2
 """Copies of each noise that are shown."""
+_TRIED_TEXTS = 8
 _MEASURED_ROWS = 2000
 """Training rows whose lengths are measured."""
 
@@ -58,6 +60,8 @@ class ClassificationStage:
         self.tokenizer = load_tokenizer(options.origin)
         self._config = config = load_config(options.origin)
         self._head = trained_labels(config)
+        self._kept: list[int] = []
+        self._depth = 0
         self._known_labels = {*self._head, *options.named_labels}
         self._limit = limit = max_tokens(self.tokenizer, config)
         if options.max_length > limit:
@@ -191,7 +195,20 @@ class ClassificationStage:
         say(f"training on {len(encoded['train']):,} rows, validating on {len(rows.splits['validation']):,}")
         if self._options.qat:
             return self._train_rounded(classifier, rows, encoded, work, say)
-        model = fit(model, encoded["train"], encoded.get("validation"), self._options, work, say)
+        hidden = None
+        if teacher is not None and self._options.distill_hidden:
+            texts = [row.asked for row in evenly(rows.splits["train"], _TRIED_TEXTS)]
+            hidden = HiddenTeacher(teacher.checkpoint(), classifier, texts, self._kept, self._depth)
+            if hidden.projects and self._options.lora_r:
+                raise UsageError(
+                    "--distill-hidden projects the student's hidden states to the width of the teacher's, and --lora-r "
+                    "trains an adapter alone",
+                    "leave one out",
+                )
+            say(hidden.told())
+        model = fit(model, encoded["train"], encoded.get("validation"), self._options, work, say, hidden)
+        if hidden is not None:
+            hidden.detach(model)
         if self._options.temperature_scaling:
             found = answer_rows(TorchClassifier(model, self.tokenizer, task), LabelledRows(rows.splits["validation"]))
             task = dataclasses.replace(task, temperature=fit_temperature(task, found.truth, found.scores))
@@ -278,7 +295,9 @@ class ClassificationStage:
         loaded = load_for_training(options.origin, **config)
         model = loaded.model
         if options.student_layers:
-            say(f"the student has the layers {keep_layers(model, options.student_layers)} of {options.origin}, from 0")
+            self._depth = model.config.num_hidden_layers
+            self._kept = keep_layers(model, options.student_layers)
+            say(f"the student has the layers {self._kept} of {options.origin}, from 0")
         new = set(loaded.new)
         if (
             self._head
