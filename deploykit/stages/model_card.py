@@ -68,6 +68,8 @@ def _learned_besides(options: FinetuneOptions, metrics: Mapping[str, Any]) -> li
         told = ", ".join(f"{count:,} with `{noise}`" for noise, count in copies.items())
         found += ["", f"Besides the training rows it has seen copies of them: {told}."]
     if teacher := getattr(options, "teacher", None):
+        if counts := metrics.get("distilled"):
+            found += ["", f"Of its training rows {counts['taught']:,} have a teacher's translation."]
         states = " and its hidden states" if getattr(options, "distill_hidden", 0) else ""
         found += ["", f"It has learned from a teacher, `{Path(teacher).name}`{states}, too."]
     return found

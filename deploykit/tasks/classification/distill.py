@@ -1,4 +1,4 @@
-"""Learn from a teacher: its logits, and its layers."""
+"""Ask a teacher: a model whose answers a student learns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from deploykit.attribution.explain import log_odds
 from deploykit.errors import UsageError
@@ -75,29 +74,3 @@ class Teacher:
         parts = [self._predictor.scores(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)]
         found: NDArray[np.float32] = np.concatenate(parts)[:, self._order]
         return found
-
-
-def keep_layers(model: Any, count: int) -> list[int]:
-    """Keep ``count`` layers of a model, evenly spaced from the first to the last. Returns their numbers.
-
-    Raises UsageError if the model has not more layers than that.
-    """
-    layers = getattr(model.config, "num_hidden_layers", 0)
-    lists = [
-        (parent, name, module)
-        for parent in model.modules()
-        for name, module in parent.named_children()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    if len(lists) != 1 or count >= layers:
-        raise UsageError(
-            f"--student-layers is {count}, and the model has {layers or 'no known'} layers",
-            "give a lower number, or leave it out",
-        )
-    kept = [round(i) for i in np.linspace(0, layers - 1, count)] if count > 1 else [0]
-    parent, name, module = lists[0]
-    setattr(parent, name, nn.ModuleList(module[i] for i in kept))
-    if (types := getattr(model.config, "layer_types", None)) is not None:  # sliding or full attention
-        model.config.layer_types = [types[i] for i in kept]
-    model.config.num_hidden_layers = count
-    return kept

@@ -55,7 +55,8 @@ class ClassificationOptions(FinetuneOptions):
     )
     teacher: str | None = described(
         None,
-        "Distillation: also learn the probabilities of this model, a checkpoint, an export or a served model's name.",
+        "Distillation: also learn from this model, a checkpoint, an export or a served model's name: its probabilities "
+        "(classification), or the translations of its beam search (translation).",
     )
     distill_alpha: float = described(0.5, "Share of the teacher in the loss; the rest is that of the labels.")
     distill_temperature: float = described(2.0, "Temperature of teacher and student in the loss.")
@@ -64,7 +65,9 @@ class ClassificationOptions(FinetuneOptions):
         "Also learn the hidden states of a teacher that is a checkpoint with the student's tokenizer, layer by layer, with "
         "this weight; 0: off.",
     )
-    student_layers: int = described(0, "Keep this many layers of TARGET, evenly spaced; 0: all.")
+    student_layers: int = described(
+        0, "Keep this many layers of TARGET, evenly spaced, of a translator on each side that has more; 0: all."
+    )
     augment: tuple[str, ...] = described(
         (),
         "Also train on a copy of each training row with noise, as typos=0.1: a rate of the words. Noises: typos, case, "

@@ -16,7 +16,7 @@ from deploykit.errors import DataError, UsageError
 from deploykit.tasks.classification.augment import augmented, rewriters
 from deploykit.tasks.classification.checkpoint import TorchClassifier, check_separates, labels_of, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
-from deploykit.tasks.classification.distill import Teacher, keep_layers
+from deploykit.tasks.classification.distill import Teacher
 from deploykit.tasks.classification.evaluate import LabelledRows, answer_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
@@ -42,6 +42,7 @@ from deploykit.training import processes, trainer
 from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens, pad_token_id
 from deploykit.training.recipe import Choice, Recipe
 from deploykit.training.rows import Rows, Say
+from deploykit.training.student import keep_layers, layer_count
 from deploykit.training.trainer import Trained
 
 _CALIBRATION_ROWS = 512
@@ -295,8 +296,8 @@ class ClassificationStage:
         loaded = load_for_training(options.origin, **config)
         model = loaded.model
         if options.student_layers:
-            self._depth = model.config.num_hidden_layers
-            self._kept = keep_layers(model, options.student_layers)
+            self._depth = layer_count(model)
+            model, self._kept = keep_layers(model, options.student_layers)
             say(f"the student has the layers {self._kept} of {options.origin}, from 0")
         new = set(loaded.new)
         if (

@@ -12,12 +12,13 @@ import torch
 
 from deploykit.errors import UsageError
 from deploykit.tasks.classification.checkpoint import TorchClassifier
-from deploykit.tasks.classification.distill import Teacher, keep_layers
+from deploykit.tasks.classification.distill import Teacher
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
 from deploykit.tasks.classification.hidden_states import HiddenTeacher
 from deploykit.tasks.classification.losses import distillation
 from deploykit.tasks.classification.options import ClassificationOptions
+from deploykit.training.student import keep_layers
 
 TASK = Classification(("bad", "good"), 16, 0)
 
@@ -45,7 +46,8 @@ def test_a_student_learns_its_teacher_where_the_labels_are_noise(
     teacher = Teacher(str(path), TASK)
     wanted = teacher.logits(texts)
     student = TorchClassifier.load(path)
-    assert keep_layers(student.model, 1) == [0]
+    student.model, kept = keep_layers(student.model, 1)
+    assert kept == [0]
     truth = np.eye(2, dtype=bool)[random.integers(0, 2, 160)]
     rows = EncodedTexts(student.encode(texts), truth, TASK, wanted)
 
@@ -62,26 +64,6 @@ def test_a_student_learns_its_teacher_where_the_labels_are_noise(
     teacher.close()
 
 
-def test_layers_are_kept_evenly_and_the_student_can_be_loaded(
-    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    student = TorchClassifier.load(make_tiny_checkpoint(tmp_path / "m"))
-    second = student.model.bert.encoder.layer[1].attention.self.query.weight.detach().clone()
-    student.model.bert.encoder.layer.append(student.model.bert.encoder.layer[1])
-    student.model.config.num_hidden_layers = 3
-    assert keep_layers(student.model, 2) == [0, 2]
-    assert torch.equal(student.model.bert.encoder.layer[1].attention.self.query.weight, second)
-    assert student.model.config.num_hidden_layers == 2
-    student.model.save_pretrained(tmp_path / "student")
-    loaded = type(student.model).from_pretrained(tmp_path / "student").eval()
-    ids = torch.tensor([[2, 5, 6, 3]])
-    with torch.inference_mode():
-        expected = student.model.eval()(input_ids=ids).logits
-        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
-    with pytest.raises(UsageError, match="--student-layers is 2, and the model has 2 layers"):
-        keep_layers(student.model, 2)
-
-
 def test_a_teacher_of_other_labels_is_refused(make_tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     path = make_tiny_checkpoint(tmp_path / "teacher")
     with pytest.raises(UsageError, match="answers bad, good, and the student a, b"):
@@ -94,19 +76,6 @@ def test_an_exported_teacher_gives_its_probabilities(tiny_export: Path) -> None:
     task = dataclasses.replace(TASK, labels=("negative", "neutral", "positive"))
     logits = Teacher(str(tiny_export), task).logits(["w1 w2", "w3"])
     assert np.exp(logits).sum(axis=1) == pytest.approx(1, abs=1e-5)
-
-
-def test_layers_keep_their_kind_of_attention() -> None:
-    from transformers import AutoModelForSequenceClassification, ModernBertConfig
-
-    config = ModernBertConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, pad_token_id=0,
-        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
-    )  # fmt: skip
-    model = AutoModelForSequenceClassification.from_config(config)
-    assert keep_layers(model, 3) == [0, 2, 3]
-    assert model.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
-    assert model.config.num_hidden_layers == 3
 
 
 def _of_width(path: Path, folder: Path, width: int, layers: int) -> TorchClassifier:
