@@ -81,8 +81,8 @@ def _field_option(name: str) -> Callable[[Callable[..., Result]], Callable[..., 
         typed += f"/--no-{typed[2:]}" if field.default else ""
     elif metadata.get("choices"):
         attributes["type"] = click.Choice(metadata["choices"])
-    elif metadata.get("count", 1) > 1:
-        attributes["nargs"] = metadata["count"]
+    elif values := metadata.get("values"):
+        attributes |= {"nargs": len(values), "metavar": " ".join(values)}
     elif any(isinstance(own.default, tuple) for own in owners.values()):
         attributes["multiple"] = True
     elif kind in ("int", "float"):

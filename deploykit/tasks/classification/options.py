@@ -56,7 +56,7 @@ class ClassificationOptions(FinetuneOptions):
     teacher: str | None = described(
         None,
         "Distillation: also learn from this model, a checkpoint, an export or a served model's name: its probabilities "
-        "(classification), or the translations of its beam search (translation).",
+        "(classification; text-generation, of a checkpoint), or the translations of its beam search (translation).",
     )
     distill_alpha: float = described(0.5, "Share of the teacher in the loss; the rest is that of the labels.")
     distill_temperature: float = described(2.0, "Temperature of teacher and student in the loss.")
@@ -86,7 +86,7 @@ class ClassificationOptions(FinetuneOptions):
         (),
         "Translators for --augment back-translation, to another language and back: checkpoints, exports, or names of "
         "served models.",
-        count=2,
+        values=("FORWARD", "BACKWARD"),
     )
     temperature_scaling: bool = described(
         False, "Divide the logits by the temperature that fits the validation rows, in the checkpoint and its exports."
