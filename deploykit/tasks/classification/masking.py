@@ -12,7 +12,8 @@ from deploykit.errors import ArtifactError, UsageError
 from deploykit.training.checkpoint import load_config, load_tokenizer, max_tokens
 from deploykit.training.weights import load_reported
 
-_AT_ONCE = 16
+_LOGITS_AT_ONCE = 1 << 26
+"""256 MB in fp32."""
 _LIKELIEST = 20
 """Of these tokens one is drawn by its probability, if it is a whole word and another one."""
 _STARTS = ("Ġ", "▁")
@@ -43,8 +44,12 @@ class MaskedWords:
         """Replace this share of the words of each text, each in one reading of the text without them all."""
         found = list(texts)
         longest_first = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
-        for first in range(0, len(texts), _AT_ONCE):
-            numbers = longest_first[first : first + _AT_ONCE]
+        first = 0
+        while first < len(texts):
+            longest = min(len(texts[longest_first[first]]) + 2, self._limit)  # a token has a character at least
+            rows = max(1, _LOGITS_AT_ONCE // (longest * self._model.config.vocab_size))
+            numbers = longest_first[first : first + rows]
+            first += rows
             for number, text in zip(numbers, self._some([texts[i] for i in numbers], rate, random)):
                 found[number] = text
         return found
