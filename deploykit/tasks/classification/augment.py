@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.classification.resampling import metrics_with_intervals
 from deploykit.tasks.classification.rows import Example
+from deploykit.tasks.one_by_one import Refusal, answer_each
 from deploykit.tasks.opening import open_translator
 from deploykit.training.kept_answers import kept_answers
 from deploykit.training.rows import Say
@@ -116,11 +118,13 @@ def _each(noise: Noise) -> Rewriter:
 
 
 def _back_translation(there: TextTranslator, back: TextTranslator, work: Path, say: Say) -> Rewriter:
-    """Return what translates a share of the texts there and back; one that gives no translation stays as it is."""
+    """Return what translates a share of the texts there and back; one that has no translation stays as it is."""
 
-    def translated(texts: Sequence[str]) -> list[str]:
-        foreign = [answer.text for answer in there.translate(texts, scored=False)]
-        return [answer.text for answer in back.translate(foreign, scored=False)]
+    def translated(texts: Sequence[str]) -> Sequence[str]:
+        for translator in (there, back):
+            answers = answer_each(partial(translator.translate, scored=False), texts)
+            texts = ["" if isinstance(answer, Refusal) else answer.text for answer in answers]
+        return texts
 
     def rewrite(texts: Sequence[str], rate: float, random: Random) -> list[str]:
         chosen = [i for i in range(len(texts)) if random.random() < rate]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from deploykit.errors import UsageError
+from deploykit.errors import DataError, UsageError
 from deploykit.tasks.classification import augment
 from deploykit.tasks.classification.masking import MaskedWords
 from deploykit.tasks.classification.options import ClassificationOptions
@@ -57,8 +57,10 @@ class _Translator:
         self.closed = False
 
     def translate(self, texts: Sequence[str], *, scored: bool) -> list[Any]:
+        if "refused" in texts:
+            raise DataError("text 0: begins with an unknown code", "")
         self.asked += texts
-        return [SimpleNamespace(text="" if text == "gone" else f"{text} in {self.task.target}") for text in texts]
+        return [SimpleNamespace(text="" if text in ("gone", "") else f"{text} in {self.task.target}") for text in texts]
 
     def close(self) -> None:
         self.closed = True
@@ -68,7 +70,8 @@ def test_rows_are_translated_there_and_back_once(monkeypatch: pytest.MonkeyPatch
     known = {"forth": _Translator("en", "fr"), "back": _Translator("fr", "en"), "other": _Translator("de", "en")}
     monkeypatch.setattr(augment, "open_translator", lambda target, **_: known[target])
     options = ClassificationOptions(augment=("back-translation=0.5",), back_translate=("forth", "back"))
-    texts = [*(f"text {i}" for i in range(500)), "gone"]
+    without = ["gone", "refused"] * 5
+    texts = [*(f"text {i}" for i in range(500)), *without]
 
     def rewritten() -> list[str]:
         with augment.rewriters(options, tmp_path, print) as found:
@@ -76,7 +79,7 @@ def test_rows_are_translated_there_and_back_once(monkeypatch: pytest.MonkeyPatch
 
     found = rewritten()
     assert 200 < sum(text.endswith("in fr in en") for text in found) < 300
-    assert found[-1] in ("gone", " in en"), "what has no translation"
+    assert found[-10:] == without, "what has no translation stays as it is"
     assert known["back"].closed
     asked = len(known["forth"].asked)
     assert rewritten() == found
