@@ -373,6 +373,7 @@ def test_a_smaller_student_learns_its_teachers_translations(
     assert "the student's decoder has the layers [0]" in err
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["distilled"]["taught"] > 100
+    assert set(metrics["distilled"]) == {"taught", "same", "untranslated", "leaks"}
     assert metrics["test"]["bleu"] > untaught["test"]["bleu"] + 5
     assert metrics["teacher"]["test"]["chrf"] > metrics["before"]["test"]["chrf"] - 1, "the same model, with beams"
     config = json.loads((out / "config.json").read_text())

@@ -168,6 +168,10 @@ class TranslationStage:
                 f"{' too' if options.distill_targets == 'join' else ''}, {counts['same']:,} the same as before, and "
                 f"{counts['untranslated']:,} their own: the teacher has none, or one without an end"
             )
+            learned, leaks = drop_pair_leaks(learned, [*rows.splits["validation"], *rows.splits["test"]])
+            if leaks:
+                say(f"  - {leaks:,} of them dropped: the teacher's target is that of a held-out row")
+            counts["leaks"] = leaks
             metrics = {
                 name: _metrics(
                     [answer or "" for answer in teacher.translations(name, pairs)], pairs, options.target_lang
