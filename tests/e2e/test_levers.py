@@ -60,6 +60,8 @@ def test_a_smaller_student_learns_hidden_states_and_goes_on_after_a_kill(
     assert "hidden states: 0 from 2, projected to their width" in err
     assert "`wide` and its hidden states" in (out / "README.md").read_text()
     assert "distill_hidden = 2.0" in (out / "finetune.toml").read_text()
+    code, again, err = deploykit("finetune", "--config", out / "finetune.toml", "--output-dir", out)
+    assert (code, "reused" in again) == (0, True), err
     assert not [key for key in load_file(out / "model.safetensors") if "distill" in key]
     code, _, err = deploykit("export", out, "--output-dir", tmp_path / "e")
     assert code == 0, err

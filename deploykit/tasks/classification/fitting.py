@@ -127,9 +127,8 @@ class _Fitting(Trainer):  # type: ignore[misc]
             taught = share * distillation(self.train_dataset.task, logits, wanted, options.distill_temperature)
             loss = (1 - options.distill_alpha) * loss + options.distill_alpha * taught
         if hidden is not None:
-            own = self.accelerator.unwrap_model(model)
             theirs = [state.repeat(passes, 1, 1) for state in theirs]
-            apart = hidden.distance(own, states_of(outputs), theirs, inputs["attention_mask"])
+            apart = hidden.distance(states_of(outputs), theirs, inputs["attention_mask"])
             loss = loss + options.distill_hidden * share * apart
         return (loss, outputs) if return_outputs else loss
 

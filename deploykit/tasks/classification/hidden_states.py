@@ -19,7 +19,7 @@ _PROJECTION = "distill_projection"
 
 class HiddenTeacher:
     """A teacher whose hidden states ``student`` learns. If they are wider or narrower than the student's, the student gets
-    a layer that projects its own, to be trained with it and taken off by ``detach``.
+    a layer that projects those that it gives, to be trained with it and taken off by ``detach``.
 
     ``kept`` are the layers of an origin with ``depth`` layers that the student has: it learns the teacher's same layers
     if that is as deep. Otherwise its layers are spread evenly over the teacher's, up to the last (Jiao et al., 2020).
@@ -65,6 +65,8 @@ class HiddenTeacher:
             projection = nn.Linear(width, wanted, bias=False)
             nn.init.orthogonal_(projection.weight)
             student.model.add_module(_PROJECTION, projection)
+            # Within the forward pass: several processes join the gradients of what it uses.
+            self._hook = student.model.register_forward_hook(_project)
 
     def told(self) -> str:
         """Return which layers learn from which, from 0."""
@@ -83,13 +85,12 @@ class HiddenTeacher:
             )
 
     def distance(
-        self, model: Any, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], mask: torch.Tensor
+        self, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], mask: torch.Tensor
     ) -> torch.Tensor:
         """Return the sum over rows of the mean, over tokens and layers, of the squared distance of the two states, each of
         length 1 (Sun et al., EMNLP 2019)."""
         total = torch.zeros((), device=mask.device)
         for layer, state in zip(self.layers, ours):
-            state = getattr(model, _PROJECTION)(state) if self.projects else state
             apart = 2 - 2 * functional.cosine_similarity(state.float(), theirs[layer].float(), dim=-1)
             total = total + ((apart * mask).sum(dim=1) / mask.sum(dim=1)).sum()
         return total / len(self.layers)
@@ -98,7 +99,16 @@ class HiddenTeacher:
         """Take the projection off a trained model, and the teacher back to the CPU, where it answers."""
         self._model.to("cpu")
         if self.projects:
+            self._hook.remove()
             delattr(model, _PROJECTION)
+
+
+def _project(model: Any, _: Any, outputs: Any) -> Any:
+    """Put projected hidden states in place of a model's own."""
+    if (states := outputs.get("hidden_states")) is not None:
+        projection = getattr(model, _PROJECTION)
+        outputs["hidden_states"] = (states[0], *(projection(state) for state in states[1:]))
+    return outputs
 
 
 def states_of(outputs: Any) -> Sequence[torch.Tensor]:

@@ -114,7 +114,7 @@ def test_a_student_of_any_width_learns_hidden_states(
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with torch.inference_mode():
             ours = model(**inputs, output_hidden_states=True).hidden_states[1:]
-            found = float(hidden.distance(model, ours, hidden.states(inputs), inputs["attention_mask"])) / 128
+            found = float(hidden.distance(ours, hidden.states(inputs), inputs["attention_mask"])) / 128
         hidden.detach(model)
         assert not [name for name, _ in model.named_parameters() if "distill" in name]
         return found
@@ -135,7 +135,7 @@ def test_kept_layers_learn_from_themselves_and_others_evenly(
     ids = torch.tensor([[2, 5, 6, 3, 0], [2, 7, 3, 0, 0]])
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     states = same.states(inputs)
-    assert float(same.distance(teacher.model, states, states, inputs["attention_mask"])) == pytest.approx(0, abs=1e-5)
+    assert float(same.distance(states, states, inputs["attention_mask"])) == pytest.approx(0, abs=1e-5)
 
 
 def test_a_teacher_that_reads_other_tokens_or_has_no_states_is_refused(
