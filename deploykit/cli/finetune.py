@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 def _load_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
     if path is not None:
         try:
-            ctx.default_map = read_toml(path)
+            # Click takes no empty list for an option of two values.
+            ctx.default_map = {name: value for name, value in read_toml(path).items() if value != []}
         except UsageError as error:
             raise click.UsageError(str(error), ctx) from error
 
@@ -81,6 +82,8 @@ def _field_option(name: str) -> Callable[[Callable[..., Result]], Callable[..., 
         typed += f"/--no-{typed[2:]}" if field.default else ""
     elif metadata.get("choices"):
         attributes["type"] = click.Choice(metadata["choices"])
+    elif values := metadata.get("values"):
+        attributes |= {"nargs": len(values), "metavar": " ".join(values)}
     elif any(isinstance(own.default, tuple) for own in owners.values()):
         attributes["multiple"] = True
     elif kind in ("int", "float"):

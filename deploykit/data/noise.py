@@ -8,6 +8,9 @@ from random import Random
 
 from deploykit.errors import UsageError
 
+SYNONYMS, MASK, BACK_TRANSLATION = "synonyms", "mask", "back-translation"
+"""Noises that need a word list, a masked language model, or two translators."""
+
 _NEIGHBOURS: Mapping[str, str] = {
     "q": "wa", "w": "qes", "e": "wrd", "r": "etf", "t": "ryg", "y": "tuh", "u": "yij", "i": "uok", "o": "ipl", "p": "ol",
     "a": "qsz", "s": "adwx", "d": "sfec", "f": "dgrv", "g": "fhtb", "h": "gjyn", "j": "hkum", "k": "jli", "l": "kop",
@@ -60,6 +63,9 @@ NOISES: Mapping[str, Noise] = {
 }  # fmt: skip
 
 
+_NAMES = (*NOISES, SYNONYMS, MASK, BACK_TRANSLATION)
+
+
 def parse_noise(text: str) -> tuple[str, float]:
     """Parse ``typos=0.1`` to a name and a rate. Raises UsageError."""
     name, _, rate = text.partition("=")
@@ -67,9 +73,9 @@ def parse_noise(text: str) -> tuple[str, float]:
         number = float(rate)
     except ValueError:
         number = 0.0
-    if name not in NOISES or not 0 < number <= 1:
+    if name not in _NAMES or not 0 < number <= 1:
         raise UsageError(
-            f"--augment {text!r} is no noise with a rate", f"write NAME=RATE, as typos=0.1; names: {', '.join(NOISES)}"
+            f"--augment {text!r} is no noise with a rate", f"write NAME=RATE, as typos=0.1; names: {', '.join(_NAMES)}"
         )
     return name, number
 

@@ -188,7 +188,8 @@ def as_chosen_before(options: FinetuneOptions, out: Path) -> FinetuneOptions:
 def file_digests(options: FinetuneOptions) -> Mapping[str, Sequence[str]]:
     """Return option -> the digests of the files of rows that it names on this machine."""
     named = {name: getattr(options, name, None) for name in ROWS}
-    found = {name: named_paths(source) for name, source in named.items() if source}
+    several = {name: [one] if isinstance(one, str) else one for name, one in named.items() if one}
+    found = {name: [path for source in sources for path in named_paths(source)] for name, sources in several.items()}
     return {name: [artifacts.digest_path(path) for path in paths] for name, paths in found.items() if paths}
 
 

@@ -20,8 +20,8 @@ else:
     import tomli as tomllib
 
 
-ROWS = ("model", "train", "validation", "test", "teacher")
-"""Options that name files, or a repository on the hub."""
+ROWS = ("model", "train", "validation", "test", "teacher", "synonyms", "mask_model", "back_translate")
+"""Options that name files, a repository on the hub, or a served model."""
 
 OPTIONS: Mapping[str, type[FinetuneOptions]] = {name: get_task(name).options() for name in task_names()}
 
@@ -31,9 +31,7 @@ def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
 
     Makes file names absolute. Raises UsageError for an unknown option, or one of another task.
     """
-    from deploykit.training.rows import absolute
-
-    given = _with_rows_of_run({k: absolute(v) if k in ROWS and v else v for k, v in given.items()})
+    given = _with_rows_of_run({name: _absolute(value) if name in ROWS else value for name, value in given.items()})
     task = given.get("task", DEFAULT)
     if task not in OPTIONS:
         raise UsageError(f"unknown task {task!r}", f"choose one of: {', '.join(OPTIONS)}")
@@ -42,6 +40,15 @@ def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
         if name not in option_names(kind):
             raise _unknown(name)
     return kind(**{**kind.preset(given.get("from_config")), **fit_multiple(kind, given)})
+
+
+def _absolute(source: Any) -> Any:
+    """Return ``source``, one or several, so that it names the same from any folder."""
+    from deploykit.training.rows import absolute
+
+    if isinstance(source, list | tuple):
+        return tuple(map(absolute, source))
+    return absolute(source) if source else source
 
 
 def _unknown(name: str) -> UsageError:

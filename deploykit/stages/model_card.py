@@ -51,6 +51,7 @@ def render(
         "",
         f"From `{origin}`; every option is in `finetune.toml`, and",
         "`deploykit finetune --config finetune.toml --output-dir DIR` repeats the run.",
+        *_learned_besides(options, metrics),
         "",
         "## Limits",
         "",
@@ -58,6 +59,20 @@ def render(
         "other text, other languages, or later years.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _learned_besides(options: FinetuneOptions, metrics: Mapping[str, Any]) -> list[str]:
+    """Return what the run learned from besides its rows."""
+    found = []
+    if copies := metrics.get("augmented"):
+        told = ", ".join(f"{count:,} with `{noise}`" for noise, count in copies.items())
+        found += ["", f"Besides the training rows it has seen copies of them: {told}."]
+    if teacher := getattr(options, "teacher", None):
+        if counts := metrics.get("distilled"):
+            found += ["", f"Of its training rows {counts['taught']:,} have a teacher's translation."]
+        states = " and its hidden states" if getattr(options, "distill_hidden", 0) else ""
+        found += ["", f"It has learned from a teacher, `{Path(teacher).name}`{states}, too."]
+    return found
 
 
 def _qat_results(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:

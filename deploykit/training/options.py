@@ -33,9 +33,12 @@ Hugging Face's, from ``TrainingArguments``, its example scripts, ``LoraConfig`` 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 
 
-def described(default: Any, help_text: str = "", choices: Iterable[str] = ()) -> Any:
-    """Declare a field with what ``deploykit finetune --help`` says of it. A class may give it another default."""
-    return field(default=default, metadata={"help": help_text, "choices": tuple(choices)})
+def described(default: Any, help_text: str = "", choices: Iterable[str] = (), values: Iterable[str] = ()) -> Any:
+    """Declare a field with what ``deploykit finetune --help`` says of it. A class may give it another default.
+
+    ``values`` name what follows the option, where that is more than one.
+    """
+    return field(default=default, metadata={"help": help_text, "choices": tuple(choices), "values": tuple(values)})
 
 
 @dataclass(frozen=True)

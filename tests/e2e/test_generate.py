@@ -394,6 +394,13 @@ def test_what_cannot_be_done_is_refused_before_training(
          "takes at most 256 tokens"),
         (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--lora-r", 2, "--lora-target-modules",
           "nothing"), 2, "--lora-target-modules nothing"),
+        (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--teacher", export), 2, "is an export"),
+        (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--distill-alpha", 0.1), 2,
+         "--distill-alpha is for --teacher"),
+        (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--student-layers", 1, "--lora-r", 2), 2,
+         "--student-layers changes the checkpoint"),
+        (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--student-layers", 2), 2,
+         "--student-layers is 2, and the model has 2 layers"),
         (("calibrate", base, "--output-dir", tmp_path / "c"), 1, "--calibration-data"),
         (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--method", "minmax"), 2, "add --int8"),
         (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--int8", "--calibration-rows", 3), 1,
@@ -422,6 +429,39 @@ def test_a_killed_run_continues_to_the_same_end(deploykit: Deploykit, base: Path
     assert weights[0] == weights[1], "bit for bit"
     history = [load_manifest(tmp_path / name, "checkpoint").metrics["history"] for name in ("killed", "whole")]
     assert history[0]["evaluations"] == history[1]["evaluations"], "losses and answers, those before the kill too"
+
+
+def test_a_smaller_student_learns_from_a_teacher(
+    deploykit: Deploykit, run: Path, base: Path, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "student"
+    words = (
+        "finetune", *QUICK, run, "--teacher", run, "--student-layers", 1, "--train", rows, "--max-steps", 6,
+        "--eval-steps", 2, "--output-dir", out, "--learning-rate", 1e-3, "--distill-alpha", 0.9,
+    )  # fmt: skip
+    kill_at_step(5, *words)
+    code, told, err = deploykit(*words)
+    assert code == 0, err
+    assert "continuing the unfinished run" in err
+    assert "the student has the layers [0]" in err
+    assert "teacher" in told
+    metrics = load_manifest(out, "checkpoint").metrics
+    assert metrics["teacher"] == metrics["before"], "the same model: it is measured once"
+    assert "| teacher |" in (out / "README.md").read_text().replace("| before ", "")
+    assert "from a teacher, `run`" in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+    code, told, _ = deploykit("finetune", "--config", out / "finetune.toml", "--output-dir", out)
+    assert code == 0
+    assert "reused" in told
+    code, _, err = deploykit("generate", out, "list the file here", "--max-new-tokens", 4)
+    assert code == 0, err
+    # Another teacher is measured besides.
+    code, _, err = deploykit("finetune", *QUICK, base, "--teacher", run, "--train", rows, "--max-steps", 2,
+                             "--output-dir", tmp_path / "r", "--lora-r", 2)  # fmt: skip
+    assert code == 0, err
+    assert "measuring the teacher" in err
+    metrics = load_manifest(tmp_path / "r", "checkpoint").metrics
+    assert metrics["teacher"]["test"]["loss"] < metrics["before"]["test"]["loss"]
 
 
 def test_a_page_shows_the_forms_of_an_export(run: Path, export: Path, tmp_path: Path) -> None:

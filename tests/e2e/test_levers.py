@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from killed_run import kill_at_step
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 Deploykit = Callable[..., tuple[int, str, str]]
 
@@ -37,6 +40,33 @@ def test_a_run_takes_all_levers(
     assert (config["attention_probs_dropout_prob"], config["classifier_dropout"]) == (0.2, 0.3)
 
 
+def test_a_smaller_student_learns_hidden_states_and_goes_on_after_a_kill(
+    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, rows, out = make_tiny_checkpoint(tmp_path / "m"), tmp_path / "rows.csv", tmp_path / "r"
+    rows.write_text("text,label\n" + "".join(f"w{i} w{i % 7},{('bad', 'good')[i % 2]}\n" for i in range(60)))
+    wide = tmp_path / "wide"
+    config = AutoConfig.from_pretrained(model, hidden_size=48, intermediate_size=96, num_hidden_layers=3)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(wide)
+    AutoTokenizer.from_pretrained(model).save_pretrained(wide)
+    command = (
+        "finetune", model, "--teacher", wide, "--distill-hidden", 2, "--student-layers", 1, "--train", rows,
+        "--output-dir", out, "--max-steps", 4, "--eval-steps", 2,
+    )  # fmt: skip
+    kill_at_step(3, *command)
+    code, _, err = deploykit(*command)
+    assert code == 0, err
+    assert "continuing the unfinished run" in err
+    assert "hidden states: 0 from 2, projected to their width" in err
+    assert "`wide` and its hidden states" in (out / "README.md").read_text()
+    assert "distill_hidden = 2.0" in (out / "finetune.toml").read_text()
+    code, again, err = deploykit("finetune", "--config", out / "finetune.toml", "--output-dir", out)
+    assert (code, "reused" in again) == (0, True), err
+    assert not [key for key in load_file(out / "model.safetensors") if "distill" in key]
+    code, _, err = deploykit("export", out, "--output-dir", tmp_path / "e")
+    assert code == 0, err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -44,6 +74,7 @@ def test_a_run_takes_all_levers(
         (("--student-layers", 2, "--lora-r", 4), "--student-layers changes the checkpoint"),
         (("--qat", "--teacher", "m"), "--qat goes on training a checkpoint as it is"),
         (("--augment", "typos"), "--augment 'typos' is no noise with a rate"),
+        (("--distill-hidden", 1), "--distill-hidden is for --teacher"),
         (("--r-drop", -1), "--r-drop is -1"),
         (("--regression", "--focal-gamma", 2), "--focal-gamma is for labels"),
     ],

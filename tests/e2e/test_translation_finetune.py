@@ -341,3 +341,62 @@ def test_a_translation_checkpoint_is_not_a_classifier(deploykit: Deploykit, new_
     assert code == 1
     assert "is a checkpoint for translation, not classification" in err
     assert "--task translation" in err
+
+
+def test_a_smaller_student_learns_its_teachers_translations(
+    deploykit: Deploykit, new_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    # The rows are all wrong, and the teacher knows better.
+    lines = pairs.read_text(encoding="utf-8").splitlines()
+    wrong = tmp_path / "wrong.tsv"
+    targets = [line.split("\t")[1] for line in lines[1:]]
+    rows = [
+        f"{line.split(chr(9))[0]}\t{' '.join(reversed(target.split()))}" for line, target in zip(lines[1:], targets)
+    ]
+    wrong.write_text("\n".join([lines[0], *rows]) + "\n", encoding="utf-8")
+    right, out = tmp_path / "right.tsv", tmp_path / "student"
+    right.write_text("\n".join([lines[0], *lines[1::10]]) + "\n", encoding="utf-8")
+    command = (
+        "finetune", new_model, *LANGUAGES, "--student-layers", 1, "--train", wrong, "--test", right, "--eval-steps", 20,
+        "--max-steps", 60, "--max-length", 32, "--batch-tokens", 512, "--learning-rate", 1e-3, "--validation-fraction", 0,
+        "--max-train-samples", 200,
+    )  # fmt: skip
+    code, _, err = deploykit(*command, "--output-dir", tmp_path / "untaught")
+    assert code == 0, err
+    untaught = json.loads((tmp_path / "untaught" / "metrics.json").read_text())
+    command = (*command, "--teacher", new_model, "--output-dir", out)
+    kill_at_step(30, *command)
+    code, _, err = deploykit(*command)
+    assert code == 0, err
+    assert "train: the teacher has translated 200 of 200 before" in err
+    assert "the student's encoder has the layers [0]" in err
+    assert "the student's decoder has the layers [0]" in err
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["distilled"]["taught"] > 100
+    assert set(metrics["distilled"]) == {"taught", "same", "untranslated", "leaks"}
+    assert metrics["test"]["bleu"] > untaught["test"]["bleu"] + 5
+    assert metrics["teacher"]["test"]["chrf"] > metrics["before"]["test"]["chrf"] - 1, "the same model, with beams"
+    config = json.loads((out / "config.json").read_text())
+    assert (config["encoder_layers"], config["decoder_layers"]) == (1, 1)
+    assert "a teacher's translation" in (out / "README.md").read_text()
+    code, out_text, _ = deploykit("finetune", "--config", out / "finetune.toml", "--output-dir", out)
+    assert code == 0
+    assert "reused" in out_text
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--distill-targets", "join"), 2, "--distill-targets is for --teacher"),
+        (("--student-layers", 1, "--lora-r", 4), 2, "--lora-r adapts a checkpoint as it is"),
+        (("--student-layers", 9), 2, "--student-layers is 9, and the encoder has"),
+        (("--student-decoder-layers", 9), 2, "--student-decoder-layers is 9, and the decoder has"),
+        (("--teacher", "no/such"), 1, "no/such: no such directory"),
+    ],
+)
+def test_a_student_without_sense_is_refused(
+    words: tuple[object, ...], code: int, says: str, deploykit: Deploykit, new_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    command = ("finetune", new_model, *LANGUAGES, "--train", pairs, "--output-dir", tmp_path / "r", *QUICK, *words)
+    found, _, err = deploykit(*command)
+    assert (found, says in err) == (code, True), err

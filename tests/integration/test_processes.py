@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from language_models import write_checkpoint, write_rows
 from safetensors.numpy import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from deploykit.artifacts import load_manifest
 from deploykit.tasks.text_generation.chat_template import CHATML
@@ -76,6 +77,20 @@ def test_two_processes_train_as_one_does(words: list[str], tmp_path: Path) -> No
         ]
         assert metrics[0] == metrics[1]
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")], "nothing is left behind"
+
+
+def test_two_processes_learn_a_wider_teachers_hidden_states_as_one_does(words: list[str], tmp_path: Path) -> None:
+    model, wide = Path(words[4]), tmp_path / "wide"
+    config = AutoConfig.from_pretrained(model, hidden_size=48, num_hidden_layers=3, id2label={0: "a", 1: "b"})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(wide)
+    AutoTokenizer.from_pretrained(model).save_pretrained(wide)
+    words = [*words, "--teacher", str(wide), "--distill-hidden", "2", "--max-steps", "6", "--augment", "swap=0.2"]
+    alone = run(words, "--per-device-train-batch-size", 16, "--output-dir", tmp_path / "one")
+    assert alone.returncode == 0, alone.stderr
+    together = run(words, "--per-device-train-batch-size", 8, "--output-dir", tmp_path / "two", "--processes", 2)
+    assert together.returncode == 0, together.stderr
+    assert "projected to their width" in together.stderr
+    assert losses(together.stderr) == losses(alone.stderr)
 
 
 def test_two_processes_train_a_language_model_as_one_that_accumulates(tmp_path: Path) -> None:

@@ -3,35 +3,89 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.data.noise import NOISES, parse_noise
+from deploykit.artifacts import digest_of
+from deploykit.data.noise import BACK_TRANSLATION, MASK, NOISES, SYNONYMS, Noise, parse_noise
+from deploykit.data.synonyms import read_synonyms, replace_words
+from deploykit.errors import UsageError
+from deploykit.runtime.served import DEFAULT_URL
+from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.classification.resampling import metrics_with_intervals
 from deploykit.tasks.classification.rows import Example
+from deploykit.tasks.one_by_one import Refusal, answer_each
+from deploykit.tasks.opening import open_translator
+from deploykit.training.kept_answers import kept_answers
+from deploykit.training.rows import Say
+
+if TYPE_CHECKING:
+    from deploykit.tasks.translation.predictor import TextTranslator
+
+Rewriter = Callable[[Sequence[str], float, Random], Sequence[str]]
+"""Gives each text with noise at a rate."""
 
 _MEASURED = {"typos": 0.2, "case": 1.0, "punctuation": 0.3}
 """Noises that a report measures, with their rates."""
 
 
-def augmented(rows: Sequence[Example], noises: Sequence[str], seed: int) -> list[Example]:
-    """Return a copy of each row with each of ``noises`` ("typos=0.1"), where that changes it.
+def augmented(
+    rows: Sequence[Example], noises: Sequence[str], seed: int, rewriters: Mapping[str, Rewriter]
+) -> dict[str, list[Example]]:
+    """Return noise ("typos=0.1") -> a copy of each row with it, where that changes the row.
 
     The origin of a copy names the row and the noise: "tweets.csv:17 with typos".
     """
-    found = []
-    for name, rate in map(parse_noise, noises):
-        random = Random(f"{seed} {name}")
-        for row in rows:
-            copy = _noisy(row, name, rate, random)
-            if (copy.text, copy.text_pair) != (row.text, row.text_pair):
-                found.append(dataclasses.replace(copy, origin=f"{row.origin} with {name}"))
+    found = {}
+    for noise in noises:
+        name, rate = parse_noise(noise)
+        copies = _noisy(rows, rewriters[name], rate, Random(f"{seed} {name}"))
+        found[noise] = [
+            dataclasses.replace(copy, origin=f"{row.origin} with {name}")
+            for row, copy in zip(rows, copies)
+            if (copy.text, copy.text_pair) != (row.text, row.text_pair)
+        ]
     return found
+
+
+@contextmanager
+def rewriters(options: ClassificationOptions, work: Path, say: Say) -> Iterator[dict[str, Rewriter]]:
+    """Yield noise -> what makes it, with the models open that it needs. Translations are kept in ``work``.
+
+    Raises UsageError for translators that do not go there and back, and for what is no masked language model.
+    """
+    names = {name for name, _ in map(parse_noise, options.augment)}
+    found = {name: _each(NOISES[name]) for name in names if name in NOISES}
+    if SYNONYMS in names:
+        assert options.synonyms is not None
+        known = read_synonyms(Path(options.synonyms))
+        found[SYNONYMS] = _each(lambda text, rate, random: replace_words(text, rate, random, known))
+    if MASK in names:
+        from deploykit.tasks.classification.masking import MaskedWords
+
+        found[MASK] = MaskedWords(options.mask_model or options.origin).rewrite
+    with ExitStack() as opened:
+        if BACK_TRANSLATION in names:
+            there, back = (
+                opened.enter_context(closing(open_translator(target, url=DEFAULT_URL)))
+                for target in options.back_translate
+            )
+            if (there.task.source, there.task.target) != (back.task.target, back.task.source):
+                raise UsageError(
+                    f"--back-translate: the first translates {there.task.source} to {there.task.target}, and the second "
+                    f"{back.task.source} to {back.task.target}",
+                    "give one to another language, and one from that back",
+                )
+            found[BACK_TRANSLATION] = _back_translation(there, back, work, say)
+        yield found
 
 
 def robustness(
@@ -42,15 +96,49 @@ def robustness(
     found = []
     for name in ("clean", *_MEASURED):
         if name != "clean":
-            random = Random(name)
-            scores = predictor.scores([_noisy(row, name, _MEASURED[name], random).asked for row in rows])
+            noisy = _noisy(rows, _each(NOISES[name]), _MEASURED[name], Random(name))
+            scores = predictor.scores([row.asked for row in noisy])
         metrics = metrics_with_intervals(predictor.task, truth, scores)
         intervals = {metric: metrics["intervals"][metric] for metric in names}
         found.append({"noise": name, **{metric: metrics[metric] for metric in names}, "intervals": intervals})
     return found
 
 
-def _noisy(row: Example, name: str, rate: float, random: Random) -> Example:
-    noise = NOISES[name]
-    pair = None if row.text_pair is None else noise(row.text_pair, rate, random)
-    return dataclasses.replace(row, text=noise(row.text, rate, random), text_pair=pair)
+def _noisy(rows: Sequence[Example], rewrite: Rewriter, rate: float, random: Random) -> list[Example]:
+    texts = [text for row in rows for text in (row.text, row.text_pair) if text is not None]
+    rewritten = iter(rewrite(texts, rate, random))
+    return [
+        dataclasses.replace(row, text=next(rewritten), text_pair=None if row.text_pair is None else next(rewritten))
+        for row in rows
+    ]
+
+
+def _each(noise: Noise) -> Rewriter:
+    return lambda texts, rate, random: [noise(text, rate, random) for text in texts]
+
+
+def _back_translation(there: TextTranslator, back: TextTranslator, work: Path, say: Say) -> Rewriter:
+    """Return what translates a share of the texts there and back; one that has no translation stays as it is."""
+
+    def translated(texts: Sequence[str]) -> Sequence[str]:
+        for translator in (there, back):
+            answers = answer_each(partial(translator.translate, scored=False), texts)
+            texts = ["" if isinstance(answer, Refusal) else answer.text for answer in answers]
+        return texts
+
+    def rewrite(texts: Sequence[str], rate: float, random: Random) -> list[str]:
+        chosen = [i for i in range(len(texts)) if random.random() < rate]
+        found = list(texts)
+        asked = [texts[i] for i in chosen]
+        answers = kept_answers(
+            work / f"back-translation.{digest_of(asked)[:12]}.jsonl",
+            asked,
+            translated,
+            "translated there and back",
+            say,
+        )
+        for i, answer in zip(chosen, answers):
+            found[i] = answer or found[i]
+        return found
+
+    return rewrite

@@ -1,24 +1,22 @@
-"""Learn from a teacher: its logits, and its layers."""
+"""Ask a teacher: a model whose answers a student learns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from deploykit.artifacts import load_manifest
 from deploykit.attribution.explain import log_odds
 from deploykit.errors import UsageError
-from deploykit.runtime.find_graphs import find_graphs
 from deploykit.runtime.served import DEFAULT_URL
+from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.resampling import metrics_with_intervals
 from deploykit.tasks.classification.rows import Example
-from deploykit.tasks.registry import get_task, task_of
+from deploykit.tasks.opening import open_predictor
+from deploykit.tasks.registry import task_of
 
 _AT_ONCE = 256
 
@@ -28,16 +26,7 @@ class Teacher:
 
     def __init__(self, target: str, task: Classification) -> None:
         """Raises UsageError if the teacher does not give the labels of ``task``."""
-        own: Any = get_task(Classification.name)
-        path = Path(target)
-        if not path.exists():
-            self._predictor = own.open_served(target, DEFAULT_URL)
-        elif (path / "config.json").is_file() and not any(path.glob("*.onnx")):
-            self._predictor = own.open_checkpoint(path)
-        else:
-            manifest = load_manifest(path)
-            graphs = find_graphs(path, manifest, engine="auto", precision="auto")
-            self._predictor = own.open_graphs(path, manifest.task, graphs, None)
+        self._predictor: Any = open_predictor(target, url=DEFAULT_URL)
         found = self._predictor.task
         if not isinstance(found, Classification):
             raise UsageError(f"--teacher {target} {task_of(found).does}", "give a classifier")
@@ -63,6 +52,15 @@ class Teacher:
         logits = log_odds(exact) if self._task.multi_label else np.log(np.clip(exact, 1e-7, 1 - 1e-7))
         return np.asarray(logits, np.float32)
 
+    def checkpoint(self) -> TorchClassifier:
+        """Return the model itself. Raises UsageError if it is no checkpoint."""
+        if not isinstance(self._predictor, TorchClassifier):
+            raise UsageError(
+                "--distill-hidden needs the teacher's hidden states, and exports and served models give none",
+                "give the checkpoint as --teacher",
+            )
+        return self._predictor
+
     def measured(self, rows: Sequence[Example]) -> dict[str, Any]:
         """Return the teacher's own metrics."""
         truth = self._task.targets([row.label for row in rows])
@@ -76,29 +74,3 @@ class Teacher:
         parts = [self._predictor.scores(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)]
         found: NDArray[np.float32] = np.concatenate(parts)[:, self._order]
         return found
-
-
-def keep_layers(model: Any, count: int) -> list[int]:
-    """Keep ``count`` layers of a model, evenly spaced from the first to the last. Returns their numbers.
-
-    Raises UsageError if the model has not more layers than that.
-    """
-    layers = getattr(model.config, "num_hidden_layers", 0)
-    lists = [
-        (parent, name, module)
-        for parent in model.modules()
-        for name, module in parent.named_children()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-    if len(lists) != 1 or count >= layers:
-        raise UsageError(
-            f"--student-layers is {count}, and the model has {layers or 'no known'} layers",
-            "give a lower number, or leave it out",
-        )
-    kept = [round(i) for i in np.linspace(0, layers - 1, count)] if count > 1 else [0]
-    parent, name, module = lists[0]
-    setattr(parent, name, nn.ModuleList(module[i] for i in kept))
-    if (types := getattr(model.config, "layer_types", None)) is not None:  # sliding or full attention
-        model.config.layer_types = [types[i] for i in kept]
-    model.config.num_hidden_layers = count
-    return kept

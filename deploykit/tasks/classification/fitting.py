@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from deploykit.runtime.tokenizer import Encoded
 from deploykit.tasks.classification.facts import Classification
+from deploykit.tasks.classification.hidden_states import HiddenTeacher, states_of
 from deploykit.tasks.classification.losses import distillation, divergence, summed_loss
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.options import ClassificationOptions
@@ -68,12 +69,14 @@ def fit(
     options: ClassificationOptions,
     work: Path,
     say: Say,
+    hidden: HiddenTeacher | None = None,
 ) -> Any:
     """``model`` as it was at its best evaluation, if there are any: highest macro-F1, among equals the lowest loss."""
     task = train_set.task
     return trainer.run(
         _Fitting(
             options=options,
+            hidden=hidden,
             model=model,
             args=trainer.arguments(
                 options,
@@ -95,9 +98,10 @@ def fit(
 class _Fitting(Trainer):  # type: ignore[misc]
     """Passes each training batch twice for R-Drop, through different dropouts, and adds what a teacher says."""
 
-    def __init__(self, *words: Any, options: ClassificationOptions, **named: Any) -> None:
+    def __init__(self, *words: Any, options: ClassificationOptions, hidden: HiddenTeacher | None, **named: Any) -> None:
         super().__init__(*words, **named)
         self._options = options
+        self._hidden = hidden
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return trainer.GroupedByLength(self.args, [len(ids) for ids in self.train_dataset.encoded.ids])
@@ -107,19 +111,25 @@ class _Fitting(Trainer):  # type: ignore[misc]
     ) -> Any:
         options, teacher = self._options, inputs.pop("teacher", None)
         items = inputs["labels"].numel() if num_items_in_batch is None else num_items_in_batch
-        if model.training and options.r_drop:
+        hidden = self._hidden if model.training else None
+        theirs = hidden.states(inputs) if hidden is not None else ()
+        passes = 2 if model.training and options.r_drop else 1
+        if passes == 2:
             inputs = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+        if hidden is not None:
+            inputs["output_hidden_states"] = True
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        share = 1 / (passes * items)
+        if num_items_in_batch is not None:  # of all processes, whose gradients are averaged
+            share = share * self.accelerator.num_processes
         if teacher is not None:
-            logits = outputs["logits"].float()
-            passes = len(logits) // len(teacher)
-            taught = distillation(
-                self.train_dataset.task, logits, teacher.repeat(passes, 1), options.distill_temperature
-            )
-            taught = taught / (passes * items)
-            if num_items_in_batch is not None:  # of all processes, whose gradients are averaged
-                taught = taught * self.accelerator.num_processes
+            logits, wanted = outputs["logits"].float(), teacher.repeat(passes, 1)
+            taught = share * distillation(self.train_dataset.task, logits, wanted, options.distill_temperature)
             loss = (1 - options.distill_alpha) * loss + options.distill_alpha * taught
+        if hidden is not None:
+            theirs = [state.repeat(passes, 1, 1) for state in theirs]
+            apart = hidden.distance(states_of(outputs), theirs, inputs["attention_mask"])
+            loss = loss + options.distill_hidden * share * apart
         return (loss, outputs) if return_outputs else loss
 
 

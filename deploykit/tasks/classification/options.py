@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from deploykit.data.noise import parse_noise
+from deploykit.data.noise import BACK_TRANSLATION, MASK, SYNONYMS, parse_noise
 from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR, Classification
@@ -55,15 +55,38 @@ class ClassificationOptions(FinetuneOptions):
     )
     teacher: str | None = described(
         None,
-        "Distillation: also learn the probabilities of this model, a checkpoint, an export or a served model's name.",
+        "Distillation: also learn from this model, a checkpoint, an export or a served model's name: its probabilities "
+        "(classification; text-generation, of a checkpoint), or the translations of its beam search (translation).",
     )
     distill_alpha: float = described(0.5, "Share of the teacher in the loss; the rest is that of the labels.")
     distill_temperature: float = described(2.0, "Temperature of teacher and student in the loss.")
-    student_layers: int = described(0, "Keep this many layers of TARGET, evenly spaced; 0: all.")
+    distill_hidden: float = described(
+        0.0,
+        "Also learn the hidden states of a teacher that is a checkpoint with the student's tokenizer, layer by layer, with "
+        "this weight; 0: off.",
+    )
+    student_layers: int = described(
+        0, "Keep this many layers of TARGET, evenly spaced, of a translator on each side that has more; 0: all."
+    )
     augment: tuple[str, ...] = described(
         (),
         "Also train on a copy of each training row with noise, as typos=0.1: a rate of the words. Noises: typos, case, "
-        "punctuation, swap, delete. Repeat for several.",
+        "punctuation, swap, delete, synonyms, mask (other words by a masked language model) and back-translation (a rate "
+        "of the rows). Repeat for several.",
+    )
+    synonyms: str | None = described(
+        None,
+        "Words for --augment synonyms: a file with words that may stand for each other in each line, with commas between, "
+        "or a thesaurus of MyThes (.dat).",
+    )
+    mask_model: str | None = described(
+        None, "Masked language model for --augment mask, a folder or a hub id (default: TARGET)."
+    )
+    back_translate: tuple[str, ...] = described(
+        (),
+        "Translators for --augment back-translation, to another language and back: checkpoints, exports, or names of "
+        "served models.",
+        values=("FORWARD", "BACKWARD"),
     )
     temperature_scaling: bool = described(
         False, "Divide the logits by the temperature that fits the validation rows, in the checkpoint and its exports."
@@ -97,6 +120,7 @@ class ClassificationOptions(FinetuneOptions):
         "r_drop": (0, 100),
         "distill_alpha": (0, 1),
         "distill_temperature": (0.01, 100),
+        "distill_hidden": (0, 1000),
         "student_layers": (0, 1000),
     }
 
@@ -182,11 +206,10 @@ class ClassificationOptions(FinetuneOptions):
             )
         if self.qat and not self.validates and self.test is None and not self.test_fraction:
             raise UsageError("--qat measures before and after, and no rows are held out", "give --validation or --test")
-        for name in ("distill_alpha", "distill_temperature"):
+        for name in ("distill_alpha", "distill_temperature", "distill_hidden"):
             if self.teacher is None and getattr(self, name) != getattr(type(self), name):
                 raise UsageError(f"{flag(name)} is for --teacher", "add --teacher, or leave it out")
-        for noise in self.augment:
-            parse_noise(noise)
+        self._check_noises()
         if self.qat and (self.teacher or self.student_layers):
             raise UsageError("--qat goes on training a checkpoint as it is", "leave out --teacher and --student-layers")
         if self.student_layers and self.lora_r:
@@ -203,3 +226,21 @@ class ClassificationOptions(FinetuneOptions):
             raise UsageError("--qat trains the weights that are rounded, and --lora-r others", "leave one out")
         if not self.qat and self.qat_method != type(self).qat_method:
             raise UsageError("--qat-method is for --qat", "add --qat, or leave it out")
+
+    def _check_noises(self) -> None:
+        names = {parse_noise(noise)[0] for noise in self.augment}
+        for noise, name in ((SYNONYMS, "synonyms"), (MASK, "mask_model"), (BACK_TRANSLATION, "back_translate")):
+            if getattr(self, name) and noise not in names:
+                raise UsageError(
+                    f"{flag(name)} is for --augment {noise}", f"add --augment {noise}=RATE, or leave it out"
+                )
+        if SYNONYMS in names and self.synonyms is None:
+            raise UsageError(
+                "--augment synonyms needs a list of words",
+                "name one: --synonyms FILE; of English: apt install mythes-en-us, --synonyms "
+                "/usr/share/mythes/th_en_US_v2.dat",
+            )
+        if BACK_TRANSLATION in names and len(self.back_translate) != 2:
+            raise UsageError(
+                "--augment back-translation needs two translators", "name them: --back-translate FORWARD BACKWARD"
+            )

@@ -10,15 +10,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from deploykit.data.noise import BACK_TRANSLATION, parse_noise
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
-from deploykit.tasks.classification.augment import augmented
+from deploykit.tasks.classification.augment import augmented, rewriters
 from deploykit.tasks.classification.checkpoint import TorchClassifier, check_separates, labels_of, task_of
 from deploykit.tasks.classification.clean import CleaningReport, clean
-from deploykit.tasks.classification.distill import Teacher, keep_layers
+from deploykit.tasks.classification.distill import Teacher
 from deploykit.tasks.classification.evaluate import LabelledRows, answer_rows
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
+from deploykit.tasks.classification.hidden_states import HiddenTeacher
 from deploykit.tasks.classification.inspection.confidence import fit_temperature
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.recipe import Facts, choose, kind_of
@@ -40,9 +42,13 @@ from deploykit.training import processes, trainer
 from deploykit.training.checkpoint import load_config, load_for_training, load_tokenizer, max_tokens, pad_token_id
 from deploykit.training.recipe import Choice, Recipe
 from deploykit.training.rows import Rows, Say
+from deploykit.training.student import keep_layers, layer_count
 from deploykit.training.trainer import Trained
 
 _CALIBRATION_ROWS = 512
+_SAMPLES = 2
+"""Copies of each noise that are shown."""
+_TRIED_TEXTS = 8
 _MEASURED_ROWS = 2000
 """Training rows whose lengths are measured."""
 
@@ -55,6 +61,8 @@ class ClassificationStage:
         self.tokenizer = load_tokenizer(options.origin)
         self._config = config = load_config(options.origin)
         self._head = trained_labels(config)
+        self._kept: list[int] = []
+        self._depth = 0
         self._known_labels = {*self._head, *options.named_labels}
         self._limit = limit = max_tokens(self.tokenizer, config)
         if options.max_length > limit:
@@ -163,7 +171,7 @@ class ClassificationStage:
             kind=kind_of(self._config),
             hidden=getattr(config, "hidden_size", None) or config.d_model,
             limit=self._limit,
-            rows=len(train) * (1 + len(options.augment)),
+            rows=int(len(train) * (1 + sum(map(copies, options.augment)))),
             lengths=[len(ids) for ids in TorchClassifier(None, self.tokenizer, task).encode(texts).ids],
             adapter=bool(options.lora_r),
             rounded=options.qat,
@@ -174,10 +182,8 @@ class ClassificationStage:
         self.complete(rows)
         classifier = self._classifier(self.task(rows), say)
         model, task = classifier.model, classifier.task
-        noisy = augmented(rows.splits["train"], self._options.augment, self._options.seed)
-        for example in noisy[:: max(1, len(noisy) // 3)][:3]:
-            say(f"  {example.origin}: {example.text}")
-        training_rows = [*rows.splits["train"], *noisy]
+        noisy = self._augmented(rows, work, say)
+        training_rows = [*rows.splits["train"], *(row for copies in noisy.values() for row in copies)]
         teacher = None if self._options.teacher is None else Teacher(self._options.teacher, task)
         encoded = {
             name: EncodedTexts(
@@ -190,7 +196,20 @@ class ClassificationStage:
         say(f"training on {len(encoded['train']):,} rows, validating on {len(rows.splits['validation']):,}")
         if self._options.qat:
             return self._train_rounded(classifier, rows, encoded, work, say)
-        model = fit(model, encoded["train"], encoded.get("validation"), self._options, work, say)
+        hidden = None
+        if teacher is not None and self._options.distill_hidden:
+            texts = [row.asked for row in evenly(rows.splits["train"], _TRIED_TEXTS)]
+            hidden = HiddenTeacher(teacher.checkpoint(), classifier, texts, self._kept, self._depth)
+            if hidden.projects and self._options.lora_r:
+                raise UsageError(
+                    "--distill-hidden projects the student's hidden states to the width of the teacher's, and --lora-r "
+                    "trains an adapter alone",
+                    "leave one out",
+                )
+            say(hidden.told())
+        model = fit(model, encoded["train"], encoded.get("validation"), self._options, work, say, hidden)
+        if hidden is not None:
+            hidden.detach(model)
         if self._options.temperature_scaling:
             found = answer_rows(TorchClassifier(model, self.tokenizer, task), LabelledRows(rows.splits["validation"]))
             task = dataclasses.replace(task, temperature=fit_temperature(task, found.truth, found.scores))
@@ -200,7 +219,23 @@ class ClassificationStage:
         if teacher is not None:
             metrics["teacher"] = {name: teacher.measured(rows.splits[name]) for name in metrics}
             teacher.close()
+        if noisy:
+            metrics["augmented"] = {noise: len(copies) for noise, copies in noisy.items()}
         return Trained(task, model, self.tokenizer, metrics)
+
+    def _augmented(self, rows: Rows[Example, Columns], work: Path, say: Say) -> dict[str, list[Example]]:
+        """Return noise -> copies of the training rows with it; none of them has the text of a held-out row."""
+        options = self._options
+        held_out = [*rows.splits["validation"], *rows.splits["test"]]
+        with rewriters(options, work, say) as known:
+            found = augmented(rows.splits["train"], options.augment, options.seed, known)
+        for noise, copies in found.items():
+            found[noise], leaks = drop_leaks(copies, held_out)
+            told = f", {leaks:,} dropped: the same text is held out" if leaks else ""
+            say(f"{noise}: {len(found[noise]):,} copies of training rows{told}")
+            for row in evenly(found[noise], _SAMPLES):
+                say(f"  {row.origin}: {row.text}{'' if row.text_pair is None else f' | {row.text_pair}'}")
+        return found
 
     def _train_rounded(
         self,
@@ -261,7 +296,9 @@ class ClassificationStage:
         loaded = load_for_training(options.origin, **config)
         model = loaded.model
         if options.student_layers:
-            say(f"the student has the layers {keep_layers(model, options.student_layers)} of {options.origin}, from 0")
+            self._depth = layer_count(model)
+            model, self._kept = keep_layers(model, options.student_layers)
+            say(f"the student has the layers {self._kept} of {options.origin}, from 0")
         new = set(loaded.new)
         if (
             self._head
@@ -277,6 +314,12 @@ class ClassificationStage:
         if options.lora_r:
             classifier.model = trainer.with_adapter(model, options, "SEQ_CLS", new)
         return classifier
+
+
+def copies(noise: str) -> float:
+    """Return the share of the rows that a noise makes copies of."""
+    name, rate = parse_noise(noise)
+    return rate if name == BACK_TRANSLATION else 1.0
 
 
 def by_tenths(rows: Sequence[Example]) -> list[Example]:

@@ -57,5 +57,5 @@ def result_text(metrics: Mapping[str, Any], held_out: str) -> str:
 
 
 def columns_of(metrics: Mapping[str, Any], held_out: str) -> dict[str, Mapping[str, Any]]:
-    before = metrics.get("before", {}).get(held_out)
-    return {**({"before": before} if before else {}), "after": metrics[held_out]}
+    found = {name: found for name in ("before", "teacher") if (found := metrics.get(name, {}).get(held_out))}
+    return {**found, "after": metrics[held_out]}

@@ -54,6 +54,10 @@ class TextGenerationOptions(FinetuneOptions):
         None, "Compare only the last match of this (its first group) in generated answers."
     )
     syntax: str | None = described(None, "Count the generated answers that parse.", SYNTAXES)
+    teacher: str | None = None
+    distill_alpha: float = 0.5
+    distill_temperature: float = 2.0
+    student_layers: int = 0
     eval_rows: int = 32
     held_out_rows: int = 500
 
@@ -66,6 +70,9 @@ class TextGenerationOptions(FinetuneOptions):
         "show_rows": (0, 1000),
         "lora_dropout": (0, 0.99),
         "neftune_noise_alpha": (0, 1000),
+        "distill_alpha": (0, 1),
+        "distill_temperature": (0.01, 100),
+        "student_layers": (0, 1000),
         "eval_rows": (0, 1_000_000),
         "held_out_rows": (1, 1_000_000_000),
     }
@@ -85,6 +92,13 @@ class TextGenerationOptions(FinetuneOptions):
                     f"--load-in-4bit does not read GGUF files, and {self.origin} is one",
                     "give the folder of the Hugging Face checkpoint",
                 )
+        for name in ("distill_alpha", "distill_temperature"):
+            if self.teacher is None and getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"{flag(name)} is for --teacher", "add --teacher, or leave it out")
+        if self.student_layers and self.adapts:
+            raise UsageError(
+                "--student-layers changes the checkpoint that an adapter is for", "leave one out: --lora-r 0 trains all"
+            )
         if self.syntax is not None:
             check_syntax(self.syntax)
         if self.answer_regex is not None:

@@ -24,6 +24,7 @@ from transformers import Trainer
 from deploykit.errors import ExportError
 from deploykit.tasks.text_generation import packed_attention
 from deploykit.tasks.text_generation.adapter import moved, with_adapter
+from deploykit.tasks.text_generation.distill import Teacher
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.four_bit import load_four_bit
@@ -76,7 +77,13 @@ class SftTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, batches: TokenBatches, validation: DataLoader[Any], answers: Answers | None, **arguments: Any
+        self,
+        *,
+        batches: TokenBatches,
+        validation: DataLoader[Any],
+        answers: Answers | None,
+        teacher: Teacher | None,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         self.model_accepts_loss_kwargs = (
@@ -85,6 +92,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         self._batches = batches
         self._validation = validation
         self._answers = answers
+        self._teacher = teacher
         self._seen_tokens, self._since = 0, time.monotonic()
 
     def get_train_dataloader(self) -> Any:
@@ -98,7 +106,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         self._seen_tokens += row_tokens(inputs)
-        total, count = supervised_loss(model, inputs)
+        total, count = supervised_loss(model, inputs, self._teacher)
         items = count if num_items_in_batch is None else num_items_in_batch
         loss = total / items
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -133,8 +141,10 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, *arguments, **named)
 
 
-def supervised_loss(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Return the summed loss of all supervised tokens, and how many they are.
+def supervised_loss(
+    model: Any, inputs: Mapping[str, torch.Tensor], teacher: Teacher | None = None
+) -> tuple[torch.Tensor, int]:
+    """Return the summed loss of all supervised tokens, with what a teacher adds, and how many they are.
 
     ``inputs`` is a batch of ``pack`` or ``pad``.
     """
@@ -142,16 +152,18 @@ def supervised_loss(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[tor
     rest = {name: value for name, value in inputs.items() if name != "labels"}
     positions = (labels != IGNORED).any(0).nonzero()[:, 0]
     logits = model(**rest, logits_to_keep=positions, use_cache=False).logits
-    targets = labels[:, positions]
-    loss = functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    targets = labels[:, positions].flatten()
+    logits = logits.flatten(0, 1)
+    if teacher is None:
+        loss = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    else:
+        loss = teacher.loss(logits, targets, rest, positions)
     return loss, int((targets != IGNORED).sum())
 
 
 def train(
     model: Any, rows: Sequence[EncodedRow], validation: Sequence[EncodedRow], facts: TextGeneration,
-    options: TextGenerationOptions, work: Path, say: Say, answers: Answers | None = None,
+    options: TextGenerationOptions, work: Path, say: Say, answers: Answers | None = None, teacher: Teacher | None = None,
 ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """Return the model as it was at the lowest validation loss, an adapter merged into it, and the run's history.
 
@@ -160,7 +172,7 @@ def train(
     """
     attention = model.config._attn_implementation
     base = load_four_bit(options.origin) if options.load_in_4bit else model
-    sft = sft_trainer(base, rows, validation, facts, options, work, say, answers)
+    sft = sft_trainer(base, rows, validation, facts, options, work, say, answers, teacher)
     result = trainer.run(sft)
     if options.load_in_4bit:
         result = moved(result, model)  # weights of 4 bits would be rounded a second time after a merge
@@ -172,16 +184,18 @@ def train(
 
 def sft_trainer(
     model: Any, rows: Sequence[EncodedRow], validation: Sequence[EncodedRow], facts: TextGeneration,
-    options: TextGenerationOptions, work: Path, say: Say, answers: Answers | None = None,
+    options: TextGenerationOptions, work: Path, say: Say, answers: Answers | None = None, teacher: Teacher | None = None,
 ) -> SftTrainer:  # fmt: skip
     """Return the trainer of ``model``, to which an adapter is added if ``options`` ask for one."""
-    if type(model)._supports_sdpa:
-        packed_attention.register()
-        by_rows = options.packing and not torch.cuda.is_available()
-        # Neither keeps scores for the backward pass.
-        model.set_attn_implementation(packed_attention.NAME if by_rows else "sdpa")
+    read_by = [model] if teacher is None else [model, teacher.model]
+    for each in read_by:
+        if type(each)._supports_sdpa:
+            packed_attention.register()
+            by_rows = options.packing and not torch.cuda.is_available()
+            # Neither keeps scores for the backward pass.
+            each.set_attn_implementation(packed_attention.NAME if by_rows else "sdpa")
     longest = max(len(row.ids) for row in (*rows, *validation))
-    collate = _collate(model, longest, options, facts)
+    collate = _collate(read_by, longest, options, facts)
     batches = TokenBatches(
         [len(row.ids) for row in rows], options.batch_tokens, packed=options.packing, seed=options.seed,
         process=processes.number(), processes=processes.count(),
@@ -208,6 +222,7 @@ def sft_trainer(
         batches=batches,
         validation=DataLoader(EncodedRows(validation), batch_sampler=held_out, collate_fn=collate),
         answers=answers if processes.is_first() else None,
+        teacher=teacher,
         train_dataset=EncodedRows(rows),
         eval_dataset=EncodedRows(validation),
         data_collator=collate,
@@ -217,14 +232,15 @@ def sft_trainer(
 
 
 def _collate(
-    model: Any, longest: int, options: TextGenerationOptions, facts: TextGeneration
+    models: Sequence[Any], longest: int, options: TextGenerationOptions, facts: TextGeneration
 ) -> Callable[[Sequence[EncodedRow]], dict[str, torch.Tensor]]:
-    """Return what makes a batch of rows of at most ``longest`` tokens."""
+    """Return what makes a batch of rows of at most ``longest`` tokens, which all ``models`` read."""
     if not options.packing:
         return partial(pad, pad_token_id=facts.pad_token_id)
     # All layers get one mask, which knows no sliding window.
-    window = getattr(model.config, "sliding_window", None)
-    return pack_sharing if type(model)._supports_sdpa and (window is None or longest <= window) else pack
+    windows = [getattr(model.config, "sliding_window", None) for model in models]
+    masked = all(type(model)._supports_sdpa for model in models)
+    return pack_sharing if masked and all(window is None or longest <= window for window in windows) else pack
 
 
 def _history(logs: Sequence[Mapping[str, Any]], answers: Mapping[int, Sequence[str]]) -> dict[str, Any]:

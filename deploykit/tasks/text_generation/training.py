@@ -32,6 +32,7 @@ from deploykit.tasks.text_generation.clean_rows import (
     show_row,
     split_rows,
 )
+from deploykit.tasks.text_generation.distill import Teacher, check_teacher
 from deploykit.tasks.text_generation.encode import EncodedRow, fit
 from deploykit.tasks.text_generation.evaluate import Asked, ask, evaluate, room_for
 from deploykit.tasks.text_generation.four_bit import check_four_bit
@@ -42,6 +43,7 @@ from deploykit.tasks.text_generation.sft import Answers, train
 from deploykit.training import processes
 from deploykit.training.recipe import Choice, Recipe
 from deploykit.training.rows import Rows, Say
+from deploykit.training.student import keep_layers
 from deploykit.training.trainer import Trained
 
 _SAMPLES = 5
@@ -80,6 +82,8 @@ class TextGenerationStage:
                 f"--max-length is {self._max_length}, but {options.origin} takes at most {self.facts.max_length} tokens",
                 f"give --max-length {self.facts.max_length} or less",
             )
+        if options.teacher is not None:
+            check_teacher(options.teacher, self.hf_tokenizer, self.facts, self._max_length)
 
     def complete(self, _: object) -> tuple[TextGenerationOptions, Recipe]:
         """Choose the length, which is left to the run. Returns the whole options, and what was chosen."""
@@ -151,7 +155,19 @@ class TextGenerationStage:
                 "give other held-out rows",
             )
         measured = shown and processes.is_first()
-        before = self._measured(generator, asked[shown], work / "before.json", say) if measured else None
+        came = "the checkpoint as it came"
+        before = self._measured(generator, asked[shown], work / "before.json", came, say) if measured else None
+        teacher = taught = None
+        if options.teacher is not None:
+            if options.teacher == options.model:
+                taught = before
+            teacher = Teacher(load_base(options.teacher), options.distill_alpha, options.distill_temperature)
+            if measured and taught is None:
+                generator = TorchGenerator(teacher.model, tokenizer, facts)
+                taught = self._measured(generator, asked[shown], work / "teacher.json", "the teacher", say)
+        if options.student_layers:
+            model, kept = keep_layers(model, options.student_layers)
+            say(f"the student has the layers {kept} of {options.origin}, from 0")
         validation = self.encoded(rows.splits["validation"])
         if not train_set or (rows.splits["validation"] and not validation):
             raise DataError("no row with a supervised token is left to train or to validate on", "raise --max-length")
@@ -167,7 +183,7 @@ class TextGenerationStage:
             work / "answers.json",
             say,
         )
-        model, history = train(model, train_set, validation, facts, options, work, say, while_training)
+        model, history = train(model, train_set, validation, facts, options, work, say, while_training, teacher)
         generator = TorchGenerator(model, tokenizer, facts)
         say("measuring on the held-out rows")
         metrics: dict[str, Any] = {}
@@ -179,6 +195,8 @@ class TextGenerationStage:
         metrics["questions"] = [{"prompt": row.prompt, "reference": row.answer} for row in with_answers]
         metrics["lengths"] = length_bins([len(row.ids) for row in train_set])
         metrics["samples"] = []
+        if taught is not None:
+            metrics["teacher"] = {shown: taught["metrics"]}
         if before is not None:
             metrics["before"] = {shown: before["metrics"]}
             metrics["samples"] = _samples(asked[shown].some(options.eval_rows), answers[shown], before["answers"])
@@ -219,12 +237,12 @@ class TextGenerationStage:
         sampling = Sampling(max_new_tokens=room_for(self._tokenizer, asked))
         return [found.text for [found] in generator.generate(asked.prompts, sampling)]
 
-    def _measured(self, generator: TorchGenerator, asked: Asked, kept: Path, say: Say) -> dict[str, Any]:
-        """What the checkpoint is before training; a run taken up again finds it in ``kept``."""
+    def _measured(self, generator: TorchGenerator, asked: Asked, kept: Path, what: str, say: Say) -> dict[str, Any]:
+        """What a model is before training; a run taken up again finds it in ``kept``."""
         if kept.is_file():
             record: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
             return record
-        say("measuring the checkpoint as it came")
+        say(f"measuring {what}")
         metrics, answers = self._evaluated(generator, asked)
         record = {"metrics": metrics, "answers": answers}
         kept.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")

@@ -26,9 +26,9 @@ def _value(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def result_text(metrics: Mapping[str, Any], held_out: str) -> str:
-    """Return the scores before and after training side by side, and some translations."""
-    after, before = metrics[held_out], metrics.get("before", {}).get(held_out)
-    columns = {"before": before, "after": after} if before else {"": after}
+    """Return the scores before and after training and of a teacher side by side, and some translations."""
+    columns = {name: found for name in ("before", "teacher") if (found := metrics.get(name, {}).get(held_out))}
+    columns = {**columns, "after" if columns else "": metrics[held_out]}
     lines = [metrics_text(columns)]
     for sample in metrics["samples"]:
         lines.append("")

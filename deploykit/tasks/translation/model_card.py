@@ -25,7 +25,10 @@ def head(task: Translation, origin: str) -> list[str]:
 
 def results(metrics: Mapping[str, Any], held_out: str) -> list[str]:
     after, before = metrics[held_out], metrics.get("before", {}).get(held_out)
-    scores = [("after training", after), *([("before", before)] if before else [])]
+    teacher = metrics.get("teacher", {}).get(held_out)
+    scores = [
+        ("after training", after), *([("before", before)] if before else []), *([("teacher", teacher)] if teacher else [])
+    ]  # fmt: skip
     return [
         "| | BLEU | chrF | placeholders kept |",
         "|---|---:|---:|---:|",

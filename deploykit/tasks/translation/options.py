@@ -32,6 +32,14 @@ class TranslationOptions(FinetuneOptions):
     )
     label_smoothing_factor: float = 0.1
     num_beams: int | None = described(None, "Number of beams for the final translations (default: the checkpoint's).")
+    teacher: str | None = None
+    distill_targets: str = described(
+        "replace",
+        "The teacher's translations replace the targets of the training rows, or join them as rows of their own.",
+        ("replace", "join"),
+    )
+    student_layers: int = 0
+    student_decoder_layers: int = described(0, "Layers of the decoder to keep, in place of --student-layers.")
     eval_rows: int = described(
         256,
         "Maximum validation rows that an evaluation translates; for text-generation, held-out rows to answer before and "
@@ -44,6 +52,8 @@ class TranslationOptions(FinetuneOptions):
         "vocabulary": (0, 1_000_000),
         "batch_tokens": (16, 10_000_000),
         "num_beams": (1, 64),
+        "student_layers": (0, 1000),
+        "student_decoder_layers": (0, 1000),
         "eval_rows": (1, 1_000_000),
         "held_out_rows": (1, 1_000_000_000),
     }
@@ -79,3 +89,9 @@ class TranslationOptions(FinetuneOptions):
             raise UsageError("--vocabulary is for --from-config", "leave it out: a checkpoint has its own")
         if self.from_config is not None and self.lora_r:
             raise UsageError("--lora-r is for a checkpoint", "leave it out: with --from-config all weights are new")
+        if self.teacher is None and self.distill_targets != type(self).distill_targets:
+            raise UsageError("--distill-targets is for --teacher", "add --teacher, or leave it out")
+        for name in ("student_layers", "student_decoder_layers"):
+            if getattr(self, name) and (self.lora_r or self.from_config is not None):
+                other = "--lora-r adapts a checkpoint as it is" if self.lora_r else "--from-config has none to keep"
+                raise UsageError(f"{flag(name)} keeps some layers of a checkpoint, and {other}", "leave one out")

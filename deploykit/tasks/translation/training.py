@@ -41,6 +41,7 @@ from deploykit.tasks.translation.rows import (
     split_pairs,
 )
 from deploykit.tasks.translation.source_prefix import cut_code
+from deploykit.tasks.translation.teacher import open_teacher
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.training import trainer
 from deploykit.training.checkpoint import load_config, load_model, load_tokenizer, not_loadable
@@ -48,6 +49,7 @@ from deploykit.training.levers import optimizers
 from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.source import check_family
+from deploykit.training.student import Side, keep_layers, layer_count
 from deploykit.training.trainer import Trained
 from deploykit.training.weights import read_generation_config
 
@@ -122,8 +124,9 @@ class TranslationStage:
 
     def train(self, rows: Rows[Pair, PairColumns], work: Path, say: Say) -> Trained:
         options = self._options
+        learned, taught = self._taught(rows, work, say) if options.teacher is not None else (rows.splits["train"], {})
         model, tokenizer, task = (
-            self._from_checkpoint() if options.model is not None else self._from_config(rows.splits["train"], say)
+            self._from_checkpoint() if options.model is not None else self._from_config(learned, say)
         )
         task = dataclasses.replace(task, source_column=rows.columns.source, target_column=rows.columns.target)
         translator = TorchTranslator(model, tokenizer, task)
@@ -131,8 +134,9 @@ class TranslationStage:
         before = None
         if options.model and shown:
             before = _before(translator, rows.splits[shown], work / "before.json", say)
-        train_set = EncodedPairs(translator, rows.splits["train"], max_length=options.max_length)
-        if left_out := len(rows.splits["train"]) - len(train_set):
+        self._keep_layers(translator, say)
+        train_set = EncodedPairs(translator, learned, max_length=options.max_length)
+        if left_out := len(learned) - len(train_set):
             say(f"  - {left_out:,} training rows left out: longer than --max-length {options.max_length}")
         if not len(train_set):
             raise DataError(f"{options.train}: every row is longer than --max-length", "raise --max-length")
@@ -148,8 +152,49 @@ class TranslationStage:
         }
         if before is not None:
             metrics["before"] = {shown: _metrics(before, rows.splits[shown], task.target)}
+        metrics |= taught
         metrics["samples"] = _samples(rows.splits[shown], after[shown], before) if shown else []
         return Trained(task, model, tokenizer, metrics)
+
+    def _taught(
+        self, rows: Rows[Pair, PairColumns], work: Path, say: Say
+    ) -> tuple[list[Pair], dict[str, dict[str, Any]]]:
+        """Return the training pairs as the teacher has them, and its metrics on the held-out rows."""
+        options = self._options
+        with open_teacher(options, work, say) as teacher:
+            learned, counts = teacher.taught(rows.splits["train"], join=options.distill_targets == "join")
+            say(
+                f"of {len(rows.splits['train']):,} training rows {counts['taught']:,} have the teacher's target"
+                f"{' too' if options.distill_targets == 'join' else ''}, {counts['same']:,} the same as before, and "
+                f"{counts['untranslated']:,} their own: the teacher has none, or one without an end"
+            )
+            learned, leaks = drop_pair_leaks(learned, [*rows.splits["validation"], *rows.splits["test"]])
+            if leaks:
+                say(f"  - {leaks:,} of them dropped: the teacher's target is that of a held-out row")
+            counts["leaks"] = leaks
+            metrics = {
+                name: _metrics(
+                    [answer or "" for answer in teacher.translations(name, pairs)], pairs, options.target_lang
+                )
+                for name, pairs in rows.splits.items()
+                if name != "train" and pairs
+            }
+        return learned, {"distilled": counts, "teacher": metrics}
+
+    def _keep_layers(self, translator: TorchTranslator, say: Say) -> None:
+        """Leave out layers of the model that the student is not to have."""
+        options, model = self._options, translator.model
+        wanted: dict[Side, int] = {"encoder": options.student_layers, "decoder": options.student_layers}
+        if any(count and layer_count(model, side) > count for side, count in wanted.items()):
+            wanted = {side: count if layer_count(model, side) > count else 0 for side, count in wanted.items()}
+        if options.student_decoder_layers:
+            wanted["decoder"] = options.student_decoder_layers
+        for side, count in wanted.items():
+            if count:
+                own = side == "decoder" and options.student_decoder_layers
+                option = "student_decoder_layers" if own else "student_layers"
+                translator.model, kept = keep_layers(translator.model, count, side, option)
+                say(f"the student's {side} has the layers {kept} of {options.origin}, from 0")
 
     def _from_checkpoint(self) -> tuple[Any, Any, Translation]:
         """Load the checkpoint, set up for ``options``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 
 from deploykit.data.noise import NOISES, parse_noise
 from deploykit.errors import UsageError
-from deploykit.tasks.classification.augment import augmented
+from deploykit.tasks.classification.augment import augmented, rewriters
+from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.rows import Example
 
 TEXT = " ".join(f"Word{chr(97 + i % 26)} is" for i in range(500))
@@ -38,15 +40,17 @@ def test_words_are_swapped_and_deleted() -> None:
     assert NOISES["delete"]("only one", 1.0, Random(0)) == "only"
 
 
-def test_copies_name_their_row_and_keep_its_label() -> None:
+def test_copies_name_their_row_and_keep_its_label(tmp_path: Path) -> None:
     rows = [Example(f"Some words of row {i}", "a", f"x.csv:{i}", "A pair") for i in range(20)]
-    copies = augmented(rows, ["case=1", "typos=0.5"], seed=0)
-    assert copies[3].origin == "x.csv:3 with case"
-    assert copies[3].text == "some WORDS OF ROW 3"
-    assert copies[3].text_pair == "a PAIR"
-    assert {copy.label for copy in copies} == {"a"}
-    assert copies == augmented(rows, ["case=1", "typos=0.5"], seed=0)
-    assert copies != augmented(rows, ["case=1", "typos=0.5"], seed=1)
+    noises = ("case=1", "typos=0.5")
+    with rewriters(ClassificationOptions(augment=noises), tmp_path, print) as known:
+        copies = augmented(rows, noises, 0, known)
+        assert copies["case=1"][3].origin == "x.csv:3 with case"
+        assert copies["case=1"][3].text == "some WORDS OF ROW 3"
+        assert copies["case=1"][3].text_pair == "a PAIR"
+        assert {copy.label for found in copies.values() for copy in found} == {"a"}
+        assert copies == augmented(rows, noises, 0, known)
+        assert copies != augmented(rows, noises, 1, known)
 
 
 @pytest.mark.parametrize("text", ["typos", "typos=0", "typos=2", "typo=0.1", "typos=much", ""])

@@ -12,11 +12,13 @@ import torch
 
 from deploykit.errors import UsageError
 from deploykit.tasks.classification.checkpoint import TorchClassifier
-from deploykit.tasks.classification.distill import Teacher, keep_layers
+from deploykit.tasks.classification.distill import Teacher
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.fitting import EncodedTexts, fit
+from deploykit.tasks.classification.hidden_states import HiddenTeacher
 from deploykit.tasks.classification.losses import distillation
 from deploykit.tasks.classification.options import ClassificationOptions
+from deploykit.training.student import keep_layers
 
 TASK = Classification(("bad", "good"), 16, 0)
 
@@ -44,7 +46,8 @@ def test_a_student_learns_its_teacher_where_the_labels_are_noise(
     teacher = Teacher(str(path), TASK)
     wanted = teacher.logits(texts)
     student = TorchClassifier.load(path)
-    assert keep_layers(student.model, 1) == [0]
+    student.model, kept = keep_layers(student.model, 1)
+    assert kept == [0]
     truth = np.eye(2, dtype=bool)[random.integers(0, 2, 160)]
     rows = EncodedTexts(student.encode(texts), truth, TASK, wanted)
 
@@ -61,26 +64,6 @@ def test_a_student_learns_its_teacher_where_the_labels_are_noise(
     teacher.close()
 
 
-def test_layers_are_kept_evenly_and_the_student_can_be_loaded(
-    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    student = TorchClassifier.load(make_tiny_checkpoint(tmp_path / "m"))
-    second = student.model.bert.encoder.layer[1].attention.self.query.weight.detach().clone()
-    student.model.bert.encoder.layer.append(student.model.bert.encoder.layer[1])
-    student.model.config.num_hidden_layers = 3
-    assert keep_layers(student.model, 2) == [0, 2]
-    assert torch.equal(student.model.bert.encoder.layer[1].attention.self.query.weight, second)
-    assert student.model.config.num_hidden_layers == 2
-    student.model.save_pretrained(tmp_path / "student")
-    loaded = type(student.model).from_pretrained(tmp_path / "student").eval()
-    ids = torch.tensor([[2, 5, 6, 3]])
-    with torch.inference_mode():
-        expected = student.model.eval()(input_ids=ids).logits
-        torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
-    with pytest.raises(UsageError, match="--student-layers is 2, and the model has 2 layers"):
-        keep_layers(student.model, 2)
-
-
 def test_a_teacher_of_other_labels_is_refused(make_tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     path = make_tiny_checkpoint(tmp_path / "teacher")
     with pytest.raises(UsageError, match="answers bad, good, and the student a, b"):
@@ -95,14 +78,77 @@ def test_an_exported_teacher_gives_its_probabilities(tiny_export: Path) -> None:
     assert np.exp(logits).sum(axis=1) == pytest.approx(1, abs=1e-5)
 
 
-def test_layers_keep_their_kind_of_attention() -> None:
-    from transformers import AutoModelForSequenceClassification, ModernBertConfig
+def _of_width(path: Path, folder: Path, width: int, layers: int) -> TorchClassifier:
+    """Return a random classifier with the tokenizer of another."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    config = ModernBertConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, pad_token_id=0,
-        layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
-    )  # fmt: skip
-    model = AutoModelForSequenceClassification.from_config(config)
-    assert keep_layers(model, 3) == [0, 2, 3]
-    assert model.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
-    assert model.config.num_hidden_layers == 3
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(path, hidden_size=width, num_hidden_layers=layers)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    return TorchClassifier.load(folder)
+
+
+@pytest.mark.parametrize("width", [32, 16])
+def test_a_student_of_any_width_learns_hidden_states(
+    width: int, make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_tiny_checkpoint(tmp_path / "teacher")
+    random = np.random.default_rng(0)
+    texts = [" ".join(f"w{i}" for i in random.integers(0, 200, 6)) for _ in range(128)]
+    truth = np.eye(2, dtype=bool)[random.integers(0, 2, 128)]
+
+    def distance_after(weight: float) -> float:
+        student = _of_width(path, tmp_path / f"student {weight}", width, 1)
+        teacher = TorchClassifier.load(path)
+        hidden = HiddenTeacher(teacher, student, texts[:4])
+        assert (hidden.layers, hidden.projects) == ([1], width == 16)
+        options = ClassificationOptions(
+            model="m", train="x.csv", max_steps=40, learning_rate=1e-2, per_device_train_batch_size=32, r_drop=0.1,
+            validation_fraction=0.0, teacher="m", distill_hidden=weight, distill_alpha=0.5, gradient_accumulation_steps=2,
+        )  # fmt: skip
+        rows = EncodedTexts(student.encode(texts), truth, TASK, np.zeros((128, 2), np.float32))
+        work = tmp_path / f"work {weight}"
+        model = fit(student.model, rows, None, options, work, lambda _: None, hidden).eval()
+        ids = torch.tensor(student.encode(texts).ids)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with torch.inference_mode():
+            ours = model(**inputs, output_hidden_states=True).hidden_states[1:]
+            found = float(hidden.distance(ours, hidden.states(inputs), inputs["attention_mask"])) / 128
+        hidden.detach(model)
+        assert not [name for name, _ in model.named_parameters() if "distill" in name]
+        return found
+
+    without, learned = distance_after(1e-9), distance_after(10.0)
+    assert learned < without / 2
+
+
+def test_kept_layers_learn_from_themselves_and_others_evenly(
+    make_tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_tiny_checkpoint(tmp_path / "m")
+    teacher, student = _of_width(path, tmp_path / "t", 32, 6), _of_width(path, tmp_path / "s", 32, 3)
+    assert HiddenTeacher(teacher, student, ["w1"]).layers == [1, 3, 5]
+    assert HiddenTeacher(teacher, student, ["w1"], [0, 2, 5], 6).layers == [0, 2, 5]
+    assert HiddenTeacher(teacher, student, ["w1"], [0, 2, 4], 5).layers == [1, 3, 5], "the origin was another model"
+    same = HiddenTeacher(teacher, teacher, ["w1"])
+    ids = torch.tensor([[2, 5, 6, 3, 0], [2, 7, 3, 0, 0]])
+    inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    states = same.states(inputs)
+    assert float(same.distance(states, states, inputs["attention_mask"])) == pytest.approx(0, abs=1e-5)
+
+
+def test_a_teacher_that_reads_other_tokens_or_has_no_states_is_refused(
+    make_tiny_checkpoint: Callable[..., Path], tiny_export: Path, tmp_path: Path
+) -> None:
+    student = TorchClassifier.load(make_tiny_checkpoint(tmp_path / "m"))
+    short = TorchClassifier.load(make_tiny_checkpoint(tmp_path / "t", positions=20))
+    with pytest.raises(UsageError, match="the teacher reads 12 tokens, and the student 32"):
+        HiddenTeacher(short, student, ["w1"])
+    other = TorchClassifier.load(make_tiny_checkpoint(tmp_path / "o"))
+    other.tokenizer.add_tokens(["w1 w2"])
+    with pytest.raises(UsageError, match="read other tokens"):
+        HiddenTeacher(other, student, ["w1 w2"])
+    exported = Teacher(str(tiny_export), dataclasses.replace(TASK, labels=("negative", "neutral", "positive")))
+    with pytest.raises(UsageError, match="give the checkpoint as --teacher"):
+        exported.checkpoint()

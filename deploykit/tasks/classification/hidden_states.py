@@ -1,0 +1,119 @@
+"""Learn a teacher's hidden states, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from deploykit.errors import UsageError
+from deploykit.tasks.classification.checkpoint import TorchClassifier
+from deploykit.training.checkpoint import max_tokens
+
+_PROJECTION = "distill_projection"
+
+
+class HiddenTeacher:
+    """A teacher whose hidden states ``student`` learns. If they are wider or narrower than the student's, the student gets
+    a layer that projects those that it gives, to be trained with it and taken off by ``detach``.
+
+    ``kept`` are the layers of an origin with ``depth`` layers that the student has: it learns the teacher's same layers
+    if that is as deep. Otherwise its layers are spread evenly over the teacher's, up to the last (Jiao et al., 2020).
+    """
+
+    def __init__(
+        self,
+        teacher: TorchClassifier,
+        student: TorchClassifier,
+        texts: Sequence[str],
+        kept: Sequence[int] = (),
+        depth: int = 0,
+    ) -> None:
+        """``texts`` are some to try both on. Raises UsageError for two that cannot be compared token by token."""
+        self._task, self._takes_types = student.task, teacher.task.token_types
+        self._model = teacher.model.requires_grad_(False)
+        limit = max_tokens(teacher.tokenizer, teacher.model.config)
+        if limit < student.task.max_length:
+            raise UsageError(
+                f"--distill-hidden: the teacher reads {limit} tokens, and the student {student.task.max_length}",
+                f"give --max-length {limit}",
+            )
+        as_student = dataclasses.replace(teacher.task, max_length=student.task.max_length)
+        encoded = student.encode(texts)
+        if (
+            teacher.task.pad_left != student.task.pad_left
+            or TorchClassifier(None, teacher.tokenizer, as_student).encode(texts).ids != encoded.ids
+            or (student.task.pair and teacher.task.token_types and not student.task.token_types)
+        ):
+            raise UsageError(
+                "--distill-hidden: teacher and student read other tokens of a text, and are compared token by token",
+                "give two checkpoints with the same tokenizer, or leave it out",
+            )
+        inputs = {"input_ids": torch.tensor([encoded.ids[0]]), "attention_mask": torch.ones(1, len(encoded.ids[0]))}
+        with torch.no_grad():
+            theirs, ours = self.states(inputs), states_of(student.model(**inputs, output_hidden_states=True))
+        if not kept or len(theirs) != depth:
+            kept = [round((layer + 1) * len(theirs) / len(ours)) - 1 for layer in range(len(ours))]
+        self.layers = list(kept)
+        width, wanted = ours[0].shape[-1], theirs[0].shape[-1]
+        self.projects = width != wanted
+        if self.projects:
+            projection = nn.Linear(width, wanted, bias=False)
+            nn.init.orthogonal_(projection.weight)
+            student.model.add_module(_PROJECTION, projection)
+            # Within the forward pass: several processes join the gradients of what it uses.
+            self._hook = student.model.register_forward_hook(_project)
+
+    def told(self) -> str:
+        """Return which layers learn from which, from 0."""
+        pairs = ", ".join(f"{ours} from {theirs}" for ours, theirs in enumerate(self.layers))
+        return f"layers of the student learn the teacher's hidden states: {pairs}" + (
+            ", projected to their width" if self.projects else ""
+        )
+
+    def states(self, inputs: Mapping[str, torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the teacher's hidden states after each layer, float [rows, tokens, width]."""
+        self._model.to(inputs["input_ids"].device)
+        names = ("input_ids", "attention_mask", *(("token_type_ids",) if self._takes_types else ()))
+        with torch.no_grad():
+            return states_of(
+                self._model(**{name: inputs[name] for name in names if name in inputs}, output_hidden_states=True)
+            )
+
+    def distance(
+        self, ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor], mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the sum over rows of the mean, over tokens and layers, of the squared distance of the two states, each of
+        length 1 (Sun et al., EMNLP 2019)."""
+        total = torch.zeros((), device=mask.device)
+        for layer, state in zip(self.layers, ours):
+            apart = 2 - 2 * functional.cosine_similarity(state.float(), theirs[layer].float(), dim=-1)
+            total = total + ((apart * mask).sum(dim=1) / mask.sum(dim=1)).sum()
+        return total / len(self.layers)
+
+    def detach(self, model: Any) -> None:
+        """Take the projection off a trained model, and the teacher back to the CPU, where it answers."""
+        self._model.to("cpu")
+        if self.projects:
+            self._hook.remove()
+            delattr(model, _PROJECTION)
+
+
+def _project(model: Any, _: Any, outputs: Any) -> Any:
+    """Put projected hidden states in place of a model's own."""
+    if (states := outputs.get("hidden_states")) is not None:
+        projection = getattr(model, _PROJECTION)
+        outputs["hidden_states"] = (states[0], *(projection(state) for state in states[1:]))
+    return outputs
+
+
+def states_of(outputs: Any) -> Sequence[torch.Tensor]:
+    """Return the hidden states after each layer. Raises UsageError for a model that has none, or of several lengths."""
+    states = getattr(outputs, "hidden_states", None)
+    if not states or len({state.shape for state in states[1:]}) != 1:
+        raise UsageError("--distill-hidden: a model has no hidden states of one stack of layers", "leave it out")
+    return list(states[1:])

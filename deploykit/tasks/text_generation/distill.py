@@ -1,0 +1,105 @@
+"""Learn the probabilities that a teacher gives to each supervised token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from deploykit.errors import UsageError
+from deploykit.tasks.text_generation.checkpoint import load_base_config, load_base_tokenizer
+from deploykit.tasks.text_generation.facts import TextGeneration
+from deploykit.tasks.text_generation.packing import IGNORED
+from deploykit.training.source import check_source
+
+_LOGITS_AT_ONCE = 1 << 23
+"""Of a teacher, so that memory does not grow with batch and vocabulary: 32 MB in fp32."""
+
+
+class Teacher:
+    """A checkpoint of a language model. ``share`` of the loss is its, the rest that of the tokens (Hinton et al., 2015)."""
+
+    def __init__(self, model: Any, share: float, temperature: float) -> None:
+        self.model = model.requires_grad_(False)
+        self._share, self._temperature = share, temperature
+
+    def loss(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        inputs: Mapping[str, torch.Tensor],
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the summed loss of logits, float [rows x positions, vocabulary]: the cross-entropy of ``targets``, and the
+        Kullback-Leibler divergence from the teacher at the temperature, times its square."""
+        temperature = self._temperature
+        self.model.to(logits.device)
+        with torch.no_grad():
+            states = self.model.base_model(**inputs, use_cache=False).last_hidden_state[:, positions].flatten(0, 1)
+
+        def loss_of(ours: torch.Tensor, own: slice) -> torch.Tensor:
+            known = targets[own] != IGNORED
+            tokens = functional.cross_entropy(ours, targets[own], ignore_index=IGNORED, reduction="sum")
+            with torch.no_grad():
+                theirs = self._logits(states[own])
+            # Beyond the tokenizer's tokens a model may have more embeddings than another.
+            most = min(ours.shape[-1], theirs.shape[-1])
+            soft, wanted = ((each[:, :most] / temperature).log_softmax(dim=-1) for each in (ours, theirs))
+            taught = functional.kl_div(soft, wanted, log_target=True, reduction="none").sum(dim=-1)[known].sum()
+            return (1 - self._share) * tokens + self._share * temperature**2 * taught
+
+        found: torch.Tensor = _InParts.apply(logits, loss_of)
+        return found
+
+    def _logits(self, states: torch.Tensor) -> torch.Tensor:
+        logits = self.model.get_output_embeddings()(states).float()
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+
+class _InParts(torch.autograd.Function):  # type: ignore[misc]
+    """A sum over rows that computes its gradient on the way: what each part needs is freed before the next."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, loss_of: Callable[[torch.Tensor, slice], torch.Tensor]) -> torch.Tensor:
+        gradient, total = torch.empty_like(logits), torch.zeros((), device=logits.device)
+        rows = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
+        for first in range(0, len(logits), rows):
+            own = slice(first, first + rows)
+            with torch.enable_grad():
+                part = logits[own].detach().float().requires_grad_()
+                loss = loss_of(part, own)
+                [gradient[own]] = torch.autograd.grad(loss, part)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upper: torch.Tensor) -> tuple[torch.Tensor, None]:
+        [gradient] = ctx.saved_tensors
+        return gradient.mul_(upper), None
+
+
+def check_teacher(teacher: str, tokenizer: Any, facts: TextGeneration, max_length: int) -> None:
+    """Raise an error for a teacher that is no checkpoint, or whose tokens are others than those of ``tokenizer``."""
+    path = Path(teacher)
+    if path.is_dir() and any(path.glob("*.onnx")):
+        raise UsageError(
+            f"--teacher {teacher} is an export, and the teacher of a language model gives probabilities of all tokens",
+            "give its checkpoint",
+        )
+    check_source(teacher, facts.name)
+    config, _ = load_base_config(teacher)
+    if load_base_tokenizer(teacher).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(
+            f"--teacher {teacher} has another vocabulary than the student, and is compared token by token",
+            "give a teacher of the same family, fine-tuned with the same --chat-template",
+        )
+    limit = getattr(config, "max_position_embeddings", None) or max_length
+    if limit < max_length:
+        raise UsageError(
+            f"--teacher {teacher} reads {limit:,} tokens, and the student {max_length:,}", f"give --max-length {limit}"
+        )
