@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 if TYPE_CHECKING:
     from deploykit.attribution.explain import ExplainedText
+    from deploykit.attribution.words import Unit
     from deploykit.bootstrap import Measure
     from deploykit.data.reading import Reading
 
@@ -55,9 +56,9 @@ class Predictor(Protocol):
 class Explaining(Protocol):
     """A task whose answers ``deploykit explain`` can explain. A task need not be one."""
 
-    def explained_text(self, predictor: Any, text: str, answer: str | None, method: str) -> ExplainedText:
-        """Return ``text`` with the answer to explain, the model's own for None, by ``method``: "auto", "gradients" or
-        "occlusion". Raises UsageError if the method or the answer does not fit, DataError if the text is refused."""
+    def explained_text(self, predictor: Any, text: str, answer: str | None, method: str, unit: Unit) -> ExplainedText:
+        """Return ``text``, in units, with the answer to explain, the model's own for None, by ``method``: "auto", "gradients"
+        or "occlusion". Raises UsageError if the method or the answer does not fit, DataError if the text is refused."""
 
 
 @dataclass(frozen=True)

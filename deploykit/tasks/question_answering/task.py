@@ -17,6 +17,7 @@ from deploykit.tasks.question_answering.facts import MOST_ANSWERS, QuestionAnswe
 
 if TYPE_CHECKING:
     from deploykit.attribution.explain import ExplainedText
+    from deploykit.attribution.words import Unit
     from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
@@ -104,10 +105,12 @@ class _QuestionAnswering:
 
         return answers(predictor, texts, generation)
 
-    def explained_text(self, predictor: TextAnswerer, text: str, answer: str | None, method: str) -> ExplainedText:
+    def explained_text(
+        self, predictor: TextAnswerer, text: str, answer: str | None, method: str, unit: Unit
+    ) -> ExplainedText:
         from deploykit.tasks.question_answering.explain import explained_text
 
-        return explained_text(predictor, text, answer, method)
+        return explained_text(predictor, text, answer, method, unit)
 
     def grade(self, predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str], generation: None) -> Grade:
         from deploykit.tasks.question_answering.evaluate import grade

@@ -14,6 +14,8 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.text_generation.facts import TextGeneration
 
 if TYPE_CHECKING:
+    from deploykit.attribution.explain import ExplainedText
+    from deploykit.attribution.words import Unit
     from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
@@ -118,6 +120,13 @@ class _TextGeneration:
             )
             for found in answers_to(predictor, texts, generation)
         ]
+
+    def explained_text(
+        self, predictor: TextGenerator, text: str, answer: str | None, method: str, unit: Unit
+    ) -> ExplainedText:
+        from deploykit.tasks.text_generation.explain import explained_text
+
+        return explained_text(predictor, text, answer, method, unit)
 
     def grade(
         self, predictor: TextGenerator, texts: Sequence[str], truth: Sequence[str], generation: Sampling | None

@@ -14,6 +14,8 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.translation.facts import Translation
 
 if TYPE_CHECKING:
+    from deploykit.attribution.explain import ExplainedText
+    from deploykit.attribution.words import Unit
     from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
@@ -117,6 +119,13 @@ class _Translation:
             )
             for t in predictor.translate(texts, generation, scored=False)
         ]
+
+    def explained_text(
+        self, predictor: TextTranslator, text: str, answer: str | None, method: str, unit: Unit
+    ) -> ExplainedText:
+        from deploykit.tasks.translation.explain import explained_text
+
+        return explained_text(predictor, text, answer, method, unit)
 
     def grade(
         self, predictor: TextTranslator, texts: Sequence[str], truth: Sequence[str], generation: Generation | None
