@@ -63,19 +63,21 @@ class Explaining(Protocol):
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report of ``evaluate`` shows: ``slices`` by these columns, drift ``against`` a file of new rows, and flips
-    of answers by the words of the file ``swaps`` (None: English ones)."""
+    """What a report of ``evaluate`` shows: ``slices`` by these columns, drift ``against`` a file of new rows, of a
+    classifier flips of answers by the words of the file ``swaps`` (None: English ones), and slices by whether the model has
+    ``seen`` a row's text in training (its duplicate key; None: not known)."""
 
     slices: tuple[str, ...] = ()
     against: str | None = None
     swaps: Path | None = None
+    seen: frozenset[str] | None = None
 
 
 @runtime_checkable
 class Reporting(Protocol):
     """A task that ``deploykit evaluate --report`` writes a page for. A task need not be one."""
 
-    def report(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options,
+    def report(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options, generation: Options,
                options: ReportOptions, progress: Progress) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
         """Measure as ``evaluate`` does, and say what lies behind the metrics, as JSON."""
 

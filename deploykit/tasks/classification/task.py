@@ -139,7 +139,7 @@ class _Classification:
 
     def report(
         self, predictor: TextClassifier, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
-        options: ReportOptions, progress: Progress,
+        generation: Mapping[str, Any], options: ReportOptions, progress: Progress,
     ) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
         from deploykit.tasks.classification.inspection.report import report
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from deploykit.tasks.text_generation.generator import LocalGenerator, TextGenerator
     from deploykit.tasks.text_generation.options import TextGenerationOptions
     from deploykit.tasks.text_generation.training import TextGenerationStage
+    from deploykit.tasks.types import ReportOptions
 
 _NOT_LOADED = "the load on a served language model is not measured by this command"
 _REMEDY = "use a load generator for language models, such as aiperf or guidellm, on deploykit serve --openai-port"
@@ -145,6 +146,21 @@ class _TextGeneration:
         return evaluate_file(
             predictor, source, sampling, split=split, reading=reading, columns=columns, progress=progress
         )
+
+    def report(
+        self, predictor: TextGenerator, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
+        generation: Mapping[str, Any], options: ReportOptions, progress: Progress,
+    ) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
+        from deploykit.tasks.text_generation.report import report
+
+        return report(
+            predictor, source, split=split, reading=reading, columns=columns, sampling=self.override(predictor.task, generation), options=options, progress=progress,
+        )  # fmt: skip
+
+    def write_report(self, title: str, record: Mapping[str, Any], out: Path) -> None:
+        from deploykit.inspection.page import write_text_report
+
+        write_text_report(title, record, out, correct="exact match", confidence="mean probability of a token")
 
     def read_inputs(
         self, source: str, facts: TextGeneration, *, reading: Reading, columns: Mapping[str, Any]

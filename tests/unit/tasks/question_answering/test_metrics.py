@@ -63,7 +63,7 @@ def test_metrics_take_the_best_of_several_right_answers() -> None:
     assert metrics["exact_match"] == 0.5
     assert metrics["rows"] == 2
     assert "no_answer" not in metrics
-    low, high = metrics["f1_interval"]
+    low, high = metrics["intervals"]["f1"]
     assert low <= metrics["f1"] <= high
     assert "95 % intervals" in metrics_text(metrics)
 
