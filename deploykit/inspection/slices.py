@@ -51,14 +51,18 @@ def sliced(
 
 
 def common_slices(
-    texts: Sequence[str], columns: Mapping[str, Sequence[str]], seen: Collection[str] | None
+    texts: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
+    seen: Collection[str] | None,
+    passed: Sequence[str] | None = None,
 ) -> Iterator[Members]:
     """Yield the values of ``columns`` (a value for each row), thirds by length, duplicates among the rows, and rows whose
-    texts the model has ``seen`` (duplicate keys) when it was trained."""
+    texts the model has ``seen`` (duplicate keys) when it was trained. ``passed`` are the rows as stages pass them on, if that is
+    not as ``texts``."""
     for column, values in columns.items():
         yield from by_value(column, values)
     yield from by_number("words", [len(text.split()) for text in texts], 3)
-    keys = [duplicate_key(text) for text in texts]
+    keys = [duplicate_key(text) for text in passed or texts]
     times = Counter(keys)
     yield "duplicates: yes", np.array([times[key] > 1 for key in keys])
     if seen is not None:

@@ -56,7 +56,8 @@ def report(
         return mean_scores(exact[inside], overlap[inside])
 
     def slices() -> Iterator[Members]:
-        yield from common_slices([as_text(e.question, e.context) for e in examples], values, options.seen)
+        texts, passed = zip(*((f"{e.question} {e.context}", as_text(e.question, e.context)) for e in examples))
+        yield from common_slices(texts, values, options.seen, passed)
         yield from by_number("words of the question", [len(e.question.split()) for e in examples], 3)
         yield from by_number("words of the right answer", [len((t or ("",))[0].split()) for t in truths], 3)
         yield from by_value("question begins with", [e.question.split()[0].lower() for e in examples])
