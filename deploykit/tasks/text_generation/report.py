@@ -46,6 +46,7 @@ def report(
 
     Raises UsageError for a served model, DataError for a column to slice by that the rows do not have.
     """
+    column_values(source, options.slices, (), reading=reading, split=split)  # what is wrong shows before the wait
     measured, problems = measure_file(
         generator, source, sampling, split=split, reading=reading, columns=columns, progress=progress
     )

@@ -46,7 +46,7 @@ def report(
         reading=reading, split=split,
     )  # fmt: skip
     reading.stop_at(rows.problems)
-    column_values(source, options.slices, [pair.origin for pair in rows.pairs], reading=reading, split=split)
+    column_values(source, options.slices, (), reading=reading, split=split)  # what is wrong shows before the wait
     pairs, translated, refused = translate_rows(translator, rows.pairs, generation, scored=True, progress=progress)
     values = column_values(source, options.slices, [pair.origin for pair in pairs], reading=reading, split=split)
     hypotheses, references = [one.text for one in translated], [pair.target for pair in pairs]

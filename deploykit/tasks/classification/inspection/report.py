@@ -50,6 +50,7 @@ def report(
         reading=reading, split=split,
     )  # fmt: skip
     reading.stop_at(rows.problems)
+    column_values(source, options.slices, (), reading=reading, split=split)  # what is wrong shows before the wait
     answered = answer_rows(predictor, rows, progress)
     found = evaluation(task, rows, answered)
     examples, truth, scores = answered.examples, answered.truth, answered.scores
