@@ -68,7 +68,7 @@ def compare(subject: Subject, plain: Path, threads: int) -> dict[str, Any]:
         "rows": len(rows),
         "train_rows": len(read_split(subject.run, "train", Example)),
         "deploykit": {"exact_match": 100 * ours["exact_match"], "f1": 100 * ours["f1"],
-                      "f1_interval": [100 * value for value in ours["f1_interval"]]},
+                      "f1_interval": [100 * value for value in ours["intervals"]["f1"]]},
         "trainer": {"exact_match": exact, "f1": f1},
         "same_answers": float(np.mean([a == b for a, b in zip(*answers)])),
     }  # fmt: skip

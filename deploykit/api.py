@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from deploykit.data.reading import Reading
 from deploykit.errors import DataError, DeploykitError, ServerError, UsageError
@@ -254,21 +254,27 @@ class Model:
         return answers
 
     def explain(
-        self, texts: Sequence[str | tuple[str, str]], *, method: str = "auto", label: str | None = None
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        method: str = "auto",
+        answer: str | None = None,
+        unit: Literal["word", "sentence"] = "word",
     ) -> list[Explanation]:
         """Say which words the answers to texts come from.
 
         Args:
             texts: As ``predict`` takes them.
-            method: "gradients" (integrated gradients; a classifier's checkpoint), "occlusion" (the effect of removing
-                each word; any model that classifies or answers questions), or "auto".
-            label: Explain this label of a classifier. Default: its answer.
+            method: "gradients" (integrated gradients; a checkpoint that classifies or generates text), "occlusion" (the
+                effect of removing each word; any model), or "auto" (gradients of a classifier's checkpoint).
+            answer: Explain this answer: a label, a span of the context, a translation, a text. Default: the model's.
+            unit: Give weights to words, or to whole sentences: for long texts.
 
         Returns:
             An explanation for each text, with the weight of each word, and a check by deletion for the first 50.
 
         Raises:
-            UsageError: The model's task has no explanations, or ``method`` or ``label`` does not fit it.
+            UsageError: The model's task has no explanations, or ``method`` or ``answer`` does not fit it.
             DataError: The model refuses a text.
         """
         from deploykit.stages.explain import explain_texts
@@ -277,7 +283,7 @@ class Model:
         if isinstance(texts, str):
             raise UsageError("texts is one string", "give a list: explain([text])")
         asked = [row.text or "" for row in rows_of(texts, self.task)]
-        return explain_texts(self.predictor, asked, method=method, answer=label)
+        return explain_texts(self.predictor, asked, method=method, answer=answer, unit=unit)
 
     def stream(self, prompt: str | Sequence[Mapping[str, Any]], **generation: Any) -> Iterator[str]:
         """Answer one prompt piece by piece; joined, the pieces are the answer.

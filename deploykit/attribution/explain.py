@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +17,28 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
 _RANDOM_ORDERS = 5
 
 
+Measure = Literal["log-odds", "number", "log-probability", "similarity"]
+"""What weights are differences of: the log-odds of a label or span, the number of a regression, the log-probability of a
+text, or the likeness of another text to it (1: the same)."""
+
+
 class ExplainedText(Protocol):
     """A text and a model's answer to it."""
 
     text: str
     words: Sequence[Span]
-    """The words that may be removed, as places in ``text``."""
+    """The words or sentences that may be removed, as places in ``text``."""
     answer: str
-    is_number: bool
-    """Whether the answer is a number, and ``values`` are numbers and not log-odds."""
+    measure: Measure
+    is_label: bool
+    """Whether other texts may have the same answer."""
 
     def values(self, removed: Sequence[Collection[int]]) -> NDArray[np.float64]:
-        """Return the log-odds of the same answer, or the model's number, for each set of words to remove."""
+        """Return the ``measure`` of the same answer for each set of words to remove."""
+
+    def score(self, value: float) -> float:
+        """Return what is shown for a value: a probability of the log-odds, of a text the geometric mean probability of its
+        tokens."""
 
 
 @runtime_checkable
@@ -41,7 +51,7 @@ class Differentiable(Protocol):
 
 @dataclass(frozen=True)
 class Word:
-    """A word at ``text[start:end]``. ``weight``: by how much it raises the log-odds of the answer, or the number."""
+    """A word, or sentence, at ``text[start:end]``. ``weight``: by how much it raises the answer's ``measure``."""
 
     text: str
     start: int
@@ -51,7 +61,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Deletion:
-    """What removing words does to the answer's probability, or to the number.
+    """What removing words does to the answer's ``score``.
 
     ``top`` is without the ``shares`` of the words with the highest weights, ``random`` the mean without as many random
     words.
@@ -71,8 +81,8 @@ class Deletion:
 class Explanation:
     """Why a model answers ``answer`` to ``text``: the weight of each word.
 
-    ``score`` is the answer's probability, or the number of a regression. ``method`` is "integrated gradients" or
-    "occlusion".
+    ``score`` is the answer's probability (of a text, the geometric mean of its tokens'), the number of a regression, or
+    the similarity 1. ``method`` is "integrated gradients" or "occlusion".
     """
 
     text: str
@@ -80,11 +90,13 @@ class Explanation:
     score: float
     words: tuple[Word, ...]
     method: str
+    measure: Measure = "log-odds"
+    is_label: bool = True
     deletion: Deletion | None = None
 
 
 def explain(explained: ExplainedText, method: str, *, check: bool, seed: int = 0) -> Explanation:
-    """Explain one answer by ``method``: "gradients", or "occlusion" (log-odds lost when the word is removed)."""
+    """Explain one answer by ``method``: "gradients", or "occlusion" (what is lost when the word is removed)."""
     if method == "gradients":
         assert isinstance(explained, Differentiable)
         base, weights = float(explained.values([()])[0]), explained.gradients()
@@ -95,21 +107,22 @@ def explain(explained: ExplainedText, method: str, *, check: bool, seed: int = 0
         Word(explained.text[first:last], first, last, float(weight))
         for (first, last), weight in zip(explained.words, weights)
     )
-    score = base if explained.is_number else probability(base)
     deletion = _deletion(explained, weights, seed) if check and words else None
     named = "integrated gradients" if method == "gradients" else "occlusion"
-    return Explanation(explained.text, explained.answer, score, words, named, deletion)
+    return Explanation(
+        explained.text, explained.answer, explained.score(base), words, named, explained.measure, explained.is_label,
+        deletion,
+    )  # fmt: skip
 
 
 def _deletion(explained: ExplainedText, weights: Sequence[float], seed: int) -> Deletion:
     random = np.random.default_rng(seed)
     orders = [np.argsort(-np.asarray(weights), kind="stable")]
     orders += [random.permutation(len(weights)) for _ in range(_RANDOM_ORDERS)]
-    removed = [tuple(order[: math.ceil(share * len(weights))].tolist()) for order in orders for share in SHARES]
-    values = explained.values(removed)
-    if not explained.is_number:
-        values = np.array([probability(value) for value in values])
-    curves = values.reshape(len(orders), len(SHARES))
+    removed = [tuple(sorted(order[: math.ceil(share * len(weights))])) for order in orders for share in SHARES]
+    different = list(dict.fromkeys(removed))  # all without nothing, and those of short texts
+    scores = dict(zip(different, map(explained.score, explained.values(different).tolist())))
+    curves = np.array([scores[words] for words in removed]).reshape(len(orders), len(SHARES))
     return Deletion(SHARES, tuple(curves[0].tolist()), tuple(curves[1:].mean(axis=0).tolist()))
 
 
@@ -123,24 +136,33 @@ def mean_deletion(explanations: Sequence[Explanation]) -> Deletion | None:
 
 
 def words_of_answers(explanations: Sequence[Explanation], most: int = 20) -> dict[str, list[tuple[str, float, int]]]:
-    """Return for each answer the words that push most towards it: word, mean weight, and number of occurrences.
+    """Return the words that push most towards each answer: word, mean weight, and number of occurrences.
 
-    The order is by the sum of weights / (occurrences + 2), so that a rare word is not first by chance.
+    The answers are labels, "a higher number" and "a lower number", or "any answer" where each text has its own. The order is
+    by the sum of weights / (occurrences + 2), so that a rare word is not first by chance.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[tuple[str, int], dict[str, list[float]]] = {}
     for explanation in explanations:
-        weights = found.setdefault(explanation.answer, {})
-        for word in explanation.words:
-            if any(character.isalnum() for character in word.text):
-                weights.setdefault(word.text.lower(), []).append(word.weight)
+        for group in _groups(explanation):
+            weights = found.setdefault(group, {})
+            for word in explanation.words:
+                if any(character.isalnum() for character in word.text):
+                    weights.setdefault(word.text.lower(), []).append(word.weight)
     return {
         answer: [
             (word, float(np.mean(values)), len(values))
-            for word, values in sorted(words.items(), key=lambda item: -sum(item[1]) / (len(item[1]) + 2))[:most]
-            if sum(values) > 0
+            for word, values in sorted(words.items(), key=lambda item: -sign * sum(item[1]) / (len(item[1]) + 2))[:most]
+            if sign * sum(values) > 0
         ]
-        for answer, words in sorted(found.items())
+        for (answer, sign), words in sorted(found.items())
     }
+
+
+def _groups(explanation: Explanation) -> list[tuple[str, int]]:
+    """Return the names under which an explanation's words are added up, and the sign of the weights that count."""
+    if explanation.measure == "number":
+        return [("a higher number", 1), ("a lower number", -1)]
+    return [(explanation.answer if explanation.is_label else "any answer", 1)]
 
 
 def log_odds(probability: NDArray[np.float64]) -> NDArray[np.float64]:

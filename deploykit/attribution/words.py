@@ -1,9 +1,10 @@
-"""Split texts into the words that attributions are given to, and remove words."""
+"""Split texts into the words or sentences that attributions are given to, and remove some."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
+from typing import Literal
 
 Span = tuple[int, int]
 """First character, and the one after the last."""
@@ -11,11 +12,19 @@ Span = tuple[int, int]
 # Chinese and Japanese are written without spaces: each character is a word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|(?:(?![\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])\w)+"
                    r"(?:['’](?:(?![\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])\w)+)*|[^\w\s]+")  # fmt: skip
+_SENTENCE = re.compile(r"\S.*?(?:[.!?…]+['\"’”)\]]*(?=\s|$)|[。！？]+[」』”]*|(?=\s*(?:\n|$)))")
+
+Unit = Literal["word", "sentence"]
 
 
 def split_words(text: str) -> list[Span]:
     """Return the words and marks of a text."""
     return [match.span() for match in _WORD.finditer(text)]
+
+
+def split_units(text: str, unit: Unit) -> list[Span]:
+    """Return the words and marks of a text, or its sentences; a line break ends a sentence too."""
+    return split_words(text) if unit == "word" else [match.span() for match in _SENTENCE.finditer(text)]
 
 
 def without(text: str, words: Collection[Span]) -> str:

@@ -23,10 +23,10 @@ from deploykit.cli.common import (
     reading_options,
     say,
 )
-from deploykit.data.reading import Reading
+from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.errors import DataError, UsageError
 from deploykit.metric_titles import title_of
-from deploykit.tasks.protocol import Evaluation, Task
+from deploykit.tasks.protocol import Evaluation, Task, TaskFacts
 from deploykit.tasks.text_generation.syntax import SYNTAXES
 from deploykit.tasks.types import Reporting, ReportOptions
 from deploykit.text_table import text_table
@@ -41,14 +41,16 @@ from deploykit.text_table import text_table
               "TMX, .po, .mo, or two text files as a.en,a.fr; for questions SQuAD's JSON.")  # fmt: skip
 @reading_options(on_error="skip")
 @column_options()
-@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="Page of what lies behind a classifier's metrics: "
-              "slices, calibration, likely label errors, words, flips.")  # fmt: skip
+@click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="Page of what lies behind the metrics: slices, "
+              "calibration, worst rows; of a classifier likely label errors, words, flips.")  # fmt: skip
 @click.option(
     "--slice", "slices", multiple=True, metavar="COLUMN", help="Also report the slices by this column of --data."
 )
 @click.option("--against", metavar="FILE", help="Also report how these new rows, labelled or not, differ.")
-@click.option("--swaps", type=click.Path(path_type=Path), metavar="FILE.toml", help="Words to swap for the flips (default: English names, "
-              "genders, origins, religions).")  # fmt: skip
+@click.option("--seen", metavar="FILE", help="Rows that TARGET was trained on, to report how it does on rows that it has seen (default: "
+              "those of the run, if TARGET is one).")  # fmt: skip
+@click.option("--swaps", type=click.Path(path_type=Path), metavar="FILE.toml", help="Words to swap for the flips of a classifier (default: English "
+              "names, genders, origins, religions).")  # fmt: skip
 @FORCE
 @click.option("--answer-regex", help="Compare only the last match of this (its first group) in generated answers.")
 @click.option("--syntax", type=click.Choice(SYNTAXES), help="Count the generated answers that parse.")
@@ -69,6 +71,7 @@ def command(
     report: Path | None,
     slices: tuple[str, ...],
     against: str | None,
+    seen: str | None,
     swaps: Path | None,
     force: bool,
     answer_regex: str | None,
@@ -83,8 +86,10 @@ def command(
     from deploykit.tasks.registry import task_of
 
     columns = {**columns, "answer_regex": answer_regex, "syntax": syntax}
-    if report is None and (slices or against or swaps):
-        raise UsageError("--slice, --against and --swaps are for a report", "add --report FILE.html, or leave them out")
+    if report is None and (slices or against or seen or swaps):
+        raise UsageError(
+            "--slice, --against, --seen and --swaps are for a report", "add --report FILE.html, or leave them out"
+        )
     if report is not None:
         if report.exists() and not force:
             raise UsageError(f"{report}: already exists", "choose another --report, or pass --force to replace it")
@@ -102,9 +107,12 @@ def command(
                 if report is not None and wanted is None:
                     if not isinstance(task, Reporting):
                         raise UsageError(f"a model that {task.does} has no report", "leave out --report")
+                    if swaps is not None and task.name != "classification":
+                        raise UsageError("--swaps is for classifiers", "leave it out")
+                    known = _seen(task, predictor.task, name, seen, own, reading)
                     found, behind = task.report(
-                        predictor, data, split=split, reading=reading, columns=own,
-                        options=ReportOptions(slices, against, swaps), progress=progress,
+                        predictor, data, split=split, reading=reading, columns=own, generation=generation,
+                        options=ReportOptions(slices, against, swaps, known), progress=progress,
                     )  # fmt: skip
                     task.write_report(f"{name} on {data}", behind, report)
                     reported.update(behind)
@@ -143,6 +151,18 @@ def command(
     if report is not None:
         text += f"\n\n{report}: written"
     return record, text, failed_rows(done.problems)
+
+
+def _seen(
+    task: Task, facts: TaskFacts, target: str, seen: str | None, columns: Mapping[str, Any], reading: Reading
+) -> frozenset[str] | None:
+    """Return the keys of the texts that the model was trained on: of the file ``seen``, or of the run ``target``."""
+    from deploykit.inspection.rows import seen_keys
+
+    if seen is not None:
+        return seen_keys(task, facts, seen, reading=reading, columns=columns)
+    own = Path(target, "splits", "train.jsonl")
+    return seen_keys(task, facts, str(own), reading=AS_FOUND, columns={}) if own.is_file() else None
 
 
 def _differences_text(differences: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from deploykit.attribution.words import Unit
 from deploykit.cli.common import (
     ENGINE,
     FORCE,
@@ -27,7 +28,7 @@ from deploykit.errors import DataError, UsageError
 
 
 @deploykit_command(
-    help="Show which words the answers of TARGET come from, for TEXTS (to question answering: questions) or the rows of a file. TARGET is a checkpoint, an export, a packaged model, or a served model's name."
+    help="Show which words the answers of TARGET come from, for TEXTS (to question answering: questions; to a language model: prompts) or the rows of a file. TARGET is a checkpoint, an export, a packaged model, or a served model's name."
 )
 @click.argument("target")
 @click.argument("texts", nargs=-1)
@@ -35,16 +36,23 @@ from deploykit.errors import DataError, UsageError
     "--text-pair", "pairs", multiple=True, help="Second text of the pair that a text begins; one for each text."
 )
 @click.option("--context", type=click.Path(path_type=Path), help="File of the text.")
-@click.option("--rows", "source", help="Rows to explain together: the words that push towards each answer.")
-@click.option("--label", help="Explain this label (default: the answer).")
+@click.option(
+    "--rows",
+    "source",
+    help="Rows to explain together: the words that push most towards each label, or towards the answers.",
+)
+@option("--answer", aliases=["--label"], help="Explain this answer: a label, words of the context, a translation, or a text (default: "
+        "the model's own).")  # fmt: skip
 @click.option(
     "--method",
     type=click.Choice(["auto", "gradients", "occlusion"]),
     default="auto",
     show_default=True,
-    help="Integrated gradients (a classifier's checkpoint), or the effect of removing each word (any model). auto: "
-    "gradients where they are known.",
+    help="Integrated gradients (a checkpoint that classifies or generates text), or the effect of removing each word (any "
+    "model). auto: gradients for a classifier's checkpoint.",
 )
+@click.option("--unit", type=click.Choice(["word", "sentence"]), default="word", show_default=True, help="Weigh words, or whole sentences: "
+              "faster for long texts.")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), help="HTML page to write.")
 @reading_options(on_error="skip")
 @column_options(inputs_only=True)
@@ -62,8 +70,9 @@ def command(
     pairs: tuple[str, ...],
     context: Path | None,
     source: str | None,
-    label: str | None,
+    answer: str | None,
     method: str,
+    unit: Unit,
     output: Path | None,
     columns: dict[str, Any],
     reading: Reading,
@@ -108,8 +117,9 @@ def command(
             asked = [task.as_text(facts, *pair) for pair in zip(texts, pairs)] if pairs else list(texts)
         with progress_bar("texts") as progress:
             found = explain_texts(
-                predictor, asked, method=method, answer=label, refused=refused if source else None, progress=progress
-            )
+                predictor, asked, method=method, answer=answer, unit=unit, refused=refused if source else None,
+                progress=progress,
+            )  # fmt: skip
     finally:
         predictor.close()
     reading.stop_at(refused)

@@ -154,7 +154,7 @@ def _help(text: str, defaults: Mapping[str, Any]) -> str:
     type=int,
     default=1,
     metavar="N",
-    help="Train in N processes that share each step (classification, text-generation); on GPUs, one for each.",
+    help="Train in N processes that share each step; on GPUs, one for each.",
 )
 @_search_options
 @_field_options

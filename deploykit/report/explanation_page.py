@@ -7,13 +7,27 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from deploykit.attribution.explain import Deletion, Explanation, Word, mean_deletion, words_of_answers
+from deploykit.attribution.explain import Deletion, Explanation, Measure, Word, mean_deletion, words_of_answers
 from deploykit.report.html import figure, page, section, table, write_page
-from deploykit.report.svg import add_legend, colour_of, to_svg
+from deploykit.report.svg import add_legend, colour_of, shown, to_svg
 
 _FOR, _AGAINST = (18, 161, 80), (217, 48, 37)
 _SHOWN = 100
 """Texts on a page."""
+_TITLE = 80
+"""Characters of an answer in a title."""
+_RAISED: Mapping[Measure, str] = {
+    "log-odds": "the answer's log-odds",
+    "number": "the number",
+    "log-probability": "the answer's log-probability",
+    "similarity": "how much of the answer stays",
+}
+_SCORES: Mapping[Measure, str] = {
+    "log-odds": "probability of the answer",
+    "number": "number",
+    "log-probability": "probability of a token",
+    "similarity": "similarity to the answer",
+}
 
 
 def write_explanations(target: str, explanations: Sequence[Explanation], out: Path, *, by_answer: bool) -> None:
@@ -22,28 +36,40 @@ def write_explanations(target: str, explanations: Sequence[Explanation], out: Pa
     Raises MissingDependencyError without matplotlib.
     """
     methods = " and ".join(dict.fromkeys(explanation.method for explanation in explanations))
-    note = f"By {methods}. Green words raise the answer's log-odds (or the number), red ones lower it."
+    raised = " or ".join(dict.fromkeys(_RAISED[explanation.measure] for explanation in explanations))
+    note = f"By {methods}. Green words raise {raised}, red ones lower it."
     deletion = mean_deletion(explanations)
-    shown = explanations[:_SHOWN]
+    first = explanations[:_SHOWN]
     parts = [
         f"<header><h1>{escape(f'Why {target} answers so')}</h1><p>{escape(note)}</p></header>",
         *([_overall(explanations)] if by_answer else []),
         figure(
             "Check by deletion",
             "The explanation is right as far as removing its top words moves the answer more than removing random ones.",
-            deletion_curve(deletion) if deletion is not None else None,
+            deletion_curve(deletion, explanations[0].measure) if deletion is not None else None,
         ),
         *(
-            section(f"{e.answer}, {e.score:.4g}", "", f'<div style="max-width: 75ch">{_coloured(e)}</div>')
-            for e in shown
+            section(
+                f"{shown(e.answer, _TITLE)}, {e.score:.4g}",
+                "",
+                f'<div style="max-width: 75ch; white-space: pre-wrap">{_coloured(e)}</div>{_whole_answer(e)}',
+            )
+            for e in first
         ),
     ]
-    if len(explanations) > len(shown):
-        parts.append(f"<p>The first {len(shown)} of {len(explanations):,} texts.</p>")
+    if len(explanations) > len(first):
+        parts.append(f"<p>The first {len(first)} of {len(explanations):,} texts.</p>")
     write_page(out, page(f"Why {target} answers so", parts))
 
 
-def deletion_curve(deletion: Deletion) -> str:
+def _whole_answer(explanation: Explanation) -> str:
+    """Return the answer, if it is longer than a title."""
+    if len(explanation.answer) <= _TITLE and "\n" not in explanation.answer:
+        return ""
+    return f'<p style="white-space: pre-wrap">{escape(explanation.answer)}</p>'
+
+
+def deletion_curve(deletion: Deletion, measure: Measure) -> str:
     """Draw the answer's score against the share of words removed."""
 
     def draw(figure: Any) -> None:
@@ -51,7 +77,7 @@ def deletion_curve(deletion: Deletion) -> str:
         share = [100 * value for value in deletion.shares]
         axes.plot(share, deletion.top, "-o", color=colour_of(0), label="without the top words")
         axes.plot(share, deletion.random, "--s", color=colour_of(8), label="without random words")
-        axes.set(xlabel="words removed, %", ylabel="mean probability of the answer, or its number")
+        axes.set(xlabel="words removed, %", ylabel=_SCORES[measure])
         add_legend(figure)
 
     return to_svg("deletion", draw, (8.0, 3.2))
@@ -86,10 +112,9 @@ def _overall(explanations: Sequence[Explanation]) -> str:
         for answer, words in found.items()
         for i, (word, weight, count) in enumerate(words)
     ]
-    note = f"Of {len(explanations):,} texts: mean weight in the texts with this answer, and number of occurrences."
-    return section(
-        "Words that push towards each answer", note, table(("answer", "word", "weight", "occurrences"), rows)
-    )
+    note = f"Of {len(explanations):,} texts: mean weight, and number of occurrences."
+    title = "Words that push towards each answer" if explanations[0].is_label else "Words with the largest weights"
+    return section(title, note, table(("answer", "word", "weight", "occurrences"), rows))
 
 
 def _coloured(explanation: Explanation) -> str:

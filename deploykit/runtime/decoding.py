@@ -129,7 +129,7 @@ class Decoder:
         self.seconds = Seconds()
         self.tokens = 0  # one for each sentence and step
         self.max_rows = max_rows
-        self._model = model
+        self.model = model
         self._step_s = _MULTI_STEP_S  # duration of the last step
         self._runner = model if isinstance(model, MultiStepModel) else None
         self._task = task
@@ -156,7 +156,7 @@ class Decoder:
     @property
     def claimed(self) -> int:
         """Number of rows that the running and waiting sentences take."""
-        return self._model.rows + len(self._successors) + sum(s.generation.beam_size for s in self.waiting)
+        return self.model.rows + len(self._successors) + sum(s.generation.beam_size for s in self.waiting)
 
     @property
     def cache_use(self) -> float:
@@ -179,7 +179,7 @@ class Decoder:
             while rows < self._workers * self.max_rows and (sentence := next(coming, None)):
                 first.append(sentence)
                 rows += sentence.generation.beam_size
-        workers = min(self._workers, rows // self._model.rows_of_a_worker)
+        workers = min(self._workers, rows // self.model.rows_of_a_worker)
         if workers > 1:
             self._run_side_by_side(longest_first(first), coming, finish, workers)
             return
@@ -197,7 +197,7 @@ class Decoder:
         if n not in self._side_by_side:
             self._side_by_side[n] = [
                 Decoder(model, self._task, max_rows=self.max_rows, max_cache_bytes=self._max_cache_bytes // n)
-                for model in self._model.side_by_side(n)
+                for model in self.model.side_by_side(n)
             ]
         decoders = self._side_by_side[n]
         for i, sentence in enumerate(first):
@@ -258,8 +258,8 @@ class Decoder:
             self._step_s = (stepped - encoded) / steps
             done = self._finished_beams(plan) if plan.beams else self._finished_greedy(plan)
         else:
-            rows = np.arange(self._model.rows)
-            values, ids = self._model.choose(self._tokens[rows, self._lengths[rows] - 1], plan.selection)
+            rows = np.arange(self.model.rows)
+            values, ids = self.model.choose(self._tokens[rows, self._lengths[rows] - 1], plan.selection)
             stepped = time.perf_counter()
             done = self._choose_greedily(plan, ids[:, 0], values[:, 0]) if len(plan.greedy) else []
             if plan.beams:
@@ -275,11 +275,11 @@ class Decoder:
         """Move waiting sentences into the batch while rows and cache memory allow it."""
         if not self.running:
             self._recall_successors()  # the sentences they were to replace were all cancelled
-        free = self.max_rows - self._model.rows
+        free = self.max_rows - self.model.rows
         if not self.waiting or (self.running and free < self.max_rows // _JOIN_SHARE):
             return
         joining: list[Sentence] = []
-        longest, rows = max((len(s.token_ids) for s in self.running), default=0), self._model.rows
+        longest, rows = max((len(s.token_ids) for s in self.running), default=0), self.model.rows
         while self.waiting:
             sentence = self.waiting[0]
             if sentence.cancelled:
@@ -287,20 +287,20 @@ class Decoder:
                 continue
             longest = max(longest, len(sentence.token_ids))
             more = rows + sentence.generation.beam_size
-            crowded = more > self.max_rows or self._model.cache_bytes(more, longest, longest) > self._max_cache_bytes
+            crowded = more > self.max_rows or self.model.cache_bytes(more, longest, longest) > self._max_cache_bytes
             if crowded and (self.running or joining):
                 break
             joining.append(self.waiting.popleft())
             rows = more
         if not joining:
             return
-        self._model.reserve(rows, max(len(s.token_ids) for s in joining))
-        for group in _of_similar_length(joining) if self._model.pads else [joining]:
-            self._admit(group, self._model.encode([s.token_ids for s in group]))
+        self.model.reserve(rows, max(len(s.token_ids) for s in joining))
+        for group in _of_similar_length(joining) if self.model.pads else [joining]:
+            self._admit(group, self.model.encode([s.token_ids for s in group]))
 
     def _admit(self, sentences: Sequence[Sentence], cross: Any) -> None:
         """Assign new rows to ``sentences``, whose encoded texts are ``cross``."""
-        first = last = self._model.rows
+        first = last = self.model.rows
         for sentence in sentences:
             g = sentence.generation
             sentence.rules = self._rules(g)
@@ -309,7 +309,7 @@ class Decoder:
             sentence.held = None
             self._sentence_of += [sentence] * g.beam_size
             last += g.beam_size
-        self._model.admit(cross, [len(s.token_ids) for s in sentences], [s.generation.beam_size for s in sentences])
+        self.model.admit(cross, [len(s.token_ids) for s in sentences], [s.generation.beam_size for s in sentences])
         rows, theirs = np.arange(first, last), self._sentence_of[first:]
         self._begin(rows)
         self._limits[rows] = [s.generation.max_length for s in theirs]
@@ -363,13 +363,13 @@ class Decoder:
         longest = max(len(s.token_ids) for s in self.running)
         while self.waiting and len(some) < max(1, self.max_rows // _JOIN_SHARE):
             longest = max(longest, len(self.waiting[0].token_ids))
-            crowded = self._model.cache_bytes(self._model.rows, longest, longest) > self._max_cache_bytes
+            crowded = self.model.cache_bytes(self.model.rows, longest, longest) > self._max_cache_bytes
             if crowded or self._rules(self.waiting[0].generation) is not rules:
                 break
             some.append(self.waiting.popleft())
         if some:
             with self.seconds.counting("encoder"):
-                self._successors.extend(zip(some, self._model.encode([s.token_ids for s in some])))
+                self._successors.extend(zip(some, self.model.encode([s.token_ids for s in some])))
         return bool(some)
 
     def _recall_successors(self) -> None:
@@ -392,14 +392,14 @@ class Decoder:
 
     def _cache_bytes(self) -> int:
         """Return the size of the caches of this step."""
-        rows = self._model.rows
+        rows = self.model.rows
         longest = int(self._lengths[:rows].max())
         source = max(len(s.token_ids) for s in self.running)
-        return self._model.cache_bytes(rows, longest, source)
+        return self.model.cache_bytes(rows, longest, source)
 
     def _update_selection(self, plan: _Plan) -> int:
         """Update ``plan.selection`` for this step. Returns the number of steps for which it stays valid."""
-        selection, rows = plan.selection, self._model.rows
+        selection, rows = plan.selection, self.model.rows
         lengths, turns = self._lengths[:rows], self._rules_change[:rows]
         if selection.changed and not plan.varies and (same_for := int((turns - lengths).min())) > 0:
             return same_for
@@ -423,7 +423,7 @@ class Decoder:
 
     def _make_plan(self) -> _Plan:
         """Group the running sentences by rules and search method."""
-        rows = self._model.rows
+        rows = self.model.rows
         by_rules: dict[Rules, list[int]] = {}
         for row, sentence in enumerate(self._sentence_of):
             assert sentence.rules is not None
@@ -449,9 +449,7 @@ class Decoder:
             for sentence, beam_rows in zip(sentences, together):
                 sentence.rows = beam_rows
             plan.beams.append((sentences, together))
-            selection.best = max(
-                selection.best, min(candidates(size, self._task.eos_token_ids), self._model.vocabulary)
-            )
+            selection.best = max(selection.best, min(candidates(size, self._task.eos_token_ids), self.model.vocabulary))
         if self._runner is not None:
             plan.held = self._hand_over_beams(plan)
         return plan
@@ -569,7 +567,7 @@ class Decoder:
         source, target, longest = np.array(sources), np.array(targets), int(lengths[forked].max())
         same = self._tokens[source, :longest] == self._tokens[target, :longest]
         begin = int(np.where(same.all(axis=1), longest, same.argmin(axis=1)).min())
-        self._model.copy(source, target, begin)
+        self.model.copy(source, target, begin)
         self._tokens[target, begin:longest] = self._tokens[source, begin:longest]
         return now
 
@@ -577,7 +575,7 @@ class Decoder:
         """Remove ``sentences`` and their rows from the batch."""
         if not sentences:
             return
-        order = self._model.remove(np.concatenate([s.rows for s in sentences]))
+        order = self.model.remove(np.concatenate([s.rows for s in sentences]))
         leaving = set(map(id, sentences))
         self.running = [s for s in self.running if id(s) not in leaving]
         self._plan = None

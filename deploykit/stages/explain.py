@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from deploykit.attribution.explain import Differentiable, Explanation, explain
+from deploykit.attribution.words import Unit
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.protocol import Predictor, Progress
 from deploykit.tasks.registry import task_of
 from deploykit.tasks.types import Explaining
 
 METHODS = ("auto", "gradients", "occlusion")
+UNITS: tuple[Unit, ...] = ("word", "sentence")
 _SHOWN = 80
 """Characters of a text in the reason why it is left out."""
 _CHECKED = 50
@@ -24,13 +26,15 @@ def explain_texts(
     *,
     method: str = "auto",
     answer: str | None = None,
+    unit: Unit = "word",
     refused: list[str] | None = None,
     progress: Progress = lambda done, of: None,
 ) -> list[Explanation]:
     """Explain the model's answer to each text, or why it would give ``answer``.
 
-    "gradients" are integrated gradients, of a classifier's checkpoint; "occlusion" removes one word after the other,
-    with any model; "auto" takes gradients where they are known. The first 50 explanations are checked by deletion.
+    "gradients" are integrated gradients, of a checkpoint that classifies or generates text; "occlusion" removes one word (or
+    sentence, by ``unit``) after the other, with any model; "auto" takes gradients of a classifier's checkpoint. The first 50
+    explanations are checked by deletion.
 
     Texts that the model refuses are left out, and added to ``refused`` with the reason if that is given.
 
@@ -39,15 +43,14 @@ def explain_texts(
     """
     task: Any = task_of(predictor.task)
     if not isinstance(task, Explaining):
-        raise UsageError(
-            f"a model that {task.does} has no explanations", "give a model that classifies or answers questions"
-        )
-    if method not in METHODS:
-        raise UsageError(f"--method is {method!r}", f"choose one of: {', '.join(METHODS)}")
+        raise UsageError(f"a model that {task.does} has no explanations", "give a model of another task")
+    for option, value, known in (("--method", method, METHODS), ("--unit", unit, UNITS)):
+        if value not in known:
+            raise UsageError(f"{option} is {value!r}", f"choose one of: {', '.join(known)}")
     found = []
     for number, text in enumerate(texts):
         try:
-            explained = task.explained_text(predictor, text, answer, method)
+            explained = task.explained_text(predictor, text, answer, method, unit)
         except DataError as error:
             if refused is None:
                 raise

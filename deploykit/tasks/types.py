@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 if TYPE_CHECKING:
     from deploykit.attribution.explain import ExplainedText
+    from deploykit.attribution.words import Unit
     from deploykit.bootstrap import Measure
     from deploykit.data.reading import Reading
 
@@ -55,26 +56,28 @@ class Predictor(Protocol):
 class Explaining(Protocol):
     """A task whose answers ``deploykit explain`` can explain. A task need not be one."""
 
-    def explained_text(self, predictor: Any, text: str, answer: str | None, method: str) -> ExplainedText:
-        """Return ``text`` with the answer to explain, the model's own for None, by ``method``: "auto", "gradients" or
-        "occlusion". Raises UsageError if the method or the answer does not fit, DataError if the text is refused."""
+    def explained_text(self, predictor: Any, text: str, answer: str | None, method: str, unit: Unit) -> ExplainedText:
+        """Return ``text``, in units, with the answer to explain, the model's own for None, by ``method``: "auto", "gradients"
+        or "occlusion". Raises UsageError if the method or the answer does not fit, DataError if the text is refused."""
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report of ``evaluate`` shows: ``slices`` by these columns, drift ``against`` a file of new rows, and flips
-    of answers by the words of the file ``swaps`` (None: English ones)."""
+    """What a report of ``evaluate`` shows: ``slices`` by these columns, drift ``against`` a file of new rows, of a
+    classifier flips of answers by the words of the file ``swaps`` (None: English ones), and slices by whether the model has
+    ``seen`` a row's text in training (its duplicate key; None: not known)."""
 
     slices: tuple[str, ...] = ()
     against: str | None = None
     swaps: Path | None = None
+    seen: frozenset[str] | None = None
 
 
 @runtime_checkable
 class Reporting(Protocol):
     """A task that ``deploykit evaluate --report`` writes a page for. A task need not be one."""
 
-    def report(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options,
+    def report(self, predictor: Any, source: str, *, split: str, reading: Reading, columns: Options, generation: Options,
                options: ReportOptions, progress: Progress) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
         """Measure as ``evaluate`` does, and say what lies behind the metrics, as JSON."""
 

@@ -7,8 +7,11 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import language_models
 import pytest
 from tiny_answerer import write_checkpoint
+
+from deploykit.tasks.text_generation.chat_template import CHATML
 
 Deploykit = Callable[..., tuple[int, str, str]]
 
@@ -58,9 +61,40 @@ def test_the_context_of_an_answer_is_explained(deploykit: Deploykit, tmp_path: P
     assert not {*explained[2:]} & {*found["answer"].split()}, "the answer itself stays"
     assert {*explained[2:], *found["answer"].split()} == {f"w{i}" for i in range(1, 9)}
     assert record["deletion"]["gain"] > 0
-    code, _, err = deploykit("explain", model, "which", "--context", context, "--label", "w1")
+    code, _, err = deploykit("explain", model, "which", "--context", context, "--answer", "w50")
+    assert code == 1
+    assert "'w50' is not among the 20 best answers" in err
+    code, _, err = deploykit("explain", model, "which", "--context", context, "--method", "gradients")
     assert code == 2
-    assert "--label is for classifiers" in err
+    assert "are explained by occlusion" in err
+
+
+def test_generated_answers_and_translations_are_explained(
+    deploykit: Deploykit, make_tiny_translation: Callable[..., Path], tmp_path: Path
+) -> None:
+    lm = language_models.write_checkpoint(tmp_path / "lm", template=CHATML)
+    rows = language_models.write_rows(tmp_path / "rows.jsonl")
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("en,fr\nSave the file.,Enregistrer le fichier.\nOpen the folder.,Ouvrir le dossier.\n")
+    translator = make_tiny_translation(tmp_path / "fr")
+    for model, source, more in (
+        (lm, rows, ("--method", "gradients")),
+        (lm, rows, ()),
+        (translator, pairs, ("--source-column", "en")),
+    ):
+        page = tmp_path / "page.html"
+        words = ("explain", model, "--rows", source, "--num-prompts", 2, "--output", page, "--force", *more)
+        code, out, err = deploykit(*words, "--json")
+        assert code == 0, err
+        record = json.loads(out)
+        assert [one["measure"] for one in record["explanations"]] == ["log-probability"] * 2
+        assert set(record["words"]) == {"any answer"}
+        assert 0 < record["deletion"]["top"][0] <= 1
+        assert "Words with the largest weights" in page.read_text(encoding="utf-8")
+    code, out, err = deploykit("explain", lm, "list the file. And here?", "--unit", "sentence", "--answer", "ls -f .")
+    assert code == 0, err
+    assert out.startswith("ls -f .  0.")
+    assert "list the file. " in out.splitlines()[2]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_a_run_has_the_documented_files_and_metrics(run: Path, deploykit: Deploy
     manifest = load_manifest(run, "checkpoint")
     assert manifest.task.name == "question-answering"
     metrics = json.loads((run / "metrics.json").read_text())["test"]
-    assert {"exact_match", "f1", "f1_interval", "has_answer", "no_answer", "best_f1_threshold"} <= set(metrics)
+    assert {"exact_match", "f1", "intervals", "has_answer", "no_answer", "best_f1_threshold"} <= set(metrics)
     assert metrics["f1"] > 0.8, "it learned"
     assert metrics["no_answer"]["f1"] > 0.8
     contexts = {

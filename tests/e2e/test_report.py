@@ -7,11 +7,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import language_models
 import numpy as np
 import pytest
+from tiny_answerer import write_checkpoint as write_answerer
+from tiny_answerer import write_squad
 
 import deploykit as api
 from deploykit.artifacts import load_manifest
+from deploykit.tasks.text_generation.chat_template import CHATML
 
 Deploykit = Callable[..., tuple[int, str, str]]
 
@@ -75,3 +79,78 @@ def test_a_fitted_temperature_goes_with_the_export(
                              "--validation-fraction", 0)  # fmt: skip
     assert code == 2
     assert "--temperature-scaling needs validation rows" in err
+
+
+def test_translations_answers_and_generated_texts_have_reports(
+    deploykit: Deploykit, make_tiny_translation: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in language_models.write_rows(tmp_path / "all.jsonl").read_text().splitlines()][
+        :40
+    ]
+    lm, other = (
+        language_models.write_checkpoint(tmp_path / name, kind, CHATML)
+        for name, kind in (("lm", "llama"), ("q", "qwen2"))
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({**row, "shell": "ab"[i % 2]}) + "\n" for i, row in enumerate(rows)))
+    (tmp_path / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(
+        "en,fr,shell\n" + "".join(f"Save the file {i} %s.,Enregistrer {i} %s.,{'ab'[i % 2]}\n" for i in range(24))
+    )
+    (tmp_path / "seen.csv").write_text("en,fr\n" + "".join(f"Save the file {i} %s.,x\n" for i in range(12)))
+    (tmp_path / "new.csv").write_text("en\n" + "Open it\n" * 12)
+    (tmp_path / "new.jsonl").write_text('{"prompt": "copy the file above"}\n' * 12)
+    translator = make_tiny_translation(tmp_path / "fr", max_length=24)
+    second = make_tiny_translation(tmp_path / "fr2", max_length=24, seed=1)
+    questions = json.loads(write_squad(tmp_path / "squad.json", 12, 3).read_text())
+    table = [
+        {"question": qa["question"], "context": p["context"], "answers": qa["answers"], "shell": "ab"[i % 2]}
+        for p in questions["data"][0]["paragraphs"] for i, qa in enumerate(p["qas"])
+    ]  # fmt: skip
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in table))
+    (tmp_path / "seen_q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table[:12]))
+    answerer, weaker = (write_answerer(tmp_path / name, sharp=sharp) for name, sharp in (("qa", True), ("qa2", False)))
+    for model, baseline, data, seen, new, metric, more in (
+        (lm, other, prompts, "seen.jsonl", "new.jsonl", "token_f1", ("--max-new-tokens", 6)),
+        (translator, second, pairs, "seen.csv", "new.csv", "chrf", ()),
+        (answerer, weaker, asked, "seen_q.jsonl", "squad.json", "f1", ()),
+    ):
+        page = tmp_path / f"{model.name}.html"
+        words = ("evaluate", model, "--data", data, *more)
+        code, out, err = deploykit(
+            *words, "--report", page, "--slice", "shell", "--seen", tmp_path / seen, "--against", tmp_path / new,
+            "--baseline", baseline, "--json",
+        )  # fmt: skip
+        assert code == 0, err
+        record = json.loads(out)
+        report = record["report"]
+        by_name = {one["slice"]: one for one in report["slices"]}
+        assert {"shell: a", "shell: b", "seen in training: yes", "seen in training: no"} <= set(by_name)
+        assert by_name["shell: a"]["rows"] + by_name["shell: b"]["rows"] == record["rows"]
+        assert by_name["seen in training: yes"]["rows"] == 12
+        assert [one[metric] for one in report["slices"]] == sorted(one[metric] for one in report["slices"])
+        worst = report["worst"]
+        assert worst[0]["expected"] != worst[0]["answer"]
+        assert [one[metric] for one in worst] == sorted(one[metric] for one in worst)
+        assert report["drift"]["rows"] > 0
+        assert ("calibration" in report) == (metric != "chrf")
+        low, high = record["metrics"]["intervals"][metric]
+        assert low <= record["metrics"][metric] <= high
+        found = record["differences"][metric]
+        assert found["difference"] == pytest.approx(
+            record["metrics"][metric] - record["baseline"]["metrics"][metric], abs=2e-4
+        )
+        assert found["beyond_noise"] == (not found["interval"][0] <= 0 <= found["interval"][1])
+        assert page.read_text(encoding="utf-8").count("<svg") == (1 if metric == "chrf" else 2)
+        code, _, err = deploykit(*words, "--report", tmp_path / "x.html", "--swaps", data)
+        assert code == 2
+        assert "--swaps is for classifiers" in err
+    assert set(record["metrics"]["intervals"]) >= {"exact_match", "f1"}
+    code, out, err = deploykit("evaluate", lm, "--baseline", other, "--data", prompts, "--max-new-tokens", 4)
+    assert code == 0, err
+    assert "paired bootstrap" in out
+    code, _, err = deploykit("evaluate", lm, "--data", prompts, "--seen", prompts)
+    assert code == 2
+    assert "--seen and --swaps are for a report" in err

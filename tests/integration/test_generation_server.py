@@ -144,6 +144,32 @@ def test_answers_are_those_in_process(server: TritonServer, local: LocalGenerato
     served.close()
 
 
+def test_a_served_answer_is_explained_as_in_process(
+    server: TritonServer, local: LocalGenerator, export: Path, tmp_path: Path
+) -> None:
+    served = open_served("lm", server.urls.http)
+    assert isinstance(served, ServedGenerator)
+    prompts = ["list the", "", DIALOG, [{"role": "user", "content": "copy"}]]
+    scores = served.answer_logprobs(prompts, [9, 40, 2])
+    assert scores == pytest.approx(local.answer_logprobs(prompts, [9, 40, 2]), abs=1e-3)
+    served.close()
+    found = {}
+    for name, more in (("lm", ("--url", server.urls.http)), (str(export), ("--engine", "onnxruntime"))):
+        page = tmp_path / f"{len(found)}.html"
+        done = CliRunner().invoke(main, ["explain", name, "list the file here", "--output", str(page), "--json", *more])
+        assert done.exit_code == 0, done.output
+        (found[name],) = json.loads(done.stdout)["explanations"]
+        assert page.read_text().count("<svg") == 1
+    one, other = found["lm"], found[str(export)]
+    assert one["answer"] == other["answer"]
+    assert one["measure"] == "log-probability"
+    weights = [[word["weight"] for word in each["words"]] for each in (one, other)]
+    assert weights[0] == pytest.approx(weights[1], abs=1e-2)
+    done = CliRunner().invoke(main, ["explain", "lm", "list", "--answer", "ls", "--url", server.urls.http])
+    assert done.exit_code == 2
+    assert "a served model explains its own answers alone" in done.stderr
+
+
 @pytest.mark.skipif(lacks() is not None, reason=f"the engine native does not run here: {lacks()}")
 def test_the_engine_native_answers_as_in_process(server: TritonServer, native_export: Path) -> None:
     ours = open_graph(native_export, load_manifest(native_export), engine="native", threads=1)

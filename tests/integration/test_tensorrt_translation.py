@@ -120,7 +120,7 @@ def on_cpu(folder: Path, precision: str = "fp32", **options: Any) -> Translator:
 def test_whole_translations_are_those_of_the_graphs(export: Path) -> None:
     """Greedy and with beams, with few rows: sentences wait, join and leave, and rows are reordered."""
     ours, theirs = open_translator(str(export), url="", engine="tensorrt"), on_cpu(export, max_rows=12)
-    fake = isinstance(ours.decoder._model._gpu._library, FakeDriver)
+    fake = isinstance(ours.decoder.model._gpu._library, FakeDriver)
     assert ours.decoder.max_rows == 12, "of the largest profile, not 64"
     for beams, least in ((1, 0), (4, 0), (2, 40)):
         generation = dataclasses.replace(theirs.task.generation, beam_size=beams, min_length=least)
@@ -219,7 +219,7 @@ def test_shapes_outside_the_profiles_are_refused_with_the_command(
     folder = with_engines(shutil.copytree(graphs, tmp_path / "e"), driver, monkeypatch, profiles=["batch=1:4:4,length=1:8:20,past=1:8:12"])  # fmt: skip
     translator = open_translator(str(folder), url="", engine="tensorrt")
     assert (translator.task.max_source_length, translator.task.max_target_length) == (20, 12)
-    model = translator.decoder._model
+    model = translator.decoder.model
     for call, what, axis in (
         (partial(model.encode, [[5] * 21]), "21 tokens of a text", "length"),
         (partial(model.encode, [[5]] * 5), "5 rows at once", "batch"),

@@ -222,6 +222,18 @@ def test_a_bad_row_fails_alone(server: TritonServer, local: Translator) -> None:
     assert re.match(r"has \d+ tokens, the model takes 128", errors[2])
 
 
+def test_a_served_translation_is_explained_by_likeness(server: TritonServer, client: ServedTranslator) -> None:
+    done = CliRunner().invoke(main, ["explain", "fr", "Save the file.", "--json", "--url", server.urls.http])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    (found,) = record["explanations"]
+    assert found["answer"] == client.translate(["Save the file."])[0].text
+    assert (found["measure"], found["score"]) == ("similarity", 1.0)
+    assert [word["text"] for word in found["words"]] == ["Save", "the", "file", "."]
+    assert all(0 <= word["weight"] <= 1 for word in found["words"])
+    assert any(word["weight"] > 0 for word in found["words"])
+
+
 def test_our_client_reports_bad_rows_beside_good_ones(client: ServedTranslator, local: Translator) -> None:
     texts = [TEXTS[0], "x" * 1_000_001, "fox \ud800", LONG_LINE]
     rows = client.translate_rows(texts, long_input="refuse")

@@ -115,6 +115,17 @@ def test_batches_are_drawn_anew_for_each_epoch_and_the_same_when_it_is_repeated(
     assert list(batches) == first
 
 
+def test_processes_share_the_batches_and_take_as_many_steps() -> None:
+    lengths = [1 + (i * 7919) % 60 for i in range(500)]
+    whole = list(TokenBatches(lengths, 128, seed=1))
+    parts = [TokenBatches(lengths, 128, seed=1, process=i, processes=3) for i in range(3)]
+    turns = list(zip(*map(list, parts), strict=True))
+    assert len(turns) == len(parts[0]) == -(-len(whole) // 3)
+    taken = [batch for turn in turns for batch in turn]
+    assert taken[: len(whole)] == whole
+    assert all(row < 0 for batch in taken[len(whole) :] for row in batch), "no row is learned twice"
+
+
 @pytest.mark.parametrize("beam", [1, 4])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.6])
 def test_scores_are_those_of_hugging_face(marian: Path, beam: int, length_penalty: float) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.attribution.explain import ExplainedText, log_odds
-from deploykit.attribution.words import Span, split_words, weights_of_words, without
+from deploykit.attribution.explain import ExplainedText, Measure, log_odds, probability
+from deploykit.attribution.words import Span, Unit, split_units, weights_of_words, without
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.tasks.classification.facts import as_text
 from deploykit.tasks.classification.predictor import TextClassifier
@@ -22,23 +22,25 @@ _STEPS = 50
 class ClassifiedText:
     """A text, or a pair of texts, and a label of it."""
 
-    def __init__(self, predictor: TextClassifier, text: str, label: str | None) -> None:
+    def __init__(self, predictor: TextClassifier, text: str, label: str | None, unit: Unit) -> None:
         """``label`` is the one to explain, None for the likeliest. Raises UsageError if the model has none such."""
         task = predictor.task
         self._predictor = predictor
         self._parts = task.read(text)
         self._begins = [0, *(len(self._parts[0]) + len(_BETWEEN) for _ in self._parts[1:])]
         self.text = _BETWEEN.join(self._parts)
-        own = [[(first + begin, last + begin) for first, last in split_words(part)] for part, begin in self._placed()]
+        own = [[(first + begin, last + begin) for first, last in split_units(part, unit)]
+               for part, begin in self._placed()]  # fmt: skip
         self.words: Sequence[Span] = [word for words in own for word in words]
-        self.is_number = task.regression
+        self.measure: Measure = "number" if task.regression else "log-odds"
+        self.is_label = not task.regression
         scores = predictor.scores([text])[0]
         if label is None:
             label = task.labels[int(scores.argmax())]
         elif label not in task.labels:
-            raise UsageError(f"--label {label} is no label of the model", f"it has: {', '.join(task.labels)}")
+            raise UsageError(f"--answer {label} is no label of the model", f"it has: {', '.join(task.labels)}")
         self._index = task.labels.index(label)
-        self.answer = f"{scores[0]:.6g}" if self.is_number else label
+        self.answer = f"{scores[0]:.6g}" if task.regression else label
 
     def values(self, removed: Sequence[Collection[int]]) -> NDArray[np.float64]:
         texts = [self._without(words) for words in removed]
@@ -46,7 +48,10 @@ class ClassifiedText:
             [self._predictor.scores(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)]
         )
         of_label = scores[:, self._index].astype(np.float64)
-        return of_label if self.is_number else log_odds(of_label)
+        return log_odds(of_label) if self.is_label else of_label
+
+    def score(self, value: float) -> float:
+        return probability(value) if self.is_label else value
 
     def _placed(self) -> list[tuple[str, int]]:
         return list(zip(self._parts, self._begins))
@@ -99,21 +104,21 @@ class DifferentiableText(ClassifiedText):
         return self._predictor
 
 
-def explained_text(predictor: TextClassifier, text: str, answer: str | None, method: str) -> ExplainedText:
+def explained_text(predictor: TextClassifier, text: str, answer: str | None, method: str, unit: Unit) -> ExplainedText:
     """Return ``text`` to be explained by ``method``: "auto", "gradients" or "occlusion".
 
     Raises UsageError if ``method`` needs a checkpoint, MissingDependencyError if it needs captum.
     """
     if method == "occlusion" or (method == "auto" and not hasattr(predictor, "model")):
-        return ClassifiedText(predictor, text, answer)
+        return ClassifiedText(predictor, text, answer, unit)
     if not hasattr(predictor, "model"):
         raise UsageError("gradients are known for a checkpoint alone", "give the checkpoint, or --method occlusion")
     try:
         import captum  # noqa: F401
     except ImportError:
         if method == "auto":
-            return ClassifiedText(predictor, text, answer)
+            return ClassifiedText(predictor, text, answer, unit)
         raise MissingDependencyError(
             "captum, which integrates gradients, is not installed", "pip install 'deploykit[explain]'"
         ) from None
-    return DifferentiableText(predictor, text, answer)
+    return DifferentiableText(predictor, text, answer, unit)

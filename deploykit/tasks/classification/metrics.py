@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.inspection.reliability import calibration_error
 from deploykit.tasks.classification.facts import Classification
-
-CALIBRATION_BINS = 15
 
 
 def classification_metrics(task: Classification, truth: NDArray[Any], scores: NDArray[np.float32]) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def classification_metrics(task: Classification, truth: NDArray[Any], scores: ND
         "macro_recall": float(recall[seen].mean()),
         "macro_f1": float(f1[seen].mean()),
         "micro_f1": float(ratio(2 * hits.sum(), answered.sum() + actual.sum())),
-        "expected_calibration_error": _calibration_error(confidence, correct),
+        "expected_calibration_error": calibration_error(confidence, correct),
         "per_class": {
             label: {
                 "precision": float(precision[i]),
@@ -102,21 +101,6 @@ def _confusion(task: Classification, truth: NDArray[np.bool_], answers: NDArray[
         ]
         for label, t, a in zip(task.labels, truth.T, answers.T)
     }
-
-
-def calibration_bins(confidence: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Return the number of the equal bin, of 15, that each confidence falls in."""
-    return np.minimum((confidence * CALIBRATION_BINS).astype(np.int64), CALIBRATION_BINS - 1)
-
-
-def _calibration_error(confidence: NDArray[np.float32], correct: NDArray[np.bool_]) -> float:
-    bins = calibration_bins(confidence)
-    error = 0.0
-    for b in range(CALIBRATION_BINS):
-        inside = bins == b
-        if inside.any():
-            error += float(inside.mean() * abs(correct[inside].mean() - confidence[inside].mean()))
-    return error
 
 
 def ratio(numerator: Any, denominator: Any) -> NDArray[np.float64]:

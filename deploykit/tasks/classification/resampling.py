@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.bootstrap import Measure, intervals
+from deploykit.inspection.reliability import bins_of
 from deploykit.tasks.classification.facts import Classification
-from deploykit.tasks.classification.metrics import calibration_bins, classification_metrics, decided, ranks, ratio
+from deploykit.tasks.classification.metrics import classification_metrics, decided, ranks, ratio
 
 
 def metrics_with_intervals(task: Classification, truth: NDArray[Any], scores: NDArray[np.float32]) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def _labels(task: Classification, truth: NDArray[Any], scores: NDArray[np.float3
     exact = (answers == truth).all(axis=1).astype(float)
     # Of a multi-label row each label is an answer with a confidence.
     gaps = (correct.astype(float) - confidence).reshape(len(truth), -1)
-    bins = calibration_bins(confidence).reshape(len(truth), -1)
+    bins = bins_of(confidence).reshape(len(truth), -1)
     of_bins = np.stack([np.where(bins == b, gaps, 0.0).sum(axis=1) for b in np.unique(bins)], axis=1)
 
     def measure(weights: NDArray[np.float64]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 
 if TYPE_CHECKING:
     from deploykit.attribution.explain import ExplainedText
+    from deploykit.attribution.words import Unit
     from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
@@ -111,10 +112,12 @@ class _Classification:
 
         return answers(predictor, texts)
 
-    def explained_text(self, predictor: TextClassifier, text: str, answer: str | None, method: str) -> ExplainedText:
+    def explained_text(
+        self, predictor: TextClassifier, text: str, answer: str | None, method: str, unit: Unit
+    ) -> ExplainedText:
         from deploykit.tasks.classification.explain import explained_text
 
-        return explained_text(predictor, text, answer, method)
+        return explained_text(predictor, text, answer, method, unit)
 
     def grade(self, predictor: TextClassifier, texts: Sequence[str], truth: Sequence[str], generation: None) -> Grade:
         from deploykit.tasks.classification.evaluate import grade
@@ -136,7 +139,7 @@ class _Classification:
 
     def report(
         self, predictor: TextClassifier, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
-        options: ReportOptions, progress: Progress,
+        generation: Mapping[str, Any], options: ReportOptions, progress: Progress,
     ) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
         from deploykit.tasks.classification.inspection.report import report
 

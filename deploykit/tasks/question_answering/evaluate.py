@@ -10,7 +10,7 @@ from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.errors import DataError
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.question_answering.clean import clean
-from deploykit.tasks.question_answering.facts import as_text, from_text
+from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text, from_text
 from deploykit.tasks.question_answering.metrics import answer_metrics, measure_of
 from deploykit.tasks.question_answering.predictor import TextAnswerer
 from deploykit.tasks.question_answering.rows import Answers, Example, read_rows
@@ -43,10 +43,15 @@ def evaluate(
     predictor: TextAnswerer, rows: LabelledQuestions, *, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> Evaluation:
     """Answer every question and compare. A question that is refused counts as answered with "no answer"."""
-    found = found_for(predictor, [(e.question, e.context) for e in rows.examples], progress)
-    metrics = answer_metrics(predictor.task, found, rows.examples)
-    measure = measure_of(predictor.task, found, rows.examples)
-    return Evaluation(metrics, len(rows.examples), rows.problems, measure=measure)
+    return evaluation(
+        predictor.task, rows, found_for(predictor, [(e.question, e.context) for e in rows.examples], progress)
+    )
+
+
+def evaluation(task: QuestionAnswering, rows: LabelledQuestions, found: Sequence[Found]) -> Evaluation:
+    """Return the metrics of answered questions."""
+    metrics = answer_metrics(task, found, rows.examples)
+    return Evaluation(metrics, len(rows.examples), rows.problems, measure=measure_of(task, found, rows.examples))
 
 
 def found_for(

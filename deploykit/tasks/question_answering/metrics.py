@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.bootstrap import Measure
+from deploykit.bootstrap import Measure, intervals
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.rows import Example
 from deploykit.tasks.question_answering.spans import Found
 
-_RESAMPLED = 1000
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _HAN = re.compile(r"[\u4e00-\u9fa5]")
@@ -105,9 +104,9 @@ def _best(score: Score, answers: Sequence[str], truths: Sequence[Sequence[str]])
 def answer_metrics(task: QuestionAnswering, found: Sequence[Found], examples: Sequence[Example]) -> dict[str, Any]:
     """Compute metrics with stable keys, as fractions of 1.
 
-    Keys: exact_match and f1, each with ``_interval`` (bootstrap 95 % interval over questions, 1,000 resamples); rows.
-    If some questions have no answer also has_answer and no_answer (exact_match, f1, rows of each), and
-    best_exact_match, best_f1 and best_f1_threshold, with the threshold that is best on these rows.
+    Keys: exact_match, f1, intervals (bootstrap 95 % intervals over questions), rows. If some questions have no answer also
+    has_answer and no_answer (exact_match, f1, rows of each; intervals has "has_answer.f1"), and best_exact_match, best_f1
+    and best_f1_threshold, with the threshold that is best on these rows.
     """
     answers = [each.decide(task.no_answer_threshold).text for each in found]
     truths = [example.answers.text for example in examples]
@@ -115,8 +114,7 @@ def answer_metrics(task: QuestionAnswering, found: Sequence[Found], examples: Se
     metrics: dict[str, Any] = {
         "exact_match": float(exact.mean()),
         "f1": float(overlap.mean()),
-        "exact_match_interval": interval(exact),
-        "f1_interval": interval(overlap),
+        "intervals": intervals(mean_scores(exact, overlap), len(examples)),
         "rows": len(examples),
     }
     answerable = np.array([bool(truth) for truth in truths])
@@ -129,6 +127,8 @@ def answer_metrics(task: QuestionAnswering, found: Sequence[Found], examples: Se
                 "f1": float(overlap[which].mean()),
                 "rows": int(which.sum()),
             }
+            own = intervals(mean_scores(exact[which], overlap[which]), int(which.sum()))
+            metrics["intervals"] |= {f"{name}.{metric}": found for metric, found in own.items()}
     best_exact, best_f1 = scores(task, [each.spans[0].text if each.spans else "" for each in found], truths)
     none = np.array([each.none for each in found])
     metrics["best_exact_match"], _ = best_threshold(none, best_exact, answerable)
@@ -139,7 +139,11 @@ def answer_metrics(task: QuestionAnswering, found: Sequence[Found], examples: Se
 def measure_of(task: QuestionAnswering, found: Sequence[Found], examples: Sequence[Example]) -> Measure:
     """Return exact match and F1 as functions of the questions' weights."""
     answers = [each.decide(task.no_answer_threshold).text for each in found]
-    exact, overlap = scores(task, answers, [example.answers.text for example in examples])
+    return mean_scores(*scores(task, answers, [example.answers.text for example in examples]))
+
+
+def mean_scores(exact: NDArray[np.float64], overlap: NDArray[np.float64]) -> Measure:
+    """Return the means of exact match and F1, [rows] each, as functions of the rows' weights."""
 
     def measure(weights: NDArray[np.float64]) -> dict[str, Any]:
         total = weights.sum(axis=-1)
@@ -162,11 +166,3 @@ def best_threshold(
     best = int(totals.argmax())
     threshold = float(none[order[best - 1]]) if best else float(none.min()) - 1.0
     return float(totals[best] / len(none)), threshold
-
-
-def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
-    """Return the bootstrap 95 % interval of the mean (Efron, 1979), from 1,000 resamples drawn by ``seed``."""
-    random = np.random.default_rng(seed)
-    means = [float(values[random.integers(0, len(values), len(values))].mean()) for _ in range(_RESAMPLED)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)

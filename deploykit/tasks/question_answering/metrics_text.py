@@ -12,12 +12,10 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     """Return exact match and F1 with intervals, for all questions and for those with and without an answer."""
     parts = {"all": metrics, **{name: metrics[name] for name in ("has_answer", "no_answer") if name in metrics}}
     rows = (
-        [name.replace("_", " "), f"{m['exact_match']:.4f}", f"{m['f1']:.4f}", f"{m['rows']:,}"]
+        [name.replace("_", " "), *(_cell(metrics, name, metric) for metric in ("exact_match", "f1")), f"{m['rows']:,}"]
         for name, m in parts.items()
     )
-    lines = [text_table(["", "exact match", "F1", "rows"], rows)]
-    intervals = (f"{name} {low:.4f} to {high:.4f}" for name, (low, high) in _intervals(metrics))
-    lines.append(f"95 % intervals: {', '.join(intervals)}")
+    lines = [text_table(["", "exact match", "F1", "rows"], rows), "(in brackets bootstrap 95 % intervals)"]
     if "best_f1" in metrics:
         lines.append(
             f"with the threshold best on these rows, {metrics['best_f1_threshold']:.2f}: F1 {metrics['best_f1']:.4f}"
@@ -25,5 +23,7 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _intervals(metrics: Mapping[str, Any]) -> list[tuple[str, tuple[float, float]]]:
-    return [("exact match", metrics["exact_match_interval"]), ("F1", metrics["f1_interval"])]
+def _cell(metrics: Mapping[str, Any], part: str, metric: str) -> str:
+    value, key = (metrics[metric], metric) if part == "all" else (metrics[part][metric], f"{part}.{metric}")
+    low, high = metrics["intervals"][key]
+    return f"{value:.4f} [{low:.4f}, {high:.4f}]"

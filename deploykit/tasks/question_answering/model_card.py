@@ -29,7 +29,7 @@ def head(task: QuestionAnswering, origin: str) -> list[str]:
 
 def results(result: Mapping[str, Any], rows: int) -> list[str]:
     """Return the table of metrics."""
-    low, high = result["f1_interval"]
+    low, high = result["intervals"]["f1"]
     named = [("all", result), *((name, result[name]) for name in ("has_answer", "no_answer") if name in result)]
     return [
         "| questions | exact match | F1 | rows |",

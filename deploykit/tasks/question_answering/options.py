@@ -28,6 +28,8 @@ class QuestionAnsweringOptions(FinetuneOptions):
         "auto", "Extend answers to whole words. auto: if that is better on the validation rows.", WHOLE_WORDS
     )
 
+    shares_batches: ClassVar[bool] = True
+
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,
         "per_device_train_batch_size": (1, 100_000),

@@ -17,6 +17,7 @@ from deploykit.tasks.question_answering.facts import MOST_ANSWERS, QuestionAnswe
 
 if TYPE_CHECKING:
     from deploykit.attribution.explain import ExplainedText
+    from deploykit.attribution.words import Unit
     from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from deploykit.tasks.question_answering.options import QuestionAnsweringOptions
     from deploykit.tasks.question_answering.predictor import TextAnswerer
     from deploykit.tasks.question_answering.training import QuestionAnsweringStage
+    from deploykit.tasks.types import ReportOptions
 
 
 class _QuestionAnswering:
@@ -104,10 +106,12 @@ class _QuestionAnswering:
 
         return answers(predictor, texts, generation)
 
-    def explained_text(self, predictor: TextAnswerer, text: str, answer: str | None, method: str) -> ExplainedText:
+    def explained_text(
+        self, predictor: TextAnswerer, text: str, answer: str | None, method: str, unit: Unit
+    ) -> ExplainedText:
         from deploykit.tasks.question_answering.explain import explained_text
 
-        return explained_text(predictor, text, answer, method)
+        return explained_text(predictor, text, answer, method, unit)
 
     def grade(self, predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str], generation: None) -> Grade:
         from deploykit.tasks.question_answering.evaluate import grade
@@ -123,6 +127,21 @@ class _QuestionAnswering:
         rows = labelled_questions(source, reading=reading, split=split)
         reading.stop_at(rows.problems)
         return evaluate(predictor, rows, progress=progress)
+
+    def report(
+        self, predictor: TextAnswerer, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
+        generation: Mapping[str, Any], options: ReportOptions, progress: Progress,
+    ) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
+        from deploykit.tasks.question_answering.report import report
+
+        return report(
+            predictor, source, split=split, reading=reading, columns=columns, options=options, progress=progress,
+        )  # fmt: skip
+
+    def write_report(self, title: str, record: Mapping[str, Any], out: Path) -> None:
+        from deploykit.inspection.page import write_text_report
+
+        write_text_report(title, record, out, correct="exact match", confidence="score of the answer")
 
     def read_inputs(
         self, source: str, facts: QuestionAnswering, *, reading: Reading, columns: Mapping[str, Any]

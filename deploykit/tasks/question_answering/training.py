@@ -222,6 +222,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
         super().__init__(**arguments)
         self._measure = measure
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return trainer.GroupedByLength(self.args, [len(window.ids) for window in self.train_dataset.windows])
+
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         training = self.model.training
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._measure(self.model.eval()).items()}
@@ -259,7 +262,6 @@ def _train(
                 math.ceil(len(train_set) / options.per_device_train_batch_size),
                 work / "trainer",
                 per_device_train_batch_size=options.per_device_train_batch_size,
-                train_sampling_strategy="group_by_length",
             ),
             train_dataset=train_set,
             eval_dataset=train_set,  # required by Trainer but unused: ``evaluate`` answers the validation questions

@@ -90,6 +90,13 @@ class ChatTokenizer:
         text = chat.render(messages, add_generation_prompt=True, tools=tools)
         return self._prompt_ids(text, add_special_tokens=False)
 
+    def placed(self, prompt: Sequence[Message] | str) -> tuple[str, list[int], list[tuple[int, int]]]:
+        """Return a prompt as it is written, the ids of ``encode_prompt``, and each token's place in the text."""
+        plain = isinstance(prompt, str)
+        text = prompt if isinstance(prompt, str) else self._chat().render(prompt, add_generation_prompt=True)
+        encoding = self._encode(text, add_special_tokens=plain)
+        return text, list(encoding.ids), list(encoding.offsets)
+
     @cached_property
     def text_decoder(self) -> TokenDecoder:
         return TokenDecoder(self.tokenizer)

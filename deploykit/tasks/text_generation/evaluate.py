@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from deploykit.bootstrap import Measure
 from deploykit.data.reading import Reading
 from deploykit.data.sample import evenly
 from deploykit.data.texts import read_texts, unanswered
@@ -16,8 +17,14 @@ from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.protocol import Evaluation, Grade
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.generator import Generated, LocalGenerator, TextGenerator, as_prompt
-from deploykit.tasks.text_generation.metrics import answer_metrics, compiled, scored_metrics
+from deploykit.tasks.text_generation.generator import Generated, LocalGenerator, RowScore, TextGenerator, as_prompt
+from deploykit.tasks.text_generation.metrics import (
+    answer_measure,
+    answer_metrics,
+    compiled,
+    scored_measure,
+    scored_metrics,
+)
 from deploykit.tasks.text_generation.rows import Columns, Row, load_rows, role_problem
 from deploykit.tasks.text_generation.syntax import check_syntax
 
@@ -95,11 +102,44 @@ def columns_of(task: TextGeneration) -> Columns | None:
     return Columns(*task.columns) if task.columns else None  # type: ignore[arg-type]
 
 
-def evaluate(
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a model makes of rows: the ``scores`` of all their right answers, whose ``texts`` these are, and its own ``answers``
+    to ``some`` of the rows, with their tokens, to be compared by ``options``."""
+
+    asked: Asked
+    some: Asked
+    scores: list[RowScore]
+    texts: list[str]
+    answers: list[Generated]
+    options: Mapping[str, Any]
+
+    def metrics(self) -> dict[str, Any]:
+        """Return the metrics of the scores and of the answers, with intervals."""
+        metrics = scored_metrics(self.scores, self.texts)
+        if not self.answers:
+            return metrics
+        own = answer_metrics([answer.text for answer in self.answers], self.some.references, **self.options)
+        intervals = {**metrics["intervals"], **own.pop("intervals")}
+        return {**metrics, **own, "intervals": intervals, "answered": len(self.answers)}
+
+    def measure(self) -> Measure:
+        """Return the same as functions of the weights of all rows; each row that asks something must be among ``some``."""
+        scored = scored_measure(self.scores, self.texts)
+        if not self.answers:
+            return scored
+        answers = [answer.text for answer in self.answers]
+        own = answer_measure(answers, self.some.references, **self.options)
+        at = [i for i, row in enumerate(self.asked.rows) if row.text is None]
+        # A draw without any row that asks something counts them alike.
+        return lambda weights: {**scored(weights), **own(np.maximum(weights[..., at], 1e-9))}
+
+
+def measure_rows(
     generator: LocalGenerator, asked: Asked, sampling: Sampling | None = None, *, answer_regex: str | None = None,
     syntax: str | None = None, answered: int | None = None, progress: Callable[[int, int], None] = lambda done, of: None,
-) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
-    """Return the metrics of all rows' scores and of ``answered`` rows' answers (None: all), and these answers."""
+) -> Measured:  # fmt: skip
+    """Score all rows, and answer ``answered`` of them (None: all)."""
     parser = None if syntax is None else check_syntax(syntax)
     if answer_regex is not None:
         compiled(answer_regex)
@@ -116,14 +156,17 @@ def evaluate(
         scores.append(score)
         step(1)
     texts = [generator.tokenizer.decode(row.ids[row.supervised].tolist()) for row in asked.encoded]
-    metrics = scored_metrics(scores, texts)
-    if not some.prompts:
-        return metrics, []
     sampling = dataclasses.replace(sampling or generator.task.sampling, n=1)
-    answers = [found[0].text for found in generator.generate(some.prompts, sampling, progress=step)]
-    own = answer_metrics(answers, some.references, answer_regex=answer_regex, syntax=parser)
-    intervals = {**metrics["intervals"], **own.pop("intervals")}
-    return {**metrics, **own, "intervals": intervals, "answered": len(answers)}, answers
+    answers = [found[0] for found in generator.generate(some.prompts, sampling, progress=step)] if some.prompts else []
+    return Measured(asked, some, scores, texts, answers, {"answer_regex": answer_regex, "syntax": parser})
+
+
+def evaluate(
+    generator: LocalGenerator, asked: Asked, sampling: Sampling | None = None, **options: Any
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    """Return the metrics of all rows' scores and of some rows' answers, and these answers; see ``measure_rows``."""
+    measured = measure_rows(generator, asked, sampling, **options)
+    return measured.metrics(), [answer.text for answer in measured.answers]
 
 
 def room_for(tokenizer: ChatTokenizer, asked: Asked) -> int:
@@ -137,19 +180,27 @@ def evaluate_file(
     columns: Mapping[str, Any], progress: Callable[[int, int], None],
 ) -> Evaluation:  # fmt: skip
     """Measure on the rows of a file. Raises UsageError for a served model, which scores no given answers."""
+    measured, problems = measure_file(
+        generator, source, sampling, split=split, reading=reading, columns=columns, progress=progress
+    )
+    return evaluation(measured, problems)
+
+
+def evaluation(measured: Measured, problems: Sequence[str]) -> Evaluation:
+    return Evaluation(measured.metrics(), len(measured.asked.rows), tuple(problems), measure=measured.measure())
+
+
+def measure_file(
+    generator: TextGenerator, source: str, sampling: Sampling, *, split: str, reading: Reading,
+    columns: Mapping[str, Any], progress: Callable[[int, int], None],
+) -> tuple[Measured, list[str]]:  # fmt: skip
+    """Score and answer the rows of a file. Returns also a line for each row that cannot be used."""
     if not isinstance(generator, LocalGenerator):
         raise UsageError("a served language model cannot be evaluated", "give the export or the packaged version")
     asked, problems = read_asked(source, generator, split=split, reading=reading, columns=columns)
     reading.stop_at(problems)
-    metrics, _ = evaluate(
-        generator,
-        asked,
-        sampling,
-        answer_regex=columns.get("answer_regex"),
-        syntax=columns.get("syntax"),
-        progress=progress,
-    )
-    return Evaluation(metrics, len(asked.rows), tuple(problems))
+    regex, syntax = columns.get("answer_regex"), columns.get("syntax")
+    return measure_rows(generator, asked, sampling, answer_regex=regex, syntax=syntax, progress=progress), problems
 
 
 def answers_to(generator: TextGenerator, texts: Sequence[str], sampling: Sampling | None) -> list[Generated]:

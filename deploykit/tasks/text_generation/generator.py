@@ -57,6 +57,10 @@ class TextGenerator(Protocol):
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
         """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
 
+    def answer_logprobs(self, prompts: Sequence[Prompt], answer: Sequence[int]) -> list[float]:
+        """Return the log-probability of the tokens of ``answer`` after each prompt. An empty text stands for the beginning
+        of any text."""
+
     def close(self) -> None: ...
 
 
@@ -110,7 +114,7 @@ class LocalGenerator:
     def stream(self, prompt: Prompt, sampling: Sampling | None = None) -> Iterator[str]:
         """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
         sampling = sampling or self.task.sampling
-        ids = self._ids(prompt)
+        ids = self.prompt_ids(prompt)
         query = self.query(ids, sampling)
         self.decoder.add(query)
         sent = 0
@@ -125,14 +129,15 @@ class LocalGenerator:
             query.cancelled = True
             self.decoder.step()  # an answer that is not done leaves
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's tokens. Raises DataError if the chat template refuses it."""
         if isinstance(prompt, Mapping):
             return self.tokenizer.encode_prompt(prompt["messages"], prompt.get("tools"))
         return self.tokenizer.encode_prompt(prompt)
 
     def _encoded(self, prompt: Prompt, sampling: Sampling | None) -> list[int] | DataError:
         try:
-            ids = self._ids(prompt)
+            ids = self.prompt_ids(prompt)
             self.check(ids, sampling)
         except DataError as error:
             return error
@@ -179,6 +184,14 @@ class LocalGenerator:
             targets = row.ids[1:][row.supervised[1:]]
             chosen = logits[np.arange(len(targets)), targets]
             yield RowScore(chosen - log_sum(logits), logits.argmax(1) == targets)
+
+    def answer_logprobs(self, prompts: Sequence[Prompt], answer: Sequence[int]) -> list[float]:
+        """Return the log-probability of an answer's tokens after each prompt; see ``TextGenerator``."""
+        rows = []
+        for prompt in prompts:
+            ids = self.prompt_ids(prompt) or list(self.task.eos_token_ids[:1])
+            rows.append(EncodedRow(np.array([*ids, *answer], np.int64), np.arange(len(ids) + len(answer)) >= len(ids)))
+        return [float(score.logprobs.sum()) for score in self.score(rows)]
 
     def supervised_logits(self, rows: Sequence[EncodedRow]) -> Iterator[NDArray[np.float32]]:
         """Return for each row the logits that predict its supervised tokens, float32 [supervised, vocabulary]."""

@@ -28,6 +28,12 @@ def scored_metrics(scores: Sequence[RowScore], texts: Sequence[str]) -> dict[str
     ``texts`` are the supervised texts, whose UTF-8 bytes ``bits_per_byte`` is of. ``intervals`` holds a low and a high
     value for each metric.
     """
+    tokens = sum(len(score.logprobs) for score in scores)
+    return {**_with_intervals(scored_measure(scores, texts), len(scores)), "tokens": tokens}
+
+
+def scored_measure(scores: Sequence[RowScore], texts: Sequence[str]) -> Measure:
+    """Return the same as functions of the rows' weights."""
     nats = np.array([-float(score.logprobs.sum()) for score in scores])
     tokens = np.array([len(score.logprobs) for score in scores], float)
     right = np.array([float(score.best.sum()) for score in scores])
@@ -42,7 +48,7 @@ def scored_metrics(scores: Sequence[RowScore], texts: Sequence[str]) -> dict[str
             "token_accuracy": weights @ right / (weights @ tokens),
         }
 
-    return {**_with_intervals(measure, len(scores)), "tokens": int(tokens.sum())}
+    return measure
 
 
 def answer_metrics(
@@ -54,6 +60,14 @@ def answer_metrics(
     also ``extracted_match``: whether the last match (its first group, if it has one) is that of the reference. With
     ``syntax`` also ``parses``: the share of answers that parse; nothing is run.
     """
+    measure = answer_measure(answers, references, answer_regex=answer_regex, syntax=syntax)
+    return _with_intervals(measure, len(answers))
+
+
+def answer_measure(
+    answers: Sequence[str], references: Sequence[str], *, answer_regex: str | None = None, syntax: Syntax | None = None
+) -> Measure:
+    """Return the same as functions of the rows' weights."""
     rows = {
         "exact_match": [float(a.strip() == r.strip()) for a, r in zip(answers, references)],
         "token_f1": [token_f1(a, r) for a, r in zip(answers, references)],
@@ -68,10 +82,10 @@ def answer_metrics(
         rows["parses"] = [float(parses(answer, syntax)) for answer in answers]
     values = {name: np.array(per_row) for name, per_row in rows.items()}
     chrf = sacrebleu_score(_chrf(), answers, references)
-    return _with_intervals(
-        lambda weights: {**{name: weights @ v / weights.sum(-1) for name, v in values.items()}, "chrf": chrf(weights)},
-        len(answers),
-    )
+    return lambda weights: {
+        **{name: weights @ v / weights.sum(-1) for name, v in values.items()},
+        "chrf": chrf(weights),
+    }
 
 
 def token_f1(answer: str, reference: str) -> float:

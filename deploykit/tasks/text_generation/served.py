@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deploykit.errors import DataError, RequestError, UsageError
@@ -74,9 +75,28 @@ class ServedGenerator(ServedModel):
                 raise
             raise DataError(error.message, "correct the prompt") from None
 
+    def answer_logprobs(self, prompts: Sequence[Prompt], answer: Sequence[int]) -> list[float]:
+        """Return the log-probability of an answer's tokens after each prompt; see ``TextGenerator``. The server echoes the
+        prompt's tokens, and then scores them with those of the answer."""
+
+        def score(prompt: Prompt) -> float:
+            sent = {"text_input": prompt} if isinstance(prompt, str) else {"messages": _json(prompt)}
+            ids = [token["token_id"] for token in self._echo(sent)] if prompt else list(self.task.eos_token_ids[:1])
+            return math.fsum(token["logprob"] for token in self._echo({"input_ids": [*ids, *answer]})[len(ids) :])
+
+        return list(self._pool.map(score, prompts))
+
+    def _echo(self, prompt: Mapping[str, Any]) -> list[Any]:
+        """Return the log-probabilities of a prompt's tokens."""
+        wanted = {"return_logprobs": True, "sampling_parameters": _json({"echo": True, "max_new_tokens": 0})}
+        answer = self._request(
+            "POST", "generate", _json({**prompt, **wanted}).encode(errors="replace"), patience=self._patience
+        )
+        return list(json.loads(_listed(answer["logprobs"])[0]))
+
     def _body(self, prompt: Prompt, sampling: Sampling, *, stream: bool = False) -> bytes:
         record: dict[str, Any] = {
-            "sampling_parameters": json.dumps(sampling.parameters(self.task.sampling)),
+            "sampling_parameters": _json(sampling.parameters(self.task.sampling)),
             "exclude_input_in_output": True,
             "stream": stream,
             **dict.fromkeys(_WANTED, True),
@@ -86,8 +106,8 @@ class ServedGenerator(ServedModel):
         if isinstance(prompt, str):
             record["text_input"] = prompt
         else:
-            record["messages"] = json.dumps(prompt, ensure_ascii=False)
-        return json.dumps(record, ensure_ascii=False).encode(errors="replace")
+            record["messages"] = _json(prompt)
+        return _json(record).encode(errors="replace")
 
 
 def _generated(answer: Any) -> list[Generated]:
@@ -104,6 +124,10 @@ def _generated(answer: Any) -> list[Generated]:
         )
         for text, finish, tokens, row in zip(texts, finishes, counts, logprobs)
     ]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _listed(value: Any) -> list[Any]:

@@ -14,6 +14,8 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.text_generation.facts import TextGeneration
 
 if TYPE_CHECKING:
+    from deploykit.attribution.explain import ExplainedText
+    from deploykit.attribution.words import Unit
     from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from deploykit.tasks.text_generation.generator import LocalGenerator, TextGenerator
     from deploykit.tasks.text_generation.options import TextGenerationOptions
     from deploykit.tasks.text_generation.training import TextGenerationStage
+    from deploykit.tasks.types import ReportOptions
 
 _NOT_LOADED = "the load on a served language model is not measured by this command"
 _REMEDY = "use a load generator for language models, such as aiperf or guidellm, on deploykit serve --openai-port"
@@ -119,6 +122,13 @@ class _TextGeneration:
             for found in answers_to(predictor, texts, generation)
         ]
 
+    def explained_text(
+        self, predictor: TextGenerator, text: str, answer: str | None, method: str, unit: Unit
+    ) -> ExplainedText:
+        from deploykit.tasks.text_generation.explain import explained_text
+
+        return explained_text(predictor, text, answer, method, unit)
+
     def grade(
         self, predictor: TextGenerator, texts: Sequence[str], truth: Sequence[str], generation: Sampling | None
     ) -> Grade:
@@ -136,6 +146,21 @@ class _TextGeneration:
         return evaluate_file(
             predictor, source, sampling, split=split, reading=reading, columns=columns, progress=progress
         )
+
+    def report(
+        self, predictor: TextGenerator, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
+        generation: Mapping[str, Any], options: ReportOptions, progress: Progress,
+    ) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
+        from deploykit.tasks.text_generation.report import report
+
+        return report(
+            predictor, source, split=split, reading=reading, columns=columns, sampling=self.override(predictor.task, generation), options=options, progress=progress,
+        )  # fmt: skip
+
+    def write_report(self, title: str, record: Mapping[str, Any], out: Path) -> None:
+        from deploykit.inspection.page import write_text_report
+
+        write_text_report(title, record, out, correct="exact match", confidence="mean probability of a token")
 
     def read_inputs(
         self, source: str, facts: TextGeneration, *, reading: Reading, columns: Mapping[str, Any]

@@ -144,6 +144,11 @@ class TorchTranslator:
                     scores[row] = sum(counted) / max(1, len(ids)) ** generation.length_penalty
         return scores
 
+    @property
+    def translator(self) -> Translator[TorchTranslator]:
+        """A translator whose decoder this is."""
+        return Translator(self.task, _Tokenizer(self), self)
+
     def translate(
         self,
         texts: Sequence[str],
@@ -154,8 +159,7 @@ class TorchTranslator:
         scored: bool = True,
     ) -> list[Translated]:
         """Translate as ``Translator.translate`` does, which splits and joins texts the same way for every model."""
-        translator = Translator(self.task, _Tokenizer(self), self)
-        return translator.translate(texts, generation, long_input=long_input, split=split, scored=scored)
+        return self.translator.translate(texts, generation, long_input=long_input, split=split, scored=scored)
 
     def run(self, sentences: Iterable[Sentence], finish: Callable[[Sentence], None]) -> None:
         """Set the result of each sentence. All must share ``generation`` and ``scored``."""

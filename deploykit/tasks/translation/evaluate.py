@@ -80,25 +80,49 @@ def evaluate_translator(
 
     Raises DataError when the model refuses every text.
     """
+    pairs, translated, refused = translate_rows(translator, rows.pairs, generation, scored=False, progress=progress)
+    hypotheses = [one.text for one in translated]
+    return evaluation(translator.task, pairs, hypotheses, (*rows.problems, *refused))
+
+
+def translate_rows(
+    translator: TextTranslator,
+    rows: Sequence[Pair],
+    generation: Generation | None,
+    *,
+    scored: bool,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[list[Pair], list[Translated], list[str]]:
+    """Translate every row. Returns the pairs that were translated, their translations, and a line for each refused row.
+
+    Raises DataError when the model refuses every text.
+    """
     pairs: list[Pair] = []
-    hypotheses, refused = [], []
-    for start in range(0, len(rows.pairs), _TRANSLATED_AT_A_TIME):
-        part = rows.pairs[start : start + _TRANSLATED_AT_A_TIME]
-        found = answer_each(lambda texts: translator.translate(texts, generation), [pair.source for pair in part])
+    translations, refused = [], []
+    for start in range(0, len(rows), _TRANSLATED_AT_A_TIME):
+        part = rows[start : start + _TRANSLATED_AT_A_TIME]
+        found = answer_each(
+            lambda texts: translator.translate(texts, generation, scored=scored), [pair.source for pair in part]
+        )
         for pair, translated in zip(part, found):
             if isinstance(translated, Translated):
                 pairs.append(pair)
-                hypotheses.append(translated.text)
+                translations.append(translated)
             else:
                 refused.append(f"{pair.origin}: {translated.message}")
-        progress(start + len(part), len(rows.pairs))
+        progress(start + len(part), len(rows))
     if not pairs:
         raise DataError(refused[0], "give other texts")
+    return pairs, translations, refused
+
+
+def evaluation(
+    task: Translation, pairs: Sequence[Pair], hypotheses: Sequence[str], problems: tuple[str, ...]
+) -> Evaluation:
+    """Return the metrics of translated pairs."""
     references, sources = [pair.target for pair in pairs], [pair.source for pair in pairs]
-    target = translator.task.target
-    metrics = metrics_with_intervals(hypotheses, references, sources, target)
-    measure = measure_of(hypotheses, references, target)
-    return Evaluation(metrics, len(pairs), (*rows.problems, *refused), measure=measure)
+    metrics = metrics_with_intervals(hypotheses, references, sources, task.target)
+    return Evaluation(metrics, len(pairs), problems, measure=measure_of(hypotheses, references, task.target))
 
 
 def grade(

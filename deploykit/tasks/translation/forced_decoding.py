@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.engines.seq2seq import Seq2SeqModel
+from deploykit.runtime.engines.protocol import DecodeModel
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.predictor import Translator
 
@@ -33,7 +33,7 @@ def greedy_translations(translator: Translator, texts: Sequence[str]) -> list[Fo
     return [Forced(s.token_ids, s.result.tokens[:_STEPS].tolist()) for s in sentences if s.result is not None]
 
 
-def log_probabilities(model: Seq2SeqModel, task: Translation, pairs: Sequence[Forced]) -> NDArray[np.float32]:
+def log_probabilities(model: DecodeModel, task: Translation, pairs: Sequence[Forced]) -> NDArray[np.float32]:
     """Return the log-probability of each token of the translations given those before it, [tokens of all], clipped to
     finite values."""
     cross = model.encode([pair.source for pair in pairs])

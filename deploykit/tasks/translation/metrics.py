@@ -9,6 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deploykit.bootstrap import Measure, intervals, sacrebleu_score
 from deploykit.errors import MissingDependencyError
 from deploykit.tasks.translation.languages import parse_language
@@ -64,6 +67,14 @@ def measure_of(hypotheses: Sequence[str], references: Sequence[str], target: str
         name: sacrebleu_score(metric, hypotheses, references) for name, metric in _sacrebleu(target, references).items()
     }
     return lambda weights: {name: score(weights) for name, score in scores.items()}
+
+
+def sentence_chrf(hypotheses: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+    """Return chrF of each translation."""
+    from sacrebleu.metrics.chrf import CHRF
+
+    metric = CHRF()
+    return np.array([metric.sentence_score(h, [r]).score for h, r in zip(hypotheses, references)])
 
 
 def bleu_and_chrf(hypotheses: Sequence[str], references: Sequence[str], target: str) -> dict[str, float]:

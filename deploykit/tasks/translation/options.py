@@ -47,6 +47,8 @@ class TranslationOptions(FinetuneOptions):
     )
     held_out_rows: int = described(1000, "Maximum rows to split off for validation, and for the test.")
 
+    shares_batches: ClassVar[bool] = True
+
     ranges: ClassVar[Mapping[str, tuple[float, float]]] = {
         **FinetuneOptions.ranges,
         "vocabulary": (0, 1_000_000),

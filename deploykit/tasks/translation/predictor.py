@@ -147,7 +147,7 @@ class Translator(Generic[RunnerT]):
             job = Job([], [])
             for piece, separator in cut:
                 ids = next(encoded)
-                if is_blank(piece) or ids == self._empty_ids(code):
+                if is_blank(piece) or ids == self.empty_ids(code):
                     if job.separators:  # keep blank lines
                         job.separators[-1] += separator
                     continue
@@ -165,7 +165,7 @@ class Translator(Generic[RunnerT]):
             jobs.append(job)
         return jobs
 
-    def _empty_ids(self, code: str) -> list[int]:
+    def empty_ids(self, code: str) -> list[int]:
         """Return the token ids of an empty text."""
         if code not in self._empty:
             [self._empty[code]] = self._tokenizer.encode([code])

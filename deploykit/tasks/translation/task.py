@@ -14,6 +14,8 @@ from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
 from deploykit.tasks.translation.facts import Translation
 
 if TYPE_CHECKING:
+    from deploykit.attribution.explain import ExplainedText
+    from deploykit.attribution.words import Unit
     from deploykit.data.reading import Reading
     from deploykit.data.texts import TextRow
     from deploykit.runtime.engines.protocol import DecodeLimits
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from deploykit.tasks.translation.options import TranslationOptions
     from deploykit.tasks.translation.predictor import TextTranslator
     from deploykit.tasks.translation.training import TranslationStage
+    from deploykit.tasks.types import ReportOptions
 
 
 class _Translation:
@@ -118,6 +121,13 @@ class _Translation:
             for t in predictor.translate(texts, generation, scored=False)
         ]
 
+    def explained_text(
+        self, predictor: TextTranslator, text: str, answer: str | None, method: str, unit: Unit
+    ) -> ExplainedText:
+        from deploykit.tasks.translation.explain import explained_text
+
+        return explained_text(predictor, text, answer, method, unit)
+
     def grade(
         self, predictor: TextTranslator, texts: Sequence[str], truth: Sequence[str], generation: Generation | None
     ) -> Grade:
@@ -137,6 +147,21 @@ class _Translation:
         )  # fmt: skip
         reading.stop_at(pairs.problems)
         return evaluate_translator(predictor, pairs, self.override(predictor.task, generation), progress=progress)
+
+    def report(
+        self, predictor: TextTranslator, source: str, *, split: str, reading: Reading, columns: Mapping[str, Any],
+        generation: Mapping[str, Any], options: ReportOptions, progress: Progress,
+    ) -> tuple[Evaluation, dict[str, Any]]:  # fmt: skip
+        from deploykit.tasks.translation.report import report
+
+        return report(
+            predictor, source, split=split, reading=reading, columns=columns, generation=self.override(predictor.task, generation), options=options, progress=progress,
+        )  # fmt: skip
+
+    def write_report(self, title: str, record: Mapping[str, Any], out: Path) -> None:
+        from deploykit.inspection.page import write_text_report
+
+        write_text_report(title, record, out)
 
     def read_inputs(
         self, source: str, facts: Translation, *, reading: Reading, columns: Mapping[str, Any]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -43,7 +44,7 @@ from deploykit.tasks.translation.rows import (
 from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.tasks.translation.teacher import open_teacher
 from deploykit.tasks.translation.vocabulary import train_tokenizer
-from deploykit.training import trainer
+from deploykit.training import processes, trainer
 from deploykit.training.checkpoint import load_config, load_model, load_tokenizer, not_loadable
 from deploykit.training.levers import optimizers
 from deploykit.training.padding import padded
@@ -132,7 +133,7 @@ class TranslationStage:
         translator = TorchTranslator(model, tokenizer, task)
         shown = rows.held_out
         before = None
-        if options.model and shown:
+        if options.model and shown and processes.is_first():
             before = _before(translator, rows.splits[shown], work / "before.json", say)
         self._keep_layers(translator, say)
         train_set = EncodedPairs(translator, learned, max_length=options.max_length)
@@ -306,7 +307,8 @@ class EncodedPairs(Dataset):  # type: ignore[misc]
         return len(self.rows)
 
     def __getitem__(self, row: int) -> tuple[list[int], list[int]]:
-        return self.rows[row]
+        """Return a pair; ``~row`` is one whose target is not learned."""
+        return self.rows[row] if row >= 0 else (self.rows[~row][0], [_IGNORED])
 
     def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
         """Pad a batch. Labels are the target ids; the decoder's inputs are the labels shifted right by the start
@@ -326,28 +328,33 @@ class EncodedPairs(Dataset):  # type: ignore[misc]
 class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
     """A sampler of batches of rows of similar length, with at most ``most`` padded tokens on their longer side.
 
-    Each epoch shuffles rows of equal length and the order of the batches; the number of batches stays.
+    Each epoch shuffles rows of equal length and the order of the batches; the number of batches stays. Of ``processes`` that
+    train together, each has a turn's ``process``-th batch; where the last turn has too few, one that changes nothing.
     """
 
-    def __init__(self, lengths: Sequence[int], most: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], most: int, seed: int, *, process: int = 0, processes: int = 1) -> None:
         self._lengths = np.asarray(lengths)
         self._most = most
         self._seed = seed
         self._epoch = 0
         self._bounds = list(self._cut(np.sort(self._lengths)))
+        self._process, self._processes = process, processes
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._bounds)
+        return -(-len(self._bounds) // self._processes)
 
     def __iter__(self) -> Iterator[list[int]]:
         random_numbers = np.random.default_rng((self._seed, self._epoch))
         drawn = random_numbers.permutation(len(self._lengths))
         rows = drawn[np.argsort(self._lengths[drawn], kind="stable")]
-        for i in random_numbers.permutation(len(self._bounds)):
+        own = random_numbers.permutation(len(self._bounds))[self._process :: self._processes]
+        for i in own:
             yield rows[slice(*self._bounds[i])].tolist()
+        if len(own) < len(self):
+            yield [~int(rows[0])]
 
     def _cut(self, lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         start = 0
@@ -367,7 +374,10 @@ class TranslationTrainer(Seq2SeqTrainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> Any:
         loader = DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        # The batches are those of this process already.
+        return prepare_data_loader(
+            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
 
 
 def _train(
@@ -383,7 +393,10 @@ def _train(
     model, task = translator.model, translator.task
     validation = sorted(validation, key=lambda pair: len(pair.source))  # evaluated in this order, so padded little
     validation_set = EncodedPairs(translator, validation) if validation else None
-    batches = TokenBatches([max(map(len, row)) for row in train_set.rows], options.batch_tokens, options.seed)
+    batches = TokenBatches(
+        [max(map(len, row)) for row in train_set.rows], options.batch_tokens, options.seed,
+        process=processes.number(), processes=processes.count(),
+    )  # fmt: skip
     longest = max(len(target) for _, target in validation_set.rows) if validation_set else 0
     own = model.generation_config
     # An untrained model generates no end token: limit the length to what is worth measuring.
@@ -395,7 +408,7 @@ def _train(
                 model=model,
                 args=trainer.arguments(
                     options,
-                    len(batches),
+                    len(batches) * processes.count(),
                     work / "trainer",
                     Seq2SeqTrainingArguments,
                     predict_with_generate=True,

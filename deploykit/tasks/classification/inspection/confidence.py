@@ -7,26 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.inspection.reliability import reliability
 from deploykit.tasks.classification.facts import Classification
-from deploykit.tasks.classification.metrics import CALIBRATION_BINS, calibration_bins, classification_metrics, decided
+from deploykit.tasks.classification.metrics import classification_metrics, decided
 
 _LOG_RANGE = 3.0  # temperatures from 1/20 to 20
 _STEPS = 60
-
-
-def reliability(task: Classification, truth: NDArray[Any], scores: NDArray[np.float32]) -> list[dict[str, Any]]:
-    """Return for each of 15 equal bins of the confidence that has rows: ``confidence``, ``accuracy`` and ``rows``."""
-    _, confidence, correct = decided(task, truth, scores)
-    bins = calibration_bins(confidence)
-    return [
-        {
-            "confidence": float(confidence[bins == b].mean()),
-            "accuracy": float(correct[bins == b].mean()),
-            "rows": int((bins == b).sum()),
-        }
-        for b in range(CALIBRATION_BINS)
-        if (bins == b).any()
-    ]
 
 
 def fit_temperature(task: Classification, truth: NDArray[Any], scores: NDArray[np.float32]) -> float:
@@ -79,8 +65,9 @@ def calibration(task: Classification, truth: NDArray[Any], scores: NDArray[np.fl
     else:
         after[:] = scores
     name = "expected_calibration_error"
+    _, confidence, correct = decided(task, truth, scores)
     return {
-        "reliability": reliability(task, truth, scores),
+        "reliability": reliability(confidence, correct),
         "error": classification_metrics(task, truth, scores)[name],
         "error_after": classification_metrics(task, truth, after)[name],
         "temperature": task.temperature,

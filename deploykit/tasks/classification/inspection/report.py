@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.data.read import read_records
 from deploykit.data.reading import Reading
-from deploykit.data.texts import scalar
 from deploykit.errors import DataError
+from deploykit.inspection.drift import drift
+from deploykit.inspection.rows import column_values, new_texts
 from deploykit.tasks.classification.augment import robustness
-from deploykit.tasks.classification.evaluate import AnsweredRows, answer_rows, evaluation, labelled_rows
+from deploykit.tasks.classification.evaluate import answer_rows, evaluation, labelled_rows
+from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.inspection.confidence import calibration
-from deploykit.tasks.classification.inspection.drift import drift
 from deploykit.tasks.classification.inspection.flips import ENGLISH, count_flips, read_swaps
 from deploykit.tasks.classification.inspection.label_errors import likely_label_errors, tied_words
-from deploykit.tasks.classification.inspection.slices import check_columns, sliced_metrics
+from deploykit.tasks.classification.inspection.slices import sliced_metrics
 from deploykit.tasks.classification.predictor import TextClassifier
 from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Evaluation, Progress
@@ -50,15 +50,16 @@ def report(
         reading=reading, split=split,
     )  # fmt: skip
     reading.stop_at(rows.problems)
+    column_values(source, options.slices, (), reading=reading, split=split)  # what is wrong shows before the wait
     answered = answer_rows(predictor, rows, progress)
     found = evaluation(task, rows, answered)
     examples, truth, scores = answered.examples, answered.truth, answered.scores
-    values = _values(source, options.slices, answered, reading, split)
+    values = column_values(source, options.slices, [e.origin for e in examples], reading=reading, split=split)
     record: dict[str, Any] = {
         "labels": list(task.labels),
         "metrics": found.metrics,
         "rows": found.rows,
-        "slices": sliced_metrics(task, examples, truth, scores, values),
+        "slices": sliced_metrics(task, examples, truth, scores, values, options.seen),
         "robustness": robustness(predictor, examples, truth, scores),
     }
     if not task.regression:
@@ -69,27 +70,22 @@ def report(
             record["label_errors"] = likely_label_errors(task, examples, truth, scores)
     if options.against is not None:
         texts, new_scores = _new_rows(predictor, options.against, reading, columns)
-        record["drift"] = drift(task, [e.asked for e in examples], scores, texts, new_scores)
+        record["drift"] = drift([e.asked for e in examples], texts, drift_properties(task, scores, new_scores))
     return found, record
 
 
-def _values(
-    source: str, names: tuple[str, ...], answered: AnsweredRows, reading: Reading, split: str
-) -> dict[str, list[str]]:
-    """Return the values of columns to slice by, of each answered row."""
-    if not names:
-        return {}
-    records = {record.origin: record.values for record in read_records(source, reading, split=split)}
-    check_columns(names, list(dict.fromkeys(name for values in records.values() for name in values)), source)
-    return {name: [scalar(records[e.origin].get(name)) or "" for e in answered.examples] for name in names}
+def drift_properties(task: Classification, scores: NDArray[Any], new: NDArray[Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the confidence, and the probability of each label or the number, of measured and new rows."""
+    found = {} if task.regression else {"confidence": (scores.max(axis=1), new.max(axis=1))}
+    for i, label in enumerate(task.labels):
+        found[label if task.regression else f"probability of {label}"] = (scores[:, i], new[:, i])
+    return found
 
 
 def _new_rows(
     predictor: TextClassifier, source: str, reading: Reading, columns: Mapping[str, Any]
 ) -> tuple[list[str], NDArray[np.float32]]:
-    task: Any = get_task(predictor.task.name)
-    inputs = task.read_inputs(source, predictor.task, reading=reading, columns=columns)
-    texts = [row.text for row in inputs if row.text]
+    texts = new_texts(get_task(predictor.task.name), predictor.task, source, reading=reading, columns=columns)
     kept, scores = [], []
     for start in range(0, len(texts), _CHUNK):
         part = texts[start : start + _CHUNK]

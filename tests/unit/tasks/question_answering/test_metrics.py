@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from deploykit.bootstrap import intervals
 from deploykit.tasks.question_answering.facts import QuestionAnswering
 from deploykit.tasks.question_answering.metrics import (
     answer_metrics,
@@ -15,8 +16,8 @@ from deploykit.tasks.question_answering.metrics import (
     exact_match_by_characters,
     f1,
     f1_by_characters,
-    interval,
     is_chinese,
+    mean_scores,
     normalized,
 )
 from deploykit.tasks.question_answering.metrics_text import metrics_text
@@ -63,7 +64,7 @@ def test_metrics_take_the_best_of_several_right_answers() -> None:
     assert metrics["exact_match"] == 0.5
     assert metrics["rows"] == 2
     assert "no_answer" not in metrics
-    low, high = metrics["f1_interval"]
+    low, high = metrics["intervals"]["f1"]
     assert low <= metrics["f1"] <= high
     assert "95 % intervals" in metrics_text(metrics)
 
@@ -75,6 +76,10 @@ def test_questions_with_and_without_an_answer_are_measured_separately() -> None:
     assert never["has_answer"] == {"exact_match": 1.0, "f1": 1.0, "rows": 2}
     assert never["no_answer"] == {"exact_match": 0.0, "f1": 0.0, "rows": 2}
     assert never["f1"] == 0.5
+    assert never["intervals"]["has_answer.f1"] == [1.0, 1.0]
+    assert never["intervals"]["no_answer.exact_match"] == [0.0, 0.0]
+    assert "has answer" in metrics_text(never)
+    assert "1.0000 [1.0000, 1.0000]" in metrics_text(never)
     assert never["best_f1"] == 0.75
     assert never["best_f1_threshold"] == -3.0
     decided = answer_metrics(dataclasses.replace(TASK, no_answer_threshold=-3.0), found, examples)
@@ -104,9 +109,9 @@ def test_the_best_threshold_is_the_best_of_all() -> None:
 
 def test_the_interval_is_that_of_the_mean() -> None:
     values = np.r_[np.ones(80), np.zeros(20)]
-    low, high = interval(values)
+    found = intervals(mean_scores(values, np.ones(100)), 100)
+    low, high = found["exact_match"]
     error = 1.96 * np.sqrt(0.8 * 0.2 / 100)
     assert low == pytest.approx(0.8 - error, abs=0.02)
     assert high == pytest.approx(0.8 + error, abs=0.02)
-    assert interval(values) == (low, high)
-    assert interval(np.ones(5)) == (1.0, 1.0)
+    assert found["f1"] == [1.0, 1.0]

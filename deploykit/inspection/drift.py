@@ -1,31 +1,24 @@
-"""What is different about new rows: their lengths, their words, and the model's answers and confidence."""
+"""What is different about new rows: their lengths, their words, and whatever else a task compares."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.attribution.words import split_words
-from deploykit.tasks.classification.facts import Classification
 
 _LEAST_P = 0.01
 _MOST_WORDS = 20
 _LEAST_TEXTS = 3
 
 
-def drift(
-    task: Classification,
-    texts: Sequence[str],
-    scores: NDArray[np.float32],
-    new: Sequence[str],
-    new_scores: NDArray[np.float32],
-) -> dict[str, Any]:
-    """Compare new rows with those that were measured.
+def drift(texts: Sequence[str], new: Sequence[str], properties: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    """Compare new rows with those that were measured: their texts, and other ``properties`` (values in both).
 
     ``tests`` has for each property its mean in both, the Kolmogorov-Smirnov statistic and its p-value; ``drifts`` if
     that is below 0.01, divided by the number of tests. ``words`` are the words that became much more frequent.
@@ -35,18 +28,14 @@ def drift(
     vocabulary = set().union(*known) if known else set()
     # Half of the known rows is asked for words that the other half does not have: new words are common in any rows.
     halves = [set().union(*known[i::2]) if known[i::2] else set() for i in (0, 1)]
-    properties: dict[str, tuple[Any, Any]] = {
+    properties = {
         "words of a text": ([len(text.split()) for text in texts], [len(text.split()) for text in new]),
         "share of unknown words": (
             [_unknown(words, halves[1 - i % 2]) for i, words in enumerate(known)],
             [_unknown(words, halves[i % 2]) for i, words in enumerate(found)],
         ),
+        **properties,
     }
-    if not task.regression:
-        properties["confidence"] = (scores.max(axis=1), new_scores.max(axis=1))
-    for i, label in enumerate(task.labels):
-        what = label if task.regression else f"probability of {label}"
-        properties[what] = (scores[:, i], new_scores[:, i])
     tests = []
     for name, (before, after) in properties.items():
         a, b = np.asarray(before, float), np.asarray(after, float)

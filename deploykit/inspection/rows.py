@@ -1,0 +1,70 @@
+"""What a report reads beside the rows that it measures: columns to slice by, rows that were trained on, new rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deploykit.data.grouping import duplicate_key
+from deploykit.data.read import read_records
+from deploykit.data.reading import Reading
+from deploykit.data.sample import evenly
+from deploykit.data.texts import scalar
+from deploykit.errors import DataError
+from deploykit.tasks.protocol import Task, TaskFacts
+
+LEAST_NEW = 200
+"""New rows that are answered, at most: this number, or as many as were measured."""
+
+
+def column_values(
+    source: str, names: Sequence[str], origins: Sequence[str], *, reading: Reading, split: str
+) -> dict[str, list[str]]:
+    """Return the values of columns to slice by, of the rows of ``source`` with these origins.
+
+    Raises DataError for a column that the rows do not have, or rows that are no records of a table.
+    """
+    if not names:
+        return {}
+    records = {record.origin: record.values for record in read_records(source, reading, split=split)}
+    known = list(dict.fromkeys(name for values in records.values() for name in values))
+    for name in names:
+        if name not in known:
+            raise DataError(f"{source}: has no column {name!r} to slice by", f"give one of: {', '.join(known)}")
+    if missing := next((origin for origin in origins if origin not in records), None):
+        raise DataError(f"{missing}: is no row of a table, so it is in no slice by a column", "leave out --slice")
+    return {name: [scalar(records[origin].get(name)) or "" for origin in origins] for name in names}
+
+
+def new_texts(
+    task: Task,
+    facts: TaskFacts,
+    source: str,
+    *,
+    reading: Reading,
+    columns: Mapping[str, Any],
+    most: int | None = None,
+) -> list[str]:
+    """Return the texts of new rows, labelled or not, as the stages pass them on: ``most`` of them, evenly over their order.
+
+    Raises DataError if there are none.
+    """
+    if texts := _texts(task, facts, source, reading, columns):
+        return texts if most is None else evenly(texts, most)
+    raise DataError(f"{source}: has no text that the model could answer", "give --against new rows with texts")
+
+
+def seen_keys(
+    task: Task, facts: TaskFacts, source: str, *, reading: Reading, columns: Mapping[str, Any]
+) -> frozenset[str]:
+    """Return the duplicate keys of the texts that a model was trained on."""
+    return frozenset(map(duplicate_key, _texts(task, facts, source, reading, columns)))
+
+
+def _texts(task: Task, facts: TaskFacts, source: str, reading: Reading, columns: Mapping[str, Any]) -> list[str]:
+    own = {name: value for name, value in columns.items() if name in task.input_columns}
+    rows = task.read_inputs(source, facts, reading=reading, columns=own)
+    # Dialogs with their answers are no inputs.
+    return [row.text for row in rows if row.text] or [
+        text for text, _ in task.read_texts(source, facts, reading=reading, columns=own)
+    ]

@@ -1,0 +1,150 @@
+"""Say what lies behind a language model's metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.bootstrap import Measure
+from deploykit.data.reading import Reading
+from deploykit.errors import DataError
+from deploykit.inspection.drift import drift
+from deploykit.inspection.reliability import calibration
+from deploykit.inspection.rows import LEAST_NEW, column_values, new_texts
+from deploykit.inspection.slices import Members, by_number, common_slices, sliced
+from deploykit.inspection.worst import worst_rows
+from deploykit.runtime.sampling import Sampling
+from deploykit.tasks.protocol import Evaluation, Progress
+from deploykit.tasks.registry import get_task
+from deploykit.tasks.text_generation.encode import EncodedRow
+from deploykit.tasks.text_generation.evaluate import evaluation, measure_file
+from deploykit.tasks.text_generation.generator import Generated, LocalGenerator, TextGenerator, as_prompt
+from deploykit.tasks.text_generation.metrics import answer_measure, scored_measure, token_f1
+from deploykit.tasks.types import ReportOptions
+
+Numbers = NDArray[np.float64]
+
+
+def report(
+    generator: TextGenerator,
+    source: str,
+    *,
+    split: str,
+    reading: Reading,
+    columns: Mapping[str, Any],
+    sampling: Sampling,
+    options: ReportOptions,
+    progress: Progress,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Measure, and return what lies behind the metrics: slices and worst, of rows that ask something also calibration; with
+    ``options.against`` drift.
+
+    Raises UsageError for a served model, DataError for a column to slice by that the rows do not have.
+    """
+    column_values(source, options.slices, (), reading=reading, split=split)  # what is wrong shows before the wait
+    measured, problems = measure_file(
+        generator, source, sampling, split=split, reading=reading, columns=columns, progress=progress
+    )
+    assert isinstance(generator, LocalGenerator), "measure_file refuses others"
+    rows, answers = measured.asked.rows, measured.answers
+    values = column_values(source, options.slices, [row.origin for row in rows], reading=reading, split=split)
+    asking = np.array([row.text is None for row in rows])
+    at = np.cumsum(asking) - 1  # the answer of each row that asks something
+    references = measured.some.references
+    names = ("token_f1", "exact_match", "loss") if answers else ("loss", "token_accuracy")
+
+    def measure_of(inside: NDArray[np.bool_]) -> Measure:
+        some = np.flatnonzero(inside)
+        scored = scored_measure([measured.scores[i] for i in some], [measured.texts[i] for i in some])
+        own = np.flatnonzero(asking[some])
+        if not len(own):
+            return scored
+        of_answers = at[some[own]]
+        answered = answer_measure([answers[i].text for i in of_answers], [references[i] for i in of_answers])
+        return lambda weights: {**scored(weights), **answered(np.maximum(weights[..., own], 1e-9))}
+
+    def slices() -> Iterator[Members]:
+        every = [*common_slices([row.prompt for row in rows], values, options.seen)]
+        every += by_number("words of the right answer", [len(row.answer.split()) for row in rows], 3)
+        every += by_number("messages", [len(row.messages) for row in rows], 3)
+        if answers:
+            finish = np.array(["" if not asks else answers[i].finish for asks, i in zip(asking, at)])
+            every.append(("cut off at the longest length: yes", finish == "length"))
+        # Answers are compared in each slice: one of plain texts alone has none.
+        yield from ((name, inside & asking if answers else inside) for name, inside in every)
+
+    evaluated = evaluation(measured, problems)
+    record: dict[str, Any] = {
+        "metrics": evaluated.metrics,
+        "rows": evaluated.rows,
+        "slices": sliced(measure_of, len(rows), slices(), names),
+        "worst": [],
+    }
+    if answers:
+        confidence = _confidence(generator, measured.some.prompts, answers)
+        exact = np.array([float(a.text.strip() == r.strip()) for a, r in zip(answers, references)])
+        overlap = np.array([token_f1(a.text, r) for a, r in zip(answers, references)])
+        own_rows = [row for row in rows if row.text is None]
+        record["calibration"] = calibration(confidence, exact)
+        record["worst"] = worst_rows(
+            [row.origin for row in own_rows],
+            [row.prompt for row in own_rows],
+            references,
+            [answer.text for answer in answers],
+            {"token_f1": overlap, "exact_match": exact, "confidence": confidence},
+        )
+    if options.against is not None:
+        texts = new_texts(
+            get_task(generator.task.name),
+            generator.task,
+            options.against,
+            reading=reading,
+            columns=columns,
+            most=max(len(rows), LEAST_NEW),
+        )
+        record["drift"] = drift(
+            [row.prompt for row in rows], texts, _properties(generator, measured.some.prompts, answers, texts, sampling)
+        )
+    return evaluated, record
+
+
+def _confidence(generator: LocalGenerator, prompts: Sequence[Sequence[int]], answers: Sequence[Generated]) -> Numbers:
+    """Return the geometric mean probability of each answer's tokens."""
+    rows = [
+        EncodedRow(np.array([*prompt, *a.ids], np.int64), np.arange(len(prompt) + len(a.ids)) >= len(prompt))
+        for prompt, a in zip(prompts, answers)
+    ]
+    return np.array([math.exp(float(score.logprobs.mean())) for score in generator.score(rows)])
+
+
+def _properties(
+    generator: LocalGenerator,
+    prompts: Sequence[list[int]],
+    answers: Sequence[Generated],
+    texts: Sequence[str],
+    sampling: Sampling,
+) -> dict[str, tuple[Any, Any]]:
+    """Return the lengths of the answers and their confidence, of measured and new rows. Raises DataError if no new row is
+    answered."""
+    if not answers:
+        return {}
+    kept: list[list[int]] = []
+    for text in texts:
+        try:
+            ids = generator.prompt_ids(as_prompt(generator, text))
+            generator.check(ids, sampling)
+        except DataError:
+            continue
+        kept.append(ids)
+    if not kept:
+        raise DataError("no new row has a prompt that the model takes", "give other rows as --against")
+    found = [one[0] for one in generator.generate(kept, dataclasses.replace(sampling, n=1))]
+    return {
+        "tokens of an answer": ([a.tokens for a in answers], [a.tokens for a in found]),
+        "confidence": (_confidence(generator, prompts, answers), _confidence(generator, kept, found)),
+    }

@@ -1,0 +1,104 @@
+"""Say what lies behind a translator's metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploykit.bootstrap import Measure
+from deploykit.data.reading import Reading
+from deploykit.inspection.drift import drift
+from deploykit.inspection.rows import LEAST_NEW, column_values, new_texts
+from deploykit.inspection.slices import Members, by_value, common_slices, sliced
+from deploykit.inspection.worst import worst_rows
+from deploykit.runtime.generation import Generation
+from deploykit.tasks.protocol import Evaluation, Progress
+from deploykit.tasks.registry import get_task
+from deploykit.tasks.translation.evaluate import evaluation, translate_rows, translated_rows
+from deploykit.tasks.translation.metrics import measure_of, placeholders, sentence_chrf
+from deploykit.tasks.translation.predictor import TextTranslator
+from deploykit.tasks.translation.rows import Pair
+from deploykit.tasks.translation.source_prefix import cut_code
+from deploykit.tasks.types import ReportOptions
+
+
+def report(
+    translator: TextTranslator,
+    source: str,
+    *,
+    split: str,
+    reading: Reading,
+    columns: Mapping[str, Any],
+    generation: Generation | None,
+    options: ReportOptions,
+    progress: Progress,
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Measure, and return what lies behind the metrics: slices and worst; with ``options.against`` drift.
+
+    Raises DataError for a column to slice by that the rows do not have.
+    """
+    task = translator.task
+    rows = translated_rows(
+        source, task, source_column=columns.get("source_column"), target_column=columns.get("target_column"),
+        reading=reading, split=split,
+    )  # fmt: skip
+    reading.stop_at(rows.problems)
+    column_values(source, options.slices, (), reading=reading, split=split)  # what is wrong shows before the wait
+    pairs, translated, refused = translate_rows(translator, rows.pairs, generation, scored=True, progress=progress)
+    values = column_values(source, options.slices, [pair.origin for pair in pairs], reading=reading, split=split)
+    hypotheses, references = [one.text for one in translated], [pair.target for pair in pairs]
+
+    def measure(inside: NDArray[np.bool_]) -> Measure:
+        some = np.flatnonzero(inside)
+        return measure_of([hypotheses[i] for i in some], [references[i] for i in some], task.target)
+
+    def slices() -> Iterator[Members]:
+        yield from common_slices([pair.source for pair in pairs], values, options.seen)
+        codes = [cut_code(pair.source, task)[0].strip() for pair in pairs]
+        if any(codes):
+            yield from by_value("target language", codes)
+        yield "placeholders: yes", np.array([bool(placeholders(pair.source)) for pair in pairs])
+        yield "cut off at the longest length: yes", np.array([one.finish == "length" for one in translated])
+
+    evaluated = evaluation(task, pairs, hypotheses, (*rows.problems, *refused))
+    score = np.array([one.score for one in translated])
+    record: dict[str, Any] = {
+        "metrics": evaluated.metrics,
+        "rows": evaluated.rows,
+        "slices": sliced(measure, len(pairs), slices(), ("chrf", "bleu")),
+        "worst": worst_rows(
+            [pair.origin for pair in pairs],
+            [pair.source for pair in pairs],
+            references,
+            hypotheses,
+            {"chrf": sentence_chrf(hypotheses, references), "score": score},
+        ),
+    }
+    if options.against is not None:
+        texts = new_texts(
+            get_task(task.name),
+            task,
+            options.against,
+            reading=reading,
+            columns=columns,
+            most=max(len(pairs), LEAST_NEW),
+        )
+        new, found, _ = translate_rows(
+            translator, [Pair(text, "", options.against) for text in texts], generation, scored=True
+        )
+        record["drift"] = drift(
+            [pair.source for pair in pairs],
+            [pair.source for pair in new],
+            {
+                "tokens of a text": ([one.source_tokens for one in translated], [one.source_tokens for one in found]),
+                "tokens of a translation": (
+                    [one.target_tokens for one in translated],
+                    [one.target_tokens for one in found],
+                ),
+                "score": (score, [one.score for one in found]),
+            },
+        )
+    return evaluated, record
