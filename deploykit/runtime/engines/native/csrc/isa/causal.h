@@ -199,32 +199,37 @@ INLINE void attend_few(const int kind, const int queries, const Seen *s, const S
 }
 
 #define CASE(kind, n) case n: attend_few(kind, n, s, q, scores); break;
-#define SIX_CASES(kind) CASE(kind, 1) CASE(kind, 2) CASE(kind, 3) CASE(kind, 4) CASE(kind, 5) CASE(kind, 6)
-#define ATTEND(name, kind) \
-    static void name(const Seen *s, int queries, const SeenBy *q, float *scores) { \
-        switch (queries) { SIX_CASES(kind) } \
-    }
-ATTEND(attend_floats, FLOAT32)
-ATTEND(attend_bytes, INT8)
+#define FOUR_CASES(kind) CASE(kind, 1) CASE(kind, 2) CASE(kind, 3) CASE(kind, 4)
 
-static void attend_seen(const Seen *s, int queries, const SeenBy *q, float *scores) {
-    for (int some; s->kind != FLOAT16 && queries; queries -= some, q += some) { /* by six: less code for what is rare */
-        some = queries < 6 ? queries : 6;
-        if (s->kind == INT8) attend_bytes(s, some, q, scores);
-        else attend_floats(s, some, q, scores);
-    }
+static void attend_floats(const Seen *s, int queries, const SeenBy *q, float *scores) {
+    switch (queries) { FOUR_CASES(FLOAT32) }
+}
+
+static void attend_bytes(const Seen *s, int queries, const SeenBy *q, float *scores) {
+    switch (queries) { FOUR_CASES(INT8) }
+}
+
+static void attend_halves(const Seen *s, int queries, const SeenBy *q, float *scores) {
     switch (queries) {
-        SIX_CASES(FLOAT16)
+        FOUR_CASES(FLOAT16)
+        CASE(FLOAT16, 5)
+        CASE(FLOAT16, 6)
 #if SEEN_QUERIES == 12
-        CASE(FLOAT16, 7)
-        CASE(FLOAT16, 8)
         CASE(FLOAT16, 9)
-        CASE(FLOAT16, 10)
-        CASE(FLOAT16, 11)
         CASE(FLOAT16, 12)
 #endif
     }
 }
-#undef ATTEND
-#undef SIX_CASES
+#undef FOUR_CASES
 #undef CASE
+
+/* Queries are taken by numbers that there is code for. */
+static void attend_seen(const Seen *s, int queries, const SeenBy *q, float *scores) {
+    for (int some; queries; queries -= some, q += some) {
+        int most = s->kind != FLOAT16 ? 4 : queries >= 12 ? 12 : queries >= 9 ? 9 : 6;
+        some = queries < most ? queries : most;
+        if (s->kind == INT8) attend_bytes(s, some, q, scores);
+        else if (s->kind == FLOAT32) attend_floats(s, some, q, scores);
+        else attend_halves(s, some, q, scores);
+    }
+}
