@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path("deploykit/runtime/engines/native/csrc")
+GUARD = Path("deploykit/triton/guard")
 CPUS = {
     "x86_64": {
         "scalar": "x86_64",
@@ -133,8 +134,8 @@ def extensions() -> list[Extension]:
     )
     guard = Extension(
         "deploykit.triton.guard._guard",
-        ["deploykit/triton/guard/guard.c"],
-        depends=["deploykit/triton/guard/triton.h"],
+        sorted(map(str, GUARD.glob("*.c"))),
+        depends=sorted(map(str, GUARD.glob("*.h"))),
         libraries=["dl", "pthread"],
         py_limited_api=True,
         optional=not asked,

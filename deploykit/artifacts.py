@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from deploykit import __version__
 from deploykit.errors import ArtifactError, CorruptArtifactError
@@ -173,6 +173,8 @@ def load_manifest(path: Path, kind: Kind | None = None, *, verify: bool = True) 
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptArtifactError(f"{path / MANIFEST}: has no {error}", _again(kind)) from error
+    if manifest.kind not in get_args(Kind):
+        raise CorruptArtifactError(f"{path / MANIFEST}: is of no known kind: {manifest.kind!r}", _again(kind))
     if manifest.digest != record.get("digest"):
         raise CorruptArtifactError(f"{path / MANIFEST}: its digest does not match its contents", _again(kind))
     if kind is not None and manifest.kind != kind:
@@ -189,8 +191,8 @@ def verify_files(path: Path, manifest: Manifest) -> None:
     """Hash every file of an artifact. Raises CorruptArtifactError naming the first that differs."""
     for name, record in manifest.files.items():
         file = path / name
-        if not file.resolve().is_relative_to(path.resolve()):
-            raise CorruptArtifactError(f"{path / MANIFEST}: names a file outside its folder: {name}")
+        if "\0" in name or not file.resolve().is_relative_to(path.resolve()):
+            raise CorruptArtifactError(f"{path / MANIFEST}: names a file outside its folder: {name!r}")
         if not file.is_file():
             raise CorruptArtifactError(f"{file}: is missing", _again(manifest.kind))
         if file.stat().st_size != record.bytes:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.artifacts import MANIFEST, load_manifest
-from deploykit.errors import ArtifactError, ExportError
+from deploykit.errors import ArtifactError, CorruptArtifactError, ExportError, first_line
 from deploykit.peak_memory import PeakMemory
 from deploykit.quantization.qdq import Ranges
 
@@ -121,9 +121,14 @@ def load_calibration(folder: Path, parent: str) -> Calibration:
             f"{folder}: is a calibration of another checkpoint ({manifest.parent}, not {parent})",
             "collect one of this checkpoint with deploykit calibrate, or leave --calib out",
         )
-    with np.load(folder / _HISTOGRAMS) as arrays:
-        names, low, high, counts = (arrays[key] for key in ("names", "low", "high", "counts"))
-    histograms = {str(name): Histogram(float(low[i]), float(high[i]), counts[i]) for i, name in enumerate(names)}
+    try:
+        with (folder / _HISTOGRAMS).open("rb") as file, np.load(file) as arrays:
+            names, low, high, counts = (arrays[key] for key in ("names", "low", "high", "counts"))
+        histograms = {str(name): Histogram(float(low[i]), float(high[i]), counts[i]) for i, name in enumerate(names)}
+    except Exception as error:  # NumPy raises whatever zipfile and zlib raise
+        raise CorruptArtifactError(
+            f"{folder / _HISTOGRAMS}: cannot be read ({first_line(error)})", "run deploykit calibrate again"
+        ) from error
     return Calibration(
         histograms, *(manifest.metrics[key] for key in ("rows", "rows_digest", "seconds", "peak_memory_mb"))
     )

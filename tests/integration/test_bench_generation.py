@@ -1,4 +1,4 @@
-"""bench/generation.py and bench/generation_load.py from end to end, on a model so small that it takes seconds."""
+"""bench/generation.py from end to end, on a model so small that it takes seconds."""
 
 from __future__ import annotations
 
@@ -52,15 +52,3 @@ def test_contenders_and_streaming_clients_are_measured(folder: Path) -> None:
         ("int8", 1), ("fp32", 1), ("int8", 2), ("fp32", 2)
     ]  # fmt: skip
     assert all(load["tokens"] == 6 * load["requests"] for load in served["loads"])
-
-
-def test_mixed_load_ends_with_a_verdict(folder: Path) -> None:
-    _, suite = run(
-        "generation_load.py", folder, "--minutes", "0.1", "--every", "1", "--clients", "4", "--longest", "100"
-    )
-    assert len(suite["samples"]) >= 3
-    assert all(sample["memory_mb"] > 10 and sample["open_files"] > 10 for sample in suite["samples"])
-    assert {name for name in suite["outcomes"] if not name.endswith(": as expected")} == set()
-    assert {name.split(":")[0] for name in suite["outcomes"]} >= {"whole", "stream"}
-    last = suite["samples"][-1]
-    assert (last["running"], last["waiting"]) == (0, 0)

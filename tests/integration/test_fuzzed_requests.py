@@ -133,13 +133,27 @@ class Client:
         self._connection.close()
 
 
-def fuzz(route: str, open_client: Callable[[], Any], ask: Callable[[Any, Mutator], tuple[Any, Answer]]) -> None:
-    """Send REQUESTS requests by several clients. ``ask`` returns what it sent and the answer."""
+def fuzz(
+    route: str,
+    open_client: Callable[[], Any],
+    ask: Callable[[Any, Mutator], tuple[Any, Answer]],
+    ask_valid: Callable[[Any], Any],
+) -> None:
+    """Send REQUESTS requests by several clients. ``ask`` returns what it sent and the answer.
+
+    Meanwhile each asks now and then for a valid answer by ``ask_valid``, which must be the same each time.
+    """
 
     def some(number: int) -> list[tuple[Any, Answer]]:
         mutator = Mutator(f"{route} {number} {SEED}")
         with open_client() as client:
-            return [ask(client, mutator) for _ in range(REQUESTS // CLIENTS)]
+            expected = ask_valid(client)
+            found = []
+            for count in range(REQUESTS // CLIENTS):
+                found.append(ask(client, mutator))
+                if count % 10 == 0:
+                    assert (answer := ask_valid(client)) == expected, f"a valid request was answered: {answer}"
+            return found
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         asked = [each for found in pool.map(some, range(CLIENTS)) for each in found]
@@ -223,11 +237,14 @@ def test_the_openai_port(served: Served, route: str) -> None:
         sent = mutator.body(valid)
         return sent, of_port(*client.ask(path, sent))
 
+    def ask_valid(client: Client) -> Any:
+        return whole(client.ask(path, json.dumps(valid).encode()))
+
     with Client(served.port) as client:
         before = client.ask(path, json.dumps(valid).encode())
         assert before[0] == 200, before
-        fuzz(route, lambda: Client(served.port), ask)
-        assert whole(client.ask(path, json.dumps(valid).encode())) == whole(before)
+        fuzz(route, lambda: Client(served.port), ask, ask_valid)
+        assert ask_valid(client) == whole(before)
 
 
 @pytest.mark.parametrize("by", ["http", "port"])
@@ -244,11 +261,14 @@ def test_tritons_routes(served: Served, route: str, by: str) -> None:
             sent = mutator.body(valid)
         return sent, of_triton(*client.ask(path, sent))
 
+    def ask_valid(client: Client) -> Any:
+        return whole(client.ask(path, json.dumps(valid).encode()))
+
     with Client(address) as client:
         before = client.ask(path, json.dumps(valid).encode())
         assert before[0] == 200, before
-        fuzz(f"{route} {by}", lambda: Client(address), ask)
-        assert whole(client.ask(path, json.dumps(valid).encode())) == whole(before)
+        fuzz(f"{route} {by}", lambda: Client(address), ask, ask_valid)
+        assert ask_valid(client) == whole(before)
 
 
 BINARY = b"\x05\0\0\0w1 w2\x02\0\0\0w3"
@@ -262,10 +282,13 @@ def test_binary_tensors(served: Served, by: str) -> None:
         sent, length = mutator.binary(valid, BINARY)
         return (sent, length), of_triton(*client.ask(path, sent, {"Inference-Header-Content-Length": length}))
 
+    def ask_valid(client: Client) -> Any:
+        return whole(client.ask(path, json.dumps(valid).encode()))
+
     with Client(address) as client:
         before = client.ask(path, json.dumps(valid).encode())
-        fuzz(f"binary {by}", lambda: Client(address), ask)
-        assert whole(client.ask(path, json.dumps(valid).encode())) == whole(before)
+        fuzz(f"binary {by}", lambda: Client(address), ask, ask_valid)
+        assert ask_valid(client) == whole(before)
 
 
 def _message(model: str, tensors: dict[str, tuple[str, list[int], bytes]], **parameters: int) -> Request:
@@ -322,8 +345,11 @@ def test_grpc(served: Served, name: str, stream: bool) -> None:
         sent = mutator.message(valid)
         return sent, ask_grpc(channel, sent, stream=stream, codes=mutator.chance(0.5))[1]
 
+    def ask_valid(channel: Any) -> Any:
+        return ask_grpc(channel, valid, stream=stream, codes=True)
+
     with grpc.insecure_channel(served.grpc) as channel:
-        before = ask_grpc(channel, valid, stream=stream, codes=True)
+        before = ask_valid(channel)
         assert before[1] == Answer("", "")
-        fuzz(f"grpc {name} {stream}", lambda: grpc.insecure_channel(served.grpc), ask)
-        assert ask_grpc(channel, valid, stream=stream, codes=True) == before
+        fuzz(f"grpc {name} {stream}", lambda: grpc.insecure_channel(served.grpc), ask, ask_valid)
+        assert ask_valid(channel) == before

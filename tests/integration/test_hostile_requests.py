@@ -12,6 +12,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,25 @@ def test_a_binary_request_that_lies_of_its_size_is_refused(server: TritonServer,
     content = head + struct.pack("<I", 2**31) if datatype == "BYTES" else head + b"\x01\0\0\0"
     status, answer = _send(server, content, {"Inference-Header-Content-Length": str(len(head))})
     assert status == 400, answer
+
+
+def test_strings_that_are_not_complete_fail_no_other_request(server: TritonServer) -> None:
+    """Without the guard, Triton's Python backend answers all requests of a batch with the error."""
+
+    def send(data: bytes) -> list[tuple[int, str]]:
+        tensor = {"name": "TEXT", "datatype": "BYTES", "shape": [1, 1], "parameters": {"binary_data_size": len(data)}}
+        head = json.dumps({"inputs": [tensor]}).encode()
+        headers = {"Inference-Header-Content-Length": str(len(head))}
+        return [_send(server, head + data, headers) for _ in range(100)]
+
+    bad = (b"\x09\0\0\0a", b"\x01\0\0", b"\x01\0\0\0ab", b"\xff\xff\xff\x7fab")
+    with ThreadPoolExecutor(8) as pool:
+        refused = [pool.submit(send, data) for data in bad]
+        answered = [pool.submit(send, b"\x02\0\0\0w1") for _ in range(4)]
+        assert {status for each in answered for status, _ in each.result()} == {200}
+        for each in refused:
+            assert {status for status, _ in each.result()} == {400}
+            assert "TEXT" in each.result()[0][1]
 
 
 @pytest.mark.parametrize("length", ["99999999999", "-1"])

@@ -22,6 +22,8 @@
 //   until it answers. A request whose client closes the connection is cancelled here, as Triton does on gRPC.
 // readv, syscall: Triton waits for the rest of a request without end, as for a body shorter than its Content-Length. A
 //   connection on HTTP is closed if a part of a request came and then nothing for 60 s (DEPLOYKIT_GUARD_READ_S).
+// TRITONSERVER_InferenceRequestCancel and others: requests that Triton forgets are deleted; see abandoned.c.
+// TRITONSERVER_InferenceRequestAppendInputData: requests whose strings are not complete are refused; see incomplete.c.
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -40,14 +42,15 @@
 #include <sys/uio.h>
 #include <time.h>
 
-#include "triton.h"
-
-#define EXPORTED __attribute__((visibility("default")))
+#include "abandoned.h"
+#include "incomplete.h"
 
 enum { MAX_TENSOR_BYTES = 8 << 20, MAX_RATIO = 64, ALWAYS_ALLOWED = 1 << 20, MAX_MESSAGE = 2500 };
 
-// The model processes must not have this library: they may unpack what they like. Triton passes its environment on.
+// The model processes must not have this library: they may unpack what they like. Triton passes its environment on, and so
+// does a shell that starts it.
 __attribute__((constructor)) static void leave_the_environment(void) {
+  if (dlsym(RTLD_DEFAULT, "TRITONSERVER_ServerNew") == NULL) return;  // this is not Triton
   const char *preload = getenv("LD_PRELOAD");
   const char *others = preload == NULL ? NULL : strchr(preload, ':');  // this library is the first
   if (others != NULL) {
@@ -108,6 +111,7 @@ EXPORTED Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char 
   if (bytes == INT64_MAX || (size > 0 && bytes > MAX_TENSOR_BYTES)) {
     return new_error(INVALID_ARGUMENT, "an input's shape is too large: its numbers may take 8 MiB");
   }
+  if (size == 0) expect_strings(name, bytes);
   return next(request, name, datatype, shape, dimensions);
 }
 
@@ -117,7 +121,10 @@ EXPORTED Error *TRITONSERVER_InferenceRequestNew(void **request, void *server, c
   static Error *(*next)(void **, void *, const char *, int64_t);
   if (next == NULL) next = (Error * (*)(void **, void *, const char *, int64_t)) dlsym(RTLD_NEXT, __func__);
   answering = 0;
-  return next(request, server, model, version);
+  begin_strings();
+  Error *error = next(request, server, model, version);
+  if (error == NULL) note_deleted(*request);  // of an older one at its address
+  return error;
 }
 
 EXPORTED Error *TRITONSERVER_InferenceResponseOutput(void *response, uint32_t index, const char **name, int *datatype,
@@ -228,7 +235,7 @@ static int64_t seconds(void) {
   return now.tv_sec;
 }
 
-static void *close_stalled(void *unused) {
+static void *tidy(void *unused) {
   const char *given = getenv("DEPLOYKIT_GUARD_READ_S");
   int64_t most = given == NULL ? 60 : atoi(given);
   for (const struct timespec pause = {.tv_sec = 1};; nanosleep(&pause, NULL)) {
@@ -239,23 +246,25 @@ static void *close_stalled(void *unused) {
         shutdown(connection, SHUT_RDWR);
       }
     }
+    delete_forgotten(seconds());
   }
   return unused;
 }
 
-static void begin_closing(void) {
+static pthread_once_t tidying = PTHREAD_ONCE_INIT;
+
+static void begin_tidying(void) {
   pthread_t thread;
-  pthread_create(&thread, NULL, close_stalled, NULL);
+  pthread_create(&thread, NULL, tidy, NULL);
 }
 
 // How Triton's libevent reads.
 EXPORTED ssize_t readv(int connection, const struct iovec *parts, int count) {
   static ssize_t (*next)(int, const struct iovec *, int);
-  static pthread_once_t begun = PTHREAD_ONCE_INIT;
   if (next == NULL) next = (ssize_t(*)(int, const struct iovec *, int))dlsym(RTLD_NEXT, __func__);
   ssize_t result = next(connection, parts, count);
   if (result > 0 && connection < MAX_CONNECTIONS) {
-    pthread_once(&begun, begin_closing);
+    pthread_once(&tidying, begin_tidying);
     read_at[connection] = seconds();
   }
   return result;
@@ -275,7 +284,7 @@ EXPORTED long syscall(long number, long a, long b, long c, long d, long e, long 
 }
 
 static void *cancel_requests_without_client(void *unused) {
-  Error *(*cancel)(void *) = (Error * (*)(void *)) dlsym(RTLD_DEFAULT, "TRITONSERVER_InferenceRequestCancel");
+  Error *(*cancel)(void *) = (Error * (*)(void *)) dlsym(RTLD_NEXT, "TRITONSERVER_InferenceRequestCancel");
   void (*delete_error)(Error *) = (void (*)(Error *))dlsym(RTLD_DEFAULT, "TRITONSERVER_ErrorDelete");
   for (;;) {
     struct epoll_event event;
@@ -296,19 +305,39 @@ static void begin_watching(void) {
   if (closings >= 0 && pthread_create(&thread, NULL, cancel_requests_without_client, NULL) != 0) closings = -1;
 }
 
-EXPORTED Error *TRITONSERVER_ServerInferAsync(void *server, void *request, void *trace) {
+EXPORTED Error *TRITONSERVER_InferenceRequestCancel(void *request) {
+  static Error *(*next)(void *);
+  if (next == NULL) next = (Error * (*)(void *)) dlsym(RTLD_NEXT, __func__);
+  Error *error = next(request);
+  if (note_cancelled(request, seconds())) pthread_once(&tidying, begin_tidying);
+  return error;
+}
+
+static Error *submit(void *server, void *request, void *trace) {
   static Error *(*next)(void *, void *, void *);
+  if (next == NULL) next = (Error * (*)(void *, void *, void *)) dlsym(RTLD_NEXT, "TRITONSERVER_ServerInferAsync");
+  const char *incomplete = incomplete_strings();
+  if (incomplete != NULL) {
+    Error *(*new_error)(int, const char *) = (Error * (*)(int, const char *)) dlsym(RTLD_NEXT, "TRITONSERVER_ErrorNew");
+    return new_error(INVALID_ARGUMENT, incomplete);
+  }
+  note_submitted(request, 1);
+  Error *error = next(server, request, trace);
+  if (error != NULL) note_submitted(request, 0);
+  return error;
+}
+
+EXPORTED Error *TRITONSERVER_ServerInferAsync(void *server, void *request, void *trace) {
   static pthread_once_t begun = PTHREAD_ONCE_INIT;
-  if (next == NULL) next = (Error * (*)(void *, void *, void *)) dlsym(RTLD_NEXT, __func__);
   int connection = paused;
   paused = -1;
-  if (connection < 0 || connection >= MAX_CONNECTIONS) return next(server, request, trace);  // on gRPC
+  if (connection < 0 || connection >= MAX_CONNECTIONS) return submit(server, request, trace);  // on gRPC
   pthread_once(&begun, begin_watching);
   pthread_mutex_lock(&lock);
   request_of[connection] = request;
   if (connection >= connections) connections = connection + 1;
   pthread_mutex_unlock(&lock);
-  Error *error = next(server, request, trace);  // undoes a cancellation that came before
+  Error *error = submit(server, request, trace);  // undoes a cancellation that came before
   pthread_mutex_lock(&lock);
   if (error == NULL && request_of[connection] == request) {
     struct epoll_event event = {.events = EPOLLRDHUP | EPOLLONESHOT, .data.fd = connection};
@@ -328,5 +357,5 @@ EXPORTED Error *TRITONSERVER_InferenceRequestDelete(void *request) {
     epoll_ctl(closings, EPOLL_CTL_DEL, connection, NULL);
   }
   pthread_mutex_unlock(&lock);
-  return next(request);
+  return note_deleted(request) ? NULL : next(request);
 }

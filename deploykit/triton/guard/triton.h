@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#define EXPORTED __attribute__((visibility("default")))
+
 typedef struct Error Error;
 
 enum { INTERNAL = 1, NOT_FOUND = 2, INVALID_ARGUMENT = 3, UNAVAILABLE = 4 };  // TRITONSERVER_Error_Code

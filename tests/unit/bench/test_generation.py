@@ -1,4 +1,4 @@
-"""The arithmetic of bench/generation.py and bench/generation_load.py, and their records."""
+"""The arithmetic of bench/generation.py, and its records."""
 
 from __future__ import annotations
 
@@ -92,44 +92,6 @@ def test_the_table_has_ratios_to_transformers_and_says_when_the_machine_was_busy
     assert "| deploykit int8, 8 clients | 50 | 100 | 200 | 20 | 30 |" in text
     assert "no final figures" not in text
     assert "no final figures" in table.render_generation({**suite, "load_before": [{"cpu_percent": 99.0}]})
-
-
-def samples(bench: Any, memory: list[float], files: list[int] | None = None, left: int = 0) -> list[Any]:
-    """One a minute, and a last one with ``left`` answers still running."""
-    sample = bench("generation_load").Sample
-    found = [sample(60.0 * i, mb, (files or [50] * len(memory))[i], 8, 2) for i, mb in enumerate(memory)]
-    return [*found, sample(60.0 * len(memory), memory[-1], 50, left, 0)]
-
-
-def test_memory_that_stays_level_after_the_start_passes(bench: Any) -> None:
-    load = bench("generation_load")
-    memory = [500.0, 700, 900, *(1000 + 15 * (i % 3) for i in range(57))]
-    found = load.verdict(samples(bench, memory), {"stream: as expected": 900})
-    assert found["reasons"] == []
-    assert abs(found["memory_mb_per_hour"]) < 20
-
-
-def test_memory_and_files_that_grow_fail(bench: Any) -> None:
-    load = bench("generation_load")
-    leaking = samples(bench, [1000.0 + 5 * i for i in range(60)], [50 + i for i in range(60)])
-    found = load.verdict(leaking, {})
-    assert found["memory_mb_per_hour"] == pytest.approx(300)
-    assert found["open_files_per_hour"] == pytest.approx(60)
-    assert [reason.split(":")[0] for reason in found["reasons"]] == ["memory grows", "open files grow"]
-
-
-def test_a_peak_is_no_growth(bench: Any) -> None:
-    memory = [1000.0] * 60
-    memory[40] = 3000
-    assert bench("generation_load").verdict(samples(bench, memory), {})["reasons"] == []
-
-
-def test_answers_left_behind_and_wrong_answers_fail(bench: Any) -> None:
-    outcomes = {"bad: as expected": 7, "bad: status 500: oh": 2}
-    found = bench("generation_load").verdict(samples(bench, [1000.0] * 8, left=1), outcomes)
-    assert found["reasons"] == [
-        "1 answers run and 0 wait after the last client left", "2 requests: bad: status 500: oh"
-    ]  # fmt: skip
 
 
 def test_a_part_is_added_to_a_record(bench: Any) -> None:
