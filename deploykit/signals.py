@@ -12,14 +12,25 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def handled(handler: Callable[[int, Any], None], numbers: Sequence[int] = STOPPING) -> Iterator[None]:
-    """Call ``handler`` on the signals ``numbers`` in this block. The handlers before it are set again at its end."""
-    before = {number: signal.signal(number, handler) for number in numbers}
+def restored(numbers: Sequence[int] = STOPPING) -> Iterator[None]:
+    """Set the handlers of the signals ``numbers`` again at the end of this block, whatever it sets. In the main thread only:
+    others set none."""
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def handled(handler: Callable[[int, Any], None], numbers: Sequence[int] = STOPPING) -> Iterator[None]:
+    """Call ``handler`` on the signals ``numbers`` in this block."""
+    with restored(numbers):
+        for number in numbers:
+            signal.signal(number, handler)
+        yield
 
 
 def unhandled() -> list[int]:

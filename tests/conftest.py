@@ -6,13 +6,16 @@ import gc
 import io
 import json
 import shutil
+import signal
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from deploykit.signals import restored
 
 WORDS = tuple(f"w{i}" for i in range(200))
 """Words that the tiny tokenizer knows; everything else is [UNK]."""
@@ -21,6 +24,15 @@ WORDS = tuple(f"w{i}" for i in range(200))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the docs' commands first: of two processes, the one that runs them is busy longest."""
     items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    """Python's own handlers of Ctrl-C and SIGTERM, whatever a library has set in this process."""
+    with restored():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        yield
 
 
 @pytest.fixture

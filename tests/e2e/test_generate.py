@@ -491,7 +491,7 @@ def test_an_interrupted_run_keeps_a_checkpoint_and_goes_on(
 
 
 def test_a_run_interrupted_before_its_first_step_says_that_it_starts_over(
-    deploykit: Deploykit, base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    deploykit: Deploykit, base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usual_signals: None
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGTERM)

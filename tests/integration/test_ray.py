@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from deploykit.cli import main
 from deploykit.ray_pool import RayPool, _Actor
+from deploykit.signals import restored
 from deploykit.tasks.answering import answer_source
 from deploykit.tasks.opening import identity_of, open_predictor
 
@@ -30,13 +31,14 @@ def cluster() -> Iterator[Any]:
     soon = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
     small = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False, "_system_config": soon}
     nodes = Cluster(initialize_head=True, head_node_args=small)
-    try:
-        nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
-        ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
-        yield nodes
-    finally:
-        ray.shutdown()
-        nodes.shutdown()
+    with restored():  # Ray sets a handler of SIGTERM
+        try:
+            nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+            ray.init(address=nodes.address, log_to_driver=False, logging_level="error")
+            yield nodes
+        finally:
+            ray.shutdown()
+            nodes.shutdown()
 
 
 @pytest.fixture(scope="module")

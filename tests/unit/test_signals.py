@@ -26,7 +26,7 @@ def test_the_earlier_handlers_are_set_again() -> None:
     assert [signal.getsignal(number) for number in STOPPING] == before
 
 
-def test_a_programs_handler_is_not_unhandled() -> None:
+def test_a_programs_handler_is_not_unhandled(usual_signals: None) -> None:
     assert signal.SIGTERM in unhandled()
     with handled(lambda *_: None, [signal.SIGTERM]):
         assert signal.SIGTERM not in unhandled()
