@@ -75,7 +75,7 @@ def command(
     if no_answer_threshold is not None and math.isnan(no_answer_threshold):
         raise UsageError("--no-answer-threshold is nan", "give a number")
 
-    from deploykit.data.open_text import read_lines
+    from deploykit.data.open_text import read_text
     from deploykit.data.texts import TextRow
     from deploykit.tasks.answering import answer_rows, answer_source
     from deploykit.tasks.opening import identity_of, open_for
@@ -88,7 +88,7 @@ def command(
     try:
         if context is not None:
             reading.allow(str(context))
-            text = "".join(read_lines(context, reading.encoding, newline=""))
+            text = read_text(context, reading.encoding)
             rows = [TextRow(f"question {i}", as_text(q, text), None) for i, q in enumerate(questions, start=1)]
             records = [row.to_json() for row in answer_rows(predictor, rows, top_k)]
             lines = [_line(record) for record in records]

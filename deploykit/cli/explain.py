@@ -93,7 +93,7 @@ def command(
 
     from deploykit.attribution.explain import mean_deletion, words_of_answers
     from deploykit.bench.rows import read_rows
-    from deploykit.data.open_text import read_lines
+    from deploykit.data.open_text import read_text
     from deploykit.report.explanation_page import answer_lines, explanation_lines, write_explanations
     from deploykit.report.svg import require_matplotlib
     from deploykit.stages.explain import explain_texts
@@ -111,7 +111,7 @@ def command(
             asked, _ = read_rows(source, facts, columns=own, reading=reading, most=max_rows, seed=0)
         elif context is not None:
             reading.allow(str(context))
-            about = "".join(read_lines(context, reading.encoding, newline=""))
+            about = read_text(context, reading.encoding)
             asked = [task.as_text(facts, text, about) for text in texts]
         else:
             asked = [task.as_text(facts, *pair) for pair in zip(texts, pairs)] if pairs else list(texts)

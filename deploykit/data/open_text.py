@@ -84,6 +84,12 @@ def read_lines(path: Path, encoding: str | None, *, newline: str | None = None) 
         UsageError: ``encoding`` is not the name of a text encoding.
         MissingDependencyError: a .zst file, and the package zstandard is not installed.
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: is no regular file, and rows are read more than once", "write them to a file first")
+    yield from _lines(path, encoding, newline)
+
+
+def _lines(path: Path, encoding: str | None, newline: str | None) -> Iterator[str]:
     try:
         file, used = _open_text(path, encoding, newline)
         with file:
@@ -95,6 +101,11 @@ def read_lines(path: Path, encoding: str | None, *, newline: str | None = None) 
         raise _damaged(path, error) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}", "check the file") from error
+
+
+def read_text(path: Path, encoding: str | None) -> str:
+    """Return a whole text file, or what comes from a pipe, with the line ends that it has. Raises as ``read_lines``."""
+    return "".join(_lines(path, encoding, ""))
 
 
 def _open_bytes(path: Path) -> IO[bytes]:
@@ -183,6 +194,7 @@ def _open_text(path: Path, encoding: str | None, newline: str | None) -> tuple[T
     """Open a text file with strict decoding. Returns the file and the encoding. Raises DataError for binary content."""
     with _open_bytes(path) as file:
         sample = file.read(_SAMPLE_BYTES)
+        whole = None if path.is_file() else sample + file.read()  # a pipe gives its bytes once
     used = encoding or next((name for mark, name in _BYTE_ORDER_MARKS if sample.startswith(mark)), "utf-8-sig")
     try:
         if newline == ROW_ENDS:
@@ -191,7 +203,8 @@ def _open_text(path: Path, encoding: str | None, newline: str | None) -> tuple[T
         if codecs.lookup(used).name == "utf-8":
             used = "utf-8-sig"  # utf-8-sig, so that a byte order mark does not become part of the first column's name.
         with contextlib.ExitStack() as unless_opened:
-            opened = io.TextIOWrapper(unless_opened.enter_context(_open_bytes(path)), encoding=used, newline=newline)
+            again = unless_opened.enter_context(_open_bytes(path) if whole is None else io.BytesIO(whole))
+            opened = io.TextIOWrapper(again, encoding=used, newline=newline)
             unless_opened.pop_all()
     except (LookupError, ValueError):
         raise UsageError(

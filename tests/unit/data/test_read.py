@@ -1,10 +1,13 @@
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from deploykit.data.open_text import read_text
 from deploykit.data.read import read_records
 from deploykit.data.reading import Reading
 from deploykit.errors import DataError, MissingDependencyError, UsageError
@@ -205,3 +208,15 @@ def test_missing_package_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{}")
     with pytest.raises(MissingDependencyError, match=r"deploykit\[finetune\]"):
         rows(tmp_path)
+
+
+def test_a_pipe_is_read_once_as_a_text_and_refused_as_rows(tmp_path):
+    pipe = tmp_path / "rows.csv"
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match="no regular file"):
+        list(read_records(str(pipe)))
+    text = "a\r\nb\n" + "€" * 20_000
+    writer = threading.Thread(target=lambda: pipe.write_bytes(text.encode()))
+    writer.start()
+    assert read_text(pipe, None) == text
+    writer.join()
