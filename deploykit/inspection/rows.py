@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deploykit.data.grouping import duplicate_key
@@ -12,28 +12,31 @@ from deploykit.data.sample import evenly
 from deploykit.data.texts import scalar
 from deploykit.errors import DataError
 from deploykit.tasks.protocol import Task, TaskFacts
+from deploykit.tasks.registry import get_task
 
-LEAST_NEW = 200
-"""New rows that are answered, at most: this number, or as many as were measured."""
+_LEAST_NEW = 200
 
 
-def column_values(
-    source: str, names: Sequence[str], origins: Sequence[str], *, reading: Reading, split: str
-) -> dict[str, list[str]]:
-    """Return the values of columns to slice by, of the rows of ``source`` with these origins.
+def read_columns(
+    source: str, names: Sequence[str], *, reading: Reading, split: str
+) -> Callable[[Sequence[str]], dict[str, list[str]]]:
+    """Read columns to slice by, of the rows of ``source``. Returns what gives their values of the rows with some origins.
 
-    Raises DataError for a column that the rows do not have, or rows that are no records of a table.
+    Raises DataError for a column that the rows do not have, and later for an origin that is no row of a table.
     """
-    if not names:
-        return {}
-    records = {record.origin: record.values for record in read_records(source, reading, split=split)}
+    records = {one.origin: one.values for one in read_records(source, reading, split=split)} if names else {}
     known = list(dict.fromkeys(name for values in records.values() for name in values))
     for name in names:
         if name not in known:
             raise DataError(f"{source}: has no column {name!r} to slice by", f"give one of: {', '.join(known)}")
-    if missing := next((origin for origin in origins if origin not in records), None):
-        raise DataError(f"{missing}: is no row of a table, so it is in no slice by a column", "leave out --slice")
-    return {name: [scalar(records[origin].get(name)) or "" for origin in origins] for name in names}
+    kept = {origin: {name: scalar(row.get(name)) or "" for name in names} for origin, row in records.items()}
+
+    def values(origins: Sequence[str]) -> dict[str, list[str]]:
+        if names and (missing := next((origin for origin in origins if origin not in kept), None)):
+            raise DataError(f"{missing}: is no row of a table, so it is in no slice by a column", "leave out --slice")
+        return {name: [kept[origin][name] for origin in origins] for name in names}
+
+    return values
 
 
 def new_texts(
@@ -52,6 +55,14 @@ def new_texts(
     if texts := _texts(task, facts, source, reading, columns):
         return texts if most is None else evenly(texts, most)
     raise DataError(f"{source}: has no text that the model could answer", "give --against new rows with texts")
+
+
+def texts_against(
+    facts: TaskFacts, source: str, *, reading: Reading, columns: Mapping[str, Any], measured: int
+) -> list[str]:
+    """Return new texts for a model that takes long to answer: at most as many as the rows that were ``measured``, or 200."""
+    most = max(measured, _LEAST_NEW)
+    return new_texts(get_task(facts.name), facts, source, reading=reading, columns=columns, most=most)
 
 
 def seen_keys(

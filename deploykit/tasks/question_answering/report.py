@@ -12,7 +12,7 @@ from deploykit.bootstrap import Measure
 from deploykit.data.reading import Reading
 from deploykit.inspection.drift import drift
 from deploykit.inspection.reliability import calibration
-from deploykit.inspection.rows import LEAST_NEW, column_values, new_texts
+from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_number, by_value, common_slices, sliced
 from deploykit.inspection.worst import worst_rows
 from deploykit.tasks.protocol import Evaluation, Progress
@@ -21,7 +21,6 @@ from deploykit.tasks.question_answering.facts import as_text, from_text
 from deploykit.tasks.question_answering.metrics import mean_scores, scores
 from deploykit.tasks.question_answering.predictor import TextAnswerer
 from deploykit.tasks.question_answering.spans import Found
-from deploykit.tasks.registry import get_task
 from deploykit.tasks.types import ReportOptions
 
 NONE = "(no answer)"
@@ -45,7 +44,7 @@ def report(
     rows = labelled_questions(source, reading=reading, split=split)
     reading.stop_at(rows.problems)
     examples = rows.examples
-    values = column_values(source, options.slices, [e.origin for e in examples], reading=reading, split=split)
+    values = read_columns(source, options.slices, reading=reading, split=split)([e.origin for e in examples])
     found = found_for(predictor, [(e.question, e.context) for e in examples], progress)
     spans = [one.decide(task.no_answer_threshold) for one in found]
     truths = [e.answers.text for e in examples]
@@ -81,14 +80,7 @@ def report(
         ),
     }
     if options.against is not None:
-        texts = new_texts(
-            get_task(task.name),
-            task,
-            options.against,
-            reading=reading,
-            columns=columns,
-            most=max(len(examples), LEAST_NEW),
-        )
+        texts = texts_against(task, options.against, reading=reading, columns=columns, measured=len(examples))
         pairs = [from_text(text) for text in texts]
         new = found_for(predictor, pairs, lambda done, of: None)
         own = [(e.question, e.context) for e in examples]

@@ -15,12 +15,11 @@ from deploykit.data.reading import Reading
 from deploykit.errors import DataError
 from deploykit.inspection.drift import drift
 from deploykit.inspection.reliability import calibration
-from deploykit.inspection.rows import LEAST_NEW, column_values, new_texts
+from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_number, common_slices, sliced
 from deploykit.inspection.worst import worst_rows
 from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.protocol import Evaluation, Progress
-from deploykit.tasks.registry import get_task
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.evaluate import evaluation, measure_file
 from deploykit.tasks.text_generation.generator import Generated, LocalGenerator, TextGenerator, as_prompt
@@ -46,13 +45,15 @@ def report(
 
     Raises UsageError for a served model, DataError for a column to slice by that the rows do not have.
     """
-    column_values(source, options.slices, (), reading=reading, split=split)  # what is wrong shows before the wait
+    values_of = read_columns(
+        source, options.slices, reading=reading, split=split
+    )  # what is wrong shows before the wait
     measured, problems = measure_file(
         generator, source, sampling, split=split, reading=reading, columns=columns, progress=progress
     )
     assert isinstance(generator, LocalGenerator), "measure_file refuses others"
     rows, answers = measured.asked.rows, measured.answers
-    values = column_values(source, options.slices, [row.origin for row in rows], reading=reading, split=split)
+    values = values_of([row.origin for row in rows])
     asking = np.array([row.text is None for row in rows])
     at = np.cumsum(asking) - 1  # the answer of each row that asks something
     references = measured.some.references
@@ -99,14 +100,7 @@ def report(
             {"token_f1": overlap, "exact_match": exact, "confidence": confidence},
         )
     if options.against is not None:
-        texts = new_texts(
-            get_task(generator.task.name),
-            generator.task,
-            options.against,
-            reading=reading,
-            columns=columns,
-            most=max(len(rows), LEAST_NEW),
-        )
+        texts = texts_against(generator.task, options.against, reading=reading, columns=columns, measured=len(rows))
         record["drift"] = drift(
             [row.prompt for row in rows], texts, _properties(generator, measured.some.prompts, answers, texts, sampling)
         )

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from deploykit.bootstrap import Measure
 from deploykit.data.reading import Reading
 from deploykit.inspection.drift import drift
-from deploykit.inspection.rows import LEAST_NEW, column_values, new_texts
+from deploykit.inspection.rows import read_columns, texts_against
 from deploykit.inspection.slices import Members, by_value, common_slices, sliced
 from deploykit.inspection.worst import worst_rows
 from deploykit.runtime.generation import Generation
 from deploykit.tasks.protocol import Evaluation, Progress
-from deploykit.tasks.registry import get_task
 from deploykit.tasks.translation.evaluate import evaluation, translate_rows, translated_rows
 from deploykit.tasks.translation.metrics import measure_of, placeholders, sentence_chrf
 from deploykit.tasks.translation.predictor import TextTranslator
@@ -46,9 +45,11 @@ def report(
         reading=reading, split=split,
     )  # fmt: skip
     reading.stop_at(rows.problems)
-    column_values(source, options.slices, (), reading=reading, split=split)  # what is wrong shows before the wait
+    values_of = read_columns(
+        source, options.slices, reading=reading, split=split
+    )  # what is wrong shows before the wait
     pairs, translated, refused = translate_rows(translator, rows.pairs, generation, scored=True, progress=progress)
-    values = column_values(source, options.slices, [pair.origin for pair in pairs], reading=reading, split=split)
+    values = values_of([pair.origin for pair in pairs])
     hypotheses, references = [one.text for one in translated], [pair.target for pair in pairs]
 
     def measure(inside: NDArray[np.bool_]) -> Measure:
@@ -78,14 +79,7 @@ def report(
         ),
     }
     if options.against is not None:
-        texts = new_texts(
-            get_task(task.name),
-            task,
-            options.against,
-            reading=reading,
-            columns=columns,
-            most=max(len(pairs), LEAST_NEW),
-        )
+        texts = texts_against(task, options.against, reading=reading, columns=columns, measured=len(pairs))
         new, found, _ = translate_rows(
             translator, [Pair(text, "", options.against) for text in texts], generation, scored=True
         )

@@ -17,7 +17,7 @@ from deploykit.errors import DataError
 from deploykit.inspection.drift import drift
 from deploykit.inspection.page import write_text_report
 from deploykit.inspection.reliability import calibration
-from deploykit.inspection.rows import column_values, new_texts, seen_keys
+from deploykit.inspection.rows import new_texts, read_columns, seen_keys
 from deploykit.inspection.slices import common_slices, sliced
 from deploykit.inspection.worst import MOST, worst_rows
 
@@ -72,12 +72,12 @@ def test_columns_to_slice_by_are_those_of_a_table(tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     rows.write_text("text,source\na,mail\nb,\n")
     origins = ["rows.csv:3", "rows.csv:2"]
-    assert column_values(str(rows), ["source"], origins, reading=AS_FOUND, split="test") == {"source": ["", "mail"]}
-    assert column_values("nowhere", [], origins, reading=AS_FOUND, split="test") == {}
+    assert read_columns(str(rows), ["source"], reading=AS_FOUND, split="test")(origins) == {"source": ["", "mail"]}
+    assert read_columns("nowhere", [], reading=AS_FOUND, split="test")(origins) == {}
     with pytest.raises(DataError, match="has no column 'sauce' to slice by"):
-        column_values(str(rows), ["sauce"], origins, reading=AS_FOUND, split="test")
+        read_columns(str(rows), ["sauce"], reading=AS_FOUND, split="test")(origins)
     with pytest.raises(DataError, match=r"x\.json:1: is no row of a table"):
-        column_values(str(rows), ["source"], ["x.json:1"], reading=AS_FOUND, split="test")
+        read_columns(str(rows), ["source"], reading=AS_FOUND, split="test")(["x.json:1"])
 
 
 def test_texts_are_read_as_inputs_or_from_rows_with_answers() -> None:

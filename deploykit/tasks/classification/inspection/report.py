@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from deploykit.data.reading import Reading
 from deploykit.errors import DataError
 from deploykit.inspection.drift import drift
-from deploykit.inspection.rows import column_values, new_texts
+from deploykit.inspection.rows import new_texts, read_columns
 from deploykit.tasks.classification.augment import robustness
 from deploykit.tasks.classification.evaluate import answer_rows, evaluation, labelled_rows
 from deploykit.tasks.classification.facts import Classification
@@ -50,11 +50,13 @@ def report(
         reading=reading, split=split,
     )  # fmt: skip
     reading.stop_at(rows.problems)
-    column_values(source, options.slices, (), reading=reading, split=split)  # what is wrong shows before the wait
+    values_of = read_columns(
+        source, options.slices, reading=reading, split=split
+    )  # what is wrong shows before the wait
     answered = answer_rows(predictor, rows, progress)
     found = evaluation(task, rows, answered)
     examples, truth, scores = answered.examples, answered.truth, answered.scores
-    values = column_values(source, options.slices, [e.origin for e in examples], reading=reading, split=split)
+    values = values_of([e.origin for e in examples])
     record: dict[str, Any] = {
         "labels": list(task.labels),
         "metrics": found.metrics,
