@@ -141,6 +141,19 @@ static void turn(Context *c, const CausalLayer *layer, const Norm *norm, const f
     }
 }
 
+/* The caches of a head of a layer, in the slot of ``row``. */
+typedef struct {
+    uint8_t *keys, *values;
+} Region;
+
+INLINE Region region_of(const Causal *l, int row, int layer_number, int key_head) {
+    const CausalModel *m = l->model;
+    const CausalBatch *b = l->batch;
+    int64_t at = ((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + key_head, positions = b->positions_of_slot;
+    int size = padded_head(m->head_size);
+    return (Region){b->keys + at * (positions / 16) * key_bytes(m->cache, size), b->values + at * positions * value_bytes(m->cache, size)};
+}
+
 /* Write the rows' keys and values to the caches, and turn the queries in place. */
 static void keep_rows(Context *c, int number, int layer_number, int64_t stride) {
     Causal *l = c->causal;
@@ -148,8 +161,6 @@ static void keep_rows(Context *c, int number, int layer_number, int64_t stride) 
     const CausalBatch *b = l->batch;
     const CausalLayer *layer = &m->layer[layer_number];
     int first, last, size = m->head_size, all = m->heads + m->key_heads;
-    int64_t of_keys = b->positions_of_slot / 16 * key_bytes(m->cache, padded_head(size));
-    int64_t of_values = b->positions_of_slot * value_bytes(m->cache, padded_head(size));
     float turned[LARGEST_HEAD];
     share(b->rows * all, c->threads, number, &first, &last);
     for (int unit = first; unit < last; unit++) {
@@ -163,9 +174,9 @@ static void keep_rows(Context *c, int number, int layer_number, int64_t stride) 
             continue;
         }
         const float *value = packed + (m->key_heads + head) * size;
-        int64_t at = ((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + head - m->heads;
+        Region region = region_of(l, row, layer_number, head - m->heads);
         turn(c, layer, &layer->key_norm, angles, size, packed + head * size, turned);
-        c->kernels->keep_seen(m->cache, turned, value, size, position, b->keys + at * of_keys, b->values + at * of_values);
+        c->kernels->keep_seen(m->cache, turned, value, size, position, region.keys, region.values);
     }
 }
 
@@ -175,11 +186,9 @@ static void attend(Context *c, int number, int layer_number, int row, int rows, 
     Causal *l = c->causal;
     const CausalModel *m = l->model;
     const CausalBatch *b = l->batch;
-    int count = 0, size = m->head_size, window = m->layer[layer_number].window, key_head = head / (m->heads / m->key_heads);
-    int64_t at = ((int64_t)b->slots[row] * m->layers + layer_number) * m->key_heads + key_head;
-    const uint8_t *keys = b->keys + at * (b->positions_of_slot / 16) * key_bytes(m->cache, padded_head(size));
-    const uint8_t *values = b->values + at * b->positions_of_slot * value_bytes(m->cache, padded_head(size));
-    Seen seen = {keys, values, m->cache, size, m->scale, m->attention_cap};
+    int count = 0, size = m->head_size, window = m->layer[layer_number].window;
+    Region region = region_of(l, row, layer_number, head / (m->heads / m->key_heads));
+    Seen seen = {region.keys, region.values, m->cache, size, m->scale, m->attention_cap};
     SeenBy by[MOST_QUERIES];
     for (int r = row; r < row + rows; r++)
         for (int h = head; h < head + heads; h++) {
