@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.attribution.words import Span
+from deploykit.errors import MissingDependencyError, UsageError
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.5)
 """Shares of the words that the deletion check removes."""
@@ -163,6 +164,18 @@ def _groups(explanation: Explanation) -> list[tuple[str, int]]:
     if explanation.measure == "number":
         return [("a higher number", 1), ("a lower number", -1)]
     return [(explanation.answer if explanation.is_label else "any answer", 1)]
+
+
+def check_gradients(*, is_checkpoint: bool) -> None:
+    """Raise UsageError where the model is no checkpoint, MissingDependencyError without captum: gradients need both."""
+    if not is_checkpoint:
+        raise UsageError("gradients are known for a checkpoint alone", "give the checkpoint, or --method occlusion")
+    try:
+        import captum  # noqa: F401
+    except ImportError:
+        raise MissingDependencyError(
+            "captum, which integrates gradients, is not installed", "pip install 'deploykit[explain]'"
+        ) from None
 
 
 def log_odds(probability: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.attribution.explain import ExplainedText, Measure, log_odds, probability
+from deploykit.attribution.explain import ExplainedText, Measure, check_gradients, log_odds, probability
 from deploykit.attribution.words import Span, Unit, split_units, weights_of_words, without
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.tasks.classification.facts import as_text
@@ -109,16 +109,12 @@ def explained_text(predictor: TextClassifier, text: str, answer: str | None, met
 
     Raises UsageError if ``method`` needs a checkpoint, MissingDependencyError if it needs captum.
     """
-    if method == "occlusion" or (method == "auto" and not hasattr(predictor, "model")):
+    if method == "occlusion":
         return ClassifiedText(predictor, text, answer, unit)
-    if not hasattr(predictor, "model"):
-        raise UsageError("gradients are known for a checkpoint alone", "give the checkpoint, or --method occlusion")
     try:
-        import captum  # noqa: F401
-    except ImportError:
+        check_gradients(is_checkpoint=hasattr(predictor, "model"))
+    except (UsageError, MissingDependencyError):
         if method == "auto":
             return ClassifiedText(predictor, text, answer, unit)
-        raise MissingDependencyError(
-            "captum, which integrates gradients, is not installed", "pip install 'deploykit[explain]'"
-        ) from None
+        raise
     return DifferentiableText(predictor, text, answer, unit)

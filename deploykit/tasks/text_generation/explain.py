@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.attribution.explain import ExplainedText, Measure
+from deploykit.attribution.explain import ExplainedText, Measure, check_gradients
 from deploykit.attribution.words import Span, Unit, split_units, weights_of_words, without
-from deploykit.errors import DataError, MissingDependencyError, UsageError
+from deploykit.errors import DataError, UsageError
 from deploykit.tasks.text_generation.generator import LocalGenerator, Prompt, TextGenerator, as_prompt
 from deploykit.text import is_blank
 
@@ -106,12 +106,5 @@ def explained_text(generator: TextGenerator, text: str, answer: str | None, meth
     """
     if method != "gradients":
         return AnsweredPrompt(generator, text, answer, unit)
-    if not hasattr(generator, "torch_model"):
-        raise UsageError("gradients are known for a checkpoint alone", "give the checkpoint, or --method occlusion")
-    try:
-        import captum  # noqa: F401
-    except ImportError:
-        raise MissingDependencyError(
-            "captum, which integrates gradients, is not installed", "pip install 'deploykit[explain]'"
-        ) from None
+    check_gradients(is_checkpoint=hasattr(generator, "torch_model"))
     return DifferentiablePrompt(generator, text, answer, unit)
