@@ -154,6 +154,12 @@ class FinetuneOptions(Reading):
         assert self.model is not None
         return self.model
 
+    def refuse_without(self, owner: str, *names: str) -> None:
+        """Raise UsageError for an option of ``names`` that is changed where ``owner``, which it is for, is not given."""
+        for name in names:
+            if getattr(self, owner) in (None, False) and getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"{flag(name)} is for {flag(owner)}", f"add {flag(owner)}, or leave it out")
+
     def dropout_config(self, config: Any) -> dict[str, float]:
         """Return the dropouts that are given, under the names that ``config`` has for them.
 

@@ -206,9 +206,7 @@ class ClassificationOptions(FinetuneOptions):
             )
         if self.qat and not self.validates and self.test is None and not self.test_fraction:
             raise UsageError("--qat measures before and after, and no rows are held out", "give --validation or --test")
-        for name in ("distill_alpha", "distill_temperature", "distill_hidden"):
-            if self.teacher is None and getattr(self, name) != getattr(type(self), name):
-                raise UsageError(f"{flag(name)} is for --teacher", "add --teacher, or leave it out")
+        self.refuse_without("teacher", "distill_alpha", "distill_temperature", "distill_hidden")
         self._check_noises()
         if self.qat and (self.teacher or self.student_layers):
             raise UsageError("--qat goes on training a checkpoint as it is", "leave out --teacher and --student-layers")
@@ -224,8 +222,7 @@ class ClassificationOptions(FinetuneOptions):
             raise UsageError(f"--temperature-scaling needs {what}: {reason}", "leave it out")
         if self.qat and self.lora_r:
             raise UsageError("--qat trains the weights that are rounded, and --lora-r others", "leave one out")
-        if not self.qat and self.qat_method != type(self).qat_method:
-            raise UsageError("--qat-method is for --qat", "add --qat, or leave it out")
+        self.refuse_without("qat", "qat_method")
 
     def _check_noises(self) -> None:
         names = {parse_noise(noise)[0] for noise in self.augment}

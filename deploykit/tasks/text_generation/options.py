@@ -92,9 +92,7 @@ class TextGenerationOptions(FinetuneOptions):
                     f"--load-in-4bit does not read GGUF files, and {self.origin} is one",
                     "give the folder of the Hugging Face checkpoint",
                 )
-        for name in ("distill_alpha", "distill_temperature"):
-            if self.teacher is None and getattr(self, name) != getattr(type(self), name):
-                raise UsageError(f"{flag(name)} is for --teacher", "add --teacher, or leave it out")
+        self.refuse_without("teacher", "distill_alpha", "distill_temperature")
         if self.student_layers and self.adapts:
             raise UsageError(
                 "--student-layers changes the checkpoint that an adapter is for", "leave one out: --lora-r 0 trains all"

@@ -91,8 +91,7 @@ class TranslationOptions(FinetuneOptions):
             raise UsageError("--vocabulary is for --from-config", "leave it out: a checkpoint has its own")
         if self.from_config is not None and self.lora_r:
             raise UsageError("--lora-r is for a checkpoint", "leave it out: with --from-config all weights are new")
-        if self.teacher is None and self.distill_targets != type(self).distill_targets:
-            raise UsageError("--distill-targets is for --teacher", "add --teacher, or leave it out")
+        self.refuse_without("teacher", "distill_targets")
         for name in ("student_layers", "student_decoder_layers"):
             if getattr(self, name) and (self.lora_r or self.from_config is not None):
                 other = "--lora-r adapts a checkpoint as it is" if self.lora_r else "--from-config has none to keep"
