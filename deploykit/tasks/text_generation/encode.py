@@ -39,6 +39,11 @@ class EncodedRow:
     rewritten: int = 0
     joined: bool = False
 
+    @classmethod
+    def of_answer(cls, prompt: Sequence[int], answer: Sequence[int]) -> EncodedRow:
+        """Return the tokens of a prompt and of its answer, which alone is supervised."""
+        return cls(np.array([*prompt, *answer], np.int64), np.arange(len(prompt) + len(answer)) >= len(prompt))
+
 
 class ChatTokenizer:
     """A checkpoint's tokenizer and its chat template, if it has one."""

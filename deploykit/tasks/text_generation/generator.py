@@ -190,7 +190,7 @@ class LocalGenerator:
         rows = []
         for prompt in prompts:
             ids = self.prompt_ids(prompt) or list(self.task.eos_token_ids[:1])
-            rows.append(EncodedRow(np.array([*ids, *answer], np.int64), np.arange(len(ids) + len(answer)) >= len(ids)))
+            rows.append(EncodedRow.of_answer(ids, answer))
         return [float(score.logprobs.sum()) for score in self.score(rows)]
 
     def supervised_logits(self, rows: Sequence[EncodedRow]) -> Iterator[NDArray[np.float32]]:

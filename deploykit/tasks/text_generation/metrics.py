@@ -69,7 +69,7 @@ def answer_measure(
 ) -> Measure:
     """Return the same as functions of the rows' weights."""
     rows = {
-        "exact_match": [float(a.strip() == r.strip()) for a, r in zip(answers, references)],
+        "exact_match": [exact_match(a, r) for a, r in zip(answers, references)],
         "token_f1": [token_f1(a, r) for a, r in zip(answers, references)],
         "first_word": [float(a.split()[:1] == r.split()[:1]) for a, r in zip(answers, references)],
         "rouge_l": _rouge_l(answers, references),
@@ -86,6 +86,11 @@ def answer_measure(
         **{name: weights @ v / weights.sum(-1) for name, v in values.items()},
         "chrf": chrf(weights),
     }
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """Return 1 if both are equal but for white space at the ends, else 0."""
+    return float(answer.strip() == reference.strip())
 
 
 def token_f1(answer: str, reference: str) -> float:

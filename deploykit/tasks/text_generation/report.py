@@ -23,7 +23,7 @@ from deploykit.tasks.protocol import Evaluation, Progress
 from deploykit.tasks.text_generation.encode import EncodedRow
 from deploykit.tasks.text_generation.evaluate import evaluation, measure_file
 from deploykit.tasks.text_generation.generator import Generated, LocalGenerator, TextGenerator, as_prompt
-from deploykit.tasks.text_generation.metrics import answer_measure, scored_measure, token_f1
+from deploykit.tasks.text_generation.metrics import answer_measure, exact_match, scored_measure, token_f1
 from deploykit.tasks.types import ReportOptions
 
 Numbers = NDArray[np.float64]
@@ -88,7 +88,7 @@ def report(
     }
     if answers:
         confidence = _confidence(generator, measured.some.prompts, answers)
-        exact = np.array([float(a.text.strip() == r.strip()) for a, r in zip(answers, references)])
+        exact = np.array([exact_match(a.text, r) for a, r in zip(answers, references)])
         overlap = np.array([token_f1(a.text, r) for a, r in zip(answers, references)])
         own_rows = [row for row in rows if row.text is None]
         record["calibration"] = calibration(confidence, exact)
@@ -109,10 +109,7 @@ def report(
 
 def _confidence(generator: LocalGenerator, prompts: Sequence[Sequence[int]], answers: Sequence[Generated]) -> Numbers:
     """Return the geometric mean probability of each answer's tokens."""
-    rows = [
-        EncodedRow(np.array([*prompt, *a.ids], np.int64), np.arange(len(prompt) + len(a.ids)) >= len(prompt))
-        for prompt, a in zip(prompts, answers)
-    ]
+    rows = [EncodedRow.of_answer(prompt, answer.ids) for prompt, answer in zip(prompts, answers)]
     return np.array([math.exp(float(score.logprobs.mean())) for score in generator.score(rows)])
 
 
