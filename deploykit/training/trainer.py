@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -178,6 +180,13 @@ class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]
         self.generator.manual_seed(self._seed + self._epoch)
         found: Iterator[int] = super().__iter__()
         return found
+
+
+def own_batches(trainer: Any, batches: Iterable[list[int]]) -> Any:
+    """Return a loader of ``batches`` of the training rows, which are those of this process already."""
+    loader = DataLoader(trainer.train_dataset, batch_sampler=batches, collate_fn=trainer.data_collator)
+    device = trainer.accelerator.device
+    return prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
 
 
 def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Collection[str] = (), **own: Any) -> Any:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
 from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -96,11 +95,7 @@ class SftTrainer(Trainer):  # type: ignore[misc]
         self._seen_tokens, self._since = 0, time.monotonic()
 
     def get_train_dataloader(self) -> Any:
-        loader = DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
-        # The batches are those of this process already.
-        return prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        return trainer.own_batches(self, self._batches)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None

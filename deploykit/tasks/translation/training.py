@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.data_loader import prepare_data_loader
 from numpy.typing import NDArray
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import (
     GenerationConfig,
     MarianConfig,
@@ -373,11 +372,7 @@ class TranslationTrainer(Seq2SeqTrainer):  # type: ignore[misc]
         self._batches = batches
 
     def get_train_dataloader(self) -> Any:
-        loader = DataLoader(self.train_dataset, batch_sampler=self._batches, collate_fn=self.data_collator)
-        # The batches are those of this process already.
-        return prepare_data_loader(
-            loader, self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        )
+        return trainer.own_batches(self, self._batches)
 
 
 def _train(
