@@ -6,9 +6,7 @@ import contextlib
 import http.client
 import json
 import queue
-import random
 import re
-import struct
 import threading
 import time
 import urllib.request
@@ -23,10 +21,8 @@ import openai
 import pytest
 import tritonclient.grpc as grpc
 from click.testing import CliRunner
-from grpc import insecure_channel
 from language_models import command_rows, write_export
 from served import family, start, supervised, wait_until
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from deploykit.artifacts import load_manifest
@@ -511,38 +507,6 @@ def test_a_served_language_model_is_not_evaluated(server: TritonServer, tmp_path
         assert model.predict(["list the file"], max_new_tokens=4)[0].fields["tokens"] <= 4
         with pytest.raises(UsageError, match="cannot be evaluated"):
             model.evaluate(rows)
-
-
-def test_streams_that_are_cancelled_at_their_end_hold_no_model(export: Path, tmp_path: Path) -> None:
-    """Without the guard, Triton 2.51 keeps some of their requests for ever, and a stop takes all of its time."""
-    package(export, "lm", tmp_path, settings=ServingSettings(threads=1))
-
-    def leave(number: int) -> None:
-        drawn = random.Random(number)
-        with insecure_channel(server.urls.grpc) as channel:
-            ask = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer
-            for _ in range(40):
-                call = ask(iter([_message("list the file", 3)]), timeout=60)
-                for _ in range(drawn.randint(1, 4)):
-                    next(call, None)
-                call.cancel()
-
-    with start(tmp_path, drain=40.0) as server:
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(leave, range(8)))
-        begun = time.monotonic()
-        server.stop()
-        assert time.monotonic() - begun < 20
-
-
-def _message(text: str, tokens: int) -> Any:
-    tensors = {"text_input": ("BYTES", struct.pack("<I", len(text)) + text.encode()), "stream": ("BOOL", b"\1")}
-    message = service_pb2.ModelInferRequest(model_name="lm", raw_input_contents=[raw for _, raw in tensors.values()])
-    for name, (kind, _) in tensors.items():
-        message.inputs.add(name=name, datatype=kind, shape=[1])
-    message.parameters["max_tokens"].int64_param = tokens
-    message.parameters["ignore_eos"].bool_param = True
-    return message
 
 
 @pytest.mark.parametrize("asked", ["openai", "http", "grpc"])

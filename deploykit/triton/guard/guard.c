@@ -22,7 +22,8 @@
 //   until it answers. A request whose client closes the connection is cancelled here, as Triton does on gRPC.
 // readv, syscall: Triton waits for the rest of a request without end, as for a body shorter than its Content-Length. A
 //   connection on HTTP is closed if a part of a request came and then nothing for 60 s (DEPLOYKIT_GUARD_READ_S).
-// TRITONSERVER_InferenceRequestCancel and others: requests that Triton forgets are deleted; see abandoned.c.
+// TRITONSERVER_InferenceRequestCancel and others: requests that are cancelled at their end neither stay for ever nor end Triton;
+//   see cancelled.c.
 // TRITONSERVER_InferenceRequestAppendInputData: requests whose strings are not complete are refused; see incomplete.c.
 
 #define _GNU_SOURCE
@@ -42,7 +43,7 @@
 #include <sys/uio.h>
 #include <time.h>
 
-#include "abandoned.h"
+#include "cancelled.h"
 #include "incomplete.h"
 
 enum { MAX_TENSOR_BYTES = 8 << 20, MAX_RATIO = 64, ALWAYS_ALLOWED = 1 << 20, MAX_MESSAGE = 2500 };
@@ -115,6 +116,13 @@ EXPORTED Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char 
   return next(request, name, datatype, shape, dimensions);
 }
 
+// Triton's own.
+static Error *delete_request(void *request) {
+  static Error *(*delete)(void *);
+  if (delete == NULL) *(void **)&delete = dlsym(RTLD_NEXT, "TRITONSERVER_InferenceRequestDelete");
+  return delete (request);
+}
+
 static __thread int answering;  // this thread writes the outputs of an answer
 
 EXPORTED Error *TRITONSERVER_InferenceRequestNew(void **request, void *server, const char *model, int64_t version) {
@@ -123,7 +131,14 @@ EXPORTED Error *TRITONSERVER_InferenceRequestNew(void **request, void *server, c
   answering = 0;
   begin_strings();
   Error *error = next(request, server, model, version);
-  if (error == NULL) note_deleted(*request);  // of an older one at its address
+  if (error != NULL) return error;
+  if (deleted_here(*request)) {  // one that Triton may still delete
+    void *unusable = *request;
+    error = TRITONSERVER_InferenceRequestNew(request, server, model, version);
+    delete_request(unusable);
+    return error;
+  }
+  note_deleted(*request);  // an older one at its address
   return error;
 }
 
@@ -179,6 +194,7 @@ EXPORTED void TRITONSERVER_ErrorDelete(Error *error) {
   static void (*next)(Error *);
   static __thread Error *last;
   if (next == NULL) next = (void (*)(Error *))dlsym(RTLD_NEXT, __func__);
+  note_error_deleted();
   if (last != NULL) next(last);
   last = error;
 }
@@ -246,7 +262,7 @@ static void *tidy(void *unused) {
         shutdown(connection, SHUT_RDWR);
       }
     }
-    delete_forgotten(seconds());
+    delete_forgotten();
   }
   return unused;
 }
@@ -258,10 +274,13 @@ static void begin_tidying(void) {
   pthread_create(&thread, NULL, tidy, NULL);
 }
 
+static __thread int on_http;  // this thread reads requests on HTTP
+
 // How Triton's libevent reads.
 EXPORTED ssize_t readv(int connection, const struct iovec *parts, int count) {
   static ssize_t (*next)(int, const struct iovec *, int);
   if (next == NULL) next = (ssize_t(*)(int, const struct iovec *, int))dlsym(RTLD_NEXT, __func__);
+  on_http = 1;
   ssize_t result = next(connection, parts, count);
   if (result > 0 && connection < MAX_CONNECTIONS) {
     pthread_once(&tidying, begin_tidying);
@@ -308,8 +327,9 @@ static void begin_watching(void) {
 EXPORTED Error *TRITONSERVER_InferenceRequestCancel(void *request) {
   static Error *(*next)(void *);
   if (next == NULL) next = (Error * (*)(void *)) dlsym(RTLD_NEXT, __func__);
+  if (deleted_here(request)) return NULL;
   Error *error = next(request);
-  if (note_cancelled(request, seconds())) pthread_once(&tidying, begin_tidying);
+  note_cancelled(request);
   return error;
 }
 
@@ -321,9 +341,10 @@ static Error *submit(void *server, void *request, void *trace) {
     Error *(*new_error)(int, const char *) = (Error * (*)(int, const char *)) dlsym(RTLD_NEXT, "TRITONSERVER_ErrorNew");
     return new_error(INVALID_ARGUMENT, incomplete);
   }
-  note_submitted(request, 1);
+  if (!on_http) pthread_once(&tidying, begin_tidying);
+  note_submitted(request, 1, on_http);
   Error *error = next(server, request, trace);
-  if (error != NULL) note_submitted(request, 0);
+  if (error != NULL) note_submitted(request, 0, on_http);
   return error;
 }
 
@@ -331,7 +352,7 @@ EXPORTED Error *TRITONSERVER_ServerInferAsync(void *server, void *request, void 
   static pthread_once_t begun = PTHREAD_ONCE_INIT;
   int connection = paused;
   paused = -1;
-  if (connection < 0 || connection >= MAX_CONNECTIONS) return submit(server, request, trace);  // on gRPC
+  if (connection < 0 || connection >= MAX_CONNECTIONS) return submit(server, request, trace);  // not on HTTP
   pthread_once(&begun, begin_watching);
   pthread_mutex_lock(&lock);
   request_of[connection] = request;
@@ -348,8 +369,6 @@ EXPORTED Error *TRITONSERVER_ServerInferAsync(void *server, void *request, void 
 }
 
 EXPORTED Error *TRITONSERVER_InferenceRequestDelete(void *request) {
-  static Error *(*next)(void *);
-  if (next == NULL) next = (Error * (*)(void *)) dlsym(RTLD_NEXT, __func__);
   pthread_mutex_lock(&lock);
   for (int connection = 0; connection < connections; connection++) {
     if (request_of[connection] != request) continue;
@@ -357,5 +376,5 @@ EXPORTED Error *TRITONSERVER_InferenceRequestDelete(void *request) {
     epoll_ctl(closings, EPOLL_CTL_DEL, connection, NULL);
   }
   pthread_mutex_unlock(&lock);
-  return note_deleted(request) ? NULL : next(request);
+  return note_deleted(request) ? NULL : delete_request(request);
 }
