@@ -344,9 +344,9 @@ class Sampler:
 
     def _drawn(self, logits: Logits) -> int:
         s, uniform = self._sampling, self._random.random()
-        fast = native_draw() if s.typical_p == 1 else None
+        fast = native_draw()
         if fast is not None:
-            token = fast(logits, s.temperature, s.top_k, s.top_p, s.min_p, uniform)
+            token = fast(logits, s.temperature, s.top_k, s.top_p, s.min_p, s.typical_p, uniform)
         elif np.isfinite(logits.max()):
             kept, shares = distribution(
                 logits, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p, typical_p=s.typical_p

@@ -45,8 +45,8 @@ def run_causal(path: Path) -> None:
     model.admit(8)
     logits, draw = model.step(np.array([8]))[0].copy(), native_draw()
     assert draw is not None
-    for top_k, top_p, min_p in ((0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.9, 0.1), (150, 0.5, 0.0)):
-        assert -1 <= draw(logits, 0.8, top_k, top_p, min_p, 0.7) < len(logits)
+    for rules in ((0, 1.0, 0.0, 1.0), (3, 1.0, 0.0, 0.5), (0, 0.9, 0.1, 1.0), (150, 0.5, 0.0, 0.9)):
+        assert -1 <= draw(logits, 0.8, *rules, 0.7) < len(logits)
 
 
 def run_translator(path: Path) -> None:

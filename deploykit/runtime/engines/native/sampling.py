@@ -11,15 +11,15 @@ import numpy as np
 from deploykit.runtime.engines.native.loader import lacks, open_library
 from deploykit.runtime.engines.protocol import Floats
 
-Draw = Callable[[Floats, float, int, float, float, float], int]
+Draw = Callable[[Floats, float, int, float, float, float, float], int]
 
 
 @cache
 def native_draw() -> Draw | None:
     """Return a function that draws a token, or None where the library does not run.
 
-    It takes logits, float32 [vocabulary], temperature, top_k (0: none), top_p, min_p, and a random number from [0, 1). It
-    returns -1 if no logit is finite.
+    It takes logits, float32 [vocabulary], temperature, top_k (0: none), top_p, min_p, typical_p, and a random number from [0, 1).
+    It returns -1 if no logit is finite.
     """
     if lacks() is not None:
         return None
@@ -30,11 +30,13 @@ def native_draw() -> Draw | None:
     library.deploykit_draw_room.restype = ctypes.c_int64
     library.deploykit_draw.argtypes = (
         ctypes.c_void_p, ctypes.c_int32, ctypes.c_double, ctypes.c_int32, ctypes.c_double, ctypes.c_double, ctypes.c_double,
-        ctypes.c_void_p,
+        ctypes.c_double, ctypes.c_void_p,
     )  # fmt: skip
     room = np.empty(0, np.uint8)
 
-    def draw(logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float, uniform: float) -> int:
+    def draw(
+        logits: Floats, temperature: float, top_k: int, top_p: float, min_p: float, typical_p: float, uniform: float
+    ) -> int:
         nonlocal room
         logits = np.ascontiguousarray(logits, np.float32)
         needed = library.deploykit_draw_room(len(logits))
@@ -47,6 +49,7 @@ def native_draw() -> Draw | None:
             min(top_k, len(logits)),
             top_p,
             min_p,
+            typical_p,
             uniform,
             room.ctypes.data,
         )

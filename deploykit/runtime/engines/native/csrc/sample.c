@@ -5,7 +5,7 @@
 
 /* Memory for values and places, each for a whole vocabulary. */
 typedef struct {
-    float *shares, *values;
+    float *shares, *values, *keys, *weights, *picked;
     int32_t *ids, *places;
     double *sums;
 } Room;
@@ -19,40 +19,34 @@ static void swap(float *a, float *b) {
 /* A value that is neither the largest nor the smallest of three. */
 static float middle(float a, float b, float c) { return fmaxf(fminf(a, b), fminf(fmaxf(a, b), c)); }
 
-/* Move the values over ``pivot`` to the front. Returns how many there are, and their sum. */
-static int move_over(float *x, int n, float pivot, double *sum) {
-    int over = 0;
-    *sum = 0;
+/* Move the values over ``pivot``, or those that equal it, to the front, and their weights with them. Returns how many there are,
+ * and adds their weights to ``sum``. */
+static int move(float *x, float *weights, int n, float pivot, int equal, double *sum) {
+    int moved = 0;
     for (int i = 0; i < n; i++)
-        if (x[i] > pivot) {
-            *sum += (double)x[i];
-            swap(x + i, x + over++);
+        if (equal ? x[i] == pivot : x[i] > pivot) {
+            *sum += (double)weights[i];
+            swap(x + i, x + moved);
+            if (weights != x) swap(weights + i, weights + moved);
+            moved++;
         }
-    return over;
+    return moved;
 }
 
-static int move_equal(float *x, int n, float pivot) {
-    int equal = 0;
-    for (int i = 0; i < n; i++)
-        if (x[i] == pivot) swap(x + i, x + equal++);
-    return equal;
-}
-
-/* Return the largest value such that ``count`` values are no smaller, or ``share`` is reached by the sum of those that are no
- * smaller, whichever needs more: a quickselect. Changes the order of ``x``. */
-static float boundary(float *x, int n, int count, double share) {
+/* Return the largest value such that ``count`` values are no smaller, or ``share`` is reached by the weights of those that are
+ * no smaller, whichever needs more: a quickselect. Changes the order of both. ``weights`` may be ``x``. */
+static float boundary(float *x, float *weights, int n, int count, double share) {
     for (;;) {
-        double sum;
+        double sum = 0;
         float pivot = middle(x[0], x[n / 2], x[n - 1]);
-        int over = move_over(x, n, pivot, &sum);
+        int over = move(x, weights, n, pivot, 0, &sum);
         if (over >= count && sum >= share && over) {
             n = over;
             continue;
         }
-        int equal = move_equal(x + over, n - over, pivot), end = over + equal;
-        sum += (double)pivot * equal;
-        if (!equal || end == n || (end >= count && sum >= share)) return pivot; /* none is equal to a NaN */
-        x += end, n -= end, count -= end, share -= sum;
+        int end = over + move(x + over, weights + over, n - over, pivot, 1, &sum);
+        if (end == over || end == n || (end >= count && sum >= share)) return pivot; /* none is equal to a NaN */
+        x += end, weights += end, n -= end, count -= end, share -= sum;
     }
 }
 
@@ -62,12 +56,12 @@ static int keep_best(const Kernels *k, const float *logits, int n, int count, Ro
     float limit = -INFINITY;
     if (width > 1) { /* that many logits reach the limit, and few others do */
         for (int i = 0; i < 8 * count; i++) r.values[i] = k->highest_of(logits + i * width, width);
-        limit = boundary(r.values, 8 * count, count, -INFINITY);
+        limit = boundary(r.values, r.values, 8 * count, count, -INFINITY);
     }
     found = k->find_over(logits, n, nextafterf(limit, -INFINITY), r.ids);
     if (found <= count) return found;
     for (int i = 0; i < found; i++) r.values[i] = logits[r.ids[i]];
-    limit = boundary(r.values, found, count, -INFINITY);
+    limit = boundary(r.values, r.values, found, count, -INFINITY);
     for (int i = 0; i < found; i++)
         if (logits[r.ids[i]] >= limit) r.ids[kept++] = r.ids[i];
     return kept;
@@ -82,7 +76,7 @@ static int keep_largest(const Kernels *k, int n, double top_p, Room r) {
     int found = k->find_over(r.shares, n, nextafterf(mean, -INFINITY), r.places), kept = 0, equal = 0, spare = 0;
     if (!found) return 0;
     for (int i = 0; i < found; i++) r.values[i] = r.shares[r.places[i]];
-    float limit = boundary(r.values, found, 1, top_p * total);
+    float limit = boundary(r.values, r.values, found, 1, top_p * total);
     for (int i = 0; i < found; i++) {
         float share = r.shares[r.places[i]];
         if (share < limit) continue;
@@ -97,6 +91,34 @@ static int keep_largest(const Kernels *k, int n, double top_p, Room r) {
     for (int i = 0; i < found; i++) { /* of equal ones, the lower ids stay */
         int32_t place = r.places[i];
         if (r.shares[place] != limit || equal-- > 0) r.places[kept++] = place;
+    }
+    return kept;
+}
+
+/* How near the information of a token is to ``mean``, that of all: 0 is nearest. ``below`` is the distance of its logit, over
+ * the temperature, to the highest. */
+static float nearness(float below, double mean) { return -fabsf((float)((double)below - mean)); }
+
+/* Of ``n`` places, keep those with the nearest information, as few as reach ``typical_p`` of all. Returns how many. ``x``: logits. */
+static int keep_typical(const float *x, float highest, double temperature, int n, double typical_p, Room r) {
+    double total = 0, mean = 0;
+    for (int i = 0; i < n; i++) {
+        int32_t place = r.places[i];
+        float below = (float)((double)(highest - x[place]) / temperature);
+        total += (double)r.shares[place];
+        mean += (double)r.shares[place] * (double)below;
+    }
+    mean /= total; /* the entropy, but for the logarithm of total, by which each information is also larger */
+    for (int i = 0; i < n; i++) {
+        int32_t place = r.places[i];
+        r.keys[i] = nearness((float)((double)(highest - x[place]) / temperature), mean);
+        r.weights[i] = r.shares[place];
+    }
+    float limit = boundary(r.keys, r.weights, n, 1, typical_p * total);
+    int kept = 0;
+    for (int i = 0; i < n; i++) {
+        int32_t place = r.places[i];
+        if (nearness((float)((double)(highest - x[place]) / temperature), mean) >= limit) r.places[kept++] = place;
     }
     return kept;
 }
@@ -117,34 +139,38 @@ static int draw(const float *shares, const int32_t *places, int n, double unifor
 }
 
 /* Return the bytes of room that deploykit_draw needs for a vocabulary of ``n``. */
-API int64_t deploykit_draw_room(int32_t n) { return 4 * sizeof(float) * (int64_t)n + sizeof(double) * (n / SHARES + 1); }
+API int64_t deploykit_draw_room(int32_t n) { return 7 * sizeof(float) * (int64_t)n + sizeof(double) * (n / SHARES + 1); }
 
-/* Draw a token of ``n``, by the rules in this order: temperature, top-k (0: none), top-p (1: none), min-p (0: none).
+/* Draw a token of ``n``, by the rules in this order: temperature, top-k (0: none), top-p (1: none), min-p (0: none), typical-p
+ * (1: none).
  * ``uniform`` is from [0, 1). Returns -1 if no logit is finite. */
 API int32_t deploykit_draw(const float *logits, int32_t n, double temperature, int32_t top_k, double top_p, double min_p,
-                           double uniform, void *room) {
+                           double typical_p, double uniform, void *room) {
     const Kernels *k = chosen_kernels();
     double *sums = room;
     float *shares = (float *)(sums + n / SHARES + 1);
-    Room r = {shares, shares + n, (int32_t *)shares + 2 * (int64_t)n, (int32_t *)shares + 3 * (int64_t)n, sums};
+    int64_t size = n;
+    float *values = shares + size, *keys = values + size, *weights = keys + size, *picked = weights + size;
+    Room r = {shares, values, keys, weights, picked, (int32_t *)(picked + size), (int32_t *)(picked + 2 * size), sums};
     const float *x = logits;
     int picks = top_k > 0 && top_k < n, kept = 0, first = 0, place;
     if (picks) {
         n = keep_best(k, logits, n, top_k, r);
-        for (int i = 0; i < n; i++) r.values[i] = logits[r.ids[i]];
-        x = r.values;
+        for (int i = 0; i < n; i++) r.picked[i] = logits[r.ids[i]];
+        x = r.picked;
     }
     float highest = k->highest_of(x, n);
     if (!(highest > -INFINITY && highest < INFINITY)) return -1;
-    k->shares_of(x, n, highest, (float)(1.44269504088896 / fmax(temperature, 1e-30)), r.shares, r.sums);
+    temperature = fmax(temperature, 1e-30);
+    k->shares_of(x, n, highest, (float)(1.44269504088896 / temperature), r.shares, r.sums);
     if (top_p < 1) {
         kept = keep_largest(k, n, top_p, r);
         int found = kept;
         kept = 0;
         for (int i = 0; i < found; i++)
             if ((double)r.shares[r.places[i]] >= min_p) r.places[kept++] = r.places[i];
-    } else if (min_p > 0) {
-        kept = k->find_over(r.shares, n, nextafterf((float)min_p, -INFINITY), r.places);
+    } else if (min_p > 0 || typical_p < 1) {
+        kept = k->find_over(r.shares, n, min_p > 0 ? nextafterf((float)min_p, -INFINITY) : 0, r.places);
     } else { /* find the part of the vocabulary first */
         double total = 0, before = 0;
         int part = 0, parts = (n + SHARES - 1) / SHARES;
@@ -156,6 +182,7 @@ API int32_t deploykit_draw(const float *logits, int32_t n, double temperature, i
         kept = n - first < SHARES ? n - first : SHARES;
         uniform = (uniform * total - before) / r.sums[part];
     }
+    if (typical_p < 1 && kept) kept = keep_typical(x, highest, temperature, kept, typical_p, r);
     place = draw(r.shares + first, r.places, kept, uniform);
     if (place < 0) return -1;
     place = r.places ? r.places[place] : first + place;

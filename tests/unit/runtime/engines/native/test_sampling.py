@@ -50,6 +50,7 @@ def case(number: int) -> tuple[np.ndarray, dict[str, float], float]:
         "top_k": int(random.choice([0, 1, 3, 40, 2000])),
         "top_p": float(random.choice([1, 1, 0.1, 0.9, 0.999])),
         "min_p": float(random.choice([0, 0, 0.05, 1])),
+        "typical_p": float(random.choice([1, 1, 0.2, 0.95])),
     }
     return logits, rules, float(random.random())
 
@@ -82,11 +83,18 @@ def test_instruction_sets_draw_the_same_tokens(draw: Draw, monkeypatch: pytest.M
 def test_logits_that_are_not_finite_are_refused(draw: Draw) -> None:
     for value in (np.nan, -np.inf, np.inf):
         logits = np.full(700, value, np.float32)
-        for top_k, top_p, min_p in ((0, 1.0, 0.0), (5, 1.0, 0.0), (0, 0.5, 0.0), (300, 0.9, 0.1)):
-            assert draw(logits, 1.0, top_k, top_p, min_p, 0.5) == -1
+        for rules in (
+            (0, 1.0, 0.0, 1.0),
+            (5, 1.0, 0.0, 1.0),
+            (0, 0.5, 0.0, 0.9),
+            (300, 0.9, 0.1, 0.5),
+            (0, 1.0, 0.0, 0.5),
+        ):
+            assert draw(logits, 1.0, *rules, 0.5) == -1
         with pytest.raises(EngineError, match="not finite"):
             Sampler(Sampling(temperature=1.0), [1]).choose(logits)
     logits = np.random.default_rng(0).normal(0, 1, 700).astype(np.float32)
     logits[::3] = np.nan
     for number in range(50):
-        assert draw(logits, 1.0, number, 0.9, 0.01, number / 50) < 700
+        for typical_p in (1.0, 0.5):
+            assert draw(logits, 1.0, number, 0.9, 0.01, typical_p, number / 50) < 700
