@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import itertools
 import json
@@ -17,6 +16,7 @@ from deploykit import artifacts
 from deploykit.data.reading import stopped
 from deploykit.data.texts import TextRow
 from deploykit.errors import ArtifactError
+from deploykit.locks import lock
 from deploykit.text import MAX_TEXT_CHARS, without_surrogates
 
 _CHUNK = 256
@@ -133,10 +133,8 @@ def _check_others(out: Path, own: Path, *, force: bool) -> None:
 
 
 def _lock(file: Any, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ArtifactError(f"{path}: another deploykit is writing it now", "wait for it") from None
+    if not lock(file.fileno(), wait=False):
+        raise ArtifactError(f"{path}: another deploykit is writing it now", "wait for it")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import warnings
@@ -17,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from deploykit.errors import ArtifactError
 from deploykit.hyperparameters.space import Space
+from deploykit.locks import lock
 
 _KEY = "key"
 _TENTHS = 10
@@ -76,12 +76,12 @@ class SharedStudy:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep the other processes of the search from taking, ending and removing runs."""
-        lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock(descriptor, wait=True)
             yield
         finally:
-            os.close(lock)
+            os.close(descriptor)
 
     @property
     def runs(self) -> list[FrozenTrial]:
@@ -168,13 +168,11 @@ class SharedStudy:
 
     def _lock(self, number: int) -> int | None:
         """Return the lock of a run, or None if a living process holds it."""
-        lock = os.open(self.folder / f"run-{number:04}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        return lock
+        descriptor = os.open(self.folder / f"run-{number:04}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        if lock(descriptor, wait=False):
+            return descriptor
+        os.close(descriptor)
+        return None
 
 
 def _pruner(name: str) -> optuna.pruners.BasePruner:

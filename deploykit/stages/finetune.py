@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from deploykit import artifacts
 from deploykit.errors import ArtifactError, MissingDependencyError, UsageError
+from deploykit.locks import lock
 from deploykit.stages import model_card
 from deploykit.stages.finetune_options import ROWS
 from deploykit.tasks.registry import get_task
@@ -207,19 +207,16 @@ def _work_directory(out: Path, inputs: str, *, restart: bool, say: Say) -> Itera
             shutil.rmtree(work, ignore_errors=True)
         continued = (work / "trainer").exists() and any((work / "trainer").glob("checkpoint-*"))
         work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work, os.O_RDONLY)
-        try:
-            if processes.is_first():
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
+        descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        if processes.is_first() and not lock(descriptor, wait=False):
+            os.close(descriptor)
             raise ArtifactError(
                 f"{out}: another deploykit process is training it", "wait for it, or choose another --output-dir"
-            ) from None
+            )
     try:
         if continued:
             say(f"continuing the unfinished run in {work} (--restart starts over)")
         with artifacts.explained(work):
             yield work
     finally:
-        os.close(lock)
+        os.close(descriptor)
