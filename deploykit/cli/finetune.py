@@ -12,7 +12,7 @@ from deploykit.data.reading import Reading, flag
 from deploykit.errors import UsageError
 from deploykit.hyperparameters.options import SearchOptions
 from deploykit.metric_titles import shown_metrics, title_of
-from deploykit.stages.finetune_options import OPTIONS, make_options, read_toml
+from deploykit.stages.finetune_options import OPTIONS, STUDENT, make_options, read_toml
 from deploykit.tasks.registry import DEFAULT, task_of
 from deploykit.text_table import text_table
 from deploykit.training.options import RENAMED, FinetuneOptions
@@ -74,7 +74,8 @@ def _field_option(name: str) -> Callable[[Callable[..., Result]], Callable[..., 
         ),
         {},
     )
-    attributes: dict[str, Any] = {"aliases": [flag(old) for old, new in RENAMED.items() if new == name]}
+    aliases = [flag(old) for old, new in RENAMED.items() if new == name]
+    attributes: dict[str, Any] = {"aliases": aliases, "hidden": metadata.get("hidden", False)}
     typed = flag(name)
     kind = str(field.type).partition(" ")[0]
     if isinstance(field.default, bool):
@@ -155,6 +156,14 @@ def _help(text: str, defaults: Mapping[str, Any]) -> str:
     default=1,
     metavar="N",
     help="Train in N processes that share each step; on GPUs, one for each.",
+)
+@click.option(
+    flag(STUDENT),
+    cls=_FieldOption,
+    section="Options of a run",
+    metavar="layers=N|MODEL",
+    help="[classification, translation, text-generation] Train a smaller model: layers=N keeps N layers, evenly spaced, of TARGET, "
+    "without TARGET of the teacher; of a translator N of each side, or of the decoder M: layers=N,decoder=M. Or a checkpoint in place of TARGET.",
 )
 @_search_options
 @_field_options

@@ -50,7 +50,7 @@ def test_a_smaller_student_learns_hidden_states_and_goes_on_after_a_kill(
     AutoModelForSequenceClassification.from_config(config).save_pretrained(wide)
     AutoTokenizer.from_pretrained(model).save_pretrained(wide)
     command = (
-        "finetune", model, "--teacher", wide, "--distill-hidden", 2, "--student-layers", 1, "--train", rows,
+        "finetune", model, "--teacher", wide, "--distill-hidden", 2, "--student", "layers=1", "--train", rows,
         "--output-dir", out, "--max-steps", 4, "--eval-steps", 2,
     )  # fmt: skip
     kill_at_step(3, *command)
@@ -71,7 +71,7 @@ def test_a_smaller_student_learns_hidden_states_and_goes_on_after_a_kill(
     ("words", "says"),
     [
         (("--layerwise-lr-decay", 0), "--layerwise-lr-decay is 0"),
-        (("--student-layers", 2, "--lora-r", 4), "--student-layers changes the checkpoint"),
+        (("--student", "layers=2", "--lora-r", 4), "--student changes the checkpoint"),
         (("--qat", "--teacher", "m"), "--qat goes on training a checkpoint as it is"),
         (("--augment", "typos"), "--augment 'typos' is no noise with a rate"),
         (("--distill-hidden", 1), "--distill-hidden is for --teacher"),

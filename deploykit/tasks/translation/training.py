@@ -191,9 +191,7 @@ class TranslationStage:
             wanted["decoder"] = options.student_decoder_layers
         for side, count in wanted.items():
             if count:
-                own = side == "decoder" and options.student_decoder_layers
-                option = "student_decoder_layers" if own else "student_layers"
-                translator.model, kept = keep_layers(translator.model, count, side, option)
+                translator.model, kept = keep_layers(translator.model, count, side)
                 say(f"the student's {side} has the layers {kept} of {options.origin}, from 0")
 
     def _from_checkpoint(self) -> tuple[Any, Any, Translation]:
