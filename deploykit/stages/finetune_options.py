@@ -61,7 +61,9 @@ def _with_student(given: Mapping[str, Any]) -> dict[str, Any]:
         named = {"model": given["teacher"]} if given.get("teacher") and not given.get("model") else {}
         return {**rest, **counts, **named}
     if "=" in student:
-        raise UsageError(f"--student is {student!r}", "write layers=3, layers=6,decoder=2 of a translator, or a checkpoint")
+        raise UsageError(
+            f"--student is {student!r}", "write layers=3, layers=6,decoder=2 of a translator, or a checkpoint"
+        )
     if given.get("model"):
         raise UsageError(f"two checkpoints are given: {given['model']} and --student {student}", "name one")
     return {**rest, "model": student}

@@ -209,9 +209,7 @@ class ClassificationOptions(FinetuneOptions):
         if self.qat and (self.teacher or self.student_layers):
             raise UsageError("--qat goes on training a checkpoint as it is", "leave out --teacher and --student")
         if self.student_layers and self.lora_r:
-            raise UsageError(
-                "--student changes the checkpoint that an adapter of --lora-r is for", "leave one out"
-            )
+            raise UsageError("--student changes the checkpoint that an adapter of --lora-r is for", "leave one out")
         if self.temperature_scaling and (self.qat or self.regression or not self.validates):
             reason = (
                 "--qat keeps it" if self.qat else "numbers have none" if self.regression else "it is fitted on them"

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from deploykit.metric_titles import with_interval
 from deploykit.report import training_figures
 from deploykit.report.html import figure, page, section, table, word_table, write_page
 from deploykit.report.pages import bench_parts
@@ -103,7 +104,7 @@ def _quantization(export: Mapping[str, Any]) -> list[str]:
     lines = export["accuracy_table"]
     head = [name.replace("_", " ") for name in _FORMS]
     rows = [
-        [escape(f"{line['precision']} ({line['engine']})"), *(f"{line[name]:.4f}" for name in _FORMS[1:])]
+        [escape(f"{line['precision']} ({line['engine']})"), *(with_interval(line, name) for name in _FORMS[1:])]
         for line in lines
     ]
     quantized = export.get("quantization", {})
