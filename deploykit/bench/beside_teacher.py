@@ -22,7 +22,7 @@ from deploykit.text_table import text_table
 _ROWS: Mapping[GraphKind, int] = {"encoder": 500, "encoder-decoder": 100, "decoder": 20}
 """Most held-out rows that each model answers."""
 _LONGEST_ANSWER = 64
-_SECONDS = 1.0
+_SECONDS, _WARMUP_S = 1.0, 0.5
 
 
 def beside_teacher(checkpoint: Path, export: Path, say: Callable[[str], None]) -> dict[str, Any] | None:
@@ -40,15 +40,19 @@ def beside_teacher(checkpoint: Path, export: Path, say: Callable[[str], None]) -
     kept, page = (export.with_name(f"{export.name}.teacher.{kind}") for kind in ("json", "html"))
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        if found["export"] == exported.digest:
+        if found.get("export") == exported.digest:
             return found
+    if Path(teacher).is_absolute() and not Path(teacher).exists():
+        say(f"not measured beside its teacher: {teacher} is not there any more")
+        return None
     say(f"measuring the teacher {teacher}, the student and its export side by side")
     kind = run.task.graph_kind
     try:
         texts, truth = read_rows(str(splits[0]), run.task, most=_ROWS[kind], seed=0)
         record = bench_targets(
-            [str(teacher), str(checkpoint), str(export)], texts, truth, url=DEFAULT_URL, scenarios=[ClosedLoop(1)],
+            [teacher, str(checkpoint), str(export)], texts, truth, url=DEFAULT_URL, scenarios=[ClosedLoop(1)],
             generation={"max_new_tokens": _LONGEST_ANSWER} if kind == "decoder" else {}, seconds=_SECONDS,
+            warmup_s=_WARMUP_S,
         ).to_json()  # fmt: skip
         for role, candidate in zip(("teacher", "student", "export"), record["candidates"]):
             candidate["name"] = f"{role}: {candidate['name']}"

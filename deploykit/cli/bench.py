@@ -182,6 +182,6 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             ]
             for candidate in graded
         )
-        head = ["model", *titles.values(), *(["from the first"] if compared else [])]
+        titled = ["model", *titles.values(), *(["from the first"] if compared else [])]
         yield ""
-        yield text_table(head, lines, left=(0, len(titles) + 1))
+        yield text_table(titled, lines, left=(0, len(titles) + 1))

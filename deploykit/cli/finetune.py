@@ -11,7 +11,7 @@ from deploykit.cli.common import FORCE, OUTPUT_DIR, Option, Result, deploykit_co
 from deploykit.data.reading import Reading, flag
 from deploykit.errors import UsageError
 from deploykit.hyperparameters.options import SearchOptions
-from deploykit.metric_titles import shown_metrics, title_of
+from deploykit.metric_titles import shown_metrics, title_of, value_text
 from deploykit.stages.finetune_options import OPTIONS, STUDENT, make_options, read_toml
 from deploykit.tasks.registry import DEFAULT, task_of
 from deploykit.text_table import text_table
@@ -194,7 +194,7 @@ def command(
     from deploykit.training.rows import held_out
 
     check_repeats(options, folds, curve, searches=bool(chosen.search))
-    check_processes(processes, alone=not (chosen.search or folds or curve))
+    check_processes(processes, searches=bool(chosen.search), repeats=bool(folds or curve))
     more: dict[str, Any] = {}
     if chosen.search:
         from deploykit.hyperparameters.run import PAGE, search
@@ -241,7 +241,7 @@ def _repeats_text(done: Finetuned, headline: str) -> Iterator[str]:
             yield f"{title} {done.folds['mean'][name]:.4f} ± {done.folds['deviation'][name]:.4f}"
     if done.learning_curve is not None:
         curve = done.learning_curve
-        points = [[f"{point['rows']:,}", f"{point['value']:.4f}"] for point in curve["points"]]
+        points = [[f"{point['rows']:,}", value_text(point["value"], point["interval"])] for point in curve["points"]]
         if curve["expected"] is not None:
             points.append([f"{2 * curve['points'][-1]['rows']:,} (expected)", f"{curve['expected']:.4f}"])
         yield f"\n{text_table(['training rows', title_of(curve['metric'])], points)}"
