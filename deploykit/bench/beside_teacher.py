@@ -52,7 +52,7 @@ def beside_teacher(checkpoint: Path, export: Path, say: Callable[[str], None]) -
         record = bench_targets(
             [teacher, str(checkpoint), str(export)], texts, truth, url=DEFAULT_URL, scenarios=[ClosedLoop(1)],
             generation={"max_new_tokens": _LONGEST_ANSWER} if kind == "decoder" else {}, seconds=_SECONDS,
-            warmup_s=_WARMUP_S,
+            warmup_s=_WARMUP_S, memory=False,
         ).to_json()  # fmt: skip
         for role, candidate in zip(("teacher", "student", "export"), record["candidates"]):
             candidate["name"] = f"{role}: {candidate['name']}"

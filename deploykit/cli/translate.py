@@ -28,8 +28,11 @@ from deploykit.cli.many_rows import RAY, answer_all, refuse_ray
 from deploykit.data.reading import Reading
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from deploykit.data.answer_file import Answered
     from deploykit.runtime.serving_settings import LongInput, Split
+    from deploykit.tasks.translation.predictor import TextTranslator
 
 
 @deploykit_command(
@@ -90,8 +93,8 @@ def command(
             return {"results": records, "finish": finish}, "\n".join(lines), code
         finish = Counter()
 
-        def answer(*files: Any, **settings: Any) -> Answered:
-            done, found = translate_file(*files, how, column=source_column, **settings)
+        def answer(translator: TextTranslator, source: str, out: Path, **settings: Any) -> Answered:
+            done, found = translate_file(translator, source, out, how, column=source_column, **settings)
             finish.update(found)
             return done
 

@@ -125,7 +125,9 @@ class TranslationStage:
 
     def train(self, rows: Rows[Pair, PairColumns], work: Path, say: Say) -> Trained:
         options = self._options
-        learned, taught, answers = rows.splits["train"], {}, {}
+        learned: Sequence[Pair] = rows.splits["train"]
+        taught: dict[str, Any] = {}
+        answers: dict[str, list[str]] = {}
         if options.teacher is not None:
             learned, taught, answers = self._taught(rows, work, say)
         model, tokenizer, task = (
