@@ -72,7 +72,7 @@ def test_its_metrics_say_how_they_were_computed(new_model: Path) -> None:
     assert set(metrics["samples"][0]) == {"source", "reference", "translation"}
     card = (new_model / "README.md").read_text()
     assert "pipeline_tag: translation" in card
-    assert f"{metrics['test']['bleu']:.1f}" in card
+    assert f"| {metrics['test']['bleu']:.2f} [" in card
 
 
 def test_no_text_of_either_side_is_in_two_splits(new_model: Path) -> None:
