@@ -60,6 +60,8 @@ def beside_teacher(checkpoint: Path, export: Path, say: Callable[[str], None]) -
     except DeploykitError as error:
         say(f"not measured beside its teacher: {error.message}: {error.remedy}")
         return None
+    for warning in record["warnings"]:
+        say(f"warning: {warning}")
     record["export"] = exported.digest
     with new_file(kept) as file:
         file.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
