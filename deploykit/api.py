@@ -95,7 +95,7 @@ def finetune(
     chosen = make_options({**given, **named, **{k: v for k, v in options.items() if v is not None}})
     searched.check(chosen)
     check_repeats(chosen, folds, learning_curve, searches=bool(searched.search))
-    check_processes(processes, alone=not (searched.search or folds or learning_curve))
+    check_processes(processes, searches=bool(searched.search), repeats=bool(folds or learning_curve))
     out, say = Path(output_dir), progress or _quiet
     if processes > 1:
         return finetune_together(chosen, processes, out, force=force, restart=restart, say=say)

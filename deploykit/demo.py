@@ -23,6 +23,7 @@ from typing import Any
 from deploykit.artifacts import load_manifest
 from deploykit.data.pypi_archives import Wheel, fetch
 from deploykit.errors import DeploykitError, MissingDependencyError, ServerError
+from deploykit.metric_titles import with_interval
 from deploykit.openai.measure import StreamLoad, ask
 from deploykit.tasks.text_generation.command_sheets import fetch_command_pairs
 from deploykit.tasks.text_generation.metrics_text import metrics_text
@@ -220,7 +221,7 @@ def _summary(command: str, record: Mapping[str, Any]) -> Iterator[str]:
     if command == "finetune" and "samples" in record:
         yield metrics_text({"base": record["before"], "tuned": record["metrics"]})
     elif command in ("finetune", "evaluate"):
-        yield ", ".join(f"{name} {value:.4f}" for name, value in headline(record["metrics"]).items())
+        yield ", ".join(f"{name} {with_interval(record['metrics'], name)}" for name in headline(record["metrics"]))
     elif command == "predict":
         for result in record["results"]:
             yield f"{result['label']:<10} {result['score']:.3f}  {result['text']}"
@@ -293,6 +294,7 @@ def _figures(candidate: Mapping[str, Any]) -> dict[str, Any]:
     best = max(candidate["scenarios"], key=lambda s: s["throughput_per_s"]["median"])
     return {
         **headline(candidate["metrics"]),
+        "intervals": candidate["metrics"].get("intervals", {}),
         "p50_ms": alone["latency_ms"]["p50"]["median"],
         "p99_ms": alone["latency_ms"]["p99"]["median"],
         "sentences_per_s": best["throughput_per_s"]["median"],

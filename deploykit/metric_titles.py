@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 TITLES: Mapping[str, str] = {
@@ -26,6 +26,9 @@ POINTS: Mapping[str, float] = {"macro_f1": 100.0, "bleu": 1.0, "chrf": 1.0, "los
 if lower; a point of it is 1 % of perplexity.
 """
 
+_DIGITS: Mapping[str, int] = {"bleu": 2, "chrf": 2, "perplexity": 2}
+"""Digits after the point of metrics that are not shares."""
+
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte", "rmse", "mae", "expected_calibration_error"})
 """Metrics of errors."""
 
@@ -43,6 +46,36 @@ def title_of(metric: str) -> str:
 def points_of(metric: str) -> float:
     """Return the points that a metric of 1 stands for; a metric that is not in ``POINTS`` is a share from 0 to 1."""
     return POINTS.get(metric, 100.0)
+
+
+def with_interval(metrics: Mapping[str, Any], name: str, *, digits: int = 4) -> str:
+    """Return a metric, and its 95 % interval in brackets if it was measured: 0.8123 [0.7911, 0.8330]."""
+    return value_text(metrics[name], metrics.get("intervals", {}).get(name), _DIGITS.get(name, digits))
+
+
+def value_text(value: float, interval: Sequence[float] | None, digits: int = 4) -> str:
+    """Return a value, and its 95 % interval in brackets if there is one."""
+    return f"{value:.{digits}f}" + (f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else "")
+
+
+def verdict(differences: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> str:
+    """Say whether two models differ in metrics, by ``differences`` of ``deploykit.bootstrap``."""
+    beyond = [name for name in names if differences.get(name, {}).get("beyond_noise")]
+    told = (f"{title_of(name)} {differences[name]['difference']:+.{_DIGITS.get(name, 4)}f}" for name in beyond)
+    return f"beyond noise: {', '.join(told)}" if beyond else "within noise"
+
+
+def models_of(metrics: Mapping[str, Any], held_out: str) -> dict[str, Mapping[str, Any]]:
+    """Return the metrics of a run's held-out rows beside those of the checkpoint "before" and of the "teacher", if they were
+    measured; the run's own are under "after", or "" if they are alone."""
+    found = {name: found for name in ("before", "teacher") if (found := metrics.get(name, {}).get(held_out))}
+    return {**found, "after" if found else "": metrics[held_out]}
+
+
+def compared_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a line for each model that a run was compared with: whether they differ beyond noise."""
+    compared = metrics.get("differences", {})
+    return [f"against {name} (paired bootstrap, 95 %): {verdict(found, TITLES)}" for name, found in compared.items()]
 
 
 def shown_metrics(metrics: Mapping[str, Any], headline: str) -> dict[str, str]:

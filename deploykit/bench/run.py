@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from deploykit.bench.load import FEW_SAMPLES, Measurement, measure
 from deploykit.bench.machine import OtherLoad, describe_machine, other_load, settle
 from deploykit.bench.scenarios import ClosedLoop, Scenario, Server
+from deploykit.bootstrap import differences, intervals
 from deploykit.errors import DataError, UsageError
 from deploykit.peak_memory import require_psutil
 from deploykit.report.record import SCHEMA
@@ -100,7 +101,8 @@ class ScenarioResult:
 class CandidateResult:
     """All results of a candidate.
 
-    ``metrics`` are over all rows, None without truth. ``disagreements`` counts texts with another answer under load
+    ``metrics`` are over all rows, None without truth; ``differences`` from the first candidate (``deploykit.bootstrap``) are None
+    for itself, and where the task does not weigh rows. ``disagreements`` counts texts with another answer under load
     than when ``metrics`` was measured (None without truth); it should be 0. ``labels`` are those of a graded
     classifier.
     """
@@ -109,6 +111,7 @@ class CandidateResult:
     scenarios: tuple[ScenarioResult, ...]
     labels: tuple[str, ...] | None
     metrics: Mapping[str, Any] | None
+    differences: Mapping[str, Any] | None
     disagreements: int | None
 
     @property
@@ -136,6 +139,7 @@ class CandidateResult:
             "first_answer_s": self.candidate.first_answer_s,
             "labels": list(self.labels) if self.labels is not None else None,
             "metrics": dict(self.metrics) if self.metrics is not None else None,
+            "differences": self.differences,
             "disagreements": self.disagreements,
             "headline": self.headline.scenario.name,
             "scenarios": [s.to_json() for s in self.scenarios],
@@ -252,7 +256,12 @@ def run_bench(
                 measured.setdefault((c, s), []).append(measurement)
                 progress(f"round {number + 1} of {rounds}: {candidate.name}, {_summary_line(measurement)}")
     results = tuple(
-        _result(candidate, [ScenarioResult(x, tuple(measured[c, s])) for s, x in enumerate(scenarios)], grades[c])
+        _result(
+            candidate,
+            [ScenarioResult(x, tuple(measured[c, s])) for s, x in enumerate(scenarios)],
+            grades[c],
+            grades[0] if c else None,
+        )
         for c, candidate in enumerate(candidates)
     )
     if sum(not isinstance(candidate.target, Server) for candidate in candidates) > 1:
@@ -288,9 +297,16 @@ def _grade(candidate: Candidate, texts: Sequence[str], truth: Sequence[str], pro
         served.close()
 
 
-def _result(candidate: Candidate, scenarios: Sequence[ScenarioResult], grade: Grade | None) -> CandidateResult:
+def _result(
+    candidate: Candidate, scenarios: Sequence[ScenarioResult], grade: Grade | None, first: Grade | None
+) -> CandidateResult:
     if grade is None:
-        return CandidateResult(candidate, tuple(scenarios), None, None, None)
+        return CandidateResult(candidate, tuple(scenarios), None, None, None, None)
+    metrics, compared, rows = dict(grade.metrics), None, len(grade.answers)
+    if grade.measure is not None:
+        metrics["intervals"] = {**intervals(grade.measure, rows), **metrics.get("intervals", {})}
+        if first is not None and first.measure is not None:
+            compared = differences(grade.measure, first.measure, rows)
     differing = {
         row
         for s in scenarios
@@ -298,7 +314,7 @@ def _result(candidate: Candidate, scenarios: Sequence[ScenarioResult], grade: Gr
         for row, answer in measurement.answers.items()
         if answer != grade.answers[row]
     }
-    return CandidateResult(candidate, tuple(scenarios), grade.labels, grade.metrics, len(differing))
+    return CandidateResult(candidate, tuple(scenarios), grade.labels, metrics, compared, len(differing))
 
 
 def _without_shared_memory(result: CandidateResult) -> CandidateResult:

@@ -36,12 +36,13 @@ def bench_targets(
     seconds: float = 5.0,
     warmup_s: float = 1.0,
     seed: int = 0,
+    memory: bool = True,
     progress: Callable[[str], None] = lambda message: None,
 ) -> BenchResult:
     """Open each target and measure them all: directories of any kind, or names of models at ``url``.
 
     An export is measured once for each combination of ``engines`` and ``precisions``. ``generation`` are search
-    parameters of a translator, as ``override`` takes them.
+    parameters of a translator, as ``override`` takes them. Without ``memory``, that of several models here is not measured.
     """
     require_psutil()
     plans = [plan for target in targets for plan in _plans(target, engines, precisions)]
@@ -51,7 +52,7 @@ def bench_targets(
         for plan in plans:
             progress(f"opening {plan.name}")
             # Memory is measured in separate processes: in one, the candidates' shares could not be told apart.
-            alone = _alone(plan, threads, texts, generation) if not plan.served and len(local) > 1 else None
+            alone = _alone(plan, threads, texts, generation) if memory and not plan.served and len(local) > 1 else None
             candidates.append(_open(plan, url, threads, generation, alone))
         return run_bench(
             candidates,

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -20,12 +21,9 @@ from deploykit.cli.common import (
     progress_bar,
     reading_options,
 )
-from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray, spread_over
+from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
-
-if TYPE_CHECKING:
-    from deploykit.data.answer_file import Answered
 
 
 @deploykit_command(help="Answer questions about a text with TARGET: a checkpoint, an export, a packaged model, or a served model's "
@@ -78,7 +76,7 @@ def command(
     from deploykit.data.open_text import read_text
     from deploykit.data.texts import TextRow
     from deploykit.tasks.answering import answer_rows, answer_source
-    from deploykit.tasks.opening import identity_of, open_for
+    from deploykit.tasks.opening import open_for
     from deploykit.tasks.question_answering.facts import as_text
     from deploykit.tasks.question_answering.page import write_page
 
@@ -99,27 +97,20 @@ def command(
         record: dict[str, Any] = {}
         problems: tuple[str, ...] = ()
         lines = []
-        digest = identity_of(target, predictor)
-        with spread_over(ray, target, where, digest) as spread, progress_bar("questions") as progress:
-            if output is not None:
-
-                def answer(source: str, out: Path) -> Answered:
-                    return answer_source(
-                        predictor, source, out, identity=f"{digest} {where} {no_answer_threshold}", columns={},
-                        generation=top_k, reading=reading, force=force, progress=progress, spread=spread,
-                    )  # fmt: skip
-
-                settings = f"{digest} {where} {no_answer_threshold} {top_k} {reading.key()}"
-                done = answer_all(source, output, answer, settings=settings, force=force)
-                record |= answered_record(output, done)
-                problems = done.problems
-                lines.append(
-                    f"{output}: {done.rows:,} rows" + (f"; {done.errors:,} have an error" if done.errors else "")
-                )
-            if page is not None:
+        if output is not None:
+            done = answer_all(
+                partial(answer_source, columns={}, generation=top_k), predictor, target, source, output,
+                where=where if no_answer_threshold is None else {**where, "no_answer_threshold": no_answer_threshold},
+                ray=ray, reading=reading, force=force, of_answers=top_k, rows="questions",
+            )  # fmt: skip
+            record |= answered_record(output, done)
+            problems = done.problems
+            lines.append(f"{output}: {done.rows:,} rows" + (f"; {done.errors:,} have an error" if done.errors else ""))
+        if page is not None:
+            with progress_bar("questions") as progress:
                 shown = write_page(predictor, target, source, page, reading=reading, progress=progress)
-                record |= {"page": str(page), "questions": shown}
-                lines.append(f"{page}: {shown:,} questions")
+            record |= {"page": str(page), "questions": shown}
+            lines.append(f"{page}: {shown:,} questions")
     finally:
         predictor.close()
     return record, "\n".join(lines), failed_rows(problems)

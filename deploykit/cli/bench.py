@@ -154,7 +154,7 @@ def _compare(old: Path, new: Path) -> Result:
 
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    from deploykit.metric_titles import shown_metrics
+    from deploykit.metric_titles import shown_metrics, verdict, with_interval
     from deploykit.tasks.registry import get_task
 
     task = get_task(candidates[0]["task"])
@@ -170,8 +170,18 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             ]
             rows.append([candidate["name"], s["scenario"]["name"], *cells, str(s["errors"])])
     yield text_table(["model", "load", *head, "errors"], rows, left=(0, 1))
-    for candidate in candidates:
-        if generate and candidate["metrics"]:
-            titles = shown_metrics(candidate["metrics"], task.headline)
-            values = (f"{title} {candidate['metrics'][name]:.2f}" for name, title in titles.items())
-            yield f"{candidate['name']}: {', '.join(values)}"
+    graded = [candidate for candidate in candidates if candidate["metrics"]]
+    if graded:
+        titles = shown_metrics(graded[0]["metrics"], task.headline)
+        compared = any(candidate["differences"] for candidate in graded)
+        lines = (
+            [
+                candidate["name"],
+                *(with_interval(candidate["metrics"], name) for name in titles),
+                *([verdict(candidate["differences"], titles) if candidate["differences"] else ""] if compared else []),
+            ]
+            for candidate in graded
+        )
+        titled = ["model", *titles.values(), *(["from the first"] if compared else [])]
+        yield ""
+        yield text_table(titled, lines, left=(0, len(titles) + 1))

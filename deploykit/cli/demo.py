@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from deploykit.cli.common import MODEL_REPOSITORY_HELP, Result, deploykit_command, option, say
+from deploykit.metric_titles import value_text
 from deploykit.text_table import text_table
 
 _COLUMNS = {"accuracy": ("accuracy", 4), "macro_f1": ("macro-F1", 4), "bleu": ("BLEU", 2), "exact_match": ("exact match", 3), "first_word": ("first word", 3), "chrf": ("chrF", 2),
@@ -35,7 +36,10 @@ def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | 
     rows = (
         [
             line["name"],
-            *("-" if line[key] is None else f"{line[key]:.{digits}f}" for key, (_, digits) in columns.items()),
+            *(
+                "-" if line[key] is None else value_text(line[key], line["intervals"].get(key), digits)
+                for key, (_, digits) in columns.items()
+            ),
         ]
         for line in result["table"]
     )

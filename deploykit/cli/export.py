@@ -65,6 +65,10 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 @click.option(
     "--optimum", is_flag=True, help="Also write a translator's graphs as optimum lays them out, to the folder optimum."
 )
+@click.option(
+    "--beside-teacher/--no-beside-teacher", default=True, show_default=True,
+    help="Measure the INT8 or INT4 export of a distilled run side by side with its teacher and with the run.",
+)  # fmt: skip
 @click.option("--trt", is_flag=True, help="Also build TensorRT engines.")
 @click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS),
               help="Precision of an engine; repeat. [default: fp16; with --int8 also int8]")  # fmt: skip
@@ -91,7 +95,8 @@ _SHAPE = "input_ids:ROWSxTOKENS[,past:N]"
 def command(
     *, checkpoint: Path, out: Path, force: bool, trt: bool, precisions: tuple[str, ...], min_shapes: tuple[str, ...],
     opt_shapes: tuple[str, ...], max_shapes: tuple[str, ...], profiles: tuple[str, ...], workspace: str,
-    gpu: str | None, targets: tuple[str, ...], timing_cache: str | None, builder: str, int8: bool, **values: Any,
+    gpu: str | None, targets: tuple[str, ...], timing_cache: str | None, builder: str, int8: bool, beside_teacher: bool,
+    **values: Any,
 ) -> Result:  # fmt: skip
     gpu, values["target_lang"] = _split_targets(targets, gpu, values["target_lang"])
     workspace = workspace_of_pools(workspace)
@@ -135,6 +140,12 @@ def command(
             for e in record["engines"]
         ),
     ]
+    if beside_teacher and (options.int8 or options.int4):
+        from deploykit.bench import beside_teacher as beside
+
+        if (measured := beside.beside_teacher(checkpoint, out, say)) is not None:
+            record["teacher"] = beside.figures(measured)
+            text += ["", beside.render(record["teacher"])]
     return record, "\n".join(text)
 
 

@@ -11,8 +11,8 @@ from deploykit.cli.common import FORCE, OUTPUT_DIR, Option, Result, deploykit_co
 from deploykit.data.reading import Reading, flag
 from deploykit.errors import UsageError
 from deploykit.hyperparameters.options import SearchOptions
-from deploykit.metric_titles import shown_metrics, title_of
-from deploykit.stages.finetune_options import OPTIONS, make_options, read_toml
+from deploykit.metric_titles import shown_metrics, title_of, value_text
+from deploykit.stages.finetune_options import OPTIONS, STUDENT, make_options, read_toml
 from deploykit.tasks.registry import DEFAULT, task_of
 from deploykit.text_table import text_table
 from deploykit.training.options import RENAMED, FinetuneOptions
@@ -74,7 +74,8 @@ def _field_option(name: str) -> Callable[[Callable[..., Result]], Callable[..., 
         ),
         {},
     )
-    attributes: dict[str, Any] = {"aliases": [flag(old) for old, new in RENAMED.items() if new == name]}
+    aliases = [flag(old) for old, new in RENAMED.items() if new == name]
+    attributes: dict[str, Any] = {"aliases": aliases, "hidden": metadata.get("hidden", False)}
     typed = flag(name)
     kind = str(field.type).partition(" ")[0]
     if isinstance(field.default, bool):
@@ -156,6 +157,14 @@ def _help(text: str, defaults: Mapping[str, Any]) -> str:
     metavar="N",
     help="Train in N processes that share each step; on GPUs, one for each.",
 )
+@click.option(
+    flag(STUDENT),
+    cls=_FieldOption,
+    section="Options of a run",
+    metavar="layers=N|MODEL",
+    help="[classification, translation, text-generation] Train a smaller model: layers=N keeps N layers, evenly spaced, of TARGET, "
+    "without TARGET of the teacher; of a translator N of each side, or of the decoder M: layers=N,decoder=M. Or a checkpoint in place of TARGET.",
+)
 @_search_options
 @_field_options
 def command(
@@ -185,7 +194,7 @@ def command(
     from deploykit.training.rows import held_out
 
     check_repeats(options, folds, curve, searches=bool(chosen.search))
-    check_processes(processes, alone=not (chosen.search or folds or curve))
+    check_processes(processes, searches=bool(chosen.search), repeats=bool(folds or curve))
     more: dict[str, Any] = {}
     if chosen.search:
         from deploykit.hyperparameters.run import PAGE, search
@@ -232,7 +241,7 @@ def _repeats_text(done: Finetuned, headline: str) -> Iterator[str]:
             yield f"{title} {done.folds['mean'][name]:.4f} ± {done.folds['deviation'][name]:.4f}"
     if done.learning_curve is not None:
         curve = done.learning_curve
-        points = [[f"{point['rows']:,}", f"{point['value']:.4f}"] for point in curve["points"]]
+        points = [[f"{point['rows']:,}", value_text(point["value"], point["interval"])] for point in curve["points"]]
         if curve["expected"] is not None:
             points.append([f"{2 * curve['points'][-1]['rows']:,} (expected)", f"{curve['expected']:.4f}"])
         yield f"\n{text_table(['training rows', title_of(curve['metric'])], points)}"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import click
 
@@ -17,16 +17,12 @@ from deploykit.cli.common import (
     deploykit_command,
     failed_rows,
     failed_texts,
-    progress_bar,
     reading_options,
 )
-from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray, spread_over
+from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
 from deploykit.cli.sampling_options import given_sampling, sampling_options
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
-
-if TYPE_CHECKING:
-    from deploykit.data.answer_file import Answered
 
 
 @deploykit_command(
@@ -61,12 +57,12 @@ def command(
         raise UsageError("--raw and --system exclude each other", "leave one out")
 
     from deploykit.runtime.sampling import override
-    from deploykit.tasks.opening import identity_of, open_generator
+    from deploykit.tasks.opening import open_generator
     from deploykit.tasks.text_generation.generate import How, Question, answers, generate_file
 
     given = given_sampling(sampling)
-    where = {"precision": precision, "threads": threads}
-    generator = open_generator(model, url=url, **where)
+    where = {"precision": precision, "threads": threads, "url": url}
+    generator = open_generator(model, **where)
     try:
         how = How(override(generator.task.sampling, given), raw, system)
         if source is None or output is None:
@@ -74,17 +70,10 @@ def command(
             records = answers(generator, [Question(f"text {i}", p) for i, p in enumerate(texts, start=1)], how)
             code = failed_texts(records, stop=reading.on_error == "stop", remedy="give another prompt")
             return {"results": records}, "\n".join(map(_told, records)), code
-        digest = identity_of(model, generator)
-        with spread_over(ray, model, {**where, "url": url}, digest) as spread, progress_bar("rows") as progress:
-
-            def answer(source: str, out: Path) -> Answered:
-                return generate_file(
-                    generator, source, out, how, identity=f"{digest} {where}", column=prompt_column, reading=reading,
-                    force=force, progress=progress, spread=spread,
-                )  # fmt: skip
-
-            settings = f"{digest} {where} {prompt_column} {how} {reading.key()}"
-            done = answer_all(source, output, answer, settings=settings, force=force)
+        done = answer_all(
+            partial(generate_file, how=how, column=prompt_column), generator, model, source, output, where=where, ray=ray,
+            reading=reading, force=force, of_answers=(prompt_column, how),
+        )  # fmt: skip
     finally:
         generator.close()
     text = answered_text(output, done, "could not be answered")

@@ -6,6 +6,7 @@ import click
 
 from deploykit.artifacts import load_manifest
 from deploykit.cli.common import Result, deploykit_command, human_bytes
+from deploykit.metric_titles import TITLES, with_interval
 from deploykit.quantization.tables import render, render_calibration, render_searches
 from deploykit.tasks.registry import task_of
 
@@ -36,7 +37,8 @@ def command(*, path: Path) -> Result:
         lines += render(table)
     lines += render_searches(manifest.metrics.get("quantization", {}).get("search", {}))
     for split in ("validation", "test"):
-        scores = {name: manifest.metrics.get(split, {}).get(name) for name in ("accuracy", "macro_f1", "bleu", "chrf")}
-        if any(value is not None for value in scores.values()):
-            lines.append(f"{split}: " + ", ".join(f"{n} {v:.4f}" for n, v in scores.items() if v is not None))
+        metrics = manifest.metrics.get(split, {})
+        scores = [f"{name} {with_interval(metrics, name)}" for name in TITLES if name in metrics]
+        if scores:
+            lines.append(f"{split}: {', '.join(scores)}")
     return {**manifest.to_json(), "path": str(path), "verified": True}, "\n".join(lines)

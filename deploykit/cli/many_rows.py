@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from deploykit.cli.common import progress_bar
 from deploykit.errors import UsageError
 
 if TYPE_CHECKING:
     from deploykit.data.answer_file import Answered, Spread
-    from deploykit.data.answer_folder import Answer
+    from deploykit.data.reading import Reading
+    from deploykit.tasks.protocol import Predictor
 
 _DEFAULT = "RAY_ADDRESS, or this machine"
 RAY = click.option(
@@ -31,7 +34,7 @@ OUTPUT = click.option(
 
 
 @contextlib.contextmanager
-def spread_over(ray: str | None, target: str, where: Mapping[str, Any], identity: str) -> Iterator[Spread | None]:
+def _spread_over(ray: str | None, target: str, where: Mapping[str, Any], identity: str) -> Iterator[Spread | None]:
     """Yield what spreads rows over a Ray cluster, or None where ``ray`` is not given."""
     if ray is None:
         yield None
@@ -48,10 +51,30 @@ def refuse_ray(ray: str | None) -> None:
         raise UsageError("--ray is for --input", "leave it out, or give --input and --output")
 
 
-def answer_all(source: str, output: str, answer: Answer, *, settings: str, force: bool) -> Answered:
-    """Answer a file, or each file of a folder or bucket if ``output`` is one too."""
-    from deploykit.data.answer_folder import answer_folder, is_folder
+def answer_all(
+    answer: Callable[..., Answered], predictor: Predictor, target: str, source: str, output: str, *, where: Mapping[str, Any],
+    ray: str | None, reading: Reading, force: bool, of_answers: object, rows: str = "rows",
+) -> Answered:  # fmt: skip
+    """Answer a file, or each file of a folder or bucket if ``output`` is one too.
 
-    if is_folder(output) and ("://" in source or Path(source).is_dir()):
-        return answer_folder(source, output, answer, settings=settings, force=force)
-    return answer(source, Path(output))
+    ``answer`` takes the predictor, a source and a file to write, and ``identity``, ``reading``, ``force``, ``progress`` and
+    ``spread``. ``of_answers`` are what else the answers depend on, ``rows`` what the progress counts.
+    """
+    from deploykit.data.answer_folder import answer_folder, is_folder
+    from deploykit.tasks.opening import identity_of
+
+    digest = identity_of(target, predictor)
+    with _spread_over(ray, target, where, digest) as spread, progress_bar(rows) as progress:
+        one = functools.partial(
+            answer,
+            predictor,
+            identity=f"{digest} {where}",
+            reading=reading,
+            force=force,
+            progress=progress,
+            spread=spread,
+        )
+        if is_folder(output) and ("://" in source or Path(source).is_dir()):
+            settings = f"{digest} {where} {of_answers} {reading.key()}"
+            return answer_folder(source, output, one, settings=settings, force=force)
+        return one(source, Path(output))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import click
 
@@ -21,16 +21,12 @@ from deploykit.cli.common import (
     failed_rows,
     failed_texts,
     generation_options,
-    progress_bar,
     reading_options,
     target_and_texts,
 )
-from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray, spread_over
+from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
-
-if TYPE_CHECKING:
-    from deploykit.data.answer_file import Answered
 
 
 @deploykit_command(
@@ -72,7 +68,7 @@ def command(
     check_asked("predict", "some text", texts, source, output, reading)
 
     from deploykit.tasks.answering import answer_rows, answer_source, rows_of
-    from deploykit.tasks.opening import identity_of, open_predictor
+    from deploykit.tasks.opening import open_predictor
     from deploykit.tasks.registry import task_of
 
     predictor = open_predictor(model, **where)
@@ -91,25 +87,11 @@ def command(
             records = [row.to_json() for row in answered]
             code = failed_texts(records, stop=reading.on_error == "stop", remedy="give another text")
             return {"results": records}, "\n".join(row.line() for row in answered), code
-        digest = identity_of(model, predictor)
-        with spread_over(ray, model, where, digest) as spread, progress_bar("rows") as progress:
-
-            def answer(source: str, out: Path) -> Answered:
-                return answer_source(
-                    predictor,
-                    source,
-                    out,
-                    identity=f"{digest} {where}",
-                    columns=columns,
-                    generation=search,
-                    reading=reading,
-                    force=force,
-                    progress=progress,
-                    spread=spread,
-                )
-
-            settings = f"{digest} {where} {columns} {search} {reading.key()}"
-            done = answer_all(source, output, answer, settings=settings, force=force)
+        answer = partial(answer_source, columns=columns, generation=search)
+        done = answer_all(
+            answer, predictor, model, source, output, where=where, ray=ray, reading=reading, force=force,
+            of_answers=(columns, search),
+        )  # fmt: skip
     finally:
         predictor.close()
     text = answered_text(output, done, 'could not be answered, see their "error"')

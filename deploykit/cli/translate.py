@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,16 +21,18 @@ from deploykit.cli.common import (
     failed_rows,
     failed_texts,
     generation_options,
-    progress_bar,
     reading_options,
     target_and_texts,
 )
-from deploykit.cli.many_rows import RAY, answer_all, refuse_ray, spread_over
+from deploykit.cli.many_rows import RAY, answer_all, refuse_ray
 from deploykit.data.reading import Reading
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from deploykit.data.answer_file import Answered
     from deploykit.runtime.serving_settings import LongInput, Split
+    from deploykit.tasks.translation.predictor import TextTranslator
 
 
 @deploykit_command(
@@ -73,7 +74,7 @@ def command(
 
     from deploykit.data.texts import TextRow
     from deploykit.runtime.generation import override
-    from deploykit.tasks.opening import identity_of, open_translator
+    from deploykit.tasks.opening import open_translator
     from deploykit.tasks.translation.translate import How, cut_off, translate_file, translations
 
     translator = open_translator(model, **where)
@@ -90,27 +91,17 @@ def command(
             if finish["length"]:
                 click.echo(f"{cut_off(finish, how)} (see --max-new-tokens)", err=True)
             return {"results": records, "finish": finish}, "\n".join(lines), code
-        digest, finish = identity_of(model, translator), Counter()
-        with spread_over(ray, model, where, digest) as spread, progress_bar("texts") as progress:
+        finish = Counter()
 
-            def answer(source: str, out: Path) -> Answered:
-                done, found = translate_file(
-                    translator,
-                    source,
-                    out,
-                    how,
-                    identity=f"{digest} {where}",
-                    column=source_column,
-                    reading=reading,
-                    force=force,
-                    progress=progress,
-                    spread=spread,
-                )
-                finish.update(found)
-                return done
+        def answer(translator: TextTranslator, source: str, out: Path, **settings: Any) -> Answered:
+            done, found = translate_file(translator, source, out, how, column=source_column, **settings)
+            finish.update(found)
+            return done
 
-            settings = f"{digest} {where} {source_column} {how} {reading.key()}"
-            done = answer_all(source, output, answer, settings=settings, force=force)
+        done = answer_all(
+            answer, translator, model, source, output, where=where, ray=ray, reading=reading, force=force,
+            of_answers=(source_column, how), rows="texts",
+        )  # fmt: skip
     finally:
         translator.close()
     text = answered_text(output, done, "could not be translated")

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from deploykit.metric_titles import title_of
+from deploykit.metric_titles import title_of, value_text
 from deploykit.report.html import figure, page, section, table, word_table, write_page
 from deploykit.report.svg import INK, add_legend, colour_of, fraction, number, shown, to_svg
 
@@ -42,9 +42,9 @@ def _best(record: Record) -> str:
     if record["best"] is None:
         return word_table([*pairs, ("Best run", "none is within the limits")])
     best, first = record["runs"][record["best"]], record["runs"][0]
-    pairs += [("Best run", f"run {best['run']}: {fraction(best['value'])}")]
+    pairs += [("Best run", f"run {best['run']}: {value_text(best['value'], best.get('interval'))}")]
     if first["value"] is not None:
-        pairs += [("First run", fraction(first["value"]))]
+        pairs += [("First run", value_text(first["value"], first.get("interval")))]
     return word_table([*pairs, *((name, _cell(value)) for name, value in best["options"].items())])
 
 
@@ -146,7 +146,10 @@ def _table(record: Record) -> str:
     for run in record["runs"]:
         best = "<small>best</small>" if run["run"] == record["best"] else ""
         state = {"pruned": "ended early", "fail": f"failed: {run['error']}", "running": "running"}.get(run["state"], "")
-        cells = [f"{run['run']}{best}", escape(state) if run["value"] is None else fraction(run["value"])]
+        cells = [
+            f"{run['run']}{best}",
+            escape(state) if run["value"] is None else value_text(run["value"], run.get("interval")),
+        ]
         cells += [escape(_cell(run["options"].get(name, ""))) for name in record["space"]]
         cells += [number(run[name]) for name in ("size_mb", "p50_ms")] if limited else []
         rows.append([*cells, number(run["seconds"])])

@@ -141,7 +141,8 @@ def _train(study: SharedStudy, run: TakenRun, options: FinetuneOptions, chosen: 
         say(f"run {run.number}: failed: {error}")
         return
     seconds = time.monotonic() - begun
-    study.end(run, value, metric=metric, inputs=trained.manifest.inputs, seconds=seconds, **facts)
+    interval = trained.manifest.metrics["validation"].get("intervals", {}).get(metric)
+    study.end(run, value, metric=metric, interval=interval, inputs=trained.manifest.inputs, seconds=seconds, **facts)
     say(f"run {run.number}: {metric} {sign_of(metric) * value:.4f}, {seconds:.0f} s")
 
 
@@ -264,7 +265,7 @@ def _record(study: SharedStudy, options: FinetuneOptions, chosen: SearchOptions,
             "selections": {str(tenth): value for tenth, value in run.intermediate_values.items()},
             "options": run.params,
             "fits": fits(run),
-            **{name: run.user_attrs.get(name) for name in ("seconds", "size_mb", "p50_ms", "error")},
+            **{name: run.user_attrs.get(name) for name in ("interval", "seconds", "size_mb", "p50_ms", "error")},
         }
         for run in study.runs
     ]

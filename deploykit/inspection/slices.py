@@ -13,7 +13,7 @@ from deploykit.bootstrap import Measure, intervals
 from deploykit.data.grouping import duplicate_key
 from deploykit.metric_titles import lower_is_better
 
-_FEW = 10
+FEW = 10
 """Slices with fewer rows say nothing, and are left out."""
 _MOST_VALUES = 30
 _NUMERIC_VALUES = 10
@@ -34,7 +34,7 @@ def sliced(
     found = []
     for name, inside in members:
         count = int(inside.sum())
-        if count < _FEW or count == rows:
+        if count < FEW or count == rows:
             continue
         measure = measure_of(inside)
         values, own = measure(np.ones(count)), intervals(measure, count)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from deploykit.bootstrap import Measure, differences, intervals
 from deploykit.errors import ExportError
 from deploykit.metric_titles import POINTS, points_of, title_of
 
-Raw = TypeVar("Raw")
+
+class _Rows(Protocol):
+    def __len__(self) -> int: ...
+
+
+Raw = TypeVar("Raw", bound=_Rows)
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,8 @@ class Line:
     """A row of the accuracy table.
 
     ``agreement`` is the share of rows with the same answer as the checkpoint's; ``limited`` names the metrics that
-    ``--max-drop`` limits.
+    ``--max-drop`` limits. ``intervals`` of the figures, and ``differences`` from the checkpoint (``deploykit.bootstrap``), are
+    empty where rows were not weighed.
     """
 
     precision: str
@@ -29,6 +36,8 @@ class Line:
     agreement: float
     int8_kernels: int
     limited: tuple[str, ...] = tuple(POINTS)
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    differences: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -37,6 +46,8 @@ class Line:
             **self.figures,
             "agreement": self.agreement,
             "int8_kernels": self.int8_kernels,
+            "intervals": dict(self.intervals),
+            "differences": dict(self.differences),
         }
 
     @property
@@ -49,7 +60,7 @@ class Grader(ABC, Generic[Raw]):
     """Builds the accuracy table.
 
     ``table`` has a line for the checkpoint, which comes first, and for each other form; ``metrics`` has all their
-    metrics. ``Raw`` is the output of a form of the model for the rows.
+    metrics. ``Raw`` is the output of a form of the model for the rows, one by one.
     """
 
     figures: tuple[str, ...]
@@ -60,6 +71,7 @@ class Grader(ABC, Generic[Raw]):
     def __init__(self) -> None:
         self._lines: dict[str, Line] = {}
         self._expected: Sequence[str] = ()
+        self._reference_measure: Measure | None = None
         self.metrics: dict[str, Any] = {}
 
     @abstractmethod
@@ -69,6 +81,10 @@ class Grader(ABC, Generic[Raw]):
     @abstractmethod
     def answers(self, raw: Raw) -> Sequence[str]:
         """Return the answer for each row."""
+
+    def measure_of(self, raw: Raw) -> Measure | None:
+        """Return the metrics of an output as functions of the rows' weights. A grader need not."""
+        return None
 
     @property
     def table(self) -> list[Line]:
@@ -81,13 +97,22 @@ class Grader(ABC, Generic[Raw]):
 
     def enter(self, precision: str, engine: str, raw: Raw, kernels: int = 0) -> Line:
         metrics, answers = self.measure(raw), self.answers(raw)
+        measure = self.measure_of(raw)
         if not self._lines:
-            self._expected = answers
+            self._expected, self._reference_measure = answers, measure
         agreement = float(np.mean([a == b for a, b in zip(answers, self._expected)]))
-        line = Line(precision, engine, {name: metrics[name] for name in self.figures}, agreement, kernels, self.limited)
+        line = Line(
+            precision, engine, {name: metrics[name] for name in self.figures}, agreement, kernels, self.limited,
+            self._shown(intervals(measure, len(raw))) if measure is not None else {},
+            self._shown(differences(measure, self._reference_measure, len(raw)))
+            if measure is not None and self._reference_measure is not None and self._lines else {},
+        )  # fmt: skip
         key = f"{engine}-{precision}"
         self._lines[key], self.metrics[key] = line, metrics
         return line
+
+    def _shown(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in found.items() if name in self.figures}
 
     def drop(self, line: Line) -> float:
         """Return the points lost against the checkpoint, in the metric that loses most."""

@@ -5,33 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deploykit.metric_titles import title_of
+from deploykit.metric_titles import title_of, verdict, with_interval
 from deploykit.text_table import text_table
 
 SEARCH_PAGE = "search.html"
 """File in an export with a plot of the search for layers in fp32."""
 
-_DIGITS = {"bleu": 2, "chrf": 2}
-_NOT_METRICS = ("precision", "engine", "int8_kernels")
+_NOT_METRICS = ("precision", "engine", "int8_kernels", "intervals", "differences")
 _SHOWN_TENSORS = 12
 
 
 def render(table: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the accuracy table as lines of text, one for each form of the model.
 
-    ``agreement`` is the share of rows with the same answer as the checkpoint's.
+    ``agreement`` is the share of rows with the same answer as the checkpoint's. The last column says whether a form differs
+    from it beyond noise.
     """
     columns = {key: title_of(key) for key in table[0] if key not in _NOT_METRICS}
+    compared = "differences" in table[0]
     rows = (
         [
             line["precision"],
             line["engine"],
-            *(f"{line[key]:.{_DIGITS.get(key, 4)}f}" for key in columns),
+            *(with_interval(line, key) for key in columns),
             str(line["int8_kernels"]),
+            *([verdict(line["differences"], columns) if line["differences"] else ""] if compared else []),
         ]
         for line in table
     )
-    return text_table(["precision", "engine", *columns.values(), "INT8 kernels"], rows, left=(0, 1)).splitlines()
+    head = ["precision", "engine", *columns.values(), "INT8 kernels", *(["from the checkpoint"] if compared else [])]
+    return text_table(head, rows, left=(0, 1, len(columns) + 3)).splitlines()
 
 
 def render_searches(searches: Mapping[str, Mapping[str, Any]]) -> list[str]:

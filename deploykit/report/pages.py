@@ -224,7 +224,6 @@ def _summary(result: Record) -> str:
     rows = []
     for candidate in result["candidates"]:
         best = figures.headline(candidate)
-        metrics = candidate["metrics"] or {}
         facts = [candidate["engine"], candidate["precision"], candidate["headline"]]
         rows.append(
             [
@@ -232,13 +231,24 @@ def _summary(result: Record) -> str:
                 *(_median(best[key]) for key in _rates(result).values()),
                 *(_median(best["latency_ms"][key]) for key in ("p50", "p99")),
                 f"{best['errors']:,}",
-                *(fraction(metrics.get(key)) for key in metrics_shown),
+                *(_accuracy(candidate, key) for key in metrics_shown),
                 number(candidate["first_answer_s"]),
                 number(candidate["peak_memory_mb"]),
                 number(candidate["size_mb"]),
             ]
         )
     return table(head, rows)
+
+
+def _accuracy(candidate: Record, metric: str) -> str:
+    """Return a cell with a metric, its interval, and whether it differs from the first candidate's beyond noise."""
+    metrics = candidate["metrics"] or {}
+    if metric not in metrics or metric not in metrics.get("intervals", {}):
+        return fraction(metrics.get(metric))
+    low, high = metrics["intervals"][metric]
+    found = (candidate.get("differences") or {}).get(metric)
+    told = f"<small>{'beyond' if found['beyond_noise'] else 'within'} noise of the first</small>" if found else ""
+    return f"{fraction(metrics[metric])}<small>{fraction(low)} to {fraction(high)}</small>{told}"
 
 
 def _details(result: Record) -> str:

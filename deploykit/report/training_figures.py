@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from deploykit.metric_titles import title_of
+from deploykit.metric_titles import title_of, value_text
 from deploykit.report.html import figure, page, section, table, write_page
 from deploykit.report.svg import add_legend, colour_of, require_matplotlib, to_svg
 
@@ -51,11 +51,14 @@ def write_learning_curve(curve: Mapping[str, Any], out: Path) -> None:
     require_matplotlib()
     title = f"{title_of(curve['metric'])} by training rows"
     points = [(point["rows"], point["value"]) for point in curve["points"]]
+    spread = [(point["rows"], *point["interval"]) for point in curve["points"] if point["interval"]]
     expected = None if curve["expected"] is None else (2 * points[-1][0], curve["expected"])
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         axes.plot(*zip(*points), "-o", color=colour_of(0), label="measured")
+        for count, low, high in spread:
+            axes.plot([count, count], [low, high], color=colour_of(0), linewidth=1)
         if expected is not None:
             axes.plot(*zip(points[-1], expected), ":", color=colour_of(1))
             axes.plot(
@@ -65,10 +68,10 @@ def write_learning_curve(curve: Mapping[str, Any], out: Path) -> None:
         axes.set(xlabel="training rows (log scale)", ylabel=title_of(curve["metric"]))
         add_legend(figure)
 
-    rows = [[f"{count:,}", f"{value:.4f}"] for count, value in points]
+    rows = [[f"{point['rows']:,}", value_text(point["value"], point["interval"])] for point in curve["points"]]
     if expected is not None:
         rows.append([f"{expected[0]:,} (expected)", f"{expected[1]:.4f}"])
-    note = "On the same held-out rows. One run a point: small differences are noise."
+    note = "On the same held-out rows, with 95 % intervals over them (bootstrap). One run a point: small differences are noise."
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
         figure("Learning curve", note, to_svg("curve", draw, (8.0, 3.8))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import fields
@@ -23,14 +24,20 @@ else:
 ROWS = ("model", "train", "validation", "test", "teacher", "synonyms", "mask_model", "back_translate")
 """Options that name files, a repository on the hub, or a served model."""
 
+STUDENT = "student"
+"""An option that stands for others: see ``make_options``."""
+_LAYERS = re.compile(r"layers=(?P<student_layers>[1-9][0-9]*)(,decoder=(?P<student_decoder_layers>[1-9][0-9]*))?")
+
 OPTIONS: Mapping[str, type[FinetuneOptions]] = {name: get_task(name).options() for name in task_names()}
 
 
 def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
     """Complete the given options with defaults of the task, the preset or the continued run.
 
-    Makes file names absolute. Raises UsageError for an unknown option, or one of another task.
+    ``student`` stands for other options. Makes file names absolute. Raises UsageError for an unknown option, or one of
+    another task.
     """
+    given = _with_student(given)
     given = _with_rows_of_run({name: _absolute(value) if name in ROWS else value for name, value in given.items()})
     task = given.get("task", DEFAULT)
     if task not in OPTIONS:
@@ -40,6 +47,26 @@ def make_options(given: Mapping[str, Any]) -> FinetuneOptions:
         if name not in option_names(kind):
             raise _unknown(name)
     return kind(**{**kind.preset(given.get("from_config")), **fit_multiple(kind, given)})
+
+
+def _with_student(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with what ``student`` stands for: a checkpoint, or a number of layers of the model, which is the
+    teacher if none is named."""
+    student = given.get(STUDENT)
+    rest = {name: value for name, value in given.items() if name != STUDENT}
+    if not student:
+        return rest
+    if found := _LAYERS.fullmatch(student):
+        counts = {name: int(count) for name, count in found.groupdict().items() if count}
+        named = {"model": given["teacher"]} if given.get("teacher") and not given.get("model") else {}
+        return {**rest, **counts, **named}
+    if "=" in student:
+        raise UsageError(
+            f"--student is {student!r}", "write layers=3, layers=6,decoder=2 of a translator, or a checkpoint"
+        )
+    if given.get("model"):
+        raise UsageError(f"two checkpoints are given: {given['model']} and --student {student}", "name one")
+    return {**rest, "model": student}
 
 
 def _absolute(source: Any) -> Any:
@@ -53,7 +80,8 @@ def _absolute(source: Any) -> Any:
 
 def _unknown(name: str) -> UsageError:
     if owners := [task for task, kind in OPTIONS.items() if name in option_names(kind)]:
-        return UsageError(f"{flag(name)} is for --task {' or '.join(owners)}", "leave it out")
+        shown = flag(STUDENT if name.startswith(STUDENT) else name)
+        return UsageError(f"{shown} is for --task {' or '.join(owners)}", "leave it out")
     known = ", ".join(sorted({name for kind in OPTIONS.values() for name in option_names(kind)}))
     return UsageError(f"unknown option {name!r}", f"write {RENAMED[name]}" if name in RENAMED else f"known: {known}")
 
@@ -85,7 +113,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: cannot be read: {error.strerror}", "check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: is not TOML: {error}", "correct the file") from error
-    known = {name for kind in OPTIONS.values() for name in option_names(kind)}
+    known = {STUDENT, *(name for kind in OPTIONS.values() for name in option_names(kind))}
     spelled = {key.replace("-", "_"): value for key, value in values.items()}
     options = {RENAMED.get(key, key): value for key, value in spelled.items()}
     for key in options:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deploykit.metric_titles import with_interval
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of
 from deploykit.training.options import FinetuneOptions
@@ -83,7 +84,7 @@ def _qat_results(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list
         "| | accuracy | macro F1 |",
         "|---|---:|---:|",
         *(
-            f"| {when} this training, {form} | {m['accuracy']:.3f} | {m['macro_f1']:.3f} |"
+            f"| {when} this training, {form} | {with_interval(m, 'accuracy', digits=3)} | {with_interval(m, 'macro_f1', digits=3)} |"
             for when, forms in metrics.items()
             for form, m in forms.items()
         ),

@@ -83,7 +83,7 @@ def cross_validate(options: FinetuneOptions, folds: int, out: Path, say: Say) ->
         train, held_out = fold.splits["train"], fold.splits["test"]
         say(f"fold {i + 1} of {folds}: training on {len(train):,} rows, measuring on {len(held_out):,}")
         measured.append(log.measured(f"fold {i + 1}", partial(_metrics, options, fold, out, "test")))
-    names = [name for name in measured[0] if all(name in metrics for metrics in measured)]
+    names = [name for name in measured[0] if name != "intervals" and all(name in metrics for metrics in measured)]
     values = {name: [metrics[name] for metrics in measured] for name in names}
     return {
         "folds": measured,
@@ -95,7 +95,7 @@ def cross_validate(options: FinetuneOptions, folds: int, out: Path, say: Say) ->
 def learning_curve(options: FinetuneOptions, whole: Finetuned, out: Path, say: Say) -> dict[str, Any]:
     """Train on 10 to 75 % of the training rows of the run ``whole``, each time measured on its held-out rows.
 
-    Returns ``metric``, ``points`` (``rows`` and ``value``), and ``expected``: the value with twice as many rows, by a
+    Returns ``metric``, ``points`` (``rows``, ``value`` and its 95 % ``interval``), and ``expected``: the value with twice as many rows, by a
     power law of the error (Hestness et al., 2017), or None where the error does not fall. The metrics are kept in
     OUT.curve.json, from which a killed command continues, and drawn in OUT.curve.html.
 
@@ -114,7 +114,8 @@ def learning_curve(options: FinetuneOptions, whole: Finetuned, out: Path, say: S
         artifacts.digest_of(inputs_digest(options, file_digests(options)), counts),
         say,
     )
-    every = flat_metrics(whole.manifest.metrics[rows.held_out])
+    measured = whole.manifest.metrics[rows.held_out]
+    every = flat_metrics(measured)
     metric = main_metric(every, get_task(options.task).headline)
     points = []
     parts = [dataclasses.replace(rows, splits={**rows.splits, "train": stage.take(train, n)}) for n in counts]
@@ -123,8 +124,8 @@ def learning_curve(options: FinetuneOptions, whole: Finetuned, out: Path, say: S
     for count, part in zip(counts, parts):
         say(f"learning curve: training on {count:,} of {len(train):,} rows")
         found = log.measured(str(count), partial(_metrics, options, part, out, rows.held_out))
-        points.append({"rows": count, "value": found[metric]})
-    points.append({"rows": len(train), "value": every[metric]})
+        points.append(_point(count, metric, found))
+    points.append(_point(len(train), metric, {**every, "intervals": measured.get("intervals", {})}))
     curve = {"metric": metric, "points": points, "expected": expected(points, metric, 2 * len(train))}
     try:
         write_learning_curve(curve, out.with_name(f"{out.name}.curve.html"))
@@ -133,7 +134,11 @@ def learning_curve(options: FinetuneOptions, whole: Finetuned, out: Path, say: S
     return curve
 
 
-def expected(points: Sequence[Mapping[str, float]], metric: str, rows: int) -> float | None:
+def _point(rows: int, metric: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {"rows": rows, "value": metrics[metric], "interval": metrics.get("intervals", {}).get(metric)}
+
+
+def expected(points: Sequence[Mapping[str, Any]], metric: str, rows: int) -> float | None:
     """Return the value of a metric with ``rows`` rows, by a power law through the errors at ``points``; None if they do not
     fall with the rows."""
     lower = lower_is_better(metric)
@@ -148,8 +153,8 @@ def expected(points: Sequence[Mapping[str, float]], metric: str, rows: int) -> f
     return float(error if lower else best - error)
 
 
-def _metrics(options: FinetuneOptions, rows: Rows[Any, Any], out: Path, split: str) -> dict[str, float]:
-    """Train once, and return the metrics of a split."""
+def _metrics(options: FinetuneOptions, rows: Rows[Any, Any], out: Path, split: str) -> dict[str, Any]:
+    """Train once, and return the metrics of a split under dotted names, and their "intervals"."""
     from transformers import set_seed
 
     stage: Stage[Any, Any, Any] = get_task(options.task).training_stage(options)
@@ -158,6 +163,7 @@ def _metrics(options: FinetuneOptions, rows: Rows[Any, Any], out: Path, split: s
     work.mkdir(parents=True)
     try:
         set_seed(options.seed)
-        return flat_metrics(stage.train(rows, work, lambda _: None).metrics[split])
+        metrics = stage.train(rows, work, lambda _: None).metrics[split]
+        return {**flat_metrics(metrics), "intervals": metrics.get("intervals", {})}
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -33,14 +33,23 @@ _MOST = 1024
 _PR_SET_PDEATHSIG = 1
 
 
-def check_processes(count: int, *, alone: bool) -> None:
-    """Raise UsageError if ``--processes`` makes no sense; ``alone``: one run is asked for, and nothing besides."""
+def check_processes(count: int, *, searches: bool, repeats: bool) -> None:
+    """Raise UsageError if ``--processes``, or that a launcher has started this one among several, makes no sense:
+    ``searches`` and ``repeats`` (``--folds``, ``--learning-curve``) train many runs, each in one process."""
     if not 1 <= count <= _MOST:
         raise UsageError(f"--processes is {count}", f"give a number from 1 to {_MOST:,}")
+    if searches and max(count, processes.count()) > 1:
+        raise UsageError(
+            "--search trains each run in one process",
+            "leave out --processes or the launcher, and start the same command several times: they share the runs",
+        )
+    if repeats and max(count, processes.count()) > 1:
+        raise UsageError(
+            "--folds and --learning-curve train each part in one process",
+            "leave out --processes or the launcher",
+        )
     if count == 1:
         return
-    if not alone:
-        raise UsageError("--processes is for one run, without --search, --folds and --learning-curve", "leave one out")
     if processes.count() > 1:
         raise UsageError("--processes starts processes, and this one was started with others", "leave it out")
 

@@ -129,8 +129,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Grade:
-    """Answers to every text and their metrics. ``labels`` are a classifier's, None for other tasks."""
+    """Answers to every text and their metrics. ``labels`` are a classifier's, None for other tasks. ``measure`` gives the
+    metrics for other weights of the texts, if the task can: intervals, and the differences of two models, come from it."""
 
     labels: tuple[str, ...] | None
     answers: tuple[str, ...]
     metrics: Mapping[str, Any]
+    measure: Measure | None = field(default=None, repr=False, compare=False)

@@ -33,12 +33,15 @@ Hugging Face's, from ``TrainingArguments``, its example scripts, ``LoraConfig`` 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 
 
-def described(default: Any, help_text: str = "", choices: Iterable[str] = (), values: Iterable[str] = ()) -> Any:
+def described(
+    default: Any, help_text: str = "", choices: Iterable[str] = (), values: Iterable[str] = (), hidden: bool = False
+) -> Any:
     """Declare a field with what ``deploykit finetune --help`` says of it. A class may give it another default.
 
-    ``values`` name what follows the option, where that is more than one.
+    ``values`` name what follows the option, where that is more than one. A ``hidden`` one is not shown.
     """
-    return field(default=default, metadata={"help": help_text, "choices": tuple(choices), "values": tuple(values)})
+    metadata = {"help": help_text, "choices": tuple(choices), "values": tuple(values), "hidden": hidden}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

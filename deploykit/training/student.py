@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from deploykit.data.reading import flag
 from deploykit.errors import UsageError
 
 Side = Literal["", "encoder", "decoder"]
@@ -22,11 +21,11 @@ _COUNTS: dict[Side, tuple[str, ...]] = {
 """What configurations call the number of layers; of a translator num_hidden_layers is that of the encoder."""
 
 
-def keep_layers(model: Any, count: int, side: Side = "", option: str = "student_layers") -> tuple[Any, list[int]]:
+def keep_layers(model: Any, count: int, side: Side = "") -> tuple[Any, list[int]]:
     """Return a model with ``count`` layers of ``model``, or of its ``side``, evenly spaced from the first to the last, and
     their numbers.
 
-    Raises UsageError naming ``option`` if there are not more layers than that.
+    Raises UsageError if there are not more layers than that.
     """
     config = copy.deepcopy(model.config)
     layers = layer_count(model, side)
@@ -34,7 +33,7 @@ def keep_layers(model: Any, count: int, side: Side = "", option: str = "student_
     lists = [module for module in _outer_lists(part) if len(module) == layers]
     if len(lists) != 1 or count >= layers:
         raise UsageError(
-            f"{flag(option)} is {count}, and the {side or 'model'} has {layers or 'no known'} layers",
+            f"--student asks for {count} layers, and the {side or 'model'} has {layers or 'no known'}",
             "give a lower number, or leave it out",
         )
     kept = [round(i) for i in np.linspace(0, layers - 1, count)] if count > 1 else [0]

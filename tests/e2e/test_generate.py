@@ -398,9 +398,9 @@ def test_what_cannot_be_done_is_refused_before_training(
         (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--distill-alpha", 0.1), 2,
          "--distill-alpha is for --teacher"),
         (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--student-layers", 1, "--lora-r", 2), 2,
-         "--student-layers changes the checkpoint"),
-        (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--student-layers", 2), 2,
-         "--student-layers is 2, and the model has 2 layers"),
+         "--student changes the checkpoint"),
+        (("finetune", *QUICK, base, "--train", rows, "--output-dir", tmp_path / "x", "--student", "layers=2"), 2,
+         "--student asks for 2 layers, and the model has 2"),
         (("calibrate", base, "--output-dir", tmp_path / "c"), 1, "--calibration-data"),
         (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--method", "minmax"), 2, "add --int8"),
         (("export", base, "--output-dir", tmp_path / "e", "--data", rows, "--int8", "--calibration-rows", 3), 1,
@@ -436,7 +436,7 @@ def test_a_smaller_student_learns_from_a_teacher(
 ) -> None:
     out = tmp_path / "student"
     words = (
-        "finetune", *QUICK, run, "--teacher", run, "--student-layers", 1, "--train", rows, "--max-steps", 6,
+        "finetune", *QUICK, "--teacher", run, "--student", "layers=1", "--train", rows, "--max-steps", 6,
         "--eval-steps", 2, "--output-dir", out, "--learning-rate", 1e-3, "--distill-alpha", 0.9,
     )  # fmt: skip
     kill_at_step(5, *words)

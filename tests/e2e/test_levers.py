@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from killed_run import kill_at_step
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from deploykit.bench import beside_teacher
 
 Deploykit = Callable[..., tuple[int, str, str]]
 
@@ -50,7 +53,7 @@ def test_a_smaller_student_learns_hidden_states_and_goes_on_after_a_kill(
     AutoModelForSequenceClassification.from_config(config).save_pretrained(wide)
     AutoTokenizer.from_pretrained(model).save_pretrained(wide)
     command = (
-        "finetune", model, "--teacher", wide, "--distill-hidden", 2, "--student-layers", 1, "--train", rows,
+        "finetune", model, "--teacher", wide, "--distill-hidden", 2, "--student", "layers=1", "--train", rows,
         "--output-dir", out, "--max-steps", 4, "--eval-steps", 2,
     )  # fmt: skip
     kill_at_step(3, *command)
@@ -63,15 +66,50 @@ def test_a_smaller_student_learns_hidden_states_and_goes_on_after_a_kill(
     code, again, err = deploykit("finetune", "--config", out / "finetune.toml", "--output-dir", out)
     assert (code, "reused" in again) == (0, True), err
     assert not [key for key in load_file(out / "model.safetensors") if "distill" in key]
-    code, _, err = deploykit("export", out, "--output-dir", tmp_path / "e")
+
+
+def test_an_export_is_measured_beside_teacher_and_student(
+    deploykit: Deploykit, make_tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beside_teacher, "_SECONDS", 0.1)
+    teacher, rows = make_tiny_checkpoint(tmp_path / "m"), tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"w{i} w{i % 7},{('bad', 'good')[i % 2]}\n" for i in range(80)))
+    run, out = tmp_path / "student", tmp_path / "int8"
+    code, text, err = deploykit(
+        "finetune", "--teacher", teacher, "--student", "layers=1", "--train", rows, "--output-dir", run, "--max-steps", 4,
+    )  # fmt: skip
     assert code == 0, err
+    assert "\nteacher\n" in text
+    assert "against teacher (paired bootstrap, 95 %): " in text
+    command = ("export", run, "--int8", "--max-drop", 100, "--output-dir", out)
+    code, text, err = deploykit(*command)
+    assert code == 0, err
+    assert "from the checkpoint" in text, "the accuracy table compares"
+    table = text[text.index("from the teacher") :].splitlines()[1:4]
+    assert [line.split(":")[0] for line in table] == ["teacher", "student", "export"]
+    assert all("[" in line for line in table)
+    assert (tmp_path / "int8.teacher.html").is_file()
+    monkeypatch.setattr(beside_teacher, "bench_targets", None)  # what was measured is kept
+    code, printed, err = deploykit(*command, "--json")
+    assert code == 0, err
+    models = json.loads(printed)["teacher"]
+    assert all({"macro_f1", "size_mb", "p50_ms"} <= set(model) and "macro_f1" in model["intervals"] for model in models)
+    assert [bool(model["differences"]) for model in models] == [False, True, True]
+    code, printed, err = deploykit(*command, "--json", "--no-beside-teacher")
+    assert (code, "teacher" in json.loads(printed)) == (0, False), err
+    shutil.rmtree(teacher)
+    code, printed, err = deploykit(
+        "export", run, "--int8", "--max-drop", 100, "--output-dir", tmp_path / "other", "--json"
+    )
+    assert (code, "teacher" in json.loads(printed)) == (0, False), err
+    assert "not measured beside its teacher" in err
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("--layerwise-lr-decay", 0), "--layerwise-lr-decay is 0"),
-        (("--student-layers", 2, "--lora-r", 4), "--student-layers changes the checkpoint"),
+        (("--student", "layers=2", "--lora-r", 4), "--student changes the checkpoint"),
         (("--qat", "--teacher", "m"), "--qat goes on training a checkpoint as it is"),
         (("--augment", "typos"), "--augment 'typos' is no noise with a rate"),
         (("--distill-hidden", 1), "--distill-hidden is for --teacher"),

@@ -41,7 +41,7 @@ def test_a_report_shows_what_lies_behind_the_metrics(
     assert sum(one["rows"] for one in report["slices"] if one["slice"].startswith("airline")) == len(rows)
     low, high = record["metrics"]["intervals"]["macro_f1"]
     assert low < record["metrics"]["macro_f1"] < high < 1
-    assert {"calibration", "label_errors", "tied_words", "flips", "drift"} <= set(report)
+    assert {"calibration", "label_errors", "tied_words", "flips", "groups", "drift"} <= set(report)
     assert any(test["drifts"] for test in report["drift"]["tests"])
     assert page.read_text(encoding="utf-8").count("<svg") == 3
     for given, says in (

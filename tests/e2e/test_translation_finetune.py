@@ -72,7 +72,7 @@ def test_its_metrics_say_how_they_were_computed(new_model: Path) -> None:
     assert set(metrics["samples"][0]) == {"source", "reference", "translation"}
     card = (new_model / "README.md").read_text()
     assert "pipeline_tag: translation" in card
-    assert f"{metrics['test']['bleu']:.1f}" in card
+    assert f"| {metrics['test']['bleu']:.2f} [" in card
 
 
 def test_no_text_of_either_side_is_in_two_splits(new_model: Path) -> None:
@@ -357,7 +357,7 @@ def test_a_smaller_student_learns_its_teachers_translations(
     right, out = tmp_path / "right.tsv", tmp_path / "student"
     right.write_text("\n".join([lines[0], *lines[1::10]]) + "\n", encoding="utf-8")
     command = (
-        "finetune", new_model, *LANGUAGES, "--student-layers", 1, "--train", wrong, "--test", right, "--eval-steps", 20,
+        "finetune", new_model, *LANGUAGES, "--student", "layers=1", "--train", wrong, "--test", right, "--eval-steps", 20,
         "--max-steps", 60, "--max-length", 32, "--batch-tokens", 512, "--learning-rate", 1e-3, "--validation-fraction", 0,
         "--max-train-samples", 200,
     )  # fmt: skip
@@ -388,9 +388,9 @@ def test_a_smaller_student_learns_its_teachers_translations(
     ("words", "code", "says"),
     [
         (("--distill-targets", "join"), 2, "--distill-targets is for --teacher"),
-        (("--student-layers", 1, "--lora-r", 4), 2, "--lora-r adapts a checkpoint as it is"),
-        (("--student-layers", 9), 2, "--student-layers is 9, and the encoder has"),
-        (("--student-decoder-layers", 9), 2, "--student-decoder-layers is 9, and the decoder has"),
+        (("--student", "layers=1", "--lora-r", 4), 2, "--lora-r adapts a checkpoint as it is"),
+        (("--student", "layers=9"), 2, "--student asks for 9 layers, and the encoder has"),
+        (("--student", "layers=1,decoder=9"), 2, "--student asks for 9 layers, and the decoder has"),
         (("--teacher", "no/such"), 1, "no/such: no such directory"),
     ],
 )

@@ -218,7 +218,8 @@ def test_an_interruption_ends_all(words: list[str], tmp_path: Path, number: sign
     ("more", "code", "message"),
     [
         (("--processes", 0), 2, "--processes is 0"),
-        (("--processes", 2, "--folds", 2), 2, "--processes is for one run"),
+        (("--processes", 2, "--folds", 2), 2, "--folds and --learning-curve train each part in one process"),
+        (("--processes", 2, "--search", 2), 2, "--search trains each run in one process"),
         (("--processes", 2, "--max-length", 5000), 2, "takes at most 32 tokens"),
     ],
 )

@@ -13,8 +13,6 @@ from deploykit.errors import UsageError
 from deploykit.runtime.served import DEFAULT_URL
 from deploykit.tasks.classification.checkpoint import TorchClassifier
 from deploykit.tasks.classification.facts import Classification
-from deploykit.tasks.classification.resampling import metrics_with_intervals
-from deploykit.tasks.classification.rows import Example
 from deploykit.tasks.opening import open_predictor
 from deploykit.tasks.registry import task_of
 
@@ -45,7 +43,7 @@ class Teacher:
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return logits, float32 [texts, labels], in the student's order; of a regression the numbers."""
-        scores = self._scores(texts)
+        scores = self.scores(texts)
         if self._task.regression:
             return scores
         exact = scores.astype(np.float64)
@@ -61,16 +59,12 @@ class Teacher:
             )
         return self._predictor
 
-    def measured(self, rows: Sequence[Example]) -> dict[str, Any]:
-        """Return the teacher's own metrics."""
-        truth = self._task.targets([row.label for row in rows])
-        return metrics_with_intervals(self._task, truth, self._scores([row.asked for row in rows]))
-
     def close(self) -> None:
         """Release connections."""
         self._predictor.close()
 
-    def _scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return scores, float32 [texts, labels], in the student's order."""
         parts = [self._predictor.scores(texts[i : i + _AT_ONCE]) for i in range(0, len(texts), _AT_ONCE)]
         found: NDArray[np.float32] = np.concatenate(parts)[:, self._order]
         return found

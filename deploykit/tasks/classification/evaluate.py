@@ -148,7 +148,8 @@ def grade(predictor: TextClassifier, texts: Sequence[str], labels: Sequence[str]
     scores: NDArray[np.float32] = np.concatenate(
         [predictor.scores(texts[i : i + _GRADED]) for i in range(0, len(texts), _GRADED)]
     )
-    return Grade(task.labels, tuple(task.decide(scores)), classification_metrics(task, truth, scores))
+    measure = measure_of(task, truth, scores)
+    return Grade(task.labels, tuple(task.decide(scores)), classification_metrics(task, truth, scores), measure)
 
 
 def texts_and_labels(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.bootstrap import Measure
 from deploykit.data.sample import evenly
 from deploykit.errors import UsageError
 from deploykit.graphs.encoder_export import (
@@ -46,6 +47,7 @@ from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics import classification_metrics
 from deploykit.tasks.classification.parity import check_answers, check_parity, probes, require_equal
 from deploykit.tasks.classification.predictor import TextClassifier, load_classifier
+from deploykit.tasks.classification.resampling import measure_of
 from deploykit.tasks.classification.rows import Example
 from deploykit.tensorrt.build import plan
 from deploykit.training.qat import TrainedScales
@@ -157,6 +159,9 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
 
     def measure(self, raw: NDArray[np.float32]) -> dict[str, Any]:
         return classification_metrics(self._task, self._truth, raw)
+
+    def measure_of(self, raw: NDArray[np.float32]) -> Measure:
+        return measure_of(self._task, self._truth, raw)
 
     def answers(self, raw: NDArray[np.float32]) -> list[str]:
         if self._task.regression:  # two numbers agree when they fall in the same twentieth of the labels' deviation

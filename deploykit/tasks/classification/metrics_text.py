@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deploykit.metric_titles import with_interval
 from deploykit.text_table import text_table
 
 
@@ -51,7 +52,7 @@ def _note(metrics: Mapping[str, Any]) -> str:
 def qat_text(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The four forms of a classifier trained for INT8: before and after, as it is and with its linear layers rounded."""
     rows = (
-        [f"{when}, {form}", f"{m['accuracy']:.4f}", f"{m['macro_f1']:.4f}"]
+        [f"{when}, {form}", *(with_interval(m, name) for name in ("accuracy", "macro_f1"))]
         for when, forms in metrics.items()
         for form, m in forms.items()
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deploykit.metric_titles import with_interval
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.metrics_text import interval
 
@@ -34,24 +35,21 @@ def results(result: Mapping[str, Any], rows: int) -> list[str]:
         return [
             "| mean absolute error | root mean squared error | Pearson | Spearman | rows |",
             "|---:|---:|---:|---:|---:|",
-            f"| {result['mae']:.4g} | {result['rmse']:.4g} | {result['pearson']:.3f} | {result['spearman']:.3f} | {rows:,} |",
+            "| "
+            + " | ".join(with_interval(result, name) for name in ("mae", "rmse", "pearson", "spearman"))
+            + f" | {rows:,} |",
         ]
     return [
-        "| label | precision | recall | F1 | rows |",
-        "|---|---:|---:|---:|---:|",
+        "| label | precision | recall | F1 | 95 % | rows |",
+        "|---|---:|---:|---:|---:|---:|",
         *(
-            f"| {label} | {m['precision']:.3f} | {m['recall']:.3f} | {m['f1']:.3f} | {m['support']:,} |"
+            f"| {label} | {m['precision']:.3f} | {m['recall']:.3f} | {m['f1']:.3f} | "
+            f"{interval(result, f'per_class.{label}.f1', '.3f')} | {m['support']:,} |"
             for label, m in result["per_class"].items()
         ),
-        f"| macro | {result['macro_precision']:.3f} | {result['macro_recall']:.3f} | {result['macro_f1']:.3f} | {rows:,} |",
+        f"| macro | {result['macro_precision']:.3f} | {result['macro_recall']:.3f} | {result['macro_f1']:.3f} | "
+        f"{interval(result, 'macro_f1', '.3f')} | {rows:,} |",
         "",
-        f"Accuracy {result['accuracy']:.3f}; expected calibration error {result['expected_calibration_error']:.3f}.",
-        *(
-            [
-                f"95 % intervals over rows (bootstrap): macro F1 {interval(result, 'macro_f1', '.3f')}, accuracy "
-                f"{interval(result, 'accuracy', '.3f')}."
-            ]
-            if "intervals" in result
-            else []
-        ),
+        f"Accuracy {with_interval(result, 'accuracy', digits=3)}; expected calibration error "
+        f"{with_interval(result, 'expected_calibration_error', digits=3)}. Intervals are of F1, by bootstrap over rows.",
     ]

@@ -65,9 +65,7 @@ class ClassificationOptions(FinetuneOptions):
         "Also learn the hidden states of a teacher that is a checkpoint with the student's tokenizer, layer by layer, with "
         "this weight; 0: off.",
     )
-    student_layers: int = described(
-        0, "Keep this many layers of TARGET, evenly spaced, of a translator on each side that has more; 0: all."
-    )
+    student_layers: int = described(0, hidden=True)
     augment: tuple[str, ...] = described(
         (),
         "Also train on a copy of each training row with noise, as typos=0.1: a rate of the words. Noises: typos, case, "
@@ -209,11 +207,9 @@ class ClassificationOptions(FinetuneOptions):
         self.refuse_without("teacher", "distill_alpha", "distill_temperature", "distill_hidden")
         self._check_noises()
         if self.qat and (self.teacher or self.student_layers):
-            raise UsageError("--qat goes on training a checkpoint as it is", "leave out --teacher and --student-layers")
+            raise UsageError("--qat goes on training a checkpoint as it is", "leave out --teacher and --student")
         if self.student_layers and self.lora_r:
-            raise UsageError(
-                "--student-layers changes the checkpoint that an adapter of --lora-r is for", "leave one out"
-            )
+            raise UsageError("--student changes the checkpoint that an adapter of --lora-r is for", "leave one out")
         if self.temperature_scaling and (self.qat or self.regression or not self.validates):
             reason = (
                 "--qat keeps it" if self.qat else "numbers have none" if self.regression else "it is fitted on them"

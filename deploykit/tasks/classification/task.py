@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deploykit.errors import UsageError
+from deploykit.metric_titles import compared_lines, models_of
 from deploykit.runtime.protobuf_text import quoted
 from deploykit.tasks.classification.facts import Classification, as_text
 from deploykit.tasks.protocol import Answer, Evaluation, Grade, Progress
@@ -192,7 +193,10 @@ class _Classification:
     def result(self, facts: Classification, metrics: Mapping[str, Any], held_out: str) -> tuple[dict[str, Any], str]:
         from deploykit.tasks.classification.metrics_text import qat_text
 
-        record, text = {"labels": list(facts.labels)}, self.metrics_text({"": metrics[held_out]}) if held_out else ""
+        record: dict[str, Any] = {"labels": list(facts.labels)}
+        text = (
+            "\n".join([self.metrics_text(models_of(metrics, held_out)), *compared_lines(metrics)]) if held_out else ""
+        )
         if "qat" not in metrics:
             return record, text
         return {**record, "qat": metrics["qat"]}, f"{text}\n\n{qat_text(metrics['qat'])}"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deploykit.bootstrap import Measure, differences
 from deploykit.data.noise import BACK_TRANSLATION, parse_noise
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
@@ -24,7 +25,7 @@ from deploykit.tasks.classification.hidden_states import HiddenTeacher
 from deploykit.tasks.classification.inspection.confidence import fit_temperature
 from deploykit.tasks.classification.options import ClassificationOptions
 from deploykit.tasks.classification.recipe import Facts, choose, kind_of
-from deploykit.tasks.classification.resampling import metrics_with_intervals
+from deploykit.tasks.classification.resampling import measure_of, metrics_with_intervals
 from deploykit.tasks.classification.rows import (
     Columns,
     Example,
@@ -215,9 +216,13 @@ class ClassificationStage:
             task = dataclasses.replace(task, temperature=fit_temperature(task, found.truth, found.scores))
             say(f"temperature of the logits: {task.temperature:g}")
         say("measuring on the held-out rows")
-        metrics = self._measure(TorchClassifier(model, self.tokenizer, task), rows)
+        student = TorchClassifier(model, self.tokenizer, task)
+        metrics = self._measure(student, rows)
         if teacher is not None:
-            metrics["teacher"] = {name: teacher.measured(rows.splits[name]) for name in metrics}
+            metrics["teacher"] = {name: _metrics(task, teacher, rows.splits[name]) for name in metrics}
+            if shown := rows.held_out:
+                ours, theirs = (_measure(task, model, rows.splits[shown]) for model in (student, teacher))
+                metrics["differences"] = {"teacher": differences(ours, theirs, len(rows.splits[shown]))}
             teacher.close()
         if noisy:
             metrics["augmented"] = {noise: len(copies) for noise, copies in noisy.items()}
@@ -250,22 +255,26 @@ class ClassificationStage:
 
         options, task = self._options, classifier.task
         held_out = rows.held_out
-        before = {"fp32": _metrics(classifier, rows.splits[held_out])}
+        before = {"fp32": _metrics(task, classifier, rows.splits[held_out])}
         token_ids = evenly(encoded["train"].encoded.ids, _CALIBRATION_ROWS)
         say(f"calibrating on {len(token_ids):,} rows ({options.qat_method})")
         rounded = FakeQuantization(classifier.model, token_ids, options.qat_method)
-        before["int8"] = _metrics(classifier, rows.splits[held_out])
+        before["int8"] = _metrics(task, classifier, rows.splits[held_out])
         model = fit(classifier.model, encoded["train"], encoded.get("validation"), options, work, say)
         say("measuring on the held-out rows")
         classifier = TorchClassifier(model, self.tokenizer, task)
-        int8 = _metrics(classifier, rows.splits[held_out])
+        int8 = _metrics(task, classifier, rows.splits[held_out])
         scales = rounded.remove()
         metrics = self._measure(classifier, rows)
         metrics["qat"] = {"before": before, "after": {"fp32": metrics[held_out], "int8": int8}}
         return Trained(task, model, self.tokenizer, metrics, scales)
 
     def _measure(self, classifier: TorchClassifier, rows: Rows[Example, Columns]) -> dict[str, Any]:
-        return {name: _metrics(classifier, rows.splits[name]) for name in ("validation", "test") if rows.splits[name]}
+        return {
+            name: _metrics(classifier.task, classifier, rows.splits[name])
+            for name in ("validation", "test")
+            if rows.splits[name]
+        }
 
     def task(self, rows: Rows[Example, Columns]) -> Classification:
         options = self._options
@@ -367,6 +376,11 @@ def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str,
     return sort_labels({name for e in examples for name in label_parts(e.label, multi_label=multi_label)})
 
 
-def _metrics(classifier: TorchClassifier, examples: Sequence[Example]) -> dict[str, Any]:
-    truth = classifier.task.targets([e.label for e in examples])
-    return metrics_with_intervals(classifier.task, truth, classifier.scores([e.asked for e in examples]))
+def _metrics(task: Classification, model: TorchClassifier | Teacher, examples: Sequence[Example]) -> dict[str, Any]:
+    truth = task.targets([e.label for e in examples])
+    return metrics_with_intervals(task, truth, model.scores([e.asked for e in examples]))
+
+
+def _measure(task: Classification, model: TorchClassifier | Teacher, examples: Sequence[Example]) -> Measure:
+    truth = task.targets([e.label for e in examples])
+    return measure_of(task, truth, model.scores([e.asked for e in examples]))

@@ -72,7 +72,8 @@ def grade(predictor: TextAnswerer, texts: Sequence[str], truth: Sequence[str]) -
     for start in range(0, len(pairs), _CHUNK):
         found += found_for(predictor, pairs[start : start + _CHUNK], lambda done, of: None)
     answers = tuple(each.decide(predictor.task.no_answer_threshold).text for each in found)
-    return Grade(None, answers, answer_metrics(predictor.task, found, examples))
+    metrics, measure = answer_metrics(predictor.task, found, examples), measure_of(predictor.task, found, examples)
+    return Grade(None, answers, metrics, measure)
 
 
 def texts_and_answers(source: str, reading: Reading) -> list[tuple[str, str | None]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploykit.bootstrap import Measure
 from deploykit.data.sample import evenly
 from deploykit.freed_memory import keep_memory
 from deploykit.graphs.encoder_export import (
@@ -42,7 +43,7 @@ from deploykit.tasks.question_answering.calibration import calibrate, sample_win
 from deploykit.tasks.question_answering.checkpoint import TorchAnswerer
 from deploykit.tasks.question_answering.evaluate import found_for, labelled_questions
 from deploykit.tasks.question_answering.facts import QuestionAnswering, as_text
-from deploykit.tasks.question_answering.metrics import answer_metrics
+from deploykit.tasks.question_answering.metrics import answer_metrics, measure_of
 from deploykit.tasks.question_answering.parity import check_parity
 from deploykit.tasks.question_answering.predictor import Answerer, load_answerer
 from deploykit.tasks.question_answering.rows import Example
@@ -153,6 +154,9 @@ class _Grader(EncoderGrader[list[Found]]):
 
     def measure(self, raw: list[Found]) -> dict[str, Any]:
         return answer_metrics(self._task, raw, self._rows)
+
+    def measure_of(self, raw: list[Found]) -> Measure:
+        return measure_of(self._task, raw, self._rows)
 
     def answers(self, raw: list[Found]) -> list[str]:
         return [found.decide(self._task.no_answer_threshold).text for found in raw]

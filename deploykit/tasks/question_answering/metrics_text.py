@@ -12,7 +12,7 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     """Return exact match and F1 with intervals, for all questions and for those with and without an answer."""
     parts = {"all": metrics, **{name: metrics[name] for name in ("has_answer", "no_answer") if name in metrics}}
     rows = (
-        [name.replace("_", " "), *(_cell(metrics, name, metric) for metric in ("exact_match", "f1")), f"{m['rows']:,}"]
+        [name.replace("_", " "), *(cell(metrics, name, metric) for metric in ("exact_match", "f1")), f"{m['rows']:,}"]
         for name, m in parts.items()
     )
     lines = [text_table(["", "exact match", "F1", "rows"], rows), "(in brackets bootstrap 95 % intervals)"]
@@ -23,7 +23,8 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(metrics: Mapping[str, Any], part: str, metric: str) -> str:
+def cell(metrics: Mapping[str, Any], part: str, metric: str) -> str:
+    """Return a metric of "all" questions, or those of a ``part``, with its interval."""
     value, key = (metrics[metric], metric) if part == "all" else (metrics[part][metric], f"{part}.{metric}")
     low, high = metrics["intervals"][key]
     return f"{value:.4f} [{low:.4f}, {high:.4f}]"

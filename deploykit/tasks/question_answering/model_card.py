@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deploykit.tasks.question_answering.facts import QuestionAnswering
+from deploykit.tasks.question_answering.metrics_text import cell
 
 
 def head(task: QuestionAnswering, origin: str) -> list[str]:
@@ -29,12 +30,14 @@ def head(task: QuestionAnswering, origin: str) -> list[str]:
 
 def results(result: Mapping[str, Any], rows: int) -> list[str]:
     """Return the table of metrics."""
-    low, high = result["intervals"]["f1"]
     named = [("all", result), *((name, result[name]) for name in ("has_answer", "no_answer") if name in result)]
     return [
         "| questions | exact match | F1 | rows |",
         "|---|---:|---:|---:|",
-        *(f"| {n.replace('_', ' ')} | {m['exact_match']:.3f} | {m['f1']:.3f} | {m['rows']:,} |" for n, m in named),
+        *(
+            f"| {name.replace('_', ' ')} | {cell(result, name, 'exact_match')} | {cell(result, name, 'f1')} | {m['rows']:,} |"
+            for name, m in named
+        ),
         "",
-        f"95 % interval of F1 over {rows:,} questions: {low:.3f} to {high:.3f} (bootstrap).",
+        f"In brackets: bootstrap 95 % intervals over {rows:,} questions.",
     ]

@@ -219,7 +219,7 @@ def grade(
 ) -> Grade:
     """Answer every text and compare."""
     answers = [answer.text for answer in answers_to(generator, texts, sampling)]
-    return Grade(None, tuple(answers), answer_metrics(answers, references))
+    return Grade(None, tuple(answers), answer_metrics(answers, references), answer_measure(answers, references))
 
 
 def texts_and_references(

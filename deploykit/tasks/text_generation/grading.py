@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from deploykit.bootstrap import Measure
 from deploykit.data.sample import evenly
 from deploykit.hardware import available_cpus
 from deploykit.quantization.grading import Grader, Line
@@ -21,7 +22,7 @@ from deploykit.runtime.engines.protocol import Precision
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import LocalGenerator, RowScore
-from deploykit.tasks.text_generation.metrics import scored_metrics
+from deploykit.tasks.text_generation.metrics import scored_measure, scored_metrics
 from deploykit.tasks.text_generation.predictor import load_generator
 
 ENGINE = "onnxruntime"
@@ -83,6 +84,9 @@ class LanguageModelGrader(Grader[list[Scored]]):
         if len(divergence):
             metrics["kl_mean"], metrics["kl_p99"] = float(divergence.mean()), float(np.percentile(divergence, 99))
         return metrics
+
+    def measure_of(self, raw: list[Scored]) -> Measure:
+        return scored_measure(raw, self._texts)
 
     def answers(self, raw: list[Scored]) -> list[str]:
         return [str(token) for row in raw for token in row.tokens]

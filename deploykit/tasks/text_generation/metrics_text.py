@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from deploykit.metric_titles import models_of
 from deploykit.text_table import text_table
 
 TITLES: Mapping[str, str] = {
@@ -47,15 +48,10 @@ def cell(metrics: Mapping[str, Any], name: str) -> str:
 
 def result_text(metrics: Mapping[str, Any], held_out: str) -> str:
     """Metrics before and after side by side, and some answers."""
-    lines = [metrics_text(columns_of(metrics, held_out))]
+    lines = [metrics_text(models_of(metrics, held_out))]
     for sample in metrics["samples"]:
         lines.append("")
         lines += [
             f"{name + ':':<11}{sample[name]}" for name in ("prompt", "reference", "before", "answer") if name in sample
         ]
     return "\n".join(lines)
-
-
-def columns_of(metrics: Mapping[str, Any], held_out: str) -> dict[str, Mapping[str, Any]]:
-    found = {name: found for name in ("before", "teacher") if (found := metrics.get(name, {}).get(held_out))}
-    return {**found, "after": metrics[held_out]}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deploykit.metric_titles import models_of
 from deploykit.tasks.text_generation.facts import TextGeneration
-from deploykit.tasks.text_generation.metrics_text import cell, columns_of, shown
+from deploykit.tasks.text_generation.metrics_text import cell, shown
 
 
 def head(task: TextGeneration, origin: str) -> list[str]:
@@ -24,7 +25,7 @@ def head(task: TextGeneration, origin: str) -> list[str]:
 
 
 def results(metrics: Mapping[str, Any], held_out: str) -> list[str]:
-    columns = columns_of(metrics, held_out)
+    columns = models_of(metrics, held_out)
     return [
         "| | " + " | ".join(columns) + " |",
         "|---|" + "---:|" * len(columns),

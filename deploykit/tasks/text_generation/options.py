@@ -57,7 +57,7 @@ class TextGenerationOptions(FinetuneOptions):
     teacher: str | None = None
     distill_alpha: float = 0.5
     distill_temperature: float = 2.0
-    student_layers: int = 0
+    student_layers: int = described(0, hidden=True)
     eval_rows: int = 32
     held_out_rows: int = 500
 
@@ -95,7 +95,7 @@ class TextGenerationOptions(FinetuneOptions):
         self.refuse_without("teacher", "distill_alpha", "distill_temperature")
         if self.student_layers and self.adapts:
             raise UsageError(
-                "--student-layers changes the checkpoint that an adapter is for", "leave one out: --lora-r 0 trains all"
+                "--student changes the checkpoint that an adapter is for", "leave one out: --lora-r 0 trains all"
             )
         if self.syntax is not None:
             check_syntax(self.syntax)

@@ -8,11 +8,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from deploykit.metric_titles import models_of, with_interval
 from deploykit.report import training_figures
 from deploykit.report.html import figure, page, section, table, word_table, write_page
 from deploykit.report.pages import bench_parts
 from deploykit.report.svg import require_matplotlib
-from deploykit.tasks.text_generation.metrics_text import cell, columns_of, shown
+from deploykit.tasks.text_generation.metrics_text import cell, shown
 from deploykit.training.rows import held_out
 
 FILE = "report.html"
@@ -66,7 +67,7 @@ def _streams(loads: Sequence[Any]) -> str:
 
 
 def _held_out(metrics: Mapping[str, Any], split: str) -> str:
-    columns = columns_of(metrics, split)
+    columns = models_of(metrics, split)
     rows = [[escape(name), *(cell(values, key) for values in columns.values())] for key, name in shown(columns)]
     note = "None was seen in training. In brackets: bootstrap 95 % intervals over rows."
     return section(f"On the {split} rows", note, table(("", *columns), rows))
@@ -103,7 +104,7 @@ def _quantization(export: Mapping[str, Any]) -> list[str]:
     lines = export["accuracy_table"]
     head = [name.replace("_", " ") for name in _FORMS]
     rows = [
-        [escape(f"{line['precision']} ({line['engine']})"), *(f"{line[name]:.4f}" for name in _FORMS[1:])]
+        [escape(f"{line['precision']} ({line['engine']})"), *(with_interval(line, name) for name in _FORMS[1:])]
         for line in lines
     ]
     quantized = export.get("quantization", {})

@@ -134,7 +134,9 @@ def grade(
         for i in range(0, len(texts), _TRANSLATED_AT_A_TIME)
         for translated in translator.translate(texts[i : i + _TRANSLATED_AT_A_TIME], generation, scored=False)
     ]
-    return Grade(None, tuple(answers), translation_metrics(answers, references, texts, translator.task.target))
+    target = translator.task.target
+    metrics = translation_metrics(answers, references, texts, target)
+    return Grade(None, tuple(answers), metrics, measure_of(answers, references, target))
 
 
 def texts_and_references(

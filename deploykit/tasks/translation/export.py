@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.artifacts import digest_of
+from deploykit.bootstrap import Measure
 from deploykit.data.sample import evenly
 from deploykit.errors import ExportError, UsageError
 from deploykit.graphs.architecture import Architecture
@@ -45,7 +46,7 @@ from deploykit.tasks.translation.clean_pairs import clean_pairs
 from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.forced_decoding import Forced, greedy_translations, log_probabilities
-from deploykit.tasks.translation.metrics import translation_metrics
+from deploykit.tasks.translation.metrics import measure_of, translation_metrics
 from deploykit.tasks.translation.optimum import write_optimum
 from deploykit.tasks.translation.pairs import Pair
 from deploykit.tasks.translation.parity import Parity, check_parity
@@ -251,6 +252,9 @@ class _Grader(Grader[list[str]]):
 
     def measure(self, raw: list[str]) -> dict[str, Any]:
         return translation_metrics(raw, self._targets, self._sources, self._task.target)
+
+    def measure_of(self, raw: list[str]) -> Measure:
+        return measure_of(raw, self._targets, self._task.target)
 
     def answers(self, raw: list[str]) -> list[str]:
         return raw

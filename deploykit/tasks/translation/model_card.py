@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deploykit.metric_titles import compared_lines, models_of, with_interval
 from deploykit.tasks.translation.facts import Translation
 
 
@@ -24,23 +25,23 @@ def head(task: Translation, origin: str) -> list[str]:
 
 
 def results(metrics: Mapping[str, Any], held_out: str) -> list[str]:
-    after, before = metrics[held_out], metrics.get("before", {}).get(held_out)
-    teacher = metrics.get("teacher", {}).get(held_out)
-    scores = [
-        ("after training", after), *([("before", before)] if before else []), *([("teacher", teacher)] if teacher else [])
-    ]  # fmt: skip
+    after, models = metrics[held_out], models_of(metrics, held_out)
     return [
         "| | BLEU | chrF | placeholders kept |",
         "|---|---:|---:|---:|",
         *(
-            f"| {when} | {m['bleu']:.1f} | {m['chrf']:.1f} | {m['placeholders']['kept']:,} of {m['placeholders']['checked']:,} |"
-            for when, m in scores
+            f"| {name or 'after'} | {with_interval(m, 'bleu')} | {with_interval(m, 'chrf')} | "
+            f"{m['placeholders']['kept']:,} of {m['placeholders']['checked']:,} |"
+            for name, m in models.items()
         ),
+        "",
+        "In brackets: bootstrap 95 % intervals over rows.",
+        *(f"{line[0].upper()}{line[1:]}." for line in compared_lines(metrics)),
         "",
         f"sacrebleu: `{after['signatures']['bleu']}`, `{after['signatures']['chrf']}`.",
         "",
-        "| source | " + ("before | " if before else "") + "translation | reference |",
-        "|---|---|---|" + ("---|" if before else ""),
+        "| source | " + ("before | " if "before" in models else "") + "translation | reference |",
+        "|---|---|---|" + ("---|" if "before" in models else ""),
         *(
             "| " + " | ".join(_cell(s[k]) for k in ("source", "before", "translation", "reference") if k in s) + " |"
             for s in metrics["samples"]

@@ -38,8 +38,8 @@ class TranslationOptions(FinetuneOptions):
         "The teacher's translations replace the targets of the training rows, or join them as rows of their own.",
         ("replace", "join"),
     )
-    student_layers: int = 0
-    student_decoder_layers: int = described(0, "Layers of the decoder to keep, in place of --student-layers.")
+    student_layers: int = described(0, hidden=True)
+    student_decoder_layers: int = described(0, hidden=True)
     eval_rows: int = described(
         256,
         "Maximum validation rows that an evaluation translates; for text-generation, held-out rows to answer before and "
@@ -92,7 +92,6 @@ class TranslationOptions(FinetuneOptions):
         if self.from_config is not None and self.lora_r:
             raise UsageError("--lora-r is for a checkpoint", "leave it out: with --from-config all weights are new")
         self.refuse_without("teacher", "distill_targets")
-        for name in ("student_layers", "student_decoder_layers"):
-            if getattr(self, name) and (self.lora_r or self.from_config is not None):
-                other = "--lora-r adapts a checkpoint as it is" if self.lora_r else "--from-config has none to keep"
-                raise UsageError(f"{flag(name)} keeps some layers of a checkpoint, and {other}", "leave one out")
+        if (self.student_layers or self.student_decoder_layers) and (self.lora_r or self.from_config is not None):
+            other = "--lora-r adapts a checkpoint as it is" if self.lora_r else "--from-config has none to keep"
+            raise UsageError(f"--student keeps some layers of a checkpoint, and {other}", "leave one out")

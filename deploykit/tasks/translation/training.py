@@ -23,11 +23,12 @@ from transformers import (
 )
 
 from deploykit import artifacts
+from deploykit.bootstrap import differences
 from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.checkpoint import TorchTranslator, translation_task
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.generation_config import generation_config
-from deploykit.tasks.translation.metrics import bleu_and_chrf, metrics_with_intervals
+from deploykit.tasks.translation.metrics import bleu_and_chrf, measure_of, metrics_with_intervals
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS, Preset
 from deploykit.tasks.translation.rows import (
@@ -124,7 +125,11 @@ class TranslationStage:
 
     def train(self, rows: Rows[Pair, PairColumns], work: Path, say: Say) -> Trained:
         options = self._options
-        learned, taught = self._taught(rows, work, say) if options.teacher is not None else (rows.splits["train"], {})
+        learned: Sequence[Pair] = rows.splits["train"]
+        taught: dict[str, Any] = {}
+        answers: dict[str, list[str]] = {}
+        if options.teacher is not None:
+            learned, taught, answers = self._taught(rows, work, say)
         model, tokenizer, task = (
             self._from_checkpoint() if options.model is not None else self._from_config(learned, say)
         )
@@ -153,13 +158,19 @@ class TranslationStage:
         if before is not None:
             metrics["before"] = {shown: _metrics(before, rows.splits[shown], task.target)}
         metrics |= taught
+        others = {"before": before, "teacher": answers.get(shown)}
+        metrics["differences"] = {
+            name: _difference(after[shown], other, rows.splits[shown], task.target)
+            for name, other in others.items()
+            if other is not None
+        }
         metrics["samples"] = _samples(rows.splits[shown], after[shown], before) if shown else []
         return Trained(task, model, tokenizer, metrics)
 
     def _taught(
         self, rows: Rows[Pair, PairColumns], work: Path, say: Say
-    ) -> tuple[list[Pair], dict[str, dict[str, Any]]]:
-        """Return the training pairs as the teacher has them, and its metrics on the held-out rows."""
+    ) -> tuple[list[Pair], dict[str, dict[str, Any]], dict[str, list[str]]]:
+        """Return the training pairs as the teacher has them, and its metrics and translations of the held-out rows."""
         options = self._options
         with open_teacher(options, work, say) as teacher:
             learned, counts = teacher.taught(rows.splits["train"], join=options.distill_targets == "join")
@@ -172,14 +183,13 @@ class TranslationStage:
             if leaks:
                 say(f"  - {leaks:,} of them dropped: the teacher's target is that of a held-out row")
             counts["leaks"] = leaks
-            metrics = {
-                name: _metrics(
-                    [answer or "" for answer in teacher.translations(name, pairs)], pairs, options.target_lang
-                )
+            answers = {
+                name: [answer or "" for answer in teacher.translations(name, pairs)]
                 for name, pairs in rows.splits.items()
                 if name != "train" and pairs
             }
-        return learned, {"distilled": counts, "teacher": metrics}
+        metrics = {name: _metrics(found, rows.splits[name], options.target_lang) for name, found in answers.items()}
+        return learned, {"distilled": counts, "teacher": metrics}, answers
 
     def _keep_layers(self, translator: TorchTranslator, say: Say) -> None:
         """Leave out layers of the model that the student is not to have."""
@@ -191,9 +201,7 @@ class TranslationStage:
             wanted["decoder"] = options.student_decoder_layers
         for side, count in wanted.items():
             if count:
-                own = side == "decoder" and options.student_decoder_layers
-                option = "student_decoder_layers" if own else "student_layers"
-                translator.model, kept = keep_layers(translator.model, count, side, option)
+                translator.model, kept = keep_layers(translator.model, count, side)
                 say(f"the student's {side} has the layers {kept} of {options.origin}, from 0")
 
     def _from_checkpoint(self) -> tuple[Any, Any, Translation]:
@@ -466,6 +474,13 @@ def _translations(translator: TorchTranslator, pairs: Sequence[Pair]) -> list[st
 def _metrics(translations: Sequence[str], pairs: Sequence[Pair], target: str) -> dict[str, Any]:
     sources, references = [pair.source for pair in pairs], [pair.target for pair in pairs]
     return metrics_with_intervals(translations, references, sources, target)
+
+
+def _difference(ours: Sequence[str], theirs: Sequence[str], pairs: Sequence[Pair], target: str) -> dict[str, Any]:
+    """Compare two translators on the same rows."""
+    references = [pair.target for pair in pairs]
+    first, second = (measure_of(translations, references, target) for translations in (ours, theirs))
+    return differences(first, second, len(pairs))
 
 
 def _samples(pairs: Sequence[Pair], after: Sequence[str], before: Sequence[str] | None) -> list[dict[str, str]]:

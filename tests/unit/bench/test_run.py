@@ -53,6 +53,17 @@ def test_json_has_the_documented_keys_and_survives_a_round_trip() -> None:
         assert len(scenario["histogram"]["edges_ms"]) == len(scenario["histogram"]["counts"]) + 1
 
 
+def test_models_are_compared_on_the_same_texts() -> None:
+    class Wrong(Oracle):
+        def scores(self, texts: Sequence[str]) -> NDArray[np.float32]:
+            return 1 - super().scores(texts)
+
+    first, second = run(Candidate("right", Oracle("a")), Candidate("wrong", Wrong("b"))).to_json()["candidates"]
+    assert first["differences"] is None
+    assert second["differences"]["accuracy"] == {"difference": -1.0, "interval": [-1.0, -1.0], "beyond_noise": True}
+    assert second["metrics"]["intervals"]["accuracy"] == [0.0, 0.0]
+
+
 def test_candidates_take_turns_within_each_round() -> None:
     calls: list[str] = []
     run(Candidate("a", Oracle("a", calls)), Candidate("b", Oracle("b", calls)), labels=None)

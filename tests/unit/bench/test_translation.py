@@ -113,7 +113,7 @@ def test_exports_are_measured_with_references_and_options(
     assert code == 0, result
     assert [c["precision"] for c in result["candidates"]] == ["fp32", "int8"]
     for candidate in result["candidates"]:
-        assert set(candidate["metrics"]) == {"bleu", "chrf", "signatures", "placeholders"}
+        assert set(candidate["metrics"]) == {"bleu", "chrf", "signatures", "placeholders", "intervals"}
         assert candidate["disagreements"] == 0
         assert candidate["peak_memory_mb"] > 10
         assert candidate["first_answer_s"] > 0

@@ -105,7 +105,7 @@ def test_a_curve_is_measured_on_the_same_rows_and_continued_by_a_power_law(
 
 
 def test_an_error_that_does_not_fall_gives_no_expectation(tmp_path: Path) -> None:
-    points = [{"rows": count, "value": 0.9 - count / 1000} for count in (10, 20, 40)]
+    points = [{"rows": count, "value": 0.9 - count / 1000, "interval": None} for count in (10, 20, 40)]
     assert expected(points, "macro_f1", 80) is None
     assert expected(points, "rmse", 80) == pytest.approx(0.84, abs=0.02)
     assert expected([{"rows": 10, "value": 40.0}, {"rows": 20, "value": 70.0}], "chrf", 40) == pytest.approx(85.0)

@@ -37,6 +37,43 @@ def test_an_option_of_the_other_task_is_refused(given: dict[str, Any], owner: st
 
 
 @pytest.mark.parametrize(
+    ("given", "model", "layers"),
+    [
+        ({"model": "m", "student": "layers=3"}, "m", 3),
+        ({"teacher": "t", "student": "layers=3"}, "t", 3),
+        ({"model": "m", "teacher": "t", "student": "layers=3"}, "m", 3),
+        ({"teacher": "t", "student": "small"}, "small", 0),
+    ],
+)
+def test_a_student_is_a_checkpoint_or_layers_of_one(given: dict[str, Any], model: str, layers: int) -> None:
+    options = make_options({"train": "x.csv", **given})
+    assert isinstance(options, ClassificationOptions)
+    assert options.model is not None
+    assert (Path(options.model).name, options.student_layers) == (model, layers)
+
+
+def test_a_student_of_a_translator_may_have_a_shallower_decoder() -> None:
+    options = make_options({**PAIR, "teacher": "t", "student": "layers=6,decoder=2"})
+    assert isinstance(options, TranslationOptions)
+    assert (options.student_layers, options.student_decoder_layers) == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"model": "m", "student": "other"}, "two checkpoints are given: m and --student other"),
+        ({"model": "m", "student": "layers=0"}, "--student is 'layers=0'"),
+        ({"model": "m", "student": "layer=3"}, "--student is 'layer=3'"),
+        ({"model": "m", "student": "layers=3,decoder=1"}, "--student is for --task translation"),
+        ({"model": "m", "student": "layers=3", "task": "question-answering"}, "--student is for --task"),
+    ],
+)
+def test_a_student_that_is_neither_is_refused(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        make_options({"train": "x.csv", **given})
+
+
+@pytest.mark.parametrize(
     ("given", "named"),
     [
         ({}, "neither a checkpoint nor --from-config"),

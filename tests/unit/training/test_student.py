@@ -35,7 +35,7 @@ def test_layers_are_kept_evenly_and_the_student_can_be_loaded(
         torch.testing.assert_close(loaded(input_ids=ids).logits, student(input_ids=ids).logits)
         model.bert.encoder.layer = torch.nn.ModuleList([model.bert.encoder.layer[0], model.bert.encoder.layer[2]])
         torch.testing.assert_close(model(input_ids=ids).logits, student(input_ids=ids).logits)
-    with pytest.raises(UsageError, match="--student-layers is 2, and the model has 2 layers"):
+    with pytest.raises(UsageError, match="--student asks for 2 layers, and the model has 2"):
         keep_layers(student, 2)
 
 

@@ -28,6 +28,7 @@ def write_report(title: str, record: Record, out: Path) -> None:
         *(_calibration(record["calibration"]) if "calibration" in record else ()),
         *(_label_errors(record["label_errors"]) if record.get("label_errors") else ()),
         *(_tied_words(record["tied_words"]) if record.get("tied_words") else ()),
+        *(_groups(record["groups"]) if record.get("groups") else ()),
         *(_flips(record["flips"]) if record.get("flips") else ()),
         *(drift_parts(record["drift"]) if "drift" in record else ()),
     ]
@@ -78,6 +79,21 @@ def _tied_words(words: Sequence[Record]) -> list[str]:
     note = "A name or a marker among them is a short cut that the model may have learned."
     head = ("word", "label", "texts with it", "with the label", "of all texts", "standard deviations")
     return [section("Words tied to one label beyond chance", note, table(head, rows))]
+
+
+def _groups(gaps: Sequence[Record]) -> list[str]:
+    names = ("demographic_parity", "equalized_odds")
+    rows = [
+        [escape(f"{one['column']}, label {one['label']}"), *(with_interval(one, name) for name in names),
+         escape(", ".join(f"{group} {100 * rate:.0f} %" for group, rate in one["rates"].items()))]
+        for one in gaps
+    ]  # fmt: skip
+    note = (
+        "Largest difference between two groups in how often they get the label: of all their rows (demographic parity), and of those "
+        "whose label it is or is not (equalized odds). A difference is never below 0, and of few rows large by chance."
+    )
+    head = ("column and label", "demographic parity difference", "equalized odds difference", "get the label")
+    return [section("Groups", note, table(head, rows))]
 
 
 def _flips(flips: Sequence[Record]) -> list[str]:

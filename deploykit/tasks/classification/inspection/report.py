@@ -17,6 +17,7 @@ from deploykit.tasks.classification.evaluate import answer_rows, evaluation, lab
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.inspection.confidence import calibration
 from deploykit.tasks.classification.inspection.flips import ENGLISH, count_flips, read_swaps
+from deploykit.tasks.classification.inspection.groups import group_gaps
 from deploykit.tasks.classification.inspection.label_errors import likely_label_errors, tied_words
 from deploykit.tasks.classification.inspection.slices import sliced_metrics
 from deploykit.tasks.classification.predictor import TextClassifier
@@ -40,7 +41,7 @@ def report(
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Measure, and return what lies behind the metrics.
 
-    Keys: labels, metrics, rows, slices, robustness, and of labels also calibration, label_errors, tied_words, flips; with
+    Keys: labels, metrics, rows, slices, robustness, and of labels also calibration, label_errors, tied_words, flips, groups; with
     ``options.against`` drift. Raises DataError for a column to slice by that the rows do not have.
     """
     task = predictor.task
@@ -68,6 +69,7 @@ def report(
         record["calibration"] = calibration(task, truth, scores)
         record["tied_words"] = tied_words(task, examples)
         record["flips"] = count_flips(predictor, examples, task.decide(scores), swaps)
+        record["groups"] = group_gaps(task, truth, scores, values)
         if not task.multi_label:
             record["label_errors"] = likely_label_errors(task, examples, truth, scores)
     if options.against is not None:
