@@ -171,14 +171,25 @@ def test_a_body_that_is_shorter_than_it_came_is_answered(
 
 
 def test_a_connection_that_waits_for_its_next_request_stays_open(server: TritonServer) -> None:
-    connection = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=60)
-    with contextlib.closing(connection):
-        for route in ("/v2/health/ready", "/v2/models/tiny/infer", "/v2/models/tiny"):
-            connection.request("GET" if route != "/v2/models/tiny/infer" else "POST", route, CONTENT)
-            used = connection.sock
-            assert connection.getresponse().read() is not None
-            time.sleep(5)
-            assert connection.sock is used
+    methods = {"/v2/health/ready": "GET", "/v2/models/tiny/infer": "POST", "/v2/models/tiny": "GET"}
+    with contextlib.ExitStack() as stack:
+        connections = {
+            route: stack.enter_context(
+                contextlib.closing(http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=60))
+            )
+            for route in methods
+        }
+
+        def ask_all() -> list[socket.socket]:
+            for route, connection in connections.items():
+                connection.request(methods[route], route, CONTENT)
+                assert connection.getresponse().read() is not None
+            return [connection.sock for connection in connections.values()]
+
+        used = ask_all()
+        assert all(used)
+        time.sleep(5)
+        assert ask_all() == used
 
 
 def _send_raw(server: TritonServer, headers: list[str], content: bytes, until: bytes) -> bytes:
