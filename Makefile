@@ -40,7 +40,8 @@ test: $(READY)
 	@bash setup.sh --browser
 	@bash setup.sh --emulator
 	@# Files start in the order of collection. One thread per process: more would wait for each other on two cores.
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@# Hundreds of processes import deploykit: they compile it once, also where the environment says to keep no bytecode.
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 LMEVAL_VENV ?= /tmp/deploykit-lmeval
 OPTIMUM_VENV ?= /tmp/deploykit-optimum
@@ -95,7 +96,7 @@ docs: $(READY)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/docs
 
 check: lint
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit
 
 clean:
 	rm -rf .venv demo
