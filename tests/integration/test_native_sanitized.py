@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from language_models import random_model as random_language_model
 from native_encoders import random_model, runs_here
-from paths import ROOT
+from paths import CACHE, ROOT
 from transformers import AutoModelForSequenceClassification
 from translators import FAMILIES
 
@@ -53,6 +54,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Kept in the user's cache until a source changes: compiling takes more than a minute of a CPU."""
+    compiler = subprocess.run(["gcc", "--version"], capture_output=True, check=True).stdout
+    digest = hashlib.sha256(compiler + repr(TRIED).encode())
+    for file in (Path(__file__), *sorted(CSRC.rglob("*.[ch]"))):
+        digest.update(file.read_bytes())
+    kept = CACHE / "sanitized" / f"{digest.hexdigest()}.so"
+    if kept.exists():
+        return kept
     folder = tmp_path_factory.mktemp("sanitized")
 
     def compile_file(source: Path, cpu: tuple[str, ...]) -> Path:
@@ -70,7 +79,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         objects = list(pool.map(compile_file, sources, sources.values()))
     out = folder / "native.so"
     subprocess.run(["gcc", *SANITIZERS, "-shared", *objects, "-o", out, "-lm", "-lpthread", "-ldl"], check=True)
-    return out
+    shutil.rmtree(kept.parent, ignore_errors=True)
+    kept.parent.mkdir(parents=True)
+    partial = shutil.copy(out, kept.with_suffix(".partial"))
+    return partial.replace(kept)
 
 
 @pytest.fixture(scope="module")
