@@ -14,7 +14,7 @@ help:
 	@echo "make optimum-peers   transformers 4, optimum-onnx and OpenVINO, which bench/answering.py compares with, in an environment of their own"
 	@echo "make generation-peers   the engines that bench/generation.py compares with, in an environment of their own (minutes)"
 	@echo "make bench  measure the demos' models against other tools, on a quiet machine (an hour, without generation.py)"
-	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, ask lm-eval, and run Spark, in environments of their own (minutes)"
+	@echo "make interop   open exports in optimum-onnx, onnxruntime-genai and llama.cpp, ask lm-eval, and run Spark, Helm and Schemathesis, in environments of their own (minutes)"
 	@echo "make wheels   a wheel each for Linux, macOS and Windows on x86-64, and for Linux and macOS on Arm, in build/wheels (minutes)"
 	@echo "make lint   ruff, mypy, import layers and a strict build of the docs"
 	@echo "make check  lint and unit tests (minutes)"
@@ -41,12 +41,14 @@ test: $(READY)
 	@bash setup.sh --emulator
 	@# Files start in the order of collection. One thread per process: more would wait for each other on two cores.
 	@# Hundreds of processes import deploykit: they compile it once, also where the environment says to keep no bytecode.
-	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 LMEVAL_VENV ?= /tmp/deploykit-lmeval
 OPTIMUM_VENV ?= /tmp/deploykit-optimum
 LLAMA_VENV ?= /tmp/deploykit-llama
 SPARK_PACKAGES ?= /tmp/deploykit-spark
+HELM_FOLDER ?= /tmp/deploykit-helm
+SCHEMATHESIS_VENV ?= /tmp/deploykit-schemathesis
 optimum-peers: $(READY)
 	@test -x $(OPTIMUM_VENV)/bin/python || ($(BIN)/python -m venv $(OPTIMUM_VENV) && \
 	  $(OPTIMUM_VENV)/bin/pip install --quiet 'optimum-onnx[onnxruntime]==0.1.0' 'transformers==4.57.6' \
@@ -58,10 +60,15 @@ interop: optimum-peers
 	@test -x $(LMEVAL_VENV)/bin/lm_eval || ($(BIN)/python -m venv $(LMEVAL_VENV) && \
 	  $(LMEVAL_VENV)/bin/pip install --quiet 'lm-eval[api]==0.4.13' transformers)
 	@test -d $(SPARK_PACKAGES)/pyspark || $(BIN)/pip install --quiet --no-deps --target $(SPARK_PACKAGES) pyspark==4.3.0 py4j==0.10.9.9
-	@OPTIMUM_VENV=$(OPTIMUM_VENV) LLAMA_VENV=$(LLAMA_VENV) LMEVAL_VENV=$(LMEVAL_VENV) SPARK_PACKAGES=$(SPARK_PACKAGES) $(BIN)/python -m pytest \
+	@test -x $(SCHEMATHESIS_VENV)/bin/schemathesis || ($(BIN)/python -m venv $(SCHEMATHESIS_VENV) && \
+	  $(SCHEMATHESIS_VENV)/bin/pip install --quiet schemathesis==4.32.5)
+	@test -x $(HELM_FOLDER)/helm || $(BIN)/python tests/support/fetch_helm.py $(HELM_FOLDER)
+	@OPTIMUM_VENV=$(OPTIMUM_VENV) LLAMA_VENV=$(LLAMA_VENV) LMEVAL_VENV=$(LMEVAL_VENV) SPARK_PACKAGES=$(SPARK_PACKAGES) HELM_FOLDER=$(HELM_FOLDER) \
+	  SCHEMATHESIS_VENV=$(SCHEMATHESIS_VENV) \
+	  $(BIN)/python -m pytest \
 	  tests/integration/test_optimum.py tests/integration/test_question_answering_interop.py \
 	  tests/integration/test_language_model_interop.py tests/integration/test_llama_cpp.py tests/integration/test_lm_eval.py \
-	  tests/integration/test_spark.py
+	  tests/integration/test_spark.py tests/integration/test_helm.py tests/integration/test_schemathesis.py
 
 GENERATION_VENV ?= /tmp/deploykit-generation
 generation-peers: $(READY)

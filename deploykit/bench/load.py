@@ -23,6 +23,7 @@ from deploykit.bench.scenarios import (
     Server,
     Within,
 )
+from deploykit.bench.server_cpu import ServerCpu
 from deploykit.errors import UsageError, first_line
 from deploykit.peak_memory import PeakMemory
 from deploykit.runtime.generation import Generation
@@ -53,6 +54,8 @@ class Measurement:
       and its
       stubs together for a local server, None for a remote one.
     - ``generator_cpu_ms``: CPU time of this process per request: what the load generator took away from a local server.
+    - ``cpu_ms``: CPU time per request of the ``client`` and of a local server, by process and stage (``ServerCpu``); None for
+      other targets.
     - ``send_lag_ms``: p99 of how late requests were sent (open loop against a server).
     - ``answers``: the last answer to each row of the texts.
     - ``tokens``: number of generated tokens (translators). ``seconds``: time by stage, of a translator in this process.
@@ -70,6 +73,7 @@ class Measurement:
     send_lag_ms: float | None = None
     tokens: int = 0
     seconds: Mapping[str, float] | None = None
+    cpu_ms: Mapping[str, float] | None = None
 
     @property
     def throughput_per_s(self) -> float:
@@ -136,10 +140,13 @@ def measure(
         _run_scenario(target, texts, scenario, generation, warmup_s, seed + 1, timeout_s)
     processes = server_processes(target.url) if isinstance(target, Server) else None
     before = _stages(target)
-    with PeakMemory(processes) as memory:
+    cpu = ServerCpu(processes or (), target.model if isinstance(target, Server) else "")
+    with PeakMemory(processes) as memory, cpu:
         answers = _run_scenario(target, texts, scenario, generation, seconds, seed, timeout_s)
     errors = sum(answers.errors.values())
     requests = len(answers.latencies_ms) + errors
+    generator_ms = 1e3 * answers.cpu_s / max(1, requests)
+    server_ms = cpu.per_request_ms(requests)
     lag = answers.send_lag_ms if isinstance(scenario, Poisson) else None
     return Measurement(
         scenario=scenario,
@@ -150,10 +157,11 @@ def measure(
         latencies_ms=answers.latencies_ms,
         peak_memory_mb=memory.peak_mb,
         answers=answers.texts,
-        generator_cpu_ms=1e3 * answers.cpu_s / max(1, requests),
+        generator_cpu_ms=generator_ms,
         send_lag_ms=float(np.percentile(lag, 99)) if lag is not None and len(lag) else None,
         tokens=answers.tokens,
         seconds={stage: after - before[stage] for stage, after in _stages(target).items()} or None,
+        cpu_ms={"client": generator_ms, **server_ms} if server_ms else None,
     )
 
 

@@ -92,9 +92,15 @@ class ScenarioResult:
             "achieved_rate_per_s": spread([m.requests / m.duration_s for m in self.rounds]),
             "peak_memory_mb": max((m.peak_memory_mb for m in self.rounds if m.peak_memory_mb), default=None),
             "generator_cpu_ms": spread([m.generator_cpu_ms for m in self.rounds]),
+            "cpu_ms": self._cpu_ms(),
             "send_lag_ms": max((m.send_lag_ms for m in self.rounds if m.send_lag_ms is not None), default=None),
             "seconds": dict(stages) or None,
         }
+
+    def _cpu_ms(self) -> dict[str, dict[str, float]] | None:
+        rounds = [m.cpu_ms for m in self.rounds if m.cpu_ms]
+        names = [name for name in rounds[0] if all(name in one for one in rounds)] if rounds else []
+        return {name: spread([one[name] for one in rounds]) for name in names} or None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import shlex
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from deploykit.cli.common import MODEL_REPOSITORY, REQUIRE_SIGNATURE, Result, deploykit_command, say
+from deploykit.cli.common import MODEL_REPOSITORY, REQUIRE_SIGNATURE, RecordedCommand, Result, deploykit_command, say
 from deploykit.errors import MissingDependencyError, UsageError
 from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 from deploykit.signals import handled
@@ -31,7 +32,7 @@ _OPENAI_OPTIONS = (
 )  # fmt: skip
 
 
-@deploykit_command(help="Serve a model repository with the embedded Triton, until Ctrl-C.")
+@deploykit_command(cls=RecordedCommand, help="Serve a model repository with the embedded Triton, until Ctrl-C.")
 @MODEL_REPOSITORY
 @click.option(
     "--host",
@@ -104,6 +105,11 @@ _OPENAI_OPTIONS = (
     type=click.Path(path_type=Path),
     help="File to write the addresses to, as JSON, once the server is ready.",
 )
+@click.option(
+    "--print-unit",
+    is_flag=True,
+    help="Do not serve: print a systemd unit that serves with the other options, and starts again what ends.",
+)
 def command(
     *,
     repository: Path,
@@ -113,6 +119,7 @@ def command(
     ready_timeout: float,
     drain: float,
     otlp_endpoint: str | None,
+    print_unit: bool,
     **options: Any,
 ) -> Result:
     from deploykit.artifacts import new_file
@@ -121,6 +128,14 @@ def command(
 
     if ready_timeout <= 0 or drain < 0:
         raise UsageError("--ready-timeout must be above 0 and --drain at least 0", "give seconds")
+    if print_unit:
+        if click.get_current_context().get_parameter_source("api_keys") == ParameterSource.COMMANDLINE:
+            raise UsageError("a unit with --api-key would show the key to every user", "give --api-key-file")
+        from deploykit.triton.service_unit import service_unit
+
+        words = shlex.split(RecordedCommand.command_line())[2:]
+        unit = service_unit([word for word in words if word != "--print-unit"], Path.cwd(), drain)
+        return {"unit": unit}, unit
     traces = None
     if otlp_endpoint is not None:
         from deploykit.runtime.tracing import tracer_provider

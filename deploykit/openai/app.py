@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from deploykit.artifacts import installed_versions
 from deploykit.openai.answers import event
 from deploykit.openai.calls import AccessLog, Call, call_of
 from deploykit.openai.chat import chat_completion, chat_events
@@ -23,13 +24,14 @@ from deploykit.openai.chat_request import ChatBody
 from deploykit.openai.completion_request import CompletionBody
 from deploykit.openai.completions import completion, completion_events
 from deploykit.openai.disconnect import event_stream, while_connected
+from deploykit.openai.document import openapi_document
 from deploykit.openai.errors import ApiError
 from deploykit.openai.front import HEALTH, Front, error_response, json_response
 from deploykit.openai.generator import Asked, Generator, Piece
 from deploykit.openai.limits import Keys, Limits
 from deploykit.openai.metrics import PortMetrics
 from deploykit.openai.predictors import Predictors, TextsBody
-from deploykit.openai.read_body import read_body
+from deploykit.openai.read_body import Body, read_body
 from deploykit.openai.sampling_fields import MOST_TOKENS
 from deploykit.openai.triton_routes import TritonRoutes
 from deploykit.tasks.protocol import Predictor, Task, TaskFacts
@@ -157,10 +159,18 @@ def create_app(
 
         return answer
 
+    bodies: dict[str, type[Body]] = {_CHAT: ChatBody, _COMPLETIONS: CompletionBody}
     for task in map(get_task, task_names()):
         if not _generates(task):
             for route in _routes(task):
                 app.add_api_route(route, answers(task, route), methods=["POST"])
+                bodies[route] = TextsBody
+    document = openapi_document(installed_versions()["deploykit"], bodies, (_CHAT, _COMPLETIONS))
+
+    @app.get("/openapi.json")
+    async def show_document() -> Response:
+        return json_response(document)
+
     return app
 
 

@@ -43,6 +43,11 @@ class CalledTool(Body):
     function: CalledFunction
 
 
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | None = None
@@ -52,7 +57,7 @@ class Message(Body):
     reasoning_content: str | None = None
     refusal: str | None = None
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[TextPart] | None)
     @classmethod
     def _text(cls, value: Any) -> Any:
         """Join the parts of a content that is a list. Only text is read."""

@@ -22,7 +22,7 @@ class CompletionBody(GenerationBody):
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
-    @field_validator("prompt", mode="before")
+    @field_validator("prompt", mode="before", json_schema_input_type=str | list[int] | list[str | list[int]])
     @classmethod
     def _prompts(cls, value: Any) -> Any:
         prompts = value if isinstance(value, list) and not _is_prompt(value) else [value]

@@ -33,7 +33,7 @@ class TextsBody(Body):
         min_length=1, max_length=MAX_TEXTS
     )
 
-    @field_validator("input", mode="before")
+    @field_validator("input", mode="before", json_schema_input_type=str | list[str | list[str]])
     @classmethod
     def _texts(cls, value: Any) -> Any:
         texts = [value] if isinstance(value, str) else value

@@ -93,7 +93,7 @@ class GenerationBody(Body):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
 
-    @field_validator("stop", mode="before")
+    @field_validator("stop", mode="before", json_schema_input_type=str | list[str] | None)
     @classmethod
     def _one_stop(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value

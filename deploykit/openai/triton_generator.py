@@ -24,6 +24,7 @@ from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError, overloaded, r
 from deploykit.openai.generator import Asked, Piece
 from deploykit.openai.sampling_fields import FIELD_OF
 from deploykit.runtime.tracing import trace_headers
+from deploykit.runtime.triton_messages import ONLY_RELOADING, QUEUE_FULL
 
 _CHANNEL = (
     ("grpc.max_send_message_length", -1),
@@ -34,10 +35,6 @@ _CHANNEL = (
     ("grpc.max_reconnect_backoff_ms", 500),
 )
 _OUTPUTS = ("text_output", "finish_reason", "num_input_tokens", "num_output_tokens")
-_FULL = re.compile(r"the queue is full$|Exceeds maximum queue size")
-_RELOADING = re.compile(
-    r"(Stub process|Request for|Model|Server)\b.*(is not healthy|unknown model|is not ready|unloaded)"
-)
 _FAILED = "the model failed on this request"
 """Beginnings of errors, which have no code in a stream."""
 _ID = "[request id: <id_unknown>] "  # Triton's prefix for a request without an id
@@ -151,9 +148,9 @@ def _piece(result: Any, asked: Asked) -> Piece:
 def _api_error(code: grpc.StatusCode | None, message: str, asked: Asked) -> ApiError:
     """Return the error for one of Triton's; ``code`` is that of the stream, None for an error in the stream."""
     message = message.removeprefix(_ID).strip()
-    if _FULL.match(message) or code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+    if QUEUE_FULL.match(message) or code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return overloaded(message)
-    if code == grpc.StatusCode.UNAVAILABLE or _RELOADING.match(message):
+    if code == grpc.StatusCode.UNAVAILABLE or ONLY_RELOADING.match(message):
         return restarting(f"the model does not answer now ({message})")
     if code is not None or message.startswith(_FAILED):
         return ApiError(f"the model failed: {message.removeprefix('the model failed ')}", 500)

@@ -27,8 +27,9 @@ from deploykit.openai.calls import Call, call_of
 from deploykit.openai.disconnect import while_connected
 from deploykit.openai.errors import PATIENCE_S, PAUSE_S, ApiError
 from deploykit.openai.read_body import read_bytes
-from deploykit.runtime.served import LOST, RELOADING
+from deploykit.runtime.served import LOST
 from deploykit.runtime.tracing import trace_headers
+from deploykit.runtime.triton_messages import RELOADING
 from deploykit.tasks.text_generation.triton_config import TEXT_GENERATION
 
 _ABOUT_SERVER = re.compile(r"/v2(/health/(live|ready)|/models/stats)?")

@@ -11,9 +11,13 @@ from deploykit.errors import ArtifactError
 from deploykit.metric_titles import shown_metrics, title_of
 from deploykit.report import figures
 from deploykit.report.html import figure, page, section, table, warning_box, word_table, write_page
-from deploykit.report.record import Record, results_of
+from deploykit.report.record import Record, cpu_words, results_of
 from deploykit.report.svg import NOTHING, apart, fraction, number, require_matplotlib
 from deploykit.tasks.registry import get_task
+
+_CPU_NOTE = (
+    "of all threads of a process, in ms a request. The tokenizer and the engine are part of the model's process."
+)
 
 
 def write_report(record: Record, out: Path) -> None:
@@ -77,11 +81,12 @@ def write_tuning(record: Record, out: Path) -> None:
             _spread_of([r["rate_per_s"] for r in trial["rounds"]]),
             *(number(trial["latency_ms"][figure]) for figure in ("p50", "p99")),
             number(trial["memory_mb"]),
+            _cpu(trial.get("cpu_ms")),
             escape(trial["verdict"]),
         ]
         for trial in record["trials"]
     ]
-    head = ("settings", "requests/s", "p50 ms", "p99 ms", "memory MB", "why")
+    head = ("settings", "requests/s", "p50 ms", "p99 ms", "memory MB", "CPU ms a request", "why")
     limit = f", at most {record['max_memory_mb']:,.0f} MB" if record["max_memory_mb"] is not None else ""
     found = [
         ("Chosen", f"{chosen['name']}: {number(chosen['rate_per_s'])} requests/s, {number(chosen['memory_mb'])} MB"),
@@ -101,6 +106,7 @@ def write_tuning(record: Record, out: Path) -> None:
         ),
         ("Rate", "the highest that holds the limit, found to within 5%; medians where it was measured again"),
         ("Memory", "of all processes of the server after the load, each page counted once"),
+        ("CPU", _CPU_NOTE),
     ]
     note = "Up and left is better. The line joins the settings that no other beats in both."
     parts = [
@@ -187,6 +193,9 @@ def _sections(result: Record) -> str:
             "Where the time goes", "Of each model in this process, in its best closed loop.", figures.stages(result)
         ),
         figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
+        section("CPU time", _CPU_NOTE, table(("model and load", "ms a request"), _cpu_rows(candidates)))
+        if _cpu_rows(candidates)
+        else "",
         figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
         section("All measurements", "Medians over the rounds, with min and max below.", _details(result)),
     ]
@@ -324,6 +333,22 @@ def _memory_note(candidates: Sequence[Record]) -> str:
     if any(candidate["served"] for candidate in candidates):
         note += " A server's is the sum of its processes."
     return note
+
+
+def _cpu_rows(candidates: Sequence[Record]) -> list[list[str]]:
+    return [
+        [
+            f"{escape(candidate['name'])}<small>{escape(s['scenario']['name'])}</small>",
+            _cpu({name: each["median"] for name, each in s["cpu_ms"].items()}),
+        ]
+        for candidate in candidates
+        for s in candidate["scenarios"]
+        if s.get("cpu_ms")
+    ]
+
+
+def _cpu(cpu_ms: Mapping[str, float] | None) -> str:
+    return NOTHING if cpu_ms is None else escape(cpu_words(cpu_ms))
 
 
 def _median(spread: Mapping[str, float] | None) -> str:

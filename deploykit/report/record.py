@@ -62,3 +62,18 @@ def _touch(record: Record) -> None:
 
 
 SCHEMA = 1
+
+
+def own_cpu_ms(cpu_ms: Mapping[str, float]) -> float | None:
+    """Return what a request costs a server besides its engine; None where the engine's share is not known."""
+    return cpu_ms["triton"] + cpu_ms["model"] - cpu_ms["engine"] if {"model", "engine"} <= cpu_ms.keys() else None
+
+
+def cpu_words(cpu_ms: Mapping[str, float]) -> str:
+    """Return the CPU time of a request by process, the stages in it, and the server's own share, in ms."""
+    stages = ", ".join(f"{name} {cpu_ms[name]:.2f}" for name in ("tokenizer", "engine") if name in cpu_ms)
+    parts = [f"client {cpu_ms['client']:.2f}", f"Triton {cpu_ms['triton']:.2f}"]
+    if "model" in cpu_ms:
+        parts.append(f"model process {cpu_ms['model']:.2f}" + (f" ({stages})" if stages else ""))
+    own = own_cpu_ms(cpu_ms)
+    return ", ".join(parts) + ("" if own is None else f"; all but client and engine {own:.2f}")

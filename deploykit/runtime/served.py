@@ -24,15 +24,15 @@ from deploykit.errors import DeploykitError, RequestError, ServerError, UsageErr
 from deploykit.runtime.serving_settings import API_KEY_VARIABLE
 from deploykit.runtime.serving_settings import DEFAULT_URL as DEFAULT_URL
 from deploykit.runtime.tracing import trace_headers
+from deploykit.runtime.triton_messages import RELOADING
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import task_of_parameters
 
 _MAX_REQUEST_BYTES = 4 << 20  # with all else in it well below the OpenAI port's limit of 8 MiB, and Triton's of 64
 _FIRST_ROW = re.compile(r"row 0 of [A-Z]+: ")  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-RELOADING = re.compile(r"is not healthy|is not found|no available versions|is not ready|unloaded|UNAVAILABLE")
-"""Triton's messages, with a status of ``LOST``, while it reloads a model whose process died."""
 LOST = (400, 404, 500, 503)
+"""Statuses of errors that may be due to a model that is loaded again."""
 
 
 Row = TypeVar("Row")

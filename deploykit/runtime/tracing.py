@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ Stage = tuple[str, int, int]
 """Name, begin and end, in ns since 1970."""
 
 _local = threading.local()
+stage_cpu_ns: Counter[str] = Counter()
+"""CPU time of this process, all its threads, during each stage so far: one stage runs at a time in a model's process."""
 
 
 def trace_headers() -> dict[str, str]:
@@ -57,16 +60,15 @@ def tracer_provider(endpoint: str, service: str) -> Any:
 
 @contextlib.contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Note begin and end of the block, if this thread records its stages."""
+    """Count the CPU time of the block, and note its begin and end if this thread records its stages."""
     stages: list[Stage] | None = getattr(_local, "stages", None)
-    if stages is None:
-        yield
-        return
-    begin = time.time_ns()
+    begin, cpu = time.time_ns(), time.process_time_ns()
     try:
         yield
     finally:
-        stages.append((name, begin, time.time_ns()))
+        stage_cpu_ns[name] += time.process_time_ns() - cpu
+        if stages is not None:
+            stages.append((name, begin, time.time_ns()))
 
 
 class StageSpans:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -49,7 +50,13 @@ class FailedError(RefusedError):
     """Raised when the model failed. The client learns only the type of ``error``; details go to the log."""
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(f"the model failed on this request: {type(error).__name__}", pb_utils.TritonError.INTERNAL)
+        told = "its process has no memory left for it" if _out_of_memory(error) else type(error).__name__
+        super().__init__(f"the model failed on this request: {told}", pb_utils.TritonError.INTERNAL)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # Engines have exceptions of their own.
+    return isinstance(error, MemoryError) or re.search("bad_alloc|allocat.* memory", str(error)) is not None
 
 
 class Rows:

@@ -151,7 +151,12 @@ class InProcessModel:
         policy = config.get("dynamic_batching", {}).get("default_queue_policy", {})
         self._queue: queue.Queue[InferenceRequest | None] = queue.Queue(int(policy.get("max_queue_size", 0)))
         self._model = _backend_module().TritonPythonModel()
-        arguments = {"model_config": json.dumps(config), "model_repository": str(folder), "model_version": version}
+        arguments = {
+            "model_name": name,
+            "model_config": json.dumps(config),
+            "model_repository": str(folder),
+            "model_version": version,
+        }
         try:
             self._model.initialize(arguments)
         except TritonModelException as error:

@@ -269,6 +269,7 @@ def _trial_to_json(trial: Trial, subject: Subject, chosen: Trial, limits: Limits
         "rate_per_s": trial.rate_per_s or None,
         "latency_ms": {figure: trial.latency_ms(figure) for figure in ("p50", "p90", "p99")},
         "memory_mb": trial.memory_mb,
+        "cpu_ms": trial.cpu_ms,
         "holds": limits.holds(trial),
         "verdict": verdict(trial, chosen, limits),
         "rounds": [asdict(round) for round in trial.rounds],

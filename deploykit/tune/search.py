@@ -60,7 +60,8 @@ class Round:
 
     ``rate_per_s`` is the highest rate within the limit, None if there is none. ``latency_ms`` (p50, p90, p99) is at
     that rate, else with one caller; empty after a ``failure``. ``memory_mb`` (1e6 bytes) is that of all server
-    processes after the load; shared pages count once.
+    processes after the load; shared pages count once. ``cpu_ms`` is the CPU time of a request at that load, by
+    process and stage (``Measurement``).
     """
 
     rate_per_s: float | None
@@ -68,6 +69,7 @@ class Round:
     memory_mb: float | None
     seconds: float
     failure: str | None = None
+    cpu_ms: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ class Trial:
     def latency_ms(self, figure: str) -> float | None:
         values = [r.latency_ms[figure] for r in self.rounds if figure in r.latency_ms]
         return statistics.median(values) if values else None
+
+    @property
+    def cpu_ms(self) -> Mapping[str, float] | None:
+        """That of the last round which knows it."""
+        return next((r.cpu_ms for r in reversed(self.rounds) if r.cpu_ms is not None), None)
 
     @property
     def failure(self) -> str | None:

@@ -99,7 +99,11 @@ def measure_served(
             latency = {figure: found.latency_ms[figure] for figure in ("p50", "p90", "p99")}
             memory_mb = server.memory_mb() * 2**20 / 1e6
         return Round(
-            found.scenario.rate_per_s if isinstance(found.scenario, Poisson) else None, latency, memory_mb, since()
+            found.scenario.rate_per_s if isinstance(found.scenario, Poisson) else None,
+            latency,
+            memory_mb,
+            since(),
+            cpu_ms=found.cpu_ms,
         )
     except ServerError as error:
         return Round(None, {}, None, since(), str(error).splitlines()[0])

@@ -79,6 +79,6 @@ def test_tables_and_cards_show_the_intervals() -> None:
     low, high = metrics["intervals"]["macro_f1"]
     assert low < metrics["macro_f1"] < high <= 1
     assert f"[{low:.4f}, {high:.4f}]" in metrics_text(metrics)
-    assert f"[{low:.3f}, {high:.3f}]" in results(metrics, 40)[-1]
+    assert f"[{low:.3f}, {high:.3f}]" in results(metrics, 40)[4]
     plain = {name: value for name, value in metrics.items() if name != "intervals"}
     assert "[" not in metrics_text(plain) + "".join(results(plain, 40))

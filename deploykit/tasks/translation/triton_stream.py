@@ -9,7 +9,6 @@ Source: Triton Python backend README, "Business Logic Scripting" and "Decoupled 
 from __future__ import annotations
 
 import asyncio
-import re
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import triton_python_backend_utils as pb_utils
 from deploykit.artifacts import Manifest
 from deploykit.errors import DataError
 from deploykit.runtime.triton_decoding import send_last
+from deploykit.runtime.triton_messages import QUEUE_FULL, RELOADING
 from deploykit.runtime.triton_requests import INPUT, CancelledError, FailedError, RefusedError, Rows, parameters_of
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.sentences import split_sentences
@@ -30,9 +30,6 @@ from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.text import normalize
 
 _AHEAD = 32  # most sentences of a document in the other model's queue, which all requests share
-_BUSY = re.compile(
-    r"Exceeds maximum queue size|the queue is full|is not healthy|is not ready|no available versions|unloaded"
-)
 _OF_SENTENCE = ("TRANSLATION", "SCORE", "SOURCE_TOKENS", "TARGET_TOKENS", "FINISH")
 
 
@@ -122,7 +119,7 @@ def _code(message: str) -> Any:
     """Return the code for an error of the other model: Triton 2.51 calls all of them internal."""
     if message.startswith("the model failed"):
         return pb_utils.TritonError.INTERNAL
-    busy = _BUSY.search(message) is not None
+    busy = bool(QUEUE_FULL.search(message) or RELOADING.search(message))
     return pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INVALID_ARG
 
 

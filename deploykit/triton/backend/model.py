@@ -24,6 +24,7 @@ from deploykit.artifacts import Manifest, load_manifest
 from deploykit.errors import DeploykitError, first_line
 from deploykit.runtime.tracing import stage_spans
 from deploykit.runtime.triton_requests import text_parameter
+from deploykit.runtime.triton_stage_cpu import StageCpu
 from deploykit.tasks.protocol import Task
 from deploykit.tasks.registry import DEFAULT, get_task, task_of
 
@@ -78,6 +79,7 @@ class TritonPythonModel:
             manifest = load_manifest(folder, "model")
             backend = _backend(task_of(manifest.task), "streams" in manifest.options)
             stage_spans()
+            self._cpu = StageCpu(args["model_name"])
             self._backend = backend(config, folder, manifest, int(args.get("model_instance_device_id", 0)))
         except DeploykitError as error:
             raise pb_utils.TritonModelException(str(error)) from None
@@ -88,6 +90,7 @@ class TritonPythonModel:
             ) from None
 
     def execute(self, requests: Sequence[Any]) -> Any:
+        self._cpu.report()
         with stage_spans().of(requests):
             return self._backend.execute(requests)
 

@@ -1,0 +1,12 @@
+"""Tell by its message why Triton, or a model on it, refused a request: errors within a stream have no code."""
+
+from __future__ import annotations
+
+import re
+
+_STATES = r"is not healthy|unknown model|is not found|no available versions|is not ready|unloaded"
+QUEUE_FULL = re.compile(r"Exceeds maximum queue size|the queue is full$")
+RELOADING = re.compile(rf"{_STATES}|UNAVAILABLE")
+"""Stands in a message while a model whose process died is loaded again."""
+ONLY_RELOADING = re.compile(rf"(Stub process|Request for|Model|Server)\b.*({_STATES})")
+"""Such a message from its beginning, which cannot be a text that the error of another fault quotes."""
