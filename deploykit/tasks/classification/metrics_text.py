@@ -36,7 +36,9 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
 
 
 def interval(metrics: Mapping[str, Any], name: str, form: str = ".4f") -> str:
-    """Return the interval of a metric as text: [0.8123, 0.8456]."""
+    """Return the interval of a metric as text, [0.8123, 0.8456]; an empty one if it was not measured."""
+    if name not in metrics.get("intervals", {}):
+        return ""
     low, high = metrics["intervals"][name]
     return f"[{low:{form}}, {high:{form}}]"
 

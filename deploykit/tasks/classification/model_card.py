@@ -51,5 +51,8 @@ def results(result: Mapping[str, Any], rows: int) -> list[str]:
         f"{interval(result, 'macro_f1', '.3f')} | {rows:,} |",
         "",
         f"Accuracy {with_interval(result, 'accuracy', digits=3)}; expected calibration error "
-        f"{with_interval(result, 'expected_calibration_error', digits=3)}. The intervals of labels are those of F1; all are by bootstrap over rows.",
+        f"{with_interval(result, 'expected_calibration_error', digits=3)}."
+        + (
+            " The intervals of labels are those of F1; all are by bootstrap over rows." if "intervals" in result else ""
+        ),
     ]
