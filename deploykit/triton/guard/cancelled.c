@@ -1,7 +1,7 @@
 // Two faults of Triton 2.51 with requests on gRPC that a client cancels when they are about to end.
 //
 // Triton forgets some: it waits for a further event, which does not come, and keeps the request for ever, and with it its model,
-// which then cannot be unloaded. Here a request that Triton still has FORGOTTEN_S after its last response is deleted. If it was
+// which then cannot be unloaded. Here a released request that Triton still has FORGOTTEN_S after its last response is deleted. If it was
 // not forgotten (its client may read slowly), Triton uses its address once more. So no other request gets that address, and
 // calls with it do nothing.
 //
@@ -24,16 +24,19 @@
 #include <time.h>
 #include <unwind.h>
 
-enum { BUCKETS = 4096, FORGOTTEN_S = 3, FINAL = 1, SETTLED_MS = 100, PAUSE_MS = 10 };
+enum { BUCKETS = 4096, FORGOTTEN_S = 3, FINAL = 1, ALL = 1, SETTLED_MS = 100, PAUSE_MS = 10 };
 
 typedef void (*OnResponse)(void *response, uint32_t flags, void *user);
+typedef void (*OnRelease)(void *request, uint32_t flags, void *user);
 
 typedef struct Record {
   struct Record *next;  // in its bucket
   void *request;        // NULL once deleted
   OnResponse tell;      // Triton's own, with its `user`
   void *user;
-  int of_program;  // `tell` is part of tritonserver itself; a backend that asks other models has its own
+  OnRelease release;  // Triton's own
+  int released;       // no backend has it any more
+  int of_program;     // `tell` is part of tritonserver itself; a backend that asks other models has its own
   int on_grpc;
   int submitted;
   int64_t answered_at;      // in s: when `tell` returned from the last response; 0: it has not
@@ -205,17 +208,41 @@ static int is_of_program(OnResponse tell) {
          place.dli_fbase == program.dli_fbase;
 }
 
+// Return the record of a request that has not been submitted; NULL if there is no memory. The lock is held.
+static Record *record_to_submit(void *request) {
+  Record **place = place_of(request);
+  if (*place != NULL && (*place)->submitted) drop(place), place = place_of(request);  // of an older one at its address
+  if (*place == NULL && (*place = calloc(1, sizeof(Record))) != NULL) (*place)->request = request;
+  return *place;
+}
+
+static void on_release(void *request, uint32_t flags, void *user) {
+  pthread_mutex_lock(&lock);
+  Record *record = *place_of(request);
+  OnRelease release = record->release;
+  if ((flags & ALL) != 0) record->released = 1;
+  pthread_mutex_unlock(&lock);
+  release(request, flags, user);
+}
+
+EXPORTED Error *TRITONSERVER_InferenceRequestSetReleaseCallback(void *request, OnRelease release, void *user) {
+  static Error *(*next)(void *, OnRelease, void *);
+  if (next == NULL) *(void **)&next = dlsym(RTLD_NEXT, __func__);
+  pthread_mutex_lock(&lock);
+  Record *record = record_to_submit(request);
+  if (record != NULL) record->release = release, record->released = 0;
+  pthread_mutex_unlock(&lock);
+  return next(request, record == NULL ? release : on_release, user);
+}
+
 EXPORTED Error *TRITONSERVER_InferenceRequestSetResponseCallback(void *request, void *allocator, void *of_allocator, OnResponse tell,
                                                         void *user) {
   static Error *(*next)(void *, void *, void *, OnResponse, void *);
   if (next == NULL) *(void **)&next = dlsym(RTLD_NEXT, __func__);
   int of_program = is_of_program(tell);
   pthread_mutex_lock(&lock);
-  Record **place = place_of(request);
-  if (*place != NULL && (*place)->submitted) drop(place), place = place_of(request);
-  if (*place == NULL) *place = calloc(1, sizeof(Record));
-  Record *record = *place;
-  if (record != NULL) record->request = request, record->tell = tell, record->user = user, record->of_program = of_program;
+  Record *record = record_to_submit(request);
+  if (record != NULL) record->tell = tell, record->user = user, record->of_program = of_program;
   pthread_mutex_unlock(&lock);
   return record == NULL ? next(request, allocator, of_allocator, tell, user)
                         : next(request, allocator, of_allocator, on_response, record);
@@ -257,7 +284,8 @@ static void *next_forgotten(int64_t now) {
   pthread_mutex_lock(&lock);
   for (int i = 0; i < BUCKETS && found == NULL; i++) {
     for (Record *record = buckets[i]; record != NULL && found == NULL; record = record->next) {
-      if (!record->on_grpc || record->deleted || record->answered_at == 0 || now - record->answered_at < FORGOTTEN_S) continue;
+      if (!record->on_grpc || record->deleted || !record->released || record->answered_at == 0) continue;
+      if (now - record->answered_at < FORGOTTEN_S) continue;
       record->deleted = 1;
       found = record->request;
     }
