@@ -41,7 +41,7 @@ test: $(READY)
 	@bash setup.sh --emulator
 	@# Files start in the order of collection. One thread per process: more would wait for each other on two cores.
 	@# Hundreds of processes import deploykit: they compile it once, also where the environment says to keep no bytecode.
-	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 LMEVAL_VENV ?= /tmp/deploykit-lmeval
 OPTIMUM_VENV ?= /tmp/deploykit-optimum

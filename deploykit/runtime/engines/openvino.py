@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
 from deploykit.runtime.batching import DEFAULT_TOKEN_BUDGET
+from deploykit.runtime.signal_stack import kept_signal_stack
 
 _MATRIX_LAYERS = ("FullyConnected", "MatMul", "FullyConnectedQuantized")
 
@@ -32,7 +33,8 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,  # several instances would pin their threads to the same cores
         }
         try:
-            self._compiled = ov.Core().compile_model(str(graph), "CPU", properties)
+            with kept_signal_stack():
+                self._compiled = ov.Core().compile_model(str(graph), "CPU", properties)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]  # earlier lines are positions in OpenVINO's source
             raise EngineError(f"{graph}: OpenVINO cannot load it: {reason}", "export the model again") from error

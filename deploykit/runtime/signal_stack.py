@@ -1,0 +1,35 @@
+"""Keep the stack that a thread handles signals on."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_DISABLED = 2
+
+
+class _Stack(ctypes.Structure):
+    """``stack_t`` of sigaltstack(2) on Linux."""
+
+    _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+@contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Set the stack for signals of this thread again at the end of the block, whatever the block sets.
+
+    On a CPU with AMX, OpenVINO sets one for each model, and frees it with the model. If a model is freed before a later
+    one, the thread is left with memory that is gone, and the next Ctrl-C ends the process (SIGSEGV).
+    """
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    library, before = ctypes.CDLL(None), _Stack()
+    library.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        if library.sigaltstack(ctypes.byref(before), None) != 0:  # too small for what AMX saves: the usual stack is not
+            library.sigaltstack(ctypes.byref(_Stack(None, _DISABLED, 0)), None)
