@@ -162,6 +162,7 @@ def summary(found: dict[Worker, list[dict[str, Any]]]) -> dict[str, Any]:
     base = next((rounds for worker, rounds in found.items() if worker.contender == BASE), None)
     return {
         "key": "process",
+        "rounds": len(next(iter(found.values()))),
         "contenders": [
             {
                 "name": worker.contender.name,

@@ -56,7 +56,11 @@ def measure_served(export: Path, prompts: Prompts, plan: Plan) -> dict[str, Any]
                     if number >= 0:
                         loads.setdefault((precision, clients), []).append(load)
                         say(f"round {number + 1}: {precision}, {clients} clients: {load.tokens_per_s:.0f} tokens/s")
-    return {"key": "served", "loads": [summary(precision, load) for (precision, _), load in loads.items()]}
+    return {
+        "key": "served",
+        "rounds": plan.rounds,
+        "loads": [summary(precision, load) for (precision, _), load in loads.items()],
+    }
 
 
 def measure_by_guidellm(program: Path, export: Path, checkpoint: Path, plan: Plan, report: Path) -> None:

@@ -84,8 +84,9 @@ def render_translation(suite: Record) -> str:
 def render_generation(suite: Record) -> str:
     """Return Markdown: tokens/s in process as ratios to transformers fp32 in the same run; then the server's figures."""
     settings = suite["settings"]
+    rounds = suite["workloads"][0].get("rounds", settings["rounds"])  # parts that were added may have had others
     lines = [
-        f"{_when_and_where(suite)}, {suite['threads']} threads, SmolLM2-135M-Instruct, greedy, {_rounds(settings['rounds'])}. Tokens/s are multiples "
+        f"{_when_and_where(suite)}, {suite['threads']} threads, SmolLM2-135M-Instruct, greedy, {_rounds(rounds)}. Tokens/s are multiples "
         f"of {GENERATION_BASE} in the same run, which has the tokens/s in its row: the median round (lowest to highest round)."
         + _load_told(suite),
     ]
