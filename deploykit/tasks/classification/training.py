@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from deploykit.bootstrap import Measure, differences
+from deploykit.bootstrap import differences
 from deploykit.data.noise import BACK_TRANSLATION, parse_noise
 from deploykit.data.sample import evenly
 from deploykit.errors import DataError, UsageError
@@ -46,6 +47,8 @@ from deploykit.training.rows import Rows, Say
 from deploykit.training.student import keep_layers, layer_count
 from deploykit.training.trainer import Trained
 
+Answered = tuple[NDArray[Any], NDArray[np.float32]]
+"""Truth and scores of rows."""
 _CALIBRATION_ROWS = 512
 _SAMPLES = 2
 """Copies of each noise that are shown."""
@@ -217,11 +220,13 @@ class ClassificationStage:
             say(f"temperature of the logits: {task.temperature:g}")
         say("measuring on the held-out rows")
         student = TorchClassifier(model, self.tokenizer, task)
-        metrics = self._measure(student, rows)
+        own = _scored(task, student, rows)
+        metrics = _metrics_of(task, own)
         if teacher is not None:
-            metrics["teacher"] = {name: _metrics(task, teacher, rows.splits[name]) for name in metrics}
+            taught = _scored(task, teacher, rows)
+            metrics["teacher"] = _metrics_of(task, taught)
             if shown := rows.held_out:
-                ours, theirs = (_measure(task, model, rows.splits[shown]) for model in (student, teacher))
+                ours, theirs = (measure_of(task, *found[shown]) for found in (own, taught))
                 metrics["differences"] = {"teacher": differences(ours, theirs, len(rows.splits[shown]))}
             teacher.close()
         if noisy:
@@ -265,16 +270,9 @@ class ClassificationStage:
         classifier = TorchClassifier(model, self.tokenizer, task)
         int8 = _metrics(task, classifier, rows.splits[held_out])
         scales = rounded.remove()
-        metrics = self._measure(classifier, rows)
+        metrics = _metrics_of(task, _scored(task, classifier, rows))
         metrics["qat"] = {"before": before, "after": {"fp32": metrics[held_out], "int8": int8}}
         return Trained(task, model, self.tokenizer, metrics, scales)
-
-    def _measure(self, classifier: TorchClassifier, rows: Rows[Example, Columns]) -> dict[str, Any]:
-        return {
-            name: _metrics(classifier.task, classifier, rows.splits[name])
-            for name in ("validation", "test")
-            if rows.splits[name]
-        }
 
     def task(self, rows: Rows[Example, Columns]) -> Classification:
         options = self._options
@@ -377,10 +375,19 @@ def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str,
 
 
 def _metrics(task: Classification, model: TorchClassifier | Teacher, examples: Sequence[Example]) -> dict[str, Any]:
-    truth = task.targets([e.label for e in examples])
-    return metrics_with_intervals(task, truth, model.scores([e.asked for e in examples]))
+    return metrics_with_intervals(task, *_answered(task, model, examples))
 
 
-def _measure(task: Classification, model: TorchClassifier | Teacher, examples: Sequence[Example]) -> Measure:
-    truth = task.targets([e.label for e in examples])
-    return measure_of(task, truth, model.scores([e.asked for e in examples]))
+def _metrics_of(task: Classification, scored: Mapping[str, Answered]) -> dict[str, Any]:
+    return {name: metrics_with_intervals(task, *found) for name, found in scored.items()}
+
+
+def _scored(
+    task: Classification, model: TorchClassifier | Teacher, rows: Rows[Example, Columns]
+) -> dict[str, Answered]:
+    """Return the truth and the scores of each split of held-out rows."""
+    return {name: _answered(task, model, split) for name in ("validation", "test") if (split := rows.splits[name])}
+
+
+def _answered(task: Classification, model: TorchClassifier | Teacher, examples: Sequence[Example]) -> Answered:
+    return task.targets([e.label for e in examples]), model.scores([e.asked for e in examples])
