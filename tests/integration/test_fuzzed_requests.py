@@ -20,22 +20,19 @@ from typing import Any
 
 import grpc
 import pytest
-from language_models import write_export
+from each_task import package_each_task
 from mutated import Mutator, Request, Tensor
 from served import start
 from tiny_answerer import CONTEXT
-from tiny_answerer import write_export as write_answerer_export
 from tritonclient.grpc import service_pb2_grpc
 
 from deploykit.openai.app import create_app
 from deploykit.openai.server import OpenAIServer
 from deploykit.openai.triton_generator import TritonGenerator
 from deploykit.openai.triton_routes import TritonRoutes
-from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.opening import open_served
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.triton.preflight import listen
-from deploykit.triton.repository import package
 
 REQUESTS = int(os.environ.get("FUZZ_REQUESTS") or (10_000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 100))
 SEED = os.environ.get("FUZZ_SEED", "0")
@@ -94,14 +91,7 @@ class Served:
 @pytest.fixture(scope="module")
 def served(tiny_export: Path, tiny_translation: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("fuzzed")
-    repository = folder / "repository"
-    package(tiny_export, "tiny", repository, engine="onnxruntime", precision="fp32")
-    package(tiny_translation, "fr", repository, settings=ServingSettings(threads=1))
-    package(write_answerer_export(folder / "qa"), "qa", repository, engine="onnxruntime", precision="fp32")
-    package(
-        write_export(folder / "lm", template=WITH_TOOLS, max_position_embeddings=256), "lm", repository,
-        settings=ServingSettings(threads=1, max_rows=8),
-    )  # fmt: skip
+    repository = package_each_task(folder, tiny_export, tiny_translation, template=WITH_TOOLS)
     with start(repository) as server:
         app = create_app(
             server.tasks, TritonGenerator(server.urls.grpc), lambda name: open_served(name, server.urls.http), created=1,

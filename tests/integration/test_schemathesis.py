@@ -9,18 +9,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from language_models import write_export
+from each_task import package_each_task
 from served import start
-from tiny_answerer import write_export as write_answerer_export
 
 from deploykit.openai.app import create_app
 from deploykit.openai.server import OpenAIServer
 from deploykit.openai.triton_generator import TritonGenerator
-from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.opening import open_served
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.triton.preflight import listen
-from deploykit.triton.repository import package
 
 SCHEMATHESIS = Path(os.environ.get("SCHEMATHESIS_VENV", "/tmp/deploykit-schemathesis")) / "bin" / "schemathesis"
 EXAMPLES = int(os.environ.get("FUZZ_REQUESTS", "50"))
@@ -35,12 +32,7 @@ pytestmark = pytest.mark.skipif(
 def root(tiny_export: Path, tiny_translation: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a port with a model of each task."""
     folder = tmp_path_factory.mktemp("asked")
-    repository = folder / "repository"
-    package(tiny_export, "tiny", repository, engine="onnxruntime", precision="fp32")
-    package(tiny_translation, "fr", repository, settings=ServingSettings(threads=1))
-    package(write_answerer_export(folder / "qa"), "qa", repository, engine="onnxruntime", precision="fp32")
-    lm = write_export(folder / "lm", template=CHATML, max_position_embeddings=256)
-    package(lm, "lm", repository, settings=ServingSettings(threads=1, max_rows=8))
+    repository = package_each_task(folder, tiny_export, tiny_translation, template=CHATML)
     with start(repository) as server:
         app = create_app(
             server.tasks, TritonGenerator(server.urls.grpc), lambda name: open_served(name, server.urls.http), created=1,
