@@ -155,7 +155,7 @@ def _compare(old: Path, new: Path) -> Result:
 
 def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     from deploykit.metric_titles import shown_metrics, verdict, with_interval
-    from deploykit.report.record import cpu_words
+    from deploykit.report.record import cpu_words, median_cpu_ms
     from deploykit.tasks.registry import get_task
 
     task = get_task(candidates[0]["task"])
@@ -173,9 +173,8 @@ def _table(candidates: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield text_table(["model", "load", *head, "errors"], rows, left=(0, 1))
     for candidate in candidates:
         for s in candidate["scenarios"]:
-            if s["cpu_ms"]:
-                told = cpu_words({name: each["median"] for name, each in s["cpu_ms"].items()})
-                yield f"{candidate['name']}, {s['scenario']['name']}: CPU ms a request: {told}"
+            if cpu_ms := median_cpu_ms(s):
+                yield f"{candidate['name']}, {s['scenario']['name']}: CPU ms a request: {cpu_words(cpu_ms)}"
     graded = [candidate for candidate in candidates if candidate["metrics"]]
     if graded:
         titles = shown_metrics(graded[0]["metrics"], task.headline)

@@ -11,7 +11,7 @@ from deploykit.errors import ArtifactError
 from deploykit.metric_titles import shown_metrics, title_of
 from deploykit.report import figures
 from deploykit.report.html import figure, page, section, table, warning_box, word_table, write_page
-from deploykit.report.record import Record, cpu_words, results_of
+from deploykit.report.record import Record, cpu_words, median_cpu_ms, results_of
 from deploykit.report.svg import NOTHING, apart, fraction, number, require_matplotlib
 from deploykit.tasks.registry import get_task
 
@@ -163,7 +163,7 @@ def _skipped(suite: Record) -> str:
 def _sections(result: Record) -> str:
     candidates = result["candidates"]
     scenario = result["headline"]["name"]
-    first = candidates[0]
+    first, cpu = candidates[0], _cpu_rows(candidates)
     parts = [
         warning_box(result["warnings"]),
         section("Summary", "Each in its best closed loop; medians over the rounds.", _summary(result)),
@@ -193,9 +193,7 @@ def _sections(result: Record) -> str:
             "Where the time goes", "Of each model in this process, in its best closed loop.", figures.stages(result)
         ),
         figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
-        section("CPU time", _CPU_NOTE, table(("model and load", "ms a request"), _cpu_rows(candidates)))
-        if _cpu_rows(candidates)
-        else "",
+        section("CPU time", _CPU_NOTE, table(("model and load", "ms a request"), cpu)) if cpu else "",
         figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
         section("All measurements", "Medians over the rounds, with min and max below.", _details(result)),
     ]
@@ -339,11 +337,11 @@ def _cpu_rows(candidates: Sequence[Record]) -> list[list[str]]:
     return [
         [
             f"{escape(candidate['name'])}<small>{escape(s['scenario']['name'])}</small>",
-            _cpu({name: each["median"] for name, each in s["cpu_ms"].items()}),
+            _cpu(cpu_ms),
         ]
         for candidate in candidates
         for s in candidate["scenarios"]
-        if s.get("cpu_ms")
+        if (cpu_ms := median_cpu_ms(s))
     ]
 
 

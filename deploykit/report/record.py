@@ -69,6 +69,12 @@ def own_cpu_ms(cpu_ms: Mapping[str, float]) -> float | None:
     return cpu_ms["triton"] + cpu_ms["model"] - cpu_ms["engine"] if {"model", "engine"} <= cpu_ms.keys() else None
 
 
+def median_cpu_ms(scenario: Record) -> dict[str, float] | None:
+    """Return the CPU time of a request by process and stage, the median of the rounds; None if it was not measured."""
+    found = scenario.get("cpu_ms")
+    return {name: each["median"] for name, each in found.items()} if found else None
+
+
 def cpu_words(cpu_ms: Mapping[str, float]) -> str:
     """Return the CPU time of a request by process, the stages in it, and the server's own share, in ms."""
     stages = ", ".join(f"{name} {cpu_ms[name]:.2f}" for name in ("tokenizer", "engine") if name in cpu_ms)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deploykit.metric_titles import value_text
 from deploykit.text_table import text_table
 
 
@@ -26,5 +27,4 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
 def cell(metrics: Mapping[str, Any], part: str, metric: str) -> str:
     """Return a metric of "all" questions, or those of a ``part``, with its interval."""
     value, key = (metrics[metric], metric) if part == "all" else (metrics[part][metric], f"{part}.{metric}")
-    low, high = metrics["intervals"][key]
-    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
+    return value_text(value, metrics["intervals"][key])

@@ -294,9 +294,13 @@ static void *next_forgotten(int64_t now) {
   return found;
 }
 
-void delete_forgotten(void) {
+Error *delete_request(void *request) {
   static Error *(*delete)(void *);
   if (delete == NULL) *(void **)&delete = dlsym(RTLD_NEXT, "TRITONSERVER_InferenceRequestDelete");
+  return delete (request);
+}
+
+void delete_forgotten(void) {
   int64_t now = milliseconds() / 1000;
-  for (void *request; (request = next_forgotten(now)) != NULL;) delete (request);
+  for (void *request; (request = next_forgotten(now)) != NULL;) delete_request(request);
 }

@@ -14,6 +14,9 @@ int deleted_here(void *request);
 // Note that Triton deletes a request. Returns 1 if it was deleted here before.
 int note_deleted(void *request);
 
+// Delete a request as Triton itself does, whatever is noted of it.
+Error *delete_request(void *request);
+
 // Delete what Triton has forgotten. To be called now and then.
 void delete_forgotten(void);
 

@@ -116,13 +116,6 @@ EXPORTED Error *TRITONSERVER_InferenceRequestAddInput(void *request, const char 
   return next(request, name, datatype, shape, dimensions);
 }
 
-// Triton's own.
-static Error *delete_request(void *request) {
-  static Error *(*delete)(void *);
-  if (delete == NULL) *(void **)&delete = dlsym(RTLD_NEXT, "TRITONSERVER_InferenceRequestDelete");
-  return delete (request);
-}
-
 static __thread int answering;  // this thread writes the outputs of an answer
 
 EXPORTED Error *TRITONSERVER_InferenceRequestNew(void **request, void *server, const char *model, int64_t version) {

@@ -95,30 +95,31 @@ static int keep_largest(const Kernels *k, int n, double top_p, Room r) {
     return kept;
 }
 
-/* How near the information of a token is to ``mean``, that of all: 0 is nearest. ``below`` is the distance of its logit, over
- * the temperature, to the highest. */
-static float nearness(float below, double mean) { return -fabsf((float)((double)below - mean)); }
+/* The information of a token, less that of the likeliest. */
+static float information(float logit, float highest, double temperature) { return (float)((double)(highest - logit) / temperature); }
+
+/* How near the information of a token is to ``mean``, that of all: 0 is nearest. */
+static float nearness(float informs, double mean) { return -fabsf((float)((double)informs - mean)); }
 
 /* Of ``n`` places, keep those with the nearest information, as few as reach ``typical_p`` of all. Returns how many. ``x``: logits. */
 static int keep_typical(const float *x, float highest, double temperature, int n, double typical_p, Room r) {
     double total = 0, mean = 0;
     for (int i = 0; i < n; i++) {
         int32_t place = r.places[i];
-        float below = (float)((double)(highest - x[place]) / temperature);
         total += (double)r.shares[place];
-        mean += (double)r.shares[place] * (double)below;
+        mean += (double)r.shares[place] * (double)information(x[place], highest, temperature);
     }
-    mean /= total; /* the entropy, but for the logarithm of total, by which each information is also larger */
+    mean /= total; /* the entropy, also less the information of the likeliest */
     for (int i = 0; i < n; i++) {
         int32_t place = r.places[i];
-        r.keys[i] = nearness((float)((double)(highest - x[place]) / temperature), mean);
+        r.keys[i] = nearness(information(x[place], highest, temperature), mean);
         r.weights[i] = r.shares[place];
     }
     float limit = boundary(r.keys, r.weights, n, 1, typical_p * total);
     int kept = 0;
     for (int i = 0; i < n; i++) {
         int32_t place = r.places[i];
-        if (nearness((float)((double)(highest - x[place]) / temperature), mean) >= limit) r.places[kept++] = place;
+        if (nearness(information(x[place], highest, temperature), mean) >= limit) r.places[kept++] = place;
     }
     return kept;
 }
