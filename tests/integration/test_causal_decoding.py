@@ -17,6 +17,7 @@ from deploykit.graphs.causal_decoder import build_causal_decoder
 from deploykit.graphs.native_causal import NativeCausalWriter
 from deploykit.quantization.onnx_files import save_with_weights
 from deploykit.runtime.engines import load_language_model
+from deploykit.runtime.engines.native.causal_lm import NativeCausalLm
 from deploykit.runtime.engines.native.loader import lacks
 from deploykit.runtime.sampling import Sampling, override
 from deploykit.tasks.text_generation.chat_template import CHATML
@@ -94,6 +95,51 @@ def test_requests_that_join_and_leave_at_any_step_get_the_answers_they_get_alone
         run(generator(graph, max_rows=4).decoder, [alone])
         assert ids(alone) == ids(query)
         assert [a.logprobs for a in alone.answers] == [a.logprobs for a in query.answers], "to the last bit"
+
+
+def test_prompts_are_read_in_one_pass_with_the_tokens_of_rows(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = generator(graph, max_rows=3)
+    if not isinstance(ours.model, NativeCausalLm):
+        pytest.skip("this engine reads prompts by themselves")
+    monkeypatch.setattr(PromptLookup, "guess", lambda lookup, most: [])
+    passes: list[int] = []
+    compute = ours.model._compute
+    monkeypatch.setattr(
+        ours.model, "_compute", lambda tokens, *rest: (passes.append(len(tokens)), compute(tokens, *rest))
+    )
+    first, long, *short = (
+        Query(prompt(10), LONG),
+        Query(prompt(150), LONG),
+        *(Query(prompt(9, n), LONG) for n in range(2)),
+    )
+    for query in (first, long, *short):
+        ours.decoder.add(query)
+    for _ in range(4):
+        ours.decoder.step()
+    # All that fits the rows; then 64 tokens of prompts beside each step.
+    assert passes == [10 + 150 + 9, 3, 3, 3]
+    long.cancelled = first.cancelled = True
+    for query in (Query(prompt(150, 1), LONG), Query(prompt(150, 2), LONG)):
+        ours.decoder.add(query)
+    passes.clear()
+    for _ in range(6):
+        ours.decoder.step()
+    assert passes == [1 + 9 + 32, 2 + 64, 2 + 54, 3, 3, 3]
+
+
+@pytest.mark.parametrize("beginning", [0, 2 * PREFIX_BLOCK])
+def test_prompts_read_together_share_what_they_begin_with(graph: Path, beginning: int) -> None:
+    ours = generator(graph, max_rows=4)
+    queries = [Query([*prompt(beginning), *prompt(40, seed)], LONG) for seed in range(1, 4)]
+    for query in queries:
+        ours.decoder.add(query)
+    ours.decoder.step()
+    assert len(ours.decoder.running) == (1 if beginning and isinstance(ours.model, NativeCausalLm) else 3)
+    run(ours.decoder, [])
+    for query in queries:
+        alone = Query(query.prompt, query.sampling)
+        run(generator(graph, max_rows=4).decoder, [alone])
+        assert ids(alone) == ids(query)
 
 
 def test_a_cancelled_query_leaves_at_the_next_step(graph: Path) -> None:
@@ -182,13 +228,12 @@ def test_a_constraint_that_becomes_too_complex_ends_its_own_query_at_once(graph:
 def test_a_known_beginning_is_not_read_again_and_changes_no_bit(graph: Path) -> None:
     ours = generator(graph)
     read: list[int] = []
-    feed = ours.model.feed
-
-    def counted(part: list[int], wanted: list[int]) -> object:
-        read.append(len(part))
-        return feed(part, wanted)
-
-    ours.model.feed = counted  # type: ignore[method-assign, assignment]
+    if isinstance(ours.model, NativeCausalLm):
+        mix = ours.model.mix
+        ours.model.mix = lambda tokens, parts=(): (read.extend(len(part.ids) for part in parts), mix(tokens, parts))[1]
+    else:
+        feed = ours.model.feed
+        ours.model.feed = lambda part, wanted: (read.append(len(part)), feed(part, wanted))[1]  # type: ignore[method-assign]
     beginning = prompt(3 * PREFIX_BLOCK + 5)
     for rest in ([], [7], [7, 8, 9], prompt(40, 1)):
         whole = [*beginning, *rest]

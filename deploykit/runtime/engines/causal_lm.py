@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,21 +92,40 @@ class CausalLm(Protocol):
         """Remove the rows ``gone``; the last rows move into their places. Returns the former number of each row left."""
 
 
+class Part(NamedTuple):
+    """Tokens of a prompt, ``ids``, to append to a prompt area, and how many of the last ones' logits are wanted."""
+
+    area: Any
+    ids: Sequence[int]
+    wanted: int
+
+
 @runtime_checkable
-class GuessingCausalLm(Protocol):
-    """A ``CausalLm`` that computes several tokens of a row in one step, to check guesses.
+class MixingCausalLm(Protocol):
+    """A ``CausalLm`` that computes any tokens in one pass over its weights: several of a row, to check guesses, and those
+    of prompts beside them. It has more than one prompt area; ``area`` is the one that all other methods use.
 
     ``tokens_of_a_step``: tokens of all rows that take little longer than one.
     """
 
     tokens_of_a_step: int
+    area: Any
 
-    def try_tokens(self, tokens: Sequence[Sequence[int]]) -> Logits:
-        """Feed each row some tokens. Returns the logits of each, float32 [tokens of all rows, vocabulary]; the array is
-        overwritten by the next call."""
+    def new_area(self) -> Any:
+        """Return another prompt area, which is empty. There is one for each row that is still free."""
+
+    def release(self, area: Any) -> None:
+        """Give up a prompt area that ``new_area`` returned and that is not in use."""
+
+    def mix(self, tokens: Sequence[Sequence[int]], parts: Sequence[Part] = ()) -> Logits:
+        """Feed each row some tokens, and append the ``parts`` to their prompt areas. Call ``keep`` after it.
+
+        Returns the logits of the rows' tokens, then those wanted of each part, float32 [tokens, vocabulary]. The array is
+        overwritten by the next call.
+        """
 
     def keep(self, counts: Sequence[int]) -> None:
-        """Keep only the first ``counts`` of the tokens that each row was fed by ``try_tokens``."""
+        """Keep only the first ``counts`` of the tokens that each row was fed by ``mix``."""
 
 
 class OnnxCausalLm:

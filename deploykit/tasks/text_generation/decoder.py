@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import DataError, DeploykitError
-from deploykit.runtime.engines.causal_lm import CausalLm, GuessingCausalLm, Logits
+from deploykit.runtime.engines.causal_lm import CausalLm, Logits, MixingCausalLm, Part
 from deploykit.runtime.sampling import Sampler, Sampling
 from deploykit.runtime.stream_text import StreamText
 from deploykit.tasks.text_generation.beam import BeamSearch, rearranged
@@ -96,6 +96,23 @@ class Query:
         ]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Tokens of a prompt to read, from the place ``start`` on. ``whole``: the last ones. ``area``: the prompt area for
+    them, of a model that has several."""
+
+    query: Query
+    start: int
+    ids: Sequence[int]
+    whole: bool
+    area: Any
+
+    @property
+    def wanted(self) -> int:
+        """Number of the last tokens whose logits are wanted."""
+        return len(self.ids) if self.query.prompt_logprobs else int(self.whole)
+
+
 class Decoder:
     """The ``waiting`` queries, and the answers that are ``running``: one for each row of the model. One caller at a time.
 
@@ -110,7 +127,7 @@ class Decoder:
         self._model, self._task, self._tokenizer = model, task, tokenizer
         self._eos = frozenset(task.eos_token_ids)
         self._prefixes = Prefixes(model.prefix_tokens)
-        self._guessing = model if isinstance(model, GuessingCausalLm) else None
+        self._mixing = model if isinstance(model, MixingCausalLm) else None
         self._reading: Query | None = None  # its prompt is in the model's prompt area, up to ``_read``
         self._read = 0
         model.remove(np.arange(model.rows))
@@ -165,25 +182,37 @@ class Decoder:
         self._remove([i for i, answer in enumerate(self.running) if answer.query.cancelled])
         if self._reading is not None and self._reading.cancelled:
             self._reading = None
+        left = _PROMPT_TOKENS_BETWEEN if steadily and self.running else _PROMPT_TOKENS
+        parts = [] if self._mixing is None else list(self._parts(left))
         grown: dict[Query, None] = {}  # a set in order
-        if self.running:
-            self._step_rows()
+        if self.running or parts:
+            of_parts = self._step_rows(parts)
             grown = dict.fromkeys(answer.query for answer in self.running)
             self._remove_finished()
-        for query in self._read_prompts(_PROMPT_TOKENS_BETWEEN if steadily and self.running else _PROMPT_TOKENS):
-            grown[query] = None
+            grown |= dict.fromkeys(self._take_all(parts, of_parts))
+        if self._mixing is None:
+            for part in self._parts(left):
+                logits = self._model.feed(part.ids, range(len(part.ids))[len(part.ids) - part.wanted :])
+                if self._take(part, logits):
+                    grown[part.query] = None
         for query in grown:
             if query.on_tokens is not None:
                 query.on_tokens(query)
         return [query for query in grown if query.done]
 
-    def _step_rows(self) -> None:
-        """Give every row a token, and more where guesses of the next ones are right."""
+    def _step_rows(self, parts: Sequence[_Part]) -> Logits:
+        """Give every row a token, and more where guesses of the next ones are right, and read ``parts`` in the same pass.
+        Returns the logits wanted of these."""
         guesses = self._guesses()
         if any(guesses):
-            self._try(guesses)
-            return
-        logits = self._model.step(np.array([answer.ids[-1] for answer in self.running], np.int64))
+            return self._try(guesses, parts)
+        tokens = [answer.ids[-1] for answer in self.running]
+        if parts:
+            assert self._mixing is not None
+            logits = self._mixing.mix([[token] for token in tokens], _for_model(parts))
+            self._mixing.keep([1] * len(tokens))
+        else:
+            logits = self._model.step(np.array(tokens, np.int64))
         searched = set()
         for row, answer in enumerate(self.running):
             if answer.beams is None:
@@ -191,12 +220,13 @@ class Decoder:
             elif answer.query not in searched:
                 searched.add(answer.query)
                 self._advance(answer.query, logits)
+        return logits[len(tokens) :]
 
     def _guesses(self) -> list[list[int]]:
         """Return tokens that may come next in each row; none where a step with them would take much longer."""
-        if self._guessing is None or any(answer.beams is not None for answer in self.running):
+        if self._mixing is None or any(answer.beams is not None for answer in self.running):
             return []
-        left, found = self._guessing.tokens_of_a_step - len(self.running), []
+        left, found = self._mixing.tokens_of_a_step - len(self.running), []
         if left <= 0:
             return []
         for answer in self.running:
@@ -208,13 +238,14 @@ class Decoder:
             found.append(guess)
         return found
 
-    def _try(self, guesses: Sequence[list[int]]) -> None:
+    def _try(self, guesses: Sequence[list[int]], parts: Sequence[_Part]) -> Logits:
         """Give each row the tokens that it chooses itself after those of its guess that it has chosen itself.
 
         Its logits do not depend on what is computed beside them, so it gets the same tokens as without guesses.
         """
-        assert self._guessing is not None
-        logits = self._guessing.try_tokens([[a.ids[-1], *guess] for a, guess in zip(self.running, guesses)])
+        assert self._mixing is not None
+        tokens = [[answer.ids[-1], *guess] for answer, guess in zip(self.running, guesses)]
+        logits = self._mixing.mix(tokens, _for_model(parts))
         start, kept = 0, []
         for answer, guess in zip(self.running, guesses):
             right = 0
@@ -226,47 +257,80 @@ class Decoder:
             answer.lookup.learn(len(guess), right)
             kept.append(1 + right)
             start += 1 + len(guess)
-        self._guessing.keep(kept)
+        self._mixing.keep(kept)
+        return logits[start:]
 
-    def _read_prompts(self, left: int) -> Iterator[Query]:
-        """Read about ``left`` tokens of waiting prompts. Yields those that were read whole: each has its answers' first
-        tokens."""
+    def _parts(self, left: int) -> Iterator[_Part]:
+        """Yield about ``left`` tokens of the prompt that is being read and of those that wait, while they can run.
+
+        A model with one prompt area must read each part before the next is asked for.
+        """
+        beside: list[_Part] = []
         while left > 0:
-            query = self._reading or self._begin()
+            query = self._reading or self._begin(beside)
             if query is None:
                 return
-            prompt = query.prompt
-            count = _part(len(prompt) - self._read, max(left // PREFIX_BLOCK, 1) * PREFIX_BLOCK)
-            whole = self._read + count == len(prompt)
-            part = prompt[self._read : self._read + count]
-            if query.prompt_logprobs:
-                logits = self._model.feed(part, range(count))
-                following = prompt[self._read + 1 : self._read + count + 1]
-                for token, values in zip(following, logits):
-                    query.of_prompt.append(token_logprob(token, values, query.sampling.logprobs or 0))
-            else:
-                logits = self._model.feed(part, [count - 1] if whole else [])
+            rest = len(query.prompt) - self._read
+            count = _part(rest, max(left // PREFIX_BLOCK, 1) * PREFIX_BLOCK)
+            ids = query.prompt[self._read : self._read + count]
+            area = None if self._mixing is None else self._mixing.area
+            part = _Part(query, self._read, ids, count == rest, area)
             self._read += count
             left -= count
-            if whole:
-                self._prefixes.store(self._model, prompt)
+            if part.whole:
                 self._reading = None
-                self._answer(query, logits[-1].copy())
-                yield query
+            if self._mixing is not None:
+                beside.append(part)
+            yield part
+            if not part.whole:
+                return
 
-    def _begin(self) -> Query | None:
-        """Move the first waiting query to the prompt area, if there is room for its answers."""
+    def _begin(self, beside: Sequence[_Part]) -> Query | None:
+        """Move the first waiting query to a prompt area, if there is room for its answers with those of the prompts that
+        are read ``beside`` it."""
         while self.waiting and self.waiting[0].cancelled:
             self.waiting.popleft()
-        if not self.waiting or len(self.running) + self.waiting[0].claims > self.max_rows:
+        if not self.waiting:
             return None
-        query = self.waiting[0]
-        if self._running_tokens() + self._reserved(query.prompt, query.sampling) > self._model.max_tokens:
+        query, others = self.waiting[0], [part.query for part in beside]
+        if len(self.running) + sum(other.claims for other in (query, *others)) > self.max_rows:
             return None
+        reserved = sum(self._reserved(other.prompt, other.sampling) for other in (query, *others))
+        if self._running_tokens() + reserved > self._model.max_tokens:
+            return None
+        if any(self._prefixes.learns(query.prompt, other.prompt) for other in others):
+            return None  # what they share is read once
         self._reading = self.waiting.popleft()
+        if self._mixing is not None and beside:
+            self._mixing.area = self._mixing.new_area()
         self._model.begin()
         self._read = 0 if query.prompt_logprobs else self._prefixes.restore(self._model, query.prompt)
         return query
+
+    def _take_all(self, parts: Sequence[_Part], logits: Logits) -> Iterator[Query]:
+        """Note that parts were read in one pass; ``logits`` are those wanted. Yields the queries whose answers begin."""
+        start = 0
+        for part in parts:
+            assert self._mixing is not None
+            self._mixing.area = part.area
+            if self._take(part, logits[start : start + part.wanted]):
+                yield part.query
+            if part is not parts[-1]:
+                self._mixing.release(part.area)
+            start += part.wanted
+
+    def _take(self, part: _Part, logits: Logits) -> bool:
+        """Note that a part was read; ``logits`` are those wanted. Begins the answers to a prompt that was read whole, and
+        returns whether it was."""
+        query = part.query
+        if query.prompt_logprobs:
+            following = query.prompt[part.start + 1 : part.start + len(part.ids) + 1]
+            for token, values in zip(following, logits):
+                query.of_prompt.append(token_logprob(token, values, query.sampling.logprobs or 0))
+        if part.whole:
+            self._prefixes.store(self._model, query.prompt)
+            self._answer(query, logits[-1].copy())
+        return part.whole
 
     def _answer(self, query: Query, logits: Logits) -> None:
         """Begin the answers to a prompt that was read; ``logits``, [vocabulary], are of their first tokens."""
@@ -279,7 +343,7 @@ class Decoder:
             constraint = query.constraints[number] if query.constraints else None
             sampler = Sampler(sampling, query.prompt, number, ends=self._task.eos_token_ids, constraint=constraint)
             stream = StreamText(self._tokenizer.text_decoder, sampling.stop, sampling.min_new_tokens)
-            lookup = None if self._guessing is None else PromptLookup(query.prompt)
+            lookup = None if self._mixing is None else PromptLookup(query.prompt)
             answer = Answer(query, number, sampler, stream, constraint, lookup=lookup)
             query.answers.append(answer)
             if sampling.max_new_tokens:
@@ -394,6 +458,10 @@ class Decoder:
         return sum(
             self._reserved(answer.query.prompt, answer.query.sampling) // answer.query.claims for answer in self.running
         )
+
+
+def _for_model(parts: Sequence[_Part]) -> list[Part]:
+    return [Part(part.area, part.ids, part.wanted) for part in parts]
 
 
 def _part(rest: int, most: int) -> int:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deploykit.errors import EngineError
-from deploykit.runtime.engines.causal_lm import MAX_ROWS, Logits, cached_tokens
+from deploykit.runtime.engines.causal_lm import MAX_ROWS, Logits, Part, cached_tokens
 from deploykit.runtime.engines.native.causal_weights import CausalBatchStruct, CausalModelStruct, CausalWeights
 from deploykit.runtime.engines.native.loader import open_library
 from deploykit.runtime.engines.reserved_memory import ReservedArray
@@ -26,6 +27,16 @@ _TOGETHER = 16
 _LEAST_ROTATIONS = 512
 _READ = 512
 """Most tokens of a prompt that are computed at once."""
+
+
+@dataclass(eq=False)
+class _Area:
+    """A prompt area: a slot, and how many tokens are in it. ``admitted``: the slot is that of a row."""
+
+    slot: int
+    length: int = 0
+    admitted: bool = False
+
 
 Block = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """Keys of whole groups of 16 positions, and values of some tokens, in the bytes of ``csrc/causal.h``."""
@@ -80,13 +91,13 @@ class NativeCausalLm:
         self._keys, self._values = (cache.view for cache in self._caches)
         self._touched = np.zeros(max_rows + 1, np.int64)  # tokens for which a slot's memory became real
         self._free = list(range(max_rows, 0, -1))
-        self._prompt, self._length, self._admitted = 0, 0, False
+        self.area = _Area(0)
+        self._areas = [self.area]
         self._tables: list[NDArray[np.float32]] = []
         self._rotate(min(_LEAST_ROTATIONS, self._longest))
-        most = max(max_rows, _READ)
-        self._tokens, self._numbers = np.zeros(most, np.int64), np.arange(most, dtype=np.int32)
         self._past, self._slots = np.zeros(max_rows, np.int32), np.zeros(max_rows, np.int32)
-        self._logits: Logits = np.zeros((max(max_rows, self.tokens_of_a_step), self.vocabulary), np.float32)
+        self._numbers = np.arange(max_rows, dtype=np.int32)
+        self._logits: Logits = np.zeros((max_rows, self.vocabulary), np.float32)
         self._read: Logits = np.empty((1, self.vocabulary), np.float32)
         self._context = self._library.deploykit_new_causal(byref(weights.model), threads)
         if not self._context:
@@ -98,49 +109,53 @@ class NativeCausalLm:
             self._context = None
 
     def begin(self) -> None:
-        if self._admitted:
-            self._prompt, self._admitted = self._free.pop(), False
-        self._length = 0
+        if self.area.admitted:
+            self.area.slot, self.area.admitted = self._free.pop(), False
+        self.area.length = 0
 
     def feed(self, ids: Sequence[int], wanted: Sequence[int]) -> Logits:
         if len(self._read) < len(wanted):
             self._read = np.empty((power_of_two(len(wanted)), self.vocabulary), np.float32)
         places = np.array(sorted(wanted), np.int32)
-        done = 0
-        self._make_room(self._length + len(ids) - int(self._touched[self._prompt]))
+        done, area = 0, self.area
+        self._make_room(area.length + len(ids) - int(self._touched[area.slot]))
         for start in range(0, len(ids), _READ):
             part = np.array(ids[start : start + _READ], np.int64)
             here = places[(places >= start) & (places < start + len(part))] - start
-            positions = np.arange(self._length, self._length + len(part), dtype=np.int32)
+            positions = np.arange(area.length, area.length + len(part), dtype=np.int32)
             self._compute(
-                part, positions, np.full(len(part), self._prompt, np.int32), here, self._read[done : done + len(here)]
+                part, positions, np.full(len(part), area.slot, np.int32), here, self._read[done : done + len(here)]
             )
-            self._length += len(part)
+            self._read_up_to(area, area.length + len(part))
             done += len(here)
-        self._touched[self._prompt] = max(self._touched[self._prompt], self._length)
         found = self._read[: len(wanted)]
         return found if places.tolist() == list(wanted) else found[np.searchsorted(places, wanted)]
 
     def saved(self, start: int, end: int) -> Block:
-        groups = slice(start // _TOGETHER, -(-end // _TOGETHER))
-        return self._keys[self._prompt, :, :, groups].copy(), self._values[self._prompt, :, :, start:end].copy()
+        groups, slot = slice(start // _TOGETHER, -(-end // _TOGETHER)), self.area.slot
+        return self._keys[slot, :, :, groups].copy(), self._values[slot, :, :, start:end].copy()
 
     def restore(self, block: Block) -> None:
         keys, values = block
-        first, end = self._length // _TOGETHER, self._length + values.shape[2]
-        self._make_room(end - int(self._touched[self._prompt]))
-        self._keys[self._prompt, :, :, first : first + keys.shape[2]] = keys
-        self._values[self._prompt, :, :, self._length : end] = values
-        self._length = end
-        self._touched[self._prompt] = max(self._touched[self._prompt], end)
+        slot, start = self.area.slot, self.area.length
+        first, end = start // _TOGETHER, start + values.shape[2]
+        self._make_room(end - int(self._touched[slot]))
+        self._keys[slot, :, :, first : first + keys.shape[2]] = keys
+        self._values[slot, :, :, start:end] = values
+        self._read_up_to(self.area, end)
+
+    def _read_up_to(self, area: _Area, end: int) -> None:
+        area.length = end
+        self._touched[area.slot] = max(self._touched[area.slot], end)
 
     def admit(self, reserved: int) -> None:
-        slot = self._free.pop() if self._admitted else self._prompt
+        area = self.area
+        slot = self._free.pop() if area.admitted else area.slot
         self._make_room(reserved - int(self._past[: self.rows].sum()))
-        if self._admitted:
-            self._copy(self._prompt, slot, 0, self._length)
-        self._admitted = True
-        self._slots[self.rows], self._past[self.rows] = slot, self._length
+        if area.admitted:
+            self._copy(area.slot, slot, 0, area.length)
+        area.admitted = True
+        self._slots[self.rows], self._past[self.rows] = slot, area.length
         self.rows += 1
 
     def step(self, tokens: Ints) -> Logits:
@@ -151,15 +166,44 @@ class NativeCausalLm:
         self._touched[slots] = np.maximum(self._touched[slots], past)
         return logits
 
-    def try_tokens(self, tokens: Sequence[Sequence[int]]) -> Logits:
-        counts = np.array([len(each) for each in tokens])
+    def new_area(self) -> _Area:
+        area = _Area(self._free.pop())
+        self._areas.append(area)
+        return area
+
+    def release(self, area: _Area) -> None:
+        self._areas.remove(area)
+        if not area.admitted:
+            self._free.append(area.slot)
+
+    def mix(self, tokens: Sequence[Sequence[int]], parts: Sequence[Part] = ()) -> Logits:
+        counts = np.array([len(each) for each in tokens], np.int64)
         slots, past = self._slots[: self.rows], self._past[: self.rows]
-        flat = np.array([token for each in tokens for token in each], np.int64)
-        starts = np.repeat(counts.cumsum() - counts, counts)
-        positions = (np.repeat(past, counts) + np.arange(len(flat)) - starts).astype(np.int32)
-        logits = self._logits[: len(flat)]
-        self._compute(flat, positions, np.repeat(slots, counts), self._numbers[: len(flat)], logits)
+        ids = [np.array([token for each in tokens for token in each], np.int64)]
+        positions = [np.repeat(past - counts.cumsum() + counts, counts) + np.arange(len(ids[0]))]
+        places, total = [np.arange(len(ids[0]))], len(ids[0])
+        self._make_room(sum(max(0, area.length + len(some) - int(self._touched[area.slot])) for area, some, _ in parts))
+        for area, some, wanted in parts:
+            ids.append(np.array(some, np.int64))
+            positions.append(np.arange(area.length, area.length + len(some)))
+            total += len(some)
+            places.append(np.arange(total - wanted, total))
+        computed = np.concatenate(places, dtype=np.int32)
+        if len(computed) > len(self._logits):
+            self._logits = np.empty((power_of_two(len(computed)), self.vocabulary), np.float32)
+        logits = self._logits[: len(computed)]
+        self._compute(
+            np.concatenate(ids),
+            np.concatenate(positions, dtype=np.int32),
+            np.repeat(
+                [*slots, *(part.area.slot for part in parts)], [*counts, *(len(part.ids) for part in parts)]
+            ).astype(np.int32),
+            computed,
+            logits,
+        )
         self._touched[slots] = np.maximum(self._touched[slots], past + counts)
+        for area, some, _ in parts:
+            self._read_up_to(area, area.length + len(some))
         return logits
 
     def keep(self, counts: Sequence[int]) -> None:
@@ -172,10 +216,11 @@ class NativeCausalLm:
     def remove(self, gone: Ints) -> Ints:
         order, holes, movers = without(self.rows, gone)
         for slot in self._slots[gone].tolist():
-            if slot == self._prompt:
-                self._admitted = False
-            else:
+            area = next((area for area in self._areas if area.slot == slot), None)
+            if area is None:
                 self._free.append(slot)
+            else:
+                area.admitted = False
         for array in (self._slots, self._past):
             array[holes] = array[movers]
         self.rows = len(order)
@@ -206,9 +251,9 @@ class NativeCausalLm:
             )
         if self._tables and last >= len(self._tables[0]):
             self._rotate(min(power_of_two(last + 1), self._longest))
-        self._tokens[:rows] = tokens
+        tokens = np.ascontiguousarray(tokens, np.int64)
         batch = CausalBatchStruct(
-            rows, len(places), self._tokens.ctypes.data, positions.ctypes.data, slots.ctypes.data, places.ctypes.data,
+            rows, len(places), tokens.ctypes.data, positions.ctypes.data, slots.ctypes.data, places.ctypes.data,
             ctypes.addressof(self._rope), self._keys.ctypes.data, self._values.ctypes.data, self._longest, logits.ctypes.data,
         )  # fmt: skip
         if not self._library.deploykit_step_causal(self._context, byref(batch)):
@@ -235,7 +280,8 @@ class NativeCausalLm:
         if int(self._touched.sum()) + tokens <= self.max_tokens:
             return
         held = np.zeros(len(self._touched), np.int64)
-        held[self._prompt] = self._length
+        for area in self._areas:
+            held[area.slot] = area.length
         held[self._slots[: self.rows]] = np.maximum(held[self._slots[: self.rows]], self._past[: self.rows])
         held = -(-held // _TOGETHER) * _TOGETHER
         _, layers, heads, _, value_bytes = self._values.shape

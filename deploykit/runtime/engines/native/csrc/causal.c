@@ -32,8 +32,8 @@ static int new_given(Given *g, int rows, int widest) {
     g->apart = 2 * blocks_of(widest);
     g->rows = room(g->rows, rows * g->stride);
     g->steps = room(g->steps, rows * g->apart * (int64_t)sizeof(float));
-    if (rows > MOST_ROWS) g->tiles = room(g->tiles, (rows + TILE_UNIT) * (int64_t)(widest + TILE_BYTES) * 2);
-    return g->rows && g->steps && (rows <= MOST_ROWS || g->tiles);
+    if (rows > FEW_ROWS) g->tiles = room(g->tiles, (rows + TILE_UNIT) * (int64_t)(widest + TILE_BYTES) * 2);
+    return g->rows && g->steps && (rows <= FEW_ROWS || g->tiles);
 }
 
 /* Read a column of a matrix: a token's embedding. */

@@ -19,6 +19,7 @@
 #define LARGEST_HEAD 256
 #define MATRIX_ROWS 256 /* most rows of a product by a panel */
 #define MOST_PANELS 2
+#define FEW_ROWS 3 /* which AMX multiplies no faster */
 
 enum { FLOAT32 = 1, INT8, INT4, FLOAT16 };
 
@@ -65,7 +66,7 @@ typedef struct {
     uint8_t *rows; /* ``stride`` bytes apart: 4 for each input of the widest matrix */
     float *steps;  /* INT8: the scale; INT4: a scale for each block, then scale x sum for each; ``apart`` floats apart */
     int64_t stride, apart;
-    uint8_t *tiles; /* INT8, for AMX: [rows / 16][inputs / 64][high bytes, low bytes][16][64]; NULL: never many rows */
+    uint8_t *tiles; /* INT8, for AMX: [rows / 16][inputs / 64][high bytes, low bytes][16][64]; NULL: never more than FEW_ROWS rows */
 } Given;
 
 /* A head's keys and values in a slot. */

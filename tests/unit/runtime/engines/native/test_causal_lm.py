@@ -19,6 +19,7 @@ from deploykit.errors import CorruptArtifactError, DeploykitError, EngineError
 from deploykit.graphs.causal_architecture import CausalArchitecture, read_causal_architecture
 from deploykit.graphs.causal_lm import Bits
 from deploykit.graphs.native_causal import NativeCausalWriter, quantize_channels, quantize_nibbles
+from deploykit.runtime.engines.causal_lm import Part
 from deploykit.runtime.engines.native import loader
 from deploykit.runtime.engines.native.causal_lm import NativeCausalLm
 from deploykit.runtime.engines.native.causal_weights import BLOCK, CACHES, CausalWeights
@@ -114,6 +115,26 @@ def test_no_bit_depends_on_company_parts_or_threads(tmp_path: Path, name: str, b
         if step == 4:
             model.copy([0], [7], 33)
             lengths = lengths[model.remove(np.array([0, 5]))]
+    model.begin()
+    areas = [model.area, model.new_area()]
+    logits = model.mix(
+        [IDS[length : length + 1 + row] for row, length in enumerate(lengths)],
+        [Part(areas[0], IDS[:21], 1), Part(areas[1], IDS[:9], 0)],
+    )
+    places = [length + i for row, length in enumerate(lengths) for i in range(1 + row)]
+    np.testing.assert_array_equal(logits, whole[[*places, 20]])
+    model.keep([1] * model.rows)
+    logits = model.mix(
+        [[IDS[length + 1]] for length in lengths], [Part(areas[1], IDS[9:14], 5), Part(areas[0], IDS[21:], 0)]
+    )
+    np.testing.assert_array_equal(logits, whole[[*lengths + 1, *range(9, 14)]])
+    model.keep([1] * model.rows)
+    model.area = areas[1]
+    model.admit(0)
+    model.release(areas[1])
+    model.area = areas[0]
+    lengths = np.array([*lengths + 2, 14])
+    np.testing.assert_array_equal(model.step(np.array(IDS)[lengths]), whole[lengths])
     model.remove(np.arange(model.rows))
     np.testing.assert_array_equal(read(model, IDS), whole)
 

@@ -266,7 +266,7 @@ INLINE void put_sums(const Given *from, const Matrix *m, int row, int rows, int 
 /* Compute multiply for up to MATRIX_ROWS rows: MOST_STEPS steps of the weights, while they are in a cache, by all rows. */
 static void multiply_many(const Given *from, const Matrix *m, int row, int rows, int panel, int panels, int add, float *out,
                           int64_t stride, Ahead ahead) {
-    if (m->kind != INT8 || rows <= MOST_ROWS) {
+    if (m->kind != INT8 || rows <= FEW_ROWS) {
         for (int i = 0; i < groups_of(rows, MOST_ROWS); i++) {
             Group some = group(rows, MOST_ROWS, 1, i);
             multiply(from, m, row + some.row, some.rows, panel, panels, add, out + some.row * stride, stride,
