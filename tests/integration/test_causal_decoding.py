@@ -290,6 +290,7 @@ def test_guessing_rests_where_guesses_are_wrong() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 9, 1, 2, 3])
     assert lookup.guess(2) == [4, 5]
     assert lookup.guess(20) == [4, 5, 9, 1, 2, 3]
+    assert PromptLookup([1, 2, 3, *range(20), 1, 2, 3]).guess(20) == list(range(4, 12))
     lookup.add([7])
     assert lookup.guess(5) == []
     lookup.add([1, 2, 3])

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 _GRAM = 3
 """Tokens that must occur again."""
+_MOST = 8
+"""Tokens of a guess: more would often take the places of other answers' guesses in vain."""
 _LEAST_SHARE = 0.1
 """Of guessed tokens that were right; below it guessing rests, since a step with guesses takes longer."""
 _REST = 32
@@ -38,7 +40,7 @@ class PromptLookup:
             self._rests -= 1
             return []
         place = self._after.get(tuple(self._tokens[-_GRAM:]))
-        return [] if place is None else self._tokens[place : place + most]
+        return [] if place is None else self._tokens[place : place + min(most, _MOST)]
 
     def learn(self, guessed: int, right: int) -> None:
         """Take note of how many of the ``guessed`` tokens were ``right``."""

@@ -51,6 +51,7 @@ def _library() -> ctypes.CDLL:
     library.deploykit_new_causal.argtypes = (POINTER(CausalModelStruct), ctypes.c_int)
     library.deploykit_free_causal.argtypes = (c_void_p,)
     library.deploykit_free_causal.restype = None
+    library.deploykit_tokens_of_a_step.argtypes = (c_void_p,)
     library.deploykit_step_causal.argtypes = (c_void_p, POINTER(CausalBatchStruct))
     return library
 
@@ -58,8 +59,6 @@ def _library() -> ctypes.CDLL:
 class NativeCausalLm:
     """``CausalLm`` on the engine ``native``. A token's logits depend neither on other rows, nor on the
     parts that a prompt is read in, nor on the number of threads, to the bit."""
-
-    tokens_of_a_step = 6  # the library multiplies so many rows by weights that it reads once
 
     def __init__(
         self,
@@ -102,6 +101,7 @@ class NativeCausalLm:
         self._context = self._library.deploykit_new_causal(byref(weights.model), threads)
         if not self._context:
             raise EngineError("there is no memory for another model", "close other programs")
+        self.tokens_of_a_step: int = self._library.deploykit_tokens_of_a_step(self._context)
 
     def __del__(self) -> None:
         if getattr(self, "_context", None):

@@ -364,6 +364,12 @@ API Context *deploykit_new_causal(const CausalModel *model, int threads) {
     return NULL;
 }
 
+/* Return how many tokens take little longer than one. */
+API int deploykit_tokens_of_a_step(const Context *c) {
+    int together = c->causal->model->layer->qkv.kind == INT8 ? c->kernels->unit : 1;
+    return together > MOST_ROWS ? together : MOST_ROWS;
+}
+
 /* Compute the tokens of ``batch``. Returns 0 if out of memory. */
 API int deploykit_step_causal(Context *c, const CausalBatch *batch) {
     int longest = 0;

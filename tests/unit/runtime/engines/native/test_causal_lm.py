@@ -162,6 +162,18 @@ def test_all_instruction_sets_give_the_same_bits(
 
 
 @runs_here
+@pytest.mark.parametrize(("bits", "expected"), [(None, 6), (8, 16), (4, 6)])
+def test_amx_takes_more_guesses_of_an_int8_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: Bits | None, expected: int
+) -> None:
+    names = loader.instruction_sets()
+    monkeypatch.setenv(loader.VARIABLE, names[0])
+    assert opened(tmp_path, "llama", bits).tokens_of_a_step == (expected if names[0] == "amx" else 6)
+    monkeypatch.setenv(loader.VARIABLE, loader.SLOW)
+    assert opened(tmp_path, "llama", bits).tokens_of_a_step == 6
+
+
+@runs_here
 def test_the_largest_sums_do_not_overflow(tmp_path: Path) -> None:
     """Weights and activations of one sign, all as large as they can be, in the widest sum that 32 bits hold only if
     activations get fewer levels."""
