@@ -134,8 +134,9 @@ def generation(out: Path, *, max_rows: int, say: Say) -> Recipe:
     return Recipe("commands", words, "generate", COMMANDS, bench, ("--max-drop", 1), answer_tokens=48)
 
 
-def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[str, Any]:
-    """Run every stage under ``out``; finished stages are reused. Returns the table and the paths."""
+def run_demo(recipe: Recipe, out: Path, repository: Path, *, seconds: float, say: Say) -> dict[str, Any]:
+    """Run every stage under ``out``; finished stages are reused. Each measurement takes ``seconds``. Returns the table and
+    the paths."""
     started = time.monotonic()
     name = recipe.name
     run, export = out / "runs" / name, out / "exports" / name
@@ -147,8 +148,8 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, say: Say) -> dict[s
     )
     _deploykit(say, "finetune", *recipe.finetune, "--output-dir", run)
     _deploykit(say, "export", run, "--output-dir", export, "--int8", *recipe.export)
-    measure = ("--data", rows, "--precision", "fp32", "--precision", "int8", *recipe.bench, "--rounds", 2, "--output",
-               bench, "--force")  # fmt: skip
+    measure = ("--data", rows, "--precision", "fp32", "--precision", "int8", *recipe.bench, "--rounds", 2, "--seconds", seconds,
+               "--output", bench, "--force")  # fmt: skip
     result: dict[str, Any] = {"report": str(report)}
     if recipe.answer_tokens:
         measured = _deploykit(say, "bench", run, export, *measure)

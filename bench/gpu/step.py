@@ -21,20 +21,21 @@ _CONTEXT_TWEETS = 3
 
 @dataclass(frozen=True)
 class Size:
-    """Amount of training and measuring: rows, optimizer steps, seconds per rate, batch sizes, and the layers of the
-    language model, 0: all."""
+    """Amount of training and measuring: rows, optimizer steps, seconds per rate, batch sizes, the layers of the language
+    model, 0: all, and the shape of the new translator."""
 
     rows: int
     steps: int
     seconds: float
     batches: tuple[int, ...] = (1, 32, 256)
     layers: int = 0
+    translator: str = "marian-small"
 
 
 SIZES: Mapping[str, Size] = {
     "cuda": Size(1024, 20, 1.5),
     "cpu": Size(256, 6, 1.0, (1, 32), layers=2),
-    "quick": Size(96, 1, 0.02, (1, 4)),
+    "quick": Size(96, 1, 0.02, (1, 4), translator="marian-tiny"),
 }
 """Sizes by device; tests use "quick"."""
 
@@ -117,7 +118,7 @@ class Step:
         return self.train("classifier", words, precision, hide_gpu=hide_gpu)
 
     def translator(self, precision: str = "no", *, hide_gpu: bool = True) -> Training:
-        words = ("--task", "translation", "--from-config", "marian-small", "--train", self.payload / "pairs.tsv",
+        words = ("--task", "translation", "--from-config", self.size.translator, "--train", self.payload / "pairs.tsv",
                  "--source-lang", "en", "--target-lang", "fr", "--max-train-samples", self.size.rows, "--max-steps", self.size.steps,
                  "--held-out-rows", self.size.rows // 16, "--eval-rows", self.size.rows // 32)  # fmt: skip
         return self.train("translator", words, precision, hide_gpu=hide_gpu)

@@ -25,13 +25,14 @@ _ROWS = {"sentiment": 8_000, "translation": 0, "generation": 1_300}
         show_default="OUTPUT_DIR/model_repository", help=MODEL_REPOSITORY_HELP)  # fmt: skip
 @option("--max-train-samples", "max_rows", aliases=["--max-rows"], type=int,
         show_default="8000 tweets, 1300 commands; otherwise all", help="Maximum training rows; 0: all.")  # fmt: skip
-def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None) -> Result:
+@option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each measurement.")
+def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None, seconds: float) -> Result:
     from deploykit.demo import check_dependencies, generation, run_demo, sentiment, translation
 
     check_dependencies()
     make = {"sentiment": sentiment, "translation": translation, "generation": generation}[recipe]
     chosen = make(out, max_rows=_ROWS[recipe] if max_rows is None else max_rows, say=say)
-    result = run_demo(chosen, out, repository or out / "model_repository", say=say)
+    result = run_demo(chosen, out, repository or out / "model_repository", seconds=seconds, say=say)
     columns = {key: shown for key, shown in _COLUMNS.items() if key in result["table"][0]}
     rows = (
         [

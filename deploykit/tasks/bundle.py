@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from deploykit.runtime.serving_settings import ServingSettings
 from deploykit.tasks.protocol import Predictor
 from deploykit.tensorrt.build import Inputs
+from deploykit.tensorrt.options import GRAPHS
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,38 @@ class BundledTask(Protocol):
 
     def compare(self, answers: Sequence[Any], recorded: Sequence[Any], precision: str) -> Verdict:
         """Compare the answers of an engine of ``precision`` with the recorded ones, row by row."""
+
+
+class _EncoderFacts(Protocol):
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+
+    @property
+    def max_length(self) -> int: ...
+
+
+Facts = TypeVar("Facts", bound=_EncoderFacts)
+
+
+class BundledEncoder(Generic[Facts]):
+    """The members of ``BundledTask`` that are the same for each task whose model is one encoder."""
+
+    modules: tuple[str, ...] = ("tokenizers",)
+    shortest = 16
+    streams = False
+
+    def __init__(self, task: Facts) -> None:
+        self._task = task
+
+    def files(self, precision: str) -> tuple[str, ...]:
+        return (GRAPHS[precision],)
+
+    def inputs(self, graph: Path) -> Inputs:
+        return dict.fromkeys(self._task.inputs, ("batch", "tokens"))
+
+    def settings(self, most: int) -> ServingSettings:
+        # Short texts would fill the default budget with more rows.
+        return ServingSettings(token_budget=most * min(self.shortest, self._task.max_length))
 
 
 def share(pairs: Iterable[tuple[str, str]]) -> float:

@@ -16,16 +16,22 @@ BUILD = runpy.run_path(str(ROOT / "setup.py"))
 KERNELS = ROOT / "tests/integration/native_kernels.c"
 
 
-def compile_engine(folder: Path, target: str, *programs: Path) -> list[str]:
-    """Compile the engine's files and ``programs`` for a target of setup.py's, as it does. Zig keeps what it compiled: the
-    first time takes a minute of a CPU, later ones a second."""
+UNOPTIMIZED = ("-O0", "-fno-sanitize=undefined")
+ALWAYS_OPTIMIZED = ("avx2", "avxvnni")
+"""Their assembler needs constants that only an optimizer finds."""
+
+
+def compile_engine(folder: Path, target: str, *programs: Path, optimize: bool = True) -> list[str]:
+    """Compile the engine's files and ``programs`` for a target of setup.py's, as it does. Zig keeps what it compiled in this
+    tree: the first time takes a minute of a CPU, or a fifth of it with ``optimize=False``, later ones a second."""
     architecture, zig = BUILD["TARGETS"][target][:2]
     sources = {**BUILD["native_sources"](architecture), **dict.fromkeys(map(str, programs))}
 
     def compiled(source: str) -> str:
         out = str(folder / f"{Path(source).stem}.o")
         cpu = sources[source] or BUILD["CPUS"][architecture]["scalar"]
-        subprocess.run((*BUILD["compiler"](zig, cpu), "-c", source, "-o", out), cwd=ROOT, check=True)
+        flags = () if optimize or Path(source).stem in ALWAYS_OPTIMIZED else UNOPTIMIZED
+        subprocess.run((*BUILD["compiler"](zig, cpu), *flags, "-c", source, "-o", out), cwd=ROOT, check=True)
         return out
 
     with ThreadPoolExecutor(2) as pool:

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 
 from deploykit.runtime.engines import load_engine
-from deploykit.runtime.serving_settings import ServingSettings
-from deploykit.tasks.bundle import Verdict, share
+from deploykit.tasks.bundle import BundledEncoder, Verdict, share
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.classification.predictor import Classifier, load_classifier
 from deploykit.tasks.protocol import Predictor
-from deploykit.tensorrt.build import Inputs
-from deploykit.tensorrt.options import GRAPHS
 
 # How far from ONNX Runtime's answers with the same graph an engine's may be, by precision: fused and reordered sums
 # round otherwise, and near a boundary INT8 takes the next step. Chosen well above what such rounding does and well
@@ -25,25 +22,8 @@ MEAN_DIFFERENCE: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.01, "int8": 0.0
 SAME_ANSWERS = 0.95
 
 
-class BundledClassifier:
+class BundledClassifier(BundledEncoder[Classification]):
     """An answer is a row of probabilities."""
-
-    modules: tuple[str, ...] = ("tokenizers",)
-    shortest = 16
-    streams = False
-
-    def __init__(self, task: Classification) -> None:
-        self._task = task
-
-    def files(self, precision: str) -> tuple[str, ...]:
-        return (GRAPHS[precision],)
-
-    def inputs(self, graph: Path) -> Inputs:
-        return dict.fromkeys(self._task.inputs, ("batch", "tokens"))
-
-    def settings(self, most: int) -> ServingSettings:
-        # Short texts would fill the default budget with more rows.
-        return ServingSettings(token_budget=most * min(self.shortest, self._task.max_length))
 
     def read(self, source: str, *, kept: bool) -> Iterable[str | None]:
         from deploykit.data.texts import read_texts

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from deploykit.data.cleaning import cleaning_lines
 from deploykit.data.grouping import duplicate_key
 from deploykit.tasks.classification.facts import LABEL_SEPARATOR
 from deploykit.tasks.classification.rows import Example, RawExample, as_example
@@ -33,7 +34,7 @@ class CleaningReport:
         return dataclasses.asdict(self)
 
     def lines(self) -> list[str]:
-        """For people: one line a step that touched a row."""
+        """Return the report as text: one line for each step that affected a row."""
         dropped = (
             (self.missing_text, "without a text dropped"),
             (self.missing_label, "without a label dropped"),
@@ -42,11 +43,8 @@ class CleaningReport:
             (self.conflicting_duplicates, "duplicates with conflicting labels dropped"),
             (self.joined_labels, "with one more label of a text joined to its first row"),
         )
-        lines = [f"{self.rows_read:,} rows read"]
-        lines += [f"  - {count:>8,} {what}" for count, what in dropped if count]
-        if self.unicode_repaired:
-            lines.append(f"    {self.unicode_repaired:>8,} with repaired Unicode")
-        return [*lines, f"{self.rows_kept:,} rows kept"]
+        repaired = ((self.unicode_repaired, "with repaired Unicode"),)
+        return cleaning_lines(self.rows_read, dropped, repaired, self.rows_kept)
 
 
 def has_label_a_row(examples: Iterable[Example]) -> bool:

@@ -8,37 +8,17 @@ from typing import Any
 
 from deploykit.errors import DataError
 from deploykit.runtime.engines import load_engine
-from deploykit.runtime.serving_settings import ServingSettings
-from deploykit.tasks.bundle import Verdict, share
+from deploykit.tasks.bundle import BundledEncoder, Verdict, share
 from deploykit.tasks.protocol import Predictor
 from deploykit.tasks.question_answering.facts import QuestionAnswering, from_text
 from deploykit.tasks.question_answering.predictor import Answerer, load_answerer
-from deploykit.tensorrt.build import Inputs
-from deploykit.tensorrt.options import GRAPHS
 
 SAME_ANSWERS: Mapping[str, float] = {"fp32": 0.98, "fp16": 0.95, "int8": 0.9}
 """Least share of questions that must get the same answer as from ONNX Runtime with the same graph."""
 
 
-class BundledAnswerer:
+class BundledAnswerer(BundledEncoder[QuestionAnswering]):
     """An answerer's part of a bundle; an answer is a span's text, start and end, or the error."""
-
-    modules: tuple[str, ...] = ("tokenizers",)
-    shortest = 16
-    streams = False
-
-    def __init__(self, task: QuestionAnswering) -> None:
-        self._task = task
-
-    def files(self, precision: str) -> tuple[str, ...]:
-        return (GRAPHS[precision],)
-
-    def inputs(self, graph: Path) -> Inputs:
-        return dict.fromkeys(self._task.inputs, ("batch", "tokens"))
-
-    def settings(self, most: int) -> ServingSettings:
-        # Short windows would fill the default budget with more rows.
-        return ServingSettings(token_budget=most * min(self.shortest, self._task.max_length))
 
     def read(self, source: str, *, kept: bool) -> Iterable[str | None]:
         from deploykit.data.reading import AS_FOUND

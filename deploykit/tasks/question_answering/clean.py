@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from deploykit.data.cleaning import cleaning_lines
 from deploykit.tasks.question_answering.facts import MAX_CONTEXT_CHARS
 from deploykit.tasks.question_answering.rows import Answers, Example, RawRow
 from deploykit.text import is_blank, printable
@@ -53,11 +54,9 @@ class CleaningReport:
             (self.answers_located, "answers without a place, found in the context"),
             (self.unicode_repaired, "with repaired Unicode"),
         )
-        lines = [f"{self.rows_read:,} rows read"]
-        lines += [f"  - {count:>8,} {what}" for count, what in dropped if count]
-        lines += [f"    {count:>8,} {what}" for count, what in repaired if count]
+        *lines, kept = cleaning_lines(self.rows_read, dropped, repaired, self.rows_kept)
         without = f", {self.without_answer:,} of them without an answer" if self.without_answer else ""
-        return [*lines, f"{self.rows_kept:,} rows kept{without}"]
+        return [*lines, kept + without]
 
 
 class _Counts:

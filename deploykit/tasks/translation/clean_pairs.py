@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from deploykit.data.cleaning import cleaning_lines
 from deploykit.errors import DataError
 from deploykit.tasks.translation.identify import akin, covers, probabilities
 from deploykit.tasks.translation.languages import (
@@ -95,10 +96,7 @@ class PairCleaningReport:
             (self.lines_joined, "of several lines joined"),
             (self.inline_codes, "whose inline codes (placeholders, tags of TMX) were left out"),
         )
-        lines = [f"{self.rows_read:,} rows read"]
-        lines += [f"  - {count:>8,} {what}" for count, what in dropped if count]
-        lines += [f"    {count:>8,} {what}" for count, what in changed if count]
-        return [*lines, f"{self.rows_kept:,} rows kept"]
+        return cleaning_lines(self.rows_read, dropped, changed, self.rows_kept)
 
 
 def clean_pairs(
