@@ -71,6 +71,7 @@ def test_a_search_starts_from_what_a_run_would_choose(
     code, stdout, err = deploykit("finetune", model, "--train", small_csv, "--max-train-samples", 200, "--max-steps", 4,
                                   "--output-dir", out, "--search", 2, "--json")  # fmt: skip
     assert code == 0, err
+    assert "  200 of them are used" in err
     found = json.loads(stdout)["search"]
     assert found["runs"][0]["options"] | {"weight_decay": 0.01, "warmup_ratio": 0.1} == {
         "learning_rate": pytest.approx(5e-4), "per_device_train_batch_size": 16, "weight_decay": 0.01, "warmup_ratio": 0.1,
