@@ -116,7 +116,8 @@ def test_a_folder_with_a_gguf_file_names_it(
     (tmp_path / "t.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     code, _, err = deploykit("finetune", "lm", "--task", "text-generation", "--train", "t.jsonl", "--output-dir", "o")
     assert code == 1
-    assert "pass the file lm/model.q8_0.gguf" in err
+    assert "remedy: pass the file " in err
+    assert "lm/model.q8_0.gguf\n" in err
 
 
 def test_a_model_neither_local_nor_on_the_hub_is_refused(deploykit: Deploykit, tmp_path: Path) -> None:
