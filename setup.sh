@@ -68,6 +68,6 @@ version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   [ -e "$("$python" -c 'import sys; print(sys.base_prefix)')/lib/libpython$version.so.1.0" ] ||
   system_package "libpython$version" "Triton's Python backend links against it"
 
-echo "setting up $venv with Python $version (some minutes, about 2.5 GB)"
+echo "setting up $venv with Python $version (some minutes, about 4 GB)"
 "$python" -m venv "$venv"
 "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' 2> >(grep -v '^WARNING: Location' >&2)

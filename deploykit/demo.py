@@ -25,6 +25,7 @@ from deploykit.data.pypi_archives import Wheel, fetch
 from deploykit.errors import DeploykitError, MissingDependencyError, ServerError
 from deploykit.metric_titles import with_interval
 from deploykit.openai.measure import StreamLoad, ask
+from deploykit.quantization.tables import render
 from deploykit.tasks.text_generation.command_sheets import fetch_command_pairs
 from deploykit.tasks.text_generation.metrics_text import metrics_text
 from deploykit.tasks.text_generation.page import write_run_page
@@ -232,10 +233,11 @@ def _summary(command: str, record: Mapping[str, Any]) -> Iterator[str]:
     elif command == "generate":
         for asked, result in zip(COMMANDS, record["results"]):
             yield f"{asked}  ->  {result['answer']}"
-    elif command == "export" and "perplexity_ratio" in (lost := record["quantization"].get("int8", {})):
-        yield f"INT8 on {record['rows']} rows: perplexity x {lost['perplexity_ratio']:.4f}, mean KL {lost['kl_mean']:.4f}"
-        for line in record["accuracy"]:
-            yield f"{line['engine']:<12}{line['precision']:<6}top-1 agreement {line['agreement']:.4f}"
+    elif command == "export" and not record["reused"]:
+        if "perplexity_ratio" in (lost := record["quantization"].get("int8", {})):
+            yield f"INT8: perplexity x {lost['perplexity_ratio']:.4f}, mean KL {lost['kl_mean']:.4f}"
+        yield f"on {record['rows']:,} rows:"
+        yield from render(record["accuracy"])
     elif command == "package" and not record["reused"]:
         yield f"wrote {record['path']} ({record['engine']}, {record['precision']})"
 

@@ -34,11 +34,15 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "package": (("tritonclient", "google.protobuf"), ""),
     "bundle": (("tritonclient", "google.protobuf", "onnxruntime"), "cpu"),
     "predict": (("tritonclient",), ""),
+    "answer": (("tritonclient",), ""),
     "translate": (("tritonclient", "sentencepiece"), ""),
+    "generate": (("tritonclient",), ""),
+    "chat": (("tritonclient",), ""),
     "evaluate": (("tritonclient",), ""),
     "explain": (("tritonclient",), ""),
     "bench": (("matplotlib", "psutil"), "bench"),
     "tune": (("tritonclient", "google.protobuf", "matplotlib", "psutil"), "bench"),
+    "sign": (("model_signing",), "sign"),
     "inspect": ((), ""),
 }
 
@@ -80,7 +84,7 @@ def _commands() -> dict[str, Need]:
         remedy = f"pip install 'deploykit[{extra}]'" if extra else "pip install deploykit"
         needs[command] = Need(not missing, ", ".join(missing), remedy if missing else "")
     if not any(info.installed for info in ENGINES.values()):
-        for command in ("predict", "translate", "evaluate", "explain", "bench", "tune"):
+        for command in ("predict", "answer", "translate", "generate", "chat", "evaluate", "explain", "bench", "tune"):
             if needs[command].ready:
                 needs[command] = Need(
                     False, "an engine (not for served models)", "pip install 'deploykit[cpu,openvino]'"

@@ -39,8 +39,16 @@ def lower_is_better(metric: str) -> bool:
 
 
 def title_of(metric: str) -> str:
-    """Return the title of a metric; a metric of another package's task has its own name as title."""
-    return TITLES.get(metric, metric.replace("_", " "))
+    """Return the title of a metric, named with or without dots: ``per_class.spam.f1`` is "F1 of spam".
+
+    A metric of another package's task has its own name as title.
+    """
+    if metric.startswith("per_class."):
+        _, _, label = metric.rpartition(".")[0].partition(".")
+        return f"{title_of(metric.rpartition('.')[2])} of {label}"
+    part, _, name = metric.rpartition(".")
+    title = TITLES.get(name, name.replace("_f1", "-F1").replace("_", " "))
+    return f"{title}, {part.replace('_', ' ')}" if part else title
 
 
 def points_of(metric: str) -> float:

@@ -4,7 +4,7 @@ A figure that was measured in rounds (throughput, p50, p99) differs when the rou
 and the medians are more than 5% apart. For two equal systems, the ranges of 3 rounds each are disjoint by chance once
 in 10 times, those of 5 rounds once in 126 (2 / C(2n, n)). That spread does not contain a drift between two runs, which
 affects all rounds of one run alike: measure again what matters. With fewer than 3 rounds in either record, the verdict
-is "not known".
+is "too few rounds".
 
 For a search of the highest rate within a p99 limit, only throughput is compared. Memory and accuracy have one value per
 record: they differ when they are more than 5%, or 0.5 points, apart.
@@ -28,7 +28,7 @@ LEAST_POINTS = 0.5
 """Smallest difference of macro-F1 and chrF that counts, in percent."""
 LEAST_ROUNDS = 3
 NO_DIFFERENCE = "no difference"
-NOT_KNOWN = "not known"
+TOO_FEW = "too few rounds"
 
 _MACHINE = {
     "cpu": "CPU",
@@ -63,7 +63,7 @@ class Change:
 
     ``part`` is the suite's workload, "" for ``deploykit bench``. ``ratio`` is new median / old median, None if the old
     one is 0. ``verdict`` is "faster" or "slower" for throughput and latency, "less" or "more" for memory, "higher" or
-    "lower" for accuracy, or "no difference", or "not known" with fewer than 3 rounds.
+    "lower" for accuracy, or "no difference", or "too few rounds" with fewer than 3.
     """
 
     part: str
@@ -99,7 +99,7 @@ class Comparison:
             values = f"{change.old.to_text(change.unit)} -> {change.new.to_text(change.unit)} {change.unit}".rstrip()
             ratio = "" if change.ratio is None else f"{change.ratio:.2f}x"
             lines.append(
-                f"  {change.scenario or '':<{width}}  {change.figure:<10} {change.verdict:<13} {ratio:>7}  {values}"
+                f"  {change.scenario or '':<{width}}  {change.figure:<10} {change.verdict:<14} {ratio:>7}  {values}"
             )
         return "\n".join(lines)
 
@@ -143,7 +143,7 @@ def _scenario_changes(part: str, before: Record, after: Record, rounds: int) -> 
         for figure, unit, sign, ours, theirs in pairs:
             if ours and theirs:
                 a, b = Spread(**ours), Spread(**theirs)
-                verdict = _beyond_noise(a, b, sign) if rounds >= LEAST_ROUNDS else NOT_KNOWN
+                verdict = _beyond_noise(a, b, sign) if rounds >= LEAST_ROUNDS else TOO_FEW
                 yield Change(part, before["name"], name, figure, unit, a, b, _ratio(a, b), verdict)
 
 

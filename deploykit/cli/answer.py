@@ -89,7 +89,7 @@ def command(
             text = read_text(context, reading.encoding)
             rows = [TextRow(f"question {i}", as_text(q, text), None) for i, q in enumerate(questions, start=1)]
             records = [row.to_json() for row in answer_rows(predictor, rows, top_k)]
-            lines = [_line(record) for record in records]
+            lines = [_line(record) if len(records) == 1 else f"{record['text']}\n{_line(record)}" for record in records]
             remedy = "give another question or another context"
             code = failed_texts(records, stop=reading.on_error == "stop", remedy=remedy)
             return {"results": records}, "\n".join(lines), code

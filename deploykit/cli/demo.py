@@ -24,7 +24,7 @@ _ROWS = {"sentiment": 8_000, "translation": 0, "generation": 1_300}
 @option("--model-repository", "repository", aliases=["--repository"], type=click.Path(path_type=Path),
         show_default="OUTPUT_DIR/model_repository", help=MODEL_REPOSITORY_HELP)  # fmt: skip
 @option("--max-train-samples", "max_rows", aliases=["--max-rows"], type=int,
-        show_default="8000 tweets, 1300 commands; otherwise all", help="Maximum training rows; 0: all.")  # fmt: skip
+        show_default="8000 tweets, 1300 commands; otherwise all", help="Maximum rows of the training data, before splits; 0: all.")  # fmt: skip
 @option("--seconds", type=click.FloatRange(0.05), default=2.0, show_default=True, help="Duration of each measurement.")
 def command(*, recipe: str, out: Path, repository: Path | None, max_rows: int | None, seconds: float) -> Result:
     from deploykit.demo import check_dependencies, generation, run_demo, sentiment, translation

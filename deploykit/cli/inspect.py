@@ -29,7 +29,7 @@ def command(*, path: Path) -> Result:
             for name, record in sorted(manifest.files.items())
         ),
         "options",
-        *(f"  {key} = {value}" for key, value in manifest.options.items()),
+        *(f"  {key} = {value}" for key, value in manifest.options.items() if value not in (None, [])),
     ]
     if manifest.kind == "calibration":
         lines += render_calibration(manifest.metrics)

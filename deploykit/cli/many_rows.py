@@ -29,7 +29,7 @@ RAY = click.option(
 OUTPUT = click.option(
     "--output",
     metavar="FILE|FOLDER",
-    help="JSON lines, one for each row of --input, in order; for a folder or bucket of files, a folder or bucket.",
+    help="Answers to --input, in order: .jsonl; with predict and answer also .csv, .tsv or .parquet; for a folder or bucket of files, a folder or bucket.",
 )
 
 

@@ -115,7 +115,7 @@ def command(
 
         write_kubernetes(f"deploykit-{name}", kubernetes, gpus=1 if "container" in record else 0)
         record["kubernetes"] = str(kubernetes)
-        text += f"\n{kubernetes}: manifests for kubectl apply -k, kserve/ and a Helm chart, chart/"
+        text += f"\n{kubernetes}: manifests (kubectl apply -k {kubernetes}), a Helm chart ({kubernetes}/chart), KServe resources ({kubernetes}/kserve)"
     return {**record, "config_kept": done.config_kept, "size_bytes": size, "digest": done.manifest.digest}, text
 
 

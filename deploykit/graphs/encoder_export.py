@@ -145,7 +145,7 @@ def quantize_graphs(
     whole, *_ = [quantizer.write(ranges) for quantizer in graphs.values()]
     say(
         f"quantized {whole.linear_layers} linear layers ({whole.quantize_nodes} QuantizeLinear, "
-        f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding tables"
+        f"{whole.dequantize_nodes} DequantizeLinear nodes) and {whole.embeddings} embedding {'table' if whole.embeddings == 1 else 'tables'}"
     )
     quantizers: dict[str, Quantizer] = {**graphs, **others()}
     say("measuring accuracy")

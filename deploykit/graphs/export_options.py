@@ -16,7 +16,6 @@ from deploykit.errors import DataError, UsageError
 from deploykit.graphs.gguf_file import GGUF_TYPES
 from deploykit.quantization.calibration import METHODS, Method
 from deploykit.quantization.grading import Grader
-from deploykit.quantization.tables import render
 from deploykit.runtime.engines.native.causal_weights import CACHES
 from deploykit.tasks.protocol import Task, TaskFacts
 from deploykit.tensorrt.options import EngineOptions
@@ -189,11 +188,9 @@ class Written:
     metrics: dict[str, Any]
 
 
-def graded(task: TaskFacts, metrics: dict[str, Any], grader: Grader[Any], say: Say) -> Written:
-    """Add the results of ``grader`` to the metrics of an export, and print its table."""
+def graded(task: TaskFacts, metrics: dict[str, Any], grader: Grader[Any]) -> Written:
+    """Add the results of ``grader`` to the metrics of an export."""
     table = [line.to_json() for line in grader.table]
-    for line in render(table):
-        say(line)
     return Written(task, {**metrics, "test": grader.metrics, "accuracy_table": table})
 
 

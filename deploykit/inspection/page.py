@@ -45,16 +45,9 @@ def metrics_section(record: Record) -> str:
         value: Any = metrics
         for key in name.split("."):
             value = value[key]
-        rows.append((_metric_title(name), f"{value:.4f}  [{low:.4f}, {high:.4f}]"))
+        rows.append((title_of(name), f"{value:.4f}  [{low:.4f}, {high:.4f}]"))
     note = f"On {record['rows']:,} rows. In brackets: bootstrap 95 % intervals over rows."
     return section("Metrics", note, word_table(rows))
-
-
-def _metric_title(name: str) -> str:
-    if name.startswith("per_class."):
-        return f"F1 of {name[10:-3]}"
-    part, _, metric = name.rpartition(".")
-    return f"{title_of(metric)}, {part.replace('_', ' ')}" if part else title_of(metric)
 
 
 def slices_parts(record: Record) -> list[str]:

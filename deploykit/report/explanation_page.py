@@ -41,11 +41,11 @@ def write_explanations(target: str, explanations: Sequence[Explanation], out: Pa
     deletion = mean_deletion(explanations)
     first = explanations[:_SHOWN]
     parts = [
-        f"<header><h1>{escape(f'Why {target} answers so')}</h1><p>{escape(note)}</p></header>",
+        f"<header><h1>{escape(f'Explanations of {target}')}</h1><p>{escape(note)}</p></header>",
         *([_overall(explanations)] if by_answer else []),
         figure(
             "Check by deletion",
-            "The explanation is right as far as removing its top words moves the answer more than removing random ones.",
+            "The more the answer loses without its top words than without random words, the better the explanation.",
             deletion_curve(deletion, explanations[0].measure) if deletion is not None else None,
         ),
         *(
@@ -59,7 +59,7 @@ def write_explanations(target: str, explanations: Sequence[Explanation], out: Pa
     ]
     if len(explanations) > len(first):
         parts.append(f"<p>The first {len(first)} of {len(explanations):,} texts.</p>")
-    write_page(out, page(f"Why {target} answers so", parts))
+    write_page(out, page(f"Explanations of {target}", parts))
 
 
 def _whole_answer(explanation: Explanation) -> str:

@@ -254,7 +254,11 @@ def _accuracy(candidate: Record, metric: str) -> str:
         return fraction(metrics.get(metric))
     low, high = metrics["intervals"][metric]
     found = (candidate.get("differences") or {}).get(metric)
-    told = f"<small>{'beyond' if found['beyond_noise'] else 'within'} noise of the first</small>" if found else ""
+    told = (
+        f"<small>{'differs from the first beyond noise' if found['beyond_noise'] else 'as the first, within noise'}</small>"
+        if found
+        else ""
+    )
     return f"{fraction(metrics[metric])}<small>{fraction(low)} to {fraction(high)}</small>{told}"
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,6 +195,11 @@ class ServedModel:
             except TimeoutError:
                 raise ServerError(
                     f"no answer from {self._url} within {self._timeout:g} s", "see the server's log, or try again later"
+                ) from None
+            except ssl.SSLCertVerificationError as error:
+                raise ServerError(
+                    f"{self._url}: its certificate is not trusted ({error.verify_message})",
+                    "set SSL_CERT_FILE to the certificate of the authority that signed it, or to its own if none did",
                 ) from None
             except OSError as error:
                 raise ServerError(

@@ -64,7 +64,7 @@ class FinetuneOptions(Reading):
         0.1, "Share of the rows for validation, without --validation; 0: train on all rows."
     )
     test_fraction: float = described(0.1, "Share of the rows for the test, without --test.")
-    max_train_samples: int = described(0, "Maximum training rows; 0: all.")
+    max_train_samples: int = described(0, "Maximum rows of the training data, before splits; 0: all.")
     max_length: int = described(
         128,
         "Maximum tokens of a text; longer texts are truncated, or read in windows (question answering), longer pairs "

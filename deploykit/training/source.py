@@ -31,7 +31,8 @@ def check_source(model: str, task: str | None = None) -> None:
     """
     path = Path(model)
     if not path.exists():
-        if model.startswith((".", "/", "~")) or model.count("/") > 1 or len(path.parts) > 2:
+        beside_artifacts = any(path.parent.glob(f"*/{MANIFEST}")) if len(path.parts) == 2 else False
+        if beside_artifacts or model.startswith((".", "/", "~")) or model.count("/") > 1 or len(path.parts) > 2:
             raise ArtifactError(f"{model}: no such model folder", "check the path, or give a hub id such as org/name")
         return
     if path.suffix == ".gguf" and path.is_file():
@@ -47,7 +48,11 @@ def check_source(model: str, task: str | None = None) -> None:
     if not (path / MANIFEST).exists():
         refuse_adapter(path)
     if not (path / "config.json").is_file() and not (path / ADAPTER).is_file():
-        raise ArtifactError(f"{model}: has no config.json", "pass the folder of a Hugging Face checkpoint")
+        gguf = next((str(file) for file in files if file.suffix == ".gguf"), None)
+        raise ArtifactError(
+            f"{model}: has no config.json",
+            f"pass the file {gguf}" if gguf else "pass the folder of a Hugging Face checkpoint",
+        )
     if not any(path.glob("*.safetensors")) and not any(path.glob("*_model*.bin")):  # pytorch_model, adapter_model
         others = sorted(p.name for suffix in ("bin", "pt", "h5", "msgpack") for p in path.glob(f"*.{suffix}"))
         raise ArtifactError(

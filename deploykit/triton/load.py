@@ -92,7 +92,9 @@ def read_metrics(url: str, api_key: str | None = None) -> Reading:
         ) from None
     except (URLError, OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, URLError) else error
-        raise ServerError(f"{address}: no metrics come: {reason}", "give the metrics port of deploykit serve") from None
+        raise ServerError(
+            f"{address}: sends no metrics: {reason}", "give the metrics port of deploykit serve"
+        ) from None
     samples = tuple(parse(text))
     if not any(sample.name.startswith(("nv_", "deploykit_")) for sample in samples):
         raise ServerError(f"{address}: has no metrics of Triton", "give the metrics port of deploykit serve")

@@ -96,6 +96,30 @@ def test_invalid_models_are_refused(
     assert not (tmp_path / "o").exists()
 
 
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(
+    deploykit: Deploykit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "manifest.json").write_text("{}")
+    code, _, err = deploykit("export", "runs/b", "--output-dir", "exports/b")
+    assert code == 1
+    assert "runs/b: no such model folder" in err
+
+
+def test_a_folder_with_a_gguf_file_names_it(
+    deploykit: Deploykit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lm").mkdir()
+    (tmp_path / "lm" / "model.q8_0.gguf").write_bytes(b"")
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    code, _, err = deploykit("finetune", "lm", "--task", "text-generation", "--train", "t.jsonl", "--output-dir", "o")
+    assert code == 1
+    assert "remedy: pass the file " in err
+    assert "lm/model.q8_0.gguf\n" in err
+
+
 def test_a_model_neither_local_nor_on_the_hub_is_refused(deploykit: Deploykit, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(GOOD)
     code, _, err = deploykit(

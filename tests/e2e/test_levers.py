@@ -85,6 +85,7 @@ def test_an_export_is_measured_beside_teacher_and_student(
     code, text, err = deploykit(*command)
     assert code == 0, err
     assert "from the checkpoint" in text, "the accuracy table compares"
+    assert "from the checkpoint" not in err, "and is printed once"
     table = text[text.index("from the teacher") :].splitlines()[1:4]
     assert [line.split(":")[0] for line in table] == ["teacher", "student", "export"]
     assert all("[" in line for line in table)

@@ -393,6 +393,11 @@ def test_predict_answers_as_answer_does(run: Path, folder: Path, deploykit: Depl
     (answered,) = json.loads(out)["results"]
     assert predicted["text"] == "after w1 ?"
     assert predicted | {"origin": ""} == answered | {"origin": ""}
+    code, out, err = deploykit(
+        "answer", run, "--question", "after w1 ?", "--question", "after w0 ?", "--context", folder / "one.txt"
+    )
+    assert code == 0, err
+    assert out.splitlines()[::2] == ["after w1 ?", "after w0 ?"], "several answers stand below their questions"
     assert context[predicted["start"] : predicted["end"]] == predicted["answer"]
     (folder / "ask.csv").write_text("question,context\nafter w1 ?,w0 w1 w2\n")
     code, _, err = deploykit("predict", run, "--input", folder / "ask.csv", "--output", folder / "asked.csv")

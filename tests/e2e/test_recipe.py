@@ -37,6 +37,7 @@ def test_a_run_without_options_chooses_says_and_keeps_them(
     code, _, err = deploykit(*words)
     assert code == 0, err
     assert "continuing the unfinished run" in err
+    assert "  300 of them are used (--max-train-samples)\n" in err
     said = err[err.index("recipe:") :].splitlines()[1:6]
     assert [line[2:16].strip() for line in said] == [
         "learning rate",

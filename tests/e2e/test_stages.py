@@ -353,6 +353,10 @@ def test_inspect_verifies(deploykit: Deploykit, exported: Path, tmp_path: Path) 
     code, out, _ = deploykit("inspect", exported, "--json")
     assert code == 0
     assert json.loads(out)["kind"] == "export"
+    code, out, _ = deploykit("inspect", exported)
+    assert code == 0
+    assert "  max_drop = 10.0\n" in out
+    assert " = None" not in out, "options that were not given"
     copy = tmp_path / "copy"
     shutil.copytree(exported, copy)
     damaged = bytearray((copy / "model.onnx").read_bytes())
@@ -370,7 +374,8 @@ def test_doctor_finds_every_command_ready(deploykit: Deploykit) -> None:
     found = json.loads(out)
     commands = found["commands"]
     assert (found["native"] is None) == (lacks() is not None)
-    assert {name for name, need in commands.items() if need["ready"]} >= {"finetune", "export", "serve", "bench"}
+    ready = {name for name, need in commands.items() if need["ready"]}
+    assert ready >= {"finetune", "export", "serve", "bench", "answer", "generate", "chat", "sign"}
 
 
 def test_help_is_quick_and_light() -> None:

@@ -26,7 +26,7 @@ import tritonclient.http as triton
 from certificates import certificate
 from served import body, wait_until
 
-from deploykit.errors import RequestError
+from deploykit.errors import RequestError, ServerError
 from deploykit.openai.limits import digest
 from deploykit.tasks.opening import open_served
 from deploykit.triton.repository import package
@@ -160,6 +160,10 @@ def test_deploykits_own_client_asks_with_tls_and_key(served: dict[str, Any], mon
     monkeypatch.delenv("DEPLOYKIT_API_KEY")
     with pytest.raises(RequestError, match="needs an API key"):
         open_served("tiny", url)
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with pytest.raises(ServerError, match="its certificate is not trusted") as refused:
+        open_served("tiny", url)
+    assert "SSL_CERT_FILE" in str(refused.value.remedy)
 
 
 def test_tritons_processes_do_not_have_the_keys(served: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ def write(
             directory, functools.partial(export_half_classifier, reference.model, inputs=task.inputs), task.shape_limits,
             options, options.trt, ranges, smoothing, grader, say, dict.fromkeys(task.inputs, ("batch", "tokens")),
         )  # fmt: skip
-    return graded(task, metrics, grader, say)
+    return graded(task, metrics, grader)
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> Classification:

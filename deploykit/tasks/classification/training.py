@@ -134,7 +134,7 @@ class ClassificationStage:
         return drop_leaks(train, held_out)
 
     def take(self, rows: Sequence[Example], count: int) -> list[Example]:
-        return self.split(rows, validation=count / len(rows), test=0)[1]
+        return self.split(rows, validation=count / len(rows), test=0)[1][:count]
 
     def split(
         self, rows: Sequence[Example], *, validation: float, test: float

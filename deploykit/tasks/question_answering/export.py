@@ -115,7 +115,7 @@ def write(
             directory, functools.partial(export_half_encoder, reference.model, signature=signature), task.shape_limits,
             options, options.trt, ranges, smoothing, grader, say, dict.fromkeys(signature.inputs, ("batch", "tokens")),
         )  # fmt: skip
-    return graded(task, metrics, grader, say)
+    return graded(task, metrics, grader)
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> QuestionAnswering:

@@ -117,7 +117,7 @@ def write(
         metrics["quantization"] = {**found, **of_calibration, "compensated": rounding.compensates}
     for kind in options.gguf:
         _write_gguf(reference, directory, kind, options, grader, say)  # type: ignore[arg-type]
-    return graded(task, metrics, grader, say)
+    return graded(task, metrics, grader)
 
 
 def _write_gguf(

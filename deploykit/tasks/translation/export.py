@@ -108,7 +108,7 @@ def write(
         _build_engines(
             directory, reference, architecture, parity_rows, ranges, options, options.trt, grader, metrics, trace, say
         )
-    return graded(task, metrics, grader, say)
+    return graded(task, metrics, grader)
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> Translation:

@@ -56,5 +56,5 @@ def test_escaped_label_values_are_read() -> None:
 
 
 def test_no_server_is_an_error() -> None:
-    with pytest.raises(ServerError, match="no metrics come"):
+    with pytest.raises(ServerError, match="sends no metrics"):
         read_metrics("127.0.0.1:1")

@@ -78,7 +78,7 @@ def write(
         metrics["quantization"], _ = quantize_graphs(
             found, options.range_method, ranges, directory, options, grader, _REMEDY, trace, say
         )
-    return graded(task, metrics, grader, say)
+    return graded(task, metrics, grader)
 
 
 def write_fp32(checkpoint: Path, directory: Path, options: CalibrationOptions) -> TokenClassification:
