@@ -39,8 +39,9 @@ class Encoder:
     """All that determines the function of an encoder with a head.
 
     ``embedding`` is [vocabulary, hidden]; ``positions`` [types x length, hidden], row 0 for the first token, with whatever
-    else is added to every token, for each of the ``types`` of tokens. A linear layer as ``head`` is applied to the hidden
-    state of every token.
+    else is added to every token, for each of the ``types`` of tokens. With ``padding``, the id of the padding token, row 0 is
+    for that token, wherever a text has it, and the others are counted from row 1. A linear layer as ``head`` is applied to
+    the hidden state of every token.
     """
 
     heads: int
@@ -51,6 +52,7 @@ class Encoder:
     head: TextHead | Linear
     bias: RelativeBias | None = None
     types: int = 1
+    padding: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ def read_encoder(model: Any, *, typed: bool = False, token_head: str | None = No
     try:
         positions = weights[f"{family.base}.embeddings.position_embeddings.weight"]
         if family.skips_padding:
-            positions = positions[config.pad_token_id + 1 :]
+            positions = positions[config.pad_token_id :]
         token_types = f"{family.base}.embeddings.token_type_embeddings.weight"
         distances = positions
         types = weights[token_types][: None if typed else 1] if token_types in state else positions[:1] * 0
@@ -147,6 +149,7 @@ def read_encoder(model: Any, *, typed: bool = False, token_head: str | None = No
             if family.relative
             else None,
             types=len(types),
+            padding=config.pad_token_id if family.skips_padding else None,
         )
     except KeyError as error:
         raise ExportError(f"this {kind} lacks {error.args[0]}") from error

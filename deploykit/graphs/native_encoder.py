@@ -64,6 +64,7 @@ def save_native_encoder(path: Path, encoder: Encoder, int8: Collection[str]) -> 
         "vocabulary": len(e.embedding),
         "longest": len(e.positions) // e.types,
         "types": e.types,
+        "padding": e.padding,
         "pre_norm": False,
         "embedding": writer.keep(values),
         "embedding_scale": writer.keep(scales),

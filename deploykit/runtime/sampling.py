@@ -183,7 +183,8 @@ def _check_beams(found: Sampling) -> None:
                   "ignore_eos", "seed")  # fmt: skip
     for name in PARAMETERS:
         if name not in with_beams and getattr(found, name) != getattr(plain, name):
-            raise UsageError(f"num_beams does not go with {name}", "leave one of them out")
+            remedy = f"leave one of them out, or give {name} {getattr(plain, name)} where the model has another"
+            raise UsageError(f"num_beams does not go with {name}", remedy)
 
 
 def _checked(written: str, name: str, value: Any) -> Any:

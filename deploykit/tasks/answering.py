@@ -27,7 +27,7 @@ from deploykit.errors import DataError, UsageError
 from deploykit.tasks.one_by_one import answer_each
 from deploykit.tasks.protocol import Answer, Predictor, Progress, TaskFacts
 from deploykit.tasks.registry import task_of
-from deploykit.text import printable
+from deploykit.text import printable, without_surrogates
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class AnsweredRow:
         if self.answer is None:
             return f"{self.origin}: {self.error}"
         score = self.answer.columns.get("score")
-        asked = self.answer.asked or self.text
+        asked = printable(self.answer.asked or self.text)
         return self.answer.text if score is None else f"{self.answer.text or '-':<16} {score:.4f}  {asked}"
 
 
@@ -61,7 +61,7 @@ def rows_of(texts: Sequence[str | tuple[str, str]], facts: TaskFacts) -> list[Te
     """
     task = task_of(facts)
     asked = (text if isinstance(text, str) else task.as_text(facts, *text) for text in texts)
-    return [TextRow(f"text {i}", printable(text).strip(), None) for i, text in enumerate(asked, start=1)]
+    return [TextRow(f"text {i}", without_surrogates(text), None) for i, text in enumerate(asked, start=1)]
 
 
 def answer_rows(predictor: Predictor, rows: Sequence[TextRow], generation: Any = None) -> list[AnsweredRow]:

@@ -46,6 +46,11 @@ def load_tokenizer(model: str, *, fast: bool = True) -> Any:
         raise ArtifactError(
             f"{model}: its tokenizer has no fast version, which serving needs", "convert it to a tokenizer.json"
         )
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise ArtifactError(
+            f"{model}: its tokenizer reads special tokens in texts as plain text (split_special_tokens), which is not served",
+            "set split_special_tokens to false in tokenizer_config.json",
+        )
     return tokenizer
 
 

@@ -18,15 +18,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 
 from deploykit.errors import ArtifactError, MissingDependencyError, UsageError
 from deploykit.graphs.causal_architecture import check_supported
+from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.chat_template import CHATML, CHATML_TOKENS
 from deploykit.tasks.text_generation.encode import ChatTokenizer, EncodedRow
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.generator import LocalGenerator, RowScore
 from deploykit.tasks.text_generation.rows import Row
 from deploykit.training.checkpoint import load_config, load_model, load_tokenizer, not_loadable, quiet
+from deploykit.training.generation_fields import refuse_unknown
 from deploykit.training.weights import read_generation_config
 
 _PROBE = Row(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}))
+# The lengths are a caller's to choose; the others mean nothing to a language model, or without beams.
+_DECODED_BY = frozenset((
+    "repetition_penalty", "eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length",
+    "max_new_tokens", "early_stopping", "length_penalty", "renormalize_logits",
+))  # fmt: skip
 
 
 _ROWS = 128
@@ -306,7 +313,11 @@ def special_tokens(tokenizer: Any) -> dict[str, str]:
 
 def checkpoint_facts(config: Any, generation: Any, tokenizer: Any, columns: Sequence[str] = ()) -> TextGeneration:
     """Return the facts of a checkpoint. Its answers end with each end token that its configuration, its tokenizer or its
-    chat template writes."""
+    chat template writes, and they are decoded by its ``repetition_penalty``.
+
+    Raises ArtifactError where its generation configuration asks for what is not decoded by, sampling aside.
+    """
+    refuse_unknown(generation, config.name_or_path or "the checkpoint", _DECODED_BY)
     ids = [generation.eos_token_id, config.eos_token_id, tokenizer.eos_token_id]
     eos = [int(i) for found in ids for i in (found if isinstance(found, list) else [found]) if i is not None]
     if tokenizer.chat_template is not None:
@@ -322,6 +333,7 @@ def checkpoint_facts(config: Any, generation: Any, tokenizer: Any, columns: Sequ
         pad_token_id=int(pad),
         eos_token_ids=tuple(dict.fromkeys(eos)),
         special_tokens=special_tokens(tokenizer),
+        sampling=Sampling(repetition_penalty=float(generation.repetition_penalty or 1)),
         columns=tuple(columns),
         chat=tokenizer.chat_template is not None,
     )

@@ -182,7 +182,7 @@ class ChatTokenizer:
         if self.template is None:
             raise UsageError(
                 "the checkpoint has no chat template, and dialogs need one",
-                "give --chat-template chatml or alpaca, or a Jinja file",
+                "give plain texts (a column text), or fine-tune it with --chat-template",
             )
         return self.template
 

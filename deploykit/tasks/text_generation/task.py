@@ -197,9 +197,11 @@ class _TextGeneration:
         return record, result_text(metrics, held_out) if held_out else ""
 
     def describe(self, facts: TextGeneration) -> str:
+        penalty = facts.sampling.repetition_penalty
         return (
             f"language model ({facts.family}), {facts.vocabulary:,} tokens; a context of {facts.max_length:,}, "
             f"answers end with {', '.join(map(str, facts.eos_token_ids))}"
+            + (f"; repetition_penalty {penalty:g}" if penalty != 1 else "")
         )
 
     def bundle(self, facts: TextGeneration) -> BundledTask:

@@ -12,7 +12,6 @@ from typing import Any
 
 from deploykit.errors import DataError, UsageError
 from deploykit.freed_memory import keep_memory
-from deploykit.runtime.sampling import Sampling
 from deploykit.tasks.text_generation.adapter import read_adapter
 from deploykit.tasks.text_generation.chat_template import read_template
 from deploykit.tasks.text_generation.checkpoint import (
@@ -222,7 +221,7 @@ class TextGenerationStage:
                 model.resize_token_embeddings(len(self.hf_tokenizer), mean_resizing=True)
 
     def _evaluated(self, generator: TorchGenerator, asked: Asked) -> tuple[dict[str, Any], list[str]]:
-        sampling = Sampling(max_new_tokens=room_for(self._tokenizer, asked))
+        sampling = dataclasses.replace(self.facts.sampling, max_new_tokens=room_for(self._tokenizer, asked))
         options = self._options
         return evaluate(
             generator,
@@ -234,7 +233,7 @@ class TextGenerationStage:
         )
 
     def _answers(self, generator: TorchGenerator, asked: Asked) -> list[str]:
-        sampling = Sampling(max_new_tokens=room_for(self._tokenizer, asked))
+        sampling = dataclasses.replace(self.facts.sampling, max_new_tokens=room_for(self._tokenizer, asked))
         return [found.text for [found] in generator.generate(asked.prompts, sampling)]
 
     def _measured(self, generator: TorchGenerator, asked: Asked, kept: Path, what: str, say: Say) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from deploykit.errors import ArtifactError
 from deploykit.runtime.generation import Generation
 from deploykit.tasks.translation.facts import Translation
+from deploykit.training.generation_fields import refuse_unknown
 
 _LOG = logging.getLogger(__name__)
 _DECODED_BY = frozenset((
@@ -17,19 +17,6 @@ _DECODED_BY = frozenset((
     "length_penalty", "no_repeat_ngram_size", "bad_words_ids", "renormalize_logits", "forced_bos_token_id",
     "forced_eos_token_id", "suppress_tokens", "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id",
 ))  # fmt: skip
-# Fields that change how ``generate`` computes or what else it returns, not the tokens of the best translation.
-_CHANGE_NO_TOKEN = frozenset((
-    "use_mtp", "use_cache", "cache_implementation", "cache_config", "max_cache_len", "remove_invalid_values",
-    "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "output_logits",
-    "return_dict_in_generate", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
-    "assistant_confidence_threshold", "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit",
-    "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "compile_config",
-    "disable_compile", "continuous_batching_config", "low_memory", "prefill_chunk_size", "_from_model_config",
-    "transformers_version",
-))  # fmt: skip
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-_NEUTRAL: tuple[Any, ...] = (None, 0, False, [], {})
-_NEUTRAL_AT_ONE = ("num_beam_groups", "guidance_scale", "encoder_repetition_penalty")
 
 
 def read_generation(config: Any, name: str, longest: int, forced_bos: int | None) -> Generation:
@@ -39,15 +26,7 @@ def read_generation(config: Any, name: str, longest: int, forced_bos: int | None
     language's token and replaces the config's own. Logs a warning if the config asks for sampling, which deploykit does
     not do. Raises ArtifactError naming every other unsupported field that would change the tokens.
     """
-    passed_over = _DECODED_BY | _CHANGE_NO_TOKEN | {"do_sample", *_SAMPLING}
-    known = {field: getattr(config, field, None) for field in GenerationConfig().to_dict() if field not in passed_over}
-    if refused := [
-        field for field, value in known.items() if value not in (*_NEUTRAL, *((1,) if field in _NEUTRAL_AT_ONE else ()))
-    ]:
-        raise ArtifactError(
-            f"{name}: its generation config sets {', '.join(refused)}, which deploykit does not decode by",
-            "take it out of generation_config.json, and measure what the checkpoint loses",
-        )
+    refuse_unknown(config, name, _DECODED_BY)
     beams = config.num_beams or 1
     if config.do_sample:
         search = "greedy search" if beams == 1 else f"{beams} beams"

@@ -81,10 +81,16 @@ def test_a_record_shows_the_question_without_its_context() -> None:
     assert row.line().endswith("0.5000  q ?")
 
 
-def test_texts_keep_the_places_of_their_characters() -> None:
-    facts = Classification(("no", "yes"), 8, 0)
-    (accent, control, empty) = rows_of(["e\u0301t\u00e9", "a\x00b", " \x00 "], facts)
-    assert (accent.text, control.text, empty.text) == ("e\u0301t\u00e9", "a b", "")
+def test_texts_stay_as_they_are_for_a_prompt_may_end_with_a_line_break() -> None:
+    texts = ["e\u0301t\u00e9", " a\tb:\n\n"]
+    assert [row.text for row in rows_of([*texts, "half \ud83d"], Classification(("no", "yes"), 8, 0))] == [
+        *texts,
+        "half \ufffd",
+    ]
+
+
+def test_a_line_writes_no_control_characters_to_the_terminal() -> None:
+    assert AnsweredRow("a:1", "\x1b[2Jx", Answer("yes", fields={"score": 0.5})).line().endswith("0.5000   [2Jx")
 
 
 def test_an_empty_text_is_answered_like_any_other() -> None:

@@ -57,8 +57,12 @@ class NativeEngine:
         np.cumsum(lengths, out=starts[1:])
         types = inputs["token_type_ids"][mask] if "token_type_ids" in inputs else np.zeros_like(ids)
         self._check(ids, lengths, types)
-        position = (np.cumsum(mask, axis=1) - 1)[mask]
-        places = (position + types * self._weights.longest).astype(np.int32)
+        if self._weights.padding is None:
+            position = np.cumsum(mask, axis=1) - 1
+        else:  # also where a text names the padding token
+            counted = mask & (inputs["input_ids"] != self._weights.padding)
+            position = np.cumsum(counted, axis=1) * counted
+        places = (position[mask] + types * self._weights.places).astype(np.int32)
         logits = np.empty((len(ids) if self._weights.by_token else len(mask), self._weights.labels), np.float32)
         if not self._library.deploykit_classify(
             self._context, ids.ctypes.data, places.ctypes.data, starts.ctypes.data, len(mask), logits.ctypes.data

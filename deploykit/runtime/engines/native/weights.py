@@ -171,7 +171,8 @@ class Weights(WeightFile):
 class EncoderWeights(WeightFile):
     """An encoder and its head.
 
-    ``longest``: positions that it knows, of each of its ``types`` of tokens. ``by_token``: the head gives ``labels`` logits
+    ``longest``: positions that it knows, of each of its ``types`` of tokens, which have ``places`` rows each. ``padding``: the
+    token whose place is row 0, and which is not counted; None if there is none. ``by_token``: the head gives ``labels`` logits
     for every token, otherwise for each text.
     """
 
@@ -183,12 +184,14 @@ class EncoderWeights(WeightFile):
         if head is not None:
             self.head = HeadStruct(self._linear(head["out"]), ACTIVATIONS.index(head["activation"]))
         self.vocabulary: int = encoder["vocabulary"]
-        self.longest: int = encoder["longest"]
+        self.places: int = encoder["longest"]
+        self.padding: int | None = encoder.get("padding")
+        self.longest = self.places - (self.padding is not None)
         self.types: int = encoder.get("types", 1)
         self.labels: int = encoder["last"]["out"] if head is None else head["out"]["out"]
         if head is not None and head["out"]["in"] != encoder["last"]["out"]:
             raise ValueError("the head's layers do not fit")
-        if encoder["pre_norm"] or not (self.longest and encoder["embedding_norm"]):
+        if encoder["pre_norm"] or not (self.longest > 0 and encoder["embedding_norm"]):
             raise ValueError("is not an encoder of this kind")
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from language_models import FAMILIES, random_model, tokenizer
+from language_models import FAMILIES, random_model, tokenizer, write_checkpoint
 
 from deploykit.errors import ArtifactError, DataError, ExportError, UsageError
 from deploykit.graphs.causal_architecture import check_supported, read_causal_architecture
@@ -19,7 +20,7 @@ from deploykit.graphs.causal_decoder import build_causal_decoder
 from deploykit.graphs.causal_lm import BLOCK, build_causal_lm, parts_of, quantize_blocks
 from deploykit.quantization.onnx_files import save_with_weights
 from deploykit.runtime.engines.causal_lm import OnnxCausalLm
-from deploykit.runtime.sampling import Sampling
+from deploykit.runtime.sampling import Sampling, override
 from deploykit.tasks.text_generation import packed_attention
 from deploykit.tasks.text_generation.chat_template import CHATML
 from deploykit.tasks.text_generation.checkpoint import TorchGenerator, checkpoint_facts, load_base_config
@@ -77,6 +78,33 @@ def test_the_graph_gives_pytorchs_logits_and_tokens(name: str, tmp_path: Path) -
             max_new_tokens=12, eos_token_id=list(theirs.task.eos_token_ids), pad_token_id=5,
         )  # fmt: skip
         assert list(answer.ids) == generated[0, len(prompt) :].tolist()
+
+
+def test_a_checkpoints_repetition_penalty_is_the_default_and_other_rules_are_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "c")
+    file = folder / "generation_config.json"
+    written = {**json.loads(file.read_text()), "do_sample": True, "temperature": 0.7, "max_new_tokens": 9}
+    file.write_text(json.dumps({**written, "repetition_penalty": 1.9}))
+    generator = TorchGenerator.load(folder)
+    prompt = torch.tensor([prompts()[0]])
+    theirs = generator.torch_model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24
+    )
+    [[ours]] = generator.generate([prompts()[0]], override(generator.task.sampling, {"max_new_tokens": 24}))
+    assert list(ours.ids) == theirs[0, prompt.shape[1] :].tolist()
+    plain = override(generator.task.sampling, {"max_new_tokens": 24, "repetition_penalty": 1.0})
+    assert generator.generate([prompts()[0]], plain)[0][0].ids != ours.ids
+    file.write_text(json.dumps({**written, "no_repeat_ngram_size": 3, "suppress_tokens": [7]}))
+    with pytest.raises(ArtifactError, match=f"{folder}: its generation config sets no_repeat_ngram_size, suppress_tok"):
+        TorchGenerator.load(folder)
+
+
+def test_a_tokenizer_that_splits_special_tokens_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "c")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "split_special_tokens": True}))
+    with pytest.raises(ArtifactError, match="split_special_tokens"):
+        TorchGenerator.load(folder)
 
 
 def test_the_graph_has_optimums_names(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_encoders import VOCABULARY, padded, random_model, runs_here, texts_of
+from native_encoders import PAD, VOCABULARY, padded, random_model, runs_here, texts_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -60,6 +60,16 @@ def test_it_computes_what_pytorch_does(family: str, tmp_path: Path) -> None:
     assert error.mean() < 0.01 * expected.std(), "embeddings and attention are rounded all the same"
     errors = np.abs(rounded.run(padded(texts))[0] - expected)
     assert error.mean() < errors.mean() < 0.05 * expected.std()
+
+
+@runs_here
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_may_name_the_padding_token(family: str, tmp_path: Path) -> None:
+    """RoBERTa and its descendants count no position for it."""
+    texts = [[PAD, *text[:9], PAD, PAD, *text[9:]] for text in texts_of(12, 40, 150)]
+    expected = by_torch(model_of(family), texts)
+    error = np.abs(NativeEngine(save(tmp_path, family, []), 2).run(padded(texts))[0] - expected)
+    assert error.mean() < 0.01 * expected.std()
 
 
 @runs_here
