@@ -33,6 +33,7 @@ _MAX_REQUEST_BYTES = 4 << 20  # with all else in it well below the OpenAI port's
 _FIRST_ROW = re.compile(r"row 0 of [A-Z]+: ")  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 LOST = (400, 404, 500, 503)
+_MOST_LOST = 2
 """Statuses of errors that may be due to a model that is loaded again."""
 
 
@@ -82,8 +83,8 @@ class _Connection:
 class ServedModel:
     """The model ``name`` on the Triton server at ``url``: the base of every task's client.
 
-    ``timeout`` is the limit for one answer, in seconds. If the queue is full, or the model is being loaded again,
-    requests are retried for ``patience`` seconds. Not for use from several threads at once.
+    ``timeout`` is the limit for one answer, in seconds. If the queue is full, or the model or the server is being started
+    again, requests are retried for ``patience`` seconds. Not for use from several threads at once.
     """
 
     def __init__(
@@ -180,11 +181,12 @@ class ServedModel:
     ) -> Any:
         """Request ``what`` of this model. Returns an InferResult, or parsed JSON if ``json_size`` is None.
 
-        Retries until the request is answered or refused for good, or ``patience`` seconds are over.
+        Retries until the request is answered or refused for good, or ``patience`` seconds are over: ``serve`` starts a
+        server that died again. A request that two servers did not survive is not sent to a third.
         """
         path = f"/v2/models/{quote(self._name)}/{what}"
         deadline = time.monotonic() + patience
-        pause = 0.05
+        pause, lost = 0.05, 0
         while True:
             try:
                 status, header_size, answer = self._send(method, path, body, json_size)
@@ -201,19 +203,22 @@ class ServedModel:
                     f"{self._url}: its certificate is not trusted ({error.verify_message})",
                     "set SSL_CERT_FILE to the certificate of the authority that signed it, or to its own if none did",
                 ) from None
-            except OSError as error:
-                raise ServerError(
-                    f"no server answers at {self._url} ({_reason(error)})",
-                    "start one with deploykit serve, or pass the server's address with --url",
-                ) from None
+            except (OSError, http.client.IncompleteRead) as error:
+                lost += not isinstance(error, ConnectionRefusedError)
+                if lost >= _MOST_LOST or time.monotonic() >= deadline:
+                    raise ServerError(
+                        f"no server answers at {self._url} ({_reason(error)})",
+                        "start one with deploykit serve, or pass the server's address with --url",
+                    ) from None
             except Exception as error:  # exceptions of http, json and tritonclient have no common base
                 raise self._not_triton(_reason(error)) from None
-            message = (
-                error_text(answer).removeprefix("[request id: <id_unknown>] ").strip()
-            )  # Triton's prefix for a request without an id
-            busy = status in (429, 503) or (status in LOST and RELOADING.search(message) is not None)
-            if not busy or time.monotonic() > deadline:
-                raise self._refusal(status, message)
+            else:
+                message = (
+                    error_text(answer).removeprefix("[request id: <id_unknown>] ").strip()
+                )  # Triton's prefix for a request without an id
+                busy = status in (429, 503) or (status in LOST and RELOADING.search(message) is not None)
+                if not busy or time.monotonic() >= deadline:
+                    raise self._refusal(status, message)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, 1.0)
 

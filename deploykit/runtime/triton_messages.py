@@ -6,7 +6,7 @@ import re
 
 _STATES = r"is not healthy|unknown model|is not found|no available versions|is not ready|unloaded"
 QUEUE_FULL = re.compile(r"Exceeds maximum queue size|the queue is full$")
-RELOADING = re.compile(rf"{_STATES}|UNAVAILABLE")
-"""Stands in a message while a model whose process died is loaded again."""
+RELOADING = re.compile(rf"{_STATES}|UNAVAILABLE|Failed to retrieve the response error")
+"""Stands in a message while a model whose process died is loaded again, or when Triton cannot read its answer."""
 ONLY_RELOADING = re.compile(rf"(Stub process|Request for|Model|Server)\b.*({_STATES})")
 """Such a message from its beginning, which cannot be a text that the error of another fault quotes."""

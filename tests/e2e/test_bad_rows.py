@@ -85,7 +85,7 @@ def test_texts_of_the_command_line_fail_alone(deploykit: Deploykit, tiny_export:
     assert ["error" in record for record in json.loads(said)["results"]] == [False, True, False]
     code, said, err = deploykit("predict", tiny_export, "w1", long, "--on-error", "stop")
     assert (code, said) == (1, "")
-    assert "text 2: the text has 1,199,999 characters" in err
+    assert "text 2: the text has 1,200,000 characters" in err
 
 
 def test_translate_leaves_a_line_for_each_row(deploykit: Deploykit, tiny_translation: Path, tmp_path: Path) -> None:
