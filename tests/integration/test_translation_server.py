@@ -480,12 +480,12 @@ def test_clients_of_a_killed_process_get_their_answers_from_the_next_one(
         start(own_repository) as server,
         supervised(server),
         contextlib.closing(ServedTranslator("fr", server.urls.http)) as client,
+        ThreadPoolExecutor(1) as pool,
     ):
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(client.translate, ["the fox"] * 64, search(local, LONG))
-            assert wait_until(lambda: busy(server), 10)
-            (stub_of(server, "fr") if killed == "model" else psutil.Process(server.pid)).send_signal(signal.SIGKILL)
-            assert_same(answer.result(timeout=60), local.translate(["the fox"] * 64, search(local, LONG)))
+        answer = pool.submit(client.translate, ["the fox"] * 64, search(local, LONG))
+        assert wait_until(lambda: busy(server), 10)
+        (stub_of(server, "fr") if killed == "model" else psutil.Process(server.pid)).send_signal(signal.SIGKILL)
+        assert_same(answer.result(timeout=60), local.translate(["the fox"] * 64, search(local, LONG)))
 
 
 def test_stop_finishes_running_translations(own_repository: Path) -> None:
