@@ -206,7 +206,7 @@ def _opened(
             # Memory that a process touches for the first time comes slowly on virtual machines.
             largest = [[1] * plan.prompt_tokens] * max(plan.batches)
             worker.generate(largest, plan.new_tokens)
-        except (DeploykitError, ValueError) as error:
+        except (DeploykitError, ValueError, FileNotFoundError) as error:
             skipped[contender.name] = str(error)
             say(f"{contender.name}: skipped: {error}")
             continue

@@ -93,8 +93,8 @@ def render_generation(suite: Record) -> str:
     for workload in suite["workloads"]:
         if any(c["name"].startswith("deploykit native") for c in workload.get("contenders", ())):
             lines[0] += (
-                " `native` guesses tokens that the text had before while fewer than 6 rows run, and answers here repeat themselves: "
-                "its speed at 1 row is not that of its kernels, which docs/engines.md has."
+                " While few rows run, `native` guesses tokens that the text had before, and answers here repeat themselves: "
+                "its speed at 1 and 8 rows is not that of its kernels, which docs/engines.md has."
             )
         rows = _generation if workload["key"] == "process" else _streams
         lines += ["", *rows(workload, settings)]
