@@ -116,15 +116,15 @@ def test_prompts_are_read_in_one_pass_with_the_tokens_of_rows(graph: Path, monke
         ours.decoder.add(query)
     for _ in range(4):
         ours.decoder.step()
-    # All that fits the rows; then 64 tokens of prompts beside each step.
+    # All that fits the rows; then 128 tokens of prompts beside each step.
     assert passes == [10 + 150 + 9, 3, 3, 3]
     long.cancelled = first.cancelled = True
-    for query in (Query(prompt(150, 1), LONG), Query(prompt(150, 2), LONG)):
+    for query in (Query(prompt(210, 1), LONG), Query(prompt(210, 2), LONG)):
         ours.decoder.add(query)
     passes.clear()
     for _ in range(6):
         ours.decoder.step()
-    assert passes == [1 + 9 + 32, 2 + 64, 2 + 54, 3, 3, 3]
+    assert passes == [1 + 9 + 96, 2 + 114, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize("beginning", [0, 2 * PREFIX_BLOCK])
@@ -145,11 +145,11 @@ def test_prompts_read_together_share_what_they_begin_with(graph: Path, beginning
 def test_a_cancelled_query_leaves_at_the_next_step(graph: Path) -> None:
     ours = generator(graph, max_rows=3)
     gone, other, waiting, unread = (Query(prompt(20, seed), LONG) for seed in range(4))
-    many = Query(prompt(200), LONG)
+    many = Query(prompt(300), LONG)
     for joining in ((gone, other), (many, waiting, unread)):
         for query in joining:
             ours.decoder.add(query)
-        for _ in range(2):  # while rows run, less than half of the long prompt is read
+        for _ in range(2):  # while rows run, not all of the long prompt is read
             ours.decoder.step()
     assert len(ours.decoder.running) == 2
     many.cancelled = gone.cancelled = unread.cancelled = True  # one of them while its prompt is read

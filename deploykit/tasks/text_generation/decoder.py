@@ -35,6 +35,8 @@ _PROMPT_TOKENS = 512
 """Most tokens of prompts that are read between two steps while no row waits for the next one."""
 _PROMPT_TOKENS_BETWEEN = 64
 """The same while rows wait."""
+_PROMPT_TOKENS_BESIDE = 128
+"""The same in one pass with the rows' next tokens: less would let prompts wait long, more would slow the rows down."""
 
 
 @dataclass(eq=False)
@@ -182,7 +184,8 @@ class Decoder:
         self._remove([i for i, answer in enumerate(self.running) if answer.query.cancelled])
         if self._reading is not None and self._reading.cancelled:
             self._reading = None
-        left = _PROMPT_TOKENS_BETWEEN if steadily and self.running else _PROMPT_TOKENS
+        some = _PROMPT_TOKENS_BETWEEN if self._mixing is None else _PROMPT_TOKENS_BESIDE
+        left = some if steadily and self.running else _PROMPT_TOKENS
         parts = [] if self._mixing is None else list(self._parts(left))
         grown: dict[Query, None] = {}  # a set in order
         if self.running or parts:
