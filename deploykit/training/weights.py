@@ -292,6 +292,11 @@ def _cause(model: Any, found: _Differences) -> tuple[str, str]:
         )
     if found.mismatched:
         return "Its config.json is of a model of another size", "copy the config.json that belongs to the weights"
+    if found.missing and all(_parent(key) == _output_layer(model) for key in found.missing):
+        return (
+            "Its config.json says that the output layer has weights of its own (tie_word_embeddings is false)",
+            "set tie_word_embeddings to true if they are those of the embedding; otherwise copy the checkpoint again",
+        )
     if found.missing and all(head(key) for key in found.missing):
         return (
             f"It has no trained head of a {kind}: it is a base model, or was trained for something else",
@@ -306,6 +311,12 @@ def _cause(model: Any, found: _Differences) -> tuple[str, str]:
         f"The file is not a whole {kind}",
         "copy the checkpoint again, or save it with save_pretrained of its own class",
     )
+
+
+def _output_layer(model: Any) -> str | None:
+    """Return the name of a language model's output layer."""
+    layer = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if layer is not None and module is layer), None)
 
 
 def _foreign_prefix(model: Any, found: _Differences) -> str:

@@ -80,6 +80,14 @@ def equal(one: Any, other: Any) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_an_output_layer_without_weights_may_share_the_embedding_s(marian: Path, rewrite: Rewrite) -> None:
+    folder = rewrite(marian, lambda tensors: {k: v for k, v in tensors.items() if k != "lm_head.weight"})
+    with pytest.raises(ArtifactError) as refused:
+        load_model(str(folder), "translation")
+    assert "missing from model.safetensors: lm_head.weight" in refused.value.message
+    assert refused.value.remedy.startswith("set tie_word_embeddings to true if they are those of the embedding")
+
+
 @pytest.mark.parametrize("cut", ["model.decoder.layers.1.", "final_logits_bias", "lm_head.weight"])
 def test_a_translator_that_lacks_weights_is_refused_with_their_keys(marian: Path, rewrite: Rewrite, cut: str) -> None:
     folder = rewrite(marian, lambda w: {key: value for key, value in w.items() if not key.startswith(cut)})
