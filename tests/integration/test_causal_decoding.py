@@ -405,6 +405,21 @@ def test_a_failure_leaves_the_generator_usable(graph: Path, monkeypatch: pytest.
     assert ours.generate([prompt(10)], LONG) == expected
 
 
+def test_failures_while_prompts_are_read_together_lose_no_rows(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = generator(graph, max_rows=4)
+    if not isinstance(ours.model, NativeCausalLm):
+        pytest.skip("this engine reads prompts by themselves")
+    prompts = [prompt(10, seed) for seed in range(4)]
+    expected = ours.generate(prompts, LONG)
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(ours.model, "_compute", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                ours.generate(prompts, LONG)
+    assert ours.generate(prompts, LONG) == expected
+    assert len(ours.model._free) == 4
+
+
 def test_ten_thousand_requests_leave_nothing_behind(graph: Path) -> None:
     import threading
 

@@ -114,8 +114,8 @@ class MixingCausalLm(Protocol):
     def new_area(self) -> Any:
         """Return another prompt area, which is empty. There is one for each row that is still free."""
 
-    def release(self, area: Any) -> None:
-        """Give up a prompt area that ``new_area`` returned and that is not in use."""
+    def release_others(self) -> None:
+        """Give up all prompt areas but ``area``."""
 
     def mix(self, tokens: Sequence[Sequence[int]], parts: Sequence[Part] = ()) -> Logits:
         """Feed each row some tokens, and append the ``parts`` to their prompt areas. Call ``keep`` after it.

@@ -133,6 +133,8 @@ class Decoder:
         self._reading: Query | None = None  # its prompt is in the model's prompt area, up to ``_read``
         self._read = 0
         model.remove(np.arange(model.rows))
+        if self._mixing is not None:
+            self._mixing.release_others()
 
     @property
     def claimed(self) -> int:
@@ -318,9 +320,9 @@ class Decoder:
             self._mixing.area = part.area
             if self._take(part, logits[start : start + part.wanted]):
                 yield part.query
-            if part is not parts[-1]:
-                self._mixing.release(part.area)
             start += part.wanted
+        if self._mixing is not None:
+            self._mixing.release_others()
 
     def _take(self, part: _Part, logits: Logits) -> bool:
         """Note that a part was read; ``logits`` are those wanted. Begins the answers to a prompt that was read whole, and

@@ -171,10 +171,9 @@ class NativeCausalLm:
         self._areas.append(area)
         return area
 
-    def release(self, area: _Area) -> None:
-        self._areas.remove(area)
-        if not area.admitted:
-            self._free.append(area.slot)
+    def release_others(self) -> None:
+        self._free += [area.slot for area in self._areas if area is not self.area and not area.admitted]
+        self._areas = [self.area]
 
     def mix(self, tokens: Sequence[Sequence[int]], parts: Sequence[Part] = ()) -> Logits:
         counts = np.array([len(each) for each in tokens], np.int64)

@@ -131,8 +131,8 @@ def test_no_bit_depends_on_company_parts_or_threads(tmp_path: Path, name: str, b
     model.keep([1] * model.rows)
     model.area = areas[1]
     model.admit(0)
-    model.release(areas[1])
     model.area = areas[0]
+    model.release_others()
     lengths = np.array([*lengths + 2, 14])
     np.testing.assert_array_equal(model.step(np.array(IDS)[lengths]), whole[lengths])
     model.remove(np.arange(model.rows))
