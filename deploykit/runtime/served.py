@@ -33,8 +33,9 @@ _MAX_REQUEST_BYTES = 4 << 20  # with all else in it well below the OpenAI port's
 _FIRST_ROW = re.compile(r"row 0 of [A-Z]+: ")  # prefix of the error for a request without a valid row
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 LOST = (400, 404, 500, 503)
-_MOST_LOST = 2
 """Statuses of errors that may be due to a model that is loaded again."""
+_MOST_LOST = 2
+"""Servers that may be lost with one request: it may be what ended them."""
 
 
 Row = TypeVar("Row")

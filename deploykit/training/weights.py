@@ -292,7 +292,7 @@ def _cause(model: Any, found: _Differences) -> tuple[str, str]:
         )
     if found.mismatched:
         return "Its config.json is of a model of another size", "copy the config.json that belongs to the weights"
-    if found.missing and all(_parent(key) == _output_layer(model) for key in found.missing):
+    if {_parent(key) for key in found.missing} == {_output_layer(model)}:
         return (
             "Its config.json says that the output layer has weights of its own (tie_word_embeddings is false)",
             "set tie_word_embeddings to true if they are those of the embedding; otherwise copy the checkpoint again",

@@ -194,7 +194,8 @@ class Decoder:
             of_parts = self._step_rows(parts)
             grown = dict.fromkeys(answer.query for answer in self.running)
             self._remove_finished()
-            grown |= dict.fromkeys(self._take_all(parts, of_parts))
+            if parts:
+                grown |= dict.fromkeys(self._take_all(parts, of_parts))
         if self._mixing is None:
             for part in self._parts(left):
                 logits = self._model.feed(part.ids, range(len(part.ids))[len(part.ids) - part.wanted :])
@@ -303,7 +304,7 @@ class Decoder:
         reserved = sum(self._reserved(other.prompt, other.sampling) for other in (query, *others))
         if self._running_tokens() + reserved > self._model.max_tokens:
             return None
-        if any(self._prefixes.learns(query.prompt, other.prompt) for other in others):
+        if self._prefixes.learns(query.prompt, [other.prompt for other in others]):
             return None  # what they share is read once
         self._reading = self.waiting.popleft()
         if self._mixing is not None and beside:
@@ -314,15 +315,14 @@ class Decoder:
 
     def _take_all(self, parts: Sequence[_Part], logits: Logits) -> Iterator[Query]:
         """Note that parts were read in one pass; ``logits`` are those wanted. Yields the queries whose answers begin."""
+        assert self._mixing is not None
         start = 0
         for part in parts:
-            assert self._mixing is not None
             self._mixing.area = part.area
             if self._take(part, logits[start : start + part.wanted]):
                 yield part.query
             start += part.wanted
-        if self._mixing is not None:
-            self._mixing.release_others()
+        self._mixing.release_others()
 
     def _take(self, part: _Part, logits: Logits) -> bool:
         """Note that a part was read; ``logits`` are those wanted. Begins the answers to a prompt that was read whole, and

@@ -36,11 +36,13 @@ class Prefixes:
             read = end
         return read
 
-    def learns(self, prompt: Sequence[int], other: Sequence[int]) -> bool:
-        """Return whether more of the beginning of ``prompt`` will be known when ``other`` is stored."""
+    def learns(self, prompt: Sequence[int], others: Sequence[Sequence[int]]) -> bool:
+        """Return whether more of the beginning of ``prompt`` will be known when one of ``others`` is stored."""
+        if not others:
+            return False
         for end, key in _keys(prompt[: min(max(0, len(prompt) - 2), self.most_tokens)]):
             if key not in self._blocks:
-                return list(prompt[:end]) == list(other[:end])
+                return any(list(prompt[:end]) == list(other[:end]) for other in others)
         return False
 
     def store(self, model: CausalLm, prompt: Sequence[int]) -> None:
