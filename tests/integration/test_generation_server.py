@@ -106,7 +106,11 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 def metrics(server: TritonServer) -> dict[str, float]:
     """The metrics of the model "lm" that are deploykit's own."""
     text = urllib.request.urlopen(server.urls.metrics, timeout=10).read().decode()
-    lines = [line for line in text.splitlines() if line.startswith("deploykit_") and 'model="lm"' in line]
+    lines = [
+        line
+        for line in text.splitlines()
+        if line.startswith(("deploykit_", "nv_inference_pending")) and 'model="lm"' in line
+    ]
     return {line.split("{")[0]: float(line.split()[-1]) for line in lines}
 
 
@@ -294,27 +298,35 @@ def _leave_grpc(server: TritonServer, *, stream: bool, begun: bool) -> None:
 def test_a_full_queue_refuses_some_and_answers_the_others_right(
     server: TritonServer, url: str, local: LocalGenerator, asked: str
 ) -> None:
-    """200 clients at once, 8 rows and a queue of 32."""
+    """200 clients, 8 rows and a queue of 32. A request of 8 beams holds the rows until the queue was full."""
     dialogs = [[{"role": "user", "content": f"{row['prompt']} {i}"}] for i in range(4) for row in command_rows()[:50]]
     ask = {"openai": _openai_whole, "openai stream": _openai_stream, "http": _http_whole, "http stream": _http_stream,
            "grpc stream": _grpc_stream}[asked]  # fmt: skip
-
-    together = threading.Barrier(len(dialogs))
+    refused = threading.Event()
 
     def one(dialog: Any) -> str | None:
-        together.wait()
         try:
-            return "".join(ask(server, url, 300, dialog))
+            return "".join(ask(server, url, 60, dialog))
         except ConnectionError as error:
             if not re.match(r"(Error code: 429 - |503: .*|)the queue is full", str(error)):
                 raise
+            refused.set()
             return None
 
+    assert idle(server)
+    first = http.client.HTTPConnection(server.urls.http.removeprefix("http://"), timeout=60)
+    body = {"messages": json.dumps(DIALOG), "num_beams": 8, "max_tokens": 3900, "ignore_eos": True}
+    first.request("POST", "/v2/models/lm/generate", json.dumps(body))
+    assert wait_until(lambda: running(server)[0] == 8, 30)
     with ThreadPoolExecutor(len(dialogs)) as pool:
-        answers = list(pool.map(one, dialogs))
+        asking = [pool.submit(one, dialog) for dialog in dialogs]
+        full = refused.wait(60)
+        first.close()
+        answers = [each.result() for each in asking]
+    assert full
     answered = [(dialog, answer) for dialog, answer in zip(dialogs, answers) if answer is not None]
     assert 40 <= len(answered) < 200
-    expected = local.reply([dialog for dialog, _ in answered], Sampling(max_new_tokens=300, ignore_eos=True))
+    expected = local.reply([dialog for dialog, _ in answered], Sampling(max_new_tokens=60, ignore_eos=True))
     assert [answer for _, answer in answered] == [a[0].text for a in expected if not isinstance(a, DataError)]
 
 
