@@ -21,7 +21,7 @@ from deploykit.graphs.native_writer import write_weights
 from deploykit.graphs.seq2seq import side_by_side
 from deploykit.graphs.writer import activation_of
 from deploykit.quantization.compensated import Levels, Rounded, Rounding, int8_levels
-from deploykit.runtime.engines.native.causal_weights import BLOCK, CACHES, COLUMNS
+from deploykit.runtime.engines.native.causal_weights import BLOCK, CACHES, COLUMNS, TOGETHER
 
 _LEVELS = 32767
 _LARGEST_SUM = 2**31 - 1
@@ -75,6 +75,7 @@ class NativeCausalWriter:
             "key_heads": a.key_heads,
             "head_size": a.head_size,
             "cache": self._cache,
+            "together": TOGETHER,
             "scale": a.scale,
             "embedding_scale": a.embedding_scale,
             "attention_cap": a.attention_cap or 0.0,
@@ -161,7 +162,7 @@ def _matrix(layer: Linear, bits: Bits | None, rounded: Rounded | None = None) ->
             values, scales = _padded(rounded.values), _wide(rounded.scales)[0]
         largest = int(np.abs(values, dtype=np.int16).sum(0, dtype=np.int64).max())
         levels = min(_LEVELS, _LARGEST_SUM // max(1, largest))
-        return _Matrix("int8", levels, {"weight": _panels(values, 2), "scale": scales, "bias": bias})
+        return _Matrix("int8", levels, {"weight": _panels(values, TOGETHER), "scale": scales, "bias": bias})
     if rounded is None:
         nibbles, steps, lows = quantize_nibbles(weight)
     else:

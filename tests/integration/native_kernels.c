@@ -220,7 +220,7 @@ static void matrix(const Kernels *k) {
     padded = panels_of(m.out) * COLUMNS, blocks = blocks_of(m.in);
     Given g = {.stride = wide(m.in) * 4, .apart = 2 * blocks};
     g.rows = take(rows * g.stride), g.steps = take(4 * rows * g.apart);
-    g.tiles = rows > MOST_ROWS ? take((rows + TILE_UNIT) * (wide(m.in) + TILE_BYTES) * 2) : NULL;
+    g.tiles = take((rows + TILE_UNIT) * (wide(m.in) + TILE_BYTES) * 2);
     float *x = floats(rows * wide(m.in)), *y = floats(rows * padded);
     m.bias = floats(padded);
     if (m.kind == FLOAT32) {
@@ -244,7 +244,7 @@ static void matrix(const Kernels *k) {
         show(g.steps + r * g.apart, m.kind == FLOAT32 ? 0 : m.kind == INT8 ? 4 : 4 * g.apart);
     }
     Ahead ahead = {m.weight, from_to(0, 2)};
-    int row = from_to(0, rows - 1), each = from_to(1, MOST_PANELS);
+    int row = from_to(0, (rows - 1) / TILE_UNIT) * TILE_UNIT, each = from_to(1, MOST_PANELS);
     if (each > k->panels) each = k->panels;
     for (int panel = 0; panel < panels_of(m.out); panel += each) {
         int panels = panels_of(m.out) - panel < each ? panels_of(m.out) - panel : each;
@@ -269,7 +269,7 @@ static void seen_attention(const Kernels *k) {
         int last = from_to(1, n);
         by[g] = (SeenBy){floats(padded), out + g * padded, from_to(0, last - 1), last};
     }
-    Seen s = {keys, values, kind, size, 0.3f, draw() % 2 ? 20.0f : 0.0f};
+    Seen s = {keys, values, kind, size, 0.3f, draw() % 2 ? 20.0f : 0.0f, keys};
     float *scores = take(4 * queries * up_to(n + 32, 16));
     for (int g = 0, some; g < queries; g += some) {
         some = queries - g < k->seen_queries ? queries - g : k->seen_queries;

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deploykit.runtime.engines.native.weights import ACTIVATIONS, LARGEST_HEAD, NormStruct, WeightFile
+from deploykit.runtime.engines.native.weights import ACTIVATIONS, ALIGNMENT, LARGEST_HEAD, NormStruct, WeightFile
 
 COLUMNS = 16
 """Columns of a matrix that are stored together."""
+TOGETHER = 4
+"""Inputs of an INT8 matrix that are stored side by side; 2 in older files."""
 BLOCK = 32
 """Inputs that share a scale in INT4, and to whose multiple all matrices are padded."""
 _KINDS = {"fp32": 1, "int8": 2, "int4": 3, "fp16": 4}
@@ -73,7 +75,11 @@ class CausalWeights(WeightFile):
         self.ropes: list[tuple[NDArray[np.float32], float]] = [
             (np.array(rope["frequencies"], np.float32), float(rope["scale"])) for rope in model["ropes"]
         ]
-        self.cache = model.get("cache", "fp16")  # which files of before lack
+        self.cache = model.get("cache", "fp16")  # older files lack it
+        self._together = model.get("together", 2)
+        self._rearranged: dict[str, NDArray[np.uint8]] = {}
+        if self._together not in (2, TOGETHER):
+            raise ValueError(f"{self._together} inputs are stored side by side")
         if self.cache not in CACHES:
             raise ValueError(f"keys and values are {self.cache!r}")
         if model["norm"] is None or (model["positions"] is None) != (self.longest is None):
@@ -135,6 +141,8 @@ class CausalWeights(WeightFile):
             matrix.weight = self._at(given["weight"], np.float32, rows * columns)
         elif kind == "int8":
             matrix.weight = self._at(given["weight"], np.int8, rows * columns)
+            if self._together != TOGETHER:
+                matrix.weight = self._by_fours(given["weight"], rows * columns)
             matrix.scale = self._at(given["scale"], np.float32, columns)
             if not 1 <= matrix.levels <= 32767:
                 raise ValueError(f"{matrix.levels} levels")
@@ -143,6 +151,19 @@ class CausalWeights(WeightFile):
             matrix.scale = self._at(given["scale"], np.uint16, rows * columns // BLOCK)
             matrix.low = self._at(given["low"], np.uint16, rows * columns // BLOCK)
         return matrix
+
+    def _by_fours(self, name: str, size: int) -> int:
+        """Return the address of a copy of an older file's INT8 weights, [in / 2][16][2] in each panel, as [in / 4][16][4]."""
+        if name not in self._rearranged:
+            start = self._begin + self._tensors[name]["data_offsets"][0]
+            pairs = self._bytes[start : start + size].reshape(-1, 2, COLUMNS, 2)
+            copy = np.empty(size + ALIGNMENT, np.uint8)
+            first = -copy.ctypes.data % ALIGNMENT
+            copy = copy[first : first + size]
+            copy.reshape(-1, COLUMNS, 2, 2)[:] = pairs.transpose(0, 2, 1, 3)
+            self._rearranged[name] = copy
+        address: int = self._rearranged[name].ctypes.data
+        return address
 
     @property
     def quantized_matrices(self) -> int:

@@ -32,8 +32,8 @@ static int new_given(Given *g, int rows, int widest) {
     g->apart = 2 * blocks_of(widest);
     g->rows = room(g->rows, rows * g->stride);
     g->steps = room(g->steps, rows * g->apart * (int64_t)sizeof(float));
-    if (rows > FEW_ROWS) g->tiles = room(g->tiles, (rows + TILE_UNIT) * (int64_t)(widest + TILE_BYTES) * 2);
-    return g->rows && g->steps && (rows <= FEW_ROWS || g->tiles);
+    g->tiles = room(g->tiles, (rows + TILE_UNIT) * (int64_t)(widest + TILE_BYTES) * 2);
+    return g->rows && g->steps && g->tiles;
 }
 
 /* Read a column of a matrix: a token's embedding. */
@@ -47,7 +47,7 @@ static void look_up(const CausalModel *model, int64_t token, int position, float
         for (int i = 0; i < n; i++) x[i] = ((const float *)weight)[i * COLUMNS + lane] * model->embedding_scale;
     } else {
         float scale = ((const float *)m->scale)[token] * model->embedding_scale;
-        for (int i = 0; i < n; i++) x[i] = (float)((const int8_t *)weight)[(i / 2 * COLUMNS + lane) * 2 + i % 2] * scale;
+        for (int i = 0; i < n; i++) x[i] = (float)((const int8_t *)weight)[(i / 4 * COLUMNS + lane) * 4 + i % 4] * scale;
     }
     for (int i = 0; positions && i < model->hidden; i++) x[i] += positions[i];
 }
@@ -180,15 +180,17 @@ static void keep_rows(Context *c, int number, int layer_number, int64_t stride) 
     }
 }
 
-/* Attention of ``heads`` heads, which share keys and values, of ``rows`` rows of one slot. */
-static void attend(Context *c, int number, int layer_number, int row, int rows, int head, int heads, int64_t stride,
-                   int64_t out_stride) {
+/* Attention of ``heads`` heads, which share keys and values, of ``rows`` rows of one slot. ``next``: the row after them, from its
+ * head ``next_head`` on. */
+static void attend(Context *c, int number, int layer_number, int row, int rows, int head, int heads, int next, int next_head,
+                   int64_t stride, int64_t out_stride) {
     Causal *l = c->causal;
     const CausalModel *m = l->model;
     const CausalBatch *b = l->batch;
-    int count = 0, size = m->head_size, window = m->layer[layer_number].window;
-    Region region = region_of(l, row, layer_number, head / (m->heads / m->key_heads));
-    Seen seen = {region.keys, region.values, m->cache, size, m->scale, m->attention_cap};
+    int count = 0, size = m->head_size, window = m->layer[layer_number].window, shared = m->heads / m->key_heads;
+    Region region = region_of(l, row, layer_number, head / shared);
+    const uint8_t *later = next < b->rows ? region_of(l, next, layer_number, next_head / shared).keys : region.keys;
+    Seen seen = {region.keys, region.values, m->cache, size, m->scale, m->attention_cap, later};
     SeenBy by[MOST_QUERIES];
     for (int r = row; r < row + rows; r++)
         for (int h = head; h < head + heads; h++) {
@@ -211,7 +213,8 @@ static void attend_rows(Context *c, int number, int layer_number, int64_t stride
             heads = shared - head % shared;
             if (heads > last - unit) heads = last - unit;
             if (heads > most) heads = most;
-            attend(c, number, layer_number, unit / m->heads, 1, head, heads, stride, out_stride);
+            attend(c, number, layer_number, unit / m->heads, 1, head, heads, (unit + heads) / m->heads, (unit + heads) % m->heads,
+                   stride, out_stride);
         }
         return;
     }
@@ -223,7 +226,8 @@ static void attend_rows(Context *c, int number, int layer_number, int64_t stride
             for (rows = 1; from + rows < end && b->slots[from + rows] == b->slots[from];) rows++;
             for (int head = 0, heads; head < m->heads; head += heads) {
                 heads = shared - head % shared < most ? shared - head % shared : most;
-                attend(c, number, layer_number, from, rows, head, heads, stride, out_stride);
+                int more = head + heads < m->heads, next = more ? from : from + rows < end ? from + rows : row + c->threads * together;
+                attend(c, number, layer_number, from, rows, head, heads, next, more ? head + heads : 0, stride, out_stride);
             }
         }
     }

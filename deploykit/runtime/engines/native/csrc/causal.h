@@ -3,8 +3,9 @@
  *
  * Matrices are stored in panels of 16 columns, with inputs padded with zeros to 32:
  * - float32: [panels][inputs][16];
- * - INT8: [panels][inputs / 2][16][2], with a scale for each column. Rows are rounded to 16 bits with one scale each, to at
- *   most ``levels``, so that no sum overflows: activations cost no accuracy;
+ * - INT8: [panels][inputs / 4][16][4], with a scale for each column. Rows are rounded to 16 bits with one scale each, to at
+ *   most ``levels``, so that no sum overflows: activations cost no accuracy. Each four of a row have the order 0, 2, 1, 3:
+ *   the even bytes of four weights become a pair of 16-bit numbers, and the odd ones another;
  * - INT4: [panels][inputs / 32][4][16][4], where byte j of step s has the input 4 s + j in its low bits and 16 + 4 s + j in its
  *   high ones. Each 32 inputs of a column have a bfloat16 scale and minimum. Rows are rounded to 8 bits with a scale for each
  *   32 inputs.
@@ -19,7 +20,6 @@
 #define LARGEST_HEAD 256
 #define MATRIX_ROWS 256 /* most rows of a product by a panel */
 #define MOST_PANELS 2
-#define FEW_ROWS 3 /* which AMX multiplies no faster */
 
 enum { FLOAT32 = 1, INT8, INT4, FLOAT16 };
 
@@ -66,7 +66,7 @@ typedef struct {
     uint8_t *rows; /* ``stride`` bytes apart: 4 for each input of the widest matrix */
     float *steps;  /* INT8: the scale; INT4: a scale for each block, then scale x sum for each; ``apart`` floats apart */
     int64_t stride, apart;
-    uint8_t *tiles; /* INT8, for AMX: [rows / 16][inputs / 64][high bytes, low bytes][16][64]; NULL: never more than FEW_ROWS rows */
+    uint8_t *tiles; /* INT8, for AMX: [rows / 16][inputs / 64][high bytes, low bytes][16][64] */
 } Given;
 
 /* A head's keys and values in a slot. */
@@ -74,6 +74,7 @@ typedef struct {
     const uint8_t *keys, *values;
     int32_t kind, size;
     float scale, cap;
+    const uint8_t *next; /* keys of the head that is computed after this one, to prefetch */
 } Seen;
 
 #define MOST_QUERIES 12 /* that share keys and values, computed together */

@@ -14,24 +14,21 @@
 
 #define STEP 64       /* inputs of a product of tiles */
 #define TILE 1024     /* bytes */
-#define MOST_STEPS 12 /* of a language model's matrix, laid out at once */
-
-/* Positions of 16-bit values: those of the first and of the second half by turns. */
-static const int16_t BY_TURNS[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#define AHEAD 4096    /* bytes from a language model's weights to those that are prefetched */
 
 static _Thread_local int configured;
 
-/* Configuring takes as long as some products, so tiles stay configured until the thread's part of a job ends. */
-INLINE void configure(void) {
-    static const struct {
+/* Configuring takes as long as some products, so tiles stay configured until the thread's part of a job ends. ``rows``: of
+ * sums and of activations. */
+INLINE void configure(int rows) {
+    struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t rows[16];
-    } whole = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-    if (configured) return;
+    } whole = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {rows, rows, rows, rows, rows, rows, 16, 16}};
+    if (configured == rows) return;
     _tile_loadconfig(&whole);
-    configured = 1;
+    configured = rows;
 }
 
 static void release(void) {
@@ -171,7 +168,7 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
             continue;
         }
         int columns = rows > 16 ? 32 : 64;
-        configure();
+        configure(16);
         for (int column = 0; column < PANEL; column += columns) {
             const float *scale = l->scale + first + column, *bias = l->bias + first + column;
             Then to = then_at(then, row * stride + column);
@@ -197,59 +194,52 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
 
 INLINE int tile_steps(const Matrix *m) { return (m->in + STEP - 1) / STEP; }
 
-/* Tiles have bytes, so the 16 bits of an INT8 matrix's activations are split into signed high and unsigned low bytes. */
+/* Tiles have bytes, so the 16 bits of an INT8 matrix's activations are split into signed high and unsigned low bytes, in the
+ * order of the inputs. */
 static void give_bytes(const Given *to, const Matrix *next, int row, const float *x) {
     give(to, next, row, x);
-    if (next->kind != INT8 || !to->tiles) return;
+    if (next->kind != INT8) return;
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_set_epi64x(0x0f0d0e0c0b090a08, 0x0705060403010200));
     const uint8_t *shorts = to->rows + row * to->stride;
     uint8_t *tiles = to->tiles + row / 16 * tile_steps(next) * (2 * TILE) + row % 16 * STEP;
     for (int i = 0; i < wide(next->in); i += BLOCK) {
         Ints v = _mm512_loadu_si512(shorts + 2 * i);
         uint8_t *at = tiles + i / STEP * (2 * TILE) + i % STEP;
-        _mm256_storeu_si256((__m256i *)at, _mm512_cvtepi16_epi8(_mm512_srai_epi16(v, 8)));
-        _mm256_storeu_si256((__m256i *)(at + TILE), _mm512_cvtepi16_epi8(v));
+        _mm256_storeu_si256((__m256i *)at, _mm256_shuffle_epi8(_mm512_cvtepi16_epi8(_mm512_srai_epi16(v, 8)), order));
+        _mm256_storeu_si256((__m256i *)(at + TILE), _mm256_shuffle_epi8(_mm512_cvtepi16_epi8(v), order));
     }
 }
 
-/* Multiply 16 rows by a panel, or two if ``both``: products of the high bytes, then of the low ones. ``more``: add to the sums. */
-INLINE void shorts_by_bytes(const int both, const uint8_t *x, const int8_t *w, int steps, int more, int32_t *sums) {
-    if (more) {
-        _tile_loadd(0, sums, STEP);
-        _tile_loadd(1, sums + 256, STEP);
-        if (both) {
-            _tile_loadd(2, sums + 512, STEP);
-            _tile_loadd(3, sums + 768, STEP);
-        }
-    } else clear_sums();
-    for (int k = 0; k < steps; k++, x += 2 * TILE, w += TILE) {
-        _tile_loadd(4, x, STEP);
-        _tile_loadd(6, w, STEP);
-        _tile_loadd(5, x + TILE, STEP);
-        _tile_dpbssd(0, 4, 6);
-        _tile_dpbusd(1, 5, 6);
-        if (!both) continue;
-        _tile_loadd(7, w + MOST_STEPS * TILE, STEP);
-        _tile_dpbssd(2, 4, 7);
-        _tile_dpbusd(3, 5, 7);
+/* Multiply 16 rows by a panel, or by two, ``apart`` bytes apart: products of the high bytes, then of the low ones. ``end``, if
+ * not NULL: a last step. Prefetches ``lines`` cache lines from ``ahead`` on with each step of a panel. */
+INLINE void shorts_by_bytes(const int both, const uint8_t *x, const int8_t *w, int64_t apart, int steps, const int8_t *end,
+                            const int8_t *ahead, int lines, int32_t *sums) {
+    clear_sums();
+#define STEP_OF(weights, between) \
+    _tile_loadd(4, x, STEP); \
+    _tile_loadd(6, weights, STEP); \
+    _tile_loadd(5, x + TILE, STEP); \
+    _tile_dpbssd(0, 4, 6); \
+    _tile_dpbusd(1, 5, 6); \
+    if (both) { \
+        _tile_loadd(7, weights + between, STEP); \
+        _tile_dpbssd(2, 4, 7); \
+        _tile_dpbusd(3, 5, 7); \
     }
+    for (int k = 0; k < steps; k++, x += 2 * TILE, w += TILE, ahead += TILE) {
+        for (int i = 0; i < lines; i++) _mm_prefetch(ahead + 64 * i, _MM_HINT_T0);
+        for (int i = 0; both && i < lines; i++) _mm_prefetch(ahead + apart + 64 * i, _MM_HINT_T0);
+        STEP_OF(w, apart)
+    }
+    if (end) {
+        STEP_OF(end, TILE)
+    }
+#undef STEP_OF
     _tile_stored(0, sums, STEP);
     _tile_stored(1, sums + 256, STEP);
     if (!both) return;
     _tile_stored(2, sums + 512, STEP);
     _tile_stored(3, sums + 768, STEP);
-}
-
-/* Lay out ``steps`` steps of a panel, two inputs of each column side by side, for tiles, four inputs side by side. Inputs after
- * the first ``quads`` times 4 are zeros. Prefetches the weights ``ahead`` bytes after them. */
-INLINE void lay_out(const int8_t *w, int quads, int steps, int64_t ahead, int8_t *laid) {
-    Ints turned = _mm512_loadu_si512(BY_TURNS);
-    int k = 0;
-    for (; k < quads && k < steps * STEP / 4; k++) {
-        _mm_prefetch(w + 64 * k + ahead, _MM_HINT_T0);
-        _mm512_store_si512(laid + 64 * k, _mm512_permutexvar_epi16(turned, _mm512_load_si512(w + 64 * k)));
-    }
-    for (; k < steps * STEP / 4; k++) _mm512_store_si512(laid + 64 * k, i_zero());
-    settle();
 }
 
 /* Write up to 16 rows of a panel's products as float32. */
@@ -263,10 +253,10 @@ INLINE void put_sums(const Given *from, const Matrix *m, int row, int rows, int 
     }
 }
 
-/* Compute multiply for up to MATRIX_ROWS rows: MOST_STEPS steps of the weights, while they are in a cache, by all rows. */
+/* Compute multiply for up to MATRIX_ROWS rows. */
 static void multiply_many(const Given *from, const Matrix *m, int row, int rows, int panel, int panels, int add, float *out,
                           int64_t stride, Ahead ahead) {
-    if (m->kind != INT8 || rows <= FEW_ROWS) {
+    if (m->kind != INT8) {
         for (int i = 0; i < groups_of(rows, MOST_ROWS); i++) {
             Group some = group(rows, MOST_ROWS, 1, i);
             multiply(from, m, row + some.row, some.rows, panel, panels, add, out + some.row * stride, stride,
@@ -274,25 +264,25 @@ static void multiply_many(const Given *from, const Matrix *m, int row, int rows,
         }
         return;
     }
-    _Alignas(64) int8_t laid[2 * MOST_STEPS * TILE];
-    _Alignas(64) int32_t sums[MATRIX_ROWS / 16 * 4 * 256];
+    _Alignas(64) int32_t sums[4 * 256];
+    _Alignas(64) int8_t end[2 * TILE];
     int64_t bytes = panel_bytes(m);
     const int8_t *w = (const int8_t *)m->weight + panel * bytes;
-    int all = tile_steps(m), quads = blocks_of(m->in) * BLOCK / 4;
-    const uint8_t *x = from->tiles + row / 16 * all * (2 * TILE);
-    configure();
-    for (int first = 0; first < all; first += MOST_STEPS) {
-        int steps = all - first < MOST_STEPS ? all - first : MOST_STEPS;
-        for (int i = 0; i < panels; i++)
-            lay_out(w + i * bytes + first * TILE, quads - first * STEP / 4, steps, panels * bytes, laid + i * MOST_STEPS * TILE);
-        for (int i = 0; i < rows; i += 16) {
-            const uint8_t *at = x + (i / 16 * all + first) * (2 * TILE);
-            int32_t *sum = sums + i / 16 * 1024;
-            if (panels == 2) shorts_by_bytes(1, at, laid, steps, first, sum);
-            else shorts_by_bytes(0, at, laid, steps, first, sum);
-            for (int j = 0; j < panels && first + steps == all; j++)
-                put_sums(from, m, row + i, rows - i, panel + j, sum + 512 * j, add, out + i * stride + j * COLUMNS, stride);
-        }
+    int all = tile_steps(m), steps = blocks_of(m->in) * BLOCK / STEP, blocks = groups_of(rows, 16);
+    int lines = groups_of(TILE / 64, blocks); /* each block of rows prefetches its share */
+    for (int i = 0; i < panels && steps < all; i++) {
+        memcpy(end + i * TILE, w + i * bytes + steps * TILE, TILE / 2);
+        memset(end + i * TILE + TILE / 2, 0, TILE / 2);
+    }
+    settle();
+    configure(blocks == 1 ? rows : 16); /* missing rows would take time too */
+    for (int i = 0; i < blocks; i++) {
+        const uint8_t *x = from->tiles + (row / 16 + i) * all * (2 * TILE);
+        const int8_t *later = w + AHEAD + 64 * lines * i, *last = steps < all ? end : NULL;
+        if (panels == 2) shorts_by_bytes(1, x, w, bytes, steps, last, later, lines, sums);
+        else shorts_by_bytes(0, x, w, bytes, steps, last, later, lines, sums);
+        for (int j = 0; j < panels; j++)
+            put_sums(from, m, row + 16 * i, rows - 16 * i, panel + j, sums + 512 * j, add, out + 16 * i * stride + j * COLUMNS, stride);
     }
 }
 

@@ -190,6 +190,7 @@ INLINE __m256i shorts_of(Ints x) {
     __m256i packed = _mm256_packus_epi32(_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask));
     return _mm256_permute4x64_epi64(packed, 0xd8);
 }
+INLINE Ints i_swap_middle(Ints x) { return (Ints){_mm256_shuffle_epi32(x.a, 0xd8), _mm256_shuffle_epi32(x.b, 0xd8)}; }
 INLINE void i_put_shorts(void *to, Ints x) { _mm256_storeu_si256(to, shorts_of(x)); }
 INLINE void i_put_bytes(void *to, Ints x) {
     __m256i shorts = _mm256_and_si256(shorts_of(x), _mm256_set1_epi16(0xff));

@@ -65,6 +65,7 @@ INLINE uint32_t i_equal(const int32_t *x, int32_t y) {
 INLINE Ints i_load_bytes(const int8_t *x, int left) { return _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_of(left), x)); }
 INLINE void i_store(void *to, Ints x) { _mm512_storeu_si512(to, x); }
 INLINE void i_put_bytes(void *to, Ints x) { _mm_storeu_si128(to, _mm512_cvtepi32_epi8(x)); }
+INLINE Ints i_swap_middle(Ints x) { return _mm512_shuffle_epi32(x, 0xd8); }
 INLINE void i_put_shorts(void *to, Ints x) { _mm256_storeu_si256(to, _mm512_cvtepi32_epi16(x)); }
 INLINE void i_put_every_fourth_byte(int8_t *to, Ints x, int place) {
     __m512i moved = _mm512_sllv_epi32(x, _mm512_set1_epi32(place * 8));

@@ -17,7 +17,7 @@ static void give(const Given *to, const Matrix *next, int row, const float *x) {
         float highest = largest_of(x, n), levels = (float)next->levels;
         Floats inverse = f_set(highest > 1e-30f ? levels / highest : 0.0f);
         for (int i = 0; i < BLOCK * blocks; i += 16)
-            i_put_shorts((int16_t *)y + i, i_round(f_mul(f_load_some(x + i, n - i), inverse)));
+            i_put_shorts((int16_t *)y + i, i_swap_middle(i_round(f_mul(f_load_some(x + i, n - i), inverse))));
         steps[0] = highest / levels;
     } else {
         for (int b = 0; b < blocks; b++, x += BLOCK, n -= BLOCK, y += BLOCK) {
@@ -120,7 +120,11 @@ INLINE Floats load_seen(const int kind, const uint8_t *x) {
 /* The positions among 16 from ``t`` on that a query sees. */
 INLINE uint32_t seen_from(const SeenBy *q, int t) { return tail(q->n - t) & ~tail(q->first - t); }
 
-/* Write the scores of ``spans`` times 16 positions, and update the highest ones. */
+INLINE void prefetch_bytes(const uint8_t *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+/* Write the scores of ``spans`` times 16 positions, and update the highest ones. Prefetches their values. */
 INLINE void score(const int kind, const int queries, const int spans, const Seen *s, const SeenBy *q, int t, float *scores,
                   int64_t apart, Floats *highest) {
     int padded = padded_head(s->size);
@@ -128,12 +132,15 @@ INLINE void score(const int kind, const int queries, const int spans, const Seen
     const uint8_t *group = s->keys + t / 16 * span, *keys = group;
     Floats sums[SEEN_QUERIES];
     for (int g = 0; g < queries * spans; g++) sums[g] = f_zero();
-    for (int i = 0; i < s->size; i++, keys += sixteen)
+    const uint8_t *values = s->values + t * value_bytes(kind, padded);
+    for (int i = 0; i < s->size; i++, keys += sixteen, values += spans * sixteen) {
+        prefetch_bytes(values, spans * sixteen);
 #pragma GCC unroll 12
         for (int j = 0; j < spans; j++) {
             Floats key = load_seen(kind, keys + j * span);
             EACH_QUERY sums[j * queries + g] = f_fma(key, f_set(q[g].query[i]), sums[j * queries + g]);
         }
+    }
 #pragma GCC unroll 12
     for (int j = 0; j < spans; j++)
         EACH_QUERY {
@@ -146,19 +153,22 @@ INLINE void score(const int kind, const int queries, const int spans, const Seen
         }
 }
 
-/* Write ``spans`` times 16 values of a head: those of the positions from ``begin`` to ``end``, weighed by ``shares``. */
+/* Write ``spans`` times 16 values of a head: those of the positions from ``begin`` to ``end``, weighed by ``shares``. Prefetches
+ * as much of the next keys. */
 INLINE void weigh(const int kind, const int queries, const int spans, const Seen *s, const SeenBy *q, int begin, int end,
                   int i, const float *shares, int64_t apart, const Floats *whole) {
     int64_t bytes = value_bytes(kind, padded_head(s->size));
-    const uint8_t *values = s->values + begin * bytes + value_bytes(kind, i);
+    const uint8_t *values = s->values + begin * bytes + value_bytes(kind, i), *next = s->next + value_bytes(kind, i);
     Floats sums[SEEN_QUERIES];
     for (int g = 0; g < queries * spans; g++) sums[g] = f_zero();
-    for (int t = begin; t < end; t++, values += bytes, shares++)
+    for (int t = begin; t < end; t++, values += bytes, next += bytes, shares++) {
+        prefetch_bytes(next, value_bytes(kind, 16 * spans));
 #pragma GCC unroll 12
         for (int j = 0; j < spans; j++) {
             Floats value = load_seen(kind, values + value_bytes(kind, 16 * j));
             EACH_QUERY sums[j * queries + g] = f_fma(value, f_set(shares[g * apart]), sums[j * queries + g]);
         }
+    }
 #pragma GCC unroll 12
     for (int j = 0; j < spans; j++)
         EACH_QUERY f_store_some(q[g].out + i + 16 * j, f_mul(sums[j * queries + g], whole[g]), s->size - i - 16 * j);

@@ -19,9 +19,15 @@ INLINE void put(float *to, __m256 v, int add) { _mm256_storeu_ps(to, add ? _mm25
 /* Keep the compiler from adding products of several steps first, which needs more registers than there are. */
 #define IN_ORDER(x) __asm__("" : "+x"(x))
 
+/* The even bytes of a vector as 16 bits, or the odd ones. */
+INLINE __m256i shorts_at(const __m256i *x, int odd) {
+    __m256i bytes = _mm256_load_si256(x);
+    return _mm256_srai_epi16(odd ? bytes : _mm256_slli_epi16(bytes, 8), 8);
+}
+
 INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
                         int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
-    const __m128i *w = (const __m128i *)((const int8_t *)m->weight + panel * panel_bytes(m));
+    const __m256i *w = (const __m256i *)((const int8_t *)m->weight + panel * panel_bytes(m));
     const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
     const char *next = ahead.at;
     const int chains = rows <= 2 ? 2 : 1; /* to hide the latency of VPDPWSSD */
@@ -29,21 +35,23 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
     for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = s[r][2] = s[r][3] = _mm256_setzero_si256();
     for (int b = 0; b < blocks_of(m->in); b++) {
         next = prefetch(next, ahead.lines);
-#pragma GCC unroll 4
-        for (int k = 0; k < BLOCK / 2; k++, w += 2, x += 4) {
-            __m256i w0 = _mm256_cvtepi8_epi16(_mm_load_si128(w)), w1 = _mm256_cvtepi8_epi16(_mm_load_si128(w + 1));
+#pragma GCC unroll 2
+        for (int k = 0; k < BLOCK / 4; k++, w += 2)
+#pragma GCC unroll 2
+            for (int odd = 0; odd < 2; odd++, x += 4) {
+                __m256i w0 = shorts_at(w, odd), w1 = shorts_at(w + 1, odd);
 #pragma GCC unroll 6
-            for (int r = 0; r < rows; r++) {
-                int32_t two;
-                memcpy(&two, x + r * stride, 4);
-                __m256i v = _mm256_set1_epi32(two);
-                __m256i *sums = s[r] + k % chains * 2;
-                sums[0] = dot_shorts(sums[0], w0, v);
-                sums[1] = dot_shorts(sums[1], w1, v);
-                IN_ORDER(sums[0]);
-                IN_ORDER(sums[1]);
+                for (int r = 0; r < rows; r++) {
+                    int32_t two;
+                    memcpy(&two, x + r * stride, 4);
+                    __m256i v = _mm256_set1_epi32(two);
+                    __m256i *sums = s[r] + odd % chains * 2;
+                    sums[0] = dot_shorts(sums[0], w0, v);
+                    sums[1] = dot_shorts(sums[1], w1, v);
+                    IN_ORDER(sums[0]);
+                    IN_ORDER(sums[1]);
+                }
             }
-        }
     }
     for (int j = 0; j < 2; j++) {
         __m256 factor = _mm256_loadu_ps(scale + 8 * j), more = _mm256_loadu_ps(bias + 8 * j);

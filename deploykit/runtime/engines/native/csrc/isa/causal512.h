@@ -14,19 +14,20 @@ INLINE void put(float *to, __m512 v, int add) { _mm512_storeu_ps(to, add ? _mm51
 
 INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const float *steps, int64_t apart, const Matrix *m,
                         int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
-    const __m256i *w = (const __m256i *)((const int8_t *)m->weight + panel * panel_bytes(m));
+    const __m512i *w = (const __m512i *)((const int8_t *)m->weight + panel * panel_bytes(m));
     const char *next = ahead.at;
-    __m512i s[MOST_ROWS][2]; /* of even and odd pairs of inputs, to hide latency */
+    __m512i s[MOST_ROWS][2]; /* of even and odd inputs, to hide latency */
     for (int r = 0; r < rows; r++) s[r][0] = s[r][1] = _mm512_setzero_si512();
     for (int b = 0; b < blocks_of(m->in); b++) {
         next = prefetch(next, ahead.lines);
-        for (int k = 0; k < BLOCK / 4; k++, w += 2, x += 8) {
-            __m512i w0 = _mm512_cvtepi8_epi16(_mm256_load_si256(w)), w1 = _mm512_cvtepi8_epi16(_mm256_load_si256(w + 1));
+        for (int k = 0; k < BLOCK / 4; k++, w++, x += 8) {
+            __m512i four = _mm512_load_si512(w), even = _mm512_srai_epi16(_mm512_slli_epi16(four, 8), 8);
+            __m512i odd = _mm512_srai_epi16(four, 8);
             for (int r = 0; r < rows; r++) {
                 int32_t two[2];
                 memcpy(two, x + r * stride, 8);
-                s[r][0] = dot_shorts(s[r][0], w0, _mm512_set1_epi32(two[0]));
-                s[r][1] = dot_shorts(s[r][1], w1, _mm512_set1_epi32(two[1]));
+                s[r][0] = dot_shorts(s[r][0], even, _mm512_set1_epi32(two[0]));
+                s[r][1] = dot_shorts(s[r][1], odd, _mm512_set1_epi32(two[1]));
             }
         }
     }

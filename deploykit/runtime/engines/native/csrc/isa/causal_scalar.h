@@ -29,7 +29,7 @@ INLINE void tile_shorts(const int rows, const uint8_t *x, int64_t stride, const 
         for (int j = 0; j < COLUMNS; j++) {
             const int16_t *row = (const int16_t *)(x + r * stride);
             int32_t sum = 0;
-            for (int k = 0; k < wide(m->in); k++) sum += row[k] * w[(k / 2 * COLUMNS + j) * 2 + k % 2];
+            for (int k = 0; k < wide(m->in); k++) sum += row[k] * w[(k / 4 * COLUMNS + j) * 4 + (k % 2 * 2 + k / 2 % 2)];
             float v = fmaf((float)sum, scale[j] * steps[r * apart], bias[j]), *to = out + r * out_stride + j;
             *to = add ? v + *to : v;
         }

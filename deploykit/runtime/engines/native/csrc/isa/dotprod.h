@@ -142,18 +142,13 @@ INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int 
 
 /* ---- language models ---- */
 
-/* Join two pairs of inputs of 8 columns each to four inputs of 4 columns, twice. */
-INLINE int8x16x2_t join_pairs(const int8_t *w) {
-    int16x8_t a = vreinterpretq_s16_s8(vld1q_s8(w)), b = vreinterpretq_s16_s8(vld1q_s8(w + 2 * COLUMNS));
-    return (int8x16x2_t){{vreinterpretq_s8_s16(vzip1q_s16(a, b)), vreinterpretq_s8_s16(vzip2q_s16(a, b))}};
-}
-
 /* Compute 8 columns for each of ``halves`` halves from ``half`` on. 16-bit activations are split into two bytes. */
 INLINE void half_shorts(const int rows, const int halves, int half, const uint8_t *x, int64_t stride, const float *steps,
                         int64_t apart, const Matrix *m, int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
-    const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m) + 16 * half;
+    const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m) + 32 * half;
     const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
     const int8x16_t ones = vdupq_n_s8(1);
+    const uint8x16_t lows = vreinterpretq_u8_u64(vdupq_n_u64(0x0e0a0c0806020400)); /* in the order of the inputs */
     const char *next = ahead.at;
     int32x4_t h[MOST_ROWS][4], l[MOST_ROWS][4], all[4];
     EACH all[i] = vdupq_n_s32(0);
@@ -165,18 +160,16 @@ INLINE void half_shorts(const int rows, const int halves, int half, const uint8_
             uint8x16_t low[MOST_ROWS];
             EACH_ROW {
                 int8x16_t eight = vld1q_s8((const int8_t *)(x + r * stride));
-                low[r] = vreinterpretq_u8_s8(vuzp1q_s8(eight, eight));
-                high[r] = vuzp2q_s8(eight, eight);
+                low[r] = vreinterpretq_u8_s8(vqtbl1q_s8(eight, lows));
+                high[r] = vqtbl1q_s8(eight, vorrq_u8(lows, vdupq_n_u8(1)));
             }
 #define QUAD(lane) \
-    _Pragma("GCC unroll 2") for (int j = 0; j < halves; j++) { \
-        int8x16x2_t fours = join_pairs(w + 4 * COLUMNS * lane + 16 * j); \
-        _Pragma("GCC unroll 2") for (int i = 0; i < 2; i++) { \
-            if (!UNSIGNED) all[2 * j + i] = vdotq_s32(all[2 * j + i], fours.val[i], ones); \
-            EACH_ROW { \
-                h[r][2 * j + i] = vdotq_laneq_s32(h[r][2 * j + i], fours.val[i], high[r], lane); \
-                l[r][2 * j + i] = DOT_BY_UNSIGNED(l[r][2 * j + i], fours.val[i], low[r], lane); \
-            } \
+    _Pragma("GCC unroll 4") for (int j = 0; j < 2 * halves; j++) { \
+        int8x16_t fours = vld1q_s8(w + 4 * COLUMNS * lane + 16 * j); \
+        if (!UNSIGNED) all[j] = vdotq_s32(all[j], fours, ones); \
+        EACH_ROW { \
+            h[r][j] = vdotq_laneq_s32(h[r][j], fours, high[r], lane); \
+            l[r][j] = DOT_BY_UNSIGNED(l[r][j], fours, low[r], lane); \
         } \
     }
             QUAD(0)

@@ -133,7 +133,7 @@ INLINE void gather(const int parts, const uint8_t *p, const int8_t *values, int 
 /* Compute 8 columns for each of ``halves`` halves from ``half`` on. */
 INLINE void half_shorts(const int rows, const int halves, int half, const uint8_t *x, int64_t stride, const float *steps,
                         int64_t apart, const Matrix *m, int panel, int add, float *out, int64_t out_stride, Ahead ahead) {
-    const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m) + 16 * half;
+    const int8_t *w = (const int8_t *)m->weight + panel * panel_bytes(m) + 32 * half;
     const float *scale = (const float *)m->scale + panel * COLUMNS, *bias = m->bias + panel * COLUMNS;
     const char *next = ahead.at;
     int32x4_t s[MOST_ROWS][4];
@@ -143,21 +143,22 @@ INLINE void half_shorts(const int rows, const int halves, int half, const uint8_
         for (int k = 0; k < BLOCK / 4; k++, w += 4 * COLUMNS, x += 8) {
             int16x4_t four[MOST_ROWS];
             for (int r = 0; r < rows; r++) four[r] = vld1_s16((const int16_t *)(x + r * stride));
-#define PAIR(number, at) \
-    for (int j = 0; j < halves; j++) { \
-        int8x8x2_t two = vld2_s8(w + at + 16 * j); \
-        int16x8_t even = vmovl_s8(two.val[0]), odd = vmovl_s8(two.val[1]); \
+            for (int j = 0; j < halves; j++) {
+                int8x8x4_t its = vld4_s8(w + 32 * j);
+#define INPUT(number, lane) \
+    { \
+        int16x8_t eight = vmovl_s8(its.val[number]); \
         for (int r = 0; r < rows; r++) { \
-            int32x4_t *sum = s[r] + 2 * j; \
-            sum[0] = vmlal_lane_s16(sum[0], vget_low_s16(even), four[r], number); \
-            sum[1] = vmlal_lane_s16(sum[1], vget_high_s16(even), four[r], number); \
-            sum[0] = vmlal_lane_s16(sum[0], vget_low_s16(odd), four[r], number + 1); \
-            sum[1] = vmlal_lane_s16(sum[1], vget_high_s16(odd), four[r], number + 1); \
+            s[r][2 * j] = vmlal_lane_s16(s[r][2 * j], vget_low_s16(eight), four[r], lane); \
+            s[r][2 * j + 1] = vmlal_lane_s16(s[r][2 * j + 1], vget_high_s16(eight), four[r], lane); \
         } \
     }
-            PAIR(0, 0)
-            PAIR(2, 2 * COLUMNS)
-#undef PAIR
+                INPUT(0, 0)
+                INPUT(1, 2)
+                INPUT(2, 1)
+                INPUT(3, 3)
+#undef INPUT
+            }
         }
     }
     for (int r = 0; r < rows; r++)

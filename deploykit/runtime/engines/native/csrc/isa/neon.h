@@ -140,6 +140,9 @@ INLINE int16x8_t eight_shorts(const int32x4_t *x) {
 INLINE int8x16_t bytes_of(Ints x) {
     return vuzp1q_s8(vreinterpretq_s8_s16(eight_shorts(x.v)), vreinterpretq_s8_s16(eight_shorts(x.v + 2)));
 }
+INLINE Ints i_swap_middle(Ints x) {
+    INTS(vcombine_s32(vget_low_s32(vuzp1q_s32(x.v[i], x.v[i])), vget_low_s32(vuzp2q_s32(x.v[i], x.v[i]))));
+}
 INLINE void i_put_shorts(void *to, Ints x) {
     vst1q_s16(to, eight_shorts(x.v));
     vst1q_s16((int16_t *)to + 8, eight_shorts(x.v + 2));

@@ -122,7 +122,7 @@ static void attend_text_head(Attention *h, const Stack *s, int head, const float
         for (uint8_t *q = h->queries.quantized + r * in, *end = q + in; q < end; q += 64) /* signed again */
             _mm512_store_si512(q, _mm512_xor_si512(_mm512_load_si512(q), _mm512_set1_epi8((char)ZERO)));
     }
-    configure();
+    configure(16);
     key_sums(h, size, (int32_t *)h->scores);
     for (int r = 0; r < rows; r++)
         highest[r] = take_scores(h, s, bias, from + r, h->queries.step[r], h->scores + r * keys) - h->most;
