@@ -14,7 +14,7 @@
 
 #define STEP 64       /* inputs of a product of tiles */
 #define TILE 1024     /* bytes */
-#define AHEAD 4096    /* bytes from a language model's weights to those that are prefetched */
+#define AHEAD 24576   /* bytes from a language model's weights to those that are prefetched */
 
 static _Thread_local int configured;
 
@@ -211,7 +211,8 @@ static void give_bytes(const Given *to, const Matrix *next, int row, const float
 }
 
 /* Multiply 16 rows by a panel, or by two, ``apart`` bytes apart: products of the high bytes, then of the low ones. ``end``, if
- * not NULL: a last step. Prefetches ``lines`` cache lines from ``ahead`` on with each step of a panel. */
+ * not NULL: a last step. Prefetches ``lines`` cache lines from ``ahead`` on with each step of a panel, into the second cache: the first one would let
+ * activations wait for them. */
 INLINE void shorts_by_bytes(const int both, const uint8_t *x, const int8_t *w, int64_t apart, int steps, const int8_t *end,
                             const int8_t *ahead, int lines, int32_t *sums) {
     clear_sums();
@@ -227,8 +228,8 @@ INLINE void shorts_by_bytes(const int both, const uint8_t *x, const int8_t *w, i
         _tile_dpbusd(3, 5, 7); \
     }
     for (int k = 0; k < steps; k++, x += 2 * TILE, w += TILE, ahead += TILE) {
-        for (int i = 0; i < lines; i++) _mm_prefetch(ahead + 64 * i, _MM_HINT_T0);
-        for (int i = 0; both && i < lines; i++) _mm_prefetch(ahead + apart + 64 * i, _MM_HINT_T0);
+        for (int i = 0; i < lines; i++) _mm_prefetch(ahead + 64 * i, _MM_HINT_T1);
+        for (int i = 0; both && i < lines; i++) _mm_prefetch(ahead + apart + 64 * i, _MM_HINT_T1);
         STEP_OF(w, apart)
     }
     if (end) {
