@@ -52,11 +52,10 @@ static void look_up(const CausalModel *model, int64_t token, int position, float
     for (int i = 0; positions && i < model->hidden; i++) x[i] += positions[i];
 }
 
-/* The weights to prefetch while ``group`` is multiplied by a panel: its share of the panel ``local`` panels later. A single
- * group streams through the weights, which the CPU prefetches better by itself. */
+/* The weights to prefetch while ``group`` is multiplied by a panel: its share of the panel ``local`` panels later. */
 static Ahead ahead_of(const Matrix *m, int panel, int local, int group, int groups) {
     int64_t bytes = panel_bytes(m), lines = bytes / blocks_of(m->in) / 64;
-    if (groups == 1 || group >= lines) return (Ahead){NULL, 0};
+    if (group >= lines) return (Ahead){NULL, 0};
     const char *later = (const char *)m->weight + (panel + local) * bytes;
     return (Ahead){later + bytes * group / groups, (int)((lines + groups - 1) / groups)};
 }

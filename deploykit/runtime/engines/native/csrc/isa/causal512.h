@@ -6,7 +6,7 @@ INLINE void f_store_halves(uint16_t *to, Floats x) {
 }
 
 INLINE const char *prefetch(const char *at, int lines) {
-    for (int i = 0; i < lines; i++, at += 64) _mm_prefetch(at, _MM_HINT_T0);
+    for (int i = 0; i < lines; i++, at += 64) _mm_prefetch(at, _MM_HINT_T1);
     return at;
 }
 
