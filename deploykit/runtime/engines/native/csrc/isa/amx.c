@@ -12,9 +12,9 @@
 #include "products512.h"
 #include "rows.h"
 
-#define STEP 64       /* inputs of a product of tiles */
-#define TILE 1024     /* bytes */
-#define AHEAD 24576   /* bytes from a language model's weights to those that are prefetched */
+#define STEP 64     /* inputs of a product of tiles */
+#define TILE 1024   /* bytes */
+#define AHEAD 24576 /* bytes from weights to those that are prefetched */
 
 static _Thread_local int configured;
 
@@ -40,16 +40,18 @@ static void release(void) {
 INLINE void settle(void) { __asm__ volatile("" ::: "memory"); }
 
 /* A panel's weights: ``steps`` whole steps, then ``end``, a step padded with zeros, if that is not NULL. ``start``, [64], are
- * the sums to begin with; NULL: zeros. */
+ * the sums to begin with; NULL: zeros. Each step prefetches ``lines`` cache lines of weights to come: all 64 of a step for 64
+ * columns, half of them for 32. */
 typedef struct {
     const int8_t *weights, *end;
     const int32_t *start;
-    int steps;
+    int steps, lines;
 } Panel;
 
 #define EACH_STEP(column, PRODUCTS) \
     const int8_t *w = p->weights + 4 * (column); \
     for (int k = 0; k < p->steps; k++, x += STEP, w += STEP * PANEL) { \
+        for (int i = 0; i < p->lines; i++) _mm_prefetch(w + 60 * (column) + AHEAD + 64 * i, _MM_HINT_T1); \
         PRODUCTS; \
     } \
     if (p->end) { \
@@ -151,7 +153,7 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
     const int8_t *w = (const int8_t *)l->weight + first * quads * 4;
     _Alignas(64) int32_t start[PANEL], sums[32 * 32];
     _Alignas(64) int8_t end[STEP * PANEL];
-    Panel p = {w, left ? end : NULL, start, steps};
+    Panel p = {w, left ? end : NULL, start, steps, 0};
     for (int j = 0; j < PANEL && !l->is_float; j += 16)
         i_store(start + j, _mm512_sub_epi32(i_zero(), _mm512_loadu_si512(l->offset + first + j)));
     if (left && !l->is_float) {
@@ -168,6 +170,7 @@ static void tile_many(Rows from, const Linear *l, Group g, int panel, Then then,
             continue;
         }
         int columns = rows > 16 ? 32 : 64;
+        p.lines = row ? 0 : columns;
         configure(16);
         for (int column = 0; column < PANEL; column += columns) {
             const float *scale = l->scale + first + column, *bias = l->bias + first + column;
@@ -211,8 +214,8 @@ static void give_bytes(const Given *to, const Matrix *next, int row, const float
 }
 
 /* Multiply 16 rows by a panel, or by two, ``apart`` bytes apart: products of the high bytes, then of the low ones. ``end``, if
- * not NULL: a last step. Prefetches ``lines`` cache lines from ``ahead`` on with each step of a panel, into the second cache: the first one would let
- * activations wait for them. */
+ * not NULL: a last step. With each step of a panel, prefetches ``lines`` cache lines from ``ahead`` on, into the second cache:
+ * in the first one, activations would have to wait. */
 INLINE void shorts_by_bytes(const int both, const uint8_t *x, const int8_t *w, int64_t apart, int steps, const int8_t *end,
                             const int8_t *ahead, int lines, int32_t *sums) {
     clear_sums();

@@ -47,7 +47,7 @@ INLINE void key_sums(const Attention *h, int size, int32_t *sums) {
     int quads = (size + 3) / 4, keys = filled(h->n);
     settle();
     for (int panel = 0; panel < keys / PANEL; panel++) {
-        Panel p = {h->keys + (int64_t)panel * quads * 4 * PANEL, NULL, NULL, (size + STEP - 1) / STEP};
+        Panel p = {h->keys + (int64_t)panel * quads * 4 * PANEL, NULL, NULL, (size + STEP - 1) / STEP, 0};
         one_by_four(1, h->queries.quantized, filled(size), &p, sums + panel * PANEL, 4 * keys);
     }
 }
