@@ -91,6 +91,11 @@ def test_a_run_learns_to_answer_and_to_stop(run: Path) -> None:
     before, after = metrics["before"]["test"], metrics["test"]
     assert after["perplexity"] < 0.2 * before["perplexity"]
     assert after["perplexity"] == pytest.approx(np.exp(after["loss"]), rel=1e-4)
+    found = metrics["differences"]["before"]
+    for name in ("perplexity", "exact_match"):
+        assert found[name]["difference"] == pytest.approx(after[name] - before[name], abs=1e-4)
+        assert found[name]["beyond_noise"], name
+    assert "Against before (paired bootstrap, 95 %): beyond noise: " in (run / "README.md").read_text(encoding="utf-8")
     generator = TorchGenerator.load(run)
     prompts = [[{"role": "user", "content": row["prompt"]}] for row in command_rows()[:24]]
     answers = generator.generate([generator.tokenizer.encode_prompt(p) for p in prompts], Sampling(max_new_tokens=20))
@@ -462,6 +467,7 @@ def test_a_smaller_student_learns_from_a_teacher(
     assert "measuring the teacher" in err
     metrics = load_manifest(tmp_path / "r", "checkpoint").metrics
     assert metrics["teacher"]["test"]["loss"] < metrics["before"]["test"]["loss"]
+    assert metrics["differences"].keys() == {"before", "teacher"}
 
 
 def test_a_page_shows_the_forms_of_an_export(run: Path, export: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from deploykit.bootstrap import Measure
+from deploykit.bootstrap import Measure, differences
 from deploykit.data.reading import Reading
 from deploykit.data.sample import evenly
 from deploykit.data.texts import read_texts, unanswered
@@ -134,6 +134,15 @@ class Measured:
         # A draw without any row that asks something counts them alike.
         return lambda weights: {**scored(weights), **own(np.maximum(weights[..., at], 1e-9))}
 
+    def differences(self, scores: Sequence[RowScore], answers: Sequence[str]) -> dict[str, Any]:
+        """Compare with another model's ``scores`` and ``answers`` of the same rows (paired bootstrap)."""
+        found = differences(scored_measure(self.scores, self.texts), scored_measure(scores, self.texts), len(scores))
+        if answers:
+            own = [answer.text for answer in self.answers]
+            ours, theirs = (answer_measure(each, self.some.references, **self.options) for each in (own, answers))
+            found |= differences(ours, theirs, len(answers))
+        return found
+
 
 def measure_rows(
     generator: LocalGenerator, asked: Asked, sampling: Sampling | None = None, *, answer_regex: str | None = None,
@@ -159,14 +168,6 @@ def measure_rows(
     sampling = dataclasses.replace(sampling or generator.task.sampling, n=1)
     answers = [found[0] for found in generator.generate(some.prompts, sampling, progress=step)] if some.prompts else []
     return Measured(asked, some, scores, texts, answers, {"answer_regex": answer_regex, "syntax": parser})
-
-
-def evaluate(
-    generator: LocalGenerator, asked: Asked, sampling: Sampling | None = None, **options: Any
-) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
-    """Return the metrics of all rows' scores and of some rows' answers, and these answers; see ``measure_rows``."""
-    measured = measure_rows(generator, asked, sampling, **options)
-    return measured.metrics(), [answer.text for answer in measured.answers]
 
 
 def room_for(tokenizer: ChatTokenizer, asked: Asked) -> int:

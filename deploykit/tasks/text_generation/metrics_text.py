@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deploykit.metric_titles import models_of
+from deploykit.metric_titles import compared_lines, models_of
 from deploykit.text_table import text_table
 
 TITLES: Mapping[str, str] = {
@@ -48,7 +48,7 @@ def cell(metrics: Mapping[str, Any], name: str) -> str:
 
 def result_text(metrics: Mapping[str, Any], held_out: str) -> str:
     """Metrics before and after side by side, and some answers."""
-    lines = [metrics_text(models_of(metrics, held_out))]
+    lines = [metrics_text(models_of(metrics, held_out)), *compared_lines(metrics)]
     for sample in metrics["samples"]:
         lines.append("")
         lines += [

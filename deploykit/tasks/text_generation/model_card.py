@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deploykit.metric_titles import models_of
+from deploykit.metric_titles import compared_lines, models_of
 from deploykit.tasks.text_generation.facts import TextGeneration
 from deploykit.tasks.text_generation.metrics_text import cell, shown
 
@@ -35,6 +35,7 @@ def results(metrics: Mapping[str, Any], held_out: str) -> list[str]:
         ),
         "",
         "In brackets: bootstrap 95 % intervals over rows.",
+        *(f"{line[0].upper()}{line[1:]}." for line in compared_lines(metrics)),
         "",
         *(line for sample in metrics["samples"] for line in _sample(sample)),
     ]

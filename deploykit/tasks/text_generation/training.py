@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from deploykit.errors import DataError, UsageError
 from deploykit.freed_memory import keep_memory
 from deploykit.tasks.text_generation.adapter import read_adapter
@@ -33,8 +35,9 @@ from deploykit.tasks.text_generation.clean_rows import (
 )
 from deploykit.tasks.text_generation.distill import Teacher, check_teacher
 from deploykit.tasks.text_generation.encode import EncodedRow, fit
-from deploykit.tasks.text_generation.evaluate import Asked, ask, evaluate, room_for
+from deploykit.tasks.text_generation.evaluate import Asked, Measured, ask, measure_rows, room_for
 from deploykit.tasks.text_generation.four_bit import check_four_bit
+from deploykit.tasks.text_generation.generator import RowScore
 from deploykit.tasks.text_generation.options import DEFAULT_LENGTH, TextGenerationOptions
 from deploykit.tasks.text_generation.page import FILE, write_run_page
 from deploykit.tasks.text_generation.rows import Columns, RawRow, Row, load_rows
@@ -186,10 +189,16 @@ class TextGenerationStage:
         generator = TorchGenerator(model, tokenizer, facts)
         say("measuring on the held-out rows")
         metrics: dict[str, Any] = {}
-        answers: dict[str, list[str]] = {}
+        after: dict[str, Measured] = {}
         for name in ("validation", "test"):
             if asked[name].rows:
-                metrics[name], answers[name] = self._evaluated(generator, asked[name])
+                after[name] = self._evaluated(generator, asked[name])
+                metrics[name] = after[name].metrics()
+        metrics["differences"] = {
+            name: _differences(after[shown], other)
+            for name, other in (("before", before), ("teacher", taught))
+            if other is not None
+        }
         metrics["history"] = history
         metrics["questions"] = [{"prompt": row.prompt, "reference": row.answer} for row in with_answers]
         metrics["lengths"] = length_bins([len(row.ids) for row in train_set])
@@ -198,7 +207,7 @@ class TextGenerationStage:
             metrics["teacher"] = {shown: taught["metrics"]}
         if before is not None:
             metrics["before"] = {shown: before["metrics"]}
-            metrics["samples"] = _samples(asked[shown].some(options.eval_rows), answers[shown], before["answers"])
+            metrics["samples"] = _samples(after[shown], before["answers"])
         title = f"{Path(options.origin).name}, fine-tuned"
         return Trained(
             facts, model, tokenizer, metrics, write_page=lambda run: write_run_page(title, metrics, run / FILE)
@@ -220,10 +229,10 @@ class TextGenerationStage:
                 warnings.simplefilter("ignore")
                 model.resize_token_embeddings(len(self.hf_tokenizer), mean_resizing=True)
 
-    def _evaluated(self, generator: TorchGenerator, asked: Asked) -> tuple[dict[str, Any], list[str]]:
+    def _evaluated(self, generator: TorchGenerator, asked: Asked) -> Measured:
         sampling = dataclasses.replace(self.facts.sampling, max_new_tokens=room_for(self._tokenizer, asked))
         options = self._options
-        return evaluate(
+        return measure_rows(
             generator,
             asked,
             sampling,
@@ -240,18 +249,29 @@ class TextGenerationStage:
         """What a model is before training; a run taken up again finds it in ``kept``."""
         if kept.is_file():
             record: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-            return record
+            if "scores" in record:  # an older version kept none
+                return record
         say(f"measuring {what}")
-        metrics, answers = self._evaluated(generator, asked)
-        record = {"metrics": metrics, "answers": answers}
+        measured = self._evaluated(generator, asked)
+        record = {
+            "metrics": measured.metrics(),
+            "answers": [answer.text for answer in measured.answers],
+            "scores": [[score.logprobs.tolist(), score.best.tolist()] for score in measured.scores],
+        }
         kept.write_text(json.dumps(record, ensure_ascii=False), encoding="utf-8")
         return record
 
 
-def _samples(asked: Asked, after: Sequence[str], before: Sequence[str]) -> list[dict[str, str]]:
+def _differences(after: Measured, other: Mapping[str, Any]) -> dict[str, Any]:
+    """Compare with a model that ``_measured`` measured."""
+    return after.differences([RowScore(*map(np.array, score)) for score in other["scores"]], other["answers"])
+
+
+def _samples(after: Measured, before: Sequence[str]) -> list[dict[str, str]]:
     """Some held-out rows, evenly over their order, with what the model answers."""
-    rows = [row for row in asked.rows if row.text is None]
+    rows = [row for row in after.some.rows if row.text is None]
     shown = range(0, len(rows), max(1, len(rows) // _SAMPLES))[:_SAMPLES]
     return [
-        {"prompt": rows[i].prompt, "reference": rows[i].answer, "before": before[i], "answer": after[i]} for i in shown
+        {"prompt": rows[i].prompt, "reference": rows[i].answer, "before": before[i], "answer": after.answers[i].text}
+        for i in shown
     ]
