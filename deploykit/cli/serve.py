@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +23,9 @@ from deploykit.signals import handled
 
 if TYPE_CHECKING:
     from deploykit.openai.calls import AccessLog
+    from deploykit.openai.certificate import Certificate
     from deploykit.openai.limits import Keys
     from deploykit.openai.metrics import PortMetrics
-    from deploykit.openai.server import Certificate
     from deploykit.triton.server import TritonServer
 
 _OPENAI_OPTIONS = (
@@ -151,8 +152,9 @@ def command(
     listener = None if openai_port is None else listen("openai", resolve(host), openai_port)
     own_host = "127.0.0.1" if front is not None and front.triton_routes else host
     server = TritonServer(
-        repository, host=own_host, ready_timeout=ready_timeout, drain=drain, otlp_endpoint=otlp_endpoint, **options
-    )
+        repository, host=own_host, ready_timeout=ready_timeout, drain=drain, otlp_endpoint=otlp_endpoint,
+        while_loading=_import_front if front else lambda: None, **options,
+    )  # fmt: skip
     say(f"starting Triton on {repository}")
     with handled(lambda *_: stop.set()), server, _openai(server, listener, front, traces) as openai:
         for note in server.notes:
@@ -192,8 +194,13 @@ class _Front:
     keys: Keys
     certificate: Certificate | None
     access_log: AccessLog | None
-    metrics: PortMetrics
     triton_routes: bool
+
+    @cached_property
+    def metrics(self) -> PortMetrics:
+        from deploykit.openai.metrics import PortMetrics
+
+        return PortMetrics()
 
 
 def _refuse_openai_options() -> None:
@@ -223,9 +230,8 @@ def _front(
             "FastAPI, prometheus-client or uvicorn, which --openai-port needs, is not installed", SERVE_EXTRA
         )
     from deploykit.openai.calls import AccessLog
+    from deploykit.openai.certificate import Certificate
     from deploykit.openai.limits import Keys, Limits
-    from deploykit.openai.metrics import PortMetrics
-    from deploykit.openai.server import Certificate
 
     if not all(key.isascii() and key.isprintable() and key == key.strip() and key for key in api_keys):
         raise UsageError(
@@ -235,7 +241,12 @@ def _front(
         raise UsageError("--ssl-certfile and --ssl-keyfile go together", "give both")
     certificate = Certificate(ssl_certfile, ssl_keyfile) if ssl_certfile and ssl_keyfile else None
     keys = Keys(api_keys, api_key_file, Limits().replaced(limits))
-    return _Front(keys, certificate, AccessLog(access_log) if access_log else None, PortMetrics(), triton_routes)
+    return _Front(keys, certificate, AccessLog(access_log) if access_log else None, triton_routes)
+
+
+def _import_front() -> None:
+    """Import what serves the OpenAI port: it takes as long as Triton's start, so it is done beside it."""
+    from deploykit.openai import app, server, triton_generator, triton_routes  # noqa: F401
 
 
 @contextlib.contextmanager

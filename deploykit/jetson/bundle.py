@@ -38,8 +38,7 @@ from deploykit.jetson.library import LIBRARY, library_for_arm
 from deploykit.jetson.run_script import run_sh
 from deploykit.runtime.engines.protocol import DecodeLimits
 from deploykit.runtime.find_graphs import find_graphs
-from deploykit.runtime.served import check_name
-from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.runtime.serving_settings import ServingSettings, check_name
 from deploykit.signatures import sign, signature_of, verify_signature
 from deploykit.tasks.bundle import BundledTask
 from deploykit.tasks.protocol import TaskFacts

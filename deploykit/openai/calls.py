@@ -14,12 +14,14 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-
-from starlette.requests import Request
+from typing import TYPE_CHECKING
 
 from deploykit.errors import UsageError
 from deploykit.openai.generator import Piece
 from deploykit.openai.limits import Caller, Limits
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 logger = logging.getLogger(__name__)
 

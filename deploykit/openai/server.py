@@ -5,42 +5,18 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
-import ssl
 import threading
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn
 
 import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from deploykit.errors import ServerError, UsageError
+from deploykit.errors import ServerError
+from deploykit.openai.certificate import Certificate
 from deploykit.openai.errors import ApiError
 from deploykit.openai.front import error_response
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """A certificate chain and its private key, PEM files. Raises UsageError if they cannot be used."""
-
-    certfile: Path
-    keyfile: Path
-
-    def __post_init__(self) -> None:
-        def encrypted() -> NoReturn:
-            raise UsageError(f"{self.keyfile}: the key is encrypted", "give a key without a passphrase")
-
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certfile, self.keyfile, encrypted)
-        except OSError as error:  # SSLError is one
-            raise UsageError(
-                f"--ssl-certfile {self.certfile}, --ssl-keyfile {self.keyfile}: {error}",
-                "give a certificate and its private key, as PEM files",
-            ) from error
-
 
 _HEADER_S = 60.0
 _KEEP_ALIVE_S = 75

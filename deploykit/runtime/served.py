@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from deploykit.artifacts import digest_of
 from deploykit.errors import DeploykitError, RequestError, ServerError, UsageError
-from deploykit.runtime.serving_settings import API_KEY_VARIABLE
+from deploykit.runtime.serving_settings import API_KEY_VARIABLE, check_name
 from deploykit.runtime.serving_settings import DEFAULT_URL as DEFAULT_URL
 from deploykit.runtime.tracing import trace_headers
 from deploykit.runtime.triton_messages import RELOADING
@@ -344,14 +344,3 @@ def require_all(errors: Sequence[str]) -> None:
 
 def _reason(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-
-
-def check_name(name: str) -> None:
-    """Raise UsageError unless ``name`` is valid as a folder and as a part of a URL."""
-    if not _NAME.fullmatch(name):
-        raise UsageError(
-            f"model name {name!r} is not allowed", "use only letters, digits, _ . and -, and do not begin with a dot"
-        )

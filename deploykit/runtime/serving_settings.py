@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -15,6 +16,7 @@ LongInput = Literal["split", "refuse"]
 """How to handle a text that is too long for the model: split it at sentence ends, or refuse it."""
 Split = Literal["sentence", "paragraph", "none"]
 """Pieces of a text that are translated one by one: its sentences, its lines, or the whole text."""
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 _MAY_BE_ZERO = (
     "threads",
     "token_budget",
@@ -62,3 +64,11 @@ class ServingSettings:
             least = 0 if setting.name in _MAY_BE_ZERO else 1
             if isinstance(value, int) and value < least:
                 raise UsageError(f"{setting.name} is {value}", f"make it {least} or more")
+
+
+def check_name(name: str) -> None:
+    """Raise UsageError unless ``name`` is valid as a folder and as a part of a URL."""
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"model name {name!r} is not allowed", "use only letters, digits, _ . and -, and do not begin with a dot"
+        )

@@ -32,6 +32,7 @@ if guard:
     os.environ["LD_PRELOAD"] = ":".join(filter(None, (guard, os.environ.get("LD_PRELOAD"))))
 os.execv(command[0], command)
 """
+_STOPPED_S = 1.0
 REFUSALS = (ServerError, OSError, http.client.HTTPException)
 """What calls of a Triton raise that does not answer, or refuses."""
 
@@ -61,6 +62,7 @@ class TritonProcess:
     def __init__(self, launch: Launch) -> None:
         self.stubs: list[tuple[psutil.Process, str]] = []
         """The stubs that should be alive, each with its model."""
+        self._stopped_at: dict[psutil.Process, float] = {}
         self._launch = launch
         self._popen = subprocess.Popen(
             [sys.executable, "-IS", "-c", _EXEC_BOUND, launch.guard, *launch.command],
@@ -108,6 +110,18 @@ class TritonProcess:
                 if len(command) > 1 and command[0].endswith("triton_python_backend_stub") and alive(stub):
                     found.append((stub, Path(command[1]).parent.parent.name))
         return found
+
+    def kill_stopped(self) -> None:
+        """Kill the stubs that have been stopped (SIGSTOP) for 1 s: requests wait for them, and they may never go on."""
+        import psutil
+
+        now = time.monotonic()
+        stopped = {stub for stub, _ in self.stubs if _status(stub) == psutil.STATUS_STOPPED}
+        self._stopped_at = {stub: self._stopped_at.get(stub, now) for stub in stopped}
+        for stub, since in self._stopped_at.items():
+            if now - since >= _STOPPED_S:
+                with contextlib.suppress(psutil.Error):
+                    stub.kill()
 
     def control(self, model: str, action: str, *, timeout: float) -> None:
         """Make Triton load ``model``, or begin to unload it. Raises one of ``REFUSALS``."""
@@ -222,10 +236,17 @@ def _load_failures(lines: list[str]) -> list[tuple[str, str]]:
 def alive(process: psutil.Process) -> bool:
     import psutil
 
+    return _status(process) not in (None, psutil.STATUS_ZOMBIE)
+
+
+def _status(process: psutil.Process) -> str | None:
+    """Return what psutil calls a process's status, or None if it is gone."""
+    import psutil
+
     try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        return str(process.status()) if process.is_running() else None
     except psutil.Error:
-        return False
+        return None
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

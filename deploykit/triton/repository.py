@@ -7,6 +7,7 @@ again adds a version and only checks that the config still fits.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shlex
@@ -17,24 +18,40 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
-from tritonclient.grpc import model_config_pb2
 
 from deploykit.artifacts import Manifest, digest_of, load_manifest, new_directory, new_file, write_manifest
 from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.engines.tensorrt import read_record
 from deploykit.runtime.find_graphs import find_graphs
-from deploykit.runtime.served import check_name
-from deploykit.runtime.serving_settings import ServingSettings
+from deploykit.runtime.serving_settings import ServingSettings, check_name
 from deploykit.signatures import verify_signature
 from deploykit.tasks.protocol import TaskFacts
 from deploykit.tasks.registry import get_task, task_names, task_of, task_to_json
 from deploykit.triton.backends import BACKEND
 
 CONFIG = "config.pbtxt"
+
+
+def _load_schema() -> Any:
+    """Load Triton's schema of config.pbtxt: one module of tritonclient, whose package imports gRPC, at twice the time."""
+    package = importlib.util.find_spec("tritonclient.grpc")
+    assert package is not None
+    assert package.origin is not None
+    spec = importlib.util.spec_from_file_location(
+        "tritonclient_model_config", Path(package.origin).with_name("model_config_pb2.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 OVERWRITE = "package it under another name, or pass --overwrite-config"
 COMPOSE = Path(__file__).parent / "container" / "compose.yaml"
 """Compose file that serves a repository in NVIDIA's container."""
+_SCHEMA = _load_schema()
 STREAM_SUFFIX = "_stream"
 """Suffix of the model that sends the sentences of a document as each is translated."""
 
@@ -176,7 +193,7 @@ def validate_config(text: str, source: str = CONFIG) -> Any:
     Raises ArtifactError naming line and field.
     """
     try:
-        return text_format.Parse(text, model_config_pb2.ModelConfig())
+        return text_format.Parse(text, _SCHEMA.ModelConfig())
     except text_format.ParseError as error:
         raise ArtifactError(f"{source}: is not a Triton model config: {error}", "correct that line") from error
 
@@ -201,7 +218,7 @@ def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine
     """Raise ArtifactError naming the first field of config.pbtxt that does not fit ``task`` and, if given,
     ``engine``."""
     config = read_config(path)
-    wanted = text_format.Parse(config_text(task, ServingSettings(), streams), model_config_pb2.ModelConfig())
+    wanted = text_format.Parse(config_text(task, ServingSettings(), streams), _SCHEMA.ModelConfig())
     for key, of_model in (("labels", "the model's labels are"), ("streams", "it must stream")):
         value, expected = _json_parameter(config, key), _json_parameter(wanted, key)
         if value != expected:
@@ -213,7 +230,7 @@ def check_config(path: Path, task: TaskFacts, streams: str | None = None, engine
     if min(config.max_batch_size, 1) != min(wanted.max_batch_size, 1):
         remedy = "make it 1 or more" if wanted.max_batch_size else "make it 0"
         raise ArtifactError(f"{path}: max_batch_size is {config.max_batch_size}", remedy)
-    kinds = {model_config_pb2.ModelInstanceGroup.Kind.Name(group.kind) for group in config.instance_group}
+    kinds = {_SCHEMA.ModelInstanceGroup.Kind.Name(group.kind) for group in config.instance_group}
     if engine is not None and kinds & {"KIND_CPU", "KIND_GPU"} - {_kind(engine)}:
         raise ArtifactError(
             f"{path}: instance_group has {', '.join(sorted(kinds))}, the engine {engine} runs on {_kind(engine)}",
@@ -332,7 +349,7 @@ def _check_tensors(path: Path, kind: str, present: dict[str, str], needed: dict[
 
 
 def _tensors(messages: Any) -> dict[str, str]:
-    return {m.name: f"{model_config_pb2.DataType.Name(m.data_type)} {list(m.dims)}" for m in messages}
+    return {m.name: f"{_SCHEMA.DataType.Name(m.data_type)} {list(m.dims)}" for m in messages}
 
 
 def _json_parameter(config: Any, key: str) -> Any:

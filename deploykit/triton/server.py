@@ -6,6 +6,7 @@ restarts it, and Triton itself when it ends.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import logging
 import os
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import IO
 
 from deploykit.errors import ServerError
+from deploykit.locks import lock
 from deploykit.runtime.engines import check_engine
 from deploykit.runtime.tracing import ENDPOINT_VARIABLE, traces_url
 from deploykit.tasks.protocol import TaskFacts
@@ -39,6 +41,9 @@ _RESTRICTED = "model-repository,shared-memory,trace,logging"
 _NO_GUARD = (
     "the guard against hostile requests was not built, so a small request can take much memory; reinstall deploykit"
 )
+_SHM = Path("/dev/shm")
+_OWNER = "owner"
+"""Suffix of the file in ``_SHM`` that a server has locked while its regions there are in use."""
 _RETRY_LOAD_S = 5.0
 _MAX_PAUSE_S = 30.0
 _STABLE_S = 60.0
@@ -60,6 +65,7 @@ class TritonServer:
     Use it as a context manager. A port of 0 takes a free one. ``ready_timeout`` is the time until all models must
     answer and ``drain`` the time for requests in flight when stopping, in seconds. With ``require_signature``, a public
     key, each model's folder must be signed with its private key. ``otlp_endpoint`` is the URL of a collector of traces.
+    ``while_loading`` is called once, while the models are loaded.
     Start it in a thread that outlives
     the server: the kernel ends the server with the thread that started it.
     """
@@ -78,6 +84,7 @@ class TritonServer:
         drain: float = 30.0,
         require_signature: Path | None = None,
         otlp_endpoint: str | None = None,
+        while_loading: Callable[[], None] = lambda: None,
     ) -> None:
         self.models: tuple[str, ...] = ()
         self.tasks: dict[str, TaskFacts] = {}
@@ -95,9 +102,11 @@ class TritonServer:
         self._verbose = verbose
         self._require_signature = require_signature
         self._otlp_endpoint = otlp_endpoint
+        self._while_loading = while_loading
         self._ready_timeout = ready_timeout
         self.drain = drain
         self._shm_prefix = f"deploykit_{os.getpid()}_{secrets.token_hex(4)}_"
+        self._owner: IO[bytes] | None = None
         self._launch: Launch | None = None
         self._triton: TritonProcess | None = None
         self._retry_at: dict[str, float] = {}
@@ -135,7 +144,7 @@ class TritonServer:
         )
         try:
             self._prepare(triton)
-            self._start_triton()
+            self._start_triton(self._while_loading)
         except BaseException:
             self.stop()
             raise
@@ -164,8 +173,10 @@ class TritonServer:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
-        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
-            region.unlink(missing_ok=True)
+        _remove_regions(self._shm_prefix)
+        if self._owner is not None:
+            self._owner.close()
+            self._owner = None
 
     def supervise(
         self, stop: threading.Event, interval: float = 0.5, restarted: Callable[[], None] = lambda: None
@@ -190,12 +201,13 @@ class TritonServer:
                 restarted()
 
     def heal(self) -> list[str]:
-        """Reload models whose process died. Returns their names.
+        """Reload models whose process died, or stays stopped. Returns their names.
 
         If such a process may have had unanswered requests, restarts Triton, because nothing else closes the connections
         of the waiting clients. Raises ServerError if that fails.
         """
         triton = self._running()
+        triton.kill_stopped()
         lost = sorted({model for stub, model in triton.stubs if not alive(stub)} | self._retry_at.keys())
         if owing := self._answering_later.intersection(lost):
             log.warning("model %s: its process died while requests waited for it; restarting Triton", min(owing))
@@ -259,6 +271,9 @@ class TritonServer:
 
     def _prepare(self, triton: EmbeddedTriton) -> None:
         """Create the folder that Triton runs in, and its command line."""
+        _remove_abandoned()
+        self._owner = open(_SHM / f"{self._shm_prefix}{_OWNER}", "wb")  # noqa: SIM115 (open while it runs)
+        lock(self._owner.fileno(), wait=False)
         # The stub's Python has no locale, so paths given to it must be ASCII; the repository's may not be.
         temporary = tempfile.gettempdir()
         self._folder = Path(
@@ -317,10 +332,11 @@ class TritonServer:
             admin_key=admin_key,
         )
 
-    def _start_triton(self) -> None:
+    def _start_triton(self, while_loading: Callable[[], None] = lambda: None) -> None:
         """Start Triton, and return when every model answers."""
         assert self._launch is not None
         self._triton = TritonProcess(self._launch)
+        while_loading()
         self._triton.wait_until_ready(self._ready_timeout)
         self._ready_since = time.monotonic()
 
@@ -367,3 +383,16 @@ class TritonServer:
         if self._triton is None:
             raise ServerError("the server is not running", "start it first")
         return self._triton
+
+
+def _remove_abandoned() -> None:
+    """Remove the shared memory of servers that were killed."""
+    for path in _SHM.glob(f"deploykit_*_{_OWNER}"):
+        with contextlib.suppress(OSError), open(path, "rb") as owner:  # another user's, or removed by another server
+            if lock(owner.fileno(), wait=False):
+                _remove_regions(path.name.removesuffix(_OWNER))
+
+
+def _remove_regions(prefix: str) -> None:
+    for region in _SHM.glob(f"{prefix}*"):
+        region.unlink(missing_ok=True)

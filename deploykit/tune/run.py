@@ -25,7 +25,7 @@ from deploykit.report.svg import require_matplotlib
 from deploykit.runtime.engines import ENGINES
 from deploykit.runtime.engines.protocol import Precision
 from deploykit.runtime.find_graphs import find_graphs
-from deploykit.runtime.served import check_name
+from deploykit.runtime.serving_settings import check_name
 from deploykit.runtime.tuned_settings import write_tuned
 from deploykit.tasks.registry import task_of
 from deploykit.triton.config_edit import settings_of, with_settings

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -358,6 +359,12 @@ def test_a_request_that_the_engine_fails_on_fails_alone_and_without_a_traceback(
             np.testing.assert_array_equal(np.float32(outputs(answer)["SCORES"]), expected[i % 7])
 
 
+def _failed(server: TritonServer) -> float:
+    text = urllib.request.urlopen(server.urls.metrics, timeout=10).read().decode()
+    found = re.findall(r'^nv_inference_request_failure\{model="tiny",.*\} (.*)$', text, re.MULTILINE)
+    return sum(map(float, found))
+
+
 def test_a_cancelled_request_is_not_run(server: TritonServer) -> None:
     import tritonclient.grpc as triton
     from tritonclient.utils import InferenceServerException
@@ -365,6 +372,7 @@ def test_a_cancelled_request_is_not_run(server: TritonServer) -> None:
     text = triton.InferInput("TEXT", [64, 1], "BYTES")
     text.set_data_from_numpy(np.array(LONG, np.object_).reshape(-1, 1))
     failures: list[InferenceServerException] = []
+    before = _failed(server)
     with triton.InferenceServerClient(server.urls.grpc) as client:
         calls = [client.async_infer("tiny", [text], lambda result, error: failures.append(error)) for _ in range(8)]
         time.sleep(0.3)
@@ -372,6 +380,7 @@ def test_a_cancelled_request_is_not_run(server: TritonServer) -> None:
             call.cancel()
         assert wait_until(lambda: len(failures) == 8, 30)
     assert any("ancel" in str(failure) for failure in failures)
+    assert wait_until(lambda: _failed(server) > before, 30)
     assert wait_until(lambda: post(server, body(["w1"]))[0] == 200, 30), "those that ran may outlast one queue timeout"
 
 

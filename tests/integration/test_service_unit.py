@@ -78,11 +78,19 @@ def test_a_killed_server_is_started_again_as_the_unit_says(tiny_export: Path, tm
         except httpx.HTTPError:
             return False
 
+    def children(of: int) -> list[psutil.Process]:
+        return psutil.Process(of).children(recursive=True)
+
+    def regions(of: int) -> list[Path]:
+        return list(Path("/dev/shm").glob(f"deploykit_{of}_*"))
+
     run = begin()
     try:
         assert wait_until(answers, 60)
         for _ in range(2):
-            family = psutil.Process(run.pid).children(recursive=True)
+            before = run.pid
+            assert regions(before)
+            family = children(run.pid)
             run.send_signal(signal.SIGKILL)
             killed = time.monotonic()
             run.wait()
@@ -94,6 +102,9 @@ def test_a_killed_server_is_started_again_as_the_unit_says(tiny_export: Path, tm
             run = begin()
             assert wait_until(answers, 60)
             took = time.monotonic() - killed
+            seconds = [sum(process.cpu_times()[:2]) for process in [psutil.Process(run.pid), *children(run.pid)]]
+            assert sum(seconds) < RECOVERY_S, "what the start takes where nothing else runs"
+            assert not regions(before), "the memory that it shared with its models is free again"
             print(json.dumps({"fault": "kill -9 of serve", "seconds": round(took, 2)}))
         run.send_signal(signal.SIGTERM)
         assert run.wait(60) == 0

@@ -11,7 +11,8 @@ from fake_triton import FakeTriton
 
 from deploykit.errors import RequestError
 from deploykit.openai.app import create_app
-from deploykit.openai.server import Certificate, OpenAIServer
+from deploykit.openai.certificate import Certificate
+from deploykit.openai.server import OpenAIServer
 from deploykit.openai.triton_generator import TritonGenerator
 from deploykit.tasks.classification.facts import Classification
 from deploykit.tasks.protocol import TaskFacts

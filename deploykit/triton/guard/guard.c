@@ -24,6 +24,7 @@
 //   connection on HTTP is closed if a part of a request came and then nothing for 60 s (DEPLOYKIT_GUARD_READ_S).
 // TRITONSERVER_InferenceRequestCancel and others: requests that are cancelled at their end neither stay for ever nor end Triton;
 //   see cancelled.c.
+// sem_timedwait, fork: a model's process that is stopped is not taken for dead; see stopped.c.
 // TRITONSERVER_InferenceRequestAppendInputData: requests whose strings are not complete are refused; see incomplete.c.
 
 #define _GNU_SOURCE

@@ -24,9 +24,9 @@ from deploykit.errors import DataError, UsageError
 from deploykit.openai import read_body
 from deploykit.openai import server as openai_server
 from deploykit.openai.calls import AccessLog
+from deploykit.openai.certificate import Certificate
 from deploykit.openai.limits import Keys, Limits, digest
 from deploykit.openai.metrics import PortMetrics
-from deploykit.openai.server import Certificate
 from deploykit.triton.load import parse
 
 

@@ -7,18 +7,27 @@
 /* ---- linear layers ---- */
 
 /* Broadcast four bytes. Each ``use`` loads them again: all rows' bytes do not fit the registers beside the sums, and the
- * compiler would spill them. */
+ * compiler would spill them. Sanitizers leave no register for assembler. */
+#ifdef __SANITIZE_ADDRESS__
+#define FOUR_BYTES(x, use) \
+    ({ \
+        int32_t four_; \
+        memcpy(&four_, x, 4); \
+        _mm256_set1_epi32(four_); \
+    })
+#else
 #define FOUR_BYTES(x, use) \
     ({ \
         __m256i v_; \
         __asm__("vpbroadcastd %1, %0" : "=x"(v_) : "m"(*(const int32_t *)(x)), "i"(use)); \
         v_; \
     })
+#endif
 
 /* Compute a tile's columns, 8 for each of ``vectors`` vectors from ``part`` on. ``ahead``: weights to prefetch, ``apart``
  * bytes apart for each four inputs. */
 INLINE void columns_int8(const int rows, const int vectors, int part, const int8_t *x, int64_t wide, const float *step,
-                         const Linear *l, int first, int add, float *out, int64_t stride, const int8_t *ahead, int apart) {
+                         const Linear *l, int first, int add, float *out, int64_t stride, uintptr_t ahead, int apart) {
     int quads = (l->in + 3) / 4, column = 8 * vectors * part;
     const int8_t *w = (const int8_t *)l->weight + (int64_t)first * quads * 4 + 4 * column;
     __m256i s[MOST_ROWS][8];
@@ -29,7 +38,7 @@ INLINE void columns_int8(const int rows, const int vectors, int part, const int8
     }
 #pragma GCC unroll 2
     for (int k = 0; k < quads; k++, w += 4 * PANEL) {
-        _mm_prefetch((const char *)(ahead + (int64_t)k * apart), _MM_HINT_T0);
+        _mm_prefetch((const char *)(ahead + (uintptr_t)k * apart), _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int j = 0; j < vectors; j++) {
             Weights v = weights_of(_mm256_loadu_si256((const __m256i *)w + j));
@@ -57,8 +66,9 @@ INLINE void tile_int8(const int rows, const uint8_t *x, int64_t wide, const floa
                       float *out, int64_t stride, const int8_t *ahead, int apart) {
     const int vectors = rows == 1 ? 8 : rows <= 3 ? 4 : 2; /* sums take up to 12 of the 16 registers */
     const int parts = PANEL / 8 / vectors, each = (apart + parts - 1) / parts;
-    for (int part = 0; part < parts; part++, ahead += (int64_t)each * ((l->in + 3) / 4))
-        columns_int8(rows, vectors, part, (const int8_t *)x, wide, step, l, first, add, out, stride, ahead, each);
+    uintptr_t at = (uintptr_t)ahead; /* no pointer: it may be NULL, and go beyond the weights */
+    for (int part = 0; part < parts; part++, at += (uintptr_t)each * ((l->in + 3) / 4))
+        columns_int8(rows, vectors, part, (const int8_t *)x, wide, step, l, first, add, out, stride, at, each);
 }
 
 INLINE void tile_float(const int rows, const float *x, int64_t wide, const Linear *l, int first, int add, float *out,

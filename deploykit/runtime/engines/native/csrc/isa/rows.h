@@ -139,12 +139,10 @@ static void embed_row(const Stack *s, int64_t token, const float *positions, flo
 static void tile(Rows from, const Linear *l, Group g, int panel, Then then, int64_t stride) {
     int64_t wide = filled(l->in), bytes = (l->in + 3) / 4 * (4 * PANEL);
     int first = panel * PANEL, apart = g.of < LEAST_GROUPS ? 0 : (4 * PANEL + g.of - 1) / g.of;
-    const float *x = from.given + g.row * wide, *step = from.step + g.row;
-    const uint8_t *q = from.quantized + g.row * wide;
     const int8_t *ahead = (const int8_t *)l->weight + (apart ? (panel + 1) * bytes + bytes * g.number / g.of : panel * bytes);
 #define ROWS(n) \
-    if (l->is_float) tile_float(n, x, wide, l, first, then.add, then.out, stride); \
-    else tile_int8(n, q, wide, step, l, first, then.add, then.out, stride, ahead, apart); \
+    if (l->is_float) tile_float(n, from.given + g.row * wide, wide, l, first, then.add, then.out, stride); \
+    else tile_int8(n, from.quantized + g.row * wide, wide, from.step + g.row, l, first, then.add, then.out, stride, ahead, apart); \
     break
     switch (g.rows) {
     case 1: ROWS(1);
