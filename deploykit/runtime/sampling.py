@@ -93,9 +93,9 @@ class Sampling:
         return max(self.n, self.best_of or 0, self.num_beams)
 
     @property
-    def structured(self) -> bool:
-        """Whether an answer has to match something."""
-        return any(getattr(self, name) for name in STRUCTURES)
+    def structure(self) -> str | None:
+        """Which of ``STRUCTURES`` an answer has to match. The JSON schema {} is one: any JSON value fits."""
+        return next((name for name in STRUCTURES if getattr(self, name) not in (None, ())), None)
 
     def check_tokens(self, vocabulary: int) -> None:
         """Raise UsageError for a token id that a model with so many tokens does not have."""
@@ -155,7 +155,7 @@ def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
         if name in changes:
             raise UsageError(f"{name} is given twice, also as {written}", "give one of them")
         changes[name] = _checked(written, name, value)
-    structures = [name for name in STRUCTURES if changes.get(name)]
+    structures = [name for name in STRUCTURES if changes.get(name) not in (None, ())]
     if len(structures) > 1:
         raise UsageError(f"{' and '.join(structures)} exclude each other", "give one of them")
     if structures:  # it replaces the default's
@@ -253,7 +253,7 @@ def _bias(value: Any) -> tuple[tuple[int, float], ...]:
 
 def _structure(name: str, value: Any) -> Any:
     if name == "choice":
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
             raise UsageError(f"choice is {value!r}", "give a list of texts")
         if not all(isinstance(text, str) and text for text in value):
             raise UsageError("choice holds an empty text", "give texts to choose from")
@@ -262,7 +262,9 @@ def _structure(name: str, value: Any) -> Any:
         return None
     if name == "json_schema":
         if value is not True and not isinstance(value, Mapping):
-            raise UsageError(f"json_schema is {value!r}", "give an object, or true for any JSON object")
+            raise UsageError(
+                f"json_schema is {value!r}", "give an object, {} for any JSON value, or true for any JSON object"
+            )
         return value
     if not isinstance(value, str) or not value:
         raise UsageError(f"{name} is {value!r}", "give a text")

@@ -65,7 +65,7 @@ def local(export: Path) -> LocalGenerator:
 
 @pytest.fixture(scope="module")
 def native_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_export(tmp_path_factory.mktemp("native") / "export", "gemma3_text", CHATML, native=True)
+    return write_export(tmp_path_factory.mktemp("native") / "export", "gemma3_text", native=True)
 
 
 @pytest.fixture(scope="module")
@@ -407,6 +407,12 @@ def test_bad_input_is_refused_by_field(server: TritonServer, inputs: dict[str, A
                 "type": "integer", "minimum": 5, "maximum": 2}}}},
             "response_format", "Unsatisfiable schema",
         ),
+        ({"prompt": "a", "structured_outputs": {"json": {"type": "frog"}}}, "structured_outputs.json", "Invalid type"),
+        pytest.param(
+            {"model": "native", "messages": DIALOG}, "messages", "the model has no chat template",
+            marks=pytest.mark.skipif(lacks() is not None, reason="the engine native does not run here"),
+        ),
+        ({"prompt": "a", "min_tokens": 3}, "min_tokens", "^min_tokens is 3, and max_tokens is 2"),
     ],
 )  # fmt: skip
 def test_what_the_model_refuses_is_named_by_field(url: str, body: dict[str, Any], param: str, told: str) -> None:
