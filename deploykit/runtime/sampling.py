@@ -183,7 +183,10 @@ def _check_beams(found: Sampling) -> None:
                   "ignore_eos", "seed")  # fmt: skip
     for name in PARAMETERS:
         if name not in with_beams and getattr(found, name) != getattr(plain, name):
-            remedy = f"leave one of them out, or give {name} {getattr(plain, name)} where the model has another"
+            own = getattr(plain, name)
+            remedy = "leave one of them out"
+            if own not in (None, ()):
+                remedy += f", or give {name} {own:g} where the model has another"
             raise UsageError(f"num_beams does not go with {name}", remedy)
 
 
@@ -216,7 +219,8 @@ def _number(written: str, name: str, value: Any) -> float | int:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:  # no NaN is
         raise UsageError(
-            f"{written} is {value!r}", f"give a {'whole number' if whole else 'number'} from {low:g} to {high:g}"
+            f"{written} is {value!r}",
+            f"give a whole number from {low} to {high}" if whole else f"give a number from {low:g} to {high:g}",
         )
     return int(value) if whole else float(value)
 

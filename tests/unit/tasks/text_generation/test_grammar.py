@@ -149,6 +149,8 @@ def test_an_alternative_too_many_is_named_with_the_reason() -> None:
     assert constraint is not None
     with pytest.raises(UsageError, match=r"json_schema cannot be followed: .*Current row has .* items"):
         constraint.advance(int(constraint.mask(np.zeros(400, np.float32)).argmax()))
+    with pytest.raises(UsageError, match="json_schema cannot be followed"):
+        list(generator().stream("a", Sampling(json_schema={"anyOf": kinds})))
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
