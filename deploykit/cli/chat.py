@@ -50,8 +50,11 @@ def _talk(generator: TextGenerator, sampling: Any, opening: list[dict[str, str]]
     while True:
         try:
             text = click.prompt("", prompt_suffix="> ", err=True, default="", show_default=False).strip()
-        except (click.Abort, EOFError):
-            return turns
+        except click.Abort as aborted:
+            if isinstance(aborted.__context__, EOFError) or not sys.stdin.isatty():
+                return turns
+            say(_HELP)  # Ctrl-C that came too late for the answer
+            continue
         if text in ("/exit", "/quit"):
             return turns
         if text == "/reset":

@@ -27,7 +27,7 @@ from tritonclient.utils import InferenceServerException
 
 from deploykit.artifacts import load_manifest
 from deploykit.cli import main
-from deploykit.errors import DataError, UsageError
+from deploykit.errors import DataError, ServerError, UsageError
 from deploykit.openai.app import create_app
 from deploykit.openai.measure import ask
 from deploykit.openai.server import OpenAIServer
@@ -532,8 +532,12 @@ def test_a_killed_process_ends_its_streams_and_is_replaced(export: Path, tmp_pat
     package(export, "lm", tmp_path, settings=ServingSettings(threads=1))
     with start(tmp_path) as server, openai_port(server) as url, supervised(server):
         stream = {"openai": _openai_stream, "http": _http_stream, "grpc": _grpc_stream}[asked]
-        with contextlib.closing(stream(server, url, 3900)) as pieces:
+        ours = open_served("lm", server.urls.http)
+        assert isinstance(ours, ServedGenerator)
+        own = ours.stream(DIALOG, Sampling(max_new_tokens=3900, ignore_eos=True))
+        with contextlib.closing(stream(server, url, 3900)) as pieces, contextlib.closing(ours):
             next(pieces)
+            next(own)
             family(server)[1].kill()
             killed = time.monotonic()
             with pytest.raises(
@@ -541,6 +545,9 @@ def test_a_killed_process_ends_its_streams_and_is_replaced(export: Path, tmp_pat
             ):
                 list(pieces)
             ended = time.monotonic()
+            with pytest.raises(ServerError, match=r"ended the stream|loads it again"):
+                list(own)
+            assert "".join(ours.stream(DIALOG, Sampling(max_new_tokens=4))), "it asks until the model is there again"
         assert wait_until(lambda: _answers(stream(server, url, 4)), 30)
         answered = time.monotonic()
     print(f"{asked}: the stream ended after {ended - killed:.2f} s, an answer came after {answered - killed:.2f} s")
