@@ -27,6 +27,7 @@ from tritonclient.utils import InferenceServerException
 
 from deploykit.artifacts import load_manifest
 from deploykit.cli import main
+from deploykit.demo import ask_by_openai
 from deploykit.errors import DataError, ServerError, UsageError
 from deploykit.openai.app import create_app
 from deploykit.openai.measure import ask
@@ -201,6 +202,20 @@ def test_many_streams_at_once_do_not_mix(url: str, local: LocalGenerator) -> Non
     assert [answer.text for answer in answers] == [a[0].text for a in expected if not isinstance(a, DataError)]
     assert figures.tokens == sum(answer.tokens for answer in answers) > 24
     assert all(answer.pieces for answer in answers if answer.text)
+
+
+def test_the_demo_prints_answers_and_figures(url: str, local: LocalGenerator, tmp_path: Path) -> None:
+    dialogs = [[{"role": "user", "content": row["prompt"]}] for row in command_rows()[:5]]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": dialog}) + "\n" for dialog in dialogs))
+    prompts = [dialog[0]["content"] for dialog in dialogs[:3]]
+    said: list[str] = []
+    loads = ask_by_openai(said.append, url, "lm", prompts, rows, 8)
+    expected = local.reply(dialogs[:3], Sampling(max_new_tokens=8))
+    assert said[1:4] == [f"{p}  ->  {a[0].text}" for p, a in zip(prompts, expected) if not isinstance(a, DataError)]
+    figures = r" {n} at once: [1-9]\d* tokens/s, first token after \d+ ms .*"
+    assert [bool(re.fullmatch(figures.format(n=n), line)) for n, line in zip((1, 5), said[4:], strict=True)] == [True] * 2
+    assert [load.concurrency for load in loads] == [1, 5]
 
 
 def test_log_probabilities_of_prompt_and_answer(client: openai.OpenAI, local: LocalGenerator) -> None:
