@@ -226,9 +226,10 @@ def _number(written: str, name: str, value: Any) -> float | int:
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ("",)
-    if not all(isinstance(text, str) and text for text in texts):
-        raise UsageError("stop holds an empty text", "give texts that end an answer")
+    texts = (value,) if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise UsageError(f"stop holds {text!r}", "give texts that end an answer, of one character or more")
     if len(texts) > _MOST_STOPS or sum(map(len, texts)) > _MOST_STOP_CHARS:
         raise UsageError(
             f"stop holds {len(texts):,} texts of {sum(map(len, texts)):,} characters",
