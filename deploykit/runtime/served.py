@@ -226,29 +226,36 @@ class ServedModel:
 
     def _events(self, what: str, body: bytes) -> Iterator[Any]:
         """Request a stream of this model, and yield its events, parsed JSON. Its end closes the connection, which cancels
-        a request that is not done. Asks again, as ``_request`` does, while no server takes the request. Raises ServerError.
+        a request that is not done. Until the first one it asks again, as ``_request`` does. Raises ServerError.
 
         Events may be missing at the end: http.client does not tell a stream that breaks off.
         """
         deadline = time.monotonic() + self._patience
+        lost, begun = 0, False
         while True:
-            connection = None
+            connection, fault = None, None
             try:
                 connection = _Connection(self._address, self._ssl, self._timeout)
                 response = connection.post(f"/v2/models/{quote(self._name)}/{what}", body)
-                if response.status == 200:
-                    for line in response:
-                        if line.startswith(b"data: "):
-                            event = json.loads(line[6:])
-                            if "error" in event:
-                                raise self._refusal(400, str(event["error"]))
-                            yield event
+                if response.status != 200:
+                    fault = response.status, error_text(response.read())
+                for line in response:
+                    if line.startswith(b"data: "):
+                        event = json.loads(line[6:])
+                        if "error" in event:
+                            fault = 400, str(event["error"])
+                            break
+                        begun = True
+                        yield event
+                if fault is None and begun:
                     return
-                message = error_text(response.read())
-                if not _busy(response.status, message) or time.monotonic() >= deadline:
-                    raise self._refusal(response.status, message)
+                if fault is None:
+                    raise http.client.IncompleteRead(b"")
+                if begun or not _busy(*fault) or time.monotonic() >= deadline:
+                    raise self._refusal(*fault)
             except (OSError, http.client.HTTPException) as error:
-                if not isinstance(error, ConnectionRefusedError) or time.monotonic() >= deadline:
+                lost += not isinstance(error, ConnectionRefusedError)
+                if begun or lost >= _MOST_LOST or time.monotonic() >= deadline:
                     raise ServerError(
                         f"the server at {self._url} ended the stream ({_reason(error)})",
                         "see the server's log, or try again",

@@ -214,7 +214,9 @@ def test_the_demo_prints_answers_and_figures(url: str, local: LocalGenerator, tm
     expected = local.reply(dialogs[:3], Sampling(max_new_tokens=8))
     assert said[1:4] == [f"{p}  ->  {a[0].text}" for p, a in zip(prompts, expected) if not isinstance(a, DataError)]
     figures = r" {n} at once: [1-9]\d* tokens/s, first token after \d+ ms .*"
-    assert [bool(re.fullmatch(figures.format(n=n), line)) for n, line in zip((1, 5), said[4:], strict=True)] == [True] * 2
+    assert [bool(re.fullmatch(figures.format(n=n), line)) for n, line in zip((1, 5), said[4:], strict=True)] == [
+        True
+    ] * 2
     assert [load.concurrency for load in loads] == [1, 5]
 
 
