@@ -156,7 +156,7 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, seconds: float, say
         measured = _deploykit(say, "bench", run, export, *measure)
         packaged = _deploykit(say, "package", export, "--name", name, "--model-repository", repository)
         with served(say, repository, "--openai-port", "0") as urls:
-            loads = _ask_by_openai(say, urls["openai"], name, recipe.sentences, rows, recipe.answer_tokens)
+            loads = ask_by_openai(say, urls["openai"], name, recipe.sentences, rows, recipe.answer_tokens)
         result["served"] = [asdict(load) for load in loads]
         write_run_page(
             f"Demo: {name}", load_manifest(run).metrics, report, export=load_manifest(export).metrics, bench=measured,
@@ -176,7 +176,7 @@ def run_demo(recipe: Recipe, out: Path, repository: Path, *, seconds: float, say
     }  # fmt: skip
 
 
-def _ask_by_openai(
+def ask_by_openai(
     say: Say, url: str, name: str, prompts: Sequence[str], rows: Path, answer_tokens: int
 ) -> list[StreamLoad]:
     """Ask the served model with the openai client: ``prompts`` one by one, and held-out rows many at a time."""

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from deploykit.cli.common import PRECISION, SERVER_URL, THREADS, Result, deploykit_command, say
 from deploykit.cli.sampling_options import given_sampling, sampling_options
-from deploykit.errors import DataError, UsageError
+from deploykit.errors import DataError, ServerError, UsageError
 from deploykit.signals import handled
 
 if TYPE_CHECKING:
@@ -51,8 +50,11 @@ def _talk(generator: TextGenerator, sampling: Any, opening: list[dict[str, str]]
     while True:
         try:
             text = click.prompt("", prompt_suffix="> ", err=True, default="", show_default=False).strip()
-        except (click.Abort, EOFError):
-            return turns
+        except click.Abort as aborted:
+            if isinstance(aborted.__context__, EOFError) or not sys.stdin.isatty():
+                return turns
+            say(_HELP)  # Ctrl-C that came too late for the answer
+            continue
         if text in ("/exit", "/quit"):
             return turns
         if text == "/reset":
@@ -65,20 +67,41 @@ def _talk(generator: TextGenerator, sampling: Any, opening: list[dict[str, str]]
         if not text:
             continue
         asked = [*messages, {"role": "user", "content": text}]
-        answer = ""
-        try:
-            stop = threading.Event()
-            with handled(lambda *_, stop=stop: stop.set(), [signal.SIGINT]):
-                for piece in generator.stream(asked, sampling):
-                    out.write(piece)
-                    out.flush()
-                    answer += piece
-                    if stop.is_set():
-                        break
-        except DataError as error:
-            say(f"error: {error.message}\nremedy: {error.remedy}, or /reset")
-            continue
+        answer = _answered(generator, asked, sampling, out)
+        if answer is not None:
+            messages = [*asked, {"role": "assistant", "content": answer}]
+            turns += 1
+
+
+def _answered(generator: TextGenerator, asked: list[dict[str, str]], sampling: Any, out: TextIO) -> str | None:
+    """Write an answer as it comes, up to Ctrl-C, and return it. Return None where there is none: after Ctrl-C, or an error,
+    which is shown."""
+    pieces: list[str] = []
+    stopped = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal stopped
+        if stopped or not pieces:
+            raise KeyboardInterrupt  # what is waited for may take long
+        stopped = True
+
+    fault: DataError | ServerError | None = None
+    try:
+        with handled(interrupt, [signal.SIGINT]):
+            for piece in generator.stream(asked, sampling):
+                out.write(piece)
+                out.flush()
+                pieces.append(piece)
+                if stopped:
+                    break
+    except KeyboardInterrupt:
+        stopped = True
+    except (DataError, ServerError) as error:
+        fault = error
+    if pieces or fault is None:
         out.write("\n")
         out.flush()
-        messages = [*asked, {"role": "assistant", "content": answer}]
-        turns += 1
+    if fault is None:
+        return "".join(pieces) if pieces or not stopped else None
+    say(f"error: {fault.message}\nremedy: {fault.remedy}{', or /reset' * isinstance(fault, DataError)}")
+    return None

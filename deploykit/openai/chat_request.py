@@ -154,6 +154,14 @@ class ChatBody(GenerationBody):
         """The tools that the model may call."""
         return [] if self.tool_choice == "none" else self.tools or []
 
+    @property
+    def _must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def schema_field(self) -> str:
+        return "tools" if self._must_call else super().schema_field
+
     def asked(self) -> Asked:
         """Return the request for the model."""
         sampling = self.sampling()
@@ -162,7 +170,7 @@ class ChatBody(GenerationBody):
         if self.logprobs:
             sampling["logprobs"] = self.top_logprobs or 0
         tools = self.offered_tools
-        if self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool):
+        if self._must_call:
             wanted = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
             callable_ = [t.function for t in tools if wanted in (None, t.function.name)]
             sampling["json_schema"] = tool_call_schema([(f.name, f.parameters) for f in callable_])
@@ -176,4 +184,5 @@ class ChatBody(GenerationBody):
             messages=json.dumps(messages, ensure_ascii=False),
             stream=self.stream,
             logprobs=self.logprobs,
+            schema_field=self.schema_field,
         )

@@ -57,6 +57,7 @@ class CompletionBody(GenerationBody):
                 ids=None if isinstance(prompt, str) else prompt,
                 stream=self.stream,
                 logprobs=self.logprobs is not None,
+                schema_field=self.schema_field,
             )
             for prompt in self.prompt
         ]

@@ -12,7 +12,7 @@ class Asked:
     """A prompt for ``model``: a ``text``, token ``ids``, or ``messages`` as JSON (the others are None).
 
     ``sampling`` has deploykit's names; with its ``echo`` an answer begins with the prompt. ``stream``: send each new
-    piece of text. ``logprobs``: send those of the tokens.
+    piece of text. ``logprobs``: send those of the tokens. ``schema_field``: the request's field that a JSON schema is from.
     """
 
     model: str
@@ -22,6 +22,7 @@ class Asked:
     stream: bool = False
     logprobs: bool = False
     ids: Sequence[int] | None = None
+    schema_field: str = "response_format"
 
 
 @dataclass(frozen=True)

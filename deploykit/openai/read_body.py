@@ -43,7 +43,8 @@ async def read_body(request: Request, kind: type[Read]) -> Read:
 
 
 async def read_bytes(request: Request) -> bytes:
-    """Return the body as it is. Raises ApiError: status 413 if it is over the caller's limit, 408 if it comes slowly."""
+    """Return the body as it is. Raises ApiError: status 413 if it is over the caller's limit, 408 if it comes slowly, 415 if
+    it is compressed."""
     most = call_of(request).limits.max_body_bytes
     too_large = ApiError(f"the body has more than {most:,} bytes", 413, code="body_too_large")
 
@@ -57,6 +58,8 @@ async def read_bytes(request: Request) -> bytes:
             parts.append(part)
         return b"".join(parts)
 
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise ApiError("Content-Encoding: send the body without compression", 415)
     if int(request.headers.get("content-length", 0)) > most:
         raise too_large
     try:

@@ -44,7 +44,6 @@ FIELD_OF = {ours: theirs for theirs, ours in _SAMPLING.items()} | {
     "input_ids": "prompt",
     "messages": "messages",
     "tools": "tools",
-    "json_schema": "response_format",
     "regex": "structured_outputs.regex",
     "choice": "structured_outputs.choice",
     "grammar": "structured_outputs.grammar",
@@ -124,6 +123,11 @@ class GenerationBody(Body):
             return {}
         assert self.stream_options is not None
         return {"usage": usage.to_json() if self.stream_options.continuous_usage_stats else None}
+
+    @property
+    def schema_field(self) -> str:
+        """The field that has the JSON schema of the answer."""
+        return "structured_outputs.json" if self.structured_outputs else "response_format"
 
     def sampling(self) -> dict[str, Any]:
         """Return the given fields under deploykit's names; what is left out is the model's own, but for the seed."""

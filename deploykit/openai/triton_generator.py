@@ -40,6 +40,7 @@ _FAILED = "the model failed on this request"
 _ID = "[request id: <id_unknown>] "  # Triton's prefix for a request without an id
 _FIRST_WORD = re.compile(r"\W*(\w+)")
 _COMPOUND = re.compile(r"\b(" + "|".join(name for name in FIELD_OF if "_" in name) + r")\b")
+_LIMITS = re.compile(r"\b(max|min)_new_tokens\b")
 
 
 class TritonGenerator:
@@ -154,13 +155,18 @@ def _api_error(code: grpc.StatusCode | None, message: str, asked: Asked) -> ApiE
         return restarting(f"the model does not answer now ({message})")
     if code is not None or message.startswith(_FAILED):
         return ApiError(f"the model failed: {message.removeprefix('the model failed ')}", 500)
-    return ApiError(message, param=_field(message, asked), code="invalid_value")
+    field = _field(message, asked)
+    if field == "min_tokens":  # it is compared with another field
+        message = _LIMITS.sub(r"\1_tokens", message)
+    return ApiError(message, param=field, code="invalid_value")
 
 
 def _field(message: str, asked: Asked) -> str | None:
     """Return the field of the request that an error of the model is about: its first word, or a name in it."""
     if message.startswith(("the prompt ", "the chat template ")):
         return "prompt" if asked.messages is None else "messages"
+    if message.startswith("json_schema "):
+        return asked.schema_field
     first = _FIRST_WORD.match(message)
     name = _COMPOUND.search(message) if first is None or first[1] not in FIELD_OF else first
     return FIELD_OF[name[1]] if name is not None else None

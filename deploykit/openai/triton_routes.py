@@ -87,8 +87,6 @@ class TritonRoutes:
         assert found is not None
         if found["model"] in self._generating and (limits.max_rows or limits.max_tokens):
             raise ApiError(f"{path}: your key has a limit of answers or tokens; ask /v1/completions", 403)
-        if request.headers.get("content-encoding", "identity") != "identity":
-            raise ApiError(f"{path}: send the body without compression", 415)
         body = await read_bytes(request)
         if limits.max_rows is not None and found["what"] == "/infer":
             call.rows = _rows(body, request.headers.get(_JSON_LENGTH))

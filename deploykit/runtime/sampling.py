@@ -93,9 +93,9 @@ class Sampling:
         return max(self.n, self.best_of or 0, self.num_beams)
 
     @property
-    def structured(self) -> bool:
-        """Whether an answer has to match something."""
-        return any(getattr(self, name) for name in STRUCTURES)
+    def structure(self) -> str | None:
+        """Which of ``STRUCTURES`` an answer has to match. The JSON schema {} is one: any JSON value fits."""
+        return next((name for name in STRUCTURES if getattr(self, name) not in (None, ())), None)
 
     def check_tokens(self, vocabulary: int) -> None:
         """Raise UsageError for a token id that a model with so many tokens does not have."""
@@ -155,7 +155,7 @@ def override(default: Sampling, given: Mapping[str, Any]) -> Sampling:
         if name in changes:
             raise UsageError(f"{name} is given twice, also as {written}", "give one of them")
         changes[name] = _checked(written, name, value)
-    structures = [name for name in STRUCTURES if changes.get(name)]
+    structures = [name for name in STRUCTURES if changes.get(name) not in (None, ())]
     if len(structures) > 1:
         raise UsageError(f"{' and '.join(structures)} exclude each other", "give one of them")
     if structures:  # it replaces the default's
@@ -183,7 +183,10 @@ def _check_beams(found: Sampling) -> None:
                   "ignore_eos", "seed")  # fmt: skip
     for name in PARAMETERS:
         if name not in with_beams and getattr(found, name) != getattr(plain, name):
-            remedy = f"leave one of them out, or give {name} {getattr(plain, name)} where the model has another"
+            own = getattr(plain, name)
+            remedy = "leave one of them out"
+            if own not in (None, ()):
+                remedy += f", or give {name} {own:g} where the model has another"
             raise UsageError(f"num_beams does not go with {name}", remedy)
 
 
@@ -216,15 +219,17 @@ def _number(written: str, name: str, value: Any) -> float | int:
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:  # no NaN is
         raise UsageError(
-            f"{written} is {value!r}", f"give a {'whole number' if whole else 'number'} from {low:g} to {high:g}"
+            f"{written} is {value!r}",
+            f"give a whole number from {low} to {high}" if whole else f"give a number from {low:g} to {high:g}",
         )
     return int(value) if whole else float(value)
 
 
 def _stops(value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ("",)
-    if not all(isinstance(text, str) and text for text in texts):
-        raise UsageError("stop holds an empty text", "give texts that end an answer")
+    texts = (value,) if isinstance(value, str) or not isinstance(value, Sequence) else tuple(value)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise UsageError(f"stop holds {text!r}", "give texts that end an answer, of one character or more")
     if len(texts) > _MOST_STOPS or sum(map(len, texts)) > _MOST_STOP_CHARS:
         raise UsageError(
             f"stop holds {len(texts):,} texts of {sum(map(len, texts)):,} characters",
@@ -253,7 +258,7 @@ def _bias(value: Any) -> tuple[tuple[int, float], ...]:
 
 def _structure(name: str, value: Any) -> Any:
     if name == "choice":
-        if isinstance(value, str) or not isinstance(value, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence) or not value:
             raise UsageError(f"choice is {value!r}", "give a list of texts")
         if not all(isinstance(text, str) and text for text in value):
             raise UsageError("choice holds an empty text", "give texts to choose from")
@@ -262,7 +267,9 @@ def _structure(name: str, value: Any) -> Any:
         return None
     if name == "json_schema":
         if value is not True and not isinstance(value, Mapping):
-            raise UsageError(f"json_schema is {value!r}", "give an object, or true for any JSON object")
+            raise UsageError(
+                f"json_schema is {value!r}", "give an object, {} for any JSON value, or true for any JSON object"
+            )
         return value
     if not isinstance(value, str) or not value:
         raise UsageError(f"{name} is {value!r}", "give a text")

@@ -36,6 +36,8 @@ LOST = (400, 404, 500, 503)
 """Statuses of errors that may be due to a model that is loaded again."""
 _MOST_LOST = 2
 """Servers that may be lost with one request: it may be what ended them."""
+_PAUSE_S = 0.2
+"""The pause before a stream is asked for again."""
 
 
 Row = TypeVar("Row")
@@ -217,34 +219,51 @@ class ServedModel:
                 message = (
                     error_text(answer).removeprefix("[request id: <id_unknown>] ").strip()
                 )  # Triton's prefix for a request without an id
-                busy = status in (429, 503) or (status in LOST and RELOADING.search(message) is not None)
-                if not busy or time.monotonic() >= deadline:
+                if not _busy(status, message) or time.monotonic() >= deadline:
                     raise self._refusal(status, message)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, 1.0)
 
     def _events(self, what: str, body: bytes) -> Iterator[Any]:
         """Request a stream of this model, and yield its events, parsed JSON. Its end closes the connection, which cancels
-        a request that is not done. Raises ServerError."""
-        connection = None
-        try:
-            connection = _Connection(self._address, self._ssl, self._timeout)
-            response = connection.post(f"/v2/models/{quote(self._name)}/{what}", body)
-            if response.status != 200:
-                raise self._refusal(response.status, error_text(response.read()))
-            for line in response:
-                if line.startswith(b"data: "):
-                    event = json.loads(line[6:])
-                    if "error" in event:
-                        raise self._refusal(400, str(event["error"]))
-                    yield event
-        except (OSError, http.client.HTTPException) as error:
-            raise ServerError(
-                f"the server at {self._url} ended the stream ({_reason(error)})", "see the server's log, or try again"
-            ) from None
-        finally:
-            if connection is not None:
-                connection.close()
+        a request that is not done. Until the first one it asks again, as ``_request`` does. Raises ServerError.
+
+        Events may be missing at the end: http.client does not tell a stream that breaks off.
+        """
+        deadline = time.monotonic() + self._patience
+        lost, begun = 0, False
+        while True:
+            connection, fault = None, None
+            try:
+                connection = _Connection(self._address, self._ssl, self._timeout)
+                response = connection.post(f"/v2/models/{quote(self._name)}/{what}", body)
+                if response.status != 200:
+                    fault = response.status, error_text(response.read())
+                for line in response:
+                    if line.startswith(b"data: "):
+                        event = json.loads(line[6:])
+                        if "error" in event:
+                            fault = 400, str(event["error"])
+                            break
+                        begun = True
+                        yield event
+                if fault is None and begun:
+                    return
+                if fault is None:
+                    raise http.client.IncompleteRead(b"")
+                if begun or not _busy(*fault) or time.monotonic() >= deadline:
+                    raise self._refusal(*fault)
+            except (OSError, http.client.HTTPException) as error:
+                lost += not isinstance(error, ConnectionRefusedError)
+                if begun or lost >= _MOST_LOST or time.monotonic() >= deadline:
+                    raise ServerError(
+                        f"the server at {self._url} ended the stream ({_reason(error)})",
+                        "see the server's log, or try again",
+                    ) from None
+            finally:
+                if connection is not None:
+                    connection.close()
+            time.sleep(_PAUSE_S)
 
     def _send(self, method: str, path: str, body: bytes, json_size: int | None) -> tuple[int, int | None, bytes]:
         """Send one request. Returns the status, the size of the JSON part if a binary part follows, and the body."""
@@ -340,6 +359,11 @@ def require_all(errors: Sequence[str]) -> None:
     for number, error in enumerate(errors):
         if error:
             raise RequestError(f"text {number}: {error}", 400, "remove that text, or correct it")
+
+
+def _busy(status: int, message: str) -> bool:
+    """Return whether the same request may be answered later."""
+    return status in (429, 503) or (status in LOST and RELOADING.search(message) is not None)
 
 
 def _reason(error: BaseException) -> str:

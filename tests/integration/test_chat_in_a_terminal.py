@@ -110,6 +110,10 @@ def test_a_dialog_is_remembered_until_reset_and_ctrl_d_ends_it(terminal: Termina
     assert [terminal.ask(LINE), terminal.ask(LINE)] == [shown(answer) for answer in answers]
     assert terminal.ask("/reset") == "a new dialog"
     assert terminal.ask(LINE) == shown(answers[0])
+    begin = len(terminal.shown)
+    terminal.type(CTRL_C)
+    assert "Ctrl-D ends" in terminal.read_until(PROMPT, begin)
+    assert terminal.ask(LINE) == shown(answers[1]), "the dialog goes on"
     terminal.type(CTRL_D)
     assert terminal.process.wait(30) == 0
     while terminal.read(0.2):

@@ -27,7 +27,8 @@ from tritonclient.utils import InferenceServerException
 
 from deploykit.artifacts import load_manifest
 from deploykit.cli import main
-from deploykit.errors import DataError, UsageError
+from deploykit.demo import ask_by_openai
+from deploykit.errors import DataError, ServerError, UsageError
 from deploykit.openai.app import create_app
 from deploykit.openai.measure import ask
 from deploykit.openai.server import OpenAIServer
@@ -65,7 +66,7 @@ def local(export: Path) -> LocalGenerator:
 
 @pytest.fixture(scope="module")
 def native_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_export(tmp_path_factory.mktemp("native") / "export", "gemma3_text", CHATML, native=True)
+    return write_export(tmp_path_factory.mktemp("native") / "export", "gemma3_text", native=True)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,22 @@ def test_many_streams_at_once_do_not_mix(url: str, local: LocalGenerator) -> Non
     assert [answer.text for answer in answers] == [a[0].text for a in expected if not isinstance(a, DataError)]
     assert figures.tokens == sum(answer.tokens for answer in answers) > 24
     assert all(answer.pieces for answer in answers if answer.text)
+
+
+def test_the_demo_prints_answers_and_figures(url: str, local: LocalGenerator, tmp_path: Path) -> None:
+    dialogs = [[{"role": "user", "content": row["prompt"]}] for row in command_rows()[:5]]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"messages": dialog}) + "\n" for dialog in dialogs))
+    prompts = [dialog[0]["content"] for dialog in dialogs[:3]]
+    said: list[str] = []
+    loads = ask_by_openai(said.append, url, "lm", prompts, rows, 8)
+    expected = local.reply(dialogs[:3], Sampling(max_new_tokens=8))
+    assert said[1:4] == [f"{p}  ->  {a[0].text}" for p, a in zip(prompts, expected) if not isinstance(a, DataError)]
+    figures = r" {n} at once: [1-9]\d* tokens/s, first token after \d+ ms .*"
+    assert [bool(re.fullmatch(figures.format(n=n), line)) for n, line in zip((1, 5), said[4:], strict=True)] == [
+        True
+    ] * 2
+    assert [load.concurrency for load in loads] == [1, 5]
 
 
 def test_log_probabilities_of_prompt_and_answer(client: openai.OpenAI, local: LocalGenerator) -> None:
@@ -407,6 +424,12 @@ def test_bad_input_is_refused_by_field(server: TritonServer, inputs: dict[str, A
                 "type": "integer", "minimum": 5, "maximum": 2}}}},
             "response_format", "Unsatisfiable schema",
         ),
+        ({"prompt": "a", "structured_outputs": {"json": {"type": "frog"}}}, "structured_outputs.json", "Invalid type"),
+        pytest.param(
+            {"model": "native", "messages": DIALOG}, "messages", "the model has no chat template",
+            marks=pytest.mark.skipif(lacks() is not None, reason="the engine native does not run here"),
+        ),
+        ({"prompt": "a", "min_tokens": 3}, "min_tokens", "^min_tokens is 3, and max_tokens is 2"),
     ],
 )  # fmt: skip
 def test_what_the_model_refuses_is_named_by_field(url: str, body: dict[str, Any], param: str, told: str) -> None:
@@ -526,8 +549,12 @@ def test_a_killed_process_ends_its_streams_and_is_replaced(export: Path, tmp_pat
     package(export, "lm", tmp_path, settings=ServingSettings(threads=1))
     with start(tmp_path) as server, openai_port(server) as url, supervised(server):
         stream = {"openai": _openai_stream, "http": _http_stream, "grpc": _grpc_stream}[asked]
-        with contextlib.closing(stream(server, url, 3900)) as pieces:
+        ours = open_served("lm", server.urls.http)
+        assert isinstance(ours, ServedGenerator)
+        own = ours.stream(DIALOG, Sampling(max_new_tokens=3900, ignore_eos=True))
+        with contextlib.closing(stream(server, url, 3900)) as pieces, contextlib.closing(ours):
             next(pieces)
+            next(own)
             family(server)[1].kill()
             killed = time.monotonic()
             with pytest.raises(
@@ -535,6 +562,9 @@ def test_a_killed_process_ends_its_streams_and_is_replaced(export: Path, tmp_pat
             ):
                 list(pieces)
             ended = time.monotonic()
+            with pytest.raises(ServerError, match=r"ended the stream|loads it again"):
+                list(own)
+            assert "".join(ours.stream(DIALOG, Sampling(max_new_tokens=4))), "it asks until the model is there again"
         assert wait_until(lambda: _answers(stream(server, url, 4)), 30)
         answered = time.monotonic()
     print(f"{asked}: the stream ended after {ended - killed:.2f} s, an answer came after {answered - killed:.2f} s")

@@ -125,9 +125,15 @@ class LocalGenerator:
                     if len(answer.text) > sent:
                         yield answer.text[sent:]
                         sent = len(answer.text)
-        finally:
+            if query.error is not None:
+                raise query.error
+        except GeneratorExit:  # the caller wants no more
             query.cancelled = True
-            self.decoder.step()  # an answer that is not done leaves
+            self.decoder.step()
+            raise
+        except BaseException:
+            self._new_decoder()
+            raise
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """Return a prompt's tokens. Raises DataError if the chat template refuses it."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from deploykit.errors import MissingDependencyError, UsageError
-from deploykit.runtime.sampling import STRUCTURES, Sampling
+from deploykit.runtime.sampling import Sampling
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -46,7 +46,7 @@ class Grammars:
         Raises MissingDependencyError without llguidance. Raises UsageError, naming the parameter and llguidance's
         reason, for one that is malformed, not supported, or that no text fits.
         """
-        name = next((name for name in STRUCTURES if getattr(sampling, name)), None)
+        name = sampling.structure
         if name is None:
             return None
         value = getattr(sampling, name)
@@ -164,7 +164,9 @@ def _regex_grammar(regex: str) -> str:
 def _choice_grammar(texts: Sequence[str]) -> str:
     from llguidance import LLMatcher
 
-    return str(LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(t, ensure_ascii=False) for t in texts)))
+    quoted = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
+    # Lark's strings are those of JSON, but for this control character.
+    return str(LLMatcher.grammar_from_lark("start: " + quoted.replace("\x7f", "\\u007f")))
 
 
 def _lark_grammar(grammar: str) -> str:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from deploykit.errors import DataError, RequestError, UsageError
+from deploykit.errors import DataError, RequestError, ServerError, UsageError
 from deploykit.runtime.sampling import Sampling
 from deploykit.runtime.served import DEFAULT_URL, ServedModel
 from deploykit.tasks.registry import task_of
@@ -68,12 +68,18 @@ class ServedGenerator(ServedModel):
         """Yield the pieces of one answer as they come. Raises DataError for a prompt that is refused."""
         body = self._body(prompt, sampling or self.task.sampling, stream=True)
         try:
+            finish = ""
             for event in self._events("generate_stream", body):
+                finish = event["finish_reason"]
                 yield event["text_output"]
         except RequestError as error:
             if error.status != 400:
                 raise
             raise DataError(error.message, "correct the prompt") from None
+        if not finish:
+            raise ServerError(
+                f"the server at {self._url} ended the stream before the answer's end", "see its log, or try again"
+            )
 
     def answer_logprobs(self, prompts: Sequence[Prompt], answer: Sequence[int]) -> list[float]:
         """Return the log-probability of an answer's tokens after each prompt; see ``TextGenerator``. The server echoes the

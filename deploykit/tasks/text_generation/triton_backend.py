@@ -145,7 +145,7 @@ class TextGenerationBackend:
             )
             submit(self._loop, client, [query])
 
-        if not sampling.structured:
+        if sampling.structure is None:
             join()
         elif self._uncompiled.acquire(blocking=False):
             self._compiling.submit(self._compile, client, sender, join)
@@ -212,6 +212,11 @@ class _Asked:
             return self._ids
         if self.text is not None:
             return tokenizer.encode_prompt(self.text)
+        if tokenizer.template is None:
+            raise RefusedError(
+                "messages cannot be read: the model has no chat template; give a text to continue, "
+                "as text_input or at /v1/completions"
+            )
         dialog = self._messages if isinstance(self._messages, dict) else {"messages": self._messages}
         return tokenizer.encode_prompt(
             checked_messages(dialog.get("messages")), tools=checked_tools(dialog.get("tools"))

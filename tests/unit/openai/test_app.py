@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -329,6 +330,11 @@ def test_a_client_that_reads_nothing_stops_nobody(service: Service, client: http
 def test_a_body_that_is_no_request_is_refused(client: httpx.Client, content: bytes, status: int, told: str) -> None:
     answer = client.post("/completions", content=content)
     assert (answer.status_code, told in answer.json()["error"]["message"]) == (status, True), answer.text
+
+
+def test_a_compressed_body_is_refused(client: httpx.Client) -> None:
+    answer = client.post("/completions", content=gzip.compress(b"{}"), headers={"content-encoding": "gzip"})
+    assert (answer.status_code, "without compression" in answer.json()["error"]["message"]) == (415, True)
 
 
 # Stopping

@@ -83,6 +83,20 @@ def test_a_refused_field_of_a_chat_is_named(fields: dict[str, Any], param: str, 
 
 
 @pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "response_format"),
+        ({"structured_outputs": {"json": {}}}, "structured_outputs.json"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tools"),
+    ],
+)
+def test_the_field_of_a_schema_is_known(fields: dict[str, Any], field: str) -> None:
+    asked = parse_body(json.dumps({**CHAT, **fields}).encode(), ChatBody).asked()
+    assert asked.schema_field == field
+    assert "json_schema" in asked.sampling
+
+
+@pytest.mark.parametrize(
     ("fields", "param", "told"),
     [
         ({"prompt": [1, -2, 3]}, "prompt", "token ids"),

@@ -51,7 +51,7 @@ def test_litellm_gets_the_same_answers(base_url: str, model: str) -> None:
     # In a process of its own: litellm changes settings of the modules that it shares with the tests.
     environment = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, base_url, model], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SCRIPT, base_url, model], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     whole, streamed, tokens, completed, pieces, formatted, called, called_streamed, error, embedded = json.loads(

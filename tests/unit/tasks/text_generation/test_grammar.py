@@ -30,7 +30,7 @@ SCHEMA = {
     "additionalProperties": False,
     "x-guidance": {"whitespace_pattern": " "},  # a random model writes much white space
 }
-CHOICES = ["はい", "いいえ", "😀", "👩‍👩‍👧", "a", "ab", 'say "no"\\\n']
+CHOICES = ["はい", "いいえ", "😀", "👩‍👩‍👧", "a", "ab", 'say "no"\\\n', "\x7f\0\u2028"]
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -82,13 +82,13 @@ def test_answers_match_a_lark_grammar() -> None:
         assert answer.text.count("(") == answer.text.count(")")
 
 
-def test_any_json_object() -> None:
-    sampling = Sampling(temperature=1.0, max_new_tokens=200, n=20, json_schema=True)
+@pytest.mark.parametrize(("schema", "kind"), [(True, dict), ({}, object)])
+def test_any_json(schema: Any, kind: type) -> None:
+    sampling = override(Sampling(temperature=1.0, max_new_tokens=200, n=20), {"json_schema": schema})
     [found] = generator().generate([[7]], sampling)
-    for answer in found:
-        assert answer.text.startswith("{")
-        if answer.finish != "length":
-            assert isinstance(json.loads(answer.text), dict)
+    whole = [json.loads(answer.text) for answer in found if answer.finish != "length"]
+    assert whole
+    assert all(isinstance(value, kind) for value in whole)
 
 
 def test_a_constrained_answer_is_the_same_in_any_company() -> None:
@@ -120,6 +120,8 @@ def test_what_other_rules_ask_does_not_break_the_answer() -> None:
         ({"json_schema": {"enum": [{1}]}}, "json_schema is no JSON: .*set"),
         ({"regex": "a" * 100_001}, "regex cannot be used: it has 100,003 characters"),
         ({"grammar": "start: foo"}, "grammar cannot be used: .*unknown name"),
+        ({"json_schema": False}, "json_schema is False"),
+        ({"choice": []}, r"choice is \[\]"),
     ],
 )
 def test_what_cannot_be_followed_is_named_with_the_reason(given: dict[str, Any], told: str) -> None:
@@ -147,6 +149,8 @@ def test_an_alternative_too_many_is_named_with_the_reason() -> None:
     assert constraint is not None
     with pytest.raises(UsageError, match=r"json_schema cannot be followed: .*Current row has .* items"):
         constraint.advance(int(constraint.mask(np.zeros(400, np.float32)).argmax()))
+    with pytest.raises(UsageError, match="json_schema cannot be followed"):
+        list(generator().stream("a", Sampling(json_schema={"anyOf": kinds})))
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
