@@ -219,12 +219,12 @@ def test_a_span_in_two_windows_is_one_answer_and_the_least_none_counts() -> None
     text = "Rome and rome"
     context = EncodedContext(text, *(np.array(a, np.int32) for a in ([5, 6, 7], [0, 5, 9], [4, 8, 13], [0, 1, 2])))
     task = QuestionAnswering(16, 2, 0, no_answer_threshold=1.0)
-    collector = Collector(context, task)
+    collector = Collector(context, task, 5)
     for begin, first, probability, none in ((0, 0, 0.5, 0.2), (0, 2, 0.1, 0.2), (1, 1, 0.25, 0.6)):
         window = Window([], [], 0, begin, 3)
         one = np.array([first])
         collector.add(window, Candidates(one, one, np.array([probability]), none))
-    found = collector.result(top_k=5)
+    found = collector.result()
     assert [(s.text, s.start, s.end) for s in found.spans] == [("Rome", 0, 4)], "the case makes no other answer"
     assert found.none == pytest.approx(np.log(0.2 / 0.85))
     assert found.spans[0].score == pytest.approx(0.85 / 1.05)
@@ -314,11 +314,11 @@ def test_a_space_before_a_word_makes_no_second_answer() -> None:
     """A window that begins after SentencePiece's token of the space has the word alone; transformers' pipeline takes
     the word with and without its space for two answers."""
     context = EncodedContext("in Rome", *(np.array(a, np.int32) for a in ([5, 6, 7], [0, 2, 3], [2, 3, 7], [0, 1, 1])))
-    collector = Collector(context, QuestionAnswering(16, 2, 0))
+    collector = Collector(context, QuestionAnswering(16, 2, 0), 5)
     for begin in (1, 2):
         last = np.array([2 - begin])
         collector.add(Window([], [], 0, begin, 3), Candidates(last, last, np.array([0.25]), 0.0))
-    (span,) = collector.result(top_k=5).spans
+    (span,) = collector.result().spans
     assert (span.text, span.start, span.end, span.score) == ("Rome", 3, 7, 1.0)
 
 
