@@ -51,7 +51,8 @@ def test_squad_versions_1_and_2_hub_rows_csv_and_json_lines_are_the_same_rows(tm
     packed = tmp_path / "squad.json.gz"
     packed.write_bytes(gzip.compress(json.dumps(_squad(of_squad)).encode("utf-8-sig")))
     for path in (
-        _write(tmp_path / "squad.json", _squad(of_squad)), packed,
+        _write(tmp_path / "squad.json", _squad(of_squad)),
+        packed,
         _write(tmp_path / "rows.json", rows),
         _write(tmp_path / "rows.jsonl", "\n".join(json.dumps(row) for row in rows)),
         _write(tmp_path / "rows.csv", one_answer.format(c=context)),
