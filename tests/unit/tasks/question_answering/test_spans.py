@@ -75,9 +75,11 @@ def _reference(answerer: TorchAnswerer, question: str, context: str, top_k: int)
             for e in range(s, min(s + task.max_answer_length, len(ids))) if members[e] == 1
         ]  # fmt: skip
         encoding = encoded.encodings[window]
-        for score, s, e in sorted(scored, key=lambda item: -item[0])[: 2 * top_k + 10]:
-            words = encoding.token_to_word(s), encoding.token_to_word(e)
-            begin, stop = encoding.word_to_chars(words[0], 1)[0], encoding.word_to_chars(words[1], 1)[1]
+        for score, s, e in sorted(scored, key=lambda item: -item[0])[: 2 * top_k + 10 if task.whole_words else top_k]:
+            begin, stop = encoding.offsets[s][0], encoding.offsets[e][1]
+            if task.whole_words:
+                words = encoding.token_to_word(s), encoding.token_to_word(e)
+                begin, stop = encoding.word_to_chars(words[0], 1)[0], encoding.word_to_chars(words[1], 1)[1]
             while begin < stop and context[begin].isspace():
                 begin += 1
             while begin < stop and context[stop - 1].isspace():
@@ -91,9 +93,14 @@ def _reference(answerer: TorchAnswerer, question: str, context: str, top_k: int)
     return sorted(answers, key=lambda a: -a["score"])[:top_k]
 
 
+@pytest.mark.parametrize("whole_words", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_spans_are_those_of_the_published_rule(family: str, answerer_of: Callable[[str], TorchAnswerer]) -> None:
-    answerer = answerer_of(family)
+def test_spans_are_those_of_the_published_rule(
+    family: str, whole_words: bool, answerer_of: Callable[[str], TorchAnswerer]
+) -> None:
+    tiny = answerer_of(family)
+    task = dataclasses.replace(tiny.task, whole_words=whole_words)
+    answerer = TorchAnswerer(tiny.model, tiny.hub_tokenizer, task)
     pairs = [(question, context) for context in _contexts(3) for question in QUESTIONS[:2]]
     windows = [len(list(answerer.tokenizer.windows(answerer.tokenizer.question(q), answerer.tokenizer.context(c))))
                for q, c in pairs]  # fmt: skip
