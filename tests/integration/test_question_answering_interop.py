@@ -38,7 +38,7 @@ OPTIONS = (
     {**SIZES, "top_k": 4, "max_answer_len": 3, "handle_impossible_answer": True},
     {**SIZES, "max_seq_len": 48, "doc_stride": 0, "max_answer_len": 12, "align_to_words": False},
 )
-"""Options of the pipeline; without words aligned it counts a blank token as an answer, which we leave out."""
+"""Options of the pipeline. A blank token is an answer to it, and none to us: such questions are not compared."""
 LONGEST_QUESTION = 24
 """UTF-8 bytes: tiny tokenizers make a token of each, and the question must leave more of a window than the stride."""
 Pairs = list[tuple[str, str]]
@@ -153,7 +153,12 @@ def test_spans_are_those_of_the_pipeline(family: str, tmp_path: Path) -> None:
     pairs = [*tiny_pairs(), *real_pairs(10)]
     asked = [(OPTIONS[0], pairs), *((options, pairs[::4]) for options in OPTIONS[1:])]
     for (options, some), expected in zip(asked, by_pipeline(checkpoint, "", asked), strict=True):
-        assert ours(checkpoint, options, some) == expected, options
+        compared = [
+            (mine, theirs) for mine, theirs in zip(ours(checkpoint, options, some), expected, strict=True)
+            if not any(start == end > 0 for start, end in theirs)
+        ]  # fmt: skip
+        assert len(compared) > 0.9 * len(some)
+        assert [mine for mine, _ in compared] == [theirs for _, theirs in compared], options
 
 
 def test_metrics_are_those_of_squads_script() -> None:
