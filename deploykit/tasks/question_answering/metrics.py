@@ -89,8 +89,11 @@ def is_chinese(texts: Sequence[str]) -> bool:
 def scores(
     task: QuestionAnswering, answers: Sequence[str], truths: Sequence[Sequence[str]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return exact match and F1 of each answer, float64 [rows]: the best over its right answers, which may be none."""
-    if task.by_characters:
+    """Return exact match and F1 of each answer, float64 [rows]: the best over its right answers, which may be none.
+
+    They are CMRC's for a model trained on Chinese, or if most right answers are Chinese.
+    """
+    if task.by_characters or is_chinese([text for truth in truths for text in truth]):
         return _best(exact_match_by_characters, answers, truths), _best(f1_by_characters, answers, truths)
     return _best(exact_match, answers, truths), _best(f1, answers, truths)
 
@@ -157,12 +160,13 @@ def best_threshold(
 ) -> tuple[float, float]:
     """Return the highest mean score over all thresholds, and its threshold.
 
-    ``score`` is that of the best span. A question is answered if its log-odds ``none`` do not exceed the threshold. A
-    question without an answer scores 1 if it is not answered.
+    ``score`` is that of the best span, which may be empty. A question is answered if its log-odds ``none`` do not exceed
+    the threshold. A question without an answer scores 1 if it is not answered.
     """
     order = np.argsort(none, kind="stable")
-    gains = np.where(answerable, score, -1.0)[order]
+    gains = np.where(answerable, score, score - 1.0)[order]
     totals = np.concatenate([[0.0], np.cumsum(gains)]) + (~answerable).sum()
+    totals[1:-1][np.diff(none[order]) == 0] = -1  # equal log-odds are all answered or none
     best = int(totals.argmax())
     threshold = float(none[order[best - 1]]) if best else float(none.min()) - 1.0
     return float(totals[best] / len(none)), threshold

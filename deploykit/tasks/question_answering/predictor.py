@@ -97,12 +97,12 @@ class Answerer:
                 pending.collector.add(window, found)
                 pending.waiting -= 1
                 if pending.cut and not pending.waiting:
-                    results[pending.row] = pending.collector.result(top_k)
+                    results[pending.row] = pending.collector.result()
                     done += 1
             waiting.clear()
             progress(done, len(pairs))
 
-        for item in self._pending(pairs):
+        for item in self._pending(pairs, top_k):
             if isinstance(item, tuple):
                 row, error = item
                 results[row] = error
@@ -120,18 +120,18 @@ class Answerer:
     def close(self) -> None:
         """Do nothing: the engine is freed with the object."""
 
-    def _pending(self, pairs: Sequence[Pair]) -> Iterator[_PendingQuestion | tuple[int, DataError]]:
+    def _pending(self, pairs: Sequence[Pair], top_k: int) -> Iterator[_PendingQuestion | tuple[int, DataError]]:
         """Yield the windows of each pair. Pairs that share a context come together, so that it is tokenized once."""
         by_context: dict[str, list[int]] = {}
         for row, (_, text) in enumerate(pairs):
             by_context.setdefault(text, []).append(row)
         for text, rows in by_context.items():
             with stage("tokenize"):
-                found = list(self._of_context(text, [(row, pairs[row][0]) for row in rows]))
+                found = list(self._of_context(text, [(row, pairs[row][0]) for row in rows], top_k))
             yield from found
 
     def _of_context(
-        self, text: str, questions: Sequence[tuple[int, str]]
+        self, text: str, questions: Sequence[tuple[int, str]], top_k: int
     ) -> Iterator[_PendingQuestion | tuple[int, DataError]]:
         """Yield the windows of each of the ``questions``, with their row numbers, about one context."""
         if (problem := context_problem(text)) is not None:
@@ -147,7 +147,7 @@ class Answerer:
             except DataError as error:
                 yield row, error
                 continue
-            yield _PendingQuestion(row, Collector(context, self.task), self.tokenizer.windows(tokens, context))
+            yield _PendingQuestion(row, Collector(context, self.task, top_k), self.tokenizer.windows(tokens, context))
 
     def _candidates(self, windows: Sequence[Window], top_k: int) -> list[Candidates]:
         found: list[Candidates | None] = [None] * len(windows)

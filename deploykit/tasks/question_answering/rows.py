@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploykit.data.open_text import read_lines
+from deploykit.data.open_text import plain_suffix, read_lines
 from deploykit.data.read import read_records
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.data.record import Record, malformed
@@ -63,11 +63,12 @@ class Example:
 
 
 def read_rows(source: str, *, reading: Reading = AS_FOUND, split: str = "train") -> Iterator[RawRow]:
-    """Stream the rows of ``source`` (see ``read_records``), or of a .json file as SQuAD versions 1 and 2 write it.
+    """Stream the rows of ``source`` (see ``read_records``), or of a .json file, also compressed, as SQuAD versions 1 and 2
+    write it.
 
     Raises DataError naming file, row and field of a malformed value.
     """
-    if Path(source).suffix.lower() == ".json" and Path(source).is_file():
+    if Path(source).is_file() and plain_suffix(Path(source)) == ".json":
         text = "".join(read_lines(Path(source), reading.encoding, newline=""))
         if text.lstrip().startswith("{") and not _is_json_lines(text):
             reading.allow(source)
@@ -125,16 +126,16 @@ def _squad(source: str, text: str) -> Iterator[RawRow]:
                 number += 1
                 origin = f"{name}:{number}"
                 question = _string(_field(qa, "question", origin), f"{origin}: question")
-                impossible = qa.get("is_impossible", False)
-                if not isinstance(impossible, bool):
-                    raise DataError(f"{origin}: is_impossible is {impossible!r}", "write true or false")
+                impossible = _impossible(qa, origin)
                 answers = () if impossible else _answers(qa.get("answers", []), origin)
                 yield RawRow(question, context, answers, "answers" in qa or impossible, str(qa.get("id", "")), origin)
 
 
 def _row(record: Record, labelled: bool) -> RawRow:
+    """Return a row of a table. Where ``answers`` is empty, ``answer`` counts."""
     values, origin = record.values, record.origin
-    if values.get("answers") is not None:
+    impossible = _impossible(values, origin)
+    if values.get("answers") not in (None, ""):
         answers = _answers(values["answers"], origin)
     else:
         given, start = values.get("answer"), values.get("answer_start")
@@ -143,9 +144,20 @@ def _row(record: Record, labelled: bool) -> RawRow:
             raise DataError(f"{origin}: answer is no text", "give one text, or a column answers")
         answers = ((text, _place(start, origin)),) if text else ()
     return RawRow(
-        _cell(values, "question", origin), _cell(values, "context", origin), answers, labelled,
+        _cell(values, "question", origin), _cell(values, "context", origin),
+        () if impossible else answers, labelled or impossible,
         scalar(values.get("id")) or "", origin, record.problem,
     )  # fmt: skip
+
+
+def _impossible(values: Mapping[str, Any], origin: str) -> bool:
+    """Return whether a row says that its question has no answer. Raises DataError for what is neither true nor false."""
+    value = values.get("is_impossible")
+    known = {"": False, "false": False, "true": True}
+    text = "" if value is None else str(value).strip().lower()
+    if text not in known:
+        raise DataError(f"{origin}: is_impossible is {value!r}", "write true or false")
+    return known[text]
 
 
 def _cell(values: Mapping[str, Any], name: str, origin: str) -> str | None:

@@ -119,16 +119,20 @@ def _softmax(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray
 
 @dataclass
 class Collector:
-    """Merges the candidates of a context's windows, added in order."""
+    """Merges the candidates of a context's windows, added in order, to the ``top_k`` best answers."""
 
     context: EncodedContext
     task: QuestionAnswering
+    top_k: int
     _places: dict[str, tuple[int, int]] = field(default_factory=dict)
     _probability: dict[str, float] = field(default_factory=dict)
+    _total: float = 0.0
     _none: float = 1.0
 
     def add(self, window: Window, found: Candidates) -> None:
-        """Add a window's candidates."""
+        """Add a window's candidates. Without whole words only its ``top_k`` best are answers, as in the pipeline; the others
+        count in the total of probability."""
+        left = len(found.first) if self.task.whole_words else self.top_k
         self._none = min(self._none, found.none)
         for first, last, probability in zip(found.first, found.last, found.probability):
             shift = window.begin - window.at
@@ -137,17 +141,21 @@ class Collector:
             )
             if start >= end:
                 continue
+            self._total += float(probability)
+            left -= 1
+            if left < 0:
+                continue
             key = self.context.text[start:end].lower()
             self._places.setdefault(key, (start, end))
             self._probability[key] = self._probability.get(key, 0.0) + float(probability)
 
-    def result(self, top_k: int) -> Found:
-        """Return the ``top_k`` best answers."""
+    def result(self) -> Found:
+        """Return the best answers."""
         ranked = sorted(self._probability, key=lambda key: -self._probability[key])
-        total = sum(self._probability.values()) + (self._none if self.task.no_answer_threshold is not None else 0.0)
+        total = self._total + (self._none if self.task.no_answer_threshold is not None else 0.0)
         total = max(total, _LEAST)
         spans = []
-        for key in ranked[:top_k]:
+        for key in ranked[: self.top_k]:
             start, end = self._places[key]
             spans.append(Span(self.context.text[start:end], start, end, self._probability[key] / total))
         best = self._probability[ranked[0]] if ranked else 0.0

@@ -46,6 +46,8 @@ def test_chinese_is_measured_by_characters_and_the_longest_common_run() -> None:
     assert f1_by_characters("", "北") == 0
     assert is_chinese(["北京", "1998 年", "NBA"])
     assert not is_chinese(["Beijing", "北京"])
+    found, truth = [_found("在北京市", 0), _found("Rome", 0)], [_example("北京"), _example("罗马")]
+    assert answer_metrics(TASK, found, truth)["f1"] == pytest.approx(2 * 2 / (4 + 2) / 2), "whatever it was trained on"
 
 
 def _found(text: str, none: float) -> Found:
@@ -93,8 +95,9 @@ def test_the_best_threshold_is_the_best_of_all() -> None:
     random = np.random.default_rng(3)
     for _ in range(50):
         count = int(random.integers(1, 30))
-        none, score = random.normal(size=count), random.random(count)
+        none, score = random.normal(size=count).round(int(random.integers(0, 4))), random.random(count)
         answerable = random.random(count) < 0.6
+        score[~answerable] = 0
 
         def mean(
             threshold: float, none: np.ndarray = none, score: np.ndarray = score, answerable: np.ndarray = answerable
@@ -105,6 +108,11 @@ def test_the_best_threshold_is_the_best_of_all() -> None:
         best, threshold = best_threshold(none, score, answerable)
         assert best == pytest.approx(mean(threshold))
         assert best == pytest.approx(max(mean(t) for t in [*none, none.min() - 1]))
+
+
+def test_a_refused_question_without_an_answer_is_right_at_every_threshold() -> None:
+    metrics = answer_metrics(TASK, [_found("a1", 1.0), Found((), 0.0, 0.0)], [_example("a1"), _example()])
+    assert (metrics["best_f1"], metrics["best_f1_threshold"], metrics["f1"]) == (1.0, 1.0, 1.0)
 
 
 def test_the_interval_is_that_of_the_mean() -> None:

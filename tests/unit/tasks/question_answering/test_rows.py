@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -47,8 +48,11 @@ def test_squad_versions_1_and_2_hub_rows_csv_and_json_lines_are_the_same_rows(tm
         {"id": "a", "question": "Where is Ann?", "answers": as_objects},
         {"id": "b", "question": "Where is Cid?", "answers": [], "is_impossible": True},
     ]
+    packed = tmp_path / "squad.json.gz"
+    packed.write_bytes(gzip.compress(json.dumps(_squad(of_squad)).encode("utf-8-sig")))
     for path in (
         _write(tmp_path / "squad.json", _squad(of_squad)),
+        packed,
         _write(tmp_path / "rows.json", rows),
         _write(tmp_path / "rows.jsonl", "\n".join(json.dumps(row) for row in rows)),
         _write(tmp_path / "rows.csv", one_answer.format(c=context)),
@@ -264,8 +268,8 @@ def test_the_dirt_in_real_data_is_found(name: str, questions: int, wrong: int) -
         ('[{"question": "q", "context": "c", "answer": "c", "answer_start": "0.5"}]', "answer_start is '0.5'"),
         ('[{"question": "q", "context": "c", "answers": "{\'text\': [\'c\']}"}]', "which is not JSON"),
         (
-            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "is_impossible": "false"}]}]}]}',
-            "is_impossible is 'false'",
+            '{"data": [{"paragraphs": [{"context": "c", "qas": [{"question": "q", "is_impossible": "no"}]}]}]}',
+            "is_impossible is 'no'",
         ),
     ],
 )
@@ -284,6 +288,16 @@ def test_a_table_may_hold_a_start_as_float_and_answers_as_json(tmp_path: Path) -
         assert found[0].answers.answer_start == (13,)
     nan = '[{"question": "q", "context": "Ann lives in Rome.", "answer": "Rome", "answer_start": NaN}]'
     assert _examples(_write(tmp_path / "rows.json", nan))[0].answers.answer_start == (13,)
+
+
+def test_a_row_of_a_table_may_say_that_there_is_no_answer(tmp_path: Path) -> None:
+    context = "Ann lives in Rome."
+    plausible = {"question": "q", "context": context, "is_impossible": True, "answers": ["Rome"]}
+    table = f"question,context,answer,answers,is_impossible\nq,{context},Rome,,True\nr,{context},Rome,,false\ns,{context},Rome,,\n"
+    assert _examples(_write(tmp_path / "rows.json", [plausible]))[0].answers == Answers()
+    assert _examples(_write(tmp_path / "only.json", [{**plausible, "answers": None}]))[0].answers == Answers()
+    found = _examples(_write(tmp_path / "rows.csv", table))
+    assert [e.answers.text for e in found] == [(), ("Rome",), ("Rome",)]
 
 
 def test_rows_of_one_id_are_rows_of_their_own(tmp_path: Path) -> None:

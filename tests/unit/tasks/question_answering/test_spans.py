@@ -75,9 +75,11 @@ def _reference(answerer: TorchAnswerer, question: str, context: str, top_k: int)
             for e in range(s, min(s + task.max_answer_length, len(ids))) if members[e] == 1
         ]  # fmt: skip
         encoding = encoded.encodings[window]
-        for score, s, e in sorted(scored, key=lambda item: -item[0])[: 2 * top_k + 10]:
-            words = encoding.token_to_word(s), encoding.token_to_word(e)
-            begin, stop = encoding.word_to_chars(words[0], 1)[0], encoding.word_to_chars(words[1], 1)[1]
+        for score, s, e in sorted(scored, key=lambda item: -item[0])[: 2 * top_k + 10 if task.whole_words else top_k]:
+            begin, stop = encoding.offsets[s][0], encoding.offsets[e][1]
+            if task.whole_words:
+                words = encoding.token_to_word(s), encoding.token_to_word(e)
+                begin, stop = encoding.word_to_chars(words[0], 1)[0], encoding.word_to_chars(words[1], 1)[1]
             while begin < stop and context[begin].isspace():
                 begin += 1
             while begin < stop and context[stop - 1].isspace():
@@ -91,9 +93,14 @@ def _reference(answerer: TorchAnswerer, question: str, context: str, top_k: int)
     return sorted(answers, key=lambda a: -a["score"])[:top_k]
 
 
+@pytest.mark.parametrize("whole_words", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_spans_are_those_of_the_published_rule(family: str, answerer_of: Callable[[str], TorchAnswerer]) -> None:
-    answerer = answerer_of(family)
+def test_spans_are_those_of_the_published_rule(
+    family: str, whole_words: bool, answerer_of: Callable[[str], TorchAnswerer]
+) -> None:
+    tiny = answerer_of(family)
+    task = dataclasses.replace(tiny.task, whole_words=whole_words)
+    answerer = TorchAnswerer(tiny.model, tiny.hub_tokenizer, task)
     pairs = [(question, context) for context in _contexts(3) for question in QUESTIONS[:2]]
     windows = [len(list(answerer.tokenizer.windows(answerer.tokenizer.question(q), answerer.tokenizer.context(c))))
                for q, c in pairs]  # fmt: skip
@@ -219,12 +226,12 @@ def test_a_span_in_two_windows_is_one_answer_and_the_least_none_counts() -> None
     text = "Rome and rome"
     context = EncodedContext(text, *(np.array(a, np.int32) for a in ([5, 6, 7], [0, 5, 9], [4, 8, 13], [0, 1, 2])))
     task = QuestionAnswering(16, 2, 0, no_answer_threshold=1.0)
-    collector = Collector(context, task)
+    collector = Collector(context, task, 5)
     for begin, first, probability, none in ((0, 0, 0.5, 0.2), (0, 2, 0.1, 0.2), (1, 1, 0.25, 0.6)):
         window = Window([], [], 0, begin, 3)
         one = np.array([first])
         collector.add(window, Candidates(one, one, np.array([probability]), none))
-    found = collector.result(top_k=5)
+    found = collector.result()
     assert [(s.text, s.start, s.end) for s in found.spans] == [("Rome", 0, 4)], "the case makes no other answer"
     assert found.none == pytest.approx(np.log(0.2 / 0.85))
     assert found.spans[0].score == pytest.approx(0.85 / 1.05)
@@ -314,11 +321,11 @@ def test_a_space_before_a_word_makes_no_second_answer() -> None:
     """A window that begins after SentencePiece's token of the space has the word alone; transformers' pipeline takes
     the word with and without its space for two answers."""
     context = EncodedContext("in Rome", *(np.array(a, np.int32) for a in ([5, 6, 7], [0, 2, 3], [2, 3, 7], [0, 1, 1])))
-    collector = Collector(context, QuestionAnswering(16, 2, 0))
+    collector = Collector(context, QuestionAnswering(16, 2, 0), 5)
     for begin in (1, 2):
         last = np.array([2 - begin])
         collector.add(Window([], [], 0, begin, 3), Candidates(last, last, np.array([0.25]), 0.0))
-    (span,) = collector.result(top_k=5).spans
+    (span,) = collector.result().spans
     assert (span.text, span.start, span.end, span.score) == ("Rome", 3, 7, 1.0)
 
 
