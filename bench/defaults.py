@@ -50,7 +50,7 @@ _PROGRAMS = ("find", "echo", "cat", "sudo", "ls", "mkdir")
 _MOST_FIND = 1500
 """Rows of the program that two thirds of all commands start with."""
 
-_DRAWN = 3
+_DRAWN = 5
 """Runs of a search that are drawn at random, and never ended early."""
 
 Texts = Iterator[tuple[str, str]]
@@ -98,11 +98,14 @@ def commands(folder: Path) -> Texts:
 
 
 SETS: Mapping[str, SmallSet] = {
-    "tweets-200": SmallSet("sentiment of tweets, 3 labels", tweets, 200, 200, 1000, 10, (2, 12)),
-    "headlines": SmallSet("topic of a BBC headline, 5 labels", headlines, 200, 200, 1000, 10, (2, 12)),
-    "commands": SmallSet("program of a described command, 6 labels, 61 % of one", commands, 500, 200, 1000, 10, (2, 8)),
-    "articles": SmallSet("topic of a BBC article, 192 tokens, 5 labels", articles, 150, 100, 400, 4, (2, 8), 192),
-    "tweets-2000": SmallSet("sentiment of tweets, 3 labels", tweets, 2000, 200, 1000, 4, (1, 4)),
+    "tweets-200": SmallSet("sentiment of tweets, 3 labels", tweets, 200, 200, 1000, 20, (2, 20)),
+    "headlines": SmallSet("topic of a BBC headline, 5 labels", headlines, 200, 200, 1000, 20, (2, 20)),
+    "commands": SmallSet(
+        "program of a described command, 6 labels, 61 % of one", commands, 500, 200, 1000, 20, (2, 10)
+    ),
+    "articles": SmallSet("topic of a BBC article, 192 tokens, 5 labels", articles, 150, 100, 400, 20, (2, 20), 192),
+    "tweets-2000": SmallSet("sentiment of tweets, 3 labels", tweets, 2000, 200, 1000, 20, (1, 4)),
+    "tweets-8000": SmallSet("sentiment of tweets, 3 labels", tweets, 8000, 400, 1000, 20, (1, 4)),
 }
 
 
