@@ -37,7 +37,7 @@ def failed_rows(problems: Sequence[str]) -> int:
 
 
 def failed_texts(records: Sequence[Mapping[str, Any]], *, stop: bool, remedy: str) -> int:
-    """``failed_rows`` for the records of texts. Raises DataError if all failed, or one did and ``stop`` is set."""
+    """Report the records of texts that failed, as ``failed_rows`` does. Raises DataError if all failed, or one did and ``stop`` is set."""
     from deploykit.data.answer_file import problem_of
 
     problems = [problem for record in records if (problem := problem_of(record))]

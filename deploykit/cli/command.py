@@ -124,7 +124,7 @@ class Option(click.Option):
 
 
 def option(*names: str, **attributes: Any) -> Callable[[Function], Function]:
-    """``click.option`` with one attribute more: ``aliases``, names that --help does not show."""
+    """Declare an option as ``click.option`` does, with one attribute more: ``aliases``, names that --help does not show."""
     return click.option(*names, cls=Option, **attributes)
 
 

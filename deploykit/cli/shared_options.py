@@ -173,7 +173,7 @@ _COLUMNS: Mapping[str, Mapping[str, Any]] = {
 
 
 def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Options that name the columns of a data file, of every task; they come as ``columns``.
+    """Add the options that name the columns of a data file, of every task; they come as ``columns``.
 
     Other options that a task has in its ``columns`` are those of ``evaluate`` alone, which declares them.
 
@@ -201,7 +201,7 @@ def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Resu
 
 
 def target_and_texts(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The arguments TARGET, which the function takes as ``model``, and TEXTS. --model is an earlier way to give TARGET."""
+    """Add the arguments TARGET, which the function takes as ``model``, and TEXTS. --model is an earlier way to give TARGET."""
 
     @functools.wraps(function)
     def run(*, target: str | None, model: str | None, texts: tuple[str, ...], **options: Any) -> Result:

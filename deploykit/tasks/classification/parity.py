@@ -149,7 +149,7 @@ def require_equal(
 
 
 def _spread(reference: TorchClassifier, texts: Sequence[str]) -> Encoded:
-    """Tokens of texts of all lengths: of some of ``texts``, of a short one, and of one as long as the model reads."""
+    """Return tokens of texts of all lengths: of some of ``texts``, of a short one, and of one as long as the model reads."""
     sample = list(texts[: 8 * _ROWS])
     lengths = [len(ids) for ids in reference.encode(sample).ids]
     sample = evenly([sample[i] for i in np.argsort(lengths, kind="stable")], _ROWS)
