@@ -26,7 +26,7 @@ _POSITIONS_AFTER_PADDING = frozenset((
 
 
 def quiet() -> None:
-    """Keep transformers to errors: what matters of its messages, deploykit says itself."""
+    """Let transformers report errors only: deploykit says itself what else matters."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)

@@ -142,7 +142,7 @@ def require_equal(
         for scores in (expected, actual)
     )
     raise ExportError(
-        f"{name} answers otherwise than PyTorch: to {shown!r} ({len(text):,} characters) PyTorch gives {theirs}, "
+        f"{name}'s answers differ from PyTorch's: to {shown!r} ({len(text):,} characters) PyTorch gives {theirs}, "
         f"{name} {ours}; {int((~(difference <= _TOLERANCE)).sum())} of {len(texts)} texts differ",
         "this checkpoint does not export faithfully; nothing was written",
     )

@@ -456,7 +456,7 @@ class Decoder:
         self._remove([i for i, answer in enumerate(self.running) if answer.finish is not None])
 
     def _reserved(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        """Return tokens that the answers to a prompt may come to have in the caches, the prompt included."""
+        """Return the number of tokens that a prompt and its answers may take in the caches."""
         return sampling.candidates * min(len(prompt) + sampling.max_new_tokens, self._task.max_length)
 
     def _running_tokens(self) -> int:
