@@ -87,7 +87,7 @@ def headlines(folder: Path) -> Texts:
 
 
 def commands(folder: Path) -> Texts:
-    """The program that a described command starts with."""
+    """Read the program that a described command starts with."""
     texts, lines = ((COMMANDS / f"nl2bash.{kind}").read_text(encoding="utf-8").splitlines() for kind in ("nl", "cm"))
     seen: Counter[str] = Counter()
     for text, line in zip(texts, lines):

@@ -34,7 +34,7 @@ def handled(handler: Callable[[int, Any], None], numbers: Sequence[int] = STOPPI
 
 
 def unhandled() -> list[int]:
-    """The signals of STOPPING that no program handles or ignores. None outside the main thread, which sets handlers."""
+    """Return the signals of STOPPING that no program handles or ignores. None outside the main thread, which sets handlers."""
     if threading.current_thread() is not threading.main_thread():
         return []
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import json
@@ -19,6 +20,14 @@ from deploykit.signals import restored
 
 WORDS = tuple(f"w{i}" for i in range(200))
 """Words that the tiny tokenizer knows; everything else is [UNK]."""
+
+
+with contextlib.suppress(ImportError):  # the GPU machine has no Hypothesis
+    from hypothesis import HealthCheck, settings
+
+    # Seconds say nothing about a test on a machine that is busy.
+    settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("busy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

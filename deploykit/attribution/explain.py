@@ -19,7 +19,7 @@ _RANDOM_ORDERS = 5
 
 
 Measure = Literal["log-odds", "number", "log-probability", "similarity"]
-"""What weights are differences of: the log-odds of a label or span, the number of a regression, the log-probability of a
+"""Measures that weights are differences of: the log-odds of a label or span, the number of a regression, the log-probability of a
 text, or the likeness of another text to it (1: the same)."""
 
 
@@ -62,7 +62,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Deletion:
-    """What removing words does to the answer's ``score``.
+    """The effect of removing words on the answer's ``score``.
 
     ``top`` is without the ``shares`` of the words with the highest weights, ``random`` the mean without as many random
     words.

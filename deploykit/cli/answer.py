@@ -7,21 +7,10 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import (
-    ENGINE,
-    FORCE,
-    PRECISION,
-    SERVER_URL,
-    THREADS,
-    Result,
-    answered_record,
-    deploykit_command,
-    failed_rows,
-    failed_texts,
-    progress_bar,
-    reading_options,
-)
+from deploykit.cli.asked_texts import answered_record, failed_rows, failed_texts
+from deploykit.cli.command import Result, deploykit_command, progress_bar
 from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
+from deploykit.cli.shared_options import ENGINE, FORCE, PRECISION, SERVER_URL, THREADS, reading_options
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 

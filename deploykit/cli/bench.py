@@ -6,20 +6,16 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import (
+from deploykit.cli.command import RecordedCommand, Result, deploykit_command, option, say
+from deploykit.cli.shared_options import (
     FORCE,
     NUM_PROMPTS,
     SERVER_URL,
     THREADS,
-    RecordedCommand,
-    Result,
     column_options,
     columns_for,
-    deploykit_command,
     generation_options,
-    option,
     reading_options,
-    say,
 )
 from deploykit.data.reading import Reading
 from deploykit.errors import ArtifactError, UsageError

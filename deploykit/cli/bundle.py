@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import FORCE, NAME_HELP, Result, deploykit_command, human_bytes, option, say
+from deploykit.cli.command import Result, deploykit_command, human_bytes, option, say
+from deploykit.cli.shared_options import FORCE, NAME_HELP
 from deploykit.cli.unpack import unpack_bundle
 from deploykit.errors import UsageError
 

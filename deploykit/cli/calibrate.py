@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import (
+from deploykit.cli.command import Result, deploykit_command, option, say
+from deploykit.cli.shared_options import (
     CALIBRATION,
     CALIBRATION_DATA,
     CALIBRATION_ROWS,
@@ -16,11 +17,7 @@ from deploykit.cli.common import (
     SOURCE_LANG,
     TARGET_LANG_HELP,
     TEXT_COLUMN,
-    Result,
-    deploykit_command,
-    option,
     reading_fields,
-    say,
     with_calibration,
 )
 

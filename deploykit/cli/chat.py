@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from deploykit.cli.common import PRECISION, SERVER_URL, THREADS, Result, deploykit_command, say
+from deploykit.cli.command import Result, deploykit_command, say
 from deploykit.cli.sampling_options import given_sampling, sampling_options
+from deploykit.cli.shared_options import PRECISION, SERVER_URL, THREADS
 from deploykit.errors import DataError, ServerError, UsageError
 from deploykit.signals import handled
 

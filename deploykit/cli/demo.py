@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from deploykit.cli.common import MODEL_REPOSITORY_HELP, Result, deploykit_command, option, say
+from deploykit.cli.command import Result, deploykit_command, option, say
+from deploykit.cli.shared_options import MODEL_REPOSITORY_HELP
 from deploykit.metric_titles import value_text
 from deploykit.text_table import text_table
 

@@ -6,22 +6,18 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import (
+from deploykit.cli.asked_texts import failed_rows
+from deploykit.cli.command import Result, deploykit_command, option, progress_bar, say
+from deploykit.cli.shared_options import (
     ENGINE,
     FORCE,
     PRECISION,
     SERVER_URL,
     THREADS,
-    Result,
     column_options,
     columns_for,
-    deploykit_command,
-    failed_rows,
     generation_options,
-    option,
-    progress_bar,
     reading_options,
-    say,
 )
 from deploykit.data.reading import AS_FOUND, Reading
 from deploykit.errors import DataError, UsageError

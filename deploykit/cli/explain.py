@@ -8,19 +8,16 @@ from typing import Any
 import click
 
 from deploykit.attribution.words import Unit
-from deploykit.cli.common import (
+from deploykit.cli.asked_texts import failed_rows
+from deploykit.cli.command import Result, deploykit_command, option, progress_bar
+from deploykit.cli.shared_options import (
     ENGINE,
     FORCE,
     PRECISION,
     SERVER_URL,
     THREADS,
-    Result,
     column_options,
     columns_for,
-    deploykit_command,
-    failed_rows,
-    option,
-    progress_bar,
     reading_options,
 )
 from deploykit.data.reading import Reading

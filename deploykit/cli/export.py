@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import (
+from deploykit.cli.command import Result, deploykit_command, human_bytes, option, say
+from deploykit.cli.shared_options import (
     CALIBRATION,
     CALIBRATION_DATA,
     CALIBRATION_ROWS,
@@ -18,12 +19,7 @@ from deploykit.cli.common import (
     SOURCE_LANG,
     TARGET_LANG_HELP,
     TEXT_COLUMN,
-    Result,
-    deploykit_command,
-    human_bytes,
-    option,
     reading_fields,
-    say,
     with_calibration,
 )
 from deploykit.errors import UsageError

@@ -5,22 +5,11 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import (
-    FORCE,
-    PRECISION,
-    SERVER_URL,
-    THREADS,
-    Result,
-    answered_record,
-    answered_text,
-    check_asked,
-    deploykit_command,
-    failed_rows,
-    failed_texts,
-    reading_options,
-)
+from deploykit.cli.asked_texts import answered_record, answered_text, check_asked, failed_rows, failed_texts
+from deploykit.cli.command import Result, deploykit_command
 from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
 from deploykit.cli.sampling_options import given_sampling, sampling_options
+from deploykit.cli.shared_options import FORCE, PRECISION, SERVER_URL, THREADS, reading_options
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 

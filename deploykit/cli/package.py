@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import (
+from deploykit.cli.command import Result, deploykit_command, human_bytes, option
+from deploykit.cli.shared_options import (
     ENGINE,
     LONG_INPUT_HELP,
     MODEL_REPOSITORY,
@@ -13,10 +14,6 @@ from deploykit.cli.common import (
     PRECISION,
     REQUIRE_SIGNATURE,
     SPLIT_HELP,
-    Result,
-    deploykit_command,
-    human_bytes,
-    option,
 )
 from deploykit.runtime.serving_settings import ServingSettings
 

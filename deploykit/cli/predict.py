@@ -5,26 +5,21 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import (
+from deploykit.cli.asked_texts import answered_record, answered_text, check_asked, failed_rows, failed_texts
+from deploykit.cli.command import Result, deploykit_command
+from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
+from deploykit.cli.shared_options import (
     ENGINE,
     FORCE,
     PRECISION,
     SERVER_URL,
     THREADS,
-    Result,
-    answered_record,
-    answered_text,
-    check_asked,
     column_options,
     columns_for,
-    deploykit_command,
-    failed_rows,
-    failed_texts,
     generation_options,
     reading_options,
     target_and_texts,
 )
-from deploykit.cli.many_rows import OUTPUT, RAY, answer_all, refuse_ray
 from deploykit.data.reading import Reading
 from deploykit.errors import UsageError
 

@@ -62,7 +62,7 @@ def sampling_options(function: Function) -> Function:
 
 
 def given_sampling(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling parameters that the command line names."""
+    """Return the sampling parameters that the command line names."""
     given = {name: value for name, value in options.items() if value is not None and value != () and value is not False}
     if "logit_bias" in given:
         given["logit_bias"] = dict(map(_bias, given["logit_bias"]))

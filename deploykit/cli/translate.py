@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploykit.cli.common import (
+from deploykit.cli.asked_texts import answered_record, answered_text, check_asked, failed_rows, failed_texts
+from deploykit.cli.command import Result, deploykit_command
+from deploykit.cli.many_rows import RAY, answer_all, refuse_ray
+from deploykit.cli.shared_options import (
     ENGINE,
     FORCE,
     LONG_INPUT_HELP,
@@ -13,18 +16,10 @@ from deploykit.cli.common import (
     SERVER_URL,
     SPLIT_HELP,
     THREADS,
-    Result,
-    answered_record,
-    answered_text,
-    check_asked,
-    deploykit_command,
-    failed_rows,
-    failed_texts,
     generation_options,
     reading_options,
     target_and_texts,
 )
-from deploykit.cli.many_rows import RAY, answer_all, refuse_ray
 from deploykit.data.reading import Reading
 
 if TYPE_CHECKING:

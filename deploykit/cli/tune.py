@@ -6,18 +6,14 @@ from typing import Any
 
 import click
 
-from deploykit.cli.common import (
+from deploykit.cli.command import RecordedCommand, Result, deploykit_command, option, say
+from deploykit.cli.shared_options import (
     FORCE,
     MODEL_REPOSITORY,
     NUM_PROMPTS,
-    RecordedCommand,
-    Result,
     column_options,
     columns_for,
-    deploykit_command,
-    option,
     reading_options,
-    say,
 )
 from deploykit.data.reading import Reading
 from deploykit.text_table import text_table

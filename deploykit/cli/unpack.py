@@ -4,7 +4,8 @@ from pathlib import Path
 
 import click
 
-from deploykit.cli.common import OUTPUT_DIR, Result, deploykit_command
+from deploykit.cli.command import Result, deploykit_command
+from deploykit.cli.shared_options import OUTPUT_DIR
 
 
 @deploykit_command(help="Verify BUNDLE, a file that deploykit bundle wrote, and unpack it.")

@@ -1,4 +1,4 @@
-"""What the cleaning of rows did, as text."""
+"""Describe the cleaning of rows."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ _MAGIC = (
     (_GIT_LFS, "a Git LFS pointer in place of the file (fetch it with git lfs pull)"),
 )
 ROW_ENDS = "row ends"
-"""Where ``read_lines`` ends a line: at ``\n``, so that a lone ``\r`` stays in its text; in a file that begins without
+"""Ends of lines for ``read_lines``: at ``\n``, so that a lone ``\r`` stays in its text; in a file that begins without
 ``\n``, also at ``\r``, as old Macs wrote it."""
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")

@@ -62,7 +62,7 @@ class EncoderGrader(Grader[Raw]):
         """Raise ExportError when the fp32 outputs of the form ``name`` are not PyTorch's. Nothing is checked here."""
 
     def grade(self, precision: Precision, name: str) -> Line:
-        """Raises ExportError when ``check_fp32`` does, or no layer of an INT8 graph runs in INT8."""
+        """Grade an engine's outputs. Raises ExportError when ``check_fp32`` does, or no layer of an INT8 graph runs in INT8."""
         graph = self._directory / ENGINES[name].graphs[precision]
         with running(graph.name, name):
             engine = load_engine(name, graph)

@@ -184,7 +184,7 @@ class _Read(Weights):
 
 
 def _relative_bias(encoder: Any, table: Array, positions: Array) -> RelativeBias:
-    """MPNet's, which depends on the distance alone, but in buckets."""
+    """Return MPNet's bias, which depends on the distance alone, but in buckets."""
     most = len(positions) - 1
     buckets = encoder.relative_position_bucket(torch.arange(-most, most + 1))
     return RelativeBias(np.ascontiguousarray(table[buckets.numpy()].T), most)

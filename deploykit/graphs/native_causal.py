@@ -148,7 +148,7 @@ class NativeCausalWriter:
 
 
 def _matrix(layer: Linear, bits: Bits | None, rounded: Rounded | None = None) -> _Matrix:
-    """``rounded``: the weights in ``bits``; without it each goes to the nearest."""
+    """Return a layer's matrix. ``rounded``: the weights in ``bits``; without it each goes to the nearest."""
     weight = _padded(layer.weight)
     bias = np.zeros(weight.shape[1], np.float32)
     if layer.bias is not None:

@@ -135,7 +135,7 @@ def _train(study: SharedStudy, run: TakenRun, options: FinetuneOptions, chosen: 
         facts = _within_limits(study, run, chosen, say)
     except (DeploykitError, RuntimeError) as error:  # torch raises RuntimeError when memory runs out
         study.end(run, error=str(error))
-        # What fails in the first run would fail in all.
+        # An error of the first run would fail all runs.
         if run.number == 0 or isinstance(error, UsageError):
             raise
         say(f"run {run.number}: failed: {error}")

@@ -1,4 +1,4 @@
-"""What is different about new rows: their lengths, their words, and whatever else a task compares."""
+"""Compare new rows with the old: their lengths, their words, and whatever else a task compares."""
 
 from __future__ import annotations
 

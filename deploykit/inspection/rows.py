@@ -1,4 +1,4 @@
-"""What a report reads beside the rows that it measures: columns to slice by, rows that were trained on, new rows."""
+"""Read what a report needs beside the measured rows: columns to slice by, training rows, new rows."""
 
 from __future__ import annotations
 

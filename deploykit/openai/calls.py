@@ -1,4 +1,4 @@
-"""What is known of a request while it is answered, and the access log.
+"""Facts of a request while it is answered, and the access log.
 
 Neither the log nor the metrics have any text of a request: no prompt, no answer, no path that is not a route.
 """

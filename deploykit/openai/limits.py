@@ -1,4 +1,4 @@
-"""What one caller may ask, and the keys that name callers.
+"""Limits for each caller, and the keys that name callers.
 
 A key file has a line for each key, ``NAME:SHA256[:LIMITS]``: the digest of the key in hexadecimal, and limits such as
 ``max_tokens=512,timeout=30`` in place of those for all.
@@ -27,7 +27,7 @@ _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 @dataclass(frozen=True)
 class Limits:
-    """What one caller may ask; None: no limit.
+    """Limits of one caller; None: no limit.
 
     ``max_body_bytes``: size of a request's body. ``max_rows``: texts of a request, or answers that it asks for.
     ``max_tokens``: new tokens of an answer. ``timeout``: seconds for a request, streams included. ``max_concurrent``:
@@ -81,7 +81,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who sends a request: the name of the key, "" without keys."""
+    """The sender of a request: the name of the key, "" without keys."""
 
     name: str
     limits: Limits

@@ -1,4 +1,4 @@
-"""What an answer must look like: JSON of a schema, a regular expression, a choice, a grammar, or a tool call."""
+"""Forms that an answer must have: JSON of a schema, a regular expression, a choice, a grammar, or a tool call."""
 
 from __future__ import annotations
 

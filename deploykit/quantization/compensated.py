@@ -21,7 +21,7 @@ _AT_ONCE = 32
 
 @dataclass(frozen=True)
 class Levels:
-    """What a block of weights can become: ``scale`` times a whole number from ``least`` to ``most``, plus ``minimum``.
+    """The values that a block of weights can take: ``scale`` times a whole number from ``least`` to ``most``, plus ``minimum``.
 
     ``scale`` and ``minimum`` are the block's shape without its inputs, the first axis.
     """

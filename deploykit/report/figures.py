@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 
 from deploykit.metric_titles import points_of, title_of
-from deploykit.report.svg import INK, add_legend, colour_of, marker_of, number, shown, to_svg
+from deploykit.report.svg import INK, add_legend, colour_of, locator, marker_of, number, shown, to_svg
 from deploykit.tasks.registry import get_task
 
 Record = Mapping[str, Any]
-
-MAX_MATRICES = 12
 
 
 def throughput_bars(result: Record) -> str | None:
@@ -48,7 +46,7 @@ def throughput_bars(result: Record) -> str | None:
             axes.set_xlim(0, 1.3 * max((s["max"] for s in spreads if s), default=0) or 1)  # leave room for the numbers
             axes.grid(False, axis="y")
             axes.tick_params(axis="y", length=0)
-            axes.xaxis.set_major_locator(_locator(3))
+            axes.xaxis.set_major_locator(locator(3))
         for axes in every[len(panels) :]:
             axes.set_axis_off()
         every[0].set_yticks(range(len(candidates)), [shown(c["name"], 30) for c in candidates])
@@ -205,40 +203,6 @@ def accuracy_speed(result: Record) -> str | None:
     return to_svg("accuracy", draw)
 
 
-def confusion(candidate: Record) -> str | None:
-    """Draw the confusion matrix: truth in rows, answers in columns, coloured by their share of the row.
-
-    A multi-label result has one small matrix per label, for the first 12.
-    """
-    matrix = (candidate["metrics"] or {}).get("confusion_matrix")
-    if matrix is None:
-        return None
-    if isinstance(matrix, Mapping):
-        matrices = list(matrix.items())[:MAX_MATRICES]
-        columns = min(4, len(matrices))
-        rows = -(-len(matrices) // columns)
-
-        def draw_small(figure: Any) -> None:
-            all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
-            for axes, (label, counts) in zip(all_axes, matrices):
-                _matrix(axes, counts, ("no", "yes"))
-                axes.set_title(shown(label, 20), fontsize=10)
-            for axes in all_axes[len(matrices) :]:
-                axes.set_axis_off()
-            figure.supxlabel("answer", fontsize=11)
-            figure.supylabel("truth", fontsize=11)
-
-        return to_svg("confusion", draw_small, (1.9 * columns + 0.6, 1.9 * rows + 0.6))
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        _matrix(axes, matrix, [shown(label, 18) for label in candidate["labels"]])
-        axes.set(xlabel="answer", ylabel="truth")
-
-    side = min(12.0, 2.4 + 0.75 * len(matrix))
-    return to_svg("confusion", draw, (side + 1.0, side))
-
-
 def stages(result: Record) -> str | None:
     """Draw the shares of time, in percent, of each translator in this process in its headline scenario."""
     counted = [(c["name"], headline(c)["seconds"]) for c in result["candidates"] if headline(c)["seconds"]]
@@ -286,76 +250,11 @@ def memory_size(result: Record) -> str | None:
             axes.set_xlim(0, 1.25 * max((v for v in values if v), default=1))
             axes.grid(False, axis="y")
             axes.tick_params(axis="y", length=0)
-            axes.xaxis.set_major_locator(_locator(4))
+            axes.xaxis.set_major_locator(locator(4))
         left.set_yticks(range(len(bars)), [shown(name) for name, _, _ in bars])
         left.invert_yaxis()
 
     return to_svg("memory", draw, (9.0, 1.3 + 0.42 * len(bars)))
-
-
-def search(searches: Mapping[str, Record], limits: Mapping[str, tuple[float, float]]) -> str:
-    """Draw each metric of ``limits`` (the checkpoint's, and the lowest allowed) against the parts in fp32."""
-
-    def draw(figure: Any) -> None:
-        all_axes = figure.subplots(1, len(limits), squeeze=False)[0]
-        for axes, (metric, (reference, least)) in zip(all_axes, limits.items()):
-            named = axes is all_axes[0]  # one legend for all panels
-            axes.axhline(reference, color="grey", linewidth=1.2, label="checkpoint" if named else None)
-            axes.axhline(least, color="grey", linestyle=":", linewidth=1.2, label="least allowed" if named else None)
-            for i, (engine, found) in enumerate(searches.items()):
-                trials = sorted(found["trials"], key=lambda trial: trial["kept"])
-                points = [trial["kept"] for trial in trials], [trial["metrics"][metric] for trial in trials]
-                axes.plot(*points, f"-{marker_of(i)}", color=colour_of(i), label=shown(engine) if named else None)
-            axes.xaxis.set_major_locator(_locator(8))
-            axes.set(xlabel="parts left in fp32", ylabel=title_of(metric))
-        add_legend(figure)
-
-    return to_svg("search", draw)
-
-
-def frontier(tuning: Record) -> str:
-    """Draw the highest rate within the limit against memory, a mark for each trial.
-
-    The chosen settings are a star, the present ones have a ring, settings without a rate within the limit are crosses.
-    The line joins the settings that no other beats in both.
-    """
-    trials = [trial for trial in tuning["trials"] if trial["memory_mb"] is not None]
-    graphs = list(dict.fromkeys((trial["engine"], trial["precision"]) for trial in trials))
-    chosen, present = (tuning["trials"][tuning[key]] for key in ("chosen", "present"))
-
-    def draw(figure: Any) -> None:
-        axes = figure.subplots()
-        for i, graph in enumerate(graphs):
-            of_graph = [t for t in trials if (t["engine"], t["precision"]) == graph]
-            for holds, style in ((True, marker_of(i)), (False, "x")):
-                points = [t for t in of_graph if t["holds"] is holds]
-                label = shown(" ".join(graph) + ("" if holds else ", outside the limits")) if points else None
-                x, y = [t["memory_mb"] for t in points], [t["rate_per_s"] or 0.0 for t in points]
-                axes.plot(x, y, style, color=colour_of(i), markersize=7, label=label, clip_on=False)
-        best: list[Record] = []
-        for trial in sorted((t for t in trials if t["holds"]), key=lambda t: (t["memory_mb"], -t["rate_per_s"])):
-            if not best or trial["rate_per_s"] > best[-1]["rate_per_s"]:
-                best.append(trial)
-        line = [t["memory_mb"] for t in best], [t["rate_per_s"] for t in best]
-        axes.step(*line, where="post", color="grey", linewidth=1.2, label="frontier", zorder=1)
-        if present["memory_mb"] is not None:
-            at = [present["memory_mb"]], [present["rate_per_s"] or 0.0]
-            ring = {"color": INK, "markersize": 15, "markerfacecolor": "none", "clip_on": False}
-            axes.plot(*at, "o", label="served at present", **ring)
-        at = [chosen["memory_mb"]], [chosen["rate_per_s"]]
-        axes.plot(*at, "*", color=colour_of(len(graphs)), markersize=17, label="chosen", clip_on=False)
-        if tuning["max_memory_mb"] is not None:
-            axes.axvline(
-                tuning["max_memory_mb"], color="grey", linestyle=":", linewidth=1.4, label="most memory allowed"
-            )
-        axes.set_ylim(bottom=0)
-        slo = tuning["slo"]
-        title = f"requests per second, {slo['figure']} within {slo['limit_ms']:g} ms"
-        axes.set(xlabel="memory of the server, MB", ylabel=title)
-        axes.margins(x=0.08)
-        add_legend(figure)
-
-    return to_svg("frontier", draw, (8.0, 5.2))
 
 
 def generates(result: Record) -> bool:
@@ -369,36 +268,6 @@ def headline(candidate: Record) -> Record:
     return found
 
 
-def _matrix(axes: Any, counts: Sequence[Sequence[int]], labels: Sequence[str]) -> None:
-    values = np.asarray(counts, float)
-    share = values / np.maximum(values.sum(axis=1, keepdims=True), 1)
-    axes.pcolormesh(share, cmap=_blues(), vmin=0, vmax=1, edgecolors="none")
-    axes.invert_yaxis()
-    axes.set_aspect("equal")
-    axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    ticks = np.arange(len(labels)) + 0.5
-    tilted = len(labels) > 4 or max(map(len, labels)) > 9
-    axes.set_xticks(ticks, labels, rotation=40 if tilted else 0, ha="right" if tilted else "center")
-    axes.set_yticks(ticks, labels)
-    axes.tick_params(length=0)
-    if len(labels) > 20:
-        return  # the numbers would be illegible; the colours are enough
-    for row, column in np.ndindex(values.shape):
-        text = f"{int(values[row, column]):,}"
-        if len(labels) <= 6:
-            text += f"\n{100 * share[row, column]:.0f}%"
-        colour = "#ffffff" if share[row, column] > 0.4 else "#102040"
-        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=9, color=colour)
-
-
-def _blues() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("blues", ["#e8effd", "#2f6fed", "#123a8c"])
-
-
 def _plain_log(axis: Any) -> None:
     """Set ticks at 1, 2 and 5, in plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -406,12 +275,6 @@ def _plain_log(axis: Any) -> None:
     axis.set_major_locator(LogLocator(10, (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def _locator(count: int) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(count)
 
 
 def _write_beside(axes: Any, texts: Sequence[tuple[str, tuple[float, float], str]]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploykit.errors import ArtifactError
 from deploykit.metric_titles import shown_metrics, title_of
-from deploykit.report import figures
+from deploykit.report import confusion_figure, figures, trial_figures
 from deploykit.report.html import figure, page, section, table, warning_box, word_table, write_page
 from deploykit.report.record import Record, cpu_words, median_cpu_ms, results_of
 from deploykit.report.svg import NOTHING, apart, fraction, number, require_matplotlib
@@ -47,7 +47,7 @@ def write_search(searches: Mapping[str, Record], limits: Mapping[str, tuple[floa
     note = "All parts are INT8 except the most sensitive ones. The export leaves as few as possible in fp32."
     parts = [
         f"<header><h1>{escape(title)}</h1></header>",
-        figure("Task metric", note, figures.search(searches, limits)),
+        figure("Task metric", note, trial_figures.search(searches, limits)),
     ]
     for engine, found in searches.items():
         trials = [
@@ -113,7 +113,7 @@ def write_tuning(record: Record, out: Path) -> None:
         f"<header><h1>{escape(title)}</h1><p>Measured {escape(record['started'])}.</p></header>",
         warning_box(record["warnings"]),
         section("Result", "", word_table(found)),
-        figure("Throughput against memory", note, figures.frontier(record)),
+        figure("Throughput against memory", note, trial_figures.frontier(record)),
         section("All settings tried", "In the order they were first measured.", table(head, rows)),
         section("How to repeat it", "", word_table(repeat)),
         _machine(record),
@@ -192,7 +192,7 @@ def _sections(result: Record) -> str:
         figure(
             "Where the time goes", "Of each model in this process, in its best closed loop.", figures.stages(result)
         ),
-        figure("Confusion matrix", _matrix_note(first), figures.confusion(first)),
+        figure("Confusion matrix", _matrix_note(first), confusion_figure.confusion(first)),
         section("CPU time", _CPU_NOTE, table(("model and load", "ms a request"), cpu)) if cpu else "",
         figure("Memory and size", _memory_note(candidates), figures.memory_size(result)),
         section("All measurements", "Medians over the rounds, with min and max below.", _details(result)),
@@ -325,8 +325,8 @@ def _settings(record: Record, result: Record) -> list[tuple[str, str]]:
 def _matrix_note(candidate: Record) -> str:
     note = f"Of {candidate['name']}: rows are the truth, columns the answer; percent and colour are shares of the row."
     matrix = (candidate["metrics"] or {}).get("confusion_matrix")
-    if isinstance(matrix, Mapping) and len(matrix) > figures.MAX_MATRICES:
-        note += f" The first {figures.MAX_MATRICES} of {len(matrix)} labels."
+    if isinstance(matrix, Mapping) and len(matrix) > confusion_figure.MAX_MATRICES:
+        note += f" The first {confusion_figure.MAX_MATRICES} of {len(matrix)} labels."
     return note
 
 

@@ -122,3 +122,10 @@ def colour_of(i: int) -> str:
 
 def marker_of(i: int) -> str:
     return _MARKERS[i % len(_MARKERS)]
+
+
+def locator(count: int) -> Any:
+    """Return a locator of at most ``count`` intervals between ticks."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(count)

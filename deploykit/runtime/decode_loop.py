@@ -24,7 +24,7 @@ _REPORT_INTERVAL_S = 0.1
 
 
 class Unit(Protocol):
-    """What a decoder works on. ``cancelled`` may be set at any time: the unit then leaves without a result."""
+    """A piece of work for a decoder. ``cancelled`` may be set at any time: the unit then leaves without a result."""
 
     cancelled: bool
 

@@ -191,7 +191,7 @@ def _check_beams(found: Sampling) -> None:
 
 
 def _checked(written: str, name: str, value: Any) -> Any:
-    """The value of parameter ``name``, which the request calls ``written``."""
+    """Return the value of parameter ``name``, which the request calls ``written``."""
     if name in _RANGES:
         return None if value is None and getattr(Sampling(), name) is None else _number(written, name, value)
     if name == "early_stopping":
@@ -243,7 +243,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _bias(value: Any) -> tuple[tuple[int, float], ...]:
-    """``value``: token id (in JSON, its digits as text) -> number from -100 to 100."""
+    """Return the bias of tokens. ``value``: token id (in JSON, its digits as text) -> number from -100 to 100."""
     if not isinstance(value, Mapping):
         raise UsageError(f"logit_bias is {value!r}", "give an object of token ids and numbers")
     pairs: dict[int, float] = {}
@@ -277,7 +277,7 @@ def _structure(name: str, value: Any) -> Any:
 
 
 class Constraint(Protocol):
-    """What may be written next, such as a grammar."""
+    """A rule for what may be written next, such as a grammar."""
 
     def mask(self, logits: Logits) -> Logits:
         """Return a copy of float32 [vocabulary] with -inf at the tokens that may not come next."""

@@ -21,7 +21,7 @@ class StopSearch:
         self._state = 0
         self._held = ""
         self._cut: int | None = None
-        """Where in ``_held`` the earliest complete stop string begins."""
+        """Place in ``_held`` at which the earliest complete stop string begins."""
 
     def add(self, text: str, *, may_stop: bool = True) -> str:
         """Return the text before which no stop string can begin any more. A stop string that is completed in ``text``

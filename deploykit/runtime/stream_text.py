@@ -211,7 +211,7 @@ def _is_byte(token: str) -> bool:
 
 
 def _byte_table() -> dict[str, int]:
-    """The character that stands for each byte in a byte-level vocabulary, as in GPT-2's ``bytes_to_unicode``."""
+    """Return the character that stands for each byte in a byte-level vocabulary, as in GPT-2's ``bytes_to_unicode``."""
     shown = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}

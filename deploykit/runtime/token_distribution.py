@@ -80,7 +80,7 @@ def top_tokens(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 
 
 def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
-    """The tokens whose logits are no less than the k-th largest, ascending."""
+    """Return the tokens whose logits are no less than the k-th largest, ascending."""
     if k >= len(logits):
         return np.arange(len(logits))
     # At least k logits reach the k-th largest maximum of disjoint blocks, and few others do.
@@ -96,7 +96,7 @@ def _top_k(logits: NDArray[np.float32], k: int) -> NDArray[np.int64]:
 
 
 def _top_p(shares: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
-    """The places of the smallest set of the largest shares that reaches ``top_p`` of all."""
+    """Return the places of the smallest set of the largest shares that reaches ``top_p`` of all."""
     total = float(shares.sum(dtype=np.float64))
     # The tokens below this mean share have no more than 1 - top_p together.
     places = np.flatnonzero(shares >= (1 - top_p) * total / len(shares))
@@ -112,7 +112,7 @@ def _top_p(shares: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
 
 
 def _typical(shares: NDArray[np.float32], typical_p: float) -> NDArray[np.int64]:
-    """The places of the tokens whose information is nearest to the entropy and that reach ``typical_p`` together."""
+    """Return the places of the tokens whose information is nearest to the entropy and that reach ``typical_p`` together."""
     probabilities = shares / shares.sum(dtype=np.float64)
     information = -np.log(probabilities)
     nearness = -np.abs(information - probabilities @ information)

@@ -109,7 +109,7 @@ class Rows:
 
 
 def _texts(request: Any, name: str) -> list[tuple[str, str]]:
-    """The texts of an input, each with "" or why it is refused. Raises RefusedError for a request without the input."""
+    """Return the texts of an input, each with "" or why it is refused. Raises RefusedError for a request without the input."""
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
         raise RefusedError(f"the input {name} is missing")

@@ -57,7 +57,7 @@ def check_processes(count: int, *, searches: bool, repeats: bool) -> None:
 def finetune_together(
     options: FinetuneOptions, count: int, out: Path, *, force: bool = False, restart: bool = False, say: Say
 ) -> Finetuned:
-    """As ``finetune``, in ``count`` processes that share each batch.
+    """Fine-tune as ``finetune`` does, in ``count`` processes that share each batch.
 
     Raises DeploykitError with the error of the process that failed first; the others are ended. On Ctrl-C or SIGTERM all
     end, and the same command continues from the last checkpoint.

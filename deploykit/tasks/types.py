@@ -63,7 +63,7 @@ class Explaining(Protocol):
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What a report of ``evaluate`` shows: ``slices`` by these columns, drift ``against`` a file of new rows, of a
+    """Contents of a report of ``evaluate``: ``slices`` by these columns, drift ``against`` a file of new rows, of a
     classifier flips of answers by the words of the file ``swaps`` (None: English ones), and slices by whether the model has
     ``seen`` a row's text in training (its duplicate key; None: not known)."""
 

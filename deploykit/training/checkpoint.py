@@ -26,7 +26,7 @@ _POSITIONS_AFTER_PADDING = frozenset((
 
 
 def quiet() -> None:
-    """Keep transformers to errors: what matters of its messages, deploykit says itself."""
+    """Let transformers report errors only: deploykit says itself what else matters."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch").setLevel(logging.ERROR)
@@ -34,7 +34,7 @@ def quiet() -> None:
 
 
 def load_tokenizer(model: str, *, fast: bool = True) -> Any:
-    """The checkpoint's tokenizer. Raises ArtifactError when there is none, or with ``fast`` no tokenizer.json."""
+    """Return the checkpoint's tokenizer. Raises ArtifactError when there is none, or with ``fast`` no tokenizer.json."""
     check_source(model)
     try:
         with warnings.catch_warnings():
@@ -57,14 +57,14 @@ def load_tokenizer(model: str, *, fast: bool = True) -> Any:
 def load_config(model: str, **config: Any) -> Any:
     """Return a checkpoint's configuration, with fields replaced by ``config``. Raises ArtifactError if it has none."""
     try:
-        # What is exported and compared reads outputs by name, whatever form the checkpoint's config asks for.
+        # Exports and comparisons read outputs by name, whatever form the checkpoint's config asks for.
         return AutoConfig.from_pretrained(model, trust_remote_code=False, return_dict=True, **config)
     except Exception as error:  # transformers raises whatever its loaders raise
         raise not_loadable(model, error) from error
 
 
 def load_model(model: str, task: str = DEFAULT, **config: Any) -> Any:
-    """The trained model of a checkpoint in fp32, in eval mode; ``config`` overrides its configuration.
+    """Return the trained model of a checkpoint in fp32, in eval mode; ``config`` overrides its configuration.
 
     A LoRA adapter saved by ``finetune`` is merged into the weights it was trained on. Raises ArtifactError when a weight
     would be random: see ``load_reported``.
@@ -73,7 +73,7 @@ def load_model(model: str, task: str = DEFAULT, **config: Any) -> Any:
 
 
 def load_for_training(model: str, task: str = DEFAULT, **config: Any) -> Loaded:
-    """As ``load_model``, of a checkpoint whose head may be made anew; says which keys are new."""
+    """Load as ``load_model`` does, a checkpoint whose head may be made anew; says which keys are new."""
     return _load(model, task, config, new_head=True)
 
 
@@ -93,7 +93,7 @@ def _load(model: str, task: str, config: dict[str, Any], *, new_head: bool) -> L
 
 
 def max_tokens(tokenizer: Any, config: Any) -> int:
-    """The longest input, in tokens, that both the tokenizer and the position embeddings allow."""
+    """Return the longest input, in tokens, that both the tokenizer and the position embeddings allow."""
     limits = []
     if 0 < tokenizer.model_max_length < 1_000_000:  # "no limit" is written as a huge number
         limits.append(tokenizer.model_max_length)
@@ -116,7 +116,7 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def not_loadable(model: str, error: Exception) -> ArtifactError:
-    """What transformers raised over ``model``, as an error that says what to do."""
+    """Return an error with a remedy for one that transformers raised over ``model``."""
     reason = first_line(error)
     if not Path(model).exists():
         return ArtifactError(

@@ -1,4 +1,4 @@
-"""What a person sees of a training run: where it is, how it does, and how long it still takes."""
+"""Show a training run to a person: where it is, how it does, and how long it still takes."""
 
 from __future__ import annotations
 

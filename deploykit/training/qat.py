@@ -51,7 +51,7 @@ class TrainedScales:
 
     @classmethod
     def load(cls, folder: Path) -> TrainedScales | None:
-        """None for a checkpoint that was not trained so. Raises ArtifactError for a file that holds no scales."""
+        """Load the scales; None for a checkpoint that was not trained for INT8. Raises ArtifactError for a file that holds no scales."""
         path = folder / FILE
         if not path.exists():
             return None
@@ -131,7 +131,7 @@ class FakeQuantization:
 
 
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, lowest: int) -> torch.Tensor:
-    """``x`` rounded to multiples of ``scale`` from ``lowest`` to 127 of them, as QuantizeLinear rounds.
+    """Round ``x`` to multiples of ``scale`` from ``lowest`` to 127 of them, as QuantizeLinear rounds.
 
     Gradients pass where ``x`` is in range; that of ``scale`` is LSQ's.
     """
@@ -149,13 +149,13 @@ def _linear(module: torch.nn.Linear, scale: Callable[[], torch.Tensor], x: torch
 
 
 def _round_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Rows of the last axis rounded to S8 with a scale each, as ``quantize_weight`` does."""
+    """Round the rows of the last axis to S8 with a scale each, as ``quantize_weight`` does."""
     weight = weight.float()
     return fake_quantize(weight, weight.detach().abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127, -127)
 
 
 def _layers_by_input(model: torch.nn.Module, token_ids: Sequence[int]) -> list[list[str]]:
-    """Names of the linear layers whose input has a row for each token, those that read one tensor together."""
+    """Return names of the linear layers whose input has a row for each token, those that read one tensor together."""
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) and getattr(weight, "ndim", 0) == 2:

@@ -21,7 +21,7 @@ Columns = TypeVar("Columns")
 
 
 class Report(Protocol):
-    """What cleaning did."""
+    """Numbers of rows that cleaning changed or dropped."""
 
     def lines(self) -> Iterable[str]: ...
 
@@ -40,12 +40,12 @@ class RowSource(Protocol[Raw, Row, Columns]):
         """Raise DataError for rows that no model can be trained or measured on."""
 
     def drop_leaks(self, train: Sequence[Row], held_out: Sequence[Row]) -> tuple[list[Row], int]:
-        """Training rows without those that are held out, and how many those were."""
+        """Return training rows without those that are held out, and how many those were."""
 
     def take(self, rows: Sequence[Row], count: int) -> list[Row]: ...
 
     def split(self, rows: Sequence[Row], *, validation: float, test: float) -> tuple[list[Row], list[Row], list[Row]]:
-        """Training, validation and test rows; a share of 0 gives none."""
+        """Return training, validation and test rows; a share of 0 gives none."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def read_rows(kind: RowSource[Raw, Row, Columns], options: FinetuneOptions, say:
 
 
 def named_paths(source: str) -> list[Path]:
-    """What a data option names on this machine: a file or folder, the two of "a.en,a.fr", those of "corpus"."""
+    """Return the paths that a data option names on this machine: a file or folder, the two of "a.en,a.fr", those of "corpus"."""
     if Path(source).exists():
         return [Path(source)]
     parts = [Path(part) for part in source.split(",")]
@@ -124,7 +124,7 @@ def named_paths(source: str) -> list[Path]:
 
 
 def absolute(source: str) -> str:
-    """``source`` so that it names the same from any folder; what is not here stays as it is."""
+    """Return ``source`` so that it names the same from any folder; what is not here stays as it is."""
     if not named_paths(source):
         return source
     return ",".join(str(Path(part).absolute()) for part in ([source] if Path(source).exists() else source.split(",")))
@@ -146,7 +146,7 @@ def row_record(row: Any) -> dict[str, Any]:
 
 
 def read_split(checkpoint: Path, name: str, kind: type[Row]) -> list[Row]:
-    """The rows of one of the run's own splits. Raises DataError when the run kept no such rows."""
+    """Return the rows of one of the run's own splits. Raises DataError when the run kept no such rows."""
     path = checkpoint / "splits" / f"{name}.jsonl"
     if not path.is_file():
         raise DataError(f"{checkpoint}: has no {name} rows", "name a file of rows instead")

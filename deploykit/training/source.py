@@ -12,7 +12,7 @@ from deploykit.errors import ArtifactError, UsageError
 from deploykit.tasks.registry import get_task, owner_of
 
 ADAPTER = "adapter_config.json"
-"""What the folder of a LoRA adapter has in place of a config."""
+"""The file that the folder of a LoRA adapter has in place of a config."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model",
                     "tokenizer.model", "spm.model", "source.spm")  # fmt: skip
@@ -94,7 +94,7 @@ def _check_gguf(path: Path, task: str | None) -> None:
 
 
 def _family(path: Path) -> str:
-    """The model type that a folder's config.json names; empty when there is none."""
+    """Return the model type that a folder's config.json names; empty when there is none."""
     try:
         return str(json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"])
     except FileNotFoundError:

@@ -18,7 +18,7 @@ _COUNTS: dict[Side, tuple[str, ...]] = {
     "encoder": ("encoder_layers", "num_layers", "num_hidden_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
-"""What configurations call the number of layers; of a translator num_hidden_layers is that of the encoder."""
+"""Names of the number of layers in configurations; of a translator num_hidden_layers is that of the encoder."""
 
 
 def keep_layers(model: Any, count: int, side: Side = "") -> tuple[Any, list[int]]:

@@ -22,7 +22,7 @@ _REMEDY = "train it again with `deploykit finetune --qat`, or delete the file to
 def trained_ranges(
     trained: TrainedScales, model: Any, graph: onnx.ModelProto, activations: Collection[str]
 ) -> dict[str, tuple[float, float]]:
-    """The range of each of ``activations`` that linear layers of ``graph`` read, symmetric: -127 to 127 steps.
+    """Return the range of each of ``activations`` that linear layers of ``graph`` read, symmetric: -127 to 127 steps.
 
     Layers are known by their weights, which must be the very ones of a module of ``model`` (the checkpoint in PyTorch).
     Raises ExportError when a layer that is to be quantized has no scale, when two that read one activation differ, or when a
@@ -56,5 +56,5 @@ def trained_ranges(
 
 
 def _digest(weight: NDArray[np.float32]) -> str:
-    """Of float32 [in, out]."""
+    """Return the digest of a weight, float32 [in, out]."""
     return hashlib.sha256(np.ascontiguousarray(weight).tobytes() + str(weight.shape).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What every run of Hugging Face's Trainer shares: its arguments, and that it can be killed and taken up again."""
+"""Run Hugging Face's Trainer, with its arguments, so that a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _MOST_EVALUATIONS = 30
 
 @dataclass(frozen=True)
 class Trained:
-    """What training gives. ``metrics`` has a key for each held-out split, and what else the task measured; ``scales``
+    """The result of training. ``metrics`` has a key for each held-out split, and what else the task measured; ``scales``
     are those of quantization-aware training. ``write_page`` writes the run's page to a folder."""
 
     task: TaskFacts
@@ -59,7 +59,7 @@ class Trained:
 def arguments(
     options: FinetuneOptions, batches: int, work: Path, kind: type = TrainingArguments, **own: Any
 ) -> TrainingArguments:
-    """``options`` in Trainer's words; ``batches`` is how many an epoch has, of all processes, ``own`` what a task adds.
+    """Return ``options`` in Trainer's words; ``batches`` is how many an epoch has, of all processes, ``own`` what a task adds.
 
     The best evaluation is the one with the highest metric "selection"; without validation rows there is none. Checkpoints
     go to ``work``.
@@ -104,7 +104,7 @@ def arguments(
 
 
 def computes_bf16() -> bool:
-    """Whether this machine multiplies bf16 matrices itself: then they are 1.8x as fast as fp32 ones (measured on AVX512)."""
+    """Return whether this machine multiplies bf16 matrices itself: then they are 1.8x as fast as fp32 ones (measured on AVX512)."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     try:
@@ -133,7 +133,7 @@ class _Watcher(TrainerCallback):  # type: ignore[misc]
 
 
 def callbacks(options: FinetuneOptions, logs: Path, say: Say) -> list[Any]:
-    """TensorBoard's logs, progress, and early stopping, levers and ``watched`` where they are asked for."""
+    """Return TensorBoard's logs, progress, and early stopping, levers and ``watched`` where they are asked for."""
     found: list[Any] = []
     if processes.is_first():
         found += [TensorBoardCallback(SummaryWriter(log_dir=str(logs))), Progress(say)]
@@ -190,7 +190,7 @@ def own_batches(trainer: Any, batches: Iterable[list[int]]) -> Any:
 
 
 def with_adapter(model: Any, options: FinetuneOptions, task_type: str, new: Collection[str] = (), **own: Any) -> Any:
-    """``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022).
+    """Return ``model`` with a LoRA adapter that alone is trained (Hu et al., ICLR 2022).
 
     Modules that have keys in ``new`` are trained whole and saved with the adapter: their random weights are nowhere else.
     ``own`` are settings of peft's ``LoraConfig`` that a task has, in place of these.

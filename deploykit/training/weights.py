@@ -31,7 +31,7 @@ _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 _COMPILED = "_orig_mod."
 _PARALLEL = "module."
 _KEYS_SHOWN = 6
-# What a base model of the family as published lacks, because its authors' model adds zeros there.
+# Weights that a published base model of the family lacks, because its authors' model adds zeros there.
 _ZERO_WHEN_BARE: Mapping[str, str] = {"bart": "final_logits_bias"}
 _POOLER = re.compile(r"(^|\.)pooler\.")
 
@@ -141,7 +141,7 @@ def saved_keys(adapter: Path) -> set[str]:
 
 
 def _model_class(auto_model: str, config: Any, name: str) -> Any:
-    """The class itself: the auto class does not take weights that are already read."""
+    """Return the class of a model: the auto class does not take weights that are already read."""
     try:
         return getattr(transformers, auto_model)._model_mapping[type(config)]
     except KeyError as error:
@@ -214,7 +214,7 @@ class _Differences:
         return _Differences(self.missing - frozenset(keys), self.unexpected, mismatched)
 
     def changes_nothing(self, key: str, model: Any) -> bool:
-        """Whether an unexpected key is a pooler's that the head does not read, or of a head for another purpose."""
+        """Return whether an unexpected key is a pooler's that the head does not read, or of a head for another purpose."""
         own = {part for mine in model.state_dict() for part in (_first(mine), _first(_below(model, mine)))}
         return _POOLER.search(key) is not None or _first(key) not in own
 
@@ -252,12 +252,12 @@ def _first(key: str) -> str:
 
 
 def _below(model: Any, key: str) -> str:
-    """The name that a key of ``model`` has in its base model, saved alone."""
+    """Return the name that a key of ``model`` has in its base model, saved alone."""
     return key.removeprefix(f"{model.base_model_prefix}.")
 
 
 def _head_test(model: Any) -> Callable[[str], bool]:
-    """Whether a key, of the model or of a file, is outside the base model, or its pooler's."""
+    """Return whether a key, of the model or of a file, is outside the base model, or its pooler's."""
     base = model.base_model
     if base is model:
         return lambda key: False
@@ -320,7 +320,7 @@ def _output_layer(model: Any) -> str | None:
 
 
 def _foreign_prefix(model: Any, found: _Differences) -> str:
-    """What stands before the names of missing keys in the file; empty when they are not there."""
+    """Return the prefix of the missing keys' names in the file; empty if they are not there."""
     mine = {name for key in found.missing for name in (key, _below(model, key))}
     for key in found.unexpected:
         names = key.split(".")

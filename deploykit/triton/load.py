@@ -47,7 +47,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class ModelLoad:
-    """What a model did between two readings: rates a second, means a request; NaN where there was nothing to count.
+    """A model's work between two readings: rates a second, means a request; NaN where there was nothing to count.
 
     ``p50_seconds`` and ``p99_seconds`` are of the OpenAI port's requests: the bounds of the histogram's buckets, so
     approximate. ``kv_cache`` is from 0 to 1; NaN for a model without such caches.
@@ -69,7 +69,7 @@ class ModelLoad:
 
 @dataclass(frozen=True)
 class PortLoad:
-    """What the OpenAI port did: rates a second, and requests that are open now."""
+    """The work of the OpenAI port: rates a second, and requests that are open now."""
 
     requests: float
     errors: Mapping[str, float]

@@ -34,7 +34,7 @@ os.execv(command[0], command)
 """
 _STOPPED_S = 1.0
 REFUSALS = (ServerError, OSError, http.client.HTTPException)
-"""What calls of a Triton raise that does not answer, or refuses."""
+"""Errors of calls to a Triton that does not answer, or refuses."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class TritonProcess:
                     process.wait(5.0)
 
     def memory_mb(self) -> float:
-        """Memory of Triton and its stubs, in MiB. Shared pages count once (PSS)."""
+        """Return the memory of Triton and its stubs, in MiB. Shared pages count once (PSS)."""
         import psutil
 
         total = 0

@@ -237,7 +237,7 @@ class TritonServer:
         return healed
 
     def memory_mb(self) -> float:
-        """Memory of the server and its stubs, in MiB. Shared pages count once (PSS)."""
+        """Return the memory of the server and its stubs, in MiB. Shared pages count once (PSS)."""
         return self._running().memory_mb()
 
     def _servable(self) -> list[str]:

@@ -74,7 +74,7 @@ def open_subject(name: str, repository: Path, export: Path | None) -> Subject:
     version = model.path / str(model.versions[-1])
     manifest = load_manifest(version, "model")
     if "streams" in manifest.options:
-        raise UsageError(f"{name} has no weights", f"tune {manifest.options['streams']}, which it asks")
+        raise UsageError(f"{name} has no weights", f"tune {manifest.options['streams']}, whose answers it streams")
     check_config(model.path / CONFIG, manifest.task, None, str(manifest.options["engine"]))
     if export is not None and load_manifest(export, "export").digest != manifest.parent:
         raise ArtifactError(

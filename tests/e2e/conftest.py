@@ -54,6 +54,23 @@ def _locked_cache() -> Iterator[None]:
         yield
 
 
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Return the path ``name`` that the first of pytest's processes to need it makes, for all of them."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    made = root / "shared" / name
+    made.parent.mkdir(exist_ok=True)
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            partial = root / f"{name}.partial" / name
+            shutil.rmtree(partial.parent, ignore_errors=True)
+            partial.parent.mkdir()
+            make(partial)
+            partial.rename(made)
+    return made
+
+
 @pytest.fixture(scope="session")
 def whole_minilm() -> Path:
     """The pretrained all-MiniLM-L6-v2."""
@@ -65,13 +82,15 @@ def whole_minilm() -> Path:
 @pytest.fixture(scope="session")
 def minilm(whole_minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first two of the six layers of the pretrained all-MiniLM-L6-v2, which train in a third of the time."""
-    from transformers import AutoModel
 
-    out = tmp_path_factory.mktemp("minilm") / "minilm"
-    AutoModel.from_pretrained(whole_minilm, num_hidden_layers=2).save_pretrained(out)
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(whole_minilm / name, out / name)
-    return out
+    def make(out: Path) -> None:
+        from transformers import AutoModel
+
+        AutoModel.from_pretrained(whole_minilm, num_hidden_layers=2).save_pretrained(out)
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+            shutil.copy(whole_minilm / name, out / name)
+
+    return _made_once(tmp_path_factory, "minilm", make)
 
 
 @pytest.fixture(scope="session")
@@ -92,13 +111,15 @@ def pairs() -> Path:
 @pytest.fixture(scope="session")
 def small_csv(tweets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """900 of the tweets as UTF-8, columns text and label."""
-    path = tmp_path_factory.mktemp("data") / "small.csv"
-    with tweets.open(encoding="latin-1", newline="") as source, path.open("w", encoding="utf-8", newline="") as out:
-        rows = list(csv.DictReader(source))[::42][:900]
-        writer = csv.writer(out)
-        writer.writerow(["text", "label"])
-        writer.writerows((row["text"], row["sentiment"]) for row in rows)
-    return path
+
+    def make(path: Path) -> None:
+        with tweets.open(encoding="latin-1", newline="") as source, path.open("w", encoding="utf-8", newline="") as out:
+            rows = list(csv.DictReader(source))[::42][:900]
+            writer = csv.writer(out)
+            writer.writerow(["text", "label"])
+            writer.writerows((row["text"], row["sentiment"]) for row in rows)
+
+    return _made_once(tmp_path_factory, "small.csv", make)
 
 
 @pytest.fixture(scope="session")
@@ -106,23 +127,29 @@ def checkpoint(
     deploykit: Callable[..., Typed], minilm: Path, small_csv: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """MiniLM's first layers after a few steps on the small file."""
-    out = tmp_path_factory.mktemp("runs") / "a"
-    done = deploykit(
-        "finetune", minilm, "--train", small_csv, "--output-dir", out,
-        "--max-steps", 24, "--per-device-train-batch-size", 16, "--max-length", 48, "--learning-rate", 1e-4,
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    return out
+
+    def make(out: Path) -> None:
+        done = deploykit(
+            "finetune", minilm, "--train", small_csv, "--output-dir", out,
+            "--max-steps", 24, "--per-device-train-batch-size", 16, "--max-length", 48, "--learning-rate", 1e-4,
+        )  # fmt: skip
+        assert done.code == 0, done.err
+
+    return _made_once(tmp_path_factory, "run-a", make)
 
 
 @pytest.fixture(scope="session")
 def exported(deploykit: Callable[..., Typed], checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The short run as ONNX and INT8."""
-    out = tmp_path_factory.mktemp("exports") / "a"
-    # With 90 test rows one changed answer is a point, and this fixture is not about accuracy.
-    done = deploykit("export", checkpoint, "--output-dir", out, "--int8", "--max-drop", 10, "--calibration-rows", 64)
-    assert done.code == 0, done.err
-    return out
+
+    def make(out: Path) -> None:
+        # With 90 test rows one changed answer is a point, and this fixture is not about accuracy.
+        done = deploykit(
+            "export", checkpoint, "--output-dir", out, "--int8", "--max-drop", 10, "--calibration-rows", 64
+        )
+        assert done.code == 0, done.err
+
+    return _made_once(tmp_path_factory, "export-a", make)
 
 
 @pytest.fixture(scope="session")

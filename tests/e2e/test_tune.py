@@ -175,7 +175,7 @@ def test_a_translator_is_tuned_by_the_rows_of_a_step(
     config = read_config(tmp_path / "models" / "en-fr" / "config.pbtxt")
     assert config.parameters["max_rows"].string_value == "32"
     code, _, err = deploykit("tune", "en-fr_stream", *words[2:], "--force")
-    assert (code, "tune en-fr, which it asks" in err) == (2, True)
+    assert (code, "tune en-fr, whose answers it streams" in err) == (2, True)
 
 
 @pytest.mark.parametrize(

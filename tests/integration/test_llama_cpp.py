@@ -76,7 +76,7 @@ def test_llama_cpp_gives_the_same_prompts_and_tokens(family: str, kind: str, tmp
     facts = checkpoint_facts(model.config, model.generation_config, own)
     path = tmp_path / "model.gguf"
     write_gguf(model, own, facts.eos_token_ids, kind, path)  # type: ignore[arg-type]
-    # What the file holds, so that rounded weights are compared with themselves.
+    # The values in the file, so that rounded weights are compared with themselves.
     reference = reopened_gguf(path, model)
     dialogs = [[{"role": "user", "content": row["prompt"]}] for row in command_rows()[::12]]
     done = subprocess.run(

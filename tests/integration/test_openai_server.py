@@ -48,7 +48,7 @@ def command(repository: Path, *options: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def served(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """What the ready file says of a server with keys and TLS; in the end SIGTERM stops it. ``verify`` is its certificate."""
+    """The ready file of a server with keys and TLS; in the end SIGTERM stops it. ``verify`` is its certificate."""
     folder = tmp_path_factory.mktemp("ready")
     ready, keys = folder / "ready.json", folder / "keys"
     keys.write_text(f"all:{digest(KEY)}\nfew:{digest(FEW)}:max_rows=2,max_body_bytes=4000\n")

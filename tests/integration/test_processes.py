@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 from language_models import write_checkpoint, write_rows
 from safetensors.numpy import load_file
 from tiny_answerer import write_checkpoint as write_answerer
@@ -21,6 +23,7 @@ from tiny_answerer import write_squad
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from deploykit.artifacts import load_manifest
+from deploykit.cli import main
 from deploykit.tasks.text_generation.chat_template import CHATML
 
 MakeCheckpoint = Callable[..., Path]
@@ -49,6 +52,17 @@ def run(words: list[str], *more: object) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+def run_alone(words: list[str], *more: object) -> subprocess.CompletedProcess[str]:
+    """Run in this process, which has imported torch already, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        done = CliRunner().invoke(main, [*words[3:], *map(str, more)])
+    finally:
+        torch.set_num_threads(threads)
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
+
+
 def losses(told: str) -> list[str]:
     return [
         line.split("loss ")[1].split(",")[0] for line in told.splitlines() if "learning rate" in line and "loss" in line
@@ -56,7 +70,7 @@ def losses(told: str) -> list[str]:
 
 
 def test_two_processes_train_as_one_does(words: list[str], tmp_path: Path) -> None:
-    alone = run(words, "--per-device-train-batch-size", 16, "--output-dir", tmp_path / "one")
+    alone = run_alone(words, "--per-device-train-batch-size", 16, "--output-dir", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     together = run(words, "--output-dir", tmp_path / "two", "--processes", 2)
     assert together.returncode == 0, together.stderr
@@ -88,7 +102,7 @@ def test_two_processes_learn_a_wider_teachers_hidden_states_as_one_does(words: l
     AutoModelForSequenceClassification.from_config(config).save_pretrained(wide)
     AutoTokenizer.from_pretrained(model).save_pretrained(wide)
     words = [*words, "--teacher", str(wide), "--distill-hidden", "2", "--max-steps", "6", "--augment", "swap=0.2"]
-    alone = run(words, "--per-device-train-batch-size", 16, "--output-dir", tmp_path / "one")
+    alone = run_alone(words, "--per-device-train-batch-size", 16, "--output-dir", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     together = run(words, "--per-device-train-batch-size", 8, "--output-dir", tmp_path / "two", "--processes", 2)
     assert together.returncode == 0, together.stderr
@@ -102,7 +116,7 @@ def test_two_processes_train_a_language_model_as_one_that_accumulates(tmp_path: 
     words = [sys.executable, "-m", "deploykit", "finetune", str(tmp_path / "lm"), "--task", "text-generation", "--train",
              str(tmp_path / "rows.jsonl"), "--num-train-epochs", "2", "--batch-tokens", "200", "--learning-rate", "1e-3",
              "--eval-rows", "2", "--mixed-precision", "no"]  # fmt: skip
-    alone = run(words, "--gradient-accumulation-steps", 2, "--output-dir", tmp_path / "one")
+    alone = run_alone(words, "--gradient-accumulation-steps", 2, "--output-dir", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     together = run(words, "--processes", 2, "--output-dir", tmp_path / "two")
     assert together.returncode == 0, together.stderr
@@ -122,7 +136,7 @@ def test_two_processes_train_on_questions_as_one_does(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "deploykit", "finetune", str(tmp_path / "qa"), "--task", "question-answering", "--train",
              str(tmp_path / "rows.json"), "--num-train-epochs", "1", "--max-length", "64", "--doc-stride", "16", "--dropout", "0",
              "--attention-dropout", "0", "--learning-rate", "1e-3", "--mixed-precision", "no"]  # fmt: skip
-    alone = run(words, "--per-device-train-batch-size", 16, "--output-dir", tmp_path / "one")
+    alone = run_alone(words, "--per-device-train-batch-size", 16, "--output-dir", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     together = run(words, "--per-device-train-batch-size", 8, "--processes", 2, "--output-dir", tmp_path / "two")
     assert together.returncode == 0, together.stderr
@@ -145,7 +159,7 @@ def test_two_processes_train_a_translator_as_one_that_accumulates(
              str(tmp_path / "rows.csv"), "--source-lang", "en", "--target-lang", "fr", "--num-train-epochs", "2", "--batch-tokens", "200",
              "--dropout", "0", "--attention-dropout", "0", "--learning-rate", "1e-3", "--mixed-precision", "no",
              "--eval-rows", "8", "--max-length", "100"]  # fmt: skip
-    alone = run(words, "--gradient-accumulation-steps", 2, "--output-dir", tmp_path / "one")
+    alone = run_alone(words, "--gradient-accumulation-steps", 2, "--output-dir", tmp_path / "one")
     assert alone.returncode == 0, alone.stderr
     together = run(words, "--processes", 2, "--output-dir", tmp_path / "two")
     assert together.returncode == 0, together.stderr

@@ -90,7 +90,7 @@ def test_an_export_with_other_answers_is_refused_with_both(
     monkeypatch.setattr(tokenizer.TextTokenizer, "encode", encoded_alike)
     code, out = run("export", folder, "--output-dir", tmp_path / "e", "--data", rows)
     assert code == 1
-    assert "answers otherwise than PyTorch" in out
+    assert "answers differ from PyTorch's" in out
     assert "PyTorch gives 'bad' (" in out or "PyTorch gives 'good' (" in out
     assert not (tmp_path / "e").exists()
 

@@ -16,9 +16,10 @@ from deploykit.errors import ArtifactError, UsageError
 from deploykit.runtime.generation import Generation
 from deploykit.stages.finetune_options import make_options
 from deploykit.tasks.translation.checkpoint import TorchTranslator
+from deploykit.tasks.translation.new_marian import new_marian
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.presets import PRESETS
-from deploykit.tasks.translation.training import TokenBatches, new_marian
+from deploykit.tasks.translation.token_batches import TokenBatches
 from deploykit.tasks.translation.translated import finish_of
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.training.source import check_source

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import struct
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from paths import ROOT
+from paths import CACHE, ROOT
 
 BUILD = runpy.run_path(str(ROOT / "setup.py"))
 KERNELS = ROOT / "tests/integration/native_kernels.c"
@@ -41,7 +43,23 @@ def compile_engine(folder: Path, target: str, *programs: Path, optimize: bool = 
 def link(target: str, out: Path, *arguments: str) -> None:
     architecture, zig = BUILD["TARGETS"][target][:2]
     command = BUILD["compiler"](zig, BUILD["CPUS"][architecture]["scalar"])
-    subprocess.run((*command, *arguments, "-o", str(out), "-lm", "-lpthread"), check=True)
+    environment = {**os.environ, "ZIG_LIB_DIR": str(_zig_library())}
+    subprocess.run((*command, *arguments, "-o", str(out), "-lm", "-lpthread"), check=True, env=environment)
+
+
+def _zig_library() -> Path:
+    """Return a path to Zig's library that is the same in every checkout. Zig compiles the C library of Windows from there, in
+    100 seconds of a CPU, and keeps it for that path."""
+    import ziglang
+
+    kept = CACHE / f"zig-{version('ziglang')}"
+    library = Path(ziglang.__file__).parent / "lib"
+    if not kept.is_symlink() or kept.resolve() != library.resolve():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        new = kept.with_suffix(f".{os.getpid()}")
+        new.symlink_to(library)
+        new.replace(kept)
+    return kept
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ class EngineProfile:
         return min(max(1 << (rows - 1).bit_length(), least), most)
 
     def size(self) -> int:
-        """Product of the largest sizes of all axes."""
+        """Return the product of the largest sizes of all axes."""
         return math.prod(most for _, _, most in self.ranges.values())
 
 

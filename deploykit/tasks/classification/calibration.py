@@ -18,7 +18,7 @@ def calibrate(folder: Path, task: Classification, texts: Sequence[str]) -> Calib
 
 
 def token_rows(folder: Path, task: Classification, texts: Sequence[str]) -> TokenRows:
-    """The token ids of ``texts`` as the export in ``folder`` is served them."""
+    """Return the token ids of ``texts`` as the export in ``folder`` is served them."""
     tokenizer = TextTokenizer(folder / "tokenizer.json", task.max_length)
     encoded = tokenizer.encode([task.read(text) for text in texts])
     return TokenRows(encoded.ids, digest_of(list(texts)), encoded.types if task.token_types else None)

@@ -26,7 +26,7 @@ from deploykit.tasks.protocol import TaskFacts
 from deploykit.training.checkpoint import load_model, load_tokenizer, max_tokens, pad_token_id, quiet
 
 ANOTHER_MODEL = "start from another model; docs: Fine-tune, architectures"
-"""What to do about a model that cannot be served."""
+"""Remedy for a model that cannot be served."""
 _LONGEST_OF_PAIR = 4
 """Each text of a pair is cut to so many times the longest input before it is tokenized as transformers does: a cut far
 from the one that serving makes, so that a fault of the latter shows."""
@@ -34,7 +34,7 @@ _PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "
 
 
 def task_of(path: Path, tokenizer: Any, config: Any, text_columns: Sequence[str] = ()) -> Classification:
-    """The task in a checkpoint's manifest, or, for one trained elsewhere, what its config says, and ``text_columns``."""
+    """Return the task in a checkpoint's manifest, or, for one trained elsewhere, what its config says, and ``text_columns``."""
     if (path / MANIFEST).exists():
         task: TaskFacts = load_manifest(path, "checkpoint", verify=False).task
         assert isinstance(task, Classification), "load_model refuses others"
@@ -143,7 +143,7 @@ class TorchClassifier:
         return cls(model, tokenizer, task)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Tokens as training and serving see them."""
+        """Return tokens as training and serving see them."""
         if not texts:
             return Encoded([], [])
         columns = zip(*map(self._parts, texts))
@@ -173,7 +173,7 @@ class TorchClassifier:
         return whole
 
     def logits(self, inputs: Mapping[str, NDArray[np.int64]]) -> NDArray[np.float32]:
-        """Raw outputs, float32 [rows, labels], of one padded batch (int64 [rows, tokens] by name)."""
+        """Return raw outputs, float32 [rows, labels], of one padded batch (int64 [rows, tokens] by name)."""
         with torch.inference_mode():
             output = self.model(**{name: torch.from_numpy(array) for name, array in inputs.items()})
         return np.asarray(output.logits.numpy(), np.float32)
@@ -198,7 +198,7 @@ class TorchClassifier:
             return np.asarray(self.model(**encoded).logits.float().numpy(), np.float32)
 
     def close(self) -> None:
-        """Nothing to release: the model goes with the object."""
+        """Do nothing: the model is freed with the object."""
 
 
 def tried(classifier: TorchClassifier, origin: str) -> TorchClassifier:

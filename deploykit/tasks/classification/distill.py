@@ -23,7 +23,7 @@ class Teacher:
     """A classifier whose answers a student learns: a checkpoint, an export, or the name of a served model."""
 
     def __init__(self, target: str, task: Classification) -> None:
-        """Raises UsageError if the teacher does not give the labels of ``task``."""
+        """Raise UsageError if the teacher does not give the labels of ``task``."""
         self._predictor: Any = open_predictor(target, url=DEFAULT_URL)
         found = self._predictor.task
         if not isinstance(found, Classification):

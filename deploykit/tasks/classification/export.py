@@ -1,4 +1,4 @@
-"""What the export of a text classifier is made of: its graphs, their quantization, their accuracy."""
+"""Export a text classifier: its graphs, their quantization, their accuracy."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _write_fp32(reference: TorchClassifier, directory: Path) -> None:
 
 
 def calibration_texts(source: Path, task: Classification, options: CalibrationOptions) -> list[str]:
-    """Rows of a file, or of the splits of the checkpoint ``source``."""
+    """Return rows of a file, or of the splits of the checkpoint ``source``."""
     rows = _rows(source, task, options.calibration, options.calibration, options)
     return [row.asked for row in evenly(rows, options.rows_to_calibrate)]
 
@@ -186,7 +186,7 @@ class _Grader(EncoderGrader[NDArray[np.float32]]):
 
 
 def _remedy(checkpoint: Path, trained: TrainedScales | None) -> str:
-    """What else to try where INT8 loses too much."""
+    """Return a remedy for INT8 that loses too much."""
     train = f"deploykit finetune {shlex.quote(str(checkpoint))} --qat --output-dir RUN"
     if trained is not None:
         return f"training it for INT8 longer ({train})"
@@ -209,7 +209,7 @@ def _ranges(
 def _rows(
     folder: Path, task: Classification, source: str | None, split: str, options: CalibrationOptions
 ) -> list[Example]:
-    """Labelled rows from a file, or from the splits of the run in ``folder``."""
+    """Return labelled rows from a file, or from the splits of the run in ``folder``."""
 
     def read_file(path: str, part: str) -> list[Example]:
         rows = labelled_rows(

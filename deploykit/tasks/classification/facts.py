@@ -112,7 +112,7 @@ class Classification:
         return np.asarray(probabilities, np.float32)
 
     def decide(self, scores: NDArray[np.float32]) -> list[str]:
-        """The answer for each row of ``scores``; several labels are joined by ``|``, a number is written in 6 digits."""
+        """Return the answer for each row of ``scores``; several labels are joined by ``|``, a number is written in 6 digits."""
         if self.regression:
             return [f"{row[0]:.6g}" for row in scores]
         if self.multi_label:
@@ -123,7 +123,7 @@ class Classification:
         return [self.labels[i] for i in scores.argmax(axis=-1)]
 
     def targets(self, labels: Sequence[str]) -> NDArray[Any]:
-        """Truth as bool [rows, labels], of a regression as float32 [rows, 1].
+        """Return the truth as bool [rows, labels], of a regression as float32 [rows, 1].
 
         Raises KeyError for a label the model does not have, ValueError for one that is no number.
         """

@@ -71,7 +71,7 @@ def fit(
     say: Say,
     hidden: HiddenTeacher | None = None,
 ) -> Any:
-    """``model`` as it was at its best evaluation, if there are any: highest macro-F1, among equals the lowest loss."""
+    """Train, and return ``model`` as it was at its best evaluation, if there are any: highest macro-F1, among equals the lowest loss."""
     task = train_set.task
     return trainer.run(
         _Fitting(

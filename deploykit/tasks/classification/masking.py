@@ -17,14 +17,14 @@ _LOGITS_AT_ONCE = 1 << 26
 _LIKELIEST = 20
 """Of these tokens one is drawn by its probability, if it is a whole word and another one."""
 _STARTS = ("Ġ", "▁")
-"""What the vocabularies of byte-level BPE and SentencePiece put before a token that begins a word."""
+"""Signs before a token that begins a word, in the vocabularies of byte-level BPE and SentencePiece."""
 
 
 class MaskedWords:
     """A masked language model: a checkpoint's folder or a hub id."""
 
     def __init__(self, checkpoint: str) -> None:
-        """Raises UsageError if the checkpoint has no head of a masked language model."""
+        """Raise UsageError if the checkpoint has no head of a masked language model."""
         remedy = "name a masked language model: --mask-model DIR or a hub id, such as distilbert/distilroberta-base"
         self._tokenizer = load_tokenizer(checkpoint)
         config = load_config(checkpoint)

@@ -12,7 +12,7 @@ from deploykit.tasks.classification.facts import Classification
 
 
 def classification_metrics(task: Classification, truth: NDArray[Any], scores: NDArray[np.float32]) -> dict[str, Any]:
-    """Metrics with stable keys, as fractions of 1; of a regression, those of ``regression_metrics``.
+    """Return metrics with stable keys, as fractions of 1; of a regression, those of ``regression_metrics``.
 
     Args:
         truth: [rows, labels]; one true a row unless the task is multi-label. Of a regression, numbers.

@@ -52,7 +52,7 @@ def _note(metrics: Mapping[str, Any]) -> str:
 
 
 def qat_text(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The four forms of a classifier trained for INT8: before and after, as it is and with its linear layers rounded."""
+    """Return the four forms of a classifier trained for INT8: before and after, as it is and with its linear layers rounded."""
     rows = (
         [f"{when}, {form}", *(with_interval(m, name) for name in ("accuracy", "macro_f1"))]
         for when, forms in metrics.items()

@@ -35,8 +35,8 @@ def check_columns(facts: Classification, given: Sequence[str]) -> None:
     if not facts.pair and len(facts.text_columns) == 1 < len(given):
         raise UsageError(
             f"the model reads one text, and {len(given)} text columns are given",
-            "give one --text-column; a checkpoint of pairs that deploykit did not train is told by deploykit export "
-            "--text-column A --text-column B",
+            "give one --text-column; if the checkpoint reads pairs and deploykit did not train it, export it with "
+            "deploykit export --text-column A --text-column B",
         )
 
 

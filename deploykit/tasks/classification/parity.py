@@ -142,14 +142,14 @@ def require_equal(
         for scores in (expected, actual)
     )
     raise ExportError(
-        f"{name} answers otherwise than PyTorch: to {shown!r} ({len(text):,} characters) PyTorch gives {theirs}, "
+        f"{name}'s answers differ from PyTorch's: to {shown!r} ({len(text):,} characters) PyTorch gives {theirs}, "
         f"{name} {ours}; {int((~(difference <= _TOLERANCE)).sum())} of {len(texts)} texts differ",
         "this checkpoint does not export faithfully; nothing was written",
     )
 
 
 def _spread(reference: TorchClassifier, texts: Sequence[str]) -> Encoded:
-    """Tokens of texts of all lengths: of some of ``texts``, of a short one, and of one as long as the model reads."""
+    """Return tokens of texts of all lengths: of some of ``texts``, of a short one, and of one as long as the model reads."""
     sample = list(texts[: 8 * _ROWS])
     lengths = [len(ids) for ids in reference.encode(sample).ids]
     sample = evenly([sample[i] for i in np.argsort(lengths, kind="stable")], _ROWS)

@@ -50,7 +50,7 @@ class Classifier:
         return self.task.scores(logits)
 
     def close(self) -> None:
-        """Nothing to release: the engine goes with the object."""
+        """Do nothing: the engine is freed with the object."""
 
 
 def graph_inputs(task: Classification, encoded: Encoded, batch: Batch) -> dict[str, NDArray[np.int64]]:

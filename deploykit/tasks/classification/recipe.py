@@ -27,7 +27,7 @@ _QUANTILE, _LENGTHS, _STEP = 0.99, (128, 512), 8
 
 @dataclass(frozen=True)
 class Facts:
-    """What a recipe depends on: ``rows`` to train on, the model's ``hidden`` size, the longest input that it takes
+    """The facts that a recipe depends on: ``rows`` to train on, the model's ``hidden`` size, the longest input that it takes
     (``limit``), and the lengths of training texts in tokens. ``adapter``: LoRA; ``rounded``: quantization-aware training;
     ``processes`` share a batch."""
 

@@ -42,7 +42,7 @@ _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class Columns:
-    """Where texts and labels stand in a source. Several text columns are joined, or two are a pair; several label columns
+    """The columns of texts and labels in a source. Several text columns are joined, or two are a pair; several label columns
     have 0 or 1 for the label that each is named after."""
 
     text: tuple[str, ...]
@@ -75,7 +75,7 @@ class Example:
 
     @property
     def asked(self) -> str:
-        """What a model is asked: the text, or the pair as one text."""
+        """The question to a model: the text, or the pair as one text."""
         return self.text if self.text_pair is None else as_text(self.text, self.text_pair)
 
 
@@ -186,7 +186,7 @@ def detect_columns(
 
 
 def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Unique labels, in numeric order if all are integers, otherwise in alphabetical order."""
+    """Return unique labels, in numeric order if all are integers, otherwise in alphabetical order."""
     unique = sorted(set(labels))
     if all(_INTEGER.fullmatch(label) for label in unique):
         unique.sort(key=int)
@@ -194,7 +194,7 @@ def sort_labels(labels: Iterable[str]) -> tuple[str, ...]:
 
 
 def label_parts(label: str, *, multi_label: bool) -> tuple[str, ...]:
-    """The names in a label: () for a multi-label row without any."""
+    """Return the names in a label: () for a multi-label row without any."""
     return tuple(label.split(LABEL_SEPARATOR) if label else ()) if multi_label else (label,)
 
 

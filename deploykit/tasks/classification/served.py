@@ -44,7 +44,7 @@ class ServedClassifier(ServedModel):
         return np.array([row.scores for row in rows], np.float32).reshape(len(rows), len(self.task.labels))
 
     def predict_rows(self, texts: Sequence[str]) -> list[RowResult]:
-        """One result for each text, in their order; a text that the model refuses fails alone."""
+        """Return one result for each text, in their order; a text that the model refuses fails alone."""
         nothing = np.zeros(len(self.task.labels), np.float32)
 
         def infer(chunk: list[bytes]) -> list[RowResult]:

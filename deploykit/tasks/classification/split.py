@@ -63,7 +63,7 @@ def split(
         return True
 
     def has_one(indices: Sequence[int], name: str) -> bool:
-        """Whether the split has one of these groups, now that the smallest was given if it had none."""
+        """Return whether the split has one of these groups, now that the smallest was given if it had none."""
         return any(place.get(i) == name for i in indices) or any(
             give(i, name) for i in sorted(indices, key=lambda i: len(groups[i]))
         )
@@ -94,14 +94,14 @@ def split(
 
 
 def drop_leaks(train: Sequence[Example], held_out: Iterable[Example]) -> tuple[list[Example], int]:
-    """Training rows without those whose ``group_key`` a held-out row has, and how many those were."""
+    """Return training rows without those whose ``group_key`` a held-out row has, and how many those were."""
     held = {group_key(example.asked) for example in held_out}
     kept = [example for example in train if group_key(example.asked) not in held] if held else list(train)
     return kept, len(train) - len(kept)
 
 
 def _groups(examples: Sequence[Example], seed: int) -> list[list[Example]]:
-    """Examples by ``group_key``, in an order drawn by the seed that does not depend on theirs."""
+    """Return examples by ``group_key``, in an order drawn by the seed that does not depend on theirs."""
     by_key: dict[str, list[Example]] = {}
     for example in examples:
         by_key.setdefault(group_key(example.asked), []).append(example)

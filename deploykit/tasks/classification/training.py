@@ -139,7 +139,7 @@ class ClassificationStage:
     def split(
         self, rows: Sequence[Example], *, validation: float, test: float
     ) -> tuple[list[Example], list[Example], list[Example]]:
-        """Stratified by label; numbers by tenths of the rows."""
+        """Split rows, stratified by label; numbers by tenths of the rows."""
         options = self._options
         banded = by_tenths(rows) if options.regression else rows
         own = {id(banded_row): row for banded_row, row in zip(banded, rows)}
@@ -370,7 +370,7 @@ def _initialize_head(model: Any) -> set[str]:
 
 
 def label_names(examples: Sequence[Example], *, multi_label: bool) -> tuple[str, ...]:
-    """Every label that occurs, in the order of the model's outputs."""
+    """Return every label that occurs, in the order of the model's outputs."""
     return sort_labels({name for e in examples for name in label_parts(e.label, multi_label=multi_label)})
 
 

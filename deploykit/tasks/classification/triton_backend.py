@@ -82,13 +82,13 @@ class ClassificationBackend:
         return responses
 
     def close(self) -> None:
-        """Nothing to end: no request outlives its ``execute``."""
+        """Do nothing: no request outlives its ``execute``."""
 
     def _rows(self, request: Any) -> Rows:
         return Rows(request, pair="TEXT_PAIR", join=as_text) if self._classifier.task.pair else Rows(request)
 
     def _scores(self, groups: list[list[str]]) -> Sequence[NDArray[np.float32] | RefusedError | DataError]:
-        """Scores of each request's texts, all in one run; should that fail, each request in its own."""
+        """Return scores of each request's texts, all in one run; should that fail, each request in its own."""
         try:
             scores = self._classifier.scores([text for group in groups for text in group])
         except Exception as error:
@@ -101,7 +101,7 @@ class ClassificationBackend:
         return np.split(scores, np.cumsum([len(group) for group in groups])[:-1])
 
     def _scores_alone(self, rows: Rows) -> NDArray[np.float32]:
-        """Scores of the texts that have any; the others' rows get their errors. Raises RefusedError when none has."""
+        """Return scores of the texts that have any; the others' rows get their errors. Raises RefusedError when none has."""
         errors: dict[int, str] = {}
         found = []
         for row, text in zip(rows.good, rows.texts):
@@ -113,7 +113,7 @@ class ClassificationBackend:
         return np.array(found)
 
     def _top_k(self, request: Any) -> int:
-        """The request parameter ``top_k``; absent or above their number, all labels."""
+        """Return the request parameter ``top_k``; absent or above their number, all labels."""
         given = parameters_of(request).get("top_k", len(self._labels))
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
             raise RefusedError(f"parameter top_k must be an integer from 1, not {given!r}")

@@ -33,7 +33,7 @@ output { name: "TOP_SCORES" data_type: TYPE_FP32 dims: [ -1 ] }
 """
     + batched("rows", "Rows")
     + """\
-# What clients read to make sense of the scores.
+# For clients, to make sense of the scores.
 parameters { key: "labels" value { string_value: '$labels' } }
 parameters { key: "task" value { string_value: '$task' } }
 """

@@ -27,7 +27,7 @@ _WIDEST = 4096
 
 @dataclass(frozen=True)
 class StaticInt8:
-    """What graphs with calibrated activations are written from. ``ranges`` are by the name of the linear layer;
+    """The source of graphs with calibrated activations. ``ranges`` are by the name of the linear layer;
     ``architecture`` is smoothed if SmoothQuant was asked for."""
 
     architecture: CausalArchitecture

@@ -93,7 +93,7 @@ class ChatTemplate:
 
 
 def _with_reasoning(message: Message) -> dict[str, Any]:
-    """A copy of ``message`` whose reasoning has every name that templates read, as in ``apply_chat_template``."""
+    """Return a copy of ``message`` whose reasoning has every name that templates read, as in ``apply_chat_template``."""
     reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
     if reasoning is None:
         return dict(message)

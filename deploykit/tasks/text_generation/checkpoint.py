@@ -185,7 +185,7 @@ class TorchGenerator(LocalGenerator):
 
 
 def _side_by_side(rows: Sequence[EncodedRow]) -> Iterator[list[EncodedRow]]:
-    """Consecutive rows that fit ``_SCORED_TOKENS``."""
+    """Yield consecutive rows that fit ``_SCORED_TOKENS``."""
     part: list[EncodedRow] = []
     longest = 0
     for row in rows:

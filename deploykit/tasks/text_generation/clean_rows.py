@@ -65,7 +65,7 @@ def _counts() -> list[str]:
 
 
 def histogram(lengths: Sequence[int]) -> Iterable[str]:
-    """Lines of text: how many rows have how many tokens."""
+    """Yield lines of text: how many rows have how many tokens."""
     if not lengths:
         return
     counts = [0] * (len(_BINS) + 1)
@@ -149,7 +149,7 @@ def _judge(item: RawRow, tokenizer: ChatTokenizer, loss_on: LossOn) -> tuple[str
 
 
 def _prompt_key(row: Row) -> str:
-    """Equal for rows that ask the same: all but the last answer."""
+    """Return a key that is equal for rows that ask the same: all but the last answer."""
     if row.text is not None:
         return duplicate_key(row.text)
     parts = [f"{m['role']}: {duplicate_key(content_text(m))}" for m in row.messages[:-1]]

@@ -443,7 +443,7 @@ class Decoder:
                 answer.finish = "stop"
 
     def _ends(self, sampling: Sampling) -> frozenset[int]:
-        """Tokens that end an answer."""
+        """Return the tokens that end an answer."""
         own = frozenset() if sampling.ignore_eos else self._eos
         return own.union(sampling.stop_token_ids) if sampling.stop_token_ids else own
 
@@ -456,7 +456,7 @@ class Decoder:
         self._remove([i for i, answer in enumerate(self.running) if answer.finish is not None])
 
     def _reserved(self, prompt: Sequence[int], sampling: Sampling) -> int:
-        """Tokens that the answers to a prompt may come to have in the caches, the prompt included."""
+        """Return the number of tokens that a prompt and its answers may take in the caches."""
         return sampling.candidates * min(len(prompt) + sampling.max_new_tokens, self._task.max_length)
 
     def _running_tokens(self) -> int:

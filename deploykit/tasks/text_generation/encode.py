@@ -131,11 +131,11 @@ class ChatTokenizer:
         return EncodedRow(np.array(encoding.ids, np.int64), supervised, rewritten, joined)
 
     def _prompt(self, row: Row, index: int) -> str:
-        """What the model would be given to write the answer ``index``."""
+        """Return the prompt that the model would be given to write the answer ``index``."""
         return self._chat().render(row.messages[:index], add_generation_prompt=True, tools=row.tools)
 
     def _answer(self, row: Row, index: int, text: str, encoding: Encoding) -> slice | None:
-        """The tokens of ``text``, a rendered dialog, that are the answer ``index`` and the end of its turn: after the
+        """Return the tokens of ``text``, a rendered dialog, that are the answer ``index`` and the end of its turn: after the
         prompt that the model would be given for it. None where the text does not begin with that prompt."""
         chat = self._chat()
         prompt = self._prompt(row, index)
@@ -162,7 +162,7 @@ class ChatTokenizer:
         return next((i for i, same in enumerate(equal) if not same), min(len(answered), len(going_on)))
 
     def _tokens(self, encoding: Encoding, start: int, end: int) -> slice:
-        """The tokens of characters ``start`` to ``end``, up to the token that ends the turn."""
+        """Return the tokens of characters ``start`` to ``end``, up to the token that ends the turn."""
         offsets = encoding.offsets
         first = next((i for i, (a, b) in enumerate(offsets) if a >= start and b > start), len(offsets))
         after = next((i for i in range(first, len(offsets)) if offsets[i][1] > end), len(offsets))

@@ -45,7 +45,7 @@ class Asked:
         return [row.answer for row in self.rows if row.text is None]
 
     def some(self, count: int) -> Asked:
-        """``count`` of the rows, evenly over their order."""
+        """Return ``count`` of the rows, evenly over their order."""
         places = evenly(range(len(self.rows)), count)
         asked = [i for i, row in enumerate(self.rows) if row.text is None]
         at = {row: i for i, row in enumerate(asked)}
@@ -104,7 +104,7 @@ def columns_of(task: TextGeneration) -> Columns | None:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a model makes of rows: the ``scores`` of all their right answers, whose ``texts`` these are, and its own ``answers``
+    """A model's results on rows: the ``scores`` of all their right answers, whose ``texts`` these are, and its own ``answers``
     to ``some`` of the rows, with their tokens, to be compared by ``options``."""
 
     asked: Asked
@@ -171,7 +171,7 @@ def measure_rows(
 
 
 def room_for(tokenizer: ChatTokenizer, asked: Asked) -> int:
-    """Most tokens worth generating: twice what nine of ten right answers have."""
+    """Return the most tokens worth generating: twice what nine of ten right answers have."""
     lengths = [len(tokenizer.tokenizer.encode(text).ids) for text in asked.references]
     return max(2 * int(np.percentile(lengths, 90)) if lengths else 0, _LEAST_ROOM)
 

@@ -28,7 +28,7 @@ class AnsweredPrompt:
     is_label = False
 
     def __init__(self, generator: TextGenerator, text: str, answer: str | None, unit: Unit) -> None:
-        """Raises DataError if the prompt is refused, or the answer empty or too long, UsageError for an answer to give to a
+        """Raise DataError if the prompt is refused, or the answer empty or too long, UsageError for an answer to give to a
         served model, whose tokenizer is not here."""
         self._generator, self.text = generator, text
         self.words: Sequence[Span] = split_units(text, unit)

@@ -1,4 +1,4 @@
-"""What the export of a language model is made of: its graph, its quantization, its quality."""
+"""Export a language model: its graph, its quantization, its quality."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ _PARITY_TOKENS = 32
 _LOGIT_DIFFERENCE = 1e-3
 """Of logits, relative to the largest."""
 _TIE = 1e-4
-"""Where the two likeliest tokens are closer than that, relative to the largest logit, rounding may choose either."""
+"""If the two likeliest tokens are closer than this, relative to the largest logit, rounding may choose either."""
 
 
 def write(
@@ -228,7 +228,7 @@ def _calibrated(
 
 
 def _facts_of_run(checkpoint: Path, reference: TorchGenerator) -> TextGeneration:
-    """The facts of the checkpoint; those of a run of deploykit's know the columns of its rows as well."""
+    """Return the facts of the checkpoint; those of a run of deploykit's know the columns of its rows as well."""
     from deploykit.artifacts import MANIFEST, load_manifest
 
     if not (checkpoint / MANIFEST).is_file():
@@ -254,7 +254,7 @@ def _rows(
 
 
 def _save_tokenizer(reference: TorchGenerator, directory: Path) -> None:
-    """What transformers and optimum open the export with, and what deploykit does."""
+    """Write the files that transformers, optimum and deploykit open the export with."""
     reference.hf_tokenizer.save_pretrained(directory)
     reference.torch_model.config.save_pretrained(directory)
     reference.torch_model.generation_config.save_pretrained(directory)
@@ -273,7 +273,7 @@ class Parity:
 
 
 def _check_parity(directory: Path, reference: TorchGenerator, task: TextGeneration, asked: Asked, say: Say) -> Parity:
-    """Raises ExportError when graph or tokenizer differ from the checkpoint's."""
+    """Compare the export with the checkpoint. Raises ExportError when graph or tokenizer differ from the checkpoint's."""
     some = asked.some(_PARITY_ROWS)
     tokenizer = ChatTokenizer.load(directory, task.special_tokens, task.eos_token_ids)
     for row, encoded in zip(some.rows, some.encoded):
@@ -332,7 +332,7 @@ class _StandardGraph:
 
 
 def _as_transformers(reference: TorchGenerator, row: Row, encoded: EncodedRow) -> bool:
-    """Whether transformers renders and encodes a dialog to the same ids."""
+    """Return whether transformers renders and encodes a dialog to the same ids."""
     if row.text is not None:
         return True
     ids = reference.hf_tokenizer.apply_chat_template(
@@ -345,7 +345,7 @@ def _as_transformers(reference: TorchGenerator, row: Row, encoded: EncodedRow) -
 def _greedy_parity(
     reference: LocalGenerator, graph: LocalGenerator, prompts: Sequence[list[int]]
 ) -> tuple[int, int, int]:
-    """Tokens that both generate up to the first tie, how many of them are equal, and answers that part at a tie."""
+    """Return the tokens that both generate up to the first tie, how many of them are equal, and answers that part at a tie."""
     sampling = Sampling(max_new_tokens=_PARITY_TOKENS)
     short = [prompt[: reference.task.max_length - 1] for prompt in prompts]
     answers = zip(short, reference.generate(short, sampling), graph.generate(short, sampling))

@@ -96,7 +96,7 @@ class LocalGenerator:
         return self.tokenizer.template is not None
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: the model is freed with the object."""
 
     def reply(
         self,

@@ -97,12 +97,12 @@ class LanguageModelGrader(Grader[list[Scored]]):
         return self.enter(precision, engine, raw, quantized_matrices(self._directory / _file(precision, engine)))
 
     def sample(self, precision: Precision, engine: str) -> NDArray[np.float32]:
-        """Log-probabilities of the right tokens of some rows, float32 [tokens]."""
+        """Return log-probabilities of the right tokens of some rows, float32 [tokens]."""
         rows = evenly(self.rows, _SEARCH_ROWS)
         return np.concatenate([score.logprobs for score in self._load(precision, engine).score(rows)])
 
     def _reference_logits(self) -> Iterable[NDArray[np.float32]]:
-        """Logits of the fp32 graph, kept where they fit into memory: a search compares many forms with them."""
+        """Return logits of the fp32 graph, kept where they fit into memory: a search compares many forms with them."""
         if self._kept is not None:
             return self._kept
         logits = self._load("fp32", ENGINE).supervised_logits(self.rows)

@@ -101,7 +101,7 @@ class Grammars:
 
 
 class Constraint:
-    """What one answer may go on with. It belongs to one answer."""
+    """The ways in which one answer may go on. It belongs to that answer."""
 
     def __init__(self, matcher: LLMatcher, name: str) -> None:
         self._matcher = matcher
@@ -113,7 +113,7 @@ class Constraint:
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def can_begin(self) -> bool:
-        """Whether any text fits, an empty one included."""
+        """Return whether any text fits, an empty one included."""
         allowed = any(self._matcher.compute_bitmask())
         return allowed and not self._matcher.is_error()
 
@@ -144,7 +144,7 @@ class Constraint:
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """llguidance's message, without the dump of its state."""
+    """Return llguidance's message, without the dump of its state."""
     return str(matcher.get_error()).partition("\n<state>")[0].strip()
 
 

@@ -23,7 +23,7 @@ from deploykit.tasks.text_generation.syntax import Syntax, parses
 
 
 def scored_metrics(scores: Sequence[RowScore], texts: Sequence[str]) -> dict[str, Any]:
-    """Metrics of the probabilities of right answers: loss (nats a token), perplexity, bits_per_byte, token_accuracy.
+    """Return metrics of the probabilities of right answers: loss (nats a token), perplexity, bits_per_byte, token_accuracy.
 
     ``texts`` are the supervised texts, whose UTF-8 bytes ``bits_per_byte`` is of. ``intervals`` holds a low and a high
     value for each metric.
@@ -54,7 +54,7 @@ def scored_measure(scores: Sequence[RowScore], texts: Sequence[str]) -> Measure:
 def answer_metrics(
     answers: Sequence[str], references: Sequence[str], *, answer_regex: str | None = None, syntax: Syntax | None = None
 ) -> dict[str, Any]:
-    """Metrics of generated answers: exact_match, token_f1, rouge_l from 0 to 1, chrf from 0 to 100.
+    """Return metrics of generated answers: exact_match, token_f1, rouge_l from 0 to 1, chrf from 0 to 100.
 
     ``first_word`` is the share whose first word is the reference's: of a command, the program. With ``answer_regex``
     also ``extracted_match``: whether the last match (its first group, if it has one) is that of the reference. With
@@ -94,7 +94,7 @@ def exact_match(answer: str, reference: str) -> float:
 
 
 def token_f1(answer: str, reference: str) -> float:
-    """SQuAD's F1 of words without case, punctuation and articles (Rajpurkar et al., 2016)."""
+    """Return SQuAD's F1 of words without case, punctuation and articles (Rajpurkar et al., 2016)."""
     found, wanted = Counter(_words(answer)), Counter(_words(reference))
     if not found or not wanted:
         return float(found == wanted)
@@ -148,7 +148,7 @@ def _chrf() -> Any:
 
 
 def _with_intervals(measure: Measure, rows: int) -> dict[str, Any]:
-    """``measure`` takes weights of the rows, [rows] or [resamples, rows], and returns values by name."""
+    """Return metrics with intervals. ``measure`` takes weights of the rows, [rows] or [resamples, rows], and returns values by name."""
     whole = measure(np.ones(rows))
     return {**{name: _round(value) for name, value in whole.items()}, "intervals": intervals(measure, rows)}
 

@@ -24,7 +24,7 @@ TITLES: Mapping[str, str] = {
 
 
 def metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """Metrics side by side, under their names, each with its 95 % interval."""
+    """Return metrics side by side, under their names, each with its 95 % interval."""
     rows = ([title, *(cell(metrics, name) for metrics in columns.values())] for name, title in shown(columns))
     lines = [text_table(["", *columns], rows)]
     answered = {m["answered"] for m in columns.values() if m.get("answered")}
@@ -34,7 +34,7 @@ def metrics_text(columns: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def shown(columns: Mapping[str, Mapping[str, Any]]) -> Sequence[tuple[str, str]]:
-    """The metrics that any column has, with their titles."""
+    """Return the metrics that any column has, with their titles."""
     return [(name, title) for name, title in TITLES.items() if any(name in m for m in columns.values())]
 
 
@@ -47,7 +47,7 @@ def cell(metrics: Mapping[str, Any], name: str) -> str:
 
 
 def result_text(metrics: Mapping[str, Any], held_out: str) -> str:
-    """Metrics before and after side by side, and some answers."""
+    """Return metrics before and after side by side, and some answers."""
     lines = [metrics_text(models_of(metrics, held_out)), *compared_lines(metrics)]
     for sample in metrics["samples"]:
         lines.append("")

@@ -79,7 +79,7 @@ class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
 
 
 def _packed(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Batches of about as many tokens, each of long and of short rows. ``lengths`` descend.
+    """Yield batches of about as many tokens, each of long and of short rows. ``lengths`` descend.
 
     Batches of rows of one length learn less in as many steps.
     """
@@ -116,14 +116,14 @@ def row_tokens(batch: Mapping[str, torch.Tensor]) -> int:
 
 
 def labels_of(row: EncodedRow) -> list[int]:
-    """The ids of supervised tokens, ``IGNORED`` elsewhere. The first token has nothing before it that predicts it."""
+    """Return the ids of supervised tokens, ``IGNORED`` elsewhere. The first token has nothing before it that predicts it."""
     labels = np.where(row.supervised, row.ids, IGNORED)
     labels[0] = IGNORED
     return list(map(int, labels))
 
 
 def pack(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-    """Rows one after another: input_ids, position_ids and labels, int64 [1, tokens of all]."""
+    """Lay rows one after another: input_ids, position_ids and labels, int64 [1, tokens of all]."""
     return {
         "input_ids": torch.from_numpy(np.concatenate([row.ids for row in rows]))[None],
         "position_ids": torch.cat([torch.arange(len(row.ids)) for row in rows])[None],
@@ -132,7 +132,7 @@ def pack(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
 
 
 def pack_sharing(rows: Sequence[EncodedRow]) -> dict[str, torch.Tensor]:
-    """``pack``, but that a beginning which all rows have stands once: ``attention_mask``, bool [1, 1, tokens, tokens], is
+    """Lay rows as ``pack`` does, but a beginning which all rows have stands once: ``attention_mask``, bool [1, 1, tokens, tokens], is
     true where a token sees another. Loss and gradients are those of ``pack``."""
     shared = shared_beginning(rows)
     if not shared:
@@ -165,7 +165,7 @@ def shared_beginning(rows: Sequence[EncodedRow]) -> int:
 
 
 def pad(rows: Sequence[EncodedRow], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Rows side by side, padded on the right: input_ids, attention_mask and labels, int64 [rows, tokens of the longest].
+    """Lay rows side by side, padded on the right: input_ids, attention_mask and labels, int64 [rows, tokens of the longest].
 
     What is padding goes by position: the pad token may be one that ends answers.
     """

@@ -53,7 +53,7 @@ class Form:
 
     @property
     def remedy(self) -> str:
-        """What to try where it loses too much."""
+        """Remedy for INT8 or INT4 that loses too much."""
         if not self.calibrated:
             return "a larger --max-drop"
         return "--smooth-quant, another --method, more --calibration-rows, none of these options, a larger --max-drop"

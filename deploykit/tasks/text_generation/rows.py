@@ -47,7 +47,7 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """What is asked, as one text: near-duplicate rows are those whose prompts are alike."""
+        """The prompt as one text: near-duplicate rows are those whose prompts are alike."""
         if self.text is not None:
             return self.text
         return "\n".join(content_text(m) for m in self.messages if m["role"] not in ("assistant", "system"))
@@ -191,7 +191,7 @@ def _pair(values: Mapping[str, object], columns: Columns) -> list[dict[str, Any]
 
 
 def _messages(value: object) -> list[dict[str, Any]]:
-    """Messages in OpenAI's or ShareGPT's words."""
+    """Return messages in OpenAI's or ShareGPT's words."""
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
         raise ValueError("its messages are no list of objects")
     found = []
@@ -224,7 +224,7 @@ def _message(role: str, content: str) -> dict[str, Any]:
 
 
 def parsed_cell(value: object) -> Any:
-    """A cell of a CSV may hold JSON."""
+    """Parse a cell of a CSV, which may hold JSON."""
     if not isinstance(value, str):
         return value
     try:

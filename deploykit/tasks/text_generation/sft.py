@@ -248,7 +248,7 @@ def _history(logs: Sequence[Mapping[str, Any]], answers: Mapping[int, Sequence[s
 
 
 def _merged(adapted: Any, row: EncodedRow, say: Say) -> Any:
-    """The weights with the adapter added to them. Raises ExportError when they compute something else than both did."""
+    """Return the weights with the adapter added to them. Raises ExportError when they compute something else than both did."""
     ids = torch.from_numpy(row.ids)[None]
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -29,7 +29,7 @@ def check_syntax(name: str) -> Syntax:
 
 
 def parses(text: str, syntax: Syntax) -> bool:
-    """Whether ``text`` is valid: bash reads it with -n, sqlglot parses SQL of no particular dialect."""
+    """Return whether ``text`` is valid: bash reads it with -n, sqlglot parses SQL of no particular dialect."""
     if not text.strip():
         return False
     try:
@@ -69,7 +69,7 @@ def _sqlglot() -> Any:
 
 
 def _is_sql(text: str) -> bool:
-    """Whether every statement is one that sqlglot knows: it also reads bare expressions, as in "hello world"."""
+    """Return whether every statement is one that sqlglot knows: it also reads bare expressions, as in "hello world"."""
     sqlglot = _sqlglot()
     known = (sqlglot.exp.Query, sqlglot.exp.DML, sqlglot.exp.DDL, sqlglot.exp.Drop, sqlglot.exp.Alter)
     try:

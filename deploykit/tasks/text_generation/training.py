@@ -246,7 +246,7 @@ class TextGenerationStage:
         return [found.text for [found] in generator.generate(asked.prompts, sampling)]
 
     def _measured(self, generator: TorchGenerator, asked: Asked, kept: Path, what: str, say: Say) -> dict[str, Any]:
-        """What a model is before training; a run taken up again finds it in ``kept``."""
+        """Measure a model before training. A resumed run reads the result from ``kept``."""
         if kept.is_file():
             record: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
             if "scores" in record:  # an older version kept none
@@ -268,7 +268,7 @@ def _differences(after: Measured, other: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _samples(after: Measured, before: Sequence[str]) -> list[dict[str, str]]:
-    """Some held-out rows, evenly over their order, with what the model answers."""
+    """Return some held-out rows, evenly over their order, with what the model answers."""
     rows = [row for row in after.some.rows if row.text is None]
     shown = range(0, len(rows), max(1, len(rows) // _SAMPLES))[:_SAMPLES]
     return [

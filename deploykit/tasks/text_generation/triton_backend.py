@@ -315,7 +315,7 @@ class _Client:
                 self._sender.send(response)
 
     def _answers(self) -> list[Answer]:
-        """The answers to send: those of ``best_of`` are known when all are done."""
+        """Return the answers to send: those of ``best_of`` are known when all are done."""
         query = self.query
         if query.sampling.candidates > query.sampling.n and not query.done:
             return []

@@ -53,6 +53,6 @@ parameters { key: "max_rows" value { string_value: "$max_rows" } }
 parameters { key: "max_cache_mb" value { string_value: "$max_cache_mb" } }
 # Most prompts that may wait. Beyond it requests get UNAVAILABLE (503) at once.
 parameters { key: "max_queue" value { string_value: "$max_queue_size" } }
-# What clients read.
+# For clients.
 parameters { key: "task" value { string_value: '$task' } }
 """)

@@ -113,7 +113,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def load_translation_tokenizer(folder: Path, source: str, target: str) -> TranslationTokenizer:
-    """The tokenizer that ``save_translation_tokenizer`` wrote to ``folder``, for one language pair.
+    """Return the tokenizer that ``save_translation_tokenizer`` wrote to ``folder``, for one language pair.
 
     Raises ArtifactError for a file that is missing or broken, UsageError for a language that a
     many-language checkpoint lacks.
@@ -254,7 +254,7 @@ class _SentencePiece:
         return found
 
     def _split(self, text: str) -> list[str]:
-        """``text`` at its added tokens, each of which takes what its flags say from its neighbours."""
+        """Split ``text`` at its added tokens, each of which takes what its flags say from its neighbours."""
         if self._added_pattern is None or not self._added_pattern.search(text):
             return [text]
         parts = [part for part in self._added_pattern.split(text) if part]
@@ -279,7 +279,7 @@ class _SentencePiece:
         return [self._text(row) for row in ids]
 
     def _text(self, ids: Sequence[int]) -> str:
-        """The pieces between special tokens are put together apart."""
+        """Return the text of a row of ids. Pieces between two special tokens are joined by themselves."""
         text: str = ""
         run: list[str] = []
         for i in ids:

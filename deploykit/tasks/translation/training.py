@@ -5,22 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch.nn import functional
-from torch.utils.data import Dataset, Sampler
-from transformers import (
-    GenerationConfig,
-    MarianConfig,
-    MarianMTModel,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-)
 
 from deploykit import artifacts
 from deploykit.bootstrap import differences
@@ -28,9 +15,10 @@ from deploykit.errors import DataError, UsageError
 from deploykit.tasks.translation.checkpoint import TorchTranslator, translation_task
 from deploykit.tasks.translation.facts import Translation
 from deploykit.tasks.translation.generation_config import generation_config
-from deploykit.tasks.translation.metrics import bleu_and_chrf, measure_of, metrics_with_intervals
+from deploykit.tasks.translation.metrics import measure_of, metrics_with_intervals
+from deploykit.tasks.translation.new_marian import POSITIONS, new_marian
 from deploykit.tasks.translation.options import TranslationOptions
-from deploykit.tasks.translation.presets import PRESETS, Preset
+from deploykit.tasks.translation.presets import PRESETS
 from deploykit.tasks.translation.rows import (
     Pair,
     PairCleaningReport,
@@ -43,21 +31,17 @@ from deploykit.tasks.translation.rows import (
 )
 from deploykit.tasks.translation.source_prefix import cut_code
 from deploykit.tasks.translation.teacher import open_teacher
+from deploykit.tasks.translation.token_batches import EncodedPairs, train_model
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.training import processes, trainer
 from deploykit.training.checkpoint import load_config, load_model, load_tokenizer, not_loadable
-from deploykit.training.levers import optimizers
-from deploykit.training.padding import padded
 from deploykit.training.rows import Rows, Say
 from deploykit.training.source import check_family
 from deploykit.training.student import Side, keep_layers, layer_count
 from deploykit.training.trainer import Trained
 from deploykit.training.weights import read_generation_config
 
-_POSITIONS = 512
 _SAMPLES = 5
-_IGNORED = -100
-"""The label that PyTorch's loss ignores."""
 
 
 class TranslationStage:
@@ -66,10 +50,10 @@ class TranslationStage:
     def __init__(self, options: TranslationOptions) -> None:
         self._options = options
         if options.model is None:
-            if options.max_length > _POSITIONS:
+            if options.max_length > POSITIONS:
                 raise UsageError(
-                    f"--max-length is {options.max_length}, but {options.origin} takes at most {_POSITIONS} tokens",
-                    f"give --max-length {_POSITIONS} or less",
+                    f"--max-length is {options.max_length}, but {options.origin} takes at most {POSITIONS} tokens",
+                    f"give --max-length {POSITIONS} or less",
                 )
             return
         self._tokenizer = load_tokenizer(options.model, fast=False)
@@ -147,7 +131,7 @@ class TranslationStage:
             raise DataError(f"{options.train}: every row is longer than --max-length", "raise --max-length")
         validation = rows.splits["validation"][: options.eval_rows]
         say(f"training on {len(train_set):,} rows, validating on {len(validation):,}")
-        model = _train(translator, train_set, validation, options, work, say)
+        model = train_model(translator, train_set, validation, options, work, say)
         say("translating the held-out rows")
         after = {name: _translations(translator, rows.splits[name]) for name in ("validation", "test")}
         metrics: dict[str, Any] = {
@@ -252,207 +236,6 @@ def checkpoint_task(options: TranslationOptions, tokenizer: Any) -> Translation:
     if options.num_beams is None:
         return task
     return dataclasses.replace(task, generation=dataclasses.replace(task.generation, beam_size=options.num_beams))
-
-
-def new_marian(preset: Preset, tokenizer: Any, options: TranslationOptions) -> Any:
-    """Create a MarianMT model with random weights, configured like opus-mt's."""
-    vocabulary, pad, eos = len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id
-    config = MarianConfig(
-        vocab_size=vocabulary,
-        d_model=preset.d_model,
-        encoder_layers=preset.encoder_layers,
-        decoder_layers=preset.decoder_layers,
-        encoder_attention_heads=preset.heads,
-        decoder_attention_heads=preset.heads,
-        encoder_ffn_dim=preset.ffn,
-        decoder_ffn_dim=preset.ffn,
-        max_position_embeddings=_POSITIONS,
-        activation_function="swish",
-        scale_embedding=True,
-        dropout=options.dropout or 0.0,
-        attention_dropout=options.attention_dropout or 0.0,
-        # With this scale, embeddings (once multiplied) and logits have a variance of 1.
-        init_std=preset.d_model**-0.5,
-        pad_token_id=pad,
-        eos_token_id=eos,
-        bos_token_id=eos,
-        decoder_start_token_id=pad,
-        forced_eos_token_id=eos,
-    )
-    model = MarianMTModel._from_config(config, attn_implementation="eager")
-    for name, weight in model.named_parameters():
-        if name.endswith(("proj.weight", "fc1.weight", "fc2.weight")):
-            torch.nn.init.xavier_uniform_(weight)
-    model.generation_config = GenerationConfig(
-        max_length=min(2 * options.max_length, _POSITIONS),
-        num_beams=options.num_beams or 1,
-        bad_words_ids=[[pad]],
-        pad_token_id=pad,
-        eos_token_id=eos,
-        bos_token_id=eos,
-        decoder_start_token_id=pad,
-        forced_eos_token_id=eos,
-    )
-    return model
-
-
-class EncodedPairs(Dataset):  # type: ignore[misc]
-    """A dataset of pairs' token ids, padded per batch by ``collate``.
-
-    Pairs longer than ``max_length`` on a side are left out; without it, all are truncated to the model's limits.
-    """
-
-    def __init__(self, translator: TorchTranslator, pairs: Sequence[Pair], *, max_length: int | None = None) -> None:
-        self.task = translator.task
-        self._source_pad = translator.source_pad
-        cut = max_length is None
-        sources = translator.encode([pair.source for pair in pairs], cut=cut)
-        targets = translator.encode_targets([pair.target for pair in pairs], cut=cut)
-        self.rows = [row for row in zip(sources, targets) if max_length is None or max(map(len, row)) <= max_length]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, row: int) -> tuple[list[int], list[int]]:
-        """Return a pair; ``~row`` is one whose target is not learned."""
-        return self.rows[row] if row >= 0 else (self.rows[~row][0], [_IGNORED])
-
-    def collate(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
-        """Pad a batch. Labels are the target ids; the decoder's inputs are the labels shifted right by the start
-        token."""
-        pad = self.task.pad_token_id
-        input_ids, attention_mask = padded([source for source, _ in rows], self._source_pad)
-        labels, _ = padded([target for _, target in rows], _IGNORED)
-        decoder_input_ids, _ = padded([[self.task.decoder_start_token_id, *target[:-1]] for _, target in rows], pad)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "decoder_input_ids": decoder_input_ids,
-            "labels": labels,
-        }
-
-
-class TokenBatches(Sampler[list[int]]):  # type: ignore[misc]
-    """A sampler of batches of rows of similar length, with at most ``most`` padded tokens on their longer side.
-
-    Each epoch shuffles rows of equal length and the order of the batches; the number of batches stays. Of ``processes`` that
-    train together, each has a turn's ``process``-th batch; where the last turn has too few, one that changes nothing.
-    """
-
-    def __init__(self, lengths: Sequence[int], most: int, seed: int, *, process: int = 0, processes: int = 1) -> None:
-        self._lengths = np.asarray(lengths)
-        self._most = most
-        self._seed = seed
-        self._epoch = 0
-        self._bounds = list(self._cut(np.sort(self._lengths)))
-        self._process, self._processes = process, processes
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-len(self._bounds) // self._processes)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        random_numbers = np.random.default_rng((self._seed, self._epoch))
-        drawn = random_numbers.permutation(len(self._lengths))
-        rows = drawn[np.argsort(self._lengths[drawn], kind="stable")]
-        own = random_numbers.permutation(len(self._bounds))[self._process :: self._processes]
-        for i in own:
-            yield rows[slice(*self._bounds[i])].tolist()
-        if len(own) < len(self):
-            yield [~int(rows[0])]
-
-    def _cut(self, lengths: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        start = 0
-        for i, length in enumerate(lengths.tolist()):
-            if (i + 1 - start) * length > self._most and i > start:
-                yield start, i
-                start = i
-        yield start, len(lengths)
-
-
-class TranslationTrainer(Seq2SeqTrainer):  # type: ignore[misc]
-    """A Seq2SeqTrainer whose batches are limited by tokens, so that short texts make larger batches."""
-
-    def __init__(self, *, batches: TokenBatches, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self._batches = batches
-
-    def get_train_dataloader(self) -> Any:
-        return trainer.own_batches(self, self._batches)
-
-
-def _train(
-    translator: TorchTranslator,
-    train_set: EncodedPairs,
-    validation: Sequence[Pair],
-    options: TranslationOptions,
-    work: Path,
-    say: Say,
-) -> Any:
-    """The model as it was at its best evaluation, if there are any: highest chrF of greedy search, among equals the lowest
-    loss."""
-    model, task = translator.model, translator.task
-    validation = sorted(validation, key=lambda pair: len(pair.source))  # evaluated in this order, so padded little
-    validation_set = EncodedPairs(translator, validation) if validation else None
-    batches = TokenBatches(
-        [max(map(len, row)) for row in train_set.rows], options.batch_tokens, options.seed,
-        process=processes.number(), processes=processes.count(),
-    )  # fmt: skip
-    longest = max(len(target) for _, target in validation_set.rows) if validation_set else 0
-    own = model.generation_config
-    # An untrained model generates no end token: limit the length to what is worth measuring.
-    greedy = dataclasses.replace(task.generation, beam_size=1, max_length=min(2 * longest + 8, task.max_target_length))
-    model.generation_config = generation_config(task, greedy)
-    try:
-        return trainer.run(
-            TranslationTrainer(
-                model=model,
-                args=trainer.arguments(
-                    options,
-                    len(batches) * processes.count(),
-                    work / "trainer",
-                    Seq2SeqTrainingArguments,
-                    predict_with_generate=True,
-                    include_for_metrics=["loss"],
-                ),
-                batches=batches,
-                train_dataset=train_set,
-                eval_dataset=validation_set,
-                data_collator=train_set.collate,
-                compute_loss_func=_loss(options.label_smoothing_factor),
-                compute_metrics=_evaluation(translator, [pair.target for pair in validation]),
-                callbacks=trainer.callbacks(options, work / "tensorboard", say),
-                optimizers=optimizers(model, options),
-            )
-        )
-    finally:
-        model.generation_config = own
-
-
-def _loss(smoothing: float) -> Callable[..., torch.Tensor]:
-    def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-        # Trainer sums the losses of a step's micro-batches: scale each to its share of the step's mean.
-        items = num_items_in_batch if num_items_in_batch is not None else (labels != _IGNORED).sum()
-        logits = outputs["logits"].flatten(0, 1).float()
-        total = functional.cross_entropy(
-            logits, labels.flatten(), ignore_index=_IGNORED, label_smoothing=smoothing, reduction="sum"
-        )
-        return total / items
-
-    return loss
-
-
-def _evaluation(translator: TorchTranslator, references: Sequence[str]) -> Callable[[Any], dict[str, float]]:
-    def evaluate(prediction: Any) -> dict[str, float]:
-        generated = np.where(prediction.predictions == _IGNORED, translator.task.pad_token_id, prediction.predictions)
-        scores = bleu_and_chrf(translator.decode(generated.tolist()), references, translator.task.target)
-        loss = float(np.mean(prediction.losses))
-        # Small validation sets tie often, and Trainer would keep the first of equals: prefer the lower loss.
-        return {**scores, "selection": round(scores["chrf"], 2) - 1e-4 * loss}
-
-    return evaluate
 
 
 def _before(translator: TorchTranslator, pairs: Sequence[Pair], kept: Path, say: Say) -> list[str]:

@@ -44,7 +44,7 @@ parameters { key: "in_flight" value { string_value: "$in_flight" } }
 parameters { key: "long_input" value { string_value: "$long_input" } }
 # Translate each "sentence", each line ("paragraph"), or the whole text ("none") separately.
 parameters { key: "split" value { string_value: "$split" } }
-# What clients read.
+# For clients.
 parameters { key: "task" value { string_value: '$task' } }
 """)
 
@@ -76,6 +76,6 @@ version_policy { latest { num_versions: 1 } }
 
 # The model that translates.
 parameters { key: "streams" value { string_value: "$streams" } }
-# What clients read.
+# For clients.
 parameters { key: "task" value { string_value: '$task' } }
 """)

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from paths import ROOT
 
 from deploykit.cli import LazyGroup, main
-from deploykit.cli.common import Option
+from deploykit.cli.command import Option
 from deploykit.stages.finetune_options import make_options, read_toml
 from deploykit.training.options import RENAMED
 

@@ -35,7 +35,7 @@ TABLES = 2000 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 30
 FUZZ = settings(max_examples=TABLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=TABLES < 2000)
 NUMBER = itertools.count()
 
-# What readers trip over, among words that the model knows. A byte order mark that opens a file is none of its text.
+# Characters that readers trip over, among words that the model knows. A byte order mark that opens a file is none of its text.
 ODD = [
     '"',
     "'",

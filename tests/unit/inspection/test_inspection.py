@@ -1,4 +1,4 @@
-"""What lies behind the metrics of any task, on rows whose truth is known."""
+"""Slices, calibration and worst rows behind the metrics of any task, on rows whose truth is known."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ class NativeCausalLm:
         self._touched[target] = max(self._touched[target], end)
 
     def _make_room(self, tokens: int) -> None:
-        """If ``tokens`` more would pass the limit, give the memory past each slot's tokens back to the system."""
+        """Give the memory past each slot's tokens back to the system, if ``tokens`` more would pass the limit."""
         if int(self._touched.sum()) + tokens <= self.max_tokens:
             return
         held = np.zeros(len(self._touched), np.int64)

@@ -78,7 +78,7 @@ class NativeEngine:
         return self._weights.int8_layers
 
     def _check(self, ids: NDArray[np.int64], lengths: NDArray[np.int64], types: NDArray[np.int64]) -> None:
-        """The library looks tokens and positions up unchecked."""
+        """Refuse what the model's tables lack: the library looks tokens and positions up unchecked."""
         w = self._weights
         if not 0 <= types.min(initial=0) <= types.max(initial=0) < w.types:
             raise EngineError(f"a token's type is not one of the model's {w.types}", "export the model again")

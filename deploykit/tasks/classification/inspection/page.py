@@ -10,7 +10,7 @@ from typing import Any
 from deploykit.inspection import page as inspection
 from deploykit.inspection.page import drift_parts, metrics_section, reliability_figure, slices_parts, with_interval
 from deploykit.metric_titles import title_of
-from deploykit.report import figures
+from deploykit.report.confusion_figure import confusion
 from deploykit.report.html import figure, section, table, word_table
 from deploykit.report.svg import number, require_matplotlib
 
@@ -23,7 +23,7 @@ def write_report(title: str, record: Record, out: Path) -> None:
     parts = [
         metrics_section(record),
         *slices_parts(record),
-        figure("Confusion matrix", "Rows are the truth, columns the answer.", figures.confusion(record)),
+        figure("Confusion matrix", "Rows are the truth, columns the answer.", confusion(record)),
         *(_robustness(record["robustness"]) if "robustness" in record else ()),
         *(_calibration(record["calibration"]) if "calibration" in record else ()),
         *(_label_errors(record["label_errors"]) if record.get("label_errors") else ()),

@@ -35,6 +35,6 @@ version_policy { latest { num_versions: 1 } }
 parameters { key: "threads" value { string_value: "$threads" } }
 # Rows x padded length of one run of the engine; 0: what suits it.
 parameters { key: "token_budget" value { string_value: "$token_budget" } }
-# What clients read to make sense of the labels.
+# For clients, to make sense of the labels.
 parameters { key: "task" value { string_value: '$task' } }
 """)

@@ -1,4 +1,4 @@
-"""What a classifier's training chooses from its model and rows."""
+"""The options that a classifier's training chooses from its model and rows."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def reference_config(reference: TorchTranslator) -> Any:
 def test_a_target_vocabulary_may_be_larger_than_the_sources_and_have_the_padding_id(tmp_path: Path) -> None:
     from transformers import MarianConfig, MarianMTModel
 
-    from deploykit.tasks.translation.training import EncodedPairs
+    from deploykit.tasks.translation.token_batches import EncodedPairs
 
     torch.manual_seed(1)
     config = MarianConfig(

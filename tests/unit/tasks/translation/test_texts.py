@@ -19,12 +19,13 @@ from deploykit.runtime.generation import Generation
 from deploykit.stages.finetune_options import make_options
 from deploykit.tasks.translation.checkpoint import TorchTranslator
 from deploykit.tasks.translation.export_tokenizer import save_translation_tokenizer
+from deploykit.tasks.translation.new_marian import new_marian
 from deploykit.tasks.translation.options import TranslationOptions
 from deploykit.tasks.translation.predictor import Translator, load_translator
 from deploykit.tasks.translation.presets import PRESETS
 from deploykit.tasks.translation.sentences import split_lines
 from deploykit.tasks.translation.tokenizer import load_translation_tokenizer
-from deploykit.tasks.translation.training import TranslationStage, new_marian
+from deploykit.tasks.translation.training import TranslationStage
 from deploykit.tasks.translation.translated import EMPTY
 from deploykit.tasks.translation.vocabulary import train_tokenizer
 from deploykit.text import is_blank

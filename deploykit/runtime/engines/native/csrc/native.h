@@ -146,7 +146,7 @@ typedef struct {
     float *step;
 } Rows;
 
-/* What becomes of a linear layer's results; ``factor`` and ``out`` have the same strides. */
+/* The use of a linear layer's results; ``factor`` and ``out`` have the same strides. */
 typedef struct {
     int add;             /* to the present values */
     int activation;

@@ -1,4 +1,5 @@
-/* Attention of translators: the decoder's over cached keys and values, and the encoder's within a text. */
+/* Attention of translators: the decoder's over cached keys and values, and the encoder's within a text.
+ * docs/add-an-engine.md says why there are four attentions. */
 #pragma once
 
 #define EACH_HEAD _Pragma("GCC unroll 4") for (int g = 0; g < heads; g++) /* unrolled, so that sums stay in registers */

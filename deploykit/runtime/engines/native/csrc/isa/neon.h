@@ -1,4 +1,4 @@
-/* What the instruction sets of 64-bit Arm CPUs have in common: operations on 16 values, and products that no instruction for
+/* Common parts of the instruction sets of 64-bit Arm CPUs: operations on 16 values, and products that no instruction for
  * bytes speeds up. Every such CPU has these instructions. */
 #include <arm_neon.h>
 #include <math.h>

@@ -1,183 +1,22 @@
-"""Options and output that all commands share: --json, --debug, error messages, progress on stderr."""
+"""Options and arguments that several commands share."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import json
-import shlex
-import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from deploykit.artifacts import write_refusal
+from deploykit.cli.command import Result, option
 from deploykit.data.reading import ON_ERROR, QUOTINGS, Reading, flag
-from deploykit.errors import DataError, DeploykitError, Interrupted, UsageError
+from deploykit.errors import UsageError
 from deploykit.runtime.serving_settings import DEFAULT_URL
 
 if TYPE_CHECKING:
-    from deploykit.data.answer_file import Answered
     from deploykit.tasks.protocol import Task
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-Result = tuple[Mapping[str, Any], str] | tuple[Mapping[str, Any], str, int]
-"""The result of a command: the object that --json prints, the text that is printed without it, and the exit code if some rows
-failed."""
-
-
-_REPORTED = 10
-
-
-def say(message: str) -> None:
-    """Print progress to stderr, so that stdout contains only the result."""
-    click.echo(message, err=True)
-
-
-class RecordedCommand(click.Command):
-    """A command that remembers its command line, so that a report can show how to repeat the measurement."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        ctx.meta[__name__] = shlex.join(["deploykit", str(ctx.info_name), *args])
-        return super().parse_args(ctx, args)
-
-    @staticmethod
-    def command_line() -> str:
-        """Return the running command as it was typed."""
-        return str(click.get_current_context().meta[__name__])
-
-
-def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], click.Command]:
-    """Declare a command: add --json and --debug, print its result, and turn errors into messages."""
-
-    def declare(function: Callable[..., Result]) -> click.Command:
-        @functools.wraps(function)
-        def run(*, as_json: bool, debug: bool, **options: Any) -> None:
-            try:
-                # Libraries may print to stdout, which is reserved for the result.
-                with contextlib.redirect_stdout(sys.stderr), _short_thread_errors(not debug):
-                    result, text, *code = function(**options)
-            except DeploykitError as error:
-                if debug:
-                    raise
-                _fail(error.message, error.remedy, error.exit_code, as_json=as_json)
-            except (click.ClickException, click.exceptions.Exit, click.Abort):
-                raise
-            except Interrupted as stop:
-                _fail(str(stop), None, stop.exit_code, as_json=as_json)
-            except KeyboardInterrupt:
-                _fail("interrupted", None, 130, as_json=as_json)
-            except Exception as error:
-                if debug:
-                    raise
-                if refused := write_refusal(error):
-                    _fail(refused.message, refused.remedy, refused.exit_code, as_json=as_json)
-                what = str(error).strip() or type(error).__name__
-                _fail(f"{type(error).__name__}: {what}", "run it again with --debug for details", 1, as_json=as_json)
-            click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
-            if any(code):
-                sys.exit(code[0])
-
-        run = click.option("--debug", is_flag=True, help="Show a traceback on errors.")(run)
-        run = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")(run)
-        command: click.Command = click.command(**attributes)(run)
-        return command
-
-    return declare
-
-
-@contextlib.contextmanager
-def _short_thread_errors(short: bool) -> Iterator[None]:
-    """Report in one line what ends a thread: a library's, such as the one that writes TensorBoard's file."""
-    before = threading.excepthook
-    if short:
-        threading.excepthook = lambda failed: click.echo(
-            f"warning: a thread ended: {failed.exc_type.__name__}: {failed.exc_value}", err=True
-        )
-    try:
-        yield
-    finally:
-        threading.excepthook = before
-
-
-def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) -> NoReturn:
-    from rich.console import Console
-    from rich.text import Text
-
-    # Colours on a terminal alone, and not where NO_COLOR is set; lines are never broken.
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("error: ", "bold red"), message))
-    if remedy:
-        console.print(Text.assemble(("remedy: ", "bold"), remedy))
-    if as_json:
-        click.echo(json.dumps({"error": {"message": message, "remedy": remedy}}, ensure_ascii=False))
-    sys.exit(exit_code)
-
-
-class Option(click.Option):
-    """An option that also answers to ``aliases``, its earlier names, which --help does not show."""
-
-    def __init__(self, *arguments: Any, aliases: Sequence[str] = (), **attributes: Any) -> None:
-        super().__init__(*arguments, **attributes)
-        self.aliases = tuple(aliases)
-
-    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        shown = self.opts
-        self.opts = [*shown, *self.aliases]
-        try:
-            super().add_to_parser(parser, ctx)
-        finally:
-            self.opts = shown
-
-
-def option(*names: str, **attributes: Any) -> Callable[[Function], Function]:
-    """``click.option`` with one attribute more: ``aliases``, names that --help does not show."""
-    return click.option(*names, cls=Option, **attributes)
-
-
-def target_and_texts(function: Callable[..., Result]) -> Callable[..., Result]:
-    """The arguments TARGET, which the function takes as ``model``, and TEXTS. --model is an earlier way to give TARGET."""
-
-    @functools.wraps(function)
-    def run(*, target: str | None, model: str | None, texts: tuple[str, ...], **options: Any) -> Result:
-        if model is None and target is None:
-            raise UsageError(
-                "TARGET is missing", "name a checkpoint, an export, a packaged model's version, or a served model"
-            )
-        if model is not None:
-            return function(model=model, texts=texts if target is None else (target, *texts), **options)
-        return function(model=target, texts=texts, **options)
-
-    for argument in (click.argument("texts", nargs=-1), click.argument("target", required=False, metavar="TARGET")):
-        run = argument(run)
-    return option("--model", hidden=True)(run)
-
-
-def with_calibration(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options, with --calibration, an earlier one for three, as the one that it means."""
-    from deploykit.graphs.export_options import SPLITS
-    from deploykit.quantization.calibration import is_saved
-
-    given = values.pop("calibration")
-    if given is None:
-        return values
-    if "calib" in values and is_saved(given):
-        return {**values, "calib": given}
-    is_split = given in SPLITS and not Path(given).exists()
-    return {**values, "calibration_split" if is_split else "calibration_data": given}
-
-
-def human_bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
-
 
 SERVER_URL = click.option(
     "--url", default=DEFAULT_URL, show_default=True, help="HTTP address of the server, if the model is served."
@@ -334,7 +173,7 @@ _COLUMNS: Mapping[str, Mapping[str, Any]] = {
 
 
 def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Options that name the columns of a data file, of every task; they come as ``columns``.
+    """Add the options that name the columns of a data file, of every task; they come as ``columns``.
 
     Other options that a task has in its ``columns`` are those of ``evaluate`` alone, which declares them.
 
@@ -361,6 +200,38 @@ def column_options(*, inputs_only: bool = False) -> Callable[[Callable[..., Resu
     return declare
 
 
+def target_and_texts(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Add the arguments TARGET, which the function takes as ``model``, and TEXTS. --model is an earlier way to give TARGET."""
+
+    @functools.wraps(function)
+    def run(*, target: str | None, model: str | None, texts: tuple[str, ...], **options: Any) -> Result:
+        if model is None and target is None:
+            raise UsageError(
+                "TARGET is missing", "name a checkpoint, an export, a packaged model's version, or a served model"
+            )
+        if model is not None:
+            return function(model=model, texts=texts if target is None else (target, *texts), **options)
+        return function(model=target, texts=texts, **options)
+
+    for argument in (click.argument("texts", nargs=-1), click.argument("target", required=False, metavar="TARGET")):
+        run = argument(run)
+    return option("--model", hidden=True)(run)
+
+
+def with_calibration(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options, with --calibration, an earlier one for three, as the one that it means."""
+    from deploykit.graphs.export_options import SPLITS
+    from deploykit.quantization.calibration import is_saved
+
+    given = values.pop("calibration")
+    if given is None:
+        return values
+    if "calib" in values and is_saved(given):
+        return {**values, "calib": given}
+    is_split = given in SPLITS and not Path(given).exists()
+    return {**values, "calibration_split" if is_split else "calibration_data": given}
+
+
 def columns_for(task: Task, columns: Mapping[str, Any], generation: Mapping[str, Any] = {}) -> dict[str, Any]:
     """Return the options that a model of ``task`` has. Raises UsageError if a column or search option does not apply to it."""
     from deploykit.training.options import fit_multiple
@@ -371,66 +242,3 @@ def columns_for(task: Task, columns: Mapping[str, Any], generation: Mapping[str,
         if value not in (None, ()):
             raise UsageError(f"{flag(name)} does not apply to a model that {task.does}", "leave it out")
     return fit_multiple(task.options(), {name: value for name, value in columns.items() if name in task.columns})
-
-
-def check_asked(
-    command: str, what: str, texts: tuple[str, ...], source: str | None, output: str | None, reading: Reading
-) -> None:
-    """Raise UsageError unless there are texts, or --input with --output. ``what`` is a text for the remedy."""
-    if bool(texts) == bool(source):
-        raise UsageError("give texts, or --input with --output", f'deploykit {command} TARGET "{what}"')
-    if bool(source) != bool(output):
-        raise UsageError("--input and --output go together", "name both")
-    if source is None:
-        reading.refuse("the texts of the command line")
-
-
-def failed_rows(problems: Sequence[str]) -> int:
-    """Report rows that failed on stderr, a line each, the first of many. Returns the exit code."""
-    for problem in problems[:_REPORTED]:
-        say(problem)
-    if len(problems) > _REPORTED:
-        say(f"… and {len(problems) - _REPORTED:,} more rows")
-    return 1 if problems else 0
-
-
-def failed_texts(records: Sequence[Mapping[str, Any]], *, stop: bool, remedy: str) -> int:
-    """``failed_rows`` for the records of texts. Raises DataError if all failed, or one did and ``stop`` is set."""
-    from deploykit.data.answer_file import problem_of
-
-    problems = [problem for record in records if (problem := problem_of(record))]
-    if problems and (stop or len(problems) == len(records)):
-        raise DataError("\n".join(problems), remedy)
-    return failed_rows(problems)
-
-
-def answered_record(output: str, done: Answered) -> dict[str, Any]:
-    """Return what --json tells of a file of answers."""
-    return {"output": output, "rows": done.rows, "errors": done.errors, "resumed": done.resumed}
-
-
-def answered_text(output: str, done: Answered, failed: str) -> str:
-    """Return the same as a line for a terminal; ``failed`` says what rows with an error could not be."""
-    text = f"{output}: {done.rows:,} rows"
-    if done.resumed:
-        text += f", {done.resumed:,} of them from the run before"
-    if done.errors:
-        text += f"; {done.errors:,} {failed}"
-    return text
-
-
-@contextlib.contextmanager
-def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on stderr, if that is a terminal. Yields a function to call with (done, total)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(unit, total=None)
-
-        def update(done: int, of: int) -> None:
-            bar.update(task, completed=done, total=of)
-
-        yield update

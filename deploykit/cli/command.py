@@ -1,0 +1,153 @@
+"""A command of deploykit: --json, --debug, error messages, progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from deploykit.artifacts import write_refusal
+from deploykit.errors import DeploykitError, Interrupted
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Result = tuple[Mapping[str, Any], str] | tuple[Mapping[str, Any], str, int]
+"""The result of a command: the object that --json prints, the text that is printed without it, and the exit code if some rows
+failed."""
+
+
+def say(message: str) -> None:
+    """Print progress to stderr, so that stdout contains only the result."""
+    click.echo(message, err=True)
+
+
+class RecordedCommand(click.Command):
+    """A command that remembers its command line, so that a report can show how to repeat the measurement."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[__name__] = shlex.join(["deploykit", str(ctx.info_name), *args])
+        return super().parse_args(ctx, args)
+
+    @staticmethod
+    def command_line() -> str:
+        """Return the running command as it was typed."""
+        return str(click.get_current_context().meta[__name__])
+
+
+def deploykit_command(**attributes: Any) -> Callable[[Callable[..., Result]], click.Command]:
+    """Declare a command: add --json and --debug, print its result, and turn errors into messages."""
+
+    def declare(function: Callable[..., Result]) -> click.Command:
+        @functools.wraps(function)
+        def run(*, as_json: bool, debug: bool, **options: Any) -> None:
+            try:
+                # Libraries may print to stdout, which is reserved for the result.
+                with contextlib.redirect_stdout(sys.stderr), _short_thread_errors(not debug):
+                    result, text, *code = function(**options)
+            except DeploykitError as error:
+                if debug:
+                    raise
+                _fail(error.message, error.remedy, error.exit_code, as_json=as_json)
+            except (click.ClickException, click.exceptions.Exit, click.Abort):
+                raise
+            except Interrupted as stop:
+                _fail(str(stop), None, stop.exit_code, as_json=as_json)
+            except KeyboardInterrupt:
+                _fail("interrupted", None, 130, as_json=as_json)
+            except Exception as error:
+                if debug:
+                    raise
+                if refused := write_refusal(error):
+                    _fail(refused.message, refused.remedy, refused.exit_code, as_json=as_json)
+                what = str(error).strip() or type(error).__name__
+                _fail(f"{type(error).__name__}: {what}", "run it again with --debug for details", 1, as_json=as_json)
+            click.echo(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+            if any(code):
+                sys.exit(code[0])
+
+        run = click.option("--debug", is_flag=True, help="Show a traceback on errors.")(run)
+        run = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")(run)
+        command: click.Command = click.command(**attributes)(run)
+        return command
+
+    return declare
+
+
+@contextlib.contextmanager
+def _short_thread_errors(short: bool) -> Iterator[None]:
+    """Report in one line what ends a thread: a library's, such as the one that writes TensorBoard's file."""
+    before = threading.excepthook
+    if short:
+        threading.excepthook = lambda failed: click.echo(
+            f"warning: a thread ended: {failed.exc_type.__name__}: {failed.exc_value}", err=True
+        )
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _fail(message: str, remedy: str | None, exit_code: int, *, as_json: bool) -> NoReturn:
+    from rich.console import Console
+    from rich.text import Text
+
+    # Colours on a terminal alone, and not where NO_COLOR is set; lines are never broken.
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("error: ", "bold red"), message))
+    if remedy:
+        console.print(Text.assemble(("remedy: ", "bold"), remedy))
+    if as_json:
+        click.echo(json.dumps({"error": {"message": message, "remedy": remedy}}, ensure_ascii=False))
+    sys.exit(exit_code)
+
+
+class Option(click.Option):
+    """An option that also answers to ``aliases``, its earlier names, which --help does not show."""
+
+    def __init__(self, *arguments: Any, aliases: Sequence[str] = (), **attributes: Any) -> None:
+        super().__init__(*arguments, **attributes)
+        self.aliases = tuple(aliases)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        shown = self.opts
+        self.opts = [*shown, *self.aliases]
+        try:
+            super().add_to_parser(parser, ctx)
+        finally:
+            self.opts = shown
+
+
+def option(*names: str, **attributes: Any) -> Callable[[Function], Function]:
+    """Declare an option as ``click.option`` does, with one attribute more: ``aliases``, names that --help does not show."""
+    return click.option(*names, cls=Option, **attributes)
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def progress_bar(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on stderr, if that is a terminal. Yields a function to call with (done, total)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(unit, total=None)
+
+        def update(done: int, of: int) -> None:
+            bar.update(task, completed=done, total=of)
+
+        yield update
